@@ -1,0 +1,1 @@
+"""Pruning of heads, FFN and weights. Nothing here yet."""

@@ -1,0 +1,1 @@
+"""KV-cache and weight quantization. Nothing here yet."""

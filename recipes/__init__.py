@@ -1,0 +1,1 @@
+"""Scripts: parse, call, report. Each runs as `python recipes/NAME.py`."""
