@@ -1,0 +1,42 @@
+"""effattn swaps, shrinks and measures attention in Hugging Face models.
+
+Importing it patches nothing and loads no model code; every public name is imported at its first use.
+"""
+
+from __future__ import annotations
+
+import importlib
+from importlib.metadata import PackageNotFoundError, version
+
+_FUNCTIONS = {
+    "backend": "effattn.registry",
+    "backends": "effattn.registry",
+    "convert_gqa": "effattn.heads.gqa",
+    "describe": "effattn.hf.describe",
+    "load": "effattn.hf.checkpoint",
+    "new_cache": "effattn.hf.cache",
+    "perplexity": "effattn.evaluate.loss",
+    "restore": "effattn.hf.swap",
+    "save": "effattn.hf.checkpoint",
+    "swap": "effattn.hf.swap",
+}
+_MODULES = ("embedded", "kernels", "prune", "quant")
+
+__all__ = [*sorted(_FUNCTIONS), *_MODULES]
+
+try:
+    __version__ = version("effattn")
+except PackageNotFoundError:  # a source tree that was never installed
+    __version__ = "0+unknown"
+
+
+def __getattr__(name: str):
+    if name in _FUNCTIONS:
+        return getattr(importlib.import_module(_FUNCTIONS[name]), name)
+    if name in _MODULES:
+        return importlib.import_module(f"effattn.{name}")
+    raise AttributeError(f"module 'effattn' has no attribute {name!r}; it has {', '.join(__all__)}")
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

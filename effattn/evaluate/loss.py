@@ -1,42 +1,120 @@
-"""Per-token cross-entropy of a causal LM over a long stream, by a sliding context."""
+"""Cross-entropy, perplexity and KL of causal LMs over a long token stream, by a sliding context."""
 
 from __future__ import annotations
+
+import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 
+Progress = Callable[[int, int], None]
+
+
+def check_stream(model, tokens: torch.Tensor, context: int, stride: int | None) -> int:
+    """Validates what every evaluation takes; returns the stride. Raises ValueError."""
+    if not isinstance(tokens, torch.Tensor) or tokens.dtype != torch.int64 or tokens.dim() != 1 or len(tokens) < 2:
+        got = f"{tokens.dtype} {tuple(tokens.shape)}" if isinstance(tokens, torch.Tensor) else type(tokens).__name__
+        raise ValueError(f"tokens: got {got}, valid is an int64 tensor (N,) of at least 2 token ids")
+    if context < 1:
+        raise ValueError(f"context: got {context}, valid is a positive number of tokens")
+    stride = context if stride is None else stride
+    if not 1 <= stride <= context:
+        raise ValueError(f"stride: got {stride}, valid is 1 to context ({context})")
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    if int(tokens.min()) < 0 or int(tokens.max()) >= vocabulary:
+        raise ValueError(f"tokens: ids run to {int(tokens.max())}, the model's vocabulary is 0 to {vocabulary - 1}")
+    return stride
+
+
+def _windows(n: int, context: int, stride: int, batch_tokens: int) -> list[tuple[list[int], int, int]]:
+    """Groups of windows as (starts, width, first position whose prediction counts). Positions 0 .. n - 2 each
+    predict the next token and count exactly once; windows of one group have the same width."""
+    rows, done, start = [], 0, 0
+    while done < n - 1:
+        width = min(context, n - 1 - start)
+        rows.append((start, width, done - start))
+        done = start + width
+        start += stride
+    groups: list[tuple[list[int], int, int]] = []
+    for start, width, first in rows:
+        last = groups[-1] if groups else None
+        if last and last[1:] == (width, first) and len(last[0]) * width < batch_tokens:
+            last[0].append(start)
+        else:
+            groups.append(([start], width, first))
+    return groups
+
 
 @torch.no_grad()
 def token_losses(
-    model, tokens: torch.Tensor, context: int, stride: int | None = None, batch_tokens: int = 4096
+    model,
+    tokens: torch.Tensor,
+    context: int,
+    stride: int | None = None,
+    *,
+    batch_tokens: int = 4096,
+    progress: Progress | None = None,
 ) -> torch.Tensor:
-    """Cross-entropy in nats of tokens[1:], float32 (N - 1,), each scored exactly once.
+    """Cross-entropy in nats of tokens[1:], each scored exactly once: float32 (N - 1,).
 
-    tokens: int64 (N,). Windows of `context` tokens start every `stride` (default: `context`); a window scores
-    the tokens that no earlier one did, so with a smaller stride every token has at least
-    `context - stride` tokens before it. Logits are taken a window at a time, never for the whole stream.
+    tokens: int64 (N,). Windows of `context` input tokens start every `stride` (default: `context`, no overlap);
+    a window scores only what no earlier one did, so with a smaller stride every prediction but the first
+    window's sees at least `context - stride` tokens before it. Logits exist for one batch of windows at a time.
     """
-    stride = stride or context
-    n = len(tokens)
+    stride = check_stream(model, tokens, context, stride)
     device = model.get_input_embeddings().weight.device
-    losses = torch.empty(n - 1)
-    starts = list(range(0, max(1, n - context + stride), stride)) if n > context else [0]
-    done = 1  # tokens[:done] have been scored (the first one never is)
-    groups: dict[int, list[tuple[int, int]]] = {}
-    for start in starts:
-        end = min(start + context, n)
-        if end <= done:
-            continue
-        groups.setdefault(end - start, []).append((start, done))
-        done = end
-    for width, windows in groups.items():
-        size = max(1, batch_tokens // width)
-        for i in range(0, len(windows), size):
-            part = windows[i : i + size]
-            ids = torch.stack([tokens[start : start + width] for start, _ in part]).to(device)
-            logits = model(input_ids=ids, use_cache=False).logits
-            for row, (start, first) in enumerate(part):
-                keep = slice(first - start - 1, width - 1)
-                loss = F.cross_entropy(logits[row, keep].float(), ids[row, 1:][keep], reduction="none")
-                losses[first - 1 : start + width - 1] = loss.cpu()
+    losses = torch.empty(len(tokens) - 1)
+    groups = _windows(len(tokens), context, stride, batch_tokens)
+    for number, (starts, width, first) in enumerate(groups):
+        ids = torch.stack([tokens[start : start + width + 1] for start in starts]).to(device)
+        logits = model(input_ids=ids[:, :-1], use_cache=False).logits[:, first:].float()
+        found = F.cross_entropy(logits.flatten(0, 1), ids[:, 1 + first :].flatten(), reduction="none").cpu()
+        for start, row in zip(starts, found.view(len(starts), -1), strict=True):
+            losses[start + first : start + width] = row
+        if progress:
+            progress(number + 1, len(groups))
     return losses
+
+
+def perplexity(model, tokens: torch.Tensor, context: int, stride: int | None = None, **kwargs) -> float:
+    """exp of the mean of `token_losses`: tokens (N,) int64, see there for `context` and `stride`."""
+    training = model.training
+    model.eval()
+    try:
+        return math.exp(token_losses(model, tokens, context, stride, **kwargs).double().mean().item())
+    finally:
+        model.train(training)
+
+
+def kl_chunked(
+    teacher_logits: torch.Tensor, student_logits: torch.Tensor, chunk: int = 1024
+) -> torch.Tensor:
+    """KL(teacher || student) in nats at every position, (M,), from logits (M, V): fp32 copies of only `chunk`
+    positions exist at a time."""
+    parts = []
+    for t, s in zip(teacher_logits.split(chunk), student_logits.split(chunk), strict=True):
+        parts.append(F.kl_div(s.float().log_softmax(-1), t.float().log_softmax(-1), log_target=True, reduction="none").sum(-1))  # fmt: skip
+    return torch.cat(parts)
+
+
+@torch.no_grad()
+def compare(
+    teacher, student, tokens: torch.Tensor, context: int, *, batch_tokens: int = 4096, progress: Progress | None = None
+) -> dict[str, float]:
+    """Both models over tokens (N,) in windows of `context`: the student's cross-entropy and perplexity, and the
+    mean forward KL (nats a token) from the teacher, in one pass."""
+    check_stream(student, tokens, context, None)
+    device = student.get_input_embeddings().weight.device
+    loss = divergence = 0.0
+    groups = _windows(len(tokens), context, context, batch_tokens)
+    for number, (starts, width, _) in enumerate(groups):
+        ids = torch.stack([tokens[start : start + width + 1] for start in starts]).to(device)
+        s = student(input_ids=ids[:, :-1], use_cache=False).logits.flatten(0, 1)
+        t = teacher(input_ids=ids[:, :-1], use_cache=False).logits.flatten(0, 1)
+        loss += F.cross_entropy(s.float(), ids[:, 1:].flatten(), reduction="sum").item()
+        divergence += kl_chunked(t, s).sum().item()
+        if progress:
+            progress(number + 1, len(groups))
+    count = len(tokens) - 1
+    return {"perplexity": math.exp(loss / count), "cross_entropy": loss / count, "kl": divergence / count}

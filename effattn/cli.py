@@ -1,0 +1,163 @@
+"""The `effattn` command line. Each command parses, calls the Python API and shows the result.
+
+Errors of the user's making end in one line on stderr and exit code 2; nothing is half-written.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from contextlib import contextmanager
+from functools import wraps
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+app = typer.Typer(
+    help="Swap, shrink and measure attention in Hugging Face models.", no_args_is_help=True, add_completion=False,
+    pretty_exceptions_show_locals=False,
+)  # fmt: skip
+console = Console()
+errors = Console(stderr=True)
+
+
+@app.callback()
+def _root() -> None:
+    """Keeps the sub-commands' names, however many there are."""
+
+
+def one_line_errors(command: Callable) -> Callable:
+    """Turns what users can cause (bad values, missing files, a full disk, Ctrl-C) into one line and an exit code."""
+
+    @wraps(command)
+    def guarded(*args, **kwargs):
+        from safetensors import SafetensorError
+
+        try:
+            return command(*args, **kwargs)
+        except (ValueError, OSError, FloatingPointError, RuntimeError, SafetensorError) as error:
+            if os.environ.get("EFFATTN_DEBUG"):
+                raise
+            lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+            errors.print(f"error: {' '.join(lines[:2]) or type(error).__name__}", style="bold red", markup=False, soft_wrap=True)
+            raise typer.Exit(2) from None
+        except KeyboardInterrupt:
+            errors.print("stopped; run the same command again to go on from the last checkpoint", soft_wrap=True)
+            raise typer.Exit(130) from None
+
+    return guarded
+
+
+class Show:
+    """Stages with a progress bar on a terminal, and with a line each elsewhere."""
+
+    @contextmanager
+    def stage(self, text: str):
+        columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+        if not errors.is_terminal:
+            errors.print(f"{text} ...", soft_wrap=True)
+        with Progress(*columns, console=errors, disable=not errors.is_terminal) as bar:
+            task = bar.add_task(text, total=None)
+            yield lambda done, total: bar.update(task, completed=done, total=total)
+            bar.update(task, total=1, completed=1)
+
+
+def quiet_libraries() -> None:
+    """Keeps the loading bars and notices of transformers out of our output."""
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+
+
+@app.command()
+@one_line_errors
+def backends(as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False) -> None:
+    """List the attention backends and what each can do."""
+    import effattn
+
+    found = effattn.backends()
+    if as_json:
+        print(json.dumps({name: vars(cls.traits) for name, cls in found.items()}))
+        return
+    table = Table("backend", "exact", "causal", "bidirectional", "learned", "state", "what it is")
+    for name, cls in found.items():
+        traits = cls.traits
+        flags = ["yes" if getattr(traits, flag) else "no" for flag in ("exact", "causal", "bidirectional", "learned")]
+        table.add_row(name, *flags, traits.state, (cls.__doc__ or "").strip().splitlines()[0])
+    console.print(table)
+
+
+def _contexts(text: str) -> list[int]:
+    """"512,4k,16k" as numbers; empty for "" and "none"."""
+    if text.strip().lower() in ("", "none", "0"):
+        return []
+    try:
+        return [
+            int(part.lower().removesuffix("k").replace("_", "")) * (1024 if part.lower().endswith("k") else 1)
+            for part in map(str.strip, text.split(","))
+        ]
+    except ValueError:
+        raise ValueError(f"decode_contexts: got {text!r}, valid is like 512,4k,16k or none") from None
+
+
+def _count(text: str) -> int:
+    """A number of tokens: 100000, 100_000, 100k or 1.5M."""
+    factor = {"k": 1_000, "m": 1_000_000}.get(text[-1:].lower(), 1)
+    digits = text[:-1] if factor > 1 else text
+    try:
+        value = float(digits.replace("_", "").replace(",", "")) * factor
+    except ValueError:
+        raise typer.BadParameter(f"got {text!r}, valid is like 50000, 50_000, 50k or 1.5M") from None
+    return int(value)
+
+
+
+
+@app.command("convert-gqa")
+@one_line_errors
+def convert_gqa(
+    kv_heads: Annotated[int, typer.Option(help="key/value heads to keep; 1 is MQA")],
+    output: Annotated[Path, typer.Option(help="new folder for the checkpoint and its report")],
+    model: Annotated[str, typer.Option(help='"embedded", a folder, or a hub name')] = "embedded",
+    method: Annotated[str, typer.Option(help="optimal, aligned, mean, first or random")] = "optimal",
+    refit: Annotated[bool, typer.Option(help="solve the output projections again by least squares")] = True,
+    grouping: Annotated[str, typer.Option(help="contiguous, or similarity")] = "contiguous",
+    text: Annotated[list[Path] | None, typer.Option(help="UTF-8 text to calibrate on; repeat for more files")] = None,
+    dataset: Annotated[str | None, typer.Option(help="a `datasets` name or folder, streamed")] = None,
+    column: Annotated[str | None, typer.Option(help="the dataset's text column")] = None,
+    calibration_tokens: Annotated[int, typer.Option(parser=_count, metavar="TOKENS", help="tokens for second moments")] = "50000",
+    evaluation_tokens: Annotated[int, typer.Option(parser=_count, metavar="TOKENS", help="held-out tokens to measure on")] = "65536",
+    uptrain_tokens: Annotated[int, typer.Option(parser=_count, metavar="TOKENS", help="distillation budget; 0: none")] = "0",
+    length: Annotated[int, typer.Option(help="window length in tokens")] = 512,
+    batch: Annotated[int, typer.Option(help="uptraining windows a step and process")] = 4,
+    lr: Annotated[float | None, typer.Option(help="uptraining's peak learning rate (default: 0.256 / hidden size)")] = None,
+    ce_weight: Annotated[float, typer.Option(help="weight of cross-entropy beside the KL")] = 0.2,
+    seed: Annotated[int, typer.Option(help="of data order and random heads")] = 0,
+    decode_contexts: Annotated[str, typer.Option(help="cache lengths to time decoding at, or none")] = "512,4k,16k",
+) -> None:  # fmt: skip
+    """Give a checkpoint fewer key/value heads: MHA to GQA or MQA, loadable by plain transformers."""
+    from effattn.heads.job import Job, Quiet, run
+
+    quiet_libraries()
+    job = Job(
+        model=model, kv_heads=kv_heads, output=output, method=method, refit=refit, grouping=grouping,
+        text=tuple(text or ()), dataset=dataset, column=column, calibration_tokens=calibration_tokens,
+        evaluation_tokens=evaluation_tokens, uptrain_tokens=uptrain_tokens, length=length, batch=batch, lr=lr,
+        ce_weight=ce_weight, seed=seed, decode_contexts=_contexts(decode_contexts),
+    )  # fmt: skip
+    main = int(os.environ.get("RANK", "0")) == 0
+    report = run(job, Show() if main else Quiet())
+    if main:
+        console.print(report)
+        console.print(f"\ncheckpoint  {output}", soft_wrap=True, highlight=False)
+        console.print(f"report      {(output / 'report.html').absolute()}", soft_wrap=True, highlight=False)
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,186 @@
+"""The whole conversion job behind `recipes/convert_gqa.py` and `effattn convert-gqa`.
+
+Load, measure the parent, convert, measure, uptrain, measure, time decoding, save, prove in a fresh process
+that plain transformers loads the result, and only then give it its name. `.<output>.partial` beside the
+target holds the checkpoints of an unfinished uptraining; the same command goes on from there.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import os
+import shutil
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+
+from effattn import embedded
+from effattn.errors import check_choice
+from effattn.evaluate.loss import compare, token_losses
+from effattn.heads import gqa
+from effattn.heads.grouping import GROUPINGS
+from effattn.heads.report import ConversionReport
+from effattn.heads.uptrain import CE_WEIGHT, uptrain
+from effattn.heads.verify import verify_plain
+from effattn.hf import anatomy as hf
+from effattn.hf.checkpoint import atomic_folder, load_model
+from effattn.profiling.decode import decode_speed
+from effattn.profiling.html import write_text_atomic
+from effattn.textdata import streams
+
+
+@dataclass
+class Job:
+    """The settings of one conversion. A run is resumed only with the same ones."""
+
+    model: str
+    kv_heads: int
+    output: Path
+    method: str = "optimal"
+    refit: bool = True
+    grouping: str = "contiguous"
+    text: Sequence[Path] = ()
+    dataset: str | None = None
+    column: str | None = None
+    calibration_tokens: int = 50_000
+    evaluation_tokens: int = 65_536
+    uptrain_tokens: int = 0
+    length: int = 512
+    batch: int = 4
+    lr: float | None = None
+    ce_weight: float = CE_WEIGHT
+    seed: int = 0
+    decode_contexts: Sequence[int] = (512, 4096, 16384)
+    overrides: dict = field(default_factory=dict)
+
+    @property
+    def partial(self) -> Path:
+        target = Path(self.output).absolute()
+        return target.parent / f".{target.name}.partial"
+
+
+class Quiet:
+    """Says and shows nothing: the base of the command line's progress display."""
+
+    def stage(self, text: str):
+        return nullcontext(lambda done, total: None)
+
+
+def run(job: Job, show: Quiet | None = None) -> ConversionReport:
+    """Runs `job`; returns the report, which also lies in the output folder as report.{json,md,html}.
+
+    Raises ValueError (bad settings or input), FloatingPointError, OSError (disk), each before anything appears
+    under the output's name. Under torchrun or `accelerate launch` every process calls it; rank 0 writes.
+    """
+    show = show or Quiet()
+    main = int(os.environ.get("RANK", "0")) == 0
+    check_job(job)
+    with show.stage("loading the model"):
+        parent, tokenizer = load_model(job.model)
+        parts = hf.of(parent)
+        parts.require_gqa()
+        gqa.check_kv_heads(job.kv_heads, parts.kv_heads)
+    with show.stage("reading text"):
+        data = streams(
+            tokenizer, train=max(job.calibration_tokens, job.uptrain_tokens), evaluation=job.evaluation_tokens,
+            text=job.text, dataset=job.dataset, column=job.column,
+        )  # fmt: skip
+        calibration = data.train[: job.calibration_tokens]
+        length = gqa.check_calibration(calibration, parts, job.length)
+        if job.uptrain_tokens and job.uptrain_tokens > 20 * len(data.train):
+            raise ValueError(
+                f"uptrain_tokens: got {job.uptrain_tokens:,}, the text has {len(data.train):,} tokens: more than "
+                f"20 passes over it; give more text or at most {20 * len(data.train):,}"
+            )
+    quality = None
+    if main:
+        with show.stage("measuring the parent") as progress:
+            before = float(token_losses(parent, data.evaluation, length, progress=progress).double().mean())
+        quality = {
+            "tokens": len(data.evaluation), "context": length, "source": data.source,
+            "before": {"perplexity": math.exp(before), "cross_entropy": before}, "uptrained": None,
+        }  # fmt: skip
+    student = copy.deepcopy(parent)
+    with show.stage(f"converting {parts.kv_heads} -> {job.kv_heads} KV heads") as progress:
+        report = gqa.convert_gqa(
+            student, job.kv_heads, calibration, method=job.method, refit=job.refit, grouping=job.grouping,
+            length=length, seed=job.seed, progress=progress,
+        )  # fmt: skip
+    if main:
+        with show.stage("measuring the conversion") as progress:
+            quality["converted"] = compare(parent, student, data.evaluation, length, progress=progress)
+    report.data["quality"] = quality
+    report.data["settings"] |= {
+        "model": job.model, "calibration_source": data.source, "uptrain_tokens": job.uptrain_tokens,
+    }  # fmt: skip
+    if job.uptrain_tokens:
+        report.data["uptraining"] = _uptrain(job, student, parent, data, length, quality, show)
+        if main:
+            with show.stage("measuring the uptrained model") as progress:
+                quality["uptrained"] = compare(parent, student, data.evaluation, length, progress=progress)
+    if main:
+        if job.decode_contexts:
+            with show.stage("timing decode steps") as progress:
+                report.data["decode"] = _decode(parent, student, job.decode_contexts, progress)
+        with show.stage("saving, and loading again without effattn"), atomic_folder(job.output) as folder:
+            student.config.use_cache = True
+            student.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+            report.data["verification"] = verify_plain(folder, student, data.evaluation[: min(64, length)])
+            report.save(folder)
+        shutil.rmtree(job.partial, ignore_errors=True)
+    return report
+
+
+def check_job(job: Job) -> None:
+    """Everything that can be known to be wrong before a model is loaded. Raises ValueError."""
+    check_choice("method", job.method, gqa.METHODS)
+    check_choice("grouping", job.grouping, GROUPINGS)
+    output = Path(job.output)
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ValueError(f"output: {output} exists and is not an empty folder")
+    for name, least in (("uptrain_tokens", 0), ("calibration_tokens", 1), ("evaluation_tokens", 2), ("batch", 1)):
+        if getattr(job, name) < least:
+            raise ValueError(f"{name}: got {getattr(job, name)}, valid is {least} or more")
+    if job.length < 8:
+        raise ValueError(f"length: got {job.length}, valid is 8 tokens or more")
+
+
+def _uptrain(job: Job, student, parent, data, length: int, quality: dict | None, show: Quiet) -> dict:
+    settings = {k: v for k, v in asdict(job).items() if k not in ("output", "decode_contexts", "overrides")}
+    settings = json.loads(json.dumps(settings, default=str))
+    manifest = job.partial / "settings.json"
+    if manifest.exists():
+        old = json.loads(manifest.read_text())
+        changed = sorted(key for key in settings if old.get(key) != settings[key])
+        if changed:
+            raise ValueError(
+                f"{job.partial} holds an unfinished run with other settings ({', '.join(changed)}): repeat them to "
+                "go on, or delete that folder to start again"
+            )
+    elif int(os.environ.get("RANK", "0")) == 0:
+        job.partial.mkdir(parents=True, exist_ok=True)
+        write_text_atomic(manifest, json.dumps(settings, indent=1) + "\n")
+    with show.stage(f"uptraining on {job.uptrain_tokens:,} tokens") as progress:
+        result = uptrain(
+            student, parent, data.train, train_tokens=job.uptrain_tokens, folder=job.partial / "uptrain",
+            evaluation=data.evaluation[:16_384], length=length, batch=job.batch, lr=job.lr, ce_weight=job.ce_weight,
+            seed=job.seed, progress=progress, overrides=job.overrides,
+        )  # fmt: skip
+    pretraining = embedded.card()["train_tokens"] if job.model == embedded.NAME else None
+    result["share_of_pretraining"] = result["tokens"] / pretraining if pretraining else None
+    return result
+
+
+def _decode(parent, student, contexts: Sequence[int], progress) -> list[dict]:
+    timed = decode_speed({"before": parent, "after": student}, list(contexts), progress=progress)
+    rows: dict[int, dict] = {}
+    for row in timed:
+        entry = rows.setdefault(row["context"], {"context": row["context"], "batch": row["batch"]})
+        entry[row["model"]] = {key: value for key, value in row.items() if key not in ("context", "batch", "model")}
+    return list(rows.values())

@@ -1,0 +1,44 @@
+"""Second moments of attention, streamed: what head conversion knows about its data."""
+
+from __future__ import annotations
+
+import torch
+
+from effattn.hf.anatomy import Layer
+
+
+class SecondMoment:
+    """E[a b^T] over all rows seen, in fp64. Rows come in any number of pieces; memory is one matrix.
+
+    a (n, A) and b (n, B); with `ones=True` a 1 is appended to a (and to b when it is the same), which carries
+    the biases.
+    """
+
+    def __init__(self, ones: bool = False):
+        self.ones, self.total, self.rows = ones, None, 0
+
+    def add(self, a: torch.Tensor, b: torch.Tensor | None = None) -> None:
+        a = self._extend(a.double())
+        b = a if b is None else b.double()
+        product = a.T @ b
+        self.total = product if self.total is None else self.total.add_(product)
+        self.rows += len(a)
+
+    def _extend(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([x, x.new_ones(len(x), 1)], dim=1) if self.ones else x
+
+    @property
+    def mean(self) -> torch.Tensor:
+        return self.total / self.rows
+
+
+def head_covariance(weights: torch.Tensor, moment: torch.Tensor) -> torch.Tensor:
+    """E[(w x)(w x)^T] for stacked head maps: weights (G, d, D + 1), moment (D + 1, D + 1) -> (G·d, G·d)."""
+    flat = weights.reshape(-1, weights.shape[-1])
+    return flat @ moment @ flat.T
+
+
+def query_energy(layer: Layer, moment: torch.Tensor) -> torch.Tensor:
+    """E[q q^T] summed over the query heads that share a KV head: (K, d, d)."""
+    q = layer.q.with_bias.view(layer.kv_heads, -1, layer.head_dim, moment.shape[0])
+    return torch.einsum("krdi,ij,krej->kde", q, moment, q)

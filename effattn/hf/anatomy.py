@@ -1,0 +1,375 @@
+"""The one place that knows how a transformers model is built.
+
+    for layer in anatomy.of(model).layers:
+        layer.k.by_head            # (kv_heads, head_dim, hidden), a view of the layer's own weight
+
+Everything that converts, prunes, swaps or costs a model goes through it. To support an architecture, add a
+line to `FAMILIES`; `tests/test_anatomy.py` then holds it to account.
+
+Shapes: D hidden size, H query heads, K key/value heads, d head size, R rotary dimensions of a head.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from effattn.errors import Unsupported
+
+
+def _rope_factor(config, attention: nn.Module) -> float:
+    """The share of a head's dimensions that RoPE turns, from the config's rope parameters."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    kind = getattr(attention, "layer_type", None)
+    if isinstance(rope.get(kind), dict):  # one set of parameters per layer type (Gemma 3)
+        rope = rope[kind]
+    factor = rope.get("partial_rotary_factor", getattr(config, "partial_rotary_factor", None))
+    return 1.0 if factor is None else float(factor)
+
+
+def _no_rope(config, attention: nn.Module) -> bool:
+    """Whether this layer has no rotary embedding at all (each class says it in its own way)."""
+    if getattr(attention, "use_rope", True) in (0, False):  # SmolLM3
+        return True
+    if config.model_type == "cohere2":
+        return attention.sliding_window is None
+    if config.model_type == "exaone4":
+        return attention.sliding_window is not None and not attention.is_sliding
+    return False
+
+
+@dataclass(frozen=True)
+class Family:
+    """What differs between model types; the defaults are Llama's."""
+
+    layers: str = "model.layers"
+    attention: str = "self_attn"
+    ffn: tuple[str, ...] = ("mlp",)
+    q: str = "q_proj"
+    k: str = "k_proj"
+    v: str = "v_proj"
+    o: str = "o_proj"
+    fused: str | None = None  # one module holds q, k and v: "stacked" rows (Phi-3) or "per_head" (GPT-NeoX)
+    q_norm: str = "q_norm"
+    k_norm: str = "k_norm"
+    final_norm: str = "model.norm"
+    interleaved: bool = False  # rotary pairs are (2i, 2i+1) instead of (i, i + R/2)
+    gqa: str = ""  # why `num_key_value_heads` cannot be reduced; empty: it can
+    rotary: bool = True
+
+
+_LLAMA = Family()
+_INTERLEAVED = Family(interleaved=True)
+_IGNORED = "transformers ignores num_key_value_heads in this class"
+
+FAMILIES: dict[str, Family] = {
+    **dict.fromkeys(
+        """llama mistral mixtral qwen2 qwen2_moe qwen3 qwen3_moe gemma gemma2 gemma3_text olmo olmo2 olmo3 olmoe
+        granite starcoder2 smollm3 exaone4 seed_oss arcee nemotron""".split(),
+        _LLAMA,
+    ),
+    **dict.fromkeys("cohere cohere2 glm glm4 ernie4_5 helium".split(), _INTERLEAVED),
+    "stablelm": Family(q_norm="q_layernorm", k_norm="k_layernorm"),
+    "phi": Family(o="dense", q_norm="q_layernorm", k_norm="k_layernorm", final_norm="model.final_layernorm"),
+    "phi3": Family(q="qkv_proj", k="qkv_proj", v="qkv_proj", fused="stacked"),
+    "gpt_neox": Family(
+        layers="gpt_neox.layers", attention="attention", q="query_key_value", k="query_key_value",
+        v="query_key_value", o="dense", fused="per_head", final_norm="gpt_neox.final_layer_norm", gqa=_IGNORED,
+    ),
+    "opt": Family(
+        layers="model.decoder.layers", ffn=("fc1", "fc2"), o="out_proj",
+        final_norm="model.decoder.final_layer_norm", gqa=_IGNORED, rotary=False,
+    ),
+}  # fmt: skip
+
+# Known causal LMs that are refused with a reason instead of "unknown".
+REFUSED = {
+    **dict.fromkeys("gpt2 gptj gpt_neo bloom mpt codegen xglm biogpt".split(), _IGNORED),
+    "gpt_bigcode": "transformers' class holds either all heads or one (multi_query)",
+    "falcon": "transformers' cache keeps all heads whatever num_kv_heads says",
+}
+
+
+@dataclass(frozen=True)
+class Projection:
+    """q, k, v or o of one layer. For fused modules, a view of its rows."""
+
+    module: nn.Linear
+    heads: int
+    head_dim: int
+    start: int = 0  # first row ("stacked"), or first row inside each head's block ("per_head")
+    per_head: int = 0  # rows of one head's block when fused per head, otherwise 0
+    output: bool = False  # o_proj: heads are columns
+
+    def _rows(self, tensor: torch.Tensor) -> torch.Tensor:
+        if self.per_head:
+            blocks = tensor.view(self.heads, self.per_head, *tensor.shape[1:])
+            return blocks[:, self.start : self.start + self.head_dim]
+        rows = tensor[self.start : self.start + self.heads * self.head_dim]
+        return rows.view(self.heads, self.head_dim, *tensor.shape[1:])
+
+    @property
+    def by_head(self) -> torch.Tensor:
+        """(heads, d, D), or (heads, D, d) for o: a view, so that writing into it changes the model."""
+        if self.output:
+            return self.module.weight.detach().view(-1, self.heads, self.head_dim).transpose(0, 1)
+        return self._rows(self.module.weight.detach())
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """(heads·d, D), or (D, heads·d) for o."""
+        if self.output:
+            return self.module.weight.detach()
+        return self.by_head.reshape(self.heads * self.head_dim, -1)
+
+    @property
+    def bias(self) -> torch.Tensor | None:
+        """(heads·d,), or (D,) for o; None without one."""
+        if self.module.bias is None or self.output:
+            return None if self.module.bias is None else self.module.bias.detach()
+        return self._rows(self.module.bias.detach()).reshape(-1)
+
+    @property
+    def with_bias(self) -> torch.Tensor:
+        """(heads, d, D + 1): the map of (x, 1), in fp64. A missing bias is a column of zeros. Not for o."""
+        weight = self.by_head.double()
+        bias = torch.zeros(self.heads * self.head_dim) if self.bias is None else self.bias
+        return torch.cat([weight, bias.to(weight).view(self.heads, self.head_dim, 1)], dim=-1)
+
+
+@dataclass
+class Layer:
+    """One decoder layer: its modules, and its attention as q, k, v, o by head."""
+
+    index: int
+    block: nn.Module
+    attention: nn.Module
+    ffn: nn.Module
+    heads: int
+    head_dim: int
+    family: Family = field(repr=False)
+    config: object = field(repr=False)
+
+    @property
+    def kv_heads(self) -> int:
+        groups = getattr(self.attention, "num_key_value_groups", 1)
+        return self.heads // groups
+
+    @property
+    def value_dim(self) -> int:
+        return self.head_dim
+
+    def _projection(self, name: str, heads: int, order: int) -> Projection:
+        module = getattr(self.attention, getattr(self.family, name))
+        if self.family.fused == "per_head":
+            return Projection(module, heads, self.head_dim, order * self.head_dim, 3 * self.head_dim)
+        start = [0, self.heads, self.heads + self.kv_heads][order] * self.head_dim if self.family.fused else 0
+        return Projection(module, heads, self.head_dim, start)
+
+    @property
+    def q(self) -> Projection:
+        return self._projection("q", self.heads, 0)
+
+    @property
+    def k(self) -> Projection:
+        return self._projection("k", self.kv_heads, 1)
+
+    @property
+    def v(self) -> Projection:
+        return self._projection("v", self.kv_heads, 2)
+
+    @property
+    def o(self) -> Projection:
+        return Projection(getattr(self.attention, self.family.o), self.heads, self.head_dim, output=True)
+
+    @property
+    def qkv_modules(self) -> list[nn.Module]:
+        """The modules that hold q, k, v and o, each once."""
+        modules = [getattr(self.attention, getattr(self.family, name)) for name in "qkvo"]
+        return list(dict.fromkeys(modules))
+
+    @property
+    def q_norm(self) -> nn.Module | None:
+        return self._norm(self.family.q_norm)
+
+    @property
+    def k_norm(self) -> nn.Module | None:
+        return self._norm(self.family.k_norm)
+
+    def _norm(self, name: str) -> nn.Module | None:
+        norm = getattr(self.attention, name, None)
+        return norm if isinstance(norm, nn.Module) else None
+
+    @property
+    def norms(self) -> list[nn.Module]:
+        """Every normalisation in the layer that has parameters of its own."""
+        found = [m for name, m in self.block.named_modules() if "norm" in name.rpartition(".")[2]]
+        return [m for m in found if not any(m is not n and m in n.modules() for n in found)]
+
+    @property
+    def rotary_dims(self) -> int:
+        """How many of a head's dimensions RoPE turns; 0 in layers without RoPE."""
+        if not self.family.rotary or _no_rope(self.config, self.attention):
+            return 0
+        return int(self.head_dim * _rope_factor(self.config, self.attention))
+
+    def rotary_pairs(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Row indices inside a head of the real and the imaginary part of each frequency, (R/2,) each."""
+        dims = torch.arange(self.rotary_dims)
+        if self.family.interleaved:
+            return dims[0::2], dims[1::2]
+        return dims[: len(dims) // 2], dims[len(dims) // 2 :]
+
+    @torch.no_grad()
+    def set_heads(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, o: torch.Tensor) -> None:
+        """Writes new projections, possibly with fewer KV heads. The module objects stay, so hooks stay on.
+
+        q (H, d, D + 1), k and v (K', d, D + 1) with the bias as last column; o (H, D, d).
+        """
+        if self.family.fused == "per_head":
+            raise Unsupported(f"{self.config.model_type}: {self.family.gqa}")
+        kv_heads = k.shape[0]
+        new = {"q": q, "k": k, "v": v}
+        if self.family.fused:
+            _set_linear(self.q.module, torch.cat([part.reshape(-1, part.shape[-1]) for part in new.values()]))
+        else:
+            for name, part in new.items():
+                _set_linear(getattr(self.attention, getattr(self.family, name)), part.reshape(-1, part.shape[-1]))
+        self.o.module.weight.copy_(o.transpose(0, 1).reshape(self.o.module.weight.shape))
+        self.attention.num_key_value_groups = self.heads // kv_heads
+        if hasattr(self.attention, "num_key_value_heads"):
+            self.attention.num_key_value_heads = kv_heads
+
+    @torch.no_grad()
+    def merge_norms(self, queries: list[int], groups: list[list[int]]) -> None:
+        """Moves per-head query norms into the order `queries`, and gives each group of KV heads the mean of its
+        key norms. Norms that all heads share stay as they are. Call before `set_heads`."""
+        for norm, size, pick in ((self.q_norm, self.heads, queries), (self.k_norm, self.kv_heads, groups)):
+            if norm is None:
+                continue
+            if hasattr(norm, "norms"):  # one module a head (StableLM)
+                parts = list(norm.norms)
+                for name, _ in parts[0].named_parameters():
+                    stacked = _pick(torch.stack([getattr(part, name) for part in parts]), pick)
+                    for part, value in zip(parts, stacked, strict=False):
+                        getattr(part, name).copy_(value)
+                norm.norms = nn.ModuleList(parts[: len(pick)])
+                norm.num_heads = len(pick)
+                continue
+            for name, old in list(norm.named_parameters()):
+                if old.numel() != size * self.head_dim or size * self.head_dim == self.head_dim:
+                    continue  # shared by all heads
+                new = _pick(old.view(size, self.head_dim), pick)
+                new = new.reshape(-1) if old.dim() == 1 else new
+                setattr(norm, name, nn.Parameter(new.contiguous(), requires_grad=old.requires_grad))
+
+
+def _pick(per_head: torch.Tensor, pick: list) -> torch.Tensor:
+    """Rows of (heads, ...) in the order `pick`; where an entry is a list of heads, their mean."""
+    return torch.stack([per_head[entry].mean(0) if isinstance(entry, list) else per_head[entry] for entry in pick])
+
+
+def _set_linear(linear: nn.Linear, with_bias: torch.Tensor) -> None:
+    weight, bias = with_bias[:, :-1], with_bias[:, -1]
+    old = linear.weight
+    linear.weight = nn.Parameter(weight.to(old).contiguous(), requires_grad=old.requires_grad)
+    linear.out_features = weight.shape[0]
+    if linear.bias is not None:
+        grad = linear.bias.requires_grad
+        linear.bias = nn.Parameter(bias.to(old).contiguous(), requires_grad=grad)
+
+
+@dataclass
+class Anatomy:
+    """A whole model. `layers` are in order; `head` is None when the output embedding is the input's."""
+
+    model: nn.Module
+    config: object
+    family: str
+    layers: list[Layer]
+    embeddings: nn.Module
+    head: nn.Module | None
+    final_norm: nn.Module | None
+
+    def __iter__(self) -> Iterator[Layer]:
+        return iter(self.layers)
+
+    @property
+    def heads(self) -> int:
+        return self.layers[0].heads
+
+    @property
+    def kv_heads(self) -> int:
+        return self.layers[0].kv_heads
+
+    @property
+    def head_dim(self) -> int:
+        return self.layers[0].head_dim
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits (..., V) from the final norm's output (..., D): the head and what the class does after it."""
+        head = self.embeddings.weight if self.head is None else self.head.weight
+        logits = torch.nn.functional.linear(hidden, head, getattr(self.head, "bias", None))
+        if getattr(self.config, "logit_scale", None) is not None:  # Cohere
+            logits = logits * self.config.logit_scale
+        if getattr(self.config, "logits_scaling", None) is not None:  # Granite
+            logits = logits / self.config.logits_scaling
+        cap = getattr(self.config, "final_logit_softcapping", None)  # Gemma 2
+        return logits if cap is None else torch.tanh(logits / cap) * cap
+
+    def require_gqa(self) -> None:
+        """Raises Unsupported unless plain transformers can hold fewer KV heads for this class."""
+        reason = FAMILIES[self.family].gqa
+        if reason:
+            raise Unsupported(f"{type(self.model).__name__} cannot have fewer KV heads: {reason}")
+
+    def set_kv_heads(self, kv_heads: int) -> None:
+        """Writes the KV heads and the head size into the config, explicitly."""
+        self.config.num_key_value_heads = kv_heads
+        self.config.head_dim = self.head_dim
+
+
+def _get(module: nn.Module, path: str) -> nn.Module | None:
+    for name in path.split("."):
+        module = getattr(module, name, None)
+        if module is None:
+            return None
+    return module
+
+
+def of(model: nn.Module) -> Anatomy:
+    """The anatomy of a transformers causal LM. Raises Unsupported, naming the class, for unknown ones."""
+    config = getattr(model, "config", None)
+    if config is None or not hasattr(config, "get_text_config"):
+        raise Unsupported(f"model: got {type(model).__name__}, valid is a transformers causal LM")
+    config = config.get_text_config()
+    kind = config.model_type
+    if kind in REFUSED:
+        raise Unsupported(f"{type(model).__name__} ({kind}) is not supported: {REFUSED[kind]}")
+    if kind not in FAMILIES:
+        near = difflib.get_close_matches(kind, FAMILIES, n=1)
+        raise Unsupported(
+            f"{type(model).__name__} ({kind}) is not supported{f'; the nearest is {near[0]}' if near else ''}; "
+            f"supported are {', '.join(sorted(FAMILIES))}"
+        )
+    family = FAMILIES[kind]
+    blocks = _get(model, family.layers)
+    if blocks is None:
+        raise Unsupported(f"model: got {type(model).__name__}, valid is its causal LM class (AutoModelForCausalLM)")
+    layers = []
+    for index, block in enumerate(blocks):
+        attention = getattr(block, family.attention)
+        heads = config.num_attention_heads
+        parts = [getattr(block, name) for name in family.ffn]
+        ffn = parts[0] if len(parts) == 1 else nn.ModuleList(parts)
+        head_dim = getattr(attention, "head_dim", None) or attention.head_size
+        layers.append(Layer(index, block, attention, ffn, heads, head_dim, family, config))
+    embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
+    tied = head is None or head.weight is embeddings.weight
+    return Anatomy(model, config, kind, layers, embeddings, None if tied else head, _get(model, family.final_norm))
+
+

@@ -1,0 +1,169 @@
+"""Checkpoints: whatever plain transformers can express is saved as plain transformers.
+
+    effattn.save(model, "out")            # all or nothing: a folder appears at the end, complete
+    model = effattn.load("out")           # re-applies what plain transformers cannot express
+    model, tokenizer = load_model("embedded")
+
+A swap that plain transformers cannot express is kept in config.json under "effattn". Weights are safetensors.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from effattn.errors import check_choice
+from effattn.hf import swap as swapping
+
+KEY = "effattn"  # in config.json
+DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
+
+
+def save(model: nn.Module, path: str | Path, tokenizer=None) -> Path:
+    """Writes the model (and its tokenizer) to the new folder `path`, which it returns.
+
+    Raises ValueError for a folder that is not empty and for weights with NaN or Inf. If anything fails, nothing is
+    left behind.
+    """
+    check_finite(model)
+    with atomic_folder(path) as folder:
+        model.save_pretrained(folder, safe_serialization=True)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+        _write_swap(model, folder / "config.json")
+    return Path(path)
+
+
+def load(path: str | Path, dtype: torch.dtype | str = "auto") -> nn.Module:
+    """The model of a checkpoint (folder, hub name or "embedded"), with its swap applied again, in eval mode."""
+    from transformers import AutoModelForCausalLM
+
+    name = resolve(path)
+    dtype = _dtype(dtype)
+    _read_config(name, path)
+    model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype).eval()
+    check_finite(model)
+    again = model.config.__dict__.pop(KEY, None)
+    return model if again is None else swapping.swap(model, again["pattern"])
+
+
+def load_model(name: str | Path, dtype: torch.dtype | str = "auto"):
+    """(model in eval mode, tokenizer) of "embedded", a folder or a hub name. ValueError when it is none of them."""
+    from transformers import AutoTokenizer
+
+    dtype = _dtype(dtype)
+    if str(name) == "embedded":
+        from effattn import embedded
+
+        model, tokenizer = embedded.load() if dtype == "auto" else embedded.load(dtype)
+        check_finite(model)
+        return model, tokenizer
+    model = load(name, dtype)
+    return model, AutoTokenizer.from_pretrained(resolve(name))
+
+
+def resolve(name: str | Path) -> str:
+    """What transformers loads `name` from: a folder ("embedded" has one too), or else a hub name as it is.
+
+    ValueError, without touching the network, for what can be neither.
+    """
+    if str(name) == "embedded":
+        from effattn import embedded
+
+        return str(embedded.directory())
+    if Path(name).is_dir():
+        if not (Path(name) / "config.json").is_file():
+            raise ValueError(f"model: the folder {str(name)!r} has no config.json, it is not a checkpoint")
+        return str(name)
+    if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", str(name)):
+        raise ValueError(_not_found(name, "it is no folder, and no hub name (owner/name) looks like that"))
+    return str(name)
+
+
+def check_finite(model: nn.Module) -> None:
+    """ValueError naming the first weight that holds NaN or Inf."""
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            bad = int((~torch.isfinite(tensor)).sum())
+            raise ValueError(f"weights: {name} holds NaN or Inf ({bad} of {tensor.numel()} values)")
+
+
+@contextlib.contextmanager
+def atomic_folder(path: str | Path) -> Iterator[Path]:
+    """Yields a temporary folder beside `path`; renames it to `path` at the end, or removes it when the body fails.
+
+    ValueError when `path` exists and is not an empty folder.
+    """
+    target = Path(path).absolute()
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ValueError(f"path: {str(path)!r} exists and is not an empty folder; nothing was written")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
+    try:
+        yield folder
+        umask = os.umask(0)
+        os.umask(umask)
+        folder.chmod(0o777 & ~umask)  # mkdtemp's folders are private
+        for file in [*folder.rglob("*"), folder]:
+            _fsync(file)
+        os.replace(folder, target)
+        _fsync(target.parent)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _write_swap(model: nn.Module, file: Path) -> None:
+    """Adds the swap to config.json when plain transformers would compute something else without it."""
+    done = swapping.active(model)
+    specs = {} if done is None else {i: spec for i, spec in done.specs.items() if not swapping.is_plain(spec)}
+    config = json.loads(file.read_text())
+    config.pop(KEY, None)
+    if specs:
+        config[KEY] = {"pattern": {str(index): spec for index, spec in sorted(specs.items())}}
+    file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def _read_config(name: str, asked: str | Path) -> None:
+    """The cheap part first, so that an unknown name is one clear error and not the hub library's."""
+    from transformers import AutoConfig
+
+    try:
+        AutoConfig.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        if Path(name).is_dir():
+            raise ValueError(f"model: the folder {name!r} cannot be read: {error}") from error
+        raise ValueError(_not_found(asked, str(error).splitlines()[0])) from None
+
+
+def _not_found(name: str | Path, why: str) -> str:
+    hint = " (did you mean 'embedded'?)" if difflib.get_close_matches(str(name), ["embedded"], cutoff=0.8) else ""
+    return (
+        f"model: got {str(name)!r}{hint}, which is not 'embedded', not an existing folder, "
+        f"and not found as a hub name: {why}"
+    )
+
+
+def _dtype(dtype: torch.dtype | str) -> torch.dtype | str:
+    if isinstance(dtype, str):
+        check_choice("dtype", dtype, DTYPES)
+        return dtype if dtype == "auto" else getattr(torch, dtype)
+    return dtype

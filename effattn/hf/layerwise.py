@@ -1,0 +1,108 @@
+"""Runs a model one decoder layer at a time over a calibration set.
+
+A method that works layer by layer needs the inputs of one layer at a time: the hidden states of the whole
+set are kept at the layer boundary (N x hidden, in the model's dtype, on the CPU), and only one layer's
+statistics exist at any moment. The layer's other arguments (rotary embeddings, mask) are recorded from the
+model's own forward, so nothing here knows an architecture.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from effattn.hf.anatomy import Anatomy
+
+
+class _Stop(Exception):
+    pass
+
+
+def windows(tokens: torch.Tensor, length: int, batch: int) -> list[torch.Tensor]:
+    """Cuts tokens (N,) into batches of windows (batch, length), the rest dropped; N >= length."""
+    count = len(tokens) // length
+    rows = tokens[: count * length].view(count, length)
+    return list(rows.split(batch))
+
+
+class LayerRunner:
+    """The calibration set of token batches, seen layer by layer.
+
+    runner.embed() -> the first layer's inputs; runner.run(layer, hidden) -> the next layer's inputs.
+    """
+
+    def __init__(self, anatomy: Anatomy, batches: list[torch.Tensor]):
+        self.anatomy, self.batches = anatomy, batches
+        self.device = anatomy.embeddings.weight.device
+        self._arguments = {size: self._record(size) for size in {len(batch) for batch in batches}}
+
+    @torch.no_grad()
+    def _record(self, size: int) -> list[tuple[tuple, dict]]:
+        """Every layer's arguments besides the hidden states, for batches of `size` rows."""
+        recorded: list[tuple[tuple, dict]] = []
+
+        def hook(module, args, kwargs):
+            if args:
+                args = args[1:]
+            else:
+                kwargs = {key: value for key, value in kwargs.items() if key != "hidden_states"}
+            recorded.append((args, kwargs))
+            if module is self.anatomy.layers[-1].block:
+                raise _Stop
+
+        handles = [layer.block.register_forward_pre_hook(hook, with_kwargs=True) for layer in self.anatomy]
+        batch = next(batch for batch in self.batches if len(batch) == size)
+        try:
+            self.anatomy.model(input_ids=batch.to(self.device), use_cache=False)
+        except _Stop:
+            pass
+        finally:
+            for handle in handles:
+                handle.remove()
+        return recorded
+
+    @torch.no_grad()
+    def embed(self) -> list[torch.Tensor]:
+        """The inputs of layer 0, one (batch, length, D) tensor for each batch, on the CPU."""
+        first, hidden = self.anatomy.layers[0].block, []
+
+        def hook(module, args, kwargs):
+            hidden.append((args[0] if args else kwargs["hidden_states"]).cpu())
+            raise _Stop
+
+        handle = first.register_forward_pre_hook(hook, with_kwargs=True)
+        try:
+            for batch in self.batches:
+                try:
+                    self.anatomy.model(input_ids=batch.to(self.device), use_cache=False)
+                except _Stop:
+                    pass
+        finally:
+            handle.remove()
+        return hidden
+
+    @torch.no_grad()
+    def run(self, index: int, hidden: list[torch.Tensor]) -> Iterator[tuple[int, torch.Tensor]]:
+        """Runs layer `index` on each batch of `hidden`; yields (batch number, its output on the CPU)."""
+        block = self.anatomy.layers[index].block
+        for number, states in enumerate(hidden):
+            args, kwargs = self._arguments[len(states)][index]
+            output = block(states.to(self.device), *args, **kwargs)
+            yield number, (output[0] if isinstance(output, tuple) else output).cpu()
+
+
+@contextmanager
+def watch(module: nn.Module, see: Callable[[torch.Tensor, torch.Tensor], None]):
+    """While open, calls `see(input, output)` with what `module` gets and gives, as (tokens, features)."""
+
+    def hook(_, args, output):
+        see(args[0].flatten(0, -2), output.flatten(0, -2))
+
+    handle = module.register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()

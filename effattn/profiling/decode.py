@@ -1,0 +1,228 @@
+"""How fast models decode: greedy single-token steps at a given cache length, several models side by side."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
+
+from effattn.errors import Unsupported
+
+PLAIN_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer)
+MEMORY_SHARE = 0.9  # of the available memory may be filled; the rest is for logits, activations and others
+
+
+def available_bytes(device: torch.device) -> int | None:
+    """Memory in bytes that can still be allocated on `device`; None where the system does not say."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    free = next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
+    group = Path("/sys/fs/cgroup")  # a container's own limit is not in /proc/meminfo
+    try:
+        limit, used = (group / "memory.max").read_text().strip(), int((group / "memory.current").read_text())
+        stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        left = int(limit) - used + int(stat["inactive_file"])  # "max" is no number: no limit
+    except (OSError, ValueError, KeyError):
+        return free
+    return left if free is None else min(free, left)
+
+
+def kv_bytes(cache: Cache) -> int:
+    """Bytes of keys and values that `cache` holds now, over all layers and the batch."""
+    return sum(_layer_bytes(layer) for layer in cache.layers)
+
+
+def _layer_bytes(layer) -> int:
+    return 0 if layer.keys is None else layer.keys.nbytes + layer.values.nbytes
+
+
+@torch.no_grad()
+def one_token_cache(model, batch: int) -> Cache:
+    """The cache that the model itself makes, after one token per row: it tells each layer's kind, shape and dtype."""
+    device = model.get_input_embeddings().weight.device
+    cache = model(input_ids=torch.zeros(batch, 1, dtype=torch.long, device=device), use_cache=True).past_key_values
+    for index, layer in enumerate(getattr(cache, "layers", None) or [cache]):
+        if type(layer) not in PLAIN_LAYERS:
+            raise Unsupported(
+                f"decode_speed: the cache of layer {index} is a {type(layer).__name__}; "
+                f"it knows how to fill and rewind {' and '.join(kind.__name__ for kind in PLAIN_LAYERS)}"
+            )
+    return cache
+
+
+def _needs(cache: Cache, context: int) -> tuple[int, int]:
+    """(KV bytes at `context` tokens, bytes a step needs) from a one-token cache. A step holds copies of one layer."""
+    layers = [
+        _layer_bytes(layer) * min(context, getattr(layer, "sliding_window", context + 1) - 1) for layer in cache.layers
+    ]
+    return sum(layers), sum(layers) + 4 * max(layers)
+
+
+def fill(cache: Cache, context: int, generator: torch.Generator) -> None:
+    """Replaces what `cache` holds (one token) by `context` tokens of random keys and values, layer by layer."""
+    for layer in cache.layers:
+        if layer.keys is None:  # shares another layer's keys and values
+            continue
+        new = []
+        for one in (layer.keys, layer.values):
+            shape = (*one.shape[:-2], context, one.shape[-1])
+            new.append(torch.randn(shape, generator=generator, device=one.device, dtype=one.dtype))
+        layer.reset()
+        layer.update(*new)
+
+
+class _Lane:
+    """One model with its filled cache: a step decodes a token and puts the cache back to `context` tokens."""
+
+    def __init__(self, model, context: int, batch: int, seed: int):
+        self.model, self.context, self.cache = model, context, one_token_cache(model, batch)
+        self.device = model.get_input_embeddings().weight.device
+        fill(self.cache, context, torch.Generator(self.device).manual_seed(seed))
+        self.bytes = kv_bytes(self.cache)
+        self.token = torch.zeros(batch, 1, dtype=torch.long, device=self.device)
+        # A learned position table ends somewhere; the time does not depend on which position is looked up.
+        longest = getattr(model.config, "max_position_embeddings", None) or context + 1
+        self.position = torch.full_like(self.token, min(context, longest - 1))
+        self.seconds: list[float] = []
+
+    def step(self) -> float:
+        """Seconds of one forward of one token per row plus its argmax, from a cache of `context` tokens."""
+        # A sliding layer that dropped tokens cannot be cropped: keep what it held (updates make new tensors, no copy).
+        held = [(layer, layer.keys, layer.values) for layer in self.cache.layers if layer.is_sliding]
+        self._synchronize()
+        start = time.perf_counter()
+        logits = self.model(
+            input_ids=self.token, position_ids=self.position, past_key_values=self.cache, use_cache=True
+        ).logits
+        self.token = logits[:, -1:].argmax(-1)
+        self._synchronize()
+        seconds = time.perf_counter() - start
+        for layer, keys, values in held:
+            layer.keys, layer.values, layer.cumulative_length = keys, values, self.context
+        for layer in self.cache.layers:
+            if not layer.is_sliding:
+                layer.crop(-1)
+        lengths = {layer.get_seq_length() for layer in self.cache.layers if layer.keys is not None}
+        if lengths != {self.context}:
+            raise RuntimeError(f"the cache holds {lengths} tokens after a step, not {self.context}")
+        return seconds
+
+    def _synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def row(self) -> dict:
+        """p20, p50 and p80 in milliseconds over all timed steps; tokens/s of the whole batch at the median."""
+        times = 1000 * torch.tensor(self.seconds, dtype=torch.float64)
+        p20, p50, p80 = torch.quantile(times, torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64))
+        return {
+            "ms_p20": float(p20),
+            "ms_p50": float(p50),
+            "ms_p80": float(p80),
+            "tokens_per_s": 1000 * len(self.token) / float(p50),
+            "kv_bytes": self.bytes,
+        }
+
+
+@contextmanager
+def _evaluating(models: dict[str, torch.nn.Module]) -> Iterator[None]:
+    training = [model for model in models.values() if model.training]
+    for model in training:
+        model.eval()
+    try:
+        yield
+    finally:
+        for model in training:
+            model.train()
+
+
+@torch.no_grad()
+def _time_group(
+    group: dict[str, torch.nn.Module], context: int, batch: int, steps: int, repeats: int, seed: int
+) -> dict[str, dict]:
+    lanes = {name: _Lane(model, context, batch, seed) for name, model in group.items()}
+    for _ in range(repeats):
+        for step in range(-1, steps):  # step -1 warms up: allocator, kernels' first calls
+            for lane in lanes.values():
+                seconds = lane.step()
+                if step >= 0:
+                    lane.seconds.append(seconds)
+    return {name: {**lane.row(), "alternated": len(lanes) > 1} for name, lane in lanes.items()}
+
+
+def decode_speed(
+    models: dict[str, torch.nn.Module],
+    contexts: list[int],
+    batch: int = 1,
+    steps: int = 16,
+    repeats: int = 3,
+    seed: int = 0,
+    progress: Callable[[str], None] | None = None,
+) -> list[dict]:
+    """Measured greedy decoding speed of each model at each context length (tokens already in the KV cache).
+
+    How it is timed: the cache the model itself makes is filled with `context` random keys and values (no prefill:
+    the time does not depend on the values; lengths beyond the trained positions are fine). A timed step is one
+    eager forward of one token per row plus its argmax, wall clock, with the GPU synchronised before and after; the
+    cache is then cropped, so every step starts from exactly `context` tokens. The models take turns step by step,
+    so slow drift (clock, temperature, other jobs) hits all alike; each also finds the processor's caches as the
+    other left them. `repeats` rounds of one warm-up and `steps` timed steps; percentiles are over all of them.
+    Transformers' DynamicCache copies a layer's keys and values at every step, as in `generate()`: that is included.
+
+    Rows, by context and then in the models' order: {"context", "batch", "model", "ms_p20", "ms_p50", "ms_p80"
+    (milliseconds a step), "tokens_per_s" (of the whole batch, at the median), "kv_bytes" (of the whole batch, at
+    `context` tokens), "alternated"}. "alternated" is False if the models' caches fit only one at a time. A row whose
+    cache does not fit at all is {"context", "batch", "model", "kv_bytes", "does_not_fit": bytes it would need}.
+    """
+    if not models:
+        raise ValueError("models: got none, give at least one as {name: model}")
+    for argument, value in [("contexts", min(contexts, default=0)), ("batch", batch), ("steps", steps)]:
+        if value < 1:
+            raise ValueError(f"{argument}: got {value}, needs to be at least 1")
+    if repeats < 1:
+        raise ValueError(f"repeats: got {repeats}, needs to be at least 1")
+    devices = {model.get_input_embeddings().weight.device for model in models.values()}
+    rows = []
+    with _evaluating(models):
+        probes = {name: one_token_cache(model, batch) for name, model in models.items()}
+        for context in contexts:
+            needs = {name: _needs(probe, context) for name, probe in probes.items()}
+            free = {device: available_bytes(device) for device in devices}
+            room = min((MEMORY_SHARE * bytes_ for bytes_ in free.values() if bytes_ is not None), default=float("inf"))
+            fitting = {name: model for name, model in models.items() if needs[name][1] <= room}
+            together = sum(needs[name][1] for name in fitting) <= room
+            groups = [fitting] if together else [{name: model} for name, model in fitting.items()]
+            measured: dict[str, dict] = {}
+            for group in groups:
+                try:
+                    measured |= _time_group(group, context, batch, steps, repeats, seed)
+                except torch.OutOfMemoryError:  # the estimate was too low: nothing of this group is reported as timed
+                    torch.cuda.empty_cache()
+            for name in models:
+                missing = {"kv_bytes": needs[name][0], "does_not_fit": needs[name][1]}
+                rows.append({"context": context, "batch": batch, "model": name, **measured.get(name, missing)})
+            if progress:
+                progress(f"decode at {context:,} tokens: {', '.join(_say(row) for row in rows[-len(models) :])}")
+    return rows
+
+
+def _say(row: dict) -> str:
+    return f"{row['model']} " + (f"{row['tokens_per_s']:.1f} tokens/s" if "ms_p50" in row else "does not fit")
+
+
+def side_by_side(rows: list[dict]) -> list[dict]:
+    """Rows of `decode_speed` with one entry per context: {"context", "batch", model name: the rest of its row}."""
+    merged: dict[tuple[int, int], dict] = {}
+    for row in rows:
+        entry = merged.setdefault((row["context"], row["batch"]), {"context": row["context"], "batch": row["batch"]})
+        entry[row["model"]] = {k: v for k, v in row.items() if k not in ("context", "batch", "model")}
+    return list(merged.values())

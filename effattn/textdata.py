@@ -1,0 +1,101 @@
+"""Token streams to calibrate, train and evaluate on: text files, a `datasets` name, or the embedded corpus."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+HELD_OUT = 0.1  # share of the user's text that is kept for evaluation
+
+
+@dataclass
+class Streams:
+    """train (N,) and evaluation (M,) int64, disjoint, and where they come from."""
+
+    train: torch.Tensor
+    evaluation: torch.Tensor
+    source: str
+
+
+def streams(
+    tokenizer, *, train: int, evaluation: int, text: Sequence[Path] = (), dataset: str | None = None,
+    column: str | None = None,
+) -> Streams:  # fmt: skip
+    """Up to `train` training tokens and `evaluation` held-out ones, from `text` files, a `dataset`, or else the
+    embedded corpus (its train and validation files). Raises ValueError for files that are missing, empty or not
+    UTF-8, and for sources with nothing in them."""
+    if text and dataset:
+        raise ValueError("text and dataset: got both, valid is one of them (or neither: the embedded corpus)")
+    if not text and not dataset:
+        from effattn import embedded
+
+        return Streams(
+            embedded.tokens("train", train, tokenizer=tokenizer),
+            embedded.tokens("validation", evaluation, tokenizer=tokenizer),
+            "embedded corpus (Python standard library)",
+        )
+    wanted = int((train + evaluation) / (1 - HELD_OUT)) + 1
+    documents = read_files(text) if text else read_dataset(dataset, column)
+    tokens = encode(documents, tokenizer, wanted)
+    source = ", ".join(str(path) for path in text) if text else f"dataset {dataset}"
+    if len(tokens) < 2:
+        raise ValueError(f"{'text' if text else 'dataset'}: {source} holds no text")
+    held_out = min(evaluation, max(1, int(len(tokens) * HELD_OUT)))
+    cut = len(tokens) - held_out
+    return Streams(tokens[:cut][:train], tokens[cut:], source)
+
+
+def encode(documents: Iterable[str], tokenizer, limit: int) -> torch.Tensor:
+    """The documents' tokens end to end, each closed by the end-of-text token if there is one: int64 (<= limit,)."""
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    pieces, total = [], 0
+    for document in documents:
+        ids = tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"] + end
+        pieces.append(torch.tensor(ids, dtype=torch.int64))
+        total += len(ids)
+        if total >= limit:
+            break
+    return torch.cat(pieces)[:limit] if pieces else torch.empty(0, dtype=torch.int64)
+
+
+def read_files(paths: Sequence[Path]) -> list[str]:
+    """The texts of UTF-8 files. Raises ValueError naming the file that is missing, empty or not UTF-8."""
+    texts = []
+    for path in map(Path, paths):
+        if not path.is_file():
+            raise ValueError(f"text: {path} {'is a folder' if path.is_dir() else 'does not exist'}, valid is a file")
+        try:
+            text = path.read_bytes().decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"text: {path} is not UTF-8 (byte {error.start} is {error.object[error.start]:#04x})") from None
+        if not text.strip():
+            raise ValueError(f"text: {path} is empty")
+        texts.append(text)
+    return texts
+
+
+def read_dataset(name: str, column: str | None = None) -> Iterator[str]:
+    """Streams a text column of `datasets.load_dataset(name)`'s first split ("train" if it has one). `name` may be
+    a local folder. Raises ValueError for what `datasets` cannot find, and for unknown columns."""
+    import datasets
+
+    try:
+        splits = datasets.load_dataset(name, streaming=True)
+    except Exception as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"dataset: {name!r} could not be loaded: {reason}") from error
+    rows = iter(splits["train"] if "train" in splits else next(iter(splits.values())))
+    first = next(rows, None)
+    if first is None:
+        raise ValueError(f"dataset: {name!r} has no rows")
+    strings = [key for key, value in first.items() if isinstance(value, str)]
+    if column is None and strings:
+        column = "text" if "text" in strings else strings[0]
+    if column not in strings:
+        raise ValueError(f"column: got {column!r}, {name!r} has the text columns {', '.join(map(repr, strings)) or 'none'}")
+    yield first[column]
+    for row in rows:
+        yield row[column]

@@ -1,0 +1,151 @@
+"""Checkpoints: all or nothing, plain wherever plain transformers can say it, and never a number that is not one."""
+
+import json
+import os
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from effattn import registry
+from effattn.hf import checkpoint
+from effattn.hf.swap import active, restore, swap
+from effattn.patterns.dense import Dense
+
+TOKENS = torch.arange(3, 23).view(2, 10)
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=64,
+    )  # fmt: skip
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+@pytest.fixture
+def offline(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+
+
+def test_a_dense_swap_is_saved_as_plain_transformers(model, tmp_path):
+    expected = model(TOKENS).logits
+    swap(model, "dense")
+    assert checkpoint.save(model, tmp_path / "out") == tmp_path / "out"
+    assert "effattn" not in (tmp_path / "out" / "config.json").read_text()
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    assert plain.config._attn_implementation == "sdpa"
+    assert torch.equal(plain(TOKENS).logits, expected)
+    assert active(model) is not None  # saving changes nothing
+    loaded = checkpoint.load(tmp_path / "out")
+    assert active(loaded) is None
+    assert torch.equal(loaded(TOKENS).logits, expected)
+
+
+def test_other_swaps_are_kept_in_the_config_and_applied_again(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(registry, "_BACKENDS", dict(registry.backends()))
+
+    @registry.register("halved")
+    class Halved(Dense):
+        plain = False
+
+        def attend(self, *args):
+            return super().attend(*args) / 2
+
+    swap(model, {"1": "halved(impl='torch')"})
+    expected = model(TOKENS).logits
+    checkpoint.save(model, tmp_path / "a")
+    assert json.loads((tmp_path / "a" / "config.json").read_text())["effattn"] == {
+        "pattern": {"1": "halved(impl='torch')"}
+    }
+    loaded = checkpoint.load(tmp_path / "a")
+    assert torch.equal(loaded(TOKENS).logits, expected)
+    checkpoint.save(restore(loaded), tmp_path / "b")
+    assert "effattn" not in (tmp_path / "b" / "config.json").read_text()
+
+
+def test_a_full_folder_is_refused(model, tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match="is not an empty folder; nothing was written"):
+        checkpoint.save(model, tmp_path)
+    with pytest.raises(ValueError, match="is not an empty folder"):
+        checkpoint.save(model, tmp_path / "notes.txt")
+    assert [p.name for p in tmp_path.iterdir()] == ["notes.txt"]
+    (tmp_path / "empty").mkdir()
+    checkpoint.save(model, tmp_path / "empty")
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_a_failure_leaves_nothing_behind(tmp_path, error):
+    def fail():
+        with checkpoint.atomic_folder(tmp_path / "out") as folder:
+            (folder / "half").write_text("x")
+            assert folder.parent == tmp_path
+            raise error
+
+    with pytest.raises(error):
+        fail()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_folder_is_as_readable_as_any_other(tmp_path):
+    with checkpoint.atomic_folder(tmp_path / "new" / "out") as folder:
+        (folder / "sub").mkdir()
+        (folder / "sub" / "file").write_text("x")
+    (tmp_path / "plain").mkdir()
+    assert os.stat(tmp_path / "new" / "out").st_mode == os.stat(tmp_path / "plain").st_mode
+    assert (tmp_path / "new" / "out" / "sub" / "file").read_text() == "x"
+    assert [p.name for p in (tmp_path / "new").iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_numbers_that_are_not_are_refused_by_name(model, tmp_path, value):
+    checkpoint.check_finite(model)
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[3, 4] = value
+    message = "model.layers.1.mlp.up_proj.weight holds NaN or Inf .1 of 1536 values"
+    with pytest.raises(ValueError, match=message):
+        checkpoint.save(model, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+    model.save_pretrained(tmp_path / "bad")
+    with pytest.raises(ValueError, match=message):
+        checkpoint.load(tmp_path / "bad")
+
+
+@pytest.mark.parametrize("name", ["embeded", "./nowhere", "/no/such/folder", "a/b/c", "no-such-owner-x/no-such-model"])
+def test_an_unknown_name_is_one_clear_error(offline, name):
+    with pytest.raises(
+        ValueError, match="not 'embedded', not an existing folder, and not found as a hub name"
+    ) as caught:
+        checkpoint.load_model(name)
+    assert repr(name) in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert caught.value.__suppress_context__ or caught.value.__context__ is None  # no traceback of the hub library
+    assert ("did you mean 'embedded'" in str(caught.value)) == (name == "embeded")
+
+
+def test_a_folder_that_is_no_checkpoint(tmp_path):
+    with pytest.raises(ValueError, match=r"has no config.json"):
+        checkpoint.load_model(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ValueError, match="cannot be read"):
+        checkpoint.load_model(tmp_path)
+
+
+def test_dtypes(model, tmp_path):
+    checkpoint.save(model, tmp_path / "out")
+    assert checkpoint.load(tmp_path / "out", dtype="bfloat16").dtype == torch.bfloat16
+    assert checkpoint.load(tmp_path / "out", dtype=torch.float64).dtype == torch.float64
+    assert checkpoint.load(tmp_path / "out").dtype == torch.float32
+    with pytest.raises(ValueError, match="did you mean 'bfloat16'"):
+        checkpoint.load(tmp_path / "out", dtype="bfloat1")
+
+
+def test_resolve(tmp_path):
+    assert checkpoint.resolve("owner/name-1.0") == "owner/name-1.0"
+    (tmp_path / "config.json").write_text("{}")
+    assert checkpoint.resolve(tmp_path) == str(tmp_path)
+    assert checkpoint.resolve("embedded").endswith("model")
