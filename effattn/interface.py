@@ -282,15 +282,12 @@ class Backend(nn.Module):
             raise ValueError(f"q: expected a multiple of k's {kv_heads} heads, got {heads} heads")
         if state is not None and not isinstance(state, State):
             raise ValueError(f"state: expected one from {self.name}'s new_state(), got {type(state).__name__}")
-        past = 0 if state is None else state.seq_len
-        total = past + new
+        total = new + (0 if state is None else state.seq_len)
         if total < queries:
-            raise ValueError(
-                f"k: expected at least q's {queries} tokens, got {total} (queries are the last keys)"
-            )
+            raise ValueError(f"k: expected at least q's {queries} tokens, got {total} (queries are the last keys)")
         if padding_mask is not None:
             if padding_mask.shape != (batch, total):
-                with_past = f" ({past} in the state + {new} new)" if state is not None else ""
+                with_past = f" ({total - new} in the state + {new} new)" if state is not None else ""
                 raise ValueError(
                     f"padding_mask: expected ({batch}, {total}){with_past}, got {tuple(padding_mask.shape)}"
                 )

@@ -17,8 +17,6 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-import torch
-
 from effattn import embedded
 from effattn.errors import check_choice
 from effattn.evaluate.loss import compare, token_losses

@@ -120,9 +120,7 @@ def _refuse(layer: LayerSwap, query: Tensor, key: Tensor, mask: Tensor | None, d
             raise Unsupported(f"{where}the model passes {name}, which backend {layer.backend.name!r} does not support")
     window = kwargs.get("sliding_window")
     if window is not None and key.shape[2] > window:
-        raise Unsupported(
-            f"{where}the model's window is {window}, dense over {key.shape[2]} keys is not the same"
-        )
+        raise Unsupported(f"{where}the model's window is {window}, dense over {key.shape[2]} keys is not the same")
     if dropout:
         raise Unsupported(f"{where}attention dropout {dropout} while training; set config.attention_dropout to 0")
     if kwargs.get("output_attentions"):

@@ -76,7 +76,7 @@ def restore(model: nn.Module) -> nn.Module:
     done = active(model)
     if done is not None:
         for layer in anatomy.of(model).layers:
-            delattr(layer.attention, live.ATTRIBUTE)
+            layer.attention.__dict__.pop(live.ATTRIBUTE, None)
         delattr(model, live.ATTRIBUTE)
         model.set_attn_implementation(done.original)
     return model

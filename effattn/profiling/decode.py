@@ -166,7 +166,7 @@ def decode_speed(
     steps: int = 16,
     repeats: int = 3,
     seed: int = 0,
-    progress: Callable[[str], None] | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> list[dict]:
     """Measured greedy decoding speed of each model at each context length (tokens already in the KV cache).
 
@@ -182,6 +182,7 @@ def decode_speed(
     (milliseconds a step), "tokens_per_s" (of the whole batch, at the median), "kv_bytes" (of the whole batch, at
     `context` tokens), "alternated"}. "alternated" is False if the models' caches fit only one at a time. A row whose
     cache does not fit at all is {"context", "batch", "model", "kv_bytes", "does_not_fit": bytes it would need}.
+    `progress` is called with (contexts done, contexts).
     """
     if not models:
         raise ValueError("models: got none, give at least one as {name: model}")
@@ -194,7 +195,7 @@ def decode_speed(
     rows = []
     with _evaluating(models):
         probes = {name: one_token_cache(model, batch) for name, model in models.items()}
-        for context in contexts:
+        for number, context in enumerate(contexts):
             needs = {name: _needs(probe, context) for name, probe in probes.items()}
             free = {device: available_bytes(device) for device in devices}
             room = min((MEMORY_SHARE * bytes_ for bytes_ in free.values() if bytes_ is not None), default=float("inf"))
@@ -211,18 +212,5 @@ def decode_speed(
                 missing = {"kv_bytes": needs[name][0], "does_not_fit": needs[name][1]}
                 rows.append({"context": context, "batch": batch, "model": name, **measured.get(name, missing)})
             if progress:
-                progress(f"decode at {context:,} tokens: {', '.join(_say(row) for row in rows[-len(models) :])}")
+                progress(number + 1, len(contexts))
     return rows
-
-
-def _say(row: dict) -> str:
-    return f"{row['model']} " + (f"{row['tokens_per_s']:.1f} tokens/s" if "ms_p50" in row else "does not fit")
-
-
-def side_by_side(rows: list[dict]) -> list[dict]:
-    """Rows of `decode_speed` with one entry per context: {"context", "batch", model name: the rest of its row}."""
-    merged: dict[tuple[int, int], dict] = {}
-    for row in rows:
-        entry = merged.setdefault((row["context"], row["batch"]), {"context": row["context"], "batch": row["batch"]})
-        entry[row["model"]] = {k: v for k, v in row.items() if k not in ("context", "batch", "model")}
-    return list(merged.values())

@@ -193,14 +193,13 @@ def bar_plot(
 def svg(figure, title: str, axes=None) -> Markup:
     """A matplotlib Figure as an inline <svg> with a caption: text stays text, colours follow the page, no metadata."""
     import matplotlib
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
 
     if axes is not None and len(axes.get_legend_handles_labels()[0]) > 1:
         columns = min(4, len(axes.get_legend_handles_labels()[0]))
         figure.legend(loc="outside upper left", ncols=columns, frameon=False, labelcolor=_INK, fontsize=9)
     buffer = io.StringIO()
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": title}):
-        FigureCanvasSVG(figure).print_svg(buffer, transparent=True, metadata={"Date": None})
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     text = buffer.getvalue()
     text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
     text = re.sub(r'(<svg[^>]*?) (?:width|height)="[^"]*"', r"\1", text)

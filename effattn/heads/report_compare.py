@@ -1,0 +1,136 @@
+"""A sweep of conversions on one page: several numbers of KV heads and methods side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from markupsafe import Markup
+
+from effattn.heads.report_plots import token_axis
+from effattn.heads.report_tables import UNKNOWN, heads_text, number, pairs, speed_ratio
+from effattn.profiling.html import PALETTE, Section, Series, Table, bar_plot, line_plot, page
+
+if TYPE_CHECKING:
+    from effattn.heads.report import ConversionReport
+
+VARIED = ("model", "refit", "grouping", "calibration_source", "calibration_tokens", "uptrain_tokens", "seed")
+STYLES = ("-", "--", ":", "-.")
+
+
+def labels(reports: Sequence[ConversionReport]) -> list[str]:
+    """A method's name for each report, with whatever other settings differ between them (KV heads are apart)."""
+    differing = [
+        name
+        for name in VARIED
+        if len({str(report.settings.get(name)) for report in reports if name in report.settings}) > 1
+    ]
+    result: list[str] = []
+    seen: dict[tuple, int] = {}
+    for report in reports:
+        text = ", ".join(
+            [str(report.settings.get("method", "unknown method"))]
+            + [f"{name.replace('_', ' ')} {number(report.settings.get(name))}" for name in differing]
+        )
+        key = (text, report.model.get("kv_heads_after"))
+        seen[key] = seen.get(key, 0) + 1
+        result.append(text if seen[key] == 1 else f"{text} #{seen[key]}")
+    return result
+
+
+def compare_html(reports: Sequence[ConversionReport]) -> str:
+    """One page for a sweep over KV heads and methods: a table, the uptraining curves, the excess cross-entropy."""
+    if not reports:
+        raise ValueError("reports: got none, give at least one")
+    named = sorted(
+        zip(labels(reports), reports, strict=True),
+        key=lambda pair: (-(pair[1].model.get("kv_heads_after") or 0), pair[0]),
+    )
+    rows = []
+    for label, report in named:
+        timed = [row for row in report.decode if speed_ratio(row)]
+        longest = max(timed, key=lambda row: row["context"]) if timed else None
+        rows.append([
+            label, heads_text(report), number(report.kv_bytes_per_token.get("after")),
+            *(number(report.measured(stage)) for stage in ("before", "converted", "uptrained")),
+            *(number(report.excess(stage)) for stage in ("converted", "uptrained")),
+            f"{speed_ratio(longest):.2f}x at {longest['context']:,}" if longest else UNKNOWN,
+        ])  # fmt: skip
+    header = ("Method", "KV heads", "KV bytes/token", "Perplexity before", "converted", "uptrained",
+              "Excess CE converted", "uptrained", "Decoding speed")  # fmt: skip
+    note = "Excess CE: cross-entropy above the parent's, nats per token. Speed: after over before, at that context."
+    models = " and ".join(dict.fromkeys(str(report.settings.get("model", "model")) for report in reports))
+    lead = " ".join([f"{len(reports)} conversions of {models}.", *_closest(named)])
+    environments = [pairs("Environment", reports[0].part("environment"))] if reports[0].part("environment") else []
+    return page(
+        f"Head conversion of {models}: a comparison",
+        lead,
+        [
+            Section("Conversions", tables=[Table("Conversions", header, rows, note)]),
+            Section("Excess cross-entropy", plots=excess(named)),
+            Section("Uptraining", plots=curves(named)),
+            Section("Environment", "Of the first report.", tables=environments),
+        ],
+    )
+
+
+def _closest(named: Sequence[tuple[str, ConversionReport]]) -> list[str]:
+    """A sentence for each number of KV heads: the method closest to the parent, after uptraining if any has it."""
+    sentences = []
+    for kv_heads in reversed(_kv_heads(named)):
+        for stage, when in (("uptrained", "after uptraining"), ("converted", "right after conversion")):
+            scored = [(r.excess(stage), label) for label, r in named if r.model.get("kv_heads_after") == kv_heads]
+            scored = [one for one in scored if one[0] is not None]
+            if scored:
+                value, label = min(scored)
+                text = f"{kv_heads} KV heads: {label} is closest to the parent {when} ({value:+.4f} nats/token)."
+                sentences.append(text)
+                break
+    return sentences
+
+
+def _kv_heads(named: Sequence[tuple[str, ConversionReport]]) -> list[int]:
+    return sorted({report.model["kv_heads_after"] for _, report in named if report.model.get("kv_heads_after")})
+
+
+def curves(named: Sequence[tuple[str, ConversionReport]]) -> list[Markup]:
+    """Perplexity against uptraining tokens: a colour for each number of KV heads, a line style for each method."""
+    drawn = [(label, report) for label, report in named if report.curve]
+    if not drawn:
+        return []
+    heads, methods = _kv_heads(named), list(dict.fromkeys(label for label, _ in named))
+    every = [point["tokens"] for _, report in drawn for point in report.curve]
+    scale = max(every) / max(token_axis(every)[0]) if max(every) else 1.0
+    lines, values = [], []
+    for label, report in drawn:
+        kv_heads = report.model.get("kv_heads_after")
+        color = PALETTE[heads.index(kv_heads) % len(PALETTE)] if kv_heads in heads else PALETTE[-1]
+        name = f"{kv_heads} KV heads" + (f", {label}" if len(methods) > 1 else "")
+        y = [point.get("perplexity") for point in report.curve]
+        x = [point["tokens"] / scale for point in report.curve]
+        lines.append(Series(name, x, y, color, STYLES[methods.index(label) % len(STYLES)]))
+        values += [value for value in y if value is not None]
+    parents = {round(report.curve_parent, 6) for _, report in drawn if report.curve_parent is not None}
+    if len(parents) == 1:
+        parent = parents.pop()
+        lines.append(Series("parent", [0, max(every) / scale], [parent] * 2, "#858c94", "--", ""))
+        values.append(parent)
+    log = bool(values) and max(values) > 10 * min(values)
+    axes = (token_axis(every)[1], "perplexity")
+    return [line_plot("Perplexity while uptraining", lines, *axes, log_y=log, width=9.6, height=4.2)]
+
+
+def excess(named: Sequence[tuple[str, ConversionReport]]) -> list[Markup]:
+    """Cross-entropy above the parent's by method, grouped by KV heads: after conversion and after uptraining."""
+    heads, methods = _kv_heads(named), list(dict.fromkeys(label for label, _ in named))
+    found = {(label, report.model.get("kv_heads_after")): report for label, report in named}
+    plots = []
+    for stage, title in (("converted", "Right after conversion"), ("uptrained", "After uptraining")):
+        series = []
+        for index, method in enumerate(methods):
+            values = [found[method, n].excess(stage) if (method, n) in found else None for n in heads]
+            series.append((method, PALETTE[index % len(PALETTE)], values))
+        if any(value is not None for _, _, values in series for value in values):
+            y_label = "excess cross-entropy (nats/token)"
+            plots.append(bar_plot(title, [str(n) for n in heads], series, "KV heads", y_label))
+    return plots

@@ -1,0 +1,90 @@
+"""The plots of conversion reports. A list of inline SVG figures each, empty if not measured."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from markupsafe import Markup
+
+from effattn.profiling.html import AFTER, BEFORE, Series, bar_plot, line_plot
+
+if TYPE_CHECKING:
+    from effattn.heads.report import ConversionReport
+
+ERRORS = {  # a layer's errors: key -> (legend, colour)
+    "k_error": ("keys", "#8c7a3f"),
+    "v_error": ("values", "#8067d6"),
+    "attention_error_merged": ("attention output, before the O re-fit", BEFORE),
+    "attention_error": ("attention output, after the O re-fit", AFTER),
+}
+CONTEXTS = [2**power for power in range(9, 18)]  # tokens at which the KV cache is drawn
+
+
+def token_axis(counts: Sequence[float]) -> tuple[list[float], str]:
+    """Token counts in a unit that keeps the axis short, and the unit's name."""
+    largest = max(counts, default=0)
+    scale, unit = (1e9, "billions") if largest >= 2e9 else (1e6, "millions") if largest >= 2e6 else (1e3, "thousands")
+    return [count / scale for count in counts], f"uptraining tokens ({unit})"
+
+
+def uptraining(report: ConversionReport) -> list[Markup]:
+    """Perplexity and KL to the parent against uptraining tokens; the parent dashed where it is comparable."""
+    points = [point for point in report.curve if point.get("perplexity") is not None]
+    if not points:
+        return []
+    x, x_label = token_axis([point["tokens"] for point in points])
+    y = [point["perplexity"] for point in points]
+    lines = [Series("converted model", x, y, AFTER)]
+    if report.curve_parent is not None:
+        lines.append(Series("parent", [x[0], x[-1]], [report.curve_parent] * 2, BEFORE, "--", ""))
+        y = [*y, report.curve_parent]
+    plots = [line_plot("Perplexity while uptraining", lines, x_label, "perplexity", log_y=max(y) > 10 * min(y))]
+    kl = [point.get("kl") for point in points]
+    if any(value is not None for value in kl):
+        line = Series("KL", x, kl, AFTER)
+        plots.append(line_plot("KL to the parent while uptraining", [line], x_label, "KL (nats/token)", zero=True))
+    return plots
+
+
+def layers(report: ConversionReport) -> list[Markup]:
+    """Relative error of keys, values and the attention output, layer by layer."""
+    rows = report.layers
+    series = [(label, color, [row.get(key) for row in rows]) for key, (label, color) in ERRORS.items()]
+    series = [one for one in series if any(value is not None for value in one[2])]
+    if not series:
+        return []
+    names = [str(row["layer"]) for row in rows]
+    return [bar_plot("Error by layer", names, series, "layer", "relative squared error", width=9.6, height=3.4)]
+
+
+def cache(report: ConversionReport) -> list[Markup]:
+    """KV cache size against context, log-log, for one sequence."""
+    sizes = report.kv_bytes_per_token
+    contexts = sorted({*CONTEXTS, *(row["context"] for row in report.decode)})
+    lines = [
+        Series(when, contexts, [sizes[when] * context / 2**20 for context in contexts], color, marker="")
+        for when, color in (("before", BEFORE), ("after", AFTER))
+        if sizes.get(when)
+    ]
+    if not lines:
+        return []
+    labels = ("context (tokens)", "KV cache (MiB, one sequence)")
+    return [line_plot("KV cache against context", lines, *labels, contexts=True, log_y=True)]
+
+
+def decode(report: ConversionReport) -> list[Markup]:
+    """Decoding speed against context with its p20 to p80 band."""
+    lines = []
+    for when, color in (("before", BEFORE), ("after", AFTER)):
+        rows = [row for row in report.decode if (row.get(when) or {}).get("ms_p50")]
+        rows.sort(key=lambda row: row["context"])
+        if rows:
+            slow, middle, fast = (
+                [1000 * (row.get("batch") or 1) / row[when][f"ms_p{p}"] for row in rows] for p in (80, 50, 20)
+            )
+            lines.append(Series(when, [row["context"] for row in rows], middle, color, low=slow, high=fast))
+    if not lines:
+        return []
+    labels = ("context (tokens)", "decoding (tokens/s)")
+    return [line_plot("Decoding speed (band: p20 to p80)", lines, *labels, contexts=True, zero=True)]

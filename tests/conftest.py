@@ -1,0 +1,64 @@
+"""Shared by all tests: tiny random models, two threads at most, no network."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+import transformers
+from transformers import AutoModelForCausalLM
+
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", min(2, os.cpu_count() or 1))))
+transformers.logging.set_verbosity_error()
+transformers.logging.disable_progress_bar()
+
+SMALL = dict(
+    hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=8, num_key_value_heads=8,
+    vocab_size=96, max_position_embeddings=128, pad_token_id=0, bos_token_id=0, eos_token_id=0,
+)  # fmt: skip
+
+# Settings of each class that its tiny configuration needs beyond SMALL.
+EXTRA: dict[str, dict] = {
+    "gemma": {"head_dim": 16},
+    "gemma2": {"head_dim": 8, "layer_types": ["sliding_attention", "full_attention"], "sliding_window": 32},
+    "gemma3_text": {"head_dim": 8, "layer_types": ["sliding_attention", "full_attention"], "sliding_window": 32},
+    "qwen3": {"head_dim": 8},
+    "qwen3_moe": {"head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
+    "qwen2_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32,
+                  "shared_expert_intermediate_size": 32},
+    "mixtral": {"num_local_experts": 4},
+    "olmoe": {"num_experts": 4, "num_experts_per_tok": 2},
+    "olmo3": {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 32},
+    "cohere2": {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 32, "head_dim": 8},
+    "exaone4": {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 32, "head_dim": 8},
+    "glm": {"head_dim": 8},
+    "glm4": {"head_dim": 8},
+    "ernie4_5": {"head_dim": 8},
+    "helium": {"head_dim": 8},
+    "seed_oss": {"head_dim": 8},
+    "arcee": {"head_dim": 8},
+}  # fmt: skip
+
+
+def tiny(kind: str, seed: int = 0, dtype: torch.dtype = torch.float64, **overrides):
+    """A random model of transformers' class `kind` (a model_type), eval mode, biases and norm gains included."""
+    config = transformers.AutoConfig.for_model(kind, **{**SMALL, **EXTRA.get(kind, {}), **overrides})
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    with torch.no_grad():  # initial biases are zero and gains one, which would hide mistakes
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_(std=0.1)
+            elif parameter.dim() > 1:
+                parameter.normal_(std=parameter.shape[-1] ** -0.5)
+    return model
+
+
+@pytest.fixture(scope="session")
+def tokens() -> torch.Tensor:
+    """Random token ids of the tiny models, int64 (2048,)."""
+    return torch.randint(0, SMALL["vocab_size"], (2048,), generator=torch.Generator().manual_seed(0))

@@ -1,0 +1,105 @@
+"""The anatomy is right for every class it names: views write through, gauge freedoms hold, refusals name names."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+import transformers
+from conftest import SMALL, tiny
+
+from effattn.errors import Unsupported
+from effattn.hf import anatomy as hf
+
+MOE = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe")  # transformers' CPU experts have no fp64
+LOOSE = 1e-4  # RMSNorm casts to fp32; a mistake moves logits by 0.1 and more
+KINDS = sorted(hf.FAMILIES)
+
+
+def model_of(kind: str, **overrides):
+    return tiny(kind, dtype=torch.float32 if kind in MOE else torch.float64, **overrides)
+
+
+@torch.no_grad()
+def logits(model, tokens):
+    return model(input_ids=tokens[:96].view(2, 48), use_cache=False).logits.double()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_projections_are_views_of_the_weights(kind, tokens):
+    model = model_of(kind)
+    before = logits(model, tokens)
+    for layer in hf.of(model):
+        for part in (layer.q, layer.k, layer.v, layer.o):
+            assert part.by_head.data_ptr() >= part.module.weight.data_ptr()
+            assert part.by_head.untyped_storage().data_ptr() == part.module.weight.untyped_storage().data_ptr()
+        assert layer.q.by_head.shape == (8, layer.head_dim, 64)
+        assert layer.o.by_head.shape == (8, 64, layer.head_dim)
+        # Swap two heads everywhere: a pure renaming, if q, k, v and o are what they say they are.
+        order = [1, 0, *range(2, 8)]
+        for part in (layer.q, layer.k, layer.v, layer.o):
+            part.by_head.copy_(part.by_head[order].clone())
+            if part.bias is not None and not part.output:
+                rows = part._rows(part.module.bias.detach())
+                rows.copy_(rows[order].clone())
+    difference = (logits(model, tokens) - before).abs().max()
+    assert difference < LOOSE
+
+
+@pytest.mark.parametrize("kind", [k for k in KINDS if hf.FAMILIES[k].rotary])
+def test_rotary_dims_and_pairs(kind, tokens):
+    """Turning q and k of a head by the same phase, each frequency its own, changes nothing; and the pairs are the
+    ones of the class's own rotate_half."""
+    model = model_of(kind)
+    before = logits(model, tokens)
+    for layer in hf.of(model):
+        rotate = getattr(sys.modules[type(layer.attention).__module__], "rotate_half", None)
+        if rotate is not None:
+            assert (float(rotate(torch.arange(1.0, 5.0))[0]) == -2) == layer.family.interleaved
+        real, imaginary = layer.rotary_pairs()
+        assert len(real) * 2 == layer.rotary_dims <= layer.head_dim
+        angle = torch.linspace(0.3, 2.0, len(real), dtype=model.dtype)[:, None]
+        for part in (layer.q, layer.k):
+            biases = None if part.module.bias is None else part._rows(part.module.bias.detach())[..., None]
+            for target in (part.by_head, biases):
+                if target is None:
+                    continue
+                re, im = target[:, real].clone(), target[:, imaginary].clone()
+                target[:, real] = angle.cos() * re - angle.sin() * im
+                target[:, imaginary] = angle.sin() * re + angle.cos() * im
+    assert (logits(model, tokens) - before).abs().max() < LOOSE
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma2", "granite", "cohere", "phi", "qwen2"])
+def test_logits_from_the_final_norm(kind, tokens):
+    model, seen = model_of(kind), {}
+    parts = hf.of(model)
+    parts.final_norm.register_forward_hook(lambda _, __, output: seen.update(hidden=output))
+    expected = logits(model, tokens)
+    torch.testing.assert_close(parts.logits(seen["hidden"]).detach(), expected)
+
+
+@pytest.mark.parametrize("kind", [k for k in KINDS if not hf.FAMILIES[k].gqa])
+def test_an_existing_gqa_model_is_read_right(kind):
+    layer = hf.of(model_of(kind, num_key_value_heads=2)).layers[0]
+    assert (layer.heads, layer.kv_heads) == (8, 2)
+    assert layer.k.by_head.shape == layer.v.by_head.shape == (2, layer.head_dim, 64)
+
+
+def test_unsupported_models_are_refused_by_name():
+    gpt2 = transformers.GPT2LMHeadModel(transformers.GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=32))
+    with pytest.raises(Unsupported, match="GPT2LMHeadModel.*num_key_value_heads"):
+        hf.of(gpt2)
+    with pytest.raises(Unsupported, match="Linear"):
+        hf.of(torch.nn.Linear(2, 2))
+    falcon = transformers.FalconForCausalLM(
+        transformers.FalconConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=32)
+    )
+    with pytest.raises(Unsupported, match="Falcon.*cache"):
+        hf.of(falcon)
+    for kind in ("gpt_neox", "opt"):
+        with pytest.raises(Unsupported, match="ignores num_key_value_heads"):
+            hf.of(model_of(kind)).require_gqa()
+    with pytest.raises(Unsupported, match="causal LM"):
+        hf.of(transformers.LlamaModel(transformers.LlamaConfig(**SMALL)))

@@ -1,0 +1,115 @@
+"""Every class that can hold fewer KV heads is converted, saved, and loaded by plain transformers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import tiny
+from transformers import AutoModelForCausalLM
+
+from effattn.errors import Unsupported
+from effattn.heads.gqa import convert_gqa
+from effattn.hf import anatomy as hf
+
+KINDS = sorted(kind for kind, family in hf.FAMILIES.items() if not family.gqa)
+NORMED = {"stablelm": {"qk_layernorm": True}, "cohere": {"use_qk_norm": True}, "phi": {"qk_layernorm": True}}
+
+
+@torch.no_grad()
+def run(model, tokens):
+    return model(input_ids=tokens[:96].view(2, 48), use_cache=True)
+
+
+@pytest.mark.parametrize(("kind", "extra"), [*((k, {}) for k in KINDS), *NORMED.items()])
+def test_converted_models_reload_in_plain_transformers(kind, extra, tokens, tmp_path):
+    model = tiny(kind, dtype=torch.float32, **extra)
+    parameters = model.num_parameters()
+    report = convert_gqa(model, 2, tokens, length=64)
+    assert len(report.data["layers"]) == 2
+    assert model.num_parameters() == report.data["model"]["parameters_after"] < parameters
+    expected = run(model, tokens)
+    assert torch.isfinite(expected.logits).all()
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert type(again) is type(model)
+    found = run(again, tokens)
+    torch.testing.assert_close(found.logits, expected.logits, rtol=0, atol=1e-5)
+    for layer, part in zip(found.past_key_values.layers, hf.of(again), strict=True):
+        assert layer.keys.shape[1] == layer.values.shape[1] == part.kv_heads == 2
+    assert again.config.num_key_value_heads == 2
+    assert again.config.head_dim == part.head_dim
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "phi3", "gemma3_text"])
+def test_mqa_and_a_second_reduction(kind, tokens):
+    model = tiny(kind, num_key_value_heads=4)
+    convert_gqa(model, 2, tokens, length=64)
+    report = convert_gqa(model, 1, tokens, length=64)
+    assert report.data["model"]["kv_heads_before"] == 2
+    assert report.data["kv_bytes_per_token"]["after"] * 2 == report.data["kv_bytes_per_token"]["before"]
+    assert run(model, tokens).past_key_values.layers[0].keys.shape[1] == 1
+
+
+def test_module_objects_and_hooks_stay(tokens):
+    model, calls = tiny("llama"), []
+    layer = model.model.layers[0].self_attn
+    layer.k_proj.register_forward_hook(lambda *_: calls.append(1))
+    modules = [layer.q_proj, layer.k_proj, layer.v_proj, layer.o_proj]
+    convert_gqa(model, 2, tokens, length=64)
+    calls.clear()
+    run(model, tokens)
+    assert calls == [1]
+    assert modules == [layer.q_proj, layer.k_proj, layer.v_proj, layer.o_proj]
+    assert layer.k_proj.out_features == 2 * 8
+
+
+def snapshot(model):
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    ({"kv_heads": 3}, "kv_heads: got 3, the model has 8 KV heads; valid are the divisors 1, 2, 4, 8"),
+    ({"kv_heads": 16}, "valid are the divisors"),
+    ({"kv_heads": 0}, "valid are the divisors"),
+    ({"kv_heads": 2.0}, "valid are the divisors"),
+    ({"kv_heads": True}, "valid are the divisors"),
+    ({"method": "optimul"}, "method: got 'optimul' .did you mean 'optimal'"),
+    ({"grouping": "similar"}, "did you mean 'similarity'"),
+    ({"calibration": None}, "calibration: got None, method 'optimal' needs tokens"),
+    ({"calibration": None, "method": "mean"}, "calibration: got None, refit=True needs tokens"),
+    ({"calibration": torch.zeros(639, dtype=torch.int64)}, "got 639 tokens, at least 640 are needed"),
+    ({"calibration": torch.zeros(2, 640, dtype=torch.int64)}, r"got torch.int64 \(2, 640\), valid is"),
+    ({"calibration": torch.zeros(640)}, "got torch.float32"),
+    ({"calibration": [1, 2]}, "got list"),
+    ({"calibration": torch.full((640,), 96)}, "vocabulary is 0 to 95"),
+])  # fmt: skip
+def test_bad_arguments_are_refused_before_anything_changes(arguments, message, tokens):
+    model = tiny("llama")
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=message):
+        convert_gqa(model, **{"kv_heads": 2, "calibration": tokens, **arguments})
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert model.config.num_key_value_heads == 8
+
+
+def test_nan_weights_are_refused_by_name(tokens):
+    model = tiny("llama")
+    model.model.layers[1].mlp.up_proj.weight.data[0, 0] = float("nan")
+    with pytest.raises(ValueError, match=r"layers\.1\.mlp\.up_proj\.weight"):
+        convert_gqa(model, 2, tokens)
+
+
+@pytest.mark.parametrize("kind", ["gpt_neox", "opt"])
+def test_classes_that_ignore_the_field_are_refused_untouched(kind, tokens):
+    model = tiny(kind)
+    before = snapshot(model)
+    with pytest.raises(Unsupported, match=f"{type(model).__name__}.*ignores num_key_value_heads"):
+        convert_gqa(model, 2, tokens)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_training_mode_and_batches_of_another_size_survive(tokens):
+    """The calibration rest (a smaller last batch) counts too, and the model's mode comes back."""
+    model = tiny("llama").train()
+    convert_gqa(model, 2, tokens[:1100], length=64, batch=8)  # 17 windows: 8 + 8 + 1
+    assert model.training
