@@ -132,7 +132,7 @@ def convert_gqa(
     dataset: Annotated[str | None, typer.Option(help="a `datasets` name or folder, streamed")] = None,
     column: Annotated[str | None, typer.Option(help="the dataset's text column")] = None,
     calibration_tokens: Annotated[int, typer.Option(parser=_count, metavar="TOKENS", help="tokens for second moments")] = "50000",
-    evaluation_tokens: Annotated[int, typer.Option(parser=_count, metavar="TOKENS", help="held-out tokens to measure on")] = "65536",
+    evaluation_tokens: Annotated[int, typer.Option(parser=_count, metavar="TOKENS", help="held-out tokens to measure on")] = "32768",
     uptrain_tokens: Annotated[int, typer.Option(parser=_count, metavar="TOKENS", help="distillation budget; 0: none")] = "0",
     length: Annotated[int, typer.Option(help="window length in tokens")] = 512,
     batch: Annotated[int, typer.Option(help="uptraining windows a step and process")] = 4,

@@ -46,7 +46,7 @@ class Job:
     dataset: str | None = None
     column: str | None = None
     calibration_tokens: int = 50_000
-    evaluation_tokens: int = 65_536
+    evaluation_tokens: int = 32_768
     uptrain_tokens: int = 0
     length: int = 512
     batch: int = 4
@@ -167,7 +167,7 @@ def _uptrain(job: Job, student, parent, data, length: int, quality: dict | None,
     with show.stage(f"uptraining on {job.uptrain_tokens:,} tokens") as progress:
         result = uptrain(
             student, parent, data.train, train_tokens=job.uptrain_tokens, folder=job.partial / "uptrain",
-            evaluation=data.evaluation[:16_384], length=length, batch=job.batch, lr=job.lr, ce_weight=job.ce_weight,
+            evaluation=data.evaluation[:8_192], length=length, batch=job.batch, lr=job.lr, ce_weight=job.ce_weight,
             seed=job.seed, progress=progress, overrides=job.overrides,
         )  # fmt: skip
     pretraining = embedded.card()["train_tokens"] if job.model == embedded.NAME else None

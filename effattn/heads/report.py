@@ -137,7 +137,7 @@ class ConversionReport:
             text = f"perplexity {before:.2f} -> {last:.2f}{percent(before, last)}"
             if uptrained is not None:
                 text += f" after uptraining on {number(self.uptraining.get('tokens'))} tokens"
-                text += f" ({number(converted)} right after conversion)" if converted is not None else ""
+                text += f" ({converted:.2f} right after conversion)" if converted is not None else ""
             parts.append(text)
         timed = [row for row in self.decode if speed_ratio(row)]
         if timed:
@@ -175,19 +175,17 @@ class ConversionReport:
         note = ""
         if self.curve and self.curve_parent is None:
             note = "The curve was measured on other tokens than the table above, so the parent is not drawn with it."
-        return page(
-            self.title,
-            self.headline,
-            [
-                section("Before and after", [], "Before and after"),
-                section("Uptraining", report_plots.uptraining(self), "Uptraining", "Uptraining curve", note=note),
-                section("KV cache and decoding", report_plots.cache(self) + report_plots.decode(self), "Decoding"),
-                section("Error by layer", report_plots.layers(self), "Relative error by layer"),
-                section("Verification", [], "Verification"),
-                section("Settings", [], "Settings", "Model"),
-                section("Environment", [], "Environment"),
-            ],
-        )
+        speed = report_plots.cache(self) + report_plots.decode(self)
+        sections = [
+            section("Before and after", [], "Before and after"),
+            section("Uptraining", report_plots.uptraining(self), "Uptraining", "Uptraining curve", note=note),
+            section("KV cache and decoding", speed, "Decoding", "Time of a decoding step"),
+            section("Error by layer", report_plots.layers(self), "Relative error by layer"),
+            section("Verification", [], "Verification"),
+            section("Settings", [], "Settings", "Model"),
+            section("Environment", [], "Environment"),
+        ]
+        return page(self.title, self.headline, sections)
 
     def save(self, folder: Path | str) -> None:
         """Writes report.md, report.html and, last, report.json into `folder`: all of them or none."""

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from effattn.heads.report import ConversionReport
 
 VARIED = ("model", "refit", "grouping", "calibration_source", "calibration_tokens", "uptrain_tokens", "seed")
-STYLES = ("-", "--", ":", "-.")
+PARENT = "#858c94"  # colour of the parent, beside the methods' own
 
 
 def labels(reports: Sequence[ConversionReport]) -> list[str]:
@@ -42,10 +42,8 @@ def compare_html(reports: Sequence[ConversionReport]) -> str:
     """One page for a sweep over KV heads and methods: a table, the uptraining curves, the excess cross-entropy."""
     if not reports:
         raise ValueError("reports: got none, give at least one")
-    named = sorted(
-        zip(labels(reports), reports, strict=True),
-        key=lambda pair: (-(pair[1].model.get("kv_heads_after") or 0), pair[0]),
-    )
+    named = list(zip(labels(reports), reports, strict=True))
+    named.sort(key=lambda pair: -(pair[1].model.get("kv_heads_after") or 0))  # methods stay in the order given
     rows = []
     for label, report in named:
         timed = [row for row in report.decode if speed_ratio(row)]
@@ -67,7 +65,7 @@ def compare_html(reports: Sequence[ConversionReport]) -> str:
         lead,
         [
             Section("Conversions", tables=[Table("Conversions", header, rows, note)]),
-            Section("Excess cross-entropy", plots=excess(named)),
+            Section("Excess cross-entropy", "Cross-entropy above the parent's.", plots=excess(named)),
             Section("Uptraining", plots=curves(named)),
             Section("Environment", "Of the first report.", tables=environments),
         ],
@@ -83,7 +81,7 @@ def _closest(named: Sequence[tuple[str, ConversionReport]]) -> list[str]:
             scored = [one for one in scored if one[0] is not None]
             if scored:
                 value, label = min(scored)
-                text = f"{kv_heads} KV heads: {label} is closest to the parent {when} ({value:+.4f} nats/token)."
+                text = f"{_heads(kv_heads)}: {label} is closest to the parent {when} ({value:+.4f} nats/token)."
                 sentences.append(text)
                 break
     return sentences
@@ -93,44 +91,50 @@ def _kv_heads(named: Sequence[tuple[str, ConversionReport]]) -> list[int]:
     return sorted({report.model["kv_heads_after"] for _, report in named if report.model.get("kv_heads_after")})
 
 
+def _heads(kv_heads: int) -> str:
+    return "1 KV head" if kv_heads == 1 else f"{kv_heads} KV heads"
+
+
+def _colors(named: Sequence[tuple[str, ConversionReport]]) -> dict[str, str]:
+    """A colour for each method, the same in every plot."""
+    methods = dict.fromkeys(label for label, _ in named)
+    return {method: PALETTE[index % len(PALETTE)] for index, method in enumerate(methods)}
+
+
 def curves(named: Sequence[tuple[str, ConversionReport]]) -> list[Markup]:
-    """Perplexity against uptraining tokens: a colour for each number of KV heads, a line style for each method."""
-    drawn = [(label, report) for label, report in named if report.curve]
-    if not drawn:
-        return []
-    heads, methods = _kv_heads(named), list(dict.fromkeys(label for label, _ in named))
-    every = [point["tokens"] for _, report in drawn for point in report.curve]
-    scale = max(every) / max(token_axis(every)[0]) if max(every) else 1.0
-    lines, values = [], []
-    for label, report in drawn:
-        kv_heads = report.model.get("kv_heads_after")
-        color = PALETTE[heads.index(kv_heads) % len(PALETTE)] if kv_heads in heads else PALETTE[-1]
-        name = f"{kv_heads} KV heads" + (f", {label}" if len(methods) > 1 else "")
-        y = [point.get("perplexity") for point in report.curve]
-        x = [point["tokens"] / scale for point in report.curve]
-        lines.append(Series(name, x, y, color, STYLES[methods.index(label) % len(STYLES)]))
-        values += [value for value in y if value is not None]
-    parents = {round(report.curve_parent, 6) for _, report in drawn if report.curve_parent is not None}
-    if len(parents) == 1:
-        parent = parents.pop()
-        lines.append(Series("parent", [0, max(every) / scale], [parent] * 2, "#858c94", "--", ""))
-        values.append(parent)
-    log = bool(values) and max(values) > 10 * min(values)
-    axes = (token_axis(every)[1], "perplexity")
-    return [line_plot("Perplexity while uptraining", lines, *axes, log_y=log, width=9.6, height=4.2)]
+    """Perplexity against uptraining tokens: a plot for each number of KV heads, the parent dashed."""
+    colors, plots = _colors(named), []
+    for kv_heads in reversed(_kv_heads(named)):
+        drawn = [(label, r) for label, r in named if r.curve and r.model.get("kv_heads_after") == kv_heads]
+        every = [point["tokens"] for _, report in drawn for point in report.curve]
+        if not every:
+            continue
+        scaled, x_label = token_axis(every)
+        place, lines, values = dict(zip(every, scaled, strict=True)), [], []
+        for label, report in drawn:
+            y = [point.get("perplexity") for point in report.curve]
+            lines.append(Series(label, [place[point["tokens"]] for point in report.curve], y, colors[label]))
+            values += [value for value in y if value is not None]
+        parents = {round(report.curve_parent, 4) for _, report in drawn if report.curve_parent is not None}
+        if len(parents) == 1:
+            values += parents
+            lines.append(Series("parent", [min(scaled), max(scaled)], [*parents] * 2, PARENT, "--", ""))
+        log = bool(values) and max(values) > 5 * min(values)
+        plots.append(line_plot(f"Uptraining, {_heads(kv_heads)}", lines, x_label, "perplexity", log_y=log))
+    return plots
 
 
 def excess(named: Sequence[tuple[str, ConversionReport]]) -> list[Markup]:
     """Cross-entropy above the parent's by method, grouped by KV heads: after conversion and after uptraining."""
-    heads, methods = _kv_heads(named), list(dict.fromkeys(label for label, _ in named))
+    heads = _kv_heads(named)
     found = {(label, report.model.get("kv_heads_after")): report for label, report in named}
     plots = []
     for stage, title in (("converted", "Right after conversion"), ("uptrained", "After uptraining")):
         series = []
-        for index, method in enumerate(methods):
+        for method, color in _colors(named).items():
             values = [found[method, n].excess(stage) if (method, n) in found else None for n in heads]
-            series.append((method, PALETTE[index % len(PALETTE)], values))
+            series.append((method, color, values))
         if any(value is not None for _, _, values in series for value in values):
-            y_label = "excess cross-entropy (nats/token)"
+            y_label = "excess CE (nats/token)"
             plots.append(bar_plot(title, [str(n) for n in heads], series, "KV heads", y_label))
     return plots

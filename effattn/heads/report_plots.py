@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 ERRORS = {  # a layer's errors: key -> (legend, colour)
     "k_error": ("keys", "#8c7a3f"),
     "v_error": ("values", "#8067d6"),
-    "attention_error_merged": ("attention output, before the O re-fit", BEFORE),
-    "attention_error": ("attention output, after the O re-fit", AFTER),
+    "attention_error_merged": ("attention, before O re-fit", BEFORE),
+    "attention_error": ("attention, after O re-fit", AFTER),
 }
 CONTEXTS = [2**power for power in range(9, 18)]  # tokens at which the KV cache is drawn
 
@@ -55,7 +55,7 @@ def layers(report: ConversionReport) -> list[Markup]:
     if not series:
         return []
     names = [str(row["layer"]) for row in rows]
-    return [bar_plot("Error by layer", names, series, "layer", "relative squared error", width=9.6, height=3.4)]
+    return [bar_plot("Error by layer", names, series, "layer", "relative squared error", width=10.8, height=3.4)]
 
 
 def cache(report: ConversionReport) -> list[Markup]:

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
-from transformers import Trainer, TrainerCallback
+from transformers import PrinterCallback, Trainer, TrainerCallback
 
 from effattn import training
 from effattn.evaluate.loss import compare, kl_chunked
@@ -28,8 +28,8 @@ CE_WEIGHT = 0.2
 
 
 def default_lr(hidden: int) -> float:
-    """Peak learning rate by width: 1e-3 at 256 (measured on the embedded model), 6e-5 at 4096."""
-    return 0.256 / hidden
+    """Peak learning rate by width: 1e-3 up to 256 (measured on the embedded model), 6e-5 at 4096."""
+    return min(1e-3, 0.256 / hidden)
 
 
 def distillation_loss(
@@ -154,6 +154,7 @@ def uptrain(
         model=student, args=arguments, teacher=teacher, ce_weight=ce_weight, callbacks=callbacks,
         train_dataset=training.TokenWindows(tokens, length, steps * batch * arguments.world_size, seed),
     )  # fmt: skip
+    trainer.remove_callback(PrinterCallback)  # progress is the caller's
     start = time.perf_counter()
     training.train(trainer)
     student.config.use_cache = use_cache

@@ -127,6 +127,17 @@ def _power_of_two_ticks(axes, values: Sequence[float]) -> None:
     axes.set_xticks([], minor=True)
 
 
+def _log_y(axes) -> None:
+    """A log axis with plain numbers (0.5, 20, 1000) at 1, 2 and 5 times powers of ten, fewer over many decades."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axes.set_yscale("log")
+    low, high = axes.get_ylim()
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 300 * low else (1,)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+
+
 def short_count(n: float) -> str:
     """512, 4k, 1.5k, 128k, 1M: powers of 1024, for context lengths."""
     for size, unit in [(2**20, "M"), (2**10, "k")]:
@@ -144,8 +155,8 @@ def line_plot(
     contexts: bool = False,
     log_y: bool = False,
     zero: bool = False,
-    width: float = 6.4,
-    height: float = 3.6,
+    width: float = 5.2,
+    height: float = 3.1,
 ) -> Markup:
     """Lines over x. `contexts`: x are token counts on a log2 axis; `zero`: the y axis starts at 0."""
     figure, axes = _axes(width, height, x_label, y_label)
@@ -157,7 +168,7 @@ def line_plot(
     if contexts:
         _power_of_two_ticks(axes, [x for one in series for x in one.x])
     if log_y:
-        axes.set_yscale("log")
+        _log_y(axes)
     if zero:
         axes.set_ylim(bottom=0)
     return svg(figure, title, axes)
@@ -170,8 +181,8 @@ def bar_plot(
     x_label: str,
     y_label: str,
     *,
-    width: float = 6.4,
-    height: float = 3.6,
+    width: float = 5.2,
+    height: float = 3.1,
 ) -> Markup:
     """Grouped bars, `series` = (label, colour, a value a group or None); log scale where values spread over 30x."""
     figure, axes = _axes(width, height, x_label, y_label)
@@ -184,6 +195,7 @@ def bar_plot(
     if positive and max(positive) > 30 * min(positive) and len(positive) > 1:
         axes.set_yscale("log")
         axes.set_ylim(bottom=min(positive) / 2)
+        _log_y(axes)
     axes.set_xticks(range(len(groups)), [_plain(group) for group in groups])
     if len(groups) > 20:
         axes.set_xticks(range(0, len(groups), 4), groups[::4])
@@ -194,17 +206,20 @@ def svg(figure, title: str, axes=None) -> Markup:
     """A matplotlib Figure as an inline <svg> with a caption: text stays text, colours follow the page, no metadata."""
     import matplotlib
 
-    if axes is not None and len(axes.get_legend_handles_labels()[0]) > 1:
-        columns = min(4, len(axes.get_legend_handles_labels()[0]))
-        figure.legend(loc="outside upper left", ncols=columns, frameon=False, labelcolor=_INK, fontsize=9)
+    labels = axes.get_legend_handles_labels()[1] if axes is not None else []
+    if len(labels) > 1:
+        columns = max(1, int(13 * figure.get_figwidth() / (6 + max(map(len, labels)))))  # about 13 characters an inch
+        figure.legend(
+            loc="outside upper left", ncols=min(columns, len(labels)), frameon=False, labelcolor=_INK, fontsize=9
+        )
     buffer = io.StringIO()
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": title}):
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     text = buffer.getvalue()
     text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
-    text = re.sub(r'(<svg[^>]*?) (?:width|height)="[^"]*"', r"\1", text)
-    text = re.sub(r'(<svg[^>]*?) (?:width|height)="[^"]*"', r"\1", text)
-    text = text.replace(_INK, "var(--ink)").replace(_GRID, "var(--grid)").replace("stroke-linejoin: round", "")
+    for size in ("width", "height"):  # the page's CSS sizes it
+        text = re.sub(rf'(<svg[^>]*?) {size}="[^"]*"', r"\1", text, count=1)
+    text = text.replace(_INK, "var(--ink)").replace(_GRID, "var(--grid)")
     text = text.replace("<svg ", f'<svg role="img" aria-label="{Markup.escape(title)}" ', 1)
     wide = figure.get_figwidth() > 8
     return Markup('<figure class="{}"><figcaption>{}</figcaption>{}</figure>').format(
