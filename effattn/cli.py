@@ -44,7 +44,9 @@ def one_line_errors(command: Callable) -> Callable:
             if os.environ.get("EFFATTN_DEBUG"):
                 raise
             lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-            errors.print(f"error: {' '.join(lines[:2]) or type(error).__name__}", style="bold red", markup=False, soft_wrap=True)
+            errors.print(
+                f"error: {' '.join(lines[:2]) or type(error).__name__}", style="bold red", markup=False, soft_wrap=True
+            )
             raise typer.Exit(2) from None
         except KeyboardInterrupt:
             errors.print("stopped; run the same command again to go on from the last checkpoint", soft_wrap=True)
@@ -94,7 +96,7 @@ def backends(as_json: Annotated[bool, typer.Option("--json", help="print JSON")]
 
 
 def _contexts(text: str) -> list[int]:
-    """"512,4k,16k" as numbers; empty for "" and "none"."""
+    """ "512,4k,16k" as numbers; empty for "" and "none"."""
     if text.strip().lower() in ("", "none", "0"):
         return []
     try:
@@ -117,6 +119,8 @@ def _count(text: str) -> int:
     return int(value)
 
 
+def _tokens(text: str):
+    return typer.Option(parser=_count, metavar="TOKENS", help=f"tokens {text}")
 
 
 @app.command("convert-gqa")
@@ -131,12 +135,12 @@ def convert_gqa(
     text: Annotated[list[Path] | None, typer.Option(help="UTF-8 text to calibrate on; repeat for more files")] = None,
     dataset: Annotated[str | None, typer.Option(help="a `datasets` name or folder, streamed")] = None,
     column: Annotated[str | None, typer.Option(help="the dataset's text column")] = None,
-    calibration_tokens: Annotated[int, typer.Option(parser=_count, metavar="TOKENS", help="tokens for second moments")] = "50000",
-    evaluation_tokens: Annotated[int, typer.Option(parser=_count, metavar="TOKENS", help="held-out tokens to measure on")] = "32768",
-    uptrain_tokens: Annotated[int, typer.Option(parser=_count, metavar="TOKENS", help="distillation budget; 0: none")] = "0",
+    calibration_tokens: Annotated[int, _tokens("to take second moments of")] = "50000",
+    evaluation_tokens: Annotated[int, _tokens("held out, to measure on")] = "32768",
+    uptrain_tokens: Annotated[int, _tokens("to distil on after converting; 0: none")] = "0",
     length: Annotated[int, typer.Option(help="window length in tokens")] = 512,
     batch: Annotated[int, typer.Option(help="uptraining windows a step and process")] = 4,
-    lr: Annotated[float | None, typer.Option(help="uptraining's peak learning rate (default: 0.256 / hidden size)")] = None,
+    lr: Annotated[float | None, typer.Option(help="peak learning rate (default: by width, 1e-3 at 256)")] = None,
     ce_weight: Annotated[float, typer.Option(help="weight of cross-entropy beside the KL")] = 0.2,
     seed: Annotated[int, typer.Option(help="of data order and random heads")] = 0,
     decode_contexts: Annotated[str, typer.Option(help="cache lengths to time decoding at, or none")] = "512,4k,16k",

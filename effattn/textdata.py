@@ -70,7 +70,9 @@ def read_files(paths: Sequence[Path]) -> list[str]:
         try:
             text = path.read_bytes().decode("utf-8")
         except UnicodeDecodeError as error:
-            raise ValueError(f"text: {path} is not UTF-8 (byte {error.start} is {error.object[error.start]:#04x})") from None
+            raise ValueError(
+                f"text: {path} is not UTF-8 (byte {error.start} is {error.object[error.start]:#04x})"
+            ) from None
         if not text.strip():
             raise ValueError(f"text: {path} is empty")
         texts.append(text)
@@ -95,7 +97,9 @@ def read_dataset(name: str, column: str | None = None) -> Iterator[str]:
     if column is None and strings:
         column = "text" if "text" in strings else strings[0]
     if column not in strings:
-        raise ValueError(f"column: got {column!r}, {name!r} has the text columns {', '.join(map(repr, strings)) or 'none'}")
+        raise ValueError(
+            f"column: got {column!r}, {name!r} has the text columns {', '.join(map(repr, strings)) or 'none'}"
+        )
     yield first[column]
     for row in rows:
         yield row[column]

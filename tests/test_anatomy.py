@@ -89,14 +89,14 @@ def test_an_existing_gqa_model_is_read_right(kind):
 
 def test_unsupported_models_are_refused_by_name():
     gpt2 = transformers.GPT2LMHeadModel(transformers.GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=32))
-    with pytest.raises(Unsupported, match="GPT2LMHeadModel.*num_key_value_heads"):
+    with pytest.raises(Unsupported, match=r"GPT2LMHeadModel.*num_key_value_heads"):
         hf.of(gpt2)
     with pytest.raises(Unsupported, match="Linear"):
         hf.of(torch.nn.Linear(2, 2))
     falcon = transformers.FalconForCausalLM(
         transformers.FalconConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=32)
     )
-    with pytest.raises(Unsupported, match="Falcon.*cache"):
+    with pytest.raises(Unsupported, match=r"Falcon.*cache"):
         hf.of(falcon)
     for kind in ("gpt_neox", "opt"):
         with pytest.raises(Unsupported, match="ignores num_key_value_heads"):

@@ -46,7 +46,11 @@ def test_it_beats_xz_on_the_same_bytes():
 
 def test_the_tokenizer_is_lossless():
     _, tokenizer = effattn.embedded.load()
-    for text in ("def f(x):\n\treturn  x  # ünïcode ∑\n\n", "\r\n\x00 end", corpus.documents("validation")[0][1][:3000]):
+    for text in (
+        "def f(x):\n\treturn  x  # ünïcode ∑\n\n",
+        "\r\n\x00 end",
+        corpus.documents("validation")[0][1][:3000],
+    ):
         assert tokenizer.decode(tokenizer(text)["input_ids"], clean_up_tokenization_spaces=False) == text
 
 
@@ -116,7 +120,9 @@ def test_pretraining_makes_a_checkpoint_and_a_card(tmp_path, monkeypatch):
     assert card["train_tokens"] == 12 * 64
     data = texts["validation"][0][1].encode()
     assert card["validation_bytes"] == len(data)
-    assert card["bits_per_byte_xz_9e"] == pytest.approx(8 * len(lzma.compress(data, preset=9 | lzma.PRESET_EXTREME)) / len(data))
+    assert card["bits_per_byte_xz_9e"] == pytest.approx(
+        8 * len(lzma.compress(data, preset=9 | lzma.PRESET_EXTREME)) / len(data)
+    )
     assert [point for point in card["loss_curve"] if "eval_loss" in point]
     from safetensors.torch import load_file
 

@@ -31,7 +31,9 @@ def parent(tmp_path_factory) -> Path:
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    bpe.train_from_iterator([""], trainers.BpeTrainer(vocab_size=257, special_tokens=["<e>"], initial_alphabet=alphabet))
+    bpe.train_from_iterator(
+        [""], trainers.BpeTrainer(vocab_size=257, special_tokens=["<e>"], initial_alphabet=alphabet)
+    )
     PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<e>").save_pretrained(folder)
     tiny("llama", dtype=torch.float32, vocab_size=257).save_pretrained(folder)
     return folder
@@ -61,8 +63,8 @@ FAST = ("--decode-contexts", "32,64", "--evaluation-tokens", "600", "--length", 
 def test_the_recipe_end_to_end(parent, text, tmp_path):
     """A real process runs the recipe; the result loads in plain transformers with its tokenizer."""
     before, out = snapshot(parent), tmp_path / "out"
-    command = [sys.executable, ROOT / "recipes" / "convert_gqa.py", "--model", parent, "--kv-heads", "2", "--text", text,
-               "--output", out, "--uptrain-tokens", "2k", "--batch", "2", "--ce-weight", "0", *FAST]  # fmt: skip
+    command = [sys.executable, ROOT / "recipes" / "convert_gqa.py", "--model", parent, "--kv-heads", "2",
+               "--text", text, "--output", out, "--uptrain-tokens", "2k", "--batch", "2", "--ce-weight", "0", *FAST]  # fmt: skip
     done = subprocess.run([str(part) for part in command], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "8 -> 2 KV heads" in done.stdout
@@ -77,7 +79,9 @@ def test_the_recipe_end_to_end(parent, text, tmp_path):
     assert report["settings"]["calibration_source"] == str(text)
     model = AutoModelForCausalLM.from_pretrained(out)
     assert model.config.num_key_value_heads == 2
-    found = effattn.perplexity(model, torch.tensor(AutoTokenizer.from_pretrained(out)(text.read_text())["input_ids"]), 64)
+    found = effattn.perplexity(
+        model, torch.tensor(AutoTokenizer.from_pretrained(out)(text.read_text())["input_ids"]), 64
+    )
     assert found < 257
     assert snapshot(parent) == before  # the parent is never modified
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]  # no temporary folders stay

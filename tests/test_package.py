@@ -43,7 +43,9 @@ def test_our_kernels_folder_and_transformers_live_together():
 
 
 def test_import_patches_nothing_and_loads_no_model_code():
-    code = "import sys, effattn; print([m for m in ('transformers', 'torch', 'triton', 'matplotlib') if m in sys.modules])"
+    code = (
+        "import sys, effattn; print([m for m in ('transformers', 'torch', 'triton', 'matplotlib') if m in sys.modules])"
+    )
     assert python(code) == "[]"
 
 
@@ -72,7 +74,9 @@ def test_everything_imports_without_triton():
 def test_the_wheel_carries_everything_and_runs_alone(tmp_path):
     """Built from the tree, unpacked into a folder of its own, used with the source tree out of reach."""
     command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-w", tmp_path, ROOT]
-    done = subprocess.run([*map(str, command), "--quiet", "--disable-pip-version-check"], capture_output=True, text=True)
+    done = subprocess.run(
+        [*map(str, command), "--quiet", "--disable-pip-version-check"], capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     (wheel,) = tmp_path.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:

@@ -74,7 +74,9 @@ def test_logits_of_all_positions_never_exist(tokens):
     parts, teacher_parts = hf.of(student), hf.of(teacher)
     hidden = torch.randn(2, 256, 64, requires_grad=True)
     with Largest() as largest:
-        loss = distillation_loss(parts, hidden, teacher_parts, hidden.detach(), torch.zeros(2, 256, dtype=int), chunk=16)
+        loss = distillation_loss(
+            parts, hidden, teacher_parts, hidden.detach(), torch.zeros(2, 256, dtype=int), chunk=16
+        )
         loss.backward()
     assert 16 * 96 <= largest.elements <= 64 * 96  # a chunk of 16 positions, or the head; all positions: 510 * 96
 
@@ -146,7 +148,9 @@ def test_two_processes_train_like_one(tokens, tmp_path):
         out = str(tmp_path / f"{processes}.safetensors")
         script = tmp_path / f"train{processes}.py"
         script.write_text(
-            SCRIPT.format(tests=str(Path(__file__).parent), folder=str(tmp_path / f"run{processes}"), batch=batch, out=out)
+            SCRIPT.format(
+                tests=str(Path(__file__).parent), folder=str(tmp_path / f"run{processes}"), batch=batch, out=out
+            )
         )
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))

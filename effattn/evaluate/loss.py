@@ -87,14 +87,13 @@ def perplexity(model, tokens: torch.Tensor, context: int, stride: int | None = N
         model.train(training)
 
 
-def kl_chunked(
-    teacher_logits: torch.Tensor, student_logits: torch.Tensor, chunk: int = 1024
-) -> torch.Tensor:
+def kl_chunked(teacher_logits: torch.Tensor, student_logits: torch.Tensor, chunk: int = 1024) -> torch.Tensor:
     """KL(teacher || student) in nats at every position, (M,), from logits (M, V): fp32 copies of only `chunk`
     positions exist at a time."""
     parts = []
     for t, s in zip(teacher_logits.split(chunk), student_logits.split(chunk), strict=True):
-        parts.append(F.kl_div(s.float().log_softmax(-1), t.float().log_softmax(-1), log_target=True, reduction="none").sum(-1))  # fmt: skip
+        t, s = t.float().log_softmax(-1), s.float().log_softmax(-1)
+        parts.append(F.kl_div(s, t, log_target=True, reduction="none").sum(-1))
     return torch.cat(parts)
 
 

@@ -64,9 +64,7 @@ def _complex_rank_one(
     return best * size[:, None], factors / size
 
 
-def _low_rank(
-    maps: torch.Tensor, weight: torch.Tensor, moment: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _low_rank(maps: torch.Tensor, weight: torch.Tensor, moment: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """maps (n, r, D1), weight (n, r, r) -> common map (r, D1), stand-ins (n, r, r) with m_h ~ B_h m'."""
     n, r, width = maps.shape
     root, inverse = _roots(weight)

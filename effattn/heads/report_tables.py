@@ -151,7 +151,7 @@ def _curve_table(report: ConversionReport) -> Table:
 def _uptraining_table(report: ConversionReport) -> Table:
     facts = {key: value for key, value in report.uptraining.items() if key not in ("curve", "parent")}
     if facts.get("share_of_pretraining") is not None:
-        facts["share_of_pretraining"] = f"{100 * facts['share_of_pretraining']:.2g} %"
+        facts["share_of_pretraining"] = f"{100 * facts['share_of_pretraining']:.3g} %"
     return pairs("Uptraining", facts, missing="not known")
 
 

@@ -55,7 +55,9 @@ def verify_plain(folder: Path, model, tokens: torch.Tensor) -> dict:
     limit = TOLERANCE[model.dtype.itemsize] * float(expected.abs().max())
     kv_heads = model.config.get_text_config().num_key_value_heads
     if not difference <= limit:
-        raise RuntimeError(f"the saved checkpoint gives other logits: largest difference {difference:.3g} > {limit:.3g}")
+        raise RuntimeError(
+            f"the saved checkpoint gives other logits: largest difference {difference:.3g} > {limit:.3g}"
+        )
     if facts["kv_heads"] != [kv_heads]:
         raise RuntimeError(f"the saved checkpoint caches {facts['kv_heads']} KV heads, its config says {kv_heads}")
     return {

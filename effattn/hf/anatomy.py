@@ -3,8 +3,8 @@
     for layer in anatomy.of(model).layers:
         layer.k.by_head            # (kv_heads, head_dim, hidden), a view of the layer's own weight
 
-Everything that converts, prunes, swaps or costs a model goes through it. To support an architecture, add a
-line to `FAMILIES`; `tests/test_anatomy.py` then holds it to account.
+Everything that converts, prunes, swaps or costs a model goes through it. What differs between architectures is
+a line each in `effattn.hf.families`.
 
 Shapes: D hidden size, H query heads, K key/value heads, d head size, R rotary dimensions of a head.
 """
@@ -19,79 +19,7 @@ import torch
 from torch import nn
 
 from effattn.errors import Unsupported
-
-
-def _rope_factor(config, attention: nn.Module) -> float:
-    """The share of a head's dimensions that RoPE turns, from the config's rope parameters."""
-    rope = getattr(config, "rope_parameters", None) or {}
-    kind = getattr(attention, "layer_type", None)
-    if isinstance(rope.get(kind), dict):  # one set of parameters per layer type (Gemma 3)
-        rope = rope[kind]
-    factor = rope.get("partial_rotary_factor", getattr(config, "partial_rotary_factor", None))
-    return 1.0 if factor is None else float(factor)
-
-
-def _no_rope(config, attention: nn.Module) -> bool:
-    """Whether this layer has no rotary embedding at all (each class says it in its own way)."""
-    if getattr(attention, "use_rope", True) in (0, False):  # SmolLM3
-        return True
-    if config.model_type == "cohere2":
-        return attention.sliding_window is None
-    if config.model_type == "exaone4":
-        return attention.sliding_window is not None and not attention.is_sliding
-    return False
-
-
-@dataclass(frozen=True)
-class Family:
-    """What differs between model types; the defaults are Llama's."""
-
-    layers: str = "model.layers"
-    attention: str = "self_attn"
-    ffn: tuple[str, ...] = ("mlp",)
-    q: str = "q_proj"
-    k: str = "k_proj"
-    v: str = "v_proj"
-    o: str = "o_proj"
-    fused: str | None = None  # one module holds q, k and v: "stacked" rows (Phi-3) or "per_head" (GPT-NeoX)
-    q_norm: str = "q_norm"
-    k_norm: str = "k_norm"
-    final_norm: str = "model.norm"
-    interleaved: bool = False  # rotary pairs are (2i, 2i+1) instead of (i, i + R/2)
-    gqa: str = ""  # why `num_key_value_heads` cannot be reduced; empty: it can
-    rotary: bool = True
-
-
-_LLAMA = Family()
-_INTERLEAVED = Family(interleaved=True)
-_IGNORED = "transformers ignores num_key_value_heads in this class"
-
-FAMILIES: dict[str, Family] = {
-    **dict.fromkeys(
-        """llama mistral mixtral qwen2 qwen2_moe qwen3 qwen3_moe gemma gemma2 gemma3_text olmo olmo2 olmo3 olmoe
-        granite starcoder2 smollm3 exaone4 seed_oss arcee nemotron""".split(),
-        _LLAMA,
-    ),
-    **dict.fromkeys("cohere cohere2 glm glm4 ernie4_5 helium".split(), _INTERLEAVED),
-    "stablelm": Family(q_norm="q_layernorm", k_norm="k_layernorm"),
-    "phi": Family(o="dense", q_norm="q_layernorm", k_norm="k_layernorm", final_norm="model.final_layernorm"),
-    "phi3": Family(q="qkv_proj", k="qkv_proj", v="qkv_proj", fused="stacked"),
-    "gpt_neox": Family(
-        layers="gpt_neox.layers", attention="attention", q="query_key_value", k="query_key_value",
-        v="query_key_value", o="dense", fused="per_head", final_norm="gpt_neox.final_layer_norm", gqa=_IGNORED,
-    ),
-    "opt": Family(
-        layers="model.decoder.layers", ffn=("fc1", "fc2"), o="out_proj",
-        final_norm="model.decoder.final_layer_norm", gqa=_IGNORED, rotary=False,
-    ),
-}  # fmt: skip
-
-# Known causal LMs that are refused with a reason instead of "unknown".
-REFUSED = {
-    **dict.fromkeys("gpt2 gptj gpt_neo bloom mpt codegen xglm biogpt".split(), _IGNORED),
-    "gpt_bigcode": "transformers' class holds either all heads or one (multi_query)",
-    "falcon": "transformers' cache keeps all heads whatever num_kv_heads says",
-}
+from effattn.hf.families import FAMILIES, REFUSED, Family, no_rope, rope_factor, sliding_window
 
 
 @dataclass(frozen=True)
@@ -211,11 +139,26 @@ class Layer:
         return [m for m in found if not any(m is not n and m in n.modules() for n in found)]
 
     @property
+    def window(self) -> int | None:
+        """The layer's own sliding window in tokens; None: full attention."""
+        return sliding_window(self.attention, self.config)
+
+    @property
+    def softcap(self) -> float | None:
+        """The cap of the attention scores (Gemma 2); None without one."""
+        return getattr(self.config, "attn_logit_softcapping", None)
+
+    @property
+    def learned_sinks(self) -> bool:
+        """Whether a learned logit per head stands in the softmax (gpt-oss)."""
+        return getattr(self.attention, "sinks", None) is not None
+
+    @property
     def rotary_dims(self) -> int:
         """How many of a head's dimensions RoPE turns; 0 in layers without RoPE."""
-        if not self.family.rotary or _no_rope(self.config, self.attention):
+        if not self.family.rotary or no_rope(self.config, self.attention):
             return 0
-        return int(self.head_dim * _rope_factor(self.config, self.attention))
+        return int(self.head_dim * rope_factor(self.config, self.attention))
 
     def rotary_pairs(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Row indices inside a head of the real and the imaginary part of each frequency, (R/2,) each."""
@@ -371,5 +314,3 @@ def of(model: nn.Module) -> Anatomy:
     embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
     tied = head is None or head.weight is embeddings.weight
     return Anatomy(model, config, kind, layers, embeddings, None if tied else head, _get(model, family.final_norm))
-
-

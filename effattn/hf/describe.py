@@ -14,7 +14,7 @@ from rich.console import Console, Group
 from rich.table import Table
 from torch import nn
 
-from effattn.hf import anatomy, live
+from effattn.hf import anatomy
 from effattn.hf import swap as swapping
 from effattn.registry import format_spec
 
@@ -99,7 +99,7 @@ def _layer(layer: anatomy.Layer, config, model: nn.Module) -> dict:
         "heads": _heads(layer),
         "positions": _positions(layer, config),
         "pattern": done.specs[layer.index] if done and layer.index in done.specs else _own_pattern(layer, config),
-        "cache": "full" if live.sliding_window(layer.attention, config) is None else "ring",
+        "cache": "full" if layer.window is None else "ring",
         "parameters": {
             "attention": sum(p.numel() for p in attention),
             "ffn": sum(p.numel() for p in ffn),
@@ -129,7 +129,7 @@ def _positions(layer: anatomy.Layer, config) -> str:
 
 
 def _own_pattern(layer: anatomy.Layer, config) -> str:
-    window = live.sliding_window(layer.attention, config)
+    window = layer.window
     return "dense" if window is None else f"sliding(window={window})"
 
 

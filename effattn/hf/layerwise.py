@@ -9,7 +9,7 @@ model's own forward, so nothing here knows an architecture.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import torch
 from torch import nn
@@ -56,9 +56,8 @@ class LayerRunner:
         handles = [layer.block.register_forward_pre_hook(hook, with_kwargs=True) for layer in self.anatomy]
         batch = next(batch for batch in self.batches if len(batch) == size)
         try:
-            self.anatomy.model(input_ids=batch.to(self.device), use_cache=False)
-        except _Stop:
-            pass
+            with suppress(_Stop):
+                self.anatomy.model(input_ids=batch.to(self.device), use_cache=False)
         finally:
             for handle in handles:
                 handle.remove()
@@ -76,10 +75,8 @@ class LayerRunner:
         handle = first.register_forward_pre_hook(hook, with_kwargs=True)
         try:
             for batch in self.batches:
-                try:
+                with suppress(_Stop):
                     self.anatomy.model(input_ids=batch.to(self.device), use_cache=False)
-                except _Stop:
-                    pass
         finally:
             handle.remove()
         return hidden

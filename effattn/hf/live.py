@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from effattn.errors import Unsupported
+from effattn.hf.families import sliding_window
 from effattn.interface import Backend
 
 NAME = "effattn"  # the attention implementation, in transformers' two tables
@@ -102,14 +103,6 @@ def attention(
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     out = layer.backend(query, key, value, causal=causal, padding_mask=attention_mask, scale=scaling)
     return out.transpose(1, 2).contiguous(), None
-
-
-def sliding_window(module: nn.Module, config) -> int | None:
-    """The window of this layer's own attention (a query sees that many keys, itself included); None: full."""
-    types = getattr(config, "layer_types", None)
-    if types is not None and types[module.layer_idx] == "full_attention":
-        return None
-    return getattr(config, "sliding_window", None)
 
 
 def _refuse(layer: LayerSwap, query: Tensor, key: Tensor, mask: Tensor | None, dropout: float, kwargs: dict) -> None:

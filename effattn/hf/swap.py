@@ -150,27 +150,26 @@ def _refuse_impossible(parts: anatomy.Anatomy, new: dict[int, tuple[str, Backend
     """Raises Unsupported, naming the model and every layer concerned, before anything is changed."""
     reasons: dict[str, list[int]] = {}
     for index in new:
-        if reason := _obstacle(parts.layers[index], parts.config):
+        if reason := _obstacle(parts.layers[index]):
             reasons.setdefault(reason, []).append(index)
     if reasons:
         text = "; ".join(f"layers {', '.join(map(str, where))}: {reason}" for reason, where in reasons.items())
-        free = [index for index in range(len(parts.layers)) if not _obstacle(parts.layers[index], parts.config)]
+        free = [index for index in range(len(parts.layers)) if not _obstacle(parts.layers[index])]
         hint = f'; these can be swapped: {{"{",".join(map(str, free))}": ...}}' if free else ""
         raise Unsupported(f"{type(parts.model).__name__} cannot be swapped, {text}{hint}")
 
 
-def _obstacle(layer: anatomy.Layer, config) -> str | None:
+def _obstacle(layer: anatomy.Layer) -> str | None:
     """Why dense cannot stand in for this layer's attention; None when it can."""
     code = inspect.unwrap(type(layer.attention).forward).__code__
     if "ALL_ATTENTION_FUNCTIONS" not in code.co_names:
         return f"{type(layer.attention).__name__} does not go through transformers' ALL_ATTENTION_FUNCTIONS"
-    if getattr(config, "attn_logit_softcapping", None) is not None:
-        return f"its scores are soft-capped (attn_logit_softcapping={config.attn_logit_softcapping})"
-    if getattr(layer.attention, "sinks", None) is not None:
+    if layer.softcap is not None:
+        return f"its scores are soft-capped (attn_logit_softcapping={layer.softcap})"
+    if layer.learned_sinks:
         return "it has learned sinks (s_aux)"
-    window = live.sliding_window(layer.attention, config)
-    if window is not None and window < config.max_position_embeddings:
-        return f"it is a sliding window of {window}, dense only replaces full attention"
+    if layer.window is not None and layer.window < layer.config.max_position_embeddings:
+        return f"it is a sliding window of {layer.window}, dense only replaces full attention"
     return None
 
 

@@ -191,8 +191,9 @@ def bar_plot(
         at = [group + (index - (len(series) - 1) / 2) * thick for group in range(len(groups))]
         heights = [float("nan") if value is None else value for value in values]
         axes.bar(at, heights, thick * 0.92, color=color, label=_plain(label))
-    positive = [value for _, _, values in series for value in values if value is not None and value > 0]
-    if positive and max(positive) > 30 * min(positive) and len(positive) > 1:
+    known = [value for _, _, values in series for value in values if value is not None]
+    positive = [value for value in known if value > 0]
+    if positive and min(known) >= 0 and max(positive) > 30 * min(positive):
         axes.set_yscale("log")
         axes.set_ylim(bottom=min(positive) / 2)
         _log_y(axes)
