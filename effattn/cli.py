@@ -119,7 +119,8 @@ def _count(text: str) -> int:
     return int(value)
 
 
-def _tokens(text: str):
+def count_tokens(text: str):
+    """The option for a number of tokens, read as people write it."""
     return typer.Option(parser=_count, metavar="TOKENS", help=f"tokens {text}")
 
 
@@ -135,9 +136,9 @@ def convert_gqa(
     text: Annotated[list[Path] | None, typer.Option(help="UTF-8 text to calibrate on; repeat for more files")] = None,
     dataset: Annotated[str | None, typer.Option(help="a `datasets` name or folder, streamed")] = None,
     column: Annotated[str | None, typer.Option(help="the dataset's text column")] = None,
-    calibration_tokens: Annotated[int, _tokens("to take second moments of")] = "50000",
-    evaluation_tokens: Annotated[int, _tokens("held out, to measure on")] = "32768",
-    uptrain_tokens: Annotated[int, _tokens("to distil on after converting; 0: none")] = "0",
+    calibration_tokens: Annotated[int, count_tokens("to take second moments of")] = "50000",
+    evaluation_tokens: Annotated[int, count_tokens("held out, to measure on")] = "32768",
+    uptrain_tokens: Annotated[int, count_tokens("to distil on after converting; 0: none")] = "0",
     length: Annotated[int, typer.Option(help="window length in tokens")] = 512,
     batch: Annotated[int, typer.Option(help="uptraining windows a step and process")] = 4,
     lr: Annotated[float | None, typer.Option(help="peak learning rate (default: by width, 1e-3 at 256)")] = None,

@@ -63,8 +63,9 @@ FAST = ("--decode-contexts", "32,64", "--evaluation-tokens", "600", "--length", 
 def test_the_recipe_end_to_end(parent, text, tmp_path):
     """A real process runs the recipe; the result loads in plain transformers with its tokenizer."""
     before, out = snapshot(parent), tmp_path / "out"
-    command = [sys.executable, ROOT / "recipes" / "convert_gqa.py", "--model", parent, "--kv-heads", "2",
-               "--text", text, "--output", out, "--uptrain-tokens", "2k", "--batch", "2", "--ce-weight", "0", *FAST]  # fmt: skip
+    recipe = ROOT / "recipes" / "convert_gqa.py"
+    command = [sys.executable, recipe, "--model", parent, "--kv-heads", "2", "--text", text, "--output", out,
+               "--uptrain-tokens", "2k", "--batch", "2", "--ce-weight", "0", *FAST]  # fmt: skip
     done = subprocess.run([str(part) for part in command], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "8 -> 2 KV heads" in done.stdout

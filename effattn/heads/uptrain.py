@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PrinterCallback, Trainer, TrainerCallback
 
 from effattn import training
-from effattn.evaluate.loss import compare, kl_chunked
+from effattn.evaluate.loss import compare, kl_chunked, perplexity
 from effattn.hf import anatomy as hf
 from effattn.profiling.html import write_text_atomic
 
@@ -122,7 +122,8 @@ def uptrain(
     seed: int = 0, save_every: int | None = None, progress: Callable[[int, int], None] | None = None,
     overrides: dict | None = None,
 ) -> dict:  # fmt: skip
-    """Trains `student` in place towards `teacher` on `tokens` (N,) int64; returns {"tokens", "seconds", "curve"}.
+    """Trains `student` in place towards `teacher` on `tokens` (N,) int64; returns a dict: tokens, seconds, curve
+    (perplexity, cross-entropy and KL at a number of tokens), parent (its perplexity on the same tokens).
 
     train_tokens: the budget over all processes. folder: checkpoints; a folder with some makes the run go on from
     there. evaluation (M,) int64: what the curve is measured on, at `points` places. batch: windows of `length`
@@ -164,5 +165,6 @@ def uptrain(
         "seconds": time.perf_counter() - start,
         "processes": arguments.world_size,
         "learning_rate": arguments.learning_rate,
+        "parent": {"perplexity": perplexity(teacher, evaluation, length)} if curve else None,
         "curve": curve.points if curve else [],
     }

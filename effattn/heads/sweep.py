@@ -1,0 +1,84 @@
+"""Many conversions of one model, measured alike: every method without training, and uptraining curves.
+
+What the README's table and `results/` come from; `recipes/sweep_gqa.py` runs it.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from effattn.evaluate.loss import compare
+from effattn.heads import gqa, job
+from effattn.heads.report import ConversionReport
+from effattn.heads.report_compare import compare_html
+from effattn.hf.checkpoint import load_model
+from effattn.profiling.html import write_text_atomic
+from effattn.textdata import streams
+
+
+def sweep(
+    model: str, output: Path, *, kv_heads: Sequence[int], methods: Sequence[str], uptrain_tokens: int,
+    calibration_tokens: int = 50_000, evaluation_tokens: int = 65_536, length: int = 512, show: job.Quiet | None = None,
+) -> list[ConversionReport]:  # fmt: skip
+    """Converts `model` by every method, with and without the O re-fit, then uptrains `optimal` at each number of KV
+    heads. Writes output/{sweep.json, sweep.html} and, for each uptrained model, a folder kv<N> as convert-gqa does.
+    Conversions already in output/sweep.json and finished folders are not repeated."""
+    show = show or job.Quiet()
+    output = Path(output)
+    output.mkdir(parents=True, exist_ok=True)
+    reports = _without_training(
+        model, output, kv_heads, methods, calibration_tokens, evaluation_tokens, length, show
+    )  # fmt: skip
+    for count in kv_heads if uptrain_tokens else ():
+        folder = output / f"kv{count}"
+        if (folder / "report.json").exists():
+            reports.append(ConversionReport.load(folder / "report.json"))
+            continue
+        settings = job.Job(
+            model, count, folder, calibration_tokens=calibration_tokens, evaluation_tokens=evaluation_tokens,
+            uptrain_tokens=uptrain_tokens, length=length,
+        )  # fmt: skip
+        reports.append(job.run(settings, show))
+        _write(output, reports)
+    _write(output, reports)
+    return reports
+
+
+def _without_training(model, output, kv_heads, methods, calibration_tokens, evaluation_tokens, length, show):
+    reports = []
+    if (output / "sweep.json").exists():
+        old = [ConversionReport(data) for data in json.loads((output / "sweep.json").read_text())]
+        reports = [report for report in old if not report.settings["uptrain_tokens"]]
+    done = {tuple(r.settings[k] for k in ("kv_heads", "method", "refit")) for r in reports}
+    parent, tokenizer = load_model(model)
+    data = streams(tokenizer, train=calibration_tokens, evaluation=evaluation_tokens)
+    before = None
+    for count in kv_heads:
+        for method in methods:
+            for refit in (True, False):
+                if (count, method, refit) in done:
+                    continue
+                with show.stage(f"{method}{' + refit' if refit else ''}, {count} KV heads") as progress:
+                    before = before or compare(parent, parent, data.evaluation, length)
+                    student = copy.deepcopy(parent)
+                    report = gqa.convert_gqa(
+                        student, count, data.train, method=method, refit=refit, length=length, progress=progress
+                    )
+                    quality = compare(parent, student, data.evaluation, length)
+                report.data["settings"] |= {"model": model, "calibration_source": data.source}
+                report.data["quality"] = {
+                    "tokens": len(data.evaluation), "context": length, "source": data.source,
+                    "before": {key: before[key] for key in ("perplexity", "cross_entropy")},
+                    "converted": quality, "uptrained": None,
+                }  # fmt: skip
+                reports.append(report)
+                _write(output, reports)
+    return reports
+
+
+def _write(output: Path, reports: Sequence[ConversionReport]) -> None:
+    write_text_atomic(output / "sweep.html", compare_html(reports))
+    write_text_atomic(output / "sweep.json", json.dumps([report.data for report in reports], indent=1) + "\n")
