@@ -9,6 +9,7 @@ import importlib
 from importlib.metadata import PackageNotFoundError, version
 
 _FUNCTIONS = {
+    "Shape": "effattn.interface",
     "backend": "effattn.registry",
     "backends": "effattn.registry",
     "convert_gqa": "effattn.heads.gqa",
