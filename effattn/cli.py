@@ -144,6 +144,7 @@ def convert_gqa(
     lr: Annotated[float | None, typer.Option(help="peak learning rate (default: by width, 1e-3 at 256)")] = None,
     ce_weight: Annotated[float, typer.Option(help="weight of cross-entropy beside the KL")] = 0.2,
     seed: Annotated[int, typer.Option(help="of data order and random heads")] = 0,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
     decode_contexts: Annotated[str, typer.Option(help="cache lengths to time decoding at, or none")] = "512,4k,16k",
 ) -> None:  # fmt: skip
     """Give a checkpoint fewer key/value heads: MHA to GQA or MQA, loadable by plain transformers."""
@@ -154,7 +155,7 @@ def convert_gqa(
         model=model, kv_heads=kv_heads, output=output, method=method, refit=refit, grouping=grouping,
         text=tuple(text or ()), dataset=dataset, column=column, calibration_tokens=calibration_tokens,
         evaluation_tokens=evaluation_tokens, uptrain_tokens=uptrain_tokens, length=length, batch=batch, lr=lr,
-        ce_weight=ce_weight, seed=seed, decode_contexts=_contexts(decode_contexts),
+        ce_weight=ce_weight, seed=seed, device=device, decode_contexts=_contexts(decode_contexts),
     )  # fmt: skip
     main = int(os.environ.get("RANK", "0")) == 0
     report = run(job, Show() if main else Quiet())

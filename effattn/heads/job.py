@@ -17,6 +17,8 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+import torch
+
 from effattn import embedded
 from effattn.errors import check_choice
 from effattn.evaluate.loss import compare, token_losses
@@ -54,6 +56,7 @@ class Job:
     ce_weight: float = CE_WEIGHT
     seed: int = 0
     decode_contexts: Sequence[int] = (512, 4096, 16384)
+    device: str = "auto"
     overrides: dict = field(default_factory=dict)
 
     @property
@@ -80,6 +83,7 @@ def run(job: Job, show: Quiet | None = None) -> ConversionReport:
     check_job(job)
     with show.stage("loading the model"):
         parent, tokenizer = load_model(job.model)
+        parent.to(device(job.device))
         parts = hf.of(parent)
         parts.require_gqa()
         gqa.check_kv_heads(job.kv_heads, parts.kv_heads)
@@ -139,6 +143,7 @@ def check_job(job: Job) -> None:
     """Everything that can be known to be wrong before a model is loaded. Raises ValueError."""
     check_choice("method", job.method, gqa.METHODS)
     check_choice("grouping", job.grouping, GROUPINGS)
+    device(job.device)
     output = Path(job.output)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(f"output: {output} exists and is not an empty folder")
@@ -149,8 +154,20 @@ def check_job(job: Job) -> None:
         raise ValueError(f"length: got {job.length}, valid is 8 tokens or more")
 
 
+def device(name: str) -> torch.device:
+    """ "auto" is this process's own GPU if there is one, else the CPU. Raises ValueError for other names and for
+    "cuda" without one."""
+    check_choice("device", name, ("auto", "cpu", "cuda"))
+    available = torch.cuda.is_available()
+    if name == "cuda" and not available:
+        raise ValueError("device: got 'cuda', torch sees no GPU here; valid are 'auto', 'cpu'")
+    if name == "cpu" or not available:
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+
+
 def _uptrain(job: Job, student, parent, data, length: int, quality: dict | None, show: Quiet) -> dict:
-    settings = {k: v for k, v in asdict(job).items() if k not in ("output", "decode_contexts", "overrides")}
+    settings = {k: v for k, v in asdict(job).items() if k not in ("output", "decode_contexts", "device", "overrides")}
     settings = json.loads(json.dumps(settings, default=str))
     manifest = job.partial / "settings.json"
     if manifest.exists():
@@ -168,7 +185,7 @@ def _uptrain(job: Job, student, parent, data, length: int, quality: dict | None,
         result = uptrain(
             student, parent, data.train, train_tokens=job.uptrain_tokens, folder=job.partial / "uptrain",
             evaluation=data.evaluation[:8_192], length=length, batch=job.batch, lr=job.lr, ce_weight=job.ce_weight,
-            seed=job.seed, progress=progress, overrides=job.overrides,
+            seed=job.seed, progress=progress, overrides={"use_cpu": student.device.type == "cpu"} | job.overrides,
         )  # fmt: skip
     pretraining = embedded.card()["train_tokens"] if job.model == embedded.NAME else None
     result["share_of_pretraining"] = result["tokens"] / pretraining if pretraining else None

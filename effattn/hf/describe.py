@@ -64,7 +64,11 @@ class Description:
             if part != "total" and count
         )
         total = f"parameters: {self.parameters['total']:,} = {parts}"
-        return Group(table, total, f"KV bytes per token, all layers: {self.kv_bytes_per_token:,}")
+        layers = self.parameters["attention"] + self.parameters["ffn"] + self.parameters["norms"]
+        inside = ", ".join(f"{part} {self.parameters[part] / layers:.1%}" for part in ("attention", "ffn"))
+        return Group(
+            table, total, f"inside the layers: {inside}", f"KV bytes per token, all layers: {self.kv_bytes_per_token:,}"
+        )
 
     def __str__(self) -> str:
         console = Console(file=io.StringIO(), width=140, color_system=None)
