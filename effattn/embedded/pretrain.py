@@ -56,8 +56,10 @@ def config(tokenizer, hidden: int, layers: int, length: int) -> LlamaConfig:
 
 
 def bits_per_byte(model, tokenizer, length: int) -> dict[str, float]:
-    """Validation bits per byte of the model (each file from its own start, windows of `length` with half of
-    it as context) and of `xz -9e` on the same bytes, all files in one stream."""
+    """Validation bits per byte of the model, and of `xz -9e`, on the same files end to end.
+
+    The model sees windows of `length` tokens that overlap by half: at least length / 2 tokens before each one.
+    """
     documents = corpus.documents("validation")
     data = b"".join(text.encode() for _, text in documents)
     nats = token_losses(model, tokens("validation", tokenizer=tokenizer), context=length, stride=length // 2)

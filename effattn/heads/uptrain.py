@@ -135,7 +135,7 @@ def uptrain(
     tokens_per_step = batch * length * probe.world_size
     steps = max(1, train_tokens // tokens_per_step)
     arguments = training.arguments(
-        folder, steps=steps, batch=batch, lr=lr or default_lr(hidden), warmup=max(1, steps // 20),
+        folder, steps=steps, batch=batch, lr=lr or default_lr(hidden), warmup=min(steps, max(10, steps // 10)),
         save_every=save_every or max(1, min(100, steps // 3)), **({"weight_decay": 0.01} | settings),
     )  # fmt: skip
     use_cache = student.config.use_cache
@@ -149,7 +149,7 @@ def uptrain(
             student.train()
             return result
 
-        curve = Curve(Path(folder) / "curve.json", max(1, steps // points), tokens_per_step, measure)
+        curve = Curve(Path(folder) / "curve.json", -(-steps // points), tokens_per_step, measure)
         callbacks.append(curve)
     trainer = DistillationTrainer(
         model=student, args=arguments, teacher=teacher, ce_weight=ce_weight, callbacks=callbacks,
