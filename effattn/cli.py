@@ -140,9 +140,11 @@ def convert_gqa(
     evaluation_tokens: Annotated[int, count_tokens("held out, to measure on")] = "32768",
     uptrain_tokens: Annotated[int, count_tokens("to distil on after converting; 0: none")] = "0",
     length: Annotated[int, typer.Option(help="window length in tokens")] = 512,
-    batch: Annotated[int, typer.Option(help="uptraining windows a step and process")] = 4,
-    lr: Annotated[float | None, typer.Option(help="peak learning rate (default: by width, 1e-3 at 256)")] = None,
-    ce_weight: Annotated[float, typer.Option(help="weight of cross-entropy beside the KL")] = 0.2,
+    batch: Annotated[int, typer.Option(help="uptraining windows a step and process")] = 2,
+    lr: Annotated[float | None, typer.Option(help="peak learning rate (default: by width, 3e-3 at 256)")] = None,
+    ce_weight: Annotated[float, typer.Option(help="weight of cross-entropy beside the KL")] = 0.05,
+    layer_weight: Annotated[float, typer.Option(help="weight of the distance to the parent's layer outputs")] = 30.0,
+    trainable: Annotated[str, typer.Option(help="what uptraining trains: attention, or all")] = "attention",
     seed: Annotated[int, typer.Option(help="of data order and random heads")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
     decode_contexts: Annotated[str, typer.Option(help="cache lengths to time decoding at, or none")] = "512,4k,16k",
@@ -155,7 +157,8 @@ def convert_gqa(
         model=model, kv_heads=kv_heads, output=output, method=method, refit=refit, grouping=grouping,
         text=tuple(text or ()), dataset=dataset, column=column, calibration_tokens=calibration_tokens,
         evaluation_tokens=evaluation_tokens, uptrain_tokens=uptrain_tokens, length=length, batch=batch, lr=lr,
-        ce_weight=ce_weight, seed=seed, device=device, decode_contexts=_contexts(decode_contexts),
+        ce_weight=ce_weight, layer_weight=layer_weight, trainable=trainable, seed=seed, device=device,
+        decode_contexts=_contexts(decode_contexts),
     )  # fmt: skip
     main = int(os.environ.get("RANK", "0")) == 0
     report = run(job, Show() if main else Quiet())

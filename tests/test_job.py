@@ -64,7 +64,8 @@ def test_the_recipe_end_to_end(parent, text, tmp_path):
     before, out = snapshot(parent), tmp_path / "out"
     recipe = ROOT / "recipes" / "convert_gqa.py"
     command = [sys.executable, recipe, "--model", parent, "--kv-heads", "2", "--text", text, "--output", out,
-               "--uptrain-tokens", "2k", "--batch", "2", "--ce-weight", "0", *FAST]  # fmt: skip
+               "--uptrain-tokens", "2k", "--batch", "2", "--ce-weight", "0",
+               "--layer-weight", "0", "--trainable", "all", *FAST]  # fmt: skip
     done = subprocess.run([str(part) for part in command], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "8 -> 2 KV heads" in done.stdout

@@ -17,7 +17,7 @@ from conftest import tiny
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from effattn.heads.gqa import convert_gqa
-from effattn.heads.uptrain import distillation_loss, uptrain
+from effattn.heads.uptrain import distillation_loss, layer_distance, uptrain
 from effattn.hf import anatomy as hf
 
 
@@ -85,13 +85,31 @@ def test_uptraining_helps_and_reports_a_curve(tokens, tmp_path):
     teacher, student = pair(tokens)
     result = uptrain(
         student, teacher, tokens, train_tokens=40 * 128, folder=tmp_path, evaluation=tokens[:512], length=64, batch=2,
-        points=2, lr=2e-3, ce_weight=0.0,
+        points=2, ce_weight=0.0, layer_weight=0.0,
+        trainable="all", lr=2e-3,
     )  # fmt: skip
     assert result["tokens"] == 40 * 128
     assert [point["tokens"] for point in result["curve"]] == [0, 20 * 128, 40 * 128]
     assert result["curve"][-1]["kl"] < 0.95 * result["curve"][0]["kl"], result["curve"]
     assert not student.training
     assert student.config.use_cache
+
+
+def test_only_attention_is_trained_by_default(tokens, tmp_path):
+    teacher, student = pair(tokens)
+    before = {name: p.detach().clone() for name, p in student.named_parameters()}
+    uptrain(student, teacher, tokens, train_tokens=4 * 128, folder=tmp_path, length=64)
+    for name, parameter in student.named_parameters():
+        assert torch.equal(parameter, before[name]) == ("self_attn" not in name), name
+        assert parameter.requires_grad
+    with pytest.raises(ValueError, match=r"trainable: got 'attn'.*'attention'"):
+        uptrain(student, teacher, tokens, train_tokens=128, folder=tmp_path, trainable="attn")
+
+
+def test_layer_distance_is_relative_to_each_position():
+    t = torch.tensor([[[3.0, 4.0], [300.0, 400.0]]])
+    s = t + torch.tensor([[[0.0, 5.0], [0.0, 0.0]]])
+    assert layer_distance([s, t], [t, t]).item() == pytest.approx((25 / 25 + 0) / 2 / 2)
 
 
 class Killed(Exception):

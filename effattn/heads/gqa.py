@@ -59,7 +59,8 @@ def convert_gqa(
     layers). Afterwards `model.save_pretrained` writes a checkpoint that plain transformers loads.
 
     Raises ValueError for bad arguments and effattn.errors.Unsupported for classes that cannot hold it, both
-    before anything is changed. A run that is interrupted while it converts leaves a half-converted model: load it again.
+    before anything is changed. A run interrupted while it converts leaves a half-converted model: load it
+    again.
     """
     parts = hf.of(model)
     parts.require_gqa()

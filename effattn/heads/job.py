@@ -25,7 +25,7 @@ from effattn.evaluate.loss import compare, token_losses
 from effattn.heads import gqa
 from effattn.heads.grouping import GROUPINGS
 from effattn.heads.report import ConversionReport
-from effattn.heads.uptrain import CE_WEIGHT, uptrain
+from effattn.heads.uptrain import CE_WEIGHT, LAYER_WEIGHT, TRAINABLE, uptrain
 from effattn.heads.verify import verify_plain
 from effattn.hf import anatomy as hf
 from effattn.hf.checkpoint import atomic_folder, load_model
@@ -51,9 +51,11 @@ class Job:
     evaluation_tokens: int = 32_768
     uptrain_tokens: int = 0
     length: int = 512
-    batch: int = 4
+    batch: int = 2
     lr: float | None = None
     ce_weight: float = CE_WEIGHT
+    layer_weight: float = LAYER_WEIGHT
+    trainable: str = "attention"
     seed: int = 0
     decode_contexts: Sequence[int] = (512, 4096, 16384)
     device: str = "auto"
@@ -119,6 +121,8 @@ def run(job: Job, show: Quiet | None = None) -> ConversionReport:
     report.data["quality"] = quality
     report.data["settings"] |= {
         "model": job.model, "calibration_source": data.source, "uptrain_tokens": job.uptrain_tokens,
+        "uptrain_batch": job.batch, "ce_weight": job.ce_weight, "layer_weight": job.layer_weight,
+        "trainable": job.trainable,
     }  # fmt: skip
     if job.uptrain_tokens:
         report.data["uptraining"] = _uptrain(job, student, parent, data, length, quality, show)
@@ -143,6 +147,7 @@ def check_job(job: Job) -> None:
     """Everything that can be known to be wrong before a model is loaded. Raises ValueError."""
     check_choice("method", job.method, gqa.METHODS)
     check_choice("grouping", job.grouping, GROUPINGS)
+    check_choice("trainable", job.trainable, TRAINABLE)
     device(job.device)
     output = Path(job.output)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
@@ -185,7 +190,8 @@ def _uptrain(job: Job, student, parent, data, length: int, quality: dict | None,
         result = uptrain(
             student, parent, data.train, train_tokens=job.uptrain_tokens, folder=job.partial / "uptrain",
             evaluation=data.evaluation[:8_192], length=length, batch=job.batch, lr=job.lr, ce_weight=job.ce_weight,
-            seed=job.seed, progress=progress, overrides={"use_cpu": student.device.type == "cpu"} | job.overrides,
+            layer_weight=job.layer_weight, trainable=job.trainable, seed=job.seed, progress=progress,
+            overrides={"use_cpu": student.device.type == "cpu"} | job.overrides,
         )  # fmt: skip
     pretraining = embedded.card()["train_tokens"] if job.model == embedded.NAME else None
     result["share_of_pretraining"] = result["tokens"] / pretraining if pretraining else None
