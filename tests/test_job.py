@@ -64,7 +64,7 @@ def test_the_recipe_end_to_end(parent, text, tmp_path):
     before, out = snapshot(parent), tmp_path / "out"
     recipe = ROOT / "recipes" / "convert_gqa.py"
     command = [sys.executable, recipe, "--model", parent, "--kv-heads", "2", "--text", text, "--output", out,
-               "--uptrain-tokens", "2k", "--batch", "2", "--ce-weight", "0",
+               "--uptrain-tokens", "20k", "--batch", "2", "--ce-weight", "0", "--lr", "1e-3",
                "--layer-weight", "0", "--trainable", "all", *FAST]  # fmt: skip
     done = subprocess.run([str(part) for part in command], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -74,7 +74,7 @@ def test_the_recipe_end_to_end(parent, text, tmp_path):
     assert report["verification"]["fresh_process"]
     assert report["verification"]["kv_heads_in_cache"] == 2
     assert report["kv_bytes_per_token"] == {"before": 2 * 2 * 8 * 8 * 4, "after": 2 * 2 * 2 * 8 * 4}
-    assert report["uptraining"]["tokens"] == 2000 // 128 * 128
+    assert report["uptraining"]["tokens"] == 20_000 // 128 * 128
     assert report["quality"]["uptrained"]["kl"] < report["quality"]["converted"]["kl"]
     assert [row["context"] for row in report["decode"]] == [32, 64]
     assert report["settings"]["calibration_source"] == str(text)
