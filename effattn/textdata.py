@@ -48,15 +48,16 @@ def streams(
     return Streams(tokens[:cut][:train], tokens[cut:], source)
 
 
-def encode(documents: Iterable[str], tokenizer, limit: int) -> torch.Tensor:
-    """The documents' tokens end to end, each closed by the end-of-text token if there is one: int64 (<= limit,)."""
+def encode(documents: Iterable[str], tokenizer, limit: int | None = None) -> torch.Tensor:
+    """The documents' tokens end to end, each closed by the end-of-text token if there is one: int64 (<= limit,).
+    None: no limit."""
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     pieces, total = [], 0
     for document in documents:
         ids = tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"] + end
         pieces.append(torch.tensor(ids, dtype=torch.int64))
         total += len(ids)
-        if total >= limit:
+        if limit is not None and total >= limit:
             break
     return torch.cat(pieces)[:limit] if pieces else torch.empty(0, dtype=torch.int64)
 

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from effattn.embedded import corpus
+from effattn.textdata import encode
 
 NAME = "embedded"  # what `--model` calls it
 
@@ -55,13 +56,7 @@ def tokens(split: str, n: int | None = None, *, tokenizer=None) -> torch.Tensor:
     if n is not None and n < 1:
         raise ValueError(f"n: got {n}, valid is a positive number of tokens")
     tokenizer = tokenizer or globals()["tokenizer"]()
-    pieces, total = [], 0
-    for _, text in corpus.documents(split):
-        ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] + [tokenizer.eos_token_id]
-        pieces.append(torch.tensor(ids, dtype=torch.int64))
-        total += len(ids)
-        if n is not None and total >= n:
-            break
-    if n is not None and total < n:
-        raise ValueError(f"n: got {n:,}, the {split} split has {total:,} tokens")
-    return torch.cat(pieces)[:n]
+    found = encode((text for _, text in corpus.documents(split)), tokenizer, n)
+    if n is not None and len(found) < n:
+        raise ValueError(f"n: got {n:,}, the {split} split has {len(found):,} tokens")
+    return found

@@ -164,11 +164,10 @@ def check_calibration(tokens: torch.Tensor, parts: hf.Anatomy, length: int) -> i
 
 def describe_size(parts: hf.Anatomy) -> dict:
     """KV heads, parameters, and bytes of KV cache a token takes in the model's dtype."""
-    size = parts.embeddings.weight.element_size()
     return {
         "kv_heads": parts.kv_heads,
         "parameters": sum(p.numel() for p in parts.model.parameters()),
-        "kv_bytes": sum(layer.kv_heads * (layer.head_dim + layer.value_dim) * size for layer in parts),
+        "kv_bytes": sum(layer.kv_bytes_per_token for layer in parts),
     }
 
 

@@ -28,10 +28,10 @@ from effattn.heads.report import ConversionReport
 from effattn.heads.uptrain import CE_WEIGHT, LAYER_WEIGHT, TRAINABLE, uptrain
 from effattn.heads.verify import verify_plain
 from effattn.hf import anatomy as hf
-from effattn.hf.checkpoint import atomic_folder, load_model
+from effattn.hf.checkpoint import atomic_folder, check_new_folder, load_model
 from effattn.profiling.decode import decode_speed
 from effattn.profiling.html import write_text_atomic
-from effattn.textdata import streams
+from effattn.textdata import Streams, streams
 
 
 @dataclass
@@ -104,11 +104,7 @@ def run(job: Job, show: Quiet | None = None) -> ConversionReport:
     quality = None
     if main:
         with show.stage("measuring the parent") as progress:
-            before = float(token_losses(parent, data.evaluation, length, progress=progress).double().mean())
-        quality = {
-            "tokens": len(data.evaluation), "context": length, "source": data.source,
-            "before": {"perplexity": math.exp(before), "cross_entropy": before}, "uptrained": None,
-        }  # fmt: skip
+            quality = measure_parent(parent, data, length, progress)
     student = copy.deepcopy(parent)
     with show.stage(f"converting {parts.kv_heads} -> {job.kv_heads} KV heads") as progress:
         report = gqa.convert_gqa(
@@ -125,7 +121,7 @@ def run(job: Job, show: Quiet | None = None) -> ConversionReport:
         "trainable": job.trainable,
     }  # fmt: skip
     if job.uptrain_tokens:
-        report.data["uptraining"] = _uptrain(job, student, parent, data, length, quality, show)
+        report.data["uptraining"] = _uptrain(job, student, parent, data, length, show)
         if main:
             with show.stage("measuring the uptrained model") as progress:
                 quality["uptrained"] = compare(parent, student, data.evaluation, length, progress=progress)
@@ -143,15 +139,22 @@ def run(job: Job, show: Quiet | None = None) -> ConversionReport:
     return report
 
 
+def measure_parent(parent, data: Streams, length: int, progress=None) -> dict:
+    """The start of a report's "quality": what was measured on, and the parent there."""
+    loss = float(token_losses(parent, data.evaluation, length, progress=progress).double().mean())
+    return {
+        "tokens": len(data.evaluation), "context": length, "source": data.source,
+        "before": {"perplexity": math.exp(loss), "cross_entropy": loss}, "uptrained": None,
+    }  # fmt: skip
+
+
 def check_job(job: Job) -> None:
     """Everything that can be known to be wrong before a model is loaded. Raises ValueError."""
     check_choice("method", job.method, gqa.METHODS)
     check_choice("grouping", job.grouping, GROUPINGS)
     check_choice("trainable", job.trainable, TRAINABLE)
     device(job.device)
-    output = Path(job.output)
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise ValueError(f"output: {output} exists and is not an empty folder")
+    check_new_folder("output", job.output)
     for name, least in (("uptrain_tokens", 0), ("calibration_tokens", 1), ("evaluation_tokens", 2), ("batch", 1)):
         if getattr(job, name) < least:
             raise ValueError(f"{name}: got {getattr(job, name)}, valid is {least} or more")
@@ -171,7 +174,7 @@ def device(name: str) -> torch.device:
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
 
 
-def _uptrain(job: Job, student, parent, data, length: int, quality: dict | None, show: Quiet) -> dict:
+def _uptrain(job: Job, student, parent, data: Streams, length: int, show: Quiet) -> dict:
     settings = {k: v for k, v in asdict(job).items() if k not in ("output", "decode_contexts", "device", "overrides")}
     settings = json.loads(json.dumps(settings, default=str))
     manifest = job.partial / "settings.json"

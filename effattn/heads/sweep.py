@@ -62,18 +62,14 @@ def _without_training(model, output, kv_heads, methods, calibration_tokens, eval
                 if (count, method, refit) in done:
                     continue
                 with show.stage(f"{method}{' + refit' if refit else ''}, {count} KV heads") as progress:
-                    before = before or compare(parent, parent, data.evaluation, length)
+                    before = before or job.measure_parent(parent, data, length)
                     student = copy.deepcopy(parent)
                     report = gqa.convert_gqa(
                         student, count, data.train, method=method, refit=refit, length=length, progress=progress
                     )
-                    quality = compare(parent, student, data.evaluation, length)
+                    converted = compare(parent, student, data.evaluation, length)
                 report.data["settings"] |= {"model": model, "calibration_source": data.source}
-                report.data["quality"] = {
-                    "tokens": len(data.evaluation), "context": length, "source": data.source,
-                    "before": {key: before[key] for key in ("perplexity", "cross_entropy")},
-                    "converted": quality, "uptrained": None,
-                }  # fmt: skip
+                report.data["quality"] = {**before, "converted": converted}
                 reports.append(report)
                 _write(output, reports)
     return reports

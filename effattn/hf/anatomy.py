@@ -91,6 +91,11 @@ class Layer:
     def value_dim(self) -> int:
         return self.head_dim
 
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """Bytes that this layer's keys and values of one token take, in the weights' dtype."""
+        return self.kv_heads * (self.head_dim + self.value_dim) * self.k.module.weight.element_size()
+
     def _projection(self, name: str, heads: int, order: int) -> Projection:
         module = getattr(self.attention, getattr(self.family, name))
         if self.family.fused == "per_head":

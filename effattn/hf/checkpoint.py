@@ -98,15 +98,21 @@ def check_finite(model: nn.Module) -> None:
             raise ValueError(f"weights: {name} holds NaN or Inf ({bad} of {tensor.numel()} values)")
 
 
+def check_new_folder(argument: str, path: str | Path) -> None:
+    """ValueError when `path` exists and is not an empty folder."""
+    target = Path(path)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ValueError(f"{argument}: {str(path)!r} exists and is not an empty folder; nothing was written")
+
+
 @contextlib.contextmanager
 def atomic_folder(path: str | Path) -> Iterator[Path]:
     """Yields a temporary folder beside `path`; renames it to `path` at the end, or removes it when the body fails.
 
     ValueError when `path` exists and is not an empty folder.
     """
+    check_new_folder("path", path)
     target = Path(path).absolute()
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ValueError(f"path: {str(path)!r} exists and is not an empty folder; nothing was written")
     target.parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
     try:

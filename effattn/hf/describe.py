@@ -109,7 +109,7 @@ def _layer(layer: anatomy.Layer, config, model: nn.Module) -> dict:
             "ffn": sum(p.numel() for p in ffn),
             "norms": sum(p.numel() for p in norms),
         },
-        "kv_bytes_per_token": layer.kv_heads * (layer.head_dim + layer.value_dim) * layer.k.weight.element_size(),
+        "kv_bytes_per_token": layer.kv_bytes_per_token,
     }
 
 
