@@ -21,7 +21,7 @@ _FUNCTIONS = {
     "save": "effattn.hf.checkpoint",
     "swap": "effattn.hf.swap",
 }
-_MODULES = ("embedded", "kernels", "prune", "quant")
+_MODULES = ("conformance", "embedded", "kernels", "prune", "quant")
 
 __all__ = [*sorted(_FUNCTIONS), *_MODULES]
 

@@ -21,6 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from effattn.errors import Unsupported, check_choice
+from effattn.kernels.flash.pattern import Layout, layout_of
+from effattn.states import FullState, State
 
 IMPLEMENTATIONS = ("auto", "torch", "triton", "reference")
 Rotary = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -88,96 +90,18 @@ class Cost:
         return self.flops / moved if moved else math.inf
 
 
-class State:
-    """What a backend remembers of one batch of sequences. Sizes in tokens; `index` tensors are int64 over the batch."""
+@dataclass(frozen=True)
+class Call:
+    """What a call says beside q, k and v, checked. `layout`: where the keys lie; `q_first`: the queries as the keys at
+    positions below `Backend.first_keys` see them, None when they see them as all others do."""
 
-    @property
-    def seq_len(self) -> int:
-        """Tokens seen, whether or not they are still held."""
-        raise NotImplementedError
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes held."""
-        raise NotImplementedError
-
-    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Adds new keys (B, Hkv, T, D) and values (B, Hkv, T, Dv); returns those to attend over."""
-        raise NotImplementedError
-
-    def reorder(self, index: Tensor) -> None:
-        """Row i becomes the old row index[i] (beam search): index has the batch's length."""
-        raise NotImplementedError
-
-    def select(self, index: Tensor) -> None:
-        """Keeps the rows of `index`."""
-        raise NotImplementedError
-
-    def repeat(self, n: int) -> None:
-        """Each row n times, next to each other."""
-        raise NotImplementedError
-
-    def crop(self, n: int) -> None:
-        """Keeps the first n tokens. ValueError unless 0 <= n <= seq_len."""
-        raise NotImplementedError
-
-    def reset(self) -> None:
-        """Forgets everything."""
-        raise NotImplementedError
-
-
-class FullState(State):
-    """Every key and value, as they came."""
-
-    def __init__(self):
-        self.k: Tensor | None = None
-        self.v: Tensor | None = None
-
-    @property
-    def seq_len(self) -> int:
-        return 0 if self.k is None else self.k.shape[2]
-
-    @property
-    def nbytes(self) -> int:
-        return 0 if self.k is None else self.k.nbytes + self.v.nbytes
-
-    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns all keys and values, (B, Hkv, seq_len, D) and (B, Hkv, seq_len, Dv)."""
-        if self.k is None:
-            self.k, self.v = k, v
-            return k, v
-        for which, old, new in (("k", self.k, k), ("v", self.v, v)):
-            if (old.shape[:2], old.shape[3], old.dtype) != (new.shape[:2], new.shape[3], new.dtype):
-                raise ValueError(
-                    f"{which}: the state holds {tuple(old.shape)} {old.dtype}, got new tokens "
-                    f"{tuple(new.shape)} {new.dtype}; only the number of tokens may differ"
-                )
-        self.k, self.v = torch.cat([self.k, k], dim=2), torch.cat([self.v, v], dim=2)
-        return self.k, self.v
-
-    def reorder(self, index: Tensor) -> None:
-        if self.k is not None and len(index) != self.k.shape[0]:
-            raise ValueError(f"index: expected {self.k.shape[0]} rows, got {len(index)}; select() changes the batch")
-        self.select(index)
-
-    def select(self, index: Tensor) -> None:
-        if self.k is not None:
-            self.k, self.v = self.k.index_select(0, index), self.v.index_select(0, index)
-
-    def repeat(self, n: int) -> None:
-        if self.k is not None:
-            self.k, self.v = self.k.repeat_interleave(n, dim=0), self.v.repeat_interleave(n, dim=0)
-
-    def crop(self, n: int) -> None:
-        if not 0 <= n <= self.seq_len:
-            raise ValueError(f"crop: got {n}, the state holds {self.seq_len} tokens; valid is 0 to {self.seq_len}")
-        if n == 0:
-            self.reset()
-        elif n < self.seq_len:
-            self.k, self.v = self.k[:, :, :n].contiguous(), self.v[:, :, :n].contiguous()
-
-    def reset(self) -> None:
-        self.k = self.v = None
+    causal: bool
+    layout: Layout
+    scale: float
+    softcap: float | None = None
+    sink_logits: Tensor | None = None
+    q_first: Tensor | None = None
+    global_qkv: tuple[Tensor, ...] | None = None
 
 
 class Backend(nn.Module):
@@ -187,25 +111,22 @@ class Backend(nn.Module):
     traits: ClassVar[Traits]
     implementations: ClassVar[tuple[str, ...]] = ("auto", "torch", "reference")
     plain: ClassVar[bool] = False  # the same function as the attention that plain transformers runs
+    extras: ClassVar[tuple[str, ...]] = ()  # which of softcap, sink_logits and global_qkv the method can honour
+    farthest: int | None = None  # first keys see a query at this position at most (sinks); None: where it is
 
     def __init__(self, impl: str = "auto"):
         """`impl`: "auto" chooses, and `chosen_impl` says what; any other one runs or raises."""
         super().__init__()
         check_choice("impl", impl, IMPLEMENTATIONS)
         if impl not in self.implementations:
-            available = ", ".join(self.implementations)
-            raise NotImplementedError(
-                f"no {impl.capitalize()} kernel for {self.name} in this version; available: {available}"
-            )
+            raise Unsupported(f"impl: got {impl!r}, valid for {self.name} are {', '.join(self.implementations)}")
         self.impl = impl
         self.chosen_impl: str | None = None if impl == "auto" else impl
 
     def extra_repr(self) -> str:
         return f"impl={self.impl!r}"
 
-    def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, causal: bool, padding_mask: Tensor | None, scale: float
-    ) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
         """The method itself, on checked arguments: all keys and values, rotated. Returns (B, Hq, Tq, Dv)."""
         raise NotImplementedError
 
@@ -227,6 +148,7 @@ class Backend(nn.Module):
         state: State | None = None,
         scale: float | None = None,
         rotary: Rotary | None = None,
+        **extras,
     ) -> Tensor:
         """Attention of q over k and v, (B, Hq, Tq, Dv) in q's dtype. A query that may see no key gives 0.
 
@@ -234,29 +156,52 @@ class Backend(nn.Module):
         Tk counts the past too, and the state then holds both. scale: default D^-0.5.
 
         rotary: q and k are raw, and `rotary(q, k, q_positions, k_positions)` returns them rotated, in the same shapes.
-        Positions are int64, (Tq,) and (Tk,), or (B, Tq) and (B, Tk) with a padding mask: real tokens count from 0.
-        The state then holds raw keys, which are rotated when they are read.
+        Positions are int64, (Tq,) and (Tk,), or (B, Tq) and (B, Tk) with a padding mask: they count from the row's
+        first real token. The state then holds raw keys, which are rotated when they are read.
+
+        extras: what some models add, where the backend's `extras` name it: `softcap` (a score s becomes
+        softcap tanh(s / softcap), Gemma 2), `sink_logits` (Hq,) (a learned logit per head in the denominator, gpt-oss),
+        `global_qkv` (Longformer's second projections, q, k and v of the new tokens).
 
         Raises ValueError for shapes, dtypes or devices that do not fit together, Unsupported for what the backend's
         traits exclude; nothing is appended to the state then.
         """
+        for extra in extras:
+            check_choice(f"{self.name}: argument", extra, self.extras)
         self._check(q, k, v, causal, padding_mask, state, scale, rotary)
-        if state is not None:
-            k, v = state.append(k, v)
-        if rotary is not None:
-            q, k = self._rotate(rotary, q, k, padding_mask)
-        return self.attend(q, k, v, causal, padding_mask, q.shape[-1] ** -0.5 if scale is None else float(scale))
-
-    def _rotate(self, rotary: Rotary, q: Tensor, k: Tensor, padding_mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        if padding_mask is None:
-            positions = torch.arange(k.shape[2], device=k.device)
+        self.check_call(q, k, v, causal, extras)
+        extras = self.extend(extras, state, padding_mask, rotary)
+        if state is None:
+            layout = layout_of(padding_mask)
         else:
-            positions = (padding_mask.cumsum(dim=1) - 1).clamp(min=0)
-        rotated = rotary(q, k, positions[..., -q.shape[2] :], positions)
+            k, v, layout = state.append(k, v, padding_mask)
+        q_first = None
+        if rotary is not None:
+            q, k, q_first = self._rotate(rotary, q, k, layout)
+        scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+        return self.attend(q, k, v, Call(causal, layout, scale, q_first=q_first, **extras))
+
+    def check_call(self, q: Tensor, k: Tensor, v: Tensor, causal: bool, extras: dict) -> None:
+        """A subclass's own checks of a call, before anything is appended to a state."""
+
+    def extend(self, extras: dict, state: State | None, padding_mask: Tensor | None, rotary: Rotary | None) -> dict:
+        """A subclass's own handling of `extras`, before k and v are appended to the state."""
+        return extras
+
+    def _rotate(self, rotary: Rotary, q: Tensor, k: Tensor, layout: Layout) -> tuple[Tensor, Tensor, Tensor | None]:
+        """q and k rotated, and q as the first keys see it: from `farthest` at most, their place in the cache."""
+        at_q = layout.query_positions(q.shape[2], k.shape[2], q.device).clamp(min=0)
+        at_k = layout.key_positions(k.shape[2], k.device).clamp(min=0)
+        if layout.start is None:
+            at_q, at_k = at_q[0], at_k[0]
+        rotated = rotary(q, k, at_q, at_k)
         for before, after, which in zip((q, k), rotated, "qk", strict=True):
             if after.shape != before.shape:
                 raise ValueError(f"rotary: returned {which} {tuple(after.shape)}, expected {tuple(before.shape)}")
-        return rotated
+        if self.farthest is None or layout.tokens(k.shape[2]) <= self.farthest + 1:
+            return *rotated, None
+        q_first, _ = rotary(q, k[:, :, :1], at_q.clamp(max=self.farthest), at_k[..., :1])
+        return *rotated, q_first
 
     def _check(self, q, k, v, causal, padding_mask, state, scale, rotary) -> None:
         if causal and not self.traits.causal:

@@ -16,10 +16,7 @@ from collections.abc import Callable
 from effattn.errors import Unsupported, check_choice
 from effattn.interface import Backend
 
-PLANNED = (
-    "block", "sliding", "longformer", "strided", "fixed", "longnet", "s2", "lsh",
-    "linformer", "linformer_blockwise", "performer", "linear", "vq",
-)  # fmt: skip
+PLANNED = ("lsh", "linformer", "linformer_blockwise", "performer", "linear", "vq")
 _BACKENDS: dict[str, type[Backend]] = {}
 
 

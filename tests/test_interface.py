@@ -57,11 +57,16 @@ def test_traits_are_enforced():
         Other()(Q, K, V, causal=False)
 
 
-def test_implementations():
+def test_implementations(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert Dense().chosen_impl == Dense(impl="torch").chosen_impl == "torch"
     assert Dense(impl="reference").chosen_impl == "reference"
-    with pytest.raises(NotImplementedError, match="no Triton kernel for dense in this version; available: auto, torch"):
+    with pytest.raises(ValueError, match="impl: 'triton' needs a GPU, this machine has none; valid here are 'auto'"):
         Dense(impl="triton")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(ValueError, match="the tensors are on cpu"):
+        Dense(impl="triton")(Q, K, V)
     with pytest.raises(ValueError, match="did you mean 'torch'"):
         Dense(impl="trch")
 
@@ -153,4 +158,4 @@ def test_cost():
 
 def test_a_backend_without_a_method_says_so():
     with pytest.raises(NotImplementedError):
-        Backend.attend(None, Q, K, V, True, None, 1.0)
+        Backend.attend(None, Q, K, V, None)

@@ -68,7 +68,7 @@ def test_backend():
     ("spec", "options", "message"),
     [
         ("dens", {}, "backend: got 'dens' .did you mean 'dense'"),
-        ("xyz", {}, "backend: got 'xyz', valid are 'dense'"),
+        ("xyz", {}, "backend: got 'xyz', valid are 'block', 'dense'"),
         ("dense(imp='torch')", {}, "dense: option: got 'imp' .did you mean 'impl'.., valid are 'impl'"),
         ("dense", {"windw": 3}, "dense: option: got 'windw', valid are 'impl'"),
         ("dense(impl='torch')", {"impl": "torch"}, "impl given twice"),
@@ -81,13 +81,13 @@ def test_mistakes_get_the_nearest_name(spec, options, message):
 
 @pytest.mark.parametrize("name", registry.PLANNED)
 def test_planned_backends(name):
-    with pytest.raises(Unsupported, match=f"'{name}' is planned, not in this version; available: dense"):
+    with pytest.raises(Unsupported, match=f"'{name}' is planned, not in this version; available: block, dense"):
         registry.backend(f"{name}(window=3)")
 
 
 def test_a_mistyped_planned_backend():
-    with pytest.raises(Unsupported, match=r"'slidng' is unknown .did you mean 'sliding'.*planned"):
-        registry.backend("slidng", window=3)
+    with pytest.raises(Unsupported, match=r"'performr' is unknown .did you mean 'performer'.*planned"):
+        registry.backend("performr", features=3)
 
 
 def test_required_options_and_double_registration(monkeypatch):

@@ -1,5 +1,7 @@
-"""The backends, one file each. Importing this package registers them all."""
+"""The backends, one file each. Importing this package registers them all: a new file is found by itself."""
 
-from effattn.patterns import dense
+import importlib
+import pkgutil
 
-__all__ = ["dense"]
+for _module in pkgutil.iter_modules(__path__):
+    importlib.import_module(f"{__name__}.{_module.name}")

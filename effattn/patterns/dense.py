@@ -2,41 +2,29 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+import torch
 
-from effattn.interface import Backend, Cost, Shape, Traits
-from effattn.kernels import flash
+from effattn.interface import Traits
+from effattn.kernels.flash.pattern import Pattern
+from effattn.patterns.exact import ExactBackend
 from effattn.registry import register
 
 
 @register("dense")
-class Dense(Backend):
+class Dense(ExactBackend):
     """softmax(scale q k^T) v, exactly."""
 
     traits = Traits(exact=True, causal=True, bidirectional=True, learned=False, state="full")
-    implementations = flash.IMPLEMENTATIONS
     plain = True
 
-    def __init__(self, impl: str = "auto"):
-        super().__init__(impl)
-        self.chosen_impl = flash.choose(impl)
+    def sees(self, i, j, h, heads, causal):
+        return (j <= i) if causal else (j == j) & (i == i)
 
-    def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, causal: bool, padding_mask: Tensor | None, scale: float
-    ) -> Tensor:
-        return flash.attention(q, k, v, causal=causal, padding_mask=padding_mask, scale=scale, impl=self.chosen_impl)
+    def pattern(self, causal):
+        return Pattern()
 
-    def cost(self, shape: Shape) -> Cost:
-        """Two matrix products over the (query, key) pairs that see each other; q, k, v and the output moved once.
+    def pairs(self, i, shape):
+        return shape.heads * (i + 1 if shape.causal else torch.full_like(i, shape.keys))
 
-        The softmax's own operations are not counted, as everywhere.
-        """
-        pairs = shape.queries * shape.keys
-        if shape.causal:
-            pairs -= shape.queries * (shape.queries - 1) // 2
-        return Cost(
-            flops=2 * shape.batch * shape.heads * pairs * (shape.head_dim + shape.value_dim),
-            read_bytes=shape.query_bytes + shape.kv_bytes,
-            write_bytes=shape.output_bytes,
-            state_bytes=shape.kv_bytes,
-        )
+    def still_seen(self, j, shape):
+        return torch.ones_like(j, dtype=torch.bool)

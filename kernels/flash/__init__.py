@@ -1,44 +1,73 @@
-"""Softmax attention: checks the implementation's name, chooses one, runs it. Shapes are the caller's to validate."""
+"""Exact softmax attention of whole sequences and chunks: validates nothing but the implementation, chooses one, runs it.
+
+    out = attention(q, k, v, Window(back=512), causal=True)
+    out, lse = attention(q, k, v, Blocks(size=64), layout, lse=True)      # to merge parts by log-sum-exp
+
+Forward and backward, also through the log-sum-exp. A pattern (`pattern.py`) says who sees whom.
+"""
 
 from __future__ import annotations
 
+import os
+
+import torch
 from torch import Tensor
 
-IMPLEMENTATIONS = ("auto", "torch", "reference")
+from .pattern import Blocks, Layout, Pattern, Window
+
+__all__ = ["IMPLEMENTATIONS", "Blocks", "Layout", "Pattern", "Window", "attention", "choose"]
+
+IMPLEMENTATIONS = ("auto", "torch", "triton", "reference")
 
 
-def choose(impl: str = "auto") -> str:
-    """The implementation that `impl` runs: "torch" or "reference"; "auto" is "torch", on every device.
+def choose(impl: str = "auto", device: torch.device | str | None = None) -> str:
+    """The implementation that `impl` runs on `device` (None: before any tensor is seen, the machine's best).
 
-    Raises NotImplementedError for "triton", ValueError for any other name.
+    "auto": "triton" on a GPU, "torch" elsewhere. ValueError for unknown names and for "triton" where it cannot run:
+    without a GPU, unless TRITON_INTERPRET=1 is set (its interpreter is slow, and meant for tests).
     """
-    if impl == "triton":
-        raise NotImplementedError(
-            f"no Triton kernel for dense in this version; available: {', '.join(IMPLEMENTATIONS)}"
-        )
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"impl: got {impl!r}, valid are {', '.join(map(repr, IMPLEMENTATIONS))}")
-    return "torch" if impl == "auto" else impl
+    gpu = torch.cuda.is_available() if device is None else torch.device(device).type == "cuda"
+    if impl == "auto":
+        return "triton" if gpu else "torch"
+    if impl == "triton" and not gpu and os.environ.get("TRITON_INTERPRET") != "1":
+        where = "this machine has none" if device is None else f"the tensors are on {device}"
+        raise ValueError(
+            f"impl: 'triton' needs a GPU, {where}; valid here are 'auto' and 'torch' "
+            "(or TRITON_INTERPRET=1, set before triton is imported, for tests)"
+        )
+    return impl
 
 
 def attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    pattern: Pattern | None = None,
+    layout: Layout | None = None,
     *,
     causal: bool = True,
-    padding_mask: Tensor | None = None,
     scale: float | None = None,
+    softcap: float | None = None,
+    q_first: Tensor | None = None,
     impl: str = "auto",
-) -> Tensor:
-    """softmax(scale q k^T) v over the keys each query may see.
+    lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """softmax(scale q k^T) v over the keys that each query may see.
 
-    q (B, Hq, Tq, D), k (B, Hkv, Tk, D), v (B, Hkv, Tk, Dv) of one float dtype and device, Hq a multiple of Hkv;
-    padding_mask (B, Tk) bool, True = a real token; scale defaults to D^-0.5. Returns (B, Hq, Tq, Dv) in q's dtype.
+    q (B, Hq, Tq, D), k (B, Hkv, Tk, D), v (B, Hkv, Tk, Dv) of one float dtype and device, Hq a multiple of Hkv, not
+    checked here. Queries are the last Tq tokens of the layout; scale defaults to D^-0.5; softcap c makes each score
+    c tanh(score / c); q_first (B, Hq, Tq, D) are the queries as keys at positions below `pattern.first` see them.
+    Returns out (B, Hq, Tq, Dv) in q's dtype, and with `lse` the log-sum-exp of each query's scores (B, Hq, Tq), fp32
+    (fp64 for fp64 inputs). A query that sees nothing gives 0 and -inf.
     """
-    if choose(impl) == "reference":
-        from .reference import attention as run
+    if choose(impl, q.device) == "triton":
+        from .triton_impl import attention as run
     else:
         from .torch_impl import attention as run
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    return run(q, k, v, causal=causal, padding_mask=padding_mask, scale=scale)
+    out, sums = run(
+        q, k, v, pattern or Pattern(), layout or Layout(), causal=causal,
+        scale=q.shape[-1] ** -0.5 if scale is None else scale, softcap=softcap, q_first=q_first, need_lse=lse,
+    )  # fmt: skip
+    return (out, sums) if lse else out

@@ -1,0 +1,143 @@
+"""What the exact patterns share: softmax attention over the keys that a predicate shows, by the flash and decode
+kernels. A pattern file says who sees whom (`sees`, the definition), how a kernel does it (`pattern` or `attend`), what
+must be remembered (`new_state`), and how many pairs there are (`pairs`).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from effattn.interface import Backend, Call, Cost, Shape
+from effattn.kernels import decode, flash
+from effattn.kernels.flash.pattern import Pattern
+from effattn.states import RingState
+
+
+class ExactBackend(Backend):
+    """Base of the exact patterns. Subclasses set `traits` and write `sees`, and `pattern` if one predicate suffices."""
+
+    implementations = flash.IMPLEMENTATIONS
+    extras = ("softcap", "sink_logits")
+
+    def __init__(self, impl: str = "auto"):
+        super().__init__(impl)
+        self.chosen_impl = flash.choose(impl)
+
+    def sees(self, i: Tensor, j: Tensor, h: Tensor, heads: int, causal: bool) -> Tensor:
+        """How often the query at position i of head h sees the key at position j: bool, or a count. The definition:
+        i, j and h broadcast against each other; negative positions are padding."""
+        raise NotImplementedError
+
+    def pattern(self, causal: bool) -> Pattern | None:
+        """The predicate as the kernels take it; None when the subclass writes `attend_many` itself."""
+        return None
+
+    def pairs(self, i: Tensor, shape: Shape) -> Tensor:
+        """How many keys the queries at positions i (N,) see, over all heads and counted as often as `sees` says: int64
+        of any shape that sums up to the number of (query, key) pairs of one batch row."""
+        raise NotImplementedError
+
+    def still_seen(self, j: Tensor, shape: Shape) -> Tensor:
+        """bool: which of the keys at positions j (N,), all before the first query, some query of a causal call sees."""
+        raise NotImplementedError
+
+    def held(self, tokens: int) -> int:
+        """How many tokens a state holds after `tokens`."""
+        state = self.new_state()
+        return state.held(tokens) if isinstance(state, RingState) else tokens
+
+    def cost(self, shape: Shape) -> Cost:
+        """Two matrix products over the pairs that see each other; q, what is seen of k and v, and the output moved
+        once. The softmax's own operations are not counted, as everywhere."""
+        first = shape.keys - shape.queries
+        pairs = int(self.pairs(torch.arange(first, shape.keys), shape).sum())
+        keys = shape.keys  # bidirectional calls are whole sequences
+        if shape.causal and first:
+            keys = shape.queries + int(self.still_seen(torch.arange(first), shape).sum())
+        token = shape.kv_bytes // shape.keys
+        return Cost(
+            flops=2 * shape.batch * pairs * (shape.head_dim + shape.value_dim),
+            read_bytes=shape.query_bytes + keys * token,
+            write_bytes=shape.output_bytes,
+            state_bytes=self.held(shape.keys) * token,
+        )
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
+        self.chosen_impl = impl = flash.choose(self.impl, q.device)
+        if impl == "reference":
+            out, lse = self._reference(q, k, v, call)
+            return out
+        needs_lse = call.sink_logits is not None
+        learning = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+        few = call.layout.ring is not None or (q.shape[2] <= decode.MOST_QUERIES and not learning)
+        if few:
+            out = self.attend_few(q, k, v, call, impl, needs_lse)
+        else:
+            out = self.attend_many(q, k, v, call, impl, needs_lse)
+        if not needs_lse:
+            return out
+        out, lse = out  # a logit in the denominator only: out * Z / (Z + exp(logit))
+        share = torch.sigmoid(lse - call.sink_logits.to(lse.dtype)[None, :, None])
+        return (out.to(lse.dtype) * share[..., None]).to(out.dtype)
+
+    def attend_few(self, q, k, v, call: Call, impl: str, lse: bool):
+        """Up to 16 new tokens over any layout, without gradients."""
+        pattern = self.pattern(call.causal)
+        counts = self.counts(q, k, call) if pattern is None else None
+        return decode.attention(
+            q, k, v, pattern, call.layout, causal=call.causal, scale=call.scale, softcap=call.softcap,
+            q_first=call.q_first, counts=counts, impl=impl, lse=lse,
+        )  # fmt: skip
+
+    def attend_many(self, q, k, v, call: Call, impl: str, lse: bool):
+        """Whole sequences and long chunks, keys in order, with gradients."""
+        if self.pattern(call.causal) is None:
+            raise NotImplementedError(f"{self.name}: write `pattern`, or `attend_many`")
+        return flash.attention(
+            q, k, v, self.pattern(call.causal), call.layout, causal=call.causal, scale=call.scale,
+            softcap=call.softcap, q_first=call.q_first, impl=impl, lse=lse,
+        )  # fmt: skip
+
+    def counts(self, q: Tensor, k: Tensor, call: Call) -> Tensor:
+        """`sees` of every query and key of a call, (1 or B, Hq, Tq, Tk); padding sees and shows nothing."""
+        i = call.layout.query_positions(q.shape[2], k.shape[2], q.device)[:, None, :, None]
+        j = call.layout.key_positions(k.shape[2], k.device)[:, None, None, :]
+        h = torch.arange(q.shape[1], device=q.device)[:, None, None]
+        return self.sees(i, j, h, q.shape[1], call.causal) * ((i >= 0) & (j >= 0))
+
+    def _reference(self, q, k, v, call: Call):
+        from effattn.kernels.flash.reference import attention
+
+        first = None
+        if call.q_first is not None:
+            at = call.layout.key_positions(k.shape[2], k.device)
+            first = (at >= 0) & (at < self.pattern(call.causal).first)
+        return attention(
+            q, k, v, self.counts(q, k, call), scale=call.scale, softcap=call.softcap, sink_logits=call.sink_logits,
+            q_first=call.q_first, first=first,
+        )  # fmt: skip
+
+
+def check_size(backend: str, argument: str, value: int, least: int = 1) -> int:
+    """`value` if it is an int of at least `least`. ValueError naming the argument otherwise."""
+    if type(value) is not int or value < least:
+        raise ValueError(f"{backend}: {argument}: got {value!r}, valid is a whole number of at least {least}")
+    return value
+
+
+def merge(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Softmax attention over the union of disjoint key sets, from each set's (out, lse): (B, H, T, Dv), (B, H, T).
+
+    Rows that see nothing anywhere give 0 and -inf, with gradients 0.
+    """
+    lses = torch.stack([lse for _, lse in parts])
+    highest = lses.amax(dim=0)
+    highest = torch.where(highest.isfinite(), highest, 0.0).detach()
+    weights = torch.exp(lses - highest)
+    total = weights.sum(dim=0)
+    seen = total > 0
+    shares = weights / torch.where(seen, total, 1.0)
+    out = sum(out.to(share.dtype) * share[..., None] for (out, _), share in zip(parts, shares, strict=True))
+    lse = torch.where(seen, highest + torch.where(seen, total, 1.0).log(), -torch.inf)
+    return out.to(parts[0][0].dtype), lse

@@ -1,0 +1,264 @@
+"""What a backend remembers of one batch of sequences while it decodes: everything, or a ring and a few first tokens.
+
+    state = attn.new_state()
+    y = attn(q, k, v, state=state)        # k, v: the new tokens
+
+Tokens are numbered from 0, padding included; sizes are in tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from effattn.kernels.flash.pattern import Layout, first_real, layout_of
+
+ROLLBACK = 16  # tokens that a ring keeps beyond its need, so that speculative decoding can take them back
+
+
+class State:
+    """Base class. `index` tensors are int64 over the batch."""
+
+    @property
+    def seq_len(self) -> int:
+        """Tokens seen, whether or not they are still held."""
+        raise NotImplementedError
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        raise NotImplementedError
+
+    def append(self, k: Tensor, v: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor, Layout]:
+        """Adds new keys (B, Hkv, T, D) and values (B, Hkv, T, Dv); padding_mask (B, seq_len + T) bool.
+
+        Returns the keys and values to attend over, and where they lie.
+        """
+        raise NotImplementedError
+
+    def reorder(self, index: Tensor) -> None:
+        """Row i becomes the old row index[i] (beam search): index has the batch's length."""
+        raise NotImplementedError
+
+    def select(self, index: Tensor) -> None:
+        """Keeps the rows of `index`."""
+        raise NotImplementedError
+
+    def repeat(self, n: int) -> None:
+        """Each row n times, next to each other."""
+        raise NotImplementedError
+
+    def crop(self, n: int) -> None:
+        """Keeps the first n tokens. ValueError unless 0 <= n <= seq_len, and for what was evicted."""
+        raise NotImplementedError
+
+    def reset(self) -> None:
+        """Forgets everything."""
+        raise NotImplementedError
+
+
+class FullState(State):
+    """Every key and value, as they came."""
+
+    def __init__(self):
+        self.k: Tensor | None = None
+        self.v: Tensor | None = None
+
+    @property
+    def seq_len(self) -> int:
+        return 0 if self.k is None else self.k.shape[2]
+
+    @property
+    def nbytes(self) -> int:
+        return 0 if self.k is None else self.k.nbytes + self.v.nbytes
+
+    def append(self, k: Tensor, v: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor, Layout]:
+        """Returns all keys and values, (B, Hkv, seq_len, D) and (B, Hkv, seq_len, Dv)."""
+        if self.k is None:
+            self.k, self.v = k, v
+        else:
+            _check_fits(self.k, self.v, k, v)
+            self.k, self.v = torch.cat([self.k, k], dim=2), torch.cat([self.v, v], dim=2)
+        return self.k, self.v, layout_of(padding_mask)
+
+    def reorder(self, index: Tensor) -> None:
+        if self.k is not None and len(index) != self.k.shape[0]:
+            raise ValueError(f"index: expected {self.k.shape[0]} rows, got {len(index)}; select() changes the batch")
+        self.select(index)
+
+    def select(self, index: Tensor) -> None:
+        if self.k is not None:
+            self.k, self.v = self.k.index_select(0, index), self.v.index_select(0, index)
+
+    def repeat(self, n: int) -> None:
+        if self.k is not None:
+            self.k, self.v = self.k.repeat_interleave(n, dim=0), self.v.repeat_interleave(n, dim=0)
+
+    def crop(self, n: int) -> None:
+        if not 0 <= n <= self.seq_len:
+            raise ValueError(f"crop: got {n}, the state holds {self.seq_len} tokens; valid is 0 to {self.seq_len}")
+        if n == 0:
+            self.reset()
+        elif n < self.seq_len:
+            self.k, self.v = self.k[:, :, :n].contiguous(), self.v[:, :, :n].contiguous()
+
+    def reset(self) -> None:
+        self.k = self.v = None
+
+
+class RingState(FullState):
+    """The newest `keep` tokens (a query's own included) in a ring, and chosen earlier ones in slots before it.
+
+    Until keep + ROLLBACK tokens have come, all are held in order. From then on k and v are one buffer
+    (B, Hkv, slots + ring, D): token t lies at slots + t % ring, a decoding step overwrites in place, nothing is moved.
+    `slot_positions(n)`: the positions below n that must outlive the ring, ascending; what it gives for a smaller n is
+    a prefix. A row's positions count from its first real token.
+    """
+
+    def __init__(self, keep: int, slot_positions: Callable[[int], Sequence[int]] = lambda n: ()):
+        self.keep, self.ring = keep, keep + ROLLBACK
+        self.slot_positions = slot_positions
+        self.reset()
+
+    def reset(self) -> None:
+        self.k = self.v = self.slots_at = None
+        self.total = 0  # tokens seen
+        self.oldest = 0  # the oldest token that is held in the ring
+        self.wrapped = False  # whether k and v are slots and a ring by now
+        self.pending = False  # whether some row's slot waits for its token still
+
+    @property
+    def seq_len(self) -> int:
+        return self.total
+
+    def held(self, tokens: int) -> int:
+        """How many tokens are held once `tokens` have come."""
+        return tokens if tokens <= self.ring else self.ring + len(self.slot_positions(tokens - self.ring))
+
+    def append(self, k: Tensor, v: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor, Layout]:
+        """Returns what is held with the new tokens: in order, or as the ring lies when a few tokens came."""
+        if self.k is not None:
+            _check_fits(self.k, self.v, k, v)
+        total = self.total + k.shape[2]
+        if not self.wrapped and total <= self.ring:
+            self.k = k if self.k is None else torch.cat([self.k, k], dim=2)
+            self.v = v if self.v is None else torch.cat([self.v, v], dim=2)
+            self.total = total
+            return self.k, self.v, layout_of(padding_mask)
+        start = None if padding_mask is None else first_real(padding_mask)
+        learning = torch.is_grad_enabled() and (k.requires_grad or v.requires_grad)
+        if self.wrapped and k.shape[2] <= ROLLBACK and not learning:
+            return self._few(k, v, total, start, padding_mask)
+        return self._many(k, v, total, start, padding_mask)
+
+    def _few(self, k, v, total, start, padding_mask) -> tuple[Tensor, Tensor, Layout]:
+        """Overwrites the ring's oldest tokens in place."""
+        before = self.oldest
+        self._grow_slots(max(before, total - self.ring), k.device)
+        slots = self.slots
+        self._fill_slots(self.k, self.v, before, self.total, start, ring=True)
+        at = slots + torch.arange(self.total, total, device=k.device) % self.ring
+        self.k.index_copy_(2, at, k)
+        self.v.index_copy_(2, at, v)
+        self.total, self.oldest = total, max(before, total - self.ring)
+        places = torch.arange(self.ring, device=k.device)
+        number = total - 1 - (total - 1 - places) % self.ring  # the newest token that lies at each place
+        number = torch.where(number >= self.oldest, number, -1)
+        mask = None
+        if padding_mask is not None:
+            real = padding_mask.index_select(1, number.clamp(min=0)) & (number >= 0)
+            mask = torch.cat([self._outlived(slots, self.oldest, start), real], dim=1)
+        return self.k, self.v, Layout(slots, 0, start, mask, self._places(slots), number, total)
+
+    def _many(self, k, v, total, start, padding_mask) -> tuple[Tensor, Tensor, Layout]:
+        """Puts the past and the new tokens in order, and keeps the end of them as the ring."""
+        low, past = self.oldest, self.total
+        if self.k is not None:
+            at = torch.arange(low, past, device=k.device)
+            at = self.slots + at % self.ring if self.wrapped else at - low
+            k = torch.cat([self.k.index_select(2, at), k], dim=2)
+            v = torch.cat([self.v.index_select(2, at), v], dim=2)
+        old = (self.k[:, :, : self.slots], self.v[:, :, : self.slots]) if self.wrapped else (k[:, :, :0], v[:, :, :0])
+        self.oldest, self.total = max(low, total - self.ring), total
+        at = torch.arange(self.oldest, total, device=k.device)
+        rings = (x.new_zeros(*x.shape[:2], self.ring, x.shape[3]) for x in (k, v))
+        rings = (
+            r.index_copy(2, at % self.ring, x[:, :, self.oldest - low :]) for r, x in zip(rings, (k, v), strict=True)
+        )
+        self.k, self.v = (torch.cat(parts, dim=2) for parts in zip(old, rings, strict=True))
+        self.wrapped = True
+        self._grow_slots(self.oldest, k.device)
+        self._fill_slots(k, v, low, total, start, ring=False)
+        tail = max(low, min(past - self.keep + 1, self.oldest))  # the new tokens need no more, the slots hold the rest
+        if tail == 0:
+            return k, v, layout_of(padding_mask)
+        slots = len(self.slot_positions(tail))
+        mask = None
+        if padding_mask is not None:
+            mask = torch.cat([self._outlived(slots, tail, start), padding_mask[:, tail:]], dim=1)
+        k = torch.cat([self.k[:, :, :slots], k[:, :, tail - low :]], dim=2)
+        v = torch.cat([self.v[:, :, :slots], v[:, :, tail - low :]], dim=2)
+        return k, v, Layout(slots, tail, start, mask, self._places(slots))
+
+    @property
+    def slots(self) -> int:
+        return 0 if self.slots_at is None else len(self.slots_at)
+
+    def _places(self, slots: int) -> Tensor | None:
+        """The slots' positions for a `Layout`; None when they are 0, 1, 2, ..."""
+        positions = self.slot_positions(self.oldest)
+        in_order = slots == 0 or positions[slots - 1] == slots - 1  # ascending, so the others follow
+        return None if in_order else self.slots_at[:slots]
+
+    def _grow_slots(self, tokens: int, device) -> None:
+        """Makes room for every slot that positions below `tokens` need."""
+        positions = self.slot_positions(tokens)
+        if (more := len(positions) - self.slots) > 0:
+            self.k, self.v = (torch.cat([x[:, :, : self.slots], x.new_zeros(*x.shape[:2], more, x.shape[3]),
+                                         x[:, :, self.slots :]], dim=2) for x in (self.k, self.v))  # fmt: skip
+            self.slots_at = torch.tensor(list(positions), device=device)
+            self.pending = True
+
+    def _fill_slots(self, k: Tensor, v: Tensor, low: int, high: int, start: Tensor | None, ring: bool) -> None:
+        """Copies the tokens numbered [low, high) that belong into slots; k and v hold them in order, or as `ring`."""
+        if not self.pending or not self.slots:
+            return
+        number = self.slots_at[None] if start is None else start[:, None] + self.slots_at
+        there = ((number >= low) & (number < high))[:, None, :, None]
+        at = (self.slots + number % self.ring if ring else (number - low).clamp(0, high - low - 1))[:, None, :, None]
+        for held, source in ((self.k, k), (self.v, v)):
+            found = source.gather(2, at.expand(*source.shape[:2], -1, source.shape[3]))
+            held[:, :, : self.slots] = torch.where(there, found, held[:, :, : self.slots])
+        self.pending = start is not None and bool((number >= high).any())
+
+    def _outlived(self, slots: int, limit: int, start: Tensor) -> Tensor:
+        """(B, slots): which slots hold a token older than `limit`, so that it is not in the ring as well."""
+        return start[:, None] + self.slots_at[:slots] < limit if slots else start.new_zeros(len(start), 0).bool()
+
+    def crop(self, n: int) -> None:
+        if not 0 <= n <= self.total:
+            raise ValueError(f"crop: got {n}, the state has seen {self.total} tokens; valid is 0 to {self.total}")
+        if n == 0:
+            self.reset()
+        elif not self.wrapped:
+            super().crop(n)
+            self.total = n
+        elif n < self.total:
+            least = self.oldest + self.keep - 1
+            if self.oldest and n < least:
+                raise ValueError(
+                    f"crop: got {n}, but the tokens that a window ending there needs were evicted; valid are 0 and "
+                    f"{least} to {self.total}"
+                )
+            self.total, self.pending = n, True
+
+
+def _check_fits(k: Tensor, v: Tensor, new_k: Tensor, new_v: Tensor) -> None:
+    for which, old, new in (("k", k, new_k), ("v", v, new_v)):
+        if (old.shape[:2], old.shape[3], old.dtype) != (new.shape[:2], new.shape[3], new.dtype):
+            raise ValueError(
+                f"{which}: the state holds {tuple(old.shape)} {old.dtype}, got new tokens "
+                f"{tuple(new.shape)} {new.dtype}; only the number of tokens may differ"
+            )

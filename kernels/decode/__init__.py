@@ -1,0 +1,49 @@
+"""Exact softmax attention of a few new tokens over a cache: split over the keys, the GQA group packed into the tile.
+
+    out = attention(q, k, v, Window(back=512), state_layout)            # q (B, Hq, 1 to 16, D)
+
+Forward only. The cache may be a ring (`Layout.ring`), which no other kernel reads.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from effattn.kernels.flash import IMPLEMENTATIONS, choose
+from effattn.kernels.flash.pattern import Layout, Pattern
+
+__all__ = ["IMPLEMENTATIONS", "MOST_QUERIES", "attention", "choose"]
+
+MOST_QUERIES = 16
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pattern: Pattern | None = None,
+    layout: Layout | None = None,
+    *,
+    causal: bool = True,
+    scale: float | None = None,
+    softcap: float | None = None,
+    q_first: Tensor | None = None,
+    counts: Tensor | None = None,
+    impl: str = "auto",
+    lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """As `effattn.kernels.flash.attention`, for Tq <= 16 and without gradients.
+
+    counts, (1 or B, 1 or Hq, Tq, Tk) bool or integer: how often each query sees each key, instead of the pattern and
+    causality (padding included); for patterns that have no predicate.
+    """
+    if choose(impl, q.device) == "triton":
+        from .triton_impl import attention as run
+    else:
+        from .torch_impl import attention as run
+    out, sums = run(
+        q, k, v, pattern or Pattern(), layout or Layout(), causal=causal,
+        scale=q.shape[-1] ** -0.5 if scale is None else scale, softcap=softcap, q_first=q_first, counts=counts,
+        need_lse=lse,
+    )  # fmt: skip
+    return (out, sums) if lse else out
