@@ -12,6 +12,7 @@ from conftest import SMALL, tiny
 from effattn.errors import Unsupported
 from effattn.hf import anatomy as hf
 
+ENCODER = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
 MOE = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe")  # transformers' CPU experts have no fp64
 LOOSE = 1e-4  # RMSNorm casts to fp32; a mistake moves logits by 0.1 and more
 KINDS = sorted(hf.FAMILIES)
@@ -71,6 +72,38 @@ def test_rotary_dims_and_pairs(kind, tokens):
     assert (logits(model, tokens) - before).abs().max() < LOOSE
 
 
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 32}
+ROPES = [(kind, {}) for kind in KINDS if hf.FAMILIES[kind].rotary] + [("llama", {"rope_parameters": YARN})]
+
+
+@pytest.mark.parametrize(("kind", "overrides"), ROPES)
+def test_ropes_are_the_models_own_rotation(kind, overrides):
+    model, seen = tiny(kind, dtype=torch.float32, num_key_value_heads=2, **overrides), {}
+    for layer in hf.of(model):
+        hook = lambda *args, i=layer.index: seen.setdefault(i, args[2]["position_embeddings"])  # noqa: E731
+        layer.attention.register_forward_pre_hook(lambda *args, hook=hook: hook(*args) and None, with_kwargs=True)
+    positions = torch.tensor([[0, 1, 2, 3, 4, 5], [0, 0, 0, 77, 78, 99]])
+    model(input_ids=torch.ones(2, 6, dtype=torch.long), position_ids=positions, attention_mask=(positions >= 0).long())
+    count = 0
+    for layer in hf.of(model):
+        if layer.rotary is None:
+            assert layer.rotary_dims == 0
+            continue
+        count += 1
+        rope = layer.rotary.rope()
+        assert rope.dims == layer.rotary_dims
+        q, k = torch.randn(2, 4, 6, layer.head_dim), torch.randn(2, 2, 6, layer.head_dim)
+        apply = sys.modules[type(layer.attention).__module__].apply_rotary_pos_emb
+        expected = apply(q[..., : rope.dims], k[..., : rope.dims], *seen[layer.index])
+        for x, got, turned in zip((q, k), rope(q, k, positions, positions), expected, strict=True):
+            torch.testing.assert_close(got, torch.cat([turned, x[..., rope.dims :]], dim=-1), rtol=0, atol=1e-6)
+        alone, _ = rope(q[:1], k[:1], positions[0], positions[0])
+        torch.testing.assert_close(alone, rope(q, k, positions, positions)[0][:1])
+        half, _ = rope(q.bfloat16(), k.bfloat16(), positions, positions)
+        assert half.dtype == torch.bfloat16
+    assert count
+
+
 @pytest.mark.parametrize("kind", ["llama", "gemma2", "granite", "cohere", "phi", "qwen2"])
 def test_logits_from_the_final_norm(kind, tokens):
     model, seen = model_of(kind), {}
@@ -85,6 +118,29 @@ def test_an_existing_gqa_model_is_read_right(kind):
     layer = hf.of(model_of(kind, num_key_value_heads=2)).layers[0]
     assert (layer.heads, layer.kv_heads) == (8, 2)
     assert layer.k.by_head.shape == layer.v.by_head.shape == (2, layer.head_dim, 64)
+
+
+@pytest.mark.parametrize("kind", hf.ENCODERS)
+@pytest.mark.parametrize("auto", [transformers.AutoModel, transformers.AutoModelForMaskedLM])
+def test_encoders(kind, auto):
+    model = auto.from_config(transformers.AutoConfig.for_model(kind, **ENCODER))
+    parts = hf.of(model)
+    assert (len(parts.layers), parts.heads, parts.kv_heads, parts.head_dim, parts.causal) == (2, 4, 4, 8, False)
+    for layer in parts:
+        assert layer.rotary is None
+        assert layer.window is None
+        assert [p.by_head.shape for p in (layer.q, layer.k, layer.v)] == [(4, 8, 32)] * 3
+        assert layer.o.by_head.shape == (4, 32, 8)
+        assert len(layer.qkv_modules) == 4
+        assert len(layer.norms) == 2
+    with pytest.raises(Unsupported, match="cannot have fewer KV heads"):
+        parts.require_gqa()
+
+
+def test_windows():
+    assert [layer.window for layer in hf.of(model_of("gemma3_text"))] == [32, None]
+    assert hf.of(model_of("mistral", sliding_window=32)).layers[0].window == 32
+    assert hf.of(model_of("mistral", sliding_window=128)).layers[0].window is None  # no sequence is longer
 
 
 def test_unsupported_models_are_refused_by_name():

@@ -5,6 +5,7 @@ import os
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from effattn import registry
@@ -65,6 +66,54 @@ def test_other_swaps_are_kept_in_the_config_and_applied_again(model, tmp_path, m
     assert torch.equal(loaded(TOKENS).logits, expected)
     checkpoint.save(restore(loaded), tmp_path / "b")
     assert "effattn" not in (tmp_path / "b" / "config.json").read_text()
+
+
+LEARNED = {"0": "sliding(window=5, sink_logits=True)", "1": "longformer(window=4, global_tokens=[0, 3])"}
+
+
+@pytest.fixture
+def learned(model):
+    """Swapped, and trained away from where it began."""
+    swap(model, LEARNED)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "effattn" in name:
+                p.add_(torch.randn_like(p), alpha=0.5)
+    return model
+
+
+def test_what_a_method_learned_is_kept_beside_the_plain_weights(learned, tmp_path):
+    expected = learned(TOKENS).logits
+    checkpoint.save(learned, tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["effattn"] == {"pattern": LEARNED}
+    names = set(load_file(tmp_path / "out" / "effattn.safetensors"))
+    assert names == {name for name in learned.state_dict() if "effattn" in name}
+    assert not names & set(load_file(tmp_path / "out" / "model.safetensors"))
+    loaded = checkpoint.load(tmp_path / "out")
+    assert torch.equal(loaded(TOKENS).logits, expected)
+    assert checkpoint.load(tmp_path / "out", dtype="bfloat16").dtype == torch.bfloat16
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    for restored in (restore(loaded), restore(learned)):
+        assert torch.equal(restored(TOKENS).logits, plain(TOKENS).logits)
+        assert list(restored.state_dict()) == list(plain.state_dict())
+
+
+def test_learned_weights_that_do_not_fit_are_an_error(learned, tmp_path):
+    checkpoint.save(learned, tmp_path / "out")
+    file = tmp_path / "out" / "effattn.safetensors"
+    weights = load_file(file)
+    sinks = "model.layers.0.self_attn.effattn_pattern.sink_logits"
+    for wrong, message in (
+        ({name: w for name, w in weights.items() if name != sinks}, f"missing: {sinks}"),
+        (weights | {"more": torch.ones(1)}, "unexpected: more"),
+        (weights | {sinks: torch.ones(3)}, rf"{sinks}: got \(3,\), expected \(4,\)"),
+    ):
+        save_file(wrong, file)
+        with pytest.raises(ValueError, match=message):
+            checkpoint.load(tmp_path / "out")
+    file.unlink()
+    with pytest.raises(ValueError, match="effattn.safetensors does not fit the swap in config.json, missing: "):
+        checkpoint.load(tmp_path / "out")
 
 
 def test_a_full_folder_is_refused(model, tmp_path):

@@ -1,4 +1,4 @@
-"""Swapping dense into live transformers models: the same tokens, and back to the same bits."""
+"""Swapping live transformers models: dense gives the same tokens, restore the same bits, and nothing is ignored."""
 
 import copy
 import pickle
@@ -9,11 +9,14 @@ import torch
 import transformers
 from torch import nn
 from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from effattn import registry
 from effattn.errors import Unsupported
 from effattn.hf import live
 from effattn.hf.cache import new_cache
 from effattn.hf.describe import describe
+from effattn.hf.state_layer import StateLayer
 from effattn.hf.swap import active, parse_layers, restore, swap
 from effattn.patterns.dense import Dense
 
@@ -25,12 +28,14 @@ MHA = {key: value for key, value in SIZES.items() if key != "num_key_value_heads
 MIXED = {"layer_types": ["sliding_attention", "full_attention"] * 2, "sliding_window": 8}
 CONFIGS = {
     "llama": (transformers.LlamaConfig, SIZES),
-    "mistral": (transformers.MistralConfig, {**SIZES, "sliding_window": None}),
+    "mistral": (transformers.MistralConfig, {**SIZES, "sliding_window": 8}),
+    "mistral, no window": (transformers.MistralConfig, {**SIZES, "sliding_window": 256}),
     "qwen2": (transformers.Qwen2Config, SIZES),
     "qwen3": (transformers.Qwen3Config, {**SIZES, "head_dim": 16}),
     "gemma": (transformers.GemmaConfig, {**SIZES, "head_dim": 8}),
+    "gemma2": (transformers.Gemma2Config, {**SIZES, "head_dim": 8, **MIXED, "attn_logit_softcapping": 2.0}),
     "gemma3": (transformers.Gemma3TextConfig, {**SIZES, "head_dim": 8, **MIXED}),
-    "phi3": (transformers.Phi3Config, {**SIZES, "sliding_window": None}),
+    "phi3": (transformers.Phi3Config, {**SIZES, "sliding_window": 8}),
     "stablelm": (transformers.StableLmConfig, SIZES),
     "olmo2": (transformers.Olmo2Config, SIZES),
     "gpt_neox": (transformers.GPTNeoXConfig, MHA),
@@ -42,6 +47,7 @@ def tiny(name="llama", attn="sdpa", **changes):
     """A random model whose logits really depend on its attention."""
     cls, options = CONFIGS[name]
     torch.manual_seed(0)
+    attn = "eager" if name == "gemma2" else attn  # transformers' sdpa has no softcap
     model = transformers.AutoModelForCausalLM.from_config(cls(**options, **changes), attn_implementation=attn).eval()
     for p in model.parameters():
         if p.ndim > 1:
@@ -68,8 +74,11 @@ def generate(model, inputs, **options):
     return model.generate(**inputs, do_sample=False, max_new_tokens=12, min_new_tokens=12, **options)
 
 
-def pattern(name):
-    return {"1,3": "dense"} if name == "gemma3" else "dense"
+def windows(name):
+    """The window of each layer of a tiny model; None: full attention."""
+    if name in ("gemma2", "gemma3"):
+        return [8, None] * 2
+    return [8 if name in ("mistral", "phi3") else None] * 4
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -83,8 +92,11 @@ def test_same_tokens_and_back_to_the_same_bits(name):
     before = {run: f() for run, f in runs.items()}
     plain = [logits(model, batch(padded)) for padded in (True, False)]
     keys = list(model.state_dict())
-    assert swap(model, pattern(name)) is model
+    assert swap(model, "dense") is model
     assert model.config._attn_implementation == live.NAME
+    patterns = [layer["pattern"] for layer in describe(model).layers]
+    assert patterns == ["dense" if w is None else f"sliding(window={w})" for w in windows(name)]
+    assert active(model).specs == dict.fromkeys(range(4), "dense")
     for run, f in runs.items():
         assert torch.equal(f(), before[run]), run
     for expected, padded in zip(plain, (True, False), strict=True):
@@ -98,8 +110,8 @@ def test_same_tokens_and_back_to_the_same_bits(name):
 def test_the_backend_really_runs(monkeypatch):
     model, calls = tiny(), []
     attend = Dense.attend
-    monkeypatch.setattr(Dense, "attend", lambda self, *args: calls.append(args[4]) or attend(self, *args))
     swap(model, {"1-2": "dense(impl='reference')"})
+    monkeypatch.setattr(Dense, "attend", lambda self, *args: calls.append(args[3].layout.mask) or attend(self, *args))
     logits(model, batch())
     assert len(calls) == 2
     assert torch.equal(calls[0], batch()["attention_mask"].bool())
@@ -137,19 +149,101 @@ def test_copies_and_pickles_keep_the_swap():
     assert twin.config._attn_implementation == live.NAME
     again = pickle.loads(pickle.dumps(twin))
     assert active(again) == active(twin)
+    for copied in (twin, again):
+        assert torch.equal(logits(restore(copied), batch()), before)
+        assert not any(module._forward_pre_hooks for module in copied.modules())
+
+
+def training_batch():
+    inputs = batch()
+    inputs["labels"] = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
+    return inputs
+
+
+def gradients(model, **options):
+    model.zero_grad()
+    model(**training_batch(), **options).loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters()}
 
 
 def test_training():
-    inputs = batch()
-    inputs["labels"] = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
-    grads = []
-    for swapped in (False, True):
-        model = tiny().train()
-        if swapped:
-            swap(model, "dense")
-        model(**inputs).loss.backward()
-        grads.append([p.grad for p in model.parameters()])
-    torch.testing.assert_close(grads[1], grads[0])
+    expected = gradients(tiny().train())
+    torch.testing.assert_close(gradients(swap(tiny().train(), "dense")), expected)
+
+
+LEARNING = ["dense", "sliding(window=4)", "sliding(window=4, sinks=2)", "sliding(window=4, sink_logits=True)",
+            "longformer(window=4, global_tokens=2)"]  # fmt: skip
+
+
+@pytest.mark.parametrize("spec", LEARNING)
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_gradient_checkpointing(spec, reentrant):
+    model = swap(tiny("qwen3").train(), spec)
+    expected = gradients(model, use_cache=False)
+    torch.testing.assert_close(gradients(model, use_cache=True), expected)  # the states pass gradients on
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    torch.testing.assert_close(gradients(model), expected)
+
+
+@pytest.mark.parametrize("spec", ["dense", "sliding(window=4, sink_logits=True)"])
+def test_the_trainer(spec, tmp_path):
+    rows = [{name: tensor[row] for name, tensor in training_batch().items()} for row in range(3)] * 2
+    trained = []
+    for checkpointing in ({}, {"use_reentrant": True}, {"use_reentrant": False}):
+        model = swap(tiny(), spec)
+        args = transformers.TrainingArguments(
+            output_dir=tmp_path, max_steps=2, per_device_train_batch_size=3, learning_rate=0.05, optim="sgd", seed=1,
+            gradient_checkpointing=bool(checkpointing), gradient_checkpointing_kwargs=checkpointing or None,
+            use_cpu=True, report_to=[], save_strategy="no", disable_tqdm=True,
+        )  # fmt: skip
+        before = {name: p.clone() for name, p in model.named_parameters()}
+        transformers.Trainer(model=model, args=args, train_dataset=rows).train()
+        trained.append(dict(model.named_parameters()))
+        assert all(not torch.equal(p, before[name]) for name, p in trained[-1].items() if "sink" in name)
+    torch.testing.assert_close(trained[1], trained[0])
+    torch.testing.assert_close(trained[2], trained[0])
+
+
+def test_what_a_method_learns_is_a_part_of_the_model():
+    model = tiny("phi3")
+    before, keys = logits(model, batch()), list(model.state_dict())
+    swap(model, {"0": "sliding(window=5, sink_logits=True)", "1": "longformer(window=5)", "2": "longformer(window=5)"})
+    first = model.model.layers
+    learned = {name for name, _ in model.named_parameters()} - set(keys)
+    assert learned == {
+        "model.layers.0.self_attn.effattn_pattern.sink_logits",
+        "model.layers.1.self_attn.effattn_global.qkv_proj_weight",
+        "model.layers.2.self_attn.effattn_global.qkv_proj_weight",
+    }
+    assert first[0].self_attn.effattn_pattern is first[0].self_attn._effattn.backend
+    assert torch.equal(first[1].self_attn.effattn_global.qkv_proj_weight, first[1].self_attn.qkv_proj.weight)
+    assert all(model.get_parameter(name).requires_grad for name in learned)
+    at_first = logits(model, batch())
+    with torch.no_grad():
+        for name in sorted(learned):
+            p, old = model.get_parameter(name), logits(model, batch())
+            p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(1)))
+            assert not torch.allclose(logits(model, batch()), old)
+    described = [layer["projections"] for layer in describe(model).layers]
+    assert described == ["dense", "dense, global separate", "dense, global separate", "dense"]
+    twin = copy.deepcopy(model)
+    assert torch.equal(logits(twin, batch()), logits(model, batch()))
+    swap(model, {"0": "sliding(window=5, sink_logits=True)", "1-2": "longformer(window=5)"})  # anew
+    assert torch.equal(logits(model, batch()), at_first)
+    for swapped in (model, twin):
+        assert list(restore(swapped).state_dict()) == keys
+        assert torch.equal(logits(swapped, batch()), before)
+        assert_untouched(swapped)
+
+
+def test_global_tokens_as_tensors():
+    model, inputs = tiny(), batch(False)
+    mask = torch.zeros(6, dtype=torch.bool)
+    mask[[0, 5]] = True
+    found = [logits(swap(model, "longformer", window=3, global_tokens=t), inputs) for t in (mask, torch.tensor([0, 5]))]
+    assert active(model).specs[0] == "longformer(window=3, global_tokens=[0, 5])"
+    assert torch.equal(*found)
+    assert "effattn_pattern" not in str(model.state_dict().keys())  # a mask is no weight
 
 
 def test_autocast_mixes_dtypes_as_torch_does():
@@ -174,7 +268,10 @@ MISTAKES = [
     (({"0": "dense"},), {"impl": "torch"}, "impl given beside a dict"),
     ((), {}, "nothing to do"),
     ((), {"heads": "mha", "window": 3}, "window given without a pattern"),
-    (("sliding",), {"window": 512}, "'sliding' is planned"),
+    (("lsh",), {"rounds": 4}, "'lsh' is planned"),
+    (("sliding",), {}, "sliding: window must be given"),
+    (("sliding",), {"window": 0}, "sliding: window: got 0"),
+    (("sliding",), {"window": 4, "sinks": 2, "dilation": 2}, "sinks and dilation cannot be combined"),
     (("dense",), {"positions": "rerope(window=256)"}, "positions: .* planned, not in this version"),
     (("dense",), {"positions": "rrope"}, "positions: got 'rrope' .did you mean 'rerope'"),
     (("dense",), {"cache": "int4(group=64)"}, "cache: .* planned"),
@@ -194,6 +291,13 @@ def test_mistakes_change_nothing(args, options, message):
         swap(model, *args, **options)
     assert active(model) is None
     assert model.config._attn_implementation == "sdpa"
+    assert_untouched(model)
+
+
+def assert_untouched(model):
+    """No trace of a swap."""
+    assert not any(module._forward_pre_hooks for module in model.modules())
+    assert not any("effattn" in name for module in model.modules() for name in (*vars(module), *module._modules))
 
 
 def test_heads_go_to_convert_gqa(monkeypatch):
@@ -227,29 +331,53 @@ class OwnAttention(nn.Module):
         return hidden_states, None
 
 
-def test_refused_by_name_before_anything_is_changed():
-    capped = transformers.Gemma2Config(**SIZES, head_dim=8)
+def test_refused_by_name_before_anything_is_changed(monkeypatch):
     bloom = transformers.BloomConfig(hidden_size=32, n_layer=2, n_head=4, vocab_size=97)
     gpt2 = transformers.GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=97)
-    for config, message in (
-        (capped, "Gemma2ForCausalLM .*soft-capped"),
-        (transformers.MistralConfig(**SIZES, sliding_window=16), "MistralForCausalLM .*sliding window of 16"),
-        (transformers.Gemma3TextConfig(**SIZES, head_dim=8, **MIXED), 'layers 0, 2: .*can be swapped: {"1,3": ...}'),
-        (bloom, "BloomForCausalLM"),
-        (gpt2, "GPT2LMHeadModel"),
-    ):
-        model = transformers.AutoModelForCausalLM.from_config(config)
-        own = model.config._attn_implementation
-        with pytest.raises(Unsupported, match=message):
-            swap(model, "dense")
-        assert active(model) is None
-        assert model.config._attn_implementation == own
+    dynamic = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+    for config, spec, message in (
+        (CONFIGS["gemma2"], "capless", "Gemma2ForCausalLM .*layers 1, 3: .*soft-capped.*capless has no softcap.*{\"0,2\": ...}"),
+        (CONFIGS["gemma3"], {"1-2": "capless"}, "layers? 1: no bf16 today"),
+        ((transformers.LlamaConfig, {**SIZES, "rope_parameters": dynamic}), "sliding(window=4, sinks=2)",
+         "rotary rule 'dynamic' depends on the sequence's length"),
+        (bloom, "dense", "BloomForCausalLM"),
+        (gpt2, "dense", "GPT2LMHeadModel"),
+    ):  # fmt: skip
+        with monkeypatch.context() as patch:
+            patch.setattr(registry, "_BACKENDS", dict(registry.backends()))
+            registry.register("capless")(Capless)
+            config = config[0](**config[1]) if isinstance(config, tuple) else config
+            model = transformers.AutoModelForCausalLM.from_config(config)
+            own = model.config._attn_implementation
+            with pytest.raises(Unsupported, match=message):
+                swap(model, spec)
+            assert active(model) is None
+            assert model.config._attn_implementation == own
+            assert_untouched(model)
     model = tiny()
     model.model.layers[2].self_attn = OwnAttention()
     with pytest.raises(Unsupported, match="layers 2: OwnAttention does not go through"):
         swap(model, "dense")
     with pytest.raises(Unsupported, match="Linear"):
         swap(nn.Linear(2, 2), "dense")
+
+
+class Capless(Dense):
+    """A backend that has nothing extra, and refuses its first call."""
+
+    extras = ()
+
+    def check_call(self, q, k, v, causal, extras):
+        raise Unsupported("no bf16 today")
+
+
+def test_a_failed_second_swap_leaves_the_first(monkeypatch):
+    model = swap(tiny(), "sliding(window=5)")
+    before, hooks = logits(model, batch()), [m._forward_pre_hooks.copy() for m in model.modules()]
+    with pytest.raises(ValueError, match="window: got -1"):
+        swap(model, {"0": "dense", "2": "sliding(window=-1)"})
+    assert [m._forward_pre_hooks for m in model.modules()] == hooks
+    assert torch.equal(logits(model, batch()), before)
 
 
 def test_refused_while_running():
@@ -273,24 +401,29 @@ def test_refused_while_running():
 
 @pytest.mark.parametrize(
     ("kwargs", "message"),
-    [({"softcap": 30.0}, "softcap"), ({"s_aux": torch.ones(4)}, "s_aux"), ({"sliding_window": 4}, "window is 4"),
-     ({"dropout": 0.1}, "dropout"), ({"output_attentions": True}, "output_attentions")],
+    [({"softcap": 30.0}, "softcap"), ({"s_aux": torch.ones(4)}, "s_aux"), ({"dropout": 0.1}, "dropout"),
+     ({"output_attentions": True}, "output_attentions"), ({"position_bias": torch.ones(1)}, "position_bias")],
 )  # fmt: skip
-def test_what_a_model_passes_is_never_ignored(kwargs, message):
+def test_what_a_model_passes_is_never_ignored(kwargs, message, monkeypatch):
     model = swap(tiny(), "dense")
     x = torch.randn(1, 4, 6, 8)
     module = model.model.layers[1].self_attn
-    with pytest.raises(Unsupported, match=f"layer 1: .*{message}"):
+    with monkeypatch.context() as patch, pytest.raises(Unsupported, match=f"layer 1: .*{message}"):
+        patch.setattr(Dense, "extras", ())
         live.attention(module, x, x, x, None, **kwargs)
-    live.attention(module, x, x, x, None, sliding_window=6)
+    if message in ("softcap", "s_aux"):  # dense has both
+        plain, _ = live.attention(module, x, x, x, None)
+        assert not torch.allclose(live.attention(module, x, x, x, None, **kwargs)[0], plain)
 
 
 def test_new_cache():
-    model = swap(tiny(), "dense")
+    model = swap(tiny(), {"0": "dense", "2": "sliding(window=4)"})
     cache = new_cache(model)
     assert type(cache) is DynamicCache
+    assert [type(layer) for layer in cache.layers] == [DynamicLayer, DynamicLayer, StateLayer, DynamicLayer]
     inputs = batch(False)
     assert torch.equal(generate(model, inputs, past_key_values=cache), generate(model, inputs))
+    assert [type(layer) for layer in new_cache(tiny("mistral")).layers] == [DynamicSlidingWindowLayer] * 4
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -307,9 +440,11 @@ def test_describe(name):
     assert description.kv_bytes_per_token == held / 4
     layer = description.layers[0]
     assert layer["heads"] == ("gqa(kv_heads=2)" if "num_key_value_heads" in CONFIGS[name][1] else "mha")
+    window = windows(name)[0]
     assert (layer["pattern"], layer["cache"]) == (
-        ("sliding(window=8)", "ring") if name == "gemma3" else ("dense", "full")
+        ("dense", "full") if window is None else (f"sliding(window={window})", "ring")
     )
-    swap(model, {"1": "dense(impl='torch')"})
-    assert describe(model).to_dict()["layers"][1]["pattern"] == "dense(impl='torch')"
-    assert "dense(impl='torch')" in str(describe(model))
+    swap(model, {"1": "sliding(window=6, impl='torch')"})
+    layer = describe(model).to_dict()["layers"][1]
+    assert (layer["pattern"], layer["cache"]) == ("sliding(window=6, impl='torch')", "ring")
+    assert "sliding(window=6," in str(describe(model))

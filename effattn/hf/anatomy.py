@@ -19,7 +19,8 @@ import torch
 from torch import nn
 
 from effattn.errors import Unsupported
-from effattn.hf.families import FAMILIES, REFUSED, Family, no_rope, rope_factor, sliding_window
+from effattn.hf.families import ENCODERS, FAMILIES, REFUSED, Family, no_rope, rope_factor, sliding_window
+from effattn.positions.rope import Rope
 
 
 @dataclass(frozen=True)
@@ -69,9 +70,30 @@ class Projection:
         return torch.cat([weight, bias.to(weight).view(self.heads, self.head_dim, 1)], dim=-1)
 
 
+@dataclass(frozen=True)
+class Rotary:
+    """Where one layer's rotary frequencies live: they follow the model's device, and whatever is written into it."""
+
+    module: nn.Module
+    prefix: str  # of its attributes, where each type of layer has frequencies of its own (Gemma 3)
+    interleaved: bool
+
+    @property
+    def kind(self) -> str:
+        """transformers' name of the rule that made the frequencies."""
+        kind = self.module.rope_type
+        return kind[self.prefix.removesuffix("_")] if isinstance(kind, dict) else kind
+
+    def rope(self) -> Rope:
+        """The layer's rotation, as it is now."""
+        inv_freq = getattr(self.module, f"{self.prefix}inv_freq")
+        return Rope(inv_freq, getattr(self.module, f"{self.prefix}attention_scaling"), interleaved=self.interleaved)
+
+
 @dataclass
 class Layer:
-    """One decoder layer: its modules, and its attention as q, k, v, o by head."""
+    """One layer: its modules, and its attention as q, k, v, o by head. `attention` is the module that calls
+    transformers' attention functions."""
 
     index: int
     block: nn.Module
@@ -81,6 +103,7 @@ class Layer:
     head_dim: int
     family: Family = field(repr=False)
     config: object = field(repr=False)
+    rotary_module: nn.Module | None = field(default=None, repr=False)
 
     @property
     def kv_heads(self) -> int:
@@ -96,8 +119,13 @@ class Layer:
         """Bytes that this layer's keys and values of one token take, in the weights' dtype."""
         return self.kv_heads * (self.head_dim + self.value_dim) * self.k.module.weight.element_size()
 
+    def _module(self, name: str) -> nn.Module:
+        path = getattr(self.family, name)
+        found = _get(self.attention, path)
+        return _get(self.block, path) if found is None else found
+
     def _projection(self, name: str, heads: int, order: int) -> Projection:
-        module = getattr(self.attention, getattr(self.family, name))
+        module = self._module(name)
         if self.family.fused == "per_head":
             return Projection(module, heads, self.head_dim, order * self.head_dim, 3 * self.head_dim)
         start = [0, self.heads, self.heads + self.kv_heads][order] * self.head_dim if self.family.fused else 0
@@ -117,13 +145,17 @@ class Layer:
 
     @property
     def o(self) -> Projection:
-        return Projection(getattr(self.attention, self.family.o), self.heads, self.head_dim, output=True)
+        return Projection(self._module("o"), self.heads, self.head_dim, output=True)
 
     @property
     def qkv_modules(self) -> list[nn.Module]:
         """The modules that hold q, k, v and o, each once."""
-        modules = [getattr(self.attention, getattr(self.family, name)) for name in "qkvo"]
-        return list(dict.fromkeys(modules))
+        return list(dict.fromkeys(self._module(name) for name in "qkvo"))
+
+    @property
+    def qkv_paths(self) -> list[str]:
+        """Where q, k and v are from `attention`, each module once."""
+        return list(dict.fromkeys(getattr(self.family, name) for name in "qkv"))
 
     @property
     def q_norm(self) -> nn.Module | None:
@@ -140,13 +172,19 @@ class Layer:
     @property
     def norms(self) -> list[nn.Module]:
         """Every normalisation in the layer that has parameters of its own."""
-        found = [m for name, m in self.block.named_modules() if "norm" in name.rpartition(".")[2]]
+        found = [m for name, m in self.block.named_modules() if "norm" in name.rpartition(".")[2].lower()]
         return [m for m in found if not any(m is not n and m in n.modules() for n in found)]
 
     @property
+    def causal(self) -> bool:
+        """Whether a token's attention ends at the token itself."""
+        return getattr(self.attention, "is_causal", True) and getattr(self.config, "is_causal", True)
+
+    @property
     def window(self) -> int | None:
-        """The layer's own sliding window in tokens; None: full attention."""
-        return sliding_window(self.attention, self.config)
+        """The layer's own sliding window in tokens; None: full attention. One that no sequence exceeds is full."""
+        window = sliding_window(self.attention, self.config)
+        return None if window is not None and window >= self.config.max_position_embeddings else window
 
     @property
     def softcap(self) -> float | None:
@@ -164,6 +202,15 @@ class Layer:
         if not self.family.rotary or no_rope(self.config, self.attention):
             return 0
         return int(self.head_dim * rope_factor(self.config, self.attention))
+
+    @property
+    def rotary(self) -> Rotary | None:
+        """Where the layer's rotary frequencies are; None in layers without RoPE."""
+        if not self.rotary_dims:
+            return None
+        kind = (getattr(self.config, "layer_types", None) or [""] * (self.index + 1))[self.index]
+        prefix = f"{kind}_" if hasattr(self.rotary_module, f"{kind}_inv_freq") else ""
+        return Rotary(self.rotary_module, prefix, self.family.interleaved)
 
     def rotary_pairs(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Row indices inside a head of the real and the imaginary part of each frequency, (R/2,) each."""
@@ -186,7 +233,7 @@ class Layer:
             _set_linear(self.q.module, torch.cat([part.reshape(-1, part.shape[-1]) for part in new.values()]))
         else:
             for name, part in new.items():
-                _set_linear(getattr(self.attention, getattr(self.family, name)), part.reshape(-1, part.shape[-1]))
+                _set_linear(self._module(name), part.reshape(-1, part.shape[-1]))
         self.o.module.weight.copy_(o.transpose(0, 1).reshape(self.o.module.weight.shape))
         self.attention.num_key_value_groups = self.heads // kv_heads
         if hasattr(self.attention, "num_key_value_heads"):
@@ -258,6 +305,11 @@ class Anatomy:
     def head_dim(self) -> int:
         return self.layers[0].head_dim
 
+    @property
+    def causal(self) -> bool:
+        """Whether the model can generate: no token sees a later one."""
+        return all(layer.causal for layer in self.layers)
+
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits (..., V) from the final norm's output (..., D): the head and what the class does after it."""
         head = self.embeddings.weight if self.head is None else self.head.weight
@@ -271,7 +323,7 @@ class Anatomy:
 
     def require_gqa(self) -> None:
         """Raises Unsupported unless plain transformers can hold fewer KV heads for this class."""
-        reason = FAMILIES[self.family].gqa
+        reason = self.layers[0].family.gqa
         if reason:
             raise Unsupported(f"{type(self.model).__name__} cannot have fewer KV heads: {reason}")
 
@@ -282,6 +334,7 @@ class Anatomy:
 
 
 def _get(module: nn.Module, path: str) -> nn.Module | None:
+    """The submodule at `path`; None without one, or without a path."""
     for name in path.split("."):
         module = getattr(module, name, None)
         if module is None:
@@ -290,32 +343,38 @@ def _get(module: nn.Module, path: str) -> nn.Module | None:
 
 
 def of(model: nn.Module) -> Anatomy:
-    """The anatomy of a transformers causal LM. Raises Unsupported, naming the class, for unknown ones."""
+    """The anatomy of a transformers causal LM, or of an encoder (with any head, or none).
+
+    Raises Unsupported, naming the class, for unknown ones.
+    """
     config = getattr(model, "config", None)
     if config is None or not hasattr(config, "get_text_config"):
-        raise Unsupported(f"model: got {type(model).__name__}, valid is a transformers causal LM")
+        raise Unsupported(f"model: got {type(model).__name__}, valid is a transformers causal LM or encoder")
     config = config.get_text_config()
     kind = config.model_type
     if kind in REFUSED:
         raise Unsupported(f"{type(model).__name__} ({kind}) is not supported: {REFUSED[kind]}")
-    if kind not in FAMILIES:
-        near = difflib.get_close_matches(kind, FAMILIES, n=1)
+    known = FAMILIES | ENCODERS
+    if kind not in known:
+        near = difflib.get_close_matches(kind, known, n=1)
         raise Unsupported(
             f"{type(model).__name__} ({kind}) is not supported{f'; the nearest is {near[0]}' if near else ''}; "
-            f"supported are {', '.join(sorted(FAMILIES))}"
+            f"supported are {', '.join(sorted(known))}"
         )
-    family = FAMILIES[kind]
-    blocks = _get(model, family.layers)
+    family = known[kind]
+    blocks = _get(model.base_model if family.encoder else model, family.layers)
     if blocks is None:
         raise Unsupported(f"model: got {type(model).__name__}, valid is its causal LM class (AutoModelForCausalLM)")
+    rotary = _get(model, family.rotary) if family.rotary else None
     layers = []
     for index, block in enumerate(blocks):
-        attention = getattr(block, family.attention)
+        attention = _get(block, family.attention)
         heads = config.num_attention_heads
         parts = [getattr(block, name) for name in family.ffn]
         ffn = parts[0] if len(parts) == 1 else nn.ModuleList(parts)
-        head_dim = getattr(attention, "head_dim", None) or attention.head_size
-        layers.append(Layer(index, block, attention, ffn, heads, head_dim, family, config))
+        names = ("head_dim", "head_size", "attention_head_size")
+        head_dim = next(size for name in names if (size := getattr(attention, name, None)))
+        layers.append(Layer(index, block, attention, ffn, heads, head_dim, family, config, rotary))
     embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
     tied = head is None or head.weight is embeddings.weight
     return Anatomy(model, config, kind, layers, embeddings, None if tied else head, _get(model, family.final_norm))

@@ -4,7 +4,8 @@
     model = effattn.load("out")           # re-applies what plain transformers cannot express
     model, tokenizer = load_model("embedded")
 
-A swap that plain transformers cannot express is kept in config.json under "effattn". Weights are safetensors.
+A swap that plain transformers cannot express is kept in config.json under "effattn", and what its methods learn in
+effattn.safetensors; model.safetensors has the model's own weights only. No pickle anywhere.
 """
 
 from __future__ import annotations
@@ -20,12 +21,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from torch import nn
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 
 from effattn.errors import check_choice
+from effattn.hf import hooks
 from effattn.hf import swap as swapping
+from effattn.hf.families import ENCODERS
 
 KEY = "effattn"  # in config.json
+LEARNED = "effattn.safetensors"  # the weights that plain transformers does not know
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 
 
@@ -37,7 +42,11 @@ def save(model: nn.Module, path: str | Path, tokenizer=None) -> Path:
     """
     check_finite(model)
     with atomic_folder(path) as folder:
-        model.save_pretrained(folder, safe_serialization=True)
+        learned = _learned(model)
+        plain = {name: tensor for name, tensor in model.state_dict().items() if name not in learned}
+        model.save_pretrained(folder, state_dict=plain if learned else None)
+        if learned:
+            save_file({name: tensor.contiguous() for name, tensor in learned.items()}, folder / LEARNED)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
         _write_swap(model, folder / "config.json")
@@ -45,16 +54,25 @@ def save(model: nn.Module, path: str | Path, tokenizer=None) -> Path:
 
 
 def load(path: str | Path, dtype: torch.dtype | str = "auto") -> nn.Module:
-    """The model of a checkpoint (folder, hub name or "embedded"), with its swap applied again, in eval mode."""
-    from transformers import AutoModelForCausalLM
+    """The model of a checkpoint (folder, hub name or "embedded"), with its swap applied again, in eval mode.
+
+    A causal LM, or for encoders the class that was saved. ValueError when the learned weights do not fit the swap.
+    """
+    import transformers
 
     name = resolve(path)
     dtype = _dtype(dtype)
-    _read_config(name, path)
-    model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype).eval()
+    config = _read_config(name, path)
+    cls = transformers.AutoModelForCausalLM
+    if config.model_type in ENCODERS:
+        cls = getattr(transformers, (config.architectures or [""])[0], transformers.AutoModel)
+    model = cls.from_pretrained(name, dtype=dtype).eval()
     check_finite(model)
     again = model.config.__dict__.pop(KEY, None)
-    return model if again is None else swapping.swap(model, again["pattern"])
+    if again is not None:
+        swapping.swap(model, again["pattern"])
+        _load_learned(model, name)
+    return model
 
 
 def load_model(name: str | Path, dtype: torch.dtype | str = "auto"):
@@ -137,6 +155,31 @@ def _fsync(path: Path) -> None:
         os.close(descriptor)
 
 
+def _learned(model: nn.Module) -> dict[str, Tensor]:
+    """The entries of the state_dict that a swap added, by name."""
+    parts = {hooks.PATTERN, hooks.GLOBAL}
+    return {name: tensor for name, tensor in model.state_dict().items() if parts & set(name.split("."))}
+
+
+@torch.no_grad()
+def _load_learned(model: nn.Module, name: str) -> None:
+    """Fills what a swap added from the checkpoint's file. ValueError unless names and shapes are the same."""
+    wanted = _learned(model)
+    file = Path(name) / LEARNED
+    if wanted and not Path(name).is_dir():
+        from transformers.utils import cached_file
+
+        file = Path(cached_file(name, LEARNED, _raise_exceptions_for_missing_entries=False) or file)
+    saved = load_file(file) if file.is_file() else {}
+    for what, names in (("missing", wanted.keys() - saved.keys()), ("unexpected", saved.keys() - wanted.keys())):
+        if names:
+            raise ValueError(f"weights: {LEARNED} does not fit the swap in config.json, {what}: {', '.join(sorted(names))}")
+    for key, tensor in wanted.items():
+        if tensor.shape != saved[key].shape:
+            raise ValueError(f"weights: {LEARNED}: {key}: got {tuple(saved[key].shape)}, expected {tuple(tensor.shape)}")
+        tensor.copy_(saved[key])
+
+
 def _write_swap(model: nn.Module, file: Path) -> None:
     """Adds the swap to config.json when plain transformers would compute something else without it."""
     done = swapping.active(model)
@@ -148,12 +191,12 @@ def _write_swap(model: nn.Module, file: Path) -> None:
     file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
-def _read_config(name: str, asked: str | Path) -> None:
+def _read_config(name: str, asked: str | Path):
     """The cheap part first, so that an unknown name is one clear error and not the hub library's."""
     from transformers import AutoConfig
 
     try:
-        AutoConfig.from_pretrained(name)
+        return AutoConfig.from_pretrained(name)
     except (OSError, ValueError) as error:
         if Path(name).is_dir():
             raise ValueError(f"model: the folder {name!r} cannot be read: {error}") from error

@@ -14,8 +14,7 @@ from rich.console import Console, Group
 from rich.table import Table
 from torch import nn
 
-from effattn.hf import anatomy
-from effattn.hf import swap as swapping
+from effattn.hf import anatomy, hooks
 from effattn.registry import format_spec
 
 AXES = ("projections", "heads", "positions", "pattern", "cache")
@@ -77,9 +76,9 @@ class Description:
 
 
 def describe(model: nn.Module) -> Description:
-    """Describes a transformers causal LM, swapped or not. Raises Unsupported for unknown architectures."""
+    """Describes a transformers causal LM or encoder, swapped or not. Raises Unsupported for unknown architectures."""
     parts = anatomy.of(model)
-    layers = [_layer(layer, parts.config, model) for layer in parts.layers]
+    layers = [_layer(layer, parts.config) for layer in parts.layers]
     counts = {
         "embeddings": _count([parts.embeddings]),
         **{name: sum(layer["parameters"][name] for layer in layers) for name in ("attention", "ffn", "norms")},
@@ -92,24 +91,28 @@ def describe(model: nn.Module) -> Description:
     return Description(type(model).__name__, parts.family, dtype, layers, {**counts, "total": total})
 
 
-def _layer(layer: anatomy.Layer, config, model: nn.Module) -> dict:
+def _layer(layer: anatomy.Layer, config) -> dict:
     norms = set(_parameters(layer.norms))
-    attention = set(_parameters([layer.attention])) - norms
+    attention = set(_parameters([layer.attention, layer.o.module])) - norms
     ffn = set(_parameters([layer.ffn])) - norms
-    done = swapping.active(model)
+    swapped = getattr(layer.attention, hooks.ATTRIBUTE, None)
+    if swapped is None or swapped.backend is None:
+        pattern, cache = _own_pattern(layer), "full" if layer.window is None else "ring"
+    else:
+        pattern, cache = swapped.pattern, swapped.backend.traits.state
     return {
         "index": layer.index,
-        "projections": "dense",
+        "projections": "dense, global separate" if hooks.GLOBAL in layer.attention._modules else "dense",
         "heads": _heads(layer),
         "positions": _positions(layer, config),
-        "pattern": done.specs[layer.index] if done and layer.index in done.specs else _own_pattern(layer, config),
-        "cache": "full" if layer.window is None else "ring",
+        "pattern": pattern,
+        "cache": cache if layer.causal else "none",
         "parameters": {
             "attention": sum(p.numel() for p in attention),
             "ffn": sum(p.numel() for p in ffn),
             "norms": sum(p.numel() for p in norms),
         },
-        "kv_bytes_per_token": layer.kv_bytes_per_token,
+        "kv_bytes_per_token": layer.kv_bytes_per_token if layer.causal else 0,
     }
 
 
@@ -132,9 +135,8 @@ def _positions(layer: anatomy.Layer, config) -> str:
     return format_spec("rope" if name == "default" else name, options)
 
 
-def _own_pattern(layer: anatomy.Layer, config) -> str:
-    window = layer.window
-    return "dense" if window is None else f"sliding(window={window})"
+def _own_pattern(layer: anatomy.Layer) -> str:
+    return "dense" if layer.window is None else f"sliding(window={layer.window})"
 
 
 def _parameters(modules: Iterable[nn.Module | None]) -> list[nn.Parameter]:

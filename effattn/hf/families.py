@@ -1,6 +1,7 @@
-"""What differs between transformers' model types: the table that `effattn.hf.anatomy` reads.
+"""What differs between transformers' model types: the tables that `effattn.hf.anatomy` reads.
 
-To support an architecture, add a line to `FAMILIES`; `tests/test_anatomy.py` then holds it to account.
+To support an architecture, add a line to `FAMILIES` (causal LMs) or `ENCODERS`; `tests/test_anatomy.py` then holds it to
+account.
 """
 
 from __future__ import annotations
@@ -41,9 +42,10 @@ def sliding_window(attention: nn.Module, config) -> int | None:
 
 @dataclass(frozen=True)
 class Family:
-    """What differs between model types; the defaults are Llama's."""
+    """What differs between model types; the defaults are Llama's. q, k, v and o are paths from the attention module
+    (the one that calls transformers' attention functions), or else from the layer."""
 
-    layers: str = "model.layers"
+    layers: str = "model.layers"  # from the model, or for encoders from its `base_model`
     attention: str = "self_attn"
     ffn: tuple[str, ...] = ("mlp",)
     q: str = "q_proj"
@@ -56,7 +58,8 @@ class Family:
     final_norm: str = "model.norm"
     interleaved: bool = False  # rotary pairs are (2i, 2i+1) instead of (i, i + R/2)
     gqa: str = ""  # why `num_key_value_heads` cannot be reduced; empty: it can
-    rotary: bool = True
+    rotary: str = "model.rotary_emb"  # the module that holds the frequencies; empty: no rotary embedding
+    encoder: bool = False  # its classes have several heads, or none, and nothing to do with generation
 
 
 _IGNORED = "transformers ignores num_key_value_heads in this class"
@@ -75,10 +78,24 @@ FAMILIES: dict[str, Family] = {
     "gpt_neox": Family(
         layers="gpt_neox.layers", attention="attention", q="query_key_value", k="query_key_value",
         v="query_key_value", o="dense", fused="per_head", final_norm="gpt_neox.final_layer_norm", gqa=_IGNORED,
+        rotary="gpt_neox.rotary_emb",
     ),
     "opt": Family(
         layers="model.decoder.layers", ffn=("fc1", "fc2"), o="out_proj",
-        final_norm="model.decoder.final_layer_norm", gqa=_IGNORED, rotary=False,
+        final_norm="model.decoder.final_layer_norm", gqa=_IGNORED, rotary="",
+    ),
+}  # fmt: skip
+
+_BERT = Family(
+    layers="encoder.layer", attention="attention.self", ffn=("intermediate", "output"), q="query", k="key", v="value",
+    o="attention.output.dense", final_norm="", gqa=_IGNORED, rotary="", encoder=True,
+)  # fmt: skip
+
+ENCODERS: dict[str, Family] = {
+    **dict.fromkeys(("bert", "roberta", "xlm-roberta", "camembert", "electra"), _BERT),
+    "distilbert": Family(
+        layers="transformer.layer", attention="attention", ffn=("ffn",), q="q_lin", k="k_lin", v="v_lin", o="out_lin",
+        final_norm="", gqa=_IGNORED, rotary="", encoder=True,
     ),
 }  # fmt: skip
 

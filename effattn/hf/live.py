@@ -9,11 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from effattn.errors import Unsupported
+from effattn.hf.anatomy import Rotary
 from effattn.hf.families import sliding_window
+from effattn.hf.hooks import ATTRIBUTE, CAPTURE, GLOBAL
+from effattn.hf.state_layer import Handle
 from effattn.interface import Backend
 
 NAME = "effattn"  # the attention implementation, in transformers' two tables
-ATTRIBUTE = "_effattn"  # where a swap is kept: a plain attribute, in no state_dict, copied by deepcopy
+EXTRAS = {"softcap": "softcap", "s_aux": "sink_logits"}  # what a model passes: what a backend calls it
 
 
 @dataclass
@@ -21,9 +24,13 @@ class LayerSwap:
     """One layer of a swapped model. `backend` None: it keeps what it had, the implementation `original`."""
 
     index: int
-    backend: Backend | None
     original: str
-    checks_positions: bool  # one layer looks for packed documents on behalf of all
+    checks_positions: bool = False  # looks for packed documents, on behalf of other layers
+    backend: Backend | None = None
+    pattern: str = ""  # the backend's full spec
+    raw_keys: bool = False  # the backend's positions are its own: it gets q and k before rotation
+    rotary: Rotary | None = None  # ... and rotates them by this; None where the model has no rotation
+    own_window: int | None = None  # the backend does what the model's own windowed layer did
 
 
 def register() -> None:
@@ -40,6 +47,7 @@ def mask(
     kv_length: int,
     q_offset: int | Tensor = 0,
     kv_offset: int = 0,
+    mask_function=None,
     attention_mask: Tensor | None = None,
     allow_is_causal_skip: bool = True,
     allow_is_bidirectional_skip: bool = True,
@@ -49,12 +57,15 @@ def mask(
 
     Sizes come from one layer's cache, and a ring may sit beside full layers, so that slicing is each layer's own.
     """
-    if q_length > 1 and not (allow_is_causal_skip and allow_is_bidirectional_skip):
+    from transformers.masking_utils import bidirectional_mask_function
+
+    plain = allow_is_causal_skip or mask_function is bidirectional_mask_function  # which never allows that skip
+    if q_length > 1 and not (plain and allow_is_bidirectional_skip):
         raise Unsupported(
             "packed documents (position_ids that restart) or an extra mask function: after a swap, documents would see "
             "each other; give one document a row, padded with attention_mask, or effattn.restore(model)"
         )
-    seen = int(q_offset) + q_length
+    seen = (int(q_offset) if isinstance(q_offset, Tensor) else q_offset) + q_length
     if kv_length + kv_offset > seen and not (attention_mask is not None and attention_mask.shape[-1] > seen):
         raise Unsupported(
             f"static cache: it holds {kv_length} keys for {seen} tokens; after a swap, use the default cache "
@@ -73,17 +84,21 @@ def mask(
 def attention(
     module: nn.Module,
     query: Tensor,
-    key: Tensor,
-    value: Tensor,
+    key: Tensor | Handle,
+    value: Tensor | Handle,
     attention_mask: Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
     **kwargs,
 ) -> tuple[Tensor, None]:
-    """transformers' attention function: query (B, Hq, Tq, D), key and value with the past, rotated -> (B, Tq, Hq, Dv).
+    """transformers' attention function: query (B, Hq, Tq, D) -> (B, Tq, Hq, Dv). attention_mask is what `mask` returned.
 
-    attention_mask is what `mask` returned.
+    key and value are handles of our own cache layers, or tensors with the past. They are rotated, unless the layer's
+    backend does that itself.
     """
+    if CAPTURE in kwargs:  # only the projections are wanted
+        kwargs[CAPTURE].append((query, key, value))
+        return query.new_zeros(query.shape[0], query.shape[2], query.shape[1], value.shape[3]), None
     layer: LayerSwap | None = getattr(module, ATTRIBUTE, None)
     if layer is None:
         raise Unsupported(f"attn_implementation={NAME!r} is set by effattn.swap(model, ...), not by hand")
@@ -94,33 +109,59 @@ def attention(
         )
     if layer.backend is None:
         return _keep(module, query, key, value, attention_mask, scaling, dropout, layer.original, kwargs)
-    _refuse(layer, query, key, attention_mask, dropout, kwargs)
-    causal = kwargs.get("is_causal")
-    if causal is None:
-        causal = getattr(module, "is_causal", True) and getattr(module.config, "is_causal", True)
+    _refuse(layer, query, attention_mask, dropout, kwargs)
+    cached = key.layer if isinstance(key, Handle) else None
+    if cached is not None:
+        key, value = key.k, key.v
+    call = {name: kwargs[given] for given, name in EXTRAS.items() if kwargs.get(given) is not None}
+    if GLOBAL in kwargs:
+        call["global_qkv"] = kwargs[GLOBAL]
     if torch.is_autocast_enabled(query.device.type):  # as torch does for its own attention
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-    out = layer.backend(query, key, value, causal=causal, padding_mask=attention_mask, scale=scaling)
+        if "global_qkv" in call:
+            call["global_qkv"] = tuple(x.to(dtype) for x in call["global_qkv"])
+    call |= {"causal": is_causal(module, kwargs), "scale": scaling}
+    if layer.rotary is not None:
+        call["rotary"] = layer.rotary.rope()
+    if cached is not None:
+        out = cached.attend(layer.backend, query, key, value, attention_mask, **call)
+    else:
+        if attention_mask is not None:  # a windowed layer of transformers gives its last tokens only
+            attention_mask = attention_mask[:, -key.shape[2] :]
+        out = layer.backend(query, key, value, padding_mask=attention_mask, **call)
     return out.transpose(1, 2).contiguous(), None
 
 
-def _refuse(layer: LayerSwap, query: Tensor, key: Tensor, mask: Tensor | None, dropout: float, kwargs: dict) -> None:
+def is_causal(module: nn.Module, kwargs: dict) -> bool:
+    """Whether this call of an attention module is causal."""
+    causal = kwargs.get("is_causal")
+    if causal is not None:
+        return causal
+    return getattr(module, "is_causal", True) and getattr(module.config, "is_causal", True)
+
+
+def _refuse(layer: LayerSwap, query: Tensor, mask: Tensor | None, dropout: float, kwargs: dict) -> None:
     """What the model asks of its attention and a backend does not do is an error, never ignored."""
     where = f"layer {layer.index}: "
-    for name in ("softcap", "s_aux", "position_bias", "cache", "cu_seq_lens_q"):
+    missing = [name for name, extra in EXTRAS.items() if extra not in layer.backend.extras]
+    for name in (*missing, "position_bias", "cache", "cu_seq_lens_q"):
         if kwargs.get(name) is not None:
             raise Unsupported(f"{where}the model passes {name}, which backend {layer.backend.name!r} does not support")
-    window = kwargs.get("sliding_window")
-    if window is not None and key.shape[2] > window:
-        raise Unsupported(f"{where}the model's window is {window}, dense over {key.shape[2]} keys is not the same")
     if dropout:
         raise Unsupported(f"{where}attention dropout {dropout} while training; set config.attention_dropout to 0")
     if kwargs.get("output_attentions"):
         raise Unsupported(f"{where}output_attentions=True: no weights exist; effattn.restore(model), then use 'eager'")
     positions = kwargs.get("position_ids")
-    unpadded = layer.checks_positions and mask is None and query.shape[2] > 1
-    if unpadded and positions is not None and positions.ndim == 2 and (positions.diff(dim=-1) != 1).any():
+    if not layer.checks_positions or positions is None or positions.ndim != 2 or query.shape[2] == 1:
+        return
+    if torch.compiler.is_compiling() or not (mask is None or layer.raw_keys):
+        return
+    jumps = positions.diff(dim=-1) != 1
+    if mask is not None:
+        real = mask[:, -query.shape[2] :]
+        jumps = jumps & real[:, 1:] & real[:, :-1]
+    if jumps.any():
         raise Unsupported(
             f"{where}packed documents: position_ids restart, and nothing else tells the documents apart; give one "
             "document a row, padded with attention_mask"
@@ -129,24 +170,28 @@ def _refuse(layer: LayerSwap, query: Tensor, key: Tensor, mask: Tensor | None, d
 
 def _keep(module, query, key, value, padding_mask, scaling, dropout, original: str, kwargs: dict):
     """What an unswapped layer had: its own implementation, with the mask that it would have been given."""
-    from transformers.masking_utils import (
-        ALL_MASK_ATTENTION_FUNCTIONS,
-        causal_mask_function,
-        sliding_window_causal_mask_function,
-    )
+    from transformers import masking_utils
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     queries, keys = query.shape[2], key.shape[2]
     seen = keys if padding_mask is None else padding_mask.shape[1]
     window = sliding_window(module, module.config)
-    own_mask = ALL_MASK_ATTENTION_FUNCTIONS[original](
+    causal = is_causal(module, kwargs)
+    if not causal:
+        rule = masking_utils.bidirectional_mask_function
+    elif window is None:
+        rule = masking_utils.causal_mask_function
+    else:
+        rule = masking_utils.sliding_window_causal_mask_function(window)
+    own_mask = masking_utils.ALL_MASK_ATTENTION_FUNCTIONS[original](
         batch_size=query.shape[0],
         q_length=queries,
         kv_length=keys,
         q_offset=seen - queries,
         kv_offset=seen - keys,
-        mask_function=causal_mask_function if window is None else sliding_window_causal_mask_function(window),
+        mask_function=rule,
         attention_mask=padding_mask,
+        allow_is_causal_skip=causal,
         local_size=window,
         dtype=query.dtype,
         device=query.device,

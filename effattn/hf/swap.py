@@ -1,25 +1,29 @@
 """Swapping the attention of a live transformers model, and undoing it.
 
-    effattn.swap(model, "dense")                                  # in place, returns the model
-    effattn.swap(model, {"0-3": "dense", "4-": "dense(impl='torch')"})
+    effattn.swap(model, "sliding", window=512, sinks=4)           # in place, returns the model
+    effattn.swap(model, {"0-3": "dense", "4-": "sliding(window=512)"})
     effattn.restore(model)                                        # bit-identical logits
 
-Everything is checked before anything is changed. Modules, parameters and hooks stay as they are: a swap is a plain
-attribute on each attention module, plus the model's attention implementation. `effattn.hf.live` runs it.
+Everything is checked before anything is changed (`effattn.hf.plan`). Modules and parameters stay as they are: a swap is
+the model's attention implementation, a plain attribute and a forward pre-hook on each swapped attention module
+(`effattn.hf.hooks`), and submodules for what a method learns. `effattn.hf.live` runs it.
 """
 
 from __future__ import annotations
 
 import inspect
-import re
 from dataclasses import dataclass
 
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from effattn import registry
 from effattn.errors import Unsupported, check_choice
-from effattn.hf import anatomy, live
-from effattn.interface import Backend
+from effattn.hf import anatomy, hooks, live
+from effattn.hf import plan as planning
+from effattn.hf.plan import Plan, parse_layers
+
+__all__ = ["Swap", "active", "is_plain", "parse_layers", "restore", "swap"]
 
 HEADS = ("mha", "gqa", "mqa", "mla")
 POSITIONS = ("pi", "ntk", "dynamic_ntk", "yarn", "abf", "rerope", "leaky_rerope", "logn", "alibi", "nope")
@@ -29,7 +33,7 @@ PROJECTIONS = ("dense", "monarch")
 
 @dataclass
 class Swap:
-    """What `swap` did to a model: the implementation it had, and the spec of every swapped layer."""
+    """What `swap` did to a model: the implementation it had, and the spec of every swapped layer, as asked for."""
 
     original: str
     specs: dict[int, str]
@@ -49,8 +53,12 @@ def swap(
     """Replaces parts of the model's attention, in place. Returns the model.
 
     pattern: a backend's name or spec for all layers (`options` go to it), or a dict from layers ("3", "0-3", "4-",
-    "0-2,5") to specs; layers that no key names keep what they have. heads: "mha", "mqa" or "gqa(kv_heads=...)", which
-    `convert_gqa` does with `calibration` (tokens, int64 (N,)); `restore` does not undo it.
+    "0-2,5") to specs; layers that no key names keep what they have. "dense" computes what plain transformers does: in a
+    layer that the model itself restricts to a window it is `sliding` with that window; any other pattern replaces the
+    window. Causal models get caches that fit (`effattn.new_cache`); encoders are swapped with causal=False.
+
+    heads: "mha", "mqa" or "gqa(kv_heads=...)", which `convert_gqa` does with `calibration` (tokens, int64 (N,));
+    `restore` does not undo it.
 
     Raises ValueError for arguments that mean nothing, Unsupported for what this model or version cannot do.
     """
@@ -59,15 +67,14 @@ def swap(
     _refuse_planned("projections", projections, PROJECTIONS, own="dense")
     if pattern is None and heads is None:
         raise ValueError(f"swap: nothing to do; give pattern (one of {', '.join(registry.backends())}) or heads")
-    parts = anatomy.of(model)
-    new = {} if pattern is None else _backends(pattern, options, len(parts.layers))
     if pattern is None and options:
         raise ValueError(f"swap: {', '.join(options)} given without a pattern")
-    _refuse_impossible(parts, new)
+    parts = anatomy.of(model)
+    plans = {} if pattern is None else planning.make(parts, pattern, options)
     if heads is not None:
         _convert_heads(model, parts, heads, calibration)
-    if new:
-        _apply(model, parts, new)
+    if plans:
+        _apply(model, parts, plans)
     return model
 
 
@@ -76,66 +83,79 @@ def restore(model: nn.Module) -> nn.Module:
     done = active(model)
     if done is not None:
         for layer in anatomy.of(model).layers:
-            layer.attention.__dict__.pop(live.ATTRIBUTE, None)
-        delattr(model, live.ATTRIBUTE)
+            _detach(layer.attention)
+        _unhook(model)
+        delattr(model, hooks.ATTRIBUTE)
         model.set_attn_implementation(done.original)
     return model
 
 
 def active(model: nn.Module) -> Swap | None:
     """What `swap` did to the model's patterns; None when nothing is swapped."""
-    return getattr(model, live.ATTRIBUTE, None)
+    return getattr(model, hooks.ATTRIBUTE, None)
 
 
 def is_plain(spec: str) -> bool:
-    """Whether plain transformers, on a full-attention layer, computes the same as this backend."""
+    """Whether plain transformers computes the same as this backend, in any layer."""
     return registry.backends()[registry.parse_spec(spec)[0]].plain
 
 
-def _apply(model: nn.Module, parts: anatomy.Anatomy, new: dict[int, tuple[str, Backend]]) -> None:
-    live.register()
+def _apply(model: nn.Module, parts: anatomy.Anatomy, plans: dict[int, Plan]) -> None:
+    new = {
+        index: hooks.GlobalProjections(parts.layers[index].attention, parts.layers[index].qkv_paths)
+        for index, plan in plans.items()
+        if plan.own_global
+    }  # the only part that needs memory comes first
     done = active(model) or Swap(model.config._attn_implementation, {})
-    done.specs.update({index: spec for index, (spec, _) in new.items()})
-    for layer in parts.layers:
-        old = getattr(layer.attention, live.ATTRIBUTE, None)
-        backend = new[layer.index][1].to(layer.q.weight.device) if layer.index in new else old and old.backend
-        first = layer.index == min(done.specs)
-        setattr(layer.attention, live.ATTRIBUTE, live.LayerSwap(layer.index, backend, done.original, first))
-    setattr(model, live.ATTRIBUTE, done)
+    live.register()
     model.set_attn_implementation(live.NAME)
+    done.specs.update({index: plan.spec for index, plan in plans.items()})
+    for layer in parts.layers:
+        module, plan = layer.attention, plans.get(layer.index)
+        if plan is not None:
+            _detach(module)
+            setattr(module, hooks.ATTRIBUTE, live.LayerSwap(
+                layer.index, done.original, backend=plan.backend, pattern=plan.pattern, raw_keys=plan.raw_keys,
+                rotary=plan.rotary, own_window=plan.own_window,
+            ))  # fmt: skip
+            _hook(module, hooks.before_attention)
+            if any(True for _ in plan.backend.parameters()) or any(True for _ in plan.backend.buffers()):
+                module.add_module(hooks.PATTERN, plan.backend)
+            if layer.index in new:
+                module.add_module(hooks.GLOBAL, new[layer.index])
+        elif not hasattr(module, hooks.ATTRIBUTE):
+            setattr(module, hooks.ATTRIBUTE, live.LayerSwap(layer.index, done.original))
+    _choose_checkers([getattr(layer.attention, hooks.ATTRIBUTE) for layer in parts.layers])
+    if active(model) is None:
+        setattr(model, hooks.ATTRIBUTE, done)
+        _hook(model, hooks.before_model)
 
 
-def _backends(pattern: str | dict, options: dict, layers: int) -> dict[int, tuple[str, Backend]]:
-    """layer -> (its full spec, a backend of its own)."""
-    if isinstance(pattern, dict) and options:
-        raise ValueError(f"swap: {', '.join(options)} given beside a dict of layers; write them into its specs")
-    chosen = parse_layers(pattern, layers) if isinstance(pattern, dict) else dict.fromkeys(range(layers), pattern)
-    result = {}
-    for index, spec in chosen.items():
-        name, given = registry.parse_spec(spec)
-        result[index] = (registry.format_spec(name, given | options), registry.backend(spec, **options))
-    return result
+def _choose_checkers(layers: list[live.LayerSwap]) -> None:
+    """The first swapped layer, and the first that owns its positions, look at position_ids on behalf of all."""
+    swapped = [layer for layer in layers if layer.backend is not None]
+    first = swapped[:1] + [layer for layer in swapped if layer.raw_keys][:1]
+    for layer in layers:
+        layer.checks_positions = any(layer is one for one in first)
 
 
-def parse_layers(pattern: dict[str | int, str], layers: int) -> dict[int, str]:
-    """{"0-3": a, "6-": b} -> {0: a, ..., 6: b, ...}. ValueError for overlaps and layers that do not exist."""
-    if not pattern:
-        raise ValueError('pattern: got an empty dict, valid is for example {"0-3": "dense", "4-": "dense"}')
-    chosen, owner = {}, {}
-    for key, spec in pattern.items():
-        for part in str(key).split(","):
-            match = re.fullmatch(r"\s*(\d+)\s*(-\s*(\d+)?)?\s*", part)
-            if not match:
-                raise ValueError(f'pattern: got layers {key!r}, valid are "3", "0-3", "4-" and lists such as "0-2,5"')
-            first = int(match[1])
-            last = first if not match[2] else int(match[3]) if match[3] else layers - 1
-            if first >= layers or last >= layers or last < first:
-                raise ValueError(f"pattern: got layers {key!r}, the model has layers 0 to {layers - 1}")
-            for index in range(first, last + 1):
-                if index in chosen:
-                    raise ValueError(f"pattern: layer {index} is in both {owner[index]!r} and {key!r}")
-                chosen[index], owner[index] = spec, key
-    return dict(sorted(chosen.items()))
+def _hook(module: nn.Module, function) -> None:
+    handle = module.register_forward_pre_hook(function, with_kwargs=True)
+    module.__dict__[hooks.HANDLE] = handle
+
+
+def _unhook(module: nn.Module) -> None:
+    handle: RemovableHandle | None = module.__dict__.pop(hooks.HANDLE, None)
+    if handle is not None:
+        handle.remove()
+
+
+def _detach(module: nn.Module) -> None:
+    """Takes a swap off an attention module, if there is one."""
+    _unhook(module)
+    module.__dict__.pop(hooks.ATTRIBUTE, None)
+    for name in (hooks.PATTERN, hooks.GLOBAL):
+        module._modules.pop(name, None)
 
 
 def _refuse_planned(argument: str, spec: str | None, valid: tuple[str, ...], own: str | None = None) -> None:
@@ -144,33 +164,6 @@ def _refuse_planned(argument: str, spec: str | None, valid: tuple[str, ...], own
         check_choice(argument, registry.parse_spec(spec)[0], valid)
         has = "None" if own is None else f"None or {own!r}"
         raise Unsupported(f"{argument}: {spec!r} is planned, not in this version; valid is {has} (what the model has)")
-
-
-def _refuse_impossible(parts: anatomy.Anatomy, new: dict[int, tuple[str, Backend]]) -> None:
-    """Raises Unsupported, naming the model and every layer concerned, before anything is changed."""
-    reasons: dict[str, list[int]] = {}
-    for index in new:
-        if reason := _obstacle(parts.layers[index]):
-            reasons.setdefault(reason, []).append(index)
-    if reasons:
-        text = "; ".join(f"layers {', '.join(map(str, where))}: {reason}" for reason, where in reasons.items())
-        free = [index for index in range(len(parts.layers)) if not _obstacle(parts.layers[index])]
-        hint = f'; these can be swapped: {{"{",".join(map(str, free))}": ...}}' if free else ""
-        raise Unsupported(f"{type(parts.model).__name__} cannot be swapped, {text}{hint}")
-
-
-def _obstacle(layer: anatomy.Layer) -> str | None:
-    """Why dense cannot stand in for this layer's attention; None when it can."""
-    code = inspect.unwrap(type(layer.attention).forward).__code__
-    if "ALL_ATTENTION_FUNCTIONS" not in code.co_names:
-        return f"{type(layer.attention).__name__} does not go through transformers' ALL_ATTENTION_FUNCTIONS"
-    if layer.softcap is not None:
-        return f"its scores are soft-capped (attn_logit_softcapping={layer.softcap})"
-    if layer.learned_sinks:
-        return "it has learned sinks (s_aux)"
-    if layer.window is not None and layer.window < layer.config.max_position_embeddings:
-        return f"it is a sliding window of {layer.window}, dense only replaces full attention"
-    return None
 
 
 def _convert_heads(model: nn.Module, parts: anatomy.Anatomy, spec: str, calibration: Tensor | None) -> None:

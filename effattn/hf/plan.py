@@ -1,0 +1,150 @@
+"""What a swap is going to do, layer by layer, and whether it can: all of it before anything is changed.
+
+`make` reads the patterns, builds a backend for every layer that they name, and tries each on a few tokens of that
+layer's head shape, so that what a method cannot do in this model is an error that names the layer.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from effattn import registry
+from effattn.errors import Unsupported
+from effattn.hf import anatomy
+from effattn.interface import Backend
+
+LENGTH_DEPENDENT = ("dynamic", "longrope")  # rotary frequencies that change with the sequence's length
+TRIED = 4  # tokens of a trial
+
+
+@dataclass
+class Plan:
+    """One layer's new pattern. `spec`: as asked for; `pattern`: what it comes to in this layer."""
+
+    spec: str
+    pattern: str
+    backend: Backend
+    raw_keys: bool
+    rotary: anatomy.Rotary | None
+    own_window: int | None
+    own_global: bool  # the layer gets second projections for global tokens
+
+
+def make(parts: anatomy.Anatomy, pattern: str | dict[str | int, str], options: dict) -> dict[int, Plan]:
+    """layer -> its plan. ValueError for what means nothing, Unsupported for what this model or a method cannot do."""
+    if isinstance(pattern, dict) and options:
+        raise ValueError(f"swap: {', '.join(options)} given beside a dict of layers; write them into its specs")
+    options = {name: _literal(value) for name, value in options.items()}
+    layers = len(parts.layers)
+    chosen = parse_layers(pattern, layers) if isinstance(pattern, dict) else dict.fromkeys(range(layers), pattern)
+    plans = {index: _plan(parts.layers[index], spec, options) for index, spec in chosen.items()}
+    _refuse_impossible(parts, plans)
+    for index, plan in plans.items():
+        _try(parts.layers[index], plan)
+    return plans
+
+
+def _plan(layer: anatomy.Layer, spec: str, options: dict) -> Plan:
+    name, given = registry.parse_spec(spec)
+    backend = registry.backend(spec, **options)
+    spec, given = registry.format_spec(name, given | options), given | options
+    pattern, own = spec, None
+    if backend.plain and layer.window is not None:  # plain transformers' attention is a window in this layer
+        own = layer.window
+        pattern = registry.format_spec("sliding", {"window": own} | given)
+        backend = registry.backend(pattern)
+    raw = backend.farthest is not None
+    rotary = layer.rotary if raw else None
+    return Plan(spec, pattern, backend, raw, rotary, own, "global_qkv" in backend.extras)
+
+
+def _literal(value):
+    """Options may be tensors (global tokens); a spec, which is also what is saved, has lists of numbers."""
+    if isinstance(value, Tensor):
+        return (value.nonzero().flatten() if value.dtype == torch.bool else value).tolist()
+    return value
+
+
+def parse_layers(pattern: dict[str | int, str], layers: int) -> dict[int, str]:
+    """{"0-3": a, "6-": b} -> {0: a, ..., 6: b, ...}. ValueError for overlaps and layers that do not exist."""
+    if not pattern:
+        raise ValueError('pattern: got an empty dict, valid is for example {"0-3": "dense", "4-": "dense"}')
+    chosen, owner = {}, {}
+    for key, spec in pattern.items():
+        for part in str(key).split(","):
+            match = re.fullmatch(r"\s*(\d+)\s*(-\s*(\d+)?)?\s*", part)
+            if not match:
+                raise ValueError(f'pattern: got layers {key!r}, valid are "3", "0-3", "4-" and lists such as "0-2,5"')
+            first = int(match[1])
+            last = first if not match[2] else int(match[3]) if match[3] else layers - 1
+            if first >= layers or last >= layers or last < first:
+                raise ValueError(f"pattern: got layers {key!r}, the model has layers 0 to {layers - 1}")
+            for index in range(first, last + 1):
+                if index in chosen:
+                    raise ValueError(f"pattern: layer {index} is in both {owner[index]!r} and {key!r}")
+                chosen[index], owner[index] = spec, key
+    return dict(sorted(chosen.items()))
+
+
+def _refuse_impossible(parts: anatomy.Anatomy, plans: dict[int, Plan]) -> None:
+    """Raises Unsupported, naming the model and every layer concerned."""
+    reasons: dict[str, list[int]] = {}
+    for index, plan in plans.items():
+        if reason := _obstacle(parts.layers[index], plan):
+            reasons.setdefault(reason, []).append(index)
+    if reasons:
+        text = "; ".join(f"layers {', '.join(map(str, where))}: {reason}" for reason, where in reasons.items())
+        free = [index for index, plan in plans.items() if not _obstacle(parts.layers[index], plan)]
+        hint = f'; these can be swapped: {{"{",".join(map(str, free))}": ...}}' if free else ""
+        raise Unsupported(f"{type(parts.model).__name__} cannot be swapped, {text}{hint}")
+
+
+def _obstacle(layer: anatomy.Layer, plan: Plan) -> str | None:
+    """Why the plan cannot be carried out; None when nothing is known against it."""
+    code = inspect.unwrap(type(layer.attention).forward).__code__
+    if "ALL_ATTENTION_FUNCTIONS" not in code.co_names:
+        return f"{type(layer.attention).__name__} does not go through transformers' ALL_ATTENTION_FUNCTIONS"
+    if getattr(layer.config, "add_cross_attention", False):
+        return "it has cross-attention beside it, which effattn does not swap"
+    if layer.softcap is not None and "softcap" not in plan.backend.extras:
+        return f"its scores are soft-capped (attn_logit_softcapping={layer.softcap}), {plan.backend.name} has no softcap"
+    if layer.learned_sinks and "sink_logits" not in plan.backend.extras:
+        return f"it has learned sinks (s_aux), {plan.backend.name} has no sink_logits"
+    if layer.window is not None and not layer.causal:
+        return f"it is a bidirectional window of {layer.window} of its own"
+    if plan.rotary is not None:
+        rule = f"its rotary rule {plan.rotary.kind!r}"
+        if plan.rotary.kind in LENGTH_DEPENDENT:
+            return f"{rule} depends on the sequence's length, {plan.pattern} counts positions by their place in the cache"
+        if plan.rotary.rope().dims != layer.rotary_dims:
+            return f"{rule} turns {plan.rotary.rope().dims} dimensions, expected {layer.rotary_dims}"
+    return None
+
+
+def _try(layer: anatomy.Layer, plan: Plan) -> None:
+    """Runs the backend as this layer would. Parameters whose shape depends on the heads exist afterwards."""
+    weight = layer.k.module.weight
+    device = torch.device("cpu") if weight.is_meta else weight.device
+    dtype = weight.dtype if weight.is_floating_point() else torch.float32
+    heads = (layer.heads, layer.kv_heads, layer.kv_heads)
+    q, k, v = (torch.zeros(1, h, TRIED, layer.head_dim, dtype=dtype, device=device) for h in heads)
+    extras = {}
+    if layer.softcap is not None:
+        extras["softcap"] = layer.softcap
+    if layer.learned_sinks:
+        extras["sink_logits"] = torch.zeros(layer.heads, dtype=dtype, device=device)
+    if plan.rotary is not None:
+        extras["rotary"] = plan.rotary.rope()
+    backend = plan.backend.to(device).eval()
+    state = backend.new_state() if layer.causal else None
+    try:
+        with torch.no_grad():
+            backend(q, k, v, causal=layer.causal, state=state, **extras)
+    except ValueError as error:
+        raise type(error)(f"layer {layer.index}: {error}") from error
+    backend.train(layer.attention.training)

@@ -1,0 +1,281 @@
+"""A layer of transformers' Cache that holds a backend's own state: a ring, recurrent sums, raw keys.
+
+transformers' attention modules call `keys, values = cache.update(k, v, index)` and hand both to the attention function.
+`StateLayer.update` returns a `Handle` in their place: the new tokens and where to put them. `effattn.hf.live` gives it
+to `StateLayer.attend`, where the backend appends them to its state. `place` puts the right layers into a cache.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer, StaticLayer
+
+from effattn.errors import Unsupported
+from effattn.interface import Backend
+from effattn.states import ROLLBACK, FullState, State
+
+PLAIN = (DynamicLayer, DynamicSlidingWindowLayer)
+CANDIDATES = "_effattn_candidates"  # on a Cache: how many of a call's last tokens may be taken back
+UNKNOWN_CANDIDATES = 64  # assumed when a cache is told to record the past, and nothing says how far
+
+
+class NotATensor(Unsupported, AttributeError):
+    """Something other than effattn's attention function got a `Handle`."""
+
+
+class Handle:
+    """The new keys and values of one call, on their way to the attention function. Everyone else is told off."""
+
+    def __init__(self, layer: StateLayer, k: Tensor, v: Tensor):
+        self.layer, self.k, self.v = layer, k, v
+
+    def __getattr__(self, name: str):
+        raise NotATensor(f"{_STRANGER} (it asked for .{name})")
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        raise NotATensor(f"{_STRANGER} (it called {getattr(function, '__name__', function)})")
+
+
+_STRANGER = (
+    "cache: this layer was made by effattn.swap for its own attention, and another attention function reads it; give a "
+    "model that is not swapped a cache of its own, such as transformers.DynamicCache()"
+)
+
+
+@dataclass
+class _Undo:
+    """What brings back tokens that a state has evicted already: the state before them, and how to add some again."""
+
+    state: State
+    again: Callable[[State, int], None]  # appends that many tokens
+
+
+class StateLayer(CacheLayerMixin):
+    """One layer's `State`, in transformers' Cache. `pattern`: the spec of the backend that it belongs to.
+
+    `get_seq_length` is the number of tokens seen, held or not, and mask sizes say the same. A state takes back up to
+    `ROLLBACK` tokens by itself. When more of a call's tokens may be rejected (assisted decoding; `candidates`), a copy of
+    the state from before them is kept until the next call.
+    """
+
+    is_sliding = False
+    is_compileable = False
+    is_croppable = True
+
+    def __init__(self, index: int, pattern: str, state: State):
+        self.index, self.pattern, self.state = index, pattern, state
+        self.is_initialized = False
+        self.record_past = False
+        self.dtype = self.device = None
+        self.candidates = 0
+        self._waiting = False  # between update and attend
+        self._leaving = False  # offload was asked for meanwhile
+        self._undo: _Undo | None = None
+
+    def __repr__(self) -> str:
+        return f"StateLayer({self.pattern}, {self.get_seq_length()} tokens, {self.nbytes} bytes)"
+
+    @property
+    def keys(self) -> Tensor | None:
+        """What the state holds, as it lies there (a ring starts anywhere); None where it holds no keys."""
+        return getattr(self.state, "k", None)
+
+    @property
+    def values(self) -> Tensor | None:
+        return getattr(self.state, "v", None)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the state holds."""
+        return self.state.nbytes
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Handle, Handle]:
+        """The new tokens as a handle, twice. They are in the state once the attention function has run."""
+        if self._waiting:
+            raise Unsupported(
+                f"cache: layer {self.index} ({self.pattern}) was updated twice without attention in between; only a "
+                "model that effattn.swap has changed can use it"
+            )
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        self._waiting = True
+        handle = Handle(self, key_states, value_states)
+        return handle, handle
+
+    def attend(self, backend: Backend, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, **call) -> Tensor:
+        """`backend` over the past and the new tokens k, v, which the state then holds. mask: (B, all tokens) bool."""
+        self._waiting, self._undo = False, None
+        if self.device != k.device:
+            self._move(k.device)
+            self.device = k.device
+        last = min(self.candidates, k.shape[2] - 1)
+        if last > ROLLBACK and self._evicts and not (torch.is_grad_enabled() or torch.compiler.is_compiling()):
+            out = self._attend_in_two(backend, q, k, v, mask, last, call)
+        else:
+            out = backend(q, k, v, padding_mask=mask, state=self.state, **call)
+        if self._leaving:
+            self._leaving = False
+            self._move("cpu")
+        return out
+
+    @property
+    def _evicts(self) -> bool:
+        return type(self.state) is not FullState
+
+    def _attend_in_two(self, backend, q, k, v, mask, last: int, call: dict) -> Tensor:
+        """The tokens that stay, a copy of the state, then the `last` ones. By definition the same as all at once."""
+        total = self.state.seq_len + k.shape[2]
+
+        def run(state: State, start: int, stop: int) -> Tensor:
+            some = [x[:, :, start:stop] for x in (q, k, v)]
+            seen = None if mask is None else mask[:, : total - k.shape[2] + stop]
+            extras = call
+            if call.get("global_qkv") is not None:
+                extras = {**call, "global_qkv": tuple(x[:, :, start:stop] for x in call["global_qkv"])}
+            return backend(*some, padding_mask=seen, state=state, **extras)
+
+        stay = k.shape[2] - last
+        first = run(self.state, 0, stay)
+        before = copy.deepcopy(self.state)
+        out = torch.cat([first, run(self.state, stay, k.shape[2])], dim=2)
+        self._undo = _Undo(before, lambda state, tokens: run(state, stay, stay + tokens))
+        return out
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Takes back the last tokens: 0 or a negative number. ValueError for what cannot be brought back."""
+        if tokens_to_remove > 0:
+            raise ValueError(f"crop: got {tokens_to_remove}, valid is 0 or minus the number of tokens to take back")
+        undo, self._undo = self._undo, None
+        if tokens_to_remove == 0 or not self.is_initialized:
+            return
+        left = self.state.seq_len + tokens_to_remove
+        if undo is None or left < undo.state.seq_len or -tokens_to_remove <= ROLLBACK:
+            self.state.crop(left)
+            return
+        self.state = undo.state
+        if left > self.state.seq_len:
+            with torch.no_grad():
+                undo.again(self.state, left - self.state.seq_len)
+
+    def activate_past_recording(self) -> None:
+        """From now on, the last tokens of a call may be taken back before the next one."""
+        self.record_past = True
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.state.seq_len + query_length, 0
+
+    def get_seq_length(self) -> int:
+        return self.state.seq_len
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self._change(lambda state: state.reorder(self._index(beam_idx)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._change(lambda state: state.repeat(repeats))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """`indices`: rows, or a bool mask over them."""
+        indices = indices.nonzero().flatten() if indices.dtype == torch.bool else indices
+        self._change(lambda state: state.select(self._index(indices)))
+
+    def reset(self) -> None:
+        self._waiting = False
+        self._change(lambda state: state.reset())
+        self.is_initialized = False
+
+    def _change(self, what: Callable[[State], None]) -> None:
+        self._undo = None
+        what(self.state)
+
+    def _index(self, rows: Tensor) -> Tensor:
+        return rows if self.keys is None else rows.to(self.keys.device)
+
+    def offload(self) -> None:
+        """Moves the state to the CPU; when its new tokens have yet to come, right after that."""
+        if self._waiting:
+            self._leaving = True
+        else:
+            self._move("cpu")
+
+    def prefetch(self) -> None:
+        if self.is_initialized:
+            self._move(self.device)
+
+    def _move(self, device) -> None:
+        self._undo = None
+        _move(self.state, device)
+
+
+def _move(state: State, device) -> None:
+    for name, value in vars(state).items():
+        if isinstance(value, Tensor):
+            setattr(state, name, value.to(device, non_blocking=True))
+        elif isinstance(value, State):
+            _move(value, device)
+
+
+def place(cache: Cache, index: int, backend: Backend, pattern: str, raw_keys: bool, own_window: int | None) -> None:
+    """Sees to it that layer `index` of `cache` can serve `backend`, of spec `pattern`; an empty plain one is replaced.
+
+    raw_keys: the backend needs keys that are not rotated. own_window: the window of the model's own layer, if that is
+    what the backend does. Raises Unsupported for what holds tokens that the backend cannot use.
+    """
+    if not isinstance(cache, Cache) or not hasattr(cache, "layers"):
+        raise Unsupported(f"past_key_values: got {type(cache).__name__}, valid is transformers' DynamicCache")
+    layers = cache.layers
+    while len(layers) <= index and cache.layer_class_to_replicate is not None:
+        layers.append(cache.layer_class_to_replicate())
+    if len(layers) <= index:
+        raise Unsupported(f"past_key_values: it has {len(layers)} layers, layer {index} needs one too")
+    layer = layers[index]
+    where = f"past_key_values: layer {index} ({pattern})"
+    if isinstance(layer, StateLayer):
+        if layer.pattern != pattern:
+            if layer.get_seq_length():
+                raise Unsupported(f"{where}: the cache was filled by {layer.pattern}; effattn.new_cache(model) is empty")
+            layers[index] = _new(index, backend, pattern, raw_keys, layer.record_past)
+    elif isinstance(layer, StaticLayer):
+        raise Unsupported(
+            f"{where}: static cache: it has no place for a backend's own state; after a swap, use the default cache "
+            "(effattn.new_cache(model))"
+        )
+    elif type(layer) in PLAIN and not layer.get_seq_length():
+        new = _new(index, backend, pattern, raw_keys, getattr(layer, "record_past", False))
+        if type(new) is not type(layer):
+            layers[index] = new
+    elif raw_keys:
+        raise Unsupported(
+            f"{where}: the {type(layer).__name__} holds rotated keys, and this pattern rotates them itself, by their "
+            "place in the cache; start with an empty cache (effattn.new_cache(model))"
+        )
+    elif isinstance(layer, DynamicSlidingWindowLayer) and own_window != layer.sliding_window:
+        raise Unsupported(
+            f"{where}: the {type(layer).__name__} holds the last {layer.sliding_window} tokens only; start with an "
+            "empty cache (effattn.new_cache(model))"
+        )
+    layer = layers[index]
+    if isinstance(layer, StateLayer):
+        layer.candidates = getattr(cache, CANDIDATES, 0) or (UNKNOWN_CANDIDATES if layer.record_past else 0)
+
+
+def _new(index: int, backend: Backend, pattern: str, raw_keys: bool, record_past: bool) -> CacheLayerMixin:
+    """transformers' own layer where it holds the same as the backend's state, a `StateLayer` otherwise."""
+    state = backend.new_state()
+    if type(state) is FullState and not raw_keys:
+        return DynamicLayer()
+    layer = StateLayer(index, pattern, state)
+    layer.record_past = record_past
+    return layer

@@ -1,0 +1,55 @@
+"""Rotary position embedding (RoPE, arXiv:2104.09864) as a rule that a backend calls on raw queries and keys.
+
+    rope = Rope(inv_freq)                                    # (R/2,), R = the dimensions of a head that turn
+    y = attn(q, k, v, rotary=rope)                           # q, k raw
+    q, k = rope(q, k, q_positions, k_positions)              # what the backend does with it
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Rope:
+    """Turns the first `dims` dimensions of every head; pair i by the angle position * inv_freq[i].
+
+    inv_freq (dims/2,). attention_scaling multiplies what is turned (YaRN's temperature). Pairs are (i, i + dims/2), or
+    (2i, 2i + 1) when `interleaved` (GLM, Cohere). Angles and products are fp32 (fp64 for fp64 inputs), the results have
+    the inputs' dtype.
+    """
+
+    inv_freq: Tensor
+    attention_scaling: float = 1.0
+    dims: int | None = None
+    interleaved: bool = False
+
+    def __post_init__(self):
+        turned = 2 * self.inv_freq.shape[-1]
+        if self.inv_freq.ndim != 1 or self.dims not in (None, turned):
+            raise ValueError(f"dims: got {self.dims} with inv_freq {tuple(self.inv_freq.shape)}, valid is twice as many")
+        object.__setattr__(self, "dims", turned)
+
+    def __call__(self, q: Tensor, k: Tensor, q_positions: Tensor, k_positions: Tensor) -> tuple[Tensor, Tensor]:
+        """q (B, Hq, Tq, D) and k (B, Hkv, Tk, D), turned. Positions are int64, (T,) or (B, T)."""
+        return self.turn(q, q_positions), self.turn(k, k_positions)
+
+    def turn(self, x: Tensor, positions: Tensor) -> Tensor:
+        """x (B, H, T, D) at positions (T,) or (B, T)."""
+        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+        angle = positions[..., None].to(dtype) * self.inv_freq.to(x.device, dtype)
+        if angle.ndim == 3:
+            angle = angle[:, None]
+        cos, sin = angle.cos() * self.attention_scaling, angle.sin() * self.attention_scaling
+        part, rest = x[..., : self.dims].to(dtype), x[..., self.dims :]
+        if self.interleaved:
+            a, b = part[..., 0::2], part[..., 1::2]
+            part = torch.stack([a * cos - b * sin, b * cos + a * sin], dim=-1).flatten(-2)
+        else:
+            a, b = part.chunk(2, dim=-1)
+            part = torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+        part = part.to(x.dtype)
+        return torch.cat([part, rest], dim=-1) if rest.shape[-1] else part
