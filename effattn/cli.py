@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from contextlib import contextmanager
 from functools import wraps
@@ -95,7 +97,7 @@ def backends(as_json: Annotated[bool, typer.Option("--json", help="print JSON")]
     console.print(table)
 
 
-def _contexts(text: str) -> list[int]:
+def _contexts(text: str, option: str = "decode_contexts") -> list[int]:
     """ "512,4k,16k" as numbers; empty for "" and "none"."""
     if text.strip().lower() in ("", "none", "0"):
         return []
@@ -105,7 +107,7 @@ def _contexts(text: str) -> list[int]:
             for part in map(str.strip, text.split(","))
         ]
     except ValueError:
-        raise ValueError(f"decode_contexts: got {text!r}, valid is like 512,4k,16k or none") from None
+        raise ValueError(f"{option}: got {text!r}, valid is like 512,4k,16k or none") from None
 
 
 def _count(text: str) -> int:
@@ -166,6 +168,98 @@ def convert_gqa(
         console.print(report)
         console.print(f"\ncheckpoint  {output}", soft_wrap=True, highlight=False)
         console.print(f"report      {(output / 'report.html').absolute()}", soft_wrap=True, highlight=False)
+
+
+@app.command()
+@one_line_errors
+def swap(
+    pattern: Annotated[list[str] | None, typer.Option(help="a spec (default: sliding(window=256, sinks=4)), or JSON "
+        "from layers to specs; repeat to compare, the first one is saved")] = None,
+    model: Annotated[str, typer.Option(help='"embedded", a folder, or a hub name')] = "embedded",
+    output: Annotated[Path | None, typer.Option(help="new folder for the swapped checkpoint and its report")] = None,
+    text: Annotated[list[Path] | None, typer.Option(help="UTF-8 text to measure on; repeat for more files")] = None,
+    dataset: Annotated[str | None, typer.Option(help="a `datasets` name or folder, streamed")] = None,
+    column: Annotated[str | None, typer.Option(help="the dataset's text column")] = None,
+    contexts: Annotated[str, typer.Option(help="contexts to measure perplexity at, or none")] = "128,256,512,1k,2k,4k",
+    evaluation_tokens: Annotated[int, count_tokens("to score at every context")] = "4096",
+    stream_tokens: Annotated[int, count_tokens("of the long stream")] = "20000",
+    dense_stream_tokens: Annotated[int, count_tokens("after which the unchanged model's stream stops")] = "4096",
+    chunk: Annotated[int, typer.Option(help="tokens of the stream that go in at a time")] = 128,
+    prompt_tokens: Annotated[int, count_tokens("of held-out text to generate after")] = "400",
+    generate_tokens: Annotated[int, count_tokens("to generate; 0: none")] = "300",
+    temperature: Annotated[float, typer.Option(help="of the generated text; 0 is greedy")] = 0.8,
+    seed: Annotated[int, typer.Option(help="of the generated text")] = 0,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
+) -> None:  # fmt: skip
+    """Swap the attention pattern: perplexity by context, a long stream, and generated text, before and after."""
+    from effattn.swapping.job import Job, run
+
+    quiet_libraries()
+    job = Job(
+        model=model, output=output, text=tuple(text or ()), dataset=dataset, column=column,
+        contexts=_contexts(contexts, "contexts"), evaluation_tokens=evaluation_tokens, stream_tokens=stream_tokens,
+        dense_stream_tokens=dense_stream_tokens, chunk=chunk, prompt_tokens=prompt_tokens,
+        generate_tokens=generate_tokens, temperature=temperature, seed=seed, device=device,
+        **({"patterns": tuple(pattern)} if pattern else {}),
+    )  # fmt: skip
+    try:
+        report = run(job, Show())
+    except KeyboardInterrupt:
+        errors.print("stopped; nothing was written", soft_wrap=True)
+        raise SystemExit(130) from None
+    console.print(report)
+    if output is not None:
+        console.print(f"\ncheckpoint  {output}", soft_wrap=True, highlight=False)
+        console.print(f"report      {(output / 'report.html').absolute()}", soft_wrap=True, highlight=False)
+
+
+@app.command()
+@one_line_errors
+def kernels(
+    arch: Annotated[list[str] | None, typer.Option(help="sm_80, sm_90, sm_100 or gfx942; repeat for more")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+) -> None:
+    """Compile every Triton kernel for GPUs that need not be here: registers, spills, shared memory, matrix units."""
+    try:
+        from effattn.errors import check_choice
+        from effattn.kernels import aot
+    except ImportError:
+        raise ValueError("kernels: triton is not installed (it exists for Linux)") from None
+
+    arches = [check_choice("arch", name, aot.ARCHES) for name in arch or aot.ARCHES]
+    if "TRITON_INTERPRET" in os.environ:  # triton read it on import: only a new process can compile
+        again = [sys.executable, "-m", "effattn.cli", "kernels", *(f"--arch={name}" for name in arches)]
+        rest = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+        sys.exit(subprocess.run(again + ["--json"] * as_json, env=rest).returncode)
+    with Show().stage("compiling") as progress:
+        results = aot.check_all(arches, progress)
+    failed = [result for result in results if result.problem]
+    if as_json:
+        print(json.dumps([vars(result) for result in results]))
+    else:
+        wide = console if console.is_terminal else Console(width=160)  # a log's lines may be long
+        for name in arches:
+            wide.print(_kernel_table(name, [result for result in results if result.arch == name]))
+        console.print(f"{len(results)} variants, {len(failed)} failed", highlight=False)
+    if failed:
+        sys.exit(1)
+
+
+def _kernel_table(arch: str, results: list) -> Table:
+    table = Table("kernel", "variant", title=arch, title_justify="left")
+    for heading in ("registers", "spills B", "shared B", "blocks", "occupancy"):
+        table.add_column(heading, justify="right")
+    table.add_column("matrix unit")
+    table.add_column("check", overflow="fold")
+    for result in results:
+        numbers = (result.registers, result.spills, result.shared, result.blocks)
+        occupancy = "?" if result.occupancy is None else f"{result.occupancy:.0%}"
+        used = "?" if result.instructions is None else ", ".join(f"{n} {k}" for k, n in result.instructions.items())
+        table.add_row(
+            result.folder, result.name, *("?" if n is None else str(n) for n in numbers), occupancy, used or "-",
+            result.problem or "ok", style="bold red" if result.problem else None,
+        )  # fmt: skip
+    return table
 
 
 if __name__ == "__main__":

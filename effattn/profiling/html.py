@@ -52,18 +52,35 @@ class Table:
 
 
 @dataclass
+class Passage:
+    """Text to read: `given` (a prompt), what follows it, and, behind a line that says `border`, the rest."""
+
+    title: str
+    given: str
+    text: str
+    border: str = ""
+    rest: str = ""
+
+    def markdown(self) -> str:
+        body = self.given + self.text + (f"\n----- {self.border} -----\n{self.rest}" if self.rest else "")
+        fence = "`" * max(3, 1 + max(map(len, re.findall("`+", body)), default=0))
+        return f"**{markdown_text(self.title)}**\n\n{fence}text\n{body}\n{fence}"
+
+
+@dataclass
 class Section:
-    """A heading with its plots and tables."""
+    """A heading with its plots, tables and passages."""
 
     title: str
     note: str = ""
     plots: list[Markup] = field(default_factory=list)
     tables: list[Table] = field(default_factory=list)
+    passages: list[Passage] = field(default_factory=list)
 
 
 @dataclass
 class Series:
-    """One line of a plot; `low` and `high` give its band. None in `y` is a gap."""
+    """One line of a plot; `low` and `high` give its band. None in `y` is a gap. Wide lines lie below thin ones."""
 
     label: str
     x: Sequence[float]
@@ -73,6 +90,7 @@ class Series:
     marker: str = "o"
     low: Sequence[float] | None = None
     high: Sequence[float] | None = None
+    width: float = 1.5
 
 
 def markdown_text(text: str) -> str:
@@ -95,7 +113,8 @@ def render(template: str, **values: object) -> str:
 
 def page(title: str, lead: str, sections: Sequence[Section]) -> str:
     """A whole HTML page: no script, no request to anywhere."""
-    return render("page.html.jinja", title=title, lead=lead, sections=[s for s in sections if s.plots or s.tables])
+    shown = [s for s in sections if s.plots or s.tables or s.passages]
+    return render("page.html.jinja", title=title, lead=lead, sections=shown)
 
 
 def _axes(width: float, height: float, x_label: str, y_label: str):
@@ -155,22 +174,34 @@ def line_plot(
     contexts: bool = False,
     log_y: bool = False,
     zero: bool = False,
+    mark: tuple[float, str] | None = None,
     width: float = 5.2,
     height: float = 3.1,
 ) -> Markup:
-    """Lines over x. `contexts`: x are token counts on a log2 axis; `zero`: the y axis starts at 0."""
+    """Lines over x. `contexts`: x are token counts on a log2 axis; `zero`: the y axis starts at 0; `mark`: an x with
+    a dotted line and its name."""
     figure, axes = _axes(width, height, x_label, y_label)
     for one in series:
         y = [float("nan") if value is None else value for value in one.y]
-        axes.plot(one.x, y, one.style, marker=one.marker, markersize=4, color=one.color, label=_plain(one.label))
+        look = {"linewidth": one.width, "zorder": 2 + 1 / one.width, "color": one.color, "label": _plain(one.label)}
+        axes.plot(one.x, y, one.style, marker=one.marker, markersize=4, **look)
         if one.low is not None and one.high is not None:
             axes.fill_between(one.x, one.low, one.high, color=one.color, alpha=0.2, linewidth=0)
     if contexts:
         _power_of_two_ticks(axes, [x for one in series for x in one.x])
+    elif max((x for one in series for x in one.x), default=0) >= 1000:
+        axes.xaxis.set_major_formatter("{x:,.0f}")
     if log_y:
         _log_y(axes)
     if zero:
         axes.set_ylim(bottom=0)
+    if mark:
+        low, high = axes.get_ylim()
+        axes.set_ylim(top=high * (high / low) ** 0.1 if log_y else high + 0.1 * (high - low))  # the name's own place
+        axes.axvline(mark[0], color=_INK, linestyle=":", linewidth=1)
+        top = axes.get_xaxis_transform()
+        axes.annotate(_plain(mark[1]), (mark[0], 1), (4, -2), xycoords=top, textcoords="offset points", va="top",
+                      fontsize=8, color=_INK)  # fmt: skip
     return svg(figure, title, axes)
 
 

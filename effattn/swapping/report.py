@@ -1,0 +1,144 @@
+"""The report of a swap: perplexity by context, along a stream, the cache's bytes, and generated text.
+
+One JSON-able dict is the report; Markdown, HTML and the terminal show the same tables made from it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from effattn.heads.report_tables import data_size
+from effattn.profiling.html import Section, markdown_text, page, write_all_atomic
+from effattn.swapping import report_parts as parts
+
+STAYS = 1.5  # times the reference on the same tokens, at most: the perplexity of a stream "stays"
+
+
+def _finite(value):
+    """JSON has no NaN or infinity: they become null."""
+    if isinstance(value, dict):
+        return {key: _finite(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+@dataclass
+class SwapReport:
+    """Wraps `data`, a dict of kind "swap_backend".
+
+    Keys: settings, model, runs (before, the patterns, baselines: each with contexts, stream and text), reference (the
+    same stream in fresh windows), prompt, verification (null without an output), environment. Perplexities come with
+    their cross-entropy in nats a token; cache_bytes are pairs (tokens, bytes).
+    """
+
+    data: dict
+
+    def __post_init__(self):
+        if self.data.get("kind") != "swap_backend":
+            raise ValueError(f"kind: got {self.data.get('kind')!r}, a swap report has 'swap_backend'")
+
+    @classmethod
+    def load(cls, path: Path | str) -> SwapReport:
+        """Reads report.json, or the one in a folder."""
+        path = Path(path)
+        return cls(json.loads((path / "report.json" if path.is_dir() else path).read_text(encoding="utf-8")))
+
+    @property
+    def settings(self) -> dict:
+        return self.data["settings"]
+
+    @property
+    def runs(self) -> list[dict]:
+        return self.data["runs"]
+
+    @property
+    def trained(self) -> int | None:
+        """The model's trained length, in tokens."""
+        return self.data["model"]["trained_length"]
+
+    @property
+    def main(self) -> dict:
+        """The run of the first pattern: the one that the report is about, and that is saved."""
+        return next(run for run in self.runs if run["role"] == "pattern")
+
+    @property
+    def title(self) -> str:
+        return f"{self.settings['model']}: {self.main['label']}"
+
+    @property
+    def headline(self) -> str:
+        """The result in one sentence: what a long stream does to the pattern, and to the model as it was."""
+        main, reference = self.main["stream"], self.data["reference"]
+        ours, best = (parts.past(one, self.trained) for one in (main, reference))
+        found = parts.number(ours["perplexity"])
+        kind = "is at" if ours["first"] == 0 else "stays at" if _stays(ours, best) else "rises to"
+        text = f"Streaming {main['tokens']:,} tokens: {self.main['label']} {kind} perplexity {found}"
+        text += f" past token {ours['first']:,}" if ours["first"] else ""
+        compared = f"the unchanged model in fresh windows of {reference['context']:,}"
+        text += f" ({parts.number(best['perplexity'])} for {compared})"
+        parted = [text + f" and holds {data_size(main['cache_bytes'][-1][1])} of cache"]
+        for run in self.runs:
+            last, held = run["stream"]["buckets"][-1], data_size(run["stream"]["cache_bytes"][-1][1])
+            if run["role"] == "before":
+                end = f"{parts.number(last['perplexity'])} by token {last['last']:,}, holding {held}"
+                parted.append(f"{run['label']} is at {end}")
+            elif run["role"] == "baseline":
+                found = parts.past(run["stream"], self.trained)["perplexity"]
+                parted.append(f"{run['label']}, without sinks, is at {parts.number(found)}")
+        return "; ".join(parted) + "."
+
+    def table(self):
+        """What a person wants on the terminal: the finding, both tables, and the text past the trained length."""
+        from rich.console import Group
+        from rich.text import Text
+
+        shown = [table.rich() for table in parts.tables(self) if not table.folded and table.title in parts.TERMINAL]
+        lines = [Text(self.title, style="bold"), Text(self.headline), *(part for one in shown for part in ("", one))]
+        for passage in parts.passages(self, given=0):
+            lines += ["", Text(f"{passage.title}: {passage.border}" if passage.rest else passage.title, style="bold")]
+            lines.append(Text(parts.shortened(passage.rest or passage.text)))
+        return Group(*lines)
+
+    def __rich__(self):
+        return self.table()
+
+    def to_json(self) -> str:
+        return json.dumps(_finite(self.data), indent=1, default=str, allow_nan=False) + "\n"
+
+    def to_markdown(self) -> str:
+        blocks = [f"# {markdown_text(self.title)}", markdown_text(self.headline)]
+        blocks += [table.markdown() for table in parts.tables(self)]
+        blocks += [passage.markdown() for passage in parts.passages(self)]
+        return "\n\n".join(blocks) + "\n"
+
+    def to_html(self) -> str:
+        """A self-contained page: no script, no request."""
+        shown = {table.title: table for table in parts.tables(self)}
+
+        def section(title: str, plots: list, *names: str, note: str = "", passages=()) -> Section:
+            return Section(title, note, plots, [shown[name] for name in names if name in shown], list(passages))
+
+        passages = parts.passages(self)
+        sections = [
+            section("One long stream", parts.along_stream(self), parts.STREAM, "Along the stream", "Seconds",
+                    note=parts.stream_note(self)),
+            section("Perplexity by context", parts.by_context(self), parts.CONTEXTS, note=parts.context_note(self)),
+            section("Generated text", [], passages=passages, note=parts.text_note(self)),
+            section("Checkpoint", [], "Checkpoint"),
+            section("Settings", [], "Settings", "Model", "Patterns by layer"),
+            section("Environment", [], "Environment"),
+        ]  # fmt: skip
+        return page(self.title, self.headline, sections)
+
+    def save(self, folder: Path | str) -> None:
+        """Writes report.md, report.html and, last, report.json into `folder`: all of them or none."""
+        files = {"report.md": self.to_markdown(), "report.html": self.to_html(), "report.json": self.to_json()}
+        write_all_atomic(folder, files)
+
+
+def _stays(ours: dict, best: dict) -> bool:
+    return ours["perplexity"] <= STAYS * best["perplexity"]
