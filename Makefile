@@ -1,13 +1,14 @@
 # make demo   sets up .venv, then converts the embedded model from 8 to 2 KV heads and reports
 # make test   sets up .venv, then runs the tests
 # make lint   ruff, as CI runs it
+# make kernels   compiles the Triton kernels for four GPUs, none of which need be here
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 DEMO   ?= runs/demo
 
-.PHONY: demo test lint setup clean
+.PHONY: demo test lint kernels setup clean
 
 setup: $(STAMP)
 
@@ -22,11 +23,14 @@ demo: $(STAMP)
 	$(BIN)/python recipes/convert_gqa.py --model embedded --kv-heads 2 --uptrain-tokens 100_000 --output $(DEMO)
 
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist worksteal
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+kernels: $(STAMP)
+	$(BIN)/effattn kernels
 
 clean:
 	rm -rf $(VENV) runs build dist *.egg-info

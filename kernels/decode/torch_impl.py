@@ -13,11 +13,10 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
+from effattn.kernels.flash.pattern import Blocks, Layout, Pattern, Window
+from effattn.kernels.flash.torch_impl import one_query, padding_mask
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
-
-from effattn.kernels.flash.pattern import Blocks, Layout, Pattern, Window
-from effattn.kernels.flash.torch_impl import one_query
 
 HALVES = (torch.bfloat16, torch.float16)
 
@@ -40,9 +39,9 @@ def attention(
     queries = q.shape[2]
     first = None
     if counts is None:
-        if queries == 1 and type(pattern) is Pattern and _in_order(layout) and softcap is None and not need_lse:
-            if q_first is None and layout.start is None:
-                return one_query(q, k, v, layout.mask, scale), None
+        plain = softcap is None and q_first is None and not need_lse
+        if queries == 1 and type(pattern) is Pattern and _in_order(layout) and plain:
+            return one_query(q, k, v, padding_mask(layout, k), scale), None
         k, v, layout = _visible_range(k, v, pattern, layout, queries)
         mask = _mask(q, k, pattern, layout, causal)
     else:
@@ -75,7 +74,8 @@ def _visible_range(k: Tensor, v: Tensor, pattern: Pattern, layout: Layout, queri
     else:  # borders differ from row to row
         oldest -= (pattern.look_back + 1) * pattern.size - 1
     cut = oldest - layout.tail  # keys after the slots that go
-    if cut <= max(first - layout.slots, 0) or layout.slots < min(first, layout.tail):
+    sinks_apart = layout.slots >= first or (not layout.slots and not layout.tail)
+    if cut <= max(first - layout.slots, 0) or not sinks_apart:
         return k, v, layout
     if layout.slots and layout.start is not None:  # a padded row's first keys may lie behind the slots still
         return k, v, layout
@@ -87,8 +87,6 @@ def _visible_range(k: Tensor, v: Tensor, pattern: Pattern, layout: Layout, queri
         there = None if layout.mask is None else layout.mask[:, : layout.slots]
         later = None if layout.mask is None else layout.mask[:, layout.slots + cut :]
     else:  # they lie among the others, row by row at another place
-        if layout.slots:
-            return k, v, layout
         position = layout.key_positions(k.shape[2], k.device)
         at = torch.arange(first, device=k.device)[None]
         at = at if layout.start is None else at + layout.start[:, None]

@@ -9,6 +9,8 @@ Shapes: q (B, Hq, Tq, D), k (B, Hkv, Tk, D), v (B, Hkv, Tk, D). A tile has S que
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -104,7 +106,7 @@ def _series(tiles: list[tuple[int, int, int, int]], pattern: Pattern):
         place = a % pattern.size if isinstance(pattern, Blocks) else 0  # in its block
         alike.setdefault((b - a, k1 - k0, a - k0, place), []).append(tile)
     for same in alike.values():
-        strides = {other[0] - one[0] for one, other in zip(same, same[1:], strict=False)}
+        strides = {other[0] - one[0] for one, other in pairwise(same)}
         if len(strides) > 1:
             yield from ((tile, 1, 0) for tile in same)
         else:

@@ -64,24 +64,24 @@ def _simplest(pattern: Pattern, total: int, causal: bool) -> Pattern:
 
 
 def _dense(q: Tensor, k: Tensor, v: Tensor, causal: bool, layout: Layout, scale: float) -> Tensor:
-    padding_mask = _padding_mask(layout, k)
+    real = padding_mask(layout, k)
     queries, keys = q.shape[2], k.shape[2]
     if queries == 1:
-        return one_query(q, k, v, padding_mask, scale)
+        return one_query(q, k, v, real, scale)
     value_dim = v.shape[-1]
     if value_dim != q.shape[-1]:  # the fused kernels want one width; zeros change neither scores nor outputs
         width = max(value_dim, q.shape[-1])
         q, k, v = (pad(x, (0, width - x.shape[-1])) for x in (q, k, v))
-    if padding_mask is None and (not causal or queries == keys):
+    if real is None and (not causal or queries == keys):
         out = scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale, enable_gqa=True)
     else:
-        out = _in_blocks(q, k, v, causal, padding_mask, scale)
-    if padding_mask is not None:
-        out = _zero_blind_rows(out, causal, padding_mask, layout)
+        out = _in_blocks(q, k, v, causal, real, scale)
+    if real is not None:
+        out = _zero_blind_rows(out, causal, real, layout)
     return out[..., :value_dim]
 
 
-def _padding_mask(layout: Layout, k: Tensor) -> Tensor | None:
+def padding_mask(layout: Layout, k: Tensor) -> Tensor | None:
     """(B, Tk) bool: keys that are real."""
     if layout.start is None:
         return layout.mask

@@ -1,0 +1,199 @@
+"""Softmax attention of a few new tokens over a cache, in Triton: what to read, how to split it, two launches.
+
+    out, lse = attention(q, k, v, Window(back=512), Layout(), causal=True, scale=0.125, softcap=None, q_first=None,
+                         counts=None, need_lse=True)
+
+Lengths stay integers of the host, and masks are made inside of the kernel from what the layout holds: a step launches
+nothing but the kernels and waits for nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+
+import torch
+import triton
+from torch import Tensor
+
+from ..flash.pattern import Blocks, Layout, Pattern, Window
+from .triton_kernels import attend, combine, in_blocks, in_window
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+WIDEST = 256  # head dimension
+FARTHEST = 2**30  # "no bound" among the kernel's int32 positions
+TILE_BYTES = 2**14  # of K, and of V: at three stages, two programs fit in an A100's processor and three in an H200's
+RESIDENT = 2  # programs that run at once on a processor
+OVERHEAD = 2  # of one program and of `combine`: about as long as reading this many tiles
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pattern: Pattern,
+    layout: Layout,
+    *,
+    causal: bool,
+    scale: float,
+    softcap: float | None,
+    q_first: Tensor | None,
+    counts: Tensor | None,
+    need_lse: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """As `effattn.kernels.decode.attention`. Any strides but the last one's are free: a part of a cache is not copied.
+
+    Keys that nobody sees must hold finite numbers, as for the other implementations.
+    """
+    batch, heads, queries, dim = q.shape
+    kv_heads, keys, value_dim = v.shape[1:]
+    if q.dtype not in DTYPES or max(dim, value_dim) > WIDEST:
+        raise ValueError(
+            f"decode: got {q.dtype} with head dimensions {dim} and {value_dim}; the Triton kernel takes float16, "
+            f"bfloat16 and float32 with at most {WIDEST}, impl='torch' takes all"
+        )
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
+        raise ValueError("decode: the Triton kernel has no gradients; valid are torch.no_grad() and impl='torch'")
+    q_first = q_first if pattern.first else None
+    if counts is None:
+        near, *numbers = predicate(pattern)
+        head, low = worth_reading(pattern, layout, queries, keys)
+    else:
+        near, numbers, head, low = None, (0, 0, 0), 0, 0
+        counts = counts.view(torch.uint8) if counts.dtype == torch.bool else counts
+        counts = counts.expand(batch, heads, queries, keys)
+        layout = layout if q_first is not None else Layout()  # nothing else asks where the keys are
+
+    group = heads // kv_heads
+    more = counts is not None or q_first is not None
+    sizes = tile(dim, value_dim, q.element_size(), group * queries, shared_memory(q.device), more)
+    tiles = triton.cdiv(head, sizes["BLOCK_N"]) + triton.cdiv(keys - low, sizes["BLOCK_N"])
+    row_tiles = triton.cdiv(group * queries, sizes["BLOCK_M"])
+    splits = split(tiles, batch * kv_heads * row_tiles, processors(q.device))
+
+    out = q.new_empty(batch, heads, queries, value_dim)
+    lse = q.new_empty(batch, heads, queries, dtype=torch.float32) if need_lse else None
+    parts, sums = out, lse
+    if splits > 1:
+        parts = q.new_empty(splits, *out.shape, dtype=torch.float32)
+        sums = q.new_empty(splits, batch, heads, queries, dtype=torch.float32)
+    if softcap is None:
+        inner, outer = scale / math.log(2), 1.0
+    else:
+        inner, outer = scale / softcap, softcap / math.log(2)
+
+    q, k, v, q_first, mask = rows(q), rows(k), rows(v), rows(q_first), rows(layout.mask)
+    start, slots_at, ring = rows(layout.start), rows(layout.slots_at), rows(layout.ring)
+    with torch.cuda.device_of(q):
+        attend[splits * row_tiles, kv_heads, batch](
+            q, q_first, k, v, parts, sums, start, mask, slots_at, ring, counts,
+            *strides(q), *strides(q_first), *strides(k), *strides(v),
+            0 if mask is None or len(mask) == 1 else mask.stride(0),
+            *((0, 0, 0, 0) if counts is None else counts.stride()),
+            group, row_tiles, inner, outer, queries, layout.tail, layout.tokens(keys), layout.slots,
+            min(pattern.first, FARTHEST), *numbers, head, low, keys, tiles, triton.cdiv(tiles, splits),
+            D=dim, DV=value_dim, NEAR=near, CAUSAL=causal, SOFTCAP=softcap is not None, HEAD=head > 0, **sizes,
+        )  # fmt: skip
+        if splits > 1:
+            lines = batch * heads * queries
+            combine[lines,](parts, sums, out, lse, splits, lines, DV=value_dim, **combine_tile(value_dim))
+    return out, lse
+
+
+def predicate(pattern: Pattern) -> tuple:
+    """The jitted twin of `pattern.near` (None: all is near) and its three numbers."""
+    if isinstance(pattern, Window):
+        return in_window, min(pattern.back, FARTHEST), min(pattern.ahead, FARTHEST), 0
+    if isinstance(pattern, Blocks):
+        size = min(pattern.size, FARTHEST)
+        return in_blocks, size, min(pattern.look_back, FARTHEST // size), size // 2 if pattern.shifted else 0
+    if type(pattern) is Pattern:
+        return None, 0, 0, 0
+    raise ValueError(f"decode: got a {type(pattern).__name__} without `counts`, which has no predicate in the kernel")
+
+
+def worth_reading(pattern: Pattern, layout: Layout, queries: int, keys: int) -> tuple[int, int]:
+    """(head, low): at most `head` keys from the front (slots and first ones), and all keys from index `low` on.
+
+    Queries are the last tokens, so there is never a bound above. Rings are in no order and are read whole.
+    """
+    low_query = layout.tokens(keys) - queries
+    low = pattern.span(low_query, low_query + queries)[0]
+    if low is None or layout.ring is not None:
+        return 0, 0
+    first = pattern.first
+    if layout.start is None:
+        first = max(0, first - layout.tail)
+    elif isinstance(pattern, Blocks):  # borders follow each row's start, which the host does not know: the worst one
+        low = low_query - (pattern.look_back + 1) * pattern.size + 1
+    head = min(layout.slots + first, keys)
+    low = min(low - layout.tail + layout.slots, keys)
+    return (0, 0) if low <= head else (head, low)
+
+
+@lru_cache
+def tile(dim: int, value_dim: int, itemsize: int, lines: int, shared: int, more: bool) -> dict[str, int]:
+    """Tile sizes for `lines` rows (queries times heads of a group), as keyword arguments of `attend`.
+
+    more: there are counts or q_first, which take registers.
+    """
+    block_d, block_dv = (max(16, triton.next_power_of_2(x)) for x in (dim, value_dim))
+    width = max(block_d, block_dv)
+    small = shared < 6 * TILE_BYTES  # AMD, and NVIDIA before Ampere
+    if itemsize == 4:  # without matrix units: there to be right, and small enough for the registers
+        block_m, block_n = 16, 32 if width <= 64 else 16
+    else:
+        block_m = min(max(16, triton.next_power_of_2(lines)), 64 if width <= 128 and not more else 32)
+        block_n = min(128 if block_m == 16 else 64, TILE_BYTES // (width * itemsize)) // (2 if small or more else 1)
+    stages = 2 if small else 3
+    return dict(
+        BLOCK_D=block_d, BLOCK_DV=block_dv, BLOCK_M=block_m, BLOCK_N=block_n, num_warps=4, num_stages=stages
+    )  # fmt: skip
+
+
+@lru_cache
+def combine_tile(value_dim: int) -> dict[str, int]:
+    """The same for `combine`: as many splits at once as a tile of 4096 numbers holds."""
+    block_dv = max(16, triton.next_power_of_2(value_dim))
+    return dict(BLOCK_DV=block_dv, CHUNK=4096 // max(32, block_dv), num_warps=4)
+
+
+@lru_cache(maxsize=4096)
+def split(tiles: int, programs: int, processors: int) -> int:
+    """Into how many parts to split `tiles` so that `programs` times as many programs end soonest; none is empty.
+
+    A wave of programs takes as long as one of them: its tiles and its overhead. Ties go to the fewer parts.
+    """
+    capacity = RESIDENT * processors
+
+    def time(parts: int) -> int:
+        waves = -(-parts * programs // capacity)
+        return waves * (-(-tiles // parts) + OVERHEAD) + OVERHEAD * (parts > 1)
+
+    parts = min(range(1, min(tiles, capacity) + 1), key=time, default=1)
+    return -(-tiles // -(-tiles // parts)) if tiles else 1
+
+
+@lru_cache
+def processors(device: torch.device) -> int:
+    """Multiprocessors of a GPU; 8 in the interpreter."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
+
+
+@lru_cache
+def shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory that one program may have."""
+    if device.type != "cuda":
+        return 227 * 1024
+    found = torch.cuda.get_device_properties(device)
+    return getattr(found, "shared_memory_per_block_optin", None) or found.shared_memory_per_block
+
+
+def rows(x: Tensor | None) -> Tensor | None:
+    """x with its last dimension contiguous, copied only if it is not."""
+    return x if x is None or x.stride(-1) == 1 else x.contiguous()
+
+
+def strides(x: Tensor | None) -> tuple[int, ...]:
+    """The outer strides of (B, H, T, D), in elements."""
+    return (0, 0, 0) if x is None else x.stride()[:3]

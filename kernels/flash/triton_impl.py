@@ -1,0 +1,263 @@
+"""Flash attention on Triton, forward and backward: the table of patterns, and the launches.
+
+A new pattern is two jitted functions of positions below and a line in PATTERNS; a new score rule, two and a line in
+RULES. `triton_kernels` has the kernels, `tiles` their sizes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from . import tiles, triton_kernels
+from .pattern import Blocks, Layout, Pattern, Window
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+_FAR = tl.constexpr(1 << 28)  # beyond every position, and sums of a few of them fit in int32
+_LOG2E = tl.constexpr(1.4426950408889634)
+
+# ---- patterns: [low, high) of the positions that the token at x sees, and of those that see it. Neither bound may fall
+# as x grows. x is a scalar, or a tensor of any shape; h the query head, of `heads`; a, b, c are the pattern's integers.
+
+
+@triton.jit
+def full_keys(x, h, heads, a, b, c):
+    return x * 0, x * 0 + _FAR
+
+
+@triton.jit
+def full_queries(x, h, heads, a, b, c):
+    return x * 0, x * 0 + _FAR
+
+
+@triton.jit
+def window_keys(x, h, heads, back, ahead, c):
+    return x - back + 1, x + ahead
+
+
+@triton.jit
+def window_queries(x, h, heads, back, ahead, c):
+    return x - ahead + 1, x + back
+
+
+@triton.jit
+def blocks_keys(x, h, heads, size, look_back, shift):
+    shift = tl.where(h >= heads // 2, shift, 0)
+    low = (x + shift) // size * size - shift
+    return low - look_back * size, low + size
+
+
+@triton.jit
+def blocks_queries(x, h, heads, size, look_back, shift):
+    shift = tl.where(h >= heads // 2, shift, 0)
+    low = (x + shift) // size * size - shift
+    return low, low + (look_back + 1) * size
+
+
+class Jitted(NamedTuple):
+    """A pattern for the kernels. `near`(i, j, h, heads, a, b, c), if there is one, punches holes into the intervals."""
+
+    keys: Any
+    queries: Any
+    integers: Callable[[Any], tuple[int, int, int]]
+    near: Any = None
+
+
+def _blocks(pattern: Blocks) -> tuple[int, int, int]:
+    size = min(pattern.size, _FAR.value)
+    return size, min(pattern.look_back, _FAR.value // size), size // 2 if pattern.shifted else 0
+
+
+PATTERNS: dict[type[Pattern], Jitted] = {
+    Pattern: Jitted(full_keys, full_queries, lambda p: (0, 0, 0)),
+    Window: Jitted(window_keys, window_queries, lambda p: (min(p.back, _FAR.value), min(p.ahead, _FAR.value), 0)),
+    Blocks: Jitted(blocks_keys, blocks_queries, _blocks),
+}
+
+# ---- score rules: the score to use for a scaled product s, and its derivative by s, told from that score.
+
+
+@triton.jit
+def softcap_score(s, i, j, h, cap):
+    return cap - 2 * cap / (tl.exp2(s * (2 * _LOG2E / cap)) + 1)  # cap tanh(s / cap), safe at both ends
+
+
+@triton.jit
+def softcap_slope(score, i, j, h, cap):
+    return 1 - (score / cap) * (score / cap)
+
+
+RULES: dict[str | None, tuple[Any, Any]] = {None: (None, None), "softcap": (softcap_score, softcap_slope)}
+
+# ---- launches
+
+
+class Call(NamedTuple):
+    """What a call is about, besides its tensors."""
+
+    kind: type[Pattern]
+    integers: tuple[int, int, int]
+    first: int
+    slots: int
+    tail: int
+    causal: bool
+    scale: float
+    cap: float
+    rule: str | None
+    masked: bool
+
+
+def constants(kernel: str, call: Call, arch: str, dtype: torch.dtype, dim: int, value_dim: int) -> dict[str, Any]:
+    """The compile-time arguments of a launch, num_warps and num_stages among them."""
+    jitted, (rule, slope) = PATTERNS[call.kind], RULES[call.rule]
+    d, v = tiles.padded(dim), tiles.padded(value_dim)
+    prefix = call.slots > 0 or call.first > 0
+    tile = tiles.tile(kernel, arch, max(d, v), dtype, heavy=prefix or call.masked or call.rule is not None)
+    both = dict(
+        D=dim, V=value_dim, NEAR=jitted.near, RULE=rule, CAUSAL=call.causal,
+        PREFIX=prefix, BLOCK_M=tile.m, BLOCK_N=tile.n, STEP=tile.step,
+        BLOCK_D=d, BLOCK_V=v, **tile.options,
+    )  # fmt: skip
+    if kernel != "forward":
+        both["SLOPE"] = slope
+    both["QUERIES" if kernel == "backward_keys" else "KEYS"] = jitted.queries if kernel == "backward_keys" else jitted.keys
+    return both
+
+
+def _like(x: Tensor, dim: int, tokens: int | None = None) -> Tensor:
+    """Uninitialised, x's shape but for the last size, and with tokens outside of heads in memory where x has them so."""
+    batch, heads, length, _ = x.shape
+    if x.stride(2) > x.stride(1):
+        return torch.empty((batch, length, heads, dim), dtype=x.dtype, device=x.device).transpose(1, 2)
+    return torch.empty((batch, heads, length, dim), dtype=x.dtype, device=x.device)
+
+
+def _rows(x: Tensor | None) -> Tensor | None:
+    """x with its last dimension dense, as the kernels read it."""
+    return x if x is None or x.stride(-1) == 1 else x.contiguous()
+
+
+def _strides(*tensors: Tensor | None) -> list[int]:
+    return [step for x in tensors for step in ((0, 0, 0) if x is None else x.stride()[:3])]
+
+
+def _numbers(q: Tensor, k: Tensor, call: Call) -> tuple:
+    """The runtime numbers that all kernels over pairs take, in their order."""
+    heads = q.shape[1]
+    return (
+        call.scale, call.cap, heads, heads // k.shape[1], q.shape[2], k.shape[2],
+        call.slots, call.tail, call.first, *call.integers,
+    )  # fmt: skip
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, q_first, mask, start, call):
+        batch, heads, queries, dim = q.shape
+        out = _like(q, v.shape[-1])
+        lse = torch.empty((batch, heads, queries), dtype=torch.float32, device=q.device)
+        fixed = constants("forward", call, tiles.architecture(q.device), q.dtype, dim, v.shape[-1])
+        grid = batch * heads * triton.cdiv(queries, fixed["BLOCK_M"])
+        if grid:
+            with torch.cuda.device_of(q):
+                triton_kernels.forward[(grid,)](
+                    q, k, v, q_first, mask, start, out, lse,
+                    *_strides(q, k, v, q_first, out), 0 if mask is None else mask.stride(0),
+                    *_numbers(q, k, call), **fixed,
+                )  # fmt: skip
+        ctx.save_for_backward(q, k, v, q_first, mask, start, out, lse)
+        ctx.call = call
+        ctx.set_materialize_grads(False)
+        return out, lse
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad, grad_lse):
+        q, k, v, q_first, mask, start, out, lse = ctx.saved_tensors
+        if grad is None and grad_lse is None:
+            return (None,) * 7
+        call, arch = ctx.call, tiles.architecture(q.device)
+        batch, heads, queries, dim = q.shape
+        kv_heads, keys, value_dim = v.shape[1:]
+        grad = torch.zeros_like(out) if grad is None else _rows(grad)
+        grad_lse = None if grad_lse is None else grad_lse.contiguous()
+        delta, lse2 = torch.empty_like(lse), torch.empty_like(lse)
+        need_q, need_k, need_v, need_first = ctx.needs_input_grad[:4]
+        dq = dq_first = dk = dv = None
+        rows, step = batch * heads, tiles.ROWS
+        numbers, mask_b = _numbers(q, k, call), 0 if mask is None else mask.stride(0)
+        with torch.cuda.device_of(q):
+            if rows * queries:
+                triton_kernels.backward_rows[(rows * triton.cdiv(queries, step.m),)](
+                    out, grad, lse, grad_lse, delta, lse2, *_strides(out, grad), heads, queries,
+                    V=value_dim, BLOCK_M=step.m, BLOCK_V=tiles.padded(value_dim), **step.options,
+                )  # fmt: skip
+            if need_q or need_first:
+                dq = _like(q, dim)
+                dq_first = None if q_first is None else torch.empty_strided(dq.shape, dq.stride(), dtype=dq.dtype, device=dq.device)
+                fixed = constants("backward_queries", call, arch, q.dtype, dim, value_dim)
+                grid = rows * triton.cdiv(queries, fixed["BLOCK_M"])
+                if grid:
+                    triton_kernels.backward_queries[(grid,)](
+                        q, k, v, q_first, mask, start, grad, lse2, delta, dq, dq_first,
+                        *_strides(q, k, v, q_first, grad, dq), mask_b, *numbers, **fixed,
+                    )  # fmt: skip
+            if need_k or need_v:
+                dk, dv = _like(k, dim), _like(v, value_dim)
+                fixed = constants("backward_keys", call, arch, q.dtype, dim, value_dim)
+                grid = batch * kv_heads * triton.cdiv(keys, fixed["BLOCK_N"])
+                if grid:
+                    triton_kernels.backward_keys[(grid,)](
+                        q, k, v, q_first, mask, start, grad, lse2, delta, dk, dv,
+                        *_strides(q, k, v, q_first, grad, dk, dv), mask_b, *numbers, **fixed,
+                    )  # fmt: skip
+        return dq, dk, dv, dq_first, None, None, None
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pattern: Pattern,
+    layout: Layout,
+    *,
+    causal: bool,
+    scale: float,
+    softcap: float | None,
+    q_first: Tensor | None,
+    need_lse: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """As `effattn.kernels.flash.attention`; (out, lse or None). fp16, bf16 or fp32, heads up to 256 wide.
+
+    ValueError for what the kernels do not have: other dtypes, wider heads, rings, patterns without a jitted twin.
+    """
+    if q.dtype not in DTYPES:
+        raise ValueError(f"dtype: got {q.dtype}, valid for impl='triton' are {', '.join(map(str, DTYPES))}")
+    if type(pattern) not in PATTERNS:
+        names = ", ".join(kind.__name__ for kind in PATTERNS)
+        raise ValueError(f"pattern: got {type(pattern).__name__}, valid for impl='triton' are {names}")
+    if layout.ring is not None or layout.slots_at is not None:
+        raise ValueError("layout: rings and slots_at are for the decode kernels; here keys lie in their order")
+    if layout.tokens(k.shape[2]) != layout.tail + k.shape[2] - layout.slots:
+        raise ValueError(f"layout.total: got {layout.total}, without a ring only tail + Tk - slots is valid")
+    if scale <= 0 or (softcap is not None and softcap <= 0):
+        raise ValueError(f"scale and softcap: got {scale} and {softcap}, valid are positive numbers")
+    bounded = PATTERNS[type(pattern)].keys is not full_keys
+    first = pattern.first if bounded or q_first is not None else 0  # a full pattern shows them anyway
+    call = Call(
+        type(pattern), PATTERNS[type(pattern)].integers(pattern), first, layout.slots, layout.tail, causal, float(scale),
+        float(softcap or 0.0), None if softcap is None else "softcap", layout.mask is not None,
+    )  # fmt: skip
+    mask, start = layout.mask, layout.start
+    if mask is not None:
+        mask = _rows(mask.expand(q.shape[0], -1))
+    if start is not None:
+        start = start.expand(q.shape[0]).contiguous()
+    out, lse = _Attention.apply(_rows(q), _rows(k), _rows(v), _rows(q_first) if first else None, mask, start, call)
+    return out, lse if need_lse else None
