@@ -1,4 +1,4 @@
-"""Shared by all tests: tiny random models, two threads at most, no network."""
+"""Shared by all tests: tiny random models, few threads, no network, kernels in the interpreter where no GPU is."""
 
 from __future__ import annotations
 
@@ -6,13 +6,21 @@ import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes that tests start, too
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels run in Triton's interpreter; before triton is imported
+
 import transformers
 from transformers import AutoModelForCausalLM
 
-torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", min(2, os.cpu_count() or 1))))
+# As many threads in all as there are cores: one for each of pytest-xdist's workers.
+threads = 1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, os.cpu_count() or 1)
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", threads)))
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 

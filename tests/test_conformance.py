@@ -3,14 +3,8 @@
 A new backend is one more row in ROWS.
 """
 
-import os
-
 import pytest
 import torch
-
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
-
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
