@@ -65,10 +65,10 @@ def check(
 ) -> Report:
     """Checks `backend` (a spec, or a `Backend`) with random inputs. Raises Violation at the first broken property.
 
-    A backend is run as it is, its `impl` included, and held to a copy of itself whose `impl` is "reference". lengths: of
-    the sequences; choose them around your windows. sizes: batch (2 or more), query heads, key/value heads, head size.
-    properties: only these (`PROPERTIES` has all). ValueError for unknown ones, Unsupported for a direction that the
-    backend's traits exclude (which is itself checked).
+    A backend is run as it is, its `impl` included, and held to a copy of itself whose `impl` is "reference".
+    lengths: of the sequences; choose them around your windows. sizes: batch (2 or more), query heads, key/value heads,
+    head size. properties: only these (`PROPERTIES` has all). ValueError for unknown ones, Unsupported for a direction
+    that the backend's traits exclude (which is itself checked).
     """
     backend = (by_name(backend) if isinstance(backend, str) else copy.deepcopy(backend)).to(device).eval()
     for name in properties or ():

@@ -12,7 +12,13 @@ from conftest import SMALL, tiny
 from effattn.errors import Unsupported
 from effattn.hf import anatomy as hf
 
-ENCODER = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+ENCODER = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+}
 MOE = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe")  # transformers' CPU experts have no fp64
 LOOSE = 1e-4  # RMSNorm casts to fp32; a mistake moves logits by 0.1 and more
 KINDS = sorted(hf.FAMILIES)

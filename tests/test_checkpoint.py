@@ -112,7 +112,7 @@ def test_learned_weights_that_do_not_fit_are_an_error(learned, tmp_path):
         with pytest.raises(ValueError, match=message):
             checkpoint.load(tmp_path / "out")
     file.unlink()
-    with pytest.raises(ValueError, match="effattn.safetensors does not fit the swap in config.json, missing: "):
+    with pytest.raises(ValueError, match=r"effattn.safetensors does not fit the swap in config.json, missing: "):
         checkpoint.load(tmp_path / "out")
 
 

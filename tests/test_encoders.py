@@ -88,7 +88,9 @@ def test_a_window_sees_as_far_on_both_sides():
     assert changed.nonzero().flatten().tolist() == list(range(10 - 3 * 2, 10 + 3 * 2 + 1))  # three layers, 2 a side
 
 
-@pytest.mark.parametrize("pattern", ["sliding(window=5)", "block(block=4)", "longformer(window=5, global_tokens=[0, 3])"])
+@pytest.mark.parametrize(
+    "pattern", ["sliding(window=5)", "block(block=4)", "longformer(window=5, global_tokens=[0, 3])"]
+)
 def test_padding_changes_nothing(pattern):
     model, inputs = swap(tiny(), pattern), batch()
     whole = outputs(model, inputs)

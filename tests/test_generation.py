@@ -145,7 +145,7 @@ def test_chunks_and_crops_by_hand(pattern):
 @torch.no_grad()
 @pytest.mark.parametrize("told", [False, True])
 def test_recording_the_past(told):
-    """`activate_past_recording` on a cache that has our layers: a long call can be taken back, but for its first token."""
+    """`activate_past_recording` on a cache with our layers: a long call can be taken back, but for its first token."""
     model, tokens = model_of(pattern="sliding(window=4)"), batch(1, 80)["input_ids"]
     cache = new_cache(model)
     model(tokens[:, :30], past_key_values=cache)
@@ -217,11 +217,11 @@ def test_caches_from_before_the_swap():
         assert [type(layer) for layer in filled.layers] == [DynamicLayer] * 2
         filled.crop(-10)
     swap(model, "sliding(window=25, sinks=2)")
-    with pytest.raises(Unsupported, match="layer 0 .*DynamicLayer holds rotated keys.*new_cache"):
+    with pytest.raises(Unsupported, match=r"layer 0 .*DynamicLayer holds rotated keys.*new_cache"):
         model(tokens[:, 20:], past_key_values=mix)
     mine = model(tokens[:, :20]).past_key_values
     swap(model, "sliding(window=24, sinks=2)")
-    with pytest.raises(Unsupported, match="the cache was filled by sliding.window=25, sinks=2."):
+    with pytest.raises(Unsupported, match=r"the cache was filled by sliding.window=25, sinks=2."):
         model(tokens[:, 20:], past_key_values=mine)
     mine.reset()
     model(tokens[:, 20:], past_key_values=mine)
@@ -267,7 +267,7 @@ def test_positions_owned_by_the_layer_are_the_models(kind):
 
 @torch.no_grad()
 def test_sinks_stand_at_their_place_in_the_cache():
-    """Far into a text, a window with sinks is what the model computes of the sinks and the window alone, side by side."""
+    """Far into a text, a window with sinks is what the model computes of sinks and window alone, side by side."""
     model, tokens = tiny("llama", num_hidden_layers=1), batch(1, 60)["input_ids"]
     kept = torch.cat([tokens[:, :3], tokens[:, -6:]], dim=1)
     expected = model(kept).logits[:, -1]
@@ -279,8 +279,8 @@ def test_sinks_stand_at_their_place_in_the_cache():
 def test_sinks_refuse_positions_that_restart():
     model = model_of(pattern="sliding(window=6, sinks=3)")
     tokens, positions = batch(2, 6)["input_ids"], torch.tensor([[0, 1, 2, 0, 1, 2], [0, 0, 1, 2, 3, 4]])
+    mask = torch.tensor([[1] * 6, [0] + [1] * 5])
     with pytest.raises(Unsupported, match="position_ids restart"):
-        mask = torch.tensor([[1] * 6, [0] + [1] * 5])
         model(tokens, attention_mask=mask, position_ids=positions)
     model(tokens[1:], attention_mask=torch.tensor([[0] + [1] * 5]), position_ids=positions[1:])
 

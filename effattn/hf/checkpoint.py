@@ -173,10 +173,14 @@ def _load_learned(model: nn.Module, name: str) -> None:
     saved = load_file(file) if file.is_file() else {}
     for what, names in (("missing", wanted.keys() - saved.keys()), ("unexpected", saved.keys() - wanted.keys())):
         if names:
-            raise ValueError(f"weights: {LEARNED} does not fit the swap in config.json, {what}: {', '.join(sorted(names))}")
+            raise ValueError(
+                f"weights: {LEARNED} does not fit the swap in config.json, {what}: {', '.join(sorted(names))}"
+            )
     for key, tensor in wanted.items():
         if tensor.shape != saved[key].shape:
-            raise ValueError(f"weights: {LEARNED}: {key}: got {tuple(saved[key].shape)}, expected {tuple(tensor.shape)}")
+            raise ValueError(
+                f"weights: {LEARNED}: {key}: got {tuple(saved[key].shape)}, expected {tuple(tensor.shape)}"
+            )
         tensor.copy_(saved[key])
 
 

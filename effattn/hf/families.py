@@ -1,6 +1,6 @@
 """What differs between transformers' model types: the tables that `effattn.hf.anatomy` reads.
 
-To support an architecture, add a line to `FAMILIES` (causal LMs) or `ENCODERS`; `tests/test_anatomy.py` then holds it to
+To support an architecture, add a line to `FAMILIES` (causal LMs) or `ENCODERS`; `tests/test_anatomy.py` holds it to
 account.
 """
 

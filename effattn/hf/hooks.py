@@ -67,9 +67,7 @@ def before_attention(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tupl
     layer = getattr(module, ATTRIBUTE)
     for name in _cache_names(kwargs):
         if kwargs[name] is not None:
-            state_layer.place(
-                kwargs[name], layer.index, layer.backend, layer.pattern, layer.raw_keys, layer.own_window
-            )
+            state_layer.place(kwargs[name], layer.index, layer.backend, layer.pattern, layer.raw_keys, layer.own_window)
     changed = {}
     if layer.rotary is not None:  # the backend rotates: q and k pass as they are
         cos, _ = kwargs["position_embeddings"]

@@ -91,7 +91,7 @@ def attention(
     dropout: float = 0.0,
     **kwargs,
 ) -> tuple[Tensor, None]:
-    """transformers' attention function: query (B, Hq, Tq, D) -> (B, Tq, Hq, Dv). attention_mask is what `mask` returned.
+    """transformers' attention function: query (B, Hq, Tq, D) -> (B, Tq, Hq, Dv). attention_mask is `mask`'s.
 
     key and value are handles of our own cache layers, or tensors with the past. They are rotated, unless the layer's
     backend does that itself.

@@ -112,7 +112,9 @@ def _obstacle(layer: anatomy.Layer, plan: Plan) -> str | None:
     if getattr(layer.config, "add_cross_attention", False):
         return "it has cross-attention beside it, which effattn does not swap"
     if layer.softcap is not None and "softcap" not in plan.backend.extras:
-        return f"its scores are soft-capped (attn_logit_softcapping={layer.softcap}), {plan.backend.name} has no softcap"
+        return (
+            f"its scores are soft-capped (attn_logit_softcapping={layer.softcap}), {plan.backend.name} has no softcap"
+        )
     if layer.learned_sinks and "sink_logits" not in plan.backend.extras:
         return f"it has learned sinks (s_aux), {plan.backend.name} has no sink_logits"
     if layer.window is not None and not layer.causal:
@@ -120,7 +122,9 @@ def _obstacle(layer: anatomy.Layer, plan: Plan) -> str | None:
     if plan.rotary is not None:
         rule = f"its rotary rule {plan.rotary.kind!r}"
         if plan.rotary.kind in LENGTH_DEPENDENT:
-            return f"{rule} depends on the sequence's length, {plan.pattern} counts positions by their place in the cache"
+            return (
+                f"{rule} depends on the sequence's length, {plan.pattern} counts positions by their place in the cache"
+            )
         if plan.rotary.rope().dims != layer.rotary_dims:
             return f"{rule} turns {plan.rotary.rope().dims} dimensions, expected {layer.rotary_dims}"
     return None

@@ -60,7 +60,7 @@ class StateLayer(CacheLayerMixin):
     """One layer's `State`, in transformers' Cache. `pattern`: the spec of the backend that it belongs to.
 
     `get_seq_length` is the number of tokens seen, held or not, and mask sizes say the same. A state takes back up to
-    `ROLLBACK` tokens by itself. When more of a call's tokens may be rejected (assisted decoding; `candidates`), a copy of
+    `ROLLBACK` tokens by itself. When more of a call may be rejected (assisted decoding; `candidates`), a copy of
     the state from before them is kept until the next call.
     """
 
@@ -245,7 +245,9 @@ def place(cache: Cache, index: int, backend: Backend, pattern: str, raw_keys: bo
     if isinstance(layer, StateLayer):
         if layer.pattern != pattern:
             if layer.get_seq_length():
-                raise Unsupported(f"{where}: the cache was filled by {layer.pattern}; effattn.new_cache(model) is empty")
+                raise Unsupported(
+                    f"{where}: the cache was filled by {layer.pattern}; effattn.new_cache(model) is empty"
+                )
             layers[index] = _new(index, backend, pattern, raw_keys, layer.record_past)
     elif isinstance(layer, StaticLayer):
         raise Unsupported(

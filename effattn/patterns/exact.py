@@ -71,8 +71,8 @@ class ExactBackend(Backend):
         needs_lse = call.sink_logits is not None
         learning = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
         few = call.layout.ring is not None or (q.shape[2] <= decode.MOST_QUERIES and not learning)
-        if few:
-            out = self.attend_few(q, k, v, call, impl, needs_lse)
+        if few:  # rings have no other way, and only plain torch has gradients there
+            out = self.attend_few(q, k, v, call, "torch" if learning else impl, needs_lse)
         else:
             out = self.attend_many(q, k, v, call, impl, needs_lse)
         if not needs_lse:

@@ -1,8 +1,8 @@
 """Rotary position embedding (RoPE, arXiv:2104.09864) as a rule that a backend calls on raw queries and keys.
 
-    rope = Rope(inv_freq)                                    # (R/2,), R = the dimensions of a head that turn
-    y = attn(q, k, v, rotary=rope)                           # q, k raw
-    q, k = rope(q, k, q_positions, k_positions)              # what the backend does with it
+rope = Rope(inv_freq)                                    # (R/2,), R = the dimensions of a head that turn
+y = attn(q, k, v, rotary=rope)                           # q, k raw
+q, k = rope(q, k, q_positions, k_positions)              # what the backend does with it
 """
 
 from __future__ import annotations
@@ -30,7 +30,9 @@ class Rope:
     def __post_init__(self):
         turned = 2 * self.inv_freq.shape[-1]
         if self.inv_freq.ndim != 1 or self.dims not in (None, turned):
-            raise ValueError(f"dims: got {self.dims} with inv_freq {tuple(self.inv_freq.shape)}, valid is twice as many")
+            raise ValueError(
+                f"dims: got {self.dims} with inv_freq {tuple(self.inv_freq.shape)}, valid is twice as many"
+            )
         object.__setattr__(self, "dims", turned)
 
     def __call__(self, q: Tensor, k: Tensor, q_positions: Tensor, k_positions: Tensor) -> tuple[Tensor, Tensor]:

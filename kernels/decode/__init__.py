@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from effattn.kernels.flash import IMPLEMENTATIONS, choose
-from effattn.kernels.flash.pattern import Layout, Pattern
+from ..flash import IMPLEMENTATIONS, choose
+from ..flash.pattern import Layout, Pattern
 
 __all__ = ["IMPLEMENTATIONS", "MOST_QUERIES", "attention", "choose"]
 

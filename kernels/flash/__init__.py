@@ -1,4 +1,4 @@
-"""Exact softmax attention of whole sequences and chunks: validates nothing but the implementation, chooses one, runs it.
+"""Exact softmax attention of whole sequences and chunks: validates nothing but the implementation, chooses, runs it.
 
     out = attention(q, k, v, Window(back=512), causal=True)
     out, lse = attention(q, k, v, Blocks(size=64), layout, lse=True)      # to merge parts by log-sum-exp
