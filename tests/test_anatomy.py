@@ -19,13 +19,20 @@ ENCODER = {
     "num_attention_heads": 4,
     "intermediate_size": 48,
 }
-MOE = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe")  # transformers' CPU experts have no fp64
+MOE = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "gpt_oss")  # transformers' CPU experts have no fp64
 LOOSE = 1e-4  # RMSNorm casts to fp32; a mistake moves logits by 0.1 and more
 KINDS = sorted(hf.FAMILIES)
 
 
+EXPERTS = {"gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8}}
+
+
 def model_of(kind: str, **overrides):
-    return tiny(kind, dtype=torch.float32 if kind in MOE else torch.float64, **overrides)
+    dtype = torch.float32 if kind in MOE else torch.float64
+    model = tiny(kind, dtype=dtype, **EXPERTS.get(kind, {}), **overrides)
+    if kind == "gpt_oss":
+        model.set_attn_implementation("eager")
+    return model
 
 
 @torch.no_grad()
@@ -50,6 +57,8 @@ def test_projections_are_views_of_the_weights(kind, tokens):
             if part.bias is not None and not part.output:
                 rows = part._rows(part.module.bias.detach())
                 rows.copy_(rows[order].clone())
+        if layer.learned_sinks:
+            layer.attention.sinks.detach().copy_(layer.attention.sinks.detach()[order].clone())
     difference = (logits(model, tokens) - before).abs().max()
     assert difference < LOOSE
 
@@ -84,6 +93,7 @@ ROPES = [(kind, {}) for kind in KINDS if hf.FAMILIES[kind].rotary] + [("llama", 
 
 @pytest.mark.parametrize(("kind", "overrides"), ROPES)
 def test_ropes_are_the_models_own_rotation(kind, overrides):
+    overrides = overrides | EXPERTS.get(kind, {})
     model, seen = tiny(kind, dtype=torch.float32, num_key_value_heads=2, **overrides), {}
     for layer in hf.of(model):
         hook = lambda *args, i=layer.index: seen.setdefault(i, args[2]["position_embeddings"])  # noqa: E731

@@ -71,6 +71,14 @@ def test_equals_the_definition(pattern, layout):
             compare(*inputs(queries=queries), pattern, LAYOUTS[layout], causal=causal)
 
 
+@pytest.mark.parametrize("pattern", [Window(back=20), Window(first=4, back=20), Blocks(first=3, size=16)], ids=str)
+@pytest.mark.parametrize("start", [None, torch.tensor([0, 3])], ids=["unpadded", "left"])
+def test_as_the_pattern_fills(pattern, start):
+    for keys in range(16, 45):
+        compare(*inputs(keys=keys), pattern, Layout(start=start))
+        compare(*inputs(keys=keys), pattern, Layout(start=start, tail=100 - keys))  # the first keys are gone
+
+
 @settings(deadline=None, max_examples=80)
 @given(
     pattern=st.sampled_from(PATTERNS), layout=st.sampled_from(sorted(LAYOUTS)), causal=st.booleans(),

@@ -12,6 +12,7 @@ from effattn import registry
 from effattn.errors import Unsupported
 from effattn.hf.cache import new_cache
 from effattn.hf.describe import describe
+from effattn.hf.families import FAMILIES
 from effattn.hf.state_layer import StateLayer
 from effattn.hf.swap import restore, swap
 from effattn.states import ROLLBACK
@@ -246,23 +247,37 @@ def test_a_windowed_cache_from_before_the_swap():
         model(tokens[:, 20:], past_key_values=filled[1])
 
 
-ROTARY = ("llama", "qwen3", "phi3", "phi", "gpt_neox", "gemma3_text", "cohere", "glm", "smollm3", "exaone4", "opt")
+WINDOWED = ("gemma2", "gemma3_text", "olmo3", "cohere2", "exaone4", "gpt_oss")
+OPTIONS = {
+    **{kind: {"sliding_window": 128} for kind in WINDOWED},  # as long as a sequence can be
+    "smollm3": {"no_rope_layers": [1, 0]},
+    "phi3": {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+}
+EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8}
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("kind", ROTARY)
+@pytest.mark.parametrize("kind", FAMILIES)
 def test_positions_owned_by_the_layer_are_the_models(kind):
     """As long as nothing has left the window, sinks are plain attention: raw keys and our rotation give the logits."""
-    options = {"sliding_window": 128} if kind in ("gemma3_text", "exaone4") else {}
-    options |= {"no_rope_layers": [1, 0]} if kind == "smollm3" else {}
-    options |= {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}} if kind == "phi3" else {}
+    options = OPTIONS.get(kind, {}) | (EXPERTS if kind == "gpt_oss" else {})
     model, inputs = tiny(kind, dtype=torch.float32, **options), batch(3, 20)
+    model.set_attn_implementation("eager" if kind in ("gemma2", "gpt_oss") else "sdpa")
     real = inputs["attention_mask"].bool()
     positions = (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0)
     plain = model(**inputs, position_ids=positions).logits[real]
     swap(model, "sliding(window=30, sinks=4)")
-    torch.testing.assert_close(model(**inputs, position_ids=positions).logits[real], plain, rtol=1e-4, atol=1e-4)
-    assert torch.equal(generate(model, inputs), recomputed(model, inputs))
+    out = model(**inputs, position_ids=positions, use_cache=True)
+    torch.testing.assert_close(out.logits[real], plain, rtol=1e-4, atol=1e-4)
+    assert [type(layer) for layer in out.past_key_values.layers] == [StateLayer] * 2
+    step = {
+        "input_ids": inputs["input_ids"][:, :1],
+        "attention_mask": torch.cat([inputs["attention_mask"], real[:, -1:]], 1),
+    }
+    tokens = torch.cat([inputs["input_ids"], step["input_ids"]], dim=1)
+    whole = model(tokens, attention_mask=step["attention_mask"], use_cache=False).logits[:, -1:]
+    step["position_ids"] = positions[:, -1:] + 1
+    torch.testing.assert_close(model(**step, past_key_values=out.past_key_values).logits, whole, rtol=1e-4, atol=1e-4)
 
 
 @torch.no_grad()
@@ -285,7 +300,7 @@ def test_sinks_refuse_positions_that_restart():
     model(tokens[1:], attention_mask=torch.tensor([[0] + [1] * 5]), position_ids=positions[1:])
 
 
-COMPILED = [("dense", "eager"), ("sliding(window=4)", "aot_eager")]
+COMPILED = [("dense", "eager"), ("sliding(window=4)", "aot_eager"), ("sliding(window=4)", "inductor")]
 
 
 @torch.no_grad()

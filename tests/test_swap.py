@@ -36,6 +36,10 @@ CONFIGS = {
     "gemma2": (transformers.Gemma2Config, {**SIZES, "head_dim": 8, **MIXED, "attn_logit_softcapping": 2.0}),
     "gemma3": (transformers.Gemma3TextConfig, {**SIZES, "head_dim": 8, **MIXED}),
     "phi3": (transformers.Phi3Config, {**SIZES, "sliding_window": 8}),
+    "gpt_oss": (
+        transformers.GptOssConfig,
+        {**SIZES, "head_dim": 8, **MIXED, "num_local_experts": 4, "num_experts_per_tok": 2},
+    ),
     "stablelm": (transformers.StableLmConfig, SIZES),
     "olmo2": (transformers.Olmo2Config, SIZES),
     "gpt_neox": (transformers.GPTNeoXConfig, MHA),
@@ -47,11 +51,11 @@ def tiny(name="llama", attn="sdpa", **changes):
     """A random model whose logits really depend on its attention."""
     cls, options = CONFIGS[name]
     torch.manual_seed(0)
-    attn = "eager" if name == "gemma2" else attn  # transformers' sdpa has no softcap
+    attn = "eager" if name in ("gemma2", "gpt_oss") else attn  # transformers' sdpa has no softcap and no sinks
     model = transformers.AutoModelForCausalLM.from_config(cls(**options, **changes), attn_implementation=attn).eval()
-    for p in model.parameters():
-        if p.ndim > 1:
-            nn.init.normal_(p, std=0.2)
+    for part, p in model.named_parameters():
+        if p.ndim > 1 or "sinks" in part:
+            nn.init.normal_(p, std=0.2 if p.ndim > 1 else 2)
     return model
 
 
@@ -76,7 +80,7 @@ def generate(model, inputs, **options):
 
 def windows(name):
     """The window of each layer of a tiny model; None: full attention."""
-    if name in ("gemma2", "gemma3"):
+    if name in ("gemma2", "gemma3", "gpt_oss"):
         return [8, None] * 2
     return [8 if name in ("mistral", "phi3") else None] * 4
 

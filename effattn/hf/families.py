@@ -80,6 +80,7 @@ FAMILIES: dict[str, Family] = {
         v="query_key_value", o="dense", fused="per_head", final_norm="gpt_neox.final_layer_norm", gqa=_IGNORED,
         rotary="gpt_neox.rotary_emb",
     ),
+    "gpt_oss": Family(gqa="its learned sinks belong to query heads, which a conversion would regroup"),
     "opt": Family(
         layers="model.decoder.layers", ffn=("fc1", "fc2"), o="out_proj",
         final_norm="model.decoder.final_layer_norm", gqa=_IGNORED, rotary="",

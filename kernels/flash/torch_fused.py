@@ -1,27 +1,33 @@
-"""Tiles of a pattern through the CPU's fused kernel, forward only: all tiles of one shape are the batch of one call.
+"""Tiles of a pattern through the CPU's fused kernel: all tiles of one shape are the batch of one call.
 
 Their keys overlap: they are views, nothing is copied. Against the tile loop of `torch_blocks` on an AVX2 core (window
-512, 8 heads of 64, 4096 tokens) it takes 80 instead of 110 ms, and with several threads it waits for them once a call
-and not ten times a tile, which matters as soon as anything else runs on the machine.
+512, 8 heads of 64, 4096 tokens) forward takes 80 instead of 110 ms, backward as long; with more threads the loop waits
+for them ten times a tile, this once a call: it uses many cores, and other jobs on the machine disturb it less.
 
 Shapes: q (B, Hq, Tq, D), k (B, Hkv, Tk, D), v (B, Hkv, Tk, D). A tile has S queries and L keys.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import pairwise
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from .pattern import Blocks, Pattern
 from .torch_blocks import Problem
 
-QUERIES = 32  # of a tile: how the kernel itself splits fewer than 192
+FORWARD = 32  # queries of a tile: how the kernel splits fewer than 192 itself, and the least that is computed in vain
+BACKWARD = 128  # more, since each tile's gradients of its L keys are added up afterwards
+ROOM = 4 * 2**20  # elements of such gradients, or of masks that differ from tile to tile, at a time
+SIDE = 1024  # queries against the side at a time
+BLIND = 1e30  # the log-sum-exp that makes all weights 0
 
 
 def fits(problem: Problem, q: Tensor, v: Tensor) -> bool:
-    """Whether `forward` can do it."""
+    """Whether `forward` and `backward` can do it."""
     if q.device.type != "cpu" or problem.softcap is not None or q.shape[-1] != v.shape[-1]:
         return False
     if type(problem.pattern) is not Pattern:
@@ -30,75 +36,134 @@ def fits(problem: Problem, q: Tensor, v: Tensor) -> bool:
     return (square or not problem.causal) and problem.hidden is None and problem.side is None
 
 
-def forward(problem: Problem, q, k, v, q_first, k_side, v_side) -> tuple[Tensor, Tensor]:
-    """-> out (B, Hq, Tq, D) and the log-sum-exp (B, Hq, Tq), both fp32 (fp64 for fp64 inputs); 0 and -inf for queries
-    that see no key."""
-    work = torch.float64 if q.dtype == torch.float64 else torch.float32
-    if q.dtype == torch.float16 or (q.dtype == torch.bfloat16 and not _bf16_units()):  # emulated: twice as slow as fp32
-        q, k, v, q_first, k_side, v_side = (
-            None if x is None else x.float() for x in (q, k, v, q_first, k_side, v_side)
-        )
+def forward(problem: Problem, *tensors: Tensor | None) -> tuple[Tensor, Tensor]:
+    """q, k, v, q_first, k_side, v_side -> out (B, Hq, Tq, D) and the log-sum-exp (B, Hq, Tq), both fp32 (fp64 for fp64
+    inputs); 0 and -inf for queries that see no key."""
+    work = torch.float64 if tensors[0].dtype == torch.float64 else torch.float32
+    q, k, v, q_first, k_side, v_side = _computable(tensors)
     if type(problem.pattern) is Pattern:
-        out, lse = _run(q, k, v, problem, causal=problem.causal)
+        out, lse = _run(problem, q, k, v, causal=problem.causal)
         return out.to(work), lse.to(work)
     out, lse = q.new_empty(q.shape, dtype=work), q.new_empty(q.shape[:3], dtype=work)
     for row in range(q.shape[0]):
-        hidden = None
-        if problem.hidden is not None:
-            hidden = problem.hidden[row if problem.hidden.shape[0] > 1 else 0]
-            hidden = hidden if bool(hidden.any()) else None
-        _row(problem, q[row], k[row], v[row], hidden, out[row], lse[row])
-    if problem.side is not None:
-        _add_side(problem, q, q_first, k_side, v_side, out, lse)
+        for at, keys, mask, blind in _batches(problem, row, FORWARD, q):
+            outs, sums = _every(out[row], *at), _every(lse[row, ..., None], *at)
+            if mask is None:
+                outs.fill_(0), sums.fill_(-torch.inf)
+                continue
+            got = _run(problem, _every(q[row], *at), _every(k[row], *keys), _every(v[row], *keys), mask=mask)
+            outs.copy_(got[0])
+            sums.copy_(got[1][..., None])
+            if blind is not None:  # what the kernel returns for them is not documented
+                outs.masked_fill_(blind, 0)
+                sums.masked_fill_(blind, -torch.inf)
+    for at, queries, cut, mask in _side_parts(problem, q, q_first, k_side):
+        got, sums = _run(problem, queries[:, :, at], k_side[:, :, cut], v_side[:, :, cut], mask=mask)
+        sums = torch.where(mask.amax(dim=-1) == -torch.inf, -torch.inf, sums.to(work))
+        lse[:, :, at] = torch.logaddexp(lse[:, :, at], sums)
+        share = (sums - lse[:, :, at]).exp_().nan_to_num_(0)[..., None]  # NaN: neither part saw a key
+        out[:, :, at].lerp_(got.to(work), share)
     return out, lse
 
 
-def _bf16_units() -> bool:
-    return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+def backward(problem: Problem, tensors, out: Tensor, lse: Tensor, d_out: Tensor, d_lse: Tensor | None):
+    """Gradients of q, k, v, q_first, k_side, v_side, fp32 or fp64."""
+    dim = tensors[0].shape[-1]
+    shapes = [None if x is None else x.shape for x in tensors]
+    q, k, v, q_first, k_side, v_side = _computable(tensors)
+    lse = torch.where(lse == -torch.inf, BLIND, lse)
+    if d_lse is not None:
+        # The kernel subtracts rowsum(d_out * out) from d_out v^T; the gradient of the log-sum-exp is to be added. One
+        # more column does it: v's is 0, d_out's 1 and out's the gradient's negative. Eight, for alignment.
+        d_lse = d_lse.masked_fill(lse == BLIND, 0)[..., None]
+        q, k, v, q_first, k_side, v_side = (
+            None if x is None else pad(x, (0, 8)) for x in (q, k, v, q_first, k_side, v_side)
+        )
+        d_out = pad(torch.cat([d_out, torch.ones_like(d_lse)], dim=-1), (0, 7))
+        out = pad(torch.cat([out, -d_lse], dim=-1), (0, 7))
+    d_out, out = d_out.to(q.dtype), out.to(q.dtype)
+    work = lse.dtype
+    dq, dk, dv, dq_first, dk_side, dv_side = (
+        None if x is None else torch.zeros(x.shape, dtype=work) for x in (q, k, v, q_first, k_side, v_side)
+    )
+    if type(problem.pattern) is Pattern:
+        dq, dk, dv = _run_back(problem, d_out, q, k, v, out, lse, causal=problem.causal)
+    else:
+        for row in range(q.shape[0]):
+            for at, keys, mask, _ in _batches(problem, row, BACKWARD, q, gradients=True):
+                if mask is None:
+                    continue
+                mine = [_every(x[row], *at) for x in (d_out, q, out, lse[..., None])]
+                others = [_every(x[row], *keys) for x in (k, v)]
+                got = _run_back(problem, mine[0], mine[1], *others, mine[2], mine[3][..., 0], mask=mask)
+                _every(dq[row], *at).copy_(got[0])
+                _add_overlapping(dk[row], got[1], *keys)
+                _add_overlapping(dv[row], got[2], *keys)
+    for at, queries, cut, mask in _side_parts(problem, q, q_first, k_side):
+        inputs = queries[:, :, at], k_side[:, :, cut], v_side[:, :, cut], out[:, :, at], lse[:, :, at]
+        got = _run_back(problem, d_out[:, :, at], *inputs, mask=mask)
+        (dq if queries is q else dq_first)[:, :, at] += got[0]
+        dk_side[:, :, cut] += got[1]
+        dv_side[:, :, cut] += got[2]
+    grads = dq, dk, dv, dq_first, dk_side, dv_side
+    return [None if x is None else x[..., :dim].reshape(shape) for x, shape in zip(grads, shapes, strict=True)]
 
 
-def _run(q: Tensor, k: Tensor, v: Tensor, problem: Problem, causal: bool = False, mask: Tensor | None = None):
-    """The kernel behind `scaled_dot_product_attention`, which alone returns the log-sum-exp; mask is added."""
+# The kernel ------------------------------------------------------------------------------------------------------
+
+
+def _computable(tensors) -> list[Tensor | None]:
+    """In fp32 where the CPU has no units for half precision: emulated, the kernel is twice as slow in it."""
+    dtype = tensors[0].dtype
+    units = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    emulated = dtype == torch.float16 or (dtype == torch.bfloat16 and not units)
+    return [x.float() if emulated and x is not None else x for x in tensors]
+
+
+# These are what `scaled_dot_product_attention` runs on a CPU; they alone return and take the log-sum-exp. Masks are
+# added to the scores.
+def _run(problem: Problem, q, k, v, causal: bool = False, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
     run = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     return run(q, k, v, 0.0, causal, attn_mask=mask, scale=problem.scale)
 
 
-def _row(problem: Problem, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None, out: Tensor, lse: Tensor) -> None:
-    """One row of the batch, without the side: q (Hq, Tq, D), k, v (Hkv, Tk, D), hidden (Tk,)."""
-    pattern = problem.pattern
-    step = min(QUERIES, pattern.size) if isinstance(pattern, Blocks) else QUERIES
-    bias = None if hidden is None else q.new_zeros(hidden.shape).masked_fill_(hidden, -torch.inf)[None, :, None]
-    for (a, b, k0, k1), count, stride in _series(list(problem.tiles(step)), pattern):
+def _run_back(problem: Problem, d_out, q, k, v, out, lse, causal: bool = False, mask: Tensor | None = None):
+    run = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+    return run(d_out, q, k, v, out, lse, 0.0, causal, attn_mask=mask, scale=problem.scale)
+
+
+# Tiles that look alike -------------------------------------------------------------------------------------------
+
+
+def _batches(problem: Problem, row: int, step: int, like: Tensor, gradients: bool = False) -> Iterator[tuple]:
+    """For one row of the batch: where `_every` finds the tiles' queries, where their keys, the mask (1 or count, 1, S,
+    L) or None where no key is in reach, and the queries that see none (count, 1, S, 1) or None."""
+    pattern, hidden = problem.pattern, problem.hidden
+    if hidden is not None:
+        hidden = hidden[row if hidden.shape[0] > 1 else 0]
+        hidden = hidden if bool(hidden.any()) else None
+    bias = None if hidden is None else like.new_zeros(hidden.shape).masked_fill_(hidden, -torch.inf)[None, :, None]
+    step = min(step, pattern.size) if isinstance(pattern, Blocks) else step
+    for (a, b, k0, k1), tiles, stride in _series(list(problem.tiles(step)), pattern):
         if k1 == k0:
-            for tile in range(count):
-                at = slice(a + tile * stride, b + tile * stride)
-                out[:, at], lse[:, at] = 0, -torch.inf
+            yield (a, b - a, tiles, stride), None, None, None
             continue
-        queries, outs, sums = (_every(x, a, b - a, count, stride) for x in (q, out, lse[..., None]))
-        keys, values = (_every(x, k0, k1 - k0, count, stride) for x in (k, v))
-        mask = q.new_zeros(1, 1, b - a, k1 - k0)
-        for c0, c1, added in problem.strips(a, b, k0, k1, q):
-            mask[..., c0:c1] = added
-        if bias is not None:
-            mask = mask + _every(bias, k0, k1 - k0, count, stride).transpose(-1, -2)  # (count, 1, S, L)
-        got, got_sums = _run(queries, keys, values, problem, mask=mask)
-        outs.copy_(got)
-        sums.copy_(got_sums[..., None])
-        if bias is not None:  # what the kernel returns for queries without keys is not documented
-            blind = mask.amax(dim=-1, keepdim=True) == -torch.inf
-            outs.masked_fill_(blind, 0)
-            sums.masked_fill_(blind, -torch.inf)
+        strips = like.new_zeros(1, 1, b - a, k1 - k0)
+        for c0, c1, added in problem.strips(a, b, k0, k1, like):
+            strips[..., c0:c1] = added
+        each = max((b - a) * (bias is not None), like.shape[1] * like.shape[3] * gradients) * (k1 - k0)
+        most = max(1, ROOM // each) if each else tiles
+        for done in range(0, tiles, most):
+            count, ahead = min(most, tiles - done), done * stride
+            keys = k0 + ahead, k1 - k0, count, stride
+            mask, blind = strips, None
+            if bias is not None:
+                mask = strips + _every(bias, *keys).transpose(-1, -2)
+                blind = mask.amax(dim=-1, keepdim=True) == -torch.inf
+            yield (a + ahead, b - a, count, stride), keys, mask, blind
 
 
-def _every(x: Tensor, at: int, size: int, count: int, stride: int) -> Tensor:
-    """(H, T, D) -> (count, H, size, D): `size` tokens from `at`, from at + stride, ..."""
-    head, token, one = x.stride()
-    return x.as_strided(
-        (count, x.shape[0], size, x.shape[2]), (stride * token, head, token, one), x.storage_offset() + at * token
-    )
-
-
-def _series(tiles: list[tuple[int, int, int, int]], pattern: Pattern):
+def _series(tiles: list[tuple[int, int, int, int]], pattern: Pattern) -> Iterator[tuple]:
     """(first tile, how many, tokens from one to the next) of tiles that look alike."""
     alike: dict[tuple, list] = {}
     for tile in tiles:
@@ -113,19 +178,31 @@ def _series(tiles: list[tuple[int, int, int, int]], pattern: Pattern):
             yield same[0], len(same), strides.pop() if strides else 0
 
 
-def _add_side(problem: Problem, q, q_first, k_side, v_side, out: Tensor, lse: Tensor) -> None:
-    """Merges the side's keys into `out` and `lse`, by their log-sum-exps. In blocks of queries, so that it stays in
-    the cache."""
-    count, first = k_side.shape[2], 0 if q_first is None else min(problem.side.first, k_side.shape[2])
-    for a in range(0, problem.queries, 1024):
-        b = min(a + 1024, problem.queries)
-        bias = problem.side_bias(a, b, q.dtype)
+def _every(x: Tensor, at: int, size: int, count: int, stride: int) -> Tensor:
+    """(H, T, D) -> (count, H, size, D): `size` tokens from `at`, from at + stride, ..."""
+    head, token, one = x.stride()
+    return x.as_strided(
+        (count, x.shape[0], size, x.shape[2]), (stride * token, head, token, one), x.storage_offset() + at * token
+    )
+
+
+def _add_overlapping(total: Tensor, parts: Tensor, at: int, size: int, count: int, stride: int) -> None:
+    """Adds parts (count, H, size, D) where `_every` of `total` took them from: pieces that do not overlap in turn."""
+    piece = stride or size
+    for begin in range(0, size, piece):
+        end = min(begin + piece, size)
+        _every(total, at + begin, end - begin, count, stride).add_(parts[:, :, begin:end])
+
+
+def _side_parts(problem: Problem, q: Tensor, q_first: Tensor | None, k_side: Tensor | None) -> Iterator[tuple]:
+    """Queries (a slice), which ones (q or q_first), the side's keys that those see (a slice), and the mask."""
+    if k_side is None:
+        return
+    count = k_side.shape[2]
+    first = 0 if q_first is None else min(problem.side.first, count)
+    for a in range(0, problem.queries, SIDE):
+        b = min(a + SIDE, problem.queries)
+        bias = problem.side_bias(a, b, q.dtype)[:, None]
         for queries, p0, p1 in ((q_first, 0, first), (q, first, count)):
-            if p0 == p1:
-                continue
-            mask = bias[:, None, :, p0:p1]
-            got, sums = _run(queries[:, :, a:b], k_side[:, :, p0:p1], v_side[:, :, p0:p1], problem, mask=mask)
-            sums = torch.where(mask.amax(dim=-1) == -torch.inf, -torch.inf, sums.to(lse.dtype))
-            lse[:, :, a:b] = torch.logaddexp(lse[:, :, a:b], sums)
-            share = (sums - lse[:, :, a:b]).exp_().nan_to_num_(0)[..., None]  # NaN: neither part saw a key
-            out[:, :, a:b].lerp_(got.to(out.dtype), share)
+            if p1 > p0:
+                yield slice(a, b), queries, slice(p0, p1), bias[..., p0:p1]

@@ -255,19 +255,19 @@ class _Attention(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, d_out, d_lse):
         *tensors, out, lse = ctx.saved_tensors
-        kv_heads = tensors[1].shape[1]
-        if d_out is None:
-            d_out = torch.zeros_like(out)
-        flat = [None if x is None else _flat(x.to(out.dtype), kv_heads) for x in (out, d_out)]
-        sums = [None if x is None else _flat(x[..., None], kv_heads)[..., 0] for x in (lse, d_lse)]
-        grads = torch_blocks.backward(ctx.problem, *_worked(tensors), flat[0], sums[0], flat[1], sums[1])
+        d_out = torch.zeros_like(out) if d_out is None else d_out.to(out.dtype)
+        if torch_fused.fits(ctx.problem, tensors[0], tensors[2]):
+            grads = torch_fused.backward(ctx.problem, tensors, out, lse, d_out, d_lse)
+        else:
+            flat = [None if x is None else _flat(x, tensors[1].shape[1]) for x in (out, lse, d_out, d_lse)]
+            grads = torch_blocks.backward(ctx.problem, *_worked(tensors), *flat)
         return None, *(
             None if x is None else grad.reshape(x.shape).to(x.dtype) for x, grad in zip(tensors, grads, strict=True)
         )
 
 
 def _flat(x: Tensor, kv_heads: int) -> Tensor:
-    """(B, Hq, T, D) -> (B * Hkv, G, T, D)"""
+    """(B, Hq, T, ...) -> (B * Hkv, G, T, ...)"""
     return x.reshape(x.shape[0] * kv_heads, x.shape[1] // kv_heads, *x.shape[2:])
 
 

@@ -41,26 +41,35 @@ def _dot(a, b, acc):
 
 
 @triton.jit
-def _tile(base, row, stride, rows, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHECK: tl.constexpr):
-    """Pointers to ROWS rows from `row` on, and which of them exist (CHECK: rows may end; columns end at WIDTH)."""
+def _tile(base, row, stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Pointers to ROWS rows from `row` on."""
     r, d = tl.arange(0, ROWS)[:, None], tl.arange(0, COLUMNS)[None, :]
-    pointers = base + tl.cast(row, tl.int64) * stride + (r * stride + d)
-    return pointers, (row + r < rows if CHECK else r >= 0) & (d < WIDTH if WIDTH < COLUMNS else d >= 0)
+    return base + tl.cast(row, tl.int64) * stride + (r * stride + d)
+
+
+@triton.jit
+def _exists(row, rows, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Which elements of such a tile are in a tensor of `rows` rows of WIDTH."""
+    found = row + tl.arange(0, ROWS)[:, None] < rows
+    return found & (tl.arange(0, COLUMNS)[None, :] < WIDTH) if WIDTH < COLUMNS else found
 
 
 @triton.jit
 def _load(base, row, stride, rows, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHECK: tl.constexpr):
-    pointers, exists = _tile(base, row, stride, rows, WIDTH, ROWS, COLUMNS, CHECK)
-    if CHECK or WIDTH < COLUMNS:
-        return tl.load(pointers, mask=exists, other=0.0)
+    """A tile of rows. CHECK: they may go beyond the last, and read as 0 there."""
+    pointers = _tile(base, row, stride, ROWS, COLUMNS)
+    if CHECK:
+        return tl.load(pointers, mask=_exists(row, rows, WIDTH, ROWS, COLUMNS), other=0.0)
+    elif WIDTH < COLUMNS:
+        return tl.load(pointers, mask=tl.arange(0, COLUMNS)[None, :] < WIDTH, other=0.0)
     else:
         return tl.load(pointers)
 
 
 @triton.jit
 def _save(x, base, row, stride, rows, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    pointers, exists = _tile(base, row, stride, rows, WIDTH, ROWS, COLUMNS, True)
-    tl.store(pointers, _narrow(x, base.dtype.element_ty), mask=exists)
+    pointers = _tile(base, row, stride, ROWS, COLUMNS)
+    tl.store(pointers, _narrow(x, base.dtype.element_ty), mask=_exists(row, rows, WIDTH, ROWS, COLUMNS))
 
 
 @triton.jit
