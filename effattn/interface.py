@@ -179,7 +179,8 @@ class Backend(nn.Module):
         if rotary is not None:
             q, k, q_first = self._rotate(rotary, q, k, layout)
         scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-        return self.attend(q, k, v, Call(causal, layout, scale, q_first=q_first, **extras))
+        with torch.autocast(q.device.type, enabled=False):  # the inputs' dtype is what the caller asked for
+            return self.attend(q, k, v, Call(causal, layout, scale, q_first=q_first, **extras))
 
     def check_call(self, q: Tensor, k: Tensor, v: Tensor, causal: bool, extras: dict) -> None:
         """A subclass's own checks of a call, before anything is appended to a state."""
@@ -239,7 +240,7 @@ class Backend(nn.Module):
             if padding_mask.dtype != torch.bool or padding_mask.device != q.device:
                 got = f"{padding_mask.dtype} on {padding_mask.device}"
                 raise ValueError(f"padding_mask: expected torch.bool on {q.device}, got {got}")
-        if scale is not None and not math.isfinite(scale):
+        if scale is not None and not torch.compiler.is_compiling() and not math.isfinite(scale):
             raise ValueError(f"scale: expected a finite number, got {scale}")
         if rotary is not None and not callable(rotary):
             raise ValueError(f"rotary: expected a callable rule, got {type(rotary).__name__}")

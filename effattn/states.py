@@ -18,6 +18,15 @@ from effattn.kernels.flash.pattern import Layout, first_real, layout_of
 ROLLBACK = 16  # tokens that a ring keeps beyond its need, so that speculative decoding can take them back
 
 
+def first_positions(count: int, n: int) -> list[int]:
+    """Slot positions of a `RingState` that keeps the first `count` tokens. A list, since torch.compile traces it."""
+    return [p for p in range(count) if p < n]
+
+
+def no_positions(n: int) -> tuple[int, ...]:
+    return ()
+
+
 class State:
     """Base class. `index` tensors are int64 over the batch."""
 
@@ -117,7 +126,7 @@ class RingState(FullState):
     a prefix. A row's positions count from its first real token.
     """
 
-    def __init__(self, keep: int, slot_positions: Callable[[int], Sequence[int]] = lambda n: ()):
+    def __init__(self, keep: int, slot_positions: Callable[[int], Sequence[int]] = no_positions):
         self.keep, self.ring = keep, keep + ROLLBACK
         self.slot_positions = slot_positions
         self.reset()

@@ -99,6 +99,14 @@ def test_the_absent_say_why(monkeypatch):
         bench_contenders.prepare(SMALL[1], small(), small().inputs(100, CPU))
 
 
+def test_backends_of_sdpa_that_a_device_lacks_are_absent():
+    kinds = [f"sdpa-{name}" for name in ("flash", "cudnn", "efficient")]
+    case = small(dtype="bfloat16", contenders=tuple(Contender(kind, Pattern()) for kind in kinds), kv_heads=4)
+    rows = bench.run([case], CPU, results(), 0.01)["cases"][case.name]["contenders"]
+    assert "ms_p50" in rows["sdpa-flash dense"]
+    assert "absent" in rows["sdpa-cudnn dense"]
+
+
 def test_exact_windows_of_local_attention():
     pytest.importorskip("local_attention")
     case = small("forward+backward", contenders=(Contender("local-attention", Window(back=16)),), kv_heads=4)

@@ -70,7 +70,7 @@ def small(monkeypatch):
     small_tiles(monkeypatch)
 
 
-def small_tiles(patch, queries=16, keys=11, work=64):
+def small_tiles(patch, queries=16, keys=11, work=64, short=0):
     patch.setattr(torch_blocks, "QUERIES", queries)
     patch.setattr(torch_blocks, "KEYS", keys)
     patch.setattr(torch_blocks, "WORK", work)
@@ -78,6 +78,7 @@ def small_tiles(patch, queries=16, keys=11, work=64):
     patch.setattr(torch_fused, "BACKWARD", queries)
     patch.setattr(torch_fused, "ROOM", work * 10)
     patch.setattr(torch_fused, "SIDE", queries)
+    patch.setattr(torch_fused, "SHORT", short)
 
 
 @pytest.fixture(autouse=True)
@@ -114,26 +115,28 @@ def compare(q, k, v, pattern, layout, *, causal, softcap=None, q_first=None):
     kv_heads=st.integers(1, 3), groups=st.integers(1, 3), queries=st.integers(1, 60), past=st.integers(0, 30),
     value_dim=st.sampled_from([8, 5]), softcap=st.sampled_from([None, 2.0]), other=st.booleans(),
     tile=st.sampled_from([16, 17, 64]), keys_at_a_time=st.sampled_from([7, 32]), work=st.sampled_from([64, 10**6]),
-    fused=st.booleans(), seed=st.integers(0, 5),
+    way=st.sampled_from(["fused", "one tile", "loop"]), seed=st.integers(0, 5),
 )  # fmt: skip
 def test_equals_the_definition(
     pattern, kind, causal, batch, kv_heads, groups, queries, past, value_dim, softcap, other, tile, keys_at_a_time,
-    work, fused, seed,
+    work, way, seed,
 ):  # fmt: skip
     keys = queries + past + (6 if "slots" in kind else 0)
     heads = groups * kv_heads
     q, k, v = inputs(batch, heads, kv_heads, queries, keys, value_dim=value_dim, seed=seed)
     q_first = draw(*q.shape, seed=99) if other else None
     with pytest.MonkeyPatch.context() as patch:
-        small_tiles(patch, tile, keys_at_a_time, work)
-        if not fused:
+        small_tiles(patch, tile, keys_at_a_time, work, short=99 if way == "one tile" else 0)
+        if way == "loop":
             patch.setattr(torch_fused, "fits", lambda *_: False)
         compare(q, k, v, pattern, layouts(kind, batch, keys, seed), causal=causal, softcap=softcap, q_first=q_first)
 
 
 @pytest.mark.parametrize("pattern", [*PATTERNS, Window(back=1), Blocks(size=1), Window(first=200, back=3)])
 @pytest.mark.parametrize("kind", ["none", "left", "holes"])
-def test_every_pattern_and_padding(pattern, kind, small):
+@pytest.mark.parametrize("short", [0, 99])
+def test_every_pattern_and_padding(pattern, kind, short, monkeypatch):
+    small_tiles(monkeypatch, short=short)
     for causal in (True, False):
         compare(*inputs(batch=3), pattern, layouts(kind, 3, 70), causal=causal)
 
@@ -232,6 +235,22 @@ def test_error_is_at_most_twice_that_of_plain_torch(dtype, pattern, softcap):
     ):  # fmt: skip
         assert rms(one - exactly) <= 2 * rms(other - exactly) + 1e-12
         assert rms(one - exactly) < 0.005 * rms(exactly)
+
+
+@pytest.mark.parametrize("tokens", [100, 400])
+@pytest.mark.parametrize("pattern", [Window(first=4, back=50), Blocks(size=64, look_back=1)])
+def test_products_in_bf16_where_the_cpu_has_units(pattern, tokens, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    q, k, v = (x.requires_grad_() for x in inputs(1, 4, 2, tokens, tokens, 32, 32, torch.bfloat16))
+    exact = [x.detach().double().requires_grad_() for x in (q, k, v)]
+    truth, ours = (
+        run(*x, pattern, layouts("left", 1, tokens), lse=True) for x in (exact, (q, k, v))
+    )  # fmt: skip
+    weights = [draw(*x.shape) for x in truth]
+    right = torch.autograd.grad(truth, exact, weights)
+    got = torch.autograd.grad(ours, (q, k, v), [w.to(x.dtype) for w, x in zip(weights, ours, strict=True)])
+    for one, other in zip([*ours, *got], [*truth, *right], strict=True):
+        assert rms(one - other) < 0.006 * rms(other)
 
 
 def test_large_scores_do_not_overflow():

@@ -14,13 +14,12 @@ if not GPU:
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton is imported
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
-
 from effattn.kernels.flash import attention, reference
 from effattn.kernels.flash.ahead_of_time import variants
 from effattn.kernels.flash.pattern import Blocks, Layout, Pattern, Window, layout_of
 from effattn.kernels.flash.tiles import TILES
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 DEVICE = "cuda" if GPU else "cpu"
 SCALE = 8 if GPU else 1  # of the lengths that must span tiles
@@ -81,7 +80,10 @@ def check(
     if other:
         shapes["q_first"] = (heads, queries, dim)
     given_ = {name: draw(batch, *shape, seed=seed + n).to(dtype) for n, (name, shape) in enumerate(shapes.items())}
-    gradients = {"out": draw(batch, heads, queries, value_dim, seed=seed + 7), "lse": draw(batch, heads, queries, seed=8)}
+    gradients = {
+        "out": draw(batch, heads, queries, value_dim, seed=seed + 7),
+        "lse": draw(batch, heads, queries, seed=8),
+    }
 
     i = layout.query_positions(queries, keys, DEVICE)[:, None, :, None]
     at = layout.key_positions(keys, DEVICE)
@@ -96,7 +98,9 @@ def check(
         out, lse = function(q, k, v, scale=0.3, softcap=softcap, q_first=rest[0] if rest else None, **more)
         results = {"out": out, "lse": lse}
         sums = torch.where(lse.isfinite(), lse, 0.0)
-        loss = sum((x * gradients[name].to(x.dtype)).sum() for name, x in (("out", out), ("lse", sums)) if name in through)
+        loss = sum(
+            (x * gradients[name].to(x.dtype)).sum() for name, x in (("out", out), ("lse", sums)) if name in through
+        )
         found = torch.autograd.grad(loss, list(inputs.values()), allow_unused=True)
         zeros = [torch.zeros_like(x) for x in inputs.values()]
         return {x: y.detach() for x, y in results.items()} | {

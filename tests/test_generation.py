@@ -300,7 +300,7 @@ def test_sinks_refuse_positions_that_restart():
     model(tokens[1:], attention_mask=torch.tensor([[0] + [1] * 5]), position_ids=positions[1:])
 
 
-COMPILED = [("dense", "eager"), ("sliding(window=4)", "aot_eager"), ("sliding(window=4)", "inductor")]
+COMPILED = [("dense", "eager"), ("sliding(window=4)", "aot_eager")]
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from dataclasses import dataclass
 
@@ -116,20 +117,23 @@ def attention(
     call = {name: kwargs[given] for given, name in EXTRAS.items() if kwargs.get(given) is not None}
     if GLOBAL in kwargs:
         call["global_qkv"] = kwargs[GLOBAL]
-    if torch.is_autocast_enabled(query.device.type):  # as torch does for its own attention
+    call |= {"causal": is_causal(module, kwargs), "scale": scaling}
+    if layer.rotary is not None:
+        call["rotary"] = layer.rotary.rope()
+    precision = contextlib.nullcontext()
+    if torch.is_autocast_enabled(query.device.type):  # cast as torch does for its own attention; inside, nothing is
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
         if "global_qkv" in call:
             call["global_qkv"] = tuple(x.to(dtype) for x in call["global_qkv"])
-    call |= {"causal": is_causal(module, kwargs), "scale": scaling}
-    if layer.rotary is not None:
-        call["rotary"] = layer.rotary.rope()
-    if cached is not None:
-        out = cached.attend(layer.backend, query, key, value, attention_mask, **call)
-    else:
-        if attention_mask is not None:  # a windowed layer of transformers gives its last tokens only
-            attention_mask = attention_mask[:, -key.shape[2] :]
-        out = layer.backend(query, key, value, padding_mask=attention_mask, **call)
+        precision = torch.autocast(query.device.type, enabled=False)
+    with precision:
+        if cached is not None:
+            out = cached.attend(layer.backend, query, key, value, attention_mask, **call)
+        else:
+            if attention_mask is not None:  # a windowed layer of transformers gives its last tokens only
+                attention_mask = attention_mask[:, -key.shape[2] :]
+            out = layer.backend(query, key, value, padding_mask=attention_mask, **call)
     return out.transpose(1, 2).contiguous(), None
 
 

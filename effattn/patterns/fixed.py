@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from torch import Tensor
 from torch.nn.functional import pad
 
@@ -38,10 +40,7 @@ class Fixed(ExactBackend):
         return (j <= i) & (own | (j % self.stride >= self.stride - self.summary))
 
     def new_state(self) -> RingState:
-        stride, summary = self.stride, self.summary
-        if summary == 1:
-            return RingState(stride, lambda n: range(stride - 1, n, stride))
-        return RingState(stride, lambda n: [p for p in range(n) if p % stride >= stride - summary])
+        return RingState(self.stride, partial(_summaries, self.stride, self.summary))
 
     def attend_many(self, q, k, v, call, impl, lse):
         if not whole(q, k, call.layout):
@@ -79,3 +78,9 @@ class Fixed(ExactBackend):
     def still_seen(self, j, shape):
         own = j // self.stride == (shape.keys - shape.queries) // self.stride
         return own | (j % self.stride >= self.stride - self.summary)
+
+
+def _summaries(stride: int, summary: int, n: int) -> list[int]:
+    """The positions below n that later blocks see."""
+    ends = range(stride, n + stride, stride)
+    return [p for end in ends for p in range(end - summary, end) if p < n]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -10,7 +12,7 @@ from effattn.kernels import decode, flash
 from effattn.kernels.flash.pattern import Layout, Window, first_real, layout_of
 from effattn.patterns.exact import ExactBackend, check_size, merge
 from effattn.registry import register
-from effattn.states import ROLLBACK, FullState, RingState
+from effattn.states import ROLLBACK, FullState, RingState, first_positions
 
 
 @register("longformer")
@@ -185,7 +187,7 @@ class GlobalRing(RingState):
 
     def __init__(self, window: int, first: int):
         self.first = first
-        super().__init__(window, lambda n: range(min(n, first)))
+        super().__init__(window, partial(first_positions, first))
 
     def reset(self) -> None:
         super().reset()

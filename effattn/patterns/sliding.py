@@ -6,6 +6,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter, is_lazy
@@ -17,7 +19,7 @@ from effattn.kernels.flash.pattern import Window
 from effattn.patterns.exact import ExactBackend, check_size
 from effattn.patterns.residues import by_residue
 from effattn.registry import register
-from effattn.states import RingState
+from effattn.states import RingState, first_positions
 
 
 @register("sliding")
@@ -104,8 +106,7 @@ class Sliding(ExactBackend):
         )  # fmt: skip
 
     def new_state(self) -> RingState:
-        sinks = self.sinks
-        return RingState((self.window - 1) * self.dilation + 1, lambda n: range(min(n, sinks)))
+        return RingState((self.window - 1) * self.dilation + 1, partial(first_positions, self.sinks))
 
     def pairs(self, i, shape):
         side = self.window if shape.causal else (self.window + 1) // 2

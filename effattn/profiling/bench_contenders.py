@@ -171,7 +171,7 @@ def prepare(contender: Contender, case: Case, inputs: list[Tensor]) -> tuple[Cal
     except Absent:
         raise
     except Exception as error:  # a peer that this version, device or shape does not suit: whatever it raises
-        if contender.kind == "ours":
+        if contender.kind == "ours" and not isinstance(error, torch.OutOfMemoryError):
             raise
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         raise Absent(f"{type(error).__name__}: {' '.join(lines[:2])[:200]}") from None

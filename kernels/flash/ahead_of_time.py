@@ -38,7 +38,7 @@ def variants(arch: str) -> list[dict]:
 
 
 def variant(arch: str, kernel: str, size: int, kind: str, call: Call, name: str) -> dict:
-    """One kernel for heads of `size` and pointers to `kind`; a call with a prefix has q_first, a masked one start too."""
+    """One kernel for heads of `size` and pointers to `kind`; with a prefix come q_first, with a mask start too."""
     fixed = constants(kernel, call, arch, _DTYPES[kind], size, size)
     options = {"num_warps": fixed.pop("num_warps"), "num_stages": fixed.pop("num_stages")}
     jitted = getattr(triton_kernels, kernel)

@@ -22,6 +22,7 @@ from .torch_blocks import Problem
 FORWARD = 32  # queries of a tile: how the kernel splits fewer than 192 itself, and the least that is computed in vain
 BACKWARD = 128  # more, since each tile's gradients of its L keys are added up afterwards
 ROOM = 4 * 2**20  # elements of such gradients, or of masks that differ from tile to tile, at a time
+SHORT = 128  # so few queries are one tile, for the whole batch at once: tiling saves less than its calls cost
 SIDE = 1024  # queries against the side at a time
 BLIND = 1e30  # the log-sum-exp that makes all weights 0
 
@@ -30,10 +31,7 @@ def fits(problem: Problem, q: Tensor, v: Tensor) -> bool:
     """Whether `forward` and `backward` can do it."""
     if q.device.type != "cpu" or problem.softcap is not None or q.shape[-1] != v.shape[-1]:
         return False
-    if type(problem.pattern) is not Pattern:
-        return True
-    square = problem.queries == problem.keys and problem.first_query == problem.first_key
-    return (square or not problem.causal) and problem.hidden is None and problem.side is None
+    return type(problem.pattern) is not Pattern or problem.queries <= SHORT or _unmasked(problem)
 
 
 def forward(problem: Problem, *tensors: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -41,9 +39,26 @@ def forward(problem: Problem, *tensors: Tensor | None) -> tuple[Tensor, Tensor]:
     inputs); 0 and -inf for queries that see no key."""
     work = torch.float64 if tensors[0].dtype == torch.float64 else torch.float32
     q, k, v, q_first, k_side, v_side = _computable(tensors)
-    if type(problem.pattern) is Pattern:
-        out, lse = _run(problem, q, k, v, causal=problem.causal)
-        return out.to(work), lse.to(work)
+    out, lse = (_whole if _at_once(problem) else _in_batches)(problem, q, k, v, work)
+    for at, queries, cut, mask in _side_parts(problem, q, q_first, k_side):
+        got, sums = _run(problem, queries[:, :, at], k_side[:, :, cut], v_side[:, :, cut], mask=mask)
+        sums = torch.where(mask.amax(dim=-1) == -torch.inf, -torch.inf, sums.to(work))
+        lse[:, :, at] = torch.logaddexp(lse[:, :, at], sums)
+        share = (sums - lse[:, :, at]).exp_().nan_to_num_(0)[..., None]  # NaN: neither part saw a key
+        out[:, :, at].lerp_(got.to(work), share)
+    return out, lse
+
+
+def _whole(problem: Problem, q: Tensor, k: Tensor, v: Tensor, work: torch.dtype) -> tuple[Tensor, Tensor]:
+    causal, mask, blind = _one_mask(problem, q)
+    out, lse = (x.to(work) for x in _run(problem, q, k, v, causal, mask))
+    if blind is None:
+        return out, lse
+    # What the kernel returns for them is not documented.
+    return out.masked_fill_(blind, 0), lse.masked_fill(blind[..., 0], -torch.inf)
+
+
+def _in_batches(problem: Problem, q: Tensor, k: Tensor, v: Tensor, work: torch.dtype) -> tuple[Tensor, Tensor]:
     out, lse = q.new_empty(q.shape, dtype=work), q.new_empty(q.shape[:3], dtype=work)
     for row in range(q.shape[0]):
         for at, keys, mask, blind in _batches(problem, row, FORWARD, q):
@@ -54,15 +69,9 @@ def forward(problem: Problem, *tensors: Tensor | None) -> tuple[Tensor, Tensor]:
             got = _run(problem, _every(q[row], *at), _every(k[row], *keys), _every(v[row], *keys), mask=mask)
             outs.copy_(got[0])
             sums.copy_(got[1][..., None])
-            if blind is not None:  # what the kernel returns for them is not documented
+            if blind is not None:
                 outs.masked_fill_(blind, 0)
                 sums.masked_fill_(blind, -torch.inf)
-    for at, queries, cut, mask in _side_parts(problem, q, q_first, k_side):
-        got, sums = _run(problem, queries[:, :, at], k_side[:, :, cut], v_side[:, :, cut], mask=mask)
-        sums = torch.where(mask.amax(dim=-1) == -torch.inf, -torch.inf, sums.to(work))
-        lse[:, :, at] = torch.logaddexp(lse[:, :, at], sums)
-        share = (sums - lse[:, :, at]).exp_().nan_to_num_(0)[..., None]  # NaN: neither part saw a key
-        out[:, :, at].lerp_(got.to(work), share)
     return out, lse
 
 
@@ -86,8 +95,8 @@ def backward(problem: Problem, tensors, out: Tensor, lse: Tensor, d_out: Tensor,
     dq, dk, dv, dq_first, dk_side, dv_side = (
         None if x is None else torch.zeros(x.shape, dtype=work) for x in (q, k, v, q_first, k_side, v_side)
     )
-    if type(problem.pattern) is Pattern:
-        dq, dk, dv = _run_back(problem, d_out, q, k, v, out, lse, causal=problem.causal)
+    if _at_once(problem):
+        dq, dk, dv = (x.to(work) for x in _run_back(problem, d_out, q, k, v, out, lse, *_one_mask(problem, q)[:2]))
     else:
         for row in range(q.shape[0]):
             for at, keys, mask, _ in _batches(problem, row, BACKWARD, q, gradients=True):
@@ -130,6 +139,32 @@ def _run(problem: Problem, q, k, v, causal: bool = False, mask: Tensor | None = 
 def _run_back(problem: Problem, d_out, q, k, v, out, lse, causal: bool = False, mask: Tensor | None = None):
     run = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
     return run(d_out, q, k, v, out, lse, 0.0, causal, attn_mask=mask, scale=problem.scale)
+
+
+# One tile --------------------------------------------------------------------------------------------------------
+
+
+def _at_once(problem: Problem) -> bool:
+    return problem.keys > 0 and (type(problem.pattern) is Pattern or problem.queries <= SHORT)
+
+
+def _unmasked(problem: Problem) -> bool:
+    """Whether the kernel needs no mask for it: dense, and if causal then with a query at every key."""
+    square = problem.queries == problem.keys and problem.first_query == problem.first_key
+    return type(problem.pattern) is Pattern and problem.hidden is None and (square or not problem.causal)
+
+
+def _one_mask(problem: Problem, like: Tensor) -> tuple[bool, Tensor | None, Tensor | None]:
+    """Whether the kernel is to be causal, the mask (1 or B, 1, Tq, Tk), and the queries that see no key (1 or B, 1, Tq,
+    1); None where all is seen."""
+    if _unmasked(problem):
+        return problem.causal, None, None
+    mask = like.new_zeros(1, 1, problem.queries, problem.keys)
+    for c0, c1, added in problem.strips(0, problem.queries, 0, problem.keys, like):
+        mask[..., c0:c1] = added
+    if problem.hidden is not None:
+        mask = mask.masked_fill(problem.hidden[:, None, None], -torch.inf)
+    return False, mask, mask.amax(dim=-1, keepdim=True) == -torch.inf
 
 
 # Tiles that look alike -------------------------------------------------------------------------------------------

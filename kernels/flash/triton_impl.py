@@ -1,7 +1,8 @@
 """Flash attention on Triton, forward and backward: the table of patterns, and the launches.
 
 A new pattern is two jitted functions of positions below and a line in PATTERNS; a new score rule, two and a line in
-RULES. `triton_kernels` has the kernels, `tiles` their sizes.
+RULES. `triton_kernels` has the kernels, `triton_pieces` how they ask these
+functions, `tiles` their sizes.
 """
 
 from __future__ import annotations
@@ -17,10 +18,9 @@ from torch.autograd.function import once_differentiable
 
 from . import tiles, triton_kernels
 from .pattern import Blocks, Layout, Pattern, Window
+from .triton_pieces import FAR, LOG2E
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-_FAR = tl.constexpr(1 << 28)  # beyond every position, and sums of a few of them fit in int32
-_LOG2E = tl.constexpr(1.4426950408889634)
 
 # ---- patterns: [low, high) of the positions that the token at x sees, and of those that see it. Neither bound may fall
 # as x grows. x is a scalar, or a tensor of any shape; h the query head, of `heads`; a, b, c are the pattern's integers.
@@ -28,12 +28,12 @@ _LOG2E = tl.constexpr(1.4426950408889634)
 
 @triton.jit
 def full_keys(x, h, heads, a, b, c):
-    return x * 0, x * 0 + _FAR
+    return x * 0, x * 0 + FAR
 
 
 @triton.jit
 def full_queries(x, h, heads, a, b, c):
-    return x * 0, x * 0 + _FAR
+    return x * 0, x * 0 + FAR
 
 
 @triton.jit
@@ -70,13 +70,13 @@ class Jitted(NamedTuple):
 
 
 def _blocks(pattern: Blocks) -> tuple[int, int, int]:
-    size = min(pattern.size, _FAR.value)
-    return size, min(pattern.look_back, _FAR.value // size), size // 2 if pattern.shifted else 0
+    size = min(pattern.size, FAR.value)
+    return size, min(pattern.look_back, FAR.value // size), size // 2 if pattern.shifted else 0
 
 
 PATTERNS: dict[type[Pattern], Jitted] = {
     Pattern: Jitted(full_keys, full_queries, lambda p: (0, 0, 0)),
-    Window: Jitted(window_keys, window_queries, lambda p: (min(p.back, _FAR.value), min(p.ahead, _FAR.value), 0)),
+    Window: Jitted(window_keys, window_queries, lambda p: (min(p.back, FAR.value), min(p.ahead, FAR.value), 0)),
     Blocks: Jitted(blocks_keys, blocks_queries, _blocks),
 }
 
@@ -85,7 +85,7 @@ PATTERNS: dict[type[Pattern], Jitted] = {
 
 @triton.jit
 def softcap_score(s, i, j, h, cap):
-    return cap - 2 * cap / (tl.exp2(s * (2 * _LOG2E / cap)) + 1)  # cap tanh(s / cap), safe at both ends
+    return cap - 2 * cap / (tl.exp2(s * (2 * LOG2E / cap)) + 1)  # cap tanh(s / cap), safe at both ends
 
 
 @triton.jit
@@ -118,20 +118,18 @@ def constants(kernel: str, call: Call, arch: str, dtype: torch.dtype, dim: int, 
     jitted, (rule, slope) = PATTERNS[call.kind], RULES[call.rule]
     d, v = tiles.padded(dim), tiles.padded(value_dim)
     prefix = call.slots > 0 or call.first > 0
-    tile = tiles.tile(kernel, arch, max(d, v), dtype, heavy=prefix or call.masked or call.rule is not None)
-    both = dict(
-        D=dim, V=value_dim, NEAR=jitted.near, RULE=rule, CAUSAL=call.causal,
-        PREFIX=prefix, BLOCK_M=tile.m, BLOCK_N=tile.n, STEP=tile.step,
-        BLOCK_D=d, BLOCK_V=v, **tile.options,
+    tile = tiles.tile(kernel, arch, max(d, v), dtype, heavy=prefix or call.masked)
+    fixed = dict(
+        D=dim, V=value_dim, NEAR=jitted.near, RULE=rule, CAUSAL=call.causal, PREFIX=prefix,
+        BLOCK_M=tile.m, BLOCK_N=tile.n, STEP=tile.step, BLOCK_D=d, BLOCK_V=v, **tile.options,
     )  # fmt: skip
     if kernel != "forward":
-        both["SLOPE"] = slope
-    both["QUERIES" if kernel == "backward_keys" else "KEYS"] = jitted.queries if kernel == "backward_keys" else jitted.keys
-    return both
+        fixed["SLOPE"] = slope
+    return fixed | ({"QUERIES": jitted.queries} if kernel == "backward_keys" else {"KEYS": jitted.keys})
 
 
-def _like(x: Tensor, dim: int, tokens: int | None = None) -> Tensor:
-    """Uninitialised, x's shape but for the last size, and with tokens outside of heads in memory where x has them so."""
+def _like(x: Tensor, dim: int) -> Tensor:
+    """Uninitialised, x's shape but for the last size; tokens lie outside of heads if they do in x."""
     batch, heads, length, _ = x.shape
     if x.stride(2) > x.stride(1):
         return torch.empty((batch, length, heads, dim), dtype=x.dtype, device=x.device).transpose(1, 2)
@@ -147,13 +145,10 @@ def _strides(*tensors: Tensor | None) -> list[int]:
     return [step for x in tensors for step in ((0, 0, 0) if x is None else x.stride()[:3])]
 
 
-def _numbers(q: Tensor, k: Tensor, call: Call) -> tuple:
-    """The runtime numbers that all kernels over pairs take, in their order."""
-    heads = q.shape[1]
-    return (
-        call.scale, call.cap, heads, heads // k.shape[1], q.shape[2], k.shape[2],
-        call.slots, call.tail, call.first, *call.integers,
-    )  # fmt: skip
+def _launch(kernel: str, programs: int, *arguments, **fixed) -> None:
+    if programs:  # a grid of none is an error
+        # multiply-adds may fuse, as was every Triton's default before 3.10
+        getattr(triton_kernels, kernel)[(programs,)](*arguments, **fixed, enable_fp_fusion=True)
 
 
 class _Attention(torch.autograd.Function):
@@ -163,14 +158,12 @@ class _Attention(torch.autograd.Function):
         out = _like(q, v.shape[-1])
         lse = torch.empty((batch, heads, queries), dtype=torch.float32, device=q.device)
         fixed = constants("forward", call, tiles.architecture(q.device), q.dtype, dim, v.shape[-1])
-        grid = batch * heads * triton.cdiv(queries, fixed["BLOCK_M"])
-        if grid:
-            with torch.cuda.device_of(q):
-                triton_kernels.forward[(grid,)](
-                    q, k, v, q_first, mask, start, out, lse,
-                    *_strides(q, k, v, q_first, out), 0 if mask is None else mask.stride(0),
-                    *_numbers(q, k, call), **fixed,
-                )  # fmt: skip
+        with torch.cuda.device_of(q):
+            _launch(
+                "forward", batch * heads * triton.cdiv(queries, fixed["BLOCK_M"]),
+                q, k, v, q_first, mask, start, out, lse,
+                *_strides(q, k, v, q_first, out), *_numbers(q, k, mask, call), **fixed,
+            )  # fmt: skip
         ctx.save_for_backward(q, k, v, q_first, mask, start, out, lse)
         ctx.call = call
         ctx.set_materialize_grads(False)
@@ -179,45 +172,45 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad, grad_lse):
-        q, k, v, q_first, mask, start, out, lse = ctx.saved_tensors
         if grad is None and grad_lse is None:
             return (None,) * 7
-        call, arch = ctx.call, tiles.architecture(q.device)
-        batch, heads, queries, dim = q.shape
-        kv_heads, keys, value_dim = v.shape[1:]
+        q, k, v, q_first, mask, start, out, lse = ctx.saved_tensors
+        (batch, heads, queries, dim), (kv_heads, keys, value_dim) = q.shape, v.shape[1:]
+        arch, numbers, rows = tiles.architecture(q.device), _numbers(q, k, mask, ctx.call), tiles.ROWS
         grad = torch.zeros_like(out) if grad is None else _rows(grad)
-        grad_lse = None if grad_lse is None else grad_lse.contiguous()
         delta, lse2 = torch.empty_like(lse), torch.empty_like(lse)
-        need_q, need_k, need_v, need_first = ctx.needs_input_grad[:4]
-        dq = dq_first = dk = dv = None
-        rows, step = batch * heads, tiles.ROWS
-        numbers, mask_b = _numbers(q, k, call), 0 if mask is None else mask.stride(0)
+        tensors = (q, k, v, q_first, mask, start, grad, lse2, delta)
+        dq = dk = dv = dq_first = None
         with torch.cuda.device_of(q):
-            if rows * queries:
-                triton_kernels.backward_rows[(rows * triton.cdiv(queries, step.m),)](
-                    out, grad, lse, grad_lse, delta, lse2, *_strides(out, grad), heads, queries,
-                    V=value_dim, BLOCK_M=step.m, BLOCK_V=tiles.padded(value_dim), **step.options,
+            _launch(
+                "backward_rows", batch * heads * triton.cdiv(queries, rows.m),
+                out, grad, lse, None if grad_lse is None else grad_lse.contiguous(), delta, lse2,
+                *_strides(out, grad), heads, queries,
+                V=value_dim, BLOCK_M=rows.m, BLOCK_V=tiles.padded(value_dim), **rows.options,
+            )  # fmt: skip
+            if ctx.needs_input_grad[0] or ctx.needs_input_grad[3]:
+                dq, dq_first = _like(q, dim), None if q_first is None else _like(q, dim)
+                fixed = constants("backward_queries", ctx.call, arch, q.dtype, dim, value_dim)
+                _launch(
+                    "backward_queries", batch * heads * triton.cdiv(queries, fixed["BLOCK_M"]),
+                    *tensors, dq, dq_first, *_strides(q, k, v, q_first, grad, dq), *numbers, **fixed,
                 )  # fmt: skip
-            if need_q or need_first:
-                dq = _like(q, dim)
-                dq_first = None if q_first is None else torch.empty_strided(dq.shape, dq.stride(), dtype=dq.dtype, device=dq.device)
-                fixed = constants("backward_queries", call, arch, q.dtype, dim, value_dim)
-                grid = rows * triton.cdiv(queries, fixed["BLOCK_M"])
-                if grid:
-                    triton_kernels.backward_queries[(grid,)](
-                        q, k, v, q_first, mask, start, grad, lse2, delta, dq, dq_first,
-                        *_strides(q, k, v, q_first, grad, dq), mask_b, *numbers, **fixed,
-                    )  # fmt: skip
-            if need_k or need_v:
+            if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
                 dk, dv = _like(k, dim), _like(v, value_dim)
-                fixed = constants("backward_keys", call, arch, q.dtype, dim, value_dim)
-                grid = batch * kv_heads * triton.cdiv(keys, fixed["BLOCK_N"])
-                if grid:
-                    triton_kernels.backward_keys[(grid,)](
-                        q, k, v, q_first, mask, start, grad, lse2, delta, dk, dv,
-                        *_strides(q, k, v, q_first, grad, dk, dv), mask_b, *numbers, **fixed,
-                    )  # fmt: skip
+                fixed = constants("backward_keys", ctx.call, arch, q.dtype, dim, value_dim)
+                _launch(
+                    "backward_keys", batch * kv_heads * triton.cdiv(keys, fixed["BLOCK_N"]),
+                    *tensors, dk, dv, *_strides(q, k, v, q_first, grad, dk, dv), *numbers, **fixed,
+                )  # fmt: skip
         return dq, dk, dv, dq_first, None, None, None
+
+
+def _numbers(q: Tensor, k: Tensor, mask: Tensor | None, call: Call) -> tuple[float, ...]:
+    """What the kernels over pairs take behind the strides of the other tensors, in their order."""
+    return (
+        0 if mask is None else mask.stride(0), call.scale, call.cap, q.shape[1], q.shape[1] // k.shape[1],
+        q.shape[2], k.shape[2], call.slots, call.tail, call.first, *call.integers,
+    )  # fmt: skip
 
 
 def attention(
@@ -251,8 +244,9 @@ def attention(
     bounded = PATTERNS[type(pattern)].keys is not full_keys
     first = pattern.first if bounded or q_first is not None else 0  # a full pattern shows them anyway
     call = Call(
-        type(pattern), PATTERNS[type(pattern)].integers(pattern), first, layout.slots, layout.tail, causal, float(scale),
-        float(softcap or 0.0), None if softcap is None else "softcap", layout.mask is not None,
+        kind=type(pattern), integers=PATTERNS[type(pattern)].integers(pattern), first=first, slots=layout.slots,
+        tail=layout.tail, causal=causal, scale=float(scale), cap=float(softcap or 0.0),
+        rule=None if softcap is None else "softcap", masked=layout.mask is not None,
     )  # fmt: skip
     mask, start = layout.mask, layout.start
     if mask is not None:
