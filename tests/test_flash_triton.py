@@ -7,24 +7,24 @@ from __future__ import annotations
 
 import os
 
+import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 GPU = torch.cuda.is_available()
 if not GPU:
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton is imported
 
-import pytest
-from effattn.kernels.flash import attention, reference
-from effattn.kernels.flash.ahead_of_time import variants
-from effattn.kernels.flash.pattern import Blocks, Layout, Pattern, Window, layout_of
-from effattn.kernels.flash.tiles import TILES
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from effattn.kernels.flash import attention, reference  # noqa: E402
+from effattn.kernels.flash.ahead_of_time import variants  # noqa: E402
+from effattn.kernels.flash.pattern import Blocks, Layout, Pattern, Window, layout_of  # noqa: E402
+from effattn.kernels.flash.tiles import TILES  # noqa: E402
 
 DEVICE = "cuda" if GPU else "cpu"
 SCALE = 8 if GPU else 1  # of the lengths that must span tiles
 pytestmark = pytest.mark.skipif(
-    not GPU and os.environ.get("TRITON_INTERPRET") != "1", reason="triton was imported to compile, not to interpret"
+    not GPU and os.environ["TRITON_INTERPRET"] != "1", reason="asked for compiled kernels, without a GPU"
 )
 
 
@@ -133,7 +133,7 @@ TILED = 37 * SCALE
 CASES = {
     "one token": dict(queries=1),
     "two tokens": dict(queries=2),
-    "causal, in groups": dict(queries=67 * SCALE, heads=4, kv_heads=2),
+    "causal, in groups": dict(queries=TILED, heads=4, kv_heads=2),
     "a chunk at the end": dict(queries=5, keys=TILED, dim=20, value_dim=33),
     "both ways": dict(queries=19, keys=TILED, causal=False, batch=2, kv_heads=2),
     "no lse gradient": dict(queries=TILED, through=("out",)),
@@ -144,7 +144,7 @@ CASES = {
     "window and sinks, both ways": dict(queries=TILED, causal=False, pattern=Window(first=3, back=9, ahead=2)),
     "blocks, shifted": dict(queries=TILED, pattern=Blocks(size=8, look_back=1, shifted=True)),
     "blocks, both ways": dict(queries=TILED, causal=False, pattern=Blocks(size=6, first=2)),
-    "blocks with inner tiles": dict(queries=121 * SCALE, heads=2, pattern=Blocks(size=64 * SCALE, look_back=1, shifted=True)),
+    "blocks with inner tiles": dict(queries=121 * SCALE, pattern=Blocks(size=64 * SCALE, look_back=1, shifted=True)),
     "softcap": dict(queries=TILED, softcap=0.7),
     "softcap and sinks": dict(queries=TILED, softcap=1.5, pattern=Window(first=3, back=9), other=True),
     "other queries for the first": dict(queries=67 * SCALE, pattern=Pattern(first=5), other=True),
@@ -209,7 +209,7 @@ def test_strides(how):
     check(13, heads=2, like=LAYOUTS[how], value_dim=24)
 
 
-@settings(max_examples=5 * SCALE, deadline=None, derandomize=True)
+@settings(max_examples=4 if not GPU else 60, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_any_shape(data):
     number = lambda low, high: data.draw(st.integers(low, high))  # noqa: E731
@@ -229,10 +229,11 @@ def test_any_shape(data):
     if data.draw(st.booleans()):
         start = torch.tensor([number(0, tail + keys - slots) for _ in range(batch)], device=DEVICE)
         mask = draw(batch, keys, seed=number(0, 99)) > -1.0
+    causal, capped, other = (data.draw(st.booleans()) for _ in range(3))
     check(
         queries, keys, batch=batch, heads=kv_heads * number(1, 2), kv_heads=kv_heads, dim=number(1, 24),
         value_dim=number(1, 24), pattern=pattern, layout=Layout(slots=slots, tail=tail, start=start, mask=mask),
-        causal=data.draw(st.booleans()), softcap=data.draw(st.sampled_from([None, 1.0])), other=data.draw(st.booleans()),
+        causal=causal, softcap=1.0 if capped else None, other=other,
     )  # fmt: skip
 
 
@@ -251,7 +252,7 @@ def test_tiles_that_nobody_sees_are_not_visited():
 
 
 def test_two_runs_give_the_same_bits():
-    a, b = (check(TILED, heads=4, kv_heads=1) for _ in range(2))
+    a, b = (check(23 * SCALE) for _ in range(2))
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
