@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from effattn.heads.report import ConversionReport, compare_html
-from effattn.profiling import html
+from effattn.reports.files import write_text_atomic
 
 ENVIRONMENT = {"device": "a processor", "torch": "2.99", "triton": None, "threads": 1}
 
@@ -63,7 +63,7 @@ def terminal(thing, width: int = 160) -> str:
 
 def visible(page: str) -> str:
     """The page's text without the plots."""
-    return re.sub(r"<[^>]+>", " ", re.sub(r"<(svg|style)\b.*?</\1>", "", page, flags=re.DOTALL))
+    return re.sub(r"<[^>]+>", " ", re.sub(r"<(svg|style|script)\b.*?</\1>", "", page, flags=re.DOTALL))
 
 
 HEADLINE = ["9.1234", "11.5678 (+26.8 %)", "9.4321 (+3.4 %)", "2.2108", "2.4482", "2.2441", "0.2121", "0.0313",
@@ -177,7 +177,9 @@ def test_html_is_self_contained_and_escaped(make):
     page = make(ConversionReport(given))
     links = set(re.findall(r"https?://[^\s\"'<>]+", page))
     assert links <= {"http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"}
-    assert not re.search(r"<(script|link|img|iframe)\b|@import|url\((?!#)|src=", page)
+    assert not re.search(r"<(link|img|iframe)\b|@import|url\((?!#)|src=", page)
+    assert len(re.findall(r"<script\b", page)) == 1  # the page's own
+    assert "default-src 'none'" in page
     assert "<b>" not in page
     assert "<i>" not in page
     assert "&lt;b&gt;x&lt;/b&gt;" in page
@@ -213,8 +215,8 @@ def test_compare_tells_equal_methods_apart():
     one, two = ConversionReport(data()), ConversionReport(data())
     two.data["settings"]["refit"] = False
     text = visible(compare_html([one, two, two]))
-    assert "optimal, refit yes" in text
-    assert "optimal, refit no #2" in text
+    assert "optimal + O re-fit" in text
+    assert "optimal #2" in text
 
 
 def test_save_and_load(tmp_path):
@@ -253,10 +255,10 @@ def test_json_is_put_in_place_last(tmp_path, monkeypatch):
 
 def test_write_text_atomic_replaces_and_cleans_up(tmp_path, monkeypatch):
     path = tmp_path / "a.txt"
-    html.write_text_atomic(path, "one")
-    html.write_text_atomic(path, "two ü")
+    write_text_atomic(path, "one")
+    write_text_atomic(path, "two ü")
     assert path.read_text(encoding="utf-8") == "two ü"
     monkeypatch.setattr(os, "replace", lambda a, b: (_ for _ in ()).throw(OSError("no")))
     with pytest.raises(OSError, match="no"):
-        html.write_text_atomic(path, "three")
+        write_text_atomic(path, "three")
     assert [p.name for p in tmp_path.iterdir()] == ["a.txt"]

@@ -30,7 +30,7 @@ from effattn.heads.verify import verify_plain
 from effattn.hf import anatomy as hf
 from effattn.hf.checkpoint import atomic_folder, check_new_folder, load_model
 from effattn.profiling.decode import decode_speed
-from effattn.profiling.html import write_text_atomic
+from effattn.reports.files import write_text_atomic
 from effattn.textdata import Streams, streams
 
 

@@ -13,21 +13,14 @@ from pathlib import Path
 
 from effattn.heads import report_plots
 from effattn.heads.report_compare import compare_html
-from effattn.heads.report_tables import heads_text, number, percent, speed_ratio, tables
-from effattn.profiling.html import Section, markdown_text, page, write_all_atomic
+from effattn.heads.report_tables import heads_text, speed_ratio, tables
+from effattn.reports.files import finite, write_all_atomic
+from effattn.reports.page import Section, markdown_text, page
+from effattn.reports.tables import number, percent
 
 __all__ = ["ConversionReport", "compare_html"]
 
 TERMINAL = ("Before and after", "Decoding", "Verification")
-
-
-def _finite(value):
-    """JSON has no NaN or infinity: they become null."""
-    if isinstance(value, dict):
-        return {key: _finite(one) for key, one in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(one) for one in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 @dataclass
@@ -159,14 +152,14 @@ class ConversionReport:
         return self.table()
 
     def to_json(self) -> str:
-        return json.dumps(_finite(self.data), indent=1, default=str, allow_nan=False) + "\n"
+        return json.dumps(finite(self.data), indent=1, default=str, allow_nan=False) + "\n"
 
     def to_markdown(self) -> str:
         parts = [f"# {markdown_text(self.title)}", markdown_text(self.headline), *(t.markdown() for t in tables(self))]
         return "\n\n".join(parts) + "\n"
 
     def to_html(self) -> str:
-        """A self-contained page: no script, no request."""
+        """A self-contained page that makes no request."""
         shown = {table.title: table for table in tables(self)}
 
         def section(title: str, plots: list, *names: str, note: str = "") -> Section:

@@ -8,18 +8,20 @@ from typing import TYPE_CHECKING
 from markupsafe import Markup
 
 from effattn.heads.report_plots import token_axis
-from effattn.heads.report_tables import UNKNOWN, heads_text, number, pairs, speed_ratio
-from effattn.profiling.html import PALETTE, Section, Series, Table, bar_plot, line_plot, page
+from effattn.heads.report_tables import heads_text, speed_ratio
+from effattn.reports.page import Section, page
+from effattn.reports.plots import NEUTRAL, PALETTE, Series, bar_plot, line_plot
+from effattn.reports.tables import UNKNOWN, Table, number, pairs
 
 if TYPE_CHECKING:
     from effattn.heads.report import ConversionReport
 
 VARIED = ("model", "refit", "grouping", "calibration_source", "calibration_tokens", "uptrain_tokens", "seed")
-PARENT = "#858c94"  # colour of the parent, beside the methods' own
 
 
 def labels(reports: Sequence[ConversionReport]) -> list[str]:
-    """A method's name for each report, with whatever other settings differ between them (KV heads are apart)."""
+    """A method's name for each report, with whatever other settings differ between them (KV heads are apart):
+    "optimal + O re-fit, uptrained on 600,000 tokens"."""
     differing = [
         name
         for name in VARIED
@@ -28,14 +30,23 @@ def labels(reports: Sequence[ConversionReport]) -> list[str]:
     result: list[str] = []
     seen: dict[tuple, int] = {}
     for report in reports:
-        text = ", ".join(
-            [str(report.settings.get("method", "unknown method"))]
-            + [f"{name.replace('_', ' ')} {number(report.settings.get(name))}" for name in differing]
-        )
+        text = str(report.settings.get("method", "unknown method"))
+        text += " + O re-fit" if "refit" in differing and report.settings.get("refit") else ""
+        parts = [_told(name, report.settings.get(name)) for name in differing]
+        text = ", ".join([text, *filter(None, parts)])
         key = (text, report.model.get("kv_heads_after"))
         seen[key] = seen.get(key, 0) + 1
         result.append(text if seen[key] == 1 else f"{text} #{seen[key]}")
     return result
+
+
+def _told(name: str, value: object) -> str:
+    """A setting that differs, in words; nothing for what goes without saying (no re-fit, no uptraining)."""
+    if name in ("model", "calibration_source"):
+        return number(value)
+    if name == "uptrain_tokens":
+        return f"uptrained on {number(value)} tokens" if value else ""
+    return "" if name == "refit" else f"{name.replace('_', ' ')} {number(value)}"
 
 
 def compare_html(reports: Sequence[ConversionReport]) -> str:
@@ -54,8 +65,10 @@ def compare_html(reports: Sequence[ConversionReport]) -> str:
             *(number(report.excess(stage)) for stage in ("converted", "uptrained")),
             f"{speed_ratio(longest):.2f}x at {longest['context']:,}" if longest else UNKNOWN,
         ])  # fmt: skip
-    header = ("Method", "KV heads", "KV bytes/token", "Perplexity before", "converted", "uptrained",
-              "Excess CE converted", "uptrained", "Decoding speed")  # fmt: skip
+    header = ["Method", "KV heads", "KV bytes/token", "Perplexity before", "converted", "uptrained",
+              "Excess CE converted", "uptrained", "Decoding speed"]  # fmt: skip
+    if all(row[-1] == UNKNOWN for row in rows):  # a sweep without timing
+        header, rows = header[:-1], [row[:-1] for row in rows]
     note = "Excess CE: cross-entropy above the parent's, nats per token. Speed: after over before, at that context."
     models = " and ".join(dict.fromkeys(str(report.settings.get("model", "model")) for report in reports))
     lead = " ".join([f"{len(reports)} conversions of {models}.", *_closest(named)])
@@ -118,7 +131,7 @@ def curves(named: Sequence[tuple[str, ConversionReport]]) -> list[Markup]:
         parents = {round(report.curve_parent, 4) for _, report in drawn if report.curve_parent is not None}
         if len(parents) == 1:
             values += parents
-            lines.append(Series("parent", [min(scaled), max(scaled)], [*parents] * 2, PARENT, "--", ""))
+            lines.append(Series("parent", [min(scaled), max(scaled)], [*parents] * 2, NEUTRAL, "--", ""))
         log = bool(values) and max(values) > 5 * min(values)
         plots.append(line_plot(f"Uptraining, {_heads(kv_heads)}", lines, x_label, "perplexity", log_y=log))
     return plots
@@ -133,8 +146,9 @@ def excess(named: Sequence[tuple[str, ConversionReport]]) -> list[Markup]:
         series = []
         for method, color in _colors(named).items():
             values = [found[method, n].excess(stage) if (method, n) in found else None for n in heads]
-            series.append((method, color, values))
-        if any(value is not None for _, _, values in series for value in values):
-            y_label = "excess CE (nats/token)"
-            plots.append(bar_plot(title, [str(n) for n in heads], series, "KV heads", y_label))
+            if any(value is not None for value in values):
+                series.append((method, color, values))
+        if series:
+            labels, width = ("KV heads", "excess CE (nats/token)"), 10.8 if len(series) > 4 else 5.2
+            plots.append(bar_plot(title, [str(n) for n in heads], series, *labels, width=width))
     return plots

@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING
 
 from markupsafe import Markup
 
-from effattn.profiling.html import AFTER, BEFORE, Series, bar_plot, line_plot
+from effattn.reports.plots import AFTER, BEFORE, PALETTE, Series, bar_plot, line_plot
 
 if TYPE_CHECKING:
     from effattn.heads.report import ConversionReport
 
 ERRORS = {  # a layer's errors: key -> (legend, colour)
-    "k_error": ("keys", "#8c7a3f"),
-    "v_error": ("values", "#8067d6"),
+    "k_error": ("keys", PALETTE[4]),
+    "v_error": ("values", PALETTE[3]),
     "attention_error_merged": ("attention, before O re-fit", BEFORE),
     "attention_error": ("attention, after O re-fit", AFTER),
 }

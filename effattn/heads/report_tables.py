@@ -1,48 +1,14 @@
-"""The tables of a conversion report, and how its numbers are written: what is unknown says "not measured"."""
+"""The tables of a conversion report."""
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING
 
 from effattn.heads.report_plots import ERRORS
-from effattn.profiling.html import Table
+from effattn.reports.tables import UNKNOWN, Table, data_size, number, pairs, percent
 
 if TYPE_CHECKING:
     from effattn.heads.report import ConversionReport
-
-UNKNOWN = "not measured"
-
-
-def number(value: object) -> str:
-    """A number as a person reads it; None is "not measured", other things are their text."""
-    if value is None:
-        return UNKNOWN
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, int):
-        return f"{value:,}"
-    if not isinstance(value, float):
-        return str(value)
-    if not math.isfinite(value) or value == 0:
-        return f"{value:g}"
-    size = abs(value)
-    return f"{value:.2e}" if size >= 1e6 or size < 1e-3 else f"{value:,.1f}" if size >= 100 else f"{value:.4f}"
-
-
-def data_size(count: float | None) -> str:
-    """Bytes in the largest binary unit that leaves at least 1."""
-    if count is None:
-        return UNKNOWN
-    for power, unit in ((4, "TiB"), (3, "GiB"), (2, "MiB"), (1, "KiB")):
-        if count >= 1024**power:
-            return f"{count / 1024**power:.1f} {unit}"
-    return f"{count:,.0f} B"
-
-
-def percent(before: float | None, after: float | None) -> str:
-    """The change as " (+5.5 %)", or nothing where one of the two is unknown."""
-    return f" ({100 * (after / before - 1):+.1f} %)" if before and after is not None else ""
 
 
 def speed_ratio(row: dict) -> float | None:
@@ -65,12 +31,6 @@ def _spread(timed: dict) -> str:
 def heads_text(report: ConversionReport) -> str:
     """The numbers of KV heads, "8 -> 2"."""
     return " -> ".join(number(report.model.get(f"kv_heads_{when}")) for when in ("before", "after"))
-
-
-def pairs(title: str, facts: dict, missing: str = "none") -> Table:
-    """A table of names and values; underscores in names become spaces, None becomes `missing`."""
-    rows = [(key.replace("_", " "), missing if value is None else number(value)) for key, value in facts.items()]
-    return Table(title, ("Name", "Value"), rows)
 
 
 def _quality_table(report: ConversionReport) -> Table:
@@ -131,7 +91,8 @@ def _verification_table(report: ConversionReport) -> Table:
         "class": "Class it loads as",
     }
     facts = {**dict.fromkeys(list(names)[:4]), **report.verification}
-    return Table("Verification", ("Check", "Result"), [(names.get(k, k), number(v)) for k, v in facts.items()])
+    rows = [(names.get(key, key), number(value)) for key, value in facts.items()]
+    return Table("Verification", ("Check", "Result"), rows, facts=True)
 
 
 def _layer_table(report: ConversionReport) -> Table:

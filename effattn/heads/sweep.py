@@ -15,7 +15,7 @@ from effattn.heads import gqa, job
 from effattn.heads.report import ConversionReport
 from effattn.heads.report_compare import compare_html
 from effattn.hf.checkpoint import load_model
-from effattn.profiling.html import write_text_atomic
+from effattn.reports.files import write_text_atomic
 from effattn.textdata import streams
 
 

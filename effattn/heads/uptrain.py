@@ -15,12 +15,13 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PrinterCallback, Trainer, TrainerCallback
 
@@ -28,7 +29,7 @@ from effattn import training
 from effattn.errors import check_choice
 from effattn.evaluate.loss import compare, kl_chunked, perplexity
 from effattn.hf import anatomy as hf
-from effattn.profiling.html import write_text_atomic
+from effattn.reports.files import write_text_atomic
 
 CHUNK = 1024  # positions whose logits exist at a time
 CE_WEIGHT = 0.05
@@ -152,7 +153,7 @@ class Steps(TrainerCallback):
 def uptrain(
     student, teacher, tokens: torch.Tensor, *, train_tokens: int, folder: Path, evaluation: torch.Tensor | None = None,
     length: int = 512, batch: int = 2, lr: float | None = None, ce_weight: float = CE_WEIGHT,
-    layer_weight: float = LAYER_WEIGHT, trainable: str = "attention", points: int = 5,
+    layer_weight: float = LAYER_WEIGHT, trainable: str | Sequence[nn.Parameter] = "attention", points: int = 5,
     seed: int = 0, save_every: int | None = None, progress: Callable[[int, int], None] | None = None,
     overrides: dict | None = None,
 ) -> dict:  # fmt: skip
@@ -161,10 +162,11 @@ def uptrain(
 
     train_tokens: the budget over all processes. folder: checkpoints; a folder with some makes the run go on from
     there. evaluation (M,) int64: what the curve is measured on, at `points` places. batch: windows of `length`
-    a step and process. trainable: "attention" (what the conversion changed) or "all".
+    a step and process. trainable: "attention" (what the conversion changed), "all", or the parameters themselves.
     overrides: passed to TrainingArguments.
     """
-    check_choice("trainable", trainable, TRAINABLE)
+    if isinstance(trainable, str):
+        check_choice("trainable", trainable, TRAINABLE)
     hidden = student.get_input_embeddings().weight.shape[1]
     settings = {"disable_tqdm": True, "logging_strategy": "no", "seed": seed} | (overrides or {})
     probe = training.arguments(folder, steps=1, batch=batch, lr=1.0, warmup=0, save_every=1, **settings)
@@ -188,10 +190,12 @@ def uptrain(
         curve = Curve(Path(folder) / "curve.json", -(-steps // points), tokens_per_step, measure)
         callbacks.append(curve)
     trained = {name: p.requires_grad for name, p in student.named_parameters()}
-    if trainable == "attention":
+    if trainable != "all":
+        if trainable == "attention":
+            trainable = [p for layer in hf.of(student) for p in layer.attention.parameters()]
         student.requires_grad_(False)
-        for layer in hf.of(student):
-            layer.attention.requires_grad_(True)
+        for parameter in trainable:
+            parameter.requires_grad_(True)
     trainer = DistillationTrainer(
         model=student, args=arguments, teacher=teacher, ce_weight=ce_weight, layer_weight=layer_weight,
         callbacks=callbacks,

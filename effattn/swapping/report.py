@@ -6,24 +6,15 @@ One JSON-able dict is the report; Markdown, HTML and the terminal show the same 
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from effattn.heads.report_tables import data_size
-from effattn.profiling.html import Section, markdown_text, page, write_all_atomic
+from effattn.reports.files import finite, write_all_atomic
+from effattn.reports.page import Section, markdown_text, page
+from effattn.reports.tables import data_size
 from effattn.swapping import report_parts as parts
 
 STAYS = 1.5  # times the reference on the same tokens, at most: the perplexity of a stream "stays"
-
-
-def _finite(value):
-    """JSON has no NaN or infinity: they become null."""
-    if isinstance(value, dict):
-        return {key: _finite(one) for key, one in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(one) for one in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 @dataclass
@@ -107,7 +98,7 @@ class SwapReport:
         return self.table()
 
     def to_json(self) -> str:
-        return json.dumps(_finite(self.data), indent=1, default=str, allow_nan=False) + "\n"
+        return json.dumps(finite(self.data), indent=1, default=str, allow_nan=False) + "\n"
 
     def to_markdown(self) -> str:
         blocks = [f"# {markdown_text(self.title)}", markdown_text(self.headline)]
@@ -116,7 +107,7 @@ class SwapReport:
         return "\n\n".join(blocks) + "\n"
 
     def to_html(self) -> str:
-        """A self-contained page: no script, no request."""
+        """A self-contained page that makes no request."""
         shown = {table.title: table for table in parts.tables(self)}
 
         def section(title: str, plots: list, *names: str, note: str = "", passages=()) -> Section:

@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING
 
 from markupsafe import Markup
 
-from effattn.heads.report_tables import data_size, pairs
-from effattn.profiling.html import AFTER, BEFORE, PALETTE, Passage, Series, Table, line_plot
+from effattn.reports.figures import MARKERS
+from effattn.reports.page import Passage
+from effattn.reports.plots import AFTER, BEFORE, NEUTRAL, PALETTE, Series, line_plot
+from effattn.reports.tables import Table, data_size, pairs
 from effattn.swapping.measure import exp
 from effattn.swapping.patterns import without_sinks
 
@@ -17,9 +19,7 @@ if TYPE_CHECKING:
 
 CONTEXTS, STREAM = "Perplexity by context", "One long stream"
 TERMINAL = (STREAM, CONTEXTS, "Checkpoint")
-GRAY = "#858c94"  # of the reference
 OTHERS = PALETTE[2:]
-MARKERS = "sD^vP*X"  # shapes tell the lines apart where colours do not
 SAME = 0.02  # relative difference of two perplexities that the report calls little
 SHOWN_PROMPT = 240  # characters of the prompt's end
 
@@ -44,9 +44,9 @@ def past(found: dict, trained: int | None) -> dict:
 def _styles(report: SwapReport) -> list[tuple[dict, dict]]:
     """Every run with its look, the same in all plots. Baselines are broad and dashed below the others: they may lie
     exactly under a pattern."""
-    styled, others, markers = [], iter(OTHERS * 9), iter(MARKERS * 9)
+    styled, others, markers = [], iter(OTHERS * 9), iter(MARKERS[1:] * 9)
     for run in report.runs:
-        look = {"label": run["label"], "color": AFTER if run is report.main else None, "marker": "o"}
+        look = {"label": run["label"], "color": AFTER if run is report.main else None, "marker": "o", "style": "-"}
         if run["role"] == "before":
             look["color"] = BEFORE
         elif run["role"] == "baseline":
@@ -88,7 +88,7 @@ def along_stream(report: SwapReport) -> list[Markup]:
         sizes.append(Series(x=x, y=[size / 2**20 for size in y], **{**style, "marker": ""}))
     fresh = report.data["reference"]
     x, y = zip(*((one["last"], one["perplexity"]) for one in fresh["buckets"]), strict=True)
-    lines.append(Series(_reference(report), x, y, GRAY, ":", ""))
+    lines.append(Series(_reference(report), x, y, NEUTRAL, ":", ""))
     mark = _mark(report, max(x))
     return [
         line_plot("Perplexity along the stream", lines, "tokens streamed", "perplexity", log_y=True, mark=mark,
