@@ -41,7 +41,9 @@ class Traits:
 
 @dataclass(frozen=True)
 class Shape:
-    """The sizes of one call, as `cost` needs them. `itemsize` is bytes per element; `value_dim` defaults to D."""
+    """The sizes of one call, as `cost` needs them. `itemsize` is bytes per element; `value_dim` defaults to D.
+
+    backward: the backward pass of that call, alone, instead of the forward pass; a training step is the sum of both."""
 
     batch: int
     heads: int
@@ -52,6 +54,7 @@ class Shape:
     value_dim: int = 0
     itemsize: int = 2
     causal: bool = True
+    backward: bool = False
 
     def __post_init__(self):
         if not self.value_dim:
@@ -69,6 +72,11 @@ class Shape:
     @property
     def output_bytes(self) -> int:
         return self.batch * self.heads * self.queries * self.value_dim * self.itemsize
+
+    @property
+    def lse_bytes(self) -> int:
+        """Bytes of a softmax's log-sum-exps, which its backward pass starts from: a float32 or better per query."""
+        return self.batch * self.heads * self.queries * max(4, self.itemsize)
 
 
 @dataclass(frozen=True)
@@ -131,7 +139,8 @@ class Backend(nn.Module):
         raise NotImplementedError
 
     def cost(self, shape: Shape) -> Cost:
-        """The fewest operations and bytes that a call of this shape needs."""
+        """The fewest operations and bytes that a call of this shape needs; of its backward pass alone if
+        `shape.backward`, which has no state."""
         raise NotImplementedError
 
     def new_state(self) -> State:

@@ -49,13 +49,22 @@ class ExactBackend(Backend):
 
     def cost(self, shape: Shape) -> Cost:
         """Two matrix products over the pairs that see each other; q, what is seen of k and v, and the output moved
-        once. The softmax's own operations are not counted, as everywhere."""
+        once. The softmax's own operations are not counted, as everywhere.
+
+        Backward: five products, since scores are computed again from q, k and the log-sum-exps (FlashAttention-2,
+        arXiv:2307.08691, algorithm 2); the output and its gradient are read too, all gradients written."""
         first = shape.keys - shape.queries
         pairs = int(self.pairs(torch.arange(first, shape.keys), shape).sum())
         keys = shape.keys  # bidirectional calls are whole sequences
         if shape.causal and first:
             keys = shape.queries + int(self.still_seen(torch.arange(first), shape).sum())
         token = shape.kv_bytes // shape.keys
+        if shape.backward:
+            return Cost(
+                flops=2 * shape.batch * pairs * (3 * shape.head_dim + 2 * shape.value_dim),
+                read_bytes=shape.query_bytes + keys * token + 2 * shape.output_bytes + shape.lse_bytes,
+                write_bytes=shape.query_bytes + shape.kv_bytes,
+            )
         return Cost(
             flops=2 * shape.batch * pairs * (shape.head_dim + shape.value_dim),
             read_bytes=shape.query_bytes + keys * token,

@@ -5,35 +5,15 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
 from effattn.errors import Unsupported
+from effattn.profiling.memory import available_bytes
 
 PLAIN_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer)
 MEMORY_SHARE = 0.9  # of the available memory may be filled; the rest is for logits, activations and others
-
-
-def available_bytes(device: torch.device) -> int | None:
-    """Memory in bytes that can still be allocated on `device`; None where the system does not say."""
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return None
-    free = next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
-    group = Path("/sys/fs/cgroup")  # a container's own limit is not in /proc/meminfo
-    try:
-        limit, used = (group / "memory.max").read_text().strip(), int((group / "memory.current").read_text())
-        stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-        left = int(limit) - used + int(stat["inactive_file"])  # "max" is no number: no limit
-    except (OSError, ValueError, KeyError):
-        return free
-    return left if free is None else min(free, left)
 
 
 def kv_bytes(cache: Cache) -> int:

@@ -17,6 +17,11 @@ def device_name() -> str:
     """The accelerator's name if there is one, otherwise the processor's."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
+    return processor_name()
+
+
+def processor_name() -> str:
+    """The CPU's name, as the system tells it."""
     info = Path("/proc/cpuinfo")
     if info.is_file():
         for line in info.read_text(errors="replace").splitlines():
