@@ -15,6 +15,8 @@ _FUNCTIONS = {
     "convert_gqa": "effattn.heads.gqa",
     "describe": "effattn.hf.describe",
     "load": "effattn.hf.checkpoint",
+    "measure": "effattn.measuring.job",
+    "measure_approximation": "effattn.linearizing.approximation",
     "new_cache": "effattn.hf.cache",
     "perplexity": "effattn.evaluate.loss",
     "restore": "effattn.hf.swap",

@@ -9,74 +9,25 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
-from contextlib import contextmanager
-from functools import wraps
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+
+from effattn.console import Show, console, contexts_of, count_tokens, errors, one_line_errors, quiet_libraries
+from effattn.linearizing.cli import linearize
 
 app = typer.Typer(
     help="Swap, shrink and measure attention in Hugging Face models.", no_args_is_help=True, add_completion=False,
     pretty_exceptions_show_locals=False,
 )  # fmt: skip
-console = Console()
-errors = Console(stderr=True)
 
 
 @app.callback()
 def _root() -> None:
     """Keeps the sub-commands' names, however many there are."""
-
-
-def one_line_errors(command: Callable) -> Callable:
-    """Turns what users can cause (bad values, missing files, a full disk, Ctrl-C) into one line and an exit code."""
-
-    @wraps(command)
-    def guarded(*args, **kwargs):
-        from safetensors import SafetensorError
-
-        try:
-            return command(*args, **kwargs)
-        except (ValueError, OSError, FloatingPointError, RuntimeError, SafetensorError) as error:
-            if os.environ.get("EFFATTN_DEBUG"):
-                raise
-            lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-            errors.print(
-                f"error: {' '.join(lines[:2]) or type(error).__name__}", style="bold red", markup=False, soft_wrap=True
-            )
-            raise typer.Exit(2) from None
-        except KeyboardInterrupt:
-            errors.print("stopped; run the same command again to go on from the last checkpoint", soft_wrap=True)
-            raise typer.Exit(130) from None
-
-    return guarded
-
-
-class Show:
-    """Stages with a progress bar on a terminal, and with a line each elsewhere."""
-
-    @contextmanager
-    def stage(self, text: str):
-        columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-        if not errors.is_terminal:
-            errors.print(f"{text} ...", soft_wrap=True)
-        with Progress(*columns, console=errors, disable=not errors.is_terminal) as bar:
-            task = bar.add_task(text, total=None)
-            yield lambda done, total: bar.update(task, completed=done, total=total)
-            bar.update(task, total=1, completed=1)
-
-
-def quiet_libraries() -> None:
-    """Keeps the loading bars and notices of transformers out of our output."""
-    import transformers
-
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
 
 
 @app.command()
@@ -95,35 +46,6 @@ def backends(as_json: Annotated[bool, typer.Option("--json", help="print JSON")]
         flags = ["yes" if getattr(traits, flag) else "no" for flag in ("exact", "causal", "bidirectional", "learned")]
         table.add_row(name, *flags, traits.state, (cls.__doc__ or "").strip().splitlines()[0])
     console.print(table)
-
-
-def _contexts(text: str, option: str = "decode_contexts") -> list[int]:
-    """ "512,4k,16k" as numbers; empty for "" and "none"."""
-    if text.strip().lower() in ("", "none", "0"):
-        return []
-    try:
-        return [
-            int(part.lower().removesuffix("k").replace("_", "")) * (1024 if part.lower().endswith("k") else 1)
-            for part in map(str.strip, text.split(","))
-        ]
-    except ValueError:
-        raise ValueError(f"{option}: got {text!r}, valid is like 512,4k,16k or none") from None
-
-
-def _count(text: str) -> int:
-    """A number of tokens: 100000, 100_000, 100k or 1.5M."""
-    factor = {"k": 1_000, "m": 1_000_000}.get(text[-1:].lower(), 1)
-    digits = text[:-1] if factor > 1 else text
-    try:
-        value = float(digits.replace("_", "").replace(",", "")) * factor
-    except ValueError:
-        raise typer.BadParameter(f"got {text!r}, valid is like 50000, 50_000, 50k or 1.5M") from None
-    return int(value)
-
-
-def count_tokens(text: str):
-    """The option for a number of tokens, read as people write it."""
-    return typer.Option(parser=_count, metavar="TOKENS", help=f"tokens {text}")
 
 
 @app.command("convert-gqa")
@@ -160,7 +82,7 @@ def convert_gqa(
         text=tuple(text or ()), dataset=dataset, column=column, calibration_tokens=calibration_tokens,
         evaluation_tokens=evaluation_tokens, uptrain_tokens=uptrain_tokens, length=length, batch=batch, lr=lr,
         ce_weight=ce_weight, layer_weight=layer_weight, trainable=trainable, seed=seed, device=device,
-        decode_contexts=_contexts(decode_contexts),
+        decode_contexts=contexts_of(decode_contexts),
     )  # fmt: skip
     main = int(os.environ.get("RANK", "0")) == 0
     report = run(job, Show() if main else Quiet())
@@ -197,7 +119,7 @@ def swap(
     quiet_libraries()
     job = Job(
         model=model, output=output, text=tuple(text or ()), dataset=dataset, column=column,
-        contexts=_contexts(contexts, "contexts"), evaluation_tokens=evaluation_tokens, stream_tokens=stream_tokens,
+        contexts=contexts_of(contexts, "contexts"), evaluation_tokens=evaluation_tokens, stream_tokens=stream_tokens,
         dense_stream_tokens=dense_stream_tokens, chunk=chunk, prompt_tokens=prompt_tokens,
         generate_tokens=generate_tokens, temperature=temperature, seed=seed, device=device,
         **({"patterns": tuple(pattern)} if pattern else {}),
@@ -211,6 +133,69 @@ def swap(
     if output is not None:
         console.print(f"\ncheckpoint  {output}", soft_wrap=True, highlight=False)
         console.print(f"report      {(output / 'report.html').absolute()}", soft_wrap=True, highlight=False)
+
+
+@app.command()
+@one_line_errors
+def measure(
+    model: Annotated[str, typer.Option(help='"embedded", a folder, or a hub name')] = "embedded",
+    pattern: Annotated[str | None, typer.Option(help="a spec, or JSON from layers to specs, to compare")] = None,
+    cache: Annotated[str | None, typer.Option(help="a cache format; with --pattern, one variant together")] = None,
+    variant: Annotated[list[str] | None, typer.Option(help="name=spec, repeated: a backend, plain, or axes such as "
+        "'heads=gqa(kv_heads=2); pattern=dense'")] = None,
+    contexts: Annotated[str, typer.Option(help="tokens of the prompt")] = "1k,4k,16k",
+    batches: Annotated[str, typer.Option(help="sequences at once")] = "1",
+    steps: Annotated[int, typer.Option(help="decode steps to time, at most")] = 32,
+    seconds: Annotated[float, typer.Option(help="about so long for the prefills, and the steps, of a context")] = 5.0,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, float16 or float64")] = "auto",
+    seed: Annotated[int, typer.Option(help="of the random tokens")] = 0,
+    output: Annotated[Path | None, typer.Option(help="folder for report.{html,md,json}; a killed run resumes")] = None,
+    html: Annotated[Path | None, typer.Option(help="file for the page")] = None,
+    markdown: Annotated[Path | None, typer.Option(help="file for the tables")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="file for the results, for `compare`")] = None,
+    fresh: Annotated[bool, typer.Option(help="forget an unfinished run, replace a finished one")] = False,
+) -> None:  # fmt: skip
+    """Measure time to first token, time per token, memory and bandwidth, variants side by side."""
+    from effattn.measuring.command import Job, run, what_is_kept
+
+    quiet_libraries()
+    job = Job(
+        model=model, pattern=pattern, cache=cache, variants=tuple(variant or ()), steps=steps, seconds=seconds,
+        contexts=contexts_of(contexts, "contexts"), batches=contexts_of(batches, "batches"), seed=seed, device=device,
+        dtype=dtype, output=output, html=html, markdown=markdown, json=json_file, fresh=fresh,
+    )  # fmt: skip
+    try:
+        report = run(job, Show())
+    except KeyboardInterrupt:
+        errors.print(what_is_kept(job), soft_wrap=True)
+        raise SystemExit(130) from None
+    wide = console if console.is_terminal else Console(width=180)  # a log's lines may be long
+    wide.print(report)
+    pages = [file.absolute() for file in (output and output / "report.html", html) if file]
+    for file in pages:
+        console.print(f"\nreport      {file}", soft_wrap=True, highlight=False)
+    print(report.summary())
+
+
+@app.command()
+@one_line_errors
+def compare(
+    before: Annotated[Path, typer.Argument(help="a result of `effattn measure` or of a benchmark (JSON)")],
+    after: Annotated[Path, typer.Argument(help="another one")],
+    tolerance: Annotated[float, typer.Option(help="share by which a median may grow")] = 0.05,
+) -> None:
+    """Say what got slower or bigger beyond the noise; exit code 1 if anything did."""
+    from effattn.measuring import compare as comparing
+
+    found = comparing.compare(comparing.load(before), comparing.load(after), tolerance)
+    console.print(found)
+    print(found.summary())
+    if found.worse:
+        raise SystemExit(1)
+
+
+app.command()(linearize)
 
 
 @app.command()

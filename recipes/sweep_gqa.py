@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from effattn.cli import Show, console, count_tokens, one_line_errors, quiet_libraries
+from effattn.console import Show, console, count_tokens, one_line_errors, quiet_libraries
 
 
 @one_line_errors

@@ -254,6 +254,6 @@ def test_backends_command():
 
 @pytest.mark.parametrize("text_value", ["50k", "50_000", "50000", "0.05M"])
 def test_token_counts_are_read_as_people_write_them(text_value):
-    from effattn.cli import _count
+    from effattn.console import count_of
 
-    assert _count(text_value) == 50_000
+    assert count_of(text_value) == 50_000

@@ -1,0 +1,90 @@
+"""What every command of the command line shares: consoles, one-line errors, progress, and how numbers are read."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from contextlib import contextmanager
+from functools import wraps
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+console = Console()
+errors = Console(stderr=True)
+
+
+def one_line_errors(command: Callable) -> Callable:
+    """Turns what users can cause (bad values, missing files, a full disk, Ctrl-C) into one line and an exit code."""
+
+    @wraps(command)
+    def guarded(*args, **kwargs):
+        from safetensors import SafetensorError
+
+        try:
+            return command(*args, **kwargs)
+        except (ValueError, OSError, FloatingPointError, RuntimeError, SafetensorError) as error:
+            if os.environ.get("EFFATTN_DEBUG"):
+                raise
+            lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+            errors.print(
+                f"error: {' '.join(lines[:2]) or type(error).__name__}", style="bold red", markup=False, soft_wrap=True
+            )
+            raise typer.Exit(2) from None
+        except KeyboardInterrupt:
+            errors.print("stopped; run the same command again to go on from the last checkpoint", soft_wrap=True)
+            raise typer.Exit(130) from None
+
+    return guarded
+
+
+class Show:
+    """Stages with a progress bar on a terminal, and with a line each elsewhere."""
+
+    @contextmanager
+    def stage(self, text: str):
+        columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+        if not errors.is_terminal:
+            errors.print(f"{text} ...", soft_wrap=True)
+        with Progress(*columns, console=errors, disable=not errors.is_terminal) as bar:
+            task = bar.add_task(text, total=None)
+            yield lambda done, total: bar.update(task, completed=done, total=total)
+            bar.update(task, total=1, completed=1)
+
+
+def quiet_libraries() -> None:
+    """Keeps the loading bars and notices of transformers out of our output."""
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+
+
+def contexts_of(text: str, option: str = "decode_contexts") -> list[int]:
+    """ "512,4k,16k" as numbers; empty for "" and "none"."""
+    if text.strip().lower() in ("", "none", "0"):
+        return []
+    try:
+        return [
+            int(part.lower().removesuffix("k").replace("_", "")) * (1024 if part.lower().endswith("k") else 1)
+            for part in map(str.strip, text.split(","))
+        ]
+    except ValueError:
+        raise ValueError(f"{option}: got {text!r}, valid is like 512,4k,16k or none") from None
+
+
+def count_of(text: str) -> int:
+    """A number of tokens: 100000, 100_000, 100k or 1.5M."""
+    factor = {"k": 1_000, "m": 1_000_000}.get(text[-1:].lower(), 1)
+    digits = text[:-1] if factor > 1 else text
+    try:
+        value = float(digits.replace("_", "").replace(",", "")) * factor
+    except ValueError:
+        raise typer.BadParameter(f"got {text!r}, valid is like 50000, 50_000, 50k or 1.5M") from None
+    return int(value)
+
+
+def count_tokens(text: str):
+    """The option for a number of tokens, read as people write it."""
+    return typer.Option(parser=count_of, metavar="TOKENS", help=f"tokens {text}")

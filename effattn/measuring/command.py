@@ -1,0 +1,102 @@
+"""The job behind `effattn measure` and `recipes/measure.py`: check, load, measure, write."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from effattn import embedded
+from effattn.errors import check_choice
+from effattn.heads.job import Quiet, device
+from effattn.hf.checkpoint import DTYPES, load_model
+from effattn.measuring import progress as saving
+from effattn.measuring.job import BATCHES, CONTEXTS, SECONDS, STEPS, check_numbers, measure
+from effattn.measuring.report import Report
+from effattn.measuring.variants import parse_all
+
+BESIDE = ("sliding(window=512, sinks=4)",)  # what a bare run shows beside the plain embedded model
+
+
+@dataclass
+class Job:
+    """The settings of one run. `pattern` and `cache` are one variant together; `variants` are more of them."""
+
+    model: str = embedded.NAME
+    pattern: str | None = None
+    cache: str | None = None
+    variants: Sequence[str] = ()
+    contexts: Sequence[int] = CONTEXTS
+    batches: Sequence[int] = BATCHES
+    steps: int = STEPS
+    seconds: float = SECONDS
+    seed: int = 0
+    device: str = "auto"
+    dtype: str = "auto"
+    output: Path | None = None
+    html: Path | None = None
+    markdown: Path | None = None
+    json: Path | None = None
+    fresh: bool = False
+
+    @property
+    def files(self) -> dict[str, Path]:
+        """Method of the report -> the file that it writes."""
+        asked = {"to_json": self.json, "to_markdown": self.markdown, "to_html": self.html}
+        return {method: file for method, file in asked.items() if file is not None}
+
+    @property
+    def partial(self) -> Path | None:
+        """Where finished cells are kept while it runs; None when nothing is written at all."""
+        if self.output is not None:
+            return saving.partial_in(self.output)
+        return next(map(saving.partial_beside, self.files.values()), None)
+
+    @property
+    def wanted(self) -> list[str] | None:
+        """The variants as `measure` takes them."""
+        axes = {"pattern": self.pattern, "cache": self.cache}
+        together = "; ".join(f"{axis}={spec}" for axis, spec in axes.items() if spec is not None)
+        asked = [*([together] if together else []), *self.variants]
+        if not asked and str(self.model) == embedded.NAME:
+            return list(BESIDE)
+        return asked or None
+
+
+def run(job: Job, show: Quiet | None = None) -> Report:
+    """Runs `job`; what can be known to be wrong is said before the model is loaded. Raises what `measure` raises."""
+    show = show or Quiet()
+    parse_all(job.wanted)
+    check_numbers(job.contexts, job.batches, job.steps, job.seconds)
+    check_choice("dtype", job.dtype, DTYPES)
+    place = device(job.device)
+    if job.output is not None:
+        saving.check_output(job.output, job.fresh)
+    for method, file in job.files.items():
+        saving.check_writable(method.removeprefix("to_"), file.absolute().parent)
+        if file.is_dir():
+            raise ValueError(f"{method.removeprefix('to_')}: {file} is a folder, valid is a file's name")
+    with show.stage("loading the model"):
+        model, _ = load_model(job.model, job.dtype)
+        model.to(place)
+    report = measure(
+        model, job.wanted, job.contexts, job.batches, steps=job.steps, seconds=job.seconds, seed=job.seed,
+        output=job.output, resume=job.partial, fresh=job.fresh, name=str(job.model), show=show,
+    )  # fmt: skip
+    for method, file in job.files.items():
+        getattr(report, method)(file)
+    saving.discard(job.partial)
+    return report
+
+
+def what_is_kept(job: Job) -> str:
+    """One line for who stops a run."""
+    cells, total = saving.kept_cells(job.partial), len(set(job.contexts)) * len(set(job.batches))
+    if job.partial is None:
+        return "stopped; nothing is kept: with --output DIR or --json FILE, what is finished would be"
+    if not cells:
+        return "stopped before the first context was finished; nothing is kept"
+    return (
+        f"stopped; {cells} of {total} pairs of context and batch are kept in {job.partial}: the same command goes on "
+        "from there"
+    )

@@ -1,0 +1,151 @@
+"""One variant at one context and batch: prefill, decode steps, and what each operation takes.
+
+Prefill and steps are what `generate()` does: the model's own cache (`effattn.new_cache`), the logits of the last token
+only where the class can leave out the others, one argmax a step. Token ids are random; times do not depend on them.
+"""
+
+from __future__ import annotations
+
+import inspect
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import nn
+
+from effattn.evaluate.streaming import cache_bytes
+from effattn.hf.cache import new_cache
+from effattn.measuring.operations import Key, OperationTimer
+from effattn.profiling.memory import PeakMemory
+from effattn.profiling.timing import Clock, alternate
+
+INSTRUMENTED = 5  # passes with hooks, at most, and as many decode steps
+BESIDE_STEPS = 3 + INSTRUMENTED  # steps beside the timed ones: two for memory, one to warm up, those with hooks
+
+
+class Lane:
+    """One variant's model with its cache. `ids`: int64 (B, context)."""
+
+    def __init__(self, name: str, model: nn.Module, ids: torch.Tensor):
+        self.name, self.model, self.ids = name, model, ids
+        self.cache, self.token = None, ids[:, :1]
+        self.last_only = {"logits_to_keep": 1} if takes_logits_to_keep(model) else {}
+
+    def prefill(self) -> None:
+        """From the prompt to the first token. The cache that it leaves holds `context` tokens."""
+        self.cache = new_cache(self.model)
+        self._forward(self.ids)
+
+    def step(self) -> None:
+        """One more token from everything in the cache, which then holds it too."""
+        self._forward(self.token)
+
+    @torch.no_grad()
+    def _forward(self, ids: torch.Tensor) -> None:
+        logits = self.model(input_ids=ids, past_key_values=self.cache, use_cache=True, **self.last_only).logits
+        self.token = logits[:, -1:].argmax(-1)
+
+    def forget(self) -> None:
+        self.cache = None
+
+
+def takes_logits_to_keep(model: nn.Module) -> bool:
+    """Whether the class can compute the last token's logits alone, as `generate()` asks it to."""
+    return "logits_to_keep" in inspect.signature(model.forward).parameters
+
+
+def warm_up(lanes: Sequence[Lane]) -> None:
+    """A few tokens through every lane: thread pools, lazy imports and first calls are not part of a first token."""
+    for lane in lanes:
+        ids, lane.ids = lane.ids, lane.ids[:, :8]
+        lane.prefill()
+        lane.step()
+        lane.ids = ids
+        lane.forget()
+
+
+def measure_together(
+    lanes: Sequence[Lane], steps: int, seconds: float, tick: Callable[[str, float], None]
+) -> dict[str, dict]:
+    """Measures `lanes`, which take turns. By name: {"prefill", "decode", "kv_bytes_held" (after the prefill)}.
+
+    A phase has "seconds" (of every timed pass), "peak" (bytes that one pass adds, and how that is known), "operations"
+    (key: seconds in every pass with hooks); "decode" also has "past", the mean of the tokens that the cache held at the
+    timed steps. `tick` is called after every pass with the phase and its share of `seconds`.
+    """
+    clock = Clock(lanes[0].ids.device)
+    found = {lane.name: {} for lane in lanes}
+    for lane in lanes:
+        found[lane.name]["prefill"] = _instrumented(lane, lane.prefill, seconds / 4, tick)
+        lane.forget()
+    times = alternate({lane.name: lane.prefill for lane in lanes}, _Turns(clock, lanes, seconds, tick), seconds,
+                      warmup=0)  # fmt: skip
+    for lane in lanes:
+        found[lane.name]["prefill"]["seconds"] = times[lane.name]
+        found[lane.name]["kv_bytes_held"] = cache_bytes(lane.cache)
+    peaks = {lane.name: _step_peak(lane) for lane in lanes}
+    times = alternate({lane.name: lane.step for lane in lanes}, clock, seconds, least=min(3, steps), most=steps)
+    tick("decode", 1.0)
+    for lane in lanes:
+        rounds, context = len(times[lane.name]), lane.ids.shape[1]
+        with OperationTimer(lane.model) as timer:
+            passes = [_one(lane.step, timer) for _ in range(INSTRUMENTED)]
+        found[lane.name]["decode"] = {
+            "seconds": times[lane.name], "peak": peaks[lane.name], "operations": _columns(passes),
+            "past": context + 3 + (rounds - 1) / 2,
+        }  # fmt: skip
+        lane.forget()
+    return found
+
+
+class _Turns:
+    """A clock that frees what a lane's last prefill left before it times the next one, and reports progress."""
+
+    def __init__(self, clock: Clock, lanes: Sequence[Lane], seconds: float, tick):
+        self.clock, self.lanes, self.seconds, self.tick, self.spent = clock, lanes, seconds, tick, 0.0
+
+    def __call__(self, call: Callable[[], None]) -> float:
+        for lane in self.lanes:
+            if call == lane.prefill:
+                lane.forget()
+        took = self.clock(call)
+        self.spent += took
+        self.tick("prefill", min(1.0, self.spent / self.seconds))
+        return took
+
+
+def _instrumented(lane: Lane, call: Callable[[], None], seconds: float, tick) -> dict:
+    """Passes with hooks: one with the peak of memory; more, without that first one, as long as `seconds` last."""
+    start = time.perf_counter()
+    with OperationTimer(lane.model) as timer, PeakMemory(lane.ids.device) as peak:
+        passes = [_one(call, timer)]
+    tick("prefill", 0.0)
+    took = time.perf_counter() - start
+    more = min(INSTRUMENTED, int(seconds / max(took, 1e-9)))
+    if more >= 2:
+        with OperationTimer(lane.model) as timer:
+            passes = [_one(call, timer) for _ in range(more)]
+    return {"peak": _peak(peak), "operations": _columns(passes)}
+
+
+def _step_peak(lane: Lane) -> dict:
+    """The peak of a step, and the cache's bytes before it. Of the second one: on a CPU only what was allocated under
+    the eyes of `PeakMemory` is seen to be freed, and after a first step that is all that a step replaces."""
+    for _ in range(2):
+        held = cache_bytes(lane.cache)
+        with PeakMemory(lane.ids.device) as peak:
+            lane.step()
+    return {**_peak(peak), "held": held}
+
+
+def _one(call: Callable[[], None], timer: OperationTimer) -> dict[Key, float]:
+    call()
+    return timer.read()
+
+
+def _columns(passes: list[dict[Key, float]]) -> dict[Key, list[float]]:
+    return {key: [one[key] for one in passes] for key in passes[0]}
+
+
+def _peak(peak: PeakMemory) -> dict:
+    return {"bytes": peak.bytes, "source": peak.source}
