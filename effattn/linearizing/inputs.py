@@ -1,0 +1,48 @@
+"""What a model's attention really gets: q, k and v of each layer, rotated, and the exact attention over them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from effattn.hf import anatomy as hf
+from effattn.hf import hooks
+from effattn.hf.swap import active, restore, swap
+from effattn.kernels import flash
+
+
+@torch.no_grad()
+def projections_of(
+    model: nn.Module, tokens: Tensor, layers: Sequence[int] | None = None
+) -> dict[int, tuple[Tensor, Tensor, Tensor]]:
+    """layer -> q (B, Hq, T, D), k and v (B, Hkv, T, D) as its attention gets them, for token ids (B, T) int64.
+
+    The model must not be swapped (ValueError), and is as before afterwards.
+    """
+    if active(model) is not None:
+        raise ValueError("model: it is swapped; its own attention is needed here: effattn.restore(model) first")
+    found: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+    swap(model, "dense")
+    try:
+        handles = []
+        for layer in hf.of(model):
+            if layers is None or layer.index in layers:
+                backend = getattr(layer.attention, hooks.ATTRIBUTE).backend
+
+                def note(_, args, index=layer.index):
+                    found[index] = args[:3]
+
+                handles.append(backend.register_forward_pre_hook(note))
+        model.base_model(input_ids=tokens.to(model.get_input_embeddings().weight.device), use_cache=False)
+        for handle in handles:
+            handle.remove()
+    finally:
+        restore(model)
+    return dict(sorted(found.items()))
+
+
+def exact(q: Tensor, k: Tensor, v: Tensor, causal: bool = True) -> Tensor:
+    """Softmax attention, (B, Hq, T, Dv)."""
+    return flash.attention(q, k, v, causal=causal, scale=q.shape[-1] ** -0.5)

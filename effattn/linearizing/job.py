@@ -1,0 +1,219 @@
+"""The whole job behind `recipes/linearize.py` and `effattn linearize`.
+
+Load, measure the parent, swap, measure, transfer, measure, distil, measure, save, load again and compare logits; only
+then the folder gets its name. `.<output>.partial` beside it keeps the checkpoints of both trainings; the same command
+goes on from there.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+
+from effattn import embedded
+from effattn.errors import check_choice
+from effattn.evaluate.loss import compare
+from effattn.heads.job import Quiet, device, measure_parent
+from effattn.heads.uptrain import TRAINABLE as DISTIL_TRAINABLE
+from effattn.heads.uptrain import uptrain
+from effattn.hf import anatomy as hf
+from effattn.hf.checkpoint import atomic_folder, check_new_folder, load, load_model, save
+from effattn.hf.describe import describe
+from effattn.hf.swap import active
+from effattn.linearizing import plan
+from effattn.linearizing.lora import adapters
+from effattn.linearizing.report import LinearizeReport
+from effattn.linearizing.transfer import TRAINABLE, transfer
+from effattn.profiling.environment import environment
+from effattn.reports.files import write_text_atomic
+from effattn.swapping.patterns import label_of
+from effattn.textdata import Streams, streams
+
+STATE_CONTEXTS = (1024, 8192, 65536)
+
+
+@dataclass
+class Job:
+    """The settings of one run. A run is resumed only with the same ones."""
+
+    model: str = embedded.NAME
+    output: Path | None = None
+    pattern: str | None = "linear(feature_map='hedgehog')"
+    projections: str | None = None
+    keep_every: int = 0
+    keep: str = "sliding(window=256)"
+    fit_decay: bool = True
+    text: Sequence[Path] = ()
+    dataset: str | None = None
+    column: str | None = None
+    transfer_tokens: int = 150_000
+    distil_tokens: int = 450_000
+    evaluation_tokens: int = 32_768
+    length: int = 512
+    batch: int = 2
+    transfer_lr: float = 3e-3
+    lr: float | None = None
+    transfer_trainable: str = "attention"
+    trainable: str = "all"
+    lora: int = 0
+    ce_weight: float = 0.05
+    layer_weight: float = 30.0
+    seed: int = 0
+    device: str = "auto"
+    overrides: dict = field(default_factory=dict)
+
+    @property
+    def partial(self) -> Path:
+        target = Path(self.output or "runs/linearize").absolute()
+        return target.parent / f".{target.name}.partial"
+
+
+def run(job: Job, show: Quiet | None = None) -> LinearizeReport:
+    """Runs `job`; returns the report, which with an output also lies there as report.{json,md,html}.
+
+    Raises ValueError (bad settings or input), FloatingPointError, OSError (disk), each before anything appears under
+    the output's name. Under torchrun or `accelerate launch` every process calls it; rank 0 measures and writes.
+    """
+    show, main = show or Quiet(), int(os.environ.get("RANK", "0")) == 0
+    check_job(job)
+    with show.stage("loading the model"):
+        parent, tokenizer = load_model(job.model)
+        parent.to(device(job.device))
+        if active(parent) is not None:
+            raise ValueError(f"model: {job.model} is swapped already; valid is a checkpoint with its own attention")
+        parts = hf.of(parent)
+        specs = plan.layer_specs(parts, job.pattern, job.keep_every, job.keep)
+    with show.stage("reading text"):
+        wanted = max(job.transfer_tokens, job.distil_tokens, plan.WINDOWS * plan.LENGTH)
+        data = streams(tokenizer, train=wanted, evaluation=job.evaluation_tokens, text=job.text, dataset=job.dataset,
+                       column=job.column)  # fmt: skip
+        for name in ("transfer_tokens", "distil_tokens"):
+            if getattr(job, name) > 20 * len(data.train):
+                raise ValueError(
+                    f"{name}: got {getattr(job, name):,}, the text has {len(data.train):,} tokens: more than 20 passes "
+                    "over it; give more text, or ask for less"
+                )
+    length = min(job.length, len(data.evaluation))
+    student = copy.deepcopy(parent)
+    with show.stage("swapping"):
+        specs = plan.apply(student, specs, job.projections, data.train, fit_decay=job.fit_decay)
+        layers = plan.learning_layers(student, specs, job.projections)
+        if not layers:
+            raise ValueError(f"pattern: {label_of(job.pattern)} is exact in every layer, there is nothing to recover; "
+                             "valid is an approximate backend, or use `effattn swap`")  # fmt: skip
+    quality, stages = {}, {}
+    if main:
+        with show.stage("measuring the parent") as progress:
+            quality = measure_parent(parent, data, length, progress)
+
+    def measured(stage: str) -> None:
+        if main:
+            with show.stage(f"measuring after {stage}") as progress:
+                stages[stage] = compare(parent, student, data.evaluation, length, progress=progress)
+
+    measured("swap")
+    told, transferred, distilled = describe(student), None, None
+    if job.transfer_tokens or job.distil_tokens:
+        _check_partial(job, main)
+    if job.transfer_tokens:
+        with show.stage(f"attention transfer on {job.transfer_tokens:,} tokens") as progress:
+            transferred = transfer(
+                student, parent, data.train, layers=layers, train_tokens=job.transfer_tokens,
+                folder=job.partial / "transfer", length=length, batch=job.batch, lr=job.transfer_lr,
+                trainable=job.transfer_trainable, seed=job.seed, progress=progress, overrides=_overrides(job, student),
+            )  # fmt: skip
+        measured("transfer")
+    if job.distil_tokens:
+        with show.stage(f"distilling on {job.distil_tokens:,} tokens") as progress:
+            distilled = _distil(job, student, parent, data, length, progress)
+        measured("distillation")
+    report = LinearizeReport({
+        "kind": "linearize",
+        "settings": json.loads(json.dumps(asdict(job), default=str)) | {"source": data.source},
+        "model": {"class": told.model, "parameters_before": describe(parent).parameters["total"],
+                  "parameters_after": told.parameters["total"], "dtype": told.dtype},
+        "layers": [{"layer": row["index"], "pattern": row["pattern"], "projections": row["projections"]}
+                   for row in told.layers],
+        "quality": quality, "stages": stages, "transfer": transferred, "distillation": distilled,
+        "pretraining_tokens": embedded.card()["train_tokens"] if job.model == embedded.NAME else None,
+        "state_bytes": plan.state_bytes(student, STATE_CONTEXTS), "verification": None, "environment": environment(),
+    })  # fmt: skip
+    if main and job.output is not None:
+        with show.stage("saving, and loading again"), atomic_folder(job.output) as folder:
+            student.config.use_cache = True
+            save(student, folder, tokenizer)
+            report.data["verification"] = _verify(folder, student, data.evaluation[: min(64, length)])
+            report.save(folder)
+    if main:
+        shutil.rmtree(job.partial, ignore_errors=True)
+    return report
+
+
+def check_job(job: Job) -> None:
+    """Everything that can be known to be wrong before a model is loaded. Raises ValueError."""
+    check_choice("transfer_trainable", job.transfer_trainable, TRAINABLE)
+    check_choice("trainable", job.trainable, DISTIL_TRAINABLE)
+    device(job.device)
+    if job.output is not None:
+        check_new_folder("output", job.output)
+    if job.pattern is None and job.projections is None:
+        raise ValueError("pattern: got none and no projections either; valid is for example 'performer(features=256)'")
+    for name, least in (("transfer_tokens", 0), ("distil_tokens", 0), ("evaluation_tokens", 16), ("length", 8),
+                        ("batch", 1), ("keep_every", 0), ("lora", 0)):  # fmt: skip
+        if getattr(job, name) < least:
+            raise ValueError(f"{name}: got {getattr(job, name)}, valid is {least} or more")
+
+
+def _overrides(job: Job, student) -> dict:
+    return {"use_cpu": student.device.type == "cpu"} | job.overrides
+
+
+def _distil(job: Job, student, parent, data: Streams, length: int, progress) -> dict:
+    def train(trainable) -> dict:
+        return uptrain(
+            student, parent, data.train, train_tokens=job.distil_tokens, folder=job.partial / "distil",
+            evaluation=data.evaluation[:8_192], length=length, batch=job.batch, lr=job.lr, ce_weight=job.ce_weight,
+            layer_weight=job.layer_weight, trainable=trainable, seed=job.seed, progress=progress,
+            overrides=_overrides(job, student),
+        )  # fmt: skip
+
+    if not job.lora:
+        return train(job.trainable)
+    with adapters(student, job.lora) as parameters:
+        return train(parameters)
+
+
+def _check_partial(job: Job, main: bool) -> None:
+    """Writes the settings of this run, or compares them with those of the unfinished one. ValueError if they differ."""
+    settings = {key: value for key, value in asdict(job).items() if key not in ("output", "device", "overrides")}
+    settings = json.loads(json.dumps(settings, default=str))
+    manifest = job.partial / "settings.json"
+    if manifest.exists():
+        old = json.loads(manifest.read_text())
+        if changed := sorted(key for key in settings if old.get(key) != settings[key]):
+            raise ValueError(
+                f"{job.partial} holds an unfinished run with other settings ({', '.join(changed)}): repeat them to go "
+                "on, or delete that folder to start again"
+            )
+    elif main:
+        job.partial.mkdir(parents=True, exist_ok=True)
+        write_text_atomic(manifest, json.dumps(settings, indent=1) + "\n")
+
+
+@torch.no_grad()
+def _verify(folder: Path, model, tokens: torch.Tensor) -> dict:
+    """Loads the checkpoint and compares logits. Raises RuntimeError when they differ by more than rounding."""
+    again = load(folder).to(model.device)
+    ids = tokens[None].to(model.device)
+    ours, theirs = (one(input_ids=ids, use_cache=False).logits.float() for one in (model, again))
+    difference = float((ours - theirs).abs().max())
+    if not difference <= 1e-5 * float(ours.abs().max()):
+        raise RuntimeError(f"the saved checkpoint gives other logits (largest difference {difference:.3g})")
+    return {"max_logit_difference": difference, "tokens": ids.shape[1]}

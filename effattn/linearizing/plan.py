@@ -1,0 +1,73 @@
+"""What becomes of each layer: the new backend, with every n-th layer kept exact, and how many bytes that remembers."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from effattn import registry
+from effattn.hf import anatomy as hf
+from effattn.hf import hooks
+from effattn.hf.swap import parse_layers, swap
+from effattn.interface import Shape
+from effattn.linearizing.decay import fit_decays
+from effattn.linearizing.inputs import projections_of
+from effattn.swapping.patterns import Pattern, parse_pattern
+
+WINDOWS, LENGTH = 4, 512  # of the text that decays and codebooks are fitted on
+
+
+def layer_specs(parts: hf.Anatomy, pattern: Pattern | None, keep_every: int, keep: str) -> dict[int, str]:
+    """layer -> spec; the last of every `keep_every` layers (0: none) is `keep`. ValueError for bad ones."""
+    if pattern is None:
+        return {}
+    pattern, layers = parse_pattern(pattern), len(parts.layers)
+    specs = parse_layers(pattern, layers) if isinstance(pattern, dict) else dict.fromkeys(range(layers), pattern)
+    if keep_every:
+        keep = parse_pattern(keep)
+        specs |= {index: keep for index in range(keep_every - 1, layers, keep_every)}
+    return dict(sorted(specs.items()))
+
+
+def approximate(specs: dict[int, str]) -> list[int]:
+    """The layers whose backend is no exact attention: those that have something to learn."""
+    return [i for i, spec in specs.items() if not registry.backends()[registry.parse_spec(spec)[0]].traits.exact]
+
+
+def apply(
+    model: nn.Module, specs: dict[int, str], projections: str | None, tokens: Tensor, *, fit_decay: bool
+) -> dict[int, str]:
+    """Swaps `model` in place; returns the specs with what was fitted on tokens (N,) int64: decays, codebooks."""
+    sample = tokens[: min(len(tokens), WINDOWS * LENGTH)]
+    sample = sample.view(1, -1) if len(sample) < LENGTH else sample[: len(sample) // LENGTH * LENGTH].view(-1, LENGTH)
+    learns = [i for i, spec in specs.items() if hasattr(registry.backends()[registry.parse_spec(spec)[0]], "calibrate")]
+    seen = projections_of(model, sample, learns) if learns else {}
+    if fit_decay:
+        specs = fit_decays(model, specs, sample)
+    if projections is not None:
+        swap(model, projections=projections)
+    if specs:
+        swap(model, {str(index): spec for index, spec in specs.items()})
+    for index, (_, k, _) in seen.items():
+        getattr(hf.of(model).layers[index].attention, hooks.ATTRIBUTE).backend.calibrate(k)
+    return specs
+
+
+def learning_layers(model: nn.Module, specs: dict[int, str], projections: str | None) -> list[int]:
+    """The layers that transfer trains."""
+    return list(range(len(hf.of(model).layers))) if projections is not None else approximate(specs)
+
+
+def state_bytes(model: nn.Module, contexts: tuple[int, ...]) -> list[dict]:
+    """Bytes that one sequence's decode states take at each context, and that the plain K/V cache would."""
+    rows = []
+    for context in contexts:
+        ours = plain = 0
+        for layer in hf.of(model):
+            size = layer.k.module.weight.element_size() if layer.k.module.weight.is_floating_point() else 2
+            shape = Shape(1, layer.heads, layer.kv_heads, context, context, layer.head_dim, layer.value_dim, size)
+            held = getattr(layer.attention, hooks.ATTRIBUTE, None)
+            own = registry.backend("dense").cost(shape).state_bytes
+            plain += own
+            ours += own if held is None or held.backend is None else held.backend.cost(shape).state_bytes
+        rows.append({"context": context, "plain": plain, "ours": ours})
+    return rows

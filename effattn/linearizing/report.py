@@ -1,0 +1,191 @@
+"""The report of a linearization: quality before and after each stage, and what decoding remembers.
+
+One JSON-able dict is the report; Markdown, HTML and the terminal show the same tables made from it.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from effattn.reports.files import finite, write_all_atomic
+from effattn.reports.page import Section, markdown_text, page
+from effattn.reports.plots import AFTER, BEFORE, UPTRAINED, Series, bar_plot, line_plot, short_count
+from effattn.reports.tables import Table, data_size, number, pairs, percent
+from effattn.swapping.patterns import label_of
+
+STAGES = ("swap", "transfer", "distillation")
+QUALITY, STATE = "Quality", "What decoding remembers"
+
+
+@dataclass
+class LinearizeReport:
+    """Wraps `data`, a dict of kind "linearize": settings, model, layers, quality (the parent, and what was measured
+    on), stages (perplexity, cross_entropy, kl after each), transfer, distillation, state_bytes, verification,
+    environment. Perplexities come with their cross-entropy in nats a token."""
+
+    data: dict
+
+    def __post_init__(self):
+        if self.data.get("kind") != "linearize":
+            raise ValueError(f"kind: got {self.data.get('kind')!r}, a linearization's report has 'linearize'")
+
+    @classmethod
+    def load(cls, path: Path | str) -> LinearizeReport:
+        """Reads report.json, or the one in a folder."""
+        path = Path(path)
+        return cls(json.loads((path / "report.json" if path.is_dir() else path).read_text(encoding="utf-8")))
+
+    @property
+    def label(self) -> str:
+        """What was done, as the report writes it."""
+        settings = self.data["settings"]
+        parts = []
+        if settings["pattern"]:
+            kept = f", every {settings['keep_every']}th layer {settings['keep']}" if settings["keep_every"] else ""
+            parts.append(label_of(settings["pattern"]) + kept)
+        return " and ".join([*parts, *([settings["projections"]] if settings["projections"] else [])])
+
+    @property
+    def title(self) -> str:
+        return f"{self.data['settings']['model']}: {self.label}"
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that both trainings saw."""
+        return sum((self.data[stage] or {}).get("tokens", 0) for stage in ("transfer", "distillation"))
+
+    @property
+    def headline(self) -> str:
+        """The result in one sentence."""
+        parent = self.data["quality"]["before"]["perplexity"]
+        last = [stage for stage in STAGES if stage in self.data["stages"]][-1]
+        now, first = self.data["stages"][last]["perplexity"], self.data["stages"]["swap"]["perplexity"]
+        text = f"{self.label}: perplexity {number(round(parent, 2))} -> {number(round(now, 2))} ({now / parent:.2f}x)"
+        if last != "swap":
+            text += f" after {self.tokens:,} tokens of training ({number(round(first, 1))} right after the swap)"
+        row = self.data["state_bytes"][-1]
+        if row["ours"] < row["plain"]:
+            text += f"; at {short_count(row['context'])} tokens decoding remembers {data_size(row['ours'])} "
+            text += f"instead of {data_size(row['plain'])} ({row['plain'] / row['ours']:,.0f}x less)"
+        before, after = (self.data["model"][f"parameters_{when}"] for when in ("before", "after"))
+        if after < before:
+            text += f"; {after:,} parameters instead of {before:,}"
+        return text + "."
+
+    def tables(self) -> list[Table]:
+        """Every table, the headline's first."""
+        data, parent = self.data, self.data["quality"]["before"]
+        rows = [["the parent", f"{parent['perplexity']:.4f}", f"{parent['cross_entropy']:.4f}", "-", "-"]]
+        for stage in STAGES:
+            if stage in data["stages"]:
+                found = data["stages"][stage]
+                trained = (data.get(stage) or {}).get("tokens")
+                rows.append([
+                    f"after {stage}", number(found["perplexity"]) + percent(parent["perplexity"], found["perplexity"]),
+                    number(found["cross_entropy"]), number(found["kl"]), number(trained) if trained else "-",
+                ])  # fmt: skip
+        quality = data["quality"]
+        note = f"On {quality['tokens']:,} held-out tokens ({quality['source']}) in windows of {quality['context']:,}."
+        share = data["pretraining_tokens"] and self.tokens / data["pretraining_tokens"]
+        note += f" Training saw {100 * share:.2f} % of the pretraining tokens." if share else ""
+        header = (
+            "",
+            "Perplexity",
+            "Cross-entropy (nats/token)",
+            "KL to the parent (nats/token)",
+            "Trained on (tokens)",
+        )
+        tables = [Table(QUALITY, header, rows, note)]
+        states = [[f"{row['context']:,}", data_size(row["plain"]), data_size(row["ours"]),
+                   f"{row['plain'] / row['ours']:,.2f}x"] for row in data["state_bytes"]]  # fmt: skip
+        header = ("Context (tokens)", "K/V cache", "Now", "Smaller by")
+        tables.append(Table(STATE, header, states, "Bytes of one sequence, all layers, as declared."))
+        if moved := data["transfer"]:
+            rows = [
+                [str(i), number(a), number(b)]
+                for i, (a, b) in enumerate(zip(moved["before"], moved["after"], strict=True))
+            ]
+            note = "Squared distance of each layer's attention output from the parent's over the parent's square."
+            tables.append(Table("Attention transfer", ("Layer", "Before", "After"), rows, note, folded=True))
+        if learned := data["distillation"]:
+            rows = [[number(point[name]) for name in ("tokens", "perplexity", "cross_entropy", "kl")]
+                    for point in learned["curve"]]  # fmt: skip
+            header = ("Tokens", "Perplexity", "Cross-entropy (nats/token)", "KL to the parent (nats/token)")
+            note = "On the first 8,192 held-out tokens."
+            tables.append(Table("Distillation", header, rows, note, folded=True))
+        rows = [[str(row["layer"]), row["pattern"], row["projections"]] for row in data["layers"]]
+        tables.append(Table("Layers", ("Layer", "Pattern", "Projections"), rows, folded=True))
+        if data["verification"]:
+            tables.append(pairs("Checkpoint, loaded again", data["verification"]))
+        shown = {key: ", ".join(map(str, value)) if isinstance(value, list) else value
+                 for key, value in data["settings"].items() if key != "overrides"}  # fmt: skip
+        return [
+            *tables,
+            pairs("Settings", shown),
+            pairs("Model", data["model"]),
+            pairs("Environment", data["environment"]),
+        ]
+
+    def plots(self) -> dict[str, list]:
+        """Section -> its figures."""
+        data, parent = self.data, self.data["quality"]["before"]["perplexity"]
+        stages = [stage for stage in STAGES if stage in data["stages"]]
+        values = [parent, *(data["stages"][stage]["perplexity"] for stage in stages)]
+        found = {QUALITY: [bar_plot("Perplexity by stage", ["parent", *stages], [("perplexity", AFTER, values)], "",
+                                    "perplexity")]}  # fmt: skip
+        if data["distillation"] and data["distillation"]["curve"]:
+            points = data["distillation"]["curve"]
+            x = [point["tokens"] for point in points]
+            lines = [Series("now", x, [point["perplexity"] for point in points], AFTER)]
+            level = (data["distillation"]["parent"] or {}).get("perplexity")
+            if level:
+                lines.append(Series("the parent", x, [level] * len(x), BEFORE, style="--", marker=""))
+            found[QUALITY].append(line_plot("Distillation", lines, "tokens", "perplexity", log_y=True))
+        contexts = [row["context"] for row in data["state_bytes"]]
+        lines = [Series("K/V cache", contexts, [row["plain"] / 2**20 for row in data["state_bytes"]], BEFORE),
+                 Series("now", contexts, [row["ours"] / 2**20 for row in data["state_bytes"]], AFTER)]  # fmt: skip
+        found[STATE] = [line_plot("State of one sequence", lines, "context (tokens)", "MiB", contexts=True, log_y=True)]
+        if moved := data["transfer"]:
+            series = [("before", BEFORE, moved["before"]), ("after", UPTRAINED, moved["after"])]
+            layers = [str(index) for index in range(len(moved["before"]))]
+            found["Attention transfer"] = [
+                bar_plot("Distance of attention outputs", layers, series, "layer", "relative")
+            ]
+        return found
+
+    def table(self):
+        """What a person wants on the terminal."""
+        from rich.console import Group
+        from rich.text import Text
+
+        shown = [table.rich() for table in self.tables() if table.title in (QUALITY, STATE)]
+        return Group(
+            Text(self.title, style="bold"), Text(self.headline), *(part for one in shown for part in ("", one))
+        )
+
+    def __rich__(self):
+        return self.table()
+
+    def to_json(self) -> str:
+        return json.dumps(finite(self.data), indent=1, default=str, allow_nan=False) + "\n"
+
+    def to_markdown(self) -> str:
+        blocks = [f"# {markdown_text(self.title)}", markdown_text(self.headline)]
+        return "\n\n".join([*blocks, *(table.markdown() for table in self.tables())]) + "\n"
+
+    def to_html(self) -> str:
+        """A self-contained page that makes no request."""
+        tables, plots = {table.title: table for table in self.tables()}, self.plots()
+        facts = ("Checkpoint, loaded again", "Settings", "Model", "Environment")
+        sections = [Section(title, "", plots.get(title, []), [table]) for title, table in tables.items()
+                    if title not in facts and title != "Distillation"]  # fmt: skip
+        sections[0].tables += [tables[name] for name in ("Distillation",) if name in tables]
+        sections += [Section(name, tables=[tables[name]]) for name in facts if name in tables]
+        return page(self.title, self.headline, sections)
+
+    def save(self, folder: Path | str) -> None:
+        """Writes report.md, report.html and, last, report.json into `folder`: all of them or none."""
+        files = {"report.md": self.to_markdown(), "report.html": self.to_html(), "report.json": self.to_json()}
+        write_all_atomic(folder, files)
