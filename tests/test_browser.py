@@ -14,8 +14,12 @@ from types import SimpleNamespace
 
 import pytest
 from test_conversion_report import data as conversion_data
+from test_measure_report import data as measure_data
 
 from effattn.heads.report import ConversionReport, compare_html
+from effattn.linearizing.approximation_report import ApproximationReport
+from effattn.linearizing.report import LinearizeReport
+from effattn.measuring.report import Report as MeasureReport
 from effattn.reports.page import Section, page
 from effattn.reports.plots import (
     AFTER,
@@ -75,6 +79,42 @@ def swap() -> str:
     }).to_html()  # fmt: skip
 
 
+def measure() -> str:
+    return MeasureReport(measure_data()).to_html()
+
+
+def linearize() -> str:
+    def quality(perplexity: float) -> dict:
+        return {"perplexity": perplexity, "cross_entropy": 2.0, "kl": 0.1}
+
+    curve = [{"tokens": tokens, **quality(1e6 / (tokens + 1e4))} for tokens in (0, 100_000, 200_000)]
+    layers = [
+        {"layer": i, "pattern": "linear(decay=[" + "0.99609375, " * 8 + "])", "projections": "dense"} for i in (0, 1)
+    ]
+    return LinearizeReport({
+        "kind": "linearize", "layers": layers, "pretraining_tokens": 12_000_000, "verification": {"tokens": 64},
+        "settings": {"model": "some-model", "pattern": "linear", "projections": None, "keep_every": 0, "keep": "dense"},
+        "model": {"class": "Llama", "parameters_before": 10, "parameters_after": 12}, "environment": {"torch": "2.99"},
+        "quality": {"before": quality(17.0), "tokens": 4096, "context": 512, "source": "some text"},
+        "stages": {stage: quality(value) for stage, value in (("swap", 90.0), ("transfer", 30.0))},
+        "transfer": {"tokens": 1000, "before": [0.5, 0.7], "after": [0.1, 0.2]},
+        "distillation": {"tokens": 2000, "curve": curve, "parent": quality(17.0)},
+        "state_bytes": [{"context": c, "plain": 8192 * c, "ours": 400_000} for c in (1024, 8192, 65536)],
+    }).to_html()  # fmt: skip
+
+
+def approximation() -> str:
+    cost = {"flops": 5, "dense_flops": 10, "state_bytes": 3, "dense_state_bytes": 9}
+    rows = [{"method": method, "budget": budget, "inputs": name, "error": 1 / (1 + place), **cost}
+            for method, budgets in (("lsh", (1, 2, 4)), ("linear", ("elu", "relu")))
+            for place, budget in enumerate(budgets) for name in ("layer 0", "layer 1", "N(0, 1)")]  # fmt: skip
+    matrices = [{"matrix": name, "ratio": ratio, "kept": ratio, "error": 1 - ratio}
+                for name in ("Gaussian", "q") for ratio in (0.25, 0.5)]  # fmt: skip
+    facts = {"class": "Llama", "tokens": 512}
+    made = {"kind": "approximation", "model": facts, "rows": rows, "matrices": matrices, "environment": {"torch": "2"}}
+    return ApproximationReport(made).to_html()
+
+
 UNITS = [  # label, time, size, count, ratio; in the order of each column ascending: ORDER
     ["b", "1.2 s", "2.0 GiB", "4,096", "9.20x"],
     ["a", "12.3 ms", "900.0 KiB", "512", "10.1x (+5 %)"],
@@ -112,6 +152,9 @@ PAGES: dict[str, tuple[Callable[[], str], int]] = {  # name -> (maker of the HTM
     "sweep": (sweep, 4),
     "swap": (swap, 3),
     "plots": (plots, 3),
+    "measure": (measure, 9),
+    "linearize": (linearize, 4),
+    "approximation": (approximation, 3),
 }
 
 

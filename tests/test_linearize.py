@@ -179,7 +179,7 @@ def test_a_killed_run_goes_on_and_ends_the_same(done, tmp_path, monkeypatch):
         ({"transfer_tokens": -1}, "transfer_tokens: got -1"),
         ({"trainable": "alle"}, "did you mean 'all'"),
         ({"pattern": "linear(feature_map='elo')"}, "did you mean 'elu'"),
-        ({"distil_tokens": 10**12}, "more than 20 passes"),
+        ({"length": 4}, "length: got 4"),
     ],
 )
 def test_bad_settings_are_one_clear_error(tmp_path, change, message):

@@ -137,12 +137,12 @@ class LinearizeReport:
                                     "perplexity")]}  # fmt: skip
         if data["distillation"] and data["distillation"]["curve"]:
             points = data["distillation"]["curve"]
-            x = [point["tokens"] for point in points]
+            x = [point["tokens"] / 1000 for point in points]
             lines = [Series("now", x, [point["perplexity"] for point in points], AFTER)]
             level = (data["distillation"]["parent"] or {}).get("perplexity")
             if level:
                 lines.append(Series("the parent", x, [level] * len(x), BEFORE, style="--", marker=""))
-            found[QUALITY].append(line_plot("Distillation", lines, "tokens", "perplexity", log_y=True))
+            found[QUALITY].append(line_plot("Distillation", lines, "thousand tokens", "perplexity", log_y=True))
         contexts = [row["context"] for row in data["state_bytes"]]
         lines = [Series("K/V cache", contexts, [row["plain"] / 2**20 for row in data["state_bytes"]], BEFORE),
                  Series("now", contexts, [row["ours"] / 2**20 for row in data["state_bytes"]], AFTER)]  # fmt: skip
