@@ -71,7 +71,7 @@ class Layer:
     @property
     def kv_bytes_per_token(self) -> int:
         """Bytes that this layer's keys and values of one token take, in the weights' dtype."""
-        return self.kv_heads * (self.head_dim + self.value_dim) * self.k.module.weight.element_size()
+        return self.kv_heads * (self.head_dim + self.value_dim) * self.k.like.element_size()
 
     def _module(self, name: str) -> nn.Module:
         path = getattr(self.family, name)
@@ -266,10 +266,14 @@ class Anatomy:
         return logits if cap is None else torch.tanh(logits / cap) * cap
 
     def require_gqa(self) -> None:
-        """Raises Unsupported unless plain transformers can hold fewer KV heads for this class."""
+        """Raises Unsupported unless plain transformers can hold fewer KV heads for this class, and its heads can be
+        merged: they are rows of a weight."""
         reason = self.layers[0].family.gqa
         if reason:
             raise Unsupported(f"{type(self.model).__name__} cannot have fewer KV heads: {reason}")
+        for layer in self.layers:
+            for projection in (layer.q, layer.k, layer.v, layer.o):
+                projection.by_head  # noqa: B018 - raises where there is none
 
     def set_kv_heads(self, kv_heads: int) -> None:
         """Writes the KV heads and the head size into the config, explicitly."""

@@ -5,7 +5,9 @@
     model, tokenizer = load_model("embedded")
 
 A swap that plain transformers cannot express is kept in config.json under "effattn", and what its methods learn in
-effattn.safetensors; model.safetensors has the model's own weights only. No pickle anywhere.
+effattn.safetensors; model.safetensors has the model's own weights only. Where these are not what the plain class
+expects (structured projections), config.json's `model_type` is "effattn", which plain transformers refuses, and the
+model's own is under "effattn". No pickle anywhere.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ from effattn.errors import check_choice
 from effattn.hf import hooks
 from effattn.hf import swap as swapping
 from effattn.hf.families import ENCODERS
+from effattn.projections import replace
 
 KEY = "effattn"  # in config.json
 LEARNED = "effattn.safetensors"  # the weights that plain transformers does not know
@@ -46,7 +49,7 @@ def save(model: nn.Module, path: str | Path, tokenizer=None) -> Path:
         plain = {name: tensor for name, tensor in model.state_dict().items() if name not in learned}
         model.save_pretrained(folder, state_dict=plain if learned else None)
         if learned:
-            save_file({name: tensor.contiguous() for name, tensor in learned.items()}, folder / LEARNED)
+            save_file({name: tensor.contiguous() for name, tensor in _once(learned).items()}, folder / LEARNED)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
         _write_swap(model, folder / "config.json")
@@ -63,16 +66,49 @@ def load(path: str | Path, dtype: torch.dtype | str = "auto") -> nn.Module:
     name = resolve(path)
     dtype = _dtype(dtype)
     config = _read_config(name, path)
-    cls = transformers.AutoModelForCausalLM
-    if config.model_type in ENCODERS:
-        cls = getattr(transformers, (config.architectures or [""])[0], transformers.AutoModel)
-    model = cls.from_pretrained(name, dtype=dtype).eval()
+    again = config.__dict__.pop(KEY, {})
+    if "projections" in again:
+        model = _load_structured(name, config, dtype, again["projections"])
+    else:
+        cls = transformers.AutoModelForCausalLM
+        if config.model_type in ENCODERS:
+            cls = getattr(transformers, (config.architectures or [""])[0], transformers.AutoModel)
+        model = cls.from_pretrained(name, dtype=dtype).eval()
+        model.config.__dict__.pop(KEY, None)
     check_finite(model)
-    again = model.config.__dict__.pop(KEY, None)
-    if again is not None:
+    if "pattern" in again:
         swapping.swap(model, again["pattern"])
         _load_learned(model, name)
     return model
+
+
+def _load_structured(name: str, config, dtype: torch.dtype | str, projections: dict[str, dict]) -> nn.Module:
+    """A model whose weights are not what its plain class expects: a class that is shaped first and loaded then.
+
+    ValueError when the checkpoint's weights are not exactly those that its config.json promises.
+    """
+    import transformers
+
+    cls = getattr(transformers, (config.architectures or [""])[0], None)
+    if cls is None:
+        raise ValueError(f"config.json: architectures: got {config.architectures!r}, which transformers does not have")
+
+    class Shaped(cls):
+        def __init__(self, config):
+            super().__init__(config)
+            replace.rebuild(self, projections)
+
+    for name_of in ("__name__", "__qualname__", "__module__"):  # transformers renames weights by them
+        setattr(Shaped, name_of, getattr(cls, name_of))
+    model, found = Shaped.from_pretrained(
+        name, config=config, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
+    )  # mismatched sizes are found below
+    for what in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
+        if found.get(what):
+            listed = ", ".join(sorted(str(each) for each in found[what]))
+            raise ValueError(f"weights: they do not fit config.json, {what.replace('_', ' ')}: {listed}")
+    model.__class__ = cls
+    return model.eval()
 
 
 def load_model(name: str | Path, dtype: torch.dtype | str = "auto"):
@@ -161,10 +197,16 @@ def _learned(model: nn.Module) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in model.state_dict().items() if parts & set(name.split("."))}
 
 
+def _once(learned: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Without further names of the same tensor, which layers may share."""
+    first: dict[tuple, str] = {}
+    return {name: x for name, x in learned.items() if first.setdefault((x.data_ptr(), x.shape), name) == name}
+
+
 @torch.no_grad()
 def _load_learned(model: nn.Module, name: str) -> None:
     """Fills what a swap added from the checkpoint's file. ValueError unless names and shapes are the same."""
-    wanted = _learned(model)
+    wanted = _once(_learned(model))
     file = Path(name) / LEARNED
     if wanted and not Path(name).is_dir():
         from transformers.utils import cached_file
@@ -185,22 +227,34 @@ def _load_learned(model: nn.Module, name: str) -> None:
 
 
 def _write_swap(model: nn.Module, file: Path) -> None:
-    """Adds the swap to config.json when plain transformers would compute something else without it."""
+    """Adds to config.json what plain transformers would not know, or would get wrong, without it."""
     done = swapping.active(model)
     specs = {} if done is None else {i: spec for i, spec in done.specs.items() if not swapping.is_plain(spec)}
     config = json.loads(file.read_text())
     config.pop(KEY, None)
-    if specs:
-        config[KEY] = {"pattern": {str(index): spec for index, spec in sorted(specs.items())}}
+    more = {"pattern": {str(index): spec for index, spec in sorted(specs.items())}} if specs else {}
+    if projections := replace.record(model):
+        more |= {"model_type": config["model_type"], "projections": projections}
+        config["model_type"] = KEY
+    if more:
+        config[KEY] = more
     file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
 def _read_config(name: str, asked: str | Path):
-    """The cheap part first, so that an unknown name is one clear error and not the hub library's."""
-    from transformers import AutoConfig
+    """The cheap part first, so that an unknown name is one clear error and not the hub library's.
+
+    Of a checkpoint whose model_type is "effattn", the configuration of the model inside.
+    """
+    from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
     try:
-        return AutoConfig.from_pretrained(name)
+        config, _ = PreTrainedConfig.get_config_dict(name)
+        if config.get("model_type") != KEY:
+            return AutoConfig.from_pretrained(name)
+        kind = config.get(KEY, {}).get("model_type")
+        check_choice("config.json: effattn: model_type", kind, CONFIG_MAPPING)
+        return CONFIG_MAPPING[kind].from_dict(config | {"model_type": kind})
     except (OSError, ValueError) as error:
         if Path(name).is_dir():
             raise ValueError(f"model: the folder {name!r} cannot be read: {error}") from error

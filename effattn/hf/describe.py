@@ -15,6 +15,7 @@ from rich.table import Table
 from torch import nn
 
 from effattn.hf import anatomy, hooks
+from effattn.projections.replace import spec_of
 from effattn.registry import format_spec
 
 AXES = ("projections", "heads", "positions", "pattern", "cache")
@@ -87,7 +88,7 @@ def describe(model: nn.Module) -> Description:
     counts["norms"] += _count([parts.final_norm])
     total = _count([model])
     counts["other"] = total - sum(counts.values())
-    dtype = str(layers and parts.layers[0].k.weight.dtype).removeprefix("torch.")
+    dtype = str(layers and parts.layers[0].k.like.dtype).removeprefix("torch.")
     return Description(type(model).__name__, parts.family, dtype, layers, {**counts, "total": total})
 
 
@@ -102,7 +103,7 @@ def _layer(layer: anatomy.Layer, config) -> dict:
         pattern, cache = swapped.pattern, swapped.backend.traits.state
     return {
         "index": layer.index,
-        "projections": "dense, global separate" if hooks.GLOBAL in layer.attention._modules else "dense",
+        "projections": spec_of(layer) + (", global separate" if hooks.GLOBAL in layer.attention._modules else ""),
         "heads": _heads(layer),
         "positions": _positions(layer, config),
         "pattern": pattern,

@@ -46,7 +46,17 @@ def make(parts: anatomy.Anatomy, pattern: str | dict[str | int, str], options: d
     _refuse_impossible(parts, plans)
     for index, plan in plans.items():
         _try(parts.layers[index], plan)
+    _tie(plans)
     return plans
+
+
+def _tie(plans: dict[int, Plan]) -> None:
+    """What a backend shares across layers (its `tied` parameters) becomes one, for all layers of the same pattern."""
+    first: dict[str, Backend] = {}
+    for plan in plans.values():
+        one = first.setdefault(plan.pattern, plan.backend)
+        for name in plan.backend.tied:
+            setattr(plan.backend, name, getattr(one, name))
 
 
 def _plan(layer: anatomy.Layer, spec: str, options: dict) -> Plan:
@@ -70,23 +80,23 @@ def _literal(value):
     return value
 
 
-def parse_layers(pattern: dict[str | int, str], layers: int) -> dict[int, str]:
+def parse_layers(pattern: dict[str | int, str], layers: int, argument: str = "pattern") -> dict[int, str]:
     """{"0-3": a, "6-": b} -> {0: a, ..., 6: b, ...}. ValueError for overlaps and layers that do not exist."""
     if not pattern:
-        raise ValueError('pattern: got an empty dict, valid is for example {"0-3": "dense", "4-": "dense"}')
+        raise ValueError(f'{argument}: got an empty dict, valid is for example {{"0-3": "dense", "4-": "dense"}}')
     chosen, owner = {}, {}
     for key, spec in pattern.items():
         for part in str(key).split(","):
             match = re.fullmatch(r"\s*(\d+)\s*(-\s*(\d+)?)?\s*", part)
             if not match:
-                raise ValueError(f'pattern: got layers {key!r}, valid are "3", "0-3", "4-" and lists such as "0-2,5"')
+                raise ValueError(f'{argument}: got layers {key!r}, valid are "3", "0-3", "4-" and lists: "0-2,5"')
             first = int(match[1])
             last = first if not match[2] else int(match[3]) if match[3] else layers - 1
             if first >= layers or last >= layers or last < first:
-                raise ValueError(f"pattern: got layers {key!r}, the model has layers 0 to {layers - 1}")
+                raise ValueError(f"{argument}: got layers {key!r}, the model has layers 0 to {layers - 1}")
             for index in range(first, last + 1):
                 if index in chosen:
-                    raise ValueError(f"pattern: layer {index} is in both {owner[index]!r} and {key!r}")
+                    raise ValueError(f"{argument}: layer {index} is in both {owner[index]!r} and {key!r}")
                 chosen[index], owner[index] = spec, key
     return dict(sorted(chosen.items()))
 
@@ -132,7 +142,7 @@ def _obstacle(layer: anatomy.Layer, plan: Plan) -> str | None:
 
 def _try(layer: anatomy.Layer, plan: Plan) -> None:
     """Runs the backend as this layer would. Parameters whose shape depends on the heads exist afterwards."""
-    weight = layer.k.module.weight
+    weight = layer.k.like
     device = torch.device("cpu") if weight.is_meta else weight.device
     dtype = weight.dtype if weight.is_floating_point() else torch.float32
     heads = (layer.heads, layer.kv_heads, layer.kv_heads)

@@ -7,12 +7,15 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from effattn.errors import Unsupported
+from effattn.projections.monarch import MonarchLinear
+
 
 @dataclass(frozen=True)
 class Projection:
     """q, k, v or o of one layer. For fused modules, a view of its rows."""
 
-    module: nn.Linear
+    module: nn.Linear | MonarchLinear
     heads: int
     head_dim: int
     start: int = 0  # first row ("stacked"), or first row inside each head's block ("per_head")
@@ -27,15 +30,31 @@ class Projection:
         return rows.view(self.heads, self.head_dim, *tensor.shape[1:])
 
     @property
+    def like(self) -> torch.Tensor:
+        """A weight with the projection's dtype and device."""
+        return next(self.module.parameters())
+
+    @property
     def by_head(self) -> torch.Tensor:
-        """(heads, d, D), or (heads, D, d) for o: a view, so that writing into it changes the model."""
+        """(heads, d, D), or (heads, D, d) for o: a view, so that writing into it changes the model.
+
+        Unsupported for structured projections, which have no such weight.
+        """
+        if isinstance(self.module, MonarchLinear):
+            raise Unsupported(
+                f"projections: {self.module.spec} has no weight by heads; change heads before projections, or "
+                "effattn.swap(model, projections='dense') first"
+            )
         if self.output:
             return self.module.weight.detach().view(-1, self.heads, self.head_dim).transpose(0, 1)
         return self._rows(self.module.weight.detach())
 
     @property
     def weight(self) -> torch.Tensor:
-        """(heads·d, D), or (D, heads·d) for o."""
+        """(heads·d, D), or (D, heads·d) for o. Of structured projections a copy, multiplied out."""
+        if isinstance(self.module, MonarchLinear):
+            dense = self.module.dense().detach()
+            return dense if self.output else self._rows(dense).reshape(self.heads * self.head_dim, -1)
         if self.output:
             return self.module.weight.detach()
         return self.by_head.reshape(self.heads * self.head_dim, -1)

@@ -6,7 +6,8 @@
 
 Everything is checked before anything is changed (`effattn.hf.plan`). Modules and parameters stay as they are: a swap is
 the model's attention implementation, a plain attribute and a forward pre-hook on each swapped attention module
-(`effattn.hf.hooks`), and submodules for what a method learns. `effattn.hf.live` runs it.
+(`effattn.hf.hooks`), and submodules for what a method learns. `effattn.hf.live` runs it. Heads and projections become
+other weights instead, which is not undone (`effattn.heads.gqa`, `effattn.projections.replace`).
 """
 
 from __future__ import annotations
@@ -19,16 +20,16 @@ from torch.utils.hooks import RemovableHandle
 
 from effattn import registry
 from effattn.errors import Unsupported, check_choice
-from effattn.hf import anatomy, hooks, live
+from effattn.hf import anatomy, codebooks, hooks, live
 from effattn.hf import plan as planning
 from effattn.hf.plan import Plan, parse_layers
+from effattn.projections import replace
 
 __all__ = ["Swap", "active", "is_plain", "parse_layers", "restore", "swap"]
 
 HEADS = ("mha", "gqa", "mqa", "mla")
 POSITIONS = ("pi", "ntk", "dynamic_ntk", "yarn", "abf", "rerope", "leaky_rerope", "logn", "alibi", "nope")
 CACHES = ("full", "int8", "int4", "int2", "fp8")
-PROJECTIONS = ("dense", "monarch")
 
 
 @dataclass
@@ -46,7 +47,7 @@ def swap(
     positions: str | None = None,
     cache: str | None = None,
     heads: str | None = None,
-    projections: str | None = None,
+    projections: str | dict[str | int, str] | None = None,
     calibration: Tensor | None = None,
     **options,
 ) -> nn.Module:
@@ -57,23 +58,45 @@ def swap(
     layer that the model itself restricts to a window it is `sliding` with that window; any other pattern replaces the
     window. Causal models get caches that fit (`effattn.new_cache`); encoders are swapped with causal=False.
 
-    heads: "mha", "mqa" or "gqa(kv_heads=...)", which `convert_gqa` does with `calibration` (tokens, int64 (N,));
-    `restore` does not undo it.
+    Patterns that quantize keys ("vq") fit their codebooks to the keys that the model makes of `calibration` (tokens,
+    int64 (N,)); without it codebooks are random, until the backends' own `calibrate` or a checkpoint fills them.
+
+    heads: "mha", "mqa" or "gqa(kv_heads=...)", which `convert_gqa` does with `calibration` (tokens, int64 (N,)).
+
+    projections: "monarch(blocks=16)" for all layers, or a dict as for patterns; options and what they mean are those of
+    `effattn.projections.replace.monarch` (rank, ratio, ffn, method, pad). q, k, v and o become new modules
+    (`effattn.projections.MonarchLinear`), without the hooks that the linears had. "dense" multiplies them out. Heads
+    are changed first, so that both may be asked for in one call.
+
+    `restore` undoes neither heads nor projections: their old weights are gone.
 
     Raises ValueError for arguments that mean nothing, Unsupported for what this model or version cannot do.
     """
     _refuse_planned("positions", positions, POSITIONS)
     _refuse_planned("cache", cache, CACHES, own="full")
-    _refuse_planned("projections", projections, PROJECTIONS, own="dense")
-    if pattern is None and heads is None:
-        raise ValueError(f"swap: nothing to do; give pattern (one of {', '.join(registry.backends())}) or heads")
+    if pattern is None and heads is None and projections is None:
+        raise ValueError(
+            f"swap: nothing to do; give pattern (one of {', '.join(registry.backends())}), heads or projections"
+        )
     if pattern is None and options:
         raise ValueError(f"swap: {', '.join(options)} given without a pattern")
     parts = anatomy.of(model)
     plans = {} if pattern is None else planning.make(parts, pattern, options)
-    if heads is not None:
-        _convert_heads(model, parts, heads, calibration)
+    codebooks.check(parts, plans, calibration)
+    merging = None if heads is None else _merging(parts, heads)
+    kv_heads = None if merging is None else merging["kv_heads"]
+    projected = None if projections is None else replace.make(parts, projections, calibration, kv_heads, plans)
+    if merging is not None:
+        from effattn.heads.gqa import convert_gqa
+
+        convert_gqa(model, calibration=calibration, **merging)
+        if plans:  # some backends hold something for each K/V head
+            plans = planning.make(anatomy.of(model), pattern, options)
+    if projected is not None:
+        replace.replace(model, replace.fit(projected))
     if plans:
+        if calibration is not None and codebooks.wanting(plans):
+            codebooks.fit(model, parts, plans, calibration)
         _apply(model, parts, plans)
     return model
 
@@ -166,7 +189,10 @@ def _refuse_planned(argument: str, spec: str | None, valid: tuple[str, ...], own
         raise Unsupported(f"{argument}: {spec!r} is planned, not in this version; valid is {has} (what the model has)")
 
 
-def _convert_heads(model: nn.Module, parts: anatomy.Anatomy, spec: str, calibration: Tensor | None) -> None:
+def _merging(parts: anatomy.Anatomy, spec: str) -> dict | None:
+    """The arguments of `convert_gqa` that a spec of heads comes to; None when there is nothing to do."""
+    from effattn.heads.gqa import check_kv_heads, convert_gqa
+
     name, options = registry.parse_spec(spec)
     check_choice("heads", name, HEADS)
     if name == "mla":
@@ -176,11 +202,10 @@ def _convert_heads(model: nn.Module, parts: anatomy.Anatomy, spec: str, calibrat
     if name != "gqa" and "kv_heads" in options:
         raise ValueError(f"heads: got {spec!r}, {name} takes no kv_heads")
     if name == "mha" and parts.kv_heads == parts.heads:
-        return
-    from effattn.heads.gqa import convert_gqa
-
-    kv_heads = options.pop("kv_heads", 1 if name == "mqa" else parts.heads)
+        return None
     valid = [o for o in inspect.signature(convert_gqa).parameters if o not in ("model", "calibration", "progress")]
     for option in options:
         check_choice(f"heads: {name}: option", option, valid)
-    convert_gqa(model, kv_heads=kv_heads, calibration=calibration, **options)
+    arguments = {"kv_heads": 1 if name == "mqa" else parts.heads, **options}
+    check_kv_heads(arguments["kv_heads"], parts.kv_heads)
+    return arguments
