@@ -273,7 +273,11 @@ def grouped_heads(case: Case) -> float:
     """GQA is the same as repeating each key/value head for its group."""
     q, k, v = case.inputs(case.long)
     groups = q.shape[1] // k.shape[1]
-    repeated = case.run(q, k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1))
+    wide = copy.deepcopy(case)
+    for name in wide.backend.per_kv_head:  # what is learned for each K/V head is repeated with it
+        tensor = getattr(wide.backend, name)
+        tensor.data = tensor.data.repeat_interleave(groups, 0)
+    repeated = wide.run(q, k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1))
     return case.close(case.run(q, k, v), repeated, "repeated heads")
 
 
@@ -294,7 +298,8 @@ def gradients(case: Case) -> float:
                     out = run(*leaves, mask)
                     if out is None:
                         continue
-                    found[name] = torch.autograd.grad((out.double() * loss).sum(), leaves + own)
+                    loss_of = (out.double() * loss).sum()
+                    found[name] = torch.autograd.grad(loss_of, leaves + own, materialize_grads=True)
             for place, (ours, truth) in enumerate(zip(found["ours"], found["truth"], strict=True)):
                 budget = max(RMS_RATIO, 4 * SLACK[case.dtype] if case.dtype == torch.bfloat16 else 0.0)
                 if place < 3 and "plain" in found:
@@ -306,7 +311,13 @@ def gradients(case: Case) -> float:
 
 def gradcheck(case: Case) -> None:
     """The reference's own gradients against finite differences, in fp64."""
-    q, k, v = (x[:1, :, :, :3].double().clone().requires_grad_() for x in inputs(5, seed=case.seed, sizes=case.sizes))
+    made_for_heads = any(x.ndim > 1 for x in case.truth.state_dict().values())  # of this size: they cannot be cut
+    tokens, dims = (3, case.sizes[-1]) if made_for_heads else (5, 3)
+    given = [x[:1, :, :, :dims].double().clone() for x in inputs(tokens, seed=case.seed, sizes=case.sizes)]
+    q, k, v = (
+        x.requires_grad_(name not in case.backend.straight_through)  # by definition not the slope
+        for name, x in zip("qkv", given, strict=True)
+    )
     truth = copy.deepcopy(case.truth).cpu()
     with torch.enable_grad():
         torch.autograd.gradcheck(lambda *x: truth(*x, causal=case.causal), (q, k, v))

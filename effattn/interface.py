@@ -120,6 +120,9 @@ class Backend(nn.Module):
     implementations: ClassVar[tuple[str, ...]] = ("auto", "torch", "reference")
     plain: ClassVar[bool] = False  # the same function as the attention that plain transformers runs
     extras: ClassVar[tuple[str, ...]] = ()  # which of softcap, sink_logits and global_qkv the method can honour
+    per_kv_head: tuple[str, ...] = ()  # names of parameters and buffers whose first size is the number of K/V heads
+    tied: tuple[str, ...] = ()  # names of parameters that `effattn.swap` makes one for all layers of the same pattern
+    straight_through: tuple[str, ...] = ()  # which of q, k and v have gradients that are not the function's slopes
     farthest: int | None = None  # first keys see a query at this position at most (sinks); None: where it is
 
     def __init__(self, impl: str = "auto"):

@@ -6,17 +6,15 @@ backend("dense", impl="torch")  ==  backend("dense(impl='torch')")
 from __future__ import annotations
 
 import ast
-import difflib
 import importlib
 import inspect
 import keyword
 import math
 from collections.abc import Callable
 
-from effattn.errors import Unsupported, check_choice
+from effattn.errors import check_choice
 from effattn.interface import Backend
 
-PLANNED = ("lsh", "linformer", "linformer_blockwise", "performer", "linear", "vq")
 _BACKENDS: dict[str, type[Backend]] = {}
 
 
@@ -42,7 +40,7 @@ def backends() -> dict[str, type[Backend]]:
 def backend(spec: str, **options) -> Backend:
     """A new backend from its name or spec; `options` go to its class, and may not repeat those of the spec.
 
-    Raises ValueError for unknown names and options (with the nearest valid one), Unsupported for planned backends.
+    Raises ValueError for unknown names and options, with the nearest valid one.
     """
     name, given = parse_spec(spec)
     if twice := sorted(given.keys() & options.keys()):
@@ -62,11 +60,6 @@ def _find(name: str) -> type[Backend]:
     available = backends()
     if name in available:
         return available[name]
-    planned = [p for p in PLANNED if p not in available]
-    near = difflib.get_close_matches(name, [*available, *planned], n=1)
-    if near and near[0] in planned:
-        which = f"{name!r} is" if name in planned else f"{name!r} is unknown (did you mean {near[0]!r}?); that is"
-        raise Unsupported(f"backend: {which} planned, not in this version; available: {', '.join(available)}")
     check_choice("backend", name, available)
 
 

@@ -17,7 +17,8 @@ from effattn.states import FullState
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
-# name -> options, and whether it can be bidirectional. The lengths 1, 2, 4, 5, 6 lie around these windows and blocks.
+# name -> options, and whether it can be bidirectional (None: it can be nothing else). The lengths 1, 2, 4, 5, 6 lie
+# around these windows and blocks.
 ROWS = {
     "dense": [({}, True)],
     "block": [({"block": 4}, True), ({"block": 3, "look_back": 2}, True)],
@@ -30,9 +31,20 @@ ROWS = {
     "fixed": [({"stride": 4}, False), ({"stride": 5, "summary": 2}, False)],
     "longnet": [({"segments": [4, 12], "dilations": [1, 3]}, True)],
     "s2": [({"block": 4}, True)],
+    "linformer": [({"k": 4, "max_length": 40}, None)],
+    "linformer_blockwise": [({"k": 16, "max_length": 32, "block": 6}, False)],
+    "vq": [({"codes": 12, "block": 8}, True)],
+    "linear": [
+        ({}, True), ({"feature_map": "softmax", "decay": 0.9}, False), ({"feature_map": "hedgehog"}, False),
+        ({"feature_map": "identity", "decay": 0.8, "normalize": False}, False),
+    ],
+    "lsh": [
+        ({"rounds": 2, "buckets": 4, "chunk": 2}, True), ({"rounds": 3, "buckets": 2, "chunk": 3, "seed": 1}, False),
+    ],
+    "performer": [({"features": 24}, True), ({"features": 16, "kernel": "relu"}, False)],
 }  # fmt: skip
 CASES = [(name, options, causal) for name, rows in ROWS.items() for options, both in rows
-         for causal in (True, False) if causal or both]  # fmt: skip
+         for causal in {True: (True, False), False: (True,), None: (False,)}[both]]  # fmt: skip
 HALF = ("accuracy", "future", "padding", "decode", "gradients")  # what a dtype can break
 # Triton's interpreter takes some 10 ms a program: without a GPU, fewer and smaller cases of what its kernels can break.
 INTERPRETED = {
@@ -81,9 +93,10 @@ def test_any_window_and_length(case, size, length, sinks, seed):
 @pytest.mark.parametrize("name", ROWS)
 def test_excluded_directions_are_refused(name):
     attn = effattn.backend(name, **ROWS[name][0][0])
-    if not attn.traits.bidirectional:
-        with pytest.raises(Unsupported, match="causal=False"):
-            check(attn, causal=False)
+    for causal, possible in ((True, attn.traits.causal), (False, attn.traits.bidirectional)):
+        if not possible:
+            with pytest.raises(Unsupported, match=f"causal={causal}"):
+                check(attn, causal=causal)
 
 
 EXACT = [
@@ -91,6 +104,7 @@ EXACT = [
     ("longformer", {"window": 127, "global_tokens": 3}), ("longformer", {"window": 127, "global_tokens": [2, 50]}),
     ("strided", {"stride": 64}), ("strided", {"stride": 1}), ("fixed", {"stride": 64}),
     ("fixed", {"stride": 8, "summary": 8}), ("longnet", {"segments": [64], "dilations": [1]}), ("s2", {"block": 256}),
+    ("linformer_blockwise", {"k": 64, "max_length": 64, "block": 8}),
 ]  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""Specs parse to literals only, and back; unknown names get the nearest one; planned backends are refused as such."""
+"""Specs parse to literals only, and back; unknown names get the nearest one."""
 
 import keyword
 
@@ -7,7 +7,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from effattn import registry
-from effattn.errors import Unsupported
 from effattn.interface import Backend
 from effattn.patterns.dense import Dense
 
@@ -77,17 +76,6 @@ def test_backend():
 def test_mistakes_get_the_nearest_name(spec, options, message):
     with pytest.raises(ValueError, match=message):
         registry.backend(spec, **options)
-
-
-@pytest.mark.parametrize("name", registry.PLANNED)
-def test_planned_backends(name):
-    with pytest.raises(Unsupported, match=f"'{name}' is planned, not in this version; available: block, dense"):
-        registry.backend(f"{name}(window=3)")
-
-
-def test_a_mistyped_planned_backend():
-    with pytest.raises(Unsupported, match=r"'performr' is unknown .did you mean 'performer'.*planned"):
-        registry.backend("performr", features=3)
 
 
 def test_required_options_and_double_registration(monkeypatch):

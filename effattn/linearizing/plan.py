@@ -14,6 +14,7 @@ from effattn.linearizing.inputs import projections_of
 from effattn.swapping.patterns import Pattern, parse_pattern
 
 WINDOWS, LENGTH = 4, 512  # of the text that decays and codebooks are fitted on
+CALIBRATION = 50_000  # tokens that projections are fitted on
 
 
 def layer_specs(parts: hf.Anatomy, pattern: Pattern | None, keep_every: int, keep: str) -> dict[int, str]:
@@ -44,7 +45,7 @@ def apply(
     if fit_decay:
         specs = fit_decays(model, specs, sample)
     if projections is not None:
-        swap(model, projections=projections)
+        swap(model, projections=projections, calibration=tokens[:CALIBRATION])
     if specs:
         swap(model, {str(index): spec for index, spec in specs.items()})
     for index, (_, k, _) in seen.items():

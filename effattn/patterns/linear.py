@@ -1,0 +1,262 @@
+"""Linear attention: a feature map in the place of the exponential, so that the past is a sum of fixed size.
+
+    o_t = sum_j decay^(t - j) phi(q_t).phi(k_j) v_j / sum_j decay^(t - j) phi(q_t).phi(k_j),   j <= t if causal
+
+Katharopoulos et al., arXiv:2006.16236. With decay it is what RetNet (arXiv:2307.08621) and Lightning attention
+(arXiv:2401.04658) compute, normalised or not. A learned map is Hedgehog's (arXiv:2402.04347).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter, is_lazy
+
+from effattn.errors import Unsupported, check_choice
+from effattn.interface import Backend, Call, Cost, Shape, Traits
+from effattn.kernels import linear
+from effattn.recurrent import RecurrentState, folded
+from effattn.registry import register
+from effattn.states import FullState, State
+
+MAPS = ("elu", "relu", "relu2", "softmax", "hedgehog", "identity")
+
+
+class KernelBackend(Backend):
+    """Base of the methods that attend by a feature map: subclasses set `feature_map` and say how many features it has.
+
+    They may map q and k first (`mapped`), and give `directions` and `decays`.
+    """
+
+    implementations = linear.IMPLEMENTATIONS
+    feature_map: str  # a name in kernels.linear.MAPS
+    normalize = True
+    draws = 0  # how often random directions were drawn
+
+    def __init__(self, impl: str = "auto"):
+        super().__init__(impl)
+        self.chosen_impl = linear.choose(impl)
+
+    def feature_count(self, head_dim: int) -> int:
+        """F, the number of features per head."""
+        raise NotImplementedError
+
+    def feature_flops(self, head_dim: int) -> int:
+        """Operations in matrix products for the features of one token of one head."""
+        return 0
+
+    def mapped(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """q and k as the kernel's feature map gets them."""
+        return q, k
+
+    def kernel_options(self, k: Tensor) -> dict:
+        """directions (F, D) and decay (Hkv,), where there are any."""
+        return {}
+
+    def new_state(self) -> State:
+        """Sums and the newest tokens; the reference keeps everything."""
+        return FullState() if self.impl == "reference" else RecurrentState()
+
+    def extend(self, extras, state, padding_mask, rotary):
+        if isinstance(state, RecurrentState):
+            if self.impl == "reference":
+                raise ValueError(f"{self.name}: state: impl='reference' needs every key; valid is its own new_state()")
+            if state.draw not in (None, self.draws):
+                raise ValueError(
+                    f"{self.name}: state: its sums were made before redraw(), their features are gone; finish the "
+                    "sequence first, or start again with state.reset()"
+                )
+            state.draw = self.draws
+        return extras
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
+        self.chosen_impl = impl = linear.choose(self.impl, q.device)
+        q, k = self.mapped(q, k)
+        mask = call.layout.mask
+        options = {"scale": call.scale, "normalize": self.normalize, **self.kernel_options(k)}
+        if impl == "reference":
+            from effattn.kernels.linear.reference import attention
+
+            return attention(q, k, v, self.feature_map, mask=mask, causal=call.causal, **options)
+        options |= {"feature_map": self.feature_map, "impl": impl}
+        state: RecurrentState | None = getattr(call.layout, "state", None)
+        if state is None:
+            return linear.attention(q, k, v, mask=mask, causal=call.causal, **options)[0]
+        cut, first = state.due, k.shape[2] - q.shape[2]
+        tokens = [slice(None, cut), slice(cut, None)]
+        masks = [None if mask is None else mask[:, part] for part in tokens]
+        (k_old, k_new), (v_old, v_new) = ([x[:, :, part] for part in tokens] for x in (k, v))
+        if call.causal and cut > first:  # some of the queries see no further than what goes into the sums
+            before, memory = linear.attention(
+                q[:, :, : cut - first], k_old, v_old, mask=masks[0], memory=state.memory, keep=True, **options
+            )
+            after, _ = linear.attention(q[:, :, cut - first :], k_new, v_new, mask=masks[1], memory=memory, **options)
+            state.fold(cut, memory)
+            return torch.cat([before, after], dim=2)
+        out, _ = linear.attention(q, k, v, mask=mask, causal=call.causal, memory=state.memory, **options)
+        if cut:
+            state.fold(cut, linear.fold(k_old, v_old, mask=masks[0], memory=state.memory, **options))
+        return out
+
+    def cost(self, shape: Shape) -> Cost:
+        """A multiply-add per feature and value, for each key into the sums and for each query out of them (or, where
+        that is less, the products of all pairs), and the features' own products; q, k, v and the output moved once. A
+        call that continues reads the state, and writes the sums when tokens go into them. Elementwise work is not
+        counted.
+
+        Backward: twice per query (dq, the sums' gradient) and three times per key (the sums again, dk, dv).
+        """
+        features, columns = self.feature_count(shape.head_dim), shape.value_dim + self.normalize
+        row = 2 * features * columns
+        new, past = shape.queries, shape.keys - shape.queries
+        if not shape.causal:
+            new, past = shape.keys, 0
+        tokens = shape.heads * shape.queries + shape.kv_heads * new
+        maps = tokens * self.feature_flops(shape.head_dim)
+        pairs = shape.heads * (shape.queries * (shape.queries + 1) // 2 if shape.causal else shape.queries * shape.keys)
+        one = 2 * pairs * (features + columns)
+        token = shape.kv_bytes // shape.keys
+        if shape.backward:
+            sums = min(row * (2 * shape.heads * shape.queries + 3 * shape.kv_heads * new), one * 5 // 2)
+            return Cost(
+                flops=shape.batch * (sums + 2 * maps),
+                read_bytes=shape.query_bytes + new * token + 2 * shape.output_bytes,
+                write_bytes=shape.query_bytes + new * token,
+            )
+        sums = row * tokens
+        sums = min(sums, one + row * shape.heads * shape.queries * bool(past))
+        held = self.held_bytes(shape, past)
+        rewritten = self.memory_bytes(shape) if past and folded(shape.keys) > folded(past) else 0
+        return Cost(
+            flops=shape.batch * (sums + maps),
+            read_bytes=shape.query_bytes + new * token + held,
+            write_bytes=shape.output_bytes + rewritten,
+            state_bytes=self.held_bytes(shape, shape.keys),
+        )
+
+    def held_bytes(self, shape: Shape, tokens: int) -> int:
+        """Bytes of a state after `tokens`."""
+        newest = (tokens - folded(tokens)) * (shape.kv_bytes // shape.keys)
+        return newest + (self.memory_bytes(shape) if folded(tokens) else 0)
+
+    def memory_bytes(self, shape: Shape) -> int:
+        """Bytes of the sums, fp32 or better."""
+        columns = shape.value_dim + self.normalize
+        each = self.feature_count(shape.head_dim) * columns + linear.MAPS[self.feature_map].weighs
+        return shape.batch * shape.kv_heads * each * max(4, shape.itemsize)
+
+
+@register("linear")
+class Linear(KernelBackend):
+    """Linear attention with a choice of features, and optional decay.
+
+    feature_map: "elu" (elu(x) + 1), "relu", "relu2" (squared), "softmax" (over a head's dimensions), "hedgehog"
+    (softmax of [W x, -W x], W learned: one matrix per query head and one per key/value head, the identity at first;
+    they exist after the first call), or "identity" (with normalize=False). `scale` has no meaning for the features: it
+    multiplies the output if that is not normalised, and cancels otherwise.
+    decay: None, a number in (0, 1], "retnet" (1 - 2^(-5 - h) for key/value head h), or a list, one per key/value head;
+    causal only. normalize=False leaves out the denominator (RetNet, Lightning).
+    """
+
+    traits = Traits(exact=False, causal=True, bidirectional=True, learned=False, state="recurrent")
+    per_kv_head: tuple[str, ...] = ()  # parameters whose first size is that of k's heads
+
+    def __init__(
+        self, feature_map: str = "elu", decay: float | str | list[float] | None = None, normalize: bool = True,
+        impl: str = "auto",
+    ):  # fmt: skip
+        super().__init__(impl)
+        self.map = check_choice("linear: feature_map", feature_map, MAPS)
+        if type(normalize) is not bool:
+            raise ValueError(f"linear: normalize: got {normalize!r}, valid are True and False")
+        if feature_map == "identity" and normalize:
+            raise ValueError(
+                "linear: feature_map='identity' has weights of either sign, which no denominator can normalise; valid "
+                "is normalize=False with it"
+            )
+        self.decay, self.normalize = _check_decay(decay), normalize
+        self.feature_map = "identity" if feature_map == "hedgehog" else feature_map
+        self.map_q = self.map_k = None
+        if feature_map == "hedgehog":
+            self.traits = replace(type(self).traits, learned=True)
+            self.map_q, self.map_k = UninitializedParameter(), UninitializedParameter()
+            self.per_kv_head = ("map_k",)
+
+    def extra_repr(self) -> str:
+        parts = [f"feature_map={self.map!r}"]
+        parts += [f"decay={self.decay!r}"] if self.decay is not None else []
+        parts += [] if self.normalize else ["normalize=False"]
+        return ", ".join([*parts, super().extra_repr()])
+
+    def check_call(self, q, k, v, causal, extras):
+        if self.decay is not None and not causal:
+            raise Unsupported("linear: decay counts from the past on; causal=False is valid without decay only")
+        if isinstance(self.decay, list) and len(self.decay) != k.shape[1]:
+            raise ValueError(f"linear: decay: got {len(self.decay)} values, k has {k.shape[1]} key/value heads")
+        if self.map_q is None:
+            return
+        dim = q.shape[-1]
+        for name, parameter, heads in (("q", self.map_q, q.shape[1]), ("k", self.map_k, k.shape[1])):
+            if is_lazy(parameter):
+                parameter.materialize((heads, dim, dim), device=q.device, dtype=torch.float32)
+                with torch.no_grad():
+                    parameter.copy_(torch.eye(dim).expand(heads, -1, -1))
+            if parameter.shape != (heads, dim, dim):
+                raise ValueError(
+                    f"{name}: expected {parameter.shape[0]} heads of {parameter.shape[1]}, as map_{name} has learned, "
+                    f"got {heads} of {dim}"
+                )
+
+    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
+        for name in ("map_q", "map_k"):
+            given, own = state_dict.get(prefix + name), getattr(self, name)
+            if given is not None and own is not None and is_lazy(own):
+                own.materialize(given.shape, device=given.device, dtype=given.dtype)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def feature_count(self, head_dim: int) -> int:
+        return head_dim * (2 if self.map == "hedgehog" else 1)
+
+    def feature_flops(self, head_dim: int) -> int:
+        return 2 * head_dim**2 if self.map == "hedgehog" else 0
+
+    def mapped(self, q, k):
+        if self.map_q is None:
+            return q, k
+        return _hedgehog(q, self.map_q), _hedgehog(k, self.map_k)
+
+    def kernel_options(self, k):
+        if self.decay is None:
+            return {}
+        heads = k.shape[1]
+        if self.decay == "retnet":
+            values = [1 - 2.0 ** (-5 - h) for h in range(heads)]
+        else:
+            values = self.decay if isinstance(self.decay, list) else [self.decay] * heads
+        dtype = torch.float64 if k.dtype == torch.float64 else torch.float32
+        return {"decay": torch.tensor(values, dtype=torch.float64).to(k.device, dtype)}
+
+
+def _hedgehog(x: Tensor, weight: nn.Parameter) -> Tensor:
+    """softmax([W x, -W x]) per head: (B, H, T, D) -> (B, H, T, 2 D), in x's dtype. Equation 6 of arXiv:2402.04347."""
+    y = x @ weight.to(x.dtype).mT
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    return torch.softmax(torch.cat([y, -y], dim=-1), dim=-1, dtype=dtype).to(x.dtype)
+
+
+def _check_decay(decay) -> float | str | list[float] | None:
+    """`decay` if it means something. ValueError otherwise."""
+    if decay is None or decay == "retnet":
+        return decay
+    values = list(decay) if isinstance(decay, (list, tuple)) else [decay]
+    for value in values:
+        if type(value) not in (int, float) or not (math.isfinite(value) and 0 < value <= 1):
+            raise ValueError(
+                f"linear: decay: got {value!r}, valid are None, 'retnet', a number in (0, 1] or a list of them"
+            )
+    if not values:
+        raise ValueError("linear: decay: got an empty list, valid is one number per key/value head")
+    return values if isinstance(decay, (list, tuple)) else decay

@@ -1,0 +1,78 @@
+"""Feature maps: what stands in for the exponential, so that attention becomes sums that can be kept.
+
+A map turns x (..., D) into features phi (..., F) >= 0, and maybe a log weight mu (...) of the whole row: a key counts
+as exp(mu) phi(x). FAVOR+ needs mu to stay in range; a query's mu cancels in the normalised output.
+
+    name         phi(x)                               source
+    elu          elu(x) + 1                           Katharopoulos et al., arXiv:2006.16236, eq. 7
+    relu         max(x, 0)                            arXiv:2202.08791 (without its cosine weights)
+    relu2        max(x, 0)^2                          arXiv:2403.04797
+    softmax      softmax of x over its D dimensions   arXiv:1812.01243
+    identity     x, of either sign: only without a normaliser; or features that were computed before
+    favor        exp(w x - |x|^2 / 2), w in W (F, D)  Performer, arXiv:2009.14794, eq. 7
+    favor_relu   max(w x, 0) + 0.001                  the same, its generalised kernel
+
+`backward` is the derivative, told from x, phi and d phi: dx. The shift of `favor` is a constant there: what it takes
+from phi it gives to mu.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+EPSILON = 1e-3  # of favor_relu
+
+
+class FeatureMap(NamedTuple):
+    """`forward(x, W) -> (phi, mu or None)` and `backward(x, W, phi, dphi) -> dx`. W is None unless `directed`."""
+
+    forward: Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor | None]]
+    backward: Callable[[Tensor, Tensor | None, Tensor, Tensor], Tensor]
+    directed: bool = False  # needs directions W (F, D)
+    weighs: bool = False  # gives log weights mu
+    signed: bool = False  # features may be negative
+
+
+def _favor(x: Tensor, directions: Tensor) -> tuple[Tensor, Tensor]:
+    exponent = x @ directions.mT
+    top = exponent.amax(dim=-1, keepdim=True)
+    mu = top.squeeze(-1) - x.square().sum(dim=-1) / 2
+    return exponent.sub_(top).exp_(), mu
+
+
+def _favor_backward(x: Tensor, directions: Tensor, phi: Tensor, grad: Tensor) -> Tensor:
+    inner = phi * grad
+    return torch.addcmul(inner @ directions, x, inner.sum(dim=-1, keepdim=True), value=-1)
+
+
+def _softmax_backward(x, directions, phi: Tensor, grad: Tensor) -> Tensor:
+    inner = phi * grad
+    return inner.sub_(phi * inner.sum(dim=-1, keepdim=True))
+
+
+MAPS: dict[str, FeatureMap] = {
+    "elu": FeatureMap(
+        lambda x, _: (torch.nn.functional.elu(x).add_(1), None),
+        lambda x, _, phi, grad: grad * phi.clamp(max=1),  # exp(x) below 0, where phi is that too
+    ),
+    "relu": FeatureMap(
+        lambda x, _: (x.relu(), None),
+        lambda x, _, phi, grad: grad * (phi > 0),
+    ),
+    "relu2": FeatureMap(
+        lambda x, _: (x.relu().square_(), None),
+        lambda x, _, phi, grad: grad * x.relu().mul_(2),
+    ),
+    "softmax": FeatureMap(lambda x, _: (x.softmax(dim=-1), None), _softmax_backward),
+    "identity": FeatureMap(lambda x, _: (x, None), lambda x, _, phi, grad: grad, signed=True),
+    "favor": FeatureMap(_favor, _favor_backward, directed=True, weighs=True),
+    "favor_relu": FeatureMap(
+        lambda x, directions: ((x @ directions.mT).relu_().add_(EPSILON), None),
+        lambda x, directions, phi, grad: (grad * (phi > EPSILON)) @ directions,
+        directed=True,
+    ),
+}
