@@ -2,13 +2,19 @@
 # make test   sets up .venv, then runs the tests
 # make lint   ruff, as CI runs it
 # make kernels   compiles the Triton kernels for four GPUs, none of which need be here
+# make bench   attention against its peers on this CPU, about 11 minutes, to results/<device>/bench.json
+# make bench-gpu PART=1/3   the same on a GPU, its kernels' tests first; parts take under nine minutes
+# make readme-figures   the README's tables and figures, from results/
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
+PEERS  := $(VENV)/.peers-installed
+GPU    := $(VENV)/.gpu-peers-installed
+PART   ?= 1/1
 DEMO   ?= runs/demo
 
-.PHONY: demo test lint kernels setup clean
+.PHONY: demo test bench bench-gpu readme-figures lint kernels setup clean
 
 setup: $(STAMP)
 
@@ -24,6 +30,22 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -n auto --dist worksteal
+
+$(PEERS) $(GPU): $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[$(EXTRA)]"
+	touch $@
+
+$(PEERS): EXTRA = bench
+$(GPU): EXTRA = bench-gpu
+
+bench: $(PEERS)
+	$(BIN)/python recipes/bench.py --device cpu
+
+bench-gpu: $(GPU)
+	$(BIN)/python recipes/bench.py --device cuda --part $(PART)
+
+readme-figures: $(STAMP)
+	$(BIN)/python recipes/readme_figures.py
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -36,6 +36,7 @@ ROWS = {
     "vq": [({"codes": 12, "block": 8}, True)],
     "linear": [
         ({}, True), ({"feature_map": "softmax", "decay": 0.9}, False), ({"feature_map": "hedgehog"}, False),
+        ({"feature_map": "exp", "features": 24}, False),
         ({"feature_map": "identity", "decay": 0.8, "normalize": False}, False),
     ],
     "lsh": [

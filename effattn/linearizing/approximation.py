@@ -60,7 +60,7 @@ def measure_approximation(
     """An `ApproximationReport` (.rows, .to_json, .to_markdown, .to_html, .save) of `methods` on `model`.
 
     model: a causal LM that is not swapped, or a name as `effattn.load` takes it. tokens: int64 (N,), at least twice
-    `length`: codebooks are fitted on the first half, errors measured on the last window; default: the embedded corpus,
+    `length`: codebooks are fitted on the first windows, errors measured on the last one; default: the embedded corpus,
     for the embedded model. layers: default all, or six of a deeper model. Raises ValueError for bad input.
     """
     from effattn.linearizing.approximation_report import ApproximationReport
@@ -85,10 +85,11 @@ def measure_approximation(
     for index in layers:
         if not 0 <= index < count:
             raise ValueError(f"layers: got {index}, the model has layers 0 to {count - 1}")
-    fitted = projections_of(model, tokens[None, :length], layers)
+    earlier = tokens[: (len(tokens) - length) // length * length].view(-1, length)[:8]
+    fitted = projections_of(model, earlier, layers)
     measured = projections_of(model, tokens[None, -length:], layers)
     given = {f"layer {index}": (fitted[index], measured[index]) for index in layers}
-    given[NORMAL] = tuple(_normal(measured[layers[0]], seed + part) for part in range(2))
+    given[NORMAL] = tuple(_normal(one[layers[0]], seed + part) for part, one in enumerate((fitted, measured)))
     swept = [method for method in methods if method in SWEEPS]
     total, rows = sum(len(SWEEPS[method].values) for method in swept) * len(given), []
     for method in swept:

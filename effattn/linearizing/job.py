@@ -22,7 +22,7 @@ from effattn.errors import check_choice
 from effattn.evaluate.loss import compare
 from effattn.heads.job import Quiet, device, measure_parent
 from effattn.heads.uptrain import TRAINABLE as DISTIL_TRAINABLE
-from effattn.heads.uptrain import uptrain
+from effattn.heads.uptrain import default_lr, uptrain
 from effattn.hf import anatomy as hf
 from effattn.hf.checkpoint import atomic_folder, check_new_folder, load, load_model, save
 from effattn.hf.describe import describe
@@ -37,6 +37,7 @@ from effattn.swapping.patterns import label_of
 from effattn.textdata import Streams, streams
 
 STATE_CONTEXTS = (1024, 8192, 65536)
+LR = 2 / 3  # of what suits uptraining with twice the windows a step
 
 
 @dataclass
@@ -57,11 +58,11 @@ class Job:
     distil_tokens: int = 450_000
     evaluation_tokens: int = 32_768
     length: int = 512
-    batch: int = 2
+    batch: int = 1
     transfer_lr: float = 3e-3
     lr: float | None = None
     transfer_trainable: str = "attention"
-    trainable: str = "all"
+    trainable: str = "attention"
     lora: int = 0
     ce_weight: float = 0.05
     layer_weight: float = 30.0
@@ -176,12 +177,14 @@ def _overrides(job: Job, student) -> dict:
 
 
 def _distil(job: Job, student, parent, data: Streams, length: int, progress) -> dict:
+    hidden = student.get_input_embeddings().weight.shape[1]
+
     def train(trainable) -> dict:
         return uptrain(
             student, parent, data.train, train_tokens=job.distil_tokens, folder=job.partial / "distil",
-            evaluation=data.evaluation[:8_192], length=length, batch=job.batch, lr=job.lr, ce_weight=job.ce_weight,
-            layer_weight=job.layer_weight, trainable=trainable, seed=job.seed, progress=progress,
-            overrides=_overrides(job, student),
+            evaluation=data.evaluation[:8_192], length=length, batch=job.batch, lr=job.lr or LR * default_lr(hidden),
+            ce_weight=job.ce_weight, layer_weight=job.layer_weight, trainable=trainable, seed=job.seed,
+            progress=progress, overrides=_overrides(job, student),
         )  # fmt: skip
 
     if not job.lora:

@@ -18,11 +18,14 @@ from torch.nn.parameter import UninitializedParameter, is_lazy
 from effattn.errors import Unsupported, check_choice
 from effattn.interface import Backend, Call, Cost, Shape, Traits
 from effattn.kernels import linear
+from effattn.patterns.exact import check_size
 from effattn.recurrent import RecurrentState, folded
 from effattn.registry import register
 from effattn.states import FullState, State
 
-MAPS = ("elu", "relu", "relu2", "softmax", "hedgehog", "identity")
+LEARNED = ("hedgehog", "exp")
+MAPS = ("elu", "relu", "relu2", "softmax", *LEARNED, "identity")
+MOST = 8.0  # of a key's exponents in the map "exp": no maximum is taken off, since their size weighs the keys
 
 
 class KernelBackend(Backend):
@@ -153,10 +156,12 @@ class KernelBackend(Backend):
 class Linear(KernelBackend):
     """Linear attention with a choice of features, and optional decay.
 
-    feature_map: "elu" (elu(x) + 1), "relu", "relu2" (squared), "softmax" (over a head's dimensions), "hedgehog"
-    (softmax of [W x, -W x], W learned: one matrix per query head and one per key/value head, the identity at first;
-    they exist after the first call), or "identity" (with normalize=False). `scale` has no meaning for the features: it
-    multiplies the output if that is not normalised, and cancels otherwise.
+    feature_map: "elu" (elu(x) + 1), "relu", "relu2" (squared), "softmax" (over a head's dimensions), "identity" (with
+    normalize=False), or learned: "hedgehog", the softmax of [W x, -W x], and "exp", their exponential, Hedgehog's
+    map before it was normalised: long keys keep their weight, and a pretrained head is matched more closely. W: one
+    matrix per query head and one per key/value head, which exist after the first call, of `features` rows (default: as
+    many as a head has dimensions), the identity at first, and orthogonal matrices below it. `scale` has no meaning for
+    the features: it multiplies the output if that is not normalised, and cancels otherwise.
     decay: None, a number in (0, 1], "retnet" (1 - 2^(-5 - h) for key/value head h), or a list, one per key/value head;
     causal only. normalize=False leaves out the denominator (RetNet, Lightning).
     """
@@ -166,7 +171,7 @@ class Linear(KernelBackend):
 
     def __init__(
         self, feature_map: str = "elu", decay: float | str | list[float] | None = None, normalize: bool = True,
-        impl: str = "auto",
+        features: int | None = None, impl: str = "auto",
     ):  # fmt: skip
         super().__init__(impl)
         self.map = check_choice("linear: feature_map", feature_map, MAPS)
@@ -177,10 +182,13 @@ class Linear(KernelBackend):
                 "linear: feature_map='identity' has weights of either sign, which no denominator can normalise; valid "
                 "is normalize=False with it"
             )
+        if features is not None and feature_map not in LEARNED:
+            raise ValueError(f"linear: features: only a learned map has them, feature_map={feature_map!r} is fixed")
+        self.features = None if features is None else check_size("linear", "features", features)
         self.decay, self.normalize = _check_decay(decay), normalize
-        self.feature_map = "identity" if feature_map == "hedgehog" else feature_map
+        self.feature_map = "identity" if feature_map in LEARNED else feature_map
         self.map_q = self.map_k = None
-        if feature_map == "hedgehog":
+        if feature_map in LEARNED:
             self.traits = replace(type(self).traits, learned=True)
             self.map_q, self.map_k = UninitializedParameter(), UninitializedParameter()
             self.per_kv_head = ("map_k",)
@@ -189,6 +197,7 @@ class Linear(KernelBackend):
         parts = [f"feature_map={self.map!r}"]
         parts += [f"decay={self.decay!r}"] if self.decay is not None else []
         parts += [] if self.normalize else ["normalize=False"]
+        parts += [] if self.features is None else [f"features={self.features}"]
         return ", ".join([*parts, super().extra_repr()])
 
     def check_call(self, q, k, v, causal, extras):
@@ -198,15 +207,15 @@ class Linear(KernelBackend):
             raise ValueError(f"linear: decay: got {len(self.decay)} values, k has {k.shape[1]} key/value heads")
         if self.map_q is None:
             return
-        dim = q.shape[-1]
+        dim, rows = q.shape[-1], self.features or q.shape[-1]
         for name, parameter, heads in (("q", self.map_q, q.shape[1]), ("k", self.map_k, k.shape[1])):
             if is_lazy(parameter):
-                parameter.materialize((heads, dim, dim), device=q.device, dtype=torch.float32)
+                parameter.materialize((heads, rows, dim), device=q.device, dtype=torch.float32)
                 with torch.no_grad():
-                    parameter.copy_(torch.eye(dim).expand(heads, -1, -1))
-            if parameter.shape != (heads, dim, dim):
+                    parameter.copy_(_first_map(rows, dim) * (dim**-0.25 if self.map == "exp" else 1.0))
+            if parameter.shape != (heads, rows, dim):
                 raise ValueError(
-                    f"{name}: expected {parameter.shape[0]} heads of {parameter.shape[1]}, as map_{name} has learned, "
+                    f"{name}: expected {parameter.shape[0]} heads of {parameter.shape[2]}, as map_{name} has learned, "
                     f"got {heads} of {dim}"
                 )
 
@@ -218,14 +227,16 @@ class Linear(KernelBackend):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def feature_count(self, head_dim: int) -> int:
-        return head_dim * (2 if self.map == "hedgehog" else 1)
+        return 2 * (self.features or head_dim) if self.map in LEARNED else head_dim
 
     def feature_flops(self, head_dim: int) -> int:
-        return 2 * head_dim**2 if self.map == "hedgehog" else 0
+        return head_dim * self.feature_count(head_dim) if self.map in LEARNED else 0
 
     def mapped(self, q, k):
         if self.map_q is None:
             return q, k
+        if self.map == "exp":
+            return _exponential(q, self.map_q, query=True), _exponential(k, self.map_k, query=False)
         return _hedgehog(q, self.map_q), _hedgehog(k, self.map_k)
 
     def kernel_options(self, k):
@@ -238,6 +249,24 @@ class Linear(KernelBackend):
             values = self.decay if isinstance(self.decay, list) else [self.decay] * heads
         dtype = torch.float64 if k.dtype == torch.float64 else torch.float32
         return {"decay": torch.tensor(values, dtype=torch.float64).to(k.device, dtype)}
+
+
+def _first_map(rows: int, dim: int) -> Tensor:
+    """(rows, dim): the identity, and random orthogonal matrices below it."""
+    draw = torch.Generator().manual_seed(0)
+    blocks = [torch.eye(dim)]
+    while len(blocks) * dim < rows:
+        blocks.append(torch.linalg.qr(torch.randn(dim, dim, generator=draw))[0])
+    return torch.cat(blocks)[:rows]
+
+
+def _exponential(x: Tensor, weight: nn.Parameter, query: bool) -> Tensor:
+    """exp([W x, -W x]) per head: (B, H, T, D) -> (B, H, T, 2 F), in x's dtype. A query's largest exponent is taken off,
+    which cancels in the quotient; a key's exponents end at `MOST`."""
+    y = x @ weight.to(x.dtype).mT
+    y = torch.cat([y, -y], dim=-1).to(torch.promote_types(x.dtype, torch.float32))
+    y = y - y.amax(dim=-1, keepdim=True).detach() if query else y.clamp(max=MOST)
+    return y.exp().to(x.dtype)
 
 
 def _hedgehog(x: Tensor, weight: nn.Parameter) -> Tensor:

@@ -67,7 +67,9 @@ def attention(
     rate = None if decay is None else decay.float().log2().contiguous()
     w_q = w_k = None
     if directions is not None:  # the factors go to them, which are few
-        w_q, w_k = ((directions.float() * factor).to(k.dtype).contiguous() for factor in factors)
+        # a rounded direction moves the kinks of favor_relu, and gradients with them: these stay in fp32
+        dtype = torch.float32 if feature_map == "favor_relu" else k.dtype
+        w_q, w_k = ((directions.float() * factor).to(dtype).contiguous() for factor in factors)
     sums, norms, top = memory or (None, None, None)
     queries, keys = 0 if q is None else q.shape[2], k.shape[2]
     learning = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, sums))

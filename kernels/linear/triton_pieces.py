@@ -20,7 +20,7 @@ LOG2E = tl.constexpr(1.4426950408889634)
 def exponents(x, directions, f, F: tl.constexpr, D: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr):
     """x W^T for BLOCK_F directions from f on."""
     w = load_rows(directions, f, D, F, D, BLOCK_F, BLOCK_D, F % BLOCK_F != 0)
-    return dot(x, tl.trans(w), None)
+    return dot(x.to(w.dtype), tl.trans(w), None)
 
 
 @triton.jit
