@@ -105,7 +105,7 @@ def linearize() -> str:
 
 def approximation() -> str:
     cost = {"flops": 5, "dense_flops": 10, "state_bytes": 3, "dense_state_bytes": 9}
-    rows = [{"method": method, "budget": budget, "inputs": name, "error": 1 / (1 + place), **cost}
+    rows = [{"method": method, "option": "rounds", "budget": budget, "inputs": name, "error": 1 / (1 + place), **cost}
             for method, budgets in (("lsh", (1, 2, 4)), ("linear", ("elu", "relu")))
             for place, budget in enumerate(budgets) for name in ("layer 0", "layer 1", "N(0, 1)")]  # fmt: skip
     matrices = [{"matrix": name, "ratio": ratio, "kept": ratio, "error": 1 - ratio}

@@ -42,7 +42,7 @@ SWEEPS = {
     "block": Sweep("block", (16, 32, 64, 128, 256), "block(block={}, look_back=1)"),
     "lsh": Sweep("rounds", (1, 2, 4, 8, 16), "lsh(rounds={}, buckets=16, chunk=16)"),
     "linformer": Sweep("k", (16, 32, 64, 128, 256), "linformer(k={}, max_length=512)", causal=False),
-    "linformer_blockwise": Sweep("k", (4, 8, 16, 32, 64), "linformer_blockwise(k={}, block=64)"),
+    "linformer_blockwise": Sweep("k", (8, 32, 128, 256), "linformer_blockwise(k={}, max_length=512, block=64)"),
     "vq": Sweep("codes", (16, 32, 64, 128, 256), "vq(codes={})"),
     "performer": Sweep("features", (16, 64, 256, 1024), "performer(features={})"),
     "linear": Sweep("feature_map", ("elu", "relu", "relu2", "softmax", "hedgehog"), "linear(feature_map='{}')"),
@@ -95,7 +95,7 @@ def measure_approximation(
     for method in swept:
         for value in SWEEPS[method].values:
             for name, (calibration, inputs) in given.items():
-                rows.append({"method": method, "budget": value, "inputs": name}
+                rows.append({"method": method, "option": SWEEPS[method].option, "budget": value, "inputs": name}
                             | _error(SWEEPS[method], value, calibration, inputs))  # fmt: skip
                 if progress:
                     progress(len(rows), total)

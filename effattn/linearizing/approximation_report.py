@@ -18,8 +18,8 @@ from effattn.reports.tables import Table, pairs
 
 @dataclass
 class ApproximationReport:
-    """Wraps `data`, a dict of kind "approximation". rows: method, budget, inputs, error, and what it costs beside exact
-    attention; matrices: relative errors of Monarch projections."""
+    """Wraps `data`, a dict of kind "approximation". rows: method, option, budget, inputs, error, and its cost beside exact
+    attention's; matrices: relative errors of Monarch projections."""
 
     data: dict
 
@@ -75,7 +75,7 @@ class ApproximationReport:
                     str(budget), *(f"{row['error']:.3f}" for row in same), f"{one['flops'] / one['dense_flops']:.2f}x",
                     "-" if held is None else f"{held / one['dense_state_bytes']:.2f}x",
                 ])  # fmt: skip
-            header = ("Budget", *inputs, "FLOPs of exact", "State of exact")
+            header = (rows[0]["option"], *inputs, "FLOPs of exact", "State of exact")
             tables.append(Table(method, header, lines, f"At {self.data['model']['tokens']:,} tokens."))
         if self.data["matrices"]:
             lines = [[f"{row['matrix']}, {row['ratio']:g}", f"{row['kept']:.3f}", f"{row['error']:.3f}"]
@@ -95,11 +95,12 @@ class ApproximationReport:
                 series = [(name, color, [row["error"] for row in by_name[name]])
                           for name, color in zip(names, colors, strict=True)]  # fmt: skip
                 groups = [row["budget"] for row in by_name[names[0]]]
-                drawn = bar_plot(f"{method}: error", groups, series, "", "relative error", width=10.8)
+                drawn = bar_plot(f"{method}: error", groups, series, rows[0]["option"], "relative error", width=10.8)
             else:
                 lines = [Series(name, [row["budget"] for row in by_name[name]], [row["error"] for row in by_name[name]],
                                 color) for name, color in zip(names, colors, strict=True)]  # fmt: skip
-                drawn = line_plot(f"{method}: error", lines, "budget", "relative error", contexts=True, zero=True,
+                option = rows[0]["option"]
+                drawn = line_plot(f"{method}: error", lines, option, "relative error", contexts=True, zero=True,
                                   width=10.8)  # fmt: skip
             found[method] = [drawn]
         if self.data["matrices"]:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from effattn import embedded
+from effattn import embedded, registry
 from effattn.errors import check_choice
 from effattn.evaluate.loss import compare
 from effattn.heads.job import Quiet, device, measure_parent
@@ -28,6 +28,7 @@ from effattn.hf.checkpoint import atomic_folder, check_new_folder, load, load_mo
 from effattn.hf.describe import describe
 from effattn.hf.swap import active
 from effattn.linearizing import plan
+from effattn.linearizing.approximation import METHODS, measure_approximation
 from effattn.linearizing.lora import adapters
 from effattn.linearizing.report import LinearizeReport
 from effattn.linearizing.transfer import TRAINABLE, transfer
@@ -109,10 +110,17 @@ def run(job: Job, show: Quiet | None = None) -> LinearizeReport:
         if not layers:
             raise ValueError(f"pattern: {label_of(job.pattern)} is exact in every layer, there is nothing to recover; "
                              "valid is an approximate backend, or use `effattn swap`")  # fmt: skip
-    quality, stages = {}, {}
+    quality, stages, approximation = {}, {}, None
     if main:
         with show.stage("measuring the parent") as progress:
             quality = measure_parent(parent, data, length, progress)
+        with show.stage("error against exact attention, by budget") as progress:
+            methods = {registry.parse_spec(specs[layer])[0] for layer in plan.approximate(specs)}
+            methods = [name for name in METHODS if name in methods or (name == "monarch" and job.projections)]
+            span = min(plan.LENGTH, len(data.train) // 4)
+            approximation = measure_approximation(
+                parent, data.train[: 4 * span], methods=methods, length=span, seed=job.seed, progress=progress
+            ).data
 
     def measured(stage: str) -> None:
         if main:
@@ -143,6 +151,7 @@ def run(job: Job, show: Quiet | None = None) -> LinearizeReport:
         "layers": [{"layer": row["index"], "pattern": row["pattern"], "projections": row["projections"]}
                    for row in told.layers],
         "quality": quality, "stages": stages, "transfer": transferred, "distillation": distilled,
+        "approximation": approximation,
         "pretraining_tokens": embedded.card()["train_tokens"] if job.model == embedded.NAME else None,
         "state_bytes": plan.state_bytes(student, STATE_CONTEXTS), "verification": None, "environment": environment(),
     })  # fmt: skip

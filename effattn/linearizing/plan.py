@@ -64,7 +64,7 @@ def state_bytes(model: nn.Module, contexts: tuple[int, ...]) -> list[dict]:
     for context in contexts:
         ours = plain = 0
         for layer in hf.of(model):
-            size = layer.k.module.weight.element_size() if layer.k.module.weight.is_floating_point() else 2
+            size = layer.k.like.element_size()
             shape = Shape(1, layer.heads, layer.kv_heads, context, context, layer.head_dim, layer.value_dim, size)
             held = getattr(layer.attention, hooks.ATTRIBUTE, None)
             own = registry.backend("dense").cost(shape).state_bytes

@@ -6,9 +6,10 @@ One JSON-able dict is the report; Markdown, HTML and the terminal show the same 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from effattn.linearizing.approximation_report import ApproximationReport
 from effattn.reports.files import finite, write_all_atomic
 from effattn.reports.page import Section, markdown_text, page
 from effattn.reports.plots import AFTER, BEFORE, UPTRAINED, Series, bar_plot, line_plot, short_count
@@ -17,13 +18,14 @@ from effattn.swapping.patterns import label_of
 
 STAGES = ("swap", "transfer", "distillation")
 QUALITY, STATE = "Quality", "What decoding remembers"
+ERRORS = "Error against exact attention before training"
 
 
 @dataclass
 class LinearizeReport:
     """Wraps `data`, a dict of kind "linearize": settings, model, layers, quality (the parent, and what was measured
-    on), stages (perplexity, cross_entropy, kl after each), transfer, distillation, state_bytes, verification,
-    environment. Perplexities come with their cross-entropy in nats a token."""
+    on), stages (perplexity, cross_entropy, kl after each), transfer, distillation, approximation (see there),
+    state_bytes, verification, environment. Perplexities come with their cross-entropy in nats a token."""
 
     data: dict
 
@@ -62,9 +64,9 @@ class LinearizeReport:
         parent = self.data["quality"]["before"]["perplexity"]
         last = [stage for stage in STAGES if stage in self.data["stages"]][-1]
         now, first = self.data["stages"][last]["perplexity"], self.data["stages"]["swap"]["perplexity"]
-        text = f"{self.label}: perplexity {number(round(parent, 2))} -> {number(round(now, 2))} ({now / parent:.2f}x)"
+        text = f"{self.label}: perplexity {parent:.2f} -> {now:.2f} ({now / parent:.2f}x)"
         if last != "swap":
-            text += f" after {self.tokens:,} tokens of training ({number(round(first, 1))} right after the swap)"
+            text += f" after {self.tokens:,} tokens of training ({first:,.1f} right after the swap)"
         row = self.data["state_bytes"][-1]
         if row["ours"] < row["plain"]:
             text += f"; at {short_count(row['context'])} tokens decoding remembers {data_size(row['ours'])} "
@@ -115,6 +117,9 @@ class LinearizeReport:
             header = ("Tokens", "Perplexity", "Cross-entropy (nats/token)", "KL to the parent (nats/token)")
             note = "On the first 8,192 held-out tokens."
             tables.append(Table("Distillation", header, rows, note, folded=True))
+        if data.get("approximation"):
+            for table in ApproximationReport(data["approximation"]).tables():
+                tables.append(replace(table, title=f"{ERRORS}: {table.title}", folded=True))
         rows = [[str(row["layer"]), row["pattern"], row["projections"]] for row in data["layers"]]
         tables.append(Table("Layers", ("Layer", "Pattern", "Projections"), rows, folded=True))
         if data["verification"]:
