@@ -18,8 +18,8 @@ from effattn.reports.tables import Table, pairs
 
 @dataclass
 class ApproximationReport:
-    """Wraps `data`, a dict of kind "approximation". rows: method, option, budget, inputs, error, and its cost beside exact
-    attention's; matrices: relative errors of Monarch projections."""
+    """Wraps `data`, a dict of kind "approximation". rows: method, option, budget, inputs, error, and its cost beside
+    exact attention's; matrices: relative errors of Monarch projections."""
 
     data: dict
 
