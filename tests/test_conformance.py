@@ -49,7 +49,7 @@ CASES = [(name, options, causal) for name, rows in ROWS.items() for options, bot
 HALF = ("accuracy", "future", "padding", "decode", "gradients")  # what a dtype can break
 # Triton's interpreter takes some 10 ms a program: without a GPU, fewer and smaller cases of what its kernels can break.
 INTERPRETED = {
-    torch.float32: ("accuracy", "future", "padding", "decode", "grouped_heads", "gradients", "poisoned_memory"),
+    torch.float32: ("accuracy", "future", "padding", "decode", "gradients", "poisoned_memory"),
     torch.bfloat16: ("accuracy", "gradients"),
     torch.float16: ("accuracy",),
 }
@@ -59,13 +59,17 @@ def test_every_backend_has_a_row():
     assert set(ROWS) == set(effattn.backends())
 
 
-@pytest.mark.parametrize(("name", "options", "causal"), CASES)
-@pytest.mark.parametrize("impl", ["torch", "triton"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+# Half precision in the interpreter: one case of each backend.
+RUNS = [(*case, impl, dtype) for dtype in (torch.float32, torch.bfloat16, torch.float16) for impl in ("torch", "triton")
+        for case in CASES if DEVICE == "cuda" or impl == "torch" or dtype == torch.float32
+        or case == next(one for one in CASES if one[0] == case[0])]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "options", "causal", "impl", "dtype"), RUNS)
 def test_conformance(name, options, causal, impl, dtype):
     some, small = None if dtype == torch.float32 else HALF, {}
     if impl == "triton" and DEVICE == "cpu":
-        some, small = INTERPRETED[dtype], {"lengths": (1, 6, 23), "sizes": (2, 2, 1, 16)}
+        some, small = INTERPRETED[dtype], {"lengths": (1, 6, 13), "sizes": (2, 2, 1, 16)}
     attn = effattn.backend(name, **options, impl=impl)
     report = check(attn, causal=causal, dtype=dtype, device=DEVICE, properties=some, **small)
     assert list(report.properties) == list(some or PROPERTIES)

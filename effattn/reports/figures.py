@@ -20,7 +20,7 @@ PALETTE = (AFTER, BEFORE, UPTRAINED, "#a35cdb", "#8c7a10", "#c23a72", "#2590ad",
 NEUTRAL = "#7d8590"  # what others are compared with: a parent, a reference
 MARKERS = ("o", "s", "D", "^", "v", "P", "X")  # seven beside eight colours: the fifty-seventh line repeats the first
 DASHES = ("-", (0, (6, 2)), (0, (2, 1.5)), (0, (6, 2, 1.5, 2)))
-HATCHES = ("", "////", "||||", "\\\\\\\\", "xxxx", "----", "++++", "..")  # dots are a quarter of a megabyte a plot
+HATCHES = ("", "////", "||||", "\\\\\\\\", "xxxx", "----", "++++")  # no dots: they are a quarter of a megabyte a plot
 INK, GRID, CARD = "#0a0b0c", "#0d0e0f", "#0f0e0d"  # stand-ins that `svg` replaces by the page's CSS variables
 _VARIABLES = {INK: "var(--ink)", GRID: "var(--grid)", CARD: "var(--card)"}
 
