@@ -2,7 +2,7 @@
 # make test   sets up .venv, then runs the tests
 # make lint   ruff, as CI runs it
 # make kernels   compiles the Triton kernels for four GPUs, none of which need be here
-# make bench   attention against its peers on this CPU, about 11 minutes, to results/<device>/bench.json
+# make bench   attention against its peers on this CPU, about 14 minutes, to results/<device>/bench.json
 # make bench-gpu PART=1/3   the same on a GPU, its kernels' tests first; parts take under nine minutes
 # make readme-figures   the README's tables and figures, from results/
 PYTHON ?= python3

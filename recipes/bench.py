@@ -26,7 +26,7 @@ def main(
     output: Annotated[Path | None, typer.Option(help="JSON file; default: results/<device>/bench.json")] = None,
     only: Annotated[str | None, typer.Option(help="cases whose name contains this")] = None,
     part: Annotated[str, typer.Option(help="i/n: every n-th case, from the i-th")] = "1/1",
-    seconds: Annotated[float | None, typer.Option(help="of timing a case; default: 4, quick 0.3")] = None,
+    seconds: Annotated[float | None, typer.Option(help="of timing a case; default: 2.5, quick 0.3")] = None,
     quick: Annotated[bool, typer.Option(help="the shortest lengths only, to see that it runs")] = False,
     fresh: Annotated[bool, typer.Option(help="forget what the output file holds")] = False,
     threads: Annotated[int | None, typer.Option(help="CPU threads; default: torch's")] = None,
@@ -46,7 +46,7 @@ def main(
     torch.set_num_threads(threads or torch.get_num_threads())
     where = check_device(device)
     wide = console if console.is_terminal else Console(width=160)  # a log's lines may be long
-    seconds = seconds if seconds is not None else 0.3 if quick else 4.0
+    seconds = seconds if seconds is not None else 0.3 if quick else 2.5
     cases = run.choose(run.all_cases(where.type, quick), only, run.parse_part(part))
     output = output or results.default_path(where)
     wanted = results.settings(where, quick, seconds)
