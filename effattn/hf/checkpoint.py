@@ -111,6 +111,19 @@ def _load_structured(name: str, config, dtype: torch.dtype | str, projections: d
     return model.eval()
 
 
+@torch.no_grad()
+def load_again(folder: str | Path, model: nn.Module, tokens: Tensor) -> tuple[nn.Module, dict]:
+    """The checkpoint in `folder`, loaded, and how far its logits on tokens (N,) are from those of `model`, saved there:
+    {"max_logit_difference", "tokens"}. Raises RuntimeError when they differ by more than rounding."""
+    again = load(folder).to(model.device)
+    ids = tokens[None].to(model.device)
+    ours, theirs = (one(input_ids=ids, use_cache=False).logits.float() for one in (model, again))
+    difference = float((ours - theirs).abs().max())
+    if not difference <= 1e-5 * float(ours.abs().max()):
+        raise RuntimeError(f"the saved checkpoint gives other logits (largest difference {difference:.3g})")
+    return again, {"max_logit_difference": difference, "tokens": ids.shape[1]}
+
+
 def load_model(name: str | Path, dtype: torch.dtype | str = "auto"):
     """(model in eval mode, tokenizer) of "embedded", a folder or a hub name. ValueError when it is none of them."""
     from transformers import AutoTokenizer

@@ -15,8 +15,6 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-import torch
-
 from effattn import embedded, registry
 from effattn.errors import check_choice
 from effattn.evaluate.loss import compare
@@ -24,7 +22,7 @@ from effattn.heads.job import Quiet, device, measure_parent
 from effattn.heads.uptrain import TRAINABLE as DISTIL_TRAINABLE
 from effattn.heads.uptrain import default_lr, uptrain
 from effattn.hf import anatomy as hf
-from effattn.hf.checkpoint import atomic_folder, check_new_folder, load, load_model, save
+from effattn.hf.checkpoint import atomic_folder, check_new_folder, load_again, load_model, save
 from effattn.hf.describe import describe
 from effattn.hf.swap import active
 from effattn.linearizing import plan
@@ -159,7 +157,7 @@ def run(job: Job, show: Quiet | None = None) -> LinearizeReport:
         with show.stage("saving, and loading again"), atomic_folder(job.output) as folder:
             student.config.use_cache = True
             save(student, folder, tokenizer)
-            report.data["verification"] = _verify(folder, student, data.evaluation[: min(64, length)])
+            _, report.data["verification"] = load_again(folder, student, data.evaluation[: min(64, length)])
             report.save(folder)
     if main:
         shutil.rmtree(job.partial, ignore_errors=True)
@@ -217,15 +215,3 @@ def _check_partial(job: Job, main: bool) -> None:
     elif main:
         job.partial.mkdir(parents=True, exist_ok=True)
         write_text_atomic(manifest, json.dumps(settings, indent=1) + "\n")
-
-
-@torch.no_grad()
-def _verify(folder: Path, model, tokens: torch.Tensor) -> dict:
-    """Loads the checkpoint and compares logits. Raises RuntimeError when they differ by more than rounding."""
-    again = load(folder).to(model.device)
-    ids = tokens[None].to(model.device)
-    ours, theirs = (one(input_ids=ids, use_cache=False).logits.float() for one in (model, again))
-    difference = float((ours - theirs).abs().max())
-    if not difference <= 1e-5 * float(ours.abs().max()):
-        raise RuntimeError(f"the saved checkpoint gives other logits (largest difference {difference:.3g})")
-    return {"max_logit_difference": difference, "tokens": ids.shape[1]}

@@ -15,7 +15,7 @@ import torch
 from effattn import embedded
 from effattn.heads.job import Quiet, device
 from effattn.hf import anatomy
-from effattn.hf.checkpoint import atomic_folder, check_new_folder, load, load_model, save
+from effattn.hf.checkpoint import atomic_folder, check_new_folder, load_again, load_model, save
 from effattn.hf.describe import describe
 from effattn.hf.swap import parse_layers, restore, swap
 from effattn.profiling.environment import environment
@@ -217,14 +217,7 @@ def _model_facts(model, parts: anatomy.Anatomy, trained: int | None) -> dict:
     }  # fmt: skip
 
 
-@torch.no_grad()
 def _verify(folder: Path, model, tokens: torch.Tensor) -> dict:
-    """Loads the checkpoint and compares logits. Raises RuntimeError when they differ by more than rounding."""
-    again = load(folder).to(model.device)
-    ids = tokens[None].to(model.device)
-    ours, theirs = (one(input_ids=ids, use_cache=False).logits.float() for one in (model, again))
-    difference = float((ours - theirs).abs().max())
-    if not difference <= 1e-5 * float(ours.abs().max()):
-        raise RuntimeError(f"the saved checkpoint gives other logits (largest difference {difference:.3g})")
-    patterns = [layer["pattern"] for layer in describe(again).layers]
-    return {"max_logit_difference": difference, "tokens": ids.shape[1], "patterns_after_loading": patterns}
+    """What loading the checkpoint again shows. Raises RuntimeError when it gives other logits."""
+    again, found = load_again(folder, model, tokens)
+    return {**found, "patterns_after_loading": [layer["pattern"] for layer in describe(again).layers]}
