@@ -8,6 +8,7 @@ from torch import nn
 
 from effattn.errors import Unsupported
 from effattn.interface import Shape
+from effattn.patterns import longnet, residues
 from effattn.registry import backend
 
 T = 23
@@ -239,6 +240,22 @@ def test_bad_calls():
     with pytest.raises(ValueError, match="one float dtype"):
         backend("sliding(window=5)")(q, k, v.double(), state=state)
     assert state.seq_len == 0
+
+
+@pytest.mark.parametrize("spec", ["sliding(window=7, dilation=3)", "longnet(segments=[8, 24], dilations=[1, 2])"])
+@pytest.mark.parametrize("pads", [None, "left", "right"])
+def test_long_sequences_are_taken_in_pieces(spec, pads, monkeypatch):
+    """What the pieces of a CPU give is what the whole gives, also for queries that are the last tokens only."""
+    attn, real = backend(spec), torch.arange(100)[None]
+    mask = {None: None, "left": real >= torch.tensor([[0], [13]]), "right": real < torch.tensor([[100], [83]])}[pads]
+    k, v = torch.randn(2, 2, 2, 100, 8, dtype=torch.float64)
+    for queries in (100, 37):
+        q = torch.randn(2, 4, queries, 8, dtype=torch.float64)
+        whole = attn(q, k, v, padding_mask=mask)
+        for module in (longnet, residues):
+            monkeypatch.setattr(module, "MOST", 24)
+        torch.testing.assert_close(attn(q, k, v, padding_mask=mask), whole)
+        monkeypatch.undo()
 
 
 def test_memory_is_linear_in_the_length():

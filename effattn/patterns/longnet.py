@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+import math
+
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
@@ -13,6 +16,8 @@ from effattn.patterns.aligned import aligned, in_pieces, whole
 from effattn.patterns.exact import ExactBackend, check_size, merge
 from effattn.registry import register
 from effattn.states import RingState
+
+MOST = 4096  # tokens at a time on a CPU: what branches reorder then stays in its caches
 
 
 @register("longnet")
@@ -59,9 +64,19 @@ class LongNet(ExactBackend):
         if not whole(q, k, call.layout):
             return in_pieces(self, q, k, v, call, impl, lse)
 
-        def run(q, k, v, layout):
+        def piece(q, k, v, layout):
             branches = zip(self.segments, self.dilations, strict=True)
             return merge([self._branch(w, r, q, k, v, layout, call, impl) for w, r in branches])
+
+        def run(q, k, v, layout):
+            step = math.lcm(*self.segments)  # no segment reaches over its multiples
+            if q.device.type != "cpu" or step > MOST:
+                return piece(q, k, v, layout)
+            step *= MOST // step
+            parts = [x.split(step, dim=2) for x in (q, k, v)]
+            masks = itertools.repeat(None) if layout.mask is None else layout.mask.split(step, dim=1)
+            done = [piece(*qkv, Layout(mask=mask)) for *qkv, mask in zip(*parts, masks, strict=False)]
+            return tuple(torch.cat(each, dim=2) for each in zip(*done, strict=True))
 
         out, sums = aligned(run, q, k, v, call.layout)
         return (out, sums) if lse else out

@@ -7,6 +7,7 @@ alignment, and a window of w keys d apart is a window of w neighbours.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -15,15 +16,34 @@ from torch.nn.functional import pad
 from effattn.kernels.flash.pattern import Layout, first_real
 
 Run = Callable[[Tensor, Tensor, Tensor, Layout], tuple[Tensor, Tensor]]
+MOST = 4096  # queries at a time on a CPU: what is reordered then stays in its caches
 
 
-def by_residue(d: int, q: Tensor, k: Tensor, v: Tensor, layout: Layout, run: Run, *, lse: bool, strict: bool = False):
+def by_residue(
+    d: int, q: Tensor, k: Tensor, v: Tensor, layout: Layout, run: Run, *, lse: bool, strict: bool = False,
+    back: int | None = None,
+):  # fmt: skip
     """Attention inside every residue class of the token numbers modulo d.
 
     q (B, Hq, Tq, D), k (B, Hkv, Tk, D), v (B, Hkv, Tk, Dv), keys in order and without slots. `run(q, k, v, layout)`
     attends over (B d, H, about T / d, D) and returns out and lse. strict: a query does not see its own token's key.
-    Returns out (B, Hq, Tq, Dv), and the log-sum-exp (B, Hq, Tq) if `lse`.
+    back: causal queries see no key more than so many tokens before them, and nothing has gradients: then long
+    sequences are taken in pieces on a CPU. Returns out (B, Hq, Tq, Dv), and the log-sum-exp (B, Hq, Tq) if `lse`.
     """
+    queries, keys = q.shape[2], k.shape[2]
+    if back is not None and q.device.type == "cpu" and queries > MOST:
+        pieces = []
+        for a in range(0, queries, MOST):
+            b = min(a + MOST, queries)
+            last = keys - queries + b
+            first = max(0, last - (b - a) - back)
+            part = replace(
+                layout, tail=layout.tail + first, mask=None if layout.mask is None else layout.mask[:, first:last]
+            )
+            some = q[:, :, a:b], k[:, :, first:last], v[:, :, first:last]
+            pieces.append(by_residue(d, *some, part, run, lse=True, strict=strict))
+        out, sums = (torch.cat(each, dim=2) for each in zip(*pieces, strict=True))
+        return (out, sums) if lse else out
     total, queries = layout.tokens(k.shape[2]), q.shape[2]
     first_k, first_q = layout.tail // d * d, (total - queries) // d * d
     end = -(-total // d) * d

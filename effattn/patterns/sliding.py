@@ -97,13 +97,16 @@ class Sliding(ExactBackend):
         if self.dilation == 1:
             return super().attend_many(q, k, v, call, impl, lse)
         side = self.window if call.causal else (self.window + 1) // 2
-        return by_residue(
-            self.dilation, q, k, v, call.layout, lse=lse,
-            run=lambda q, k, v, layout: flash.attention(
+
+        def run(q, k, v, layout):
+            return flash.attention(
                 q, k, v, Window(back=side, ahead=1 if call.causal else side), layout, causal=call.causal,
                 scale=call.scale, softcap=call.softcap, impl=impl, lse=True,
-            ),
-        )  # fmt: skip
+            )  # fmt: skip
+
+        learning = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+        back = (self.window - 1) * self.dilation if call.causal and not learning else None
+        return by_residue(self.dilation, q, k, v, call.layout, run, back=back, lse=lse)
 
     def new_state(self) -> RingState:
         return RingState((self.window - 1) * self.dilation + 1, partial(first_positions, self.sinks))
