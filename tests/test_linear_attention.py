@@ -9,7 +9,7 @@ import math
 import pytest
 import torch
 from conftest import tiny
-from effattn.kernels.linear import torch_impl
+from effattn.kernels.linear import torch_causal, torch_impl
 
 import effattn
 from effattn.conformance import check, inputs
@@ -125,8 +125,8 @@ def test_many_chunks(spec, causal, monkeypatch):
     if "decay" in spec and not causal:
         return
     monkeypatch.setattr(torch_impl, "CHUNK", 4)
-    monkeypatch.setattr(torch_impl, "WHOLE", 4)
-    monkeypatch.setattr(torch_impl, "BUDGET", {"cpu": 4 * 4 * 16 * 2})  # batch rows apart, two or so chunks a block
+    monkeypatch.setattr(torch_causal, "WHOLE", 4)
+    monkeypatch.setattr(torch_causal, "BUDGET", {"cpu": 4 * 4 * 16 * 2})  # batch rows apart, two or so chunks a block
     some = ("accuracy", "future", "padding", "blind_rows", "decode", "gradients", "state_moves", "poisoned_memory")
     check(effattn.backend(spec, impl="torch"), causal=causal, properties=some[: 8 if causal else 6], lengths=(5, 37))
 

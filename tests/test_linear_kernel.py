@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 from effattn.kernels import linear
-from effattn.kernels.linear import features, reference, tiles, torch_impl
+from effattn.kernels.linear import features, reference, tiles, torch_bidirectional, torch_causal, torch_impl
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 MAPS = tuple(linear.MAPS)
@@ -60,8 +60,9 @@ def test_torch_equals_the_definition(name, causal, monkeypatch):
     """Blocks of one chunk and of several, one batch row at a time and all, more keys than queries, padding."""
     for chunk, budget, queries, masked in itertools.product((4, 64), (128, 1 << 18), (37, 6), (False, True)):
         monkeypatch.setattr(torch_impl, "CHUNK", chunk)
-        monkeypatch.setattr(torch_impl, "WHOLE", chunk)
-        monkeypatch.setattr(torch_impl, "BUDGET", {"cpu": budget})
+        monkeypatch.setattr(torch_causal, "WHOLE", chunk)
+        for module in (torch_causal, torch_bidirectional):
+            monkeypatch.setattr(module, "BUDGET", {"cpu": budget})
         compare(inputs(queries=queries), name, 1e-11, "torch", causal=causal, mask=padding(3, 37) if masked else None)
 
 
@@ -78,7 +79,8 @@ def test_decay(name, normalize, monkeypatch):
 
 
 @pytest.mark.parametrize("name", MAPS)
-def test_gradcheck(name, monkeypatch):
+@pytest.mark.parametrize("causal", [True, False])
+def test_gradcheck(name, causal, monkeypatch):
     """First derivatives by finite differences, through the memory too."""
     monkeypatch.setattr(torch_impl, "CHUNK", 2)
     q, k, v = (x[..., :3].detach().requires_grad_() for x in inputs(5, 2, 1, batch=1))
@@ -87,7 +89,7 @@ def test_gradcheck(name, monkeypatch):
     def halves(q, k, v):
         first, memory = linear.attention(*(x[:, :, :3] for x in (q, k, v)), name, keep=True, impl="torch", **call)
         second, last = linear.attention(
-            *(x[:, :, 3:] for x in (q, k, v)), name, memory=memory, keep=True, impl="torch", **call
+            *(x[:, :, 3:] for x in (q, k, v)), name, memory=memory, keep=True, impl="torch", causal=causal, **call
         )
         return first, second, last.sums * (1 if last.top is None else last.top.exp()[..., None, None].detach())
 
