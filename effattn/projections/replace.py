@@ -21,6 +21,7 @@ from effattn.errors import Unsupported, check_choice
 from effattn.hf import anatomy, hooks
 from effattn.hf.plan import parse_layers
 from effattn.projections.monarch import MonarchLinear, sizes
+from effattn.projections.packed import PackedLinear
 from effattn.registry import format_spec, parse_spec
 
 PROJECTIONS = ("dense", "monarch")
@@ -99,7 +100,7 @@ def make(
                 "effattn.restore the model, or swap pattern and projections in one call"
             )
         for module in _linears(layer, options is None or options["ffn"]):
-            if options is None and not isinstance(module, MonarchLinear):
+            if options is None and not isinstance(module, MonarchLinear | PackedLinear):
                 continue
             if any(module is matrix.module for matrix in matrices):
                 raise Unsupported(f"projections: {names[module]} is used by more than one layer")
@@ -133,12 +134,13 @@ def _linears(layer: anatomy.Layer, ffn: bool) -> list[nn.Module]:
     """q, k, v and o (a fused one once), and on request the linears of the FFN."""
     found = layer.qkv_modules
     if ffn:
-        if any(p.dim() > 2 for m in layer.ffn.modules() if not isinstance(m, MonarchLinear) for p in own(m)):
+        special = MonarchLinear | PackedLinear
+        if any(p.dim() > 2 for m in layer.ffn.modules() if not isinstance(m, special) for p in own(m)):
             raise Unsupported(
                 f"projections: the experts of layer {layer.index} ({type(layer.ffn).__name__}) are stacked in one "
                 "parameter and no linear layers; without ffn=True, q, k, v and o are replaced"
             )
-        found = found + [m for m in layer.ffn.modules() if isinstance(m, nn.Linear | MonarchLinear)]
+        found = found + [m for m in layer.ffn.modules() if isinstance(m, nn.Linear | MonarchLinear | PackedLinear)]
     return found
 
 
@@ -160,7 +162,7 @@ def _check(name: str, module: nn.Module, options: dict | None, outputs: int) -> 
                 f"projections: {name} is a {type(module).__name__} of {module.weight.dtype}; a quantized weight "
                 "cannot be projected: load the model in a float dtype"
             )
-    elif not isinstance(module, MonarchLinear):
+    elif not isinstance(module, MonarchLinear | PackedLinear):
         raise Unsupported(f"projections: {name} is a {type(module).__name__}, valid is a Linear")
     if options is not None:
         sizes(module.in_features, outputs, **{k: options[k] for k in ("blocks", "rank", "ratio", "pad")}, name=name)
@@ -206,7 +208,7 @@ def _fit_outputs(plan: Plan) -> dict[str, nn.Module]:
 
 
 def _fitted(matrix: Matrix, moment: Tensor | None) -> MonarchLinear:
-    linear = matrix.module.to_linear() if isinstance(matrix.module, MonarchLinear) else matrix.module
+    linear = matrix.module if isinstance(matrix.module, nn.Linear) else matrix.module.to_linear()
     options = {name: matrix.options[name] for name in ("blocks", "rank", "ratio", "pad")}
     try:
         new = MonarchLinear.from_linear(linear, **options, moment=moment)
@@ -226,8 +228,9 @@ def replace(model: nn.Module, new: dict[str, nn.Module]) -> None:
 def spec_of(layer: anatomy.Layer) -> str:
     """The layer's projections, as `describe` shows them; several kinds are separated by commas."""
     modules = layer.qkv_modules
-    kinds = dict.fromkeys(m.spec if isinstance(m, MonarchLinear) else "dense" for m in modules)
-    beside = [m for m in layer.ffn.modules() if isinstance(m, MonarchLinear) and m.spec not in kinds]
+    special = MonarchLinear | PackedLinear
+    kinds = dict.fromkeys(m.spec if isinstance(m, special) else "dense" for m in modules)
+    beside = [m for m in layer.ffn.modules() if isinstance(m, special) and m.spec not in kinds]
     return ", ".join([*kinds, *dict.fromkeys(f"ffn: {m.spec}" for m in beside)])
 
 

@@ -1,0 +1,79 @@
+"""The 2:4 product in Triton: tiles, and how the groups are split so that every processor reads."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+import triton
+from torch import Tensor
+
+from ..decode.triton_impl import processors
+from . import torch_impl
+from .triton_kernels import product
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+WAVES = 4  # programs for each processor, at least, where there are groups enough
+
+
+def linear(x: Tensor, packed, bias: Tensor | None) -> Tensor:
+    """x (M, K), M <= 16 -> (M, N)."""
+    return _Product.apply(x.contiguous(), *packed, bias)
+
+
+def forward(x: Tensor, values: Tensor, indices: Tensor, bias: Tensor | None) -> Tensor:
+    if x.dtype not in DTYPES:
+        raise ValueError(f"x: got {x.dtype}; valid for impl='triton' are float16, bfloat16 and float32")
+    rows, (outputs, half) = len(x), indices.shape
+    sizes = dict(tile(x.element_size(), outputs, half, processors(x.device)))
+    splits = sizes.pop("splits")
+    out = x.new_empty(rows, outputs)
+    parts = out if splits == 1 else x.new_empty(splits, rows, outputs, dtype=torch.float32)
+    tiles = triton.cdiv(half, sizes["BLOCK_G"])
+    with torch.cuda.device_of(x):
+        product[triton.cdiv(outputs, sizes["BLOCK_N"]), splits](
+            x,
+            values,
+            indices,
+            bias if splits == 1 else None,
+            parts,
+            rows,
+            outputs,
+            half,
+            triton.cdiv(tiles, splits),
+            **sizes,
+        )
+    if splits == 1:
+        return out
+    total = parts.sum(dim=0)
+    return (total if bias is None else total + bias).to(x.dtype)
+
+
+@lru_cache
+def tile(itemsize: int, outputs: int, half: int, processors: int) -> dict[str, int]:
+    """Keyword arguments of `product`, and into how many `splits` the groups of a row go.
+
+    In 16 bits a tile of 32 outputs and 64 bytes of indices is 18 KiB of packed weights.
+    """
+    small = triton.knobs.runtime.interpret  # small tests have several tiles
+    block_n = 16 if small else 32
+    block_g = 16 if small else 64 if itemsize == 2 else 32
+    tiles = triton.cdiv(half, block_g)
+    splits = max(1, min(tiles, WAVES * processors // triton.cdiv(outputs, block_n)))
+    splits = triton.cdiv(tiles, triton.cdiv(tiles, splits))  # none is empty
+    return dict(splits=splits, BLOCK_M=16, BLOCK_N=block_n, BLOCK_G=block_g, num_warps=4, num_stages=3)
+
+
+class _Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, values, indices, bias):
+        ctx.packed = values, indices
+        return forward(x, values, indices, bias)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy):
+        from . import Packed
+
+        dx = torch_impl.gradient(dy, Packed(*ctx.packed)) if ctx.needs_input_grad[0] else None
+        return dx, None, None, dy.sum(dim=0) if ctx.needs_input_grad[3] else None

@@ -1,0 +1,75 @@
+"""Packing 2:4 sparse weights: the linear layers become really smaller, and faster where memory is the limit.
+
+effattn.prune.oneshot(model, tokens, method="sparsegpt", sparsity="2:4")
+report = effattn.prune.pack(model)           # in place
+effattn.save(model, "out")                   # stays packed; effattn.load("out")
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from effattn.kernels import sparse24
+from torch import nn
+
+from effattn.errors import check_choice
+from effattn.hf import anatomy
+from effattn.projections.packed import LARGE, PackedLinear
+
+
+@dataclass(frozen=True)
+class PackReport:
+    """`packed`: paths of the layers that are packed now; `dense`: path -> why a layer stays as it was. Bytes are those
+    of all linear layers inside the model's layers."""
+
+    packed: tuple[str, ...]
+    dense: dict[str, str]
+    bytes_before: int
+    bytes_after: int
+
+    def __str__(self) -> str:
+        text = (
+            f"{len(self.packed)} linear layers packed, {self.bytes_before:,} -> {self.bytes_after:,} bytes "
+            f"({self.bytes_after / self.bytes_before:.3f}x)"
+        )
+        if self.dense:
+            name, why = next(iter(self.dense.items()))
+            text += f"; {len(self.dense)} stay dense and save nothing, {name} for one: {why}"
+        return text
+
+
+def pack(model: nn.Module, *, impl: str = "auto", large: str = "unpack") -> PackReport:
+    """Replaces the 2:4 sparse linear layers inside the model's layers by `PackedLinear`s, in place. Others stay.
+
+    impl and large: see `PackedLinear`. Packed layers compute the same and do not train; hooks of the linears are gone.
+    Raises ValueError, changing nothing, where no layer is 2:4 sparse.
+    """
+    parts = anatomy.of(model)
+    sparse24.choose(impl)
+    check_choice("large", large, LARGE)
+    inside = {module for layer in parts.layers for module in layer.block.modules()}
+    found = {name: m for name, m in model.named_modules() if m in inside and isinstance(m, nn.Linear | PackedLinear)}
+    new, dense = {}, {}
+    for name, module in found.items():
+        if isinstance(module, PackedLinear):
+            continue
+        try:
+            new[name] = PackedLinear.from_linear(module, impl=impl, large=large)
+        except ValueError as error:
+            dense[name] = str(error)
+    if not new and not any(isinstance(m, PackedLinear) for m in found.values()):
+        name, why = next(iter(dense.items()))
+        raise ValueError(
+            f"model: none of its {len(dense)} linear layers is 2:4 sparse ({name}: {why}); "
+            "effattn.prune.oneshot(model, tokens, sparsity='2:4') makes them so"
+        )
+    before = sum(_nbytes(module) for module in found.values())
+    for name, module in new.items():
+        parent, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, module)
+    after = sum(_nbytes(new.get(name, module)) for name, module in found.items())
+    return PackReport(tuple(new), dense, before, after)
+
+
+def _nbytes(module: nn.Module) -> int:
+    return sum(one.nbytes for one in (*module.parameters(), *module.buffers()))
