@@ -23,7 +23,7 @@ _FUNCTIONS = {
     "save": "effattn.hf.checkpoint",
     "swap": "effattn.hf.swap",
 }
-_MODULES = ("conformance", "embedded", "kernels", "prune", "quant")
+_MODULES = ("conformance", "embedded", "evaluate", "kernels", "positions", "prune", "quant")
 
 __all__ = [*sorted(_FUNCTIONS), *_MODULES]
 

@@ -21,8 +21,12 @@ import torch
 from torch import Tensor, nn
 
 from effattn.errors import Unsupported, check_choice
+from effattn.kernels.decode.turn import Turn
 from effattn.kernels.flash.pattern import Layout, layout_of
-from effattn.states import FullState, State
+from effattn.kernels.flash.rules import Bias, Far
+from effattn.positions.bound import Placed, Positions
+from effattn.positions.rope import Rope
+from effattn.states import FullState, Inside, State
 
 IMPLEMENTATIONS = ("auto", "torch", "triton", "reference")
 Rotary = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -101,7 +105,8 @@ class Cost:
 @dataclass(frozen=True)
 class Call:
     """What a call says beside q, k and v, checked. `layout`: where the keys lie; `q_first`: the queries as the keys at
-    positions below `Backend.first_keys` see them, None when they see them as all others do."""
+    positions below `Backend.first_keys` see them, None when they see them as all others do. A position rule's: `far`,
+    what distant pairs use instead of q and k; `turn`, with which k is raw, and turned when it is read; `bias`."""
 
     causal: bool
     layout: Layout
@@ -109,6 +114,9 @@ class Call:
     softcap: float | None = None
     sink_logits: Tensor | None = None
     q_first: Tensor | None = None
+    far: Far | None = None
+    turn: Turn | None = None
+    bias: Bias | None = None
     global_qkv: tuple[Tensor, ...] | None = None
 
 
@@ -124,6 +132,8 @@ class Backend(nn.Module):
     tied: tuple[str, ...] = ()  # names of parameters that `effattn.swap` makes one for all layers of the same pattern
     straight_through: tuple[str, ...] = ()  # which of q, k and v have gradients that are not the function's slopes
     farthest: int | None = None  # first keys see a query at this position at most (sinks); None: where it is
+    score_rules: bool = False  # whether `attend` honours a position rule that decides scores pair by pair
+    packable: bool = False  # whether `attend` honours an `Inside` layout: a state of packed keys
 
     def __init__(self, impl: str = "auto"):
         """`impl`: "auto" chooses, and `chosen_impl` says what; any other one runs or raises."""
@@ -169,7 +179,8 @@ class Backend(nn.Module):
 
         rotary: q and k are raw, and `rotary(q, k, q_positions, k_positions)` returns them rotated, in the same shapes.
         Positions are int64, (Tq,) and (Tk,), or (B, Tq) and (B, Tk) with a padding mask: they count from the row's
-        first real token. The state then holds raw keys, which are rotated when they are read.
+        first real token. The state then holds raw keys, which are rotated when they are read. Or a rule from
+        `effattn.positions.rule`, which may decide scores pair by pair as well (ReRoPE, ALiBi).
 
         extras: what some models add, where the backend's `extras` name it: `softcap` (a score s becomes
         softcap tanh(s / softcap), Gemma 2), `sink_logits` (Hq,) (a learned logit per head in the denominator, gpt-oss),
@@ -181,18 +192,27 @@ class Backend(nn.Module):
         for extra in extras:
             check_choice(f"{self.name}: argument", extra, self.extras)
         self._check(q, k, v, causal, padding_mask, state, scale, rotary)
+        if state is not None and state.packed and not self.packable:
+            raise Unsupported(f"state: {self.name} cannot read packed keys; valid are dense, block and sliding")
         self.check_call(q, k, v, causal, extras)
+        self._check_positions(rotary, causal, state, padding_mask)
         extras = self.extend(extras, state, padding_mask, rotary)
         if state is None:
             layout = layout_of(padding_mask)
         else:
             k, v, layout = state.append(k, v, padding_mask)
-        q_first = None
-        if rotary is not None:
+        q_first, rules = None, {}
+        if isinstance(rotary, Positions) and self.farthest is None:
+            placed = self._place(rotary, q, k, v, layout)
+            q, k, rules = placed.q, placed.k, {"far": placed.far, "turn": placed.turn, "bias": placed.bias}
+        elif rotary is not None:
+            raw = k
             q, k, q_first = self._rotate(rotary, q, k, layout)
+            if isinstance(layout, Inside):
+                k, rules = raw, {"turn": turn_of(rotary)}
         scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
         with torch.autocast(q.device.type, enabled=False):  # the inputs' dtype is what the caller asked for
-            return self.attend(q, k, v, Call(causal, layout, scale, q_first=q_first, **extras))
+            return self.attend(q, k, v, Call(causal, layout, scale, q_first=q_first, **rules, **extras))
 
     def check_call(self, q: Tensor, k: Tensor, v: Tensor, causal: bool, extras: dict) -> None:
         """A subclass's own checks of a call, before anything is appended to a state."""
@@ -200,6 +220,49 @@ class Backend(nn.Module):
     def extend(self, extras: dict, state: State | None, padding_mask: Tensor | None, rotary: Rotary | None) -> dict:
         """A subclass's own handling of `extras`, before k and v are appended to the state."""
         return extras
+
+    def turns_keys(self, q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> bool:
+        """Whether `attend` would turn raw keys by itself in this call (`Call.turn`)."""
+        return False
+
+    def _check_positions(self, rule: Rotary | None, causal: bool, state: State | None, mask: Tensor | None) -> None:
+        """Raises Unsupported for a position rule that this method cannot have, or not with packed keys."""
+        if not isinstance(rule, Positions):
+            return
+        if state is not None and state.packed:
+            one_length = mask is None and not isinstance(state.seq_len, Tensor)
+            if rule.bias is not None or not rule.turnable(one_length):
+                varies = rule.turns and rule.rotation.varies
+                where = " where rows are padded, or their length is a tensor" if varies else ""
+                raise Unsupported(f"rotary: {rule.spec!r} cannot go with packed keys{where}; valid is a full cache")
+        if rule.causal_only and not causal:
+            raise Unsupported(f"rotary: {rule.spec!r} needs causal=True")
+        if rule.raw_keys and state is not None and not self.traits.exact:
+            raise Unsupported(
+                f"rotary: {rule.spec!r} turns old keys anew as a sequence grows, and {self.name} remembers no raw "
+                f"keys, but {self.traits.state}; valid are exact patterns, or no state"
+            )
+        if rule.scores and not self.score_rules:
+            raise Unsupported(
+                f"rotary: {rule.spec!r} decides scores pair by pair, which {self.name} does not compute here; valid "
+                "are dense, block, sliding without dilation, and s2"
+            )
+        if self.farthest is not None and (rule.raw_keys or rule.scores):
+            raise Unsupported(
+                f"rotary: {rule.spec!r} with sinks, which count positions by their place in the cache; valid are rules "
+                "that only turn by fixed angles, and logn"
+            )
+
+    def _place(self, rule: Positions, q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Placed:
+        """q and k where a position rule puts them."""
+        at_q = layout.query_positions(q.shape[2], k.shape[2], q.device).clamp(min=0)
+        at_k = layout.key_positions(k.shape[2], k.device).clamp(min=0)
+        length = tokens = layout.tokens(k.shape[2])
+        if layout.start is None:
+            at_q, at_k = at_q[0], at_k[0]
+        else:
+            length = at_k.amax(dim=-1) + 1
+        return rule.place(q, k, at_q, at_k, length, tokens, few=self.turns_keys(q, k, v, layout))
 
     def _rotate(self, rotary: Rotary, q: Tensor, k: Tensor, layout: Layout) -> tuple[Tensor, Tensor, Tensor | None]:
         """q and k rotated, and q as the first keys see it: from `farthest` at most, their place in the cache."""
@@ -240,11 +303,13 @@ class Backend(nn.Module):
             raise ValueError(f"q: expected a multiple of k's {kv_heads} heads, got {heads} heads")
         if state is not None and not isinstance(state, State):
             raise ValueError(f"state: expected one from {self.name}'s new_state(), got {type(state).__name__}")
-        total = new + (0 if state is None else state.seq_len)
+        past = 0 if state is None else state.seq_len
+        static = isinstance(past, Tensor)  # a number on the device, which is not asked for
+        total = new if static else new + past
         if total < queries:
             raise ValueError(f"k: expected at least q's {queries} tokens, got {total} (queries are the last keys)")
         if padding_mask is not None:
-            if padding_mask.shape != (batch, total):
+            if padding_mask.shape != (batch, padding_mask.shape[-1] if static else total):
                 with_past = f" ({total - new} in the state + {new} new)" if state is not None else ""
                 raise ValueError(
                     f"padding_mask: expected ({batch}, {total}){with_past}, got {tuple(padding_mask.shape)}"
@@ -256,3 +321,18 @@ class Backend(nn.Module):
             raise ValueError(f"scale: expected a finite number, got {scale}")
         if rotary is not None and not callable(rotary):
             raise ValueError(f"rotary: expected a callable rule, got {type(rotary).__name__}")
+
+
+def turn_of(rotary: Rotary) -> Turn | None:
+    """How a kernel that turns raw keys as it reads them does the same; None where nothing turns. Unsupported for rules
+    that are more than an angle a position."""
+    if isinstance(rotary, Positions) and not (rotary.raw_keys or rotary.scores):
+        rotary = rotary.rope()
+    if rotary is None:
+        return None
+    if not isinstance(rotary, Rope):
+        raise Unsupported(
+            f"rotary: got {type(rotary).__name__}, by which packed keys cannot be turned as they are read; valid are "
+            "Rope and position rules that turn by fixed angles"
+        )
+    return Turn(rotary.inv_freq, rotary.interleaved, rotary.attention_scaling)

@@ -9,6 +9,7 @@ Tokens are numbered from 0, padding included; sizes are in tokens.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -28,7 +29,13 @@ def no_positions(n: int) -> tuple[int, ...]:
 
 
 class State:
-    """Base class. `index` tensors are int64 over the batch."""
+    """Base class. `index` tensors are int64 over the batch. `evicts`: whether tokens are forgotten, so that few can be
+    taken back; `candidates`: told before a call, so many of its last tokens may be taken back after it; `packed`: what
+    it holds can only be read by itself (`Inside`)."""
+
+    evicts = True
+    packed = False
+    candidates = 0
 
     @property
     def seq_len(self) -> int:
@@ -67,9 +74,26 @@ class State:
         """Forgets everything."""
         raise NotImplementedError
 
+    def move(self, device: torch.device | str) -> None:
+        """To another device."""
+        for name, value in vars(self).items():
+            if isinstance(value, Tensor):
+                setattr(self, name, value.to(device, non_blocking=True))
+            elif isinstance(value, State):
+                value.move(device)
+
+
+@dataclass(frozen=True)
+class Inside(Layout):
+    """The given keys are the new tokens alone, and `state` attends over them and what it holds (`state.attend`)."""
+
+    state: State | None = None
+
 
 class FullState(State):
     """Every key and value, as they came."""
+
+    evicts = False
 
     def __init__(self):
         self.k: Tensor | None = None
@@ -125,6 +149,8 @@ class RingState(FullState):
     `slot_positions(n)`: the positions below n that must outlive the ring, ascending; what it gives for a smaller n is
     a prefix. A row's positions count from its first real token.
     """
+
+    evicts = True
 
     def __init__(self, keep: int, slot_positions: Callable[[int], Sequence[int]] = no_positions):
         self.keep, self.ring = keep, keep + ROLLBACK

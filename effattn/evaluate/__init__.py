@@ -1,0 +1,26 @@
+"""What a causal model can do: losses over long texts, and tasks that need what was said far back.
+
+effattn.evaluate.passkey(model, tokenizer, length=4096)
+effattn.evaluate.associative_recall(model, tokenizer, pairs=8)
+"""
+
+from __future__ import annotations
+
+import importlib
+
+_FUNCTIONS = {
+    "associative_recall": "effattn.evaluate.recall",
+    "passkey": "effattn.evaluate.passkey_retrieval",
+}
+
+__all__ = sorted(_FUNCTIONS)
+
+
+def __getattr__(name: str):
+    if name in _FUNCTIONS:
+        return getattr(importlib.import_module(_FUNCTIONS[name]), name)
+    raise AttributeError(f"module 'effattn.evaluate' has no attribute {name!r}; it has {', '.join(__all__)}")
+
+
+def __dir__() -> list[str]:
+    return [*__all__]

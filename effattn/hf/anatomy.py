@@ -11,6 +11,7 @@ Shapes: D hidden size, H query heads, K key/value heads, d head size, R rotary d
 
 from __future__ import annotations
 
+import copy
 import difflib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ from torch import nn
 
 from effattn.errors import Unsupported
 from effattn.hf.families import ENCODERS, FAMILIES, REFUSED, Family, no_rope, rope_factor, sliding_window
+from effattn.hf.feedforward import FeedForward
 from effattn.hf.projection import Projection, set_linear
 from effattn.positions.rope import Rope
 
@@ -36,12 +38,29 @@ class Rotary:
     def kind(self) -> str:
         """transformers' name of the rule that made the frequencies."""
         kind = self.module.rope_type
-        return kind[self.prefix.removesuffix("_")] if isinstance(kind, dict) else kind
+        return kind[self.layer_type] if isinstance(kind, dict) else kind
+
+    @property
+    def layer_type(self) -> str:
+        """The type of layers that these frequencies are for; "" where all layers have the same."""
+        return self.prefix.removesuffix("_")
 
     def rope(self) -> Rope:
         """The layer's rotation, as it is now."""
         inv_freq = getattr(self.module, f"{self.prefix}inv_freq")
         return Rope(inv_freq, getattr(self.module, f"{self.prefix}attention_scaling"), interleaved=self.interleaved)
+
+    def embeddings(self, like: torch.Tensor, position_ids: torch.Tensor, rope: Rope) -> tuple[torch.Tensor, ...]:
+        """cos and sin as the model's own module would make them with the frequencies of `rope`, in `like`'s dtype."""
+        module = copy.copy(self.module)
+        name = f"{self.prefix}inv_freq"
+        module._buffers = {**module._buffers, name: rope.inv_freq.to(like.device)}
+        setattr(module, f"{self.prefix}attention_scaling", rope.attention_scaling)
+        kind = module.rope_type
+        module.rope_type = {**kind, self.layer_type: "default"} if isinstance(kind, dict) else "default"
+        kinds = {"layer_type": self.layer_type} if self.prefix else {}
+        cos, sin = module(like.new_empty(0, dtype=torch.float32), position_ids, **kinds)
+        return cos.to(like.dtype), sin.to(like.dtype)
 
 
 @dataclass
@@ -70,8 +89,14 @@ class Layer:
 
     @property
     def kv_bytes_per_token(self) -> int:
-        """Bytes that this layer's keys and values of one token take, in the weights' dtype."""
-        return self.kv_heads * (self.head_dim + self.value_dim) * self.k.like.element_size()
+        """Bytes that this layer's keys and values of one token take, in the model's dtype."""
+        return self.kv_heads * (self.head_dim + self.value_dim) * self.dtype.itemsize
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of keys and values: the weights', or where those are packed (bitsandbytes) that of the layer's norms."""
+        here = [self.k.like, *self.block.parameters()]
+        return next(p.dtype for p in here if p.is_floating_point())
 
     def _module(self, name: str) -> nn.Module:
         path = getattr(self.family, name)
@@ -100,6 +125,14 @@ class Layer:
     @property
     def o(self) -> Projection:
         return Projection(self._module("o"), self.heads, self.head_dim, output=True)
+
+    @property
+    def feed_forward(self) -> FeedForward:
+        """The FFN by its inner dimensions. Raises Unsupported for mixtures of experts."""
+        if not self.family.ffn_in:
+            raise Unsupported(f"ffn: {self.config.model_type} has experts, which have no inner dimensions in common")
+        inputs = (self.block.get_submodule(path) for path in self.family.ffn_in)
+        return FeedForward(tuple(inputs), self.block.get_submodule(self.family.ffn_out))
 
     @property
     def qkv_modules(self) -> list[nn.Module]:
@@ -146,9 +179,14 @@ class Layer:
         return getattr(self.config, "attn_logit_softcapping", None)
 
     @property
+    def sinks(self) -> nn.Parameter | None:
+        """A learned logit of each query head in its softmax, (H,) (gpt-oss); None without."""
+        return getattr(self.attention, "sinks", None)
+
+    @property
     def learned_sinks(self) -> bool:
-        """Whether a learned logit per head stands in the softmax (gpt-oss)."""
-        return getattr(self.attention, "sinks", None) is not None
+        """Whether a learned logit per head stands in the softmax."""
+        return self.sinks is not None
 
     @property
     def rotary_dims(self) -> int:
@@ -160,11 +198,13 @@ class Layer:
     @property
     def rotary(self) -> Rotary | None:
         """Where the layer's rotary frequencies are; None in layers without RoPE."""
-        if not self.rotary_dims:
-            return None
+        return self.rotary_in(self.rotary_module) if self.rotary_dims else None
+
+    def rotary_in(self, module: nn.Module) -> Rotary:
+        """Where they are in another rotary module of the same class."""
         kind = (getattr(self.config, "layer_types", None) or [""] * (self.index + 1))[self.index]
-        prefix = f"{kind}_" if hasattr(self.rotary_module, f"{kind}_inv_freq") else ""
-        return Rotary(self.rotary_module, prefix, self.family.interleaved)
+        prefix = f"{kind}_" if hasattr(module, f"{kind}_inv_freq") else ""
+        return Rotary(module, prefix, self.family.interleaved)
 
     def rotary_pairs(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Row indices inside a head of the real and the imaginary part of each frequency, (R/2,) each."""
@@ -233,6 +273,7 @@ class Anatomy:
     embeddings: nn.Module
     head: nn.Module | None
     final_norm: nn.Module | None
+    positions: nn.Module | None = None  # the table of learned positions
 
     def __iter__(self) -> Iterator[Layer]:
         return iter(self.layers)
@@ -325,4 +366,5 @@ def of(model: nn.Module) -> Anatomy:
         layers.append(Layer(index, block, attention, ffn, heads, head_dim, family, config, rotary))
     embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
     tied = head is None or head.weight is embeddings.weight
-    return Anatomy(model, config, kind, layers, embeddings, None if tied else head, _get(model, family.final_norm))
+    final_norm, positions = (_get(model, path) for path in (family.final_norm, family.positions))
+    return Anatomy(model, config, kind, layers, embeddings, None if tied else head, final_norm, positions)

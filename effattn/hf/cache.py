@@ -20,7 +20,5 @@ def new_cache(model: nn.Module) -> DynamicCache:
     for layer in parts.layers:
         swapped = getattr(layer.attention, hooks.ATTRIBUTE, None)
         if swapped is not None and swapped.backend is not None:
-            state_layer.place(
-                cache, layer.index, swapped.backend, swapped.pattern, swapped.raw_keys, swapped.own_window
-            )
+            state_layer.place(cache, swapped)
     return cache

@@ -27,10 +27,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from effattn.errors import check_choice
-from effattn.hf import hooks
+from effattn.hf import caches, hooks, positions
 from effattn.hf import swap as swapping
 from effattn.hf.families import ENCODERS
-from effattn.projections import replace
+from effattn.projections import packed, replace
 
 KEY = "effattn"  # in config.json
 LEARNED = "effattn.safetensors"  # the weights that plain transformers does not know
@@ -67,22 +67,23 @@ def load(path: str | Path, dtype: torch.dtype | str = "auto") -> nn.Module:
     dtype = _dtype(dtype)
     config = _read_config(name, path)
     again = config.__dict__.pop(KEY, {})
-    if "projections" in again:
-        model = _load_structured(name, config, dtype, again["projections"])
+    for field, value in again.get("trained", {}).items():  # the model before its rule was written in plain terms
+        setattr(config, field, value)
+    if "projections" in again or "packed" in again:
+        model = _load_structured(name, config, dtype, again)
     else:
         cls = transformers.AutoModelForCausalLM
         if config.model_type in ENCODERS:
             cls = getattr(transformers, (config.architectures or [""])[0], transformers.AutoModel)
-        model = cls.from_pretrained(name, dtype=dtype).eval()
-        model.config.__dict__.pop(KEY, None)
+        model = cls.from_pretrained(name, config=config, dtype=dtype).eval()
     check_finite(model)
-    if "pattern" in again:
-        swapping.swap(model, again["pattern"])
+    if axes := {axis: again[axis] for axis in ("pattern", "positions", "cache") if axis in again}:
+        swapping.swap(model, **axes)
         _load_learned(model, name)
     return model
 
 
-def _load_structured(name: str, config, dtype: torch.dtype | str, projections: dict[str, dict]) -> nn.Module:
+def _load_structured(name: str, config, dtype: torch.dtype | str, again: dict) -> nn.Module:
     """A model whose weights are not what its plain class expects: a class that is shaped first and loaded then.
 
     ValueError when the checkpoint's weights are not exactly those that its config.json promises.
@@ -96,7 +97,8 @@ def _load_structured(name: str, config, dtype: torch.dtype | str, projections: d
     class Shaped(cls):
         def __init__(self, config):
             super().__init__(config)
-            replace.rebuild(self, projections)
+            replace.rebuild(self, again.get("projections", {}))
+            packed.rebuild(self, again.get("packed", []))
 
     for name_of in ("__name__", "__qualname__", "__module__"):  # transformers renames weights by them
         setattr(Shaped, name_of, getattr(cls, name_of))
@@ -206,7 +208,7 @@ def _fsync(path: Path) -> None:
 
 def _learned(model: nn.Module) -> dict[str, Tensor]:
     """The entries of the state_dict that a swap added, by name."""
-    parts = {hooks.PATTERN, hooks.GLOBAL}
+    parts = {hooks.PATTERN, hooks.GLOBAL, hooks.POSITIONS}
     return {name: tensor for name, tensor in model.state_dict().items() if parts & set(name.split("."))}
 
 
@@ -246,8 +248,13 @@ def _write_swap(model: nn.Module, file: Path) -> None:
     config = json.loads(file.read_text())
     config.pop(KEY, None)
     more = {"pattern": {str(index): spec for index, spec in sorted(specs.items())}} if specs else {}
-    if projections := replace.record(model):
-        more |= {"model_type": config["model_type"], "projections": projections}
+    more |= {} if done is None else caches.saved(done.caches)
+    ours, plain = positions.saved(model)
+    more |= ours
+    config |= plain
+    others = {"projections": replace.record(model), "packed": list(packed.layers_of(model))}
+    if others := {name: record for name, record in others.items() if record}:
+        more |= {"model_type": config["model_type"], **others}
         config["model_type"] = KEY
     if more:
         config[KEY] = more

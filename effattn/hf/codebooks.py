@@ -51,13 +51,14 @@ def fit(model: nn.Module, parts: Anatomy, plans: dict[int, Plan], tokens: Tensor
     """Calibrates the backends of `plans` that have a codebook on tokens (N,), of which the first ones may suffice."""
     from effattn.hf import swap as swapping
 
+    rules = {index: plan.positions for index, plan in plans.items() if plan.positions is not None}
     plans = wanting(plans)
     if swapping.active(model) is not None:
         raise Unsupported("calibration: the model is swapped already; effattn.restore(model) first")
-    recording = planning.make(parts, dict.fromkeys(map(str, plans), "dense"), {})
+    recording = planning.make(parts, dict.fromkeys(map(str, plans), "dense"), {}, rules)
     keys: dict[int, list[Tensor]] = {index: [] for index in plans}
-    for index, plan in recording.items():
-        plan.backend.attend = _recorder(plan.backend, keys[index])
+    for index in plans:
+        recording[index].backend.attend = _recorder(recording[index].backend, keys[index])
     length = _row(parts, tokens)
     rows = max(plan.backend.codes for plan in plans.values()) * PER_CODE
     training, device = model.training, parts.embeddings.weight.device
@@ -67,7 +68,8 @@ def fit(model: nn.Module, parts: Anatomy, plans: dict[int, Plan], tokens: Tensor
             for batch in windows(tokens[: max(rows, length)], length, BATCH):
                 model.eval()(input_ids=batch.to(device))
     finally:
-        swapping.restore(model).train(training)
+        swapping.detach(model)
+        model.train(training)
     for index, plan in plans.items():
         plan.backend.calibrate(torch.cat(keys[index]).to(parts.layers[index].k.like.device))
 

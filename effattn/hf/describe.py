@@ -14,7 +14,8 @@ from rich.console import Console, Group
 from rich.table import Table
 from torch import nn
 
-from effattn.hf import anatomy, hooks
+from effattn.hf import anatomy, hooks, positions
+from effattn.profiling.weights import numbers, packing
 from effattn.projections.replace import spec_of
 from effattn.registry import format_spec
 
@@ -41,8 +42,9 @@ class Description:
         return {part: count / total for part, count in self.parameters.items()}
 
     @property
-    def kv_bytes_per_token(self) -> int:
-        """Bytes that all layers' caches grow by with each token (until a window is full)."""
+    def kv_bytes_per_token(self) -> int | float:
+        """Bytes that all layers' caches grow by with each token (until a window is full). Of packed caches, scales and
+        zeros included, once tokens leave the residual; exact, and not whole where tokens share bytes."""
         return sum(layer["kv_bytes_per_token"] for layer in self.layers)
 
     def to_dict(self) -> dict:
@@ -80,6 +82,9 @@ def describe(model: nn.Module) -> Description:
     """Describes a transformers causal LM or encoder, swapped or not. Raises Unsupported for unknown architectures."""
     parts = anatomy.of(model)
     layers = [_layer(layer, parts.config) for layer in parts.layers]
+    done = positions.active(model)
+    for layer in layers if done is not None else []:
+        layer["positions"] = _new_positions(layer["positions"], done.specs.get(layer["index"]))
     counts = {
         "embeddings": _count([parts.embeddings]),
         **{name: sum(layer["parameters"][name] for layer in layers) for name in ("attention", "ffn", "norms")},
@@ -88,7 +93,7 @@ def describe(model: nn.Module) -> Description:
     counts["norms"] += _count([parts.final_norm])
     total = _count([model])
     counts["other"] = total - sum(counts.values())
-    dtype = str(layers and parts.layers[0].k.like.dtype).removeprefix("torch.")
+    dtype = str(layers and parts.layers[0].dtype).removeprefix("torch.")
     return Description(type(model).__name__, parts.family, dtype, layers, {**counts, "total": total})
 
 
@@ -96,24 +101,30 @@ def _layer(layer: anatomy.Layer, config) -> dict:
     norms = set(_parameters(layer.norms))
     attention = set(_parameters([layer.attention, layer.o.module])) - norms
     ffn = set(_parameters([layer.ffn])) - norms
+    more = ["global separate"] if hooks.GLOBAL in layer.attention._modules else []
+    more += sorted({kind for module in layer.qkv_modules if (kind := packing(module))})
     swapped = getattr(layer.attention, hooks.ATTRIBUTE, None)
     if swapped is None or swapped.backend is None:
         pattern, cache = _own_pattern(layer), "full" if layer.window is None else "ring"
     else:
         pattern, cache = swapped.pattern, swapped.backend.traits.state
+    token = layer.kv_bytes_per_token if layer.causal else 0
+    if swapped is not None and swapped.cache is not None:
+        cache = str(swapped.cache) if cache == "full" else f"{swapped.cache}, {cache}"
+        token = swapped.cache.bytes_per_token(layer)
     return {
         "index": layer.index,
-        "projections": spec_of(layer) + (", global separate" if hooks.GLOBAL in layer.attention._modules else ""),
+        "projections": ", ".join([spec_of(layer), *more]),
         "heads": _heads(layer),
         "positions": _positions(layer, config),
         "pattern": pattern,
         "cache": cache if layer.causal else "none",
         "parameters": {
-            "attention": sum(p.numel() for p in attention),
-            "ffn": sum(p.numel() for p in ffn),
-            "norms": sum(p.numel() for p in norms),
+            "attention": sum(map(numbers, attention)),
+            "ffn": sum(map(numbers, ffn)),
+            "norms": sum(map(numbers, norms)),
         },
-        "kv_bytes_per_token": layer.kv_bytes_per_token if layer.causal else 0,
+        "kv_bytes_per_token": token,
     }
 
 
@@ -133,7 +144,13 @@ def _positions(layer: anatomy.Layer, config) -> str:
     if layer.rotary_dims != layer.head_dim:
         options["dims"] = layer.rotary_dims
     name = rope.get("rope_type", "default")
+    options |= {"factor": rope["factor"]} if rope.get("factor") else {}
     return format_spec("rope" if name == "default" else name, options)
+
+
+def _new_positions(own: str, spec: str | None) -> str:
+    """A rule beside the model's learned positions is added to them."""
+    return own if spec is None else f"learned+{spec}" if own == "learned" else spec
 
 
 def _own_pattern(layer: anatomy.Layer) -> str:
@@ -145,7 +162,7 @@ def _parameters(modules: Iterable[nn.Module | None]) -> list[nn.Parameter]:
 
 
 def _count(modules: Iterable[nn.Module | None]) -> int:
-    return sum(p.numel() for p in dict.fromkeys(_parameters(modules)))
+    return sum(map(numbers, dict.fromkeys(_parameters(modules))))
 
 
 def _runs(layers: list[dict]) -> list[tuple[int, int, dict]]:

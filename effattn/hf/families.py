@@ -48,6 +48,9 @@ class Family:
     layers: str = "model.layers"  # from the model, or for encoders from its `base_model`
     attention: str = "self_attn"
     ffn: tuple[str, ...] = ("mlp",)
+    ffn_in: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")  # paths from the layer; empty: a mixture of experts
+    ffn_out: str = "mlp.down_proj"
+    ffn_size: str = "intermediate_size"  # the config's name of the FFN's inner size
     q: str = "q_proj"
     k: str = "k_proj"
     v: str = "v_proj"
@@ -59,44 +62,71 @@ class Family:
     interleaved: bool = False  # rotary pairs are (2i, 2i+1) instead of (i, i + R/2)
     gqa: str = ""  # why `num_key_value_heads` cannot be reduced; empty: it can
     rotary: str = "model.rotary_emb"  # the module that holds the frequencies; empty: no rotary embedding
+    positions: str = ""  # the table of learned positions, from the model
+    hidden_size: tuple[str, ...] = ("hidden_size",)  # the config's names of the width of the residual stream
+    explicit_head_dim: bool = True  # the class reads head_dim from its config, so that heads can be any number
+    scaled_embeddings: bool = False  # embeddings are multiplied by sqrt(hidden_size), and norms by 1 + their weight
     encoder: bool = False  # its classes have several heads, or none, and nothing to do with generation
 
+
+# Fields of a config that give o_proj and the FFN's output module biases (and the other projections beside them).
+BIASES = {"heads": "attention_bias", "ffn": "mlp_bias"}
+
+# Lists in a config with an entry for each layer.
+PER_LAYER = ("layer_types", "mlp_layer_types", "no_rope_layers")
 
 _IGNORED = "transformers ignores num_key_value_heads in this class"
 
 _LLAMA_LIKE = (
-    "llama", "mistral", "mixtral", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "gemma", "gemma2", "gemma3_text", "olmo",
-    "olmo2", "olmo3", "olmoe", "granite", "starcoder2", "smollm3", "exaone4", "seed_oss", "arcee", "nemotron",
+    "llama", "mistral", "qwen2", "qwen3", "olmo", "olmo2", "olmo3", "granite", "smollm3", "exaone4", "seed_oss",
 )  # fmt: skip
+_EXPERTS = ("mixtral", "qwen2_moe", "qwen3_moe")
+_GEMMA = ("gemma", "gemma2", "gemma3_text")
+_GATE_UP = ("mlp.gate_up_proj",)  # one module, the gate's rows first
 
 FAMILIES: dict[str, Family] = {
     **dict.fromkeys(_LLAMA_LIKE, Family()),
-    **dict.fromkeys(("cohere", "cohere2", "glm", "glm4", "ernie4_5", "helium"), Family(interleaved=True)),
-    "stablelm": Family(q_norm="q_layernorm", k_norm="k_layernorm"),
-    "phi": Family(o="dense", q_norm="q_layernorm", k_norm="k_layernorm", final_norm="model.final_layernorm"),
-    "phi3": Family(q="qkv_proj", k="qkv_proj", v="qkv_proj", fused="stacked"),
+    **dict.fromkeys(_EXPERTS, Family(ffn_in=())),
+    "olmoe": Family(ffn_in=(), explicit_head_dim=False),
+    **dict.fromkeys(_GEMMA, Family(scaled_embeddings=True)),
+    **dict.fromkeys(("arcee", "nemotron"), Family(ffn_in=("mlp.up_proj",))),
+    "starcoder2": Family(ffn_in=("mlp.c_fc",), ffn_out="mlp.c_proj"),
+    **dict.fromkeys(("cohere", "cohere2", "ernie4_5"), Family(interleaved=True)),
+    "helium": Family(interleaved=True, explicit_head_dim=False),
+    **dict.fromkeys(("glm", "glm4"), Family(interleaved=True, ffn_in=_GATE_UP)),
+    "stablelm": Family(q_norm="q_layernorm", k_norm="k_layernorm", explicit_head_dim=False),
+    "phi": Family(
+        o="dense", q_norm="q_layernorm", k_norm="k_layernorm", final_norm="model.final_layernorm",
+        ffn_in=("mlp.fc1",), ffn_out="mlp.fc2",
+    ),
+    "phi3": Family(q="qkv_proj", k="qkv_proj", v="qkv_proj", fused="stacked", ffn_in=_GATE_UP),
     "gpt_neox": Family(
         layers="gpt_neox.layers", attention="attention", q="query_key_value", k="query_key_value",
         v="query_key_value", o="dense", fused="per_head", final_norm="gpt_neox.final_layer_norm", gqa=_IGNORED,
-        rotary="gpt_neox.rotary_emb",
+        rotary="gpt_neox.rotary_emb", ffn_in=("mlp.dense_h_to_4h",), ffn_out="mlp.dense_4h_to_h",
+        explicit_head_dim=False,
     ),
-    "gpt_oss": Family(gqa="its learned sinks belong to query heads, which a conversion would regroup"),
+    "gpt_oss": Family(ffn_in=(), gqa="its learned sinks belong to query heads, which a conversion would regroup"),
     "opt": Family(
         layers="model.decoder.layers", ffn=("fc1", "fc2"), o="out_proj",
-        final_norm="model.decoder.final_layer_norm", gqa=_IGNORED, rotary="",
+        final_norm="model.decoder.final_layer_norm", gqa=_IGNORED, rotary="", ffn_in=("fc1",), ffn_out="fc2",
+        ffn_size="ffn_dim", positions="model.decoder.embed_positions",
+        hidden_size=("hidden_size", "word_embed_proj_dim"), explicit_head_dim=False,
     ),
 }  # fmt: skip
 
 _BERT = Family(
     layers="encoder.layer", attention="attention.self", ffn=("intermediate", "output"), q="query", k="key", v="value",
-    o="attention.output.dense", final_norm="", gqa=_IGNORED, rotary="", encoder=True,
+    o="attention.output.dense", final_norm="", gqa=_IGNORED, rotary="", ffn_in=("intermediate.dense",),
+    ffn_out="output.dense", explicit_head_dim=False, encoder=True,
 )  # fmt: skip
 
 ENCODERS: dict[str, Family] = {
     **dict.fromkeys(("bert", "roberta", "xlm-roberta", "camembert", "electra"), _BERT),
     "distilbert": Family(
         layers="transformer.layer", attention="attention", ffn=("ffn",), q="q_lin", k="k_lin", v="v_lin", o="out_lin",
-        final_norm="", gqa=_IGNORED, rotary="", encoder=True,
+        final_norm="", gqa=_IGNORED, rotary="", ffn_in=("ffn.lin1",), ffn_out="ffn.lin2", ffn_size="hidden_dim",
+        hidden_size=("dim",), explicit_head_dim=False, encoder=True,
     ),
 }  # fmt: skip
 

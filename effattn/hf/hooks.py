@@ -16,6 +16,7 @@ from effattn.hf import state_layer
 ATTRIBUTE = "_effattn"  # where a swap is kept: a plain attribute, in no state_dict, copied by deepcopy
 HANDLE = "_effattn_hook"  # where the handle of the hook is kept
 PATTERN = "effattn_pattern"  # the submodule that holds a backend's parameters and buffers
+POSITIONS = "effattn_positions"  # the submodule that holds what a position rule learns
 GLOBAL = "effattn_global"  # the submodule with the second projections, and the argument that carries their q, k, v
 CAPTURE = "effattn_capture"  # the argument that tells our attention function to hand out q, k and v, and stop there
 
@@ -67,9 +68,12 @@ def before_attention(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tupl
     layer = getattr(module, ATTRIBUTE)
     for name in _cache_names(kwargs):
         if kwargs[name] is not None:
-            state_layer.place(kwargs[name], layer.index, layer.backend, layer.pattern, layer.raw_keys, layer.own_window)
+            state_layer.place(kwargs[name], layer)
     changed = {}
-    if layer.rotary is not None:  # the backend rotates: q and k pass as they are
+    if layer.positions is not None and layer.positions.own is not None:
+        given, position_ids = kwargs["position_embeddings"], kwargs.get("position_ids")
+        changed["position_embeddings"] = layer.positions.embeddings(given, position_ids)
+    elif layer.rotary is not None:  # the backend rotates: q and k pass as they are
         cos, _ = kwargs["position_embeddings"]
         changed["position_embeddings"] = (torch.ones_like(cos), torch.zeros_like(cos))
     if GLOBAL in module._modules:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 
 import torch
 from torch import nn
@@ -41,54 +42,65 @@ class LayerRunner:
 
     @torch.no_grad()
     def _record(self, size: int) -> list[tuple[tuple, dict]]:
-        """Every layer's arguments besides the hidden states, for batches of `size` rows."""
+        """Every layer's arguments besides the hidden states, for batches of `size` rows. The layers themselves are
+        passed over, so their weights need not be there."""
         recorded: list[tuple[tuple, dict]] = []
+        blocks = [layer.block for layer in self.anatomy]
+        own = [vars(block).get("forward") for block in blocks]
 
-        def hook(module, args, kwargs):
-            if args:
-                args = args[1:]
-            else:
-                kwargs = {key: value for key, value in kwargs.items() if key != "hidden_states"}
+        def note(block, *args, **kwargs):
+            hidden, args = (args[0], args[1:]) if args else (kwargs.pop("hidden_states"), args)
             recorded.append((args, kwargs))
-            if module is self.anatomy.layers[-1].block:
+            if block is blocks[-1]:
                 raise _Stop
+            # What the model makes of it, the output itself or its [0], only the next `note` sees.
+            return hidden if hidden.dim() > 3 else hidden[None]
 
-        handles = [layer.block.register_forward_pre_hook(hook, with_kwargs=True) for layer in self.anatomy]
         batch = next(batch for batch in self.batches if len(batch) == size)
         try:
+            for block in blocks:
+                block.forward = partial(note, block)
             with suppress(_Stop):
                 self.anatomy.model(input_ids=batch.to(self.device), use_cache=False)
         finally:
-            for handle in handles:
-                handle.remove()
+            for block, forward in zip(blocks, own, strict=True):
+                del block.forward
+                if forward is not None:
+                    block.forward = forward
         return recorded
 
-    @torch.no_grad()
     def embed(self) -> list[torch.Tensor]:
         """The inputs of layer 0, one (batch, length, D) tensor for each batch, on the CPU."""
-        first, hidden = self.anatomy.layers[0].block, []
+        return [self.embed_batch(batch) for batch in self.batches]
+
+    @torch.no_grad()
+    def embed_batch(self, batch: torch.Tensor) -> torch.Tensor:
+        """The inputs of layer 0 for one batch of tokens (batch, length): (batch, length, D) on the CPU."""
+        hidden = []
 
         def hook(module, args, kwargs):
             hidden.append((args[0] if args else kwargs["hidden_states"]).cpu())
             raise _Stop
 
-        handle = first.register_forward_pre_hook(hook, with_kwargs=True)
+        handle = self.anatomy.layers[0].block.register_forward_pre_hook(hook, with_kwargs=True)
         try:
-            for batch in self.batches:
-                with suppress(_Stop):
-                    self.anatomy.model(input_ids=batch.to(self.device), use_cache=False)
+            with suppress(_Stop):
+                self.anatomy.model(input_ids=batch.to(self.device), use_cache=False)
         finally:
             handle.remove()
-        return hidden
+        return hidden.pop()
 
     @torch.no_grad()
     def run(self, index: int, hidden: list[torch.Tensor]) -> Iterator[tuple[int, torch.Tensor]]:
         """Runs layer `index` on each batch of `hidden`; yields (batch number, its output on the CPU)."""
-        block = self.anatomy.layers[index].block
         for number, states in enumerate(hidden):
-            args, kwargs = self._arguments[len(states)][index]
-            output = block(states.to(self.device), *args, **kwargs)
-            yield number, (output[0] if isinstance(output, tuple) else output).cpu()
+            yield number, self.call(index, states).cpu()
+
+    def call(self, index: int, states: torch.Tensor) -> torch.Tensor:
+        """The output of layer `index` for one batch of hidden states, on the layer's device."""
+        args, kwargs = self._arguments[len(states)][index]
+        output = self.anatomy.layers[index].block(states.to(self.device), *args, **kwargs)
+        return output[0] if isinstance(output, tuple) else output
 
 
 @contextmanager

@@ -11,10 +11,13 @@ from torch import Tensor, nn
 
 from effattn.errors import Unsupported
 from effattn.hf.anatomy import Rotary
+from effattn.hf.caches import LayerCache
 from effattn.hf.families import sliding_window
 from effattn.hf.hooks import ATTRIBUTE, CAPTURE, GLOBAL
+from effattn.hf.positions import LayerPositions
 from effattn.hf.state_layer import Handle
 from effattn.interface import Backend
+from effattn.states import State
 
 NAME = "effattn"  # the attention implementation, in transformers' two tables
 EXTRAS = {"softcap": "softcap", "s_aux": "sink_logits"}  # what a model passes: what a backend calls it
@@ -32,6 +35,19 @@ class LayerSwap:
     raw_keys: bool = False  # the backend's positions are its own: it gets q and k before rotation
     rotary: Rotary | None = None  # ... and rotates them by this; None where the model has no rotation
     own_window: int | None = None  # the backend does what the model's own windowed layer did
+    positions: LayerPositions | None = None  # a position rule instead of the model's own
+    cache: LayerCache | None = None  # a format of packed keys and values instead of the backend's own
+
+    @property
+    def holds(self) -> str:
+        """What a cache of this layer holds, in words: two layers with the same words may take over each other's."""
+        own_raw = self.positions is not None and self.positions.raw and self.rotary is None
+        pre_rope = self.rotary is not None and self.backend.farthest is None
+        return f"{self.pattern}, raw keys" if own_raw or pre_rope else self.pattern
+
+    def new_state(self) -> State:
+        """An empty state, for one batch of sequences."""
+        return self.backend.new_state() if self.cache is None else self.cache.new_state(self.backend)
 
 
 def register() -> None:
@@ -66,6 +82,8 @@ def mask(
             "packed documents (position_ids that restart) or an extra mask function: after a swap, documents would see "
             "each other; give one document a row, padded with attention_mask, or effattn.restore(model)"
         )
+    if isinstance(q_offset, Tensor) and torch.compiler.is_compiling():  # static: numbers on the device, not asked for
+        return attention_mask
     seen = (int(q_offset) if isinstance(q_offset, Tensor) else q_offset) + q_length
     if kv_length + kv_offset > seen and not (attention_mask is not None and attention_mask.shape[-1] > seen):
         raise Unsupported(
@@ -118,7 +136,9 @@ def attention(
     if GLOBAL in kwargs:
         call["global_qkv"] = kwargs[GLOBAL]
     call |= {"causal": is_causal(module, kwargs), "scale": scaling}
-    if layer.rotary is not None:
+    if layer.positions is not None and layer.positions.in_call is not None:
+        call["rotary"] = layer.positions.in_call
+    elif layer.rotary is not None:
         call["rotary"] = layer.rotary.rope()
     precision = contextlib.nullcontext()
     if torch.is_autocast_enabled(query.device.type):  # cast as torch does for its own attention; inside, nothing is

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from effattn import registry
 from effattn.errors import Unsupported
-from effattn.hf import anatomy
+from effattn.hf import anatomy, caches, hooks
+from effattn.hf.positions import LENGTH_DEPENDENT, LayerPositions
 from effattn.interface import Backend
 
-LENGTH_DEPENDENT = ("dynamic", "longrope")  # rotary frequencies that change with the sequence's length
 TRIED = 4  # tokens of a trial
 
 
@@ -33,16 +33,46 @@ class Plan:
     rotary: anatomy.Rotary | None
     own_window: int | None
     own_global: bool  # the layer gets second projections for global tokens
+    positions: LayerPositions | None = None
+    kept: bool = False  # the pattern is what the layer has already: the backend stays, and what it has learned
+    cache: caches.LayerCache | None = None  # None: what the pattern itself remembers
 
 
-def make(parts: anatomy.Anatomy, pattern: str | dict[str | int, str], options: dict) -> dict[int, Plan]:
-    """layer -> its plan. ValueError for what means nothing, Unsupported for what this model or a method cannot do."""
+def make(
+    parts: anatomy.Anatomy,
+    pattern: str | dict[str | int, str] | None,
+    options: dict,
+    positions: dict[int, LayerPositions | None] | None = None,
+    cache: dict[int, str] | None = None,
+) -> dict[int, Plan]:
+    """layer -> its plan. ValueError for what means nothing, Unsupported for what this model or a method cannot do.
+
+    positions, cache: the layers whose rule or cache changes. Those that no pattern is named for keep the one they have.
+    """
     if isinstance(pattern, dict) and options:
         raise ValueError(f"swap: {', '.join(options)} given beside a dict of layers; write them into its specs")
     options = {name: _literal(value) for name, value in options.items()}
     layers = len(parts.layers)
     chosen = parse_layers(pattern, layers) if isinstance(pattern, dict) else dict.fromkeys(range(layers), pattern)
+    chosen = {} if pattern is None else chosen
     plans = {index: _plan(parts.layers[index], spec, options) for index, spec in chosen.items()}
+    positions, cache = positions or {}, cache or {}
+    formats = {index: caches.fit(parts.layers[index], spec) for index, spec in cache.items()}
+    for index, rule in [*positions.items(), *formats.items()]:
+        held = getattr(parts.layers[index].attention, hooks.ATTRIBUTE, None)
+        if index not in plans and held is not None and held.backend is not None:
+            plans[index] = _keep(parts, index, held)
+        elif index not in plans and rule is not None:
+            plans[index] = _plan(parts.layers[index], "dense", {})
+    for index, plan in plans.items():
+        held = getattr(parts.layers[index].attention, hooks.ATTRIBUTE, None)
+        plan.cache = formats[index] if index in formats else getattr(held, "cache", None)
+        if plan.cache is not None and plan.cache.format.pre_rope and parts.layers[index].rotary is not None:
+            plan.raw_keys, plan.rotary = True, parts.layers[index].rotary
+        rule = positions[index] if index in positions else getattr(held, "positions", None)
+        if rule is not None:
+            plan.positions = rule.fitted(plan.raw_keys)
+            plan.raw_keys, plan.rotary = plan.positions.raw, None
     _refuse_impossible(parts, plans)
     for index, plan in plans.items():
         _try(parts.layers[index], plan)
@@ -71,6 +101,14 @@ def _plan(layer: anatomy.Layer, spec: str, options: dict) -> Plan:
     raw = backend.farthest is not None
     rotary = layer.rotary if raw else None
     return Plan(spec, pattern, backend, raw, rotary, own, "global_qkv" in backend.extras)
+
+
+def _keep(parts: anatomy.Anatomy, index: int, held) -> Plan:
+    """The plan of a layer whose pattern stays. held: its `live.LayerSwap`."""
+    spec = getattr(parts.model, hooks.ATTRIBUTE).specs[index]
+    raw = held.backend.farthest is not None
+    rotary = parts.layers[index].rotary if raw else None
+    return Plan(spec, held.pattern, held.backend, raw, rotary, held.own_window, False, kept=True)
 
 
 def _literal(value):
@@ -129,6 +167,13 @@ def _obstacle(layer: anatomy.Layer, plan: Plan) -> str | None:
         return f"it has learned sinks (s_aux), {plan.backend.name} has no sink_logits"
     if layer.window is not None and not layer.causal:
         return f"it is a bidirectional window of {layer.window} of its own"
+    if plan.cache is not None and (reason := caches.obstacle(layer, plan.backend, plan.cache)):
+        return reason
+    asked = None if plan.positions is None else plan.positions.in_call
+    if asked is not None and not plan.backend.traits.exact:
+        return f"positions {asked.spec!r} need an exact pattern, which {plan.backend.name} is not"
+    if asked is not None and "global_qkv" in plan.backend.extras:
+        return f"positions {asked.spec!r} and {plan.backend.name}'s second projections cannot be combined"
     if plan.rotary is not None:
         rule = f"its rotary rule {plan.rotary.kind!r}"
         if plan.rotary.kind in LENGTH_DEPENDENT:
@@ -152,10 +197,13 @@ def _try(layer: anatomy.Layer, plan: Plan) -> None:
         extras["softcap"] = layer.softcap
     if layer.learned_sinks:
         extras["sink_logits"] = torch.zeros(layer.heads, dtype=dtype, device=device)
-    if plan.rotary is not None:
+    if plan.positions is not None:
+        extras["rotary"] = plan.positions.in_call
+        plan.positions.rule.to(device)
+    elif plan.rotary is not None:
         extras["rotary"] = plan.rotary.rope()
     backend = plan.backend.to(device).eval()
-    state = backend.new_state() if layer.causal else None
+    state = None if not layer.causal else backend.new_state() if plan.cache is None else plan.cache.new_state(backend)
     try:
         with torch.no_grad():
             backend(q, k, v, causal=layer.causal, state=state, **extras)

@@ -8,14 +8,18 @@ import torch
 from torch import nn
 
 from effattn.errors import Unsupported
+from effattn.profiling.weights import is_packed
 from effattn.projections.monarch import MonarchLinear
+from effattn.projections.packed import PackedLinear
+
+STRUCTURED = (MonarchLinear, PackedLinear)  # their weight is multiplied out or unpacked when it is asked for
 
 
 @dataclass(frozen=True)
 class Projection:
     """q, k, v or o of one layer. For fused modules, a view of its rows."""
 
-    module: nn.Linear | MonarchLinear
+    module: nn.Linear | MonarchLinear | PackedLinear
     heads: int
     head_dim: int
     start: int = 0  # first row ("stacked"), or first row inside each head's block ("per_head")
@@ -38,21 +42,36 @@ class Projection:
     def by_head(self) -> torch.Tensor:
         """(heads, d, D), or (heads, D, d) for o: a view, so that writing into it changes the model.
 
-        Unsupported for structured projections, which have no such weight.
+        Unsupported for structured projections and packed ones (bitsandbytes), which have no such weight.
         """
-        if isinstance(self.module, MonarchLinear):
+        if is_packed(self.module):
             raise Unsupported(
-                f"projections: {self.module.spec} has no weight by heads; change heads before projections, or "
-                "effattn.swap(model, projections='dense') first"
+                "projections: the weights are packed in 4 or 8 bits, there are no numbers to read or write; do this to "
+                "the model's own weights, before they are quantized"
+            )
+        if isinstance(self.module, STRUCTURED):
+            raise Unsupported(
+                f"projections: {self.module.spec} has no weight by heads; change heads before projections are replaced "
+                "or packed, or effattn.swap(model, projections='dense') first"
             )
         if self.output:
             return self.module.weight.detach().view(-1, self.heads, self.head_dim).transpose(0, 1)
         return self._rows(self.module.weight.detach())
 
+    def rows(self, heads: torch.Tensor) -> torch.Tensor:
+        """Which rows of the module's weight (columns, for o) belong to these heads (n,): int64 (n·d,), in their order.
+
+        Unsupported for structured projections, which have no such weight.
+        """
+        self.by_head  # noqa: B018 - raises where there is none
+        rows = torch.arange(self.module.in_features if self.output else self.module.out_features)
+        by_head = rows.view(self.heads, self.head_dim) if self.output else self._rows(rows)
+        return by_head[heads].flatten()
+
     @property
     def weight(self) -> torch.Tensor:
         """(heads·d, D), or (D, heads·d) for o. Of structured projections a copy, multiplied out."""
-        if isinstance(self.module, MonarchLinear):
+        if isinstance(self.module, STRUCTURED):
             dense = self.module.dense().detach()
             return dense if self.output else self._rows(dense).reshape(self.heads * self.head_dim, -1)
         if self.output:
@@ -65,6 +84,11 @@ class Projection:
         if self.module.bias is None or self.output:
             return None if self.module.bias is None else self.module.bias.detach()
         return self._rows(self.module.bias.detach()).reshape(-1)
+
+    @property
+    def bias_by_head(self) -> torch.Tensor | None:
+        """(heads, d): a view, so that writing into it changes the model; None without one. Not for o."""
+        return None if self.module.bias is None else self._rows(self.module.bias.detach())
 
     @property
     def with_bias(self) -> torch.Tensor:

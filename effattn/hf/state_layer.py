@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -18,6 +19,10 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, Dynam
 from effattn.errors import Unsupported
 from effattn.interface import Backend
 from effattn.states import ROLLBACK, FullState, State
+
+if TYPE_CHECKING:
+    from effattn.hf.caches import LayerCache
+    from effattn.hf.live import LayerSwap
 
 PLAIN = (DynamicLayer, DynamicSlidingWindowLayer)
 CANDIDATES = "_effattn_candidates"  # on a Cache: how many of a call's last tokens may be taken back
@@ -57,7 +62,8 @@ class _Undo:
 
 
 class StateLayer(CacheLayerMixin):
-    """One layer's `State`, in transformers' Cache. `pattern`: the spec of the backend that it belongs to.
+    """One layer's `State`, in transformers' Cache. `pattern`: the spec of the backend that it belongs to, `cache`: the
+    format of what it holds, if it is packed. `given`: made by hand, so that the format need not be the swap's.
 
     `get_seq_length` is the number of tokens seen, held or not, and mask sizes say the same. A state takes back up to
     `ROLLBACK` tokens by itself. When more of a call may be rejected (assisted decoding; `candidates`), a copy of
@@ -68,8 +74,9 @@ class StateLayer(CacheLayerMixin):
     is_compileable = False
     is_croppable = True
 
-    def __init__(self, index: int, pattern: str, state: State):
+    def __init__(self, index: int, pattern: str, state: State, cache: LayerCache | None = None, given: bool = False):
         self.index, self.pattern, self.state = index, pattern, state
+        self.cache, self.given = cache, given
         self.is_initialized = False
         self.record_past = False
         self.dtype = self.device = None
@@ -79,7 +86,12 @@ class StateLayer(CacheLayerMixin):
         self._undo: _Undo | None = None
 
     def __repr__(self) -> str:
-        return f"StateLayer({self.pattern}, {self.get_seq_length()} tokens, {self.nbytes} bytes)"
+        return f"StateLayer({self.words}, {self.get_seq_length()} tokens, {self.nbytes} bytes)"
+
+    @property
+    def words(self) -> str:
+        """What it holds."""
+        return _words(self.pattern, self.cache)
 
     @property
     def keys(self) -> Tensor | None:
@@ -103,7 +115,7 @@ class StateLayer(CacheLayerMixin):
         """The new tokens as a handle, twice. They are in the state once the attention function has run."""
         if self._waiting:
             raise Unsupported(
-                f"cache: layer {self.index} ({self.pattern}) was updated twice without attention in between; only a "
+                f"cache: layer {self.index} ({self.words}) was updated twice without attention in between; only a "
                 "model that effattn.swap has changed can use it"
             )
         if not self.is_initialized:
@@ -119,18 +131,15 @@ class StateLayer(CacheLayerMixin):
             self._move(k.device)
             self.device = k.device
         last = min(self.candidates, k.shape[2] - 1)
-        if last > ROLLBACK and self._evicts and not (torch.is_grad_enabled() or torch.compiler.is_compiling()):
+        if last > ROLLBACK and self.state.evicts and not (torch.is_grad_enabled() or torch.compiler.is_compiling()):
             out = self._attend_in_two(backend, q, k, v, mask, last, call)
         else:
+            self.state.candidates = last
             out = backend(q, k, v, padding_mask=mask, state=self.state, **call)
         if self._leaving:
             self._leaving = False
             self._move("cpu")
         return out
-
-    @property
-    def _evicts(self) -> bool:
-        return type(self.state) is not FullState
 
     def _attend_in_two(self, backend, q, k, v, mask, last: int, call: dict) -> Tensor:
         """The tokens that stay, a copy of the state, then the `last` ones. By definition the same as all at once."""
@@ -216,23 +225,15 @@ class StateLayer(CacheLayerMixin):
 
     def _move(self, device) -> None:
         self._undo = None
-        _move(self.state, device)
+        self.state.move(device)
 
 
-def _move(state: State, device) -> None:
-    for name, value in vars(state).items():
-        if isinstance(value, Tensor):
-            setattr(state, name, value.to(device, non_blocking=True))
-        elif isinstance(value, State):
-            _move(value, device)
+def place(cache: Cache, swapped: LayerSwap) -> None:
+    """Sees to it that a swapped layer finds in `cache` what serves it; an empty plain layer is replaced.
 
-
-def place(cache: Cache, index: int, backend: Backend, pattern: str, raw_keys: bool, own_window: int | None) -> None:
-    """Sees to it that layer `index` of `cache` can serve `backend`, of spec `pattern`; an empty plain one is replaced.
-
-    raw_keys: the backend needs keys that are not rotated. own_window: the window of the model's own layer, if that is
-    what the backend does. Raises Unsupported for what holds tokens that the backend cannot use.
+    Raises Unsupported for what holds tokens that the layer cannot use, or in another format than it asks for.
     """
+    index = swapped.index
     if not isinstance(cache, Cache) or not hasattr(cache, "layers"):
         raise Unsupported(f"past_key_values: got {type(cache).__name__}, valid is transformers' DynamicCache")
     layers = cache.layers
@@ -241,43 +242,48 @@ def place(cache: Cache, index: int, backend: Backend, pattern: str, raw_keys: bo
     if len(layers) <= index:
         raise Unsupported(f"past_key_values: it has {len(layers)} layers, layer {index} needs one too")
     layer = layers[index]
-    where = f"past_key_values: layer {index} ({pattern})"
+    where = f"past_key_values: layer {index} ({_words(swapped.holds, swapped.cache)})"
+    empty = "start with an empty cache (effattn.new_cache(model))"
     if isinstance(layer, StateLayer):
-        if layer.pattern != pattern:
-            if layer.get_seq_length():
-                raise Unsupported(
-                    f"{where}: the cache was filled by {layer.pattern}; effattn.new_cache(model) is empty"
-                )
-            layers[index] = _new(index, backend, pattern, raw_keys, layer.record_past)
+        if layer.pattern != swapped.holds or not (layer.given or layer.cache == swapped.cache):
+            if layer.get_seq_length() or layer.given:
+                filled = f"the cache was {'made for' if layer.given else 'filled by'} {layer.words}"
+                raise Unsupported(f"{where}: {filled}; effattn.new_cache(model) is empty")
+            layers[index] = new_layer(swapped, layer.record_past)
     elif isinstance(layer, StaticLayer):
         raise Unsupported(
             f"{where}: static cache: it has no place for a backend's own state; after a swap, use the default cache "
             "(effattn.new_cache(model))"
         )
     elif type(layer) in PLAIN and not layer.get_seq_length():
-        new = _new(index, backend, pattern, raw_keys, getattr(layer, "record_past", False))
+        new = new_layer(swapped, getattr(layer, "record_past", False))
         if type(new) is not type(layer):
             layers[index] = new
-    elif raw_keys:
+    elif swapped.cache is not None:
+        raise Unsupported(f"{where}: the {type(layer).__name__} holds tokens in full precision; {empty}")
+    elif swapped.raw_keys:
         raise Unsupported(
             f"{where}: the {type(layer).__name__} holds rotated keys, and this pattern rotates them itself, by their "
-            "place in the cache; start with an empty cache (effattn.new_cache(model))"
+            f"place in the cache; {empty}"
         )
-    elif isinstance(layer, DynamicSlidingWindowLayer) and own_window != layer.sliding_window:
+    elif isinstance(layer, DynamicSlidingWindowLayer) and swapped.own_window != layer.sliding_window:
         raise Unsupported(
-            f"{where}: the {type(layer).__name__} holds the last {layer.sliding_window} tokens only; start with an "
-            "empty cache (effattn.new_cache(model))"
+            f"{where}: the {type(layer).__name__} holds the last {layer.sliding_window} tokens only; {empty}"
         )
     layer = layers[index]
     if isinstance(layer, StateLayer):
         layer.candidates = getattr(cache, CANDIDATES, 0) or (UNKNOWN_CANDIDATES if layer.record_past else 0)
 
 
-def _new(index: int, backend: Backend, pattern: str, raw_keys: bool, record_past: bool) -> CacheLayerMixin:
-    """transformers' own layer where it holds the same as the backend's state, a `StateLayer` otherwise."""
-    state = backend.new_state()
-    if type(state) is FullState and not raw_keys:
+def new_layer(swapped: LayerSwap, record_past: bool = False) -> CacheLayerMixin:
+    """transformers' own layer where it holds the same as a swapped layer's state, a `StateLayer` otherwise."""
+    state = swapped.new_state()
+    if type(state) is FullState and not swapped.raw_keys:
         return DynamicLayer()
-    layer = StateLayer(index, pattern, state)
+    layer = StateLayer(swapped.index, swapped.holds, state, swapped.cache)
     layer.record_past = record_past
     return layer
+
+
+def _words(pattern: str, cache: LayerCache | None) -> str:
+    return pattern if cache is None else f"{pattern}, {cache.spec}"

@@ -13,39 +13,40 @@ other weights instead, which is not undone (`effattn.heads.gqa`, `effattn.projec
 from __future__ import annotations
 
 import inspect
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from effattn import registry
 from effattn.errors import Unsupported, check_choice
-from effattn.hf import anatomy, codebooks, hooks, live
+from effattn.hf import anatomy, caches, codebooks, hooks, live
 from effattn.hf import plan as planning
+from effattn.hf import positions as positioning
 from effattn.hf.plan import Plan, parse_layers
 from effattn.projections import replace
 
 __all__ = ["Swap", "active", "is_plain", "parse_layers", "restore", "swap"]
 
 HEADS = ("mha", "gqa", "mqa", "mla")
-POSITIONS = ("pi", "ntk", "dynamic_ntk", "yarn", "abf", "rerope", "leaky_rerope", "logn", "alibi", "nope")
-CACHES = ("full", "int8", "int4", "int2", "fp8")
 
 
 @dataclass
 class Swap:
-    """What `swap` did to a model: the implementation it had, and the spec of every swapped layer, as asked for."""
+    """What `swap` did to a model: the implementation it had, and as asked for the spec of every swapped layer, and of
+    every cache that is not its pattern's own."""
 
     original: str
     specs: dict[int, str]
+    caches: dict[int, str] = field(default_factory=dict)
 
 
 def swap(
     model: nn.Module,
     pattern: str | dict[str | int, str] | None = None,
     *,
-    positions: str | None = None,
-    cache: str | None = None,
+    positions: str | dict[str | int, str] | None = None,
+    cache: str | dict[str | int, str] | None = None,
     heads: str | None = None,
     projections: str | dict[str | int, str] | None = None,
     calibration: Tensor | None = None,
@@ -61,6 +62,13 @@ def swap(
     Patterns that quantize keys ("vq") fit their codebooks to the keys that the model makes of `calibration` (tokens,
     int64 (N,)); without it codebooks are random, until the backends' own `calibrate` or a checkpoint fills them.
 
+    positions: a rule of `effattn.positions.rules()` for all layers that it makes sense in, or a dict as for patterns:
+    "yarn(factor=8)", "rerope(window=256)+logn"; "rope" is the model's own. A rule that transformers has is written into
+    the config, and the model stays plain; any other needs swapped attention, "dense" where no pattern is named.
+
+    cache: "int8", "int4", "int2" or "fp8", with the options of `effattn.quant.Format.options`, such as "int4(group=64,
+    residual=128)", or a dict as for patterns; "full" is the pattern's own. Layers without a pattern get "dense" for it.
+
     heads: "mha", "mqa" or "gqa(kv_heads=...)", which `convert_gqa` does with `calibration` (tokens, int64 (N,)).
 
     projections: "monarch(blocks=16)" for all layers, or a dict as for patterns; options and what they mean are those of
@@ -72,16 +80,17 @@ def swap(
 
     Raises ValueError for arguments that mean nothing, Unsupported for what this model or version cannot do.
     """
-    _refuse_planned("positions", positions, POSITIONS)
-    _refuse_planned("cache", cache, CACHES, own="full")
-    if pattern is None and heads is None and projections is None:
+    if all(axis is None for axis in (pattern, positions, cache, heads, projections)):
         raise ValueError(
-            f"swap: nothing to do; give pattern (one of {', '.join(registry.backends())}), heads or projections"
+            f"swap: nothing to do; give pattern (one of {', '.join(registry.backends())}), positions, cache, heads or "
+            "projections"
         )
     if pattern is None and options:
         raise ValueError(f"swap: {', '.join(options)} given without a pattern")
     parts = anatomy.of(model)
-    plans = {} if pattern is None else planning.make(parts, pattern, options)
+    order = None if positions is None else positioning.make(parts, positions)
+    cached = None if cache is None else caches.parse(cache, len(parts.layers))
+    plans = planning.make(parts, pattern, options, order and order.layers, cached)
     codebooks.check(parts, plans, calibration)
     merging = None if heads is None else _merging(parts, heads)
     kv_heads = None if merging is None else merging["kv_heads"]
@@ -91,9 +100,13 @@ def swap(
 
         convert_gqa(model, calibration=calibration, **merging)
         if plans:  # some backends hold something for each K/V head
-            plans = planning.make(anatomy.of(model), pattern, options)
+            plans = planning.make(anatomy.of(model), pattern, options, order and order.layers, cached)
     if projected is not None:
         replace.replace(model, replace.fit(projected))
+    if order is not None:
+        positioning.apply(model, parts, order)
+        if order.config is not None and plans:  # windows that no sequence exceeded may be exceeded now
+            plans = planning.make(anatomy.of(model), pattern, options, order.layers, cached)
     if plans:
         if calibration is not None and codebooks.wanting(plans):
             codebooks.fit(model, parts, plans, calibration)
@@ -102,7 +115,15 @@ def swap(
 
 
 def restore(model: nn.Module) -> nn.Module:
-    """Undoes every pattern swap: the attention implementation is what it was. Returns the model, swapped or not."""
+    """Undoes every swap of patterns, positions and caches: attention implementation and config are what they were.
+    Returns the model, swapped or not."""
+    positioning.undo(model)
+    detach(model)
+    return model
+
+
+def detach(model: nn.Module) -> None:
+    """Undoes what was done to the attention modules; what is written in the config stays."""
     done = active(model)
     if done is not None:
         for layer in anatomy.of(model).layers:
@@ -110,7 +131,6 @@ def restore(model: nn.Module) -> nn.Module:
         _unhook(model)
         delattr(model, hooks.ATTRIBUTE)
         model.set_attn_implementation(done.original)
-    return model
 
 
 def active(model: nn.Module) -> Swap | None:
@@ -133,15 +153,21 @@ def _apply(model: nn.Module, parts: anatomy.Anatomy, plans: dict[int, Plan]) -> 
     live.register()
     model.set_attn_implementation(live.NAME)
     done.specs.update({index: plan.spec for index, plan in plans.items()})
+    done.caches = {index: spec for index, spec in done.caches.items() if index not in plans}
+    done.caches |= {index: plan.cache.spec for index, plan in plans.items() if plan.cache is not None}
     for layer in parts.layers:
         module, plan = layer.attention, plans.get(layer.index)
         if plan is not None:
-            _detach(module)
+            module._modules.pop(hooks.POSITIONS, None)
+            if not plan.kept:
+                _detach(module)
+                _hook(module, hooks.before_attention)
             setattr(module, hooks.ATTRIBUTE, live.LayerSwap(
                 layer.index, done.original, backend=plan.backend, pattern=plan.pattern, raw_keys=plan.raw_keys,
-                rotary=plan.rotary, own_window=plan.own_window,
+                rotary=plan.rotary, own_window=plan.own_window, positions=plan.positions, cache=plan.cache,
             ))  # fmt: skip
-            _hook(module, hooks.before_attention)
+            if plan.positions is not None and plan.positions.rule.learned is not None:
+                module.add_module(hooks.POSITIONS, plan.positions.rule)
             if any(True for _ in plan.backend.parameters()) or any(True for _ in plan.backend.buffers()):
                 module.add_module(hooks.PATTERN, plan.backend)
             if layer.index in new:
@@ -177,16 +203,8 @@ def _detach(module: nn.Module) -> None:
     """Takes a swap off an attention module, if there is one."""
     _unhook(module)
     module.__dict__.pop(hooks.ATTRIBUTE, None)
-    for name in (hooks.PATTERN, hooks.GLOBAL):
+    for name in (hooks.PATTERN, hooks.GLOBAL, hooks.POSITIONS):
         module._modules.pop(name, None)
-
-
-def _refuse_planned(argument: str, spec: str | None, valid: tuple[str, ...], own: str | None = None) -> None:
-    """`own` is the name of what every model has."""
-    if spec not in (None, own):
-        check_choice(argument, registry.parse_spec(spec)[0], valid)
-        has = "None" if own is None else f"None or {own!r}"
-        raise Unsupported(f"{argument}: {spec!r} is planned, not in this version; valid is {has} (what the model has)")
 
 
 def _merging(parts: anatomy.Anatomy, spec: str) -> dict | None:

@@ -28,6 +28,7 @@ from effattn.profiling.cost import ModelCost, model_cost
 from effattn.profiling.device import peaks
 from effattn.profiling.environment import environment
 from effattn.profiling.memory import available_bytes
+from effattn.profiling.weights import numbers, weight_bytes
 
 CONTEXTS, BATCHES, STEPS, SECONDS = (1024, 4096, 16384), (1,), 32, 5.0
 MEMORY_SHARE = 0.9  # of the available memory may be filled; the rest is for what no model foresees
@@ -242,9 +243,9 @@ def _model_facts(parts: anatomy.Anatomy, name: str | None) -> dict:
     return {
         "name": name or getattr(model.config, "_name_or_path", "") or type(model).__name__,
         "class": type(model).__name__, "layers": len(parts.layers), "heads": parts.heads, "kv_heads": parts.kv_heads,
-        "head_dim": parts.head_dim, "parameters": sum(p.numel() for p in tensors),
-        "weight_bytes": sum(p.nbytes for p in tensors),
-        "dtype": str(parts.layers[0].k.weight.dtype).removeprefix("torch."),
+        "head_dim": parts.head_dim, "parameters": sum(map(numbers, tensors)),
+        "weight_bytes": weight_bytes(model),
+        "dtype": str(parts.layers[0].dtype).removeprefix("torch."),
         "trained_length": getattr(parts.config, "max_position_embeddings", None),
     }  # fmt: skip
 

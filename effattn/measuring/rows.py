@@ -37,7 +37,7 @@ def measured_row(
     """JSON-able. `found` is what `lanes.measure_together` saw of this variant, `prefill` and `step` are what the cost
     model says of both (the step is the middle one of those timed). Times in ms, sizes in bytes of the whole batch."""
     parts = anatomy.of(model)
-    dtype = str(parts.layers[0].k.weight.dtype).removeprefix("torch.")
+    dtype = str(parts.layers[0].dtype).removeprefix("torch.")
     held = found["kv_bytes_held"]
     phases = {
         "prefill": _phase(parts, found["prefill"], prefill, limits, dtype),

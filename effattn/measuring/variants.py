@@ -19,6 +19,7 @@ from effattn import registry
 from effattn.errors import Unsupported, check_choice
 from effattn.hf import anatomy
 from effattn.hf import swap as swapping
+from effattn.positions import registry as position_rules
 from effattn.swapping.patterns import Pattern, label_of, parse_pattern
 
 AXES = ("pattern", "heads", "cache", "positions", "projections")
@@ -97,7 +98,12 @@ def _axes(text: str) -> dict[str, Pattern]:
         check_choice("axis", axis, AXES)
         if axis in axes:
             raise ValueError(f"{axis} is given twice")
-        axes[axis] = parse_pattern(spec) if axis == "pattern" else registry.format_spec(*registry.parse_spec(spec))
+        if axis == "pattern":
+            axes[axis] = parse_pattern(spec)
+        elif axis == "positions":
+            axes[axis] = position_rules.spec_of(position_rules.parse(spec))
+        else:
+            axes[axis] = registry.format_spec(*registry.parse_spec(spec))
     if not axes:
         raise ValueError("is empty")
     return axes

@@ -8,10 +8,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from effattn.errors import Unsupported
 from effattn.interface import Backend, Call, Cost, Shape
 from effattn.kernels import decode, flash
-from effattn.kernels.flash.pattern import Pattern
-from effattn.states import RingState
+from effattn.kernels.flash.pattern import Layout, Pattern
+from effattn.states import Inside, RingState
 
 
 class ExactBackend(Backend):
@@ -28,6 +29,10 @@ class ExactBackend(Backend):
         """How often the query at position i of head h sees the key at position j: bool, or a count. The definition:
         i, j and h broadcast against each other; negative positions are padding."""
         raise NotImplementedError
+
+    @property
+    def score_rules(self) -> bool:
+        return self.pattern(causal=True) is not None
 
     def pattern(self, causal: bool) -> Pattern | None:
         """The predicate as the kernels take it; None when the subclass writes `attend_many` itself."""
@@ -72,15 +77,34 @@ class ExactBackend(Backend):
             state_bytes=self.held(shape.keys) * token,
         )
 
+    @property
+    def packable(self) -> bool:
+        """Whether its cache may hold packed keys (`effattn.quant`): one unshifted predicate says who sees them."""
+        pattern = self.pattern(causal=True)
+        return pattern is not None and not getattr(pattern, "shifted", False) and "global_qkv" not in self.extras
+
+    def turns_keys(self, q, k, v, layout):
+        return isinstance(layout, Inside) or (self.impl != "reference" and self._few(q, k, v, layout))
+
+    def _few(self, q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> bool:
+        """Whether the decode kernels serve a call: rings have no other way. Only plain torch has gradients there."""
+        learning = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+        return layout.ring is not None or (q.shape[2] <= decode.MOST_QUERIES and not learning)
+
     def attend(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
         self.chosen_impl = impl = flash.choose(self.impl, q.device)
-        if impl == "reference":
+        if impl == "reference" and not isinstance(call.layout, Inside):
             out, lse = self._reference(q, k, v, call)
             return out
+        if impl == "triton" and call.bias is not None and torch.is_grad_enabled() and call.bias.params.requires_grad:
+            if self.impl == "triton":
+                raise Unsupported("impl: 'triton' has no gradients for learned biases; valid are 'auto' and 'torch'")
+            self.chosen_impl = impl = "torch"
         needs_lse = call.sink_logits is not None
         learning = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
-        few = call.layout.ring is not None or (q.shape[2] <= decode.MOST_QUERIES and not learning)
-        if few:  # rings have no other way, and only plain torch has gradients there
+        if isinstance(call.layout, Inside):  # packed keys, which their state knows to read
+            out = call.layout.state.attend(q, self.pattern(call.causal), call, impl, needs_lse)
+        elif self._few(q, k, v, call.layout):
             out = self.attend_few(q, k, v, call, "torch" if learning else impl, needs_lse)
         else:
             out = self.attend_many(q, k, v, call, impl, needs_lse)
@@ -96,7 +120,7 @@ class ExactBackend(Backend):
         counts = self.counts(q, k, call) if pattern is None else None
         return decode.attention(
             q, k, v, pattern, call.layout, causal=call.causal, scale=call.scale, softcap=call.softcap,
-            q_first=call.q_first, counts=counts, impl=impl, lse=lse,
+            q_first=call.q_first, counts=counts, turn=call.turn, bias=call.bias, impl=impl, lse=lse,
         )  # fmt: skip
 
     def attend_many(self, q, k, v, call: Call, impl: str, lse: bool):
@@ -105,7 +129,7 @@ class ExactBackend(Backend):
             raise NotImplementedError(f"{self.name}: write `pattern`, or `attend_many`")
         return flash.attention(
             q, k, v, self.pattern(call.causal), call.layout, causal=call.causal, scale=call.scale,
-            softcap=call.softcap, q_first=call.q_first, impl=impl, lse=lse,
+            softcap=call.softcap, q_first=call.q_first, far=call.far, bias=call.bias, impl=impl, lse=lse,
         )  # fmt: skip
 
     def counts(self, q: Tensor, k: Tensor, call: Call) -> Tensor:
@@ -118,13 +142,14 @@ class ExactBackend(Backend):
     def _reference(self, q, k, v, call: Call):
         from effattn.kernels.flash.reference import attention
 
+        i = call.layout.query_positions(q.shape[2], k.shape[2], q.device)[:, :, None]
+        j = call.layout.key_positions(k.shape[2], k.device)[:, None, :]
         first = None
         if call.q_first is not None:
-            at = call.layout.key_positions(k.shape[2], k.device)
-            first = (at >= 0) & (at < self.pattern(call.causal).first)
+            first = ((j >= 0) & (j < self.pattern(call.causal).first))[:, 0]
         return attention(
             q, k, v, self.counts(q, k, call), scale=call.scale, softcap=call.softcap, sink_logits=call.sink_logits,
-            q_first=call.q_first, first=first,
+            q_first=call.q_first, first=first, far=call.far, bias=call.bias, distance=i - j,
         )  # fmt: skip
 
 

@@ -100,6 +100,7 @@ class LSH(Backend):
                 raise ValueError(
                     f"q: got {q.shape[2]} tokens, with a state valid are at most the {k.shape[2]} new keys"
                 )
+            self._check_positions(rotary, causal, state, padding_mask)
             if rotary is not None:
                 total, layout = state.seq_len + k.shape[2], layout_of(padding_mask)
                 at = (layout.query_positions(x.shape[2], total, x.device).clamp(min=0) for x in (q, k))

@@ -12,14 +12,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from effattn.positions.base import Rotation, register
+
 
 @dataclass(frozen=True, eq=False)
 class Rope:
     """Turns the first `dims` dimensions of every head; pair i by the angle position * inv_freq[i].
 
-    inv_freq (dims/2,). attention_scaling multiplies what is turned (YaRN's temperature). Pairs are (i, i + dims/2), or
-    (2i, 2i + 1) when `interleaved` (GLM, Cohere). Angles and products are fp32 (fp64 for fp64 inputs), the results have
-    the inputs' dtype.
+    inv_freq (dims/2,), or (B, dims/2) where rows differ. attention_scaling multiplies what is turned (YaRN's
+    temperature). Pairs are (i, i + dims/2), or (2i, 2i + 1) when `interleaved` (GLM, Cohere). Angles and products are
+    fp32 (fp64 for fp64 inputs), the results have the inputs' dtype.
     """
 
     inv_freq: Tensor
@@ -29,7 +31,7 @@ class Rope:
 
     def __post_init__(self):
         turned = 2 * self.inv_freq.shape[-1]
-        if self.inv_freq.ndim != 1 or self.dims not in (None, turned):
+        if self.inv_freq.ndim not in (1, 2) or self.dims not in (None, turned):
             raise ValueError(
                 f"dims: got {self.dims} with inv_freq {tuple(self.inv_freq.shape)}, valid is twice as many"
             )
@@ -40,9 +42,10 @@ class Rope:
         return self.turn(q, q_positions), self.turn(k, k_positions)
 
     def turn(self, x: Tensor, positions: Tensor) -> Tensor:
-        """x (B, H, T, D) at positions (T,) or (B, T)."""
+        """x (B, H, T, D) at positions (T,) or (B, T), which need not be whole numbers."""
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-        angle = positions[..., None].to(dtype) * self.inv_freq.to(x.device, dtype)
+        inv_freq = self.inv_freq.to(x.device, dtype)
+        angle = positions[..., None].to(dtype) * (inv_freq if inv_freq.ndim == 1 else inv_freq[:, None])
         if angle.ndim == 3:
             angle = angle[:, None]
         cos, sin = angle.cos() * self.attention_scaling, angle.sin() * self.attention_scaling
@@ -55,3 +58,14 @@ class Rope:
             part = torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
         part = part.to(x.dtype)
         return torch.cat([part, rest], dim=-1) if rest.shape[-1] else part
+
+
+@register("rope")
+@dataclass(frozen=True)
+class OwnRope(Rotation):
+    """The rotation that the model has: theta_i = b^(-2i/R), or what its config makes of it."""
+
+    from_plain = False
+
+    def frequencies(self, trained, length=None):
+        return (trained.thetas() if trained.inv_freq is None else trained.inv_freq), trained.scaling

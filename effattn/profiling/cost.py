@@ -27,6 +27,7 @@ from effattn.hf.projection import Projection
 from effattn.interface import Backend, Cost, Shape
 from effattn.patterns.longformer import GlobalFull
 from effattn.profiling import activations
+from effattn.profiling.weights import is_packed, weight_bytes
 from effattn.registry import backend as make_backend
 
 
@@ -122,7 +123,7 @@ def model_cost(
         raise Unsupported(f"{type(model).__name__} has no cache (it is not causal); valid is past=0")
     call = _Call(parts, batch, tokens, past, backward, logits if parts.causal else tokens)
     operations = (call.embedding(), *(o for layer in parts.layers for o in call.layer(layer)), *call.end())
-    weights = _nbytes(model)
+    weights = weight_bytes(model)
     state = {o.layer: o.cost.state_bytes for o in operations if o.name == "attention"}
     live = None
     if not backward:
@@ -188,13 +189,18 @@ class _Call:
             yield Operation(layer.index, "attention", replace(cost, state_bytes=0))
             return
         token = shape.kv_bytes // keys
-        state = backend.new_state()
-        if hasattr(state, "cost"):
+        swapped = getattr(layer.attention, hooks.ATTRIBUTE, None)
+        state = backend.new_state() if swapped is None or swapped.backend is None else swapped.new_state()
+        if hasattr(state, "predicted_bytes"):  # packed: what it held before is read, and the new tokens as they come
+            sizes = (self.batch, layer.kv_heads, layer.head_dim, self.itemsize)
+            before, after = (state.predicted_bytes(count, *sizes) if count else 0 for count in (self.past, keys))
+            written = self.tokens * token
+            cost = replace(cost, read_bytes=shape.query_bytes + before + written, state_bytes=after)
+        elif hasattr(state, "cost"):
             held = state.cost(shape)
             cost = replace(cost, read_bytes=shape.query_bytes + held.read_bytes, state_bytes=held.state_bytes)
             written = held.write_bytes
         else:
-            swapped = getattr(layer.attention, hooks.ATTRIBUTE, None)
             if layer.window is not None and (swapped is None or swapped.backend is None):
                 # transformers' own ring holds a token less than the window, and what came with the last call
                 cost = replace(cost, state_bytes=min(keys, layer.window - 1) * token)
@@ -219,16 +225,25 @@ class _Call:
     def _linear(self, module: nn.Module, rows: int) -> tuple[Cost, int]:
         """The cost of one linear-like module, and its weight bytes."""
         if hasattr(module, "cost"):
-            return module.cost(rows, backward=self.backward), _nbytes(module)
+            return module.cost(rows, backward=self.backward), weight_bytes(module)
+        if is_packed(module) and isinstance(module, nn.Linear):
+            return self._packed_linear(module, rows)
         if isinstance(module, nn.Linear):
             return linear_cost(
                 rows, module.in_features, module.out_features, module.weight.element_size(), module.bias is not None,
                 self.backward,
-            ), _nbytes(module)  # fmt: skip
+            ), weight_bytes(module)  # fmt: skip
         raise Unsupported(
             f"cost: {type(module).__name__} is not a Linear and does not say what it costs; it needs a method "
             "cost(rows, backward=False) -> Cost"
         )
+
+    def _packed_linear(self, module: nn.Linear, rows: int) -> tuple[Cost, int]:
+        """As bitsandbytes does it: the products of a plain linear, and packed bytes read. Its weight does not train."""
+        inputs, outputs, weights = module.in_features, module.out_features, weight_bytes(module)
+        x, y = rows * inputs * self.itemsize, rows * outputs * self.itemsize
+        moved = (y, x) if self.backward else (x, y)
+        return Cost(2 * rows * inputs * outputs, moved[0] + weights, moved[1]), weights
 
     def _products(self, module: nn.Module, chosen: int | None, norms: set[nn.Module]) -> tuple[Cost, int]:
         """Every product in an FFN: linear modules, routers, and experts that are stacked in one parameter. Of the
@@ -265,7 +280,7 @@ class _Call:
     def _norms(self, layer: int | None, widths: dict[nn.Module, int]) -> Operation:
         cost, weights = Cost(), 0
         for norm, width in widths.items():
-            moved, own = self.rows * width * self.itemsize, _nbytes(norm)
+            moved, own = self.rows * width * self.itemsize, weight_bytes(norm)
             cost += Cost(0, moved * (2 if self.backward else 1) + own, moved + (own if self.backward else 0))
             weights += own
         return Operation(layer, "norms", cost, weights)
@@ -280,7 +295,7 @@ class _Call:
             read += min(lookups, table.num_embeddings) * table.embedding_dim * table.weight.element_size()
         written = self.rows * self.hidden * self.itemsize
         if self.backward:
-            return Operation(None, "embedding", Cost(0, written, sum(map(_nbytes, tables))))
+            return Operation(None, "embedding", Cost(0, written, sum(map(weight_bytes, tables))))
         return Operation(None, "embedding", Cost(0, read, written), read)
 
     def end(self) -> Iterator[Operation]:
@@ -295,8 +310,3 @@ def _inputs_outputs(p: nn.Parameter, hidden: int) -> tuple[int, int]:
     """(inputs, outputs) of stacked experts (E, a, b): the product counts both alike, whichever way round they lie."""
     a, b = p.shape[1:]
     return (b, a) if a != hidden else (a, b)
-
-
-def _nbytes(module: nn.Module) -> int:
-    """Bytes of a module's parameters and buffers, each once."""
-    return sum({id(p): p.nbytes for p in (*module.parameters(), *module.buffers())}.values())

@@ -2,6 +2,8 @@
 
     out = attention(q, k, v, Window(back=512), state_layout)            # q (B, Hq, 1 to 16, D)
 
+    out = attention(q, k, v, turn=Turn(inv_freq))                       # k as it was before its rotation
+
 Forward only. The cache may be a ring (`Layout.ring`), which no other kernel reads.
 """
 
@@ -11,8 +13,11 @@ from torch import Tensor
 
 from ..flash import IMPLEMENTATIONS, choose
 from ..flash.pattern import Layout, Pattern
+from ..flash.rules import Bias
+from ..flash.rules import check as check_rules
+from .turn import Turn, check
 
-__all__ = ["IMPLEMENTATIONS", "MOST_QUERIES", "attention", "choose"]
+__all__ = ["IMPLEMENTATIONS", "MOST_QUERIES", "Turn", "attention", "choose"]
 
 MOST_QUERIES = 16
 
@@ -29,21 +34,26 @@ def attention(
     softcap: float | None = None,
     q_first: Tensor | None = None,
     counts: Tensor | None = None,
+    turn: Turn | None = None,
+    bias: Bias | None = None,
     impl: str = "auto",
     lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """As `effattn.kernels.flash.attention`, for Tq <= 16 and without gradients.
 
     counts, (1 or B, 1 or Hq, Tq, Tk) bool or integer: how often each query sees each key, instead of the pattern and
-    causality (padding included); for patterns that have no predicate.
+    causality (padding included); for patterns that have no predicate. turn: k is as it was before its rotation. bias:
+    as there. ValueError for what they do not go with (a turn with a window: no q_first or bias, only `causal`).
     """
+    pattern, layout = pattern or Pattern(), layout or Layout()
+    check_rules(None, bias, q, k, pattern, layout, causal, q_first)
+    check(turn, bias, q, pattern, causal, q_first)
     if choose(impl, q.device) == "triton":
         from .triton_impl import attention as run
     else:
         from .torch_impl import attention as run
     out, sums = run(
-        q, k, v, pattern or Pattern(), layout or Layout(), causal=causal,
-        scale=q.shape[-1] ** -0.5 if scale is None else scale, softcap=softcap, q_first=q_first, counts=counts,
-        need_lse=lse,
+        q, k, v, pattern, layout, causal=causal, scale=q.shape[-1] ** -0.5 if scale is None else scale,
+        softcap=softcap, q_first=q_first, counts=counts, need_lse=lse, turn=turn, bias=bias,
     )  # fmt: skip
     return (out, sums) if lse else out

@@ -4,18 +4,27 @@ from __future__ import annotations
 
 from itertools import product
 
+import torch
+
 from ..aot import ARCHES
-from .triton_impl import combine_tile, tile
-from .triton_kernels import attend, combine, in_blocks, in_window
+from ..flash.triton_bias import alibi
+from . import packed_ahead_of_time
+from .triton_impl import combine_tile, tile, turned
+from .triton_kernels import attend, combine
+from .triton_pieces import in_blocks, in_window
+from .triton_turned import attend_turned
+from .turn import Turn
 
 ABSENT = ("q_first_ptr", "start_ptr", "mask_ptr", "slots_at_ptr", "ring_ptr", "counts_ptr")
 POINTERS = {"out_ptr": "*fp32", "lse_ptr": "*fp32", "start_ptr": "*i64", "mask_ptr": "*i1", "slots_at_ptr": "*i64",
-            "ring_ptr": "*i64", "counts_ptr": "*u8"}  # fmt: skip
-STRIDES = ("q_b", "q_h", "q_t", "f_b", "f_h", "f_t", "k_b", "k_h", "k_n", "v_b", "v_h", "v_n")
+            "ring_ptr": "*i64", "counts_ptr": "*u8", "params_ptr": "*fp32", "inv_freq_ptr": "*fp32"}  # fmt: skip
+STRIDES = ("q_b", "q_h", "q_t", "r_b", "r_h", "r_t", "f_b", "f_h", "f_t", "k_b", "k_h", "k_n", "v_b", "v_h", "v_n")
+FLOATS = ("inner", "outer", "scaling", "slow")
 
 
 def variants(arch: str) -> list[dict]:
-    """`attend` plain, windowed and with everything on, and `combine`; sizes as `tile` chooses them for `arch`."""
+    """`attend` plain, windowed and with everything on, over keys that turn, and `combine`; sizes as `tile` chooses them
+    for `arch`."""
     shared = ARCHES[arch].shared_block
     names = {None: "full", in_window: "window", in_blocks: "blocks"}
     found = [
@@ -28,31 +37,46 @@ def variants(arch: str) -> list[dict]:
     found += [
         _attend(f"all on d{dim} bf16 g4", dim, "bf16", 4, in_window, shared, everything=True) for dim in (64, 128)
     ]
-    return [*found, *(_combine(dim) for dim in (64, 128))]
+    rules = {"rope": {}, "rerope": dict(window=512), "leaky": dict(window=512, slow=16.0)}
+    found += [
+        _attend(f"{name} d{dim} bf16 g4", dim, "bf16", 4, None, shared, turn=_turn(dim, **rules[name]))
+        for name, dim in (("rope", 128), ("rerope", 64), ("rerope", 128), ("leaky", 128))
+    ]
+    return [*found, *(_combine(dim) for dim in (64, 128)), *packed_ahead_of_time.variants(arch)]
 
 
-def _attend(name: str, dim: int, kind: str, group: int, near, shared: int, everything: bool = False) -> dict:
+def _turn(dim: int, **settings) -> Turn:
+    return Turn(torch.ones(dim // 2), q_far=torch.empty(0) if settings else None, **settings)
+
+
+def _attend(
+    name: str, dim: int, kind: str, group: int, near, shared: int, everything: bool = False, turn: Turn | None = None
+) -> dict:
     """One query token: rows are the group's heads."""
-    sizes = dict(tile(dim, dim, 2, group, shared, everything))
+    sizes = dict(tile(dim, dim, 2, group, shared, everything or turn is not None, turn is not None))
     warps, stages = sizes.pop("num_warps"), sizes.pop("num_stages")
     constexprs = dict(
-        D=dim, DV=dim, NEAR=near, CAUSAL=True, SOFTCAP=everything, HEAD=everything, group=group, row_tiles=1, **sizes
-    )
+        D=dim, DV=dim, NEAR=near, CAUSAL=True, SOFTCAP=everything, BIAS=alibi if everything else None, HEAD=everything,
+        group=group, row_tiles=1, **sizes,
+    )  # fmt: skip
     if group > 1:
         del constexprs["group"]  # the launcher makes a constant of 1 only
     if not everything:
-        constexprs |= dict.fromkeys(ABSENT)
+        constexprs |= dict.fromkeys((*ABSENT, "params_ptr"))
+    kernel = attend if turn is None else attend_turned
+    if turn is not None:
+        constexprs = turned(turn, constexprs) | ({} if turn.window else {"q_far_ptr": None})
     signature = {}
-    for argument in attend.arg_names:
+    for argument in kernel.arg_names:
         if argument in constexprs:
             signature[argument] = "constexpr"
         elif argument.endswith("_ptr"):
             signature[argument] = POINTERS.get(argument, f"*{kind}")
-        elif argument in ("inner", "outer"):
+        elif argument in FLOATS:
             signature[argument] = "fp32"
         else:
             signature[argument] = "i32:16" if argument in STRIDES else "i32"
-    return dict(name=name, kernel=attend, signature=signature, constexprs=constexprs, num_warps=warps,
+    return dict(name=name, kernel=kernel, signature=signature, constexprs=constexprs, num_warps=warps,
                 num_stages=stages, forward=True, dots=True)  # fmt: skip
 
 

@@ -2,7 +2,8 @@
 
 The query heads that share a K/V head are the rows of one small matrix, so that K and V are read once. A window or block
 pattern over keys in order is cut down to its range first: views where it can, no mask where nothing is left to hide.
-It traces under `torch.compile` with dynamic shapes, and is differentiable.
+Of raw keys only those are rotated that are scored so: for ReRoPE, the newest. It traces under `torch.compile` with
+dynamic shapes, and is differentiable.
 
 Shapes: q (B, Hq, Tq, D), k (B, Hkv, Tk, D), v (B, Hkv, Tk, Dv), R = Hq / Hkv * Tq rows. Masks are (1 or B, 1 or Hq, Tq,
 Tk), True where a query sees a key.
@@ -14,9 +15,14 @@ from dataclasses import replace
 
 import torch
 from effattn.kernels.flash.pattern import Blocks, Layout, Pattern, Window
+from effattn.kernels.flash.rules import Bias, Far
 from effattn.kernels.flash.torch_impl import one_query, padding_mask
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
+
+from . import torch_turn
+from .torch_turn import products
+from .turn import Turn
 
 HALVES = (torch.bfloat16, torch.float16)
 
@@ -34,25 +40,40 @@ def attention(
     q_first: Tensor | None,
     counts: Tensor | None,
     need_lse: bool,
+    turn: Turn | None = None,
+    far: Far | None = None,
+    bias: Bias | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """(B, Hq, Tq, Dv) in q's dtype, and the log-sum-exp (B, Hq, Tq). Queries that see no key give 0 and -inf."""
+    """(B, Hq, Tq, Dv) in q's dtype, and the log-sum-exp (B, Hq, Tq). Queries that see no key give 0 and -inf.
+
+    far: as for flash attention, which hands its calls over to be traced.
+    """
     queries = q.shape[2]
-    first = None
+    if counts is None and far is None:
+        k, v, layout = _visible_range(k, v, pattern, layout, queries)
+    plain = softcap is None and q_first is None and not need_lse and turn is None and far is None and bias is None
     if counts is None:
-        plain = softcap is None and q_first is None and not need_lse
         if queries == 1 and type(pattern) is Pattern and _in_order(layout) and plain:
             return one_query(q, k, v, padding_mask(layout, k), scale), None
-        k, v, layout = _visible_range(k, v, pattern, layout, queries)
         mask = _mask(q, k, pattern, layout, causal)
     else:
         mask = counts if counts.dtype == torch.bool else counts > 0
-    if q_first is not None:
-        position = layout.key_positions(k.shape[2], k.device)
-        first = (position >= 0) & (position < pattern.first)
     repeated = counts is not None and counts.dtype != torch.bool
-    if softcap is None and q_first is None and not need_lse and not repeated:
+    if plain and not repeated:
         return _fused(q, k, v, mask, scale), None
-    out, lse = _by_hand(q, k, v, mask, counts if repeated else None, scale, softcap, q_first, first)
+    if turn is not None and queries == 1 and softcap is None and not repeated and _in_order_behind(layout, mask):
+        rows = _pack(q, k.shape[1])
+        if torch_turn.fits(rows, k, v, turn):
+            position, rows_far = layout.key_positions(k.shape[2], k.device), _pack(turn.q_far, k.shape[1])
+            out, lse = torch_turn.rerope(rows, rows_far, k, v, turn, position, scale, mask)
+            return out.reshape(q.shape), lse.reshape(q.shape[:3]) if need_lse else None
+    scores = _scores(q, k, pattern, layout, q_first, turn, far) * scale
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    if bias is not None:
+        distance = _distance(layout, queries, k.shape[2], q.device)
+        scores = scores + _pack_mask(bias.values(distance).transpose(0, 1), q.shape[1], k.shape[1])
+    out, lse = _softmax(scores, v, mask, counts if repeated else None, q)
     return out, lse if need_lse else None
 
 
@@ -61,6 +82,11 @@ def attention(
 
 def _in_order(layout: Layout) -> bool:
     return layout.ring is None and not layout.slots and not layout.tail
+
+
+def _in_order_behind(layout: Layout, mask: Tensor | None) -> bool:
+    """The last keys are the newest ones, and all heads see the same."""
+    return layout.ring is None and not layout.slots and (mask is None or mask.shape[1] == 1)
 
 
 def _visible_range(k: Tensor, v: Tensor, pattern: Pattern, layout: Layout, queries: int):
@@ -155,17 +181,69 @@ def _fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -
     return out if mask is None else torch.where(mask.any(dim=-1, keepdim=True), out, 0.0)
 
 
-def _by_hand(q, k, v, mask, counts, scale, softcap, q_first, first) -> tuple[Tensor, Tensor]:
-    """Products in at least fp32. `first` (1 or B, Tk): keys that q_first sees instead of q."""
-    work = torch.float64 if q.dtype == torch.float64 else torch.float32
-    kv_heads = k.shape[1]
-    keys = k.to(work).transpose(-1, -2)
-    scores = _pack(q, kv_heads).to(work) @ keys * scale
+# Scores ----------------------------------------------------------------------------------------------------------
+
+
+def _scores(q, k, pattern, layout, q_first, turn, far) -> Tensor:
+    """Products of rows and keys in at least fp32, (B, Hkv, R, Tk)."""
+    work, kv_heads = torch.promote_types(q.dtype, torch.float32), k.shape[1]
+    q, q_first = (None if x is None else _pack(x, kv_heads).to(work) for x in (q, q_first))
+    position = layout.key_positions(k.shape[2], k.device)
+    if turn is not None and turn.window is not None:
+        return _near_and_far(q, _pack(turn.q_far, kv_heads).to(work), k, turn, layout, position)
+
+    def scored(rows: Tensor) -> Tensor:
+        return rows @ k.to(work).transpose(-1, -2) if turn is None else products(rows, k, turn, position)
+
+    scores = scored(q)
     if q_first is not None:
-        other = _pack(q_first, kv_heads).to(work) @ keys * scale
-        scores = torch.where(first[:, None, None, :], other, scores)
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
+        first = (position >= 0) & (position < pattern.first)
+        scores = torch.where(first[:, None, None, :], scored(q_first), scores)
+    if far is not None:
+        queries = far.q.shape[2]
+        is_far = _distance(layout, queries, k.shape[2], k.device)[:, None] >= far.window
+        other = _pack(far.q, kv_heads).to(work) @ far.k.to(work).transpose(-1, -2)
+        scores = torch.where(_pack_mask(is_far, far.q.shape[1], kv_heads), other, scores)
+    return scores
+
+
+def _distance(layout: Layout, queries: int, keys: int, device: torch.device) -> Tensor:
+    """i - j, int64 (1 or B, Tq, Tk)."""
+    i, j = layout.query_positions(queries, keys, device), layout.key_positions(keys, device)
+    return i[:, :, None] - j[:, None, :]
+
+
+def _near_and_far(q, q_far, k, turn: Turn, layout: Layout, position: Tensor) -> Tensor:
+    """Products of rows q and q_far (B, Hkv, R, D) with raw keys, (B, Hkv, R, Tk). In order, the keys are
+
+        slots    may be either, row by row         old     far from all queries
+        strip    near to some queries only         new     near to all
+
+    and of a ring's all may be either.
+    """
+    queries, keys = turn.q_far.shape[2], k.shape[2]
+    apart = keys if layout.ring is not None else layout.slots  # a ring's keys may be either
+    new = max(keys - turn.window, apart)
+    strip = max(new - queries + 1, apart)
+    near = products(q, k[:, :, strip:], turn, position[:, strip:])
+    if apart:
+        near = torch.cat([products(q, k[:, :, :apart], turn, position[:, :apart]), near], dim=-1)
+    if new == 0:
+        return near
+    far = products(q_far, k[:, :, :new], turn, position[:, :new], far=True)
+    mixed = apart + new - strip
+    if mixed == 0:
+        return torch.cat([far, near], dim=-1)
+    is_far = _distance(layout, queries, keys, k.device)[:, None] >= turn.window
+    is_far = torch.cat([is_far[..., :apart], is_far[..., strip:new]], dim=-1)
+    is_far = _pack_mask(is_far, turn.q_far.shape[1], k.shape[1])
+    either = torch.where(is_far, torch.cat([far[..., :apart], far[..., strip:]], dim=-1), near[..., :mixed])
+    return torch.cat([either[..., :apart], far[..., apart:strip], either[..., apart:], near[..., mixed:]], dim=-1)
+
+
+def _softmax(scores: Tensor, v: Tensor, mask, counts, q: Tensor) -> tuple[Tensor, Tensor]:
+    """scores (B, Hkv, R, Tk) -> out (B, Hq, Tq, Dv) in q's dtype and the log-sum-exp (B, Hq, Tq)."""
+    work, kv_heads = scores.dtype, v.shape[1]
     if mask is not None:
         scores = scores.masked_fill(~_pack_mask(mask, q.shape[1], kv_heads), -torch.inf)
     highest = scores.detach().amax(dim=-1, keepdim=True).clamp(min=torch.finfo(work).min)  # finite, for no NaN below

@@ -17,7 +17,12 @@ import triton
 from torch import Tensor
 
 from ..flash.pattern import Blocks, Layout, Pattern, Window
-from .triton_kernels import attend, combine, in_blocks, in_window
+from ..flash.rules import Bias
+from ..flash.triton_bias import BIASES, arguments
+from .triton_kernels import attend, combine
+from .triton_pieces import in_blocks, in_window
+from .triton_turned import attend_turned
+from .turn import Turn
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 WIDEST = 256  # head dimension
@@ -40,6 +45,8 @@ def attention(
     q_first: Tensor | None,
     counts: Tensor | None,
     need_lse: bool,
+    turn: Turn | None = None,
+    bias: Bias | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """As `effattn.kernels.decode.attention`. Any strides but the last one's are free: a part of a cache is not copied.
 
@@ -62,11 +69,12 @@ def attention(
         near, numbers, head, low = None, (0, 0, 0), 0, 0
         counts = counts.view(torch.uint8) if counts.dtype == torch.bool else counts
         counts = counts.expand(batch, heads, queries, keys)
-        layout = layout if q_first is not None else Layout()  # nothing else asks where the keys are
+        if q_first is None and turn is None and bias is None:
+            layout = Layout()  # nothing else asks where the keys are
 
     group = heads // kv_heads
-    more = counts is not None or q_first is not None
-    sizes = tile(dim, value_dim, q.element_size(), group * queries, shared_memory(q.device), more)
+    more = counts is not None or q_first is not None or turn is not None or bias is not None
+    sizes = tile(dim, value_dim, q.element_size(), group * queries, shared_memory(q.device), more, turn is not None)
     tiles = triton.cdiv(head, sizes["BLOCK_N"]) + triton.cdiv(keys - low, sizes["BLOCK_N"])
     row_tiles = triton.cdiv(group * queries, sizes["BLOCK_M"])
     splits = split(tiles, batch * kv_heads * row_tiles, processors(q.device))
@@ -84,20 +92,70 @@ def attention(
 
     q, k, v, q_first, mask = rows(q), rows(k), rows(v), rows(q_first), rows(layout.mask)
     start, slots_at, ring = rows(layout.start), rows(layout.slots_at), rows(layout.ring)
+    params, step, n_params = arguments(bias)
+    held = (start, mask, slots_at, ring, counts, params)
+    mask_and_counts = (
+        0 if mask is None or len(mask) == 1 else mask.stride(0), *((0, 0, 0, 0) if counts is None else counts.stride())
+    )  # fmt: skip
+    units = (group, row_tiles, inner, outer, step, n_params)
+    numbers = (
+        queries, layout.tail, layout.tokens(keys), layout.slots, min(pattern.first, FARTHEST), *numbers, head, low,
+        keys, tiles, triton.cdiv(tiles, splits),
+    )  # fmt: skip
+    fixed = dict(
+        D=dim, DV=value_dim, NEAR=near, CAUSAL=causal, SOFTCAP=softcap is not None,
+        BIAS=BIASES[bias and bias.kind], HEAD=head > 0, **sizes,
+    )  # fmt: skip
     with torch.cuda.device_of(q):
-        attend[splits * row_tiles, kv_heads, batch](
-            q, q_first, k, v, parts, sums, start, mask, slots_at, ring, counts,
-            *strides(q), *strides(q_first), *strides(k), *strides(v),
-            0 if mask is None or len(mask) == 1 else mask.stride(0),
-            *((0, 0, 0, 0) if counts is None else counts.stride()),
-            group, row_tiles, inner, outer, queries, layout.tail, layout.tokens(keys), layout.slots,
-            min(pattern.first, FARTHEST), *numbers, head, low, keys, tiles, triton.cdiv(tiles, splits),
-            D=dim, DV=value_dim, NEAR=near, CAUSAL=causal, SOFTCAP=softcap is not None, HEAD=head > 0, **sizes,
-        )  # fmt: skip
+        if turn is None:
+            attend[splits * row_tiles, kv_heads, batch](
+                q, q_first, k, v, parts, sums, *held, *strides(q), *strides(q_first), *strides(k), *strides(v),
+                *mask_and_counts, *units, *numbers, **fixed,
+            )  # fmt: skip
+        else:
+            q_far = rows(turn.q_far)
+            classes = tile_classes(turn, layout, queries, keys, head, low, sizes["BLOCK_N"], tiles)
+            attend_turned[splits * row_tiles, kv_heads, batch](
+                q, q_far, q_first, k, v, parts, sums, turn.inv_freq.to(q.device, torch.float32), *held,
+                *strides(q), *strides(q_far), *strides(q_first), *strides(k), *strides(v), *mask_and_counts,
+                *units, float(turn.scaling), *classes, *numbers, **turned(turn, fixed),
+            )  # fmt: skip
         if splits > 1:
             lines = batch * heads * queries
             combine[lines,](parts, sums, out, lse, splits, lines, DV=value_dim, **combine_tile(value_dim))
     return out, lse
+
+
+def tile_classes(
+    turn: Turn, layout: Layout, queries: int, keys: int, head: int, low: int, block: int, tiles: int
+) -> tuple[int, float, int, int, int]:
+    """window, slow, and how many tiles are of each class, as `attend_turned` takes them.
+
+    A query's distance to a key after the slots does not depend on where its row begins; to the others it does.
+    """
+    slow = 1.0 if math.isinf(turn.slow) else float(turn.slow)
+    if turn.window is None:
+        return 0, slow, 0, 0, 0
+    if layout.ring is not None:
+        return turn.window, slow, tiles, 0, 0
+    in_front = triton.cdiv(head, block)
+    ahead = in_front if head else min(triton.cdiv(layout.slots, block), tiles)
+    first = layout.tail + low - layout.slots  # token number of the first key behind the front
+    total = layout.tokens(keys)
+    distant = in_front + (total - queries - turn.window - first + 1) // block - ahead
+    distant = max(0, min(distant, tiles - ahead))
+    close = in_front + triton.cdiv(total - turn.window - first, block)
+    return turn.window, slow, ahead, distant, max(0, min(close, tiles) - ahead - distant)
+
+
+def turned(turn: Turn, fixed: dict) -> dict:
+    """The compile-time arguments of `attend_turned`, from those of `attend`."""
+    half = len(turn.inv_freq)
+    rest = fixed["D"] - 2 * half
+    sizes = dict(BLOCK_R=max(16, triton.next_power_of_2(half)), BLOCK_P=max(16, triton.next_power_of_2(rest)))
+    slowed = turn.window is not None and not math.isinf(turn.slow)
+    more = dict(R2=half, INTERLEAVED=turn.interleaved, SLOWED=slowed, **sizes)
+    return {name: value for name, value in fixed.items() if name != "BLOCK_D"} | more
 
 
 def predicate(pattern: Pattern) -> tuple:
@@ -132,10 +190,13 @@ def worth_reading(pattern: Pattern, layout: Layout, queries: int, keys: int) -> 
 
 
 @lru_cache
-def tile(dim: int, value_dim: int, itemsize: int, lines: int, shared: int, more: bool) -> dict[str, int]:
+def tile(
+    dim: int, value_dim: int, itemsize: int, lines: int, shared: int, more: bool, turns: bool = False
+) -> dict[str, int]:
     """Tile sizes for `lines` rows (queries times heads of a group), as keyword arguments of `attend`.
 
-    more: there are counts or q_first, which take registers.
+    more: there are counts, q_first, a bias or raw keys, which take registers. turns: it is raw keys, which with wide
+    heads take more than Blackwell gives.
     """
     block_d, block_dv = (max(16, triton.next_power_of_2(x)) for x in (dim, value_dim))
     width = max(block_d, block_dv)
@@ -145,6 +206,7 @@ def tile(dim: int, value_dim: int, itemsize: int, lines: int, shared: int, more:
     else:
         block_m = min(max(16, triton.next_power_of_2(lines)), 64 if width <= 128 and not more else 32)
         block_n = min(128 if block_m == 16 else 64, TILE_BYTES // (width * itemsize)) // (2 if small or more else 1)
+        block_n = max(16, block_n // 2) if turns and width > 64 else block_n
     stages = 2 if small else 3
     return dict(
         BLOCK_D=block_d, BLOCK_DV=block_dv, BLOCK_M=block_m, BLOCK_N=block_n, num_warps=4, num_stages=stages

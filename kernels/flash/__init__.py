@@ -3,7 +3,8 @@
     out = attention(q, k, v, Window(back=512), causal=True)
     out, lse = attention(q, k, v, Blocks(size=64), layout, lse=True)      # to merge parts by log-sum-exp
 
-Forward and backward, also through the log-sum-exp. A pattern (`pattern.py`) says who sees whom.
+Forward and backward, also through the log-sum-exp. A pattern (`pattern.py`) says who sees whom, a rule (`rules.py`)
+how a pair's score depends on its distance.
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ import torch
 from torch import Tensor
 
 from .pattern import Blocks, Layout, Pattern, Window
+from .rules import Bias, Far, check
 
-__all__ = ["IMPLEMENTATIONS", "Blocks", "Layout", "Pattern", "Window", "attention", "choose"]
+__all__ = ["IMPLEMENTATIONS", "Bias", "Blocks", "Far", "Layout", "Pattern", "Window", "attention", "choose"]
 
 IMPLEMENTATIONS = ("auto", "torch", "triton", "reference")
 
@@ -51,6 +53,8 @@ def attention(
     scale: float | None = None,
     softcap: float | None = None,
     q_first: Tensor | None = None,
+    far: Far | None = None,
+    bias: Bias | None = None,
     impl: str = "auto",
     lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -58,16 +62,20 @@ def attention(
 
     q (B, Hq, Tq, D), k (B, Hkv, Tk, D), v (B, Hkv, Tk, Dv) of one float dtype and device, Hq a multiple of Hkv, not
     checked here. Queries are the last Tq tokens of the layout; scale defaults to D^-0.5; softcap c makes each score
-    c tanh(score / c); q_first (B, Hq, Tq, D) are the queries as keys at positions below `pattern.first` see them.
+    c tanh(score / c); q_first (B, Hq, Tq, D) are the queries as keys at positions below `pattern.first` see them; `far`
+    has other queries and keys for distant pairs, `bias` adds to scores by distance: ValueError for what they do not go
+    with (far: no `causal`, q_first or bias).
     Returns out (B, Hq, Tq, Dv) in q's dtype, and with `lse` the log-sum-exp of each query's scores (B, Hq, Tq), fp32
     (fp64 for fp64 inputs). A query that sees nothing gives 0 and -inf.
     """
+    pattern, layout = pattern or Pattern(), layout or Layout()
+    far = check(far, bias, q, k, pattern, layout, causal, q_first)
     if choose(impl, q.device) == "triton":
         from .triton_impl import attention as run
     else:
         from .torch_impl import attention as run
     out, sums = run(
-        q, k, v, pattern or Pattern(), layout or Layout(), causal=causal,
-        scale=q.shape[-1] ** -0.5 if scale is None else scale, softcap=softcap, q_first=q_first, need_lse=lse,
+        q, k, v, pattern, layout, causal=causal, scale=q.shape[-1] ** -0.5 if scale is None else scale,
+        softcap=softcap, q_first=q_first, need_lse=lse, far=far, bias=bias,
     )  # fmt: skip
     return (out, sums) if lse else out

@@ -3,17 +3,21 @@ for, built from the same tables as the launches."""
 
 from __future__ import annotations
 
+from itertools import product
+
 import torch
 
-from . import tiles, triton_kernels
+from . import tiles
 from .pattern import Blocks, Pattern, Window
-from .triton_impl import Call, constants
+from .triton_impl import KERNELS, Call, constants
+from .triton_pieces import ALL, FARTHER, NEARER
 
 _DTYPES = {"*bf16": torch.bfloat16, "*fp16": torch.float16}
 _TYPES = (
     dict.fromkeys(("lse", "lse2", "delta", "grad_lse"), "*fp32")
-    | dict.fromkeys(("heads", "group", "q_len", "k_len", "slots", "tail", "first", "a", "b", "c"), "i32")
-    | {"mask": "*i1", "start": "*i64", "scale": "fp32", "cap": "fp32"}
+    | dict.fromkeys(("heads", "group", "q_len", "k_len", "slots", "tail", "first", "window", "a", "b", "c"), "i32")
+    | dict.fromkeys(("step", "n_params"), "i32")
+    | {"mask": "*i1", "start": "*i64", "scale": "fp32", "cap": "fp32", "params": "*fp32", "dv_near": "*fp32"}
 )
 
 
@@ -34,15 +38,26 @@ def variants(arch: str) -> list[dict]:
         ("forward", 128, "*bf16", full._replace(causal=False), "both_ways"), ("forward", 256, "*bf16", full, "full"),
     ]  # fmt: skip
     found = [variant(arch, kernel, size, kind, call, name) for kernel, size, kind, call, name in wanted]
+    far, alibi = full._replace(window=512), full._replace(bias="alibi", params_step=1, params=1)
+    for size in (64, 128):
+        found.append(variant(arch, "forward", size, "*bf16", far, "far"))
+        for kernel, part in product(("backward_queries", "backward_keys"), (NEARER, FARTHER)):
+            name = "near_part" if part is NEARER else "far_part"
+            found.append(variant(arch, kernel, size, "*bf16", far, name, part.value))
+    found += [variant(arch, kernel, 128, "*bf16", alibi, "alibi") for kernel in kernels]
     return [*found, _rows(128, "*bf16")]
 
 
-def variant(arch: str, kernel: str, size: int, kind: str, call: Call, name: str) -> dict:
+def variant(arch: str, kernel: str, size: int, kind: str, call: Call, name: str, part: int = ALL.value) -> dict:
     """One kernel for heads of `size` and pointers to `kind`; with a prefix come q_first, with a mask start too."""
-    fixed = constants(kernel, call, arch, _DTYPES[kind], size, size)
+    fixed = constants(kernel, call, arch, _DTYPES[kind], size, size, part)
     options = {"num_warps": fixed.pop("num_warps"), "num_stages": fixed.pop("num_stages")}
-    jitted = getattr(triton_kernels, kernel)
-    absent = ([] if fixed["PREFIX"] else ["q_first", "dq_first"]) + ([] if call.masked else ["mask", "start"])
+    jitted = KERNELS[kernel]
+    absent = {
+        ("q_first", "dq_first"): not fixed["PREFIX"] or call.window, ("mask", "start"): not call.masked,
+        ("q_far", "k_far"): not call.window, ("params",): not call.bias, ("dv_near",): part != FARTHER.value,
+    }  # fmt: skip
+    absent = [name for names, is_absent in absent.items() if is_absent for name in names]
     return dict(
         name=f"{kernel}_{size}_{kind[1:]}_{name}", kernel=jitted, forward=kernel == "forward", dots=True, **options,
         **_typed(jitted, kind, fixed | {x: None for x in absent if x in jitted.arg_names}),
@@ -50,7 +65,7 @@ def variant(arch: str, kernel: str, size: int, kind: str, call: Call, name: str)
 
 
 def _rows(size: int, kind: str) -> dict:
-    jitted = triton_kernels.backward_rows
+    jitted = KERNELS["backward_rows"]
     fixed = dict(V=size, BLOCK_M=tiles.ROWS.m, BLOCK_V=tiles.padded(size), grad_lse=None)
     return dict(
         name=f"backward_rows_{size}_{kind[1:]}", kernel=jitted, forward=False, dots=False,

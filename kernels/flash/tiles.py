@@ -67,13 +67,21 @@ HEAVY: dict[str, dict[str, dict[int, Tile]]] = {
     },
 }
 
+# Instead of both, for calls with far pairs, whose programs go through two sets of queries and keys.
+TWO_PARTS: dict[str, dict[str, dict[int, Tile]]] = {
+    "forward": {
+        "sm_80": {128: Tile(128, 32, 32, 8, 3)},
+        "sm_90": {64: Tile(128, 64, 32, 8, 3), 128: Tile(128, 64, 32, 8, 3)},
+    },
+}
+
 # fp32 has no tensor cores in full precision; these exist to be right, on every architecture.
 FLOAT32: dict[int, Tile] = {64: Tile(32, 32, 32, 4, 1), 128: Tile(32, 32, 32, 8, 1), 256: Tile(16, 16, 16, 8, 1)}
 INTERPRETED = Tile(32, 32, 16, 1, 1)  # small, so that small tests have many
 ROWS = Tile(64, 0, 0, 4, 1)  # backward_rows: no product
 
 
-def tile(kernel: str, arch: str, width: int, dtype: torch.dtype, heavy: bool = False) -> Tile:
+def tile(kernel: str, arch: str, width: int, dtype: torch.dtype, heavy: bool = False, two_parts: bool = False) -> Tile:
     """The tile of `kernel` for a head size of `width`; ValueError for more than WIDEST."""
     if width > WIDEST:
         raise ValueError(f"head size: got {width}, valid are 1 to {WIDEST}")
@@ -82,6 +90,8 @@ def tile(kernel: str, arch: str, width: int, dtype: torch.dtype, heavy: bool = F
     table = FLOAT32 if dtype == torch.float32 else TILES[kernel][arch]
     if heavy and dtype != torch.float32:
         table = table | HEAVY.get(kernel, {}).get(arch, {})
+    if two_parts and dtype != torch.float32:
+        table = table | TWO_PARTS.get(kernel, {}).get(arch, {})
     return table[min(size for size in table if width <= size)]
 
 

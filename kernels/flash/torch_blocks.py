@@ -11,13 +11,14 @@ A tile has S queries, so R = G * S rows of scores, against L keys.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from .pattern import Blocks, Pattern, Window
+from .torch_bias import BiasTiles, Share
 
 # Measured on 2 AVX2 cores with 512 KiB of L2 each, window 512, 8 heads of 64, 16384 tokens.
 QUERIES = 64  # of a tile: 32 and 128 are 5 to 15 % slower
@@ -49,7 +50,8 @@ class Part:
 @dataclass(frozen=True)
 class Problem:
     """Queries, keys and their pattern. `first_query` and `first_key` are numbers of tokens in the sequence; a number
-    plus `phase` is what `pattern.near` looks at."""
+    plus `phase` is what `pattern.near` looks at. Of the pattern's keys only those at distances i - j in [lag, reach)
+    count, the first if causal."""
 
     pattern: Pattern
     causal: bool
@@ -63,7 +65,14 @@ class Problem:
     start: Tensor | None = None  # (B,) int64, of queries that are padding
     hidden: Tensor | None = None  # (1 or B, keys) bool: keys that no query sees
     side: Side | None = None
+    lag: int = 0
+    reach: int | None = None
     strips_made: dict = field(default_factory=dict)
+
+    @property
+    def dense(self) -> bool:
+        """Whether only causality hides a key, besides padding."""
+        return type(self.pattern) is Pattern and self.reach is None
 
     def key_range(self, a: int, b: int) -> tuple[int, int]:
         """[k0, k1) of the keys that some of the queries [a, b) may see."""
@@ -72,7 +81,9 @@ class Problem:
         k0 = 0 if k0 is None else max(k0 - self.phase - self.first_key, 0)
         k1 = self.keys if k1 is None else min(k1 - self.phase - self.first_key, self.keys)
         if self.causal:
-            k1 = min(k1, high - self.first_key)
+            k1 = min(k1, high - self.lag - self.first_key)
+        if self.reach is not None:
+            k0 = max(k0, low - self.reach + 1 - self.first_key)
         return k0, max(k0, k1)
 
     def tiles(self, step: int) -> Iterator[tuple[int, int, int, int]]:
@@ -97,14 +108,14 @@ class Problem:
         low, first = self.first_query + a, self.first_key + k0
         where = {Pattern: 0, Window: 0, Blocks: (low + self.phase) % getattr(self.pattern, "size", 1)}
         key = b - a, k1 - k0, low - first, where.get(type(self.pattern), low)
-        if type(self.pattern) is Pattern and (not self.causal or low - first >= k1 - k0 - 1):
+        if self.dense and (not self.causal or low - self.lag - first >= k1 - k0 - 1):
             return []
         if key not in self.strips_made:
             i = torch.arange(low, low + b - a, device=like.device)[:, None]
             j = torch.arange(first, first + k1 - k0, device=like.device)
             near = self.pattern.near(i + self.phase, j + self.phase, None, 1)
-            visible = torch.ones_like(i + j, dtype=torch.bool) if near is None else near
-            self.strips_made[key] = _strips(visible & (j <= i) if self.causal else visible, like.dtype)
+            visible = self._within(i, j, torch.ones_like(i + j, dtype=torch.bool) if near is None else near)
+            self.strips_made[key] = _strips(visible, like.dtype)
         return self.strips_made[key]
 
     def side_bias(self, a: int, b: int, dtype: torch.dtype) -> Tensor:
@@ -114,13 +125,17 @@ class Problem:
         if self.start is not None:
             i = i - self.start[:, None, None]
         j = torch.arange(there.shape[1], device=there.device)
-        visible = there[:, None] & (i >= 0)
-        if self.causal:
-            visible = visible & (j <= i)
+        visible = self._within(i, j, there[:, None] & (i >= 0))
         near = self.pattern.near(i + self.side.phase, j + self.side.phase, None, 1)
         if near is not None:
             visible = visible & (near | (j < self.side.first))
         return torch.zeros(visible.shape, dtype=dtype, device=there.device).masked_fill_(~visible, -torch.inf)
+
+    def _within(self, i: Tensor, j: Tensor, visible: Tensor) -> Tensor:
+        """`visible`, of the pairs whose distance counts."""
+        if self.causal:
+            visible = visible & (j <= i - self.lag)
+        return visible if self.reach is None else visible & (i - j < self.reach)
 
 
 def _strips(visible: Tensor, dtype: torch.dtype) -> list[tuple[int, int, Tensor]]:
@@ -160,7 +175,7 @@ class Tiles:
         widest = min(KEYS, max((k1 - k0 for _, _, k0, k1 in problem.tiles(step)), default=1) or 1)
         while step > 16 and step * self.groups * widest > room:  # many query heads share a K/V head
             step //= 2
-        self.tiles = list(problem.tiles(step))
+        self.rows, self.tiles = step, list(problem.tiles(step))
         rounds = -(-heads * step * self.groups * widest // room)
         self.step = -(-heads // min(rounds, heads))
         self.heads = heads
@@ -204,22 +219,30 @@ def _score(problem: Problem, s: Tensor, rows: Tensor, keys: Tensor) -> Tensor:
     return s if problem.softcap is None else s.tanh_()
 
 
-def _hide(problem: Problem, s: Tensor, part: Part, groups: int) -> Tensor:
+def _finish(problem: Problem, s: Tensor, part: Part, groups: int, biases: Iterable[Share]) -> Tensor:
+    """What follows the product and the soft cap: biases, and -inf for what is hidden."""
     if problem.softcap is not None:
         s.mul_(problem.softcap * LOG2E)
     by_group = s.view(s.shape[0], groups, -1, s.shape[-1])
+    for heads, bias in biases:
+        by_group[heads].add_(bias)
     for c0, c1, added in part.masks:
         by_group[..., c0:c1].add_(added)
     return s
 
 
-def forward(problem: Problem, q, k, v, q_first, k_side, v_side) -> tuple[Tensor, Tensor]:
-    """-> out (N, G, Tq, Dv) and the log-sum-exp (N, G, Tq), 0 and -inf for queries that see nothing."""
+def forward(problem: Problem, q, k, v, q_first, k_side, v_side, table) -> tuple[Tensor, Tensor]:
+    """-> out (N, G, Tq, Dv) and the log-sum-exp (N, G, Tq), 0 and -inf for queries that see nothing.
+
+    table (Hq or 1, n): biases by distance, from 0 to the farthest that there is; None: none.
+    """
     out = q.new_empty((*q.shape[:3], v.shape[-1]))
     lse = q.new_empty(q.shape[:3])
     space = Space(q)
-    groups, dim, value_dim = q.shape[1], q.shape[3], v.shape[3 - 1]
-    for heads, a, b, parts in Tiles(problem, q, k, q_first, 1):
+    groups, dim, value_dim = q.shape[1], q.shape[3], v.shape[2]
+    tiles = Tiles(problem, q, k, q_first, 1)
+    bias = _bias_tiles(tiles, table, k, False)
+    for heads, a, b, parts in tiles:
         n, size = heads.stop - heads.start, groups * (b - a)
         if not parts:
             out[heads, :, a:b], lse[heads, :, a:b] = 0, -torch.inf
@@ -231,7 +254,7 @@ def forward(problem: Problem, q, k, v, q_first, k_side, v_side) -> tuple[Tensor,
             keys, values = keys[heads, part.k0 : part.k1], values[heads, part.k0 : part.k1]
             queries = q_first[heads, :, a:b].reshape(n, size, dim) if part.other else rows
             s = _score(problem, space("scores", n, size, part.k1 - part.k0), queries, keys)
-            _hide(problem, s, part, groups)
+            _finish(problem, s, part, groups, _biases(bias, part, heads, a, b))
             highest = s.amax(dim=-1, keepdim=True).clamp_(min=-1e30)  # -inf - -inf would be NaN
             if top is not None:
                 highest = torch.maximum(top, highest)
@@ -249,13 +272,30 @@ def forward(problem: Problem, q, k, v, q_first, k_side, v_side) -> tuple[Tensor,
     return out, lse
 
 
-def backward(problem: Problem, q, k, v, q_first, k_side, v_side, out, lse, d_out, d_lse):
-    """Gradients of q, k, v, q_first, k_side, v_side in the shapes that `forward` takes."""
+def _bias_tiles(tiles: Tiles, table: Tensor | None, k: Tensor, gradients: bool) -> BiasTiles | None:
+    if table is None:
+        return None
+    rows = 1 if tiles.problem.start is None else len(tiles.problem.start)
+    kv_heads = table.shape[0] // tiles.groups if table.shape[0] > 1 else k.shape[0] // rows
+    return BiasTiles(table * LOG2E, tiles.problem, tiles.rows, kv_heads, tiles.groups, gradients)
+
+
+def _biases(bias: BiasTiles | None, part: Part, heads: slice, a: int, b: int) -> Iterable[Share]:
+    if bias is None:
+        return ()
+    return (bias.side if part.side else bias.main)(heads, a, b, part.k0, part.k1)
+
+
+def backward(problem: Problem, q, k, v, q_first, k_side, v_side, table, out, lse, d_out, d_lse, learned: bool = False):
+    """Gradients of q, k, v, q_first, k_side, v_side, table in the shapes that `forward` takes; the table's only if it
+    is `learned`, None otherwise."""
     tensors = (q, k, v, q_first, k_side, v_side)
     dq, dk, dv, dq_first, dk_side, dv_side = (None if x is None else torch.zeros_like(x) for x in tensors)
     space = Space(q)
     groups, dim = q.shape[1], q.shape[3]
-    for heads, a, b, parts in Tiles(problem, q, k, q_first, 2):
+    tiles = Tiles(problem, q, k, q_first, 2)
+    bias = _bias_tiles(tiles, table, k, learned)
+    for heads, a, b, parts in tiles:
         n, size = heads.stop - heads.start, groups * (b - a)
         rows, d_rows = (x[heads, :, a:b].reshape(n, size, x.shape[-1]) for x in (q, d_out))
         sums = lse[heads, :, a:b].reshape(n, size, 1) * LOG2E
@@ -273,13 +313,16 @@ def backward(problem: Problem, q, k, v, q_first, k_side, v_side, out, lse, d_out
             queries = q_first[heads, :, a:b].reshape(n, size, dim) if part.other else rows
             s = _score(problem, space("scores", n, size, part.k1 - part.k0), queries, keys)
             slope = None if problem.softcap is None else 1 - s.square()  # of the soft cap
-            _hide(problem, s, part, groups).sub_(sums).exp2_()
+            _finish(problem, s, part, groups, _biases(bias, part, heads, a, b)).sub_(sums).exp2_()
             torch.baddbmm(d_values, s.transpose(1, 2), d_rows, out=d_values)
             ds = torch.bmm(d_rows, values.transpose(1, 2), out=space("gradients", *s.shape))
             ds.sub_(delta).mul_(s)
+            if learned:
+                add = bias.add_side if part.side else bias.add_main
+                add(ds.view(n, groups, b - a, -1), heads, a, b, part.k0, part.k1)
             if slope is not None:
                 ds.mul_(slope)
             d_queries = (dq_first if part.other else dq)[heads, :, a:b]
             d_queries += torch.bmm(ds, keys).mul_(problem.scale).view(d_queries.shape)
             torch.baddbmm(d_keys, ds.transpose(1, 2), queries, alpha=problem.scale, out=d_keys)
-    return dq, dk, dv, dq_first, dk_side, dv_side
+    return dq, dk, dv, dq_first, dk_side, dv_side, bias.gradient() if learned else None

@@ -31,7 +31,7 @@ def fits(problem: Problem, q: Tensor, v: Tensor) -> bool:
     """Whether `forward` and `backward` can do it."""
     if q.device.type != "cpu" or problem.softcap is not None or q.shape[-1] != v.shape[-1]:
         return False
-    return type(problem.pattern) is not Pattern or problem.queries <= SHORT or _unmasked(problem)
+    return not problem.dense or problem.queries <= SHORT or _unmasked(problem)
 
 
 def forward(problem: Problem, *tensors: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -43,10 +43,15 @@ def forward(problem: Problem, *tensors: Tensor | None) -> tuple[Tensor, Tensor]:
     for at, queries, cut, mask in _side_parts(problem, q, q_first, k_side):
         got, sums = _run(problem, queries[:, :, at], k_side[:, :, cut], v_side[:, :, cut], mask=mask)
         sums = torch.where(mask.amax(dim=-1) == -torch.inf, -torch.inf, sums.to(work))
-        lse[:, :, at] = torch.logaddexp(lse[:, :, at], sums)
-        share = (sums - lse[:, :, at]).exp_().nan_to_num_(0)[..., None]  # NaN: neither part saw a key
-        out[:, :, at].lerp_(got.to(work), share)
+        merge(out[:, :, at], lse[:, :, at], got.to(work), sums)
     return out, lse
+
+
+def merge(out: Tensor, lse: Tensor, more: Tensor, sums: Tensor) -> None:
+    """Makes out (..., D) and lse the softmax over their keys and those of `more` and its log-sum-exp."""
+    torch.logaddexp(lse, sums, out=lse)
+    share = (sums - lse).exp_().nan_to_num_(0)[..., None]  # NaN: neither part saw a key
+    out.lerp_(more, share)
 
 
 def _whole(problem: Problem, q: Tensor, k: Tensor, v: Tensor, work: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -145,13 +150,13 @@ def _run_back(problem: Problem, d_out, q, k, v, out, lse, causal: bool = False, 
 
 
 def _at_once(problem: Problem) -> bool:
-    return problem.keys > 0 and (type(problem.pattern) is Pattern or problem.queries <= SHORT)
+    return problem.keys > 0 and (problem.dense or problem.queries <= SHORT)
 
 
 def _unmasked(problem: Problem) -> bool:
     """Whether the kernel needs no mask for it: dense, and if causal then with a query at every key."""
-    square = problem.queries == problem.keys and problem.first_query == problem.first_key
-    return type(problem.pattern) is Pattern and problem.hidden is None and (square or not problem.causal)
+    square = problem.queries == problem.keys and problem.first_query - problem.lag == problem.first_key
+    return problem.dense and problem.hidden is None and (square or not problem.causal)
 
 
 def _one_mask(problem: Problem, like: Tensor) -> tuple[bool, Tensor | None, Tensor | None]:
@@ -194,6 +199,7 @@ def _batches(problem: Problem, row: int, step: int, like: Tensor, gradients: boo
             mask, blind = strips, None
             if bias is not None:
                 mask = strips + _every(bias, *keys).transpose(-1, -2)
+            if bias is not None or problem.lag or problem.first_query < problem.first_key:  # not even itself
                 blind = mask.amax(dim=-1, keepdim=True) == -torch.inf
             yield (a + ahead, b - a, count, stride), keys, mask, blind
 

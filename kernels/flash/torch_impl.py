@@ -1,21 +1,22 @@
 """Exact attention in plain torch: CPU first, any device. Linear in memory: no (Tq, Tk) scores or mask ever exist.
 
-Dense attention is torch's fused kernel, in blocks of queries where something is padded. A pattern is walked through in
-tiles that visit only the keys some query of the tile sees: by `torch_blocks`, forward and backward, on any device, and
-where it can by `torch_fused`, which is faster.
+Dense attention is torch's fused kernel, in blocks of queries where something is padded. Everything else is split into
+problems, which `torch_solve` solves: in tiles that visit only the keys some query of the tile sees.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
 
-from . import torch_blocks, torch_fused
 from .pattern import Blocks, Layout, Pattern, Window
+from .rules import Bias, Far
 from .torch_blocks import Problem, Side
+from .torch_solve import Piece, solve
 
 BLOCK = 256  # queries of dense attention with padding
 
@@ -32,13 +33,16 @@ def attention(
     softcap: float | None,
     q_first: Tensor | None,
     need_lse: bool,
+    far: Far | None = None,
+    bias: Bias | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """q (B, Hq, Tq, D), k (B, Hkv, Tk, D), v (B, Hkv, Tk, Dv) -> (B, Hq, Tq, Dv) in q's dtype, and the log-sum-exp.
 
     A query that may see no key gives 0, and so do its gradients.
     """
     pattern = _simplest(pattern, layout.tokens(k.shape[2]), causal)
-    special = softcap is not None or (q_first is not None and pattern.first > 0) or need_lse
+    ruled = softcap is not None or far is not None or bias is not None
+    special = ruled or (q_first is not None and pattern.first > 0) or need_lse
     if type(pattern) is Pattern and not special and not layout.slots and not layout.tail:
         return _dense(q, k, v, causal, layout, scale), None
     if torch.compiler.is_compiling():  # a loop over tiles does not trace; this does, at the cost of a mask
@@ -46,9 +50,11 @@ def attention(
 
         return at_once(
             q, k, v, pattern, layout, causal=causal, scale=scale, softcap=softcap, q_first=q_first, counts=None,
-            need_lse=need_lse,
+            need_lse=need_lse, far=far, bias=bias,
         )  # fmt: skip
-    return _in_tiles(q, k, v, pattern, layout, causal, scale, softcap, q_first, need_lse)
+    table = None if bias is None else bias.values(torch.arange(layout.tokens(k.shape[2]), device=q.device))
+    inputs = _Inputs(q, k, v, q_first, far and far.q, far and far.k, table)
+    return _in_tiles(inputs, pattern, layout, (causal, scale, softcap), far and far.window, need_lse)
 
 
 def _simplest(pattern: Pattern, total: int, causal: bool) -> Pattern:
@@ -140,23 +146,40 @@ def _zero_blind_rows(out: Tensor, causal: bool, padding_mask: Tensor, layout: La
 # Patterns --------------------------------------------------------------------------------------------------------
 
 
-def _in_tiles(q, k, v, pattern, layout, causal, scale, softcap, q_first, need_lse) -> tuple[Tensor, Tensor | None]:
-    """Splits the call into problems whose rows and heads share their borders, solves each, and joins the results."""
-    row_parts, head_parts = _rows(pattern, layout), _heads(pattern, q.shape[1], k.shape[1])
+class _Inputs(NamedTuple):
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    q_first: Tensor | None
+    q_far: Tensor | None
+    k_far: Tensor | None
+    table: Tensor | None  # of biases by distance, (Hq or 1, tokens)
+
+    def part(self, rows: Tensor | None, of_q: slice, of_k: slice) -> _Inputs:
+        """Some rows of the batch, and some query heads with their K/V heads."""
+        heads = (of_q, of_k, of_k, of_q, of_q, of_k)
+        tensors = (
+            x if x is None else x[:, h] if rows is None else x[rows][:, h]
+            for x, h in zip(self[:-1], heads, strict=True)
+        )  # fmt: skip
+        table = self.table
+        return _Inputs(*tensors, table if table is None or len(table) == 1 else table[of_q])
+
+
+def _in_tiles(inputs, pattern, layout, settings, window, need_lse) -> tuple[Tensor, Tensor | None]:
+    """Splits the call into parts whose rows and heads share their borders, solves each, and joins the results."""
+    row_parts, head_parts = _rows(pattern, layout), _heads(pattern, inputs.q.shape[1], inputs.k.shape[1])
     simple = replace(pattern, shifted=False) if isinstance(pattern, Blocks) else pattern
     done = []
     for rows, residue in row_parts:
         part = layout if rows is None else replace(
             layout, start=layout.start[rows], mask=None if layout.mask is None else layout.mask[rows]
         )  # fmt: skip
-        pieces = []
+        solved = []
         for of_q, of_k, shift in head_parts:
-            inputs = [None if x is None else x if rows is None else x[rows] for x in (q, k, v, q_first)]
-            if len(head_parts) > 1:
-                inputs = [None if x is None else x[:, h] for x, h in zip(inputs, (of_q, of_k, of_k, of_q), strict=True)]
-            problem, tensors = _problem(*inputs, simple, part, causal, scale, softcap, residue, shift)
-            pieces.append(_solve(problem, need_lse, *tensors))
-        done.append(pieces[0] if len(pieces) == 1 else _join(pieces, dim=1))
+            some = inputs.part(rows, of_q, of_k)
+            solved.append(solve(_pieces(some, simple, part, settings, window, residue, shift), need_lse))
+        done.append(solved[0] if len(solved) == 1 else _join(solved, dim=1))
     if len(done) == 1:
         return done[0]
     back = torch.cat([rows for rows, _ in row_parts]).argsort()
@@ -194,15 +217,44 @@ def _heads(pattern: Pattern, heads: int, kv_heads: int) -> list[tuple[slice, sli
     return [(slice(a, b), slice(c, d), s) for a, b, c, d, s in cuts if b > a]
 
 
-def _problem(q, k, v, q_first, pattern, layout, causal, scale, softcap, residue, shift):
-    """The problem, and its q, k, v, q_first, keys and values of the side. Layouts' padding becomes `hidden` keys."""
+def _pieces(inputs, pattern, layout, settings, window, residue, shift) -> list[Piece]:
+    """One problem; or the near pairs, at distances below `window`, and the far ones, by their own queries and keys."""
+    q, k, v, q_first, q_far, k_far, table = inputs
+    place = pattern, layout, settings, shift - residue, shift
+    if window is None:
+        return [_piece(q, k, v, q_first, table, *place)]
+    near = _piece(q, k, v, None, None, *place, reach=window)
+    skipped = min(max(window - near.problem.first_query, 0), q.shape[2])  # the first queries have no far key
+    if skipped == q.shape[2]:
+        return [near]
+    return [near, *_without_mask(_piece(q_far[:, :, skipped:], k_far, v, None, None, *place, lag=window))]
+
+
+def _without_mask(piece: Piece) -> list[Piece]:
+    """Dense causal queries at the end of many keys as the keys before them, which all are seen, and a square: what the
+    fused kernel does without a mask."""
+    problem, (q, k, v, *others) = piece
+    before = problem.first_query - problem.lag - problem.first_key
+    square = before + problem.queries == problem.keys
+    if not problem.dense or problem.hidden is not None or problem.side is not None or not square or before <= 0:
+        return [piece]
+    parts = [(False, 0, before), (True, before, problem.keys)]
+    return [
+        Piece(replace(problem, causal=causal, keys=k1 - k0, first_key=problem.first_key + k0, strips_made={}),
+              (q, k[:, :, k0:k1], v[:, :, k0:k1], *others))
+        for causal, k0, k1 in parts
+    ]  # fmt: skip
+
+
+def _piece(q, k, v, q_first, table, pattern, layout, settings, phase, shift, reach=None, lag=0) -> Piece:
+    """Layouts' padding becomes `hidden` keys."""
     queries, keys = q.shape[2], k.shape[2]
     total = layout.tokens(keys)
     everywhere = type(pattern) is Pattern and q_first is None  # then no key is `first`: all are seen anyway
     sinks = max(layout.slots, 0 if everywhere else min(pattern.first, total))
     problem = Problem(
-        pattern, causal, scale, softcap, queries, keys - layout.slots, total - queries, layout.tail,
-        phase=shift - residue, start=layout.start,
+        pattern, *settings, queries, keys - layout.slots, total - queries, layout.tail, phase=phase,
+        start=layout.start, lag=lag, reach=reach,
     )  # fmt: skip
     side, k_side, v_side, position = None, None, None, None
     if layout.start is not None or layout.mask is not None or sinks:
@@ -215,7 +267,7 @@ def _problem(q, k, v, q_first, pattern, layout, causal, scale, softcap, residue,
     if hidden is not None and not hidden.any():
         hidden = None
     problem = replace(problem, keys=k1 - k0, first_key=layout.tail + k0, hidden=hidden, side=side)
-    return problem, (q, k, v, q_first, k_side, v_side)
+    return Piece(problem, (q, k, v, q_first if sinks else None, k_side, v_side, table))
 
 
 def _gather_side(k: Tensor, v: Tensor, position: Tensor, sinks: int, first: int, shift: int):
@@ -228,71 +280,3 @@ def _gather_side(k: Tensor, v: Tensor, position: Tensor, sinks: int, first: int,
     index = at.clamp(min=0)[:, None, :, None].expand(k.shape[0], k.shape[1], -1, 1)
     gathered = (x.gather(2, index.expand(-1, -1, -1, x.shape[-1])) for x in (k, v))
     return Side(at >= 0, first, shift), *gathered
-
-
-def _solve(problem: Problem, need_lse: bool, q, k, v, q_first, k_side, v_side) -> tuple[Tensor, Tensor | None]:
-    tensors = (q, k, v, q_first if k_side is not None else None, k_side, v_side)
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
-        out, lse = _Attention.apply(problem, *tensors)
-    else:
-        out, lse = _forward(problem, *tensors)
-        out = out.to(q.dtype)
-    return out, lse if need_lse else None
-
-
-class _Attention(torch.autograd.Function):
-    """Keeps the output and the log-sum-exp; backward computes the weights again."""
-
-    @staticmethod
-    def forward(ctx, problem, *tensors):
-        out, lse = _forward(problem, *tensors)
-        ctx.problem = problem
-        ctx.save_for_backward(*tensors, out, lse)
-        ctx.set_materialize_grads(False)
-        return out.to(tensors[0].dtype), lse
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, d_out, d_lse):
-        *tensors, out, lse = ctx.saved_tensors
-        d_out = torch.zeros_like(out) if d_out is None else d_out.to(out.dtype)
-        if torch_fused.fits(ctx.problem, tensors[0], tensors[2]):
-            grads = torch_fused.backward(ctx.problem, tensors, out, lse, d_out, d_lse)
-        else:
-            flat = [None if x is None else _flat(x, tensors[1].shape[1]) for x in (out, lse, d_out, d_lse)]
-            grads = torch_blocks.backward(ctx.problem, *_worked(tensors), *flat)
-        return None, *(
-            None if x is None else grad.reshape(x.shape).to(x.dtype) for x, grad in zip(tensors, grads, strict=True)
-        )
-
-
-def _flat(x: Tensor, kv_heads: int) -> Tensor:
-    """(B, Hq, T, ...) -> (B * Hkv, G, T, ...)"""
-    return x.reshape(x.shape[0] * kv_heads, x.shape[1] // kv_heads, *x.shape[2:])
-
-
-def _worked(tensors) -> list[Tensor | None]:
-    """As `torch_blocks` takes them: at least fp32, since half precision on a CPU without units for it is emulated
-    (a bf16 product runs at 1 GFLOP/s, an fp32 one at 150), and so that scores are not rounded; heads flat."""
-    q, k, v, q_first, k_side, v_side = (
-        x if x is None or x.dtype == torch.float64 else x.float() for x in tensors
-    )  # fmt: skip
-    kv_heads = k.shape[1]
-    queries = [None if x is None else _flat(x, kv_heads) for x in (q, q_first)]
-    others = [None if x is None else x.reshape(-1, *x.shape[2:]) for x in (k, v, k_side, v_side)]
-    return [queries[0], *others[:2], queries[1], *others[2:]]
-
-
-def _forward(problem: Problem, q, k, v, q_first, k_side, v_side) -> tuple[Tensor, Tensor]:
-    """-> (B, Hq, Tq, Dv) and (B, Hq, Tq), both fp32 or fp64."""
-    tensors = q, k, v, q_first, k_side, v_side
-    if torch_fused.fits(problem, q, v):
-        out, lse = torch_fused.forward(problem, *tensors)
-    else:
-        out, lse = torch_blocks.forward(problem, *_worked(tensors))
-        out, lse = out.view(*q.shape[:3], v.shape[-1]), lse.view(q.shape[:3])
-    if problem.start is not None and not problem.causal:  # padding on the left; causal, it saw nothing anyway
-        number = torch.arange(problem.first_query, problem.first_query + problem.queries, device=q.device)
-        blind = (number < problem.start[:, None])[:, None]
-        out, lse = out.masked_fill_(blind[..., None], 0), lse.masked_fill_(blind, -torch.inf)
-    return out, lse

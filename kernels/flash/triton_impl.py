@@ -1,8 +1,8 @@
 """Flash attention on Triton, forward and backward: the table of patterns, and the launches.
 
 A new pattern is two jitted functions of positions below and a line in PATTERNS; a new score rule, two and a line in
-RULES. `triton_kernels` has the kernels, `triton_pieces` how they ask these
-functions, `tiles` their sizes.
+RULES; a new bias, one and a line in `triton_bias`. `triton_kernels` and `triton_backward` have the kernels,
+`triton_pieces` how they ask these functions, `tiles` their sizes.
 """
 
 from __future__ import annotations
@@ -16,9 +16,13 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import tiles, triton_kernels
+from . import tiles
 from .pattern import Blocks, Layout, Pattern, Window
-from .triton_pieces import FAR, LOG2E
+from .rules import Bias, Far
+from .triton_backward import backward_keys, backward_queries, backward_rows
+from .triton_bias import BIASES, arguments
+from .triton_kernels import forward
+from .triton_pieces import ALL, FAR, FARTHER, LOG2E, NEARER
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -97,6 +101,11 @@ RULES: dict[str | None, tuple[Any, Any]] = {None: (None, None), "softcap": (soft
 
 # ---- launches
 
+KERNELS = {
+    "forward": forward, "backward_rows": backward_rows, "backward_queries": backward_queries,
+    "backward_keys": backward_keys,
+}  # fmt: skip
+
 
 class Call(NamedTuple):
     """What a call is about, besides its tensors."""
@@ -111,29 +120,36 @@ class Call(NamedTuple):
     cap: float
     rule: str | None
     masked: bool
+    window: int | None = None  # of far pairs
+    bias: str | None = None
+    params_step: int = 0  # from one head's parameters of the bias to the next one's
+    params: int = 0  # of a head
 
 
-def constants(kernel: str, call: Call, arch: str, dtype: torch.dtype, dim: int, value_dim: int) -> dict[str, Any]:
+def constants(
+    kernel: str, call: Call, arch: str, dtype: torch.dtype, dim: int, value_dim: int, part: int = ALL.value
+) -> dict[str, Any]:
     """The compile-time arguments of a launch, num_warps and num_stages among them."""
     jitted, (rule, slope) = PATTERNS[call.kind], RULES[call.rule]
     d, v = tiles.padded(dim), tiles.padded(value_dim)
     prefix = call.slots > 0 or call.first > 0
-    tile = tiles.tile(kernel, arch, max(d, v), dtype, heavy=prefix or call.masked)
+    tile = tiles.tile(kernel, arch, max(d, v), dtype, heavy=prefix or call.masked, two_parts=call.window is not None)
     fixed = dict(
-        D=dim, V=value_dim, NEAR=jitted.near, RULE=rule, CAUSAL=call.causal, PREFIX=prefix,
+        D=dim, V=value_dim, NEAR=jitted.near, RULE=rule, BIAS=BIASES[call.bias], CAUSAL=call.causal, PREFIX=prefix,
         BLOCK_M=tile.m, BLOCK_N=tile.n, STEP=tile.step, BLOCK_D=d, BLOCK_V=v, **tile.options,
     )  # fmt: skip
     if kernel != "forward":
-        fixed["SLOPE"] = slope
+        fixed |= {"SLOPE": slope, "PART": part}
     return fixed | ({"QUERIES": jitted.queries} if kernel == "backward_keys" else {"KEYS": jitted.keys})
 
 
-def _like(x: Tensor, dim: int) -> Tensor:
+def _like(x: Tensor, dim: int, dtype: torch.dtype | None = None) -> Tensor:
     """Uninitialised, x's shape but for the last size; tokens lie outside of heads if they do in x."""
     batch, heads, length, _ = x.shape
+    options = {"dtype": dtype or x.dtype, "device": x.device}
     if x.stride(2) > x.stride(1):
-        return torch.empty((batch, length, heads, dim), dtype=x.dtype, device=x.device).transpose(1, 2)
-    return torch.empty((batch, heads, length, dim), dtype=x.dtype, device=x.device)
+        return torch.empty((batch, length, heads, dim), **options).transpose(1, 2)
+    return torch.empty((batch, heads, length, dim), **options)
 
 
 def _rows(x: Tensor | None) -> Tensor | None:
@@ -148,12 +164,12 @@ def _strides(*tensors: Tensor | None) -> list[int]:
 def _launch(kernel: str, programs: int, *arguments, **fixed) -> None:
     if programs:  # a grid of none is an error
         # multiply-adds may fuse, as was every Triton's default before 3.10
-        getattr(triton_kernels, kernel)[(programs,)](*arguments, **fixed, enable_fp_fusion=True)
+        KERNELS[kernel][(programs,)](*arguments, **fixed, enable_fp_fusion=True)
 
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, q_first, mask, start, call):
+    def forward(ctx, q, k, v, q_first, q_far, k_far, mask, start, params, call):
         batch, heads, queries, dim = q.shape
         out = _like(q, v.shape[-1])
         lse = torch.empty((batch, heads, queries), dtype=torch.float32, device=q.device)
@@ -161,10 +177,10 @@ class _Attention(torch.autograd.Function):
         with torch.cuda.device_of(q):
             _launch(
                 "forward", batch * heads * triton.cdiv(queries, fixed["BLOCK_M"]),
-                q, k, v, q_first, mask, start, out, lse,
-                *_strides(q, k, v, q_first, out), *_numbers(q, k, mask, call), **fixed,
+                q, k, v, q_first, q_far, k_far, mask, start, params, out, lse,
+                *_strides(q, k, v, q_first, q_far, k_far, out), *_numbers(q, k, mask, call), **fixed,
             )  # fmt: skip
-        ctx.save_for_backward(q, k, v, q_first, mask, start, out, lse)
+        ctx.save_for_backward(q, k, v, q_first, q_far, k_far, mask, start, params, out, lse)
         ctx.call = call
         ctx.set_materialize_grads(False)
         return out, lse
@@ -173,14 +189,15 @@ class _Attention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad, grad_lse):
         if grad is None and grad_lse is None:
-            return (None,) * 7
-        q, k, v, q_first, mask, start, out, lse = ctx.saved_tensors
-        (batch, heads, queries, dim), (kv_heads, keys, value_dim) = q.shape, v.shape[1:]
-        arch, numbers, rows = tiles.architecture(q.device), _numbers(q, k, mask, ctx.call), tiles.ROWS
+            return (None,) * 10
+        q, k, v, q_first, q_far, k_far, mask, start, params, out, lse = ctx.saved_tensors
+        batch, heads, queries, value_dim = out.shape
+        needs_q, needs_k, needs_v, needs_first, needs_q_far, needs_k_far, *_ = ctx.needs_input_grad
         grad = torch.zeros_like(out) if grad is None else _rows(grad)
         delta, lse2 = torch.empty_like(lse), torch.empty_like(lse)
-        tensors = (q, k, v, q_first, mask, start, grad, lse2, delta)
-        dq = dk = dv = dq_first = None
+        rows = tiles.ROWS
+        more = (mask, start, params, grad, lse2, delta)
+        dq = dk = dv = dq_first = dq_far = dk_far = None
         with torch.cuda.device_of(q):
             _launch(
                 "backward_rows", batch * heads * triton.cdiv(queries, rows.m),
@@ -188,28 +205,52 @@ class _Attention(torch.autograd.Function):
                 *_strides(out, grad), heads, queries,
                 V=value_dim, BLOCK_M=rows.m, BLOCK_V=tiles.padded(value_dim), **rows.options,
             )  # fmt: skip
-            if ctx.needs_input_grad[0] or ctx.needs_input_grad[3]:
-                dq, dq_first = _like(q, dim), None if q_first is None else _like(q, dim)
-                fixed = constants("backward_queries", ctx.call, arch, q.dtype, dim, value_dim)
-                _launch(
-                    "backward_queries", batch * heads * triton.cdiv(queries, fixed["BLOCK_M"]),
-                    *tensors, dq, dq_first, *_strides(q, k, v, q_first, grad, dq), *numbers, **fixed,
-                )  # fmt: skip
-            if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
-                dk, dv = _like(k, dim), _like(v, value_dim)
-                fixed = constants("backward_keys", ctx.call, arch, q.dtype, dim, value_dim)
-                _launch(
-                    "backward_keys", batch * kv_heads * triton.cdiv(keys, fixed["BLOCK_N"]),
-                    *tensors, dk, dv, *_strides(q, k, v, q_first, grad, dk, dv), *numbers, **fixed,
-                )  # fmt: skip
-        return dq, dk, dv, dq_first, None, None, None
+            part = ALL.value if q_far is None else NEARER.value
+            if needs_q or needs_first:
+                dq, dq_first = _query_gradients(ctx.call, part, q, k, v, q_first, *more)
+            if needs_k or needs_v:
+                sums = v.dtype if q_far is None else torch.float32
+                dk, dv = _key_gradients(ctx.call, part, q, k, v, q_first, *more, None, sums)
+            if needs_q_far:
+                dq_far, _ = _query_gradients(ctx.call, FARTHER.value, q_far, k_far, v, None, *more)
+            if q_far is not None and (needs_k_far or needs_v):
+                dk_far, dv = _key_gradients(ctx.call, FARTHER.value, q_far, k_far, v, None, *more, dv, v.dtype)
+        return dq, dk, dv, dq_first, dq_far, dk_far, None, None, None, None
+
+
+def _query_gradients(call: Call, part: int, q, k, v, q_first, *more: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """dq and dq_first of a part of the pairs. more: mask, start, params, grad, lse2, delta."""
+    batch, heads, queries, dim = q.shape
+    dq, dq_first = _like(q, dim), None if q_first is None else _like(q, dim)
+    fixed = constants("backward_queries", call, tiles.architecture(q.device), q.dtype, dim, v.shape[3], part)
+    _launch(
+        "backward_queries", batch * heads * triton.cdiv(queries, fixed["BLOCK_M"]), q, k, v, q_first, *more, dq,
+        dq_first, *_strides(q, k, v, q_first, more[3], dq), *_numbers(q, k, more[0], call), **fixed,
+    )  # fmt: skip
+    return dq, dq_first
+
+
+def _key_gradients(
+    call: Call, part: int, q, k, v, q_first, mask, start, params, grad, lse2, delta, dv_near, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """dk and dv, dv in `dtype`, of a part of the pairs; dv_near, from the other part, is added to dv."""
+    batch, kv_heads, keys, value_dim = v.shape
+    dk, dv = _like(k, k.shape[3]), _like(v, value_dim, dtype)
+    fixed = constants("backward_keys", call, tiles.architecture(q.device), q.dtype, k.shape[3], value_dim, part)
+    _launch(
+        "backward_keys", batch * kv_heads * triton.cdiv(keys, fixed["BLOCK_N"]), q, k, v, q_first, mask, start, params,
+        grad, lse2, delta, dk, dv, dv_near, *_strides(q, k, v, q_first, grad, dk, dv), *_numbers(q, k, mask, call),
+        **fixed,
+    )  # fmt: skip
+    return dk, dv
 
 
 def _numbers(q: Tensor, k: Tensor, mask: Tensor | None, call: Call) -> tuple[float, ...]:
     """What the kernels over pairs take behind the strides of the other tensors, in their order."""
     return (
-        0 if mask is None else mask.stride(0), call.scale, call.cap, q.shape[1], q.shape[1] // k.shape[1],
-        q.shape[2], k.shape[2], call.slots, call.tail, call.first, *call.integers,
+        0 if mask is None else mask.stride(0), call.scale, call.cap, call.params_step, call.params,
+        q.shape[1], q.shape[1] // k.shape[1], q.shape[2], k.shape[2], call.slots, call.tail, call.first,
+        call.window or 0, *call.integers,
     )  # fmt: skip
 
 
@@ -225,10 +266,13 @@ def attention(
     softcap: float | None,
     q_first: Tensor | None,
     need_lse: bool,
+    far: Far | None = None,
+    bias: Bias | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """As `effattn.kernels.flash.attention`; (out, lse or None). fp16, bf16 or fp32, heads up to 256 wide.
 
-    ValueError for what the kernels do not have: other dtypes, wider heads, rings, patterns without a jitted twin.
+    ValueError for what the kernels do not have: other dtypes, wider heads, rings, patterns without a jitted twin,
+    gradients of biases.
     """
     if q.dtype not in DTYPES:
         raise ValueError(f"dtype: got {q.dtype}, valid for impl='triton' are {', '.join(map(str, DTYPES))}")
@@ -243,15 +287,18 @@ def attention(
         raise ValueError(f"scale and softcap: got {scale} and {softcap}, valid are positive numbers")
     bounded = PATTERNS[type(pattern)].keys is not full_keys
     first = pattern.first if bounded or q_first is not None else 0  # a full pattern shows them anyway
+    params, params_step, numbers = arguments(bias)
     call = Call(
         kind=type(pattern), integers=PATTERNS[type(pattern)].integers(pattern), first=first, slots=layout.slots,
         tail=layout.tail, causal=causal, scale=float(scale), cap=float(softcap or 0.0),
         rule=None if softcap is None else "softcap", masked=layout.mask is not None,
+        window=far and far.window, bias=bias and bias.kind, params_step=params_step, params=numbers,
     )  # fmt: skip
     mask, start = layout.mask, layout.start
     if mask is not None:
         mask = _rows(mask.expand(q.shape[0], -1))
     if start is not None:
         start = start.expand(q.shape[0]).contiguous()
-    out, lse = _Attention.apply(_rows(q), _rows(k), _rows(v), _rows(q_first) if first else None, mask, start, call)
+    tensors = (q, k, v, q_first if first else None, far and far.q, far and far.k)
+    out, lse = _Attention.apply(*map(_rows, tensors), mask, start, params, call)
     return out, lse if need_lse else None

@@ -12,7 +12,8 @@ INNER tiles are BLOCK wide. The others go in smaller STEPs: that wastes less of 
 registers. Legend, for the kernels too:
 
     r row of a query in its tensor, c number of a key in its tensor    i, j position of a query and of a key
-    place = (slots, base, first): key slots + n is at position base + n, those below first are seen by all
+    place = (slots, base, first, window): key slots + n is at position base + n, those below first are seen by all
+    PART of the pattern's pairs: ALL, those NEARER than window (i - j < window), or the FARTHER ones
     numbers = (heads, a, b, c), a to c the pattern's integers          FAR beyond every position
 """
 
@@ -20,6 +21,7 @@ import triton
 import triton.language as tl
 
 INNER, EDGE, FIRST = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+ALL, NEARER, FARTHER = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 FAR = tl.constexpr(1 << 28)  # sums of a few of these fit in int32
 LOG2E, LN2 = tl.constexpr(1.4426950408889634), tl.constexpr(0.6931471805599453)
 EMULATED = tl.constexpr(triton.knobs.runtime.interpret)  # the interpreter's bf16 needs help in `narrow` and `dot`
@@ -106,13 +108,17 @@ def _cut(low, high, all_low, all_high, BLOCK: tl.constexpr, STEP: tl.constexpr):
 
 @triton.jit
 def keys_to_visit(i_low, i_last, h, k_len, place, numbers, KEYS: tl.constexpr, NEAR: tl.constexpr, CAUSAL: tl.constexpr,
-                  PREFIX: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr):  # fmt: skip
+                  PREFIX: tl.constexpr, PART: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr):  # fmt: skip
     """For queries at positions i_low .. i_last, the runs of keys: FIRST, EDGE and INNER."""
-    slots, base, first = place
+    slots, base, first, window = place
     low, all_high = KEYS(tl.maximum(i_low, 0), h, *numbers)
     all_low, high = KEYS(i_last, h, *numbers)
     if CAUSAL:
         high, all_high = tl.minimum(high, i_last + 1), tl.minimum(all_high, i_low + 1)
+    if PART == NEARER:
+        low, all_low = tl.maximum(low, i_low - window + 1), tl.maximum(all_low, i_last - window + 1)
+    elif PART == FARTHER:
+        high, all_high = tl.minimum(high, i_last - window + 1), tl.minimum(all_high, i_low - window + 1)
     low, all_low = tl.maximum(low, 0), tl.maximum(all_low, 0)
     high = tl.where(i_last < 0, 0, high)
     all_high = tl.where(i_low < 0, 0, all_high)
@@ -127,41 +133,49 @@ def keys_to_visit(i_low, i_last, h, k_len, place, numbers, KEYS: tl.constexpr, N
         sinks = tl.minimum(tl.minimum(first, i_last + 1) if CAUSAL else first, k_len - zero) + zero
         prefix_high = tl.where(sinks > tl.maximum(slots, zero), sinks, slots)
         prefix_tiles = tl.where(i_last < 0, 0, tl.cdiv(tl.maximum(prefix_high - prefix_low, 0), STEP))
+        if PART == NEARER:  # none, where all of them are farther
+            prefix_tiles = tl.where(i_low - window + 1 >= tl.maximum(first, slots), 0, prefix_tiles)
         low = tl.maximum(low, prefix_low + prefix_tiles * STEP)
     edge, inner = _cut(low, high, all_low + zero, all_high + zero, BLOCK, STEP)
     return (prefix_low, 0, 0, prefix_tiles), edge, inner
 
 
 @triton.jit
-def _seen_from(j_low, j_last, h, first, numbers, QUERIES: tl.constexpr, CAUSAL: tl.constexpr, PREFIX: tl.constexpr):
+def _seen_from(j_low, j_last, h, place, numbers, QUERIES: tl.constexpr, CAUSAL: tl.constexpr, PREFIX: tl.constexpr,
+               PART: tl.constexpr):  # fmt: skip
     """Positions [low, high) of the queries that may see some key at j_low .. j_last, and of those that see them all."""
+    _, _, first, window = place
     low, all_high = QUERIES(tl.maximum(j_low, 0), h, *numbers)
     all_low, high = QUERIES(j_last, h, *numbers)
     if PREFIX:  # the keys that everyone sees
         low, high = tl.where(j_low < first, 0, low), tl.where(j_low < first, FAR, high)
     if CAUSAL:
         low, all_low = tl.maximum(low, j_low), tl.maximum(all_low, j_last)
+    if PART == NEARER:
+        high, all_high = tl.minimum(high, j_last + window), tl.minimum(all_high, j_low + window)
+    elif PART == FARTHER:
+        low, all_low = tl.maximum(low, j_low + window), tl.maximum(all_low, j_last + window)
     empty = j_last < tl.maximum(j_low, 0)
     return tl.where(empty, FAR, tl.maximum(low, 0)), tl.where(empty, 0, high), tl.maximum(all_low, 0), all_high
 
 
 @triton.jit
 def queries_to_visit(n, h, q_len, k_len, i_zero, place, numbers, QUERIES: tl.constexpr, NEAR: tl.constexpr,
-                     CAUSAL: tl.constexpr, PREFIX: tl.constexpr, OTHER: tl.constexpr, BLOCK_M: tl.constexpr,
-                     STEP: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
+                     CAUSAL: tl.constexpr, PREFIX: tl.constexpr, OTHER: tl.constexpr, PART: tl.constexpr,
+                     BLOCK_M: tl.constexpr, STEP: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
     """For keys n .. n + BLOCK_N - 1, the runs of queries: FIRST, EDGE and INNER. OTHER: if some of the keys are scored
     with other queries, all is FIRST."""
-    slots, base, first = place
+    slots, base, first, _ = place
     end = tl.minimum(n + BLOCK_N, k_len)
     j_low = tl.maximum(n, slots) - slots + base
     low, high, all_low, all_high = _seen_from(
-        j_low, end - 1 - slots + base, h, first, numbers, QUERIES, CAUSAL, PREFIX
+        j_low, end - 1 - slots + base, h, place, numbers, QUERIES, CAUSAL, PREFIX, PART
     )  # fmt: skip
     if NEAR is not None:
         all_high = 0
     if PREFIX:  # slots and contiguous keys may share a tile
         slot_low, slot_high, _, _ = _seen_from(
-            n, tl.minimum(end, slots) - 1, h, first, numbers, QUERIES, CAUSAL, PREFIX
+            n, tl.minimum(end, slots) - 1, h, place, numbers, QUERIES, CAUSAL, PREFIX, PART
         )  # fmt: skip
         low, high = tl.minimum(low, slot_low), tl.maximum(high, slot_high)
         all_high = tl.where(n < slots, 0, all_high)
@@ -181,7 +195,7 @@ def queries_to_visit(n, h, q_len, k_len, i_zero, place, numbers, QUERIES: tl.con
 @triton.jit
 def positions(n, mask, k_len, place, KIND: tl.constexpr, BLOCK: tl.constexpr):
     """The positions of keys n .. n + BLOCK - 1; negative for those that are not there, but in INNER tiles."""
-    slots, base, _ = place
+    slots, base, _, _ = place
     c = n + tl.arange(0, BLOCK)
     j = c - slots + base
     if KIND == FIRST:
@@ -192,31 +206,42 @@ def positions(n, mask, k_len, place, KIND: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def bounds_of_queries(i, h, numbers, KEYS: tl.constexpr, CAUSAL: tl.constexpr):
-    """[low, high) of the keys that each query sees by the pattern, and the end of all that it may see at all."""
+def bounds_of_queries(i, h, window, numbers, KEYS: tl.constexpr, CAUSAL: tl.constexpr, PART: tl.constexpr):
+    """[low, high) of the keys that each query sees by the pattern, and [begin, end) of all that it may see at all."""
     low, high = KEYS(i, h, *numbers)
-    end = tl.where(i < 0, 0, i + 1 if CAUSAL else FAR)
-    return tl.maximum(low, 0), tl.minimum(high, end), end
+    begin, end = 0, i + 1 if CAUSAL else FAR
+    if PART == NEARER:
+        begin = tl.maximum(i - window + 1, 0)
+    elif PART == FARTHER:
+        end = i - window + 1
+    end = tl.where(i < 0, 0, end)
+    return tl.maximum(low, begin), tl.minimum(high, end), begin, end
 
 
 @triton.jit
 def visible(i, j, h, bounds, place, numbers, NEAR: tl.constexpr, SINKS: tl.constexpr):
     """Which pairs count. All that can be is asked of the queries alone, by `bounds`: two comparisons a pair."""
-    low, high, end = bounds
+    low, high, begin, end = bounds
     near = (j >= low) & (j < high)
     if NEAR is not None:
         near = near & NEAR(i, j, h, *numbers)
     if SINKS:
-        near = near | (j >= 0) & (j < tl.minimum(place[2], end))
+        near = near | (j >= begin) & (j < tl.minimum(place[2], end))
     return near
 
 
 @triton.jit
-def bounds_of_keys(j, h, end, first, numbers, QUERIES: tl.constexpr, CAUSAL: tl.constexpr, PREFIX: tl.constexpr):
+def bounds_of_keys(j, h, end, place, numbers, QUERIES: tl.constexpr, CAUSAL: tl.constexpr, PREFIX: tl.constexpr,
+                   PART: tl.constexpr):  # fmt: skip
     """[low, high) of the queries, of those before `end`, that see each key."""
+    _, _, first, window = place
     low, high = QUERIES(j, h, *numbers)
     if PREFIX:
         low, high = tl.where(j < first, 0, low), tl.where(j < first, FAR, high)
     if CAUSAL:
         low = tl.maximum(low, j)
+    if PART == NEARER:
+        high = tl.minimum(high, j + window)
+    elif PART == FARTHER:
+        low = tl.maximum(low, j + window)
     return tl.maximum(low, 0), tl.where(j < 0, 0, tl.minimum(high, end))

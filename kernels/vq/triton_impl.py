@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..flash import tiles
-from ..flash import triton_kernels as flash_kernels
+from ..flash import triton_backward as flash_kernels
 from ..flash.triton_impl import DTYPES
 from ..flash.triton_pieces import LOG2E
 from . import triton_kernels

@@ -56,7 +56,8 @@ PEERS = {
     "nn.Linear": Peer("torch", "monarch", "plain:dense_layer"),
     "transformers-QuantizedCache": Peer("optimum-quanto", "quantized caches"),
     "bitsandbytes": Peer("bitsandbytes", "quantized weights"),
-    "llmcompressor": Peer("llmcompressor", "SparseGPT", note="it pins older versions of torch and transformers"),
+    "llmcompressor": Peer("llmcompressor", "SparseGPT", "pruning:sparsegpt",
+                          note="it pins older versions of torch and transformers"),
 }  # fmt: skip
 
 

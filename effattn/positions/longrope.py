@@ -1,0 +1,65 @@
+"""LongRoPE (arXiv:2402.13753): a factor for every frequency, found by a search; one set for long sequences, one for
+those within the trained length."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from effattn.positions.base import Scaled, check_number, register
+
+
+@register("longrope")
+@dataclass(frozen=True)
+class LongRope(Scaled):
+    """theta_i / long_i for sequences beyond the trained length T, theta_i / short_i up to it; cos and sin times
+    sqrt(1 + ln s / ln T). long_factor, short_factor: R/2 numbers each; short_factor: ones if not given.
+
+    As with `dynamic_ntk`, the length so far decides for all keys, and cached keys are raw.
+    """
+
+    long_factor: tuple[float, ...] | list[float] = ()
+    short_factor: tuple[float, ...] | list[float] = ()
+    varies = True
+
+    def __post_init__(self):
+        super().__post_init__()
+        for option in ("long_factor", "short_factor"):
+            value = getattr(self, option)
+            if not isinstance(value, list | tuple) or (option == "long_factor" and not value):
+                raise ValueError(
+                    f"longrope: {option}: got {value!r}, valid is a list of numbers, one for each frequency"
+                )
+            for number in value:
+                check_number("longrope", option, number, above=True)
+
+    def check(self, trained):
+        super().check(trained)
+        for option in ("long_factor", "short_factor"):
+            if len(value := getattr(self, option)) not in ({trained.dims // 2, 0}):
+                raise ValueError(f"longrope: {option}: got {len(value)} numbers, valid is {trained.dims // 2}")
+
+    def frequencies(self, trained, length=None):
+        long = torch.tensor(self.long_factor, dtype=torch.float)
+        short = torch.tensor(self.short_factor or [1.0] * len(long), dtype=torch.float)
+        if isinstance(length, torch.Tensor):
+            use_long = (length > trained.length)[:, None]
+            factors = torch.where(use_long, long.to(length.device), short.to(length.device))
+        else:
+            factors = long if length is not None and length > trained.length else short
+        return trained.thetas().to(factors.device) / factors, self._scaling(trained)
+
+    def _scaling(self, trained) -> float:
+        return math.sqrt(1 + math.log(self.scale(trained)) / math.log(trained.length))
+
+    def parameters(self, trained):
+        return {
+            "rope_type": "longrope",
+            "rope_theta": trained.base,
+            "factor": self.scale(trained),
+            "original_max_position_embeddings": trained.length,
+            "long_factor": list(self.long_factor),
+            "short_factor": list(self.short_factor or [1.0] * len(self.long_factor)),
+        }

@@ -1,0 +1,101 @@
+"""Position rules by name, and their spec strings: parts joined by "+".
+
+parse("rerope(window=256)+logn")                              # the parts, checked by themselves
+rule("rerope(window=256)", length=512, head_dim=64)           # what `rotary=` of a backend call takes
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import inspect
+import pkgutil
+
+import effattn.positions
+from effattn.errors import Unsupported, check_choice
+from effattn.positions.base import _PARTS, SLOTS, Part, Trained
+from effattn.positions.bound import Positions
+from effattn.registry import format_spec, parse_spec
+
+
+def rules() -> dict[str, type[Part]]:
+    """name -> class, of every position rule in this version. A class's fields are its options."""
+    for file in pkgutil.iter_modules(effattn.positions.__path__):  # they register themselves
+        importlib.import_module(f"effattn.positions.{file.name}")
+    return dict(sorted(_PARTS.items()))
+
+
+def parse(spec: str) -> tuple[Part, ...]:
+    """The parts of "yarn(factor=8)+rerope(window=256)+logn", in the order of the slots.
+
+    ValueError for unknown names and options, with the nearest valid one, for options that no model could have, and
+    for two parts that decide the same.
+    """
+    available, parts = rules(), {}
+    for text in _split(spec):
+        name, options = parse_spec(text)
+        cls = available.get(name) or check_choice("positions", name, available)
+        valid = inspect.signature(cls).parameters
+        for option in options:
+            check_choice(f"{name}: option", option, valid)
+        missing = [p.name for p in valid.values() if p.default is p.empty and p.name not in options]
+        if missing:
+            raise ValueError(f"{name}: {', '.join(missing)} must be given, for example {name}({missing[0]}=...)")
+        part = cls(**options)
+        if part.slot in parts:
+            raise ValueError(f"positions: {spec!r}: {parts[part.slot].name} and {name} decide the same; valid is one")
+        parts[part.slot] = part
+    _refuse_meaningless(spec, parts)
+    return tuple(parts[slot] for slot in SLOTS if slot in parts)
+
+
+def spec_of(parts: tuple[Part, ...]) -> str:
+    """The spec that `parse` reads back as these parts."""
+    return "+".join(format_spec(part.name, part.options) for part in parts)
+
+
+def rule(
+    spec: str,
+    *,
+    length: int,
+    head_dim: int,
+    heads: int = 1,
+    dims: int | None = None,
+    base: float = 10000.0,
+    interleaved: bool = False,
+) -> Positions:
+    """A rule as `rotary=` of a backend's call takes it, for a model that was trained at `length` tokens.
+
+    heads: the query heads (what biases need). dims: how many dimensions of a head turn (None: all). Raises ValueError
+    for what means nothing, Unsupported for what cannot be combined.
+    """
+    dims = head_dim if dims is None else dims
+    if dims % 2 or not 0 <= dims <= head_dim:
+        raise ValueError(f"dims: got {dims}, valid is an even number up to head_dim={head_dim}")
+    return Positions(parse(spec), Trained(length, heads, head_dim, dims, float(base), interleaved))
+
+
+def _split(spec: str) -> list[str]:
+    """The parts of "a(x=1)+b" as specs of their own."""
+    try:
+        tree = ast.parse(spec.strip(), mode="eval").body if isinstance(spec, str) else None
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        tree = None
+    found = []
+    while isinstance(tree, ast.BinOp) and isinstance(tree.op, ast.Add):
+        found.append(ast.unparse(tree.right))
+        tree = tree.left
+    return [*reversed([*found, ast.unparse(tree)])] if found else [spec]
+
+
+def _refuse_meaningless(spec: str, parts: dict[str, Part]) -> None:
+    far, rotation, bias = parts.get("far"), parts.get("rotation"), parts.get("bias")
+    if far is not None and bias is not None:
+        raise Unsupported(
+            f"positions: {spec!r}: {far.name} and {bias.name} both decide what far pairs see; valid is one of them"
+        )
+    if far is not None and rotation is not None and (rotation.varies or rotation.name in ("nope", "xpos")):
+        why = "changes with the length" if rotation.varies else "is not a rotation by the distance alone"
+        raise Unsupported(
+            f"positions: {spec!r}: {far.name} clips the distance of a rotation, and {rotation.name} {why}"
+        )

@@ -1,0 +1,103 @@
+"""YaRN (arXiv:2309.00071) and its "NTK by parts": frequencies with a short wavelength stay, those with a long one are
+interpolated, those between are mixed; and a temperature.
+
+The paper's ramp runs over r = T theta / (2 pi), the turns that a frequency makes within the trained length
+(`ntk_by_parts`). The released code, and transformers, ramp over the dimension's index between rounded borders (`yarn`):
+up to 73 % apart in theta. llama3 is the paper's ramp again with other borders.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from effattn.positions.base import Scaled, Trained, check_number, register
+
+
+@dataclass(frozen=True)
+class _Ramp(Scaled):
+    """slow, fast: frequencies with fewer than `slow` turns within the trained length are interpolated, those with more
+    than `fast` stay."""
+
+    fast: float = 32.0
+    slow: float = 1.0
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_number(self.name, "slow", self.slow, above=True)
+        check_number(self.name, "fast", self.fast, least=self.slow, above=True)
+
+    def mixed(self, trained: Trained, keep: Tensor) -> Tensor:
+        """(1 - keep) theta / s + keep theta."""
+        thetas = trained.thetas()
+        return thetas / self.scale(trained) * (1 - keep) + thetas * keep
+
+    def by_turns(self, trained: Trained) -> Tensor:
+        """clip((r - slow) / (fast - slow)), (R/2,): how much of each frequency stays."""
+        turns = trained.length * trained.thetas() / (2 * math.pi)
+        return ((turns - self.slow) / (self.fast - self.slow)).clamp(0, 1)
+
+
+@register("yarn")
+@dataclass(frozen=True)
+class Yarn(_Ramp):
+    """YaRN as transformers has it. cos and sin are multiplied by 0.1 ln s + 1, the paper's temperature."""
+
+    def frequencies(self, trained, length=None):
+        low, high = (
+            trained.dims * math.log(trained.length / (turns * 2 * math.pi)) / (2 * math.log(trained.base))
+            for turns in (self.fast, self.slow)
+        )
+        low, high = max(math.floor(low), 0), min(math.ceil(high), trained.dims - 1)
+        ramp = (torch.arange(trained.dims // 2, dtype=torch.float) - low) / (high - low or 0.001)
+        return self.mixed(trained, 1 - ramp.clamp(0, 1)), temperature(self.scale(trained))
+
+    def parameters(self, trained):
+        borders = {} if (self.fast, self.slow) == (32.0, 1.0) else {"beta_fast": self.fast, "beta_slow": self.slow}
+        return _parameters("yarn", self, trained, borders)
+
+
+@register("ntk_by_parts")
+@dataclass(frozen=True)
+class NtkByParts(_Ramp):
+    """The ramp of YaRN's paper (section 3.2), by default without its temperature, which `temperature=True` adds."""
+
+    temperature: bool = False
+
+    def frequencies(self, trained, length=None):
+        scaling = temperature(self.scale(trained)) if self.temperature else 1.0
+        return self.mixed(trained, self.by_turns(trained)), scaling
+
+    def parameters(self, trained):
+        return None if self.temperature else Llama3(self.factor, self.length, self.fast, self.slow).parameters(trained)
+
+
+@register("llama3")
+@dataclass(frozen=True)
+class Llama3(_Ramp):
+    """Llama 3.1's scaling, transformers' `llama3`: NTK by parts with borders at 4 turns (high_freq_factor) and 1."""
+
+    fast: float = 4.0
+
+    def frequencies(self, trained, length=None):
+        return self.mixed(trained, self.by_turns(trained)), 1.0
+
+    def parameters(self, trained):
+        return _parameters("llama3", self, trained, {"low_freq_factor": self.slow, "high_freq_factor": self.fast})
+
+
+def temperature(scale: float) -> float:
+    """What YaRN multiplies cos and sin by: 0.1 ln s + 1 (equation 22)."""
+    return 0.1 * math.log(scale) + 1.0
+
+
+def _parameters(rope_type: str, rule: _Ramp, trained: Trained, more: dict) -> dict:
+    return {
+        "rope_type": rope_type,
+        "rope_theta": trained.base,
+        "factor": rule.scale(trained),
+        "original_max_position_embeddings": trained.length,
+    } | more

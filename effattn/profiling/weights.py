@@ -1,0 +1,55 @@
+"""How many bytes a module's weights really take, packed ones included.
+
+bitsandbytes keeps what belongs to a packed weight (scales, code books) beside its parameters, in plain attributes:
+`quant_state` of a 4-bit weight, `SCB` of an 8-bit one, or of its module's `state` after the first call. They are found
+by these names, so that bitsandbytes need not be there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import Tensor, nn
+
+
+def weight_bytes(module: nn.Module) -> int:
+    """Bytes of all parameters and buffers in `module`, each once, with what packed weights carry along."""
+    return sum({id(one): one.nbytes for one in _tensors(module)}.values())
+
+
+def is_packed(module: nn.Module) -> bool:
+    """Whether a linear module's weight is codes and no numbers (bitsandbytes' Linear4bit and Linear8bitLt)."""
+    weight = getattr(module, "weight", None)
+    return isinstance(weight, Tensor) and not weight.is_floating_point()
+
+
+def packing(module: nn.Module) -> str | None:
+    """ "nf4", "fp4" or "int8" where the weight is packed, else None."""
+    return getattr(module.weight, "quant_type", "int8") if is_packed(module) else None
+
+
+def _tensors(module: nn.Module) -> Iterator[Tensor]:
+    yield from module.parameters()
+    yield from module.buffers()
+    for inside in module.modules():
+        if is_packed(inside):
+            weight = inside.weight
+            scales = getattr(weight, "SCB", None)
+            if scales is None:
+                scales = getattr(getattr(inside, "state", None), "SCB", None)
+            yield from _state(getattr(weight, "quant_state", None))
+            if scales is not None:
+                yield scales
+
+
+def _state(state) -> Iterator[Tensor]:
+    """absmax, code and offset of bitsandbytes' QuantState, and those of the second one (double quantization)."""
+    if state is not None:
+        yield from (one for one in (state.absmax, state.code, state.offset) if isinstance(one, Tensor))
+        yield from _state(state.state2)
+
+
+def numbers(parameter: Tensor) -> int:
+    """How many numbers a parameter stands for: two in a byte where it is packed in 4 bits."""
+    state = getattr(parameter, "quant_state", None)
+    return parameter.numel() if state is None else state.shape.numel()

@@ -1,0 +1,351 @@
+"""Flash-decoding over a packed cache: `attend_packed` takes one split of the packed keys and of those in full precision.
+
+M, N, i, j, h: `triton_pieces`. K and V come in pieces of channels that lie in one plane and share scales (`pack.codes`),
+so each piece is a product of its own with its part of the queries, or into its part of the output; tuples hold them.
+
+    keys per channel        s = sum over pieces of (q scale) code + q . (scale zero)            scale (1, W) of a group
+    keys per token          s = sum over pieces of (q code + (sum of q) zero) scale             scale (1, N)
+    values per token        acc += (p scale) code + sum over n of p scale zero                  scale (1, N)
+    values per channel      acc += (p code + (sum of p) zero) scale                             scale (1, W) of a group
+
+where a code stands for itself minus (2^b - 1) / 2.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from ..pack.triton_kernels import FP8, numbers
+from .triton_pieces import LN2, LOG2E, dot, narrow, sees, tanh
+from .triton_turn import angles, cos_sin
+
+CHANGING = (
+    "mask_b", "queries", "total", "slots", "first", "near_a", "near_b", "near_c", "packed_from", "packed", "rest",
+    "low", "rest_low", "packed_tiles", "tiles", "tiles_a_split", "window", "slow", "turn_scaling",
+)  # fmt: skip
+
+
+@triton.jit
+def pieces_of(pointers, there, W: tl.constexpr, BLOCK_W: tl.constexpr, PIECES: tl.constexpr):
+    """Rows at `pointers` (X, 1), those `there`: PIECES tensors (X, BLOCK_W) of W channels."""
+    d = tl.arange(0, BLOCK_W)[None, :]
+    mask = there if W == BLOCK_W else there & (d < W)
+    out = ()
+    for p in tl.static_range(PIECES):
+        out += (tl.load(pointers + p * W + d, mask=mask, other=0.0),)
+    return out
+
+
+@triton.jit
+def codes_of(pointer, n0, n_step, there, dtype: tl.constexpr, CODE: tl.constexpr):
+    """The numbers of the keys from n0 on, those `there` (N,), in pieces (N, BLOCK_W), without scales and zeros."""
+    BITS: tl.constexpr = CODE[0]
+    IS_FP8: tl.constexpr = CODE[1]
+    W: tl.constexpr = CODE[5]
+    BLOCK_W: tl.constexpr = CODE[6]
+    PIECES: tl.constexpr = CODE[7]
+    CHUNKS: tl.constexpr = PIECES * BITS // 8  # pieces of a plane
+    n = (n0 + tl.arange(0, there.shape[0])).to(tl.int64)
+    rows = pieces_of(pointer + n[:, None] * n_step, there[:, None], W, BLOCK_W, CHUNKS)
+    out = ()
+    for p in tl.static_range(PIECES):
+        out += (numbers(rows[p % CHUNKS], p // CHUNKS, BITS, IS_FP8, dtype),)
+    return out
+
+
+@triton.jit
+def scales_of(pointers, n0, n_step, there, p, CODE: tl.constexpr):
+    """The scales or zeros of piece p, in fp32: (1, BLOCK_W) of the group that the keys from n0 on are in, or (N,)."""
+    CHANNEL: tl.constexpr = CODE[3]
+    GROUP: tl.constexpr = CODE[4]
+    W: tl.constexpr = CODE[5]
+    BLOCK_W: tl.constexpr = CODE[6]
+    if CHANNEL:
+        w = tl.arange(0, BLOCK_W)
+        group = (n0 // GROUP).to(tl.int64)
+        return tl.load(pointers + group * n_step + p * W + w, mask=w < W, other=0.0).to(tl.float32)[None, :]
+    else:
+        n = n0 + tl.arange(0, there.shape[0])
+        at = n.to(tl.int64) * n_step + p * W // GROUP
+        return tl.load(pointers + at, mask=there, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def packed_scores(q, k, n0, there, dtype: tl.constexpr, CODE: tl.constexpr):
+    """q . k (M, N) of the packed keys from n0 on; k: pointers to codes, scales and zeros, and their steps."""
+    codes_ptr, scale_ptr, zero_ptr, codes_n, scale_n = k
+    IS_FP8: tl.constexpr = CODE[1]
+    ZERO: tl.constexpr = CODE[2]
+    CHANNEL: tl.constexpr = CODE[3]
+    PIECES: tl.constexpr = CODE[7]
+    codes = codes_of(codes_ptr, n0, codes_n, there, dtype, CODE)
+    s = tl.zeros([q[0].shape[0], there.shape[0]], tl.float32)
+    for p in tl.static_range(PIECES):
+        scale = scales_of(scale_ptr, n0, scale_n, there, p, CODE)
+        scale = scale * FP8 if IS_FP8 else scale
+        wide = q[p].to(tl.float32)
+        if CHANNEL:
+            wide *= scale
+            s = dot(narrow(wide, dtype), tl.trans(codes[p]), s)
+            if ZERO:
+                s += tl.sum(wide * scales_of(zero_ptr, n0, scale_n, there, p, CODE), axis=1)[:, None]
+        else:
+            piece = dot(q[p], tl.trans(codes[p]), None)
+            if ZERO:
+                piece += tl.sum(wide, axis=1)[:, None] * scales_of(zero_ptr, n0, scale_n, there, p, CODE)[None, :]
+            s += piece * scale[None, :]
+    return s
+
+
+@triton.jit
+def packed_keys(k, n0, there, dtype: tl.constexpr, CODE: tl.constexpr):
+    """The keys from n0 on in fp32, in pieces (N, BLOCK_W), with their scales and zeros."""
+    codes_ptr, scale_ptr, zero_ptr, codes_n, scale_n = k
+    IS_FP8: tl.constexpr = CODE[1]
+    ZERO: tl.constexpr = CODE[2]
+    CHANNEL: tl.constexpr = CODE[3]
+    PIECES: tl.constexpr = CODE[7]
+    codes = codes_of(codes_ptr, n0, codes_n, there, tl.float32, CODE)
+    out = ()
+    for p in tl.static_range(PIECES):
+        scale = scales_of(scale_ptr, n0, scale_n, there, p, CODE)
+        scale = scale * FP8 if IS_FP8 else scale
+        x = codes[p]
+        if ZERO:
+            zero = scales_of(zero_ptr, n0, scale_n, there, p, CODE)
+            x += zero if CHANNEL else zero[:, None]
+        out += (x * (scale if CHANNEL else scale[:, None]),)
+    return out
+
+
+@triton.jit
+def add_packed(acc, p, fade, v, n0, there, dtype: tl.constexpr, CODE: tl.constexpr):
+    """acc fade + p v, piece by piece, of the packed values from n0 on."""
+    codes_ptr, scale_ptr, zero_ptr, codes_n, scale_n = v
+    IS_FP8: tl.constexpr = CODE[1]
+    ZERO: tl.constexpr = CODE[2]
+    CHANNEL: tl.constexpr = CODE[3]
+    PIECES: tl.constexpr = CODE[7]
+    codes = codes_of(codes_ptr, n0, codes_n, there, dtype, CODE)
+    out = ()
+    for part in tl.static_range(PIECES):
+        scale = scales_of(scale_ptr, n0, scale_n, there, part, CODE)
+        scale = scale * FP8 if IS_FP8 else scale
+        faded = acc[part] * fade[:, None]
+        if CHANNEL:
+            product = dot(narrow(p, dtype), codes[part], None)
+            if ZERO:
+                product += tl.sum(p, axis=1)[:, None] * scales_of(zero_ptr, n0, scale_n, there, part, CODE)
+            faded += product * scale
+        else:
+            weighed = p * scale[None, :]
+            faded = dot(narrow(weighed, dtype), codes[part], faded)
+            if ZERO:
+                zero = scales_of(zero_ptr, n0, scale_n, there, part, CODE)
+                faded += tl.sum(weighed * zero[None, :], axis=1)[:, None]
+        out += (faded,)
+    return out
+
+
+@triton.jit
+def add_full(acc, p, fade, v, PIECES: tl.constexpr):
+    """acc fade + p v, piece by piece."""
+    out = ()
+    for part in tl.static_range(PIECES):
+        out += (dot(narrow(p, v[part].dtype), v[part], acc[part] * fade[:, None]),)
+    return out
+
+
+@triton.jit
+def full_scores(q, k, PIECES: tl.constexpr):
+    s = dot(q[0], tl.trans(k[0]), None)
+    for p in tl.static_range(1, PIECES):
+        s = dot(q[p], tl.trans(k[p]), s)
+    return s
+
+
+@triton.jit
+def turned(k, j, inv_freq, slow, scaling, dtype: tl.constexpr, W: tl.constexpr, BLOCK_W: tl.constexpr,
+           PIECES: tl.constexpr, R2: tl.constexpr):  # fmt: skip
+    """Keys in pieces, rotated to j / slow: channel d < R2 with d + R2, so pieces with pieces; the others are as they were."""
+    HALF: tl.constexpr = R2 // W
+    low, high = (), ()
+    for p in tl.static_range(HALF):
+        cos, sin = cos_sin(angles(j, inv_freq + p * W, slow, W, BLOCK_W))
+        a, b = k[p].to(tl.float32), k[p + HALF].to(tl.float32)
+        low += (narrow((a * cos - b * sin) * scaling, dtype),)
+        high += (narrow((b * cos + a * sin) * scaling, dtype),)
+    rest = ()
+    for p in tl.static_range(2 * HALF, PIECES):
+        rest += (narrow(k[p].to(tl.float32), dtype),)
+    return low + high + rest
+
+
+@triton.jit
+def turned_scores(q, q_far, k, i, j, turn, dtype: tl.constexpr, CODE: tl.constexpr, TURN: tl.constexpr):
+    """Scores of keys in pieces that are rotated now; far ones of q_far."""
+    W: tl.constexpr = CODE[5]
+    BLOCK_W: tl.constexpr = CODE[6]
+    PIECES: tl.constexpr = CODE[7]
+    R2: tl.constexpr = TURN[0]
+    SLOWED: tl.constexpr = TURN[1]
+    inv_freq, scaling, window, slow = turn
+    at = tl.reshape(j, [j.shape[1]])
+    s = full_scores(q, turned(k, at, inv_freq, 1.0, scaling, dtype, W, BLOCK_W, PIECES, R2), PIECES)
+    if q_far is not None:
+        at = at if SLOWED else at * 0
+        far = full_scores(q_far, turned(k, at, inv_freq, slow, scaling, dtype, W, BLOCK_W, PIECES, R2), PIECES)
+        s = tl.where(i - j >= window, far, s)
+    return s
+
+
+@triton.jit
+def peak(s, highest):
+    """Scores in bits, -inf for what is hidden: weights p, the factor for all that came before, and the new maximum."""
+    higher = tl.maximum(highest, tl.max(s, axis=1))
+    base = tl.where(higher == float("-inf"), 0.0, higher)  # rows that have seen nothing yet: no inf - inf
+    return tl.exp2(s - base[:, None]), tl.exp2(highest - base), higher
+
+
+@triton.jit(do_not_specialize=CHANGING)
+def attend_packed(
+    q_ptr, q_first_ptr, q_far_ptr, kc_ptr, ks_ptr, kz_ptr, vc_ptr, vs_ptr, vz_ptr,
+    k_rest_ptr, v_rest_ptr, k_first_ptr, v_first_ptr, out_ptr, lse_ptr,
+    start_ptr, mask_ptr, packed_numbers_ptr, rest_numbers_ptr, total_ptr, inv_freq_ptr,
+    q_b, q_h, q_t, f_b, f_h, f_t, r_b, r_h, r_t, kc_b, kc_h, kc_n, ks_b, ks_h, ks_n, vc_b, vc_h, vc_n,
+    vs_b, vs_h, vs_n, kr_b, kr_h, kr_n, vr_b, vr_h, vr_n, kf_b, kf_h, kf_n, vf_b, vf_h, vf_n, mask_b,
+    group, row_tiles, inner, outer,
+    queries, total, slots, first, near_a, near_b, near_c, packed_from, packed, rest, low, rest_low,
+    packed_tiles, tiles, tiles_a_split, turn_scaling, window, slow,
+    K_CODE: tl.constexpr, V_CODE: tl.constexpr, TURN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_F: tl.constexpr, NEAR: tl.constexpr, CAUSAL: tl.constexpr, SOFTCAP: tl.constexpr, SLOTS: tl.constexpr,
+):  # fmt: skip
+    """One split of the keys for one row tile of one K/V head: its normalised output and its log-sum-exp.
+
+    Grid (splits * row_tiles, Hkv, B). Pointers that are None are absent. Scores in bits are q k * inner, or with SOFTCAP
+    tanh(q k * inner) * outer. Tiles: `packed_tiles` of BLOCK_N packed keys, [low, packed), then those of BLOCK_F keys
+    among the slots and the newest, [rest_low, slots + rest). CODE: (bits, is fp8, has zeros, per channel, group, W,
+    BLOCK_W, pieces). TURN: None, or (frequencies, far keys turn too).
+    """
+    split = tl.program_id(0) // row_tiles
+    kv_head = tl.program_id(1)
+    b = tl.program_id(2).to(tl.int64)
+    heads = tl.num_programs(1) * group
+    dtype: tl.constexpr = q_ptr.dtype.element_ty
+    KW: tl.constexpr = K_CODE[5]
+    BLOCK_KW: tl.constexpr = K_CODE[6]
+    KP: tl.constexpr = K_CODE[7]
+    VW: tl.constexpr = V_CODE[5]
+    BLOCK_VW: tl.constexpr = V_CODE[6]
+    VP: tl.constexpr = V_CODE[7]
+
+    r = tl.program_id(0) % row_tiles * BLOCK_M + tl.arange(0, BLOCK_M)
+    is_row = r < group * queries
+    h = kv_head * group + r // queries
+    t = r % queries
+    if total_ptr is not None:
+        total = tl.load(total_ptr).to(tl.int32)
+    origin = 0 if start_ptr is None else tl.load(start_ptr + b).to(tl.int32)
+    i = (total - queries + t - origin)[:, None]
+
+    exists, h_wide, t_wide = is_row[:, None], h.to(tl.int64)[:, None], t.to(tl.int64)[:, None]
+    q = pieces_of(q_ptr + b * q_b + h_wide * q_h + t_wide * q_t, exists, KW, BLOCK_KW, KP)
+    q_first, q_far = None, None
+    if q_first_ptr is not None:
+        q_first = pieces_of(q_first_ptr + b * f_b + h_wide * f_h + t_wide * f_t, exists, KW, BLOCK_KW, KP)
+    if q_far_ptr is not None:
+        q_far = pieces_of(q_far_ptr + b * r_b + h_wide * r_h + t_wide * r_t, exists, KW, BLOCK_KW, KP)
+    kv = kv_head.to(tl.int64)
+    if mask_ptr is not None:
+        mask_ptr += b * mask_b
+    ks_ptr += b * ks_b + kv * ks_h
+    vs_ptr += b * vs_b + kv * vs_h
+    kz, vz = None, None
+    if kz_ptr is not None:
+        kz = kz_ptr + b * ks_b + kv * ks_h
+    if vz_ptr is not None:
+        vz = vz_ptr + b * vs_b + kv * vs_h
+    k = (kc_ptr + b * kc_b + kv * kc_h, ks_ptr, kz, kc_n, ks_n)
+    v = (vc_ptr + b * vc_b + kv * vc_h, vs_ptr, vz, vc_n, vs_n)
+    turn = (inv_freq_ptr, turn_scaling, window, slow)
+
+    highest = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    weight = tl.zeros([BLOCK_M], tl.float32)
+    acc = ()
+    for _ in tl.static_range(VP):
+        acc += (tl.zeros([BLOCK_M, BLOCK_VW], tl.float32),)
+    begin, end = split * tiles_a_split, tl.minimum((split + 1) * tiles_a_split, tiles)
+
+    for tile in range(begin, tl.minimum(end, packed_tiles)):
+        n0 = low + tile * BLOCK_N
+        n = n0 + tl.arange(0, BLOCK_N)
+        there = n < packed
+        number = n + packed_from
+        if packed_numbers_ptr is not None:
+            number = tl.load(packed_numbers_ptr + n, mask=there, other=-1).to(tl.int32)
+        j = tl.where(number - origin >= slots, number - origin, -1)  # nearer ones are in the slots
+        j = tl.where(number >= 0, j, -1)
+        if mask_ptr is not None:
+            j = tl.where(tl.load(mask_ptr + slots + n, mask=there, other=0) != 0, j, -1)
+        j = j[None, :]
+        if TURN is None:
+            s = packed_scores(q, k, n0, there, dtype, K_CODE)
+        else:
+            s = turned_scores(q, q_far, packed_keys(k, n0, there, dtype, K_CODE), i, j, turn, dtype, K_CODE, TURN)
+        s = tanh(s * inner) * outer if SOFTCAP else s * inner
+        visible = sees(i, j, h[:, None], heads, there, first, near_a, near_b, near_c, NEAR, CAUSAL)
+        p, fade, highest = peak(tl.where(visible, s, float("-inf")), highest)
+        weight = weight * fade + tl.sum(p, axis=1)
+        acc = add_packed(acc, p, fade, v, n0, there, dtype, V_CODE)
+
+    k_rest_ptr += b * kr_b + kv * kr_h
+    v_rest_ptr += b * vr_b + kv * vr_h
+    if SLOTS:
+        k_first_ptr += b * kf_b + kv * kf_h
+        v_first_ptr += b * vf_b + kv * vf_h
+    for tile in range(tl.maximum(begin, packed_tiles), end):
+        c = (tile - packed_tiles) * BLOCK_F + tl.arange(0, BLOCK_F)
+        n = c - slots if SLOTS else c  # among the newest
+        n += tl.where(n >= 0, rest_low, 0)
+        there = n < rest
+        number = total - rest + n
+        if rest_numbers_ptr is not None:
+            number = tl.load(rest_numbers_ptr + n, mask=there & (n >= 0), other=-1).to(tl.int32)
+        j = tl.where((number - origin >= slots) & (number >= 0), number - origin, -1)
+        k_at = k_rest_ptr + n.to(tl.int64)[:, None] * kr_n
+        v_at = v_rest_ptr + n.to(tl.int64)[:, None] * vr_n
+        if SLOTS:
+            j = tl.where(c < slots, c, j)
+            k_at = tl.where((c < slots)[:, None], k_first_ptr + c[:, None] * kf_n, k_at)
+            v_at = tl.where((c < slots)[:, None], v_first_ptr + c[:, None] * vf_n, v_at)
+        if mask_ptr is not None:
+            at = tl.where(c < slots, c, slots + packed + n)
+            j = tl.where(tl.load(mask_ptr + at, mask=there, other=0) != 0, j, -1)
+        j = j[None, :]
+        key = pieces_of(k_at, there[:, None], KW, BLOCK_KW, KP)
+        if TURN is None:
+            s = full_scores(q, key, KP)
+            if q_first is not None:
+                s = tl.where((j >= 0) & (j < first), full_scores(q_first, key, KP), s)
+        else:
+            s = turned_scores(q, q_far, key, i, j, turn, dtype, K_CODE, TURN)
+            if q_first is not None:
+                s = tl.where(
+                    (j >= 0) & (j < first), turned_scores(q_first, q_far, key, i, j, turn, dtype, K_CODE, TURN), s
+                )
+        s = tanh(s * inner) * outer if SOFTCAP else s * inner
+        visible = sees(i, j, h[:, None], heads, there, first, near_a, near_b, near_c, NEAR, CAUSAL)
+        p, fade, highest = peak(tl.where(visible, s, float("-inf")), highest)
+        weight = weight * fade + tl.sum(p, axis=1)
+        acc = add_full(acc, p, fade, pieces_of(v_at, there[:, None], VW, BLOCK_VW, VP), VP)
+
+    weight = tl.where(weight > 0, weight, 1.0)  # a row that saw nothing: 0, and -inf from `highest`
+    row = ((split * tl.num_programs(2) + b) * heads + h) * queries + t  # int64, as b is
+    d = tl.arange(0, BLOCK_VW)
+    for part in tl.static_range(VP):
+        out = narrow(acc[part] / weight[:, None], out_ptr.dtype.element_ty)
+        at = out_ptr + row[:, None] * (VW * VP) + part * VW + d[None, :]
+        tl.store(at, out, mask=exists & (d < VW)[None, :])
+    if lse_ptr is not None:
+        tl.store(lse_ptr + row, (highest + tl.log2(weight)) * LN2, mask=is_row)

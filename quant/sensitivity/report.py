@@ -1,0 +1,108 @@
+"""The report of quantized caches: quality, bytes, layers, plan, retrieval and speed, format beside format.
+
+One JSON-able dict is the report; Markdown, HTML and the terminal show the same tables made from it.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from effattn.quant.sensitivity import report_plots as plots
+from effattn.quant.sensitivity import report_tables as tables
+
+from effattn.reports.files import finite, write_all_atomic
+from effattn.reports.page import Passage, Section, markdown_text, page
+from effattn.reports.tables import Table
+
+KIND = "quantize_kv"
+
+
+@dataclass
+class QuantizeReport:
+    """Wraps `data`, a dict of kind "quantize_kv".
+
+    Keys: settings, model, formats (a row each: name, cache, adapted, quality, bytes_per_token, held, memory; first the
+    full cache, last the plan), sensitivity (layer, spec, kl, ...), plan (budget, specs, cache, bytes_per_token, kl;
+    None without a budget), frontier, retrieval, decode, saved, verification, environment. Losses and KLs are in nats a
+    token, sizes in bytes, times in ms.
+    """
+
+    data: dict
+
+    def __post_init__(self):
+        if self.data.get("kind") != KIND:
+            raise ValueError(f"kind: got {self.data.get('kind')!r}, a report of quantize-kv has {KIND!r}")
+
+    @classmethod
+    def load(cls, path: Path | str) -> QuantizeReport:
+        """Reads report.json, or the one in a folder."""
+        path = Path(path)
+        return cls(json.loads((path / "report.json" if path.is_dir() else path).read_text(encoding="utf-8")))
+
+    @property
+    def title(self) -> str:
+        return f"{self.data['settings']['model']}: its key/value cache, quantized"
+
+    @property
+    def rows(self) -> list[dict]:
+        """The formats' rows, the full cache's first."""
+        return self.data["formats"]
+
+    @property
+    def full(self) -> dict:
+        return self.rows[0]
+
+    @property
+    def headline(self) -> str:
+        """The result: how much smaller each cache is, and what becomes of the perplexity."""
+        said = []
+        for row in self.rows[1:]:
+            change = tables.change(row["quality"])
+            moved = "perplexity not finite" if change is None else f"perplexity {change:+.2f} %"
+            said.append(f"{row['name']} {self.full['bytes_per_token'] / row['bytes_per_token']:.2f}x smaller, {moved}")
+        return f"Perplexity {tables.number(self.full['quality']['perplexity'])} with the full cache; {'; '.join(said)}."
+
+    @property
+    def swap_call(self) -> str | None:
+        """What gives any model of this kind the plan's cache, as Python."""
+        plan = self.data["plan"]
+        return None if plan is None else f"effattn.swap(model, cache={plan['cache']!r})"
+
+    def tables(self) -> list[Table]:
+        """Every table, the headline's first."""
+        return tables.tables(self)
+
+    def __rich__(self):
+        from rich.console import Group
+        from rich.text import Text
+
+        shown = [table.rich() for table in self.tables() if table.title in tables.TERMINAL]
+        parts = [Text(self.title, style="bold"), Text(self.headline), *(part for one in shown for part in ("", one))]
+        return Group(*parts, *(["", Text(self.swap_call)] if self.swap_call else []))
+
+    def to_json(self) -> str:
+        return json.dumps(finite(self.data), indent=1, default=str, allow_nan=False) + "\n"
+
+    def to_markdown(self) -> str:
+        blocks = [f"# {markdown_text(self.title)}", markdown_text(self.headline)]
+        blocks += [passage.markdown() for passage in self._passages()]
+        return "\n\n".join([*blocks, *(table.markdown() for table in self.tables())]) + "\n"
+
+    def to_html(self) -> str:
+        """A self-contained page that makes no request."""
+        figures = plots.plots(self)
+        sections = [Section(table.title, "", figures.get(table.title, []), [table]) for table in self.tables()]
+        for section in sections:
+            if section.title == tables.PLAN_TITLE:
+                section.passages = self._passages()
+        return page(self.title, self.headline, sections)
+
+    def _passages(self) -> list[Passage]:
+        return [Passage("To use the plan", "", self.swap_call)] if self.swap_call else []
+
+    def save(self, folder: Path | str) -> None:
+        """Writes report.md, report.html and, last, report.json into `folder`: all of them or none."""
+        files = {"report.md": self.to_markdown(), "report.html": self.to_html(), "report.json": self.to_json()}
+        write_all_atomic(folder, files)

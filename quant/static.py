@@ -1,0 +1,240 @@
+"""A packed cache whose tensors never change their shapes: a decoding step compiles as one graph, without a sync.
+
+    cache = effattn.quant.cache(model, bits=4, max_length=4096)
+    model(prompt, past_key_values=cache)                                 # as it is
+    step = torch.compile(model, fullgraph=True)                          # then one token at a time
+
+All room is allocated at the first call. Lengths are tensors. Every step writes its token into a ring of the newest
+ones, and packs the group that was the last to become due once more: to the same bits in the same place, so that no
+branch has to ask whether there is one.
+"""
+
+from __future__ import annotations
+
+import torch
+from effattn.kernels.decode import packed
+from effattn.kernels.decode.packed import PackedCache
+from effattn.kernels.flash.pattern import Layout, Pattern, first_real
+from effattn.kernels.pack import Codes, pack
+from effattn.quant import attending
+from effattn.quant.formats import Format
+from effattn.quant.rotation import hadamard
+from effattn.quant.state import New, neutral
+from torch import Tensor
+
+from effattn.errors import Unsupported
+from effattn.hf.state_layer import StateLayer
+from effattn.patterns.exact import merge
+from effattn.states import Inside, State, _check_fits
+
+
+class StaticState(State):
+    """What `PackedState` holds, in room for `length` tokens: packed tokens number S on, a ring of the newest tokens, in
+    which token t lies at t % size, and the first S tokens by position. For patterns that see everything."""
+
+    evicts = False
+    packed = True
+
+    def __init__(self, format: Format, length: int):
+        self.format, self.length = format, length
+        flush = format.flush
+        self.size = format.residual + 2 * flush  # so that the last group to be packed is in the ring still
+        self.room = -(-max(0, length - format.first - format.residual) // flush) * flush + flush  # one for nothing
+        self.codes: tuple[Codes, Codes] | None = None
+        self.rest: tuple[Tensor, Tensor] | None = None
+        self.firsts: tuple[Tensor, Tensor] | None = None
+        self.total: Tensor | None = None  # 0-d int64
+        self._new: New | None = None
+
+    @property
+    def seq_len(self) -> int | Tensor:
+        """Tokens so far, a 0-d int64 tensor as in transformers' StaticLayer; 0 before the first."""
+        return 0 if self.total is None else self.total
+
+    @property
+    def nbytes(self) -> int:
+        return sum(x.nbytes for x in self.tensors())
+
+    def predicted_bytes(self, batch: int, kv_heads: int, head_dim: int, itemsize: int) -> int:
+        """`nbytes` from the first call on, but for 8 bytes of length."""
+        full = 2 * (self.size + self.format.first) * head_dim * itemsize
+        coded = self.format.k.nbytes(self.room, head_dim) + self.format.v.nbytes(self.room, head_dim)
+        return batch * kv_heads * (full + coded)
+
+    def tensors(self) -> list[Tensor]:
+        packed = [x for codes in self.codes or () for x in codes.tensors()]
+        return [*packed, *(self.rest or ()), *(self.firsts or ())]
+
+    # Attending ---------------------------------------------------------------------------------------------------
+
+    def append(self, k: Tensor, v: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor, Layout]:
+        """As `PackedState.append`. ValueError for more tokens than there is room for, where that can be known."""
+        if torch.is_grad_enabled() and (k.requires_grad or v.requires_grad):
+            raise Unsupported(f"cache: {self.format} has no gradients; valid is torch.no_grad()")
+        if self.rest is not None:
+            _check_fits(*self.rest, k, v)
+        if not torch.compiler.is_compiling() and (past := int(self.seq_len)) + k.shape[2] > self.length:
+            raise ValueError(f"cache: got {past} + {k.shape[2]} tokens, valid are at most max_length={self.length}")
+        k = hadamard(k) if "k" in self.format.rotate else k
+        v = hadamard(v) if "v" in self.format.rotate else v
+        self._new = New(k, v, 0, None if padding_mask is None else first_real(padding_mask), padding_mask)
+        return k, v, Inside(state=self)
+
+    def attend(self, q: Tensor, pattern: Pattern, call, impl: str, lse: bool) -> Tensor | tuple[Tensor, Tensor]:
+        new, self._new = self._new, None
+        attending.check(self, new, q, call, impl)
+        if call.turn is not None:
+            raise Unsupported(f"cache: {self.format}: pre_rope and max_length cannot be combined")
+        self._allocate(new)
+        q = hadamard(q) if "k" in self.format.rotate else q
+        out, sums = (self._step if q.shape[2] == 1 else self._many)(new, q, pattern, call, impl)
+        out = hadamard(out) if "v" in self.format.rotate else out
+        return (out, sums) if lse else out
+
+    def _step(self, new: New, q: Tensor, pattern: Pattern, call, impl: str) -> tuple[Tensor, Tensor]:
+        """One token: nothing here asks the device for a number."""
+        past = self.total.clone()
+        for held, x in zip(self.rest, (new.k, new.v), strict=True):
+            held.index_copy_(2, (past % self.size)[None], x)
+        self._fill_firsts(new, past, past + 1)
+        self.total.add_(1)
+        out = self._read(q, self._cache(new, self.border(past), past + 1, past + 1), pattern, call, impl)
+        border, flush = self.border(past + 1), self.format.flush
+        due = border - flush + torch.arange(flush, device=q.device)
+        place = torch.where(border > self.format.first, border - flush - self.format.first, self.room - flush)
+        for codes, held in zip(self.codes, self.rest, strict=True):
+            group = neutral(held.index_select(2, due % self.size), codes.coding, due, new, self.format.first)
+            codes.put(place, pack(group, codes.coding))
+        return out
+
+    def _many(self, new: New, q: Tensor, pattern: Pattern, call, impl: str) -> tuple[Tensor, Tensor]:
+        """A prompt, or a part of one: its own tokens in full precision, and what is held."""
+        past = int(self.total)
+        new = New(new.k, new.v, past, new.start, new.mask)
+        out = attending.among(new, new.k, q, pattern, call, impl)
+        if past:
+            seen = self._read(q, self._cache(new, self.border(past), past, new.end), pattern, call, impl)
+            out = merge([out, seen])
+        self._fill_firsts(new, past, new.end)
+        low, high = self.border(past), self.border(new.end)
+        order = torch.arange(max(0, past - self.size), past, device=q.device) % self.size
+        for held, x, codes in zip(self.rest, (new.k, new.v), self.codes, strict=True):
+            known = torch.cat([held.index_select(2, order), x], dim=2)
+            first = past - len(order)
+            if low < high:
+                number = torch.arange(low, high, device=q.device)
+                groups = neutral(known[:, :, low - first : high - first], codes.coding, number, new, self.format.first)
+                codes.put(low - self.format.first, pack(groups, codes.coding))
+            newest = torch.arange(max(first, new.end - self.size), new.end, device=q.device)
+            held.index_copy_(2, newest % self.size, known[:, :, newest[0] - first :])
+        self.total.fill_(new.end)
+        return out
+
+    def _read(self, q, cache: PackedCache, pattern: Pattern, call, impl: str) -> tuple[Tensor, Tensor]:
+        return packed.attention(q, cache, pattern, scale=call.scale, softcap=call.softcap, impl=impl, lse=True)
+
+    def _cache(self, new: New, border, held, total) -> PackedCache:
+        """Packed tokens below `border`, and the others below `held`, in full precision."""
+        device = new.k.device
+        at = torch.arange(self.room, device=device) + self.format.first
+        number = held - 1 - (held - 1 - torch.arange(self.size, device=device)) % self.size
+        packed_numbers, rest_numbers = torch.where(at < border, at, -1), torch.where(number >= border, number, -1)
+        slots = self.format.first if isinstance(held, Tensor) else min(self.format.first, held)
+        mask = None
+        if new.mask is not None:
+            number = torch.cat([packed_numbers, rest_numbers])
+            width = new.mask.shape[1]
+            mask = new.mask[:, number.clamp(0, width - 1)] & (number < width)
+            first = torch.arange(slots, device=device) + new.start[:, None]
+            mask = torch.cat([first < held, mask], dim=1)
+        firsts = self.firsts or (None, None)
+        if slots != self.format.first:
+            firsts = [x[:, :, :slots] for x in firsts]
+        return PackedCache(
+            *self.codes, *self.rest, torch.as_tensor(total, device=device), *firsts,
+            packed_numbers=packed_numbers, rest_numbers=rest_numbers, start=new.start, mask=mask,
+        )  # fmt: skip
+
+    def border(self, tokens):
+        """As `PackedState.border`, of an int or a tensor."""
+        first, flush = self.format.first, self.format.flush
+        behind = tokens - first - self.format.residual
+        behind = behind.clamp(min=0) if isinstance(behind, Tensor) else max(0, behind)
+        return first + behind // flush * flush
+
+    def _allocate(self, new: New) -> None:
+        if self.codes is not None:
+            return
+        made = []
+        for x, coding in ((new.k, self.format.k), (new.v, self.format.v)):
+            rows = x.shape[:2]
+            made.append((
+                Codes.empty(coding, *rows, self.room, x.shape[3], x.device),
+                x.new_zeros(*rows, self.size, x.shape[3]), x.new_zeros(*rows, self.format.first, x.shape[3]),
+            ))  # fmt: skip
+        self.codes, self.rest, firsts = zip(*made, strict=True)
+        self.firsts = firsts if self.format.first else None
+        self.total = torch.zeros((), dtype=torch.int64, device=new.k.device)
+        if not torch.compiler.is_compiling():
+            for x in [*self.tensors(), self.total]:
+                torch._dynamo.mark_static_address(x)
+
+    def _fill_firsts(self, new: New, low, high) -> None:
+        if self.firsts is None:
+            return
+        number = torch.arange(self.format.first, device=new.k.device)[None]
+        number = number if new.start is None else number + new.start[:, None]
+        there = ((number >= low) & (number < high))[:, None, :, None]
+        at = (number - low).clamp(0, new.k.shape[2] - 1)[:, None, :, None]
+        for held, x in zip(self.firsts, (new.k, new.v), strict=True):
+            found = x.gather(2, at.expand(*x.shape[:2], -1, x.shape[3]))
+            held.copy_(torch.where(there, found, held))
+
+    # Changing what is held ---------------------------------------------------------------------------------------
+
+    def crop(self, n: int | Tensor) -> None:
+        n, total = int(n), int(self.seq_len)
+        if not 0 <= n <= total:
+            raise ValueError(f"crop: got {n}, the state has seen {total} tokens; valid is 0 to {total}")
+        if n == 0:
+            self.reset()
+        elif self.border(n) < total - self.size:
+            least = next(m for m in range(n, total + 1) if self.border(m) >= total - self.size)
+            raise ValueError(f"crop: got {n}, but the tokens before are packed; valid are 0 and {least} to {total}")
+        else:
+            self.total.fill_(n)
+
+    def reset(self) -> None:
+        if self.total is not None:
+            self.total.zero_()
+
+    def reorder(self, index: Tensor) -> None:
+        if self.rest is not None and len(index) != len(self.rest[0]):
+            raise ValueError(f"index: expected {len(self.rest[0])} rows, got {len(index)}; select() changes the batch")
+        for x in self.tensors():
+            x.copy_(x.index_select(0, index.to(x.device)))
+
+    def select(self, index: Tensor) -> None:
+        self._change(lambda x: x.index_select(0, index.to(x.device)))
+
+    def repeat(self, n: int) -> None:
+        self._change(lambda x: x.repeat_interleave(n, dim=0))
+
+    def move(self, device: torch.device | str) -> None:
+        self._change(lambda x: x.to(device))
+        self.total = self.total if self.total is None else self.total.to(device)
+
+    def _change(self, change) -> None:
+        self.codes = self.codes and tuple(codes.map(change) for codes in self.codes)
+        self.rest = self.rest and tuple(map(change, self.rest))
+        self.firsts = self.firsts and tuple(map(change, self.firsts))
+
+
+class StaticLayer(StateLayer):
+    """A `StateLayer` of a `StaticState`: transformers is told lengths as tensors; `generate` does not compile it."""
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int | Tensor]:
+        return query_length, self.state.seq_len
+
+    def get_max_length(self) -> int:
+        return self.state.length
