@@ -18,6 +18,9 @@ from rich.table import Table
 
 from effattn.console import Show, console, contexts_of, count_tokens, errors, one_line_errors, quiet_libraries
 from effattn.linearizing.cli import linearize
+from effattn.prune.cli import app as prune
+from effattn.prune.shear_cli import shear
+from effattn.quant.sensitivity.cli import quantize_kv
 
 app = typer.Typer(
     help="Swap, shrink and measure attention in Hugging Face models.", no_args_is_help=True, add_completion=False,
@@ -196,6 +199,9 @@ def compare(
 
 
 app.command()(linearize)
+app.command()(shear)
+app.add_typer(prune, name="prune")
+app.command()(quantize_kv)
 
 
 @app.command()

@@ -13,8 +13,13 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from effattn.prune.oneshot_report import OneShotReport
+from effattn.prune.shear_report import ShearReport
+from effattn.prune.structured_report import StructuredReport
+from effattn.quant.sensitivity.report import QuantizeReport
 from test_conversion_report import data as conversion_data
 from test_measure_report import data as measure_data
+from test_quantize_report import data as quantize_data
 
 from effattn.heads.report import ConversionReport, compare_html
 from effattn.linearizing.approximation_report import ApproximationReport
@@ -103,6 +108,10 @@ def linearize() -> str:
     }).to_html()  # fmt: skip
 
 
+def quantize() -> str:
+    return QuantizeReport(quantize_data()).to_html()
+
+
 def approximation() -> str:
     cost = {"flops": 5, "dense_flops": 10, "state_bytes": 3, "dense_state_bytes": 9}
     rows = [{"method": method, "option": "rounds", "budget": budget, "inputs": name, "error": 1 / (1 + place), **cost}
@@ -113,6 +122,82 @@ def approximation() -> str:
     facts = {"class": "Llama", "tokens": 512}
     made = {"kind": "approximation", "model": facts, "rows": rows, "matrices": matrices, "environment": {"torch": "2"}}
     return ApproximationReport(made).to_html()
+
+
+def shear() -> str:
+    def quality(perplexity: float) -> dict:
+        return {"perplexity": perplexity, "cross_entropy": 2.0, "kl": 0.1}
+
+    def training(tokens: int, masked: bool) -> dict:
+        points = [{"step": i, "tokens": i * tokens // 2, "losses": [3.0 - i, 2.5], "weights": [0.7, 0.3]}
+                  for i in range(3)]  # fmt: skip
+        shares = {"removed": {"heads": 0.1, "ffn": 0.2}, "target": {"heads": 0.5, "ffn": 0.5}} if masked else {}
+        return {"tokens": tokens, "domains": ["code", "prose <b>"], "references": [1.5, 2.0],
+                "target": {"heads": 4, "ffn": 352}, "record": [point | shares for point in points]}  # fmt: skip
+
+    sizes = {"parameters": 4_000_000, "layer_parameters": 3_000_000, "file_bytes": None, "kv_bytes_per_token": 8192,
+             "flops_per_token": 7e6}  # fmt: skip
+    row = {"cut": quality(90.0), "continued": quality(30.0), "training": training(200_000, False)}
+    return ShearReport({
+        "kind": "shear", "settings": {"model": "some-model", "heads": 4, "domains": ["a.txt", "b.txt"]},
+        "target": {"hidden": [256, 256], "heads": [8, 4], "ffn": [704, 352], "layers": [4, 4]},
+        "model": {"class": "Llama"}, "size": {"before": sizes, "after": sizes | {"parameters": 2_400_000}},
+        "quality": {"before": quality(17.0), "cut": quality(40.0), "continued": quality(21.0), "tokens": 4096,
+                    "context": 512, "source": "some text"},
+        "masks": training(100_000, True), "continued": training(100_000, False), "baselines": {"scratch": row},
+        "speed": [{"what": "reading 512 tokens", "before": 9e3, "after": 1.5e4}], "verification": {"tokens": 64},
+        "pretraining_tokens": 12_000_000, "environment": {"torch": "2.99"},
+    }).to_html()  # fmt: skip
+
+
+def prune_oneshot() -> str:
+    def quality(perplexity: float) -> dict:
+        return {"perplexity": perplexity, "cross_entropy": perplexity / 10, "kl": 0.1}
+
+    linear = {"name": "self_attn.q_proj", "shape": [64, 64], "zeros": 2048, "loss": 1.5, "damping": 0.01}
+    layers = [{"layer": i, "sparsity": "0.5", "weights": 4096, "zeros": 2048, "error": 0.01 + i, "seconds": 1.5,
+               "linears": [linear]} for i in range(3)]  # fmt: skip
+    runs = [{"method": method, "sparsity": sparsity, "seconds": 2.5, "errors": [0.1, None], **quality(30.0)}
+            for sparsity in ("0.5", "2:4", "0.5, <0.4>") for method in ("sparsegpt", "wanda", "magnitude")]  # fmt: skip
+    sizes = {"parameters": 4_000_000, "nonzero_parameters": 2_400_000, "weight_bytes": 16_000_000,
+             "file_bytes": 16_004_000, "kv_bytes_per_token": 8192, "flops_per_token": 8_000_000,
+             "flops_of_nonzeros": 4_800_000}  # fmt: skip
+    curve = [{"tokens": tokens, **quality(22.0 - tokens / 1e5)} for tokens in (0, 100_000, 200_000)]
+    timed = {"tokens_per_s": 100.0, "kv_bytes": 1 << 20}
+    return OneShotReport({
+        "kind": "prune_oneshot", "settings": {"model": "some-model", "method": "sparsegpt", "sparsity": "0.5"},
+        "model": {"class": "Llama"}, "layers": layers, "sizes": {"before": sizes, "after": sizes}, "runs": runs,
+        "quality": {"tokens": 4096, "context": 512, "source": "some text", "before": quality(20.0),
+                    "pruned": quality(22.0), "distilled": quality(20.5)},
+        "distillation": {"tokens": 200_000, "curve": curve, "parent": {"perplexity": 20.0}},
+        "decode": [{"context": 512, "before": timed, "after": {"does_not_fit": 1 << 40}}],
+        "verification": {"max_logit_difference": 0.0}, "environment": {"torch": "2.99"},
+    }).to_html()  # fmt: skip
+
+
+def structured() -> str:
+    def run(criterion: str, compensation: str, excess: float) -> dict:
+        return {"criterion": criterion, "compensation": compensation, "perplexity": 17.0, "kl": 0.1, "seconds": 9.5,
+                "cross_entropy": 2.8 + excess}  # fmt: skip
+
+    sizes = {"layers": 9, "heads": 8, "kv_heads": 8, "head_dim": 32, "ffn": 704, "parameters": 4_000_000,
+             "weight_bytes": 16_000_000, "file_bytes": 16_004_000, "kv_bytes_per_token": 8192,
+             "flops_per_token": 7_000_000}  # fmt: skip
+    errors = [{"layer": i, "heads_error_sliced": 0.3, "heads_error": 0.2, "ffn_error_sliced": 0.1, "ffn_error": 0.05}
+              for i in range(8)]  # fmt: skip
+    speed = {"tokens_per_s": 100.0, "kv_bytes": 4096}
+    return StructuredReport({
+        "kind": "prune_structured", "settings": {"model": "some-model", "heads": 4, "ffn": 528, "layers": 8,
+                                                 "criterion": {"heads": "taylor <b>"}},
+        "model": {"class": "Llama"}, "kept": {"layers": list(range(8))}, "layers": errors,
+        "importance": {"heads": [[1.0, 0.5, 0.25, 0.0] * 2] * 9, "ffn": [list(range(101))] * 9, "layers": [0.5] * 9},
+        "sizes": {"before": sizes, "after": sizes | {"heads": 4, "kv_heads": 4, "parameters": 3_000_000}},
+        "quality": {"before": {"perplexity": 16.0, "cross_entropy": 2.8}, "pruned": run("taylor", "weights", 0.1),
+                    "tokens": 4096, "context": 512, "source": "some text"},
+        "runs": [run(name, kind, 0.1) for name in ("taylor", "random") for kind in ("weights", "nothing")],
+        "decode": [{"context": 512, "before": speed, "after": speed}], "verification": {"fresh_process": True},
+        "environment": {"torch": "2.99"},
+    }).to_html()  # fmt: skip
 
 
 UNITS = [  # label, time, size, count, ratio; in the order of each column ascending: ORDER
@@ -148,6 +233,7 @@ def plots() -> str:
 
 
 PAGES: dict[str, tuple[Callable[[], str], int]] = {  # name -> (maker of the HTML, its number of plots)
+    "prune_oneshot": (prune_oneshot, 3),
     "conversion": (conversion, 5),
     "sweep": (sweep, 4),
     "swap": (swap, 3),
@@ -155,6 +241,9 @@ PAGES: dict[str, tuple[Callable[[], str], int]] = {  # name -> (maker of the HTM
     "measure": (measure, 9),
     "linearize": (linearize, 4),
     "approximation": (approximation, 3),
+    "quantize": (quantize, 7),
+    "shear": (shear, 5),
+    "structured": (structured, 5),
 }
 
 

@@ -128,7 +128,7 @@ def run(job: Job, show: Quiet | None = None) -> LinearizeReport:
     measured("swap")
     told, transferred, distilled = describe(student), None, None
     if job.transfer_tokens or job.distil_tokens:
-        _check_partial(job, main)
+        check_partial(job, main)
     if job.transfer_tokens:
         with show.stage(f"attention transfer on {job.transfer_tokens:,} tokens") as progress:
             transferred = transfer(
@@ -200,7 +200,7 @@ def _distil(job: Job, student, parent, data: Streams, length: int, progress) -> 
         return train(parameters)
 
 
-def _check_partial(job: Job, main: bool) -> None:
+def check_partial(job, main: bool) -> None:
     """Writes the settings of this run, or compares them with those of the unfinished one. ValueError if they differ."""
     settings = {key: value for key, value in asdict(job).items() if key not in ("output", "device", "overrides")}
     settings = json.loads(json.dumps(settings, default=str))

@@ -108,19 +108,19 @@ class KernelBackend(Backend):
         """A multiply-add per feature and value, for each key into the sums and for each query out of them (or, where
         that is less, the products of all pairs), and the features' own products; q, k, v and the output moved once. A
         call that continues reads the state, and writes the sums when tokens go into them. Elementwise work is not
-        counted.
+        counted, and neither are plain sums: of the normaliser, only what queries read.
 
         Backward: twice per query (dq, the sums' gradient) and three times per key (the sums again, dk, dv).
         """
-        features, columns = self.feature_count(shape.head_dim), shape.value_dim + self.normalize
-        row = 2 * features * columns
+        features = self.feature_count(shape.head_dim)
+        row, read = 2 * features * shape.value_dim, 2 * features * (shape.value_dim + self.normalize)
         new, past = shape.queries, shape.keys - shape.queries
         if not shape.causal:
             new, past = shape.keys, 0
         tokens = shape.heads * shape.queries + shape.kv_heads * new
         maps = tokens * self.feature_flops(shape.head_dim)
         pairs = shape.heads * (shape.queries * (shape.queries + 1) // 2 if shape.causal else shape.queries * shape.keys)
-        one = 2 * pairs * (features + columns)
+        one = 2 * pairs * (features + shape.value_dim)
         token = shape.kv_bytes // shape.keys
         if shape.backward:
             sums = min(row * (2 * shape.heads * shape.queries + 3 * shape.kv_heads * new), one * 5 // 2)
