@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch.utils.data import Dataset
-from transformers import Trainer, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
+
+if TYPE_CHECKING:  # at its first use otherwise: it takes 150 MB
+    from transformers import Trainer, TrainingArguments
 
 
 class TokenWindows(Dataset):
@@ -55,6 +57,8 @@ def arguments(
     output: Path, *, steps: int, batch: int, lr: float, warmup: int, save_every: int, **overrides
 ) -> TrainingArguments:
     """The Trainer settings that all jobs share; `overrides` go to `TrainingArguments` as they are."""
+    from transformers import TrainingArguments
+
     settings = dict(
         output_dir=str(output),
         max_steps=steps,
@@ -82,6 +86,8 @@ def arguments(
 
 def train(trainer: Trainer) -> None:
     """Runs `trainer`, going on from the newest checkpoint in its output folder if there is one."""
+    from transformers.trainer_utils import get_last_checkpoint
+
     folder = Path(trainer.args.output_dir)
     last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
     with warnings.catch_warnings():

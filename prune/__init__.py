@@ -1,1 +1,30 @@
-"""Pruning of heads, FFN and weights. Nothing here yet."""
+"""Pruning: single weights in one shot, whole heads, FFN dimensions and layers, and packed 2:4 weights.
+
+    report = effattn.prune.oneshot(model, tokens, method="sparsegpt", sparsity="2:4")     # in place
+
+Every public name is imported at its first use.
+"""
+
+from __future__ import annotations
+
+import importlib
+
+_FUNCTIONS = {
+    "Target": "effattn.prune.sheared",
+    "oneshot": "effattn.prune.one_shot",
+    "pack": "effattn.prune.packed",
+    "shear": "effattn.prune.sheared",
+    "structured": "effattn.prune.structural",
+}
+
+__all__ = sorted(_FUNCTIONS)
+
+
+def __getattr__(name: str):
+    if name in _FUNCTIONS:
+        return getattr(importlib.import_module(_FUNCTIONS[name]), name)
+    raise AttributeError(f"module 'effattn.prune' has no attribute {name!r}; it has {', '.join(__all__)}")
+
+
+def __dir__() -> list[str]:
+    return list(__all__)

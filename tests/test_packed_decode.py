@@ -126,7 +126,7 @@ def test_one_walk_or_many_give_the_same(stretched, monkeypatch):
     q, cache = made(queries=20, packed=256)
     want = attention(q, cache, impl="torch")
     monkeypatch.setattr(packed_torch, "SCORES" if stretched else "QUERIES", 16)
-    assert error(attention(q, cache, impl="torch"), want) < 1e-6
+    assert error(attention(q, cache, impl="torch"), want) < 1e-5
 
 
 def test_nothing_of_the_caches_size_is_made():

@@ -13,11 +13,8 @@ import math
 import os
 import shutil
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-
-import torch
 
 from effattn import embedded
 from effattn.errors import check_choice
@@ -29,6 +26,7 @@ from effattn.heads.uptrain import CE_WEIGHT, LAYER_WEIGHT, TRAINABLE, uptrain
 from effattn.heads.verify import verify_plain
 from effattn.hf import anatomy as hf
 from effattn.hf.checkpoint import atomic_folder, check_new_folder, load_model
+from effattn.jobs import Quiet, device
 from effattn.profiling.decode import decode_speed
 from effattn.reports.files import write_text_atomic
 from effattn.textdata import Streams, streams
@@ -65,13 +63,6 @@ class Job:
     def partial(self) -> Path:
         target = Path(self.output).absolute()
         return target.parent / f".{target.name}.partial"
-
-
-class Quiet:
-    """Says and shows nothing: the base of the command line's progress display."""
-
-    def stage(self, text: str):
-        return nullcontext(lambda done, total: None)
 
 
 def run(job: Job, show: Quiet | None = None) -> ConversionReport:
@@ -160,18 +151,6 @@ def check_job(job: Job) -> None:
             raise ValueError(f"{name}: got {getattr(job, name)}, valid is {least} or more")
     if job.length < 8:
         raise ValueError(f"length: got {job.length}, valid is 8 tokens or more")
-
-
-def device(name: str) -> torch.device:
-    """ "auto" is this process's own GPU if there is one, else the CPU. Raises ValueError for other names and for
-    "cuda" without one."""
-    check_choice("device", name, ("auto", "cpu", "cuda"))
-    available = torch.cuda.is_available()
-    if name == "cuda" and not available:
-        raise ValueError("device: got 'cuda', torch sees no GPU here; valid are 'auto', 'cpu'")
-    if name == "cpu" or not available:
-        return torch.device("cpu")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
 
 
 def _uptrain(job: Job, student, parent, data: Streams, length: int, show: Quiet) -> dict:

@@ -53,7 +53,8 @@ def verify_plain(folder: Path, model, tokens: torch.Tensor) -> dict:
         found = load_file(answer)["logits"]
     difference = float((found - expected).abs().max())
     limit = TOLERANCE[model.dtype.itemsize] * float(expected.abs().max())
-    kv_heads = model.config.get_text_config().num_key_value_heads
+    config = model.config.get_text_config()
+    kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     if not difference <= limit:
         raise RuntimeError(
             f"the saved checkpoint gives other logits: largest difference {difference:.3g} > {limit:.3g}"

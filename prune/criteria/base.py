@@ -1,0 +1,135 @@
+"""What criteria share: their result, and one pass over the calibration windows, forward only or with gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from effattn.hf.anatomy import Anatomy, Layer
+
+TARGETS = ("heads", "ffn", "layers")
+
+
+@dataclass
+class Importance:
+    """fp64 on the CPU, higher is worth more; None: not asked for. heads (L, K): K/V heads with their query heads, in
+    multi-head attention single heads. ffn (L, F). layers (L,)."""
+
+    heads: Tensor | None = None
+    ffn: Tensor | None = None
+    layers: Tensor | None = None
+
+    def check(self) -> None:
+        """FloatingPointError naming the first layer with a score that is no number."""
+        for name in TARGETS:
+            found = getattr(self, name)
+            bad = [] if found is None else (~torch.isfinite(found.view(len(found), -1))).any(1).nonzero().flatten()
+            if len(bad):
+                raise FloatingPointError(f"layer {int(bad[0])}: the importance of its {name} is NaN or infinity")
+
+
+class Sums:
+    """Sums over calibration windows, by target and layer."""
+
+    def __init__(self, parts: Anatomy):
+        self.parts, self.total = parts, {}
+
+    def add(self, target: str, layer: int, values: Tensor) -> None:
+        """values (n,), or () for a layer."""
+        key = (target, layer)
+        values = values.detach().double().cpu()
+        self.total[key] = values if key not in self.total else self.total[key] + values
+
+    def importance(self, heads: Callable[[Layer, Tensor], Tensor] | None = None) -> Importance:
+        """Stacks the sums. `heads` makes (K,) of what was added for a layer's heads; None: it is (K,) already."""
+        found: dict[str, list[Tensor]] = {}
+        for (target, index), values in sorted(self.total.items()):
+            values = heads(self.parts.layers[index], values) if target == "heads" and heads else values
+            found.setdefault(target, []).append(values)
+        return Importance(**{target: torch.stack(values) for target, values in found.items()})
+
+
+def by_group(layer: Layer, per_query_head: Tensor) -> Tensor:
+    """(..., H) of query heads summed over those that share a K/V head: (..., K)."""
+    return per_query_head.unflatten(-1, (layer.kv_heads, -1)).sum(-1)
+
+
+def by_sample(x: Tensor, samples: int) -> Tensor:
+    """(B·T, n) or (B, T, n) as (B, T, n)."""
+    return x.reshape(samples, -1, x.shape[-1])
+
+
+@contextmanager
+def watching(parts: Anatomy, see_input: Callable[[str, Layer, Tensor], None]) -> Iterator[None]:
+    """While open, `see_input("heads" | "ffn", layer, x)` gets what each o_proj and each FFN's output module takes."""
+    handles = []
+    for layer in parts:
+        pairs = [("heads", layer.o.module)]
+        if layer.family.ffn_in:
+            pairs.append(("ffn", layer.feed_forward.output))
+        for target, module in pairs:
+            hook = lambda _, args, target=target, layer=layer: see_input(target, layer, args[0])  # noqa: E731
+            handles.append(module.register_forward_pre_hook(hook))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def watching_blocks(parts: Anatomy, see: Callable[[Layer, Tensor, Tensor], None] = lambda *_: None) -> Iterator[None]:
+    """While open, `see(layer, input, output)` gets the hidden states around each layer. FloatingPointError naming the
+    first layer whose output is not finite."""
+
+    def hook_of(layer: Layer):
+        def hook(_, args, kwargs, output):
+            before = args[0] if args else kwargs["hidden_states"]
+            after = output[0] if isinstance(output, tuple) else output
+            if not torch.isfinite(after).all():
+                raise FloatingPointError(f"layer {layer.index}: the calibration activations contain NaN or infinity")
+            see(layer, before, after)
+
+        return hook
+
+    handles = [layer.block.register_forward_hook(hook_of(layer), with_kwargs=True) for layer in parts]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@torch.no_grad()
+def forward(parts: Anatomy, batches: list[Tensor]) -> Iterator[int]:
+    """Runs the model on each batch; yields how many windows it had, after the hooks have seen it."""
+    for batch in batches:
+        parts.model(input_ids=batch.to(parts.embeddings.weight.device), use_cache=False)
+        yield len(batch)
+
+
+@contextmanager
+def gradients(parts: Anatomy) -> Iterator[None]:
+    """While open, activations have gradients and no parameter has: half the work of a training step's backward pass."""
+    wanted = {parameter: parameter.requires_grad for parameter in parts.model.parameters()}
+    parts.model.requires_grad_(False)
+    handle = parts.embeddings.register_forward_hook(lambda _, args, output: output.requires_grad_())
+    try:
+        with torch.enable_grad():
+            yield
+    finally:
+        handle.remove()
+        for parameter, state in wanted.items():
+            parameter.requires_grad_(state)
+
+
+def losses(model: nn.Module, batch: Tensor) -> Tensor:
+    """Mean cross-entropy of each window in nats a token, (B,), with gradients."""
+    ids = batch.to(model.get_input_embeddings().weight.device)
+    logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
+    return F.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none").mean(1)

@@ -1,0 +1,255 @@
+"""The whole job behind `recipes/shear.py` and `effattn shear`.
+
+Load, measure the parent, learn masks, cut, measure, train on, measure, save, prove in a fresh process that plain
+transformers loads the result, and only then the folder gets its name. `.<output>.partial` beside it keeps the
+checkpoints of every training; the same command goes on from there. With `compare` two baselines follow, with the same
+code, data and number of tokens: the same shape from scratch, and one-shot structured pruning trained on.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from effattn.prune import sheared
+from effattn.prune.batch_loading import RULES, Domains
+from effattn.prune.criteria import CRITERIA
+from effattn.prune.shear_data import DomainText, domain_text
+from effattn.prune.shear_report import ShearReport
+from effattn.prune.sheared import Target, continue_training, learn_masks
+from transformers import AutoModelForCausalLM
+
+from effattn import embedded
+from effattn.errors import Unsupported, check_choice
+from effattn.evaluate.loss import compare
+from effattn.heads.job import Quiet, device, measure_parent
+from effattn.heads.verify import verify_plain
+from effattn.hf import anatomy as hf
+from effattn.hf.checkpoint import atomic_folder, check_finite, check_new_folder, load_model, resolve
+from effattn.hf.describe import describe
+from effattn.hf.swap import active
+from effattn.linearizing.job import check_partial
+from effattn.profiling.cost import model_cost
+from effattn.profiling.decode import decode_speed
+from effattn.profiling.environment import environment
+from effattn.profiling.timing import Clock, alternate, percentiles
+
+
+@dataclass
+class Job:
+    """The settings of one run. A run is resumed only with the same ones."""
+
+    model: str = embedded.NAME
+    output: Path | None = None
+    hidden: int | None = None
+    heads: int | None = None
+    ffn: int | None = None
+    layers: int | None = None
+    domains: Sequence[Path] = ()
+    dataset: str | None = None
+    column: str | None = None
+    mask_tokens: int = sheared.MASK_TOKENS
+    continue_tokens: int = sheared.CONTINUE_TOKENS
+    evaluation_tokens: int = 32_768
+    length: int = 512
+    batch: int = 4
+    lr: float | None = None
+    mask_lr: float | None = None
+    multiplier_lr: float | None = None
+    warm_start: str | None = sheared.WARM_START
+    start: float = sheared.START
+    ramp: float = sheared.RAMP
+    loading: str = "clamped"
+    compare: bool = False
+    scratch_lr: float | None = None
+    decode_contexts: Sequence[int] = (512, 4096)
+    seed: int = 0
+    device: str = "auto"
+    overrides: dict = field(default_factory=dict)
+
+    @property
+    def target(self) -> Target:
+        return Target(self.hidden, self.heads, self.ffn, self.layers)
+
+    @property
+    def tokens(self) -> int:
+        """Of both stages: what a baseline gets in one."""
+        return self.mask_tokens + self.continue_tokens
+
+    @property
+    def partial(self) -> Path:
+        target = Path(self.output or "runs/shear").absolute()
+        return target.parent / f".{target.name}.partial"
+
+
+def run(job: Job, show: Quiet | None = None) -> ShearReport:
+    """Runs `job`; returns the report, which with an output also lies there as report.{json,md,html}.
+
+    Raises ValueError (bad settings or input), FloatingPointError, OSError (disk), each before anything appears under
+    the output's name. Under torchrun or `accelerate launch` every process calls it; rank 0 measures and writes.
+    """
+    show, main = show or Quiet(), int(os.environ.get("RANK", "0")) == 0
+    check_job(job)
+    with show.stage("loading the model"):
+        parent, tokenizer = load_model(job.model)
+        parent.to(device(job.device))
+        check_finite(parent)
+        if active(parent) is not None:
+            raise ValueError(
+                f"model: {job.model} is swapped; valid is a checkpoint with its own attention, shear first"
+            )
+        smaller = job.target.of(hf.of(parent))
+        if job.compare and "hidden" in smaller:
+            raise Unsupported("compare: one-shot structured pruning cuts heads, ffn and layers, not hidden; leave out "
+                              "compare, or hidden")  # fmt: skip
+    with show.stage("reading text"):
+        data = domain_text(tokenizer, train=job.tokens, evaluation=job.evaluation_tokens, domains=job.domains,
+                           dataset=job.dataset, column=job.column)  # fmt: skip
+        domains = Domains(data.train, job.length, proportions=data.proportions)
+    check_partial(job, main)
+    length = min(job.length, len(data.evaluation) - 1)
+    quality, facts = {}, {}
+    if main:
+        with show.stage("measuring the parent") as progress:
+            quality = measure_parent(parent, data, length, progress)
+
+    def measured(model) -> dict | None:
+        if not main:
+            return None
+        with show.stage("measuring") as progress:
+            return compare(parent, model, data.evaluation, length, progress=progress)
+
+    overrides = {"use_cpu": parent.device.type == "cpu"} | job.overrides
+    shared = dict(batch=job.batch, lr=job.lr, loading=job.loading, seed=job.seed, overrides=overrides)
+    with show.stage(f"learning masks on {job.mask_tokens:,} tokens") as progress:
+        small, facts["masks"] = learn_masks(
+            copy.deepcopy(parent), job.target, domains, tokens=job.mask_tokens, folder=job.partial / "masks",
+            mask_lr=job.mask_lr, multiplier_lr=job.multiplier_lr,
+            warm_start=job.warm_start, start=job.start, ramp=job.ramp, progress=progress,
+            **shared,
+        )  # fmt: skip
+    quality["cut"] = measured(small)
+    references = torch.tensor(facts["masks"]["references"], dtype=torch.float64)
+    if job.continue_tokens:
+        with show.stage(f"training on, {job.continue_tokens:,} tokens") as progress:
+            facts["continued"] = continue_training(
+                small, domains, references, tokens=job.continue_tokens, folder=job.partial / "continued",
+                progress=progress, **shared,
+            )  # fmt: skip
+        quality["continued"] = measured(small)
+    baselines = _baselines(job, parent, small, data, domains, references, shared, measured, show) if job.compare else {}
+    report = ShearReport({
+        "kind": "shear", "settings": json.loads(json.dumps(asdict(job), default=str)) | {"source": data.source},
+        "target": {axis: [size, smaller.get(axis, size)] for axis, size in _sizes(parent).items()},
+        "model": {"class": type(parent).__name__, "dtype": str(parent.dtype).removeprefix("torch.")},
+        "size": {"before": _size(parent, length), "after": _size(small, length)},
+        "quality": quality, **facts, "baselines": baselines, "speed": [], "verification": None,
+        "pretraining_tokens": embedded.card()["train_tokens"] if job.model == embedded.NAME else None,
+        "environment": environment(),
+    })  # fmt: skip
+    if main:
+        report.data["size"]["before"]["file_bytes"] = _file_bytes(Path(resolve(job.model)))
+        with show.stage("timing") as progress:
+            report.data["speed"] = _speed(parent, small, job, length, progress)
+    if main and job.output is not None:
+        with show.stage("saving, and loading again without effattn"), atomic_folder(job.output) as folder:
+            small.config.use_cache = True
+            small.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+            report.data["size"]["after"]["file_bytes"] = _file_bytes(folder)
+            report.data["verification"] = verify_plain(folder, small, data.evaluation[: min(64, length)])
+            report.save(folder)
+    if main:
+        shutil.rmtree(job.partial, ignore_errors=True)
+    return report
+
+
+def check_job(job: Job) -> None:
+    """Everything that can be known to be wrong before a model is loaded. Raises ValueError."""
+    check_choice("loading", job.loading, RULES)
+    device(job.device)
+    if job.output is not None:
+        check_new_folder("output", job.output)
+    if job.warm_start is not None:
+        check_choice("warm_start", job.warm_start, CRITERIA)
+    for name, least in (("continue_tokens", 0), ("evaluation_tokens", 16), ("length", 8), ("batch", 1)):
+        if getattr(job, name) < least:
+            raise ValueError(f"{name}: got {getattr(job, name)}, valid is {least} or more")
+    if job.mask_tokens < job.batch * job.length:
+        raise ValueError(f"mask_tokens: got {job.mask_tokens:,}, one step takes {job.batch * job.length:,}")
+    if not 0 <= job.ramp <= 1:
+        raise ValueError(f"ramp: got {job.ramp}, valid is 0 to 1 (a share of the steps)")
+
+
+def _baselines(job: Job, parent, small, data: DomainText, domains, references, shared, measured, show) -> dict:
+    """ "scratch": the same shape from random weights; "structured": Taylor scores, cut at once, compensated. Both then
+    get all tokens of both stages as continued training. Each is {"cut", "continued", "training", "seconds"}."""
+    from effattn.prune import structured
+
+    def random():
+        torch.manual_seed(job.seed)
+        made = AutoModelForCausalLM.from_config(copy.deepcopy(small.config), dtype=small.dtype)
+        return made.to(small.device).eval()
+
+    def taylor():
+        calibration = torch.cat([tokens[: 16 * job.length] for tokens in data.train.values()])
+        wanted = {axis: size for axis, size in asdict(job.target).items() if size is not None}
+        return structured(parent, calibration, criterion="taylor", length=job.length, **wanted)[0]
+
+    found = {}
+    for name, make, lr in (("scratch", random, job.scratch_lr or job.lr), ("structured", taylor, job.lr)):
+        with show.stage(f"baseline: {name}"):
+            model = make()
+        row = {"cut": measured(model)}
+        with show.stage(f"baseline: {name}, {job.tokens:,} tokens") as progress:
+            row["training"] = continue_training(
+                model, domains, references, tokens=job.tokens, folder=job.partial / name, progress=progress,
+                **(shared | {"lr": lr}),
+            )  # fmt: skip
+        found[name] = row | {"continued": measured(model), "parameters": model.num_parameters()}
+    return found
+
+
+def _sizes(model) -> dict[str, int]:
+    from effattn.prune.masks import shapes
+
+    return {axis: shape[-1] for axis, shape in shapes(hf.of(model)).items()}
+
+
+def _size(model, length: int) -> dict:
+    """What a model is made of, in numbers. FLOPs are those of a forward pass over a window with all its logits."""
+    told = describe(model)
+    flops = model_cost(model, 1, length, logits=length).total.flops / length
+    layers = sum(told.parameters[part] for part in ("attention", "ffn", "norms"))
+    return {"parameters": told.parameters["total"], "layer_parameters": layers, "file_bytes": None,
+            "kv_bytes_per_token": told.kv_bytes_per_token, "flops_per_token": flops}  # fmt: skip
+
+
+def _file_bytes(folder: Path) -> int | None:
+    """Bytes of the weights in a checkpoint's folder; None for what lies elsewhere (a hub name)."""
+    files = list(folder.glob("*.safetensors")) if folder.is_dir() else []
+    return sum(file.stat().st_size for file in files) or None
+
+
+@torch.no_grad()
+def _speed(parent, small, job: Job, length: int, progress) -> list[dict]:
+    """Tokens/s of both, in turns: reading a window, and decoding at each context."""
+    models = {"before": parent, "after": small}
+    ids = torch.zeros(1, length, dtype=torch.int64, device=parent.device)
+    calls = {name: lambda model=model: model(input_ids=ids, use_cache=False) for name, model in models.items()}
+    times = alternate(calls, Clock(parent.device), seconds=2)
+    rows = [{"what": f"reading {length} tokens"}
+            | {name: length / percentiles(seconds)["p50"] for name, seconds in times.items()}]  # fmt: skip
+    if job.decode_contexts:
+        by_context: dict[int, dict] = {}
+        for row in decode_speed(models, list(job.decode_contexts), progress=progress):
+            entry = by_context.setdefault(row["context"], {"what": f"decoding at {row['context']:,} tokens"})
+            entry[row["model"]] = row.get("tokens_per_s")
+        rows += by_context.values()
+    return rows

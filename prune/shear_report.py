@@ -1,0 +1,254 @@
+"""The report of a shearing: what got smaller, what it cost in quality, how the masks and the domains went.
+
+One JSON-able dict is the report; Markdown, HTML and the terminal show the same tables made from it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from effattn.heads.report_plots import token_axis
+from effattn.reports.files import finite, write_all_atomic
+from effattn.reports.page import Section, markdown_text, page
+from effattn.reports.plots import AFTER, NEUTRAL, PALETTE, Series, bar_plot, line_plot
+from effattn.reports.tables import UNKNOWN, Table, data_size, number, pairs, percent
+
+NAMES = {"hidden": "hidden dimensions", "heads": "KV heads", "ffn": "FFN dimensions", "layers": "layers"}
+BASELINES = {"scratch": "the same shape from scratch", "structured": "one-shot Taylor pruning, trained on"}
+SIZES = {
+    "parameters": "Parameters", "layer_parameters": "Parameters in the layers", "file_bytes": "Weights on disk",
+    "kv_bytes_per_token": "KV cache of a token", "flops_per_token": "FLOPs of a token, reading",
+}  # fmt: skip
+QUALITY, SIZE = "Quality", "Before and after"
+MASKS, DOMAINS = "Masks", "Domains"
+
+
+@dataclass
+class ShearReport:
+    """Wraps `data`, a dict of kind "shear": settings, target (axis -> [before, after]), model, size, quality (before,
+    cut, continued: perplexity, cross_entropy and kl in nats a token), masks and continued (what training says, with
+    its record), baselines, speed (tokens/s), verification, environment."""
+
+    data: dict
+
+    def __post_init__(self):
+        if self.data.get("kind") != "shear":
+            raise ValueError(f"kind: got {self.data.get('kind')!r}, a shearing's report has 'shear'")
+
+    @classmethod
+    def load(cls, path: Path | str) -> ShearReport:
+        """Reads report.json, or the one in a folder."""
+        path = Path(path)
+        return cls(json.loads((path / "report.json" if path.is_dir() else path).read_text(encoding="utf-8")))
+
+    @property
+    def label(self) -> str:
+        """The change of shape: "KV heads 8 -> 4, FFN dimensions 704 -> 352"."""
+        changed = {axis: sizes for axis, sizes in self.data["target"].items() if sizes[0] != sizes[1]}
+        return ", ".join(f"{NAMES[axis]} {before:,} -> {after:,}" for axis, (before, after) in changed.items())
+
+    @property
+    def title(self) -> str:
+        return f"{self.data['settings']['model']}: {self.label}"
+
+    @property
+    def last(self) -> str:
+        """The last stage that was measured."""
+        return "continued" if self.data["quality"].get("continued") else "cut"
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that both stages saw."""
+        return sum((self.data.get(stage) or {}).get("tokens", 0) for stage in ("masks", "continued"))
+
+    @property
+    def headline(self) -> str:
+        """The result in one sentence."""
+        data = self.data
+        before, after = (data["size"][when]["parameters"] for when in ("before", "after"))
+        text = f"{self.label}: {after:,} parameters instead of {before:,}"
+        inside = [data["size"][when]["layer_parameters"] for when in ("before", "after")]
+        text += f" ({100 * inside[1] / inside[0]:.0f} % of those in the layers)"
+        parent, now = data["quality"]["before"]["perplexity"], data["quality"][self.last]["perplexity"]
+        text += f"; perplexity {parent:.2f} -> {now:.2f} after {self.tokens:,} tokens"
+        if data["pretraining_tokens"]:
+            text += f" ({100 * self.tokens / data['pretraining_tokens']:.1f} % of pretraining)"
+        for name, row in data["baselines"].items():
+            text += f"; {BASELINES[name]} {row['continued']['perplexity']:.2f}"
+        return text + "."
+
+    def tables(self) -> list[Table]:
+        """Every table, the headline's first."""
+        data = self.data
+        tables = [self._quality_table(), self._size_table()]
+        if rows := data["speed"]:
+            cells = [[row["what"], *(_rate(row.get(when)) for when in ("before", "after")), _ratio(row)]
+                     for row in rows]  # fmt: skip
+            tables.append(Table("Speed", ("", "Before (tokens/s)", "After (tokens/s)", "Faster by"), cells,
+                                "Medians, the two models taking turns; one sequence."))  # fmt: skip
+        tables += [self._masks_table(), *self._domain_tables()]
+        if data["verification"]:
+            tables.append(pairs("Checkpoint, loaded by plain transformers", data["verification"]))
+        shown = {key: ", ".join(map(str, value)) if isinstance(value, list) else value
+                 for key, value in data["settings"].items() if key != "overrides"}  # fmt: skip
+        return [*tables, pairs("Settings", shown), pairs("Model", data["model"]),
+                pairs("Environment", data["environment"])]  # fmt: skip
+
+    def _quality_table(self) -> Table:
+        data, quality = self.data, self.data["quality"]
+        parent = quality["before"]
+
+        def row(label: str, found: dict, tokens: int | None) -> list[str]:
+            return [label, number(found["perplexity"]) + percent(parent["perplexity"], found["perplexity"]),
+                    number(found["cross_entropy"]), number(found["kl"]), number(tokens) if tokens else "-"]  # fmt: skip
+
+        rows = [["the parent", number(parent["perplexity"]), number(parent["cross_entropy"]), "-", "-"]]
+        if quality.get("cut"):
+            rows.append(row("sheared, right after cutting", quality["cut"], data["masks"]["tokens"]))
+        if quality.get("continued"):
+            rows.append(row("sheared, trained on", quality["continued"], self.tokens))
+        for name, found in data["baselines"].items():
+            rows.append(row(f"{BASELINES[name]}: start", found["cut"], None))
+            rows.append(row(BASELINES[name], found["continued"], found["training"]["tokens"]))
+        note = f"On {quality['tokens']:,} held-out tokens ({quality['source']}) in windows of {quality['context']:,}."
+        if data["pretraining_tokens"]:
+            note += f" Pretraining had {data['pretraining_tokens']:,} tokens."
+        header = ("", "Perplexity", "Cross-entropy (nats/token)", "KL to the parent (nats/token)",
+                  "Trained on (tokens)")  # fmt: skip
+        return Table(QUALITY, header, rows, note)
+
+    def _size_table(self) -> Table:
+        data = self.data
+        rows = [[NAMES[axis][0].upper() + NAMES[axis][1:], number(before), number(after), f"{before / after:.2f}x"]
+                for axis, (before, after) in data["target"].items()]  # fmt: skip
+        for key, label in SIZES.items():
+            before, after = (data["size"][when][key] for when in ("before", "after"))
+            write = data_size if "bytes" in key else lambda value: UNKNOWN if value is None else f"{value:,.0f}"
+            rows.append([label, write(before), write(after), f"{before / after:.2f}x" if before and after else UNKNOWN])
+        return Table(SIZE, ("", "Before", "After", "Smaller by"), rows)
+
+    def _masks_table(self) -> Table:
+        record, axes = self.data["masks"]["record"], list(self.data["masks"]["target"])
+        header = ("Tokens", *(f"{NAMES[axis]}: {what}" for axis in axes for what in ("removed", "target")))
+        rows = [[number(point["tokens"]), *(f"{100 * point[what][axis]:.1f} %" for axis in axes
+                                            for what in ("removed", "target"))] for point in record]  # fmt: skip
+        note = "The expected share that is removed, and what the constraint asked for."
+        return Table(MASKS, header, rows, note, folded=True)
+
+    def _domain_tables(self) -> list[Table]:
+        names = self.data["masks"]["domains"]
+        points = self._points()
+        header = ("Tokens", *names)
+        loss = [[number(tokens), *map(number, point["losses"])] for tokens, point in points]
+        share = [[number(tokens), *(f"{100 * one:.1f} %" for one in point["weights"])] for tokens, point in points]
+        references = dict(zip(names, self.data["masks"]["references"], strict=True))
+        said = ", ".join(f"{name} {value:.3f}" for name, value in references.items())
+        return [
+            Table("Domain weights", header, share, "How often each domain is read.", folded=True),
+            Table("Domain losses", header, loss, f"Nats a token on held-out windows. References: {said}.", folded=True),
+        ]
+
+    def _points(self) -> list[tuple[int, dict]]:
+        """The records of both stages as one: (tokens since the start, point)."""
+        first = self.data["masks"]
+        later = (self.data.get("continued") or {}).get("record", [])
+        return [(point["tokens"], point) for point in first["record"]] + [
+            (first["tokens"] + point["tokens"], point) for point in later
+        ]
+
+    def plots(self) -> dict[str, list]:
+        """Section -> its figures."""
+        data, quality = self.data, self.data["quality"]
+        bars = {"the parent": quality["before"], "sheared": quality[self.last]}
+        bars |= {name: row["continued"] for name, row in data["baselines"].items()}
+        values = [found["perplexity"] for found in bars.values()]
+        found = {QUALITY: [bar_plot("Perplexity", list(bars), [("perplexity", AFTER, values)], "", "perplexity")]}
+        found[QUALITY].append(self._loss_plot())
+        record = data["masks"]["record"]
+        x, unit = token_axis([point["tokens"] for point in record])
+        lines = []
+        for index, axis in enumerate(data["masks"]["target"]):
+            lines.append(Series(NAMES[axis], x, [point["removed"][axis] for point in record], PALETTE[index]))
+            lines.append(Series(f"{NAMES[axis]}: target", x, [point["target"][axis] for point in record],
+                                PALETTE[index], "--", ""))  # fmt: skip
+        found[MASKS] = [line_plot("Share removed, expected", lines, unit, "share", zero=True)]
+        points = self._points()
+        x, unit = token_axis([tokens for tokens, _ in points])
+        lines = [Series(name, x, [point["weights"][index] for _, point in points], PALETTE[index % len(PALETTE)])
+                 for index, name in enumerate(data["masks"]["domains"])]  # fmt: skip
+        found[DOMAINS] = [line_plot("Domain weights", lines, unit, "share of windows", zero=True)]
+        lines = []
+        for index, (name, level) in enumerate(zip(data["masks"]["domains"], data["masks"]["references"], strict=True)):
+            above = [point["losses"][index] - level for _, point in points]
+            lines.append(Series(name, x, above, PALETTE[index % len(PALETTE)]))
+        found[DOMAINS].append(line_plot("Loss above the reference", lines, unit, "nats a token"))
+        return found
+
+    def _loss_plot(self):
+        """The held-out loss, the domains' mean, over the tokens of each run."""
+        runs: dict[str, tuple[Sequence[int], list[float]]] = {}
+        points = self._points()
+        runs["sheared"] = ([tokens for tokens, _ in points], [_mean(point["losses"]) for _, point in points])
+        for name, row in self.data["baselines"].items():
+            record = row["training"]["record"]
+            runs[name] = ([point["tokens"] for point in record], [_mean(point["losses"]) for point in record])
+        flat = [tokens for tokens, _ in runs.values() for tokens in tokens]
+        scaled, unit = token_axis(flat)
+        place = dict(zip(flat, scaled, strict=True))
+        lines = [Series(name, [place[tokens] for tokens in x], y, PALETTE[index])
+                 for index, (name, (x, y)) in enumerate(runs.items())]  # fmt: skip
+        level = _mean(self.data["masks"]["references"])
+        lines.append(Series("the parent", [min(scaled), max(scaled)], [level, level], NEUTRAL, "--", ""))
+        return line_plot("Held-out loss while training", lines, unit, "nats a token")
+
+    def table(self):
+        """What a person wants on the terminal."""
+        from rich.console import Group
+        from rich.text import Text
+
+        shown = [table.rich() for table in self.tables() if table.title in (QUALITY, SIZE, "Speed")]
+        return Group(
+            Text(self.title, style="bold"), Text(self.headline), *(part for one in shown for part in ("", one))
+        )
+
+    def __rich__(self):
+        return self.table()
+
+    def to_json(self) -> str:
+        return json.dumps(finite(self.data), indent=1, default=str, allow_nan=False) + "\n"
+
+    def to_markdown(self) -> str:
+        blocks = [f"# {markdown_text(self.title)}", markdown_text(self.headline)]
+        return "\n\n".join([*blocks, *(table.markdown() for table in self.tables())]) + "\n"
+
+    def to_html(self) -> str:
+        """A self-contained page that makes no request."""
+        tables, plots = {table.title: table for table in self.tables()}, self.plots()
+        inside = {"Domain weights": DOMAINS, "Domain losses": DOMAINS}
+        sections: dict[str, Section] = {}
+        for title, table in tables.items():
+            name = inside.get(title, title)
+            section = sections.setdefault(name, Section(name, "", plots.get(name, [])))
+            section.tables.append(table)
+        return page(self.title, self.headline, list(sections.values()))
+
+    def save(self, folder: Path | str) -> None:
+        """Writes report.md, report.html and, last, report.json into `folder`: all of them or none."""
+        files = {"report.md": self.to_markdown(), "report.html": self.to_html(), "report.json": self.to_json()}
+        write_all_atomic(folder, files)
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _rate(value: float | None) -> str:
+    return UNKNOWN if value is None else f"{value:,.1f}"
+
+
+def _ratio(row: dict) -> str:
+    before, after = row.get("before"), row.get("after")
+    return f"{after / before:.2f}x" if before and after else UNKNOWN

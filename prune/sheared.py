@@ -1,0 +1,243 @@
+"""Sheared LLaMA: learn which parts of a model to keep, cut it to exactly a target shape, and train on.
+
+    small = effattn.prune.shear(model, target=effattn.prune.Target(heads=4, ffn=352), data={"code": a, "prose": b})
+
+Xia, Gao, Zeng and Chen, "Sheared LLaMA: accelerating language model pre-training via structured pruning",
+arXiv:2310.06694. Masks over hidden dimensions, heads, FFN dimensions and layers are learned together with the weights
+under constraints on the shape, then folded into the weights and cut away; the result is a plain transformers model.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from effattn.prune import criteria, folding
+from effattn.prune.batch_loading import Domains
+from effattn.prune.lagrangian import Lagrangian
+from effattn.prune.masks import Masks, check_axes, shapes
+from effattn.prune.shear_training import Shearing, steps_of, train
+from effattn.prune.slicing import Keep, slice_model, sliced_config
+from torch import Tensor, nn
+
+from effattn.errors import check_choice
+from effattn.hf import anatomy as hf
+from effattn.hf.checkpoint import check_finite
+
+MASK_TOKENS, CONTINUE_TOKENS = 300_000, 900_000  # for the embedded model; the paper has 0.4 and 50 billion
+START = 2.5  # log alpha: a gate is fully open with probability 0.71
+WARM_START, WARM_WINDOWS = "taylor", 64  # the criterion that ranks the gates, and the windows it looks at
+PAPER_STEPS = 3_200  # of pruning, with learning rates of 1.0 for masks and multipliers
+RAMP = 0.2  # share of the mask stage in which the target is ramped up: the paper's 640 of 3,200 steps
+UPDATES_PRUNING, UPDATES_AFTER = 50, 400  # steps between updates of the domain weights
+NAMES = {"hidden": "hidden dimensions", "heads": "key/value heads a layer", "ffn": "FFN dimensions a layer",
+         "layers": "layers"}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Target:
+    """How much of each axis stays; None leaves it as it is. heads: key/value groups a layer, with all their query
+    heads (for multi-head attention a group is a head)."""
+
+    hidden: int | None = None
+    heads: int | None = None
+    ffn: int | None = None
+    layers: int | None = None
+
+    def of(self, parts: hf.Anatomy) -> dict[str, int]:
+        """Axis -> what stays, for the axes that get smaller. Raises ValueError, naming what can be reached, for what
+        this model cannot become, and Unsupported for axes that it cannot be cut along."""
+        sizes = {axis: shape[-1] for axis, shape in shapes(parts).items()}
+        wanted = {axis: value for axis, value in asdict(self).items() if value is not None}
+        check_axes(parts, [axis for axis in wanted if axis not in sizes])
+        for axis, value in wanted.items():
+            if type(value) is not int or not 1 <= value <= sizes[axis]:
+                raise ValueError(f"target: {axis}: got {value!r}, the model has {sizes[axis]} {NAMES[axis]}; valid is "
+                                 f"1 to {sizes[axis]}")  # fmt: skip
+        smaller = {axis: value for axis, value in wanted.items() if value < sizes[axis]}
+        if not smaller:
+            has = ", ".join(f"{axis} {size}" for axis, size in sizes.items())
+            raise ValueError(f"target: got {wanted or 'nothing'}, which removes nothing from a model of {has}; valid "
+                             "is less of at least one")  # fmt: skip
+        check_axes(parts, list(smaller))
+        sliced_config(parts.model.config, _first(sizes, smaller))  # refuses what its config cannot say
+        return smaller
+
+
+def _first(sizes: dict[str, int], smaller: dict[str, int]) -> Keep:
+    """Keeps the first of everything: for checks of a shape before it is known what will stay."""
+    kept = {axis: torch.arange(smaller.get(axis, size)) for axis, size in sizes.items()}
+    rows = {axis: [kept[axis]] * len(kept["layers"]) for axis in ("heads", "ffn") if axis in smaller}
+    return Keep(**rows, **{axis: kept[axis] for axis in ("hidden", "layers") if axis in smaller})
+
+
+def default_lr(hidden: int) -> float:
+    """Peak learning rate of the weights by width: the paper's 1e-4 at 4096, more for narrower models."""
+    return min(2e-3, 1e-4 * 4096 / hidden)
+
+
+def default_mask_lrs(steps: int) -> tuple[float, float]:
+    """Learning rates of the log alphas and of the multipliers: the paper's 1.0 for its 3,200 steps, less for fewer.
+
+    Few steps average little noise, so that log alphas must move less in each; and multipliers that grew as fast as the
+    paper's would ask for more than the target before the gates could follow (found by simulating gates with known
+    importance and noisy gradients, 100 to 3,200 steps).
+    """
+    share = min(1.0, steps / PAPER_STEPS)
+    return share**0.75, share
+
+
+def shear(
+    model: nn.Module, target: Target, data: Domains | Mapping[str, Tensor] | Tensor, *,
+    mask_tokens: int = MASK_TOKENS, continue_tokens: int = CONTINUE_TOKENS, folder: Path | str | None = None,
+    length: int = 512, batch: int = 4, lr: float | None = None, loading: str = "clamped", seed: int = 0,
+    progress: Callable[[int, int], None] | None = None, overrides: dict | None = None, **masking,
+) -> nn.Module:  # fmt: skip
+    """Shears a causal LM to `target`: returns a new, smaller, plain model in eval mode. `model` is used up.
+
+    data: int64 tokens (N,), or a dict of them by domain, or `Domains`. mask_tokens, continue_tokens: budgets of the two
+    stages (the second may be 0). folder: checkpoints, from which the same call goes on after a kill. length, batch:
+    tokens of a window, windows a step and process. lr: peak learning rate of the weights. loading: "clamped" (the
+    paper's rule), "signed" (the released code's) or "fixed". masking: see `learn_masks`.
+
+    Raises ValueError for a target, data or settings that cannot be, Unsupported for models and axes, all before
+    anything is changed; FloatingPointError when training diverges.
+    """
+    domains = data if isinstance(data, Domains) else Domains(data, length)
+    shared = dict(batch=batch, lr=lr, loading=loading, seed=seed, overrides=overrides)
+    folders = [None if folder is None else Path(folder) / name for name in ("masks", "continued")]
+    small, facts = learn_masks(model, target, domains, tokens=mask_tokens, folder=folders[0],
+                               progress=progress, **shared, **masking)  # fmt: skip
+    if continue_tokens:
+        continue_training(small, domains, torch.tensor(facts["references"], dtype=torch.float64),
+                          tokens=continue_tokens, folder=folders[1], progress=progress, **shared)  # fmt: skip
+    return small
+
+
+def learn_masks(
+    model: nn.Module, target: Target, domains: Domains, *, tokens: int = MASK_TOKENS, folder: Path | None = None,
+    batch: int = 4, lr: float | None = None, mask_lr: float | None = None, multiplier_lr: float | None = None,
+    warm_start: str | None = WARM_START, start: float = START, ramp: float = RAMP, loading: str = "clamped",
+    every: int = UPDATES_PRUNING, seed: int = 0,
+    progress: Callable[[int, int], None] | None = None, overrides: dict | None = None,
+) -> tuple[nn.Module, dict]:  # fmt: skip
+    """The first stage: masks and weights together, then folding and slicing. `model` is used up; returns the small
+    model and what `train` says of the run, with "max_logit_difference" between the masked model and the sliced one.
+
+    mask_lr, multiplier_lr: of log alphas and of the Lagrange multipliers; None: see `default_mask_lrs`. warm_start: a
+    criterion of `effattn.prune.criteria` whose ranking spreads the log alphas around `start`; None: all begin there, as
+    in the paper, which takes more steps to find out what matters. ramp: share of
+    the steps until the target is the whole one. every: steps between updates of the domain weights.
+    """
+    check_finite(model)
+    parts = hf.of(model)
+    smaller = target.of(parts)
+    if warm_start is not None:
+        check_choice("warm_start", warm_start, criteria.CRITERIA)
+    if not 0 <= ramp <= 1:
+        raise ValueError(f"ramp: got {ramp}, valid is 0 to 1 (a share of the steps)")
+    dtype = _cast(model, torch.float32)
+    references = reference_losses(model, domains)
+
+    def module_of(weights, steps: int) -> Shearing:
+        masks = Masks(parts, smaller, start)
+        if warm_start is not None:
+            _rank(masks, parts, domains, warm_start)
+        return Shearing(model, weights, masks, Lagrangian(masks, int(ramp * steps)), seed)
+
+    defaults = default_mask_lrs(steps_of(tokens, domains.length, batch, _overrides(model, overrides))[0])
+    chosen = {"mask_lr": mask_lr or defaults[0], "multiplier_lr": multiplier_lr or defaults[1]}
+    use_cache = model.config.use_cache
+    module, facts = train(
+        module_of, domains, references, tokens=tokens, folder=folder, batch=batch,
+        lr=lr or default_lr(parts.embeddings.weight.shape[1]), schedule="constant", every=every, rule=loading,
+        seed=seed, progress=progress, overrides=_overrides(model, overrides), **chosen,
+    )  # fmt: skip
+    model.config.use_cache = use_cache
+    small, difference = cut(module, next(iter(domains.held_out.values()))[:1, :128])
+    _cast(small, dtype)
+    return small, facts | chosen | {"target": smaller, "max_logit_difference": difference}
+
+
+def _rank(masks: Masks, parts: hf.Anatomy, domains: Domains, criterion: str) -> None:
+    """Ranks the gates that a criterion knows, on windows of every domain, as many as it is read at the start."""
+    known = importlib.import_module(f"effattn.prune.criteria.{criterion}").TARGETS
+    ranked = [axis for axis in masks.log_alpha if axis in known]
+    batches = []
+    for tokens, share in zip(domains.train.values(), domains.proportions.tolist(), strict=True):
+        count = min(math.ceil(share * WARM_WINDOWS), len(tokens) // domains.length)
+        batches += tokens[: count * domains.length].view(-1, domains.length).split(4)
+    importance = criteria.measure(criterion, parts, batches, ranked) if ranked else None
+    for axis in ranked:
+        masks.rank(axis, getattr(importance, axis))
+
+
+@torch.no_grad()
+def cut(module: Shearing, ids: Tensor) -> tuple[nn.Module, float]:
+    """Folds the final gates of `module` into its model and slices it. Returns the small model, in eval mode, and the
+    largest difference of its logits on ids (B, T) to the masked model's.
+
+    RuntimeError when they differ by more than rounding: then the model is not built as we think it is.
+    """
+    model, masks = module.model.eval(), module.masks
+    parts = hf.of(model)
+    masks.values = masks.settled(final=True)
+    ids = ids.to(parts.embeddings.weight.device)
+    expected = model(input_ids=ids, use_cache=False).logits.float()
+    masks.detach()
+    folding.fold(parts, masks.values)
+    small = slice_model(model, folding.keep(masks.values)).eval()
+    difference = float((small(input_ids=ids, use_cache=False).logits.float() - expected).abs().max())
+    if not difference <= 1e-4 * float(expected.abs().max()):
+        raise RuntimeError(f"the sliced model gives other logits than the masked one: by up to {difference:.3g}")
+    return small, difference
+
+
+def continue_training(
+    model: nn.Module, domains: Domains, references: Tensor, *, tokens: int = CONTINUE_TOKENS,
+    folder: Path | None = None, batch: int = 4, lr: float | None = None, loading: str = "clamped",
+    every: int = UPDATES_AFTER, seed: int = 0, progress: Callable[[int, int], None] | None = None,
+    overrides: dict | None = None,
+) -> dict:  # fmt: skip
+    """The second stage, in place: plain language modelling with a warm-up and a cosine to 0. references (K,): the
+    domains' losses that the weights are steered by. Returns what `train` says."""
+    dtype, use_cache = _cast(model, torch.float32), model.config.use_cache
+    _, facts = train(
+        lambda weights, steps: Shearing(model, weights, seed=seed), domains, references, tokens=tokens,
+        folder=folder, batch=batch, lr=lr or default_lr(model.get_input_embeddings().weight.shape[1]),
+        schedule="cosine", every=every, rule=loading, seed=seed + 1, progress=progress,
+        overrides=_overrides(model, overrides),
+    )  # fmt: skip
+    model.config.use_cache = use_cache
+    _cast(model, dtype)
+    model.eval()
+    return facts
+
+
+@torch.no_grad()
+def reference_losses(model: nn.Module, domains: Domains) -> Tensor:
+    """The model's own losses on the held-out windows of each domain, (K,) fp64. Raises FloatingPointError naming the
+    domain when one is not finite."""
+    model.eval()
+    device = model.get_input_embeddings().weight.device
+    found = domains.losses(lambda ids: model(input_ids=ids, labels=ids, use_cache=False).loss, device)
+    for name, loss in zip(domains.names, found.tolist(), strict=True):
+        if loss != loss or abs(loss) == float("inf"):
+            raise FloatingPointError(f"the model's loss on domain {name!r} is not finite before anything was changed")
+    return found
+
+
+def _cast(model: nn.Module, dtype: torch.dtype) -> torch.dtype:
+    """Casts the parameters, and not buffers: rotary frequencies stay in fp32. Returns the dtype they had."""
+    before = model.dtype
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return before
+
+
+def _overrides(model: nn.Module, overrides: dict | None) -> dict:
+    return {"use_cpu": model.get_input_embeddings().weight.device.type == "cpu"} | (overrides or {})
