@@ -41,8 +41,8 @@ class Format:
 
     @classmethod
     def parse(cls, spec: str) -> Format:
-        """ "int8", "int4", "int2" or "fp8", with any of the options of `options`. ValueError for anything else, with the
-        nearest valid name or number."""
+        """ "int8", "int4", "int2" or "fp8", with any of the options of `options`. ValueError for anything else, with
+        the nearest valid name or number."""
         name, given = parse_spec(spec)
         check_choice("cache", name, KINDS)
         valid = list(inspect.signature(cls.options).parameters)[1:]
@@ -67,8 +67,8 @@ class Format:
     ) -> Format:
         """k: of the keys, "int8", "int4", "int2" or "fp8"; v: of the values, also as a number of bits (as the keys).
 
-        group: 16 to 256, a power of two; by default 128 for int8 and fp8, 64 for int4 and 32 for int2. symmetric: no zero
-        points (by default for int8 only; fp8 never has them).
+        group: 16 to 256, a power of two; by default 128 for int8 and fp8, 64 for int4 and 32 for int2. symmetric: no
+        zero points (by default for int8 only; fp8 never has them).
         """
         kinds = [check_choice("k", k, KINDS), check_choice(f"{k}: v", f"int{v}" if type(v) is int else v or k, KINDS)]
         if group is not None and (type(group) is not int or group not in GROUPS):

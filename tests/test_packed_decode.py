@@ -7,7 +7,6 @@ import itertools
 
 import pytest
 import torch
-
 from effattn.kernels.decode import packed_tiles, packed_torch
 from effattn.kernels.decode.packed import PackedCache, attention
 from effattn.kernels.decode.turn import Turn
@@ -92,7 +91,8 @@ def test_every_pair_of_codings(k, small):
         check(*made(k, v))
 
 
-PATTERNS = [None, Window(back=30), Window(back=50, first=4), Blocks(size=16), Pattern(first=3), Window(back=10, first=30),
+PATTERNS = [None, Window(back=30), Window(back=50, first=4), Blocks(size=16), Pattern(first=3), Window(back=10,
+first=30),
             Blocks(size=32, look_back=1, shifted=True)]  # fmt: skip
 
 
@@ -223,9 +223,9 @@ def test_what_cannot_be_done_is_said():
     with pytest.raises(ValueError, match=r"pattern.first = 3, but the cache holds 2"):
         attention(q, cache, Pattern(first=3), q_first=q)
     pytest.importorskip("triton")
-    with pytest.raises(ValueError, match="float64.*impl='torch'"):
+    with pytest.raises(ValueError, match=r"float64.*impl='torch'"):
         attention(q.double(), cache, impl="triton")
-    with pytest.raises(ValueError, match="interleaved.*impl='torch'"):
+    with pytest.raises(ValueError, match=r"interleaved.*impl='torch'"):
         attention(q, cache, turn=far(q, interleaved=True), impl="triton")
     q, cache = made(v=Coding("int8", "token", 1))
     with pytest.raises(ValueError, match="v has groups of 1 per token"):

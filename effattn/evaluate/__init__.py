@@ -10,7 +10,13 @@ import importlib
 
 _FUNCTIONS = {
     "associative_recall": "effattn.evaluate.recall",
+    "by_position": "effattn.evaluate.curve",
+    "harness_tasks": "effattn.evaluate.harness",
+    "line_retrieval": "effattn.evaluate.lines",
+    "listops": "effattn.evaluate.list_operations",
+    "listops_examples": "effattn.evaluate.list_operations",
     "passkey": "effattn.evaluate.passkey_retrieval",
+    "variable_tracking": "effattn.evaluate.tracking",
 }
 
 __all__ = sorted(_FUNCTIONS)

@@ -111,9 +111,10 @@ def attention(
     """softmax(scale q k^T) v over the keys that each query may see: (B, Hq, Tq, Dv) in q's dtype, any Tq.
 
     pattern: `Pattern`, `Window` or `Blocks` with `first`; scale defaults to D^-0.5; softcap c makes each score
-    c tanh(score / c). q_first (B, Hq, Tq, D): the queries as keys at positions below `pattern.first` see them, which must
-    all be slots. turn: keys are held raw and rotated when they are read. With `lse` also the log-sum-exp of each query's
-    scores (B, Hq, Tq), fp32. A query that sees nothing gives 0 and -inf. ValueError for what an implementation cannot do.
+    c tanh(score / c). q_first (B, Hq, Tq, D): the queries as keys at positions below `pattern.first` see them, which
+    must all be slots. turn: keys are held raw and rotated when they are read. With `lse` also the log-sum-exp of each
+    query's scores (B, Hq, Tq), fp32. A query that sees nothing gives 0 and -inf. ValueError for what an implementation
+    cannot do.
     """
     pattern = pattern or Pattern()
     if q_first is not None and pattern.first > cache.slots:

@@ -80,5 +80,6 @@ def _attend(
                 argument[-2:] in ("_b", "_h", "_t", "_n") and argument not in UNEVEN and argument[:4] not in ("vs_n",)
             )
             signature[argument] = "i32:16" if stride else "i32"
-    return dict(name=f"packed {name}", kernel=attend_packed, signature=signature, constexprs=constexprs, num_warps=warps,
+    return dict(name=f"packed {name}", kernel=attend_packed, signature=signature, constexprs=constexprs,
+    num_warps=warps,
                 num_stages=stages, forward=True, dots=True)  # fmt: skip

@@ -1,7 +1,9 @@
-"""Flash-decoding over a packed cache: `attend_packed` takes one split of the packed keys and of those in full precision.
+"""Flash-decoding over a packed cache: `attend_packed` takes one split of the packed keys and of those in full
+precision.
 
-M, N, i, j, h: `triton_pieces`. K and V come in pieces of channels that lie in one plane and share scales (`pack.codes`),
-so each piece is a product of its own with its part of the queries, or into its part of the output; tuples hold them.
+M, N, i, j, h: `triton_pieces`. K and V come in pieces of channels that lie in one plane and share scales
+(`pack.codes`), so each piece is a product of its own with its part of the queries, or into its part of the output;
+tuples hold them.
 
     keys per channel        s = sum over pieces of (q scale) code + q . (scale zero)            scale (1, W) of a group
     keys per token          s = sum over pieces of (q code + (sum of q) zero) scale             scale (1, N)
@@ -17,7 +19,7 @@ import triton
 import triton.language as tl
 
 from ..pack.triton_kernels import FP8, numbers
-from .triton_pieces import LN2, LOG2E, dot, narrow, sees, tanh
+from .triton_pieces import LN2, dot, narrow, sees, tanh
 from .triton_turn import angles, cos_sin
 
 CHANGING = (
@@ -168,7 +170,8 @@ def full_scores(q, k, PIECES: tl.constexpr):
 @triton.jit
 def turned(k, j, inv_freq, slow, scaling, dtype: tl.constexpr, W: tl.constexpr, BLOCK_W: tl.constexpr,
            PIECES: tl.constexpr, R2: tl.constexpr):  # fmt: skip
-    """Keys in pieces, rotated to j / slow: channel d < R2 with d + R2, so pieces with pieces; the others are as they were."""
+    """Keys in pieces, rotated to j / slow: channel d < R2 with d + R2, so pieces with pieces; the others are as they
+    were."""
     HALF: tl.constexpr = R2 // W
     low, high = (), ()
     for p in tl.static_range(HALF):
@@ -223,10 +226,10 @@ def attend_packed(
 ):  # fmt: skip
     """One split of the keys for one row tile of one K/V head: its normalised output and its log-sum-exp.
 
-    Grid (splits * row_tiles, Hkv, B). Pointers that are None are absent. Scores in bits are q k * inner, or with SOFTCAP
-    tanh(q k * inner) * outer. Tiles: `packed_tiles` of BLOCK_N packed keys, [low, packed), then those of BLOCK_F keys
-    among the slots and the newest, [rest_low, slots + rest). CODE: (bits, is fp8, has zeros, per channel, group, W,
-    BLOCK_W, pieces). TURN: None, or (frequencies, far keys turn too).
+    Grid (splits * row_tiles, Hkv, B). Pointers that are None are absent. Scores in bits are q k * inner, or with
+    SOFTCAP tanh(q k * inner) * outer. Tiles: `packed_tiles` of BLOCK_N packed keys, [low, packed), then those of
+    BLOCK_F keys among the slots and the newest, [rest_low, slots + rest). CODE: (bits, is fp8, has zeros, per channel,
+    group, W, BLOCK_W, pieces). TURN: None, or (frequencies, far keys turn too).
     """
     split = tl.program_id(0) // row_tiles
     kv_head = tl.program_id(1)

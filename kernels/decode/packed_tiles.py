@@ -1,8 +1,8 @@
 """Stretches of a cache for `packed_torch`: n keys, packed or in full precision, that give scores and take weights.
 
-Packed numbers are turned to fp32 a tile at a time, small enough to stay in a processor's cache, and without their scales:
-these go into the rows (scales of channels) or into the weights (scales of tokens), and zero points into one more number a
-row and group. So a tile costs a cast and a product.
+Packed numbers are turned to fp32 a tile at a time, small enough to stay in a processor's cache, and without their
+scales: these go into the rows (scales of channels) or into the weights (scales of tokens), and zero points into one
+more number a row and group. So a tile costs a cast and a product.
 
 Shapes: rows (B, Hkv, R, D), scores and weights (B, Hkv, R, n), products (B, Hkv, R, Dv); inside, B and Hkv are one
 dimension, Z. P planes of W = D / P channels (`pack.codes`), g tokens or channels a group.
@@ -16,14 +16,14 @@ import torch
 from torch import Tensor
 
 from ..pack.codes import Codes
-from ..pack.torch_impl import FP8, plane, unpack
+from ..pack.torch_impl import FP8, lowered, plane, unpack
 
 TILE = 2**20  # numbers: 4 MiB in fp32
 
 
 class Stretch:
-    """index: of its first key in the cache (first tokens, packed, newest); number: of that key's token if the tokens are
-    in order, else None."""
+    """index: of its first key in the cache (first tokens, packed, newest); number: of that key's token if the tokens
+    are in order, else None."""
 
     def __init__(self, k, v, index: int, number: int | None):
         self.k, self.v, self.index, self.number = k, v, index, number
@@ -76,12 +76,12 @@ def _scales(codes: Codes, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
     if coding.kind == "fp8":
         return scale * FP8, None
     zero = 0.0 if codes.zero is None else codes.zero.flatten(0, 1).to(dtype)
-    return scale, (zero - coding.middle) * scale
+    return scale, (zero - coding.middle + lowered(coding)) * scale
 
 
 def _tiles(codes: Codes, dtype: torch.dtype) -> Iterator[tuple[slice, slice, int, Tensor]]:
-    """(part of Z, part of the tokens, first channel, their numbers in one plane (z, n, W) without scales). The next tile
-    takes the same memory."""
+    """(part of Z, part of the tokens, first channel, their numbers in one plane (z, n, W) without scales). The next
+    tile takes the same memory."""
     coding, whole = codes.coding, codes.codes.flatten(0, 1)
     rows, tokens, width = whole.shape
     some = max(coding.unit, TILE // width // coding.unit * coding.unit)

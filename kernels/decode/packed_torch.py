@@ -1,8 +1,9 @@
 """Attention over a packed cache in plain torch: any number of queries, no copy of the cache in full
 precision. What CPU users get.
 
-Scores are made for as many keys at once as `SCORES` allows, a span, and spans are merged by log-sum-exp: decoding is one
-softmax over all keys, and a chunk of a long prompt walks through the cache. `packed_tiles` makes them from the codes.
+Scores are made for as many keys at once as `SCORES` allows, a span, and spans are merged by log-sum-exp: decoding is
+one softmax over all keys, and a chunk of a long prompt walks through the cache. `packed_tiles` makes them from the
+codes.
 """
 
 from __future__ import annotations
@@ -72,7 +73,7 @@ class Walk:
             self.high = self.low + self.tokens - 1
 
     def run(self) -> tuple[Tensor, Tensor]:
-        batch, kv_heads, count, _ = self.rows.shape
+        batch = len(self.rows)
         highest = total = out = None
         for span in self.spans():
             s = torch.cat([self.scores(part) for part in span], dim=-1) if len(span) > 1 else self.scores(span[0])
@@ -130,8 +131,8 @@ class Walk:
             yield Full(cache.k_rest[:, :, part], cache.v_rest[:, :, part], slots + k.tokens + start, at)
 
     def length(self) -> int:
-        """Of the longest stretch: it has room for its scores, for rows with the scales of each group of tokens, and where
-        keys turn, for these."""
+        """Of the longest stretch: it has room for its scores, for rows with the scales of each group of tokens, and
+        where keys turn, for these."""
         k, v = self.cache.k, self.cache.v
         batch, kv_heads, rows, dim = self.rows.shape
         room = SCORES // (batch * kv_heads * rows * max(1, *(-(-x.dim // x.coding.group) for x in (k, v))))

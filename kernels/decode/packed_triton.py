@@ -1,4 +1,4 @@
-"""Attention over a packed cache in Triton: what to read, how to split it, one launch (and one to combine the splits)."""
+"""Attention over a packed cache in Triton: what to read, how to split it, one launch (and one to combine splits)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,16 @@ from ..pack.codes import Codes, Coding
 from .packed import PackedCache
 from .packed_kernels import attend_packed
 from .triton_impl import (
-    DTYPES, FARTHEST, WIDEST, combine_tile, predicate, processors, rows, shared_memory, split, strides,
+    DTYPES,
+    FARTHEST,
+    WIDEST,
+    combine_tile,
+    predicate,
+    processors,
+    rows,
+    shared_memory,
+    split,
+    strides,
 )  # fmt: skip
 from .triton_kernels import combine
 from .turn import Turn
@@ -100,16 +109,16 @@ def _check(q: Tensor, cache: PackedCache, turn: Turn | None) -> None:
         pieces = code(x.coding, x.dim, _half(turn) if side == "k" else None)[-1]
         if pieces > MOST_PIECES or (x.coding.axis == "channel" and x.coding.group % 16):
             raise ValueError(
-                f"packed attention: {side} has groups of {x.coding.group} per {x.coding.axis} at head dimension {x.dim}; "
-                f"the Triton kernel takes multiples of 16 per channel and at most {MOST_PIECES} pieces per token, "
-                "impl='torch' takes all"
+                f"packed attention: {side} has groups of {x.coding.group} per {x.coding.axis} at head dimension "
+                f"{x.dim}; the Triton kernel takes multiples of 16 per channel and at most {MOST_PIECES} pieces per "
+                "token, impl='torch' takes all"
             )
     if turn is not None:
         half, width = _half(turn), code(cache.k.coding, dim, _half(turn))[5]
         if turn.interleaved or half % width or dim % width:
             raise ValueError(
-                f"turn: got {half} frequencies, {'interleaved, ' if turn.interleaved else ''}at head dimension {dim} in "
-                f"pieces of {width} channels; the Triton kernel takes halves that are whole pieces, impl='torch' takes all"
+                f"turn: got {half} frequencies, {'interleaved, ' if turn.interleaved else ''}at head dimension {dim}; "
+                f"the Triton kernel takes halves that are whole pieces of {width} channels, impl='torch' takes all"
             )
     if q.requires_grad and torch.is_grad_enabled():
         raise ValueError("packed attention: there are no gradients; valid is torch.no_grad()")
@@ -121,7 +130,8 @@ def _half(turn: Turn | None) -> int | None:
 
 @lru_cache
 def code(coding: Coding, dim: int, half: int | None = None) -> tuple:
-    """A `CODE` of the kernel: pieces are as wide as one plane and one group of channels, and as `half`, those that turn."""
+    """A `CODE` of the kernel: pieces are as wide as one plane and one group of channels, and as `half`, those that
+    turn."""
     width = dim // coding.planes
     if coding.axis == "token":
         width = math.gcd(width, coding.group)
@@ -146,8 +156,8 @@ def codes_and_scales(x: Codes) -> tuple[Tensor, Tensor, Tensor | None]:
 
 
 def worth_reading(cache: PackedCache, pattern: Pattern, queries: int, block: int) -> tuple[int, int]:
-    """The first packed key and the first of the newest ones that some query may see; of packed ones a multiple of `block`,
-    as tiles must not straddle groups."""
+    """The first packed key and the first of the newest ones that some query may see; of packed ones a multiple of
+    `block`, as tiles must not straddle groups."""
     if isinstance(cache.total, Tensor) or pattern.first > cache.slots:
         return 0, 0
     oldest = cache.total - queries
@@ -166,8 +176,8 @@ def worth_reading(cache: PackedCache, pattern: Pattern, queries: int, block: int
 def tile(
     k: Coding, v: Coding, dim: int, value_dim: int, itemsize: int, lines: int, shared: int, more: bool
 ) -> dict[str, int]:
-    """Tile sizes for `lines` rows and so many bytes of shared memory, as keyword arguments of `attend_packed`. A tile of
-    packed keys lies in one group. more: there are q_first or keys that turn, which take registers."""
+    """Tile sizes for `lines` rows and so many bytes of shared memory, as keyword arguments of `attend_packed`. A tile
+    of packed keys lies in one group. more: there are q_first or keys that turn, which take registers."""
     width = max(triton.next_power_of_2(dim), triton.next_power_of_2(value_dim), 16)
     small = shared < 96 * 1024  # AMD
     if itemsize == 4:  # without matrix units: there to be right

@@ -9,8 +9,8 @@ Layout, for x (B, H, N, D), b bits and P = 8 / b planes:
                                      each plane is contiguous, so unpacking is a shift and a mask, and a kernel
                                      multiplies plane by plane without moving anything
     scale bf16, zero fp16            one for each group of `group` numbers:
-      axis "channel"                 (B, H, N / group, D): of one channel, along time (keys: their outliers are channels)
-      axis "token"                   (B, H, N, D / group): of one token, along the head dimension (values)
+      axis "channel"                 (B, H, N / group, D): of one channel, along time (keys: their outliers are
+      channels) axis "token"                   (B, H, N, D / group): of one token, along the head dimension (values)
 
 and what they mean, in fp32, is
 
@@ -19,10 +19,10 @@ and what they mean, in fp32, is
 
 Why this: the 2^b levels are the middles of 2^b equal cells that cover the group's range, so that no number is further
 from its level than scale / 2, a step of (max - min) / 2^b (levels from minimum to maximum would be (max - min) /
-(2^b - 1) apart: a third more at 2 bits). `scale` has bf16's exponents, so neither large nor tiny numbers leave its range,
-and is rounded up; `zero`, the middle of the range in steps, needs fp16's digits, and cannot overflow (`reference.py`
-docstring in `reference.py`). Nothing is shared between groups: what is stored is never quantized again, and a later
-outlier saturates nothing. A group with an infinity or a NaN becomes NaN.
+(2^b - 1) apart: a third more at 2 bits). `scale` has bf16's exponents, so neither large nor tiny numbers leave its
+range, and is rounded up; `zero`, the middle of the range in steps, needs fp16's digits, and cannot overflow
+(see `reference.py`). Nothing is shared between groups: what is stored is never quantized again, and a later
+outlier saturates nothing. A group with an infinity or a NaN is not finite when unpacked.
 """
 
 from __future__ import annotations

@@ -11,8 +11,9 @@ With b bits, L = 2^b - 1 and all in fp32, rounded to nearest even unless said ot
 
 `up` rounds to bf16, away from zero. The cells of the levels then cover [min, max], as zero's rounding error, at most
 2^-11 |zero| <= 2^-11 m / scale steps, is paid for by the m 2^-10 in `scale`: no code is cut off by `within`, and
-|x - unpack| <= scale / 2 but for fp32's own rounding, at most 2^-22 m + 2^-15 scale. m 2^-15 keeps |zero| <= 2^15 within fp16, and matters
-only where the range of the group is below m / 128, at 8 bits. 2^-111 keeps the products normal numbers.
+|x - unpack| <= scale / 2 but for fp32's own rounding, at most 2^-22 m + 2^-15 scale. m 2^-15 keeps |zero| <= 2^15
+within fp16, and matters only where the range of the group is below m / 128, at 8 bits. 2^-111 keeps the products
+normal numbers.
 """
 
 from __future__ import annotations

@@ -49,7 +49,7 @@ def unpack(codes: Codes, dtype: torch.dtype) -> Tensor:
     x = _groups(torch.cat([plane(codes.codes, coding, p).float() for p in range(coding.planes)], dim=-1), coding)
     along = -2 if coding.axis == "channel" else -1
     if coding.kind != "fp8":
-        x -= coding.middle
+        x -= coding.middle - lowered(coding)
         if codes.zero is not None:
             x += codes.zero.float().unsqueeze(along)
     scale = codes.scale.float() * (FP8 if coding.kind == "fp8" else 1)
@@ -58,15 +58,22 @@ def unpack(codes: Codes, dtype: torch.dtype) -> Tensor:
 
 
 def plane(codes: Tensor, coding: Coding, index: int) -> Tensor:
-    """uint8 (..., D / P) -> the codes of channels [index D / P, (index + 1) D / P), uint8; of fp8 the numbers that they
-    stand for, over `FP8`, fp16."""
+    """uint8 (..., D / P) -> the codes of channels [index D / P, (index + 1) D / P) as integers, minus `lowered`; of
+    fp8 the numbers that they stand for, over `FP8`, fp16."""
     if (
         coding.kind == "fp8"
     ):  # its bits are fp16's, up to the bias; float8's own cast goes one by one on a CPU, 20 times slower
         return (codes.view(torch.int8).short() << 7 & 0xBFFF - 2**16).view(torch.float16)
+    if coding.bits == 8:
+        return (codes ^ 128).view(torch.int8)
     if index < coding.planes - 1:
         return (codes >> index * coding.bits if index else codes) & (2**coding.bits - 1)
-    return codes >> index * coding.bits if index else codes
+    return codes >> index * coding.bits
+
+
+def lowered(coding: Coding) -> int:
+    """What `plane` takes from the codes: 8 bits are many enough for their sums to lose digits to the middle's."""
+    return 128 if coding.bits == 8 else 0
 
 
 def _groups(x: Tensor, coding: Coding) -> Tensor:

@@ -1,4 +1,5 @@
-"""Packing and unpacking on the device, bit for bit as `reference.py` says, and `numbers`, which the decode kernel shares.
+"""Packing and unpacking on the device, bit for bit as `reference.py` says, and `numbers`, which the decode kernel
+shares.
 
 No step can be contracted to a fused multiply-add that rounds otherwise: divisions are correctly rounded, and sums come
 before products. Rounding to nearest even is the addition of 1.5 * 2^23, which runs everywhere.
@@ -115,8 +116,8 @@ def pack_tokens(
     BITS: tl.constexpr, IS_FP8: tl.constexpr, HAS_ZERO: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_G: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_N tokens of one group of channels: grid (ceil(N / BLOCK_N), D / group, B * H). Codes go out one a byte, (B *
-    H, N, D); `together` puts them side by side."""
+    """BLOCK_N tokens of one group of channels: grid (ceil(N / BLOCK_N), D / group, B * H). Codes go out one a byte, (B
+    * H, N, D); `together` puts them side by side."""
     row = tl.program_id(2).to(tl.int64)
     g = tl.program_id(1)
     n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)[:, None]

@@ -9,19 +9,19 @@ from pathlib import Path
 from effattn.measuring.progress import check_writable
 from effattn.reports.files import finite, write_text_atomic
 
-KIND, VERSION = "quantize-kv-partial", 1
+VERSION = 1
 
 
 class Parts:
     """Finished parts by name, in memory and, with a path, on disk. A run with the same settings goes on from there.
 
-    settings: what the run was asked for; made_with: versions and the machine. ValueError for a file of others, and for
-    one that is no such file; OSError where it cannot be written. All before anything is measured.
+    settings: what the run was asked for; made_with: versions and the machine; job: its command. ValueError for a file
+    of others, and for one that is no such file; OSError where it cannot be written. All before anything is measured.
     """
 
-    def __init__(self, path: Path | None, settings: dict, made_with: dict):
-        self.path = path
-        head = {"kind": KIND, "version": VERSION, "settings": settings, "made_with": made_with}
+    def __init__(self, path: Path | None, settings: dict, made_with: dict, job: str = "quantize-kv"):
+        self.path, self.job = path, job
+        head = {"kind": f"{job}-partial", "version": VERSION, "settings": settings, "made_with": made_with}
         self.head = json.loads(json.dumps(finite(head), default=str))
         self.done: dict[str, object] = {}
         if path is not None:
@@ -35,7 +35,7 @@ class Parts:
             old = json.loads(self.path.read_text(encoding="utf-8"))
             done = dict(old["parts"])
         except (ValueError, KeyError, TypeError):
-            raise ValueError(f"resume: {self.path} is not an unfinished run of quantize-kv; {again}") from None
+            raise ValueError(f"resume: {self.path} is not an unfinished run of {self.job}; {again}") from None
         changed = [name for name in ("kind", "version") if old.get(name) != self.head[name]]
         for group in ("settings", "made_with"):
             before = old.get(group) or {}

@@ -1,15 +1,16 @@
 """Decoding over a packed cache: one query over K and V in each format's bytes, held to the definition over the numbers
-that these bytes mean; against our own kernel and SDPA on K and V in full precision, and against unpacking everything first,
-as transformers' QuantizedCache does at every step."""
+that these bytes mean; against our own kernel and SDPA on K and V in full precision, and against unpacking everything
+first, as transformers' QuantizedCache does at every step."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
-from effattn.benchmark.case import Absent, Case, Contender, Ratio, Target
+from effattn.benchmark.case import Case, Contender, Ratio, Target
 from effattn.interface import Cost
 from effattn.kernels import decode
 from effattn.kernels.decode.packed import PackedCache, attention
@@ -17,6 +18,8 @@ from effattn.kernels.flash.reference import attention as reference
 from effattn.kernels.pack import pack, unpack
 from effattn.quant.formats import Format
 
+PLAIN = "effattn full"
+SOURCE = "packed caches: the bytes they save"
 FORMATS = ("int8", "int4", "int2", "fp8")
 COLD = 2**30  # bytes of caches that take turns on a GPU
 GPU = ((1, 32768), (1, 131072), (8, 32768), (32, 4096), (32, 16384))  # (batch, tokens)
@@ -88,3 +91,85 @@ class Caches:
         if key not in self.made:
             self.made[key] = self.make(k, v)
         return self.use(q, self.made[key])
+
+
+# Contenders ------------------------------------------------------------------------------------------------------
+
+
+def _packed(spec, case, inputs):
+    return Caches(lambda k, v: _cache(spec, k, v), attention)
+
+
+def _unpacked(spec, case, inputs):
+    """Unpacks all of the cache, then attends: two more passes over K and V in full precision."""
+
+    def use(q, cache):
+        k, v = (
+            torch.cat([unpack(codes, q.dtype), rest], dim=2)
+            for codes, rest in ((cache.k, cache.k_rest), (cache.v, cache.v_rest))
+        )
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+
+    return Caches(lambda k, v: _cache(spec, k, v), use)
+
+
+def _plain(case, inputs):
+    return decode.attention
+
+
+def _sdpa(case, inputs):
+    return lambda q, k, v: torch.nn.functional.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+
+
+def _truth(spec, case, inputs, call):
+    """The definition in fp64, over the numbers that the packed bytes mean; spec "": over K and V as they are."""
+    q, k, v = inputs
+    if spec:
+        cache = _cache(spec, k, v)
+        k, v = (
+            torch.cat([unpack(codes, torch.float64), rest.double()], dim=2)
+            for codes, rest in ((cache.k, cache.k_rest), (cache.v, cache.v_rest))
+        )
+    seen = torch.ones(1, 1, 1, k.shape[2], dtype=torch.bool, device=q.device)
+    return {"output": reference(q.double(), k, v, seen, scale=case.dim**-0.5)[0]}
+
+
+def _race(dtype, tokens, **sizes):
+    raced = [
+        Contender("SDPA", _sdpa, partial(_truth, "")),
+        Contender(PLAIN, _plain, partial(_truth, ""), ours=True),
+        Contender("unpack int4, then SDPA", partial(_unpacked, "int4"), partial(_truth, "int4"), spec="int4"),
+    ]
+    raced += [
+        Contender(f"effattn {spec}", partial(_packed, spec), partial(_truth, spec), ours=True, spec=spec)
+        for spec in FORMATS
+    ]
+    return PackedDecode("decode", dtype, tokens, tuple(raced), title="packed", **sizes)
+
+
+def cases(device, quick):
+    if device == "cuda":
+        for batch, tokens in GPU[:1] if quick else GPU:
+            yield _race("bfloat16", tokens, batch=batch)
+    else:
+        for tokens in (1024,) if quick else (4096, 16384):
+            for kv_heads in (8, 2):
+                yield _race("float32", tokens, heads=8, kv_heads=kv_heads, dim=64)
+
+
+def targets(device):
+    if device == "cuda":
+        for batch, tokens in GPU:
+            name = _race("bfloat16", tokens, batch=batch).name
+            if tokens >= 32768:
+                for spec, least in (("int8", 1.7), ("int4", 2.6)):
+                    yield Target(f"decode {spec}, B{batch} T={tokens}, against our own bf16 kernel",
+                                 Ratio((name, PLAIN), (name, f"effattn {spec}")), SOURCE, least=least)  # fmt: skip
+                yield Target(f"decode int4, B{batch} T={tokens}, against SDPA in bf16",
+                             Ratio((name, "SDPA"), (name, "effattn int4")), SOURCE, least=2.3)  # fmt: skip
+        return
+    for tokens in (4096, 16384):
+        for kv_heads in (8, 2):
+            name = _race("float32", tokens, heads=8, kv_heads=kv_heads, dim=64).name
+            yield Target(f"decode int8 over {tokens} tokens, 8 query and {kv_heads} K/V heads, against the fp32 cache",
+                         Ratio((name, PLAIN), (name, "effattn int8")), SOURCE, least=1 / 1.3)  # fmt: skip

@@ -1,0 +1,128 @@
+"""The report of `recipes/extend_context.py`: every position rule on the same long texts.
+
+One JSON-able dict is the report; Markdown, HTML and the terminal show the same tables made from it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from effattn.reports.files import finite, write_all_atomic, write_text_atomic
+from effattn.reports.page import Section, markdown_text, page
+from effattn.reports.tables import Table
+
+KIND = "extend_context"
+
+
+@dataclass
+class ArticleReport:
+    """Wraps `data`, a dict of kind "extend_context".
+
+    Keys: settings, model, copy (has the model learned to copy), task and task_learned (of retrieval), within (the tasks
+    within the trained length), rules (a row each, the baseline first: name, axes, kind, logn, seconds, natural,
+    repeated, curves, retrieval), environment. Losses are in nats a token, accuracies shares of 1.
+    """
+
+    data: dict
+
+    def __post_init__(self):
+        if self.data.get("kind") != KIND:
+            raise ValueError(f"kind: got {self.data.get('kind')!r}, a report of extend_context has {KIND!r}")
+
+    @classmethod
+    def load(cls, path: Path | str) -> ArticleReport:
+        """Reads report.json, or the one in a folder."""
+        path = Path(path)
+        return cls(json.loads((path / "report.json" if path.is_dir() else path).read_text(encoding="utf-8")))
+
+    @property
+    def rules(self) -> list[dict]:
+        return self.data["rules"]
+
+    @property
+    def lengths(self) -> list[int]:
+        return self.data["settings"]["lengths"]
+
+    @property
+    def longest(self) -> int:
+        return self.lengths[-1]
+
+    @property
+    def trained(self) -> int:
+        return self.data["model"]["trained_length"]
+
+    def at(self, row: dict, length: int | None = None) -> dict:
+        """A rule's cell for natural text at a length, the longest if none is given."""
+        return next(cell for cell in row["natural"] if cell["length"] == (length or self.longest))
+
+    def loss(self, row: dict, length: int | None = None) -> float:
+        return self.at(row, length)["cross_entropy"]
+
+    def copied(self, row: dict) -> float:
+        """Accuracy on the copies of the repeated text, at the longest length."""
+        return row["repeated"][-1]["copies"]["accuracy"]
+
+    def best(self, rows: Sequence[dict]) -> dict | None:
+        """The row with the lowest loss on natural text at the longest length."""
+        return min(rows, key=self.loss, default=None)
+
+    @property
+    def title(self) -> str:
+        return f"{self.data['settings']['model']}: {self.trained:,} tokens trained, {self.longest:,} read"
+
+    @property
+    def headline(self) -> str:
+        """The result: the best rule beside the model as it is, and beside fresh windows."""
+        base = self.rules[0]
+        said = f"Loss on the same text in windows of {self.trained:,}: {self.loss(base, self.trained):.3f}"
+        said += f"; at {self.longest:,} tokens: {base['name']} {self.loss(base):.3f}"
+        for row in [one for one in (self.best(self.rules[1:]),) if one]:
+            said += f", {row['name']} {self.loss(row):.3f}, the lowest"
+        best = max(self.rules, key=self.copied)
+        return f"{said}. Most copied from far back: {best['name']}, {100 * self.copied(best):.1f} % of tokens."
+
+    def tables(self) -> list[Table]:
+        from effattn.extending import article_tables
+
+        return article_tables.tables(self)
+
+    def __rich__(self):
+        from rich.console import Group
+        from rich.text import Text
+
+        from effattn.extending.article_tables import TERMINAL
+
+        drawn = [table.rich() for table in self.tables() if table.title in TERMINAL]
+        return Group(
+            Text(self.title, style="bold"), Text(self.headline), *(part for one in drawn for part in ("", one))
+        )
+
+    def to_json(self) -> str:
+        return json.dumps(finite(self.data), indent=1, default=str, allow_nan=False) + "\n"
+
+    def to_markdown(self) -> str:
+        blocks = [f"# {markdown_text(self.title)}", markdown_text(self.headline)]
+        return "\n\n".join([*blocks, *(table.markdown() for table in self.tables())]) + "\n"
+
+    def to_html(self) -> str:
+        """A self-contained page that makes no request."""
+        from effattn.extending import article_plots
+
+        figures = article_plots.plots(self)
+        return page(
+            self.title,
+            self.headline,
+            [Section(table.title, "", figures.get(table.title, []), [table]) for table in self.tables()],
+        )
+
+    def save(self, folder: Path | str) -> None:
+        """Writes report.md, report.html and, last, report.json into `folder`: all of them or none."""
+        files = {"report.md": self.to_markdown(), "report.html": self.to_html(), "report.json": self.to_json()}
+        write_all_atomic(folder, files)
+
+    def save_json(self, path: Path | str) -> None:
+        """Writes the results alone, whole or not at all."""
+        write_text_atomic(path, self.to_json())
