@@ -323,14 +323,14 @@ def test_cost():
     shape = dict(batch=2, heads=8, kv_heads=8, head_dim=64)
     long, longer = (linear.cost(Shape(**shape, queries=t, keys=t)) for t in (8192, 32768))
     assert longer.flops == 4 * long.flops
-    assert long.flops == 2 * 8 * 8192 * 2 * 2 * 64 * 65
-    assert performer.cost(Shape(**shape, queries=8192, keys=8192)).flops == 2 * 8 * 8192 * 2 * 2 * 256 * (65 + 64)
+    assert long.flops == 2 * 8 * 8192 * 2 * 2 * 64 * 64
+    assert performer.cost(Shape(**shape, queries=8192, keys=8192)).flops == 2 * 8 * 8192 * 2 * 2 * 256 * (64 + 64)
     near, far = (linear.cost(Shape(**shape, queries=1, keys=t)) for t in (1024, 65536))
     assert near == far  # one more token costs the same at any length
     held = 2 * 8 * (64 * 65 * 4 + 15 * 2 * 64 * 2)
     assert linear.cost(Shape(**shape, queries=1, keys=1024)).read_bytes > held
     tiny_pair = linear.cost(Shape(**shape, queries=2, keys=2))
-    assert tiny_pair.flops == 2 * 8 * 3 * 2 * (64 + 65)  # three pairs are fewer than a sum
+    assert tiny_pair.flops == 2 * 8 * 3 * 2 * (64 + 64)  # three pairs are fewer than a sum
     back = linear.cost(Shape(**shape, queries=8192, keys=8192, backward=True))
     assert 2 * long.flops < back.flops < 3 * long.flops
     assert math.isclose(back.write_bytes, 3 * 2 * 8 * 8192 * 64 * 2)

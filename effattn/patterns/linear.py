@@ -107,13 +107,13 @@ class KernelBackend(Backend):
     def cost(self, shape: Shape) -> Cost:
         """A multiply-add per feature and value, for each key into the sums and for each query out of them (or, where
         that is less, the products of all pairs), and the features' own products; q, k, v and the output moved once. A
-        call that continues reads the state, and writes the sums when tokens go into them. Elementwise work is not
-        counted, and neither are plain sums: of the normaliser, only what queries read.
+        call that continues reads the state, and writes the sums when tokens go into them. Elementwise work and the
+        normaliser, which is one more column of the values, are not counted.
 
         Backward: twice per query (dq, the sums' gradient) and three times per key (the sums again, dk, dv).
         """
         features = self.feature_count(shape.head_dim)
-        row, read = 2 * features * shape.value_dim, 2 * features * (shape.value_dim + self.normalize)
+        row = 2 * features * shape.value_dim
         new, past = shape.queries, shape.keys - shape.queries
         if not shape.causal:
             new, past = shape.keys, 0
