@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from effattn.console import Show, console, contexts_of, count_tokens, errors, one_line_errors, quiet_libraries
+from effattn.extending.cli import extend
 from effattn.linearizing.cli import linearize
 from effattn.prune.cli import app as prune
 from effattn.prune.shear_cli import shear
@@ -199,6 +200,7 @@ def compare(
 
 
 app.command()(linearize)
+app.command()(extend)
 app.command()(shear)
 app.add_typer(prune, name="prune")
 app.command()(quantize_kv)

@@ -18,9 +18,12 @@ from effattn.prune.shear_report import ShearReport
 from effattn.prune.structured_report import StructuredReport
 from effattn.quant.sensitivity.report import QuantizeReport
 from test_conversion_report import data as conversion_data
+from test_extend_recipe import data as article_data
 from test_measure_report import data as measure_data
 from test_quantize_report import data as quantize_data
 
+from effattn.extending.article_report import ArticleReport
+from effattn.extending.report import ExtendReport
 from effattn.heads.report import ConversionReport, compare_html
 from effattn.linearizing.approximation_report import ApproximationReport
 from effattn.linearizing.report import LinearizeReport
@@ -175,6 +178,28 @@ def prune_oneshot() -> str:
     }).to_html()  # fmt: skip
 
 
+def extend() -> str:
+    names = {"name": "yarn", "spec": "yarn(length=4096)", "tuning": "helps", "plain": True}
+    taken = names | {"predicts": "4 dimensions kept", "refused": ""}
+    refused = {**taken, "name": "pi", "spec": "pi(length=4096)", "refused": "changed already, by <linear>"}
+    plan = {"trained": 512, "target": 4096, "factor": 8.0, "base": 1e4, "dims": 32, "own": "default", "turned": 16,
+            "length_law": 512.0, "wavelengths": [6.28 * 1.8**i for i in range(16)], "candidates": [taken, refused],
+            "recommended": taken, "reason": "it is plain"}  # fmt: skip
+    quality = [{"stage": stage, "lengths": [{"length": n, "cross_entropy": 2.9, "perplexity": 18.0, "accuracy": 0.4}
+                                            for n in (512, 4096)]} for stage in ("before", "after tuning")]  # fmt: skip
+    losses = [{"tokens": 1000 * i, "loss": 4.0 - i / 10} for i in range(1, 9)]
+    return ExtendReport({
+        "kind": "extend", "settings": {"model": "some-model", "to": 4096, "source": "some text"}, "plan": plan,
+        "rule": {"spec": "yarn(length=4096)", "plain": True}, "model": {"class": "Llama"}, "quality": quality,
+        "tuning": {"tokens": 8000, "window": 512, "losses": losses}, "verification": {"max_logit_difference": 0.0},
+        "environment": {"torch": "2.99"},
+    }).to_html()  # fmt: skip
+
+
+def extend_context() -> str:
+    return ArticleReport(article_data()).to_html()
+
+
 def structured() -> str:
     def run(criterion: str, compensation: str, excess: float) -> dict:
         return {"criterion": criterion, "compensation": compensation, "perplexity": 17.0, "kl": 0.1, "seconds": 9.5,
@@ -244,6 +269,8 @@ PAGES: dict[str, tuple[Callable[[], str], int]] = {  # name -> (maker of the HTM
     "quantize": (quantize, 7),
     "shear": (shear, 5),
     "structured": (structured, 5),
+    "extend": (extend, 2),
+    "extend_context": (extend_context, 4),
 }
 
 

@@ -7,6 +7,7 @@ Unlike a passkey, the line stands among lines just like it, so that finding it n
 
 from __future__ import annotations
 
+import functools
 import random
 from collections.abc import Callable, Sequence
 
@@ -44,7 +45,7 @@ def line_retrieval(
     the number. Raises ValueError for settings that mean nothing.
     """
     make = line_prompts(tokenizer, length, depths, trials=trials, digits=digits, style=style, batch=batch, seed=seed)
-    run = lambda prompts: retrieval.answer(model, prompts, batch=batch)  # noqa: E731
+    run = functools.partial(retrieval.answer, model, batch=batch)
     found = retrieval.by_depth("line retrieval", depths, make, run, chance=0.0, progress=progress)
     return found | {"length": length, "trials": trials, "style": style, "digits": digits, "seed": seed}
 

@@ -8,6 +8,7 @@ MIN, MAX, MED (the median, rounded down) and SM (the sum modulo 10): "[MAX 2 9 [
 
 from __future__ import annotations
 
+import functools
 import random
 import statistics
 from collections.abc import Callable, Sequence
@@ -69,7 +70,7 @@ def listops(
     for settings that mean nothing, and for a tokenizer that needs several tokens for a digit.
     """
     make = listops_prompts(tokenizer, length, depths, arguments=arguments, trials=trials, batch=batch, seed=seed)
-    run = lambda prompts: retrieval.answer(model, prompts, batch=batch)  # noqa: E731
+    run = functools.partial(retrieval.answer, model, batch=batch)
     found = retrieval.by_depth("listops", depths, make, run, chance=0.1, progress=progress)
     return found | {"length": length, "trials": trials, "arguments": arguments, "seed": seed}
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import collections
 import functools
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -65,6 +65,18 @@ def passkey(
     at a time. Returns a dict of `effattn.evaluate.retrieval.by_depth`: "exact" needs every token of the answer. Raises
     ValueError for settings that mean nothing, and for prompts that do not fit into `length`.
     """
+    make = passkey_prompts(tokenizer, length, depths, trials=trials, digits=digits, style=style, filler=filler,
+                           batch=batch, seed=seed)  # fmt: skip
+    run = functools.partial(retrieval.answer, model, batch=batch)
+    found = retrieval.by_depth("passkey", depths, make, run, chance=0.0, progress=progress)
+    return found | {"length": length, "trials": trials, "style": style, "digits": digits, "seed": seed}
+
+
+def passkey_prompts(
+    tokenizer, length: int, depths: Sequence[float], *, trials: int, digits: int, style: str,
+    filler: Tensor | None = None, batch: int = 1, seed: int,
+) -> Callable[[float], retrieval.Prompts]:  # fmt: skip
+    """depth -> the prompts of `passkey`."""
     look = STYLES[check_choice("style", style, STYLES)]
     retrieval.check_settings(depths, length=(length, 1), trials=(trials, 1), digits=(digits, 1), batch=(batch, 1))
     keys = _keys(tokenizer, look, digits, trials, seed)
@@ -85,9 +97,7 @@ def passkey(
         answers = torch.tensor([answer for _, _, answer in keys])
         return retrieval.Prompts(context, answers, torch.ones(answers.shape[1], dtype=torch.bool))
 
-    run = functools.partial(retrieval.answer, model, batch=batch)
-    found = retrieval.by_depth("passkey", depths, make, run, chance=0.0, progress=progress)
-    return found | {"length": length, "trials": trials, "style": style, "digits": digits, "seed": seed}
+    return make
 
 
 def _keys(tokenizer, look: Style, digits: int, trials: int, seed: int) -> list[tuple[list, list, list]]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import keyword
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -43,6 +43,18 @@ def associative_recall(
     `effattn.evaluate.retrieval.by_depth`. Raises ValueError as `passkey` does.
     """
     queries = pairs if queries is None else queries
+    make = recall_prompts(tokenizer, length, depths, pairs=pairs, queries=queries, trials=trials, filler=filler,
+                          batch=batch, seed=seed)  # fmt: skip
+    run = functools.partial(retrieval.answer, model, batch=batch)
+    found = retrieval.by_depth("associative recall", depths, make, run, chance=1 / pairs, progress=progress)
+    return found | {"length": length, "trials": trials, "pairs": pairs, "queries": queries, "seed": seed}
+
+
+def recall_prompts(
+    tokenizer, length: int, depths: Sequence[float], *, pairs: int, queries: int, trials: int,
+    filler: Tensor | None = None, batch: int = 1, seed: int,
+) -> Callable[[float], retrieval.Prompts]:  # fmt: skip
+    """depth -> the prompts of `associative_recall`."""
     retrieval.check_settings(depths, length=(length, 1), pairs=(pairs, 2), queries=(queries, 1), trials=(trials, 1),
                              batch=(batch, 1))  # fmt: skip
     if queries > pairs:
@@ -76,9 +88,7 @@ def associative_recall(
         choices = torch.tensor([of[pairs:] for of in drawn])
         return retrieval.Prompts(torch.stack(contexts), torch.stack(questions), asked, choices)
 
-    run = functools.partial(retrieval.answer, model, batch=batch)
-    found = retrieval.by_depth("associative recall", depths, make, run, chance=1 / pairs, progress=progress)
-    return found | {"length": length, "trials": trials, "pairs": pairs, "queries": queries, "seed": seed}
+    return make
 
 
 def _words(tokenizer) -> list[int]:

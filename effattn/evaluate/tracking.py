@@ -7,6 +7,7 @@ It asks for several places at once that only content connects: each line names w
 
 from __future__ import annotations
 
+import functools
 import random
 import string
 from collections.abc import Callable, Sequence
@@ -53,7 +54,7 @@ def variable_tracking(
     """
     make = tracking_prompts(tokenizer, length, depths, hops=hops, chains=chains, letters=letters, trials=trials,
                             style=style, filler=filler, batch=batch, seed=seed)  # fmt: skip
-    run = lambda prompts: retrieval.answer(model, prompts, batch=batch)  # noqa: E731
+    run = functools.partial(retrieval.answer, model, batch=batch)
     found = retrieval.by_depth("variable tracking", depths, make, run, chance=0.0, progress=progress)
     more = {"length": length, "trials": trials, "hops": hops, "chains": chains, "style": style, "seed": seed}
     return found | more

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from effattn.evaluate.retrieval import score
 from effattn.extending.claims import claims
+from effattn.extending.copying import errors_gone
 from effattn.reports.tables import UNKNOWN, Table, number, pairs
 
 if TYPE_CHECKING:
@@ -59,11 +60,12 @@ def _retrieval(report: ArticleReport) -> list[Table]:
     asked = [row for row in report.rules if row["retrieval"]]
     data = report.data
     copy = data["copy"]
-    said = "has learned" if copy["learned"] else "has NOT learned"
+    gone = errors_gone(copy)
+    said = "copies" if gone >= 0.75 else "copies in part" if gone >= 0.25 else "has NOT learned to copy"
     note = (
         f"Text that repeats every {copy['period']:,} tokens, within the trained length: accuracy "
-        f"{100 * copy['first']:.1f} % on the first copy, {100 * copy['later']:.1f} % on later ones: the model {said} "
-        "to copy."
+        f"{100 * copy['first']:.1f} % on the first copy, {100 * copy['later']:.1f} % on later ones ({100 * gone:.0f} % "
+        f"of the errors are gone): the model {said}."
     )
     if not asked:
         return [Table(RETRIEVAL, ("Check", "Value"), [["copies (%)", f"{100 * copy['later']:.1f}"]], note)]

@@ -15,20 +15,25 @@ from effattn.extending.texts import repeated
 
 TASKS = ("recall", "passkey")
 PAIRS = 4  # of associative recall
-UNSURE = 8  # first tokens of a copy: nothing says yet that it is one
+UNSURE = 8  # first tokens of a copy, at most: nothing says yet that it is one
 
 
 def copy_check(model: nn.Module, sequences: Tensor, trained: int, progress: Progress | None = None) -> dict:
     """Text that repeats with a quarter of the trained length: accuracy on its first copy and on the later ones.
 
-    Learned: the later copies are at least half way from there to 1. The first tokens of each copy are left out.
+    The first tokens of each copy are left out. `errors_gone` says what that means.
     """
     period = trained // 4
     _, right = token_scores(model, repeated(sequences[:, : trained + 1], period), progress=progress)
     place = torch.arange(trained) + 1  # of the predicted token
-    copy, inside = place // period, place % period >= UNSURE
+    copy, inside = place // period, place % period >= min(UNSURE, period // 4)
     first, later = (right[:, inside & chosen].double().mean().item() for chosen in (copy == 0, copy > 0))
-    return {"period": period, "first": first, "later": later, "learned": later >= (1 + first) / 2}
+    return {"period": period, "first": first, "later": later}
+
+
+def errors_gone(found: dict) -> float:
+    """The share of the first copy's errors that later copies do not make."""
+    return 1 - (1 - found["later"]) / max(1 - found["first"], 1e-9)
 
 
 def ask(

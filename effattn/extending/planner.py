@@ -119,7 +119,7 @@ def _candidates(trained: Trained, target: int, turned: int) -> list[Candidate]:
         f"{trained.length:,} tokens then holds to {reach:,.0f}"
     )
     return [
-        Candidate("rope", "rope", NO, f"as it is: {trained.dims - turned} of {trained.dims} dimensions meet angles "
+        Candidate("rope", "rope", NEEDED, f"as it is: {trained.dims - turned} of {trained.dims} dimensions meet angles "
                   f"beyond {trained.length:,} tokens that they never saw"),
         Candidate("pi", f"pi({length})", NEEDED, f"all angles divided by {s:g}: neighbours are {s:g} times closer than "
                   "ever trained"),
@@ -132,11 +132,11 @@ def _candidates(trained: Trained, target: int, turned: int) -> list[Candidate]:
         Candidate("yarn", f"yarn({length})", HELPS, _ramp(trained, f"yarn({length})", s)
                   + f"; scores times {temperature(s) ** 2:.3f}"),
         Candidate("ntk_by_parts", f"ntk_by_parts({length})", HELPS, _ramp(trained, f"ntk_by_parts({length})", s)),
-        Candidate("abf", f"abf(base={base:g}, {length})", NEEDED, law),
-        Candidate("rerope", f"rerope(window={window})", NO, f"no distance above {window:,}, so nothing untrained at any "
-                  "length; far keys lose their order; prefill takes two products in tiles at the window"),
-        Candidate("leaky_rerope", f"leaky_rerope(window={trained.length // 4}, k={k})", NO, "distances at the target up "
-                  f"to {_farthest(trained.length, target, k):,.0f} of {trained.length:,}: far keys keep their order"),
+        Candidate("abf", f"abf(base={base:.0f}, {length})", NEEDED, law),
+        Candidate("rerope", f"rerope(window={window})", NO, f"no distance above {window:,}, so nothing untrained at "
+                  "any length; far keys lose their order"),
+        Candidate("leaky_rerope", f"leaky_rerope(window={trained.length // 4}, k={k})", NO, "distances at the target "
+                  f"up to {_farthest(trained.length, target, k):,.0f} of {trained.length:,}: far keys keep an order"),
     ]  # fmt: skip
 
 
@@ -182,13 +182,15 @@ def _recommend(candidates: list[Candidate], trained: Trained, target: int, tuned
     by_name = {one.name: one for one in candidates if not one.refused}
     if tuned and "yarn" in by_name:
         return by_name["yarn"], (
-            "with fine-tuning, YaRN reaches long lengths after the fewest tokens (arXiv:2309.00071), and the checkpoint "
-            "is plain transformers"
+            "with fine-tuning, YaRN reaches long lengths after the fewest tokens (arXiv:2309.00071), and the "
+            "checkpoint is plain transformers"
         )
     if "rerope" in by_name:
         why = "without fine-tuning, only a clipped distance meets nothing that was never trained"
         if trained.kind not in ("default", "dynamic"):
             why += f"; the model's rotation is changed already ({trained.kind}), so no other rule of angles fits on it"
-        return by_name["rerope"], why + "; the checkpoint needs effattn.load (yarn, and --tune-tokens, give a plain one)"
+        return by_name[
+            "rerope"
+        ], why + "; the checkpoint needs effattn.load (yarn, and --tune-tokens, give a plain one)"
     raise Unsupported(f"model: no rule takes it to {target:,} tokens: "
                       + "; ".join(one.refused for one in candidates if one.refused))  # fmt: skip

@@ -1,0 +1,185 @@
+"""The report of `effattn extend`: what the rules promise, and what the chosen one did.
+
+One JSON-able dict is the report; Markdown, HTML and the terminal show the same tables made from it.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from markupsafe import Markup
+
+from effattn.extending.planner import NEEDED
+from effattn.reports.files import finite, write_all_atomic
+from effattn.reports.page import Section, markdown_text, page
+from effattn.reports.plots import AFTER, NEUTRAL, UPTRAINED, Series, line_plot
+from effattn.reports.tables import Table, number, pairs
+
+KIND = "extend"
+PLAN, ROTATION, QUALITY, TUNING = "What each rule promises", "The model's rotation", "Quality", "Tuning"
+TERMINAL = (PLAN, ROTATION, QUALITY)
+
+
+@dataclass
+class ExtendReport:
+    """Wraps `data`, a dict of kind "extend": settings, plan (`effattn.extending.planner.Plan` as a dict), rule (spec,
+    plain), model, quality (per stage and length: cross_entropy in nats a token, perplexity, accuracy), tuning,
+    verification, environment. Without an output only the plan is filled."""
+
+    data: dict
+
+    def __post_init__(self):
+        if self.data.get("kind") != KIND:
+            raise ValueError(f"kind: got {self.data.get('kind')!r}, a report of extend has {KIND!r}")
+
+    @classmethod
+    def load(cls, path: Path | str) -> ExtendReport:
+        """Reads report.json, or the one in a folder."""
+        path = Path(path)
+        return cls(json.loads((path / "report.json" if path.is_dir() else path).read_text(encoding="utf-8")))
+
+    @property
+    def plan(self) -> dict:
+        return self.data["plan"]
+
+    @property
+    def title(self) -> str:
+        return f"{self.data['settings']['model']}: from {self.plan['trained']:,} to {self.plan['target']:,} tokens"
+
+    @property
+    def headline(self) -> str:
+        """What is recommended or was done, whether it needs tuning, and what came of it."""
+        spec = self.data["rule"]["spec"]
+        if not self.data["quality"]:
+            text = f"{spec}: {self.plan['reason']}" if self._recommended else f"{spec}, as asked for"
+        else:
+            first, last = self.data["quality"][0], self.data["quality"][-1]
+            before, after = (one["lengths"][-1]["cross_entropy"] for one in (first, last))
+            fresh = first["lengths"][0]["cross_entropy"]
+            text = (
+                f"{spec}: at {self.plan['target']:,} tokens the loss is {after:.3f} nats a token {last['stage']}, "
+                f"{before:.3f} before; in windows of {self.plan['trained']:,} it was {fresh:.3f}"
+            )
+        return f"{text}. {self.tuning_note}"
+
+    @property
+    def tuning_note(self) -> str:
+        """Whether fine-tuning is needed, in one sentence."""
+        spec = self.data["rule"]["spec"]
+        if self.data["tuning"]:
+            return f"It was tuned on {self.data['tuning']['tokens']:,} tokens."
+        found = next((one for one in self.plan["candidates"] if one["spec"] == spec), None)
+        if found is None:
+            return "Nothing is known here about its need for fine-tuning."
+        if found["tuning"] == NEEDED:
+            return "This rule NEEDS fine-tuning: give --tune-tokens."
+        return f"Fine-tuning: {found['tuning']}" + (" (--tune-tokens)." if found["tuning"] == "helps" else ".")
+
+    @property
+    def _recommended(self) -> bool:
+        return self.data["rule"]["spec"] == self.plan["recommended"]["spec"]
+
+    def tables(self) -> list[Table]:
+        """Every table, the plan first."""
+        data = self.data
+        shown = {key: ", ".join(map(str, value)) if isinstance(value, list) else value
+                 for key, value in data["settings"].items() if key != "overrides"}  # fmt: skip
+        found = [self._rules(), self._rotation(), self._wavelengths(), *self._quality()]
+        if data["tuning"]:
+            found.append(pairs(TUNING, {key: value for key, value in data["tuning"].items() if key != "losses"}))
+        if data["verification"]:
+            found.append(pairs("Checkpoint, loaded again", data["verification"]))
+        return [*found, pairs("Settings", shown), pairs("Model", data["model"]),
+                pairs("Environment", data["environment"])]  # fmt: skip
+
+    def _rules(self) -> Table:
+        rows = []
+        for one in self.plan["candidates"]:
+            mark = " (recommended)" if one["spec"] == self.plan["recommended"]["spec"] else ""
+            mark += " (taken)" if one["spec"] == self.data["rule"]["spec"] and self.data["quality"] else ""
+            kind = "plain transformers" if one["plain"] else "effattn.load"
+            rows.append([one["spec"] + mark, one["tuning"], "refused" if one["refused"] else kind,
+                         one["refused"] or one["predicts"]])  # fmt: skip
+        note = f"Recommended: {self.plan['recommended']['spec']}: {self.plan['reason']}."
+        return Table(PLAN, ("Rule", "Fine-tuning", "Checkpoint", "What it promises"), rows, note)
+
+    def _rotation(self) -> Table:
+        plan = self.plan
+        return pairs(ROTATION, {
+            "trained_length": plan["trained"], "target": plan["target"], "factor": f"{plan['factor']:g}x",
+            "rule of the model": plan["own"], "base": plan["base"], "dimensions that turn": plan["dims"],
+            "critical dimension (those that make a whole turn)": plan["turned"],
+            "length by the law of RoPE extrapolation": f"{plan['length_law']:,.0f}",
+            "longest wavelength (tokens)": f"{plan['wavelengths'][-1]:,.0f}",
+        })  # fmt: skip
+
+    def _wavelengths(self) -> Table:
+        plan = self.plan
+        rows = [
+            [str(2 * pair), f"{tokens:,.1f}", f"{plan['trained'] / tokens:,.2f}", f"{plan['target'] / tokens:,.2f}"]
+            for pair, tokens in enumerate(plan["wavelengths"])
+        ]
+        header = ("Dimension", "Wavelength (tokens)", "Turns within the trained length", "Turns within the target")
+        note = "Where the third column is below 1, a longer sequence meets angles that were never trained."
+        return Table("Wavelengths", header, rows, note, folded=True)
+
+    def _quality(self) -> list[Table]:
+        if not self.data["quality"]:
+            return []
+        lengths = [cell["length"] for cell in self.data["quality"][0]["lengths"]]
+        rows = [
+            [row["stage"], *(f"{number(cell['cross_entropy'])} ({100 * cell['accuracy']:.1f} %)"
+                             for cell in row["lengths"])] for row in self.data["quality"]
+        ]  # fmt: skip
+        note = (
+            "Cross-entropy in nats a token and, in brackets, next-token accuracy, on the same held-out tokens "
+            f"({self.data['settings']['source']}) in windows of each length."
+        )
+        return [Table(QUALITY, ("Stage", *(f"{length:,} tokens" for length in lengths)), rows, note)]
+
+    def plots(self) -> dict[str, list[Markup]]:
+        """Section -> its figures."""
+        plan = self.plan
+        dims = [2 * pair for pair in range(len(plan["wavelengths"]))]
+        lines = [
+            Series("wavelength", dims, plan["wavelengths"], AFTER),
+            Series("trained length", dims, [plan["trained"]] * len(dims), NEUTRAL, "--", ""),
+            Series("target", dims, [plan["target"]] * len(dims), UPTRAINED, ":", ""),
+        ]
+        found = {ROTATION: [line_plot("Wavelengths", lines, "dimension", "tokens", log_y=True)]}
+        if self.data["tuning"] and len(self.data["tuning"]["losses"]) > 1:
+            points = self.data["tuning"]["losses"]
+            curve = Series("training loss", [one["tokens"] for one in points], [one["loss"] for one in points], AFTER)
+            found[TUNING] = [line_plot("Tuning", [curve], "tokens", "nats a token")]
+        return found
+
+    def __rich__(self):
+        from rich.console import Group
+        from rich.text import Text
+
+        drawn = [table.rich() for table in self.tables() if table.title in TERMINAL]
+        lines = [Text(self.title, style="bold"), Text(self.headline)]
+        return Group(*lines, *(part for one in drawn for part in ("", one)))
+
+    def to_json(self) -> str:
+        return json.dumps(finite(self.data), indent=1, default=str, allow_nan=False) + "\n"
+
+    def to_markdown(self) -> str:
+        blocks = [f"# {markdown_text(self.title)}", markdown_text(self.headline)]
+        return "\n\n".join([*blocks, *(table.markdown() for table in self.tables())]) + "\n"
+
+    def to_html(self) -> str:
+        """A self-contained page that makes no request."""
+        figures = self.plots()
+        return page(
+            self.title,
+            self.headline,
+            [Section(table.title, "", figures.get(table.title, []), [table]) for table in self.tables()],
+        )
+
+    def save(self, folder: Path | str) -> None:
+        """Writes report.md, report.html and, last, report.json into `folder`: all of them or none."""
+        files = {"report.md": self.to_markdown(), "report.html": self.to_html(), "report.json": self.to_json()}
+        write_all_atomic(folder, files)
