@@ -10,7 +10,7 @@ import torch
 from effattn.prune.masks import Masks
 from torch import Tensor, nn
 
-SQUARE = 10.0  # lambda2 at the start: in few steps, multipliers that grow from 0 act too late, and then too much
+SQUARE = 100.0  # lambda2 at the start: in few steps, multipliers that grow from 0 act too late, and then too much
 
 
 class Lagrangian(nn.Module):

@@ -32,36 +32,52 @@ from effattn.errors import Unsupported
 from effattn.hf import anatomy as hf
 
 AXES = ("hidden", "heads", "ffn", "layers")
-SPREAD = 2.5  # standard deviation of log alphas that are ranked by importance
+START = 2.5  # log alpha of a gate at the start: fully open with probability 0.71
+SPREAD = 10.0  # standard deviation of log alphas that are ranked by importance: few gates at a time are half open
+RANKED_START = 2.3 * SPREAD  # their mean: all but 1 % are open
 Values = dict[str, Tensor]  # axis -> gates
 
 
 class Masks(nn.Module):
-    """log alpha of every gate, as parameters by axis; only the axes of `target` (axis -> how many stay) have gates.
+    """log alpha of every gate; only the axes of `target` (axis -> how many stay) have gates.
 
-    start: the log alpha that all begin with. 2.5 opens a gate fully with probability 0.71 (the released code begins
-    at 0, where half of the model is closed on average, and has 0.4 billion tokens to recover).
+    It is start · level + own, with a `level` for every row (all gates of a layer, or of the axis), which begins at 1,
+    and an `own` for every gate, as parameters by axis. The constraints move a row as one by its level; which of its
+    gates close first is in their own. (With one parameter a gate, as in the paper, those that are far from closing have
+    no gradient, and an adaptive optimizer brings the others all to the border: half open gates, and no ranking left.)
+
+    start: the log alpha that all begin with (the released code begins at 0, where half of the model is closed on
+    average, and has 0.4 billion tokens to recover).
     """
 
-    def __init__(self, parts: hf.Anatomy, target: dict[str, int], start: float = 2.5):
+    def __init__(self, parts: hf.Anatomy, target: dict[str, int], start: float = START):
         super().__init__()
-        sizes = shapes(parts)
+        sizes = {axis: size for axis, size in shapes(parts).items() if axis in target}
+        device = parts.embeddings.weight.device
         self.target = dict(target)
-        self.log_alpha = nn.ParameterDict(
-            {axis: nn.Parameter(torch.full(sizes[axis], float(start), device=parts.embeddings.weight.device))
-             for axis in AXES if axis in target}
-        )  # fmt: skip
+        self.own = nn.ParameterDict({axis: nn.Parameter(torch.zeros(size, device=device))
+                                     for axis, size in sizes.items()})  # fmt: skip
+        self.level = nn.ParameterDict({axis: nn.Parameter(torch.ones(*size[:-1], 1, device=device))
+                                       for axis, size in sizes.items()})  # fmt: skip
+        self.start = dict.fromkeys(sizes, float(start))
+        self.bound = dict.fromkeys(sizes, hard_concrete.BOUND)
         self.values: Values = {}
         self._handles: list = []
 
+    @property
+    def log_alpha(self) -> Values:
+        """Axis -> log alphas, with gradients."""
+        return {axis: self.start[axis] * self.level[axis] + own for axis, own in self.own.items()}
+
     @torch.no_grad()
-    def rank(self, axis: str, importance: Tensor, spread: float = SPREAD) -> None:
-        """Spreads the log alphas of an axis by the rank of importance (its gates' shape) within each row, like a normal
-        distribution of that standard deviation: what looks least important is the first to close."""
-        log_alpha = self.log_alpha[axis]
-        rank = importance.argsort(-1).argsort(-1).to(log_alpha)
-        log_alpha += spread * torch.special.ndtri((rank + 0.5) / rank.shape[-1])
-        self.clamp()
+    def rank(self, axis: str, importance: Tensor, spread: float = SPREAD, start: float = RANKED_START) -> None:
+        """Spreads the log alphas of an axis around `start` by the rank of importance (its gates' shape) within each
+        row, like a normal distribution of that standard deviation: what looks least important is the first to close."""
+        own = self.own[axis]
+        rank = importance.argsort(-1).argsort(-1).to(own)
+        own.copy_(spread * torch.special.ndtri((rank + 0.5) / rank.shape[-1]))
+        self.start[axis] = start
+        self.bound[axis] = max(hard_concrete.BOUND, float(self.log_alpha[axis].abs().max()))
 
     def draw(self, generator: torch.Generator) -> Values:
         """Random gates; `generator` is on the CPU, so that a seed means the same on every device."""
@@ -83,9 +99,10 @@ class Masks(nn.Module):
 
     @torch.no_grad()
     def clamp(self) -> None:
-        """Keeps every log alpha where its gate can still change."""
-        for log_alpha in self.log_alpha.values():
-            log_alpha.clamp_(-hard_concrete.BOUND, hard_concrete.BOUND)
+        """Keeps every log alpha where its gate can still change, or where its rank has put it."""
+        for axis, own in self.own.items():
+            level, bound = self.start[axis] * self.level[axis], self.bound[axis]
+            own.copy_(own.clamp(-bound - level, bound - level))
 
     @contextmanager
     def applied(self, parts: hf.Anatomy) -> Iterator[None]:
@@ -121,18 +138,18 @@ class Masks(nn.Module):
             handles.append(module.register_forward_hook(hook))
 
         for layer in parts:
-            if "heads" in self.log_alpha:
+            if "heads" in self.own:
                 scale_input(layer.o.module, "heads", layer.index, layer.heads // layer.kv_heads * layer.value_dim)
-            if "ffn" in self.log_alpha:
+            if "ffn" in self.own:
                 scale_input(layer.feed_forward.output, "ffn", layer.index)
-            if not {"hidden", "layers"} & set(self.log_alpha):
+            if not {"hidden", "layers"} & set(self.own):
                 continue
             for module in (layer.o.module, layer.feed_forward.output):
-                if "layers" in self.log_alpha:
+                if "layers" in self.own:
                     scale_output(module, "layers", layer.index)
-                if "hidden" in self.log_alpha:
+                if "hidden" in self.own:
                     scale_output(module, "hidden")
-        if "hidden" in self.log_alpha:
+        if "hidden" in self.own:
             scale_output(parts.embeddings, "hidden")
             for norm in hidden_norms(parts):
                 handles += self._narrow(norm)

@@ -27,15 +27,19 @@ def shear(
     evaluation_tokens: Annotated[int, count_tokens("held out, to measure on")] = "32768",
     length: Annotated[int, typer.Option(help="window length in tokens")] = 512,
     batch: Annotated[int, typer.Option(help="windows a step and process")] = 4,
-    lr: Annotated[float | None, typer.Option(help="peak learning rate of the weights (default: by width)")] = None,
+    lr: Annotated[float | None, typer.Option(help="peak learning rate while masks are learned (default: by "
+        "width)")] = None,
+    continue_lr: Annotated[float | None, typer.Option(help="the same for training on (default: by width)")] = None,
     mask_lr: Annotated[float | None, typer.Option(help="of the masks' log alphas (default: by steps)")] = None,
     multiplier_lr: Annotated[float | None, typer.Option(help="of the Lagrange multipliers (default: by steps)")] = None,
     warm_start: Annotated[str, typer.Option(help="criterion that ranks the gates at the start, or none")] = "taylor",
-    start: Annotated[float, typer.Option(help="log alpha of every gate at the start")] = 2.5,
+    start: Annotated[float, typer.Option(help="log alpha of gates that no criterion ranks")] = 2.5,
     ramp: Annotated[float, typer.Option(help="share of the mask stage until the whole target is asked for")] = 0.2,
+    distill: Annotated[bool, typer.Option(help="masks learn the parent's predictions instead of the text")] = True,
+    compensate: Annotated[bool, typer.Option(help="least squares for o_proj and down_proj after cutting")] = True,
     loading: Annotated[str, typer.Option(help="domain weights: clamped (paper), signed (its code), fixed")] = "clamped",
     compare: Annotated[bool, typer.Option(help="also train the two baselines on as many tokens")] = False,
-    scratch_lr: Annotated[float | None, typer.Option(help="peak learning rate of the baseline from scratch")] = None,
+    scratch_lr: Annotated[float | None, typer.Option(help="of the baseline from scratch (default: by width)")] = None,
     decode_contexts: Annotated[str, typer.Option(help="cache lengths to time decoding at, or none")] = "512,4k",
     seed: Annotated[int, typer.Option(help="of data order and gates")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
@@ -51,10 +55,10 @@ def shear(
     job = Job(
         model=model, output=output, hidden=hidden, heads=heads, ffn=ffn, layers=layers, domains=tuple(domain or ()),
         dataset=dataset, column=column, mask_tokens=mask_tokens, continue_tokens=continue_tokens,
-        evaluation_tokens=evaluation_tokens, length=length, batch=batch, lr=lr, mask_lr=mask_lr,
-        multiplier_lr=multiplier_lr, warm_start=None if warm_start == "none" else warm_start,
-        start=start, ramp=ramp, loading=loading, compare=compare, scratch_lr=scratch_lr,
-        decode_contexts=contexts_of(decode_contexts), seed=seed, device=device,
+        evaluation_tokens=evaluation_tokens, length=length, batch=batch, lr=lr, continue_lr=continue_lr,
+        mask_lr=mask_lr, multiplier_lr=multiplier_lr, warm_start=None if warm_start == "none" else warm_start,
+        start=start, ramp=ramp, distill=distill, compensate=compensate, loading=loading, compare=compare,
+        scratch_lr=scratch_lr, decode_contexts=contexts_of(decode_contexts), seed=seed, device=device,
     )  # fmt: skip
     main = int(os.environ.get("RANK", "0")) == 0
     report = run(job, Show() if main else Quiet())

@@ -40,6 +40,8 @@ from effattn.profiling.decode import decode_speed
 from effattn.profiling.environment import environment
 from effattn.profiling.timing import Clock, alternate, percentiles
 
+SPEED_SECONDS = 2.0  # how long each model's reading speed is measured
+
 
 @dataclass
 class Job:
@@ -60,11 +62,14 @@ class Job:
     length: int = 512
     batch: int = 4
     lr: float | None = None
+    continue_lr: float | None = None
     mask_lr: float | None = None
     multiplier_lr: float | None = None
     warm_start: str | None = sheared.WARM_START
     start: float = sheared.START
     ramp: float = sheared.RAMP
+    distill: bool = True
+    compensate: bool = True
     loading: str = "clamped"
     compare: bool = False
     scratch_lr: float | None = None
@@ -126,13 +131,12 @@ def run(job: Job, show: Quiet | None = None) -> ShearReport:
             return compare(parent, model, data.evaluation, length, progress=progress)
 
     overrides = {"use_cpu": parent.device.type == "cpu"} | job.overrides
-    shared = dict(batch=job.batch, lr=job.lr, loading=job.loading, seed=job.seed, overrides=overrides)
+    shared = dict(batch=job.batch, loading=job.loading, seed=job.seed, overrides=overrides)
     with show.stage(f"learning masks on {job.mask_tokens:,} tokens") as progress:
         small, facts["masks"] = learn_masks(
             copy.deepcopy(parent), job.target, domains, tokens=job.mask_tokens, folder=job.partial / "masks",
-            mask_lr=job.mask_lr, multiplier_lr=job.multiplier_lr,
-            warm_start=job.warm_start, start=job.start, ramp=job.ramp, progress=progress,
-            **shared,
+            lr=job.lr, mask_lr=job.mask_lr, multiplier_lr=job.multiplier_lr, warm_start=job.warm_start, start=job.start,
+            ramp=job.ramp, distill=job.distill, compensate=job.compensate, progress=progress, **shared,
         )  # fmt: skip
     quality["cut"] = measured(small)
     references = torch.tensor(facts["masks"]["references"], dtype=torch.float64)
@@ -140,7 +144,7 @@ def run(job: Job, show: Quiet | None = None) -> ShearReport:
         with show.stage(f"training on, {job.continue_tokens:,} tokens") as progress:
             facts["continued"] = continue_training(
                 small, domains, references, tokens=job.continue_tokens, folder=job.partial / "continued",
-                progress=progress, **shared,
+                lr=job.continue_lr, progress=progress, **shared,
             )  # fmt: skip
         quality["continued"] = measured(small)
     baselines = _baselines(job, parent, small, data, domains, references, shared, measured, show) if job.compare else {}
@@ -202,15 +206,15 @@ def _baselines(job: Job, parent, small, data: DomainText, domains, references, s
         wanted = {axis: size for axis, size in asdict(job.target).items() if size is not None}
         return structured(parent, calibration, criterion="taylor", length=job.length, **wanted)[0]
 
-    found = {}
-    for name, make, lr in (("scratch", random, job.scratch_lr or job.lr), ("structured", taylor, job.lr)):
+    found, scratch_lr = {}, job.scratch_lr or sheared.scratch_lr(small.get_input_embeddings().weight.shape[1])
+    for name, make, lr in (("scratch", random, scratch_lr), ("structured", taylor, job.continue_lr)):
         with show.stage(f"baseline: {name}"):
             model = make()
         row = {"cut": measured(model)}
         with show.stage(f"baseline: {name}, {job.tokens:,} tokens") as progress:
             row["training"] = continue_training(
-                model, domains, references, tokens=job.tokens, folder=job.partial / name, progress=progress,
-                **(shared | {"lr": lr}),
+                model, domains, references, tokens=job.tokens, folder=job.partial / name, lr=lr,
+                progress=progress, **shared,
             )  # fmt: skip
         found[name] = row | {"continued": measured(model), "parameters": model.num_parameters()}
     return found
@@ -243,7 +247,7 @@ def _speed(parent, small, job: Job, length: int, progress) -> list[dict]:
     models = {"before": parent, "after": small}
     ids = torch.zeros(1, length, dtype=torch.int64, device=parent.device)
     calls = {name: lambda model=model: model(input_ids=ids, use_cache=False) for name, model in models.items()}
-    times = alternate(calls, Clock(parent.device), seconds=2)
+    times = alternate(calls, Clock(parent.device), seconds=SPEED_SECONDS)
     rows = [{"what": f"reading {length} tokens"}
             | {name: length / percentiles(seconds)["p50"] for name, seconds in times.items()}]  # fmt: skip
     if job.decode_contexts:

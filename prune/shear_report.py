@@ -116,6 +116,9 @@ class ShearReport:
         note = f"On {quality['tokens']:,} held-out tokens ({quality['source']}) in windows of {quality['context']:,}."
         if data["pretraining_tokens"]:
             note += f" Pretraining had {data['pretraining_tokens']:,} tokens."
+        if data["baselines"] and data["settings"]["distill"]:
+            taught = data["masks"]["tokens"]
+            note += f" The {taught:,} tokens before cutting taught the parent's predictions; all others the text alone."
         header = ("", "Perplexity", "Cross-entropy (nats/token)", "KL to the parent (nats/token)",
                   "Trained on (tokens)")  # fmt: skip
         return Table(QUALITY, header, rows, note)

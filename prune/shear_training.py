@@ -17,6 +17,7 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from accelerate.utils import broadcast
 from effattn.prune import batch_loading
 from effattn.prune.batch_loading import Domains, DomainWindows, LoadingWeights
@@ -32,38 +33,50 @@ from effattn.heads.uptrain import Steps
 from effattn.hf import anatomy as hf
 from effattn.reports.files import write_text_atomic
 
-SCHEDULES = ("constant", "cosine")
 CLIP = 1.0  # norm of the weights' gradient; that of masks and multipliers is not part of it
 
 
 class Shearing(nn.Module):
-    """What is trained: a causal LM, the history of the domain weights, and while pruning masks and constraints."""
+    """What is trained: a causal LM, the history of the domain weights, and while pruning masks and constraints.
+
+    teacher: a model whose predictions are then learned instead of the text; it is never trained or saved."""
 
     _keys_to_ignore_on_save = None  # the Trainer asks for it where names are missing: those of tied weights
 
     def __init__(
         self, model: nn.Module, weights: LoadingWeights, masks: Masks | None = None,
-        constraints: Lagrangian | None = None, seed: int = 0,
+        constraints: Lagrangian | None = None, seed: int = 0, teacher: nn.Module | None = None,
     ):  # fmt: skip
         super().__init__()
         self.model, self.weights, self.masks, self.constraints = model, weights, masks, constraints
         self.seed, self.step = seed, 0
+        self._teacher = [teacher]  # in a list: no submodule, so no part of checkpoints
         if masks is not None:
             masks.attach(hf.of(model))
         self.register_state_dict_post_hook(_each_tensor_once)
 
     def forward(self, input_ids: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
-        """input_ids (B, T) int64. "loss": cross-entropy in nats a token, while training with the penalty."""
+        """input_ids (B, T) int64. "loss": cross-entropy in nats a token; while training with the penalty, and with a
+        teacher KL(teacher || model) in its place."""
         if self.masks is not None:
             if self.training:
                 generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.step)
                 self.masks.values = self.masks.draw(generator)
             else:
                 self.masks.values = self.masks.settled()
-        loss = self.model(input_ids=input_ids, labels=input_ids, use_cache=False).loss
+        loss = self._loss(input_ids)
         if self.constraints is not None and self.training:
             loss = loss + self.constraints(self.masks.removed(), self.step)
         return {"loss": loss}
+
+    def _loss(self, ids: Tensor) -> Tensor:
+        (teacher,) = self._teacher
+        if teacher is None or not self.training:
+            return self.model(input_ids=ids, labels=ids, use_cache=False).loss
+        with torch.no_grad():
+            taught = teacher(input_ids=ids, use_cache=False).logits[:, :-1].float().log_softmax(-1)
+        learned = self.model(input_ids=ids, use_cache=False).logits[:, :-1].float().log_softmax(-1)
+        return F.kl_div(learned.flatten(0, 1), taught.flatten(0, 1), reduction="batchmean", log_target=True)
 
 
 def _each_tensor_once(module: nn.Module, state: dict[str, Tensor], prefix: str, _) -> None:
@@ -77,12 +90,13 @@ def _each_tensor_once(module: nn.Module, state: dict[str, Tensor], prefix: str, 
 
 
 class ShearTrainer(Trainer):
-    """A Trainer with learning rates of their own for masks and multipliers, which follow no schedule."""
+    """A Trainer with learning rates of their own for masks and multipliers, which follow no schedule; that of the
+    weights has a warm-up and a cosine to 0."""
 
-    def __init__(self, *args, mask_lr: float, multiplier_lr: float, **kwargs):
+    def __init__(self, *args, mask_lr: float, level_lr: float, multiplier_lr: float, **kwargs):
         super().__init__(*args, **kwargs)
         self.model_accepts_loss_kwargs = False
-        self.mask_lr, self.multiplier_lr = mask_lr, multiplier_lr
+        self.mask_lr, self.level_lr, self.multiplier_lr = mask_lr, level_lr, multiplier_lr
 
     def create_optimizer(self, model=None):
         if self.optimizer is None:
@@ -92,7 +106,8 @@ class ShearTrainer(Trainer):
             for name, parameter in module.model.named_parameters():
                 groups[f"model.{name}" not in decayed]["params"].append(parameter)
             if module.masks is not None:
-                own = ((module.masks, self.mask_lr), (module.constraints, self.multiplier_lr))
+                own = ((module.masks.own, self.mask_lr), (module.masks.level, self.level_lr),
+                       (module.constraints, self.multiplier_lr))  # fmt: skip
                 groups += [{"params": list(part.parameters()), "weight_decay": 0.0, "lr": lr} for part, lr in own]
             cls, settings = self.get_optimizer_cls_and_kwargs(self.args, module)
             self.optimizer = cls(groups, **settings)
@@ -102,13 +117,12 @@ class ShearTrainer(Trainer):
         if self.lr_scheduler is None:
             optimizer = optimizer or self.optimizer
             warmup = self.args.get_warmup_steps(num_training_steps)
-            cosine = str(self.args.lr_scheduler_type).endswith("cosine")
 
             def weights(step: int) -> float:
                 if step < warmup:
                     return (step + 1) / warmup
                 share = (step - warmup) / max(1, num_training_steps - warmup)
-                return 0.5 + 0.5 * math.cos(math.pi * share) if cosine else 1.0
+                return 0.5 + 0.5 * math.cos(math.pi * share)
 
             rules = [weights, weights] + [lambda step: 1.0] * (len(optimizer.param_groups) - 2)
             self.lr_scheduler, self._created_lr_scheduler = LambdaLR(optimizer, rules), True
@@ -185,7 +199,7 @@ def steps_of(tokens: int, length: int, batch: int, overrides: dict | None = None
 
 def train(
     module_of: Callable[[LoadingWeights, int], Shearing], domains: Domains, references: Tensor, *, tokens: int,
-    folder: Path | None, batch: int, lr: float, mask_lr: float = 0.0, multiplier_lr: float = 0.0, schedule: str,
+    folder: Path | None, batch: int, lr: float, mask_lr: float = 0.0, level_lr: float = 0.0, multiplier_lr: float = 0.0,
     warmup: int | None = None, every: int, rule: str = "clamped", weight_decay: float = 0.1,
     save_every: int | None = None, seed: int = 0, progress: Callable[[int, int], None] | None = None,
     overrides: dict | None = None,
@@ -196,10 +210,9 @@ def train(
     tokens: the budget over all processes; batch: windows a step and process; every: steps between updates of the
     domain weights, at most. folder: checkpoints, from which a run goes on; None: none are written.
     """
-    check_choice("schedule", schedule, SCHEDULES)
     check_choice("loading", rule, batch_loading.RULES)
     settings = {"disable_tqdm": True, "logging_strategy": "no", "seed": seed, "weight_decay": weight_decay}
-    settings |= {"lr_scheduler_type": schedule, "max_grad_norm": 0.0} | (overrides or {})
+    settings |= {"max_grad_norm": 0.0} | (overrides or {})
     scratch = tempfile.TemporaryDirectory() if folder is None else nullcontext(folder)
     with scratch as place:
         place = Path(place)
@@ -216,8 +229,8 @@ def train(
         loading = Loading(module, domains, references, every=every, rule=rule, path=place / "record.json",
                           tokens_per_step=per_step * domains.length)  # fmt: skip
         trainer = ShearTrainer(
-            model=module, args=arguments, train_dataset=windows, mask_lr=mask_lr, multiplier_lr=multiplier_lr,
-            callbacks=[loading, *([Steps(progress)] if progress else [])],
+            model=module, args=arguments, train_dataset=windows, mask_lr=mask_lr, level_lr=level_lr,
+            multiplier_lr=multiplier_lr, callbacks=[loading, *([Steps(progress)] if progress else [])],
         )  # fmt: skip
         trainer.remove_callback(PrinterCallback)  # progress is the caller's
         start = time.perf_counter()
@@ -226,6 +239,6 @@ def train(
     module.eval()
     return module, {
         "tokens": steps * per_step * domains.length, "steps": steps, "seconds": round(seconds, 3),
-        "processes": arguments.world_size, "learning_rate": lr, "schedule": schedule, "domains": domains.names,
+        "processes": arguments.world_size, "learning_rate": lr, "domains": domains.names,
         "references": references.tolist(), "every": every, "loading": rule, "record": loading.points,
     }  # fmt: skip

@@ -9,6 +9,7 @@ under constraints on the shape, then folded into the weights and cut away; the r
 
 from __future__ import annotations
 
+import copy
 import importlib
 import math
 from collections.abc import Callable, Mapping
@@ -18,8 +19,10 @@ from pathlib import Path
 import torch
 from effattn.prune import criteria, folding
 from effattn.prune.batch_loading import Domains
+from effattn.prune.compensation import compensate as fit_outputs
+from effattn.prune.compensation import output_module
 from effattn.prune.lagrangian import Lagrangian
-from effattn.prune.masks import Masks, check_axes, shapes
+from effattn.prune.masks import START, Masks, check_axes, shapes
 from effattn.prune.shear_training import Shearing, steps_of, train
 from effattn.prune.slicing import Keep, slice_model, sliced_config
 from torch import Tensor, nn
@@ -29,8 +32,9 @@ from effattn.hf import anatomy as hf
 from effattn.hf.checkpoint import check_finite
 
 MASK_TOKENS, CONTINUE_TOKENS = 300_000, 900_000  # for the embedded model; the paper has 0.4 and 50 billion
-START = 2.5  # log alpha: a gate is fully open with probability 0.71
-WARM_START, WARM_WINDOWS = "taylor", 64  # the criterion that ranks the gates, and the windows it looks at
+WARM_START = "taylor"  # the criterion that ranks the gates
+WINDOWS = 64  # of text that it looks at, and that output modules are solved on; at least
+TOKENS_PER_INPUT = 10  # of a module that is solved
 PAPER_STEPS = 3_200  # of pruning, with learning rates of 1.0 for masks and multipliers
 RAMP = 0.2  # share of the mask stage in which the target is ramped up: the paper's 640 of 3,200 steps
 UPDATES_PRUNING, UPDATES_AFTER = 50, 400  # steps between updates of the domain weights
@@ -76,62 +80,81 @@ def _first(sizes: dict[str, int], smaller: dict[str, int]) -> Keep:
 
 
 def default_lr(hidden: int) -> float:
-    """Peak learning rate of the weights by width: the paper's 1e-4 at 4096, more for narrower models."""
+    """Peak learning rate of the weights by width: the paper's 1e-4 at 4096, more for narrower models, up to 3e-4.
+
+    Higher rates undo more of what a model has learned than a short stage brings back: the embedded model, cut by
+    `structured` and trained on 100,000 tokens, gets better at 2e-4, not at 5e-4, and worse at 1e-3; the masks' stage
+    does better at 3e-4 than at 1.5e-3.
+    """
+    return min(3e-4, 1e-4 * 4096 / hidden)
+
+
+def scratch_lr(hidden: int) -> float:
+    """The same for a model with random weights, up to 2e-3."""
     return min(2e-3, 1e-4 * 4096 / hidden)
 
 
-def default_mask_lrs(steps: int) -> tuple[float, float]:
-    """Learning rates of the log alphas and of the multipliers: the paper's 1.0 for its 3,200 steps, less for fewer.
+def default_mask_lrs(steps: int, ramp: float = RAMP) -> tuple[float, float, float]:
+    """Learning rates of the log alphas, of the rows' levels and of the multipliers.
 
-    Few steps average little noise, so that log alphas must move less in each; and multipliers that grew as fast as the
-    paper's would ask for more than the target before the gates could follow (found by simulating gates with known
-    importance and noisy gradients, 100 to 3,200 steps).
+    The first and the last: the paper's 1.0 for its 3,200 steps, less for fewer, since few steps average little noise,
+    and multipliers that grew as fast would ask for more than the target before the gates could follow. A level must get
+    from 1 to about 0 while the target is ramped up, and behind it soon enough (found by simulation, 50 to 200 steps).
     """
     share = min(1.0, steps / PAPER_STEPS)
-    return share**0.75, share
+    return share, min(0.2, 6 / max(1.0, ramp * steps)), share
 
 
 def shear(
     model: nn.Module, target: Target, data: Domains | Mapping[str, Tensor] | Tensor, *,
     mask_tokens: int = MASK_TOKENS, continue_tokens: int = CONTINUE_TOKENS, folder: Path | str | None = None,
-    length: int = 512, batch: int = 4, lr: float | None = None, loading: str = "clamped", seed: int = 0,
-    progress: Callable[[int, int], None] | None = None, overrides: dict | None = None, **masking,
+    length: int = 512, batch: int = 4, lr: float | None = None, continue_lr: float | None = None,
+    loading: str = "clamped", seed: int = 0, progress: Callable[[int, int], None] | None = None,
+    overrides: dict | None = None, **masking,
 ) -> nn.Module:  # fmt: skip
     """Shears a causal LM to `target`: returns a new, smaller, plain model in eval mode. `model` is used up.
 
     data: int64 tokens (N,), or a dict of them by domain, or `Domains`. mask_tokens, continue_tokens: budgets of the two
     stages (the second may be 0). folder: checkpoints, from which the same call goes on after a kill. length, batch:
-    tokens of a window, windows a step and process. lr: peak learning rate of the weights. loading: "clamped" (the
-    paper's rule), "signed" (the released code's) or "fixed". masking: see `learn_masks`.
+    tokens of a window, windows a step and process. lr, continue_lr: peak learning rates of the weights in the two
+    stages, each with a warm-up and a cosine to 0. loading: "clamped" (the paper's rule), "signed" (the released code's)
+    or "fixed". masking: see `learn_masks`.
 
     Raises ValueError for a target, data or settings that cannot be, Unsupported for models and axes, all before
     anything is changed; FloatingPointError when training diverges.
     """
     domains = data if isinstance(data, Domains) else Domains(data, length)
-    shared = dict(batch=batch, lr=lr, loading=loading, seed=seed, overrides=overrides)
+    shared = dict(batch=batch, loading=loading, seed=seed, overrides=overrides)
     folders = [None if folder is None else Path(folder) / name for name in ("masks", "continued")]
-    small, facts = learn_masks(model, target, domains, tokens=mask_tokens, folder=folders[0],
+    small, facts = learn_masks(model, target, domains, tokens=mask_tokens, folder=folders[0], lr=lr,
                                progress=progress, **shared, **masking)  # fmt: skip
     if continue_tokens:
         continue_training(small, domains, torch.tensor(facts["references"], dtype=torch.float64),
-                          tokens=continue_tokens, folder=folders[1], progress=progress, **shared)  # fmt: skip
+                          tokens=continue_tokens, folder=folders[1], lr=continue_lr, progress=progress,
+                          **shared)  # fmt: skip
     return small
 
 
 def learn_masks(
     model: nn.Module, target: Target, domains: Domains, *, tokens: int = MASK_TOKENS, folder: Path | None = None,
     batch: int = 4, lr: float | None = None, mask_lr: float | None = None, multiplier_lr: float | None = None,
-    warm_start: str | None = WARM_START, start: float = START, ramp: float = RAMP, loading: str = "clamped",
-    every: int = UPDATES_PRUNING, seed: int = 0,
+    warm_start: str | None = WARM_START, start: float = START, ramp: float = RAMP, distill: bool = True,
+    compensate: bool = True, loading: str = "clamped", every: int = UPDATES_PRUNING, seed: int = 0,
     progress: Callable[[int, int], None] | None = None, overrides: dict | None = None,
 ) -> tuple[nn.Module, dict]:  # fmt: skip
     """The first stage: masks and weights together, then folding and slicing. `model` is used up; returns the small
-    model and what `train` says of the run, with "max_logit_difference" between the masked model and the sliced one.
+    model and what `train` says of the run, with "max_logit_difference" between the masked model and the sliced one, and
+    "compensation", what `effattn.prune.compensation` says.
 
     mask_lr, multiplier_lr: of log alphas and of the Lagrange multipliers; None: see `default_mask_lrs`. warm_start: a
-    criterion of `effattn.prune.criteria` whose ranking spreads the log alphas around `start`; None: all begin there, as
-    in the paper, which takes more steps to find out what matters. ramp: share of
-    the steps until the target is the whole one. every: steps between updates of the domain weights.
+    criterion of `effattn.prune.criteria` whose ranking spreads the log alphas (`Masks.rank`), of the axes that it
+    knows; None, and the others: all begin at `start`, as in the paper, which takes more steps to find out what matters.
+    ramp: share of the steps until the target is the whole one. every: steps between updates of the domain weights.
+
+    What the paper does not do, and what few tokens need: distill: masks and weights learn the unmodified model's
+    predictions, which say more a token than the text does (its predecessor does, CoFi, arXiv:2204.00408, section 3.2).
+    compensate: after slicing, o_proj and the FFN's output module are solved again for what the unmodified model gives
+    (not with a smaller hidden size). Either keeps a copy of the model.
     """
     check_finite(model)
     parts = hf.of(model)
@@ -142,38 +165,53 @@ def learn_masks(
         raise ValueError(f"ramp: got {ramp}, valid is 0 to 1 (a share of the steps)")
     dtype = _cast(model, torch.float32)
     references = reference_losses(model, domains)
+    parent = copy.deepcopy(model).eval().requires_grad_(False) if distill or compensate else None
 
     def module_of(weights, steps: int) -> Shearing:
         masks = Masks(parts, smaller, start)
         if warm_start is not None:
             _rank(masks, parts, domains, warm_start)
-        return Shearing(model, weights, masks, Lagrangian(masks, int(ramp * steps)), seed)
+        return Shearing(model, weights, masks, Lagrangian(masks, int(ramp * steps)), seed, parent if distill else None)
 
-    defaults = default_mask_lrs(steps_of(tokens, domains.length, batch, _overrides(model, overrides))[0])
-    chosen = {"mask_lr": mask_lr or defaults[0], "multiplier_lr": multiplier_lr or defaults[1]}
+    defaults = default_mask_lrs(steps_of(tokens, domains.length, batch, _overrides(model, overrides))[0], ramp)
+    chosen = {"mask_lr": mask_lr or defaults[0], "level_lr": defaults[1], "multiplier_lr": multiplier_lr or defaults[2]}
     use_cache = model.config.use_cache
     module, facts = train(
         module_of, domains, references, tokens=tokens, folder=folder, batch=batch,
-        lr=lr or default_lr(parts.embeddings.weight.shape[1]), schedule="constant", every=every, rule=loading,
+        lr=lr or default_lr(parts.embeddings.weight.shape[1]), every=every, rule=loading,
         seed=seed, progress=progress, overrides=_overrides(model, overrides), **chosen,
     )  # fmt: skip
     model.config.use_cache = use_cache
     small, difference = cut(module, next(iter(domains.held_out.values()))[:1, :128])
+    fitted = []
+    if compensate and {"heads", "ffn"} & set(smaller) and "hidden" not in smaller:
+        new = hf.of(small)
+        inputs = max(output_module(layer, axis).in_features for layer in new for axis in ("heads", "ffn")
+                     if axis in smaller)  # fmt: skip
+        batches = _calibration(domains, TOKENS_PER_INPUT * inputs)
+        fitted = fit_outputs(hf.of(parent), new, folding.keep(module.masks.values), batches)
     _cast(small, dtype)
-    return small, facts | chosen | {"target": smaller, "max_logit_difference": difference}
+    return small, facts | chosen | {"target": smaller, "max_logit_difference": difference, "compensation": fitted}
 
 
 def _rank(masks: Masks, parts: hf.Anatomy, domains: Domains, criterion: str) -> None:
-    """Ranks the gates that a criterion knows, on windows of every domain, as many as it is read at the start."""
+    """Ranks the gates that a criterion knows."""
     known = importlib.import_module(f"effattn.prune.criteria.{criterion}").TARGETS
-    ranked = [axis for axis in masks.log_alpha if axis in known]
-    batches = []
-    for tokens, share in zip(domains.train.values(), domains.proportions.tolist(), strict=True):
-        count = min(math.ceil(share * WARM_WINDOWS), len(tokens) // domains.length)
-        batches += tokens[: count * domains.length].view(-1, domains.length).split(4)
-    importance = criteria.measure(criterion, parts, batches, ranked) if ranked else None
+    ranked = [axis for axis in masks.own if axis in known]
+    importance = criteria.measure(criterion, parts, _calibration(domains), ranked) if ranked else None
     for axis in ranked:
         masks.rank(axis, getattr(importance, axis))
+
+
+def _calibration(domains: Domains, least: int = 0) -> list[Tensor]:
+    """Windows of every domain, as many as it is read at the start, int64 (4 or fewer, length) each: `WINDOWS`, or
+    `least` tokens if that is more, as far as there is text."""
+    windows = max(WINDOWS, math.ceil(least / domains.length))
+    batches = []
+    for tokens, share in zip(domains.train.values(), domains.proportions.tolist(), strict=True):
+        count = min(math.ceil(share * windows), len(tokens) // domains.length)
+        batches += tokens[: count * domains.length].view(-1, domains.length).split(4)
+    return batches
 
 
 @torch.no_grad()
@@ -209,7 +247,7 @@ def continue_training(
     _, facts = train(
         lambda weights, steps: Shearing(model, weights, seed=seed), domains, references, tokens=tokens,
         folder=folder, batch=batch, lr=lr or default_lr(model.get_input_embeddings().weight.shape[1]),
-        schedule="cosine", every=every, rule=loading, seed=seed + 1, progress=progress,
+        every=every, rule=loading, seed=seed + 1, progress=progress,
         overrides=_overrides(model, overrides),
     )  # fmt: skip
     model.config.use_cache = use_cache

@@ -8,6 +8,7 @@ from conftest import tiny
 from effattn.prune import hard_concrete
 from effattn.prune.lagrangian import Lagrangian
 from effattn.prune.masks import Masks
+from effattn.prune.sheared import default_mask_lrs
 
 from effattn.hf import anatomy as hf
 
@@ -71,6 +72,27 @@ def test_multipliers_climb_and_masks_fall_until_the_shape_is_met():
         target = constraints.targets(150)[axis]
         assert removed.tolist() == pytest.approx([target] * len(removed), abs=0.05), axis
     assert all(bool((each != 0).all()) for each in constraints.parameters())
+
+
+def test_a_ranking_is_kept_while_the_rows_close():
+    """Constraints alone close the lowest ranks of every row, sharply: what stays is nearly open, the rest shut."""
+    masks = Masks(hf.of(tiny("llama")), {"ffn": 24})
+    importance = torch.rand(2, 96, generator=torch.Generator().manual_seed(0))
+    masks.rank("ffn", importance)
+    assert masks.removed()["ffn"].max() < 0.02
+    constraints, steps = Lagrangian(masks, warmup=60), 100
+    _, level_lr, multiplier_lr = default_mask_lrs(steps, ramp=0.6)
+    optimizer = torch.optim.Adam([{"params": masks.level.parameters(), "lr": level_lr},
+                                  {"params": constraints.parameters(), "lr": multiplier_lr}])  # fmt: skip
+    for step in range(steps):
+        optimizer.zero_grad()
+        constraints(masks.removed(), step).backward()
+        optimizer.step()
+        masks.clamp()
+    assert masks.removed()["ffn"].tolist() == pytest.approx([0.75, 0.75], abs=0.03)
+    z = masks.settled(final=True)["ffn"]
+    assert torch.equal(z > 0, importance >= importance.topk(24).values[:, -1:])
+    assert z.sum() / 48 > 0.7  # with all log alphas at the border it is about 0.4
 
 
 def test_multipliers_get_the_opposite_gradient():

@@ -20,7 +20,7 @@ import effattn
 from effattn.cli import app
 
 CPU = {"use_cpu": True}
-SMALL = {"heads": 4, "ffn": 48, "mask_tokens": 1280, "continue_tokens": 1280, "evaluation_tokens": 512, "length": 128,
+SMALL = {"heads": 4, "ffn": 48, "mask_tokens": 1024, "continue_tokens": 512, "evaluation_tokens": 512, "length": 128,
          "batch": 2, "decode_contexts": (), "warm_start": None, "overrides": CPU}  # fmt: skip
 PROSE = "The quick brown fox jumps over the lazy dog, and the dog does not mind it at all. " * 100
 CODE = "def add(a, b):\n    return a + b\n\n\nclass Box:\n    def __init__(self, x):\n        self.x = x\n\n" * 100
@@ -49,7 +49,9 @@ def source(tmp_path_factory) -> str:
 @pytest.fixture(scope="module")
 def done(tmp_path_factory, texts, source):
     folder = tmp_path_factory.mktemp("shear") / "out"
-    return run(Job(model=source, output=folder, domains=texts, compare=True, **SMALL)), folder
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shear_job, "SPEED_SECONDS", 0.1)
+        return run(Job(model=source, output=folder, domains=texts, compare=True, **SMALL)), folder
 
 
 def test_the_embedded_corpus_has_domains_by_path():
@@ -83,7 +85,7 @@ def test_the_job_saves_a_plain_checkpoint_of_the_shape(done):
     assert size["after"]["file_bytes"] == (folder / "model.safetensors").stat().st_size
     assert size["after"]["kv_bytes_per_token"] * 2 == size["before"]["kv_bytes_per_token"]
     assert size["after"]["flops_per_token"] < size["before"]["flops_per_token"]
-    tokens = domain_text(effattn.embedded.tokenizer(), train=2560, evaluation=512, domains=[
+    tokens = domain_text(effattn.embedded.tokenizer(), train=1536, evaluation=512, domains=[
         Path(part) for part in report.data["settings"]["domains"]]).evaluation  # fmt: skip
     measured = effattn.perplexity(effattn.load(folder), tokens, min(128, len(tokens) - 1))
     assert quality["continued"]["perplexity"] == pytest.approx(measured, rel=1e-4)
@@ -97,7 +99,7 @@ def test_baselines_have_the_same_shape_and_tokens(done):
     rows = report.data["baselines"]
     assert list(rows) == ["scratch", "structured"]
     for row in rows.values():
-        assert row["training"]["tokens"] == report.tokens == 2560
+        assert row["training"]["tokens"] == report.tokens == 1536
         assert row["parameters"] == report.data["size"]["after"]["parameters"]
     assert rows["structured"]["cut"]["kl"] < rows["scratch"]["cut"]["kl"]
 
@@ -111,6 +113,7 @@ def test_the_report_says_the_same_in_every_form(done):
     for text in (again.to_html(), again.to_markdown()):
         assert "the same shape from scratch" in text
         assert "Domain weights" in text
+        assert "1,024 tokens before cutting taught" in text
     with pytest.raises(ValueError, match="kind: got 'x'"):
         ShearReport({"kind": "x"})
 
@@ -123,6 +126,8 @@ def test_a_killed_job_goes_on_and_ends_the_same(done, texts, source, tmp_path, m
         run(job)
     assert not job.output.exists()
     monkeypatch.undo()
+    for slow in ("verify_plain", "_speed"):  # the first test of the job has them
+        monkeypatch.setattr(shear_job, slow, lambda *args: [])
     with pytest.raises(ValueError, match=r"other settings \(start\)"):
         run(Job(model=source, output=tmp_path / "out", domains=texts, start=1.0, **SMALL))
     run(job)
