@@ -139,6 +139,7 @@ class _Run:
             source, sink = self._states(which, index), self._states(which, index + 1)
             with self.model.layer(index) as layer:
                 done.append(step(layer, source, sink))
+            layers.give_memory_back()
             self._note()
             shutil.rmtree(source.folder)
             if progress:
@@ -202,6 +203,7 @@ class _Run:
                     raise RuntimeError(f"the saved layer {index} has other zeros than the pruned one")
                 with layers.working(layer.block, runner.dtype):
                     hidden = runner.call(index, hidden).cpu()
+            layers.give_memory_back()
         expected = self._states("pruned", self.count)[0]
         difference = float((hidden - expected).abs().max())
         if not difference <= 1e-5 * float(expected.abs().max()):
