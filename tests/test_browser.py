@@ -142,7 +142,7 @@ def shear() -> str:
              "flops_per_token": 7e6}  # fmt: skip
     row = {"cut": quality(90.0), "continued": quality(30.0), "training": training(200_000, False)}
     return ShearReport({
-        "kind": "shear", "settings": {"model": "some-model", "heads": 4, "distill": True, "domains": ["a.txt", "b.txt"]},
+        "kind": "shear", "settings": {"model": "some-model", "heads": 4, "distill": True, "domains": ["a.txt", "b"]},
         "target": {"hidden": [256, 256], "heads": [8, 4], "ffn": [704, 352], "layers": [4, 4]},
         "model": {"class": "Llama"}, "size": {"before": sizes, "after": sizes | {"parameters": 2_400_000}},
         "quality": {"before": quality(17.0), "cut": quality(40.0), "continued": quality(21.0), "tokens": 4096,
