@@ -196,7 +196,7 @@ def tile(
     """Tile sizes for `lines` rows (queries times heads of a group), as keyword arguments of `attend`.
 
     more: there are counts, q_first, a bias or raw keys, which take registers. turns: it is raw keys, which with wide
-    heads take more than Blackwell gives.
+    heads take more than Hopper and Blackwell give: smaller tiles, and fewer in flight.
     """
     block_d, block_dv = (max(16, triton.next_power_of_2(x)) for x in (dim, value_dim))
     width = max(block_d, block_dv)
@@ -207,7 +207,7 @@ def tile(
         block_m = min(max(16, triton.next_power_of_2(lines)), 64 if width <= 128 and not more else 32)
         block_n = min(128 if block_m == 16 else 64, TILE_BYTES // (width * itemsize)) // (2 if small or more else 1)
         block_n = max(16, block_n // 2) if turns and width > 64 else block_n
-    stages = 2 if small else 3
+    stages = 2 if small or (turns and width > 64) else 3
     return dict(
         BLOCK_D=block_d, BLOCK_DV=block_dv, BLOCK_M=block_m, BLOCK_N=block_n, num_warps=4, num_stages=stages
     )  # fmt: skip
