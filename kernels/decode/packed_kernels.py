@@ -10,7 +10,7 @@ tuples hold them.
     values per token        acc += (p scale) code + sum over n of p scale zero                  scale (1, N)
     values per channel      acc += (p code + (sum of p) zero) scale                             scale (1, W) of a group
 
-where a code stands for itself minus (2^b - 1) / 2.
+where a code stands for itself plus 1 / 2.
 """
 
 from __future__ import annotations

@@ -1,13 +1,13 @@
 """Packing group by group and number by number: slow and obvious, and the definition of every bit.
 
-With b bits, L = 2^b - 1 and all in fp32, rounded to nearest even unless said otherwise:
+With b bits, h = 2^(b - 1) and all in fp32, rounded to nearest even unless said otherwise:
 
     half  = (max - min) / 2,  mid = (max + min) / 2,  m = max |x|                           over the group
     scale = up(max((half + m 2^-10) 2^(1 - b), m 2^-15, 2^-111)), or 0 if m = 0             asymmetric
             up(max(m 2^(1 - b), 2^-111)), or 0 if m = 0                                     symmetric
             up(max(m / 448, 2^-111)), or 0 if m = 0                                         fp8
     zero  = fp16(mid / scale)
-    code  = round(x / scale - zero + L / 2), within 0 .. L                                  fp8: e4m3(x / scale)
+    code  = round(x / scale - zero + (h - 1/2)) - h, within -h .. h - 1                     fp8: e4m3(x / scale)
 
 `up` rounds to bf16, away from zero. The cells of the levels then cover [min, max], as zero's rounding error, at most
 2^-11 |zero| <= 2^-11 m / scale steps, is paid for by the m 2^-10 in `scale`: no code is cut off by `within`, and
@@ -64,7 +64,9 @@ def _group(x: Tensor, coding: Coding) -> tuple[Tensor, Tensor, Tensor]:
     zero = torch.tensor(0.0)
     if coding.has_zero and scale > 0:
         zero = ((high / 2 + low / 2) / scale).half().float()
-    return scale, zero, (y - zero + coding.middle).round().clamp(0, 2**coding.bits - 1).to(torch.uint8)
+    code = (y - zero + (coding.half - 0.5)).round() - coding.half
+    code = code.clamp(-coding.half, coding.half - 1).to(torch.int8).view(torch.uint8)
+    return scale, zero, code & (2**coding.bits - 1)
 
 
 def _up(x: Tensor) -> Tensor:
@@ -95,5 +97,6 @@ def unpack(codes: Codes, dtype: torch.dtype) -> Tensor:
     scale = codes.scale[:, :, row, column].float()
     if coding.kind == "fp8":
         return (code.to(torch.uint8).view(torch.float8_e4m3fn).float() * scale).to(dtype)
+    code = torch.where(code < coding.half, code, code - 2 * coding.half)
     zero = 0.0 if codes.zero is None else codes.zero[:, :, row, column].float()
-    return ((code - coding.middle + zero) * scale).to(dtype)
+    return ((code + 0.5 + zero) * scale).to(dtype)

@@ -32,7 +32,7 @@ def pack(x: Tensor, coding: Coding) -> Codes:
         if coding.has_zero:
             zero = torch.where(scale == 0, 0.0, (high * 0.5 + low * 0.5) / scale).to(ZERO)
             y = y - zero.float()
-        codes = (y + coding.middle).round_().clamp_(0, 2**coding.bits - 1).to(torch.uint8)
+        codes = (y + (coding.half - 0.5)).round_().clamp_(0, 2 * coding.half - 1).to(torch.uint8) ^ coding.half
     scale, zero = (None if s is None else s.squeeze(along) for s in (scale.to(SCALE), zero))
     return Codes(side_by_side(codes.reshape(x.shape), coding), scale, zero, coding)
 
@@ -48,32 +48,34 @@ def unpack(codes: Codes, dtype: torch.dtype) -> Tensor:
     coding = codes.coding
     x = _groups(torch.cat([plane(codes.codes, coding, p).float() for p in range(coding.planes)], dim=-1), coding)
     along = -2 if coding.axis == "channel" else -1
-    if coding.kind != "fp8":
-        x -= coding.middle - lowered(coding)
+    scale = codes.scale.float()
+    if coding.kind == "fp8":
+        scale = scale * worth(coding)
+    else:
+        x = x * worth(coding) + 0.5
         if codes.zero is not None:
             x += codes.zero.float().unsqueeze(along)
-    scale = codes.scale.float() * (FP8 if coding.kind == "fp8" else 1)
     x *= scale.unsqueeze(along)
     return x.reshape(codes.shape).to(dtype)
 
 
 def plane(codes: Tensor, coding: Coding, index: int) -> Tensor:
-    """uint8 (..., D / P) -> the codes of channels [index D / P, (index + 1) D / P) as integers, minus `lowered`; of
-    fp8 the numbers that they stand for, over `FP8`, fp16."""
-    if (
-        coding.kind == "fp8"
-    ):  # its bits are fp16's, up to the bias; float8's own cast goes one by one on a CPU, 20 times slower
+    """uint8 (..., D / P) -> the codes of channels [index D / P, (index + 1) D / P), int8; of fp8 the numbers that they
+    stand for, fp16. Both over `worth`."""
+    if coding.kind == "fp8":
+        # Its bits are fp16's, up to the bias; float8's own cast goes one by one on a CPU, 20 times slower.
         return (codes.view(torch.int8).short() << 7 & 0xBFFF - 2**16).view(torch.float16)
-    if coding.bits == 8:
-        return (codes ^ 128).view(torch.int8)
-    if index < coding.planes - 1:
-        return (codes >> index * coding.bits if index else codes) & (2**coding.bits - 1)
-    return codes >> index * coding.bits
+    above = 8 - (index + 1) * coding.bits
+    if above:
+        codes = codes << above
+    if index:
+        codes = codes & (256 - 2 ** (8 - coding.bits))
+    return codes.view(torch.int8)
 
 
-def lowered(coding: Coding) -> int:
-    """What `plane` takes from the codes: 8 bits are many enough for their sums to lose digits to the middle's."""
-    return 128 if coding.bits == 8 else 0
+def worth(coding: Coding) -> float:
+    """What `plane`'s numbers are to be multiplied by: codes lie in a byte's top bits."""
+    return FP8 if coding.kind == "fp8" else 2.0 ** (coding.bits - 8)
 
 
 def _groups(x: Tensor, coding: Coding) -> Tensor:

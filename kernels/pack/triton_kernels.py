@@ -18,9 +18,10 @@ ROUND = tl.constexpr(1.5 * 2.0**23)
 
 @triton.jit
 def numbers(codes, PLANE: tl.constexpr, KIND_BITS: tl.constexpr, IS_FP8: tl.constexpr, dtype: tl.constexpr):
-    """uint8 -> the codes of one plane minus (2^b - 1) / 2, of fp8 the numbers over `FP8`; exact in any float dtype.
+    """uint8 -> the codes of one plane plus 1 / 2, of fp8 the numbers over `FP8`; exact in any float dtype.
 
-    The bits go into the mantissa of 2^b, which is then subtracted: an integer's conversion is eight times slower.
+    The bits go into the mantissa of 2^b, which is then subtracted: an integer's conversion is eight times slower. Their
+    sign is flipped on the way, for code + 2^(b - 1).
     """
     if IS_FP8:
         wide = codes.to(tl.uint16)
@@ -30,13 +31,13 @@ def numbers(codes, PLANE: tl.constexpr, KIND_BITS: tl.constexpr, IS_FP8: tl.cons
         code = (codes >> (PLANE * KIND_BITS)) & ((1 << KIND_BITS) - 1) if KIND_BITS < 8 else codes
         less: tl.constexpr = 2.0**KIND_BITS + (2**KIND_BITS - 1) / 2
         if dtype == tl.float16:
-            x = ((code.to(tl.uint16) << (10 - KIND_BITS)) | ((15 + KIND_BITS) << 10)).to(tl.float16, bitcast=True)
+            x = ((code.to(tl.uint16) << (10 - KIND_BITS)) ^ ((31 + 2 * KIND_BITS) << 9)).to(tl.float16, bitcast=True)
             return (x - less).to(dtype)
         elif dtype == tl.bfloat16 and KIND_BITS < 8 and not EMULATED:
-            x = ((code.to(tl.uint16) << (7 - KIND_BITS)) | ((127 + KIND_BITS) << 7)).to(tl.bfloat16, bitcast=True)
+            x = ((code.to(tl.uint16) << (7 - KIND_BITS)) ^ ((255 + 2 * KIND_BITS) << 6)).to(tl.bfloat16, bitcast=True)
             return (x - less).to(dtype)
         else:
-            x = ((code.to(tl.uint32) << (23 - KIND_BITS)) | ((127 + KIND_BITS) << 23)).to(tl.float32, bitcast=True)
+            x = ((code.to(tl.uint32) << (23 - KIND_BITS)) ^ ((255 + 2 * KIND_BITS) << 22)).to(tl.float32, bitcast=True)
             return (x - less).to(dtype)
 
 
@@ -80,7 +81,7 @@ def grouped(x, BITS: tl.constexpr, IS_FP8: tl.constexpr, HAS_ZERO: tl.constexpr,
         if HAS_ZERO:
             zero = tl.div_rn(high * 0.5 + low * 0.5, by).to(tl.float16).to(tl.float32)
         y = ((y - zero + (2**BITS - 1) / 2) + ROUND) - ROUND
-        code = tl.minimum(tl.maximum(y, 0.0), 2.0**BITS - 1).to(tl.uint8)
+        code = tl.minimum(tl.maximum(y, 0.0), 2.0**BITS - 1).to(tl.uint8) ^ (1 << (BITS - 1))
     return code, scale, zero
 
 

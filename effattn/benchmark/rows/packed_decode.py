@@ -21,7 +21,10 @@ from effattn.quant.formats import Format
 PLAIN = "effattn full"
 SOURCE = "packed caches: the bytes they save"
 FORMATS = ("int8", "int4", "int2", "fp8")
-COLD = 2**30  # bytes of caches that take turns on a GPU
+COLD = {"cuda": 2**30, "cpu": 2**28}  # bytes of caches that take turns, as a model's layers do
+CPU = (
+    dict(heads=32, kv_heads=8, dim=128), dict(heads=8, kv_heads=8, dim=64), dict(heads=8, kv_heads=2, dim=64),
+)  # fmt: skip
 GPU = ((1, 32768), (1, 131072), (8, 32768), (32, 4096), (32, 16384))  # (batch, tokens)
 
 
@@ -49,7 +52,7 @@ class PackedDecode(Case):
     def sets(self, device):
         itemsize = getattr(torch, self.dtype).itemsize
         size = 2 * self.batch * self.kv_heads * self.tokens * self.dim * itemsize // 4  # of the packed ones, about
-        return max(2, math.ceil(COLD / size)) if device.type == "cuda" and size < COLD else 1
+        return max(2, math.ceil(COLD[device.type] / size)) if size < COLD[device.type] else 1
 
     def answers(self, call, inputs):
         return {"output": call(*inputs)}
@@ -153,8 +156,8 @@ def cases(device, quick):
             yield _race("bfloat16", tokens, batch=batch)
     else:
         for tokens in (1024,) if quick else (4096, 16384):
-            for kv_heads in (8, 2):
-                yield _race("float32", tokens, heads=8, kv_heads=kv_heads, dim=64)
+            for sizes in CPU:
+                yield _race("float32", tokens, **sizes)
 
 
 def targets(device):
@@ -169,7 +172,8 @@ def targets(device):
                              Ratio((name, "SDPA"), (name, "effattn int4")), SOURCE, least=2.3)  # fmt: skip
         return
     for tokens in (4096, 16384):
-        for kv_heads in (8, 2):
-            name = _race("float32", tokens, heads=8, kv_heads=kv_heads, dim=64).name
-            yield Target(f"decode int8 over {tokens} tokens, 8 query and {kv_heads} K/V heads, against the fp32 cache",
+        for sizes in CPU:
+            name = _race("float32", tokens, **sizes).name
+            heads = "{heads} query and {kv_heads} K/V heads of {dim}".format(**sizes)
+            yield Target(f"decode int8 over {tokens} tokens, {heads}, against the fp32 cache",
                          Ratio((name, PLAIN), (name, "effattn int8")), SOURCE, least=1 / 1.3)  # fmt: skip
