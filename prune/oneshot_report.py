@@ -5,9 +5,7 @@ One JSON-able dict is the report; Markdown, HTML and the terminal show the same 
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from torch import nn
@@ -15,18 +13,18 @@ from torch import nn
 from effattn.hf.describe import describe
 from effattn.profiling.cost import model_cost
 from effattn.profiling.environment import environment
-from effattn.reports.files import finite, write_all_atomic
-from effattn.reports.page import Section, markdown_text, page
+from effattn.reports.document import Document
 from effattn.reports.plots import AFTER, BEFORE, PALETTE, Series, bar_plot, line_plot
-from effattn.reports.tables import UNKNOWN, Table, data_size, number, pairs, percent
+from effattn.reports.tables import Table, number, pairs, percent
 
+from .decode_table import DECODING, decode_table
 from .nm import Sparsity
 
 if TYPE_CHECKING:
     from .one_shot import Plan
 
 KIND = "prune_oneshot"
-QUALITY, METHODS, DECODING = "Before and after", "Methods compared", "Decoding"
+QUALITY, METHODS = "Before and after", "Methods compared"
 STAGES = {"pruned": "After pruning", "distilled": "After distillation"}
 SAVES_NOTHING = "Zeros are stored like other weights: files, memory and the time of products are as before. "
 PACK = "effattn.prune.pack(model) stores 2:4 weights in 9/16 of the bytes (bf16) and multiplies by them as they are."
@@ -55,7 +53,7 @@ def counts(model: nn.Module) -> dict[str, int]:
 
 
 @dataclass
-class OneShotReport:
+class OneShotReport(Document):
     """Wraps `data`, a dict of kind "prune_oneshot".
 
     settings, model (class, dtype), layers (of `prune_layer`), sizes ({"before", "after"}: see `counts`), quality (what
@@ -64,6 +62,7 @@ class OneShotReport:
     """
 
     data: dict
+    terminal = (QUALITY, METHODS, DECODING, "Verification")
 
     def __post_init__(self):
         if self.data.get("kind") != KIND:
@@ -79,12 +78,6 @@ class OneShotReport:
             "model": {"class": told.model, "dtype": told.dtype}, "layers": layers, "sizes": {"after": found},
             "environment": environment(),
         })  # fmt: skip
-
-    @classmethod
-    def load(cls, path: Path | str) -> OneShotReport:
-        """Reads report.json, or the one in a folder."""
-        path = Path(path)
-        return cls(json.loads((path / "report.json" if path.is_dir() else path).read_text(encoding="utf-8")))
 
     def part(self, name: str) -> dict:
         """A part of `data`, empty if it is null or absent."""
@@ -142,7 +135,7 @@ class OneShotReport:
         if data.get("runs"):
             tables.append(self._methods())
         if data.get("decode"):
-            tables.append(_decoding(data["decode"]))
+            tables.append(decode_table(data["decode"], "Dense products do not skip zeros."))
         if data.get("verification"):
             tables.append(pairs("Verification", data["verification"]))
         if learned := data.get("distillation"):
@@ -236,49 +229,3 @@ class OneShotReport:
             found["Layers"] = [bar_plot("Error of each layer's output", names, [(self.label, AFTER, errors)], "layer",
                                         "relative squared error")]  # fmt: skip
         return found
-
-    # ---- output ----
-
-    def __rich__(self):
-        from rich.console import Group
-        from rich.text import Text
-
-        shown = [table for table in self.tables() if table.title in (QUALITY, METHODS, DECODING, "Verification")]
-        return Group(Text(self.title, style="bold"), Text(self.headline), *(x for t in shown for x in ("", t.rich())))
-
-    def to_json(self) -> str:
-        return json.dumps(finite(self.data), indent=1, default=str, allow_nan=False) + "\n"
-
-    def to_markdown(self) -> str:
-        parts = [f"# {markdown_text(self.title)}", markdown_text(self.headline)]
-        return "\n\n".join([*parts, *(table.markdown() for table in self.tables())]) + "\n"
-
-    def to_html(self) -> str:
-        """A self-contained page that makes no request."""
-        plots = self.plots()
-        sections = [Section(table.title, "", plots.get(table.title, []), [table]) for table in self.tables()]
-        return page(self.title, self.headline, sections)
-
-    def save(self, folder: Path | str) -> None:
-        """Writes report.md, report.html and, last, report.json into `folder`: all of them or none."""
-        files = {"report.md": self.to_markdown(), "report.html": self.to_html(), "report.json": self.to_json()}
-        write_all_atomic(folder, files)
-
-
-def _decoding(timed: list[dict]) -> Table:
-    rows = []
-    for row in timed:
-        before, after = (row.get(when) or {} for when in ("before", "after"))
-        rows.append([
-            number(row["context"]), *(_speed(one) for one in (before, after)), data_size(before.get("kv_bytes")),
-            data_size(after.get("kv_bytes")),
-        ])  # fmt: skip
-    header = ("Context", "Before (tokens/s)", "After (tokens/s)", "KV before", "KV after")
-    note = "Context in tokens; greedy single-token steps, the models taking turns. Dense products do not skip zeros."
-    return Table(DECODING, header, rows, note)
-
-
-def _speed(timed: dict) -> str:
-    if timed.get("does_not_fit"):
-        return f"does not fit (needs {data_size(timed['does_not_fit'])})"
-    return f"{timed['tokens_per_s']:,.1f}" if timed.get("tokens_per_s") else UNKNOWN

@@ -5,14 +5,12 @@ One JSON-able dict is the report; Markdown, HTML and the terminal show the same 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from effattn.heads.report_plots import token_axis
-from effattn.reports.files import finite, write_all_atomic
-from effattn.reports.page import Section, markdown_text, page
+from effattn.reports.document import Document
+from effattn.reports.page import Section, page
 from effattn.reports.plots import AFTER, NEUTRAL, PALETTE, Series, bar_plot, line_plot
 from effattn.reports.tables import UNKNOWN, Table, data_size, number, pairs, percent
 
@@ -27,22 +25,17 @@ MASKS, DOMAINS = "Masks", "Domains"
 
 
 @dataclass
-class ShearReport:
+class ShearReport(Document):
     """Wraps `data`, a dict of kind "shear": settings, target (axis -> [before, after]), model, size, quality (before,
     cut, continued: perplexity, cross_entropy and kl in nats a token), masks and continued (what training says, with
     its record), baselines, speed (tokens/s), verification, environment."""
 
     data: dict
+    terminal = (QUALITY, SIZE, "Speed")
 
     def __post_init__(self):
         if self.data.get("kind") != "shear":
             raise ValueError(f"kind: got {self.data.get('kind')!r}, a shearing's report has 'shear'")
-
-    @classmethod
-    def load(cls, path: Path | str) -> ShearReport:
-        """Reads report.json, or the one in a folder."""
-        path = Path(path)
-        return cls(json.loads((path / "report.json" if path.is_dir() else path).read_text(encoding="utf-8")))
 
     @property
     def label(self) -> str:
@@ -207,26 +200,6 @@ class ShearReport:
         lines.append(Series("the parent", [min(scaled), max(scaled)], [level, level], NEUTRAL, "--", ""))
         return line_plot("Held-out loss while training", lines, unit, "nats a token")
 
-    def table(self):
-        """What a person wants on the terminal."""
-        from rich.console import Group
-        from rich.text import Text
-
-        shown = [table.rich() for table in self.tables() if table.title in (QUALITY, SIZE, "Speed")]
-        return Group(
-            Text(self.title, style="bold"), Text(self.headline), *(part for one in shown for part in ("", one))
-        )
-
-    def __rich__(self):
-        return self.table()
-
-    def to_json(self) -> str:
-        return json.dumps(finite(self.data), indent=1, default=str, allow_nan=False) + "\n"
-
-    def to_markdown(self) -> str:
-        blocks = [f"# {markdown_text(self.title)}", markdown_text(self.headline)]
-        return "\n\n".join([*blocks, *(table.markdown() for table in self.tables())]) + "\n"
-
     def to_html(self) -> str:
         """A self-contained page that makes no request."""
         tables, plots = {table.title: table for table in self.tables()}, self.plots()
@@ -237,11 +210,6 @@ class ShearReport:
             section = sections.setdefault(name, Section(name, "", plots.get(name, [])))
             section.tables.append(table)
         return page(self.title, self.headline, list(sections.values()))
-
-    def save(self, folder: Path | str) -> None:
-        """Writes report.md, report.html and, last, report.json into `folder`: all of them or none."""
-        files = {"report.md": self.to_markdown(), "report.html": self.to_html(), "report.json": self.to_json()}
-        write_all_atomic(folder, files)
 
 
 def _mean(values: Sequence[float]) -> float:

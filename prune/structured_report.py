@@ -5,23 +5,23 @@ One JSON-able dict is the report; Markdown, HTML and the terminal show the same 
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
-from pathlib import Path
 
 from torch import nn
 
 from effattn.hf import anatomy as hf
 from effattn.hf.describe import describe
 from effattn.profiling.cost import model_cost
-from effattn.reports.files import finite, write_all_atomic
-from effattn.reports.page import Section, markdown_text, page
+from effattn.reports.document import Document
+from effattn.reports.page import Section, page
 from effattn.reports.plots import AFTER, BEFORE, PALETTE, UPTRAINED, Series, bar_plot, line_plot
-from effattn.reports.tables import UNKNOWN, Table, data_size, number, pairs, percent
+from effattn.reports.tables import Table, number, pairs, percent
+
+from .decode_table import DECODING, decode_table
 
 KIND = "prune_structured"
-QUALITY, RUNS, DECODING, ERRORS, IMPORTANCE = (
-    "Before and after", "Criteria compared", "Decoding", "Error of each layer's outputs", "Importance",
+QUALITY, RUNS, ERRORS, IMPORTANCE = (
+    "Before and after", "Criteria compared", "Error of each layer's outputs", "Importance",
 )  # fmt: skip
 NAMES = {"heads": "heads", "ffn": "FFN dimensions", "layers": "layers"}
 MOST_LINES = 8  # layers in one plot
@@ -41,7 +41,7 @@ def sizes_of(model: nn.Module) -> dict[str, int | None]:
 
 
 @dataclass
-class StructuredReport:
+class StructuredReport(Document):
     """Wraps `data`, a dict of kind "prune_structured".
 
     settings, model (class, dtype), kept (indices by target), importance (scores by target and layer; of FFN dimensions
@@ -51,16 +51,11 @@ class StructuredReport:
     """
 
     data: dict
+    terminal = (QUALITY, RUNS, DECODING, "Verification")
 
     def __post_init__(self):
         if self.data.get("kind") != KIND:
             raise ValueError(f"kind: got {self.data.get('kind')!r}, a structured pruning's report has {KIND!r}")
-
-    @classmethod
-    def load(cls, path: Path | str) -> StructuredReport:
-        """Reads report.json, or the one in a folder."""
-        path = Path(path)
-        return cls(json.loads((path / "report.json" if path.is_dir() else path).read_text(encoding="utf-8")))
 
     def part(self, name: str) -> dict:
         """A part of `data`, empty if it is null or absent."""
@@ -112,7 +107,7 @@ class StructuredReport:
         data = self.data
         tables = [self._before_and_after()]
         tables += [self._runs()] if data.get("runs") else []
-        tables += [_decoding(data["decode"])] if data.get("decode") else []
+        tables += [decode_table(data["decode"])] if data.get("decode") else []
         tables += [pairs("Verification", data["verification"])] if data.get("verification") else []
         if self.layers:
             columns = ("heads_error_sliced", "heads_error", "ffn_error_sliced", "ffn_error")
@@ -213,33 +208,12 @@ class StructuredReport:
             plots.append(bar_plot("Importance of layers", names, parts, "layer", "score"))
         return plots
 
-    # ---- output ----
-
-    def __rich__(self):
-        from rich.console import Group
-        from rich.text import Text
-
-        shown = [table for table in self.tables() if table.title in (QUALITY, RUNS, DECODING, "Verification")]
-        return Group(Text(self.title, style="bold"), Text(self.headline), *(x for t in shown for x in ("", t.rich())))
-
-    def to_json(self) -> str:
-        return json.dumps(finite(self.data), indent=1, default=str, allow_nan=False) + "\n"
-
-    def to_markdown(self) -> str:
-        parts = [f"# {markdown_text(self.title)}", markdown_text(self.headline)]
-        return "\n\n".join([*parts, *(table.markdown() for table in self.tables())]) + "\n"
-
     def to_html(self) -> str:
         """A self-contained page that makes no request."""
         plots, tables = self.plots(), self.tables()
         sections = [Section(table.title, "", plots.get(table.title, []), [table]) for table in tables]
         sections.insert(1, Section(IMPORTANCE, "", plots[IMPORTANCE]))
         return page(self.title, self.headline, sections)
-
-    def save(self, folder: Path | str) -> None:
-        """Writes report.md, report.html and, last, report.json into `folder`: all of them or none."""
-        files = {"report.md": self.to_markdown(), "report.html": self.to_html(), "report.json": self.to_json()}
-        write_all_atomic(folder, files)
 
 
 def _spread(layers: int) -> list[int]:
@@ -256,22 +230,3 @@ def _curve(label: str, scores: list[float], target: str, place: int) -> Series:
     x = [100 * (i + heads) / (len(scores) - (not heads)) for i in range(len(scores))]
     y = [score / mean for score in scores]
     return Series(label, x, y, PALETTE[place % len(PALETTE)], marker=None if heads else "")
-
-
-def _decoding(timed: list[dict]) -> Table:
-    rows = []
-    for row in timed:
-        before, after = (row.get(when) or {} for when in ("before", "after"))
-        rows.append([
-            number(row["context"]), _speed(before), _speed(after), data_size(before.get("kv_bytes")),
-            data_size(after.get("kv_bytes")),
-        ])  # fmt: skip
-    header = ("Context", "Before (tokens/s)", "After (tokens/s)", "KV before", "KV after")
-    note = "Context in tokens; greedy single-token steps, the models taking turns."
-    return Table(DECODING, header, rows, note)
-
-
-def _speed(timed: dict) -> str:
-    if timed.get("does_not_fit"):
-        return f"does not fit (needs {data_size(timed['does_not_fit'])})"
-    return f"{timed['tokens_per_s']:,.1f}" if timed.get("tokens_per_s") else UNKNOWN

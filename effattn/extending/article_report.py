@@ -5,20 +5,20 @@ One JSON-able dict is the report; Markdown, HTML and the terminal show the same 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from effattn.reports.files import finite, write_all_atomic, write_text_atomic
-from effattn.reports.page import Section, markdown_text, page
+from effattn.extending import article_plots, article_tables
+from effattn.reports.document import Document
+from effattn.reports.files import write_text_atomic
 from effattn.reports.tables import Table
 
 KIND = "extend_context"
 
 
 @dataclass
-class ArticleReport:
+class ArticleReport(Document):
     """Wraps `data`, a dict of kind "extend_context".
 
     Keys: settings, model, copy (has the model learned to copy), task and task_learned (of retrieval), within (the tasks
@@ -27,16 +27,11 @@ class ArticleReport:
     """
 
     data: dict
+    terminal = article_tables.TERMINAL
 
     def __post_init__(self):
         if self.data.get("kind") != KIND:
             raise ValueError(f"kind: got {self.data.get('kind')!r}, a report of extend_context has {KIND!r}")
-
-    @classmethod
-    def load(cls, path: Path | str) -> ArticleReport:
-        """Reads report.json, or the one in a folder."""
-        path = Path(path)
-        return cls(json.loads((path / "report.json" if path.is_dir() else path).read_text(encoding="utf-8")))
 
     @property
     def rules(self) -> list[dict]:
@@ -85,43 +80,10 @@ class ArticleReport:
         return f"{said}. Most copied from far back: {best['name']}, {100 * self.copied(best):.1f} % of tokens."
 
     def tables(self) -> list[Table]:
-        from effattn.extending import article_tables
-
         return article_tables.tables(self)
 
-    def __rich__(self):
-        from rich.console import Group
-        from rich.text import Text
-
-        from effattn.extending.article_tables import TERMINAL
-
-        drawn = [table.rich() for table in self.tables() if table.title in TERMINAL]
-        return Group(
-            Text(self.title, style="bold"), Text(self.headline), *(part for one in drawn for part in ("", one))
-        )
-
-    def to_json(self) -> str:
-        return json.dumps(finite(self.data), indent=1, default=str, allow_nan=False) + "\n"
-
-    def to_markdown(self) -> str:
-        blocks = [f"# {markdown_text(self.title)}", markdown_text(self.headline)]
-        return "\n\n".join([*blocks, *(table.markdown() for table in self.tables())]) + "\n"
-
-    def to_html(self) -> str:
-        """A self-contained page that makes no request."""
-        from effattn.extending import article_plots
-
-        figures = article_plots.plots(self)
-        return page(
-            self.title,
-            self.headline,
-            [Section(table.title, "", figures.get(table.title, []), [table]) for table in self.tables()],
-        )
-
-    def save(self, folder: Path | str) -> None:
-        """Writes report.md, report.html and, last, report.json into `folder`: all of them or none."""
-        files = {"report.md": self.to_markdown(), "report.html": self.to_html(), "report.json": self.to_json()}
-        write_all_atomic(folder, files)
+    def plots(self) -> dict[str, list]:
+        return article_plots.plots(self)
 
     def save_json(self, path: Path | str) -> None:
         """Writes the results alone, whole or not at all."""

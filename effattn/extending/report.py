@@ -5,40 +5,31 @@ One JSON-able dict is the report; Markdown, HTML and the terminal show the same 
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
-from pathlib import Path
 
 from markupsafe import Markup
 
 from effattn.extending.planner import NEEDED
-from effattn.reports.files import finite, write_all_atomic
-from effattn.reports.page import Section, markdown_text, page
+from effattn.reports.document import Document
 from effattn.reports.plots import AFTER, NEUTRAL, UPTRAINED, Series, line_plot
 from effattn.reports.tables import Table, number, pairs
 
 KIND = "extend"
 PLAN, ROTATION, QUALITY, TUNING = "What each rule promises", "The model's rotation", "Quality", "Tuning"
-TERMINAL = (PLAN, ROTATION, QUALITY)
 
 
 @dataclass
-class ExtendReport:
+class ExtendReport(Document):
     """Wraps `data`, a dict of kind "extend": settings, plan (`effattn.extending.planner.Plan` as a dict), rule (spec,
     plain), model, quality (per stage and length: cross_entropy in nats a token, perplexity, accuracy), tuning,
     verification, environment. Without an output only the plan is filled."""
 
     data: dict
+    terminal = (PLAN, ROTATION, QUALITY)
 
     def __post_init__(self):
         if self.data.get("kind") != KIND:
             raise ValueError(f"kind: got {self.data.get('kind')!r}, a report of extend has {KIND!r}")
-
-    @classmethod
-    def load(cls, path: Path | str) -> ExtendReport:
-        """Reads report.json, or the one in a folder."""
-        path = Path(path)
-        return cls(json.loads((path / "report.json" if path.is_dir() else path).read_text(encoding="utf-8")))
 
     @property
     def plan(self) -> dict:
@@ -154,32 +145,3 @@ class ExtendReport:
             curve = Series("training loss", [one["tokens"] for one in points], [one["loss"] for one in points], AFTER)
             found[TUNING] = [line_plot("Tuning", [curve], "tokens", "nats a token")]
         return found
-
-    def __rich__(self):
-        from rich.console import Group
-        from rich.text import Text
-
-        drawn = [table.rich() for table in self.tables() if table.title in TERMINAL]
-        lines = [Text(self.title, style="bold"), Text(self.headline)]
-        return Group(*lines, *(part for one in drawn for part in ("", one)))
-
-    def to_json(self) -> str:
-        return json.dumps(finite(self.data), indent=1, default=str, allow_nan=False) + "\n"
-
-    def to_markdown(self) -> str:
-        blocks = [f"# {markdown_text(self.title)}", markdown_text(self.headline)]
-        return "\n\n".join([*blocks, *(table.markdown() for table in self.tables())]) + "\n"
-
-    def to_html(self) -> str:
-        """A self-contained page that makes no request."""
-        figures = self.plots()
-        return page(
-            self.title,
-            self.headline,
-            [Section(table.title, "", figures.get(table.title, []), [table]) for table in self.tables()],
-        )
-
-    def save(self, folder: Path | str) -> None:
-        """Writes report.md, report.html and, last, report.json into `folder`: all of them or none."""
-        files = {"report.md": self.to_markdown(), "report.html": self.to_html(), "report.json": self.to_json()}
-        write_all_atomic(folder, files)

@@ -6,25 +6,21 @@ measured says so: a missing number is never 0.
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass
-from pathlib import Path
 
 from effattn.heads import report_plots
 from effattn.heads.report_compare import compare_html
 from effattn.heads.report_tables import heads_text, speed_ratio, tables
-from effattn.reports.files import finite, write_all_atomic
-from effattn.reports.page import Section, markdown_text, page
-from effattn.reports.tables import number, percent
+from effattn.reports.document import Document
+from effattn.reports.page import Section, page
+from effattn.reports.tables import Table, number, percent
 
 __all__ = ["ConversionReport", "compare_html"]
 
-TERMINAL = ("Before and after", "Decoding", "Verification")
-
 
 @dataclass
-class ConversionReport:
+class ConversionReport(Document):
     """Wraps `data`, a dict of kind "convert_gqa"; any of its measurements may be None or absent.
 
     Keys: settings, model, quality (perplexity; cross_entropy and kl in nats a token), uptraining, layers (relative
@@ -32,16 +28,11 @@ class ConversionReport:
     """
 
     data: dict
+    terminal = ("Before and after", "Decoding", "Verification")
 
     def __post_init__(self):
         if self.data.get("kind") != "convert_gqa":
             raise ValueError(f"kind: got {self.data.get('kind')!r}, a conversion report has 'convert_gqa'")
-
-    @classmethod
-    def load(cls, path: Path | str) -> ConversionReport:
-        """Reads report.json, or the one in a folder."""
-        path = Path(path)
-        return cls(json.loads((path / "report.json" if path.is_dir() else path).read_text(encoding="utf-8")))
 
     def part(self, name: str) -> dict:
         """A part of `data`, empty if it is null or absent."""
@@ -138,25 +129,8 @@ class ConversionReport:
             parts.append(f"decoding at {row['context']:,} tokens runs at {speed_ratio(row):.2f}x the speed")
         return "; ".join(parts) + "."
 
-    def table(self):
-        """The tables a person wants on the terminal, as one rich renderable: headline, decoding, verification."""
-        from rich.console import Group
-        from rich.text import Text
-
-        shown = [table for table in tables(self) if table.title in TERMINAL]
-        return Group(
-            Text(self.title, style="bold"), Text(self.headline), *(part for t in shown for part in ("", t.rich()))
-        )
-
-    def __rich__(self):
-        return self.table()
-
-    def to_json(self) -> str:
-        return json.dumps(finite(self.data), indent=1, default=str, allow_nan=False) + "\n"
-
-    def to_markdown(self) -> str:
-        parts = [f"# {markdown_text(self.title)}", markdown_text(self.headline), *(t.markdown() for t in tables(self))]
-        return "\n\n".join(parts) + "\n"
+    def tables(self) -> list[Table]:
+        return tables(self)
 
     def to_html(self) -> str:
         """A self-contained page that makes no request."""
@@ -179,8 +153,3 @@ class ConversionReport:
             section("Environment", [], "Environment"),
         ]
         return page(self.title, self.headline, sections)
-
-    def save(self, folder: Path | str) -> None:
-        """Writes report.md, report.html and, last, report.json into `folder`: all of them or none."""
-        files = {"report.md": self.to_markdown(), "report.html": self.to_html(), "report.json": self.to_json()}
-        write_all_atomic(folder, files)

@@ -17,7 +17,8 @@ def speed_ratio(row: dict) -> float | None:
     return after / before if before and after else None
 
 
-def _speed(timed: dict) -> str:
+def speed(timed: dict) -> str:
+    """Tokens/s of one side of a decoding row, or why there are none."""
     if timed.get("does_not_fit"):
         return f"does not fit (needs {data_size(timed['does_not_fit'])})"
     return f"{timed['tokens_per_s']:,.1f}" if timed.get("tokens_per_s") else UNKNOWN
@@ -69,7 +70,7 @@ def _decode_tables(report: ConversionReport) -> list[Table]:
         before, after = row.get("before") or {}, row.get("after") or {}
         ratio = speed_ratio(row)
         speeds.append([
-            number(row["context"]), number(row.get("batch")), _speed(before), _speed(after),
+            number(row["context"]), number(row.get("batch")), speed(before), speed(after),
             f"{ratio:.2f}x" if ratio else UNKNOWN, data_size(before.get("kv_bytes")), data_size(after.get("kv_bytes")),
         ])  # fmt: skip
         times.append([number(row["context"]), number(row.get("batch")), _spread(before), _spread(after)])

@@ -10,14 +10,15 @@ from markupsafe import Markup
 
 from effattn.hf import anatomy as hf
 from effattn.profiling.environment import environment
+from effattn.reports.document import Document
 from effattn.reports.files import finite, write_all_atomic
-from effattn.reports.page import Section, markdown_text, page
+from effattn.reports.page import Section, page
 from effattn.reports.plots import NEUTRAL, PALETTE, Series, bar_plot, line_plot
 from effattn.reports.tables import Table, pairs
 
 
 @dataclass
-class ApproximationReport:
+class ApproximationReport(Document):
     """Wraps `data`, a dict of kind "approximation". rows: method, option, budget, inputs, error, and its cost beside
     exact attention's; matrices: relative errors of Monarch projections."""
 
@@ -122,10 +123,6 @@ class ApproximationReport:
 
     def to_json(self) -> str:
         return json.dumps(finite(self.data), indent=1, allow_nan=False) + "\n"
-
-    def to_markdown(self) -> str:
-        blocks = [f"# {markdown_text(self.title)}", markdown_text(self.headline)]
-        return "\n\n".join([*blocks, *(table.markdown() for table in self.tables())]) + "\n"
 
     def to_html(self) -> str:
         """A self-contained page that makes no request."""

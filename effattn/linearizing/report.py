@@ -5,13 +5,11 @@ One JSON-able dict is the report; Markdown, HTML and the terminal show the same 
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from effattn.linearizing.approximation_report import ApproximationReport
-from effattn.reports.files import finite, write_all_atomic
-from effattn.reports.page import Section, markdown_text, page
+from effattn.reports.document import Document
+from effattn.reports.page import Section, page
 from effattn.reports.plots import AFTER, BEFORE, UPTRAINED, Series, bar_plot, line_plot, short_count
 from effattn.reports.tables import Table, data_size, number, pairs, percent
 from effattn.swapping.patterns import label_of
@@ -22,22 +20,17 @@ ERRORS = "Error against exact attention before training"
 
 
 @dataclass
-class LinearizeReport:
+class LinearizeReport(Document):
     """Wraps `data`, a dict of kind "linearize": settings, model, layers, quality (the parent, and what was measured
     on), stages (perplexity, cross_entropy, kl after each), transfer, distillation, approximation (see there),
     state_bytes, verification, environment. Perplexities come with their cross-entropy in nats a token."""
 
     data: dict
+    terminal = (QUALITY, STATE)
 
     def __post_init__(self):
         if self.data.get("kind") != "linearize":
             raise ValueError(f"kind: got {self.data.get('kind')!r}, a linearization's report has 'linearize'")
-
-    @classmethod
-    def load(cls, path: Path | str) -> LinearizeReport:
-        """Reads report.json, or the one in a folder."""
-        path = Path(path)
-        return cls(json.loads((path / "report.json" if path.is_dir() else path).read_text(encoding="utf-8")))
 
     @property
     def label(self) -> str:
@@ -160,26 +153,6 @@ class LinearizeReport:
             ]
         return found
 
-    def table(self):
-        """What a person wants on the terminal."""
-        from rich.console import Group
-        from rich.text import Text
-
-        shown = [table.rich() for table in self.tables() if table.title in (QUALITY, STATE)]
-        return Group(
-            Text(self.title, style="bold"), Text(self.headline), *(part for one in shown for part in ("", one))
-        )
-
-    def __rich__(self):
-        return self.table()
-
-    def to_json(self) -> str:
-        return json.dumps(finite(self.data), indent=1, default=str, allow_nan=False) + "\n"
-
-    def to_markdown(self) -> str:
-        blocks = [f"# {markdown_text(self.title)}", markdown_text(self.headline)]
-        return "\n\n".join([*blocks, *(table.markdown() for table in self.tables())]) + "\n"
-
     def to_html(self) -> str:
         """A self-contained page that makes no request."""
         tables, plots = {table.title: table for table in self.tables()}, self.plots()
@@ -189,8 +162,3 @@ class LinearizeReport:
         sections[0].tables += [tables[name] for name in ("Distillation",) if name in tables]
         sections += [Section(name, tables=[tables[name]]) for name in facts if name in tables]
         return page(self.title, self.headline, sections)
-
-    def save(self, folder: Path | str) -> None:
-        """Writes report.md, report.html and, last, report.json into `folder`: all of them or none."""
-        files = {"report.md": self.to_markdown(), "report.html": self.to_html(), "report.json": self.to_json()}
-        write_all_atomic(folder, files)

@@ -5,11 +5,9 @@ One JSON-able dict is the report; Markdown, HTML and the terminal show the same 
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
-from pathlib import Path
 
-from effattn.reports.files import finite, write_all_atomic
+from effattn.reports.document import Document
 from effattn.reports.page import Section, markdown_text, page
 from effattn.reports.tables import data_size
 from effattn.swapping import report_parts as parts
@@ -18,7 +16,7 @@ STAYS = 1.5  # times the reference on the same tokens, at most: the perplexity o
 
 
 @dataclass
-class SwapReport:
+class SwapReport(Document):
     """Wraps `data`, a dict of kind "swap_backend".
 
     Keys: settings, model, runs (before, the patterns, baselines: each with contexts, stream and text), reference (the
@@ -31,12 +29,6 @@ class SwapReport:
     def __post_init__(self):
         if self.data.get("kind") != "swap_backend":
             raise ValueError(f"kind: got {self.data.get('kind')!r}, a swap report has 'swap_backend'")
-
-    @classmethod
-    def load(cls, path: Path | str) -> SwapReport:
-        """Reads report.json, or the one in a folder."""
-        path = Path(path)
-        return cls(json.loads((path / "report.json" if path.is_dir() else path).read_text(encoding="utf-8")))
 
     @property
     def settings(self) -> dict:
@@ -94,12 +86,6 @@ class SwapReport:
             lines.append(Text(parts.shortened(passage.rest or passage.text)))
         return Group(*lines)
 
-    def __rich__(self):
-        return self.table()
-
-    def to_json(self) -> str:
-        return json.dumps(finite(self.data), indent=1, default=str, allow_nan=False) + "\n"
-
     def to_markdown(self) -> str:
         blocks = [f"# {markdown_text(self.title)}", markdown_text(self.headline)]
         blocks += [table.markdown() for table in parts.tables(self)]
@@ -124,11 +110,6 @@ class SwapReport:
             section("Environment", [], "Environment"),
         ]  # fmt: skip
         return page(self.title, self.headline, sections)
-
-    def save(self, folder: Path | str) -> None:
-        """Writes report.md, report.html and, last, report.json into `folder`: all of them or none."""
-        files = {"report.md": self.to_markdown(), "report.html": self.to_html(), "report.json": self.to_json()}
-        write_all_atomic(folder, files)
 
 
 def _stays(ours: dict, best: dict) -> bool:

@@ -5,14 +5,12 @@ One JSON-able dict is the report; Markdown, HTML and the terminal show the same 
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
-from pathlib import Path
 
 from effattn.quant.sensitivity import report_plots as plots
 from effattn.quant.sensitivity import report_tables as tables
 
-from effattn.reports.files import finite, write_all_atomic
+from effattn.reports.document import Document
 from effattn.reports.page import Passage, Section, markdown_text, page
 from effattn.reports.tables import Table
 
@@ -20,7 +18,7 @@ KIND = "quantize_kv"
 
 
 @dataclass
-class QuantizeReport:
+class QuantizeReport(Document):
     """Wraps `data`, a dict of kind "quantize_kv".
 
     Keys: settings, model, formats (a row each: name, cache, adapted, quality, bytes_per_token, held, memory; first the
@@ -30,16 +28,11 @@ class QuantizeReport:
     """
 
     data: dict
+    terminal = tables.TERMINAL
 
     def __post_init__(self):
         if self.data.get("kind") != KIND:
             raise ValueError(f"kind: got {self.data.get('kind')!r}, a report of quantize-kv has {KIND!r}")
-
-    @classmethod
-    def load(cls, path: Path | str) -> QuantizeReport:
-        """Reads report.json, or the one in a folder."""
-        path = Path(path)
-        return cls(json.loads((path / "report.json" if path.is_dir() else path).read_text(encoding="utf-8")))
 
     @property
     def title(self) -> str:
@@ -82,9 +75,6 @@ class QuantizeReport:
         parts = [Text(self.title, style="bold"), Text(self.headline), *(part for one in shown for part in ("", one))]
         return Group(*parts, *(["", Text(self.swap_call)] if self.swap_call else []))
 
-    def to_json(self) -> str:
-        return json.dumps(finite(self.data), indent=1, default=str, allow_nan=False) + "\n"
-
     def to_markdown(self) -> str:
         blocks = [f"# {markdown_text(self.title)}", markdown_text(self.headline)]
         blocks += [passage.markdown() for passage in self._passages()]
@@ -101,8 +91,3 @@ class QuantizeReport:
 
     def _passages(self) -> list[Passage]:
         return [Passage("To use the plan", "", self.swap_call)] if self.swap_call else []
-
-    def save(self, folder: Path | str) -> None:
-        """Writes report.md, report.html and, last, report.json into `folder`: all of them or none."""
-        files = {"report.md": self.to_markdown(), "report.html": self.to_html(), "report.json": self.to_json()}
-        write_all_atomic(folder, files)
