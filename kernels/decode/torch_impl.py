@@ -64,8 +64,8 @@ def attention(
     if turn is not None and queries == 1 and softcap is None and not repeated and _in_order_behind(layout, mask):
         rows = _pack(q, k.shape[1])
         if torch_turn.fits(rows, k, v, turn):
-            position, rows_far = layout.key_positions(k.shape[2], k.device), _pack(turn.q_far, k.shape[1])
-            out, lse = torch_turn.rerope(rows, rows_far, k, v, turn, position, scale, mask)
+            rows_far = _pack(turn.q_far, k.shape[1])
+            out, lse = torch_turn.rerope(rows, rows_far, k, v, turn, layout, scale, mask)
             return out.reshape(q.shape), lse.reshape(q.shape[:3]) if need_lse else None
     scores = _scores(q, k, pattern, layout, q_first, turn, far) * scale
     if softcap is not None:

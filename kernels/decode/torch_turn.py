@@ -7,14 +7,18 @@ Shapes: rows (B, Hkv, R, D), the queries of the heads that share a K/V head; k (
 from __future__ import annotations
 
 import math
+import threading
 
 import torch
+from effattn.kernels.flash.pattern import Layout
 from effattn.kernels.flash.torch_fused import merge
 from torch import Tensor
 
+from ..scratch import scratch
 from .turn import Turn, rotate
 
-PIECE = 128 * 1024  # numbers that are rotated at a time
+PIECE = 2**20  # numbers that are rotated at a time
+_last = threading.local()
 
 
 def products(rows: Tensor, k: Tensor, turn: Turn, position: Tensor, far: bool = False) -> Tensor:
@@ -27,7 +31,8 @@ def products(rows: Tensor, k: Tensor, turn: Turn, position: Tensor, far: bool = 
     batch, kv_heads, tokens, dim = k.shape
     scores = rows.new_empty(batch, kv_heads, rows.shape[2], tokens)
     count = min(tokens, max(16, PIECE // dim))
-    held = rows.new_empty(max(1, PIECE // (count * dim)), count, dim)
+    many = min(kv_heads, max(1, PIECE // (count * dim)))
+    held = scratch(many * count * dim, rows.dtype, rows.device)[: many * count * dim].view(many, count, dim)
     for t in range(0, tokens, count):
         at = slice(t, t + count)
         cos, sin = (None, None) if raw else turn.cos_sin(position[:, at], rows.dtype, far)
@@ -51,7 +56,7 @@ def rerope(
     k: Tensor,
     v: Tensor,
     turn: Turn,
-    position: Tensor,
+    layout: Layout,
     scale: float,
     mask: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
@@ -64,10 +69,12 @@ def rerope(
     added = None if mask is None else torch.zeros_like(mask, dtype=k.dtype).masked_fill_(~mask, -torch.inf)
     # Every head of K and V as a row of a batch: few views are made a piece, whose time counts.
     queries, near, values = (x.reshape(-1, 1, *x.shape[2:]) for x in (rows, k[:, :, new:], v[:, :, new:]))
-    cos, sin = (_per_head(x[:, None], kv_heads) for x in turn.cos_sin(position[:, new:], k.dtype))
+    cos, sin = (_per_head(x[:, None], kv_heads) for x in _newest(turn, layout, new, k))
     hidden = None if added is None else _per_head(added[..., new:], kv_heads)
     out, lse = torch.empty_like(queries), queries.new_empty(queries.shape[:3])
-    held = queries.new_empty(max(1, PIECE // (near.shape[2] * near.shape[3])), 1, *near.shape[2:])
+    size = near[0].numel()
+    many = min(len(near), max(1, PIECE // max(size, 1)))
+    held = scratch(many * size, queries.dtype, queries.device)[: many * size].view(many, *near.shape[1:])
     for n in range(0, len(near), len(held)):
         some = slice(n, min(n + len(held), len(near)))
         turned = held[: some.stop - n]
@@ -81,6 +88,20 @@ def rerope(
         far = None if added is None else added[..., :new]
         merge(out, lse, *_fused(rows_far, k[:, :, :new], v[:, :, :new], far, scale))
     return out, lse
+
+
+def _newest(turn: Turn, layout: Layout, new: int, k: Tensor) -> tuple[Tensor, Tensor]:
+    """By which keys from `new` on are rotated, (1 or B, n, R/2) each. What was made last is kept: the layers of a model
+    ask for the same at every step, as they do of transformers' rotary module, which makes it once a step."""
+    keys = k.shape[2]
+    if layout.start is not None or layout.mask is not None:
+        return turn.cos_sin(layout.key_positions(keys, k.device)[:, new:], k.dtype)
+    asked = (layout.tail + new, layout.tail + keys, k.dtype, turn.scaling, torch.is_inference_mode_enabled())
+    held = getattr(_last, "made", None)
+    if held is None or held[0] != asked or not torch.equal(held[1], turn.inv_freq):
+        at = torch.arange(*asked[:2], device=k.device)[None]
+        held = _last.made = asked, turn.inv_freq.clone(), turn.cos_sin(at, k.dtype)
+    return held[2]
 
 
 def _per_head(x: Tensor, kv_heads: int) -> Tensor:
@@ -121,7 +142,10 @@ def _rotate(out: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool)
     half = cos.shape[-1]
     halves = (slice(0, 2 * half, 2), slice(1, 2 * half, 2)) if interleaved else (slice(0, half), slice(half, 2 * half))
     (a, b), (x, y) = ([z[..., part] for part in halves] for z in (k, out))
-    torch.mul(a, cos, out=x).addcmul_(b, sin, value=-1)
-    torch.mul(b, cos, out=y).addcmul_(a, sin)
+    if interleaved or 2 * half < k.shape[-1]:
+        torch.mul(a, cos, out=x), torch.mul(b, cos, out=y)
+    else:  # longer loops
+        torch.mul(k, torch.cat([cos, cos], dim=-1), out=out)
+    x.addcmul_(b, sin, value=-1), y.addcmul_(a, sin)
     if 2 * half < k.shape[-1]:
         out[..., 2 * half :] = k[..., 2 * half :]
