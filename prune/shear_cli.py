@@ -22,8 +22,10 @@ def shear(
         "domains")] = None,
     dataset: Annotated[str | None, typer.Option(help="a `datasets` name or folder, streamed, as one domain")] = None,
     column: Annotated[str | None, typer.Option(help="the dataset's text column")] = None,
-    mask_tokens: Annotated[int, count_tokens("to learn masks on")] = "300000",
-    continue_tokens: Annotated[int, count_tokens("to train on after cutting; 0: none")] = "900000",
+    mask_tokens: Annotated[int, count_tokens("to learn masks on")] = "60000",
+    recover_tokens: Annotated[int, count_tokens("to learn the parent's predictions on after cutting; 0: none")] =
+        "240000",
+    continue_tokens: Annotated[int, count_tokens("of text to train on then; 0: none")] = "900000",
     evaluation_tokens: Annotated[int, count_tokens("held out, to measure on")] = "32768",
     length: Annotated[int, typer.Option(help="window length in tokens")] = 512,
     batch: Annotated[int, typer.Option(help="windows a step and process")] = 4,
@@ -54,11 +56,11 @@ def shear(
     quiet_libraries()
     job = Job(
         model=model, output=output, hidden=hidden, heads=heads, ffn=ffn, layers=layers, domains=tuple(domain or ()),
-        dataset=dataset, column=column, mask_tokens=mask_tokens, continue_tokens=continue_tokens,
-        evaluation_tokens=evaluation_tokens, length=length, batch=batch, lr=lr, continue_lr=continue_lr,
-        mask_lr=mask_lr, multiplier_lr=multiplier_lr, warm_start=None if warm_start == "none" else warm_start,
-        start=start, ramp=ramp, distill=distill, compensate=compensate, loading=loading, compare=compare,
-        scratch_lr=scratch_lr, decode_contexts=contexts_of(decode_contexts), seed=seed, device=device,
+        dataset=dataset, column=column, mask_tokens=mask_tokens, recover_tokens=recover_tokens,
+        continue_tokens=continue_tokens, evaluation_tokens=evaluation_tokens, length=length, batch=batch, lr=lr,
+        continue_lr=continue_lr, mask_lr=mask_lr, multiplier_lr=multiplier_lr, warm_start=None if warm_start == "none"
+        else warm_start, start=start, ramp=ramp, distill=distill, compensate=compensate, loading=loading,
+        compare=compare, scratch_lr=scratch_lr, decode_contexts=contexts_of(decode_contexts), seed=seed, device=device,
     )  # fmt: skip
     main = int(os.environ.get("RANK", "0")) == 0
     report = run(job, Show() if main else Quiet())

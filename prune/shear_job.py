@@ -1,7 +1,7 @@
 """The whole job behind `recipes/shear.py` and `effattn shear`.
 
-Load, measure the parent, learn masks, cut, measure, train on, measure, save, prove in a fresh process that plain
-transformers loads the result, and only then the folder gets its name. `.<output>.partial` beside it keeps the
+Load, measure the parent, learn masks, cut, recover, train on, measure after each, save, prove in a fresh process that
+plain transformers loads the result, and only then the folder gets its name. `.<output>.partial` beside it keeps the
 checkpoints of every training; the same command goes on from there. With `compare` two baselines follow, with the same
 code, data and number of tokens: the same shape from scratch, and one-shot structured pruning trained on.
 """
@@ -57,6 +57,7 @@ class Job:
     dataset: str | None = None
     column: str | None = None
     mask_tokens: int = sheared.MASK_TOKENS
+    recover_tokens: int = sheared.RECOVER_TOKENS
     continue_tokens: int = sheared.CONTINUE_TOKENS
     evaluation_tokens: int = 32_768
     length: int = 512
@@ -84,8 +85,8 @@ class Job:
 
     @property
     def tokens(self) -> int:
-        """Of both stages: what a baseline gets in one."""
-        return self.mask_tokens + self.continue_tokens
+        """Of all stages: what a baseline gets in one."""
+        return self.mask_tokens + self.recover_tokens + self.continue_tokens
 
     @property
     def partial(self) -> Path:
@@ -140,13 +141,17 @@ def run(job: Job, show: Quiet | None = None) -> ShearReport:
         )  # fmt: skip
     quality["cut"] = measured(small)
     references = torch.tensor(facts["masks"]["references"], dtype=torch.float64)
-    if job.continue_tokens:
-        with show.stage(f"training on, {job.continue_tokens:,} tokens") as progress:
-            facts["continued"] = continue_training(
-                small, domains, references, tokens=job.continue_tokens, folder=job.partial / "continued",
-                lr=job.continue_lr, progress=progress, **shared,
-            )  # fmt: skip
-        quality["continued"] = measured(small)
+    for name, said, tokens, teacher in (
+        ("recovered", "learning the parent's predictions", job.recover_tokens, parent),
+        ("continued", "training on", job.continue_tokens, None),
+    ):
+        if tokens:
+            with show.stage(f"{said}, {tokens:,} tokens") as progress:
+                facts[name] = continue_training(
+                    small, domains, references, tokens=tokens, folder=job.partial / name, lr=job.continue_lr,
+                    teacher=teacher, progress=progress, **shared,
+                )  # fmt: skip
+            quality[name] = measured(small)
     baselines = _baselines(job, parent, small, data, domains, references, shared, measured, show) if job.compare else {}
     report = ShearReport({
         "kind": "shear", "settings": json.loads(json.dumps(asdict(job), default=str)) | {"source": data.source},
@@ -182,7 +187,8 @@ def check_job(job: Job) -> None:
         check_new_folder("output", job.output)
     if job.warm_start is not None:
         check_choice("warm_start", job.warm_start, CRITERIA)
-    for name, least in (("continue_tokens", 0), ("evaluation_tokens", 16), ("length", 8), ("batch", 1)):
+    for name, least in (("recover_tokens", 0), ("continue_tokens", 0), ("evaluation_tokens", 16), ("length", 8),
+                        ("batch", 1)):  # fmt: skip
         if getattr(job, name) < least:
             raise ValueError(f"{name}: got {getattr(job, name)}, valid is {least} or more")
     if job.mask_tokens < job.batch * job.length:
@@ -193,7 +199,7 @@ def check_job(job: Job) -> None:
 
 def _baselines(job: Job, parent, small, data: DomainText, domains, references, shared, measured, show) -> dict:
     """ "scratch": the same shape from random weights; "structured": Taylor scores, cut at once, compensated. Both then
-    get all tokens of both stages as continued training. Each is {"cut", "continued", "training", "seconds"}."""
+    get all tokens of the stages as continued training. Each is {"cut", "continued", "training", "seconds"}."""
     from effattn.prune import structured
 
     def random():
@@ -202,7 +208,8 @@ def _baselines(job: Job, parent, small, data: DomainText, domains, references, s
         return made.to(small.device).eval()
 
     def taylor():
-        calibration = torch.cat([tokens[: 16 * job.length] for tokens in data.train.values()])
+        windows = -(-sheared.WINDOWS // len(data.train))
+        calibration = torch.cat([tokens[: windows * job.length] for tokens in data.train.values()])
         wanted = {axis: size for axis, size in asdict(job.target).items() if size is not None}
         return structured(parent, calibration, criterion="taylor", length=job.length, **wanted)[0]
 

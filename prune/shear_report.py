@@ -22,13 +22,14 @@ SIZES = {
 }  # fmt: skip
 QUALITY, SIZE = "Quality", "Before and after"
 MASKS, DOMAINS = "Masks", "Domains"
+STAGES = ("masks", "recovered", "continued")
 
 
 @dataclass
 class ShearReport(Document):
     """Wraps `data`, a dict of kind "shear": settings, target (axis -> [before, after]), model, size, quality (before,
-    cut, continued: perplexity, cross_entropy and kl in nats a token), masks and continued (what training says, with
-    its record), baselines, speed (tokens/s), verification, environment."""
+    cut, recovered, continued: perplexity, cross_entropy and kl in nats a token), masks, recovered and continued (what
+    training says, with its record), baselines, speed (tokens/s), verification, environment."""
 
     data: dict
     terminal = (QUALITY, SIZE, "Speed")
@@ -50,12 +51,12 @@ class ShearReport(Document):
     @property
     def last(self) -> str:
         """The last stage that was measured."""
-        return "continued" if self.data["quality"].get("continued") else "cut"
+        return next(stage for stage in ("continued", "recovered", "cut") if self.data["quality"].get(stage))
 
     @property
     def tokens(self) -> int:
-        """Tokens that both stages saw."""
-        return sum((self.data.get(stage) or {}).get("tokens", 0) for stage in ("masks", "continued"))
+        """Tokens that all stages saw."""
+        return sum((self.data.get(stage) or {}).get("tokens", 0) for stage in STAGES)
 
     @property
     def headline(self) -> str:
@@ -101,17 +102,22 @@ class ShearReport(Document):
         rows = [["the parent", number(parent["perplexity"]), number(parent["cross_entropy"]), "-", "-"]]
         if quality.get("cut"):
             rows.append(row("sheared, right after cutting", quality["cut"], data["masks"]["tokens"]))
-        if quality.get("continued"):
-            rows.append(row("sheared, trained on", quality["continued"], self.tokens))
+        seen = data["masks"]["tokens"]
+        for stage, label in (("recovered", "taught by the parent"), ("continued", "trained on")):
+            if quality.get(stage):
+                seen += data[stage]["tokens"]
+                rows.append(row(f"sheared, {label}", quality[stage], seen))
         for name, found in data["baselines"].items():
             rows.append(row(f"{BASELINES[name]}: start", found["cut"], None))
             rows.append(row(BASELINES[name], found["continued"], found["training"]["tokens"]))
         note = f"On {quality['tokens']:,} held-out tokens ({quality['source']}) in windows of {quality['context']:,}."
         if data["pretraining_tokens"]:
             note += f" Pretraining had {data['pretraining_tokens']:,} tokens."
-        if data["baselines"] and data["settings"]["distill"]:
-            taught = data["masks"]["tokens"]
-            note += f" The {taught:,} tokens before cutting taught the parent's predictions; all others the text alone."
+        taught = data["masks"]["tokens"] if data["settings"]["distill"] else 0
+        taught += (data.get("recovered") or {}).get("tokens", 0)
+        if data["baselines"] and taught:
+            note += f" {taught:,} of the sheared model's tokens taught the parent's predictions; all others, and those "
+            note += "of the baselines, the text alone."
         header = ("", "Perplexity", "Cross-entropy (nats/token)", "KL to the parent (nats/token)",
                   "Trained on (tokens)")  # fmt: skip
         return Table(QUALITY, header, rows, note)
@@ -148,12 +154,13 @@ class ShearReport(Document):
         ]
 
     def _points(self) -> list[tuple[int, dict]]:
-        """The records of both stages as one: (tokens since the start, point)."""
-        first = self.data["masks"]
-        later = (self.data.get("continued") or {}).get("record", [])
-        return [(point["tokens"], point) for point in first["record"]] + [
-            (first["tokens"] + point["tokens"], point) for point in later
-        ]
+        """The records of all stages as one: (tokens since the start, point)."""
+        found, before = [], 0
+        for stage in STAGES:
+            facts = self.data.get(stage) or {"tokens": 0, "record": []}
+            found += [(before + point["tokens"], point) for point in facts["record"]]
+            before += facts["tokens"]
+        return found
 
     def plots(self) -> dict[str, list]:
         """Section -> its figures."""

@@ -145,9 +145,10 @@ def shear() -> str:
         "kind": "shear", "settings": {"model": "some-model", "heads": 4, "distill": True, "domains": ["a.txt", "b"]},
         "target": {"hidden": [256, 256], "heads": [8, 4], "ffn": [704, 352], "layers": [4, 4]},
         "model": {"class": "Llama"}, "size": {"before": sizes, "after": sizes | {"parameters": 2_400_000}},
-        "quality": {"before": quality(17.0), "cut": quality(40.0), "continued": quality(21.0), "tokens": 4096,
-                    "context": 512, "source": "some text"},
-        "masks": training(100_000, True), "continued": training(100_000, False), "baselines": {"scratch": row},
+        "quality": {"before": quality(17.0), "cut": quality(40.0), "recovered": quality(25.0),
+                    "continued": quality(21.0), "tokens": 4096, "context": 512, "source": "some text"},
+        "masks": training(100_000, True), "recovered": training(50_000, False),
+        "continued": training(100_000, False), "baselines": {"scratch": row},
         "speed": [{"what": "reading 512 tokens", "before": 9e3, "after": 1.5e4}], "verification": {"tokens": 64},
         "pretraining_tokens": 12_000_000, "environment": {"torch": "2.99"},
     }).to_html()  # fmt: skip

@@ -151,7 +151,9 @@ def test_bad_domains_are_refused(make, message):
         make()
 
 
-SETTINGS = dict(mask_tokens=6 * 128, continue_tokens=4 * 128, length=64, batch=2, overrides=CPU, mask_lr=0.3)
+STAGES = ("masks", "recovered", "continued")
+SETTINGS = dict(mask_tokens=6 * 128, recover_tokens=3 * 128, continue_tokens=4 * 128, length=64, batch=2,
+                overrides=CPU, mask_lr=0.3)  # fmt: skip
 TARGET = Target(hidden=48, heads=4, ffn=48)
 
 
@@ -164,7 +166,7 @@ class Killed(Exception):
 
 
 def test_a_killed_run_ends_like_an_uninterrupted_one(tokens, tmp_path):
-    """Killed twice, in both stages; every bit of the result is the same, and so is the record."""
+    """Killed twice, in the first stage and in the last; every bit of the result is the same, and so is the record."""
     found = {}
     for name, deaths in (("whole", ()), ("killed", (5, 3))):
         folder = tmp_path / name
@@ -181,9 +183,9 @@ def test_a_killed_run_ends_like_an_uninterrupted_one(tokens, tmp_path):
                 small = shear(model, TARGET, streams(tokens), folder=folder, progress=progress, **SETTINGS)
             except Killed:
                 assert death
-        records = [json.loads((folder / stage / "record.json").read_text()) for stage in ("masks", "continued")]
+        records = [json.loads((folder / stage / "record.json").read_text()) for stage in STAGES]
         found[name] = (small.state_dict(), records)
-    assert seen[0] == (3, 4)  # the last process went on after the checkpoint at step 2 of the second stage
+    assert seen[0] == (3, 4)  # the last process went on after the checkpoint at step 2 of the last stage
     for name, value in found["whole"][0].items():
         assert torch.equal(value, found["killed"][0][name]), name
     assert found["whole"][1] == found["killed"][1]
@@ -193,7 +195,7 @@ def test_a_killed_run_ends_like_an_uninterrupted_one(tokens, tmp_path):
 
 def test_shear_gives_a_plain_model_of_exactly_the_shape(tokens, tmp_path):
     model = tiny("llama", dtype=torch.bfloat16, tie_word_embeddings=True, num_key_value_heads=4)
-    small = shear(model, Target(heads=2, ffn=33), tokens, **(SETTINGS | {"continue_tokens": 0}))
+    small = shear(model, Target(heads=2, ffn=33), tokens, **(SETTINGS | {"recover_tokens": 0, "continue_tokens": 0}))
     config = small.config
     assert (config.num_key_value_heads, config.num_attention_heads, config.intermediate_size) == (2, 4, 33)
     assert (config.head_dim, config.use_cache, small.dtype, small.training) == (8, True, torch.bfloat16, False)
@@ -245,8 +247,9 @@ def save_sheared(batch: int, out: str) -> None:
     model = tiny("llama", dtype=torch.float32, tie_word_embeddings=True)
     rank = os.environ.get("RANK")
     overrides = CPU | ({} if rank is None else {"ddp_backend": "gloo"})
-    small = shear(model, Target(heads=4, ffn=48), streams(tokens), mask_tokens=4 * 256, continue_tokens=2 * 256,
-                  length=64, batch=batch, lr=1e-4, continue_lr=1e-4, overrides=overrides)  # fmt: skip
+    small = shear(model, Target(heads=4, ffn=48), streams(tokens), mask_tokens=4 * 256, recover_tokens=256,
+                  continue_tokens=2 * 256, length=64, batch=batch, lr=1e-4, continue_lr=1e-4,
+                  overrides=overrides)  # fmt: skip
     if rank in (None, "0"):
         save_model(small, out)
 

@@ -20,8 +20,9 @@ import effattn
 from effattn.cli import app
 
 CPU = {"use_cpu": True}
-SMALL = {"heads": 4, "ffn": 48, "mask_tokens": 1024, "continue_tokens": 512, "evaluation_tokens": 512, "length": 128,
-         "batch": 2, "decode_contexts": (), "warm_start": None, "overrides": CPU}  # fmt: skip
+SMALL = {"heads": 4, "ffn": 48, "mask_tokens": 768, "recover_tokens": 256, "continue_tokens": 512,
+         "evaluation_tokens": 512, "length": 128, "batch": 2, "decode_contexts": (), "warm_start": None,
+         "overrides": CPU}  # fmt: skip
 PROSE = "The quick brown fox jumps over the lazy dog, and the dog does not mind it at all. " * 100
 CODE = "def add(a, b):\n    return a + b\n\n\nclass Box:\n    def __init__(self, x):\n        self.x = x\n\n" * 100
 
@@ -113,7 +114,8 @@ def test_the_report_says_the_same_in_every_form(done):
     for text in (again.to_html(), again.to_markdown()):
         assert "the same shape from scratch" in text
         assert "Domain weights" in text
-        assert "1,024 tokens before cutting taught" in text
+        assert "1,024 of the sheared model&#39;s tokens taught" in text.replace("'", "&#39;")
+        assert "taught by the parent" in text
     with pytest.raises(ValueError, match="kind: got 'x'"):
         ShearReport({"kind": "x"})
 
