@@ -111,6 +111,8 @@ BLOCKS: dict[str, Callable[[Mapping], str]] = {
     "growth": growth_block,
     "targets": targets_block,
     "approximate": partial(targets_block, source=APPROXIMATE),
+    "packed": partial(targets_block, source="packed caches"),
+    "rerope": partial(targets_block, source="ReRoPE"),
 }
 DRAWN = {"figure": FORWARD, "training_figure": TRAINING}
 
