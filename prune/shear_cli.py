@@ -24,13 +24,15 @@ def shear(
     column: Annotated[str | None, typer.Option(help="the dataset's text column")] = None,
     mask_tokens: Annotated[int, count_tokens("to learn masks on")] = "60000",
     recover_tokens: Annotated[int, count_tokens("to learn the parent's predictions on after cutting; 0: none")] =
-        "240000",
-    continue_tokens: Annotated[int, count_tokens("of text to train on then; 0: none")] = "900000",
+        "1140000",
+    continue_tokens: Annotated[int, count_tokens("of text to train on then; 0: none")] = "0",
     evaluation_tokens: Annotated[int, count_tokens("held out, to measure on")] = "32768",
     length: Annotated[int, typer.Option(help="window length in tokens")] = 512,
     batch: Annotated[int, typer.Option(help="windows a step and process")] = 4,
     lr: Annotated[float | None, typer.Option(help="peak learning rate while masks are learned (default: by "
         "width)")] = None,
+    recover_lr: Annotated[float | None, typer.Option(help="the same while the parent's predictions are learned "
+        "(default: by width)")] = None,
     continue_lr: Annotated[float | None, typer.Option(help="the same for training on (default: by width)")] = None,
     mask_lr: Annotated[float | None, typer.Option(help="of the masks' log alphas (default: by steps)")] = None,
     multiplier_lr: Annotated[float | None, typer.Option(help="of the Lagrange multipliers (default: by steps)")] = None,
@@ -40,7 +42,7 @@ def shear(
     distill: Annotated[bool, typer.Option(help="masks learn the parent's predictions instead of the text")] = True,
     compensate: Annotated[bool, typer.Option(help="least squares for o_proj and down_proj after cutting")] = True,
     loading: Annotated[str, typer.Option(help="domain weights: clamped (paper), signed (its code), fixed")] = "clamped",
-    compare: Annotated[bool, typer.Option(help="also train the two baselines on as many tokens")] = False,
+    compare: Annotated[bool, typer.Option(help="also train the baselines on as many tokens")] = False,
     scratch_lr: Annotated[float | None, typer.Option(help="of the baseline from scratch (default: by width)")] = None,
     decode_contexts: Annotated[str, typer.Option(help="cache lengths to time decoding at, or none")] = "512,4k",
     seed: Annotated[int, typer.Option(help="of data order and gates")] = 0,
@@ -58,9 +60,10 @@ def shear(
         model=model, output=output, hidden=hidden, heads=heads, ffn=ffn, layers=layers, domains=tuple(domain or ()),
         dataset=dataset, column=column, mask_tokens=mask_tokens, recover_tokens=recover_tokens,
         continue_tokens=continue_tokens, evaluation_tokens=evaluation_tokens, length=length, batch=batch, lr=lr,
-        continue_lr=continue_lr, mask_lr=mask_lr, multiplier_lr=multiplier_lr, warm_start=None if warm_start == "none"
-        else warm_start, start=start, ramp=ramp, distill=distill, compensate=compensate, loading=loading,
-        compare=compare, scratch_lr=scratch_lr, decode_contexts=contexts_of(decode_contexts), seed=seed, device=device,
+        recover_lr=recover_lr, continue_lr=continue_lr, mask_lr=mask_lr, multiplier_lr=multiplier_lr, warm_start=None if
+        warm_start == "none" else warm_start, start=start, ramp=ramp, distill=distill, compensate=compensate,
+        loading=loading, compare=compare, scratch_lr=scratch_lr, decode_contexts=contexts_of(decode_contexts),
+        seed=seed, device=device,
     )  # fmt: skip
     main = int(os.environ.get("RANK", "0")) == 0
     report = run(job, Show() if main else Quiet())

@@ -2,7 +2,7 @@
 
 Load, measure the parent, learn masks, cut, recover, train on, measure after each, save, prove in a fresh process that
 plain transformers loads the result, and only then the folder gets its name. `.<output>.partial` beside it keeps the
-checkpoints of every training; the same command goes on from there. With `compare` two baselines follow, with the same
+checkpoints of every training; the same command goes on from there. With `compare` baselines follow, with the same
 code, data and number of tokens: the same shape from scratch, and one-shot structured pruning trained on.
 """
 
@@ -63,6 +63,7 @@ class Job:
     length: int = 512
     batch: int = 4
     lr: float | None = None
+    recover_lr: float | None = None
     continue_lr: float | None = None
     mask_lr: float | None = None
     multiplier_lr: float | None = None
@@ -141,15 +142,15 @@ def run(job: Job, show: Quiet | None = None) -> ShearReport:
         )  # fmt: skip
     quality["cut"] = measured(small)
     references = torch.tensor(facts["masks"]["references"], dtype=torch.float64)
-    for name, said, tokens, teacher in (
-        ("recovered", "learning the parent's predictions", job.recover_tokens, parent),
-        ("continued", "training on", job.continue_tokens, None),
+    for name, said, tokens, lr, teacher in (
+        ("recovered", "learning the parent's predictions", job.recover_tokens, job.recover_lr, parent),
+        ("continued", "training on", job.continue_tokens, job.continue_lr, None),
     ):
         if tokens:
             with show.stage(f"{said}, {tokens:,} tokens") as progress:
                 facts[name] = continue_training(
-                    small, domains, references, tokens=tokens, folder=job.partial / name, lr=job.continue_lr,
-                    teacher=teacher, progress=progress, **shared,
+                    small, domains, references, tokens=tokens, folder=job.partial / name, lr=lr, teacher=teacher,
+                    progress=progress, **shared,
                 )  # fmt: skip
             quality[name] = measured(small)
     baselines = _baselines(job, parent, small, data, domains, references, shared, measured, show) if job.compare else {}
@@ -199,7 +200,8 @@ def check_job(job: Job) -> None:
 
 def _baselines(job: Job, parent, small, data: DomainText, domains, references, shared, measured, show) -> dict:
     """ "scratch": the same shape from random weights; "structured": Taylor scores, cut at once, compensated. Both then
-    get all tokens of the stages as continued training. Each is {"cut", "continued", "training", "seconds"}."""
+    get all tokens of the stages as continued training. "taught": the second, but the tokens of the first two stages
+    teach it the parent's predictions. Each is {"cut", "continued", "training", "parameters"}."""
     from effattn.prune import structured
 
     def random():
@@ -214,17 +216,33 @@ def _baselines(job: Job, parent, small, data: DomainText, domains, references, s
         return structured(parent, calibration, criterion="taylor", length=job.length, **wanted)[0]
 
     found, scratch_lr = {}, job.scratch_lr or sheared.scratch_lr(small.get_input_embeddings().weight.shape[1])
-    for name, make, lr in (("scratch", random, scratch_lr), ("structured", taylor, job.continue_lr)):
+    text = ("text", job.tokens, job.continue_lr, None)
+    runs = {"scratch": (random, [("text", job.tokens, scratch_lr, None)]), "structured": (taylor, [text])}
+    if job.recover_tokens:
+        taught = ("teacher", job.mask_tokens + job.recover_tokens, job.recover_lr, parent)
+        runs["taught"] = (taylor, [taught, ("text", job.continue_tokens, job.continue_lr, None)])
+    for name, (make, stages) in runs.items():
         with show.stage(f"baseline: {name}"):
             model = make()
         row = {"cut": measured(model)}
-        with show.stage(f"baseline: {name}, {job.tokens:,} tokens") as progress:
-            row["training"] = continue_training(
-                model, domains, references, tokens=job.tokens, folder=job.partial / name, lr=lr,
-                progress=progress, **shared,
-            )  # fmt: skip
+        for kind, tokens, lr, teacher in stages:
+            if tokens:
+                with show.stage(f"baseline: {name}, {tokens:,} tokens") as progress:
+                    facts = continue_training(
+                        model, domains, references, tokens=tokens, folder=job.partial / f"{name}_{kind}", lr=lr,
+                        teacher=teacher, progress=progress, **shared,
+                    )  # fmt: skip
+                row["training"] = _joined(row.get("training"), facts)
         found[name] = row | {"continued": measured(model), "parameters": model.num_parameters()}
     return found
+
+
+def _joined(before: dict | None, facts: dict) -> dict:
+    """Two stages' facts as one: tokens of both, and the record of one after the other."""
+    if before is None:
+        return facts
+    later = [point | {"tokens": before["tokens"] + point["tokens"]} for point in facts["record"]]
+    return facts | {"tokens": before["tokens"] + facts["tokens"], "record": before["record"] + later}
 
 
 def _sizes(model) -> dict[str, int]:

@@ -15,7 +15,8 @@ from effattn.reports.plots import AFTER, NEUTRAL, PALETTE, Series, bar_plot, lin
 from effattn.reports.tables import UNKNOWN, Table, data_size, number, pairs, percent
 
 NAMES = {"hidden": "hidden dimensions", "heads": "KV heads", "ffn": "FFN dimensions", "layers": "layers"}
-BASELINES = {"scratch": "the same shape from scratch", "structured": "one-shot Taylor pruning, trained on"}
+BASELINES = {"scratch": "the same shape from scratch", "structured": "one-shot Taylor pruning, trained on",
+             "taught": "one-shot Taylor pruning, taught by the parent"}  # fmt: skip
 SIZES = {
     "parameters": "Parameters", "layer_parameters": "Parameters in the layers", "file_bytes": "Weights on disk",
     "kv_bytes_per_token": "KV cache of a token", "flops_per_token": "FLOPs of a token, reading",
@@ -116,8 +117,8 @@ class ShearReport(Document):
         taught = data["masks"]["tokens"] if data["settings"]["distill"] else 0
         taught += (data.get("recovered") or {}).get("tokens", 0)
         if data["baselines"] and taught:
-            note += f" {taught:,} of the sheared model's tokens taught the parent's predictions; all others, and those "
-            note += "of the baselines, the text alone."
+            note += f" {taught:,} of the sheared model's tokens taught the parent's predictions, and as many of the "
+            note += "baseline's that is taught by it; all others the text alone."
         header = ("", "Perplexity", "Cross-entropy (nats/token)", "KL to the parent (nats/token)",
                   "Trained on (tokens)")  # fmt: skip
         return Table(QUALITY, header, rows, note)

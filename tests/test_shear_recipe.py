@@ -98,11 +98,15 @@ def test_the_job_saves_a_plain_checkpoint_of_the_shape(done):
 def test_baselines_have_the_same_shape_and_tokens(done):
     report, _ = done
     rows = report.data["baselines"]
-    assert list(rows) == ["scratch", "structured"]
+    assert list(rows) == ["scratch", "structured", "taught"]
     for row in rows.values():
         assert row["training"]["tokens"] == report.tokens == 1536
         assert row["parameters"] == report.data["size"]["after"]["parameters"]
     assert rows["structured"]["cut"]["kl"] < rows["scratch"]["cut"]["kl"]
+    assert rows["taught"]["cut"] == rows["structured"]["cut"]
+    tokens = [point["tokens"] for point in rows["taught"]["training"]["record"]]
+    assert tokens == sorted(tokens)
+    assert tokens[-1] == 1536
 
 
 def test_the_report_says_the_same_in_every_form(done):
