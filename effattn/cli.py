@@ -78,7 +78,8 @@ def convert_gqa(
     decode_contexts: Annotated[str, typer.Option(help="cache lengths to time decoding at, or none")] = "512,4k,16k",
 ) -> None:  # fmt: skip
     """Give a checkpoint fewer key/value heads: MHA to GQA or MQA, loadable by plain transformers."""
-    from effattn.heads.job import Job, Quiet, run
+    from effattn.heads.job import Job, run
+    from effattn.jobs import Quiet
 
     quiet_libraries()
     job = Job(

@@ -23,7 +23,7 @@ from effattn.errors import check_choice
 from effattn.evaluate.loss import compare
 from effattn.heads.verify import verify_plain
 from effattn.hf.checkpoint import atomic_folder, check_new_folder, load_model, resolve
-from effattn.jobs import Quiet, device
+from effattn.jobs import Quiet, device, partial_folder
 from effattn.profiling.decode import decode_speed
 from effattn.profiling.environment import environment
 from effattn.profiling.memory import available_bytes
@@ -73,8 +73,7 @@ class Job:
 
     @property
     def partial(self) -> Path:
-        target = Path(self.output).absolute()
-        return target.parent / f".{target.name}.partial"
+        return partial_folder(self.output)
 
     @property
     def pruning(self) -> dict:

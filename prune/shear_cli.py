@@ -53,7 +53,7 @@ def shear(
 
     from effattn.prune.shear_job import Job, run
 
-    from effattn.heads.job import Quiet
+    from effattn.jobs import Quiet
 
     quiet_libraries()
     job = Job(

@@ -28,13 +28,13 @@ from transformers import AutoModelForCausalLM
 from effattn import embedded
 from effattn.errors import Unsupported, check_choice
 from effattn.evaluate.loss import compare
-from effattn.heads.job import Quiet, device, measure_parent
+from effattn.heads.job import measure_parent
 from effattn.heads.verify import verify_plain
 from effattn.hf import anatomy as hf
 from effattn.hf.checkpoint import atomic_folder, check_finite, check_new_folder, load_model, resolve
 from effattn.hf.describe import describe
 from effattn.hf.swap import active
-from effattn.linearizing.job import check_partial
+from effattn.jobs import Quiet, check_partial, device, partial_folder
 from effattn.profiling.cost import model_cost
 from effattn.profiling.decode import decode_speed
 from effattn.profiling.environment import environment
@@ -91,8 +91,7 @@ class Job:
 
     @property
     def partial(self) -> Path:
-        target = Path(self.output or "runs/shear").absolute()
-        return target.parent / f".{target.name}.partial"
+        return partial_folder(self.output or "runs/shear")
 
 
 def run(job: Job, show: Quiet | None = None) -> ShearReport:

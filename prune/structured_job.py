@@ -15,10 +15,11 @@ from pathlib import Path
 from effattn import embedded
 from effattn.errors import check_choice
 from effattn.evaluate.loss import compare
-from effattn.heads.job import Quiet, device, measure_parent
+from effattn.heads.job import measure_parent
 from effattn.heads.verify import verify_plain
 from effattn.hf import anatomy as hf
 from effattn.hf.checkpoint import atomic_folder, check_new_folder, load_model
+from effattn.jobs import Quiet, device
 from effattn.profiling.decode import decode_speed
 from effattn.textdata import Streams, streams
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from types import SimpleNamespace
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -50,6 +51,36 @@ EXTRA: dict[str, dict] = {
     "seed_oss": {"head_dim": 8},
     "arcee": {"head_dim": 8},
 }  # fmt: skip
+
+
+class Oracle:
+    """What retrieval tasks ask of a model, for tests that say themselves what it answers. It remembers through its
+    cache, so that a context that comes in pieces is one context."""
+
+    training = False
+
+    def __init__(self, vocabulary: int):
+        self.vocabulary = vocabulary
+
+    def get_input_embeddings(self):
+        return SimpleNamespace(weight=torch.zeros(self.vocabulary, 1))
+
+    def eval(self):
+        return self
+
+    train = lambda self, mode: self  # noqa: E731
+
+    def __call__(self, input_ids, past_key_values, use_cache):
+        past_key_values.append(input_ids)
+        whole = torch.cat(past_key_values, dim=1)
+        logits = torch.zeros(*input_ids.shape, self.vocabulary)
+        for row, token in enumerate(self.answers(whole)):
+            logits[row, -1, token] = 20.0
+        return SimpleNamespace(logits=logits)
+
+    def answers(self, whole: torch.Tensor) -> list[int]:
+        """The next token of every row of what has been read, (B, T)."""
+        raise NotImplementedError
 
 
 def tiny(kind: str, seed: int = 0, dtype: torch.dtype = torch.float64, **overrides):

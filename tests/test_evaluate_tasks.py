@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import tiny
+from conftest import Oracle, tiny
 
 import effattn
 from effattn.errors import Unsupported
@@ -21,35 +21,23 @@ from effattn.evaluate.loss import token_losses
 TOKENIZER = effattn.embedded.tokenizer()
 
 
-class Solver:
-    """A model that is given what to say: `solve(text)` is the continuation of everything it has read. It remembers
-    through its cache, so that a context that comes in pieces is one context."""
-
-    training = False
+class Solver(Oracle):
+    """A model that is given what to say: `solve(text)` is the continuation of everything it has read."""
 
     def __init__(self, solve):
+        super().__init__(len(TOKENIZER))
         self.solve, self.lengths, self.last = solve, set(), ""
 
-    def get_input_embeddings(self):
-        return SimpleNamespace(weight=torch.zeros(len(TOKENIZER), 1))
-
-    def eval(self):
-        return self
-
-    train = lambda self, mode: self  # noqa: E731
-
-    def __call__(self, input_ids, past_key_values, use_cache):
-        past_key_values.append(input_ids)
-        whole = torch.cat(past_key_values, dim=1)
+    def answers(self, whole):
         self.lengths.add(whole.shape[1])
-        logits = torch.zeros(*input_ids.shape, len(TOKENIZER))
-        for row, ids in enumerate(whole.tolist()):
-            self.last = TOKENIZER.decode(ids)
-            answer = self.solve(self.last)
-            known = TOKENIZER(self.last, add_special_tokens=False)["input_ids"]
-            both = TOKENIZER(self.last + answer, add_special_tokens=False)["input_ids"]
-            logits[row, -1, both[len(known)] if answer and len(both) > len(known) else 0] = 20.0
-        return SimpleNamespace(logits=logits)
+        return [self._next(ids) for ids in whole.tolist()]
+
+    def _next(self, ids: list[int]) -> int:
+        self.last = TOKENIZER.decode(ids)
+        answer = self.solve(self.last)
+        known = TOKENIZER(self.last, add_special_tokens=False)["input_ids"]
+        both = TOKENIZER(self.last + answer, add_special_tokens=False)["input_ids"]
+        return both[len(known)] if answer and len(both) > len(known) else 0
 
 
 def register(text: str) -> str:

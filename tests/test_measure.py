@@ -17,9 +17,9 @@ from typer.testing import CliRunner
 import effattn
 from effattn.cli import app
 from effattn.errors import Unsupported
-from effattn.heads.job import Quiet
 from effattn.hf import anatomy
 from effattn.hf.swap import active
+from effattn.jobs import Quiet
 from effattn.measuring import job as jobs
 from effattn.measuring.lanes import BESIDE_STEPS, Lane
 from effattn.measuring.operations import OperationTimer

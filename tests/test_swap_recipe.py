@@ -21,7 +21,7 @@ import effattn
 from effattn.cli import app
 from effattn.evaluate.loss import token_losses
 from effattn.evaluate.streaming import cache_bytes, stream_losses
-from effattn.heads.job import Quiet
+from effattn.jobs import Quiet
 from effattn.swapping import job as jobs
 from effattn.swapping import measure
 from effattn.swapping.patterns import label_of, parse_pattern, without_sinks

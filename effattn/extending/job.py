@@ -25,7 +25,7 @@ from effattn.hf import anatomy, positions
 from effattn.hf.checkpoint import atomic_folder, check_new_folder, load_again, load_model, save
 from effattn.hf.describe import describe
 from effattn.hf.swap import active, swap
-from effattn.jobs import Quiet, device
+from effattn.jobs import Quiet, check_partial, device, partial_folder
 from effattn.position_sampling import METHODS
 from effattn.positions.registry import parse
 from effattn.profiling.environment import environment
@@ -65,8 +65,7 @@ class Job:
 
     @property
     def partial(self) -> Path:
-        target = Path(self.output or "runs/extend").absolute()
-        return target.parent / f".{target.name}.partial"
+        return partial_folder(self.output or "runs/extend")
 
 
 def run(job: Job, show: Quiet | None = None) -> ExtendReport:
@@ -105,7 +104,6 @@ def run(job: Job, show: Quiet | None = None) -> ExtendReport:
         measure("with the rule")
         if job.tune_tokens:
             from effattn.extending.tuning import tune
-            from effattn.linearizing.job import check_partial
 
             check_partial(job, main)
             with show.stage(f"tuning on {job.tune_tokens:,} tokens") as progress:

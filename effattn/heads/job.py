@@ -26,7 +26,7 @@ from effattn.heads.uptrain import CE_WEIGHT, LAYER_WEIGHT, TRAINABLE, uptrain
 from effattn.heads.verify import verify_plain
 from effattn.hf import anatomy as hf
 from effattn.hf.checkpoint import atomic_folder, check_new_folder, load_model
-from effattn.jobs import Quiet, device
+from effattn.jobs import Quiet, device, partial_folder
 from effattn.profiling.decode import decode_speed
 from effattn.reports.files import write_text_atomic
 from effattn.textdata import Streams, streams
@@ -61,8 +61,7 @@ class Job:
 
     @property
     def partial(self) -> Path:
-        target = Path(self.output).absolute()
-        return target.parent / f".{target.name}.partial"
+        return partial_folder(self.output)
 
 
 def run(job: Job, show: Quiet | None = None) -> ConversionReport:

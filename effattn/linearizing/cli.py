@@ -39,7 +39,7 @@ def linearize(
     """Replace softmax attention by an approximate backend, and bring the quality back: transfer, then distillation."""
     import os
 
-    from effattn.heads.job import Quiet
+    from effattn.jobs import Quiet
     from effattn.linearizing.job import Job, run
 
     quiet_libraries()

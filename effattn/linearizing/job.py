@@ -18,20 +18,20 @@ from pathlib import Path
 from effattn import embedded, registry
 from effattn.errors import check_choice
 from effattn.evaluate.loss import compare
-from effattn.heads.job import Quiet, device, measure_parent
+from effattn.heads.job import measure_parent
 from effattn.heads.uptrain import TRAINABLE as DISTIL_TRAINABLE
 from effattn.heads.uptrain import default_lr, uptrain
 from effattn.hf import anatomy as hf
 from effattn.hf.checkpoint import atomic_folder, check_new_folder, load_again, load_model, save
 from effattn.hf.describe import describe
 from effattn.hf.swap import active
+from effattn.jobs import Quiet, check_partial, device, partial_folder
 from effattn.linearizing import plan
 from effattn.linearizing.approximation import METHODS, measure_approximation
 from effattn.linearizing.lora import adapters
 from effattn.linearizing.report import LinearizeReport
 from effattn.linearizing.transfer import TRAINABLE, transfer
 from effattn.profiling.environment import environment
-from effattn.reports.files import write_text_atomic
 from effattn.swapping.patterns import label_of
 from effattn.textdata import Streams, streams
 
@@ -71,8 +71,7 @@ class Job:
 
     @property
     def partial(self) -> Path:
-        target = Path(self.output or "runs/linearize").absolute()
-        return target.parent / f".{target.name}.partial"
+        return partial_folder(self.output or "runs/linearize")
 
 
 def run(job: Job, show: Quiet | None = None) -> LinearizeReport:
@@ -198,20 +197,3 @@ def _distil(job: Job, student, parent, data: Streams, length: int, progress) -> 
         return train(job.trainable)
     with adapters(student, job.lora) as parameters:
         return train(parameters)
-
-
-def check_partial(job, main: bool) -> None:
-    """Writes the settings of this run, or compares them with those of the unfinished one. ValueError if they differ."""
-    settings = {key: value for key, value in asdict(job).items() if key not in ("output", "device", "overrides")}
-    settings = json.loads(json.dumps(settings, default=str))
-    manifest = job.partial / "settings.json"
-    if manifest.exists():
-        old = json.loads(manifest.read_text())
-        if changed := sorted(key for key in settings if old.get(key) != settings[key]):
-            raise ValueError(
-                f"{job.partial} holds an unfinished run with other settings ({', '.join(changed)}): repeat them to go "
-                "on, or delete that folder to start again"
-            )
-    elif main:
-        job.partial.mkdir(parents=True, exist_ok=True)
-        write_text_atomic(manifest, json.dumps(settings, indent=1) + "\n")

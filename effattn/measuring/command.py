@@ -8,8 +8,8 @@ from pathlib import Path
 
 from effattn import embedded
 from effattn.errors import check_choice
-from effattn.heads.job import Quiet, device
 from effattn.hf.checkpoint import DTYPES, load_model
+from effattn.jobs import Quiet, device
 from effattn.measuring import progress as saving
 from effattn.measuring.job import BATCHES, CONTEXTS, SECONDS, STEPS, check_numbers, measure
 from effattn.measuring.report import Report

@@ -16,9 +16,9 @@ import torch
 from torch import nn
 
 from effattn.errors import Unsupported
-from effattn.heads.job import Quiet
 from effattn.hf import anatomy
 from effattn.hf import swap as swapping
+from effattn.jobs import Quiet
 from effattn.measuring import progress as saving
 from effattn.measuring.lanes import BESIDE_STEPS, Lane, measure_together, takes_logits_to_keep, warm_up
 from effattn.measuring.report import KIND, VERSION, Report

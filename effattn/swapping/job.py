@@ -13,11 +13,11 @@ from pathlib import Path
 import torch
 
 from effattn import embedded
-from effattn.heads.job import Quiet, device
 from effattn.hf import anatomy
 from effattn.hf.checkpoint import atomic_folder, check_new_folder, load_again, load_model, save
 from effattn.hf.describe import describe
 from effattn.hf.swap import parse_layers, restore, swap
+from effattn.jobs import Quiet, device
 from effattn.profiling.environment import environment
 from effattn.swapping import measure
 from effattn.swapping.patterns import Pattern, label_of, parse_pattern, without_sinks

@@ -25,11 +25,11 @@ from effattn import embedded
 from effattn.errors import Unsupported, check_choice
 from effattn.evaluate.passkey_retrieval import STYLES
 from effattn.evaluate.retrieval import DEPTHS
-from effattn.heads.job import Quiet, device
 from effattn.hf import anatomy
 from effattn.hf.checkpoint import atomic_folder, check_new_folder, load_again, load_model, save
 from effattn.hf.describe import describe
 from effattn.hf.swap import active, swap
+from effattn.jobs import Quiet, device
 from effattn.measuring.progress import partial_beside
 from effattn.profiling.environment import environment
 from effattn.profiling.weights import packing, weight_bytes
