@@ -65,7 +65,7 @@ def attention(
         rows = _pack(q, k.shape[1])
         if torch_turn.fits(rows, k, v, turn):
             rows_far = _pack(turn.q_far, k.shape[1])
-            out, lse = torch_turn.rerope(rows, rows_far, k, v, turn, layout, scale, mask)
+            out, lse = torch_turn.rerope(rows, rows_far, k, v, turn, layout, scale, mask, need_lse)
             return out.reshape(q.shape), lse.reshape(q.shape[:3]) if need_lse else None
     scores = _scores(q, k, pattern, layout, q_first, turn, far) * scale
     if softcap is not None:

@@ -11,7 +11,6 @@ import threading
 
 import torch
 from effattn.kernels.flash.pattern import Layout
-from effattn.kernels.flash.torch_fused import merge
 from torch import Tensor
 
 from ..scratch import scratch
@@ -33,9 +32,10 @@ def products(rows: Tensor, k: Tensor, turn: Turn, position: Tensor, far: bool = 
     count = min(tokens, max(16, PIECE // dim))
     many = min(kv_heads, max(1, PIECE // (count * dim)))
     held = scratch(many * count * dim, rows.dtype, rows.device)[: many * count * dim].view(many, count, dim)
+    rows = rows if raw else _in_pairs(rows, turn)
     for t in range(0, tokens, count):
         at = slice(t, t + count)
-        cos, sin = (None, None) if raw else turn.cos_sin(position[:, at], rows.dtype, far)
+        turns = None if raw else torch.complex(*turn.cos_sin(position[:, at], rows.dtype, far))
         for b in range(batch):
             for h in range(0, kv_heads, len(held)):
                 heads = slice(h, h + len(held))
@@ -44,8 +44,7 @@ def products(rows: Tensor, k: Tensor, turn: Turn, position: Tensor, far: bool = 
                 if raw:
                     turned.copy_(piece)
                 else:
-                    row = b if cos.shape[0] > 1 else 0
-                    _rotate(turned, piece, cos[row], sin[row], turn.interleaved)
+                    _rotate(turned, piece, turns[b if len(turns) > 1 else 0], turn.interleaved)
                 scores[b, heads, :, at] = rows[b, heads] @ turned.transpose(-1, -2)
     return scores
 
@@ -59,58 +58,57 @@ def rerope(
     layout: Layout,
     scale: float,
     mask: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+    need_lse: bool,
+) -> tuple[Tensor, Tensor | None]:
     """One query against keys in order, the newest `turn.window` near: out (B, Hkv, R, D), log-sum-exp (B, Hkv, R).
 
     The far keys as they are stored, by the fused kernel, and the near ones piece by piece, merged by log-sum-exp.
-    mask (1 or B, 1, 1, T): True where a key is seen.
+    mask (1 or B, 1, 1, T): True where a key is seen. Every call of torch counts here: over 512 keys they are the time.
     """
-    kv_heads, new = k.shape[1], max(k.shape[2] - turn.window, 0)
+    new = max(k.shape[2] - turn.window, 0)
+    (k_far, k), (v_far, v) = (x.split([new, x.shape[2] - new], dim=2) for x in (k, v))
     added = None if mask is None else torch.zeros_like(mask, dtype=k.dtype).masked_fill_(~mask, -torch.inf)
-    # Every head of K and V as a row of a batch: few views are made a piece, whose time counts.
-    queries, near, values = (x.reshape(-1, 1, *x.shape[2:]) for x in (rows, k[:, :, new:], v[:, :, new:]))
-    cos, sin = (_per_head(x[:, None], kv_heads) for x in _newest(turn, layout, new, k))
-    hidden = None if added is None else _per_head(added[..., new:], kv_heads)
-    out, lse = torch.empty_like(queries), queries.new_empty(queries.shape[:3])
-    size = near[0].numel()
-    many = min(len(near), max(1, PIECE // max(size, 1)))
-    held = scratch(many * size, queries.dtype, queries.device)[: many * size].view(many, *near.shape[1:])
-    for n in range(0, len(near), len(held)):
-        some = slice(n, min(n + len(held), len(near)))
-        turned = held[: some.stop - n]
-        _rotate(turned, near[some], _some(cos, some), _some(sin, some), turn.interleaved)
-        out[some], lse[some] = _fused(queries[some], turned, values[some], _some(hidden, some), scale)
-    out, lse = out.view(rows.shape), lse.view(rows.shape[:3])
-    if new:
-        if turn.scaling != 1:  # of far keys' turning dimensions, which are a product with the query's
-            turning = torch.full_like(turn.inv_freq, turn.scaling, dtype=k.dtype)
-            rows_far = rotate(rows_far, turning, torch.zeros_like(turning), turn.interleaved)
-        far = None if added is None else added[..., :new]
-        merge(out, lse, *_fused(rows_far, k[:, :, :new], v[:, :, :new], far, scale))
-    return out, lse
+    far, near = (None, None) if added is None else (added[..., :new], added[..., new:])
+    turns = _newest(turn, layout, new, k)
+    out, lse = _near(_in_pairs(rows, turn), k, v, turns, near, turn.interleaved, scale)
+    if not new:
+        return out, lse
+    if turn.scaling != 1:  # of far keys' turning dimensions, which are a product with the query's
+        turning = torch.full_like(turn.inv_freq, turn.scaling, dtype=k.dtype)
+        rows_far = rotate(rows_far, turning, torch.zeros_like(turning), turn.interleaved)
+    more, sums = _fused(rows_far, k_far, v_far, far, scale)
+    share = (sums - lse).sigmoid_()
+    if mask is not None:
+        share.nan_to_num_(0)  # neither part saw a key
+    return out.lerp_(more, share[..., None]), torch.logaddexp(lse, sums) if need_lse else None
 
 
-def _newest(turn: Turn, layout: Layout, new: int, k: Tensor) -> tuple[Tensor, Tensor]:
-    """By which keys from `new` on are rotated, (1 or B, n, R/2) each. What was made last is kept: the layers of a model
-    ask for the same at every step, as they do of transformers' rotary module, which makes it once a step."""
-    keys = k.shape[2]
+def _near(rows, k, v, turns, added, interleaved: bool, scale: float) -> tuple[Tensor, Tensor]:
+    """With keys rotated by `turns` (1 or B, 1, T, R/2), in halves of the batch or the heads while there are many."""
+    dim = 0 if k.shape[0] > 1 else 1
+    if k.numel() > PIECE and k.shape[dim] > 1:
+        half = k.shape[dim] // 2
+        some = [x if x is None or x.shape[dim] == 1 else x.split([half, x.shape[dim] - half], dim)
+                for x in (rows, k, v, turns, added)]  # fmt: skip
+        parts = [_near(*(x[i] if isinstance(x, tuple) else x for x in some), interleaved, scale) for i in range(2)]
+        return tuple(map(torch.cat, zip(*parts, strict=True), [dim, dim]))
+    turned = scratch(k.numel(), rows.dtype, rows.device)[: k.numel()].view(k.shape)
+    _rotate(turned, k, turns, interleaved)
+    return _fused(rows, turned, v, added, scale)
+
+
+def _newest(turn: Turn, layout: Layout, new: int, k: Tensor) -> Tensor:
+    """By which k, the keys from `new` on, are rotated, complex (1 or B, 1, n, R/2). What was made last is kept: the layers of a
+    model ask for the same at every step, as they do of transformers' rotary module, which makes it once a step."""
+    keys = new + k.shape[2]
     if layout.start is not None or layout.mask is not None:
-        return turn.cos_sin(layout.key_positions(keys, k.device)[:, new:], k.dtype)
+        return torch.complex(*turn.cos_sin(layout.key_positions(keys, k.device)[:, new:], k.dtype))[:, None]
     asked = (layout.tail + new, layout.tail + keys, k.dtype, turn.scaling, torch.is_inference_mode_enabled())
     held = getattr(_last, "made", None)
     if held is None or held[0] != asked or not torch.equal(held[1], turn.inv_freq):
         at = torch.arange(*asked[:2], device=k.device)[None]
-        held = _last.made = asked, turn.inv_freq.clone(), turn.cos_sin(at, k.dtype)
+        held = _last.made = asked, turn.inv_freq.clone(), torch.complex(*turn.cos_sin(at, k.dtype))[:, None]
     return held[2]
-
-
-def _per_head(x: Tensor, kv_heads: int) -> Tensor:
-    """(1 or B, ...) -> (1 or B * Hkv, ...)"""
-    return x if x.shape[0] == 1 else x.repeat_interleave(kv_heads, dim=0)
-
-
-def _some(x: Tensor | None, heads: slice) -> Tensor | None:
-    return x if x is None or x.shape[0] == 1 else x[heads]
 
 
 def fits(rows: Tensor, k: Tensor, v: Tensor, turn: Turn) -> bool:
@@ -123,7 +121,7 @@ def fits(rows: Tensor, k: Tensor, v: Tensor, turn: Turn) -> bool:
 
 def _in_place(rows: Tensor, k: Tensor) -> bool:
     learning = torch.is_grad_enabled() and (rows.requires_grad or k.requires_grad)
-    return not learning and not torch.compiler.is_compiling() and k.device.type == "cpu"
+    return not learning and not torch.compiler.is_compiling() and k.device.type == "cpu" and k.shape[-1] % 2 == 0
 
 
 def _fused(rows, k, v, mask, scale) -> tuple[Tensor, Tensor]:
@@ -135,17 +133,26 @@ def _fused(rows, k, v, mask, scale) -> tuple[Tensor, Tensor]:
     return out.masked_fill(blind, 0), lse.masked_fill(blind[..., 0], -torch.inf)
 
 
-def _rotate(out: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> None:
-    """`rotate` into `out`; cos and sin (..., R/2)."""
+def _in_pairs(x: Tensor, turn: Turn) -> Tensor:
+    """x (..., D) with the dimensions that turn together beside each other, as `_rotate` leaves keys."""
+    if turn.interleaved:
+        return x
+    half = len(turn.inv_freq)
+    a, b, *rest = x.split([half, half, x.shape[-1] - 2 * half], dim=-1)
+    pairs = torch.stack([a, b], dim=-1).flatten(-2)
+    return torch.cat([pairs, *rest], dim=-1) if rest[0].shape[-1] else pairs
+
+
+def _rotate(out: Tensor, k: Tensor, turns: Tensor, interleaved: bool) -> None:
+    """`rotate` into `out`, by complex turns (..., R/2), but with pairs beside each other whatever they are in k: that
+    makes them complex numbers, and one multiplication is half the time of four with their sums."""
     if k.dtype != out.dtype:
         k = k.to(out.dtype)
-    half = cos.shape[-1]
-    halves = (slice(0, 2 * half, 2), slice(1, 2 * half, 2)) if interleaved else (slice(0, half), slice(half, 2 * half))
-    (a, b), (x, y) = ([z[..., part] for part in halves] for z in (k, out))
-    if interleaved or 2 * half < k.shape[-1]:
-        torch.mul(a, cos, out=x), torch.mul(b, cos, out=y)
-    else:  # longer loops
-        torch.mul(k, torch.cat([cos, cos], dim=-1), out=out)
-    x.addcmul_(b, sin, value=-1), y.addcmul_(a, sin)
+    half = turns.shape[-1]
+    turning, turned = (k, out) if 2 * half == k.shape[-1] else (x[..., : 2 * half] for x in (k, out))
+    turned = torch.view_as_complex(turned.unflatten(-1, (half, 2)))
+    torch.complex(*turning.unflatten(-1, (half, 2) if interleaved else (2, half)).unbind(-1 if interleaved else -2),
+                  out=turned)  # fmt: skip
+    turned.mul_(turns)
     if 2 * half < k.shape[-1]:
         out[..., 2 * half :] = k[..., 2 * half :]
