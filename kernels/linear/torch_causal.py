@@ -1,11 +1,13 @@
 """Causal linear attention in plain torch: a sweep over blocks of chunks, forward from the first, backward from the end.
 
-Inside a chunk of C tokens pairs are multiplied out; what is before it comes as sums S and n. A block of a few chunks is
-one step of a Python loop, sized so that its temporaries stay in the processor's cache. Its chunks' sums are made from
-each other by one small triangular matrix (`mix`), which holds the decay and the changes of scale.
+Inside a chunk of C tokens pairs are multiplied out; what is before it comes as a sum S. A block of a few chunks is one
+step of a Python loop, sized so that its temporaries stay in the processor's cache. Its chunks' sums are made from each
+other by one small triangular matrix (`mix`), which holds the decay and the changes of scale. The normaliser is one more
+column of v, all ones: what is summed with it are the features alone (a product with a vector of n would take as long as
+one with the matrix S).
 
-    B rows, H key/value heads, G query heads to each, m chunks of C tokens
-    (B, H, m, C, .) keys, (B, H, m, G C, .) queries
+    B rows, H key/value heads, G query heads to each, m chunks of C tokens, W = V + 1 with a normaliser, or V
+    (B, H, m, C, .) keys, (B, H, m, G C, .) queries, S (B, H, F, W), y (B, H, m, G C, W)
     w  = decay^(t - j) exp(mu_j - c_t): the pair's weight, c_t the highest mu so far, so that w <= 1; it cancels
 """
 
@@ -29,6 +31,13 @@ class Block(NamedTuple):
     keys: tuple[int, int]
     queries: tuple[int, int] | None
     chunks: int = 1
+
+
+class Before(NamedTuple):
+    """S (B, H, F, W) of all keys so far, relative to c, the highest mu (B, H), None for features without mu."""
+
+    sums: Tensor
+    top: Tensor | None
 
 
 class Weights(NamedTuple):
@@ -63,16 +72,22 @@ class Call:
         self.groups = 1 if q is None else q.shape[1] // k.shape[1]
         self._static: dict[tuple, Weights] = {}
 
-    def start(self, *memory) -> Sums:
+    def start(self, *memory) -> Before:
         """Of sums, norms and top (whole batches, or None): what is before the first block."""
         some = [None if x is None else x[self.rows] for x in memory]
-        return Sums.of(self.k, self.v, self.spec, self.features, self.dtype, some)
+        sums = Sums.of(self.k, self.v, self.spec, self.features, self.dtype, some)
+        return Before(_joined(sums.values, sums.norms), sums.top)
 
-    def last(self, sums, norms) -> tuple[Tensor, Tensor | None]:
-        """The gradients of S and n at the end, zeros where they are not given."""
-        zero = self.start(None, None, None)
+    def end(self, after: Tensor, top: Tensor | None = None) -> Sums:
+        """`after` (B, H, F, W), S or its gradient, as S and n."""
+        values = self.v.shape[3]
+        return Sums(after[..., :values], after[..., values] if self.spec.normalize else None, top)
+
+    def last(self, sums, norms) -> Tensor:
+        """The gradient of S at the end, zeros where it is not given."""
+        zero = self.end(self.start(None, None, None).sums)
         given = (None if x is None else x[self.rows].to(self.dtype) for x in (sums, norms))
-        return tuple(z if x is None else x for z, x in zip(zero[:2], given, strict=True))
+        return _joined(*(z if x is None else x for z, x in zip(zero[:2], given, strict=True)))
 
     def blocks(self) -> Iterator[Block]:
         """In the order of the forward sweep."""
@@ -98,36 +113,42 @@ class Call:
     # One block's tensors -------------------------------------------------------------------------------------------
 
     def keys(self, block: Block):
-        """x, phi (B, H, m, C, F), mu (B, H, m, C) or None, v (B, H, m, C, V) of the block's keys."""
+        """x, phi (B, H, m, C, F), mu (B, H, m, C) or None, v (B, H, m, C, W) of the block's keys. v is 0 where there is
+        no key, and so is all that comes of it."""
         tokens = slice(*block.keys)
-        x, values = (y[:, :, tokens].unflatten(2, (block.chunks, -1)).contiguous() for y in (self.k, self.v))
-        x, values = scaled(x, self.spec.factors[1], self.dtype), values.to(self.dtype)
+        x, given = (y[:, :, tokens].unflatten(2, (block.chunks, -1)) for y in (self.k, self.v))
+        x = scaled(x, self.spec.factors[1], self.dtype)
+        values = x.new_ones(*given.shape[:4], given.shape[4] + self.spec.normalize)
+        values[..., : given.shape[4]] = given
         real = None
         if self.mask is not None:
             real = self.mask[:, None, tokens].unflatten(2, (block.chunks, -1))[..., None]
-            x, values = x.masked_fill(~real, 0), values.masked_fill(~real, 0)
+            x, values = x.masked_fill(~real, 0), values.masked_fill_(~real, 0)
         phi, mu = self.spec.map.forward(x, self.directions)
         if mu is not None and real is not None:
             mu = mu.masked_fill(~real[..., 0], -torch.inf)
-        elif real is not None:
-            phi = phi * real
-        return x, phi, mu, values
+        return x, phi.contiguous(), mu, values
 
     def queries(self, block: Block):
         """x and phi (B, H, m, G C, .) of the block's queries."""
         x = scaled(self.by_chunk(self.q, block), self.spec.factors[0], self.dtype)
-        return x, self.spec.map.forward(x, self.directions)[0]
+        return x, self.spec.map.forward(x, self.directions)[0].contiguous()
 
     def by_chunk(self, x: Tensor, block: Block) -> Tensor:
         """(B, H G, T, .) -> the block's (B, H, m, G C, .)."""
         some = x[:, :, slice(*block.queries)]
         some = some.unflatten(2, (block.chunks, -1)).unflatten(1, (self.k.shape[1], self.groups))
-        return some.transpose(2, 3).flatten(3, 4).contiguous()
+        return some.transpose(2, 3).flatten(3, 4)
 
-    def put(self, out: Tensor, block: Block, x: Tensor) -> None:
-        """The inverse of `by_chunk`, into `out` (whose rows are the whole batch's)."""
-        x = x.unflatten(3, (self.groups, -1)).transpose(2, 3).flatten(3, 4).flatten(1, 2)
-        out[self.rows, :, slice(*block.queries)] = x
+    def put(self, out: Tensor, block: Block, x: Tensor, times: Tensor | float = 1.0) -> None:
+        """The inverse of `by_chunk` of x * times, into `out` (whose rows are the whole batch's)."""
+        out = out[self.rows, :, slice(*block.queries)].unflatten(2, (block.chunks, -1))
+        out = out.unflatten(1, (self.k.shape[1], self.groups)).transpose(2, 3)  # (B, H, m, G, C, .)
+        x, times = (y.unflatten(3, (self.groups, -1)) if isinstance(y, Tensor) else y for y in (x, times))
+        if isinstance(times, Tensor) or times != 1:
+            torch.mul(x, times, out=out)
+        else:
+            out.copy_(x)
 
     def weights(self, block: Block, mu: Tensor | None, top: Tensor | None) -> Weights:
         chunks, keys = block.chunks, (block.keys[1] - block.keys[0]) // block.chunks
@@ -166,120 +187,111 @@ class Call:
         mix = _ratio(ends[..., None, :], ends[..., :, None]) * static.mix
         return Weights(pair, into, after, mix, ends[..., -1])
 
-    def sums(self, phi: Tensor, values: Tensor, before: Sums, weights: Weights) -> tuple[Sums, Sums]:
-        """S (B, H, m, F, V) and n (B, H, m, F) before every chunk, and after the last."""
+    def sums(self, phi: Tensor, values: Tensor, before: Before, weights: Weights) -> tuple[Tensor, Before]:
+        """S before every chunk (B, H, m, F, W), and what is before the next block."""
         weighted = phi if weights.after is None else phi * weights.after
-        stack = torch.cat([before.values.unsqueeze(2), weighted.mT @ values], dim=2)
-        stack = (weights.mix @ stack.flatten(3)).view_as(stack)
-        norms = None, None
-        if before.norms is not None:
-            norms = weights.mix @ torch.cat([before.norms.unsqueeze(2), weighted.sum(dim=-2)], dim=2)
-            norms = norms[:, :, :-1], norms[:, :, -1]
-        return Sums(stack[:, :, :-1], norms[0], None), Sums(stack[:, :, -1], norms[1], weights.top)
+        own, mix = weighted.mT @ values, weights.mix
+        parts, first = own.flatten(3), before.sums.flatten(2).unsqueeze(2)
+        sums = (mix[..., :-1, 1:] @ parts).addcmul_(mix[..., :-1, :1], first)
+        after = (mix[..., -1:, 1:] @ parts).addcmul_(mix[..., -1:, :1], first)
+        return sums.view_as(own), Before(after.view_as(before.sums), weights.top)
 
     # The sweeps ----------------------------------------------------------------------------------------------------
 
-    def forward(self, sums: Sums, out: Tensor | None, dens: Tensor | None, keep: bool) -> tuple[Sums, list[Sums]]:
-        """Fills `out` and `dens` (one over the normaliser); the sums at the end, those before every block if `keep`."""
+    def forward(self, before: Before, out: Tensor | None, dens: Tensor | None, keep: bool) -> tuple[Sums, list[Before]]:
+        """Fills `out` and `dens` (one over the normaliser); the sums at the end, what is before each block if `keep`."""
         starts = []
         blocks = list(self.blocks())
         for block in blocks:
             if keep:
-                starts.append(sums)
+                starts.append(before)
             _, phi_k, mu, values = self.keys(block)
-            weights = self.weights(block, mu, sums.top)
-            before = Sums(*(None if x is None else x.unsqueeze(2) for x in sums))
+            weights = self.weights(block, mu, before.top)
+            sums = before.sums.unsqueeze(2)
             if block is not blocks[-1] or block.chunks > 1 or self.spec.keep:
-                before, sums = self.sums(phi_k, values, sums, weights)
+                sums, before = self.sums(phi_k, values, before, weights)
             if block.queries is None:
                 continue
             _, phi_q = self.queries(block)
-            y = phi_q @ before.values
-            pairs = self.pairs(phi_q @ phi_k.mT, weights)
+            y = phi_q @ sums
             if weights.into is not None:
                 y.mul_(weights.into)
-            y += pairs @ values
+            pairs = self.pairs(phi_q @ phi_k.mT, weights)
+            y.flatten(0, 2).baddbmm_(pairs.flatten(0, 2), values.flatten(0, 2))
             if self.spec.normalize:
-                total = phi_q @ before.norms[..., None]
-                if weights.into is not None:
-                    total.mul_(weights.into)
-                total += pairs.sum(dim=-1, keepdim=True)
+                total = y[..., -1:]
                 share = total.reciprocal().masked_fill_(total == 0, 0)
-                y.mul_(share)
                 self.put(dens.unsqueeze(-1), block, share)
-            elif self.spec.gain != 1:
-                y.mul_(self.spec.gain)
-            self.put(out, block, y)
-        return sums, starts
+                self.put(out, block, y[..., :-1], share)
+            else:
+                self.put(out, block, y, self.spec.gain)
+        return self.end(*before), starts
 
     def pairs(self, products: Tensor, weights: Weights) -> Tensor:
         """Products (B, H, n, G Cq, C) of queries and keys, weighted in place."""
         products.unflatten(3, (self.groups, -1)).mul_(weights.pair)
         return products
 
-    def backward(self, starts, last, out, dens, grad, dq, dk, dv) -> tuple[Tensor, Tensor | None]:
-        """Fills dq, dk and dv, from the last block to the first; `last` are the gradients of S and n at the end.
-        Returns those before the first block."""
-        d_sums, d_norms = last
-        for block, sums in zip(reversed(list(self.blocks())), reversed(starts), strict=True):
+    def backward(self, starts, d_sums: Tensor, out, dens, grad, dq, dk, dv) -> Sums:
+        """Fills dq, dk and dv, from the last block to the first; `d_sums` is the gradient of S at the end. Returns that
+        before the first block."""
+        for block, before in zip(reversed(list(self.blocks())), reversed(starts), strict=True):
             x_k, phi_k, mu, values = self.keys(block)
-            weights = self.weights(block, mu, sums.top)
-            into = weights.into
-            d_before, d_norms_before = None, None
+            weights = self.weights(block, mu, before.top)
+            d_before = None
             if block.queries is not None:
-                before, _ = self.sums(phi_k, values, sums, weights)
+                sums, _ = self.sums(phi_k, values, before, weights)
                 x_q, phi_q = self.queries(block)
-                dy, d_total = self.output_gradient(block, out, dens, grad)
-                some = dy if into is None else dy * into
-                d_phi = some @ before.values.mT
+                dy = self.output_gradient(block, out, dens, grad)
+                some = dy if weights.into is None else dy * weights.into
+                d_phi = some @ sums.mT
                 d_before = phi_q.mT @ some
-                if d_total is not None:
-                    some = d_total if into is None else d_total * into
-                    d_phi.addcmul_(some, before.norms.unsqueeze(-2))
-                    d_norms_before = (phi_q.mT @ some).squeeze(-1)
-            d_sums, d_own = self.spread(d_before, d_sums, weights, block.chunks)
+            d_own, d_sums = self.spread(d_before, d_sums, weights)
             d_values, d_phi_k = phi_k @ d_own, values @ d_own.mT
-            if d_norms is not None:
-                d_norms, d_own = self.spread(d_norms_before, d_norms, weights, block.chunks)
-                d_phi_k += d_own.unsqueeze(-2)
             if weights.after is not None:
                 d_values.mul_(weights.after)
                 d_phi_k.mul_(weights.after)
             if block.queries is not None:
-                d_pairs = dy @ values.mT
-                d_pairs = d_pairs if d_total is None else d_pairs.add_(d_total)
-                pairs, d_pairs = (self.pairs(x, weights) for x in (phi_q @ phi_k.mT, d_pairs))
-                d_values += pairs.mT @ dy
-                d_phi_k += d_pairs.mT @ phi_q
-                d_phi += d_pairs @ phi_k
+                pairs, d_pairs = (self.pairs(x, weights) for x in (phi_q @ phi_k.mT, dy @ values.mT))
+                d_values.flatten(0, 2).baddbmm_(pairs.flatten(0, 2).mT, dy.flatten(0, 2))
+                d_phi_k.flatten(0, 2).baddbmm_(d_pairs.flatten(0, 2).mT, phi_q.flatten(0, 2))
+                d_phi.flatten(0, 2).baddbmm_(d_pairs.flatten(0, 2), phi_k.flatten(0, 2))
                 d_x = self.spec.map.backward(x_q, self.directions, phi_q, d_phi)
-                self.put(dq, block, scaled(d_x, self.spec.factors[0], self.dtype))
+                self.put(dq, block, d_x, self.spec.factors[0])
             d_x = scaled(self.spec.map.backward(x_k, self.directions, phi_k, d_phi_k), self.spec.factors[1], self.dtype)
-            d_x, d_values = d_x.flatten(2, 3), d_values.flatten(2, 3)
+            d_x, d_values = d_x.flatten(2, 3), d_values[..., : dv.shape[3]].flatten(2, 3)
             if self.mask is not None:
                 unreal = ~self.mask[:, None, slice(*block.keys), None]
                 d_x, d_values = d_x.masked_fill(unreal, 0), d_values.masked_fill(unreal, 0)
             dk[self.rows, :, slice(*block.keys)] = d_x
             dv[self.rows, :, slice(*block.keys)] = d_values
-        return d_sums, d_norms
+        return self.end(d_sums)
 
-    def spread(self, d_before: Tensor | None, d_after: Tensor, weights: Weights, chunks: int) -> tuple[Tensor, Tensor]:
-        """From the gradients of a sum before every chunk (None: none) and after the last: that of the sum before the
-        block, and those of the chunks' own parts."""
-        after = d_after.unsqueeze(2)
-        if d_before is None:
-            d_before = torch.zeros_like(after).expand(-1, -1, chunks, *after.shape[3:])
-        stack = torch.cat([d_before, after], dim=2)
-        mixed = (weights.mix.mT @ stack.flatten(3)).view_as(stack)
-        return mixed[:, :, 0], mixed[:, :, 1:]
+    def spread(self, d_before: Tensor | None, d_after: Tensor, weights: Weights) -> tuple[Tensor, Tensor]:
+        """The transpose of `sums`, from the gradients of S before every chunk (None: none) and after the last: those of
+        the chunks' own parts (B, H, m, F, W), and of S before the block."""
+        mix, last = weights.mix, d_after.flatten(2).unsqueeze(2)
+        own, first = mix[..., -1:, 1:].mT * last, mix[..., -1:, :1] * last
+        if d_before is not None:
+            parts = d_before.flatten(3)
+            own, first = own + mix[..., :-1, 1:].mT @ parts, first + mix[..., :-1, :1].mT @ parts
+        return own.unflatten(3, d_after.shape[2:]), first.view_as(d_after)
 
-    def output_gradient(self, block: Block, out, dens, grad) -> tuple[Tensor, Tensor | None]:
-        """d y (B, H, m, G C, V) of the weighted sum, and of the normaliser (.., 1) if there is one."""
-        dy = self.by_chunk(grad[self.rows], block).to(self.dtype)
+    def output_gradient(self, block: Block, out, dens, grad) -> Tensor:
+        """d y (B, H, m, G C, W) of the weighted sum, and of the normaliser if there is one."""
+        given = self.by_chunk(grad[self.rows], block).to(self.dtype)
         if not self.spec.normalize:
-            return dy * self.spec.gain, None
-        dy = dy * self.by_chunk(dens[self.rows].unsqueeze(-1), block)
-        return dy, -(dy * self.by_chunk(out[self.rows], block)).sum(dim=-1, keepdim=True)
+            return (given * self.spec.gain).contiguous()
+        dy = given.new_empty(*given.shape[:4], given.shape[4] + 1)
+        own = dy[..., :-1]
+        torch.mul(given, self.by_chunk(dens[self.rows].unsqueeze(-1), block), out=own)
+        torch.sum(own * self.by_chunk(out[self.rows], block), dim=-1, keepdim=True, out=dy[..., -1:])
+        dy[..., -1].neg_()
+        return dy
+
+
+def _joined(sums: Tensor, norms: Tensor | None) -> Tensor:
+    return sums if norms is None else torch.cat([sums, norms.unsqueeze(-1)], dim=-1)
 
 
 def _ratio(high: Tensor, low: Tensor) -> Tensor:

@@ -76,7 +76,7 @@ class _Attention(torch.autograd.Function):
             for rows, starts in zip(ctx.parts, ctx.starts, strict=True):
                 call = torch_causal.Call(q, k, v, directions, mask, decay, ctx.spec, rows, dtype)
                 last = call.last(grad_sums, grad_norms)
-                first.append(call.backward(starts, last, out, dens, grad, dq, dk, dv))
+                first.append(call.backward(starts, last, out, dens, grad, dq, dk, dv)[:2])
             d_sums, d_norms = (None if xs[0] is None else torch.cat(xs) for xs in zip(*first, strict=True))
         else:
             call = torch_bidirectional.Call(q, k, v, directions, mask, ctx.spec, dtype)
