@@ -1,7 +1,8 @@
 """Bidirectional linear attention in plain torch, forward and backward: all keys go into one sum, all queries read it.
 
 Two loops over blocks of tokens that stay in the processor's cache. Shapes and names as in `torch_impl`: S sums
-phi(k) v and n sums phi(k), a key's weight is w = exp(mu - c), c the highest mu of its head.
+phi(k) v and n sums phi(k), a key's weight is w = exp(mu - c), c the highest mu of its head. Queries read S and n as one
+matrix: the product with the vector n alone would take as long as the one with S.
 """
 
 from __future__ import annotations
@@ -71,20 +72,24 @@ def gather(call: Call, memory: tuple[Tensor | None, Tensor | None, Tensor | None
 
 def read(call: Call, sums: Sums, out: Tensor, share: Tensor | None) -> None:
     """Fills out (B, Hq, Tq, V), and share (B, Hq, Tq), one over the normaliser (0 where that is 0)."""
-    values, norms = (None if x is None else x[:, :, None] for x in sums[:2])
+    table = _table(sums)
     out, share = (None if x is None else x.unflatten(1, (call.k.shape[1], -1)) for x in (out, share))
     for block in call.query_blocks():
         x = scaled(call.q[:, :, :, block], call.spec.factors[0], call.dtype)
-        phi, _ = call.spec.map.forward(x, call.directions)
-        y = phi @ values
-        if norms is not None:
-            total = phi @ norms[..., None]
-            part = total.reciprocal().masked_fill_(total == 0, 0)
-            share[:, :, :, block] = part[..., 0]
-            y.mul_(part)
-        elif call.spec.gain != 1:
-            y.mul_(call.spec.gain)
-        out[:, :, :, block] = y
+        y = call.spec.map.forward(x, call.directions)[0] @ table
+        if sums.norms is None:
+            torch.mul(y, call.spec.gain, out=out[:, :, :, block])
+            continue
+        total = y[..., -1:]
+        part = total.reciprocal().masked_fill_(total == 0, 0)
+        share[:, :, :, block] = part[..., 0]
+        torch.mul(y[..., :-1], part, out=out[:, :, :, block])
+
+
+def _table(sums: Sums) -> Tensor:
+    """S and n beside each other, (B, Hkv, 1, F, W), W = V + 1, or V without n."""
+    parts = [sums.values] if sums.norms is None else [sums.values, sums.norms.unsqueeze(-1)]
+    return torch.cat(parts, dim=-1).unsqueeze(2)
 
 
 def backward(call: Call, sums: Sums, top, out, share, grad, d_values, d_norms, dq, dk, dv) -> tuple[Tensor, Tensor]:
@@ -92,29 +97,29 @@ def backward(call: Call, sums: Sums, top, out, share, grad, d_values, d_norms, d
     the sums, or None. Returns the gradients of S and n before the keys."""
     heads = call.k.shape[1]
     zero = Sums.of(call.k, call.v, call.spec, call.features, call.dtype)
-    d_values, d_norms = (z if x is None else x.to(call.dtype) for z, x in zip(zero, (d_values, d_norms), strict=False))
-    values, norms = (None if x is None else x[:, :, None] for x in sums[:2])
+    given = (z if x is None else x.to(call.dtype) for z, x in zip(zero, (d_values, d_norms), strict=False))
+    table, d_table = _table(sums), _table(Sums(*given, None)).squeeze(2)
     out, grad, dq, share = (None if x is None else x.unflatten(1, (heads, -1)) for x in (out, grad, dq, share))
     for block in call.query_blocks():
         x = scaled(call.q[:, :, :, block], call.spec.factors[0], call.dtype)
         phi, _ = call.spec.map.forward(x, call.directions)
-        dy = grad[:, :, :, block].to(call.dtype)
-        if norms is None:
-            dy = dy * call.spec.gain
-            d_phi = dy @ values.mT
+        own = grad[:, :, :, block].to(call.dtype)
+        if sums.norms is None:
+            dy = own * call.spec.gain
         else:
-            dy = dy * share[:, :, :, block, None]
-            d_total = -(dy * out[:, :, :, block]).sum(dim=-1, keepdim=True)
-            d_phi = (dy @ values.mT).addcmul_(d_total, norms[..., None, :])
-            d_norms = d_norms + (phi.mT @ d_total).sum(dim=2)[..., 0]
-        d_values = d_values + (phi.mT @ dy).sum(dim=2)
-        d_x = call.spec.map.backward(x, call.directions, phi, d_phi)
+            dy = own.new_empty(*own.shape[:4], table.shape[-1])
+            own = torch.mul(own, share[:, :, :, block, None], out=dy[..., :-1])
+            dy[..., -1:] = (own * out[:, :, :, block]).sum(dim=-1, keepdim=True).neg_()
+        d_table = d_table + (phi.mT @ dy).sum(dim=2)
+        d_x = call.spec.map.backward(x, call.directions, phi, dy @ table.mT)
         dq[:, :, :, block] = scaled(d_x, call.spec.factors[0], call.dtype)
+    d_values, d_norms = (d_table, None) if sums.norms is None else (d_table[..., :-1], d_table[..., -1])
+    d_values = d_values.contiguous()
     highest = None if sums.top is None else sums.top[..., None, None]
     for block in call.key_blocks():
         x, phi, weight, own, _ = call.keys(block, highest)
         d_phi, d_own = own @ d_values.mT, phi @ d_values
-        if norms is not None:
+        if d_norms is not None:
             d_phi += d_norms[..., None, :]
         if weight is not None:
             d_phi, d_own = d_phi.mul_(weight), d_own.mul_(weight)
