@@ -56,7 +56,7 @@ APPROXIMATE = [
     ("performer-pytorch", "performer(features=64)", (True, False)),
     ("linformer", "linformer(k=32, max_length=128)", (False,)),
     ("linear-attention-transformer", "linear", (True, False)),
-    ("linear-attention-transformer(bucket=1)", "linear", (True,)),
+    ("linear-attention-transformer(blindspot=64)", "linear", (True,)),
     ("reformer-pytorch", LSH, (True, False)),
     ("transformers-Reformer", LSH, (True, False)),
 ]

@@ -1,6 +1,6 @@
 """What a user would pick instead: every peer, what it needs, and its adapter.
 
-An adapter is `adapter(attn, case, inputs) -> call`: the peer, set up to do what the backend `attn` does, as a plain
+An adapter of attention is `adapter(attn, case, inputs) -> call`: the peer, set up to do what the backend `attn` does, as a plain
 call(q, k, v) -> out of (B, H, T, D) tensors; a `Defined` one where the peer draws parameters of its own or means
 something else. It raises `Absent` for what the peer cannot do. Packages are imported by
 adapters only, so that a missing one is a line in the report.
@@ -49,12 +49,12 @@ PEERS = {
     "reformer-pytorch": Peer("reformer-pytorch", "lsh", "approximate:reformer", efficiency=0.03),
     "linear-attention-transformer": Peer(
         "linear-attention-transformer", "linear", "approximate:linear", efficiency=0.15),
-    "linear-attention-transformer(bucket=1)": Peer(
-        "linear-attention-transformer", "linear", "approximate:linear_of_every_token", efficiency=0.01),
+    "linear-attention-transformer(blindspot=64)": Peer(
+        "linear-attention-transformer", "linear", "approximate:linear_with_blind_spot", efficiency=0.15),
     "transformers-Reformer": Peer("transformers", "lsh", "approximate:transformers_reformer", efficiency=0.03),
     "flash-linear-attention": Peer("flash-linear-attention", "linear", "approximate:flash_linear", gpu=True, setup=5.0),
     "nn.Linear": Peer("torch", "monarch", "plain:dense_layer"),
-    "transformers-QuantizedCache": Peer("optimum-quanto", "quantized caches"),
+    "transformers-QuantizedCache": Peer("optimum-quanto", "quantized caches", "caches:quantized"),
     "bitsandbytes": Peer("bitsandbytes", "quantized weights"),
     "llmcompressor": Peer("llmcompressor", "SparseGPT", "pruning:sparsegpt",
                           note="it pins older versions of torch and transformers"),

@@ -76,12 +76,9 @@ def linformer(attn, case, inputs) -> Call:
     return Defined(call, definition)
 
 
-BUCKET = 64  # linear-attention-transformer's own choice
-
-
-def linear(attn, case, inputs, bucket: int = BUCKET) -> Call:
-    """Softmaxed queries, exponentials of keys. Causal, a query sees the buckets before its own only: with buckets of
-    one token it sees all that is not later, and a D x D sum for every token is written to memory."""
+def linear(attn, case, inputs, bucket: int = 1) -> Call:
+    """Softmaxed queries, exponentials of keys. Causal, its modules have buckets of one token (`blindspot_size`): a
+    query sees all that is not later, and a D x D sum for every token is written to memory."""
     from linear_attention_transformer.linear_attention_transformer import causal_linear_attn, linear_attn
 
     _same_heads(case)
@@ -101,10 +98,11 @@ def linear(attn, case, inputs, bucket: int = BUCKET) -> Call:
     return Defined(call, definition)
 
 
-def linear_of_every_token(attn, case, inputs) -> Call:
+def linear_with_blind_spot(attn, case, inputs) -> Call:
+    """In buckets of 64 tokens a query sees those before its own only: it is blind to the newest 1 to 64 tokens."""
     if not case.causal:
         raise Absent("buckets are for causal attention")
-    return linear(attn, case, inputs, bucket=1)
+    return linear(attn, case, inputs, bucket=64)
 
 
 def reformer(attn, case, inputs) -> Call:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from effattn.benchmark.case import Absent, Call
@@ -21,3 +24,13 @@ def dynamic(attn, case, inputs) -> Call:
         return scaled_dot_product_attention(q, k, v, enable_gqa=case.heads != case.kv_heads)
 
     return call
+
+
+def quantized(k: Tensor, v: Tensor) -> Callable[[], tuple[Tensor, Tensor]]:
+    """A layer of transformers' QuantizedCache that holds k and v (B, Hkv, T, D) in 4 bits, groups of 64, by optimum-
+    quanto: the call unpacks all of both, which each of its steps does before it appends the new token to a copy."""
+    from transformers.cache_utils import QuantoQuantizedLayer
+
+    layer = QuantoQuantizedLayer(nbits=4, axis_key=0, axis_value=0, q_group_size=64)
+    layer.update(k, v)
+    return lambda: (layer._dequantize(layer._quantized_keys), layer._dequantize(layer._quantized_values))

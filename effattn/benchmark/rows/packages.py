@@ -47,12 +47,14 @@ class Method:
 
 
 METHODS = (
-    Method("linear", ("linear",), ("linear-attention-transformer",), faster=2,
-           remark="The package's queries see the buckets of 64 tokens before their own only, so it has less to do: "
-           "ours see all that is not later. Features are the package's own (softmax, exp), held to the dense formula."),
-    Method("linear, every token", ("linear",), ("linear-attention-transformer(bucket=1)",), tokens=(2048,),
-           trained=2048, faster=2, remark="With buckets of one token the package's queries see what ours see. It "
-           "writes 64 x 64 sums for every token, 1 GB at 8192: so both at 2048."),
+    Method("linear", ("linear",), ("linear-attention-transformer",), tokens=(2048,), trained=2048, faster=2,
+           efficiency=0.01, remark="As the package's modules call it, with blindspot_size=1: queries see what ours see. "
+           "It writes 64 x 64 sums for every token, 1 GB at 8192: so both at 2048. Features are the package's own "
+           "(softmax, exp), held to the dense formula."),
+    Method("linear, peer blind to 64 tokens", ("linear",), ("linear-attention-transformer(blindspot=64)",),
+           remark="With blindspot_size=64 the package's queries see the buckets of 64 tokens before their own only, "
+           "which is half of the work: not the newest 1 to 64 tokens, for which it recommends local attention beside "
+           "it. Ours see all that is not later."),
     Method("bidirectional linear", ("linear",), ("linear-attention-transformer",), causal=False, tokens=(8192,),
            remark="The package's keys are normalised over time (softmax), ours need a denominator."),
     Method("performer", ("performer(features=256)",), ("performer-pytorch",), tokens=(2048,), trained=1024, faster=2,

@@ -1,6 +1,6 @@
 """Decoding over a packed cache: one query over K and V in each format's bytes, held to the definition over the numbers
 that these bytes mean; against our own kernel and SDPA on K and V in full precision, and against unpacking everything
-first, as transformers' QuantizedCache does at every step."""
+first: our bytes (KIVI's format) by our kernel, and transformers' QuantizedCache."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from functools import partial
 import torch
 
 from effattn.benchmark.case import Case, Contender, Ratio, Target
+from effattn.benchmark.peers import find
 from effattn.interface import Cost
 from effattn.kernels import decode
 from effattn.kernels.decode.packed import PackedCache, attention
@@ -18,7 +19,7 @@ from effattn.kernels.flash.reference import attention as reference
 from effattn.kernels.pack import pack, unpack
 from effattn.quant.formats import Format
 
-PLAIN = "effattn full"
+PLAIN, QUANTIZED = "effattn full", "transformers-QuantizedCache"
 SOURCE = "packed caches: the bytes they save"
 FORMATS = ("int8", "int4", "int2", "fp8")
 COLD = {"cuda": 2**30, "cpu": 2**28}  # bytes of caches that take turns, as a model's layers do
@@ -116,6 +117,18 @@ def _unpacked(spec, case, inputs):
     return Caches(lambda k, v: _cache(spec, k, v), use)
 
 
+def _quantized_cache(case, inputs):
+    def use(q, unpacked):
+        return torch.nn.functional.scaled_dot_product_attention(q, *unpacked(), enable_gqa=True)
+
+    return Caches(find(QUANTIZED), use)
+
+
+def _of_quantized_cache(case, inputs, call):
+    """The definition in fp64, over the numbers that its bytes mean."""
+    return _definition(case, inputs[0], *(x.double() for x in call.make(*inputs[1:])()))
+
+
 def _plain(case, inputs):
     return decode.attention
 
@@ -133,6 +146,10 @@ def _truth(spec, case, inputs, call):
             torch.cat([unpack(codes, torch.float64), rest.double()], dim=2)
             for codes, rest in ((cache.k, cache.k_rest), (cache.v, cache.v_rest))
         )
+    return _definition(case, q, k, v)
+
+
+def _definition(case, q, k, v):
     seen = torch.ones(1, 1, 1, k.shape[2], dtype=torch.bool, device=q.device)
     return {"output": reference(q.double(), k, v, seen, scale=case.dim**-0.5)[0]}
 
@@ -142,6 +159,7 @@ def _race(dtype, tokens, **sizes):
         Contender("SDPA", _sdpa, partial(_truth, "")),
         Contender(PLAIN, _plain, partial(_truth, ""), ours=True),
         Contender("unpack int4, then SDPA", partial(_unpacked, "int4"), partial(_truth, "int4"), spec="int4"),
+        Contender(f"{QUANTIZED} int4", _quantized_cache, _of_quantized_cache, spec="int4"),
     ]
     raced += [
         Contender(f"effattn {spec}", partial(_packed, spec), partial(_truth, spec), ours=True, spec=spec)
