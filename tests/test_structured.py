@@ -7,6 +7,7 @@ import torch
 from conftest import tiny
 from effattn.prune import criteria
 from effattn.prune.compensation import compensate
+from effattn.prune.criteria import obs
 from effattn.prune.criteria.base import losses
 from effattn.prune.gates import gated
 from effattn.prune.slicing import Keep, slice_model
@@ -135,6 +136,47 @@ def test_the_criteria_that_only_look(model, batches):
     torch.testing.assert_close(found.ffn[1], per_window.norm(dim=0).double(), rtol=1e-5, atol=1e-6)
     per_window = z.float().view(6, LENGTH, 8, 8).norm(dim=-1).mean(1)
     torch.testing.assert_close(found.heads[1], per_window.norm(dim=0).view(4, 2).sum(1).double(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_obs_removes_what_costs_least_once_the_rest_is_solved_again(size):
+    """Against trying every structure in every round, with a least-squares solution for each."""
+    torch.manual_seed(0)
+    x = torch.randn(300, 12, dtype=torch.float64) @ torch.randn(12, 12, dtype=torch.float64)
+    weight, gram = torch.randn(5, 12, dtype=torch.float64), x.T @ x
+    damped = gram + obs.DAMPING * gram.diagonal().mean() * torch.eye(12, dtype=torch.float64)
+
+    def error(gone: list[int]) -> float:
+        kept = [i for i in range(12) if i // size not in gone]
+        left = weight.clone()
+        left[:, kept] -= weight @ damped[:, kept] @ torch.linalg.inv(damped[kept][:, kept])
+        return float((left @ damped * left).sum())
+
+    order: list[int] = []
+    while len(order) < 12 // size:
+        order.append(min(set(range(12 // size)) - set(order), key=lambda one: error([*order, one])))
+    assert obs.removal_order(gram, weight, size).tolist() == order
+
+
+def test_obs_keeps_one_of_two_that_say_the_same(model, batches):
+    """Every FFN dimension twice: a copy of each may go and nothing is lost, which no score of single ones can see."""
+    parts = hf.of(model)
+    for layer in parts:
+        for module in layer.feed_forward.inputs:
+            module.weight.data[48:] = module.weight.data[:48]
+    found = criteria.measure("obs", parts, batches, ["heads", "ffn"])
+    assert sorted(found.heads[0].tolist()) == [0, 1, 2, 3]
+    for row in found.ffn:
+        kept = row.sort(descending=True).indices[:48] % 48
+        assert len(set(kept.tolist())) == 48
+
+
+def test_obs_takes_several_a_round_where_there_are_many(monkeypatch):
+    monkeypatch.setattr(obs, "ROUNDS", 10)
+    x, weight = torch.randn(100, 96, dtype=torch.float64), torch.rand(5, 96, dtype=torch.float64)
+    weight[:, :48] /= 1e3
+    order = obs.removal_order(x.T @ x, weight).tolist()
+    assert sorted(order) == list(range(96)) and sorted(order[:48]) == list(range(48))
 
 
 def test_block_influence_and_random(model, batches):

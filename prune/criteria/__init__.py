@@ -18,7 +18,7 @@ from effattn.hf.anatomy import Anatomy
 
 from .base import TARGETS, Importance
 
-CRITERIA = ("taylor", "michel", "activation", "flap", "wanda_sum", "block_influence", "random")
+CRITERIA = ("taylor", "obs", "michel", "activation", "flap", "wanda_sum", "block_influence", "random")
 
 
 def measure(
