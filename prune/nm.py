@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 import torch
@@ -74,11 +75,11 @@ def lowest(scores: Tensor, count: int) -> Tensor:
     if count == scores.shape[-1]:
         return torch.ones_like(scores, dtype=torch.bool)
     threshold = _kth_lowest(scores, count)
-    mask, tied = scores < threshold, scores == threshold
-    missing = count - mask.sum(-1, keepdim=True)
-    if bool((tied.sum(-1, keepdim=True) > missing).any()):
-        tied &= tied.cumsum(-1) <= missing
-    return mask.logical_or_(tied)
+    mask = scores <= threshold
+    if bool((mask.sum(-1) > count).any()):  # several at the threshold
+        mask, tied = scores < threshold, scores == threshold
+        mask |= tied & (tied.cumsum(-1) <= count - mask.sum(-1, keepdim=True))
+    return mask
 
 
 def _kth_lowest(scores: Tensor, count: int) -> Tensor:
@@ -101,12 +102,29 @@ def lowest_first(scores: Tensor, n: int) -> Tensor:
     if m > PAIRWISE:
         mask = torch.zeros_like(scores, dtype=torch.bool)
         return mask.scatter_(0, scores.argsort(dim=0, stable=True)[:n], True)
-    rank = torch.zeros(scores.shape, dtype=torch.int8, device=scores.device)
-    for i in range(1, m):  # each pair once: the later of two equal ones ranks higher
-        above = scores[:i] <= scores[i]
-        rank[i] += above.sum(0, dtype=torch.int8)
-        rank[:i] += ~above
-    return rank < n
+    if (n, m) == (2, 4):  # what hardware wants, and what SparseGPT asks for a thousand times a layer: a quarter of the time
+        mask = scores <= _second_of_four(scores)
+        if int(mask.count_nonzero()) == n * scores.shape[1]:  # none is tied with it
+            return mask
+    first, second, rank, start = _pairs(m, scores.device)
+    above = scores.index_select(0, first) <= scores.index_select(0, second)  # of equal ones the later ranks higher
+    return torch.addmm(start, rank, above.float()) < n
+
+
+def _second_of_four(scores: Tensor) -> Tensor:
+    """(4, columns) -> (columns,)"""
+    low, high = scores[:2].minimum(scores[2:]), scores[:2].maximum(scores[2:])
+    return low[0].maximum(low[1]).minimum(high[0].minimum(high[1]))
+
+
+@cache
+def _pairs(m: int, device: torch.device) -> tuple[Tensor, ...]:
+    """All pairs i < j of m entries, and what they say of ranks: the matrix (m, pairs) that counts for each entry how
+    often it is above, as j, less how often it is not below, as i; and the entries after it (m, 1), where counting
+    starts. Few calls: it is their number that takes the time."""
+    first, second = torch.triu_indices(m, m, 1, device=device)
+    place = torch.arange(m, device=device)[:, None]
+    return first, second, (place == second).float() - (place == first).float(), (m - 1.0 - place).float()
 
 
 def lowest_per_row(scores: Tensor, sparsity: Sparsity) -> Tensor:

@@ -81,7 +81,7 @@ def prune_columns(
             done = until
         errors = _prune_block(inside, triangle, chosen, importance[start:stop], sparsity)
         columns[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)
-        loss += errors.square_().sum(dtype=torch.float64)
+        loss += errors.square_().sum(1).sum(dtype=torch.float64)
     return mask, float(loss)
 
 
@@ -94,16 +94,19 @@ def _prune_block(inside: Tensor, factor: Tensor, mask: Tensor, importance: Tenso
     width = PANEL if m is None else m * max(1, PANEL // m)
     errors, inverse = torch.empty_like(inside), 1 / factor.diagonal()[:, None]
     share = mask * inverse if m is None else torch.empty_like(inside)  # of a column that becomes its error: 0 or 1/U_ii
+    columns, shares, becoming, below = inside.unbind(), share.unbind(), errors.unbind(), factor.unsqueeze(-1)
+    groups = () if m is None else tuple(zip(*(x.split(m) for x in (inside, importance, mask, inverse, share)), strict=True))
     for first in range(0, len(inside), width):
         last = min(first + width, len(inside))
         for i in range(first, last):
             if m is not None and i % m == 0:
-                group = slice(i, i + m)
-                mask[group] = lowest_first(inside[group].square().mul_(importance[group]), n)
-                torch.mul(mask[group], inverse[group], out=share[group])
-            torch.mul(inside[i], share[i], out=errors[i])
+                own, weights, chosen, scales, shared = groups[i // m]
+                chosen.copy_(lowest_first(own.square().mul_(weights), n))
+                torch.mul(chosen, scales, out=shared)
+            torch.mul(columns[i], shares[i], out=becoming[i])
             if i + 1 < last:
-                inside[i + 1 : last].addcmul_(factor[i, i + 1 : last, None], errors[i], value=-1)
+                inside[i + 1 : last].addcmul_(below[i, i + 1 : last], becoming[i], value=-1)
         inside[last:].addmm_(factor[first:last, last:].T, errors[first:last], alpha=-1)
-    inside.masked_fill_(mask, 0)  # not a product with the mask, which leaves -0.0
+    zero = inside.new_zeros(()).expand_as(inside)
+    torch.addcmul(zero, inside, (~mask).to(inside.dtype), out=inside)  # the sum makes 0 of -0
     return errors
