@@ -95,12 +95,12 @@ def _prune_block(inside: Tensor, factor: Tensor, mask: Tensor, importance: Tenso
     errors, inverse = torch.empty_like(inside), 1 / factor.diagonal()[:, None]
     share = mask * inverse if m is None else torch.empty_like(inside)  # of a column that becomes its error: 0 or 1/U_ii
     columns, shares, becoming, below = inside.unbind(), share.unbind(), errors.unbind(), factor.unsqueeze(-1)
-    groups = () if m is None else tuple(zip(*(x.split(m) for x in (inside, importance, mask, inverse, share)), strict=True))
+    groups = [x.split(m or len(inside)) for x in (inside, importance, mask, inverse, share)]
     for first in range(0, len(inside), width):
         last = min(first + width, len(inside))
         for i in range(first, last):
             if m is not None and i % m == 0:
-                own, weights, chosen, scales, shared = groups[i // m]
+                own, weights, chosen, scales, shared = (x[i // m] for x in groups)
                 chosen.copy_(lowest_first(own.square().mul_(weights), n))
                 torch.mul(chosen, scales, out=shared)
             torch.mul(columns[i], shares[i], out=becoming[i])

@@ -98,8 +98,8 @@ def _near(rows, k, v, turns, added, interleaved: bool, scale: float) -> tuple[Te
 
 
 def _newest(turn: Turn, layout: Layout, new: int, k: Tensor) -> Tensor:
-    """By which k, the keys from `new` on, are rotated, complex (1 or B, 1, n, R/2). What was made last is kept: the layers of a
-    model ask for the same at every step, as they do of transformers' rotary module, which makes it once a step."""
+    """By which k, the keys from `new` on, are rotated, complex (1 or B, 1, n, R/2). What was made last is kept: the
+    layers of a model ask for the same at every step, as they do of transformers' rotary module, which makes it once."""
     keys = new + k.shape[2]
     if layout.start is not None or layout.mask is not None:
         return torch.complex(*turn.cos_sin(layout.key_positions(keys, k.device)[:, new:], k.dtype))[:, None]

@@ -1,9 +1,9 @@
 """What a user would pick instead: every peer, what it needs, and its adapter.
 
-An adapter of attention is `adapter(attn, case, inputs) -> call`: the peer, set up to do what the backend `attn` does, as a plain
-call(q, k, v) -> out of (B, H, T, D) tensors; a `Defined` one where the peer draws parameters of its own or means
-something else. It raises `Absent` for what the peer cannot do. Packages are imported by
-adapters only, so that a missing one is a line in the report.
+An adapter of attention is `adapter(attn, case, inputs) -> call`: the peer, set up to do what the backend `attn` does,
+as a plain call(q, k, v) -> out of (B, H, T, D) tensors; a `Defined` one where the peer draws parameters of its own or
+means something else. It raises `Absent` for what the peer cannot do. Packages are imported by adapters only, so that a
+missing one is a line in the report.
 """
 
 from __future__ import annotations

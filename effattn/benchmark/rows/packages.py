@@ -48,8 +48,8 @@ class Method:
 
 METHODS = (
     Method("linear", ("linear",), ("linear-attention-transformer",), tokens=(2048,), trained=2048, faster=2,
-           efficiency=0.01, remark="As the package's modules call it, with blindspot_size=1: queries see what ours see. "
-           "It writes 64 x 64 sums for every token, 1 GB at 8192: so both at 2048. Features are the package's own "
+           efficiency=0.01, remark="As the package's modules call it, with blindspot_size=1: queries see what ours "
+           "see. It writes 64 x 64 sums for every token, 1 GB at 8192: so both at 2048. Features are the package's own "
            "(softmax, exp), held to the dense formula."),
     Method("linear, peer blind to 64 tokens", ("linear",), ("linear-attention-transformer(blindspot=64)",),
            remark="With blindspot_size=64 the package's queries see the buckets of 64 tokens before their own only, "
