@@ -19,8 +19,8 @@ def structured(
     ffn: Annotated[str | None, typer.Option(help="FFN dimensions: the same")] = None,
     layers: Annotated[str | None, typer.Option(help="layers: the same")] = None,
     criterion: Annotated[list[str] | None, typer.Option(help="taylor (default), obs, michel, activation, flap, "
-        "wanda_sum, block_influence or random, or by target: heads=flap,layers=block_influence; repeat to compare, the first one "
-        "is saved")] = None,
+        "wanda_sum, block_influence or random, or by target: heads=flap,layers=block_influence; repeat to compare, the "
+        "first one is saved")] = None,
     compensate: Annotated[bool, typer.Option(help="solve the output projections again by least squares")] = True,
     bias: Annotated[bool, typer.Option("--bias", help="give them biases where the class's config can (FLAP: with "
         "--no-compensate)")] = False,

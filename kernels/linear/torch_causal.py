@@ -199,7 +199,7 @@ class Call:
     # The sweeps ----------------------------------------------------------------------------------------------------
 
     def forward(self, before: Before, out: Tensor | None, dens: Tensor | None, keep: bool) -> tuple[Sums, list[Before]]:
-        """Fills `out` and `dens` (one over the normaliser). The sums at the end; if `keep`, what is before each block."""
+        """Fills `out` and `dens` (one over the normaliser). The sums at the end, and if `keep` before every block."""
         starts = []
         blocks = list(self.blocks())
         for block in blocks:

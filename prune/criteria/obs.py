@@ -1,10 +1,11 @@
 """Optimal brain surgeon for whole structures: what removing one costs once the others have taken over what they can.
 
 With W (D, n) the output module (o_proj, or the FFN's), x its inputs, C = sum of x x^T and I = (C + lambda)^-1, removing
-columns g costs tr(W_g I_gg^-1 W_g^T), which is |W_g|^2 / I_gg for a single one, and W becomes W - W_g I_gg^-1 I_g: ZipLM (arXiv:2302.04089), equations 3 and 4, and SlimGPT (arXiv:2412.18110). Structures are removed
-one after the other, a few at a time where there are many, the cheapest first; a structure's importance is how many went
-before it. This is the criterion for `compensate=True`, whose least squares it foresees: two dimensions that say
-the same are worth nothing together here, and each as much as alone to the others.
+the columns g costs tr(W_g I_gg^-1 W_g^T), which is |W_g|^2 / I_gg for a single one, and W becomes W - W_g I_gg^-1 I_g:
+ZipLM (arXiv:2302.04089), equations 3 and 4, and SlimGPT (arXiv:2412.18110). Structures are removed one after the other,
+a few at a time where there are many, the cheapest first; a structure's importance is how many went before it. This is
+the criterion for `compensate=True`, whose least squares it foresees: two dimensions that say the same are worth nothing
+together here, and to the other criteria each as much as alone.
 """
 
 from __future__ import annotations
