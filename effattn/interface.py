@@ -230,10 +230,12 @@ class Backend(nn.Module):
         if not isinstance(rule, Positions):
             return
         if state is not None and state.packed:
-            one_length = mask is None and not isinstance(state.seq_len, Tensor)
-            if rule.bias is not None or not rule.turnable(one_length):
+            fixed = isinstance(state.seq_len, Tensor)
+            biased = rule.bias is not None and fixed  # tables are as long as the sequence
+            if biased or not rule.turnable(one_length=mask is None and not fixed):
                 varies = rule.turns and rule.rotation.varies
                 where = " where rows are padded, or their length is a tensor" if varies else ""
+                where = " whose length is a tensor" if biased else where
                 raise Unsupported(f"rotary: {rule.spec!r} cannot go with packed keys{where}; valid is a full cache")
         if rule.causal_only and not causal:
             raise Unsupported(f"rotary: {rule.spec!r} needs causal=True")

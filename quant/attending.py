@@ -61,11 +61,6 @@ def check(state: PackedState | StaticState, new: New, q: Tensor, call: Call, imp
         raise Unsupported(f"{where}: impl: got 'reference', valid with a packed cache are 'auto', 'torch' and 'triton'")
     if not call.causal:
         raise Unsupported(f"{where}: causal=False, valid is causal=True: what is remembered is the past")
-    if call.bias is not None:
-        raise Unsupported(
-            f"{where}: a bias by distance ({call.bias.kind}) cannot be added to the scores of packed keys; valid are "
-            "position rules that turn (rope, yarn, rerope, ...) and logn"
-        )
     if "k" in state.format.rotate and call.turn is not None:
         raise Unsupported(
             f"{where}: rotate='k' mixes a key's dimensions after its rotary turn, and here keys are kept before it; "
@@ -129,7 +124,7 @@ def among(new: New, k: Tensor, q: Tensor, pattern: Pattern, call: Call, impl: st
     layout = Layout(tail=new.first, start=new.start, mask=real)
     return flash.attention(
         q, k, new.v, pattern, layout, causal=True, scale=call.scale, softcap=call.softcap, q_first=call.q_first,
-        impl=impl, lse=True, **far,
+        bias=call.bias, impl=impl, lse=True, **far,
     )  # fmt: skip
 
 
@@ -142,7 +137,7 @@ def _read(
         first = min(pattern.first, cache.slots)
         parts.append(packed.attention(
             q, cache, replace(pattern, first=first), causal=True, scale=call.scale, softcap=call.softcap,
-            q_first=call.q_first if first else None, turn=call.turn, impl=impl, lse=True,
+            q_first=call.q_first if first else None, turn=call.turn, bias=call.bias, impl=impl, lse=True,
         ))  # fmt: skip
     return parts[0] if len(parts) == 1 else merge(parts)
 

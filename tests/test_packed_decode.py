@@ -10,7 +10,7 @@ import torch
 from effattn.kernels.decode import packed_tiles, packed_torch
 from effattn.kernels.decode.packed import PackedCache, attention
 from effattn.kernels.decode.turn import Turn
-from effattn.kernels.flash import Blocks, Pattern, Window
+from effattn.kernels.flash import Bias, Blocks, Pattern, Window
 from effattn.kernels.pack import AXES, KINDS, Coding, pack, unpack
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -49,6 +49,8 @@ def error(got, want):
 
 
 def on_cpu(x):
+    if isinstance(x, Bias):
+        return Bias(x.kind, x.params.cpu())
     if isinstance(x, Turn):
         return Turn(
             x.inv_freq.cpu(), x.interleaved, x.scaling, x.window, x.slow, None if x.q_far is None else x.q_far.cpu()
@@ -177,6 +179,24 @@ def test_the_kernel_reads_every_coding(settings):
     check(*made(**settings), impl="triton")
 
 
+BIASES = {"alibi": (4, 1), "kerple_log": (4, 2), "kerple_power": (1, 2), "table": (4, 30)}
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+@pytest.mark.parametrize("kind", BIASES)
+def test_distances_add_to_scores(kind, impl, small):
+    if impl == "triton":
+        pytest.importorskip("triton")
+    bias = Bias(kind, torch.rand(*BIASES[kind], generator=torch.Generator().manual_seed(1)).to(DEVICE))
+    check(*made(), impl=impl, bias=bias)
+    q, cache = made(slots=5, queries=3, start=(0, 37))
+    check(q, cache, Window(back=50, first=4), impl, q_first=q.flip(1), softcap=5.0, bias=bias)
+    q, cache = made(slots=5, queries=3, ring=True, masked=True)
+    check(q, cache, Blocks(size=32, look_back=1, shifted=True), impl, bias=bias)
+    turn = Turn(torch.rand(16, device=DEVICE))
+    check(*made(queries=2), impl=impl, turn=turn, bias=bias)
+
+
 def test_the_kernel_does_everything():
     pytest.importorskip("triton")
     q, cache = made(slots=5, queries=3, start=(0, 37))
@@ -222,6 +242,10 @@ def test_what_cannot_be_done_is_said():
     q, cache = made(slots=2)
     with pytest.raises(ValueError, match=r"pattern.first = 3, but the cache holds 2"):
         attention(q, cache, Pattern(first=3), q_first=q)
+    with pytest.raises(ValueError, match=r"bias.params: got 3 heads, valid are 1 and 4"):
+        attention(q, cache, bias=Bias("alibi", torch.ones(3, 1, device=DEVICE)))
+    with pytest.raises(ValueError, match=r"turn\.window: got a bias too"):
+        attention(q, cache, turn=far(q), bias=Bias("alibi", torch.ones(4, 1, device=DEVICE)))
     pytest.importorskip("triton")
     with pytest.raises(ValueError, match=r"float64.*impl='torch'"):
         attention(q.double(), cache, impl="triton")

@@ -164,7 +164,8 @@ def test_gradients_through_rings_and_chunks():
 
 @torch.no_grad()
 @pytest.mark.parametrize(
-    "spec", ["leaky_rerope(window=6, k=2)+logn", "ntk(factor=2, variant='mixed')", "dynamic_ntk(factor=2)"]
+    "spec",
+    ["leaky_rerope(window=6, k=2)+logn", "ntk(factor=2, variant='mixed')", "dynamic_ntk(factor=2)", "alibi", "kerple"],
 )
 def test_packed_caches(spec):
     """Raw keys in int8 are turned as they are read: within its error of what a full cache gives, and no further."""
@@ -187,9 +188,8 @@ def test_packed_caches(spec):
 
 def test_what_packed_keys_cannot_have():
     sizes = {"hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 2, "num_hidden_layers": 1}
-    for spec in ("xpos", "alibi"):
-        with pytest.raises(Unsupported, match=f"layer 0: rotary: '{spec}' cannot go with packed keys; valid is a full"):
-            swap(tiny("llama", **sizes), positions=spec, cache="int8(group=32)")
+    with pytest.raises(Unsupported, match="layer 0: rotary: 'xpos' cannot go with packed keys; valid is a full"):
+        swap(tiny("llama", **sizes), positions="xpos", cache="int8(group=32)")
     model = swap(tiny("llama", **sizes), positions="dynamic_ntk(factor=2)", cache="int8(group=32)")
     with pytest.raises(Unsupported, match="packed keys where rows are padded"):
         model(**batch())

@@ -73,7 +73,8 @@ def test_layer_by_layer_and_back_to_the_same_bits(tmp_path):
 def test_positions_and_patterns_beside_it():
     """Raw keys are packed raw, and turned as they are read."""
     for kwargs in ({"positions": "rerope(window=24)"}, {"positions": "yarn(factor=4.0)+logn"},
-                   {"pattern": "sliding(window=30, sinks=2)"}):  # fmt: skip
+                   {"pattern": "sliding(window=30, sinks=2)"}, {"positions": "alibi"},
+                   {"positions": "kerple", "pattern": "sliding(window=30)"}, {"positions": "sandwich"}):  # fmt: skip
         model = swap(model_of(), **kwargs)
         expected = model(IDS, use_cache=False).logits
         swap(model, cache="int8(residual=0, group=32)")
@@ -81,8 +82,8 @@ def test_positions_and_patterns_beside_it():
         parts = [model(part, past_key_values=cache).logits for part in IDS.split([40, 1, 19], dim=1)]
         error = (torch.cat(parts, dim=1) - expected).norm() / expected.norm()
         assert 0 < error < 0.02, kwargs
-    with pytest.raises(Unsupported, match="'alibi' cannot go with packed keys"):
-        swap(model_of(), positions="alibi", cache="int4")
+    with pytest.raises(Unsupported, match="'xpos' cannot go with packed keys"):
+        swap(model_of(), positions="xpos", cache="int4")
 
 
 MISTAKES = [

@@ -15,9 +15,12 @@ import torch
 from torch import Tensor
 
 from ..flash import IMPLEMENTATIONS, choose
-from ..flash.pattern import Pattern
+from ..flash.pattern import Layout, Pattern
+from ..flash.rules import Bias
+from ..flash.rules import check as check_rules
 from ..pack.codes import Codes
 from .turn import Turn
+from .turn import check as check_turn
 
 __all__ = ["IMPLEMENTATIONS", "PackedCache", "attention", "choose"]
 
@@ -105,6 +108,7 @@ def attention(
     softcap: float | None = None,
     q_first: Tensor | None = None,
     turn: Turn | None = None,
+    bias: Bias | None = None,
     impl: str = "auto",
     lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -112,9 +116,9 @@ def attention(
 
     pattern: `Pattern`, `Window` or `Blocks` with `first`; scale defaults to D^-0.5; softcap c makes each score
     c tanh(score / c). q_first (B, Hq, Tq, D): the queries as keys at positions below `pattern.first` see them, which
-    must all be slots. turn: keys are held raw and rotated when they are read. With `lse` also the log-sum-exp of each
-    query's scores (B, Hq, Tq), fp32. A query that sees nothing gives 0 and -inf. ValueError for what an implementation
-    cannot do.
+    must all be slots. turn: keys are held raw and rotated when they are read. bias: what distances add to scores. With
+    `lse` also the log-sum-exp of each query's scores (B, Hq, Tq), fp32. A query that sees nothing gives 0 and -inf.
+    ValueError for what an implementation cannot do.
     """
     pattern = pattern or Pattern()
     if q_first is not None and pattern.first > cache.slots:
@@ -122,6 +126,8 @@ def attention(
             f"q_first: got pattern.first = {pattern.first}, but the cache holds {cache.slots} first tokens in full "
             f"precision; valid is at most {cache.slots}"
         )
+    check_rules(None, bias, q, q, pattern, Layout(), causal, q_first)
+    check_turn(turn, bias, q, Pattern(), causal, None)  # first queries are slots here, which see no far keys
     name = choose(impl, q.device)
     if name == "triton":
         from .packed_triton import attention as run
@@ -131,6 +137,6 @@ def attention(
         from .packed_torch import attention as run
     out, sums = run(
         q, cache, pattern, causal=causal, scale=q.shape[-1] ** -0.5 if scale is None else scale, softcap=softcap,
-        q_first=q_first if pattern.first else None, turn=turn, need_lse=lse,
+        q_first=q_first if pattern.first else None, turn=turn, bias=bias, need_lse=lse,
     )  # fmt: skip
     return (out, sums) if lse else out

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from ..aot import ARCHES
+from ..flash.triton_bias import alibi
 from ..pack.codes import Coding
 from .packed_kernels import attend_packed
 from .packed_triton import code, tile, turned
@@ -14,10 +15,10 @@ from .turn import Turn
 POINTERS = {
     "kc_ptr": "*u8", "ks_ptr": "*bf16", "kz_ptr": "*fp16", "vc_ptr": "*u8", "vs_ptr": "*bf16", "vz_ptr": "*fp16",
     "out_ptr": "*fp32", "lse_ptr": "*fp32", "start_ptr": "*i64", "mask_ptr": "*i1", "packed_numbers_ptr": "*i64",
-    "rest_numbers_ptr": "*i64", "total_ptr": "*i64", "inv_freq_ptr": "*fp32",
+    "rest_numbers_ptr": "*i64", "total_ptr": "*i64", "inv_freq_ptr": "*fp32", "params_ptr": "*fp32",
 }  # fmt: skip
 OPTIONAL = ("q_first_ptr", "k_first_ptr", "v_first_ptr", "start_ptr", "mask_ptr", "packed_numbers_ptr",
-            "rest_numbers_ptr", "total_ptr")  # fmt: skip
+            "rest_numbers_ptr", "total_ptr", "params_ptr")  # fmt: skip
 FLOATS = ("inner", "outer", "turn_scaling", "slow")
 UNEVEN = ("mask_b",)  # strides that may be no multiple of 16
 
@@ -57,7 +58,8 @@ def _attend(
     warps, stages = sizes.pop("num_warps"), sizes.pop("num_stages")
     constexprs = dict(
         K_CODE=code(k, dim, len(turn.inv_freq) if turn else None), V_CODE=code(v, dim), TURN=turned(turn),
-        NEAR=in_window if everything else None, CAUSAL=True, SOFTCAP=everything, SLOTS=everything, row_tiles=1, **sizes,
+        NEAR=in_window if everything else None, CAUSAL=True, SOFTCAP=everything, SLOTS=everything,
+        BIAS=alibi if everything else None, row_tiles=1, **sizes,
     )  # fmt: skip
     if not k.has_zero:
         constexprs |= dict.fromkeys(("kz_ptr", "vz_ptr"))

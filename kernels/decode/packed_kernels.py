@@ -18,13 +18,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ..flash.triton_bias import params_of
 from ..pack.triton_kernels import FP8, numbers
-from .triton_pieces import LN2, dot, narrow, sees, tanh
+from .triton_pieces import LN2, LOG2E, dot, narrow, sees, tanh
 from .triton_turn import angles, cos_sin
 
 CHANGING = (
-    "mask_b", "queries", "total", "slots", "first", "near_a", "near_b", "near_c", "packed_from", "packed", "rest",
-    "low", "rest_low", "packed_tiles", "tiles", "tiles_a_split", "window", "slow", "turn_scaling",
+    "mask_b", "step", "n_params", "queries", "total", "slots", "first", "near_a", "near_b", "near_c", "packed_from",
+    "packed", "rest", "low", "rest_low", "packed_tiles", "tiles", "tiles_a_split", "window", "slow", "turn_scaling",
 )  # fmt: skip
 
 
@@ -215,21 +216,23 @@ def peak(s, highest):
 def attend_packed(
     q_ptr, q_first_ptr, q_far_ptr, kc_ptr, ks_ptr, kz_ptr, vc_ptr, vs_ptr, vz_ptr,
     k_rest_ptr, v_rest_ptr, k_first_ptr, v_first_ptr, out_ptr, lse_ptr,
-    start_ptr, mask_ptr, packed_numbers_ptr, rest_numbers_ptr, total_ptr, inv_freq_ptr,
+    start_ptr, mask_ptr, packed_numbers_ptr, rest_numbers_ptr, total_ptr, inv_freq_ptr, params_ptr,
     q_b, q_h, q_t, f_b, f_h, f_t, r_b, r_h, r_t, kc_b, kc_h, kc_n, ks_b, ks_h, ks_n, vc_b, vc_h, vc_n,
     vs_b, vs_h, vs_n, kr_b, kr_h, kr_n, vr_b, vr_h, vr_n, kf_b, kf_h, kf_n, vf_b, vf_h, vf_n, mask_b,
-    group, row_tiles, inner, outer,
+    group, row_tiles, inner, outer, step, n_params,
     queries, total, slots, first, near_a, near_b, near_c, packed_from, packed, rest, low, rest_low,
     packed_tiles, tiles, tiles_a_split, turn_scaling, window, slow,
     K_CODE: tl.constexpr, V_CODE: tl.constexpr, TURN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_F: tl.constexpr, NEAR: tl.constexpr, CAUSAL: tl.constexpr, SOFTCAP: tl.constexpr, SLOTS: tl.constexpr,
+    BIAS: tl.constexpr,
 ):  # fmt: skip
     """One split of the keys for one row tile of one K/V head: its normalised output and its log-sum-exp.
 
     Grid (splits * row_tiles, Hkv, B). Pointers that are None are absent. Scores in bits are q k * inner, or with
-    SOFTCAP tanh(q k * inner) * outer. Tiles: `packed_tiles` of BLOCK_N packed keys, [low, packed), then those of
-    BLOCK_F keys among the slots and the newest, [rest_low, slots + rest). CODE: (bits, is fp8, has zeros, per channel,
-    group, W, BLOCK_W, pieces). TURN: None, or (frequencies, far keys turn too).
+    SOFTCAP tanh(q k * inner) * outer; BIAS, with n_params numbers a head, is added. Tiles: `packed_tiles` of BLOCK_N
+    packed keys, [low, packed), then those of BLOCK_F keys among the slots and the newest, [rest_low, slots + rest).
+    CODE: (bits, is fp8, has zeros, per channel, group, W, BLOCK_W, pieces). TURN: None, or (frequencies, far keys turn
+    too).
     """
     split = tl.program_id(0) // row_tiles
     kv_head = tl.program_id(1)
@@ -272,6 +275,8 @@ def attend_packed(
     k = (kc_ptr + b * kc_b + kv * kc_h, ks_ptr, kz, kc_n, ks_n)
     v = (vc_ptr + b * vc_b + kv * vc_h, vs_ptr, vz, vc_n, vs_n)
     turn = (inv_freq_ptr, turn_scaling, window, slow)
+    if BIAS is not None:
+        params = params_of(params_ptr, tl.minimum(h, heads - 1)[:, None], step, n_params)
 
     highest = tl.full([BLOCK_M], float("-inf"), tl.float32)
     weight = tl.zeros([BLOCK_M], tl.float32)
@@ -297,6 +302,8 @@ def attend_packed(
         else:
             s = turned_scores(q, q_far, packed_keys(k, n0, there, dtype, K_CODE), i, j, turn, dtype, K_CODE, TURN)
         s = tanh(s * inner) * outer if SOFTCAP else s * inner
+        if BIAS is not None:
+            s += BIAS(tl.abs(i - j), *params) * LOG2E
         visible = sees(i, j, h[:, None], heads, there, first, near_a, near_b, near_c, NEAR, CAUSAL)
         p, fade, highest = peak(tl.where(visible, s, float("-inf")), highest)
         weight = weight * fade + tl.sum(p, axis=1)
@@ -338,6 +345,8 @@ def attend_packed(
                     (j >= 0) & (j < first), turned_scores(q_first, q_far, key, i, j, turn, dtype, K_CODE, TURN), s
                 )
         s = tanh(s * inner) * outer if SOFTCAP else s * inner
+        if BIAS is not None:
+            s += BIAS(tl.abs(i - j), *params) * LOG2E
         visible = sees(i, j, h[:, None], heads, there, first, near_a, near_b, near_c, NEAR, CAUSAL)
         p, fade, highest = peak(tl.where(visible, s, float("-inf")), highest)
         weight = weight * fade + tl.sum(p, axis=1)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..flash.pattern import Pattern
 from ..flash.reference import attention as softmax
+from ..flash.rules import Bias
 from ..pack.reference import unpack
 from .packed import PackedCache
 from .turn import Turn
@@ -22,6 +23,7 @@ def attention(
     softcap: float | None,
     q_first: Tensor | None,
     turn: Turn | None,
+    bias: Bias | None,
     need_lse: bool,
 ) -> tuple[Tensor, Tensor]:
     """(B, Hq, Tq, Dv) in q's dtype and the log-sum-exp (B, Hq, Tq), fp64."""
@@ -37,7 +39,8 @@ def attention(
     seen = pattern.sees(i, j, h, heads, causal)
     first = (at >= 0) & (at < pattern.first)
     if turn is None:
-        return softmax(q, k, v, seen, scale=scale, softcap=softcap, q_first=q_first, first=first)
+        return softmax(q, k, v, seen, scale=scale, softcap=softcap, q_first=q_first, first=first, bias=bias,
+                       distance=(i - j)[:, 0])  # fmt: skip
 
     def scores(queries: Tensor, keys: Tensor) -> Tensor:
         return queries.double() @ keys.repeat_interleave(groups, dim=1).mT * scale
@@ -50,6 +53,8 @@ def attention(
         logits = torch.where(i - j >= turn.window, scores(turn.q_far, turn.keys(k, at, far=True)), logits)
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
+    if bias is not None:
+        logits = logits + bias.values((i - j)[:, 0]).double().transpose(0, 1)
     logits = logits.masked_fill(~seen, -torch.inf)
     lse = logits.logsumexp(dim=-1)
     weights = torch.exp(logits - torch.where(lse == -torch.inf, 0.0, lse)[..., None])

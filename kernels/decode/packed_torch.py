@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..flash.pattern import Blocks, Pattern, Window
+from ..flash.rules import Bias
 from .packed import PackedCache
 from .packed_tiles import TILE, Full, Packed, Stretch
 from .turn import Turn
@@ -34,6 +35,7 @@ def attention(
     softcap: float | None,
     q_first: Tensor | None,
     turn: Turn | None,
+    bias: Bias | None,
     need_lse: bool,
 ) -> tuple[Tensor, Tensor]:
     """As `packed.attention`; products in fp32, or fp64 for fp64 queries."""
@@ -42,7 +44,7 @@ def attention(
     parts = []
     for start in range(0, q.shape[2], QUERIES):
         queries = slice(start, start + QUERIES)
-        walk = Walk(q, cache, pattern, queries, causal, scale, softcap, q_first, turn)
+        walk = Walk(q, cache, pattern, queries, causal, scale, softcap, q_first, turn, bias)
         parts.append(walk.run())
     return parts[0] if len(parts) == 1 else tuple(torch.cat(each, dim=2) for each in zip(*parts, strict=True))
 
@@ -50,8 +52,9 @@ def attention(
 class Walk:
     """Some of the queries, and their way through the cache."""
 
-    def __init__(self, q, cache, pattern, queries, causal, scale, softcap, q_first, turn):
+    def __init__(self, q, cache, pattern, queries, causal, scale, softcap, q_first, turn, bias):
         self.cache, self.pattern, self.causal, self.softcap, self.turn = cache, pattern, causal, softcap, turn
+        self.bias = bias
         self.dtype, self.heads, total, kv_heads = q.dtype, q.shape[1], q.shape[2], cache.k.shape[1]
         work = torch.promote_types(q.dtype, torch.float32)
 
@@ -180,9 +183,14 @@ class Walk:
             s = self.turned(part)
         if self.softcap is not None:
             s = self.softcap * torch.tanh(s / self.softcap)
-        if self.all_seen(part):
+        all_seen = self.all_seen(part)
+        if all_seen and self.bias is None:
             return s
         i, j = self.i[:, None, :, None], self.positions(part)[:, None, None, :]
+        if self.bias is not None:
+            self.by_head(s).add_(self.bias.values((i - j)[:, 0]).transpose(0, 1))
+        if all_seen:
+            return s
         shifted = isinstance(self.pattern, Blocks) and self.pattern.shifted
         h = torch.arange(self.heads if shifted else 1, device=s.device)[None, :, None, None]
         return (

@@ -10,6 +10,8 @@ import triton
 from torch import Tensor
 
 from ..flash.pattern import Blocks, Pattern
+from ..flash.rules import Bias
+from ..flash.triton_bias import BIASES, arguments
 from ..pack.codes import Codes, Coding
 from .packed import PackedCache
 from .packed_kernels import attend_packed
@@ -43,6 +45,7 @@ def attention(
     softcap: float | None,
     q_first: Tensor | None,
     turn: Turn | None,
+    bias: Bias | None,
     need_lse: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """As `packed.attention`. Any strides but the last one's are free: a part of a cache is not copied."""
@@ -52,7 +55,7 @@ def attention(
     near, *numbers = predicate(pattern)
     group = heads // kv_heads
     k_code, v_code = (code(x.coding, x.dim, half) for x, half in ((cache.k, _half(turn)), (cache.v, None)))
-    more = q_first is not None or turn is not None
+    more = q_first is not None or turn is not None or bias is not None
     sizes = tile(
         cache.k.coding, cache.v.coding, dim, value_dim, q.element_size(), group * queries, shared_memory(q.device), more
     )
@@ -78,18 +81,19 @@ def attention(
     full = [rows(x) for x in (cache.k_rest, cache.v_rest, cache.k_first, cache.v_first)]
     mask = rows(cache.mask)
     held = [rows(x) for x in (cache.start, mask, cache.packed_numbers, cache.rest_numbers)]
+    params, step, n_params = arguments(bias)
     slow = 1.0 if turn is None or math.isinf(turn.slow) else float(turn.slow)
     with torch.cuda.device_of(q):
         attend_packed[splits * row_tiles, kv_heads, batch](
             q, q_first, q_far, *k, *v, *full, parts, sums, *held, total_at,
-            None if turn is None else turn.inv_freq.to(q.device, torch.float32),
-            *(step for x in (q, q_first, q_far, k[0], k[1], v[0], v[1], *full) for step in strides(x)),
-            0 if mask is None or len(mask) == 1 else mask.stride(0), group, row_tiles, inner, outer,
+            None if turn is None else turn.inv_freq.to(q.device, torch.float32), params,
+            *(stride for x in (q, q_first, q_far, k[0], k[1], v[0], v[1], *full) for stride in strides(x)),
+            0 if mask is None or len(mask) == 1 else mask.stride(0), group, row_tiles, inner, outer, step, n_params,
             queries, total, slots, min(pattern.first, FARTHEST), *numbers, cache.packed_from, packed, rest, low,
             rest_low, packed_tiles, tiles, triton.cdiv(tiles, splits),
             1.0 if turn is None else float(turn.scaling), turn.window or 0 if turn else 0, slow,
             K_CODE=k_code, V_CODE=v_code, TURN=turned(turn), NEAR=near, CAUSAL=causal, SOFTCAP=softcap is not None,
-            SLOTS=slots > 0, **sizes,
+            SLOTS=slots > 0, BIAS=BIASES[bias and bias.kind], **sizes,
         )  # fmt: skip
         if splits > 1:
             lines = batch * heads * queries
@@ -177,7 +181,7 @@ def tile(
     k: Coding, v: Coding, dim: int, value_dim: int, itemsize: int, lines: int, shared: int, more: bool
 ) -> dict[str, int]:
     """Tile sizes for `lines` rows and so many bytes of shared memory, as keyword arguments of `attend_packed`. A tile
-    of packed keys lies in one group. more: there are q_first or keys that turn, which take registers."""
+    of packed keys lies in one group. more: there are q_first, a bias or keys that turn, which take registers."""
     width = max(triton.next_power_of_2(dim), triton.next_power_of_2(value_dim), 16)
     small = shared < 96 * 1024  # AMD
     if itemsize == 4:  # without matrix units: there to be right
