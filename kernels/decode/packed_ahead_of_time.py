@@ -54,7 +54,7 @@ def _attend(
 ) -> dict:
     k, v = (Coding(kind, axis, min(group, dim) if axis == "token" else group, kind in ("int8", "fp8"))
             for axis in ("channel", "token"))  # fmt: skip
-    sizes = dict(tile(k, v, dim, dim, 2, lines, shared, everything or turn is not None))
+    sizes = dict(tile(k, v, dim, dim, 2, lines, shared, 2 * everything + (turn is not None)))
     warps, stages = sizes.pop("num_warps"), sizes.pop("num_stages")
     constexprs = dict(
         K_CODE=code(k, dim, len(turn.inv_freq) if turn else None), V_CODE=code(v, dim), TURN=turned(turn),

@@ -55,7 +55,7 @@ def attention(
     near, *numbers = predicate(pattern)
     group = heads // kv_heads
     k_code, v_code = (code(x.coding, x.dim, half) for x, half in ((cache.k, _half(turn)), (cache.v, None)))
-    more = q_first is not None or turn is not None or bias is not None
+    more = sum(x is not None for x in (q_first, turn, bias))
     sizes = tile(
         cache.k.coding, cache.v.coding, dim, value_dim, q.element_size(), group * queries, shared_memory(q.device), more
     )
@@ -178,17 +178,18 @@ def worth_reading(cache: PackedCache, pattern: Pattern, queries: int, block: int
 
 @lru_cache
 def tile(
-    k: Coding, v: Coding, dim: int, value_dim: int, itemsize: int, lines: int, shared: int, more: bool
+    k: Coding, v: Coding, dim: int, value_dim: int, itemsize: int, lines: int, shared: int, more: int
 ) -> dict[str, int]:
     """Tile sizes for `lines` rows and so many bytes of shared memory, as keyword arguments of `attend_packed`. A tile
-    of packed keys lies in one group. more: there are q_first, a bias or keys that turn, which take registers."""
+    of packed keys lies in one group. more: how many there are of q_first, keys that turn and a bias, which take
+    registers."""
     width = max(triton.next_power_of_2(dim), triton.next_power_of_2(value_dim), 16)
     small = shared < 96 * 1024  # AMD
     if itemsize == 4:  # without matrix units: there to be right
         block_m, longest = 16, 32
     else:
         block_m = min(max(16, triton.next_power_of_2(lines)), 16 if more or small else 32 if width > 64 else 64)
-        longest = min(LONGEST, CODES_AT_ONCE // width) // (2 if more or small or block_m > 16 else 1)
+        longest = min(LONGEST, CODES_AT_ONCE // width) // 2 ** max(more, small or block_m > 16)
     along = [x.group & -x.group for x in (k, v) if x.axis == "channel"]  # the largest power of two that divides it
     block_n = max(16, min([longest, *along]))
     block_f = max(16, min(longest, 64) // (2 if width > 128 else 1))
