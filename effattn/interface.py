@@ -230,9 +230,8 @@ class Backend(nn.Module):
         if not isinstance(rule, Positions):
             return
         if state is not None and state.packed:
-            fixed = isinstance(state.seq_len, Tensor)
-            biased = rule.bias is not None and fixed  # tables are as long as the sequence
-            if biased or not rule.turnable(one_length=mask is None and not fixed):
+            biased = rule.bias is not None and state.static  # tables are as long as the sequence
+            if biased or not rule.turnable(one_length=mask is None and not state.static):
                 varies = rule.turns and rule.rotation.varies
                 where = " where rows are padded, or their length is a tensor" if varies else ""
                 where = " whose length is a tensor" if biased else where

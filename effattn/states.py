@@ -31,10 +31,11 @@ def no_positions(n: int) -> tuple[int, ...]:
 class State:
     """Base class. `index` tensors are int64 over the batch. `evicts`: whether tokens are forgotten, so that few can be
     taken back; `candidates`: told before a call, so many of its last tokens may be taken back after it; `packed`: what
-    it holds can only be read by itself (`Inside`)."""
+    it holds can only be read by itself (`Inside`); `static`: its length is a tensor, so that a step compiles once."""
 
     evicts = True
     packed = False
+    static = False
     candidates = 0
 
     @property

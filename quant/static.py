@@ -33,7 +33,7 @@ class StaticState(State):
     which token t lies at t % size, and the first S tokens by position. For patterns that see everything."""
 
     evicts = False
-    packed = True
+    packed = static = True
 
     def __init__(self, format: Format, length: int):
         self.format, self.length = format, length

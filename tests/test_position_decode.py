@@ -193,3 +193,6 @@ def test_what_packed_keys_cannot_have():
     model = swap(tiny("llama", **sizes), positions="dynamic_ntk(factor=2)", cache="int8(group=32)")
     with pytest.raises(Unsupported, match="packed keys where rows are padded"):
         model(**batch())
+    model, inputs = swap(tiny("llama", **sizes), positions="alibi"), {"input_ids": batch(padded=False)["input_ids"]}
+    with torch.no_grad(), pytest.raises(Unsupported, match="'alibi' cannot go with packed keys whose length is a te"):
+        model(**inputs, past_key_values=effattn.quant.cache(model, bits=8, max_length=64))
