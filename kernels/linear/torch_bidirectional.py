@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .torch_parts import Spec, Sums, scaled
+from .torch_parts import Spec, Sums, joined, output_gradient, scaled, share_of
 
 BUDGET = {"cpu": 1 << 19, "cuda": 1 << 26}  # elements of a block's features
 
@@ -72,7 +72,7 @@ def gather(call: Call, memory: tuple[Tensor | None, Tensor | None, Tensor | None
 
 def read(call: Call, sums: Sums, out: Tensor, share: Tensor | None) -> None:
     """Fills out (B, Hq, Tq, V), and share (B, Hq, Tq), one over the normaliser (0 where that is 0)."""
-    table = _table(sums)
+    table = joined(*sums[:2]).unsqueeze(2)
     out, share = (None if x is None else x.unflatten(1, (call.k.shape[1], -1)) for x in (out, share))
     for block in call.query_blocks():
         x = scaled(call.q[:, :, :, block], call.spec.factors[0], call.dtype)
@@ -80,16 +80,9 @@ def read(call: Call, sums: Sums, out: Tensor, share: Tensor | None) -> None:
         if sums.norms is None:
             torch.mul(y, call.spec.gain, out=out[:, :, :, block])
             continue
-        total = y[..., -1:]
-        part = total.reciprocal().masked_fill_(total == 0, 0)
+        part = share_of(y)
         share[:, :, :, block] = part[..., 0]
         torch.mul(y[..., :-1], part, out=out[:, :, :, block])
-
-
-def _table(sums: Sums) -> Tensor:
-    """S and n beside each other, (B, Hkv, 1, F, W), W = V + 1, or V without n."""
-    parts = [sums.values] if sums.norms is None else [sums.values, sums.norms.unsqueeze(-1)]
-    return torch.cat(parts, dim=-1).unsqueeze(2)
 
 
 def backward(call: Call, sums: Sums, top, out, share, grad, d_values, d_norms, dq, dk, dv) -> tuple[Tensor, Tensor]:
@@ -98,7 +91,7 @@ def backward(call: Call, sums: Sums, top, out, share, grad, d_values, d_norms, d
     heads = call.k.shape[1]
     zero = Sums.of(call.k, call.v, call.spec, call.features, call.dtype)
     given = (z if x is None else x.to(call.dtype) for z, x in zip(zero, (d_values, d_norms), strict=False))
-    table, d_table = _table(sums), _table(Sums(*given, None)).squeeze(2)
+    table, d_table = joined(*sums[:2]).unsqueeze(2), joined(*given)
     out, grad, dq, share = (None if x is None else x.unflatten(1, (heads, -1)) for x in (out, grad, dq, share))
     for block in call.query_blocks():
         x = scaled(call.q[:, :, :, block], call.spec.factors[0], call.dtype)
@@ -107,9 +100,7 @@ def backward(call: Call, sums: Sums, top, out, share, grad, d_values, d_norms, d
         if sums.norms is None:
             dy = own * call.spec.gain
         else:
-            dy = own.new_empty(*own.shape[:4], table.shape[-1])
-            own = torch.mul(own, share[:, :, :, block, None], out=dy[..., :-1])
-            dy[..., -1:] = (own * out[:, :, :, block]).sum(dim=-1, keepdim=True).neg_()
+            dy = output_gradient(own, share[:, :, :, block, None], out[:, :, :, block])
         d_table = d_table + (phi.mT @ dy).sum(dim=2)
         d_x = call.spec.map.backward(x, call.directions, phi, dy @ table.mT)
         dq[:, :, :, block] = scaled(d_x, call.spec.factors[0], call.dtype)

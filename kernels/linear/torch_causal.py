@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .torch_parts import Spec, Sums, scaled
+from .torch_parts import Spec, Sums, joined, output_gradient, scaled, share_of
 
 WHOLE = 64  # up to so many keys are one chunk, whatever the queries are (decoding)
 BUDGET = {"cpu": 1 << 18, "cuda": 1 << 26}  # elements of a block's largest temporary
@@ -76,7 +76,7 @@ class Call:
         """Of sums, norms and top (whole batches, or None): what is before the first block."""
         some = [None if x is None else x[self.rows] for x in memory]
         sums = Sums.of(self.k, self.v, self.spec, self.features, self.dtype, some)
-        return Before(_joined(sums.values, sums.norms), sums.top)
+        return Before(joined(sums.values, sums.norms), sums.top)
 
     def end(self, after: Tensor, top: Tensor | None = None) -> Sums:
         """`after` (B, H, F, W), S or its gradient, as S and n."""
@@ -87,7 +87,7 @@ class Call:
         """The gradient of S at the end, zeros where it is not given."""
         zero = self.end(self.start(None, None, None).sums)
         given = (None if x is None else x[self.rows].to(self.dtype) for x in (sums, norms))
-        return _joined(*(z if x is None else x for z, x in zip(zero[:2], given, strict=True)))
+        return joined(*(z if x is None else x for z, x in zip(zero[:2], given, strict=True)))
 
     def blocks(self) -> Iterator[Block]:
         """In the order of the forward sweep."""
@@ -145,10 +145,7 @@ class Call:
         out = out[self.rows, :, slice(*block.queries)].unflatten(2, (block.chunks, -1))
         out = out.unflatten(1, (self.k.shape[1], self.groups)).transpose(2, 3)  # (B, H, m, G, C, .)
         x, times = (y.unflatten(3, (self.groups, -1)) if isinstance(y, Tensor) else y for y in (x, times))
-        if isinstance(times, Tensor) or times != 1:
-            torch.mul(x, times, out=out)
-        else:
-            out.copy_(x)
+        torch.mul(x, times, out=out)
 
     def weights(self, block: Block, mu: Tensor | None, top: Tensor | None) -> Weights:
         chunks, keys = block.chunks, (block.keys[1] - block.keys[0]) // block.chunks
@@ -219,8 +216,7 @@ class Call:
             pairs = self.pairs(phi_q @ phi_k.mT, weights)
             y.flatten(0, 2).baddbmm_(pairs.flatten(0, 2), values.flatten(0, 2))
             if self.spec.normalize:
-                total = y[..., -1:]
-                share = total.reciprocal().masked_fill_(total == 0, 0)
+                share = share_of(y)
                 self.put(dens.unsqueeze(-1), block, share)
                 self.put(out, block, y[..., :-1], share)
             else:
@@ -282,16 +278,8 @@ class Call:
         given = self.by_chunk(grad[self.rows], block).to(self.dtype)
         if not self.spec.normalize:
             return (given * self.spec.gain).contiguous()
-        dy = given.new_empty(*given.shape[:4], given.shape[4] + 1)
-        own = dy[..., :-1]
-        torch.mul(given, self.by_chunk(dens[self.rows].unsqueeze(-1), block), out=own)
-        torch.sum(own * self.by_chunk(out[self.rows], block), dim=-1, keepdim=True, out=dy[..., -1:])
-        dy[..., -1].neg_()
-        return dy
-
-
-def _joined(sums: Tensor, norms: Tensor | None) -> Tensor:
-    return sums if norms is None else torch.cat([sums, norms.unsqueeze(-1)], dim=-1)
+        share = self.by_chunk(dens[self.rows].unsqueeze(-1), block)
+        return output_gradient(given, share, self.by_chunk(out[self.rows], block))
 
 
 def _ratio(high: Tensor, low: Tensor) -> Tensor:

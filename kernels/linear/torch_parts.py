@@ -45,6 +45,25 @@ class Sums(NamedTuple):
         return cls(zero, zero.new_zeros(zero.shape[:3]) if spec.normalize else None, top)
 
 
+def joined(sums: Tensor, norms: Tensor | None) -> Tensor:
+    """S (.., F, V) and n (.., F) beside each other, (.., F, W): W = V + 1, or V without n."""
+    return sums if norms is None else torch.cat([sums, norms.unsqueeze(-1)], dim=-1)
+
+
+def share_of(y: Tensor) -> Tensor:
+    """One over the normaliser, which is y's last number; 0 where that is 0. (.., V + 1) -> (.., 1)"""
+    total = y[..., -1:]
+    return total.reciprocal().masked_fill_(total == 0, 0)
+
+
+def output_gradient(grad: Tensor, share: Tensor, out: Tensor) -> Tensor:
+    """d y (.., V + 1), the normaliser's gradient last, of out = y[..., :-1] share; grad and out (.., V)."""
+    dy = grad.new_empty(*grad.shape[:-1], grad.shape[-1] + 1)
+    own = torch.mul(grad, share, out=dy[..., :-1])
+    dy[..., -1:] = (own * out).sum(dim=-1, keepdim=True).neg_()
+    return dy
+
+
 def scaled(x: Tensor, factor: float, dtype: torch.dtype) -> Tensor:
     """x times factor in `dtype`; x itself where that changes nothing."""
     x = x.to(dtype)
