@@ -17,12 +17,12 @@ from effattn.kernels.decode import MOST_QUERIES, packed
 from effattn.kernels.decode.packed import PackedCache
 from effattn.kernels.flash.pattern import Layout, Pattern
 from effattn.kernels.flash.rules import Far
-from effattn.kernels.pack import Codes
+from effattn.kernels.merge import merge
+from effattn.kernels.pack import Codes, Pages
 from effattn.quant.rotation import hadamard
 from torch import Tensor
 
 from effattn.errors import Unsupported
-from effattn.patterns.exact import merge
 
 if TYPE_CHECKING:
     from effattn.quant.state import New, PackedState
@@ -32,12 +32,13 @@ if TYPE_CHECKING:
 
 PAGE = 2048  # tokens of one packed tensor on a CPU: what a cache that grows has to copy at most
 LARGE_PAGE = 32768  # ... on a GPU, where one launch should have work for all of it
-SCORES = 2**19  # of a block of queries and a page: 2 MiB in fp32
 
 
-def attend(state: PackedState, new: New, q: Tensor, pattern: Pattern, call: Call, impl: str) -> tuple[Tensor, Tensor]:
+def attend(
+    state: PackedState, new: New, q: Tensor, pattern: Pattern, call: Call, impl: str, need_lse: bool
+) -> tuple[Tensor, Tensor | None]:
     """Attention of q (B, Hq, T, D) over what `state` holds and the T new tokens, which it holds afterwards, and the
-    log-sum-exp (B, Hq, T). With `call.turn`, keys are held raw."""
+    log-sum-exp (B, Hq, T) if it is needed. With `call.turn`, keys are held raw."""
     check(state, new, q, call, impl)
     rotate, tokens = state.format.rotate, q.shape[2]
     last = min(state.candidates, tokens - 1)
@@ -46,9 +47,12 @@ def attend(state: PackedState, new: New, q: Tensor, pattern: Pattern, call: Call
     parts = []
     for low, high in _pieces(state, new, last):
         run = _few if high - low <= MOST_QUERIES else _many
-        parts.append(run(state, new.cut(low, high), q[:, :, low:high], pattern, _cut(call, low, high), impl))
+        parts.append(run(state, new.cut(low, high), q[:, :, low:high], pattern, _cut(call, low, high), impl, need_lse))
         state.settle(new, min(floor, state.border(state.total)))
-    out, lse = (each[0] if len(each) == 1 else torch.cat(each, dim=2) for each in zip(*parts, strict=True))
+    out, lse = parts[0]
+    if len(parts) > 1:
+        outs, sums = zip(*parts, strict=True)
+        out, lse = torch.cat(outs, dim=2), torch.cat(sums, dim=2) if need_lse else None
     return (hadamard(out) if "v" in rotate else out), lse
 
 
@@ -89,13 +93,13 @@ def _cut(call: Call, low: int, high: int) -> Call:
     return replace(call, turn=turn, q_first=None if q_first is None else q_first[:, :, low:high])
 
 
-def _few(state: PackedState, new: New, q: Tensor, pattern: Pattern, call: Call, impl: str) -> tuple[Tensor, Tensor]:
+def _few(state: PackedState, new: New, q: Tensor, pattern: Pattern, call: Call, impl: str, need_lse: bool):
     """Takes the tokens in, in full precision, and reads everything."""
     state.take(new)
-    return _read(state, new, q, state.total, pattern, call, impl)
+    return _read(state, new, q, state.total, pattern, call, impl, need_lse)
 
 
-def _many(state: PackedState, new: New, q: Tensor, pattern: Pattern, call: Call, impl: str) -> tuple[Tensor, Tensor]:
+def _many(state: PackedState, new: New, q: Tensor, pattern: Pattern, call: Call, impl: str, need_lse: bool):
     """The new tokens among themselves, what is held, and both together. Then they are taken in."""
     k, far = new.k, {}
     if call.turn is not None:
@@ -106,14 +110,7 @@ def _many(state: PackedState, new: New, q: Tensor, pattern: Pattern, call: Call,
             far = {"far": Far(call.turn.q_far, call.turn.keys(new.k, at, far=True), call.turn.window)}
     out = among(new, k, q, pattern, call, impl, **far)
     if new.first:
-        block = q.shape[2]
-        if flash.choose(impl, q.device) != "triton":  # where scores lie in memory
-            block = max(MOST_QUERIES, SCORES // (q.shape[0] * q.shape[1] * PAGE))
-        for low in range(0, q.shape[2], block):
-            high = min(low + block, q.shape[2])
-            some = slice(None), slice(None), slice(low, high)
-            seen = _read(state, new, q[some], new.first + high, pattern, _cut(call, low, high), impl)
-            out[0][some], out[1][some] = merge([(out[0][some], out[1][some]), seen])
+        out = merge([out, _read(state, new, q, new.end, pattern, call, impl, True)])
     state.absorb(new)
     return out
 
@@ -129,23 +126,29 @@ def among(new: New, k: Tensor, q: Tensor, pattern: Pattern, call: Call, impl: st
 
 
 def _read(
-    state: PackedState, new: New, q: Tensor, total: int, pattern: Pattern, call: Call, impl: str
-) -> tuple[Tensor, Tensor]:
+    state: PackedState, new: New, q: Tensor, total: int, pattern: Pattern, call: Call, impl: str, need_lse: bool
+) -> tuple[Tensor, Tensor | None]:
     """Attention of q, the last of `total` tokens, over what the state holds."""
+    caches = list(_caches(state, new, total, together=flash.choose(impl, q.device) == "torch"))
     parts = []
-    for cache in _caches(state, new, total):
+    for cache in caches:
         first = min(pattern.first, cache.slots)
-        parts.append(packed.attention(
+        part = packed.attention(
             q, cache, replace(pattern, first=first), causal=True, scale=call.scale, softcap=call.softcap,
-            q_first=call.q_first if first else None, turn=call.turn, bias=call.bias, impl=impl, lse=True,
-        ))  # fmt: skip
+            q_first=call.q_first if first else None, turn=call.turn, bias=call.bias, impl=impl,
+            lse=need_lse or len(caches) > 1,
+        )  # fmt: skip
+        parts.append(part if isinstance(part, tuple) else (part, None))
     return parts[0] if len(parts) == 1 else merge(parts)
 
 
-def _caches(state: PackedState, new: New, total: int) -> Iterator[PackedCache]:
-    """What is held, page by page: the first tokens beside the first page, the rest beside the last."""
+def _caches(state: PackedState, new: New, total: int, together: bool) -> Iterator[PackedCache]:
+    """What is held: all pages together, or page by page, the first tokens beside the first, the rest beside the
+    last."""
     rest = [x[:, :, state.stored - state.begin :] for x in state.rest]
     runs = list(state.runs()) or [(*_nothing(state), state.format.first)]
+    if together and len(runs) > 1:
+        runs = [(Pages([k for k, _, _ in runs]), Pages([v for _, v, _ in runs]), runs[0][2])]
     for index, (k, v, where) in enumerate(runs):
         is_first, is_last = index == 0, index == len(runs) - 1
         numbers = where if isinstance(where, Tensor) else None

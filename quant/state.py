@@ -139,7 +139,7 @@ class PackedState(State):
         afterwards. Nothing has changed when it raises. Returns out, or (out, log-sum-exp)."""
         before = (self.total, self.stored, self.begin, self.rest, self.firsts)
         try:
-            out, sums = attending.attend(self, self._new, q, pattern, call, impl)
+            out, sums = attending.attend(self, self._new, q, pattern, call, impl, lse)
         except BaseException:
             self._rewind(*before)
             raise

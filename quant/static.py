@@ -15,6 +15,7 @@ import torch
 from effattn.kernels.decode import packed
 from effattn.kernels.decode.packed import PackedCache
 from effattn.kernels.flash.pattern import Layout, Pattern, first_real
+from effattn.kernels.merge import merge
 from effattn.kernels.pack import Codes, pack
 from effattn.quant import attending
 from effattn.quant.formats import Format
@@ -24,7 +25,6 @@ from torch import Tensor
 
 from effattn.errors import Unsupported
 from effattn.hf.state_layer import StateLayer
-from effattn.patterns.exact import merge
 from effattn.states import Inside, State, _check_fits
 
 

@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 import torch
-from effattn.kernels.pack import AXES, KINDS, Codes, Coding, concatenate, pack, unpack
+from effattn.kernels.pack import AXES, KINDS, Codes, Coding, Pages, concatenate, pack, unpack
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -138,3 +138,20 @@ def test_what_does_not_fit_is_said():
         codes[8:16]
     with pytest.raises(ValueError, match="do not fit"):
         codes.put(16, codes)
+
+
+@pytest.mark.parametrize("coding", [Coding("int4", "channel", 16), Coding("fp8", "token", 16)], ids=str)
+def test_pages_are_cut_as_one_tensor_is(coding):
+    whole = pack(awkward(tokens=96), coding)
+    pages = Pages([whole[:32], whole[32:48], whole[48:]])
+    assert (pages.shape, pages.tokens, pages.nbytes, pages.coding) == (whole.shape, 96, whole.nbytes, coding)
+    for start, stop in ((0, 96), (0, 32), (16, 64), (48, 96), (80, 96), (32, 32)):
+        part, want = pages[start:stop], whole[start:stop]
+        assert part.tokens == stop - start
+        for got, right in zip(concatenate(part.parts).tensors(), want.tensors(), strict=True):
+            assert torch.equal(got, right)
+        assert torch.equal(part.scale, want.scale)
+        assert part.zero is want.zero is None or torch.equal(part.zero, want.zero)
+    if coding.unit > 1:
+        with pytest.raises(ValueError, match="multiples of 16"):
+            pages[0:40]

@@ -4,6 +4,7 @@ kernel in the interpreter, or on the GPU where there is one."""
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from effattn.kernels.decode import packed_tiles, packed_torch
 from effattn.kernels.decode.packed import PackedCache, attention
 from effattn.kernels.decode.turn import Turn
 from effattn.kernels.flash import Bias, Blocks, Pattern, Window
-from effattn.kernels.pack import AXES, KINDS, Coding, pack, unpack
+from effattn.kernels.pack import AXES, KINDS, Coding, Pages, pack, unpack
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 INT4, INT2 = Coding("int4", "channel", 16), Coding("int2", "token", 16)
@@ -79,9 +80,8 @@ def check(q, cache, pattern=None, impl="torch", **options):
 def small(monkeypatch):
     """Several tiles, spans and blocks of queries even here."""
     monkeypatch.setattr(packed_tiles, "TILE", 1024)
-    monkeypatch.setattr(packed_torch, "SCORES", 300)
-    monkeypatch.setattr(packed_torch, "SHORTEST", 16)
-    monkeypatch.setattr(packed_torch, "QUERIES", 7)
+    for name, value in (("SCORES", 300), ("MANY", 300), ("SHORTEST", 16), ("USUAL", 5)):
+        monkeypatch.setattr(packed_torch, name, value)
 
 
 SIDES = [Coding(kind, axis, 16, kind == "int8") for kind, axis in itertools.product(KINDS, AXES)]
@@ -123,12 +123,32 @@ def test_keys_that_turn_first_queries_and_softcap(small):
             check(q, cache, Pattern(first=4), q_first=q.flip(1), scale=0.1)
 
 
-@pytest.mark.parametrize("stretched", [False, True])
-def test_one_walk_or_many_give_the_same(stretched, monkeypatch):
+@pytest.mark.parametrize("name", ["MANY", "USUAL"])
+def test_one_walk_or_many_give_the_same(name, monkeypatch):
     q, cache = made(queries=20, packed=256)
     want = attention(q, cache, impl="torch")
-    monkeypatch.setattr(packed_torch, "SCORES" if stretched else "QUERIES", 16)
+    monkeypatch.setattr(packed_torch, name, 16 if name == "MANY" else 2**20)
     assert error(attention(q, cache, impl="torch"), want) < 1e-5
+
+
+@pytest.mark.parametrize("queries", [1, 20])
+def test_pages_are_one_cache(queries, small):
+    for k, v in itertools.product((SIDES[0], INT4), (SIDES[1], SIDES[2])):
+        q, cache = made(k, v, queries=queries, packed=96, slots=5)
+        for turn, pattern in ((None, None), (None, Window(back=70)), (far(q), None)):
+            want = attention(q, cache, pattern, turn=turn, impl="torch", lse=True)
+            for cuts in ((0, 48, 96), (0, 16, 80, 96)):
+                k_pages, v_pages = (
+                    Pages([codes[low:high] for low, high in itertools.pairwise(cuts)]) for codes in (cache.k, cache.v)
+                )
+                paged = replace(cache, k=k_pages, v=v_pages)
+                assert (paged.keys, paged.nbytes) == (cache.keys, cache.nbytes)
+                for got, right in zip(
+                    attention(q, paged, pattern, turn=turn, impl="torch", lse=True), want, strict=True
+                ):
+                    torch.testing.assert_close(got, right, rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match="cache: got Pages, valid with 'reference' are Codes"):
+        attention(q, paged, impl="reference")
 
 
 def test_nothing_of_the_caches_size_is_made():

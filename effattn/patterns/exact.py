@@ -158,20 +158,3 @@ def check_size(backend: str, argument: str, value: int, least: int = 1) -> int:
     if type(value) is not int or value < least:
         raise ValueError(f"{backend}: {argument}: got {value!r}, valid is a whole number of at least {least}")
     return value
-
-
-def merge(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """Softmax attention over the union of disjoint key sets, from each set's (out, lse): (B, H, T, Dv), (B, H, T).
-
-    Rows that see nothing anywhere give 0 and -inf, with gradients 0.
-    """
-    lses = torch.stack([lse for _, lse in parts])
-    highest = lses.amax(dim=0)
-    highest = torch.where(highest.isfinite(), highest, 0.0).detach()
-    weights = torch.exp(lses - highest)
-    total = weights.sum(dim=0)
-    seen = total > 0
-    shares = weights / torch.where(seen, total, 1.0)
-    out = sum(out.to(share.dtype) * share[..., None] for (out, _), share in zip(parts, shares, strict=True))
-    lse = torch.where(seen, highest + torch.where(seen, total, 1.0).log(), -torch.inf)
-    return out.to(parts[0][0].dtype), lse

@@ -11,7 +11,8 @@ from effattn.interface import Call, Cost, Shape, Traits
 from effattn.kernels import decode, flash, linformer
 from effattn.kernels.flash.pattern import Blocks, Layout
 from effattn.kernels.linformer import Earlier
-from effattn.patterns.exact import check_size, merge
+from effattn.kernels.merge import merge
+from effattn.patterns.exact import check_size
 from effattn.patterns.linformer import Projected, check_slots
 from effattn.registry import register
 from effattn.states import FullState, State

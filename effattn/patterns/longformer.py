@@ -10,7 +10,8 @@ from torch import Tensor
 from effattn.interface import Call, Traits
 from effattn.kernels import decode, flash
 from effattn.kernels.flash.pattern import Layout, Window, first_real, layout_of
-from effattn.patterns.exact import ExactBackend, check_size, merge
+from effattn.kernels.merge import merge
+from effattn.patterns.exact import ExactBackend, check_size
 from effattn.registry import register
 from effattn.states import ROLLBACK, FullState, RingState, first_positions
 

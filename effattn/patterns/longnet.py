@@ -12,8 +12,9 @@ from torch.nn.functional import pad
 from effattn.interface import Traits
 from effattn.kernels import flash
 from effattn.kernels.flash.pattern import Layout, Pattern
+from effattn.kernels.merge import merge
 from effattn.patterns.aligned import aligned, in_pieces, whole
-from effattn.patterns.exact import ExactBackend, check_size, merge
+from effattn.patterns.exact import ExactBackend, check_size
 from effattn.registry import register
 from effattn.states import RingState
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from effattn.interface import Traits
 from effattn.kernels import flash
 from effattn.kernels.flash.pattern import Pattern, Window
-from effattn.patterns.exact import ExactBackend, check_size, merge
+from effattn.kernels.merge import merge
+from effattn.patterns.exact import ExactBackend, check_size
 from effattn.patterns.residues import by_residue
 from effattn.registry import register
 

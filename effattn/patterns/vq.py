@@ -9,8 +9,9 @@ from torch.nn.functional import pad
 from effattn.interface import Backend, Call, Cost, Shape, Traits
 from effattn.kernels import decode, flash, vq
 from effattn.kernels.flash.pattern import Blocks, Layout, Pattern
+from effattn.kernels.merge import merge
 from effattn.kmeans import kmeans
-from effattn.patterns.exact import check_size, merge
+from effattn.patterns.exact import check_size
 from effattn.registry import register
 from effattn.states import FullState, State
 from effattn.summary_states import CodeState

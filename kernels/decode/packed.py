@@ -18,7 +18,7 @@ from ..flash import IMPLEMENTATIONS, choose
 from ..flash.pattern import Layout, Pattern
 from ..flash.rules import Bias
 from ..flash.rules import check as check_rules
-from ..pack.codes import Codes
+from ..pack.codes import Codes, Pages
 from .turn import Turn
 from .turn import check as check_turn
 
@@ -33,7 +33,8 @@ class PackedCache:
     k_first, v_first (B, Hkv, S, D), (B, Hkv, S, Dv): the tokens at POSITIONS 0 .. S - 1 of each row, in full precision.
         They are seen from here only: a packed or newest key at a position below S is skipped, so a token may be held
         twice (rows with padding on the left), but must be in these slots as soon as it is in the cache.
-    k, v: the packed tokens, N of them; key n is token number `packed_from` + n, or `packed_numbers[n]`.
+    k, v: the packed tokens, N of them; key n is token number `packed_from` + n, or `packed_numbers[n]`. `Pages` are for
+        plain torch.
     k_rest, v_rest (B, Hkv, R, D), (B, Hkv, R, Dv): the newest tokens in full precision, q's dtype, numbers
         total - R .. total - 1, or `rest_numbers`.
     packed_numbers (N,), rest_numbers (R,) int64: for rings and for buffers with room: -1 is a place without a token;
@@ -44,8 +45,8 @@ class PackedCache:
     mask (B, S + N + R) bool, in the order of the parts: which of the keys are real; None: all.
     """
 
-    k: Codes
-    v: Codes
+    k: Codes | Pages
+    v: Codes | Pages
     k_rest: Tensor
     v_rest: Tensor
     total: int | Tensor
@@ -129,6 +130,8 @@ def attention(
     check_rules(None, bias, q, q, pattern, Layout(), causal, q_first)
     check_turn(turn, bias, q, Pattern(), causal, None)  # first queries are slots here, which see no far keys
     name = choose(impl, q.device)
+    if isinstance(cache.k, Pages) and name != "torch":
+        raise ValueError(f"cache: got Pages, valid with {name!r} are Codes")
     if name == "triton":
         from .packed_triton import attention as run
     elif name == "reference":

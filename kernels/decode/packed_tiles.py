@@ -15,7 +15,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ..pack.codes import Codes
+from ..pack.codes import Codes, Pages
 from ..pack.torch_impl import plane, unpack, worth
 from ..scratch import scratch
 
@@ -58,7 +58,7 @@ class Full(Stretch):
 
 
 class Packed(Stretch):
-    """k, v: Codes."""
+    """k, v: Codes or Pages."""
 
     def scores(self, rows):
         run = _scores_of_channels if self.k.coding.axis == "channel" else _scores_of_tokens
@@ -69,55 +69,57 @@ class Packed(Stretch):
         return run(weights.flatten(0, 1), self.v).unflatten(0, weights.shape[:2])
 
     def unpacked(self):
-        return unpack(self.k, torch.float32)
+        parts = [unpack(part, torch.float32) for part in self.k.parts]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
 
 
-def _scales(codes: Codes, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+def _scales(codes: Codes | Pages, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
     """(Z, ...): what `plane`'s numbers are multiplied by, and what is then added, (zero + 1/2) scale; None for fp8."""
-    scale, offset, coding = codes.scale.flatten(0, 1).to(dtype), None, codes.coding
+    scale, zero, offset, coding = codes.scale.flatten(0, 1).to(dtype), codes.zero, None, codes.coding
     if coding.kind != "fp8":
-        offset = scale * 0.5 if codes.zero is None else codes.zero.flatten(0, 1).to(dtype).add_(0.5).mul_(scale)
+        offset = scale * 0.5 if zero is None else zero.flatten(0, 1).to(dtype).add_(0.5).mul_(scale)
     return scale * worth(coding) if worth(coding) != 1 else scale, offset
 
 
-def _tiles(codes: Codes, dtype: torch.dtype) -> Iterator[tuple[slice, slice, int, Tensor]]:
+def _tiles(codes: Codes | Pages, dtype: torch.dtype) -> Iterator[tuple[slice, slice, int, Tensor]]:
     """(part of Z, part of the tokens, first channel, their numbers in one plane (z, n, W) without scales). The next
     tile takes the same memory. All of Z where there is room for `FEWEST` tokens of each: its products run at once."""
-    coding, whole = codes.coding, codes.codes.flatten(0, 1)
-    rows, tokens, width = whole.shape
-    size = TILE * (2 if torch.compiler.is_compiling() else torch.get_num_threads())
-    some = min(max(FEWEST, size // (rows * width)), max(tokens, 1))
-    some = max(coding.unit, some // coding.unit * coding.unit)
-    many = max(1, size // (some * width))
-    memory = scratch(min(many, rows) * min(some, tokens) * width, dtype, whole.device)
-    for z in range(0, rows, many):
-        for n in range(0, tokens, some):
-            z_part, n_part = slice(z, min(z + many, rows)), slice(n, min(n + some, tokens))
-            tile = whole[z_part, n_part]
-            held = memory[: tile.numel()].view(tile.shape)
-            for p in range(coding.planes):
-                yield z_part, n_part, p * width, held.copy_(plane(tile, coding, p))
+    coding, at = codes.coding, 0
+    for part in codes.parts:
+        whole = part.codes.flatten(0, 1)
+        rows, tokens, width = whole.shape
+        size = TILE * (2 if torch.compiler.is_compiling() else torch.get_num_threads())
+        some = min(max(FEWEST, size // (rows * width)), max(tokens, 1))
+        some = max(coding.unit, some // coding.unit * coding.unit)
+        many = max(1, size // (some * width))
+        memory = scratch(min(many, rows) * min(some, tokens) * width, dtype, whole.device)
+        for z in range(0, rows, many):
+            for n in range(0, tokens, some):
+                z_part, stop = slice(z, min(z + many, rows)), min(n + some, tokens)
+                tile = whole[z_part, n:stop]
+                held = memory[: tile.numel()].view(tile.shape)
+                for p in range(coding.planes):
+                    yield z_part, slice(at + n, at + stop), p * width, held.copy_(plane(tile, coding, p))
+        at += tokens
 
 
-def _scores_of_channels(rows: Tensor, codes: Codes) -> Tensor:
+def _scores_of_channels(rows: Tensor, codes: Codes | Pages) -> Tensor:
     """Scales go into the rows, one copy of them a group: (Z, n / g, R, D)."""
     group = codes.coding.group
     scale, offset = _scales(codes, rows.dtype)
     scaled = rows[:, None] * scale[:, :, None]
-    s = rows.new_empty(*rows.shape[:2], scale.shape[1], group)
-    if offset is None:
-        s.zero_()
-    else:
-        s.copy_((rows @ offset.mT)[..., None].expand_as(s))
+    s = rows.new_empty(*scaled.shape[:3], group)
     for z, n, channel, numbers in _tiles(codes, rows.dtype):
         groups, width = slice(n.start // group, n.stop // group), numbers.shape[2]
-        some = scaled[z, groups, :, channel : channel + width].flatten(0, 1)
-        products = torch.bmm(some, numbers.view(-1, group, width).mT)
-        s[z, :, groups] += products.unflatten(0, (-1, groups.stop - groups.start)).transpose(1, 2)
-    return s.flatten(2)
+        some, held = scaled[z, groups, :, channel : channel + width], s[z, groups]
+        products = torch.bmm(some.flatten(0, 1), numbers.view(-1, group, width).mT).view(held.shape)
+        held.add_(products) if channel else held.copy_(products)
+    if offset is not None:
+        s += (offset @ rows.mT)[..., None]
+    return s.transpose(1, 2).flatten(2)
 
 
-def _weigh_tokens(weights: Tensor, codes: Codes) -> Tensor:
+def _weigh_tokens(weights: Tensor, codes: Codes | Pages) -> Tensor:
     """Scales go into the weights, one copy of them a group of channels: g of (Z, R, n)."""
     group = codes.coding.group
     scale, offset = _scales(codes, weights.dtype)
@@ -126,15 +128,15 @@ def _weigh_tokens(weights: Tensor, codes: Codes) -> Tensor:
     for z, n, channel, numbers in _tiles(codes, weights.dtype):
         for start in range(0, numbers.shape[2], group):
             columns = slice(channel + start, channel + min(start + group, numbers.shape[2]))
-            product = torch.bmm(scaled[columns.start // group][z, :, n], numbers[..., start : start + group])
-            out[z, :, columns] += product
+            some = scaled[columns.start // group][z, :, n]
+            out[z, :, columns].baddbmm_(some, numbers[..., start : start + group])
     if offset is not None:
         for g in range(offset.shape[2]):  # a sum in pairs: thousands of terms of a product lose digits to each other
-            out[..., g * group : (g + 1) * group] += (weights * offset[:, None, :, g]).sum(dim=-1, keepdim=True)
+            out[..., g * group : (g + 1) * group].add_((weights * offset[:, None, :, g]).sum(dim=-1, keepdim=True))
     return out
 
 
-def _scores_of_tokens(rows: Tensor, codes: Codes) -> Tensor:
+def _scores_of_tokens(rows: Tensor, codes: Codes | Pages) -> Tensor:
     """Scales go into the scores of each group of channels."""
     group = codes.coding.group
     scale, offset = _scales(codes, rows.dtype)
@@ -143,13 +145,13 @@ def _scores_of_tokens(rows: Tensor, codes: Codes) -> Tensor:
         for start in range(0, numbers.shape[2], group):
             columns = slice(channel + start, channel + min(start + group, numbers.shape[2]))
             products = torch.bmm(rows[z, :, columns], numbers[..., start : start + group].mT)
-            s[z, :, n] += products * scale[z, None, n, columns.start // group]
+            s[z, :, n].addcmul_(products, scale[z, None, n, columns.start // group])
     if offset is not None:
         s += rows.unflatten(2, (-1, group)).sum(dim=-1) @ offset.mT
     return s
 
 
-def _weigh_channels(weights: Tensor, codes: Codes) -> Tensor:
+def _weigh_channels(weights: Tensor, codes: Codes | Pages) -> Tensor:
     """Scales go into the products of each group of tokens."""
     group = codes.coding.group
     scale, offset = _scales(codes, weights.dtype)
@@ -158,5 +160,5 @@ def _weigh_channels(weights: Tensor, codes: Codes) -> Tensor:
     for z, n, channel, numbers in _tiles(codes, weights.dtype):
         groups, columns = slice(n.start // group, n.stop // group), slice(channel, channel + numbers.shape[2])
         products = grouped[z, groups] @ numbers.unflatten(1, (-1, group))
-        out[z, :, columns] += (products * scale[z, groups, None, columns]).sum(dim=1)
+        out[z, :, columns].add_((products * scale[z, groups, None, columns]).sum(dim=1))
     return out if offset is None else out + grouped.sum(dim=-1).mT @ offset

@@ -20,9 +20,10 @@ from .packed import PackedCache
 from .packed_tiles import TILE, Full, Packed, Stretch
 from .turn import Turn
 
-SCORES = 2**23  # in a span: 32 MiB in fp32
+SCORES = 2**23  # of one query token's span, 32 MiB in fp32: decoding has no more than it must
+MANY = 2**18  # ... of a span where there are more: 1 MiB, and as much or more for the scaled rows
 SHORTEST = 64  # keys of a span
-QUERIES = 512  # that walk through the cache together
+USUAL = 512  # ... that as many queries walk together as leave room for
 
 
 def attention(
@@ -37,16 +38,19 @@ def attention(
     turn: Turn | None,
     bias: Bias | None,
     need_lse: bool,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None]:
     """As `packed.attention`; products in fp32, or fp64 for fp64 queries."""
     if type(pattern) not in (Pattern, Window, Blocks):
         raise ValueError(f"packed attention: got a {type(pattern).__name__}, valid are Pattern, Window and Blocks")
-    parts = []
-    for start in range(0, q.shape[2], QUERIES):
-        queries = slice(start, start + QUERIES)
+    parts, step = [], max(1, MANY // (q.shape[0] * q.shape[1] * USUAL))
+    for start in range(0, q.shape[2], step):
+        queries = slice(start, start + step)
         walk = Walk(q, cache, pattern, queries, causal, scale, softcap, q_first, turn, bias)
-        parts.append(walk.run())
-    return parts[0] if len(parts) == 1 else tuple(torch.cat(each, dim=2) for each in zip(*parts, strict=True))
+        parts.append(walk.run(need_lse))
+    if len(parts) == 1:
+        return parts[0]
+    out, lse = zip(*parts, strict=True)
+    return torch.cat(out, dim=2), torch.cat(lse, dim=2) if need_lse else None
 
 
 class Walk:
@@ -55,7 +59,7 @@ class Walk:
     def __init__(self, q, cache, pattern, queries, causal, scale, softcap, q_first, turn, bias):
         self.cache, self.pattern, self.causal, self.softcap, self.turn = cache, pattern, causal, softcap, turn
         self.bias = bias
-        self.dtype, self.heads, total, kv_heads = q.dtype, q.shape[1], q.shape[2], cache.k.shape[1]
+        self.dtype, self.heads, self.total, kv_heads = q.dtype, q.shape[1], q.shape[2], cache.k.shape[1]
         work = torch.promote_types(q.dtype, torch.float32)
 
         def rows(x: Tensor | None) -> Tensor | None:
@@ -67,15 +71,16 @@ class Walk:
 
         self.rows, self.rows_first = rows(q), rows(q_first)
         self.rows_far = rows(turn.q_far) if turn else None
-        self.tokens = len(range(total)[queries])
-        self.i = cache.query_positions(total)[:, queries]
+        self.queries, self.tokens = queries, len(range(self.total)[queries])
+        self.room = SCORES if self.tokens == 1 else MANY
+        self._i = self._positions = None
         # The queries' numbers, where the host knows them and rows differ in nothing but their keys.
         self.low = self.high = None
         if isinstance(cache.total, int):
-            self.low = cache.total - total + queries.start
+            self.low = cache.total - self.total + queries.start
             self.high = self.low + self.tokens - 1
 
-    def run(self) -> tuple[Tensor, Tensor]:
+    def run(self, need_lse: bool) -> tuple[Tensor, Tensor | None]:
         batch = len(self.rows)
         highest = total = out = None
         for span in self.spans():
@@ -95,9 +100,8 @@ class Walk:
             dim = self.cache.v.dim
             empty = self.rows.new_full(shape, -torch.inf)
             return self.rows.new_zeros(*shape, dim, dtype=self.dtype), empty
-        out = out / torch.where(total > 0, total, 1.0)
-        lse = highest + total.log()
-        return out.to(self.dtype).reshape(*shape, -1), lse.reshape(shape)
+        out = (out / torch.where(total > 0, total, 1.0)).to(self.dtype).reshape(*shape, -1)
+        return out, (highest + total.log()).reshape(shape) if need_lse else None
 
     # Which keys ---------------------------------------------------------------------------------------------------
 
@@ -106,7 +110,7 @@ class Walk:
         lines = self.rows.shape[0] * self.rows.shape[1] * self.rows.shape[2]
         span, keys = [], 0
         for part in self.parts():
-            if span and (keys + part.keys) * lines > SCORES:
+            if span and (keys + part.keys) * lines > self.room:
                 yield span
                 span, keys = [], 0
             span.append(part)
@@ -125,7 +129,8 @@ class Walk:
         begin = 0 if low is None or number is None else min(max(0, low - number) // unit * unit, k.tokens)
         for start in range(begin, k.tokens, length):
             part, at = slice(start, min(start + length, k.tokens)), None if number is None else number + start
-            yield Packed(k[part], v[part], slots + start, at)
+            codes = (k, v) if part == slice(0, k.tokens) else (k[part], v[part])
+            yield Packed(*codes, slots + start, at)
         rest = cache.k_rest.shape[2]
         number = cache.total - rest if cache.rest_numbers is None else None
         begin = 0 if low is None or number is None else min(max(0, low - number), rest)
@@ -138,7 +143,7 @@ class Walk:
         where keys turn, for these."""
         k, v = self.cache.k, self.cache.v
         batch, kv_heads, rows, dim = self.rows.shape
-        room = SCORES // (batch * kv_heads * rows * max(1, *(-(-x.dim // x.coding.group) for x in (k, v))))
+        room = self.room // (batch * kv_heads * rows * max(1, *(-(-x.dim // x.coding.group) for x in (k, v))))
         if self.turn:
             room = min(room, TILE // (batch * kv_heads * dim))
         unit = math.lcm(k.coding.unit, v.coding.unit)
@@ -154,9 +159,16 @@ class Walk:
 
     def positions(self, part: Stretch) -> Tensor:
         """(1 or B, n), -1 for what is not to be seen."""
-        if not hasattr(self, "_positions"):
+        if self._positions is None:
             self._positions = self.cache.key_positions()
         return self._positions[:, part.index : part.index + part.keys]
+
+    @property
+    def i(self) -> Tensor:
+        """(1 or B, T): the queries' positions."""
+        if self._i is None:
+            self._i = self.cache.query_positions(self.total)[:, self.queries]
+        return self._i
 
     def all_seen(self, part: Stretch) -> bool:
         """Whether every query sees every key, as far as the host knows."""

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from ..flash import IMPLEMENTATIONS, choose
-from .codes import AXES, KINDS, Codes, Coding, concatenate
+from .codes import AXES, KINDS, Codes, Coding, Pages, concatenate
 
-__all__ = ["AXES", "IMPLEMENTATIONS", "KINDS", "Codes", "Coding", "choose", "concatenate", "pack", "unpack"]
+__all__ = ["AXES", "IMPLEMENTATIONS", "KINDS", "Codes", "Coding", "Pages", "choose", "concatenate", "pack", "unpack"]
 
 
 def pack(x: Tensor, coding: Coding, impl: str = "auto") -> Codes:

@@ -1,4 +1,5 @@
-"""What a packed tensor is: `Coding` says how numbers become bits, `Codes` holds the bits of one K or V cache.
+"""What a packed tensor is: `Coding` says how numbers become bits, `Codes` holds the bits of one K or V cache, `Pages`
+of one that grew.
 
     codes = pack(k, Coding("int4", axis="channel", group=64))      # effattn.kernels.pack
     codes[128:256], codes.nbytes, codes.map(lambda x: x[beams])
@@ -145,6 +146,11 @@ class Codes:
         return batch, heads, tokens, width * self.coding.planes
 
     @property
+    def parts(self) -> list[Codes]:
+        """As of `Pages`."""
+        return [self]
+
+    @property
     def tokens(self) -> int:
         return self.codes.shape[2]
 
@@ -198,6 +204,60 @@ class Codes:
         for held, x in zip(self.tensors(), new.tensors(), strict=True):
             step = self.coding.unit if held is not self.codes else 1
             held.index_copy_(2, first // step + torch.arange(x.shape[2], device=x.device), x)
+
+
+@dataclass
+class Pages:
+    """Codes one after another along the tokens, each in memory of its own, all of one coding, batch, heads and head
+    dimension. For plain torch only: a kernel reads one tensor."""
+
+    parts: list[Codes]
+
+    @property
+    def coding(self) -> Coding:
+        return self.parts[0].coding
+
+    @property
+    def tokens(self) -> int:
+        return sum(part.tokens for part in self.parts)
+
+    @property
+    def dim(self) -> int:
+        return self.parts[0].dim
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        batch, heads, _, dim = self.parts[0].shape
+        return batch, heads, self.tokens, dim
+
+    @property
+    def device(self) -> torch.device:
+        return self.parts[0].device
+
+    @property
+    def nbytes(self) -> int:
+        return sum(part.nbytes for part in self.parts)
+
+    @property
+    def scale(self) -> Tensor:
+        """Of all parts, a copy."""
+        return torch.cat([part.scale for part in self.parts], dim=2)
+
+    @property
+    def zero(self) -> Tensor | None:
+        """Of all parts, a copy."""
+        return torch.cat([part.zero for part in self.parts], dim=2) if self.coding.has_zero else None
+
+    def __getitem__(self, tokens: slice) -> Pages:
+        """Tokens [start, stop), views, as of `Codes`."""
+        start, stop, step = tokens.indices(self.tokens)
+        cut, at = [], 0
+        for part in self.parts:
+            low, high = max(start - at, 0), min(stop - at, part.tokens)
+            if low < high:
+                cut.append(part if (low, high, step) == (0, part.tokens, 1) else part[low:high:step])
+            at += part.tokens
+        return Pages(cut or [self.parts[0][:0]])
 
 
 def concatenate(parts: list[Codes]) -> Codes:
