@@ -256,14 +256,16 @@ class Backend(nn.Module):
 
     def _place(self, rule: Positions, q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Placed:
         """q and k where a position rule puts them."""
-        at_q = layout.query_positions(q.shape[2], k.shape[2], q.device).clamp(min=0)
-        at_k = layout.key_positions(k.shape[2], k.device).clamp(min=0)
-        length = tokens = layout.tokens(k.shape[2])
+        few, tokens = self.turns_keys(q, k, v, layout), layout.tokens(k.shape[2])
+        at_q = layout.query_positions(q.shape[2], k.shape[2], q.device)
         if layout.start is None:
-            at_q, at_k = at_q[0], at_k[0]
+            at_q, at_k, length = at_q[0], None, tokens
+            if not (few and rule.turnable(one_length=True)):
+                at_k = layout.key_positions(k.shape[2], k.device)[0].clamp(min=0)
         else:
+            at_q, at_k = at_q.clamp(min=0), layout.key_positions(k.shape[2], k.device).clamp(min=0)
             length = at_k.amax(dim=-1) + 1
-        return rule.place(q, k, at_q, at_k, length, tokens, few=self.turns_keys(q, k, v, layout))
+        return rule.place(q, k, at_q, at_k, length, tokens, few=few)
 
     def _rotate(self, rotary: Rotary, q: Tensor, k: Tensor, layout: Layout) -> tuple[Tensor, Tensor, Tensor | None]:
         """q and k rotated, and q as the first keys see it: from `farthest` at most, their place in the cache."""

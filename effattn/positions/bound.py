@@ -117,11 +117,18 @@ class Positions(nn.Module):
         return placed.q, placed.k
 
     def place(
-        self, q: Tensor, k: Tensor, at_q: Tensor, at_k: Tensor, length: int | Tensor, tokens: int, few: bool = False
+        self,
+        q: Tensor,
+        k: Tensor,
+        at_q: Tensor,
+        at_k: Tensor | None,
+        length: int | Tensor,
+        tokens: int,
+        few: bool = False,
     ) -> Placed:
         """q (B, Hq, Tq, D) and k (B, Hkv, Tk, D) at positions (T,) or (B, T) of sequences of `length` tokens, an int or
         (B,), `tokens` at most with padding. few: keys stay as they are, for a kernel that turns them itself, where
-        `turnable` says so."""
+        `turnable` says so; `at_k` is not needed then."""
         bias = None if self.bias is None else self._bias(tokens, q.device)
         if not (self.rotates and self.turns):
             return Placed(self._scaled(q, at_q), k, bias=bias)
