@@ -16,6 +16,7 @@ from torch import Tensor
 
 from effattn.kernels.flash.pattern import Layout, first_real, layout_of
 
+ROOM = 64  # tokens that memory which grows has room for
 ROLLBACK = 16  # tokens that a ring keeps beyond its need, so that speculative decoding can take them back
 
 
@@ -92,9 +93,11 @@ class Inside(Layout):
 
 
 class FullState(State):
-    """Every key and value, as they came."""
+    """Every key and value, as they came. `rooms`: the memory that k and v are views of once they have grown; there is
+    room for up to `ROOM` tokens more, so that a step writes its own token and copies the others every `ROOM` steps."""
 
     evicts = False
+    rooms: tuple[Tensor, Tensor] | None = None
 
     def __init__(self):
         self.k: Tensor | None = None
@@ -106,6 +109,7 @@ class FullState(State):
 
     @property
     def nbytes(self) -> int:
+        """Bytes of the tokens that are held; room for more is not counted."""
         return 0 if self.k is None else self.k.nbytes + self.v.nbytes
 
     def append(self, k: Tensor, v: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor, Layout]:
@@ -114,8 +118,25 @@ class FullState(State):
             self.k, self.v = k, v
         else:
             _check_fits(self.k, self.v, k, v)
-            self.k, self.v = torch.cat([self.k, k], dim=2), torch.cat([self.v, v], dim=2)
+            self.k, self.v = self._grown(k, v)
         return self.k, self.v, layout_of(padding_mask)
+
+    def _grown(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """All keys and values with the new ones."""
+        learning = torch.is_grad_enabled() and any(x.requires_grad for x in (k, v, self.k, self.v))
+        if learning or torch.compiler.is_compiling():  # nothing may be written in place
+            self.rooms = None
+            return torch.cat([self.k, k], dim=2), torch.cat([self.v, v], dim=2)
+        past, total = self.seq_len, self.seq_len + k.shape[2]
+        sealed = self.rooms is not None and self.rooms[0].is_inference() and not torch.is_inference_mode_enabled()
+        if self.rooms is None or sealed or self.rooms[0].shape[2] < total:
+            rooms = tuple(x.new_empty(*x.shape[:2], total + ROOM, x.shape[3]) for x in (self.k, self.v))
+            for room, x in zip(rooms, (self.k, self.v), strict=True):
+                room[:, :, :past] = x
+            self.rooms = rooms
+        for room, x in zip(self.rooms, (k, v), strict=True):
+            room[:, :, past:total] = x
+        return tuple(room[:, :, :total] for room in self.rooms)
 
     def reorder(self, index: Tensor) -> None:
         if self.k is not None and len(index) != self.k.shape[0]:
@@ -125,10 +146,12 @@ class FullState(State):
     def select(self, index: Tensor) -> None:
         if self.k is not None:
             self.k, self.v = self.k.index_select(0, index), self.v.index_select(0, index)
+            self.rooms = None
 
     def repeat(self, n: int) -> None:
         if self.k is not None:
             self.k, self.v = self.k.repeat_interleave(n, dim=0), self.v.repeat_interleave(n, dim=0)
+            self.rooms = None
 
     def crop(self, n: int) -> None:
         if not 0 <= n <= self.seq_len:
@@ -136,10 +159,15 @@ class FullState(State):
         if n == 0:
             self.reset()
         elif n < self.seq_len:
-            self.k, self.v = self.k[:, :, :n].contiguous(), self.v[:, :, :n].contiguous()
+            self.k, self.v = self.k[:, :, :n].clone(), self.v[:, :, :n].clone()
+            self.rooms = None
 
     def reset(self) -> None:
-        self.k = self.v = None
+        self.k = self.v = self.rooms = None
+
+    def move(self, device: torch.device | str) -> None:
+        super().move(device)
+        self.rooms = None
 
 
 class RingState(FullState):

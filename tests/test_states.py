@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from effattn.registry import backend
-from effattn.states import ROLLBACK, RingState
+from effattn.states import ROLLBACK, ROOM, FullState, RingState
 
 SPECS = (
     "dense", "sliding(window=6)", "sliding(window=5, sinks=3)", "sliding(window=2, sinks=40)", "block(block=7)",
@@ -121,3 +121,47 @@ def test_gradients_flow_through_a_state():
     got = torch.autograd.grad(torch.cat(parts, dim=2).square().sum(), (q, k, v))
     for a, b in zip(got, expected, strict=True):
         torch.testing.assert_close(a, b)
+
+
+def test_a_full_state_grows_in_place():
+    """A step writes its own token only; what was handed out or came in before stays as it was."""
+    draw, state = torch.Generator().manual_seed(0), FullState()
+    prompt = torch.randn(2, 3, 10, 4, generator=draw)
+    state.append(prompt[:, :, :7], prompt[:, :, :7] + 1)  # a view of more
+    new = torch.randn(2, 3, 3 * ROOM, 4, generator=draw)
+    kept, handed, addresses = prompt.clone(), [], []
+    for at in range(new.shape[2]):
+        token = new[:, :, at : at + 1]
+        handed.append(state.append(token, token + 1)[0])
+        addresses.append(state.k.data_ptr())
+        assert state.nbytes == 2 * (8 + at) * 2 * 3 * 4 * 4
+    want = torch.cat([kept[:, :, :7], new], dim=2)
+    assert len(set(addresses)) == 3
+    assert torch.equal(prompt, kept)
+    assert torch.equal(state.k, want)
+    assert torch.equal(state.v, want + 1)
+    state.crop(20)
+    state.append(new[:, :, :1], new[:, :, :1])
+    twin = copy.deepcopy(state)
+    state.append(new[:, :, 1:2], new[:, :, 1:2])
+    twin.append(new[:, :, 2:3], new[:, :, 2:3])
+    assert torch.equal(state.k, torch.cat([want[:, :, :20], new[:, :, :2]], dim=2))
+    assert torch.equal(twin.k, torch.cat([want[:, :, :20], new[:, :, :1], new[:, :, 2:3]], dim=2))
+    for at, k in enumerate(handed):
+        assert torch.equal(k, want[:, :, : 8 + at])
+
+
+def test_a_full_state_goes_on_in_and_out_of_inference_mode_and_with_gradients():
+    state, x = FullState(), torch.randn(1, 1, 1, 2)
+    with torch.inference_mode():
+        for _ in range(3):
+            state.append(x, x)
+    with torch.no_grad():
+        state.append(x, x)
+        state.append(x, x)
+    grown, learned = state.append(x, x)[0], x.clone().requires_grad_()
+    after = state.append(learned, learned)[0]
+    (state.append(learned, learned)[0].sum() + after.sum()).backward()
+    assert learned.grad.tolist() == [[[[3.0, 3.0]]]]
+    assert torch.equal(state.k.detach(), x.expand(1, 1, 8, 2))
+    assert torch.equal(grown, x.expand(1, 1, 6, 2))

@@ -57,7 +57,7 @@ PEERS = {
     "transformers-QuantizedCache": Peer("optimum-quanto", "quantized caches", "caches:quantized"),
     "bitsandbytes": Peer("bitsandbytes", "quantized weights"),
     "llmcompressor": Peer("llmcompressor", "SparseGPT", "pruning:sparsegpt",
-                          note="it pins older versions of torch and transformers"),
+                          note="it wants an older transformers: an environment of its own"),
 }  # fmt: skip
 
 

@@ -27,10 +27,8 @@ def sparsegpt(attn, case, inputs) -> Call:
     def call(weight, hessian):
         layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
         layer.weight = nn.Parameter(weight.clone(), requires_grad=False)
-        _, pruned = sparsify(
-            module=layer, hessians_dict={layer: hessian.clone()}, sparsity=share, prune_n=int(n) if m else 0,
-            prune_m=int(m or 0), block_size=128, dampening_fraction=0.01, preserve_sparsity_mask=False,
-        )  # fmt: skip
+        # sparsity, N, M, block size, dampening (whose name has changed), whether zeros stay
+        _, pruned = sparsify(layer, {layer: hessian.clone()}, share, int(n) if m else 0, int(m or 0), 128, 0.01, False)
         return pruned
 
     return call
