@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 PAGE = 2048  # tokens of one packed tensor on a CPU: what a cache that grows has to copy at most
 LARGE_PAGE = 32768  # ... on a GPU, where one launch should have work for all of it
+BLOCK = 256  # queries of a long call that are merged with what they see of the cache at once, on a CPU
 
 
 def attend(
@@ -110,7 +111,12 @@ def _many(state: PackedState, new: New, q: Tensor, pattern: Pattern, call: Call,
             far = {"far": Far(call.turn.q_far, call.turn.keys(new.k, at, far=True), call.turn.window)}
     out = among(new, k, q, pattern, call, impl, **far)
     if new.first:
-        out = merge([out, _read(state, new, q, new.end, pattern, call, impl, True)])
+        block = q.shape[2] if flash.choose(impl, q.device) == "triton" else BLOCK
+        for low in range(0, q.shape[2], block):
+            high = min(low + block, q.shape[2])
+            some = slice(None), slice(None), slice(low, high)
+            seen = _read(state, new, q[some], new.first + high, pattern, _cut(call, low, high), impl, True)
+            out[0][some], out[1][some] = merge([(out[0][some], out[1][some]), seen])
     state.absorb(new)
     return out
 

@@ -121,7 +121,8 @@ def test_decoding_reads_what_is_declared_and_no_more_than_its_state(name, option
         read = sum(counted.read_bytes(key) for key, one in held.items() if one.dtype != torch.int64)  # not positions
         declared = cost.read_bytes - sum(x.nbytes for x in new)
         least, _ = bounds(name)
-        assert least * declared <= read <= sum(one.nbytes for one in held.values())
+        own = sum(x.nbytes for x in new[1:])  # written there before it is read, where a state grows in place
+        assert least * declared <= read <= sum(one.nbytes for one in held.values()) + own
         assert state.nbytes == cost.state_bytes
         assert counted.flops >= least * cost.flops
 

@@ -21,7 +21,7 @@ from .packed_tiles import TILE, Full, Packed, Stretch
 from .turn import Turn
 
 SCORES = 2**23  # of one query token's span, 32 MiB in fp32: decoding has no more than it must
-MANY = 2**18  # ... of a span where there are more: 1 MiB, and as much or more for the scaled rows
+MANY = 2**18  # ... of a span where there are more, 1 MiB
 SHORTEST = 64  # keys of a span
 USUAL = 512  # ... that as many queries walk together as leave room for
 
@@ -139,14 +139,12 @@ class Walk:
             yield Full(cache.k_rest[:, :, part], cache.v_rest[:, :, part], slots + k.tokens + start, at)
 
     def length(self) -> int:
-        """Of the longest stretch: it has room for its scores, for rows with the scales of each group of tokens, and
-        where keys turn, for these."""
-        k, v = self.cache.k, self.cache.v
+        """Of the longest stretch: it has room for its scores, and where keys turn, for these."""
         batch, kv_heads, rows, dim = self.rows.shape
-        room = self.room // (batch * kv_heads * rows * max(1, *(-(-x.dim // x.coding.group) for x in (k, v))))
+        room = self.room // (batch * kv_heads * rows)
         if self.turn:
             room = min(room, TILE // (batch * kv_heads * dim))
-        unit = math.lcm(k.coding.unit, v.coding.unit)
+        unit = math.lcm(self.cache.k.coding.unit, self.cache.v.coding.unit)
         return max(unit, max(SHORTEST, room) // unit * unit)
 
     def lowest(self) -> int | None:
