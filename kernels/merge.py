@@ -1,4 +1,4 @@
-"""Softmax attention over parts of the keys, put together."""
+"""Softmax attention in parts, put together: of the keys, or of the queries."""
 
 from __future__ import annotations
 
@@ -21,3 +21,11 @@ def merge(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     out = sum(out.to(share.dtype) * share[..., None] for (out, _), share in zip(parts, shares, strict=True))
     lse = torch.where(seen, highest + torch.where(seen, total, 1.0).log(), -torch.inf)
     return out.to(parts[0][0].dtype), lse
+
+
+def in_order(parts: list[tuple[Tensor, Tensor | None]]) -> tuple[Tensor, Tensor | None]:
+    """(out, lse) of queries whose parts, one behind the other, have these; lse only if all have it."""
+    if len(parts) == 1:
+        return parts[0]
+    out, lse = zip(*parts, strict=True)
+    return torch.cat(out, dim=2), None if any(one is None for one in lse) else torch.cat(lse, dim=2)

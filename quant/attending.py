@@ -17,7 +17,7 @@ from effattn.kernels.decode import MOST_QUERIES, packed
 from effattn.kernels.decode.packed import PackedCache
 from effattn.kernels.flash.pattern import Layout, Pattern
 from effattn.kernels.flash.rules import Far
-from effattn.kernels.merge import merge
+from effattn.kernels.merge import in_order, merge
 from effattn.kernels.pack import Codes, Pages
 from effattn.quant.rotation import hadamard
 from torch import Tensor
@@ -50,10 +50,7 @@ def attend(
         run = _few if high - low <= MOST_QUERIES else _many
         parts.append(run(state, new.cut(low, high), q[:, :, low:high], pattern, _cut(call, low, high), impl, need_lse))
         state.settle(new, min(floor, state.border(state.total)))
-    out, lse = parts[0]
-    if len(parts) > 1:
-        outs, sums = zip(*parts, strict=True)
-        out, lse = torch.cat(outs, dim=2), torch.cat(sums, dim=2) if need_lse else None
+    out, lse = in_order(parts)
     return (hadamard(out) if "v" in rotate else out), lse
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..flash.pattern import Blocks, Pattern, Window
 from ..flash.rules import Bias
+from ..merge import in_order
 from .packed import PackedCache
 from .packed_tiles import TILE, Full, Packed, Stretch
 from .turn import Turn
@@ -47,10 +48,7 @@ def attention(
         queries = slice(start, start + step)
         walk = Walk(q, cache, pattern, queries, causal, scale, softcap, q_first, turn, bias)
         parts.append(walk.run(need_lse))
-    if len(parts) == 1:
-        return parts[0]
-    out, lse = zip(*parts, strict=True)
-    return torch.cat(out, dim=2), torch.cat(lse, dim=2) if need_lse else None
+    return in_order(parts)
 
 
 class Walk:
@@ -99,7 +97,7 @@ class Walk:
         if out is None:
             dim = self.cache.v.dim
             empty = self.rows.new_full(shape, -torch.inf)
-            return self.rows.new_zeros(*shape, dim, dtype=self.dtype), empty
+            return self.rows.new_zeros(*shape, dim, dtype=self.dtype), empty if need_lse else None
         out = (out / torch.where(total > 0, total, 1.0)).to(self.dtype).reshape(*shape, -1)
         return out, (highest + total.log()).reshape(shape) if need_lse else None
 

@@ -63,7 +63,7 @@ class PackedDecode(Case):
         itemsize = getattr(torch, self.dtype).itemsize
         whole = 2 * rows * self.tokens * self.dim * itemsize
         if contender.spec:
-            whole = _format(contender.spec, self.dim).nbytes(
+            whole = format_of(contender.spec, self.dim).nbytes(
                 self.tokens, self.kv_heads, self.dim, itemsize=itemsize, batch=self.batch
             )
         ends = self.batch * self.heads * self.dim * itemsize
@@ -71,17 +71,23 @@ class PackedDecode(Case):
         return Cost(flops=flops, read_bytes=whole + ends, write_bytes=ends, state_bytes=whole)
 
 
-def _format(spec: str, dim: int) -> Format:
+def format_of(spec: str, dim: int) -> Format:
     return Format.parse(spec).fit(dim)[0]
 
 
-def _cache(spec: str, k: torch.Tensor, v: torch.Tensor) -> PackedCache:
-    format = _format(spec, k.shape[3])
+def packed_cache(spec: str, k: torch.Tensor, v: torch.Tensor) -> PackedCache:
+    format = format_of(spec, k.shape[3])
     packed = format.held(k.shape[2])[1]
     return PackedCache(
         pack(k[:, :, :packed], format.k), pack(v[:, :, :packed], format.v),
         k[:, :, packed:].clone(), v[:, :, packed:].clone(), k.shape[2],
     )  # fmt: skip
+
+
+def meant(cache: PackedCache) -> tuple[torch.Tensor, torch.Tensor]:
+    """K and V in fp64, as the bytes mean them."""
+    pairs = (cache.k, cache.k_rest), (cache.v, cache.v_rest)
+    return tuple(torch.cat([unpack(codes, torch.float64), rest.double()], dim=2) for codes, rest in pairs)
 
 
 class Caches:
@@ -101,7 +107,7 @@ class Caches:
 
 
 def _packed(spec, case, inputs):
-    return Caches(lambda k, v: _cache(spec, k, v), attention)
+    return Caches(lambda k, v: packed_cache(spec, k, v), attention)
 
 
 def _unpacked(spec, case, inputs):
@@ -114,7 +120,7 @@ def _unpacked(spec, case, inputs):
         )
         return torch.nn.functional.scaled_dot_product_attention(q, k, v, enable_gqa=True)
 
-    return Caches(lambda k, v: _cache(spec, k, v), use)
+    return Caches(lambda k, v: packed_cache(spec, k, v), use)
 
 
 def _quantized_cache(case, inputs):
@@ -141,11 +147,7 @@ def _truth(spec, case, inputs, call):
     """The definition in fp64, over the numbers that the packed bytes mean; spec "": over K and V as they are."""
     q, k, v = inputs
     if spec:
-        cache = _cache(spec, k, v)
-        k, v = (
-            torch.cat([unpack(codes, torch.float64), rest.double()], dim=2)
-            for codes, rest in ((cache.k, cache.k_rest), (cache.v, cache.v_rest))
-        )
+        k, v = meant(packed_cache(spec, k, v))
     return _definition(case, q, k, v)
 
 

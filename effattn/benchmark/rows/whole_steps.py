@@ -15,22 +15,18 @@ from torch import Tensor
 import effattn
 from effattn.benchmark.attention import STEPS, Attention
 from effattn.benchmark.case import Case, Contender, Ratio, Target
-from effattn.benchmark.rows.packed_decode import COLD, FORMATS
+from effattn.benchmark.peers import find
+from effattn.benchmark.rows.packed_decode import COLD, CPU, FORMATS, format_of, meant, packed_cache
+from effattn.benchmark.rows.rerope import GPU, inv_freq
 from effattn.kernels.decode.turn import rotate
 from effattn.kernels.flash import Far
 from effattn.kernels.flash.reference import attention as reference
-from effattn.kernels.pack import pack, unpack
-from effattn.quant.formats import Format
 from effattn.quant.state import New, PackedState
 
-PLAIN, FULL = "DynamicCache+SDPA dense", "effattn full"
-BASE = 10000.0
+WHO = "DynamicCache+SDPA"
+PLAIN = f"{WHO} dense"
 WINDOW = 256
 REROPE = f"rerope(window={WINDOW})"
-CPU = (
-    dict(heads=32, kv_heads=8, dim=128), dict(heads=8, kv_heads=8, dim=64), dict(heads=8, kv_heads=2, dim=64),
-)  # fmt: skip
-GPU = dict(heads=32, kv_heads=8, dim=128)
 
 
 @dataclass(frozen=True)
@@ -47,9 +43,7 @@ class Step(Attention):
 
 def tables(first: int, tokens: int, dim: int, device: torch.device, dtype=torch.float32) -> tuple[Tensor, Tensor]:
     """cos and sin of RoPE at positions first, first + 1, ...: (tokens, D/2)."""
-    angle = torch.arange(first, first + tokens, device=device, dtype=dtype)[:, None] * (
-        BASE ** (-torch.arange(0, dim, 2, device=device, dtype=dtype) / dim)
-    )
+    angle = torch.arange(first, first + tokens, device=device, dtype=dtype)[:, None] * inv_freq(dim, device).to(dtype)
     return angle.cos(), angle.sin()
 
 
@@ -82,62 +76,34 @@ class Layers:
 
 def _plain() -> Contender:
     def build(case, inputs):
-        from transformers import DynamicCache
-
-        def new(k, v):
-            cache = DynamicCache()
-            cache.update(k, v, 0)
-
-            def step(q, k, v):
-                k, v = cache.update(k, v, 0)
-                return torch.nn.functional.scaled_dot_product_attention(q, k, v, enable_gqa=case.heads != case.kv_heads)
-
-            return step
-
-        return Layers(new, raw=False)
+        make = find(WHO)
+        return Layers(lambda k, v: make(effattn.backend("dense"), case, [*inputs[:3], k, v]), raw=False)
 
     return Contender(PLAIN, build, partial(_truth, None, None), spec="dense")
 
 
-def _held(name: str, spec: str | None) -> Contender:
-    """Our own cache: packed in the format `spec`; None: in full precision."""
+def _ours(name: str, spec: str | None = None, window: int | None = None) -> Contender:
+    """Our own cache, packed in the format `spec`. window: of ReRoPE, whose keys are held raw and turned when they are
+    read."""
 
     def build(case, inputs):
-        attn = effattn.backend("dense").to(inputs[0].device)
+        device = inputs[0].device
+        attn, rule = effattn.backend("dense").to(device), None
+        if window is not None:
+            rule = effattn.positions.rule(f"rerope(window={window})", length=case.tokens, head_dim=case.dim).to(device)
 
         def new(k, v):
-            state = PackedState(_format(spec, case)) if spec else attn.new_state()
-            if spec:
-                state.absorb(New(k, v, 0))
-            else:
+            if spec is None:
+                state = attn.new_state()
                 state.append(k, v)
-            return partial(attn, state=state)
-
-        return Layers(new, raw=False)
-
-    return Contender(name, build, partial(_truth, spec, None), ours=True, spec="dense")
-
-
-def _rerope() -> Contender:
-    """Keys are held raw, and turned when they are read."""
-
-    def build(case, inputs):
-        attn = effattn.backend("dense").to(inputs[0].device)
-        rule = effattn.positions.rule(REROPE, length=case.tokens, head_dim=case.dim, heads=case.heads, base=BASE)
-        rule = rule.to(inputs[0].device)
-
-        def new(k, v):
-            state = attn.new_state()
-            state.append(k, v)
+            else:
+                state = PackedState(format_of(spec, case.dim))
+                state.absorb(New(k, v, 0))
             return partial(attn, state=state, rotary=rule)
 
-        return Layers(new, raw=True)
+        return Layers(new, raw=rule is not None)
 
-    return Contender(f"effattn {REROPE}", build, partial(_truth, None, WINDOW), ours=True, spec="dense")
-
-
-def _format(spec: str, case: Step) -> Format:
-    return Format.parse(spec).fit(case.dim)[0]
+    return Contender(f"effattn {name}", build, partial(_truth, spec, window), ours=True, spec="dense")
 
 
 def _truth(spec: str | None, window: int | None, case: Case, inputs: list[Tensor], call) -> dict[str, Tensor]:
@@ -148,14 +114,8 @@ def _truth(spec: str | None, window: int | None, case: Case, inputs: list[Tensor
     now = tables(past, 1, case.dim, device, torch.float64)
     turned = rotate(past_k, *before)
     if spec is not None:
-        format = _format(spec, case)
-        held = format.held(past)[1]
         own = rotate(inputs[3], *tables(0, past, case.dim, device))  # in the numbers that were packed
-        codes = pack(own[:, :, :held], format.k), pack(inputs[4][:, :, :held], format.v)
-        turned, past_v = (
-            torch.cat([unpack(x, torch.float64), full[:, :, held:].double()], dim=2)
-            for x, full in zip(codes, (own, past_v), strict=True)
-        )
+        turned, past_v = meant(packed_cache(spec, own, inputs[4]))
     keys, values = torch.cat([turned, rotate(k, *now)], dim=2), torch.cat([past_v, v], dim=2)
     distance = past - torch.arange(past + 1, device=device)
     far = None
@@ -173,12 +133,12 @@ def _truth(spec: str | None, window: int | None, case: Case, inputs: list[Tensor
 
 
 def _packed(dtype: str, tokens: int, **sizes) -> Step:
-    raced = [_plain(), _held(FULL, None), *(_held(f"effattn {spec}", spec) for spec in FORMATS)]
+    raced = [_plain(), _ours("full"), *(_ours(spec, spec) for spec in FORMATS)]
     return Step("step", dtype, tokens, tuple(raced), title="packed", **sizes)
 
 
 def _turned(dtype: str, tokens: int, **sizes) -> Step:
-    return Step("step", dtype, tokens, (_plain(), _held(FULL, None), _rerope()), title="ReRoPE", **sizes)
+    return Step("step", dtype, tokens, (_plain(), _ours("full"), _ours(REROPE, window=WINDOW)), title="ReRoPE", **sizes)
 
 
 def _cpu() -> list[Step]:
