@@ -30,8 +30,9 @@ if TYPE_CHECKING:
 
     from effattn.interface import Call
 
-PAGE = 2048  # tokens of one packed tensor on a CPU: what a cache that grows has to copy at most
-LARGE_PAGE = 32768  # ... on a GPU, where one launch should have work for all of it
+PAGE = 2**21  # numbers of one packed tensor on a CPU: what a cache that grows has to copy at most
+FEWEST = 2048  # tokens of one, whatever their size
+LARGE_PAGE = 32768  # tokens of one on a GPU, where one launch should have work for all of it
 BLOCK = 256  # queries of a long call that are merged with what they see of the cache at once, on a CPU
 
 

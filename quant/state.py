@@ -203,7 +203,9 @@ class PackedState(State):
 
     def _store(self, at: int, k: Codes, v: Codes) -> None:
         """Keeps packed tokens, from number `at` on. Only the last page grows, one tensor after the other."""
-        page = attending.PAGE if k.device.type == "cpu" else attending.LARGE_PAGE
+        page = attending.LARGE_PAGE
+        if k.device.type == "cpu":
+            page = max(attending.FEWEST, attending.PAGE // (k.shape[0] * k.shape[1] * k.dim))
         if not self.pages or self.pages[-1][0].tokens + k.tokens > page:
             self.pages.append((k, v))
             return

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ..pack.codes import Codes, Pages
+from ..pack.codes import Codes, Coding, Pages
 from ..pack.torch_impl import plane, unpack, worth
 from ..scratch import scratch
 
@@ -60,17 +60,34 @@ class Packed(Stretch):
     """k, v: Codes or Pages."""
 
     def scores(self, rows):
-        shape, rows = rows.shape[:3], rows.flatten(0, 1)
-        s = rows.new_empty(*rows.shape[:2], self.keys)
-        for z, n, numbers in _tiles(self.k, rows.dtype):
-            s[z, :, n] = torch.bmm(rows[z], numbers.mT)
-        return s.view(*shape, -1)
+        shape, rows, coding = rows.shape[:3], rows.flatten(0, 1), self.k.coding
+        scale, offset = _scales(self.k, rows.dtype)
+        s = None
+        for z, n, codes in _tiles(self.k, rows.dtype):
+            numbers = _numbers(codes, coding, scale, offset, z, n)
+            if codes.shape[:2] == (len(rows), self.keys):
+                s = torch.bmm(rows, numbers.mT)
+            else:
+                s = rows.new_empty(*rows.shape[:2], self.keys) if s is None else s
+                s[z, :, n] = torch.bmm(rows[z], numbers.mT)
+        return rows.new_empty(*shape, 0) if s is None else s.view(*shape, -1)
 
     def weigh(self, weights):
-        shape, weights = weights.shape[:3], weights.flatten(0, 1)
+        shape, weights, coding = weights.shape[:3], weights.flatten(0, 1), self.v.coding
+        scale, offset = _scales(self.v, weights.dtype)
+        groups = self.v.dim // coding.group
+        fold = coding.axis == "token" and groups * weights.shape[1] <= self.v.dim
         out = weights.new_zeros(*weights.shape[:2], self.v.dim)
-        for z, n, numbers in _tiles(self.v, weights.dtype):
-            out[z].add_(torch.bmm(weights[z, :, n], numbers))
+        if fold and offset is not None:
+            own = torch.bmm(offset.mT, weights.mT).mT  # (the other way round takes four times as long)
+            out.unflatten(2, (groups, -1)).copy_(own[..., None])
+        for z, n, codes in _tiles(self.v, weights.dtype):
+            if not fold:
+                out[z] += torch.bmm(weights[z, :, n], _numbers(codes, coding, scale, offset, z, n))
+                continue
+            for group, own in enumerate(codes.split(coding.group, dim=2)):
+                scaled = weights[z, :, n] * scale[z, n, group][:, None]
+                out[z, :, group * coding.group : (group + 1) * coding.group] += torch.bmm(scaled, own)
         return out.view(*shape, -1)
 
     def unpacked(self):
@@ -79,39 +96,41 @@ class Packed(Stretch):
 
 
 def _tiles(codes: Codes | Pages, dtype: torch.dtype) -> Iterator[tuple[slice, slice, Tensor]]:
-    """(part of Z, part of the tokens, their numbers (z, n, D)). The next tile takes the same memory. All of Z where
-    there is room for `FEWEST` tokens of each: its products run at once."""
+    """(part of Z, part of the tokens, what `plane` makes of their codes (z, n, D)), to be changed in place: the next
+    tile takes the same memory. All of Z where there is room for `FEWEST` tokens of each: its products run at once."""
     coding, dim, at = codes.coding, codes.dim, 0
-    group, unit, by_channel = coding.group, coding.unit, coding.axis == "channel"
-    scale, offset = _scales(codes, dtype)
+    size = TILE * (2 if torch.compiler.is_compiling() else torch.get_num_threads())
     for part in codes.parts:
         whole = part.codes.flatten(0, 1)
         rows, tokens, width = whole.shape
-        size = TILE * (2 if torch.compiler.is_compiling() else torch.get_num_threads())
         some = min(max(FEWEST, size // (rows * dim)), max(tokens, 1))
-        some = max(unit, some // unit * unit)
+        some = max(coding.unit, some // coding.unit * coding.unit)
         many = max(1, size // (some * dim))
         memory = scratch(min(many, rows) * min(some, tokens) * dim, dtype, whole.device)
         for z in range(0, rows, many):
             for n in range(0, tokens, some):
-                z_part, n_part = slice(z, min(z + many, rows)), slice(at + n, at + min(n + some, tokens))
-                tile = whole[z_part, n : n + some]
+                tile = whole[z : z + many, n : n + some]
                 held = memory[: tile.numel() * coding.planes].view(*tile.shape[:2], dim)
                 for p in range(coding.planes):
-                    held[..., p * width : (p + 1) * width] = plane(tile, coding, p)
-                where = z_part, slice(n_part.start // unit, n_part.stop // unit)
-                if by_channel:
-                    grouped, each = held.unflatten(1, (-1, group)), (*where, None)
-                else:
-                    grouped, each = held.unflatten(2, (-1, group)), (*where, ..., None)
-                if offset is None:
-                    grouped.mul_(scale[each])
-                elif by_channel:  # one pass; where a scale is a row's, torch is faster in two
-                    torch.addcmul(offset[each], grouped, scale[each], out=grouped)
-                else:
-                    grouped.mul_(scale[each]).add_(offset[each])
-                yield z_part, n_part, held
+                    held.narrow(2, p * width, width).copy_(plane(tile, coding, p))
+                yield slice(z, z + len(tile)), slice(at + n, at + n + tile.shape[1]), held
         at += tokens
+
+
+def _numbers(held: Tensor, coding: Coding, scale: Tensor, offset: Tensor | None, z: slice, n: slice) -> Tensor:
+    """A tile of `_tiles`, changed in place to the numbers that its codes stand for."""
+    where = z, slice(n.start // coding.unit, n.stop // coding.unit)
+    if coding.axis == "token":
+        grouped = held.unflatten(2, (-1, coding.group)).mul_(scale[where][..., None])
+        if offset is not None:
+            grouped.add_(offset[where][..., None])
+    else:
+        grouped, each = held.unflatten(1, (-1, coding.group)), (*where, None)
+        if offset is None:
+            grouped.mul_(scale[each])
+        else:  # one pass; where a scale is a token's, torch is faster in two
+            torch.addcmul(offset[each], grouped, scale[each], out=grouped)
+    return held
 
 
 def _scales(codes: Codes | Pages, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:

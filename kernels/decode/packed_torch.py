@@ -79,27 +79,35 @@ class Walk:
             self.high = self.low + self.tokens - 1
 
     def run(self, need_lse: bool) -> tuple[Tensor, Tensor | None]:
-        batch = len(self.rows)
+        shape = (len(self.rows), self.heads, self.tokens)
         highest = total = out = None
-        for span in self.spans():
+        spans = list(self.spans())
+        plain = len(spans) == 1 and not need_lse and all(map(self.all_seen, spans[0]))
+        for span in spans:
             s = torch.cat([self.scores(part) for part in span], dim=-1) if len(span) > 1 else self.scores(span[0])
+            if plain:  # what follows in general, in one call
+                return self.weighed(span, s.softmax(dim=-1)).to(self.dtype).view(*shape, -1), None
             top = s.amax(dim=-1, keepdim=True)
             higher = top if highest is None else torch.maximum(highest, top)
             base = higher.clamp(min=torch.finfo(s.dtype).min)  # finite: no inf - inf where nothing is seen
             p = (s - base).exp_()
-            weights, seen = p.split([part.keys for part in span], dim=-1), p.sum(dim=-1, keepdim=True)
-            products = sum(part.weigh(w) for part, w in zip(span, weights, strict=True))
+            products, seen = self.weighed(span, p), p.sum(dim=-1, keepdim=True)
             if highest is not None:
                 fade = (highest - base).exp_()
                 products, seen = products + out * fade, seen + total * fade
             highest, total, out = higher, seen, products
-        shape = (batch, self.heads, self.tokens)
         if out is None:
             dim = self.cache.v.dim
             empty = self.rows.new_full(shape, -torch.inf)
             return self.rows.new_zeros(*shape, dim, dtype=self.dtype), empty if need_lse else None
         out = (out / torch.where(total > 0, total, 1.0)).to(self.dtype).reshape(*shape, -1)
         return out, (highest + total.log()).reshape(shape) if need_lse else None
+
+    @staticmethod
+    def weighed(span: list[Stretch], p: Tensor) -> Tensor:
+        """p v: (B, Hkv, R, n), n the keys of the span -> (B, Hkv, R, Dv)."""
+        weights = p.split([part.keys for part in span], dim=-1)
+        return sum(part.weigh(w) for part, w in zip(span, weights, strict=True))
 
     # Which keys ---------------------------------------------------------------------------------------------------
 
