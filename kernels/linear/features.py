@@ -18,6 +18,7 @@ from phi it gives to mu.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -25,19 +26,30 @@ import torch
 from torch import Tensor
 
 EPSILON = 1e-3  # of favor_relu
+LOG2_E = math.log2(math.e)
 
 
 class FeatureMap(NamedTuple):
-    """`forward(x, W) -> (phi, mu or None)` and `backward(x, W, phi, dphi) -> dx`. W is None unless `directed`."""
+    """`forward(x, W) -> (phi, mu or None)` and `backward(x, W, phi, dphi) -> dx`, which may change dphi. W is
+    None unless `directed`.
 
-    forward: Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor | None]]
+    `forward(x, W, room)` may take memory for phi from `room(shape)`, where a map has several passes over it."""
+
+    forward: Callable[..., tuple[Tensor, Tensor | None]]
     backward: Callable[[Tensor, Tensor | None, Tensor, Tensor], Tensor]
     directed: bool = False  # needs directions W (F, D)
     weighs: bool = False  # gives log weights mu
     signed: bool = False  # features may be negative
 
 
-def _favor(x: Tensor, directions: Tensor) -> tuple[Tensor, Tensor]:
+def _elu(x: Tensor, _, room: Callable | None = None) -> tuple[Tensor, None]:
+    room = x.new_empty if room is None else room
+    # A third of the time of torch's own elu on a CPU; exp2 takes 0.6 of exp's.
+    phi = torch.clamp(x, max=0, out=room(x.shape)).mul_(LOG2_E).exp2_()
+    return phi.add_(torch.clamp(x, min=0, out=room(x.shape))), None
+
+
+def _favor(x: Tensor, directions: Tensor, _=None) -> tuple[Tensor, Tensor]:
     exponent = x @ directions.mT
     top = exponent.amax(dim=-1, keepdim=True)
     mu = top.squeeze(-1) - x.square().sum(dim=-1) / 2
@@ -56,22 +68,22 @@ def _softmax_backward(x, directions, phi: Tensor, grad: Tensor) -> Tensor:
 
 MAPS: dict[str, FeatureMap] = {
     "elu": FeatureMap(
-        lambda x, _: (x.clamp(max=0).exp_().add_(x.relu()), None),  # half the time of torch's own elu
-        lambda x, _, phi, grad: grad * phi.clamp(max=1),  # exp(x) below 0, where phi is that too
+        _elu,
+        lambda x, _, phi, grad: grad.mul_(phi.clamp(max=1)),  # exp(x) below 0, where phi is that too
     ),
     "relu": FeatureMap(
-        lambda x, _: (x.relu(), None),
+        lambda x, *_: (x.relu(), None),
         lambda x, _, phi, grad: grad * (phi > 0),
     ),
     "relu2": FeatureMap(
-        lambda x, _: (x.relu().square_(), None),
+        lambda x, *_: (x.relu().square_(), None),
         lambda x, _, phi, grad: grad * x.relu().mul_(2),
     ),
-    "softmax": FeatureMap(lambda x, _: (x.softmax(dim=-1), None), _softmax_backward),
-    "identity": FeatureMap(lambda x, _: (x, None), lambda x, _, phi, grad: grad, signed=True),
+    "softmax": FeatureMap(lambda x, *_: (x.softmax(dim=-1), None), _softmax_backward),
+    "identity": FeatureMap(lambda x, *_: (x, None), lambda x, _, phi, grad: grad, signed=True),
     "favor": FeatureMap(_favor, _favor_backward, directed=True, weighs=True),
     "favor_relu": FeatureMap(
-        lambda x, directions: ((x @ directions.mT).relu_().add_(EPSILON), None),
+        lambda x, directions, *_: ((x @ directions.mT).relu_().add_(EPSILON), None),
         lambda x, directions, phi, grad: (grad * (phi > EPSILON)) @ directions,
         directed=True,
     ),

@@ -1,8 +1,7 @@
 """Bidirectional linear attention in plain torch, forward and backward: all keys go into one sum, all queries read it.
 
 Two loops over blocks of tokens that stay in the processor's cache. Shapes and names as in `torch_impl`: S sums
-phi(k) v and n sums phi(k), a key's weight is w = exp(mu - c), c the highest mu of its head. Queries read S and n as one
-matrix: the product with the vector n alone would take as long as the one with S.
+phi(k) v and n sums phi(k), a key's weight is w = exp(mu - c), c the highest mu of its head.
 """
 
 from __future__ import annotations
@@ -12,30 +11,56 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .torch_parts import Spec, Sums, joined, output_gradient, scaled, share_of
+from ..scratch import Room
+from .torch_parts import Spec, Sums, scaled, share_of
 
-BUDGET = {"cpu": 1 << 19, "cuda": 1 << 26}  # elements of a block's features
+BUDGET = {"cpu": 1 << 20, "cuda": 1 << 26}  # elements of a block's features
 
 
 class Call:
     """The call's tensors, its features, and where its blocks lie."""
 
     def __init__(self, q, k, v, directions, mask, spec: Spec, dtype: torch.dtype):
-        self.q, self.k, self.v, self.spec, self.dtype = q.unflatten(1, (k.shape[1], -1)), k, v, spec, dtype
+        self.q, self.k, self.v, self.spec, self.dtype = q, k, v, spec, dtype
         self.directions = None if directions is None else directions.to(dtype)
         self.mask = None if mask is None else mask[:, None, :, None]
         self.features = k.shape[3] if directions is None else directions.shape[0]
+        self.room = Room(dtype, k.device)
 
     def blocks(self, heads: int, tokens: int) -> Iterator[slice]:
         row = self.k.shape[0] * heads * max(self.features, self.v.shape[3])
         step = max(1, BUDGET[self.k.device.type] // row)
-        return (slice(at, min(at + step, tokens)) for at in range(0, tokens, step))
+        for at in range(0, tokens, step):
+            self.room.clear()
+            yield slice(at, min(at + step, tokens))
 
     def key_blocks(self) -> Iterator[slice]:
         return self.blocks(self.k.shape[1], self.k.shape[2])
 
     def query_blocks(self) -> Iterator[slice]:
-        return self.blocks(self.q.shape[1] * self.q.shape[2], self.q.shape[3])
+        return self.blocks(self.q.shape[1], self.q.shape[2])
+
+    def queries(self, block: slice) -> tuple[Tensor, Tensor]:
+        """x (B, Hq, t, D) and phi (B, Hq, t, F)."""
+        x = scaled(self.q[:, :, block], self.spec.factors[0], self.dtype)
+        return x, self.spec.map.forward(x, self.directions, self.room)[0]
+
+    def by_query_head(self, sums: Sums) -> tuple[Tensor, Tensor | None]:
+        """S (B, Hq, F, V) and n (B, Hq, 1, F) as every query head reads them."""
+        groups = self.q.shape[1] // self.k.shape[1]
+        values, norms = (None if x is None else x.repeat_interleave(groups, dim=1) for x in sums[:2])
+        return values, None if norms is None else norms.unsqueeze(2)
+
+    def by_key_head(self, x: Tensor, given: Tensor | None) -> Tensor:
+        """The transpose of it for gradients: x summed over the groups, and what was given besides."""
+        summed = x.unflatten(1, (self.k.shape[1], -1)).sum(dim=2)
+        return summed if given is None else summed + given.to(self.dtype)
+
+    def product(self, a: Tensor, b: Tensor) -> Tensor:
+        """a b, (B, H, m, x) and (B, H, x, n), in the block's memory."""
+        out = self.room((*a.shape[:3], b.shape[3]))
+        torch.bmm(a.flatten(0, 1), b.flatten(0, 1), out=out.flatten(0, 1))
+        return out
 
     def keys(self, block: slice, top: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor | None]:
         """x, phi, its weight w, values, and c after the block."""
@@ -44,7 +69,7 @@ class Call:
         if real is not None:
             x, values = x.masked_fill(~real, 0), values.masked_fill(~real, 0)
         x = scaled(x, self.spec.factors[1], self.dtype)
-        phi, mu = self.spec.map.forward(x, self.directions)
+        phi, mu = self.spec.map.forward(x, self.directions, self.room)
         weight = None
         if mu is not None:
             mu = mu[..., None] if real is None else mu[..., None].masked_fill(~real, -torch.inf)
@@ -59,57 +84,54 @@ def gather(call: Call, memory: tuple[Tensor | None, Tensor | None, Tensor | None
     """S, n and c after all keys. memory: those before."""
     values, norms, top = Sums.of(call.k, call.v, call.spec, call.features, call.dtype, memory)
     top = None if top is None else top[..., None, None]
+    values = values.clone(memory_format=torch.contiguous_format)  # a memory's are its owner's
     for block in call.key_blocks():
         _, phi, weight, own, higher = call.keys(block, top)
         phi = phi if weight is None else phi * weight
         if top is not None:
             fade = ratio(top, higher)
             values, norms, top = values * fade, norms * fade[..., 0], higher
-        values = values + phi.mT @ own
+        _add_product(values, phi.mT, own)
         norms = None if norms is None else norms + phi.sum(dim=2)
     return Sums(values, norms, None if top is None else top[..., 0, 0])
 
 
 def read(call: Call, sums: Sums, out: Tensor, share: Tensor | None) -> None:
-    """Fills out (B, Hq, Tq, V), and share (B, Hq, Tq), one over the normaliser (0 where that is 0)."""
-    table = joined(*sums[:2]).unsqueeze(2)
-    out, share = (None if x is None else x.unflatten(1, (call.k.shape[1], -1)) for x in (out, share))
+    """Fills out (B, Hq, Tq, V), and if given share (B, Hq, Tq), one over the normaliser (0 where that is 0)."""
+    values, norms = call.by_query_head(sums)
     for block in call.query_blocks():
-        x = scaled(call.q[:, :, :, block], call.spec.factors[0], call.dtype)
-        y = call.spec.map.forward(x, call.directions)[0] @ table
-        if sums.norms is None:
-            torch.mul(y, call.spec.gain, out=out[:, :, :, block])
-            continue
-        part = share_of(y)
-        share[:, :, :, block] = part[..., 0]
-        torch.mul(y[..., :-1], part, out=out[:, :, :, block])
+        _, phi = call.queries(block)
+        part = call.spec.gain
+        if norms is not None:  # a row times a matrix: the other way round, or as one more column of S, takes longer
+            part = share_of(call.product(norms, phi.mT)).mT
+            if share is not None:
+                share[:, :, block] = part[..., 0]
+        torch.mul(call.product(phi, values), part, out=out[:, :, block])
 
 
 def backward(call: Call, sums: Sums, top, out, share, grad, d_values, d_norms, dq, dk, dv) -> tuple[Tensor, Tensor]:
     """Fills dq, dk and dv. sums: after all keys; top: c before them, or None; grad: of out; d_values and d_norms: of
     the sums, or None. Returns the gradients of S and n before the keys."""
-    heads = call.k.shape[1]
-    zero = Sums.of(call.k, call.v, call.spec, call.features, call.dtype)
-    given = (z if x is None else x.to(call.dtype) for z, x in zip(zero, (d_values, d_norms), strict=False))
-    table, d_table = joined(*sums[:2]).unsqueeze(2), joined(*given)
-    out, grad, dq, share = (None if x is None else x.unflatten(1, (heads, -1)) for x in (out, grad, dq, share))
+    values, norms = call.by_query_head(sums)
+    own_values, own_norms = (None if x is None else torch.zeros_like(x) for x in (values, norms))
     for block in call.query_blocks():
-        x = scaled(call.q[:, :, :, block], call.spec.factors[0], call.dtype)
-        phi, _ = call.spec.map.forward(x, call.directions)
-        own = grad[:, :, :, block].to(call.dtype)
-        if sums.norms is None:
-            dy = own * call.spec.gain
-        else:
-            dy = output_gradient(own, share[:, :, :, block, None], out[:, :, :, block])
-        d_table = d_table + (phi.mT @ dy).sum(dim=2)
-        d_x = call.spec.map.backward(x, call.directions, phi, dy @ table.mT)
-        dq[:, :, :, block] = scaled(d_x, call.spec.factors[0], call.dtype)
-    d_values, d_norms = (d_table, None) if sums.norms is None else (d_table[..., :-1], d_table[..., -1])
-    d_values = d_values.contiguous()
+        x, phi = call.queries(block)
+        dy = grad[:, :, block].to(call.dtype)
+        dy = torch.mul(dy, call.spec.gain if norms is None else share[:, :, block, None], out=call.room(dy.shape))
+        _add_product(own_values, phi.mT, dy)
+        d_phi = call.product(dy, values.mT)
+        if norms is not None:
+            d_total = dy.mul_(out[:, :, block]).sum(dim=-1, keepdim=True).neg_()
+            _add_product(own_norms, d_total.mT, phi)
+            d_phi.addcmul_(d_total, norms)
+        d_x = call.spec.map.backward(x, call.directions, phi, d_phi)
+        dq[:, :, block] = scaled(d_x, call.spec.factors[0], call.dtype)
+    d_values = call.by_key_head(own_values, d_values)
+    d_norms = None if norms is None else call.by_key_head(own_norms[:, :, 0], d_norms)
     highest = None if sums.top is None else sums.top[..., None, None]
     for block in call.key_blocks():
         x, phi, weight, own, _ = call.keys(block, highest)
-        d_phi, d_own = own @ d_values.mT, phi @ d_values
+        d_phi, d_own = call.product(own, d_values.mT), call.product(phi, d_values)
         if d_norms is not None:
             d_phi += d_norms[..., None, :]
         if weight is not None:
@@ -122,6 +144,18 @@ def backward(call: Call, sums: Sums, top, out, share, grad, d_values, d_norms, d
         return d_values, d_norms
     fade = ratio(top[..., None, None].to(call.dtype), highest)
     return d_values * fade, None if d_norms is None else d_norms * fade[..., 0]
+
+
+def _by_key_head(call: Call, own: Tensor, given: Tensor | None) -> Tensor:
+    """The sum of (Z, ..), S's or n's gradient by query heads, over the groups, and of what was given besides."""
+    batch, heads = call.k.shape[:2]
+    summed = own.view(batch, heads, -1, *own.shape[1:]).sum(dim=2)
+    return summed if given is None else summed + given.to(call.dtype).view_as(summed)
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a b in place; all (B, H, ., .), total contiguous."""
+    total.flatten(0, 1).baddbmm_(a.flatten(0, 1), b.flatten(0, 1))
 
 
 def ratio(low: Tensor, high: Tensor) -> Tensor:

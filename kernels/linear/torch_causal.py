@@ -19,6 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..scratch import Room
 from .torch_parts import Spec, Sums, joined, output_gradient, scaled, share_of
 
 WHOLE = 64  # up to so many keys are one chunk, whatever the queries are (decoding)
@@ -70,6 +71,7 @@ class Call:
         self.spec, self.rows, self.dtype = spec, rows, dtype
         self.features = k.shape[3] if directions is None else directions.shape[0]
         self.groups = 1 if q is None else q.shape[1] // k.shape[1]
+        self.room = Room(dtype, k.device)  # of the features of one block
         self._static: dict[tuple, Weights] = {}
 
     def start(self, *memory) -> Before:
@@ -115,6 +117,7 @@ class Call:
     def keys(self, block: Block):
         """x, phi (B, H, m, C, F), mu (B, H, m, C) or None, v (B, H, m, C, W) of the block's keys. v is 0 where there is
         no key, and so is all that comes of it."""
+        self.room.clear()
         tokens = slice(*block.keys)
         x, given = (y[:, :, tokens].unflatten(2, (block.chunks, -1)) for y in (self.k, self.v))
         x = scaled(x, self.spec.factors[1], self.dtype)
@@ -124,7 +127,7 @@ class Call:
         if self.mask is not None:
             real = self.mask[:, None, tokens].unflatten(2, (block.chunks, -1))[..., None]
             x, values = x.masked_fill(~real, 0), values.masked_fill_(~real, 0)
-        phi, mu = self.spec.map.forward(x, self.directions)
+        phi, mu = self.spec.map.forward(x, self.directions, self.room)
         if mu is not None and real is not None:
             mu = mu.masked_fill(~real[..., 0], -torch.inf)
         return x, phi.contiguous(), mu, values
@@ -132,7 +135,7 @@ class Call:
     def queries(self, block: Block):
         """x and phi (B, H, m, G C, .) of the block's queries."""
         x = scaled(self.by_chunk(self.q, block), self.spec.factors[0], self.dtype)
-        return x, self.spec.map.forward(x, self.directions)[0].contiguous()
+        return x, self.spec.map.forward(x, self.directions, self.room)[0].contiguous()
 
     def by_chunk(self, x: Tensor, block: Block) -> Tensor:
         """(B, H G, T, .) -> the block's (B, H, m, G C, .)."""
@@ -196,7 +199,8 @@ class Call:
     # The sweeps ----------------------------------------------------------------------------------------------------
 
     def forward(self, before: Before, out: Tensor | None, dens: Tensor | None, keep: bool) -> tuple[Sums, list[Before]]:
-        """Fills `out` and `dens` (one over the normaliser). The sums at the end, and if `keep` before every block."""
+        """Fills `out` and, if given, `dens` (one over the normaliser). The sums at the end, and if `keep` before every
+        block."""
         starts = []
         blocks = list(self.blocks())
         for block in blocks:
@@ -216,8 +220,9 @@ class Call:
             pairs = self.pairs(phi_q @ phi_k.mT, weights)
             y.flatten(0, 2).baddbmm_(pairs.flatten(0, 2), values.flatten(0, 2))
             if self.spec.normalize:
-                share = share_of(y)
-                self.put(dens.unsqueeze(-1), block, share)
+                share = share_of(y[..., -1:])
+                if dens is not None:
+                    self.put(dens.unsqueeze(-1), block, share)
                 self.put(out, block, y[..., :-1], share)
             else:
                 self.put(out, block, y, self.spec.gain)

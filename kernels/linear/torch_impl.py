@@ -42,7 +42,9 @@ class _Attention(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         dtype = torch.float64 if k.dtype == torch.float64 else torch.float32
         out = None if q is None else q.new_empty(*q.shape[:3], v.shape[3])
-        dens = None if q is None or not spec.normalize else q.new_empty(q.shape[:3], dtype=dtype)
+        dens = None  # one over the normaliser, for backward
+        if q is not None and spec.normalize and any(ctx.needs_input_grad):
+            dens = q.new_empty(q.shape[:3], dtype=dtype)
         if spec.causal:
             ctx.parts, ctx.starts, ends = torch_causal.batches(q, k, spec, directions), [], []
             for rows in ctx.parts:

@@ -50,9 +50,8 @@ def joined(sums: Tensor, norms: Tensor | None) -> Tensor:
     return sums if norms is None else torch.cat([sums, norms.unsqueeze(-1)], dim=-1)
 
 
-def share_of(y: Tensor) -> Tensor:
-    """One over the normaliser, which is y's last number; 0 where that is 0. (.., V + 1) -> (.., 1)"""
-    total = y[..., -1:]
+def share_of(total: Tensor) -> Tensor:
+    """One over the normaliser; 0 where that is 0."""
     return total.reciprocal().masked_fill_(total == 0, 0)
 
 
