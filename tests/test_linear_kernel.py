@@ -120,6 +120,25 @@ def test_memory_goes_on(name):
             torch.testing.assert_close(c, a)
 
 
+@pytest.mark.parametrize("causal", [True, False])
+def test_memory_that_is_kept(causal, monkeypatch):
+    """What a call computes in memory that the next one takes again is neither returned nor the caller's: outputs stay
+    after another call, the sums that were given do not change, and inputs may lie in any order."""
+    for module in (torch_causal, torch_bidirectional):
+        monkeypatch.setattr(module, "BUDGET", {"cpu": 4096})
+    q, k, v = (x.detach().transpose(1, 2).contiguous().transpose(1, 2) for x in inputs(200, heads=4, kv_heads=2))
+    before = linear.fold(k, v, "elu", impl="torch")
+    given = before.sums.clone(), before.norms.clone()
+    call = dict(causal=causal, mask=padding(3, 200), memory=before, keep=True, impl="torch")
+    out, after = linear.attention(q, k, v, "elu", **call)
+    copies = out.clone(), after.sums.clone(), after.norms.clone()
+    linear.attention(-q, k + 1, v * 3, "elu", **call)
+    for held, copy in zip((before.sums, before.norms, out, after.sums, after.norms), (*given, *copies), strict=True):
+        assert torch.equal(held, copy)
+    expected, _ = linear.attention(*(x.contiguous() for x in (q, k, v)), "elu", **call)
+    torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
+
+
 def test_no_pair_of_tokens_is_held():
     """Memory of a forward and backward pass grows with the tokens, not with their square or with the features."""
     sizes = []

@@ -75,19 +75,18 @@ class Packed(Stretch):
     def weigh(self, weights):
         shape, weights, coding = weights.shape[:3], weights.flatten(0, 1), self.v.coding
         scale, offset = _scales(self.v, weights.dtype)
-        groups = self.v.dim // coding.group
-        fold = coding.axis == "token" and groups * weights.shape[1] <= self.v.dim
         out = weights.new_zeros(*weights.shape[:2], self.v.dim)
-        if fold and offset is not None:
-            own = torch.bmm(offset.mT, weights.mT).mT  # (the other way round takes four times as long)
-            out.unflatten(2, (groups, -1)).copy_(own[..., None])
+        groups = out.unflatten(2, (-1, coding.group)) if coding.axis == "token" else None
+        if groups is None or groups.shape[1] * groups.shape[2] > self.v.dim:
+            for z, n, codes in _tiles(self.v, weights.dtype):
+                out[z].add_(torch.bmm(weights[z, :, n], _numbers(codes, coding, scale, offset, z, n)))
+            return out.view(*shape, -1)
+        # A token's scales go into its weights instead, which are fewer than its numbers.
+        if offset is not None:  # (weights times offsets, this way round: the other takes four times as long)
+            groups.copy_(torch.bmm(offset.mT, weights.mT).mT[..., None])
         for z, n, codes in _tiles(self.v, weights.dtype):
-            if not fold:
-                out[z] += torch.bmm(weights[z, :, n], _numbers(codes, coding, scale, offset, z, n))
-                continue
             for group, own in enumerate(codes.split(coding.group, dim=2)):
-                scaled = weights[z, :, n] * scale[z, n, group][:, None]
-                out[z, :, group * coding.group : (group + 1) * coding.group] += torch.bmm(scaled, own)
+                groups[z, :, group].add_(torch.bmm(weights[z, :, n] * scale[z, n, group][:, None], own))
         return out.view(*shape, -1)
 
     def unpacked(self):
