@@ -23,7 +23,7 @@ from ..scratch import Room
 from .torch_parts import Spec, Sums, joined, output_gradient, scaled, share_of
 
 WHOLE = 64  # up to so many keys are one chunk, whatever the queries are (decoding)
-BUDGET = {"cpu": 1 << 18, "cuda": 1 << 26}  # elements of a block's largest temporary
+BUDGET = {"cpu": 1 << 19, "cuda": 1 << 26}  # elements of a block's largest temporary
 
 
 class Block(NamedTuple):
