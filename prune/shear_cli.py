@@ -36,13 +36,15 @@ def shear(
     continue_lr: Annotated[float | None, typer.Option(help="the same for training on (default: by width)")] = None,
     mask_lr: Annotated[float | None, typer.Option(help="of the masks' log alphas (default: by steps)")] = None,
     multiplier_lr: Annotated[float | None, typer.Option(help="of the Lagrange multipliers (default: by steps)")] = None,
-    warm_start: Annotated[str, typer.Option(help="criterion that ranks the gates at the start, or none")] = "taylor",
+    warm_start: Annotated[str, typer.Option(help="criterion that ranks the gates at the start, or none")] = "obs",
     start: Annotated[float, typer.Option(help="log alpha of gates that no criterion ranks")] = 2.5,
     ramp: Annotated[float, typer.Option(help="share of the mask stage until the whole target is asked for")] = 0.2,
     distill: Annotated[bool, typer.Option(help="masks learn the parent's predictions instead of the text")] = True,
     compensate: Annotated[bool, typer.Option(help="least squares for o_proj and down_proj after cutting")] = True,
     loading: Annotated[str, typer.Option(help="domain weights: clamped (paper), signed (its code), fixed")] = "clamped",
-    compare: Annotated[bool, typer.Option(help="also train the baselines on as many tokens")] = False,
+    baseline: Annotated[list[str] | None, typer.Option(help="also train this on as many tokens: scratch, structured "
+        "(one-shot pruning) or taught (the same, by the parent); repeat for more")] = None,
+    compare: Annotated[bool, typer.Option(help="all three baselines")] = False,
     scratch_lr: Annotated[float | None, typer.Option(help="of the baseline from scratch (default: by width)")] = None,
     decode_contexts: Annotated[str, typer.Option(help="cache lengths to time decoding at, or none")] = "512,4k",
     seed: Annotated[int, typer.Option(help="of data order and gates")] = 0,
@@ -52,17 +54,19 @@ def shear(
     import os
 
     from effattn.prune.shear_job import Job, run
+    from effattn.prune.shear_report import BASELINES
 
     from effattn.jobs import Quiet
 
     quiet_libraries()
+    baselines = tuple(BASELINES) if compare else tuple(dict.fromkeys(baseline or ()))
     job = Job(
         model=model, output=output, hidden=hidden, heads=heads, ffn=ffn, layers=layers, domains=tuple(domain or ()),
         dataset=dataset, column=column, mask_tokens=mask_tokens, recover_tokens=recover_tokens,
         continue_tokens=continue_tokens, evaluation_tokens=evaluation_tokens, length=length, batch=batch, lr=lr,
         recover_lr=recover_lr, continue_lr=continue_lr, mask_lr=mask_lr, multiplier_lr=multiplier_lr, warm_start=None if
         warm_start == "none" else warm_start, start=start, ramp=ramp, distill=distill, compensate=compensate,
-        loading=loading, compare=compare, scratch_lr=scratch_lr, decode_contexts=contexts_of(decode_contexts),
+        loading=loading, baselines=baselines, scratch_lr=scratch_lr, decode_contexts=contexts_of(decode_contexts),
         seed=seed, device=device,
     )  # fmt: skip
     main = int(os.environ.get("RANK", "0")) == 0

@@ -2,8 +2,8 @@
 
 Load, measure the parent, learn masks, cut, recover, train on, measure after each, save, prove in a fresh process that
 plain transformers loads the result, and only then the folder gets its name. `.<output>.partial` beside it keeps the
-checkpoints of every training; the same command goes on from there. With `compare` baselines follow, with the same
-code, data and number of tokens: the same shape from scratch, and one-shot structured pruning trained on.
+checkpoints of every training; the same command goes on from there. Baselines follow if asked for, with the same code,
+data and number of tokens: the same shape from scratch, and one-shot structured pruning trained on.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from effattn.prune import sheared
 from effattn.prune.batch_loading import RULES, Domains
 from effattn.prune.criteria import CRITERIA
 from effattn.prune.shear_data import DomainText, domain_text
-from effattn.prune.shear_report import ShearReport
+from effattn.prune.shear_report import BASELINES, ShearReport
 from effattn.prune.sheared import Target, continue_training, learn_masks
 from transformers import AutoModelForCausalLM
 
@@ -73,7 +73,7 @@ class Job:
     distill: bool = True
     compensate: bool = True
     loading: str = "clamped"
-    compare: bool = False
+    baselines: Sequence[str] = ()  # of `BASELINES`
     scratch_lr: float | None = None
     decode_contexts: Sequence[int] = (512, 4096)
     seed: int = 0
@@ -111,9 +111,9 @@ def run(job: Job, show: Quiet | None = None) -> ShearReport:
                 f"model: {job.model} is swapped; valid is a checkpoint with its own attention, shear first"
             )
         smaller = job.target.of(hf.of(parent))
-        if job.compare and "hidden" in smaller:
-            raise Unsupported("compare: one-shot structured pruning cuts heads, ffn and layers, not hidden; leave out "
-                              "compare, or hidden")  # fmt: skip
+        if set(job.baselines) - {"scratch"} and "hidden" in smaller:
+            raise Unsupported("baselines: one-shot structured pruning cuts heads, ffn and layers, not hidden; valid "
+                              "with hidden is scratch")  # fmt: skip
     with show.stage("reading text"):
         data = domain_text(tokenizer, train=job.tokens, evaluation=job.evaluation_tokens, domains=job.domains,
                            dataset=job.dataset, column=job.column)  # fmt: skip
@@ -152,7 +152,7 @@ def run(job: Job, show: Quiet | None = None) -> ShearReport:
                     progress=progress, **shared,
                 )  # fmt: skip
             quality[name] = measured(small)
-    baselines = _baselines(job, parent, small, data, domains, references, shared, measured, show) if job.compare else {}
+    baselines = _baselines(job, parent, small, data, domains, references, shared, measured, show)
     report = ShearReport({
         "kind": "shear", "settings": json.loads(json.dumps(asdict(job), default=str)) | {"source": data.source},
         "target": {axis: [size, smaller.get(axis, size)] for axis, size in _sizes(parent).items()},
@@ -183,6 +183,10 @@ def check_job(job: Job) -> None:
     """Everything that can be known to be wrong before a model is loaded. Raises ValueError."""
     check_choice("loading", job.loading, RULES)
     device(job.device)
+    for name in job.baselines:
+        check_choice("baselines", name, BASELINES)
+    if "taught" in job.baselines and not job.recover_tokens:
+        raise ValueError("baselines: got taught with recover_tokens = 0, valid are 'scratch' and 'structured'")
     if job.output is not None:
         check_new_folder("output", job.output)
     if job.warm_start is not None:
@@ -198,29 +202,35 @@ def check_job(job: Job) -> None:
 
 
 def _baselines(job: Job, parent, small, data: DomainText, domains, references, shared, measured, show) -> dict:
-    """ "scratch": the same shape from random weights; "structured": Taylor scores, cut at once, compensated. Both then
-    get all tokens of the stages as continued training. "taught": the second, but the tokens of the first two stages
-    teach it the parent's predictions. Each is {"cut", "continued", "training", "parameters"}."""
+    """ "scratch": the same shape from random weights; "structured": cut at once by the criterion that ranks the masks
+    at the start, Taylor's if none does, and compensated. Both then get all tokens of the stages as continued training.
+    "taught": the second, but the tokens of the first two stages teach it the parent's predictions. Each is {"cut",
+    "continued", "training", "parameters", "criterion"}, the last by axis."""
     from effattn.prune import structured
+
+    wanted = {axis: size for axis, size in asdict(job.target).items() if size is not None}
+    criterion = sheared.ranked_by(job.warm_start or "taylor", wanted)
 
     def random():
         torch.manual_seed(job.seed)
         made = AutoModelForCausalLM.from_config(copy.deepcopy(small.config), dtype=small.dtype)
         return made.to(small.device).eval()
 
-    def taylor():
+    def one_shot():
         windows = -(-sheared.WINDOWS // len(data.train))
         calibration = torch.cat([tokens[: windows * job.length] for tokens in data.train.values()])
-        wanted = {axis: size for axis, size in asdict(job.target).items() if size is not None}
-        return structured(parent, calibration, criterion="taylor", length=job.length, **wanted)[0]
+        return structured(parent, calibration, criterion=criterion, length=job.length, **wanted)[0]
 
     found, scratch_lr = {}, job.scratch_lr or sheared.scratch_lr(small.get_input_embeddings().weight.shape[1])
-    text = ("text", job.tokens, job.continue_lr, None)
-    runs = {"scratch": (random, [("text", job.tokens, scratch_lr, None)]), "structured": (taylor, [text])}
-    if job.recover_tokens:
-        taught = ("teacher", job.mask_tokens + job.recover_tokens, job.recover_lr, parent)
-        runs["taught"] = (taylor, [taught, ("text", job.continue_tokens, job.continue_lr, None)])
+    taught = ("teacher", job.mask_tokens + job.recover_tokens, job.recover_lr, parent)
+    runs = {
+        "scratch": (random, [("text", job.tokens, scratch_lr, None)]),
+        "structured": (one_shot, [("text", job.tokens, job.continue_lr, None)]),
+        "taught": (one_shot, [taught, ("text", job.continue_tokens, job.continue_lr, None)]),
+    }
     for name, (make, stages) in runs.items():
+        if name not in job.baselines:
+            continue
         with show.stage(f"baseline: {name}"):
             model = make()
         row = {"cut": measured(model)}
@@ -232,6 +242,7 @@ def _baselines(job: Job, parent, small, data: DomainText, domains, references, s
                         teacher=teacher, progress=progress, **shared,
                     )  # fmt: skip
                 row["training"] = _joined(row.get("training"), facts)
+        row["criterion"] = None if make is random else criterion
         found[name] = row | {"continued": measured(model), "parameters": model.num_parameters()}
     return found
 

@@ -15,8 +15,8 @@ from effattn.reports.plots import AFTER, NEUTRAL, PALETTE, Series, bar_plot, lin
 from effattn.reports.tables import UNKNOWN, Table, data_size, number, pairs, percent
 
 NAMES = {"hidden": "hidden dimensions", "heads": "KV heads", "ffn": "FFN dimensions", "layers": "layers"}
-BASELINES = {"scratch": "the same shape from scratch", "structured": "one-shot Taylor pruning, trained on",
-             "taught": "one-shot Taylor pruning, taught by the parent"}  # fmt: skip
+BASELINES = {"scratch": "the same shape from scratch", "structured": "one-shot pruning, trained on",
+             "taught": "one-shot pruning, taught by the parent"}  # fmt: skip
 SIZES = {
     "parameters": "Parameters", "layer_parameters": "Parameters in the layers", "file_bytes": "Weights on disk",
     "kv_bytes_per_token": "KV cache of a token", "flops_per_token": "FLOPs of a token, reading",
@@ -72,7 +72,7 @@ class ShearReport(Document):
         if data["pretraining_tokens"]:
             text += f" ({100 * self.tokens / data['pretraining_tokens']:.1f} % of pretraining)"
         for name, row in data["baselines"].items():
-            text += f"; {BASELINES[name]} {row['continued']['perplexity']:.2f}"
+            text += f"; {_baseline(name, row)} {row['continued']['perplexity']:.2f}"
         return text + "."
 
     def tables(self) -> list[Table]:
@@ -109,8 +109,8 @@ class ShearReport(Document):
                 seen += data[stage]["tokens"]
                 rows.append(row(f"sheared, {label}", quality[stage], seen))
         for name, found in data["baselines"].items():
-            rows.append(row(f"{BASELINES[name]}: start", found["cut"], None))
-            rows.append(row(BASELINES[name], found["continued"], found["training"]["tokens"]))
+            rows.append(row(f"{_baseline(name, found)}: start", found["cut"], None))
+            rows.append(row(_baseline(name, found), found["continued"], found["training"]["tokens"]))
         note = f"On {quality['tokens']:,} held-out tokens ({quality['source']}) in windows of {quality['context']:,}."
         if data["pretraining_tokens"]:
             note += f" Pretraining had {data['pretraining_tokens']:,} tokens."
@@ -218,6 +218,13 @@ class ShearReport(Document):
             section = sections.setdefault(name, Section(name, "", plots.get(name, [])))
             section.tables.append(table)
         return page(self.title, self.headline, list(sections.values()))
+
+
+def _baseline(name: str, row: dict) -> str:
+    """What a baseline is, with the criteria that it is cut by."""
+    what, *how = BASELINES[name].split(",")
+    criteria = dict.fromkeys((row.get("criterion") or {}).values())
+    return ",".join([f"{what} by {' and '.join(criteria)}" if criteria else what, *how])
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import copy
 import importlib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -35,7 +35,9 @@ from effattn.hf.checkpoint import check_finite
 # For the embedded model, 10 % of its pretraining: with so few tokens the parent's predictions teach more than the text
 # does (perplexity 19.2 instead of 20.3). The paper has 0.4 billion, none and 50 billion.
 MASK_TOKENS, RECOVER_TOKENS, CONTINUE_TOKENS = 60_000, 1_140_000, 0
-WARM_START = "taylor"  # the criterion that ranks the gates
+# The criterion that ranks the gates. The embedded model, cut to half and taught on 400,000 tokens in all: perplexity
+# 19.75, with Taylor's scores 20.01.
+WARM_START = "obs"
 WINDOWS = 64  # of text that it looks at, and that output modules are solved on; at least
 TOKENS_PER_INPUT = 10  # of a module that is solved
 PAPER_STEPS = 3_200  # of pruning, with learning rates of 1.0 for masks and multipliers
@@ -160,8 +162,9 @@ def learn_masks(
     "compensation", what `effattn.prune.compensation` says.
 
     mask_lr, multiplier_lr: of log alphas and of the Lagrange multipliers; None: see `default_mask_lrs`. warm_start: a
-    criterion of `effattn.prune.criteria` whose ranking spreads the log alphas (`Masks.rank`), of the axes that it
-    knows; None, and the others: all begin at `start`, as in the paper, which takes more steps to find out what matters.
+    criterion of `effattn.prune.criteria` whose ranking spreads the log alphas (`Masks.rank`; see `ranked_by`); None,
+    and axes that no criterion knows: all begin at `start`, as in the paper, which takes more steps to find out what
+    matters.
     ramp: share of the steps until the target is the whole one. every: steps between updates of the domain weights.
 
     What the paper does not do, and what few tokens need: distill: masks and weights learn the unmodified model's
@@ -207,13 +210,22 @@ def learn_masks(
     return small, facts | chosen | {"target": smaller, "max_logit_difference": difference, "compensation": fitted}
 
 
+def ranked_by(criterion: str, axes: Iterable[str]) -> dict[str, str]:
+    """Axis -> the criterion that ranks it: this one, or Taylor's where it does not know the axis. Axes that neither
+    knows are left out."""
+    known = {name: importlib.import_module(f"effattn.prune.criteria.{name}").TARGETS for name in (criterion, "taylor")}
+    found = {axis: [name for name, targets in known.items() if axis in targets] for axis in axes}
+    return {axis: names[0] for axis, names in found.items() if names}
+
+
 def _rank(masks: Masks, parts: hf.Anatomy, domains: Domains, criterion: str) -> None:
     """Ranks the gates that a criterion knows."""
-    known = importlib.import_module(f"effattn.prune.criteria.{criterion}").TARGETS
-    ranked = [axis for axis in masks.own if axis in known]
-    importance = criteria.measure(criterion, parts, _calibration(domains), ranked) if ranked else None
-    for axis in ranked:
-        masks.rank(axis, getattr(importance, axis))
+    by_axis = ranked_by(criterion, masks.own)
+    for name in dict.fromkeys(by_axis.values()):
+        ranked = [axis for axis in by_axis if by_axis[axis] == name]
+        importance = criteria.measure(name, parts, _calibration(domains), ranked)
+        for axis in ranked:
+            masks.rank(axis, getattr(importance, axis))
 
 
 def _calibration(domains: Domains, least: int = 0) -> list[Tensor]:

@@ -131,7 +131,8 @@ def shear() -> str:
         "quality": {"before": quality(17.0), "cut": quality(40.0), "recovered": quality(25.0),
                     "continued": quality(21.0), "tokens": 4096, "context": 512, "source": "some text"},
         "masks": training(100_000, True), "recovered": training(50_000, False),
-        "continued": training(100_000, False), "baselines": {"scratch": row},
+        "continued": training(100_000, False),
+        "baselines": {"scratch": row, "taught": row | {"criterion": {"heads": "obs", "ffn": "obs"}}},
         "speed": [{"what": "reading 512 tokens", "before": 9e3, "after": 1.5e4}], "verification": {"tokens": 64},
         "pretraining_tokens": 12_000_000, "environment": {"torch": "2.99"},
     }).to_html()  # fmt: skip

@@ -13,7 +13,7 @@ from conftest import tiny
 from effattn.prune import shear_data, shear_job
 from effattn.prune.shear_data import domain_text, stdlib_domain
 from effattn.prune.shear_job import Job, run
-from effattn.prune.shear_report import ShearReport
+from effattn.prune.shear_report import BASELINES, ShearReport
 from typer.testing import CliRunner
 
 import effattn
@@ -52,7 +52,7 @@ def done(tmp_path_factory, texts, source):
     folder = tmp_path_factory.mktemp("shear") / "out"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(shear_job, "SPEED_SECONDS", 0.1)
-        return run(Job(model=source, output=folder, domains=texts, compare=True, **SMALL)), folder
+        return run(Job(model=source, output=folder, domains=texts, baselines=tuple(BASELINES), **SMALL)), folder
 
 
 def test_the_embedded_corpus_has_domains_by_path():
@@ -119,7 +119,7 @@ def test_the_report_says_the_same_in_every_form(done):
         assert "the same shape from scratch" in text
         assert "Domain weights" in text
         assert "1,024 of the sheared model&#39;s tokens taught" in text.replace("'", "&#39;")
-        assert "taught by the parent" in text
+        assert "one-shot pruning by taylor, taught by the parent" in text
     with pytest.raises(ValueError, match="kind: got 'x'"):
         ShearReport({"kind": "x"})
 
@@ -147,7 +147,9 @@ def test_a_killed_job_goes_on_and_ends_the_same(done, texts, source, tmp_path, m
         ({"heads": 12}, r"target: heads: got 12, the model has 8"),
         ({"heads": 3}, r"can be 1, 2, 4, 8"),
         ({"heads": None, "ffn": None}, "removes nothing"),
-        ({"hidden": 32, "compare": True}, "not hidden"),
+        ({"hidden": 32, "baselines": ("scratch", "taught")}, "not hidden"),
+        ({"baselines": ("taugt",)}, "did you mean 'taught'"),
+        ({"baselines": ("taught",), "recover_tokens": 0}, "valid are 'scratch' and 'structured'"),
         ({"loading": "clamp"}, "did you mean 'clamped'"),
         ({"warm_start": "tailor"}, "did you mean 'taylor'"),
         ({"mask_tokens": 100}, r"mask_tokens: got 100, one step takes 256"),
