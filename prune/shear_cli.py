@@ -44,7 +44,7 @@ def shear(
     loading: Annotated[str, typer.Option(help="domain weights: clamped (paper), signed (its code), fixed")] = "clamped",
     baseline: Annotated[list[str] | None, typer.Option(help="also train this on as many tokens: scratch, structured "
         "(one-shot pruning) or taught (the same, by the parent); repeat for more")] = None,
-    compare: Annotated[bool, typer.Option(help="all three baselines")] = False,
+    compare: Annotated[bool, typer.Option(help="all baselines that the stages have")] = False,
     scratch_lr: Annotated[float | None, typer.Option(help="of the baseline from scratch (default: by width)")] = None,
     decode_contexts: Annotated[str, typer.Option(help="cache lengths to time decoding at, or none")] = "512,4k",
     seed: Annotated[int, typer.Option(help="of data order and gates")] = 0,
@@ -59,7 +59,9 @@ def shear(
     from effattn.jobs import Quiet
 
     quiet_libraries()
-    baselines = tuple(BASELINES) if compare else tuple(dict.fromkeys(baseline or ()))
+    baselines = tuple(dict.fromkeys(baseline or ()))
+    if compare:
+        baselines = tuple(name for name in BASELINES if recover_tokens or name != "taught")
     job = Job(
         model=model, output=output, hidden=hidden, heads=heads, ffn=ffn, layers=layers, domains=tuple(domain or ()),
         dataset=dataset, column=column, mask_tokens=mask_tokens, recover_tokens=recover_tokens,

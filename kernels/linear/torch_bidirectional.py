@@ -146,13 +146,6 @@ def backward(call: Call, sums: Sums, top, out, share, grad, d_values, d_norms, d
     return d_values * fade, None if d_norms is None else d_norms * fade[..., 0]
 
 
-def _by_key_head(call: Call, own: Tensor, given: Tensor | None) -> Tensor:
-    """The sum of (Z, ..), S's or n's gradient by query heads, over the groups, and of what was given besides."""
-    batch, heads = call.k.shape[:2]
-    summed = own.view(batch, heads, -1, *own.shape[1:]).sum(dim=2)
-    return summed if given is None else summed + given.to(call.dtype).view_as(summed)
-
-
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
     """total += a b in place; all (B, H, ., .), total contiguous."""
     total.flatten(0, 1).baddbmm_(a.flatten(0, 1), b.flatten(0, 1))
