@@ -64,9 +64,9 @@ def test_products():
     a, b, c = torch.randn(3, 4), torch.randn(4, 5), torch.randn(5)
     assert counted(lambda: a @ b).flops == 2 * 3 * 4 * 5
     assert counted(lambda: torch.addmm(c, a, b)).flops == 2 * 3 * 4 * 5
-    assert counted(lambda: c.clone().addmm_(a, b)).flops == 2 * 3 * 4 * 5
-    assert counted(lambda: c[None].clone().baddbmm_(a[None], b[None])).flops == 2 * 3 * 4 * 5
-    assert counted(lambda: torch.mm(a, b, out=c.clone())).flops == 2 * 3 * 4 * 5
+    assert counted(lambda: torch.zeros(3, 5).addmm_(a, b)).flops == 2 * 3 * 4 * 5
+    assert counted(lambda: torch.zeros(1, 3, 5).baddbmm_(a[None], b[None])).flops == 2 * 3 * 4 * 5
+    assert counted(lambda: torch.mm(a, b, out=torch.zeros(3, 5))).flops == 2 * 3 * 4 * 5
     assert counted(lambda: b @ c).flops == counted(lambda: b.mv(c)).flops == 2 * 4 * 5
     assert counted(lambda: torch.randn(2, 6, 3) @ a).flops == 2 * 2 * 6 * 3 * 4
     assert counted(lambda: torch.einsum("bij,bkj->bik", torch.randn(2, 3, 4), torch.randn(2, 5, 4))).flops == 240
