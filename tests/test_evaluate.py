@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import effattn
+from effattn.evaluate import logits
 from effattn.evaluate.loss import _windows, compare, kl_chunked, token_losses
 
 
@@ -70,6 +71,21 @@ def test_compare_is_the_plain_kl(tokens):
     assert result["kl"] == pytest.approx((t.exp() * (t - s)).sum(-1).mean().item(), rel=1e-5)
     assert result["cross_entropy"] == pytest.approx(token_losses(student, ids, 64).mean().item(), rel=1e-5)
     assert compare(teacher, teacher, ids, 64)["kl"] == pytest.approx(0, abs=1e-7)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma2", "cohere", "gpt_neox", "opt"])
+def test_pieces_of_logits_give_the_same_losses(kind, tokens, monkeypatch):
+    """A soft cap, a scale and a bias of the head are in every piece; no piece is larger than asked."""
+    teacher, student, ids = tiny(kind, seed=1), tiny(kind, seed=2), tokens[:129]
+    whole = token_losses(student, ids, 64, 40), compare(teacher, student, ids, 64)
+    largest = []
+    monkeypatch.setattr(logits, "BYTES", 20 * 4 * 96)  # 20 positions
+    keep = logits.Scores.logits
+    monkeypatch.setattr(logits.Scores, "logits", lambda *a: largest.append((x := keep(*a)).numel() * 4) or x)
+    pieces = token_losses(student, ids, 64, 40), compare(teacher, student, ids, 64)
+    torch.testing.assert_close(pieces[0], whole[0], rtol=1e-5, atol=1e-5)
+    assert pieces[1] == pytest.approx(whole[1], rel=1e-5)
+    assert max(largest) <= logits.BYTES
 
 
 @settings(max_examples=25, deadline=None)

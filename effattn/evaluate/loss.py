@@ -8,6 +8,8 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
+from effattn.evaluate.logits import Scores
+
 Progress = Callable[[int, int], None]
 
 
@@ -60,7 +62,7 @@ def token_losses(
 
     tokens: int64 (N,). Windows of `context` input tokens start every `stride` (default: `context`, no overlap);
     a window scores only what no earlier one did, so with a smaller stride every prediction but the first
-    window's sees at least `context - stride` tokens before it. Logits exist for one batch of windows at a time.
+    window's sees at least `context - stride` tokens before it. At most 256 MiB of logits exist at a time.
     """
     stride = check_stream(model, tokens, context, stride)
     device = model.get_input_embeddings().weight.device
@@ -68,8 +70,10 @@ def token_losses(
     groups = _windows(len(tokens), context, stride, batch_tokens)
     for number, (starts, width, first) in enumerate(groups):
         ids = torch.stack([tokens[start : start + width + 1] for start in starts]).to(device)
-        logits = model(input_ids=ids[:, :-1], use_cache=False).logits[:, first:].float()
-        found = F.cross_entropy(logits.flatten(0, 1), ids[:, 1 + first :].flatten(), reduction="none").cpu()
+        scores, targets = Scores(model, ids[:, :-1], first), ids[:, 1 + first :].flatten()
+        found = torch.empty(len(targets))
+        for at in scores.pieces():
+            found[at] = F.cross_entropy(scores.logits(at), targets[at], reduction="none")
         for start, row in zip(starts, found.view(len(starts), -1), strict=True):
             losses[start + first : start + width] = row
         if progress:
@@ -109,10 +113,12 @@ def compare(
     groups = _windows(len(tokens), context, context, batch_tokens)
     for number, (starts, width, _) in enumerate(groups):
         ids = torch.stack([tokens[start : start + width + 1] for start in starts]).to(device)
-        s = student(input_ids=ids[:, :-1], use_cache=False).logits.flatten(0, 1)
-        t = teacher(input_ids=ids[:, :-1], use_cache=False).logits.flatten(0, 1)
-        loss += F.cross_entropy(s.float(), ids[:, 1:].flatten(), reduction="sum").item()
-        divergence += kl_chunked(t, s).sum().item()
+        ours, theirs = (Scores(model, ids[:, :-1]) for model in (student, teacher))
+        targets = ids[:, 1:].flatten()
+        for at in ours.pieces():
+            logits = ours.logits(at)
+            loss += F.cross_entropy(logits, targets[at], reduction="sum").item()
+            divergence += kl_chunked(theirs.logits(at), logits).sum().item()
         if progress:
             progress(number + 1, len(groups))
     count = len(tokens) - 1
