@@ -12,32 +12,25 @@ import torch
 
 import effattn
 import effattn.kernels
+import effattn.prune
+import effattn.quant
 from effattn.profiling.environment import device_name, module_version
 from effattn.reports.files import finite, write_all_atomic
 
 KIND, VERSION = "bench", 1
-# The code that decides times, beside the kernels. Rows are not in it: new ones may be added to a file.
-MEASURED = (
-    "interface.py",
-    "states.py",
-    "recurrent.py",
-    "bucket_state.py",
-    "summary_states.py",
-    "patterns",
-    "projections",
-    "benchmark/attention.py",
-    "benchmark/measure.py",
-    "benchmark/peers",
-)
+# What may change between two runs that stand in one file: which cases there are, not what they measure.
+CASES = "effattn/benchmark/rows"
 
 
 def sources() -> str:
-    """A digest of the code that is measured and that measures: results of other code are not added to."""
-    root = Path(effattn.__file__).parent
-    files = set(Path(effattn.kernels.__file__).parent.rglob("*.py"))
-    for name in MEASURED:
-        files |= {root / name} if name.endswith(".py") else set((root / name).rglob("*.py"))
-    return hashlib.sha256(b"".join(file.read_bytes() for file in sorted(files))).hexdigest()[:16]
+    """A digest of the package's sources: results of other code are not added to."""
+    found: dict[str, bytes] = {}
+    for package in (effattn, effattn.kernels, effattn.prune, effattn.quant):  # folders beside each other in a checkout
+        root = Path(package.__file__).parent
+        for file in root.rglob("*.py"):
+            found[f"{package.__name__}/{file.relative_to(root).as_posix()}".replace(".", "/")] = file.read_bytes()
+    counted = (name.encode() + source for name, source in sorted(found.items()) if not name.startswith(CASES))
+    return hashlib.sha256(b"".join(counted)).hexdigest()[:16]
 
 
 def settings(device: torch.device, quick: bool, seconds: float) -> dict:
