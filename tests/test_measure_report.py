@@ -8,7 +8,7 @@ import re
 
 import pytest
 
-from effattn.measuring.report import Report
+from effattn.measuring.report import Report, _time
 from effattn.measuring.report_tables import main_table, memory_table, operation_table
 
 MIB = 2**20
@@ -225,3 +225,11 @@ def test_other_kinds_and_versions_are_refused(change, message, tmp_path):
     file.write_text(json.dumps(data() | change))
     with pytest.raises(ValueError, match=re.escape(str(file))):
         Report.load(file)
+
+
+@pytest.mark.parametrize(
+    ("milliseconds", "said"),
+    [(0.1234, "0.123 ms"), (12.34, "12.3 ms"), (999.4, "999 ms"), (1750.0, "1.75 s"), (1_234_567.0, "1,235 s")],
+)
+def test_times_are_written_as_people_write_them(milliseconds, said):
+    assert _time({"ms_p50": milliseconds}) == said

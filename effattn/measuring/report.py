@@ -104,9 +104,9 @@ class Report:
         prefill = {1: f"comes {times(sooner)} sooner", -1: f"comes {times(1 / sooner)} later", 0: as_soon}
         link = "and" if size in (0, sign(speed)) else "but"
         return (
-            f"Decode at {_where(row)}: {name} {kv} KV bytes {link} {decode[sign(speed)]} {base} ({_ms(row['decode'])} "
-            f"against {_ms(first['decode'])} a token); its first token {prefill[sign(sooner)]} "
-            f"({_seconds(row['prefill'])} against {_seconds(first['prefill'])})"
+            f"Decode at {_where(row)}: {name} {kv} KV bytes {link} {decode[sign(speed)]} {base} ({_time(row['decode'])} "
+            f"against {_time(first['decode'])} a token); its first token {prefill[sign(sooner)]} "
+            f"({_time(row['prefill'])} against {_time(first['prefill'])})"
         )
 
     def summary(self) -> str:
@@ -194,7 +194,7 @@ def _alone(row: dict) -> str:
     return (
         f"Decode at {_where(row)}: {row['variant']} makes {row['decode']['tokens_per_s']:,.1f} tokens/s over "
         f"{data_size(row['kv_bytes_held'])} of KV cache ({row['decode']['bytes_per_s'] / 1e9:.1f} GB/s{reached}); its "
-        f"first token comes after {_seconds(row['prefill'])}"
+        f"first token comes after {_time(row['prefill'])}"
     )
 
 
@@ -210,12 +210,10 @@ def times(ratio: float) -> str:
     return f"{ratio:.0f}x" if ratio >= 9.95 else f"{ratio:.1f}x" if ratio >= 1.095 else f"{ratio:.2f}x"
 
 
-def _ms(phase: dict) -> str:
-    return f"{phase['ms_p50']:.3g} ms"
-
-
-def _seconds(phase: dict) -> str:
-    return f"{phase['ms_p50'] / 1000:.3g} s" if phase["ms_p50"] >= 1000 else _ms(phase)
+def _time(phase: dict) -> str:
+    """The median of a phase in three digits: milliseconds, from 1,000 on seconds."""
+    value, unit = (phase["ms_p50"], "ms") if phase["ms_p50"] < 999.5 else (phase["ms_p50"] / 1000, "s")
+    return f"{value:.3g} {unit}" if value < 999.5 else f"{value:,.0f} {unit}"
 
 
 def _written(text: str, path: Path | str | None) -> str:
