@@ -104,9 +104,9 @@ class Report:
         prefill = {1: f"comes {times(sooner)} sooner", -1: f"comes {times(1 / sooner)} later", 0: as_soon}
         link = "and" if size in (0, sign(speed)) else "but"
         return (
-            f"Decode at {_where(row)}: {name} {kv} KV bytes {link} {decode[sign(speed)]} {base} ({_time(row['decode'])} "
-            f"against {_time(first['decode'])} a token); its first token {prefill[sign(sooner)]} "
-            f"({_time(row['prefill'])} against {_time(first['prefill'])})"
+            f"Decode at {_where(row)}: {name} {kv} KV bytes {link} {decode[sign(speed)]} {base} "
+            f"({_time(row['decode'])} against {_time(first['decode'])} a token); its first token "
+            f"{prefill[sign(sooner)]} ({_time(row['prefill'])} against {_time(first['prefill'])})"
         )
 
     def summary(self) -> str:
