@@ -14,6 +14,7 @@ from effattn.measuring import progress as saving
 from effattn.measuring.job import BATCHES, CONTEXTS, SECONDS, STEPS, check_numbers, measure
 from effattn.measuring.report import Report
 from effattn.measuring.variants import parse_all
+from effattn.outputs import check_file, check_writable
 
 BESIDE = ("sliding(window=512, sinks=4)",)  # what a bare run shows beside the plain embedded model
 
@@ -73,9 +74,8 @@ def run(job: Job, show: Quiet | None = None) -> Report:
     if job.output is not None:
         saving.check_output(job.output, job.fresh)
     for method, file in job.files.items():
-        saving.check_writable(method.removeprefix("to_"), file.absolute().parent)
-        if file.is_dir():
-            raise ValueError(f"{method.removeprefix('to_')}: {file} is a folder, valid is a file's name")
+        check_writable(method.removeprefix("to_"), file.absolute().parent)
+        check_file(method.removeprefix("to_"), file)
     with show.stage("loading the model"):
         model, _ = load_model(job.model, job.dtype)
         model.to(place)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from pathlib import Path
 
+from effattn.outputs import check_writable
 from effattn.reports.files import finite, write_text_atomic
 
 KIND, VERSION = "measure-partial", 1
@@ -27,17 +27,6 @@ def check_output(folder: Path, fresh: bool) -> None:
     check_writable("output", folder)
     if (folder / REPORT).exists() and not fresh:
         raise ValueError(f"output: {folder} holds a finished report; --fresh measures again and replaces it")
-
-
-def check_writable(argument: str, folder: Path) -> None:
-    """Makes the folder if need be. OSError that names the argument when nothing can be written there."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise OSError(f"{argument}: {folder} cannot be written ({reason}); nothing was measured") from None
 
 
 class Partial:

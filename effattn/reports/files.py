@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import math
 import os
-import uuid
 from pathlib import Path
+
+from effattn.locking import open_locked
+
+TEMPORARY = ".effattn-new"
 
 
 def finite(value: object) -> object:
@@ -21,24 +24,39 @@ def write_all_atomic(folder: Path | str, files: dict[str, str]) -> None:
     """Writes `files` {name: text} into `folder` (made if need be), the last one last.
 
     Every text is on disk under a temporary name before the first is put in place: a full disk or a bad text
-    changes nothing and leaves nothing behind.
+    changes nothing and leaves nothing behind. The temporary file is locked while it is written, and what a killed
+    process left of one is written over.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    staged: list[tuple[Path, Path]] = []
+    staged: list[tuple[int, Path, Path]] = []
+    placed = 0
     try:
         for name, text in files.items():
-            temporary = folder / f".{name}.{uuid.uuid4().hex}.tmp"
-            staged.append((temporary, folder / name))
-            with open(temporary, "x", encoding="utf-8") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-        for temporary, final in staged:
+            final = (folder / name).resolve()  # a link stays one
+            temporary = final.parent / f".{final.name}{TEMPORARY}"
+            staged.append((open_locked(temporary, _opened, wait=True), temporary, final))
+            _fill(staged[-1][0], text)
+        for _, temporary, final in staged:
             os.replace(temporary, final)
+            placed += 1
     finally:
-        for temporary, _ in staged:
+        for _, temporary, _ in staged[placed:]:
             temporary.unlink(missing_ok=True)
+        for descriptor, *_ in staged:
+            os.close(descriptor)
+
+
+def _opened(path: Path) -> int:
+    return os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
+
+
+def _fill(descriptor: int, text: str) -> None:
+    os.ftruncate(descriptor, 0)
+    with open(descriptor, "w", encoding="utf-8", closefd=False) as file:
+        file.write(text)
+        file.flush()
+        os.fsync(descriptor)
 
 
 def write_text_atomic(path: Path | str, text: str) -> None:

@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from effattn.measuring.progress import check_writable
+from effattn.outputs import check_writable
 from effattn.reports.files import finite, write_text_atomic
 
 VERSION = 1
