@@ -12,14 +12,9 @@ model's own is under "effattn". No pickle anywhere.
 
 from __future__ import annotations
 
-import contextlib
 import difflib
 import json
-import os
 import re
-import shutil
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -30,6 +25,7 @@ from effattn.errors import check_choice
 from effattn.hf import caches, hooks, positions
 from effattn.hf import swap as swapping
 from effattn.hf.families import ENCODERS
+from effattn.outputs import atomic_folder, check_new_folder  # noqa: F401  check_new_folder: jobs import it from here
 from effattn.projections import packed, replace
 
 KEY = "effattn"  # in config.json
@@ -165,45 +161,6 @@ def check_finite(model: nn.Module) -> None:
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             bad = int((~torch.isfinite(tensor)).sum())
             raise ValueError(f"weights: {name} holds NaN or Inf ({bad} of {tensor.numel()} values)")
-
-
-def check_new_folder(argument: str, path: str | Path) -> None:
-    """ValueError when `path` exists and is not an empty folder."""
-    target = Path(path)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ValueError(f"{argument}: {str(path)!r} exists and is not an empty folder; nothing was written")
-
-
-@contextlib.contextmanager
-def atomic_folder(path: str | Path) -> Iterator[Path]:
-    """Yields a temporary folder beside `path`; renames it to `path` at the end, or removes it when the body fails.
-
-    ValueError when `path` exists and is not an empty folder.
-    """
-    check_new_folder("path", path)
-    target = Path(path).absolute()
-    target.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
-    try:
-        yield folder
-        umask = os.umask(0)
-        os.umask(umask)
-        folder.chmod(0o777 & ~umask)  # mkdtemp's folders are private
-        for file in [*folder.rglob("*"), folder]:
-            _fsync(file)
-        os.replace(folder, target)
-        _fsync(target.parent)
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _learned(model: nn.Module) -> dict[str, Tensor]:
