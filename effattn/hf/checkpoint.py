@@ -12,19 +12,19 @@ model's own is under "effattn". No pickle anywhere.
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from effattn.hf import record
+from effattn.hf import loading, record
 from effattn.hf import swap as swapping
-from effattn.hf.families import ENCODERS
 from effattn.hf.record import LEARNED
-from effattn.hf.source import DTYPES, KEY, resolve  # noqa: F401  imported from here
+from effattn.hf.source import DTYPES, KEY, load_tokenizer, read_config, resolve  # noqa: F401  imported from here
 from effattn.hf.source import dtype_of as _dtype
-from effattn.hf.source import read_config as _read_config
+from effattn.hf.source import read_config as _read_config  # noqa: F401  quant.weights imports it from here
 from effattn.outputs import atomic_folder, check_new_folder  # noqa: F401  check_new_folder: jobs import it from here
 from effattn.projections import packed, replace
 
@@ -51,58 +51,31 @@ def save(model: nn.Module, path: str | Path, tokenizer=None) -> Path:
 def load(path: str | Path, dtype: torch.dtype | str = "auto") -> nn.Module:
     """The model of a checkpoint (folder, hub name or "embedded"), with its swap applied again, in eval mode.
 
-    A causal LM, or for encoders the class that was saved. ValueError when the learned weights do not fit the swap.
+    Its class is the one that was saved. ValueError for weights that are missing, unexpected or of another shape, for
+    learned weights that do not fit the swap, and for a class that transformers does not have.
     """
-    import transformers
-
     name = resolve(path)
     dtype = _dtype(dtype)
-    config = _read_config(name, path)
+    config = read_config(name, path)
     again = config.__dict__.pop(KEY, {})
     for field, value in again.get("trained", {}).items():  # the model before its rule was written in plain terms
         setattr(config, field, value)
+    axes = {axis: again[axis] for axis in ("pattern", "positions", "cache") if axis in again}
+    shape = None
     if "projections" in again or "packed" in again:
-        model = _load_structured(name, config, dtype, again)
-    else:
-        cls = transformers.AutoModelForCausalLM
-        if config.model_type in ENCODERS:
-            cls = getattr(transformers, (config.architectures or [""])[0], transformers.AutoModel)
-        model = cls.from_pretrained(name, config=config, dtype=dtype).eval()
+        shape = partial(_rebuild, again)
+    model = loading.build(name, config, dtype, shape, learned=bool(axes))
     check_finite(model)
-    if axes := {axis: again[axis] for axis in ("pattern", "positions", "cache") if axis in again}:
+    if axes:
         swapping.swap(model, **axes)
         record.load_learned(model, name)
     return model
 
 
-def _load_structured(name: str, config, dtype: torch.dtype | str, again: dict) -> nn.Module:
-    """A model whose weights are not what its plain class expects: a class that is shaped first and loaded then.
-
-    ValueError when the checkpoint's weights are not exactly those that its config.json promises.
-    """
-    import transformers
-
-    cls = getattr(transformers, (config.architectures or [""])[0], None)
-    if cls is None:
-        raise ValueError(f"config.json: architectures: got {config.architectures!r}, which transformers does not have")
-
-    class Shaped(cls):
-        def __init__(self, config):
-            super().__init__(config)
-            replace.rebuild(self, again.get("projections", {}))
-            packed.rebuild(self, again.get("packed", []))
-
-    for name_of in ("__name__", "__qualname__", "__module__"):  # transformers renames weights by them
-        setattr(Shaped, name_of, getattr(cls, name_of))
-    model, found = Shaped.from_pretrained(
-        name, config=config, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
-    )  # mismatched sizes are found below
-    for what in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
-        if found.get(what):
-            listed = ", ".join(sorted(str(each) for each in found[what]))
-            raise ValueError(f"weights: they do not fit config.json, {what.replace('_', ' ')}: {listed}")
-    model.__class__ = cls
-    return model.eval()
+def _rebuild(again: dict, model: nn.Module) -> None:
+    """Makes a new model's projections what the checkpoint holds; their weights mean nothing yet."""
+    replace.rebuild(model, again.get("projections", {}))
+    packed.rebuild(model, again.get("packed", []))
 
 
 @torch.no_grad()
@@ -119,9 +92,7 @@ def load_again(folder: str | Path, model: nn.Module, tokens: Tensor) -> tuple[nn
 
 
 def load_model(name: str | Path, dtype: torch.dtype | str = "auto"):
-    """(model in eval mode, tokenizer) of "embedded", a folder or a hub name. ValueError when it is none of them."""
-    from transformers import AutoTokenizer
-
+    """(causal LM in eval mode, tokenizer) of "embedded", a folder or a hub name. ValueError when it is none of them."""
     dtype = _dtype(dtype)
     if str(name) == "embedded":
         from effattn import embedded
@@ -129,8 +100,9 @@ def load_model(name: str | Path, dtype: torch.dtype | str = "auto"):
         model, tokenizer = embedded.load() if dtype == "auto" else embedded.load(dtype)
         check_finite(model)
         return model, tokenizer
-    model = load(name, dtype)
-    return model, AutoTokenizer.from_pretrained(resolve(name))
+    folder = resolve(name)
+    loading.check_causal(read_config(folder, name), name)
+    return load(name, dtype), load_tokenizer(folder)
 
 
 def check_finite(model: nn.Module) -> None:

@@ -19,8 +19,7 @@ LEARNED = "effattn.safetensors"  # the weights that plain transformers does not 
 
 def learned(model: nn.Module) -> dict[str, Tensor]:
     """The entries of the state_dict that a swap added, by name."""
-    parts = {hooks.PATTERN, hooks.GLOBAL, hooks.POSITIONS}
-    return {name: tensor for name, tensor in model.state_dict().items() if parts & set(name.split("."))}
+    return {name: tensor for name, tensor in model.state_dict().items() if hooks.LEARNED_PARTS & set(name.split("."))}
 
 
 def once(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

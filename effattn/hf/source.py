@@ -1,4 +1,4 @@
-"""Where a checkpoint is, and what its config.json says: the part of loading that reads no weights."""
+"""Where a checkpoint is, its configuration and its tokenizer: the part of loading that reads no weights."""
 
 from __future__ import annotations
 
@@ -9,9 +9,13 @@ from pathlib import Path
 import torch
 
 from effattn.errors import check_choice
+from effattn.hf import trusted
+from effattn.hf.trusted import KEY
+from effattn.hf.weight_files import one_line, read_json
 
-KEY = "effattn"  # in config.json
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+VOCABULARY = re.compile(r"(tokenizer\.json|tekken\.json|vocab\..*|.*\.(model|tiktoken))")
 
 
 def resolve(name: str | Path) -> str:
@@ -33,23 +37,56 @@ def resolve(name: str | Path) -> str:
 
 
 def read_config(name: str, asked: str | Path):
-    """The cheap part first, so that an unknown name is one clear error and not the hub library's.
+    """The configuration of the checkpoint `name` (a folder or hub name); of one whose model_type is "effattn", that of
+    the model inside. Its attribute "effattn", where it has one, is what was swapped.
 
-    Of a checkpoint whose model_type is "effattn", the configuration of the model inside.
+    The cheap part of loading comes first, so that an unknown name is one clear error and not the hub library's.
+    ValueError for files that hold no configuration, and for entries that `trusted` does not let pass.
     """
     from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
+    if Path(name).is_dir():
+        found = read_json(Path(name) / "config.json")
+    else:
+        try:
+            found, _ = PreTrainedConfig.get_config_dict(name)
+        except (OSError, ValueError) as error:
+            raise ValueError(_not_found(asked, one_line(error))) from None
+    trusted.check_config(found)
     try:
-        config, _ = PreTrainedConfig.get_config_dict(name)
-        if config.get("model_type") != KEY:
-            return AutoConfig.from_pretrained(name)
-        kind = config.get(KEY, {}).get("model_type")
-        check_choice("config.json: effattn: model_type", kind, CONFIG_MAPPING)
-        return CONFIG_MAPPING[kind].from_dict(config | {"model_type": kind})
-    except (OSError, ValueError) as error:
-        if Path(name).is_dir():
-            raise ValueError(f"model: the folder {name!r} cannot be read: {error}") from error
-        raise ValueError(_not_found(asked, str(error).splitlines()[0])) from None
+        if found["model_type"] == KEY:
+            kind = found[KEY]["model_type"]
+            config = CONFIG_MAPPING[kind].from_dict(found | {"model_type": kind})
+        else:
+            config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+    except Exception as error:  # what it holds is of the wrong kind: each class has its own way of saying so
+        raise ValueError(f"model: {str(asked)!r}: config.json cannot be read: {one_line(error)}") from error
+    if config._attn_implementation == KEY:  # a mark for plain transformers, which must not load it
+        config._attn_implementation = None
+    return config
+
+
+def load_tokenizer(name: str | Path):
+    """The tokenizer of the checkpoint `name` (a folder or hub name). ValueError, naming the file, for a broken one."""
+    from transformers import AutoTokenizer
+
+    folder = Path(name)
+    if folder.is_dir():
+        for file in TOKENIZER_FILES:
+            if (folder / file).exists() or (folder / file).is_symlink():
+                read_json(folder / file, limit=1 << 30)
+        if not _vocabularies(folder):
+            raise ValueError(f"tokenizer: {str(folder)!r} has none (no tokenizer.json, tokenizer.model or vocab file)")
+    try:
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    except Exception as error:
+        blamed = _vocabularies(folder)[0] if folder.is_dir() else name
+        raise ValueError(f"tokenizer: {blamed} cannot be read: {one_line(error)}") from error
+
+
+def _vocabularies(folder: Path) -> list[Path]:
+    """The files of a folder that hold a vocabulary."""
+    return sorted(file for file in folder.iterdir() if VOCABULARY.fullmatch(file.name) and file.is_file())
 
 
 def _not_found(name: str | Path, why: str) -> str:
