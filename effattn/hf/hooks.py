@@ -18,6 +18,7 @@ HANDLE = "_effattn_hook"  # where the handle of the hook is kept
 PATTERN = "effattn_pattern"  # the submodule that holds a backend's parameters and buffers
 POSITIONS = "effattn_positions"  # the submodule that holds what a position rule learns
 GLOBAL = "effattn_global"  # the submodule with the second projections, and the argument that carries their q, k, v
+LEARNED_PARTS = {PATTERN, POSITIONS, GLOBAL}
 CAPTURE = "effattn_capture"  # the argument that tells our attention function to hand out q, k and v, and stop there
 
 

@@ -1,0 +1,163 @@
+"""Building the model of a checkpoint: the class that was saved, and every weight of it from the files, or an error.
+
+transformers draws at random what a checkpoint lacks and says so in a log; here it is a ValueError that names it.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from effattn.errors import Unsupported
+from effattn.hf.families import ENCODERS
+from effattn.hf.hooks import LEARNED_PARTS
+from effattn.hf.weight_files import one_line, shortened, stored
+
+IN_A_LAYER = re.compile(r"\.\d+\.")
+
+
+def class_of(config) -> type[nn.Module]:
+    """The class that config.json names, or where it names none the causal LM (an encoder: the model without a head) of
+    its model_type. ValueError for a class that transformers does not have, or has for other configurations."""
+    import transformers
+
+    if not config.architectures:
+        auto = transformers.AutoModel if config.model_type in ENCODERS else transformers.AutoModelForCausalLM
+        if type(config) not in auto._model_mapping:
+            raise ValueError(f"config.json: model_type: got {config.model_type!r}, which has no causal language model")
+        return auto._model_mapping[type(config)]
+    name = config.architectures[0]
+    cls = getattr(transformers, name, None)
+    if not isinstance(cls, type) or not issubclass(cls, transformers.PreTrainedModel):
+        raise ValueError(f"config.json: architectures: got {name!r}, which transformers does not have")
+    if cls.config_class is None or not issubclass(type(config), cls.config_class):
+        raise ValueError(
+            f"config.json: architectures: got {name!r}, which is no class for model_type {config.model_type!r}"
+        )
+    return cls
+
+
+def check_causal(config, name: str | Path) -> None:
+    """Unsupported, naming the class, for a checkpoint that predicts no next token."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    cls = class_of(config).__name__
+    valid: set[str] = set()
+    for one in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
+        valid.update([one] if isinstance(one, str) else one)
+    if cls not in valid:
+        raise Unsupported(
+            f"model: {str(name)!r} is a {cls}, which predicts no next token; valid here are causal language models "
+            f"(...ForCausalLM)"
+        )
+
+
+def build(
+    name: str,
+    config,
+    dtype: torch.dtype | str,
+    shape: Callable[[nn.Module], None] | None = None,
+    learned: bool = False,
+) -> nn.Module:
+    """The model of the checkpoint `name` (a folder or hub name), in eval mode.
+
+    shape: what makes the new, empty model's modules those of the checkpoint. learned: weights that a swap added may lie
+    among the model's own. ValueError when the weights are not exactly those that the class asks for.
+    """
+    cls = built = class_of(config)
+    if shape is not None:
+        built = _shaped(cls, shape)
+    if Path(name).is_dir():
+        _compare(name, built, config)
+    try:
+        model, found = built.from_pretrained(
+            name,
+            config=config,
+            dtype=dtype,
+            use_safetensors=True,  # never a pickle
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are refused below
+        )
+    except (torch.OutOfMemoryError, MemoryError):
+        raise
+    except Exception as error:
+        raise ValueError(f"model: {name!r} cannot be loaded as {cls.__name__}: {one_line(error)}") from error
+    _check_report(found, config.model_type, learned)
+    model.__class__ = cls
+    return model.eval()
+
+
+def _shaped(cls: type[nn.Module], shape: Callable[[nn.Module], None]) -> type[nn.Module]:
+    class Shaped(cls):
+        def __init__(self, config):
+            super().__init__(config)
+            shape(self)
+
+    for name in ("__name__", "__qualname__", "__module__"):  # transformers renames weights by them
+        setattr(Shaped, name, getattr(cls, name))
+    return Shaped
+
+
+def _compare(folder: str, cls: type[nn.Module], config) -> None:
+    """What a shell without memory and the files' headers tell before anything large is made. ValueError."""
+    files = stored(folder)
+    layers = getattr(config.get_text_config(), "num_hidden_layers", 0)
+    if isinstance(layers, int) and layers > len(files):
+        raise ValueError(f"config.json: num_hidden_layers: got {layers:,}, the weights are {len(files):,} tensors")
+    if getattr(config, "quantization_config", None) is not None:  # packed weights have shapes of their own
+        return
+    try:
+        with torch.device("meta"):
+            shell = cls(copy.deepcopy(config))
+    except ValueError:
+        raise
+    except Exception as error:
+        raise ValueError(f"config.json: {cls.__name__} cannot be built from it: {one_line(error)}") from error
+    wrong = [
+        (name, files[name].shape, tuple(tensor.shape))
+        for name, tensor in shell.state_dict().items()
+        if name in files and files[name].shape != tuple(tensor.shape)
+    ]
+    if wrong and not _converts(shell):
+        _refuse("mismatched keys", [_said(*one) for one in wrong])
+
+
+def _converts(shell: nn.Module) -> bool:
+    """Whether transformers computes some of this class's weights from those in the files."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming
+
+    return any(not isinstance(one, WeightRenaming) for one in get_model_conversion_mapping(shell))
+
+
+def _check_report(found: dict, model_type: str, learned: bool) -> None:
+    """ValueError unless every weight of the model came from the files, and every weight in the files is the model's.
+
+    Encoders are published with the heads of their pretraining beside the one that their class has: those are left.
+    """
+    unexpected = found["unexpected_keys"]
+    if learned:
+        unexpected = [name for name in unexpected if not LEARNED_PARTS & set(name.split("."))]
+    if model_type in ENCODERS:
+        unexpected = [name for name in unexpected if IN_A_LAYER.search(name)]
+    if found["missing_keys"]:
+        _refuse("missing keys", found["missing_keys"])
+    if found["mismatched_keys"]:
+        _refuse("mismatched keys", [_said(*one) for one in found["mismatched_keys"]])
+    if unexpected:
+        _refuse("unexpected keys", unexpected)
+    if found["error_msgs"]:
+        _refuse("errors", found["error_msgs"])
+
+
+def _said(name: str, got, expected) -> str:
+    return f"{name} (got {tuple(got)}, expected {tuple(expected)})"
+
+
+def _refuse(what: str, names) -> None:
+    raise ValueError(f"weights: they do not fit config.json, {what}: {shortened(sorted(names))}")

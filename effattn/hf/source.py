@@ -1,0 +1,104 @@
+"""Where a checkpoint is, its configuration and its tokenizer: the part of loading that reads no weights."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from pathlib import Path
+
+import torch
+
+from effattn.errors import check_choice
+from effattn.hf import trusted
+from effattn.hf.trusted import KEY
+from effattn.hf.weight_files import one_line, read_json
+
+DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+VOCABULARY = re.compile(r"(tokenizer\.json|tekken\.json|vocab\..*|.*\.(model|tiktoken))")
+
+
+def resolve(name: str | Path) -> str:
+    """What transformers loads `name` from: a folder ("embedded" has one too), or else a hub name as it is.
+
+    ValueError, without touching the network, for what can be neither.
+    """
+    if str(name) == "embedded":
+        from effattn import embedded
+
+        return str(embedded.directory())
+    if Path(name).is_dir():
+        if not (Path(name) / "config.json").is_file():
+            raise ValueError(f"model: the folder {str(name)!r} has no config.json, it is not a checkpoint")
+        return str(name)
+    if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", str(name)):
+        raise ValueError(_not_found(name, "it is no folder, and no hub name (owner/name) looks like that"))
+    return str(name)
+
+
+def read_config(name: str, asked: str | Path):
+    """The configuration of the checkpoint `name` (a folder or hub name); of one whose model_type is "effattn", that of
+    the model inside. Its attribute "effattn", where it has one, is what was swapped.
+
+    The cheap part of loading comes first, so that an unknown name is one clear error and not the hub library's.
+    ValueError for files that hold no configuration, and for entries that `trusted` does not let pass.
+    """
+    from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
+
+    if Path(name).is_dir():
+        found = read_json(Path(name) / "config.json")
+    else:
+        try:
+            found, _ = PreTrainedConfig.get_config_dict(name)
+        except (OSError, ValueError) as error:
+            raise ValueError(_not_found(asked, one_line(error))) from None
+    trusted.check_config(found)
+    try:
+        if found["model_type"] == KEY:
+            kind = found[KEY]["model_type"]
+            config = CONFIG_MAPPING[kind].from_dict(found | {"model_type": kind})
+        else:
+            config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+    except Exception as error:  # what it holds is of the wrong kind: each class has its own way of saying so
+        raise ValueError(f"model: {str(asked)!r}: config.json cannot be read: {one_line(error)}") from error
+    if config._attn_implementation == KEY:  # a mark for plain transformers, which must not load it
+        config._attn_implementation = None
+    return config
+
+
+def load_tokenizer(name: str | Path):
+    """The tokenizer of the checkpoint `name` (a folder or hub name). ValueError, naming the file, for a broken one."""
+    from transformers import AutoTokenizer
+
+    folder = Path(name)
+    if folder.is_dir():
+        for file in TOKENIZER_FILES:
+            if (folder / file).exists() or (folder / file).is_symlink():
+                read_json(folder / file, limit=1 << 30)
+        if not _vocabularies(folder):
+            raise ValueError(f"tokenizer: {str(folder)!r} has none (no tokenizer.json, tokenizer.model or vocab file)")
+    try:
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    except Exception as error:
+        blamed = _vocabularies(folder)[0] if folder.is_dir() else name
+        raise ValueError(f"tokenizer: {blamed} cannot be read: {one_line(error)}") from error
+
+
+def _vocabularies(folder: Path) -> list[Path]:
+    """The files of a folder that hold a vocabulary."""
+    return sorted(file for file in folder.iterdir() if VOCABULARY.fullmatch(file.name) and file.is_file())
+
+
+def _not_found(name: str | Path, why: str) -> str:
+    hint = " (did you mean 'embedded'?)" if difflib.get_close_matches(str(name), ["embedded"], cutoff=0.8) else ""
+    return (
+        f"model: got {str(name)!r}{hint}, which is not 'embedded', not an existing folder, "
+        f"and not found as a hub name: {why}"
+    )
+
+
+def dtype_of(dtype: torch.dtype | str) -> torch.dtype | str:
+    if isinstance(dtype, str):
+        check_choice("dtype", dtype, DTYPES)
+        return dtype if dtype == "auto" else getattr(torch, dtype)
+    return dtype
