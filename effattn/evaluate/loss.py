@@ -8,6 +8,8 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
+from effattn.hf.packing import steady
+
 Progress = Callable[[int, int], None]
 
 
@@ -63,6 +65,8 @@ def token_losses(
     window's sees at least `context - stride` tokens before it. Logits exist for one batch of windows at a time.
     """
     stride = check_stream(model, tokens, context, stride)
+    if isinstance(model, torch.nn.Module):
+        steady(model)
     device = model.get_input_embeddings().weight.device
     losses = torch.empty(len(tokens) - 1)
     groups = _windows(len(tokens), context, stride, batch_tokens)

@@ -27,7 +27,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from effattn.errors import check_choice
-from effattn.hf import caches, hooks, positions
+from effattn.hf import caches, hooks, packing, positions
 from effattn.hf import swap as swapping
 from effattn.hf.families import ENCODERS
 from effattn.projections import packed, replace
@@ -43,6 +43,7 @@ def save(model: nn.Module, path: str | Path, tokenizer=None) -> Path:
     Raises ValueError for a folder that is not empty and for weights with NaN or Inf. If anything fails, nothing is
     left behind.
     """
+    packing.steady(model)
     check_finite(model)
     with atomic_folder(path) as folder:
         learned = _learned(model)
@@ -76,7 +77,7 @@ def load(path: str | Path, dtype: torch.dtype | str = "auto") -> nn.Module:
         if config.model_type in ENCODERS:
             cls = getattr(transformers, (config.architectures or [""])[0], transformers.AutoModel)
         model = cls.from_pretrained(name, config=config, dtype=dtype).eval()
-    check_finite(model)
+    check_finite(packing.steady(model))
     if axes := {axis: again[axis] for axis in ("pattern", "positions", "cache") if axis in again}:
         swapping.swap(model, **axes)
         _load_learned(model, name)
