@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from effattn.errors import Unsupported, check_choice
-from effattn.hf import anatomy
+from effattn.hf import anatomy, packing
 from effattn.profiling.weights import is_packed
 
 KINDS = ("nf4", "int8")
@@ -48,7 +48,7 @@ def quantize_weights(model: nn.Module, kind: str = "nf4") -> nn.Module:
 
     model.hf_quantizer = AutoHfQuantizer.from_config(config, pre_quantized=False)
     model.hf_quantizer.postprocess_model(model)
-    return model
+    return packing.steady(model)
 
 
 def load_weights(path: str | Path, kind: str = "nf4", dtype: torch.dtype | str = "auto") -> nn.Module:
@@ -70,9 +70,10 @@ def load_weights(path: str | Path, kind: str = "nf4", dtype: torch.dtype | str =
     if getattr(found, "quantization_config", None) is not None:
         raise Unsupported(f"{path}: its weights are quantized already; valid is effattn.load")
     compute = found.dtype if dtype == "auto" else dtype
-    return AutoModelForCausalLM.from_pretrained(
+    model = AutoModelForCausalLM.from_pretrained(
         name, dtype=dtype, quantization_config=_config(kind, compute or torch.float32)
-    ).eval()
+    )
+    return packing.steady(model).eval()
 
 
 def _bitsandbytes():

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from effattn.evaluate.logits import Scores
+from effattn.hf.packing import steady
 
 Progress = Callable[[int, int], None]
 
@@ -65,6 +66,8 @@ def token_losses(
     window's sees at least `context - stride` tokens before it. At most 256 MiB of logits exist at a time.
     """
     stride = check_stream(model, tokens, context, stride)
+    if isinstance(model, torch.nn.Module):
+        steady(model)
     device = model.get_input_embeddings().weight.device
     losses = torch.empty(len(tokens) - 1)
     groups = _windows(len(tokens), context, stride, batch_tokens)

@@ -22,6 +22,7 @@ from torch import nn
 from effattn.errors import Unsupported
 from effattn.hf.families import ENCODERS, FAMILIES, REFUSED, Family, no_rope, rope_factor, sliding_window
 from effattn.hf.feedforward import FeedForward
+from effattn.hf.packing import steady
 from effattn.hf.projection import Projection, set_linear
 from effattn.positions.rope import Rope
 
@@ -366,5 +367,6 @@ def of(model: nn.Module) -> Anatomy:
         layers.append(Layer(index, block, attention, ffn, heads, head_dim, family, config, rotary))
     embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
     tied = head is None or head.weight is embeddings.weight
+    steady(model)
     final_norm, positions = (_get(model, path) for path in (family.final_norm, family.positions))
     return Anatomy(model, config, kind, layers, embeddings, None if tied else head, final_norm, positions)

@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from effattn.hf import loading, record
+from effattn.hf import loading, packing, record
 from effattn.hf import swap as swapping
 from effattn.hf.record import LEARNED
 from effattn.hf.source import DTYPES, KEY, load_tokenizer, read_config, resolve  # noqa: F401  imported from here
@@ -35,6 +35,7 @@ def save(model: nn.Module, path: str | Path, tokenizer=None) -> Path:
     Raises ValueError for a folder that is not empty and for weights with NaN or Inf. If anything fails, nothing is
     left behind.
     """
+    packing.steady(model)
     check_finite(model)
     with atomic_folder(path) as folder:
         learned = record.learned(model)
@@ -65,7 +66,7 @@ def load(path: str | Path, dtype: torch.dtype | str = "auto") -> nn.Module:
     if "projections" in again or "packed" in again:
         shape = partial(_rebuild, again)
     model = loading.build(name, config, dtype, shape, learned=bool(axes))
-    check_finite(model)
+    check_finite(packing.steady(model))
     if axes:
         swapping.swap(model, **axes)
         record.load_learned(model, name)

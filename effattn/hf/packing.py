@@ -1,0 +1,66 @@
+"""Weights that came packed, or were unpacked by the loader, and stay as they are: in the model, its copies and files.
+
+4-bit weights of bitsandbytes: on processors with AVX512-bf16 units its modules rearrange their weight at the first
+call in eval mode and round its scales to bf16. `state_dict()` turns that back, but leaves the scales transposed: the
+model and what is saved of it are wrong from then on. The rearrangement is switched off, module by module, for every
+model that passes through here; what has been done already is turned back as it should be, in a model or a checkpoint.
+
+Conversions: transformers remembers how it converted a checkpoint's tensors, and does the opposite when it saves. It
+would write fp8 codes where it had made plain numbers of them, without a word in config.json, and has no opposite for
+bitsandbytes' weights, whose state_dict() is what a file holds anyway. These conversions are forgotten.
+"""
+
+from __future__ import annotations
+
+from torch import nn
+
+SWITCH = "support_avx512bf16_for_cpu"  # bitsandbytes' attribute of a module that may rearrange its weight
+CONVERSIONS = "_weight_conversions"  # where transformers keeps how a model was loaded
+
+
+def steady(model: nn.Module) -> nn.Module:
+    """Keeps every weight of `model` in the form in which it is stored now. Returns the model."""
+    for module in model.modules():
+        if hasattr(module, SWITCH):
+            setattr(module, SWITCH, False)
+            state = getattr(module.weight, "quant_state", None)
+            if getattr(state, "packing_format_for_cpu", False):
+                _codes_back(module.weight, state)
+            if state is not None and state.absmax.dim() == 2:  # (blocks of a row, rows), bf16
+                state.absmax = state.absmax.T.reshape(-1).float()
+    if conversions := getattr(model, CONVERSIONS, None):
+        packed = getattr(model, "hf_quantizer", None) is not None
+        kept = (_of_the_model(one, packed) for one in conversions)
+        setattr(model, CONVERSIONS, [one for one in kept if one is not None])
+    return model
+
+
+def _codes_back(weight: nn.Parameter, state) -> None:
+    """The codes in their order. Scales that were quantized themselves were replaced by values, and stay values."""
+    from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse
+
+    state.original_nested = False
+    weight.data, _ = _convert_weight_packed_for_cpu_inverse(weight.data, state)
+
+
+def _of_the_model(conversion, packed: bool):
+    """A conversion without what a quantizer did in it; None where that was all. packed: the weights still are, and
+    what has an opposite belongs to their format."""
+    operations = getattr(conversion, "operations", [])
+    made = [one for one in operations if getattr(one, "hf_quantizer", None) and not (packed and _has_opposite(one))]
+    if not made:
+        return conversion
+    rest = [one for one in operations if one not in made]
+    if not rest:
+        return None
+    scales = {name for names in made[0].hf_quantizer.serialized_names.values() for name in names[1:]}
+    sources = conversion._original_source_patterns
+    plain = [source for source in sources if source.rpartition(".")[2] not in scales]
+    return conversion.copy(plain, conversion._original_target_patterns, operations=rest)
+
+
+def _has_opposite(operation) -> bool:
+    try:
+        return operation.reverse_op is not None
+    except NotImplementedError:
+        return False
