@@ -56,7 +56,7 @@ class PackedRing(PackedState):
     def _pack(self, border: int, sources: list, new: New) -> None:
         for at, k, v in list(self._packed(border, sources, new)):  # all of them, before anything is overwritten
             self._store(at, k, v)
-            self.stored = at + k.tokens
+        self.stored = max(self.stored, border)
 
     def _store(self, at: int, k: Codes, v: Codes) -> None:
         if not self.pages:

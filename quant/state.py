@@ -163,7 +163,6 @@ class PackedState(State):
         sources, self.total = self._sources(new), new.end
         border = self.border(self.total)
         self._pack(border, sources, new)
-        self.stored = max(self.stored, border)
         self._hold(sources, border)
 
     def settle(self, new: New, floor: int) -> None:
@@ -187,6 +186,7 @@ class PackedState(State):
         for at, k, v in self._packed(border, sources, new):
             self._store(at, k, v)
             self.stored = at + k.tokens
+        self.stored = max(self.stored, border)  # a ring packs only what it has places for
 
     def _packed(self, border: int, sources: list, new: New) -> Iterator[tuple[int, Codes, Codes]]:
         """The tokens below `border` that are not packed yet, tile by tile: the first one's number, keys and values."""
