@@ -16,7 +16,8 @@ from torch import Tensor
 
 from effattn.kernels.flash.pattern import Layout
 from effattn.kernels.lsh import NO_KEY, Past, Rule, Seen, new_ranks
-from effattn.states import ROLLBACK, FullState, _check_fits
+from effattn.state_base import check_fits
+from effattn.states import ROLLBACK, FullState
 
 STEP = 64  # rows that are made room for at a time, so that a token seldom moves all others
 NAMES = ("k", "v", "code", "position", "count")
@@ -57,25 +58,23 @@ class BucketState(FullState):
         rows = min(-(-tokens // STEP) * STEP, slots)
         return rows * (row_bytes + 4 * rule.rounds) + 4 * (slots + rule.rounds * rule.buckets)
 
-    def reset(self) -> None:
+    def _reset(self) -> None:
         self.k = self.v = self.code = self.position = self.count = None
         self.total = 0  # tokens seen
         self.newest = 0  # the most there ever were: what is gone for good
         self.wrapped = False  # whether rows are slots by now
 
-    @property
-    def seq_len(self) -> int:
+    def _seen(self) -> int:
         return self.total
 
-    @property
-    def nbytes(self) -> int:
+    def _bytes(self) -> int:
         return sum(getattr(self, name).nbytes for name in NAMES) if self.k is not None else 0
 
     def append(self, k: Tensor, v: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor, Hashed]:
         """Returns a store of keys and values, and a `Hashed` layout of them."""
         if self.k is None:
             self._start(k, v)
-        _check_fits(self.k, self.v, k, v)
+        check_fits(self.k, self.v, k, v)
         bucket, new = self.hash(k), k.shape[2]
         mask = None if padding_mask is None else padding_mask[:, self.total :]
         if mask is not None:
@@ -85,7 +84,7 @@ class BucketState(FullState):
         code = torch.where(bucket < self.rule.buckets, self.rule.code(bucket, rank), NO_KEY).int()
         slot = self._slots(bucket, rank, count)
         learning = torch.is_grad_enabled() and (k.requires_grad or v.requires_grad or self.k.requires_grad)
-        few = new <= ROLLBACK and not learning
+        few = new <= ROLLBACK and not (learning or self.learning)
         past = self._past() if self.total and not few else None
         rows = self._rows()
 
@@ -171,20 +170,22 @@ class BucketState(FullState):
             for name in NAMES:
                 setattr(self, name, change(getattr(self, name)))
 
-    def select(self, index: Tensor) -> None:
+    def _select(self, index: Tensor) -> None:
         self._each(lambda x: x.index_select(0, index))
 
-    def repeat(self, n: int) -> None:
+    def _repeat(self, n: int) -> None:
         self._each(lambda x: x.repeat_interleave(n, dim=0))
 
-    def crop(self, n: int) -> None:
-        if not 0 <= n <= self.total:
-            raise ValueError(f"crop: got {n}, the state has seen {self.total} tokens; valid is 0 to {self.total}")
-        if n == 0:
-            self.reset()
-        elif n == self.total:
-            return
-        elif not self.wrapped:
+    def _check_crop(self, n: int) -> None:
+        least = self.newest - ROLLBACK
+        if self.wrapped and n < least:
+            raise ValueError(
+                f"crop: got {n}, but tokens that are seen from there were overwritten; valid are 0 and {least} to "
+                f"{self.total}"
+            )
+
+    def _crop(self, n: int) -> None:
+        if not self.wrapped:
             k, v, code = self.k[:, :, :n].contiguous(), self.v[:, :, :n].contiguous(), self.code[..., :n].contiguous()
             bucket = torch.where(code < 0, self.rule.buckets, code % self.rule.buckets).long()
             self._start(k, v)
@@ -194,12 +195,6 @@ class BucketState(FullState):
             self.position = self.position.scatter(3, slot, position)
             self.k, self.v, self.code, self.count, self.total, self.newest = k, v, code, count.int(), n, n
         else:
-            least = self.newest - ROLLBACK
-            if n < least:
-                raise ValueError(
-                    f"crop: got {n}, but tokens that are seen from there were overwritten; valid are 0 and {least} to "
-                    f"{self.total}"
-                )
             slots = self.position[..., :-1].unflatten(3, (self.rule.buckets, self.ring))
             gone = slots >= n
             self.count = self.count - gone.sum(dim=-1, dtype=torch.int32)

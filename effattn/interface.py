@@ -12,6 +12,7 @@ Shapes: q (B, Hq, Tq, D), k (B, Hkv, Tk, D), v (B, Hkv, Tk, Dv). Queries are the
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import astuple, dataclass
@@ -20,12 +21,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from effattn import padding
 from effattn.errors import Unsupported, check_choice
 from effattn.kernels.decode.turn import Turn
 from effattn.kernels.flash.pattern import Layout, layout_of
 from effattn.kernels.flash.rules import Bias, Far
 from effattn.positions.bound import Placed, Positions
 from effattn.positions.rope import Rope
+from effattn.state_base import check_sizes
 from effattn.states import FullState, Inside, State
 
 IMPLEMENTATIONS = ("auto", "torch", "triton", "reference")
@@ -120,6 +123,18 @@ class Call:
     global_qkv: tuple[Tensor, ...] | None = None
 
 
+def _signed(new_state: Callable[[Backend], State]) -> Callable[[Backend], State]:
+    """`new_state` that writes on a state whose it is."""
+
+    @functools.wraps(new_state)
+    def signed(self: Backend) -> State:
+        state = new_state(self)
+        state.owner = self.signature
+        return state
+
+    return signed
+
+
 class Backend(nn.Module):
     """Base class: checks the arguments, keeps the state, rotates, then calls the subclass's `attend`."""
 
@@ -156,9 +171,22 @@ class Backend(nn.Module):
         `shape.backward`, which has no state."""
         raise NotImplementedError
 
+    @_signed
     def new_state(self) -> State:
-        """An empty state, for one batch of sequences."""
+        """An empty state, for one batch of sequences. It belongs to this backend's class and options (`signature`)."""
         return FullState()
+
+    def __init_subclass__(cls, **options) -> None:
+        super().__init_subclass__(**options)
+        if "new_state" in vars(cls):
+            cls.new_state = _signed(cls.new_state)
+
+    @property
+    def signature(self) -> str:
+        """Name and options that what a state holds depends on: `extra_repr` without the implementation."""
+        own = self.extra_repr().removesuffix(Backend.extra_repr(self)).removesuffix(", ")
+        name = getattr(self, "name", type(self).__name__)
+        return f"{name}({own})" if own else name
 
     def forward(
         self,
@@ -174,12 +202,14 @@ class Backend(nn.Module):
     ) -> Tensor:
         """Attention of q over k and v, (B, Hq, Tq, Dv) in q's dtype. A query that may see no key gives 0.
 
-        padding_mask: (B, Tk) bool, True = a real token, on either side. With a `state`, k and v are the NEW tokens,
-        Tk counts the past too, and the state then holds both. scale: default D^-0.5.
+        padding_mask: (B, Tk) bool, True = a real token; padding may be anywhere. A row's positions count its real
+        tokens, padding_mask.cumsum(1) - 1, so that it gives what it would give without its padding (`effattn.padding`).
+        With a `state`, k and v are the NEW tokens, Tk counts the past too, of which the mask has to say the same in
+        every call, and the state then holds both. scale: default D^-0.5.
 
         rotary: q and k are raw, and `rotary(q, k, q_positions, k_positions)` returns them rotated, in the same shapes.
-        Positions are int64, (Tq,) and (Tk,), or (B, Tq) and (B, Tk) with a padding mask: they count from the row's
-        first real token. The state then holds raw keys, which are rotated when they are read. Or a rule from
+        Positions are int64, (Tq,) and (Tk,), or (B, Tq) and (B, Tk) with a padding mask: they count the row's real
+        tokens. The state then holds raw keys, which are rotated when they are read. Or a rule from
         `effattn.positions.rule`, which may decide scores pair by pair as well (ReRoPE, ALiBi).
 
         extras: what some models add, where the backend's `extras` name it: `softcap` (a score s becomes
@@ -196,6 +226,23 @@ class Backend(nn.Module):
             raise Unsupported(f"state: {self.name} cannot read packed keys; valid are dense, block and sliding")
         self.check_call(q, k, v, causal, extras)
         self._check_positions(rotary, causal, state, padding_mask)
+
+        def run(q, k, v, mask, state, extras) -> Tensor:
+            return self.run(q, k, v, causal, mask, state, scale, rotary, extras)
+
+        if state is not None:
+            state.ready(learning=self._learning(q, k, v))
+        unpadded = padding_mask is None and (state is None or state.real is None)
+        if unpadded or (state is None and self.plain and rotary is None):  # dense attention has no positions
+            out = run(q, k, v, padding_mask, state, extras)
+        else:
+            out = padding.attend(run, q, k, v, padding_mask, state, extras)
+        if state is not None:
+            state.note(self.signature, k, v)
+        return out
+
+    def run(self, q, k, v, causal: bool, padding_mask: Tensor | None, state: State | None, scale, rotary, extras):
+        """`forward` on checked arguments; what is padded is padded on the left (or, without a state, on the right)."""
         extras = self.extend(extras, state, padding_mask, rotary)
         if state is None:
             layout = layout_of(padding_mask)
@@ -220,6 +267,10 @@ class Backend(nn.Module):
     def extend(self, extras: dict, state: State | None, padding_mask: Tensor | None, rotary: Rotary | None) -> dict:
         """A subclass's own handling of `extras`, before k and v are appended to the state."""
         return extras
+
+    def _learning(self, *inputs: Tensor) -> bool:
+        """Whether gradients may flow through a call."""
+        return torch.is_grad_enabled() and any(x.requires_grad for x in (*inputs, *self.parameters()))
 
     def turns_keys(self, q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> bool:
         """Whether `attend` would turn raw keys by itself in this call (`Call.turn`)."""
@@ -306,6 +357,8 @@ class Backend(nn.Module):
             raise ValueError(f"q: expected a multiple of k's {kv_heads} heads, got {heads} heads")
         if state is not None and not isinstance(state, State):
             raise ValueError(f"state: expected one from {self.name}'s new_state(), got {type(state).__name__}")
+        if state is not None:
+            self._check_state(state, k, v)
         past = 0 if state is None else state.seq_len
         static = isinstance(past, Tensor)  # a number on the device, which is not asked for
         total = new if static else new + past
@@ -324,6 +377,24 @@ class Backend(nn.Module):
             raise ValueError(f"scale: expected a finite number, got {scale}")
         if rotary is not None and not callable(rotary):
             raise ValueError(f"rotary: expected a callable rule, got {type(rotary).__name__}")
+
+    def _check_state(self, state: State, k: Tensor, v: Tensor) -> None:
+        """ValueError for a state of another backend, or one that began with other sizes."""
+        if state.owner is None:  # made by hand
+            own, keep = self.new_state(), getattr(state, "keep", None)
+            needs = getattr(own, "keep", None)
+            fits = keep is None or (needs is not None and needs <= keep) if state.packed else keep == needs
+            if not fits or not (state.packed or type(state) is type(own)):
+                raise ValueError(
+                    f"state: got a {type(state).__name__} that {self.signature} cannot use; valid is one from its "
+                    "new_state()"
+                )
+        elif state.owner != self.signature:
+            raise ValueError(
+                f"state: it belongs to {state.owner}, got a call of {self.signature}; valid is one from its new_state()"
+            )
+        if state.sizes is not None:
+            check_sizes(state.sizes, state.seq_len, k, v)
 
 
 def turn_of(rotary: Rotary) -> Turn | None:

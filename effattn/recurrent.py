@@ -16,7 +16,8 @@ from torch import Tensor
 
 from effattn.kernels.flash.pattern import Layout, first_real
 from effattn.kernels.linear import Memory
-from effattn.states import ROLLBACK, State, _check_fits
+from effattn.state_base import State, check_fits
+from effattn.states import ROLLBACK
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class RecurrentState(State):
     def __init__(self):
         self.reset()
 
-    def reset(self) -> None:
+    def _reset(self) -> None:
         self.k: Tensor | None = None
         self.v: Tensor | None = None
         self.sums: Tensor | None = None
@@ -49,13 +50,8 @@ class RecurrentState(State):
         self.base = 0
         self.draw: int | None = None
 
-    @property
-    def seq_len(self) -> int:
+    def _seen(self) -> int:
         return self.base + (0 if self.k is None else self.k.shape[2])
-
-    @property
-    def nbytes(self) -> int:
-        return sum(x.nbytes for x in self._tensors().values())
 
     @property
     def memory(self) -> Memory | None:
@@ -65,14 +61,14 @@ class RecurrentState(State):
     @property
     def due(self) -> int:
         """How many of the tokens in k and v belong into the sums by now."""
-        return max(0, folded(self.seq_len) - self.base)
+        return max(0, folded(self._seen()) - self.base)
 
     def append(self, k: Tensor, v: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor, Layout]:
         """Returns the tokens that are not in the sums, the new ones last."""
         if self.k is None:
             self.k, self.v = k, v
         else:
-            _check_fits(self.k, self.v, k, v)
+            check_fits(self.k, self.v, k, v)
             self.k, self.v = torch.cat([self.k, k], dim=2), torch.cat([self.v, v], dim=2)
         if padding_mask is None:
             return self.k, self.v, RecurrentLayout(tail=self.base, state=self)
@@ -85,31 +81,25 @@ class RecurrentState(State):
         self.sums, self.norms, self.top = memory
         self.base += tokens
 
-    def reorder(self, index: Tensor) -> None:
-        if self.k is not None and len(index) != self.k.shape[0]:
-            raise ValueError(f"index: expected {self.k.shape[0]} rows, got {len(index)}; select() changes the batch")
-        self.select(index)
-
-    def select(self, index: Tensor) -> None:
+    def _select(self, index: Tensor) -> None:
         for name, x in self._tensors().items():
             setattr(self, name, x.index_select(0, index))
 
-    def repeat(self, n: int) -> None:
+    def _repeat(self, n: int) -> None:
         for name, x in self._tensors().items():
             setattr(self, name, x.repeat_interleave(n, dim=0))
 
-    def crop(self, n: int) -> None:
-        if not 0 <= n <= self.seq_len:
-            raise ValueError(f"crop: got {n}, the state has seen {self.seq_len} tokens; valid is 0 to {self.seq_len}")
-        if n == 0:
-            self.reset()
-        elif n < self.base:
+    def _check_crop(self, n: int) -> None:
+        if n < self.base:
             raise ValueError(
                 f"crop: got {n}, but the first {self.base} tokens are in the sums, which cannot take them back; valid "
                 f"are 0 and {self.base} to {self.seq_len}"
             )
-        elif n < self.seq_len:
-            self.k, self.v = (x[:, :, : n - self.base].contiguous() for x in (self.k, self.v))
+
+    def _crop(self, n: int) -> None:
+        self.k, self.v = (x[:, :, : n - self.base].contiguous() for x in (self.k, self.v))
 
     def _tensors(self) -> dict[str, Tensor]:
-        return {name: x for name, x in vars(self).items() if isinstance(x, Tensor)}
+        """Those of the tokens, by name."""
+        names = ("k", "v", "sums", "norms", "top")
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}

@@ -9,12 +9,14 @@ Tokens are numbered from 0, padding included; sizes are in tokens.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from effattn.kernels.flash.pattern import Layout, first_real, layout_of
+from effattn.state_base import Inside, State, check_fits
+
+__all__ = ["ROLLBACK", "ROOM", "FullState", "Inside", "RingState", "State", "first_positions", "no_positions"]
 
 ROOM = 64  # tokens that memory which grows has room for
 ROLLBACK = 16  # tokens that a ring keeps beyond its need, so that speculative decoding can take them back
@@ -29,69 +31,6 @@ def no_positions(n: int) -> tuple[int, ...]:
     return ()
 
 
-class State:
-    """Base class. `index` tensors are int64 over the batch. `evicts`: whether tokens are forgotten, so that few can be
-    taken back; `candidates`: told before a call, so many of its last tokens may be taken back after it; `packed`: what
-    it holds can only be read by itself (`Inside`); `static`: its length is a tensor, so that a step compiles once."""
-
-    evicts = True
-    packed = False
-    static = False
-    candidates = 0
-
-    @property
-    def seq_len(self) -> int:
-        """Tokens seen, whether or not they are still held."""
-        raise NotImplementedError
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes held."""
-        raise NotImplementedError
-
-    def append(self, k: Tensor, v: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor, Layout]:
-        """Adds new keys (B, Hkv, T, D) and values (B, Hkv, T, Dv); padding_mask (B, seq_len + T) bool.
-
-        Returns the keys and values to attend over, and where they lie.
-        """
-        raise NotImplementedError
-
-    def reorder(self, index: Tensor) -> None:
-        """Row i becomes the old row index[i] (beam search): index has the batch's length."""
-        raise NotImplementedError
-
-    def select(self, index: Tensor) -> None:
-        """Keeps the rows of `index`."""
-        raise NotImplementedError
-
-    def repeat(self, n: int) -> None:
-        """Each row n times, next to each other."""
-        raise NotImplementedError
-
-    def crop(self, n: int) -> None:
-        """Keeps the first n tokens. ValueError unless 0 <= n <= seq_len, and for what was evicted."""
-        raise NotImplementedError
-
-    def reset(self) -> None:
-        """Forgets everything."""
-        raise NotImplementedError
-
-    def move(self, device: torch.device | str) -> None:
-        """To another device."""
-        for name, value in vars(self).items():
-            if isinstance(value, Tensor):
-                setattr(self, name, value.to(device, non_blocking=True))
-            elif isinstance(value, State):
-                value.move(device)
-
-
-@dataclass(frozen=True)
-class Inside(Layout):
-    """The given keys are the new tokens alone, and `state` attends over them and what it holds (`state.attend`)."""
-
-    state: State | None = None
-
-
 class FullState(State):
     """Every key and value, as they came. `rooms`: the memory that k and v are views of once they have grown; there is
     room for up to `ROOM` tokens more, so that a step writes its own token and copies the others every `ROOM` steps."""
@@ -104,11 +43,14 @@ class FullState(State):
         self.v: Tensor | None = None
 
     @property
-    def seq_len(self) -> int:
+    def in_order(self) -> bool:
+        """Whether k and v are all tokens, in the order they came, and all there is."""
+        return type(self) is FullState
+
+    def _seen(self) -> int:
         return 0 if self.k is None else self.k.shape[2]
 
-    @property
-    def nbytes(self) -> int:
+    def _bytes(self) -> int:
         """Bytes of the tokens that are held; room for more is not counted."""
         return 0 if self.k is None else self.k.nbytes + self.v.nbytes
 
@@ -117,17 +59,17 @@ class FullState(State):
         if self.k is None:
             self.k, self.v = k, v
         else:
-            _check_fits(self.k, self.v, k, v)
+            check_fits(self.k, self.v, k, v)
             self.k, self.v = self._grown(k, v)
         return self.k, self.v, layout_of(padding_mask)
 
     def _grown(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """All keys and values with the new ones."""
         learning = torch.is_grad_enabled() and any(x.requires_grad for x in (k, v, self.k, self.v))
-        if learning or torch.compiler.is_compiling():  # nothing may be written in place
+        if learning or self.learning or torch.compiler.is_compiling():  # nothing may be written in place
             self.rooms = None
             return torch.cat([self.k, k], dim=2), torch.cat([self.v, v], dim=2)
-        past, total = self.seq_len, self.seq_len + k.shape[2]
+        past, total = self._seen(), self._seen() + k.shape[2]
         sealed = self.rooms is not None and self.rooms[0].is_inference() and not torch.is_inference_mode_enabled()
         if self.rooms is None or sealed or self.rooms[0].shape[2] < total:
             rooms = tuple(x.new_empty(*x.shape[:2], total + ROOM, x.shape[3]) for x in (self.k, self.v))
@@ -138,36 +80,26 @@ class FullState(State):
             room[:, :, past:total] = x
         return tuple(room[:, :, :total] for room in self.rooms)
 
-    def reorder(self, index: Tensor) -> None:
-        if self.k is not None and len(index) != self.k.shape[0]:
-            raise ValueError(f"index: expected {self.k.shape[0]} rows, got {len(index)}; select() changes the batch")
-        self.select(index)
-
-    def select(self, index: Tensor) -> None:
+    def _select(self, index: Tensor) -> None:
         if self.k is not None:
             self.k, self.v = self.k.index_select(0, index), self.v.index_select(0, index)
             self.rooms = None
 
-    def repeat(self, n: int) -> None:
+    def _repeat(self, n: int) -> None:
         if self.k is not None:
             self.k, self.v = self.k.repeat_interleave(n, dim=0), self.v.repeat_interleave(n, dim=0)
             self.rooms = None
 
-    def crop(self, n: int) -> None:
-        if not 0 <= n <= self.seq_len:
-            raise ValueError(f"crop: got {n}, the state holds {self.seq_len} tokens; valid is 0 to {self.seq_len}")
-        if n == 0:
-            self.reset()
-        elif n < self.seq_len:
-            self.k, self.v = self.k[:, :, :n].clone(), self.v[:, :, :n].clone()
-            self.rooms = None
+    def _crop(self, n: int) -> None:
+        self.k, self.v = self.k[:, :, :n].clone(), self.v[:, :, :n].clone()
+        self.rooms = None
 
-    def reset(self) -> None:
+    def _reset(self) -> None:
         self.k = self.v = self.rooms = None
 
-    def move(self, device: torch.device | str) -> None:
-        super().move(device)
+    def change(self, how: Callable[[Tensor], Tensor]) -> None:
         self.rooms = None
+        super().change(how)
 
 
 class RingState(FullState):
@@ -186,7 +118,7 @@ class RingState(FullState):
         self.slot_positions = slot_positions
         self.reset()
 
-    def reset(self) -> None:
+    def _reset(self) -> None:
         self.k = self.v = self.slots_at = None
         self.total = 0  # tokens seen
         self.oldest = 0  # the oldest token that is held in the ring
@@ -194,7 +126,10 @@ class RingState(FullState):
         self.pending = False  # whether some row's slot waits for its token still
 
     @property
-    def seq_len(self) -> int:
+    def in_order(self) -> bool:
+        return type(self) is RingState and not self.wrapped
+
+    def _seen(self) -> int:
         return self.total
 
     def held(self, tokens: int) -> int:
@@ -204,7 +139,7 @@ class RingState(FullState):
     def append(self, k: Tensor, v: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor, Layout]:
         """Returns what is held with the new tokens: in order, or as the ring lies when a few tokens came."""
         if self.k is not None:
-            _check_fits(self.k, self.v, k, v)
+            check_fits(self.k, self.v, k, v)
         total = self.total + k.shape[2]
         if not self.wrapped and total <= self.ring:
             self.k = k if self.k is None else torch.cat([self.k, k], dim=2)
@@ -212,8 +147,8 @@ class RingState(FullState):
             self.total = total
             return self.k, self.v, layout_of(padding_mask)
         start = None if padding_mask is None else first_real(padding_mask)
-        learning = torch.is_grad_enabled() and (k.requires_grad or v.requires_grad)
-        if self.wrapped and k.shape[2] <= ROLLBACK and not learning:
+        learning = torch.is_grad_enabled() and any(x.requires_grad for x in (k, v, self.k, self.v) if x is not None)
+        if self.wrapped and k.shape[2] <= ROLLBACK and not (learning or self.learning):
             return self._few(k, v, total, start, padding_mask)
         return self._many(k, v, total, start, padding_mask)
 
@@ -301,28 +236,15 @@ class RingState(FullState):
         """(B, slots): which slots hold a token older than `limit`, so that it is not in the ring as well."""
         return start[:, None] + self.slots_at[:slots] < limit if slots else start.new_zeros(len(start), 0).bool()
 
-    def crop(self, n: int) -> None:
-        if not 0 <= n <= self.total:
-            raise ValueError(f"crop: got {n}, the state has seen {self.total} tokens; valid is 0 to {self.total}")
-        if n == 0:
-            self.reset()
-        elif not self.wrapped:
-            super().crop(n)
-            self.total = n
-        elif n < self.total:
-            least = self.oldest + self.keep - 1
-            if self.oldest and n < least:
-                raise ValueError(
-                    f"crop: got {n}, but the tokens that a window ending there needs were evicted; valid are 0 and "
-                    f"{least} to {self.total}"
-                )
-            self.total, self.pending = n, True
-
-
-def _check_fits(k: Tensor, v: Tensor, new_k: Tensor, new_v: Tensor) -> None:
-    for which, old, new in (("k", k, new_k), ("v", v, new_v)):
-        if (old.shape[:2], old.shape[3], old.dtype) != (new.shape[:2], new.shape[3], new.dtype):
+    def _check_crop(self, n: int) -> None:
+        least = self.oldest + self.keep - 1
+        if self.wrapped and self.oldest and n < least:
             raise ValueError(
-                f"{which}: the state holds {tuple(old.shape)} {old.dtype}, got new tokens "
-                f"{tuple(new.shape)} {new.dtype}; only the number of tokens may differ"
+                f"crop: got {n}, but the tokens that a window ending there needs were evicted; valid are 0 and "
+                f"{least} to {self.total}"
             )
+
+    def _crop(self, n: int) -> None:
+        if not self.wrapped:
+            super()._crop(n)
+        self.total, self.pending = n, True

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from effattn.kernels.flash.pattern import Layout, first_real
-from effattn.states import ROLLBACK, FullState, _check_fits
+from effattn.state_base import check_fits
+from effattn.states import ROLLBACK, FullState
 
 
 @dataclass(frozen=True)
@@ -33,14 +34,13 @@ class SummaryState(FullState):
         self.keep = keep
         self.reset()
 
-    def reset(self) -> None:
+    def _reset(self) -> None:
         self.k = self.v = None
         self.total = self.oldest = 0
         for name in self.summary:
             setattr(self, name, None)
 
-    @property
-    def seq_len(self) -> int:
+    def _seen(self) -> int:
         return self.total
 
     @property
@@ -48,8 +48,7 @@ class SummaryState(FullState):
         found = {name: getattr(self, name) for name in ("k", "v", *self.summary)}
         return {name: x for name, x in found.items() if x is not None}
 
-    @property
-    def nbytes(self) -> int:
+    def _bytes(self) -> int:
         return sum(x.nbytes for x in self._tensors.values())
 
     def held(self, tokens: int) -> int:
@@ -59,7 +58,7 @@ class SummaryState(FullState):
     def append(self, k: Tensor, v: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor, Layout]:
         past = self.total
         if self.k is not None:
-            _check_fits(self.k, self.v, k, v)
+            check_fits(self.k, self.v, k, v)
             k, v = torch.cat([self.k, k], dim=2), torch.cat([self.v, v], dim=2)
         self.k, self.v = k, v
         self.total = self.oldest + k.shape[2]
@@ -75,27 +74,24 @@ class SummaryState(FullState):
             self.k, self.v = self.k[:, :, extra:].contiguous(), self.v[:, :, extra:].contiguous()
             self.oldest += extra
 
-    def select(self, index: Tensor) -> None:
+    def _select(self, index: Tensor) -> None:
         for name, x in self._tensors.items():
             setattr(self, name, x.index_select(0, index))
 
-    def repeat(self, n: int) -> None:
+    def _repeat(self, n: int) -> None:
         for name, x in self._tensors.items():
             setattr(self, name, x.repeat_interleave(n, dim=0))
 
-    def crop(self, n: int) -> None:
-        if not 0 <= n <= self.total:
-            raise ValueError(f"crop: got {n}, the state has seen {self.total} tokens; valid is 0 to {self.total}")
+    def _check_crop(self, n: int) -> None:
         least = self.oldest + self.keep if self.oldest else 0
-        if n and n < least:
+        if n < least:
             raise ValueError(
                 f"crop: got {n}, but tokens needed then were summed up; valid are 0 and {least} to {self.total}"
             )
-        if n == 0:
-            self.reset()
-        elif n < self.total:
-            self.k, self.v = (x[:, :, : n - self.oldest].contiguous() for x in (self.k, self.v))
-            self.total = n
+
+    def _crop(self, n: int) -> None:
+        self.k, self.v = (x[:, :, : n - self.oldest].contiguous() for x in (self.k, self.v))
+        self.total = n
 
 
 class SlotState(SummaryState):

@@ -32,8 +32,8 @@ class PackedRing(PackedState):
         super().__init__(replace(format, residual=min(format.residual, keep + ROLLBACK)), first)
         self.size = -(-(keep + ROLLBACK - self.format.residual) // self.format.flush) * self.format.flush
 
-    def reset(self) -> None:
-        super().reset()
+    def _reset(self) -> None:
+        super()._reset()
         self.newest = 0  # everything below this number has been packed once: what the ring's places are counted from
 
     def predicted_bytes(self, tokens: int, batch: int, kv_heads: int, head_dim: int, itemsize: int) -> int:
@@ -56,7 +56,7 @@ class PackedRing(PackedState):
     def _pack(self, border: int, sources: list, new: New) -> None:
         for at, k, v in list(self._packed(border, sources, new)):  # all of them, before anything is overwritten
             self._store(at, k, v)
-            self.stored = at + k.tokens
+        self.stored = max(self.stored, border)
 
     def _store(self, at: int, k: Codes, v: Codes) -> None:
         if not self.pages:

@@ -23,7 +23,7 @@ from effattn.quant.rotation import hadamard
 from torch import Tensor
 
 from effattn.errors import Unsupported
-from effattn.states import Inside, State, _check_fits
+from effattn.state_base import Inside, State, check_fits
 
 TILE = 512  # tokens that are packed at once
 
@@ -67,7 +67,7 @@ class PackedState(State):
         self.format = replace(format, first=max(first, format.first))
         self.reset()
 
-    def reset(self) -> None:
+    def _reset(self) -> None:
         self.pages: list[tuple[Codes, Codes]] = []
         self.rest: tuple[Tensor, Tensor] | None = None
         self.firsts: tuple[Tensor, Tensor] | None = None
@@ -81,12 +81,10 @@ class PackedState(State):
 
     # What is held ------------------------------------------------------------------------------------------------
 
-    @property
-    def seq_len(self) -> int:
+    def _seen(self) -> int:
         return self.total
 
-    @property
-    def nbytes(self) -> int:
+    def _bytes(self) -> int:
         """Bytes of memory that are allocated for it: whole storages, not what views show of them."""
         storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in self.tensors()}
         return sum(storages.values())
@@ -123,12 +121,12 @@ class PackedState(State):
     def append(self, k: Tensor, v: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor, Layout]:
         """Returns the new tokens (rotated, if the format says so), and where they lie: this state attends over them and
         what it holds, and takes them in then. Raises Unsupported where gradients would flow through packed numbers."""
-        if torch.is_grad_enabled() and (k.requires_grad or v.requires_grad):
+        if self.learning or (torch.is_grad_enabled() and (k.requires_grad or v.requires_grad)):
             raise Unsupported(
                 f"cache: {self.format} has no gradients; valid are torch.no_grad(), or use_cache=False while training"
             )
         if self.rest is not None:
-            _check_fits(*self.rest, k, v)
+            check_fits(*self.rest, k, v)
         k = hadamard(k) if "k" in self.format.rotate else k
         v = hadamard(v) if "v" in self.format.rotate else v
         start = None if padding_mask is None else first_real(padding_mask)
@@ -163,7 +161,6 @@ class PackedState(State):
         sources, self.total = self._sources(new), new.end
         border = self.border(self.total)
         self._pack(border, sources, new)
-        self.stored = max(self.stored, border)
         self._hold(sources, border)
 
     def settle(self, new: New, floor: int) -> None:
@@ -187,6 +184,7 @@ class PackedState(State):
         for at, k, v in self._packed(border, sources, new):
             self._store(at, k, v)
             self.stored = at + k.tokens
+        self.stored = max(self.stored, border)  # a ring packs only what it has places for
 
     def _packed(self, border: int, sources: list, new: New) -> Iterator[tuple[int, Codes, Codes]]:
         """The tokens below `border` that are not packed yet, tile by tile: the first one's number, keys and values."""
@@ -236,22 +234,19 @@ class PackedState(State):
 
     # Changing what is held ---------------------------------------------------------------------------------------
 
-    def crop(self, n: int) -> None:
-        if not 0 <= n <= self.total:
-            raise ValueError(f"crop: got {n}, the state has seen {self.total} tokens; valid is 0 to {self.total}")
+    def _check_crop(self, n: int) -> None:
         least = self._least()
-        if 0 < n < min(least, self.total):
+        if n < least:
             raise ValueError(
                 f"crop: got {n}, but the tokens before number {least} are packed for good; valid are 0 and {least} to "
                 f"{self.total} ({self.format} takes back what is in full precision)"
             )
-        if n == 0:
-            self.reset()
-        elif n < self.total:
-            rest = tuple(x[:, :, : max(0, n - self.begin)].clone() for x in self.rest)
-            firsts = self.firsts and tuple(x[:, :, :n].clone() for x in self.firsts)
-            stored = max(self.begin, min(self.stored, self.border(n)))
-            self._rewind(n, min(stored, n), min(self.begin, n), rest, firsts)
+
+    def _crop(self, n: int) -> None:
+        rest = tuple(x[:, :, : max(0, n - self.begin)].clone() for x in self.rest)
+        firsts = self.firsts and tuple(x[:, :, :n].clone() for x in self.firsts)
+        stored = max(self.begin, min(self.stored, self.border(n)))
+        self._rewind(n, min(stored, n), min(self.begin, n), rest, firsts)
 
     def _least(self) -> int:
         """The fewest tokens but 0 that `crop` can go back to."""
@@ -272,29 +267,21 @@ class PackedState(State):
             if end < stored:
                 self.pages.append(tuple(codes[: stored - end].map(torch.clone) for codes in (k, v)))
 
-    def reorder(self, index: Tensor) -> None:
-        if self.rest is not None and len(index) != len(self.rest[0]):
-            raise ValueError(f"index: expected {len(self.rest[0])} rows, got {len(index)}; select() changes the batch")
-        self.select(index)
-
-    def select(self, index: Tensor) -> None:
+    def _select(self, index: Tensor) -> None:
         if self.rest is not None:
             index = index.to(self.device)
-            self._change(lambda x: x.index_select(0, index))
+            self.change(lambda x: x.index_select(0, index))
 
-    def repeat(self, n: int) -> None:
-        self._change(lambda x: x.repeat_interleave(n, dim=0))
+    def _repeat(self, n: int) -> None:
+        self.change(lambda x: x.repeat_interleave(n, dim=0))
 
-    def move(self, device: torch.device | str) -> None:
-        self._change(lambda x: x.to(device, non_blocking=True))
-
-    def _change(self, change: Callable[[Tensor], Tensor]) -> None:
-        """Changes every tensor, page by page, so that one page at most is there twice. What `change` refuses, it
-        refuses before anything has changed."""
-        rest, firsts = (pair and tuple(map(change, pair)) for pair in (self.rest, self.firsts))
+    def change(self, how: Callable[[Tensor], Tensor]) -> None:
+        """Changes every tensor, page by page, so that one page at most is there twice. What `how` refuses, it refuses
+        before anything has changed."""
+        rest, firsts = (pair and tuple(map(how, pair)) for pair in (self.rest, self.firsts))
         self.rest, self.firsts = rest, firsts
         for index, page in enumerate(self.pages):
-            self.pages[index] = tuple(codes.map(change) for codes in page)
+            self.pages[index] = tuple(codes.map(how) for codes in page)
 
 
 def neutral(x: Tensor, coding: Coding, number: Tensor, new: New, first: int) -> Tensor:

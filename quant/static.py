@@ -25,7 +25,7 @@ from torch import Tensor
 
 from effattn.errors import Unsupported
 from effattn.hf.state_layer import StateLayer
-from effattn.states import Inside, State, _check_fits
+from effattn.state_base import Inside, State, check_fits
 
 
 class StaticState(State):
@@ -46,14 +46,9 @@ class StaticState(State):
         self.total: Tensor | None = None  # 0-d int64
         self._new: New | None = None
 
-    @property
-    def seq_len(self) -> int | Tensor:
+    def _seen(self) -> int | Tensor:
         """Tokens so far, a 0-d int64 tensor as in transformers' StaticLayer; 0 before the first."""
         return 0 if self.total is None else self.total
-
-    @property
-    def nbytes(self) -> int:
-        return sum(x.nbytes for x in self.tensors())
 
     def predicted_bytes(self, batch: int, kv_heads: int, head_dim: int, itemsize: int) -> int:
         """`nbytes` from the first call on, but for 8 bytes of length."""
@@ -69,10 +64,10 @@ class StaticState(State):
 
     def append(self, k: Tensor, v: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor, Layout]:
         """As `PackedState.append`. ValueError for more tokens than there is room for, where that can be known."""
-        if torch.is_grad_enabled() and (k.requires_grad or v.requires_grad):
+        if self.learning or (torch.is_grad_enabled() and (k.requires_grad or v.requires_grad)):
             raise Unsupported(f"cache: {self.format} has no gradients; valid is torch.no_grad()")
         if self.rest is not None:
-            _check_fits(*self.rest, k, v)
+            check_fits(*self.rest, k, v)
         if not torch.compiler.is_compiling() and (past := int(self.seq_len)) + k.shape[2] > self.length:
             raise ValueError(f"cache: got {past} + {k.shape[2]} tokens, valid are at most max_length={self.length}")
         k = hadamard(k) if "k" in self.format.rotate else k
@@ -192,42 +187,34 @@ class StaticState(State):
 
     # Changing what is held ---------------------------------------------------------------------------------------
 
-    def crop(self, n: int | Tensor) -> None:
-        n, total = int(n), int(self.seq_len)
-        if not 0 <= n <= total:
-            raise ValueError(f"crop: got {n}, the state has seen {total} tokens; valid is 0 to {total}")
-        if n == 0:
-            self.reset()
-        elif self.border(n) < total - self.size:
+    def _check_crop(self, n: int) -> None:
+        total = int(self._seen())
+        if self.border(n) < total - self.size:
             least = next(m for m in range(n, total + 1) if self.border(m) >= total - self.size)
             raise ValueError(f"crop: got {n}, but the tokens before are packed; valid are 0 and {least} to {total}")
-        else:
-            self.total.fill_(n)
 
-    def reset(self) -> None:
+    def _crop(self, n: int) -> None:
+        self.total.fill_(n)
+
+    def _reset(self) -> None:
         if self.total is not None:
             self.total.zero_()
 
-    def reorder(self, index: Tensor) -> None:
-        if self.rest is not None and len(index) != len(self.rest[0]):
-            raise ValueError(f"index: expected {len(self.rest[0])} rows, got {len(index)}; select() changes the batch")
-        for x in self.tensors():
+    def _reorder(self, index: Tensor) -> None:
+        for x in self.tensors():  # in place: a compiled step knows where they lie
             x.copy_(x.index_select(0, index.to(x.device)))
 
-    def select(self, index: Tensor) -> None:
-        self._change(lambda x: x.index_select(0, index.to(x.device)))
+    def _select(self, index: Tensor) -> None:
+        self._change_rows(lambda x: x.index_select(0, index.to(x.device)))
 
-    def repeat(self, n: int) -> None:
-        self._change(lambda x: x.repeat_interleave(n, dim=0))
+    def _repeat(self, n: int) -> None:
+        self._change_rows(lambda x: x.repeat_interleave(n, dim=0))
 
-    def move(self, device: torch.device | str) -> None:
-        self._change(lambda x: x.to(device))
-        self.total = self.total if self.total is None else self.total.to(device)
-
-    def _change(self, change) -> None:
-        self.codes = self.codes and tuple(codes.map(change) for codes in self.codes)
-        self.rest = self.rest and tuple(map(change, self.rest))
-        self.firsts = self.firsts and tuple(map(change, self.firsts))
+    def _change_rows(self, how) -> None:
+        self.codes = self.codes and tuple(codes.map(how) for codes in self.codes)
+        self.rest = self.rest and tuple(map(how, self.rest))
+        self.firsts = self.firsts and tuple(map(how, self.firsts))
+        self.total = None if self.total is None else self.total.clone()  # of its own, where this is one row's copy
 
 
 class StaticLayer(StateLayer):

@@ -157,29 +157,28 @@ class GlobalFull(FullState):
         super().__init__()
         self.twin = FullState()
 
-    @property
-    def nbytes(self) -> int:
-        return super().nbytes + self.twin.nbytes
+    def _bytes(self) -> int:
+        return super()._bytes() + self.twin.nbytes
 
     def append_global(self, k: Tensor, v: Tensor, start: Tensor | None) -> tuple[Tensor, Tensor]:
         """Global keys and values of the new tokens -> of all tokens."""
         return self.twin.append(k, v)[:2]
 
-    def select(self, index: Tensor) -> None:
-        super().select(index)
+    def _select(self, index: Tensor) -> None:
+        super()._select(index)
         self.twin.select(index)
 
-    def repeat(self, n: int) -> None:
-        super().repeat(n)
+    def _repeat(self, n: int) -> None:
+        super()._repeat(n)
         self.twin.repeat(n)
 
-    def crop(self, n: int) -> None:
-        super().crop(n)
+    def _crop(self, n: int) -> None:
+        super()._crop(n)
         if self.twin.seq_len:
             self.twin.crop(n)
 
-    def reset(self) -> None:
-        super().reset()
+    def _reset(self) -> None:
+        super()._reset()
         self.twin = FullState()
 
 
@@ -190,14 +189,13 @@ class GlobalRing(RingState):
         self.first = first
         super().__init__(window, partial(first_positions, first))
 
-    def reset(self) -> None:
-        super().reset()
+    def _reset(self) -> None:
+        super()._reset()
         self.twin: FullState | None = FullState()
         self.least = 0  # once the twin is dropped, the state cannot go back before this token
 
-    @property
-    def nbytes(self) -> int:
-        return super().nbytes + (self.twin.nbytes if self.twin else 0)
+    def _bytes(self) -> int:
+        return super()._bytes() + (self.twin.nbytes if self.twin else 0)
 
     def append_global(self, k: Tensor, v: Tensor, start: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         """Global keys and values of the new tokens -> of all tokens; None when there are no more global rows."""
@@ -209,21 +207,24 @@ class GlobalRing(RingState):
             self.twin, self.least = None, least
         return k, v
 
-    def select(self, index: Tensor) -> None:
-        super().select(index)
+    def _select(self, index: Tensor) -> None:
+        super()._select(index)
         if self.twin:
             self.twin.select(index)
 
-    def repeat(self, n: int) -> None:
-        super().repeat(n)
+    def _repeat(self, n: int) -> None:
+        super()._repeat(n)
         if self.twin:
             self.twin.repeat(n)
 
-    def crop(self, n: int) -> None:
-        if 0 < n < self.least:
+    def _check_crop(self, n: int) -> None:
+        if n < self.least:
             raise ValueError(f"crop: got {n}, global projections were dropped; valid are 0 and {self.least} or more")
-        super().crop(n)
-        if n and self.twin and self.twin.seq_len:
+        super()._check_crop(n)
+
+    def _crop(self, n: int) -> None:
+        super()._crop(n)
+        if self.twin and self.twin.seq_len:
             self.twin.crop(n)
 
 

@@ -88,25 +88,25 @@ class LSH(Backend):
             self.rotations = torch.empty_like(given)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
-    def forward(self, q, k, v, causal=True, padding_mask=None, state=None, scale=None, rotary=None, **extras):
-        """As `Backend.forward`; but a state holds rotated keys, since their buckets are told from those."""
-        if isinstance(state, BucketState):
-            self._check(q, k, v, causal, padding_mask, state, scale, rotary)
-            if not causal:
-                raise Unsupported(
-                    "lsh: state: got one with causal=False, where later tokens change the past; valid is None"
-                )
-            if q.shape[2] > k.shape[2]:
-                raise ValueError(
-                    f"q: got {q.shape[2]} tokens, with a state valid are at most the {k.shape[2]} new keys"
-                )
-            self._check_positions(rotary, causal, state, padding_mask)
-            if rotary is not None:
-                total, layout = state.seq_len + k.shape[2], layout_of(padding_mask)
-                at = (layout.query_positions(x.shape[2], total, x.device).clamp(min=0) for x in (q, k))
-                q, k = rotary(q, k, *(x if padding_mask is not None else x[0] for x in at))
-                rotary = None
-        return super().forward(q, k, v, causal, padding_mask, state, scale, rotary, **extras)
+    def _check(self, q, k, v, causal, padding_mask, state, *others) -> None:
+        super()._check(q, k, v, causal, padding_mask, state, *others)
+        if not isinstance(state, BucketState):
+            return
+        if not causal:
+            raise Unsupported(
+                "lsh: state: got one with causal=False, where later tokens change the past; valid is None"
+            )
+        if q.shape[2] > k.shape[2]:
+            raise ValueError(f"q: got {q.shape[2]} tokens, with a state valid are at most the {k.shape[2]} new keys")
+
+    def run(self, q, k, v, causal, padding_mask, state, scale, rotary, extras):
+        """As `Backend.run`; but a state holds rotated keys, since their buckets are told from those."""
+        if isinstance(state, BucketState) and rotary is not None:
+            total, layout = state.seq_len + k.shape[2], layout_of(padding_mask)
+            at = (layout.query_positions(x.shape[2], total, x.device).clamp(min=0) for x in (q, k))
+            q, k = rotary(q, k, *(x if padding_mask is not None else x[0] for x in at))
+            rotary = None
+        return super().run(q, k, v, causal, padding_mask, state, scale, rotary, extras)
 
     def hash(self, x: Tensor) -> Tensor:
         """The buckets of x (B, H, T, D), int64 (B, H, rounds, T)."""

@@ -1,0 +1,316 @@
+"""What every state of a backend is: its public operations, checked in one place, and what it knows beside its tokens.
+
+A kind of state subclasses `State` and writes `append` and the methods with a leading underscore, which get checked
+arguments. They know padding on the left only: `effattn.padding` moves any other padding there, and gives every row a
+state of its own (`rows`) where tokens of different rows can no longer lie side by side.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from effattn.kernels.flash.pattern import Layout
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What the first keys and values of a state were like; only the number of tokens may differ afterwards."""
+
+    batch: int
+    kv_heads: int
+    head_dim: int
+    value_dim: int
+    dtype: torch.dtype
+    device: torch.device
+
+    @classmethod
+    def of(cls, k: Tensor, v: Tensor) -> Sizes:
+        return cls(*k.shape[:2], k.shape[3], v.shape[3], k.dtype, k.device)
+
+
+class State:
+    """Base class. `index` tensors are int64 over the batch. `evicts`: whether tokens are forgotten, so that few can be
+    taken back; `candidates`: told before a call, so many of its last tokens may be taken back after it; `packed`: what
+    it holds can only be read by itself (`Inside`); `static`: its length is a tensor, so that a step compiles once.
+
+    `owner`: the backend that it belongs to, in words; `sizes`: what it began with; `learning`: whether gradients may
+    flow through the present call, so that nothing is written in place. `real` (B, seq_len) bool: which tokens were
+    real, None where all were; `moved`: whether they lie elsewhere than they came; `rows`: one state for each row.
+    """
+
+    evicts = True
+    packed = False
+    static = False
+    candidates = 0
+    owner: str | None = None
+    sizes: Sizes | None = None
+    learning = False
+    real: Tensor | None = None
+    moved = False
+    rows: list[State] | None = None
+
+    # What a kind of state writes ---------------------------------------------------------------------------------
+
+    def append(self, k: Tensor, v: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor, Layout]:
+        """Adds new keys (B, Hkv, T, D) and values (B, Hkv, T, Dv); padding_mask (B, seq_len + T) bool, on the left.
+
+        Returns the keys and values to attend over, and where they lie.
+        """
+        raise NotImplementedError
+
+    def _seen(self) -> int:
+        """Tokens that were appended."""
+        raise NotImplementedError
+
+    def _bytes(self) -> int:
+        """Bytes held."""
+        return sum(x.nbytes for x in self.tensors())
+
+    def _select(self, index: Tensor) -> None:
+        """Keeps the rows of `index`; nothing is shared with what was held before."""
+        raise NotImplementedError
+
+    def _reorder(self, index: Tensor) -> None:
+        self._select(index)
+
+    def _repeat(self, n: int) -> None:
+        raise NotImplementedError
+
+    def _check_crop(self, n: int) -> None:
+        """ValueError unless the first 0 < n < _seen() tokens can be gone back to."""
+
+    def _crop(self, n: int) -> None:
+        """Keeps the first 0 < n < _seen() tokens, which `_check_crop` has allowed."""
+        raise NotImplementedError
+
+    def _reset(self) -> None:
+        """Forgets all tokens."""
+        raise NotImplementedError
+
+    # What everyone calls -----------------------------------------------------------------------------------------
+
+    @property
+    def seq_len(self) -> int:
+        """Tokens seen, padding included, whether or not they are still held."""
+        return self._seen() if self.rows is None else self.real.shape[1]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held of keys and values, or of what became of them."""
+        return self._bytes() if self.rows is None else sum(row.nbytes for row in self.rows)
+
+    def reorder(self, index: Tensor) -> None:
+        """Row i becomes the old row index[i] (beam search): index has the batch's length."""
+        self.check_index(index, whole=True)
+        self._take_rows(index, self._reorder)
+
+    def select(self, index: Tensor) -> None:
+        """Keeps the rows of `index`. ValueError for rows that are not there."""
+        self.check_index(index)
+        self._take_rows(index, self._select)
+
+    def _take_rows(self, index: Tensor, how: Callable[[Tensor], None]) -> None:
+        if self.batch is None:
+            return
+        if self.rows is not None:
+            self.rows = [self.rows[row].alone(0) for row in index.tolist()]
+        else:
+            how(index)
+        self._now(len(index), lambda x: x.index_select(0, index.to(x.device)))
+
+    def repeat(self, n: int) -> None:
+        """Each row n times, next to each other."""
+        if type(n) is not int or n < 1:
+            raise ValueError(f"repeat: got {n!r}, valid is a whole number of at least 1")
+        batch = self.batch
+        if batch is None:
+            return
+        if self.rows is not None:
+            self.rows = [row.alone(0) for row in self.rows for _ in range(n)]
+        else:
+            self._repeat(n)
+        self._now(batch * n, lambda x: x.repeat_interleave(n, dim=0))
+
+    def crop(self, n: int) -> None:
+        """Keeps the first n tokens. ValueError unless 0 <= n <= seq_len, and for what was evicted."""
+        n = int(n)
+        self.check_crop(n)
+        if n == 0:
+            self.reset()
+        elif n < int(self.seq_len):
+            if self._apart(n):
+                rows = self._cut(n)
+                self._reset()
+                self.rows = [row for row, _ in rows]
+                for row, left in rows:
+                    row.crop(left)
+            else:
+                self._crop(n)
+            self.real = None if self.real is None else self.real[:, :n].clone()
+
+    def check_crop(self, n: int) -> None:
+        """Raises what `crop(n)` would; nothing is changed."""
+        total = int(self.seq_len)
+        if not 0 <= n <= total:
+            raise ValueError(f"crop: got {n}, the state has seen {total} tokens; valid is 0 to {total}")
+        if not 0 < n < total:
+            return
+        if not self._apart(n):
+            self._check_crop(n)
+            return
+        for row, left in self._cut(n):
+            row.check_crop(left)
+
+    def reset(self) -> None:
+        """Forgets everything."""
+        self.real = self.rows = self.sizes = None
+        self.moved = False
+        self._reset()
+
+    def move(self, device: torch.device | str) -> None:
+        """To another device."""
+        self.change(lambda x: x.to(device, non_blocking=True))
+        if self.sizes is not None:
+            self.sizes = replace(self.sizes, device=torch.empty(0, device=device).device)
+
+    # What it is like ---------------------------------------------------------------------------------------------
+
+    def tensors(self) -> Iterator[Tensor]:
+        """All that it holds of its tokens."""
+        for value in vars(self).values():
+            if isinstance(value, Tensor) and value is not self.real:
+                yield value
+            elif isinstance(value, State):
+                yield from value.tensors()
+
+    def change(self, how: Callable[[Tensor], Tensor]) -> None:
+        """Every tensor becomes `how` of it."""
+        for name, value in vars(self).items():
+            setattr(self, name, _changed(value, how))
+
+    @property
+    def batch(self) -> int | None:
+        """Rows; None while nothing is held."""
+        if self.sizes is not None:
+            return self.sizes.batch
+        held = next(self.tensors(), None)
+        return None if held is None else held.shape[0]
+
+    def check_index(self, index: Tensor, whole: bool = False) -> None:
+        """ValueError unless `index` (N,) names rows of the batch; `whole`: as many as there are."""
+        batch = self.batch
+        if batch is None:
+            return
+        if index.ndim != 1 or index.is_floating_point() or index.dtype == torch.bool:
+            raise ValueError(f"index: got {index.dtype} {tuple(index.shape)}, valid are row numbers (rows,) int64")
+        if whole and len(index) != batch:
+            raise ValueError(f"index: expected {batch} rows, got {len(index)}; select() changes the batch")
+        if len(index) and not 0 <= int(index.min()) <= int(index.max()) < batch:
+            raise ValueError(f"index: got rows {index.tolist()}, valid are 0 to {batch - 1}")
+
+    def ready(self, learning: bool) -> None:
+        """Before a call: `learning` says whether gradients may flow. What was made under inference_mode and may have to
+        be written in place becomes ordinary tensors, unless it is inference_mode still."""
+        self.learning = learning
+        if not torch.is_inference_mode_enabled() and any(x.is_inference() for x in self.everything()):
+            self.change(torch.clone)
+
+    def everything(self) -> Iterator[Tensor]:
+        """All tensors, of all rows too."""
+        yield from self.tensors()
+        for row in self.rows or ():
+            yield from row.everything()
+
+    def note(self, owner: str, k: Tensor, v: Tensor) -> None:
+        """After a call of `owner` with the new tokens k and v."""
+        self.owner, self.learning = owner, False
+        if self.sizes is None:
+            self.sizes = Sizes.of(k, v)
+
+    # Rows apart --------------------------------------------------------------------------------------------------
+
+    def split(self) -> list[State]:
+        """A state for each row, with nothing of this one. A row's `real` says where its padding on the left ends."""
+        if self.rows is not None:
+            return [row.alone(0) for row in self.rows]
+        return [self.alone(row) for row in range(self.batch)]
+
+    def alone(self, row: int) -> State:
+        """A copy of one row."""
+        one = self.shallow()
+        real = None if self.real is None else self.real[row : row + 1].sort(dim=1).values  # False comes first
+        one._select(torch.tensor([row], device=next(self.tensors()).device))
+        one.real, one.moved = real, False
+        one.sizes = None if self.sizes is None else replace(self.sizes, batch=1)
+        return one
+
+    def shallow(self) -> State:
+        """A copy that shares the tensors."""
+        one = copy.copy(self)
+        for name, value in vars(self).items():
+            if isinstance(value, State):
+                setattr(one, name, value.shallow())
+            elif isinstance(value, list):
+                setattr(one, name, list(value))
+        return one
+
+    def _apart(self, n: int) -> bool:
+        """Whether rows lose different numbers of tokens when all but the first n go."""
+        return self.rows is not None or (self.moved and not bool(self.real[:, n:].all()))
+
+    def _cut(self, n: int) -> list[tuple[State, int]]:
+        """For each row its own state, and how many of its tokens are among the first n."""
+        gone = self.real[:, n:].sum(dim=1).tolist()
+        return [(row, int(row.seq_len) - less) for row, less in zip(self.split(), gone, strict=True)]
+
+    def _now(self, batch: int, change: Callable[[Tensor], Tensor]) -> None:
+        """What goes with rows that have changed."""
+        self.real = None if self.real is None else change(self.real)
+        self.sizes = None if self.sizes is None else replace(self.sizes, batch=batch)
+
+
+@dataclass(frozen=True)
+class Inside(Layout):
+    """The given keys are the new tokens alone, and `state` attends over them and what it holds (`state.attend`)."""
+
+    state: State | None = None
+
+
+def check_fits(k: Tensor, v: Tensor, new_k: Tensor, new_v: Tensor) -> None:
+    """ValueError where held keys and values, and new ones, differ in more than the number of tokens."""
+    for which, old, new in (("k", k, new_k), ("v", v, new_v)):
+        if (old.shape[:2], old.shape[3], old.dtype) != (new.shape[:2], new.shape[3], new.dtype):
+            raise ValueError(
+                f"{which}: the state holds {tuple(old.shape)} {old.dtype}, got new tokens "
+                f"{tuple(new.shape)} {new.dtype}; only the number of tokens may differ"
+            )
+
+
+def check_sizes(sizes: Sizes, tokens: int, k: Tensor, v: Tensor) -> None:
+    """ValueError where new keys and values do not fit those that a state of so many tokens began with."""
+    new = Sizes.of(k, v)
+    for which, dim, given in (("k", sizes.head_dim, k), ("v", sizes.value_dim, v)):
+        old = (sizes.batch, sizes.kv_heads, tokens, dim)
+        if (old[:2], dim, sizes.dtype) != (given.shape[:2], given.shape[3], new.dtype):
+            raise ValueError(
+                f"{which}: the state holds {old} {sizes.dtype}, got new tokens {tuple(given.shape)} {new.dtype}; only "
+                "the number of tokens may differ"
+            )
+    if new.device != sizes.device:
+        raise ValueError(f"k: the state is on {sizes.device}, got new tokens on {new.device}; state.move() moves it")
+
+
+def _changed(value, how: Callable[[Tensor], Tensor]):
+    if isinstance(value, Tensor):
+        return how(value)
+    if isinstance(value, State):
+        value.change(how)
+        return value
+    if isinstance(value, (tuple, list)):
+        return type(value)(_changed(each, how) for each in value)
+    return value.map(how) if hasattr(value, "map") else value
