@@ -2,15 +2,25 @@
 
 Training always goes through `transformers.Trainer`, so that `accelerate launch` or `torchrun` spreads it
 over processes and a killed run resumes exactly (optimizer, scheduler, random state, place in the data).
+
+A Trainer leaves a lot behind on what it trains: autocast around `forward`, flags, a changed config. `lent` takes all of
+it off again, and holds half-precision weights in fp32 meanwhile:
+
+    with training.lent(student, teacher) as loan:
+        loan.train_only(parameters)
+        training.train(Trainer(model=student, ...))
 """
 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from torch import nn
 from torch.utils.data import Dataset
 
 if TYPE_CHECKING:  # at its first use otherwise: it takes 150 MB
@@ -46,9 +56,10 @@ class TokenWindows(Dataset):
         return {"input_ids": window, "labels": window}
 
 
-def bf16_pays() -> bool:
-    """Whether bf16 matrix products are native on this machine (elsewhere they are emulated, and slow)."""
-    if torch.cuda.is_available():
+def bf16_pays(on_cpu: bool | None = None) -> bool:
+    """Whether bf16 matrix products are native (elsewhere they are emulated, and slow): on the CPU, or on the GPU (None:
+    if there is one)."""
+    if torch.cuda.is_available() and not on_cpu:
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return bool(torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
@@ -59,6 +70,7 @@ def arguments(
     """The Trainer settings that all jobs share; `overrides` go to `TrainingArguments` as they are."""
     from transformers import TrainingArguments
 
+    on_cpu = overrides.setdefault("use_cpu", not torch.cuda.is_available())  # asked for bf16, it needs to be told
     settings = dict(
         output_dir=str(output),
         max_steps=steps,
@@ -69,7 +81,7 @@ def arguments(
         adam_beta2=0.95,
         weight_decay=0.1,
         max_grad_norm=1.0,
-        bf16=bf16_pays(),
+        bf16=bf16_pays(on_cpu),
         train_sampling_strategy="sequential",  # TokenWindows shuffles by itself
         save_strategy="steps",
         save_steps=save_every,
@@ -84,6 +96,11 @@ def arguments(
     return TrainingArguments(**settings)
 
 
+def placed(model: nn.Module) -> dict[str, bool]:
+    """The setting that makes a Trainer leave `model` where it is: on the CPU, or on this process's GPU."""
+    return {"use_cpu": next(model.parameters()).device.type == "cpu"}
+
+
 def train(trainer: Trainer) -> None:
     """Runs `trainer`, going on from the newest checkpoint in its output folder if there is one."""
     from transformers.trainer_utils import get_last_checkpoint
@@ -93,3 +110,131 @@ def train(trainer: Trainer) -> None:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*lr_scheduler.step.*")
         trainer.train(resume_from_checkpoint=last)
+
+
+# ---- a model in a Trainer's hands -----------------------------------------------------------------------------------
+
+HALF = (torch.float16, torch.bfloat16)
+# What a Trainer, accelerate and transformers set on the modules that they train, and on configs.
+ON_MODULES = (
+    "forward", "_original_forward", "_is_accelerate_prepared", "_compiled_call_impl", "training",
+    "gradient_checkpointing", "_gradient_checkpointing_func", "_require_grads_hook", "_require_grads_hooks",
+)  # fmt: skip
+ON_CONFIGS = ("use_cache", "dtype")
+
+
+@contextmanager
+def lent(model: nn.Module, *teachers: nn.Module | None) -> Iterator[Loan]:
+    """Everything that trains `model` does it inside: afterwards, also after an error or Ctrl-C, `model` and `teachers`
+    have their own `forward`, flags (training, requires_grad), settings and dtypes again, and no gradients.
+
+    fp16 and bf16 weights are fp32 while lent, since steps are too small for them and Adam's epsilon is 0 in fp16: the
+    whole of `model` takes 4 bytes a weight, besides what the optimizer needs; teachers stay as they are.
+
+    Raises FloatingPointError, naming a parameter, when training ends with weights that are not finite, or that the
+    dtype they came in cannot hold: they are left in fp32 then.
+    """
+    loan = Loan(model, [teacher for teacher in teachers if teacher is not None])
+    try:
+        yield loan
+    except BaseException:
+        loan.end()
+        raise
+    if wrong := loan.end():
+        raise FloatingPointError(wrong)
+
+
+class Loan:
+    """What `lent` yields. Half-precision parameters of `model` are in fp32 from here to `end`."""
+
+    def __init__(self, model: nn.Module, teachers: list[nn.Module]):
+        self.model = model
+        self.before = Settings(model, *teachers)
+        self.dtypes = {parameter: parameter.dtype for parameter in model.parameters()}
+        for parameter, dtype in self.dtypes.items():
+            parameter.grad = None
+            if dtype in HALF:
+                parameter.data = parameter.data.float()
+
+    def train_only(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Freezes all others of the model."""
+        self.model.requires_grad_(False)
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+
+    @contextmanager
+    def as_saved(self) -> Iterator[None]:
+        """While open, the model computes what it will when it is given back, in eval mode: what is measured while it
+        trains is what is saved."""
+        lent, masters = Settings(self.model), {parameter: parameter.data for parameter in self.dtypes}
+        try:
+            self.before.put_back()
+            self.model.eval()
+            for parameter, dtype in self.dtypes.items():
+                parameter.data = parameter.data.to(dtype)
+            yield
+        finally:
+            for parameter, data in masters.items():
+                parameter.data = data
+            lent.put_back()
+
+    def end(self) -> str | None:
+        """Puts everything back; returns what is wrong with the weights, if anything."""
+        wrong = self._wrong()
+        for module in self.model.modules():
+            new = "_require_grads_hooks" not in self.before.modules.get(module, ())
+            for handle in vars(module).get("_require_grads_hooks", ()) if new else ():
+                handle.remove()
+        self.before.put_back()
+        for parameter, dtype in self.dtypes.items():
+            parameter.grad = None
+            if not wrong:
+                parameter.data = parameter.data.to(dtype)
+        return wrong
+
+    def _wrong(self) -> str | None:
+        trained = ((name, p) for name, p in self.model.named_parameters() if p.requires_grad and p in self.dtypes)
+        found = (unfit(name, parameter, self.dtypes[parameter]) for name, parameter in trained)
+        return next((wrong for wrong in found if wrong), None)
+
+
+def unfit(name: str, values: torch.Tensor, dtype: torch.dtype) -> str | None:
+    """Why the trained `values` of a parameter cannot be given back in `dtype`; None: they can."""
+    if not torch.isfinite(values).all():
+        return f"training: {name} is not finite any more; lower the learning rate"
+    if dtype in HALF and not torch.isfinite(values.to(dtype)).all():
+        return (
+            f"training: {name} has come to {float(values.abs().max()):.3g}, beyond {dtype}, which holds up to "
+            f"{torch.finfo(dtype).max:.3g}; lower the learning rate, or load the model in float32"
+        )
+    return None
+
+
+class Settings:
+    """What can be set on a model besides the values of its weights, as it was when this was made."""
+
+    def __init__(self, *models: nn.Module):
+        every = {module: None for model in models for module in model.modules()}
+        configs = {id(module.config): module.config for module in every if hasattr(module, "config")}
+        self.modules = {module: _chosen(module, ON_MODULES) for module in every}
+        self.configs = [(config, _chosen(config, ON_CONFIGS)) for config in configs.values()]
+        self.trained = {parameter: parameter.requires_grad for model in models for parameter in model.parameters()}
+
+    def put_back(self) -> None:
+        for module, settings in self.modules.items():
+            _set(module, ON_MODULES, settings)
+        for config, settings in self.configs:
+            _set(config, ON_CONFIGS, settings)
+        for parameter, trained in self.trained.items():
+            parameter.requires_grad_(trained)
+
+
+def _chosen(thing: object, names: tuple[str, ...]) -> dict[str, object]:
+    return {name: vars(thing)[name] for name in names if name in vars(thing)}
+
+
+def _set(thing: object, names: tuple[str, ...], settings: dict[str, object]) -> None:
+    """Attributes of the object itself, past `__setattr__`: those of `settings`, and no others of `names`."""
+    for name in names:
+        vars(thing).pop(name, None)
+    vars(thing).update(settings)

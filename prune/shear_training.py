@@ -50,7 +50,7 @@ class Shearing(nn.Module):
         super().__init__()
         self.model, self.weights, self.masks, self.constraints = model, weights, masks, constraints
         self.seed, self.step = seed, 0
-        self._teacher = [teacher]  # in a list: no submodule, so no part of checkpoints
+        self.teachers = [] if teacher is None else [teacher]  # a list's are no submodules, so no part of checkpoints
         if masks is not None:
             masks.attach(hf.of(model))
         self.register_state_dict_post_hook(_each_tensor_once)
@@ -70,11 +70,10 @@ class Shearing(nn.Module):
         return {"loss": loss}
 
     def _loss(self, ids: Tensor) -> Tensor:
-        (teacher,) = self._teacher
-        if teacher is None or not self.training:
+        if not (self.teachers and self.training):
             return self.model(input_ids=ids, labels=ids, use_cache=False).loss
         with torch.no_grad():
-            taught = teacher(input_ids=ids, use_cache=False).logits[:, :-1].float().log_softmax(-1)
+            taught = self.teachers[0](input_ids=ids, use_cache=False).logits[:, :-1].float().log_softmax(-1)
         learned = self.model(input_ids=ids, use_cache=False).logits[:, :-1].float().log_softmax(-1)
         return F.kl_div(learned.flatten(0, 1), taught.flatten(0, 1), reduction="batchmean", log_target=True)
 
@@ -133,10 +132,10 @@ class Loading(TrainerCallback):
     """Measures the domains' held-out losses every so many steps, updates their weights, and keeps the record."""
 
     def __init__(
-        self, module: Shearing, domains: Domains, references: Tensor, *, every: int, rule: str, path: Path,
+        self, loan: training.Loan, domains: Domains, references: Tensor, *, every: int, rule: str, path: Path,
         tokens_per_step: int,
     ):  # fmt: skip
-        self.module, self.domains, self.references = module, domains, references
+        self.loan, self.module, self.domains, self.references = loan, loan.model, domains, references
         self.every, self.rule, self.path, self.tokens_per_step = every, rule, path, tokens_per_step
         self.points: list[dict] = json.loads(path.read_text()) if path.exists() else []
 
@@ -161,10 +160,8 @@ class Loading(TrainerCallback):
 
     def _add(self, args, state, change: bool) -> None:
         module, weights = self.module, self.module.weights
-        training_now = module.training
-        module.eval()
-        losses = self.domains.losses(lambda ids: module(ids)["loss"], args.device)
-        module.train(training_now)
+        with self.loan.as_saved():
+            losses = self.domains.losses(lambda ids: module(ids)["loss"], args.device)
         if not torch.isfinite(losses).all():
             worst = self.domains.names[int((~torch.isfinite(losses)).int().argmax())]
             raise FloatingPointError(f"the loss on domain {worst!r} is not finite after step {state.global_step}: "
@@ -226,17 +223,17 @@ def train(
         )  # fmt: skip
         module = module_of(LoadingWeights(domains.proportions, steps // every), steps)
         windows = DomainWindows(domains, module.weights, steps, per_step, every, seed)
-        loading = Loading(module, domains, references, every=every, rule=rule, path=place / "record.json",
-                          tokens_per_step=per_step * domains.length)  # fmt: skip
-        trainer = ShearTrainer(
-            model=module, args=arguments, train_dataset=windows, mask_lr=mask_lr, level_lr=level_lr,
-            multiplier_lr=multiplier_lr, callbacks=[loading, *([Steps(progress)] if progress else [])],
-        )  # fmt: skip
-        trainer.remove_callback(PrinterCallback)  # progress is the caller's
-        start = time.perf_counter()
-        training.train(trainer)
-        seconds = time.perf_counter() - start
-    module.eval()
+        with training.lent(module, *module.teachers) as loan:
+            loading = Loading(loan, domains, references, every=every, rule=rule, path=place / "record.json",
+                              tokens_per_step=per_step * domains.length)  # fmt: skip
+            trainer = ShearTrainer(
+                model=module, args=arguments, train_dataset=windows, mask_lr=mask_lr, level_lr=level_lr,
+                multiplier_lr=multiplier_lr, callbacks=[loading, *([Steps(progress)] if progress else [])],
+            )  # fmt: skip
+            trainer.remove_callback(PrinterCallback)  # progress is the caller's
+            start = time.perf_counter()
+            training.train(trainer)
+            seconds = time.perf_counter() - start
     return module, {
         "tokens": steps * per_step * domains.length, "steps": steps, "seconds": round(seconds, 3),
         "processes": arguments.world_size, "learning_rate": lr, "domains": domains.names,

@@ -28,6 +28,7 @@ from effattn.prune.shear_training import Shearing, steps_of, train
 from effattn.prune.slicing import Keep, slice_model, sliced_config
 from torch import Tensor, nn
 
+from effattn import training
 from effattn.errors import check_choice
 from effattn.hf import anatomy as hf
 from effattn.hf.checkpoint import check_finite
@@ -179,34 +180,40 @@ def learn_masks(
         check_choice("warm_start", warm_start, criteria.CRITERIA)
     if not 0 <= ramp <= 1:
         raise ValueError(f"ramp: got {ramp}, valid is 0 to 1 (a share of the steps)")
-    dtype = _cast(model, torch.float32)
-    references = reference_losses(model, domains)
-    parent = copy.deepcopy(model).eval().requires_grad_(False) if distill or compensate else None
+    dtype = model.dtype
+    with training.lent(model):  # from here to the end: what is folded and solved for is in fp32, too
+        references = reference_losses(model, domains)
+        parent = copy.deepcopy(model).eval().requires_grad_(False) if distill or compensate else None
 
-    def module_of(weights, steps: int) -> Shearing:
-        masks = Masks(parts, smaller, start)
-        if warm_start is not None:
-            _rank(masks, parts, domains, warm_start)
-        return Shearing(model, weights, masks, Lagrangian(masks, int(ramp * steps)), seed, parent if distill else None)
+        def module_of(weights, steps: int) -> Shearing:
+            masks = Masks(parts, smaller, start)
+            if warm_start is not None:
+                _rank(masks, parts, domains, warm_start)
+            return Shearing(
+                model, weights, masks, Lagrangian(masks, int(ramp * steps)), seed, parent if distill else None
+            )
 
-    defaults = default_mask_lrs(steps_of(tokens, domains.length, batch, _overrides(model, overrides))[0], ramp)
-    chosen = {"mask_lr": mask_lr or defaults[0], "level_lr": defaults[1], "multiplier_lr": multiplier_lr or defaults[2]}
-    use_cache = model.config.use_cache
-    module, facts = train(
-        module_of, domains, references, tokens=tokens, folder=folder, batch=batch,
-        lr=lr or default_lr(parts.embeddings.weight.shape[1]), every=every, rule=loading,
-        seed=seed, progress=progress, overrides=_overrides(model, overrides), **chosen,
-    )  # fmt: skip
-    model.config.use_cache = use_cache
-    small, difference = cut(module, next(iter(domains.held_out.values()))[:1, :128])
-    fitted = []
-    if compensate and {"heads", "ffn"} & set(smaller) and "hidden" not in smaller:
-        new = hf.of(small)
-        inputs = max(output_module(layer, axis).in_features for layer in new for axis in ("heads", "ffn")
-                     if axis in smaller)  # fmt: skip
-        batches = _calibration(domains, TOKENS_PER_INPUT * inputs)
-        fitted = fit_outputs(hf.of(parent), new, folding.keep(module.masks.values), batches)
-    _cast(small, dtype)
+        overrides = training.placed(model) | (overrides or {})
+        defaults = default_mask_lrs(steps_of(tokens, domains.length, batch, overrides)[0], ramp)
+        chosen = {
+            "mask_lr": mask_lr or defaults[0],
+            "level_lr": defaults[1],
+            "multiplier_lr": multiplier_lr or defaults[2],
+        }
+        module, facts = train(
+            module_of, domains, references, tokens=tokens, folder=folder, batch=batch,
+            lr=lr or default_lr(parts.embeddings.weight.shape[1]), every=every, rule=loading,
+            seed=seed, progress=progress, overrides=overrides, **chosen,
+        )  # fmt: skip
+        small, difference = cut(module, next(iter(domains.held_out.values()))[:1, :128])
+        fitted = []
+        if compensate and {"heads", "ffn"} & set(smaller) and "hidden" not in smaller:
+            new = hf.of(small)
+            inputs = max(output_module(layer, axis).in_features for layer in new for axis in ("heads", "ffn")
+                         if axis in smaller)  # fmt: skip
+            batches = _calibration(domains, TOKENS_PER_INPUT * inputs)
+            fitted = fit_outputs(hf.of(parent), new, folding.keep(module.masks.values), batches)
+    _narrow(small, dtype)
     return small, facts | chosen | {"target": smaller, "max_logit_difference": difference, "compensation": fitted}
 
 
@@ -270,17 +277,13 @@ def continue_training(
     """A stage after cutting, in place, with a warm-up and a cosine to 0: learns the predictions of `teacher`, or
     without one the text, which is plain language modelling. references (K,): the domains' losses that the weights are
     steered by. Returns what `train` says."""
-    dtype, use_cache = _cast(model, torch.float32), model.config.use_cache
     by_width = default_lr if teacher is None else recover_lr
     _, facts = train(
         lambda weights, steps: Shearing(model, weights, seed=seed, teacher=teacher), domains, references, tokens=tokens,
         folder=folder, batch=batch, lr=lr or by_width(model.get_input_embeddings().weight.shape[1]),
         every=every, rule=loading, seed=seed + (1 if teacher is None else 2), progress=progress,
-        overrides=_overrides(model, overrides),
+        overrides=training.placed(model) | (overrides or {}),
     )  # fmt: skip
-    model.config.use_cache = use_cache
-    _cast(model, dtype)
-    model.eval()
     return facts
 
 
@@ -297,13 +300,12 @@ def reference_losses(model: nn.Module, domains: Domains) -> Tensor:
     return found
 
 
-def _cast(model: nn.Module, dtype: torch.dtype) -> torch.dtype:
-    """Casts the parameters, and not buffers: rotary frequencies stay in fp32. Returns the dtype they had."""
-    before = model.dtype
+def _narrow(model: nn.Module, dtype: torch.dtype) -> None:
+    """Casts the parameters, and not buffers: rotary frequencies stay in fp32. FloatingPointError for what is beyond
+    the range of `dtype`."""
+    for name, parameter in model.named_parameters():
+        if wrong := training.unfit(name, parameter, dtype):
+            raise FloatingPointError(wrong)
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
-    return before
-
-
-def _overrides(model: nn.Module, overrides: dict | None) -> dict:
-    return {"use_cpu": model.get_input_embeddings().weight.device.type == "cpu"} | (overrides or {})
+    model.config.dtype = dtype

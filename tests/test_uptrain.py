@@ -150,7 +150,7 @@ from test_uptrain import pair, uptrain
 tokens = torch.randint(0, 96, (2048,), generator=torch.Generator().manual_seed(0))
 teacher, student = pair(tokens)
 result = uptrain(student, teacher, tokens, train_tokens=8 * 256, folder={folder!r}, length=64, batch={batch},
-                 evaluation=tokens[:256], overrides={{"use_cpu": True, "ddp_backend": "gloo"}})
+                 evaluation=tokens[:256], overrides={{"use_cpu": True, "bf16": False, "ddp_backend": "gloo"}})
 import os
 from safetensors.torch import save_model
 if int(os.environ.get("RANK", 0)) == 0:

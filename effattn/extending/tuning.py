@@ -34,9 +34,9 @@ def tune(
     model's rule must be in its config), or None: positions count from 0, and windows should be as long as the target.
     train_tokens: the budget over all processes. lora: rank of adapters on the attention projections (needs peft),
     merged afterwards; 0 trains all weights. folder: checkpoints, from which the same call goes on. overrides: passed
-    to TrainingArguments.
+    to TrainingArguments. A model in half precision is in fp32 while it trains, see `training.lent`.
     """
-    settings = {"disable_tqdm": True, "seed": seed} | (overrides or {})
+    settings = {"disable_tqdm": True, "seed": seed} | training.placed(model) | (overrides or {})
     probe = training.arguments(folder, steps=1, batch=batch, lr=1.0, warmup=0, save_every=1, **settings)
     per_step = batch * window * probe.world_size
     steps = max(1, train_tokens // per_step)
@@ -45,15 +45,12 @@ def tune(
         folder, steps=steps, batch=batch, lr=lr or LR * default_lr(width), warmup=steps // 20,
         save_every=save_every or max(1, min(100, steps // 3)), **({"weight_decay": 0.0} | settings),
     )  # fmt: skip
-    use_cache = model.config.use_cache
-    trained = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     collator = {} if sampling is None else {"data_collator": SampledPositions(target, sampling)}
     start = time.perf_counter()
-    with adapters(model, lora) if lora else contextlib.nullcontext() as low_rank:
-        if low_rank is not None:
-            model.requires_grad_(False)
-            for parameter in low_rank:
-                parameter.requires_grad_(True)
+    low_rank = adapters(model, lora) if lora else contextlib.nullcontext()
+    with training.lent(model) as loan, low_rank as parameters:
+        if parameters is not None:
+            loan.train_only(parameters)
         trainer = Trainer(
             model=model, args=arguments, callbacks=[Steps(progress)] if progress else [],
             train_dataset=training.TokenWindows(tokens, window, steps * batch * arguments.world_size, seed),
@@ -61,10 +58,6 @@ def tune(
         )  # fmt: skip
         trainer.remove_callback(PrinterCallback)  # progress is the caller's
         training.train(trainer)
-    model.config.use_cache = use_cache
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(trained[name])
-    model.eval()
     losses = [{"tokens": row["step"] * per_step, "loss": row["loss"]} for row in trainer.state.log_history
               if "loss" in row]  # fmt: skip
     return {

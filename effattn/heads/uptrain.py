@@ -70,8 +70,10 @@ def distillation_loss(
 def layer_distance(student: list[torch.Tensor], teacher: list[torch.Tensor]) -> torch.Tensor:
     """Mean over layers and positions of |s - t|^2 / |t|^2, for layer outputs (B, T, D). Relative to each position, so
     that the few positions with massive activations do not drown the others."""
-    total = student[0].new_zeros(())
+    total = torch.zeros((), device=student[0].device)
     for s, t in zip(student, teacher, strict=True):
+        if {s.dtype, t.dtype} & set(training.HALF):  # massive activations, squared, are beyond fp16
+            s, t = s.float(), t.float()
         total = total + ((s - t).square().sum(-1) / t.square().sum(-1).clamp_min(1e-12)).mean()
     return total / len(teacher)
 
@@ -83,7 +85,7 @@ class DistillationTrainer(Trainer):
         super().__init__(*args, **kwargs)
         self.model_accepts_loss_kwargs = False
         self.ce_weight, self.layer_weight = ce_weight, layer_weight
-        self.teacher_parts = hf.of(teacher.eval().requires_grad_(False).to(self.args.device))
+        self.teacher_parts = hf.of(teacher.eval().to(self.args.device))
         self.parts = hf.of(self.model)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -163,12 +165,14 @@ def uptrain(
     train_tokens: the budget over all processes. folder: checkpoints; a folder with some makes the run go on from
     there. evaluation (M,) int64: what the curve is measured on, at `points` places. batch: windows of `length`
     a step and process. trainable: "attention" (what the conversion changed), "all", or the parameters themselves.
-    overrides: passed to TrainingArguments.
+    overrides: passed to TrainingArguments. Both models come back as `training.lent` says: while it trains, a student in
+    half precision is in fp32, and is measured and given back in its own dtype.
     """
     if isinstance(trainable, str):
         check_choice("trainable", trainable, TRAINABLE)
     hidden = student.get_input_embeddings().weight.shape[1]
-    settings = {"disable_tqdm": True, "logging_strategy": "no", "seed": seed} | (overrides or {})
+    settings = {"disable_tqdm": True, "logging_strategy": "no", "seed": seed}
+    settings |= training.placed(student) | (overrides or {})
     probe = training.arguments(folder, steps=1, batch=batch, lr=1.0, warmup=0, save_every=1, **settings)
     tokens_per_step = batch * length * probe.world_size
     steps = max(1, train_tokens // tokens_per_step)
@@ -176,41 +180,33 @@ def uptrain(
         folder, steps=steps, batch=batch, lr=lr or default_lr(hidden), warmup=min(steps, max(10, steps // 10)),
         save_every=save_every or max(1, min(100, steps // 3)), **({"weight_decay": 0.01} | settings),
     )  # fmt: skip
-    use_cache = student.config.use_cache
+    if trainable == "attention":
+        trainable = [p for layer in hf.of(student) for p in layer.attention.parameters()]
     callbacks = [Steps(progress)] if progress else []
     curve = None
-    if evaluation is not None:
+    with training.lent(student, teacher) as loan:
+        if trainable != "all":
+            loan.train_only(trainable)
+        if evaluation is not None:
 
-        def measure() -> dict:
-            student.eval()
-            result = compare(teacher, student, evaluation, length)
-            student.train()
-            return result
+            def measure() -> dict:
+                with loan.as_saved():
+                    return compare(teacher, student, evaluation, length)
 
-        curve = Curve(Path(folder) / "curve.json", -(-steps // points), tokens_per_step, measure)
-        callbacks.append(curve)
-    trained = {name: p.requires_grad for name, p in student.named_parameters()}
-    if trainable != "all":
-        if trainable == "attention":
-            trainable = [p for layer in hf.of(student) for p in layer.attention.parameters()]
-        student.requires_grad_(False)
-        for parameter in trainable:
-            parameter.requires_grad_(True)
-    trainer = DistillationTrainer(
-        model=student, args=arguments, teacher=teacher, ce_weight=ce_weight, layer_weight=layer_weight,
-        callbacks=callbacks,
-        train_dataset=training.TokenWindows(tokens, length, steps * batch * arguments.world_size, seed),
-    )  # fmt: skip
-    trainer.remove_callback(PrinterCallback)  # progress is the caller's
-    start = time.perf_counter()
-    training.train(trainer)
-    student.config.use_cache = use_cache
-    for name, parameter in student.named_parameters():
-        parameter.requires_grad_(trained[name])
-    student.eval()
+            curve = Curve(Path(folder) / "curve.json", -(-steps // points), tokens_per_step, measure)
+            callbacks.append(curve)
+        trainer = DistillationTrainer(
+            model=student, args=arguments, teacher=teacher, ce_weight=ce_weight, layer_weight=layer_weight,
+            callbacks=callbacks,
+            train_dataset=training.TokenWindows(tokens, length, steps * batch * arguments.world_size, seed),
+        )  # fmt: skip
+        trainer.remove_callback(PrinterCallback)  # progress is the caller's
+        start = time.perf_counter()
+        training.train(trainer)
+        seconds = time.perf_counter() - start
     return {
         "tokens": steps * tokens_per_step,
-        "seconds": time.perf_counter() - start,
+        "seconds": seconds,
         "processes": arguments.world_size,
         "learning_rate": arguments.learning_rate,
         "parent": {"perplexity": perplexity(teacher, evaluation, length)} if curve else None,

@@ -141,7 +141,8 @@ def attention(
     elif layer.rotary is not None:
         call["rotary"] = layer.rotary.rope()
     precision = contextlib.nullcontext()
-    if torch.is_autocast_enabled(query.device.type):  # cast as torch does for its own attention; inside, nothing is
+    if torch.is_autocast_enabled(query.device.type) and query.dtype != torch.float64:
+        # cast as torch does for its own attention, which leaves fp64 as it is; inside, nothing is
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
         if "global_qkv" in call:

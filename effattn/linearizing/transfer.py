@@ -41,7 +41,7 @@ class AttentionTransfer(nn.Module):
     def __init__(self, student: nn.Module, teacher: nn.Module):
         super().__init__()
         self.attention = nn.ModuleList(layer.attention for layer in hf.of(student))
-        self._teacher = (hf.of(teacher.eval().requires_grad_(False)),)  # in a tuple: not a part
+        self._teacher = (hf.of(teacher.eval()),)  # in a tuple: not a part
 
     def forward(self, input_ids: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
         """input_ids (B, T) int64. "layers" (L,): `output_distance` by layer; "loss": their mean."""
@@ -57,7 +57,8 @@ class AttentionTransfer(nn.Module):
         for layer, ours in zip(self._teacher[0], self.attention, strict=True):
 
             def compare(module, args, kwargs, output, ours=ours):
-                kwargs = {**kwargs, "attention_mask": None}  # windows are not padded
+                own = next(ours.parameters()).dtype  # of masters, the teacher may be in half precision
+                args, kwargs = _in_dtype((args, {**kwargs, "attention_mask": None}), own)  # windows are not padded
                 with torch.set_grad_enabled(self.training):
                     got = ours(*args, **kwargs)
                     found.append(output_distance(*(x[0] if isinstance(x, tuple) else x for x in (got, output))))
@@ -70,12 +71,25 @@ class AttentionTransfer(nn.Module):
                 handle.remove()
 
 
+def _in_dtype(given, dtype: torch.dtype):
+    """`given`, in whatever tuples and dicts, with its floating-point tensors in `dtype`."""
+    if isinstance(given, tuple):
+        return tuple(_in_dtype(part, dtype) for part in given)
+    if isinstance(given, dict):
+        return {name: _in_dtype(part, dtype) for name, part in given.items()}
+    return given.to(dtype) if isinstance(given, Tensor) and given.is_floating_point() else given
+
+
 @torch.no_grad()
 def distances(student: nn.Module, teacher: nn.Module, batches: list[Tensor]) -> list[float]:
     """Mean `output_distance` of each layer over batches of token ids (B, T)."""
-    both = AttentionTransfer(student, teacher).eval()
     device = student.get_input_embeddings().weight.device
-    return torch.stack([both(batch.to(device))["layers"] for batch in batches]).mean(0).tolist()
+    settings = training.Settings(student, teacher)
+    try:
+        both = AttentionTransfer(student, teacher).eval()
+        return torch.stack([both(batch.to(device))["layers"] for batch in batches]).mean(0).tolist()
+    finally:
+        settings.put_back()
 
 
 def learnable(student: nn.Module, layers: list[int], which: str) -> list[nn.Parameter]:
@@ -104,7 +118,8 @@ def transfer(
     folder: checkpoints; a folder with some makes the run go on from there. Raises ValueError for bad settings.
     """
     chosen = learnable(student, layers, trainable)
-    settings = {"disable_tqdm": True, "logging_strategy": "no", "seed": seed} | (overrides or {})
+    settings = {"disable_tqdm": True, "logging_strategy": "no", "seed": seed}
+    settings |= training.placed(student) | (overrides or {})
     probe = training.arguments(folder, steps=1, batch=batch, lr=1.0, warmup=0, save_every=1, **settings)
     tokens_per_step = batch * length * probe.world_size
     steps = max(1, train_tokens // tokens_per_step)
@@ -114,23 +129,18 @@ def transfer(
     )  # fmt: skip
     sample = list(tokens[: 4 * length].view(-1, length).split(2))
     before = distances(student, teacher.to(arguments.device), sample)
-    trained = {name: p.requires_grad for name, p in student.named_parameters()}
-    student.requires_grad_(False)
-    for parameter in chosen:
-        parameter.requires_grad_(True)
-    module = AttentionTransfer(student, teacher)
-    trainer = Trainer(
-        model=module, args=arguments, callbacks=[Steps(progress)] if progress else [],
-        train_dataset=training.TokenWindows(tokens, length, steps * batch * arguments.world_size, seed),
-    )  # fmt: skip
-    trainer.model_accepts_loss_kwargs = False
-    trainer.remove_callback(PrinterCallback)  # progress is the caller's
-    start = time.perf_counter()
-    training.train(trainer)
-    seconds = time.perf_counter() - start
-    for name, parameter in student.named_parameters():
-        parameter.requires_grad_(trained[name])
-    student.eval()
+    attention = nn.ModuleList(layer.attention for layer in hf.of(student))
+    with training.lent(attention, teacher) as loan:
+        loan.train_only(chosen)
+        trainer = Trainer(
+            model=AttentionTransfer(student, teacher), args=arguments, callbacks=[Steps(progress)] if progress else [],
+            train_dataset=training.TokenWindows(tokens, length, steps * batch * arguments.world_size, seed),
+        )  # fmt: skip
+        trainer.model_accepts_loss_kwargs = False
+        trainer.remove_callback(PrinterCallback)  # progress is the caller's
+        start = time.perf_counter()
+        training.train(trainer)
+        seconds = time.perf_counter() - start
     return {
         "tokens": steps * tokens_per_step, "seconds": round(seconds, 3), "learning_rate": lr, "trainable": trainable,
         "parameters": sum(p.numel() for p in chosen), "before": before,
