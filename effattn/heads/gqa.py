@@ -21,6 +21,7 @@ from effattn.heads.refit import OutputRefit
 from effattn.heads.report import ConversionReport
 from effattn.heads.statistics import SecondMoment, query_energy
 from effattn.hf import anatomy as hf
+from effattn.hf.adapters import require_own_weights
 from effattn.hf.checkpoint import check_finite
 from effattn.hf.layerwise import LayerRunner, watch, windows
 from effattn.profiling.environment import environment
@@ -62,6 +63,7 @@ def convert_gqa(
     before anything is changed. A run interrupted while it converts leaves a half-converted model: load it
     again.
     """
+    require_own_weights(model)
     parts = hf.of(model)
     parts.require_gqa()
     check_choice("method", method, METHODS)

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from effattn.errors import check_choice
 from effattn.hf import caches, hooks, positions
 from effattn.hf import swap as swapping
+from effattn.hf.adapters import require_own_weights
 from effattn.hf.families import ENCODERS
 from effattn.projections import packed, replace
 
@@ -40,9 +41,11 @@ DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 def save(model: nn.Module, path: str | Path, tokenizer=None) -> Path:
     """Writes the model (and its tokenizer) to the new folder `path`, which it returns.
 
-    Raises ValueError for a folder that is not empty and for weights with NaN or Inf. If anything fails, nothing is
-    left behind.
+    Raises ValueError for a folder that is not empty and for weights with NaN or Inf, and Unsupported for adapters that
+    are not merged, which the checkpoint would lose (peft saves them by itself). If anything fails, nothing is left
+    behind.
     """
+    require_own_weights(model)
     check_finite(model)
     with atomic_folder(path) as folder:
         learned = _learned(model)
@@ -151,6 +154,11 @@ def resolve(name: str | Path) -> str:
 
         return str(embedded.directory())
     if Path(name).is_dir():
+        if (Path(name) / "adapter_config.json").is_file():
+            raise ValueError(
+                f"model: the folder {str(name)!r} holds an adapter (adapter_config.json); valid is the whole model, "
+                "saved after peft's merge_and_unload()"
+            )
         if not (Path(name) / "config.json").is_file():
             raise ValueError(f"model: the folder {str(name)!r} has no config.json, it is not a checkpoint")
         return str(name)
