@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from effattn.errors import check_choice
 from effattn.hf import anatomy as hf
+from effattn.hf.adapters import require_own_weights
 from effattn.hf.checkpoint import check_finite
 
 from . import calibration, layers
@@ -76,6 +77,7 @@ def oneshot(
     """
     from .oneshot_report import OneShotReport
 
+    require_own_weights(model)
     parts = hf.of(model)
     plan = make_plan(
         parts.layers, method, sparsity, modules, allocation, damping=damping, raise_damping=raise_damping, block=block

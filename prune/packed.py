@@ -14,6 +14,7 @@ from torch import nn
 
 from effattn.errors import check_choice
 from effattn.hf import anatomy
+from effattn.hf.adapters import require_own_weights
 from effattn.projections.packed import LARGE, PackedLinear
 
 
@@ -44,6 +45,7 @@ def pack(model: nn.Module, *, impl: str = "auto", large: str = "unpack") -> Pack
     impl and large: see `PackedLinear`. Packed layers compute the same and do not train; hooks of the linears are gone.
     Raises ValueError, changing nothing, where no layer is 2:4 sparse.
     """
+    require_own_weights(model)
     parts = anatomy.of(model)
     sparse24.choose(impl)
     check_choice("large", large, LARGE)

@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from effattn import training
 from effattn.errors import check_choice
 from effattn.hf import anatomy as hf
+from effattn.hf.adapters import require_own_weights
 from effattn.hf.checkpoint import check_finite
 
 # For the embedded model, 10 % of its pretraining: with so few tokens the parent's predictions teach more than the text
@@ -173,6 +174,7 @@ def learn_masks(
     compensate: after slicing, o_proj and the FFN's output module are solved again for what the unmodified model gives
     (not with a smaller hidden size). Either keeps a copy of the model.
     """
+    require_own_weights(model)
     check_finite(model)
     parts = hf.of(model)
     smaller = target.of(parts)

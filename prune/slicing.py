@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from effattn.errors import Unsupported
 from effattn.hf import anatomy as hf
+from effattn.hf.adapters import require_own_weights
 from effattn.hf.families import ENCODERS, FAMILIES, PER_LAYER
 from effattn.hf.swap import active
 from effattn.projections.replace import record
@@ -45,8 +46,8 @@ def slice_model(model: nn.Module, keep: Keep) -> nn.Module:
     Raises ValueError for indices that are wrong, and Unsupported, naming the class and what it could hold, where its
     config cannot express the shape; or for a model that is swapped or whose weights are not plain.
     """
-    parts = hf.of(model)
     check_plain(model)
+    parts = hf.of(model)
     keep = _checked(parts, keep)
     config = sliced_config(model.config, keep)
     state = _sliced_state(parts, keep)
@@ -167,7 +168,9 @@ def _refusal(config) -> str:
 
 
 def check_plain(model: nn.Module) -> None:
-    """Unsupported for models that are swapped, have structured projections, or have quantized weights."""
+    """Unsupported for models that are swapped, have structured projections, or have quantized weights, and for what
+    `require_own_weights` refuses."""
+    require_own_weights(model)
     name = type(model).__name__
     if active(model) is not None:
         raise Unsupported(f"{name} is swapped: effattn.restore(model) first, then cut, then swap what comes out")

@@ -62,8 +62,8 @@ def structured(
     Raises ValueError for bad arguments and Unsupported for what the class cannot hold, naming what it can; and
     FloatingPointError, naming the layer, for activations that are not finite.
     """
-    parts = hf.of(model)
     check_plain(model)
+    parts = hf.of(model)
     plan = plan_of(parts, {"heads": heads, "ffn": ffn, "layers": layers}, criterion)
     length = calibration.window_length(parts.config, length)
     calibration.check_tokens(tokens, parts.embeddings.weight.shape[0], length)

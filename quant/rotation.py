@@ -59,11 +59,13 @@ def fold_values(model: nn.Module) -> nn.Module:
     Raises Unsupported, before anything is changed, where something stands between v_proj and o_proj.
     """
     from effattn.hf import anatomy
+    from effattn.hf.adapters import require_own_weights
 
+    require_own_weights(model)
     parts = anatomy.of(model)
     for layer in parts.layers:
         block_of(layer.head_dim)
-        if getattr(layer.config, "clip_qkv", None) is not None:
+        if layer.clip is not None:
             raise Unsupported(
                 f"{type(model).__name__}: layer {layer.index} clips its values (clip_qkv), which a rotation in the "
                 "weights would change; valid is rotate=True, which rotates as it stores"

@@ -20,6 +20,7 @@ from torch import nn
 
 from effattn.errors import Unsupported, check_choice
 from effattn.hf import anatomy, packing
+from effattn.hf.adapters import require_own_weights
 from effattn.profiling.weights import is_packed
 
 KINDS = ("nf4", "int8")
@@ -35,6 +36,7 @@ def quantize_weights(model: nn.Module, kind: str = "nf4") -> nn.Module:
     already, structured or stacked (experts).
     """
     check_choice("kind", kind, KINDS)
+    require_own_weights(model)
     bnb = _bitsandbytes()
     parts = anatomy.of(model)
     if getattr(model, "hf_quantizer", None) is not None:

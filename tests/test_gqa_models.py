@@ -82,6 +82,8 @@ def snapshot(model):
     ({"calibration": torch.zeros(640)}, "got torch.float32"),
     ({"calibration": [1, 2]}, "got list"),
     ({"calibration": torch.full((640,), 96)}, "vocabulary is 0 to 95"),
+    ({"length": 0}, "length: got 0, valid is a number of tokens"),
+    ({"length": 64.0}, "length: got 64.0"),
 ])  # fmt: skip
 def test_bad_arguments_are_refused_before_anything_changes(arguments, message, tokens):
     model = tiny("llama")
@@ -90,6 +92,57 @@ def test_bad_arguments_are_refused_before_anything_changes(arguments, message, t
         convert_gqa(model, **{"kv_heads": 2, "calibration": tokens, **arguments})
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert model.config.num_key_value_heads == 8
+
+
+def test_windows_longer_than_the_text_are_refused(tokens):
+    model = tiny("llama", max_position_embeddings=9000)
+    with pytest.raises(ValueError, match="length: got windows of 8,192 tokens, calibration has 2,048"):
+        convert_gqa(model, 2, tokens, length=8192)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+@pytest.mark.parametrize(
+    ("kind", "extra"), [("llama", {}), ("qwen2", {}), ("phi3", {}), ("olmo2", {}), ("stablelm", {"qk_layernorm": True})]
+)
+def test_all_or_nothing(kind, extra, error, tokens):
+    """An error in the last of all steps leaves the same parameters, modules, sizes and config."""
+    model = tiny(kind, **extra).train()
+    expected, before = run(model.eval(), tokens).logits, snapshot(model.train())
+    parameters, config = dict(model.named_parameters()), model.config.to_dict()
+
+    def fail(done: int, total: int) -> None:
+        if done == total:
+            raise error("stop")
+
+    with pytest.raises(error, match="stop"):
+        convert_gqa(model, 2, tokens, length=64, progress=fail)
+    assert model.state_dict().keys() == before.keys()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(one is parameters[name] for name, one in model.named_parameters())
+    assert model.config.to_dict() == config
+    assert model.training
+    assert torch.equal(run(model.eval(), tokens).logits, expected)
+    assert {(layer.kv_heads, layer.k.module.out_features) for layer in hf.of(model)} in (
+        {(8, 64)},
+        {(8, 3 * 64)},  # Phi-3's is fused
+    )
+    convert_gqa(model, 2, tokens, length=64)
+    assert model.config.num_key_value_heads == 2
+
+
+@pytest.mark.parametrize("part", ["norm", "q", "k", "v", "o"])
+@pytest.mark.parametrize(("kind", "method"), [("llama", "optimal"), ("glm", "optimal"), ("qwen2", "aligned")])
+def test_a_dead_layer_is_converted_to_a_dead_layer(kind, method, part, tokens):
+    """What is 0 tells nothing about heads: whatever is made of it is finite and of the usual size."""
+    model = tiny(kind, dtype=torch.float32)
+    layer = hf.of(model).layers[1]
+    dead = layer.block.input_layernorm if part == "norm" else getattr(layer, part).module
+    torch.nn.init.zeros_(dead.weight)
+    largest = max(float(p.detach().abs().max()) for p in layer.attention.parameters())
+    report = convert_gqa(model, 2, tokens, method=method, length=64)
+    assert all(0 <= report.layers[1][name] <= 1.5 for name in ("k_error", "v_error", "attention_error"))
+    assert torch.isfinite(run(model, tokens).logits).all()
+    assert max(float(p.detach().abs().max()) for p in layer.attention.parameters()) < 10 * largest
 
 
 def test_nan_weights_are_refused_by_name(tokens):

@@ -43,6 +43,15 @@ def aligned(heads: Heads) -> Merged:
     return Merged(key, key_maps, value, turns.transpose(1, 2).contiguous())
 
 
+def unturned(heads: Heads) -> Merged:
+    """The heads' mean as they are, with the energy of an average head: what is right where neither a turn nor a scale
+    of a head can be undone elsewhere, because a norm with gains or a clip stands behind the projection."""
+    n, d, _ = heads.keys.shape
+    same = torch.eye(d, dtype=heads.keys.dtype).expand(n, d, d)
+    key, value = (maps.mean(0) * _restore(maps, maps.mean(0), heads.moment) for maps in (heads.keys, heads.values))
+    return Merged(key, same, value, same)
+
+
 def write_complex(maps: torch.Tensor, factors: torch.Tensor, real: torch.Tensor, imaginary: torch.Tensor) -> None:
     """Writes multiplication by complex `factors` (n, R/2) as 2x2 blocks into real maps (n, d, d)."""
     maps[:, real, real] = maps[:, imaginary, imaginary] = factors.real

@@ -8,6 +8,7 @@ the model converted so far. One layer's statistics exist at a time.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 
@@ -15,12 +16,16 @@ from effattn.errors import check_choice
 from effattn.heads import methods
 from effattn.heads.aligned import aligned
 from effattn.heads.grouping import GROUPINGS, by_similarity, contiguous
+from effattn.heads.judged import TOKENS, judge
 from effattn.heads.methods import Heads, Merged, relative_errors
 from effattn.heads.optimal import optimal
 from effattn.heads.refit import OutputRefit
 from effattn.heads.report import ConversionReport
 from effattn.heads.statistics import SecondMoment, query_energy
+from effattn.heads.undo import all_or_nothing
 from effattn.hf import anatomy as hf
+from effattn.hf.adapters import require_own_weights
+from effattn.hf.attended import is_linear
 from effattn.hf.checkpoint import check_finite
 from effattn.hf.layerwise import LayerRunner, watch, windows
 from effattn.profiling.environment import environment
@@ -59,9 +64,10 @@ def convert_gqa(
     layers). Afterwards `model.save_pretrained` writes a checkpoint that plain transformers loads.
 
     Raises ValueError for bad arguments and effattn.errors.Unsupported for classes that cannot hold it, both
-    before anything is changed. A run interrupted while it converts leaves a half-converted model: load it
-    again.
+    before anything is changed; and FloatingPointError for activations that are not finite. All or nothing: an error
+    or a Ctrl-C while it converts leaves the model as it was.
     """
+    require_own_weights(model)
     parts = hf.of(model)
     parts.require_gqa()
     check_choice("method", method, METHODS)
@@ -84,10 +90,13 @@ def convert_gqa(
         training = model.training
         model.eval()
         try:
-            layers = _convert(parts, kv_heads, calibration, method, refit, grouping, length, batch, seed, progress)
+            with all_or_nothing(parts) as undo:
+                layers = _convert(
+                    parts, kv_heads, calibration, method, refit, grouping, length, batch, seed, progress, undo
+                )
+                parts.set_kv_heads(kv_heads)
         finally:
             model.train(training)
-        parts.set_kv_heads(kv_heads)
     after = describe_size(parts)
     return ConversionReport(
         {
@@ -115,7 +124,7 @@ def convert_gqa(
                 "parameters_before": before["parameters"],
                 "parameters_after": after["parameters"],
                 "dtype": str(parts.embeddings.weight.dtype).removeprefix("torch."),
-                "key_method": "aligned" if parts.layers[0].k_norm is not None and method == "optimal" else method,
+                "key_method": ", ".join(dict.fromkeys(row.pop("key_method") for row in layers)) or method,
             },
             "quality": None,
             "uptraining": None,
@@ -159,7 +168,14 @@ def check_calibration(tokens: torch.Tensor, parts: hf.Anatomy, length: int) -> i
             f"calibration: token ids run from {int(tokens.min())} to {int(tokens.max())}, the model's vocabulary "
             f"is 0 to {vocabulary - 1}: was it made with another tokenizer?"
         )
-    return min(length, getattr(parts.config, "max_position_embeddings", None) or length)
+    if isinstance(length, bool) or not isinstance(length, int) or length < 1:
+        raise ValueError(f"length: got {length!r}, valid is a number of tokens, at least 1")
+    length = min(length, getattr(parts.config, "max_position_embeddings", None) or length)
+    if len(tokens) < length:
+        raise ValueError(
+            f"length: got windows of {length:,} tokens, calibration has {len(tokens):,}; valid is at most that many"
+        )
+    return length
 
 
 def describe_size(parts: hf.Anatomy) -> dict:
@@ -171,7 +187,7 @@ def describe_size(parts: hf.Anatomy) -> dict:
     }
 
 
-def _convert(parts, kv_heads, calibration, method, refit, grouping, length, batch, seed, progress) -> list[dict]:
+def _convert(parts, kv_heads, calibration, method, refit, grouping, length, batch, seed, progress, undo) -> list[dict]:
     runner = teacher = student = None
     if calibration is not None:
         runner = LayerRunner(parts, windows(calibration, length, batch))
@@ -179,20 +195,22 @@ def _convert(parts, kv_heads, calibration, method, refit, grouping, length, batc
         student = [states.clone() for states in teacher]
     rows = []
     for number, layer in enumerate(parts.layers):
-        moment, targets = None, []
+        moment, targets, inputs = None, [], None
         if runner:
-            moment, targets = _observe(runner, layer, teacher)
+            moment, targets, inputs = _observe(runner, layer, teacher)
         heads = _heads(layer, moment, seed + 1000 * number)
+        if moment is not None and not moment[:-1, :-1].any():  # a norm of gain 0: nothing tells one head from another
+            heads = _heads(layer, None, seed + 1000 * number)
         groups = contiguous(layer.kv_heads, kv_heads)
         if grouping == "similarity":
             groups = by_similarity(heads, kv_heads, METHODS[method])
-        merged = [METHODS[method](heads.select(group)) for group in groups]
         row = {"layer": number, "k_error": None, "v_error": None, "attention_error_merged": None,
                "attention_error": None}  # fmt: skip
-        if runner:
-            row |= _merge_errors(heads, groups, merged)
+        merged, facts = _merge(layer, heads, groups, method, moment, inputs)
+        row |= facts if runner else {"key_method": method}
         if grouping == "similarity":
             row["groups"] = groups
+        undo.remember(layer)
         write(layer, groups, merged)
         if runner:
             row |= _refit(runner, layer, student, targets, refit)
@@ -203,18 +221,39 @@ def _convert(parts, kv_heads, calibration, method, refit, grouping, length, batc
 
 
 def _observe(runner: LayerRunner, layer: hf.Layer, teacher: list[torch.Tensor]):
-    """Runs the old layer: its input moment, its attention outputs a batch; moves `teacher` one layer on."""
-    moment, targets = SecondMoment(ones=True), []
+    """Runs the old layer: its input moment, its attention outputs a batch, and where that moment does not tell all
+    some of its inputs (N, D), otherwise None; moves `teacher` one layer on."""
+    moment, targets, inputs = SecondMoment(ones=True), [], []
+    every = -(-sum(batch.numel() for batch in runner.batches) // TOKENS)
     bias = 0 if layer.o.bias is None else layer.o.bias
+
+    def see(x: torch.Tensor, _: torch.Tensor) -> None:
+        moment.add(x)
+        if not is_linear(layer):
+            inputs.append(x[::every].clone())
+
     with (
-        watch(layer.k.module, lambda x, _: moment.add(x)),
+        watch(layer.k.module, see),
         watch(layer.o.module, lambda _, y: targets.append((y - bias).cpu())),
     ):
         for number, output in runner.run(layer.index, teacher):
             teacher[number] = output
     if not torch.isfinite(moment.total).all():
         raise FloatingPointError(f"layer {layer.index}: the calibration activations contain NaN or infinity")
-    return moment.mean.cpu(), targets
+    return moment.mean.cpu(), targets, torch.cat(inputs) if inputs else None
+
+
+def _merge(layer: hf.Layer, heads: Heads, groups: list[list[int]], method: str, moment, inputs):
+    """The merge of every group, and the row's facts about it. moment, inputs: what `_observe` gives."""
+
+    def merge(by: methods.Method) -> list[Merged]:
+        return [by(heads.select(group)) for group in groups]
+
+    if inputs is None:
+        merged = merge(METHODS[method])
+        return merged, {**_merge_errors(heads, groups, merged, moment), "key_method": method}
+    best = judge(layer, groups, merge, METHODS[method], inputs, write)
+    return best.merged, {"k_error": best.k_error, "v_error": best.v_error, "key_method": best.key_method}
 
 
 def _refit(runner: LayerRunner, layer: hf.Layer, student, targets, refit: bool) -> dict:
@@ -244,8 +283,9 @@ def _heads(layer: hf.Layer, moment: torch.Tensor | None, seed: int) -> Heads:
     return Heads(k, v, moment, query, torch.einsum("krDd,krDe->kde", o, o), layer.rotary_pairs(), normed, seed)
 
 
-def _merge_errors(heads: Heads, groups: list[list[int]], merged: list[Merged]) -> dict:
+def _merge_errors(heads: Heads, groups: list[list[int]], merged: list[Merged], moment) -> dict:
     """The layer's key and value errors: one merge of all groups, weighted by their energy."""
+    heads = replace(heads, moment=heads.moment if moment is None else moment)
     lost = [relative_errors(heads.select(group), part) for group, part in zip(groups, merged, strict=True)]
     whole = [_energies(heads.select(group)) for group in groups]
     k, v = (

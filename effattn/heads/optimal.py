@@ -48,7 +48,9 @@ def _complex_rank_one(
     z: torch.Tensor, weights: torch.Tensor, moment: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """z (n, F, D1) complex, weights (n, F) -> k' (F, D1), factors a (n, F) with z_h ~ a_h k'."""
-    weights = weights.clamp_min(FLOOR * weights.amax()).clamp_min(1e-300)
+    if not weights.any():  # no query looks along any direction: all count the same
+        weights = torch.ones_like(weights)
+    weights = weights.clamp_min(FLOOR * weights.amax())
     root = weights.sqrt().T  # (F, n)
     covariance = torch.einsum("afi,ij,bfj->fab", z, moment.to(z), z.conj())
     u = torch.linalg.eigh(root[:, :, None] * covariance * root[:, None, :]).eigenvectors[..., -1]  # (F, n)
@@ -67,6 +69,8 @@ def _complex_rank_one(
 def _low_rank(maps: torch.Tensor, weight: torch.Tensor, moment: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """maps (n, r, D1), weight (n, r, r) -> common map (r, D1), stand-ins (n, r, r) with m_h ~ B_h m'."""
     n, r, width = maps.shape
+    if not weight.any():
+        weight = torch.eye(r, dtype=weight.dtype).expand(n, r, r)
     root, inverse = _roots(weight)
     scaled = (root @ maps).reshape(n * r, width)
     vectors = torch.linalg.eigh(scaled @ moment @ scaled.T).eigenvectors[:, -r:]  # (n·r, r)

@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from effattn.errors import Unsupported
+from effattn.hf.adapters import require_unwrapped
 from effattn.hf.families import ENCODERS, FAMILIES, REFUSED, Family, no_rope, rope_factor, sliding_window
 from effattn.hf.feedforward import FeedForward
 from effattn.hf.packing import steady
@@ -180,6 +181,11 @@ class Layer:
         return getattr(self.config, "attn_logit_softcapping", None)
 
     @property
+    def clip(self) -> float | None:
+        """The bound that q, k and v are clipped to after projection (OLMo's clip_qkv); None without one."""
+        return getattr(self.config, "clip_qkv", None)
+
+    @property
     def sinks(self) -> nn.Parameter | None:
         """A learned logit of each query head in its softmax, (H,) (gpt-oss); None without."""
         return getattr(self.attention, "sinks", None)
@@ -337,6 +343,8 @@ def of(model: nn.Module) -> Anatomy:
 
     Raises Unsupported, naming the class, for unknown ones.
     """
+    model = getattr(model, "_orig_mod", model)  # of torch.compile: what is read is the same
+    require_unwrapped(model)
     config = getattr(model, "config", None)
     if config is None or not hasattr(config, "get_text_config"):
         raise Unsupported(f"model: got {type(model).__name__}, valid is a transformers causal LM or encoder")

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from effattn.hf import loading, packing, record
 from effattn.hf import swap as swapping
+from effattn.hf.adapters import require_own_weights
 from effattn.hf.record import LEARNED
 from effattn.hf.source import DTYPES, KEY, load_tokenizer, read_config, resolve  # noqa: F401  imported from here
 from effattn.hf.source import dtype_of as _dtype
@@ -32,10 +33,12 @@ from effattn.projections import packed, replace
 def save(model: nn.Module, path: str | Path, tokenizer=None) -> Path:
     """Writes the model (and its tokenizer) to the new folder `path`, which it returns.
 
-    Raises ValueError for a folder that is not empty and for weights with NaN or Inf. If anything fails, nothing is
-    left behind.
+    Raises ValueError for a folder that is not empty and for weights with NaN or Inf, and Unsupported for adapters that
+    are not merged, which the checkpoint would lose (peft saves them by itself). If anything fails, nothing is left
+    behind.
     """
     packing.steady(model)
+    require_own_weights(model)
     check_finite(model)
     with atomic_folder(path) as folder:
         learned = record.learned(model)

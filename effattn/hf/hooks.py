@@ -7,11 +7,15 @@ copies and pickles of a model keep them.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from effattn.hf import state_layer
+from effattn.hf.adapters import is_adapted
 
 ATTRIBUTE = "_effattn"  # where a swap is kept: a plain attribute, in no state_dict, copied by deepcopy
 HANDLE = "_effattn_hook"  # where the handle of the hook is kept
@@ -45,7 +49,8 @@ class GlobalProjections(nn.Module):
         captured: list[tuple[Tensor, Tensor, Tensor]] = []
         kwargs = {**kwargs, CAPTURE: captured} | {name: None for name in _cache_names(kwargs)}
         weights = {f"inner.{full}": getattr(self, name) for full, name in self.names.items()}
-        torch.func.functional_call(self._bare[0], weights, args, kwargs)
+        with _without_adapters(self._bare[0].inner, {full.rpartition(".")[0] for full in self.names}):
+            torch.func.functional_call(self._bare[0], weights, args, kwargs)
         return captured[0]
 
 
@@ -58,6 +63,20 @@ class _Bare(nn.Module):
 
     def forward(self, *args, **kwargs):
         return self.inner.forward(*args, **kwargs)
+
+
+@contextmanager
+def _without_adapters(attention: nn.Module, paths: set[str]) -> Iterator[None]:
+    """While open, the projections at `paths` are the model's own: what peft has put around them since is for the
+    local projections, and merged into those alone."""
+    wrapped = [(path, module) for path in paths if is_adapted(module := attention.get_submodule(path))]
+    for path, module in wrapped:
+        attention.set_submodule(path, module.get_base_layer())
+    try:
+        yield
+    finally:
+        for path, module in wrapped:
+            attention.set_submodule(path, module)
 
 
 def _cache_names(kwargs: dict) -> list[str]:

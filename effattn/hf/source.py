@@ -28,6 +28,11 @@ def resolve(name: str | Path) -> str:
 
         return str(embedded.directory())
     if Path(name).is_dir():
+        if (Path(name) / "adapter_config.json").is_file():
+            raise ValueError(
+                f"model: the folder {str(name)!r} holds an adapter (adapter_config.json); valid is the whole model, "
+                "saved after peft's merge_and_unload()"
+            )
         if not (Path(name) / "config.json").is_file():
             raise ValueError(f"model: the folder {str(name)!r} has no config.json, it is not a checkpoint")
         return str(name)

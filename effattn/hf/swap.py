@@ -23,6 +23,7 @@ from effattn.errors import Unsupported, check_choice
 from effattn.hf import anatomy, caches, codebooks, hooks, live
 from effattn.hf import plan as planning
 from effattn.hf import positions as positioning
+from effattn.hf.adapters import require_own_weights, require_unwrapped
 from effattn.hf.plan import Plan, parse_layers
 from effattn.projections import replace
 
@@ -87,10 +88,15 @@ def swap(
         )
     if pattern is None and options:
         raise ValueError(f"swap: {', '.join(options)} given without a pattern")
+    require_unwrapped(model)
+    if heads is not None or projections is not None:
+        require_own_weights(model)
     parts = anatomy.of(model)
     order = None if positions is None else positioning.make(parts, positions)
     cached = None if cache is None else caches.parse(cache, len(parts.layers))
     plans = planning.make(parts, pattern, options, order and order.layers, cached)
+    if any(plan.own_global for plan in plans.values()):  # second projections start as copies of the first
+        require_own_weights(model)
     codebooks.check(parts, plans, calibration)
     merging = None if heads is None else _merging(parts, heads)
     kv_heads = None if merging is None else merging["kv_heads"]

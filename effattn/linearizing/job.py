@@ -22,6 +22,7 @@ from effattn.heads.job import measure_parent
 from effattn.heads.uptrain import TRAINABLE as DISTIL_TRAINABLE
 from effattn.heads.uptrain import default_lr, uptrain
 from effattn.hf import anatomy as hf
+from effattn.hf.adapters import require_own_weights
 from effattn.hf.checkpoint import atomic_folder, check_new_folder, load_again, load_model, save
 from effattn.hf.describe import describe
 from effattn.hf.swap import active
@@ -87,6 +88,7 @@ def run(job: Job, show: Quiet | None = None) -> LinearizeReport:
         parent.to(device(job.device))
         if active(parent) is not None:
             raise ValueError(f"model: {job.model} is swapped already; valid is a checkpoint with its own attention")
+        require_own_weights(parent)
         parts = hf.of(parent)
         specs = plan.layer_specs(parts, job.pattern, job.keep_every, job.keep)
     with show.stage("reading text"):

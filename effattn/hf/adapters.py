@@ -1,0 +1,106 @@
+"""Modules whose weight is not what they compute with: adapters, parametrizations, masks.
+
+    require_own_weights(model)          # one line before anything is changed, or nothing
+    merge(model)                        # LoRA, DoRA, IA3 (peft) into the weights, in place
+
+Whatever reads weights and writes others (heads, projections, pruning, rotation, quantization, checkpoints) would take
+such a part for the whole: what an adapter adds would be lost, or counted twice.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+
+from effattn.errors import Unsupported
+
+_MERGE = "effattn.hf.adapters.merge(model)"
+
+
+def require_own_weights(model: nn.Module) -> None:
+    """Unsupported, in one line that names the first module and what to do, for wrapped models (`require_unwrapped`),
+    adapters that are not merged (LoRA, DoRA, IA3, ...), parametrizations (weight_norm, spectral_norm) and the masks of
+    torch.nn.utils.prune."""
+    require_unwrapped(model)
+    for name, module in model.named_modules():
+        if reason := _adapter(module) or _parametrization(module):
+            raise Unsupported(f"{type(model).__name__}: {name} ({type(module).__name__}) {reason}")
+
+
+def require_unwrapped(model: nn.Module) -> None:
+    """Unsupported, naming the model inside, for what peft, torch.compile and data parallelism put around models."""
+    kind = type(model).__name__
+    if hasattr(model, "peft_type") and hasattr(model, "get_base_model"):
+        raise Unsupported(
+            f"model: got {kind} (peft), valid is the transformers model inside: model.merge_and_unload(), which merges "
+            "its adapters; or, to swap patterns, positions or caches below them, model.get_base_model()"
+        )
+    if isinstance(model._modules.get("_orig_mod"), nn.Module):
+        raise Unsupported(
+            f"model: got {kind} (torch.compile), valid is the model inside, model._orig_mod; compile last"
+        )
+    if kind in ("DataParallel", "DistributedDataParallel", "FullyShardedDataParallel"):
+        raise Unsupported(f"model: got {kind}, valid is the transformers model inside: model.module")
+
+
+def is_adapted(module: nn.Module) -> bool:
+    """Whether a module is one of peft's, around the model's own."""
+    return any(isinstance(module._modules.get(name), nn.Module) for name in ("base_layer", "original_module"))
+
+
+def _adapter(module: nn.Module) -> str | None:
+    """Why a module of peft's is no plain one; None for others."""
+    if not is_adapted(module):
+        return None
+    return f"has an adapter beside its weight, merge it first: {_MERGE}"
+
+
+def _parametrization(module: nn.Module) -> str | None:
+    """Why a weight is computed from others; None where it is a parameter."""
+    if parametrize.is_parametrized(module):
+        name = next(iter(module.parametrizations))
+        remedy = f"torch.nn.utils.parametrize.remove_parametrizations(module, {name!r})"
+        return f"has a parametrized {name}, valid is one of its own: {remedy}"
+    own = module._parameters
+    for name in {name.rpartition("_")[0] for name in own} - own.keys():
+        if f"{name}_orig" in own and f"{name}_mask" in module._buffers:
+            return f"has a mask on its {name}, make it part of it first: torch.nn.utils.prune.remove(module, {name!r})"
+        if f"{name}_g" in own and f"{name}_v" in own and hasattr(module, name):
+            remedy = f"torch.nn.utils.remove_weight_norm(module, {name!r})"
+            return f"has a weight-normed {name}, valid is one of its own: {remedy}"
+        if f"{name}_orig" in own and f"{name}_u" in module._buffers:
+            remedy = f"torch.nn.utils.remove_spectral_norm(module, {name!r})"
+            return f"has a spectral-normed {name}, valid is one of its own: {remedy}"
+    return None
+
+
+@torch.no_grad()
+def merge(model: nn.Module) -> nn.Module:
+    """Merges peft's adapters into the weights, in place: the model has its own modules again, and is saved whole.
+
+    model: one that adapters were added to (`add_adapter`, `inject_adapter_in_model`); of a PeftModel,
+    `merge_and_unload` does this. Unsupported, before anything is changed, for adapters that no weight can hold.
+    Returns the model.
+    """
+    require_unwrapped(model)
+    found = {name: module for name, module in model.named_modules() if is_adapted(module)}
+    for name, module in found.items():
+        if "base_layer" in module._modules and not hasattr(module, "merge"):
+            raise Unsupported(f"{name}: {type(module).__name__} cannot be merged into a weight; delete the adapter")
+    for module in reversed(found.values()):  # those inside first
+        if hasattr(module, "merge"):
+            module.merge()
+    for name, module in found.items():
+        if not any(name.startswith(f"{other}.") for other in found):
+            model.set_submodule(name, _own(module))
+    vars(model).pop("_hf_peft_config_loaded", None)  # transformers would save the adapters alone
+    vars(model).pop("peft_config", None)
+    return model
+
+
+def _own(module: nn.Module) -> nn.Module:
+    """The module that stays of a merged one of peft's."""
+    if "original_module" in module._modules:
+        return module.modules_to_save[module.active_adapters[0]]
+    return module.get_base_layer()
