@@ -23,6 +23,8 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 
+from effattn.resuming import newest_complete
+
 if TYPE_CHECKING:  # at its first use otherwise: it takes 150 MB
     from transformers import Trainer, TrainingArguments
 
@@ -102,14 +104,12 @@ def placed(model: nn.Module) -> dict[str, bool]:
 
 
 def train(trainer: Trainer) -> None:
-    """Runs `trainer`, going on from the newest checkpoint in its output folder if there is one."""
-    from transformers.trainer_utils import get_last_checkpoint
-
-    folder = Path(trainer.args.output_dir)
-    last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+    """Runs `trainer`, going on from the newest complete checkpoint in its output folder if there is one."""
+    arguments = trainer.args
+    last = newest_complete(Path(arguments.output_dir), arguments.world_size, clean=trainer.is_world_process_zero())
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*lr_scheduler.step.*")
-        trainer.train(resume_from_checkpoint=last)
+        trainer.train(resume_from_checkpoint=None if last is None else str(last))
 
 
 # ---- a model in a Trainer's hands -----------------------------------------------------------------------------------

@@ -8,22 +8,26 @@ result. `.<output>.partial` beside the output keeps an unfinished run; the same 
 from __future__ import annotations
 
 import copy
+import errno
 import json
 import os
 import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 
 from effattn import embedded
+from effattn.bounds import Checked, random_seed, real, whole
 from effattn.errors import check_choice
 from effattn.evaluate.loss import compare
 from effattn.heads.verify import verify_plain
-from effattn.hf.checkpoint import atomic_folder, check_new_folder, load_model, resolve
-from effattn.jobs import Quiet, device, partial_folder
+from effattn.hf.checkpoint import load_model, resolve
+from effattn.jobs import SETTINGS, Quiet, device, discard, holds_output, main_process, partial_folder, settings_of
+from effattn.outputs import atomic_folder, check_new_folder
 from effattn.profiling.decode import decode_speed
 from effattn.profiling.environment import environment
 from effattn.profiling.memory import available_bytes
@@ -43,7 +47,7 @@ COPIES = 3  # of the weights, that measuring needs room for: the dense model, th
 
 
 @dataclass
-class Job:
+class Job(Checked):
     """The settings of one run. The first method and sparsity are what is saved, the others are compared with it."""
 
     output: Path
@@ -52,24 +56,26 @@ class Job:
     sparsities: Sequence[str | Sequence[str]] = ("0.5",)
     modules: str = "all"
     allocation: str = "uniform"
-    damping: float = DAMPING
+    damping: float = real(DAMPING, above=0)
     raise_damping: bool = False
     text: Sequence[Path] = ()
     dataset: str | None = None
     column: str | None = None
-    calibration_tokens: int = 65_536
-    evaluation_tokens: int = 32_768
-    length: int | None = None
+    calibration_tokens: int = whole(65_536, least=1)
+    evaluation_tokens: int = whole(32_768, least=16)
+    length: int | None = whole(None, least=8, unit="tokens")
     measure: str = "auto"
-    distill_tokens: int = 0
-    batch: int = 2
-    lr: float | None = None
-    ce_weight: float = 0.05
-    layer_weight: float = 30.0
-    decode_contexts: Sequence[int] = (512, 4096)
-    seed: int = 0
+    distill_tokens: int = whole(0, least=0)
+    batch: int = whole(2, least=1)
+    lr: float | None = real(None, above=0)
+    ce_weight: float = real(0.05, least=0)
+    layer_weight: float = real(30.0, least=0)
+    decode_contexts: Sequence[int] = whole((512, 4096), least=1)
+    seed: int = random_seed()
     device: str = "auto"
     overrides: dict = field(default_factory=dict)
+
+    APART: ClassVar = ("measure",)  # a run goes on with another
 
     @property
     def partial(self) -> Path:
@@ -82,6 +88,7 @@ class Job:
         return {name: getattr(self, name) for name in names}
 
 
+@holds_output(OneShotReport)
 def run(job: Job, show: Quiet | None = None) -> OneShotReport:
     """Runs `job`; returns the report, which also lies in the output folder as report.{json,md,html}.
 
@@ -89,7 +96,7 @@ def run(job: Job, show: Quiet | None = None) -> OneShotReport:
     before anything appears under the output's name. Under torchrun or `accelerate launch` every process calls it;
     rank 0 prunes, measures and writes, the others wait and take part in the distillation.
     """
-    show, main = show or Quiet(), int(os.environ.get("RANK", "0")) == 0
+    show, main = show or Quiet(), main_process()
     check_job(job)
     source = folder_of(job.model)
     place = device(job.device)
@@ -107,7 +114,7 @@ def run(job: Job, show: Quiet | None = None) -> OneShotReport:
                 f"passes over it; give more text or at most {20 * len(data.train):,}"
             )
     calibration = data.train[: job.calibration_tokens]
-    resume(job.partial / "settings.json", _settings(job)) if main else None
+    resume(job.partial / SETTINGS, settings_of(job)) if main else None
     pruned = job.partial / "pruned"
     if main and not pruned.exists():
         with show.stage(f"pruning, layer by layer ({job.methods[0]}, {said(job.sparsities[0])})") as progress:
@@ -119,7 +126,7 @@ def run(job: Job, show: Quiet | None = None) -> OneShotReport:
         time.sleep(0.5)
     facts = json.loads((pruned / FACTS).read_text(encoding="utf-8"))
     report = OneShotReport({
-        "kind": KIND, "settings": _settings(job) | facts["settings"] | {"source": data.source}, "model": {},
+        "kind": KIND, "settings": settings_of(job) | facts["settings"] | {"source": data.source}, "model": {},
         "layers": facts["layers"], "sizes": {"before": {}, "after": {}}, "verification": facts["verification"],
         "environment": environment(),
     })  # fmt: skip
@@ -131,7 +138,7 @@ def run(job: Job, show: Quiet | None = None) -> OneShotReport:
         report.data["settings"]["measure"] = "no: the model does not fit into memory three times"
     if main:
         _save(job, student, tokenizer, pruned, data, report, show)
-        shutil.rmtree(job.partial, ignore_errors=True)
+        discard(job.partial)
     return report
 
 
@@ -149,9 +156,6 @@ def check_job(job: Job) -> None:
     check_choice("measure", job.measure, MEASURE)
     device(job.device)
     check_new_folder("output", job.output)
-    for name, least in (("calibration_tokens", 1), ("evaluation_tokens", 16), ("distill_tokens", 0), ("batch", 1)):
-        if getattr(job, name) < least:
-            raise ValueError(f"{name}: got {getattr(job, name)}, valid is {least} or more")
     if job.distill_tokens and job.measure == "no":
         raise ValueError("distill_tokens: got some with measure 'no'; distillation needs the whole model in memory")
 
@@ -186,11 +190,6 @@ def fits(job: Job, source: Path, place: torch.device) -> bool:
             f"measure: comparing and distilling need about {needed:,} bytes of memory, {free:,} are free; valid is 'no'"
         )
     return room
-
-
-def _settings(job: Job) -> dict:
-    kept = {key: value for key, value in asdict(job).items() if key not in ("output", "device", "overrides", "measure")}
-    return json.loads(json.dumps(kept, default=str))
 
 
 def _measured(
@@ -277,8 +276,19 @@ def _save(job: Job, student, tokenizer, pruned: Path, data: Streams, report: One
         else:
             for file in pruned.iterdir():
                 if file.name != FACTS:  # the report has them
-                    file.replace(folder / file.name)
+                    _link(file, folder / file.name)
         report.data["sizes"]["after"]["file_bytes"] = weight_bytes(folder)
         if student is not None:
             report.data["verification"] = verify_plain(folder, student, data.evaluation[:64])
         report.save(folder)
+
+
+def _link(file: Path, other: Path) -> None:
+    """A second name of a file, which takes no room; a copy where the file system has only one. The first one stays: a
+    run that is killed before its output has its name goes on from there."""
+    try:
+        os.link(file, other)
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EMLINK, errno.EXDEV, errno.ENOSYS):
+            raise
+        shutil.copyfile(file, other)

@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
-import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -26,57 +24,60 @@ from effattn.prune.sheared import Target, continue_training, learn_masks
 from transformers import AutoModelForCausalLM
 
 from effattn import embedded
+from effattn.bounds import Checked, random_seed, real, whole
 from effattn.errors import Unsupported, check_choice
 from effattn.evaluate.loss import compare
 from effattn.heads.job import measure_parent
 from effattn.heads.verify import verify_plain
 from effattn.hf import anatomy as hf
-from effattn.hf.checkpoint import atomic_folder, check_finite, check_new_folder, load_model, resolve
+from effattn.hf.checkpoint import check_finite, load_model, resolve
 from effattn.hf.describe import describe
 from effattn.hf.swap import active
-from effattn.jobs import Quiet, check_partial, device, partial_folder
+from effattn.jobs import Quiet, check_partial, device, discard, holds_output, main_process, partial_folder
+from effattn.outputs import atomic_folder, check_new_folder
 from effattn.profiling.cost import model_cost
 from effattn.profiling.decode import decode_speed
 from effattn.profiling.environment import environment
 from effattn.profiling.timing import Clock, alternate, percentiles
 
+DEFAULT = "runs/shear"  # where a run without an output trains
 SPEED_SECONDS = 2.0  # how long each model's reading speed is measured
 
 
 @dataclass
-class Job:
+class Job(Checked):
     """The settings of one run. A run is resumed only with the same ones."""
 
     model: str = embedded.NAME
     output: Path | None = None
-    hidden: int | None = None
-    heads: int | None = None
-    ffn: int | None = None
-    layers: int | None = None
+    hidden: int | None = whole(None, least=1)
+    heads: int | None = whole(None, least=1)
+    ffn: int | None = whole(None, least=1)
+    layers: int | None = whole(None, least=1)
     domains: Sequence[Path] = ()
     dataset: str | None = None
     column: str | None = None
-    mask_tokens: int = sheared.MASK_TOKENS
-    recover_tokens: int = sheared.RECOVER_TOKENS
-    continue_tokens: int = sheared.CONTINUE_TOKENS
-    evaluation_tokens: int = 32_768
-    length: int = 512
-    batch: int = 4
-    lr: float | None = None
-    recover_lr: float | None = None
-    continue_lr: float | None = None
-    mask_lr: float | None = None
-    multiplier_lr: float | None = None
+    mask_tokens: int = whole(sheared.MASK_TOKENS, least=1)
+    recover_tokens: int = whole(sheared.RECOVER_TOKENS, least=0)
+    continue_tokens: int = whole(sheared.CONTINUE_TOKENS, least=0)
+    evaluation_tokens: int = whole(32_768, least=16)
+    length: int = whole(512, least=8)
+    batch: int = whole(4, least=1)
+    lr: float | None = real(None, above=0)
+    recover_lr: float | None = real(None, above=0)
+    continue_lr: float | None = real(None, above=0)
+    mask_lr: float | None = real(None, above=0)
+    multiplier_lr: float | None = real(None, above=0)
     warm_start: str | None = sheared.WARM_START
-    start: float = sheared.START
-    ramp: float = sheared.RAMP
+    start: float = real(sheared.START)
+    ramp: float = real(sheared.RAMP, least=0, most=1)
     distill: bool = True
     compensate: bool = True
     loading: str = "clamped"
     baselines: Sequence[str] = ()  # of `BASELINES`
-    scratch_lr: float | None = None
-    decode_contexts: Sequence[int] = (512, 4096)
-    seed: int = 0
+    scratch_lr: float | None = real(None, above=0)
+    decode_contexts: Sequence[int] = whole((512, 4096), least=1)
+    seed: int = random_seed()
     device: str = "auto"
     overrides: dict = field(default_factory=dict)
 
@@ -91,16 +92,17 @@ class Job:
 
     @property
     def partial(self) -> Path:
-        return partial_folder(self.output or "runs/shear")
+        return partial_folder(self.output or DEFAULT)
 
 
+@holds_output(ShearReport, DEFAULT)
 def run(job: Job, show: Quiet | None = None) -> ShearReport:
     """Runs `job`; returns the report, which with an output also lies there as report.{json,md,html}.
 
     Raises ValueError (bad settings or input), FloatingPointError, OSError (disk), each before anything appears under
     the output's name. Under torchrun or `accelerate launch` every process calls it; rank 0 measures and writes.
     """
-    show, main = show or Quiet(), int(os.environ.get("RANK", "0")) == 0
+    show, main = show or Quiet(), main_process()
     check_job(job)
     with show.stage("loading the model"):
         parent, tokenizer = load_model(job.model)
@@ -175,7 +177,7 @@ def run(job: Job, show: Quiet | None = None) -> ShearReport:
             report.data["verification"] = verify_plain(folder, small, data.evaluation[: min(64, length)])
             report.save(folder)
     if main:
-        shutil.rmtree(job.partial, ignore_errors=True)
+        discard(job.partial)
     return report
 
 
@@ -191,14 +193,8 @@ def check_job(job: Job) -> None:
         check_new_folder("output", job.output)
     if job.warm_start is not None:
         check_choice("warm_start", job.warm_start, CRITERIA)
-    for name, least in (("recover_tokens", 0), ("continue_tokens", 0), ("evaluation_tokens", 16), ("length", 8),
-                        ("batch", 1)):  # fmt: skip
-        if getattr(job, name) < least:
-            raise ValueError(f"{name}: got {getattr(job, name)}, valid is {least} or more")
     if job.mask_tokens < job.batch * job.length:
         raise ValueError(f"mask_tokens: got {job.mask_tokens:,}, one step takes {job.batch * job.length:,}")
-    if not 0 <= job.ramp <= 1:
-        raise ValueError(f"ramp: got {job.ramp}, valid is 0 to 1 (a share of the steps)")
 
 
 def _baselines(job: Job, parent, small, data: DomainText, domains, references, shared, measured, show) -> dict:

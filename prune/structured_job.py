@@ -13,13 +13,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from effattn import embedded
+from effattn.bounds import Checked, random_seed, whole
 from effattn.errors import check_choice
 from effattn.evaluate.loss import compare
 from effattn.heads.job import measure_parent
 from effattn.heads.verify import verify_plain
 from effattn.hf import anatomy as hf
-from effattn.hf.checkpoint import atomic_folder, check_new_folder, load_model
-from effattn.jobs import Quiet, device
+from effattn.hf.checkpoint import load_model
+from effattn.jobs import Quiet, device, holds_output
+from effattn.outputs import atomic_folder, check_new_folder
 from effattn.profiling.decode import decode_speed
 from effattn.textdata import Streams, streams
 
@@ -30,7 +32,7 @@ from .structured_report import StructuredReport
 
 
 @dataclass
-class Job:
+class Job(Checked):
     """The settings of one run. heads, ffn, layers: an int is how many stay, a float the share that is removed; None:
     all stay. `criteria`: the first one is saved, the others are compared with it (each a name, or "heads=taylor,
     layers=block_influence")."""
@@ -47,11 +49,11 @@ class Job:
     text: Sequence[Path] = ()
     dataset: str | None = None
     column: str | None = None
-    calibration_tokens: int = 65_536
-    evaluation_tokens: int = 32_768
-    length: int | None = None
-    decode_contexts: Sequence[int] = (512, 4096)
-    seed: int = 0
+    calibration_tokens: int = whole(65_536, least=1)
+    evaluation_tokens: int = whole(32_768, least=16)
+    length: int | None = whole(None, least=8, unit="tokens")
+    decode_contexts: Sequence[int] = whole((512, 4096), least=1)
+    seed: int = random_seed()
     device: str = "auto"
 
     @property
@@ -59,6 +61,7 @@ class Job:
         return {target: getattr(self, target) for target in TARGETS}
 
 
+@holds_output(StructuredReport)
 def run(job: Job, show: Quiet | None = None) -> StructuredReport:
     """Runs `job`; returns the report, which also lies in the output folder as report.{json,md,html}.
 
@@ -133,9 +136,6 @@ def check_job(job: Job) -> list[str | dict[str, str]]:
         )
     device(job.device)
     check_new_folder("output", job.output)
-    for name, least in (("calibration_tokens", 1), ("evaluation_tokens", 16)):
-        if getattr(job, name) < least:
-            raise ValueError(f"{name}: got {getattr(job, name)}, valid is {least} or more")
     return named
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from effattn import embedded
+from effattn.bounds import Checked, random_seed, real, whole
 from effattn.errors import Unsupported, check_choice
 from effattn.evaluate.curve import scores, token_scores
 from effattn.evaluate.passkey_retrieval import STYLES
@@ -34,7 +35,7 @@ AUTO = "auto"
 
 
 @dataclass
-class Job:
+class Job(Checked):
     """The settings of one run. A run is resumed only with the same ones.
 
     rules: names of `effattn.extending.rules.rules`, or what comes before their dash; none: all. lengths: windows, each
@@ -47,20 +48,20 @@ class Job:
     model: str = embedded.NAME
     rules: Sequence[str] = ()
     logn: bool = True
-    lengths: Sequence[int] | None = None
-    sequences: int = 8
-    period: int | None = None
+    lengths: Sequence[int] | None = whole(None, least=1, unit="tokens")
+    sequences: int = whole(8, least=1)
+    period: int | None = whole(None, least=1)
     retrieval: str = AUTO
-    retrieval_length: int | None = None
-    retrieval_trials: int = 4
-    retrieval_depths: Sequence[float] = DEPTHS
+    retrieval_length: int | None = whole(None, least=1)
+    retrieval_trials: int = whole(4, least=1)
+    retrieval_depths: Sequence[float] = real(DEPTHS, least=0, most=1)
     retrieval_style: str | None = None
     text: Sequence[Path] = ()
     dataset: str | None = None
     column: str | None = None
     output: Path | None = None
     json: Path | None = None
-    seed: int = 0
+    seed: int = random_seed()
     device: str = "auto"
 
     @property
@@ -185,9 +186,6 @@ def check_job(job: Job) -> None:
     check_choice("retrieval", job.retrieval, (*copying.TASKS, AUTO, "none"))
     if job.retrieval_style is not None:
         check_choice("retrieval_style", job.retrieval_style, STYLES)
-    for name in ("sequences", "retrieval_trials", "period", "retrieval_length"):
-        if getattr(job, name) is not None and getattr(job, name) < 1:
-            raise ValueError(f"{name}: got {getattr(job, name)}, valid is 1 or more")
     if job.text and job.dataset:
         raise ValueError("text and dataset: got both, valid is one of them (or neither: the embedded corpus)")
     if job.output is not None and (Path(job.output) / "report.json").exists():

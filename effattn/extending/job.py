@@ -8,8 +8,6 @@ unfinished tuning; the same command goes on from there.
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -17,15 +15,17 @@ from pathlib import Path
 import torch
 
 from effattn import embedded
+from effattn.bounds import Checked, random_seed, real, whole
 from effattn.errors import Unsupported, check_choice
 from effattn.evaluate.curve import scores, token_scores
 from effattn.extending import planner, texts
 from effattn.extending.report import ExtendReport
 from effattn.hf import anatomy, positions
-from effattn.hf.checkpoint import atomic_folder, check_new_folder, load_again, load_model, save
+from effattn.hf.checkpoint import load_again, load_model, save
 from effattn.hf.describe import describe
 from effattn.hf.swap import active, swap
-from effattn.jobs import Quiet, check_partial, device, partial_folder
+from effattn.jobs import Quiet, check_partial, device, discard, holds_output, main_process, partial_folder
+from effattn.outputs import atomic_folder, check_new_folder
 from effattn.position_sampling import METHODS
 from effattn.positions.registry import parse
 from effattn.profiling.environment import environment
@@ -36,7 +36,7 @@ SAMPLING = (*METHODS, WHOLE)
 
 
 @dataclass
-class Job:
+class Job(Checked):
     """The settings of one run. A tuning is resumed only with the same ones.
 
     to: tokens to read. rule: a spec of `effattn.positions`, or a name from the plan; None: the recommended one.
@@ -49,17 +49,17 @@ class Job:
     to: int = 0
     rule: str | None = None
     output: Path | None = None
-    tune_tokens: int = 0
+    tune_tokens: int = whole(0, least=0)
     sampling: str = "pose"
-    window: int | None = None
-    lora: int = 0
-    batch: int = 1
-    lr: float | None = None
-    sequences: int = 2
+    window: int | None = whole(None, least=8)
+    lora: int = whole(0, least=0)
+    batch: int = whole(1, least=1)
+    lr: float | None = real(None, above=0)
+    sequences: int = whole(2, least=0)
     text: Sequence[Path] = ()
     dataset: str | None = None
     column: str | None = None
-    seed: int = 0
+    seed: int = random_seed()
     device: str = "auto"
     overrides: dict = field(default_factory=dict)
 
@@ -68,6 +68,7 @@ class Job:
         return partial_folder(self.output or "runs/extend")
 
 
+@holds_output(ExtendReport)
 def run(job: Job, show: Quiet | None = None) -> ExtendReport:
     """Runs `job`; returns the report, which with an output also lies there as report.{json,md,html}.
 
@@ -75,7 +76,7 @@ def run(job: Job, show: Quiet | None = None) -> ExtendReport:
     (disk), each before anything appears under the output's name. Under torchrun or `accelerate launch` every process
     calls it; rank 0 measures and writes.
     """
-    show, main = show or Quiet(), int(os.environ.get("RANK", "0")) == 0
+    show, main = show or Quiet(), main_process()
     check_job(job)
     with show.stage("loading the model"):
         model, tokenizer = load_model(job.model)
@@ -131,7 +132,7 @@ def run(job: Job, show: Quiet | None = None) -> ExtendReport:
             files = sorted(file.name for file in folder.iterdir())
             report.data["verification"] = verification | {"files": ", ".join(files)}
             report.save(folder)
-        shutil.rmtree(job.partial, ignore_errors=True)
+        discard(job.partial)
     return report
 
 
@@ -139,12 +140,8 @@ def check_job(job: Job) -> None:
     """Everything that can be known to be wrong before a model is loaded. Raises ValueError."""
     device(job.device)
     check_choice("sampling", job.sampling, SAMPLING)
-    for name, least in (("to", 1), ("tune_tokens", 0), ("window", 8), ("lora", 0), ("batch", 1), ("sequences", 0)):
-        value = getattr(job, name)
-        if value is not None and (type(value) is not int or value < least):
-            raise ValueError(f"{name}: got {value}, valid is a whole number of at least {least}")
-    if job.lr is not None and not job.lr > 0:
-        raise ValueError(f"lr: got {job.lr}, valid is above 0")
+    if type(job.to) is not int or job.to < 1:
+        raise ValueError(f"to: got {job.to}, valid is a whole number of at least 1")
     if job.lora and not job.tune_tokens:
         raise ValueError(f"lora: got {job.lora} without tune_tokens; valid is 0, or a budget to train on")
     if job.tune_tokens and job.output is None:

@@ -8,15 +8,14 @@ target holds the checkpoints of an unfinished uptraining; the same command goes 
 from __future__ import annotations
 
 import copy
-import json
 import math
-import os
-import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import ClassVar
 
 from effattn import embedded
+from effattn.bounds import Checked, random_seed, real, whole
 from effattn.errors import check_choice
 from effattn.evaluate.loss import compare, token_losses
 from effattn.heads import gqa
@@ -25,19 +24,19 @@ from effattn.heads.report import ConversionReport
 from effattn.heads.uptrain import CE_WEIGHT, LAYER_WEIGHT, TRAINABLE, uptrain
 from effattn.heads.verify import verify_plain
 from effattn.hf import anatomy as hf
-from effattn.hf.checkpoint import atomic_folder, check_new_folder, load_model
-from effattn.jobs import Quiet, device, partial_folder
+from effattn.hf.checkpoint import load_model
+from effattn.jobs import Quiet, check_partial, device, discard, holds_output, main_process, partial_folder
+from effattn.outputs import atomic_folder, check_new_folder
 from effattn.profiling.decode import decode_speed
-from effattn.reports.files import write_text_atomic
 from effattn.textdata import Streams, streams
 
 
 @dataclass
-class Job:
+class Job(Checked):
     """The settings of one conversion. A run is resumed only with the same ones."""
 
     model: str
-    kv_heads: int
+    kv_heads: int = whole(least=1)
     output: Path
     method: str = "optimal"
     refit: bool = True
@@ -45,25 +44,28 @@ class Job:
     text: Sequence[Path] = ()
     dataset: str | None = None
     column: str | None = None
-    calibration_tokens: int = 50_000
-    evaluation_tokens: int = 32_768
-    uptrain_tokens: int = 0
-    length: int = 512
-    batch: int = 2
-    lr: float | None = None
-    ce_weight: float = CE_WEIGHT
-    layer_weight: float = LAYER_WEIGHT
+    calibration_tokens: int = whole(50_000, least=1)
+    evaluation_tokens: int = whole(32_768, least=2)
+    uptrain_tokens: int = whole(0, least=0)
+    length: int = whole(512, least=8, unit="tokens")
+    batch: int = whole(2, least=1)
+    lr: float | None = real(None, above=0)
+    ce_weight: float = real(CE_WEIGHT, least=0)
+    layer_weight: float = real(LAYER_WEIGHT, least=0)
     trainable: str = "attention"
-    seed: int = 0
-    decode_contexts: Sequence[int] = (512, 4096, 16384)
+    seed: int = random_seed()
+    decode_contexts: Sequence[int] = whole((512, 4096, 16384), least=1)
     device: str = "auto"
     overrides: dict = field(default_factory=dict)
+
+    APART: ClassVar = ("decode_contexts",)  # a run goes on with others
 
     @property
     def partial(self) -> Path:
         return partial_folder(self.output)
 
 
+@holds_output(ConversionReport)
 def run(job: Job, show: Quiet | None = None) -> ConversionReport:
     """Runs `job`; returns the report, which also lies in the output folder as report.{json,md,html}.
 
@@ -71,7 +73,7 @@ def run(job: Job, show: Quiet | None = None) -> ConversionReport:
     under the output's name. Under torchrun or `accelerate launch` every process calls it; rank 0 writes.
     """
     show = show or Quiet()
-    main = int(os.environ.get("RANK", "0")) == 0
+    main = main_process()
     check_job(job)
     with show.stage("loading the model"):
         parent, tokenizer = load_model(job.model)
@@ -125,7 +127,7 @@ def run(job: Job, show: Quiet | None = None) -> ConversionReport:
             tokenizer.save_pretrained(folder)
             report.data["verification"] = verify_plain(folder, student, data.evaluation[: min(64, length)])
             report.save(folder)
-        shutil.rmtree(job.partial, ignore_errors=True)
+        discard(job.partial)
     return report
 
 
@@ -145,28 +147,10 @@ def check_job(job: Job) -> None:
     check_choice("trainable", job.trainable, TRAINABLE)
     device(job.device)
     check_new_folder("output", job.output)
-    for name, least in (("uptrain_tokens", 0), ("calibration_tokens", 1), ("evaluation_tokens", 2), ("batch", 1)):
-        if getattr(job, name) < least:
-            raise ValueError(f"{name}: got {getattr(job, name)}, valid is {least} or more")
-    if job.length < 8:
-        raise ValueError(f"length: got {job.length}, valid is 8 tokens or more")
 
 
 def _uptrain(job: Job, student, parent, data: Streams, length: int, show: Quiet) -> dict:
-    settings = {k: v for k, v in asdict(job).items() if k not in ("output", "decode_contexts", "device", "overrides")}
-    settings = json.loads(json.dumps(settings, default=str))
-    manifest = job.partial / "settings.json"
-    if manifest.exists():
-        old = json.loads(manifest.read_text())
-        changed = sorted(key for key in settings if old.get(key) != settings[key])
-        if changed:
-            raise ValueError(
-                f"{job.partial} holds an unfinished run with other settings ({', '.join(changed)}): repeat them to "
-                "go on, or delete that folder to start again"
-            )
-    elif int(os.environ.get("RANK", "0")) == 0:
-        job.partial.mkdir(parents=True, exist_ok=True)
-        write_text_atomic(manifest, json.dumps(settings, indent=1) + "\n")
+    check_partial(job, main_process())
     with show.stage(f"uptraining on {job.uptrain_tokens:,} tokens") as progress:
         result = uptrain(
             student, parent, data.train, train_tokens=job.uptrain_tokens, folder=job.partial / "uptrain",

@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import copy
 import json
-import os
-import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from effattn import embedded, registry
+from effattn.bounds import Checked, random_seed, real, whole
 from effattn.errors import check_choice
 from effattn.evaluate.loss import compare
 from effattn.heads.job import measure_parent
@@ -23,65 +22,68 @@ from effattn.heads.uptrain import TRAINABLE as DISTIL_TRAINABLE
 from effattn.heads.uptrain import default_lr, uptrain
 from effattn.hf import anatomy as hf
 from effattn.hf.adapters import require_own_weights
-from effattn.hf.checkpoint import atomic_folder, check_new_folder, load_again, load_model, save
+from effattn.hf.checkpoint import load_again, load_model, save
 from effattn.hf.describe import describe
 from effattn.hf.swap import active
-from effattn.jobs import Quiet, check_partial, device, partial_folder
+from effattn.jobs import Quiet, check_partial, device, discard, holds_output, main_process, partial_folder
 from effattn.linearizing import plan
 from effattn.linearizing.approximation import METHODS, measure_approximation
 from effattn.linearizing.lora import adapters
 from effattn.linearizing.report import LinearizeReport
 from effattn.linearizing.transfer import TRAINABLE, transfer
+from effattn.outputs import atomic_folder, check_new_folder
 from effattn.profiling.environment import environment
 from effattn.swapping.patterns import label_of
 from effattn.textdata import Streams, streams
 
 STATE_CONTEXTS = (1024, 8192, 65536)
+DEFAULT = "runs/linearize"  # where a run without an output trains
 LR = 2 / 3  # of what suits uptraining with twice the windows a step
 
 
 @dataclass
-class Job:
+class Job(Checked):
     """The settings of one run. A run is resumed only with the same ones."""
 
     model: str = embedded.NAME
     output: Path | None = None
     pattern: str | None = "linear(feature_map='hedgehog')"
     projections: str | None = None
-    keep_every: int = 0
+    keep_every: int = whole(0, least=0)
     keep: str = "sliding(window=256)"
     fit_decay: bool = True
     text: Sequence[Path] = ()
     dataset: str | None = None
     column: str | None = None
-    transfer_tokens: int = 150_000
-    distil_tokens: int = 450_000
-    evaluation_tokens: int = 32_768
-    length: int = 512
-    batch: int = 1
-    transfer_lr: float = 3e-3
-    lr: float | None = None
+    transfer_tokens: int = whole(150_000, least=0)
+    distil_tokens: int = whole(450_000, least=0)
+    evaluation_tokens: int = whole(32_768, least=16)
+    length: int = whole(512, least=8)
+    batch: int = whole(1, least=1)
+    transfer_lr: float = real(3e-3, above=0)
+    lr: float | None = real(None, above=0)
     transfer_trainable: str = "attention"
     trainable: str = "attention"
-    lora: int = 0
-    ce_weight: float = 0.05
-    layer_weight: float = 30.0
-    seed: int = 0
+    lora: int = whole(0, least=0)
+    ce_weight: float = real(0.05, least=0)
+    layer_weight: float = real(30.0, least=0)
+    seed: int = random_seed()
     device: str = "auto"
     overrides: dict = field(default_factory=dict)
 
     @property
     def partial(self) -> Path:
-        return partial_folder(self.output or "runs/linearize")
+        return partial_folder(self.output or DEFAULT)
 
 
+@holds_output(LinearizeReport, DEFAULT)
 def run(job: Job, show: Quiet | None = None) -> LinearizeReport:
     """Runs `job`; returns the report, which with an output also lies there as report.{json,md,html}.
 
     Raises ValueError (bad settings or input), FloatingPointError, OSError (disk), each before anything appears under
     the output's name. Under torchrun or `accelerate launch` every process calls it; rank 0 measures and writes.
     """
-    show, main = show or Quiet(), int(os.environ.get("RANK", "0")) == 0
+    show, main = show or Quiet(), main_process()
     check_job(job)
     with show.stage("loading the model"):
         parent, tokenizer = load_model(job.model)
@@ -161,7 +163,7 @@ def run(job: Job, show: Quiet | None = None) -> LinearizeReport:
             _, report.data["verification"] = load_again(folder, student, data.evaluation[: min(64, length)])
             report.save(folder)
     if main:
-        shutil.rmtree(job.partial, ignore_errors=True)
+        discard(job.partial)
     return report
 
 
@@ -174,10 +176,6 @@ def check_job(job: Job) -> None:
         check_new_folder("output", job.output)
     if job.pattern is None and job.projections is None:
         raise ValueError("pattern: got none and no projections either; valid is for example 'performer(features=256)'")
-    for name, least in (("transfer_tokens", 0), ("distil_tokens", 0), ("evaluation_tokens", 16), ("length", 8),
-                        ("batch", 1), ("keep_every", 0), ("lora", 0)):  # fmt: skip
-        if getattr(job, name) < least:
-            raise ValueError(f"{name}: got {getattr(job, name)}, valid is {least} or more")
 
 
 def _overrides(job: Job, student) -> dict:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from effattn import embedded
+from effattn.bounds import Checked, random_seed, real, whole
 from effattn.errors import check_choice
 from effattn.hf.checkpoint import DTYPES, load_model
 from effattn.jobs import Quiet, device
@@ -20,18 +21,18 @@ BESIDE = ("sliding(window=512, sinks=4)",)  # what a bare run shows beside the p
 
 
 @dataclass
-class Job:
+class Job(Checked):
     """The settings of one run. `pattern` and `cache` are one variant together; `variants` are more of them."""
 
     model: str = embedded.NAME
     pattern: str | None = None
     cache: str | None = None
     variants: Sequence[str] = ()
-    contexts: Sequence[int] = CONTEXTS
-    batches: Sequence[int] = BATCHES
-    steps: int = STEPS
-    seconds: float = SECONDS
-    seed: int = 0
+    contexts: Sequence[int] = whole(CONTEXTS, least=1)
+    batches: Sequence[int] = whole(BATCHES, least=1)
+    steps: int = whole(STEPS, least=1)
+    seconds: float = real(SECONDS, above=0)
+    seed: int = random_seed()
     device: str = "auto"
     dtype: str = "auto"
     output: Path | None = None

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from effattn.bounds import Bounds
 from effattn.errors import Unsupported
 from effattn.hf import anatomy
 from effattn.hf import swap as swapping
@@ -205,8 +206,7 @@ def check_numbers(contexts, batches, steps, seconds) -> None:
                 raise ValueError(f"{argument}: got {value!r}, valid is 1 or more")
         if not len(values):
             raise ValueError(f"{argument}: got none, valid is at least one number")
-    if not seconds > 0:
-        raise ValueError(f"seconds: got {seconds!r}, valid is more than 0")
+    Bounds(whole=False, above=0).check("seconds", seconds)
 
 
 def _check_positions(parts: anatomy.Anatomy, contexts: Sequence[int], steps: int) -> None:

@@ -13,11 +13,13 @@ from pathlib import Path
 import torch
 
 from effattn import embedded
+from effattn.bounds import Checked, random_seed, real, whole
 from effattn.hf import anatomy
-from effattn.hf.checkpoint import atomic_folder, check_new_folder, load_again, load_model, save
+from effattn.hf.checkpoint import load_again, load_model, save
 from effattn.hf.describe import describe
 from effattn.hf.swap import parse_layers, restore, swap
-from effattn.jobs import Quiet, device
+from effattn.jobs import Quiet, device, holds_output
+from effattn.outputs import atomic_folder, check_new_folder
 from effattn.profiling.environment import environment
 from effattn.swapping import measure
 from effattn.swapping.patterns import Pattern, label_of, parse_pattern, without_sinks
@@ -28,7 +30,7 @@ BUCKETS = 40  # of a stream, about
 
 
 @dataclass
-class Job:
+class Job(Checked):
     """The settings of one run. `patterns`: specs, or dicts (also as JSON text) from layers to specs."""
 
     model: str = embedded.NAME
@@ -37,18 +39,19 @@ class Job:
     text: Sequence[Path] = ()
     dataset: str | None = None
     column: str | None = None
-    contexts: Sequence[int] = (128, 256, 512, 1024, 2048, 4096)
-    evaluation_tokens: int = 4096
-    stream_tokens: int = 20_000
-    dense_stream_tokens: int = 4096
-    chunk: int = 128
-    prompt_tokens: int = 400
-    generate_tokens: int = 300
-    temperature: float = 0.8
-    seed: int = 0
+    contexts: Sequence[int] = whole((128, 256, 512, 1024, 2048, 4096), least=2, unit="tokens")  # one to predict from
+    evaluation_tokens: int = whole(4096, least=1)
+    stream_tokens: int = whole(20_000, least=2)
+    dense_stream_tokens: int = whole(4096, least=2)
+    chunk: int = whole(128, least=1)
+    prompt_tokens: int = whole(400, least=1)
+    generate_tokens: int = whole(300, least=0)
+    temperature: float = real(0.8, least=0)
+    seed: int = random_seed()
     device: str = "auto"
 
 
+@holds_output(SwapReport)
 def run(job: Job, show: Quiet | None = None) -> SwapReport:
     """Runs `job`; returns the report, which with an output also lies there as report.{json,md,html}.
 
@@ -118,15 +121,6 @@ def check_job(job: Job) -> list[Pattern]:
     if job.output is not None:
         check_new_folder("output", job.output)
     device(job.device)
-    for name, least in (
-        ("evaluation_tokens", 1), ("stream_tokens", 2), ("dense_stream_tokens", 2), ("chunk", 1), ("prompt_tokens", 1),
-        ("generate_tokens", 0), ("temperature", 0),
-    ):  # fmt: skip
-        if getattr(job, name) < least:
-            raise ValueError(f"{name}: got {getattr(job, name)}, valid is {least} or more")
-    for context in job.contexts:
-        if context < 2:
-            raise ValueError(f"contexts: got {context}, valid is 2 tokens or more: one to read and one to predict from")
     if job.text and job.dataset:
         raise ValueError("text and dataset: got both, valid is one of them (or neither: the embedded corpus)")
     patterns = list(map(parse_pattern, job.patterns))

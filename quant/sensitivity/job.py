@@ -7,6 +7,7 @@ the folder its name. Every finished part is kept beside the output: the same com
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,15 +23,17 @@ from effattn.quant.weights import KINDS, quantize_weights
 
 import effattn.evaluate
 from effattn import embedded
+from effattn.bounds import Checked, random_seed, real, whole
 from effattn.errors import Unsupported, check_choice
 from effattn.evaluate.passkey_retrieval import STYLES
 from effattn.evaluate.retrieval import DEPTHS
 from effattn.hf import anatomy
-from effattn.hf.checkpoint import atomic_folder, check_new_folder, load_again, load_model, save
+from effattn.hf.checkpoint import load_again, load_model, save
 from effattn.hf.describe import describe
 from effattn.hf.swap import active, swap
-from effattn.jobs import Quiet, device
+from effattn.jobs import Quiet, device, holds_output
 from effattn.measuring.progress import partial_beside
+from effattn.outputs import atomic_folder, check_new_folder
 from effattn.profiling.environment import environment
 from effattn.profiling.weights import packing, weight_bytes
 from effattn.registry import parse_spec
@@ -41,7 +44,7 @@ MOST_RETRIEVAL = 4096  # tokens of a retrieval prompt, by default at most
 
 
 @dataclass
-class Job:
+class Job(Checked):
     """The settings of one run. A run is resumed only with the same ones.
 
     formats: cache specs; without any, `bits` with their default options. budget: bytes a token of all layers together
@@ -52,25 +55,25 @@ class Job:
     model: str = embedded.NAME
     bits: Sequence[int] = (8, 4, 2)
     formats: Sequence[str] = ()
-    budget: float | None = None
+    budget: float | None = real(None, above=0)
     output: Path | None = None
     weights: str | None = None
     text: Sequence[Path] = ()
     dataset: str | None = None
     column: str | None = None
-    evaluation_tokens: int = 8192
-    sensitivity_tokens: int = 2048
-    length: int = 512
-    batch: int = 16
-    retrieval_length: int | None = None
-    retrieval_trials: int = 8
-    retrieval_depths: Sequence[float] = DEPTHS
+    evaluation_tokens: int = whole(8192, least=1)
+    sensitivity_tokens: int = whole(2048, least=1)
+    length: int = whole(512, least=1)
+    batch: int = whole(16, least=1)
+    retrieval_length: int | None = whole(None, least=1)
+    retrieval_trials: int = whole(8, least=0)
+    retrieval_depths: Sequence[float] = real(DEPTHS, least=0, most=1)
     retrieval_style: str | None = None
-    decode_contexts: Sequence[int] = (512, 4096)
-    decode_batches: Sequence[int] = (1, 4)
-    decode_steps: int = 32
-    decode_seconds: float = 10.0
-    seed: int = 0
+    decode_contexts: Sequence[int] = whole((512, 4096), least=1)
+    decode_batches: Sequence[int] = whole((1, 4), least=1)
+    decode_steps: int = whole(32, least=1)
+    decode_seconds: float = real(10.0, above=0)
+    seed: int = random_seed()
     device: str = "auto"
 
     @property
@@ -79,11 +82,19 @@ class Job:
         return None if self.output is None else partial_beside(Path(self.output))
 
     @property
+    def settings(self) -> dict:
+        """What a run must have in common with the one that it goes on from."""
+        own = {key: value for key, value in asdict(self).items() if key not in ("output", "device", "bits")}
+        own |= {"model": str(self.model), "formats": self.specs, "text": [str(path) for path in self.text]}
+        return json.loads(json.dumps(own, default=str))
+
+    @property
     def specs(self) -> list[str]:
         """The formats to measure, each once."""
         return list(dict.fromkeys(self.formats or [BITS[bits] for bits in self.bits]))
 
 
+@holds_output(QuantizeReport)
 def run(job: Job, show: Quiet | None = None) -> QuantizeReport:
     """Runs `job`; returns the report, which with an output also lies there as report.{json,md,html}.
 
@@ -113,7 +124,7 @@ def run(job: Job, show: Quiet | None = None) -> QuantizeReport:
         windows(data.evaluation, job.length)
         for lane in made:  # what a model cannot do is said before anything is measured
             lanes.prefilled(lane.model, data.evaluation[None, :8].to(model.device))
-    kept = Parts(job.partial, _settings(job), _machine(model))
+    kept = Parts(job.partial, job.settings, _machine(model))
     full = made[0].model
     rows = [_measured(job, kept, show, full, lane, parts, data.evaluation) for lane in made]
     alone = _sensitivity(job, kept, show, full, parts, data.evaluation)
@@ -137,7 +148,7 @@ def run(job: Job, show: Quiet | None = None) -> QuantizeReport:
     told = describe(model)
     report = QuantizeReport({
         "kind": "quantize_kv",
-        "settings": _settings(job) | {"source": data.source, "retrieval_length": at, "retrieval_style": style},
+        "settings": job.settings | {"source": data.source, "retrieval_length": at, "retrieval_style": style},
         "model": {
             "class": told.model, "dtype": told.dtype, "device": str(model.device), "layers": len(parts.layers),
             "heads": parts.heads, "kv_heads": parts.kv_heads, "head_dim": parts.head_dim,
@@ -178,22 +189,12 @@ def check_job(job: Job) -> None:
         check_choice("retrieval_style", job.retrieval_style, STYLES)
     if job.text and job.dataset:
         raise ValueError("text and dataset: got both, valid is one of them (or neither: the embedded corpus)")
-    for name, least in (
-        ("evaluation_tokens", 1), ("sensitivity_tokens", 1), ("length", 1), ("batch", 1), ("decode_contexts", 1),
-        ("decode_batches", 1), ("decode_steps", 1), ("retrieval_length", 1), ("retrieval_trials", 0),
-    ):  # fmt: skip
-        given = getattr(job, name)
-        for value in given if isinstance(given, list | tuple) else [given]:
-            if value is not None and value < least:
-                raise ValueError(f"{name}: got {value}, valid is {least} or more")
     for name in ("evaluation_tokens", "sensitivity_tokens"):
         if getattr(job, name) < job.length:
             raise ValueError(f"{name}: got {getattr(job, name)}, valid is at least length ({job.length}): one window")
     if job.sensitivity_tokens > job.evaluation_tokens:
         raise ValueError(f"sensitivity_tokens: got {job.sensitivity_tokens}, valid is at most evaluation_tokens "
                          f"({job.evaluation_tokens}): the same text")  # fmt: skip
-    if not job.decode_seconds > 0:
-        raise ValueError(f"decode_seconds: got {job.decode_seconds}, valid is more than 0")
     if job.output is not None:
         check_new_folder("output", job.output)
 
@@ -301,11 +302,6 @@ def _sizes(lane: Lane, parts: anatomy.Anatomy) -> list[float]:
 
 def _made_for(parts: anatomy.Anatomy) -> int:
     return getattr(parts.config, "max_position_embeddings", None) or 2048
-
-
-def _settings(job: Job) -> dict:
-    own = {key: value for key, value in asdict(job).items() if key not in ("output", "device", "bits")}
-    return own | {"model": str(job.model), "formats": job.specs, "text": [str(path) for path in job.text]}
 
 
 def _machine(model) -> dict:
