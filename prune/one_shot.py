@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from effattn.errors import check_choice
 from effattn.hf import anatomy as hf
 from effattn.hf.checkpoint import check_finite
+from effattn.hf.placement import require_here
 
 from . import calibration, layers
 from .hessian import DAMPING, Hessian, InverseHessian
@@ -77,6 +78,7 @@ def oneshot(
     from .oneshot_report import OneShotReport
 
     parts = hf.of(model)
+    require_here(model, "prune.oneshot")
     plan = make_plan(
         parts.layers, method, sparsity, modules, allocation, damping=damping, raise_damping=raise_damping, block=block
     )

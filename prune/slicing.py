@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from effattn.errors import Unsupported
 from effattn.hf import anatomy as hf
 from effattn.hf.families import ENCODERS, FAMILIES, PER_LAYER
+from effattn.hf.placement import require_here
 from effattn.hf.swap import active
 from effattn.projections.replace import record
 
@@ -167,8 +168,10 @@ def _refusal(config) -> str:
 
 
 def check_plain(model: nn.Module) -> None:
-    """Unsupported for models that are swapped, have structured projections, or have quantized weights."""
+    """Unsupported for models that are swapped, have structured projections, or have quantized weights, or weights
+    elsewhere."""
     name = type(model).__name__
+    require_here(model, "pruning")
     if active(model) is not None:
         raise Unsupported(f"{name} is swapped: effattn.restore(model) first, then cut, then swap what comes out")
     if record(model):

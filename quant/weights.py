@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from effattn.errors import Unsupported, check_choice
-from effattn.hf import anatomy, packing
+from effattn.hf import anatomy, packing, placement
 from effattn.profiling.weights import is_packed
 
 KINDS = ("nf4", "int8")
@@ -35,6 +35,7 @@ def quantize_weights(model: nn.Module, kind: str = "nf4") -> nn.Module:
     already, structured or stacked (experts).
     """
     check_choice("kind", kind, KINDS)
+    placement.require_here(model, "quantize_weights")
     bnb = _bitsandbytes()
     parts = anatomy.of(model)
     if getattr(model, "hf_quantizer", None) is not None:

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 
 import effattn
 from effattn.errors import Unsupported
+from effattn.hf import placement
 
 CPU = torch.device("cpu")
 
@@ -135,3 +136,71 @@ def test_other_architectures_on_the_disk(kind, tokens, tmp_path):
         assert torch.equal(logits(model, ids), logits(plain, ids))
         effattn.restore(plain)
         effattn.restore(model)
+
+
+LEARNED = {
+    "longformer": dict(pattern="longformer(window=6, global_tokens=2)"),
+    "sink logits": dict(pattern="sliding(window=6, sink_logits=True)"),
+    "positions": dict(positions="power(kappa=0.5)"),
+    "monarch": dict(projections="monarch(blocks=8)"),
+}
+OFFLOADED = ["a layer on the disk", "cpu_offload", "disk_offload"]
+
+
+@pytest.mark.parametrize("made", OFFLOADED)
+def test_what_is_elsewhere_is_saved_and_measured(made, tokens, tmp_path):
+    ids, plain, model = tokens[None, :40], model_of(), MADE[made](tmp_path)
+    assert effattn.perplexity(model, tokens[:100], 32) == effattn.perplexity(plain, tokens[:100], 32)
+    for name in ("plain rule", "longformer", "learned rule"):
+        for one in (plain, model):
+            disturb(effattn.swap(one, **SWAPS[name]))
+        effattn.save(model, tmp_path / name)
+        assert torch.equal(logits(effattn.load(tmp_path / name), ids), logits(plain, ids)), name
+        assert placement.is_elsewhere(model)
+        effattn.restore(plain)
+        effattn.restore(model)
+    twice = {"0": "sliding(window=8)", "1-": "dense"}
+    cached = [effattn.swap(one, twice).generate(ids, max_new_tokens=4, do_sample=False) for one in (plain, model)]
+    assert torch.equal(*cached)
+
+
+@pytest.mark.parametrize("name", LEARNED)
+def test_offloading_after_the_swap(name, tokens, tmp_path):
+    ids, model = tokens[None, :40], effattn.swap(model_of(), **LEARNED[name])
+    disturb(model)
+    expected = logits(model, ids)
+    accelerate.cpu_offload(model, execution_device=CPU)
+    assert torch.equal(logits(model, ids), expected)
+    effattn.save(model, tmp_path / "saved")
+    assert torch.equal(logits(effattn.load(tmp_path / "saved"), ids), expected)
+
+
+def test_non_finite_weights_are_found_elsewhere_too(tmp_path):
+    model = model_of()
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[3, 5] = float("nan")
+    accelerate.cpu_offload(model, execution_device=CPU)
+    with pytest.raises(ValueError, match=r"layers\.1\.mlp\.up_proj\.weight holds NaN or Inf \(1 of"):
+        effattn.save(model, tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
+
+
+CHANGES = {
+    "convert_gqa": lambda model, tokens: effattn.convert_gqa(model, kv_heads=2, calibration=tokens),
+    "heads": lambda model, tokens: effattn.swap(model, "dense", heads="mqa", calibration=tokens),
+    "projections": lambda model, tokens: effattn.swap(model, "dense", projections="monarch(blocks=8)"),
+    "oneshot": lambda model, tokens: effattn.prune.oneshot(model, tokens, sparsity=0.5),
+    "structured": lambda model, tokens: effattn.prune.structured(model, tokens, ffn=48),
+    "quantize_weights": lambda model, tokens: effattn.quant.quantize_weights(model),
+}
+
+
+@pytest.mark.parametrize("what", CHANGES)
+@pytest.mark.parametrize("made", [*OFFLOADED, "meta"])
+def test_what_changes_weights_is_refused_before_any_work(made, what, tokens, tmp_path):
+    model = model_of().to("meta") if made == "meta" else MADE[made](tmp_path)
+    before = None if made == "meta" else logits(model, tokens[None, :20])
+    with pytest.raises(Unsupported, match=r"the weights of .* are elsewhere .*load the model without device_map"):
+        CHANGES[what](model, tokens)
+    assert "effattn" not in str(model.config._attn_implementation)
+    assert before is None or torch.equal(logits(model, tokens[None, :20]), before)

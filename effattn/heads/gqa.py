@@ -23,6 +23,7 @@ from effattn.heads.statistics import SecondMoment, query_energy
 from effattn.hf import anatomy as hf
 from effattn.hf.checkpoint import check_finite
 from effattn.hf.layerwise import LayerRunner, watch, windows
+from effattn.hf.placement import require_here
 from effattn.profiling.environment import environment
 
 METHODS: dict[str, methods.Method] = {
@@ -63,6 +64,7 @@ def convert_gqa(
     again.
     """
     parts = hf.of(model)
+    require_here(model, "convert_gqa")
     parts.require_gqa()
     check_choice("method", method, METHODS)
     check_choice("grouping", grouping, GROUPINGS)

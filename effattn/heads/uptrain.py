@@ -29,6 +29,7 @@ from effattn import training
 from effattn.errors import check_choice
 from effattn.evaluate.loss import compare, kl_chunked, perplexity
 from effattn.hf import anatomy as hf
+from effattn.hf.placement import require_here
 from effattn.reports.files import write_text_atomic
 
 CHUNK = 1024  # positions whose logits exist at a time
@@ -165,6 +166,7 @@ def uptrain(
     a step and process. trainable: "attention" (what the conversion changed), "all", or the parameters themselves.
     overrides: passed to TrainingArguments.
     """
+    require_here(student, "uptrain")
     if isinstance(trainable, str):
         check_choice("trainable", trainable, TRAINABLE)
     hidden = student.get_input_embeddings().weight.shape[1]

@@ -27,7 +27,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from effattn.errors import check_choice
-from effattn.hf import caches, hooks, packing, positions
+from effattn.hf import caches, hooks, packing, placement, positions
 from effattn.hf import swap as swapping
 from effattn.hf.families import ENCODERS
 from effattn.projections import packed, replace
@@ -45,7 +45,7 @@ def save(model: nn.Module, path: str | Path, tokenizer=None) -> Path:
     """
     packing.steady(model)
     check_finite(model)
-    with atomic_folder(path) as folder:
+    with atomic_folder(path) as folder, placement.saving(model):
         learned = _learned(model)
         plain = {name: tensor for name, tensor in model.state_dict().items() if name not in learned}
         model.save_pretrained(folder, state_dict=plain if learned else None)
@@ -118,8 +118,8 @@ def _load_structured(name: str, config, dtype: torch.dtype | str, again: dict) -
 def load_again(folder: str | Path, model: nn.Module, tokens: Tensor) -> tuple[nn.Module, dict]:
     """The checkpoint in `folder`, loaded, and how far its logits on tokens (N,) are from those of `model`, saved there:
     {"max_logit_difference", "tokens"}. Raises RuntimeError when they differ by more than rounding."""
-    again = load(folder).to(model.device)
-    ids = tokens[None].to(model.device)
+    device = placement.input_device(model)
+    again, ids = load(folder).to(device), tokens[None].to(device)
     ours, theirs = (one(input_ids=ids, use_cache=False).logits.float() for one in (model, again))
     difference = float((ours - theirs).abs().max())
     if not difference <= 1e-5 * float(ours.abs().max()):
@@ -162,7 +162,7 @@ def resolve(name: str | Path) -> str:
 
 def check_finite(model: nn.Module) -> None:
     """ValueError naming the first weight that holds NaN or Inf."""
-    for name, tensor in model.state_dict().items():
+    for name, tensor in placement.weights(model):
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             bad = int((~torch.isfinite(tensor)).sum())
             raise ValueError(f"weights: {name} holds NaN or Inf ({bad} of {tensor.numel()} values)")
@@ -210,7 +210,8 @@ def _fsync(path: Path) -> None:
 def _learned(model: nn.Module) -> dict[str, Tensor]:
     """The entries of the state_dict that a swap added, by name."""
     parts = {hooks.PATTERN, hooks.GLOBAL, hooks.POSITIONS}
-    return {name: tensor for name, tensor in model.state_dict().items() if parts & set(name.split("."))}
+    found = {name: tensor for name, tensor in model.state_dict().items() if parts & set(name.split("."))}
+    return {name: placement.fetched(model, name, tensor) for name, tensor in found.items()}
 
 
 def _once(learned: dict[str, Tensor]) -> dict[str, Tensor]:

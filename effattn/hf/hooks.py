@@ -31,6 +31,7 @@ class GlobalProjections(nn.Module):
 
     def __init__(self, attention: nn.Module, paths: list[str]):
         super().__init__()
+        self._attention = (attention,)  # in a tuple: it is not a part of this module, and no argument of a hook
         self.names: dict[str, dict[str, str]] = {}  # path -> {parameter: its name here}, or {} where the whole is here
         for path in paths:
             here = path.replace(".", "_")
@@ -43,10 +44,10 @@ class GlobalProjections(nn.Module):
                 self.names[path] = {}
                 self.add_module(here, twin)
 
-    def forward(self, attention: nn.Module, args: tuple, kwargs: dict) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, args: tuple, kwargs: dict) -> tuple[Tensor, Tensor, Tensor]:
         """q, k and v that the attention module makes with these weights from its own arguments: by its own code, so
         that norms, rotations and fused projections are right."""
-        twin = placement.bare(attention)
+        twin = placement.bare(self._attention[0])
         for path, names in self.names.items():
             *parents, leaf = path.split(".")
             inside = twin
@@ -90,7 +91,7 @@ def before_attention(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tupl
         cos, _ = kwargs["position_embeddings"]
         changed["position_embeddings"] = (torch.ones_like(cos), torch.zeros_like(cos))
     if GLOBAL in module._modules:
-        changed[GLOBAL] = module._modules[GLOBAL](module, args, {**kwargs, **changed})
+        changed[GLOBAL] = module._modules[GLOBAL](args, {**kwargs, **changed})
     return (args, {**kwargs, **changed}) if changed else None
 
 

@@ -13,11 +13,12 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from effattn.errors import Unsupported
 
 HOOK = "_hf_hook"  # accelerate's
+DEVICE_MAP = "hf_device_map"  # transformers'
 AROUND = ("forward", "_old_forward", HOOK, "_compiled_call_impl")  # attributes of one module, bound to it
 
 
@@ -74,7 +75,8 @@ def device_of(module: nn.Module) -> torch.device:
 
 def input_device(model: nn.Module) -> torch.device:
     """Where a model's token ids go."""
-    return device_of(model.get_input_embeddings())
+    table = model.get_input_embeddings()
+    return device_of(table) if table.weight.is_meta else table.weight.device
 
 
 def is_elsewhere(model: nn.Module) -> bool:
@@ -98,6 +100,41 @@ def replaced(root: nn.Module, paths: list[str]) -> str | None:
     """The first of the modules at `paths` whose forward is somebody's own, and not accelerate's; None without one."""
     modules = {path: vars(inside(root.get_submodule(path))) for path in paths}
     return next((path for path, own in modules.items() if "forward" in own and HOOK not in own), None)
+
+
+def weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The entries of the state_dict; what is elsewhere is fetched, one at a time."""
+    for name, tensor in model.state_dict().items():
+        yield name, fetched(model, name, tensor)
+
+
+def fetched(model: nn.Module, name: str, tensor: Tensor) -> Tensor:
+    """An entry of the state_dict; one that is elsewhere as the hook of its module, or of one around it, fetches it."""
+    if not tensor.is_meta:
+        return tensor
+    path, below = name.split("."), ""
+    while path:
+        below = f"{path.pop()}.{below}".rstrip(".")
+        for hook in _offloading(model.get_submodule(".".join(path))):
+            if below in hook.weights_map:
+                return hook.weights_map[below]
+    raise Unsupported(f"weights: {name} is on the meta device, and nothing in the model says where its numbers are")
+
+
+@contextmanager
+def saving(model: nn.Module) -> Iterator[None]:
+    """While open, `save_pretrained` fetches what is elsewhere: it does where a device map says so, and only there."""
+    if not is_elsewhere(model):
+        yield
+        return
+    own = vars(model).get(DEVICE_MAP)
+    model.__dict__[DEVICE_MAP] = {"": "cpu"}
+    try:
+        yield
+    finally:
+        del model.__dict__[DEVICE_MAP]
+        if own is not None:
+            model.__dict__[DEVICE_MAP] = own
 
 
 def _strip(module: nn.Module) -> None:

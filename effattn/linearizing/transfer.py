@@ -22,6 +22,7 @@ from effattn.errors import check_choice
 from effattn.heads.uptrain import Steps
 from effattn.hf import anatomy as hf
 from effattn.hf import hooks
+from effattn.hf.placement import input_device, require_here
 
 TRAINABLE = ("attention", "maps")
 
@@ -74,7 +75,7 @@ class AttentionTransfer(nn.Module):
 def distances(student: nn.Module, teacher: nn.Module, batches: list[Tensor]) -> list[float]:
     """Mean `output_distance` of each layer over batches of token ids (B, T)."""
     both = AttentionTransfer(student, teacher).eval()
-    device = student.get_input_embeddings().weight.device
+    device = input_device(student)
     return torch.stack([both(batch.to(device))["layers"] for batch in batches]).mean(0).tolist()
 
 
@@ -103,6 +104,7 @@ def transfer(
 
     folder: checkpoints; a folder with some makes the run go on from there. Raises ValueError for bad settings.
     """
+    require_here(student, "transfer")
     chosen = learnable(student, layers, trainable)
     settings = {"disable_tqdm": True, "logging_strategy": "no", "seed": seed} | (overrides or {})
     probe = training.arguments(folder, steps=1, batch=batch, lr=1.0, warmup=0, save_every=1, **settings)
