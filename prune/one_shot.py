@@ -21,6 +21,7 @@ from effattn.errors import check_choice
 from effattn.hf import anatomy as hf
 from effattn.hf.adapters import require_own_weights
 from effattn.hf.checkpoint import check_finite
+from effattn.hf.placement import require_here
 
 from . import calibration, layers
 from .hessian import DAMPING, Hessian, InverseHessian
@@ -79,6 +80,7 @@ def oneshot(
 
     require_own_weights(model)
     parts = hf.of(model)
+    require_here(model, "prune.oneshot")
     plan = make_plan(
         parts.layers, method, sparsity, modules, allocation, damping=damping, raise_damping=raise_damping, block=block
     )

@@ -15,6 +15,7 @@ from torch import nn
 from effattn.errors import check_choice
 from effattn.hf import anatomy
 from effattn.hf.adapters import require_own_weights
+from effattn.hf.placement import require_here
 from effattn.projections.packed import LARGE, PackedLinear
 
 
@@ -47,6 +48,7 @@ def pack(model: nn.Module, *, impl: str = "auto", large: str = "unpack") -> Pack
     """
     require_own_weights(model)
     parts = anatomy.of(model)
+    require_here(model, "prune.pack")
     sparse24.choose(impl)
     check_choice("large", large, LARGE)
     inside = {module for layer in parts.layers for module in layer.block.modules()}

@@ -20,6 +20,7 @@ from effattn.errors import Unsupported
 from effattn.hf import anatomy as hf
 from effattn.hf.adapters import require_own_weights
 from effattn.hf.families import ENCODERS, FAMILIES, PER_LAYER
+from effattn.hf.placement import require_here
 from effattn.hf.swap import active
 from effattn.projections.replace import record
 
@@ -168,10 +169,11 @@ def _refusal(config) -> str:
 
 
 def check_plain(model: nn.Module) -> None:
-    """Unsupported for models that are swapped, have structured projections, or have quantized weights, and for what
-    `require_own_weights` refuses."""
+    """Unsupported for models that are swapped, have structured projections, quantized weights or weights elsewhere, and
+    for what `require_own_weights` refuses."""
     require_own_weights(model)
     name = type(model).__name__
+    require_here(model, "pruning")
     if active(model) is not None:
         raise Unsupported(f"{name} is swapped: effattn.restore(model) first, then cut, then swap what comes out")
     if record(model):

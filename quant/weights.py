@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from effattn.errors import Unsupported, check_choice
-from effattn.hf import anatomy, packing
+from effattn.hf import anatomy, packing, placement
 from effattn.hf.adapters import require_own_weights
 from effattn.profiling.weights import is_packed
 
@@ -37,6 +37,7 @@ def quantize_weights(model: nn.Module, kind: str = "nf4") -> nn.Module:
     """
     check_choice("kind", kind, KINDS)
     require_own_weights(model)
+    placement.require_here(model, "quantize_weights")
     bnb = _bitsandbytes()
     parts = anatomy.of(model)
     if getattr(model, "hf_quantizer", None) is not None:

@@ -120,3 +120,20 @@ def test_what_was_rearranged_before_is_turned_back(plain, kind, through, tmp_pat
             budget = 2**-8 if kind != "nested" or through == "model" else 2**-5
             torch.testing.assert_close(new, old, rtol=budget, atol=budget * float(old.abs().max()))
             assert not torch.equal(old, torch.zeros_like(old))
+
+
+@pytest.mark.parametrize("kind", [*FOUR_BITS, "int8"])
+def test_second_projections_are_the_packed_ones(plain, kind, tokens, tmp_path):
+    model, ids = quantized(plain, kind), tokens[None, :24]
+    effattn.describe(model)
+    own = logits(model, ids)
+    effattn.swap(model, "longformer(window=49, global_tokens=2)")  # sees everything: the same function
+    at_first = logits(model, ids)
+    torch.testing.assert_close(at_first, own, rtol=1e-4, atol=1e-4)
+    assert not any(p.requires_grad for name, p in model.named_parameters() if "effattn_global" in name)
+    assert torch.equal(logits(copy.deepcopy(model), ids), at_first)
+    effattn.save(model, tmp_path / "saved")
+    assert torch.equal(logits(effattn.load(tmp_path / "saved"), ids), at_first)
+    restored = effattn.restore(model)
+    assert torch.equal(logits(restored, ids), own)
+    assert not any("effattn" in name for name in restored.state_dict())

@@ -17,6 +17,7 @@ from torch import Tensor
 from effattn.errors import Unsupported
 from effattn.evaluate.loss import Progress
 from effattn.hf import anatomy
+from effattn.hf.placement import input_device
 
 CHUNK = 1024  # positions whose logits exist at a time
 
@@ -37,7 +38,7 @@ def token_scores(
     parts, training = anatomy.of(model), model.training
     if not parts.causal:
         raise Unsupported(f"{type(model).__name__} predicts no next tokens: it is not causal")
-    device = model.get_input_embeddings().weight.device
+    device = input_device(model)
     nats = torch.empty(len(sequences), sequences.shape[1] - 1)
     right = torch.empty(nats.shape, dtype=torch.bool)
     model.eval()

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from effattn.evaluate.logits import Scores
 from effattn.hf.packing import steady
+from effattn.hf.placement import input_device
 
 Progress = Callable[[int, int], None]
 
@@ -68,7 +69,7 @@ def token_losses(
     stride = check_stream(model, tokens, context, stride)
     if isinstance(model, torch.nn.Module):
         steady(model)
-    device = model.get_input_embeddings().weight.device
+    device = input_device(model)
     losses = torch.empty(len(tokens) - 1)
     groups = _windows(len(tokens), context, stride, batch_tokens)
     for number, (starts, width, first) in enumerate(groups):
@@ -111,7 +112,7 @@ def compare(
     """Both models over tokens (N,) in windows of `context`: the student's cross-entropy and perplexity, and the
     mean forward KL (nats a token) from the teacher, in one pass."""
     check_stream(student, tokens, context, None)
-    device = student.get_input_embeddings().weight.device
+    device = input_device(student)
     loss = divergence = 0.0
     groups = _windows(len(tokens), context, context, batch_tokens)
     for number, (starts, width, _) in enumerate(groups):

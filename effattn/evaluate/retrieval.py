@@ -14,6 +14,7 @@ from torch import Tensor
 
 from effattn.evaluate.loss import Progress
 from effattn.hf.cache import new_cache
+from effattn.hf.placement import input_device
 
 DEPTHS = (0.1, 0.3, 0.5, 0.7, 0.9)
 LINES = 64  # tokens that a needle may move back for a line's end
@@ -44,7 +45,7 @@ class Answers:
 def answer(model, prompts: Prompts, *, batch: int = 8, chunk: int = 512, progress: Progress | None = None) -> Answers:
     """Feeds `batch` prompts at a time through the cache that `generate()` would use: the context in chunks, then the
     question token by token."""
-    device, training = model.get_input_embeddings().weight.device, model.training
+    device, training = input_device(model), model.training
     found: list[tuple[Tensor, ...]] = []  # of each batch
     model.eval()
     try:

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from effattn.evaluate.loss import Progress, check_stream
+from effattn.hf.placement import input_device
 
 
 @torch.no_grad()
@@ -34,7 +35,7 @@ def stream_losses(
     if type(chunk) is not int or chunk < 1:
         raise ValueError(f"chunk: got {chunk!r}, valid is a positive number of tokens")
     cache = new_cache(model) if cache is None else cache
-    device = model.get_input_embeddings().weight.device
+    device = input_device(model)
     losses, held, training = torch.empty(len(tokens) - 1), [], model.training
     model.eval()
     try:

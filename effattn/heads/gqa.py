@@ -28,6 +28,7 @@ from effattn.hf.adapters import require_own_weights
 from effattn.hf.attended import is_linear
 from effattn.hf.checkpoint import check_finite
 from effattn.hf.layerwise import LayerRunner, watch, windows
+from effattn.hf.placement import require_here
 from effattn.profiling.environment import environment
 
 METHODS: dict[str, methods.Method] = {
@@ -69,6 +70,7 @@ def convert_gqa(
     """
     require_own_weights(model)
     parts = hf.of(model)
+    require_here(model, "convert_gqa")
     parts.require_gqa()
     check_choice("method", method, METHODS)
     check_choice("grouping", grouping, GROUPINGS)

@@ -29,6 +29,7 @@ from effattn import training
 from effattn.errors import check_choice
 from effattn.evaluate.loss import compare, kl_chunked, perplexity
 from effattn.hf import anatomy as hf
+from effattn.hf.placement import require_here
 from effattn.reports.files import write_text_atomic
 
 CHUNK = 1024  # positions whose logits exist at a time
@@ -168,6 +169,7 @@ def uptrain(
     overrides: passed to TrainingArguments. Both models come back as `training.lent` says: while it trains, a student in
     half precision is in fp32, and is measured and given back in its own dtype.
     """
+    require_here(student, "uptrain")
     if isinstance(trainable, str):
         check_choice("trainable", trainable, TRAINABLE)
     hidden = student.get_input_embeddings().weight.shape[1]

@@ -11,6 +11,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
+from effattn.hf.placement import input_device
+
 # By bytes a weight, as a share of the largest logit: two processes may pick different matrix kernels.
 TOLERANCE = {8: 1e-10, 4: 1e-4, 2: 2e-2}
 # Runs isolated (-I), with effattn made unimportable before anything else.
@@ -40,7 +42,7 @@ def verify_plain(folder: Path, model, tokens: torch.Tensor) -> dict:
     RuntimeError when it does not load, when logits differ, or when the cache has other KV heads than the config.
     """
     ids = tokens[None]
-    device = model.get_input_embeddings().weight.device
+    device = input_device(model)
     expected = model(input_ids=ids.to(device), use_cache=False).logits.float().cpu()
     with tempfile.TemporaryDirectory() as scratch:
         given, answer = Path(scratch) / "ids.safetensors", Path(scratch) / "logits.safetensors"

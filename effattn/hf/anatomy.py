@@ -11,7 +11,6 @@ Shapes: D hidden size, H query heads, K key/value heads, d head size, R rotary d
 
 from __future__ import annotations
 
-import copy
 import difflib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -24,6 +23,7 @@ from effattn.hf.adapters import require_unwrapped
 from effattn.hf.families import ENCODERS, FAMILIES, REFUSED, Family, no_rope, rope_factor, sliding_window
 from effattn.hf.feedforward import FeedForward
 from effattn.hf.packing import steady
+from effattn.hf.placement import bare, inside
 from effattn.hf.projection import Projection, set_linear
 from effattn.positions.rope import Rope
 
@@ -54,14 +54,13 @@ class Rotary:
 
     def embeddings(self, like: torch.Tensor, position_ids: torch.Tensor, rope: Rope) -> tuple[torch.Tensor, ...]:
         """cos and sin as the model's own module would make them with the frequencies of `rope`, in `like`'s dtype."""
-        module = copy.copy(self.module)
-        name = f"{self.prefix}inv_freq"
-        module._buffers = {**module._buffers, name: rope.inv_freq.to(like.device)}
+        module = bare(self.module)
+        module._buffers[f"{self.prefix}inv_freq"] = rope.inv_freq.to(like.device)
         setattr(module, f"{self.prefix}attention_scaling", rope.attention_scaling)
         kind = module.rope_type
         module.rope_type = {**kind, self.layer_type: "default"} if isinstance(kind, dict) else "default"
         kinds = {"layer_type": self.layer_type} if self.prefix else {}
-        cos, sin = module(like.new_empty(0, dtype=torch.float32), position_ids, **kinds)
+        cos, sin = module(like.new_empty(0, dtype=torch.float32), position_ids.to(like.device), **kinds)
         return cos.to(like.dtype), sin.to(like.dtype)
 
 
@@ -363,10 +362,10 @@ def of(model: nn.Module) -> Anatomy:
     blocks = _get(model.base_model if family.encoder else model, family.layers)
     if blocks is None:
         raise Unsupported(f"model: got {type(model).__name__}, valid is its causal LM class (AutoModelForCausalLM)")
-    rotary = _get(model, family.rotary) if family.rotary else None
+    rotary = inside(_get(model, family.rotary)) if family.rotary else None
     layers = []
     for index, block in enumerate(blocks):
-        attention = _get(block, family.attention)
+        attention = inside(_get(block, family.attention))
         heads = config.num_attention_heads
         parts = [getattr(block, name) for name in family.ffn]
         ffn = parts[0] if len(parts) == 1 else nn.ModuleList(parts)

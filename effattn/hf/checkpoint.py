@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from effattn.hf import loading, packing, record
+from effattn.hf import loading, packing, placement, record
 from effattn.hf import swap as swapping
 from effattn.hf.adapters import require_own_weights
 from effattn.hf.record import LEARNED
@@ -40,7 +40,7 @@ def save(model: nn.Module, path: str | Path, tokenizer=None) -> Path:
     packing.steady(model)
     require_own_weights(model)
     check_finite(model)
-    with atomic_folder(path) as folder:
+    with atomic_folder(path) as folder, placement.saving(model):
         learned = record.learned(model)
         plain = {name: tensor for name, tensor in model.state_dict().items() if name not in learned}
         model.save_pretrained(folder, state_dict=plain if learned else None)
@@ -86,8 +86,8 @@ def _rebuild(again: dict, model: nn.Module) -> None:
 def load_again(folder: str | Path, model: nn.Module, tokens: Tensor) -> tuple[nn.Module, dict]:
     """The checkpoint in `folder`, loaded, and how far its logits on tokens (N,) are from those of `model`, saved there:
     {"max_logit_difference", "tokens"}. Raises RuntimeError when they differ by more than rounding."""
-    again = load(folder).to(model.device)
-    ids = tokens[None].to(model.device)
+    device = placement.input_device(model)
+    again, ids = load(folder).to(device), tokens[None].to(device)
     ours, theirs = (one(input_ids=ids, use_cache=False).logits.float() for one in (model, again))
     difference = float((ours - theirs).abs().max())
     if not difference <= 1e-5 * float(ours.abs().max()):
@@ -111,7 +111,7 @@ def load_model(name: str | Path, dtype: torch.dtype | str = "auto"):
 
 def check_finite(model: nn.Module) -> None:
     """ValueError naming the first weight that holds NaN or Inf."""
-    for name, tensor in model.state_dict().items():
+    for name, tensor in placement.weights(model):
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             bad = int((~torch.isfinite(tensor)).sum())
             raise ValueError(f"weights: {name} holds NaN or Inf ({bad} of {tensor.numel()} values)")

@@ -13,6 +13,7 @@ from effattn.errors import Unsupported
 from effattn.hf import plan as planning
 from effattn.hf.anatomy import Anatomy
 from effattn.hf.layerwise import windows
+from effattn.hf.placement import input_device
 from effattn.hf.plan import Plan
 
 WINDOW = 512  # tokens of a row
@@ -61,7 +62,7 @@ def fit(model: nn.Module, parts: Anatomy, plans: dict[int, Plan], tokens: Tensor
         recording[index].backend.attend = _recorder(recording[index].backend, keys[index])
     length = _row(parts, tokens)
     rows = max(plan.backend.codes for plan in plans.values()) * PER_CODE
-    training, device = model.training, parts.embeddings.weight.device
+    training, device = model.training, input_device(parts.model)
     swapping._apply(model, parts, recording)
     try:
         with torch.no_grad():

@@ -7,76 +7,78 @@ copies and pickles of a model keep them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
-from effattn.hf import state_layer
+from effattn.hf import placement, state_layer
 from effattn.hf.adapters import is_adapted
+from effattn.profiling.weights import is_packed
 
 ATTRIBUTE = "_effattn"  # where a swap is kept: a plain attribute, in no state_dict, copied by deepcopy
 HANDLE = "_effattn_hook"  # where the handle of the hook is kept
 PATTERN = "effattn_pattern"  # the submodule that holds a backend's parameters and buffers
 POSITIONS = "effattn_positions"  # the submodule that holds what a position rule learns
 GLOBAL = "effattn_global"  # the submodule with the second projections, and the argument that carries their q, k, v
-LEARNED_PARTS = {PATTERN, POSITIONS, GLOBAL}
 CAPTURE = "effattn_capture"  # the argument that tells our attention function to hand out q, k and v, and stop there
+LEARNED_PARTS = {PATTERN, POSITIONS, GLOBAL}
 
 
 class GlobalProjections(nn.Module):
     """Second query, key and value projections of one attention module (Longformer's global ones), equal at first.
 
     Parameters are named as in the attention module, with "_" for ".": `q_proj_weight`. Fused projections stay fused.
+    Projections that are more than their own floating-point parameters (packed weights, adapters) are copied whole.
     """
 
     def __init__(self, attention: nn.Module, paths: list[str]):
         super().__init__()
-        self.names: dict[str, str] = {}
+        self._attention = (attention,)  # in a tuple: it is not a part of this module, and no argument of a hook
+        self.names: dict[str, dict[str, str]] = {}  # path -> {parameter: its name here}, or {} where the whole is here
         for path in paths:
-            for name, parameter in attention.get_submodule(path).named_parameters():
-                full = f"{path}.{name}"
-                self.names[full] = full.replace(".", "_")
-                twin = nn.Parameter(parameter.detach().clone(), requires_grad=parameter.requires_grad)
-                self.register_parameter(self.names[full], twin)
-        self._bare = (_Bare(attention),)  # in a tuple: the attention module is not a part of this one
+            here = path.replace(".", "_")
+            twin = placement.duplicate(attention.get_submodule(path))
+            if _is_its_parameters(twin):
+                self.names[path] = {name: f"{here}_{name}" for name in dict(twin.named_parameters())}
+                for name, full in self.names[path].items():
+                    self.register_parameter(full, getattr(twin, name))
+            else:
+                self.names[path] = {}
+                self.add_module(here, twin)
 
     def forward(self, args: tuple, kwargs: dict) -> tuple[Tensor, Tensor, Tensor]:
         """q, k and v that the attention module makes with these weights from its own arguments: by its own code, so
         that norms, rotations and fused projections are right."""
+        twin = placement.bare(self._attention[0])
+        for path, names in self.names.items():
+            *parents, leaf = path.split(".")
+            inside = twin
+            for name in parents:
+                child = placement.bare(inside._modules[name])
+                inside._modules[name] = child
+                inside = child
+            if names:
+                projection = placement.bare(_own(inside._modules[leaf]))
+                projection._parameters.update({name: getattr(self, full) for name, full in names.items()})
+            else:
+                projection = self._modules[path.replace(".", "_")]
+            inside._modules[leaf] = projection
         captured: list[tuple[Tensor, Tensor, Tensor]] = []
         kwargs = {**kwargs, CAPTURE: captured} | {name: None for name in _cache_names(kwargs)}
-        weights = {f"inner.{full}": getattr(self, name) for full, name in self.names.items()}
-        with _without_adapters(self._bare[0].inner, {full.rpartition(".")[0] for full in self.names}):
-            torch.func.functional_call(self._bare[0], weights, args, kwargs)
+        twin.forward(*args, **kwargs)
         return captured[0]
 
 
-class _Bare(nn.Module):
-    """An attention module without its hooks, which must not run twice."""
-
-    def __init__(self, inner: nn.Module):
-        super().__init__()
-        self.inner = inner
-
-    def forward(self, *args, **kwargs):
-        return self.inner.forward(*args, **kwargs)
+def _own(projection: nn.Module) -> nn.Module:
+    """The model's own module: what peft has put around it since is for the local projections, and merged into those
+    alone."""
+    return projection.get_base_layer() if is_adapted(projection) else projection
 
 
-@contextmanager
-def _without_adapters(attention: nn.Module, paths: set[str]) -> Iterator[None]:
-    """While open, the projections at `paths` are the model's own: what peft has put around them since is for the
-    local projections, and merged into those alone."""
-    wrapped = [(path, module) for path in paths if is_adapted(module := attention.get_submodule(path))]
-    for path, module in wrapped:
-        attention.set_submodule(path, module.get_base_layer())
-    try:
-        yield
-    finally:
-        for path, module in wrapped:
-            attention.set_submodule(path, module)
+def _is_its_parameters(module: nn.Module) -> bool:
+    """Whether a projection computes the same as another of its class with the same parameters."""
+    own = list(module.named_parameters(recurse=False))
+    return not is_packed(module) and not module._modules and all(p.is_floating_point() for _, p in own)
 
 
 def _cache_names(kwargs: dict) -> list[str]:

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from effattn.hf.anatomy import Anatomy
+from effattn.hf.placement import input_device
 
 
 class _Stop(Exception):
@@ -37,7 +38,7 @@ class LayerRunner:
 
     def __init__(self, anatomy: Anatomy, batches: list[torch.Tensor]):
         self.anatomy, self.batches = anatomy, batches
-        self.device = anatomy.embeddings.weight.device
+        self.device = input_device(anatomy.model)
         self._arguments = {size: self._record(size) for size in {len(batch) for batch in batches}}
 
     @torch.no_grad()

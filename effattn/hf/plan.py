@@ -15,7 +15,7 @@ from torch import Tensor
 
 from effattn import registry
 from effattn.errors import Unsupported
-from effattn.hf import anatomy, caches, hooks
+from effattn.hf import anatomy, caches, hooks, placement
 from effattn.hf.positions import LENGTH_DEPENDENT, LayerPositions
 from effattn.interface import Backend
 
@@ -167,6 +167,8 @@ def _obstacle(layer: anatomy.Layer, plan: Plan) -> str | None:
         return f"it has learned sinks (s_aux), {plan.backend.name} has no sink_logits"
     if layer.window is not None and not layer.causal:
         return f"it is a bidirectional window of {layer.window} of its own"
+    if plan.own_global and (path := placement.replaced(layer.attention, layer.qkv_paths)):
+        return f"the forward of {path} was replaced, which {plan.backend.name}'s second projections would not have"
     if plan.cache is not None and (reason := caches.obstacle(layer, plan.backend, plan.cache)):
         return reason
     asked = None if plan.positions is None else plan.positions.in_call
@@ -187,9 +189,8 @@ def _obstacle(layer: anatomy.Layer, plan: Plan) -> str | None:
 
 def _try(layer: anatomy.Layer, plan: Plan) -> None:
     """Runs the backend as this layer would. Parameters whose shape depends on the heads exist afterwards."""
-    weight = layer.k.like
-    device = torch.device("cpu") if weight.is_meta else weight.device
-    dtype = weight.dtype if weight.is_floating_point() else torch.float32
+    device, dtype = placement.device_of(layer.k.module), layer.dtype
+    device = torch.device("cpu") if device.type == "meta" else device
     heads = (layer.heads, layer.kv_heads, layer.kv_heads)
     q, k, v = (torch.zeros(1, h, TRIED, layer.head_dim, dtype=dtype, device=device) for h in heads)
     extras = {}

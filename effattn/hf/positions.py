@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from effattn.errors import Unsupported
-from effattn.hf import anatomy, hooks
+from effattn.hf import anatomy, hooks, placement
 from effattn.positions.base import Part, Trained
 from effattn.positions.bound import Positions
 from effattn.positions.registry import parse
@@ -239,8 +239,9 @@ def _plain(parts: anatomy.Anatomy, bound: dict[int, Positions], varying: bool = 
 
 
 def _attributes(module: nn.Module) -> dict:
-    """What a rotary module says beside its buffers."""
-    return {name: value for name, value in vars(module).items() if not name.startswith("_") and name != "training"}
+    """What a rotary module says beside its buffers, and what stands around its forward."""
+    left = {"training", *placement.AROUND}
+    return {name: value for name, value in vars(module).items() if not name.startswith("_") and name not in left}
 
 
 def _write(config, module: nn.Module, fields: dict, attributes: dict, buffers: dict[str, Tensor]) -> None:

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from effattn.hf import caches, hooks, positions
+from effattn.hf import caches, hooks, placement, positions
 from effattn.hf import swap as swapping
 from effattn.hf.source import KEY
 from effattn.projections import packed, replace
@@ -19,7 +19,8 @@ LEARNED = "effattn.safetensors"  # the weights that plain transformers does not 
 
 def learned(model: nn.Module) -> dict[str, Tensor]:
     """The entries of the state_dict that a swap added, by name."""
-    return {name: tensor for name, tensor in model.state_dict().items() if hooks.LEARNED_PARTS & set(name.split("."))}
+    added = {name: x for name, x in model.state_dict().items() if hooks.LEARNED_PARTS & set(name.split("."))}
+    return {name: placement.fetched(model, name, tensor) for name, tensor in added.items()}
 
 
 def once(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from effattn.hf import anatomy as hf
 from effattn.hf import hooks
+from effattn.hf.placement import input_device
 from effattn.hf.swap import active, restore, swap
 from effattn.kernels import flash
 
@@ -35,7 +36,7 @@ def projections_of(
                     found[index] = args[:3]
 
                 handles.append(backend.register_forward_pre_hook(note))
-        model.base_model(input_ids=tokens.to(model.get_input_embeddings().weight.device), use_cache=False)
+        model.base_model(input_ids=tokens.to(input_device(model)), use_cache=False)
         for handle in handles:
             handle.remove()
     finally:

@@ -22,6 +22,7 @@ from effattn.errors import check_choice
 from effattn.heads.uptrain import Steps
 from effattn.hf import anatomy as hf
 from effattn.hf import hooks
+from effattn.hf.placement import input_device, require_here
 
 TRAINABLE = ("attention", "maps")
 
@@ -83,7 +84,7 @@ def _in_dtype(given, dtype: torch.dtype):
 @torch.no_grad()
 def distances(student: nn.Module, teacher: nn.Module, batches: list[Tensor]) -> list[float]:
     """Mean `output_distance` of each layer over batches of token ids (B, T)."""
-    device = student.get_input_embeddings().weight.device
+    device = input_device(student)
     settings = training.Settings(student, teacher)
     try:
         both = AttentionTransfer(student, teacher).eval()
@@ -117,6 +118,7 @@ def transfer(
 
     folder: checkpoints; a folder with some makes the run go on from there. Raises ValueError for bad settings.
     """
+    require_here(student, "transfer")
     chosen = learnable(student, layers, trainable)
     settings = {"disable_tqdm": True, "logging_strategy": "no", "seed": seed}
     settings |= training.placed(student) | (overrides or {})

@@ -19,6 +19,7 @@ from effattn.bounds import Bounds
 from effattn.errors import Unsupported
 from effattn.hf import anatomy
 from effattn.hf import swap as swapping
+from effattn.hf.placement import input_device
 from effattn.jobs import Quiet
 from effattn.measuring import progress as saving
 from effattn.measuring.lanes import BESIDE_STEPS, Lane, measure_together, takes_logits_to_keep, warm_up
@@ -91,7 +92,7 @@ def measure(
     if output is not None:
         saving.check_output(Path(output), fresh)
         resume = resume or saving.partial_in(Path(output))
-    device = parts.embeddings.weight.device
+    device = input_device(parts.model)
     with show.stage("making the variants"):
         _check_room(model, wanted, device)
         models = {variant.name: build(model, variant) for variant in wanted}
@@ -186,7 +187,7 @@ def _free(lanes: list[Lane], device: torch.device) -> None:
 def _random_ids(model: nn.Module, context: int, batch: int, seed: int) -> torch.Tensor:
     table = model.get_input_embeddings().weight
     generator = torch.Generator().manual_seed(seed)
-    return torch.randint(0, table.shape[0], (batch, context), generator=generator).to(table.device)
+    return torch.randint(0, table.shape[0], (batch, context), generator=generator).to(input_device(model))
 
 
 # Checks ----------------------------------------------------------------------------------------------------------

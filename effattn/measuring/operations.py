@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from effattn.hf import anatomy
+from effattn.hf.placement import input_device
 
 Key = tuple[int | None, str]  # layer (None: outside the layers), operation
 NAMES = ("embedding", "norms", "q_proj", "k_proj", "v_proj", "qkv_proj", "attention", "o_proj", "ffn", "head", "other")
@@ -61,7 +62,7 @@ class OperationTimer:
 
     def __init__(self, model: nn.Module):
         self.modules = modules_of(anatomy.of(model))
-        self.gpu = model.get_input_embeddings().weight.device.type == "cuda"
+        self.gpu = input_device(model).type == "cuda"
         self._handles: list = []
         self._clear()
 

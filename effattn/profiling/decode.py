@@ -10,6 +10,7 @@ import torch
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
 from effattn.errors import Unsupported
+from effattn.hf.placement import input_device
 from effattn.profiling.memory import available_bytes
 
 PLAIN_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer)
@@ -28,7 +29,7 @@ def _layer_bytes(layer) -> int:
 @torch.no_grad()
 def one_token_cache(model, batch: int) -> Cache:
     """The cache that the model itself makes, after one token per row: it tells each layer's kind, shape and dtype."""
-    device = model.get_input_embeddings().weight.device
+    device = input_device(model)
     cache = model(input_ids=torch.zeros(batch, 1, dtype=torch.long, device=device), use_cache=True).past_key_values
     for index, layer in enumerate(getattr(cache, "layers", None) or [cache]):
         if type(layer) not in PLAIN_LAYERS:
@@ -65,7 +66,7 @@ class _Lane:
 
     def __init__(self, model, context: int, batch: int, seed: int):
         self.model, self.context, self.cache = model, context, one_token_cache(model, batch)
-        self.device = model.get_input_embeddings().weight.device
+        self.device = input_device(model)
         fill(self.cache, context, torch.Generator(self.device).manual_seed(seed))
         self.bytes = kv_bytes(self.cache)
         self.token = torch.zeros(batch, 1, dtype=torch.long, device=self.device)
@@ -171,7 +172,7 @@ def decode_speed(
             raise ValueError(f"{argument}: got {value}, needs to be at least 1")
     if repeats < 1:
         raise ValueError(f"repeats: got {repeats}, needs to be at least 1")
-    devices = {model.get_input_embeddings().weight.device for model in models.values()}
+    devices = {input_device(model) for model in models.values()}
     rows = []
     with _evaluating(models):
         probes = {name: one_token_cache(model, batch) for name, model in models.items()}

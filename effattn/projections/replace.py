@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from effattn.errors import Unsupported, check_choice
-from effattn.hf import anatomy, hooks
+from effattn.hf import anatomy, hooks, placement
 from effattn.hf.plan import parse_layers
 from effattn.projections.monarch import MonarchLinear, sizes
 from effattn.projections.packed import PackedLinear
@@ -87,6 +87,7 @@ def make(
     of_layer = projections if isinstance(projections, dict) else {f"0-{count - 1}": projections}
     chosen = parse_layers(of_layer, count, "projections")
     names = {module: name for name, module in parts.model.named_modules()}
+    placement.require_here(parts.model, "projections")
     matrices = []
     for index, spec in chosen.items():
         layer, options = parts.layers[index], _options(spec)

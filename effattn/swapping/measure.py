@@ -15,6 +15,7 @@ import torch
 from effattn.evaluate.loss import Progress, token_losses
 from effattn.evaluate.streaming import stream_losses
 from effattn.hf import anatomy
+from effattn.hf.placement import input_device
 
 MOST_REFERENCE = 2048  # tokens in a window of the reference: it is recomputed for every window
 
@@ -116,7 +117,7 @@ def generate(
 
     temperature 0 is greedy. The end-of-text token is not allowed to end it, so that every run has the same length.
     """
-    device = model.get_input_embeddings().weight.device
+    device = input_device(model)
     sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 0.95}
     start = time.perf_counter()
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):

@@ -17,6 +17,7 @@ from effattn.evaluate.loss import Progress
 from effattn.evaluate.streaming import cache_bytes
 from effattn.hf import anatomy
 from effattn.hf.cache import new_cache
+from effattn.hf.placement import input_device
 from effattn.hf.swap import parse_layers
 from effattn.measuring.job import MEMORY_SHARE
 from effattn.measuring.lanes import takes_logits_to_keep
@@ -107,7 +108,7 @@ class _Steps:
 
     def __init__(self, model: nn.Module, cache, batch: int):
         self.model, self.cache = model, cache
-        self.token = torch.zeros(batch, 1, dtype=torch.long, device=model.get_input_embeddings().weight.device)
+        self.token = torch.zeros(batch, 1, dtype=torch.long, device=input_device(model))
 
     @torch.no_grad()
     def step(self) -> None:
@@ -125,7 +126,7 @@ def decode_speed(
     (median), ms_p20, ms_p80, tokens_per_s (of the whole batch), rounds, kv_bytes (of the whole batch, allocated)};
     {context, batch, does_not_fit: bytes} where the caches of all lanes do not fit into memory together.
     """
-    device, rows = lanes[0].model.get_input_embeddings().weight.device, []
+    device, rows = input_device(lanes[0].model), []
     parts = anatomy.of(lanes[0].model)
     sizes = [predicted_bytes(parts, lane.formats(parts), context + steps) for lane in lanes]
     ids = random_ids(lanes[0].model, 1, context, seed)

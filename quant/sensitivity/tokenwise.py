@@ -18,6 +18,7 @@ from torch import Tensor
 from effattn.evaluate.loss import Progress, check_stream, kl_chunked
 from effattn.evaluate.streaming import cache_bytes
 from effattn.hf.cache import new_cache
+from effattn.hf.placement import input_device
 
 PARENT_LOGITS = 64 * 2**20  # numbers in the parent's logits that wait for the student: 256 MiB
 
@@ -47,7 +48,7 @@ def tokenwise(
     """
     check_stream(student, tokens, length, None)
     rows = windows(tokens, length)
-    device = student.get_input_embeddings().weight.device
+    device = input_device(student)
     vocabulary = student.get_input_embeddings().weight.shape[0]
     losses, differences, divergences, same = [], [], [], []
     held_tokens = held_bytes = done = 0

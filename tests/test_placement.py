@@ -1,0 +1,206 @@
+"""Models whose modules are hooked, wrapped, compiled or elsewhere: a swap does the same to them as to plain ones."""
+
+from __future__ import annotations
+
+import accelerate
+import pytest
+import torch
+from conftest import tiny
+from transformers import AutoModelForCausalLM
+
+import effattn
+from effattn.errors import Unsupported
+from effattn.hf import placement
+
+CPU = torch.device("cpu")
+
+
+def model_of(kind: str = "llama"):
+    return tiny(kind, dtype=torch.float32, num_hidden_layers=3)
+
+
+def mapped(tmp_path, kind: str, where: dict[str, str]):
+    """As `from_pretrained` makes it with a device map; modules that are not named are on the CPU."""
+    model_of(kind).save_pretrained(tmp_path / "plain")
+    base = "model" if kind != "gpt_neox" else "gpt_neox"
+    names = [f"{base}.{name}" for name, _ in getattr(model_of(kind), base).named_children()]
+    layers = [f"{base}.layers.{index}" for index in range(3)]
+    heads = {name: "cpu" for name, _ in model_of(kind).named_children() if name != base}
+    device_map = {name: "cpu" for name in [*names, *layers] if name != f"{base}.layers"} | heads
+    device_map |= {name: place for name, place in where.items() if name in device_map}
+    model = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "plain", device_map=device_map, offload_folder=tmp_path / "offload"
+    )
+    return model.eval()
+
+
+def wrapped(model):
+    """Somebody's own forward around the rotary module's."""
+    rotary = model.model.rotary_emb
+    inner = rotary.forward
+    rotary.forward = lambda *args, **kwargs: inner(*args, **kwargs)
+    return model
+
+
+def compiled(model):
+    model.model.rotary_emb = torch.compile(model.model.rotary_emb, backend="eager")
+    model.model.layers[1].self_attn = torch.compile(model.model.layers[1].self_attn, backend="eager")
+    return model
+
+
+MADE = {
+    "a layer on the disk": lambda path: mapped(path, "llama", {"model.layers.0": "disk"}),
+    "all on the disk": lambda path: mapped(path, "llama", {f"model.layers.{i}": "disk" for i in range(3)}),
+    "embeddings on the disk": lambda path: mapped(path, "llama", {"model.embed_tokens": "disk", "lm_head": "disk"}),
+    "cpu_offload": lambda path: accelerate.cpu_offload(model_of(), execution_device=CPU),
+    "buffers offloaded": lambda path: accelerate.cpu_offload(model_of(), execution_device=CPU, offload_buffers=True),
+    "disk_offload": lambda path: accelerate.disk_offload(model_of(), path / "disk", execution_device=CPU),
+    "a wrapped rotary module": lambda path: wrapped(model_of()),
+}
+SWAPS = {
+    "plain rule": dict(positions="ntk(factor=4, variant='fixed')"),
+    "yarn": dict(positions="yarn(factor=4)"),
+    "two rules": dict(positions="yarn(factor=4)+logn"),
+    "learned rule": dict(positions="power(kappa=0.5)"),
+    "raw keys": dict(positions="rerope(window=8)"),
+    "no positions": dict(positions="nope"),
+    "sinks": dict(pattern="sliding(window=6, sinks=2)"),
+    "learned": dict(pattern="sliding(window=6, sink_logits=True)"),
+    "longformer": dict(pattern="longformer(window=6, global_tokens=2)"),
+    "packed": dict(cache="int8(residual=16)"),
+}
+
+
+def logits(model, ids) -> torch.Tensor:
+    with torch.no_grad():
+        return model(ids).logits
+
+
+def disturb(model) -> None:
+    """Other weights for what a swap has added, the same ones in every model."""
+    draw = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "effattn" in name:
+                parameter.add_(torch.randn(parameter.shape, generator=draw), alpha=0.2)
+
+
+@pytest.mark.parametrize("made", MADE)
+def test_a_swap_and_restore(made, tokens, tmp_path):
+    ids, plain = tokens[None, :40], model_of()
+    own, model = logits(plain, ids), MADE[made](tmp_path)
+    assert torch.equal(logits(model, ids), own)
+    for name, swap in SWAPS.items():
+        effattn.swap(plain, **swap)
+        effattn.swap(model, **swap)
+        disturb(plain)
+        disturb(model)
+        expected = logits(plain, ids)
+        assert torch.equal(logits(model, ids), expected), name
+        assert not torch.allclose(expected, own, atol=1e-4) or name == "packed", name
+        effattn.restore(plain)
+        assert torch.equal(logits(effattn.restore(model), ids), own), name
+
+
+@pytest.mark.parametrize("name", ["plain rule", "two rules", "longformer"])
+def test_compiled_modules(name, tokens):
+    ids, plain, model = tokens[None, :40], model_of(), compiled(model_of())
+    own = logits(model, ids)
+    for one in (plain, model):
+        disturb(effattn.swap(one, **SWAPS[name]))
+    torch.testing.assert_close(logits(model, ids), logits(plain, ids), rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(logits(plain, ids), own, atol=1e-3)
+    torch.testing.assert_close(logits(effattn.restore(model), ids), own, rtol=1e-5, atol=1e-5)
+
+
+def test_a_forward_that_was_replaced_is_refused_where_it_would_be_lost(tokens):
+    model = model_of()
+    projection = model.model.layers[1].self_attn.v_proj
+    inner = projection.forward
+    projection.forward = lambda x: 2 * inner(x)
+    before = logits(model, tokens[None, :20])
+    with pytest.raises(Unsupported, match=r"layers 1: the forward of v_proj was replaced, which longformer's second"):
+        effattn.swap(model, "longformer", window=6)
+    assert torch.equal(logits(model, tokens[None, :20]), before)
+    effattn.swap(model, {"0": "longformer(window=6)", "1": "sliding(window=6)"})
+
+
+@pytest.mark.parametrize("kind", ["phi3", "gpt_neox"])
+def test_other_architectures_on_the_disk(kind, tokens, tmp_path):
+    base = "gpt_neox" if kind == "gpt_neox" else "model"
+    ids, plain = tokens[None, :40], model_of(kind)
+    model = mapped(tmp_path, kind, {f"{base}.layers.1": "disk"})
+    for swap in (dict(positions="yarn(factor=4)+logn"), dict(pattern="longformer(window=6, global_tokens=2)")):
+        for one in (plain, model):
+            disturb(effattn.swap(one, **swap))
+        assert torch.equal(logits(model, ids), logits(plain, ids))
+        effattn.restore(plain)
+        effattn.restore(model)
+
+
+LEARNED = {
+    "longformer": dict(pattern="longformer(window=6, global_tokens=2)"),
+    "sink logits": dict(pattern="sliding(window=6, sink_logits=True)"),
+    "positions": dict(positions="power(kappa=0.5)"),
+    "monarch": dict(projections="monarch(blocks=8)"),
+}
+OFFLOADED = ["a layer on the disk", "cpu_offload", "disk_offload"]
+
+
+@pytest.mark.parametrize("made", OFFLOADED)
+def test_what_is_elsewhere_is_saved_and_measured(made, tokens, tmp_path):
+    ids, plain, model = tokens[None, :40], model_of(), MADE[made](tmp_path)
+    assert effattn.perplexity(model, tokens[:100], 32) == effattn.perplexity(plain, tokens[:100], 32)
+    for name in ("plain rule", "longformer", "learned rule"):
+        for one in (plain, model):
+            disturb(effattn.swap(one, **SWAPS[name]))
+        effattn.save(model, tmp_path / name)
+        assert torch.equal(logits(effattn.load(tmp_path / name), ids), logits(plain, ids)), name
+        assert placement.is_elsewhere(model)
+        effattn.restore(plain)
+        effattn.restore(model)
+    twice = {"0": "sliding(window=8)", "1-": "dense"}
+    cached = [effattn.swap(one, twice).generate(ids, max_new_tokens=4, do_sample=False) for one in (plain, model)]
+    assert torch.equal(*cached)
+
+
+@pytest.mark.parametrize("name", LEARNED)
+def test_offloading_after_the_swap(name, tokens, tmp_path):
+    ids, model = tokens[None, :40], effattn.swap(model_of(), **LEARNED[name])
+    disturb(model)
+    expected = logits(model, ids)
+    accelerate.cpu_offload(model, execution_device=CPU)
+    assert torch.equal(logits(model, ids), expected)
+    effattn.save(model, tmp_path / "saved")
+    assert torch.equal(logits(effattn.load(tmp_path / "saved"), ids), expected)
+
+
+def test_non_finite_weights_are_found_elsewhere_too(tmp_path):
+    model = model_of()
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[3, 5] = float("nan")
+    accelerate.cpu_offload(model, execution_device=CPU)
+    with pytest.raises(ValueError, match=r"layers\.1\.mlp\.up_proj\.weight holds NaN or Inf \(1 of"):
+        effattn.save(model, tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
+
+
+CHANGES = {
+    "convert_gqa": lambda model, tokens: effattn.convert_gqa(model, kv_heads=2, calibration=tokens),
+    "heads": lambda model, tokens: effattn.swap(model, "dense", heads="mqa", calibration=tokens),
+    "projections": lambda model, tokens: effattn.swap(model, "dense", projections="monarch(blocks=8)"),
+    "oneshot": lambda model, tokens: effattn.prune.oneshot(model, tokens, sparsity=0.5),
+    "structured": lambda model, tokens: effattn.prune.structured(model, tokens, ffn=48),
+    "quantize_weights": lambda model, tokens: effattn.quant.quantize_weights(model),
+}
+
+
+@pytest.mark.parametrize("what", CHANGES)
+@pytest.mark.parametrize("made", [*OFFLOADED, "meta"])
+def test_what_changes_weights_is_refused_before_any_work(made, what, tokens, tmp_path):
+    model = model_of().to("meta") if made == "meta" else MADE[made](tmp_path)
+    before = None if made == "meta" else logits(model, tokens[None, :20])
+    with pytest.raises(Unsupported, match=r"the weights of .* are elsewhere .*load the model without device_map"):
+        CHANGES[what](model, tokens)
+    assert "effattn" not in str(model.config._attn_implementation)
+    assert before is None or torch.equal(logits(model, tokens[None, :20]), before)
