@@ -5,11 +5,11 @@ Backends are held to it by `effattn.conformance` (property `layouts`).
 
 import pytest
 import torch
-
-from effattn.conformance.layouts import every_third, heads_expanded, tokens_overlapping, transposed
 from effattn.kernels import decode, flash, linear, linformer, monarch, pack, vq
 from effattn.kernels.flash import Blocks, Layout, Window
 from effattn.kernels.rows import dense_rows
+
+from effattn.conformance.layouts import every_third, heads_expanded, tokens_overlapping, transposed
 
 IMPLS = ("torch", "triton")
 CHANGES = (transposed, every_third, tokens_overlapping, heads_expanded)
@@ -61,7 +61,7 @@ def test_tokens_that_are_all_the_same_memory():
 
 
 @pytest.mark.parametrize(("impl", "change"), RUNS)
-@pytest.mark.parametrize("queries", (1, 3))
+@pytest.mark.parametrize("queries", [1, 3])
 def test_decode(queries, impl, change):
     q, k, v = (change(draw(2, h, t, 16, seed=h + t)) for h, t in ((4, queries), (2, 9), (2, 9)))
     mask = torch.ones(2, 18, dtype=torch.bool, device=DEVICE)
@@ -71,7 +71,7 @@ def test_decode(queries, impl, change):
 
 
 @pytest.mark.parametrize(("impl", "change"), RUNS)
-@pytest.mark.parametrize("feature_map", ("elu", "favor"))
+@pytest.mark.parametrize("feature_map", ["elu", "favor"])
 def test_linear(feature_map, impl, change):
     q, k, v = (change(draw(2, heads, 9, 16, seed=n)) for n, heads in enumerate((4, 2, 2)))
     options = {"directions": draw(8, 16, seed=5), "scale": 0.25} if feature_map == "favor" else {}
@@ -85,8 +85,8 @@ def test_a_memory_of_views(impl):
     _, memory = linear.attention(q, k, v, "elu", keep=True, impl="torch")
     views = linear.Memory(transposed(memory.sums), memory.norms.mT.contiguous().mT, None)
     copies = linear.Memory(*(x if x is None else x.contiguous() for x in memory))
-    outs = [linear.attention(q[:, :, :1], k[:, :, :1], v[:, :, :1], "elu", memory=m, impl=impl)[0]
-            for m in (views, copies)]  # fmt: skip
+    new = [x[:, :, :1] for x in (q, k, v)]
+    outs = [linear.attention(*new, "elu", memory=memory, impl=impl)[0] for memory in (views, copies)]
     torch.testing.assert_close(*outs)
 
 

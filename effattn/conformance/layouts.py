@@ -1,12 +1,13 @@
 """Properties of storage: where the numbers of q, k, v and of the output's gradient lie changes nothing.
 
-Each layout gives a view with the same numbers (`expanded` ones: some of them, many times). They are compared with copies
-in the usual order, since what is repeated differs from what was drawn.
+Each layout gives a view with the same numbers (`expanded` ones: some of them, many times). They are compared with
+copies in the usual order, since what is repeated differs from what was drawn.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -48,7 +49,7 @@ def heads_expanded(x: Tensor) -> Tensor:
 
 def tokens_overlapping(x: Tensor) -> Tensor:
     """A token's first half is the second one of the token before, in the same memory."""
-    batch, heads, tokens, dim = x.shape
+    tokens, dim = x.shape[2:]
     step = max(dim // 2, 1)
     held = x.flatten(2)[..., : (tokens - 1) * step + dim].contiguous()
     return held.as_strided(x.shape, (held.stride(0), held.stride(1), step, 1))
@@ -59,8 +60,15 @@ def numbers_expanded(x: Tensor) -> Tensor:
 
 
 LAYOUTS: tuple[Callable[[Tensor], Tensor], ...] = (
-    transposed, tokens_outside, every_third, rows_expanded, inside, numbers_expanded, heads_expanded, tokens_overlapping,
-)  # fmt: skip
+    transposed,
+    tokens_outside,
+    every_third,
+    rows_expanded,
+    inside,
+    numbers_expanded,
+    heads_expanded,
+    tokens_overlapping,
+)
 
 
 def layouts(case: Case) -> float:
@@ -106,8 +114,5 @@ def _in_steps(case: Case, given: list[Tensor]) -> Tensor:
     tokens = given[0].shape[2]
     cuts = [0, *(n for n in (tokens - 4, tokens - 3, tokens - 2) if n > 0), tokens]
     state = case.backend.new_state()
-    parts = [
-        case.run(*(x[:, :, low:high] for x in given[:3]), state=state)
-        for low, high in zip(cuts, cuts[1:], strict=False)
-    ]
+    parts = [case.run(*(x[:, :, low:high] for x in given[:3]), state=state) for low, high in pairwise(cuts)]
     return torch.cat(parts, dim=2)
