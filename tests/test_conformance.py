@@ -46,11 +46,11 @@ ROWS = {
 }  # fmt: skip
 CASES = [(name, options, causal) for name, rows in ROWS.items() for options, both in rows
          for causal in {True: (True, False), False: (True,), None: (False,)}[both]]  # fmt: skip
-HALF = ("accuracy", "future", "padding", "decode", "gradients")  # what a dtype can break
+HALF = ("accuracy", "future", "padding", "decode", "gradients", "layouts")  # what a dtype can break
 # Triton's interpreter takes some 10 ms a program: without a GPU, all that a kernel can break is checked for one row of
 # the backends that have a kernel of their own, and of the others what they make of it.
 INTERPRETED = {
-    torch.float32: ("accuracy", "future", "padding", "decode", "gradients", "poisoned_memory"),
+    torch.float32: ("accuracy", "future", "padding", "decode", "gradients", "poisoned_memory", "layouts"),
     torch.bfloat16: ("accuracy", "gradients"),
     torch.float16: ("accuracy",),
 }
@@ -122,6 +122,25 @@ def test_converges_to_dense(name, options):
     q, k, v = inputs(61, torch.float64)
     expected = effattn.backend("dense")(q, k, v)
     torch.testing.assert_close(effattn.backend(name, **options)(q, k, v), expected)
+
+
+class NeedsDenseRows(Dense):
+    """What a kernel does that takes the stride of the last dimension for 1."""
+
+    def attend(self, q, k, v, call):
+        return super().attend(q, k, v.as_strided(v.shape, (*v.stride()[:3], 1), v.storage_offset()), call)
+
+
+class WritesToInputs(Dense):
+    def attend(self, q, k, v, call):
+        out = super().attend(q, k, v, call)
+        v.data.mul_(1.0 + 1e-6)
+        return out
+
+
+class GivesInputsBack(Dense):
+    def attend(self, q, k, v, call):
+        return q.view_as(q)
 
 
 class Leaky(Dense):
@@ -204,6 +223,9 @@ class NanRows(Dense):
         (Uninitialised, ("poisoned_memory",), "uninitialised"),
         (Forgetful, ("state_bytes",), "holds 7 bytes, cost declares"),
         (NanRows, ("blind_rows",), "not 0"),
+        (NeedsDenseRows, ("layouts",), "layouts: output of q transposed, .* v every_third"),
+        (WritesToInputs, ("layouts",), "written to the inputs"),
+        (GivesInputsBack, ("layouts",), "lies in the memory"),
     ],
 )
 def test_the_suite_catches(wrong, properties, message):

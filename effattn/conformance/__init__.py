@@ -22,7 +22,7 @@ from effattn.errors import Unsupported, check_choice
 from effattn.interface import Backend
 from effattn.registry import backend as by_name
 
-from . import outputs, states
+from . import layouts, outputs, states
 from .case import SIZES, Case, Report, Violation, inputs, relative
 
 __all__ = ["PROPERTIES", "Case", "Report", "Violation", "check", "inputs", "relative"]
@@ -32,7 +32,7 @@ PROPERTIES: dict[str, Callable[[Case], float | None]] = {
     for holds in (
         outputs.accuracy, outputs.future, outputs.padding, outputs.blind_rows, states.decode, outputs.batch,
         outputs.grouped_heads, outputs.gradients, outputs.gradcheck, states.state_bytes, states.state_moves,
-        states.state_dict, outputs.poisoned_memory,
+        states.state_dict, outputs.poisoned_memory, layouts.layouts,
     )
 }  # fmt: skip
 

@@ -15,6 +15,7 @@ from ..flash import IMPLEMENTATIONS, choose
 from ..flash.pattern import Layout, Pattern
 from ..flash.rules import Bias
 from ..flash.rules import check as check_rules
+from ..rows import dense_rows
 from .turn import Turn, check
 
 __all__ = ["IMPLEMENTATIONS", "MOST_QUERIES", "Turn", "attention", "choose"]
@@ -46,6 +47,7 @@ def attention(
     as there. ValueError for what they do not go with (a turn with a window: no q_first or bias, only `causal`).
     """
     pattern, layout = pattern or Pattern(), layout or Layout()
+    q, k, v, q_first = map(dense_rows, (q, k, v, q_first))
     check_rules(None, bias, q, k, pattern, layout, causal, q_first)
     check(turn, bias, q, pattern, causal, q_first)
     if choose(impl, q.device) == "triton":

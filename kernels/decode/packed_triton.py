@@ -13,6 +13,7 @@ from ..flash.pattern import Blocks, Pattern
 from ..flash.rules import Bias
 from ..flash.triton_bias import BIASES, arguments
 from ..pack.codes import Codes, Coding
+from ..rows import dense_rows
 from .packed import PackedCache
 from .packed_kernels import attend_packed
 from .triton_impl import (
@@ -22,7 +23,6 @@ from .triton_impl import (
     combine_tile,
     predicate,
     processors,
-    rows,
     shared_memory,
     split,
     strides,
@@ -76,11 +76,11 @@ def attention(
     inner, outer = (scale / math.log(2), 1.0) if softcap is None else (scale / softcap, softcap / math.log(2))
     total, total_at = (0, cache.total) if isinstance(cache.total, Tensor) else (cache.total, None)
 
-    q, q_first, q_far = rows(q), rows(q_first), rows(turn.q_far if turn else None)
+    q, q_first, q_far = dense_rows(q), dense_rows(q_first), dense_rows(turn.q_far if turn else None)
     k, v = codes_and_scales(cache.k), codes_and_scales(cache.v)
-    full = [rows(x) for x in (cache.k_rest, cache.v_rest, cache.k_first, cache.v_first)]
-    mask = rows(cache.mask)
-    held = [rows(x) for x in (cache.start, mask, cache.packed_numbers, cache.rest_numbers)]
+    full = [dense_rows(x) for x in (cache.k_rest, cache.v_rest, cache.k_first, cache.v_first)]
+    mask = dense_rows(cache.mask)
+    held = [dense_rows(x) for x in (cache.start, mask, cache.packed_numbers, cache.rest_numbers)]
     params, step, n_params = arguments(bias)
     slow = 1.0 if turn is None or math.isinf(turn.slow) else float(turn.slow)
     with torch.cuda.device_of(q):
@@ -153,7 +153,7 @@ def turned(turn: Turn | None) -> tuple | None:
 
 def codes_and_scales(x: Codes) -> tuple[Tensor, Tensor, Tensor | None]:
     """As the kernel reads them: zeros lie as scales do."""
-    codes, scale, zero = rows(x.codes), rows(x.scale), rows(x.zero)
+    codes, scale, zero = dense_rows(x.codes), dense_rows(x.scale), dense_rows(x.zero)
     if zero is not None and zero.stride() != scale.stride():
         scale, zero = scale.contiguous(), zero.contiguous()
     return codes, scale, zero

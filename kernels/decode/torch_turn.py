@@ -13,6 +13,7 @@ import torch
 from effattn.kernels.flash.pattern import Layout
 from torch import Tensor
 
+from ..rows import dense_rows
 from ..scratch import scratch
 from .turn import Turn, rotate
 
@@ -126,6 +127,7 @@ def _in_place(rows: Tensor, k: Tensor) -> bool:
 
 def _fused(rows, k, v, mask, scale) -> tuple[Tensor, Tensor]:
     run = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    rows, k, v = map(dense_rows, (rows, k, v))  # it does not ask
     out, lse = run(rows, k, v, 0.0, False, attn_mask=mask, scale=scale)
     if mask is None:
         return out, lse

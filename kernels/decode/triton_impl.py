@@ -19,6 +19,7 @@ from torch import Tensor
 from ..flash.pattern import Blocks, Layout, Pattern, Window
 from ..flash.rules import Bias
 from ..flash.triton_bias import BIASES, arguments
+from ..rows import dense_rows
 from .triton_kernels import attend, combine
 from .triton_pieces import in_blocks, in_window
 from .triton_turned import attend_turned
@@ -90,8 +91,8 @@ def attention(
     else:
         inner, outer = scale / softcap, softcap / math.log(2)
 
-    q, k, v, q_first, mask = rows(q), rows(k), rows(v), rows(q_first), rows(layout.mask)
-    start, slots_at, ring = rows(layout.start), rows(layout.slots_at), rows(layout.ring)
+    q, k, v, q_first = map(dense_rows, (q, k, v, q_first))
+    mask, start, slots_at, ring = map(dense_rows, (layout.mask, layout.start, layout.slots_at, layout.ring))
     params, step, n_params = arguments(bias)
     held = (start, mask, slots_at, ring, counts, params)
     mask_and_counts = (
@@ -113,7 +114,7 @@ def attention(
                 *mask_and_counts, *units, *numbers, **fixed,
             )  # fmt: skip
         else:
-            q_far = rows(turn.q_far)
+            q_far = dense_rows(turn.q_far)
             classes = tile_classes(turn, layout, queries, keys, head, low, sizes["BLOCK_N"], tiles)
             attend_turned[splits * row_tiles, kv_heads, batch](
                 q, q_far, q_first, k, v, parts, sums, turn.inv_freq.to(q.device, torch.float32), *held,
@@ -249,11 +250,6 @@ def shared_memory(device: torch.device) -> int:
         return 227 * 1024
     found = torch.cuda.get_device_properties(device)
     return getattr(found, "shared_memory_per_block_optin", None) or found.shared_memory_per_block
-
-
-def rows(x: Tensor | None) -> Tensor | None:
-    """x with its last dimension contiguous, copied only if it is not."""
-    return x if x is None or x.stride(-1) == 1 else x.contiguous()
 
 
 def strides(x: Tensor | None) -> tuple[int, ...]:

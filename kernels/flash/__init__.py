@@ -14,6 +14,7 @@ import os
 import torch
 from torch import Tensor
 
+from ..rows import dense_rows
 from .pattern import Blocks, Layout, Pattern, Window
 from .rules import Bias, Far, check
 
@@ -69,6 +70,7 @@ def attention(
     (fp64 for fp64 inputs). A query that sees nothing gives 0 and -inf.
     """
     pattern, layout = pattern or Pattern(), layout or Layout()
+    q, k, v, q_first = map(dense_rows, (q, k, v, q_first))  # neither kernels nor torch's own take all strides
     far = check(far, bias, q, k, pattern, layout, causal, q_first)
     if choose(impl, q.device) == "triton":
         from .triton_impl import attention as run

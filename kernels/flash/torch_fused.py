@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from ..rows import dense_rows
 from .pattern import Blocks, Pattern
 from .torch_blocks import Problem
 
@@ -95,7 +96,7 @@ def backward(problem: Problem, tensors, out: Tensor, lse: Tensor, d_out: Tensor,
         )
         d_out = pad(torch.cat([d_out, torch.ones_like(d_lse)], dim=-1), (0, 7))
         out = pad(torch.cat([out, -d_lse], dim=-1), (0, 7))
-    d_out, out = d_out.to(q.dtype), out.to(q.dtype)
+    d_out, out = (dense_rows(x.to(q.dtype)) for x in (d_out, out))
     work = lse.dtype
     dq, dk, dv, dq_first, dk_side, dv_side = (
         None if x is None else torch.zeros(x.shape, dtype=work) for x in (q, k, v, q_first, k_side, v_side)
@@ -127,11 +128,12 @@ def backward(problem: Problem, tensors, out: Tensor, lse: Tensor, d_out: Tensor,
 
 
 def _computable(tensors) -> list[Tensor | None]:
-    """In fp32 where the CPU has no units for half precision: emulated, the kernel is twice as slow in it."""
+    """As the kernel reads them, which asks nothing: with dense rows. In fp32 where the CPU has no units for half
+    precision: emulated, the kernel is twice as slow in it."""
     dtype = tensors[0].dtype
     units = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
     emulated = dtype == torch.float16 or (dtype == torch.bfloat16 and not units)
-    return [x.float() if emulated and x is not None else x for x in tensors]
+    return [dense_rows(x.float() if emulated and x is not None else x) for x in tensors]
 
 
 # These are what `scaled_dot_product_attention` runs on a CPU; they alone return and take the log-sum-exp. Masks are

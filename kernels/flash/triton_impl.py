@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ..rows import dense_rows
 from . import tiles
 from .pattern import Blocks, Layout, Pattern, Window
 from .rules import Bias, Far
@@ -152,11 +153,6 @@ def _like(x: Tensor, dim: int, dtype: torch.dtype | None = None) -> Tensor:
     return torch.empty((batch, heads, length, dim), **options)
 
 
-def _rows(x: Tensor | None) -> Tensor | None:
-    """x with its last dimension dense, as the kernels read it."""
-    return x if x is None or x.stride(-1) == 1 else x.contiguous()
-
-
 def _strides(*tensors: Tensor | None) -> list[int]:
     return [step for x in tensors for step in ((0, 0, 0) if x is None else x.stride()[:3])]
 
@@ -193,7 +189,7 @@ class _Attention(torch.autograd.Function):
         q, k, v, q_first, q_far, k_far, mask, start, params, out, lse = ctx.saved_tensors
         batch, heads, queries, value_dim = out.shape
         needs_q, needs_k, needs_v, needs_first, needs_q_far, needs_k_far, *_ = ctx.needs_input_grad
-        grad = torch.zeros_like(out) if grad is None else _rows(grad)
+        grad = torch.zeros_like(out) if grad is None else dense_rows(grad)
         delta, lse2 = torch.empty_like(lse), torch.empty_like(lse)
         rows = tiles.ROWS
         more = (mask, start, params, grad, lse2, delta)
@@ -296,9 +292,9 @@ def attention(
     )  # fmt: skip
     mask, start = layout.mask, layout.start
     if mask is not None:
-        mask = _rows(mask.expand(q.shape[0], -1))
+        mask = dense_rows(mask.expand(q.shape[0], -1))
     if start is not None:
         start = start.expand(q.shape[0]).contiguous()
     tensors = (q, k, v, q_first if first else None, far and far.q, far and far.k)
-    out, lse = _Attention.apply(*map(_rows, tensors), mask, start, params, call)
+    out, lse = _Attention.apply(*map(dense_rows, tensors), mask, start, params, call)
     return out, lse if need_lse else None

@@ -15,6 +15,7 @@ import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ..rows import dense_rows
 from . import tiles, triton_backward, triton_kernels
 from .features import MAPS
 
@@ -63,7 +64,7 @@ def attention(
         feature_map = "identity"
     features = k.shape[3] if directions is None else directions.shape[0]
     spec = Spec(feature_map, factors, normalize, causal, gain, keep, features)
-    q, k, v, mask = (x if x is None or x.stride(-1) == 1 else x.contiguous() for x in (q, k, v, mask))
+    q, k, v, mask = map(dense_rows, (q, k, v, mask))
     rate = None if decay is None else decay.float().log2().contiguous()
     w_q = w_k = None
     if directions is not None:  # the factors go to them, which are few
@@ -113,7 +114,7 @@ class _Attention(torch.autograd.Function):
         q, k, v, sums, norms, top, w_q, w_k, mask, rate, out, share = ctx.saved_tensors
         call = _Call(q, k, v, w_q, w_k, mask, rate, ctx.spec, top)
         if q is not None:
-            grad = torch.zeros_like(out) if grad is None else grad if grad.stride(-1) == 1 else grad.contiguous()
+            grad = torch.zeros_like(out) if grad is None else dense_rows(grad)
         with torch.cuda.device_of(k):
             dq, dk, dv, d_sums, d_norms = call.backward(sums, norms, out, share, grad, grad_sums, grad_norms)
         d_sums, d_norms = (None if x is None else d for x, d in ((sums, d_sums), (norms, d_norms)))
@@ -305,7 +306,7 @@ def _decode(q, k, v, sums, norms, top, w_q, w_k, mask, rate, spec: Spec) -> Tens
     fixed = constants("decode", tiles.architecture(q.device), spec, dim, value_dim)
     fixed["M"] = min(64, max(16, triton.next_power_of_2(heads // kv_heads * queries)))
     out = torch.empty((batch, heads, queries, value_dim), dtype=q.dtype, device=q.device)
-    state = None if sums is None else sums.contiguous()
+    state, norms, top = (None if x is None else x.contiguous() for x in (sums, norms, top))
     rows = heads // kv_heads * queries
     programs = batch * kv_heads * triton.cdiv(rows, fixed["M"]) * triton.cdiv(value_dim, fixed["BLOCK_V"])
     with torch.cuda.device_of(q):

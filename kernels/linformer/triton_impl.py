@@ -11,6 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from ..flash import tiles
 from ..flash.triton_impl import DTYPES, FAR, PATTERNS, Jitted
+from ..rows import dense_rows
 from . import triton_kernels
 from .pattern import Earlier
 
@@ -42,8 +43,7 @@ def project(x: Tensor, weight: Tensor, start: Tensor | None, mask: Tensor | None
     """As `effattn.kernels.linformer.project`. fp16, bf16 or fp32, heads up to 256 wide; the weight is fp32."""
     if x.dtype not in DTYPES:
         raise ValueError(f"dtype: got {x.dtype}, valid for impl='triton' are {', '.join(map(str, DTYPES))}")
-    x = x if x.stride(-1) == 1 else x.contiguous()
-    return _Project.apply(x, weight.float().contiguous(), start, mask)
+    return _Project.apply(dense_rows(x), weight.float().contiguous(), dense_rows(start), dense_rows(mask))
 
 
 class _Project(torch.autograd.Function):

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..flash.tiles import WIDEST, architecture, padded
+from ..rows import dense_rows
 from . import triton_kernels
 from .places import Places
 
@@ -75,7 +76,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, places: Places, *, scale: float) 
     """As `effattn.kernels.lsh.attention`: (B, Hq, Tq, Dv) in q's dtype. fp16, bf16 or fp32, heads up to 256 wide."""
     if q.dtype not in DTYPES:
         raise ValueError(f"dtype: got {q.dtype}, valid for impl='triton' are {', '.join(map(str, DTYPES))}")
-    out = _Attention.apply(*(x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v)), places, scale)
+    out = _Attention.apply(*map(dense_rows, (q, k, v)), places, scale)
     return out if places.real is None else torch.where(places.real[:, None, :, None], out, 0.0)
 
 
@@ -156,7 +157,7 @@ class _Attention(torch.autograd.Function):
         given, places, scale = _Sorted(*given), ctx.places, ctx.scale
         (lines, rounds, rows), length, store = given.low.shape, given.order.shape[2], given.code.shape[2]
         arch, dim, value_dim = architecture(q.device), q.shape[-1], v.shape[-1]
-        grad = grad if grad.stride(-1) == 1 else grad.contiguous()
+        grad = dense_rows(grad)
         heads, group, unit = k.shape[1], places.group, scale * LOG2E
 
         # One for the own keys, and one a round; zero, since not every row is in every round, and padding in none.

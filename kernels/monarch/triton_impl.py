@@ -16,6 +16,7 @@ import torch
 import triton
 from torch import Tensor
 
+from ..rows import dense_rows
 from . import triton_kernels as kernels
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -33,7 +34,7 @@ def linear(x: Tensor, right: Tensor, left: Tensor, bias: Tensor | None, out_feat
             f"monarch: got {', '.join(str(each.dtype) for each in tensors)}; the Triton kernels take one of float16, "
             "bfloat16 and float32; impl='torch' takes float64 too"
         )
-    return _Linear.apply(x, right, left, bias, out_features)
+    return _Linear.apply(x, right, left, dense_rows(bias), out_features)
 
 
 class _Linear(torch.autograd.Function):
@@ -131,7 +132,7 @@ def _left_gradient(dy, x, right, left, wanted: bool) -> Tensor | None:
 
 def in_one_pass(x: Tensor, matrix: Factors, bias: Tensor | None, out_features: int) -> Tensor:
     """y (N, out_features)."""
-    x, rows = _dense_rows(x), len(x)
+    x, rows = dense_rows(x), len(x)
     y = x.new_empty(rows, out_features)
     blocks, rank, first, second = matrix.blocks, matrix.rank, matrix.first, matrix.second
     tile = one_pass_tile(second.shape[1], rank, x.element_size(), shared_memory(x.device))
@@ -149,7 +150,7 @@ def in_one_pass(x: Tensor, matrix: Factors, bias: Tensor | None, out_features: i
 
 def _one(x, factor, inputs, bias, y, inner: int, outputs: tuple[int, int, int]) -> Tensor:
     """One block-diagonal product, into y (N, …)."""
-    x, rows = _dense_rows(x), len(x)
+    x, rows = dense_rows(x), len(x)
     if not rows:
         return y
     blocks, results, count = factor.shape
@@ -165,7 +166,7 @@ def _one(x, factor, inputs, bias, y, inner: int, outputs: tuple[int, int, int]) 
 
 def _factor_gradient(g: Tensor, g_i: int, g_q: int, x: Tensor, inputs: tuple[int, int], factor: Tensor) -> Tensor:
     """sum over rows of g[n, i·g_i + q·g_q] x[n, i·inputs[0] + k·inputs[1]], in the shape of `factor` (i, q, k)."""
-    g, x, rows = _dense_rows(g), _dense_rows(x), len(x)
+    g, x, rows = dense_rows(g), dense_rows(x), len(x)
     blocks, results, count = factor.shape
     out = torch.empty_like(factor, memory_format=torch.contiguous_format)
     tile = gradient_tile(x.element_size())
@@ -176,11 +177,6 @@ def _factor_gradient(g: Tensor, g_i: int, g_q: int, x: Tensor, inputs: tuple[int
             *out.stride()[:2], **tile,
         )  # fmt: skip
     return out
-
-
-def _dense_rows(x: Tensor) -> Tensor:
-    """x with its last dimension contiguous, copied only if it is not."""
-    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 # ---- tiles

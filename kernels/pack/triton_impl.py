@@ -6,6 +6,7 @@ import torch
 import triton
 from torch import Tensor
 
+from ..rows import dense_rows
 from .codes import SCALE, ZERO, Codes, Coding
 from .torch_impl import side_by_side
 from .triton_kernels import pack_channels, pack_tokens, unpack_tokens
@@ -17,7 +18,7 @@ WARPS = 4
 def pack(x: Tensor, coding: Coding) -> Codes:
     """(B, H, N, D) -> Codes."""
     x = x.float() if x.dtype == torch.float64 else x
-    x = x if x.stride(-1) == 1 else x.contiguous()
+    x = dense_rows(x)
     batch, heads, tokens, dim = x.shape
     scales = coding.scales(tokens, dim)
     scale = x.new_empty(batch, heads, *scales, dtype=SCALE)

@@ -9,6 +9,7 @@ import triton
 from torch import Tensor
 
 from ..decode.triton_impl import processors
+from ..rows import dense_rows
 from . import torch_impl
 from .triton_kernels import product
 
@@ -18,7 +19,7 @@ WAVES = 4  # programs for each processor, at least, where there are groups enoug
 
 def linear(x: Tensor, packed, bias: Tensor | None) -> Tensor:
     """x (M, K), M <= 16 -> (M, N)."""
-    return _Product.apply(x.contiguous(), *packed, bias)
+    return _Product.apply(x.contiguous(), *(y.contiguous() for y in packed), dense_rows(bias))
 
 
 def forward(x: Tensor, values: Tensor, indices: Tensor, bias: Tensor | None) -> Tensor:

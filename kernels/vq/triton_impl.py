@@ -13,6 +13,7 @@ from ..flash import tiles
 from ..flash import triton_backward as flash_kernels
 from ..flash.triton_impl import DTYPES
 from ..flash.triton_pieces import LOG2E
+from ..rows import dense_rows
 from . import triton_kernels
 
 
@@ -40,7 +41,7 @@ def _check(x: Tensor) -> Tensor:
     """x with its last dimension dense; ValueError for dtypes that the kernels do not have."""
     if x.dtype not in DTYPES:
         raise ValueError(f"dtype: got {x.dtype}, valid for impl='triton' are {', '.join(map(str, DTYPES))}")
-    return x if x.stride(-1) == 1 else x.contiguous()
+    return dense_rows(x)
 
 
 def nearest(k: Tensor, codebook: Tensor) -> Tensor:
@@ -73,7 +74,7 @@ def summarise(
     v: Tensor, codes: Tensor, words: int, real: Tensor | None, size: int, first: int
 ) -> tuple[Tensor, Tensor]:
     """As `effattn.kernels.vq.summarise`."""
-    return _Summarise.apply(_check(v), codes.contiguous(), words, real, size, first)
+    return _Summarise.apply(_check(v), codes.contiguous(), words, dense_rows(real), size, first)
 
 
 class _Summarise(torch.autograd.Function):
