@@ -29,7 +29,7 @@ from effattn.prune.slicing import Keep, slice_model, sliced_config
 from torch import Tensor, nn
 
 from effattn import training
-from effattn.errors import check_choice
+from effattn.errors import Unsupported, check_choice
 from effattn.hf import anatomy as hf
 from effattn.hf.adapters import require_own_weights
 from effattn.hf.checkpoint import check_finite
@@ -177,6 +177,8 @@ def learn_masks(
     require_own_weights(model)
     check_finite(model)
     parts = hf.of(model)
+    if not parts.predicts_next:
+        raise Unsupported(f"model: got {type(model).__name__}, valid is a causal LM: shearing learns next tokens")
     smaller = target.of(parts)
     if warm_start is not None:
         check_choice("warm_start", warm_start, criteria.CRITERIA)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from effattn.errors import Unsupported
 from effattn.hf import anatomy as hf
 from effattn.hf.adapters import require_own_weights
-from effattn.hf.families import ENCODERS, FAMILIES, PER_LAYER
+from effattn.hf.families import ENCODERS, FAMILIES, of_layers
 from effattn.hf.placement import require_here
 from effattn.hf.swap import active
 from effattn.projections.replace import record
@@ -62,9 +62,23 @@ def slice_model(model: nn.Module, keep: Keep) -> nn.Module:
                 f"{type(model).__name__} cannot hold this shape: its config makes {name} {made}, what is kept is {kept}"
             )
     new = type(model).from_pretrained(None, config=config, state_dict=state, dtype=model.dtype)
+    _check_kinds(parts, hf.of(new), keep)
     if getattr(model, "generation_config", None) is not None:
         new.generation_config = copy.deepcopy(model.generation_config)
     return new.to(model.device).train(model.training)
+
+
+def _check_kinds(old: hf.Anatomy, new: hf.Anatomy, keep: Keep) -> None:
+    """Unsupported where a layer became one of another kind because its number is another."""
+    staying = range(len(old.layers)) if keep.layers is None else keep.layers.tolist()
+    for index, after in zip(staying, new, strict=True):
+        before = old.layers[index]
+        for what in ("window", "rotary_dims", "causal"):
+            if getattr(before, what) != getattr(after, what):
+                raise Unsupported(
+                    f"layers: layer {index} of {type(old.model).__name__} has {what} {getattr(before, what)}, as layer "
+                    f"{after.index} it gets {getattr(after, what)}: its config says it by its number"
+                )
 
 
 def sliced_config(config, keep: Keep):
@@ -151,9 +165,7 @@ def _with_sizes(config, keep: Keep):
         changes["head_dim"] = sizes.head_dim
     if keep.layers is not None:
         changes["num_hidden_layers"] = len(keep.layers)
-        for name in PER_LAYER:
-            if getattr(text, name, None) is not None:
-                changes[name] = [getattr(text, name)[index] for index in keep.layers.tolist()]
+        changes |= of_layers(text, keep.layers.tolist())
     for name, value in changes.items():
         setattr(text, name, value)
     return new

@@ -127,7 +127,7 @@ def plan_of(parts: hf.Anatomy, amounts: Mapping[str, Amount], criterion: str | M
     named = dict.fromkeys(keep, criterion) if isinstance(criterion, str) else dict(criterion)
     for target, name in named.items():
         check_choice("criterion", target, TARGETS)
-        criteria.check(name, target)
+        criteria.check(name, target, parts)
     for target in keep:
         if target not in named:
             raise ValueError(

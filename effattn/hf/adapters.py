@@ -36,7 +36,7 @@ def require_unwrapped(model: nn.Module) -> None:
             f"model: got {kind} (peft), valid is the transformers model inside: model.merge_and_unload(), which merges "
             "its adapters; or, to swap patterns, positions or caches below them, model.get_base_model()"
         )
-    if isinstance(model._modules.get("_orig_mod"), nn.Module):
+    if isinstance(getattr(model, "_orig_mod", None), nn.Module):
         raise Unsupported(
             f"model: got {kind} (torch.compile), valid is the model inside, model._orig_mod; compile last"
         )

@@ -301,6 +301,11 @@ class Anatomy:
         """Whether the model can generate: no token sees a later one."""
         return all(layer.causal for layer in self.layers)
 
+    @property
+    def predicts_next(self) -> bool:
+        """Whether it gives logits of next tokens: no encoder, no classifier, no model without a head."""
+        return self.causal and self.model.get_output_embeddings() is not None
+
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits (..., V) from the final norm's output (..., D): the head and what the class does after it."""
         head = self.embeddings.weight if self.head is None else self.head.weight

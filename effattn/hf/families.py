@@ -75,6 +75,20 @@ BIASES = {"heads": "attention_bias", "ffn": "mlp_bias"}
 # Lists in a config with an entry for each layer.
 PER_LAYER = ("layer_types", "mlp_layer_types", "no_rope_layers")
 
+
+def of_layers(config, kept: list[int]) -> dict[str, object]:
+    """What a config says of single layers, as it is when the layers `kept` are all there is: field -> value."""
+    lists = {name: getattr(config, name, None) for name in PER_LAYER}
+    changes = {name: [values[index] for index in kept] for name, values in lists.items() if values is not None}
+    if (
+        getattr(config, "mlp_only_layers", None) is not None
+    ):  # Qwen's experts: indices, and every n-th layer of the rest
+        every = getattr(config, "decoder_sparse_step", 1)
+        dense = [place for place, index in enumerate(kept) if index in config.mlp_only_layers or (index + 1) % every]
+        changes |= {"mlp_only_layers": dense, "decoder_sparse_step": 1}
+    return changes
+
+
 _IGNORED = "transformers ignores num_key_value_heads in this class"
 
 _LLAMA_LIKE = (

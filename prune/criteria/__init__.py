@@ -3,7 +3,8 @@
     importance = measure("taylor", anatomy.of(model), batches, targets=["heads", "ffn"])
     importance.heads            # (L, K): higher is worth more
 
-A criterion is a function `score(parts, batches, targets, seed) -> Importance` and the `TARGETS` it knows.
+A criterion is a function `score(parts, batches, targets, seed) -> Importance` and the `TARGETS` it knows; those that
+take gradients say `NEEDS_LOSS`.
 """
 
 from __future__ import annotations
@@ -31,17 +32,30 @@ def measure(
     """
     targets = [check_choice("targets", target, TARGETS) for target in targets]
     for target in targets:
-        check(criterion, target)
+        check(criterion, target, parts)
     found = _module(criterion).score(parts, batches, targets, seed)
     found.check()
     return found
 
 
-def check(criterion: str, target: str) -> None:
-    """ValueError for an unknown criterion, Unsupported for one that does not rank `target`, naming those that do."""
-    if target not in _module(criterion).TARGETS:
-        others = [name for name in CRITERIA if target in _module(name).TARGETS]
+def check(criterion: str, target: str, parts: Anatomy) -> None:
+    """ValueError for an unknown criterion, Unsupported for one that does not rank `target`, or that needs a loss which
+    this model does not have; naming those that can."""
+    chosen = _module(criterion)
+    others = [name for name in CRITERIA if target in _module(name).TARGETS]
+    if target not in chosen.TARGETS:
         raise Unsupported(f"criterion: {criterion!r} does not rank {target}; {', '.join(map(repr, others))} do")
+    if needs_loss(criterion) and not parts.predicts_next:
+        free = [name for name in others if not needs_loss(name)]
+        raise Unsupported(
+            f"criterion: {criterion!r} needs the loss on next tokens, which {type(parts.model).__name__} does not "
+            f"predict; valid for {target} without a loss are {', '.join(map(repr, free))}"
+        )
+
+
+def needs_loss(criterion: str) -> bool:
+    """Whether a criterion takes gradients of the loss on next tokens."""
+    return getattr(_module(criterion), "NEEDS_LOSS", False)
 
 
 def _module(name: str):

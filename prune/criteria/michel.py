@@ -14,6 +14,7 @@ from ..gates import gated
 from .base import Importance, Sums, by_group, gradients, losses, watching_blocks
 
 TARGETS = ("heads", "ffn")
+NEEDS_LOSS = True
 
 
 def score(parts: Anatomy, batches: list[Tensor], targets: list[str], seed: int) -> Importance:

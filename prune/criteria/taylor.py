@@ -17,6 +17,7 @@ from effattn.hf.anatomy import Anatomy, Layer
 from .base import Importance, Sums, by_group, by_sample, gradients, losses, watching_blocks
 
 TARGETS = ("heads", "ffn", "layers")
+NEEDS_LOSS = True
 
 
 def score(parts: Anatomy, batches: list[Tensor], targets: list[str], seed: int) -> Importance:

@@ -1,0 +1,59 @@
+"""Criteria that take gradients need a loss on next tokens; the others rank every model."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import transformers
+from conftest import tiny
+from effattn.prune import Target, criteria, shear, structured
+
+from effattn.errors import Unsupported
+
+GRADIENTS = {"taylor", "michel"}
+ENCODER = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, vocab_size=96)
+DECODER = ENCODER | {"pad_token_id": 0}
+MODELS = [
+    ("BertForMaskedLM", transformers.BertConfig, ENCODER),
+    ("BertForSequenceClassification", transformers.BertConfig, ENCODER),
+    ("BertForTokenClassification", transformers.BertConfig, ENCODER),
+    ("BertForQuestionAnswering", transformers.BertConfig, ENCODER),
+    ("BertModel", transformers.BertConfig, ENCODER),
+    ("BertLMHeadModel", transformers.BertConfig, ENCODER),  # which sees later tokens, unless is_decoder is set
+    ("RobertaForMaskedLM", transformers.RobertaConfig, ENCODER),
+    ("LlamaForSequenceClassification", transformers.LlamaConfig, DECODER),
+    ("LlamaForTokenClassification", transformers.LlamaConfig, DECODER),
+]
+
+
+def model_of(name: str, config, sizes: dict):
+    torch.manual_seed(0)
+    return getattr(transformers, name)(config(**sizes)).eval()
+
+
+@pytest.mark.parametrize(("name", "config", "sizes"), MODELS)
+@pytest.mark.parametrize("criterion", sorted(GRADIENTS))
+def test_no_loss_is_refused_by_name(name, config, sizes, criterion, tokens):
+    with pytest.raises(Unsupported, match=f"{criterion!r} needs the loss on next tokens, which {name} does not.*'obs'"):
+        structured(model_of(name, config, sizes), tokens, ffn=24, length=64, criterion=criterion)
+
+
+@pytest.mark.parametrize(("name", "config", "sizes"), [MODELS[0], MODELS[1], MODELS[4], MODELS[7]])
+@pytest.mark.parametrize("criterion", [name for name in criteria.CRITERIA if name not in GRADIENTS])
+def test_the_others_need_none(name, config, sizes, criterion, tokens):
+    target = {"layers": 1} if criterion == "block_influence" else {"ffn": 24}
+    small, _ = structured(model_of(name, config, sizes), tokens[:512], **target, length=64, criterion=criterion)
+    assert type(small).__name__ == name
+    assert small.num_parameters() < model_of(name, config, sizes).num_parameters()
+
+
+def test_decoders_have_one(tokens):
+    model = model_of("BertLMHeadModel", transformers.BertConfig, ENCODER | {"is_decoder": True})
+    for one in (model, tiny("llama", dtype=torch.float32)):
+        small, _ = structured(one, tokens, ffn=24, length=64, criterion="taylor")
+        assert type(small) is type(one)
+
+
+def test_shearing_learns_next_tokens(tokens):
+    with pytest.raises(Unsupported, match="model: got BertForMaskedLM, valid is a causal LM"):
+        shear(model_of(*MODELS[0]), Target(ffn=24), tokens, length=64)
