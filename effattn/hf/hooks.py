@@ -11,10 +11,12 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
+from effattn.errors import Unsupported
 from effattn.hf import placement, state_layer
 from effattn.hf.adapters import is_adapted
 from effattn.profiling.weights import is_packed
 
+NAME = "effattn"  # the attention implementation, in transformers' two tables
 ATTRIBUTE = "_effattn"  # where a swap is kept: a plain attribute, in no state_dict, copied by deepcopy
 HANDLE = "_effattn_hook"  # where the handle of the hook is kept
 PATTERN = "effattn_pattern"  # the submodule that holds a backend's parameters and buffers
@@ -88,6 +90,12 @@ def _cache_names(kwargs: dict) -> list[str]:
 def before_attention(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
     """Forward pre-hook of a swapped attention module."""
     layer = getattr(module, ATTRIBUTE)
+    given = module.config._attn_implementation
+    if given != NAME:  # another function would get q and k without their rotation, or leave the pattern out
+        raise Unsupported(
+            f"layer {layer.index}: the attention implementation was set to {given!r}, which cannot compute the swapped "
+            f"{layer.pattern}; effattn.restore(model) first, or keep the swap: model.set_attn_implementation({NAME!r})"
+        )
     for name in _cache_names(kwargs):
         if kwargs[name] is not None:
             state_layer.place(kwargs[name], layer)
@@ -112,3 +120,11 @@ def before_model(module: nn.Module, args: tuple, kwargs: dict) -> None:
     candidates = kept - 1 if isinstance(kept, int) and kept > 1 else 0
     if isinstance(cache, Cache) and candidates != getattr(cache, state_layer.CANDIDATES, 0):
         setattr(cache, state_layer.CANDIDATES, candidates)
+
+
+def refuse_continuous_batching(*args, **kwargs) -> None:
+    """Stands on a swapped model in place of its `init_continuous_batching`, which `generate_batch` calls as well."""
+    raise Unsupported(
+        "continuous batching (generate_batch): it has a paged cache of its own, which swapped attention cannot read; "
+        "effattn.restore(model) first, or model.generate(...) on a padded batch"
+    )

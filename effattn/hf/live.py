@@ -8,18 +8,22 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from transformers.utils.import_utils import is_tracing
 
 from effattn.errors import Unsupported
 from effattn.hf.anatomy import Rotary
 from effattn.hf.caches import LayerCache
 from effattn.hf.families import sliding_window
-from effattn.hf.hooks import ATTRIBUTE, CAPTURE, GLOBAL
+from effattn.hf.hooks import ATTRIBUTE, CAPTURE, GLOBAL, NAME
 from effattn.hf.positions import LayerPositions
 from effattn.hf.state_layer import Handle
 from effattn.interface import Backend
 from effattn.states import State
 
-NAME = "effattn"  # the attention implementation, in transformers' two tables
+PACKED = (
+    "packed documents (position_ids that restart) or an extra mask function: after a swap, documents would see each "
+    "other; give one document a row, padded with attention_mask, or effattn.restore(model)"
+)
 EXTRAS = {"softcap": "softcap", "s_aux": "sink_logits"}  # what a model passes: what a backend calls it
 
 
@@ -38,6 +42,10 @@ class LayerSwap:
     positions: LayerPositions | None = None  # a position rule instead of the model's own
     cache: LayerCache | None = None  # a format of packed keys and values instead of the backend's own
 
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state)
+        register()  # a pickle may be read by a process that has never swapped a model
+
     @property
     def holds(self) -> str:
         """What a cache of this layer holds, in words: two layers with the same words may take over each other's."""
@@ -51,7 +59,8 @@ class LayerSwap:
 
 
 def register() -> None:
-    """Makes both functions known to transformers. Called by the first swap: importing effattn patches nothing."""
+    """Makes both functions known to transformers. Called by swaps and by what is read of a swapped model: importing
+    effattn patches nothing."""
     from transformers import AttentionInterface, AttentionMaskInterface
 
     AttentionInterface.register(NAME, attention)
@@ -78,10 +87,10 @@ def mask(
 
     plain = allow_is_causal_skip or mask_function is bidirectional_mask_function  # which never allows that skip
     if q_length > 1 and not (plain and allow_is_bidirectional_skip):
-        raise Unsupported(
-            "packed documents (position_ids that restart) or an extra mask function: after a swap, documents would see "
-            "each other; give one document a row, padded with attention_mask, or effattn.restore(model)"
-        )
+        if not is_tracing():
+            raise Unsupported(PACKED)
+        if kwargs.get("local_size") != 1:  # a graph has a rule for packed documents whether there are any or not
+            _assert_one_document(mask_function, batch_size, q_length, kwargs.get("device"))
     if isinstance(q_offset, Tensor) and torch.compiler.is_compiling():  # static: numbers on the device, not asked for
         return attention_mask
     seen = (int(q_offset) if isinstance(q_offset, Tensor) else q_offset) + q_length
@@ -98,6 +107,13 @@ def mask(
     if attention_mask is None or (not torch.compiler.is_compiling() and attention_mask.all()):
         return None
     return attention_mask
+
+
+def _assert_one_document(mask_function, rows: int, tokens: int, device) -> None:
+    """Fails when a compiled call is run on rows in which a token does not see the one before it."""
+    row, place = torch.arange(rows, device=device)[:, None], torch.arange(tokens, device=device)[None]
+    sees = mask_function(row, place.new_zeros(()), place[:, 1:], place[:, :-1])
+    torch._assert_async(sees.all(), PACKED)
 
 
 def attention(
@@ -120,7 +136,10 @@ def attention(
         return query.new_zeros(query.shape[0], query.shape[2], query.shape[1], value.shape[3]), None
     layer: LayerSwap | None = getattr(module, ATTRIBUTE, None)
     if layer is None:
-        raise Unsupported(f"attn_implementation={NAME!r} is set by effattn.swap(model, ...), not by hand")
+        raise Unsupported(
+            f"attn_implementation={NAME!r} is set by effattn.swap(model, ...), not by hand and not by the config of "
+            "another model that was swapped; model.set_attn_implementation('sdpa') is plain attention"
+        )
     if attention_mask is not None and attention_mask.ndim != 2:
         raise Unsupported(
             f"layer {layer.index}: expected attention_mask (batch, tokens), got {tuple(attention_mask.shape)}; "
@@ -128,7 +147,7 @@ def attention(
         )
     if layer.backend is None:
         return _keep(module, query, key, value, attention_mask, scaling, dropout, layer.original, kwargs)
-    _refuse(layer, query, attention_mask, dropout, kwargs)
+    _refuse(module, layer, query, attention_mask, dropout, kwargs)
     cached = key.layer if isinstance(key, Handle) else None
     if cached is not None:
         key, value = key.k, key.v
@@ -166,7 +185,9 @@ def is_causal(module: nn.Module, kwargs: dict) -> bool:
     return getattr(module, "is_causal", True) and getattr(module.config, "is_causal", True)
 
 
-def _refuse(layer: LayerSwap, query: Tensor, mask: Tensor | None, dropout: float, kwargs: dict) -> None:
+def _refuse(
+    module: nn.Module, layer: LayerSwap, query: Tensor, mask: Tensor | None, dropout: float, kwargs: dict
+) -> None:
     """What the model asks of its attention and a backend does not do is an error, never ignored."""
     where = f"layer {layer.index}: "
     missing = [name for name, extra in EXTRAS.items() if extra not in layer.backend.extras]
@@ -174,23 +195,36 @@ def _refuse(layer: LayerSwap, query: Tensor, mask: Tensor | None, dropout: float
         if kwargs.get(name) is not None:
             raise Unsupported(f"{where}the model passes {name}, which backend {layer.backend.name!r} does not support")
     if dropout:
-        raise Unsupported(f"{where}attention dropout {dropout} while training; set config.attention_dropout to 0")
+        raise Unsupported(
+            f"{where}attention dropout {dropout} while training; {_dropout(module, dropout)} = 0.0 on every "
+            f"{type(module).__name__} of the model turns it off (the config is read only when a model is built)"
+        )
     if kwargs.get("output_attentions"):
         raise Unsupported(f"{where}output_attentions=True: no weights exist; effattn.restore(model), then use 'eager'")
     positions = kwargs.get("position_ids")
     if not layer.checks_positions or positions is None or positions.ndim != 2 or query.shape[2] == 1:
         return
-    if torch.compiler.is_compiling() or not (mask is None or layer.raw_keys):
+    if not (mask is None or layer.raw_keys):
         return
     jumps = positions.diff(dim=-1) != 1
     if mask is not None:
         real = mask[:, -query.shape[2] :]
         jumps = jumps & real[:, 1:] & real[:, :-1]
-    if jumps.any():
-        raise Unsupported(
-            f"{where}packed documents: position_ids restart, and nothing else tells the documents apart; give one "
-            "document a row, padded with attention_mask"
-        )
+    packed = (
+        f"{where}packed documents: position_ids restart, and nothing else tells the documents apart; give one document "
+        "a row, padded with attention_mask"
+    )
+    if is_tracing():
+        torch._assert_async(~jumps.any(), packed)
+    elif jumps.any():
+        raise Unsupported(packed)
+
+
+def _dropout(module: nn.Module, rate: float) -> str:
+    """Where an attention module keeps the rate of its dropout: each class has a name of its own for it."""
+    own = [name for name, value in vars(module).items() if "dropout" in name and value == rate]
+    inner = [f"{name}.p" for name, part in module.named_children() if getattr(part, "p", None) == rate]
+    return (own + inner + ["attention_dropout"])[0]
 
 
 def _keep(module, query, key, value, padding_mask, scaling, dropout, original: str, kwargs: dict):

@@ -30,6 +30,7 @@ from effattn.projections import replace
 __all__ = ["Swap", "active", "is_plain", "parse_layers", "restore", "swap"]
 
 HEADS = ("mha", "gqa", "mqa", "mla")
+BATCHING = "init_continuous_batching"  # transformers' way into continuous batching, which is closed while swapped
 
 
 @dataclass
@@ -135,6 +136,7 @@ def detach(model: nn.Module) -> None:
         for layer in anatomy.of(model).layers:
             _detach(layer.attention)
         _unhook(model)
+        model.__dict__.pop(BATCHING, None)
         delattr(model, hooks.ATTRIBUTE)
         model.set_attn_implementation(done.original)
 
@@ -155,7 +157,7 @@ def _apply(model: nn.Module, parts: anatomy.Anatomy, plans: dict[int, Plan]) -> 
         for index, plan in plans.items()
         if plan.own_global
     }  # the only part that needs memory comes first
-    done = active(model) or Swap(model.config._attn_implementation, {})
+    done = active(model) or Swap(_own_implementation(model), {})
     live.register()
     model.set_attn_implementation(live.NAME)
     done.specs.update({index: plan.spec for index, plan in plans.items()})
@@ -184,6 +186,13 @@ def _apply(model: nn.Module, parts: anatomy.Anatomy, plans: dict[int, Plan]) -> 
     if active(model) is None:
         setattr(model, hooks.ATTRIBUTE, done)
         _hook(model, hooks.before_model)
+        model.__dict__[BATCHING] = hooks.refuse_continuous_batching
+
+
+def _own_implementation(model: nn.Module) -> str:
+    """What the model computes attention with; transformers' choice for one built from a swapped model's config."""
+    own = model.config._attn_implementation
+    return model.get_correct_attn_implementation(None) if own == live.NAME else own
 
 
 def _choose_checkers(layers: list[live.LayerSwap]) -> None:

@@ -1,0 +1,202 @@
+"""A swapped model in ordinary hands: another attention function, continuous batching, graphs, pickles, dropout."""
+
+import copy
+import pickle
+import subprocess
+import sys
+
+import pytest
+import torch
+import transformers
+from conftest import tiny
+
+from effattn.errors import Unsupported
+from effattn.hf.swap import active, restore, swap
+
+AXES = [
+    {"pattern": "sliding(window=8)"},
+    {"pattern": "sliding(window=60, sinks=4)"},
+    {"pattern": {"1": "block(block=8)"}},
+    {"positions": "rerope(window=60)"},
+    {"cache": "int8"},
+]
+
+
+def batch(rows=2, length=24):
+    return torch.randint(1, 96, (rows, length), generator=torch.Generator().manual_seed(1))
+
+
+def by_model(model):
+    model.set_attn_implementation("sdpa")
+
+
+def by_inner_model(model):
+    model.model.set_attn_implementation("eager")
+
+
+def by_config(model):
+    model.config._attn_implementation = "sdpa"
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("change", [by_model, by_inner_model, by_config])
+@pytest.mark.parametrize("axis", AXES)
+def test_another_attention_function_never_runs_on_a_swapped_layer(axis, change):
+    model, tokens = tiny("llama"), batch()
+    plain = model(tokens).logits
+    swapped = swap(model, **axis)(tokens).logits
+    change(model)
+    for use_cache in (False, True):
+        with pytest.raises(Unsupported, match=r"attention implementation was set to '\w+'.*effattn.restore"):
+            model(tokens, use_cache=use_cache)
+    with pytest.raises(Unsupported, match="attention implementation was set to"):
+        model.generate(tokens, max_new_tokens=2)
+    model.set_attn_implementation("effattn")  # the two remedies of the message
+    assert torch.equal(model(tokens).logits, swapped)
+    change(model)
+    assert torch.equal(restore(model)(tokens).logits, plain)
+    change(model)  # a restored model is anybody's
+    torch.testing.assert_close(model(tokens).logits, plain, rtol=1e-4, atol=1e-5)  # eager's softmax is in fp32
+
+
+@torch.no_grad()
+def test_continuous_batching_is_refused_with_what_helps():
+    model, inputs = swap(tiny("llama"), "dense"), batch(1, 12).tolist()
+    settings = transformers.GenerationConfig(max_new_tokens=4, do_sample=False, pad_token_id=0)
+    for attempt in ("effattn", "sdpa"):
+        model.set_attn_implementation(attempt)
+        with pytest.raises(Unsupported, match=r"continuous batching .*effattn.restore"):
+            model.generate_batch(inputs=inputs, generation_config=settings)
+        with pytest.raises(Unsupported, match=r"continuous batching .*effattn.restore"):
+            model.init_continuous_batching()
+    assert type(restore(model).init_continuous_batching(settings)).__name__ == "ContinuousBatchingManager"
+
+
+PACKED = torch.cat([torch.arange(8), torch.arange(12)])[None].expand(2, -1)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["gemma2", "opt"])
+def test_graphs_notice_packed_documents_only_where_there_are_some(kind):
+    """Compiled without a mask and a cache, transformers describes documents whether there are several or one."""
+    torch._dynamo.reset()
+    model, tokens = swap(tiny(kind), "sliding(window=5)"), batch(2, 20)
+    expected = model(tokens, use_cache=False).logits
+    step = torch.compile(model, backend="eager", fullgraph=True)
+    for given in ({}, {"position_ids": torch.arange(20).expand(2, -1)}):
+        torch.testing.assert_close(step(tokens, use_cache=False, **given).logits, expected)
+    with pytest.raises(Unsupported, match="packed documents"):
+        model(tokens, use_cache=False, position_ids=PACKED)
+    with pytest.raises(RuntimeError, match="packed documents"):
+        step(tokens, use_cache=False, position_ids=PACKED)
+
+
+class Logits(torch.nn.Module):
+    """A model with tensors for arguments and result, as exports want it."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, tokens, position_ids=None):
+        return self.model(tokens, position_ids=position_ids, use_cache=False).logits
+
+
+@torch.no_grad()
+def test_exported_and_traced():
+    model, tokens = Logits(swap(tiny("llama"), "sliding(window=5, sinks=2)")), batch(2, 20)
+    expected, places = model(tokens), torch.arange(20).expand(2, -1)
+    torch.testing.assert_close(torch.export.export(model, (tokens,)).module()(tokens), expected)
+    exported = torch.export.export(model, (tokens, places)).module()
+    torch.testing.assert_close(exported(tokens, places), expected)
+    with pytest.raises(RuntimeError, match="packed documents"):
+        exported(tokens, PACKED)
+    torch.testing.assert_close(torch.jit.trace(model, (tokens,), check_trace=False)(tokens), expected)
+
+
+@torch.no_grad()
+def test_a_compiled_model_follows_swaps_and_restore():
+    torch._dynamo.reset()
+    model, tokens = tiny("qwen3"), batch()
+    step = torch.compile(model, backend="eager")
+    plain = step(tokens).logits
+    for pattern in ("sliding(window=4)", "sliding(window=9)"):
+        swap(model, pattern)
+        torch.testing.assert_close(step(tokens).logits, model(tokens).logits)
+    restore(model)
+    torch.testing.assert_close(step(tokens).logits, plain)
+
+
+FRESH = """
+import sys, torch
+torch.set_grad_enabled(False)
+model, expected = torch.load(sys.argv[1], weights_only=False)
+tokens = torch.arange(1, 21)[None]
+assert torch.equal(model(tokens).logits, expected), "other logits"
+assert model.generate(tokens, max_new_tokens=2).shape == (1, 22)
+import effattn
+effattn.restore(model)(tokens)
+"""
+
+
+@torch.no_grad()
+def test_unpickled_in_a_process_that_never_swapped(tmp_path):
+    model = swap(tiny("llama"), "sliding(window=5, sinks=1)", cache="int8")
+    torch.save((model, model(torch.arange(1, 21)[None]).logits), tmp_path / "model.pt")
+    done = subprocess.run(
+        [sys.executable, "-c", FRESH, str(tmp_path / "model.pt")], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@torch.no_grad()
+def test_a_model_built_from_a_swapped_models_config():
+    model, tokens = swap(tiny("llama"), "sliding(window=5)"), batch()
+    twin = transformers.AutoModelForCausalLM.from_config(copy.deepcopy(model.config)).eval()
+    with pytest.raises(Unsupported, match=r"config of another model that was swapped.*set_attn_implementation"):
+        twin(tokens)
+    swapped = swap(twin, "dense")(tokens).logits
+    torch.testing.assert_close(restore(twin)(tokens).logits, swapped)
+    assert twin.config._attn_implementation == "sdpa"
+
+
+SMALL = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
+
+
+def bert():
+    config = transformers.BertConfig(**SMALL, intermediate_size=64, attention_probs_dropout_prob=0.25)
+    return transformers.BertModel(config)
+
+
+def distilbert():
+    config = transformers.DistilBertConfig(vocab_size=97, dim=32, hidden_dim=64, n_layers=1, n_heads=4)
+    return transformers.DistilBertModel(config)
+
+
+DROPPING = {
+    "llama": lambda: tiny("llama", attention_dropout=0.25),
+    "opt": lambda: tiny("opt", attention_dropout=0.25),
+    "gpt_neox": lambda: tiny("gpt_neox", attention_dropout=0.25),
+    "bert": bert,
+    "distilbert": distilbert,
+}
+
+
+@pytest.mark.parametrize("kind", DROPPING)
+def test_the_advice_on_dropout_works(kind):
+    model, tokens = swap(DROPPING[kind](), "sliding(window=5)").train(), batch()
+    with pytest.raises(Unsupported, match="attention dropout") as refusal:
+        model(tokens)
+    place, _, names = str(refusal.value).partition("while training; ")[2].partition(" = 0.0 on every ")
+    *path, name = place.split(".")
+    for module in model.modules():
+        if type(module).__name__ == names.split()[0]:
+            setattr(module.get_submodule(".".join(path)), name, 0.0)
+    model(tokens)
+
+
+def test_pickles_of_a_part_keep_its_swap():
+    model = swap(tiny("llama"), "sliding(window=5)")
+    again = pickle.loads(pickle.dumps(model.model.layers[0]))
+    assert again.self_attn._effattn.pattern == "sliding(window=5)"
+    assert active(model) is not None
