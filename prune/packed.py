@@ -14,6 +14,7 @@ from torch import nn
 
 from effattn.errors import check_choice
 from effattn.hf import anatomy
+from effattn.hf.record import mark
 from effattn.projections.packed import LARGE, PackedLinear
 
 
@@ -67,6 +68,7 @@ def pack(model: nn.Module, *, impl: str = "auto", large: str = "unpack") -> Pack
     for name, module in new.items():
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, module)
+    mark(model)
     after = sum(_nbytes(new.get(name, module)) for name, module in found.items())
     return PackReport(tuple(new), dense, before, after)
 
