@@ -16,6 +16,7 @@ from effattn.errors import check_choice
 from effattn.hf import anatomy
 from effattn.hf.adapters import require_own_weights
 from effattn.hf.placement import require_here
+from effattn.hf.record import mark
 from effattn.projections.packed import LARGE, PackedLinear
 
 
@@ -71,6 +72,7 @@ def pack(model: nn.Module, *, impl: str = "auto", large: str = "unpack") -> Pack
     for name, module in new.items():
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, module)
+    mark(model)
     after = sum(_nbytes(new.get(name, module)) for name, module in found.items())
     return PackReport(tuple(new), dense, before, after)
 

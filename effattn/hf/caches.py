@@ -102,8 +102,3 @@ def no_fp8(device: torch.device) -> str:
     if device.type == "cuda" and torch.version.cuda and torch.cuda.get_device_capability(device) < (8, 9):
         return f"{torch.cuda.get_device_name(device)} has no fp8, which begins with compute capability 8.9"
     return ""
-
-
-def saved(caches: dict[int, str]) -> dict:
-    """What goes under "effattn" in config.json."""
-    return {"cache": {str(index): spec for index, spec in sorted(caches.items())}} if caches else {}

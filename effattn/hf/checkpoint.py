@@ -7,7 +7,8 @@
 A swap that plain transformers cannot express is kept in config.json under "effattn", and what its methods learn in
 effattn.safetensors; model.safetensors has the model's own weights only. Where these are not what the plain class
 expects (structured projections), config.json's `model_type` is "effattn", which plain transformers refuses, and the
-model's own is under "effattn". No pickle anywhere.
+model's own is under "effattn". What `save_pretrained` and a Trainer write of a swapped model is loaded, too
+(`effattn.hf.record`). No pickle anywhere.
 """
 
 from __future__ import annotations
@@ -73,6 +74,7 @@ def load(path: str | Path, dtype: torch.dtype | str = "auto") -> nn.Module:
     if axes:
         swapping.swap(model, **axes)
         record.load_learned(model, name)
+    record.mark(model)
     return model
 
 

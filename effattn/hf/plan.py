@@ -87,6 +87,8 @@ def _tie(plans: dict[int, Plan]) -> None:
         one = first.setdefault(plan.pattern, plan.backend)
         for name in plan.backend.tied:
             setattr(plan.backend, name, getattr(one, name))
+        if plan.backend.tied:  # what transformers reads when it saves: one of the names is enough
+            plan.backend._tied_weights_keys = dict(zip(plan.backend.tied, plan.backend.tied, strict=True))
 
 
 def _plan(layer: anatomy.Layer, spec: str, options: dict) -> Plan:

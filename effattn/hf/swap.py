@@ -25,6 +25,7 @@ from effattn.hf import plan as planning
 from effattn.hf import positions as positioning
 from effattn.hf.adapters import require_own_weights, require_unwrapped
 from effattn.hf.plan import Plan, parse_layers
+from effattn.hf.record import is_plain, mark
 from effattn.projections import replace
 
 __all__ = ["Swap", "active", "is_plain", "parse_layers", "restore", "swap"]
@@ -118,6 +119,7 @@ def swap(
         if calibration is not None and codebooks.wanting(plans):
             codebooks.fit(model, parts, plans, calibration)
         _apply(model, parts, plans)
+    mark(model)
     return model
 
 
@@ -126,6 +128,7 @@ def restore(model: nn.Module) -> nn.Module:
     Returns the model, swapped or not."""
     positioning.undo(model)
     detach(model)
+    mark(model)
     return model
 
 
@@ -144,11 +147,6 @@ def detach(model: nn.Module) -> None:
 def active(model: nn.Module) -> Swap | None:
     """What `swap` did to the model's patterns; None when nothing is swapped."""
     return getattr(model, hooks.ATTRIBUTE, None)
-
-
-def is_plain(spec: str) -> bool:
-    """Whether plain transformers computes the same as this backend, in any layer."""
-    return registry.backends()[registry.parse_spec(spec)[0]].plain
 
 
 def _apply(model: nn.Module, parts: anatomy.Anatomy, plans: dict[int, Plan]) -> None:

@@ -1,12 +1,15 @@
-"""The safetensors files of a checkpoint folder: which there are and what they hold, by their headers alone."""
+"""The safetensors files of a checkpoint folder: which there are, what they hold, and their tensors, one by one."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".msgpack")
@@ -73,6 +76,19 @@ def header(file: Path) -> dict[str, Stored]:
         raise ValueError(
             f"weights: {file} cannot be read: {one_line(error)}; it is truncated, or no safetensors file"
         ) from error
+
+
+def read(file: Path, names: Iterable[str]) -> dict[str, Tensor]:
+    """Copies of tensors of one file. ValueError naming the first that holds NaN or Inf."""
+    found = {}
+    with safe_open(file, "pt") as opened:
+        for name in names:
+            tensor = opened.get_tensor(name).clone()  # not a map of the file, which would stay in memory
+            if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+                bad = int((~torch.isfinite(tensor)).sum())
+                raise ValueError(f"weights: {name} holds NaN or Inf ({bad} of {tensor.numel()} values)")
+            found[name] = tensor
+    return found
 
 
 def read_json(file: Path, limit: int = JSON_BYTES) -> dict:
