@@ -15,6 +15,7 @@ from torch import nn
 from effattn.errors import check_choice
 from effattn.hf import anatomy
 from effattn.hf.placement import require_here
+from effattn.profiling.weights import is_plain
 from effattn.projections.packed import LARGE, PackedLinear
 
 
@@ -54,6 +55,9 @@ def pack(model: nn.Module, *, impl: str = "auto", large: str = "unpack") -> Pack
     new, dense = {}, {}
     for name, module in found.items():
         if isinstance(module, PackedLinear):
+            continue
+        if not is_plain(module):
+            dense[name] = f"{type(module).__name__} is no plain linear layer"
             continue
         try:
             new[name] = PackedLinear.from_linear(module, impl=impl, large=large)

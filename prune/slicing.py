@@ -21,6 +21,7 @@ from effattn.hf import anatomy as hf
 from effattn.hf.families import ENCODERS, FAMILIES, PER_LAYER
 from effattn.hf.placement import require_here
 from effattn.hf.swap import active
+from effattn.profiling.weights import not_plain, packing
 from effattn.projections.replace import record
 
 
@@ -176,8 +177,12 @@ def check_plain(model: nn.Module) -> None:
         raise Unsupported(f"{name} is swapped: effattn.restore(model) first, then cut, then swap what comes out")
     if record(model):
         raise Unsupported(f"{name} has structured projections, which have no rows to cut; cut first, then swap them in")
-    if getattr(model, "quantization_method", None) is not None or getattr(model, "is_quantized", False):
+    if getattr(model, "is_quantized", False) or any(packing(module) for module in model.modules()):
         raise Unsupported(f"{name} has quantized weights; cut the model's own weights, then quantize")
+    if (odd := not_plain(model)) is not None:
+        raise Unsupported(
+            f"{name}: {odd} is no plain linear layer, which has no rows to cut; cut the model's own weights"
+        )
 
 
 def _checked(parts: hf.Anatomy, keep: Keep) -> Keep:
