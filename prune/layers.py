@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from effattn.errors import Unsupported, check_choice
 from effattn.hf import anatomy as hf
 from effattn.hf.layerwise import LayerRunner
+from effattn.profiling.weights import is_plain
 from effattn.training import bf16_pays
 
 MODULES = ("all", "attention", "ffn")
@@ -44,10 +45,15 @@ def linears(layer: hf.Layer, modules: str = "all") -> dict[str, nn.Linear]:
     for path, module in layer.block.named_modules():
         if module not in inside:
             continue
+        if hasattr(module, "in_features") and not list(module.parameters(recurse=False)):
+            raise Unsupported(
+                f"modules: {modules!r} of layer {layer.index} includes {path} ({type(module).__name__}), whose weight "
+                "is codes in buffers; valid are models whose weights are all nn.Linear"
+            )
         for name, weight in module.named_parameters(recurse=False):
             if weight.dim() < 2:
                 continue
-            if not isinstance(module, nn.Linear) or not weight.is_floating_point():
+            if not is_plain(module):
                 others = " ('attention' may do)" if module in set(layer.ffn.modules()) and modules == "all" else ""
                 raise Unsupported(
                     f"modules: {modules!r} of layer {layer.index} includes {path}.{name} ({type(module).__name__}, "

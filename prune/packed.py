@@ -17,6 +17,7 @@ from effattn.hf import anatomy
 from effattn.hf.adapters import require_own_weights
 from effattn.hf.placement import require_here
 from effattn.hf.record import mark
+from effattn.profiling.weights import is_plain
 from effattn.projections.packed import LARGE, PackedLinear
 
 
@@ -57,6 +58,9 @@ def pack(model: nn.Module, *, impl: str = "auto", large: str = "unpack") -> Pack
     new, dense = {}, {}
     for name, module in found.items():
         if isinstance(module, PackedLinear):
+            continue
+        if not is_plain(module):
+            dense[name] = f"{type(module).__name__} is no plain linear layer"
             continue
         try:
             new[name] = PackedLinear.from_linear(module, impl=impl, large=large)

@@ -22,6 +22,7 @@ from effattn.hf.adapters import require_own_weights
 from effattn.hf.families import ENCODERS, FAMILIES, of_layers
 from effattn.hf.placement import require_here
 from effattn.hf.swap import active
+from effattn.profiling.weights import not_plain, packing
 from effattn.projections.replace import record
 
 
@@ -190,8 +191,12 @@ def check_plain(model: nn.Module) -> None:
         raise Unsupported(f"{name} is swapped: effattn.restore(model) first, then cut, then swap what comes out")
     if record(model):
         raise Unsupported(f"{name} has structured projections, which have no rows to cut; cut first, then swap them in")
-    if getattr(model, "quantization_method", None) is not None or getattr(model, "is_quantized", False):
+    if getattr(model, "is_quantized", False) or any(packing(module) for module in model.modules()):
         raise Unsupported(f"{name} has quantized weights; cut the model's own weights, then quantize")
+    if (odd := not_plain(model)) is not None:
+        raise Unsupported(
+            f"{name}: {odd} is no plain linear layer, which has no rows to cut; cut the model's own weights"
+        )
 
 
 def _checked(parts: hf.Anatomy, keep: Keep) -> Keep:

@@ -21,7 +21,7 @@ from torch import nn
 from effattn.errors import Unsupported, check_choice
 from effattn.hf import anatomy, packing, placement
 from effattn.hf.adapters import require_own_weights
-from effattn.profiling.weights import is_packed
+from effattn.profiling.weights import is_plain, not_plain
 
 KINDS = ("nf4", "int8")
 
@@ -101,18 +101,22 @@ def _linears(parts: anatomy.Anatomy) -> list[nn.Linear]:
     found: list[nn.Linear] = []
     for layer in parts.layers:
         for projection in layer.qkv_modules:
-            if type(projection) is not nn.Linear or is_packed(projection):
+            if not is_plain(projection):
                 raise Unsupported(
                     f"weights: layer {layer.index}: {type(projection).__name__} is no plain linear; quantize the "
                     "model's own weights"
                 )
         for module in (layer.attention, layer.o.module, layer.ffn):
+            if (odd := not_plain(module)) is not None:
+                raise Unsupported(
+                    f"weights: layer {layer.index}: {odd} is no plain linear; quantize the model's own weights"
+                )
             if any(p.dim() > 2 for p in module.parameters()):
                 raise Unsupported(
                     f"weights: layer {layer.index} ({type(module).__name__}) stacks experts in one parameter, which "
                     "bitsandbytes does not quantize"
                 )
-            found += [one for one in module.modules() if isinstance(one, nn.Linear)]
+            found += [one for one in module.modules() if is_plain(one)]
     return list(dict.fromkeys(found))
 
 

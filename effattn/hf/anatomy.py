@@ -97,7 +97,7 @@ class Layer:
     def dtype(self) -> torch.dtype:
         """Of keys and values: the weights', or where those are packed (bitsandbytes) that of the layer's norms."""
         here = [self.k.like, *self.block.parameters()]
-        return next(p.dtype for p in here if p.is_floating_point())
+        return next(p.dtype for p in here if p.is_floating_point() and p.dtype.itemsize > 1)
 
     def _module(self, name: str) -> nn.Module:
         path = getattr(self.family, name)
@@ -308,8 +308,8 @@ class Anatomy:
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits (..., V) from the final norm's output (..., D): the head and what the class does after it."""
-        head = self.embeddings.weight if self.head is None else self.head.weight
-        logits = torch.nn.functional.linear(hidden, head, getattr(self.head, "bias", None))
+        head = self.model.get_output_embeddings()  # by its own code: the weight may be packed, or elsewhere
+        logits = nn.functional.linear(hidden, self.embeddings.weight) if head is None else head(hidden)
         if getattr(self.config, "logit_scale", None) is not None:  # Cohere
             logits = logits * self.config.logit_scale
         if getattr(self.config, "logits_scaling", None) is not None:  # Granite

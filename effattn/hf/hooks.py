@@ -79,8 +79,15 @@ def _own(projection: nn.Module) -> nn.Module:
 
 def _is_its_parameters(module: nn.Module) -> bool:
     """Whether a projection computes the same as another of its class with the same parameters."""
-    own = list(module.named_parameters(recurse=False))
-    return not is_packed(module) and not module._modules and all(p.is_floating_point() for _, p in own)
+    own = list(module.parameters(recurse=False))
+    return bool(own) and not is_packed(module) and not module._modules and all(p.is_floating_point() for p in own)
+
+
+def _own(module: nn.Module) -> nn.Module:
+    """The model's own module, without the adapters that peft has put around it: they are for the local projections."""
+    while isinstance(module._modules.get("base_layer"), nn.Module):
+        module = module._modules["base_layer"]
+    return module
 
 
 def _cache_names(kwargs: dict) -> list[str]:

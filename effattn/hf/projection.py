@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from torch import nn
 
 from effattn.errors import Unsupported
-from effattn.profiling.weights import is_packed
+from effattn.profiling.weights import is_packed, is_plain
 from effattn.projections.monarch import MonarchLinear
 from effattn.projections.packed import PackedLinear
 
@@ -36,7 +37,7 @@ class Projection:
     @property
     def like(self) -> torch.Tensor:
         """A weight with the projection's dtype and device."""
-        return next(self.module.parameters())
+        return next(chain(self.module.parameters(), self.module.buffers()))
 
     @property
     def by_head(self) -> torch.Tensor:
@@ -53,6 +54,11 @@ class Projection:
             raise Unsupported(
                 f"projections: {self.module.spec} has no weight by heads; change heads before projections are replaced "
                 "or packed, or effattn.swap(model, projections='dense') first"
+            )
+        if not is_plain(self.module):
+            raise Unsupported(
+                f"projections: {type(self.module).__name__} is no plain linear layer, its weight is not all that it "
+                "computes with; do this to the model's own weights"
             )
         if self.output:
             return self.module.weight.detach().view(-1, self.heads, self.head_dim).transpose(0, 1)
@@ -75,6 +81,7 @@ class Projection:
             dense = self.module.dense().detach()
             return dense if self.output else self._rows(dense).reshape(self.heads * self.head_dim, -1)
         if self.output:
+            self.by_head  # noqa: B018 - raises where there is none
             return self.module.weight.detach()
         return self.by_head.reshape(self.heads * self.head_dim, -1)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 
 def weight_bytes(module: nn.Module) -> int:
@@ -18,14 +19,35 @@ def weight_bytes(module: nn.Module) -> int:
 
 
 def is_packed(module: nn.Module) -> bool:
-    """Whether a linear module's weight is codes and no numbers (bitsandbytes' Linear4bit and Linear8bitLt)."""
+    """Whether a linear module's weight is codes and no numbers: integers (bitsandbytes), 8-bit floats that have a scale
+    beside them, or a tensor class that unpacks itself (torchao, quanto)."""
     weight = getattr(module, "weight", None)
-    return isinstance(weight, Tensor) and not weight.is_floating_point()
+    if not isinstance(weight, Tensor):
+        return False
+    return not weight.is_floating_point() or weight.dtype.itemsize < 2 or is_traceable_wrapper_subclass(weight)
+
+
+def is_plain(module: nn.Module) -> bool:
+    """Whether a module is a linear layer and nothing more: whoever has its weight and bias can do without it."""
+    return isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward and not is_packed(module)
+
+
+def not_plain(root: nn.Module) -> str | None:
+    """The path in `root` and the class of the first linear-like module that is no plain one; None where all are."""
+    for path, module in root.named_modules():
+        if hasattr(module, "in_features") and not is_plain(module):
+            return f"{path or 'it'} ({type(module).__name__})"
+    return None
 
 
 def packing(module: nn.Module) -> str | None:
-    """ "nf4", "fp4" or "int8" where the weight is packed, else None."""
-    return getattr(module.weight, "quant_type", "int8") if is_packed(module) else None
+    """ "nf4", "fp4", "int8" or "fp8" where the weight is packed, a tensor class by its name, else None."""
+    if not is_packed(module):
+        return None
+    weight = module.weight
+    if is_traceable_wrapper_subclass(weight):
+        return type(weight).__name__
+    return getattr(weight, "quant_type", "fp8" if weight.is_floating_point() else "int8")
 
 
 def _tensors(module: nn.Module) -> Iterator[Tensor]:

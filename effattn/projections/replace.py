@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from effattn.errors import Unsupported, check_choice
 from effattn.hf import anatomy, hooks, placement
 from effattn.hf.plan import parse_layers
+from effattn.profiling.weights import is_packed, is_plain
 from effattn.projections.monarch import MonarchLinear, sizes
 from effattn.projections.packed import PackedLinear
 from effattn.registry import format_spec, parse_spec
@@ -141,7 +142,9 @@ def _linears(layer: anatomy.Layer, ffn: bool) -> list[nn.Module]:
                 f"projections: the experts of layer {layer.index} ({type(layer.ffn).__name__}) are stacked in one "
                 "parameter and no linear layers; without ffn=True, q, k, v and o are replaced"
             )
-        found = found + [m for m in layer.ffn.modules() if isinstance(m, nn.Linear | MonarchLinear | PackedLinear)]
+        found = found + [
+            m for m in layer.ffn.modules() if hasattr(m, "in_features")
+        ]  # what is no linear is refused later
     return found
 
 
@@ -157,13 +160,12 @@ def _outputs(layer: anatomy.Layer, module: nn.Module, kv_heads: int | None) -> i
 
 
 def _check(name: str, module: nn.Module, options: dict | None, outputs: int) -> None:
-    if isinstance(module, nn.Linear):
-        if module.weight.dim() != 2 or not module.weight.is_floating_point():
-            raise Unsupported(
-                f"projections: {name} is a {type(module).__name__} of {module.weight.dtype}; a quantized weight "
-                "cannot be projected: load the model in a float dtype"
-            )
-    elif not isinstance(module, MonarchLinear | PackedLinear):
+    if is_packed(module):
+        raise Unsupported(
+            f"projections: {name} is a {type(module).__name__} of {module.weight.dtype}; a quantized weight "
+            "cannot be projected: load the model in a float dtype"
+        )
+    if not is_plain(module) and not isinstance(module, MonarchLinear | PackedLinear):
         raise Unsupported(f"projections: {name} is a {type(module).__name__}, valid is a Linear")
     if options is not None:
         sizes(module.in_features, outputs, **{k: options[k] for k in ("blocks", "rank", "ratio", "pad")}, name=name)
