@@ -200,6 +200,7 @@ class Loan:
 
 def unfit(name: str, values: torch.Tensor, dtype: torch.dtype) -> str | None:
     """Why the trained `values` of a parameter cannot be given back in `dtype`; None: they can."""
+    values = values.detach()
     if not torch.isfinite(values).all():
         return f"training: {name} is not finite any more; lower the learning rate"
     if dtype in HALF and not torch.isfinite(values.to(dtype)).all():

@@ -9,12 +9,14 @@ from torch import nn
 from effattn.errors import Unsupported
 from effattn.hf import anatomy as hf
 from effattn.hf import hooks
+from effattn.training import Settings
 
 
 @contextmanager
 def adapters(model: nn.Module, rank: int):
     """Puts LoRA (arXiv:2106.09685) of `rank` on q, k, v and o of every layer; yields the parameters to train: the
-    adapters', and those of the backends. On leaving, the adapters are merged: the model has its own modules again."""
+    adapters', and those of the backends. On leaving, the adapters are merged: the model has its own modules and flags
+    again."""
     try:
         from peft import LoraConfig, inject_adapter_in_model
         from peft.tuners.lora import LoraLayer
@@ -23,12 +25,15 @@ def adapters(model: nn.Module, rank: int):
     targets = {module for layer in hf.of(model) for module in (layer.q.module, layer.k.module, layer.v.module,
                                                                layer.o.module)}  # fmt: skip
     names = [name for name, module in model.named_modules() if module in targets]
+    settings = Settings(model)
     inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=names), model)
     try:
         yield [p for name, p in model.named_parameters() if "lora_" in name or hooks.PATTERN in name.split(".")]
     finally:
         for name, module in list(model.named_modules()):
             if isinstance(module, LoraLayer):
-                module.merge()
+                module.merge(safe_merge=True)  # ValueError for what its dtype cannot hold
                 parent, _, last = name.rpartition(".")
                 setattr(model.get_submodule(parent), last, module.base_layer)
+        vars(model).pop("peft_config", None)
+        settings.put_back()
