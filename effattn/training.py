@@ -230,6 +230,17 @@ class Settings:
             parameter.requires_grad_(trained)
 
 
+@torch.no_grad()
+def rehearse(model: nn.Module) -> None:
+    """Two tokens in training mode: raises what training would, before anything is measured for it."""
+    settings = Settings(model)
+    try:
+        ids = torch.zeros(1, 2, dtype=torch.int64, device=model.get_input_embeddings().weight.device)
+        model.train()(input_ids=ids, use_cache=False)
+    finally:
+        settings.put_back()
+
+
 def _chosen(thing: object, names: tuple[str, ...]) -> dict[str, object]:
     return {name: vars(thing)[name] for name in names if name in vars(thing)}
 

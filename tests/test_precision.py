@@ -25,6 +25,7 @@ from effattn.heads.uptrain import uptrain
 from effattn.hf import anatomy as hf
 from effattn.linearizing.lora import adapters
 from effattn.linearizing.transfer import distances, transfer
+from effattn.training import bf16_pays
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 LENGTH = 32
@@ -283,9 +284,26 @@ def test_nothing_of_a_trainer_stays(bf16, tokens, tmp_path):
     assert not model.model.gradient_checkpointing
 
 
+@pytest.mark.parametrize("pays", [True, False], ids=["units", "emulated"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_pruning_gives_the_dtype_back(dtype, pays, tokens, monkeypatch):
+    """Layers run in bf16 where that pays, and in fp32 elsewhere: what is pruned differs no more than by rounding."""
+    monkeypatch.setattr(training, "bf16_pays", lambda on_cpu=None: pays)
+    model = tiny("llama", dtype=dtype)
+    before = flags(model)
+    effattn.prune.oneshot(model, tokens, method="sparsegpt", sparsity=0.5, length=64)
+    assert flags(model) == before
+    exact = tiny("llama", dtype=dtype).double()
+    effattn.prune.oneshot(exact, tokens, method="sparsegpt", sparsity=0.5, length=64)
+    for found, expected in zip(model.model.layers.parameters(), exact.model.layers.parameters(), strict=True):
+        if found.dim() == 2:
+            assert (found == 0).float().mean() == 0.5
+            assert ((found == 0) != (expected == 0)).float().mean() < 0.05
+
+
 def test_bf16_is_asked_of_the_device_that_trains(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
-    assert training.bf16_pays()
-    assert not training.bf16_pays(on_cpu=True)
+    assert bf16_pays()
+    assert not bf16_pays(on_cpu=True)

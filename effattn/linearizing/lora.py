@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from contextlib import contextmanager
 
 from torch import nn
@@ -12,16 +13,21 @@ from effattn.hf import hooks
 from effattn.training import Settings
 
 
+def check_peft() -> None:
+    """Unsupported without peft."""
+    if importlib.util.find_spec("peft") is None:
+        raise Unsupported("lora: peft is not installed; pip install 'effattn[lora]', or leave out --lora")
+
+
 @contextmanager
 def adapters(model: nn.Module, rank: int):
     """Puts LoRA (arXiv:2106.09685) of `rank` on q, k, v and o of every layer; yields the parameters to train: the
     adapters', and those of the backends. On leaving, the adapters are merged: the model has its own modules and flags
     again."""
-    try:
-        from peft import LoraConfig, inject_adapter_in_model
-        from peft.tuners.lora import LoraLayer
-    except ImportError:
-        raise Unsupported("lora: peft is not installed; pip install 'effattn[lora]', or leave out --lora") from None
+    check_peft()
+    from peft import LoraConfig, inject_adapter_in_model
+    from peft.tuners.lora import LoraLayer
+
     targets = {module for layer in hf.of(model) for module in (layer.q.module, layer.k.module, layer.v.module,
                                                                layer.o.module)}  # fmt: skip
     names = [name for name, module in model.named_modules() if module in targets]
