@@ -129,7 +129,8 @@ def lent(model: nn.Module, *teachers: nn.Module | None) -> Iterator[Loan]:
     have their own `forward`, flags (training, requires_grad), settings and dtypes again, and no gradients.
 
     fp16 and bf16 weights are fp32 while lent, since steps are too small for them and Adam's epsilon is 0 in fp16: the
-    whole of `model` takes 4 bytes a weight, besides what the optimizer needs; teachers stay as they are.
+    whole of `model` takes 4 bytes a weight, besides what the optimizer needs; teachers stay as they are. With LoRA,
+    what is frozen in bf16 stays so (fp16 has too little range for gradients).
 
     Raises FloatingPointError, naming a parameter, when training ends with weights that are not finite, or that the
     dtype they came in cannot hold: they are left in fp32 then.
@@ -151,9 +152,11 @@ class Loan:
         self.model = model
         self.before = Settings(model, *teachers)
         self.dtypes = {parameter: parameter.dtype for parameter in model.parameters()}
+        low_rank = hasattr(model, "peft_config")  # adapters cast what they get: what is frozen beneath can stay in bf16
         for parameter, dtype in self.dtypes.items():
             parameter.grad = None
-            if dtype in HALF:
+            stays = low_rank and dtype == torch.bfloat16 and not parameter.requires_grad
+            if dtype in HALF and not stays:
                 parameter.data = parameter.data.float()
 
     def train_only(self, parameters: Iterable[nn.Parameter]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 from contextlib import contextmanager
 
+import torch
 from torch import nn
 
 from effattn.errors import Unsupported
@@ -22,8 +23,8 @@ def check_peft() -> None:
 @contextmanager
 def adapters(model: nn.Module, rank: int):
     """Puts LoRA (arXiv:2106.09685) of `rank` on q, k, v and o of every layer; yields the parameters to train: the
-    adapters', and those of the backends. On leaving, the adapters are merged: the model has its own modules and flags
-    again."""
+    adapters', in fp32 or more, and those of the backends; all others are frozen. On leaving, the adapters are merged:
+    the model has its own modules and flags again."""
     check_peft()
     from peft import LoraConfig, inject_adapter_in_model
     from peft.tuners.lora import LoraLayer
@@ -34,7 +35,13 @@ def adapters(model: nn.Module, rank: int):
     settings = Settings(model)
     inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=names), model)
     try:
-        yield [p for name, p in model.named_parameters() if "lora_" in name or hooks.PATTERN in name.split(".")]
+        trained = []
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
+            if "lora_" in name or hooks.PATTERN in name.split("."):
+                trained.append(parameter.requires_grad_(True))
+        yield trained
     finally:
         for name, module in list(model.named_modules()):
             if isinstance(module, LoraLayer):
