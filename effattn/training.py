@@ -129,7 +129,8 @@ def lent(model: nn.Module, *teachers: nn.Module | None) -> Iterator[Loan]:
     have their own `forward`, flags (training, requires_grad), settings and dtypes again, and no gradients.
 
     fp16 and bf16 weights are fp32 while lent, since steps are too small for them and Adam's epsilon is 0 in fp16: the
-    whole of `model` takes 4 bytes a weight, besides what the optimizer needs; teachers stay as they are.
+    whole of `model` takes 4 bytes a weight, besides what the optimizer needs; teachers stay as they are. With LoRA,
+    what is frozen in bf16 stays so (fp16 has too little range for gradients).
 
     Raises FloatingPointError, naming a parameter, when training ends with weights that are not finite, or that the
     dtype they came in cannot hold: they are left in fp32 then.
@@ -151,9 +152,11 @@ class Loan:
         self.model = model
         self.before = Settings(model, *teachers)
         self.dtypes = {parameter: parameter.dtype for parameter in model.parameters()}
+        low_rank = hasattr(model, "peft_config")  # adapters cast what they get: what is frozen beneath can stay in bf16
         for parameter, dtype in self.dtypes.items():
             parameter.grad = None
-            if dtype in HALF:
+            stays = low_rank and dtype == torch.bfloat16 and not parameter.requires_grad
+            if dtype in HALF and not stays:
                 parameter.data = parameter.data.float()
 
     def train_only(self, parameters: Iterable[nn.Parameter]) -> None:
@@ -200,6 +203,7 @@ class Loan:
 
 def unfit(name: str, values: torch.Tensor, dtype: torch.dtype) -> str | None:
     """Why the trained `values` of a parameter cannot be given back in `dtype`; None: they can."""
+    values = values.detach()
     if not torch.isfinite(values).all():
         return f"training: {name} is not finite any more; lower the learning rate"
     if dtype in HALF and not torch.isfinite(values.to(dtype)).all():
@@ -227,6 +231,17 @@ class Settings:
             _set(config, ON_CONFIGS, settings)
         for parameter, trained in self.trained.items():
             parameter.requires_grad_(trained)
+
+
+@torch.no_grad()
+def rehearse(model: nn.Module) -> None:
+    """Two tokens in training mode: raises what training would, before anything is measured for it."""
+    settings = Settings(model)
+    try:
+        ids = torch.zeros(1, 2, dtype=torch.int64, device=model.get_input_embeddings().weight.device)
+        model.train()(input_ids=ids, use_cache=False)
+    finally:
+        settings.put_back()
 
 
 def _chosen(thing: object, names: tuple[str, ...]) -> dict[str, object]:

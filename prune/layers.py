@@ -16,11 +16,11 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from effattn import training
 from effattn.errors import Unsupported, check_choice
 from effattn.hf import anatomy as hf
 from effattn.hf.layerwise import LayerRunner
 from effattn.profiling.weights import is_plain
-from effattn.training import bf16_pays
 
 MODULES = ("all", "attention", "ffn")
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
@@ -121,7 +121,7 @@ def feed(runner: LayerRunner, index: int, hidden: Iterable[Tensor], linear: nn.L
 def working_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     """What a layer is run in while it is pruned: fp32 on CPUs on which half precision is emulated (6 times slower)."""
     half = dtype in (torch.bfloat16, torch.float16)
-    native = device.type != "cpu" or (dtype == torch.bfloat16 and bf16_pays())
+    native = device.type != "cpu" or (dtype == torch.bfloat16 and training.bf16_pays(on_cpu=True))
     return torch.float32 if half and not native else dtype
 
 

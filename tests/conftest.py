@@ -97,6 +97,15 @@ def tiny(kind: str, seed: int = 0, dtype: torch.dtype = torch.float64, **overrid
     return model
 
 
+@pytest.fixture(scope="session", autouse=True)
+def fp32():
+    """Training and pruning in this process are in fp32, whatever the machine prefers; tests/test_precision.py asks for
+    bf16, and commands in processes of their own take what they find."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("effattn.training.bf16_pays", lambda on_cpu=None: False)
+        yield
+
+
 @pytest.fixture(scope="session")
 def tokens() -> torch.Tensor:
     """Random token ids of the tiny models, int64 (2048,)."""

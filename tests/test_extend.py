@@ -205,6 +205,23 @@ def test_rules_that_count_by_themselves_are_tuned_on_whole_windows_by_lora(folde
     assert all("_proj" in name and "mlp" not in name for name in changed)
 
 
+def test_what_cannot_be_tuned_is_refused_before_anything_is_measured(tmp_path, monkeypatch):
+    effattn.save(small(attention_dropout=0.25), tmp_path / "dropout", effattn.embedded.tokenizer())
+    monkeypatch.setattr(jobs, "_measured", None)
+    job = Job(
+        model=str(tmp_path / "dropout"),
+        to=256,
+        rule="rerope(window=48)",
+        output=tmp_path / "far",
+        tune_tokens=512,
+        sampling="none",
+    )
+    with pytest.raises(Unsupported, match=r"attention dropout 0\.25"):
+        jobs.run(job)
+    assert not job.output.exists()
+    assert not job.partial.exists()
+
+
 def test_the_command_line(folder):
     done = CliRunner().invoke(app, ["extend", "--model", str(folder), "--to", "1k"], env={"COLUMNS": "200"})
     assert done.exit_code == 0, done.output

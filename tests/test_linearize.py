@@ -11,10 +11,11 @@ import torch
 from conftest import tiny
 
 import effattn
+from effattn.errors import Unsupported
 from effattn.hf import anatomy as hf
 from effattn.hf import hooks
 from effattn.linearizing import job as jobs
-from effattn.linearizing import plan
+from effattn.linearizing import lora, plan
 from effattn.linearizing.decay import GRID, fit_decays
 from effattn.linearizing.inputs import exact, projections_of
 from effattn.linearizing.job import Job, run
@@ -188,6 +189,32 @@ def test_bad_settings_are_one_clear_error(tmp_path, change, message):
     with pytest.raises(ValueError, match=message):
         run(job)
     assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model": "dropout"}, r"attention dropout 0\.25"),
+        ({"transfer_trainable": "maps", "pattern": "linear"}, "valid is 'attention'"),
+        ({"lora": 2}, "peft is not installed"),
+        ({"batch": 2}, "an unfinished run with other settings"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused_before_anything_is_measured(tmp_path, monkeypatch, change, message):
+    model = tiny("llama", dtype=torch.float32, vocab_size=3072, attention_dropout=0.25)
+    effattn.save(model, tmp_path / "dropout", effattn.embedded.tokenizer())
+    if change.get("model"):
+        change = {"model": str(tmp_path / "dropout")}
+    if change.get("lora"):
+        monkeypatch.setattr(lora.importlib.util, "find_spec", lambda name: None)
+    if change.get("batch"):
+        (tmp_path / ".out.partial").mkdir()
+        (tmp_path / ".out.partial" / "settings.json").write_text('{"batch": 1}')
+    for name in ("measure_parent", "measure_approximation", "compare", "transfer"):
+        monkeypatch.setattr(jobs, name, None)
+    with pytest.raises((ValueError, Unsupported), match=message):
+        run(Job(output=tmp_path / "out", **({**SMALL, **change})))
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.skipif(importlib.util.find_spec("peft") is None, reason="peft is not installed")

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from effattn import embedded
+from effattn import embedded, training
 from effattn.bounds import Checked, random_seed, real, whole
 from effattn.errors import Unsupported, check_choice
 from effattn.evaluate.curve import scores, token_scores
@@ -23,8 +23,9 @@ from effattn.extending.report import ExtendReport
 from effattn.hf import anatomy, positions
 from effattn.hf.checkpoint import load_again, load_model, save
 from effattn.hf.describe import describe
-from effattn.hf.swap import active, swap
+from effattn.hf.swap import active, restore, swap
 from effattn.jobs import Quiet, check_partial, device, discard, holds_output, main_process, partial_folder
+from effattn.linearizing.lora import check_peft
 from effattn.outputs import atomic_folder, check_new_folder
 from effattn.position_sampling import METHODS
 from effattn.positions.registry import parse
@@ -86,6 +87,12 @@ def run(job: Job, show: Quiet | None = None) -> ExtendReport:
         plan = planner.make_plan(model, job.to, tuned=bool(job.tune_tokens))
         spec, plain = _rule(job, model, plan)
         window = _window(job, plan, spec, plain)
+        if job.tune_tokens and not plain:  # attention with a rule of its own, which refuses dropout, say
+            swap(model, positions=spec)
+            try:
+                training.rehearse(model)
+            finally:
+                restore(model)
     data = None
     if job.output is not None and (job.sequences or job.tune_tokens):
         with show.stage("reading text"):
@@ -100,13 +107,14 @@ def run(job: Job, show: Quiet | None = None) -> ExtendReport:
                 quality.append({"stage": stage, "lengths": _measured(model, data.evaluation, plan, progress)})
 
     if job.output is not None:
+        if job.tune_tokens:
+            check_partial(job, main)
         measure("before")
         swap(model, positions=spec)
         measure("with the rule")
         if job.tune_tokens:
             from effattn.extending.tuning import tune
 
-            check_partial(job, main)
             with show.stage(f"tuning on {job.tune_tokens:,} tokens") as progress:
                 tuned = tune(
                     model, data.train, target=job.to, window=window, train_tokens=job.tune_tokens,
@@ -146,6 +154,8 @@ def check_job(job: Job) -> None:
         raise ValueError(f"lora: got {job.lora} without tune_tokens; valid is 0, or a budget to train on")
     if job.tune_tokens and job.output is None:
         raise ValueError("tune_tokens: given without output; name the folder for the tuned checkpoint")
+    if job.lora:
+        check_peft()
     if job.output is not None:
         check_new_folder("output", job.output)
 

@@ -48,7 +48,7 @@ def tune(
     collator = {} if sampling is None else {"data_collator": SampledPositions(target, sampling)}
     start = time.perf_counter()
     low_rank = adapters(model, lora) if lora else contextlib.nullcontext()
-    with training.lent(model) as loan, low_rank as parameters:
+    with low_rank as parameters, training.lent(model) as loan:
         if parameters is not None:
             loan.train_only(parameters)
         trainer = Trainer(

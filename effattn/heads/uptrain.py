@@ -206,11 +206,12 @@ def uptrain(
         start = time.perf_counter()
         training.train(trainer)
         seconds = time.perf_counter() - start
+        parent = {"perplexity": perplexity(teacher, evaluation, length)} if curve else None
     return {
         "tokens": steps * tokens_per_step,
         "seconds": seconds,
         "processes": arguments.world_size,
         "learning_rate": arguments.learning_rate,
-        "parent": {"perplexity": perplexity(teacher, evaluation, length)} if curve else None,
+        "parent": parent,
         "curve": curve.points if curve else [],
     }

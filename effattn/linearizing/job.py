@@ -28,9 +28,9 @@ from effattn.hf.swap import active
 from effattn.jobs import Quiet, check_partial, device, discard, holds_output, main_process, partial_folder
 from effattn.linearizing import plan
 from effattn.linearizing.approximation import METHODS, measure_approximation
-from effattn.linearizing.lora import adapters
+from effattn.linearizing.lora import adapters, check_peft
 from effattn.linearizing.report import LinearizeReport
-from effattn.linearizing.transfer import TRAINABLE, transfer
+from effattn.linearizing.transfer import TRAINABLE, learnable, transfer
 from effattn.outputs import atomic_folder, check_new_folder
 from effattn.profiling.environment import environment
 from effattn.swapping.patterns import label_of
@@ -93,6 +93,9 @@ def run(job: Job, show: Quiet | None = None) -> LinearizeReport:
         require_own_weights(parent)
         parts = hf.of(parent)
         specs = plan.layer_specs(parts, job.pattern, job.keep_every, job.keep)
+        trains = bool(job.transfer_tokens or job.distil_tokens)
+        if trains and specs:
+            plan.check_trains(parent, specs)
     with show.stage("reading text"):
         wanted = max(job.transfer_tokens, job.distil_tokens, plan.WINDOWS * plan.LENGTH)
         data = streams(tokenizer, train=wanted, evaluation=job.evaluation_tokens, text=job.text, dataset=job.dataset,
@@ -111,6 +114,10 @@ def run(job: Job, show: Quiet | None = None) -> LinearizeReport:
         if not layers:
             raise ValueError(f"pattern: {label_of(job.pattern)} is exact in every layer, there is nothing to recover; "
                              "valid is an approximate backend, or use `effattn swap`")  # fmt: skip
+        if job.transfer_tokens:
+            learnable(student, layers, job.transfer_trainable)
+    if trains:
+        check_partial(job, main)
     quality, stages, approximation = {}, {}, None
     if main:
         with show.stage("measuring the parent") as progress:
@@ -130,8 +137,6 @@ def run(job: Job, show: Quiet | None = None) -> LinearizeReport:
 
     measured("swap")
     told, transferred, distilled = describe(student), None, None
-    if job.transfer_tokens or job.distil_tokens:
-        check_partial(job, main)
     if job.transfer_tokens:
         with show.stage(f"attention transfer on {job.transfer_tokens:,} tokens") as progress:
             transferred = transfer(
@@ -176,6 +181,8 @@ def check_job(job: Job) -> None:
         check_new_folder("output", job.output)
     if job.pattern is None and job.projections is None:
         raise ValueError("pattern: got none and no projections either; valid is for example 'performer(features=256)'")
+    if job.lora and job.distil_tokens:
+        check_peft()
 
 
 def _overrides(job: Job, student) -> dict:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from effattn import registry
+from effattn import registry, training
 from effattn.hf import anatomy as hf
 from effattn.hf import hooks
-from effattn.hf.swap import parse_layers, swap
+from effattn.hf.swap import parse_layers, restore, swap
 from effattn.interface import Shape
 from effattn.linearizing.decay import fit_decays
 from effattn.linearizing.inputs import projections_of
@@ -51,6 +51,16 @@ def apply(
     for index, (_, k, _) in seen.items():
         getattr(hf.of(model).layers[index].attention, hooks.ATTRIBUTE).backend.calibrate(k)
     return specs
+
+
+def check_trains(model: nn.Module, specs: dict[int, str]) -> None:
+    """Unsupported when attention swapped as `specs` cannot be trained in this model, as with attention dropout, before
+    anything is fitted or measured. The model is as before afterwards."""
+    swap(model, {str(index): "dense" for index in specs})  # what is refused is the same for every backend
+    try:
+        training.rehearse(model)
+    finally:
+        restore(model)
 
 
 def learning_layers(model: nn.Module, specs: dict[int, str], projections: str | None) -> list[int]:

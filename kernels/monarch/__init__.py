@@ -27,10 +27,11 @@ def linear(x: Tensor, right: Tensor, left: Tensor, bias: Tensor | None = None, *
 
     n <= b·p: inputs beyond n count as zeros. out_features <= b·s (the default): outputs beyond are dropped. Returns
     (..., out_features) in x's dtype; the intermediate numbers are rounded to it, sums are fp32 (torch: as its matrix
-    products do). Gradients for all four. Under autocast everything is cast to its dtype, as in nn.Linear.
+    products do). Gradients for all four. Under autocast everything but fp64 is cast to its dtype, as in nn.Linear.
     """
     device = x.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    if autocast and x.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
         x, right, left, bias = (None if each is None else each.to(dtype) for each in (x, right, left, bias))
         with torch.autocast(device, enabled=False):

@@ -1,0 +1,326 @@
+"""Every flow that trains, with bf16 autocast and without, on checkpoints of every dtype: models come back as they went.
+
+Which of the two a machine prefers (`training.bf16_pays`) decides nothing here: each test says it.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from conftest import tiny
+from effattn.prune.batch_loading import Domains
+from effattn.prune.sheared import Target, continue_training, learn_masks, reference_losses
+from effattn.prune.zeros import keep_zeros
+from torch import nn
+from transformers import AutoModelForCausalLM, Trainer
+
+import effattn
+from effattn import training
+from effattn.evaluate.loss import compare
+from effattn.extending.tuning import tune
+from effattn.heads.gqa import convert_gqa
+from effattn.heads.uptrain import uptrain
+from effattn.hf import anatomy as hf
+from effattn.linearizing.lora import adapters
+from effattn.linearizing.transfer import distances, transfer
+from effattn.training import bf16_pays
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+LENGTH = 32
+STEPS = 4
+
+
+class Flow:
+    """One run of a flow: `parent` (the caller's, with odd flags), `model` (what is trained) and, if it does not come
+    back changed in place, `result`. `falls`: (before, after) of what it minimises."""
+
+    def __init__(self, tokens, folder, dtype: torch.dtype, bf16: bool, progress=None):
+        self.tokens, self.folder, self.progress = tokens, folder, progress
+        self.overrides = {"use_cpu": True, "save_strategy": "no", "bf16": bf16}
+        self.parent = tiny("llama", dtype=dtype, tie_word_embeddings=True)
+        self.parent.model.norm.requires_grad_(False)
+        self.parent.model.layers[1].train()
+        self.model = copy.deepcopy(self.parent)
+        self.result, self.falls = self.model, None
+
+    def run(self):
+        raise NotImplementedError
+
+    def prepare(self) -> None:
+        """What comes before training."""
+
+    def fresh(self) -> nn.Module:
+        """The same class and settings, never trained, with the weights of the result."""
+        model = self.prepared
+        model.load_state_dict(self.result.state_dict())
+        return model.eval()
+
+    def uptrain(self, **given) -> None:
+        evaluation = self.tokens[:129]
+        found = uptrain(
+            self.model, self.parent, self.tokens, train_tokens=STEPS * 2 * LENGTH, length=LENGTH, folder=self.folder,
+            evaluation=evaluation, points=1, progress=self.progress, overrides=self.overrides, **given,
+        )  # fmt: skip
+        first, last = found["curve"]
+        self.falls = first["kl"], last["kl"]
+        self.measured = {name: last[name] for name in ("perplexity", "cross_entropy", "kl")}
+        settings = training.Settings(self.parent, self.model)
+        self.expected = compare(self.parent.eval(), self.model.eval(), evaluation, LENGTH)
+        settings.put_back()
+
+
+class Conversion(Flow):
+    def prepare(self):
+        convert_gqa(self.model, 2, self.tokens, length=64)
+
+    def run(self):
+        self.uptrain(lr=1e-3, layer_weight=0.0)
+
+
+class Recovery(Conversion):
+    """What one-shot pruning does after it: all weights of the layers, zeros kept."""
+
+    def prepare(self):
+        effattn.prune.oneshot(self.model, self.tokens, method="magnitude", sparsity=0.5)
+        self.zeros = {name: p == 0 for name, p in self.model.named_parameters()}
+
+    def run(self):
+        with keep_zeros(self.model):
+            self.uptrain(trainable=[p for layer in hf.of(self.model) for p in layer.block.parameters()])
+        for name, parameter in self.model.named_parameters():
+            assert not parameter[self.zeros[name]].any(), name
+
+
+class Transfer(Flow):
+    pattern = "linear(feature_map='hedgehog')"
+
+    def prepare(self):
+        effattn.swap(self.model, self.pattern)
+
+    def run(self):
+        found = transfer(
+            self.model, self.parent, self.tokens, layers=[0, 1], train_tokens=2 * STEPS * 2 * LENGTH, length=LENGTH,
+            folder=self.folder, progress=self.progress, overrides=self.overrides,
+        )  # fmt: skip
+        self.falls = sum(found["before"]), sum(found["after"])
+        self.measured = found["after"]
+        self.expected = distances(self.model, self.parent, list(self.tokens[: 4 * LENGTH].view(-1, LENGTH).split(2)))
+
+
+class Distillation(Transfer):
+    def run(self):
+        self.uptrain(trainable="all", lr=1e-3)
+
+
+class LowRank(Transfer):
+    def run(self):
+        pytest.importorskip("peft")
+        with adapters(self.model, 2) as parameters:
+            self.uptrain(trainable=parameters, lr=3e-2)
+        self.measured = self.expected = None  # measured before the adapters were merged
+
+
+class Monarch(Distillation):
+    def prepare(self):
+        effattn.swap(self.model, projections="monarch(blocks=4)", calibration=self.tokens)
+
+
+class Extension(Flow):
+    lora = 0
+
+    def prepare(self):
+        effattn.swap(self.model, positions="yarn(length=512)")
+
+    def run(self):
+        if self.lora:
+            pytest.importorskip("peft")
+        text = (torch.arange(2048) * 7) % 90  # can be learned
+        found = tune(
+            self.model, text, target=512, window=64, train_tokens=2 * STEPS * 64, folder=self.folder, lr=1e-2,
+            lora=self.lora, progress=self.progress, overrides=self.overrides,
+        )  # fmt: skip
+        if not self.lora:  # adapters begin at zero, and learn little in few steps
+            self.falls = found["losses"][0]["loss"], found["losses"][-1]["loss"]
+        self.measured = self.expected = None
+
+
+class LowRankExtension(Extension):
+    lora = 2
+
+
+class Shearing(Flow):
+    def run(self):
+        data = Domains(self.tokens, LENGTH)
+        shared = dict(batch=2, progress=self.progress, overrides=self.overrides)
+        self.result, _ = learn_masks(
+            copy.deepcopy(self.model), Target(heads=4, ffn=48), data, tokens=8 * 2 * LENGTH, **shared
+        )
+        self.result.train()
+        found = continue_training(
+            self.result, data, reference_losses(self.result, data), tokens=8 * 2 * LENGTH, lr=3e-3,
+            teacher=self.parent, **shared,
+        )  # fmt: skip
+        self.falls = None
+        self.measured = found["record"][-1]["losses"]
+        self.expected = reference_losses(self.result, data).tolist()
+
+    def fresh(self):
+        config = copy.deepcopy(self.result.config)
+        model = AutoModelForCausalLM.from_config(config, dtype=self.result.dtype)
+        model.load_state_dict(self.result.state_dict())
+        return model.eval()
+
+
+FLOWS = [Conversion, Recovery, Transfer, Distillation, LowRank, Monarch, Extension, LowRankExtension, Shearing]
+
+
+def ready(flow, *given, **named) -> Flow:
+    made = flow(*given, **named)
+    made.prepare()
+    made.prepared = copy.deepcopy(made.model)
+    return made
+
+
+def flags(model: nn.Module) -> dict:
+    """All that training could leave behind, besides the values of weights."""
+    return {
+        "modules": {name: module.training for name, module in model.named_modules()},
+        "parameters": {name: (p.requires_grad, p.dtype, p.grad) for name, p in model.named_parameters()},
+        "attributes": {(name, key) for name, module in model.named_modules() for key in vars(module)},
+        "hooks": {name: len(module._forward_hooks) for name, module in model.named_modules()},
+        "config": (model.config.use_cache, str(model.config.dtype)),
+    }
+
+
+@pytest.mark.parametrize("flow", FLOWS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("bf16", [True, False], ids=["autocast", "plain"])
+def test_a_trained_model_is_its_own(flow, dtype, bf16, tokens, tmp_path):
+    made = ready(flow, tokens, tmp_path, dtype, bf16)
+    parent, student = flags(made.parent), flags(made.model)
+    weights = {name: p.clone() for name, p in made.parent.named_parameters()}
+    made.run()
+    assert flags(made.parent) == parent
+    assert all(torch.equal(p, weights[name]) for name, p in made.parent.named_parameters())
+    if made.result is made.model:
+        assert flags(made.model) == student
+    else:
+        assert {p.dtype for p in made.result.parameters()} == {dtype}
+    assert all(torch.isfinite(p).all() for p in made.result.parameters())
+    assert not any("forward" in vars(module) for module in made.result.modules())
+    with torch.no_grad():
+        ids = tokens[None, :LENGTH]
+        found = made.result.eval()(ids).logits
+        assert torch.equal(found, made.fresh()(ids).logits)
+        assert not torch.equal(found, made.parent.eval()(ids).logits)
+    if made.falls:
+        assert made.falls[1] < made.falls[0]
+    assert made.measured == made.expected
+
+
+class Stop(BaseException):
+    """As Ctrl-C is."""
+
+
+@pytest.mark.parametrize("flow", FLOWS)
+@pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)
+def test_an_interrupted_model_is_its_own(flow, dtype, tokens, tmp_path):
+    def stop(done, total):
+        raise Stop
+
+    made = ready(flow, tokens, tmp_path, dtype, True, progress=stop)
+    parent, student = flags(made.parent), flags(made.model)
+    with pytest.raises(Stop):
+        made.run()
+    assert flags(made.parent) == parent
+    assert flags(made.model) == student
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:3], ids=str)
+@pytest.mark.parametrize("bf16", [True, False], ids=["autocast", "plain"])
+def test_half_precision_trains_as_fp32_does(dtype, bf16, tokens, tmp_path):
+    """The weights of the same run in fp32, rounded once."""
+    half = Conversion(tokens, tmp_path, dtype, bf16)
+    half.prepare()
+    single = copy.deepcopy(half.model).float()
+    teacher = copy.deepcopy(half.parent).float()
+    for student in (half.model, single):
+        uptrain(student, teacher, tokens, train_tokens=512, length=LENGTH, folder=tmp_path, overrides=half.overrides)
+    for (name, found), expected in zip(half.model.named_parameters(), single.parameters(), strict=True):
+        assert torch.equal(found, expected.to(dtype)), name
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("bf16", [True, False], ids=["autocast", "plain"])
+def test_adapters_leave_frozen_bf16_weights_alone(dtype, bf16, tokens, tmp_path):
+    """In memory, too: only fp16 weights are in fp32 beneath them."""
+    pytest.importorskip("peft")
+    seen = {}
+
+    def look(done, total):
+        for name, parameter in made.model.named_parameters():
+            seen.setdefault("lora" if "lora_" in name else "frozen", set()).add(parameter.dtype)
+
+    made = ready(LowRankExtension, tokens, tmp_path, dtype, bf16, progress=look)
+    made.run()
+    beneath = torch.float32 if dtype == torch.float16 else dtype
+    assert seen == {"lora": {torch.promote_types(dtype, torch.float32)}, "frozen": {beneath}}
+
+
+def test_what_the_dtype_cannot_hold_is_refused():
+    model = tiny("llama", dtype=torch.float16)
+    weight = model.model.layers[1].mlp.up_proj.weight
+    with (
+        pytest.raises(
+            FloatingPointError, match=r"layers.1.mlp.up_proj.weight has come to 7e\+04, beyond torch.float16"
+        ),
+        training.lent(model),
+    ):
+        weight.data[0, 0] = 7e4
+    assert weight.dtype == torch.float32
+    assert weight[0, 0] == 7e4
+    for dtype in DTYPES:
+        model = tiny("llama", dtype=dtype)
+        with pytest.raises(FloatingPointError, match=r"norm.weight is not finite any more"), training.lent(model):
+            model.model.norm.weight.data[0] = float("nan")
+
+
+@pytest.mark.parametrize("bf16", [True, False], ids=["autocast", "plain"])
+def test_nothing_of_a_trainer_stays(bf16, tokens, tmp_path):
+    model = tiny("llama", dtype=torch.float32)
+    before = flags(model)
+    with training.lent(model):
+        arguments = training.arguments(
+            tmp_path, steps=2, batch=1, lr=1e-3, warmup=0, save_every=1, bf16=bf16, activation_checkpointing=True
+        )
+        training.train(Trainer(model, arguments, train_dataset=training.TokenWindows(tokens, LENGTH, 2)))
+        assert flags(model) != before
+    assert flags(model) == before
+    assert not model.model.gradient_checkpointing
+
+
+@pytest.mark.parametrize("pays", [True, False], ids=["units", "emulated"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_pruning_gives_the_dtype_back(dtype, pays, tokens, monkeypatch):
+    """Layers run in bf16 where that pays, and in fp32 elsewhere: what is pruned differs no more than by rounding."""
+    monkeypatch.setattr(training, "bf16_pays", lambda on_cpu=None: pays)
+    model = tiny("llama", dtype=dtype)
+    before = flags(model)
+    effattn.prune.oneshot(model, tokens, method="sparsegpt", sparsity=0.5, length=64)
+    assert flags(model) == before
+    exact = tiny("llama", dtype=dtype).double()
+    effattn.prune.oneshot(exact, tokens, method="sparsegpt", sparsity=0.5, length=64)
+    for found, expected in zip(model.model.layers.parameters(), exact.model.layers.parameters(), strict=True):
+        if found.dim() == 2:
+            assert (found == 0).float().mean() == 0.5
+            assert ((found == 0) != (expected == 0)).float().mean() < 0.01
+
+
+def test_bf16_is_asked_of_the_device_that_trains(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    assert bf16_pays()
+    assert not bf16_pays(on_cpu=True)
