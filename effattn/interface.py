@@ -221,9 +221,9 @@ class Backend(nn.Module):
         """
         for extra in extras:
             check_choice(f"{self.name}: argument", extra, self.extras)
-        self._check(q, k, v, causal, padding_mask, state, scale, rotary)
-        if state is not None and state.packed and not self.packable:
+        if isinstance(state, State) and state.packed and not self.packable:
             raise Unsupported(f"state: {self.name} cannot read packed keys; valid are dense, block and sliding")
+        self._check(q, k, v, causal, padding_mask, state, scale, rotary)
         self.check_call(q, k, v, causal, extras)
         self._check_positions(rotary, causal, state, padding_mask)
 

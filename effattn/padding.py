@@ -145,7 +145,7 @@ def _pushed(run: Run, q: Tensor, k: Tensor, v: Tensor, seen: Mask, state: FullSt
     both = [take(torch.cat([old, new], dim=2), order) for old, new in zip(before, (k, v), strict=True)]
     asked = real[:, real.shape[1] - q.shape[2] :]
     order_q = order_of(asked)
-    state.change(lambda x: x)  # no room of its own
+    state.rooms = None
     state.k, state.v = (x[:, :, :past] for x in both)
     try:
         new = (x[:, :, past:] for x in both)
@@ -186,7 +186,7 @@ def _row_by_row(run: Run, q: Tensor, k: Tensor, v: Tensor, real: Tensor, state: 
                 out = out.index_copy(2, queries, got)
         outs.append(out)
     if state.rows is None:
-        state._reset()
+        state._release()
         state.rows = rows
     state.candidates = 0
     return torch.cat(outs)

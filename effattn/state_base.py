@@ -17,6 +17,10 @@ from torch import Tensor
 from effattn.kernels.flash.pattern import Layout
 
 
+class NoSuchRow(ValueError, IndexError):
+    """A row of the batch that is not there."""
+
+
 @dataclass(frozen=True)
 class Sizes:
     """What the first keys and values of a state were like; only the number of tokens may differ afterwards."""
@@ -81,6 +85,12 @@ class State:
     def _repeat(self, n: int) -> None:
         raise NotImplementedError
 
+    def _change(self, how: Callable[[Tensor], Tensor]) -> None:
+        """Every tensor of the tokens becomes `how` of it."""
+        for name, value in vars(self).items():
+            if name not in ("rows", "real"):
+                setattr(self, name, _changed(value, how))
+
     def _check_crop(self, n: int) -> None:
         """ValueError unless the first 0 < n < _seen() tokens can be gone back to."""
 
@@ -91,6 +101,10 @@ class State:
     def _reset(self) -> None:
         """Forgets all tokens."""
         raise NotImplementedError
+
+    def _release(self) -> None:
+        """Forgets all tokens, and holds no memory for new ones: from now on each row is held by itself."""
+        self._reset()
 
     # What everyone calls -----------------------------------------------------------------------------------------
 
@@ -117,6 +131,7 @@ class State:
     def _take_rows(self, index: Tensor, how: Callable[[Tensor], None]) -> None:
         if self.batch is None:
             return
+        self._thaw()
         if self.rows is not None:
             self.rows = [self.rows[row].alone(0) for row in index.tolist()]
         else:
@@ -140,12 +155,13 @@ class State:
         """Keeps the first n tokens. ValueError unless 0 <= n <= seq_len, and for what was evicted."""
         n = int(n)
         self.check_crop(n)
+        self._thaw()
         if n == 0:
             self.reset()
         elif n < int(self.seq_len):
             if self._apart(n):
                 rows = self._cut(n)
-                self._reset()
+                self._release()
                 self.rows = [row for row, _ in rows]
                 for row, left in rows:
                     row.crop(left)
@@ -190,8 +206,10 @@ class State:
 
     def change(self, how: Callable[[Tensor], Tensor]) -> None:
         """Every tensor becomes `how` of it."""
-        for name, value in vars(self).items():
-            setattr(self, name, _changed(value, how))
+        for row in self.rows or ():
+            row.change(how)
+        self.real = None if self.real is None else how(self.real)
+        self._change(how)
 
     @property
     def batch(self) -> int | None:
@@ -211,13 +229,19 @@ class State:
         if whole and len(index) != batch:
             raise ValueError(f"index: expected {batch} rows, got {len(index)}; select() changes the batch")
         if len(index) and not 0 <= int(index.min()) <= int(index.max()) < batch:
-            raise ValueError(f"index: got rows {index.tolist()}, valid are 0 to {batch - 1}")
+            raise NoSuchRow(f"index: got rows {index.tolist()}, valid are 0 to {batch - 1}")
 
     def ready(self, learning: bool) -> None:
-        """Before a call: `learning` says whether gradients may flow. What was made under inference_mode and may have to
-        be written in place becomes ordinary tensors, unless it is inference_mode still."""
+        """Before a call: `learning` says whether gradients may flow."""
         self.learning = learning
-        if not torch.is_inference_mode_enabled() and any(x.is_inference() for x in self.everything()):
+        self._thaw()
+
+    def _thaw(self) -> None:
+        """What was made under inference_mode and may have to be written in place becomes ordinary tensors, unless it is
+        inference_mode still."""
+        if torch.is_inference_mode_enabled() or torch.compiler.is_compiling():
+            return
+        if any(x.is_inference() for x in self.everything()):
             self.change(torch.clone)
 
     def everything(self) -> Iterator[Tensor]:

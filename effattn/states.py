@@ -97,9 +97,9 @@ class FullState(State):
     def _reset(self) -> None:
         self.k = self.v = self.rooms = None
 
-    def change(self, how: Callable[[Tensor], Tensor]) -> None:
+    def _change(self, how: Callable[[Tensor], Tensor]) -> None:
         self.rooms = None
-        super().change(how)
+        super()._change(how)
 
 
 class RingState(FullState):

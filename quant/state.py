@@ -230,7 +230,8 @@ class PackedState(State):
                 old[:, :, : held.shape[2]] = held
             firsts.append(torch.where(there, x.gather(2, at.expand(*x.shape[:2], -1, x.shape[3])), old))
         self.firsts = tuple(firsts)
-        self.pending = high < self.format.first if new.start is None else bool((number >= high).any())
+        last = self.format.first if new.start is None else int(new.start.max()) + self.format.first
+        self.pending = high < last  # not only of the slots there are by now: a short prompt has few
 
     # Changing what is held ---------------------------------------------------------------------------------------
 
@@ -270,12 +271,12 @@ class PackedState(State):
     def _select(self, index: Tensor) -> None:
         if self.rest is not None:
             index = index.to(self.device)
-            self.change(lambda x: x.index_select(0, index))
+            self._change(lambda x: x.index_select(0, index))
 
     def _repeat(self, n: int) -> None:
-        self.change(lambda x: x.repeat_interleave(n, dim=0))
+        self._change(lambda x: x.repeat_interleave(n, dim=0))
 
-    def change(self, how: Callable[[Tensor], Tensor]) -> None:
+    def _change(self, how: Callable[[Tensor], Tensor]) -> None:
         """Changes every tensor, page by page, so that one page at most is there twice. What `how` refuses, it refuses
         before anything has changed."""
         rest, firsts = (pair and tuple(map(how, pair)) for pair in (self.rest, self.firsts))

@@ -11,6 +11,8 @@ branch has to ask whether there is one.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+
 import torch
 from effattn.kernels.decode import packed
 from effattn.kernels.decode.packed import PackedCache
@@ -56,9 +58,26 @@ class StaticState(State):
         coded = self.format.k.nbytes(self.room, head_dim) + self.format.v.nbytes(self.room, head_dim)
         return batch * kv_heads * (full + coded)
 
-    def tensors(self) -> list[Tensor]:
-        packed = [x for codes in self.codes or () for x in codes.tensors()]
-        return [*packed, *(self.rest or ()), *(self.firsts or ())]
+    def tensors(self) -> Iterator[Tensor]:
+        for codes in self.codes or ():
+            yield from codes.tensors()
+        yield from self.rest or ()
+        yield from self.firsts or ()
+
+    def everything(self) -> Iterator[Tensor]:
+        yield from super().everything()
+        if self.total is not None:
+            yield self.total
+
+    def _change(self, how: Callable[[Tensor], Tensor]) -> None:
+        super()._change(how)
+        self._stay()
+
+    def _stay(self) -> None:
+        """Tells compiled steps that the tensors stay where they are."""
+        if not torch.compiler.is_compiling():
+            for x in self.everything():
+                torch._dynamo.mark_static_address(x)
 
     # Attending ---------------------------------------------------------------------------------------------------
 
@@ -170,9 +189,7 @@ class StaticState(State):
         self.codes, self.rest, firsts = zip(*made, strict=True)
         self.firsts = firsts if self.format.first else None
         self.total = torch.zeros((), dtype=torch.int64, device=new.k.device)
-        if not torch.compiler.is_compiling():
-            for x in [*self.tensors(), self.total]:
-                torch._dynamo.mark_static_address(x)
+        self._stay()
 
     def _fill_firsts(self, new: New, low, high) -> None:
         if self.firsts is None:
@@ -198,23 +215,26 @@ class StaticState(State):
 
     def _reset(self) -> None:
         if self.total is not None:
+            self._thaw()
             self.total.zero_()
+
+    def _release(self) -> None:
+        self.codes = self.rest = self.firsts = self.total = None
 
     def _reorder(self, index: Tensor) -> None:
         for x in self.tensors():  # in place: a compiled step knows where they lie
             x.copy_(x.index_select(0, index.to(x.device)))
 
     def _select(self, index: Tensor) -> None:
-        self._change_rows(lambda x: x.index_select(0, index.to(x.device)))
+        self._change_batch(lambda x: x.index_select(0, index.to(x.device)))
 
     def _repeat(self, n: int) -> None:
-        self._change_rows(lambda x: x.repeat_interleave(n, dim=0))
+        self._change_batch(lambda x: x.repeat_interleave(n, dim=0))
 
-    def _change_rows(self, how) -> None:
-        self.codes = self.codes and tuple(codes.map(how) for codes in self.codes)
-        self.rest = self.rest and tuple(map(how, self.rest))
-        self.firsts = self.firsts and tuple(map(how, self.firsts))
-        self.total = None if self.total is None else self.total.clone()  # of its own, where this is one row's copy
+    def _change_batch(self, how: Callable[[Tensor], Tensor]) -> None:
+        total, self.total = self.total, None
+        self._change(how)
+        self.total = None if total is None else total.clone()  # of its own, where this is one row's copy
 
 
 class StaticLayer(StateLayer):

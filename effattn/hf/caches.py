@@ -46,8 +46,11 @@ class LayerCache:
 
         own = backend.new_state()
         if type(own) is FullState:
-            return PackedState(self.format)
-        return PackedRing(self.format, own.keep, first=backend.pattern(causal=True).first)
+            state = PackedState(self.format)
+        else:
+            state = PackedRing(self.format, own.keep, first=backend.pattern(causal=True).first)
+        state.owner = backend.signature
+        return state
 
 
 def parse(cache: str | dict[str | int, str], layers: int) -> dict[int, str]:
