@@ -9,6 +9,7 @@ from torch import nn
 from effattn.errors import Unsupported
 from effattn.hf import anatomy as hf
 from effattn.hf import hooks
+from effattn.hf.adapters import merge
 
 
 @contextmanager
@@ -17,7 +18,6 @@ def adapters(model: nn.Module, rank: int):
     adapters', and those of the backends. On leaving, the adapters are merged: the model has its own modules again."""
     try:
         from peft import LoraConfig, inject_adapter_in_model
-        from peft.tuners.lora import LoraLayer
     except ImportError:
         raise Unsupported("lora: peft is not installed; pip install 'effattn[lora]', or leave out --lora") from None
     targets = {module for layer in hf.of(model) for module in (layer.q.module, layer.k.module, layer.v.module,
@@ -27,8 +27,4 @@ def adapters(model: nn.Module, rank: int):
     try:
         yield [p for name, p in model.named_parameters() if "lora_" in name or hooks.PATTERN in name.split(".")]
     finally:
-        for name, module in list(model.named_modules()):
-            if isinstance(module, LoraLayer):
-                module.merge()
-                parent, _, last = name.rpartition(".")
-                setattr(model.get_submodule(parent), last, module.base_layer)
+        merge(model)
