@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+
+from effattn.dataset_rows import read_dataset
+from effattn.encoding import token_ids
 
 HELD_OUT = 0.1  # share of the user's text that is kept for evaluation
 
@@ -49,17 +52,32 @@ def streams(
 
 
 def encode(documents: Iterable[str], tokenizer, limit: int | None = None) -> torch.Tensor:
-    """The documents' tokens end to end, each closed by the end-of-text token if there is one: int64 (<= limit,).
-    None: no limit."""
-    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    """The documents' tokens end to end, each closed by one end-of-text token if there is one: int64 (<= limit,).
+    Documents without text give nothing. None: no limit."""
+    end = tokenizer.eos_token_id
     pieces, total = [], 0
     for document in documents:
-        ids = tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"] + end
-        pieces.append(torch.tensor(ids, dtype=torch.int64))
-        total += len(ids)
+        if not document.strip():
+            continue
+        ids = token_ids(document, tokenizer, None if limit is None else limit - total)
+        ids = _without_ends(ids, end)
+        if not ids:
+            continue
+        pieces.append(torch.tensor(ids if end is None else [*ids, end], dtype=torch.int64))
+        total += len(pieces[-1])
         if limit is not None and total >= limit:
             break
     return torch.cat(pieces)[:limit] if pieces else torch.empty(0, dtype=torch.int64)
+
+
+def _without_ends(ids: list[int], end: int | None) -> list[int]:
+    """Without the end-of-text tokens that a text itself begins or ends with: one closes each document, not two."""
+    first, last = 0, len(ids)
+    while first < last and ids[first] == end:
+        first += 1
+    while first < last and ids[last - 1] == end:
+        last -= 1
+    return ids[first:last]
 
 
 def read_files(paths: Sequence[Path]) -> list[str]:
@@ -78,29 +96,3 @@ def read_files(paths: Sequence[Path]) -> list[str]:
             raise ValueError(f"text: {path} is empty")
         texts.append(text)
     return texts
-
-
-def read_dataset(name: str, column: str | None = None) -> Iterator[str]:
-    """Streams a text column of `datasets.load_dataset(name)`'s first split ("train" if it has one). `name` may be
-    a local folder. Raises ValueError for what `datasets` cannot find, and for unknown columns."""
-    import datasets
-
-    try:
-        splits = datasets.load_dataset(name, streaming=True)
-    except Exception as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"dataset: {name!r} could not be loaded: {reason}") from error
-    rows = iter(splits["train"] if "train" in splits else next(iter(splits.values())))
-    first = next(rows, None)
-    if first is None:
-        raise ValueError(f"dataset: {name!r} has no rows")
-    strings = [key for key, value in first.items() if isinstance(value, str)]
-    if column is None and strings:
-        column = "text" if "text" in strings else strings[0]
-    if column not in strings:
-        raise ValueError(
-            f"column: got {column!r}, {name!r} has the text columns {', '.join(map(repr, strings)) or 'none'}"
-        )
-    yield first[column]
-    for row in rows:
-        yield row[column]

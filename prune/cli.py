@@ -34,7 +34,7 @@ def oneshot(
     raise_damping: Annotated[bool, typer.Option("--raise-damping", help="where a factorisation fails, go on with "
         "more")] = False,
     text: Annotated[list[Path] | None, typer.Option(help="UTF-8 text to calibrate on; repeat for more files")] = None,
-    dataset: Annotated[str | None, typer.Option(help="a `datasets` name or folder, streamed")] = None,
+    dataset: Annotated[str | None, typer.Option(help="a `datasets` name (or NAME:CONFIG) or folder, streamed")] = None,
     column: Annotated[str | None, typer.Option(help="the dataset's text column")] = None,
     calibration_tokens: Annotated[int, count_tokens("to take Hessians of")] = "65536",
     evaluation_tokens: Annotated[int, count_tokens("held out, to measure on")] = "32768",

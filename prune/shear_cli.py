@@ -20,7 +20,7 @@ def shear(
     layers: Annotated[int | None, typer.Option(help="layers to keep")] = None,
     domain: Annotated[list[Path] | None, typer.Option(help="a UTF-8 text file or a folder of them; repeat for more "
         "domains")] = None,
-    dataset: Annotated[str | None, typer.Option(help="a `datasets` name or folder, streamed, as one domain")] = None,
+    dataset: Annotated[str | None, typer.Option(help="a `datasets` name, NAME:CONFIG or folder, as one domain")] = None,
     column: Annotated[str | None, typer.Option(help="the dataset's text column")] = None,
     mask_tokens: Annotated[int, count_tokens("to learn masks on")] = "60000",
     recover_tokens: Annotated[int, count_tokens("to learn the parent's predictions on after cutting; 0: none")] =

@@ -26,7 +26,7 @@ def structured(
         "--no-compensate)")] = False,
     without: Annotated[bool, typer.Option(help="measure it without solving again, too")] = True,
     text: Annotated[list[Path] | None, typer.Option(help="UTF-8 text to calibrate on; repeat for more files")] = None,
-    dataset: Annotated[str | None, typer.Option(help="a `datasets` name or folder, streamed")] = None,
+    dataset: Annotated[str | None, typer.Option(help="a `datasets` name (or NAME:CONFIG) or folder, streamed")] = None,
     column: Annotated[str | None, typer.Option(help="the dataset's text column")] = None,
     calibration_tokens: Annotated[int, count_tokens("to score and solve on")] = "65536",
     evaluation_tokens: Annotated[int, count_tokens("held out, to measure on")] = "32768",

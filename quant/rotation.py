@@ -58,7 +58,7 @@ def fold_values(model: nn.Module) -> nn.Module:
 
     Raises Unsupported, before anything is changed, where something stands between v_proj and o_proj.
     """
-    from effattn.hf import anatomy
+    from effattn.hf import anatomy, hooks
     from effattn.hf.adapters import require_own_weights
 
     require_own_weights(model)
@@ -69,6 +69,11 @@ def fold_values(model: nn.Module) -> nn.Module:
             raise Unsupported(
                 f"{type(model).__name__}: layer {layer.index} clips its values (clip_qkv), which a rotation in the "
                 "weights would change; valid is rotate=True, which rotates as it stores"
+            )
+        if hooks.GLOBAL in layer.attention._modules:
+            raise Unsupported(
+                f"{type(model).__name__}: layer {layer.index} has global projections beside its own, whose values "
+                "would not be rotated; valid is effattn.restore(model) first, or rotate=True"
             )
         for projection in (layer.v, layer.o):
             projection.by_head  # noqa: B018 - raises where there are no rows by head

@@ -144,6 +144,26 @@ def test_wrapped_models_name_the_one_inside(entry, tokens, tmp_path):
         run(wrapped, tokens, tmp_path)
 
 
+@pytest.mark.parametrize("entry", ["convert_gqa", "structured", "swap_projections", "save"])
+@pytest.mark.parametrize("part", ["model.layers.1", "model.layers.0.self_attn"])
+def test_compiled_parts_are_named(part, entry, tokens, tmp_path):
+    model = tiny("llama")
+    model.set_submodule(part, torch.compile(model.get_submodule(part), backend="eager"))
+    with pytest.raises(Unsupported, match=rf"{part} .*model\.set_submodule\('{part}', module\._orig_mod\)"):
+        ENTRIES[entry](model, tokens, tmp_path)
+    model.set_submodule(part, model.get_submodule(part)._orig_mod)
+    ENTRIES[entry](model, tokens, tmp_path)
+
+
+def test_a_model_that_compiled_itself_is_changed_like_any_other(tokens):
+    model, plain = tiny("llama"), tiny("llama")
+    model.compile(backend="eager")
+    logits(model, tokens)
+    for one in (model, plain):
+        effattn.convert_gqa(one, 2, tokens, length=64)
+    torch.testing.assert_close(logits(model, tokens), logits(plain, tokens))
+
+
 @pytest.mark.parametrize("spec", ["sliding(window=16)", "longformer(window=9, global_tokens=[0])"])
 def test_lora_on_a_swapped_model_is_trained_saved_loaded_and_merged(spec, tokens, tmp_path):
     """With peft's own calls: the pattern stays, and Longformer's global projections have no part in it."""

@@ -175,3 +175,26 @@ def test_unsupported_models_are_refused_by_name():
             hf.of(model_of(kind)).require_gqa()
     with pytest.raises(Unsupported, match="causal LM"):
         hf.of(transformers.LlamaModel(transformers.LlamaConfig(**SMALL)))
+
+
+@pytest.mark.parametrize("kind", ["gemma3", "llava"])
+@torch.no_grad()
+def test_a_text_model_with_another_beside_it_is_told_how_to_get_it_alone(kind):
+    """What the error says, done: the same logits, from a model that is known."""
+    text = SMALL | {"num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 16}
+    vision = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2, image_size=28)
+    if kind == "gemma3":
+        config = transformers.Gemma3Config(text_config=text, vision_config=vision | {"patch_size": 14})
+    else:
+        text, vision = text | {"model_type": "llama"}, vision | {"model_type": "clip_vision_model", "patch_size": 14}
+        config = transformers.LlavaConfig(text_config=text, vision_config=vision)
+    model = transformers.AutoModelForImageTextToText.from_config(config).eval()
+    told = r"a part; valid is that by itself: AutoModelForCausalLM.from_config\(.*get_decoder\(\) .*\.lm_head$"
+    with pytest.raises(Unsupported, match=told):
+        hf.of(model)
+    alone = transformers.AutoModelForCausalLM.from_config(model.config.get_text_config(), dtype=model.dtype).eval()
+    alone.model.load_state_dict(model.get_decoder().state_dict())
+    alone.lm_head.load_state_dict(model.lm_head.state_dict())
+    ids = torch.arange(8)[None]
+    torch.testing.assert_close(alone(ids).logits, model(ids).logits)
+    assert len(hf.of(alone).layers) == 2

@@ -5,11 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import tiny
+from effattn.quant.rotation import fold_values
 from transformers import AutoModelForCausalLM
 
 from effattn.errors import Unsupported
 from effattn.heads.gqa import convert_gqa
 from effattn.hf import anatomy as hf
+from effattn.hf.swap import restore, swap
 
 KINDS = sorted(kind for kind, family in hf.FAMILIES.items() if not family.gqa)
 NORMED = {"stablelm": {"qk_layernorm": True}, "cohere": {"use_qk_norm": True}, "phi": {"qk_layernorm": True}}
@@ -143,6 +145,32 @@ def test_a_dead_layer_is_converted_to_a_dead_layer(kind, method, part, tokens):
     assert all(0 <= report.layers[1][name] <= 1.5 for name in ("k_error", "v_error", "attention_error"))
     assert torch.isfinite(run(model, tokens).logits).all()
     assert max(float(p.detach().abs().max()) for p in layer.attention.parameters()) < 10 * largest
+
+
+@pytest.mark.parametrize("spec", ["longformer(window=9, global_tokens=[0])", "vq(codes=8)"])
+def test_what_a_swap_learned_for_its_heads_is_refused(spec, tokens):
+    model = swap(tiny("llama"), spec)
+    before = snapshot(model)
+    with pytest.raises(Unsupported, match=r"layer 0 has what .* learned for its 8 K/V heads; effattn\.restore"):
+        convert_gqa(model, 2, tokens, length=64)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    convert_gqa(restore(model), 2, tokens, length=64)
+
+
+@pytest.mark.parametrize("change", [{"pattern": "sliding(window=9, sink_logits=True)"}, {"positions": "alibi"}])
+def test_heads_of_a_swapped_model_do_not_change_places(change, tokens):
+    model = swap(tiny("llama"), **change)
+    with pytest.raises(Unsupported, match="grouping: 'similarity' moves heads, and LlamaForCausalLM is swapped"):
+        convert_gqa(model, 2, tokens, length=64, grouping="similarity")
+    convert_gqa(model, 2, tokens, length=64)
+    assert hf.of(model).kv_heads == 2
+    assert torch.isfinite(run(model, tokens).logits).all()
+
+
+def test_global_projections_refuse_turned_values():
+    model = swap(tiny("llama"), "longformer(window=9, global_tokens=[0])")
+    with pytest.raises(Unsupported, match="layer 0 has global projections beside its own"):
+        fold_values(model)
 
 
 def test_nan_weights_are_refused_by_name(tokens):

@@ -28,7 +28,7 @@ def extend_context(
     retrieval_style: Annotated[str | None, typer.Option(help="of the passkey: text, or code (default: code for the "
         "embedded model)")] = None,
     text: Annotated[list[Path] | None, typer.Option(help="UTF-8 documents to measure on; repeat for more")] = None,
-    dataset: Annotated[str | None, typer.Option(help="a `datasets` name or folder, streamed")] = None,
+    dataset: Annotated[str | None, typer.Option(help="a `datasets` name (or NAME:CONFIG) or folder, streamed")] = None,
     column: Annotated[str | None, typer.Option(help="the dataset's text column")] = None,
     output: Annotated[Path | None, typer.Option(help="folder for report.{html,md,json}; a killed run resumes")] = None,
     json: Annotated[Path | None, typer.Option(help="file for the results alone; a killed run resumes")] = None,

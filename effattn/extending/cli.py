@@ -29,7 +29,7 @@ def extend(
     lr: Annotated[float | None, typer.Option(help="peak learning rate (default: by width)")] = None,
     sequences: Annotated[int, typer.Option(help="held-out stretches of the target length to measure on; 0: none")] = 2,
     text: Annotated[list[Path] | None, typer.Option(help="UTF-8 text to tune and measure on; repeat for more")] = None,
-    dataset: Annotated[str | None, typer.Option(help="a `datasets` name or folder, streamed")] = None,
+    dataset: Annotated[str | None, typer.Option(help="a `datasets` name (or NAME:CONFIG) or folder, streamed")] = None,
     column: Annotated[str | None, typer.Option(help="the dataset's text column")] = None,
     seed: Annotated[int, typer.Option(help="of the data's order and the positions")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",

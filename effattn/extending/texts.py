@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from effattn.encoding import token_ids
 from effattn.textdata import read_dataset, read_files
 
 
@@ -30,7 +31,7 @@ def long_sequences(texts: Iterable[str], tokenizer, count: int, length: int) -> 
     of all documents that are so long, then their second stretches, and so on. ValueError where there are too few."""
     by_place: dict[int, list[Tensor]] = {}
     for text in texts:
-        ids = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=torch.int64)
+        ids = torch.tensor(token_ids(text, tokenizer, count * length + 1), dtype=torch.int64)
         for place in range((len(ids) - 1) // length):
             by_place.setdefault(place, []).append(ids[place * length : (place + 1) * length + 1])
         if len(by_place.get(0, ())) == count:

@@ -12,7 +12,7 @@ from dataclasses import replace
 
 import torch
 
-from effattn.errors import check_choice
+from effattn.errors import Unsupported, check_choice
 from effattn.heads import methods
 from effattn.heads.aligned import aligned
 from effattn.heads.grouping import GROUPINGS, by_similarity, contiguous
@@ -24,11 +24,13 @@ from effattn.heads.report import ConversionReport
 from effattn.heads.statistics import SecondMoment, query_energy
 from effattn.heads.undo import all_or_nothing
 from effattn.hf import anatomy as hf
+from effattn.hf import hooks
 from effattn.hf.adapters import require_own_weights
 from effattn.hf.attended import is_linear
 from effattn.hf.checkpoint import check_finite
 from effattn.hf.layerwise import LayerRunner, watch, windows
 from effattn.hf.placement import require_here
+from effattn.hf.swap import active
 from effattn.profiling.environment import environment
 
 METHODS: dict[str, methods.Method] = {
@@ -84,6 +86,7 @@ def convert_gqa(
         )
     if calibration is not None:
         length = check_calibration(calibration, parts, length)
+    check_swapped(parts, grouping)
     check_finite(model)
 
     before = describe_size(parts)
@@ -147,6 +150,21 @@ def check_kv_heads(kv_heads: int, present: int) -> None:
             f"kv_heads: got {kv_heads!r}, the model has {present} KV heads; valid are the divisors "
             f"{', '.join(map(str, valid))}"
         )
+
+
+def check_swapped(parts: hf.Anatomy, grouping: str) -> None:
+    """Unsupported where what a swap has put in belongs to the heads that there are: what a pattern has learned for
+    them, or, where heads change places, whatever differs from head to head (sink logits, ALiBi's slopes)."""
+    if active(parts.model) is None:
+        return
+    kind, remedy = type(parts.model).__name__, "effattn.restore(model) first, and swap what comes out"
+    if grouping == "similarity":
+        raise Unsupported(f"grouping: 'similarity' moves heads, and {kind} is swapped for those it has; {remedy}")
+    for layer in parts:
+        held = getattr(layer.attention, hooks.ATTRIBUTE)
+        if held.backend is not None and held.backend.traits.learned:
+            learned = f"what {held.pattern} learned for its {layer.kv_heads} K/V heads"
+            raise Unsupported(f"{kind}: layer {layer.index} has {learned}; {remedy}")
 
 
 def _tokens_needed(parts: hf.Anatomy) -> int:

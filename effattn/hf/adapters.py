@@ -20,11 +20,11 @@ _MERGE = "effattn.hf.adapters.merge(model)"
 
 def require_own_weights(model: nn.Module) -> None:
     """Unsupported, in one line that names the first module and what to do, for wrapped models (`require_unwrapped`),
-    adapters that are not merged (LoRA, DoRA, IA3, ...), parametrizations (weight_norm, spectral_norm) and the masks of
-    torch.nn.utils.prune."""
+    compiled parts, adapters that are not merged (LoRA, DoRA, IA3, ...), parametrizations (weight_norm, spectral_norm)
+    and the masks of torch.nn.utils.prune."""
     require_unwrapped(model)
     for name, module in model.named_modules():
-        if reason := _adapter(module) or _parametrization(module):
+        if reason := _compiled(name, module) or _adapter(module) or _parametrization(module):
             raise Unsupported(f"{type(model).__name__}: {name} ({type(module).__name__}) {reason}")
 
 
@@ -47,6 +47,13 @@ def require_unwrapped(model: nn.Module) -> None:
 def is_adapted(module: nn.Module) -> bool:
     """Whether a module is one of peft's, around the model's own."""
     return any(isinstance(module._modules.get(name), nn.Module) for name in ("base_layer", "original_module"))
+
+
+def _compiled(name: str, module: nn.Module) -> str | None:
+    """Why a part in torch.compile's wrapper is none of the model's own; None for others."""
+    if isinstance(module._modules.get("_orig_mod"), nn.Module):
+        return f"is compiled, put its own back and compile last: model.set_submodule({name!r}, module._orig_mod)"
+    return None
 
 
 def _adapter(module: nn.Module) -> str | None:
@@ -80,8 +87,8 @@ def merge(model: nn.Module) -> nn.Module:
     """Merges peft's adapters into the weights, in place: the model has its own modules again, and is saved whole.
 
     model: one that adapters were added to (`add_adapter`, `inject_adapter_in_model`); of a PeftModel,
-    `merge_and_unload` does this. Unsupported, before anything is changed, for adapters that no weight can hold.
-    Returns the model.
+    `merge_and_unload` does this. Unsupported, before anything is changed, for adapters that no weight can hold;
+    ValueError when a merged weight is not finite in its dtype. Returns the model.
     """
     require_unwrapped(model)
     found = {name: module for name, module in model.named_modules() if is_adapted(module)}
@@ -90,7 +97,7 @@ def merge(model: nn.Module) -> nn.Module:
             raise Unsupported(f"{name}: {type(module).__name__} cannot be merged into a weight; delete the adapter")
     for module in reversed(found.values()):  # those inside first
         if hasattr(module, "merge"):
-            module.merge()
+            module.merge(safe_merge=True)
     for name, module in found.items():
         if not any(name.startswith(f"{other}.") for other in found):
             model.set_submodule(name, _own(module))

@@ -342,6 +342,15 @@ def _get(module: nn.Module, path: str) -> nn.Module | None:
     return module
 
 
+def _remedy(model: nn.Module, config) -> str:
+    """What to give instead of a known model whose layers are not where those of its causal LM are."""
+    if config is not model.config:  # a text model with a vision tower beside it, say
+        alone = "AutoModelForCausalLM.from_config(model.config.get_text_config(), dtype=model.dtype)"
+        weights = "model.get_decoder() (as its .model) and .lm_head"
+        return f"whose {config.model_type} is a part; valid is that by itself: {alone}, with the weights of {weights}"
+    return "valid is its causal LM class (AutoModelForCausalLM)"
+
+
 def of(model: nn.Module) -> Anatomy:
     """The anatomy of a transformers causal LM, or of an encoder (with any head, or none).
 
@@ -366,7 +375,7 @@ def of(model: nn.Module) -> Anatomy:
     family = known[kind]
     blocks = _get(model.base_model if family.encoder else model, family.layers)
     if blocks is None:
-        raise Unsupported(f"model: got {type(model).__name__}, valid is its causal LM class (AutoModelForCausalLM)")
+        raise Unsupported(f"model: got {type(model).__name__}, {_remedy(model, config)}")
     rotary = inside(_get(model, family.rotary)) if family.rotary else None
     layers = []
     for index, block in enumerate(blocks):

@@ -21,7 +21,7 @@ def linearize(
     keep: Annotated[str, typer.Option(help="what those layers get")] = "sliding(window=256)",
     fit_decay: Annotated[bool, typer.Option(help="choose a decay for every head of a `linear` without one")] = True,
     text: Annotated[list[Path] | None, typer.Option(help="UTF-8 text to train on; repeat for more files")] = None,
-    dataset: Annotated[str | None, typer.Option(help="a `datasets` name or folder, streamed")] = None,
+    dataset: Annotated[str | None, typer.Option(help="a `datasets` name (or NAME:CONFIG) or folder, streamed")] = None,
     column: Annotated[str | None, typer.Option(help="the dataset's text column")] = None,
     transfer_tokens: Annotated[int, count_tokens("of attention transfer; 0: none")] = "150000",
     distil_tokens: Annotated[int, count_tokens("of distillation; 0: none")] = "450000",

@@ -11,6 +11,7 @@ from torch import nn
 from effattn.errors import Unsupported
 from effattn.hf import anatomy as hf
 from effattn.hf import hooks
+from effattn.hf.adapters import merge
 from effattn.training import Settings
 
 
@@ -27,7 +28,6 @@ def adapters(model: nn.Module, rank: int):
     the model has its own modules and flags again."""
     check_peft()
     from peft import LoraConfig, inject_adapter_in_model
-    from peft.tuners.lora import LoraLayer
 
     targets = {module for layer in hf.of(model) for module in (layer.q.module, layer.k.module, layer.v.module,
                                                                layer.o.module)}  # fmt: skip
@@ -43,10 +43,5 @@ def adapters(model: nn.Module, rank: int):
                 trained.append(parameter.requires_grad_(True))
         yield trained
     finally:
-        for name, module in list(model.named_modules()):
-            if isinstance(module, LoraLayer):
-                module.merge(safe_merge=True)  # ValueError for what its dtype cannot hold
-                parent, _, last = name.rpartition(".")
-                setattr(model.get_submodule(parent), last, module.base_layer)
-        vars(model).pop("peft_config", None)
+        merge(model)  # ValueError for what a weight's dtype cannot hold
         settings.put_back()

@@ -23,7 +23,7 @@ def quantize_kv(
         "cache (or the only format's); a killed run resumes")] = None,
     weights: Annotated[str | None, typer.Option(help="quantize the weights too, first: nf4 or int8")] = None,
     text: Annotated[list[Path] | None, typer.Option(help="UTF-8 text to measure on; repeat for more files")] = None,
-    dataset: Annotated[str | None, typer.Option(help="a `datasets` name or folder, streamed")] = None,
+    dataset: Annotated[str | None, typer.Option(help="a `datasets` name (or NAME:CONFIG) or folder, streamed")] = None,
     column: Annotated[str | None, typer.Option(help="the dataset's text column")] = None,
     evaluation_tokens: Annotated[int, count_tokens("to measure each format on, a step each")] = "8192",
     sensitivity_tokens: Annotated[int, count_tokens("to measure each layer and format on")] = "2048",
