@@ -19,12 +19,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from effattn.hf.checkpoint import check_new_folder
+from effattn.hf.weight_files import INDEX
 from effattn.reports.files import write_text_atomic
 
 from . import calibration, layers
 from .calibration import SpilledStates
 from .hessian import DAMPING
-from .layers import INDEX, Checkpoint, Runner, StreamedModel
+from .layers import Checkpoint, Runner, StreamedModel
 from .one_shot import Plan, allocate, make_plan, outliers, prune_layer, said
 from .sparsegpt import BLOCK
 

@@ -16,7 +16,7 @@ from torch import nn
 from effattn.errors import Unsupported
 from effattn.hf.families import ENCODERS
 from effattn.hf.hooks import LEARNED_PARTS
-from effattn.hf.weight_files import one_line, shortened, stored
+from effattn.hf.weight_files import Stored, one_line, shortened, stored
 
 IN_A_LAYER = re.compile(r"\.\d+\.")
 
@@ -118,13 +118,20 @@ def _compare(folder: str, cls: type[nn.Module], config) -> None:
         raise
     except Exception as error:
         raise ValueError(f"config.json: {cls.__name__} cannot be built from it: {one_line(error)}") from error
+    if not _converts(shell):
+        check_shapes(shell, files, {name: name for name in files})
+
+
+def check_shapes(model: nn.Module, files: dict[str, Stored], names: dict[str, str]) -> None:
+    """ValueError for stored weights of another shape than the model's. names: one in the model -> one in the files."""
+    own = model.state_dict()
     wrong = [
-        (name, files[name].shape, tuple(tensor.shape))
-        for name, tensor in shell.state_dict().items()
-        if name in files and files[name].shape != tuple(tensor.shape)
+        said(here, files[there].shape, own[here].shape)
+        for here, there in names.items()
+        if here in own and files[there].shape != tuple(own[here].shape)
     ]
-    if wrong and not _converts(shell):
-        _refuse("mismatched keys", [_said(*one) for one in wrong])
+    if wrong:
+        refuse("mismatched keys", wrong)
 
 
 def _converts(shell: nn.Module) -> bool:
@@ -146,18 +153,26 @@ def _check_report(found: dict, model_type: str, learned: bool) -> None:
     if model_type in ENCODERS:
         unexpected = [name for name in unexpected if IN_A_LAYER.search(name)]
     if found["missing_keys"]:
-        _refuse("missing keys", found["missing_keys"])
+        refuse("missing keys", found["missing_keys"])
     if found["mismatched_keys"]:
-        _refuse("mismatched keys", [_said(*one) for one in found["mismatched_keys"]])
+        refuse("mismatched keys", [said(*one) for one in found["mismatched_keys"]])
     if unexpected:
-        _refuse("unexpected keys", unexpected)
+        refuse("unexpected keys", unexpected)
     if found["error_msgs"]:
-        _refuse("errors", found["error_msgs"])
+        refuse("errors", found["error_msgs"])
 
 
-def _said(name: str, got, expected) -> str:
+def said(name: str, got, expected) -> str:
+    """A weight of a wrong shape, in words."""
     return f"{name} (got {tuple(got)}, expected {tuple(expected)})"
 
 
-def _refuse(what: str, names) -> None:
+def left_out(model: nn.Module, name: str) -> bool:
+    """Whether transformers drops a weight of this name without a word: what older versions stored."""
+    patterns = [*(model._keys_to_ignore_on_load_unexpected or ()), r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$"]
+    return any(re.search(pattern, name) for pattern in patterns)
+
+
+def refuse(what: str, names) -> None:
+    """ValueError for weights that are not those of the model that config.json describes."""
     raise ValueError(f"weights: they do not fit config.json, {what}: {shortened(sorted(names))}")

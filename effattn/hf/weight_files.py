@@ -26,7 +26,7 @@ class Stored:
 
 
 def stored(folder: str | Path) -> dict[str, Stored]:
-    """Every tensor of a checkpoint by name, in the files' order.
+    """Every tensor of a checkpoint by name, in the files' order; of shards, those that the index names.
 
     As transformers does, model.safetensors comes before an index. ValueError, naming the file, for one that is missing,
     truncated or no safetensors file, for an index that points elsewhere, and for weights that are there as pickle only.
@@ -48,7 +48,7 @@ def stored(folder: str | Path) -> dict[str, Stored]:
     lost = [name for name, file in named.items() if name not in found or found[name].file != file]
     if lost:
         raise ValueError(f"weights: {folder / INDEX} promises {shortened(lost)}, which its files do not have")
-    return found
+    return {name: one for name, one in found.items() if name in named} if named else found
 
 
 def weight_map(index: Path) -> dict[str, str]:
