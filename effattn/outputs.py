@@ -9,6 +9,8 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from effattn.permissions import follow_umask
+
 
 def check_new_folder(argument: str, path: str | Path) -> None:
     """ValueError when `path` exists and is not an empty folder."""
@@ -29,9 +31,7 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
     folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
     try:
         yield folder
-        umask = os.umask(0)
-        os.umask(umask)
-        folder.chmod(0o777 & ~umask)  # mkdtemp's folders are private
+        follow_umask(folder)
         for file in [*folder.rglob("*"), folder]:
             _fsync(file)
         os.replace(folder, target)

@@ -271,6 +271,7 @@ def test_files_and_memory_give_the_same(arguments, source, tokens, tmp_path):
         with safe_open(tmp_path / "out" / file, "pt") as shard:
             assert {name for name, where in index["weight_map"].items() if where == file} == set(shard.keys())
     assert (tmp_path / "out" / "tokenizer_config.json").read_text() == "{}"
+    assert len({file.stat().st_mode for file in (tmp_path / "out").iterdir()}) == 1  # weights as readable as the rest
 
 
 @pytest.mark.parametrize("kind", ["gpt_neox", "opt", "gemma3_text"])
