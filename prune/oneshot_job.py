@@ -22,7 +22,7 @@ from effattn import embedded
 from effattn.errors import check_choice
 from effattn.evaluate.loss import compare
 from effattn.heads.verify import verify_plain
-from effattn.hf.checkpoint import atomic_folder, check_new_folder, load_model, resolve
+from effattn.hf.checkpoint import atomic_folder, check_new_folder, load_model, load_tokenizer, resolve
 from effattn.jobs import Quiet, device, partial_folder
 from effattn.profiling.decode import decode_speed
 from effattn.profiling.environment import environment
@@ -92,11 +92,10 @@ def run(job: Job, show: Quiet | None = None) -> OneShotReport:
     show, main = show or Quiet(), int(os.environ.get("RANK", "0")) == 0
     check_job(job)
     source = folder_of(job.model)
+    layers.StreamedModel(layers.Checkpoint(source))  # what cannot be pruned is refused before anything is written
     place = device(job.device)
     with show.stage("reading text"):
-        from transformers import AutoTokenizer
-
-        tokenizer = AutoTokenizer.from_pretrained(source)
+        tokenizer = load_tokenizer(source)
         data = streams(
             tokenizer, train=max(job.calibration_tokens, job.distill_tokens), evaluation=job.evaluation_tokens,
             text=job.text, dataset=job.dataset, column=job.column,

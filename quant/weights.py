@@ -57,9 +57,7 @@ def load_weights(path: str | Path, kind: str = "nf4", dtype: torch.dtype | str =
 
     Raises as `quantize_weights` does, and ValueError for what cannot be loaded.
     """
-    from transformers import AutoModelForCausalLM
-
-    from effattn.hf import checkpoint
+    from effattn.hf import checkpoint, loading
 
     check_choice("kind", kind, KINDS)
     _bitsandbytes()
@@ -70,9 +68,8 @@ def load_weights(path: str | Path, kind: str = "nf4", dtype: torch.dtype | str =
     if getattr(found, "quantization_config", None) is not None:
         raise Unsupported(f"{path}: its weights are quantized already; valid is effattn.load")
     compute = found.dtype if dtype == "auto" else dtype
-    return AutoModelForCausalLM.from_pretrained(
-        name, dtype=dtype, quantization_config=_config(kind, compute or torch.float32)
-    ).eval()
+    loading.check_causal(found, path)
+    return loading.build(name, found, dtype, quantization_config=_config(kind, compute or torch.float32))
 
 
 def _bitsandbytes():

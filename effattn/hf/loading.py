@@ -63,11 +63,13 @@ def build(
     dtype: torch.dtype | str,
     shape: Callable[[nn.Module], None] | None = None,
     learned: bool = False,
+    **options,
 ) -> nn.Module:
     """The model of the checkpoint `name` (a folder or hub name), in eval mode.
 
     shape: what makes the new, empty model's modules those of the checkpoint. learned: weights that a swap added may lie
-    among the model's own. ValueError when the weights are not exactly those that the class asks for.
+    among the model's own. options: further ones of `from_pretrained`. ValueError when the weights are not exactly those
+    that the class asks for.
     """
     cls = built = class_of(config)
     if shape is not None:
@@ -82,6 +84,7 @@ def build(
             use_safetensors=True,  # never a pickle
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # they are refused below
+            **options,
         )
     except (torch.OutOfMemoryError, MemoryError):
         raise
