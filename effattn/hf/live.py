@@ -120,7 +120,10 @@ def attention(
         return query.new_zeros(query.shape[0], query.shape[2], query.shape[1], value.shape[3]), None
     layer: LayerSwap | None = getattr(module, ATTRIBUTE, None)
     if layer is None:
-        raise Unsupported(f"attn_implementation={NAME!r} is set by effattn.swap(model, ...), not by hand")
+        raise Unsupported(
+            f"attn_implementation={NAME!r} is set by effattn.swap(model, ...), not by hand; a swap that was saved is "
+            "loaded by effattn.load(folder)"
+        )
     if attention_mask is not None and attention_mask.ndim != 2:
         raise Unsupported(
             f"layer {layer.index}: expected attention_mask (batch, tokens), got {tuple(attention_mask.shape)}; "

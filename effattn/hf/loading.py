@@ -34,7 +34,7 @@ def class_of(config) -> type[nn.Module]:
     name = config.architectures[0]
     cls = getattr(transformers, name, None)
     if not isinstance(cls, type) or not issubclass(cls, transformers.PreTrainedModel):
-        raise ValueError(f"config.json: architectures: got {name!r}, which transformers does not have")
+        raise ValueError(f"config.json: architectures: got {name!r:.80}, which transformers does not have")
     if cls.config_class is None or not issubclass(type(config), cls.config_class):
         raise ValueError(
             f"config.json: architectures: got {name!r}, which is no class for model_type {config.model_type!r}"

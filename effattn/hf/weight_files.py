@@ -13,6 +13,7 @@ from torch import Tensor
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".msgpack")
+LINE = 400  # characters of an error
 JSON_BYTES = 64 << 20  # of a file that describes a checkpoint
 
 
@@ -122,9 +123,10 @@ def shortened(names, most: int = 6) -> str:
 
 
 def one_line(error: BaseException) -> str:
-    """An error's message in one line."""
+    """An error's message in one line, which may quote what it is about only so far."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return " ".join(lines[:2]) or type(error).__name__
+    text = " ".join(lines[:2]) or type(error).__name__
+    return text if len(text) <= LINE else f"{text[:LINE]}..."
 
 
 def _no_weights(folder: Path) -> str:
