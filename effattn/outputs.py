@@ -21,6 +21,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from effattn.locking import Busy, open_locked, still_there
+from effattn.permissions import follow_umask
 
 STAGING = ".effattn-tmp"
 OWNER = ".owner"  # in the staging folder, until it is filled: who works there
@@ -159,6 +160,7 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
         _empty(folder)
         try:
             yield folder
+            follow_umask(folder)
             for file in [*folder.rglob("*"), folder]:
                 fsync(file)
             os.replace(folder, target)

@@ -19,12 +19,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from effattn.hf.checkpoint import check_new_folder
+from effattn.hf.weight_files import INDEX
+from effattn.permissions import follow_umask
 from effattn.reports.files import write_text_atomic
 
 from . import calibration, layers
 from .calibration import SpilledStates
 from .hessian import DAMPING
-from .layers import INDEX, Checkpoint, Runner, StreamedModel
+from .layers import Checkpoint, Runner, StreamedModel
 from .one_shot import Plan, allocate, make_plan, outliers, prune_layer, said
 from .sparsegpt import BLOCK
 
@@ -77,6 +79,7 @@ def prune_files(
     run.write_rest()
     facts = {"settings": settings, "layers": state["layers"], "verification": run.verify()}
     write_text_atomic(run.out / FACTS, json.dumps(facts, indent=1) + "\n")
+    follow_umask(run.out)
     output.parent.mkdir(parents=True, exist_ok=True)
     os.replace(run.out, output)
     shutil.rmtree(work)

@@ -6,24 +6,23 @@ Everything runs through the model's own forward (`effattn.hf.layerwise`) and kno
 from __future__ import annotations
 
 import ctypes
-import json
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from effattn import training
 from effattn.errors import Unsupported, check_choice
 from effattn.hf import anatomy as hf
+from effattn.hf import loading, weight_files
 from effattn.hf.layerwise import LayerRunner
+from effattn.hf.source import KEY, read_config
 from effattn.profiling.weights import is_plain
 
 MODULES = ("all", "attention", "ffn")
-INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 
 
 # ---- the linear layers of a block -----------------------------------------------------------------------------------
@@ -176,16 +175,8 @@ class Checkpoint:
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
-        if (self.folder / INDEX).is_file():
-            self.files: dict[str, str] = json.loads((self.folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
-        elif (self.folder / SINGLE).is_file():
-            with safe_open(self.folder / SINGLE, "pt") as file:
-                self.files = dict.fromkeys(file.keys(), SINGLE)
-        else:
-            raise ValueError(f"model: {str(folder)!r} has neither {INDEX} nor {SINGLE}; valid is a safetensors folder")
-        missing = sorted({file for file in self.files.values() if not (self.folder / file).is_file()})
-        if missing:
-            raise ValueError(f"model: {str(folder)!r} lacks {', '.join(missing)}, which its index names")
+        self.stored = weight_files.stored(folder)
+        self.files: dict[str, str] = {name: one.file for name, one in self.stored.items()}
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Copies of tensors. ValueError naming the first that holds NaN or Inf."""
@@ -194,24 +185,12 @@ class Checkpoint:
             by_file.setdefault(self.files[name], []).append(name)
         found = {}
         for file, inside in by_file.items():
-            with safe_open(self.folder / file, "pt") as shard:
-                for name in inside:
-                    tensor = shard.get_tensor(name).clone()  # not a map of the file, which would stay in memory
-                    if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-                        bad = int((~torch.isfinite(tensor)).sum())
-                        raise ValueError(f"weights: {name} holds NaN or Inf ({bad} of {tensor.numel()} values)")
-                    found[name] = tensor
+            found |= weight_files.read(self.folder / file, inside)
         return found
 
     def shapes(self) -> dict[str, tuple[list[int], str]]:
         """Every tensor's shape and safetensors dtype, without reading it."""
-        found = {}
-        for file in sorted(set(self.files.values())):
-            with safe_open(self.folder / file, "pt") as shard:
-                for name in shard.keys():  # noqa: SIM118 - not a dict
-                    view = shard.get_slice(name)
-                    found[name] = (view.get_shape(), view.get_dtype())
-        return found
+        return {name: (list(one.shape), one.dtype) for name, one in self.stored.items()}
 
 
 class StreamedModel:
@@ -219,12 +198,17 @@ class StreamedModel:
 
     def __init__(self, checkpoint: Checkpoint, device: torch.device | None = None):
         from accelerate import init_empty_weights
-        from transformers import AutoConfig, AutoModelForCausalLM
 
         self.checkpoint, self.device = checkpoint, device or torch.device("cpu")
-        config = AutoConfig.from_pretrained(checkpoint.folder)
+        config = read_config(str(checkpoint.folder), checkpoint.folder)
+        if hasattr(config, KEY):
+            raise Unsupported(
+                f"model: {str(checkpoint.folder)!r} is a swapped checkpoint, which is not pruned from file to file; "
+                "valid is effattn.load, effattn.prune.oneshot on the model, and effattn.save"
+            )
+        loading.check_causal(config, checkpoint.folder)
         with init_empty_weights(include_buffers=False):  # rotary frequencies are computed, not stored
-            model = AutoModelForCausalLM.from_config(config, dtype=config.dtype or torch.float32).eval()
+            model = loading.class_of(config)._from_config(config, dtype=config.dtype or torch.float32).eval()
         model.tie_weights()
         for module in model.modules():  # what is not stored
             for name in module._non_persistent_buffers_set:
@@ -245,6 +229,11 @@ class StreamedModel:
                 f"model: {checkpoint.folder} has no {missing[0]!r} ({len(missing)} of the names that "
                 f"{type(model).__name__} has are missing); save it once with this version of transformers"
             )
+
+        loading.check_shapes(model, checkpoint.stored, self.stored)
+        own = model.state_dict()
+        if unknown := [here for here in self.stored if here not in own and not loading.left_out(model, here)]:
+            loading.refuse("unexpected keys", unknown)
 
     def names(self, index: int | None) -> list[str]:
         """The checkpoint's own names of the tensors of decoder layer `index`, or of what is outside of all of them."""

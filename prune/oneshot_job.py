@@ -25,7 +25,7 @@ from effattn.bounds import Checked, random_seed, real, whole
 from effattn.errors import check_choice
 from effattn.evaluate.loss import compare
 from effattn.heads.verify import verify_plain
-from effattn.hf.checkpoint import load_model, resolve
+from effattn.hf.checkpoint import load_model, load_tokenizer, resolve
 from effattn.jobs import SETTINGS, Quiet, device, discard, holds_output, main_process, partial_folder, settings_of
 from effattn.outputs import atomic_folder, check_new_folder
 from effattn.profiling.decode import decode_speed
@@ -99,11 +99,10 @@ def run(job: Job, show: Quiet | None = None) -> OneShotReport:
     show, main = show or Quiet(), main_process()
     check_job(job)
     source = folder_of(job.model)
+    layers.StreamedModel(layers.Checkpoint(source))  # what cannot be pruned is refused before anything is written
     place = device(job.device)
     with show.stage("reading text"):
-        from transformers import AutoTokenizer
-
-        tokenizer = AutoTokenizer.from_pretrained(source)
+        tokenizer = load_tokenizer(source)
         data = streams(
             tokenizer, train=max(job.calibration_tokens, job.distill_tokens), evaluation=job.evaluation_tokens,
             text=job.text, dataset=job.dataset, column=job.column,

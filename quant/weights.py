@@ -60,9 +60,7 @@ def load_weights(path: str | Path, kind: str = "nf4", dtype: torch.dtype | str =
 
     Raises as `quantize_weights` does, and ValueError for what cannot be loaded.
     """
-    from transformers import AutoModelForCausalLM
-
-    from effattn.hf import checkpoint
+    from effattn.hf import checkpoint, loading
 
     check_choice("kind", kind, KINDS)
     _bitsandbytes()
@@ -73,10 +71,9 @@ def load_weights(path: str | Path, kind: str = "nf4", dtype: torch.dtype | str =
     if getattr(found, "quantization_config", None) is not None:
         raise Unsupported(f"{path}: its weights are quantized already; valid is effattn.load")
     compute = found.dtype if dtype == "auto" else dtype
-    model = AutoModelForCausalLM.from_pretrained(
-        name, dtype=dtype, quantization_config=_config(kind, compute or torch.float32)
-    )
-    return packing.steady(model).eval()
+    loading.check_causal(found, path)
+    packed = _config(kind, compute or torch.float32)
+    return packing.steady(loading.build(name, found, dtype, quantization_config=packed))
 
 
 def _bitsandbytes():

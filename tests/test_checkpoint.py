@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from effattn import registry
+from effattn import embedded, registry
 from effattn.hf import checkpoint
 from effattn.hf.swap import active, restore, swap
 from effattn.patterns.dense import Dense
@@ -148,6 +148,19 @@ def test_folder_is_as_readable_as_any_other(tmp_path):
     assert os.stat(tmp_path / "new" / "out").st_mode == os.stat(tmp_path / "plain").st_mode
     assert (tmp_path / "new" / "out" / "sub" / "file").read_text() == "x"
     assert [p.name for p in (tmp_path / "new").iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077, 0o027])
+def test_files_follow_the_umask(umask, learned, tmp_path):
+    before = os.umask(umask)
+    try:
+        checkpoint.save(learned, tmp_path / "out", embedded.tokenizer())
+        (tmp_path / "plain").touch()
+    finally:
+        os.umask(before)
+    modes = {file.name: file.stat().st_mode for file in (tmp_path / "out").iterdir()}
+    assert modes.keys() > {"model.safetensors", "effattn.safetensors", "config.json", "tokenizer.json"}
+    assert set(modes.values()) == {(tmp_path / "plain").stat().st_mode}
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -68,6 +68,7 @@ RECORDS = [
     ({"pattern": {"0": "sliding(window=__import__('os'))"}}, "is not a literal value"),
     ({"pattern": {"0": "(" * 9000 + ")" * 9000}}, "valid is a spec"),
     ({"pattern": {"0": "linformer(k=1000000000, max_length=1000000000)"}}, "k: got 1000000000, valid here is up to"),
+    ({"pattern": {"0": "linformer(k=1000000, max_length=1000000)"}}, "too large together"),
     ({"pattern": {"0": "longformer(window=4, global_tokens=[0, 99999999999])"}}, "global_tokens: got 99999999999"),
     ({"pattern": {"0": "performer(features=1" + "0" * 400 + ")"}}, "features: got"),
     ({"pattern": {"0": "sliding(window=-4)"}}, "window"),
@@ -179,6 +180,23 @@ def test_things_that_are_no_file(tmp_path):
         make(tmp_path / name / "config.json")
         with pytest.raises(ValueError, match=r"has no config.json, it is not a checkpoint"):
             effattn.load(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "generation_config.json cannot be read: it is not JSON"),
+        ("[]", "generation_config.json cannot be read: it holds list"),
+        ('{"max_new_tokens": -3}', "max_new_tokens"),
+        ('{"cache_implementation": "goat"}', "cache_implementation"),
+    ],
+)
+def test_generation_settings_are_read_or_refused(text, message, tmp_path):
+    LlamaForCausalLM(LlamaConfig(**SMALL)).save_pretrained(tmp_path)
+    (tmp_path / "generation_config.json").write_text(text)
+    with pytest.raises(ValueError, match=message) as caught:
+        effattn.load(tmp_path)
+    assert "\n" not in str(caught.value)
 
 
 def test_what_is_valid_passes(saved):

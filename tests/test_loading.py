@@ -11,8 +11,10 @@ import transformers
 from conftest import SMALL
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
+from typer.testing import CliRunner
 
 import effattn
+from effattn.cli import app
 from effattn.errors import Unsupported
 from effattn.hf import checkpoint
 from effattn.hf.weight_files import INDEX, SINGLE, stored
@@ -304,3 +306,49 @@ def test_an_index_points_to_files_beside_it(weight_map, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         effattn.load(folder)
     assert os.path.exists(tmp_path / SINGLE)
+
+
+def test_weights_that_are_quantized_while_they_are_read_are_checked_too(tmp_path):
+    pytest.importorskip("bitsandbytes")
+    new("LlamaForSequenceClassification").save_pretrained(tmp_path / "reward")
+    with pytest.raises(Unsupported, match="is a LlamaForSequenceClassification"):
+        effattn.quant.load_weights(tmp_path / "reward")
+    new("LlamaForCausalLM").save_pretrained(tmp_path / "cut")
+    change_weights(tmp_path / "cut", without(UP))
+    with pytest.raises(ValueError, match=f"missing keys: {UP}"):
+        effattn.quant.load_weights(tmp_path / "cut")
+
+
+@pytest.mark.parametrize("flow", ["convert-gqa", "oneshot", "measure"])
+@pytest.mark.parametrize("kind", ["cut", "reward", "corrupt", "pickled", "no tokenizer"])
+def test_commands_end_in_one_line_and_write_nothing(flow, kind, tmp_path):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    folder_with_tokenizer(folder)
+    message = {
+        "cut": UP, "reward": "LlamaForSequenceClassification", "corrupt": "model.safetensors cannot be read",
+        "pickled": "pytorch_model.bin", "no tokenizer": "tokenizer: ",
+    }[kind]  # fmt: skip
+    if kind == "cut":
+        change_weights(folder, without(UP))
+    elif kind == "reward":
+        new("LlamaForSequenceClassification", vocab_size=3072).save_pretrained(folder)
+    elif kind == "corrupt":
+        (folder / SINGLE).write_bytes((folder / SINGLE).read_bytes()[:-9])
+    elif kind == "pickled":
+        torch.save(load_file(folder / SINGLE), folder / "pytorch_model.bin")
+        (folder / SINGLE).unlink()
+    else:
+        (folder / "tokenizer.json").unlink()
+    before = sorted(tmp_path.rglob("*"))
+    arguments = {
+        "convert-gqa": ["convert-gqa", "--kv-heads", "4", "--output", tmp_path / "out"],
+        "oneshot": ["prune", "oneshot", "--output", tmp_path / "out"],
+        "measure": ["measure", "--contexts", "64", "--steps", "1"],
+    }[flow]
+    done = CliRunner().invoke(app, [*map(str, arguments), "--model", str(folder)])
+    assert done.exit_code == 2, done.output
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1
+    assert message in lines[0]
+    assert sorted(tmp_path.rglob("*")) == before

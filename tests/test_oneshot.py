@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from conftest import tiny
 from effattn.prune import calibration, layers
 from effattn.prune.from_files import prune_files
@@ -19,11 +20,13 @@ from effattn.prune.one_shot import METHODS
 from effattn.prune.sparsegpt import sparsegpt
 from effattn.prune.zeros import keep_zeros
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
 import effattn
 from effattn.hf import anatomy as hf
+from effattn.hf.weight_files import INDEX
 
 KINDS = {  # how many inputs the linear layers of a decoder layer see
     "llama": 4, "qwen2": 4, "qwen3": 4, "mistral": 4, "gemma2": 4, "gemma3_text": 4, "olmo2": 4, "phi3": 4, "phi": 3,
@@ -268,6 +271,7 @@ def test_files_and_memory_give_the_same(arguments, source, tokens, tmp_path):
         with safe_open(tmp_path / "out" / file, "pt") as shard:
             assert {name for name, where in index["weight_map"].items() if where == file} == set(shard.keys())
     assert (tmp_path / "out" / "tokenizer_config.json").read_text() == "{}"
+    assert len({file.stat().st_mode for file in (tmp_path / "out").iterdir()}) == 1  # weights as readable as the rest
 
 
 @pytest.mark.parametrize("kind", ["gpt_neox", "opt", "gemma3_text"])
@@ -280,6 +284,36 @@ def test_other_architectures_from_file_to_file(kind, tokens, tmp_path):
     assert all(int((weight == 0).sum()) == weight.numel() // 2 for weight in pruned)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda w: w.update({"model.norm.weight": torch.ones(3)}), r"mismatched keys: model.norm.weight \(got \(3,\)"),
+        (lambda w: w.update({"score.weight": torch.ones(3)}), "unexpected keys: score.weight"),
+        (lambda w: w.update({"model.layers.2.mlp.up_proj.weight": torch.ones(3)}), r"unexpected keys: model.layers.2"),
+        (lambda w: w.pop("model.layers.1.mlp.up_proj.weight"), r"has no 'model\.layers\.1\.mlp\.up_proj\.weight'"),
+    ],
+)
+def test_files_whose_weights_do_not_fit(change, message, tokens, tmp_path):
+    tiny("llama", dtype=torch.float32).save_pretrained(tmp_path / "in")
+    stored = load_file(tmp_path / "in" / "model.safetensors")
+    change(stored)
+    save_file(stored, tmp_path / "in" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=message):
+        prune_files(tmp_path / "in", tmp_path / "out", tokens, length=64)
+    assert not (tmp_path / "out").exists()
+
+
+def test_files_of_another_kind_of_model_are_refused(tokens, tmp_path):
+    model = tiny("llama", dtype=torch.float32)
+    effattn.swap(model, "sliding(window=4)")
+    effattn.save(model, tmp_path / "swapped")
+    reward = transformers.LlamaForSequenceClassification(effattn.restore(model).config)
+    reward.save_pretrained(tmp_path / "reward")
+    for name, message in (("swapped", "is a swapped checkpoint"), ("reward", "LlamaForSequenceClassification")):
+        with pytest.raises(ValueError, match=message):
+            prune_files(tmp_path / name, tmp_path / "out", tokens, length=64)
+
+
 def test_bad_checkpoints_are_refused_by_name(source, tokens, tmp_path):
     with pytest.raises(ValueError, match=r"neither model\.safetensors\.index\.json nor model\.safetensors"):
         prune_files(tmp_path, tmp_path / "out", tokens)
@@ -289,10 +323,11 @@ def test_bad_checkpoints_are_refused_by_name(source, tokens, tmp_path):
     with pytest.raises(ValueError, match=r"weights: model\.layers\.1\.mlp\.up_proj\.weight holds NaN or Inf \(1 of"):
         prune_files(tmp_path / "inf", tmp_path / "out", tokens, length=64)
     assert not (tmp_path / "out").exists()
-    index = json.loads((source / layers.INDEX).read_text())
+    index = json.loads((source / INDEX).read_text())
     del index["weight_map"]["model.norm.weight"]
     for file in source.iterdir():
         (tmp_path / "inf" / file.name).write_bytes(file.read_bytes())
-    (tmp_path / "inf" / layers.INDEX).write_text(json.dumps(index))
+    (tmp_path / "inf" / INDEX).write_text(json.dumps(index))
+    (tmp_path / "inf" / "model.safetensors").unlink()  # which would be read instead, as transformers does
     with pytest.raises(ValueError, match=r"has no 'model\.norm\.weight'"):
         prune_files(tmp_path / "inf", tmp_path / "other", tokens, length=64)

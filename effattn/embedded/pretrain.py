@@ -18,6 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast,
 from effattn import training
 from effattn.embedded import corpus, tokens
 from effattn.evaluate.loss import token_losses
+from effattn.permissions import follow_umask
 
 END = "<|endoftext|>"
 
@@ -140,5 +141,6 @@ def pretrain(
     }
     if trainer.is_world_process_zero():
         model.save_pretrained(output)
+        follow_umask(output)
         (output / "card.json").write_text(json.dumps(card, indent=1) + "\n")
     return card

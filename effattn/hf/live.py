@@ -138,7 +138,8 @@ def attention(
     if layer is None:
         raise Unsupported(
             f"attn_implementation={NAME!r} is set by effattn.swap(model, ...), not by hand and not by the config of "
-            "another model that was swapped; model.set_attn_implementation('sdpa') is plain attention"
+            "another model that was swapped; a swap that was saved is loaded by effattn.load(folder), and "
+            "model.set_attn_implementation('sdpa') is plain attention"
         )
     if attention_mask is not None and attention_mask.ndim != 2:
         raise Unsupported(

@@ -16,7 +16,7 @@ from torch import nn
 from effattn.errors import Unsupported
 from effattn.hf.families import ENCODERS
 from effattn.hf.hooks import LEARNED_PARTS
-from effattn.hf.weight_files import one_line, shortened, stored
+from effattn.hf.weight_files import Stored, one_line, shortened, stored
 
 IN_A_LAYER = re.compile(r"\.\d+\.")
 
@@ -34,7 +34,7 @@ def class_of(config) -> type[nn.Module]:
     name = config.architectures[0]
     cls = getattr(transformers, name, None)
     if not isinstance(cls, type) or not issubclass(cls, transformers.PreTrainedModel):
-        raise ValueError(f"config.json: architectures: got {name!r}, which transformers does not have")
+        raise ValueError(f"config.json: architectures: got {name!r:.80}, which transformers does not have")
     if cls.config_class is None or not issubclass(type(config), cls.config_class):
         raise ValueError(
             f"config.json: architectures: got {name!r}, which is no class for model_type {config.model_type!r}"
@@ -63,11 +63,13 @@ def build(
     dtype: torch.dtype | str,
     shape: Callable[[nn.Module], None] | None = None,
     learned: bool = False,
+    **options,
 ) -> nn.Module:
     """The model of the checkpoint `name` (a folder or hub name), in eval mode.
 
     shape: what makes the new, empty model's modules those of the checkpoint. learned: weights that a swap added may lie
-    among the model's own. ValueError when the weights are not exactly those that the class asks for.
+    among the model's own. options: further ones of `from_pretrained`. ValueError when the weights are not exactly those
+    that the class asks for.
     """
     cls = built = class_of(config)
     if shape is not None:
@@ -82,6 +84,7 @@ def build(
             use_safetensors=True,  # never a pickle
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # they are refused below
+            **options,
         )
     except (torch.OutOfMemoryError, MemoryError):
         raise
@@ -118,13 +121,20 @@ def _compare(folder: str, cls: type[nn.Module], config) -> None:
         raise
     except Exception as error:
         raise ValueError(f"config.json: {cls.__name__} cannot be built from it: {one_line(error)}") from error
+    if not _converts(shell):
+        check_shapes(shell, files, {name: name for name in files})
+
+
+def check_shapes(model: nn.Module, files: dict[str, Stored], names: dict[str, str]) -> None:
+    """ValueError for stored weights of another shape than the model's. names: one in the model -> one in the files."""
+    own = model.state_dict()
     wrong = [
-        (name, files[name].shape, tuple(tensor.shape))
-        for name, tensor in shell.state_dict().items()
-        if name in files and files[name].shape != tuple(tensor.shape)
+        said(here, files[there].shape, own[here].shape)
+        for here, there in names.items()
+        if here in own and files[there].shape != tuple(own[here].shape)
     ]
-    if wrong and not _converts(shell):
-        _refuse("mismatched keys", [_said(*one) for one in wrong])
+    if wrong:
+        refuse("mismatched keys", wrong)
 
 
 def _converts(shell: nn.Module) -> bool:
@@ -146,18 +156,26 @@ def _check_report(found: dict, model_type: str, learned: bool) -> None:
     if model_type in ENCODERS:
         unexpected = [name for name in unexpected if IN_A_LAYER.search(name)]
     if found["missing_keys"]:
-        _refuse("missing keys", found["missing_keys"])
+        refuse("missing keys", found["missing_keys"])
     if found["mismatched_keys"]:
-        _refuse("mismatched keys", [_said(*one) for one in found["mismatched_keys"]])
+        refuse("mismatched keys", [said(*one) for one in found["mismatched_keys"]])
     if unexpected:
-        _refuse("unexpected keys", unexpected)
+        refuse("unexpected keys", unexpected)
     if found["error_msgs"]:
-        _refuse("errors", found["error_msgs"])
+        refuse("errors", found["error_msgs"])
 
 
-def _said(name: str, got, expected) -> str:
+def said(name: str, got, expected) -> str:
+    """A weight of a wrong shape, in words."""
     return f"{name} (got {tuple(got)}, expected {tuple(expected)})"
 
 
-def _refuse(what: str, names) -> None:
+def left_out(model: nn.Module, name: str) -> bool:
+    """Whether transformers drops a weight of this name without a word: what older versions stored."""
+    patterns = [*(model._keys_to_ignore_on_load_unexpected or ()), r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$"]
+    return any(re.search(pattern, name) for pattern in patterns)
+
+
+def refuse(what: str, names) -> None:
+    """ValueError for weights that are not those of the model that config.json describes."""
     raise ValueError(f"weights: they do not fit config.json, {what}: {shortened(sorted(names))}")

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from effattn import registry
 from effattn.hf import hooks, placement, positions
 from effattn.hf.trusted import KEY
-from effattn.hf.weight_files import header, read, shortened, stored
+from effattn.hf.weight_files import Stored, header, read, shortened, stored
 from effattn.projections import packed, replace
 
 LEARNED = "effattn.safetensors"  # the weights that plain transformers does not know
@@ -110,30 +110,29 @@ def load_learned(model: nn.Module, name: str) -> None:
     _fit("unexpected", files.keys() - wanted.keys(), files)
     for names in groups:
         key = next(one for one in names if one in files)
-        tensor = wanted[key]
-        saved = read(folder / files[key], [key])[key]
-        if saved.shape != tensor.shape:
-            raise ValueError(f"weights: {files[key]}: {key}: got {tuple(saved.shape)}, expected {tuple(tensor.shape)}")
-        tensor.copy_(saved)
+        saved, tensor = files[key], wanted[key]
+        if saved.shape != tuple(tensor.shape):
+            raise ValueError(f"weights: {saved.file}: {key}: got {saved.shape}, expected {tuple(tensor.shape)}")
+        tensor.copy_(read(folder / saved.file, [key])[key])
 
 
-def _fit(what: str, names, files: dict[str, str]) -> None:
+def _fit(what: str, names, files: dict[str, Stored]) -> None:
     if names:
-        file = next(iter(files.values()), LEARNED)
+        file = next(iter(files.values())).file if files else LEARNED
         raise ValueError(f"weights: {file} does not fit the swap in config.json, {what}: {shortened(sorted(names))}")
 
 
-def _learned_files(folder: Path) -> dict[str, str]:
-    """Name -> file, of every weight that a swap added: beside the model's own weights, or among them."""
+def _learned_files(folder: Path) -> dict[str, Stored]:
+    """Every weight that a swap added: beside the model's own weights, or among them."""
     beside = header(folder / LEARNED) if (folder / LEARNED).is_file() else {}
-    among = {name: one.file for name, one in stored(folder).items() if is_learned(name)}
+    among = {name: one for name, one in stored(folder).items() if is_learned(name)}
     if beside and among:
-        other = next(iter(among.values()))
+        other = next(iter(among.values())).file
         raise ValueError(
             f"weights: {str(folder)!r} holds what a swap added in {LEARNED} and in {other}: one of them is of another "
             "save; delete it"
         )
-    return among or dict.fromkeys(beside, LEARNED)
+    return among or beside
 
 
 def _folder(name: str) -> Path:

@@ -52,6 +52,8 @@ def read_config(name: str, asked: str | Path):
 
     if Path(name).is_dir():
         found = read_json(Path(name) / "config.json")
+        if (Path(name) / "generation_config.json").exists():
+            read_json(Path(name) / "generation_config.json")  # transformers takes its own settings for broken ones
     else:
         try:
             found, _ = PreTrainedConfig.get_config_dict(name)

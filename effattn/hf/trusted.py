@@ -17,6 +17,7 @@ import torch
 from effattn import registry
 from effattn.errors import check_choice
 from effattn.hf import caches
+from effattn.hf.weight_files import one_line
 from effattn.positions.registry import parse as parse_positions
 from effattn.projections.replace import SAVED
 
@@ -29,6 +30,7 @@ LAYERS, LABELS = 10_000, 1_000_000  # more than any model has; a configuration m
 DEPTH = 32
 COUNTED = re.compile(r"(^|_)(layers?|experts)$")
 SPEC = 10_000  # characters
+WEIGHT = 1 << 30  # entries of a weight that a pattern may have
 SIZE = 1 << 20  # of an option of a pattern, where the model's own numbers are smaller
 
 
@@ -164,7 +166,7 @@ def _check_specs(where: str, axis: str, specs, layers: int, bound: int) -> None:
             else:
                 _check_pattern(spec, bound)
         except ValueError as error:
-            raise ValueError(f"{where}: {index}: {error}") from error
+            raise ValueError(f"{where}: {index}: {one_line(error)}") from error
 
 
 def _check_pattern(spec: str, bound: int) -> None:
@@ -177,6 +179,9 @@ def _check_pattern(spec: str, bound: int) -> None:
         for one in value if isinstance(value, list | tuple) else [value]:
             if type(one) in (int, float) and option != "seed" and abs(one) > bound:
                 raise ValueError(f"{name}: {option}: got {one!r:.40}, valid here is up to {bound:,}")
+    sizes = sorted(value for option, value in options.items() if type(value) is int and option != "seed")[-2:]
+    if math.prod(sizes) > WEIGHT:
+        raise ValueError(f"{spec}: too large together, a weight of {sizes[0]:,} x {sizes[1]:,} is above {WEIGHT:,}")
 
 
 def _check_trained(where: str, trained) -> None:

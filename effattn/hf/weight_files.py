@@ -13,6 +13,7 @@ from torch import Tensor
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".msgpack")
+LINE = 400  # characters of an error
 JSON_BYTES = 64 << 20  # of a file that describes a checkpoint
 
 
@@ -26,7 +27,7 @@ class Stored:
 
 
 def stored(folder: str | Path) -> dict[str, Stored]:
-    """Every tensor of a checkpoint by name, in the files' order.
+    """Every tensor of a checkpoint by name, in the files' order; of shards, those that the index names.
 
     As transformers does, model.safetensors comes before an index. ValueError, naming the file, for one that is missing,
     truncated or no safetensors file, for an index that points elsewhere, and for weights that are there as pickle only.
@@ -48,7 +49,7 @@ def stored(folder: str | Path) -> dict[str, Stored]:
     lost = [name for name, file in named.items() if name not in found or found[name].file != file]
     if lost:
         raise ValueError(f"weights: {folder / INDEX} promises {shortened(lost)}, which its files do not have")
-    return found
+    return {name: one for name, one in found.items() if name in named} if named else found
 
 
 def weight_map(index: Path) -> dict[str, str]:
@@ -122,9 +123,10 @@ def shortened(names, most: int = 6) -> str:
 
 
 def one_line(error: BaseException) -> str:
-    """An error's message in one line."""
+    """An error's message in one line, which may quote what it is about only so far."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return " ".join(lines[:2]) or type(error).__name__
+    text = " ".join(lines[:2]) or type(error).__name__
+    return text if len(text) <= LINE else f"{text[:LINE]}..."
 
 
 def _no_weights(folder: Path) -> str:
