@@ -16,7 +16,15 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from effattn.console import Show, console, contexts_of, count_tokens, errors, one_line_errors, quiet_libraries
+from effattn.console import (
+    Show,
+    console,
+    contexts_of,
+    count_tokens,
+    one_line_errors,
+    quiet_libraries,
+    when_stopped,
+)
 from effattn.extending.cli import extend
 from effattn.linearizing.cli import linearize
 from effattn.prune.cli import app as prune
@@ -129,11 +137,8 @@ def swap(
         generate_tokens=generate_tokens, temperature=temperature, seed=seed, device=device,
         **({"patterns": tuple(pattern)} if pattern else {}),
     )  # fmt: skip
-    try:
+    with when_stopped(lambda: "stopped; nothing was written"):
         report = run(job, Show())
-    except KeyboardInterrupt:
-        errors.print("stopped; nothing was written", soft_wrap=True)
-        raise SystemExit(130) from None
     console.print(report)
     if output is not None:
         console.print(f"\ncheckpoint  {output}", soft_wrap=True, highlight=False)
@@ -170,11 +175,8 @@ def measure(
         contexts=contexts_of(contexts, "contexts"), batches=contexts_of(batches, "batches"), seed=seed, device=device,
         dtype=dtype, output=output, html=html, markdown=markdown, json=json_file, fresh=fresh,
     )  # fmt: skip
-    try:
+    with when_stopped(lambda: what_is_kept(job)):
         report = run(job, Show())
-    except KeyboardInterrupt:
-        errors.print(what_is_kept(job), soft_wrap=True)
-        raise SystemExit(130) from None
     wide = console if console.is_terminal else Console(width=180)  # a log's lines may be long
     wide.print(report)
     pages = [file.absolute() for file in (output and output / "report.html", html) if file]

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
+import signal
+import threading
 from collections.abc import Callable
 from contextlib import contextmanager
 from functools import wraps
@@ -11,19 +14,34 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from effattn.bounds import MOST
+
 console = Console()
 errors = Console(stderr=True)
 
 
+GOES_ON = "stopped; run the same command again to go on from the last checkpoint"
+
+
+class Signalled(KeyboardInterrupt):
+    """SIGTERM, or the terminal is gone: what Ctrl-C does, with the exit code that the signal has."""
+
+    def __init__(self, number: int):
+        super().__init__()
+        self.code = 128 + number
+
+
 def one_line_errors(command: Callable) -> Callable:
-    """Turns what users can cause (bad values, missing files, a full disk, Ctrl-C) into one line and an exit code."""
+    """Turns what users can cause (bad values, missing files, a full disk, Ctrl-C, SIGTERM) into one line and an exit
+    code. What a stopped command says is the note that `when_stopped` left."""
 
     @wraps(command)
     def guarded(*args, **kwargs):
         from safetensors import SafetensorError
 
         try:
-            return command(*args, **kwargs)
+            with _orderly_signals():
+                return command(*args, **kwargs)
         except (ValueError, OSError, FloatingPointError, RuntimeError, SafetensorError) as error:
             if os.environ.get("EFFATTN_DEBUG"):
                 raise
@@ -32,11 +50,45 @@ def one_line_errors(command: Callable) -> Callable:
                 f"error: {' '.join(lines[:2]) or type(error).__name__}", style="bold red", markup=False, soft_wrap=True
             )
             raise typer.Exit(2) from None
-        except KeyboardInterrupt:
-            errors.print("stopped; run the same command again to go on from the last checkpoint", soft_wrap=True)
-            raise typer.Exit(130) from None
+        except KeyboardInterrupt as stop:
+            errors.print((getattr(stop, "__notes__", None) or [GOES_ON])[0], soft_wrap=True, markup=False)
+            raise typer.Exit(getattr(stop, "code", 130)) from None
 
     return guarded
+
+
+@contextmanager
+def when_stopped(say: Callable[[], str]):
+    """What is said when the body is stopped, instead of `GOES_ON`."""
+    try:
+        yield
+    except KeyboardInterrupt as stop:
+        stop.add_note(say())
+        raise
+
+
+@contextmanager
+def _orderly_signals():
+    """While the body runs, SIGTERM and SIGHUP are raised as `Signalled`, so that what is half done is cleaned up.
+
+    Signals that somebody handles, or ignores (nohup), stay as they are.
+    """
+    before = {}
+    if threading.current_thread() is threading.main_thread():  # no other thread may set handlers
+        for name in ("SIGTERM", "SIGHUP"):
+            number = getattr(signal, name, None)  # Windows has no SIGHUP
+            if number is not None and signal.getsignal(number) is signal.SIG_DFL:
+                before[number] = signal.signal(number, _stop)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _stop(number: int, _frame) -> None:
+    signal.signal(number, signal.SIG_IGN)  # a second one does not interrupt the cleaning up
+    raise Signalled(number)
 
 
 class Show:
@@ -81,8 +133,10 @@ def count_of(text: str) -> int:
     try:
         value = float(digits.replace("_", "").replace(",", "")) * factor
     except ValueError:
-        raise typer.BadParameter(f"got {text!r}, valid is like 50000, 50_000, 50k or 1.5M") from None
-    return int(value)
+        value = math.nan
+    if not abs(value) <= MOST or abs(value - round(value)) > 1e-6:  # NaN neither
+        raise typer.BadParameter(f"got {text!r}, valid is like 50000, 50_000, 50k or 1.5M")
+    return round(value)
 
 
 def count_tokens(text: str):

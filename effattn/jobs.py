@@ -96,11 +96,11 @@ def _finished(job) -> bool:
     return True
 
 
-def discard(partial: Path) -> None:
+def discard(partial: Path, last: str = SETTINGS) -> None:
     """Removes what a run went on from, its settings last: killed meanwhile, it is still known whose the rest is."""
     if partial.is_dir():
         for entry in partial.iterdir():
-            if entry.name != SETTINGS:
+            if entry.name != last:
                 shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
         shutil.rmtree(partial)
     else:

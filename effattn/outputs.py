@@ -17,7 +17,7 @@ import os
 import shutil
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from effattn.locking import Busy, open_locked, still_there
@@ -28,6 +28,7 @@ OWNER = ".owner"  # in the staging folder, until it is filled: who works there
 LONGEST = len("..partial.json")  # the most that a name beside the output has more than the output's own
 
 _claims: dict[Path, int] = {}  # target -> the thread that holds it
+_filling: set[Path] = set()  # staging folders that become their outputs as they are
 
 
 # Checks ----------------------------------------------------------------------------------------------------------
@@ -149,15 +150,30 @@ def claim(argument: str, path: str | Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
+def claim_all(targets: Mapping[str, str | Path | None]) -> Iterator[None]:
+    """`claim` of every {argument: path} that is not None."""
+    with contextlib.ExitStack() as held:
+        for argument, path in targets.items():
+            if path is not None:
+                held.enter_context(claim(argument, path))
+        yield
+
+
+@contextlib.contextmanager
 def atomic_folder(path: str | Path) -> Iterator[Path]:
     """Yields a temporary folder beside `path`; renames it to `path` at the end, or removes it when the body fails.
 
-    Raises what `check_new_folder` and `claim` do.
+    Within another atomic folder it is that one: what is whole there is whole here. Raises what `check_new_folder` and
+    `claim` do.
     """
     check_new_folder("path", path)
     target = _check_name("path", path)
+    if target in _filling:
+        yield target
+        return
     with claim("path", path) as folder:
         _empty(folder)
+        _filling.add(folder)
         try:
             yield folder
             follow_umask(folder)
@@ -169,6 +185,8 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
             if folder.is_dir():
                 _empty(folder)
             raise
+        finally:
+            _filling.discard(folder)
 
 
 def fsync(path: Path) -> None:

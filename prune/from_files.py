@@ -18,8 +18,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from effattn.hf.checkpoint import check_new_folder
 from effattn.hf.weight_files import INDEX
+from effattn.jobs import discard
+from effattn.outputs import check_new_folder, claim
 from effattn.permissions import follow_umask
 from effattn.reports.files import write_text_atomic
 
@@ -55,8 +56,10 @@ def prune_files(
     settings or another source.
     """
     source, output = Path(source), Path(output).absolute()
-    check_new_folder("output", output)
     work = Path(work) if work is not None else output.parent / f".{output.name}.pruning"
+    finished = (work / MANIFEST).is_file() and (output / FACTS).is_file()  # but killed before it had removed the first
+    if not finished:
+        check_new_folder("output", output)
     checkpoint = Checkpoint(source)
     model = StreamedModel(checkpoint, torch.device(device))
     parts = model.parts
@@ -70,20 +73,14 @@ def prune_files(
         "raise_damping": raise_damping, "block": block, "length": length,
         "calibration_tokens": len(tokens) // length * length,
     }  # fmt: skip
-    state = resume(work / MANIFEST, {**settings, **_fingerprint(checkpoint, tokens)}) or {"measured": [], "layers": []}
-    run = _Run(model, plan, work, work / MANIFEST, state, calibration.batches_of(tokens, length))
-    if allocation == "sensitivity":
-        run.measure(progress)
-        run.plan = allocate(plan, state["measured"])
-    run.prune(progress)
-    run.write_rest()
-    facts = {"settings": settings, "layers": state["layers"], "verification": run.verify()}
-    write_text_atomic(run.out / FACTS, json.dumps(facts, indent=1) + "\n")
-    follow_umask(run.out)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    os.replace(run.out, output)
-    shutil.rmtree(work)
-    return facts
+    wanted = {**settings, **_fingerprint(checkpoint, tokens)}
+    with claim("output", output):
+        state = resume(work / MANIFEST, wanted) or {"measured": [], "layers": []}
+        if not finished:
+            run = _Run(model, plan, work, work / MANIFEST, state, calibration.batches_of(tokens, length))
+            run.finish(settings, output, allocation == "sensitivity", progress)
+        discard(work, MANIFEST)
+    return json.loads((output / FACTS).read_text(encoding="utf-8"))
 
 
 def resume(file: Path, settings: dict) -> dict | None:
@@ -147,6 +144,18 @@ class _Run:
             shutil.rmtree(source.folder)
             if progress:
                 progress(index + 1, self.count)
+
+    def finish(self, settings: dict, output: Path, by_sensitivity: bool, progress) -> None:
+        """All that is left to do, up to the output's name."""
+        if by_sensitivity:
+            self.measure(progress)
+            self.plan = allocate(self.plan, self.state["measured"])
+        self.prune(progress)
+        self.write_rest()
+        facts = {"settings": settings, "layers": self.state["layers"], "verification": self.verify()}
+        write_text_atomic(self.out / FACTS, json.dumps(facts, indent=1) + "\n")
+        follow_umask(self.out)
+        os.replace(self.out, output)
 
     def measure(self, progress) -> None:
         """Each layer's sensitivity, in the unchanged model."""

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from effattn.console import Show, console, contexts_of, count_tokens, errors, one_line_errors, quiet_libraries
+from effattn.console import Show, console, contexts_of, count_tokens, one_line_errors, quiet_libraries, when_stopped
 
 
 @one_line_errors
@@ -47,11 +47,8 @@ def structured(
         calibration_tokens=calibration_tokens, evaluation_tokens=evaluation_tokens, length=length,
         decode_contexts=contexts_of(decode_contexts), seed=seed, device=device,
     )  # fmt: skip
-    try:
+    with when_stopped(lambda: "stopped; nothing was written"):
         report = run(job, Show())
-    except KeyboardInterrupt:
-        errors.print("stopped; nothing was written", soft_wrap=True)
-        raise SystemExit(130) from None
     console.print(report)
     console.print(f"\ncheckpoint  {output}", soft_wrap=True, highlight=False)
     console.print(f"report      {(output / 'report.html').absolute()}", soft_wrap=True, highlight=False)

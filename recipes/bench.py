@@ -37,21 +37,24 @@ def main(
 
     from effattn.benchmark import report, results, run
     from effattn.benchmark.page import html
+    from effattn.bounds import Bounds
+    from effattn.outputs import check_file, check_writable, claim
     from effattn.profiling.device import Peaks, check_device, peaks
 
     if threads is not None and threads < 1:
         raise ValueError(f"threads: got {threads}, valid is 1 or more")
-    if seconds is not None and not seconds >= 0:
-        raise ValueError(f"seconds: got {seconds}, valid is 0 or more")
+    if seconds is not None:
+        Bounds(whole=False, least=0).check("seconds", seconds)
     torch.set_num_threads(threads or torch.get_num_threads())
     where = check_device(device)
     wide = console if console.is_terminal else Console(width=160)  # a log's lines may be long
     seconds = seconds if seconds is not None else 0.3 if quick else 2.5
     cases = run.choose(run.all_cases(where.type, quick), only, run.parse_part(part))
     output = output or results.default_path(where)
+    check_file("output", output)
     wanted = results.settings(where, quick, seconds)
     found = results.new(wanted) if fresh else results.resume(output, wanted)
-    output.parent.mkdir(parents=True, exist_ok=True)  # an unwritable folder is found out now
+    check_writable("output", output.parent)
 
     if found.get("peaks"):
         limits = Peaks.from_dict(found["peaks"])
@@ -72,8 +75,9 @@ def main(
         results.save(output, run.judge(found))
         wide.print(report.case_table(name, found).rich())
 
-    run.run(cases, where, found, seconds, limits, done)
-    results.save(output, run.judge(found), html(found))
+    with claim("output", output):
+        run.run(cases, where, found, seconds, limits, done)
+        results.save(output, run.judge(found), html(found))
     for table in (report.growth_table(found), report.targets_table(found), report.peers_table(found)):
         wide.print(table.rich())
     console.print(report.finding(found), soft_wrap=True, highlight=False)

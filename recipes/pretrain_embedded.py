@@ -12,9 +12,11 @@ from typing import Annotated
 
 import typer
 
+from effattn.console import one_line_errors
 from effattn.embedded.pretrain import pretrain
 
 
+@one_line_errors
 def main(
     output: Annotated[Path, typer.Option(help="where the checkpoint, the tokenizer and the card go")],
     tokens: Annotated[int, typer.Option(help="training tokens")] = 12_000_000,

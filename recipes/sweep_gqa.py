@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from effattn.console import Show, console, count_tokens, one_line_errors, quiet_libraries
+from effattn.console import Show, console, contexts_of, count_tokens, one_line_errors, quiet_libraries
 
 
 @one_line_errors
@@ -29,7 +29,7 @@ def main(
 
     quiet_libraries()
     reports = sweep(
-        model, output, kv_heads=[int(n) for n in kv_heads.split(",")], methods=methods.split(","),
+        model, output, kv_heads=contexts_of(kv_heads, "kv_heads"), methods=list(map(str.strip, methods.split(","))),
         uptrain_tokens=uptrain_tokens, evaluation_tokens=evaluation_tokens, show=Show(),
     )  # fmt: skip
     table = Table("KV heads", "method", "re-fit", "excess CE converted", "uptrained", "perplexity")

@@ -151,6 +151,24 @@ def test_a_claim_that_lost_its_name_removes_nothing_of_the_next(tmp_path):
     assert not outputs._claims
 
 
+def test_an_atomic_folder_within_another_is_that_one(tmp_path):
+    def failing():
+        with atomic_folder(tmp_path / "out") as folder, atomic_folder(folder) as same:
+            assert same == folder
+            (same / "x").write_text("1")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        failing()
+    assert list(tmp_path.iterdir()) == []
+    with atomic_folder(tmp_path / "out") as folder:
+        with atomic_folder(folder) as same:
+            (same / "x").write_text("1")
+        (folder / "y").write_text("2")
+    assert sorted(one.name for one in (tmp_path / "out").iterdir()) == ["x", "y"]
+    assert not outputs._filling
+
+
 def test_a_failed_fill_can_be_repeated_in_the_same_claim(tmp_path):
     with claim("output", tmp_path / "out"):
         with contextlib.suppress(RuntimeError), atomic_folder(tmp_path / "out") as folder:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import lzma
+import os
 import platform
 import time
 from pathlib import Path
@@ -16,8 +17,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Trainer
 
 from effattn import training
+from effattn.bounds import Bounds
 from effattn.embedded import corpus, tokens
 from effattn.evaluate.loss import token_losses
+from effattn.jobs import main_process
+from effattn.outputs import OWNER, check_writable, claim
 from effattn.permissions import follow_umask
 
 END = "<|endoftext|>"
@@ -88,13 +92,41 @@ def pretrain(
     overrides: dict | None = None,
 ) -> dict:
     """Trains (or goes on training) the model in `output` and returns its card."""
+    for name, value, least in (
+        ("tokens", train_tokens, 1), ("hidden", hidden, 16), ("layers", layers, 1), ("vocabulary", vocabulary, 258),
+        ("length", length, 8), ("batch", batch, 1),
+    ):  # fmt: skip
+        Bounds(whole=True, least=least).check(name, value)
+    Bounds(whole=False, above=0).check("lr", lr)
     output = Path(output)
+    check_writable("output", output)
+    if not main_process():
+        return _pretrain(output, None, train_tokens, hidden, layers, vocabulary, length, batch, lr, compile, overrides)
+    with claim("output", output) as staging:
+        return _pretrain(
+            output, staging, train_tokens, hidden, layers, vocabulary, length, batch, lr, compile, overrides
+        )  # fmt: skip
+
+
+def _put(staging: Path, output: Path, last: str) -> None:
+    """Moves the files that were written into `staging` to `output`, `last` last: it says that all are there."""
+    names = [file.name for file in staging.iterdir() if file.name != OWNER]
+    for name in sorted(names, key=lambda name: name == last):
+        os.replace(staging / name, output / name)
+
+
+def _pretrain(
+    output: Path, staging: Path | None, train_tokens: int, hidden: int, layers: int, vocabulary: int, length: int,
+    batch: int, lr: float, compile: bool, overrides: dict | None,
+) -> dict:  # fmt: skip
     run = output / "run"
     if (output / "tokenizer.json").exists():
         tokenizer = PreTrainedTokenizerFast.from_pretrained(output)
     else:
         tokenizer = train_tokenizer(vocabulary)
-        tokenizer.save_pretrained(output)
+        if staging is not None:
+            tokenizer.save_pretrained(staging)
+            _put(staging, output, "tokenizer.json")
     steps = max(1, train_tokens // (batch * length))
     torch.manual_seed(0)
     model = LlamaForCausalLM(config(tokenizer, hidden, layers, length))
@@ -139,8 +171,9 @@ def pretrain(
             if "loss" in entry or "eval_loss" in entry
         ],
     }
-    if trainer.is_world_process_zero():
-        model.save_pretrained(output)
-        follow_umask(output)
-        (output / "card.json").write_text(json.dumps(card, indent=1) + "\n")
+    if staging is not None:
+        model.save_pretrained(staging)
+        (staging / "card.json").write_text(json.dumps(card, indent=1) + "\n")
+        follow_umask(staging)
+        _put(staging, output, "card.json")
     return card

@@ -6,7 +6,6 @@ found = effattn.evaluate.by_position(model, sequences)          # int64 (n, T + 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from itertools import pairwise
 
@@ -15,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from effattn.errors import Unsupported
-from effattn.evaluate.loss import Progress
+from effattn.evaluate.loss import Progress, perplexity_of
 from effattn.hf import anatomy
 from effattn.hf.placement import input_device
 
@@ -83,7 +82,7 @@ def scores(nats: Tensor, right: Tensor) -> dict[str, float]:
     mean = nats.double().mean().item()
     return {
         "cross_entropy": mean,
-        "perplexity": math.exp(mean) if mean < 700 else math.inf,
+        "perplexity": perplexity_of(mean),
         "accuracy": right.double().mean().item(),
     }
 

@@ -85,12 +85,20 @@ def token_losses(
     return losses
 
 
+def perplexity_of(cross_entropy: float) -> float:
+    """exp of a mean cross-entropy in nats; infinite beyond what a float holds (reports: null), NaN of NaN."""
+    try:
+        return math.exp(cross_entropy)
+    except OverflowError:
+        return math.inf
+
+
 def perplexity(model, tokens: torch.Tensor, context: int, stride: int | None = None, **kwargs) -> float:
     """exp of the mean of `token_losses`: tokens (N,) int64, see there for `context` and `stride`."""
     training = model.training
     model.eval()
     try:
-        return math.exp(token_losses(model, tokens, context, stride, **kwargs).double().mean().item())
+        return perplexity_of(token_losses(model, tokens, context, stride, **kwargs).double().mean().item())
     finally:
         model.train(training)
 
@@ -126,4 +134,4 @@ def compare(
         if progress:
             progress(number + 1, len(groups))
     count = len(tokens) - 1
-    return {"perplexity": math.exp(loss / count), "cross_entropy": loss / count, "kl": divergence / count}
+    return {"perplexity": perplexity_of(loss / count), "cross_entropy": loss / count, "kl": divergence / count}

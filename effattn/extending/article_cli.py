@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from effattn.console import Show, console, contexts_of, errors, one_line_errors, quiet_libraries
+from effattn.console import Show, console, contexts_of, one_line_errors, quiet_libraries, when_stopped
 
 
 @one_line_errors
@@ -37,6 +37,7 @@ def extend_context(
 ) -> None:  # fmt: skip
     """Position rules side by side beyond the trained length: loss, copying and retrieval from far back."""
     from effattn.extending.article_job import Job, run
+    from effattn.quant.sensitivity.parts import kept
 
     quiet_libraries()
     job = Job(
@@ -46,15 +47,15 @@ def extend_context(
         retrieval_style=retrieval_style, text=tuple(text or ()), dataset=dataset, column=column, output=output,
         json=json, seed=seed, device=device,
     )  # fmt: skip
-    try:
-        report = run(job, Show())
-    except KeyboardInterrupt:
-        from effattn.quant.sensitivity.parts import kept
 
-        where = f"{kept(job.partial)} finished parts are kept in {job.partial}: the same command goes on from there"
-        errors.print(f"stopped; {where if job.partial else 'nothing is kept: with --output it would be'}",
-                     soft_wrap=True)  # fmt: skip
-        raise SystemExit(130) from None
+    def kept_where() -> str:
+        if job.partial is None:
+            return "stopped; nothing is kept: with --output it would be"
+        finished = f"{kept(job.partial)} finished parts"
+        return f"stopped; {finished} are kept in {job.partial}: the same command goes on from there"
+
+    with when_stopped(kept_where):
+        report = run(job, Show())
     wide = console if console.is_terminal else Console(width=160)  # a log's lines may be long
     wide.print(report)
     if output is not None:

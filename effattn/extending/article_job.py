@@ -28,6 +28,7 @@ from effattn.hf.checkpoint import load_model
 from effattn.hf.describe import describe
 from effattn.hf.swap import active
 from effattn.jobs import Quiet, device
+from effattn.outputs import check_file, claim_all
 from effattn.profiling.environment import environment
 
 CURVE = 8  # buckets of a loss curve in each trained length
@@ -78,10 +79,14 @@ def run(job: Job, show: Quiet | None = None) -> ArticleReport:
 
     Raises ValueError (bad settings or input) and OSError (disk), each before anything is measured.
     """
+    check_job(job)
+    with claim_all({"output": job.output, "json": job.json}):
+        return _run(job, show or Quiet())
+
+
+def _run(job: Job, show: Quiet) -> ArticleReport:
     from effattn.quant.sensitivity.parts import Parts
 
-    show = show or Quiet()
-    check_job(job)
     with show.stage("loading the model"):
         model, tokenizer = load_model(job.model)
         model.to(device(job.device))
@@ -188,7 +193,10 @@ def check_job(job: Job) -> None:
         check_choice("retrieval_style", job.retrieval_style, STYLES)
     if job.text and job.dataset:
         raise ValueError("text and dataset: got both, valid is one of them (or neither: the embedded corpus)")
-    if job.output is not None and (Path(job.output) / "report.json").exists():
+    for argument, file in (("output", job.output and Path(job.output) / "report.json"), ("json", job.json)):
+        if file is not None:
+            check_file(argument, file)
+    if job.output is not None and (Path(job.output) / "report.json").exists() and not job.partial.exists():
         raise ValueError(f"output: {job.output} holds a finished report; give a new folder")
 
 

@@ -8,7 +8,6 @@ target holds the checkpoints of an unfinished uptraining; the same command goes 
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import ClassVar
 from effattn import embedded
 from effattn.bounds import Checked, random_seed, real, whole
 from effattn.errors import check_choice
-from effattn.evaluate.loss import compare, token_losses
+from effattn.evaluate.loss import compare, perplexity_of, token_losses
 from effattn.heads import gqa
 from effattn.heads.grouping import GROUPINGS
 from effattn.heads.report import ConversionReport
@@ -136,7 +135,7 @@ def measure_parent(parent, data: Streams, length: int, progress=None) -> dict:
     loss = float(token_losses(parent, data.evaluation, length, progress=progress).double().mean())
     return {
         "tokens": len(data.evaluation), "context": length, "source": data.source,
-        "before": {"perplexity": math.exp(loss), "cross_entropy": loss}, "uptrained": None,
+        "before": {"perplexity": perplexity_of(loss), "cross_entropy": loss}, "uptrained": None,
     }  # fmt: skip
 
 

@@ -10,11 +10,14 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from effattn.errors import check_choice
 from effattn.evaluate.loss import compare
 from effattn.heads import gqa, job
 from effattn.heads.report import ConversionReport
 from effattn.heads.report_compare import compare_html
 from effattn.hf.checkpoint import load_model
+from effattn.jobs import discard
+from effattn.outputs import check_writable, claim
 from effattn.reports.files import write_text_atomic
 from effattn.textdata import streams
 
@@ -26,21 +29,47 @@ def sweep(
     """Converts `model` by every method, with and without the O re-fit, then uptrains `optimal` at each number of KV
     heads. Writes output/{sweep.json, sweep.html} and, for each uptrained model, a folder kv<N> as convert-gqa does.
     Conversions already in output/sweep.json and finished folders are not repeated."""
-    show = show or job.Quiet()
+    check_numbers(kv_heads, methods, uptrain_tokens, calibration_tokens, evaluation_tokens, length)
     output = Path(output)
-    output.mkdir(parents=True, exist_ok=True)
+    check_writable("output", output)
+    with claim("output", output):
+        return _sweep(
+            model, output, kv_heads, methods, uptrain_tokens, calibration_tokens, evaluation_tokens, length,
+            show or job.Quiet(),
+        )  # fmt: skip
+
+
+def check_numbers(
+    kv_heads, methods, uptrain_tokens: int, calibration_tokens: int, evaluation_tokens: int, length: int
+) -> None:
+    """ValueError for what no conversion takes."""
+    if not kv_heads:
+        raise ValueError("kv_heads: got none, valid is at least one number")
+    for count in kv_heads:
+        job.Job(
+            "", count, Path(), uptrain_tokens=uptrain_tokens, calibration_tokens=calibration_tokens,
+            evaluation_tokens=evaluation_tokens, length=length,
+        )  # fmt: skip
+    for method in methods:
+        check_choice("methods", method, gqa.METHODS)
+
+
+def _sweep(
+    model, output, kv_heads, methods, uptrain_tokens, calibration_tokens, evaluation_tokens, length, show
+) -> list[ConversionReport]:
     reports = _without_training(
         model, output, kv_heads, methods, calibration_tokens, evaluation_tokens, length, show
     )  # fmt: skip
     for count in kv_heads if uptrain_tokens else ():
         folder = output / f"kv{count}"
-        if (folder / "report.json").exists():
-            reports.append(ConversionReport.load(folder / "report.json"))
-            continue
         settings = job.Job(
             model, count, folder, calibration_tokens=calibration_tokens, evaluation_tokens=evaluation_tokens,
             uptrain_tokens=uptrain_tokens, length=length,
         )  # fmt: skip
+        if (folder / "report.json").exists():
+            discard(settings.partial)  # of a run that was killed at its very end
+            reports.append(ConversionReport.load(folder / "report.json"))
+            continue
         reports.append(job.run(settings, show))
         _write(output, reports)
     _write(output, reports)

@@ -15,7 +15,7 @@ from effattn.measuring import progress as saving
 from effattn.measuring.job import BATCHES, CONTEXTS, SECONDS, STEPS, check_numbers, measure
 from effattn.measuring.report import Report
 from effattn.measuring.variants import parse_all
-from effattn.outputs import check_file, check_writable
+from effattn.outputs import check_file, check_writable, claim_all
 
 BESIDE = ("sliding(window=512, sinks=4)",)  # what a bare run shows beside the plain embedded model
 
@@ -77,16 +77,17 @@ def run(job: Job, show: Quiet | None = None) -> Report:
     for method, file in job.files.items():
         check_writable(method.removeprefix("to_"), file.absolute().parent)
         check_file(method.removeprefix("to_"), file)
-    with show.stage("loading the model"):
-        model, _ = load_model(job.model, job.dtype)
-        model.to(place)
-    report = measure(
-        model, job.wanted, job.contexts, job.batches, steps=job.steps, seconds=job.seconds, seed=job.seed,
-        output=job.output, resume=job.partial, fresh=job.fresh, name=str(job.model), show=show,
-    )  # fmt: skip
-    for method, file in job.files.items():
-        getattr(report, method)(file)
-    saving.discard(job.partial)
+    with claim_all({"output": job.output, "json": job.json, "markdown": job.markdown, "html": job.html}):
+        with show.stage("loading the model"):
+            model, _ = load_model(job.model, job.dtype)
+            model.to(place)
+        report = measure(
+            model, job.wanted, job.contexts, job.batches, steps=job.steps, seconds=job.seconds, seed=job.seed,
+            output=job.output, resume=job.partial, fresh=job.fresh, name=str(job.model), show=show,
+        )  # fmt: skip
+        for method, file in job.files.items():
+            getattr(report, method)(file)
+        saving.discard(job.partial)
     return report
 
 

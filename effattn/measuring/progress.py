@@ -23,9 +23,12 @@ def partial_beside(file: Path) -> Path:
 
 
 def check_output(folder: Path, fresh: bool) -> None:
-    """ValueError for a folder with a finished report, OSError for one that cannot be written."""
+    """ValueError for a folder with a finished report, OSError for one that cannot be written.
+
+    With finished cells beside it, the run was killed before it had removed those: it only has to be repeated.
+    """
     check_writable("output", folder)
-    if (folder / REPORT).exists() and not fresh:
+    if (folder / REPORT).exists() and not fresh and not partial_in(folder).exists():
         raise ValueError(f"output: {folder} holds a finished report; --fresh measures again and replaces it")
 
 

@@ -5,14 +5,13 @@ Each returns a JSON-able dict of raw numbers; perplexities are exp of a mean cro
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
 
-from effattn.evaluate.loss import Progress, token_losses
+from effattn.evaluate.loss import Progress, perplexity_of, token_losses
 from effattn.evaluate.streaming import stream_losses
 from effattn.hf import anatomy
 from effattn.hf.placement import input_device
@@ -23,12 +22,7 @@ MOST_REFERENCE = 2048  # tokens in a window of the reference: it is recomputed f
 def scores(losses: torch.Tensor) -> dict[str, float]:
     """Cross-entropy and perplexity of some tokens' losses."""
     mean = losses.double().mean().item()
-    return {"cross_entropy": mean, "perplexity": exp(mean)}
-
-
-def exp(cross_entropy: float) -> float:
-    """Perplexity, infinite where a float cannot hold it."""
-    return math.inf if cross_entropy >= 700 else math.exp(cross_entropy)
+    return {"cross_entropy": mean, "perplexity": perplexity_of(mean)}
 
 
 def trained_length(parts: anatomy.Anatomy) -> int | None:

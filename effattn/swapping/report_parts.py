@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 
 from markupsafe import Markup
 
+from effattn.evaluate.loss import perplexity_of
 from effattn.reports.figures import MARKERS
 from effattn.reports.page import Passage
 from effattn.reports.plots import AFTER, BEFORE, NEUTRAL, PALETTE, Series, line_plot
 from effattn.reports.tables import Table, data_size, pairs
-from effattn.swapping.measure import exp
 from effattn.swapping.patterns import without_sinks
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ def past(found: dict, trained: int | None) -> dict:
     count = spans[-1]["last"] - spans[0]["first"]
     sums = [(span["last"] - span["first"]) * (math.nan if span["cross_entropy"] is None else span["cross_entropy"])
             for span in spans]  # fmt: skip
-    return {"first": spans[0]["first"], "last": spans[-1]["last"], "perplexity": exp(sum(sums) / count)}
+    return {"first": spans[0]["first"], "last": spans[-1]["last"], "perplexity": perplexity_of(sum(sums) / count)}
 
 
 def _styles(report: SwapReport) -> list[tuple[dict, dict]]:

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from effattn.console import Show, console, contexts_of, count_tokens, errors, one_line_errors, quiet_libraries
+from effattn.console import Show, console, contexts_of, count_tokens, one_line_errors, quiet_libraries, when_stopped
 
 
 @one_line_errors
@@ -54,13 +54,15 @@ def quantize_kv(
         decode_contexts=contexts_of(decode_contexts), decode_batches=contexts_of(decode_batches, "decode_batches"),
         decode_steps=decode_steps, decode_seconds=decode_seconds, seed=seed, device=device,
     )  # fmt: skip
-    try:
+
+    def kept_where() -> str:
+        if job.partial is None:
+            return "stopped; nothing is kept: with --output it would be"
+        finished = f"{kept(job.partial)} finished parts"
+        return f"stopped; {finished} are kept in {job.partial}: the same command goes on from there"
+
+    with when_stopped(kept_where):
         report = run(job, Show())
-    except KeyboardInterrupt:
-        where = f"{kept(job.partial)} finished parts are kept in {job.partial}: the same command goes on from there"
-        errors.print(f"stopped; {where if job.output else 'nothing is kept: with --output it would be'}",
-                     soft_wrap=True)  # fmt: skip
-        raise SystemExit(130) from None
     wide = console if console.is_terminal else Console(width=140)  # a log's lines may be long
     wide.print(report)
     if output is not None:

@@ -1,0 +1,195 @@
+"""Every flow, killed or stopped at any moment: the same command finishes with the same bytes, and nothing is left.
+
+Timings differ between any two runs and are left out of what is compared, by name: `TIMES`, and the pages of a report.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import tiny
+from killing import FLOWS
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+ROOT = Path(__file__).parents[1]
+TIMES = {"seconds", "environment", "decode", "speed", "ms", "rows", "output", "peaks"}
+TRAINING = ("convert", "linearize", "extend", "shear")
+QUICK = ("oneshot", "convert", "swap")  # flows of each kind: file to file, trained, and in one go
+
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+
+
+class Server:
+    """Runs flows in children of one process that has imported everything."""
+
+    def __init__(self, root: Path):
+        self.root, self.wholes = root, {}
+        bpe = Tokenizer(models.BPE())
+        bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+        bpe.train_from_iterator(
+            [""], trainers.BpeTrainer(vocab_size=257, special_tokens=["<e>"], initial_alphabet=alphabet)
+        )
+        PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<e>").save_pretrained(root / "model")
+        tiny("llama", dtype=torch.float32, vocab_size=257).save_pretrained(root / "model")
+        (root / "text.txt").write_text("".join(f"{n} times {n} is {n * n}, " for n in range(3000)))
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "EFFATTN_DEBUG": ""}
+        self.process = subprocess.Popen(
+            [sys.executable, ROOT / "tests" / "killing.py"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            env=environment, cwd=root,
+        )  # fmt: skip
+
+    def run(self, flow: str, out: Path, at: int = 0, **more) -> tuple[int, int, str]:
+        """(exit code, or minus the signal; how often it changed the disk below out's folder; what it printed)."""
+        log = self.root / "log"
+        request = {"flow": flow, "model": str(self.root / "model"), "text": str(self.root / "text.txt"),
+                   "out": str(out), "root": str(out.parent), "log": str(log), "at": at, **more}  # fmt: skip
+        self.process.stdin.write(json.dumps(request) + "\n")
+        self.process.stdin.flush()
+        answer = json.loads(self.process.stdout.readline())
+        return answer["code"], answer["moments"], log.read_text()
+
+    def whole(self, flow: str) -> tuple[dict, int]:
+        """What an undisturbed run writes, and at how many moments it changes the disk."""
+        if flow not in self.wholes:
+            folder = self.root / f"whole-{flow}"
+            folder.mkdir()
+            code, moments, said = self.run(flow, folder / "out")
+            assert code == 0, said
+            assert [one.name for one in folder.iterdir()] == ["out"]
+            self.wholes[flow] = snapshot(folder / "out"), moments
+        return self.wholes[flow]
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    made = Server(tmp_path_factory.mktemp("kills"))
+    yield made
+    made.process.stdin.close()
+    made.process.wait(30)
+    made.process.stdout.close()
+
+
+def snapshot(folder: Path) -> dict[str, object]:
+    """Every file's bytes by name; of a report its numbers, without `TIMES`."""
+    found: dict[str, object] = {}
+    for file in sorted(folder.rglob("*")):
+        if file.name == "report.json":
+            found[file.name] = timeless(json.loads(file.read_text()))
+        elif file.is_file() and not file.name.startswith("report."):
+            found[str(file.relative_to(folder))] = file.read_bytes()
+    return found
+
+
+def timeless(data: object) -> object:
+    if isinstance(data, dict):
+        return {key: timeless(value) for key, value in data.items() if key not in TIMES}
+    return [timeless(one) for one in data] if isinstance(data, list) else data
+
+
+def finish(server: Server, flow: str, out: Path) -> None:
+    """The same command again: it ends as an undisturbed run does."""
+    expected, _ = server.whole(flow)
+    complete = (out / "report.json").exists()
+    code, _, said = server.run(flow, out)
+    refused = "exists and is not an empty folder" in said or "holds a finished report" in said
+    assert code == 0 or (complete and code == 2 and refused), said
+    assert [one.name for one in out.parent.iterdir()] == ["out"]
+    assert snapshot(out) == expected
+
+
+def killed(server: Server, flow: str, out: Path, at: int, **how) -> None:
+    code, _, said = server.run(flow, out, at, **how)
+    assert code < 0, f"moment {at}: exit code {code}: {said}"
+    finish(server, flow, out)
+
+
+def moments_of(server: Server, flow: str, count: int, seed: int = 0) -> list[int]:
+    """Moments to die at: spread over the run at random, the last four of them, in which it ends, among them."""
+    total = server.whole(flow)[1]
+    print(f"{flow}: {total} moments, seed {seed}")
+    chosen = random.Random(f"{flow} {seed}").sample(range(1, total + 1), min(count, total))
+    return sorted({*chosen, *range(max(1, total - 3), total + 1)})
+
+
+def test_a_oneshot_job_is_killed_at_its_end(server, tmp_path):
+    """The stage that moves what was pruned to its place: killed at every moment of it."""
+    total = server.whole("oneshot")[1]
+    for at in range(total - 13, total + 1, 3):
+        folder = tmp_path / str(at)
+        folder.mkdir()
+        killed(server, "oneshot", folder / "out", at)
+
+
+@pytest.mark.parametrize(("cut", "at"), [("torch", 1), ("torch", 5), ("safetensors", 2)])
+def test_half_a_trainer_checkpoint_is_not_gone_on_from(server, tmp_path, cut, at):
+    """Optimizer of the first checkpoint, scheduler of the second, weights of the second."""
+    killed(server, "convert", tmp_path / "out", at, cut=cut)
+
+
+def test_a_kill_in_one_go(server, tmp_path):
+    total = server.whole("swap")[1]
+    for at in (total // 3, total - 1):
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
+        killed(server, "swap", tmp_path / "out", at)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)])
+def test_a_stopped_run_cleans_up(server, tmp_path, number, code):
+    flow = "oneshot" if number == signal.SIGTERM else "swap"
+    total = server.whole(flow)[1]
+    got, _, said = server.run(flow, tmp_path / "out", total - 5, signal=int(number))
+    assert got == code, said
+    assert "stopped; run the same command again" in said
+    assert "Traceback" not in said
+    assert {one.name for one in tmp_path.iterdir()} <= {".out.partial"}
+    finish(server, flow, tmp_path / "out")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flow", FLOWS)
+def test_any_moment(server, tmp_path, flow):
+    for at in moments_of(server, flow, 12):
+        folder = tmp_path / str(at)
+        folder.mkdir()
+        killed(server, flow, folder / "out", at)
+        shutil.rmtree(folder)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flow", TRAINING)
+@pytest.mark.parametrize("cut", ["torch", "safetensors"])
+def test_any_half_file(server, tmp_path, flow, cut):
+    for at in range(1, 6):
+        folder = tmp_path / str(at)
+        folder.mkdir()
+        code, _, _ = server.run(flow, folder / "out", at, cut=cut)
+        assert code in (0, -9)  # 0: it writes fewer
+        if code:
+            finish(server, flow, folder / "out")
+        shutil.rmtree(folder)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("flow", FLOWS)
+def test_stopped_at_any_moment(server, tmp_path, flow, number):
+    for at in moments_of(server, flow, 4, seed=int(number)):
+        folder = tmp_path / str(at)
+        folder.mkdir()
+        code, _, said = server.run(flow, folder / "out", at, signal=int(number))
+        assert code in (0, 128 + number), said  # 0: the run had ended
+        left = {one.name for one in folder.iterdir()} - {"out"}
+        assert left <= {".out.partial", ".out.partial.json"}
+        finish(server, flow, folder / "out")
+        shutil.rmtree(folder)
