@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from effattn.errors import Unsupported, check_choice
 from effattn.hf import anatomy as hf
 from effattn.hf.layerwise import LayerRunner
+from effattn.hf.packing import require_plain_files
 from effattn.profiling.weights import is_plain
 from effattn.training import bf16_pays
 
@@ -223,6 +224,7 @@ class StreamedModel:
 
         self.checkpoint, self.device = checkpoint, device or torch.device("cpu")
         config = AutoConfig.from_pretrained(checkpoint.folder)
+        require_plain_files(config, checkpoint.folder, "pruning from files")
         with init_empty_weights(include_buffers=False):  # rotary frequencies are computed, not stored
             model = AutoModelForCausalLM.from_config(config, dtype=config.dtype or torch.float32).eval()
         model.tie_weights()

@@ -67,6 +67,7 @@ def load(path: str | Path, dtype: torch.dtype | str = "auto") -> nn.Module:
     name = resolve(path)
     dtype = _dtype(dtype)
     config = _read_config(name, path)
+    packing.check_format(config, path)
     again = config.__dict__.pop(KEY, {})
     for field, value in again.get("trained", {}).items():  # the model before its rule was written in plain terms
         setattr(config, field, value)
@@ -163,6 +164,8 @@ def resolve(name: str | Path) -> str:
 def check_finite(model: nn.Module) -> None:
     """ValueError naming the first weight that holds NaN or Inf."""
     for name, tensor in placement.weights(model):
+        if tensor.is_floating_point() and tensor.dtype.itemsize < 2:
+            tensor = tensor.float()  # torch does not ask 8-bit floats
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             bad = int((~torch.isfinite(tensor)).sum())
             raise ValueError(f"weights: {name} holds NaN or Inf ({bad} of {tensor.numel()} values)")

@@ -12,10 +12,51 @@ bitsandbytes' weights, whose state_dict() is what a file holds anyway. These con
 
 from __future__ import annotations
 
+import difflib
+from pathlib import Path
+
 from torch import nn
+
+from effattn.errors import Unsupported
 
 SWITCH = "support_avx512bf16_for_cpu"  # bitsandbytes' attribute of a module that may rearrange its weight
 CONVERSIONS = "_weight_conversions"  # where transformers keeps how a model was loaded
+
+
+def format_of(config) -> str | None:
+    """The name of the packed format that a checkpoint's config says its weights are in ("fp8", "gptq", "bitsandbytes");
+    None for plain numbers."""
+    found = getattr(config, "quantization_config", None)
+    found = found if isinstance(found, dict) or found is None else found.to_dict()
+    if found is None:
+        return None
+    kind = found.get("quant_method")
+    return str(getattr(kind, "value", kind) or "bitsandbytes")
+
+
+def check_format(config, path: str | Path) -> None:
+    """Unsupported for a format that transformers does not know: it would take the codes for plain numbers."""
+    from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+
+    kind = format_of(config)
+    known = {name.removesuffix("_4bit").removesuffix("_8bit") for name in AUTO_QUANTIZER_MAPPING}
+    if kind is not None and kind not in known | set(AUTO_QUANTIZER_MAPPING):
+        near = difflib.get_close_matches(kind, known, n=1)
+        raise Unsupported(
+            f"model: {str(path)!r}: config.json: quantization_config: quant_method: got {kind!r}"
+            f"{f' (did you mean {near[0]!r}?)' if near else ''}, valid are {', '.join(sorted(known))}"
+        )
+
+
+def require_plain_files(config, path: str | Path, what: str) -> None:
+    """Unsupported for a checkpoint whose files hold codes. what: that reads them as numbers."""
+    kind = format_of(config)
+    if kind is not None:
+        raise Unsupported(
+            f"model: {str(path)!r}: its weights are stored as {kind!r}, and {what} reads plain numbers; valid is a "
+            "checkpoint without quantization_config, such as effattn.save(effattn.load(...), ...) makes where the "
+            "weights are unpacked as they are loaded"
+        )
 
 
 def steady(model: nn.Module) -> nn.Module:
