@@ -44,6 +44,7 @@ def save(model: nn.Module, path: str | Path, tokenizer=None) -> Path:
     left behind.
     """
     packing.steady(model)
+    placement.require_own(model, "save")
     check_finite(model)
     with atomic_folder(path) as folder, placement.saving(model):
         learned = _learned(model)
