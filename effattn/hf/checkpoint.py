@@ -49,7 +49,8 @@ def save(model: nn.Module, path: str | Path, tokenizer=None) -> Path:
     with atomic_folder(path) as folder, placement.saving(model):
         learned = _learned(model)
         plain = {name: tensor for name, tensor in model.state_dict().items() if name not in learned}
-        model.save_pretrained(folder, state_dict=plain if learned else None)
+        with packing.leaving_out(model, learned):
+            model.save_pretrained(folder, state_dict=plain if learned else None)
         if learned:
             save_file({name: tensor.contiguous() for name, tensor in _once(learned).items()}, folder / LEARNED)
         if tokenizer is not None:

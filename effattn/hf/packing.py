@@ -13,6 +13,8 @@ bitsandbytes' weights, whose state_dict() is what a file holds anyway. These con
 from __future__ import annotations
 
 import difflib
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from torch import nn
@@ -74,6 +76,28 @@ def steady(model: nn.Module) -> nn.Module:
         kept = (_of_the_model(one, packed) for one in conversions)
         setattr(model, CONVERSIONS, [one for one in kept if one is not None])
     return model
+
+
+@contextmanager
+def leaving_out(model: nn.Module, names: Collection[str]) -> Iterator[None]:
+    """While open, `save_pretrained` writes no weight of these names: of a packed model it asks the quantizer what to
+    write, whatever `state_dict` it is given."""
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is None:
+        yield
+        return
+    asked = quantizer.get_state_dict_and_metadata
+
+    def answer(model):
+        state, metadata = asked(model)
+        state = model.state_dict() if state is None else state
+        return {name: tensor for name, tensor in state.items() if name not in names}, metadata
+
+    quantizer.get_state_dict_and_metadata = answer
+    try:
+        yield
+    finally:
+        del quantizer.get_state_dict_and_metadata
 
 
 def _codes_back(weight: nn.Parameter, state) -> None:
