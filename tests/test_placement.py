@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 import effattn
 from effattn.errors import Unsupported
 from effattn.hf import placement
+from effattn.measuring.variants import build, parse_all
 
 CPU = torch.device("cpu")
 
@@ -190,6 +191,7 @@ CHANGES = {
     "heads": lambda model, tokens: effattn.swap(model, "dense", heads="mqa", calibration=tokens),
     "projections": lambda model, tokens: effattn.swap(model, "dense", projections="monarch(blocks=8)"),
     "oneshot": lambda model, tokens: effattn.prune.oneshot(model, tokens, sparsity=0.5),
+    "shear": lambda model, tokens: effattn.prune.shear(model, effattn.prune.Target(ffn=48), tokens, length=64),
     "structured": lambda model, tokens: effattn.prune.structured(model, tokens, ffn=48),
     "quantize_weights": lambda model, tokens: effattn.quant.quantize_weights(model),
 }
@@ -284,3 +286,18 @@ def test_a_model_without_numbers(tokens, tmp_path):
     with pytest.raises(Unsupported, match="is on the meta device, and nothing in the model says where its numbers are"):
         effattn.save(model, tmp_path / "saved")
     assert not (tmp_path / "saved").exists()
+
+
+@pytest.mark.parametrize("made", OFFLOADED)
+def test_measuring_leaves_a_model_where_it_is(made, tokens, tmp_path):
+    ids, model = tokens[None, :40], MADE[made](tmp_path)
+    own, maps = logits(model, ids), placement.maps(model)
+    variants = parse_all(["plain", "window=sliding(window=8)", "longformer(window=8)"])
+    twins = [build(model, variant) for variant in variants]
+    assert torch.equal(logits(twins[0], ids), own)
+    assert torch.equal(logits(twins[1], ids), logits(effattn.swap(model_of(), "sliding(window=8)"), ids))
+    assert torch.equal(logits(twins[2], ids), logits(effattn.swap(model_of(), "longformer(window=8)"), ids))
+    shared = zip(placement.maps(twins[1]), maps, strict=True)
+    assert all(one is other for one, other in shared)  # no second copy of all weights
+    assert placement.is_elsewhere(model)
+    assert torch.equal(logits(model, ids), own)

@@ -116,6 +116,11 @@ def require_own(model: nn.Module, what: str) -> None:
             )
 
 
+def maps(model: nn.Module) -> list:
+    """What the hooks of a model fetch weights from: its copies may have the same."""
+    return [hook.weights_map for each in model.modules() for hook in _offloading(each)]
+
+
 def replaced(root: nn.Module, paths: list[str]) -> str | None:
     """The first of the modules at `paths` whose forward is somebody's own, and not accelerate's; None without one."""
     modules = {path: vars(inside(root.get_submodule(path))) for path in paths}
