@@ -114,6 +114,32 @@ def test_compiled_modules(name, tokens):
     torch.testing.assert_close(logits(effattn.restore(model), ids), own, rtol=1e-5, atol=1e-5)
 
 
+class Narrow(accelerate.hooks.ModelHook):
+    """Takes what comes to another dtype and back, as a hook on a device of its own takes it there."""
+
+    def pre_forward(self, module, *args, **kwargs):
+        def narrow(x):
+            if isinstance(x, tuple):
+                return tuple(map(narrow, x))
+            return x.float() if torch.is_tensor(x) and x.is_floating_point() else x
+
+        return tuple(map(narrow, args)), {name: narrow(x) for name, x in kwargs.items()}
+
+    def post_forward(self, module, output):
+        return output[0].double(), *output[1:]
+
+
+@pytest.mark.parametrize("name", ["two rules", "raw keys", "longformer", "packed"])
+def test_hooks_that_change_what_comes_in(name, tokens):
+    ids, plain, model = tokens[None, :40], model_of(), model_of().double()
+    for layer in model.model.layers:
+        accelerate.hooks.add_hook_to_module(layer.self_attn.float(), Narrow())
+    torch.testing.assert_close(logits(model, ids).float(), logits(plain, ids), rtol=1e-4, atol=1e-4)
+    for one in (plain, model):
+        disturb(effattn.swap(one, **SWAPS[name]))
+    torch.testing.assert_close(logits(model, ids).float(), logits(plain, ids), rtol=1e-4, atol=1e-4)
+
+
 def test_a_forward_that_was_replaced_is_refused_where_it_would_be_lost(tokens):
     model = model_of()
     projection = model.model.layers[1].self_attn.v_proj

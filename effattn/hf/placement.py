@@ -48,6 +48,12 @@ def duplicate(module: nn.Module) -> nn.Module:
     return twin
 
 
+def taken(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    """The arguments of a call as the module's hook gives them to its forward: on the device where it computes."""
+    hook = module.__dict__.get(HOOK)
+    return (args, kwargs) if hook is None else hook.pre_forward(module, *args, **kwargs)
+
+
 @contextmanager
 def present(*modules: nn.Module) -> Iterator[None]:
     """While open, the modules and all in them have their weights, to be read: what is written may be lost."""
