@@ -19,6 +19,7 @@ from effattn.errors import Unsupported, check_choice
 from effattn.hf import anatomy as hf
 from effattn.hf import loading, weight_files
 from effattn.hf.layerwise import LayerRunner
+from effattn.hf.packing import require_plain_files
 from effattn.hf.source import KEY, read_config
 from effattn.profiling.weights import is_plain
 
@@ -207,6 +208,7 @@ class StreamedModel:
                 "valid is effattn.load, effattn.prune.oneshot on the model, and effattn.save"
             )
         loading.check_causal(config, checkpoint.folder)
+        require_plain_files(config, checkpoint.folder, "pruning from files")
         with init_empty_weights(include_buffers=False):  # rotary frequencies are computed, not stored
             model = loading.class_of(config)._from_config(config, dtype=config.dtype or torch.float32).eval()
         model.tie_weights()

@@ -33,6 +33,7 @@ from effattn.errors import Unsupported, check_choice
 from effattn.hf import anatomy as hf
 from effattn.hf.adapters import require_own_weights
 from effattn.hf.checkpoint import check_finite
+from effattn.hf.placement import require_here
 
 # For the embedded model, 10 % of its pretraining: with so few tokens the parent's predictions teach more than the text
 # does (perplexity 19.2 instead of 20.3). The paper has 0.4 billion, none and 50 billion.
@@ -137,6 +138,7 @@ def shear(
     Raises ValueError for a target, data or settings that cannot be, Unsupported for models and axes, all before
     anything is changed; FloatingPointError when training diverges.
     """
+    require_here(model, "shear")
     domains = data if isinstance(data, Domains) else Domains(data, length)
     shared = dict(batch=batch, loading=loading, seed=seed, overrides=overrides)
     folders = {name: None if folder is None else Path(folder) / name for name in ("masks", "recovered", "continued")}
@@ -176,6 +178,7 @@ def learn_masks(
     """
     require_own_weights(model)
     check_finite(model)
+    require_here(model, "shear")
     parts = hf.of(model)
     if not parts.predicts_next:
         raise Unsupported(f"model: got {type(model).__name__}, valid is a causal LM: shearing learns next tokens")

@@ -11,6 +11,7 @@ import pickle
 import pytest
 import torch
 from conftest import tiny
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import effattn
@@ -134,6 +135,8 @@ def test_second_projections_are_the_packed_ones(plain, kind, tokens, tmp_path):
     assert torch.equal(logits(copy.deepcopy(model), ids), at_first)
     effattn.save(model, tmp_path / "saved")
     assert torch.equal(logits(effattn.load(tmp_path / "saved"), ids), at_first)
+    assert not any("effattn" in name for name in load_file(tmp_path / "saved" / "model.safetensors"))
+    assert all("effattn" in name for name in load_file(tmp_path / "saved" / "effattn.safetensors"))
     restored = effattn.restore(model)
     assert torch.equal(logits(restored, ids), own)
     assert not any("effattn" in name for name in restored.state_dict())

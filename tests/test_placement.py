@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 import effattn
 from effattn.errors import Unsupported
 from effattn.hf import placement
+from effattn.measuring.variants import build, parse_all
 
 CPU = torch.device("cpu")
 
@@ -113,6 +114,32 @@ def test_compiled_modules(name, tokens):
     torch.testing.assert_close(logits(effattn.restore(model), ids), own, rtol=1e-5, atol=1e-5)
 
 
+class Narrow(accelerate.hooks.ModelHook):
+    """Takes what comes to another dtype and back, as a hook on a device of its own takes it there."""
+
+    def pre_forward(self, module, *args, **kwargs):
+        def narrow(x):
+            if isinstance(x, tuple):
+                return tuple(map(narrow, x))
+            return x.float() if torch.is_tensor(x) and x.is_floating_point() else x
+
+        return tuple(map(narrow, args)), {name: narrow(x) for name, x in kwargs.items()}
+
+    def post_forward(self, module, output):
+        return output[0].double(), *output[1:]
+
+
+@pytest.mark.parametrize("name", ["two rules", "raw keys", "longformer", "packed"])
+def test_hooks_that_change_what_comes_in(name, tokens):
+    ids, plain, model = tokens[None, :40], model_of(), model_of().double()
+    for layer in model.model.layers:
+        accelerate.hooks.add_hook_to_module(layer.self_attn.float(), Narrow())
+    torch.testing.assert_close(logits(model, ids).float(), logits(plain, ids), rtol=1e-4, atol=1e-4)
+    for one in (plain, model):
+        disturb(effattn.swap(one, **SWAPS[name]))
+    torch.testing.assert_close(logits(model, ids).float(), logits(plain, ids), rtol=1e-4, atol=1e-4)
+
+
 def test_a_forward_that_was_replaced_is_refused_where_it_would_be_lost(tokens):
     model = model_of()
     projection = model.model.layers[1].self_attn.v_proj
@@ -190,6 +217,7 @@ CHANGES = {
     "heads": lambda model, tokens: effattn.swap(model, "dense", heads="mqa", calibration=tokens),
     "projections": lambda model, tokens: effattn.swap(model, "dense", projections="monarch(blocks=8)"),
     "oneshot": lambda model, tokens: effattn.prune.oneshot(model, tokens, sparsity=0.5),
+    "shear": lambda model, tokens: effattn.prune.shear(model, effattn.prune.Target(ffn=48), tokens, length=64),
     "structured": lambda model, tokens: effattn.prune.structured(model, tokens, ffn=48),
     "quantize_weights": lambda model, tokens: effattn.quant.quantize_weights(model),
 }
@@ -204,3 +232,98 @@ def test_what_changes_weights_is_refused_before_any_work(made, what, tokens, tmp
         CHANGES[what](model, tokens)
     assert "effattn" not in str(model.config._attn_implementation)
     assert before is None or torch.equal(logits(model, tokens[None, :20]), before)
+
+
+def one_module():
+    model = model_of()
+    model.model.layers[2].self_attn.k_proj = model.model.layers[0].self_attn.k_proj
+    return model, "layers.0.self_attn.k_proj.weight and model.layers.2.self_attn.k_proj.weight"
+
+
+def one_weight():
+    model = model_of()
+    model.model.layers[1].mlp.up_proj.weight = model.model.layers[0].mlp.up_proj.weight
+    return model, "layers.0.mlp.up_proj.weight and model.layers.1.mlp.up_proj.weight"
+
+
+def one_layer():
+    model = model_of()
+    model.model.layers[1] = model.model.layers[0]
+    return model, "layers.0.self_attn.q_proj.weight and model.layers.1.self_attn.q_proj.weight"
+
+
+@pytest.mark.parametrize("shared", [one_module, one_weight, one_layer])
+def test_weights_that_two_modules_share(shared, tokens, tmp_path):
+    (model, names), ids = shared(), tokens[None, :40]
+    model.config.use_cache = False  # a layer that is there twice has one place in a cache
+    own = logits(model, ids)
+    changes = CHANGES | {"save": lambda model, tokens: effattn.save(model, tmp_path / "saved")}
+    for change in changes.values():
+        with pytest.raises(Unsupported, match=f"{names} are one weight, which LlamaForCausalLM does not tie"):
+            change(model, tokens)
+        assert torch.equal(logits(model, ids), own)
+    assert not (tmp_path / "saved").exists()
+    seen = effattn.swap(model, "longformer(window=81, global_tokens=2)")  # sees everything
+    torch.testing.assert_close(logits(seen, ids), own, rtol=1e-4, atol=1e-4)
+    assert torch.equal(logits(effattn.restore(model), ids), own)
+
+
+def contiguous(weight):
+    return weight.clone()
+
+
+def views(weight):
+    return torch.cat([torch.randn_like(weight), weight])[len(weight) :]
+
+
+def transposed(weight):
+    return weight.t().contiguous().t()
+
+
+def strided(weight):
+    return torch.stack([weight, torch.randn_like(weight)], dim=-1)[..., 0]
+
+
+@pytest.mark.parametrize("layout", [views, transposed, strided])
+def test_layouts_of_weights_change_nothing(layout, tokens, tmp_path):
+    found = []
+    for make in (contiguous, layout):
+        model, outputs = model_of(), []
+        for module in model.modules():
+            if isinstance(module, torch.nn.Linear):
+                module.weight = torch.nn.Parameter(make(module.weight.detach()))
+        disturb(effattn.swap(model, "longformer(window=6, global_tokens=2)"))
+        effattn.save(model, tmp_path / make.__name__)
+        outputs.append(logits(effattn.load(tmp_path / make.__name__), tokens[None, :40]))
+        effattn.restore(model)
+        effattn.convert_gqa(model, kv_heads=4, calibration=tokens, length=64)
+        effattn.prune.oneshot(model, tokens, sparsity="2:4", length=64)
+        effattn.prune.pack(model)
+        outputs.append(logits(model, tokens[None, :40]))
+        found.append(outputs)
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
+
+
+def test_a_model_without_numbers(tokens, tmp_path):
+    model = model_of().to("meta")
+    effattn.describe(effattn.swap(model, "sliding(window=8)", positions="yarn(factor=4)+logn"))
+    with pytest.raises(Unsupported, match="is on the meta device, it has no numbers to compute with"):
+        effattn.perplexity(model, tokens[:100], 32)
+    with pytest.raises(Unsupported, match="is on the meta device, and nothing in the model says where its numbers are"):
+        effattn.save(model, tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
+
+
+@pytest.mark.parametrize("made", OFFLOADED)
+def test_measuring_leaves_a_model_where_it_is(made, tokens, tmp_path):
+    ids, model = tokens[None, :40], MADE[made](tmp_path)
+    own, maps = logits(model, ids), placement.maps(model)
+    variants = parse_all(["plain", "window=sliding(window=8)", "longformer(window=8)"])
+    twins = [build(model, variant) for variant in variants]
+    assert torch.equal(logits(twins[0], ids), own)
+    assert torch.equal(logits(twins[1], ids), logits(effattn.swap(model_of(), "sliding(window=8)"), ids))
+    assert torch.equal(logits(twins[2], ids), logits(effattn.swap(model_of(), "longformer(window=8)"), ids))
+    shared = zip(placement.maps(twins[1]), maps, strict=True)
+    assert all(one is other for one, other in shared)  # no second copy of all weights
+    assert placement.is_elsewhere(model)
+    assert torch.equal(logits(model, ids), own)

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from conftest import tiny
+from effattn.prune.from_files import prune_files
+from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers import AutoModelForCausalLM
 
 import effattn
 from effattn.errors import Unsupported
@@ -171,3 +176,76 @@ def test_packed_linears_of_an_ffn_are_refused_too(kind, tokens):
             READS[what](model, tokens)
     assert not is_plain(mlp.down_proj)
     assert type(mlp.up_proj) is nn.Linear
+
+
+BLOCK = 32
+
+
+def stored(model, folder, kind: str = "fp8"):
+    """A checkpoint whose projections are 8-bit floats with a scale for each block of 32 x 32, and says so as `kind`."""
+    model.save_pretrained(folder)
+    tensors = load_file(folder / "model.safetensors")
+    for name, weight in list(tensors.items()):
+        if "_proj.weight" not in name:
+            continue
+        rows, columns = (size // BLOCK for size in weight.shape)
+        blocks = weight.float().view(rows, BLOCK, columns, BLOCK)
+        scales = blocks.abs().amax((1, 3)) / 448
+        codes = (blocks / scales[:, None, :, None]).view(weight.shape)
+        tensors |= {name: codes.to(torch.float8_e4m3fn), f"{name}_scale_inv": scales}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {
+        "quant_method": kind, "weight_block_size": [BLOCK, BLOCK], "activation_scheme": "dynamic", "bits": 8,
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def names_and_dtypes(folder) -> dict:
+    return {name: tensor.dtype for name, tensor in load_file(folder / "model.safetensors").items()}
+
+
+@pytest.mark.parametrize("loader", ["effattn", "transformers"])
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
+def test_what_the_loader_unpacks_is_saved_as_plain_numbers(family, loader, tokens, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # transformers unpacks where there is no GPU
+    model, ids = tiny(family, dtype=torch.float32), tokens[None, :24]
+    model.save_pretrained(tmp_path / "plain")
+    folder = stored(model, tmp_path / "fp8")
+    model = effattn.load(folder) if loader == "effattn" else AutoModelForCausalLM.from_pretrained(folder).eval()
+    expected = logits(model, ids)
+    effattn.save(model, tmp_path / "saved")
+    model.save_pretrained(tmp_path / "theirs")
+    effattn.save(effattn.swap(model, "sliding(window=6)"), tmp_path / "swapped")
+    effattn.restore(model)
+    for name in ("saved", "theirs"):
+        assert names_and_dtypes(tmp_path / name) == names_and_dtypes(tmp_path / "plain")
+        assert "quantization_config" not in json.loads((tmp_path / name / "config.json").read_text())
+        assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / name).eval(), ids), expected)
+    again = effattn.restore(effattn.load(tmp_path / "swapped"))
+    assert torch.equal(logits(again, ids), expected)
+
+
+def test_what_was_unpacked_is_converted_and_saved(tokens, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    model = effattn.load(stored(tiny("llama", dtype=torch.float32), tmp_path / "fp8"))
+    effattn.convert_gqa(model, kv_heads=2, method="mean", refit=False)
+    effattn.save(model, tmp_path / "saved")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved").eval()
+    assert torch.equal(logits(again, tokens[None, :24]), logits(model, tokens[None, :24]))
+    assert set(names_and_dtypes(tmp_path / "saved").values()) == {torch.float32}
+
+
+def test_formats_that_nobody_knows_are_refused(tmp_path):
+    folder = stored(tiny("llama", dtype=torch.float32), tmp_path / "odd", kind="fp9")
+    with pytest.raises(Unsupported, match=r"quant_method: got 'fp9' \(did you mean 'fp8'\?\), valid are .*gptq"):
+        effattn.load(folder)
+
+
+@pytest.mark.parametrize("kind", ["fp8", "gptq", "awq", "compressed-tensors", "mxfp4", "fp9"])
+def test_files_that_hold_codes_are_not_pruned(kind, tokens, tmp_path):
+    folder = stored(tiny("llama", dtype=torch.float32), tmp_path / "packed", kind=kind)
+    with pytest.raises(Unsupported, match=f"its weights are stored as '{kind}', and pruning from files reads plain"):
+        prune_files(folder, tmp_path / "out", tokens, sparsity=0.5, length=64)
+    assert not (tmp_path / "out").exists()

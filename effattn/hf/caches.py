@@ -13,6 +13,7 @@ import torch
 
 from effattn.errors import check_choice
 from effattn.hf.anatomy import Layer
+from effattn.hf.placement import device_of
 from effattn.interface import Backend
 from effattn.registry import parse_spec
 from effattn.states import FullState, State
@@ -93,7 +94,7 @@ def obstacle(layer: Layer, backend: Backend, cache: LayerCache) -> str | None:
         )
     if cache.format.pre_rope and not layer.family.rotary:
         return f"cache {cache.spec!r}: pre_rope=True, and the model has no rotary positions"
-    if "fp8" in (cache.format.k.kind, cache.format.v.kind) and (lacking := no_fp8(layer.k.like.device)):
+    if "fp8" in (cache.format.k.kind, cache.format.v.kind) and (lacking := no_fp8(device_of(layer.k.module))):
         return f"cache {cache.spec!r}: {lacking}; valid there are int8, int4 and int2"
     return None
 

@@ -40,11 +40,13 @@ def save(model: nn.Module, path: str | Path, tokenizer=None) -> Path:
     """
     packing.steady(model)
     require_own_weights(model)
+    placement.require_own(model, "save")
     check_finite(model)
     with atomic_folder(path) as folder, placement.saving(model):
         learned = record.learned(model)
         plain = {name: tensor for name, tensor in model.state_dict().items() if name not in learned}
-        model.save_pretrained(folder, state_dict=plain if learned else None)
+        with packing.leaving_out(model, learned):
+            model.save_pretrained(folder, state_dict=plain if learned else None)
         if learned:
             save_file({name: tensor.contiguous() for name, tensor in record.once(learned).items()}, folder / LEARNED)
         if tokenizer is not None:
@@ -62,6 +64,7 @@ def load(path: str | Path, dtype: torch.dtype | str = "auto") -> nn.Module:
     name = resolve(path)
     dtype = _dtype(dtype)
     config = read_config(name, path)
+    packing.check_format(config, path)
     again = config.__dict__.pop(KEY, {})
     for field, value in again.get("trained", {}).items():  # the model before its rule was written in plain terms
         setattr(config, field, value)
@@ -114,6 +117,8 @@ def load_model(name: str | Path, dtype: torch.dtype | str = "auto"):
 def check_finite(model: nn.Module) -> None:
     """ValueError naming the first weight that holds NaN or Inf."""
     for name, tensor in placement.weights(model):
+        if tensor.is_floating_point() and tensor.dtype.itemsize < 2:
+            tensor = tensor.float()  # torch does not ask 8-bit floats
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             bad = int((~torch.isfinite(tensor)).sum())
             raise ValueError(f"weights: {name} holds NaN or Inf ({bad} of {tensor.numel()} values)")

@@ -13,7 +13,7 @@ from effattn.errors import Unsupported
 from effattn.hf import plan as planning
 from effattn.hf.anatomy import Anatomy
 from effattn.hf.layerwise import windows
-from effattn.hf.placement import input_device
+from effattn.hf.placement import device_of, input_device
 from effattn.hf.plan import Plan
 
 WINDOW = 512  # tokens of a row
@@ -72,7 +72,7 @@ def fit(model: nn.Module, parts: Anatomy, plans: dict[int, Plan], tokens: Tensor
         swapping.detach(model)
         model.train(training)
     for index, plan in plans.items():
-        plan.backend.calibrate(torch.cat(keys[index]).to(parts.layers[index].k.like.device))
+        plan.backend.calibrate(torch.cat(keys[index]).to(device_of(parts.layers[index].k.module)))
 
 
 def _recorder(backend, keys: list[Tensor]):

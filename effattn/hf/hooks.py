@@ -51,6 +51,7 @@ class GlobalProjections(nn.Module):
     def forward(self, args: tuple, kwargs: dict) -> tuple[Tensor, Tensor, Tensor]:
         """q, k and v that the attention module makes with these weights from its own arguments: by its own code, so
         that norms, rotations and fused projections are right."""
+        args, kwargs = placement.taken(self._attention[0], args, kwargs)
         twin = placement.bare(self._attention[0])
         for path, names in self.names.items():
             *parents, leaf = path.split(".")

@@ -12,10 +12,53 @@ bitsandbytes' weights, whose state_dict() is what a file holds anyway. These con
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
 from torch import nn
+
+from effattn.errors import Unsupported
 
 SWITCH = "support_avx512bf16_for_cpu"  # bitsandbytes' attribute of a module that may rearrange its weight
 CONVERSIONS = "_weight_conversions"  # where transformers keeps how a model was loaded
+
+
+def format_of(config) -> str | None:
+    """The name of the packed format that a checkpoint's config says its weights are in ("fp8", "gptq", "bitsandbytes");
+    None for plain numbers."""
+    found = getattr(config, "quantization_config", None)
+    found = found if isinstance(found, dict) or found is None else found.to_dict()
+    if found is None:
+        return None
+    kind = found.get("quant_method")
+    return str(getattr(kind, "value", kind) or "bitsandbytes")
+
+
+def check_format(config, path: str | Path) -> None:
+    """Unsupported for a format that transformers does not know: it would take the codes for plain numbers."""
+    from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+
+    kind = format_of(config)
+    known = {name.removesuffix("_4bit").removesuffix("_8bit") for name in AUTO_QUANTIZER_MAPPING}
+    if kind is not None and kind not in known | set(AUTO_QUANTIZER_MAPPING):
+        near = difflib.get_close_matches(kind, known, n=1)
+        raise Unsupported(
+            f"model: {str(path)!r}: config.json: quantization_config: quant_method: got {kind!r}"
+            f"{f' (did you mean {near[0]!r}?)' if near else ''}, valid are {', '.join(sorted(known))}"
+        )
+
+
+def require_plain_files(config, path: str | Path, what: str) -> None:
+    """Unsupported for a checkpoint whose files hold codes. what: that reads them as numbers."""
+    kind = format_of(config)
+    if kind is not None:
+        raise Unsupported(
+            f"model: {str(path)!r}: its weights are stored as {kind!r}, and {what} reads plain numbers; valid is a "
+            "checkpoint without quantization_config, such as effattn.save(effattn.load(...), ...) makes where the "
+            "weights are unpacked as they are loaded"
+        )
 
 
 def steady(model: nn.Module) -> nn.Module:
@@ -33,6 +76,28 @@ def steady(model: nn.Module) -> nn.Module:
         kept = (_of_the_model(one, packed) for one in conversions)
         setattr(model, CONVERSIONS, [one for one in kept if one is not None])
     return model
+
+
+@contextmanager
+def leaving_out(model: nn.Module, names: Collection[str]) -> Iterator[None]:
+    """While open, `save_pretrained` writes no weight of these names: of a packed model it asks the quantizer what to
+    write, whatever `state_dict` it is given."""
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is None:
+        yield
+        return
+    asked = quantizer.get_state_dict_and_metadata
+
+    def answer(model):
+        state, metadata = asked(model)
+        state = model.state_dict() if state is None else state
+        return {name: tensor for name, tensor in state.items() if name not in names}, metadata
+
+    quantizer.get_state_dict_and_metadata = answer
+    try:
+        yield
+    finally:
+        del quantizer.get_state_dict_and_metadata
 
 
 def _codes_back(weight: nn.Parameter, state) -> None:

@@ -48,6 +48,12 @@ def duplicate(module: nn.Module) -> nn.Module:
     return twin
 
 
+def taken(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    """The arguments of a call as the module's hook gives them to its forward: on the device where it computes."""
+    hook = module.__dict__.get(HOOK)
+    return (args, kwargs) if hook is None else hook.pre_forward(module, *args, **kwargs)
+
+
 @contextmanager
 def present(*modules: nn.Module) -> Iterator[None]:
     """While open, the modules and all in them have their weights, to be read: what is written may be lost."""
@@ -74,9 +80,12 @@ def device_of(module: nn.Module) -> torch.device:
 
 
 def input_device(model: nn.Module) -> torch.device:
-    """Where a model's token ids go."""
+    """Where a model's token ids go. Unsupported for a model without numbers."""
     table = model.get_input_embeddings()
-    return device_of(table) if table.weight.is_meta else table.weight.device
+    device = device_of(table) if table.weight.is_meta else table.weight.device
+    if device.type == "meta":
+        raise Unsupported(f"{type(model).__name__} is on the meta device, it has no numbers to compute with")
+    return device
 
 
 def is_elsewhere(model: nn.Module) -> bool:
@@ -85,7 +94,8 @@ def is_elsewhere(model: nn.Module) -> bool:
 
 
 def require_here(model: nn.Module, what: str) -> None:
-    """Unsupported unless all weights are here, and may be changed. what: that asks for it, "convert_gqa"."""
+    """Unsupported unless all weights are here and each is in one place, so that they may be changed layer by layer.
+    what: that asks for it, "convert_gqa"."""
     where = next((name for name, each in model.named_modules() if _offloading(each)), None)
     if where is None:
         where = next((name for name, each in model.named_parameters() if each.is_meta), None)
@@ -94,6 +104,27 @@ def require_here(model: nn.Module, what: str) -> None:
             f"{what}: the weights of {where} are elsewhere (device_map or offloading), and it changes weights; load "
             "the model without device_map, or with one that puts every layer on a device"
         )
+    require_own(model, what)
+
+
+def require_own(model: nn.Module, what: str) -> None:
+    """Unsupported where two modules have one weight that the model's class does not tie: what is done to one would be
+    done to the other, and no checkpoint would say so."""
+    ties = getattr(model, "all_tied_weights_keys", None) or {}
+    known, first = {*ties, *ties.values()}, {}
+    for name, weight in model.named_parameters(remove_duplicate=False):
+        if name in known or "effattn_" in name:  # what a swap has added may be one for all layers
+            continue
+        if (other := first.setdefault(id(weight), name)) != name:
+            raise Unsupported(
+                f"{what}: {other} and {name} are one weight, which {type(model).__name__} does not tie; give each its "
+                "own: module.weight = torch.nn.Parameter(module.weight.detach().clone())"
+            )
+
+
+def maps(model: nn.Module) -> list:
+    """What the hooks of a model fetch weights from: its copies may have the same."""
+    return [hook.weights_map for each in model.modules() for hook in _offloading(each)]
 
 
 def replaced(root: nn.Module, paths: list[str]) -> str | None:

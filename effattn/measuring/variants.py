@@ -17,7 +17,7 @@ from torch import nn
 
 from effattn import registry
 from effattn.errors import Unsupported, check_choice
-from effattn.hf import anatomy
+from effattn.hf import anatomy, placement
 from effattn.hf import swap as swapping
 from effattn.positions import registry as position_rules
 from effattn.swapping.patterns import Pattern, label_of, parse_pattern
@@ -117,7 +117,7 @@ def build(model: nn.Module, variant: Variant) -> nn.Module:
     """
     parts = anatomy.of(model)
     changed = {id(p) for p in _rewritten(parts)} if {"heads", "projections"} & variant.axes.keys() else set()
-    tensors = [*model.parameters(), *model.buffers()]
+    tensors = [*model.parameters(), *model.buffers(), *placement.maps(model)]
     twin = copy.deepcopy(model, {id(x): x for x in tensors if id(x) not in changed}).eval()
     if variant.as_given:
         return twin

@@ -17,6 +17,7 @@ from effattn.bounds import Checked, random_seed, real, whole
 from effattn.hf import anatomy
 from effattn.hf.checkpoint import load_again, load_model, save
 from effattn.hf.describe import describe
+from effattn.hf.placement import device_of
 from effattn.hf.swap import parse_layers, restore, swap
 from effattn.jobs import Quiet, device, holds_output
 from effattn.outputs import atomic_folder, check_new_folder
@@ -204,7 +205,7 @@ def _settings(job: Job, patterns: list[Pattern], source: str) -> dict:
 def _model_facts(model, parts: anatomy.Anatomy, trained: int | None) -> dict:
     told = describe(model)
     return {
-        "class": told.model, "dtype": told.dtype, "device": str(parts.layers[0].k.weight.device),
+        "class": told.model, "dtype": told.dtype, "device": str(device_of(parts.layers[0].k.module)),
         "layers": len(parts.layers), "heads": parts.heads, "kv_heads": parts.kv_heads,
         "parameters": told.parameters["total"], "trained_length": trained,
         "kv_bytes_per_token": told.kv_bytes_per_token,
