@@ -18,6 +18,7 @@ from torch.nn.parameter import UninitializedParameter, is_lazy
 from effattn.errors import Unsupported, check_choice
 from effattn.interface import Backend, Call, Cost, Shape, Traits
 from effattn.kernels import linear
+from effattn.kernels.linear.features import LOWEST, normalized
 from effattn.patterns.exact import check_size
 from effattn.recurrent import RecurrentState, folded
 from effattn.registry import register
@@ -77,7 +78,12 @@ class KernelBackend(Backend):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
         self.chosen_impl = impl = linear.choose(self.impl, q.device)
+        dtype = q.dtype
         q, k = self.mapped(q, k)
+        return self._attend(q, k, v.to(k.dtype), call, impl).to(dtype)
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, call: Call, impl: str) -> Tensor:
+        """`attend`, of mapped q and k."""
         mask = call.layout.mask
         options = {"scale": call.scale, "normalize": self.normalize, **self.kernel_options(k)}
         if impl == "reference":
@@ -261,19 +267,24 @@ def _first_map(rows: int, dim: int) -> Tensor:
 
 
 def _exponential(x: Tensor, weight: nn.Parameter, query: bool) -> Tensor:
-    """exp([W x, -W x]) per head: (B, H, T, D) -> (B, H, T, 2 F), in x's dtype. A query's largest exponent is taken off,
-    which cancels in the quotient; a key's exponents end at `MOST`."""
-    y = x @ weight.to(x.dtype).mT
-    y = torch.cat([y, -y], dim=-1).to(torch.promote_types(x.dtype, torch.float32))
-    y = y - y.amax(dim=-1, keepdim=True).detach() if query else y.clamp(max=MOST)
-    return y.exp().to(x.dtype)
+    """exp([W x, -W x]) per head: (B, H, T, D) -> (B, H, T, 2 F). A query's largest exponent is taken off, which cancels
+    in the quotient; a key's exponents end at `MOST`. Both end at `LOWEST` below."""
+    y = _both_signs(x, weight)
+    wide = y.to(torch.promote_types(y.dtype, torch.float32))
+    wide = wide - wide.amax(dim=-1, keepdim=True).detach() if query else wide.clamp(max=MOST)
+    return wide.clamp(min=LOWEST).exp().to(y.dtype)
 
 
 def _hedgehog(x: Tensor, weight: nn.Parameter) -> Tensor:
-    """softmax([W x, -W x]) per head: (B, H, T, D) -> (B, H, T, 2 D), in x's dtype. Equation 6 of arXiv:2402.04347."""
+    """softmax([W x, -W x]) per head: (B, H, T, D) -> (B, H, T, 2 D). Equation 6 of arXiv:2402.04347."""
+    return normalized(_both_signs(x, weight))
+
+
+def _both_signs(x: Tensor, weight: nn.Parameter) -> Tensor:
+    """[W x, -W x], in x's dtype; fp16 in fp32, since the gradient of a feature is as large as the feature is small."""
+    x = x.float() if x.dtype == torch.float16 else x
     y = x @ weight.to(x.dtype).mT
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    return torch.softmax(torch.cat([y, -y], dim=-1), dim=-1, dtype=dtype).to(x.dtype)
+    return torch.cat([y, -y], dim=-1)
 
 
 def _check_decay(decay) -> float | str | list[float] | None:

@@ -70,7 +70,7 @@ def attention(
         factors=(root if scale >= 0 else -root, root) if directed else (1.0, 1.0),
         gain=1.0 if normalize else scale, memory=memory, keep=keep,
     )  # fmt: skip
-    return out, Memory(*after) if keep else None
+    return out.to(q.dtype), Memory(*after) if keep else None
 
 
 def fold(

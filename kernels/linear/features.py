@@ -12,6 +12,10 @@ as exp(mu) phi(x). FAVOR+ needs mu to stay in range; a query's mu cancels in the
     favor        exp(w x - |x|^2 / 2), w in W (F, D)  Performer, arXiv:2009.14794, eq. 7
     favor_relu   max(w x, 0) + 0.001                  the same, its generalised kernel
 
+Exponentials end at exp(LOWEST) below: smaller ones count as that, so that the product of a query's and a key's features
+never leaves fp32's range, and a normaliser is no subnormal number whose reciprocal is infinite. Their gradient stays
+the exponential's. Ordinary inputs do not get there: 1e-13 is lost beside a feature of 1.
+
 `backward` is the derivative, told from x, phi and d phi: dx. The shift of `favor` is a constant there: what it takes
 from phi it gives to mu.
 """
@@ -26,6 +30,7 @@ import torch
 from torch import Tensor
 
 EPSILON = 1e-3  # of favor_relu
+LOWEST = -30.0  # exponent of a feature
 LOG2_E = math.log2(math.e)
 
 
@@ -45,7 +50,7 @@ class FeatureMap(NamedTuple):
 def _elu(x: Tensor, _, room: Callable | None = None) -> tuple[Tensor, None]:
     room = x.new_empty if room is None else room
     # A third of the time of torch's own elu on a CPU; exp2 takes 0.6 of exp's.
-    phi = torch.clamp(x, max=0, out=room(x.shape)).mul_(LOG2_E).exp2_()
+    phi = torch.clamp(x, min=LOWEST, max=0, out=room(x.shape)).mul_(LOG2_E).exp2_()
     return phi.add_(torch.clamp(x, min=0, out=room(x.shape))), None
 
 
@@ -53,12 +58,19 @@ def _favor(x: Tensor, directions: Tensor, _=None) -> tuple[Tensor, Tensor]:
     exponent = x @ directions.mT
     top = exponent.amax(dim=-1, keepdim=True)
     mu = top.squeeze(-1) - x.square().sum(dim=-1) / 2
-    return exponent.sub_(top).exp_(), mu
+    return exponent.sub_(top).clamp_(min=LOWEST).exp_(), mu
 
 
 def _favor_backward(x: Tensor, directions: Tensor, phi: Tensor, grad: Tensor) -> Tensor:
     inner = phi * grad
     return torch.addcmul(inner @ directions, x, inner.sum(dim=-1, keepdim=True), value=-1)
+
+
+def normalized(x: Tensor) -> Tensor:
+    """softmax over the last dimension, computed in at least fp32; no feature is below exp(LOWEST), which fp16 has not:
+    x should not be in that."""
+    phi = x.softmax(dim=-1, dtype=torch.promote_types(x.dtype, torch.float32))
+    return phi.clamp(min=math.exp(LOWEST)).to(x.dtype)
 
 
 def _softmax_backward(x, directions, phi: Tensor, grad: Tensor) -> Tensor:
@@ -79,7 +91,7 @@ MAPS: dict[str, FeatureMap] = {
         lambda x, *_: (x.relu().square_(), None),
         lambda x, _, phi, grad: grad * x.relu().mul_(2),
     ),
-    "softmax": FeatureMap(lambda x, *_: (x.softmax(dim=-1), None), _softmax_backward),
+    "softmax": FeatureMap(lambda x, *_: (normalized(x), None), _softmax_backward),
     "identity": FeatureMap(lambda x, *_: (x, None), lambda x, _, phi, grad: grad, signed=True),
     "favor": FeatureMap(_favor, _favor_backward, directed=True, weighs=True),
     "favor_relu": FeatureMap(

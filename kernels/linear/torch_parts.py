@@ -9,6 +9,8 @@ from torch import Tensor
 
 from .features import MAPS, FeatureMap
 
+NOTHING = 1e8  # smallest normal numbers: so little weight counts as none
+
 
 class Spec(NamedTuple):
     """What a call is about, besides its tensors. `factors`: of q and k before the feature map; `gain`: of the output;
@@ -51,8 +53,9 @@ def joined(sums: Tensor, norms: Tensor | None) -> Tensor:
 
 
 def share_of(total: Tensor) -> Tensor:
-    """One over the normaliser; 0 where that is 0."""
-    return total.reciprocal().masked_fill_(total == 0, 0)
+    """One over the normaliser; 0 where that is 0, or so near that gradients times its reciprocal would overflow."""
+    nothing = total.abs() < NOTHING * torch.finfo(total.dtype).tiny
+    return total.reciprocal().masked_fill_(nothing, 0)
 
 
 def output_gradient(grad: Tensor, share: Tensor, out: Tensor) -> Tensor:

@@ -3,12 +3,13 @@
 import triton
 import triton.language as tl
 
-from ..flash.triton_pieces import dot, head_of, load_rows, narrow, save_rows
+from ..flash.triton_pieces import dot, head_of, load_rows, save_rows
 from .triton_pieces import (
     FAVOR,
     add_gradient,
     after_weights,
     columns,
+    factor_of,
     features,
     gradient_of_columns,
     into_weights,
@@ -192,8 +193,8 @@ def backward_keys(q, k, v, grad, w_q, w_k, mask, mu, high, top_k, top_q, ends, r
         for f in range(0, F, BLOCK_F):
             x = columns(query, q, n * C, q_t, exists, f, MAP, F, C, BLOCK_F)
             y = columns(key, k, n * C, k_t, real, f, MAP, F, C, BLOCK_F)
-            phi = narrow(features(x, w_q, query_top, f, MAP, F, D, BLOCK_F, BLOCK_D), dtype)
-            phi_k = narrow(features(y, w_k, key_top, f, MAP, F, D, BLOCK_F, BLOCK_D), dtype)
+            phi = factor_of(features(x, w_q, query_top, f, MAP, F, D, BLOCK_F, BLOCK_D), dtype, MAP)
+            phi_k = factor_of(features(y, w_k, key_top, f, MAP, F, D, BLOCK_F, BLOCK_D), dtype, MAP)
             pairs = dot(phi, tl.trans(phi_k), pairs)
         dout = load_real(head_of(grad, b, h, g_b, g_h), n * C, g_t, exists, V, C, BLOCK_V)
         weights = pair_weights(at, at, real, key_mu, query_high, head_rate)

@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from ..rows import dense_rows
 from . import tiles, triton_backward, triton_kernels
-from .features import MAPS
+from .features import MAPS, normalized
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 CODES = {"identity": 0, "elu": 1, "relu": 2, "relu2": 3, "favor": 4, "favor_relu": 5}
@@ -60,7 +60,9 @@ def attention(
         raise ValueError(f"dtype: got {k.dtype}, valid for impl='triton' are {', '.join(map(str, DTYPES))}")
     tiles.tile("forward", "interpreted", max(k.shape[3], v.shape[3]))
     if feature_map == "softmax":  # over all columns, while the kernels go through some at a time
-        q, k = (None if x is None else x.softmax(dim=-1, dtype=torch.float32).to(x.dtype) for x in (q, k))
+        if k.dtype == torch.float16:  # a feature's gradient is as large as the feature is small
+            q, k, v = (None if x is None else x.float() for x in (q, k, v))
+        q, k = (None if x is None else normalized(x) for x in (q, k))
         feature_map = "identity"
     features = k.shape[3] if directions is None else directions.shape[0]
     spec = Spec(feature_map, factors, normalize, causal, gain, keep, features)

@@ -19,6 +19,7 @@ from .triton_pieces import (
     after_weights,
     columns,
     exponents,
+    factor_of,
     features,
     into_weights,
     load_real,
@@ -27,6 +28,7 @@ from .triton_pieces import (
     ratio,
     real_keys,
     row_of,
+    share_of,
     whole,
     wide,
 )  # fmt: skip
@@ -178,14 +180,14 @@ def forward(q, k, v, w_q, w_k, mask, mu, high, top_k, top_q, ends, rate, states,
         if CAUSAL:
             y = columns(key, k, n * C, k_t, real, f, MAP, F, C, BLOCK_F)
             phi_k = features(y, w_k, key_top, f, MAP, F, D, BLOCK_F, BLOCK_D)
-            pairs = dot(narrow(phi, dtype), tl.trans(narrow(phi_k, dtype)), pairs)
+            pairs = dot(factor_of(phi, dtype, MAP), tl.trans(factor_of(phi_k, dtype, MAP)), pairs)
     if CAUSAL:
         into = into_weights(i, query_high, before, head_rate)
         acc *= into[:, None]
         pairs *= pair_weights(at, at, real, key_mu, query_high, head_rate)
         total = total * into + tl.sum(pairs, 1)
     if norms is not None:
-        inverse = tl.where(total == 0, 0.0, 1 / tl.where(total == 0, 1.0, total))
+        inverse = share_of(total)
         tl.store(share + tl.cast(b * heads + h, tl.int64) * tokens + at, inverse, mask=exists)
         factor = inverse[:, None]
     else:
@@ -260,7 +262,7 @@ def decode(q, k, v, w_q, w_k, mask, top, rate, state, norms, out,
         phi = features(x, w_q, query_top, f, MAP, F, D, BLOCK_F, BLOCK_D)
         y = columns(key, k, 0, k_t, real, f, MAP, F, N, BLOCK_F)
         phi_k = features(y, w_k, key_top, f, MAP, F, D, BLOCK_F, BLOCK_D)
-        pairs = dot(narrow(phi, dtype), tl.trans(narrow(phi_k, dtype)), pairs)
+        pairs = dot(factor_of(phi, dtype, MAP), tl.trans(factor_of(phi_k, dtype, MAP)), pairs)
         if state is not None:
             sums = tl.load(state + place * F * V + at_f[:, None] * V + dv[None, :],
                            mask=(at_f[:, None] < F) & (dv[None, :] < V), other=0.0)  # fmt: skip
@@ -271,7 +273,7 @@ def decode(q, k, v, w_q, w_k, mask, top, rate, state, norms, out,
     pairs *= pair_weights(at_q, at_k, real, key_mu, high, head_rate)
     if NORMALIZE:
         total = total * into + tl.sum(pairs, 1)
-        factor = tl.where(total == 0, 0.0, 1 / tl.where(total == 0, 1.0, total))[:, None]
+        factor = share_of(total)[:, None]
     else:
         factor = gain
     values = head_of(v, b, h, v_b, v_h) + at_k[:, None] * v_t + dv[None, :]

@@ -11,6 +11,8 @@ from ..flash.triton_pieces import dot, load_rows, narrow
 IDENTITY, ELU, RELU, RELU2 = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)  # column by column
 FAVOR, FAVOR_RELU = tl.constexpr(4), tl.constexpr(5)  # from all of x and directions
 EPSILON = tl.constexpr(1e-3)
+LOWEST = tl.constexpr(-30.0)  # as in `features`
+NOTHING = tl.constexpr(1e-30)  # so small a normaliser counts as none
 LOG2E = tl.constexpr(1.4426950408889634)
 
 # ---- features
@@ -50,11 +52,11 @@ def features(x, directions, top, f, MAP: tl.constexpr, F: tl.constexpr, D: tl.co
     """phi (rows, BLOCK_F) fp32, features from f on, from their `columns`; 0 beyond F. `top`: see `tops`."""
     if MAP >= FAVOR:
         u = exponents(x, directions, f, F, D, BLOCK_F, BLOCK_D)
-        phi = tl.exp2((u - top[:, None]) * LOG2E) if MAP == FAVOR else tl.maximum(u, 0.0) + EPSILON
+        phi = tl.exp2(tl.maximum(u - top[:, None], LOWEST) * LOG2E) if MAP == FAVOR else tl.maximum(u, 0.0) + EPSILON
     else:
         y = x.to(tl.float32)
         if MAP == ELU:
-            phi = tl.where(y > 0, y + 1, tl.exp2(tl.minimum(y, 0.0) * LOG2E))
+            phi = tl.where(y > 0, y + 1, tl.exp2(tl.minimum(tl.maximum(y, LOWEST), 0.0) * LOG2E))
         elif MAP == RELU:
             phi = tl.maximum(y, 0.0)
         elif MAP == RELU2:
@@ -103,6 +105,22 @@ def wide(x, dtype: tl.constexpr):
         return x
     else:
         return narrow(x.to(tl.float32), tl.bfloat16)
+
+
+@triton.jit
+def factor_of(phi, dtype: tl.constexpr, MAP: tl.constexpr):
+    """Features as a factor of a pair's product: in the inputs' type where they are no larger or smaller than inputs."""
+    if MAP == IDENTITY or MAP == RELU:  # noqa: SIM109
+        return narrow(phi, dtype)
+    else:
+        return wide(phi, dtype)
+
+
+@triton.jit
+def share_of(total):
+    """One over the normaliser, 0 where nothing counts."""
+    nothing = tl.abs(total) < NOTHING
+    return tl.where(nothing, 0.0, 1 / tl.where(nothing, 1.0, total))
 
 
 # ---- weights
