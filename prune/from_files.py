@@ -115,7 +115,10 @@ class _Run:
         self.batches = batches
         with model.around():
             weight = model.parts.embeddings.weight
-            self.runner = Runner(model.parts, batches, layers.working_dtype(weight.dtype, weight.device))
+            # A run that goes on in another place, where other dtypes are fast, goes on in the one that it began in.
+            dtype = layers.working_dtype(weight.dtype, weight.device)
+            dtype = getattr(torch, state.setdefault("dtype", str(dtype).removeprefix("torch.")))
+            self.runner = Runner(model.parts, batches, dtype)
         self.rest = _shards(model)
 
     def _file(self, number: int) -> str:

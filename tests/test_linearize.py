@@ -185,9 +185,8 @@ def test_a_killed_run_goes_on_and_ends_the_same(done, tmp_path, monkeypatch):
     ],
 )
 def test_bad_settings_are_one_clear_error(tmp_path, change, message):
-    job = Job(output=tmp_path / "out", **({**SMALL, **change}))
     with pytest.raises(ValueError, match=message):
-        run(job)
+        run(Job(output=tmp_path / "out", **({**SMALL, **change})))
     assert not any(tmp_path.iterdir())
 
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 import transformers
 from conftest import tiny
-from effattn.prune import calibration, layers
+from effattn.prune import calibration, from_files, layers
 from effattn.prune.from_files import prune_files
 from effattn.prune.hessian import Hessian
 from effattn.prune.one_shot import METHODS
@@ -214,7 +214,9 @@ def snapshot(folder: Path) -> dict[str, bytes]:
 KILLED = """
 import os, signal, sys
 import torch
+from effattn import training
 from effattn.prune import from_files
+training.bf16_pays = lambda on_cpu=None: False  # as in the tests' own process
 source, output, threads = sys.argv[1:]
 torch.set_num_threads(int(threads))
 note = from_files._Run._note
@@ -252,6 +254,27 @@ def test_a_killed_run_goes_on_and_ends_the_same(source, tokens, tmp_path):
     assert facts["verification"]["max_difference"] == 0
     with pytest.raises(ValueError, match=r"output: .* exists and is not an empty folder"):
         prune_files(source, whole, tokens, length=64)
+
+
+def test_a_run_goes_on_in_the_dtype_that_it_began_in(source, tokens, tmp_path, monkeypatch):
+    """Begun where bf16 is fast, killed, and finished where it is not: the same files."""
+
+    def stop(run):
+        if len(run.state["layers"]) == 2:
+            raise KeyboardInterrupt
+        note(run)
+
+    monkeypatch.setattr("effattn.training.bf16_pays", lambda on_cpu=None: True)
+    prune_files(source, tmp_path / "whole", tokens, length=64)
+    note = from_files._Run._note
+    monkeypatch.setattr(from_files._Run, "_note", stop)
+    with pytest.raises(KeyboardInterrupt):
+        prune_files(source, tmp_path / "resumed", tokens, length=64)
+    monkeypatch.setattr(from_files._Run, "_note", note)
+    monkeypatch.setattr("effattn.training.bf16_pays", lambda on_cpu=None: False)
+    prune_files(source, tmp_path / "resumed", tokens, length=64)
+    ours, theirs = snapshot(tmp_path / "resumed"), snapshot(tmp_path / "whole")
+    assert {name for name in ours if ours[name] != theirs[name]} <= {"pruning.json"}  # which has times
 
 
 @pytest.mark.parametrize("arguments", [

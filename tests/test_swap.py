@@ -166,7 +166,9 @@ def test_autocast_mixes_dtypes_as_torch_does(spec):
         torch.testing.assert_close(logits(model, inputs).float(), exact, rtol=0.1, atol=0.2)
         cache = model(**inputs).past_key_values
         assert {layer.keys.dtype for layer in cache.layers} == {torch.bfloat16 if spec != "dense" else torch.float32}
-        assert model(inputs["input_ids"][:, :1], past_key_values=cache).logits.isfinite().all()
+        mask = torch.nn.functional.pad(inputs["attention_mask"], (0, 1), value=1)  # the cache holds padding
+        step = model(inputs["input_ids"][:, :1], attention_mask=mask, past_key_values=cache)
+        assert step.logits.isfinite().all()
 
 
 def test_layers():
