@@ -151,9 +151,9 @@ def _pretrain(
         train_dataset=training.TokenWindows(stream, length, steps * batch * arguments.world_size),
         eval_dataset=[{"input_ids": row, "labels": row} for row in held_out],
     )
-    training.train(trainer)
-    model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False).float().cpu().eval()
-    model.config.use_cache = True  # the Trainer switches it off
+    with training.lent(model):
+        training.train(trainer)
+    model.cpu().eval()  # in fp32, and with its own forward: what is measured is what is saved
     card = {
         "parameters": model.num_parameters(),
         "train_tokens": steps * batch * length * arguments.world_size,
