@@ -252,6 +252,28 @@ def test_half_precision_trains_as_fp32_does(dtype, bf16, tokens, tmp_path):
         assert torch.equal(found, expected.to(dtype)), name
 
 
+@pytest.mark.parametrize("dtype", DTYPES[1:3], ids=str)
+def test_a_killed_run_goes_on_from_its_masters(dtype, tokens, tmp_path):
+    """Checkpoints of a half-precision run hold fp32 weights: rounded ones would end elsewhere."""
+
+    def stop(done, total):
+        if done == 3:
+            raise Stop
+
+    settings = {"train_tokens": 6 * LENGTH, "length": LENGTH, "batch": 1, "save_every": 2}
+    ends = []
+    for name in ("whole", "killed"):
+        made = ready(Conversion, tokens, tmp_path / name, dtype, True)
+        settings |= {"folder": made.folder, "overrides": {"use_cpu": True, "bf16": True}}
+        if name == "killed":
+            with pytest.raises(Stop):
+                uptrain(copy.deepcopy(made.model), made.parent, tokens, progress=stop, **settings)
+            assert (made.folder / "checkpoint-2").is_dir()
+        uptrain(made.model, made.parent, tokens, **settings)
+        ends.append(made.model.state_dict())
+    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("bf16", [True, False], ids=["autocast", "plain"])
 def test_adapters_leave_frozen_bf16_weights_alone(dtype, bf16, tokens, tmp_path):
