@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from effattn import padding
+from effattn.checks import check_extras, check_positive
 from effattn.errors import Unsupported, check_choice
 from effattn.kernels.decode.turn import Turn
 from effattn.kernels.flash.pattern import Layout, layout_of
@@ -224,6 +225,7 @@ class Backend(nn.Module):
         if isinstance(state, State) and state.packed and not self.packable:
             raise Unsupported(f"state: {self.name} cannot read packed keys; valid are dense, block and sliding")
         self._check(q, k, v, causal, padding_mask, state, scale, rotary)
+        check_extras(q, **extras)
         self.check_call(q, k, v, causal, extras)
         self._check_positions(rotary, causal, state, padding_mask)
 
@@ -347,6 +349,8 @@ class Backend(nn.Module):
             raise ValueError(f"q, k, v: expected one float dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
         if len({x.device for x in tensors.values()}) > 1:
             raise ValueError(f"q, k, v: expected one device, got {q.device}, {k.device}, {v.device}")
+        if q.is_meta:
+            raise ValueError("q, k, v: got tensors on the meta device, which hold no numbers; valid are cpu and cuda")
         batch, heads, queries, dim = q.shape
         kv_heads, new = k.shape[1:3]
         if k.shape != (batch, kv_heads, new, dim):
@@ -365,6 +369,9 @@ class Backend(nn.Module):
         if total < queries:
             raise ValueError(f"k: expected at least q's {queries} tokens, got {total} (queries are the last keys)")
         if padding_mask is not None:
+            if not isinstance(padding_mask, Tensor) or not padding_mask.ndim:
+                got = type(padding_mask).__name__
+                raise ValueError(f"padding_mask: expected a tensor ({batch}, {total}) of torch.bool, got {got}")
             if padding_mask.shape != (batch, padding_mask.shape[-1] if static else total):
                 with_past = f" ({total - new} in the state + {new} new)" if state is not None else ""
                 raise ValueError(
@@ -373,8 +380,8 @@ class Backend(nn.Module):
             if padding_mask.dtype != torch.bool or padding_mask.device != q.device:
                 got = f"{padding_mask.dtype} on {padding_mask.device}"
                 raise ValueError(f"padding_mask: expected torch.bool on {q.device}, got {got}")
-        if scale is not None and not torch.compiler.is_compiling() and not math.isfinite(scale):
-            raise ValueError(f"scale: expected a finite number, got {scale}")
+        if scale is not None and not torch.compiler.is_compiling():
+            check_positive("scale", scale)
         if rotary is not None and not callable(rotary):
             raise ValueError(f"rotary: expected a callable rule, got {type(rotary).__name__}")
 

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+import effattn
 from effattn.errors import Unsupported
 from effattn.interface import Backend, Cost, FullState, Shape, Traits
 from effattn.patterns.dense import Dense
@@ -34,6 +35,22 @@ Q, K, V = qkv()
         ({"padding_mask": torch.ones(2, 5, dtype=torch.bool)}, r"padding_mask: expected \(2, 7\), got \(2, 5\)"),
         ({"padding_mask": torch.ones(2, 7)}, "expected torch.bool on cpu, got torch.float32"),
         ({"scale": math.inf}, "scale: expected a finite number, got inf"),
+        ({"scale": math.nan}, "scale: expected a finite number, got nan"),
+        ({"scale": 0.0}, "scale: expected a number above 0, got 0.0"),
+        ({"scale": -0.5}, "scale: expected a number above 0, got -0.5"),
+        ({"scale": "0.5"}, "scale: expected a number, got str"),
+        ({"scale": torch.ones(4)}, r"scale: expected one number, got a tensor \(4,\)"),
+        ({"q": Q.to("meta"), "k": K.to("meta"), "v": V.to("meta")}, "meta device, which hold no numbers"),
+        ({"padding_mask": [[True] * 7] * 2}, r"padding_mask: expected a tensor \(2, 7\) of torch.bool, got list"),
+        ({"softcap": 0}, "softcap: expected a number above 0, got 0.0"),
+        ({"softcap": -50.0}, "softcap: expected a number above 0, got -50.0"),
+        ({"softcap": math.nan}, "softcap: expected a finite number, got nan"),
+        ({"softcap": True}, "softcap: expected a number, got bool"),
+        ({"sink_logits": torch.zeros(2)}, r"sink_logits: expected .*\(4,\) on cpu, got \(2,\) torch.float32 on cpu"),
+        ({"sink_logits": torch.zeros(4, dtype=torch.long)}, "sink_logits: expected .* got .4,. torch.int64"),
+        ({"sink_logits": torch.zeros(4, device="meta")}, "sink_logits: expected .* on meta"),
+        ({"sink_logits": 0.5}, "sink_logits: expected .* got float"),
+        ({"softcp": 3.0}, "argument: got 'softcp' .did you mean 'softcap'.., valid are 'softcap', 'sink_logits'"),
         ({"rotary": 3}, "rotary: expected a callable rule, got int"),
         ({"state": {}}, "state: expected one from dense's new_state.., got dict"),
         ({"rotary": lambda q, k, i, j: (q, k[:1])}, r"rotary: returned k \(1, 2, 7, 8\), expected \(2, 2, 7, 8\)"),
@@ -42,6 +59,25 @@ Q, K, V = qkv()
 def test_errors_print_expected_and_actual(change, message):
     with pytest.raises(ValueError, match=message):
         Dense()(**{"q": Q, "k": K, "v": V} | change)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (Q, r"expected three tensors, q, k and v, got \(2, 4, 5, 8\)"),
+        ((Q, K), "expected three tensors, q, k and v, got 2 of Tensor"),
+        ((Q, K, None), "expected three tensors, q, k and v, got 3 of NoneType, Tensor"),
+        ((Q, K.to("meta"), V), "expected tensors on cpu, got cpu, meta, cpu"),
+        ((Q, K[:, :1], V), r"expected k \(2, 2, 7, 8\) torch.float32, got \(2, 1, 7, 8\)"),
+        ((Q, K.double(), V), "expected k .* got .* torch.float64"),
+    ],
+)
+def test_global_projections_have_to_fit(given, message):
+    attn = effattn.backend("longformer", window=3, global_tokens=2)
+    state = attn.new_state()
+    with pytest.raises(ValueError, match="global_qkv: " + message):
+        attn(Q, K, V, global_qkv=given, state=state)
+    assert state.seq_len == 0
 
 
 def test_traits_are_enforced():
