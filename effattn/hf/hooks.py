@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
-from effattn.hf import state_layer
+from effattn.hf import position_ids, state_layer
 
 ATTRIBUTE = "_effattn"  # where a swap is kept: a plain attribute, in no state_dict, copied by deepcopy
 HANDLE = "_effattn_hook"  # where the handle of the hook is kept
@@ -82,10 +82,12 @@ def before_attention(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tupl
 
 
 def before_model(module: nn.Module, args: tuple, kwargs: dict) -> None:
-    """Forward pre-hook of a swapped model: writes down on the cache how many tokens may be taken back after the call.
+    """Forward pre-hook of a swapped model: refuses position_ids that its layers cannot honour, before any of them has
+    changed, and writes down on the cache how many tokens may be taken back after the call.
 
     Assisted decoding asks for the logits of its candidates and of one token more, plain decoding for one.
     """
+    position_ids.check_call(getattr(module, ATTRIBUTE).checkers, args, kwargs)
     cache, kept = kwargs.get("past_key_values"), kwargs.get("logits_to_keep")
     candidates = kept - 1 if isinstance(kept, int) and kept > 1 else 0
     if isinstance(cache, Cache) and candidates != getattr(cache, state_layer.CANDIDATES, 0):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from effattn.errors import Unsupported
+from effattn.hf import position_ids
 from effattn.hf.anatomy import Rotary
 from effattn.hf.caches import LayerCache
 from effattn.hf.families import sliding_window
@@ -37,6 +38,11 @@ class LayerSwap:
     own_window: int | None = None  # the backend does what the model's own windowed layer did
     positions: LayerPositions | None = None  # a position rule instead of the model's own
     cache: LayerCache | None = None  # a format of packed keys and values instead of the backend's own
+
+    @property
+    def own_positions(self) -> bool:
+        """Whether the backend counts positions itself, whatever position_ids say."""
+        return self.raw_keys or (self.positions is not None and self.positions.in_call is not None)
 
     @property
     def holds(self) -> str:
@@ -131,7 +137,10 @@ def attention(
     _refuse(layer, query, attention_mask, dropout, kwargs)
     cached = key.layer if isinstance(key, Handle) else None
     if cached is not None:
-        key, value = key.k, key.v
+        key, value = cached.take(key)
+    if layer.checks_positions and not torch.compiler.is_compiling():
+        tokens = key.shape[2] + (0 if cached is None else int(cached.get_seq_length()))
+        position_ids.check(layer, cached, query.shape[0], tokens, attention_mask, kwargs.get("position_ids"))
     call = {name: kwargs[given] for given, name in EXTRAS.items() if kwargs.get(given) is not None}
     if GLOBAL in kwargs:
         call["global_qkv"] = kwargs[GLOBAL]
@@ -151,7 +160,7 @@ def attention(
         if cached is not None:
             out = cached.attend(layer.backend, query, key, value, attention_mask, **call)
         else:
-            if attention_mask is not None:  # a windowed layer of transformers gives its last tokens only
+            if attention_mask is not None and attention_mask.shape[1] != key.shape[2]:  # a windowed layer's last tokens
                 attention_mask = attention_mask[:, -key.shape[2] :]
             out = layer.backend(query, key, value, padding_mask=attention_mask, **call)
     return out.transpose(1, 2).contiguous(), None
@@ -176,20 +185,6 @@ def _refuse(layer: LayerSwap, query: Tensor, mask: Tensor | None, dropout: float
         raise Unsupported(f"{where}attention dropout {dropout} while training; set config.attention_dropout to 0")
     if kwargs.get("output_attentions"):
         raise Unsupported(f"{where}output_attentions=True: no weights exist; effattn.restore(model), then use 'eager'")
-    positions = kwargs.get("position_ids")
-    if not layer.checks_positions or positions is None or positions.ndim != 2 or query.shape[2] == 1:
-        return
-    if torch.compiler.is_compiling() or not (mask is None or layer.raw_keys):
-        return
-    jumps = positions.diff(dim=-1) != 1
-    if mask is not None:
-        real = mask[:, -query.shape[2] :]
-        jumps = jumps & real[:, 1:] & real[:, :-1]
-    if jumps.any():
-        raise Unsupported(
-            f"{where}packed documents: position_ids restart, and nothing else tells the documents apart; give one "
-            "document a row, padded with attention_mask"
-        )
 
 
 def _keep(module, query, key, value, padding_mask, scaling, dropout, original: str, kwargs: dict):
