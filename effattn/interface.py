@@ -391,7 +391,8 @@ class Backend(nn.Module):
             own, keep = self.new_state(), getattr(state, "keep", None)
             needs = getattr(own, "keep", None)
             fits = keep is None or (needs is not None and needs <= keep) if state.packed else keep == needs
-            if not fits or not (state.packed or type(state) is type(own)):
+            whole = type(state) is FullState  # which serves every method
+            if not whole and (not fits or not (state.packed or type(state) is type(own))):
                 raise ValueError(
                     f"state: got a {type(state).__name__} that {self.signature} cannot use; valid is one from its "
                     "new_state()"

@@ -16,6 +16,8 @@ from torch import Tensor
 
 from effattn.kernels.flash.pattern import Layout
 
+BESIDE = ("real", "rows", "shift")  # attributes that are not what is held of the tokens
+
 
 class NoSuchRow(ValueError, IndexError):
     """A row of the batch that is not there."""
@@ -45,6 +47,7 @@ class State:
     `owner`: the backend that it belongs to, in words; `sizes`: what it began with; `learning`: whether gradients may
     flow through the present call, so that nothing is written in place. `real` (B, seq_len) bool: which tokens were
     real, None where all were; `moved`: whether they lie elsewhere than they came; `rows`: one state for each row.
+    `shift` (B,) int64: what position_ids had added to the rows' positions, which all calls have to do alike.
     """
 
     evicts = True
@@ -57,6 +60,7 @@ class State:
     real: Tensor | None = None
     moved = False
     rows: list[State] | None = None
+    shift: Tensor | None = None
 
     # What a kind of state writes ---------------------------------------------------------------------------------
 
@@ -88,7 +92,7 @@ class State:
     def _change(self, how: Callable[[Tensor], Tensor]) -> None:
         """Every tensor of the tokens becomes `how` of it."""
         for name, value in vars(self).items():
-            if name not in ("rows", "real"):
+            if name not in BESIDE:
                 setattr(self, name, _changed(value, how))
 
     def _check_crop(self, n: int) -> None:
@@ -184,7 +188,7 @@ class State:
 
     def reset(self) -> None:
         """Forgets everything."""
-        self.real = self.rows = self.sizes = None
+        self.real = self.rows = self.sizes = self.shift = None
         self.moved = False
         self._reset()
 
@@ -198,8 +202,8 @@ class State:
 
     def tensors(self) -> Iterator[Tensor]:
         """All that it holds of its tokens."""
-        for value in vars(self).values():
-            if isinstance(value, Tensor) and value is not self.real:
+        for name, value in vars(self).items():
+            if isinstance(value, Tensor) and name not in BESIDE:
                 yield value
             elif isinstance(value, State):
                 yield from value.tensors()
@@ -208,7 +212,7 @@ class State:
         """Every tensor becomes `how` of it."""
         for row in self.rows or ():
             row.change(how)
-        self.real = None if self.real is None else how(self.real)
+        self.real, self.shift = (None if x is None else how(x) for x in (self.real, self.shift))
         self._change(how)
 
     @property
@@ -239,7 +243,7 @@ class State:
     def _thaw(self) -> None:
         """What was made under inference_mode and may have to be written in place becomes ordinary tensors, unless it is
         inference_mode still."""
-        if torch.is_inference_mode_enabled() or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
             return
         if any(x.is_inference() for x in self.everything()):
             self.change(torch.clone)
@@ -294,7 +298,7 @@ class State:
 
     def _now(self, batch: int, change: Callable[[Tensor], Tensor]) -> None:
         """What goes with rows that have changed."""
-        self.real = None if self.real is None else change(self.real)
+        self.real, self.shift = (None if x is None else change(x) for x in (self.real, self.shift))
         self.sizes = None if self.sizes is None else replace(self.sizes, batch=batch)
 
 

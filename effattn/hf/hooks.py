@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from effattn.errors import Unsupported
-from effattn.hf import placement, state_layer
-from effattn.hf.adapters import is_adapted
+from effattn.hf import placement, position_ids, state_layer
 from effattn.profiling.weights import is_packed
 
 NAME = "effattn"  # the attention implementation, in transformers' two tables
@@ -72,12 +71,6 @@ class GlobalProjections(nn.Module):
         return captured[0]
 
 
-def _own(projection: nn.Module) -> nn.Module:
-    """The model's own module: what peft has put around it since is for the local projections, and merged into those
-    alone."""
-    return projection.get_base_layer() if is_adapted(projection) else projection
-
-
 def _is_its_parameters(module: nn.Module) -> bool:
     """Whether a projection computes the same as another of its class with the same parameters."""
     own = list(module.parameters(recurse=False))
@@ -120,10 +113,12 @@ def before_attention(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tupl
 
 
 def before_model(module: nn.Module, args: tuple, kwargs: dict) -> None:
-    """Forward pre-hook of a swapped model: writes down on the cache how many tokens may be taken back after the call.
+    """Forward pre-hook of a swapped model: refuses position_ids that its layers cannot honour, before any of them has
+    changed, and writes down on the cache how many tokens may be taken back after the call.
 
     Assisted decoding asks for the logits of its candidates and of one token more, plain decoding for one.
     """
+    position_ids.check_call(getattr(module, ATTRIBUTE).checkers, args, kwargs)
     cache, kept = kwargs.get("past_key_values"), kwargs.get("logits_to_keep")
     candidates = kept - 1 if isinstance(kept, int) and kept > 1 else 0
     if isinstance(cache, Cache) and candidates != getattr(cache, state_layer.CANDIDATES, 0):

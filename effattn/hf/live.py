@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers.utils.import_utils import is_tracing
 
 from effattn.errors import Unsupported
+from effattn.hf import position_ids
 from effattn.hf.anatomy import Rotary
 from effattn.hf.caches import LayerCache
 from effattn.hf.families import sliding_window
@@ -45,6 +46,11 @@ class LayerSwap:
     def __setstate__(self, state: dict) -> None:
         self.__dict__.update(state)
         register()  # a pickle may be read by a process that has never swapped a model
+
+    @property
+    def own_positions(self) -> bool:
+        """Whether the backend counts positions itself, whatever position_ids say."""
+        return self.raw_keys or (self.positions is not None and self.positions.in_call is not None)
 
     @property
     def holds(self) -> str:
@@ -151,7 +157,12 @@ def attention(
     _refuse(module, layer, query, attention_mask, dropout, kwargs)
     cached = key.layer if isinstance(key, Handle) else None
     if cached is not None:
-        key, value = key.k, key.v
+        key, value = cached.take(key)
+    if layer.checks_positions and is_tracing():
+        _assert_consecutive(layer, query.shape[2], attention_mask, kwargs.get("position_ids"))
+    elif layer.checks_positions:
+        tokens = key.shape[2] + (0 if cached is None else int(cached.get_seq_length()))
+        position_ids.check(layer, cached, query.shape[0], tokens, attention_mask, kwargs.get("position_ids"))
     call = {name: kwargs[given] for given, name in EXTRAS.items() if kwargs.get(given) is not None}
     if GLOBAL in kwargs:
         call["global_qkv"] = kwargs[GLOBAL]
@@ -172,7 +183,7 @@ def attention(
         if cached is not None:
             out = cached.attend(layer.backend, query, key, value, attention_mask, **call)
         else:
-            if attention_mask is not None:  # a windowed layer of transformers gives its last tokens only
+            if attention_mask is not None and attention_mask.shape[1] != key.shape[2]:  # a windowed layer's last tokens
                 attention_mask = attention_mask[:, -key.shape[2] :]
             out = layer.backend(query, key, value, padding_mask=attention_mask, **call)
     return out.transpose(1, 2).contiguous(), None
@@ -202,23 +213,17 @@ def _refuse(
         )
     if kwargs.get("output_attentions"):
         raise Unsupported(f"{where}output_attentions=True: no weights exist; effattn.restore(model), then use 'eager'")
-    positions = kwargs.get("position_ids")
-    if not layer.checks_positions or positions is None or positions.ndim != 2 or query.shape[2] == 1:
-        return
-    if not (mask is None or layer.raw_keys):
+
+
+def _assert_consecutive(layer: LayerSwap, new: int, mask: Tensor | None, positions: Tensor | None) -> None:
+    """For a graph, in which nothing can be asked: position_ids that restart fail when it runs."""
+    if positions is None or positions.ndim != 2 or new == 1 or not (mask is None or layer.raw_keys):
         return
     jumps = positions.diff(dim=-1) != 1
     if mask is not None:
-        real = mask[:, -query.shape[2] :]
+        real = mask[:, -new:]
         jumps = jumps & real[:, 1:] & real[:, :-1]
-    packed = (
-        f"{where}packed documents: position_ids restart, and nothing else tells the documents apart; give one document "
-        "a row, padded with attention_mask"
-    )
-    if is_tracing():
-        torch._assert_async(~jumps.any(), packed)
-    elif jumps.any():
-        raise Unsupported(packed)
+    torch._assert_async(~jumps.any(), f"layer {layer.index}: {PACKED}")
 
 
 def _dropout(module: nn.Module, rate: float) -> str:

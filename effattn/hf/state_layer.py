@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer, StaticLayer
 
 from effattn.errors import Unsupported
+from effattn.hf import together
 from effattn.interface import Backend
 from effattn.states import ROLLBACK, FullState, State
 
@@ -124,9 +125,14 @@ class StateLayer(CacheLayerMixin):
         handle = Handle(self, key_states, value_states)
         return handle, handle
 
+    def take(self, handle: Handle) -> tuple[Tensor, Tensor]:
+        """The new tokens of a handle, which has arrived: what is refused from here on leaves the layer as it was."""
+        self._waiting = False
+        return handle.k, handle.v
+
     def attend(self, backend: Backend, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, **call) -> Tensor:
         """`backend` over the past and the new tokens k, v, which the state then holds. mask: (B, all tokens) bool."""
-        self._waiting, self._undo = False, None
+        self._undo = None
         if self.device != k.device:
             self._move(k.device)
             self.device = k.device
@@ -160,10 +166,19 @@ class StateLayer(CacheLayerMixin):
         self._undo = _Undo(before, lambda state, tokens: run(state, stay, stay + tokens))
         return out
 
+    def check_crop(self, tokens_to_remove: int) -> None:
+        """Raises what `crop` would; nothing is changed."""
+        left = int(self.state.seq_len) + tokens_to_remove
+        undo = self._undo
+        if tokens_to_remove and (undo is None or left < undo.state.seq_len or -tokens_to_remove <= ROLLBACK):
+            self.state.check_crop(left)
+
     def crop(self, tokens_to_remove: int) -> None:
         """Takes back the last tokens: 0 or a negative number. ValueError for what cannot be brought back."""
         if tokens_to_remove > 0:
             raise ValueError(f"crop: got {tokens_to_remove}, valid is 0 or minus the number of tokens to take back")
+        if self.is_initialized:
+            self.check_crop(tokens_to_remove)
         undo, self._undo = self._undo, None
         if tokens_to_remove == 0 or not self.is_initialized:
             return
@@ -236,6 +251,7 @@ def place(cache: Cache, swapped: LayerSwap) -> None:
     index = swapped.index
     if not isinstance(cache, Cache) or not hasattr(cache, "layers"):
         raise Unsupported(f"past_key_values: got {type(cache).__name__}, valid is transformers' DynamicCache")
+    together.bind(cache)
     layers = cache.layers
     while len(layers) <= index and cache.layer_class_to_replicate is not None:
         layers.append(cache.layer_class_to_replicate())
@@ -245,6 +261,10 @@ def place(cache: Cache, swapped: LayerSwap) -> None:
     where = f"past_key_values: layer {index} ({_words(swapped.holds, swapped.cache)})"
     empty = "start with an empty cache (effattn.new_cache(model))"
     if isinstance(layer, StateLayer):
+        if layer.index != index or sum(one is layer for one in layers) > 1:
+            raise Unsupported(
+                f"{where}: it was made for layer {layer.index}; each layer needs one of its own ({empty})"
+            )
         if layer.pattern != swapped.holds or not (layer.given or layer.cache == swapped.cache):
             if layer.get_seq_length() or layer.given:
                 filled = f"the cache was {'made for' if layer.given else 'filled by'} {layer.words}"

@@ -42,6 +42,7 @@ class Swap:
     original: str
     specs: dict[int, str]
     caches: dict[int, str] = field(default_factory=dict)
+    checkers: list[live.LayerSwap] = field(default_factory=list)  # the layers that look at position_ids for all
 
 
 def swap(
@@ -180,7 +181,7 @@ def _apply(model: nn.Module, parts: anatomy.Anatomy, plans: dict[int, Plan]) -> 
                 module.add_module(hooks.GLOBAL, new[layer.index])
         elif not hasattr(module, hooks.ATTRIBUTE):
             setattr(module, hooks.ATTRIBUTE, live.LayerSwap(layer.index, done.original))
-    _choose_checkers([getattr(layer.attention, hooks.ATTRIBUTE) for layer in parts.layers])
+    done.checkers = _choose_checkers([getattr(layer.attention, hooks.ATTRIBUTE) for layer in parts.layers])
     if active(model) is None:
         setattr(model, hooks.ATTRIBUTE, done)
         _hook(model, hooks.before_model)
@@ -193,12 +194,13 @@ def _own_implementation(model: nn.Module) -> str:
     return model.get_correct_attn_implementation(None) if own == live.NAME else own
 
 
-def _choose_checkers(layers: list[live.LayerSwap]) -> None:
+def _choose_checkers(layers: list[live.LayerSwap]) -> list[live.LayerSwap]:
     """The first swapped layer, and the first that owns its positions, look at position_ids on behalf of all."""
     swapped = [layer for layer in layers if layer.backend is not None]
-    first = swapped[:1] + [layer for layer in swapped if layer.raw_keys][:1]
+    first = swapped[:1] + [layer for layer in swapped if layer.own_positions][:1]
     for layer in layers:
         layer.checks_positions = any(layer is one for one in first)
+    return [layer for layer in layers if layer.checks_positions]
 
 
 def _hook(module: nn.Module, function) -> None:

@@ -43,6 +43,12 @@ class Longformer(ExactBackend):
         which = f"first {self.first}" if self.where is None else f"{int(self.where.sum())} chosen"
         return f"window={self.window}, global_tokens={which}, {super().extra_repr()}"
 
+    @property
+    def signature(self) -> str:
+        if self.where is None:
+            return super().signature
+        return f"longformer(window={self.window}, global_tokens={self.where.nonzero()[:, 0].tolist()})"
+
     def is_global(self, position: Tensor) -> Tensor:
         """bool, for int64 positions of any shape."""
         if self.where is None:

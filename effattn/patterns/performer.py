@@ -35,12 +35,17 @@ class Performer(KernelBackend):
         super().__init__(impl)
         self.features = check_size("performer", "features", features)
         self.kernel = check_choice("performer: kernel", kernel, KERNELS)
-        self.seed = check_size("performer", "seed", seed, least=0)
+        self.seed = self.first_seed = check_size("performer", "seed", seed, least=0)
         self.feature_map = KERNELS[kernel]
         self.register_buffer("directions", None)
 
     def extra_repr(self) -> str:
         return f"features={self.features}, kernel={self.kernel!r}, seed={self.seed}, {super().extra_repr()}"
+
+    @property
+    def signature(self) -> str:
+        """As it was made: what a redraw takes from a state, `draws` tells."""
+        return f"performer(features={self.features}, kernel={self.kernel!r}, seed={self.first_seed})"
 
     def redraw(self, seed: int | None = None) -> None:
         """New directions, of `seed` (None: the next one). A state with tokens from before is refused from now on."""
