@@ -12,7 +12,6 @@ Shapes: D hidden size, H query heads, K key/value heads, d head size, R rotary d
 from __future__ import annotations
 
 import copy
-import difflib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -20,7 +19,10 @@ import torch
 from torch import nn
 
 from effattn.errors import Unsupported
-from effattn.hf.families import ENCODERS, FAMILIES, REFUSED, Family, no_rope, rope_factor, sliding_window
+from effattn.hf import refusals
+from effattn.hf.families import ENCODERS as ENCODERS
+from effattn.hf.families import FAMILIES as FAMILIES
+from effattn.hf.families import Family, no_rope, rope_factor, sliding_window
 from effattn.hf.feedforward import FeedForward
 from effattn.hf.projection import Projection, set_linear
 from effattn.positions.rope import Rope
@@ -168,9 +170,14 @@ class Layer:
         return getattr(self.attention, "is_causal", True) and getattr(self.config, "is_causal", True)
 
     @property
+    def own_window(self) -> int | None:
+        """The window that the layer's own attention has past any length, in tokens; None: full attention."""
+        return sliding_window(self.attention, self.config)
+
+    @property
     def window(self) -> int | None:
-        """The layer's own sliding window in tokens; None: full attention. One that no sequence exceeds is full."""
-        window = sliding_window(self.attention, self.config)
+        """The layer's own sliding window, for descriptions: None also where no trained sequence exceeds it."""
+        window = self.own_window
         return None if window is not None and window >= self.config.max_position_embeddings else window
 
     @property
@@ -336,24 +343,10 @@ def of(model: nn.Module) -> Anatomy:
 
     Raises Unsupported, naming the class, for unknown ones.
     """
-    config = getattr(model, "config", None)
-    if config is None or not hasattr(config, "get_text_config"):
-        raise Unsupported(f"model: got {type(model).__name__}, valid is a transformers causal LM or encoder")
-    config = config.get_text_config()
-    kind = config.model_type
-    if kind in REFUSED:
-        raise Unsupported(f"{type(model).__name__} ({kind}) is not supported: {REFUSED[kind]}")
-    known = FAMILIES | ENCODERS
-    if kind not in known:
-        near = difflib.get_close_matches(kind, known, n=1)
-        raise Unsupported(
-            f"{type(model).__name__} ({kind}) is not supported{f'; the nearest is {near[0]}' if near else ''}; "
-            f"supported are {', '.join(sorted(known))}"
-        )
-    family = known[kind]
+    config, family = refusals.family_of(model)
     blocks = _get(model.base_model if family.encoder else model, family.layers)
     if blocks is None:
-        raise Unsupported(f"model: got {type(model).__name__}, valid is its causal LM class (AutoModelForCausalLM)")
+        raise refusals.headless(model, config)
     rotary = _get(model, family.rotary) if family.rotary else None
     layers = []
     for index, block in enumerate(blocks):
@@ -367,4 +360,4 @@ def of(model: nn.Module) -> Anatomy:
     embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
     tied = head is None or head.weight is embeddings.weight
     final_norm, positions = (_get(model, path) for path in (family.final_norm, family.positions))
-    return Anatomy(model, config, kind, layers, embeddings, None if tied else head, final_norm, positions)
+    return Anatomy(model, config, config.model_type, layers, embeddings, None if tied else head, final_norm, positions)
