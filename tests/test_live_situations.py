@@ -11,6 +11,7 @@ import transformers
 from conftest import tiny
 
 from effattn.errors import Unsupported
+from effattn.hf.cache import new_cache
 from effattn.hf.swap import active, restore, swap
 
 AXES = [
@@ -200,3 +201,40 @@ def test_pickles_of_a_part_keep_its_swap():
     again = pickle.loads(pickle.dumps(model.model.layers[0]))
     assert again.self_attn._effattn.pattern == "sliding(window=5)"
     assert active(model) is not None
+
+
+class Cutting:
+    """Keeps every second key of a layer's cache after a prompt, as libraries that compress caches do."""
+
+    def __init__(self, model):
+        self.handles = [
+            layer.self_attn.register_forward_hook(self.cut, with_kwargs=True) for layer in model.model.layers
+        ]
+
+    @staticmethod
+    def cut(module, args, kwargs, output):
+        layer = kwargs["past_key_values"].layers[module.layer_idx]
+        if kwargs["hidden_states"].shape[1] > 1:
+            layer.keys, layer.values = layer.keys[:, :, ::2], layer.values[:, :, ::2]
+
+
+@torch.no_grad()
+def test_hooks_that_cut_a_cache():
+    model, tokens = tiny("llama"), batch()
+    Cutting(model)
+
+    def step():
+        cache = model(tokens).past_key_values
+        places = torch.full((2, 1), tokens.shape[1])
+        return model(tokens[:, :1], past_key_values=cache, position_ids=places).logits
+
+    plain = step()
+    torch.testing.assert_close(swap(model, "dense") and step(), plain)
+    refused = r"layer 0 .* cannot be cut or replaced; .*'dense'.*effattn.restore"
+    swap(model, "sliding(window=8)")
+    with pytest.raises(Unsupported, match=refused):
+        step()
+    for axis in ({"cache": "int8"}, {"pattern": "linear"}):
+        cache = new_cache(swap(restore(model), **axis))
+        with pytest.raises(Unsupported, match=refused):
+            cache.layers[0].values = torch.zeros(2, 8, 3, 8)

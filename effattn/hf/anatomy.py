@@ -11,7 +11,6 @@ Shapes: D hidden size, H query heads, K key/value heads, d head size, R rotary d
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -19,8 +18,11 @@ import torch
 from torch import nn
 
 from effattn.errors import Unsupported
+from effattn.hf import refusals
 from effattn.hf.adapters import require_unwrapped
-from effattn.hf.families import ENCODERS, FAMILIES, REFUSED, Family, no_rope, rope_factor, sliding_window
+from effattn.hf.families import ENCODERS as ENCODERS
+from effattn.hf.families import FAMILIES as FAMILIES
+from effattn.hf.families import Family, no_rope, rope_factor, sliding_window
 from effattn.hf.feedforward import FeedForward
 from effattn.hf.packing import steady
 from effattn.hf.placement import bare, inside
@@ -169,9 +171,14 @@ class Layer:
         return getattr(self.attention, "is_causal", True) and getattr(self.config, "is_causal", True)
 
     @property
+    def own_window(self) -> int | None:
+        """The window that the layer's own attention has past any length, in tokens; None: full attention."""
+        return sliding_window(self.attention, self.config)
+
+    @property
     def window(self) -> int | None:
-        """The layer's own sliding window in tokens; None: full attention. One that no sequence exceeds is full."""
-        window = sliding_window(self.attention, self.config)
+        """The layer's own sliding window, for descriptions: None also where no trained sequence exceeds it."""
+        window = self.own_window
         return None if window is not None and window >= self.config.max_position_embeddings else window
 
     @property
@@ -342,15 +349,6 @@ def _get(module: nn.Module, path: str) -> nn.Module | None:
     return module
 
 
-def _remedy(model: nn.Module, config) -> str:
-    """What to give instead of a known model whose layers are not where those of its causal LM are."""
-    if config is not model.config:  # a text model with a vision tower beside it, say
-        alone = "AutoModelForCausalLM.from_config(model.config.get_text_config(), dtype=model.dtype)"
-        weights = "model.get_decoder() (as its .model) and .lm_head"
-        return f"whose {config.model_type} is a part; valid is that by itself: {alone}, with the weights of {weights}"
-    return "valid is its causal LM class (AutoModelForCausalLM)"
-
-
 def of(model: nn.Module) -> Anatomy:
     """The anatomy of a transformers causal LM, or of an encoder (with any head, or none).
 
@@ -358,24 +356,10 @@ def of(model: nn.Module) -> Anatomy:
     """
     model = getattr(model, "_orig_mod", model)  # of torch.compile: what is read is the same
     require_unwrapped(model)
-    config = getattr(model, "config", None)
-    if config is None or not hasattr(config, "get_text_config"):
-        raise Unsupported(f"model: got {type(model).__name__}, valid is a transformers causal LM or encoder")
-    config = config.get_text_config()
-    kind = config.model_type
-    if kind in REFUSED:
-        raise Unsupported(f"{type(model).__name__} ({kind}) is not supported: {REFUSED[kind]}")
-    known = FAMILIES | ENCODERS
-    if kind not in known:
-        near = difflib.get_close_matches(kind, known, n=1)
-        raise Unsupported(
-            f"{type(model).__name__} ({kind}) is not supported{f'; the nearest is {near[0]}' if near else ''}; "
-            f"supported are {', '.join(sorted(known))}"
-        )
-    family = known[kind]
+    config, family = refusals.family_of(model)
     blocks = _get(model.base_model if family.encoder else model, family.layers)
     if blocks is None:
-        raise Unsupported(f"model: got {type(model).__name__}, {_remedy(model, config)}")
+        raise refusals.headless(model, config)
     rotary = inside(_get(model, family.rotary)) if family.rotary else None
     layers = []
     for index, block in enumerate(blocks):
@@ -390,4 +374,4 @@ def of(model: nn.Module) -> Anatomy:
     tied = head is None or head.weight is embeddings.weight
     steady(model)
     final_norm, positions = (_get(model, path) for path in (family.final_norm, family.positions))
-    return Anatomy(model, config, kind, layers, embeddings, None if tied else head, final_norm, positions)
+    return Anatomy(model, config, config.model_type, layers, embeddings, None if tied else head, final_norm, positions)

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from effattn.errors import Unsupported
+
 
 def rope_factor(config, attention: nn.Module) -> float:
     """The share of a head's dimensions that RoPE turns, from the config's rope parameters."""
@@ -33,11 +35,16 @@ def no_rope(config, attention: nn.Module) -> bool:
 
 
 def sliding_window(attention: nn.Module, config) -> int | None:
-    """The window of this layer's own attention (a query sees that many keys, itself included); None: full."""
-    types = getattr(config, "layer_types", None)
-    if types is not None and types[attention.layer_idx] == "full_attention":
-        return None
-    return getattr(config, "sliding_window", None)
+    """The window of this layer's own attention (a query sees that many keys, itself included); None: full.
+
+    Raises Unsupported for a kind of attention that is neither."""
+    windows = FAMILIES[config.model_type].windows if config.model_type in FAMILIES else ""
+    if windows == "layer_types":
+        kind = config.layer_types[attention.layer_idx]
+        if kind not in ("full_attention", "sliding_attention"):
+            raise Unsupported(f"layer {attention.layer_idx}: its own attention is {kind!r}, valid are full and sliding")
+        windows = "all" if kind == "sliding_attention" else ""
+    return config.sliding_window if windows == "all" else None
 
 
 @dataclass(frozen=True)
@@ -66,6 +73,7 @@ class Family:
     hidden_size: tuple[str, ...] = ("hidden_size",)  # the config's names of the width of the residual stream
     explicit_head_dim: bool = True  # the class reads head_dim from its config, so that heads can be any number
     scaled_embeddings: bool = False  # embeddings are multiplied by sqrt(hidden_size), and norms by 1 + their weight
+    windows: str = ""  # which layers obey config.sliding_window: none, "all", or those that "layer_types" names
     encoder: bool = False  # its classes have several heads, or none, and nothing to do with generation
 
 
@@ -91,21 +99,23 @@ def of_layers(config, kept: list[int]) -> dict[str, object]:
 
 _IGNORED = "transformers ignores num_key_value_heads in this class"
 
-_LLAMA_LIKE = (
-    "llama", "mistral", "qwen2", "qwen3", "olmo", "olmo2", "olmo3", "granite", "smollm3", "exaone4", "seed_oss",
-)  # fmt: skip
-_EXPERTS = ("mixtral", "qwen2_moe", "qwen3_moe")
-_GEMMA = ("gemma", "gemma2", "gemma3_text")
+_LLAMA_LIKE = ("llama", "olmo", "olmo2", "granite", "seed_oss")
+_LAYERWISE = ("qwen2", "qwen3", "olmo3", "smollm3", "exaone4")
 _GATE_UP = ("mlp.gate_up_proj",)  # one module, the gate's rows first
 
 FAMILIES: dict[str, Family] = {
     **dict.fromkeys(_LLAMA_LIKE, Family()),
-    **dict.fromkeys(_EXPERTS, Family(ffn_in=())),
+    **dict.fromkeys(_LAYERWISE, Family(windows="layer_types")),
+    "mistral": Family(windows="all"),
+    **dict.fromkeys(("mixtral", "qwen3_moe"), Family(ffn_in=(), windows="all")),
+    "qwen2_moe": Family(ffn_in=(), windows="layer_types"),
     "olmoe": Family(ffn_in=(), explicit_head_dim=False),
-    **dict.fromkeys(_GEMMA, Family(scaled_embeddings=True)),
+    "gemma": Family(scaled_embeddings=True),
+    **dict.fromkeys(("gemma2", "gemma3_text"), Family(scaled_embeddings=True, windows="layer_types")),
     **dict.fromkeys(("arcee", "nemotron"), Family(ffn_in=("mlp.up_proj",))),
-    "starcoder2": Family(ffn_in=("mlp.c_fc",), ffn_out="mlp.c_proj"),
-    **dict.fromkeys(("cohere", "cohere2", "ernie4_5"), Family(interleaved=True)),
+    "starcoder2": Family(ffn_in=("mlp.c_fc",), ffn_out="mlp.c_proj", windows="all"),
+    **dict.fromkeys(("cohere", "ernie4_5"), Family(interleaved=True)),
+    "cohere2": Family(interleaved=True, windows="layer_types"),
     "helium": Family(interleaved=True, explicit_head_dim=False),
     **dict.fromkeys(("glm", "glm4"), Family(interleaved=True, ffn_in=_GATE_UP)),
     "stablelm": Family(q_norm="q_layernorm", k_norm="k_layernorm", explicit_head_dim=False),
@@ -113,14 +123,17 @@ FAMILIES: dict[str, Family] = {
         o="dense", q_norm="q_layernorm", k_norm="k_layernorm", final_norm="model.final_layernorm",
         ffn_in=("mlp.fc1",), ffn_out="mlp.fc2",
     ),
-    "phi3": Family(q="qkv_proj", k="qkv_proj", v="qkv_proj", fused="stacked", ffn_in=_GATE_UP),
+    "phi3": Family(q="qkv_proj", k="qkv_proj", v="qkv_proj", fused="stacked", ffn_in=_GATE_UP, windows="all"),
     "gpt_neox": Family(
         layers="gpt_neox.layers", attention="attention", q="query_key_value", k="query_key_value",
         v="query_key_value", o="dense", fused="per_head", final_norm="gpt_neox.final_layer_norm", gqa=_IGNORED,
         rotary="gpt_neox.rotary_emb", ffn_in=("mlp.dense_h_to_4h",), ffn_out="mlp.dense_4h_to_h",
         explicit_head_dim=False,
     ),
-    "gpt_oss": Family(ffn_in=(), gqa="its learned sinks belong to query heads, which a conversion would regroup"),
+    "gpt_oss": Family(
+        ffn_in=(), gqa="its learned sinks belong to query heads, which a conversion would regroup",
+        windows="layer_types",
+    ),
     "opt": Family(
         layers="model.decoder.layers", ffn=("fc1", "fc2"), o="out_proj",
         final_norm="model.decoder.final_layer_norm", gqa=_IGNORED, rotary="", ffn_in=("fc1",), ffn_out="fc2",
@@ -145,8 +158,11 @@ ENCODERS: dict[str, Family] = {
 }  # fmt: skip
 
 # Known causal LMs that are refused with a reason instead of "unknown".
+_BY_ITSELF = "its class computes attention by itself, not through transformers' ALL_ATTENTION_FUNCTIONS"
 REFUSED = {
-    **dict.fromkeys(["gpt2", "gptj", "gpt_neo", "bloom", "mpt", "codegen", "xglm", "biogpt"], _IGNORED),
-    "gpt_bigcode": "transformers' class holds either all heads or one (multi_query)",
-    "falcon": "transformers' cache keeps all heads whatever num_kv_heads says",
+    **dict.fromkeys(("gptj", "gpt_neo", "bloom", "mpt", "codegen", "xglm"), _BY_ITSELF),
+    "gpt2": f"its q, k and v are a Conv1D, effattn reads nn.Linear (and {_IGNORED}, which converting heads needs)",
+    "biogpt": f"effattn has no description of its layers (and {_IGNORED})",
+    "gpt_bigcode": "its q, k and v are one module for multi-query heads, which effattn does not read",
+    "falcon": f"{_BY_ITSELF}, and its cache keeps all heads whatever num_kv_heads says",
 }

@@ -96,10 +96,11 @@ def _plan(layer: anatomy.Layer, spec: str, options: dict) -> Plan:
     backend = registry.backend(spec, **options)
     spec, given = registry.format_spec(name, given | options), given | options
     pattern, own = spec, None
-    if backend.plain and layer.window is not None:  # plain transformers' attention is a window in this layer
-        own = layer.window
-        pattern = registry.format_spec("sliding", {"window": own} | given)
-        backend = registry.backend(pattern)
+    if backend.plain and layer.own_window is not None:  # plain transformers' attention is a window in this layer
+        own = layer.own_window
+        windowed = registry.format_spec("sliding", {"window": own} | given)
+        backend = registry.backend(windowed)
+        pattern = spec if layer.window is None else windowed  # None: only past the trained length, called as asked
     raw = backend.farthest is not None
     rotary = layer.rotary if raw else None
     return Plan(spec, pattern, backend, raw, rotary, own, "global_qkv" in backend.extras)
@@ -167,8 +168,15 @@ def _obstacle(layer: anatomy.Layer, plan: Plan) -> str | None:
         )
     if layer.learned_sinks and "sink_logits" not in plan.backend.extras:
         return f"it has learned sinks (s_aux), {plan.backend.name} has no sink_logits"
-    if layer.window is not None and not layer.causal:
-        return f"it is a bidirectional window of {layer.window} of its own"
+    if layer.own_window is not None and not layer.causal:
+        return f"it is a bidirectional window of {layer.own_window} of its own"
+    if layer.own_window is None and layer.causal and _cache_forgets(layer):
+        return (
+            f"it has config.sliding_window={layer.config.sliding_window}, which its class leaves out without a cache "
+            "and transformers' cache obeys; model.config.sliding_window = None is full attention"
+        )
+    if getattr(layer.config, "use_bidirectional_attention", False):
+        return "its attention is bidirectional (use_bidirectional_attention)"
     if plan.own_global and (path := placement.replaced(layer.attention, layer.qkv_paths)):
         return f"the forward of {path} was replaced, which {plan.backend.name}'s second projections would not have"
     if plan.cache is not None and (reason := caches.obstacle(layer, plan.backend, plan.cache)):
@@ -187,6 +195,13 @@ def _obstacle(layer: anatomy.Layer, plan: Plan) -> str | None:
         if plan.rotary.rope().dims != layer.rotary_dims:
             return f"{rule} turns {plan.rotary.rope().dims} dimensions, expected {layer.rotary_dims}"
     return None
+
+
+def _cache_forgets(layer: anatomy.Layer) -> bool:
+    """Whether transformers' own cache of this layer keeps a window of the tokens."""
+    kinds = getattr(layer.config, "layer_types", None)
+    sliding = kinds is None or kinds[layer.index] == "sliding_attention"
+    return sliding and getattr(layer.config, "sliding_window", None) is not None
 
 
 def _try(layer: anatomy.Layer, plan: Plan) -> None:

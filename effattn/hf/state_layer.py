@@ -99,9 +99,20 @@ class StateLayer(CacheLayerMixin):
         """What the state holds, as it lies there (a ring starts anywhere); None where it holds no keys."""
         return getattr(self.state, "k", None)
 
+    @keys.setter
+    def keys(self, new) -> None:
+        raise Unsupported(
+            f"cache: layer {self.index} ({self.words}) holds its own state, in which keys and values cannot be "
+            "cut or replaced; hooks that do so need plain 'dense' layers without cache=, or effattn.restore(model)"
+        )
+
     @property
     def values(self) -> Tensor | None:
         return getattr(self.state, "v", None)
+
+    @values.setter
+    def values(self, new) -> None:
+        self.keys = new
 
     @property
     def nbytes(self) -> int:
