@@ -9,6 +9,7 @@ import shutil
 
 import pytest
 import torch
+import transformers
 from conftest import SMALL
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
@@ -129,6 +130,42 @@ def test_a_packed_model(tmp_path):
     assert torch.equal(logits(loaded), logits(model))
     assert loaded.config.effattn["packed"] == model.config.effattn["packed"]
     refused_by_transformers(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "write", [effattn.save, lambda model, folder: model.save_pretrained(folder)], ids=["ours", "plain"]
+)
+def test_quantized_weights_and_what_was_learned(write, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    model = swapped("learned sinks")
+    effattn.quant.quantize_weights(model, "int8")
+    write(model, tmp_path / "out")
+    loaded = effattn.load(tmp_path / "out")
+    assert torch.equal(logits(loaded), logits(model))
+    sinks = "model.layers.1.self_attn.effattn_pattern.sink_logits"
+    assert torch.equal(loaded.state_dict()[sinks], model.state_dict()[sinks])
+
+
+CLASSES = {
+    "BertForSequenceClassification": "sliding(window=5)",
+    "BertForMaskedLM": "longformer(window=5, global_tokens=1)",
+    "LlamaForTokenClassification": "longformer(window=4, global_tokens=2)",
+    "GPTNeoXForCausalLM": "sliding(window=4, sink_logits=True)",
+    "MixtralForCausalLM": "sliding(window=4, sink_logits=True)",
+}
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_other_classes_too(name, tmp_path):
+    cls = getattr(transformers, name)
+    torch.manual_seed(0)
+    model = effattn.swap(cls(cls.config_class(**{**SMALL, **HEADS, "num_local_experts": 2})).eval(), CLASSES[name])
+    model.save_pretrained(tmp_path)
+    loaded = effattn.load(tmp_path)
+    assert type(loaded) is cls
+    assert torch.equal(logits(loaded), logits(model))
+    with pytest.raises(ValueError, match="effattn"):
+        cls.from_pretrained(tmp_path)(IDS)
 
 
 def test_a_state_dict_without_what_was_learned_is_refused(tmp_path):

@@ -124,14 +124,19 @@ def _fit(what: str, names, files: dict[str, Stored]) -> None:
 def _learned_files(folder: Path) -> dict[str, Stored]:
     """Every weight that a swap added: beside the model's own weights, or among them."""
     beside = header(folder / LEARNED) if (folder / LEARNED).is_file() else {}
-    among = {name: one for name, one in stored(folder).items() if is_learned(name)}
-    if beside and among:
-        other = next(iter(among.values())).file
+    inside = among(folder)
+    if beside and inside:
+        other = next(iter(inside.values())).file
         raise ValueError(
             f"weights: {str(folder)!r} holds what a swap added in {LEARNED} and in {other}: one of them is of another "
             "save; delete it"
         )
-    return among or beside
+    return inside or beside
+
+
+def among(folder: Path) -> dict[str, Stored]:
+    """What a swap added, of the weights in a checkpoint's model.safetensors or shards."""
+    return {name: one for name, one in stored(folder).items() if is_learned(name)}
 
 
 def _folder(name: str) -> Path:
