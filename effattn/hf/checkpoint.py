@@ -41,7 +41,7 @@ def save(model: nn.Module, path: str | Path, tokenizer=None) -> Path:
         learned = record.learned(model)
         plain = {name: tensor for name, tensor in model.state_dict().items() if name not in learned}
         model.save_pretrained(folder, state_dict=plain if learned else None)
-        if learned and not record.among(folder):  # a quantizer's own state_dict has everything
+        if learned:
             save_file({name: tensor.contiguous() for name, tensor in record.once(learned).items()}, folder / LEARNED)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)

@@ -124,7 +124,7 @@ def _fit(what: str, names, files: dict[str, Stored]) -> None:
 def _learned_files(folder: Path) -> dict[str, Stored]:
     """Every weight that a swap added: beside the model's own weights, or among them."""
     beside = header(folder / LEARNED) if (folder / LEARNED).is_file() else {}
-    inside = among(folder)
+    inside = {name: one for name, one in stored(folder).items() if is_learned(name)}
     if beside and inside:
         other = next(iter(inside.values())).file
         raise ValueError(
@@ -132,11 +132,6 @@ def _learned_files(folder: Path) -> dict[str, Stored]:
             "save; delete it"
         )
     return inside or beside
-
-
-def among(folder: Path) -> dict[str, Stored]:
-    """What a swap added, of the weights in a checkpoint's model.safetensors or shards."""
-    return {name: one for name, one in stored(folder).items() if is_learned(name)}
 
 
 def _folder(name: str) -> Path:
