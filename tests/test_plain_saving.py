@@ -5,7 +5,10 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -239,3 +242,30 @@ def test_a_trainer_writes_it_and_goes_on_from_it(name, tmp_path):
     assert all(torch.isfinite(weight).all() for weight in started.values())
     checkpoint.save(loaded, tmp_path / "saved")
     assert torch.equal(logits(effattn.load(tmp_path / "saved")), logits(model))
+
+
+def test_a_hub_name_is_as_good_as_a_folder(tmp_path):
+    """In the layout of the hub's cache, read by a process without a network."""
+    model = swapped("learned sinks")
+    for name, write in (("ours", effattn.save), ("plain", lambda model, folder: model.save_pretrained(folder))):
+        repository = tmp_path / f"models--owner--{name}"
+        (repository / "refs").mkdir(parents=True)
+        (repository / "refs" / "main").write_text("1" * 40)
+        (repository / "snapshots").mkdir()
+        write(model, repository / "snapshots" / ("1" * 40))
+    code = """
+import effattn
+from safetensors.torch import save_file
+for name in ("ours", "plain"):
+    save_file(effattn.load(f"owner/{name}").state_dict(), f"{name}.safetensors")
+"""
+    environment = os.environ | {
+        "HF_HUB_CACHE": str(tmp_path),
+        "HF_HUB_OFFLINE": "1",
+        "PYTHONPATH": os.pathsep.join(sys.path),
+    }
+    subprocess.run([sys.executable, "-c", code], env=environment, cwd=tmp_path, check=True, timeout=300)
+    for name in ("ours", "plain"):
+        found = load_file(tmp_path / f"{name}.safetensors")
+        assert found.keys() == model.state_dict().keys()
+        assert all(torch.equal(found[key], value) for key, value in model.state_dict().items())
