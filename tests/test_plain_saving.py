@@ -190,6 +190,18 @@ def test_a_state_dict_without_what_was_learned_is_refused(tmp_path):
         effattn.load(tmp_path)
 
 
+def test_learned_weights_without_their_swap_are_refused(tmp_path):
+    effattn.save(swapped("learned sinks"), tmp_path / "out")
+    file = tmp_path / "out" / "config.json"
+    config = json.loads(file.read_text())
+    del config["effattn"]
+    file.write_text(json.dumps(config))
+    with pytest.raises(
+        ValueError, match=r"effattn.safetensors does not fit the swap in config.json, unexpected: .*sink"
+    ):
+        effattn.load(tmp_path / "out")
+
+
 def test_an_older_save_beside_a_newer_one_is_refused(tmp_path):
     model = swapped("learned sinks")
     effattn.save(model, tmp_path / "out")

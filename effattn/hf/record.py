@@ -60,7 +60,7 @@ def write(model: nn.Module, file: Path) -> None:
     Rules that transformers has, but decodes wrongly, are written in its terms as well; projections that are no linears
     make it another `model_type`.
     """
-    config = json.loads(file.read_text())
+    config = json.loads(file.read_text(encoding="utf-8"))
     for name in (KEY, MARK):
         config.pop(name, None)
     found = of(model)
@@ -72,7 +72,7 @@ def write(model: nn.Module, file: Path) -> None:
         config["model_type"] = KEY
     if found:
         config[KEY] = found
-    file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def is_learned(name: str) -> bool:
