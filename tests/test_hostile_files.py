@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import subprocess
 import sys
 
@@ -210,6 +211,29 @@ def test_what_is_valid_passes(saved):
     (folder / "config.json").write_text(json.dumps(config | harmless))
     loaded = effattn.load(folder)
     assert effattn.describe(loaded).layers[0]["pattern"] == SPEC
+
+
+VALUES = [None, True, 0, -1, 3, 10**18, 1.5, float("nan"), "", "x", "a" * 1000, "effattn", [], [1], ["x"], {}, {"a": 1}]
+
+
+def test_no_change_of_an_entry_ends_in_a_traceback(saved):
+    folder, whole = saved
+    seed = random.randrange(1 << 32)
+    print("seed", seed)
+    draw, messages = random.Random(seed), []
+    for _ in range(40):
+        config = json.loads(json.dumps(whole))
+        inside = draw.choice(
+            [config, config, config["effattn"], config["effattn"]["pattern"], config["rope_parameters"]]
+        )
+        inside[draw.choice([*inside, "attn_implementation", "trained", "dtype"])] = draw.choice(VALUES)
+        (folder / "config.json").write_text(json.dumps(config))
+        try:
+            effattn.load(folder)
+        except ValueError as error:
+            messages.append(str(error))
+    assert messages
+    assert all("\n" not in message and len(message) < 700 for message in messages)
 
 
 def test_the_command_line_says_it_in_one_line(saved, tmp_path):

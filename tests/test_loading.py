@@ -72,7 +72,7 @@ def test_a_swapped_classifier_comes_back(name, tmp_path):
 @pytest.mark.parametrize("name", ["LlamaForSequenceClassification", "LlamaModel", "BertForMaskedLM"])
 def test_flows_of_causal_models_refuse_another_class_by_name(name, tmp_path):
     new(name).save_pretrained(tmp_path)
-    with pytest.raises(Unsupported, match=f"is a {name}, which predicts no next token"):
+    with pytest.raises(Unsupported, match=f"is a {name}, and no causal language model"):
         checkpoint.load_model(tmp_path)
 
 

@@ -5,10 +5,14 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
+import transformers
 from conftest import SMALL
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
@@ -62,11 +66,14 @@ def refused_by_transformers(folder) -> None:
         AutoModelForCausalLM.from_pretrained(folder)(IDS)
 
 
-@pytest.mark.parametrize("name", SWAPS)
-@pytest.mark.parametrize("sharded", [False, True], ids=["one file", "shards"])
-def test_save_pretrained_is_restored_or_refused(name, sharded, tmp_path):
+SHARDED = ("learned sinks", "tied across layers", "projections and pattern")
+
+
+@pytest.mark.parametrize(("name", "size"), [*((name, "1GB") for name in SWAPS), *((name, "60KB") for name in SHARDED)])
+def test_save_pretrained_is_restored_or_refused(name, size, tmp_path):
     model = swapped(name)
-    model.save_pretrained(tmp_path, max_shard_size="60KB" if sharded else "1GB")
+    model.save_pretrained(tmp_path, max_shard_size=size)
+    assert (tmp_path / "model.safetensors.index.json").exists() == (size == "60KB")
     loaded = effattn.load(tmp_path)
     assert torch.equal(logits(loaded), logits(model))
     assert [layer for layer in effattn.describe(loaded).layers] == [layer for layer in effattn.describe(model).layers]
@@ -131,6 +138,39 @@ def test_a_packed_model(tmp_path):
     refused_by_transformers(tmp_path)
 
 
+def test_quantized_weights_and_what_was_learned(tmp_path):
+    pytest.importorskip("bitsandbytes")
+    model = swapped("learned sinks")
+    effattn.quant.quantize_weights(model, "int8")
+    model.save_pretrained(tmp_path / "out")
+    loaded = effattn.load(tmp_path / "out")
+    assert torch.equal(logits(loaded), logits(model))
+    sinks = "model.layers.1.self_attn.effattn_pattern.sink_logits"
+    assert torch.equal(loaded.state_dict()[sinks], model.state_dict()[sinks])
+
+
+CLASSES = {
+    "BertForSequenceClassification": "sliding(window=5)",
+    "BertForMaskedLM": "longformer(window=5, global_tokens=1)",
+    "LlamaForTokenClassification": "longformer(window=4, global_tokens=2)",
+    "GPTNeoXForCausalLM": "sliding(window=4, sink_logits=True)",
+    "MixtralForCausalLM": "sliding(window=4, sink_logits=True)",
+}
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_other_classes_too(name, tmp_path):
+    cls = getattr(transformers, name)
+    torch.manual_seed(0)
+    model = effattn.swap(cls(cls.config_class(**{**SMALL, **HEADS, "num_local_experts": 2})).eval(), CLASSES[name])
+    model.save_pretrained(tmp_path)
+    loaded = effattn.load(tmp_path)
+    assert type(loaded) is cls
+    assert torch.equal(logits(loaded), logits(model))
+    with pytest.raises(ValueError, match="effattn"):
+        cls.from_pretrained(tmp_path)(IDS)
+
+
 def test_a_state_dict_without_what_was_learned_is_refused(tmp_path):
     model = swapped("learned sinks")
     own = {name: weight for name, weight in model.state_dict().items() if "effattn" not in name}
@@ -148,6 +188,18 @@ def test_a_state_dict_without_what_was_learned_is_refused(tmp_path):
     file.write_text(json.dumps(config))
     with pytest.raises(ValueError, match=r"unexpected keys: .*sink_logits"):
         effattn.load(tmp_path)
+
+
+def test_learned_weights_without_their_swap_are_refused(tmp_path):
+    effattn.save(swapped("learned sinks"), tmp_path / "out")
+    file = tmp_path / "out" / "config.json"
+    config = json.loads(file.read_text())
+    del config["effattn"]
+    file.write_text(json.dumps(config))
+    with pytest.raises(
+        ValueError, match=r"effattn.safetensors does not fit the swap in config.json, unexpected: .*sink"
+    ):
+        effattn.load(tmp_path / "out")
 
 
 def test_an_older_save_beside_a_newer_one_is_refused(tmp_path):
@@ -183,7 +235,7 @@ def trainer(model, folder, steps: int) -> Trainer:
     return Trainer(model=model, args=settings, train_dataset=rows)
 
 
-@pytest.mark.parametrize("name", ["learned sinks", "tied across layers", "learned features", "projections"])
+@pytest.mark.parametrize("name", ["tied across layers", "projections"])
 def test_a_trainer_writes_it_and_goes_on_from_it(name, tmp_path):
     torch.manual_seed(1)
     model = swapped(name)
@@ -205,3 +257,30 @@ def test_a_trainer_writes_it_and_goes_on_from_it(name, tmp_path):
     assert all(torch.isfinite(weight).all() for weight in started.values())
     checkpoint.save(loaded, tmp_path / "saved")
     assert torch.equal(logits(effattn.load(tmp_path / "saved")), logits(model))
+
+
+def test_a_hub_name_is_as_good_as_a_folder(tmp_path):
+    """In the layout of the hub's cache, read by a process without a network."""
+    model = swapped("learned sinks")
+    for name, write in (("ours", effattn.save), ("plain", lambda model, folder: model.save_pretrained(folder))):
+        repository = tmp_path / f"models--owner--{name}"
+        (repository / "refs").mkdir(parents=True)
+        (repository / "refs" / "main").write_text("1" * 40)
+        (repository / "snapshots").mkdir()
+        write(model, repository / "snapshots" / ("1" * 40))
+    code = """
+import effattn
+from safetensors.torch import save_file
+for name in ("ours", "plain"):
+    save_file(effattn.load(f"owner/{name}").state_dict(), f"{name}.safetensors")
+"""
+    environment = os.environ | {
+        "HF_HUB_CACHE": str(tmp_path),
+        "HF_HUB_OFFLINE": "1",
+        "PYTHONPATH": os.pathsep.join(sys.path),
+    }
+    subprocess.run([sys.executable, "-c", code], env=environment, cwd=tmp_path, check=True, timeout=300)
+    for name in ("ours", "plain"):
+        found = load_file(tmp_path / f"{name}.safetensors")
+        assert found.keys() == model.state_dict().keys()
+        assert all(torch.equal(found[key], value) for key, value in model.state_dict().items())

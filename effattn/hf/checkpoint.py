@@ -76,6 +76,7 @@ def load(path: str | Path, dtype: torch.dtype | str = "auto") -> nn.Module:
     check_finite(packing.steady(model))
     if axes:
         swapping.swap(model, **axes)
+    if axes or Path(name).is_dir():  # what was learned for a swap that config.json does not have is refused, too
         record.load_learned(model, name)
     record.mark(model)
     return model

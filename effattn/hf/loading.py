@@ -43,7 +43,7 @@ def class_of(config) -> type[nn.Module]:
 
 
 def check_causal(config, name: str | Path) -> None:
-    """Unsupported, naming the class, for a checkpoint that predicts no next token."""
+    """Unsupported, naming the class, for a checkpoint of another model than a causal language model."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     cls = class_of(config).__name__
@@ -52,8 +52,8 @@ def check_causal(config, name: str | Path) -> None:
         valid.update([one] if isinstance(one, str) else one)
     if cls not in valid:
         raise Unsupported(
-            f"model: {str(name)!r} is a {cls}, which predicts no next token; valid here are causal language models "
-            f"(...ForCausalLM)"
+            f"model: {str(name)!r} is a {cls}, and no causal language model; valid here is a class that predicts the "
+            "next token of a text (...ForCausalLM)"
         )
 
 

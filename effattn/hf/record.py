@@ -60,7 +60,7 @@ def write(model: nn.Module, file: Path) -> None:
     Rules that transformers has, but decodes wrongly, are written in its terms as well; projections that are no linears
     make it another `model_type`.
     """
-    config = json.loads(file.read_text())
+    config = json.loads(file.read_text(encoding="utf-8"))
     for name in (KEY, MARK):
         config.pop(name, None)
     found = of(model)
@@ -72,7 +72,7 @@ def write(model: nn.Module, file: Path) -> None:
         config["model_type"] = KEY
     if found:
         config[KEY] = found
-    file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def is_learned(name: str) -> bool:
@@ -125,14 +125,14 @@ def _fit(what: str, names, files: dict[str, Stored]) -> None:
 def _learned_files(folder: Path) -> dict[str, Stored]:
     """Every weight that a swap added: beside the model's own weights, or among them."""
     beside = header(folder / LEARNED) if (folder / LEARNED).is_file() else {}
-    among = {name: one for name, one in stored(folder).items() if is_learned(name)}
-    if beside and among:
-        other = next(iter(among.values())).file
+    inside = {name: one for name, one in stored(folder).items() if is_learned(name)}
+    if beside and inside:
+        other = next(iter(inside.values())).file
         raise ValueError(
             f"weights: {str(folder)!r} holds what a swap added in {LEARNED} and in {other}: one of them is of another "
             "save; delete it"
         )
-    return among or beside
+    return inside or beside
 
 
 def _folder(name: str) -> Path:
