@@ -195,6 +195,25 @@ def test_patterns_may_be_swapped_below_adapters(tokens):
     torch.testing.assert_close(logits(effattn.restore(model), tokens), before, rtol=0, atol=1e-5)
 
 
+def test_restore_names_the_model_inside(tokens):
+    model = effattn.swap(tiny("llama"), "sliding(window=9)")
+    swapped = logits(model, tokens)
+    with pytest.raises(Unsupported, match=r"valid is the model inside, model\._orig_mod"):
+        effattn.restore(torch.compile(model, backend="eager"))
+    torch.testing.assert_close(logits(model, tokens), swapped, rtol=0, atol=0)
+
+
+def test_generation_below_adapters(tokens):
+    """A swap of what is inside a PeftModel is the PeftModel's too, with its cache."""
+    wrapped = filled(peft.get_peft_model(tiny("llama"), ADAPTERS["lora"]()))
+    effattn.swap(wrapped.get_base_model(), "sliding(window=9)")
+    ids = tokens[None, :24]
+    found = wrapped.generate(input_ids=ids, max_new_tokens=8, do_sample=False, eos_token_id=None)
+    for step in range(24, 32):
+        assert int(wrapped(input_ids=found[:, :step]).logits[0, -1].argmax()) == int(found[0, step])
+    assert len(effattn.describe(wrapped.get_base_model()).layers) == 2
+
+
 def test_a_folder_with_an_adapter_is_no_checkpoint(tmp_path):
     peft.get_peft_model(tiny("llama"), ADAPTERS["lora"]()).save_pretrained(tmp_path / "adapter")
     with pytest.raises(ValueError, match=r"holds an adapter \(adapter_config.json\); valid is the whole model"):

@@ -118,9 +118,13 @@ def errors_by_hand(old, new, outputs, new_outputs):
     return [a / b for a, b in zip(lost, whole, strict=True)]
 
 
-@pytest.mark.parametrize(("kind", "extra"), BETWEEN)
 @pytest.mark.parametrize(
-    ("method", "grouping"), [("optimal", "contiguous"), ("aligned", "contiguous"), ("first", "similarity")]
+    ("kind", "extra", "method", "grouping"),
+    [
+        *((*case, method, "contiguous") for case in BETWEEN for method in ("optimal", "aligned")),
+        *((*case, "first", "similarity") for case in BETWEEN),
+        *((kind, extra, "optimal", "contiguous") for kind, extra in KINDS if (kind, extra) not in BETWEEN),
+    ],
 )
 def test_equal_heads_are_merged_without_loss(kind, extra, method, grouping, tokens):
     model = model_of(kind, extra)

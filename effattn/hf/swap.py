@@ -123,6 +123,7 @@ def swap(
 def restore(model: nn.Module) -> nn.Module:
     """Undoes every swap of patterns, positions and caches: attention implementation and config are what they were.
     Returns the model, swapped or not."""
+    require_unwrapped(model)
     positioning.undo(model)
     detach(model)
     return model
