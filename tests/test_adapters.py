@@ -106,6 +106,27 @@ def test_the_remedy_works(adapter, tokens, tmp_path):
     effattn.convert_gqa(model, 2, tokens, length=64)
 
 
+@pytest.mark.parametrize("state", ["off", "merged", "merged_off", "second"])
+@pytest.mark.parametrize("adapter", ["lora", "saved"])
+def test_what_is_computed_now_is_what_is_merged(adapter, state, tokens):
+    """Adapters that are switched off, merged already, or not the active one."""
+    model = adapted(adapter)
+    layers = [module for module in model.modules() if isinstance(module, peft.tuners.tuners_utils.BaseTunerLayer)]
+    if state == "second":
+        peft.inject_adapter_in_model(ADAPTERS[adapter](), model, adapter_name="second")
+        filled(model, seed=1)
+        for layer in layers:
+            layer.set_adapter("second")
+    for layer in layers:
+        if state.startswith("merged"):
+            layer.merge()
+        if state.endswith("off"):
+            layer.enable_adapters(False)
+    expected = logits(model, tokens)
+    torch.testing.assert_close(logits(merge(model), tokens), expected, rtol=0, atol=1e-5)
+    require_own_weights(model)
+
+
 def test_transformers_own_adapters_are_merged_too(tokens, tmp_path):
     """After add_adapter, save_pretrained writes the adapters alone, until they are merged."""
     model = tiny("llama")

@@ -96,8 +96,8 @@ def merge(model: nn.Module) -> nn.Module:
         if "base_layer" in module._modules and not hasattr(module, "merge"):
             raise Unsupported(f"{name}: {type(module).__name__} cannot be merged into a weight; delete the adapter")
     for module in reversed(found.values()):  # those inside first
-        if hasattr(module, "merge"):
-            module.merge()
+        if "base_layer" in module._modules:
+            _settle(module)
     for name, module in found.items():
         if not any(name.startswith(f"{other}.") for other in found):
             model.set_submodule(name, _own(module))
@@ -106,8 +106,18 @@ def merge(model: nn.Module) -> nn.Module:
     return model
 
 
+def _settle(module: nn.Module) -> None:
+    """Makes the wrapped module's weight what is computed now: with the active adapters, or where they are switched off
+    without."""
+    if not module.disable_adapters:
+        module.merge()
+    elif module.merged:
+        module.unmerge()
+
+
 def _own(module: nn.Module) -> nn.Module:
     """The module that stays of a merged one of peft's."""
     if "original_module" in module._modules:
-        return module.modules_to_save[module.active_adapters[0]]
+        switched_off = module.disable_adapters or not module.active_adapters
+        return module.original_module if switched_off else module.modules_to_save[module.active_adapters[0]]
     return module.get_base_layer()
