@@ -97,6 +97,9 @@ def test_reported_errors_are_those_of_what_attention_gets(kind, extra, method, t
     _, new = seen_by_attention(model, tokens)
     found = errors_by_hand(old, new, outputs, hf.of(model).layers[0].o.by_head)
     row = report.layers[0]
+    made = report.data["model"]["key_method"].split(", ")
+    named = {"aligned", "mean"} if hf.of(model).layers[0].k_norm is not None else {"optimal", "aligned", "mean"}
+    assert set(made) <= (named if method == "optimal" else {"mean"})
     assert [row["k_error"], row["v_error"]] == pytest.approx(found, rel=0.1)  # windows of 128 see other contexts
     assert 1e-3 < found[0] < 2
     assert 1e-3 < found[1] < 2
