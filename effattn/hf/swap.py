@@ -101,14 +101,10 @@ def swap(
     merging = None if heads is None else _merging(parts, heads)
     kv_heads = None if merging is None else merging["kv_heads"]
     projected = None if projections is None else replace.make(parts, projections, calibration, kv_heads, plans)
-    if merging is not None:
-        from effattn.heads.gqa import convert_gqa
-
-        convert_gqa(model, calibration=calibration, **merging)
-        if plans:  # some backends hold something for each K/V head
-            plans = planning.make(anatomy.of(model), pattern, options, order and order.layers, cached)
-    if projected is not None:
-        replace.replace(model, replace.fit(projected))
+    if merging is not None or projected is not None:
+        _rewrite(parts, merging, projected, calibration)
+    if merging is not None and plans:  # some backends hold something for each K/V head
+        plans = planning.make(anatomy.of(model), pattern, options, order and order.layers, cached)
     if order is not None:
         positioning.apply(model, parts, order)
         if order.config is not None and plans:  # windows that no sequence exceeded may be exceeded now
@@ -148,6 +144,20 @@ def active(model: nn.Module) -> Swap | None:
 def is_plain(spec: str) -> bool:
     """Whether plain transformers computes the same as this backend, in any layer."""
     return registry.backends()[registry.parse_spec(spec)[0]].plain
+
+
+def _rewrite(parts: anatomy.Anatomy, merging: dict | None, projected: replace.Plan | None, calibration) -> None:
+    """Changes heads, and then projections: both, or where one fails neither."""
+    from effattn.heads.gqa import convert_gqa
+    from effattn.heads.undo import all_or_nothing
+
+    with all_or_nothing(parts) as undo:
+        for layer in parts if merging is not None and projected is not None else ():
+            undo.remember(layer)
+        if merging is not None:
+            convert_gqa(parts.model, calibration=calibration, **merging)
+        if projected is not None:
+            replace.replace(parts.model, replace.fit(projected))
 
 
 def _apply(model: nn.Module, parts: anatomy.Anatomy, plans: dict[int, Plan]) -> None:
