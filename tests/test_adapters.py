@@ -127,6 +127,25 @@ def test_what_is_computed_now_is_what_is_merged(adapter, state, tokens):
     require_own_weights(model)
 
 
+@pytest.mark.parametrize(
+    "adapter",
+    [
+        {"target_modules": ["lm_head"]},
+        {"target_modules": ["embed_tokens"]},
+        {"target_modules": ["embed_tokens", "lm_head"]},
+        {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
+def test_an_adapter_on_one_of_two_tied_embeddings_is_merged_into_that(adapter, tokens, tmp_path):
+    model = tiny("llama", tie_word_embeddings=True)
+    peft.inject_adapter_in_model(peft.LoraConfig(r=2, **adapter), model)
+    expected = logits(filled(model), tokens)
+    effattn.save(merge(model), tmp_path / "out")
+    for one in (model, effattn.load(tmp_path / "out")):
+        torch.testing.assert_close(logits(one, tokens), expected, rtol=0, atol=1e-5)
+
+
 def test_transformers_own_adapters_are_merged_too(tokens, tmp_path):
     """After add_adapter, save_pretrained writes the adapters alone, until they are merged."""
     model = tiny("llama")

@@ -95,6 +95,7 @@ def merge(model: nn.Module) -> nn.Module:
     for name, module in found.items():
         if "base_layer" in module._modules and not hasattr(module, "merge"):
             raise Unsupported(f"{name}: {type(module).__name__} cannot be merged into a weight; delete the adapter")
+    _untie(model, found)
     for module in reversed(found.values()):  # those inside first
         if "base_layer" in module._modules:
             _settle(module)
@@ -104,6 +105,18 @@ def merge(model: nn.Module) -> nn.Module:
     vars(model).pop("_hf_peft_config_loaded", None)  # transformers would save the adapters alone
     vars(model).pop("peft_config", None)
     return model
+
+
+def _untie(model: nn.Module, found: dict[str, nn.Module]) -> None:
+    """Gives adapted embeddings that share their weight one of their own: the adapter is for one of the two."""
+    ends = [model.get_input_embeddings(), model.get_output_embeddings()]
+    adapted = [end for end in ends if any(end is module for module in found.values())]
+    if None in ends or not adapted or ends[0].weight is not ends[1].weight:
+        return
+    for end in adapted:
+        base = end.get_base_layer() if "base_layer" in end._modules else end.original_module
+        base.weight = nn.Parameter(base.weight.detach().clone(), requires_grad=base.weight.requires_grad)
+    model.config.tie_word_embeddings = model.config.get_text_config().tie_word_embeddings = False
 
 
 def _settle(module: nn.Module) -> None:
