@@ -25,7 +25,8 @@ def require_own_weights(model: nn.Module) -> None:
     require_unwrapped(model)
     for name, module in model.named_modules():
         if reason := _compiled(name, module) or _adapter(module) or _parametrization(module):
-            raise Unsupported(f"{type(model).__name__}: {name} ({type(module).__name__}) {reason}")
+            kind = f"{type(module).__module__.partition('.')[0]} {type(module).__name__}"  # "peft Linear"
+            raise Unsupported(f"{type(model).__name__}: {name} ({kind}) {reason}")
 
 
 def require_unwrapped(model: nn.Module) -> None:
