@@ -88,8 +88,8 @@ def merge(model: nn.Module) -> nn.Module:
     """Merges peft's adapters into the weights, in place: the model has its own modules again, and is saved whole.
 
     model: one that adapters were added to (`add_adapter`, `inject_adapter_in_model`); of a PeftModel,
-    `merge_and_unload` does this. Unsupported, before anything is changed, for adapters that no weight can hold.
-    Returns the model.
+    `merge_and_unload` does this. Unsupported, before anything is changed, for adapters that no weight can hold;
+    ValueError when a merged weight is not finite in its dtype. Returns the model.
     """
     require_unwrapped(model)
     found = {name: module for name, module in model.named_modules() if is_adapted(module)}
@@ -124,7 +124,7 @@ def _settle(module: nn.Module) -> None:
     """Makes the wrapped module's weight what is computed now: with the active adapters, or where they are switched off
     without."""
     if not module.disable_adapters:
-        module.merge()
+        module.merge(safe_merge=True)
     elif module.merged:
         module.unmerge()
 
