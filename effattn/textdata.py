@@ -57,7 +57,7 @@ def encode(documents: Iterable[str], tokenizer, limit: int | None = None) -> tor
     end = tokenizer.eos_token_id
     pieces, total = [], 0
     for document in documents:
-        if not document.strip():
+        if not document or document.isspace():
             continue
         ids = token_ids(document, tokenizer, None if limit is None else limit - total)
         ids = _without_ends(ids, end)

@@ -106,6 +106,46 @@ def test_the_remedy_works(adapter, tokens, tmp_path):
     effattn.convert_gqa(model, 2, tokens, length=64)
 
 
+@pytest.mark.parametrize("state", ["off", "merged", "merged_off", "second"])
+@pytest.mark.parametrize("adapter", ["lora", "saved"])
+def test_what_is_computed_now_is_what_is_merged(adapter, state, tokens):
+    """Adapters that are switched off, merged already, or not the active one."""
+    model = adapted(adapter)
+    layers = [module for module in model.modules() if isinstance(module, peft.tuners.tuners_utils.BaseTunerLayer)]
+    if state == "second":
+        peft.inject_adapter_in_model(ADAPTERS[adapter](), model, adapter_name="second")
+        filled(model, seed=1)
+        for layer in layers:
+            layer.set_adapter("second")
+    for layer in layers:
+        if state.startswith("merged"):
+            layer.merge()
+        if state.endswith("off"):
+            layer.enable_adapters(False)
+    expected = logits(model, tokens)
+    torch.testing.assert_close(logits(merge(model), tokens), expected, rtol=0, atol=1e-5)
+    require_own_weights(model)
+
+
+@pytest.mark.parametrize(
+    "adapter",
+    [
+        {"target_modules": ["lm_head"]},
+        {"target_modules": ["embed_tokens"]},
+        {"target_modules": ["embed_tokens", "lm_head"]},
+        {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
+def test_an_adapter_on_one_of_two_tied_embeddings_is_merged_into_that(adapter, tokens, tmp_path):
+    model = tiny("llama", tie_word_embeddings=True)
+    peft.inject_adapter_in_model(peft.LoraConfig(r=2, **adapter), model)
+    expected = logits(filled(model), tokens)
+    effattn.save(merge(model), tmp_path / "out")
+    for one in (model, effattn.load(tmp_path / "out")):
+        torch.testing.assert_close(logits(one, tokens), expected, rtol=0, atol=1e-5)
+
+
 def test_transformers_own_adapters_are_merged_too(tokens, tmp_path):
     """After add_adapter, save_pretrained writes the adapters alone, until they are merged."""
     model = tiny("llama")
@@ -156,11 +196,11 @@ def test_compiled_parts_are_named(part, entry, tokens, tmp_path):
 
 
 def test_a_model_that_compiled_itself_is_changed_like_any_other(tokens):
-    model, plain = tiny("llama"), tiny("llama")
+    model, plain = (tiny("llama", num_hidden_layers=1) for _ in range(2))
     model.compile(backend="eager")
     logits(model, tokens)
     for one in (model, plain):
-        effattn.convert_gqa(one, 2, tokens, length=64)
+        effattn.convert_gqa(one, 2, tokens, length=128, batch=16, refit=False)
     torch.testing.assert_close(logits(model, tokens), logits(plain, tokens))
 
 
@@ -193,6 +233,25 @@ def test_patterns_may_be_swapped_below_adapters(tokens):
     torch.testing.assert_close(logits(merge(model), tokens), below, rtol=0, atol=1e-5)
     assert {row.kv_heads for row in hf.of(model)} == {8}
     torch.testing.assert_close(logits(effattn.restore(model), tokens), before, rtol=0, atol=1e-5)
+
+
+def test_restore_names_the_model_inside(tokens):
+    model = effattn.swap(tiny("llama"), "sliding(window=9)")
+    swapped = logits(model, tokens)
+    with pytest.raises(Unsupported, match=r"valid is the model inside, model\._orig_mod"):
+        effattn.restore(torch.compile(model, backend="eager"))
+    torch.testing.assert_close(logits(model, tokens), swapped, rtol=0, atol=0)
+
+
+def test_generation_below_adapters(tokens):
+    """A swap of what is inside a PeftModel is the PeftModel's too, with its cache."""
+    wrapped = filled(peft.get_peft_model(tiny("llama"), ADAPTERS["lora"]()))
+    effattn.swap(wrapped.get_base_model(), "sliding(window=9)")
+    ids = tokens[None, :24]
+    found = wrapped.generate(input_ids=ids, max_new_tokens=8, do_sample=False, eos_token_id=None)
+    for step in range(24, 32):
+        assert int(wrapped(input_ids=found[:, :step]).logits[0, -1].argmax()) == int(found[0, step])
+    assert len(effattn.describe(wrapped.get_base_model()).layers) == 2
 
 
 def test_a_folder_with_an_adapter_is_no_checkpoint(tmp_path):

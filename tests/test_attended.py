@@ -97,6 +97,9 @@ def test_reported_errors_are_those_of_what_attention_gets(kind, extra, method, t
     _, new = seen_by_attention(model, tokens)
     found = errors_by_hand(old, new, outputs, hf.of(model).layers[0].o.by_head)
     row = report.layers[0]
+    made = report.data["model"]["key_method"].split(", ")
+    named = {"aligned", "mean"} if hf.of(model).layers[0].k_norm is not None else {"optimal", "aligned", "mean"}
+    assert set(made) <= (named if method == "optimal" else {"mean"})
     assert [row["k_error"], row["v_error"]] == pytest.approx(found, rel=0.1)  # windows of 128 see other contexts
     assert 1e-3 < found[0] < 2
     assert 1e-3 < found[1] < 2
@@ -118,9 +121,13 @@ def errors_by_hand(old, new, outputs, new_outputs):
     return [a / b for a, b in zip(lost, whole, strict=True)]
 
 
-@pytest.mark.parametrize(("kind", "extra"), BETWEEN)
 @pytest.mark.parametrize(
-    ("method", "grouping"), [("optimal", "contiguous"), ("aligned", "contiguous"), ("first", "similarity")]
+    ("kind", "extra", "method", "grouping"),
+    [
+        *((*case, method, "contiguous") for case in BETWEEN for method in ("optimal", "aligned")),
+        *((*case, "first", "similarity") for case in BETWEEN),
+        *((kind, extra, "optimal", "contiguous") for kind, extra in KINDS if (kind, extra) not in BETWEEN),
+    ],
 )
 def test_equal_heads_are_merged_without_loss(kind, extra, method, grouping, tokens):
     model = model_of(kind, extra)

@@ -8,6 +8,7 @@ import transformers
 from conftest import tiny
 from effattn.prune import Target, criteria, shear, structured
 
+import effattn
 from effattn.errors import Unsupported
 
 GRADIENTS = {"taylor", "michel"}
@@ -52,6 +53,18 @@ def test_decoders_have_one(tokens):
     for one in (model, tiny("llama", dtype=torch.float32)):
         small, _ = structured(one, tokens, ffn=24, length=64, criterion="taylor")
         assert type(small) is type(one)
+
+
+@pytest.mark.parametrize(("name", "config", "sizes"), [*MODELS, ("LlamaModel", transformers.LlamaConfig, DECODER)])
+def test_perplexity_is_of_next_tokens(name, config, sizes, tokens):
+    """A masked LM sees the token that it is asked for: what it would get is no perplexity."""
+    with pytest.raises(Unsupported, match=f"got {name}, valid is a causal LM"):
+        effattn.perplexity(model_of(name, config, sizes), tokens[:64], 32)
+
+
+def test_decoders_have_a_perplexity(tokens):
+    for model in (model_of("BertLMHeadModel", transformers.BertConfig, ENCODER | {"is_decoder": True}), tiny("gpt2")):
+        assert 1 < effattn.perplexity(model, tokens[:64], 32) < 1e6
 
 
 def test_shearing_learns_next_tokens(tokens):

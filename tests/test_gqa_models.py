@@ -12,6 +12,7 @@ from effattn.errors import Unsupported
 from effattn.heads.gqa import convert_gqa
 from effattn.hf import anatomy as hf
 from effattn.hf.swap import restore, swap
+from effattn.projections import replace
 
 KINDS = sorted(kind for kind, family in hf.FAMILIES.items() if not family.gqa)
 NORMED = {"stablelm": {"qk_layernorm": True}, "cohere": {"use_qk_norm": True}, "phi": {"qk_layernorm": True}}
@@ -130,6 +131,26 @@ def test_all_or_nothing(kind, extra, error, tokens):
     )
     convert_gqa(model, 2, tokens, length=64)
     assert model.config.num_key_value_heads == 2
+
+
+def test_heads_and_projections_are_changed_both_or_neither(tokens, monkeypatch):
+    model = tiny("llama")
+    expected, before = run(model, tokens).logits, snapshot(model)
+
+    def stop(plan):
+        assert hf.of(model).kv_heads == 2
+        raise KeyboardInterrupt
+
+    change = {"heads": "gqa(kv_heads=2, length=64)", "projections": "monarch(blocks=4)", "calibration": tokens}
+    monkeypatch.setattr(replace, "fit", stop)
+    with pytest.raises(KeyboardInterrupt):
+        swap(model, **change)
+    monkeypatch.undo()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert model.config.num_key_value_heads == 8
+    assert torch.equal(run(model, tokens).logits, expected)
+    swap(model, **change)
+    assert hf.of(model).kv_heads == 2
 
 
 @pytest.mark.parametrize("part", ["norm", "q", "k", "v", "o"])

@@ -8,7 +8,9 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
+from effattn.errors import Unsupported
 from effattn.evaluate.logits import Scores
+from effattn.hf.families import ENCODERS
 from effattn.hf.packing import steady
 from effattn.hf.placement import input_device
 
@@ -16,7 +18,9 @@ Progress = Callable[[int, int], None]
 
 
 def check_stream(model, tokens: torch.Tensor, context: int, stride: int | None) -> int:
-    """Validates what every evaluation takes; returns the stride. Raises ValueError."""
+    """Validates what every evaluation takes; returns the stride. Raises ValueError, and Unsupported for models that do
+    not predict next tokens."""
+    _check_predicts(model)
     if not isinstance(tokens, torch.Tensor) or tokens.dtype != torch.int64 or tokens.dim() != 1 or len(tokens) < 2:
         got = f"{tokens.dtype} {tuple(tokens.shape)}" if isinstance(tokens, torch.Tensor) else type(tokens).__name__
         raise ValueError(f"tokens: got {got}, valid is an int64 tensor (N,) of at least 2 token ids")
@@ -29,6 +33,15 @@ def check_stream(model, tokens: torch.Tensor, context: int, stride: int | None) 
     if int(tokens.min()) < 0 or int(tokens.max()) >= vocabulary:
         raise ValueError(f"tokens: ids run to {int(tokens.max())}, the model's vocabulary is 0 to {vocabulary - 1}")
     return stride
+
+
+def _check_predicts(model) -> None:
+    """Unsupported for encoders, which see what they are asked for, classifiers, and models without a head."""
+    kind, config = type(model).__name__, getattr(model, "config", None)
+    encoder = getattr(config, "model_type", None) in ENCODERS and not getattr(config, "is_decoder", False)
+    headless = hasattr(model, "get_output_embeddings") and model.get_output_embeddings() is None
+    if encoder or (headless and "LM" not in kind):
+        raise Unsupported(f"model: got {kind}, valid is a causal LM: perplexity is of next tokens")
 
 
 def _windows(n: int, context: int, stride: int, batch_tokens: int) -> list[tuple[list[int], int, int]]:

@@ -24,16 +24,14 @@ TOKENS = 4096  # that candidates are judged on, spread over the calibration text
 
 # What stands in for a method where it does not hold, itself first. The baselines are what they are.
 INSTEAD = {optimal: (optimal, aligned, unturned), aligned: (aligned, unturned)}
-NAMES = {unturned: "mean"}
 
 
 @dataclass(frozen=True)
 class Judged:
-    """The best merge of every group, what made its keys and its values, and its errors as `relative_errors`."""
+    """The best merge of every group, the method that made its keys, and its errors as `relative_errors`."""
 
     merged: list[Merged]
     key_method: str
-    value_method: str
     k_error: float
     v_error: float
 
@@ -55,11 +53,18 @@ def judge(
         merged = merge(one)
         copied = replace(layer, attention=copy.deepcopy(layer.attention).double())
         write(copied, groups, merged)
-        tried.append((NAMES.get(one, one.__name__), merged, errors(layer, copied, groups, inputs)))
+        tried.append((_key_method(one, layer), merged, errors(layer, copied, groups, inputs)))
     key_method, keys, (k_error, _) = min(tried, key=lambda one: one[2][0])
-    value_method, values, (_, v_error) = min(tried, key=lambda one: one[2][1])
+    _, values, (_, v_error) = min(tried, key=lambda one: one[2][1])
     both = [Merged(k.key, k.key_maps, v.value, v.value_maps) for k, v in zip(keys, values, strict=True)]
-    return Judged(both, key_method, value_method, k_error, v_error)
+    return Judged(both, key_method, k_error, v_error)
+
+
+def _key_method(method: Callable, layer: Layer) -> str:
+    """What a method comes to for this layer's keys."""
+    if method is unturned:
+        return "mean"
+    return "aligned" if method is optimal and layer.k_norm is not None else method.__name__
 
 
 def errors(old: Layer, new: Layer, groups: Sequence[Sequence[int]], inputs: Tensor) -> tuple[float, float]:

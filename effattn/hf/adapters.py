@@ -25,7 +25,8 @@ def require_own_weights(model: nn.Module) -> None:
     require_unwrapped(model)
     for name, module in model.named_modules():
         if reason := _compiled(name, module) or _adapter(module) or _parametrization(module):
-            raise Unsupported(f"{type(model).__name__}: {name} ({type(module).__name__}) {reason}")
+            kind = f"{type(module).__module__.partition('.')[0]} {type(module).__name__}"  # "peft Linear"
+            raise Unsupported(f"{type(model).__name__}: {name} ({kind}) {reason}")
 
 
 def require_unwrapped(model: nn.Module) -> None:
@@ -95,9 +96,10 @@ def merge(model: nn.Module) -> nn.Module:
     for name, module in found.items():
         if "base_layer" in module._modules and not hasattr(module, "merge"):
             raise Unsupported(f"{name}: {type(module).__name__} cannot be merged into a weight; delete the adapter")
+    _untie(model, found)
     for module in reversed(found.values()):  # those inside first
-        if hasattr(module, "merge"):
-            module.merge(safe_merge=True)
+        if "base_layer" in module._modules:
+            _settle(module)
     for name, module in found.items():
         if not any(name.startswith(f"{other}.") for other in found):
             model.set_submodule(name, _own(module))
@@ -106,8 +108,30 @@ def merge(model: nn.Module) -> nn.Module:
     return model
 
 
+def _untie(model: nn.Module, found: dict[str, nn.Module]) -> None:
+    """Gives adapted embeddings that share their weight one of their own: the adapter is for one of the two."""
+    ends = [model.get_input_embeddings(), model.get_output_embeddings()]
+    adapted = [end for end in ends if any(end is module for module in found.values())]
+    if None in ends or not adapted or ends[0].weight is not ends[1].weight:
+        return
+    for end in adapted:
+        base = end.get_base_layer() if "base_layer" in end._modules else end.original_module
+        base.weight = nn.Parameter(base.weight.detach().clone(), requires_grad=base.weight.requires_grad)
+    model.config.tie_word_embeddings = model.config.get_text_config().tie_word_embeddings = False
+
+
+def _settle(module: nn.Module) -> None:
+    """Makes the wrapped module's weight what is computed now: with the active adapters, or where they are switched off
+    without."""
+    if not module.disable_adapters:
+        module.merge(safe_merge=True)
+    elif module.merged:
+        module.unmerge()
+
+
 def _own(module: nn.Module) -> nn.Module:
     """The module that stays of a merged one of peft's."""
     if "original_module" in module._modules:
-        return module.modules_to_save[module.active_adapters[0]]
+        switched_off = module.disable_adapters or not module.active_adapters
+        return module.original_module if switched_off else module.modules_to_save[module.active_adapters[0]]
     return module.get_base_layer()

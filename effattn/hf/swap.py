@@ -104,14 +104,10 @@ def swap(
     merging = None if heads is None else _merging(parts, heads)
     kv_heads = None if merging is None else merging["kv_heads"]
     projected = None if projections is None else replace.make(parts, projections, calibration, kv_heads, plans)
-    if merging is not None:
-        from effattn.heads.gqa import convert_gqa
-
-        convert_gqa(model, calibration=calibration, **merging)
-        if plans:  # some backends hold something for each K/V head
-            plans = planning.make(anatomy.of(model), pattern, options, order and order.layers, cached)
-    if projected is not None:
-        replace.replace(model, replace.fit(projected))
+    if merging is not None or projected is not None:
+        _rewrite(parts, merging, projected, calibration)
+    if merging is not None and plans:  # some backends hold something for each K/V head
+        plans = planning.make(anatomy.of(model), pattern, options, order and order.layers, cached)
     if order is not None:
         positioning.apply(model, parts, order)
         if order.config is not None and plans:  # windows that no sequence exceeded may be exceeded now
@@ -127,6 +123,7 @@ def swap(
 def restore(model: nn.Module) -> nn.Module:
     """Undoes every swap of patterns, positions and caches: attention implementation and config are what they were.
     Returns the model, swapped or not."""
+    require_unwrapped(model)
     positioning.undo(model)
     detach(model)
     mark(model)
@@ -148,6 +145,20 @@ def detach(model: nn.Module) -> None:
 def active(model: nn.Module) -> Swap | None:
     """What `swap` did to the model's patterns; None when nothing is swapped."""
     return getattr(model, hooks.ATTRIBUTE, None)
+
+
+def _rewrite(parts: anatomy.Anatomy, merging: dict | None, projected: replace.Plan | None, calibration) -> None:
+    """Changes heads, and then projections: both, or where one fails neither."""
+    from effattn.heads.gqa import convert_gqa
+    from effattn.heads.undo import all_or_nothing
+
+    with all_or_nothing(parts) as undo:
+        for layer in parts if merging is not None and projected is not None else ():
+            undo.remember(layer)
+        if merging is not None:
+            convert_gqa(parts.model, calibration=calibration, **merging)
+        if projected is not None:
+            replace.replace(parts.model, replace.fit(projected))
 
 
 def _apply(model: nn.Module, parts: anatomy.Anatomy, plans: dict[int, Plan]) -> None:
