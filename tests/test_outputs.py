@@ -206,3 +206,13 @@ def test_writers_of_one_file_take_turns(tmp_path):
         thread.join()
     assert (tmp_path / "x").read_text() in texts
     assert [one.name for one in tmp_path.iterdir()] == ["x"]
+
+
+def test_a_disk_without_room_is_said_first(tmp_path, monkeypatch):
+    from collections import namedtuple
+
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr("shutil.disk_usage", lambda path: usage(100, 60, 40))
+    outputs.check_room("output", tmp_path / "new" / "out", 40)
+    with pytest.raises(OSError, match=r"^output: .*out needs 1,000 bytes, the disk has 40 free; nothing was done$"):
+        outputs.check_room("output", tmp_path / "new" / "out", 1000)

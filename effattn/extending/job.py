@@ -25,10 +25,11 @@ from effattn.hf.checkpoint import load_again, load_model, save
 from effattn.hf.describe import describe
 from effattn.hf.swap import active, swap
 from effattn.jobs import Quiet, check_partial, device, discard, holds_output, main_process, partial_folder
-from effattn.outputs import atomic_folder, check_new_folder
+from effattn.outputs import atomic_folder, check_new_folder, check_room
 from effattn.position_sampling import METHODS
 from effattn.positions.registry import parse
 from effattn.profiling.environment import environment
+from effattn.profiling.weights import weight_bytes
 from effattn.textdata import Streams, streams
 
 WHOLE = "none"  # windows as long as the target
@@ -83,6 +84,8 @@ def run(job: Job, show: Quiet | None = None) -> ExtendReport:
         model.to(device(job.device))
         if active(model) is not None:
             raise Unsupported(f"model: {job.model} is swapped already; valid is a checkpoint with its own attention")
+        if job.output is not None:
+            check_room("output", job.output, weight_bytes(model))
         plan = planner.make_plan(model, job.to, tuned=bool(job.tune_tokens))
         spec, plain = _rule(job, model, plan)
         window = _window(job, plan, spec, plain)

@@ -30,8 +30,9 @@ from effattn.linearizing.approximation import METHODS, measure_approximation
 from effattn.linearizing.lora import adapters
 from effattn.linearizing.report import LinearizeReport
 from effattn.linearizing.transfer import TRAINABLE, transfer
-from effattn.outputs import atomic_folder, check_new_folder
+from effattn.outputs import atomic_folder, check_new_folder, check_room
 from effattn.profiling.environment import environment
+from effattn.profiling.weights import weight_bytes
 from effattn.swapping.patterns import label_of
 from effattn.textdata import Streams, streams
 
@@ -90,6 +91,8 @@ def run(job: Job, show: Quiet | None = None) -> LinearizeReport:
         if active(parent) is not None:
             raise ValueError(f"model: {job.model} is swapped already; valid is a checkpoint with its own attention")
         parts = hf.of(parent)
+        if job.output is not None:
+            check_room("output", job.output, weight_bytes(parent) // 2)  # structured projections may be smaller
         specs = plan.layer_specs(parts, job.pattern, job.keep_every, job.keep)
     with show.stage("reading text"):
         wanted = max(job.transfer_tokens, job.distil_tokens, plan.WINDOWS * plan.LENGTH)
