@@ -150,3 +150,31 @@ def test_a_loss_beyond_what_exp_can_say():
     assert [perplexity_of(loss) for loss in (710.0, 1e9, math.inf)] == [math.inf] * 3
     assert math.isnan(perplexity_of(math.nan))
     assert json.dumps(finite({"perplexity": perplexity_of(1e9)}), allow_nan=False) == '{"perplexity": null}'
+
+
+def test_reports_of_models_that_broke(tmp_path, monkeypatch):
+    """Infinite perplexities are shown as such, are null in JSON, and such a report can be read and shown again."""
+    import report_pages
+
+    from effattn.reports.document import Document
+
+    def broken(data):
+        if isinstance(data, dict):
+            return {key: math.inf if key in ("perplexity", "kl") else broken(one) for key, one in data.items()}
+        return [broken(one) for one in data] if isinstance(data, list | tuple) else data
+
+    shown = []
+    with monkeypatch.context() as patch:
+        for cls in (Document, *Document.__subclasses__()):
+            if "to_html" in vars(cls):
+                patch.setattr(cls, "to_html", lambda self: shown.append(self) or "")
+        for make, _ in report_pages.PAGES.values():
+            make()
+    assert len({type(one) for one in shown}) >= 8
+    for report in shown:
+        live = type(report)(broken(report.data))
+        (tmp_path / "report.json").write_text(live.to_json(), encoding="utf-8")
+        for one in (live, type(report).load(tmp_path)):
+            assert one.headline
+            assert one.to_markdown()
+        assert live.to_html()
