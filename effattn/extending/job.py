@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from effattn import embedded
+from effattn import embedded, outputs
 from effattn.bounds import Checked, random_seed, real, whole
 from effattn.errors import Unsupported, check_choice
 from effattn.evaluate.curve import scores, token_scores
@@ -25,7 +25,7 @@ from effattn.hf.checkpoint import load_again, load_model, save
 from effattn.hf.describe import describe
 from effattn.hf.swap import active, swap
 from effattn.jobs import Quiet, check_partial, device, discard, holds_output, main_process, partial_folder
-from effattn.outputs import atomic_folder, check_new_folder, check_room
+from effattn.outputs import atomic_folder, check_new_folder
 from effattn.position_sampling import METHODS
 from effattn.positions.registry import parse
 from effattn.profiling.environment import environment
@@ -85,7 +85,7 @@ def run(job: Job, show: Quiet | None = None) -> ExtendReport:
         if active(model) is not None:
             raise Unsupported(f"model: {job.model} is swapped already; valid is a checkpoint with its own attention")
         if job.output is not None:
-            check_room("output", job.output, weight_bytes(model))
+            outputs.check_room("output", job.output, weight_bytes(model))
         plan = planner.make_plan(model, job.to, tuned=bool(job.tune_tokens))
         spec, plain = _rule(job, model, plan)
         window = _window(job, plan, spec, plain)
