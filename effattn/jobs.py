@@ -86,6 +86,8 @@ def _finished(job) -> bool:
     partial = getattr(job, "partial", None)
     if partial is None or not (Path(job.output) / "report.json").is_file():
         return False
+    if partial.is_dir() and not any(partial.iterdir()):  # all but the last step of `discard`
+        partial.rmdir()
     try:
         old = json.loads((partial / SETTINGS if partial.is_dir() else partial).read_text(encoding="utf-8"))
     except (OSError, ValueError):
