@@ -70,6 +70,8 @@ def holds_output(report: type, default: str | None = None) -> Callable:
             if job.output is None:
                 with claim("output", default):
                     return run(job, show)
+            if not _complete(job):
+                check_new_folder("output", job.output)
             with claim("output", job.output):
                 if _finished(job):
                     return report.load(job.output)
@@ -81,11 +83,17 @@ def holds_output(report: type, default: str | None = None) -> Callable:
     return decorated
 
 
+def _complete(job) -> bool:
+    return os.path.isfile(os.path.join(job.output, "report.json"))
+
+
 def _finished(job) -> bool:
     """Whether the output is there, complete, from a run of these settings; what that run left beside it goes."""
     partial = getattr(job, "partial", None)
-    if partial is None or not (Path(job.output) / "report.json").is_file():
+    if partial is None or not _complete(job):
         return False
+    if partial.is_dir() and not any(partial.iterdir()):  # all but the last step of `discard`
+        partial.rmdir()
     try:
         old = json.loads((partial / SETTINGS if partial.is_dir() else partial).read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -65,6 +65,16 @@ def check_writable(argument: str, folder: Path) -> None:
             file.flush()
 
 
+def check_room(argument: str, path: str | Path, needed: int) -> None:
+    """OSError when the disk of `path` has less than `needed` bytes free: the least that will be written."""
+    parent = Path(path).absolute().parent
+    while not parent.exists():
+        parent = parent.parent
+    free = shutil.disk_usage(parent).free
+    if free < needed:
+        raise OSError(f"{argument}: {path} needs {needed:,} bytes, the disk has {free:,} free; nothing was done")
+
+
 @contextlib.contextmanager
 def _named(argument: str, path: str | Path, done: str = "nothing was done") -> Iterator[None]:
     """What the system says of a path becomes one line that names the argument."""

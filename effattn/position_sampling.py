@@ -23,8 +23,8 @@ METHODS = ("pose", "random")
 
 @dataclass(frozen=True)
 class SampledPositions:
-    """Stacks rows of one length and adds `position_ids`, drawn from torch's global generator, which a Trainer seeds,
-    saves and restores.
+    """Stacks rows of one length and adds `position_ids`, drawn from torch's global generator, or by the rows' own
+    numbers.
 
     target: positions are below it, in tokens; at least the rows' length.
     method "pose" (PoSE, arXiv:2309.10400): a row is cut into `chunks` runs at random places; positions within a run are
@@ -45,6 +45,7 @@ class SampledPositions:
 
     def __call__(self, rows: list[dict]) -> dict[str, Tensor]:
         """rows: dicts with "input_ids" (T,) and whatever else is to be stacked, such as "labels" and "attention_mask".
+        A row with a number "draw" gets the positions of that number, whenever it is asked for.
 
         Returns them as (B, T), with "position_ids" (B, T) int64, 0 for padding, and an "attention_mask", ones if none
         was given: without one, transformers takes ids that jump for the borders of packed documents.
@@ -52,24 +53,31 @@ class SampledPositions:
         lengths = {len(row["input_ids"]) for row in rows}
         if len(lengths) != 1:
             raise ValueError(f"rows: got lengths {sorted(lengths)}, valid is one length (pad, with attention_mask)")
-        batch = {name: torch.stack([torch.as_tensor(row[name]) for row in rows]) for name in rows[0]}
+        draws = [row.get("draw") for row in rows]
+        names = [name for name in rows[0] if name != "draw"]
+        batch = {name: torch.stack([torch.as_tensor(row[name]) for row in rows]) for name in names}
         mask = batch.setdefault("attention_mask", torch.ones_like(batch["input_ids"]))
         positions = torch.zeros_like(batch["input_ids"])
-        for row, real in zip(positions, mask.bool(), strict=True):
-            row[real] = self.positions(int(real.sum()))
+        for row, real, draw in zip(positions, mask.bool(), draws, strict=True):
+            generator = None if draw is None else torch.Generator().manual_seed(int(draw))
+            row[real] = self.positions(int(real.sum()), generator)
         return {**batch, "position_ids": positions}
 
-    def positions(self, length: int) -> Tensor:
-        """Ascending positions of one row, (length,) int64. ValueError for more tokens than `target`."""
+    def positions(self, length: int, generator: torch.Generator | None = None) -> Tensor:
+        """Ascending positions of one row, (length,) int64, drawn from the global generator or the given one.
+        ValueError for more tokens than `target`."""
         if length > self.target:
             raise ValueError(
                 f"target: got {self.target}, shorter than a row of {length} tokens; valid is at least that"
             )
         if self.method == "random":
-            return torch.randperm(self.target)[:length].sort().values
-        cuts = (torch.randperm(max(length - 1, 0))[: self.chunks - 1] + 1).sort().values.tolist()
+            return torch.randperm(self.target, generator=generator)[:length].sort().values
+        order = torch.randperm(max(length - 1, 0), generator=generator)
+        cuts = (order[: self.chunks - 1] + 1).sort().values.tolist()
         positions, skip = torch.arange(length), 0
         for start, end in pairwise([*cuts, length]):
-            skip = int(torch.randint(skip, self.target - length + 1, ()))  # at least the run's before, section 3.1
+            skip = int(
+                torch.randint(skip, self.target - length + 1, (), generator=generator)
+            )  # at least the run's before, section 3.1
             positions[start:end] += skip
         return positions

@@ -27,7 +27,7 @@ from effattn.evaluate.loss import compare
 from effattn.heads.verify import verify_plain
 from effattn.hf.checkpoint import load_model, load_tokenizer, resolve
 from effattn.jobs import SETTINGS, Quiet, device, discard, holds_output, main_process, partial_folder, settings_of
-from effattn.outputs import atomic_folder, check_new_folder
+from effattn.outputs import atomic_folder, check_new_folder, check_room
 from effattn.profiling.decode import decode_speed
 from effattn.profiling.environment import environment
 from effattn.profiling.memory import available_bytes
@@ -101,6 +101,7 @@ def run(job: Job, show: Quiet | None = None) -> OneShotReport:
     source = folder_of(job.model)
     layers.StreamedModel(layers.Checkpoint(source))  # what cannot be pruned is refused before anything is written
     place = device(job.device)
+    check_room("output", job.output, weight_bytes(source))
     with show.stage("reading text"):
         tokenizer = load_tokenizer(source)
         data = streams(

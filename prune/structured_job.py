@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from effattn import embedded
-from effattn.bounds import Checked, random_seed, whole
+from effattn.bounds import Bounds, Checked, random_seed, whole
 from effattn.errors import check_choice
 from effattn.evaluate.loss import compare
 from effattn.heads.job import measure_parent
@@ -134,6 +134,11 @@ def check_job(job: Job) -> list[str | dict[str, str]]:
             "heads, ffn, layers: got none; valid is at least one of them: how many stay (4), or the share that is "
             "removed (0.25 or 25%)"
         )
+    for name, amount in job.amounts.items():
+        if isinstance(amount, float):
+            Bounds(whole=False, least=0, most=1).check(name, amount)
+        elif amount is not None:
+            Bounds(whole=True, least=1).check(name, amount)
     device(job.device)
     check_new_folder("output", job.output)
     return named

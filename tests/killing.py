@@ -37,7 +37,7 @@ def linearize(model, text, out):
 def extend(model, text, out):
     from effattn.extending.job import Job, run
 
-    return run(Job(model, 256, "yarn(length=256)", out, tune_tokens=3 * 32, window=32, sequences=1, text=(text,),
+    return run(Job(model, 256, "yarn(length=256)", out, tune_tokens=3 * 32, window=32, sequences=0, text=(text,),
                    seed=1, overrides=CPU))  # fmt: skip
 
 
@@ -72,7 +72,7 @@ def swap(model, text, out):
 def quantize(model, text, out):
     from effattn.quant.sensitivity.job import Job, run
 
-    return run(Job(model, formats=("int8(group=16, residual=16)",), output=out, text=(text,), evaluation_tokens=32,
+    return run(Job(model, formats=("int8(group=16, residual=16)",), output=out, text=(text,), evaluation_tokens=400,
                    sensitivity_tokens=32, length=32, retrieval_trials=0, decode_contexts=()))  # fmt: skip
 
 

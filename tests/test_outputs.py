@@ -10,8 +10,11 @@ import threading
 from pathlib import Path
 
 import pytest
+from test_bounds import COMMANDS
+from typer.testing import CliRunner
 
 from effattn import outputs
+from effattn.cli import app
 from effattn.outputs import OWNER, STAGING, atomic_folder, check_file, check_new_folder, claim
 from effattn.reports.files import TEMPORARY, write_text_atomic
 
@@ -206,3 +209,30 @@ def test_writers_of_one_file_take_turns(tmp_path):
         thread.join()
     assert (tmp_path / "x").read_text() in texts
     assert [one.name for one in tmp_path.iterdir()] == ["x"]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_says_first_what_cannot_be_written(command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
+    before = sorted(tmp_path.rglob("*"))
+    options = [word for word in COMMANDS[command] if word not in ("--output", "out")]
+    for output in ("file/out", "dangling", "~/out", "n" * 300, "dangling/out", "a/" + "n" * 260):
+        done = CliRunner().invoke(app, [*command.split(), *options, "--output", output])
+        lines = [line for line in done.output.splitlines() if line.strip()]
+        assert done.exit_code == 2, done.output
+        assert len(lines) == 1, done.output
+        assert lines[0].startswith("error: output: ")
+        if command != "measure":  # which makes the folder above to find out
+            assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_disk_without_room_is_said_first(tmp_path, monkeypatch):
+    from collections import namedtuple
+
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr("shutil.disk_usage", lambda path: usage(100, 60, 40))
+    outputs.check_room("output", tmp_path / "new" / "out", 40)
+    with pytest.raises(OSError, match=r"^output: .*out needs 1,000 bytes, the disk has 40 free; nothing was done$"):
+        outputs.check_room("output", tmp_path / "new" / "out", 1000)

@@ -93,3 +93,16 @@ def test_training_with_the_trainer(tmp_path, tokens):
     trainer = Trainer(model, settings, train_dataset=windows, data_collator=SampledPositions(512))
     trainer.train()
     assert not torch.equal(model.model.layers[0].self_attn.q_proj.weight, before)
+
+
+@pytest.mark.parametrize("method", ["pose", "random"])
+def test_numbered_rows_get_the_positions_of_their_number(method):
+    """Whatever was drawn before: a resumed training sees what an undisturbed one sees."""
+    collator = SampledPositions(500, method)
+    rows = [{"input_ids": torch.arange(20), "draw": number} for number in range(4)]
+    whole = collator(rows)
+    assert "draw" not in whole
+    torch.rand(7)
+    for number, row in enumerate(rows):
+        assert torch.equal(collator([row])["position_ids"][0], whole["position_ids"][number])
+    assert len({tuple(row.tolist()) for row in whole["position_ids"]}) == 4

@@ -30,6 +30,7 @@ from effattn.hf.swap import active
 from effattn.jobs import Quiet, device
 from effattn.outputs import check_file, claim_all
 from effattn.profiling.environment import environment
+from effattn.reports.files import numbers
 
 CURVE = 8  # buckets of a loss curve in each trained length
 AUTO = "auto"
@@ -130,14 +131,14 @@ def _run(job: Job, show: Quiet) -> ArticleReport:
                 ))  # fmt: skip
         rows.append(row | {"retrieval": answers})
     told = describe(model)
-    report = ArticleReport({
+    report = ArticleReport(numbers({
         "kind": "extend_context",
         "settings": _settings(job, lengths, period) | {"source": source, "retrieval_length": at, "style": style},
         "model": {"class": told.model, "dtype": told.dtype, "device": str(model.device), "layers": len(told.layers),
                   "parameters": told.parameters["total"], "trained_length": trained},
         "copy": copy, "task": task, "task_learned": learned, "within": within, "rules": rows,
         "environment": environment(),
-    })  # fmt: skip
+    }))  # fmt: skip
     if job.output is not None:
         report.save(job.output)
     if job.json is not None:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from effattn import embedded, training
+from effattn import embedded, outputs, training
 from effattn.bounds import Checked, random_seed, real, whole
 from effattn.errors import Unsupported, check_choice
 from effattn.evaluate.curve import scores, token_scores
@@ -30,6 +30,7 @@ from effattn.outputs import atomic_folder, check_new_folder
 from effattn.position_sampling import METHODS
 from effattn.positions.registry import parse
 from effattn.profiling.environment import environment
+from effattn.profiling.weights import weight_bytes
 from effattn.textdata import Streams, streams
 
 WHOLE = "none"  # windows as long as the target
@@ -84,6 +85,8 @@ def run(job: Job, show: Quiet | None = None) -> ExtendReport:
         model.to(device(job.device))
         if active(model) is not None:
             raise Unsupported(f"model: {job.model} is swapped already; valid is a checkpoint with its own attention")
+        if job.output is not None:
+            outputs.check_room("output", job.output, weight_bytes(model))
         plan = planner.make_plan(model, job.to, tuned=bool(job.tune_tokens))
         spec, plain = _rule(job, model, plan)
         window = _window(job, plan, spec, plain)

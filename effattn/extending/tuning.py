@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from torch import Tensor
+from torch.utils.data import Dataset
 from transformers import PrinterCallback, Trainer
 
 from effattn import training
@@ -53,7 +54,7 @@ def tune(
             loan.train_only(parameters)
         trainer = Trainer(
             model=model, args=arguments, callbacks=[Steps(progress)] if progress else [],
-            train_dataset=training.TokenWindows(tokens, window, steps * batch * arguments.world_size, seed),
+            train_dataset=_windows(tokens, window, steps * batch * arguments.world_size, seed, sampling is not None),
             **collator,
         )  # fmt: skip
         trainer.remove_callback(PrinterCallback)  # progress is the caller's
@@ -64,3 +65,25 @@ def tune(
         "tokens": steps * per_step, "steps": steps, "seconds": time.perf_counter() - start, "window": window,
         "sampling": sampling, "lora": lora, "learning_rate": arguments.learning_rate, "losses": losses,
     }  # fmt: skip
+
+
+class Numbered(Dataset):
+    """Rows with a number of their own under "draw", from which `SampledPositions` draws their positions.
+
+    From the global generator they would differ after a kill: the data loader is a batch ahead of the step whose random
+    state a checkpoint keeps.
+    """
+
+    def __init__(self, rows: Dataset, seed: int):
+        self.rows, self.first = rows, 1 + seed * len(rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict:
+        return {**self.rows[index], "draw": self.first + index}
+
+
+def _windows(tokens: Tensor, window: int, count: int, seed: int, numbered: bool) -> Dataset:
+    rows = training.TokenWindows(tokens, window, count, seed)
+    return Numbered(rows, seed) if numbered else rows

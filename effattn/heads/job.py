@@ -25,8 +25,9 @@ from effattn.heads.verify import verify_plain
 from effattn.hf import anatomy as hf
 from effattn.hf.checkpoint import load_model
 from effattn.jobs import Quiet, check_partial, device, discard, holds_output, main_process, partial_folder
-from effattn.outputs import atomic_folder, check_new_folder
+from effattn.outputs import atomic_folder, check_new_folder, check_room
 from effattn.profiling.decode import decode_speed
+from effattn.profiling.weights import weight_bytes
 from effattn.textdata import Streams, streams
 
 
@@ -80,6 +81,7 @@ def run(job: Job, show: Quiet | None = None) -> ConversionReport:
         parts = hf.of(parent)
         parts.require_gqa()
         gqa.check_kv_heads(job.kv_heads, parts.kv_heads)
+        check_room("output", job.output, weight_bytes(parent) // 2)  # no more than half of them is keys and values
     with show.stage("reading text"):
         data = streams(
             tokenizer, train=max(job.calibration_tokens, job.uptrain_tokens), evaluation=job.evaluation_tokens,

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from effattn import embedded, registry
+from effattn import embedded, outputs, registry
 from effattn.bounds import Checked, random_seed, real, whole
 from effattn.errors import check_choice
 from effattn.evaluate.loss import compare
@@ -33,6 +33,7 @@ from effattn.linearizing.report import LinearizeReport
 from effattn.linearizing.transfer import TRAINABLE, learnable, transfer
 from effattn.outputs import atomic_folder, check_new_folder
 from effattn.profiling.environment import environment
+from effattn.profiling.weights import weight_bytes
 from effattn.swapping.patterns import label_of
 from effattn.textdata import Streams, streams
 
@@ -92,6 +93,8 @@ def run(job: Job, show: Quiet | None = None) -> LinearizeReport:
             raise ValueError(f"model: {job.model} is swapped already; valid is a checkpoint with its own attention")
         require_own_weights(parent)
         parts = hf.of(parent)
+        if job.output is not None:
+            outputs.check_room("output", job.output, weight_bytes(parent) // 2)  # structured projections may be smaller
         specs = plan.layer_specs(parts, job.pattern, job.keep_every, job.keep)
         trains = bool(job.transfer_tokens or job.distil_tokens)
         if trains and specs:

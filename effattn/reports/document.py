@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import ClassVar, Self
 
-from effattn.reports.files import finite, write_all_atomic
+from effattn.reports.files import finite, numbers, write_all_atomic
 from effattn.reports.page import Section, markdown_text, page
 from effattn.reports.tables import Table
 
@@ -23,7 +23,7 @@ class Document:
     def load(cls, path: Path | str) -> Self:
         """Reads report.json, or the one in a folder."""
         path = Path(path)
-        return cls(json.loads((path / "report.json" if path.is_dir() else path).read_text(encoding="utf-8")))
+        return cls(numbers(json.loads((path / "report.json" if path.is_dir() else path).read_text(encoding="utf-8"))))
 
     @property
     def title(self) -> str:

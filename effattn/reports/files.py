@@ -9,6 +9,7 @@ from pathlib import Path
 from effattn.locking import open_locked
 
 TEMPORARY = ".effattn-new"
+QUALITY = ("perplexity", "cross_entropy", "kl")
 
 
 def finite(value: object) -> object:
@@ -18,6 +19,13 @@ def finite(value: object) -> object:
     if isinstance(value, list | tuple):
         return [finite(one) for one in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def numbers(data: object) -> object:
+    """`data` read back from JSON, with NaN for every null where a model's quality stands: it was not finite."""
+    if isinstance(data, dict):
+        return {key: math.nan if value is None and key in QUALITY else numbers(value) for key, value in data.items()}
+    return [numbers(one) for one in data] if isinstance(data, list | tuple) else data
 
 
 def write_all_atomic(folder: Path | str, files: dict[str, str]) -> None:

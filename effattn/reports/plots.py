@@ -78,8 +78,10 @@ def line_plot(
     """Lines over x. `contexts`: x are token counts on a log2 axis; `zero`: the y axis starts at 0; `mark`: an x with
     a dotted line and its name."""
     figure, axes = empty_axes(width, height, x_label, y_label)
+    shown = [value for one in series for value in one.y if value is not None and math.isfinite(value)]
+    log_y = log_y and any(value > 0 for value in shown)  # no axis has the logarithm of nothing
     for index, one in enumerate(series):
-        y = [math.nan if value is None else value for value in one.y]
+        y = [value if value is not None and math.isfinite(value) else math.nan for value in one.y]  # a gap
         style = DASHES[index % len(DASHES)] if one.style is None else one.style
         marker = MARKERS[index % len(MARKERS)] if one.marker is None else one.marker
         look = {"linewidth": one.width, "zorder": 2 + 1 / one.width, "color": one.color, "label": plain(one.label)}
@@ -96,7 +98,10 @@ def line_plot(
         axes.set_ylim(bottom=0)
     if mark:
         low, high = axes.get_ylim()
-        axes.set_ylim(top=high * (high / low) ** 0.1 if log_y else high + 0.1 * (high - low))  # the name's own place
+        if not log_y:
+            axes.set_ylim(top=high + 0.1 * (high - low))  # the name's own place
+        else:
+            axes.set_ylim(top=high * (high / low) ** 0.1)
         axes.axvline(mark[0], color=INK, linestyle=":", linewidth=1)
         top = axes.get_xaxis_transform()
         axes.annotate(plain(mark[1]), (mark[0], 1), (4, -2), xycoords=top, textcoords="offset points", va="top",

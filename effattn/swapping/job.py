@@ -20,8 +20,9 @@ from effattn.hf.describe import describe
 from effattn.hf.placement import device_of
 from effattn.hf.swap import parse_layers, restore, swap
 from effattn.jobs import Quiet, device, holds_output
-from effattn.outputs import atomic_folder, check_new_folder
+from effattn.outputs import atomic_folder, check_new_folder, check_room
 from effattn.profiling.environment import environment
+from effattn.profiling.weights import weight_bytes
 from effattn.swapping import measure
 from effattn.swapping.patterns import Pattern, label_of, parse_pattern, without_sinks
 from effattn.swapping.report import SwapReport
@@ -67,6 +68,8 @@ def run(job: Job, show: Quiet | None = None) -> SwapReport:
         parts = anatomy.of(model)
         trained = measure.trained_length(parts)
         _check_positions(job, parts, trained)
+        if job.output is not None:
+            check_room("output", job.output, weight_bytes(model))
         plan = _plan(parts, patterns)
     with show.stage("reading text"):
         tokens, source = _held_out(job, tokenizer)

@@ -1,0 +1,180 @@
+"""Every number that a job takes has its bounds where it is declared, in Python and on the command line alike."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import json
+import math
+from pathlib import Path
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from effattn.bounds import Checked, random_seed, real, whole
+from effattn.cli import app
+from effattn.console import contexts_of, count_of
+from effattn.evaluate.loss import perplexity_of
+from effattn.reports.files import finite
+
+JOBS = {
+    "effattn.heads.job": {"model": "m", "kv_heads": 2, "output": Path("out")},
+    "effattn.linearizing.job": {},
+    "effattn.extending.job": {},
+    "effattn.extending.article_job": {},
+    "effattn.swapping.job": {},
+    "effattn.measuring.command": {},
+    "effattn.prune.shear_job": {},
+    "effattn.prune.oneshot_job": {"output": Path("out")},
+    "effattn.prune.structured_job": {"output": Path("out")},
+    "effattn.quant.sensitivity.job": {},
+}
+# Checked by the job with words of their own: against the model, as a share or a number, as names.
+ELSEWHERE = {("effattn.extending.job", "to"), ("effattn.quant.sensitivity.job", "bits")} | {
+    ("effattn.prune.structured_job", name) for name in ("heads", "ffn", "layers")
+}
+NUMBERS = [
+    pytest.param(module, field.name, id=f"{module.removeprefix('effattn.')}-{field.name}")
+    for module in JOBS
+    for field in dataclasses.fields(importlib.import_module(module).Job)
+    if any(kind in str(field.type) for kind in ("int", "float")) and (module, field.name) not in ELSEWHERE
+]
+
+
+@pytest.mark.parametrize(("module", "name"), NUMBERS)
+def test_no_number_of_a_job_is_without_bounds(module, name):
+    job = importlib.import_module(module).Job
+    field = next(one for one in dataclasses.fields(job) if one.name == name)
+    bounds = field.metadata["bounds"]
+    bad = [math.nan, math.inf, -math.inf, True, "4", 10**30]
+    bad += [1.5] if bounds.whole else []
+    bad += [-1] if bounds.least is not None or bounds.above is not None else []
+    bad += [0] if (bounds.least or 0) > 0 or bounds.above is not None else []
+    many = isinstance(field.default, tuple)
+    for value in bad:
+        for given in ([value], (8, value)) if many else (value,):
+            with pytest.raises(ValueError, match=rf"^{name}: got .*, valid is ") as caught:
+                job(**{**JOBS[module], name: given})
+            assert "\n" not in str(caught.value)
+    if field.default is None:
+        job(**JOBS[module], **{name: None})
+    else:
+        with pytest.raises(ValueError, match=rf"^{name}: got None"):
+            job(**{**JOBS[module], name: None})
+
+
+@pytest.mark.parametrize("amount", [-1, 0, math.nan, math.inf, 1.5, -0.25, True])
+def test_amounts_of_structured_pruning(amount, tmp_path):
+    from effattn.prune.structured_job import Job, run
+
+    with pytest.raises(ValueError, match=r"^ffn: got "):
+        run(Job(output=tmp_path / "out", ffn=amount))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_words_of_bounds():
+    @dataclasses.dataclass
+    class Job(Checked):
+        share: float = real(0.5, least=0, most=1)
+        lr: float | None = real(None, above=0)
+        length: int = whole(8, least=2, unit="tokens")
+        start: float = real(0.0)
+        seed: int = random_seed()
+
+    for given, said in {
+        "share": "0 to 1", "lr": "more than 0", "length": "2 tokens or more", "start": "any finite number",
+        "seed": "0 to 4,294,967,295",
+    }.items():  # fmt: skip
+        with pytest.raises(ValueError, match=rf"^{given}: got nan, valid is {said}$"):
+            Job(**{given: math.nan})
+    assert Job(lr=1, share=1, start=-5, seed=2**32 - 1).lr == 1
+
+
+COMMANDS = {
+    "convert-gqa": ["--kv-heads", "2", "--output", "out"],
+    "linearize": ["--output", "out"],
+    "extend": ["--to", "4k", "--output", "out"],
+    "shear": ["--ffn", "48", "--output", "out"],
+    "swap": ["--output", "out"],
+    "measure": ["--output", "out"],
+    "quantize-kv": ["--output", "out"],
+    "prune oneshot": ["--output", "out"],
+    "prune structured": ["--ffn", "25%", "--output", "out"],
+}
+
+
+@pytest.mark.parametrize("option", [
+    "convert-gqa --lr nan", "convert-gqa --lr 0", "convert-gqa --ce-weight -1", "convert-gqa --layer-weight inf",
+    "convert-gqa --seed -1", "convert-gqa --batch 0", "convert-gqa --calibration-tokens -5",
+    "convert-gqa --decode-contexts 512,-1", "linearize --transfer-lr -1e-3", "linearize --lora -1",
+    "linearize --keep-every -2", "extend --lr inf", "extend --window 0", "extend --seed 99999999999",
+    "shear --mask-lr nan", "shear --ramp 2", "shear --start nan", "shear --recover-tokens -1", "swap --temperature nan",
+    "swap --chunk -1", "measure --seconds inf", "measure --steps 0", "quantize-kv --decode-seconds nan",
+    "quantize-kv --budget-bytes-per-token -5", "prune oneshot --damping nan", "prune oneshot --damping -1",
+    "prune oneshot --length 0", "prune structured --ffn nan", "prune structured --seed -1",
+])  # fmt: skip
+def test_bad_numbers_are_one_line_before_any_work(option, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    *command, name, value = option.split()
+    done = CliRunner().invoke(app, [*command, *COMMANDS[" ".join(command)], name, value])
+    assert done.exit_code == 2
+    lines = [line for line in done.output.splitlines() if line.strip()]
+    assert len(lines) == 1
+    assert lines[0].startswith(f"error: {name.removeprefix('--').replace('-', '_').removesuffix('_bytes_per_token')}")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("value", ["inf", "nan", "-inf", "1e400", "1e30", "1.5", "0.0001k", "", "k", "ten"])
+def test_counts_that_are_none(value):
+    with pytest.raises(typer.BadParameter, match="valid is like 50000"):
+        count_of(value)
+    done = CliRunner().invoke(app, ["convert-gqa", *COMMANDS["convert-gqa"], "--calibration-tokens", value])
+    assert done.exit_code == 2
+    assert done.exception is None or isinstance(done.exception, SystemExit)
+
+
+def test_counts_as_people_write_them():
+    assert [count_of(text) for text in ("1e3", "2.3k", "1_000", "1,000", "0.1M", "-3")] == [
+        1000, 2300, 1000, 1000, 100_000, -3
+    ]  # fmt: skip
+    assert contexts_of("4k,1_000") == [4096, 1000]
+    for text in ("inf", "1e3", "4k,,8k", "nan"):
+        with pytest.raises(ValueError, match="valid is like"):
+            contexts_of(text)
+
+
+def test_a_loss_beyond_what_exp_can_say():
+    assert perplexity_of(math.log(7)) == pytest.approx(7)
+    assert perplexity_of(709.0) < math.inf
+    assert [perplexity_of(loss) for loss in (710.0, 1e9, math.inf)] == [math.inf] * 3
+    assert math.isnan(perplexity_of(math.nan))
+    assert json.dumps(finite({"perplexity": perplexity_of(1e9)}), allow_nan=False) == '{"perplexity": null}'
+
+
+def test_reports_of_models_that_broke(tmp_path, monkeypatch):
+    """Infinite perplexities are shown as such, are null in JSON, and such a report can be read and shown again."""
+    import report_pages
+
+    from effattn.reports.document import Document
+
+    def broken(data):
+        if isinstance(data, dict):
+            return {key: math.inf if key in ("perplexity", "kl") else broken(one) for key, one in data.items()}
+        return [broken(one) for one in data] if isinstance(data, list | tuple) else data
+
+    shown = []
+    with monkeypatch.context() as patch:
+        for cls in (Document, *Document.__subclasses__()):
+            if "to_html" in vars(cls):
+                patch.setattr(cls, "to_html", lambda self: shown.append(self) or "")
+        for make, _ in report_pages.PAGES.values():
+            make()
+    assert len({type(one) for one in shown}) >= 8
+    for report in shown:
+        live = type(report)(broken(report.data))
+        (tmp_path / "report.json").write_text(live.to_json(), encoding="utf-8")
+        for one in (live, type(report).load(tmp_path)):
+            assert one.headline
+            assert one.to_markdown()
+        assert live.to_html()
