@@ -114,6 +114,19 @@ def test_compiled_modules(name, tokens):
     torch.testing.assert_close(logits(effattn.restore(model), ids), own, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["two rules", "longformer"])
+def test_copies_are_made_in_one_graph(name, tokens):
+    ids = tokens[None, :20]
+    model = effattn.swap(tiny("llama", dtype=torch.float32, num_hidden_layers=1), **SWAPS[name])
+    inputs = dict(
+        input_ids=ids, attention_mask=torch.ones_like(ids), position_ids=torch.arange(20)[None], use_cache=False
+    )
+    disturb(model)
+    with torch.no_grad():
+        found = torch.compile(model, backend="eager", fullgraph=True)(**inputs).logits
+        torch.testing.assert_close(found, model(**inputs).logits, rtol=1e-5, atol=1e-5)
+
+
 class Narrow(accelerate.hooks.ModelHook):
     """Takes what comes to another dtype and back, as a hook on a device of its own takes it there."""
 

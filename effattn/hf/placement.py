@@ -30,10 +30,11 @@ def inside(module: nn.Module) -> nn.Module:
 def bare(module: nn.Module) -> nn.Module:
     """The same module without what stands around its forward: parameters, buffers and modules are the same objects, in
     dicts of its own."""
-    twin = copy.copy(inside(module))
-    _strip(twin)
-    for name in ("_parameters", "_buffers", "_modules"):
-        twin.__dict__[name] = dict(getattr(twin, name))
+    module = inside(module)
+    own = {name: value for name, value in vars(module).items() if name not in AROUND}
+    own |= {name: dict(own[name]) for name in ("_parameters", "_buffers", "_modules")}
+    twin = type(module).__new__(type(module))  # copy.copy is nothing that torch.compile can trace
+    twin.__dict__.update(own)
     return twin
 
 
