@@ -281,6 +281,20 @@ def test_weights_that_two_modules_share(shared, tokens, tmp_path):
     assert torch.equal(logits(effattn.restore(model), ids), own)
 
 
+def test_an_output_embedding_that_was_tied_by_hand(tokens, tmp_path):
+    model = model_of()
+    model.lm_head.weight = model.model.embed_tokens.weight  # transformers would save it without a head
+    with pytest.raises(
+        Unsupported, match=r"embed_tokens.weight and lm_head.weight are one weight.*tie_word_embeddings"
+    ):
+        effattn.save(model, tmp_path / "saved")
+    effattn.convert_gqa(model, kv_heads=4, method="mean", refit=False)  # it changes neither
+    tied = tiny("llama", dtype=torch.float32, tie_word_embeddings=True)
+    effattn.save(tied, tmp_path / "tied")
+    ids = tokens[None, :20]
+    assert torch.equal(logits(effattn.load(tmp_path / "tied"), ids), logits(tied, ids))
+
+
 def contiguous(weight):
     return weight.clone()
 
