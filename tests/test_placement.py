@@ -103,7 +103,7 @@ def test_a_swap_and_restore(made, tokens, tmp_path):
         assert torch.equal(logits(effattn.restore(model), ids), own), name
 
 
-@pytest.mark.parametrize("name", ["plain rule", "two rules", "longformer"])
+@pytest.mark.parametrize("name", ["plain rule", "two rules"])
 def test_compiled_modules(name, tokens):
     ids, plain, model = tokens[None, :40], model_of(), compiled(model_of())
     own = logits(model, ids)
