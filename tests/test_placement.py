@@ -341,6 +341,15 @@ def test_a_model_without_numbers(tokens, tmp_path):
     assert not (tmp_path / "saved").exists()
 
 
+def test_the_approximation_of_weights_that_are_elsewhere(tokens):
+    options = dict(methods=["monarch"], layers=[0], length=64)
+    models = [tiny("llama", dtype=torch.float32, hidden_size=256) for _ in range(2)]
+    accelerate.cpu_offload(models[1], execution_device=CPU)
+    expected, found = (effattn.measure_approximation(one, tokens, **options).data["matrices"] for one in models)
+    assert found
+    assert found == expected
+
+
 @pytest.mark.parametrize("made", OFFLOADED)
 def test_measuring_leaves_a_model_where_it_is(made, tokens, tmp_path):
     ids, model = tokens[None, :40], MADE[made](tmp_path)
