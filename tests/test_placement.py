@@ -103,7 +103,7 @@ def test_a_swap_and_restore(made, tokens, tmp_path):
         assert torch.equal(logits(effattn.restore(model), ids), own), name
 
 
-@pytest.mark.parametrize("name", ["plain rule", "two rules", "longformer"])
+@pytest.mark.parametrize("name", ["plain rule", "two rules"])
 def test_compiled_modules(name, tokens):
     ids, plain, model = tokens[None, :40], model_of(), compiled(model_of())
     own = logits(model, ids)
@@ -112,6 +112,19 @@ def test_compiled_modules(name, tokens):
     torch.testing.assert_close(logits(model, ids), logits(plain, ids), rtol=1e-5, atol=1e-5)
     assert not torch.allclose(logits(plain, ids), own, atol=1e-3)
     torch.testing.assert_close(logits(effattn.restore(model), ids), own, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["two rules", "longformer"])
+def test_copies_are_made_in_one_graph(name, tokens):
+    ids = tokens[None, :20]
+    model = effattn.swap(tiny("llama", dtype=torch.float32, num_hidden_layers=1), **SWAPS[name])
+    inputs = dict(
+        input_ids=ids, attention_mask=torch.ones_like(ids), position_ids=torch.arange(20)[None], use_cache=False
+    )
+    disturb(model)
+    with torch.no_grad():
+        found = torch.compile(model, backend="eager", fullgraph=True)(**inputs).logits
+        torch.testing.assert_close(found, model(**inputs).logits, rtol=1e-5, atol=1e-5)
 
 
 class Narrow(accelerate.hooks.ModelHook):
@@ -268,6 +281,20 @@ def test_weights_that_two_modules_share(shared, tokens, tmp_path):
     assert torch.equal(logits(effattn.restore(model), ids), own)
 
 
+def test_an_output_embedding_that_was_tied_by_hand(tokens, tmp_path):
+    model = model_of()
+    model.lm_head.weight = model.model.embed_tokens.weight  # transformers would save it without a head
+    with pytest.raises(
+        Unsupported, match=r"embed_tokens.weight and lm_head.weight are one weight.*tie_word_embeddings"
+    ):
+        effattn.save(model, tmp_path / "saved")
+    effattn.convert_gqa(model, kv_heads=4, method="mean", refit=False)  # it changes neither
+    tied = tiny("llama", dtype=torch.float32, tie_word_embeddings=True)
+    effattn.save(tied, tmp_path / "tied")
+    ids = tokens[None, :20]
+    assert torch.equal(logits(effattn.load(tmp_path / "tied"), ids), logits(tied, ids))
+
+
 def contiguous(weight):
     return weight.clone()
 
@@ -312,6 +339,15 @@ def test_a_model_without_numbers(tokens, tmp_path):
     with pytest.raises(Unsupported, match="is on the meta device, and nothing in the model says where its numbers are"):
         effattn.save(model, tmp_path / "saved")
     assert not (tmp_path / "saved").exists()
+
+
+def test_the_approximation_of_weights_that_are_elsewhere(tokens):
+    options = dict(methods=["monarch"], layers=[0], length=64)
+    models = [tiny("llama", dtype=torch.float32, hidden_size=256) for _ in range(2)]
+    accelerate.cpu_offload(models[1], execution_device=CPU)
+    expected, found = (effattn.measure_approximation(one, tokens, **options).data["matrices"] for one in models)
+    assert found
+    assert found == expected
 
 
 @pytest.mark.parametrize("made", OFFLOADED)

@@ -147,6 +147,7 @@ READS = {
     "structured": lambda model, tokens: effattn.prune.structured(model, tokens, heads=4),
     "quantize_weights": lambda model, tokens: effattn.quant.quantize_weights(model),
     "fold_values": lambda model, tokens: effattn.quant.fold_values(model),
+    "approximation": lambda model, tokens: effattn.measure_approximation(model, tokens, methods=["monarch"], length=64),
     "weight": lambda model, tokens: anatomy.of(model).layers[0].o.weight,
 }
 

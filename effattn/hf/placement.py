@@ -30,10 +30,11 @@ def inside(module: nn.Module) -> nn.Module:
 def bare(module: nn.Module) -> nn.Module:
     """The same module without what stands around its forward: parameters, buffers and modules are the same objects, in
     dicts of its own."""
-    twin = copy.copy(inside(module))
-    _strip(twin)
-    for name in ("_parameters", "_buffers", "_modules"):
-        twin.__dict__[name] = dict(getattr(twin, name))
+    module = inside(module)
+    own = {name: value for name, value in vars(module).items() if name not in AROUND}
+    own |= {name: dict(own[name]) for name in ("_parameters", "_buffers", "_modules")}
+    twin = type(module).__new__(type(module))  # copy.copy is nothing that torch.compile can trace
+    twin.__dict__.update(own)
     return twin
 
 
@@ -104,21 +105,25 @@ def require_here(model: nn.Module, what: str) -> None:
             f"{what}: the weights of {where} are elsewhere (device_map or offloading), and it changes weights; load "
             "the model without device_map, or with one that puts every layer on a device"
         )
-    require_own(model, what)
+    require_own(model, what, embedding=True)
 
 
-def require_own(model: nn.Module, what: str) -> None:
-    """Unsupported where two modules have one weight that the model's class does not tie: what is done to one would be
-    done to the other, and no checkpoint would say so."""
+def require_own(model: nn.Module, what: str, embedding: bool = False) -> None:
+    """Unsupported where two modules have one weight that the model does not tie by itself: what is done to one would be
+    done to the other, and a checkpoint would lose it. embedding: the output embedding may be the input's."""
     ties = getattr(model, "all_tied_weights_keys", None) or {}
     known, first = {*ties, *ties.values()}, {}
+    if embedding:
+        table = model.get_input_embeddings().weight
+        known |= {name for name, weight in model.named_parameters(remove_duplicate=False) if weight is table}
     for name, weight in model.named_parameters(remove_duplicate=False):
         if name in known or "effattn_" in name:  # what a swap has added may be one for all layers
             continue
         if (other := first.setdefault(id(weight), name)) != name:
             raise Unsupported(
                 f"{what}: {other} and {name} are one weight, which {type(model).__name__} does not tie; give each its "
-                "own: module.weight = torch.nn.Parameter(module.weight.detach().clone())"
+                "own: module.weight = torch.nn.Parameter(module.weight.detach().clone()); an output embedding that is "
+                "the input's needs config.tie_word_embeddings=True when the model is made"
             )
 
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from effattn import registry
 from effattn.errors import check_choice
 from effattn.hf import anatomy as hf
+from effattn.hf.placement import present
 from effattn.interface import Shape
 from effattn.linearizing.inputs import exact, projections_of
 from effattn.projections import MonarchLinear
@@ -85,6 +86,9 @@ def measure_approximation(
     for index in layers:
         if not 0 <= index < count:
             raise ValueError(f"layers: got {index}, the model has layers 0 to {count - 1}")
+    chosen = [parts.layers[index] for index in layers] if "monarch" in methods else []
+    for projection in (getattr(layer, name) for layer in chosen for name in "qkvo"):
+        projection.by_head  # noqa: B018 - raises where there are no numbers to read
     earlier = tokens[: (len(tokens) - length) // length * length].view(-1, length)[:8]
     fitted = projections_of(model, earlier, layers)
     measured = projections_of(model, tokens[None, -length:], layers)
@@ -99,7 +103,8 @@ def measure_approximation(
                             | _error(SWEEPS[method], value, calibration, inputs))  # fmt: skip
                 if progress:
                     progress(len(rows), total)
-    matrices = _monarch(parts, layers, seed) if "monarch" in methods else []
+    with present(*(module for layer in chosen for module in layer.qkv_modules)):
+        matrices = _monarch(parts, layers, seed) if chosen else []
     return ApproximationReport.of(model, rows, matrices, length, layers)
 
 
