@@ -137,6 +137,7 @@ def lent(model: nn.Module, *teachers: nn.Module | None) -> Iterator[Loan]:
     """
     loan = Loan(model, [teacher for teacher in teachers if teacher is not None])
     try:
+        loan.begin()
         yield loan
     except BaseException:
         loan.end()
@@ -146,13 +147,16 @@ def lent(model: nn.Module, *teachers: nn.Module | None) -> Iterator[Loan]:
 
 
 class Loan:
-    """What `lent` yields. Half-precision parameters of `model` are in fp32 from here to `end`."""
+    """What `lent` yields: half-precision parameters of `model` are in fp32 from `begin` to `end`."""
 
     def __init__(self, model: nn.Module, teachers: list[nn.Module]):
         self.model = model
         self.before = Settings(model, *teachers)
         self.dtypes = {parameter: parameter.dtype for parameter in model.parameters()}
-        low_rank = hasattr(model, "peft_config")  # adapters cast what they get: what is frozen beneath can stay in bf16
+
+    def begin(self) -> None:
+        """Makes the masters. It may run out of memory half-way, after which `end` is right, too."""
+        low_rank = hasattr(self.model, "peft_config")  # adapters cast what they get: frozen bf16 can stay beneath
         for parameter, dtype in self.dtypes.items():
             parameter.grad = None
             stays = low_rank and dtype == torch.bfloat16 and not parameter.requires_grad

@@ -309,6 +309,24 @@ def test_what_the_dtype_cannot_hold_is_refused():
             model.model.norm.weight.data[0] = float("nan")
 
 
+def test_masters_that_do_not_fit_leave_the_model_alone(monkeypatch):
+    model = tiny("llama", dtype=torch.float16)
+    before, weights = flags(model), copy.deepcopy(model.state_dict())
+    single, calls = torch.Tensor.float, []
+
+    def float_(tensor):
+        calls.append(tensor)
+        if len(calls) > 3:
+            raise MemoryError
+        return single(tensor)
+
+    monkeypatch.setattr(torch.Tensor, "float", float_)
+    with pytest.raises(MemoryError), training.lent(model):
+        pass
+    assert flags(model) == before
+    assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+
+
 @pytest.mark.parametrize("bf16", [True, False], ids=["autocast", "plain"])
 def test_nothing_of_a_trainer_stays(bf16, tokens, tmp_path):
     model = tiny("llama", dtype=torch.float32)
