@@ -238,3 +238,25 @@ def test_hooks_that_cut_a_cache():
         cache = new_cache(swap(restore(model), **axis))
         with pytest.raises(Unsupported, match=refused):
             cache.layers[0].values = torch.zeros(2, 8, 3, 8)
+
+
+BEFORE = [{}, {"positions": "yarn(factor=2)"}, {"pattern": "block(block=8)", "positions": "alibi"}]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("before", BEFORE)
+def test_a_swap_that_fails_late_leaves_positions_as_they_were(before, monkeypatch):
+    model, tokens = tiny("llama"), batch()
+    if before:
+        swap(model, **before)
+    plain, rope = model(tokens).logits, copy.deepcopy(model.config.rope_parameters)
+
+    def fail(*args):
+        raise MemoryError
+
+    monkeypatch.setattr("effattn.hf.hooks.GlobalProjections", fail)
+    for positions in ("yarn(factor=4)", "rope"):
+        with pytest.raises(MemoryError):
+            swap(model, "longformer(window=5)", positions=positions)
+        assert model.config.rope_parameters == rope
+        assert torch.equal(model(tokens).logits, plain)

@@ -152,6 +152,13 @@ def undo(model: nn.Module) -> None:
     delattr(model, ATTRIBUTE)
 
 
+def put_back(model: nn.Module, parts: anatomy.Anatomy, record: Record | None) -> None:
+    """The config and the rotary module as they were with an earlier `record`, when what came after `apply` failed."""
+    undo(model)
+    if record is not None:
+        apply(model, parts, make(parts, record.specs))
+
+
 def saved(model: nn.Module) -> tuple[dict, dict]:
     """(what goes under "effattn" in config.json, what changes beside it). Rules that are written into the config need
     neither. A rule that transformers has, but would decode wrongly (its cached keys go stale), is written in its own

@@ -108,14 +108,20 @@ def swap(
         _rewrite(parts, merging, projected, calibration)
     if merging is not None and plans:  # some backends hold something for each K/V head
         plans = planning.make(anatomy.of(model), pattern, options, order and order.layers, cached)
-    if order is not None:
-        positioning.apply(model, parts, order)
-        if order.config is not None and plans:  # windows that no sequence exceeded may be exceeded now
-            plans = planning.make(anatomy.of(model), pattern, options, order.layers, cached)
-    if plans:
-        if calibration is not None and codebooks.wanting(plans):
-            codebooks.fit(model, parts, plans, calibration)
-        _apply(model, parts, plans)
+    before = positioning.active(model)
+    try:
+        if order is not None:
+            positioning.apply(model, parts, order)
+            if order.config is not None and plans:  # windows that no sequence exceeded may be exceeded now
+                plans = planning.make(anatomy.of(model), pattern, options, order.layers, cached)
+        if plans:
+            if calibration is not None and codebooks.wanting(plans):
+                codebooks.fit(model, parts, plans, calibration)
+            _apply(model, parts, plans)
+    except BaseException:
+        if order is not None:
+            positioning.put_back(model, parts, before)
+        raise
     mark(model)
     return model
 
