@@ -13,7 +13,7 @@ as exp(mu) phi(x). FAVOR+ needs mu to stay in range; a query's mu cancels in the
     favor_relu   max(w x, 0) + 0.001                  the same, its generalised kernel
 
 Exponentials end at exp(LOWEST) below: smaller ones count as that, so that the product of a query's and a key's features
-never leaves fp32's range, and a normaliser is no subnormal number whose reciprocal is infinite. Their gradient stays
+never leaves fp32's range, and a normaliser is no subnormal number whose reciprocal is infinite. Gradients there stay
 the exponential's. Ordinary inputs do not get there: 1e-13 is lost beside a feature of 1.
 
 `backward` is the derivative, told from x, phi and d phi: dx. The shift of `favor` is a constant there: what it takes
