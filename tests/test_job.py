@@ -238,6 +238,8 @@ def test_a_kill_half_way_resumes_and_other_settings_are_refused(parent, text, tm
     assert partial.is_dir()
     with pytest.raises(ValueError, match=r"unfinished run with other settings \(lr\)"):
         jobs.run(jobs.Job(**job, lr=1e-3))
+    with pytest.raises(ValueError, match=r"unfinished run with other settings \(model\)"):
+        jobs.run(jobs.Job(**{**job, "model": "nowhere"}))  # said before a model is looked for
     resumed = jobs.run(jobs.Job(**job))
     assert not partial.exists()
     whole = jobs.run(jobs.Job(**{**job, "output": tmp_path / "whole"}))

@@ -148,6 +148,7 @@ def check_job(job: Job) -> None:
     check_choice("trainable", job.trainable, TRAINABLE)
     device(job.device)
     check_new_folder("output", job.output)
+    check_partial(job, main=False)  # an unfinished run with other settings, while nothing has been done yet
 
 
 def _uptrain(job: Job, student, parent, data: Streams, length: int, show: Quiet) -> dict:
