@@ -79,14 +79,22 @@ def _check_static(parts: anatomy.Anatomy, formats: dict, held: dict, max_length:
         backend = None if swapped is None else swapped.backend
         if format is None:
             raise ValueError(f"cache: layer {layer.index} is not packed; with max_length, all layers must be")
-        if (backend is None and layer.window is not None) or (backend is not None and backend.new_state().evicts):
-            pattern = swapped.pattern if backend is not None else f"sliding(window={layer.window})"
+        if _forgets(layer, swapped, max_length):
+            own = backend is None or swapped.own_window is not None
+            pattern = f"sliding(window={layer.own_window})" if own else swapped.pattern
             raise Unsupported(
                 f"cache: layer {layer.index} ({pattern}) forgets tokens, and a static cache is for layers that see "
                 "everything; leave out max_length: rings have a bounded size anyway"
             )
         if format.format.pre_rope or (swapped is not None and swapped.raw_keys):
             raise Unsupported(f"cache: layer {layer.index}: max_length and raw keys (pre_rope) cannot be combined")
+
+
+def _forgets(layer: anatomy.Layer, swapped: live.LayerSwap | None, max_length: int) -> bool:
+    """Whether a layer sees less than all of `max_length` tokens."""
+    if swapped is None or swapped.backend is None or swapped.pattern == "dense":
+        return layer.own_window is not None and layer.own_window < max_length
+    return swapped.backend.new_state().evicts
 
 
 def _layer(

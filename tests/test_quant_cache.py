@@ -121,6 +121,22 @@ def test_a_static_cache_compiles_to_one_graph():
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("swapped", [False, True])
+def test_a_static_cache_within_the_models_own_window(swapped):
+    """A window as long as the trained length (128) hides nothing from 64 tokens, and something from 200."""
+    plain = model_of("mistral", sliding_window=128)
+    model = model_of("mistral", sliding_window=128)
+    model = swap(model, "dense") if swapped else model
+    cache = effattn.quant.cache(model, bits=8, max_length=64, group=32, residual=16)
+    model(IDS[:, :40], past_key_values=cache)
+    steps = [model(IDS[:, t : t + 1], past_key_values=cache).logits for t in range(40, 64)]
+    want = plain(IDS[:, :64]).logits[:, 40:]
+    assert (torch.cat(steps, dim=1) - want).abs().max() < 0.02 * want.abs().max()
+    with pytest.raises(Unsupported, match=r"layer 0 .sliding.window=128.. forgets tokens"):
+        effattn.quant.cache(model, bits=8, max_length=200)
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("padded", [0, 32])
 def test_a_static_state_holds_what_a_growing_one_does(padded):
     from effattn.quant.state import PackedState
