@@ -149,6 +149,7 @@ class Backend(nn.Module):
     straight_through: tuple[str, ...] = ()  # which of q, k and v have gradients that are not the function's slopes
     farthest: int | None = None  # first keys see a query at this position at most (sinks); None: where it is
     score_rules: bool = False  # whether `attend` honours a position rule that decides scores pair by pair
+    _signature: str | None = None
     packable: bool = False  # whether `attend` honours an `Inside` layout: a state of packed keys
 
     def __init__(self, impl: str = "auto"):
@@ -185,9 +186,11 @@ class Backend(nn.Module):
     @property
     def signature(self) -> str:
         """Name and options that what a state holds depends on: `extra_repr` without the implementation."""
-        own = self.extra_repr().removesuffix(Backend.extra_repr(self)).removesuffix(", ")
-        name = getattr(self, "name", type(self).__name__)
-        return f"{name}({own})" if own else name
+        if self._signature is None:
+            own = self.extra_repr().removesuffix(Backend.extra_repr(self)).removesuffix(", ")
+            name = getattr(self, "name", type(self).__name__)
+            self._signature = f"{name}({own})" if own else name
+        return self._signature
 
     def forward(
         self,

@@ -9,22 +9,22 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from effattn.kernels.flash.pattern import Layout
 
-BESIDE = ("real", "rows", "shift")  # attributes that are not what is held of the tokens
+BESIDE = ("real", "rows", "shift", "sizes")  # attributes that are not what is held of the tokens
 
 
 class NoSuchRow(ValueError, IndexError):
     """A row of the batch that is not there."""
 
 
-@dataclass(frozen=True)
-class Sizes:
+class Sizes(NamedTuple):
     """What the first keys and values of a state were like; only the number of tokens may differ afterwards."""
 
     batch: int
@@ -36,7 +36,8 @@ class Sizes:
 
     @classmethod
     def of(cls, k: Tensor, v: Tensor) -> Sizes:
-        return cls(*k.shape[:2], k.shape[3], v.shape[3], k.dtype, k.device)
+        batch, kv_heads, _, head_dim = k.shape
+        return cls(batch, kv_heads, head_dim, v.shape[3], k.dtype, k.device)
 
 
 class State:
@@ -196,7 +197,7 @@ class State:
         """To another device."""
         self.change(lambda x: x.to(device, non_blocking=True))
         if self.sizes is not None:
-            self.sizes = replace(self.sizes, device=torch.empty(0, device=device).device)
+            self.sizes = self.sizes._replace(device=torch.empty(0, device=device).device)
 
     # What it is like ---------------------------------------------------------------------------------------------
 
@@ -274,7 +275,7 @@ class State:
         real = None if self.real is None else self.real[row : row + 1].sort(dim=1).values  # False comes first
         one._select(torch.tensor([row], device=next(self.tensors()).device))
         one.real, one.moved = real, False
-        one.sizes = None if self.sizes is None else replace(self.sizes, batch=1)
+        one.sizes = None if self.sizes is None else self.sizes._replace(batch=1)
         return one
 
     def shallow(self) -> State:
@@ -299,7 +300,7 @@ class State:
     def _now(self, batch: int, change: Callable[[Tensor], Tensor]) -> None:
         """What goes with rows that have changed."""
         self.real, self.shift = (None if x is None else change(x) for x in (self.real, self.shift))
-        self.sizes = None if self.sizes is None else replace(self.sizes, batch=batch)
+        self.sizes = None if self.sizes is None else self.sizes._replace(batch=batch)
 
 
 @dataclass(frozen=True)
@@ -322,6 +323,8 @@ def check_fits(k: Tensor, v: Tensor, new_k: Tensor, new_v: Tensor) -> None:
 def check_sizes(sizes: Sizes, tokens: int, k: Tensor, v: Tensor) -> None:
     """ValueError where new keys and values do not fit those that a state of so many tokens began with."""
     new = Sizes.of(k, v)
+    if new == sizes:
+        return
     for which, dim, given in (("k", sizes.head_dim, k), ("v", sizes.value_dim, v)):
         old = (sizes.batch, sizes.kv_heads, tokens, dim)
         if (old[:2], dim, sizes.dtype) != (given.shape[:2], given.shape[3], new.dtype):
