@@ -48,7 +48,7 @@ class State:
     `owner`: the backend that it belongs to, in words; `sizes`: what it began with; `learning`: whether gradients may
     flow through the present call, so that nothing is written in place. `real` (B, seq_len) bool: which tokens were
     real, None where all were; `moved`: whether they lie elsewhere than they came; `rows`: one state for each row.
-    `shift` (B,) int64: what position_ids had added to the rows' positions, which all calls have to do alike.
+    `shift`: what position_ids had added to each row's positions, which all calls have to do alike.
     """
 
     evicts = True
@@ -61,7 +61,7 @@ class State:
     real: Tensor | None = None
     moved = False
     rows: list[State] | None = None
-    shift: Tensor | None = None
+    shift: tuple[int, ...] | None = None
 
     # What a kind of state writes ---------------------------------------------------------------------------------
 
@@ -213,7 +213,7 @@ class State:
         """Every tensor becomes `how` of it."""
         for row in self.rows or ():
             row.change(how)
-        self.real, self.shift = (None if x is None else how(x) for x in (self.real, self.shift))
+        self.real = None if self.real is None else how(self.real)
         self._change(how)
 
     @property
@@ -299,7 +299,8 @@ class State:
 
     def _now(self, batch: int, change: Callable[[Tensor], Tensor]) -> None:
         """What goes with rows that have changed."""
-        self.real, self.shift = (None if x is None else change(x) for x in (self.real, self.shift))
+        self.real = None if self.real is None else change(self.real)
+        self.shift = None if self.shift is None else tuple(change(torch.tensor(self.shift)).tolist())
         self.sizes = None if self.sizes is None else self.sizes._replace(batch=batch)
 
 

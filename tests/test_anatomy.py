@@ -189,12 +189,14 @@ def test_a_text_model_with_another_beside_it_is_told_how_to_get_it_alone(kind):
         text, vision = text | {"model_type": "llama"}, vision | {"model_type": "clip_vision_model", "patch_size": 14}
         config = transformers.LlavaConfig(text_config=text, vision_config=vision)
     model = transformers.AutoModelForImageTextToText.from_config(config).eval()
-    told = r"a part; valid is that by itself: AutoModelForCausalLM.from_config\(.*get_decoder\(\) .*\.lm_head$"
+    told = (
+        r"from_config\(model.config.get_text_config\(\)\); lm.model = model.model.language_model; "
+        r"lm.lm_head = model.lm_head;"
+    )
     with pytest.raises(Unsupported, match=told):
         hf.of(model)
-    alone = transformers.AutoModelForCausalLM.from_config(model.config.get_text_config(), dtype=model.dtype).eval()
-    alone.model.load_state_dict(model.get_decoder().state_dict())
-    alone.lm_head.load_state_dict(model.lm_head.state_dict())
+    alone = transformers.AutoModelForCausalLM.from_config(model.config.get_text_config()).eval()
+    alone.model, alone.lm_head = model.model.language_model, model.lm_head
     ids = torch.arange(8)[None]
     torch.testing.assert_close(alone(ids).logits, model(ids).logits)
     assert len(hf.of(alone).layers) == 2

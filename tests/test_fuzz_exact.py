@@ -122,12 +122,14 @@ def listed(position: Tensor, tokens: int | list[int]) -> Tensor:
 
 
 def oracle(case: Case, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, sinks: Tensor | None) -> Tensor:
-    """Positions count from a row's first real token. A query that sees nothing gives 0."""
+    """Positions count a row's real tokens. A query that is padding, or sees nothing, gives 0."""
     batch, heads, queries, dim = q.shape
     group, keys = heads // k.shape[1], k.shape[2]
-    place = torch.arange(keys) - mask.int().argmax(dim=1, keepdim=True)
+    place = mask.long().cumsum(dim=1) - 1
     i, j = place[:, None, keys - queries :, None], place[:, None, None, :]
-    seen = counts(case, i, j, torch.arange(heads)[:, None, None], heads) * (mask[:, None, None, :] & (i >= 0))
+    seen = counts(case, i, j, torch.arange(heads)[:, None, None], heads) * (
+        mask[:, None, None, :] & mask[:, None, keys - queries :, None]
+    )
     seen = seen.expand(batch, heads, queries, keys).to(q.dtype)
     scores = q @ k.repeat_interleave(group, dim=1).mT * (dim**-0.5 if case.scale is None else case.scale)
     scores = scores if case.softcap is None else case.softcap * torch.tanh(scores / case.softcap)

@@ -105,8 +105,10 @@ def test_softmax_patterns(spec, dtype):
     ],
 )
 def test_features_on_triton(spec, dtype):
+    """Features of fp16 inputs are multiplied in bf16, whose range they need: that is the rounding of two factors."""
+    budget = 2 * ROUNDING[torch.bfloat16 if dtype == torch.float16 else dtype]
     for out in averages(spec, "triton", dtype, sizes=(100.0,), tokens=5, dim=16):
-        assert (out - 1).abs().max() < 2 * ROUNDING[dtype]
+        assert (out - 1).abs().max() < budget
 
 
 @pytest.mark.parametrize(("feature_map", "size"), [("elu", 8.0), ("softmax", 3.0)])

@@ -24,7 +24,7 @@ def lora(model):
 
 WRAPPED = {
     "PEFT": (lora, lambda model: model.get_base_model(), r"model\.get_base_model\(\)"),
-    "compiled": (torch.compile, attrgetter("_orig_mod"), r"model\._orig_mod$"),
+    "compiled": (torch.compile, attrgetter("_orig_mod"), r"model\._orig_mod; compile last$"),
     "DataParallel": (nn.DataParallel, attrgetter("module"), r"model\.module$"),
     "in a Sequential": (nn.Sequential, lambda model: model.get_submodule("0"), r"model\.get_submodule\('0'\)"),
     "pipeline": (lambda model: SimpleNamespace(model=model), attrgetter("model"), r"its \.model$"),

@@ -160,9 +160,9 @@ def test_a_killed_job_goes_on_and_ends_the_same(done, texts, source, tmp_path, m
     ],
 )
 def test_bad_settings_are_one_clear_error(tmp_path, texts, source, change, message):
-    job = Job(model=source, output=tmp_path / "out", **({**SMALL, "domains": texts, "mask_tokens": 4096} | change))
+    settings = {**SMALL, "domains": texts, "mask_tokens": 4096} | change
     with pytest.raises(ValueError, match=message):
-        run(job)
+        run(Job(model=source, output=tmp_path / "out", **settings))
     assert not any(tmp_path.iterdir())
 
 

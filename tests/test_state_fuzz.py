@@ -87,7 +87,7 @@ class Subject:
 
     def draw(self, batch: int, tokens: int, dice: random.Random):
         """q, k and v in storages of every sort."""
-        return [self._laid(batch, heads, tokens, dice.randrange(4)) for heads in (H, HKV, HKV)]
+        return [self._laid(batch, heads, tokens, dice.randrange(6)) for heads in (H, HKV, HKV)]
 
     def _laid(self, batch: int, heads: int, tokens: int, how: int) -> torch.Tensor:
         if how == 0:
@@ -98,6 +98,10 @@ class Subject:
             return torch.randn(batch, tokens, heads, 3 * self.dim, dtype=self.dtype).transpose(1, 2)[
                 ..., self.dim : -self.dim
             ]
+        if how == 3:  # numbers of a head that do not lie beside each other
+            return torch.randn(batch, heads, self.dim, tokens, dtype=self.dtype).mT
+        if how == 4:
+            return torch.randn(batch, heads, tokens, 2 * self.dim, dtype=self.dtype)[..., ::2]
         return torch.randn(batch, 1, tokens, self.dim, dtype=self.dtype).expand(-1, heads, -1, -1)
 
     def expected(self, q, k, v, real, tokens: int) -> list[torch.Tensor]:

@@ -65,7 +65,7 @@ def check(
         return
     state, seen = None if cached is None else cached.state, real.any(dim=1)
     if state is not None and state.shift is not None:
-        known = state.shift
+        known = torch.tensor(state.shift, device=ids.device)
     else:  # a plain cache tells nothing: ids that count padding on the left too are what a model makes by default
         default = mask.int().argmax(dim=1)
         known = torch.where(shift == default, default, 0)
@@ -76,7 +76,7 @@ def check(
             f"real tokens, got {int(known[row])} more before; {layer.pattern} counts them itself ({VALID})"
         )
     if state is not None:
-        state.shift = torch.where(seen, shift, torch.where(before, known, 0))
+        state.shift = tuple(torch.where(seen, shift, torch.where(before, known, 0)).tolist())
 
 
 VALID = "valid are attention_mask.cumsum(-1) - 1, or the same number more for all of a row"

@@ -42,7 +42,8 @@ class Swap:
     original: str
     specs: dict[int, str]
     caches: dict[int, str] = field(default_factory=dict)
-    checkers: list[live.LayerSwap] = field(default_factory=list)  # the layers that look at position_ids for all
+    # The layers that look at position_ids for all: parts of the model, which no two swaps have in common.
+    checkers: list[live.LayerSwap] = field(default_factory=list, compare=False)
 
 
 def swap(
