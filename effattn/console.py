@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import signal
@@ -39,6 +40,8 @@ def one_line_errors(command: Callable) -> Callable:
     def guarded(*args, **kwargs):
         from safetensors import SafetensorError
 
+        # transformers imports bitsandbytes, which on some processors advises a package that we have no use for.
+        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
         try:
             with _orderly_signals():
                 return command(*args, **kwargs)
