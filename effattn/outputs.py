@@ -20,7 +20,7 @@ import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from effattn.locking import Busy, open_locked, still_there
+from effattn.locking import Busy, open_locked, still_there, take
 from effattn.permissions import follow_umask
 
 STAGING = ".effattn-tmp"
@@ -143,6 +143,7 @@ def claim(argument: str, path: str | Path) -> Iterator[Path]:
         try:
             descriptor = _open(argument, path, staging)
         except BaseException:
+            sweep(target)  # made, and stopped before it was ours
             _remove_empty(made)
             raise
     _claims[target] = me
@@ -153,10 +154,29 @@ def claim(argument: str, path: str | Path) -> Iterator[Path]:
         yield staging
     finally:
         del _claims[target]
-        if still_there(descriptor, staging):  # not renamed; what has the name now may be another run's
-            shutil.rmtree(staging, ignore_errors=True)
+        try:
+            if still_there(descriptor, staging):  # not renamed; what has the name now may be another run's
+                _remove(staging)
+        finally:
+            os.close(descriptor)
+            _remove_empty(made)
+
+
+def sweep(path: str | Path) -> None:
+    """Removes what a dead run has left beside the output `path`; what a living one works in is left alone."""
+    target = Path(path).absolute()
+    staging = target.parent / f".{target.name}{STAGING}"
+    try:
+        descriptor = os.open(staging, os.O_RDONLY | os.O_NOFOLLOW)
+    except OSError:  # nothing there
+        return
+    try:
+        if take(descriptor, wait=False) and still_there(descriptor, staging):
+            _remove(staging)
+    except Busy:
+        pass
+    finally:
         os.close(descriptor)
-        _remove_empty(made)
 
 
 @contextlib.contextmanager
@@ -225,6 +245,15 @@ def _owner(staging: Path) -> str:
         return f"process {int((staging / OWNER).read_text(encoding='utf-8'))}"
     except (OSError, ValueError):  # it saves already
         return "another process"
+
+
+def _remove(folder: Path) -> None:
+    """The folder and all in it, also when a signal comes in the middle of that."""
+    try:
+        shutil.rmtree(folder, ignore_errors=True)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
 
 
 def _empty(folder: Path) -> None:

@@ -154,6 +154,36 @@ def test_a_claim_that_lost_its_name_removes_nothing_of_the_next(tmp_path):
     assert not outputs._claims
 
 
+def test_a_sweep_takes_what_is_dead_and_nothing_else(tmp_path):
+    staging = tmp_path / f".out{STAGING}"
+    staging.mkdir()
+    (staging / "half.safetensors").write_text("of a run that was killed")
+    outputs.sweep(tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+    with claim("output", tmp_path / "out"):
+        outputs.sweep(tmp_path / "out")
+        assert (staging / OWNER).is_file()
+    outputs.sweep(tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("moment", ["os.mkdir", "os.rmdir"])
+def test_a_signal_while_a_claim_is_made_or_given_back_leaves_nothing(tmp_path, monkeypatch, moment):
+    """Just after the staging folder was made, or while it is being removed."""
+    own, left = getattr(os, moment.removeprefix("os.")), [1]
+
+    def interrupted(path, *args, **kwargs):
+        result = own(path, *args, **kwargs) if moment == "os.mkdir" else None
+        if str(path).endswith(STAGING) and left.pop() if left else False:
+            raise KeyboardInterrupt
+        return result if moment == "os.mkdir" else own(path, *args, **kwargs)
+
+    monkeypatch.setattr(moment, interrupted)
+    with pytest.raises(KeyboardInterrupt), claim("output", tmp_path / "new" / "out"):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_an_atomic_folder_within_another_is_that_one(tmp_path):
     def failing():
         with atomic_folder(tmp_path / "out") as folder, atomic_folder(folder) as same:

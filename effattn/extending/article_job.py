@@ -28,7 +28,7 @@ from effattn.hf.checkpoint import load_model
 from effattn.hf.describe import describe
 from effattn.hf.swap import active
 from effattn.jobs import Quiet, device
-from effattn.outputs import check_file, claim_all
+from effattn.outputs import check_file, claim_all, sweep
 from effattn.profiling.environment import environment
 from effattn.reports.files import numbers
 
@@ -198,6 +198,7 @@ def check_job(job: Job) -> None:
         if file is not None:
             check_file(argument, file)
     if job.output is not None and (Path(job.output) / "report.json").exists() and not job.partial.exists():
+        sweep(job.output)  # the run that wrote it may have been killed at its very end
         raise ValueError(f"output: {job.output} holds a finished report; give a new folder")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from effattn.outputs import check_writable
+from effattn.outputs import check_writable, sweep
 from effattn.reports.files import finite, write_text_atomic
 
 KIND, VERSION = "measure-partial", 1
@@ -29,6 +29,7 @@ def check_output(folder: Path, fresh: bool) -> None:
     """
     check_writable("output", folder)
     if (folder / REPORT).exists() and not fresh and not partial_in(folder).exists():
+        sweep(folder)  # the run that wrote it may have been killed at its very end
         raise ValueError(f"output: {folder} holds a finished report; --fresh measures again and replaces it")
 
 
