@@ -22,14 +22,13 @@ import torch
 from torch import Tensor, nn
 
 from effattn import padding
-from effattn.checks import check_extras, check_positive
+from effattn.checks import check_extras, check_rules, check_state, check_tensors, check_tokens
 from effattn.errors import Unsupported, check_choice
 from effattn.kernels.decode.turn import Turn
 from effattn.kernels.flash.pattern import Layout, layout_of
 from effattn.kernels.flash.rules import Bias, Far
 from effattn.positions.bound import Placed, Positions
 from effattn.positions.rope import Rope
-from effattn.state_base import check_sizes
 from effattn.states import FullState, Inside, State
 
 IMPLEMENTATIONS = ("auto", "torch", "triton", "reference")
@@ -281,6 +280,13 @@ class Backend(nn.Module):
         """Whether `attend` would turn raw keys by itself in this call (`Call.turn`)."""
         return False
 
+    def _check(self, q, k, v, causal, padding_mask, state, scale, rotary) -> None:
+        """Raises for what does not fit together (`effattn.checks`)."""
+        check_tensors(self, q, k, v, causal)
+        check_state(self, state, k, v)
+        check_tokens(q, k, padding_mask, state)
+        check_rules(scale, rotary)
+
     def _check_positions(self, rule: Rotary | None, causal: bool, state: State | None, mask: Tensor | None) -> None:
         """Raises Unsupported for a position rule that this method cannot have, or not with packed keys."""
         if not isinstance(rule, Positions):
@@ -337,75 +343,6 @@ class Backend(nn.Module):
             return *rotated, None
         q_first, _ = rotary(q, k[:, :, :1], at_q.clamp(max=self.farthest), at_k[..., :1])
         return *rotated, q_first
-
-    def _check(self, q, k, v, causal, padding_mask, state, scale, rotary) -> None:
-        if causal and not self.traits.causal:
-            raise Unsupported(f"{self.name}: causal=True is not possible with this method; valid is causal=False")
-        if not causal and not self.traits.bidirectional:
-            raise Unsupported(f"{self.name}: causal=False is not possible with this method; valid is causal=True")
-        tensors = {"q": q, "k": k, "v": v}
-        for which, x in tensors.items():
-            if not isinstance(x, Tensor) or x.ndim != 4 or 0 in x.shape[1:]:
-                got = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
-                raise ValueError(f"{which}: expected (batch, heads, tokens, head_dim), all of them >= 1, got {got}")
-        if not q.is_floating_point() or len({x.dtype for x in tensors.values()}) > 1:
-            raise ValueError(f"q, k, v: expected one float dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
-        if len({x.device for x in tensors.values()}) > 1:
-            raise ValueError(f"q, k, v: expected one device, got {q.device}, {k.device}, {v.device}")
-        if q.is_meta:
-            raise ValueError("q, k, v: got tensors on the meta device, which hold no numbers; valid are cpu and cuda")
-        batch, heads, queries, dim = q.shape
-        kv_heads, new = k.shape[1:3]
-        if k.shape != (batch, kv_heads, new, dim):
-            raise ValueError(f"k: expected ({batch}, kv_heads, keys, {dim}) to fit q, got {tuple(k.shape)}")
-        if v.shape[:3] != k.shape[:3]:
-            raise ValueError(f"v: expected ({batch}, {kv_heads}, {new}, value_dim) to fit k, got {tuple(v.shape)}")
-        if heads % kv_heads:
-            raise ValueError(f"q: expected a multiple of k's {kv_heads} heads, got {heads} heads")
-        if state is not None and not isinstance(state, State):
-            raise ValueError(f"state: expected one from {self.name}'s new_state(), got {type(state).__name__}")
-        if state is not None:
-            self._check_state(state, k, v)
-        past = 0 if state is None else state.seq_len
-        static = isinstance(past, Tensor)  # a number on the device, which is not asked for
-        total = new if static else new + past
-        if total < queries:
-            raise ValueError(f"k: expected at least q's {queries} tokens, got {total} (queries are the last keys)")
-        if padding_mask is not None:
-            if not isinstance(padding_mask, Tensor) or not padding_mask.ndim:
-                got = type(padding_mask).__name__
-                raise ValueError(f"padding_mask: expected a tensor ({batch}, {total}) of torch.bool, got {got}")
-            if padding_mask.shape != (batch, padding_mask.shape[-1] if static else total):
-                with_past = f" ({total - new} in the state + {new} new)" if state is not None else ""
-                raise ValueError(
-                    f"padding_mask: expected ({batch}, {total}){with_past}, got {tuple(padding_mask.shape)}"
-                )
-            if padding_mask.dtype != torch.bool or padding_mask.device != q.device:
-                got = f"{padding_mask.dtype} on {padding_mask.device}"
-                raise ValueError(f"padding_mask: expected torch.bool on {q.device}, got {got}")
-        if scale is not None and not torch.compiler.is_compiling():
-            check_positive("scale", scale)
-        if rotary is not None and not callable(rotary):
-            raise ValueError(f"rotary: expected a callable rule, got {type(rotary).__name__}")
-
-    def _check_state(self, state: State, k: Tensor, v: Tensor) -> None:
-        """ValueError for a state of another backend, or one that began with other sizes."""
-        if state.owner is None:  # made by hand
-            own, keep = self.new_state(), getattr(state, "keep", None)
-            needs = getattr(own, "keep", None)
-            fits = keep is None or (needs is not None and needs <= keep) if state.packed else keep == needs
-            whole = type(state) is FullState  # which serves every method
-            if not whole and (not fits or not (state.packed or type(state) is type(own))):
-                raise ValueError(
-                    f"state: got a {type(state).__name__} that {self.signature} cannot use; valid is one from its "
-                    "new_state()"
-                )
-        elif state.owner != self.signature:
-            raise ValueError(
-                f"state: it belongs to {state.owner}, got a call of {self.signature}; valid is one from its new_state()"
-            )
-        if state.sizes is not None:
-            check_sizes(state.sizes, state.seq_len, k, v)
 
 
 def turn_of(rotary: Rotary) -> Turn | None:
