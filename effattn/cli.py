@@ -87,7 +87,7 @@ def convert_gqa(
 ) -> None:  # fmt: skip
     """Give a checkpoint fewer key/value heads: MHA to GQA or MQA, loadable by plain transformers."""
     from effattn.heads.job import Job, run
-    from effattn.jobs import Quiet
+    from effattn.jobs import Quiet, main_process
 
     quiet_libraries()
     job = Job(
@@ -97,7 +97,7 @@ def convert_gqa(
         ce_weight=ce_weight, layer_weight=layer_weight, trainable=trainable, seed=seed, device=device,
         decode_contexts=contexts_of(decode_contexts),
     )  # fmt: skip
-    main = int(os.environ.get("RANK", "0")) == 0
+    main = main_process()
     report = run(job, Show() if main else Quiet())
     if main:
         console.print(report)

@@ -56,9 +56,7 @@ def oneshot(
     Zeros are stored like other weights: a pruned checkpoint saves no memory by itself. effattn.prune.pack turns 2:4
     zeros into bytes and time.
     """
-    import os
-
-    from effattn.jobs import Quiet
+    from effattn.jobs import Quiet, main_process
 
     from .oneshot_job import Job, run
 
@@ -71,7 +69,7 @@ def oneshot(
         length=length, measure=measure, distill_tokens=distill_tokens, batch=batch, lr=lr, ce_weight=ce_weight,
         layer_weight=layer_weight, decode_contexts=contexts_of(decode_contexts), seed=seed, device=device,
     )  # fmt: skip
-    main = int(os.environ.get("RANK", "0")) == 0
+    main = main_process()
     report = run(job, Show() if main else Quiet())
     if main:
         console.print(report)

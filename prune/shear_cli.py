@@ -51,12 +51,10 @@ def shear(
     device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
 ) -> None:  # fmt: skip
     """Shear a model to an exact smaller shape: learned L0 masks, cut, and trained on (Sheared LLaMA)."""
-    import os
-
     from effattn.prune.shear_job import Job, run
     from effattn.prune.shear_report import BASELINES
 
-    from effattn.jobs import Quiet
+    from effattn.jobs import Quiet, main_process
 
     quiet_libraries()
     baselines = tuple(dict.fromkeys(baseline or ()))
@@ -71,7 +69,7 @@ def shear(
         loading=loading, baselines=baselines, scratch_lr=scratch_lr, decode_contexts=contexts_of(decode_contexts),
         seed=seed, device=device,
     )  # fmt: skip
-    main = int(os.environ.get("RANK", "0")) == 0
+    main = main_process()
     report = run(job, Show() if main else Quiet())
     if main:
         console.print(report)

@@ -65,7 +65,7 @@ def load_weights(path: str | Path, kind: str = "nf4", dtype: torch.dtype | str =
     check_choice("kind", kind, KINDS)
     _bitsandbytes()
     name, dtype = checkpoint.resolve(path), checkpoint._dtype(dtype)
-    found = checkpoint._read_config(name, path)
+    found = checkpoint.read_config(name, path)
     if hasattr(found, checkpoint.KEY):
         raise Unsupported(f"{path}: a swapped checkpoint; valid is effattn.load, then quantize_weights")
     if getattr(found, "quantization_config", None) is not None:

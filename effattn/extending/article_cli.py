@@ -37,7 +37,7 @@ def extend_context(
 ) -> None:  # fmt: skip
     """Position rules side by side beyond the trained length: loss, copying and retrieval from far back."""
     from effattn.extending.article_job import Job, run
-    from effattn.quant.sensitivity.parts import kept
+    from effattn.quant.sensitivity.parts import what_is_kept
 
     quiet_libraries()
     job = Job(
@@ -48,13 +48,7 @@ def extend_context(
         json=json, seed=seed, device=device,
     )  # fmt: skip
 
-    def kept_where() -> str:
-        if job.partial is None:
-            return "stopped; nothing is kept: with --output it would be"
-        finished = f"{kept(job.partial)} finished parts"
-        return f"stopped; {finished} are kept in {job.partial}: the same command goes on from there"
-
-    with when_stopped(kept_where):
+    with when_stopped(lambda: what_is_kept(job.partial)):
         report = run(job, Show())
     wide = console if console.is_terminal else Console(width=160)  # a log's lines may be long
     wide.print(report)

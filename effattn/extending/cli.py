@@ -35,10 +35,8 @@ def extend(
     device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
 ) -> None:  # fmt: skip
     """Plan a longer context: what each position rule promises, which to take, and the checkpoint, tuned if need be."""
-    import os
-
     from effattn.extending.job import Job, run
-    from effattn.jobs import Quiet
+    from effattn.jobs import Quiet, main_process
 
     quiet_libraries()
     lengths = contexts_of(to, "to")
@@ -49,7 +47,7 @@ def extend(
         window=window, lora=lora, batch=batch, lr=lr, sequences=sequences, text=tuple(text or ()), dataset=dataset,
         column=column, seed=seed, device=device,
     )  # fmt: skip
-    main = int(os.environ.get("RANK", "0")) == 0
+    main = main_process()
     report = run(job, Show() if main else Quiet())
     if main:
         wide = console if console.is_terminal else Console(width=160)  # a log's lines may be long

@@ -26,7 +26,6 @@ from effattn.hf.adapters import require_own_weights
 from effattn.hf.record import LEARNED
 from effattn.hf.source import DTYPES, KEY, load_tokenizer, read_config, resolve  # noqa: F401  imported from here
 from effattn.hf.source import dtype_of as _dtype
-from effattn.hf.source import read_config as _read_config  # noqa: F401  quant.weights imports it from here
 from effattn.outputs import atomic_folder, check_new_folder  # noqa: F401  check_new_folder: jobs import it from here
 from effattn.projections import packed, replace
 

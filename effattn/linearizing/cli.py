@@ -37,9 +37,7 @@ def linearize(
     device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
 ) -> None:  # fmt: skip
     """Replace softmax attention by an approximate backend, and bring the quality back: transfer, then distillation."""
-    import os
-
-    from effattn.jobs import Quiet
+    from effattn.jobs import Quiet, main_process
     from effattn.linearizing.job import Job, run
 
     quiet_libraries()
@@ -50,7 +48,7 @@ def linearize(
         length=length, batch=batch, transfer_lr=transfer_lr, lr=lr, transfer_trainable=transfer_trainable,
         trainable=trainable, lora=lora, seed=seed, device=device,
     )  # fmt: skip
-    main = int(os.environ.get("RANK", "0")) == 0
+    main = main_process()
     report = run(job, Show() if main else Quiet())
     if main:
         console.print(report)

@@ -43,7 +43,7 @@ def quantize_kv(
 ) -> None:  # fmt: skip
     """Quantize the key/value cache: quality token by token, bytes, speed, and which layer should get how many bits."""
     from effattn.quant.sensitivity.job import Job, run
-    from effattn.quant.sensitivity.parts import kept
+    from effattn.quant.sensitivity.parts import what_is_kept
 
     quiet_libraries()
     job = Job(
@@ -55,13 +55,7 @@ def quantize_kv(
         decode_steps=decode_steps, decode_seconds=decode_seconds, seed=seed, device=device,
     )  # fmt: skip
 
-    def kept_where() -> str:
-        if job.partial is None:
-            return "stopped; nothing is kept: with --output it would be"
-        finished = f"{kept(job.partial)} finished parts"
-        return f"stopped; {finished} are kept in {job.partial}: the same command goes on from there"
-
-    with when_stopped(kept_where):
+    with when_stopped(lambda: what_is_kept(job.partial)):
         report = run(job, Show())
     wide = console if console.is_terminal else Console(width=140)  # a log's lines may be long
     wide.print(report)

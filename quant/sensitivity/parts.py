@@ -68,3 +68,10 @@ def kept(path: Path | None) -> int:
         return len(json.loads(path.read_text(encoding="utf-8"))["parts"]) if path else 0
     except (OSError, ValueError, KeyError, TypeError):
         return 0
+
+
+def what_is_kept(path: Path | None) -> str:
+    """One line for who stops a run whose finished parts go into `path`."""
+    if path is None:
+        return "stopped; nothing is kept: with --output it would be"
+    return f"stopped; {kept(path)} finished parts are kept in {path}: the same command goes on from there"
