@@ -1,7 +1,7 @@
 """effattn swaps, shrinks and measures attention in Hugging Face models.
 
-Importing it patches nothing and loads no model code; every public name is imported at its first use.
-"""
+Importing it patches nothing and loads no model code; every public name is imported at its first
+use."""
 
 from __future__ import annotations
 

@@ -22,7 +22,9 @@ SEED = 2**32 - 1  # numpy's seeds go no further
 
 @dataclass(frozen=True)
 class Bounds:
-    """What a number may be: whole or not, at least `least`, above `above`, at most `most`; `unit` is what it counts."""
+    """What a number may be: whole or not, at least `least`, above `above`, at most `most`; `unit`
+    is what it counts.
+    """
 
     whole: bool
     least: float | None = None
@@ -44,7 +46,11 @@ class Bounds:
     def __str__(self) -> str:
         unit = f" {self.unit}" if self.unit else ""
         if self.least is not None:
-            said = f"{self.least:g}{unit} or more" if self.most is None else f"{self.least:,} to {self.most:,}{unit}"
+            said = (
+                f"{self.least:g}{unit} or more"
+                if self.most is None
+                else f"{self.least:,} to {self.most:,}{unit}"
+            )
         else:
             said = "any finite number" if self.above is None else f"more than {self.above:g}{unit}"
         return said
@@ -52,12 +58,22 @@ class Bounds:
 
 def whole(default=MISSING, *, least: int, most: int | None = None, unit: str = ""):
     """A dataclass field for whole numbers: one, or where the default is a tuple, several."""
-    return field(default=default, metadata={"bounds": Bounds(True, least=least, most=most, unit=unit)})
+    return field(
+        default=default, metadata={"bounds": Bounds(True, least=least, most=most, unit=unit)}
+    )
 
 
-def real(default=MISSING, *, least: float | None = None, above: float | None = None, most: float | None = None):
+def real(
+    default=MISSING,
+    *,
+    least: float | None = None,
+    above: float | None = None,
+    most: float | None = None,
+):
     """A dataclass field for finite numbers."""
-    return field(default=default, metadata={"bounds": Bounds(False, least=least, above=above, most=most)})
+    return field(
+        default=default, metadata={"bounds": Bounds(False, least=least, above=above, most=most)}
+    )
 
 
 def random_seed(default: int = 0):
@@ -66,7 +82,8 @@ def random_seed(default: int = 0):
 
 
 class Checked:
-    """Base of a dataclass whose numbers are within their bounds from the start. ValueError names the first that is not.
+    """Base of a dataclass whose numbers are within their bounds from the start. ValueError names
+    the first that is not.
 
     None is valid where it is the default.
     """

@@ -1,10 +1,11 @@
-"""What LSH attention remembers while it decodes: for every round and bucket a ring of its newest keys.
+"""What LSH attention remembers while it decodes: for every round and bucket a ring of its newest
+keys.
 
-    state = BucketState(rule, hash)       # `effattn.kernels.lsh.Rule`; hash: keys (B, H, T, D) -> buckets (B, H, R, T)
+    state = BucketState(rule, hash)  # `effattn.kernels.lsh.Rule`; hash: keys (B, H, T, D) -> buckets (B, H, R, T)
 
-Keys and values are held once, in order, with a table of which tokens lie in the rings, until the rings themselves would
-take no more: from then on every ring holds its own, and memory does not grow.
-"""
+Keys and values are held once, in order, with a table of which tokens lie in the rings, until the
+rings themselves would take no more: from then on every ring holds its own, and memory does not
+grow."""
 
 from __future__ import annotations
 
@@ -25,11 +26,11 @@ NAMES = ("k", "v", "code", "position", "count")
 
 @dataclass(frozen=True)
 class Hashed(Layout):
-    """Keys (a store of N rows, the T new ones last, or somewhere if there is `seen`) with their buckets.
+    """Keys (a store of N rows, the T new ones last, or somewhere if there is `seen`) with their
+    buckets.
 
-    bucket (B, H, R, T) int64: of the new keys, `rule.buckets` for padding; code (B, H, R, N): the places of all rows;
-    past: keys before the new ones; seen: how a few queries find theirs.
-    """
+    bucket (B, H, R, T) int64: of the new keys, `rule.buckets` for padding; code (B, H, R, N): the
+    places of all rows; past: keys before the new ones; seen: how a few queries find theirs."""
 
     bucket: Tensor | None = None
     code: Tensor | None = None
@@ -38,13 +39,13 @@ class Hashed(Layout):
 
 
 class BucketState(FullState):
-    """k, v (B, Hkv, rows, D) and the rows' places `code` (B, Hkv, R, rows) int32; `position` (B, Hkv, R, slots) int32,
-    which token lies in each slot of the rings (-1: none); `count` (B, Hkv, R, buckets) int32 of the tokens so far.
+    """k, v (B, Hkv, rows, D) and the rows' places `code` (B, Hkv, R, rows) int32; `position` (B,
+    Hkv, R, slots) int32, which token lies in each slot of the rings (-1: none); `count` (B, Hkv, R,
+    buckets) int32 of the tokens so far.
 
-    The key of rank x in bucket b lies in slot b ring + x % ring; one more slot in each round takes what goes nowhere.
-    Rows are the tokens in order at first, with room for a few more; and the slots of all rounds from the moment that
-    there are more tokens than slots.
-    """
+    The key of rank x in bucket b lies in slot b ring + x % ring; one more slot in each round takes
+    what goes nowhere. Rows are the tokens in order at first, with room for a few more; and the
+    slots of all rounds from the moment that there are more tokens than slots."""
 
     def __init__(self, rule: Rule, hash: Callable[[Tensor], Tensor]):
         self.rule, self.hash = rule, hash
@@ -70,7 +71,9 @@ class BucketState(FullState):
     def _bytes(self) -> int:
         return sum(getattr(self, name).nbytes for name in NAMES) if self.k is not None else 0
 
-    def append(self, k: Tensor, v: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor, Hashed]:
+    def append(
+        self, k: Tensor, v: Tensor, padding_mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Hashed]:
         """Returns a store of keys and values, and a `Hashed` layout of them."""
         if self.k is None:
             self._start(k, v)
@@ -83,7 +86,9 @@ class BucketState(FullState):
         rank, count = new_ranks(bucket, self.rule.buckets, before)
         code = torch.where(bucket < self.rule.buckets, self.rule.code(bucket, rank), NO_KEY).int()
         slot = self._slots(bucket, rank, count)
-        learning = torch.is_grad_enabled() and (k.requires_grad or v.requires_grad or self.k.requires_grad)
+        learning = torch.is_grad_enabled() and (
+            k.requires_grad or v.requires_grad or self.k.requires_grad
+        )
         few = new <= ROLLBACK and not (learning or self.learning)
         past = self._past() if self.total and not few else None
         rows = self._rows()
@@ -99,9 +104,15 @@ class BucketState(FullState):
         elif few and self.total <= self.k.shape[2]:
             self.k[:, :, held : self.total], self.v[:, :, held : self.total] = k, v
             self.code[..., held : self.total] = code
-            store, own, rows = (self.k, self.v, self.code), position.expand(*k.shape[:3]), self.position
+            store, own, rows = (
+                (self.k, self.v, self.code),
+                position.expand(*k.shape[:3]),
+                self.position,
+            )
         else:
-            store = tuple(torch.cat([x[:, :, :held], new], dim=2) for x, new in ((self.k, k), (self.v, v)))
+            store = tuple(
+                torch.cat([x[:, :, :held], new], dim=2) for x, new in ((self.k, k), (self.v, v))
+            )
             store = *store, torch.cat([self.code[..., :held], code], dim=3)
             own = torch.arange(held, store[0].shape[2], device=k.device)
             rows = rows.scatter(3, slot, own.to(rows.dtype).expand(slot.shape))
@@ -129,13 +140,21 @@ class BucketState(FullState):
         if not self.wrapped:
             return self.position
         rounds, slots = self.position.shape[2:]
-        return torch.arange(rounds * slots, device=self.k.device).view(rounds, slots).expand(self.position.shape)
+        return (
+            torch.arange(rounds * slots, device=self.k.device)
+            .view(rounds, slots)
+            .expand(self.position.shape)
+        )
 
     def _slots(self, bucket: Tensor, rank: Tensor, count: Tensor) -> Tensor:
-        """Where new keys go, (B, Hkv, R, T): the last slot for padding, and for those that even newer ones push out."""
+        """Where new keys go, (B, Hkv, R, T): the last slot for padding, and for those that even
+        newer ones push out.
+        """
         count = torch.cat([count, torch.zeros_like(count[..., :1])], dim=-1).gather(-1, bucket)
         stays = (bucket < self.rule.buckets) & (rank >= count - self.ring)
-        return torch.where(stays, bucket * self.ring + rank % self.ring, self.rule.buckets * self.ring)
+        return torch.where(
+            stays, bucket * self.ring + rank % self.ring, self.rule.buckets * self.ring
+        )
 
     def _past(self) -> Past:
         """All that lies in the rings, the oldest first."""
@@ -161,7 +180,9 @@ class BucketState(FullState):
     def _gather(self, store: tuple[Tensor, Tensor, Tensor], rows: Tensor) -> None:
         """From now on a row is a slot, if it was not before."""
         rows = rows.flatten(2).long().clamp(min=0)
-        self.k, self.v = (x.gather(2, rows[..., None].expand(-1, -1, -1, x.shape[3])) for x in store[:2])
+        self.k, self.v = (
+            x.gather(2, rows[..., None].expand(-1, -1, -1, x.shape[3])) for x in store[:2]
+        )
         self.code = store[2].gather(3, rows[:, :, None].expand(-1, -1, self.rule.rounds, -1))
         self.wrapped = True
 
@@ -180,23 +201,37 @@ class BucketState(FullState):
         least = self.newest - ROLLBACK
         if self.wrapped and n < least:
             raise ValueError(
-                f"crop: got {n}, but tokens that are seen from there were overwritten; valid are 0 and {least} to "
+                f"crop: got {n}, but tokens that are seen from there were overwritten; valid are "
+                f"0 and {least} to "
                 f"{self.total}"
             )
 
     def _crop(self, n: int) -> None:
         if not self.wrapped:
-            k, v, code = self.k[:, :, :n].contiguous(), self.v[:, :, :n].contiguous(), self.code[..., :n].contiguous()
+            k, v, code = (
+                self.k[:, :, :n].contiguous(),
+                self.v[:, :, :n].contiguous(),
+                self.code[..., :n].contiguous(),
+            )
             bucket = torch.where(code < 0, self.rule.buckets, code % self.rule.buckets).long()
             self._start(k, v)
             rank, count = new_ranks(bucket, self.rule.buckets)
             slot = self._slots(bucket, rank, count)
             position = torch.arange(n, dtype=torch.int32, device=k.device).expand(slot.shape)
             self.position = self.position.scatter(3, slot, position)
-            self.k, self.v, self.code, self.count, self.total, self.newest = k, v, code, count.int(), n, n
+            self.k, self.v, self.code, self.count, self.total, self.newest = (
+                k,
+                v,
+                code,
+                count.int(),
+                n,
+                n,
+            )
         else:
             slots = self.position[..., :-1].unflatten(3, (self.rule.buckets, self.ring))
             gone = slots >= n
             self.count = self.count - gone.sum(dim=-1, dtype=torch.int32)
-            self.position = torch.nn.functional.pad(slots.masked_fill(gone, -1).flatten(3), (0, 1), value=-1)
+            self.position = torch.nn.functional.pad(
+                slots.masked_fill(gone, -1).flatten(3), (0, 1), value=-1
+            )
             self.total = n

@@ -17,28 +17,40 @@ if TYPE_CHECKING:
 
 
 def check_tensors(backend: Backend, q: Tensor, k: Tensor, v: Tensor, causal: bool) -> None:
-    """ValueError for shapes, dtypes or devices of q, k and v that do not fit together, Unsupported for a direction that
-    the method does not have."""
+    """ValueError for shapes, dtypes or devices of q, k and v that do not fit together, Unsupported
+    for a direction that the method does not have."""
     if causal and not backend.traits.causal:
-        raise Unsupported(f"{backend.name}: causal=True is not possible with this method; valid is causal=False")
+        raise Unsupported(
+            f"{backend.name}: causal=True is not possible with this method; valid is causal=False"
+        )
     if not causal and not backend.traits.bidirectional:
-        raise Unsupported(f"{backend.name}: causal=False is not possible with this method; valid is causal=True")
+        raise Unsupported(
+            f"{backend.name}: causal=False is not possible with this method; valid is causal=True"
+        )
     for which, x in {"q": q, "k": k, "v": v}.items():
         if not isinstance(x, Tensor) or x.ndim != 4 or 0 in x.shape[1:]:
             got = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
-            raise ValueError(f"{which}: expected (batch, heads, tokens, head_dim), all of them >= 1, got {got}")
+            raise ValueError(
+                f"{which}: expected (batch, heads, tokens, head_dim), all of them >= 1, got {got}"
+            )
     if not q.is_floating_point() or not q.dtype == k.dtype == v.dtype:
         raise ValueError(f"q, k, v: expected one float dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
     if not q.device == k.device == v.device:
         raise ValueError(f"q, k, v: expected one device, got {q.device}, {k.device}, {v.device}")
     if q.is_meta:
-        raise ValueError("q, k, v: got tensors on the meta device, which hold no numbers; valid are cpu and cuda")
+        raise ValueError(
+            "q, k, v: got tensors on the meta device, which hold no numbers; valid are cpu and cuda"
+        )
     batch, heads, _, dim = q.shape
     kv_heads, new = k.shape[1:3]
     if k.shape != (batch, kv_heads, new, dim):
-        raise ValueError(f"k: expected ({batch}, kv_heads, keys, {dim}) to fit q, got {tuple(k.shape)}")
+        raise ValueError(
+            f"k: expected ({batch}, kv_heads, keys, {dim}) to fit q, got {tuple(k.shape)}"
+        )
     if v.shape[:3] != k.shape[:3]:
-        raise ValueError(f"v: expected ({batch}, {kv_heads}, {new}, value_dim) to fit k, got {tuple(v.shape)}")
+        raise ValueError(
+            f"v: expected ({batch}, {kv_heads}, {new}, value_dim) to fit k, got {tuple(v.shape)}"
+        )
     if heads % kv_heads:
         raise ValueError(f"q: expected a multiple of k's {kv_heads} heads, got {heads} heads")
 
@@ -48,20 +60,26 @@ def check_state(backend: Backend, state: State | None, k: Tensor, v: Tensor) -> 
     if state is None:
         return
     if not isinstance(state, State):
-        raise ValueError(f"state: expected one from {backend.name}'s new_state(), got {type(state).__name__}")
+        raise ValueError(
+            f"state: expected one from {backend.name}'s new_state(), got {type(state).__name__}"
+        )
     if state.owner is None:  # made by hand
         own, keep = backend.new_state(), getattr(state, "keep", None)
         needs = getattr(own, "keep", None)
-        fits = keep is None or (needs is not None and needs <= keep) if state.packed else keep == needs
+        fits = (
+            keep is None or (needs is not None and needs <= keep) if state.packed else keep == needs
+        )
         whole = type(state) is FullState  # which serves every method
         if not whole and (not fits or not (state.packed or type(state) is type(own))):
             raise ValueError(
-                f"state: got a {type(state).__name__} that {backend.signature} cannot use; valid is one from its "
+                f"state: got a {type(state).__name__} that {backend.signature} cannot use; valid "
+                "is one from its "
                 "new_state()"
             )
     elif state.owner != backend.signature:
         raise ValueError(
-            f"state: it belongs to {state.owner}, got a call of {backend.signature}; valid is one from its new_state()"
+            f"state: it belongs to {state.owner}, got a call of {backend.signature}; valid is one "
+            "from its new_state()"
         )
     if state.sizes is not None:
         check_sizes(state.sizes, state.seq_len, k, v)
@@ -74,22 +92,30 @@ def check_tokens(q: Tensor, k: Tensor, padding_mask: Tensor | None, state: State
     static = isinstance(past, Tensor)  # a number on the device, which is not asked for
     total = new if static else new + past
     if total < queries:
-        raise ValueError(f"k: expected at least q's {queries} tokens, got {total} (queries are the last keys)")
+        raise ValueError(
+            f"k: expected at least q's {queries} tokens, got {total} (queries are the last keys)"
+        )
     if padding_mask is None:
         return
     if not isinstance(padding_mask, Tensor) or not padding_mask.ndim:
         got = type(padding_mask).__name__
-        raise ValueError(f"padding_mask: expected a tensor ({batch}, {total}) of torch.bool, got {got}")
+        raise ValueError(
+            f"padding_mask: expected a tensor ({batch}, {total}) of torch.bool, got {got}"
+        )
     if padding_mask.shape != (batch, padding_mask.shape[-1] if static else total):
         with_past = f" ({total - new} in the state + {new} new)" if state is not None else ""
-        raise ValueError(f"padding_mask: expected ({batch}, {total}){with_past}, got {tuple(padding_mask.shape)}")
+        raise ValueError(
+            f"padding_mask: expected ({batch}, {total}){with_past}, got {tuple(padding_mask.shape)}"
+        )
     if padding_mask.dtype != torch.bool or padding_mask.device != q.device:
         got = f"{padding_mask.dtype} on {padding_mask.device}"
         raise ValueError(f"padding_mask: expected torch.bool on {q.device}, got {got}")
 
 
 def check_rules(scale, rotary) -> None:
-    """ValueError for a scale that is no finite number above 0, and for a rotary rule that cannot be called."""
+    """ValueError for a scale that is no finite number above 0, and for a rotary rule that cannot be
+    called.
+    """
     if scale is not None and not torch.compiler.is_compiling():
         check_positive("scale", scale)
     if rotary is not None and not callable(rotary):
@@ -109,18 +135,27 @@ def check_positive(argument: str, value) -> None:
 
 
 def check_extras(q: Tensor, softcap=None, sink_logits=None, global_qkv=None) -> None:
-    """ValueError for extras that do not fit q; what their shapes have to be beyond that, a backend checks."""
+    """ValueError for extras that do not fit q; what their shapes have to be beyond that, a backend
+    checks.
+    """
     if softcap is not None and not torch.compiler.is_compiling():
         check_positive("softcap", softcap)
     if sink_logits is not None:
         found = sink_logits if isinstance(sink_logits, Tensor) else None
-        if found is None or found.shape != q.shape[1:2] or not found.is_floating_point() or found.device != q.device:
+        if (
+            found is None
+            or found.shape != q.shape[1:2]
+            or not found.is_floating_point()
+            or found.device != q.device
+        ):
             valid = f"one float for each of q's heads, ({q.shape[1]},) on {q.device}"
             raise ValueError(f"sink_logits: expected {valid}, got {_described(sink_logits)}")
     if global_qkv is not None:
         three = isinstance(global_qkv, (tuple, list)) and len(global_qkv) == 3
         if not three or not all(isinstance(x, Tensor) for x in global_qkv):
-            raise ValueError(f"global_qkv: expected three tensors, q, k and v, got {_described(global_qkv)}")
+            raise ValueError(
+                f"global_qkv: expected three tensors, q, k and v, got {_described(global_qkv)}"
+            )
         if any(x.device != q.device for x in global_qkv):
             got = ", ".join(str(x.device) for x in global_qkv)
             raise ValueError(f"global_qkv: expected tensors on {q.device}, got {got}")

@@ -1,4 +1,6 @@
-"""What every command of the command line shares: consoles, one-line errors, progress, and how numbers are read."""
+"""What every command of the command line shares: consoles, one-line errors, progress, and how
+numbers are read.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,9 @@ GOES_ON = "stopped; run the same command again to go on from the last checkpoint
 
 
 class Signalled(KeyboardInterrupt):
-    """SIGTERM, or the terminal is gone: what Ctrl-C does, with the exit code that the signal has."""
+    """SIGTERM, or the terminal is gone: what Ctrl-C does, with the exit code that the signal
+    has.
+    """
 
     def __init__(self, number: int):
         super().__init__()
@@ -33,14 +37,15 @@ class Signalled(KeyboardInterrupt):
 
 
 def one_line_errors(command: Callable) -> Callable:
-    """Turns what users can cause (bad values, missing files, a full disk, Ctrl-C, SIGTERM) into one line and an exit
-    code. What a stopped command says is the note that `when_stopped` left."""
+    """Turns what users can cause (bad values, missing files, a full disk, Ctrl-C, SIGTERM) into one
+    line and an exit code. What a stopped command says is the note that `when_stopped` left."""
 
     @wraps(command)
     def guarded(*args, **kwargs):
         from safetensors import SafetensorError
 
-        # transformers imports bitsandbytes, which on some processors advises a package that we have no use for.
+        # transformers imports bitsandbytes, which on some processors advises a package that we have
+        # no use for.
         logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
         try:
             with _orderly_signals():
@@ -50,11 +55,16 @@ def one_line_errors(command: Callable) -> Callable:
                 raise
             lines = [line.strip() for line in str(error).splitlines() if line.strip()]
             errors.print(
-                f"error: {' '.join(lines[:2]) or type(error).__name__}", style="bold red", markup=False, soft_wrap=True
+                f"error: {' '.join(lines[:2]) or type(error).__name__}",
+                style="bold red",
+                markup=False,
+                soft_wrap=True,
             )
             raise typer.Exit(2) from None
         except KeyboardInterrupt as stop:
-            errors.print((getattr(stop, "__notes__", None) or [GOES_ON])[0], soft_wrap=True, markup=False)
+            errors.print(
+                (getattr(stop, "__notes__", None) or [GOES_ON])[0], soft_wrap=True, markup=False
+            )
             raise typer.Exit(getattr(stop, "code", 130)) from None
 
     return guarded
@@ -72,7 +82,8 @@ def when_stopped(say: Callable[[], str]):
 
 @contextmanager
 def _orderly_signals():
-    """While the body runs, SIGTERM and SIGHUP are raised as `Signalled`, so that what is half done is cleaned up.
+    """While the body runs, SIGTERM and SIGHUP are raised as `Signalled`, so that what is half done
+    is cleaned up.
 
     Signals that somebody handles, or ignores (nohup), stay as they are.
     """
@@ -99,7 +110,12 @@ class Show:
 
     @contextmanager
     def stage(self, text: str):
-        columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+        )
         if not errors.is_terminal:
             errors.print(f"{text} ...", soft_wrap=True)
         with Progress(*columns, console=errors, disable=not errors.is_terminal) as bar:
@@ -122,7 +138,8 @@ def contexts_of(text: str, option: str = "decode_contexts") -> list[int]:
         return []
     try:
         return [
-            int(part.lower().removesuffix("k").replace("_", "")) * (1024 if part.lower().endswith("k") else 1)
+            int(part.lower().removesuffix("k").replace("_", ""))
+            * (1024 if part.lower().endswith("k") else 1)
             for part in map(str.strip, text.split(","))
         ]
     except ValueError:

@@ -1,8 +1,9 @@
-"""Long documents as tokens, piece by piece: the same ones as all at once, and no more work than is asked for.
+"""Long documents as tokens, piece by piece: the same ones as all at once, and no more work than is
+asked for.
 
-A tokenizer takes 180 bytes for every byte of text at once. Its pieces overlap here, and are joined where both say the
-same for a stretch: what begins or ends a piece (a prefix space, half a word) is in neither.
-"""
+A tokenizer takes 180 bytes for every byte of text at once. Its pieces overlap here, and are joined
+where both say the same for a stretch: what begins or ends a piece (a prefix space, half a word) is
+in neither."""
 
 from __future__ import annotations
 
@@ -13,8 +14,8 @@ OVERLAP = 2048  # characters that two pieces share; in the middle half of them t
 
 
 def token_ids(document: str, tokenizer, limit: int | None = None) -> list[int]:
-    """The document's tokens without special ones; of a long document at least the first `limit` that are no
-    end-of-text, if there are as many."""
+    """The document's tokens without special ones; of a long document at least the first `limit`
+    that are no end-of-text, if there are as many."""
     if len(document) <= PIECE or not getattr(tokenizer, "is_fast", False):
         return _whole(document, tokenizer)
     ids, counted = [], 0
@@ -33,7 +34,9 @@ def _whole(document: str, tokenizer) -> list[int]:
 
 
 def _pieces(document: str, tokenizer) -> Iterator[list[int] | None]:
-    """Token ids of one piece after the other; None where a piece does not agree with the one before."""
+    """Token ids of one piece after the other; None where a piece does not agree with the one
+    before.
+    """
     step = PIECE - OVERLAP
     ids, begins = _encoded(document[:PIECE], tokenizer)
     given = 0  # how many of the piece's tokens the piece before has given

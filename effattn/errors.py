@@ -7,11 +7,15 @@ from collections.abc import Iterable
 
 
 class Unsupported(ValueError):
-    """What was asked is well formed, but this model or method cannot do it. Says why and what can be done."""
+    """What was asked is well formed, but this model or method cannot do it. Says why and what can
+    be done.
+    """
 
 
 def check_choice(argument: str, got: str, valid: Iterable[str]) -> str:
-    """Returns `got` if it is one of `valid`; otherwise raises ValueError with the nearest valid name."""
+    """Returns `got` if it is one of `valid`; otherwise raises ValueError with the nearest valid
+    name.
+    """
     names = list(valid)
     if got in names:
         return got

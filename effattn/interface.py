@@ -1,14 +1,14 @@
 """What every attention backend is: one call, checked in one place.
 
     attn = effattn.backend("dense")
-    y = attn(q, k, v, causal=True)                       # whole sequences
+    y = attn(q, k, v, causal=True)                   # whole sequences
     state = attn.new_state()
-    y = attn(q, k, v, state=state)                       # the same call prefills, continues and decodes
+    y = attn(q, k, v, state=state)                   # the same call prefills, continues and decodes
 
 A backend subclasses `Backend`, sets `traits` and `implementations`, and writes `attend` and `cost`.
 
-Shapes: q (B, Hq, Tq, D), k (B, Hkv, Tk, D), v (B, Hkv, Tk, Dv). Queries are the LAST Tq of the Tk positions.
-"""
+Shapes: q (B, Hq, Tq, D), k (B, Hkv, Tk, D), v (B, Hkv, Tk, Dv). Queries are the LAST Tq of the Tk
+positions."""
 
 from __future__ import annotations
 
@@ -37,7 +37,9 @@ Rotary = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 @dataclass(frozen=True)
 class Traits:
-    """What a backend is. `exact`: equals softmax attention over the keys it may see; `state`: what it remembers."""
+    """What a backend is. `exact`: equals softmax attention over the keys it may see; `state`: what
+    it remembers.
+    """
 
     exact: bool
     causal: bool
@@ -48,9 +50,11 @@ class Traits:
 
 @dataclass(frozen=True)
 class Shape:
-    """The sizes of one call, as `cost` needs them. `itemsize` is bytes per element; `value_dim` defaults to D.
+    """The sizes of one call, as `cost` needs them. `itemsize` is bytes per element; `value_dim`
+    defaults to D.
 
-    backward: the backward pass of that call, alone, instead of the forward pass; a training step is the sum of both."""
+    backward: the backward pass of that call, alone, instead of the forward pass; a training step is
+    the sum of both."""
 
     batch: int
     heads: int
@@ -70,7 +74,13 @@ class Shape:
     @property
     def kv_bytes(self) -> int:
         """Bytes of all keys and values."""
-        return self.batch * self.kv_heads * self.keys * (self.head_dim + self.value_dim) * self.itemsize
+        return (
+            self.batch
+            * self.kv_heads
+            * self.keys
+            * (self.head_dim + self.value_dim)
+            * self.itemsize
+        )
 
     @property
     def query_bytes(self) -> int:
@@ -82,13 +92,17 @@ class Shape:
 
     @property
     def lse_bytes(self) -> int:
-        """Bytes of a softmax's log-sum-exps, which its backward pass starts from: a float32 or better per query."""
+        """Bytes of a softmax's log-sum-exps, which its backward pass starts from: a float32 or
+        better per query.
+        """
         return self.batch * self.heads * self.queries * max(4, self.itemsize)
 
 
 @dataclass(frozen=True)
 class Cost:
-    """The fewest a call must do: operations (a multiply-add is 2), bytes moved, and bytes remembered afterwards."""
+    """The fewest a call must do: operations (a multiply-add is 2), bytes moved, and bytes
+    remembered afterwards.
+    """
 
     flops: int = 0
     read_bytes: int = 0
@@ -107,9 +121,10 @@ class Cost:
 
 @dataclass(frozen=True)
 class Call:
-    """What a call says beside q, k and v, checked. `layout`: where the keys lie; `q_first`: the queries as the keys at
-    positions below `Backend.first_keys` see them, None when they see them as all others do. A position rule's: `far`,
-    what distant pairs use instead of q and k; `turn`, with which k is raw, and turned when it is read; `bias`."""
+    """What a call says beside q, k and v, checked. `layout`: where the keys lie; `q_first`: the
+    queries as the keys at positions below `Backend.first_keys` see them, None when they see them as
+    all others do. A position rule's: `far`, what distant pairs use instead of q and k; `turn`, with
+    which k is raw, and turned when it is read; `bias`."""
 
     causal: bool
     layout: Layout
@@ -136,18 +151,32 @@ def _signed(new_state: Callable[[Backend], State]) -> Callable[[Backend], State]
 
 
 class Backend(nn.Module):
-    """Base class: checks the arguments, keeps the state, rotates, then calls the subclass's `attend`."""
+    """Base class: checks the arguments, keeps the state, rotates, then calls the subclass's
+    `attend`.
+    """
 
     name: ClassVar[str]  # set by `registry.register`
     traits: ClassVar[Traits]
     implementations: ClassVar[tuple[str, ...]] = ("auto", "torch", "reference")
     plain: ClassVar[bool] = False  # the same function as the attention that plain transformers runs
-    extras: ClassVar[tuple[str, ...]] = ()  # which of softcap, sink_logits and global_qkv the method can honour
-    per_kv_head: tuple[str, ...] = ()  # names of parameters and buffers whose first size is the number of K/V heads
-    tied: tuple[str, ...] = ()  # names of parameters that `effattn.swap` makes one for all layers of the same pattern
-    straight_through: tuple[str, ...] = ()  # which of q, k and v have gradients that are not the function's slopes
-    farthest: int | None = None  # first keys see a query at this position at most (sinks); None: where it is
-    score_rules: bool = False  # whether `attend` honours a position rule that decides scores pair by pair
+    extras: ClassVar[
+        tuple[str, ...]
+    ] = ()  # which of softcap, sink_logits and global_qkv the method can honour
+    per_kv_head: tuple[
+        str, ...
+    ] = ()  # names of parameters and buffers whose first size is the number of K/V heads
+    tied: tuple[
+        str, ...
+    ] = ()  # names of parameters that `effattn.swap` makes one for all layers of the same pattern
+    straight_through: tuple[
+        str, ...
+    ] = ()  # which of q, k and v have gradients that are not the function's slopes
+    farthest: int | None = (
+        None  # first keys see a query at this position at most (sinks); None: where it is
+    )
+    score_rules: bool = (
+        False  # whether `attend` honours a position rule that decides scores pair by pair
+    )
     _signature: str | None = None
     packable: bool = False  # whether `attend` honours an `Inside` layout: a state of packed keys
 
@@ -156,7 +185,9 @@ class Backend(nn.Module):
         super().__init__()
         check_choice("impl", impl, IMPLEMENTATIONS)
         if impl not in self.implementations:
-            raise Unsupported(f"impl: got {impl!r}, valid for {self.name} are {', '.join(self.implementations)}")
+            raise Unsupported(
+                f"impl: got {impl!r}, valid for {self.name} are {', '.join(self.implementations)}"
+            )
         self.impl = impl
         self.chosen_impl: str | None = None if impl == "auto" else impl
 
@@ -164,17 +195,21 @@ class Backend(nn.Module):
         return f"impl={self.impl!r}"
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
-        """The method itself, on checked arguments: all keys and values, rotated. Returns (B, Hq, Tq, Dv)."""
+        """The method itself, on checked arguments: all keys and values, rotated. Returns (B, Hq,
+        Tq, Dv).
+        """
         raise NotImplementedError
 
     def cost(self, shape: Shape) -> Cost:
-        """The fewest operations and bytes that a call of this shape needs; of its backward pass alone if
-        `shape.backward`, which has no state."""
+        """The fewest operations and bytes that a call of this shape needs; of its backward pass
+        alone if `shape.backward`, which has no state."""
         raise NotImplementedError
 
     @_signed
     def new_state(self) -> State:
-        """An empty state, for one batch of sequences. It belongs to this backend's class and options (`signature`)."""
+        """An empty state, for one batch of sequences. It belongs to this backend's class and
+        options (`signature`).
+        """
         return FullState()
 
     def __init_subclass__(cls, **options) -> None:
@@ -184,7 +219,9 @@ class Backend(nn.Module):
 
     @property
     def signature(self) -> str:
-        """Name and options that what a state holds depends on: `extra_repr` without the implementation."""
+        """Name and options that what a state holds depends on: `extra_repr` without the
+        implementation.
+        """
         if self._signature is None:
             own = self.extra_repr().removesuffix(Backend.extra_repr(self)).removesuffix(", ")
             name = getattr(self, "name", type(self).__name__)
@@ -203,29 +240,34 @@ class Backend(nn.Module):
         rotary: Rotary | None = None,
         **extras,
     ) -> Tensor:
-        """Attention of q over k and v, (B, Hq, Tq, Dv) in q's dtype. A query that may see no key gives 0.
+        """Attention of q over k and v, (B, Hq, Tq, Dv) in q's dtype. A query that may see no key
+        gives 0.
 
-        padding_mask: (B, Tk) bool, True = a real token; padding may be anywhere. A row's positions count its real
-        tokens, padding_mask.cumsum(1) - 1, so that it gives what it would give without its padding (`effattn.padding`).
-        With a `state`, k and v are the NEW tokens, Tk counts the past too, of which the mask has to say the same in
-        every call, and the state then holds both. scale: default D^-0.5.
+        padding_mask: (B, Tk) bool, True = a real token; padding may be anywhere. A row's positions
+        count its real tokens, padding_mask.cumsum(1) - 1, so that it gives what it would give
+        without its padding (`effattn.padding`). With a `state`, k and v are the NEW tokens, Tk
+        counts the past too, of which the mask has to say the same in every call, and the state then
+        holds both. scale: default D^-0.5.
 
-        rotary: q and k are raw, and `rotary(q, k, q_positions, k_positions)` returns them rotated, in the same shapes.
-        Positions are int64, (Tq,) and (Tk,), or (B, Tq) and (B, Tk) with a padding mask: they count the row's real
-        tokens. The state then holds raw keys, which are rotated when they are read. Or a rule from
-        `effattn.positions.rule`, which may decide scores pair by pair as well (ReRoPE, ALiBi).
+        rotary: q and k are raw, and `rotary(q, k, q_positions, k_positions)` returns them rotated,
+        in the same shapes. Positions are int64, (Tq,) and (Tk,), or (B, Tq) and (B, Tk) with a
+        padding mask: they count the row's real tokens. The state then holds raw keys, which are
+        rotated when they are read. Or a rule from `effattn.positions.rule`, which may decide scores
+        pair by pair as well (ReRoPE, ALiBi).
 
-        extras: what some models add, where the backend's `extras` name it: `softcap` (a score s becomes
-        softcap tanh(s / softcap), Gemma 2), `sink_logits` (Hq,) (a learned logit per head in the denominator, gpt-oss),
-        `global_qkv` (Longformer's second projections, q, k and v of the new tokens).
+        extras: what some models add, where the backend's `extras` name it: `softcap` (a score s
+        becomes softcap tanh(s / softcap), Gemma 2), `sink_logits` (Hq,) (a learned logit per head
+        in the denominator, gpt-oss), `global_qkv` (Longformer's second projections, q, k and v of
+        the new tokens).
 
-        Raises ValueError for shapes, dtypes or devices that do not fit together, Unsupported for what the backend's
-        traits exclude; nothing is appended to the state then.
-        """
+        Raises ValueError for shapes, dtypes or devices that do not fit together, Unsupported for
+        what the backend's traits exclude; nothing is appended to the state then."""
         for extra in extras:
             check_choice(f"{self.name}: argument", extra, self.extras)
         if isinstance(state, State) and state.packed and not self.packable:
-            raise Unsupported(f"state: {self.name} cannot read packed keys; valid are dense, block and sliding")
+            raise Unsupported(
+                f"state: {self.name} cannot read packed keys; valid are dense, block and sliding"
+            )
         self._check(q, k, v, causal, padding_mask, state, scale, rotary)
         check_extras(q, **extras)
         self.check_call(q, k, v, causal, extras)
@@ -237,7 +279,9 @@ class Backend(nn.Module):
         if state is not None:
             state.ready(learning=self._learning(q, k, v))
         unpadded = padding_mask is None and (state is None or state.real is None)
-        if unpadded or (state is None and self.plain and rotary is None):  # dense attention has no positions
+        if unpadded or (
+            state is None and self.plain and rotary is None
+        ):  # dense attention has no positions
             out = run(q, k, v, padding_mask, state, extras)
         else:
             out = padding.attend(run, q, k, v, padding_mask, state, extras)
@@ -245,8 +289,21 @@ class Backend(nn.Module):
             state.note(self.signature, k, v)
         return out
 
-    def run(self, q, k, v, causal: bool, padding_mask: Tensor | None, state: State | None, scale, rotary, extras):
-        """`forward` on checked arguments; what is padded is padded on the left (or, without a state, on the right)."""
+    def run(
+        self,
+        q,
+        k,
+        v,
+        causal: bool,
+        padding_mask: Tensor | None,
+        state: State | None,
+        scale,
+        rotary,
+        extras,
+    ):
+        """`forward` on checked arguments; what is padded is padded on the left (or, without a
+        state, on the right).
+        """
         extras = self.extend(extras, state, padding_mask, rotary)
         if state is None:
             layout = layout_of(padding_mask)
@@ -255,26 +312,38 @@ class Backend(nn.Module):
         q_first, rules = None, {}
         if isinstance(rotary, Positions) and self.farthest is None:
             placed = self._place(rotary, q, k, v, layout)
-            q, k, rules = placed.q, placed.k, {"far": placed.far, "turn": placed.turn, "bias": placed.bias}
+            q, k, rules = (
+                placed.q,
+                placed.k,
+                {"far": placed.far, "turn": placed.turn, "bias": placed.bias},
+            )
         elif rotary is not None:
             raw = k
             q, k, q_first = self._rotate(rotary, q, k, layout)
             if isinstance(layout, Inside):
                 k, rules = raw, {"turn": turn_of(rotary)}
         scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-        with torch.autocast(q.device.type, enabled=False):  # the inputs' dtype is what the caller asked for
-            return self.attend(q, k, v, Call(causal, layout, scale, q_first=q_first, **rules, **extras))
+        with torch.autocast(
+            q.device.type, enabled=False
+        ):  # the inputs' dtype is what the caller asked for
+            return self.attend(
+                q, k, v, Call(causal, layout, scale, q_first=q_first, **rules, **extras)
+            )
 
     def check_call(self, q: Tensor, k: Tensor, v: Tensor, causal: bool, extras: dict) -> None:
         """A subclass's own checks of a call, before anything is appended to a state."""
 
-    def extend(self, extras: dict, state: State | None, padding_mask: Tensor | None, rotary: Rotary | None) -> dict:
+    def extend(
+        self, extras: dict, state: State | None, padding_mask: Tensor | None, rotary: Rotary | None
+    ) -> dict:
         """A subclass's own handling of `extras`, before k and v are appended to the state."""
         return extras
 
     def _learning(self, *inputs: Tensor) -> bool:
         """Whether gradients may flow through a call."""
-        return torch.is_grad_enabled() and any(x.requires_grad for x in (*inputs, *self.parameters()))
+        return torch.is_grad_enabled() and any(
+            x.requires_grad for x in (*inputs, *self.parameters())
+        )
 
     def turns_keys(self, q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> bool:
         """Whether `attend` would turn raw keys by itself in this call (`Call.turn`)."""
@@ -287,8 +356,12 @@ class Backend(nn.Module):
         check_tokens(q, k, padding_mask, state)
         check_rules(scale, rotary)
 
-    def _check_positions(self, rule: Rotary | None, causal: bool, state: State | None, mask: Tensor | None) -> None:
-        """Raises Unsupported for a position rule that this method cannot have, or not with packed keys."""
+    def _check_positions(
+        self, rule: Rotary | None, causal: bool, state: State | None, mask: Tensor | None
+    ) -> None:
+        """Raises Unsupported for a position rule that this method cannot have, or not with packed
+        keys.
+        """
         if not isinstance(rule, Positions):
             return
         if state is not None and state.packed:
@@ -297,22 +370,28 @@ class Backend(nn.Module):
                 varies = rule.turns and rule.rotation.varies
                 where = " where rows are padded, or their length is a tensor" if varies else ""
                 where = " whose length is a tensor" if biased else where
-                raise Unsupported(f"rotary: {rule.spec!r} cannot go with packed keys{where}; valid is a full cache")
+                raise Unsupported(
+                    f"rotary: {rule.spec!r} cannot go with packed keys{where}; valid is a full "
+                    "cache"
+                )
         if rule.causal_only and not causal:
             raise Unsupported(f"rotary: {rule.spec!r} needs causal=True")
         if rule.raw_keys and state is not None and not self.traits.exact:
             raise Unsupported(
-                f"rotary: {rule.spec!r} turns old keys anew as a sequence grows, and {self.name} remembers no raw "
+                f"rotary: {rule.spec!r} turns old keys anew as a sequence grows, and {self.name} "
+                "remembers no raw "
                 f"keys, but {self.traits.state}; valid are exact patterns, or no state"
             )
         if rule.scores and not self.score_rules:
             raise Unsupported(
-                f"rotary: {rule.spec!r} decides scores pair by pair, which {self.name} does not compute here; valid "
+                f"rotary: {rule.spec!r} decides scores pair by pair, which {self.name} does not "
+                "compute here; valid "
                 "are dense, block, sliding without dilation, and s2"
             )
         if self.farthest is not None and (rule.raw_keys or rule.scores):
             raise Unsupported(
-                f"rotary: {rule.spec!r} with sinks, which count positions by their place in the cache; valid are rules "
+                f"rotary: {rule.spec!r} with sinks, which count positions by their place in the "
+                "cache; valid are rules "
                 "that only turn by fixed angles, and logn"
             )
 
@@ -329,8 +408,12 @@ class Backend(nn.Module):
             length = at_k.amax(dim=-1) + 1
         return rule.place(q, k, at_q, at_k, length, tokens, few=few)
 
-    def _rotate(self, rotary: Rotary, q: Tensor, k: Tensor, layout: Layout) -> tuple[Tensor, Tensor, Tensor | None]:
-        """q and k rotated, and q as the first keys see it: from `farthest` at most, their place in the cache."""
+    def _rotate(
+        self, rotary: Rotary, q: Tensor, k: Tensor, layout: Layout
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """q and k rotated, and q as the first keys see it: from `farthest` at most, their place in
+        the cache.
+        """
         at_q = layout.query_positions(q.shape[2], k.shape[2], q.device).clamp(min=0)
         at_k = layout.key_positions(k.shape[2], k.device).clamp(min=0)
         if layout.start is None:
@@ -338,7 +421,9 @@ class Backend(nn.Module):
         rotated = rotary(q, k, at_q, at_k)
         for before, after, which in zip((q, k), rotated, "qk", strict=True):
             if after.shape != before.shape:
-                raise ValueError(f"rotary: returned {which} {tuple(after.shape)}, expected {tuple(before.shape)}")
+                raise ValueError(
+                    f"rotary: returned {which} {tuple(after.shape)}, expected {tuple(before.shape)}"
+                )
         if self.farthest is None or layout.tokens(k.shape[2]) <= self.farthest + 1:
             return *rotated, None
         q_first, _ = rotary(q, k[:, :, :1], at_q.clamp(max=self.farthest), at_k[..., :1])
@@ -346,15 +431,16 @@ class Backend(nn.Module):
 
 
 def turn_of(rotary: Rotary) -> Turn | None:
-    """How a kernel that turns raw keys as it reads them does the same; None where nothing turns. Unsupported for rules
-    that are more than an angle a position."""
+    """How a kernel that turns raw keys as it reads them does the same; None where nothing turns.
+    Unsupported for rules that are more than an angle a position."""
     if isinstance(rotary, Positions) and not (rotary.raw_keys or rotary.scores):
         rotary = rotary.rope()
     if rotary is None:
         return None
     if not isinstance(rotary, Rope):
         raise Unsupported(
-            f"rotary: got {type(rotary).__name__}, by which packed keys cannot be turned as they are read; valid are "
+            f"rotary: got {type(rotary).__name__}, by which packed keys cannot be turned as they "
+            "are read; valid are "
             "Rope and position rules that turn by fixed angles"
         )
     return Turn(rotary.inv_freq, rotary.interleaved, rotary.attention_scaling)

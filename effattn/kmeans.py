@@ -10,22 +10,31 @@ from effattn.kernels import vq
 SEEDING = 16  # rows per centre that seeding looks at: it takes one pass for each centre
 
 
-def kmeans(rows: Tensor, centres: int, iterations: int, draw: torch.Generator) -> tuple[Tensor, Tensor]:
-    """rows (H, N, D) -> centres (H, centres, D) and how many rows each one has, (H, centres); N >= centres.
+def kmeans(
+    rows: Tensor, centres: int, iterations: int, draw: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """rows (H, N, D) -> centres (H, centres, D) and how many rows each one has, (H, centres); N >=
+    centres.
 
-    `draw` is a CPU generator; the result depends on nothing else. A centre that loses its rows stays where it is.
-    """
+    `draw` is a CPU generator; the result depends on nothing else. A centre that loses its rows
+    stays where it is."""
     words = _seed(rows, centres, draw)
     for _ in range(iterations):
         codes = vq.nearest(rows[None], words, impl="torch")
-        sums, counts = (x[0, :, 0] for x in vq.summarise(rows[None], codes, words=centres, impl="torch"))
+        sums, counts = (
+            x[0, :, 0] for x in vq.summarise(rows[None], codes, words=centres, impl="torch")
+        )
         words = torch.where(counts[..., None] > 0, sums / counts.clamp(min=1)[..., None], words)
     codes = vq.nearest(rows[None], words, impl="torch")
-    return words, vq.summarise(rows[None], codes, words=centres, impl="torch")[1][0, :, 0].to(words.dtype)
+    return words, vq.summarise(rows[None], codes, words=centres, impl="torch")[1][0, :, 0].to(
+        words.dtype
+    )
 
 
 def _seed(rows: Tensor, centres: int, draw: torch.Generator) -> Tensor:
-    """Each next centre is a row, drawn with a probability in proportion to its square distance from those so far."""
+    """Each next centre is a row, drawn with a probability in proportion to its square distance from
+    those so far.
+    """
     heads, count, _ = rows.shape
     some = torch.randperm(count, generator=draw)[: max(centres, min(count, SEEDING * centres))]
     rows = rows[:, some.to(rows.device)]
@@ -34,7 +43,9 @@ def _seed(rows: Tensor, centres: int, draw: torch.Generator) -> Tensor:
     distances = torch.full(rows.shape[:2], torch.inf, dtype=rows.dtype, device=rows.device)
     for _ in range(centres - 1):
         distances = torch.minimum(distances, (rows - chosen[-1][:, None]).square().sum(-1))
-        rest = distances.sum(-1, keepdim=True) > 0  # else all rows are centres already, and any will do
+        rest = (
+            distances.sum(-1, keepdim=True) > 0
+        )  # else all rows are centres already, and any will do
         likely = torch.where(rest, distances, 1.0).double().cpu()
         pick = torch.multinomial(likely, 1, generator=draw)[:, 0].to(rows.device)
         chosen.append(rows[head, pick])

@@ -1,4 +1,6 @@
-"""Locks that no dead process holds: the kernel gives them back with the process, however it ends."""
+"""Locks that no dead process holds: the kernel gives them back with the process, however it
+ends.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,9 @@ class Busy(OSError):
 
 
 def take(descriptor: int, wait: bool) -> bool:
-    """Locks an open file or folder; False where there are no locks. Busy when another holds it and we do not wait."""
+    """Locks an open file or folder; False where there are no locks. Busy when another holds it and
+    we do not wait.
+    """
     if fcntl is None:
         return False
     try:

@@ -1,4 +1,5 @@
-"""Where results go: checked before any work, held by one run at a time, and there whole or not at all.
+"""Where results go: checked before any work, held by one run at a time, and there whole or not at
+all.
 
     check_new_folder("output", path)        # what can be known to be wrong, in one line
     with claim("output", path):             # for the length of a run: nobody else writes there
@@ -6,9 +7,9 @@
         with atomic_folder(path) as folder: # what lies in `folder` at the end becomes `path`
             ...
 
-A run works in `.NAME.effattn-tmp` beside its output. The folder is locked, is renamed to the output in the end, and is
-removed when the run fails or is stopped. What a killed run leaves of it is used, emptied, by the next one.
-"""
+A run works in `.NAME.effattn-tmp` beside its output. The folder is locked, is renamed to the output
+in the end, and is removed when the run fails or is stopped. What a killed run leaves of it is used,
+emptied, by the next one."""
 
 from __future__ import annotations
 
@@ -25,29 +26,38 @@ from effattn.permissions import follow_umask
 
 STAGING = ".effattn-tmp"
 OWNER = ".owner"  # in the staging folder, until it is filled: who works there
-LONGEST = len("..partial.json")  # the most that a name beside the output has more than the output's own
+LONGEST = len(
+    "..partial.json"
+)  # the most that a name beside the output has more than the output's own
 
 _claims: dict[Path, int] = {}  # target -> the thread that holds it
 _filling: set[Path] = set()  # staging folders that become their outputs as they are
 
 
-# Checks ----------------------------------------------------------------------------------------------------------
+# Checks
+# -------------------------------------------------------------------------------------------------
 
 
 def check_new_folder(argument: str, path: str | Path) -> None:
-    """ValueError when `path` exists and is not an empty folder, or is no name for one; OSError when nothing can be
-    written there. Changes nothing on the disk."""
+    """ValueError when `path` exists and is not an empty folder, or is no name for one; OSError when
+    nothing can be written there. Changes nothing on the disk."""
     with _named(argument, path):
         target = _check_name(argument, path)
         if target.exists() and (not target.is_dir() or any(target.iterdir())):
-            raise ValueError(f"{argument}: {str(path)!r} exists and is not an empty folder; nothing was written")
+            raise ValueError(
+                f"{argument}: {str(path)!r} exists and is not an empty folder; nothing was written"
+            )
         if os.path.ismount(target):
-            raise ValueError(f"{argument}: {str(path)!r} is a mount point, valid is a new folder in it")
+            raise ValueError(
+                f"{argument}: {str(path)!r} is a mount point, valid is a new folder in it"
+            )
         _check_parents(argument, target)
 
 
 def check_file(argument: str, path: str | Path) -> None:
-    """ValueError when `path` is no name for a file, OSError when it cannot be written. Changes nothing on the disk."""
+    """ValueError when `path` is no name for a file, OSError when it cannot be written. Changes
+    nothing on the disk.
+    """
     with _named(argument, path):
         target = _check_name(argument, path)
         if target.is_dir():
@@ -56,7 +66,9 @@ def check_file(argument: str, path: str | Path) -> None:
 
 
 def check_writable(argument: str, folder: Path) -> None:
-    """Makes the folder if need be. OSError that names the argument when nothing can be written there."""
+    """Makes the folder if need be. OSError that names the argument when nothing can be written
+    there.
+    """
     _check_name(argument, folder)
     with _named(argument, folder, "nothing was measured"):
         folder.mkdir(parents=True, exist_ok=True)
@@ -66,13 +78,18 @@ def check_writable(argument: str, folder: Path) -> None:
 
 
 def check_room(argument: str, path: str | Path, needed: int) -> None:
-    """OSError when the disk of `path` has less than `needed` bytes free: the least that will be written."""
+    """OSError when the disk of `path` has less than `needed` bytes free: the least that will be
+    written.
+    """
     parent = Path(path).absolute().parent
     while not parent.exists():
         parent = parent.parent
     free = shutil.disk_usage(parent).free
     if free < needed:
-        raise OSError(f"{argument}: {path} needs {needed:,} bytes, the disk has {free:,} free; nothing was done")
+        raise OSError(
+            f"{argument}: {path} needs {needed:,} bytes, the disk has {free:,} free; nothing was "
+            "done"
+        )
 
 
 @contextlib.contextmanager
@@ -88,48 +105,63 @@ def _named(argument: str, path: str | Path, done: str = "nothing was done") -> I
 
 
 def _check_name(argument: str, path: str | Path) -> Path:
-    """The absolute path that is meant. ValueError for "~", for links to nothing, and for what no file can be called."""
+    """The absolute path that is meant. ValueError for "~", for links to nothing, and for what no
+    file can be called.
+    """
     text = str(path)
     if "\0" in text:
         raise ValueError(f"{argument}: got {text!r}, a path has no zero bytes")
     if text.startswith("~"):
         meant = os.path.expanduser(text)
-        raise ValueError(f"{argument}: got {text!r}, only the shell expands '~' (unquoted); valid is {meant!r}")
+        raise ValueError(
+            f"{argument}: got {text!r}, only the shell expands '~' (unquoted); valid is {meant!r}"
+        )
     target = Path(path).absolute()
     with _named(argument, path):
         if target.is_symlink():
             if not target.exists():
-                raise ValueError(f"{argument}: {text!r} is a link to {os.readlink(target)!r}, which does not exist")
+                raise ValueError(
+                    f"{argument}: {text!r} is a link to {os.readlink(target)!r}, which does not "
+                    "exist"
+                )
             target = target.resolve()
     return target
 
 
 def _check_parents(argument: str, target: Path) -> None:
-    """ValueError or OSError unless a file or folder `target` can be made, with the folders above it."""
+    """ValueError or OSError unless a file or folder `target` can be made, with the folders above
+    it.
+    """
     parent = target.parent
     while not os.path.lexists(parent):
         parent = parent.parent
     if not parent.is_dir():
-        what = "a link to nothing" if parent.is_symlink() and not parent.exists() else "not a folder"
+        what = (
+            "a link to nothing" if parent.is_symlink() and not parent.exists() else "not a folder"
+        )
         raise ValueError(f"{argument}: {target} cannot be written, {parent} is {what}")
     limit = os.pathconf(parent, "PC_NAME_MAX") if hasattr(os, "pathconf") else 255
     for part in target.parts[len(parent.parts) :]:
         if len(os.fsencode(part)) > limit - LONGEST:
             raise ValueError(
-                f"{argument}: the name {part[:24]!r}... has {len(os.fsencode(part))} bytes, valid is at most "
+                f"{argument}: the name {part[:24]!r}... has {len(os.fsencode(part))} bytes, valid "
+                "is at most "
                 f"{limit - LONGEST}"
             )
     if not os.access(parent, os.W_OK | os.X_OK):
-        raise OSError(f"{argument}: {target} cannot be written (no permission in {parent}); nothing was done")
+        raise OSError(
+            f"{argument}: {target} cannot be written (no permission in {parent}); nothing was done"
+        )
 
 
-# One run at a time -----------------------------------------------------------------------------------------------
+# One run at a time
+# -------------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
 def claim(argument: str, path: str | Path) -> Iterator[Path]:
-    """Holds the output `path` while the body runs; yields its staging folder. Within another claim of this thread on
-    the same path it is that one.
+    """Holds the output `path` while the body runs; yields its staging folder. Within another claim
+    of this thread on the same path it is that one.
 
     OSError when another process holds it, which names that, and when nothing can be written there.
     """
@@ -155,7 +187,9 @@ def claim(argument: str, path: str | Path) -> Iterator[Path]:
     finally:
         del _claims[target]
         try:
-            if still_there(descriptor, staging):  # not renamed; what has the name now may be another run's
+            if still_there(
+                descriptor, staging
+            ):  # not renamed; what has the name now may be another run's
                 _remove(staging)
         finally:
             os.close(descriptor)
@@ -163,7 +197,9 @@ def claim(argument: str, path: str | Path) -> Iterator[Path]:
 
 
 def sweep(path: str | Path) -> None:
-    """Removes what a dead run has left beside the output `path`; what a living one works in is left alone."""
+    """Removes what a dead run has left beside the output `path`; what a living one works in is left
+    alone.
+    """
     target = Path(path).absolute()
     staging = target.parent / f".{target.name}{STAGING}"
     try:
@@ -191,11 +227,11 @@ def claim_all(targets: Mapping[str, str | Path | None]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def atomic_folder(path: str | Path) -> Iterator[Path]:
-    """Yields a temporary folder beside `path`; renames it to `path` at the end, or removes it when the body fails.
+    """Yields a temporary folder beside `path`; renames it to `path` at the end, or removes it when
+    the body fails.
 
-    Within another atomic folder it is that one: what is whole there is whole here. Raises what `check_new_folder` and
-    `claim` do.
-    """
+    Within another atomic folder it is that one: what is whole there is whole here. Raises what
+    `check_new_folder` and `claim` do."""
     check_new_folder("path", path)
     target = _check_name("path", path)
     if target in _filling:
@@ -237,7 +273,10 @@ def _open(argument: str, path: str | Path, staging: Path) -> int:
     try:
         return open_locked(staging, opened)
     except Busy:
-        raise Busy(f"{argument}: {path} is being written by {_owner(staging)}; wait for it, or name another") from None
+        raise Busy(
+            f"{argument}: {path} is being written by {_owner(staging)}; wait for it, or name "
+            "another"
+        ) from None
 
 
 def _owner(staging: Path) -> str:

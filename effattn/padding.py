@@ -1,13 +1,14 @@
 """Padding anywhere in a row, for methods that know it on the left only.
 
-A row's positions count its real tokens: `padding_mask.cumsum(1) - 1`, which is also what transformers' `generate`
-passes as position_ids. So a row gives what it would give without its padding, wherever that lies: on the left, on the
-right, or in the middle, where a second turn was batched. Here real tokens are moved to the end of their row, the method
-runs, and what it gives goes back to where its queries were. Padding gives 0 then.
+A row's positions count its real tokens: `padding_mask.cumsum(1) - 1`, which is also what
+transformers' `generate` passes as position_ids. So a row gives what it would give without its
+padding, wherever that lies: on the left, on the right, or in the middle, where a second turn was
+batched. Here real tokens are moved to the end of their row, the method runs, and what it gives goes
+back to where its queries were. Padding gives 0 then.
 
-A state holds its rows in the same way. New tokens of which some are padding would have to push the old ones of their
-row aside; states that cannot do that hold each row by itself from then on (`State.rows`), which is as right and slower.
-"""
+A state holds its rows in the same way. New tokens of which some are padding would have to push the
+old ones of their row aside; states that cannot do that hold each row by itself from then on
+(`State.rows`), which is as right and slower."""
 
 from __future__ import annotations
 
@@ -20,12 +21,15 @@ from torch import Tensor
 from effattn.state_base import State
 from effattn.states import FullState
 
-Run = Callable[..., Tensor]  # (q, k, v, mask, state, extras) -> out; mask: None, or padding on the left alone
+Run = Callable[
+    ..., Tensor
+]  # (q, k, v, mask, state, extras) -> out; mask: None, or padding on the left alone
 
 
 class Mask:
-    """A padding mask (B, T) bool, and what is asked of it: `whole`: no padding; `left`: on the left only, which a
-    method's state needs; `holes`: between real tokens. `real`: a copy, which the caller cannot change."""
+    """A padding mask (B, T) bool, and what is asked of it: `whole`: no padding; `left`: on the left
+    only, which a method's state needs; `holes`: between real tokens. `real`: a copy, which the
+    caller cannot change."""
 
     def __init__(self, mask: Tensor):
         self.real = mask.clone()
@@ -36,7 +40,9 @@ class Mask:
         later, earlier = mask[:, 1:], mask[:, :-1]
         left = (later | ~earlier).all()
         begins = (later & ~earlier).sum(dim=1) + mask[:, 0]
-        self.whole, self.left, self.holes = torch.stack([mask.all(), left, (begins > 1).any()]).tolist()
+        self.whole, self.left, self.holes = torch.stack(
+            [mask.all(), left, (begins > 1).any()]
+        ).tolist()
 
     @property
     def moved(self) -> Tensor:
@@ -54,7 +60,9 @@ class Mask:
         return self._compared[1]
 
 
-_last: tuple[weakref.ref, int, int, Mask] | None = None  # all layers of a model ask about the same mask
+_last: tuple[weakref.ref, int, int, Mask] | None = (
+    None  # all layers of a model ask about the same mask
+)
 
 
 def known(mask: Tensor, tokens: int) -> Mask:
@@ -67,14 +75,27 @@ def known(mask: Tensor, tokens: int) -> Mask:
     return _last[3]
 
 
-def attend(run: Run, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, state: State | None, extras: dict) -> Tensor:
-    """`run` with the padding where it can have it. mask: (B, Tk) bool, the state's tokens included, or None; extras:
-    arguments beside, of which `global_qkv` has tokens too. Raises ValueError for a mask that is not of the state."""
+def attend(
+    run: Run,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    state: State | None,
+    extras: dict,
+) -> Tensor:
+    """`run` with the padding where it can have it. mask: (B, Tk) bool, the state's tokens included,
+    or None; extras: arguments beside, of which `global_qkv` has tokens too. Raises ValueError for a
+    mask that is not of the state."""
     if torch.compiler.is_compiling():
         return _compiled(run, q, k, v, mask, state, extras)
     if state is None:
         seen = known(mask, k.shape[2])
-        return _moved(run, q, k, v, seen, None, extras) if seen.holes else run(q, k, v, mask, None, extras)
+        return (
+            _moved(run, q, k, v, seen, None, extras)
+            if seen.holes
+            else run(q, k, v, mask, None, extras)
+        )
     past = int(state.seq_len)
     total = past + k.shape[2]
     seen = _checked(mask, state, past, total, q.device)
@@ -82,7 +103,8 @@ def attend(run: Run, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, state
         out = run(q, k, v, None if mask is None else mask[:, :total], state, extras)
     elif q.shape[2] > k.shape[2]:
         raise ValueError(
-            f"q: got {q.shape[2]} tokens, with padding that is not on the left valid are at most the {k.shape[2]} new"
+            f"q: got {q.shape[2]} tokens, with padding that is not on the left valid are at most "
+            f"the {k.shape[2]} new"
         )
     elif state.rows is None and past == 0:
         out = _moved(run, q, k, v, seen, state, extras)
@@ -103,14 +125,16 @@ def _checked(mask: Tensor | None, state: State, past: int, total: int, device) -
     if mask is None:
         if not state.real.all():
             raise ValueError(
-                f"padding_mask: got None, but some of the state's {past} tokens are padding; valid is a mask of all "
+                f"padding_mask: got None, but some of the state's {past} tokens are padding; "
+                "valid is a mask of all "
                 f"{total} tokens"
             )
         mask = torch.ones(len(state.real), total, dtype=torch.bool, device=device)
     seen = known(mask, total)
     if past and not seen.agrees(state.real, past):
         raise ValueError(
-            f"padding_mask: it says otherwise of the state's {past} tokens than the calls before did; valid is the "
+            f"padding_mask: it says otherwise of the state's {past} tokens than the calls before "
+            "did; valid is the "
             "same mask, and that of the new tokens behind it"
         )
     return seen
@@ -126,7 +150,9 @@ def take(x: Tensor, order: Tensor) -> Tensor:
     return x.gather(2, order[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
 
 
-def _moved(run: Run, q: Tensor, k: Tensor, v: Tensor, seen: Mask, state: State | None, extras: dict) -> Tensor:
+def _moved(
+    run: Run, q: Tensor, k: Tensor, v: Tensor, seen: Mask, state: State | None, extras: dict
+) -> Tensor:
     """All tokens moved; a state, if there is one, holds nothing yet."""
     asked = seen.real[:, seen.real.shape[1] - q.shape[2] :]
     order_k, order_q = order_of(seen.real), order_of(asked)
@@ -137,12 +163,16 @@ def _moved(run: Run, q: Tensor, k: Tensor, v: Tensor, seen: Mask, state: State |
     return torch.where(asked[:, None, :, None], take(out, order_q.argsort(dim=1)), 0.0)
 
 
-def _pushed(run: Run, q: Tensor, k: Tensor, v: Tensor, seen: Mask, state: FullState, extras: dict) -> Tensor:
+def _pushed(
+    run: Run, q: Tensor, k: Tensor, v: Tensor, seen: Mask, state: FullState, extras: dict
+) -> Tensor:
     """A state that holds everything in order: old tokens and new ones are moved as one sequence."""
     past, real = state.seq_len, seen.real
     before = state.k, state.v
     order = order_of(torch.cat([real[:, :past].sort(dim=1).values, real[:, past:]], dim=1))
-    both = [take(torch.cat([old, new], dim=2), order) for old, new in zip(before, (k, v), strict=True)]
+    both = [
+        take(torch.cat([old, new], dim=2), order) for old, new in zip(before, (k, v), strict=True)
+    ]
     asked = real[:, real.shape[1] - q.shape[2] :]
     order_q = order_of(asked)
     state.rooms = None
@@ -157,24 +187,38 @@ def _pushed(run: Run, q: Tensor, k: Tensor, v: Tensor, seen: Mask, state: FullSt
     return torch.where(asked[:, None, :, None], take(out, order_q.argsort(dim=1)), 0.0)
 
 
-def _row_by_row(run: Run, q: Tensor, k: Tensor, v: Tensor, real: Tensor, state: State, extras: dict) -> Tensor:
+def _row_by_row(
+    run: Run, q: Tensor, k: Tensor, v: Tensor, real: Tensor, state: State, extras: dict
+) -> Tensor:
     """Each row without its new padding, with a state of its own."""
     past = int(state.seq_len)
     rows = state.rows or state.split()
     new, asked = real[:, past:], real[:, real.shape[1] - q.shape[2] :]
-    last = real[:, real.shape[1] - state.candidates :].sum(dim=1).tolist() if state.candidates else [0] * len(rows)
+    last = (
+        real[:, real.shape[1] - state.candidates :].sum(dim=1).tolist()
+        if state.candidates
+        else [0] * len(rows)
+    )
     outs = []
     for index, row in enumerate(rows):
         out = q.new_zeros(1, *q.shape[1:3], v.shape[3])
         keys, queries = new[index].nonzero()[:, 0], asked[index].nonzero()[:, 0]
         if len(keys):
-            some = queries if len(queries) else queries.new_zeros(1)  # the row has to take its tokens in all the same
+            some = (
+                queries if len(queries) else queries.new_zeros(1)
+            )  # the row has to take its tokens in all the same
             one = slice(index, index + 1)
-            own = [x[one].index_select(2, at) for x, at in zip((q, k, v), (some, keys, keys), strict=True)]
+            own = [
+                x[one].index_select(2, at)
+                for x, at in zip((q, k, v), (some, keys, keys), strict=True)
+            ]
             more = extras
             if extras.get("global_qkv") is not None:
                 parts = zip(extras["global_qkv"], (some, keys, keys), strict=True)
-                more = {**extras, "global_qkv": tuple(x[one].index_select(2, at) for x, at in parts)}
+                more = {
+                    **extras,
+                    "global_qkv": tuple(x[one].index_select(2, at) for x, at in parts),
+                }
             mask = None
             if row.real is not None:
                 mask = torch.cat([row.real, row.real.new_ones(1, len(keys))], dim=1)
@@ -193,8 +237,9 @@ def _row_by_row(run: Run, q: Tensor, k: Tensor, v: Tensor, real: Tensor, state: 
 
 
 def _compiled(run: Run, q, k, v, mask: Tensor, state: State | None, extras: dict) -> Tensor:
-    """No question may be asked of the mask in a compiled graph: without a state all tokens are moved, whatever it says;
-    with one, new tokens must be real where the old ones were not on the left."""
+    """No question may be asked of the mask in a compiled graph: without a state all tokens are
+    moved, whatever it says; with one, new tokens must be real where the old ones were not on the
+    left."""
     if state is None:
         return _moved(run, q, k, v, Mask(mask), None, extras)
     if mask is None:

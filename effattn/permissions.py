@@ -1,4 +1,6 @@
-"""Who may read what is written: the files of safetensors and tempfile are private, ours are as any program's."""
+"""Who may read what is written: the files of safetensors and tempfile are private, ours are as any
+program's.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +9,9 @@ from pathlib import Path
 
 
 def follow_umask(folder: Path) -> None:
-    """Gives a folder and everything in it the permissions that new files and folders get. Links are left alone."""
+    """Gives a folder and everything in it the permissions that new files and folders get. Links are
+    left alone.
+    """
     umask = os.umask(0)
     os.umask(umask)
     for path in [folder, *folder.rglob("*")]:

@@ -1,12 +1,13 @@
-"""Long positions in short training windows: a data collator that tunes a model for a length it never computes.
+"""Long positions in short training windows: a data collator that tunes a model for a length it
+never computes.
 
-    collator = SampledPositions(target=4096)                               # PoSE; method="random" is the other
+    collator = SampledPositions(target=4096)                    # PoSE; method="random" is the other
     Trainer(model, args, train_dataset=windows, data_collator=collator)
 
-Both methods give every row its own ascending positions below `target`. The model has to read `position_ids`: train the
-plain transformers model with its rule in the config (`effattn.swap(model, positions="yarn(factor=8)")` writes it
-there); swapped attention counts positions by itself and refuses ids that jump.
-"""
+Both methods give every row its own ascending positions below `target`. The model has to read
+`position_ids`: train the plain transformers model with its rule in the config (`effattn.swap(model,
+positions="yarn(factor=8)")` writes it there); swapped attention counts positions by itself and
+refuses ids that jump."""
 
 from __future__ import annotations
 
@@ -23,14 +24,15 @@ METHODS = ("pose", "random")
 
 @dataclass(frozen=True)
 class SampledPositions:
-    """Stacks rows of one length and adds `position_ids`, drawn from torch's global generator, or by the rows' own
-    numbers.
+    """Stacks rows of one length and adds `position_ids`, drawn from torch's global generator, or by
+    the rows' own numbers.
 
-    target: positions are below it, in tokens; at least the rows' length.
-    method "pose" (PoSE, arXiv:2309.10400): a row is cut into `chunks` runs at random places; positions within a run are
-        consecutive, and each run skips ahead of the one before, so that all distances up to `target` are met.
-    method "random" (randomized positions, arXiv:2305.16843): a random subset of 0 .. target - 1, in order.
-    """
+    target: positions are below it, in tokens; at least the rows' length. method "pose" (PoSE,
+    arXiv:2309.10400): a row is cut into `chunks` runs at random places; positions within a run are
+    consecutive, and each run skips ahead of the one before, so that all distances up to `target`
+    are met.
+    method "random" (randomized positions, arXiv:2305.16843): a random subset of 0 .. target - 1, in
+    order."""
 
     target: int
     method: str = "pose"
@@ -41,18 +43,24 @@ class SampledPositions:
         for name, least in (("target", 1), ("chunks", 1)):
             value = getattr(self, name)
             if type(value) is not int or value < least:
-                raise ValueError(f"{name}: got {value!r}, valid is a whole number of at least {least}")
+                raise ValueError(
+                    f"{name}: got {value!r}, valid is a whole number of at least {least}"
+                )
 
     def __call__(self, rows: list[dict]) -> dict[str, Tensor]:
-        """rows: dicts with "input_ids" (T,) and whatever else is to be stacked, such as "labels" and "attention_mask".
-        A row with a number "draw" gets the positions of that number, whenever it is asked for.
+        """rows: dicts with "input_ids" (T,) and whatever else is to be stacked, such as "labels"
+        and "attention_mask". A row with a number "draw" gets the positions of that number, whenever
+        it is asked for.
 
-        Returns them as (B, T), with "position_ids" (B, T) int64, 0 for padding, and an "attention_mask", ones if none
-        was given: without one, transformers takes ids that jump for the borders of packed documents.
-        """
+        Returns them as (B, T), with "position_ids" (B, T) int64, 0 for padding, and an
+        "attention_mask", ones if none was given: without one, transformers takes ids that jump for
+        the borders of packed documents."""
         lengths = {len(row["input_ids"]) for row in rows}
         if len(lengths) != 1:
-            raise ValueError(f"rows: got lengths {sorted(lengths)}, valid is one length (pad, with attention_mask)")
+            raise ValueError(
+                f"rows: got lengths {sorted(lengths)}, valid is one length (pad, with "
+                "attention_mask)"
+            )
         draws = [row.get("draw") for row in rows]
         names = [name for name in rows[0] if name != "draw"]
         batch = {name: torch.stack([torch.as_tensor(row[name]) for row in rows]) for name in names}
@@ -64,11 +72,12 @@ class SampledPositions:
         return {**batch, "position_ids": positions}
 
     def positions(self, length: int, generator: torch.Generator | None = None) -> Tensor:
-        """Ascending positions of one row, (length,) int64, drawn from the global generator or the given one.
-        ValueError for more tokens than `target`."""
+        """Ascending positions of one row, (length,) int64, drawn from the global generator or the
+        given one. ValueError for more tokens than `target`."""
         if length > self.target:
             raise ValueError(
-                f"target: got {self.target}, shorter than a row of {length} tokens; valid is at least that"
+                f"target: got {self.target}, shorter than a row of {length} tokens; valid is at "
+                "least that"
             )
         if self.method == "random":
             return torch.randperm(self.target, generator=generator)[:length].sort().values

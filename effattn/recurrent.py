@@ -3,9 +3,8 @@
     state = attn.new_state()
     y = attn(q, k, v, state=state)        # k, v: the new tokens
 
-Its size does not depend on the sequence's length. A sum cannot take a token back, so the newest ones stay outside of
-it, at least `ROLLBACK` and less than twice as many.
-"""
+Its size does not depend on the sequence's length. A sum cannot take a token back, so the newest
+ones stay outside of it, at least `ROLLBACK` and less than twice as many."""
 
 from __future__ import annotations
 
@@ -28,15 +27,18 @@ class RecurrentLayout(Layout):
 
 
 def folded(tokens: int) -> int:
-    """How many of `tokens` tokens are in the sums: all but 16 to 31, so that one step in 16 moves some."""
+    """How many of `tokens` tokens are in the sums: all but 16 to 31, so that one step in 16 moves
+    some.
+    """
     return max(0, tokens // ROLLBACK - 1) * ROLLBACK
 
 
 class RecurrentState(State):
-    """Sums (a `kernels.linear.Memory`) over the first `base` tokens, and k (B, Hkv, total - base, D), v of the others.
+    """Sums (a `kernels.linear.Memory`) over the first `base` tokens, and k (B, Hkv, total - base,
+    D), v of the others.
 
-    The backend that attends calls `fold` with the new sums. `draw`: the random features that the sums were made with.
-    """
+    The backend that attends calls `fold` with the new sums. `draw`: the random features that the
+    sums were made with."""
 
     def __init__(self):
         self.reset()
@@ -63,7 +65,9 @@ class RecurrentState(State):
         """How many of the tokens in k and v belong into the sums by now."""
         return max(0, folded(self._seen()) - self.base)
 
-    def append(self, k: Tensor, v: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor, Layout]:
+    def append(
+        self, k: Tensor, v: Tensor, padding_mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Layout]:
         """Returns the tokens that are not in the sums, the new ones last."""
         if self.k is None:
             self.k, self.v = k, v
@@ -92,7 +96,8 @@ class RecurrentState(State):
     def _check_crop(self, n: int) -> None:
         if n < self.base:
             raise ValueError(
-                f"crop: got {n}, but the first {self.base} tokens are in the sums, which cannot take them back; valid "
+                f"crop: got {n}, but the first {self.base} tokens are in the sums, which cannot "
+                "take them back; valid "
                 f"are 0 and {self.base} to {self.seq_len}"
             )
 

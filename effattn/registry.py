@@ -1,4 +1,5 @@
-"""Backends by name, and their spec strings: `name` or `name(arg=value, ...)`, with literal values only.
+"""Backends by name, and their spec strings: `name` or `name(arg=value, ...)`, with literal values
+only.
 
 backend("dense", impl="torch")  ==  backend("dense(impl='torch')")
 """
@@ -23,7 +24,9 @@ def register(name: str) -> Callable[[type[Backend]], type[Backend]]:
 
     def add(cls: type[Backend]) -> type[Backend]:
         if name in _BACKENDS:
-            raise ValueError(f"backend {name!r} is registered already, by {_BACKENDS[name].__qualname__}")
+            raise ValueError(
+                f"backend {name!r} is registered already, by {_BACKENDS[name].__qualname__}"
+            )
         cls.name = name
         _BACKENDS[name] = cls
         return cls
@@ -38,21 +41,30 @@ def backends() -> dict[str, type[Backend]]:
 
 
 def backend(spec: str, **options) -> Backend:
-    """A new backend from its name or spec; `options` go to its class, and may not repeat those of the spec.
+    """A new backend from its name or spec; `options` go to its class, and may not repeat those of
+    the spec.
 
     Raises ValueError for unknown names and options, with the nearest valid one.
     """
     name, given = parse_spec(spec)
     if twice := sorted(given.keys() & options.keys()):
-        raise ValueError(f"{spec!r}: {', '.join(twice)} given twice, in the spec and as an argument")
+        raise ValueError(
+            f"{spec!r}: {', '.join(twice)} given twice, in the spec and as an argument"
+        )
     cls = _find(name)
     options = given | options
     valid = inspect.signature(cls.__init__).parameters
     for option in options:
         check_choice(f"{name}: option", option, [p for p in valid if p != "self"])
-    missing = [p.name for p in valid.values() if p.name != "self" and p.default is p.empty and p.name not in options]
+    missing = [
+        p.name
+        for p in valid.values()
+        if p.name != "self" and p.default is p.empty and p.name not in options
+    ]
     if missing:
-        raise ValueError(f"{name}: {', '.join(missing)} must be given, for example {name}({missing[0]}=...)")
+        raise ValueError(
+            f"{name}: {', '.join(missing)} must be given, for example {name}({missing[0]}=...)"
+        )
     return cls(**options)
 
 
@@ -66,10 +78,13 @@ def _find(name: str) -> type[Backend]:
 def parse_spec(text: str) -> tuple[str, dict]:
     """`"sliding(window=512, sinks=4)"` -> ("sliding", {"window": 512, "sinks": 4}).
 
-    Values are ints, floats, strings, bools, None, and lists and tuples of these. ValueError for anything else.
-    """
+    Values are ints, floats, strings, bools, None, and lists and tuples of these. ValueError for
+    anything else."""
     if not isinstance(text, str):
-        raise ValueError(f"spec: got {type(text).__name__}, valid is a string such as 'dense' or 'name(arg=value)'")
+        raise ValueError(
+            f"spec: got {type(text).__name__}, valid is a string such as 'dense' or "
+            "'name(arg=value)'"
+        )
 
     def refuse(why: str):
         raise ValueError(f"spec {text!r}: {why}; valid is name or name(arg=value, ...)") from None
@@ -95,18 +110,26 @@ def parse_spec(text: str) -> tuple[str, dict]:
         except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
             refuse(f"{item.arg} is not a literal value")
         if not _is_literal(options[item.arg]):
-            refuse(f"{item.arg} is {type(options[item.arg]).__name__}, not a number, string, bool, None, list or tuple")
+            refuse(
+                f"{item.arg} is {type(options[item.arg]).__name__}, not a number, string, bool, "
+                "None, list or tuple"
+            )
     return tree.func.id, options
 
 
 def format_spec(name: str, options: dict) -> str:
-    """The spec that `parse_spec` reads back as (name, options). ValueError for values that have no literal."""
+    """The spec that `parse_spec` reads back as (name, options). ValueError for values that have no
+    literal.
+    """
     for word in (name, *options):
         if not (word.isascii() and word.isidentifier()) or keyword.iskeyword(word):
             raise ValueError(f"spec: {word!r} is not a plain ASCII identifier")
     for option, value in options.items():
         if not _is_literal(value):
-            raise ValueError(f"spec: {option}={value!r} is not a finite number, string, bool, None, list or tuple")
+            raise ValueError(
+                f"spec: {option}={value!r} is not a finite number, string, bool, None, list or "
+                "tuple"
+            )
     if not options:
         return name
     return f"{name}({', '.join(f'{option}={value!r}' for option, value in options.items())})"
@@ -115,4 +138,6 @@ def format_spec(name: str, options: dict) -> str:
 def _is_literal(value) -> bool:
     if type(value) in (list, tuple):
         return all(map(_is_literal, value))
-    return type(value) in (int, str, bool, type(None)) or (type(value) is float and math.isfinite(value))
+    return type(value) in (int, str, bool, type(None)) or (
+        type(value) is float and math.isfinite(value)
+    )

@@ -1,4 +1,6 @@
-"""The newest complete checkpoint of a training: one that was cut off while it was written is not gone on from."""
+"""The newest complete checkpoint of a training: one that was cut off while it was written is not
+gone on from.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,9 @@ ZIPPED = (".pt", ".pth")
 
 
 def newest_complete(folder: Path, world_size: int = 1, clean: bool = False) -> Path | None:
-    """The complete `checkpoint-N` in `folder` with the highest N, None without one; `clean`: incomplete ones go."""
+    """The complete `checkpoint-N` in `folder` with the highest N, None without one; `clean`:
+    incomplete ones go.
+    """
     found = {}
     for entry in folder.iterdir() if folder.is_dir() else ():
         if (named := re.fullmatch(r"checkpoint-(\d+)", entry.name)) and entry.is_dir():
@@ -40,7 +44,9 @@ def complete(checkpoint: Path, step: int, world_size: int = 1) -> bool:
     weights = [file for file in files if file.suffix == ".safetensors"]
     zipped = [file for file in files if file.suffix in ZIPPED]
     wanted = {*PICKLED, *_random_states(world_size)}
-    if any(entry.is_dir() for entry in checkpoint.iterdir()):  # FSDP and DeepSpeed keep theirs in folders
+    if any(
+        entry.is_dir() for entry in checkpoint.iterdir()
+    ):  # FSDP and DeepSpeed keep theirs in folders
         wanted.discard("optimizer.pt")
     return (
         isinstance(state, dict)
@@ -53,7 +59,11 @@ def complete(checkpoint: Path, step: int, world_size: int = 1) -> bool:
 
 
 def _random_states(world_size: int) -> set[str]:
-    return {"rng_state.pth"} if world_size <= 1 else {f"rng_state_{rank}.pth" for rank in range(world_size)}
+    return (
+        {"rng_state.pth"}
+        if world_size <= 1
+        else {f"rng_state_{rank}.pth" for rank in range(world_size)}
+    )
 
 
 def _shards(checkpoint: Path) -> set[str]:

@@ -1,9 +1,10 @@
-"""What every state of a backend is: its public operations, checked in one place, and what it knows beside its tokens.
+"""What every state of a backend is: its public operations, checked in one place, and what it knows
+beside its tokens.
 
-A kind of state subclasses `State` and writes `append` and the methods with a leading underscore, which get checked
-arguments. They know padding on the left only: `effattn.padding` moves any other padding there, and gives every row a
-state of its own (`rows`) where tokens of different rows can no longer lie side by side.
-"""
+A kind of state subclasses `State` and writes `append` and the methods with a leading underscore,
+which get checked arguments. They know padding on the left only: `effattn.padding` moves any other
+padding there, and gives every row a state of its own (`rows`) where tokens of different rows can no
+longer lie side by side."""
 
 from __future__ import annotations
 
@@ -25,7 +26,9 @@ class NoSuchRow(ValueError, IndexError):
 
 
 class Sizes(NamedTuple):
-    """What the first keys and values of a state were like; only the number of tokens may differ afterwards."""
+    """What the first keys and values of a state were like; only the number of tokens may differ
+    afterwards.
+    """
 
     batch: int
     kv_heads: int
@@ -41,15 +44,16 @@ class Sizes(NamedTuple):
 
 
 class State:
-    """Base class. `index` tensors are int64 over the batch. `evicts`: whether tokens are forgotten, so that few can be
-    taken back; `candidates`: told before a call, so many of its last tokens may be taken back after it; `packed`: what
-    it holds can only be read by itself (`Inside`); `static`: its length is a tensor, so that a step compiles once.
+    """Base class. `index` tensors are int64 over the batch. `evicts`: whether tokens are forgotten,
+    so that few can be taken back; `candidates`: told before a call, so many of its last tokens may
+    be taken back after it; `packed`: what it holds can only be read by itself (`Inside`); `static`:
+    its length is a tensor, so that a step compiles once.
 
-    `owner`: the backend that it belongs to, in words; `sizes`: what it began with; `learning`: whether gradients may
-    flow through the present call, so that nothing is written in place. `real` (B, seq_len) bool: which tokens were
-    real, None where all were; `moved`: whether they lie elsewhere than they came; `rows`: one state for each row.
-    `shift`: what position_ids had added to each row's positions, which all calls have to do alike.
-    """
+    `owner`: the backend that it belongs to, in words; `sizes`: what it began with; `learning`:
+    whether gradients may flow through the present call, so that nothing is written in place. `real`
+    (B, seq_len) bool: which tokens were real, None where all were; `moved`: whether they lie
+    elsewhere than they came; `rows`: one state for each row. `shift`: what position_ids had added
+    to each row's positions, which all calls have to do alike."""
 
     evicts = True
     packed = False
@@ -63,10 +67,14 @@ class State:
     rows: list[State] | None = None
     shift: tuple[int, ...] | None = None
 
-    # What a kind of state writes ---------------------------------------------------------------------------------
+    # What a kind of state writes
+    # ---------------------------------------------------------------------------------
 
-    def append(self, k: Tensor, v: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor, Layout]:
-        """Adds new keys (B, Hkv, T, D) and values (B, Hkv, T, Dv); padding_mask (B, seq_len + T) bool, on the left.
+    def append(
+        self, k: Tensor, v: Tensor, padding_mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Layout]:
+        """Adds new keys (B, Hkv, T, D) and values (B, Hkv, T, Dv); padding_mask (B, seq_len + T)
+        bool, on the left.
 
         Returns the keys and values to attend over, and where they lie.
         """
@@ -108,10 +116,13 @@ class State:
         raise NotImplementedError
 
     def _release(self) -> None:
-        """Forgets all tokens, and holds no memory for new ones: from now on each row is held by itself."""
+        """Forgets all tokens, and holds no memory for new ones: from now on each row is held by
+        itself.
+        """
         self._reset()
 
-    # What everyone calls -----------------------------------------------------------------------------------------
+    # What everyone calls
+    # -----------------------------------------------------------------------------------------
 
     @property
     def seq_len(self) -> int:
@@ -157,7 +168,9 @@ class State:
         self._now(batch * n, lambda x: x.repeat_interleave(n, dim=0))
 
     def crop(self, n: int) -> None:
-        """Keeps the first n tokens. ValueError unless 0 <= n <= seq_len, and for what was evicted."""
+        """Keeps the first n tokens. ValueError unless 0 <= n <= seq_len, and for what was
+        evicted.
+        """
         n = int(n)
         self.check_crop(n)
         self._thaw()
@@ -178,7 +191,9 @@ class State:
         """Raises what `crop(n)` would; nothing is changed."""
         total = int(self.seq_len)
         if not 0 <= n <= total:
-            raise ValueError(f"crop: got {n}, the state has seen {total} tokens; valid is 0 to {total}")
+            raise ValueError(
+                f"crop: got {n}, the state has seen {total} tokens; valid is 0 to {total}"
+            )
         if not 0 < n < total:
             return
         if not self._apart(n):
@@ -199,7 +214,8 @@ class State:
         if self.sizes is not None:
             self.sizes = self.sizes._replace(device=torch.empty(0, device=device).device)
 
-    # What it is like ---------------------------------------------------------------------------------------------
+    # What it is like
+    # ---------------------------------------------------------------------------------------------
 
     def tensors(self) -> Iterator[Tensor]:
         """All that it holds of its tokens."""
@@ -230,9 +246,14 @@ class State:
         if batch is None:
             return
         if index.ndim != 1 or index.is_floating_point() or index.dtype == torch.bool:
-            raise ValueError(f"index: got {index.dtype} {tuple(index.shape)}, valid are row numbers (rows,) int64")
+            raise ValueError(
+                f"index: got {index.dtype} {tuple(index.shape)}, valid are row numbers (rows,) "
+                "int64"
+            )
         if whole and len(index) != batch:
-            raise ValueError(f"index: expected {batch} rows, got {len(index)}; select() changes the batch")
+            raise ValueError(
+                f"index: expected {batch} rows, got {len(index)}; select() changes the batch"
+            )
         if len(index) and not 0 <= int(index.min()) <= int(index.max()) < batch:
             raise NoSuchRow(f"index: got rows {index.tolist()}, valid are 0 to {batch - 1}")
 
@@ -242,8 +263,8 @@ class State:
         self._thaw()
 
     def _thaw(self) -> None:
-        """What was made under inference_mode and may have to be written in place becomes ordinary tensors, unless it is
-        inference_mode still."""
+        """What was made under inference_mode and may have to be written in place becomes ordinary
+        tensors, unless it is inference_mode still."""
         if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
             return
         if any(x.is_inference() for x in self.everything()):
@@ -261,10 +282,13 @@ class State:
         if self.sizes is None:
             self.sizes = Sizes.of(k, v)
 
-    # Rows apart --------------------------------------------------------------------------------------------------
+    # Rows apart
+    # --------------------------------------------------------------------------------------------------
 
     def split(self) -> list[State]:
-        """A state for each row, with nothing of this one. A row's `real` says where its padding on the left ends."""
+        """A state for each row, with nothing of this one. A row's `real` says where its padding on
+        the left ends.
+        """
         if self.rows is not None:
             return [row.alone(0) for row in self.rows]
         return [self.alone(row) for row in range(self.batch)]
@@ -272,7 +296,9 @@ class State:
     def alone(self, row: int) -> State:
         """A copy of one row."""
         one = self.shallow()
-        real = None if self.real is None else self.real[row : row + 1].sort(dim=1).values  # False comes first
+        real = (
+            None if self.real is None else self.real[row : row + 1].sort(dim=1).values
+        )  # False comes first
         one._select(torch.tensor([row], device=next(self.tensors()).device))
         one.real, one.moved = real, False
         one.sizes = None if self.sizes is None else self.sizes._replace(batch=1)
@@ -295,24 +321,32 @@ class State:
     def _cut(self, n: int) -> list[tuple[State, int]]:
         """For each row its own state, and how many of its tokens are among the first n."""
         gone = self.real[:, n:].sum(dim=1).tolist()
-        return [(row, int(row.seq_len) - less) for row, less in zip(self.split(), gone, strict=True)]
+        return [
+            (row, int(row.seq_len) - less) for row, less in zip(self.split(), gone, strict=True)
+        ]
 
     def _now(self, batch: int, change: Callable[[Tensor], Tensor]) -> None:
         """What goes with rows that have changed."""
         self.real = None if self.real is None else change(self.real)
-        self.shift = None if self.shift is None else tuple(change(torch.tensor(self.shift)).tolist())
+        self.shift = (
+            None if self.shift is None else tuple(change(torch.tensor(self.shift)).tolist())
+        )
         self.sizes = None if self.sizes is None else self.sizes._replace(batch=batch)
 
 
 @dataclass(frozen=True)
 class Inside(Layout):
-    """The given keys are the new tokens alone, and `state` attends over them and what it holds (`state.attend`)."""
+    """The given keys are the new tokens alone, and `state` attends over them and what it holds
+    (`state.attend`).
+    """
 
     state: State | None = None
 
 
 def check_fits(k: Tensor, v: Tensor, new_k: Tensor, new_v: Tensor) -> None:
-    """ValueError where held keys and values, and new ones, differ in more than the number of tokens."""
+    """ValueError where held keys and values, and new ones, differ in more than the number of
+    tokens.
+    """
     for which, old, new in (("k", k, new_k), ("v", v, new_v)):
         if (old.shape[:2], old.shape[3], old.dtype) != (new.shape[:2], new.shape[3], new.dtype):
             raise ValueError(
@@ -322,7 +356,9 @@ def check_fits(k: Tensor, v: Tensor, new_k: Tensor, new_v: Tensor) -> None:
 
 
 def check_sizes(sizes: Sizes, tokens: int, k: Tensor, v: Tensor) -> None:
-    """ValueError where new keys and values do not fit those that a state of so many tokens began with."""
+    """ValueError where new keys and values do not fit those that a state of so many tokens began
+    with.
+    """
     new = Sizes.of(k, v)
     if new == sizes:
         return
@@ -330,11 +366,15 @@ def check_sizes(sizes: Sizes, tokens: int, k: Tensor, v: Tensor) -> None:
         old = (sizes.batch, sizes.kv_heads, tokens, dim)
         if (old[:2], dim, sizes.dtype) != (given.shape[:2], given.shape[3], new.dtype):
             raise ValueError(
-                f"{which}: the state holds {old} {sizes.dtype}, got new tokens {tuple(given.shape)} {new.dtype}; only "
+                f"{which}: the state holds {old} {sizes.dtype}, got new tokens "
+                f"{tuple(given.shape)} {new.dtype}; only "
                 "the number of tokens may differ"
             )
     if new.device != sizes.device:
-        raise ValueError(f"k: the state is on {sizes.device}, got new tokens on {new.device}; state.move() moves it")
+        raise ValueError(
+            f"k: the state is on {sizes.device}, got new tokens on {new.device}; state.move() "
+            "moves it"
+        )
 
 
 def _changed(value, how: Callable[[Tensor], Tensor]):

@@ -1,4 +1,5 @@
-"""What a backend remembers of one batch of sequences while it decodes: everything, or a ring and a few first tokens.
+"""What a backend remembers of one batch of sequences while it decodes: everything, or a ring and a
+few first tokens.
 
     state = attn.new_state()
     y = attn(q, k, v, state=state)        # k, v: the new tokens
@@ -16,14 +17,27 @@ from torch import Tensor
 from effattn.kernels.flash.pattern import Layout, first_real, layout_of
 from effattn.state_base import Inside, State, check_fits
 
-__all__ = ["ROLLBACK", "ROOM", "FullState", "Inside", "RingState", "State", "first_positions", "no_positions"]
+__all__ = [
+    "ROLLBACK",
+    "ROOM",
+    "FullState",
+    "Inside",
+    "RingState",
+    "State",
+    "first_positions",
+    "no_positions",
+]
 
 ROOM = 64  # tokens that memory which grows has room for
-ROLLBACK = 16  # tokens that a ring keeps beyond its need, so that speculative decoding can take them back
+ROLLBACK = (
+    16  # tokens that a ring keeps beyond its need, so that speculative decoding can take them back
+)
 
 
 def first_positions(count: int, n: int) -> list[int]:
-    """Slot positions of a `RingState` that keeps the first `count` tokens. A list, since torch.compile traces it."""
+    """Slot positions of a `RingState` that keeps the first `count` tokens. A list, since
+    torch.compile traces it.
+    """
     return [p for p in range(count) if p < n]
 
 
@@ -32,8 +46,9 @@ def no_positions(n: int) -> tuple[int, ...]:
 
 
 class FullState(State):
-    """Every key and value, as they came. `rooms`: the memory that k and v are views of once they have grown; there is
-    room for up to `ROOM` tokens more, so that a step writes its own token and copies the others every `ROOM` steps."""
+    """Every key and value, as they came. `rooms`: the memory that k and v are views of once they
+    have grown; there is room for up to `ROOM` tokens more, so that a step writes its own token and
+    copies the others every `ROOM` steps."""
 
     evicts = False
     rooms: tuple[Tensor, Tensor] | None = None
@@ -54,7 +69,9 @@ class FullState(State):
         """Bytes of the tokens that are held; room for more is not counted."""
         return 0 if self.k is None else self.k.nbytes + self.v.nbytes
 
-    def append(self, k: Tensor, v: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor, Layout]:
+    def append(
+        self, k: Tensor, v: Tensor, padding_mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Layout]:
         """Returns all keys and values, (B, Hkv, seq_len, D) and (B, Hkv, seq_len, Dv)."""
         if self.k is None:
             self.k, self.v = k, v
@@ -66,13 +83,21 @@ class FullState(State):
     def _grown(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """All keys and values with the new ones."""
         learning = torch.is_grad_enabled() and any(x.requires_grad for x in (k, v, self.k, self.v))
-        if learning or self.learning or torch.compiler.is_compiling():  # nothing may be written in place
+        if (
+            learning or self.learning or torch.compiler.is_compiling()
+        ):  # nothing may be written in place
             self.rooms = None
             return torch.cat([self.k, k], dim=2), torch.cat([self.v, v], dim=2)
         past, total = self._seen(), self._seen() + k.shape[2]
-        sealed = self.rooms is not None and self.rooms[0].is_inference() and not torch.is_inference_mode_enabled()
+        sealed = (
+            self.rooms is not None
+            and self.rooms[0].is_inference()
+            and not torch.is_inference_mode_enabled()
+        )
         if self.rooms is None or sealed or self.rooms[0].shape[2] < total:
-            rooms = tuple(x.new_empty(*x.shape[:2], total + ROOM, x.shape[3]) for x in (self.k, self.v))
+            rooms = tuple(
+                x.new_empty(*x.shape[:2], total + ROOM, x.shape[3]) for x in (self.k, self.v)
+            )
             for room, x in zip(rooms, (self.k, self.v), strict=True):
                 room[:, :, :past] = x
             self.rooms = rooms
@@ -103,13 +128,14 @@ class FullState(State):
 
 
 class RingState(FullState):
-    """The newest `keep` tokens (a query's own included) in a ring, and chosen earlier ones in slots before it.
+    """The newest `keep` tokens (a query's own included) in a ring, and chosen earlier ones in slots
+    before it.
 
-    Until keep + ROLLBACK tokens have come, all are held in order. From then on k and v are one buffer
-    (B, Hkv, slots + ring, D): token t lies at slots + t % ring, a decoding step overwrites in place, nothing is moved.
-    `slot_positions(n)`: the positions below n that must outlive the ring, ascending; what it gives for a smaller n is
-    a prefix. A row's positions count from its first real token.
-    """
+    Until keep + ROLLBACK tokens have come, all are held in order. From then on k and v are one
+    buffer (B, Hkv, slots + ring, D): token t lies at slots + t % ring, a decoding step overwrites
+    in place, nothing is moved. `slot_positions(n)`: the positions below n that must outlive the
+    ring, ascending; what it gives for a smaller n is a prefix. A row's positions count from its
+    first real token."""
 
     evicts = True
 
@@ -134,10 +160,18 @@ class RingState(FullState):
 
     def held(self, tokens: int) -> int:
         """How many tokens are held once `tokens` have come."""
-        return tokens if tokens <= self.ring else self.ring + len(self.slot_positions(tokens - self.ring))
+        return (
+            tokens
+            if tokens <= self.ring
+            else self.ring + len(self.slot_positions(tokens - self.ring))
+        )
 
-    def append(self, k: Tensor, v: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor, Layout]:
-        """Returns what is held with the new tokens: in order, or as the ring lies when a few tokens came."""
+    def append(
+        self, k: Tensor, v: Tensor, padding_mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Layout]:
+        """Returns what is held with the new tokens: in order, or as the ring lies when a few tokens
+        came.
+        """
         if self.k is not None:
             check_fits(self.k, self.v, k, v)
         total = self.total + k.shape[2]
@@ -147,7 +181,9 @@ class RingState(FullState):
             self.total = total
             return self.k, self.v, layout_of(padding_mask)
         start = None if padding_mask is None else first_real(padding_mask)
-        learning = torch.is_grad_enabled() and any(x.requires_grad for x in (k, v, self.k, self.v) if x is not None)
+        learning = torch.is_grad_enabled() and any(
+            x.requires_grad for x in (k, v, self.k, self.v) if x is not None
+        )
         if self.wrapped and k.shape[2] <= ROLLBACK and not (learning or self.learning):
             return self._few(k, v, total, start, padding_mask)
         return self._many(k, v, total, start, padding_mask)
@@ -163,7 +199,9 @@ class RingState(FullState):
         self.v.index_copy_(2, at, v)
         self.total, self.oldest = total, max(before, total - self.ring)
         places = torch.arange(self.ring, device=k.device)
-        number = total - 1 - (total - 1 - places) % self.ring  # the newest token that lies at each place
+        number = (
+            total - 1 - (total - 1 - places) % self.ring
+        )  # the newest token that lies at each place
         number = torch.where(number >= self.oldest, number, -1)
         mask = None
         if padding_mask is not None:
@@ -179,18 +217,25 @@ class RingState(FullState):
             at = self.slots + at % self.ring if self.wrapped else at - low
             k = torch.cat([self.k.index_select(2, at), k], dim=2)
             v = torch.cat([self.v.index_select(2, at), v], dim=2)
-        old = (self.k[:, :, : self.slots], self.v[:, :, : self.slots]) if self.wrapped else (k[:, :, :0], v[:, :, :0])
+        old = (
+            (self.k[:, :, : self.slots], self.v[:, :, : self.slots])
+            if self.wrapped
+            else (k[:, :, :0], v[:, :, :0])
+        )
         self.oldest, self.total = max(low, total - self.ring), total
         at = torch.arange(self.oldest, total, device=k.device)
         rings = (x.new_zeros(*x.shape[:2], self.ring, x.shape[3]) for x in (k, v))
         rings = (
-            r.index_copy(2, at % self.ring, x[:, :, self.oldest - low :]) for r, x in zip(rings, (k, v), strict=True)
+            r.index_copy(2, at % self.ring, x[:, :, self.oldest - low :])
+            for r, x in zip(rings, (k, v), strict=True)
         )
         self.k, self.v = (torch.cat(parts, dim=2) for parts in zip(old, rings, strict=True))
         self.wrapped = True
         self._grow_slots(self.oldest, k.device)
         self._fill_slots(k, v, low, total, start, ring=False)
-        tail = max(low, min(past - self.keep + 1, self.oldest))  # the new tokens need no more, the slots hold the rest
+        tail = max(
+            low, min(past - self.keep + 1, self.oldest)
+        )  # the new tokens need no more, the slots hold the rest
         if tail == 0:
             return k, v, layout_of(padding_mask)
         slots = len(self.slot_positions(tail))
@@ -208,39 +253,63 @@ class RingState(FullState):
     def _places(self, slots: int) -> Tensor | None:
         """The slots' positions for a `Layout`; None when they are 0, 1, 2, ..."""
         positions = self.slot_positions(self.oldest)
-        in_order = slots == 0 or positions[slots - 1] == slots - 1  # ascending, so the others follow
+        in_order = (
+            slots == 0 or positions[slots - 1] == slots - 1
+        )  # ascending, so the others follow
         return None if in_order else self.slots_at[:slots]
 
     def _grow_slots(self, tokens: int, device) -> None:
         """Makes room for every slot that positions below `tokens` need."""
         positions = self.slot_positions(tokens)
         if (more := len(positions) - self.slots) > 0:
-            self.k, self.v = (torch.cat([x[:, :, : self.slots], x.new_zeros(*x.shape[:2], more, x.shape[3]),
-                                         x[:, :, self.slots :]], dim=2) for x in (self.k, self.v))  # fmt: skip
+            self.k, self.v = (
+                torch.cat(
+                    [
+                        x[:, :, : self.slots],
+                        x.new_zeros(*x.shape[:2], more, x.shape[3]),
+                        x[:, :, self.slots :],
+                    ],
+                    dim=2,
+                )
+                for x in (self.k, self.v)
+            )
             self.slots_at = torch.tensor(list(positions), device=device)
             self.pending = True
 
-    def _fill_slots(self, k: Tensor, v: Tensor, low: int, high: int, start: Tensor | None, ring: bool) -> None:
-        """Copies the tokens numbered [low, high) that belong into slots; k and v hold them in order, or as `ring`."""
+    def _fill_slots(
+        self, k: Tensor, v: Tensor, low: int, high: int, start: Tensor | None, ring: bool
+    ) -> None:
+        """Copies the tokens numbered [low, high) that belong into slots; k and v hold them in
+        order, or as `ring`.
+        """
         if not self.pending or not self.slots:
             return
         number = self.slots_at[None] if start is None else start[:, None] + self.slots_at
         there = ((number >= low) & (number < high))[:, None, :, None]
-        at = (self.slots + number % self.ring if ring else (number - low).clamp(0, high - low - 1))[:, None, :, None]
+        at = (self.slots + number % self.ring if ring else (number - low).clamp(0, high - low - 1))[
+            :, None, :, None
+        ]
         for held, source in ((self.k, k), (self.v, v)):
             found = source.gather(2, at.expand(*source.shape[:2], -1, source.shape[3]))
             held[:, :, : self.slots] = torch.where(there, found, held[:, :, : self.slots])
         self.pending = start is not None and bool((number >= high).any())
 
     def _outlived(self, slots: int, limit: int, start: Tensor) -> Tensor:
-        """(B, slots): which slots hold a token older than `limit`, so that it is not in the ring as well."""
-        return start[:, None] + self.slots_at[:slots] < limit if slots else start.new_zeros(len(start), 0).bool()
+        """(B, slots): which slots hold a token older than `limit`, so that it is not in the ring as
+        well.
+        """
+        return (
+            start[:, None] + self.slots_at[:slots] < limit
+            if slots
+            else start.new_zeros(len(start), 0).bool()
+        )
 
     def _check_crop(self, n: int) -> None:
         least = self.oldest + self.keep - 1
         if self.wrapped and self.oldest and n < least:
             raise ValueError(
-                f"crop: got {n}, but the tokens that a window ending there needs were evicted; valid are 0 and "
+                f"crop: got {n}, but the tokens that a window ending there needs were evicted; "
+                "valid are 0 and "
                 f"{least} to {self.total}"
             )
 

@@ -1,8 +1,8 @@
-"""States of methods that sum up the past: the newest tokens as they came, and a summary of the older ones.
+"""States of methods that sum up the past: the newest tokens as they came, and a summary of the
+older ones.
 
-`append` gives out everything held with the new tokens, in a `Summarised` layout that carries the state; the backend's
-`attend` brings the summary up to date and lets go of the oldest tokens.
-"""
+`append` gives out everything held with the new tokens, in a `Summarised` layout that carries the
+state; the backend's `attend` brings the summary up to date and lets go of the oldest tokens."""
 
 from __future__ import annotations
 
@@ -18,15 +18,18 @@ from effattn.states import ROLLBACK, FullState
 
 @dataclass(frozen=True)
 class Summarised(Layout):
-    """A layout whose keys before `tail` are in the summary of `state`, which held `past` tokens before this call."""
+    """A layout whose keys before `tail` are in the summary of `state`, which held `past` tokens
+    before this call.
+    """
 
     state: SummaryState | None = None
     past: int = 0
 
 
 class SummaryState(FullState):
-    """Keys and values of the newest `keep` + `ROLLBACK` tokens, in order, and the tensors named in `summary`, whose
-    first size is the batch. The tokens at numbers `oldest` to `total` - 1 are held."""
+    """Keys and values of the newest `keep` + `ROLLBACK` tokens, in order, and the tensors named in
+    `summary`, whose first size is the batch. The tokens at numbers `oldest` to `total` - 1 are
+    held."""
 
     summary: tuple[str, ...] = ()
 
@@ -55,7 +58,9 @@ class SummaryState(FullState):
         """How many tokens are held as they came once `tokens` have come at once."""
         return min(tokens, self.keep + ROLLBACK)
 
-    def append(self, k: Tensor, v: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor, Layout]:
+    def append(
+        self, k: Tensor, v: Tensor, padding_mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Layout]:
         past = self.total
         if self.k is not None:
             check_fits(self.k, self.v, k, v)
@@ -86,7 +91,8 @@ class SummaryState(FullState):
         least = self.oldest + self.keep if self.oldest else 0
         if n < least:
             raise ValueError(
-                f"crop: got {n}, but tokens needed then were summed up; valid are 0 and {least} to {self.total}"
+                f"crop: got {n}, but tokens needed then were summed up; valid are 0 and {least} "
+                f"to {self.total}"
             )
 
     def _crop(self, n: int) -> None:
@@ -95,9 +101,9 @@ class SummaryState(FullState):
 
 
 class SlotState(SummaryState):
-    """`slots_k` (B, Hkv, S, D) and `slots_v` (B, Hkv, S, Dv): what finished blocks of `block` tokens were projected to,
-    in the keys' dtype. Blocks count from each row's first real token; slots of blocks that a row has not finished hold
-    nothing of meaning."""
+    """`slots_k` (B, Hkv, S, D) and `slots_v` (B, Hkv, S, Dv): what finished blocks of `block`
+    tokens were projected to, in the keys' dtype. Blocks count from each row's first real token;
+    slots of blocks that a row has not finished hold nothing of meaning."""
 
     summary = ("slots_k", "slots_v")
 
@@ -106,8 +112,8 @@ class SlotState(SummaryState):
 
 
 class CodeState(SummaryState):
-    """`counts` (B, Hkv, codes) int32 and `sums` (B, Hkv, codes, Dv) float32 or better: of the tokens that were let go,
-    how many have each code, and the sum of their values."""
+    """`counts` (B, Hkv, codes) int32 and `sums` (B, Hkv, codes, Dv) float32 or better: of the
+    tokens that were let go, how many have each code, and the sum of their values."""
 
     summary = ("counts", "sums")
 

@@ -1,4 +1,6 @@
-"""Token streams to calibrate, train and evaluate on: text files, a `datasets` name, or the embedded corpus."""
+"""Token streams to calibrate, train and evaluate on: text files, a `datasets` name, or the embedded
+corpus.
+"""
 
 from __future__ import annotations
 
@@ -24,14 +26,21 @@ class Streams:
 
 
 def streams(
-    tokenizer, *, train: int, evaluation: int, text: Sequence[Path] = (), dataset: str | None = None,
+    tokenizer,
+    *,
+    train: int,
+    evaluation: int,
+    text: Sequence[Path] = (),
+    dataset: str | None = None,
     column: str | None = None,
-) -> Streams:  # fmt: skip
-    """Up to `train` training tokens and `evaluation` held-out ones, from `text` files, a `dataset`, or else the
-    embedded corpus (its train and validation files). Raises ValueError for files that are missing, empty or not
-    UTF-8, and for sources with nothing in them."""
+) -> Streams:
+    """Up to `train` training tokens and `evaluation` held-out ones, from `text` files, a `dataset`,
+    or else the embedded corpus (its train and validation files). Raises ValueError for files that
+    are missing, empty or not UTF-8, and for sources with nothing in them."""
     if text and dataset:
-        raise ValueError("text and dataset: got both, valid is one of them (or neither: the embedded corpus)")
+        raise ValueError(
+            "text and dataset: got both, valid is one of them (or neither: the embedded corpus)"
+        )
     if not text and not dataset:
         from effattn import embedded
 
@@ -52,8 +61,8 @@ def streams(
 
 
 def encode(documents: Iterable[str], tokenizer, limit: int | None = None) -> torch.Tensor:
-    """The documents' tokens end to end, each closed by one end-of-text token if there is one: int64 (<= limit,).
-    Documents without text give nothing. None: no limit."""
+    """The documents' tokens end to end, each closed by one end-of-text token if there is one: int64
+    (<= limit,). Documents without text give nothing. None: no limit."""
     end = tokenizer.eos_token_id
     pieces, total = [], 0
     for document in documents:
@@ -71,7 +80,9 @@ def encode(documents: Iterable[str], tokenizer, limit: int | None = None) -> tor
 
 
 def _without_ends(ids: list[int], end: int | None) -> list[int]:
-    """Without the end-of-text tokens that a text itself begins or ends with: one closes each document, not two."""
+    """Without the end-of-text tokens that a text itself begins or ends with: one closes each
+    document, not two.
+    """
     first, last = 0, len(ids)
     while first < last and ids[first] == end:
         first += 1
@@ -81,16 +92,22 @@ def _without_ends(ids: list[int], end: int | None) -> list[int]:
 
 
 def read_files(paths: Sequence[Path]) -> list[str]:
-    """The texts of UTF-8 files. Raises ValueError naming the file that is missing, empty or not UTF-8."""
+    """The texts of UTF-8 files. Raises ValueError naming the file that is missing, empty or not
+    UTF-8.
+    """
     texts = []
     for path in map(Path, paths):
         if not path.is_file():
-            raise ValueError(f"text: {path} {'is a folder' if path.is_dir() else 'does not exist'}, valid is a file")
+            raise ValueError(
+                f"text: {path} {'is a folder' if path.is_dir() else 'does not exist'}, valid is a "
+                "file"
+            )
         try:
             text = path.read_bytes().decode("utf-8")
         except UnicodeDecodeError as error:
             raise ValueError(
-                f"text: {path} is not UTF-8 (byte {error.start} is {error.object[error.start]:#04x})"
+                f"text: {path} is not UTF-8 (byte {error.start} is "
+                f"{error.object[error.start]:#04x})"
             ) from None
         if not text.strip():
             raise ValueError(f"text: {path} is empty")

@@ -1,10 +1,11 @@
 """What every training job here shares: windows of a token stream, and the HF Trainer's settings.
 
-Training always goes through `transformers.Trainer`, so that `accelerate launch` or `torchrun` spreads it
-over processes and a killed run resumes exactly (optimizer, scheduler, random state, place in the data).
+Training always goes through `transformers.Trainer`, so that `accelerate launch` or `torchrun`
+spreads it over processes and a killed run resumes exactly (optimizer, scheduler, random state,
+place in the data).
 
-A Trainer leaves a lot behind on what it trains: autocast around `forward`, flags, a changed config. `lent` takes all of
-it off again, and holds half-precision weights in fp32 meanwhile:
+A Trainer leaves a lot behind on what it trains: autocast around `forward`, flags, a changed config.
+`lent` takes all of it off again, and holds half-precision weights in fp32 meanwhile:
 
     with training.lent(student, teacher) as loan:
         loan.train_only(parameters)
@@ -32,13 +33,15 @@ if TYPE_CHECKING:  # at its first use otherwise: it takes 150 MB
 class TokenWindows(Dataset):
     """`count` training windows of `length` tokens from `tokens` (N,) int64, packed end to end.
 
-    Window i is a pure function of (i, seed): pass e over the stream uses its own random offset and its own
-    order, so every token is seen once before any is seen twice, whatever process asks for it.
-    """
+    Window i is a pure function of (i, seed): pass e over the stream uses its own random offset and
+    its own order, so every token is seen once before any is seen twice, whatever process asks for
+    it."""
 
     def __init__(self, tokens: torch.Tensor, length: int, count: int, seed: int = 0):
         if len(tokens) < 2 * length:
-            raise ValueError(f"tokens: got {len(tokens):,}, windows of {length} need at least {2 * length:,}")
+            raise ValueError(
+                f"tokens: got {len(tokens):,}, windows of {length} need at least {2 * length:,}"
+            )
         self.tokens, self.length, self.count, self.seed = tokens, length, count, seed
         self.per_pass = len(tokens) // length - 1
         self._order: tuple[int, int, torch.Tensor] | None = None
@@ -59,20 +62,26 @@ class TokenWindows(Dataset):
 
 
 def bf16_pays(on_cpu: bool | None = None) -> bool:
-    """Whether bf16 matrix products are native (elsewhere they are emulated, and slow): on the CPU, or on the GPU (None:
-    if there is one)."""
+    """Whether bf16 matrix products are native (elsewhere they are emulated, and slow): on the CPU,
+    or on the GPU (None: if there is one)."""
     if torch.cuda.is_available() and not on_cpu:
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    return bool(torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return bool(
+        torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    )
 
 
 def arguments(
     output: Path, *, steps: int, batch: int, lr: float, warmup: int, save_every: int, **overrides
 ) -> TrainingArguments:
-    """The Trainer settings that all jobs share; `overrides` go to `TrainingArguments` as they are."""
+    """The Trainer settings that all jobs share; `overrides` go to `TrainingArguments` as they
+    are.
+    """
     from transformers import TrainingArguments
 
-    on_cpu = overrides.setdefault("use_cpu", not torch.cuda.is_available())  # asked for bf16, it needs to be told
+    on_cpu = overrides.setdefault(
+        "use_cpu", not torch.cuda.is_available()
+    )  # asked for bf16, it needs to be told
     settings = dict(
         output_dir=str(output),
         max_steps=steps,
@@ -99,42 +108,57 @@ def arguments(
 
 
 def placed(model: nn.Module) -> dict[str, bool]:
-    """The setting that makes a Trainer leave `model` where it is: on the CPU, or on this process's GPU."""
+    """The setting that makes a Trainer leave `model` where it is: on the CPU, or on this process's
+    GPU.
+    """
     return {"use_cpu": next(model.parameters()).device.type == "cpu"}
 
 
 def train(trainer: Trainer) -> None:
-    """Runs `trainer`, going on from the newest complete checkpoint in its output folder if there is one."""
+    """Runs `trainer`, going on from the newest complete checkpoint in its output folder if there is
+    one.
+    """
     arguments = trainer.args
-    last = newest_complete(Path(arguments.output_dir), arguments.world_size, clean=trainer.is_world_process_zero())
+    last = newest_complete(
+        Path(arguments.output_dir), arguments.world_size, clean=trainer.is_world_process_zero()
+    )
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*lr_scheduler.step.*")
         trainer.train(resume_from_checkpoint=None if last is None else str(last))
 
 
-# ---- a model in a Trainer's hands -----------------------------------------------------------------------------------
+# ---- a model in a Trainer's hands
+# -----------------------------------------------------------------------------------
 
 HALF = (torch.float16, torch.bfloat16)
 # What a Trainer, accelerate and transformers set on the modules that they train, and on configs.
 ON_MODULES = (
-    "forward", "_original_forward", "_is_accelerate_prepared", "_compiled_call_impl", "training",
-    "gradient_checkpointing", "_gradient_checkpointing_func", "_require_grads_hook", "_require_grads_hooks",
-)  # fmt: skip
+    "forward",
+    "_original_forward",
+    "_is_accelerate_prepared",
+    "_compiled_call_impl",
+    "training",
+    "gradient_checkpointing",
+    "_gradient_checkpointing_func",
+    "_require_grads_hook",
+    "_require_grads_hooks",
+)
 ON_CONFIGS = ("use_cache", "dtype")
 
 
 @contextmanager
 def lent(model: nn.Module, *teachers: nn.Module | None) -> Iterator[Loan]:
-    """Everything that trains `model` does it inside: afterwards, also after an error or Ctrl-C, `model` and `teachers`
-    have their own `forward`, flags (training, requires_grad), settings and dtypes again, and no gradients.
+    """Everything that trains `model` does it inside: afterwards, also after an error or Ctrl-C,
+    `model` and `teachers` have their own `forward`, flags (training, requires_grad), settings and
+    dtypes again, and no gradients.
 
-    fp16 and bf16 weights are fp32 while lent, since steps are too small for them and Adam's epsilon is 0 in fp16: the
-    whole of `model` takes 4 bytes a weight, besides what the optimizer needs; teachers stay as they are. With LoRA,
-    what is frozen in bf16 stays so (fp16 has too little range for gradients).
+    fp16 and bf16 weights are fp32 while lent, since steps are too small for them and Adam's epsilon
+    is 0 in fp16: the whole of `model` takes 4 bytes a weight, besides what the optimizer needs;
+    teachers stay as they are. With LoRA, what is frozen in bf16 stays so (fp16 has too little range
+    for gradients).
 
-    Raises FloatingPointError, naming a parameter, when training ends with weights that are not finite, or that the
-    dtype they came in cannot hold: they are left in fp32 then.
-    """
+    Raises FloatingPointError, naming a parameter, when training ends with weights that are not
+    finite, or that the dtype they came in cannot hold: they are left in fp32 then."""
     loan = Loan(model, [teacher for teacher in teachers if teacher is not None])
     try:
         loan.begin()
@@ -147,7 +171,9 @@ def lent(model: nn.Module, *teachers: nn.Module | None) -> Iterator[Loan]:
 
 
 class Loan:
-    """What `lent` yields: half-precision parameters of `model` are in fp32 from `begin` to `end`."""
+    """What `lent` yields: half-precision parameters of `model` are in fp32 from `begin` to
+    `end`.
+    """
 
     def __init__(self, model: nn.Module, teachers: list[nn.Module]):
         self.model = model
@@ -156,7 +182,9 @@ class Loan:
 
     def begin(self) -> None:
         """Makes the masters. It may run out of memory half-way, after which `end` is right, too."""
-        low_rank = hasattr(self.model, "peft_config")  # adapters cast what they get: frozen bf16 can stay beneath
+        low_rank = hasattr(
+            self.model, "peft_config"
+        )  # adapters cast what they get: frozen bf16 can stay beneath
         for parameter, dtype in self.dtypes.items():
             parameter.grad = None
             stays = low_rank and dtype == torch.bfloat16 and not parameter.requires_grad
@@ -171,9 +199,12 @@ class Loan:
 
     @contextmanager
     def as_saved(self) -> Iterator[None]:
-        """While open, the model computes what it will when it is given back, in eval mode: what is measured while it
-        trains is what is saved."""
-        lent, masters = Settings(self.model), {parameter: parameter.data for parameter in self.dtypes}
+        """While open, the model computes what it will when it is given back, in eval mode: what is
+        measured while it trains is what is saved."""
+        lent, masters = (
+            Settings(self.model),
+            {parameter: parameter.data for parameter in self.dtypes},
+        )
         try:
             self.before.put_back()
             self.model.eval()
@@ -200,7 +231,11 @@ class Loan:
         return wrong
 
     def _wrong(self) -> str | None:
-        trained = ((name, p) for name, p in self.model.named_parameters() if p.requires_grad and p in self.dtypes)
+        trained = (
+            (name, p)
+            for name, p in self.model.named_parameters()
+            if p.requires_grad and p in self.dtypes
+        )
         found = (unfit(name, parameter, self.dtypes[parameter]) for name, parameter in trained)
         return next((wrong for wrong in found if wrong), None)
 
@@ -212,21 +247,30 @@ def unfit(name: str, values: torch.Tensor, dtype: torch.dtype) -> str | None:
         return f"training: {name} is not finite any more; lower the learning rate"
     if dtype in HALF and not torch.isfinite(values.to(dtype)).all():
         return (
-            f"training: {name} has come to {float(values.abs().max()):.3g}, beyond {dtype}, which holds up to "
+            f"training: {name} has come to {float(values.abs().max()):.3g}, beyond {dtype}, which "
+            "holds up to "
             f"{torch.finfo(dtype).max:.3g}; lower the learning rate, or load the model in float32"
         )
     return None
 
 
 class Settings:
-    """What can be set on a model besides the values of its weights, as it was when this was made."""
+    """What can be set on a model besides the values of its weights, as it was when this was
+    made.
+    """
 
     def __init__(self, *models: nn.Module):
         every = {module: None for model in models for module in model.modules()}
-        configs = {id(module.config): module.config for module in every if hasattr(module, "config")}
+        configs = {
+            id(module.config): module.config for module in every if hasattr(module, "config")
+        }
         self.modules = {module: _chosen(module, ON_MODULES) for module in every}
         self.configs = [(config, _chosen(config, ON_CONFIGS)) for config in configs.values()]
-        self.trained = {parameter: parameter.requires_grad for model in models for parameter in model.parameters()}
+        self.trained = {
+            parameter: parameter.requires_grad
+            for model in models
+            for parameter in model.parameters()
+        }
 
     def put_back(self) -> None:
         for module, settings in self.modules.items():
@@ -239,10 +283,14 @@ class Settings:
 
 @torch.no_grad()
 def rehearse(model: nn.Module) -> None:
-    """Two tokens in training mode: raises what training would, before anything is measured for it."""
+    """Two tokens in training mode: raises what training would, before anything is measured for
+    it.
+    """
     settings = Settings(model)
     try:
-        ids = torch.zeros(1, 2, dtype=torch.int64, device=model.get_input_embeddings().weight.device)
+        ids = torch.zeros(
+            1, 2, dtype=torch.int64, device=model.get_input_embeddings().weight.device
+        )
         model.train()(input_ids=ids, use_cache=False)
     finally:
         settings.put_back()
@@ -253,7 +301,9 @@ def _chosen(thing: object, names: tuple[str, ...]) -> dict[str, object]:
 
 
 def _set(thing: object, names: tuple[str, ...], settings: dict[str, object]) -> None:
-    """Attributes of the object itself, past `__setattr__`: those of `settings`, and no others of `names`."""
+    """Attributes of the object itself, past `__setattr__`: those of `settings`, and no others of
+    `names`.
+    """
     for name in names:
         vars(thing).pop(name, None)
     vars(thing).update(settings)

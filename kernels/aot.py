@@ -1,21 +1,22 @@
-"""Compiles every Triton kernel for GPUs that need not be here, and reads what the machine code costs.
+"""Compiles every Triton kernel for GPUs that need not be here, and reads what the machine code
+costs.
 
     results = check_all(["sm_90"])
     [r.name for r in results if r.problem]
 
 Each kernel folder lists what it ships in `ahead_of_time.py`: `variants(arch) -> list[dict]` with
 
-    name         of the variant, unique in its folder
-    kernel       the jitted function
-    signature    {argument: "*bf16", "i32", "fp32", ... or "constexpr"}; "i32:16" for an integer that is known to be a
-                 multiple of 16, as strides are. Pointers are taken to be aligned to 16 bytes, as torch's are.
-    constexprs   {argument: value} of the "constexpr" ones
+    name        of the variant, unique in its folder
+    kernel      the jitted function
+    signature   {argument: "*bf16", "i32", "fp32", ... or "constexpr"}; "i32:16" for an integer that is known to be a
+                multiple of 16, as strides are. Pointers are taken to be aligned to 16 bytes, as torch's are.
+    constexprs  {argument: value} of the "constexpr" ones
     num_warps, num_stages
-    forward      whether it must not spill registers
-    dots         whether it has matrix products, which must become matrix-unit instructions in 16-bit types
+    forward     whether it must not spill registers
+    dots        whether it has matrix products, which must become matrix-unit instructions in 16-bit types
 
-Needs triton, but no GPU and no driver; not in a process with TRITON_INTERPRET set, which compiles nothing.
-"""
+Needs triton, but no GPU and no driver; not in a process with TRITON_INTERPRET set, which compiles
+nothing."""
 
 from __future__ import annotations
 
@@ -40,13 +41,19 @@ from triton.compiler import ASTSource
 
 from effattn.errors import check_choice
 
-MATRIX_UNIT = re.compile(r"\b(UTC\w*MMA|[HQI]GMMA|[HQIOD]MMA|v_mfma)(?=[._\s])")  # tcgen05, wgmma, mma.sync, AMD's
-FMA_DOT = re.compile(r"\btt\.dot\b.*->\s*tensor<[^>]*#blocked\d*>")  # a product left to ordinary multiply-adds
+MATRIX_UNIT = re.compile(
+    r"\b(UTC\w*MMA|[HQI]GMMA|[HQIOD]MMA|v_mfma)(?=[._\s])"
+)  # tcgen05, wgmma, mma.sync, AMD's
+FMA_DOT = re.compile(
+    r"\btt\.dot\b.*->\s*tensor<[^>]*#blocked\d*>"
+)  # a product left to ordinary multiply-adds
 
 
 @dataclass(frozen=True)
 class Arch:
-    """What one multiprocessor (NVIDIA) or compute unit (AMD) holds, in warps, blocks, registers a thread and bytes."""
+    """What one multiprocessor (NVIDIA) or compute unit (AMD) holds, in warps, blocks, registers a
+    thread and bytes.
+    """
 
     target: GPUTarget
     warps: int
@@ -59,7 +66,9 @@ class Arch:
         """How many warps' registers fit."""
         if self.target.backend == "hip":  # 512 a lane in each of 4 SIMDs, given out by 8
             return 4 * min(self.warps // 4, 512 // max(8, -(-registers // 8) * 8))
-        by_warp = max(1, -(-registers * 32 // 256)) * 256  # 65536 in each of 4 quarters' equal shares, given out by 256
+        by_warp = (
+            max(1, -(-registers * 32 // 256)) * 256
+        )  # 65536 in each of 4 quarters' equal shares, given out by 256
         return 4 * (65536 // 4 // by_warp)
 
 
@@ -81,7 +90,9 @@ class Result:
     registers: int | None = None  # a thread
     spills: int | None = None  # bytes a thread
     shared: int | None = None  # bytes a block
-    blocks: int | None = None  # that run at once on a multiprocessor, by registers, shared memory and threads
+    blocks: int | None = (
+        None  # that run at once on a multiprocessor, by registers, shared memory and threads
+    )
     occupancy: float | None = None  # their warps, of the most there can be
     instructions: dict[str, int] | None = None  # of the matrix unit, by name
     problem: str | None = None  # why the check fails
@@ -92,7 +103,9 @@ def variants(arch: str) -> list[tuple[str, dict]]:
     check_choice("arch", arch, ARCHES)
     package = importlib.import_module(__package__)
     found = []
-    for folder in sorted(module.name for module in pkgutil.iter_modules(package.__path__) if module.ispkg):
+    for folder in sorted(
+        module.name for module in pkgutil.iter_modules(package.__path__) if module.ispkg
+    ):
         name = f"{__package__}.{folder}.ahead_of_time"
         if importlib.util.find_spec(name):
             found += [(folder, variant) for variant in importlib.import_module(name).variants(arch)]
@@ -100,9 +113,12 @@ def variants(arch: str) -> list[tuple[str, dict]]:
 
 
 def check_all(
-    arches: Iterable[str] = tuple(ARCHES), progress: Callable[[int, int], None] = lambda done, total: None
+    arches: Iterable[str] = tuple(ARCHES),
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Result]:
-    """Compiles every variant for each architecture, in as many processes as there are processors."""
+    """Compiles every variant for each architecture, in as many processes as there are
+    processors.
+    """
     tasks = [(arch, index) for arch in arches for index in range(len(variants(arch)))]
     workers = min(os.cpu_count() or 1, len(tasks))
     results = []
@@ -146,14 +162,23 @@ def check(variant: dict, arch: str, folder: str = "") -> Result:
     if variant["dots"] and narrow and (instructions == {} or FMA_DOT.search(compiled.asm["ttgir"])):
         problems.append("has matrix products outside of the matrix unit")
     return Result(
-        folder, variant["name"], arch, registers, spills, shared, blocks,
-        None if blocks is None else blocks * variant["num_warps"] / limits.warps, instructions,
+        folder,
+        variant["name"],
+        arch,
+        registers,
+        spills,
+        shared,
+        blocks,
+        None if blocks is None else blocks * variant["num_warps"] / limits.warps,
+        instructions,
         "; ".join(problems) or None,
-    )  # fmt: skip
+    )
 
 
 def build(variant: dict, target: GPUTarget) -> triton.compiler.CompiledKernel:
-    """triton.compile with what the launcher would find out from the arguments: alignment and multiples of 16."""
+    """triton.compile with what the launcher would find out from the arguments: alignment and
+    multiples of 16.
+    """
     signature, multiples = {}, {}
     for index, name in enumerate(variant["kernel"].arg_names):
         kind, _, multiple = variant["signature"][name].partition(":")
@@ -172,11 +197,18 @@ def blocks_at_once(limits: Arch, registers: int | None, shared: int, num_warps: 
     if registers is None:
         return None
     by_shared = limits.shared // max(1, math.ceil((shared + limits.shared_reserved) / 128) * 128)
-    return min(limits.blocks, limits.warps // num_warps, limits.warps_for(registers) // num_warps, by_shared)
+    return min(
+        limits.blocks,
+        limits.warps // num_warps,
+        limits.warps_for(registers) // num_warps,
+        by_shared,
+    )
 
 
 def read_cubin(asm: dict) -> tuple[int | None, int | None, dict[str, int] | None]:
-    """Registers, spilled bytes and matrix instructions of an NVIDIA kernel, by the tools that come with triton."""
+    """Registers, spilled bytes and matrix instructions of an NVIDIA kernel, by the tools that come
+    with triton.
+    """
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     if not tool.exists():
         return None, None, None
@@ -191,7 +223,9 @@ def read_cubin(asm: dict) -> tuple[int | None, int | None, dict[str, int] | None
 
 
 def parse_usage(usage: str) -> tuple[int | None, int | None]:
-    """Registers and bytes of stack (Triton's kernels have nothing else there than spills) from cuobjdump -res-usage."""
+    """Registers and bytes of stack (Triton's kernels have nothing else there than spills) from
+    cuobjdump -res-usage.
+    """
     found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage)
     return (int(found[1]), int(found[2]) + int(found[3])) if found else (None, None)
 
@@ -199,7 +233,9 @@ def parse_usage(usage: str) -> tuple[int | None, int | None]:
 def read_amdgcn(asm: dict) -> tuple[int | None, int | None, dict[str, int] | None]:
     """The same from the assembler's comments; .vgpr_count holds both kinds of vector registers."""
     text = asm["amdgcn"]
-    registers, spills = (re.search(pattern, text) for pattern in (r"\.vgpr_count:\s*(\d+)", r"ScratchSize: (\d+)"))
+    registers, spills = (
+        re.search(pattern, text) for pattern in (r"\.vgpr_count:\s*(\d+)", r"ScratchSize: (\d+)")
+    )
     return registers and int(registers[1]), spills and int(spills[1]), count_instructions(text)
 
 

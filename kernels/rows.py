@@ -6,12 +6,13 @@ from torch import Tensor
 
 
 def dense_rows(x: Tensor | None) -> Tensor | None:
-    """x (..., T, D), or (..., T), as kernels read it: a row's numbers beside each other, and rows that do not overlap.
+    """x (..., T, D), or (..., T), as kernels read it: a row's numbers beside each other, and rows
+    that do not overlap.
 
-    What transformers hands over (storage B, T, H, D seen as B, H, T, D) is so, and so are slices of tokens, expanded
-    heads and batches: they are returned as they are. Everything else is copied: a transposed last dimension, every
-    third number, an expanded one; and tokens that share storage, which matrix products in half precision refuse.
-    """
+    What transformers hands over (storage B, T, H, D seen as B, H, T, D) is so, and so are slices of
+    tokens, expanded heads and batches: they are returned as they are. Everything else is copied: a
+    transposed last dimension, every third number, an expanded one; and tokens that share storage,
+    which matrix products in half precision refuse."""
     if x is None:
         return None
     beside = x.shape[-1] == 1 or x.stride(-1) == 1

@@ -1,4 +1,5 @@
-"""Pruning: single weights in one shot, whole heads, FFN dimensions and layers, and packed 2:4 weights.
+"""Pruning: single weights in one shot, whole heads, FFN dimensions and layers, and packed 2:4
+weights.
 
     report = effattn.prune.oneshot(model, tokens, method="sparsegpt", sparsity="2:4")     # in place
 
@@ -23,7 +24,9 @@ __all__ = sorted(_FUNCTIONS)
 def __getattr__(name: str):
     if name in _FUNCTIONS:
         return getattr(importlib.import_module(_FUNCTIONS[name]), name)
-    raise AttributeError(f"module 'effattn.prune' has no attribute {name!r}; it has {', '.join(__all__)}")
+    raise AttributeError(
+        f"module 'effattn.prune' has no attribute {name!r}; it has {', '.join(__all__)}"
+    )
 
 
 def __dir__() -> list[str]:

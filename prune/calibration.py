@@ -1,4 +1,6 @@
-"""What one-shot pruning is calibrated on: tokens cut into windows, and their hidden states at one layer boundary."""
+"""What one-shot pruning is calibrated on: tokens cut into windows, and their hidden states at one
+layer boundary.
+"""
 
 from __future__ import annotations
 
@@ -19,19 +21,28 @@ BATCH_TOKENS = 2048  # tokens of a batch of windows
 def check_tokens(tokens: Tensor, vocabulary: int, length: int) -> None:
     """ValueError unless tokens are int64 (N,), in the vocabulary, and make at least one window."""
     if not isinstance(tokens, Tensor) or tokens.dtype != torch.int64 or tokens.dim() != 1:
-        got = f"{tokens.dtype} {tuple(tokens.shape)}" if isinstance(tokens, Tensor) else type(tokens).__name__
+        got = (
+            f"{tokens.dtype} {tuple(tokens.shape)}"
+            if isinstance(tokens, Tensor)
+            else type(tokens).__name__
+        )
         raise ValueError(f"tokens: got {got}, valid is an int64 tensor (N,) of token ids")
     if len(tokens) < length:
         raise ValueError(
-            f"tokens: got {len(tokens):,}, less than a window of {length:,}; give more text, or a smaller length"
+            f"tokens: got {len(tokens):,}, less than a window of {length:,}; give more text, or a "
+            "smaller length"
         )
     low, high = int(tokens.min()), int(tokens.max())
     if low < 0 or high >= vocabulary:
-        raise ValueError(f"tokens: ids run from {low} to {high}, the model's vocabulary is 0 to {vocabulary - 1}")
+        raise ValueError(
+            f"tokens: ids run from {low} to {high}, the model's vocabulary is 0 to {vocabulary - 1}"
+        )
 
 
 def window_length(config, length: int | None) -> int:
-    """`length`, or as many tokens as the model was trained for, up to `LENGTH`. ValueError for less than 8."""
+    """`length`, or as many tokens as the model was trained for, up to `LENGTH`. ValueError for less
+    than 8.
+    """
     if length is None:
         return min(LENGTH, getattr(config, "max_position_embeddings", None) or LENGTH)
     if length < 8:

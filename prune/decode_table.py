@@ -9,14 +9,21 @@ DECODING = "Decoding"
 
 
 def decode_table(timed: list[dict], note: str = "") -> Table:
-    """timed: rows by context, with "before" and "after" of `effattn.profiling.decode`; note: one sentence more."""
+    """timed: rows by context, with "before" and "after" of `effattn.profiling.decode`; note: one
+    sentence more.
+    """
     rows = []
     for row in timed:
         before, after = (row.get(when) or {} for when in ("before", "after"))
-        rows.append([
-            number(row["context"]), speed(before), speed(after), data_size(before.get("kv_bytes")),
-            data_size(after.get("kv_bytes")),
-        ])  # fmt: skip
+        rows.append(
+            [
+                number(row["context"]),
+                speed(before),
+                speed(after),
+                data_size(before.get("kv_bytes")),
+                data_size(after.get("kv_bytes")),
+            ]
+        )
     header = ("Context", "Before (tokens/s)", "After (tokens/s)", "KV before", "KV after")
     said = "Context in tokens; greedy single-token steps, the models taking turns."
     return Table(DECODING, header, rows, f"{said} {note}".rstrip())

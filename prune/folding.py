@@ -12,17 +12,20 @@ from effattn.hf import anatomy as hf
 
 @torch.no_grad()
 def fold(parts: hf.Anatomy, values: Values) -> None:
-    """Multiplies the gates into the model's weights in place: without masks it then computes what it did with them,
-    but for the norms, which take their mean over the kept dimensions only after slicing.
+    """Multiplies the gates into the model's weights in place: without masks it then computes what
+    it did with them, but for the norms, which take their mean over the kept dimensions only after
+    slicing.
 
-    A gate at a linear module's input scales its columns, one at its output its rows and bias: for heads and FFN
-    dimensions that is the same map as scaling v_proj and up_proj, and holds for fused projections and biases too. The
-    head reads gated hidden states: tied to the embedding it has the gates by that, untied it gets them here.
-    """
+    A gate at a linear module's input scales its columns, one at its output its rows and bias: for
+    heads and FFN dimensions that is the same map as scaling v_proj and up_proj, and holds for fused
+    projections and biases too. The head reads gated hidden states: tied to the embedding it has the
+    gates by that, untied it gets them here."""
     for layer in parts:
         o = layer.o.module
         if (z := values.get("heads")) is not None:
-            o.weight.mul_(z[layer.index].repeat_interleave(o.in_features // z.shape[-1]).to(o.weight))
+            o.weight.mul_(
+                z[layer.index].repeat_interleave(o.in_features // z.shape[-1]).to(o.weight)
+            )
         if (z := values.get("ffn")) is not None:
             down = layer.feed_forward.output
             down.weight.mul_(z[layer.index].to(down.weight))
@@ -46,7 +49,9 @@ def _scale_rows(linear, z: Tensor) -> None:
 
 
 def keep(values: Values) -> Keep:
-    """What is not 0, as `slice_model` takes it: heads and FFN dimensions of the layers that stay."""
+    """What is not 0, as `slice_model` takes it: heads and FFN dimensions of the layers that
+    stay.
+    """
 
     def of(axis: str) -> Tensor | None:
         return values[axis].nonzero().flatten().cpu() if axis in values else None

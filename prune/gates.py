@@ -1,11 +1,11 @@
-"""Factors on heads and FFN dimensions of a live model: 1 changes nothing, 0 takes one out, gradients say what it does.
+"""Factors on heads and FFN dimensions of a live model: 1 changes nothing, 0 takes one out,
+gradients say what it does.
 
     with gated(anatomy.of(model), heads=ones, ffn=None):
         model(input_ids=ids)
 
-transformers 5 has no `head_mask` for most classes. A head ends in its columns of o_proj, an FFN dimension in its column
-of the FFN's output module: hooks multiply what these two take.
-"""
+transformers 5 has no `head_mask` for most classes. A head ends in its columns of o_proj, an FFN
+dimension in its column of the FFN's output module: hooks multiply what these two take."""
 
 from __future__ import annotations
 
@@ -19,17 +19,21 @@ from effattn.hf.anatomy import Anatomy
 
 @contextmanager
 def gated(
-    parts: Anatomy, heads: Sequence[Tensor | None] | None = None, ffn: Sequence[Tensor | None] | None = None
+    parts: Anatomy,
+    heads: Sequence[Tensor | None] | None = None,
+    ffn: Sequence[Tensor | None] | None = None,
 ) -> Iterator[None]:
     """While open, the model computes with these gates; None: without.
 
-    heads: a tensor (H,) of query heads for each layer, or (B, H) for each of a batch's rows. ffn: (F,) or (B, F).
-    Gradients flow into them. What is given for the wrong number of layers or of heads is a ValueError.
-    """
+    heads: a tensor (H,) of query heads for each layer, or (B, H) for each of a batch's rows. ffn:
+    (F,) or (B, F). Gradients flow into them. What is given for the wrong number of layers or of
+    heads is a ValueError."""
     handles = []
     for name, given in (("heads", heads), ("ffn", ffn)):
         if given is not None and len(given) != len(parts.layers):
-            raise ValueError(f"{name}: got gates for {len(given)} layers, the model has {len(parts.layers)}")
+            raise ValueError(
+                f"{name}: got gates for {len(given)} layers, the model has {len(parts.layers)}"
+            )
     try:
         for layer in parts:
             if heads is not None and heads[layer.index] is not None:
@@ -46,7 +50,9 @@ def gated(
 
 def _check(name: str, gate: Tensor, size: int) -> Tensor:
     if gate.dim() not in (1, 2) or gate.shape[-1] != size:
-        raise ValueError(f"{name}: got gates {tuple(gate.shape)}, valid is ({size},) or (batch, {size})")
+        raise ValueError(
+            f"{name}: got gates {tuple(gate.shape)}, valid is ({size},) or (batch, {size})"
+        )
     return gate
 
 

@@ -1,4 +1,5 @@
-"""The Hessian of a linear layer's squared output error, H = mean over tokens of 2 x x^T, and the factor of its inverse.
+"""The Hessian of a linear layer's squared output error, H = mean over tokens of 2 x x^T, and the
+factor of its inverse.
 
 One matrix serves every linear layer that sees the same input (q, k and v; gate and up).
 """
@@ -15,7 +16,8 @@ PANEL = 256  # columns of the triangular inverse that are solved for at a time
 
 
 class Hessian:
-    """A running mean of 2 x x^T over all tokens seen, fp32 (fp64 for fp64 inputs); `diagonal_only`: of 2 x^2.
+    """A running mean of 2 x x^T over all tokens seen, fp32 (fp64 for fp64 inputs); `diagonal_only`:
+    of 2 x^2.
 
     Memory is one matrix (inputs, inputs), or one vector. `mean` is None until something was added.
     """
@@ -43,27 +45,33 @@ class Hessian:
         return self.mean if self.diagonal_only else self.mean.diagonal()
 
     def check(self, name: str) -> None:
-        """FloatingPointError, naming the layer, when an activation was NaN or Inf (or its square overflows)."""
+        """FloatingPointError, naming the layer, when an activation was NaN or Inf (or its square
+        overflows).
+        """
         bad = int((~torch.isfinite(self.diagonal)).sum())
         if bad:
             raise FloatingPointError(
-                f"activations: the inputs of {name} hold NaN or Inf in {bad} of {len(self.diagonal)} features"
+                f"activations: the inputs of {name} hold NaN or Inf in {bad} of "
+                f"{len(self.diagonal)} features"
             )
 
 
 @dataclass(frozen=True)
 class InverseHessian:
-    """`factor`: U, upper triangular (d, d), with U^T U = (H + damping * mean(diag H) I)^-1. `dead` (d,) bool: inputs
-    that were always 0, which count as 1 in H."""
+    """`factor`: U, upper triangular (d, d), with U^T U = (H + damping * mean(diag H) I)^-1. `dead`
+    (d,) bool: inputs that were always 0, which count as 1 in H."""
 
     factor: Tensor
     dead: Tensor
     damping: float
 
     @classmethod
-    def of(cls, hessian: Tensor, damping: float, name: str, raise_damping: bool = False) -> InverseHessian:
-        """For hessian (d, d), which is left as it is. Raises LinAlgError that names the layer where H is not positive
-        definite; with `raise_damping` only when it is not with ten times the damping either, and so on up to 1."""
+    def of(
+        cls, hessian: Tensor, damping: float, name: str, raise_damping: bool = False
+    ) -> InverseHessian:
+        """For hessian (d, d), which is left as it is. Raises LinAlgError that names the layer where
+        H is not positive definite; with `raise_damping` only when it is not with ten times the
+        damping either, and so on up to 1."""
         dead = hessian.diagonal() == 0
         if bool(dead.any()):
             hessian = hessian.clone()
@@ -73,20 +81,26 @@ class InverseHessian:
             more = max(10 * used, DAMPING)
             if not raise_damping or more > 1:
                 tried = f"damping {damping:g}" + (f" to {used:g}" if used != damping else "")
-                advice = "more calibration tokens" if raise_damping else "more damping, or raise_damping=True"
+                advice = (
+                    "more calibration tokens"
+                    if raise_damping
+                    else "more damping, or raise_damping=True"
+                )
                 raise torch.linalg.LinAlgError(
-                    f"{name}: the Cholesky factorisation of its Hessian fails with {tried}; give {advice}"
+                    f"{name}: the Cholesky factorisation of its Hessian fails with {tried}; give "
+                    f"{advice}"
                 )
             used = more
         return cls(factor, dead, used)
 
 
 def inverse_factor(hessian: Tensor, damping: float) -> Tensor | None:
-    """U, upper triangular with U^T U = (H + damping * mean(diag H) I)^-1; None where that is not positive definite.
+    """U, upper triangular with U^T U = (H + damping * mean(diag H) I)^-1; None where that is not
+    positive definite.
 
-    The textbook way is three factorisations (H, its inverse, that one's upper factor). Here H is read backwards:
-    J H J = L L^T for the reversal J gives H^-1 = (J L^-1 J)^T (J L^-1 J), one factorisation and one triangular inverse.
-    """
+    The textbook way is three factorisations (H, its inverse, that one's upper factor). Here H is
+    read backwards: J H J = L L^T for the reversal J gives H^-1 = (J L^-1 J)^T (J L^-1 J), one
+    factorisation and one triangular inverse."""
     reverse = hessian.flip(0, 1)
     reverse.diagonal().add_(damping * hessian.diagonal().mean())
     factor, failed = torch.linalg.cholesky_ex(reverse)
@@ -100,7 +114,9 @@ def inverse_factor(hessian: Tensor, damping: float) -> Tensor | None:
 
 
 def invert_lower(lower: Tensor) -> Tensor:
-    """The inverse of a lower triangular matrix, by panels of columns: zeros above are never computed."""
+    """The inverse of a lower triangular matrix, by panels of columns: zeros above are never
+    computed.
+    """
     size = len(lower)
     inverse = torch.zeros_like(lower)
     identity = torch.eye(size, min(PANEL, size), dtype=lower.dtype, device=lower.device)

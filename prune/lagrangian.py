@@ -1,8 +1,8 @@
 """Lagrangian constraints that bring the expected shape of a masked model to its target.
 
-Equation 2 of Sheared LLaMA (arXiv:2310.06694): for every axis, lambda1 (s - t) + lambda2 (s - t)^2, where s is the
-expected share that is removed and t the target's, ramped up linearly; the lambdas climb while everything else descends.
-"""
+Equation 2 of Sheared LLaMA (arXiv:2310.06694): for every axis, lambda1 (s - t) + lambda2 (s - t)^2,
+where s is the expected share that is removed and t the target's, ramped up linearly; the lambdas
+climb while everything else descends."""
 
 from __future__ import annotations
 
@@ -10,20 +10,29 @@ import torch
 from effattn.prune.masks import Masks
 from torch import Tensor, nn
 
-SQUARE = 100.0  # lambda2 at the start: in few steps, multipliers that grow from 0 act too late, and then too much
+# lambda2 at the start: in few steps, multipliers that grow from 0 act too late, and then too much
+SQUARE = 100.0
 
 
 class Lagrangian(nn.Module):
-    """Two multipliers for every row of every axis of `masks`: each layer meets its own number of heads and FFN
-    dimensions, since a plain config holds one number for all. warmup: steps until the target is the whole one."""
+    """Two multipliers for every row of every axis of `masks`: each layer meets its own number of
+    heads and FFN dimensions, since a plain config holds one number for all. warmup: steps until the
+    target is the whole one."""
 
     def __init__(self, masks: Masks, warmup: int):
         super().__init__()
         self.warmup = warmup
-        self.final = {axis: 1 - masks.target[axis] / log_alpha.shape[-1] for axis, log_alpha in masks.log_alpha.items()}
+        self.final = {
+            axis: 1 - masks.target[axis] / log_alpha.shape[-1]
+            for axis, log_alpha in masks.log_alpha.items()
+        }
         rows = {axis: share.detach() for axis, share in masks.removed().items()}
-        self.linear = nn.ParameterDict({axis: nn.Parameter(torch.zeros_like(row)) for axis, row in rows.items()})
-        self.square = nn.ParameterDict({axis: nn.Parameter(torch.full_like(row, SQUARE)) for axis, row in rows.items()})
+        self.linear = nn.ParameterDict(
+            {axis: nn.Parameter(torch.zeros_like(row)) for axis, row in rows.items()}
+        )
+        self.square = nn.ParameterDict(
+            {axis: nn.Parameter(torch.full_like(row, SQUARE)) for axis, row in rows.items()}
+        )
 
     def targets(self, step: int) -> dict[str, float]:
         """Axis -> the share to be removed at `step`."""
@@ -35,10 +44,15 @@ class Lagrangian(nn.Module):
         total = 0.0
         for axis, target in self.targets(step).items():
             gap = removed[axis] - target
-            total = total + (_climb(self.linear[axis]) * gap + _climb(self.square[axis]) * gap.square()).sum()
+            total = (
+                total
+                + (_climb(self.linear[axis]) * gap + _climb(self.square[axis]) * gap.square()).sum()
+            )
         return total
 
 
 def _climb(multiplier: Tensor) -> Tensor:
-    """The same value with the opposite gradient, so that any optimizer that descends makes it ascend."""
+    """The same value with the opposite gradient, so that any optimizer that descends makes it
+    ascend.
+    """
     return 2 * multiplier.detach() - multiplier

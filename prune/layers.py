@@ -1,4 +1,5 @@
-"""One decoder layer at a time: its linear layers, what they see, and a model whose weights are still in their files.
+"""One decoder layer at a time: its linear layers, what they see, and a model whose weights are
+still in their files.
 
 Everything runs through the model's own forward (`effattn.hf.layerwise`) and knows no architecture.
 """
@@ -26,18 +27,22 @@ from effattn.profiling.weights import is_plain
 MODULES = ("all", "attention", "ffn")
 
 
-# ---- the linear layers of a block -----------------------------------------------------------------------------------
+# ---- the linear layers of a block
+# -----------------------------------------------------------------------------------
 
 
 def linears(layer: hf.Layer, modules: str = "all") -> dict[str, nn.Linear]:
-    """The linear layers of one decoder layer by their path from it: all, or those of its attention or FFN.
+    """The linear layers of one decoder layer by their path from it: all, or those of its attention
+    or FFN.
 
-    Unsupported, by name, for weights that are no plain linear layer: fused experts, structured or quantized ones.
-    """
+    Unsupported, by name, for weights that are no plain linear layer: fused experts, structured or
+    quantized ones."""
     check_choice("modules", modules, MODULES)
     inside: set[nn.Module] = set()
     if modules != "ffn":
-        inside.update(each for root in (layer.attention, *layer.qkv_modules) for each in root.modules())
+        inside.update(
+            each for root in (layer.attention, *layer.qkv_modules) for each in root.modules()
+        )
     if modules != "attention":
         inside.update(layer.ffn.modules())
     inside -= {each for norm in layer.norms for each in norm.modules()}
@@ -47,28 +52,38 @@ def linears(layer: hf.Layer, modules: str = "all") -> dict[str, nn.Linear]:
             continue
         if hasattr(module, "in_features") and not list(module.parameters(recurse=False)):
             raise Unsupported(
-                f"modules: {modules!r} of layer {layer.index} includes {path} ({type(module).__name__}), whose weight "
+                f"modules: {modules!r} of layer {layer.index} includes {path} "
+                f"({type(module).__name__}), whose weight "
                 "is codes in buffers; valid are models whose weights are all nn.Linear"
             )
         for name, weight in module.named_parameters(recurse=False):
             if weight.dim() < 2:
                 continue
             if not is_plain(module):
-                others = " ('attention' may do)" if module in set(layer.ffn.modules()) and modules == "all" else ""
+                others = (
+                    " ('attention' may do)"
+                    if module in set(layer.ffn.modules()) and modules == "all"
+                    else ""
+                )
                 raise Unsupported(
-                    f"modules: {modules!r} of layer {layer.index} includes {path}.{name} ({type(module).__name__}, "
-                    f"{str(weight.dtype).removeprefix('torch.')} {tuple(weight.shape)}), which is no plain linear "
+                    f"modules: {modules!r} of layer {layer.index} includes {path}.{name} "
+                    f"({type(module).__name__}, "
+                    f"{str(weight.dtype).removeprefix('torch.')} {tuple(weight.shape)}), which is "
+                    "no plain linear "
                     f"layer; valid are models whose {modules} weights are all nn.Linear{others}"
                 )
             found[path] = module
     return found
 
 
-def input_groups(layers: dict[str, nn.Linear], forward: Callable[[], Tensor]) -> tuple[list[list[str]], Tensor]:
-    """Which of `layers` see the same tensor, in the order in which they are called, and what `forward` returned.
+def input_groups(
+    layers: dict[str, nn.Linear], forward: Callable[[], Tensor]
+) -> tuple[list[list[str]], Tensor]:
+    """Which of `layers` see the same tensor, in the order in which they are called, and what
+    `forward` returned.
 
-    q, k and v are one group, gate and up another. Unsupported for layers that are called never, or for several inputs.
-    """
+    q, k and v are one group, gate and up another. Unsupported for layers that are called never, or
+    for several inputs."""
     seen: list[tuple[str, Tensor]] = []  # the tensors are kept, so that no address is used twice
     handles = [
         module.register_forward_pre_hook(lambda _, args, path=path: seen.append((path, args[0])))
@@ -81,7 +96,11 @@ def input_groups(layers: dict[str, nn.Linear], forward: Callable[[], Tensor]) ->
             handle.remove()
     groups: list[tuple[Tensor, list[str]]] = []
     for path, x in seen:
-        same = [names for y, names in groups if y is x or (y.data_ptr(), y.numel()) == (x.data_ptr(), x.numel())]
+        same = [
+            names
+            for y, names in groups
+            if y is x or (y.data_ptr(), y.numel()) == (x.data_ptr(), x.numel())
+        ]
         if same:
             same[0].append(path)
         else:
@@ -89,7 +108,9 @@ def input_groups(layers: dict[str, nn.Linear], forward: Callable[[], Tensor]) ->
     called = [path for _, names in groups for path in names]
     for path in layers:
         if called.count(path) != 1:
-            raise Unsupported(f"{path}: called {called.count(path)} times in a forward pass, valid is once")
+            raise Unsupported(
+                f"{path}: called {called.count(path)} times in a forward pass, valid is once"
+            )
     return [names for _, names in groups], output
 
 
@@ -97,8 +118,16 @@ class _Stop(Exception):
     pass
 
 
-def feed(runner: LayerRunner, index: int, hidden: Iterable[Tensor], linear: nn.Linear, see: Callable[[Tensor], None]):
-    """Runs layer `index` on every batch of `hidden`, no further than to `linear`; calls `see` with what it gets."""
+def feed(
+    runner: LayerRunner,
+    index: int,
+    hidden: Iterable[Tensor],
+    linear: nn.Linear,
+    see: Callable[[Tensor], None],
+):
+    """Runs layer `index` on every batch of `hidden`, no further than to `linear`; calls `see` with
+    what it gets.
+    """
 
     def hook(_, args):
         see(args[0])
@@ -115,11 +144,14 @@ def feed(runner: LayerRunner, index: int, hidden: Iterable[Tensor], linear: nn.L
         handle.remove()
 
 
-# ---- precision ------------------------------------------------------------------------------------------------------
+# ---- precision
+# -------------------------------------------------------------------------------------------------
 
 
 def working_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """What a layer is run in while it is pruned: fp32 on CPUs on which half precision is emulated (6 times slower)."""
+    """What a layer is run in while it is pruned: fp32 on CPUs on which half precision is emulated
+    (6 times slower).
+    """
     half = dtype in (torch.bfloat16, torch.float16)
     native = device.type != "cpu" or (dtype == torch.bfloat16 and training.bf16_pays(on_cpu=True))
     return torch.float32 if half and not native else dtype
@@ -127,7 +159,9 @@ def working_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
 
 @contextmanager
 def working(block: nn.Module, dtype: torch.dtype) -> Iterator[dict[nn.Parameter, torch.dtype]]:
-    """While open, the block's floating-point parameters are in `dtype`; yields the dtypes they had, and get again."""
+    """While open, the block's floating-point parameters are in `dtype`; yields the dtypes they had,
+    and get again.
+    """
     stored = {p: p.dtype for p in block.parameters() if p.is_floating_point()}
     try:
         for parameter in stored:
@@ -139,7 +173,9 @@ def working(block: nn.Module, dtype: torch.dtype) -> Iterator[dict[nn.Parameter,
 
 
 def give_memory_back() -> None:
-    """Returns freed memory to the system, where the C library can: it keeps hundreds of megabytes between layers."""
+    """Returns freed memory to the system, where the C library can: it keeps hundreds of megabytes
+    between layers.
+    """
     if sys.platform == "linux" and hasattr(library := ctypes.CDLL(None), "malloc_trim"):
         library.malloc_trim(0)
 
@@ -165,14 +201,19 @@ def _cast(value, dtype: torch.dtype):
         return value.to(dtype) if value.is_floating_point() else value
     if isinstance(value, dict):
         return {key: _cast(one, dtype) for key, one in value.items()}
-    return type(value)(_cast(one, dtype) for one in value) if type(value) in (tuple, list) else value
+    return (
+        type(value)(_cast(one, dtype) for one in value) if type(value) in (tuple, list) else value
+    )
 
 
-# ---- a checkpoint that stays in its files ---------------------------------------------------------------------------
+# ---- a checkpoint that stays in its files
+# ---------------------------------------------------------------------------
 
 
 class Checkpoint:
-    """The tensors of a safetensors checkpoint by name, each read when it is asked for. Nothing is ever written."""
+    """The tensors of a safetensors checkpoint by name, each read when it is asked for. Nothing is
+    ever written.
+    """
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
@@ -195,7 +236,9 @@ class Checkpoint:
 
 
 class StreamedModel:
-    """A model on the meta device: parts of it are filled from a checkpoint while they are needed, and emptied again."""
+    """A model on the meta device: parts of it are filled from a checkpoint while they are needed,
+    and emptied again.
+    """
 
     def __init__(self, checkpoint: Checkpoint, device: torch.device | None = None):
         from accelerate import init_empty_weights
@@ -204,13 +247,20 @@ class StreamedModel:
         config = read_config(str(checkpoint.folder), checkpoint.folder)
         if hasattr(config, KEY):
             raise Unsupported(
-                f"model: {str(checkpoint.folder)!r} is a swapped checkpoint, which is not pruned from file to file; "
+                f"model: {str(checkpoint.folder)!r} is a swapped checkpoint, which is not pruned "
+                "from file to file; "
                 "valid is effattn.load, effattn.prune.oneshot on the model, and effattn.save"
             )
         loading.check_causal(config, checkpoint.folder)
         require_plain_files(config, checkpoint.folder, "pruning from files")
-        with init_empty_weights(include_buffers=False):  # rotary frequencies are computed, not stored
-            model = loading.class_of(config)._from_config(config, dtype=config.dtype or torch.float32).eval()
+        with init_empty_weights(
+            include_buffers=False
+        ):  # rotary frequencies are computed, not stored
+            model = (
+                loading.class_of(config)
+                ._from_config(config, dtype=config.dtype or torch.float32)
+                .eval()
+            )
         model.tie_weights()
         for module in model.modules():  # what is not stored
             for name in module._non_persistent_buffers_set:
@@ -228,21 +278,33 @@ class StreamedModel:
         ]
         if missing:
             raise Unsupported(
-                f"model: {checkpoint.folder} has no {missing[0]!r} ({len(missing)} of the names that "
-                f"{type(model).__name__} has are missing); save it once with this version of transformers"
+                f"model: {checkpoint.folder} has no {missing[0]!r} ({len(missing)} of the names "
+                "that "
+                f"{type(model).__name__} has are missing); save it once with this version of "
+                "transformers"
             )
 
         loading.check_shapes(model, checkpoint.stored, self.stored)
         own = model.state_dict()
-        if unknown := [here for here in self.stored if here not in own and not loading.left_out(model, here)]:
+        if unknown := [
+            here for here in self.stored if here not in own and not loading.left_out(model, here)
+        ]:
             loading.refuse("unexpected keys", unknown)
 
     def names(self, index: int | None) -> list[str]:
-        """The checkpoint's own names of the tensors of decoder layer `index`, or of what is outside of all of them."""
+        """The checkpoint's own names of the tensors of decoder layer `index`, or of what is outside
+        of all of them.
+        """
         if index is not None:
-            return [there for here, there in self.stored.items() if here.startswith(self.prefixes[index])]
+            return [
+                there
+                for here, there in self.stored.items()
+                if here.startswith(self.prefixes[index])
+            ]
         return [
-            there for here, there in self.stored.items() if not any(here.startswith(prefix) for prefix in self.prefixes)
+            there
+            for here, there in self.stored.items()
+            if not any(here.startswith(prefix) for prefix in self.prefixes)
         ]
 
     @contextmanager
@@ -253,7 +315,9 @@ class StreamedModel:
 
     @contextmanager
     def around(self) -> Iterator[None]:
-        """While open, everything outside of the decoder layers has its weights, apart from an output embedding."""
+        """While open, everything outside of the decoder layers has its weights, apart from an
+        output embedding.
+        """
         blocks = {each for layer in self.parts for each in layer.block.modules()}
         with self._filled(self.parts.model, "", leave=blocks | {self.parts.head}):
             yield
@@ -268,7 +332,10 @@ class StreamedModel:
         for full, (module, name) in wanted.items():
             if full in self.stored:
                 _set(module, name, tensors.pop(self.stored[full]).to(self.device))
-        if self.parts.head is None and (head := self.parts.model.get_output_embeddings()) is not None:
+        if (
+            self.parts.head is None
+            and (head := self.parts.model.get_output_embeddings()) is not None
+        ):
             head.weight = self.parts.embeddings.weight
         try:
             yield
@@ -278,11 +345,15 @@ class StreamedModel:
 
 
 def _stored_names(model: nn.Module, files: Iterable[str]) -> dict[str, str]:
-    """The name in the model -> the name in the files, of every tensor there: transformers renames some as it loads."""
+    """The name in the model -> the name in the files, of every tensor there: transformers renames
+    some as it loads.
+    """
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightRenaming
 
-    renamings = [one for one in get_model_conversion_mapping(model) if isinstance(one, WeightRenaming)]
+    renamings = [
+        one for one in get_model_conversion_mapping(model) if isinstance(one, WeightRenaming)
+    ]
     own, found = set(model.state_dict()), {}
     for there in files:
         here = there

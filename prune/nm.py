@@ -1,7 +1,8 @@
-"""How many weights go, and which of them are the lowest: exact counts, unstructured or N of every M.
+"""How many weights go, and which of them are the lowest: exact counts, unstructured or N of every
+M.
 
-Sparsity.parse(0.5)        # half of the weights of every matrix, exactly
-Sparsity.parse("2:4")      # 2 of every 4 consecutive inputs of an output, as sparse tensor cores want them
+Sparsity.parse(0.5)    # half of the weights of every matrix, exactly
+Sparsity.parse("2:4")  # 2 of every 4 consecutive inputs of an output, as sparse tensor cores want them
 """
 
 from __future__ import annotations
@@ -15,12 +16,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-PAIRWISE = 16  # groups up to this size are ranked by comparing all pairs, which beats sorting many short rows
+# groups up to this size are ranked by comparing all pairs, which beats sorting many short rows
+PAIRWISE = 16
 
 
 @dataclass(frozen=True)
 class Sparsity:
-    """`share` of the weights are pruned; with `n` and `m`, n of every m consecutive inputs of each output."""
+    """`share` of the weights are pruned; with `n` and `m`, n of every m consecutive inputs of each
+    output.
+    """
 
     share: float
     n: int | None = None
@@ -28,7 +32,9 @@ class Sparsity:
 
     @classmethod
     def parse(cls, spec: float | str | Sparsity, argument: str = "sparsity") -> Sparsity:
-        """A share from 0 to 1 (a number or its text) or "N:M": N zeros in every M weights. ValueError for others."""
+        """A share from 0 to 1 (a number or its text) or "N:M": N zeros in every M weights.
+        ValueError for others.
+        """
         if isinstance(spec, Sparsity):
             return spec
         pattern = re.fullmatch(r"\s*(\d+)\s*:\s*(\d+)\s*", spec) if isinstance(spec, str) else None
@@ -36,7 +42,8 @@ class Sparsity:
             n, m = map(int, pattern.groups())
             if m < 1 or n > m:
                 raise ValueError(
-                    f"{argument}: got {spec!r}, valid is N:M with N zeros in every M weights, N from 0 to M"
+                    f"{argument}: got {spec!r}, valid is N:M with N zeros in every M weights, N "
+                    "from 0 to M"
                 )
             return cls(n / m, n, m)
         try:
@@ -44,7 +51,9 @@ class Sparsity:
         except (TypeError, ValueError):
             share = math.nan
         if not 0 <= share <= 1:
-            raise ValueError(f"{argument}: got {spec!r}, valid is a share from 0 to 1, or N:M like '2:4'")
+            raise ValueError(
+                f"{argument}: got {spec!r}, valid is a share from 0 to 1, or N:M like '2:4'"
+            )
         return cls(share)
 
     def __str__(self) -> str:
@@ -62,11 +71,14 @@ class Sparsity:
     def check_inputs(self, inputs: int, name: str) -> None:
         """ValueError, naming the matrix, when its rows cannot be cut into groups of M."""
         if self.m is not None and inputs % self.m:
-            raise ValueError(f"sparsity: {self} needs inputs in groups of {self.m}, {name} has {inputs}")
+            raise ValueError(
+                f"sparsity: {self} needs inputs in groups of {self.m}, {name} has {inputs}"
+            )
 
 
 def lowest(scores: Tensor, count: int) -> Tensor:
-    """Marks exactly `count` entries of every row of scores (R, n), fp32 or fp64: the lowest, of equal ones the first.
+    """Marks exactly `count` entries of every row of scores (R, n), fp32 or fp64: the lowest, of
+    equal ones the first.
 
     Bool (R, n).
     """
@@ -91,23 +103,32 @@ def _kth_lowest(scores: Tensor, count: int) -> Tensor:
 
 
 def lowest_of_groups(scores: Tensor, n: int, m: int) -> Tensor:
-    """Marks the n lowest of every m consecutive entries of each row of scores (R, C), C % m == 0. Bool (R, C)."""
+    """Marks the n lowest of every m consecutive entries of each row of scores (R, C), C % m == 0.
+    Bool (R, C).
+    """
     groups = scores.view(-1, m).T.contiguous()  # (m, groups)
     return lowest_first(groups, n).T.reshape(scores.shape)
 
 
 def lowest_first(scores: Tensor, n: int) -> Tensor:
-    """Marks the n lowest of every column of scores (m, columns); of equal ones the first. Bool (m, columns)."""
+    """Marks the n lowest of every column of scores (m, columns); of equal ones the first. Bool (m,
+    columns).
+    """
     m = scores.shape[0]
     if m > PAIRWISE:
         mask = torch.zeros_like(scores, dtype=torch.bool)
         return mask.scatter_(0, scores.argsort(dim=0, stable=True)[:n], True)
-    if (n, m) == (2, 4):  # SparseGPT asks for it a thousand times a layer: this takes a quarter of the time
+    if (n, m) == (
+        2,
+        4,
+    ):  # SparseGPT asks for it a thousand times a layer: this takes a quarter of the time
         mask = scores <= _second_of_four(scores)
         if int(mask.count_nonzero()) == n * scores.shape[1]:  # none is tied with it
             return mask
     first, second, rank, start = _pairs(m, scores.device)
-    above = scores.index_select(0, first) <= scores.index_select(0, second)  # of equal ones the later ranks higher
+    above = scores.index_select(0, first) <= scores.index_select(
+        0, second
+    )  # of equal ones the later ranks higher
     return torch.addmm(start, rank, above.float()) < n
 
 
@@ -119,19 +140,26 @@ def _second_of_four(scores: Tensor) -> Tensor:
 
 @cache
 def _pairs(m: int, device: torch.device) -> tuple[Tensor, ...]:
-    """All pairs i < j of m entries, and what they say of ranks: the matrix (m, pairs) that counts for each entry how
-    often it is above, as j, less how often it is not below, as i; and the entries after it (m, 1), where counting
-    starts. Few calls: it is their number that takes the time."""
+    """All pairs i < j of m entries, and what they say of ranks: the matrix (m, pairs) that counts
+    for each entry how often it is above, as j, less how often it is not below, as i; and the
+    entries after it (m, 1), where counting starts. Few calls: it is their number that takes the
+    time."""
     first, second = torch.triu_indices(m, m, 1, device=device)
     place = torch.arange(m, device=device)[:, None]
-    return first, second, (place == second).float() - (place == first).float(), (m - 1.0 - place).float()
+    return (
+        first,
+        second,
+        (place == second).float() - (place == first).float(),
+        (m - 1.0 - place).float(),
+    )
 
 
 def lowest_per_row(scores: Tensor, sparsity: Sparsity) -> Tensor:
-    """The mask of a method that compares the weights of an output (a row) only with each other. scores (R, C).
+    """The mask of a method that compares the weights of an output (a row) only with each other.
+    scores (R, C).
 
-    Rows get equally many, or one more, so that the whole matrix has exactly `sparsity.count(R * C)`.
-    """
+    Rows get equally many, or one more, so that the whole matrix has exactly `sparsity.count(R *
+    C)`."""
     if sparsity.m is not None:
         return lowest_of_groups(scores, sparsity.n, sparsity.m)
     rows, columns = scores.shape

@@ -1,9 +1,9 @@
 """The whole job behind `recipes/prune_oneshot.py` and `effattn prune oneshot`.
 
-Prune from file to file (`effattn.prune.from_files`), and, where the model fits into memory three times: measure before
-and after, compare methods, distil with the zeros kept, time decoding, and prove that plain transformers loads the
-result. `.<output>.partial` beside the output keeps an unfinished run; the same command goes on from there.
-"""
+Prune from file to file (`effattn.prune.from_files`), and, where the model fits into memory three
+times: measure before and after, compare methods, distil with the zeros kept, time decoding, and
+prove that plain transformers loads the result. `.<output>.partial` beside the output keeps an
+unfinished run; the same command goes on from there."""
 
 from __future__ import annotations
 
@@ -26,7 +26,16 @@ from effattn.errors import check_choice
 from effattn.evaluate.loss import compare
 from effattn.heads.verify import verify_plain
 from effattn.hf.checkpoint import load_model, load_tokenizer, resolve
-from effattn.jobs import SETTINGS, Quiet, device, discard, holds_output, main_process, partial_folder, settings_of
+from effattn.jobs import (
+    SETTINGS,
+    Quiet,
+    device,
+    discard,
+    holds_output,
+    main_process,
+    partial_folder,
+    settings_of,
+)
 from effattn.outputs import atomic_folder, check_new_folder, check_room
 from effattn.profiling.decode import decode_speed
 from effattn.profiling.environment import environment
@@ -43,12 +52,16 @@ from .zeros import keep_zeros
 
 MEASURE = ("auto", "yes", "no")
 LR = 1 / 3  # of what suits uptraining after a head conversion, which breaks more
-COPIES = 3  # of the weights, that measuring needs room for: the dense model, the pruned one, and one to compare with
+# of the weights, that measuring needs room for: the dense model, the pruned one, and one to compare
+# with
+COPIES = 3
 
 
 @dataclass
 class Job(Checked):
-    """The settings of one run. The first method and sparsity are what is saved, the others are compared with it."""
+    """The settings of one run. The first method and sparsity are what is saved, the others are
+    compared with it.
+    """
 
     output: Path
     model: str = embedded.NAME
@@ -83,53 +96,78 @@ class Job(Checked):
 
     @property
     def pruning(self) -> dict:
-        """The arguments of `oneshot` and `prune_files` that do not differ between the runs that are compared."""
+        """The arguments of `oneshot` and `prune_files` that do not differ between the runs that are
+        compared.
+        """
         names = ("modules", "allocation", "damping", "raise_damping", "length")
         return {name: getattr(self, name) for name in names}
 
 
 @holds_output(OneShotReport)
 def run(job: Job, show: Quiet | None = None) -> OneShotReport:
-    """Runs `job`; returns the report, which also lies in the output folder as report.{json,md,html}.
+    """Runs `job`; returns the report, which also lies in the output folder as
+    report.{json,md,html}.
 
-    Raises ValueError (bad settings or input), Unsupported (model), FloatingPointError, LinAlgError and OSError, each
-    before anything appears under the output's name. Under torchrun or `accelerate launch` every process calls it;
-    rank 0 prunes, measures and writes, the others wait and take part in the distillation.
-    """
+    Raises ValueError (bad settings or input), Unsupported (model), FloatingPointError, LinAlgError
+    and OSError, each before anything appears under the output's name. Under torchrun or `accelerate
+    launch` every process calls it; rank 0 prunes, measures and writes, the others wait and take
+    part in the distillation."""
     show, main = show or Quiet(), main_process()
     check_job(job)
     source = folder_of(job.model)
-    layers.StreamedModel(layers.Checkpoint(source))  # what cannot be pruned is refused before anything is written
+    layers.StreamedModel(
+        layers.Checkpoint(source)
+    )  # what cannot be pruned is refused before anything is written
     place = device(job.device)
     check_room("output", job.output, weight_bytes(source))
     with show.stage("reading text"):
         tokenizer = load_tokenizer(source)
         data = streams(
-            tokenizer, train=max(job.calibration_tokens, job.distill_tokens), evaluation=job.evaluation_tokens,
-            text=job.text, dataset=job.dataset, column=job.column,
-        )  # fmt: skip
+            tokenizer,
+            train=max(job.calibration_tokens, job.distill_tokens),
+            evaluation=job.evaluation_tokens,
+            text=job.text,
+            dataset=job.dataset,
+            column=job.column,
+        )
         if job.distill_tokens > 20 * len(data.train):
             raise ValueError(
-                f"distill_tokens: got {job.distill_tokens:,}, the text has {len(data.train):,} tokens: more than 20 "
+                f"distill_tokens: got {job.distill_tokens:,}, the text has {len(data.train):,} "
+                "tokens: more than 20 "
                 f"passes over it; give more text or at most {20 * len(data.train):,}"
             )
     calibration = data.train[: job.calibration_tokens]
     resume(job.partial / SETTINGS, settings_of(job)) if main else None
     pruned = job.partial / "pruned"
     if main and not pruned.exists():
-        with show.stage(f"pruning, layer by layer ({job.methods[0]}, {said(job.sparsities[0])})") as progress:
+        with show.stage(
+            f"pruning, layer by layer ({job.methods[0]}, {said(job.sparsities[0])})"
+        ) as progress:
             prune_files(
-                source, pruned, calibration, method=job.methods[0], sparsity=job.sparsities[0], device=place,
-                work=job.partial / "layers", progress=progress, **job.pruning,
-            )  # fmt: skip
+                source,
+                pruned,
+                calibration,
+                method=job.methods[0],
+                sparsity=job.sparsities[0],
+                device=place,
+                work=job.partial / "layers",
+                progress=progress,
+                **job.pruning,
+            )
     while not pruned.exists():  # rank 0 is at it
         time.sleep(0.5)
     facts = json.loads((pruned / FACTS).read_text(encoding="utf-8"))
-    report = OneShotReport({
-        "kind": KIND, "settings": settings_of(job) | facts["settings"] | {"source": data.source}, "model": {},
-        "layers": facts["layers"], "sizes": {"before": {}, "after": {}}, "verification": facts["verification"],
-        "environment": environment(),
-    })  # fmt: skip
+    report = OneShotReport(
+        {
+            "kind": KIND,
+            "settings": settings_of(job) | facts["settings"] | {"source": data.source},
+            "model": {},
+            "layers": facts["layers"],
+            "sizes": {"before": {}, "after": {}},
+            "verification": facts["verification"],
+            "environment": environment(),
+        }
+    )
     report.data["sizes"]["before"]["file_bytes"] = weight_bytes(source)
     student = None
     if fits(job, source, place):
@@ -157,26 +195,39 @@ def check_job(job: Job) -> None:
     device(job.device)
     check_new_folder("output", job.output)
     if job.distill_tokens and job.measure == "no":
-        raise ValueError("distill_tokens: got some with measure 'no'; distillation needs the whole model in memory")
+        raise ValueError(
+            "distill_tokens: got some with measure 'no'; distillation needs the whole model in "
+            "memory"
+        )
 
 
 def folder_of(name: str) -> Path:
-    """The checkpoint's folder; a hub name's files are downloaded. ValueError for what does not exist."""
+    """The checkpoint's folder; a hub name's files are downloaded. ValueError for what does not
+    exist.
+    """
     found = resolve(name)
     if Path(found).is_dir():
         return Path(found)
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(found, allow_patterns=["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]))
+        return Path(
+            snapshot_download(
+                found, allow_patterns=["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
+            )
+        )
     except Exception as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"model: got {name!r}, which is no folder, and not found as a hub name: {reason}") from error
+        raise ValueError(
+            f"model: got {name!r}, which is no folder, and not found as a hub name: {reason}"
+        ) from error
 
 
 def weight_bytes(folder: Path) -> int:
     """Bytes of a checkpoint's weight files."""
-    return sum((folder / file).stat().st_size for file in set(layers.Checkpoint(folder).files.values()))
+    return sum(
+        (folder / file).stat().st_size for file in set(layers.Checkpoint(folder).files.values())
+    )
 
 
 def fits(job: Job, source: Path, place: torch.device) -> bool:
@@ -187,13 +238,22 @@ def fits(job: Job, source: Path, place: torch.device) -> bool:
     room = free is None or needed < 0.8 * free
     if not room and (job.measure == "yes" or job.distill_tokens):
         raise ValueError(
-            f"measure: comparing and distilling need about {needed:,} bytes of memory, {free:,} are free; valid is 'no'"
+            f"measure: comparing and distilling need about {needed:,} bytes of memory, {free:,} "
+            "are free; valid is 'no'"
         )
     return room
 
 
 def _measured(
-    job: Job, source: Path, pruned: Path, data: Streams, calibration, report: OneShotReport, place, show, main
+    job: Job,
+    source: Path,
+    pruned: Path,
+    data: Streams,
+    calibration,
+    report: OneShotReport,
+    place,
+    show,
+    main,
 ):
     """Fills in what needs the models in memory; returns the pruned (and distilled) model."""
     from effattn.heads.job import measure_parent
@@ -203,30 +263,43 @@ def _measured(
         parent.to(place), student.to(place)
     found = report.data
     length = min(found["settings"]["length"], len(data.evaluation) - 1)
-    found["model"] = {"class": type(student).__name__, "dtype": str(student.dtype).removeprefix("torch.")}
+    found["model"] = {
+        "class": type(student).__name__,
+        "dtype": str(student.dtype).removeprefix("torch."),
+    }
     if main:
         found["sizes"]["before"] |= counts(parent)
         found["sizes"]["after"] |= counts(student)
         with show.stage("measuring the dense model") as progress:
             found["quality"] = measure_parent(parent, data, length, progress)
         with show.stage("measuring the pruned model") as progress:
-            found["quality"]["pruned"] = compare(parent, student, data.evaluation, length, progress=progress)
+            found["quality"]["pruned"] = compare(
+                parent, student, data.evaluation, length, progress=progress
+            )
         found["runs"] = [
-            {"method": job.methods[0], "sparsity": said(job.sparsities[0]),
-             "seconds": sum(layer["seconds"] for layer in report.layers),
-             "errors": [layer["error"] for layer in report.layers], **found["quality"]["pruned"]},
+            {
+                "method": job.methods[0],
+                "sparsity": said(job.sparsities[0]),
+                "seconds": sum(layer["seconds"] for layer in report.layers),
+                "errors": [layer["error"] for layer in report.layers],
+                **found["quality"]["pruned"],
+            },
             *_others(job, parent, calibration, data, length, show),
-        ]  # fmt: skip
+        ]
     if job.distill_tokens:
         with show.stage(f"distilling on {job.distill_tokens:,} tokens, zeros kept") as progress:
             found["distillation"] = _distill(job, student, parent, data, length, progress)
         if main:
             found["sizes"]["after"] |= counts(student)
             with show.stage("measuring the distilled model") as progress:
-                found["quality"]["distilled"] = compare(parent, student, data.evaluation, length, progress=progress)
+                found["quality"]["distilled"] = compare(
+                    parent, student, data.evaluation, length, progress=progress
+                )
     if main and job.decode_contexts:
         with show.stage("timing decode steps") as progress:
-            timed = decode_speed({"before": parent, "after": student}, list(job.decode_contexts), progress=progress)
+            timed = decode_speed(
+                {"before": parent, "after": student}, list(job.decode_contexts), progress=progress
+            )
         rows: dict[int, dict] = {}
         for row in timed:
             rows.setdefault(row["context"], {"context": row["context"]})[row.pop("model")] = row
@@ -243,32 +316,64 @@ def _others(job: Job, parent, calibration, data: Streams, length: int, show) -> 
                 continue
             with show.stage(f"{method}, {said(sparsity)}") as progress:
                 start, other = time.perf_counter(), copy.deepcopy(parent)
-                report = oneshot(other, calibration, method=method, sparsity=sparsity, progress=progress, **job.pruning)
+                report = oneshot(
+                    other,
+                    calibration,
+                    method=method,
+                    sparsity=sparsity,
+                    progress=progress,
+                    **job.pruning,
+                )
                 seconds = time.perf_counter() - start
                 quality = compare(parent, other, data.evaluation, length)
             errors = [layer["error"] for layer in report.layers]
-            rows.append({"method": method, "sparsity": said(sparsity), "seconds": seconds, "errors": errors, **quality})
+            rows.append(
+                {
+                    "method": method,
+                    "sparsity": said(sparsity),
+                    "seconds": seconds,
+                    "errors": errors,
+                    **quality,
+                }
+            )
     return rows
 
 
 def _distill(job: Job, student, parent, data: Streams, length: int, progress) -> dict:
-    """KL to the dense model on the layers' weights that are not zero. Returns what `uptrain` does."""
+    """KL to the dense model on the layers' weights that are not zero. Returns what `uptrain`
+    does.
+    """
     from effattn.heads.uptrain import default_lr, uptrain
     from effattn.hf import anatomy as hf
 
     lr = job.lr or LR * default_lr(student.get_input_embeddings().weight.shape[1])
     with keep_zeros(student):
         return uptrain(
-            student, parent, data.train, train_tokens=job.distill_tokens, folder=job.partial / "distill",
-            evaluation=data.evaluation[:8_192], length=length, batch=job.batch, lr=lr, ce_weight=job.ce_weight,
-            layer_weight=job.layer_weight, seed=job.seed, progress=progress,
+            student,
+            parent,
+            data.train,
+            train_tokens=job.distill_tokens,
+            folder=job.partial / "distill",
+            evaluation=data.evaluation[:8_192],
+            length=length,
+            batch=job.batch,
+            lr=lr,
+            ce_weight=job.ce_weight,
+            layer_weight=job.layer_weight,
+            seed=job.seed,
+            progress=progress,
             trainable=[p for layer in hf.of(student) for p in layer.block.parameters()],
             overrides={"use_cpu": student.device.type == "cpu"} | job.overrides,
-        )  # fmt: skip
+        )
 
 
-def _save(job: Job, student, tokenizer, pruned: Path, data: Streams, report: OneShotReport, show) -> None:
-    with show.stage("saving, and loading again without effattn"), atomic_folder(job.output) as folder:
+def _save(
+    job: Job, student, tokenizer, pruned: Path, data: Streams, report: OneShotReport, show
+) -> None:
+    with (
+        show.stage("saving, and loading again without effattn"),
+        atomic_folder(job.output) as folder,
+    ):
         if job.distill_tokens:
             student.config.use_cache = True
             student.save_pretrained(folder)
@@ -284,11 +389,18 @@ def _save(job: Job, student, tokenizer, pruned: Path, data: Streams, report: One
 
 
 def _link(file: Path, other: Path) -> None:
-    """A second name of a file, which takes no room; a copy where the file system has only one. The first one stays: a
-    run that is killed before its output has its name goes on from there."""
+    """A second name of a file, which takes no room; a copy where the file system has only one. The
+    first one stays: a run that is killed before its output has its name goes on from there."""
     try:
         os.link(file, other)
     except OSError as error:
-        if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EMLINK, errno.EXDEV, errno.ENOSYS):
+        if error.errno not in (
+            errno.EPERM,
+            errno.ENOTSUP,
+            errno.EOPNOTSUPP,
+            errno.EMLINK,
+            errno.EXDEV,
+            errno.ENOSYS,
+        ):
             raise
         shutil.copyfile(file, other)

@@ -1,4 +1,5 @@
-"""The report of one-shot pruning: what went, what it cost in quality, and what it saves (and what not).
+"""The report of one-shot pruning: what went, what it cost in quality, and what it saves (and what
+not).
 
 One JSON-able dict is the report; Markdown, HTML and the terminal show the same tables made from it.
 """
@@ -26,58 +27,76 @@ if TYPE_CHECKING:
 KIND = "prune_oneshot"
 QUALITY, METHODS = "Before and after", "Methods compared"
 STAGES = {"pruned": "After pruning", "distilled": "After distillation"}
-SAVES_NOTHING = "Zeros are stored like other weights: files, memory and the time of products are as before. "
-PACK = "effattn.prune.pack(model) stores 2:4 weights in 9/16 of the bytes (bf16) and multiplies by them as they are."
+SAVES_NOTHING = (
+    "Zeros are stored like other weights: files, memory and the time of products are as before. "
+)
+PACK = (
+    "effattn.prune.pack(model) stores 2:4 weights in 9/16 of the bytes (bf16) and multiplies "
+    "by them as they are."
+)
 NOT_PACKED = (
-    "Only 2:4 zeros can be turned into memory and time, by effattn.prune.pack: prune with sparsity 2:4 for that."
+    "Only 2:4 zeros can be turned into memory and time, by effattn.prune.pack: prune "
+    "with sparsity 2:4 for that."
 )
 
 
 def counts(model: nn.Module) -> dict[str, int]:
-    """Sizes of a model: parameters, zeros among them, the bytes they take, KV bytes and FLOPs a token.
+    """Sizes of a model: parameters, zeros among them, the bytes they take, KV bytes and FLOPs a
+    token.
 
-    flops_per_token: of a decoding step with an empty cache, zeros included; flops_of_nonzeros: without products by 0.
-    """
+    flops_per_token: of a decoding step with an empty cache, zeros included; flops_of_nonzeros:
+    without products by 0."""
     told = describe(model)
     parameters = list(dict.fromkeys(model.parameters()))
     zeros = sum(int((p == 0).sum()) for p in parameters)
     zero_products = sum(
-        int((m.weight == 0).sum()) for m in model.modules() if isinstance(m, nn.Linear) and m.weight.dim() == 2
+        int((m.weight == 0).sum())
+        for m in model.modules()
+        if isinstance(m, nn.Linear) and m.weight.dim() == 2
     )
     flops = model_cost(model, 1, 1).total.flops
     return {
-        "parameters": told.parameters["total"], "nonzero_parameters": told.parameters["total"] - zeros,
-        "weight_bytes": sum(p.nbytes for p in parameters), "kv_bytes_per_token": told.kv_bytes_per_token,
-        "flops_per_token": flops, "flops_of_nonzeros": flops - 2 * zero_products,
-    }  # fmt: skip
+        "parameters": told.parameters["total"],
+        "nonzero_parameters": told.parameters["total"] - zeros,
+        "weight_bytes": sum(p.nbytes for p in parameters),
+        "kv_bytes_per_token": told.kv_bytes_per_token,
+        "flops_per_token": flops,
+        "flops_of_nonzeros": flops - 2 * zero_products,
+    }
 
 
 @dataclass
 class OneShotReport(Document):
     """Wraps `data`, a dict of kind "prune_oneshot".
 
-    settings, model (class, dtype), layers (of `prune_layer`), sizes ({"before", "after"}: see `counts`), quality (what
-    was measured on, "before" and the stages), runs (methods compared), distillation, decode, verification, environment.
-    What was not measured is None or absent.
-    """
+    settings, model (class, dtype), layers (of `prune_layer`), sizes ({"before", "after"}: see
+    `counts`), quality (what was measured on, "before" and the stages), runs (methods compared),
+    distillation, decode, verification, environment. What was not measured is None or absent."""
 
     data: dict
     terminal = (QUALITY, METHODS, DECODING, "Verification")
 
     def __post_init__(self):
         if self.data.get("kind") != KIND:
-            raise ValueError(f"kind: got {self.data.get('kind')!r}, a one-shot pruning's report has {KIND!r}")
+            raise ValueError(
+                f"kind: got {self.data.get('kind')!r}, a one-shot pruning's report has {KIND!r}"
+            )
 
     @classmethod
     def of(cls, model: nn.Module, plan: Plan, layers: list[dict], settings: dict) -> OneShotReport:
         """The report of what was done to `model` in memory."""
         told = describe(model)
         found = counts(model)
-        return cls({
-            "kind": KIND, "settings": {**settings, "sparsities": [str(one) for one in plan.sparsities]},
-            "model": {"class": told.model, "dtype": told.dtype}, "layers": layers, "sizes": {"after": found},
-            "environment": environment(),
-        })  # fmt: skip
+        return cls(
+            {
+                "kind": KIND,
+                "settings": {**settings, "sparsities": [str(one) for one in plan.sparsities]},
+                "model": {"class": told.model, "dtype": told.dtype},
+                "layers": layers,
+                "sizes": {"after": found},
+                "environment": environment(),
+            }
+        )
 
     def part(self, name: str) -> dict:
         """A part of `data`, empty if it is null or absent."""
@@ -113,10 +132,19 @@ class OneShotReport(Document):
         text = f"{self.label}: {100 * self.sparsity:.4g} % of {weights:,} weights are zero"
         before, quality = self.part("quality").get("before"), self.part("quality")
         if before and quality.get("pruned"):
-            first, last = quality["pruned"]["perplexity"], (quality.get("distilled") or quality["pruned"])["perplexity"]
-            text += f"; perplexity {before['perplexity']:.2f} -> {last:.2f}{percent(before['perplexity'], last)}"
+            first, last = (
+                quality["pruned"]["perplexity"],
+                (quality.get("distilled") or quality["pruned"])["perplexity"],
+            )
+            text += (
+                f"; perplexity {before['perplexity']:.2f} -> "
+                f"{last:.2f}{percent(before['perplexity'], last)}"
+            )
             if quality.get("distilled"):
-                text += f" after distillation on {self.data['distillation']['tokens']:,} tokens ({first:.2f} before it)"
+                text += (
+                    f" after distillation on {self.data['distillation']['tokens']:,} tokens "
+                    f"({first:.2f} before it)"
+                )
         return f"{text}. {SAVES_NOTHING}{PACK if self.packs else NOT_PACKED}"
 
     def excess(self, stage: str) -> float | None:
@@ -140,33 +168,70 @@ class OneShotReport(Document):
             tables.append(pairs("Verification", data["verification"]))
         if learned := data.get("distillation"):
             names = ("tokens", "perplexity", "cross_entropy", "kl")
-            header = ("Tokens", "Perplexity", "Cross-entropy (nats/token)", "KL to the parent (nats/token)")
+            header = (
+                "Tokens",
+                "Perplexity",
+                "Cross-entropy (nats/token)",
+                "KL to the parent (nats/token)",
+            )
             rows = [[number(point[name]) for name in names] for point in learned["curve"]]
-            tables.append(Table("Distillation", header, rows, "On the first 8,192 held-out tokens.", folded=True))
-        rows = [[number(one["layer"]), Sparsity.parse(one["sparsity"]).label, number(one["zeros"]),
-                 number(one["weights"]), number(one["error"]), f"{one['seconds']:.2f}"]
-                for one in self.layers]  # fmt: skip
+            tables.append(
+                Table(
+                    "Distillation", header, rows, "On the first 8,192 held-out tokens.", folded=True
+                )
+            )
+        rows = [
+            [
+                number(one["layer"]),
+                Sparsity.parse(one["sparsity"]).label,
+                number(one["zeros"]),
+                number(one["weights"]),
+                number(one["error"]),
+                f"{one['seconds']:.2f}",
+            ]
+            for one in self.layers
+        ]
         header = ("Layer", "Asked for", "Zeros", "Weights", "Error", "Seconds")
         note = (
-            "Error: squared distance of the layer's output from the dense layer's on the same input, over its square."
+            "Error: squared distance of the layer's output from the dense layer's on the same "
+            "input, over its square."
         )
         tables.append(Table("Layers", header, rows, note, folded=True))
-        rows = [[f"{one['layer']}: {linear['name']}", " x ".join(map(str, linear["shape"])), number(linear["zeros"]),
-                 number(linear["damping"]) if "damping" in linear else "-"]
-                for one in self.layers for linear in one["linears"]]  # fmt: skip
-        tables.append(Table("Linear layers", ("Layer", "Shape", "Zeros", "Damping"), rows, folded=True))
-        shown = {key: ", ".join(map(str, value)) if isinstance(value, list) else value
-                 for key, value in data["settings"].items() if key != "overrides"}  # fmt: skip
-        return [*tables, pairs("Settings", shown), pairs("Model", data["model"]),
-                pairs("Environment", data["environment"])]  # fmt: skip
+        rows = [
+            [
+                f"{one['layer']}: {linear['name']}",
+                " x ".join(map(str, linear["shape"])),
+                number(linear["zeros"]),
+                number(linear["damping"]) if "damping" in linear else "-",
+            ]
+            for one in self.layers
+            for linear in one["linears"]
+        ]
+        tables.append(
+            Table("Linear layers", ("Layer", "Shape", "Zeros", "Damping"), rows, folded=True)
+        )
+        shown = {
+            key: ", ".join(map(str, value)) if isinstance(value, list) else value
+            for key, value in data["settings"].items()
+            if key != "overrides"
+        }
+        return [
+            *tables,
+            pairs("Settings", shown),
+            pairs("Model", data["model"]),
+            pairs("Environment", data["environment"]),
+        ]
 
     def _before_and_after(self) -> Table:
         quality, sizes = self.part("quality"), self.part("sizes")
         stages = [stage for stage in STAGES if stage == "pruned" or quality.get(stage)]
         rows = []
         if quality:
-            names = {"perplexity": "Perplexity", "cross_entropy": "Cross-entropy (nats/token)",
-                     "kl": "KL to the parent (nats/token)"}  # fmt: skip
+            names = {
+                "perplexity": "Perplexity",
+                "cross_entropy": "Cross-entropy (nats/token)",
+                "kl": "KL to the parent (nats/token)",
+            }
             for name, label in names.items():
                 cells = [quality["before"].get(name), *(quality[stage][name] for stage in stages)]
                 said = [number(one) for one in cells]
@@ -186,23 +251,51 @@ class OneShotReport(Document):
         note = SAVES_NOTHING + (PACK if self.packs else NOT_PACKED)
         if quality:
             note = (
-                f"On {quality['tokens']:,} held-out tokens ({quality['source']}) in windows of {quality['context']:,}. "
-                + note
+                f"On {quality['tokens']:,} held-out tokens ({quality['source']}) in windows of "
+                f"{quality['context']:,}. " + note
             )
         return Table(QUALITY, header, rows, note)
 
     def _methods(self) -> Table:
         before = self.data["quality"]["before"]
-        rows = [["dense", "-", f"{before['perplexity']:.4f}", f"{before['cross_entropy']:.4f}", "-", "-", "-"]]
+        rows = [
+            [
+                "dense",
+                "-",
+                f"{before['perplexity']:.4f}",
+                f"{before['cross_entropy']:.4f}",
+                "-",
+                "-",
+                "-",
+            ]
+        ]
         for run in self.data["runs"]:
             excess = run["cross_entropy"] - before["cross_entropy"]
-            rows.append([run["method"], Sparsity.parse(run["sparsity"]).label if "," not in run["sparsity"] else
-                         run["sparsity"], number(run["perplexity"]) + percent(before["perplexity"], run["perplexity"]),
-                         number(run["cross_entropy"]), number(excess), number(run["kl"]),
-                         f"{run['seconds']:.1f}"])  # fmt: skip
-        header = ("Method", "Sparsity", "Perplexity", "Cross-entropy (nats/token)", "Excess (nats/token)",
-                  "KL to the parent (nats/token)", "Seconds")  # fmt: skip
-        return Table(METHODS, header, rows, "No training. Seconds of pruning, calibration passes included.")
+            rows.append(
+                [
+                    run["method"],
+                    Sparsity.parse(run["sparsity"]).label
+                    if "," not in run["sparsity"]
+                    else run["sparsity"],
+                    number(run["perplexity"]) + percent(before["perplexity"], run["perplexity"]),
+                    number(run["cross_entropy"]),
+                    number(excess),
+                    number(run["kl"]),
+                    f"{run['seconds']:.1f}",
+                ]
+            )
+        header = (
+            "Method",
+            "Sparsity",
+            "Perplexity",
+            "Cross-entropy (nats/token)",
+            "Excess (nats/token)",
+            "KL to the parent (nats/token)",
+            "Seconds",
+        )
+        return Table(
+            METHODS, header, rows, "No training. Seconds of pruning, calibration passes included."
+        )
 
     # ---- plots ----
 
@@ -213,19 +306,38 @@ class OneShotReport(Document):
             sparsities = list(dict.fromkeys(run["sparsity"] for run in runs))
             methods = list(dict.fromkeys(run["method"] for run in runs))
             dense = self.data["quality"]["before"]["cross_entropy"]
-            excess = {(run["method"], run["sparsity"]): run["cross_entropy"] - dense for run in runs}
-            series = [(method, PALETTE[index], [excess.get((method, one)) for one in sparsities])
-                      for index, method in enumerate(methods)]  # fmt: skip
+            excess = {
+                (run["method"], run["sparsity"]): run["cross_entropy"] - dense for run in runs
+            }
+            series = [
+                (method, PALETTE[index], [excess.get((method, one)) for one in sparsities])
+                for index, method in enumerate(methods)
+            ]
             groups = [one if "," in one else Sparsity.parse(one).label for one in sparsities]
-            found[METHODS] = [bar_plot("Excess cross-entropy by method", groups, series, "sparsity", "nats a token")]
+            found[METHODS] = [
+                bar_plot(
+                    "Excess cross-entropy by method", groups, series, "sparsity", "nats a token"
+                )
+            ]
         if (learned := self.data.get("distillation")) and learned["curve"]:
             x = [point["tokens"] / 1000 for point in learned["curve"]]
-            lines = [Series("pruned", x, [point["perplexity"] for point in learned["curve"]], AFTER)]
+            lines = [
+                Series("pruned", x, [point["perplexity"] for point in learned["curve"]], AFTER)
+            ]
             if level := (learned.get("parent") or {}).get("perplexity"):
                 lines.append(Series("dense", x, [level] * len(x), BEFORE, style="--", marker=""))
             found[QUALITY] = [line_plot("Distillation", lines, "thousand tokens", "perplexity")]
         if all(one["error"] is not None for one in self.layers):
-            names, errors = zip(*((str(one["layer"]), one["error"]) for one in self.layers), strict=True)
-            found["Layers"] = [bar_plot("Error of each layer's output", names, [(self.label, AFTER, errors)], "layer",
-                                        "relative squared error")]  # fmt: skip
+            names, errors = zip(
+                *((str(one["layer"]), one["error"]) for one in self.layers), strict=True
+            )
+            found["Layers"] = [
+                bar_plot(
+                    "Error of each layer's output",
+                    names,
+                    [(self.label, AFTER, errors)],
+                    "layer",
+                    "relative squared error",
+                )
+            ]
         return found

@@ -1,4 +1,5 @@
-"""Packing 2:4 sparse weights: the linear layers become really smaller, and faster where memory is the limit.
+"""Packing 2:4 sparse weights: the linear layers become really smaller, and faster where memory is
+the limit.
 
 effattn.prune.oneshot(model, tokens, method="sparsegpt", sparsity="2:4")
 report = effattn.prune.pack(model)           # in place
@@ -23,8 +24,8 @@ from effattn.projections.packed import LARGE, PackedLinear
 
 @dataclass(frozen=True)
 class PackReport:
-    """`packed`: paths of the layers that are packed now; `dense`: path -> why a layer stays as it was. Bytes are those
-    of all linear layers inside the model's layers."""
+    """`packed`: paths of the layers that are packed now; `dense`: path -> why a layer stays as it
+    was. Bytes are those of all linear layers inside the model's layers."""
 
     packed: tuple[str, ...]
     dense: dict[str, str]
@@ -33,7 +34,8 @@ class PackReport:
 
     def __str__(self) -> str:
         text = (
-            f"{len(self.packed)} linear layers packed, {self.bytes_before:,} -> {self.bytes_after:,} bytes "
+            f"{len(self.packed)} linear layers packed, {self.bytes_before:,} -> "
+            f"{self.bytes_after:,} bytes "
             f"({self.bytes_after / self.bytes_before:.3f}x)"
         )
         if self.dense:
@@ -43,18 +45,22 @@ class PackReport:
 
 
 def pack(model: nn.Module, *, impl: str = "auto", large: str = "unpack") -> PackReport:
-    """Replaces the 2:4 sparse linear layers inside the model's layers by `PackedLinear`s, in place. Others stay.
+    """Replaces the 2:4 sparse linear layers inside the model's layers by `PackedLinear`s, in place.
+    Others stay.
 
-    impl and large: see `PackedLinear`. Packed layers compute the same and do not train; hooks of the linears are gone.
-    Raises ValueError, changing nothing, where no layer is 2:4 sparse.
-    """
+    impl and large: see `PackedLinear`. Packed layers compute the same and do not train; hooks of
+    the linears are gone. Raises ValueError, changing nothing, where no layer is 2:4 sparse."""
     require_own_weights(model)
     parts = anatomy.of(model)
     require_here(model, "prune.pack")
     sparse24.choose(impl)
     check_choice("large", large, LARGE)
     inside = {module for layer in parts.layers for module in layer.block.modules()}
-    found = {name: m for name, m in model.named_modules() if m in inside and isinstance(m, nn.Linear | PackedLinear)}
+    found = {
+        name: m
+        for name, m in model.named_modules()
+        if m in inside and isinstance(m, nn.Linear | PackedLinear)
+    }
     new, dense = {}, {}
     for name, module in found.items():
         if isinstance(module, PackedLinear):

@@ -12,14 +12,23 @@ from torch import Tensor
 from effattn.textdata import HELD_OUT, encode, read_dataset, read_files
 
 TESTS = {"test", "tests", "idle_test"}
-TOOLS = {"distutils", "ensurepip", "idlelib", "lib2to3", "tkinter", "turtledemo", "unittest", "venv"}
+TOOLS = {
+    "distutils",
+    "ensurepip",
+    "idlelib",
+    "lib2to3",
+    "tkinter",
+    "turtledemo",
+    "unittest",
+    "venv",
+}
 NETWORK = {"asyncio", "email", "html", "http", "urllib", "wsgiref", "xml", "xmlrpc"}
 
 
 @dataclass
 class DomainText:
-    """Training tokens by domain, each domain's share of the text (in bytes, before any limit), held-out tokens of all
-    together (M,) and where they come from."""
+    """Training tokens by domain, each domain's share of the text (in bytes, before any limit),
+    held-out tokens of all together (M,) and where they come from."""
 
     train: dict[str, Tensor]
     proportions: dict[str, float]
@@ -28,8 +37,8 @@ class DomainText:
 
 
 def stdlib_domain(path: str) -> str:
-    """The domain of a file of the standard library by its path there: "tests", "modules" (single files), "tools",
-    "network" or "packages" (all others)."""
+    """The domain of a file of the standard library by its path there: "tests", "modules" (single
+    files), "tools", "network" or "packages" (all others)."""
     parts = path.split("/")
     if TESTS & set(parts):
         return "tests"
@@ -39,21 +48,38 @@ def stdlib_domain(path: str) -> str:
 
 
 def domain_text(
-    tokenizer, *, train: int, evaluation: int, domains: Sequence[Path] = (), dataset: str | None = None,
+    tokenizer,
+    *,
+    train: int,
+    evaluation: int,
+    domains: Sequence[Path] = (),
+    dataset: str | None = None,
     column: str | None = None,
-) -> DomainText:  # fmt: skip
-    """Up to `train` tokens of every domain and `evaluation` held-out ones: of the files or folders (all .txt, .md and
-    .py files in them) in `domains`, each a domain called by its stem; of a `dataset`, one domain; or else of the
-    embedded corpus. Raises ValueError for what is missing, empty, not UTF-8 or called alike."""
+) -> DomainText:
+    """Up to `train` tokens of every domain and `evaluation` held-out ones: of the files or folders
+    (all .txt, .md and .py files in them) in `domains`, each a domain called by its stem; of a
+    `dataset`, one domain; or else of the embedded corpus. Raises ValueError for what is missing,
+    empty, not UTF-8 or called alike."""
     if domains and dataset:
-        raise ValueError("domain and dataset: got both, valid is one of them (or neither: the embedded corpus)")
+        raise ValueError(
+            "domain and dataset: got both, valid is one of them (or neither: the embedded corpus)"
+        )
     if dataset:
-        return _split({"dataset": read_dataset(dataset, column)}, tokenizer, train, evaluation, f"dataset {dataset}")
+        return _split(
+            {"dataset": read_dataset(dataset, column)},
+            tokenizer,
+            train,
+            evaluation,
+            f"dataset {dataset}",
+        )
     if domains:
         texts: dict[str, list[str]] = {}
         for path in map(Path, domains):
             if path.stem in texts:
-                raise ValueError(f"domain: two are called {path.stem!r}, valid are files or folders of different names")
+                raise ValueError(
+                    f"domain: two are called {path.stem!r}, valid are files or folders of "
+                    "different names"
+                )
             texts[path.stem] = read_files(_files(path))
         return _split(texts, tokenizer, train, evaluation, ", ".join(map(str, domains)))
     from effattn import embedded
@@ -65,7 +91,10 @@ def domain_text(
     texts = dict(sorted(texts.items()))
     return DomainText(
         {name: encode(documents, tokenizer, train) for name, documents in texts.items()},
-        {name: float(sum(len(text.encode()) for text in documents)) for name, documents in texts.items()},
+        {
+            name: float(sum(len(text.encode()) for text in documents))
+            for name, documents in texts.items()
+        },
         embedded.tokens("validation", evaluation, tokenizer=tokenizer),
         "embedded corpus (Python standard library)",
     )
@@ -74,14 +103,18 @@ def domain_text(
 def _files(path: Path) -> list[Path]:
     if not path.is_dir():
         return [path]
-    found = sorted(file for file in path.rglob("*") if file.suffix in (".txt", ".md", ".py") and file.is_file())
+    found = sorted(
+        file for file in path.rglob("*") if file.suffix in (".txt", ".md", ".py") and file.is_file()
+    )
     if not found:
         raise ValueError(f"domain: the folder {path} has no .txt, .md or .py files")
     return found
 
 
 def _split(texts: dict, tokenizer, train: int, evaluation: int, source: str) -> DomainText:
-    """Every domain's last tenth is held out, and of those as many tokens are taken as its share of `evaluation`."""
+    """Every domain's last tenth is held out, and of those as many tokens are taken as its share of
+    `evaluation`.
+    """
     kept, held_out, shares = {}, [], {}
     for name, documents in texts.items():
         tokens = encode(documents, tokenizer, int((train + evaluation) / (1 - HELD_OUT)) + 1)

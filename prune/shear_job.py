@@ -1,10 +1,10 @@
 """The whole job behind `recipes/shear.py` and `effattn shear`.
 
-Load, measure the parent, learn masks, cut, recover, train on, measure after each, save, prove in a fresh process that
-plain transformers loads the result, and only then the folder gets its name. `.<output>.partial` beside it keeps the
-checkpoints of every training; the same command goes on from there. Baselines follow if asked for, with the same code,
-data and number of tokens: the same shape from scratch, and one-shot structured pruning trained on.
-"""
+Load, measure the parent, learn masks, cut, recover, train on, measure after each, save, prove in a
+fresh process that plain transformers loads the result, and only then the folder gets its name.
+`.<output>.partial` beside it keeps the checkpoints of every training; the same command goes on from
+there. Baselines follow if asked for, with the same code, data and number of tokens: the same shape
+from scratch, and one-shot structured pruning trained on."""
 
 from __future__ import annotations
 
@@ -33,7 +33,15 @@ from effattn.hf import anatomy as hf
 from effattn.hf.checkpoint import check_finite, load_model, resolve
 from effattn.hf.describe import describe
 from effattn.hf.swap import active
-from effattn.jobs import Quiet, check_partial, device, discard, holds_output, main_process, partial_folder
+from effattn.jobs import (
+    Quiet,
+    check_partial,
+    device,
+    discard,
+    holds_output,
+    main_process,
+    partial_folder,
+)
 from effattn.outputs import atomic_folder, check_new_folder
 from effattn.profiling.cost import model_cost
 from effattn.profiling.decode import decode_speed
@@ -97,11 +105,12 @@ class Job(Checked):
 
 @holds_output(ShearReport, DEFAULT)
 def run(job: Job, show: Quiet | None = None) -> ShearReport:
-    """Runs `job`; returns the report, which with an output also lies there as report.{json,md,html}.
+    """Runs `job`; returns the report, which with an output also lies there as
+    report.{json,md,html}.
 
-    Raises ValueError (bad settings or input), FloatingPointError, OSError (disk), each before anything appears under
-    the output's name. Under torchrun or `accelerate launch` every process calls it; rank 0 measures and writes.
-    """
+    Raises ValueError (bad settings or input), FloatingPointError, OSError (disk), each before
+    anything appears under the output's name. Under torchrun or `accelerate launch` every process
+    calls it; rank 0 measures and writes."""
     show, main = show or Quiet(), main_process()
     check_job(job)
     with show.stage("loading the model"):
@@ -110,15 +119,25 @@ def run(job: Job, show: Quiet | None = None) -> ShearReport:
         check_finite(parent)
         if active(parent) is not None:
             raise ValueError(
-                f"model: {job.model} is swapped; valid is a checkpoint with its own attention, shear first"
+                f"model: {job.model} is swapped; valid is a checkpoint with its own attention, "
+                "shear first"
             )
         smaller = job.target.of(hf.of(parent))
         if set(job.baselines) - {"scratch"} and "hidden" in smaller:
-            raise Unsupported("baselines: one-shot structured pruning cuts heads, ffn and layers, not hidden; valid "
-                              "with hidden is scratch")  # fmt: skip
+            raise Unsupported(
+                "baselines: one-shot structured pruning cuts heads, ffn and layers, not hidden; "
+                "valid "
+                "with hidden is scratch"
+            )
     with show.stage("reading text"):
-        data = domain_text(tokenizer, train=job.tokens, evaluation=job.evaluation_tokens, domains=job.domains,
-                           dataset=job.dataset, column=job.column)  # fmt: skip
+        data = domain_text(
+            tokenizer,
+            train=job.tokens,
+            evaluation=job.evaluation_tokens,
+            domains=job.domains,
+            dataset=job.dataset,
+            column=job.column,
+        )
         domains = Domains(data.train, job.length, proportions=data.proportions)
     check_partial(job, main)
     length = min(job.length, len(data.evaluation) - 1)
@@ -137,44 +156,88 @@ def run(job: Job, show: Quiet | None = None) -> ShearReport:
     shared = dict(batch=job.batch, loading=job.loading, seed=job.seed, overrides=overrides)
     with show.stage(f"learning masks on {job.mask_tokens:,} tokens") as progress:
         small, facts["masks"] = learn_masks(
-            copy.deepcopy(parent), job.target, domains, tokens=job.mask_tokens, folder=job.partial / "masks",
-            lr=job.lr, mask_lr=job.mask_lr, multiplier_lr=job.multiplier_lr, warm_start=job.warm_start, start=job.start,
-            ramp=job.ramp, distill=job.distill, compensate=job.compensate, progress=progress, **shared,
-        )  # fmt: skip
+            copy.deepcopy(parent),
+            job.target,
+            domains,
+            tokens=job.mask_tokens,
+            folder=job.partial / "masks",
+            lr=job.lr,
+            mask_lr=job.mask_lr,
+            multiplier_lr=job.multiplier_lr,
+            warm_start=job.warm_start,
+            start=job.start,
+            ramp=job.ramp,
+            distill=job.distill,
+            compensate=job.compensate,
+            progress=progress,
+            **shared,
+        )
     quality["cut"] = measured(small)
     references = torch.tensor(facts["masks"]["references"], dtype=torch.float64)
     for name, said, tokens, lr, teacher in (
-        ("recovered", "learning the parent's predictions", job.recover_tokens, job.recover_lr, parent),
+        (
+            "recovered",
+            "learning the parent's predictions",
+            job.recover_tokens,
+            job.recover_lr,
+            parent,
+        ),
         ("continued", "training on", job.continue_tokens, job.continue_lr, None),
     ):
         if tokens:
             with show.stage(f"{said}, {tokens:,} tokens") as progress:
                 facts[name] = continue_training(
-                    small, domains, references, tokens=tokens, folder=job.partial / name, lr=lr, teacher=teacher,
-                    progress=progress, **shared,
-                )  # fmt: skip
+                    small,
+                    domains,
+                    references,
+                    tokens=tokens,
+                    folder=job.partial / name,
+                    lr=lr,
+                    teacher=teacher,
+                    progress=progress,
+                    **shared,
+                )
             quality[name] = measured(small)
     baselines = _baselines(job, parent, small, data, domains, references, shared, measured, show)
-    report = ShearReport({
-        "kind": "shear", "settings": json.loads(json.dumps(asdict(job), default=str)) | {"source": data.source},
-        "target": {axis: [size, smaller.get(axis, size)] for axis, size in _sizes(parent).items()},
-        "model": {"class": type(parent).__name__, "dtype": str(parent.dtype).removeprefix("torch.")},
-        "size": {"before": _size(parent, length), "after": _size(small, length)},
-        "quality": quality, **facts, "baselines": baselines, "speed": [], "verification": None,
-        "pretraining_tokens": embedded.card()["train_tokens"] if job.model == embedded.NAME else None,
-        "environment": environment(),
-    })  # fmt: skip
+    report = ShearReport(
+        {
+            "kind": "shear",
+            "settings": json.loads(json.dumps(asdict(job), default=str)) | {"source": data.source},
+            "target": {
+                axis: [size, smaller.get(axis, size)] for axis, size in _sizes(parent).items()
+            },
+            "model": {
+                "class": type(parent).__name__,
+                "dtype": str(parent.dtype).removeprefix("torch."),
+            },
+            "size": {"before": _size(parent, length), "after": _size(small, length)},
+            "quality": quality,
+            **facts,
+            "baselines": baselines,
+            "speed": [],
+            "verification": None,
+            "pretraining_tokens": embedded.card()["train_tokens"]
+            if job.model == embedded.NAME
+            else None,
+            "environment": environment(),
+        }
+    )
     if main:
         report.data["size"]["before"]["file_bytes"] = _file_bytes(Path(resolve(job.model)))
         with show.stage("timing") as progress:
             report.data["speed"] = _speed(parent, small, job, length, progress)
     if main and job.output is not None:
-        with show.stage("saving, and loading again without effattn"), atomic_folder(job.output) as folder:
+        with (
+            show.stage("saving, and loading again without effattn"),
+            atomic_folder(job.output) as folder,
+        ):
             small.config.use_cache = True
             small.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
             report.data["size"]["after"]["file_bytes"] = _file_bytes(folder)
-            report.data["verification"] = verify_plain(folder, small, data.evaluation[: min(64, length)])
+            report.data["verification"] = verify_plain(
+                folder, small, data.evaluation[: min(64, length)]
+            )
             report.save(folder)
     if main:
         discard(job.partial)
@@ -188,20 +251,27 @@ def check_job(job: Job) -> None:
     for name in job.baselines:
         check_choice("baselines", name, BASELINES)
     if "taught" in job.baselines and not job.recover_tokens:
-        raise ValueError("baselines: got taught with recover_tokens = 0, valid are 'scratch' and 'structured'")
+        raise ValueError(
+            "baselines: got taught with recover_tokens = 0, valid are 'scratch' and 'structured'"
+        )
     if job.output is not None:
         check_new_folder("output", job.output)
     if job.warm_start is not None:
         check_choice("warm_start", job.warm_start, CRITERIA)
     if job.mask_tokens < job.batch * job.length:
-        raise ValueError(f"mask_tokens: got {job.mask_tokens:,}, one step takes {job.batch * job.length:,}")
+        raise ValueError(
+            f"mask_tokens: got {job.mask_tokens:,}, one step takes {job.batch * job.length:,}"
+        )
 
 
-def _baselines(job: Job, parent, small, data: DomainText, domains, references, shared, measured, show) -> dict:
-    """ "scratch": the same shape from random weights; "structured": cut at once by the criterion that ranks the masks
-    at the start, Taylor's if none does, and compensated. Both then get all tokens of the stages as continued training.
-    "taught": the second, but the tokens of the first two stages teach it the parent's predictions. Each is {"cut",
-    "continued", "training", "parameters", "criterion"}, the last by axis."""
+def _baselines(
+    job: Job, parent, small, data: DomainText, domains, references, shared, measured, show
+) -> dict:
+    """ "scratch": the same shape from random weights; "structured": cut at once by the criterion
+    that ranks the masks at the start, Taylor's if none does, and compensated. Both then get all
+    tokens of the stages as continued training. "taught": the second, but the tokens of the first
+    two stages teach it the parent's predictions. Each is {"cut", "continued", "training",
+    "parameters", "criterion"}, the last by axis."""
     from effattn.prune import structured
 
     wanted = {axis: size for axis, size in asdict(job.target).items() if size is not None}
@@ -217,7 +287,10 @@ def _baselines(job: Job, parent, small, data: DomainText, domains, references, s
         calibration = torch.cat([tokens[: windows * job.length] for tokens in data.train.values()])
         return structured(parent, calibration, criterion=criterion, length=job.length, **wanted)[0]
 
-    found, scratch_lr = {}, job.scratch_lr or sheared.scratch_lr(small.get_input_embeddings().weight.shape[1])
+    found, scratch_lr = (
+        {},
+        job.scratch_lr or sheared.scratch_lr(small.get_input_embeddings().weight.shape[1]),
+    )
     taught = ("teacher", job.mask_tokens + job.recover_tokens, job.recover_lr, parent)
     runs = {
         "scratch": (random, [("text", job.tokens, scratch_lr, None)]),
@@ -234,9 +307,16 @@ def _baselines(job: Job, parent, small, data: DomainText, domains, references, s
             if tokens:
                 with show.stage(f"baseline: {name}, {tokens:,} tokens") as progress:
                     facts = continue_training(
-                        model, domains, references, tokens=tokens, folder=job.partial / f"{name}_{kind}", lr=lr,
-                        teacher=teacher, progress=progress, **shared,
-                    )  # fmt: skip
+                        model,
+                        domains,
+                        references,
+                        tokens=tokens,
+                        folder=job.partial / f"{name}_{kind}",
+                        lr=lr,
+                        teacher=teacher,
+                        progress=progress,
+                        **shared,
+                    )
                 row["training"] = _joined(row.get("training"), facts)
         row["criterion"] = None if make is random else criterion
         found[name] = row | {"continued": measured(model), "parameters": model.num_parameters()}
@@ -248,7 +328,10 @@ def _joined(before: dict | None, facts: dict) -> dict:
     if before is None:
         return facts
     later = [point | {"tokens": before["tokens"] + point["tokens"]} for point in facts["record"]]
-    return facts | {"tokens": before["tokens"] + facts["tokens"], "record": before["record"] + later}
+    return facts | {
+        "tokens": before["tokens"] + facts["tokens"],
+        "record": before["record"] + later,
+    }
 
 
 def _sizes(model) -> dict[str, int]:
@@ -258,12 +341,19 @@ def _sizes(model) -> dict[str, int]:
 
 
 def _size(model, length: int) -> dict:
-    """What a model is made of, in numbers. FLOPs are those of a forward pass over a window with all its logits."""
+    """What a model is made of, in numbers. FLOPs are those of a forward pass over a window with all
+    its logits.
+    """
     told = describe(model)
     flops = model_cost(model, 1, length, logits=length).total.flops / length
     layers = sum(told.parameters[part] for part in ("attention", "ffn", "norms"))
-    return {"parameters": told.parameters["total"], "layer_parameters": layers, "file_bytes": None,
-            "kv_bytes_per_token": told.kv_bytes_per_token, "flops_per_token": flops}  # fmt: skip
+    return {
+        "parameters": told.parameters["total"],
+        "layer_parameters": layers,
+        "file_bytes": None,
+        "kv_bytes_per_token": told.kv_bytes_per_token,
+        "flops_per_token": flops,
+    }
 
 
 def _file_bytes(folder: Path) -> int | None:
@@ -277,14 +367,21 @@ def _speed(parent, small, job: Job, length: int, progress) -> list[dict]:
     """Tokens/s of both, in turns: reading a window, and decoding at each context."""
     models = {"before": parent, "after": small}
     ids = torch.zeros(1, length, dtype=torch.int64, device=parent.device)
-    calls = {name: lambda model=model: model(input_ids=ids, use_cache=False) for name, model in models.items()}
+    calls = {
+        name: lambda model=model: model(input_ids=ids, use_cache=False)
+        for name, model in models.items()
+    }
     times = alternate(calls, Clock(parent.device), seconds=SPEED_SECONDS)
-    rows = [{"what": f"reading {length} tokens"}
-            | {name: length / percentiles(seconds)["p50"] for name, seconds in times.items()}]  # fmt: skip
+    rows = [
+        {"what": f"reading {length} tokens"}
+        | {name: length / percentiles(seconds)["p50"] for name, seconds in times.items()}
+    ]
     if job.decode_contexts:
         by_context: dict[int, dict] = {}
         for row in decode_speed(models, list(job.decode_contexts), progress=progress):
-            entry = by_context.setdefault(row["context"], {"what": f"decoding at {row['context']:,} tokens"})
+            entry = by_context.setdefault(
+                row["context"], {"what": f"decoding at {row['context']:,} tokens"}
+            )
             entry[row["model"]] = row.get("tokens_per_s")
         rows += by_context.values()
     return rows

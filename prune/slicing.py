@@ -1,10 +1,11 @@
-"""A really smaller model from indices: `slice_model` cuts heads, FFN dimensions, layers and hidden dimensions out.
+"""A really smaller model from indices: `slice_model` cuts heads, FFN dimensions, layers and hidden
+dimensions out.
 
     keep = Keep(heads=[torch.tensor([0, 2])] * 4, ffn=[torch.arange(512)] * 4)
-    small = slice_model(model, keep)          # a new, plain model of the same class; the old one is untouched
+    small = slice_model(model, keep)  # a new, plain model of the same class; the old one is untouched
 
-What is masked and what is sliced compute the same, with one convention: a norm over dimensions of which some go (the
-hidden size; OLMo 2's norms over all heads) takes its mean over those that stay.
+What is masked and what is sliced compute the same, with one convention: a norm over dimensions of
+which some go (the hidden size; OLMo 2's norms over all heads) takes its mean over those that stay.
 """
 
 from __future__ import annotations
@@ -30,10 +31,10 @@ from effattn.projections.replace import record
 class Keep:
     """What stays, as int64 indices; None: everything.
 
-    hidden: (D',) of the residual stream's dimensions. heads and ffn: a tensor for each layer that stays, in order, of
-    the same length: K/V groups (a K/V head with its query heads; in multi-head attention a head), inner dimensions of
-    the FFN. layers: (L',). Their order does not matter: what stays keeps the model's.
-    """
+    hidden: (D',) of the residual stream's dimensions. heads and ffn: a tensor for each layer that
+    stays, in order, of the same length: K/V groups (a K/V head with its query heads; in multi-head
+    attention a head), inner dimensions of the FFN. layers: (L',). Their order does not matter: what
+    stays keeps the model's."""
 
     hidden: Tensor | None = None
     heads: Sequence[Tensor] | None = None
@@ -42,25 +43,32 @@ class Keep:
 
 
 def slice_model(model: nn.Module, keep: Keep) -> nn.Module:
-    """A new model of the same class, with a config that says its smaller shape: `save_pretrained` writes a checkpoint
-    that plain transformers loads. Same device, dtype, mode and generation settings; `model` is not changed.
+    """A new model of the same class, with a config that says its smaller shape: `save_pretrained`
+    writes a checkpoint that plain transformers loads. Same device, dtype, mode and generation
+    settings; `model` is not changed.
 
-    Raises ValueError for indices that are wrong, and Unsupported, naming the class and what it could hold, where its
-    config cannot express the shape; or for a model that is swapped or whose weights are not plain.
-    """
+    Raises ValueError for indices that are wrong, and Unsupported, naming the class and what it
+    could hold, where its config cannot express the shape; or for a model that is swapped or whose
+    weights are not plain."""
     check_plain(model)
     parts = hf.of(model)
     keep = _checked(parts, keep)
     config = sliced_config(model.config, keep)
     state = _sliced_state(parts, keep)
     with torch.device("meta"):
-        wanted = {name: tensor.shape for name, tensor in type(model)(copy.deepcopy(config)).state_dict().items()}
+        wanted = {
+            name: tensor.shape
+            for name, tensor in type(model)(copy.deepcopy(config)).state_dict().items()
+        }
     for name in sorted(wanted.keys() | state.keys()):
         shape = state[name].shape if name in state else None
         if shape != wanted.get(name):
-            made, kept = (tuple(one) if one is not None else "not at all" for one in (wanted.get(name), shape))
+            made, kept = (
+                tuple(one) if one is not None else "not at all" for one in (wanted.get(name), shape)
+            )
             raise Unsupported(
-                f"{type(model).__name__} cannot hold this shape: its config makes {name} {made}, what is kept is {kept}"
+                f"{type(model).__name__} cannot hold this shape: its config makes {name} {made}, "
+                f"what is kept is {kept}"
             )
     new = type(model).from_pretrained(None, config=config, state_dict=state, dtype=model.dtype)
     _check_kinds(parts, hf.of(new), keep)
@@ -77,27 +85,33 @@ def _check_kinds(old: hf.Anatomy, new: hf.Anatomy, keep: Keep) -> None:
         for what in ("window", "rotary_dims", "causal"):
             if getattr(before, what) != getattr(after, what):
                 raise Unsupported(
-                    f"layers: layer {index} of {type(old.model).__name__} has {what} {getattr(before, what)}, as layer "
-                    f"{after.index} it gets {getattr(after, what)}: its config says it by its number"
+                    f"layers: layer {index} of {type(old.model).__name__} has {what} "
+                    f"{getattr(before, what)}, as layer "
+                    f"{after.index} it gets {getattr(after, what)}: its config says it by its "
+                    "number"
                 )
 
 
 def sliced_config(config, keep: Keep):
-    """A copy of a transformers config with the shape that `keep` leaves. Raises Unsupported where transformers refuses
-    such a config, naming the numbers of heads that it takes."""
+    """A copy of a transformers config with the shape that `keep` leaves. Raises Unsupported where
+    transformers refuses such a config, naming the numbers of heads that it takes."""
     _check_explicit_heads(config, keep)
     new = _with_sizes(config, keep)
     reason = _refusal(new)
     if reason:
         valid = reachable_heads(config, keep)
-        hint = f"; with this hidden size, K/V heads can be {', '.join(map(str, valid))}" if valid else ""
+        hint = (
+            f"; with this hidden size, K/V heads can be {', '.join(map(str, valid))}"
+            if valid
+            else ""
+        )
         raise Unsupported(f"{type(config).__name__} cannot hold this shape: {reason}{hint}")
     return new
 
 
 def reachable_heads(config, keep: Keep | None = None) -> list[int]:
-    """The numbers of K/V heads (in multi-head attention: of heads) that a model of this config can be cut to, the rest
-    of its shape as `keep` leaves it."""
+    """The numbers of K/V heads (in multi-head attention: of heads) that a model of this config can
+    be cut to, the rest of its shape as `keep` leaves it."""
     keep = keep or Keep()
     sizes = _Sizes.of(config)
     if _derives_head_dim(config):
@@ -128,20 +142,27 @@ class _Sizes:
 
 
 def _derives_head_dim(config) -> bool:
-    """Whether the class divides its hidden size by its heads, whatever a `head_dim` in its config says."""
+    """Whether the class divides its hidden size by its heads, whatever a `head_dim` in its config
+    says.
+    """
     return not (FAMILIES | ENCODERS)[config.get_text_config().model_type].explicit_head_dim
 
 
 def _check_explicit_heads(config, keep: Keep) -> None:
-    """Unsupported where the class would take another head size from the new hidden size and number of heads."""
+    """Unsupported where the class would take another head size from the new hidden size and number
+    of heads.
+    """
     if not _derives_head_dim(config):
         return
     sizes = _Sizes.of(config)
     hidden = sizes.hidden if keep.hidden is None else len(keep.hidden)
-    heads = sizes.heads if keep.heads is None else len(keep.heads[0]) * (sizes.heads // sizes.kv_heads)
+    heads = (
+        sizes.heads if keep.heads is None else len(keep.heads[0]) * (sizes.heads // sizes.kv_heads)
+    )
     if hidden != heads * sizes.head_dim:
         raise Unsupported(
-            f"{type(config).__name__} cannot hold {heads} heads of {sizes.head_dim} with hidden size {hidden}: in "
+            f"{type(config).__name__} cannot hold {heads} heads of {sizes.head_dim} with hidden "
+            f"size {hidden}: in "
             f"this class the heads make up the hidden size; with {heads} heads, hidden has to be "
             f"{heads * sizes.head_dim}"
         )
@@ -182,20 +203,28 @@ def _refusal(config) -> str:
 
 
 def check_plain(model: nn.Module) -> None:
-    """Unsupported for models that are swapped, have structured projections, quantized weights or weights elsewhere, and
-    for what `require_own_weights` refuses."""
+    """Unsupported for models that are swapped, have structured projections, quantized weights or
+    weights elsewhere, and for what `require_own_weights` refuses."""
     require_own_weights(model)
     name = type(model).__name__
     require_here(model, "pruning")
     if active(model) is not None:
-        raise Unsupported(f"{name} is swapped: effattn.restore(model) first, then cut, then swap what comes out")
+        raise Unsupported(
+            f"{name} is swapped: effattn.restore(model) first, then cut, then swap what comes out"
+        )
     if record(model):
-        raise Unsupported(f"{name} has structured projections, which have no rows to cut; cut first, then swap them in")
+        raise Unsupported(
+            f"{name} has structured projections, which have no rows to cut; cut first, then swap "
+            "them in"
+        )
     if getattr(model, "is_quantized", False) or any(packing(module) for module in model.modules()):
-        raise Unsupported(f"{name} has quantized weights; cut the model's own weights, then quantize")
+        raise Unsupported(
+            f"{name} has quantized weights; cut the model's own weights, then quantize"
+        )
     if (odd := not_plain(model)) is not None:
         raise Unsupported(
-            f"{name}: {odd} is no plain linear layer, which has no rows to cut; cut the model's own weights"
+            f"{name}: {odd} is no plain linear layer, which has no rows to cut; cut the model's "
+            "own weights"
         )
 
 
@@ -214,13 +243,20 @@ def _checked(parts: hf.Anatomy, keep: Keep) -> Keep:
             found[name] = None
             continue
         if len(given) != len(staying):
-            raise ValueError(f"keep.{name}: got {len(given)} tensors, valid is one for each of {len(staying)} layers")
-        size = [parts.layers[i].kv_heads if name == "heads" else parts.layers[i].feed_forward.size for i in staying]
+            raise ValueError(
+                f"keep.{name}: got {len(given)} tensors, valid is one for each of {len(staying)} "
+                "layers"
+            )
+        size = [
+            parts.layers[i].kv_heads if name == "heads" else parts.layers[i].feed_forward.size
+            for i in staying
+        ]
         found[name] = [_indices(f"keep.{name}[{i}]", one, size[i]) for i, one in enumerate(given)]
         counts = sorted({len(one) for one in found[name]})
         if len(counts) > 1:
             raise ValueError(
-                f"keep.{name}: got {', '.join(map(str, counts))} by layer; a config holds one number, the same for all"
+                f"keep.{name}: got {', '.join(map(str, counts))} by layer; a config holds one "
+                "number, the same for all"
             )
     return Keep(hidden, found["heads"], found["ffn"], layers)
 
@@ -230,10 +266,15 @@ def _indices(argument: str, got: Tensor | None, size: int) -> Tensor | None:
         return None
     if not isinstance(got, Tensor) or got.dtype != torch.int64 or got.dim() != 1 or not len(got):
         told = f"{got.dtype} {tuple(got.shape)}" if isinstance(got, Tensor) else type(got).__name__
-        raise ValueError(f"{argument}: got {told}, valid is an int64 tensor (n,) of indices, n at least 1")
+        raise ValueError(
+            f"{argument}: got {told}, valid is an int64 tensor (n,) of indices, n at least 1"
+        )
     got = got.detach().cpu().unique()  # sorted
     if int(got[0]) < 0 or int(got[-1]) >= size:
-        raise ValueError(f"{argument}: indices run from {int(got[0])} to {int(got[-1])}, valid are 0 to {size - 1}")
+        raise ValueError(
+            f"{argument}: indices run from {int(got[0])} to {int(got[-1])}, valid are 0 to "
+            f"{size - 1}"
+        )
     return got
 
 
@@ -245,7 +286,9 @@ class _Cuts:
 
     def add(self, parameter: Tensor | None, *cuts: tuple[int, Tensor | None]) -> None:
         if parameter is not None:
-            self.of.setdefault(id(parameter), []).extend((dim, index) for dim, index in cuts if index is not None)
+            self.of.setdefault(id(parameter), []).extend(
+                (dim, index) for dim, index in cuts if index is not None
+            )
 
     def linear(self, module: nn.Module, rows: Tensor | None, columns: Tensor | None) -> None:
         self.add(module.weight, (0, rows), (1, columns))
@@ -280,12 +323,16 @@ def _sliced_state(parts: hf.Anatomy, keep: Keep) -> dict[str, Tensor]:
         groups = None if keep.heads is None else keep.heads[place]
         for module, number in _cut_attention(cuts, layer, groups, keep.hidden):
             own = names[id(module)].removeprefix(path)
-            renamed[path + own] = None if number is None else f"{renamed[path]}{own.rpartition('.')[0]}.{number}"
+            renamed[path + own] = (
+                None if number is None else f"{renamed[path]}{own.rpartition('.')[0]}.{number}"
+            )
         if keep.ffn is not None or keep.hidden is not None:
             inner = None if keep.ffn is None else keep.ffn[place]
             feed_forward = layer.feed_forward
             for module in feed_forward.inputs:
-                cuts.linear(module, None if inner is None else feed_forward.rows(inner), keep.hidden)
+                cuts.linear(
+                    module, None if inner is None else feed_forward.rows(inner), keep.hidden
+                )
             cuts.linear(feed_forward.output, keep.hidden, inner)
     if keep.hidden is not None:
         _check_known(parts, cuts, staying, names)
@@ -300,19 +347,27 @@ def _sliced_state(parts: hf.Anatomy, keep: Keep) -> dict[str, Tensor]:
 
 
 def _cut_attention(cuts: _Cuts, layer: hf.Layer, groups: Tensor | None, hidden: Tensor | None):
-    """Adds the cuts of one attention layer. Yields (module, its new number or None) of norms that are a module for
-    each head (StableLM)."""
+    """Adds the cuts of one attention layer. Yields (module, its new number or None) of norms that
+    are a module for each head (StableLM)."""
     share = layer.heads // layer.kv_heads
     queries = None if groups is None else (groups[:, None] * share + torch.arange(share)).flatten()
     rows: dict[nn.Module, list[Tensor]] = {}
     for projection, heads in ((layer.q, queries), (layer.k, groups), (layer.v, groups)):
-        rows.setdefault(projection.module, []).extend([] if heads is None else [projection.rows(heads)])
-    for module, some in rows.items():  # fused ones keep their layout, since what stays keeps its order
+        rows.setdefault(projection.module, []).extend(
+            [] if heads is None else [projection.rows(heads)]
+        )
+    for (
+        module,
+        some,
+    ) in rows.items():  # fused ones keep their layout, since what stays keeps its order
         cuts.linear(module, torch.cat(some).sort().values if some else None, hidden)
     cuts.linear(layer.o.module, hidden, None if queries is None else layer.o.rows(queries))
     cuts.add(layer.sinks, (0, queries))
     own = []
-    for norm, size, heads in ((layer.q_norm, layer.heads, queries), (layer.k_norm, layer.kv_heads, groups)):
+    for norm, size, heads in (
+        (layer.q_norm, layer.heads, queries),
+        (layer.k_norm, layer.kv_heads, groups),
+    ):
         if norm is None:
             continue
         own += norm.modules()
@@ -323,7 +378,9 @@ def _cut_attention(cuts: _Cuts, layer: hf.Layer, groups: Tensor | None, hidden: 
             elif parameter.dim() > 1:
                 cuts.add(parameter, (0, heads))
             else:
-                cuts.add(parameter, (0, torch.arange(parameter.numel()).view(size, -1)[heads].flatten()))
+                cuts.add(
+                    parameter, (0, torch.arange(parameter.numel()).view(size, -1)[heads].flatten())
+                )
         if hasattr(norm, "norms") and heads is not None:
             place = {head: number for number, head in enumerate(heads.tolist())}
             yield from ((module, place.get(head)) for head, module in enumerate(norm.norms))
@@ -333,13 +390,16 @@ def _cut_attention(cuts: _Cuts, layer: hf.Layer, groups: Tensor | None, hidden: 
                 cuts.add(parameter, (0, hidden))
 
 
-def _check_known(parts: hf.Anatomy, cuts: _Cuts, staying: Sequence[int], names: dict[int, str]) -> None:
+def _check_known(
+    parts: hf.Anatomy, cuts: _Cuts, staying: Sequence[int], names: dict[int, str]
+) -> None:
     """Unsupported for parameters of which it is not known how they follow the hidden size."""
     gone = tuple(names[id(layer.block)] + "." for layer in parts if layer.index not in staying)
     for name, parameter in parts.model.named_parameters():
         if id(parameter) not in cuts.of and not name.startswith(gone):
             raise Unsupported(
-                f"hidden: {type(parts.model).__name__} has {name}, which cannot be cut to fewer dimensions"
+                f"hidden: {type(parts.model).__name__} has {name}, which cannot be cut to fewer "
+                "dimensions"
             )
 
 
@@ -353,9 +413,12 @@ def _rename(name: str, renamed: dict[str, str | None]) -> str | None:
     return name
 
 
-def _rescale(parts: hf.Anatomy, keep: Keep, old: Tensor | None, state: dict[str, Tensor], name: str) -> None:
-    """Gemma multiplies its embeddings by sqrt(hidden size): what that loses goes into the table, and where the output
-    embedding is the same table, out of the final norm again (whose gain is 1 + weight)."""
+def _rescale(
+    parts: hf.Anatomy, keep: Keep, old: Tensor | None, state: dict[str, Tensor], name: str
+) -> None:
+    """Gemma multiplies its embeddings by sqrt(hidden size): what that loses goes into the table,
+    and where the output embedding is the same table, out of the final norm again (whose gain is 1 +
+    weight)."""
     if keep.hidden is None or not parts.layers[0].family.scaled_embeddings:
         return
     factor = (_Sizes.of(parts.config).hidden / len(keep.hidden)) ** 0.5

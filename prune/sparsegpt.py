@@ -1,10 +1,10 @@
 """SparseGPT: prune a linear layer, and let the weights that stay make up for those that go.
 
-Optimal Brain Surgeon for every output at once, column by column in a fixed order, so that all outputs share the inverse
-Hessians (Frantar and Alistarh, arXiv:2301.00774, algorithm 1). Work is on the transposed weights: a column is then
-contiguous in memory. Updates are lazy twice: within `PANEL` columns they are products of a column and a row, within a
-block and beyond it products of matrices.
-"""
+Optimal Brain Surgeon for every output at once, column by column in a fixed order, so that all
+outputs share the inverse Hessians (Frantar and Alistarh, arXiv:2301.00774, algorithm 1). Work is on
+the transposed weights: a column is then contiguous in memory. Updates are lazy twice: within
+`PANEL` columns they are products of a column and a row, within a block and beyond it products of
+matrices."""
 
 from __future__ import annotations
 
@@ -22,10 +22,11 @@ PANEL = 16  # columns that are updated one by one
 
 @dataclass(frozen=True)
 class Pruned:
-    """`weight` (outputs, inputs) in the dtype it had, and `mask` (bool, True: pruned); both are transposed views.
+    """`weight` (outputs, inputs) in the dtype it had, and `mask` (bool, True: pruned); both are
+    transposed views.
 
-    `loss`: the squared output error, the sum over pruned weights of (w / U_ii)^2; it equals tr(E (H + damping) E^T) for
-    E = W - W'. `damping`: as used."""
+    `loss`: the squared output error, the sum over pruned weights of (w / U_ii)^2; it equals tr(E (H
+    + damping) E^T) for E = W - W'. `damping`: as used."""
 
     weight: Tensor
     mask: Tensor
@@ -35,15 +36,22 @@ class Pruned:
 
 @torch.no_grad()
 def sparsegpt(
-    weight: Tensor, hessian: Tensor | InverseHessian, sparsity: Sparsity | float | str, *, damping: float = DAMPING,
-    block: int = BLOCK, raise_damping: bool = False, name: str = "weight",
-) -> Pruned:  # fmt: skip
-    """Prunes weight (outputs, inputs) for inputs with H = `hessian` (inputs, inputs), a multiple of the sum of x x^T.
+    weight: Tensor,
+    hessian: Tensor | InverseHessian,
+    sparsity: Sparsity | float | str,
+    *,
+    damping: float = DAMPING,
+    block: int = BLOCK,
+    raise_damping: bool = False,
+    name: str = "weight",
+) -> Pruned:
+    """Prunes weight (outputs, inputs) for inputs with H = `hessian` (inputs, inputs), a multiple of
+    the sum of x x^T.
 
-    Unstructured, exactly `sparsity.count` weights go, evenly by blocks of `block` columns and freely inside of one.
-    Inputs that are always 0 are pruned first. An `InverseHessian` serves several layers with the same input, and has
-    its damping. Raises LinAlgError, naming `name`, when the factorisation fails.
-    """
+    Unstructured, exactly `sparsity.count` weights go, evenly by blocks of `block` columns and
+    freely inside of one. Inputs that are always 0 are pruned first. An `InverseHessian` serves
+    several layers with the same input, and has its damping. Raises LinAlgError, naming `name`, when
+    the factorisation fails."""
     sparsity = Sparsity.parse(sparsity)
     sparsity.check_inputs(weight.shape[1], name)
     if block < 1:
@@ -59,7 +67,8 @@ def sparsegpt(
 def prune_columns(
     columns: Tensor, factor: Tensor, sparsity: Sparsity, block: int, dead: Tensor
 ) -> tuple[Tensor, float]:
-    """The column loop. columns (inputs, outputs), the transposed weights, are pruned in place; factor is U.
+    """The column loop. columns (inputs, outputs), the transposed weights, are pruned in place;
+    factor is U.
 
     Returns the mask (inputs, outputs) and the loss.
     """
@@ -76,7 +85,11 @@ def prune_columns(
         triangle = factor[start:stop, start:stop]
         if sparsity.m is None:
             scores = inside.square().mul_(importance[start:stop])
-            until = sparsity.count(inputs * outputs) if stop == inputs else sparsity.count(stop * outputs)
+            until = (
+                sparsity.count(inputs * outputs)
+                if stop == inputs
+                else sparsity.count(stop * outputs)
+            )
             chosen.copy_(lowest(scores.view(1, -1), until - done).view(inside.shape))
             done = until
         errors = _prune_block(inside, triangle, chosen, importance[start:stop], sparsity)
@@ -85,16 +98,26 @@ def prune_columns(
     return mask, float(loss)
 
 
-def _prune_block(inside: Tensor, factor: Tensor, mask: Tensor, importance: Tensor, sparsity: Sparsity) -> Tensor:
-    """Prunes one block of columns (c, outputs) in place, by `mask`, which N:M fills as it goes; returns the errors.
+def _prune_block(
+    inside: Tensor, factor: Tensor, mask: Tensor, importance: Tensor, sparsity: Sparsity
+) -> Tensor:
+    """Prunes one block of columns (c, outputs) in place, by `mask`, which N:M fills as it goes;
+    returns the errors.
 
-    errors[i] = (w_i - q_i) / U_ii, where q_i is the column as it will be: what later columns are corrected by.
-    """
+    errors[i] = (w_i - q_i) / U_ii, where q_i is the column as it will be: what later columns are
+    corrected by."""
     n, m = sparsity.n, sparsity.m
     width = PANEL if m is None else m * max(1, PANEL // m)
     errors, inverse = torch.empty_like(inside), 1 / factor.diagonal()[:, None]
-    share = mask * inverse if m is None else torch.empty_like(inside)  # of a column that becomes its error: 0 or 1/U_ii
-    columns, shares, becoming, below = inside.unbind(), share.unbind(), errors.unbind(), factor.unsqueeze(-1)
+    share = (
+        mask * inverse if m is None else torch.empty_like(inside)
+    )  # of a column that becomes its error: 0 or 1/U_ii
+    columns, shares, becoming, below = (
+        inside.unbind(),
+        share.unbind(),
+        errors.unbind(),
+        factor.unsqueeze(-1),
+    )
     groups = [x.split(m or len(inside)) for x in (inside, importance, mask, inverse, share)]
     for first in range(0, len(inside), width):
         last = min(first + width, len(inside))

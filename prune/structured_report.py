@@ -28,34 +28,41 @@ MOST_LINES = 8  # layers in one plot
 
 
 def sizes_of(model: nn.Module) -> dict[str, int | None]:
-    """Shape and costs of a model. kv_bytes_per_token: of all layers; flops_per_token: of a decoding step with an empty
-    cache; ffn: inner dimensions, None for mixtures of experts."""
+    """Shape and costs of a model. kv_bytes_per_token: of all layers; flops_per_token: of a decoding
+    step with an empty cache; ffn: inner dimensions, None for mixtures of experts."""
     told, parts = describe(model), hf.of(model)
     first = parts.layers[0]
     return {
-        "layers": len(parts.layers), "heads": parts.heads, "kv_heads": parts.kv_heads, "head_dim": parts.head_dim,
-        "ffn": first.feed_forward.size if first.family.ffn_in else None, "parameters": told.parameters["total"],
+        "layers": len(parts.layers),
+        "heads": parts.heads,
+        "kv_heads": parts.kv_heads,
+        "head_dim": parts.head_dim,
+        "ffn": first.feed_forward.size if first.family.ffn_in else None,
+        "parameters": told.parameters["total"],
         "weight_bytes": sum(p.nbytes for p in dict.fromkeys(model.parameters())),
-        "kv_bytes_per_token": told.kv_bytes_per_token, "flops_per_token": model_cost(model, 1, 1).total.flops,
-    }  # fmt: skip
+        "kv_bytes_per_token": told.kv_bytes_per_token,
+        "flops_per_token": model_cost(model, 1, 1).total.flops,
+    }
 
 
 @dataclass
 class StructuredReport(Document):
     """Wraps `data`, a dict of kind "prune_structured".
 
-    settings, model (class, dtype), kept (indices by target), importance (scores by target and layer; of FFN dimensions
-    their percentiles, 101 a layer), layers (errors before and after the output modules were solved again), sizes
-    ({"before", "after"}: see `sizes_of`, and file_bytes), quality ("before", "pruned", and what was measured on), runs
-    (criteria compared), decode, verification, environment. What was not measured is None or absent.
-    """
+    settings, model (class, dtype), kept (indices by target), importance (scores by target and
+    layer; of FFN dimensions their percentiles, 101 a layer), layers (errors before and after the
+    output modules were solved again), sizes ({"before", "after"}: see `sizes_of`, and file_bytes),
+    quality ("before", "pruned", and what was measured on), runs (criteria compared), decode,
+    verification, environment. What was not measured is None or absent."""
 
     data: dict
     terminal = (QUALITY, RUNS, DECODING, "Verification")
 
     def __post_init__(self):
         if self.data.get("kind") != KIND:
-            raise ValueError(f"kind: got {self.data.get('kind')!r}, a structured pruning's report has {KIND!r}")
+            raise ValueError(
+                f"kind: got {self.data.get('kind')!r}, a structured pruning's report has {KIND!r}"
+            )
 
     def part(self, name: str) -> dict:
         """A part of `data`, empty if it is null or absent."""
@@ -74,7 +81,9 @@ class StructuredReport(Document):
             if target in settings:
                 whole = before["kv_heads" if target == "heads" else target]
                 groups = target == "heads" and before["heads"] != before["kv_heads"]
-                said.append(f"{settings[target]:,} of {whole:,} {'key/value heads' if groups else name}")
+                said.append(
+                    f"{settings[target]:,} of {whole:,} {'key/value heads' if groups else name}"
+                )
         return ", ".join(said)
 
     @property
@@ -85,7 +94,11 @@ class StructuredReport(Document):
     def excess(self) -> float | None:
         """Cross-entropy over the whole model's, nats a token; None if it was not measured."""
         quality = self.part("quality")
-        return quality["pruned"]["cross_entropy"] - quality["before"]["cross_entropy"] if quality else None
+        return (
+            quality["pruned"]["cross_entropy"] - quality["before"]["cross_entropy"]
+            if quality
+            else None
+        )
 
     @property
     def headline(self) -> str:
@@ -94,7 +107,10 @@ class StructuredReport(Document):
         text = f"Kept {self.label}: {before['parameters']:,} -> {after['parameters']:,} parameters"
         text += percent(before["parameters"], after["parameters"])
         if after["kv_bytes_per_token"] != before["kv_bytes_per_token"]:
-            text += f", {before['kv_bytes_per_token']:,} -> {after['kv_bytes_per_token']:,} KV bytes a token"
+            text += (
+                f", {before['kv_bytes_per_token']:,} -> {after['kv_bytes_per_token']:,} KV "
+                "bytes a token"
+            )
         if quality := self.part("quality"):
             first, last = (quality[when]["perplexity"] for when in ("before", "pruned"))
             text += f"; perplexity {first:.2f} -> {last:.2f}{percent(first, last)} without training"
@@ -111,56 +127,116 @@ class StructuredReport(Document):
         tables += [pairs("Verification", data["verification"])] if data.get("verification") else []
         if self.layers:
             columns = ("heads_error_sliced", "heads_error", "ffn_error_sliced", "ffn_error")
-            rows = [[number(row["layer"]), *("-" if row[name] is None else number(row[name]) for name in columns)]
-                    for row in self.layers]  # fmt: skip
-            header = ("Layer", "Attention, cut", "Attention, solved again", "FFN, cut", "FFN, solved again")
-            note = "Squared distance from what the whole layer gives, over its square, on the calibration tokens."
+            rows = [
+                [
+                    number(row["layer"]),
+                    *("-" if row[name] is None else number(row[name]) for name in columns),
+                ]
+                for row in self.layers
+            ]
+            header = (
+                "Layer",
+                "Attention, cut",
+                "Attention, solved again",
+                "FFN, cut",
+                "FFN, solved again",
+            )
+            note = (
+                "Squared distance from what the whole layer gives, over its square, on the "
+                "calibration tokens."
+            )
             tables.append(Table(ERRORS, header, rows, note, folded=True))
         shown = {}
         for key, value in data["settings"].items():
-            shown[key] = ", ".join(f"{k}: {v}" for k, v in value.items()) if isinstance(value, dict) else value
-        return [*tables, pairs("Settings", shown), pairs("Model", data["model"]),
-                pairs("Environment", data["environment"])]  # fmt: skip
+            shown[key] = (
+                ", ".join(f"{k}: {v}" for k, v in value.items())
+                if isinstance(value, dict)
+                else value
+            )
+        return [
+            *tables,
+            pairs("Settings", shown),
+            pairs("Model", data["model"]),
+            pairs("Environment", data["environment"]),
+        ]
 
     def _before_and_after(self) -> Table:
         quality, sizes, rows = self.part("quality"), self.data["sizes"], []
         if quality:
-            names = {"perplexity": "Perplexity", "cross_entropy": "Cross-entropy (nats/token)",
-                     "kl": "KL to the whole model (nats/token)"}  # fmt: skip
+            names = {
+                "perplexity": "Perplexity",
+                "cross_entropy": "Cross-entropy (nats/token)",
+                "kl": "KL to the whole model (nats/token)",
+            }
             for name, label in names.items():
                 before, after = quality["before"].get(name), quality["pruned"][name]
                 change = percent(before, after) if name == "perplexity" else ""
-                rows.append([label, "-" if before is None else number(before), number(after) + change])
-        names = {"layers": "Layers", "heads": "Query heads", "kv_heads": "Key/value heads", "ffn": "FFN dimensions",
-                 "parameters": "Parameters", "file_bytes": "Weight files (bytes)",
-                 "weight_bytes": "Weights in memory (bytes)", "kv_bytes_per_token": "KV cache (bytes/token)",
-                 "flops_per_token": "FLOPs a token"}  # fmt: skip
+                rows.append(
+                    [label, "-" if before is None else number(before), number(after) + change]
+                )
+        names = {
+            "layers": "Layers",
+            "heads": "Query heads",
+            "kv_heads": "Key/value heads",
+            "ffn": "FFN dimensions",
+            "parameters": "Parameters",
+            "file_bytes": "Weight files (bytes)",
+            "weight_bytes": "Weights in memory (bytes)",
+            "kv_bytes_per_token": "KV cache (bytes/token)",
+            "flops_per_token": "FLOPs a token",
+        }
         for name, label in names.items():
             before, after = (sizes[when].get(name) for when in ("before", "after"))
             if after is not None:
                 rows.append(
-                    [label, number(before), number(after) + (percent(before, after) if before != after else "")]
+                    [
+                        label,
+                        number(before),
+                        number(after) + (percent(before, after) if before != after else ""),
+                    ]
                 )
         note = "No training."
         if quality:
-            note += f" On {quality['tokens']:,} held-out tokens ({quality['source']}) in windows of "
+            note += (
+                f" On {quality['tokens']:,} held-out tokens ({quality['source']}) in windows of "
+            )
             note += f"{quality['context']:,}."
         return Table(QUALITY, ("", "Before", "After"), rows, note)
 
     def _runs(self) -> Table:
         before = self.data["quality"]["before"]
         rows = [
-            ["the whole model", "-", f"{before['perplexity']:.4f}", f"{before['cross_entropy']:.4f}", "-", "-", "-"]
+            [
+                "the whole model",
+                "-",
+                f"{before['perplexity']:.4f}",
+                f"{before['cross_entropy']:.4f}",
+                "-",
+                "-",
+                "-",
+            ]
         ]
         for run in self.data["runs"]:
-            rows.append([
-                run["criterion"], run["compensation"],
-                number(run["perplexity"]) + percent(before["perplexity"], run["perplexity"]),
-                number(run["cross_entropy"]), number(run["cross_entropy"] - before["cross_entropy"]),
-                number(run["kl"]), f"{run['seconds']:.1f}",
-            ])  # fmt: skip
-        header = ("Criterion", "Solved again", "Perplexity", "Cross-entropy (nats/token)", "Excess (nats/token)",
-                  "KL to the whole model (nats/token)", "Seconds")  # fmt: skip
+            rows.append(
+                [
+                    run["criterion"],
+                    run["compensation"],
+                    number(run["perplexity"]) + percent(before["perplexity"], run["perplexity"]),
+                    number(run["cross_entropy"]),
+                    number(run["cross_entropy"] - before["cross_entropy"]),
+                    number(run["kl"]),
+                    f"{run['seconds']:.1f}",
+                ]
+            )
+        header = (
+            "Criterion",
+            "Solved again",
+            "Perplexity",
+            "Cross-entropy (nats/token)",
+            "Excess (nats/token)",
+            "KL to the whole model (nats/token)",
+            "Seconds",
+        )
         return Table(RUNS, header, rows, "The same shape. Seconds of scoring, cutting and solving.")
 
     # ---- plots ----
@@ -170,40 +246,83 @@ class StructuredReport(Document):
         found: dict[str, list] = {IMPORTANCE: self._importance()}
         if runs := self.data.get("runs"):
             whole = self.data["quality"]["before"]["cross_entropy"]
-            excess = {(run["criterion"], run["compensation"]): run["cross_entropy"] - whole for run in runs}
-            names, kinds = (list(dict.fromkeys(run[key] for run in runs)) for key in ("criterion", "compensation"))
-            series = [(f"solved again: {kind}", PALETTE[index], [excess.get((name, kind)) for name in names])
-                      for index, kind in enumerate(kinds)]  # fmt: skip
-            found[RUNS] = [bar_plot("Excess cross-entropy by criterion", names, series, "criterion", "nats a token",
-                                    width=10.8)]  # fmt: skip
+            excess = {
+                (run["criterion"], run["compensation"]): run["cross_entropy"] - whole
+                for run in runs
+            }
+            names, kinds = (
+                list(dict.fromkeys(run[key] for run in runs))
+                for key in ("criterion", "compensation")
+            )
+            series = [
+                (
+                    f"solved again: {kind}",
+                    PALETTE[index],
+                    [excess.get((name, kind)) for name in names],
+                )
+                for index, kind in enumerate(kinds)
+            ]
+            found[RUNS] = [
+                bar_plot(
+                    "Excess cross-entropy by criterion",
+                    names,
+                    series,
+                    "criterion",
+                    "nats a token",
+                    width=10.8,
+                )
+            ]
         shown = {
-            "heads_error_sliced": ("attention, cut", BEFORE), "heads_error": ("attention, solved again", AFTER),
-            "ffn_error_sliced": ("FFN, cut", PALETTE[4]), "ffn_error": ("FFN, solved again", UPTRAINED),
-        }  # fmt: skip
-        series = [(label, color, [row[key] for row in self.layers]) for key, (label, color) in shown.items()]
+            "heads_error_sliced": ("attention, cut", BEFORE),
+            "heads_error": ("attention, solved again", AFTER),
+            "ffn_error_sliced": ("FFN, cut", PALETTE[4]),
+            "ffn_error": ("FFN, solved again", UPTRAINED),
+        }
+        series = [
+            (label, color, [row[key] for row in self.layers])
+            for key, (label, color) in shown.items()
+        ]
         series = [one for one in series if any(value is not None for value in one[2])]
         if series:
             names = [str(row["layer"]) for row in self.layers]
-            found[ERRORS] = [bar_plot(ERRORS, names, series, "layer", "relative squared error", width=10.8)]
+            found[ERRORS] = [
+                bar_plot(ERRORS, names, series, "layer", "relative squared error", width=10.8)
+            ]
         return found
 
     def _importance(self) -> list:
-        """Heads and FFN dimensions: each layer's scores from high to low over their mean, the cut marked; layers: a
-        bar each."""
+        """Heads and FFN dimensions: each layer's scores from high to low over their mean, the cut
+        marked; layers: a bar each."""
         importance, sizes, plots = self.part("importance"), self.data["sizes"]["before"], []
         for target in ("heads", "ffn"):
             rows = importance.get(target, ())
-            lines = [_curve(f"layer {index}", rows[index], target, place)
-                     for place, index in enumerate(_spread(len(rows)))]  # fmt: skip
+            lines = [
+                _curve(f"layer {index}", rows[index], target, place)
+                for place, index in enumerate(_spread(len(rows)))
+            ]
             if lines:
-                cut = 100 * self.data["settings"][target] / sizes["kv_heads" if target == "heads" else "ffn"]
+                cut = (
+                    100
+                    * self.data["settings"][target]
+                    / sizes["kv_heads" if target == "heads" else "ffn"]
+                )
                 x_label = f"{NAMES[target]} (%, most important first)"
-                plots.append(line_plot(f"Importance of {NAMES[target]}", lines, x_label, "score over the layer's mean",
-                                       mark=(cut, "kept up to here"), zero=True))  # fmt: skip
+                plots.append(
+                    line_plot(
+                        f"Importance of {NAMES[target]}",
+                        lines,
+                        x_label,
+                        "score over the layer's mean",
+                        mark=(cut, "kept up to here"),
+                        zero=True,
+                    )
+                )
         if "layers" in importance:
             scores, kept = importance["layers"], set(self.data["kept"]["layers"])
-            parts = [("stays", AFTER, [s if i in kept else None for i, s in enumerate(scores)]),
-                     ("goes", BEFORE, [None if i in kept else s for i, s in enumerate(scores)])]  # fmt: skip
+            parts = [
+                ("stays", AFTER, [s if i in kept else None for i, s in enumerate(scores)]),
+                ("goes", BEFORE, [None if i in kept else s for i, s in enumerate(scores)]),
+            ]
             names = [str(index) for index in range(len(scores))]
             plots.append(bar_plot("Importance of layers", names, parts, "layer", "score"))
         return plots
@@ -211,7 +330,9 @@ class StructuredReport(Document):
     def to_html(self) -> str:
         """A self-contained page that makes no request."""
         plots, tables = self.plots(), self.tables()
-        sections = [Section(table.title, "", plots.get(table.title, []), [table]) for table in tables]
+        sections = [
+            Section(table.title, "", plots.get(table.title, []), [table]) for table in tables
+        ]
         sections.insert(1, Section(IMPORTANCE, "", plots[IMPORTANCE]))
         return page(self.title, self.headline, sections)
 

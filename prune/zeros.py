@@ -13,13 +13,17 @@ from effattn.hf import anatomy as hf
 
 @contextmanager
 def keep_zeros(model: nn.Module) -> Iterator[None]:
-    """While open, weights of the decoder layers' linear modules that are zero now have zero gradients.
+    """While open, weights of the decoder layers' linear modules that are zero now have zero
+    gradients.
 
-    With a zero gradient, Adam's moments and weight decay leave a zero exactly where it is, so that no optimizer,
-    Trainer or number of processes has to know of it. RuntimeError at the end if one moved all the same.
-    """
+    With a zero gradient, Adam's moments and weight decay leave a zero exactly where it is, so that
+    no optimizer, Trainer or number of processes has to know of it. RuntimeError at the end if one
+    moved all the same."""
     weights = [
-        module.weight for layer in hf.of(model) for module in layer.block.modules() if isinstance(module, nn.Linear)
+        module.weight
+        for layer in hf.of(model)
+        for module in layer.block.modules()
+        if isinstance(module, nn.Linear)
     ]
     masks = {weight: weight == 0 for weight in weights}
     handles = [

@@ -24,7 +24,9 @@ __all__ = sorted(_FUNCTIONS)
 def __getattr__(name: str):
     if name in _FUNCTIONS:
         return getattr(importlib.import_module(_FUNCTIONS[name]), name)
-    raise AttributeError(f"module 'effattn.quant' has no attribute {name!r}; it has {', '.join(__all__)}")
+    raise AttributeError(
+        f"module 'effattn.quant' has no attribute {name!r}; it has {', '.join(__all__)}"
+    )
 
 
 def __dir__() -> list[str]:

@@ -1,14 +1,14 @@
 """Weights in 4 or 8 bits by bitsandbytes, beside a compressed cache.
 
-    effattn.quant.quantize_weights(model, "nf4")                 # in place
-    model = effattn.quant.load_weights("owner/name", "int8")     # quantized while it is read
-    effattn.swap(model, cache="int4")                            # both: `effattn.measure` counts both
-    effattn.save(model, "out")                                   # plain transformers loads it
+    effattn.quant.quantize_weights(model, "nf4")               # in place
+    model = effattn.quant.load_weights("owner/name", "int8")   # quantized while it is read
+    effattn.swap(model, cache="int4")                          # both: `effattn.measure` counts both
+    effattn.save(model, "out")                                 # plain transformers loads it
 
-The linear layers of the attention and the FFN become bitsandbytes' own modules; embeddings, the head and norms stay.
-"nf4": 4-bit normal floats in blocks of 64, absmax in fp32 (QLoRA, arXiv:2305.14314); "int8": a scale for each row,
-activations in int8 too, outlying ones in half precision (LLM.int8(), arXiv:2208.07339).
-"""
+The linear layers of the attention and the FFN become bitsandbytes' own modules; embeddings, the
+head and norms stay. "nf4": 4-bit normal floats in blocks of 64, absmax in fp32 (QLoRA,
+arXiv:2305.14314); "int8": a scale for each row, activations in int8 too, outlying ones in half
+precision (LLM.int8(), arXiv:2208.07339)."""
 
 from __future__ import annotations
 
@@ -28,12 +28,13 @@ KINDS = ("nf4", "int8")
 
 @torch.no_grad()
 def quantize_weights(model: nn.Module, kind: str = "nf4") -> nn.Module:
-    """Replaces the linears of every layer's attention and FFN, in place, where the model is. Returns the model.
+    """Replaces the linears of every layer's attention and FFN, in place, where the model is.
+    Returns the model.
 
-    They are new modules, without the hooks that the old ones had; they do not train. The model is then what
-    transformers makes of `quantization_config`: it saves and loads as such. Raises ValueError for an unknown kind, and
-    Unsupported, before anything is changed, where bitsandbytes is missing and for models whose weights are quantized
-    already, structured or stacked (experts).
+    They are new modules, without the hooks that the old ones had; they do not train. The model is
+    then what transformers makes of `quantization_config`: it saves and loads as such. Raises
+    ValueError for an unknown kind, and Unsupported, before anything is changed, where bitsandbytes
+    is missing and for models whose weights are quantized already, structured or stacked (experts).
     """
     check_choice("kind", kind, KINDS)
     require_own_weights(model)
@@ -43,7 +44,10 @@ def quantize_weights(model: nn.Module, kind: str = "nf4") -> nn.Module:
     if getattr(model, "hf_quantizer", None) is not None:
         raise Unsupported(f"{type(model).__name__}: its weights are quantized already")
     linears = _linears(parts)
-    dtype, names = parts.embeddings.weight.dtype, {module: name for name, module in model.named_modules()}
+    dtype, names = (
+        parts.embeddings.weight.dtype,
+        {module: name for name, module in model.named_modules()},
+    )
     for old in linears:
         model.set_submodule(names[old], _packed(bnb, old, kind, dtype))
     config = _config(kind, dtype)
@@ -54,9 +58,12 @@ def quantize_weights(model: nn.Module, kind: str = "nf4") -> nn.Module:
     return packing.steady(model)
 
 
-def load_weights(path: str | Path, kind: str = "nf4", dtype: torch.dtype | str = "auto") -> nn.Module:
-    """The causal LM of a plain checkpoint ("embedded", a folder or a hub name), its linears quantized one by one while
-    they are read: the whole is never in full precision. dtype: of the rest. In eval mode.
+def load_weights(
+    path: str | Path, kind: str = "nf4", dtype: torch.dtype | str = "auto"
+) -> nn.Module:
+    """The causal LM of a plain checkpoint ("embedded", a folder or a hub name), its linears
+    quantized one by one while they are read: the whole is never in full precision. dtype: of the
+    rest. In eval mode.
 
     Raises as `quantize_weights` does, and ValueError for what cannot be loaded.
     """
@@ -67,7 +74,9 @@ def load_weights(path: str | Path, kind: str = "nf4", dtype: torch.dtype | str =
     name, dtype = checkpoint.resolve(path), checkpoint._dtype(dtype)
     found = checkpoint.read_config(name, path)
     if hasattr(found, checkpoint.KEY):
-        raise Unsupported(f"{path}: a swapped checkpoint; valid is effattn.load, then quantize_weights")
+        raise Unsupported(
+            f"{path}: a swapped checkpoint; valid is effattn.load, then quantize_weights"
+        )
     if getattr(found, "quantization_config", None) is not None:
         raise Unsupported(f"{path}: its weights are quantized already; valid is effattn.load")
     compute = found.dtype if dtype == "auto" else dtype
@@ -80,8 +89,12 @@ def _bitsandbytes():
     try:
         import bitsandbytes
     except ImportError as error:
-        raise Unsupported(f"weights: bitsandbytes cannot be imported ({error}); pip install bitsandbytes") from None
-    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)  # a warning a call about fp16
+        raise Unsupported(
+            f"weights: bitsandbytes cannot be imported ({error}); pip install bitsandbytes"
+        ) from None
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(
+        logging.ERROR
+    )  # a warning a call about fp16
     return bitsandbytes
 
 
@@ -90,7 +103,9 @@ def _config(kind: str, dtype: torch.dtype):
 
     if kind == "int8":
         return BitsAndBytesConfig(load_in_8bit=True)
-    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
+    )
 
 
 def _linears(parts: anatomy.Anatomy) -> list[nn.Linear]:
@@ -100,17 +115,20 @@ def _linears(parts: anatomy.Anatomy) -> list[nn.Linear]:
         for projection in layer.qkv_modules:
             if not is_plain(projection):
                 raise Unsupported(
-                    f"weights: layer {layer.index}: {type(projection).__name__} is no plain linear; quantize the "
+                    f"weights: layer {layer.index}: {type(projection).__name__} is no plain "
+                    "linear; quantize the "
                     "model's own weights"
                 )
         for module in (layer.attention, layer.o.module, layer.ffn):
             if (odd := not_plain(module)) is not None:
                 raise Unsupported(
-                    f"weights: layer {layer.index}: {odd} is no plain linear; quantize the model's own weights"
+                    f"weights: layer {layer.index}: {odd} is no plain linear; quantize the "
+                    "model's own weights"
                 )
             if any(p.dim() > 2 for p in module.parameters()):
                 raise Unsupported(
-                    f"weights: layer {layer.index} ({type(module).__name__}) stacks experts in one parameter, which "
+                    f"weights: layer {layer.index} ({type(module).__name__}) stacks experts in "
+                    "one parameter, which "
                     "bitsandbytes does not quantize"
                 )
             found += [one for one in module.modules() if is_plain(one)]
@@ -119,12 +137,22 @@ def _linears(parts: anatomy.Anatomy) -> list[nn.Linear]:
 
 def _packed(bnb, old: nn.Linear, kind: str, dtype: torch.dtype) -> nn.Module:
     """bitsandbytes' module with the weights of `old`, quantized on its device."""
-    sizes, bias, device = (old.in_features, old.out_features), old.bias is not None, old.weight.device
+    sizes, bias, device = (
+        (old.in_features, old.out_features),
+        old.bias is not None,
+        old.weight.device,
+    )
     with torch.device("meta"):
         if kind == "nf4":
-            new = bnb.nn.Linear4bit(*sizes, bias, dtype, compress_statistics=False, quant_type="nf4")
+            new = bnb.nn.Linear4bit(
+                *sizes, bias, dtype, compress_statistics=False, quant_type="nf4"
+            )
             weight = bnb.nn.Params4bit(
-                old.weight.data, requires_grad=False, quant_type="nf4", compress_statistics=False, module=new
+                old.weight.data,
+                requires_grad=False,
+                quant_type="nf4",
+                compress_statistics=False,
+                module=new,
             )
         else:
             new = bnb.nn.Linear8bitLt(*sizes, bias, has_fp16_weights=False, threshold=6.0)

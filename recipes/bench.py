@@ -1,11 +1,12 @@
-"""How fast attention is here, against what you would use instead: SDPA, flex_attention and the known packages.
+"""How fast attention is here, against what you would use instead: SDPA, flex_attention and the
+known packages.
 
     python recipes/bench.py                                        # this CPU, to results/<device>/bench.json
     python recipes/bench.py --device cuda --part 2/3               # a GPU: the kernels' tests first, then a third
     python recipes/bench.py --only decode --quick --output x.json  # some rows, short, to see that they run
 
-Answers are checked before anything is timed. After a kill, the same command goes on. Ends with one line of JSON; exit
-code 1 when an answer of ours is wrong or something grows faster than declared.
+Answers are checked before anything is timed. After a kill, the same command goes on. Ends with one
+line of JSON; exit code 1 when an answer of ours is wrong or something grows faster than declared.
 """
 
 from __future__ import annotations
@@ -23,14 +24,22 @@ TESTS = Path(__file__).parents[1] / "tests"
 @one_line_errors
 def main(
     device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
-    output: Annotated[Path | None, typer.Option(help="JSON file; default: results/<device>/bench.json")] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="JSON file; default: results/<device>/bench.json")
+    ] = None,
     only: Annotated[str | None, typer.Option(help="cases whose name contains this")] = None,
     part: Annotated[str, typer.Option(help="i/n: every n-th case, from the i-th")] = "1/1",
-    seconds: Annotated[float | None, typer.Option(help="of timing a case; default: 2.5, quick 0.3")] = None,
-    quick: Annotated[bool, typer.Option(help="the shortest lengths only, to see that it runs")] = False,
+    seconds: Annotated[
+        float | None, typer.Option(help="of timing a case; default: 2.5, quick 0.3")
+    ] = None,
+    quick: Annotated[
+        bool, typer.Option(help="the shortest lengths only, to see that it runs")
+    ] = False,
     fresh: Annotated[bool, typer.Option(help="forget what the output file holds")] = False,
     threads: Annotated[int | None, typer.Option(help="CPU threads; default: torch's")] = None,
-    plan: Annotated[bool, typer.Option(help="say what would run and how long it takes, and stop")] = False,
+    plan: Annotated[
+        bool, typer.Option(help="say what would run and how long it takes, and stop")
+    ] = False,
 ) -> None:
     import torch
     from rich.console import Console
@@ -78,10 +87,18 @@ def main(
     with claim("output", output):
         run.run(cases, where, found, seconds, limits, done)
         results.save(output, run.judge(found), html(found))
-    for table in (report.growth_table(found), report.targets_table(found), report.peers_table(found)):
+    for table in (
+        report.growth_table(found),
+        report.targets_table(found),
+        report.peers_table(found),
+    ):
         wide.print(table.rich())
     console.print(report.finding(found), soft_wrap=True, highlight=False)
-    console.print(f"results  {output}\npage     {output.with_suffix('.html')}", soft_wrap=True, highlight=False)
+    console.print(
+        f"results  {output}\npage     {output.with_suffix('.html')}",
+        soft_wrap=True,
+        highlight=False,
+    )
     print(report.summary(found))
     for fault in (faults := run.faults(found)):
         errors.print(f"fails: {fault}", soft_wrap=True, highlight=False)

@@ -1,4 +1,5 @@
-"""Position rules side by side beyond a model's trained length: the table of the ReRoPE article, on any checkpoint.
+"""Position rules side by side beyond a model's trained length: the table of the ReRoPE article, on
+any checkpoint.
 
     python recipes/extend_context.py --output runs/positions
     python recipes/extend_context.py --rules rerope,yarn --sequences 4 --lengths 512,4k --output runs/few

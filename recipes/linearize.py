@@ -1,5 +1,5 @@
-"""Replace a checkpoint's softmax attention by an approximate backend, or its projections by structured ones, and bring
-the quality back by attention transfer and distillation.
+"""Replace a checkpoint's softmax attention by an approximate backend, or its projections by
+structured ones, and bring the quality back by attention transfer and distillation.
 
     python recipes/linearize.py --pattern "linear(feature_map='hedgehog')" --keep-every 4 --output runs/linear
     python recipes/linearize.py --pattern none --projections "monarch(blocks=16, ratio=0.5)" --output runs/monarch

@@ -2,8 +2,8 @@
 
     python recipes/pretrain_embedded.py --output runs/embedded --tokens 12_000_000
 
-Run it again to go on after a kill. With more than one GPU: `accelerate launch recipes/pretrain_embedded.py ...`.
-"""
+Run it again to go on after a kill. With more than one GPU: `accelerate launch
+recipes/pretrain_embedded.py ...`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,9 @@ from effattn.embedded.pretrain import pretrain
 
 @one_line_errors
 def main(
-    output: Annotated[Path, typer.Option(help="where the checkpoint, the tokenizer and the card go")],
+    output: Annotated[
+        Path, typer.Option(help="where the checkpoint, the tokenizer and the card go")
+    ],
     tokens: Annotated[int, typer.Option(help="training tokens")] = 12_000_000,
     hidden: Annotated[int, typer.Option(help="hidden size, a multiple of 16")] = 256,
     layers: Annotated[int, typer.Option(help="decoder layers")] = 4,
@@ -29,9 +31,16 @@ def main(
     compile: Annotated[bool, typer.Option(help="torch.compile the model")] = False,
 ) -> None:
     card = pretrain(
-        output, train_tokens=tokens, hidden=hidden, layers=layers, vocabulary=vocabulary, length=length,
-        batch=batch, lr=lr, compile=compile,
-    )  # fmt: skip
+        output,
+        train_tokens=tokens,
+        hidden=hidden,
+        layers=layers,
+        vocabulary=vocabulary,
+        length=length,
+        batch=batch,
+        lr=lr,
+        compile=compile,
+    )
     print(
         f"{card['parameters']:,} parameters, {card['train_tokens']:,} tokens: "
         f"{card['bits_per_byte']:.3f} bits per byte (xz -9e: {card['bits_per_byte_xz_9e']:.3f}), "

@@ -1,5 +1,5 @@
-"""Shear a checkpoint to an exact smaller shape, as Sheared LLaMA does: learn L0 masks and weights together, cut, and
-train on with plain transformers.
+"""Shear a checkpoint to an exact smaller shape, as Sheared LLaMA does: learn L0 masks and weights
+together, cut, and train on with plain transformers.
 
     python recipes/shear.py --heads 4 --ffn 352 --output runs/half --compare
     python recipes/shear.py --model M --layers 24 --hidden 2048 --domain web.txt --domain code/ --output DIR

@@ -1,4 +1,5 @@
-"""Swap a checkpoint's attention pattern, and see what that does: perplexity by context, streaming, generated text.
+"""Swap a checkpoint's attention pattern, and see what that does: perplexity by context, streaming,
+generated text.
 
     python recipes/swap_backend.py --model embedded --pattern "sliding(window=256, sinks=4)"
     python recipes/swap_backend.py --model M --pattern '{"0-1": "dense", "2-": "sliding(window=512)"}' --output DIR

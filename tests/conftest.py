@@ -1,4 +1,6 @@
-"""Shared by all tests: tiny random models, few threads, no network, kernels in the interpreter where no GPU is."""
+"""Shared by all tests: tiny random models, few threads, no network, kernels in the interpreter
+where no GPU is.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,9 @@ import pytest
 import torch
 
 if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels run in Triton's interpreter; before triton is imported
+    os.environ.setdefault(
+        "TRITON_INTERPRET", "1"
+    )  # kernels run in Triton's interpreter; before triton is imported
 
 import transformers
 from transformers import AutoModelForCausalLM
@@ -26,36 +30,69 @@ transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 
 SMALL = dict(
-    hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=8, num_key_value_heads=8,
-    vocab_size=96, max_position_embeddings=128, pad_token_id=0, bos_token_id=0, eos_token_id=0,
-)  # fmt: skip
+    hidden_size=64,
+    intermediate_size=96,
+    num_hidden_layers=2,
+    num_attention_heads=8,
+    num_key_value_heads=8,
+    vocab_size=96,
+    max_position_embeddings=128,
+    pad_token_id=0,
+    bos_token_id=0,
+    eos_token_id=0,
+)
 
 # Settings of each class that its tiny configuration needs beyond SMALL.
 EXTRA: dict[str, dict] = {
     "gemma": {"head_dim": 16},
-    "gemma2": {"head_dim": 8, "layer_types": ["sliding_attention", "full_attention"], "sliding_window": 32},
-    "gemma3_text": {"head_dim": 8, "layer_types": ["sliding_attention", "full_attention"], "sliding_window": 32},
+    "gemma2": {
+        "head_dim": 8,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "sliding_window": 32,
+    },
+    "gemma3_text": {
+        "head_dim": 8,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "sliding_window": 32,
+    },
     "qwen3": {"head_dim": 8},
-    "qwen3_moe": {"head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
-    "qwen2_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32,
-                  "shared_expert_intermediate_size": 32},
+    "qwen3_moe": {
+        "head_dim": 8,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+    },
+    "qwen2_moe": {
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "shared_expert_intermediate_size": 32,
+    },
     "mixtral": {"num_local_experts": 4},
     "olmoe": {"num_experts": 4, "num_experts_per_tok": 2},
     "olmo3": {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 32},
-    "cohere2": {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 32, "head_dim": 8},
-    "exaone4": {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 32, "head_dim": 8},
+    "cohere2": {
+        "layer_types": ["sliding_attention", "full_attention"],
+        "sliding_window": 32,
+        "head_dim": 8,
+    },
+    "exaone4": {
+        "layer_types": ["sliding_attention", "full_attention"],
+        "sliding_window": 32,
+        "head_dim": 8,
+    },
     "glm": {"head_dim": 8},
     "glm4": {"head_dim": 8},
     "ernie4_5": {"head_dim": 8},
     "helium": {"head_dim": 8},
     "seed_oss": {"head_dim": 8},
     "arcee": {"head_dim": 8},
-}  # fmt: skip
+}
 
 
 class Oracle:
-    """What retrieval tasks ask of a model, for tests that say themselves what it answers. It remembers through its
-    cache, so that a context that comes in pieces is one context."""
+    """What retrieval tasks ask of a model, for tests that say themselves what it answers. It
+    remembers through its cache, so that a context that comes in pieces is one context."""
 
     training = False
 
@@ -84,8 +121,12 @@ class Oracle:
 
 
 def tiny(kind: str, seed: int = 0, dtype: torch.dtype = torch.float64, **overrides):
-    """A random model of transformers' class `kind` (a model_type), eval mode, biases and norm gains included."""
-    config = transformers.AutoConfig.for_model(kind, **{**SMALL, **EXTRA.get(kind, {}), **overrides})
+    """A random model of transformers' class `kind` (a model_type), eval mode, biases and norm gains
+    included.
+    """
+    config = transformers.AutoConfig.for_model(
+        kind, **{**SMALL, **EXTRA.get(kind, {}), **overrides}
+    )
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
     with torch.no_grad():  # initial biases are zero and gains one, which would hide mistakes
@@ -99,8 +140,9 @@ def tiny(kind: str, seed: int = 0, dtype: torch.dtype = torch.float64, **overrid
 
 @pytest.fixture(scope="session", autouse=True)
 def fp32():
-    """Training and pruning in this process are in fp32, whatever the machine prefers; tests/test_precision.py asks for
-    bf16, and commands in processes of their own take what they find."""
+    """Training and pruning in this process are in fp32, whatever the machine prefers;
+    tests/test_precision.py asks for bf16, and commands in processes of their own take what they
+    find."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("effattn.training.bf16_pays", lambda on_cpu=None: False)
         yield
@@ -109,4 +151,6 @@ def fp32():
 @pytest.fixture(scope="session")
 def tokens() -> torch.Tensor:
     """Random token ids of the tiny models, int64 (2048,)."""
-    return torch.randint(0, SMALL["vocab_size"], (2048,), generator=torch.Generator().manual_seed(0))
+    return torch.randint(
+        0, SMALL["vocab_size"], (2048,), generator=torch.Generator().manual_seed(0)
+    )

@@ -1,9 +1,10 @@
-"""Runs flows in processes that are killed, for `test_kills.py`: `python killing.py FOLDER` answers lines of JSON.
+"""Runs flows in processes that are killed, for `test_kills.py`: `python killing.py FOLDER` answers
+lines of JSON.
 
-The server imports everything once and forks a child for each run. A child counts what it does to the disk under
-FOLDER (audit events: opening to write, renaming, removing, making folders, linking), and at the n-th such moment sends
-itself a signal; or the n-th file of tensors that it writes is cut in half, and then it dies.
-"""
+The server imports everything once and forks a child for each run. A child counts what it does to
+the disk under FOLDER (audit events: opening to write, renaming, removing, making folders, linking),
+and at the n-th such moment sends itself a signal; or the n-th file of tensors that it writes is cut
+in half, and then it dies."""
 
 from __future__ import annotations
 
@@ -23,57 +24,147 @@ TRAINED = dict(length=32, evaluation_tokens=128, overrides=CPU, seed=1)
 def convert(model, text, out):
     from effattn.heads.job import Job, run
 
-    return run(Job(model, 2, out, text=(text,), calibration_tokens=640, uptrain_tokens=4 * 64, batch=2,
-                   decode_contexts=(), **TRAINED))  # fmt: skip
+    return run(
+        Job(
+            model,
+            2,
+            out,
+            text=(text,),
+            calibration_tokens=640,
+            uptrain_tokens=4 * 64,
+            batch=2,
+            decode_contexts=(),
+            **TRAINED,
+        )
+    )
 
 
 def linearize(model, text, out):
     from effattn.linearizing.job import Job, run
 
-    return run(Job(model, out, "performer(features=8)", text=(text,), transfer_tokens=3 * 32, distil_tokens=3 * 32,
-                   **TRAINED))  # fmt: skip
+    return run(
+        Job(
+            model,
+            out,
+            "performer(features=8)",
+            text=(text,),
+            transfer_tokens=3 * 32,
+            distil_tokens=3 * 32,
+            **TRAINED,
+        )
+    )
 
 
 def extend(model, text, out):
     from effattn.extending.job import Job, run
 
-    return run(Job(model, 256, "yarn(length=256)", out, tune_tokens=3 * 32, window=32, sequences=0, text=(text,),
-                   seed=1, overrides=CPU))  # fmt: skip
+    return run(
+        Job(
+            model,
+            256,
+            "yarn(length=256)",
+            out,
+            tune_tokens=3 * 32,
+            window=32,
+            sequences=0,
+            text=(text,),
+            seed=1,
+            overrides=CPU,
+        )
+    )
 
 
 def shear(model, text, out):
     from effattn.prune.shear_job import Job, run
 
-    return run(Job(model, out, heads=4, ffn=48, domains=(text,), mask_tokens=3 * 64, recover_tokens=3 * 64,
-                   batch=2, decode_contexts=(), warm_start=None, **TRAINED))  # fmt: skip
+    return run(
+        Job(
+            model,
+            out,
+            heads=4,
+            ffn=48,
+            domains=(text,),
+            mask_tokens=3 * 64,
+            recover_tokens=3 * 64,
+            batch=2,
+            decode_contexts=(),
+            warm_start=None,
+            **TRAINED,
+        )
+    )
 
 
 def oneshot(model, text, out):
     from effattn.prune.oneshot_job import Job, run
 
-    return run(Job(out, model, ("wanda",), text=(text,), calibration_tokens=256, evaluation_tokens=128, length=32,
-                   measure="no"))  # fmt: skip
+    return run(
+        Job(
+            out,
+            model,
+            ("wanda",),
+            text=(text,),
+            calibration_tokens=256,
+            evaluation_tokens=128,
+            length=32,
+            measure="no",
+        )
+    )
 
 
 def structured(model, text, out):
     from effattn.prune.structured_job import Job, run
 
-    return run(Job(out, model, ffn=48, criteria=("random",), compensate=False, text=(text,), calibration_tokens=256,
-                   evaluation_tokens=128, length=32, decode_contexts=()))  # fmt: skip
+    return run(
+        Job(
+            out,
+            model,
+            ffn=48,
+            criteria=("random",),
+            compensate=False,
+            text=(text,),
+            calibration_tokens=256,
+            evaluation_tokens=128,
+            length=32,
+            decode_contexts=(),
+        )
+    )
 
 
 def swap(model, text, out):
     from effattn.swapping.job import Job, run
 
-    return run(Job(model, ("linear(feature_map='hedgehog')",), out, (text,), contexts=(16,), evaluation_tokens=16,
-                   stream_tokens=64, dense_stream_tokens=32, prompt_tokens=8, generate_tokens=0))  # fmt: skip
+    return run(
+        Job(
+            model,
+            ("linear(feature_map='hedgehog')",),
+            out,
+            (text,),
+            contexts=(16,),
+            evaluation_tokens=16,
+            stream_tokens=64,
+            dense_stream_tokens=32,
+            prompt_tokens=8,
+            generate_tokens=0,
+        )
+    )
 
 
 def quantize(model, text, out):
     from effattn.quant.sensitivity.job import Job, run
 
-    return run(Job(model, formats=("int8(group=16, residual=16)",), output=out, text=(text,), evaluation_tokens=400,
-                   sensitivity_tokens=32, length=32, retrieval_trials=0, decode_contexts=()))  # fmt: skip
+    return run(
+        Job(
+            model,
+            formats=("int8(group=16, residual=16)",),
+            output=out,
+            text=(text,),
+            evaluation_tokens=400,
+            sensitivity_tokens=32,
+            length=32,
+            retrieval_trials=0,
+            decode_contexts=(),
+        )
+    )
 
 
 def measure(model, text, out):
@@ -83,12 +174,15 @@ def measure(model, text, out):
 
 
 FLOWS: dict[str, Callable] = {
-    each.__name__: each for each in (convert, linearize, extend, shear, oneshot, structured, swap, quantize, measure)
+    each.__name__: each
+    for each in (convert, linearize, extend, shear, oneshot, structured, swap, quantize, measure)
 }
 
 
 def quick_parts() -> None:
-    """Without what has nothing to do with files and takes long: the proof in a fresh process, and timing."""
+    """Without what has nothing to do with files and takes long: the proof in a fresh process, and
+    timing.
+    """
     import effattn.prune.oneshot_job
     import effattn.prune.shear_job
     import effattn.prune.structured_job
@@ -98,15 +192,26 @@ def quick_parts() -> None:
     import effattn.measuring.job
     from effattn.profiling.device import Peaks
 
-    for module in (effattn.heads.job, effattn.prune.oneshot_job, effattn.prune.shear_job, effattn.prune.structured_job):
+    for module in (
+        effattn.heads.job,
+        effattn.prune.oneshot_job,
+        effattn.prune.shear_job,
+        effattn.prune.structured_job,
+    ):
         module.verify_plain = lambda *args: {"fresh_process": True}
     effattn.prune.shear_job._speed = lambda *args: []
-    effattn.measuring.job.peaks = lambda *args: Peaks("none", "cpu", 1, "", {}, None, None, None, {}, None)
-    effattn.linearizing.job.measure_approximation = lambda *args, **kwargs: type("None", (), {"data": None})
+    effattn.measuring.job.peaks = lambda *args: Peaks(
+        "none", "cpu", 1, "", {}, None, None, None, {}, None
+    )
+    effattn.linearizing.job.measure_approximation = lambda *args, **kwargs: type(
+        "None", (), {"data": None}
+    )
 
 
 class Moments:
-    """Counts what is done to the disk below `root`, and at the moment `at` sends the signal `number`."""
+    """Counts what is done to the disk below `root`, and at the moment `at` sends the signal
+    `number`.
+    """
 
     def __init__(self, root: str, at: int, number: int, counted: mmap.mmap):
         self.root, self.at, self.number, self.counted, self.done = root, at, number, counted, 0
@@ -123,7 +228,9 @@ class Moments:
 
 
 def cut_in_half(kind: str, at: int) -> None:
-    """The `at`-th file that torch ("torch"), or safetensors ("safetensors"), writes is half a file, and the last."""
+    """The `at`-th file that torch ("torch"), or safetensors ("safetensors"), writes is half a file,
+    and the last.
+    """
     import safetensors.torch
     import torch
 
@@ -145,7 +252,9 @@ def cut_in_half(kind: str, at: int) -> None:
     if kind == "torch":
         torch.save = cut(torch.save, lambda args, kwargs: args[1])
     else:
-        safetensors.torch.serialize_file = cut(safetensors.torch.serialize_file, lambda args, kwargs: args[1])
+        safetensors.torch.serialize_file = cut(
+            safetensors.torch.serialize_file, lambda args, kwargs: args[1]
+        )
 
 
 def child(request: dict, counted: mmap.mmap) -> int:
@@ -162,7 +271,9 @@ def child(request: dict, counted: mmap.mmap) -> int:
         request["at"] = 0
     sys.addaudithook(Moments(request["root"], request["at"], request.get("signal", 9), counted))
     run = FLOWS[request["flow"]]
-    command = one_line_errors(lambda: run(request["model"], Path(request["text"]), Path(request["out"])))
+    command = one_line_errors(
+        lambda: run(request["model"], Path(request["text"]), Path(request["out"]))
+    )
     try:
         command()
     except typer.Exit as end:

@@ -1,4 +1,6 @@
-"""Adapters, parametrizations and masks: merged or refused in one line, before anything changes, and kept by peft."""
+"""Adapters, parametrizations and masks: merged or refused in one line, before anything changes, and
+kept by peft.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,9 @@ peft = pytest.importorskip("peft")
 ADAPTERS = {
     "lora": lambda: peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj", "o_proj"]),
     "dora": lambda: peft.LoraConfig(r=2, target_modules=["k_proj", "up_proj"], use_dora=True),
-    "ia3": lambda: peft.IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]),
+    "ia3": lambda: peft.IA3Config(
+        target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]
+    ),
     "saved": lambda: peft.LoraConfig(r=2, target_modules=["o_proj"], modules_to_save=["lm_head"]),
 }
 COMPUTED = {
@@ -41,14 +45,20 @@ COMPUTED = {
 }
 ENTRIES = {
     "convert_gqa": lambda model, tokens, path: effattn.convert_gqa(model, 2, tokens, length=64),
-    "baseline": lambda model, tokens, path: effattn.convert_gqa(model, 2, method="mean", refit=False),
+    "baseline": lambda model, tokens, path: effattn.convert_gqa(
+        model, 2, method="mean", refit=False
+    ),
     "swap_heads": lambda model, tokens, path: effattn.swap(model, heads="mqa", calibration=tokens),
-    "swap_projections": lambda model, tokens, path: effattn.swap(model, projections="monarch(blocks=4)"),
+    "swap_projections": lambda model, tokens, path: effattn.swap(
+        model, projections="monarch(blocks=4)"
+    ),
     "longformer": lambda model, tokens, path: effattn.swap(model, "longformer(window=9)"),
     "oneshot": lambda model, tokens, path: effattn.prune.oneshot(model, method="magnitude"),
     "structured": lambda model, tokens, path: effattn.prune.structured(model, tokens, ffn=48),
     "slice": lambda model, tokens, path: slice_model(model, Keep(layers=torch.tensor([0]))),
-    "shear": lambda model, tokens, path: effattn.prune.shear(model, effattn.prune.Target(ffn=48), tokens, length=64),
+    "shear": lambda model, tokens, path: effattn.prune.shear(
+        model, effattn.prune.Target(ffn=48), tokens, length=64
+    ),
     "pack": lambda model, tokens, path: effattn.prune.pack(model),
     "quantize": lambda model, tokens, path: effattn.quant.quantize_weights(model),
     "rotate": lambda model, tokens, path: fold_values(model),
@@ -67,7 +77,9 @@ def filled(model, seed: int = 0):
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if any(part in name for part in ("lora_A", "lora_B", "ia3_l", "modules_to_save")):
-                parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype))
+                parameter.add_(
+                    0.2 * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
+                )
     return model.eval()
 
 
@@ -102,7 +114,9 @@ def test_the_remedy_works(adapter, tokens, tmp_path):
     require_own_weights(model)
     assert model.state_dict().keys() == tiny("llama").state_dict().keys()
     effattn.save(model, tmp_path / "out")
-    torch.testing.assert_close(logits(effattn.load(tmp_path / "out"), tokens), expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        logits(effattn.load(tmp_path / "out"), tokens), expected, rtol=0, atol=1e-5
+    )
     effattn.convert_gqa(model, 2, tokens, length=64)
 
 
@@ -111,7 +125,11 @@ def test_the_remedy_works(adapter, tokens, tmp_path):
 def test_what_is_computed_now_is_what_is_merged(adapter, state, tokens):
     """Adapters that are switched off, merged already, or not the active one."""
     model = adapted(adapter)
-    layers = [module for module in model.modules() if isinstance(module, peft.tuners.tuners_utils.BaseTunerLayer)]
+    layers = [
+        module
+        for module in model.modules()
+        if isinstance(module, peft.tuners.tuners_utils.BaseTunerLayer)
+    ]
     if state == "second":
         peft.inject_adapter_in_model(ADAPTERS[adapter](), model, adapter_name="second")
         filled(model, seed=1)
@@ -154,7 +172,9 @@ def test_transformers_own_adapters_are_merged_too(tokens, tmp_path):
     with pytest.raises(Unsupported, match="merge it first"):
         effattn.save(model, tmp_path / "out")
     effattn.save(merge(model), tmp_path / "out")
-    torch.testing.assert_close(logits(effattn.load(tmp_path / "out"), tokens), expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        logits(effattn.load(tmp_path / "out"), tokens), expected, rtol=0, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("computed", COMPUTED)
@@ -166,7 +186,9 @@ def test_computed_weights_are_refused_and_the_remedy_works(computed, tokens):
         warnings.simplefilter("ignore")
         change(module)
     expected = logits(model, tokens)
-    with pytest.raises(Unsupported, match=rf"layers\.1\.mlp\.up_proj .*\.{remedy.__name__}\(module, 'weight'\)"):
+    with pytest.raises(
+        Unsupported, match=rf"layers\.1\.mlp\.up_proj .*\.{remedy.__name__}\(module, 'weight'\)"
+    ):
         effattn.prune.oneshot(model, method="magnitude")
     remedy(module, "weight")
     torch.testing.assert_close(logits(model, tokens), expected, rtol=0, atol=1e-6)
@@ -175,12 +197,18 @@ def test_computed_weights_are_refused_and_the_remedy_works(computed, tokens):
 
 @pytest.mark.parametrize("entry", [*ENTRIES, "swap"])
 def test_wrapped_models_name_the_one_inside(entry, tokens, tmp_path):
-    run = (ENTRIES | {"swap": lambda model, tokens, path: effattn.swap(model, "sliding(window=9)")})[entry]
+    run = (
+        ENTRIES | {"swap": lambda model, tokens, path: effattn.swap(model, "sliding(window=9)")}
+    )[entry]
     inner = tiny("llama")
-    with pytest.raises(Unsupported, match=r"got OptimizedModule \(torch.compile\), valid is .*model\._orig_mod"):
+    with pytest.raises(
+        Unsupported, match=r"got OptimizedModule \(torch.compile\), valid is .*model\._orig_mod"
+    ):
         run(torch.compile(inner, backend="eager"), tokens, tmp_path)
     wrapped = peft.get_peft_model(inner, ADAPTERS["lora"]())
-    with pytest.raises(Unsupported, match=r"got PeftModel.*merge_and_unload\(\).*get_base_model\(\)"):
+    with pytest.raises(
+        Unsupported, match=r"got PeftModel.*merge_and_unload\(\).*get_base_model\(\)"
+    ):
         run(wrapped, tokens, tmp_path)
 
 
@@ -189,7 +217,9 @@ def test_wrapped_models_name_the_one_inside(entry, tokens, tmp_path):
 def test_compiled_parts_are_named(part, entry, tokens, tmp_path):
     model = tiny("llama")
     model.set_submodule(part, torch.compile(model.get_submodule(part), backend="eager"))
-    with pytest.raises(Unsupported, match=rf"{part} .*model\.set_submodule\('{part}', module\._orig_mod\)"):
+    with pytest.raises(
+        Unsupported, match=rf"{part} .*model\.set_submodule\('{part}', module\._orig_mod\)"
+    ):
         ENTRIES[entry](model, tokens, tmp_path)
     model.set_submodule(part, model.get_submodule(part)._orig_mod)
     ENTRIES[entry](model, tokens, tmp_path)
@@ -206,7 +236,9 @@ def test_a_model_that_compiled_itself_is_changed_like_any_other(tokens):
 
 @pytest.mark.parametrize("spec", ["sliding(window=16)", "longformer(window=9, global_tokens=[0])"])
 def test_lora_on_a_swapped_model_is_trained_saved_loaded_and_merged(spec, tokens, tmp_path):
-    """With peft's own calls: the pattern stays, and Longformer's global projections have no part in it."""
+    """With peft's own calls: the pattern stays, and Longformer's global projections have no part in
+    it.
+    """
     wrapped = peft.get_peft_model(effattn.swap(tiny("llama"), spec), ADAPTERS["lora"]())
     plain = logits(wrapped, tokens)
     optimizer = torch.optim.SGD([p for p in wrapped.parameters() if p.requires_grad], lr=0.5)
@@ -216,12 +248,16 @@ def test_lora_on_a_swapped_model_is_trained_saved_loaded_and_merged(spec, tokens
     trained = logits(wrapped.eval(), tokens)
     assert (trained - plain).abs().max() > 1e-2
     wrapped.save_pretrained(tmp_path / "adapter")
-    again = peft.PeftModel.from_pretrained(effattn.swap(tiny("llama"), spec), tmp_path / "adapter").eval()
+    again = peft.PeftModel.from_pretrained(
+        effattn.swap(tiny("llama"), spec), tmp_path / "adapter"
+    ).eval()
     torch.testing.assert_close(logits(again, tokens), trained)
     merged = wrapped.merge_and_unload()
     torch.testing.assert_close(logits(merged, tokens), trained, rtol=0, atol=1e-5)
     effattn.save(merged, tmp_path / "merged")
-    torch.testing.assert_close(logits(effattn.load(tmp_path / "merged"), tokens), trained, rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        logits(effattn.load(tmp_path / "merged"), tokens), trained, rtol=0, atol=1e-5
+    )
 
 
 def test_patterns_may_be_swapped_below_adapters(tokens):
@@ -256,5 +292,7 @@ def test_generation_below_adapters(tokens):
 
 def test_a_folder_with_an_adapter_is_no_checkpoint(tmp_path):
     peft.get_peft_model(tiny("llama"), ADAPTERS["lora"]()).save_pretrained(tmp_path / "adapter")
-    with pytest.raises(ValueError, match=r"holds an adapter \(adapter_config.json\); valid is the whole model"):
+    with pytest.raises(
+        ValueError, match=r"holds an adapter \(adapter_config.json\); valid is the whole model"
+    ):
         effattn.load(tmp_path / "adapter")

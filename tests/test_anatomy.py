@@ -1,4 +1,6 @@
-"""The anatomy is right for every class it names: views write through, gauge freedoms hold, refusals name names."""
+"""The anatomy is right for every class it names: views write through, gauge freedoms hold, refusals
+name names.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,13 @@ ENCODER = {
     "num_attention_heads": 4,
     "intermediate_size": 48,
 }
-MOE = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "gpt_oss")  # transformers' CPU experts have no fp64
+MOE = (
+    "mixtral",
+    "qwen2_moe",
+    "qwen3_moe",
+    "olmoe",
+    "gpt_oss",
+)  # transformers' CPU experts have no fp64
 LOOSE = 1e-4  # RMSNorm casts to fp32; a mistake moves logits by 0.1 and more
 KINDS = sorted(hf.FAMILIES)
 
@@ -47,7 +55,10 @@ def test_projections_are_views_of_the_weights(kind, tokens):
     for layer in hf.of(model):
         for part in (layer.q, layer.k, layer.v, layer.o):
             assert part.by_head.data_ptr() >= part.module.weight.data_ptr()
-            assert part.by_head.untyped_storage().data_ptr() == part.module.weight.untyped_storage().data_ptr()
+            assert (
+                part.by_head.untyped_storage().data_ptr()
+                == part.module.weight.untyped_storage().data_ptr()
+            )
         assert layer.q.by_head.shape == (8, layer.head_dim, 64)
         assert layer.o.by_head.shape == (8, 64, layer.head_dim)
         # Swap two heads everywhere: a pure renaming, if q, k, v and o are what they say they are.
@@ -65,8 +76,8 @@ def test_projections_are_views_of_the_weights(kind, tokens):
 
 @pytest.mark.parametrize("kind", [k for k in KINDS if hf.FAMILIES[k].rotary])
 def test_rotary_dims_and_pairs(kind, tokens):
-    """Turning q and k of a head by the same phase, each frequency its own, changes nothing; and the pairs are the
-    ones of the class's own rotate_half."""
+    """Turning q and k of a head by the same phase, each frequency its own, changes nothing; and the
+    pairs are the ones of the class's own rotate_half."""
     model = model_of(kind)
     before = logits(model, tokens)
     for layer in hf.of(model):
@@ -77,7 +88,11 @@ def test_rotary_dims_and_pairs(kind, tokens):
         assert len(real) * 2 == layer.rotary_dims <= layer.head_dim
         angle = torch.linspace(0.3, 2.0, len(real), dtype=model.dtype)[:, None]
         for part in (layer.q, layer.k):
-            biases = None if part.module.bias is None else part._rows(part.module.bias.detach())[..., None]
+            biases = (
+                None
+                if part.module.bias is None
+                else part._rows(part.module.bias.detach())[..., None]
+            )
             for target in (part.by_head, biases):
                 if target is None:
                     continue
@@ -87,8 +102,15 @@ def test_rotary_dims_and_pairs(kind, tokens):
     assert (logits(model, tokens) - before).abs().max() < LOOSE
 
 
-YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 32}
-ROPES = [(kind, {}) for kind in KINDS if hf.FAMILIES[kind].rotary] + [("llama", {"rope_parameters": YARN})]
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 1e4,
+    "factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+ROPES = [(kind, {}) for kind in KINDS if hf.FAMILIES[kind].rotary] + [
+    ("llama", {"rope_parameters": YARN})
+]
 
 
 @pytest.mark.parametrize(("kind", "overrides"), ROPES)
@@ -97,9 +119,15 @@ def test_ropes_are_the_models_own_rotation(kind, overrides):
     model, seen = tiny(kind, dtype=torch.float32, num_key_value_heads=2, **overrides), {}
     for layer in hf.of(model):
         hook = lambda *args, i=layer.index: seen.setdefault(i, args[2]["position_embeddings"])  # noqa: E731
-        layer.attention.register_forward_pre_hook(lambda *args, hook=hook: hook(*args) and None, with_kwargs=True)
+        layer.attention.register_forward_pre_hook(
+            lambda *args, hook=hook: hook(*args) and None, with_kwargs=True
+        )
     positions = torch.tensor([[0, 1, 2, 3, 4, 5], [0, 0, 0, 77, 78, 99]])
-    model(input_ids=torch.ones(2, 6, dtype=torch.long), position_ids=positions, attention_mask=(positions >= 0).long())
+    model(
+        input_ids=torch.ones(2, 6, dtype=torch.long),
+        position_ids=positions,
+        attention_mask=(positions >= 0).long(),
+    )
     count = 0
     for layer in hf.of(model):
         if layer.rotary is None:
@@ -112,7 +140,9 @@ def test_ropes_are_the_models_own_rotation(kind, overrides):
         apply = sys.modules[type(layer.attention).__module__].apply_rotary_pos_emb
         expected = apply(q[..., : rope.dims], k[..., : rope.dims], *seen[layer.index])
         for x, got, turned in zip((q, k), rope(q, k, positions, positions), expected, strict=True):
-            torch.testing.assert_close(got, torch.cat([turned, x[..., rope.dims :]], dim=-1), rtol=0, atol=1e-6)
+            torch.testing.assert_close(
+                got, torch.cat([turned, x[..., rope.dims :]], dim=-1), rtol=0, atol=1e-6
+            )
         alone, _ = rope(q[:1], k[:1], positions[0], positions[0])
         torch.testing.assert_close(alone, rope(q, k, positions, positions)[0][:1])
         half, _ = rope(q.bfloat16(), k.bfloat16(), positions, positions)
@@ -141,7 +171,13 @@ def test_an_existing_gqa_model_is_read_right(kind):
 def test_encoders(kind, auto):
     model = auto.from_config(transformers.AutoConfig.for_model(kind, **ENCODER))
     parts = hf.of(model)
-    assert (len(parts.layers), parts.heads, parts.kv_heads, parts.head_dim, parts.causal) == (2, 4, 4, 8, False)
+    assert (len(parts.layers), parts.heads, parts.kv_heads, parts.head_dim, parts.causal) == (
+        2,
+        4,
+        4,
+        8,
+        False,
+    )
     for layer in parts:
         assert layer.rotary is None
         assert layer.window is None
@@ -156,17 +192,23 @@ def test_encoders(kind, auto):
 def test_windows():
     assert [layer.window for layer in hf.of(model_of("gemma3_text"))] == [32, None]
     assert hf.of(model_of("mistral", sliding_window=32)).layers[0].window == 32
-    assert hf.of(model_of("mistral", sliding_window=128)).layers[0].window is None  # no sequence is longer
+    assert (
+        hf.of(model_of("mistral", sliding_window=128)).layers[0].window is None
+    )  # no sequence is longer
 
 
 def test_unsupported_models_are_refused_by_name():
-    gpt2 = transformers.GPT2LMHeadModel(transformers.GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=32))
+    gpt2 = transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=32)
+    )
     with pytest.raises(Unsupported, match=r"GPT2LMHeadModel.*num_key_value_heads"):
         hf.of(gpt2)
     with pytest.raises(Unsupported, match="Linear"):
         hf.of(torch.nn.Linear(2, 2))
     falcon = transformers.FalconForCausalLM(
-        transformers.FalconConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=32)
+        transformers.FalconConfig(
+            hidden_size=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=32
+        )
     )
     with pytest.raises(Unsupported, match=r"Falcon.*cache"):
         hf.of(falcon)
@@ -182,11 +224,22 @@ def test_unsupported_models_are_refused_by_name():
 def test_a_text_model_with_another_beside_it_is_told_how_to_get_it_alone(kind):
     """What the error says, done: the same logits, from a model that is known."""
     text = SMALL | {"num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 16}
-    vision = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2, image_size=28)
+    vision = dict(
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        image_size=28,
+    )
     if kind == "gemma3":
-        config = transformers.Gemma3Config(text_config=text, vision_config=vision | {"patch_size": 14})
+        config = transformers.Gemma3Config(
+            text_config=text, vision_config=vision | {"patch_size": 14}
+        )
     else:
-        text, vision = text | {"model_type": "llama"}, vision | {"model_type": "clip_vision_model", "patch_size": 14}
+        text, vision = (
+            text | {"model_type": "llama"},
+            vision | {"model_type": "clip_vision_model", "patch_size": 14},
+        )
         config = transformers.LlavaConfig(text_config=text, vision_config=vision)
     model = transformers.AutoModelForImageTextToText.from_config(config).eval()
     told = (

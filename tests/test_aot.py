@@ -1,8 +1,8 @@
-"""The ahead-of-time check finds what it is for: spills, products outside of the matrix unit, what does not compile.
+"""The ahead-of-time check finds what it is for: spills, products outside of the matrix unit, what
+does not compile.
 
-The kernels here are small ones of its own, compiled in a process without TRITON_INTERPRET; `make kernels` checks those
-that ship.
-"""
+The kernels here are small ones of its own, compiled in a process without TRITON_INTERPRET; `make
+kernels` checks those that ship."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ import sys
 import pytest
 import torch
 
-if not torch.cuda.is_available():  # triton reads it once a process, and other tests here need its interpreter
+if (
+    not torch.cuda.is_available()
+):  # triton reads it once a process, and other tests here need its interpreter
     os.environ.setdefault("TRITON_INTERPRET", "1")
 pytest.importorskip("triton")
 
@@ -85,7 +87,9 @@ def run(tmp_path_factory):
     script.write_text(KERNELS)
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     env["TRITON_CACHE_DIR"] = str(folder / "cache")
-    done = subprocess.run([sys.executable, script], capture_output=True, text=True, env=env, timeout=300)
+    done = subprocess.run(
+        [sys.executable, script], capture_output=True, text=True, env=env, timeout=300
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     return json.loads(done.stdout)
 
@@ -94,7 +98,13 @@ def test_each_fault_is_found_and_nothing_else(run):
     found = {(each["arch"], each["name"]): each for each in run["results"]}
     problems = {name: each["problem"] for (arch, name), each in found.items() if arch == "sm_90"}
     assert run["code"] == 1
-    assert problems["small"] is problems["wide"] is problems["backward may spill"] is problems["none wanted"] is None
+    assert (
+        problems["small"]
+        is problems["wide"]
+        is problems["backward may spill"]
+        is problems["none wanted"]
+        is None
+    )
     assert problems["spills"].startswith("spills ")
     assert "outside of the matrix unit" in problems["no tensor cores"]
     assert problems["broken"].startswith("does not compile: ")
@@ -127,11 +137,20 @@ def test_every_kernel_folder_ships_variants_of_the_right_form(run):
         names = [(folder, variant["name"]) for folder, variant in shipped]
         assert len(set(names)) == len(names)
         for _, variant in shipped:
-            assert set(variant) == {"name", "signature", "num_warps", "num_stages", "forward", "dots"}
+            assert set(variant) == {
+                "name",
+                "signature",
+                "num_warps",
+                "num_stages",
+                "forward",
+                "dots",
+            }
 
 
 def test_an_interpreting_process_starts_another(monkeypatch):
-    """The interpreter compiles nothing, so the command runs itself again; a bad name is said before."""
+    """The interpreter compiles nothing, so the command runs itself again; a bad name is said
+    before.
+    """
     from typer.testing import CliRunner
 
     from effattn import cli
@@ -151,7 +170,9 @@ def test_an_interpreting_process_starts_another(monkeypatch):
     result = CliRunner().invoke(cli.app, ["kernels", "--arch", "sm_91"])
     assert result.exit_code == 2
     assert len(started) == 1
-    with pytest.raises(ValueError, match=r"arch: got 'sm_91' \(did you mean 'sm_90'\?\), valid are 'sm_80'"):
+    with pytest.raises(
+        ValueError, match=r"arch: got 'sm_91' \(did you mean 'sm_90'\?\), valid are 'sm_80'"
+    ):
         aot.variants("sm_91")
 
 
@@ -160,10 +181,13 @@ def test_reading_what_the_tools_print():
     assert aot.parse_usage(usage) == (111, 48)
     assert aot.parse_usage("") == (None, None)
     sass = (
-        "/*0*/ HMMA.16816.F32.BF16 R4, R8 ;\n HGMMA.64x64x16.F32 R2 ;\n UTCHMMA gdesc[UR4] ;\n HMMA.1688 R1 ;\n FFMA R0"
+        "/*0*/ HMMA.16816.F32.BF16 R4, R8 ;\n HGMMA.64x64x16.F32 R2 ;\n UTCHMMA gdesc[UR4] ;\n "
+        "HMMA.1688 R1 ;\n FFMA R0"
     )
     assert aot.count_instructions(sass) == {"HMMA": 2, "HGMMA": 1, "UTCHMMA": 1}
-    assert aot.count_instructions("\tv_mfma_f32_16x16x16_bf16 v[2:5], v[0:1]\n\tv_fma_f32 v0") == {"v_mfma": 1}
+    assert aot.count_instructions("\tv_mfma_f32_16x16x16_bf16 v[2:5], v[0:1]\n\tv_fma_f32 v0") == {
+        "v_mfma": 1
+    }
     assert aot.count_instructions("FFMA R0, R1 ;") == {}
     assert aot.count_instructions("") is None
     text = "  .vgpr_count:     265\n; ScratchSize: 36\n v_mfma_f32_16x16x16_bf16 v0"

@@ -1,4 +1,6 @@
-"""Where norms and clips stand between projections and attention: what is merged is what attention gets."""
+"""Where norms and clips stand between projections and attention: what is merged is what attention
+gets.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,9 @@ BETWEEN = [
 
 
 def model_of(kind: str, extra: dict):
-    """A tiny model with gains that differ from dimension to dimension. Experts do not run in fp64."""
+    """A tiny model with gains that differ from dimension to dimension. Experts do not run in
+    fp64.
+    """
     dtype = torch.float64 if hf.FAMILIES[kind].ffn_in else torch.float32
     model = tiny(kind, dtype=dtype, **extra)
     generator = torch.Generator().manual_seed(1)
@@ -44,20 +48,30 @@ def model_of(kind: str, extra: dict):
 
 @torch.no_grad()
 def seen_by_attention(model, ids) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """The first attention module's inputs (N, D), and q, k, v as attention gets them without RoPE: (N, heads, d)."""
+    """The first attention module's inputs (N, D), and q, k, v as attention gets them without RoPE:
+    (N, heads, d).
+    """
     found, inputs = {}, []
     own = model.config._attn_implementation
 
     def note(module, q, k, v, mask, **more):
         if module.layer_idx == 0:
-            found.update({name: x[0].transpose(0, 1).clone() for name, x in zip("qkv", (q, k, v), strict=True)})
+            found.update(
+                {
+                    name: x[0].transpose(0, 1).clone()
+                    for name, x in zip("qkv", (q, k, v), strict=True)
+                }
+            )
         return torch.zeros_like(q).transpose(1, 2), None
 
     def no_rope(module, args, kwargs):
         if kwargs.get("position_embeddings") is None:
             return None
         cos, sin = kwargs["position_embeddings"]
-        return args, {**kwargs, "position_embeddings": (torch.ones_like(cos), torch.zeros_like(sin))}
+        return args, {
+            **kwargs,
+            "position_embeddings": (torch.ones_like(cos), torch.zeros_like(sin)),
+        }
 
     AttentionInterface.register("note", note)
     AttentionMaskInterface.register("note", ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
@@ -98,9 +112,15 @@ def test_reported_errors_are_those_of_what_attention_gets(kind, extra, method, t
     found = errors_by_hand(old, new, outputs, hf.of(model).layers[0].o.by_head)
     row = report.layers[0]
     made = report.data["model"]["key_method"].split(", ")
-    named = {"aligned", "mean"} if hf.of(model).layers[0].k_norm is not None else {"optimal", "aligned", "mean"}
+    named = (
+        {"aligned", "mean"}
+        if hf.of(model).layers[0].k_norm is not None
+        else {"optimal", "aligned", "mean"}
+    )
     assert set(made) <= (named if method == "optimal" else {"mean"})
-    assert [row["k_error"], row["v_error"]] == pytest.approx(found, rel=0.1)  # windows of 128 see other contexts
+    assert [row["k_error"], row["v_error"]] == pytest.approx(
+        found, rel=0.1
+    )  # windows of 128 see other contexts
     assert 1e-3 < found[0] < 2
     assert 1e-3 < found[1] < 2
 
@@ -110,11 +130,22 @@ def errors_by_hand(old, new, outputs, new_outputs):
     heads = old["q"].shape[1]
     lost, whole = [0.0, 0.0], [0.0, 0.0]
     for head in range(heads):
-        mine = {"q": head, "k": head * old["k"].shape[1] // heads, "v": head * old["v"].shape[1] // heads}
-        theirs = {"q": head, "k": head * new["k"].shape[1] // heads, "v": head * new["v"].shape[1] // heads}
+        mine = {
+            "q": head,
+            "k": head * old["k"].shape[1] // heads,
+            "v": head * old["v"].shape[1] // heads,
+        }
+        theirs = {
+            "q": head,
+            "k": head * new["k"].shape[1] // heads,
+            "v": head * new["v"].shape[1] // heads,
+        }
         q, k, v = (old[name][:, mine[name]].double() for name in "qkv")
         q2, k2, v2 = (new[name][:, theirs[name]].double() for name in "qkv")
-        pairs = (q @ k.T, q2 @ k2.T), (v @ outputs[head].double().T, v2 @ new_outputs[head].double().T)
+        pairs = (
+            (q @ k.T, q2 @ k2.T),
+            (v @ outputs[head].double().T, v2 @ new_outputs[head].double().T),
+        )
         for number, (before, after) in enumerate(pairs):
             lost[number] += float((before - after).square().sum())
             whole[number] += float(before.square().sum())
@@ -126,7 +157,11 @@ def errors_by_hand(old, new, outputs, new_outputs):
     [
         *((*case, method, "contiguous") for case in BETWEEN for method in ("optimal", "aligned")),
         *((*case, "first", "similarity") for case in BETWEEN),
-        *((kind, extra, "optimal", "contiguous") for kind, extra in KINDS if (kind, extra) not in BETWEEN),
+        *(
+            (kind, extra, "optimal", "contiguous")
+            for kind, extra in KINDS
+            if (kind, extra) not in BETWEEN
+        ),
     ],
 )
 def test_equal_heads_are_merged_without_loss(kind, extra, method, grouping, tokens):
@@ -142,7 +177,9 @@ def test_equal_heads_are_merged_without_loss(kind, extra, method, grouping, toke
     ids = tokens[None, :64]
     with torch.no_grad():
         before = model(ids).logits
-        report = convert_gqa(model, 4, tokens, method=method, grouping=grouping, refit=False, length=64)
+        report = convert_gqa(
+            model, 4, tokens, method=method, grouping=grouping, refit=False, length=64
+        )
         after = model(ids).logits
     assert float((after - before).norm() / before.norm()) < 1e-5
     for row in report.layers:
@@ -163,7 +200,9 @@ def share_gains(norm, heads: int) -> None:
 
 
 def test_turned_heads_behind_gains_are_no_equal_heads(tokens):
-    """A turn commutes with an RMS norm without gains only: the report says what is lost, and no less than is."""
+    """A turn commutes with an RMS norm without gains only: the report says what is lost, and no
+    less than is.
+    """
     model = model_of("qwen3", {})
     layer = hf.of(model).layers[0]
     with torch.no_grad():
@@ -176,7 +215,8 @@ def test_turned_heads_behind_gains_are_no_equal_heads(tokens):
 
 def test_a_clip_that_never_binds_costs_nothing(tokens):
     found = [
-        convert_gqa(tiny("olmo", clip_qkv=clip), 2, tokens, refit=False, length=64).layers[0] for clip in (None, 1e3)
+        convert_gqa(tiny("olmo", clip_qkv=clip), 2, tokens, refit=False, length=64).layers[0]
+        for clip in (None, 1e3)
     ]
     for error in ("k_error", "v_error"):
         assert found[1][error] == pytest.approx(found[0][error], rel=1e-6)
@@ -185,7 +225,9 @@ def test_a_clip_that_never_binds_costs_nothing(tokens):
 def test_a_model_is_no_error_of_itself(tokens):
     layer = hf.of(model_of("olmoe", {"clip_qkv": 0.7})).layers[0]
     x = torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
-    assert errors(layer, layer, [[head] for head in range(8)], x) == pytest.approx((0, 0), abs=1e-12)
+    assert errors(layer, layer, [[head] for head in range(8)], x) == pytest.approx(
+        (0, 0), abs=1e-12
+    )
 
 
 @pytest.mark.parametrize("kind", ["olmo", "olmoe"])

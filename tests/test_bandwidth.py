@@ -1,4 +1,6 @@
-"""The bandwidth kernels touch everything they claim to, at every length; in the interpreter where there is no GPU."""
+"""The bandwidth kernels touch everything they claim to, at every length; in the interpreter where
+there is no GPU.
+"""
 
 from __future__ import annotations
 
@@ -56,10 +58,19 @@ def test_launch_runs(impl):
 
 def test_bad_input():
     x = torch.ones(8)
-    for bad, got in ((x.double(), "float64"), (x.view(2, 4), r"\(2, 4\)"), (x[::2], "strided"), (x[:0], r"\(0,\)")):
-        with pytest.raises(ValueError, match=f"source: got .*{got}.*valid is a contiguous float32 vector"):
+    for bad, got in (
+        (x.double(), "float64"),
+        (x.view(2, 4), r"\(2, 4\)"),
+        (x[::2], "strided"),
+        (x[:0], r"\(0,\)"),
+    ):
+        with pytest.raises(
+            ValueError, match=f"source: got .*{got}.*valid is a contiguous float32 vector"
+        ):
             bandwidth.read(bad)
     with pytest.raises(ValueError, match=r"out: got \(4,\) on cpu, valid is \(8,\) on cpu"):
         bandwidth.copy(x, x[:4])
-    with pytest.raises(ValueError, match="impl: got 'reference', valid are 'auto', 'torch', 'triton'"):
+    with pytest.raises(
+        ValueError, match="impl: got 'reference', valid are 'auto', 'torch', 'triton'"
+    ):
         bandwidth.write(x, 0.0, impl="reference")

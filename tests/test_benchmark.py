@@ -1,4 +1,6 @@
-"""The benchmark's engine, at tiny sizes: wrong answers are not timed, the absent say why, results are kept."""
+"""The benchmark's engine, at tiny sizes: wrong answers are not timed, the absent say why, results
+are kept.
+"""
 
 import json
 from dataclasses import replace
@@ -19,7 +21,9 @@ from recipes.bench import main
 
 CPU = torch.device("cpu")
 WINDOW = "sliding(window=16)"
-PEAKS = Peaks("a CPU", "cpu", 1, "2026-01-01", {}, 1e10, 2e10, 1e10, {"float32": 1e11, "bfloat16": 1e9}, 1e-6)
+PEAKS = Peaks(
+    "a CPU", "cpu", 1, "2026-01-01", {}, 1e10, 2e10, 1e10, {"float32": 1e11, "bfloat16": 1e9}, 1e-6
+)
 SMALL = (peer("SDPA", "dense"), ours(WINDOW), ours("block(block=16)"))
 
 
@@ -40,7 +44,14 @@ def measured(case):
 def test_every_contender_gets_a_row(what, dtype):
     contenders = SMALL if what != "step" else (peer("DynamicCache+SDPA", "dense"), *SMALL[1:])
     case, shown = small(what, dtype, contenders), []
-    done = run.run([case], CPU, new(), 0.01, PEAKS, lambda name, found: shown.append((name, len(found["cases"]))))
+    done = run.run(
+        [case],
+        CPU,
+        new(),
+        0.01,
+        PEAKS,
+        lambda name, found: shown.append((name, len(found["cases"]))),
+    )
     assert shown == [(case.name, 1)]
     rows = done["cases"][case.name]["contenders"]
     assert list(rows) == [contender.name for contender in contenders]
@@ -48,7 +59,9 @@ def test_every_contender_gets_a_row(what, dtype):
         assert 0 < row["ms_p20"] <= row["ms_p50"] <= row["ms_p80"]
         assert measure.LEAST <= row["rounds"] <= measure.MOST
         assert 0 < row["error"] < 0.01
-        assert row["peak_bytes"] >= 4 * 16 * (1 if what in ("decode", "step") else 100) * 2  # at least the output
+        assert (
+            row["peak_bytes"] >= 4 * 16 * (1 if what in ("decode", "step") else 100) * 2
+        )  # at least the output
         assert row["limit_ms"] > 0
         assert row["read_share"] > 0
     assert [row["ours"] for row in rows.values()] == [False, True, True]
@@ -60,7 +73,9 @@ def test_every_contender_gets_a_row(what, dtype):
 
 @pytest.mark.parametrize("what", ["forward", "forward+backward", "decode", "step"])
 def test_a_wrong_answer_has_no_time(what):
-    off = replace(ours("sliding(window=17)"), truth=ours(WINDOW).truth)  # sees one key more than it should
+    off = replace(
+        ours("sliding(window=17)"), truth=ours(WINDOW).truth
+    )  # sees one key more than it should
     case = small(what, contenders=(off, ours(WINDOW)), tokens=128)
     done = run.judge(run.run([case], CPU, new(), 0.01))
     wrong, right = done["cases"][case.name]["contenders"].values()
@@ -92,7 +107,11 @@ def test_a_wrong_gradient_has_no_time():
 
 
 def test_an_answer_that_is_not_finite_is_wrong():
-    case = small(contenders=(replace(ours(WINDOW), build=lambda case, inputs: lambda q, k, v: q * torch.nan),))
+    case = small(
+        contenders=(
+            replace(ours(WINDOW), build=lambda case, inputs: lambda q, k, v: q * torch.nan),
+        )
+    )
     assert "wrong" in measured(case)[f"effattn {WINDOW}"]
 
 
@@ -101,7 +120,9 @@ def test_the_absent_say_why():
         raise NotImplementedError("no backward\nfor you")
 
     broken = replace(peer("flex_attention", WINDOW), build=breaks)
-    rows = measured(small(contenders=(broken, peer("local-attention", WINDOW), peer("SDPA", WINDOW))))
+    rows = measured(
+        small(contenders=(broken, peer("local-attention", WINDOW), peer("SDPA", WINDOW)))
+    )
     assert rows[f"flex_attention {WINDOW}"]["absent"] == "NotImplementedError: no backward for you"
     assert rows[f"SDPA {WINDOW}"]["absent"] == "it has dense attention only"
     assert "absent" in rows[f"local-attention {WINDOW}"]  # not installed, or not for grouped heads
@@ -113,7 +134,9 @@ def test_the_absent_say_why():
 def test_methods_without_a_predicate_are_held_to_their_own_reference(monkeypatch):
     monkeypatch.setattr(attention, "CHECKED", 32)
     monkeypatch.setattr(
-        effattn.backends()["sliding"], "traits", replace(effattn.backends()["sliding"].traits, exact=False)
+        effattn.backends()["sliding"],
+        "traits",
+        replace(effattn.backends()["sliding"].traits, exact=False),
     )
     lengths = []
 
@@ -123,7 +146,9 @@ def test_methods_without_a_predicate_are_held_to_their_own_reference(monkeypatch
 
     for what in ("forward", "forward+backward"):
         lengths.clear()
-        row = measured(small(what, contenders=(replace(ours(WINDOW), build=build),)))[f"effattn {WINDOW}"]
+        row = measured(small(what, contenders=(replace(ours(WINDOW), build=build),)))[
+            f"effattn {WINDOW}"
+        ]
         assert lengths == [32, 100]  # checked at one length, timed at the other
         assert 0 < row["error"] < 1e-5
     off = replace(ours("sliding(window=15)"), truth=ours(WINDOW).truth)
@@ -135,7 +160,11 @@ def test_a_slow_call_does_not_take_the_others_rounds():
     calls = {name: (lambda name=name: name) for name in takes}
     times = measure.rounds(calls, lambda call: takes[call()], seconds=4.0)
     assert {name: set(times[name]) for name in calls} == {name: {takes[name]} for name in calls}
-    assert {name: len(times[name]) for name in calls} == {"long": 2, "slow": measure.LEAST, "quick": measure.MOST}
+    assert {name: len(times[name]) for name in calls} == {
+        "long": 2,
+        "slow": measure.LEAST,
+        "quick": measure.MOST,
+    }
 
 
 @pytest.mark.parametrize("what", [monarch.FORWARD, monarch.TRAINING])
@@ -144,7 +173,11 @@ def test_monarch_products(what, monkeypatch):
     case = replace(monarch._race(what, 5, "cpu"), contenders=())
     dense = monarch._race(what, 5, "cpu").contenders[0]
     butterfly = Contender(
-        "b", partial(monarch._monarch, "monarch(blocks=8)"), monarch._truth, True, "monarch(blocks=8)"
+        "b",
+        partial(monarch._monarch, "monarch(blocks=8)"),
+        monarch._truth,
+        True,
+        "monarch(blocks=8)",
     )
     rows = measured(replace(case, contenders=(dense, butterfly)))
     assert [row["error"] < 1e-5 for row in rows.values()] == [True, True]
@@ -164,7 +197,9 @@ def test_a_peer_may_say_itself_what_is_right():
     def build(case, inputs):
         return Defined(lambda q, k, v: 2 * v, lambda q, k, v: gain * v)
 
-    case = small("forward+backward", contenders=(replace(peer("SDPA", "dense"), build=build),), kv_heads=4)
+    case = small(
+        "forward+backward", contenders=(replace(peer("SDPA", "dense"), build=build),), kv_heads=4
+    )
     gain, name = 2, "SDPA dense"
     assert measured(case)[name]["error"] == 0
     gain = 2.01
@@ -178,11 +213,14 @@ def test_remarks_stand_below_the_table():
 
 def test_limits_are_those_of_the_fastest_type_that_serves():
     (row,) = measured(small(dtype="bfloat16", contenders=(ours("dense"),))).values()
-    assert row["limit_ms"] == pytest.approx(1000 * max(row["flops"] / 1e11, row["read_bytes"] / 2e10))
+    assert row["limit_ms"] == pytest.approx(
+        1000 * max(row["flops"] / 1e11, row["read_bytes"] / 2e10)
+    )
     assert row["limit_share"] == pytest.approx(row["limit_ms"] / row["ms_p50"])
 
 
-# Growth and targets ----------------------------------------------------------------------------------------------
+# Growth and targets
+# -------------------------------------------------------------------------------------------------
 
 
 def test_exponents():
@@ -199,7 +237,9 @@ def test_growth_beyond_what_is_declared_fails_the_check():
     done = run.judge(run.run([case], CPU, new(), 0.01))
     time, memory = done["growth"]
     rows = done["cases"][case.name]["contenders"]
-    for row, tokens in zip(rows.values(), lengths, strict=True):  # times as clean as a quiet machine's
+    for row, tokens in zip(
+        rows.values(), lengths, strict=True
+    ):  # times as clean as a quiet machine's
         row["ms_p50"] = tokens**1.2
     assert [row["of"] for row in (time, memory)] == ["time", "memory"]
     assert 0 <= memory["measured"] < 1.15
@@ -215,13 +255,17 @@ def test_growth_beyond_what_is_declared_fails_the_check():
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_every_backend_declares_its_growth(device):
     grown = [case for case in run.all_cases(device) if case.declared]
-    assert {effattn.backend(case.contenders[0].spec).name for case in grown} == set(effattn.backends())
+    assert {effattn.backend(case.contenders[0].spec).name for case in grown} == set(
+        effattn.backends()
+    )
     assert all(len(case.contenders) >= 3 for case in grown)
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_targets_refer_to_what_is_raced(device):
-    cases = {case.name: {"case": case.described(), "contenders": {}} for case in run.all_cases(device)}
+    cases = {
+        case.name: {"case": case.described(), "contenders": {}} for case in run.all_cases(device)
+    }
     for case in run.all_cases(device):
         for one in case.contenders:
             numbers = {
@@ -237,7 +281,9 @@ def test_targets_refer_to_what_is_raced(device):
     full = [target.judge({"cases": cases}) for target in run.all_targets(device)]
     assert len(full) >= 20
     assert None not in [row["passes"] for row in full]
-    assert {row["passes"] for row in [t.judge({"cases": {}}) for t in run.all_targets(device)]} == {None}
+    assert {row["passes"] for row in [t.judge({"cases": {}}) for t in run.all_targets(device)]} == {
+        None
+    }
 
 
 def test_targets_are_judged():
@@ -246,10 +292,13 @@ def test_targets_are_judged():
     met = Target("x", ratio, "someone", least=3, headline="{value}x as fast").judge(rows)
     assert (met["value"], met["passes"], met["headline"]) == (3.0, True, "3x as fast")
     assert Target("x", ratio, "someone", most=2.9).judge(rows)["passes"] is False
-    assert Target("x", Entry(("c", "none"), "ms_p50"), "someone", most=1).judge(rows)["passes"] is None
+    assert (
+        Target("x", Entry(("c", "none"), "ms_p50"), "someone", most=1).judge(rows)["passes"] is None
+    )
 
 
-# The run ---------------------------------------------------------------------------------------------------------
+# The run
+# -------------------------------------------------------------------------------------------------
 
 
 def test_results_are_kept_and_not_mixed(tmp_path):
@@ -269,11 +318,14 @@ def test_results_are_kept_and_not_mixed(tmp_path):
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ('{"kind": "bench", "cases"', "not JSON"), ("[1]", "kind 'list'"), ('{"kind": "other"}', "valid is 'bench'"),
+        ('{"kind": "bench", "cases"', "not JSON"),
+        ("[1]", "kind 'list'"),
+        ('{"kind": "other"}', "valid is 'bench'"),
         ('{"kind": "bench", "version": 0}', "version 0, this is version 1"),
-        ('{"kind": "bench", "version": 1, "settings": {}, "cases": {"a": 1}}', "damaged"), ("\udcff", "not JSON"),
+        ('{"kind": "bench", "version": 1, "settings": {}, "cases": {"a": 1}}', "damaged"),
+        ("\udcff", "not JSON"),
     ],
-)  # fmt: skip
+)
 def test_other_files_are_refused_and_left_alone(tmp_path, text, said):
     file = tmp_path / "bench.json"
     file.write_bytes(text.encode(errors="surrogateescape"))
@@ -286,7 +338,9 @@ def test_other_files_are_refused_and_left_alone(tmp_path, text, said):
 def test_parts_are_all_of_it_and_only_is_a_part_of_a_name():
     cases = run.all_cases("cuda")
     parts = [run.choose(cases, None, run.parse_part(f"{index}/3")) for index in (1, 2, 3)]
-    assert sorted(case.name for part in parts for case in part) == sorted(case.name for case in cases)
+    assert sorted(case.name for part in parts for case in part) == sorted(
+        case.name for case in cases
+    )
     assert {case.what for case in run.choose(cases, "decode")} == {"decode"}
     with pytest.raises(ValueError, match="did you mean"):
         run.choose(cases, "forwad")
@@ -294,7 +348,10 @@ def test_parts_are_all_of_it_and_only_is_a_part_of_a_name():
         with pytest.raises(ValueError, match="part"):
             run.parse_part(text)
     decoded = [case for case in cases if case.what == "decode"]
-    assert all(case.sets(torch.device("cuda")) * case.cost(case.contenders[0]).read_bytes >= 2**30 for case in decoded)
+    assert all(
+        case.sets(torch.device("cuda")) * case.cost(case.contenders[0]).read_bytes >= 2**30
+        for case in decoded
+    )
 
 
 def test_the_plan_knows_what_is_left():
@@ -306,10 +363,14 @@ def test_the_plan_knows_what_is_left():
     assert "3 are measured" in run.say({"a": 600.0}, 3)
     dense = race("forward", "float32", 16384, [ours("dense")])
     pairs = 16384 * 16385 / 2 * 8
-    assert measure.estimate(dense, PEAKS, 0.0) == pytest.approx(4 * 4 * 64 * pairs / 1e11 / 0.4 + 0.2, rel=0.01)
+    assert measure.estimate(dense, PEAKS, 0.0) == pytest.approx(
+        4 * 4 * 64 * pairs / 1e11 / 0.4 + 0.2, rel=0.01
+    )
     pairs /= 16  # below measure.LONG, for three rounds
     short = race("forward", "float32", 4096, [ours("dense")])
-    assert measure.estimate(short, PEAKS, 0.0) == pytest.approx(6 * 4 * 64 * pairs / 1e11 / 0.4 + 0.2, rel=0.01)
+    assert measure.estimate(short, PEAKS, 0.0) == pytest.approx(
+        6 * 4 * 64 * pairs / 1e11 / 0.4 + 0.2, rel=0.01
+    )
 
 
 def test_a_gpu_run_begins_with_the_tests(tmp_path):
@@ -322,14 +383,18 @@ def test_a_gpu_run_begins_with_the_tests(tmp_path):
     run.run_tests([tmp_path / "test_x.py"])
 
 
-OPTIONS = dict(device="cpu", quick=False, seconds=0.01, threads=None, fresh=False, only=None, plan=False)
+OPTIONS = dict(
+    device="cpu", quick=False, seconds=0.01, threads=None, fresh=False, only=None, plan=False
+)
 
 
 @pytest.fixture
 def recipe(monkeypatch):
     """The recipe with two small cases and no measuring of the device."""
     rising = attention.growth(WINDOW, 1, 1, (64, 128, 256), heads=2, kv_heads=2, dim=16)
-    monkeypatch.setattr(run, "all_cases", lambda device, quick=False: [small(), small(tokens=200), rising])
+    monkeypatch.setattr(
+        run, "all_cases", lambda device, quick=False: [small(), small(tokens=200), rising]
+    )
     monkeypatch.setattr("effattn.profiling.device.peaks", lambda *args, **options: PEAKS)
     threads = torch.get_num_threads()
 

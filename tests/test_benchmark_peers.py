@@ -1,4 +1,6 @@
-"""The peers' adapters: they do what is asked of them, or say why not. Packages that are not installed are skipped."""
+"""The peers' adapters: they do what is asked of them, or say why not. Packages that are not
+installed are skipped.
+"""
 
 import sys
 from types import ModuleType
@@ -72,7 +74,9 @@ def test_packages_do_what_their_papers_say(who, spec, directions):
         case = small("forward+backward", kv_heads=4, tokens=128, causal=causal)
         contender = peer(who, spec, tolerance=0.005 if "eformer" in who else None)
         _, error = measure.prepare(contender, case, case.inputs(128, CPU))
-        assert error < (5e-3 if causal and "eformer" in who else 1e-5)  # see the remark in rows/packages.py
+        assert error < (
+            5e-3 if causal and "eformer" in who else 1e-5
+        )  # see the remark in rows/packages.py
     if directions == (False,):
         with pytest.raises(Absent, match="bidirectional"):
             find(who)(effattn.backend(spec), small(kv_heads=4), None)
@@ -96,7 +100,9 @@ def test_lsh_of_one_round_and_two_chunks_is_exact_attention_to_normalised_keys(w
     with torch.no_grad():
         out = call(q, k, v)
     torch.testing.assert_close(out.double(), exact, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(call.definition(q.double(), k.double(), v.double()), exact, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        call.definition(q.double(), k.double(), v.double()), exact, rtol=1e-4, atol=1e-5
+    )
 
 
 def test_features_of_performer_pytorch_estimate_softmax_attention():
@@ -104,7 +110,9 @@ def test_features_of_performer_pytorch_estimate_softmax_attention():
     torch.manual_seed(0)
     case = small(kv_heads=4, tokens=128, causal=False)
     q, k, v = (x / 2 for x in case.inputs(128, CPU))
-    out = find("performer-pytorch")(effattn.backend("performer(features=256)"), case, [q, k, v])(q, k, v)
+    out = find("performer-pytorch")(effattn.backend("performer(features=256)"), case, [q, k, v])(
+        q, k, v
+    )
     exact = effattn.backend("dense")(q, k, v, causal=False)
     assert (out - exact).square().mean() < 0.2 * exact.square().mean()
 
@@ -112,7 +120,9 @@ def test_features_of_performer_pytorch_estimate_softmax_attention():
 def simple_gla(q, k, v, g_gamma=None, scale=None):
     """What flash-linear-attention documents of chunk_simple_gla, on (B, T, H, D)."""
     at = torch.arange(q.shape[1])
-    weights = torch.einsum("bthd,bshd->bhts", q, k).tril() * (k.shape[-1] ** -0.5 if scale is None else scale)
+    weights = torch.einsum("bthd,bshd->bhts", q, k).tril() * (
+        k.shape[-1] ** -0.5 if scale is None else scale
+    )
     if g_gamma is not None:
         weights = weights * (g_gamma[:, None, None] * (at[:, None] - at)).tril().exp()
     return torch.einsum("bhts,bshd->bthd", weights, v), None
@@ -121,16 +131,25 @@ def simple_gla(q, k, v, g_gamma=None, scale=None):
 def linear_attn(q, k, v, scale=None, normalize=True):
     """The same of chunk_linear_attn."""
     out, _ = simple_gla(q, k, v, scale=scale)
-    return out / ((q * scale * k.cumsum(dim=1)).sum(dim=-1, keepdim=True) + 1e-10) if normalize else out, None
+    return out / (
+        (q * scale * k.cumsum(dim=1)).sum(dim=-1, keepdim=True) + 1e-10
+    ) if normalize else out, None
 
 
 @pytest.mark.parametrize(
     "spec",
-    ["linear", "linear(feature_map='identity', decay='retnet', normalize=False)", "linear(normalize=False)"],
+    [
+        "linear",
+        "linear(feature_map='identity', decay='retnet', normalize=False)",
+        "linear(normalize=False)",
+    ],
 )
 def test_flash_linear_attention_is_asked_for_the_same(spec, monkeypatch):
     """With stand-ins: its kernels need a GPU."""
-    stand_ins = {"linear_attn": {"chunk_linear_attn": linear_attn}, "simple_gla": {"chunk_simple_gla": simple_gla}}
+    stand_ins = {
+        "linear_attn": {"chunk_linear_attn": linear_attn},
+        "simple_gla": {"chunk_simple_gla": simple_gla},
+    }
     for name in ("fla", "fla.ops"):
         monkeypatch.setitem(sys.modules, name, ModuleType(name))
     for name, inside in stand_ins.items():
@@ -139,7 +158,11 @@ def test_flash_linear_attention_is_asked_for_the_same(spec, monkeypatch):
         monkeypatch.setitem(sys.modules, f"fla.ops.{name}", module)
     monkeypatch.setattr("effattn.benchmark.peers.missing", lambda who: None)
     assert agrees("flash-linear-attention", spec, what="forward+backward", time_first=True) < 1e-5
-    for other, sizes in (("linear(decay=0.9)", {}), ("linear(feature_map='relu')", {}), ("linear", {"causal": False})):
+    for other, sizes in (
+        ("linear(decay=0.9)", {}),
+        ("linear(feature_map='relu')", {}),
+        ("linear", {"causal": False}),
+    ):
         with pytest.raises(Absent, match=r"raced with|causal"):
             agrees("flash-linear-attention", other, **sizes)
 

@@ -1,4 +1,6 @@
-"""The README's benchmark tables and figures: made of the results files, and up to date with them."""
+"""The README's benchmark tables and figures: made of the results files, and up to date with
+them.
+"""
 
 import json
 import xml.etree.ElementTree as ElementTree
@@ -13,16 +15,23 @@ from effattn.profiling.device import Peaks
 from recipes.readme_figures import main
 
 ROOT = Path(__file__).parents[1]
-PEAKS = Peaks("a CPU", "cpu", 1, "2026-01-01", {}, 1e10, 2e10, 1e10, {"float32": 1e11, "bfloat16": 1e9}, 1e-6)
+PEAKS = Peaks(
+    "a CPU", "cpu", 1, "2026-01-01", {}, 1e10, 2e10, 1e10, {"float32": 1e11, "bfloat16": 1e9}, 1e-6
+)
 
 
 def test_the_readme_is_up_to_date_with_the_results():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     new, figures = readme.update(text, ROOT)
     assert new == text, "run `make readme-figures`"
-    for path, drawn in figures.items():  # the same numbers, whatever version of matplotlib drew them
+    for (
+        path,
+        drawn,
+    ) in figures.items():  # the same numbers, whatever version of matplotlib drew them
         mark = drawn[drawn.index("<!-- data:") :].partition("-->")[0]
-        assert mark in (ROOT / path).read_text(encoding="utf-8"), f"{path}: run `make readme-figures`"
+        assert mark in (ROOT / path).read_text(encoding="utf-8"), (
+            f"{path}: run `make readme-figures`"
+        )
 
 
 @pytest.fixture
@@ -30,13 +39,26 @@ def checkout(tmp_path):
     """A root with results of small cases, and a README with every block."""
     cpu = torch.device("cpu")
     raced = [peer("SDPA", "dense"), peer("SDPA", "sliding(window=16)"), ours("sliding(window=16)")]
-    cases = [race(what, dtype, tokens, raced) for tokens in (64, 128) for what, dtype in
-             (("forward", "float32"), ("forward", "bfloat16"), ("forward+backward", "float32"))]  # fmt: skip
-    cases += [race("step", "float32", 128, [ours("dense")], batch=4, kv_heads=2), growth("dense", 2, 1, (32, 64, 128))]
-    found = run.judge(run.run(cases, cpu, results.new(results.settings(cpu, True, 0.0)), 0.0, PEAKS))
+    cases = [
+        race(what, dtype, tokens, raced)
+        for tokens in (64, 128)
+        for what, dtype in (
+            ("forward", "float32"),
+            ("forward", "bfloat16"),
+            ("forward+backward", "float32"),
+        )
+    ]
+    cases += [
+        race("step", "float32", 128, [ours("dense")], batch=4, kv_heads=2),
+        growth("dense", 2, 1, (32, 64, 128)),
+    ]
+    found = run.judge(
+        run.run(cases, cpu, results.new(results.settings(cpu, True, 0.0)), 0.0, PEAKS)
+    )
     results.save(tmp_path / "results" / "here" / "bench.json", found)
     blocks = "\n\n".join(
-        f"<!-- bench:here/{name} -->\nold\n<!-- /bench -->" for name in [*readme.BLOCKS, *readme.DRAWN]
+        f"<!-- bench:here/{name} -->\nold\n<!-- /bench -->"
+        for name in [*readme.BLOCKS, *readme.DRAWN]
     )
     (tmp_path / "README.md").write_text(f"# Title\n\n{blocks}\n\nEnd | of it\n", encoding="utf-8")
     return tmp_path
@@ -49,7 +71,8 @@ def test_blocks_and_figures(checkout, capsys):
     main(check=False, root=checkout)
     text = (checkout / "README.md").read_text()
     assert text.startswith(
-        "# Title\n\n<!-- bench:here/forward -->\n| tokens | SDPA dense | effattn sliding(window=16) |"
+        "# Title\n\n<!-- bench:here/forward -->\n| tokens | SDPA dense | effattn "
+        "sliding(window=16) |"
     )
     assert text.endswith("<!-- /bench -->\n\nEnd | of it\n")
     assert "old" not in text

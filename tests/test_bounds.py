@@ -1,4 +1,6 @@
-"""Every number that a job takes has its bounds where it is declared, in Python and on the command line alike."""
+"""Every number that a job takes has its bounds where it is declared, in Python and on the command
+line alike.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +40,8 @@ NUMBERS = [
     pytest.param(module, field.name, id=f"{module.removeprefix('effattn.')}-{field.name}")
     for module in JOBS
     for field in dataclasses.fields(importlib.import_module(module).Job)
-    if any(kind in str(field.type) for kind in ("int", "float")) and (module, field.name) not in ELSEWHERE
+    if any(kind in str(field.type) for kind in ("int", "float"))
+    and (module, field.name) not in ELSEWHERE
 ]
 
 
@@ -83,9 +86,12 @@ def test_the_words_of_bounds():
         seed: int = random_seed()
 
     for given, said in {
-        "share": "0 to 1", "lr": "more than 0", "length": "2 tokens or more", "start": "any finite number",
+        "share": "0 to 1",
+        "lr": "more than 0",
+        "length": "2 tokens or more",
+        "start": "any finite number",
         "seed": "0 to 4,294,967,295",
-    }.items():  # fmt: skip
+    }.items():
         with pytest.raises(ValueError, match=rf"^{given}: got nan, valid is {said}$"):
             Job(**{given: math.nan})
     assert Job(lr=1, share=1, start=-5, seed=2**32 - 1).lr == 1
@@ -104,16 +110,40 @@ COMMANDS = {
 }
 
 
-@pytest.mark.parametrize("option", [
-    "convert-gqa --lr nan", "convert-gqa --lr 0", "convert-gqa --ce-weight -1", "convert-gqa --layer-weight inf",
-    "convert-gqa --seed -1", "convert-gqa --batch 0", "convert-gqa --calibration-tokens -5",
-    "convert-gqa --decode-contexts 512,-1", "linearize --transfer-lr -1e-3", "linearize --lora -1",
-    "linearize --keep-every -2", "extend --lr inf", "extend --window 0", "extend --seed 99999999999",
-    "shear --mask-lr nan", "shear --ramp 2", "shear --start nan", "shear --recover-tokens -1", "swap --temperature nan",
-    "swap --chunk -1", "measure --seconds inf", "measure --steps 0", "quantize-kv --decode-seconds nan",
-    "quantize-kv --budget-bytes-per-token -5", "prune oneshot --damping nan", "prune oneshot --damping -1",
-    "prune oneshot --length 0", "prune structured --ffn nan", "prune structured --seed -1",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "option",
+    [
+        "convert-gqa --lr nan",
+        "convert-gqa --lr 0",
+        "convert-gqa --ce-weight -1",
+        "convert-gqa --layer-weight inf",
+        "convert-gqa --seed -1",
+        "convert-gqa --batch 0",
+        "convert-gqa --calibration-tokens -5",
+        "convert-gqa --decode-contexts 512,-1",
+        "linearize --transfer-lr -1e-3",
+        "linearize --lora -1",
+        "linearize --keep-every -2",
+        "extend --lr inf",
+        "extend --window 0",
+        "extend --seed 99999999999",
+        "shear --mask-lr nan",
+        "shear --ramp 2",
+        "shear --start nan",
+        "shear --recover-tokens -1",
+        "swap --temperature nan",
+        "swap --chunk -1",
+        "measure --seconds inf",
+        "measure --steps 0",
+        "quantize-kv --decode-seconds nan",
+        "quantize-kv --budget-bytes-per-token -5",
+        "prune oneshot --damping nan",
+        "prune oneshot --damping -1",
+        "prune oneshot --length 0",
+        "prune structured --ffn nan",
+        "prune structured --seed -1",
+    ],
+)
 def test_bad_numbers_are_one_line_before_any_work(option, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     *command, name, value = option.split()
@@ -121,23 +151,34 @@ def test_bad_numbers_are_one_line_before_any_work(option, tmp_path, monkeypatch)
     assert done.exit_code == 2
     lines = [line for line in done.output.splitlines() if line.strip()]
     assert len(lines) == 1
-    assert lines[0].startswith(f"error: {name.removeprefix('--').replace('-', '_').removesuffix('_bytes_per_token')}")
+    assert lines[0].startswith(
+        f"error: {name.removeprefix('--').replace('-', '_').removesuffix('_bytes_per_token')}"
+    )
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("value", ["inf", "nan", "-inf", "1e400", "1e30", "1.5", "0.0001k", "", "k", "ten"])
+@pytest.mark.parametrize(
+    "value", ["inf", "nan", "-inf", "1e400", "1e30", "1.5", "0.0001k", "", "k", "ten"]
+)
 def test_counts_that_are_none(value):
     with pytest.raises(typer.BadParameter, match="valid is like 50000"):
         count_of(value)
-    done = CliRunner().invoke(app, ["convert-gqa", *COMMANDS["convert-gqa"], "--calibration-tokens", value])
+    done = CliRunner().invoke(
+        app, ["convert-gqa", *COMMANDS["convert-gqa"], "--calibration-tokens", value]
+    )
     assert done.exit_code == 2
     assert done.exception is None or isinstance(done.exception, SystemExit)
 
 
 def test_counts_as_people_write_them():
     assert [count_of(text) for text in ("1e3", "2.3k", "1_000", "1,000", "0.1M", "-3")] == [
-        1000, 2300, 1000, 1000, 100_000, -3
-    ]  # fmt: skip
+        1000,
+        2300,
+        1000,
+        1000,
+        100_000,
+        -3,
+    ]
     assert contexts_of("4k,1_000") == [4096, 1000]
     for text in ("inf", "1e3", "4k,,8k", "nan"):
         with pytest.raises(ValueError, match="valid is like"):
@@ -149,18 +190,26 @@ def test_a_loss_beyond_what_exp_can_say():
     assert perplexity_of(709.0) < math.inf
     assert [perplexity_of(loss) for loss in (710.0, 1e9, math.inf)] == [math.inf] * 3
     assert math.isnan(perplexity_of(math.nan))
-    assert json.dumps(finite({"perplexity": perplexity_of(1e9)}), allow_nan=False) == '{"perplexity": null}'
+    assert (
+        json.dumps(finite({"perplexity": perplexity_of(1e9)}), allow_nan=False)
+        == '{"perplexity": null}'
+    )
 
 
 def test_reports_of_models_that_broke(tmp_path, monkeypatch):
-    """Infinite perplexities are shown as such, are null in JSON, and such a report can be read and shown again."""
+    """Infinite perplexities are shown as such, are null in JSON, and such a report can be read and
+    shown again.
+    """
     import report_pages
 
     from effattn.reports.document import Document
 
     def broken(data):
         if isinstance(data, dict):
-            return {key: math.inf if key in ("perplexity", "kl") else broken(one) for key, one in data.items()}
+            return {
+                key: math.inf if key in ("perplexity", "kl") else broken(one)
+                for key, one in data.items()
+            }
         return [broken(one) for one in data] if isinstance(data, list | tuple) else data
 
     shown = []

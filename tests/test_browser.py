@@ -1,7 +1,8 @@
-"""Every kind of report page in a real headless browser: it renders, sorts, is light and dark, and asks for nothing.
+"""Every kind of report page in a real headless browser: it renders, sorts, is light and dark, and
+asks for nothing.
 
-A page in `report_pages.PAGES` gets these tests by itself. Skipped where there is no browser, but a failure in CI.
-"""
+A page in `report_pages.PAGES` gets these tests by itself. Skipped where there is no browser, but a
+failure in CI."""
 
 from __future__ import annotations
 
@@ -16,12 +17,20 @@ import pytest
 from report_pages import ORDER, PAGES, UNITS
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome-stable", "google-chrome")
-FLAGS = ("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-         "--disable-component-update", "--disable-sync")  # fmt: skip
+FLAGS = (
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+)
 PHONE, DESK = {"width": 375, "height": 800}, {"width": 1200, "height": 900}
 
 
-# ---- the browser ----------------------------------------------------------------------------------------------------
+# ---- the browser
+# -------------------------------------------------------------------------------------------------
 
 
 def lacking(reason: str) -> None:
@@ -37,7 +46,9 @@ def browser() -> Iterator:
         lacking("playwright is not installed: pip install -e '.[test]'")
     executable = next(filter(None, map(shutil.which, BROWSERS)), None)
     if executable is None:
-        lacking(f"no browser: none of {', '.join(BROWSERS)} is on the PATH (apt-get install chromium)")
+        lacking(
+            f"no browser: none of {', '.join(BROWSERS)} is on the PATH (apt-get install chromium)"
+        )
     with sync_playwright() as playwright:
         launched = playwright.chromium.launch(executable_path=executable, args=list(FLAGS))
         yield launched
@@ -55,8 +66,9 @@ def files(tmp_path_factory) -> dict[str, Path]:
 
 @pytest.fixture
 def visit(browser, files) -> Iterator[Callable]:
-    """visit(name, **context options) -> (page, seen): opens it; `seen` collects complaints, requests (also those that
-    the page's policy blocks), and what was on its way to the network and stopped here."""
+    """visit(name, **context options) -> (page, seen): opens it; `seen` collects complaints,
+    requests (also those that the page's policy blocks), and what was on its way to the network and
+    stopped here."""
     contexts = []
 
     def visit(name: str, **options):
@@ -68,7 +80,8 @@ def visit(browser, files) -> Iterator[Callable]:
         context.on("weberror", lambda error: seen.complaints.append(str(error.error)))
         context.on("request", lambda request: seen.requests.append(request.url))
         context.route(
-            re.compile(r"^(?!file:|data:)"), lambda route: (seen.stopped.append(route.request.url), route.abort())
+            re.compile(r"^(?!file:|data:)"),
+            lambda route: (seen.stopped.append(route.request.url), route.abort()),
         )
         opened = context.new_page()
         opened.goto(files[name].as_uri())
@@ -80,7 +93,9 @@ def visit(browser, files) -> Iterator[Callable]:
 
 
 def column(table, index: int) -> list[str]:
-    return [row.locator("th, td").nth(index).inner_text() for row in table.locator("tbody tr").all()]
+    return [
+        row.locator("th, td").nth(index).inner_text() for row in table.locator("tbody tr").all()
+    ]
 
 
 every_page = pytest.mark.parametrize("name", PAGES)
@@ -112,7 +127,11 @@ def test_it_renders_without_a_complaint_or_a_request(visit, files, name):
 def test_every_table_sorts_and_loses_nothing(visit, name):
     opened, seen = visit(name)
     opened.evaluate("document.querySelectorAll('details').forEach((one) => { one.open = true; })")
-    tables = [one for one in opened.locator("table:not(.facts)").all() if one.locator("tbody tr").count() > 1]
+    tables = [
+        one
+        for one in opened.locator("table:not(.facts)").all()
+        if one.locator("tbody tr").count() > 1
+    ]
     assert tables
     for table in tables:
         before = table.locator("tbody tr").all_inner_texts()
@@ -136,9 +155,15 @@ def test_numbers_sort_by_their_size_and_unit(visit):
         opened.keyboard.press("Enter")
         assert "".join(column(table, 0)) == labels
         opened.keyboard.press("Space")
-        unknown = [row[0] for row in UNITS if index and (row[index] == "-" or row[index].startswith(("not", "does")))]
+        unknown = [
+            row[0]
+            for row in UNITS
+            if index and (row[index] == "-" or row[index].startswith(("not", "does")))
+        ]
         known = [label for label in reversed(labels) if label not in unknown]
-        assert column(table, 0) == known + [label for label in labels if label in unknown]  # unknown stays last
+        assert column(table, 0) == known + [
+            label for label in labels if label in unknown
+        ]  # unknown stays last
         assert table.locator("thead th").nth(index).get_attribute("aria-sort") == "descending"
 
 
@@ -169,7 +194,9 @@ def test_light_and_dark_are_both_readable(visit, name):
     backgrounds = {}
     for scheme in ("light", "dark"):
         opened, _ = visit(name, color_scheme=scheme)
-        opened.evaluate("document.querySelectorAll('details').forEach((one) => { one.open = true; })")
+        opened.evaluate(
+            "document.querySelectorAll('details').forEach((one) => { one.open = true; })"
+        )
         found = opened.evaluate(CONTRASTS)
         assert len(found) > 30
         assert [one for one in found if one[1] < 4.5] == []
@@ -186,7 +213,12 @@ def test_light_and_dark_are_both_readable(visit, name):
         backgrounds[f"{scheme}, turned"] = background("screen")
         assert [one for one in opened.evaluate(CONTRASTS) if one[1] < 4.5] == []
         assert background("print") == "rgb(255, 255, 255)"
-    assert backgrounds["light"] == backgrounds["dark, turned"] != backgrounds["dark"] == backgrounds["light, turned"]
+    assert (
+        backgrounds["light"]
+        == backgrounds["dark, turned"]
+        != backgrounds["dark"]
+        == backgrounds["light, turned"]
+    )
 
 
 @every_page

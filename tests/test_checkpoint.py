@@ -1,4 +1,6 @@
-"""Checkpoints: all or nothing, plain wherever plain transformers can say it, and never a number that is not one."""
+"""Checkpoints: all or nothing, plain wherever plain transformers can say it, and never a number
+that is not one.
+"""
 
 import json
 import os
@@ -20,9 +22,14 @@ TOKENS = torch.arange(3, 23).view(2, 10)
 def model():
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=64,
-    )  # fmt: skip
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+    )
     return AutoModelForCausalLM.from_config(config).eval()
 
 
@@ -68,7 +75,10 @@ def test_other_swaps_are_kept_in_the_config_and_applied_again(model, tmp_path, m
     assert "effattn" not in (tmp_path / "b" / "config.json").read_text()
 
 
-LEARNED = {"0": "sliding(window=5, sink_logits=True)", "1": "longformer(window=4, global_tokens=[0, 3])"}
+LEARNED = {
+    "0": "sliding(window=5, sink_logits=True)",
+    "1": "longformer(window=4, global_tokens=[0, 3])",
+}
 
 
 @pytest.fixture
@@ -85,7 +95,9 @@ def learned(model):
 def test_what_a_method_learned_is_kept_beside_the_plain_weights(learned, tmp_path):
     expected = learned(TOKENS).logits
     checkpoint.save(learned, tmp_path / "out")
-    assert json.loads((tmp_path / "out" / "config.json").read_text())["effattn"] == {"pattern": LEARNED}
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["effattn"] == {
+        "pattern": LEARNED
+    }
     names = set(load_file(tmp_path / "out" / "effattn.safetensors"))
     assert names == {name for name in learned.state_dict() if "effattn" in name}
     assert not names & set(load_file(tmp_path / "out" / "model.safetensors"))
@@ -112,7 +124,9 @@ def test_learned_weights_that_do_not_fit_are_an_error(learned, tmp_path):
         with pytest.raises(ValueError, match=message):
             checkpoint.load(tmp_path / "out")
     file.unlink()
-    with pytest.raises(ValueError, match=r"effattn.safetensors does not fit the swap in config.json, missing: "):
+    with pytest.raises(
+        ValueError, match=r"effattn.safetensors does not fit the swap in config.json, missing: "
+    ):
         checkpoint.load(tmp_path / "out")
 
 
@@ -159,7 +173,12 @@ def test_files_follow_the_umask(umask, learned, tmp_path):
     finally:
         os.umask(before)
     modes = {file.name: file.stat().st_mode for file in (tmp_path / "out").iterdir()}
-    assert modes.keys() > {"model.safetensors", "effattn.safetensors", "config.json", "tokenizer.json"}
+    assert modes.keys() > {
+        "model.safetensors",
+        "effattn.safetensors",
+        "config.json",
+        "tokenizer.json",
+    }
     assert set(modes.values()) == {(tmp_path / "plain").stat().st_mode}
 
 
@@ -177,7 +196,9 @@ def test_numbers_that_are_not_are_refused_by_name(model, tmp_path, value):
         checkpoint.load(tmp_path / "bad")
 
 
-@pytest.mark.parametrize("name", ["embeded", "./nowhere", "/no/such/folder", "a/b/c", "no-such-owner-x/no-such-model"])
+@pytest.mark.parametrize(
+    "name", ["embeded", "./nowhere", "/no/such/folder", "a/b/c", "no-such-owner-x/no-such-model"]
+)
 def test_an_unknown_name_is_one_clear_error(offline, name):
     with pytest.raises(
         ValueError, match="not 'embedded', not an existing folder, and not found as a hub name"
@@ -185,7 +206,9 @@ def test_an_unknown_name_is_one_clear_error(offline, name):
         checkpoint.load_model(name)
     assert repr(name) in str(caught.value)
     assert "\n" not in str(caught.value)
-    assert caught.value.__suppress_context__ or caught.value.__context__ is None  # no traceback of the hub library
+    assert (
+        caught.value.__suppress_context__ or caught.value.__context__ is None
+    )  # no traceback of the hub library
     assert ("did you mean 'embedded'" in str(caught.value)) == (name == "embeded")
 
 

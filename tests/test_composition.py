@@ -1,4 +1,6 @@
-"""Everything in one model: fewer K/V heads, fewer FFN dimensions, packed 2:4 weights, a window, a packed cache."""
+"""Everything in one model: fewer K/V heads, fewer FFN dimensions, packed 2:4 weights, a window, a
+packed cache.
+"""
 
 import pytest
 import torch
@@ -10,7 +12,10 @@ import effattn
 def shrunk():
     """The embedded model, converted, cut, pruned and packed; and held-out tokens."""
     model, _ = effattn.embedded.load()
-    tokens, held_out = effattn.embedded.tokens("train", 5_376), effattn.embedded.tokens("validation", 2_048)
+    tokens, held_out = (
+        effattn.embedded.tokens("train", 5_376),
+        effattn.embedded.tokens("validation", 2_048),
+    )
     dense = effattn.perplexity(model, held_out, context=512)
     effattn.convert_gqa(model, kv_heads=4, calibration=tokens)
     model, _ = effattn.prune.structured(model, tokens, ffn=0.25, criterion="activation")

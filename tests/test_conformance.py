@@ -1,4 +1,5 @@
-"""Every backend x implementation x dtype x direction through `effattn.conformance`; and the suite catches mistakes.
+"""Every backend x implementation x dtype x direction through `effattn.conformance`; and the suite
+catches mistakes.
 
 A new backend is one more row in ROWS.
 """
@@ -17,16 +18,21 @@ from effattn.states import FullState
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
-# name -> options, and whether it can be bidirectional (None: it can be nothing else). The lengths 1, 2, 4, 5, 6 lie
-# around these windows and blocks.
+# name -> options, and whether it can be bidirectional (None: it can be nothing else). The lengths
+# 1, 2, 4, 5, 6 lie around these windows and blocks.
 ROWS = {
     "dense": [({}, True)],
     "block": [({"block": 4}, True), ({"block": 3, "look_back": 2}, True)],
     "sliding": [
-        ({"window": 5}, True), ({"window": 5, "sinks": 2}, False), ({"window": 3, "dilation": 2}, True),
+        ({"window": 5}, True),
+        ({"window": 5, "sinks": 2}, False),
+        ({"window": 3, "dilation": 2}, True),
         ({"window": 5, "sink_logits": True}, True),
     ],
-    "longformer": [({"window": 5, "global_tokens": 2}, True), ({"window": 5, "global_tokens": [0, 4, 20]}, True)],
+    "longformer": [
+        ({"window": 5, "global_tokens": 2}, True),
+        ({"window": 5, "global_tokens": [0, 4, 20]}, True),
+    ],
     "strided": [({"stride": 4}, False)],
     "fixed": [({"stride": 4}, False), ({"stride": 5, "summary": 2}, False)],
     "longnet": [({"segments": [4, 12], "dilations": [1, 3]}, True)],
@@ -35,36 +41,62 @@ ROWS = {
     "linformer_blockwise": [({"k": 16, "max_length": 32, "block": 6}, False)],
     "vq": [({"codes": 12, "block": 8}, True)],
     "linear": [
-        ({}, True), ({"feature_map": "softmax", "decay": 0.9}, False), ({"feature_map": "hedgehog"}, False),
+        ({}, True),
+        ({"feature_map": "softmax", "decay": 0.9}, False),
+        ({"feature_map": "hedgehog"}, False),
         ({"feature_map": "exp", "features": 24}, False),
         ({"feature_map": "identity", "decay": 0.8, "normalize": False}, False),
     ],
     "lsh": [
-        ({"rounds": 2, "buckets": 4, "chunk": 2}, True), ({"rounds": 3, "buckets": 2, "chunk": 3, "seed": 1}, False),
+        ({"rounds": 2, "buckets": 4, "chunk": 2}, True),
+        ({"rounds": 3, "buckets": 2, "chunk": 3, "seed": 1}, False),
     ],
     "performer": [({"features": 24}, True), ({"features": 16, "kernel": "relu"}, False)],
-}  # fmt: skip
-CASES = [(name, options, causal) for name, rows in ROWS.items() for options, both in rows
-         for causal in {True: (True, False), False: (True,), None: (False,)}[both]]  # fmt: skip
+}
+CASES = [
+    (name, options, causal)
+    for name, rows in ROWS.items()
+    for options, both in rows
+    for causal in {True: (True, False), False: (True,), None: (False,)}[both]
+]
 HALF = ("accuracy", "future", "padding", "decode", "gradients", "layouts")  # what a dtype can break
-# Triton's interpreter takes some 10 ms a program: without a GPU, all that a kernel can break is checked for one row of
-# the backends that have a kernel of their own, and of the others what they make of it.
+# Triton's interpreter takes some 10 ms a program: without a GPU, all that a kernel can break is
+# checked for one row of the backends that have a kernel of their own, and of the others what they
+# make of it.
 INTERPRETED = {
-    torch.float32: ("accuracy", "future", "padding", "decode", "gradients", "poisoned_memory", "layouts"),
+    torch.float32: (
+        "accuracy",
+        "future",
+        "padding",
+        "decode",
+        "gradients",
+        "poisoned_memory",
+        "layouts",
+    ),
     torch.bfloat16: ("accuracy", "gradients"),
     torch.float16: ("accuracy",),
 }
 HALVES = ("dense", "linear", "lsh", "linformer", "vq")
-FIRST = [next(case for case in CASES if case[0] == name) for name in (*HALVES, "block", "sliding", "performer")]
+FIRST = [
+    next(case for case in CASES if case[0] == name)
+    for name in (*HALVES, "block", "sliding", "performer")
+]
 
 
 def test_every_backend_has_a_row():
     assert set(ROWS) == set(effattn.backends())
 
 
-RUNS = [(*case, impl, dtype) for dtype in (torch.float32, torch.bfloat16, torch.float16) for impl in ("torch", "triton")
-        for case in CASES if DEVICE == "cuda" or impl == "torch" or dtype == torch.float32
-        or (case in FIRST and case[0] in HALVES)]  # fmt: skip
+RUNS = [
+    (*case, impl, dtype)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16)
+    for impl in ("torch", "triton")
+    for case in CASES
+    if DEVICE == "cuda"
+    or impl == "torch"
+    or dtype == torch.float32
+    or (case in FIRST and case[0] in HALVES)
+]
 
 
 @pytest.mark.parametrize(("name", "options", "causal", "impl", "dtype"), RUNS)
@@ -80,7 +112,13 @@ def test_conformance(name, options, causal, impl, dtype):
     assert f"impl={impl}" in str(report)
 
 
-SIZED = {"sliding": "window", "block": "block", "longformer": "window", "strided": "stride", "fixed": "stride"}
+SIZED = {
+    "sliding": "window",
+    "block": "block",
+    "longformer": "window",
+    "strided": "stride",
+    "fixed": "stride",
+}
 
 
 @settings(deadline=None, max_examples=60)
@@ -96,7 +134,9 @@ def test_any_window_and_length(case, size, length, sinks, seed):
     options = {option: size} | ({"sinks": sinks} if name == "sliding" else {})
     some = ("accuracy", "future", "padding", "decode", "state_bytes", "state_moves")
     lengths = (min(size, length), min(size + 1, length), length)
-    check(effattn.backend(name, **options, impl="torch"), properties=some, lengths=lengths, seed=seed)
+    check(
+        effattn.backend(name, **options, impl="torch"), properties=some, lengths=lengths, seed=seed
+    )
 
 
 @pytest.mark.parametrize("name", ROWS)
@@ -109,12 +149,19 @@ def test_excluded_directions_are_refused(name):
 
 
 EXACT = [
-    ("block", {"block": 64}), ("sliding", {"window": 64}), ("sliding", {"window": 40, "sinks": 30}),
-    ("longformer", {"window": 127, "global_tokens": 3}), ("longformer", {"window": 127, "global_tokens": [2, 50]}),
-    ("strided", {"stride": 64}), ("strided", {"stride": 1}), ("fixed", {"stride": 64}),
-    ("fixed", {"stride": 8, "summary": 8}), ("longnet", {"segments": [64], "dilations": [1]}), ("s2", {"block": 256}),
+    ("block", {"block": 64}),
+    ("sliding", {"window": 64}),
+    ("sliding", {"window": 40, "sinks": 30}),
+    ("longformer", {"window": 127, "global_tokens": 3}),
+    ("longformer", {"window": 127, "global_tokens": [2, 50]}),
+    ("strided", {"stride": 64}),
+    ("strided", {"stride": 1}),
+    ("fixed", {"stride": 64}),
+    ("fixed", {"stride": 8, "summary": 8}),
+    ("longnet", {"segments": [64], "dilations": [1]}),
+    ("s2", {"block": 256}),
     ("linformer_blockwise", {"k": 64, "max_length": 64, "block": 8}),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("name", "options"), EXACT)
@@ -128,7 +175,9 @@ class NeedsDenseRows(Dense):
     """What a kernel does that takes the stride of the last dimension for 1."""
 
     def attend(self, q, k, v, call):
-        return super().attend(q, k, v.as_strided(v.shape, (*v.stride()[:3], 1), v.storage_offset()), call)
+        return super().attend(
+            q, k, v.as_strided(v.shape, (*v.stride()[:3], 1), v.storage_offset()), call
+        )
 
 
 class WritesToInputs(Dense):
@@ -174,7 +223,9 @@ class WrongGroups(Dense):
     def attend(self, q, k, v, call):
         order = torch.arange(q.shape[1]).view(-1, k.shape[1]).T.reshape(-1)
         out = super().attend(q[:, order], k, v, call)
-        return out[:, order.argsort()] if self.impl != "reference" else super().attend(q, k, v, call)
+        return (
+            out[:, order.argsort()] if self.impl != "reference" else super().attend(q, k, v, call)
+        )
 
 
 class NoValueGradient(Dense):

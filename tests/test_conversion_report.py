@@ -1,4 +1,6 @@
-"""Conversion reports: the same numbers in JSON, Markdown, HTML and on the terminal; nothing invented."""
+"""Conversion reports: the same numbers in JSON, Markdown, HTML and on the terminal; nothing
+invented.
+"""
 
 import copy
 import io
@@ -16,7 +18,13 @@ ENVIRONMENT = {"device": "a processor", "torch": "2.99", "triton": None, "thread
 
 
 def timed(ms: float, kv_bytes: int) -> dict:
-    return {"ms_p20": 0.9 * ms, "ms_p50": ms, "ms_p80": 1.2 * ms, "tokens_per_s": 1000 / ms, "kv_bytes": kv_bytes}
+    return {
+        "ms_p20": 0.9 * ms,
+        "ms_p50": ms,
+        "ms_p80": 1.2 * ms,
+        "tokens_per_s": 1000 / ms,
+        "kv_bytes": kv_bytes,
+    }
 
 
 def scores(perplexity: float, cross_entropy: float, kl: float) -> dict:
@@ -24,29 +32,83 @@ def scores(perplexity: float, cross_entropy: float, kl: float) -> dict:
 
 
 def data(kv_heads: int = 2, method: str = "optimal") -> dict:
-    return copy.deepcopy({
-        "kind": "convert_gqa",
-        "settings": {"model": "some-model", "kv_heads": kv_heads, "method": method, "refit": True, "seed": 3,
-                     "grouping": "contiguous", "calibration_tokens": 50_017, "uptrain_tokens": 3_000_001},
-        "model": {"model_type": "llama", "layers": 2, "heads": 8, "kv_heads_before": 8, "kv_heads_after": kv_heads,
-                  "head_dim": 32, "hidden": 256, "parameters_before": 8_123_456, "parameters_after": 7_654_321,
-                  "dtype": "float32"},
-        "quality": {"tokens": 65_536, "context": 512, "source": "held-out text",
-                    "before": {"perplexity": 9.1234, "cross_entropy": 2.2108},
-                    "converted": scores(11.5678, 2.4482, 0.2121), "uptrained": scores(9.4321, 2.2441, 0.0313)},
-        "uptraining": {"tokens": 3_000_320, "share_of_pretraining": 0.05, "seconds": 321.5,
-                       "curve": [{"tokens": 0, **scores(11.5678, 2.4482, 0.2121)},
-                                 {"tokens": 1_500_160, **scores(9.8765, 2.2901, 0.0707)},
-                                 {"tokens": 3_000_320, **scores(9.4321, 2.2441, 0.0313)}]},
-        "layers": [{"layer": i, "k_error": 0.3111 + i, "v_error": 0.4222, "attention_error_merged": 0.0533,
-                    "attention_error": 0.0144} for i in range(2)],
-        "kv_bytes_per_token": {"before": 16_384, "after": 2048 * kv_heads},
-        "decode": [{"context": 512, "batch": 1, "before": timed(2.0, 8 << 20), "after": timed(1.6, 2 << 20)},
-                   {"context": 16_384, "batch": 1, "before": timed(8.0, 1 << 28), "after": timed(3.2, 1 << 26)}],
-        "verification": {"fresh_process": True, "max_logit_difference": 3.25e-6, "cache_shape": [1, 2, 64, 32],
-                         "kv_heads_in_cache": kv_heads},
-        "environment": ENVIRONMENT,
-    })  # fmt: skip
+    return copy.deepcopy(
+        {
+            "kind": "convert_gqa",
+            "settings": {
+                "model": "some-model",
+                "kv_heads": kv_heads,
+                "method": method,
+                "refit": True,
+                "seed": 3,
+                "grouping": "contiguous",
+                "calibration_tokens": 50_017,
+                "uptrain_tokens": 3_000_001,
+            },
+            "model": {
+                "model_type": "llama",
+                "layers": 2,
+                "heads": 8,
+                "kv_heads_before": 8,
+                "kv_heads_after": kv_heads,
+                "head_dim": 32,
+                "hidden": 256,
+                "parameters_before": 8_123_456,
+                "parameters_after": 7_654_321,
+                "dtype": "float32",
+            },
+            "quality": {
+                "tokens": 65_536,
+                "context": 512,
+                "source": "held-out text",
+                "before": {"perplexity": 9.1234, "cross_entropy": 2.2108},
+                "converted": scores(11.5678, 2.4482, 0.2121),
+                "uptrained": scores(9.4321, 2.2441, 0.0313),
+            },
+            "uptraining": {
+                "tokens": 3_000_320,
+                "share_of_pretraining": 0.05,
+                "seconds": 321.5,
+                "curve": [
+                    {"tokens": 0, **scores(11.5678, 2.4482, 0.2121)},
+                    {"tokens": 1_500_160, **scores(9.8765, 2.2901, 0.0707)},
+                    {"tokens": 3_000_320, **scores(9.4321, 2.2441, 0.0313)},
+                ],
+            },
+            "layers": [
+                {
+                    "layer": i,
+                    "k_error": 0.3111 + i,
+                    "v_error": 0.4222,
+                    "attention_error_merged": 0.0533,
+                    "attention_error": 0.0144,
+                }
+                for i in range(2)
+            ],
+            "kv_bytes_per_token": {"before": 16_384, "after": 2048 * kv_heads},
+            "decode": [
+                {
+                    "context": 512,
+                    "batch": 1,
+                    "before": timed(2.0, 8 << 20),
+                    "after": timed(1.6, 2 << 20),
+                },
+                {
+                    "context": 16_384,
+                    "batch": 1,
+                    "before": timed(8.0, 1 << 28),
+                    "after": timed(3.2, 1 << 26),
+                },
+            ],
+            "verification": {
+                "fresh_process": True,
+                "max_logit_difference": 3.25e-6,
+                "cache_shape": [1, 2, 64, 32],
+                "kv_heads_in_cache": kv_heads,
+            },
+            "environment": ENVIRONMENT,
+        }
+    )
 
 
 def lean(*keep: str) -> dict:
@@ -63,14 +125,54 @@ def terminal(thing, width: int = 160) -> str:
 
 def visible(page: str) -> str:
     """The page's text without the plots."""
-    return re.sub(r"<[^>]+>", " ", re.sub(r"<(svg|style|script)\b.*?</\1>", "", page, flags=re.DOTALL))
+    return re.sub(
+        r"<[^>]+>", " ", re.sub(r"<(svg|style|script)\b.*?</\1>", "", page, flags=re.DOTALL)
+    )
 
 
-HEADLINE = ["9.1234", "11.5678 (+26.8 %)", "9.4321 (+3.4 %)", "2.2108", "2.4482", "2.2441", "0.2121", "0.0313",
-            "16,384", "4,096", "8,123,456", "7,654,321", "4.0x smaller", "500.0", "625.0", "1.25x", "125.0", "312.5",
-            "2.50x", "8.0 MiB", "256.0 MiB", "64.0 MiB", "3.25e-06", "[1, 2, 64, 32]"]  # fmt: skip
-DETAILS = ["8.00 (7.20 to 9.60)", "1,500,160", "9.8765", "0.0707", "321.5", "5 %", "0.3111", "1.3111", "0.4222",
-           "0.0533", "0.0144", "50,017", "float32", "2.99", "held-out text"]  # fmt: skip
+HEADLINE = [
+    "9.1234",
+    "11.5678 (+26.8 %)",
+    "9.4321 (+3.4 %)",
+    "2.2108",
+    "2.4482",
+    "2.2441",
+    "0.2121",
+    "0.0313",
+    "16,384",
+    "4,096",
+    "8,123,456",
+    "7,654,321",
+    "4.0x smaller",
+    "500.0",
+    "625.0",
+    "1.25x",
+    "125.0",
+    "312.5",
+    "2.50x",
+    "8.0 MiB",
+    "256.0 MiB",
+    "64.0 MiB",
+    "3.25e-06",
+    "[1, 2, 64, 32]",
+]
+DETAILS = [
+    "8.00 (7.20 to 9.60)",
+    "1,500,160",
+    "9.8765",
+    "0.0707",
+    "321.5",
+    "5 %",
+    "0.3111",
+    "1.3111",
+    "0.4222",
+    "0.0533",
+    "0.0144",
+    "50,017",
+    "float32",
+    "2.99",
+    "held-out text",
+]
 
 
 def test_every_format_has_the_numbers():
@@ -80,12 +182,24 @@ def test_every_format_has_the_numbers():
     page = report.to_html()
     for text in (report.to_markdown().replace("\\", ""), visible(page)):
         assert not [cell for cell in HEADLINE + DETAILS if cell not in text]
-    assert "8 -> 2 KV heads: the KV cache is 4.0x smaller; perplexity 9.12 -> 9.43 (+3.4 %)" in report.headline
+    assert (
+        "8 -> 2 KV heads: the KV cache is 4.0x smaller; perplexity 9.12 -> 9.43 (+3.4 %)"
+        in report.headline
+    )
     assert "16,384 tokens runs at 2.50x the speed" in report.headline
     assert page.count("<svg") == 5  # perplexity, KL, cache, speed, layers
 
 
-PARTS = ["quality", "uptraining", "layers", "decode", "verification", "environment", "kv_bytes_per_token", "settings"]
+PARTS = [
+    "quality",
+    "uptraining",
+    "layers",
+    "decode",
+    "verification",
+    "environment",
+    "kv_bytes_per_token",
+    "settings",
+]
 
 
 @pytest.mark.parametrize("absent", [False, True])
@@ -162,7 +276,10 @@ def test_the_parent_is_drawn_only_where_it_is_comparable():
 def test_numbers_that_are_not_finite_stay_valid_json():
     given = lean("uptraining")
     given["quality"]["converted"] = scores(float("inf"), float("nan"), float("nan"))
-    given["uptraining"]["curve"][0] = {"tokens": 0, **scores(float("inf"), float("nan"), float("nan"))}
+    given["uptraining"]["curve"][0] = {
+        "tokens": 0,
+        **scores(float("inf"), float("nan"), float("nan")),
+    }
     report = ConversionReport(given)
     assert json.loads(report.to_json())["quality"]["converted"]["kl"] is None
     assert "nan" in terminal(report)
@@ -196,14 +313,24 @@ def test_markdown_cells_hold_their_text():
 
 
 def test_compare_shows_every_report():
-    reports = [ConversionReport(data(kv, method)) for kv in (4, 2) for method in ("optimal", "mean")]
+    reports = [
+        ConversionReport(data(kv, method)) for kv in (4, 2) for method in ("optimal", "mean")
+    ]
     reports[3].data["quality"]["uptrained"] = scores(9.9999, 2.3025, 0.1)
     page = compare_html(reports)
     text = visible(page)
     assert text.count("8 -&gt; 4") == text.count("8 -&gt; 2") == 2
-    for cell in ("9.9999", "0.0917", "0.0333", "2.50x at 16,384", "2 KV heads: optimal is closest to the parent"):
+    for cell in (
+        "9.9999",
+        "0.0917",
+        "0.0333",
+        "2.50x at 16,384",
+        "2 KV heads: optimal is closest to the parent",
+    ):
         assert cell in text, cell
-    assert page.count("<svg") == 4  # excess after conversion and uptraining, curves of 4 and of 2 KV heads
+    assert (
+        page.count("<svg") == 4
+    )  # excess after conversion and uptraining, curves of 4 and of 2 KV heads
     for report in reports:
         report.data["quality"] = report.data["uptraining"] = None
     assert "<svg" not in compare_html(reports)
@@ -223,8 +350,16 @@ def test_save_and_load(tmp_path):
     folder = tmp_path / "new" / "folder"
     report = ConversionReport(lean())
     report.save(folder)
-    assert sorted(path.name for path in folder.iterdir()) == ["report.html", "report.json", "report.md"]
-    assert ConversionReport.load(folder).data == ConversionReport.load(folder / "report.json").data == report.data
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "report.html",
+        "report.json",
+        "report.md",
+    ]
+    assert (
+        ConversionReport.load(folder).data
+        == ConversionReport.load(folder / "report.json").data
+        == report.data
+    )
     assert (folder / "report.md").read_text() == report.to_markdown()
     with pytest.raises(ValueError, match="'other'"):
         ConversionReport({"kind": "other"})
@@ -248,7 +383,9 @@ def test_a_failing_save_changes_nothing(tmp_path, monkeypatch, name):
 
 def test_json_is_put_in_place_last(tmp_path, monkeypatch):
     order, replace = [], os.replace
-    monkeypatch.setattr(os, "replace", lambda a, b: (order.append(os.path.basename(b)), replace(a, b)))
+    monkeypatch.setattr(
+        os, "replace", lambda a, b: (order.append(os.path.basename(b)), replace(a, b))
+    )
     ConversionReport(lean()).save(tmp_path)
     assert order[-1] == "report.json"
 

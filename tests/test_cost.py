@@ -1,4 +1,5 @@
-"""The cost model against counts: of backends from their definition and their torch path, of modules and whole models.
+"""The cost model against counts: of backends from their definition and their torch path, of modules
+and whole models.
 
 A new backend joins by its row in test_conformance's ROWS.
 """
@@ -24,12 +25,15 @@ T, B, H, K, D = 23, 2, 4, 2, 8
 SIZE = 8  # bytes of a float64
 
 
-# What they need depends on the data. Declared is the expectation, for buckets that fill evenly; a call may need less.
+# What they need depends on the data. Declared is the expectation, for buckets that fill evenly; a
+# call may need less.
 EXPECTED = {"lsh"}
 
 
 def bounds(name: str) -> tuple[float, float]:
-    """The least and the most that the torch path may do, of what is declared: sequences are short, blocks padded."""
+    """The least and the most that the torch path may do, of what is declared: sequences are short,
+    blocks padded.
+    """
     return (0.5, 40) if name in EXPECTED else (1, 10)
 
 
@@ -39,13 +43,21 @@ def inputs(queries: int, keys: int, grad: bool = False) -> list[torch.Tensor]:
 
 
 def pairs(attn, queries: int, causal: bool) -> int:
-    """(query, key) pairs of the last queries, over batch and heads, from the backend's definition."""
-    i, j, h = torch.arange(T - queries, T)[:, None], torch.arange(T)[None], torch.arange(H)[:, None, None]
+    """(query, key) pairs of the last queries, over batch and heads, from the backend's
+    definition.
+    """
+    i, j, h = (
+        torch.arange(T - queries, T)[:, None],
+        torch.arange(T)[None],
+        torch.arange(H)[:, None, None],
+    )
     return B * int(attn.sees(i, j, h, H, causal).expand(H, queries, T).sum())
 
 
 def keys_used(attn, queries: int, causal: bool) -> int:
-    """How many keys have any influence on the last queries: those whose values have a gradient in the reference."""
+    """How many keys have any influence on the last queries: those whose values have a gradient in
+    the reference.
+    """
     q, k, v = inputs(queries, T, grad=True)
     attn(q, k, v, causal=causal).pow(2).sum().backward()
     return int((v.grad != 0).any(dim=3).any(dim=1).any(dim=0).sum())
@@ -55,7 +67,9 @@ def softmax_over_keys(name: str) -> bool:
     return issubclass(effattn.backends()[name], ExactBackend)
 
 
-@pytest.mark.parametrize(("name", "options", "causal"), [case for case in CASES if softmax_over_keys(case[0])])
+@pytest.mark.parametrize(
+    ("name", "options", "causal"), [case for case in CASES if softmax_over_keys(case[0])]
+)
 def test_exact_backends_cost_what_their_definition_needs(name, options, causal):
     attn = effattn.backend(name, **options, impl="reference")
     for queries in (T, 7, 1) if causal else (T,):
@@ -66,13 +80,17 @@ def test_exact_backends_cost_what_their_definition_needs(name, options, causal):
         assert (cost.read_bytes, cost.write_bytes) == (q + kv, q)
         back = attn.cost(Shape(B, H, K, queries, T, D, itemsize=SIZE, causal=causal, backward=True))
         lse = B * H * queries * SIZE
-        assert back == Cost(2 * seen * 5 * D, 3 * q + kv + lse, q + B * K * T * 2 * D * SIZE)  # out, d_out; dq, dk, dv
+        assert back == Cost(
+            2 * seen * 5 * D, 3 * q + kv + lse, q + B * K * T * 2 * D * SIZE
+        )  # out, d_out; dq, dk, dv
 
 
-@pytest.mark.parametrize(("name", "options", "causal"), [case for case in CASES if not softmax_over_keys(case[0])])
+@pytest.mark.parametrize(
+    ("name", "options", "causal"), [case for case in CASES if not softmax_over_keys(case[0])]
+)
 def test_other_backends_move_what_their_definition_needs(name, options, causal):
-    """Their operations are each method's own: they are held between bounds below. Moved are q, what has influence of k
-    and v, the output, and the backend's own parameters and constants."""
+    """Their operations are each method's own: they are held between bounds below. Moved are q, what
+    has influence of k and v, the output, and the backend's own parameters and constants."""
     attn = effattn.backend(name, **options, impl="torch")
     q, kv = B * H * T * D * SIZE, B * K * keys_used(attn, T, causal) * 2 * D * SIZE
     own = sum(one.nbytes for one in (*attn.parameters(), *attn.buffers()))
@@ -88,7 +106,9 @@ def test_other_backends_move_what_their_definition_needs(name, options, causal):
 
 @pytest.mark.parametrize(("name", "options", "causal"), CASES)
 def test_the_torch_path_does_no_less_than_declared(name, options, causal):
-    """Otherwise what is declared is not the least. A backward pass that keeps the weights saves one product of five."""
+    """Otherwise what is declared is not the least. A backward pass that keeps the weights saves one
+    product of five.
+    """
     attn = effattn.backend(name, **options, impl="torch")
     q, k, v = inputs(T, T, grad=True)
     with Counted() as forward:
@@ -102,7 +122,9 @@ def test_the_torch_path_does_no_less_than_declared(name, options, causal):
     assert 0.8 * least * back.flops <= backward.flops <= most * back.flops
 
 
-@pytest.mark.parametrize(("name", "options"), [(name, options) for name, options, causal in CASES if causal])
+@pytest.mark.parametrize(
+    ("name", "options"), [(name, options) for name, options, causal in CASES if causal]
+)
 @pytest.mark.parametrize("past", [6, T, 70])
 @torch.no_grad()
 def test_decoding_reads_what_is_declared_and_no_more_than_its_state(name, options, past):
@@ -118,10 +140,14 @@ def test_decoding_reads_what_is_declared_and_no_more_than_its_state(name, option
             attn(*new, state=state)
         past += 1
         cost = attn.cost(Shape(B, H, K, 1, past, D, itemsize=SIZE))
-        read = sum(counted.read_bytes(key) for key, one in held.items() if one.dtype != torch.int64)  # not positions
+        read = sum(
+            counted.read_bytes(key) for key, one in held.items() if one.dtype != torch.int64
+        )  # not positions
         declared = cost.read_bytes - sum(x.nbytes for x in new)
         least, _ = bounds(name)
-        own = sum(x.nbytes for x in new[1:])  # written there before it is read, where a state grows in place
+        own = sum(
+            x.nbytes for x in new[1:]
+        )  # written there before it is read, where a state grows in place
         assert least * declared <= read <= sum(one.nbytes for one in held.values()) + own
         assert state.nbytes == cost.state_bytes
         assert counted.flops >= least * cost.flops
@@ -138,18 +164,40 @@ def test_linear_cost_is_what_torch_does(bias):
     with Counted(weight=layer.weight, x=x, d_out=d_out) as backward:
         out.backward(d_out)
     written = sum(one.grad.nbytes for one in (x, *layer.parameters()))
-    assert linear_cost(15, 6, 10, 4, bias, backward=True) == Cost(backward.flops, backward.read_bytes(), written)
+    assert linear_cost(15, 6, 10, 4, bias, backward=True) == Cost(
+        backward.flops, backward.read_bytes(), written
+    )
 
 
-# Whole models ----------------------------------------------------------------------------------------------------
+# Whole models
+# -------------------------------------------------------------------------------------------------
 
-PLAIN = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma3_text", "phi3", "olmo2", "gpt_neox", "opt", "phi",
-         "stablelm", "cohere", "cohere2", "glm", "granite", "smollm3")  # fmt: skip
+PLAIN = (
+    "llama",
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "gemma",
+    "gemma3_text",
+    "phi3",
+    "olmo2",
+    "gpt_neox",
+    "opt",
+    "phi",
+    "stablelm",
+    "cohere",
+    "cohere2",
+    "glm",
+    "granite",
+    "smollm3",
+)
 EXPERTS = ("qwen3_moe", "qwen2_moe", "mixtral", "olmoe")
 
 
 def weights_read(counted: Counted, model: nn.Module) -> int:
-    """Bytes of the parameters that were read; a tied table is read twice, as rows and as the head."""
+    """Bytes of the parameters that were read; a tied table is read twice, as rows and as the
+    head.
+    """
     parameters = {id(p) for p in model.parameters()}
     names = [name for name, tensor in counted.watched.items() if id(tensor) in parameters]
     return counted.read_bytes(*names)
@@ -162,7 +210,9 @@ def rows_again(model, tokens: int) -> int:
 
 
 def agrees(model, tokens: int, step: bool = True) -> None:
-    """Operations, weights read and state bytes of a prefill and a decoding step, counted and declared."""
+    """Operations, weights read and state bytes of a prefill and a decoding step, counted and
+    declared.
+    """
     ids = torch.randperm(model.get_input_embeddings().num_embeddings)[:tokens][None]
     cache, past = None, 0
     for given in (ids, ids[:, :1]) if step else (ids,):
@@ -175,7 +225,9 @@ def agrees(model, tokens: int, step: bool = True) -> None:
         assert weights_read(counted, model) + rows_again(model, given.shape[1]) == weights
         held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
         assert held == cost.kv_bytes == cost.total.state_bytes
-        assert cost.weight_bytes == sum(one.nbytes for one in (*model.parameters(), *model.buffers()))
+        assert cost.weight_bytes == sum(
+            one.nbytes for one in (*model.parameters(), *model.buffers())
+        )
 
 
 @pytest.mark.parametrize("kind", PLAIN)
@@ -198,7 +250,9 @@ def test_the_embedded_model():
     agrees(model, 512)
 
 
-@pytest.mark.parametrize("spec", ["sliding(window=9, sinks=2)", "block(block=8)", "strided(stride=4)"])
+@pytest.mark.parametrize(
+    "spec", ["sliding(window=9, sinks=2)", "block(block=8)", "strided(stride=4)"]
+)
 def test_swapped_models(spec):
     model = tiny("llama", num_key_value_heads=4)
     effattn.swap(model, {"0": spec, "1": "dense"})
@@ -220,7 +274,9 @@ def test_second_projections_are_counted():
     before = model_cost(model, 1, 40).by_name()
     effattn.swap(model, "longformer(window=9, global_tokens=[0, 12])")
     with torch.no_grad(), Counted(model=model) as counted:
-        cache = model(torch.randperm(96)[:40][None], use_cache=True, logits_to_keep=1).past_key_values
+        cache = model(
+            torch.randperm(96)[:40][None], use_cache=True, logits_to_keep=1
+        ).past_key_values
     after = model_cost(model, 1, 40)
     assert after.kv_bytes == sum(layer.nbytes for layer in cache.layers)
     for name in ("q_proj", "k_proj", "v_proj"):
@@ -245,7 +301,13 @@ def test_a_backward_pass():
 
 @pytest.mark.parametrize("kind", ["bert", "distilbert"])
 def test_encoders(kind):
-    sizes = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, vocab_size=64)
+    sizes = dict(
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=48,
+        vocab_size=64,
+    )
     if kind == "distilbert":
         sizes = dict(dim=32, n_layers=2, n_heads=4, hidden_dim=48, vocab_size=64)
     config = transformers.AutoConfig.for_model(kind, **sizes)
@@ -254,7 +316,9 @@ def test_encoders(kind):
     with torch.no_grad(), Counted() as counted:
         model(ids)
     cost = model_cost(model, 1, 20)
-    inside = counted.flops - (2 * 32 * 32 if kind == "bert" else 0)  # but for the pooler of one token
+    inside = counted.flops - (
+        2 * 32 * 32 if kind == "bert" else 0
+    )  # but for the pooler of one token
     assert inside == cost.total.flops
     assert cost.kv_bytes == 0
     with pytest.raises(Unsupported, match="has no cache"):
@@ -263,9 +327,15 @@ def test_encoders(kind):
 
 def test_a_70b_configuration_without_its_memory():
     config = transformers.LlamaConfig(
-        hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, num_attention_heads=64,
-        num_key_value_heads=8, vocab_size=32000, max_position_embeddings=4096, tie_word_embeddings=False,
-    )  # fmt: skip
+        hidden_size=8192,
+        intermediate_size=28672,
+        num_hidden_layers=80,
+        num_attention_heads=64,
+        num_key_value_heads=8,
+        vocab_size=32000,
+        max_position_embeddings=4096,
+        tie_word_embeddings=False,
+    )
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     step = model_cost(model, batch=8, tokens=1, past=4095)
@@ -284,12 +354,24 @@ def test_sums_and_names():
     model = tiny("llama")
     cost = model_cost(model, 2, 30)
     assert list(cost.by_name()) == [
-        "embedding", "q_proj", "k_proj", "v_proj", "attention", "cache", "o_proj", "ffn", "norms", "head",
-    ]  # fmt: skip
+        "embedding",
+        "q_proj",
+        "k_proj",
+        "v_proj",
+        "attention",
+        "cache",
+        "o_proj",
+        "ffn",
+        "norms",
+        "head",
+    ]
     assert list(cost.by_layer()) == [None, 0, 1]
     for sums in (cost.by_name(), cost.by_layer()):
         assert sum(sums.values(), Cost()) == cost.total
-    assert model_cost(model, 2, 30, logits=30).by_name()["head"].flops == 30 * cost.by_name()["head"].flops
+    assert (
+        model_cost(model, 2, 30, logits=30).by_name()["head"].flops
+        == 30 * cost.by_name()["head"].flops
+    )
     assert "head" not in model_cost(model, 2, 30, logits=0).by_name()
 
 
@@ -299,7 +381,10 @@ def test_bad_input():
         (dict(batch=0, tokens=1), "batch: got 0"),
         (dict(batch=1, tokens=1.5), "tokens: got 1.5"),
         (dict(batch=1, tokens=1, past=-1), "past: got -1"),
-        (dict(batch=1, tokens=4, logits=5), r"logits: got 5 positions, valid is at most tokens \(4\)"),
+        (
+            dict(batch=1, tokens=4, logits=5),
+            r"logits: got 5 positions, valid is at most tokens \(4\)",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             model_cost(model, **arguments)
@@ -308,7 +393,8 @@ def test_bad_input():
         model_cost(model, 1, 8)
 
 
-# How others join -------------------------------------------------------------------------------------------------
+# How others join
+# -------------------------------------------------------------------------------------------------
 
 
 class Packed(nn.Module):
@@ -338,8 +424,12 @@ def test_linear_like_modules_say_their_own_cost(kind):
     assert of(after, 0) == of(before, 0)
     mine = of(after, 1)
     products = ("q_proj", "k_proj", "v_proj", "o_proj", "ffn")
-    assert sum(mine[name].cost.flops for name in products) == pytest.approx(len(linears) * 7 * 8, abs=3)
-    assert sum(mine[name].weight_bytes for name in products) == sum(m.packed.nbytes for m in linears)
+    assert sum(mine[name].cost.flops for name in products) == pytest.approx(
+        len(linears) * 7 * 8, abs=3
+    )
+    assert sum(mine[name].weight_bytes for name in products) == sum(
+        m.packed.nbytes for m in linears
+    )
     assert mine["attention"] == of(before, 1)["attention"]
 
 

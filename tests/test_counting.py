@@ -1,4 +1,6 @@
-"""What the counting mode sees: elements through views, look-ups and writes; products; attention by its definition."""
+"""What the counting mode sees: elements through views, look-ups and writes; products; attention by
+its definition.
+"""
 
 import pytest
 import torch
@@ -16,12 +18,18 @@ def counted(call, **watched) -> Counted:
 
 def test_views_are_read_where_they_lie():
     x = torch.randn(8, 6, dtype=torch.float64)
-    assert counted(lambda: x[2:5, ::2].transpose(0, 1), x=x).read_bytes() == 0  # a view alone reads nothing
+    assert (
+        counted(lambda: x[2:5, ::2].transpose(0, 1), x=x).read_bytes() == 0
+    )  # a view alone reads nothing
     assert counted(lambda: x[2:5, ::2].sum(), x=x).read_bytes() == 3 * 3 * 8
     assert counted(lambda: (x[2:5].sum(), x[4:7].sum()), x=x).read_bytes() == 5 * 6 * 8  # the union
     assert counted(lambda: x[:1].expand(8, 6) * 2, x=x).read_bytes() == 6 * 8
-    assert counted(lambda: x.unfold(0, 4, 1)[2:].sum(), x=x).read_bytes() == 6 * 6 * 8  # windows that overlap
-    assert counted(lambda: (torch.empty_like(x), x.new_zeros(3)), x=x).read_bytes() == 0  # its shape only
+    assert (
+        counted(lambda: x.unfold(0, 4, 1)[2:].sum(), x=x).read_bytes() == 6 * 6 * 8
+    )  # windows that overlap
+    assert (
+        counted(lambda: (torch.empty_like(x), x.new_zeros(3)), x=x).read_bytes() == 0
+    )  # its shape only
     part = x[3:]
     assert counted(lambda: part.T.reshape(6, 5).sum(), x=part).read_bytes() == 5 * 6 * 8
 
@@ -69,7 +77,12 @@ def test_products():
     assert counted(lambda: torch.mm(a, b, out=torch.zeros(3, 5))).flops == 2 * 3 * 4 * 5
     assert counted(lambda: b @ c).flops == counted(lambda: b.mv(c)).flops == 2 * 4 * 5
     assert counted(lambda: torch.randn(2, 6, 3) @ a).flops == 2 * 2 * 6 * 3 * 4
-    assert counted(lambda: torch.einsum("bij,bkj->bik", torch.randn(2, 3, 4), torch.randn(2, 5, 4))).flops == 240
+    assert (
+        counted(
+            lambda: torch.einsum("bij,bkj->bik", torch.randn(2, 3, 4), torch.randn(2, 5, 4))
+        ).flops
+        == 240
+    )
     assert counted(lambda: a + a).flops == 0
 
 
@@ -82,7 +95,9 @@ def test_a_modules_parameters_by_name():
         found.read_bytes("layer.weigth")
 
 
-@pytest.mark.parametrize("dims", [(8, 8), (8, 5)])  # unequal ones have no fused kernel: products, not counted twice
+@pytest.mark.parametrize(
+    "dims", [(8, 8), (8, 5)]
+)  # unequal ones have no fused kernel: products, not counted twice
 def test_attention_counts_pairs_whatever_the_kernel(dims):
     q, k, v = torch.randn(2, 4, 7, 8), torch.randn(2, 2, 9, dims[0]), torch.randn(2, 2, 9, dims[1])
     each = 2 * 2 * 4 * (8 + dims[1])  # of one pair, in all rows and heads
@@ -90,7 +105,9 @@ def test_attention_counts_pairs_whatever_the_kernel(dims):
     assert counted(lambda: sdpa(q, k, v, is_causal=True, enable_gqa=True)).flops == each * 28
     assert counted(lambda: sdpa(q, k, v, None, 0.0, True, enable_gqa=True)).flops == each * 28
     mask = torch.rand(7, 9) < 0.5
-    assert counted(lambda: sdpa(q, k, v, attn_mask=mask, enable_gqa=True)).flops == each * int(mask.sum())
+    assert counted(lambda: sdpa(q, k, v, attn_mask=mask, enable_gqa=True)).flops == each * int(
+        mask.sum()
+    )
     numbers = torch.zeros(7, 9).masked_fill(~mask, -torch.inf)
     assert attention_flops(q, k, v, numbers) == each * int(mask.sum())
 

@@ -12,7 +12,9 @@ import effattn
 from effattn.errors import Unsupported
 
 GRADIENTS = {"taylor", "michel"}
-ENCODER = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, vocab_size=96)
+ENCODER = dict(
+    hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, vocab_size=96
+)
 DECODER = ENCODER | {"pad_token_id": 0}
 MODELS = [
     ("BertForMaskedLM", transformers.BertConfig, ENCODER),
@@ -20,7 +22,11 @@ MODELS = [
     ("BertForTokenClassification", transformers.BertConfig, ENCODER),
     ("BertForQuestionAnswering", transformers.BertConfig, ENCODER),
     ("BertModel", transformers.BertConfig, ENCODER),
-    ("BertLMHeadModel", transformers.BertConfig, ENCODER),  # which sees later tokens, unless is_decoder is set
+    (
+        "BertLMHeadModel",
+        transformers.BertConfig,
+        ENCODER,
+    ),  # which sees later tokens, unless is_decoder is set
     ("RobertaForMaskedLM", transformers.RobertaConfig, ENCODER),
     ("LlamaForSequenceClassification", transformers.LlamaConfig, DECODER),
     ("LlamaForTokenClassification", transformers.LlamaConfig, DECODER),
@@ -35,7 +41,10 @@ def model_of(name: str, config, sizes: dict):
 @pytest.mark.parametrize(("name", "config", "sizes"), MODELS)
 @pytest.mark.parametrize("criterion", sorted(GRADIENTS))
 def test_no_loss_is_refused_by_name(name, config, sizes, criterion, tokens):
-    with pytest.raises(Unsupported, match=f"{criterion!r} needs the loss on next tokens, which {name} does not.*'obs'"):
+    with pytest.raises(
+        Unsupported,
+        match=f"{criterion!r} needs the loss on next tokens, which {name} does not.*'obs'",
+    ):
         structured(model_of(name, config, sizes), tokens, ffn=24, length=64, criterion=criterion)
 
 
@@ -43,7 +52,9 @@ def test_no_loss_is_refused_by_name(name, config, sizes, criterion, tokens):
 @pytest.mark.parametrize("criterion", [name for name in criteria.CRITERIA if name not in GRADIENTS])
 def test_the_others_need_none(name, config, sizes, criterion, tokens):
     target = {"layers": 1} if criterion == "block_influence" else {"ffn": 24}
-    small, _ = structured(model_of(name, config, sizes), tokens[:512], **target, length=64, criterion=criterion)
+    small, _ = structured(
+        model_of(name, config, sizes), tokens[:512], **target, length=64, criterion=criterion
+    )
     assert type(small).__name__ == name
     assert small.num_parameters() < model_of(name, config, sizes).num_parameters()
 
@@ -55,7 +66,9 @@ def test_decoders_have_one(tokens):
         assert type(small) is type(one)
 
 
-@pytest.mark.parametrize(("name", "config", "sizes"), [*MODELS, ("LlamaModel", transformers.LlamaConfig, DECODER)])
+@pytest.mark.parametrize(
+    ("name", "config", "sizes"), [*MODELS, ("LlamaModel", transformers.LlamaConfig, DECODER)]
+)
 def test_perplexity_is_of_next_tokens(name, config, sizes, tokens):
     """A masked LM sees the token that it is asked for: what it would get is no perplexity."""
     with pytest.raises(Unsupported, match=f"got {name}, valid is a causal LM"):
@@ -63,7 +76,10 @@ def test_perplexity_is_of_next_tokens(name, config, sizes, tokens):
 
 
 def test_decoders_have_a_perplexity(tokens):
-    for model in (model_of("BertLMHeadModel", transformers.BertConfig, ENCODER | {"is_decoder": True}), tiny("gpt2")):
+    for model in (
+        model_of("BertLMHeadModel", transformers.BertConfig, ENCODER | {"is_decoder": True}),
+        tiny("gpt2"),
+    ):
         assert 1 < effattn.perplexity(model, tokens[:64], 32) < 1e6
 
 

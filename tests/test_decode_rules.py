@@ -1,4 +1,6 @@
-"""Keys that are rotated when they are read: decoding equals prefill, in plain torch and in Triton; and biases."""
+"""Keys that are rotated when they are read: decoding equals prefill, in plain torch and in Triton;
+and biases.
+"""
 
 import math
 import os
@@ -21,9 +23,9 @@ TOKENS = 60
 
 
 def draw(*shape, seed=0, dtype=torch.float64):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed + sum(shape)), dtype=torch.float64).to(
-        DEVICE, dtype
-    )
+    return torch.randn(
+        *shape, generator=torch.Generator().manual_seed(seed + sum(shape)), dtype=torch.float64
+    ).to(DEVICE, dtype)
 
 
 def raw(queries=1, keys=TOKENS, batch=2, heads=4, kv_heads=2, dim=16, dtype=torch.float64):
@@ -42,26 +44,59 @@ def turned(x, position, turn):
     return rotate(x, cos, sin, turn.interleaved)
 
 
-def both(q, k, v, layout=None, pattern=None, impl="torch", window=None, slow=math.inf, first=False, **settings):
-    """(out, lse) of the decode kernel over raw keys, and of the definition in fp64, over keys rotated in advance. With
-    `first`, the first keys of the pattern see the query elsewhere."""
-    layout, pattern, queries, keys = layout or Layout(), pattern or Pattern(), q.shape[2], k.shape[2]
+def both(
+    q,
+    k,
+    v,
+    layout=None,
+    pattern=None,
+    impl="torch",
+    window=None,
+    slow=math.inf,
+    first=False,
+    **settings,
+):
+    """(out, lse) of the decode kernel over raw keys, and of the definition in fp64, over keys
+    rotated in advance. With `first`, the first keys of the pattern see the query elsewhere."""
+    layout, pattern, queries, keys = (
+        layout or Layout(),
+        pattern or Pattern(),
+        q.shape[2],
+        k.shape[2],
+    )
     i, j = layout.query_positions(queries, keys, DEVICE), layout.key_positions(keys, DEVICE)
     turn = Turn(settings.pop("inv_freq", turning()).to(q.dtype), **settings)
     near, q_far, q_first = turned(q, i, turn), None, turned(q, i * 0 + 7, turn) if first else None
     if window is not None:
         q_far = turned(q, (i - window) / slow + window, turn)
     rules = dict(window=window, slow=slow, q_far=q_far)
-    seen = pattern.sees(i[:, None, :, None], j[:, None, None], torch.zeros(1, device=DEVICE), q.shape[1], True)
+    seen = pattern.sees(
+        i[:, None, :, None], j[:, None, None], torch.zeros(1, device=DEVICE), q.shape[1], True
+    )
     got = decode.attention(
-        near, k, v, pattern, layout, turn=Turn(turn.inv_freq, turn.interleaved, turn.scaling, **rules), q_first=q_first,
-        impl=impl, lse=True, scale=0.4,
-    )  # fmt: skip
+        near,
+        k,
+        v,
+        pattern,
+        layout,
+        turn=Turn(turn.inv_freq, turn.interleaved, turn.scaling, **rules),
+        q_first=q_first,
+        impl=impl,
+        lse=True,
+        scale=0.4,
+    )
     far = None if window is None else Far(q_far, turned(k, j / slow, turn), window)
     expected = reference(
-        near, turned(k, j, turn), v, seen, scale=0.4, far=far, distance=i[:, :, None] - j[:, None], q_first=q_first,
+        near,
+        turned(k, j, turn),
+        v,
+        seen,
+        scale=0.4,
+        far=far,
+        distance=i[:, :, None] - j[:, None],
+        q_first=q_first,
         first=(j >= 0) & (j < pattern.first),
-    )  # fmt: skip
+    )
     return got, expected
 
 
@@ -113,12 +148,14 @@ def test_decoding_equals_prefill(slow, dtype):
     near, far = turned(q, at, turn), turned(q, (at - window) / slow + window, turn)
     whole = flash.attention(
         near, turned(k, at, turn), v, far=Far(far, turned(k, at / slow, turn), window), impl="torch"
-    )  # fmt: skip
+    )
     for step in (1, 5):
         for t in range(step, TOKENS + 1, step):
             now = slice(t - step, t)
             rule = Turn(turning(), window=window, slow=slow, q_far=far[:, :, now])
-            out = decode.attention(near[:, :, now], k[:, :, :t], v[:, :, :t], turn=rule, impl="torch")
+            out = decode.attention(
+                near[:, :, now], k[:, :, :t], v[:, :, :t], turn=rule, impl="torch"
+            )
             budget = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype]
             torch.testing.assert_close(out, whole[:, :, now], rtol=budget, atol=budget)
 
@@ -128,7 +165,9 @@ def test_gradients_flow():
     q_far = draw(1, 2, 2, 4, seed=9).requires_grad_()
 
     def run(q, k, v, q_far):
-        return decode.attention(q, k, v, turn=Turn(turning(4), window=3, slow=2.0, q_far=q_far), impl="torch")
+        return decode.attention(
+            q, k, v, turn=Turn(turning(4), window=3, slow=2.0, q_far=q_far), impl="torch"
+        )
 
     assert torch.autograd.gradcheck(run, (q, k, v, q_far))
 
@@ -138,9 +177,15 @@ def test_biases(impl):
     q, k, v = raw(2, keys=40, dtype=torch.float32, heads=2, kv_heads=1)
     layout, pattern = Layout(start=torch.tensor([0, 5], device=DEVICE)), Window(first=2, back=30)
     i, j = layout.query_positions(2, 40, DEVICE), layout.key_positions(40, DEVICE)
-    seen = pattern.sees(i[:, None, :, None], j[:, None, None], torch.zeros(1, device=DEVICE), 2, True)
-    for kind, params in (("alibi", [[0.3], [0.1]]), ("kerple_log", [[0.3, 2.0]]), ("kerple_power", [[0.3, 0.5]]),
-                         ("table", [[0.3, -1.0, 0.2, 0.7], [0.1, 0.2, 0.3, 0.4]])):  # fmt: skip
+    seen = pattern.sees(
+        i[:, None, :, None], j[:, None, None], torch.zeros(1, device=DEVICE), 2, True
+    )
+    for kind, params in (
+        ("alibi", [[0.3], [0.1]]),
+        ("kerple_log", [[0.3, 2.0]]),
+        ("kerple_power", [[0.3, 0.5]]),
+        ("table", [[0.3, -1.0, 0.2, 0.7], [0.1, 0.2, 0.3, 0.4]]),
+    ):
         bias = Bias(kind, torch.tensor(params, device=DEVICE))
         options = dict(scale=0.4, softcap=3.0 if kind == "table" else None, bias=bias)
         got = decode.attention(q, k, v, pattern, layout, lse=True, impl=impl, **options)
@@ -177,7 +222,10 @@ def test_triton(case, monkeypatch):
 
 def test_angles_of_long_contexts():
     """cos and sin in the kernel are those of the angle in fp32, as far as a million tokens."""
-    position, inv_freq = torch.tensor([0, 1, 4095, 131071, 1048575], device=DEVICE), turning(32, torch.float32)
+    position, inv_freq = (
+        torch.tensor([0, 1, 4095, 131071, 1048575], device=DEVICE),
+        turning(32, torch.float32),
+    )
     position = torch.cat([position, torch.arange(27, device=DEVICE) * 37717])
     k, q = torch.zeros(1, 1, 32, 32, device=DEVICE), torch.zeros(1, 1, 1, 32, device=DEVICE)
     k[..., :16], q[..., 0] = 1, 30.0  # the scores are 30 cos of the first frequency
@@ -185,7 +233,8 @@ def test_angles_of_long_contexts():
     for frequency in (0, 5):
         q.zero_()[..., frequency] = 30.0
         got, truth = (
-            decode.attention(q, k, v, layout=layout, turn=Turn(inv_freq), impl=impl) for impl in ("triton", "torch")
+            decode.attention(q, k, v, layout=layout, turn=Turn(inv_freq), impl=impl)
+            for impl in ("triton", "torch")
         )
         angle = (position.float() * inv_freq[frequency]).double()
         expected = torch.softmax(angle.cos() * 30 * 32**-0.5, dim=0)
@@ -198,7 +247,10 @@ def test_bad_input_is_named():
     far = Turn(turning(), window=4, q_far=q)
     for wrong, said in (
         (dict(turn=far, causal=False), "turn.window: got causal=False"),
-        (dict(turn=far, q_first=q, pattern=Window(first=2, back=9)), "turn.window: got q_first too"),
+        (
+            dict(turn=far, q_first=q, pattern=Window(first=2, back=9)),
+            "turn.window: got q_first too",
+        ),
         (dict(turn=far, bias=Bias("alibi", torch.ones(4, 1))), "turn.window: got a bias too"),
         (dict(turn=Turn(turning(), window=4, q_far=q[:, :1])), "turn.q_far: got"),
         (dict(turn=Turn(turning(32))), "turn.inv_freq: got 16 frequencies, at most 8 are valid"),

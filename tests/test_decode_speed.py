@@ -1,4 +1,6 @@
-"""Decoding speed: every timed step starts from the declared cache, rows are exact where they can be."""
+"""Decoding speed: every timed step starts from the declared cache, rows are exact where they can
+be.
+"""
 
 import json
 
@@ -11,16 +13,22 @@ from effattn.profiling import decode
 from effattn.profiling.decode import decode_speed
 from effattn.profiling.environment import environment
 
-SIZES = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, vocab_size=64)
+SIZES = dict(
+    hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, vocab_size=64
+)
 
 
 def llama(kv_heads: int, **more) -> LlamaForCausalLM:
     torch.manual_seed(0)
-    return LlamaForCausalLM(LlamaConfig(**SIZES, num_key_value_heads=kv_heads, max_position_embeddings=64, **more))
+    return LlamaForCausalLM(
+        LlamaConfig(**SIZES, num_key_value_heads=kv_heads, max_position_embeddings=64, **more)
+    )
 
 
 def watch(model, name: str, calls: list) -> None:
-    """Notes (name, lengths of all layers' caches, tokens) before every forward that gets a cache."""
+    """Notes (name, lengths of all layers' caches, tokens) before every forward that gets a
+    cache.
+    """
 
     def note(_, args, kwargs):
         if kwargs.get("past_key_values") is not None:
@@ -36,14 +44,24 @@ def test_rows_are_exact_and_steps_alternate_at_the_declared_length(batch):
     for name, model in models.items():
         watch(model, name, calls)
     rows = decode_speed(
-        models, [5, 200], batch=batch, steps=4, repeats=2, progress=lambda done, of: progress.append((done, of))
+        models,
+        [5, 200],
+        batch=batch,
+        steps=4,
+        repeats=2,
+        progress=lambda done, of: progress.append((done, of)),
     )
     assert [(row["context"], row["model"]) for row in rows] == [
-        (5, "before"), (5, "after"), (200, "before"), (200, "after")
-    ]  # fmt: skip
+        (5, "before"),
+        (5, "after"),
+        (200, "before"),
+        (200, "after"),
+    ]
     for row in rows:
         kv_heads = {"before": 4, "after": 2}[row["model"]]
-        assert row["kv_bytes"] == 2 * 3 * batch * kv_heads * row["context"] * 8 * 4  # K and V, layers, head_dim, fp32
+        assert (
+            row["kv_bytes"] == 2 * 3 * batch * kv_heads * row["context"] * 8 * 4
+        )  # K and V, layers, head_dim, fp32
         assert 0 < row["ms_p20"] <= row["ms_p50"] <= row["ms_p80"]
         assert row["tokens_per_s"] == pytest.approx(1000 * batch / row["ms_p50"])
         assert row["batch"] == batch
@@ -72,7 +90,9 @@ def test_a_sliding_window_model_keeps_its_window_at_every_step():
 
 
 def test_the_step_sees_the_whole_cache():
-    """The keys attention gets are the context plus the new token: the timed work is the declared one."""
+    """The keys attention gets are the context plus the new token: the timed work is the declared
+    one.
+    """
     model, seen = llama(2), []
     original = torch.nn.functional.scaled_dot_product_attention
 
@@ -127,4 +147,13 @@ def test_environment_is_json_and_names_the_versions():
     found = environment()
     assert json.loads(json.dumps(found)) == found
     assert found["torch"] == torch.__version__
-    assert {"device", "transformers", "triton", "python", "threads", "platform", "date", "effattn"} <= set(found)
+    assert {
+        "device",
+        "transformers",
+        "triton",
+        "python",
+        "threads",
+        "platform",
+        "date",
+        "effattn",
+    } <= set(found)

@@ -1,8 +1,8 @@
-"""The Triton decode kernel against the definition in fp64: in the interpreter, or on the GPU where there is one.
+"""The Triton decode kernel against the definition in fp64: in the interpreter, or on the GPU where
+there is one.
 
-Everything that torch leaves uninitialised is NaN while the kernel runs, so an element that is read before it is
-written, or never written, shows.
-"""
+Everything that torch leaves uninitialised is NaN while the kernel runs, so an element that is read
+before it is written, or never written, shows."""
 
 from __future__ import annotations
 
@@ -28,15 +28,32 @@ def draw(*shape, dtype=torch.float32, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype).to(DEVICE)
 
 
-def inputs(batch=2, heads=2, kv_heads=1, queries=1, keys=70, dim=32, value_dim=None, dtype=torch.float32, seed=0):
-    """Random q, k, v with scores of size 1 to 3, so that the softmax is neither flat nor one-hot."""
+def inputs(
+    batch=2,
+    heads=2,
+    kv_heads=1,
+    queries=1,
+    keys=70,
+    dim=32,
+    value_dim=None,
+    dtype=torch.float32,
+    seed=0,
+):
+    """Random q, k, v with scores of size 1 to 3, so that the softmax is neither flat nor
+    one-hot.
+    """
     q = 2 * draw(batch, heads, queries, dim, seed=seed)
-    k, v = (draw(batch, kv_heads, keys, width, seed=seed + 1 + width) for width in (dim, value_dim or dim))
+    k, v = (
+        draw(batch, kv_heads, keys, width, seed=seed + 1 + width)
+        for width in (dim, value_dim or dim)
+    )
     return q.to(dtype), k.to(dtype), v.to(dtype)
 
 
 def kernel(q, k, v, pattern=None, layout=None, **options):
-    """The kernel's (out, lse), with every uninitialised element NaN; deterministic, so run it twice."""
+    """The kernel's (out, lse), with every uninitialised element NaN; deterministic, so run it
+    twice.
+    """
     torch.use_deterministic_algorithms(True)
     try:
         assert torch.empty(3).isnan().all()
@@ -48,7 +65,19 @@ def kernel(q, k, v, pattern=None, layout=None, **options):
         torch.use_deterministic_algorithms(False)
 
 
-def expected(q, k, v, pattern=None, layout=None, *, causal=True, counts=None, q_first=None, scale=None, softcap=None):
+def expected(
+    q,
+    k,
+    v,
+    pattern=None,
+    layout=None,
+    *,
+    causal=True,
+    counts=None,
+    q_first=None,
+    scale=None,
+    softcap=None,
+):
     """The definition's (out, lse), fp64."""
     pattern, layout, keys = pattern or Pattern(), layout or Layout(), k.shape[2]
     at = layout.key_positions(keys, k.device)
@@ -58,14 +87,22 @@ def expected(q, k, v, pattern=None, layout=None, *, causal=True, counts=None, q_
         counts = pattern.sees(i, at[:, None, None, :], heads, q.shape[1], causal)
     first = (at >= 0) & (at < pattern.first)
     return reference(
-        q.double(), k.double(), v.double(), counts, scale=scale or q.shape[-1] ** -0.5, softcap=softcap,
-        q_first=q_first, first=first,
-    )  # fmt: skip
+        q.double(),
+        k.double(),
+        v.double(),
+        counts,
+        scale=scale or q.shape[-1] ** -0.5,
+        softcap=softcap,
+        q_first=q_first,
+        first=first,
+    )
 
 
 def error(got, want):
     """RMS of the error over RMS of what is wanted."""
-    return ((got.double() - want).square().mean().sqrt() / want.square().mean().sqrt().clamp(min=1e-30)).item()
+    return (
+        (got.double() - want).square().mean().sqrt() / want.square().mean().sqrt().clamp(min=1e-30)
+    ).item()
 
 
 def check(q, k, v, pattern=None, layout=None, **options):
@@ -82,7 +119,9 @@ def check(q, k, v, pattern=None, layout=None, **options):
 
 @pytest.fixture
 def splits(monkeypatch):
-    """Sets the number of splits that are wanted; there are never more than tiles, and never an empty one."""
+    """Sets the number of splits that are wanted; there are never more than tiles, and never an
+    empty one.
+    """
 
     def set_to(wanted):
         def split(tiles, programs, processors):
@@ -111,11 +150,20 @@ def test_any_head_dimensions(dim, value_dim):
 
 
 PATTERNS = [
-    Window(back=1), Window(back=40), Window(back=40, ahead=3), Window(back=10**12, ahead=10**12),
-    Window(back=20, first=3), Window(back=3, first=60), Pattern(first=5), Blocks(size=16),
-    Blocks(size=50, look_back=1), Blocks(size=10**12), Blocks(size=16, look_back=1, shifted=True),
-    Blocks(size=32, shifted=True, first=7), Blocks(size=7, first=200),
-]  # fmt: skip
+    Window(back=1),
+    Window(back=40),
+    Window(back=40, ahead=3),
+    Window(back=10**12, ahead=10**12),
+    Window(back=20, first=3),
+    Window(back=3, first=60),
+    Pattern(first=5),
+    Blocks(size=16),
+    Blocks(size=50, look_back=1),
+    Blocks(size=10**12),
+    Blocks(size=16, look_back=1, shifted=True),
+    Blocks(size=32, shifted=True, first=7),
+    Blocks(size=7, first=200),
+]
 
 
 def left_padding(keys, rows=(0, 9)):
@@ -132,7 +180,9 @@ def test_patterns(pattern, padded):
 
 
 @pytest.mark.parametrize(
-    "pattern", [Pattern(), Window(back=9, ahead=4), Window(back=9, first=3), Blocks(size=16)], ids=repr
+    "pattern",
+    [Pattern(), Window(back=9, ahead=4), Window(back=9, first=3), Blocks(size=16)],
+    ids=repr,
 )
 def test_bidirectional(pattern):
     check(*inputs(queries=16, keys=16), pattern, left_padding(16), causal=False)
@@ -155,9 +205,12 @@ def test_padding(padding, splits):
     keys = 150
     at = torch.arange(keys)
     rows = {
-        "none": [at >= 0, at >= 0], "left": [at >= 0, at >= 147], "right": [at < 149, at < 5],
-        "both": [(at >= 20) & (at < 90), at >= 3], "a row of nothing": [at >= 4, at < 0],
-    }[padding]  # fmt: skip
+        "none": [at >= 0, at >= 0],
+        "left": [at >= 0, at >= 147],
+        "right": [at < 149, at < 5],
+        "both": [(at >= 20) & (at < 90), at >= 3],
+        "a row of nothing": [at >= 4, at < 0],
+    }[padding]
     layout = layout_of(torch.stack(rows).to(DEVICE))
     check(*inputs(queries=4, keys=keys), None, layout)
     check(*inputs(queries=4, keys=keys), Window(back=30, first=2), layout)
@@ -166,7 +219,9 @@ def test_padding(padding, splits):
 @pytest.mark.parametrize("start", [None, (0, 5), (90, 130)])
 @pytest.mark.parametrize(("slots", "first"), [(4, 4), (4, 0), (0, 6), (3, 12), (0, 200)])
 def test_slots_before_the_tail(slots, first, start):
-    """Slots, then tokens from 100 on: first keys may lie in both, and in the tail after a row's padding."""
+    """Slots, then tokens from 100 on: first keys may lie in both, and in the tail after a row's
+    padding.
+    """
     start = None if start is None else torch.tensor(start, device=DEVICE)
     layout = Layout(slots=slots, tail=100, start=start)
     check(*inputs(queries=3, keys=150), Window(back=30, first=first), layout)
@@ -175,7 +230,9 @@ def test_slots_before_the_tail(slots, first, start):
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("slots", [0, 3])
 def test_rings(slots, padded):
-    """Keys in any order, some missing, slots at positions of their own: as the same keys in order."""
+    """Keys in any order, some missing, slots at positions of their own: as the same keys in
+    order.
+    """
     keys, total = 75, 200
     order = torch.randperm(keys - slots, generator=torch.Generator().manual_seed(1))
     ring = (total - (keys - slots) + order).masked_fill(order < 8, -1)
@@ -191,7 +248,12 @@ def test_rings(slots, padded):
 
 
 def test_queries_for_the_first_keys():
-    for pattern in (Pattern(first=4), Window(back=40, first=4), Blocks(size=64, first=70), Window(back=40)):
+    for pattern in (
+        Pattern(first=4),
+        Window(back=40, first=4),
+        Blocks(size=64, first=70),
+        Window(back=40),
+    ):
         q, k, v = inputs(queries=3, keys=150)
         check(q, k, v, pattern, left_padding(150), q_first=draw(*q.shape, seed=9))
 
@@ -203,7 +265,9 @@ def test_softcap_and_scale(softcap):
     check(q, k, v, softcap=softcap, scale=0.01)
 
 
-@pytest.mark.parametrize(("dtype", "rows"), [(torch.bool, (1, 1)), (torch.int32, (2, 4)), (torch.int64, (1, 4))])
+@pytest.mark.parametrize(
+    ("dtype", "rows"), [(torch.bool, (1, 1)), (torch.int32, (2, 4)), (torch.int64, (1, 4))]
+)
 def test_counts(dtype, rows, splits):
     """Instead of pattern, causality and padding; some queries see nothing."""
     splits(3)
@@ -255,7 +319,9 @@ def test_half_precision_is_as_exact_as_torch(dtype, wanted, splits):
 
 
 def test_views_of_a_cache_are_read_in_place():
-    """A (B, T, H, D) cache with room, queries as they leave a projection: nothing is copied, nothing else is read."""
+    """A (B, T, H, D) cache with room, queries as they leave a projection: nothing is copied,
+    nothing else is read.
+    """
     q, k, v = inputs(queries=3, keys=90, heads=4, kv_heads=2)
     cache = torch.full((2, 2, 128, 2, 40), torch.nan, device=DEVICE)
     views = [cache[n, :, 20:110, :, :32].transpose(1, 2) for n in range(2)]

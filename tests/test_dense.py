@@ -1,4 +1,6 @@
-"""Dense attention: the torch path against the fp64 reference and against plain torch in the same dtype."""
+"""Dense attention: the torch path against the fp64 reference and against plain torch in the same
+dtype.
+"""
 
 import math
 import subprocess
@@ -17,14 +19,22 @@ from effattn.patterns.dense import Dense
 FAST, TRUTH = Dense(impl="torch"), Dense(impl="reference")
 
 
-def qkv(batch=2, heads=4, kv_heads=2, queries=9, keys=9, dim=8, value_dim=8, dtype=torch.float64, seed=0):
+def qkv(
+    batch=2, heads=4, kv_heads=2, queries=9, keys=9, dim=8, value_dim=8, dtype=torch.float64, seed=0
+):
     draw = torch.Generator().manual_seed(seed)
-    shapes = (batch, heads, queries, dim), (batch, kv_heads, keys, dim), (batch, kv_heads, keys, value_dim)
+    shapes = (
+        (batch, heads, queries, dim),
+        (batch, kv_heads, keys, dim),
+        (batch, kv_heads, keys, value_dim),
+    )
     return [torch.randn(shape, generator=draw, dtype=torch.float64).to(dtype) for shape in shapes]
 
 
 def padding(kind: str, batch: int, keys: int, seed=0):
-    """Left and right padding of growing length (the last row is all padding), holes, nothing, or no mask."""
+    """Left and right padding of growing length (the last row is all padding), holes, nothing, or no
+    mask.
+    """
     mask = torch.ones(batch, keys, dtype=torch.bool)
     for row in range(batch):
         pads = row * keys // max(batch - 1, 1)
@@ -42,9 +52,15 @@ def by_hand(q, k, v, causal, mask):
     out = torch.zeros(*q.shape[:3], v.shape[-1], dtype=q.dtype)
     offset, groups = k.shape[2] - q.shape[2], q.shape[1] // k.shape[1]
     for b, h, i in torch.cartesian_prod(*map(torch.arange, q.shape[:3])).tolist():
-        seen = [j for j in range(k.shape[2]) if (not causal or j <= i + offset) and (mask is None or bool(mask[b, j]))]
+        seen = [
+            j
+            for j in range(k.shape[2])
+            if (not causal or j <= i + offset) and (mask is None or bool(mask[b, j]))
+        ]
         if seen:
-            scores = [float(q[b, h, i] @ k[b, h // groups, j]) / math.sqrt(q.shape[-1]) for j in seen]
+            scores = [
+                float(q[b, h, i] @ k[b, h // groups, j]) / math.sqrt(q.shape[-1]) for j in seen
+            ]
             weights = torch.tensor(scores, dtype=q.dtype).softmax(0)
             out[b, h, i] = weights @ v[b, h // groups, seen]
     return out
@@ -55,7 +71,9 @@ def by_hand(q, k, v, causal, mask):
 def test_reference_is_the_definition(causal, kind):
     q, k, v = qkv(batch=3, queries=3, keys=5, value_dim=6)
     mask = padding(kind, 3, 5)
-    torch.testing.assert_close(TRUTH(q, k, v, causal=causal, padding_mask=mask), by_hand(q, k, v, causal, mask))
+    torch.testing.assert_close(
+        TRUTH(q, k, v, causal=causal, padding_mask=mask), by_hand(q, k, v, causal, mask)
+    )
 
 
 shapes = st.fixed_dictionaries(
@@ -72,8 +90,13 @@ shapes = st.fixed_dictionaries(
 
 
 @settings(deadline=None, max_examples=120)
-@given(shape=shapes, causal=st.booleans(), kind=st.sampled_from(["none", "left", "right", "holes"]),
-       block=st.integers(1, 8), seed=st.integers(0, 9))  # fmt: skip
+@given(
+    shape=shapes,
+    causal=st.booleans(),
+    kind=st.sampled_from(["none", "left", "right", "holes"]),
+    block=st.integers(1, 8),
+    seed=st.integers(0, 9),
+)
 def test_outputs_and_gradients_equal_the_reference(shape, causal, kind, block, seed):
     shape = dict(shape)
     shape["heads"] = shape.pop("groups") * shape["kv_heads"]
@@ -81,13 +104,18 @@ def test_outputs_and_gradients_equal_the_reference(shape, causal, kind, block, s
     inputs = [x.requires_grad_() for x in qkv(**shape, seed=seed)]
     mask = padding(kind, shape["batch"], shape["keys"], seed)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch_impl, "BLOCK", block)  # many blocks at lengths that a reference can afford
+        patch.setattr(
+            torch_impl, "BLOCK", block
+        )  # many blocks at lengths that a reference can afford
         out = FAST(*inputs, causal=causal, padding_mask=mask)
     truth = TRUTH(*inputs, causal=causal, padding_mask=mask)
     torch.testing.assert_close(out, truth)
     loss = torch.randn_like(out)
-    for got, expected in zip(torch.autograd.grad(out, inputs, loss), torch.autograd.grad(truth, inputs, loss),
-                             strict=True):  # fmt: skip
+    for got, expected in zip(
+        torch.autograd.grad(out, inputs, loss),
+        torch.autograd.grad(truth, inputs, loss),
+        strict=True,
+    ):
         torch.testing.assert_close(got, expected)  # fails on NaN
 
 
@@ -127,7 +155,9 @@ def test_the_future_does_not_leak(kind):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("queries", "kind"), [(400, "none"), (400, "right"), (1, "left"), (300, "holes")])
+@pytest.mark.parametrize(
+    ("queries", "kind"), [(400, "none"), (400, "right"), (1, "left"), (300, "holes")]
+)
 def test_error_is_at_most_twice_that_of_plain_torch(dtype, queries, kind):
     q, k, v = qkv(queries=queries, keys=400, dim=32, value_dim=32, dtype=dtype)
     mask = padding(kind, 2, 400)
@@ -159,7 +189,10 @@ def test_batch_invariance():
 
 
 @settings(deadline=None, max_examples=40)
-@given(chunks=st.lists(st.integers(1, 6), min_size=1, max_size=6), kind=st.sampled_from(["none", "left", "right"]))
+@given(
+    chunks=st.lists(st.integers(1, 6), min_size=1, max_size=6),
+    kind=st.sampled_from(["none", "left", "right"]),
+)
 def test_decode_equals_prefill(chunks, kind):
     total = sum(chunks)
     q, k, v = qkv(queries=total, keys=total)
@@ -183,12 +216,16 @@ def test_beam_search_and_rollback_through_the_state():
     state.crop(5)
     state.reorder(index)
     new = [x[index, :, 5:] for x in (q, k, v)]
-    torch.testing.assert_close(FAST(*new, state=state), FAST(*(x[index] for x in (q, k, v)))[:, :, 5:])
+    torch.testing.assert_close(
+        FAST(*new, state=state), FAST(*(x[index] for x in (q, k, v)))[:, :, 5:]
+    )
     state.crop(5)
     state.select(torch.tensor([0]))
     state.repeat(3)
     new = [x[[2, 2, 2], :, 5:] for x in (q, k, v)]
-    torch.testing.assert_close(FAST(*new, state=state), FAST(*(x[[2, 2, 2]] for x in (q, k, v)))[:, :, 5:])
+    torch.testing.assert_close(
+        FAST(*new, state=state), FAST(*(x[[2, 2, 2]] for x in (q, k, v)))[:, :, 5:]
+    )
 
 
 def test_gradcheck():
@@ -218,7 +255,9 @@ def test_no_mask_of_all_queries_by_all_keys(monkeypatch):
 
 def test_the_fast_path_needs_neither_reference_nor_triton():
     code = (
-        "import sys; sys.modules['triton'] = None; sys.modules['effattn.kernels.flash.reference'] = None\n"
-        "import torch, effattn.registry as r; x = torch.randn(1, 1, 4, 8); r.backend('dense')(x, x, x)\n"
+        "import sys; sys.modules['triton'] = None; sys.modules['effattn.kernels.flash.reference'] "
+        "= None\n"
+        "import torch, effattn.registry as r; x = torch.randn(1, 1, 4, 8); r.backend('dense')(x, "
+        "x, x)\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -36,7 +36,12 @@ def test_peaks_are_measured_once_and_kept(quick):
     assert first.versions["torch"] == torch.__version__
     assert set(first.matmul_flops) == {"float64", "float32", "bfloat16", "float16", "int8"}
     assert first.matmul_flops["float32"] > 0
-    for value in (first.copy_bytes_per_s, first.read_bytes_per_s, first.write_bytes_per_s, first.launch_seconds):
+    for value in (
+        first.copy_bytes_per_s,
+        first.read_bytes_per_s,
+        first.write_bytes_per_s,
+        first.launch_seconds,
+    ):
         assert value > 0
         assert math.isfinite(value)
     told.clear()
@@ -72,7 +77,10 @@ def test_a_corrupt_or_older_file_is_measured_again(quick, change):
     told = []
     found = peaks("cpu", progress=told.append)
     assert told
-    assert Peaks.from_dict({k: v for k, v in json.loads(file.read_text()).items() if k != "format"}) == found
+    assert (
+        Peaks.from_dict({k: v for k, v in json.loads(file.read_text()).items() if k != "format"})
+        == found
+    )
 
 
 def test_a_folder_that_cannot_be_written_is_a_warning(quick):
@@ -154,5 +162,7 @@ def test_peaks_of_a_gpu(monkeypatch, tmp_path):
     found = peaks("cuda")
     assert found.kind in ("cuda", "rocm")
     assert found.threads is None
-    assert found.read_bytes_per_s > 1e11  # an accelerator's memory, and not a cache or an empty call
+    assert (
+        found.read_bytes_per_s > 1e11
+    )  # an accelerator's memory, and not a cache or an empty call
     assert found.matmul_flops["bfloat16"] > found.matmul_flops["float32"] > 0

@@ -16,7 +16,11 @@ from effattn.training import TokenWindows
 def test_the_model_is_the_multi_head_llama_of_its_card():
     model, tokenizer = effattn.embedded.load()
     config, card = model.config, effattn.embedded.card()
-    assert (config.model_type, config.num_attention_heads, config.num_key_value_heads) == ("llama", 8, 8)
+    assert (config.model_type, config.num_attention_heads, config.num_key_value_heads) == (
+        "llama",
+        8,
+        8,
+    )
     assert config.max_position_embeddings == card["length"] == 512
     assert model.num_parameters() == card["parameters"]
     assert config.use_cache
@@ -24,7 +28,10 @@ def test_the_model_is_the_multi_head_llama_of_its_card():
     assert len(tokenizer) == config.vocab_size
     size = sum(file.stat().st_size for file in effattn.embedded.directory().iterdir())
     assert size <= 16 * 2**20
-    assert {file.suffix for file in effattn.embedded.directory().iterdir()} == {".json", ".safetensors"}
+    assert {file.suffix for file in effattn.embedded.directory().iterdir()} == {
+        ".json",
+        ".safetensors",
+    }
 
 
 def test_it_beats_xz_on_the_same_bytes():
@@ -51,7 +58,10 @@ def test_the_tokenizer_is_lossless():
         "\r\n\x00 end",
         corpus.documents("validation")[0][1][:3000],
     ):
-        assert tokenizer.decode(tokenizer(text)["input_ids"], clean_up_tokenization_spaces=False) == text
+        assert (
+            tokenizer.decode(tokenizer(text)["input_ids"], clean_up_tokenization_spaces=False)
+            == text
+        )
 
 
 def test_tokens_are_whole_files_end_to_end():
@@ -67,11 +77,14 @@ def test_tokens_are_whole_files_end_to_end():
     assert ends.diff().max() > 4096  # contexts of 4096 and more are natural text
 
 
-@pytest.mark.parametrize(("arguments", "message"), [
-    (("test", 10), "split: got 'test', valid are 'train', 'validation'"),
-    (("train", 0), "n: got 0"),
-    (("validation", 10**9), "the validation split has"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("test", 10), "split: got 'test', valid are 'train', 'validation'"),
+        (("train", 0), "n: got 0"),
+        (("validation", 10**9), "the validation split has"),
+    ],
+)
 def test_bad_requests(arguments, message):
     with pytest.raises(ValueError, match=message):
         effattn.embedded.tokens(*arguments)
@@ -99,7 +112,9 @@ def test_a_file_keeps_its_side_in_every_python():
 def test_training_windows_visit_everything_once_a_pass():
     tokens = torch.arange(1000)
     data = TokenWindows(tokens, 10, 250, seed=3)
-    first, second = ([data[i]["input_ids"][0].item() for i in range(p * 99, (p + 1) * 99)] for p in (0, 1))
+    first, second = (
+        [data[i]["input_ids"][0].item() for i in range(p * 99, (p + 1) * 99)] for p in (0, 1)
+    )
     assert len(set(first)) == len(set(second)) == 99
     assert sorted(first)[1] - sorted(first)[0] == 10
     assert first != second
@@ -111,11 +126,23 @@ def test_training_windows_visit_everything_once_a_pass():
 
 def test_pretraining_makes_a_checkpoint_and_a_card(tmp_path, monkeypatch):
     """The whole recipe on three small documents, killed once and resumed to the same weights."""
-    texts = {"train": [("a.py", "import os\nprint(os.getcwd())\n" * 200), ("b.py", "x = [1, 2, 3]\n" * 300)],
-             "validation": [("c.py", "import sys\nprint(sys.path, [1, 2])\n" * 150)]}  # fmt: skip
+    texts = {
+        "train": [
+            ("a.py", "import os\nprint(os.getcwd())\n" * 200),
+            ("b.py", "x = [1, 2, 3]\n" * 300),
+        ],
+        "validation": [("c.py", "import sys\nprint(sys.path, [1, 2])\n" * 150)],
+    }
     monkeypatch.setattr(corpus, "documents", texts.__getitem__)
-    settings = dict(train_tokens=12 * 64, hidden=32, layers=1, vocabulary=300, length=32, batch=2,
-                    overrides={"disable_tqdm": True, "use_cpu": True, "bf16": False})  # fmt: skip
+    settings = dict(
+        train_tokens=12 * 64,
+        hidden=32,
+        layers=1,
+        vocabulary=300,
+        length=32,
+        batch=2,
+        overrides={"disable_tqdm": True, "use_cpu": True, "bf16": False},
+    )
     card = pretrain.pretrain(tmp_path / "whole", **settings)
     assert card["train_tokens"] == 12 * 64
     data = texts["validation"][0][1].encode()

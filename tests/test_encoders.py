@@ -1,4 +1,6 @@
-"""Encoders: bidirectional patterns in BERT and its kin, padded on either side; what is causal only is refused."""
+"""Encoders: bidirectional patterns in BERT and its kin, padded on either side; what is causal only
+is refused.
+"""
 
 from __future__ import annotations
 
@@ -16,9 +18,15 @@ from effattn.hf.families import ENCODERS
 from effattn.hf.swap import active, restore, swap
 
 SIZES = {
-    "vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
-    "max_position_embeddings": 64, "pad_token_id": 0, "num_labels": 3,
-}  # fmt: skip
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "num_labels": 3,
+}
 HEADS = {
     "none": transformers.AutoModel,
     "masked": transformers.AutoModelForMaskedLM,
@@ -28,7 +36,9 @@ HEADS = {
 
 def tiny(kind="bert", head="masked", attn="sdpa"):
     torch.manual_seed(0)
-    config = transformers.AutoConfig.for_model(kind, **SIZES, dim=32, hidden_dim=48, n_layers=3, n_heads=4)
+    config = transformers.AutoConfig.for_model(
+        kind, **SIZES, dim=32, hidden_dim=48, n_layers=3, n_heads=4
+    )
     model = HEADS[head].from_config(config, attn_implementation=attn).eval()
     for p in model.parameters():
         if p.ndim > 1:
@@ -57,7 +67,9 @@ def outputs(model, inputs):
 @pytest.mark.parametrize("head", HEADS)
 def test_dense_is_the_model_and_back_to_the_same_bits(kind, head):
     model = tiny(kind, head)
-    sides = ("none", "right") if head == "labels" else ("none", "left", "right", "both")  # the first token is pooled
+    sides = (
+        ("none", "right") if head == "labels" else ("none", "left", "right", "both")
+    )  # the first token is pooled
     before = [outputs(model, batch(side)) for side in sides]
     keys = list(model.state_dict())
     swap(model, "dense")
@@ -85,7 +97,9 @@ def test_a_window_sees_as_far_on_both_sides():
         before = model(**inputs)[0]
         inputs["input_ids"][:, 10] = 5
         changed = (model(**inputs)[0] - before).abs().amax(dim=(0, 2)) > 1e-6
-    assert changed.nonzero().flatten().tolist() == list(range(10 - 3 * 2, 10 + 3 * 2 + 1))  # three layers, 2 a side
+    assert changed.nonzero().flatten().tolist() == list(
+        range(10 - 3 * 2, 10 + 3 * 2 + 1)
+    )  # three layers, 2 a side
 
 
 @pytest.mark.parametrize(
@@ -97,7 +111,9 @@ def test_padding_changes_nothing(pattern):
     alone = []
     for row, mask in enumerate(inputs["attention_mask"].bool()):
         positions = mask.nonzero().T  # BERT's positions are those in the batch
-        alone.append(model(input_ids=inputs["input_ids"][row][mask][None], position_ids=positions)[0][0])
+        alone.append(
+            model(input_ids=inputs["input_ids"][row][mask][None], position_ids=positions)[0][0]
+        )
     torch.testing.assert_close(whole, torch.cat(alone), rtol=1e-4, atol=1e-4)
 
 
@@ -123,7 +139,10 @@ def test_longformers_global_projections_are_the_layers_own():
 
 
 REFUSED = [
-    ("sliding(window=4)", "layer 0: sliding: window: got 4, a bidirectional window is odd; valid is 3 or 5"),
+    (
+        "sliding(window=4)",
+        "layer 0: sliding: window: got 4, a bidirectional window is odd; valid is 3 or 5",
+    ),
     ("sliding(window=5, sinks=2)", "layer 0: sliding: sinks need causal=True"),
     ("longformer(window=6)", "layer 0: longformer: window: got 6, a bidirectional window is odd"),
     ("strided(stride=4)", "layer 0: strided: causal=False is not possible"),
@@ -160,11 +179,16 @@ def test_bert_as_a_decoder():
     swap(model, "sliding(window=4)")
     tokens = batch("none")["input_ids"]
     options = {"max_new_tokens": 30, "do_sample": False, "attention_mask": torch.ones_like(tokens)}
-    assert torch.equal(model.generate(tokens, **options), model.generate(tokens, **options, use_cache=False))
+    assert torch.equal(
+        model.generate(tokens, **options), model.generate(tokens, **options, use_cache=False)
+    )
 
 
 def test_checkpoints(tmp_path):
-    model = swap(tiny(head="labels"), {"0": "sliding(window=5)", "2": "longformer(window=3, global_tokens=2)"})
+    model = swap(
+        tiny(head="labels"),
+        {"0": "sliding(window=5)", "2": "longformer(window=3, global_tokens=2)"},
+    )
     expected = outputs(model, batch())
     checkpoint.save(model, tmp_path / "out")
     loaded = checkpoint.load(tmp_path / "out")

@@ -1,4 +1,6 @@
-"""Perplexity scores every token once, whatever the windows; KL and the comparison are the plain formulas."""
+"""Perplexity scores every token once, whatever the windows; KL and the comparison are the plain
+formulas.
+"""
 
 from __future__ import annotations
 
@@ -45,7 +47,9 @@ def test_stride_gives_context(tokens):
     for position in (0, 5, 15, 20, 38):
         window = ids[max(0, position - 15) : position + 2]
         logits = model(input_ids=window[None, :-1]).logits[0, -1]
-        assert found[position].item() == pytest.approx(F.cross_entropy(logits[None], window[-1:]).item(), abs=1e-5)
+        assert found[position].item() == pytest.approx(
+            F.cross_entropy(logits[None], window[-1:]).item(), abs=1e-5
+        )
 
 
 def test_perplexity_keeps_the_mode_and_refuses_nonsense(tokens):
@@ -69,19 +73,25 @@ def test_compare_is_the_plain_kl(tokens):
     rows = torch.stack([ids[:64], ids[64:128]])
     t, s = (m(input_ids=rows).logits.log_softmax(-1) for m in (teacher, student))
     assert result["kl"] == pytest.approx((t.exp() * (t - s)).sum(-1).mean().item(), rel=1e-5)
-    assert result["cross_entropy"] == pytest.approx(token_losses(student, ids, 64).mean().item(), rel=1e-5)
+    assert result["cross_entropy"] == pytest.approx(
+        token_losses(student, ids, 64).mean().item(), rel=1e-5
+    )
     assert compare(teacher, teacher, ids, 64)["kl"] == pytest.approx(0, abs=1e-7)
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma2", "cohere", "gpt_neox", "opt"])
 def test_pieces_of_logits_give_the_same_losses(kind, tokens, monkeypatch):
-    """A soft cap, a scale and a bias of the head are in every piece; no piece is larger than asked."""
+    """A soft cap, a scale and a bias of the head are in every piece; no piece is larger than
+    asked.
+    """
     teacher, student, ids = tiny(kind, seed=1), tiny(kind, seed=2), tokens[:129]
     whole = token_losses(student, ids, 64, 40), compare(teacher, student, ids, 64)
     largest = []
     monkeypatch.setattr(logits, "BYTES", 20 * 4 * 96)  # 20 positions
     keep = logits.Scores.logits
-    monkeypatch.setattr(logits.Scores, "logits", lambda *a: largest.append((x := keep(*a)).numel() * 4) or x)
+    monkeypatch.setattr(
+        logits.Scores, "logits", lambda *a: largest.append((x := keep(*a)).numel() * 4) or x
+    )
     pieces = token_losses(student, ids, 64, 40), compare(teacher, student, ids, 64)
     torch.testing.assert_close(pieces[0], whole[0], rtol=1e-5, atol=1e-5)
     assert pieces[1] == pytest.approx(whole[1], rel=1e-5)
@@ -93,6 +103,8 @@ def test_pieces_of_logits_give_the_same_losses(kind, tokens, monkeypatch):
 def test_chunks_do_not_change_the_kl(rows, chunk, seed):
     generator = torch.Generator().manual_seed(seed)
     a, b = torch.randn(2, rows, 11, generator=generator)
-    expected = F.kl_div(b.log_softmax(-1), a.log_softmax(-1), log_target=True, reduction="none").sum(-1)
+    expected = F.kl_div(
+        b.log_softmax(-1), a.log_softmax(-1), log_target=True, reduction="none"
+    ).sum(-1)
     torch.testing.assert_close(kl_chunked(a, b, chunk), expected)
     assert (kl_chunked(a, b, chunk) >= -1e-5).all()

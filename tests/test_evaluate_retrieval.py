@@ -1,4 +1,6 @@
-"""Passkey retrieval and associative recall: prompts are what they say, and who finds what is there gets full marks."""
+"""Passkey retrieval and associative recall: prompts are what they say, and who finds what is there
+gets full marks.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,9 @@ VOCABULARY = len(TOKENIZER)
 
 
 class Copier(Oracle):
-    """Says what followed the longest earlier match of the last tokens, of the last `window` that it has seen."""
+    """Says what followed the longest earlier match of the last tokens, of the last `window` that it
+    has seen.
+    """
 
     def __init__(self, window: int = 10**9):
         super().__init__(VOCABULARY)
@@ -40,16 +44,22 @@ def lists(monkeypatch):
 def ask(task, model, **given):
     style = given.pop("style", "code")
     more = {"style": style} if task is passkey else {}
-    return task(model, TOKENIZER, **{"length": 160, "depths": (0.0, 0.5, 1.0), "trials": 3, **more, **given})
+    return task(
+        model, TOKENIZER, **{"length": 160, "depths": (0.0, 0.5, 1.0), "trials": 3, **more, **given}
+    )
 
 
 @pytest.mark.usefixtures("lists")
-@pytest.mark.parametrize(("task", "style"), [(passkey, "code"), (passkey, "text"), (associative_recall, "code")])
+@pytest.mark.parametrize(
+    ("task", "style"), [(passkey, "code"), (passkey, "text"), (associative_recall, "code")]
+)
 def test_who_copies_gets_full_marks_and_who_forgets_does_not(task, style):
     model = Copier()
     found = ask(task, model, style=style)
     assert found["score"] == 1.0
-    assert all(row["learned"] and row["exact"] == 1.0 and row["nats"] < 1e-3 for row in found["rows"])
+    assert all(
+        row["learned"] and row["exact"] == 1.0 and row["nats"] < 1e-3 for row in found["rows"]
+    )
     assert {whole.shape[1] for whole in model.seen if whole.shape[1] > 150} <= set(range(150, 161))
     assert max(whole.shape[1] for whole in model.seen) == 160, "length counts all of it"
     short = ask(task, Copier(window=100), style=style)["rows"]
@@ -70,7 +80,9 @@ def test_prompts_are_text_with_the_key_at_its_depth():
     assert 0.3 < text.index("PASSKEY") / len(text) < 0.6
     other = Copier()
     ask(passkey, other, depths=(0.5,), trials=2)
-    assert all(torch.equal(a, b) for a, b in zip(model.seen, other.seen, strict=True)), "the seed decides"
+    assert all(torch.equal(a, b) for a, b in zip(model.seen, other.seen, strict=True)), (
+        "the seed decides"
+    )
     ask(passkey, other, depths=(0.5,), trials=2, seed=1)
     assert not torch.equal(model.seen[0], other.seen[-len(model.seen)])
 
@@ -114,21 +126,30 @@ def test_the_embedded_model_recalls_and_pieces_do_not_matter():
     with torch.no_grad():
         logits = model(context[:, :160]).logits[0, 149:159:2]
     torch.testing.assert_close(
-        one.nats[0], torch.nn.functional.cross_entropy(logits, context[0, 150:160:2], reduction="none"),
-        rtol=1e-4, atol=1e-4,
-    )  # fmt: skip
+        one.nats[0],
+        torch.nn.functional.cross_entropy(logits, context[0, 150:160:2], reduction="none"),
+        rtol=1e-4,
+        atol=1e-4,
+    )
 
 
-@pytest.mark.parametrize(("task", "given", "error"), [
-    (passkey, {"style": "cod"}, "did you mean 'code'"),
-    (passkey, {"length": 10}, "the key and the question alone take"),
-    (passkey, {"depths": (0.5, 1.5)}, "depths: got"),
-    (passkey, {"trials": 0}, "trials: got 0"),
-    (passkey, {"filler": torch.zeros(50, dtype=torch.long)}, "filler: got"),
-    (associative_recall, {"length": 20}, "the pairs and the questions alone take"),
-    (associative_recall, {"queries": 9}, "queries: got 9, valid is at most pairs"),
-    (associative_recall, {"pairs": 3000, "length": 10**6}, "the vocabulary has words of one token"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("task", "given", "error"),
+    [
+        (passkey, {"style": "cod"}, "did you mean 'code'"),
+        (passkey, {"length": 10}, "the key and the question alone take"),
+        (passkey, {"depths": (0.5, 1.5)}, "depths: got"),
+        (passkey, {"trials": 0}, "trials: got 0"),
+        (passkey, {"filler": torch.zeros(50, dtype=torch.long)}, "filler: got"),
+        (associative_recall, {"length": 20}, "the pairs and the questions alone take"),
+        (associative_recall, {"queries": 9}, "queries: got 9, valid is at most pairs"),
+        (
+            associative_recall,
+            {"pairs": 3000, "length": 10**6},
+            "the vocabulary has words of one token",
+        ),
+    ],
+)
 def test_bad_settings_are_refused(task, given, error):
     with pytest.raises(ValueError, match=error):
         ask(task, Copier(), **given)

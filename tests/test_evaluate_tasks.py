@@ -1,5 +1,5 @@
-"""Perplexity by position, and the generated tasks beyond passkey and recall: prompts are what they say, and who can do
-what they ask gets full marks."""
+"""Perplexity by position, and the generated tasks beyond passkey and recall: prompts are what they
+say, and who can do what they ask gets full marks."""
 
 from __future__ import annotations
 
@@ -12,7 +12,14 @@ from conftest import Oracle, tiny
 
 import effattn
 from effattn.errors import Unsupported
-from effattn.evaluate import by_position, line_retrieval, listops, listops_examples, retrieval, variable_tracking
+from effattn.evaluate import (
+    by_position,
+    line_retrieval,
+    listops,
+    listops_examples,
+    retrieval,
+    variable_tracking,
+)
 from effattn.evaluate.curve import doubling, token_scores
 from effattn.evaluate.harness import TASKS, config_of, harness_documents, harness_tasks
 from effattn.evaluate.list_operations import OPERATIONS
@@ -22,7 +29,9 @@ TOKENIZER = effattn.embedded.tokenizer()
 
 
 class Solver(Oracle):
-    """A model that is given what to say: `solve(text)` is the continuation of everything it has read."""
+    """A model that is given what to say: `solve(text)` is the continuation of everything it has
+    read.
+    """
 
     def __init__(self, solve):
         super().__init__(len(TOKENIZER))
@@ -81,7 +90,11 @@ def value_of(text: str) -> int:
 
 def calculated(text: str) -> str:
     line = text.rstrip(" ").rpartition("\n")[2]
-    return f" {value_of(line.removesuffix('='))}" if line.endswith("=") and line.startswith("[") else ""
+    return (
+        f" {value_of(line.removesuffix('='))}"
+        if line.endswith("=") and line.startswith("[")
+        else ""
+    )
 
 
 @pytest.fixture
@@ -89,7 +102,8 @@ def lists(monkeypatch):
     monkeypatch.setattr(retrieval, "new_cache", lambda model: [])
 
 
-# ---- by position ----------------------------------------------------------------------------------------------------
+# ---- by position
+# -------------------------------------------------------------------------------------------------
 
 
 def test_scores_are_those_of_one_forward_pass(tokens, monkeypatch):
@@ -97,7 +111,9 @@ def test_scores_are_those_of_one_forward_pass(tokens, monkeypatch):
     model, sequences = tiny("llama"), tokens[:123].view(3, 41)
     nats, right = token_scores(model, sequences, batch=2)
     assert nats.shape == right.shape == (3, 40)
-    torch.testing.assert_close(nats.flatten(), torch.cat([token_losses(model, row, 40) for row in sequences]))
+    torch.testing.assert_close(
+        nats.flatten(), torch.cat([token_losses(model, row, 40) for row in sequences])
+    )
     assert torch.equal(right, model(sequences[:, :-1]).logits.argmax(-1) == sequences[:, 1:])
 
 
@@ -109,16 +125,23 @@ def test_rows_are_means_of_their_positions(tokens):
     assert found["rows"][0]["cross_entropy"] == pytest.approx(nats[:, :10].mean().item(), rel=1e-5)
     assert found["rows"][1]["accuracy"] == pytest.approx(right[:, 10:].float().mean().item())
     assert found["cross_entropy"] == pytest.approx(nats.mean().item(), rel=1e-5)
-    assert [row["last"] for row in by_position(model, sequences)["rows"]] == [16, 32, 40] == doubling(40)[1:]
+    assert (
+        [row["last"] for row in by_position(model, sequences)["rows"]]
+        == [16, 32, 40]
+        == doubling(40)[1:]
+    )
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    ({"edges": [0, 20]}, r"edges: got \[0, 20\], valid are ascending positions from 0 to 40"),
-    ({"edges": [0, 20, 20, 40]}, "edges: got"),
-    ({"sequences": torch.zeros(41, dtype=torch.int64)}, r"sequences: got torch.int64 \(41,\)"),
-    ({"sequences": torch.full((1, 41), 96)}, "sequences: ids run to 96"),
-    ({"batch": 0}, "batch: got 0"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"edges": [0, 20]}, r"edges: got \[0, 20\], valid are ascending positions from 0 to 40"),
+        ({"edges": [0, 20, 20, 40]}, "edges: got"),
+        ({"sequences": torch.zeros(41, dtype=torch.int64)}, r"sequences: got torch.int64 \(41,\)"),
+        ({"sequences": torch.full((1, 41), 96)}, "sequences: ids run to 96"),
+        ({"batch": 0}, "batch: got 0"),
+    ],
+)
 def test_by_position_refuses_what_means_nothing(tokens, change, message):
     given = {"sequences": tokens[:41].view(1, 41)} | change
     with pytest.raises(ValueError, match=message):
@@ -128,19 +151,30 @@ def test_by_position_refuses_what_means_nothing(tokens, change, message):
 def test_encoders_have_no_next_tokens(tokens):
     from transformers import BertConfig, BertModel
 
-    small = BertConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=96)
+    small = BertConfig(
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        vocab_size=96,
+    )
     with pytest.raises(Unsupported, match="it is not causal"):
         by_position(BertModel(small), tokens[:41].view(1, 41))
 
 
-# ---- tasks ----------------------------------------------------------------------------------------------------------
+# ---- tasks
+# -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.usefixtures("lists")
-@pytest.mark.parametrize(("task", "solve", "options"), [
-    (line_retrieval, register, {}), (variable_tracking, tracked, {"hops": 1, "chains": 2, "letters": 3}),
-    (listops, calculated, {"depths": (1, 2)}),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("task", "solve", "options"),
+    [
+        (line_retrieval, register, {}),
+        (variable_tracking, tracked, {"hops": 1, "chains": 2, "letters": 3}),
+        (listops, calculated, {"depths": (1, 2)}),
+    ],
+)
 def test_who_solves_it_gets_full_marks_and_who_guesses_does_not(task, solve, options):
     model = Solver(solve)
     given = {"length": 200, "depths": (0.0, 1.0), "trials": 2, **options}
@@ -185,21 +219,37 @@ def test_expressions_are_what_they_say():
     assert all(500 <= len(text.split()) <= 2000 for text, _ in sized)
 
 
-@pytest.mark.parametrize(("call", "message"), [
-    (lambda: line_retrieval(None, TOKENIZER, 30), "length: got 30, valid is a whole number of at least 64"),
-    (lambda: line_retrieval(None, TOKENIZER, style="texts"), "did you mean 'text'"),
-    (lambda: line_retrieval(None, TOKENIZER, depths=(2,)), "depths: got"),
-    (lambda: variable_tracking(None, TOKENIZER, 60, hops=9, letters=9), "the chains and the question alone take"),
-    (lambda: listops(None, TOKENIZER, depths=(0.5,)), r"depths: got \[0.5\], valid are whole numbers"),
-    (lambda: listops(None, TOKENIZER, 16, depths=(5,)), "length: got 16, an expression of depth 5 takes"),
-    (lambda: listops_examples(1, depth=1, least=400), "hardly ever have so many symbols"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (
+            lambda: line_retrieval(None, TOKENIZER, 30),
+            "length: got 30, valid is a whole number of at least 64",
+        ),
+        (lambda: line_retrieval(None, TOKENIZER, style="texts"), "did you mean 'text'"),
+        (lambda: line_retrieval(None, TOKENIZER, depths=(2,)), "depths: got"),
+        (
+            lambda: variable_tracking(None, TOKENIZER, 60, hops=9, letters=9),
+            "the chains and the question alone take",
+        ),
+        (
+            lambda: listops(None, TOKENIZER, depths=(0.5,)),
+            r"depths: got \[0.5\], valid are whole numbers",
+        ),
+        (
+            lambda: listops(None, TOKENIZER, 16, depths=(5,)),
+            "length: got 16, an expression of depth 5 takes",
+        ),
+        (lambda: listops_examples(1, depth=1, least=400), "hardly ever have so many symbols"),
+    ],
+)
 def test_settings_that_mean_nothing_are_refused(call, message):
     with pytest.raises(ValueError, match=message):
         call()
 
 
-# ---- lm-evaluation-harness ------------------------------------------------------------------------------------------
+# ---- lm-evaluation-harness
+# -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", TASKS)
@@ -233,7 +283,9 @@ def test_tasks_are_made_as_lm_eval_wants_them(monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval", SimpleNamespace(api=SimpleNamespace(task=module)))
     monkeypatch.setitem(sys.modules, "lm_eval.api", SimpleNamespace(task=module))
     monkeypatch.setitem(sys.modules, "lm_eval.api.task", module)
-    found = harness_tasks(TOKENIZER, ["line_retrieval", "associative_recall"], length=260, depths=(0.5,), trials=2)
+    found = harness_tasks(
+        TOKENIZER, ["line_retrieval", "associative_recall"], length=260, depths=(0.5,), trials=2
+    )
     assert list(found) == ["effattn_line_retrieval", "effattn_associative_recall"]
     assert [config["output_type"] for config in made] == ["loglikelihood", "multiple_choice"]
     rows = made[1]["custom_dataset"](version=1)["test"]

@@ -1,4 +1,6 @@
-"""What each rule promises a model, and a checkpoint with one, tuned or not, by the whole job and its report."""
+"""What each rule promises a model, and a checkpoint with one, tuned or not, by the whole job and
+its report.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,14 @@ from effattn.positions.extrapolation import critical_dimension, extrapolation_li
 
 def small(**given):
     """A random model with the embedded model's vocabulary, made for 128 tokens."""
-    return tiny("llama", dtype=torch.float32, vocab_size=3072, num_attention_heads=2, num_key_value_heads=2, **given)
+    return tiny(
+        "llama",
+        dtype=torch.float32,
+        vocab_size=3072,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        **given,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -36,12 +45,19 @@ def folder(tmp_path_factory):
     return path
 
 
-# ---- the plan -------------------------------------------------------------------------------------------------------
+# ---- the plan
+# -------------------------------------------------------------------------------------------------
 
 
 def test_the_plan_is_what_the_formulas_say():
     plan = planner.make_plan(small(), 1024)  # heads of 32 dimensions
-    assert (plan.trained, plan.factor, plan.dims, plan.base, plan.own) == (128, 8.0, 32, 10000.0, "default")
+    assert (plan.trained, plan.factor, plan.dims, plan.base, plan.own) == (
+        128,
+        8.0,
+        32,
+        10000.0,
+        "default",
+    )
     assert plan.turned == critical_dimension(10000.0, 32, 128)
     assert sum(one <= 128 for one in plan.wavelengths) * 2 == plan.turned
     assert plan.wavelengths[0] == pytest.approx(2 * math.pi)
@@ -59,7 +75,10 @@ def test_the_plan_is_what_the_formulas_say():
 def test_yarns_ramp_is_counted_as_it_is():
     plan = planner.make_plan(small(), 512)
     ratio = (planner.of_model(small()).thetas() / _yarn(512).rotary_emb.inv_freq).tolist()
-    kept, divided = sum(abs(one - 1) < 1e-4 for one in ratio), sum(abs(one - 4) < 1e-3 for one in ratio)
+    kept, divided = (
+        sum(abs(one - 1) < 1e-4 for one in ratio),
+        sum(abs(one - 4) < 1e-3 for one in ratio),
+    )
     mixed = 16 - kept - divided
     said = f"{2 * kept} dimensions kept, {2 * mixed} mixed, {2 * divided} divided by 4"
     assert plan.candidate("yarn").predicts.startswith(said)
@@ -97,11 +116,17 @@ def test_every_candidate_is_a_rule_that_the_model_takes(tokens):
 
 def test_a_model_with_a_rule_already_can_only_clip():
     plan = planner.make_plan(effattn.swap(small(), positions="yarn(factor=2)"), 1024)
-    assert plan.trained == 128, "the swap is undone or on top: the trained length is the model's own"
+    assert plan.trained == 128, (
+        "the swap is undone or on top: the trained length is the model's own"
+    )
     scaled = small(rope_parameters={"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0})
     plan = planner.make_plan(scaled, 1024)
     assert plan.own == "linear"
-    assert {one.name for one in plan.candidates if not one.refused} == {"rope", "rerope", "leaky_rerope"}
+    assert {one.name for one in plan.candidates if not one.refused} == {
+        "rope",
+        "rerope",
+        "leaky_rerope",
+    }
     assert "changed already" in plan.candidate("yarn").refused
     assert plan.recommended.name == "rerope"
     assert "(linear)" in planner.make_plan(scaled, 1024, tuned=True).reason
@@ -114,23 +139,33 @@ def test_mixed_models_are_planned_by_a_layer_that_turns():
     assert planner.of_model(gemma).dims == layer.rotary_dims
 
 
-# ---- bad input ------------------------------------------------------------------------------------------------------
+# ---- bad input
+# -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    ({"to": 128}, "to: got 128, the model was trained at 128 tokens; valid is more than that"),
-    ({"to": 0}, "to: got 0, valid is a whole number of at least 1"),
-    ({"rule": "yarm(length=512)"}, "did you mean 'yarn'"),
-    ({"rule": "pi(factor=0.5)"}, "pi: factor: got 0.5, valid is a number of at least 1"),
-    ({"rule": "leaky_rerope(window=64, k=0.5)"}, "k: got 0.5"),
-    ({"rule": "yarn(length=64)"}, "shorter than the 128 tokens"),
-    ({"tune_tokens": 100}, "tune_tokens: given without output"),
-    ({"lora": 4}, "lora: got 4 without tune_tokens"),
-    ({"sampling": "posse"}, "did you mean 'pose'"),
-    ({"rule": "rerope", "tune_tokens": 100, "output": "x"}, "counts positions by itself; valid is 'none'"),
-    ({"window": 1000, "tune_tokens": 100, "output": "x"}, "window: got 1000, valid is at most the target"),
-    ({"sequences": 10**6, "output": "x"}, "validation split has"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"to": 128}, "to: got 128, the model was trained at 128 tokens; valid is more than that"),
+        ({"to": 0}, "to: got 0, valid is a whole number of at least 1"),
+        ({"rule": "yarm(length=512)"}, "did you mean 'yarn'"),
+        ({"rule": "pi(factor=0.5)"}, "pi: factor: got 0.5, valid is a number of at least 1"),
+        ({"rule": "leaky_rerope(window=64, k=0.5)"}, "k: got 0.5"),
+        ({"rule": "yarn(length=64)"}, "shorter than the 128 tokens"),
+        ({"tune_tokens": 100}, "tune_tokens: given without output"),
+        ({"lora": 4}, "lora: got 4 without tune_tokens"),
+        ({"sampling": "posse"}, "did you mean 'pose'"),
+        (
+            {"rule": "rerope", "tune_tokens": 100, "output": "x"},
+            "counts positions by itself; valid is 'none'",
+        ),
+        (
+            {"window": 1000, "tune_tokens": 100, "output": "x"},
+            "window: got 1000, valid is at most the target",
+        ),
+        ({"sequences": 10**6, "output": "x"}, "validation split has"),
+    ],
+)
 def test_bad_input_is_refused_before_anything(folder, tmp_path, monkeypatch, change, message):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match=message):
@@ -143,7 +178,8 @@ def test_models_without_rotary_positions_are_refused():
         planner.make_plan(tiny("opt"), 1024)
 
 
-# ---- the job --------------------------------------------------------------------------------------------------------
+# ---- the job
+# -------------------------------------------------------------------------------------------------
 
 
 def test_without_an_output_it_only_plans(folder, monkeypatch):
@@ -152,8 +188,14 @@ def test_without_an_output_it_only_plans(folder, monkeypatch):
     assert report.data["quality"] == []
     assert "rerope(window=48)" in report.headline
     assert "Fine-tuning: not needed." in report.headline
-    assert "NEEDS fine-tuning: give --tune-tokens" in jobs.run(Job(model=str(folder), to=512, rule="pi")).headline
-    assert "as asked for. Nothing is known" in jobs.run(Job(model=str(folder), to=512, rule="nope")).headline
+    assert (
+        "NEEDS fine-tuning: give --tune-tokens"
+        in jobs.run(Job(model=str(folder), to=512, rule="pi")).headline
+    )
+    assert (
+        "as asked for. Nothing is known"
+        in jobs.run(Job(model=str(folder), to=512, rule="nope")).headline
+    )
 
 
 def test_a_rule_is_written_as_a_checkpoint(folder, tmp_path):
@@ -168,19 +210,36 @@ def test_a_rule_is_written_as_a_checkpoint(folder, tmp_path):
     own = small()
     ids = effattn.embedded.tokens("validation", 257)
     found = effattn.evaluate.by_position(own, ids[None])["cross_entropy"]
-    assert report.data["quality"][0]["lengths"][1]["cross_entropy"] == pytest.approx(found, rel=1e-4)
-    assert ExtendReport.load(tmp_path / "far").data["rule"] == {"spec": "rerope(window=48)", "plain": False}
+    assert report.data["quality"][0]["lengths"][1]["cross_entropy"] == pytest.approx(
+        found, rel=1e-4
+    )
+    assert ExtendReport.load(tmp_path / "far").data["rule"] == {
+        "spec": "rerope(window=48)",
+        "plain": False,
+    }
     with pytest.raises(ValueError, match="kind: got 'x'"):
         ExtendReport({"kind": "x"})
 
 
 def test_tuning_learns_and_the_checkpoint_is_plain(folder, tmp_path):
     steps = 6
-    job = Job(model=str(folder), to=512, output=tmp_path / "tuned", tune_tokens=steps * 128, lr=3e-3, sequences=1)
+    job = Job(
+        model=str(folder),
+        to=512,
+        output=tmp_path / "tuned",
+        tune_tokens=steps * 128,
+        lr=3e-3,
+        sequences=1,
+    )
     report = jobs.run(job)
     assert report.data["rule"] == {"spec": "yarn(length=512)", "plain": True}
     found = report.data["tuning"]
-    assert (found["tokens"], found["steps"], found["window"], found["sampling"]) == (768, 6, 128, "pose")
+    assert (found["tokens"], found["steps"], found["window"], found["sampling"]) == (
+        768,
+        6,
+        128,
+        "pose",
+    )
     ruled, tuned = (row["lengths"][1]["cross_entropy"] for row in report.data["quality"][1:])
     assert tuned < ruled - 0.1
     assert found["losses"][-1]["loss"] < found["losses"][0]["loss"]
@@ -195,8 +254,18 @@ def test_tuning_learns_and_the_checkpoint_is_plain(folder, tmp_path):
 
 def test_rules_that_count_by_themselves_are_tuned_on_whole_windows_by_lora(folder, tmp_path):
     pytest.importorskip("peft")
-    report = jobs.run(Job(model=str(folder), to=256, rule="rerope(window=48)", output=tmp_path / "lora", lora=2,
-                          tune_tokens=512, sampling="none", sequences=0))  # fmt: skip
+    report = jobs.run(
+        Job(
+            model=str(folder),
+            to=256,
+            rule="rerope(window=48)",
+            output=tmp_path / "lora",
+            lora=2,
+            tune_tokens=512,
+            sampling="none",
+            sequences=0,
+        )
+    )
     assert (report.data["tuning"]["window"], report.data["tuning"]["lora"]) == (256, 2)
     before, after = small().state_dict(), effattn.load(tmp_path / "lora").state_dict()
     assert before.keys() == after.keys()
@@ -223,10 +292,16 @@ def test_what_cannot_be_tuned_is_refused_before_anything_is_measured(tmp_path, m
 
 
 def test_the_command_line(folder):
-    done = CliRunner().invoke(app, ["extend", "--model", str(folder), "--to", "1k"], env={"COLUMNS": "200"})
+    done = CliRunner().invoke(
+        app, ["extend", "--model", str(folder), "--to", "1k"], env={"COLUMNS": "200"}
+    )
     assert done.exit_code == 0, done.output
-    for text in ("from 128 to 1,024 tokens", "rerope(window=48) (recommended)", "What each rule promises",
-                 "critical dimension"):  # fmt: skip
+    for text in (
+        "from 128 to 1,024 tokens",
+        "rerope(window=48) (recommended)",
+        "What each rule promises",
+        "critical dimension",
+    ):
         assert text in done.output
     refused = CliRunner().invoke(app, ["extend", "--model", str(folder), "--to", "64,128"])
     assert refused.exit_code == 2

@@ -1,4 +1,6 @@
-"""Position rules side by side: the sequences, the table, what is claimed, the whole job and its report."""
+"""Position rules side by side: the sequences, the table, what is claimed, the whole job and its
+report.
+"""
 
 from __future__ import annotations
 
@@ -22,14 +24,39 @@ from effattn.extending.rules import WINDOW, Rule, chosen, rules
 from effattn.hf.describe import describe
 from effattn.hf.swap import active
 
-NAMES = ["baseline", "pi", "ntk-old", "ntk-fixed", "ntk-mixed", "dynamic-ntk", "yarn", "rerope-64", "rerope-128",
-         "rerope-192", "rerope-256", "rerope-384", "rerope-512", "leaky-8", "leaky-16", "leaky-32", "leaky-64",
-         "sliding-256", "sliding-512"]  # fmt: skip
+NAMES = [
+    "baseline",
+    "pi",
+    "ntk-old",
+    "ntk-fixed",
+    "ntk-mixed",
+    "dynamic-ntk",
+    "yarn",
+    "rerope-64",
+    "rerope-128",
+    "rerope-192",
+    "rerope-256",
+    "rerope-384",
+    "rerope-512",
+    "leaky-8",
+    "leaky-16",
+    "leaky-32",
+    "leaky-64",
+    "sliding-256",
+    "sliding-512",
+]
 
 
 def small(**given):
-    return tiny("llama", dtype=torch.float32, vocab_size=3072, num_attention_heads=2, num_key_value_heads=2,
-                max_position_embeddings=32, **given)  # fmt: skip
+    return tiny(
+        "llama",
+        dtype=torch.float32,
+        vocab_size=3072,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        max_position_embeddings=32,
+        **given,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -51,43 +78,97 @@ def cell(length: int, loss: float, accuracy: float = 0.5) -> dict:
     return {"length": length, "cross_entropy": loss, "perplexity": 2.0, "accuracy": accuracy}
 
 
-def row(name: str, kind: str, losses: tuple, copied: float, found: float | None = None, logn: bool = False) -> dict:
-    curve = [{"first": at, "last": at + 64, "cross_entropy": losses[1], "perplexity": 2.0, "accuracy": 0.4}
-             for at in range(0, 4096, 64)]  # fmt: skip
+def row(
+    name: str,
+    kind: str,
+    losses: tuple,
+    copied: float,
+    found: float | None = None,
+    logn: bool = False,
+) -> dict:
+    curve = [
+        {
+            "first": at,
+            "last": at + 64,
+            "cross_entropy": losses[1],
+            "perplexity": 2.0,
+            "accuracy": 0.4,
+        }
+        for at in range(0, 4096, 64)
+    ]
     copies = {"cross_entropy": 1.0, "perplexity": 2.0, "accuracy": copied}
-    depths = [{"depth": depth, "trials": 4, "exact": 0.0, "token_accuracy": 0.1, "choice": found, "nats": 5.0,
-               "learned": True} for depth in (0.1, 0.5, 0.9)]  # fmt: skip
-    task = {"task": "associative recall", "chance": 0.25, "score": found, "length": 2048, "rows": depths}
+    depths = [
+        {
+            "depth": depth,
+            "trials": 4,
+            "exact": 0.0,
+            "token_accuracy": 0.1,
+            "choice": found,
+            "nats": 5.0,
+            "learned": True,
+        }
+        for depth in (0.1, 0.5, 0.9)
+    ]
+    task = {
+        "task": "associative recall",
+        "chance": 0.25,
+        "score": found,
+        "length": 2048,
+        "rows": depths,
+    }
     return {
-        "name": name, "axes": {} if name == "baseline" else {"positions": name}, "kind": kind, "logn": logn,
-        "seconds": 1.0, "natural": [cell(512, losses[0]), cell(4096, losses[1])],
+        "name": name,
+        "axes": {} if name == "baseline" else {"positions": name},
+        "kind": kind,
+        "logn": logn,
+        "seconds": 1.0,
+        "natural": [cell(512, losses[0]), cell(4096, losses[1])],
         "repeated": [cell(512, losses[0]) | {"copies": None}, cell(4096, 1.5) | {"copies": copies}],
-        "curves": {"natural": curve, "repeated": copy.deepcopy(curve)}, "retrieval": None if found is None else task,
-    }  # fmt: skip
+        "curves": {"natural": curve, "repeated": copy.deepcopy(curve)},
+        "retrieval": None if found is None else task,
+    }
 
 
 def data() -> dict:
     """A report's data, made up: what the articles say."""
     found = [
-        row("baseline", "frequencies", (2.9, 5.0), 0.1, 0.2), row("baseline + log-n", "frequencies", (2.9, 4.9), 0.1,
-        logn=True), row("pi", "frequencies", (4.0, 4.5), 0.2, 0.3), row("ntk-old", "frequencies", (3.0, 3.5), 0.4, 0.4),
-        row("ntk-fixed", "frequencies", (3.0, 3.4), 0.4, 0.4), row("ntk-mixed", "frequencies", (3.0, 3.3), 0.4, 0.4),
-        row("dynamic-ntk", "frequencies", (2.9, 3.4), 0.4, 0.4), row("yarn", "frequencies", (2.9, 3.1), 0.5, 0.4),
-        row("rerope-128", "clipped", (2.9, 2.8), 0.7, 0.8), row("rerope-128 + log-n", "clipped", (2.9, 2.7), 0.7,
-        logn=True), row("rerope-512", "clipped", (2.9, 4.8), 0.1, 0.2),
-        row("leaky-16", "clipped", (2.9, 2.79), 0.7, 0.7), row("sliding-256", WINDOW, (2.9, 2.81), 0.3, 0.3),
-    ]  # fmt: skip
+        row("baseline", "frequencies", (2.9, 5.0), 0.1, 0.2),
+        row("baseline + log-n", "frequencies", (2.9, 4.9), 0.1, logn=True),
+        row("pi", "frequencies", (4.0, 4.5), 0.2, 0.3),
+        row("ntk-old", "frequencies", (3.0, 3.5), 0.4, 0.4),
+        row("ntk-fixed", "frequencies", (3.0, 3.4), 0.4, 0.4),
+        row("ntk-mixed", "frequencies", (3.0, 3.3), 0.4, 0.4),
+        row("dynamic-ntk", "frequencies", (2.9, 3.4), 0.4, 0.4),
+        row("yarn", "frequencies", (2.9, 3.1), 0.5, 0.4),
+        row("rerope-128", "clipped", (2.9, 2.8), 0.7, 0.8),
+        row("rerope-128 + log-n", "clipped", (2.9, 2.7), 0.7, logn=True),
+        row("rerope-512", "clipped", (2.9, 4.8), 0.1, 0.2),
+        row("leaky-16", "clipped", (2.9, 2.79), 0.7, 0.7),
+        row("sliding-256", WINDOW, (2.9, 2.81), 0.3, 0.3),
+    ]
     return {
-        "kind": "extend_context", "rules": found, "task": "recall", "task_learned": True,
-        "settings": {"model": "some-model", "lengths": [512, 4096], "sequences": 4, "period": 768, "source": "text",
-                     "retrieval_length": 2048, "retrieval_trials": 4},
+        "kind": "extend_context",
+        "rules": found,
+        "task": "recall",
+        "task_learned": True,
+        "settings": {
+            "model": "some-model",
+            "lengths": [512, 4096],
+            "sequences": 4,
+            "period": 768,
+            "source": "text",
+            "retrieval_length": 2048,
+            "retrieval_trials": 4,
+        },
         "model": {"class": "Llama", "trained_length": 512, "parameters": 4_000_000},
         "copy": {"period": 128, "first": 0.4, "later": 0.8},
-        "within": {"recall": found[0]["retrieval"] | {"length": 384}}, "environment": {"torch": "2.99"},
-    }  # fmt: skip
+        "within": {"recall": found[0]["retrieval"] | {"length": 384}},
+        "environment": {"torch": "2.99"},
+    }
 
 
-# ---- the rules ------------------------------------------------------------------------------------------------------
+# ---- the rules
+# -------------------------------------------------------------------------------------------------
 
 
 def test_the_table_is_the_articles():
@@ -100,10 +181,19 @@ def test_the_table_is_the_articles():
     assert specs["sliding-256"] == "sliding(window=256, sinks=4)"
     assert [rule.name for rule in found if rule.varies] == ["dynamic-ntk"]
     both = chosen(found, ["rerope", "pi"], logn=True)
-    assert [rule.name for rule in both][:5] == ["baseline", "baseline + log-n", "pi", "pi + log-n", "rerope-64"]
+    assert [rule.name for rule in both][:5] == [
+        "baseline",
+        "baseline + log-n",
+        "pi",
+        "pi + log-n",
+        "rerope-64",
+    ]
     assert both[1].axes == {"positions": "logn"}
     assert both[5].axes == {"positions": "rerope(window=64)+logn"}
-    assert [rule.name for rule in chosen(found, ["sliding"], logn=True)][2:] == ["sliding-256", "sliding-512"]
+    assert [rule.name for rule in chosen(found, ["sliding"], logn=True)][2:] == [
+        "sliding-256",
+        "sliding-512",
+    ]
     with pytest.raises(ValueError, match="did you mean 'rerope'"):
         chosen(found, ["reropes"], logn=False)
 
@@ -120,7 +210,8 @@ def test_a_rule_is_on_while_it_is_measured_and_off_afterwards(recwarn):
     assert active(model) is None
 
 
-# ---- the sequences --------------------------------------------------------------------------------------------------
+# ---- the sequences
+# -------------------------------------------------------------------------------------------------
 
 
 def test_stretches_are_long_and_within_one_document():
@@ -130,7 +221,9 @@ def test_stretches_are_long_and_within_one_document():
     found = texts.long_sequences(bodies, tokenizer, 3, 60)
     assert found.shape == (3, 61)
     assert found.tolist() == [ids[1][:61], ids[2][:61], ids[1][60:121]]
-    with pytest.raises(ValueError, match="sequences: got 99 of 60 tokens, the text has documents for"):
+    with pytest.raises(
+        ValueError, match="sequences: got 99 of 60 tokens, the text has documents for"
+    ):
         texts.long_sequences(bodies, tokenizer, 99, 60)
 
 
@@ -167,22 +260,30 @@ def test_a_row_is_what_the_rule_scores():
     found = measured(rule, model, sequences, [32, longest], 48, 32)
     vary = measured(dataclasses.replace(rule, varies=True), model, sequences, [32, longest], 48, 32)
     for ours, theirs in zip(found["repeated"], vary["repeated"], strict=True):
-        assert ours["cross_entropy"] == pytest.approx(theirs["cross_entropy"], rel=1e-5), "a prefix is a short sequence"
+        assert ours["cross_entropy"] == pytest.approx(theirs["cross_entropy"], rel=1e-5), (
+            "a prefix is a short sequence"
+        )
     with rule.on(model):
         whole, _ = token_scores(model, sequences)
         again, _ = token_scores(model, texts.repeated(sequences, 48))
         fresh, _ = token_scores(model, texts.windows(sequences, 32))
     natural = {one["length"]: one["cross_entropy"] for one in found["natural"]}
-    assert natural == {32: pytest.approx(fresh.mean().item()), 128: pytest.approx(whole.mean().item())}
+    assert natural == {
+        32: pytest.approx(fresh.mean().item()),
+        128: pytest.approx(whole.mean().item()),
+    }
     assert found["repeated"][0]["copies"] is None
-    assert found["repeated"][1]["copies"]["cross_entropy"] == pytest.approx(again[:, 48:].mean().item())
+    assert found["repeated"][1]["copies"]["cross_entropy"] == pytest.approx(
+        again[:, 48:].mean().item()
+    )
     curve = found["curves"]["natural"]
     assert [(one["first"], one["last"]) for one in curve[:2]] == [(0, 4), (4, 8)]
     assert curve[-1]["last"] == longest
     assert curve[3]["cross_entropy"] == pytest.approx(whole[:, 12:16].mean().item())
 
 
-# ---- what is claimed ------------------------------------------------------------------------------------------------
+# ---- what is claimed
+# -------------------------------------------------------------------------------------------------
 
 
 def test_claims_hold_where_the_numbers_do():
@@ -198,7 +299,9 @@ def test_claims_hold_where_the_numbers_do():
     held = {claim.text: claim.holds for claim in claims(ArticleReport(other))}
     assert not held["ReRoPE is better than every rule of angles"]
     assert not held["What was read far back is copied by ReRoPE, and not by a sliding window"]
-    assert not any(value for text, value in held.items() if text.startswith("ReRoPE: longer context"))
+    assert not any(
+        value for text, value in held.items() if text.startswith("ReRoPE: longer context")
+    )
     few = data() | {"rules": data()["rules"][:3], "task_learned": False}
     assert {claim.holds for claim in claims(ArticleReport(few))} == {True, None}
 
@@ -212,18 +315,25 @@ def test_a_report_says_what_was_not_learned():
     assert "rerope-128 + log-n 2.700, the lowest" in ArticleReport(data()).headline
 
 
-# ---- the job --------------------------------------------------------------------------------------------------------
+# ---- the job
+# -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    ({"lengths": (32, 100)}, r"lengths: got 32, valid is 16 or more tokens, and what divides the longest \(100\)"),
-    ({"lengths": (64, 128)}, r"lengths: got \[64, 128\], valid are the trained length \(32\)"),
-    ({"period": 256}, "period: got 256, valid is less than the longest"),
-    ({"rules": ("yarm",)}, "did you mean 'yarn'"),
-    ({"retrieval": "passky"}, "did you mean 'passkey'"),
-    ({"sequences": 0}, "sequences: got 0"),
-    ({"sequences": 10**4}, "sequences: got 10000 of 256 tokens"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"lengths": (32, 100)},
+            r"lengths: got 32, valid is 16 or more tokens, and what divides the longest \(100\)",
+        ),
+        ({"lengths": (64, 128)}, r"lengths: got \[64, 128\], valid are the trained length \(32\)"),
+        ({"period": 256}, "period: got 256, valid is less than the longest"),
+        ({"rules": ("yarm",)}, "did you mean 'yarn'"),
+        ({"retrieval": "passky"}, "did you mean 'passkey'"),
+        ({"sequences": 0}, "sequences: got 0"),
+        ({"sequences": 10**4}, "sequences: got 10000 of 256 tokens"),
+    ],
+)
 def test_bad_input_is_refused_before_anything(folder, story, tmp_path, change, message):
     job = Job(model=str(folder), text=(story,), json=tmp_path / "x.json", retrieval="none")
     with pytest.raises(ValueError, match=message):
@@ -237,9 +347,19 @@ def test_models_without_rotary_positions_are_refused():
 
 
 def test_the_whole_job_and_going_on_after_a_stop(folder, story, tmp_path, monkeypatch):
-    job = Job(model=str(folder), text=(story,), output=tmp_path / "out", json=tmp_path / "result.json", sequences=1,
-              rules=("rerope-8", "sliding-32"), lengths=(32, 512), retrieval="recall", retrieval_length=600,
-              retrieval_trials=1, retrieval_depths=(0.5,))  # fmt: skip
+    job = Job(
+        model=str(folder),
+        text=(story,),
+        output=tmp_path / "out",
+        json=tmp_path / "result.json",
+        sequences=1,
+        rules=("rerope-8", "sliding-32"),
+        lengths=(32, 512),
+        retrieval="recall",
+        retrieval_length=600,
+        retrieval_trials=1,
+        retrieval_depths=(0.5,),
+    )
     monkeypatch.setattr(copying, "ask", asked := _Asked())
     once, calls = article_job.measured, []
 
@@ -256,18 +376,33 @@ def test_the_whole_job_and_going_on_after_a_stop(folder, story, tmp_path, monkey
     assert not (tmp_path / "out").exists()
     with pytest.raises(ValueError, match=r"finished parts of a run with other settings \(period\)"):
         article_job.run(dataclasses.replace(job, period=100))
-    monkeypatch.setattr(article_job, "measured", lambda rule, *rest: calls.append(rule.name) or once(rule, *rest))
+    monkeypatch.setattr(
+        article_job, "measured", lambda rule, *rest: calls.append(rule.name) or once(rule, *rest)
+    )
     report = article_job.run(job)
-    assert calls == ["baseline", "baseline + log-n", "rerope-8", "rerope-8 + log-n", "sliding-32", "sliding-32"]
+    assert calls == [
+        "baseline",
+        "baseline + log-n",
+        "rerope-8",
+        "rerope-8 + log-n",
+        "sliding-32",
+        "sliding-32",
+    ]
     assert [row["name"] for row in report.rules] == calls[:5]
     assert len(asked.lengths) == 4, "log-n rows are not asked, and nothing twice"
     assert [row["retrieval"] is None for row in report.rules] == [False, True, False, True, False]
     assert not job.partial.exists()
-    assert {one.name for one in (tmp_path / "out").iterdir()} == {"report.html", "report.json", "report.md"}
+    assert {one.name for one in (tmp_path / "out").iterdir()} == {
+        "report.html",
+        "report.json",
+        "report.md",
+    }
     again = ArticleReport.load(tmp_path / "result.json")
     assert again.data == json.loads(report.to_json())
     baseline, logn = report.rules[:2]
-    assert report.loss(baseline, 32) == pytest.approx(report.loss(logn, 32), rel=1e-6), "no effect within"
+    assert report.loss(baseline, 32) == pytest.approx(report.loss(logn, 32), rel=1e-6), (
+        "no effect within"
+    )
     assert report.loss(baseline) != report.loss(logn)
     with pytest.raises(ValueError, match="holds a finished report"):
         article_job.run(job)

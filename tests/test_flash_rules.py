@@ -1,4 +1,6 @@
-"""Score rules of flash attention, far pairs (ReRoPE, Leaky ReRoPE) and biases, against their definitions in fp64."""
+"""Score rules of flash attention, far pairs (ReRoPE, Leaky ReRoPE) and biases, against their
+definitions in fp64.
+"""
 
 import math
 import os
@@ -11,7 +13,17 @@ if not torch.cuda.is_available():
 
 from effattn.kernels.decode.torch_impl import attention as at_once
 from effattn.kernels.decode.turn import rotate
-from effattn.kernels.flash import Bias, Blocks, Far, Layout, Pattern, Window, attention, torch_blocks, torch_fused
+from effattn.kernels.flash import (
+    Bias,
+    Blocks,
+    Far,
+    Layout,
+    Pattern,
+    Window,
+    attention,
+    torch_blocks,
+    torch_fused,
+)
 from effattn.kernels.flash.pattern import layout_of
 from effattn.kernels.flash.reference import attention as reference
 from effattn.kernels.flash.reference import rotary_scores
@@ -20,9 +32,11 @@ from test_flash_torch import largest_tensors
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SLOPES = [[0.5], [0.1], [0.02], [0.3]]
 BIASES = {
-    "alibi": SLOPES, "kerple_log": [[0.7, 0.4]], "kerple_power": [[0.2, 0.6], [0.1, 1.5], [0.3, 2.0], [0.1, 0.9]],
+    "alibi": SLOPES,
+    "kerple_log": [[0.7, 0.4]],
+    "kerple_power": [[0.2, 0.6], [0.1, 1.5], [0.3, 2.0], [0.1, 0.9]],
     "table": [[0.3, -0.2, 0.5, 0.1, -0.7, 0.2, -1.0]],
-}  # fmt: skip
+}
 
 
 def draw(*shape, seed=0, dtype=torch.float64):
@@ -32,8 +46,13 @@ def draw(*shape, seed=0, dtype=torch.float64):
 
 def inputs(queries=70, keys=70, batch=2, heads=4, kv_heads=2, dim=8, far=True, dtype=torch.float64):
     """q, k, v and then q and k of far pairs."""
-    shapes = [(heads, queries), (kv_heads, keys), (kv_heads, keys)] + far * [(heads, queries), (kv_heads, keys)]
-    made = [draw(batch, *shape, dim, seed=n, dtype=dtype).to(DEVICE) for n, shape in enumerate(shapes)]
+    shapes = [(heads, queries), (kv_heads, keys), (kv_heads, keys)] + far * [
+        (heads, queries),
+        (kv_heads, keys),
+    ]
+    made = [
+        draw(batch, *shape, dim, seed=n, dtype=dtype).to(DEVICE) for n, shape in enumerate(shapes)
+    ]
     return [x.requires_grad_() for x in made]
 
 
@@ -53,16 +72,28 @@ def both(tensors, pattern, layout, window=None, bias=None, softcap=None, impl="t
     seen = pattern.sees(i[:, None, :, None], at[:, None, None], heads, tensors[0].shape[1], causal)
     found = []
     for true in (False, True):
-        leaves = [x.detach().to(torch.float64 if true else x.dtype).requires_grad_() for x in tensors]
+        leaves = [
+            x.detach().to(torch.float64 if true else x.dtype).requires_grad_() for x in tensors
+        ]
         q, k, v, *others = leaves
-        params = None if bias is None else bias.params.to(DEVICE, leaves[0].dtype).requires_grad_(impl == "torch")
+        params = (
+            None
+            if bias is None
+            else bias.params.to(DEVICE, leaves[0].dtype).requires_grad_(impl == "torch")
+        )
         rules = dict(
-            far=Far(*others, window) if others else None, bias=bias and Bias(bias.kind, params), softcap=softcap
-        )  # fmt: skip
+            far=Far(*others, window) if others else None,
+            bias=bias and Bias(bias.kind, params),
+            softcap=softcap,
+        )
         if true:
-            out, lse = reference(q, k, v, seen, scale=0.4, distance=i[:, :, None] - at[:, None], **rules)
+            out, lse = reference(
+                q, k, v, seen, scale=0.4, distance=i[:, :, None] - at[:, None], **rules
+            )
         else:
-            out, lse = attention(q, k, v, pattern, layout, scale=0.4, causal=causal, impl=impl, lse=True, **rules)
+            out, lse = attention(
+                q, k, v, pattern, layout, scale=0.4, causal=causal, impl=impl, lse=True, **rules
+            )
         finite = torch.where(lse.isfinite(), lse, 0.0)
         loss = (out * draw(*out.shape).to(out)).sum() + (finite * draw(*lse.shape).to(lse)).sum()
         wanted = leaves + ([params] if params is not None and params.requires_grad else [])
@@ -82,11 +113,18 @@ def small(monkeypatch):
     """Many tiles at lengths a reference can afford."""
     for name, value in (("QUERIES", 16), ("KEYS", 11), ("WORK", 64)):
         monkeypatch.setattr(torch_blocks, name, value)
-    for name, value in (("FORWARD", 16), ("BACKWARD", 16), ("ROOM", 640), ("SIDE", 16), ("SHORT", 0)):
+    for name, value in (
+        ("FORWARD", 16),
+        ("BACKWARD", 16),
+        ("ROOM", 640),
+        ("SIDE", 16),
+        ("SHORT", 0),
+    ):
         monkeypatch.setattr(torch_fused, name, value)
 
 
-# ReRoPE by its formulas ------------------------------------------------------------------------------------------
+# ReRoPE by its formulas
+# -------------------------------------------------------------------------------------------------
 
 INV_FREQ = 100.0 ** (-torch.arange(0, 8, 2, dtype=torch.float64) / 8)
 
@@ -97,7 +135,9 @@ def turned(x, position):
 
 
 def rerope(q, k, v, window, slow=math.inf, start=0, border=None):
-    """Leaky ReRoPE as a caller runs it, with positions from `start` on; far from a distance of `border` on."""
+    """Leaky ReRoPE as a caller runs it, with positions from `start` on; far from a distance of
+    `border` on.
+    """
     i = start + torch.arange(q.shape[2])
     far = Far(turned(q, (i - window) / slow + window), turned(k, i / slow), border or window)
     return attention(turned(q, i), turned(k, i), v, far=far, impl="torch")
@@ -114,13 +154,19 @@ def test_rerope_is_its_definition_pair_by_pair(window, slow, small):
 
 
 def test_what_rerope_is_at_its_limits(small):
-    """Both scores agree at the border; positions shift; no pair far, or slow = 1: RoPE; slow = inf: the limit."""
+    """Both scores agree at the border; positions shift; no pair far, or slow = 1: RoPE; slow = inf:
+    the limit.
+    """
     q, k, v = (draw(1, 2, 70, 8, seed=n) for n in range(3))
     i = torch.arange(70)
     near = rerope(q, k, v, 13)
     torch.testing.assert_close(rerope(q, k, v, 13, border=14), near)
-    torch.testing.assert_close(rerope(q, k, v, 13, slow=4.0, border=14), rerope(q, k, v, 13, slow=4.0))
-    torch.testing.assert_close(rerope(q, k, v, 13, slow=4.0, start=1000), rerope(q, k, v, 13, slow=4.0))
+    torch.testing.assert_close(
+        rerope(q, k, v, 13, slow=4.0, border=14), rerope(q, k, v, 13, slow=4.0)
+    )
+    torch.testing.assert_close(
+        rerope(q, k, v, 13, slow=4.0, start=1000), rerope(q, k, v, 13, slow=4.0)
+    )
     torch.testing.assert_close(rerope(q, k, v, 13, slow=1e7), near, rtol=0, atol=1e-5)
     rope = attention(turned(q, i), turned(k, i), v, impl="torch")
     torch.testing.assert_close(rerope(q, k, v, 13, slow=1.0), rope)
@@ -128,12 +174,18 @@ def test_what_rerope_is_at_its_limits(small):
     assert (near - rope).abs().max() > 0.01
 
 
-# Plain torch -----------------------------------------------------------------------------------------------------
+# Plain torch
+# -------------------------------------------------------------------------------------------------
 
 PATTERNS = [
-    (Pattern(), 13), (Window(back=40), 13), (Window(back=9), 13), (Window(first=3, back=30), 13),
-    (Window(first=4, back=9), 21), (Blocks(size=20, look_back=1), 13), (Blocks(first=2, size=12, shifted=True), 5),
-]  # fmt: skip
+    (Pattern(), 13),
+    (Window(back=40), 13),
+    (Window(back=9), 13),
+    (Window(first=3, back=30), 13),
+    (Window(first=4, back=9), 21),
+    (Blocks(size=20, look_back=1), 13),
+    (Blocks(first=2, size=12, shifted=True), 5),
+]
 
 
 @pytest.mark.parametrize(("pattern", "window"), PATTERNS)
@@ -141,9 +193,12 @@ PATTERNS = [
 def test_far_pairs_forward_and_backward(pattern, window, case, small):
     layout = {"padded": padded(0, 17), "slots": Layout(slots=3, tail=5)}.get(case)
     agree(
-        inputs(queries=70 if case in ("whole", "capped") else 40), pattern, layout, window,
+        inputs(queries=70 if case in ("whole", "capped") else 40),
+        pattern,
+        layout,
+        window,
         softcap=2.0 if case == "capped" else None,
-    )  # fmt: skip
+    )
 
 
 @pytest.mark.parametrize("kind", BIASES)
@@ -153,7 +208,9 @@ def test_far_pairs_forward_and_backward(pattern, window, case, small):
 def test_biases_forward_and_backward(kind, pattern, causal, small):
     bias = Bias(kind, torch.tensor(BIASES[kind]))
     agree(inputs(far=False), pattern, None, bias=bias, causal=causal)
-    agree(inputs(queries=40, far=False), pattern, padded(5, 20), bias=bias, causal=causal, softcap=2.0)
+    agree(
+        inputs(queries=40, far=False), pattern, padded(5, 20), bias=bias, causal=causal, softcap=2.0
+    )
 
 
 def test_gradcheck(small):
@@ -181,24 +238,33 @@ def test_half_precision_is_as_good_as_it_can_be(dtype):
 def test_the_way_that_traces():
     """Under torch.compile the decode kernel takes the calls: a loop over tiles does not trace."""
     q, k, v, q_far, k_far = inputs()
-    options = dict(causal=True, scale=0.4, softcap=None, q_first=None, need_lse=True, far=Far(q_far, k_far, 13))
+    options = dict(
+        causal=True, scale=0.4, softcap=None, q_first=None, need_lse=True, far=Far(q_far, k_far, 13)
+    )
     got = at_once(q, k, v, Window(back=40, first=2), padded(0, 9), counts=None, **options)
     options = dict(far=options["far"], scale=0.4, lse=True, impl="torch")
-    torch.testing.assert_close(got, attention(q, k, v, Window(back=40, first=2), padded(0, 9), **options))
+    torch.testing.assert_close(
+        got, attention(q, k, v, Window(back=40, first=2), padded(0, 9), **options)
+    )
 
 
 @pytest.mark.parametrize("rule", ["far", "bias"])
 def test_memory_is_linear(rule):
     def largest(tokens):
-        x = inputs(tokens, tokens, batch=1, heads=1, kv_heads=1, far=rule == "far", dtype=torch.float32)
+        x = inputs(
+            tokens, tokens, batch=1, heads=1, kv_heads=1, far=rule == "far", dtype=torch.float32
+        )
         bias = Bias("alibi", torch.ones(1, 1, requires_grad=True)) if rule == "bias" else None
         far = Far(*x[3:], 100) if rule == "far" else None
-        return largest_tensors(lambda: attention(*x[:3], far=far, bias=bias, impl="torch").sum().backward())
+        return largest_tensors(
+            lambda: attention(*x[:3], far=far, bias=bias, impl="torch").sum().backward()
+        )
 
     assert largest(2048) <= 2.1 * largest(1024)
 
 
-# Triton ----------------------------------------------------------------------------------------------------------
+# Triton
+# -------------------------------------------------------------------------------------------------
 
 
 def close(*args, **options):
@@ -226,7 +292,8 @@ def test_biases_in_triton(kind):
     close(tensors, Window(first=2, back=13), None, bias=bias, **capped)
 
 
-# Bad input -------------------------------------------------------------------------------------------------------
+# Bad input
+# -------------------------------------------------------------------------------------------------
 
 
 def test_bad_input_is_named():
@@ -246,7 +313,9 @@ def test_bad_input_is_named():
         Far(q_far, k_far, 0)
     with pytest.raises(ValueError, match="did you mean 'alibi'"):
         Bias("alibbi", torch.ones(1, 1))
-    with pytest.raises(ValueError, match=r"got shape \(2, 1\), valid for 'kerple_log' is \(heads or 1, 2\)"):
+    with pytest.raises(
+        ValueError, match=r"got shape \(2, 1\), valid for 'kerple_log' is \(heads or 1, 2\)"
+    ):
         Bias("kerple_log", torch.ones(2, 1))
     with pytest.raises(ValueError, match=r"bias\.params: the Triton kernels have no gradient"):
         attention(q, k, v, bias=Bias("alibi", torch.ones(4, 1, requires_grad=True)), impl="triton")

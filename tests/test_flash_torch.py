@@ -1,11 +1,20 @@
-"""The torch path of exact patterns against the definition in fp64: forward, backward, log-sum-exp, memory, precision.
+"""The torch path of exact patterns against the definition in fp64: forward, backward, log-sum-exp,
+memory, precision.
 
-Tiles are made small, so that many of them meet at lengths a reference can afford; uninitialised memory is NaN.
-"""
+Tiles are made small, so that many of them meet at lengths a reference can afford; uninitialised
+memory is NaN."""
 
 import pytest
 import torch
-from effattn.kernels.flash import Blocks, Layout, Pattern, Window, attention, torch_blocks, torch_fused
+from effattn.kernels.flash import (
+    Blocks,
+    Layout,
+    Pattern,
+    Window,
+    attention,
+    torch_blocks,
+    torch_fused,
+)
 from effattn.kernels.flash.pattern import layout_of
 from effattn.kernels.flash.reference import attention as reference
 from hypothesis import given, settings
@@ -14,17 +23,35 @@ from torch.nn.functional import scaled_dot_product_attention
 
 WINDOW = Window(back=13)
 PATTERNS = [
-    Pattern(), WINDOW, Window(first=3, back=9), Window(back=5, ahead=8), Blocks(size=8), Blocks(size=11, look_back=2),
-    Blocks(first=2, size=7, look_back=1), Blocks(size=12, shifted=True),
+    Pattern(),
+    WINDOW,
+    Window(first=3, back=9),
+    Window(back=5, ahead=8),
+    Blocks(size=8),
+    Blocks(size=11, look_back=2),
+    Blocks(first=2, size=7, look_back=1),
+    Blocks(size=12, shifted=True),
     Blocks(first=2, size=9, look_back=1, shifted=True),
-]  # fmt: skip
+]
 
 
 def draw(*shape, dtype=torch.float64, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+    return torch.randn(
+        *shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    ).to(dtype)
 
 
-def inputs(batch=2, heads=4, kv_heads=2, queries=70, keys=70, dim=8, value_dim=8, dtype=torch.float64, seed=0):
+def inputs(
+    batch=2,
+    heads=4,
+    kv_heads=2,
+    queries=70,
+    keys=70,
+    dim=8,
+    value_dim=8,
+    dtype=torch.float64,
+    seed=0,
+):
     shapes = (heads, queries, dim), (kv_heads, keys, dim), (kv_heads, keys, value_dim)
     return [draw(batch, *shape, dtype=dtype, seed=3 * seed + n) for n, shape in enumerate(shapes)]
 
@@ -56,7 +83,9 @@ def layouts(kind: str, batch: int, keys: int, seed: int = 0) -> Layout:
         real = torch.rand(batch, keys, generator=torch.Generator().manual_seed(seed)) > 0.4
     if kind == "slots":
         return Layout(slots=3, tail=3 + 2 * batch + seed, start=torch.arange(batch) * 2)
-    if kind == "slots twice":  # the ring has not turned yet: positions 0 to 2 are there twice, and masked once
+    if (
+        kind == "slots twice"
+    ):  # the ring has not turned yet: positions 0 to 2 are there twice, and masked once
         real[:, 3:6] = False
         return Layout(slots=3, tail=0, mask=real)
     return layout_of(None if kind == "none" else real)
@@ -101,26 +130,55 @@ def compare(q, k, v, pattern, layout, *, causal, softcap=None, q_first=None):
         torch.testing.assert_close(run(q, k, v, pattern, layout, **options), truth)
     weights, weights_lse, seen = draw(*out.shape, seed=7), draw(*lse.shape, seed=8), sums.isfinite()
     got, right = (
-        torch.autograd.grad((o * weights).sum() + (torch.where(seen, s, 0.0) * weights_lse).sum(), leaves,
-                            allow_unused=True, materialize_grads=True)
+        torch.autograd.grad(
+            (o * weights).sum() + (torch.where(seen, s, 0.0) * weights_lse).sum(),
+            leaves,
+            allow_unused=True,
+            materialize_grads=True,
+        )
         for o, s in ((out, lse), (truth, sums))
-    )  # fmt: skip
+    )
     for one, other in zip(got, right, strict=True):
         torch.testing.assert_close(one, other)  # fails on NaN
 
 
 @settings(deadline=None, max_examples=150)
 @given(
-    pattern=st.sampled_from(PATTERNS), kind=st.sampled_from(KINDS), causal=st.booleans(), batch=st.integers(1, 3),
-    kv_heads=st.integers(1, 3), groups=st.integers(1, 3), queries=st.integers(1, 60), past=st.integers(0, 30),
-    value_dim=st.sampled_from([8, 5]), softcap=st.sampled_from([None, 2.0]), other=st.booleans(),
-    tile=st.sampled_from([16, 17, 64]), keys_at_a_time=st.sampled_from([7, 32]), work=st.sampled_from([64, 10**6]),
-    way=st.sampled_from(["fused", "one tile", "loop"]), seed=st.integers(0, 5),
-)  # fmt: skip
+    pattern=st.sampled_from(PATTERNS),
+    kind=st.sampled_from(KINDS),
+    causal=st.booleans(),
+    batch=st.integers(1, 3),
+    kv_heads=st.integers(1, 3),
+    groups=st.integers(1, 3),
+    queries=st.integers(1, 60),
+    past=st.integers(0, 30),
+    value_dim=st.sampled_from([8, 5]),
+    softcap=st.sampled_from([None, 2.0]),
+    other=st.booleans(),
+    tile=st.sampled_from([16, 17, 64]),
+    keys_at_a_time=st.sampled_from([7, 32]),
+    work=st.sampled_from([64, 10**6]),
+    way=st.sampled_from(["fused", "one tile", "loop"]),
+    seed=st.integers(0, 5),
+)
 def test_equals_the_definition(
-    pattern, kind, causal, batch, kv_heads, groups, queries, past, value_dim, softcap, other, tile, keys_at_a_time,
-    work, way, seed,
-):  # fmt: skip
+    pattern,
+    kind,
+    causal,
+    batch,
+    kv_heads,
+    groups,
+    queries,
+    past,
+    value_dim,
+    softcap,
+    other,
+    tile,
+    keys_at_a_time,
+    work,
+    way,
+    seed,
+):
     keys = queries + past + (6 if "slots" in kind else 0)
     heads = groups * kv_heads
     q, k, v = inputs(batch, heads, kv_heads, queries, keys, value_dim=value_dim, seed=seed)
@@ -129,10 +187,21 @@ def test_equals_the_definition(
         small_tiles(patch, tile, keys_at_a_time, work, short=99 if way == "one tile" else 0)
         if way == "loop":
             patch.setattr(torch_fused, "fits", lambda *_: False)
-        compare(q, k, v, pattern, layouts(kind, batch, keys, seed), causal=causal, softcap=softcap, q_first=q_first)
+        compare(
+            q,
+            k,
+            v,
+            pattern,
+            layouts(kind, batch, keys, seed),
+            causal=causal,
+            softcap=softcap,
+            q_first=q_first,
+        )
 
 
-@pytest.mark.parametrize("pattern", [*PATTERNS, Window(back=1), Blocks(size=1), Window(first=200, back=3)])
+@pytest.mark.parametrize(
+    "pattern", [*PATTERNS, Window(back=1), Blocks(size=1), Window(first=200, back=3)]
+)
 @pytest.mark.parametrize("kind", ["none", "left", "holes"])
 @pytest.mark.parametrize("short", [0, 99])
 def test_every_pattern_and_padding(pattern, kind, short, monkeypatch):
@@ -152,13 +221,17 @@ def test_gradcheck(small):
     layout = Layout(start=torch.tensor([1]))
 
     def call(q, k, v, q_first, softcap):
-        return run(q, k, v, Window(first=2, back=4), layout, q_first=q_first, softcap=softcap, lse=True)
+        return run(
+            q, k, v, Window(first=2, back=4), layout, q_first=q_first, softcap=softcap, lse=True
+        )
 
     for softcap in (None, 1.5):
         assert torch.autograd.gradcheck(call, (q, k, v, q_first, softcap))
 
 
-@pytest.mark.parametrize("pattern", [Pattern(), WINDOW, Window(first=3, back=9), Blocks(size=11, look_back=1)])
+@pytest.mark.parametrize(
+    "pattern", [Pattern(), WINDOW, Window(first=3, back=9), Blocks(size=11, look_back=1)]
+)
 @pytest.mark.parametrize("kind", ["none", "left"])
 @pytest.mark.parametrize("options", [{"lse": True}, {"softcap": 5.0}], ids=str)
 def test_the_future_changes_nothing(pattern, kind, options, small):
@@ -197,7 +270,9 @@ def test_queries_without_keys_have_no_gradient_whatever_comes_in(softcap, small)
         assert grad.isfinite().all()
 
 
-@pytest.mark.parametrize("pattern", [Window(back=64), Window(first=4, back=64), Blocks(size=64, look_back=1)])
+@pytest.mark.parametrize(
+    "pattern", [Window(back=64), Window(first=4, back=64), Blocks(size=64, look_back=1)]
+)
 def test_strided_inputs_as_transformers_passes_them(pattern):
     q, k, v = inputs(queries=300, keys=300, dtype=torch.float32)
     strided = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v)]
@@ -211,7 +286,9 @@ def rms(x):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("pattern", [Window(back=100), Window(first=4, back=50), Blocks(size=64, look_back=1)])
+@pytest.mark.parametrize(
+    "pattern", [Window(back=100), Window(first=4, back=50), Blocks(size=64, look_back=1)]
+)
 @pytest.mark.parametrize("softcap", [None, 30.0])
 def test_error_is_at_most_twice_that_of_plain_torch(dtype, pattern, softcap):
     q, k, v = (x.requires_grad_() for x in inputs(1, 4, 4, 400, 400, 32, 32, dtype))
@@ -231,8 +308,9 @@ def test_error_is_at_most_twice_that_of_plain_torch(dtype, pattern, softcap):
     for one, other, exactly in zip(
         [ours, *torch.autograd.grad(ours, (q, k, v), weights.to(dtype))],
         [plain, *torch.autograd.grad(plain, (q, k, v), weights.to(dtype))],
-        right, strict=True,
-    ):  # fmt: skip
+        right,
+        strict=True,
+    ):
         assert rms(one - exactly) <= 2 * rms(other - exactly) + 1e-12
         assert rms(one - exactly) < 0.005 * rms(exactly)
 
@@ -245,10 +323,12 @@ def test_products_in_bf16_where_the_cpu_has_units(pattern, tokens, monkeypatch):
     exact = [x.detach().double().requires_grad_() for x in (q, k, v)]
     truth, ours = (
         run(*x, pattern, layouts("left", 1, tokens), lse=True) for x in (exact, (q, k, v))
-    )  # fmt: skip
+    )
     weights = [draw(*x.shape) for x in truth]
     right = torch.autograd.grad(truth, exact, weights)
-    got = torch.autograd.grad(ours, (q, k, v), [w.to(x.dtype) for w, x in zip(weights, ours, strict=True)])
+    got = torch.autograd.grad(
+        ours, (q, k, v), [w.to(x.dtype) for w, x in zip(weights, ours, strict=True)]
+    )
     for one, other in zip([*ours, *got], [*truth, *right], strict=True):
         assert rms(one - other) < 0.006 * rms(other)
 
@@ -272,7 +352,9 @@ def largest_tensors(call) -> int:
             out = func(*args, **(kwargs or {}))
             for x in out if isinstance(out, (tuple, list)) else [out]:
                 if isinstance(x, torch.Tensor):
-                    self.largest = max(self.largest, x.untyped_storage().nbytes() // x.element_size())
+                    self.largest = max(
+                        self.largest, x.untyped_storage().nbytes() // x.element_size()
+                    )
             return out
 
     with Watch() as watch:
@@ -280,7 +362,9 @@ def largest_tensors(call) -> int:
     return watch.largest
 
 
-@pytest.mark.parametrize("pattern", [Window(back=64), Window(first=4, back=64), Blocks(size=64), Pattern()])
+@pytest.mark.parametrize(
+    "pattern", [Window(back=64), Window(first=4, back=64), Blocks(size=64), Pattern()]
+)
 @pytest.mark.parametrize("kind", ["none", "left"])
 def test_memory_is_linear(pattern, kind):
     torch.use_deterministic_algorithms(False)
@@ -308,12 +392,16 @@ def test_only_the_keys_in_reach_are_touched():
     assert torch.equal(run(q, k, v, Window(back=30), softcap=9.0), out)
 
 
-@pytest.mark.parametrize("pattern", [Pattern(), Window(first=2, back=20), Blocks(size=16, shifted=True)])
+@pytest.mark.parametrize(
+    "pattern", [Pattern(), Window(first=2, back=20), Blocks(size=16, shifted=True)]
+)
 @pytest.mark.parametrize("kind", ["none", "left"])
 def test_traces(pattern, kind):
     torch.use_deterministic_algorithms(False)
     layout = layouts(kind, 2, 40)
-    call = torch.compile(lambda *x: run(*x, pattern, layout, lse=True), backend="eager", fullgraph=True)
+    call = torch.compile(
+        lambda *x: run(*x, pattern, layout, lse=True), backend="eager", fullgraph=True
+    )
     q, k, v = inputs(queries=40, keys=40)
     with torch.no_grad():
         for one, other in zip(call(q, k, v), run(q, k, v, pattern, layout, lse=True), strict=True):

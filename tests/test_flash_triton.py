@@ -1,7 +1,7 @@
 """Triton's flash attention against the definition in fp64: outputs, log-sum-exps and all gradients.
 
-On a CPU the kernels run in Triton's interpreter, with small tiles; on a GPU natively, at sizes with several tiles.
-"""
+On a CPU the kernels run in Triton's interpreter, with small tiles; on a GPU natively, at sizes with
+several tiles."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ from effattn.kernels.flash.tiles import TILES  # noqa: E402
 DEVICE = "cuda" if GPU else "cpu"
 SCALE = 8 if GPU else 1  # of the lengths that must span tiles
 pytestmark = pytest.mark.skipif(
-    not GPU and os.environ["TRITON_INTERPRET"] != "1", reason="asked for compiled kernels, without a GPU"
+    not GPU and os.environ["TRITON_INTERPRET"] != "1",
+    reason="asked for compiled kernels, without a GPU",
 )
 
 
@@ -58,7 +59,9 @@ def plain(q, k, v, counts, *, scale, softcap=None, q_first=None, first=None):
     scores = scores.masked_fill(~counts, -torch.inf)
     blind = ~counts.any(dim=-1, keepdim=True).expand(*scores.shape[:3], 1)
     weights = torch.softmax(scores.masked_fill(blind, 0.0), dim=-1) * ~blind
-    return weights @ v, torch.logsumexp(scores.masked_fill(blind, 0.0), dim=-1).masked_fill(blind[..., 0], -torch.inf)
+    return weights @ v, torch.logsumexp(scores.masked_fill(blind, 0.0), dim=-1).masked_fill(
+        blind[..., 0], -torch.inf
+    )
 
 
 def error(x: torch.Tensor, true: torch.Tensor) -> float:
@@ -71,15 +74,42 @@ def error(x: torch.Tensor, true: torch.Tensor) -> float:
 
 
 def check(
-    queries: int, keys: int | None = None, *, batch=1, heads=2, kv_heads=1, dim=16, value_dim=None, pattern=None,
-    layout=None, causal=True, softcap=None, other=False, dtype=torch.float32, through=("out", "lse"), seed=0, like=None,
-):  # fmt: skip
+    queries: int,
+    keys: int | None = None,
+    *,
+    batch=1,
+    heads=2,
+    kv_heads=1,
+    dim=16,
+    value_dim=None,
+    pattern=None,
+    layout=None,
+    causal=True,
+    softcap=None,
+    other=False,
+    dtype=torch.float32,
+    through=("out", "lse"),
+    seed=0,
+    like=None,
+):
     """One call with gradients through `through`; `like` changes how the inputs lie in memory."""
-    keys, value_dim, pattern, layout = keys or queries, value_dim or dim, pattern or Pattern(), layout or Layout()
-    shapes = {"q": (heads, queries, dim), "k": (kv_heads, keys, dim), "v": (kv_heads, keys, value_dim)}
+    keys, value_dim, pattern, layout = (
+        keys or queries,
+        value_dim or dim,
+        pattern or Pattern(),
+        layout or Layout(),
+    )
+    shapes = {
+        "q": (heads, queries, dim),
+        "k": (kv_heads, keys, dim),
+        "v": (kv_heads, keys, value_dim),
+    }
     if other:
         shapes["q_first"] = (heads, queries, dim)
-    given_ = {name: draw(batch, *shape, seed=seed + n).to(dtype) for n, (name, shape) in enumerate(shapes.items())}
+    given_ = {
+        name: draw(batch, *shape, seed=seed + n).to(dtype)
+        for n, (name, shape) in enumerate(shapes.items())
+    }
     gradients = {
         "out": draw(batch, heads, queries, value_dim, seed=seed + 7),
         "lse": draw(batch, heads, queries, seed=8),
@@ -95,19 +125,26 @@ def check(
         inputs = {name: x.to(to).requires_grad_() for name, x in given_.items()}
         laid = {name: like(x) for name, x in inputs.items()} if like else inputs
         q, k, v, *rest = laid.values()
-        out, lse = function(q, k, v, scale=0.3, softcap=softcap, q_first=rest[0] if rest else None, **more)
+        out, lse = function(
+            q, k, v, scale=0.3, softcap=softcap, q_first=rest[0] if rest else None, **more
+        )
         results = {"out": out, "lse": lse}
         sums = torch.where(lse.isfinite(), lse, 0.0)
         loss = sum(
-            (x * gradients[name].to(x.dtype)).sum() for name, x in (("out", out), ("lse", sums)) if name in through
+            (x * gradients[name].to(x.dtype)).sum()
+            for name, x in (("out", out), ("lse", sums))
+            if name in through
         )
         found = torch.autograd.grad(loss, list(inputs.values()), allow_unused=True)
         zeros = [torch.zeros_like(x) for x in inputs.values()]
         return {x: y.detach() for x, y in results.items()} | {
-            f"d{name}": zero if x is None else x for name, x, zero in zip(inputs, found, zeros, strict=True)
+            f"d{name}": zero if x is None else x
+            for name, x, zero in zip(inputs, found, zeros, strict=True)
         }
 
-    got = run(attention, dtype, pattern=pattern, layout=layout, causal=causal, impl="triton", lse=True)
+    got = run(
+        attention, dtype, pattern=pattern, layout=layout, causal=causal, impl="triton", lse=True
+    )
     true = run(reference.attention, torch.float64, counts=counts, **marks)
     assert got["out"].dtype == dtype
     assert got["lse"].dtype == torch.float32
@@ -117,7 +154,10 @@ def check(
     assert (got["dq"][blind] == 0).all()
     budget = dict.fromkeys(got, 2e-6)
     if dtype != torch.float32:
-        budget = {name: 2 * error(x, true[name]) for name, x in run(plain, dtype, counts=counts, **marks).items()}
+        budget = {
+            name: 2 * error(x, true[name])
+            for name, x in run(plain, dtype, counts=counts, **marks).items()
+        }
         budget["lse"] = 2e-6
     errors = {name: error(x, true[name]) for name, x in got.items()}
     assert all(errors[name] <= max(budget[name], 2e-6) for name in got), (errors, budget)
@@ -141,50 +181,92 @@ CASES = {
     "window, two sides": dict(queries=TILED, causal=False, pattern=Window(back=5, ahead=7)),
     "window with inner tiles": dict(queries=113 * SCALE, heads=1, pattern=Window(back=71 * SCALE)),
     "window and sinks": dict(queries=TILED, pattern=Window(first=3, back=9)),
-    "window and sinks, both ways": dict(queries=TILED, causal=False, pattern=Window(first=3, back=9, ahead=2)),
+    "window and sinks, both ways": dict(
+        queries=TILED, causal=False, pattern=Window(first=3, back=9, ahead=2)
+    ),
     "blocks, shifted": dict(queries=TILED, pattern=Blocks(size=8, look_back=1, shifted=True)),
     "blocks, both ways": dict(queries=TILED, causal=False, pattern=Blocks(size=6, first=2)),
-    "blocks with inner tiles": dict(queries=121 * SCALE, pattern=Blocks(size=64 * SCALE, look_back=1, shifted=True)),
+    "blocks with inner tiles": dict(
+        queries=121 * SCALE, pattern=Blocks(size=64 * SCALE, look_back=1, shifted=True)
+    ),
     "softcap": dict(queries=TILED, softcap=0.7),
-    "softcap and sinks": dict(queries=TILED, softcap=1.5, pattern=Window(first=3, back=9), other=True),
+    "softcap and sinks": dict(
+        queries=TILED, softcap=1.5, pattern=Window(first=3, back=9), other=True
+    ),
     "other queries for the first": dict(queries=67 * SCALE, pattern=Pattern(first=5), other=True),
-    "other queries, both ways": dict(queries=TILED, pattern=Window(first=5, back=3, ahead=3), causal=False, other=True),
+    "other queries, both ways": dict(
+        queries=TILED, pattern=Window(first=5, back=3, ahead=3), causal=False, other=True
+    ),
     "other queries for none": dict(queries=9, pattern=Pattern(), other=True, heads=1),
     "slots": dict(
-        queries=6, keys=TILED, pattern=Window(first=3, back=8), other=True, heads=4, layout=Layout(slots=3, tail=40)
+        queries=6,
+        keys=TILED,
+        pattern=Window(first=3, back=8),
+        other=True,
+        heads=4,
+        layout=Layout(slots=3, tail=40),
     ),
     "slots, still whole": dict(
-        queries=9, keys=24, pattern=Window(first=4, back=8), batch=2, heads=2,
+        queries=9,
+        keys=24,
+        pattern=Window(first=4, back=8),
+        batch=2,
+        heads=2,
         layout=Layout(
-            slots=4, tail=0, start=torch.tensor([0, 3], device=DEVICE),
+            slots=4,
+            tail=0,
+            start=torch.tensor([0, 3], device=DEVICE),
             mask=mask_of("0000" + "1" * 20, "0000" + "000" + "1" * 17),
         ),
     ),
     "slots, shifted rows": dict(
-        queries=20, keys=31, pattern=Window(first=4, back=8), batch=2, heads=2, other=True,
+        queries=20,
+        keys=31,
+        pattern=Window(first=4, back=8),
+        batch=2,
+        heads=2,
+        other=True,
         layout=Layout(
-            slots=4, tail=5, start=torch.tensor([2, 8], device=DEVICE),
+            slots=4,
+            tail=5,
+            start=torch.tensor([2, 8], device=DEVICE),
             mask=mask_of("1110" + "1" * 27, "1111" + "000" + "1" * 24),
         ),
     ),
     "padding on the left": dict(
-        queries=23, batch=3, layout=layout_of(mask_of("0" * 5 + "1" * 18, "1" * 23, "0" * 23)), kv_heads=2
+        queries=23,
+        batch=3,
+        layout=layout_of(mask_of("0" * 5 + "1" * 18, "1" * 23, "0" * 23)),
+        kv_heads=2,
     ),
     "padding on the right": dict(
-        queries=23, batch=3, layout=layout_of(mask_of("1" * 5 + "0" * 18, "1" * 23, "0" * 23)),
-        pattern=Window(back=6, ahead=3), causal=False,
+        queries=23,
+        batch=3,
+        layout=layout_of(mask_of("1" * 5 + "0" * 18, "1" * 23, "0" * 23)),
+        pattern=Window(back=6, ahead=3),
+        causal=False,
     ),
     "padding over inner tiles": dict(
-        queries=101 * SCALE, batch=2, heads=1, layout=layout_of(mask_of("0" * 30 * SCALE + "1" * 71 * SCALE,
-                                                                          "1" * 99 * SCALE + "0" * 2 * SCALE)),
+        queries=101 * SCALE,
+        batch=2,
+        heads=1,
+        layout=layout_of(
+            mask_of("0" * 30 * SCALE + "1" * 71 * SCALE, "1" * 99 * SCALE + "0" * 2 * SCALE)
+        ),
     ),
     "padding and sinks": dict(
-        queries=31, batch=2, heads=1, layout=layout_of(mask_of("0" * 9 + "1" * 22, "0" * 30 + "1")),
-        pattern=Window(first=2, back=5), other=True,
+        queries=31,
+        batch=2,
+        heads=1,
+        layout=layout_of(mask_of("0" * 9 + "1" * 22, "0" * 30 + "1")),
+        pattern=Window(first=2, back=5),
+        other=True,
     ),
-    "bf16": dict(queries=TILED, keys=TILED + 8, pattern=Window(first=2, back=20), dtype=torch.bfloat16),
+    "bf16": dict(
+        queries=TILED, keys=TILED + 8, pattern=Window(first=2, back=20), dtype=torch.bfloat16
+    ),
     "fp16": dict(queries=TILED, keys=TILED + 8, softcap=2.0, dtype=torch.float16, value_dim=32),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -220,10 +302,15 @@ def test_any_shape(data):
         return
     batch, kv_heads = number(1, 2), number(1, 2)
     first = number(0, 4)
-    pattern = data.draw(st.sampled_from([
-        Pattern(first), Window(first, number(1, 40), number(1, 9)),
-        Blocks(first, number(2, 40), number(0, 2), data.draw(st.booleans())),
-    ]))  # fmt: skip
+    pattern = data.draw(
+        st.sampled_from(
+            [
+                Pattern(first),
+                Window(first, number(1, 40), number(1, 9)),
+                Blocks(first, number(2, 40), number(0, 2), data.draw(st.booleans())),
+            ]
+        )
+    )
     tail = number(slots, 30) if slots else 0
     start = mask = None
     if data.draw(st.booleans()):
@@ -231,14 +318,25 @@ def test_any_shape(data):
         mask = draw(batch, keys, seed=number(0, 99)) > -1.0
     causal, capped, other = (data.draw(st.booleans()) for _ in range(3))
     check(
-        queries, keys, batch=batch, heads=kv_heads * number(1, 2), kv_heads=kv_heads, dim=number(1, 24),
-        value_dim=number(1, 24), pattern=pattern, layout=Layout(slots=slots, tail=tail, start=start, mask=mask),
-        causal=causal, softcap=1.0 if capped else None, other=other,
-    )  # fmt: skip
+        queries,
+        keys,
+        batch=batch,
+        heads=kv_heads * number(1, 2),
+        kv_heads=kv_heads,
+        dim=number(1, 24),
+        value_dim=number(1, 24),
+        pattern=pattern,
+        layout=Layout(slots=slots, tail=tail, start=start, mask=mask),
+        causal=causal,
+        softcap=1.0 if capped else None,
+        other=other,
+    )
 
 
 def test_tiles_that_nobody_sees_are_not_visited():
-    """NaN in keys and values that a visit would spread; only the first keys and the window's own tiles are read."""
+    """NaN in keys and values that a visit would spread; only the first keys and the window's own
+    tiles are read.
+    """
     keys, far = 150 * SCALE, 70 * SCALE
     q, k, v = (draw(1, 1, size, 16, seed=n) for n, size in enumerate((8, keys, keys)))
     k[:, :, 40 * SCALE : far] = v[:, :, 40 * SCALE : far] = torch.nan
@@ -276,18 +374,26 @@ def test_nothing_to_do():
     assert attention(q[:, :, :0], q[:, :1], q[:, :1], impl="triton").shape == (1, 2, 0, 16)
 
 
-@pytest.mark.parametrize(("changes", "message"), [
-    (dict(dtype=torch.float64), "dtype: got torch.float64, valid"),
-    (dict(dim=300), "head size: got 512, valid are 1 to 256"),
-    (dict(layout=Layout(ring=torch.arange(4), total=4)), "layout: rings"),
-    (dict(layout=Layout(slots=1, tail=1, slots_at=torch.arange(1))), "layout: rings"),
-    (dict(layout=Layout(total=9)), "layout.total: got 9"),
-    (dict(pattern=type("Mine", (Window,), {})()), "pattern: got Mine, valid .* Pattern, Window, Blocks"),
-    (dict(scale=0.0), "valid are positive numbers"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(dtype=torch.float64), "dtype: got torch.float64, valid"),
+        (dict(dim=300), "head size: got 512, valid are 1 to 256"),
+        (dict(layout=Layout(ring=torch.arange(4), total=4)), "layout: rings"),
+        (dict(layout=Layout(slots=1, tail=1, slots_at=torch.arange(1))), "layout: rings"),
+        (dict(layout=Layout(total=9)), "layout.total: got 9"),
+        (
+            dict(pattern=type("Mine", (Window,), {})()),
+            "pattern: got Mine, valid .* Pattern, Window, Blocks",
+        ),
+        (dict(scale=0.0), "valid are positive numbers"),
+    ],
+)
 def test_refusals_name_what_is_valid(changes, message):
     changes = dict(changes)
-    q = torch.zeros(1, 1, 4, changes.pop("dim", 16), dtype=changes.pop("dtype", torch.float32), device=DEVICE)
+    q = torch.zeros(
+        1, 1, 4, changes.pop("dim", 16), dtype=changes.pop("dtype", torch.float32), device=DEVICE
+    )
     with pytest.raises(ValueError, match=message):
         attention(q, q, q, impl="triton", **changes)
 
@@ -298,5 +404,7 @@ def test_what_is_compiled_ahead_of_time_is_whole(arch):
     assert len({one["name"] for one in found}) == len(found)
     for one in found:
         assert list(one["signature"]) == one["kernel"].arg_names
-        assert {x for x, kind in one["signature"].items() if kind == "constexpr"} == set(one["constexprs"])
+        assert {x for x, kind in one["signature"].items() if kind == "constexpr"} == set(
+            one["constexprs"]
+        )
     assert all(set(TILES[kernel][arch]) == {64, 128, 256} for kernel in TILES)

@@ -9,16 +9,31 @@ def test_defaults_are_kivi():
     format = Format.parse("int4")
     assert format.k == Coding("int4", "channel", 64)
     assert format.v == Coding("int4", "token", 64)
-    assert (format.residual, format.first, format.pre_rope, format.rotate, format.flush) == (128, 0, False, "", 64)
+    assert (format.residual, format.first, format.pre_rope, format.rotate, format.flush) == (
+        128,
+        0,
+        False,
+        "",
+        64,
+    )
     assert Format.parse("int8").k == Coding("int8", "channel", 128, symmetric=True)
     assert Format.parse("int2").v.group == 32
 
 
 def test_options():
-    format = Format.parse("int4(v=2, residual=64, first=4, k_axis='token', symmetric=True, pre_rope=True, rotate=True)")
+    format = Format.parse(
+        "int4(v=2, residual=64, first=4, k_axis='token', symmetric=True, pre_rope=True, "
+        "rotate=True)"
+    )
     assert format.k == Coding("int4", "token", 64, symmetric=True)
     assert format.v == Coding("int2", "token", 32, symmetric=True)
-    assert (format.residual, format.first, format.pre_rope, format.rotate, format.flush) == (64, 4, True, "kv", 32)
+    assert (format.residual, format.first, format.pre_rope, format.rotate, format.flush) == (
+        64,
+        4,
+        True,
+        "kv",
+        32,
+    )
     assert Format.parse(str(format)) == format
 
 
@@ -51,15 +66,27 @@ def test_groups_adapt_to_the_head_dimension_and_say_so():
     assert Format.parse("int4").fit(80)[0].v.group == 40
     assert Format.parse("int8").fit(97)[0].v.group == 97
     assert str(format) == "int4"
-    with pytest.raises(ValueError, match=r"4 numbers share a byte.*head dimension 6; valid there are int8, int4, fp8"):
+    with pytest.raises(
+        ValueError,
+        match=r"4 numbers share a byte.*head dimension 6; valid there are int8, int4, fp8",
+    ):
         Format.parse("int2").fit(6)
     with pytest.raises(ValueError, match="valid groups are 1, 2, 4, 8, 16, 32"):
         Coding("int2", "token", 12).check(16, 32)
 
 
 def test_bits_of_the_reference_table():
-    """Bits an element, of K and V together, as computed by hand: codes, and 16 bits for each scale and zero point."""
-    table = {"int8": 8.125, "int4(group=128)": 4.25, "int4": 4.5, "int4(group=32)": 5, "int2": 3, "fp8": 8.125}
+    """Bits an element, of K and V together, as computed by hand: codes, and 16 bits for each scale
+    and zero point.
+    """
+    table = {
+        "int8": 8.125,
+        "int4(group=128)": 4.25,
+        "int4": 4.5,
+        "int4(group=32)": 5,
+        "int2": 3,
+        "fp8": 8.125,
+    }
     for spec, bits in table.items():
         assert Format.parse(spec).bytes_per_token(8, 128) == 8 * 2 * 128 * bits / 8
 

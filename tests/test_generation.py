@@ -1,4 +1,6 @@
-"""Generation after a swap: every way of decoding gives what recomputing everything gives, in bounded memory."""
+"""Generation after a swap: every way of decoding gives what recomputing everything gives, in
+bounded memory.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,12 @@ from effattn.hf.swap import restore, swap
 from effattn.states import ROLLBACK
 
 MODELS = {"llama": {}, "qwen3": {"num_key_value_heads": 2}}
-PATTERNS = ["dense", "block(block=4, look_back=1)", "sliding(window=6)", "sliding(window=5, sinks=3)"]
+PATTERNS = [
+    "dense",
+    "block(block=4, look_back=1)",
+    "sliding(window=6)",
+    "sliding(window=5, sinks=3)",
+]
 RINGS = PATTERNS[1:]
 
 
@@ -58,7 +65,9 @@ WAYS = {
 def test_every_way_of_decoding(kind, pattern):
     model, inputs = model_of(kind, pattern), batch()
     for way, options in WAYS.items():
-        assert torch.equal(generate(model, inputs, **options), recomputed(model, inputs, **options)), way
+        assert torch.equal(
+            generate(model, inputs, **options), recomputed(model, inputs, **options)
+        ), way
     greedy = recomputed(model, inputs)
     assert torch.equal(generate(model, inputs, prefill_chunk_size=3), greedy)
     one = {name: tensor[2:] for name, tensor in inputs.items()}
@@ -82,11 +91,18 @@ def test_memory_is_bounded_at_any_length(pattern):
     bound = backend.new_state().keep + ROLLBACK + backend.held(1000) - backend.new_state().ring
     new = 3 * bound
     cache = new_cache(model)
-    assert torch.equal(generate(model, inputs, new, past_key_values=cache), recomputed(model, inputs, new))
+    assert torch.equal(
+        generate(model, inputs, new, past_key_values=cache), recomputed(model, inputs, new)
+    )
     assert cache.get_seq_length() == 14 + new - 1
     token = describe(model).layers[0]["kv_bytes_per_token"]
     for layer in cache.layers:
-        assert layer.nbytes == layer.state.nbytes == layer.keys.nbytes + layer.values.nbytes == 2 * bound * token
+        assert (
+            layer.nbytes
+            == layer.state.nbytes
+            == layer.keys.nbytes + layer.values.nbytes
+            == 2 * bound * token
+        )
         assert layer.get_mask_sizes(1) == (14 + new, 0)
     assert f"{2 * bound * token} bytes" in repr(cache)
 
@@ -94,12 +110,16 @@ def test_memory_is_bounded_at_any_length(pattern):
 @pytest.mark.parametrize("pattern", RINGS)
 @pytest.mark.parametrize("prompt", [10, 70])
 def test_an_assistant_that_is_always_wrong(pattern, prompt):
-    """All 20 candidates are rejected again and again: more than a ring takes back by itself, from the first call on."""
+    """All 20 candidates are rejected again and again: more than a ring takes back by itself, from
+    the first call on.
+    """
     model, assistant = model_of(pattern=pattern), tiny("llama", seed=3)
     assistant.generation_config.num_assistant_tokens_schedule = "constant"
     assistant.generation_config.assistant_confidence_threshold = 0.0
     inputs, sizes = batch(1, prompt), []
-    model.register_forward_pre_hook(lambda _, __, kwargs: sizes.append(kwargs["input_ids"].shape[1]), with_kwargs=True)
+    model.register_forward_pre_hook(
+        lambda _, __, kwargs: sizes.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+    )
     got = generate(model, inputs, 30, assistant_model=assistant)
     assert sizes[0] == prompt + 20
     assert max(sizes[1:]) == 21
@@ -112,7 +132,9 @@ def test_a_swapped_assistant():
     inputs = batch(1, 40)
     assert torch.equal(generate(model, inputs, assistant_model=assistant), generate(model, inputs))
     swap(model, "block(block=5)")
-    assert torch.equal(generate(model, inputs, assistant_model=assistant), recomputed(model, inputs))
+    assert torch.equal(
+        generate(model, inputs, assistant_model=assistant), recomputed(model, inputs)
+    )
 
 
 @torch.no_grad()
@@ -125,7 +147,9 @@ def test_chunks_and_crops_by_hand(pattern):
         cache, seen, parts = make(), 0, []
         for size in (1, 30, 3, 1, 20, 5):
             at = slice(seen, seen := seen + size)
-            out = model(tokens[:, at], attention_mask=mask[:, :seen], past_key_values=cache, use_cache=True)
+            out = model(
+                tokens[:, at], attention_mask=mask[:, :seen], past_key_values=cache, use_cache=True
+            )
             cache = out.past_key_values
             parts.append(out.logits)
         real = mask.bool()
@@ -146,7 +170,9 @@ def test_chunks_and_crops_by_hand(pattern):
 @torch.no_grad()
 @pytest.mark.parametrize("told", [False, True])
 def test_recording_the_past(told):
-    """`activate_past_recording` on a cache with our layers: a long call can be taken back, but for its first token."""
+    """`activate_past_recording` on a cache with our layers: a long call can be taken back, but for
+    its first token.
+    """
     model, tokens = model_of(pattern="sliding(window=4)"), batch(1, 80)["input_ids"]
     cache = new_cache(model)
     model(tokens[:, :30], past_key_values=cache)
@@ -172,12 +198,16 @@ def test_rows_of_a_cache():
     cache.batch_select_indices(torch.tensor([0, 1, 3]))
     rows = tokens[[1, 0, 1]]
     expected = model(rows, use_cache=False).logits
-    torch.testing.assert_close(model(rows[:, 30:35], past_key_values=cache).logits, expected[:, 30:35])
+    torch.testing.assert_close(
+        model(rows[:, 30:35], past_key_values=cache).logits, expected[:, 30:35]
+    )
     for layer in cache.layers:
         layer.offload()
         layer.prefetch()
     cache.batch_select_indices(torch.tensor([False, True, True]))
-    torch.testing.assert_close(model(rows[1:, 35:], past_key_values=cache).logits, expected[1:, 35:])
+    torch.testing.assert_close(
+        model(rows[1:, 35:], past_key_values=cache).logits, expected[1:, 35:]
+    )
     cache.reset()
     assert cache.get_seq_length() == 0
     torch.testing.assert_close(model(rows, past_key_values=cache).logits, expected)
@@ -199,7 +229,10 @@ def test_which_layers_a_cache_gets():
     model = model_of("mistral", {"0": "dense", "1": "strided(stride=3)"}, sliding_window=8)
     for cache in (DynamicCache(), DynamicCache(config=model.config), new_cache(model)):
         generate(model, batch(), past_key_values=cache)
-        assert [type(layer) for layer in cache.layers] == [StateLayer, DynamicLayer]  # a window; everything
+        assert [type(layer) for layer in cache.layers] == [
+            StateLayer,
+            DynamicLayer,
+        ]  # a window; everything
     mixed = model_of("mistral", {"1": "sliding(window=5)"}, sliding_window=8)
     cache = new_cache(mixed)
     assert [type(layer) for layer in cache.layers] == [DynamicSlidingWindowLayer, StateLayer]
@@ -211,7 +244,11 @@ def test_caches_from_before_the_swap():
     model, tokens = tiny("llama"), batch(1, 30)["input_ids"]
     filled = model(tokens[:, :20]).past_key_values
     mix = model(tokens[:, :20]).past_key_values
-    for pattern in ("sliding(window=25)", "block(block=32)", "dense"):  # what the 20 tokens saw is the same in these
+    for pattern in (
+        "sliding(window=25)",
+        "block(block=32)",
+        "dense",
+    ):  # what the 20 tokens saw is the same in these
         swap(model, pattern)
         expected = model(tokens, use_cache=False).logits[:, 20:]
         torch.testing.assert_close(model(tokens[:, 20:], past_key_values=filled).logits, expected)
@@ -227,7 +264,9 @@ def test_caches_from_before_the_swap():
     mine.reset()
     model(tokens[:, 20:], past_key_values=mine)
     restore(model)
-    with pytest.raises(Unsupported, match=r"made by effattn.swap for its own attention.*a cache of its own"):
+    with pytest.raises(
+        Unsupported, match=r"made by effattn.swap for its own attention.*a cache of its own"
+    ):
         model(tokens[:, 20:], past_key_values=mine)
     with pytest.raises(Unsupported, match="updated twice without attention in between"):
         model(tokens[:, 20:], past_key_values=mine)
@@ -259,7 +298,9 @@ EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8}
 @torch.no_grad()
 @pytest.mark.parametrize("kind", FAMILIES)
 def test_positions_owned_by_the_layer_are_the_models(kind):
-    """As long as nothing has left the window, sinks are plain attention: raw keys and our rotation give the logits."""
+    """As long as nothing has left the window, sinks are plain attention: raw keys and our rotation
+    give the logits.
+    """
     options = OPTIONS.get(kind, {}) | (EXPERTS if kind == "gpt_oss" else {})
     model, inputs = tiny(kind, dtype=torch.float32, **options), batch(3, 20)
     model.set_attn_implementation("eager" if kind in ("gemma2", "gpt_oss") else "sdpa")
@@ -277,12 +318,16 @@ def test_positions_owned_by_the_layer_are_the_models(kind):
     tokens = torch.cat([inputs["input_ids"], step["input_ids"]], dim=1)
     whole = model(tokens, attention_mask=step["attention_mask"], use_cache=False).logits[:, -1:]
     step["position_ids"] = positions[:, -1:] + 1
-    torch.testing.assert_close(model(**step, past_key_values=out.past_key_values).logits, whole, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        model(**step, past_key_values=out.past_key_values).logits, whole, rtol=1e-4, atol=1e-4
+    )
 
 
 @torch.no_grad()
 def test_sinks_stand_at_their_place_in_the_cache():
-    """Far into a text, a window with sinks is what the model computes of sinks and window alone, side by side."""
+    """Far into a text, a window with sinks is what the model computes of sinks and window alone,
+    side by side.
+    """
     model, tokens = tiny("llama", num_hidden_layers=1), batch(1, 60)["input_ids"]
     kept = torch.cat([tokens[:, :3], tokens[:, -6:]], dim=1)
     expected = model(kept).logits[:, -1]
@@ -293,7 +338,10 @@ def test_sinks_stand_at_their_place_in_the_cache():
 @torch.no_grad()
 def test_sinks_refuse_positions_that_restart():
     model = model_of(pattern="sliding(window=6, sinks=3)")
-    tokens, positions = batch(2, 6)["input_ids"], torch.tensor([[0, 1, 2, 0, 1, 2], [0, 0, 1, 2, 3, 4]])
+    tokens, positions = (
+        batch(2, 6)["input_ids"],
+        torch.tensor([[0, 1, 2, 0, 1, 2], [0, 0, 1, 2, 3, 4]]),
+    )
     mask = torch.tensor([[1] * 6, [0] + [1] * 5])
     with pytest.raises(Unsupported, match="position_ids restart"):
         model(tokens, attention_mask=mask, position_ids=positions)
@@ -318,7 +366,9 @@ def test_compiled_decoding(pattern, compiler):
     for forward in (model, torch.compile(model, fullgraph=True, backend=counted)):
         cache = new_cache(model)
         model(tokens[:, :30], past_key_values=cache)
-        logits.append([forward(tokens[:, t : t + 1], past_key_values=cache).logits for t in range(30, 40)])
+        logits.append(
+            [forward(tokens[:, t : t + 1], past_key_values=cache).logits for t in range(30, 40)]
+        )
         assert cache.get_seq_length() == 40
     torch.testing.assert_close(logits[1], logits[0])
     assert 1 <= len(graphs) <= 4

@@ -1,4 +1,6 @@
-"""Every class that can hold fewer KV heads is converted, saved, and loaded by plain transformers."""
+"""Every class that can hold fewer KV heads is converted, saved, and loaded by plain
+transformers.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,11 @@ from effattn.hf.swap import restore, swap
 from effattn.projections import replace
 
 KINDS = sorted(kind for kind, family in hf.FAMILIES.items() if not family.gqa)
-NORMED = {"stablelm": {"qk_layernorm": True}, "cohere": {"use_qk_norm": True}, "phi": {"qk_layernorm": True}}
+NORMED = {
+    "stablelm": {"qk_layernorm": True},
+    "cohere": {"use_qk_norm": True},
+    "phi": {"qk_layernorm": True},
+}
 
 
 @torch.no_grad()
@@ -49,7 +55,10 @@ def test_mqa_and_a_second_reduction(kind, tokens):
     convert_gqa(model, 2, tokens, length=64)
     report = convert_gqa(model, 1, tokens, length=64)
     assert report.data["model"]["kv_heads_before"] == 2
-    assert report.data["kv_bytes_per_token"]["after"] * 2 == report.data["kv_bytes_per_token"]["before"]
+    assert (
+        report.data["kv_bytes_per_token"]["after"] * 2
+        == report.data["kv_bytes_per_token"]["before"]
+    )
     assert run(model, tokens).past_key_values.layers[0].keys.shape[1] == 1
 
 
@@ -70,24 +79,36 @@ def snapshot(model):
     return {name: value.clone() for name, value in model.state_dict().items()}
 
 
-@pytest.mark.parametrize(("arguments", "message"), [
-    ({"kv_heads": 3}, "kv_heads: got 3, the model has 8 KV heads; valid are the divisors 1, 2, 4, 8"),
-    ({"kv_heads": 16}, "valid are the divisors"),
-    ({"kv_heads": 0}, "valid are the divisors"),
-    ({"kv_heads": 2.0}, "valid are the divisors"),
-    ({"kv_heads": True}, "valid are the divisors"),
-    ({"method": "optimul"}, "method: got 'optimul' .did you mean 'optimal'"),
-    ({"grouping": "similar"}, "did you mean 'similarity'"),
-    ({"calibration": None}, "calibration: got None, method 'optimal' needs tokens"),
-    ({"calibration": None, "method": "mean"}, "calibration: got None, refit=True needs tokens"),
-    ({"calibration": torch.zeros(639, dtype=torch.int64)}, "got 639 tokens, at least 640 are needed"),
-    ({"calibration": torch.zeros(2, 640, dtype=torch.int64)}, r"got torch.int64 \(2, 640\), valid is"),
-    ({"calibration": torch.zeros(640)}, "got torch.float32"),
-    ({"calibration": [1, 2]}, "got list"),
-    ({"calibration": torch.full((640,), 96)}, "vocabulary is 0 to 95"),
-    ({"length": 0}, "length: got 0, valid is a number of tokens"),
-    ({"length": 64.0}, "length: got 64.0"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            {"kv_heads": 3},
+            "kv_heads: got 3, the model has 8 KV heads; valid are the divisors 1, 2, 4, 8",
+        ),
+        ({"kv_heads": 16}, "valid are the divisors"),
+        ({"kv_heads": 0}, "valid are the divisors"),
+        ({"kv_heads": 2.0}, "valid are the divisors"),
+        ({"kv_heads": True}, "valid are the divisors"),
+        ({"method": "optimul"}, "method: got 'optimul' .did you mean 'optimal'"),
+        ({"grouping": "similar"}, "did you mean 'similarity'"),
+        ({"calibration": None}, "calibration: got None, method 'optimal' needs tokens"),
+        ({"calibration": None, "method": "mean"}, "calibration: got None, refit=True needs tokens"),
+        (
+            {"calibration": torch.zeros(639, dtype=torch.int64)},
+            "got 639 tokens, at least 640 are needed",
+        ),
+        (
+            {"calibration": torch.zeros(2, 640, dtype=torch.int64)},
+            r"got torch.int64 \(2, 640\), valid is",
+        ),
+        ({"calibration": torch.zeros(640)}, "got torch.float32"),
+        ({"calibration": [1, 2]}, "got list"),
+        ({"calibration": torch.full((640,), 96)}, "vocabulary is 0 to 95"),
+        ({"length": 0}, "length: got 0, valid is a number of tokens"),
+        ({"length": 64.0}, "length: got 64.0"),
+    ],
+)
 def test_bad_arguments_are_refused_before_anything_changes(arguments, message, tokens):
     model = tiny("llama")
     before = snapshot(model)
@@ -99,13 +120,22 @@ def test_bad_arguments_are_refused_before_anything_changes(arguments, message, t
 
 def test_windows_longer_than_the_text_are_refused(tokens):
     model = tiny("llama", max_position_embeddings=9000)
-    with pytest.raises(ValueError, match="length: got windows of 8,192 tokens, calibration has 2,048"):
+    with pytest.raises(
+        ValueError, match="length: got windows of 8,192 tokens, calibration has 2,048"
+    ):
         convert_gqa(model, 2, tokens, length=8192)
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
 @pytest.mark.parametrize(
-    ("kind", "extra"), [("llama", {}), ("qwen2", {}), ("phi3", {}), ("olmo2", {}), ("stablelm", {"qk_layernorm": True})]
+    ("kind", "extra"),
+    [
+        ("llama", {}),
+        ("qwen2", {}),
+        ("phi3", {}),
+        ("olmo2", {}),
+        ("stablelm", {"qk_layernorm": True}),
+    ],
 )
 def test_all_or_nothing(kind, extra, error, tokens):
     """An error in the last of all steps leaves the same parameters, modules, sizes and config."""
@@ -141,7 +171,11 @@ def test_heads_and_projections_are_changed_both_or_neither(tokens, monkeypatch):
         assert hf.of(model).kv_heads == 2
         raise KeyboardInterrupt
 
-    change = {"heads": "gqa(kv_heads=2, length=64)", "projections": "monarch(blocks=4)", "calibration": tokens}
+    change = {
+        "heads": "gqa(kv_heads=2, length=64)",
+        "projections": "monarch(blocks=4)",
+        "calibration": tokens,
+    }
     monkeypatch.setattr(replace, "fit", stop)
     with pytest.raises(KeyboardInterrupt):
         swap(model, **change)
@@ -154,16 +188,22 @@ def test_heads_and_projections_are_changed_both_or_neither(tokens, monkeypatch):
 
 
 @pytest.mark.parametrize("part", ["norm", "q", "k", "v", "o"])
-@pytest.mark.parametrize(("kind", "method"), [("llama", "optimal"), ("glm", "optimal"), ("qwen2", "aligned")])
+@pytest.mark.parametrize(
+    ("kind", "method"), [("llama", "optimal"), ("glm", "optimal"), ("qwen2", "aligned")]
+)
 def test_a_dead_layer_is_converted_to_a_dead_layer(kind, method, part, tokens):
-    """What is 0 tells nothing about heads: whatever is made of it is finite and of the usual size."""
+    """What is 0 tells nothing about heads: whatever is made of it is finite and of the usual
+    size.
+    """
     model = tiny(kind, dtype=torch.float32)
     layer = hf.of(model).layers[1]
     dead = layer.block.input_layernorm if part == "norm" else getattr(layer, part).module
     torch.nn.init.zeros_(dead.weight)
     largest = max(float(p.detach().abs().max()) for p in layer.attention.parameters())
     report = convert_gqa(model, 2, tokens, method=method, length=64)
-    assert all(0 <= report.layers[1][name] <= 1.5 for name in ("k_error", "v_error", "attention_error"))
+    assert all(
+        0 <= report.layers[1][name] <= 1.5 for name in ("k_error", "v_error", "attention_error")
+    )
     assert torch.isfinite(run(model, tokens).logits).all()
     assert max(float(p.detach().abs().max()) for p in layer.attention.parameters()) < 10 * largest
 
@@ -172,16 +212,22 @@ def test_a_dead_layer_is_converted_to_a_dead_layer(kind, method, part, tokens):
 def test_what_a_swap_learned_for_its_heads_is_refused(spec, tokens):
     model = swap(tiny("llama"), spec)
     before = snapshot(model)
-    with pytest.raises(Unsupported, match=r"layer 0 has what .* learned for its 8 K/V heads; effattn\.restore"):
+    with pytest.raises(
+        Unsupported, match=r"layer 0 has what .* learned for its 8 K/V heads; effattn\.restore"
+    ):
         convert_gqa(model, 2, tokens, length=64)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     convert_gqa(restore(model), 2, tokens, length=64)
 
 
-@pytest.mark.parametrize("change", [{"pattern": "sliding(window=9, sink_logits=True)"}, {"positions": "alibi"}])
+@pytest.mark.parametrize(
+    "change", [{"pattern": "sliding(window=9, sink_logits=True)"}, {"positions": "alibi"}]
+)
 def test_heads_of_a_swapped_model_do_not_change_places(change, tokens):
     model = swap(tiny("llama"), **change)
-    with pytest.raises(Unsupported, match="grouping: 'similarity' moves heads, and LlamaForCausalLM is swapped"):
+    with pytest.raises(
+        Unsupported, match="grouping: 'similarity' moves heads, and LlamaForCausalLM is swapped"
+    ):
         convert_gqa(model, 2, tokens, length=64, grouping="similarity")
     convert_gqa(model, 2, tokens, length=64)
     assert hf.of(model).kv_heads == 2

@@ -1,4 +1,6 @@
-"""Hard concrete gates are distributed as the paper says, settle to exactly k, and multipliers climb."""
+"""Hard concrete gates are distributed as the paper says, settle to exactly k, and multipliers
+climb.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,9 @@ def test_open_probability_is_that_of_samples(log_alpha):
     assert 0 <= z.min() <= z.max() <= 1
     # By symmetry z is 1 as often as it is 0 at -log alpha.
     ones = 1 - hard_concrete.open_probability(torch.tensor(-log_alpha)).item()
-    assert (z == 1).float().mean().item() == pytest.approx(ones, abs=4 * (ones * (1 - ones) / N) ** 0.5)
+    assert (z == 1).float().mean().item() == pytest.approx(
+        ones, abs=4 * (ones * (1 - ones) / N) ** 0.5
+    )
 
 
 def test_the_ends_of_the_noise_are_finite():
@@ -50,19 +54,24 @@ def test_settled_gates_are_exactly_k_a_row_even_when_all_are_equal():
     assert (z > 0).sum(-1).tolist() == [4, 4, 4]
     for row, gates in zip(log_alpha, z, strict=True):
         assert set(row.topk(4).indices.tolist()) == set(gates.nonzero().flatten().tolist())
-        torch.testing.assert_close(gates[gates > 0], torch.sigmoid(0.8 * row[gates > 0] / hard_concrete.BETA))
+        torch.testing.assert_close(
+            gates[gates > 0], torch.sigmoid(0.8 * row[gates > 0] / hard_concrete.BETA)
+        )
     assert int((hard_concrete.settled(torch.zeros(10), 3) > 0).sum()) == 3
     expected = hard_concrete.open_probability(log_alpha).sum(-1).round().int().tolist()
     assert (hard_concrete.settled(log_alpha) > 0).sum(-1).tolist() == expected
 
 
 def test_multipliers_climb_and_masks_fall_until_the_shape_is_met():
-    """Nothing but the constraints: gradient descent on everything ends at the target, row by row."""
+    """Nothing but the constraints: gradient descent on everything ends at the target, row by
+    row.
+    """
     masks = Masks(hf.of(tiny("llama")), {"heads": 2, "ffn": 24, "hidden": 32}, start=2.0)
     constraints = Lagrangian(masks, warmup=30)
     assert constraints.targets(15)["heads"] == pytest.approx(0.5 * 0.75)
-    optimizer = torch.optim.Adam([{"params": masks.parameters(), "lr": 0.2},
-                                  {"params": constraints.parameters(), "lr": 0.2}])  # fmt: skip
+    optimizer = torch.optim.Adam(
+        [{"params": masks.parameters(), "lr": 0.2}, {"params": constraints.parameters(), "lr": 0.2}]
+    )
     for step in range(150):
         optimizer.zero_grad()
         constraints(masks.removed(), step).backward()
@@ -75,15 +84,21 @@ def test_multipliers_climb_and_masks_fall_until_the_shape_is_met():
 
 
 def test_a_ranking_is_kept_while_the_rows_close():
-    """Constraints alone close the lowest ranks of every row, sharply: what stays is nearly open, the rest shut."""
+    """Constraints alone close the lowest ranks of every row, sharply: what stays is nearly open,
+    the rest shut.
+    """
     masks = Masks(hf.of(tiny("llama")), {"ffn": 24})
     importance = torch.rand(2, 96, generator=torch.Generator().manual_seed(0))
     masks.rank("ffn", importance)
     assert masks.removed()["ffn"].max() < 0.02
     constraints, steps = Lagrangian(masks, warmup=60), 100
     _, level_lr, multiplier_lr = default_mask_lrs(steps, ramp=0.6)
-    optimizer = torch.optim.Adam([{"params": masks.level.parameters(), "lr": level_lr},
-                                  {"params": constraints.parameters(), "lr": multiplier_lr}])  # fmt: skip
+    optimizer = torch.optim.Adam(
+        [
+            {"params": masks.level.parameters(), "lr": level_lr},
+            {"params": constraints.parameters(), "lr": multiplier_lr},
+        ]
+    )
     for step in range(steps):
         optimizer.zero_grad()
         constraints(masks.removed(), step).backward()

@@ -15,7 +15,9 @@ from effattn.heads.grouping import by_similarity, contiguous
 from effattn.heads.methods import Heads, relative_errors
 from effattn.hf import anatomy as hf
 
-TIGHT = 1e-5  # RMSNorm casts to fp32 inside transformers; a lossy merge moves logits by 0.01 and more
+TIGHT = (
+    1e-5  # RMSNorm casts to fp32 inside transformers; a lossy merge moves logits by 0.01 and more
+)
 PER_HEAD_NORMS = {"stablelm": {"qk_layernorm": True}, "cohere": {"use_qk_norm": True}}
 CALIBRATION = dict(length=64, batch=8)
 
@@ -34,14 +36,17 @@ def plant(model, groups: int) -> None:
             if part.module.bias is not None:
                 rows = part._rows(part.module.bias.detach())
                 rows.copy_(rows[::size].repeat_interleave(size, 0).clone())
-        if layer.k_norm is not None and getattr(layer.k_norm, "weight", torch.empty(0)).dim() == 2:  # one gain a head
+        if (
+            layer.k_norm is not None and getattr(layer.k_norm, "weight", torch.empty(0)).dim() == 2
+        ):  # one gain a head
             gains = layer.k_norm.weight.detach()
             gains.copy_(gains[::size].repeat_interleave(size, 0).clone())
 
 
 def regauge(model, seed: int, general: bool) -> None:
-    """Rewrites every head in another gauge of the same function: phases on K with Q and rotations on V with O,
-    or (general) any complex factor and any invertible matrix. Biases of K and Q must be zero."""
+    """Rewrites every head in another gauge of the same function: phases on K with Q and rotations
+    on V with O, or (general) any complex factor and any invertible matrix. Biases of K and Q must
+    be zero."""
     generator = torch.Generator().manual_seed(seed)
     for layer in hf.of(model):
         d, heads = layer.head_dim, layer.heads
@@ -64,12 +69,16 @@ def regauge(model, seed: int, general: bool) -> None:
 
 
 def converted(model, kv_heads, tokens, method, **options):
-    convert_gqa(model, kv_heads, tokens, method=method, **{"refit": False, **CALIBRATION, **options})
+    convert_gqa(
+        model, kv_heads, tokens, method=method, **{"refit": False, **CALIBRATION, **options}
+    )
     return model
 
 
 @pytest.mark.parametrize("method", ["mean", "first", "aligned", "optimal"])
-@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3", "olmo2", "phi3", "stablelm", "gemma", "cohere"])
+@pytest.mark.parametrize(
+    "kind", ["llama", "qwen2", "qwen3", "olmo2", "phi3", "stablelm", "gemma", "cohere"]
+)
 def test_planted_heads_are_merged_without_loss(kind, method, tokens):
     model = tiny(kind, **PER_HEAD_NORMS.get(kind, {}))
     plant(model, 2)
@@ -77,9 +86,14 @@ def test_planted_heads_are_merged_without_loss(kind, method, tokens):
     assert (logits(converted(model, 2, tokens, method), tokens) - before).abs().max() < TIGHT
 
 
-@pytest.mark.parametrize(("method", "phases", "general"), [
-    ("mean", False, False), ("aligned", True, False), ("optimal", True, True),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("method", "phases", "general"),
+    [
+        ("mean", False, False),
+        ("aligned", True, False),
+        ("optimal", True, True),
+    ],
+)
 def test_planted_heads_in_another_gauge(method, phases, general, tokens):
     for kind, lossless in ((False, phases), (True, general)):
         model = tiny("llama")
@@ -91,7 +105,9 @@ def test_planted_heads_in_another_gauge(method, phases, general, tokens):
         assert (error < TIGHT) == lossless, (method, kind, float(error))
 
 
-@pytest.mark.parametrize("kind", ["llama", "stablelm", "glm"])  # full, partial, partial interleaved rotary
+@pytest.mark.parametrize(
+    "kind", ["llama", "stablelm", "glm"]
+)  # full, partial, partial interleaved rotary
 def test_optimal_does_not_depend_on_the_gauge(kind, tokens):
     results = []
     for seed in (None, 1, 2):
@@ -153,13 +169,18 @@ def test_refit_never_raises_the_calibration_error(kind, method, tokens):
 
 
 def test_optimal_loses_least_by_its_own_measure(tokens):
-    errors = {m: convert_gqa(tiny("llama"), 2, tokens, method=m, **CALIBRATION).data["layers"][0] for m in METHODS}
+    errors = {
+        m: convert_gqa(tiny("llama"), 2, tokens, method=m, **CALIBRATION).data["layers"][0]
+        for m in METHODS
+    }
     for method, row in errors.items():
         assert errors["optimal"]["k_error"] <= row["k_error"] + 1e-12, method
         assert errors["optimal"]["v_error"] <= row["v_error"] + 1e-12, method
 
 
-def random_heads(count: int, d: int, hidden: int, rotary: int, seed: int, normed: str | None = None) -> Heads:
+def random_heads(
+    count: int, d: int, hidden: int, rotary: int, seed: int, normed: str | None = None
+) -> Heads:
     g = torch.Generator().manual_seed(seed)
 
     def draw(*shape):
@@ -170,31 +191,47 @@ def random_heads(count: int, d: int, hidden: int, rotary: int, seed: int, normed
     dims = torch.arange(rotary)
     pairs = (dims[: rotary // 2], dims[rotary // 2 :])
     return Heads(
-        draw(count, d, hidden + 1), draw(count, d, hidden + 1), x.T @ x / len(x), q @ q.transpose(1, 2),
-        o.transpose(1, 2) @ o, pairs, normed,
-    )  # fmt: skip
+        draw(count, d, hidden + 1),
+        draw(count, d, hidden + 1),
+        x.T @ x / len(x),
+        q @ q.transpose(1, 2),
+        o.transpose(1, 2) @ o,
+        pairs,
+        normed,
+    )
 
 
 @settings(max_examples=40, deadline=None)
 @given(
-    count=st.sampled_from([2, 3, 4]), d=st.sampled_from([2, 4, 6]), hidden=st.integers(6, 24),
-    rotary=st.integers(0, 6), seed=st.integers(0, 10**6), normed=st.sampled_from([None, "rms", "layer"]),
-)  # fmt: skip
+    count=st.sampled_from([2, 3, 4]),
+    d=st.sampled_from([2, 4, 6]),
+    hidden=st.integers(6, 24),
+    rotary=st.integers(0, 6),
+    seed=st.integers(0, 10**6),
+    normed=st.sampled_from([None, "rms", "layer"]),
+)
 def test_any_shape_merges_within_bounds(count, d, hidden, rotary, seed, normed):
-    """Errors are shares (optimal never above 1: writing zeros is always allowed), stand-ins have the right
-    shapes, and optimal never loses more than the mean or the aligned mean."""
+    """Errors are shares (optimal never above 1: writing zeros is always allowed), stand-ins have
+    the right shapes, and optimal never loses more than the mean or the aligned mean."""
     heads = random_heads(count, d, hidden, rotary, seed, normed)
     errors = {}
     for name, method in METHODS.items():
         merged = method(heads)
         assert merged.key.shape == merged.value.shape == (d, hidden + 1)
         assert merged.key_maps.shape == merged.value_maps.shape == (count, d, d)
-        assert all(torch.isfinite(t).all() for t in (merged.key, merged.value, merged.key_maps, merged.value_maps))
+        assert all(
+            torch.isfinite(t).all()
+            for t in (merged.key, merged.value, merged.key_maps, merged.value_maps)
+        )
         errors[name] = relative_errors(heads, merged)
     assert errors["optimal"][1] <= min(1.0, *(e[1] for e in errors.values())) + 1e-9
-    if normed is None and d == 2:  # one frequency: the query weight has no cross terms between pairs
+    if (
+        normed is None and d == 2
+    ):  # one frequency: the query weight has no cross terms between pairs
         weighted = heads.query.diagonal(dim1=1, dim2=2)
-        heads.query = torch.diag_embed(weighted.mean(1, keepdim=True).expand_as(weighted))  # |q|^2, as optimal sees it
+        heads.query = torch.diag_embed(
+            weighted.mean(1, keepdim=True).expand_as(weighted)
+        )  # |q|^2, as optimal sees it
         for name, method in METHODS.items():
             errors[name] = relative_errors(heads, method(heads))
         assert errors["optimal"][0] <= min(e[0] for e in errors.values()) + 1e-9
@@ -211,9 +248,12 @@ def test_similarity_finds_planted_pairs(seed, count):
     heads = base.select(twins)
     groups = by_similarity(heads, half, METHODS["optimal"])
     assert sorted(h for g in groups for h in g) == list(range(count))
-    lost = sum(sum(relative_errors(heads.select(g), METHODS["optimal"](heads.select(g)))) for g in groups)
+    lost = sum(
+        sum(relative_errors(heads.select(g), METHODS["optimal"](heads.select(g)))) for g in groups
+    )
     start = sum(
-        sum(relative_errors(heads.select(g), METHODS["optimal"](heads.select(g)))) for g in contiguous(count, half)
+        sum(relative_errors(heads.select(g), METHODS["optimal"](heads.select(g))))
+        for g in contiguous(count, half)
     )
     assert lost <= start + 1e-12
     assert lost < 1e-9
@@ -221,7 +261,9 @@ def test_similarity_finds_planted_pairs(seed, count):
 
 @pytest.mark.parametrize("kind", ["llama", "olmo2", "stablelm", "cohere"])
 def test_grouping_by_similarity_undoes_a_shuffle(kind, tokens):
-    """Planted pairs, then shuffled heads: neighbours would lose, the right grouping loses nothing."""
+    """Planted pairs, then shuffled heads: neighbours would lose, the right grouping loses
+    nothing.
+    """
     model = tiny(kind, **PER_HEAD_NORMS.get(kind, {}))
     plant(model, 4)
     order = [0, 2, 4, 6, 1, 3, 5, 7]

@@ -1,4 +1,6 @@
-"""A config.json from outside: one clear line for whatever it holds, before anything is built, run or asked."""
+"""A config.json from outside: one clear line for whatever it holds, before anything is built, run
+or asked.
+"""
 
 from __future__ import annotations
 
@@ -68,9 +70,15 @@ RECORDS = [
     ({"pattern": {"0": "sliding(windows=4)"}}, "did you mean 'window'"),
     ({"pattern": {"0": "sliding(window=__import__('os'))"}}, "is not a literal value"),
     ({"pattern": {"0": "(" * 9000 + ")" * 9000}}, "valid is a spec"),
-    ({"pattern": {"0": "linformer(k=1000000000, max_length=1000000000)"}}, "k: got 1000000000, valid here is up to"),
+    (
+        {"pattern": {"0": "linformer(k=1000000000, max_length=1000000000)"}},
+        "k: got 1000000000, valid here is up to",
+    ),
     ({"pattern": {"0": "linformer(k=1000000, max_length=1000000)"}}, "too large together"),
-    ({"pattern": {"0": "longformer(window=4, global_tokens=[0, 99999999999])"}}, "global_tokens: got 99999999999"),
+    (
+        {"pattern": {"0": "longformer(window=4, global_tokens=[0, 99999999999])"}},
+        "global_tokens: got 99999999999",
+    ),
     ({"pattern": {"0": "performer(features=1" + "0" * 400 + ")"}}, "features: got"),
     ({"pattern": {"0": "sliding(window=-4)"}}, "window"),
     ({"positions": {"0": "yarn(factor=nan)"}}, "positions: 0"),
@@ -89,10 +97,19 @@ RECORDS = [
     ({"trained": {"rope_parameters": {"rope_theta": float("nan")}}}, "rope_theta: got nan"),
     ({"trained": {"rope_parameters": nested(40)}}, "nested too deeply"),
     ({"projections": ["x"]}, "projections: got ['x']"),
-    ({"projections": {"model.layers.0.mlp.up_proj": MONARCH | {"blocks": 10**15}}}, "blocks: got 1000000000000000"),
+    (
+        {"projections": {"model.layers.0.mlp.up_proj": MONARCH | {"blocks": 10**15}}},
+        "blocks: got 1000000000000000",
+    ),
     ({"projections": {"model.layers.0.mlp.up_proj": MONARCH | {"blocks": "8"}}}, "blocks: got '8'"),
-    ({"projections": {"model.layers.0.mlp.up_proj": MONARCH | {"error": float("inf")}}}, "error: got inf"),
-    ({"projections": {"model.layers.0.mlp.up_proj": MONARCH | {"more": 1}}}, "does not fit the model"),
+    (
+        {"projections": {"model.layers.0.mlp.up_proj": MONARCH | {"error": float("inf")}}},
+        "error: got inf",
+    ),
+    (
+        {"projections": {"model.layers.0.mlp.up_proj": MONARCH | {"more": 1}}},
+        "does not fit the model",
+    ),
     ({"projections": {"model.layers.0.mlp": MONARCH}}, "'model.layers.0.mlp': "),
     ({"projections": {"__class__.x": MONARCH}}, "'__class__.x': "),
     ({"packed": "model.layers.0.mlp.up_proj"}, "packed: got 'model"),
@@ -115,7 +132,10 @@ FIELDS = [
     ({"model_type": "effattn"}, "model_type"),
     ({"model_type": "goat", "auto_map": {"AutoConfig": "code.Config"}}, "model_type: got 'goat'"),
     ({"attn_implementation": "kernels-community/flash-attn"}, "code from the hub is never run"),
-    ({"_attn_implementation": "kernels-community/flash-attn:run"}, "code from the hub is never run"),
+    (
+        {"_attn_implementation": "kernels-community/flash-attn:run"},
+        "code from the hub is never run",
+    ),
     ({"_attn_implementation": {"": "owner/name"}}, "code from the hub is never run"),
     ({"attn_implementation": 3}, "attn_implementation: got 3"),
     ({"experts_implementation": "owner/name"}, "code from the hub is never run"),
@@ -143,10 +163,14 @@ FIELDS = [
 ]
 
 
-@pytest.mark.parametrize(("fields", "message"), FIELDS, ids=[f"{next(iter(f))}={m}" for f, m in FIELDS])
+@pytest.mark.parametrize(
+    ("fields", "message"), FIELDS, ids=[f"{next(iter(f))}={m}" for f, m in FIELDS]
+)
 def test_entries_of_a_config_are_checked(fields, message, saved):
     folder, config = saved
-    assert message in refused(folder, json.dumps({k: v for k, v in config.items() if k != "effattn"} | fields))
+    assert message in refused(
+        folder, json.dumps({k: v for k, v in config.items() if k != "effattn"} | fields)
+    )
 
 
 TEXTS = [
@@ -213,7 +237,25 @@ def test_what_is_valid_passes(saved):
     assert effattn.describe(loaded).layers[0]["pattern"] == SPEC
 
 
-VALUES = [None, True, 0, -1, 3, 10**18, 1.5, float("nan"), "", "x", "a" * 1000, "effattn", [], [1], ["x"], {}, {"a": 1}]
+VALUES = [
+    None,
+    True,
+    0,
+    -1,
+    3,
+    10**18,
+    1.5,
+    float("nan"),
+    "",
+    "x",
+    "a" * 1000,
+    "effattn",
+    [],
+    [1],
+    ["x"],
+    {},
+    {"a": 1},
+]
 
 
 def test_no_change_of_an_entry_ends_in_a_traceback(saved):
@@ -224,9 +266,17 @@ def test_no_change_of_an_entry_ends_in_a_traceback(saved):
     for _ in range(40):
         config = json.loads(json.dumps(whole))
         inside = draw.choice(
-            [config, config, config["effattn"], config["effattn"]["pattern"], config["rope_parameters"]]
+            [
+                config,
+                config,
+                config["effattn"],
+                config["effattn"]["pattern"],
+                config["rope_parameters"],
+            ]
         )
-        inside[draw.choice([*inside, "attn_implementation", "trained", "dtype"])] = draw.choice(VALUES)
+        inside[draw.choice([*inside, "attn_implementation", "trained", "dtype"])] = draw.choice(
+            VALUES
+        )
         (folder / "config.json").write_text(json.dumps(config))
         try:
             effattn.load(folder)
@@ -241,14 +291,31 @@ def test_the_command_line_says_it_in_one_line(saved, tmp_path):
     (folder / "config.json").write_text(
         json.dumps(config | {"effattn": {"trained": {"_attn_implementation": "eager"}}})
     )
-    command = [sys.executable, "-m", "effattn.cli", "convert-gqa", "--model", folder, "--kv-heads", "1"]
+    command = [
+        sys.executable,
+        "-m",
+        "effattn.cli",
+        "convert-gqa",
+        "--model",
+        folder,
+        "--kv-heads",
+        "1",
+    ]
     command += ["--output", tmp_path / "out"]
     done = subprocess.run(
-        list(map(str, command)), capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=300
+        list(map(str, command)),
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+        timeout=300,
     )
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
-    assert done.stderr.strip().splitlines()[-1].startswith("error: config.json: effattn: trained: got '_attn_impl")
+    assert (
+        done.stderr.strip()
+        .splitlines()[-1]
+        .startswith("error: config.json: effattn: trained: got '_attn_impl")
+    )
     assert not (tmp_path / "out").exists()
 
 
@@ -256,12 +323,18 @@ def test_code_of_a_checkpoint_is_never_run_or_asked_about(monkeypatch, tmp_path)
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked"))
     LlamaForCausalLM(LlamaConfig(**SMALL)).save_pretrained(tmp_path)
     (tmp_path / "code.py").write_text("raise SystemExit('run')")
-    (tmp_path / "tokenizer.json").write_text((effattn.embedded.directory() / "tokenizer.json").read_text())
+    (tmp_path / "tokenizer.json").write_text(
+        (effattn.embedded.directory() / "tokenizer.json").read_text()
+    )
     mapped = {"auto_map": {"AutoTokenizer": ["code.Slow", "code.Fast"]}, "tokenizer_class": "Goat"}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(mapped))
     file = tmp_path / "config.json"
     config = json.loads(file.read_text())
-    file.write_text(json.dumps(config | {"auto_map": {"AutoConfig": "code.C", "AutoModelForCausalLM": "code.M"}}))
+    file.write_text(
+        json.dumps(
+            config | {"auto_map": {"AutoConfig": "code.C", "AutoModelForCausalLM": "code.M"}}
+        )
+    )
     with pytest.raises(ValueError, match=r"tokenizer: .* cannot be read: .*custom code"):
         checkpoint.load_model(tmp_path)
     assert type(effattn.load(tmp_path)) is LlamaForCausalLM

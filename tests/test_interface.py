@@ -1,4 +1,6 @@
-"""The base class: arguments are checked once, errors print expected and actual; states and rotary rules."""
+"""The base class: arguments are checked once, errors print expected and actual; states and rotary
+rules.
+"""
 
 import math
 
@@ -12,7 +14,11 @@ from effattn.patterns.dense import Dense
 
 
 def qkv(batch=2, heads=4, kv_heads=2, queries=5, keys=7, dim=8, value_dim=8, **options):
-    shapes = (batch, heads, queries, dim), (batch, kv_heads, keys, dim), (batch, kv_heads, keys, value_dim)
+    shapes = (
+        (batch, heads, queries, dim),
+        (batch, kv_heads, keys, dim),
+        (batch, kv_heads, keys, value_dim),
+    )
     return [torch.randn(shape, **options) for shape in shapes]
 
 
@@ -32,7 +38,10 @@ Q, K, V = qkv()
         ({"v": V.double()}, "one float dtype, got torch.float32, torch.float32, torch.float64"),
         ({"q": Q.long(), "k": K.long(), "v": V.long()}, "one float dtype"),
         ({"k": K.to("meta")}, "one device, got cpu, meta, cpu"),
-        ({"padding_mask": torch.ones(2, 5, dtype=torch.bool)}, r"padding_mask: expected \(2, 7\), got \(2, 5\)"),
+        (
+            {"padding_mask": torch.ones(2, 5, dtype=torch.bool)},
+            r"padding_mask: expected \(2, 7\), got \(2, 5\)",
+        ),
         ({"padding_mask": torch.ones(2, 7)}, "expected torch.bool on cpu, got torch.float32"),
         ({"scale": math.inf}, "scale: expected a finite number, got inf"),
         ({"scale": math.nan}, "scale: expected a finite number, got nan"),
@@ -40,20 +49,38 @@ Q, K, V = qkv()
         ({"scale": -0.5}, "scale: expected a number above 0, got -0.5"),
         ({"scale": "0.5"}, "scale: expected a number, got str"),
         ({"scale": torch.ones(4)}, r"scale: expected one number, got a tensor \(4,\)"),
-        ({"q": Q.to("meta"), "k": K.to("meta"), "v": V.to("meta")}, "meta device, which hold no numbers"),
-        ({"padding_mask": [[True] * 7] * 2}, r"padding_mask: expected a tensor \(2, 7\) of torch.bool, got list"),
+        (
+            {"q": Q.to("meta"), "k": K.to("meta"), "v": V.to("meta")},
+            "meta device, which hold no numbers",
+        ),
+        (
+            {"padding_mask": [[True] * 7] * 2},
+            r"padding_mask: expected a tensor \(2, 7\) of torch.bool, got list",
+        ),
         ({"softcap": 0}, "softcap: expected a number above 0, got 0.0"),
         ({"softcap": -50.0}, "softcap: expected a number above 0, got -50.0"),
         ({"softcap": math.nan}, "softcap: expected a finite number, got nan"),
         ({"softcap": True}, "softcap: expected a number, got bool"),
-        ({"sink_logits": torch.zeros(2)}, r"sink_logits: expected .*\(4,\) on cpu, got \(2,\) torch.float32 on cpu"),
-        ({"sink_logits": torch.zeros(4, dtype=torch.long)}, "sink_logits: expected .* got .4,. torch.int64"),
+        (
+            {"sink_logits": torch.zeros(2)},
+            r"sink_logits: expected .*\(4,\) on cpu, got \(2,\) torch.float32 on cpu",
+        ),
+        (
+            {"sink_logits": torch.zeros(4, dtype=torch.long)},
+            "sink_logits: expected .* got .4,. torch.int64",
+        ),
         ({"sink_logits": torch.zeros(4, device="meta")}, "sink_logits: expected .* on meta"),
         ({"sink_logits": 0.5}, "sink_logits: expected .* got float"),
-        ({"softcp": 3.0}, "argument: got 'softcp' .did you mean 'softcap'.., valid are 'softcap', 'sink_logits'"),
+        (
+            {"softcp": 3.0},
+            "argument: got 'softcp' .did you mean 'softcap'.., valid are 'softcap', 'sink_logits'",
+        ),
         ({"rotary": 3}, "rotary: expected a callable rule, got int"),
         ({"state": {}}, "state: expected one from dense's new_state.., got dict"),
-        ({"rotary": lambda q, k, i, j: (q, k[:1])}, r"rotary: returned k \(1, 2, 7, 8\), expected \(2, 2, 7, 8\)"),
+        (
+            {"rotary": lambda q, k, i, j: (q, k[:1])},
+            r"rotary: returned k \(1, 2, 7, 8\), expected \(2, 2, 7, 8\)",
+        ),
     ],
 )
 def test_errors_print_expected_and_actual(change, message):
@@ -98,7 +125,9 @@ def test_implementations(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert Dense().chosen_impl == Dense(impl="torch").chosen_impl == "torch"
     assert Dense(impl="reference").chosen_impl == "reference"
-    with pytest.raises(ValueError, match="impl: 'triton' needs a GPU, this machine has none; valid here are 'auto'"):
+    with pytest.raises(
+        ValueError, match="impl: 'triton' needs a GPU, this machine has none; valid here are 'auto'"
+    ):
         Dense(impl="triton")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     with pytest.raises(ValueError, match="the tensors are on cpu"):
@@ -111,7 +140,10 @@ def test_mask_with_a_state_covers_the_past():
     attn, state = Dense(), FullState()
     attn(Q, K, V, state=state)
     one = torch.ones(2, 1, dtype=torch.bool)
-    with pytest.raises(ValueError, match=r"padding_mask: expected \(2, 8\) \(7 in the state \+ 1 new\), got \(2, 1\)"):
+    with pytest.raises(
+        ValueError,
+        match=r"padding_mask: expected \(2, 8\) \(7 in the state \+ 1 new\), got \(2, 1\)",
+    ):
         attn(Q[:, :, :1], K[:, :, :1], V[:, :, :1], state=state, padding_mask=one)
     assert state.seq_len == 7  # a refused call leaves the state as it was
     attn(Q[:, :, :1], K[:, :, :1], V[:, :, :1], state=state, padding_mask=one.expand(2, 8))
@@ -132,7 +164,8 @@ def test_full_state():
     state.repeat(2)
     assert torch.equal(state.v, v[[0, 0]])
     with pytest.raises(
-        ValueError, match=r"the state holds \(2, 1, 2, 2\) torch.float32, got new tokens \(3, 1, 2, 2\)"
+        ValueError,
+        match=r"the state holds \(2, 1, 2, 2\) torch.float32, got new tokens \(3, 1, 2, 2\)",
     ):
         state.append(k, v)
     for bad in (-1, 3):
@@ -154,7 +187,9 @@ def rotary(q, k, q_positions, k_positions):
         angle = positions[..., None].to(x) * torch.logspace(0, -2, x.shape[-1] // 2, dtype=x.dtype)
         angle = angle[:, None] if angle.ndim == 3 else angle
         a, b = x.chunk(2, dim=-1)
-        return torch.cat([a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()], dim=-1)
+        return torch.cat(
+            [a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()], dim=-1
+        )
 
     return turn(q, q_positions), turn(k, k_positions)
 
@@ -165,7 +200,9 @@ def test_rotary_prefill_equals_decode_and_ignores_left_padding():
     whole = attn(q, k, v, rotary=rotary)
     assert not torch.allclose(whole, attn(q, k, v))
     parts = [(0, 3), (3, 4), (4, 6)]
-    steps = [attn(q[:, :, a:b], k[:, :, a:b], v[:, :, a:b], state=state, rotary=rotary) for a, b in parts]
+    steps = [
+        attn(q[:, :, a:b], k[:, :, a:b], v[:, :, a:b], state=state, rotary=rotary) for a, b in parts
+    ]
     torch.testing.assert_close(torch.cat(steps, dim=2), whole)
 
     seen = []
@@ -186,8 +223,10 @@ def test_cost():
     assert causal.intensity == causal.flops / (causal.read_bytes + causal.write_bytes)
     full = Dense().cost(Shape(2, 4, 2, 3, 5, 8, 16, 2, causal=False))
     assert full.flops == 2 * 2 * 4 * 15 * 24
-    assert causal + full == Cost(causal.flops + full.flops, *(2 * x for x in
-        (causal.read_bytes, causal.write_bytes, causal.state_bytes)))  # fmt: skip
+    assert causal + full == Cost(
+        causal.flops + full.flops,
+        *(2 * x for x in (causal.read_bytes, causal.write_bytes, causal.state_bytes)),
+    )
     assert Shape(1, 1, 1, 1, 1, head_dim=64).value_dim == 64
     assert Cost(flops=1).intensity == math.inf
 

@@ -1,5 +1,5 @@
-"""`recipes/convert_gqa.py` as users run it: on a checkpoint folder of their own, with their own text; every way
-to get it wrong ends in one line, a non-zero exit and nothing written."""
+"""`recipes/convert_gqa.py` as users run it: on a checkpoint folder of their own, with their own
+text; every way to get it wrong ends in one line, a non-zero exit and nothing written."""
 
 from __future__ import annotations
 
@@ -28,7 +28,10 @@ def parent(tmp_path_factory) -> Path:
     """A tiny checkpoint with a tokenizer, on disk."""
     folder = tmp_path_factory.mktemp("parent")
     bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    bpe.pre_tokenizer, bpe.decoder = (
+        pre_tokenizers.ByteLevel(add_prefix_space=False),
+        decoders.ByteLevel(),
+    )
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     bpe.train_from_iterator(
         [""], trainers.BpeTrainer(vocab_size=257, special_tokens=["<e>"], initial_alphabet=alphabet)
@@ -46,7 +49,11 @@ def text(tmp_path_factory) -> Path:
 
 
 def snapshot(folder: Path) -> dict[str, bytes]:
-    return {str(file.relative_to(folder)): file.read_bytes() for file in sorted(folder.rglob("*")) if file.is_file()}
+    return {
+        str(file.relative_to(folder)): file.read_bytes()
+        for file in sorted(folder.rglob("*"))
+        if file.is_file()
+    }
 
 
 def invoke(*arguments) -> tuple[int, str]:
@@ -56,17 +63,50 @@ def invoke(*arguments) -> tuple[int, str]:
     return result.exit_code, result.output
 
 
-FAST = ("--decode-contexts", "32,64", "--evaluation-tokens", "600", "--length", "64", "--calibration-tokens", "4k")
+FAST = (
+    "--decode-contexts",
+    "32,64",
+    "--evaluation-tokens",
+    "600",
+    "--length",
+    "64",
+    "--calibration-tokens",
+    "4k",
+)
 
 
 def test_the_recipe_end_to_end(parent, text, tmp_path):
     """A real process runs the recipe; the result loads in plain transformers with its tokenizer."""
     before, out = snapshot(parent), tmp_path / "out"
     recipe = ROOT / "recipes" / "convert_gqa.py"
-    command = [sys.executable, recipe, "--model", parent, "--kv-heads", "2", "--text", text, "--output", out,
-               "--uptrain-tokens", "20k", "--batch", "2", "--ce-weight", "0", "--lr", "1e-3",
-               "--layer-weight", "0", "--trainable", "all", *FAST]  # fmt: skip
-    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, timeout=300)
+    command = [
+        sys.executable,
+        recipe,
+        "--model",
+        parent,
+        "--kv-heads",
+        "2",
+        "--text",
+        text,
+        "--output",
+        out,
+        "--uptrain-tokens",
+        "20k",
+        "--batch",
+        "2",
+        "--ce-weight",
+        "0",
+        "--lr",
+        "1e-3",
+        "--layer-weight",
+        "0",
+        "--trainable",
+        "all",
+        *FAST,
+    ]
+    done = subprocess.run(
+        [str(part) for part in command], capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     assert "8 -> 2 KV heads" in done.stdout
     assert str(out / "report.html") in done.stdout
@@ -80,7 +120,10 @@ def test_the_recipe_end_to_end(parent, text, tmp_path):
     assert report["settings"]["calibration_source"] == str(text)
     model = AutoModelForCausalLM.from_pretrained(out)
     assert model.config.num_key_value_heads == 2
-    ids, theirs = (AutoTokenizer.from_pretrained(folder)(text.read_text())["input_ids"] for folder in (out, parent))
+    ids, theirs = (
+        AutoTokenizer.from_pretrained(folder)(text.read_text())["input_ids"]
+        for folder in (out, parent)
+    )
     assert ids == theirs
     assert snapshot(parent) == before  # the parent is never modified
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]  # no temporary folders stay
@@ -89,17 +132,41 @@ def test_the_recipe_end_to_end(parent, text, tmp_path):
 def test_a_dataset_folder_calibrates_too(parent, text, tmp_path):
     data = tmp_path / "data"
     data.mkdir()
-    lines = [json.dumps({"id": i, "text": line}) for i, line in enumerate(text.read_text().splitlines())]
+    lines = [
+        json.dumps({"id": i, "text": line}) for i, line in enumerate(text.read_text().splitlines())
+    ]
     (data / "train.jsonl").write_text("\n".join(lines))
-    code, output = invoke("--model", parent, "--kv-heads", 4, "--dataset", data, "--output", tmp_path / "out",
-                          "--method", "mean", "--no-refit", *FAST)  # fmt: skip
+    code, output = invoke(
+        "--model",
+        parent,
+        "--kv-heads",
+        4,
+        "--dataset",
+        data,
+        "--output",
+        tmp_path / "out",
+        "--method",
+        "mean",
+        "--no-refit",
+        *FAST,
+    )
     assert code == 0, output
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert report["settings"]["method"] == "mean"
     assert report["settings"]["refit"] is False
     assert report["layers"][0]["attention_error"] is None
-    code, output = invoke("--model", parent, "--kv-heads", 4, "--dataset", data, "--column", "txt", "--output",
-                          tmp_path / "no")  # fmt: skip
+    code, output = invoke(
+        "--model",
+        parent,
+        "--kv-heads",
+        4,
+        "--dataset",
+        data,
+        "--column",
+        "txt",
+        "--output",
+        tmp_path / "no",
+    )
     assert code == 2
     assert "the text columns 'text'" in output
 
@@ -114,23 +181,29 @@ def broken(parent: Path, tmp_path: Path, name: str) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(("case", "message"), [
-    ("unknown model", "not an existing folder"),
-    ("folder without a model", "no config.json"),
-    ("heads that do not divide", "kv_heads: got 3, the model has 8 KV heads; valid are the divisors 1, 2, 4, 8"),
-    ("unknown method", "did you mean 'aligned'"),
-    ("output not empty", "exists and is not an empty folder"),
-    ("missing text", "does not exist"),
-    ("empty text", "is empty"),
-    ("not utf-8", "is not UTF-8 .byte 3 is 0xff"),
-    ("too little text", "at least 640 are needed"),
-    ("nan", r"model\.layers\.0\.mlp\.up_proj\.weight"),
-    ("text and dataset", "valid is one of them"),
-    ("contexts", "decode_contexts: got 'abc'"),
-    ("class that ignores the field", "GPTNeoXForCausalLM cannot have fewer KV heads"),
-    ("refused class", "GPT2LMHeadModel .gpt2. is not supported"),
-    ("missing dataset", "could not be loaded"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("case", "message"),
+    [
+        ("unknown model", "not an existing folder"),
+        ("folder without a model", "no config.json"),
+        (
+            "heads that do not divide",
+            "kv_heads: got 3, the model has 8 KV heads; valid are the divisors 1, 2, 4, 8",
+        ),
+        ("unknown method", "did you mean 'aligned'"),
+        ("output not empty", "exists and is not an empty folder"),
+        ("missing text", "does not exist"),
+        ("empty text", "is empty"),
+        ("not utf-8", "is not UTF-8 .byte 3 is 0xff"),
+        ("too little text", "at least 640 are needed"),
+        ("nan", r"model\.layers\.0\.mlp\.up_proj\.weight"),
+        ("text and dataset", "valid is one of them"),
+        ("contexts", "decode_contexts: got 'abc'"),
+        ("class that ignores the field", "GPTNeoXForCausalLM cannot have fewer KV heads"),
+        ("refused class", "GPT2LMHeadModel .gpt2. is not supported"),
+        ("missing dataset", "could not be loaded"),
+    ],
+)
 def test_bad_input_is_one_line_and_nothing_written(case, message, parent, text, tmp_path):
     files, output = tmp_path / "in", tmp_path / "out"
     files.mkdir()
@@ -160,13 +233,19 @@ def test_bad_input_is_one_line_and_nothing_written(case, message, parent, text, 
         if case.startswith("refused"):
             from transformers import GPT2Config, GPT2LMHeadModel
 
-            GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=257)).save_pretrained(files)
+            GPT2LMHeadModel(
+                GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=257)
+            ).save_pretrained(files)
         else:
             tiny("gpt_neox", dtype=torch.float32, vocab_size=257).save_pretrained(files)
         AutoTokenizer.from_pretrained(parent).save_pretrained(files)
         arguments["--model"] = files
     else:
-        content = {"empty text": b" \n", "not utf-8": b"abc\xff", "too little text": b"hello " * 80}[case]
+        content = {
+            "empty text": b" \n",
+            "not utf-8": b"abc\xff",
+            "too little text": b"hello " * 80,
+        }[case]
         arguments["--text"] = files / "text.txt"
         arguments["--text"].write_bytes(content)
     before = snapshot(tmp_path), snapshot(parent)
@@ -190,13 +269,17 @@ def test_a_full_disk_leaves_nothing(parent, text, tmp_path, monkeypatch):
     from transformers import PreTrainedModel
 
     monkeypatch.setattr(PreTrainedModel, "save_pretrained", full)
-    code, printed = invoke("--model", parent, "--kv-heads", 2, "--text", text, "--output", tmp_path / "out", *FAST)
+    code, printed = invoke(
+        "--model", parent, "--kv-heads", 2, "--text", text, "--output", tmp_path / "out", *FAST
+    )
     assert code == 2
     assert "No space left on device" in printed
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_checkpoint_that_reloads_differently_is_not_delivered(parent, text, tmp_path, monkeypatch):
+def test_a_checkpoint_that_reloads_differently_is_not_delivered(
+    parent, text, tmp_path, monkeypatch
+):
     """The proof in a fresh process can fail, and then there is no output."""
     from transformers import PreTrainedModel
 
@@ -208,18 +291,30 @@ def test_a_checkpoint_that_reloads_differently_is_not_delivered(parent, text, tm
         self.lm_head.weight.data.sub_(1e-2)
 
     monkeypatch.setattr(PreTrainedModel, "save_pretrained", tampered)
-    code, printed = invoke("--model", parent, "--kv-heads", 2, "--text", text, "--output", tmp_path / "out", *FAST)
+    code, printed = invoke(
+        "--model", parent, "--kv-heads", 2, "--text", text, "--output", tmp_path / "out", *FAST
+    )
     assert code == 2
     assert "gives other logits" in printed
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_kill_half_way_resumes_and_other_settings_are_refused(parent, text, tmp_path, monkeypatch):
+def test_a_kill_half_way_resumes_and_other_settings_are_refused(
+    parent, text, tmp_path, monkeypatch
+):
     output = tmp_path / "out"
     job = dict(
-        model=str(parent), kv_heads=2, output=output, text=(text,), calibration_tokens=4000, evaluation_tokens=600,
-        uptrain_tokens=20 * 128, length=64, batch=2, decode_contexts=(),
-    )  # fmt: skip
+        model=str(parent),
+        kv_heads=2,
+        output=output,
+        text=(text,),
+        calibration_tokens=4000,
+        evaluation_tokens=600,
+        uptrain_tokens=20 * 128,
+        length=64,
+        batch=2,
+        decode_contexts=(),
+    )
 
     class Dies(jobs.Quiet):
         def stage(self, name):
@@ -244,7 +339,9 @@ def test_a_kill_half_way_resumes_and_other_settings_are_refused(parent, text, tm
     assert not partial.exists()
     whole = jobs.run(jobs.Job(**{**job, "output": tmp_path / "whole"}))
     assert resumed.data["uptraining"]["curve"] == whole.data["uptraining"]["curve"]
-    assert (output / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
+    assert (output / "model.safetensors").read_bytes() == (
+        tmp_path / "whole" / "model.safetensors"
+    ).read_bytes()
 
 
 def test_backends_command():

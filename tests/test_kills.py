@@ -1,7 +1,8 @@
-"""Every flow, killed or stopped at any moment: the same command finishes with the same bytes, and nothing is left.
+"""Every flow, killed or stopped at any moment: the same command finishes with the same bytes, and
+nothing is left.
 
-Timings differ between any two runs and are left out of what is compared, by name: `TIMES`, and the pages of a report.
-"""
+Timings differ between any two runs and are left out of what is compared, by name: `TIMES`, and the
+pages of a report."""
 
 from __future__ import annotations
 
@@ -35,25 +36,45 @@ class Server:
     def __init__(self, root: Path):
         self.root, self.wholes = root, {}
         bpe = Tokenizer(models.BPE())
-        bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+        bpe.pre_tokenizer, bpe.decoder = (
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+            decoders.ByteLevel(),
+        )
         alphabet = pre_tokenizers.ByteLevel.alphabet()
         bpe.train_from_iterator(
-            [""], trainers.BpeTrainer(vocab_size=257, special_tokens=["<e>"], initial_alphabet=alphabet)
+            [""],
+            trainers.BpeTrainer(vocab_size=257, special_tokens=["<e>"], initial_alphabet=alphabet),
         )
-        PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<e>").save_pretrained(root / "model")
+        PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<e>").save_pretrained(
+            root / "model"
+        )
         tiny("llama", dtype=torch.float32, vocab_size=257).save_pretrained(root / "model")
         (root / "text.txt").write_text("".join(f"{n} times {n} is {n * n}, " for n in range(3000)))
         environment = os.environ | {"OMP_NUM_THREADS": "1", "EFFATTN_DEBUG": ""}
         self.process = subprocess.Popen(
-            [sys.executable, ROOT / "tests" / "killing.py"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-            env=environment, cwd=root,
-        )  # fmt: skip
+            [sys.executable, ROOT / "tests" / "killing.py"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment,
+            cwd=root,
+        )
 
     def run(self, flow: str, out: Path, at: int = 0, **more) -> tuple[int, int, str]:
-        """(exit code, or minus the signal; how often it changed the disk below out's folder; what it printed)."""
+        """(exit code, or minus the signal; how often it changed the disk below out's folder; what
+        it printed).
+        """
         log = self.root / "log"
-        request = {"flow": flow, "model": str(self.root / "model"), "text": str(self.root / "text.txt"),
-                   "out": str(out), "root": str(out.parent), "log": str(log), "at": at, **more}  # fmt: skip
+        request = {
+            "flow": flow,
+            "model": str(self.root / "model"),
+            "text": str(self.root / "text.txt"),
+            "out": str(out),
+            "root": str(out.parent),
+            "log": str(log),
+            "at": at,
+            **more,
+        }
         self.process.stdin.write(json.dumps(request) + "\n")
         self.process.stdin.flush()
         answer = json.loads(self.process.stdout.readline())
@@ -115,7 +136,9 @@ def killed(server: Server, flow: str, out: Path, at: int, **how) -> None:
 
 
 def moments_of(server: Server, flow: str, count: int, seed: int = 0) -> list[int]:
-    """Moments to die at: spread over the run at random, the last four of them, in which it ends, among them."""
+    """Moments to die at: spread over the run at random, the last four of them, in which it ends,
+    among them.
+    """
     total = server.whole(flow)[1]
     print(f"{flow}: {total} moments, seed {seed}")
     chosen = random.Random(f"{flow} {seed}").sample(range(1, total + 1), min(count, total))
@@ -144,7 +167,9 @@ def test_a_kill_in_one_go(server, tmp_path):
         killed(server, "swap", tmp_path / "out", at)
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)]
+)
 def test_a_stopped_run_cleans_up(server, tmp_path, number, code):
     flow = "oneshot" if number == signal.SIGTERM else "swap"
     total = server.whole(flow)[1]

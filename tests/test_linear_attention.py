@@ -1,7 +1,8 @@
-"""The backends `linear` and `performer`: what they estimate, their recurrent state, inside of models, and bad input.
+"""The backends `linear` and `performer`: what they estimate, their recurrent state, inside of
+models, and bad input.
 
-The properties that every backend has are in test_conformance.py, the kernel's in test_linear_kernel.py.
-"""
+The properties that every backend has are in test_conformance.py, the kernel's in
+test_linear_kernel.py."""
 
 import copy
 import math
@@ -31,7 +32,8 @@ def relative(got, expected):
     return ((got - expected).norm() / expected.norm()).item()
 
 
-# What they estimate --------------------------------------------------------------------------------------------------
+# What they estimate
+# -------------------------------------------------------------------------------------------------
 
 
 def test_performer_converges_to_softmax_attention():
@@ -40,7 +42,10 @@ def test_performer_converges_to_softmax_attention():
     expected = effattn.backend("dense")(q, k, v)
     errors = []
     for features in (32, 512, 8192):
-        runs = [relative(effattn.backend("performer", features=features, seed=s)(q, k, v), expected) for s in range(4)]
+        runs = [
+            relative(effattn.backend("performer", features=features, seed=s)(q, k, v), expected)
+            for s in range(4)
+        ]
         errors.append(sum(runs) / len(runs))
     assert errors[2] < 0.02
     for more, less in zip(errors[1:], errors, strict=False):
@@ -71,7 +76,9 @@ def test_directions_are_orthogonal_with_the_lengths_of_normal_vectors():
 
 
 def test_performer_survives_large_inputs():
-    """Exponents of some thousands, and keys that grow: nothing overflows, and the estimate is still an average of v."""
+    """Exponents of some thousands, and keys that grow: nothing overflows, and the estimate is still
+    an average of v.
+    """
     q, k, v = inputs(50, sizes=(1, 2, 1, 16))
     grown = torch.linspace(1, 60, 50)[:, None]
     out = effattn.backend("performer", features=64)(q * grown, k * grown, v, scale=1.0)
@@ -86,7 +93,10 @@ def test_linear_is_katharopoulos():
     for t in range(23):  # algorithm 1 of arXiv:2006.16236
         sums = sums + phi(k[:, :, t, :, None]) * v[:, :, t, None, :]
         norms = norms + phi(k[:, :, t])
-        rows.append(torch.einsum("bhf,bhfv->bhv", phi(q[:, :, t]), sums) / (phi(q[:, :, t]) * norms).sum(-1, True))
+        rows.append(
+            torch.einsum("bhf,bhfv->bhv", phi(q[:, :, t]), sums)
+            / (phi(q[:, :, t]) * norms).sum(-1, True)
+        )
     torch.testing.assert_close(effattn.backend("linear")(q, k, v), torch.stack(rows, dim=2))
 
 
@@ -126,12 +136,29 @@ def test_many_chunks(spec, causal, monkeypatch):
         return
     monkeypatch.setattr(torch_impl, "CHUNK", 4)
     monkeypatch.setattr(torch_causal, "WHOLE", 4)
-    monkeypatch.setattr(torch_causal, "BUDGET", {"cpu": 4 * 4 * 16 * 2})  # batch rows apart, two or so chunks a block
-    some = ("accuracy", "future", "padding", "blind_rows", "decode", "gradients", "state_moves", "poisoned_memory")
-    check(effattn.backend(spec, impl="torch"), causal=causal, properties=some[: 8 if causal else 6], lengths=(5, 37))
+    monkeypatch.setattr(
+        torch_causal, "BUDGET", {"cpu": 4 * 4 * 16 * 2}
+    )  # batch rows apart, two or so chunks a block
+    some = (
+        "accuracy",
+        "future",
+        "padding",
+        "blind_rows",
+        "decode",
+        "gradients",
+        "state_moves",
+        "poisoned_memory",
+    )
+    check(
+        effattn.backend(spec, impl="torch"),
+        causal=causal,
+        properties=some[: 8 if causal else 6],
+        lengths=(5, 37),
+    )
 
 
-# The state -----------------------------------------------------------------------------------------------------------
+# The state
+# -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("spec", METHODS)
@@ -151,7 +178,9 @@ def test_the_state_does_not_grow(spec):
 
 @pytest.mark.parametrize("spec", METHODS)
 def test_rollback(spec):
-    """Up to 16 tokens can always be taken back; what the sums hold cannot, and the error says so."""
+    """Up to 16 tokens can always be taken back; what the sums hold cannot, and the error says
+    so.
+    """
     attn = effattn.backend(spec)
     q, k, v = inputs(80)
     whole = attn(q, k, v)
@@ -162,7 +191,9 @@ def test_rollback(spec):
         state.crop(tokens - ROLLBACK)
         got = attn(*part(tokens - ROLLBACK, 80), state=state)
         torch.testing.assert_close(got, whole[:, :, tokens - ROLLBACK :], atol=2e-5, rtol=2e-4)
-    with pytest.raises(ValueError, match=r"crop: got 63, but the first 64 tokens are in the sums.*0 and 64 to 80"):
+    with pytest.raises(
+        ValueError, match=r"crop: got 63, but the first 64 tokens are in the sums.*0 and 64 to 80"
+    ):
         state.crop(63)
     with pytest.raises(ValueError, match="valid is 0 to 80"):
         state.crop(81)
@@ -175,7 +206,9 @@ def test_learning_with_a_state():
     attn = effattn.backend("performer", features=32)
     leaves = [x.requires_grad_() for x in inputs(90, torch.float64)]
     state = attn.new_state()
-    parts = [attn(*(x[:, :, a:b] for x in leaves), state=state) for a, b in ((0, 50), (50, 53), (53, 90))]
+    parts = [
+        attn(*(x[:, :, a:b] for x in leaves), state=state) for a, b in ((0, 50), (50, 53), (53, 90))
+    ]
     loss = lambda out: out.square().sum()  # noqa: E731
     got = torch.autograd.grad(loss(torch.cat(parts, dim=2)), leaves)
     for ours, expected in zip(got, torch.autograd.grad(loss(attn(*leaves)), leaves), strict=True):
@@ -192,7 +225,8 @@ def test_a_full_state_and_rotation_do():
     whole = attn(q, k, v, rotary=turn)
     for state in (attn.new_state(), effattn.states.FullState()):
         parts = [
-            attn(*(x[:, :, a:b] for x in (q, k, v)), rotary=turn, state=state) for a, b in ((0, 40), (40, 41), (41, 60))
+            attn(*(x[:, :, a:b] for x in (q, k, v)), rotary=turn, state=state)
+            for a, b in ((0, 40), (40, 41), (41, 60))
         ]
         torch.testing.assert_close(torch.cat(parts, dim=2), whole, atol=2e-5, rtol=2e-4)
 
@@ -205,12 +239,15 @@ def test_states_pickle_copy_and_fold_in_steps():
     other = copy.deepcopy(state)
     other.crop(30)
     assert (state.seq_len, other.seq_len, state.base) == (40, 30, 16)
-    assert isinstance(effattn.backend("linear", impl="reference").new_state(), effattn.states.FullState)
+    assert isinstance(
+        effattn.backend("linear", impl="reference").new_state(), effattn.states.FullState
+    )
     with pytest.raises(ValueError, match=r"reference.* needs every key"):
         effattn.backend("linear", impl="reference")(q, k, v, state=state)
 
 
-# Redrawing -----------------------------------------------------------------------------------------------------------
+# Redrawing
+# -------------------------------------------------------------------------------------------------
 
 
 def test_redraw():
@@ -244,7 +281,8 @@ def test_the_state_dict_has_the_directions():
     assert torch.equal(fresh(q, k, v), expected)
 
 
-# In models -----------------------------------------------------------------------------------------------------------
+# In models
+# -------------------------------------------------------------------------------------------------
 
 SPECS = (
     "linear",
@@ -275,8 +313,12 @@ def test_assisted_generation(spec, tokens):
     draft = effattn.swap(tiny("llama", seed=1), "linear")
     options = dict(max_new_tokens=36, do_sample=False, eos_token_id=None)
     expected = model.generate(tokens[None, :40], **options)
-    assert torch.equal(model.generate(tokens[None, :40], **options, assistant_model=draft), expected)
-    assert torch.equal(model.generate(tokens[None, :40], **options, prompt_lookup_num_tokens=20), expected)
+    assert torch.equal(
+        model.generate(tokens[None, :40], **options, assistant_model=draft), expected
+    )
+    assert torch.equal(
+        model.generate(tokens[None, :40], **options, prompt_lookup_num_tokens=20), expected
+    )
 
 
 @pytest.mark.parametrize("spec", SPECS)
@@ -293,7 +335,9 @@ def test_checkpoints(spec, tokens, tmp_path):
 
 def test_training_in_a_model(tokens):
     """Gradients reach the learned maps, with the cache that transformers makes by default."""
-    model = effattn.swap(tiny("llama", dtype=torch.float32), "linear(feature_map='hedgehog')").train()
+    model = effattn.swap(
+        tiny("llama", dtype=torch.float32), "linear(feature_map='hedgehog')"
+    ).train()
     model(tokens[None, :60], labels=tokens[None, :60]).loss.backward()
     learned = [p for name, p in model.named_parameters() if "map_" in name]
     assert len(learned) == 4
@@ -304,8 +348,15 @@ def test_encoders_are_bidirectional(tokens):
     from transformers import BertConfig, BertModel
 
     torch.manual_seed(0)
-    config = BertConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, vocab_size=96,
-                        hidden_dropout_prob=0, attention_probs_dropout_prob=0)  # fmt: skip
+    config = BertConfig(
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=48,
+        vocab_size=96,
+        hidden_dropout_prob=0,
+        attention_probs_dropout_prob=0,
+    )
     bert = BertModel(config).eval()
     dense = bert(tokens[None, :40]).last_hidden_state
     with torch.no_grad():
@@ -315,7 +366,8 @@ def test_encoders_are_bidirectional(tokens):
         effattn.swap(bert, "linear(decay=0.9)")
 
 
-# Costs and bad input -------------------------------------------------------------------------------------------------
+# Costs and bad input
+# -------------------------------------------------------------------------------------------------
 
 
 def test_cost():
@@ -324,7 +376,9 @@ def test_cost():
     long, longer = (linear.cost(Shape(**shape, queries=t, keys=t)) for t in (8192, 32768))
     assert longer.flops == 4 * long.flops
     assert long.flops == 2 * 8 * 8192 * 2 * 2 * 64 * 64
-    assert performer.cost(Shape(**shape, queries=8192, keys=8192)).flops == 2 * 8 * 8192 * 2 * 2 * 256 * (64 + 64)
+    assert performer.cost(
+        Shape(**shape, queries=8192, keys=8192)
+    ).flops == 2 * 8 * 8192 * 2 * 2 * 256 * (64 + 64)
     near, far = (linear.cost(Shape(**shape, queries=1, keys=t)) for t in (1024, 65536))
     assert near == far  # one more token costs the same at any length
     held = 2 * 8 * (64 * 65 * 4 + 15 * 2 * 64 * 2)
@@ -341,14 +395,26 @@ def test_cost():
     [
         ("linear", {"feature_map": "elo"}, "linear: feature_map: got 'elo' .did you mean 'elu'"),
         ("linear", {"feature_map": "identity"}, "either sign.*normalize=False"),
-        ("linear", {"decay": 1.5}, r"linear: decay: got 1.5, valid are None, 'retnet', a number in \(0, 1\]"),
+        (
+            "linear",
+            {"decay": 1.5},
+            r"linear: decay: got 1.5, valid are None, 'retnet', a number in \(0, 1\]",
+        ),
         ("linear", {"decay": [0.5, 0]}, "linear: decay: got 0, valid"),
         ("linear", {"decay": []}, "linear: decay: got an empty list"),
         ("linear", {"decay": "retne"}, "linear: decay: got 'retne'"),
         ("linear", {"decay": True}, "linear: decay: got True"),
         ("linear", {"normalize": 1}, "linear: normalize: got 1"),
-        ("performer", {"features": 0}, "performer: features: got 0, valid is a whole number of at least 1"),
-        ("performer", {"kernel": "softmx"}, "performer: kernel: got 'softmx' .did you mean 'softmax'"),
+        (
+            "performer",
+            {"features": 0},
+            "performer: features: got 0, valid is a whole number of at least 1",
+        ),
+        (
+            "performer",
+            {"kernel": "softmx"},
+            "performer: kernel: got 'softmx' .did you mean 'softmax'",
+        ),
         ("performer", {"seed": -1}, "performer: seed: got -1"),
         ("performer", {"featurs": 3}, "performer: option: got 'featurs' .did you mean 'features'"),
     ],
@@ -372,7 +438,9 @@ def test_bad_calls():
     assert state.seq_len == 0
     learned = effattn.backend("linear", feature_map="hedgehog")
     learned(q, k, v)
-    with pytest.raises(ValueError, match="k: expected 2 heads of 16, as map_k has learned, got 4 of 16"):
+    with pytest.raises(
+        ValueError, match="k: expected 2 heads of 16, as map_k has learned, got 4 of 16"
+    ):
         learned(q, q, q)
     with pytest.raises(ValueError, match="performer: redraw: seed"):
         attn.redraw(-3)

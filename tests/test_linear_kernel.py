@@ -1,23 +1,46 @@
-"""Linear attention's kernels against the definition: torch and Triton, forward and backward, whole and in parts."""
+"""Linear attention's kernels against the definition: torch and Triton, forward and backward, whole
+and in parts.
+"""
 
 import itertools
 
 import pytest
 import torch
 from effattn.kernels import linear
-from effattn.kernels.linear import features, reference, tiles, torch_bidirectional, torch_causal, torch_impl
+from effattn.kernels.linear import (
+    features,
+    reference,
+    tiles,
+    torch_bidirectional,
+    torch_causal,
+    torch_impl,
+)
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 MAPS = tuple(linear.MAPS)
 
 
 def inputs(
-    tokens=37, heads=4, kv_heads=2, dim=8, value_dim=6, batch=3, dtype=torch.float64, queries=None, device="cpu"
+    tokens=37,
+    heads=4,
+    kv_heads=2,
+    dim=8,
+    value_dim=6,
+    batch=3,
+    dtype=torch.float64,
+    queries=None,
+    device="cpu",
 ):
     draw = torch.Generator().manual_seed(tokens)
     q, k, v = (
-        torch.randn(batch, h, t, d, generator=draw, dtype=torch.float64).to(device, dtype).requires_grad_()
-        for h, t, d in ((heads, queries or tokens, dim), (kv_heads, tokens, dim), (kv_heads, tokens, value_dim))
+        torch.randn(batch, h, t, d, generator=draw, dtype=torch.float64)
+        .to(device, dtype)
+        .requires_grad_()
+        for h, t, d in (
+            (heads, queries or tokens, dim),
+            (kv_heads, tokens, dim),
+            (kv_heads, tokens, value_dim),
+        )
     )
     return q, k, v
 
@@ -43,12 +66,17 @@ def compare(leaves, name, budget, impl, **call):
     """Output and gradients against the reference in fp64."""
     call = options(name, leaves[0].shape[-1], leaves[0].device) | call
     exact = [x.detach().double().requires_grad_() for x in leaves]
-    wide = {key: x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for key, x in call.items()}
+    wide = {
+        key: x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
+        for key, x in call.items()
+    }
     expected = reference.attention(*exact, name, **wide)
     got, _ = linear.attention(*leaves, name, impl=impl, **call)
     assert got.dtype == leaves[0].dtype
     assert relative(got, expected) < budget
-    loss = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(got.device)
+    loss = torch.randn(
+        expected.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64
+    ).to(got.device)
     ours = torch.autograd.grad(got, leaves, loss.to(got.dtype))
     for mine, true in zip(ours, torch.autograd.grad(expected, exact, loss), strict=True):
         assert relative(mine, true) < budget
@@ -57,13 +85,24 @@ def compare(leaves, name, budget, impl, **call):
 @pytest.mark.parametrize("name", MAPS)
 @pytest.mark.parametrize("causal", [True, False])
 def test_torch_equals_the_definition(name, causal, monkeypatch):
-    """Blocks of one chunk and of several, one batch row at a time and all, more keys than queries, padding."""
-    for chunk, budget, queries, masked in itertools.product((4, 64), (128, 1 << 18), (37, 6), (False, True)):
+    """Blocks of one chunk and of several, one batch row at a time and all, more keys than queries,
+    padding.
+    """
+    for chunk, budget, queries, masked in itertools.product(
+        (4, 64), (128, 1 << 18), (37, 6), (False, True)
+    ):
         monkeypatch.setattr(torch_impl, "CHUNK", chunk)
         monkeypatch.setattr(torch_causal, "WHOLE", chunk)
         for module in (torch_causal, torch_bidirectional):
             monkeypatch.setattr(module, "BUDGET", {"cpu": budget})
-        compare(inputs(queries=queries), name, 1e-11, "torch", causal=causal, mask=padding(3, 37) if masked else None)
+        compare(
+            inputs(queries=queries),
+            name,
+            1e-11,
+            "torch",
+            causal=causal,
+            mask=padding(3, 37) if masked else None,
+        )
 
 
 @pytest.mark.parametrize("name", ["elu", "identity", "softmax"])
@@ -87,11 +126,23 @@ def test_gradcheck(name, causal, monkeypatch):
     call = options(name, 3)
 
     def halves(q, k, v):
-        first, memory = linear.attention(*(x[:, :, :3] for x in (q, k, v)), name, keep=True, impl="torch", **call)
-        second, last = linear.attention(
-            *(x[:, :, 3:] for x in (q, k, v)), name, memory=memory, keep=True, impl="torch", causal=causal, **call
+        first, memory = linear.attention(
+            *(x[:, :, :3] for x in (q, k, v)), name, keep=True, impl="torch", **call
         )
-        return first, second, last.sums * (1 if last.top is None else last.top.exp()[..., None, None].detach())
+        second, last = linear.attention(
+            *(x[:, :, 3:] for x in (q, k, v)),
+            name,
+            memory=memory,
+            keep=True,
+            impl="torch",
+            causal=causal,
+            **call,
+        )
+        return (
+            first,
+            second,
+            last.sums * (1 if last.top is None else last.top.exp()[..., None, None].detach()),
+        )
 
     if linear.MAPS[name].weighs:  # the memory's scale is a constant to autograd: outputs only
         torch.autograd.gradcheck(lambda *x: halves(*x)[:2], (q, k, v))
@@ -112,7 +163,11 @@ def test_memory_goes_on(name):
         parts.append(out)
     torch.testing.assert_close(torch.cat(parts, dim=2), whole)
     folded = linear.fold(
-        k[:, :, 70:], v[:, :, 70:], name, memory=linear.fold(k[:, :, :70], v[:, :, :70], name, **call), **call
+        k[:, :, 70:],
+        v[:, :, 70:],
+        name,
+        memory=linear.fold(k[:, :, :70], v[:, :, :70], name, **call),
+        **call,
     )
     for a, b, c in zip(memory, so_far, folded, strict=True):
         if a is not None:
@@ -122,25 +177,33 @@ def test_memory_goes_on(name):
 
 @pytest.mark.parametrize("causal", [True, False])
 def test_memory_that_is_kept(causal, monkeypatch):
-    """What a call computes in memory that the next one takes again is neither returned nor the caller's: outputs stay
-    after another call, the sums that were given do not change, and inputs may lie in any order."""
+    """What a call computes in memory that the next one takes again is neither returned nor the
+    caller's: outputs stay after another call, the sums that were given do not change, and inputs
+    may lie in any order."""
     for module in (torch_causal, torch_bidirectional):
         monkeypatch.setattr(module, "BUDGET", {"cpu": 4096})
-    q, k, v = (x.detach().transpose(1, 2).contiguous().transpose(1, 2) for x in inputs(200, heads=4, kv_heads=2))
+    q, k, v = (
+        x.detach().transpose(1, 2).contiguous().transpose(1, 2)
+        for x in inputs(200, heads=4, kv_heads=2)
+    )
     before = linear.fold(k, v, "elu", impl="torch")
     given = before.sums.clone(), before.norms.clone()
     call = dict(causal=causal, mask=padding(3, 200), memory=before, keep=True, impl="torch")
     out, after = linear.attention(q, k, v, "elu", **call)
     copies = out.clone(), after.sums.clone(), after.norms.clone()
     linear.attention(-q, k + 1, v * 3, "elu", **call)
-    for held, copy in zip((before.sums, before.norms, out, after.sums, after.norms), (*given, *copies), strict=True):
+    for held, copy in zip(
+        (before.sums, before.norms, out, after.sums, after.norms), (*given, *copies), strict=True
+    ):
         assert torch.equal(held, copy)
     expected, _ = linear.attention(*(x.contiguous() for x in (q, k, v)), "elu", **call)
     torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
 
 
 def test_no_pair_of_tokens_is_held():
-    """Memory of a forward and backward pass grows with the tokens, not with their square or with the features."""
+    """Memory of a forward and backward pass grows with the tokens, not with their square or with
+    the features.
+    """
     sizes = []
     for tokens in (2048, 8192):
         held = []
@@ -151,7 +214,9 @@ def test_no_pair_of_tokens_is_held():
             return x
 
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-            out, _ = linear.attention(*leaves, "favor", directions=torch.randn(256, 16), scale=0.25, impl="torch")
+            out, _ = linear.attention(
+                *leaves, "favor", directions=torch.randn(256, 16), scale=0.25, impl="torch"
+            )
         out.sum().backward()
         sizes.append(sum(held))
     inputs_and_output = 4 * leaves[0].nbytes
@@ -195,7 +260,9 @@ def test_feature_maps_and_their_derivatives():
             step[place] = 1e-6
             slope[:, place] = ((value(x + step) - value(x - step)) * loss).sum(-1) / 2e-6
         grad = loss if mu is None else loss * mu.exp()[:, None]
-        torch.testing.assert_close(one.backward(x, w, phi, grad), slope, atol=1e-7, rtol=1e-6, msg=name)
+        torch.testing.assert_close(
+            one.backward(x, w, phi, grad), slope, atol=1e-7, rtol=1e-6, msg=name
+        )
     assert linear.width("favor", 7, 5) == 5
     assert linear.width("elu", 7) == 7
 
@@ -203,10 +270,15 @@ def test_feature_maps_and_their_derivatives():
 # Triton, in the interpreter where there is no GPU: a few cases that have everything in them ---
 
 TRITON = [
-    ("elu", dict(causal=True), False), ("elu", dict(causal=False), True), ("relu2", dict(causal=True), True),
-    ("identity", dict(causal=True), False), ("favor", dict(causal=True), True), ("favor", dict(causal=False), True),
-    ("favor_relu", dict(causal=True), False), ("softmax", dict(causal=True), False),
-]  # fmt: skip
+    ("elu", dict(causal=True), False),
+    ("elu", dict(causal=False), True),
+    ("relu2", dict(causal=True), True),
+    ("identity", dict(causal=True), False),
+    ("favor", dict(causal=True), True),
+    ("favor", dict(causal=False), True),
+    ("favor_relu", dict(causal=True), False),
+    ("softmax", dict(causal=True), False),
+]
 
 
 @pytest.mark.parametrize(("name", "call", "masked"), TRITON)
@@ -245,7 +317,9 @@ def test_triton_memory_and_decoding(name):
         )
     assert none is None
     assert relative(decoded, expected[:, :, 37:]) < 1e-5
-    (got,), (true,) = (torch.autograd.grad(x.sum(), k, retain_graph=True) for x in (chunked, expected[:, :, 30:]))
+    (got,), (true,) = (
+        torch.autograd.grad(x.sum(), k, retain_graph=True) for x in (chunked, expected[:, :, 30:])
+    )
     assert relative(got, true) < 1e-5  # through the memory
     whole = linear.fold(k, v, name, mask=mask, **call)
     for a, b in zip(last, whole, strict=True):

@@ -1,4 +1,6 @@
-"""Linearization: plans, fitted decays, attention transfer, the whole job and its resumption, and error curves."""
+"""Linearization: plans, fitted decays, attention transfer, the whole job and its resumption, and
+error curves.
+"""
 
 from __future__ import annotations
 
@@ -53,7 +55,9 @@ def test_projections_are_what_the_attention_gets(tokens):
     with torch.no_grad():
         model(input_ids=ids)
     handle.remove()
-    torch.testing.assert_close(exact(q, k, v).transpose(1, 2).flatten(2), seen[0], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        exact(q, k, v).transpose(1, 2).flatten(2), seen[0], rtol=1e-4, atol=1e-5
+    )
     assert not hasattr(layer.attention, hooks.ATTRIBUTE), "the model is as it was"
     effattn.swap(model, "dense")
     with pytest.raises(ValueError, match="restore"):
@@ -80,7 +84,9 @@ def test_transfer_sees_each_layer_alone(tokens):
     parent, student = swapped()
     ids = tokens[:64].view(2, 32)
     found = AttentionTransfer(student, parent).eval()(ids)
-    for layer, theirs in zip(hf.of(student), hf.of(parent), strict=True):  # by hand, from the parent's own inputs
+    for layer, theirs in zip(
+        hf.of(student), hf.of(parent), strict=True
+    ):  # by hand, from the parent's own inputs
         seen = []
         handle = theirs.attention.register_forward_hook(
             lambda _, a, kw, y, s=seen: s.append((kw, y[0])), with_kwargs=True
@@ -99,9 +105,17 @@ def test_transfer_trains_what_it_says_and_brings_layers_closer(tokens, tmp_path,
     parent, student = swapped()
     before = {name: p.clone() for name, p in student.named_parameters()}
     found = transfer(
-        student, parent, tokens, layers=[1], train_tokens=2048, folder=tmp_path / "t", length=32, lr=1e-3,
-        trainable=which, overrides=CPU,
-    )  # fmt: skip
+        student,
+        parent,
+        tokens,
+        layers=[1],
+        train_tokens=2048,
+        folder=tmp_path / "t",
+        length=32,
+        lr=1e-3,
+        trainable=which,
+        overrides=CPU,
+    )
     changed = {name for name, p in student.named_parameters() if not torch.equal(p, before[name])}
     allowed = f"layers.1.self_attn.{hooks.PATTERN}" if which == "maps" else "layers.1.self_attn"
     assert changed
@@ -118,7 +132,13 @@ def test_maps_that_do_not_exist_are_refused():
         learnable(student, [0], "maps")
 
 
-SMALL = {"transfer_tokens": 1024, "distil_tokens": 1024, "evaluation_tokens": 512, "length": 128, "overrides": CPU}
+SMALL = {
+    "transfer_tokens": 1024,
+    "distil_tokens": 1024,
+    "evaluation_tokens": 512,
+    "length": 128,
+    "overrides": CPU,
+}
 
 
 @pytest.fixture(scope="module")
@@ -151,7 +171,9 @@ def test_state_bytes_are_those_of_real_caches(done):
     model = effattn.load(folder)
     ids = torch.randint(0, 3000, (1, row["context"]), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        cache = model(input_ids=ids, use_cache=True, past_key_values=effattn.new_cache(model)).past_key_values
+        cache = model(
+            input_ids=ids, use_cache=True, past_key_values=effattn.new_cache(model)
+        ).past_key_values
     assert sum(layer.nbytes for layer in cache.layers) == row["ours"]
     assert row["plain"] == 4 * 8 * 2 * 32 * 4 * row["context"]
 
@@ -169,7 +191,9 @@ def test_a_killed_run_goes_on_and_ends_the_same(done, tmp_path, monkeypatch):
         run(Job(output=tmp_path / "out", keep_every=4, batch=2, **SMALL))
     again = run(job)
     assert again.data["stages"] == report.data["stages"]
-    ours, theirs = ({n: p for n, p in effattn.load(f).named_parameters()} for f in (folder, job.output))
+    ours, theirs = (
+        {n: p for n, p in effattn.load(f).named_parameters()} for f in (folder, job.output)
+    )
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
@@ -199,7 +223,9 @@ def test_bad_settings_are_one_clear_error(tmp_path, change, message):
         ({"batch": 2}, "an unfinished run with other settings"),
     ],
 )
-def test_what_cannot_be_trained_is_refused_before_anything_is_measured(tmp_path, monkeypatch, change, message):
+def test_what_cannot_be_trained_is_refused_before_anything_is_measured(
+    tmp_path, monkeypatch, change, message
+):
     model = tiny("llama", dtype=torch.float32, vocab_size=3072, attention_dropout=0.25)
     effattn.save(model, tmp_path / "dropout", effattn.embedded.tokenizer())
     if change.get("model"):
@@ -238,11 +264,17 @@ def test_lora_is_merged_into_the_models_own_modules(tokens):
 
 
 def test_error_curves_fall_with_the_budget(tmp_path):
-    report = effattn.measure_approximation(methods=["sliding", "performer", "vq", "monarch"], layers=[0, 3], length=128)
+    report = effattn.measure_approximation(
+        methods=["sliding", "performer", "vq", "monarch"], layers=[0, 3], length=128
+    )
     for method in ("sliding", "vq"):
         errors = [error for _, error in report.mean(method)]
         assert errors == sorted(errors, reverse=True), method
-    normal = [row["error"] for row in report.rows if row["method"] == "performer" and row["inputs"] == "N(0, 1)"]
+    normal = [
+        row["error"]
+        for row in report.rows
+        if row["method"] == "performer" and row["inputs"] == "N(0, 1)"
+    ]
     assert normal[-1] < normal[0]
     gaussian = [row["error"] for row in report.data["matrices"] if row["matrix"] == "Gaussian"]
     assert gaussian == sorted(gaussian, reverse=True)

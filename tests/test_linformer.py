@@ -1,4 +1,6 @@
-"""Linformer and its blockwise causal form: definitions, what is shared, padding, states, swaps and the kernels."""
+"""Linformer and its blockwise causal form: definitions, what is shared, padding, states, swaps and
+the kernels.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +48,9 @@ def trained(attn, *call, **options):
 @pytest.mark.parametrize("tokens", [1, 4, 5, 17, 24])
 def test_definition(share, tokens):
     q, k, v = inputs(tokens, torch.float64)
-    attn = trained(effattn.backend("linformer", k=5, max_length=24, share=share), q, k, v, causal=False).double()
+    attn = trained(
+        effattn.backend("linformer", k=5, max_length=24, share=share), q, k, v, causal=False
+    ).double()
     E, F = attn.weights
     assert E.shape == F.shape == SHAPES[share]
     assert (E is F) == (share in ("kv", "across"))
@@ -54,8 +58,12 @@ def test_definition(share, tokens):
     for b in range(q.shape[0]):
         for h in range(q.shape[1]):
             e, f = (w[min(h // 2, len(w) - 1), :, :tokens] for w in (E, F))
-            slots_k = torch.stack([sum(e[i, p] * k[b, h // 2, p] for p in range(tokens)) for i in range(5)])
-            slots_v = torch.stack([sum(f[i, p] * v[b, h // 2, p] for p in range(tokens)) for i in range(5)])
+            slots_k = torch.stack(
+                [sum(e[i, p] * k[b, h // 2, p] for p in range(tokens)) for i in range(5)]
+            )
+            slots_v = torch.stack(
+                [sum(f[i, p] * v[b, h // 2, p] for p in range(tokens)) for i in range(5)]
+            )
             for i in range(tokens):
                 weights = torch.softmax(slots_k @ q[b, h, i] / 4, dim=0)
                 expected[b, h, i] = weights @ slots_v
@@ -84,13 +92,17 @@ def test_pooling_starts_from_exact_attention_and_never_counts_empty_slots():
     for tokens in (1, 7, 13):  # 13 slots, of which `tokens` are fed
         some = [x[:, :, :tokens] for x in (q, k, v)]
         exact = effattn.backend("dense")(*some, causal=False)
-        torch.testing.assert_close(effattn.backend("linformer", k=13, max_length=13)(*some, causal=False), exact)
+        torch.testing.assert_close(
+            effattn.backend("linformer", k=13, max_length=13)(*some, causal=False), exact
+        )
 
 
 def test_the_global_generator_is_left_alone():
     q, k, v = inputs(8)
     before = torch.get_rng_state()
-    first, other = (effattn.backend("linformer", k=3, max_length=8, init="gaussian", seed=s) for s in (0, 1))
+    first, other = (
+        effattn.backend("linformer", k=3, max_length=8, init="gaussian", seed=s) for s in (0, 1)
+    )
     first(q, k, v, causal=False), other(q, k, v, causal=False)
     assert torch.equal(torch.get_rng_state(), before)
     assert not torch.equal(first.E, first.F)
@@ -103,7 +115,9 @@ def test_cost():
     attn = effattn.backend("linformer", k=4, max_length=64)
     shape = Shape(2, 4, 2, 32, 32, 16, itemsize=2, causal=False)
     cost = attn.cost(shape)
-    assert cost.flops == 2 * 2 * 2 * 4 * 32 * 32 + 2 * 2 * 4 * 32 * 2 * 32  # half of the tokens feed half of the slots
+    assert (
+        cost.flops == 2 * 2 * 2 * 4 * 32 * 32 + 2 * 2 * 4 * 32 * 2 * 32
+    )  # half of the tokens feed half of the slots
     assert cost.read_bytes == shape.query_bytes + shape.kv_bytes + 2 * 2 * 4 * 32 * 4
     assert cost.state_bytes == 0
 
@@ -151,7 +165,9 @@ def state_after(attn, q, k, v, *sizes: int):
 @pytest.mark.parametrize(("k", "slots"), [(1, 1), (16, 2), (20, 3), (32, 4)])
 def test_blockwise_definition(tokens, k, slots):
     q, keys, v = inputs(tokens, torch.float64)
-    attn = trained(effattn.backend("linformer_blockwise", k=k, max_length=32, block=4), q, keys, v).double()
+    attn = trained(
+        effattn.backend("linformer_blockwise", k=k, max_length=32, block=4), q, keys, v
+    ).double()
     assert attn.E.shape == (2, slots, 4)
     expected = torch.empty_like(q)
     for b in range(q.shape[0]):
@@ -174,7 +190,9 @@ def test_blockwise_definition(tokens, k, slots):
 @pytest.mark.parametrize("back", [1, 5, ROLLBACK])
 def test_crop_across_a_block_border(back):
     q, k, v = inputs(50, torch.float64)
-    attn = trained(effattn.backend("linformer_blockwise", k=16, max_length=32, block=4), q, k, v).double()
+    attn = trained(
+        effattn.backend("linformer_blockwise", k=16, max_length=32, block=4), q, k, v
+    ).double()
     state, _ = state_after(attn, q, k, v, 27, 1, 2, 3)
     state.crop(33 - back)
     assert state.seq_len == 33 - back
@@ -184,20 +202,26 @@ def test_crop_across_a_block_border(back):
 
 def test_a_crop_too_far_is_refused_and_changes_nothing():
     q, k, v = inputs(40)
-    state, _ = state_after(effattn.backend("linformer_blockwise", k=16, max_length=32, block=4), q, k, v, 40)
+    state, _ = state_after(
+        effattn.backend("linformer_blockwise", k=16, max_length=32, block=4), q, k, v, 40
+    )
     held = state.nbytes
     with pytest.raises(ValueError, match=r"crop: got 20, .* valid are 0 and 24 to 40"):
         state.crop(20)
     assert (state.seq_len, state.nbytes) == (40, held)
     token = k[:, :, :1].nbytes + v[:, :, :1].nbytes
-    assert held == (20 + 4 + ROLLBACK) * token  # 2 slots for each of 10 blocks, and the newest tokens
+    assert (
+        held == (20 + 4 + ROLLBACK) * token
+    )  # 2 slots for each of 10 blocks, and the newest tokens
     state.crop(0)
     assert (state.seq_len, state.nbytes) == (0, 0)
 
 
 def test_rows_that_begin_at_different_tokens_finish_blocks_at_different_times():
     q, k, v = inputs(23, torch.float64)
-    attn = trained(effattn.backend("linformer_blockwise", k=16, max_length=32, block=4), q, k, v).double()
+    attn = trained(
+        effattn.backend("linformer_blockwise", k=16, max_length=32, block=4), q, k, v
+    ).double()
     mask = torch.ones(3, 23, dtype=torch.bool)
     mask[1, :3], mask[2, :13] = False, False
     state, at, outs = attn.new_state(), 0, []
@@ -213,7 +237,9 @@ def test_rows_that_begin_at_different_tokens_finish_blocks_at_different_times():
 
 def test_gradients_reach_the_projections_through_a_state():
     q, k, v = inputs(16, torch.float64)
-    attn = trained(effattn.backend("linformer_blockwise", k=16, max_length=32, block=4), q, k, v).double()
+    attn = trained(
+        effattn.backend("linformer_blockwise", k=16, max_length=32, block=4), q, k, v
+    ).double()
     found = []
     for sizes in ((16,), (7, 1, 8)):
         attn.zero_grad()
@@ -234,7 +260,9 @@ def bert(share="head", k=64):
 def test_bert_with_as_many_slots_as_tokens_is_dense():
     from test_encoders import batch, outputs, tiny
 
-    torch.testing.assert_close(outputs(bert(), batch()), outputs(tiny(), batch()), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        outputs(bert(), batch()), outputs(tiny(), batch()), rtol=1e-4, atol=1e-4
+    )
 
 
 @pytest.mark.parametrize("share", ["head", "across"])
@@ -277,7 +305,9 @@ def test_generation(share, tmp_path):
     data = batch()
     cache = effattn.new_cache(model)
     for way, options in WAYS.items():
-        assert torch.equal(generate(model, data, **options), recomputed(model, data, **options)), way
+        assert torch.equal(generate(model, data, **options), recomputed(model, data, **options)), (
+            way
+        )
     greedy = generate(model, data, past_key_values=cache)
     assert all(isinstance(layer, StateLayer) for layer in cache.layers)
     assert torch.equal(generate(model, data, prefill_chunk_size=3), greedy)
@@ -297,7 +327,10 @@ def test_generation(share, tmp_path):
 def test_project(impl, dtype, heads, padded):
     """Against loops in fp64, gradients too; long enough for several splits of the positions."""
     tokens, slots, dim = (300, 20, 12) if impl == "triton" and heads == 1 else (50, 20, 12)
-    x, w = draw(2, 2, tokens, dim).to(DEVICE, dtype), draw(heads, slots, tokens + 3, seed=1).to(DEVICE) / 8
+    x, w = (
+        draw(2, 2, tokens, dim).to(DEVICE, dtype),
+        draw(heads, slots, tokens + 3, seed=1).to(DEVICE) / 8,
+    )
     start, mask = None, None
     if padded:
         start = torch.tensor([0, 7], device=DEVICE)
@@ -315,7 +348,10 @@ def test_project(impl, dtype, heads, padded):
 
     found = []
     for run, to in ((lambda x, w: project(x, w, start, mask, impl), dtype), (loops, torch.float64)):
-        leaves = [x.to(to).requires_grad_(), w.double().to(torch.float64 if to == torch.float64 else torch.float32)]
+        leaves = [
+            x.to(to).requires_grad_(),
+            w.double().to(torch.float64 if to == torch.float64 else torch.float32),
+        ]
         leaves[1].requires_grad_()
         out = run(*leaves)
         found.append([out, *torch.autograd.grad((out.double() * grad.double()).sum(), leaves)])

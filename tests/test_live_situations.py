@@ -1,4 +1,6 @@
-"""A swapped model in ordinary hands: another attention function, continuous batching, graphs, pickles, dropout."""
+"""A swapped model in ordinary hands: another attention function, continuous batching, graphs,
+pickles, dropout.
+"""
 
 import copy
 import pickle
@@ -48,7 +50,9 @@ def test_another_attention_function_never_runs_on_a_swapped_layer(axis, change):
     swapped = swap(model, **axis)(tokens).logits
     change(model)
     for use_cache in (False, True):
-        with pytest.raises(Unsupported, match=r"attention implementation was set to '\w+'.*effattn.restore"):
+        with pytest.raises(
+            Unsupported, match=r"attention implementation was set to '\w+'.*effattn.restore"
+        ):
             model(tokens, use_cache=use_cache)
     with pytest.raises(Unsupported, match="attention implementation was set to"):
         model.generate(tokens, max_new_tokens=2)
@@ -57,7 +61,9 @@ def test_another_attention_function_never_runs_on_a_swapped_layer(axis, change):
     change(model)
     assert torch.equal(restore(model)(tokens).logits, plain)
     change(model)  # a restored model is anybody's
-    torch.testing.assert_close(model(tokens).logits, plain, rtol=1e-4, atol=1e-5)  # eager's softmax is in fp32
+    torch.testing.assert_close(
+        model(tokens).logits, plain, rtol=1e-4, atol=1e-5
+    )  # eager's softmax is in fp32
 
 
 @torch.no_grad()
@@ -70,7 +76,10 @@ def test_continuous_batching_is_refused_with_what_helps():
             model.generate_batch(inputs=inputs, generation_config=settings)
         with pytest.raises(Unsupported, match=r"continuous batching .*effattn.restore"):
             model.init_continuous_batching()
-    assert type(restore(model).init_continuous_batching(settings)).__name__ == "ContinuousBatchingManager"
+    assert (
+        type(restore(model).init_continuous_batching(settings)).__name__
+        == "ContinuousBatchingManager"
+    )
 
 
 PACKED = torch.cat([torch.arange(8), torch.arange(12)])[None].expand(2, -1)
@@ -79,7 +88,9 @@ PACKED = torch.cat([torch.arange(8), torch.arange(12)])[None].expand(2, -1)
 @torch.no_grad()
 @pytest.mark.parametrize("kind", ["gemma2", "opt"])
 def test_graphs_notice_packed_documents_only_where_there_are_some(kind):
-    """Compiled without a mask and a cache, transformers describes documents whether there are several or one."""
+    """Compiled without a mask and a cache, transformers describes documents whether there are
+    several or one.
+    """
     torch._dynamo.reset()
     model, tokens = swap(tiny(kind), "sliding(window=5)"), batch(2, 20)
     expected = model(tokens, use_cache=False).logits
@@ -112,7 +123,9 @@ def test_exported_and_traced():
     torch.testing.assert_close(exported(tokens, places), expected)
     with pytest.raises(RuntimeError, match="packed documents"):
         exported(tokens, PACKED)
-    torch.testing.assert_close(torch.jit.trace(model, (tokens,), check_trace=False)(tokens), expected)
+    torch.testing.assert_close(
+        torch.jit.trace(model, (tokens,), check_trace=False)(tokens), expected
+    )
 
 
 @torch.no_grad()
@@ -145,7 +158,10 @@ def test_unpickled_in_a_process_that_never_swapped(tmp_path):
     model = swap(tiny("llama"), "sliding(window=5, sinks=1)", cache="int8")
     torch.save((model, model(torch.arange(1, 21)[None]).logits), tmp_path / "model.pt")
     done = subprocess.run(
-        [sys.executable, "-c", FRESH, str(tmp_path / "model.pt")], capture_output=True, text=True, timeout=300
+        [sys.executable, "-c", FRESH, str(tmp_path / "model.pt")],
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr
 
@@ -154,7 +170,9 @@ def test_unpickled_in_a_process_that_never_swapped(tmp_path):
 def test_a_model_built_from_a_swapped_models_config():
     model, tokens = swap(tiny("llama"), "sliding(window=5)"), batch()
     twin = transformers.AutoModelForCausalLM.from_config(copy.deepcopy(model.config)).eval()
-    with pytest.raises(Unsupported, match=r"config of another model that was swapped.*set_attn_implementation"):
+    with pytest.raises(
+        Unsupported, match=r"config of another model that was swapped.*set_attn_implementation"
+    ):
         twin(tokens)
     swapped = swap(twin, "dense")(tokens).logits
     torch.testing.assert_close(restore(twin)(tokens).logits, swapped)
@@ -165,12 +183,16 @@ SMALL = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 1, "num_atten
 
 
 def bert():
-    config = transformers.BertConfig(**SMALL, intermediate_size=64, attention_probs_dropout_prob=0.25)
+    config = transformers.BertConfig(
+        **SMALL, intermediate_size=64, attention_probs_dropout_prob=0.25
+    )
     return transformers.BertModel(config)
 
 
 def distilbert():
-    config = transformers.DistilBertConfig(vocab_size=97, dim=32, hidden_dim=64, n_layers=1, n_heads=4)
+    config = transformers.DistilBertConfig(
+        vocab_size=97, dim=32, hidden_dim=64, n_layers=1, n_heads=4
+    )
     return transformers.DistilBertModel(config)
 
 
@@ -188,7 +210,9 @@ def test_the_advice_on_dropout_works(kind):
     model, tokens = swap(DROPPING[kind](), "sliding(window=5)").train(), batch()
     with pytest.raises(Unsupported, match="attention dropout") as refusal:
         model(tokens)
-    place, _, names = str(refusal.value).partition("while training; ")[2].partition(" = 0.0 on every ")
+    place, _, names = (
+        str(refusal.value).partition("while training; ")[2].partition(" = 0.0 on every ")
+    )
     *path, name = place.split(".")
     for module in model.modules():
         if type(module).__name__ == names.split()[0]:
@@ -204,11 +228,14 @@ def test_pickles_of_a_part_keep_its_swap():
 
 
 class Cutting:
-    """Keeps every second key of a layer's cache after a prompt, as libraries that compress caches do."""
+    """Keeps every second key of a layer's cache after a prompt, as libraries that compress caches
+    do.
+    """
 
     def __init__(self, model):
         self.handles = [
-            layer.self_attn.register_forward_hook(self.cut, with_kwargs=True) for layer in model.model.layers
+            layer.self_attn.register_forward_hook(self.cut, with_kwargs=True)
+            for layer in model.model.layers
         ]
 
     @staticmethod

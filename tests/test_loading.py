@@ -1,4 +1,6 @@
-"""Loading a checkpoint: the class that was saved, and every weight of it from the files, or one line saying why not."""
+"""Loading a checkpoint: the class that was saved, and every weight of it from the files, or one
+line saying why not.
+"""
 
 from __future__ import annotations
 
@@ -36,11 +38,23 @@ def outputs(model, ids=IDS) -> torch.Tensor:
 
 
 CLASSES = [
-    "LlamaForCausalLM", "LlamaModel", "LlamaForSequenceClassification", "LlamaForTokenClassification",
-    "LlamaForQuestionAnswering", "Qwen2ForSequenceClassification", "GPTNeoXForTokenClassification", "MistralModel",
-    "BertForMaskedLM", "BertForSequenceClassification", "BertForTokenClassification", "BertForQuestionAnswering",
-    "BertModel", "RobertaForSequenceClassification", "ElectraForPreTraining", "BertForNextSentencePrediction",
-]  # fmt: skip
+    "LlamaForCausalLM",
+    "LlamaModel",
+    "LlamaForSequenceClassification",
+    "LlamaForTokenClassification",
+    "LlamaForQuestionAnswering",
+    "Qwen2ForSequenceClassification",
+    "GPTNeoXForTokenClassification",
+    "MistralModel",
+    "BertForMaskedLM",
+    "BertForSequenceClassification",
+    "BertForTokenClassification",
+    "BertForQuestionAnswering",
+    "BertModel",
+    "RobertaForSequenceClassification",
+    "ElectraForPreTraining",
+    "BertForNextSentencePrediction",
+]
 
 
 @pytest.mark.parametrize("name", CLASSES)
@@ -57,7 +71,9 @@ def test_multiple_choice_comes_back(tmp_path):
     model = new("BertForMultipleChoice")
     loaded = effattn.load(effattn.save(model, tmp_path / "out"))
     assert type(loaded) is type(model)
-    assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), model.parameters(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(loaded.parameters(), model.parameters(), strict=True)
+    )
     assert torch.allclose(outputs(loaded, IDS[None]), outputs(model, IDS[None]))
 
 
@@ -69,7 +85,9 @@ def test_a_swapped_classifier_comes_back(name, tmp_path):
     assert torch.equal(outputs(loaded), outputs(model))
 
 
-@pytest.mark.parametrize("name", ["LlamaForSequenceClassification", "LlamaModel", "BertForMaskedLM"])
+@pytest.mark.parametrize(
+    "name", ["LlamaForSequenceClassification", "LlamaModel", "BertForMaskedLM"]
+)
 def test_flows_of_causal_models_refuse_another_class_by_name(name, tmp_path):
     new(name).save_pretrained(tmp_path)
     with pytest.raises(Unsupported, match=f"is a {name}, and no causal language model"):
@@ -134,7 +152,10 @@ UP = "model.layers.1.mlp.up_proj.weight"
         (without("model.embed_tokens.weight"), "missing keys: model.embed_tokens.weight"),
         (reshaped(UP), rf"mismatched keys: {UP} \(got \(3, 5\), expected \(96, 64\)\)$"),
         (added("score.weight"), "unexpected keys: score.weight$"),
-        (added("model.layers.1.self_attn.q_proj.bias"), "unexpected keys: model.layers.1.self_attn.q_proj.bias$"),
+        (
+            added("model.layers.1.self_attn.q_proj.bias"),
+            "unexpected keys: model.layers.1.self_attn.q_proj.bias$",
+        ),
     ],
 )
 def test_weights_that_do_not_fit_are_named(change, message, sharded, tmp_path):
@@ -165,11 +186,17 @@ def change_weights(folder, change) -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"num_hidden_layers": 3}, r"missing keys: model.layers.2.input_layernorm.weight, .* and 3 more"),
+        (
+            {"num_hidden_layers": 3},
+            r"missing keys: model.layers.2.input_layernorm.weight, .* and 3 more",
+        ),
         ({"num_hidden_layers": 1}, r"unexpected keys: model.layers.1.input_layernorm.weight"),
         ({"num_hidden_layers": 900}, r"num_hidden_layers: got 900, the weights are"),
         ({"intermediate_size": 128}, r"mismatched keys: .*mlp.*got .*96.*expected .*128"),
-        ({"vocab_size": 10**15}, r"mismatched keys: lm_head.weight \(got \(96, 64\), expected \(1000000000000000, 64"),
+        (
+            {"vocab_size": 10**15},
+            r"mismatched keys: lm_head.weight \(got \(96, 64\), expected \(1000000000000000, 64",
+        ),
         ({"tie_word_embeddings": True}, None),
         ({"attention_bias": True}, r"missing keys: model.layers.0.self_attn.k_proj.bias"),
     ],
@@ -192,7 +219,9 @@ def test_what_transformers_leaves_out_on_purpose_is_no_fault(tmp_path):
     assert torch.equal(outputs(effattn.load(tmp_path / "tied")), outputs(tied))
     bert = new("BertForMaskedLM")
     bert.save_pretrained(tmp_path / "bert")
-    change_weights(tmp_path / "bert", added("cls.seq_relationship.bias"))  # as bert-base-uncased is published
+    change_weights(
+        tmp_path / "bert", added("cls.seq_relationship.bias")
+    )  # as bert-base-uncased is published
     assert torch.equal(outputs(effattn.load(tmp_path / "bert")), outputs(bert))
     change_weights(tmp_path / "bert", added("bert.encoder.layer.7.output.dense.bias"))
     with pytest.raises(ValueError, match=r"unexpected keys: bert.encoder.layer.7"):
@@ -212,7 +241,9 @@ def test_a_model_comes_back_in_its_dtype(dtype, tmp_path):
     loaded = effattn.load(effattn.save(model.to(dtype), tmp_path / "out"))
     assert {p.dtype for p in loaded.parameters()} == {dtype}
     assert loaded.config.dtype == dtype
-    assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), model.parameters(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(loaded.parameters(), model.parameters(), strict=True)
+    )
 
 
 def test_generation_settings_and_the_chat_template_come_back(tmp_path):
@@ -228,7 +259,9 @@ def test_generation_settings_and_the_chat_template_come_back(tmp_path):
 
 def folder_with_tokenizer(tmp_path):
     new("LlamaForCausalLM", vocab_size=3072).save_pretrained(tmp_path)
-    transformers.AutoTokenizer.from_pretrained(effattn.embedded.directory()).save_pretrained(tmp_path)
+    transformers.AutoTokenizer.from_pretrained(effattn.embedded.directory()).save_pretrained(
+        tmp_path
+    )
     return tmp_path
 
 
@@ -236,7 +269,9 @@ def folder_with_tokenizer(tmp_path):
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b'"text"', b"\xff\xfe{}", "half"], ids=repr)
 def test_a_broken_tokenizer_is_named(name, content, tmp_path):
     file = folder_with_tokenizer(tmp_path) / name
-    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2] if content == "half" else content)
+    file.write_bytes(
+        file.read_bytes()[: file.stat().st_size // 2] if content == "half" else content
+    )
     with pytest.raises(ValueError, match=name) as caught:
         checkpoint.load_model(tmp_path)
     assert "\n" not in str(caught.value)
@@ -261,7 +296,9 @@ def test_a_truncated_weight_file_is_named(tmp_path):
         whole = file.read_bytes()
         for part in (b"", whole[:5], whole[:200], whole[:-1], b"PK" + whole):
             file.write_bytes(part)
-            with pytest.raises(ValueError, match=rf"weights: .*{file.name} cannot be read") as caught:
+            with pytest.raises(
+                ValueError, match=rf"weights: .*{file.name} cannot be read"
+            ) as caught:
                 effattn.load(file.parent)
             assert "\n" not in str(caught.value)
 
@@ -270,10 +307,14 @@ def test_pickled_weights_are_refused_by_name(tmp_path):
     new("LlamaForCausalLM").save_pretrained(tmp_path)
     weights = load_file(tmp_path / SINGLE)
     (tmp_path / SINGLE).unlink()
-    with pytest.raises(ValueError, match=r"has neither model.safetensors.index.json nor model.safetensors"):
+    with pytest.raises(
+        ValueError, match=r"has neither model.safetensors.index.json nor model.safetensors"
+    ):
         effattn.load(tmp_path)
     torch.save(weights, tmp_path / "pytorch_model.bin")
-    with pytest.raises(ValueError, match=r"has pytorch_model.bin and no model.safetensors: pickled weights"):
+    with pytest.raises(
+        ValueError, match=r"has pytorch_model.bin and no model.safetensors: pickled weights"
+    ):
         effattn.load(tmp_path)
 
 
@@ -290,7 +331,10 @@ def test_pickled_weights_are_refused_by_name(tmp_path):
         ({"a": "loop.safetensors"}, "lacks loop.safetensors"),
         ({"a": "folder.safetensors"}, "lacks folder.safetensors"),
         ({"a": "other.safetensors"}, "promises a, which its files do not have"),
-        ({"b": "other.safetensors", "c": "twice.safetensors"}, "b is both in other.safetensors and in twice"),
+        (
+            {"b": "other.safetensors", "c": "twice.safetensors"},
+            "b is both in other.safetensors and in twice",
+        ),
     ],
     ids=str,
 )
@@ -326,9 +370,12 @@ def test_commands_end_in_one_line_and_write_nothing(flow, kind, tmp_path):
     folder.mkdir()
     folder_with_tokenizer(folder)
     message = {
-        "cut": UP, "reward": "LlamaForSequenceClassification", "corrupt": "model.safetensors cannot be read",
-        "pickled": "pytorch_model.bin", "no tokenizer": "tokenizer: ",
-    }[kind]  # fmt: skip
+        "cut": UP,
+        "reward": "LlamaForSequenceClassification",
+        "corrupt": "model.safetensors cannot be read",
+        "pickled": "pytorch_model.bin",
+        "no tokenizer": "tokenizer: ",
+    }[kind]
     if kind == "cut":
         change_weights(folder, without(UP))
     elif kind == "reward":

@@ -1,4 +1,6 @@
-"""The backend lsh: what a query sees, its state, convergence to exact attention, and its life inside of a model."""
+"""The backend lsh: what a query sees, its state, convergence to exact attention, and its life
+inside of a model.
+"""
 
 from __future__ import annotations
 
@@ -31,17 +33,27 @@ def test_shared_qk_keeps_to_the_contract(causal):
 
 
 def test_prime_lengths():
-    check("lsh(rounds=3, buckets=6, chunk=4, impl='torch')", lengths=PRIMES, properties=("accuracy", "padding"))
+    check(
+        "lsh(rounds=3, buckets=6, chunk=4, impl='torch')",
+        lengths=PRIMES,
+        properties=("accuracy", "padding"),
+    )
 
 
 @pytest.mark.parametrize("buckets", [2, 8])
 def test_the_future_moves_no_border(buckets):
-    """The paper's flaw: later tokens in a bucket shift the chunks of earlier ones, here by as many as there can be."""
+    """The paper's flaw: later tokens in a bucket shift the chunks of earlier ones, here by as many
+    as there can be.
+    """
     attn = effattn.backend("lsh", rounds=3, buckets=buckets, chunk=8)
     q, k, v = inputs(512, sizes=(1, 2, 1, 16))
     before = attn(q, k, v)
     for cut in (100, 257, 511):
-        for same in (k[:, :, :1], -k[:, :, :1], torch.randn(1, 1, 1, 16)):  # all of the future in one bucket
+        for same in (
+            k[:, :, :1],
+            -k[:, :, :1],
+            torch.randn(1, 1, 1, 16),
+        ):  # all of the future in one bucket
             later = torch.cat([k[:, :, :cut], same.expand(-1, -1, 512 - cut, -1)], dim=2)
             other = torch.cat([q[:, :, :cut], q[:, :, cut:] * -5], dim=2)
             assert torch.equal(attn(other, later, v)[:, :, :cut], before[:, :, :cut])
@@ -50,7 +62,9 @@ def test_the_future_moves_no_border(buckets):
 def test_a_longer_sequence_begins_with_the_shorter_one():
     attn = effattn.backend("lsh", chunk=8)
     q, k, v = inputs(400, torch.float64)
-    torch.testing.assert_close(attn(q, k, v)[:, :, :77], attn(q[:, :, :77], k[:, :, :77], v[:, :, :77]))
+    torch.testing.assert_close(
+        attn(q, k, v)[:, :, :77], attn(q[:, :, :77], k[:, :, :77], v[:, :, :77])
+    )
 
 
 def error(tokens=192, causal=True, **options) -> float:
@@ -70,7 +84,9 @@ def test_error_falls_with_rounds_and_chunk(causal):
 
 @pytest.mark.parametrize("causal", [True, False])
 def test_equals_exact_attention_when_every_pair_is_covered(causal):
-    """Keys that overlap between rounds would count several times if they were not corrected: these all do."""
+    """Keys that overlap between rounds would count several times if they were not corrected: these
+    all do.
+    """
     assert error(rounds=40, buckets=2, chunk=256, causal=causal) < 1e-12
     q, k, v = inputs(64, torch.float64)
     one_bucket = k.abs() + 3 * torch.ones_like(k)  # with the first rotation that has positive sums
@@ -130,7 +146,9 @@ def test_bad_options(options, message):
 def test_bad_calls():
     attn = effattn.backend("lsh", shared_qk=True)
     q, k, v = inputs(6)
-    with pytest.raises(Unsupported, match="shared_qk=True needs a key for every query, got 4 heads of q and 2 of k"):
+    with pytest.raises(
+        Unsupported, match="shared_qk=True needs a key for every query, got 4 heads of q and 2 of k"
+    ):
         attn(q, k, v)
     attn = effattn.backend("lsh")
     attn(q, k, v)
@@ -138,14 +156,17 @@ def test_bad_calls():
         attn(q[..., :8], k[..., :8], v)
     state = attn.new_state()
     attn(q, k, v, state=state)
-    with pytest.raises(ValueError, match="q: got 6 tokens, with a state valid are at most the 2 new keys"):
+    with pytest.raises(
+        ValueError, match="q: got 6 tokens, with a state valid are at most the 2 new keys"
+    ):
         attn(q, k[:, :, :2], v[:, :, :2], state=state)
     assert state.seq_len == 6
     with pytest.raises(Unsupported, match="causal=False"):
         attn(q, k, v, causal=False, state=state)
 
 
-# The state ---------------------------------------------------------------------------------------------------------
+# The state
+# -------------------------------------------------------------------------------------------------
 
 moves = st.one_of(
     st.tuples(st.just("append"), st.sampled_from([1, 1, 2, 5, 16, 17, 40])),
@@ -153,17 +174,28 @@ moves = st.one_of(
     st.tuples(st.just("reorder"), st.permutations(range(3))),
     st.tuples(st.just("copy"), st.just(0)),
 )
-SPECS = (SMALL, "lsh(rounds=3, buckets=2, chunk=3)", "lsh(rounds=1, buckets=4, chunk=2)",
-         "lsh(rounds=2, buckets=2, chunk=1, shared_qk=True)")  # fmt: skip
+SPECS = (
+    SMALL,
+    "lsh(rounds=3, buckets=2, chunk=3)",
+    "lsh(rounds=1, buckets=4, chunk=2)",
+    "lsh(rounds=2, buckets=2, chunk=1, shared_qk=True)",
+)
 
 
 @settings(deadline=None, max_examples=60)
-@given(spec=st.sampled_from(SPECS), moves=st.lists(moves, max_size=12), start=st.sampled_from([3, 70, 130]),
-       pads=st.sampled_from([0, 0, 3, 30]), seed=st.integers(0, 99))  # fmt: skip
+@given(
+    spec=st.sampled_from(SPECS),
+    moves=st.lists(moves, max_size=12),
+    start=st.sampled_from([3, 70, 130]),
+    pads=st.sampled_from([0, 0, 3, 30]),
+    seed=st.integers(0, 99),
+)
 def test_a_state_is_all_that_is_needed(spec, moves, start, pads, seed):
     attn, truth = effattn.backend(spec, impl="torch"), effattn.backend(spec, impl="reference")
     draw, heads = torch.Generator().manual_seed(seed), 2 if "shared" in spec else 4
-    new = lambda n: [torch.randn(3, h, n, 8, generator=draw, dtype=torch.float64) for h in (heads, 2, 2)]  # noqa: E731
+    new = lambda n: [
+        torch.randn(3, h, n, 8, generator=draw, dtype=torch.float64) for h in (heads, 2, 2)
+    ]  # noqa: E731
     state, past, order, highest = attn.new_state(), new(0), torch.arange(3), 0
     for move, n in [("append", start), *moves, ("append", 3)]:
         if move == "append":
@@ -171,7 +203,10 @@ def test_a_state_is_all_that_is_needed(spec, moves, start, pads, seed):
             past = [torch.cat(pair, dim=2) for pair in zip(past, tokens, strict=True)]
             mask = None
             if pads:
-                mask = torch.arange(past[1].shape[2])[None] >= (torch.arange(3) * pads // 2)[order][:, None]
+                mask = (
+                    torch.arange(past[1].shape[2])[None]
+                    >= (torch.arange(3) * pads // 2)[order][:, None]
+                )
             out = attn(*tokens, padding_mask=mask, state=state)
             torch.testing.assert_close(out, truth(*past, padding_mask=mask)[:, :, -n:])
             assert state.seq_len == past[1].shape[2]
@@ -219,14 +254,18 @@ def test_crop_refuses_what_was_overwritten():
     with pytest.raises(ValueError, match="valid are 0 and 84 to 90"):
         state.crop(80)
     state.crop(84)
-    torch.testing.assert_close(attn(q[:, :, 84:], k[:, :, 84:], v[:, :, 84:], state=state), attn(q, k, v)[:, :, 84:])
+    torch.testing.assert_close(
+        attn(q[:, :, 84:], k[:, :, 84:], v[:, :, 84:], state=state), attn(q, k, v)[:, :, 84:]
+    )
 
 
 def test_gradients_through_a_state():
     attn = effattn.backend(SMALL, impl="torch")
     given = [x.requires_grad_() for x in inputs(120, torch.float64, sizes=(1, 2, 2, 8))]
     state = attn.new_state()
-    parts = [attn(*(x[:, :, a:b] for x in given), state=state) for a, b in ((0, 80), (80, 90), (90, 120))]
+    parts = [
+        attn(*(x[:, :, a:b] for x in given), state=state) for a, b in ((0, 80), (80, 90), (90, 120))
+    ]
     whole = attn(*given)
     torch.testing.assert_close(torch.cat(parts, dim=2), whole)
     loss = torch.randn_like(whole)
@@ -246,15 +285,23 @@ def test_rotary_with_a_state():
         whole, state = attn(q, k, v, padding_mask=padding, rotary=rope), attn.new_state()
         for a, b in ((0, 31), (31, 32), (32, 60)):
             part = [x[:, :, a:b] for x in (q, k, v)]
-            out = attn(*part, padding_mask=None if padding is None else padding[:, :b], state=state, rotary=rope)
+            out = attn(
+                *part,
+                padding_mask=None if padding is None else padding[:, :b],
+                state=state,
+                rotary=rope,
+            )
             torch.testing.assert_close(out, whole[:, :, a:b])
 
 
-# In a model --------------------------------------------------------------------------------------------------------
+# In a model
+# -------------------------------------------------------------------------------------------------
 
 
 def generate(model, inputs, **options):
-    return model.generate(**inputs, max_new_tokens=12, do_sample=False, eos_token_id=None, **options)
+    return model.generate(
+        **inputs, max_new_tokens=12, do_sample=False, eos_token_id=None, **options
+    )
 
 
 @pytest.mark.parametrize("spec", ["lsh(rounds=2, buckets=4, chunk=3)", SMALL])
@@ -266,13 +313,18 @@ def test_generation(spec):
     batch = {"input_ids": tokens.masked_fill(mask == 0, 0), "attention_mask": mask}
     expected = generate(model, batch, use_cache=False)
     assert torch.equal(generate(model, batch), expected)
-    assert torch.equal(generate(model, batch, num_beams=2), generate(model, batch, num_beams=2, use_cache=False))
+    assert torch.equal(
+        generate(model, batch, num_beams=2), generate(model, batch, num_beams=2, use_cache=False)
+    )
     one = {name: x[2:] for name, x in batch.items()}
     assert torch.equal(generate(model, one, prompt_lookup_num_tokens=4), expected[2:])
     alone = {name: x[:1, 9:] for name, x in batch.items()}
     assert torch.equal(generate(model, alone)[0], expected[0, 9:])
     cache = new_cache(model)
-    assert all(isinstance(layer, StateLayer) and isinstance(layer.state, BucketState) for layer in cache.layers)
+    assert all(
+        isinstance(layer, StateLayer) and isinstance(layer.state, BucketState)
+        for layer in cache.layers
+    )
 
 
 def test_swap_save_load_restore(tmp_path):

@@ -1,4 +1,6 @@
-"""kernels/lsh: places against loops that follow the definition, and both implementations against the reference."""
+"""kernels/lsh: places against loops that follow the definition, and both implementations against
+the reference.
+"""
 
 from __future__ import annotations
 
@@ -14,12 +16,24 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def setting(
-    rule, tokens, queries=None, heads=(4, 2), batch=2, dim=8, pads=None, causal=True, dtype=torch.float64, seed=0
+    rule,
+    tokens,
+    queries=None,
+    heads=(4, 2),
+    batch=2,
+    dim=8,
+    pads=None,
+    causal=True,
+    dtype=torch.float64,
+    seed=0,
 ):
     """q, k, v, the buckets of queries (of all tokens) and of keys, the mask, and the places."""
     draw, queries = torch.Generator().manual_seed(seed), tokens if queries is None else queries
     sizes = ((heads[0], queries, dim), (heads[1], tokens, dim), (heads[1], tokens, dim + 3))
-    q, k, v = (torch.randn(batch, *size, generator=draw, dtype=torch.float64).to(DEVICE, dtype) for size in sizes)
+    q, k, v = (
+        torch.randn(batch, *size, generator=draw, dtype=torch.float64).to(DEVICE, dtype)
+        for size in sizes
+    )
     rotations = torch.randn(rule.rounds, dim, rule.buckets // 2, generator=draw).to(DEVICE)
     real = None
     if pads:
@@ -37,7 +51,9 @@ def setting(
 
 
 def seen_by_loops(rule, mine, keys, causal, real):
-    """One head of one row: mine and keys are lists of buckets by round. The docstring of `places`, word by word."""
+    """One head of one row: mine and keys are lists of buckets by round. The docstring of `places`,
+    word by word.
+    """
     tokens = len(keys[0])
     seen = torch.eye(tokens, dtype=torch.bool)
     for of_q, of_k in zip(mine, keys, strict=True):
@@ -66,11 +82,19 @@ def test_the_reference_follows_the_definition(causal, pads):
     for row in range(2):
         there = [True] * 31 if real is None else real[row].tolist()
         for head in range(2):
-            expected = seen_by_loops(rule, mine[row, head].tolist(), bucket[row, 0].tolist(), causal, there)
+            expected = seen_by_loops(
+                rule, mine[row, head].tolist(), bucket[row, 0].tolist(), causal, there
+            )
             assert torch.equal(seen[row, head].cpu(), expected)
 
 
-RULES = (lsh.Rule(3, 4, 2), lsh.Rule(2, 2, 1), lsh.Rule(4, 8, 5), lsh.Rule(4, 4, 64), lsh.Rule(3, 4, 2, shared_qk=True))
+RULES = (
+    lsh.Rule(3, 4, 2),
+    lsh.Rule(2, 2, 1),
+    lsh.Rule(4, 8, 5),
+    lsh.Rule(4, 4, 64),
+    lsh.Rule(3, 4, 2, shared_qk=True),
+)
 
 
 @pytest.mark.parametrize("rule", RULES, ids=str)
@@ -80,7 +104,9 @@ def test_torch_is_the_reference(rule, causal, pads):
     """Output and gradients, also of fewer queries than keys."""
     for tokens, queries in ((1, 1), (2, 2), (37, 37), (101, 101), (50, 13))[: 5 if causal else 4]:
         heads = (2, 2) if rule.shared_qk else (4, 2)
-        *given, mine, bucket, real, places = setting(rule, tokens, queries, heads, pads=pads, causal=causal)
+        *given, mine, bucket, real, places = setting(
+            rule, tokens, queries, heads, pads=pads, causal=causal
+        )
         given = [x.requires_grad_() for x in given]
         got = lsh.attention(*given, places, impl="torch")
         expected = reference.attention(
@@ -106,14 +132,22 @@ def test_a_key_of_several_rounds_counts_once():
 
 @pytest.mark.parametrize("tokens", [1, 40])
 def test_buckets_that_are_not_filled_evenly(tokens):
-    """All keys in one bucket, all queries in another, or both in one: nothing is quadratic, nothing is lost."""
+    """All keys in one bucket, all queries in another, or both in one: nothing is quadratic, nothing
+    is lost.
+    """
     rule = lsh.Rule(1, 4, 4)
     q, k, v, mine, bucket, real, _ = setting(rule, tokens)
     for of_q, of_k in ((0, 0), (1, 3), (3, 1)):
         mine, bucket = torch.full_like(mine, of_q), torch.full_like(bucket, of_k)
-        places = lsh.places_of(rule, mine, bucket, rule.code(bucket, lsh.new_ranks(bucket, 4)[0]), True)
-        expected = reference.attention(q, k, v, rule, mine, bucket, causal=True, scale=0.3, real=real)
-        torch.testing.assert_close(lsh.attention(q, k, v, places, scale=0.3, impl="torch"), expected)
+        places = lsh.places_of(
+            rule, mine, bucket, rule.code(bucket, lsh.new_ranks(bucket, 4)[0]), True
+        )
+        expected = reference.attention(
+            q, k, v, rule, mine, bucket, causal=True, scale=0.3, real=real
+        )
+        torch.testing.assert_close(
+            lsh.attention(q, k, v, places, scale=0.3, impl="torch"), expected
+        )
         if of_q != of_k:
             torch.testing.assert_close(expected, v.repeat_interleave(2, 1))  # the own key only
 
@@ -145,7 +179,9 @@ def test_a_rows_last_bits_do_not_depend_on_the_others():
     for h in range(4):
         one = slice(h, h + 1)
         alone = lsh.places_of(rule, mine[:, one], bucket[:, one], places.code[:, one], True)
-        assert torch.equal(lsh.attention(q[:, one], k[:, one], v[:, one], alone, impl="torch"), whole[:, one])
+        assert torch.equal(
+            lsh.attention(q[:, one], k[:, one], v[:, one], alone, impl="torch"), whole[:, one]
+        )
 
 
 # Triton: in its interpreter where there is no GPU.
@@ -156,9 +192,10 @@ def test_a_rows_last_bits_do_not_depend_on_the_others():
 def test_triton_is_the_reference(dtype, causal):
     pytest.importorskip("triton")
     for rule, tokens, queries, pads in (
-        (lsh.Rule(2, 4, 4), 45, 45, "left"), (lsh.Rule(2, 2, 40, True), 40, 40, None),
+        (lsh.Rule(2, 4, 4), 45, 45, "left"),
+        (lsh.Rule(2, 2, 40, True), 40, 40, None),
         (lsh.Rule(3, 2, 2), 50, 17, "right"),
-    )[: 3 if causal else 2]:  # fmt: skip
+    )[: 3 if causal else 2]:
         heads = (1, 1) if rule.shared_qk else (2, 1)
         *given, mine, bucket, real, places = setting(
             rule, tokens, queries, heads, dim=20, pads=pads, causal=causal, dtype=dtype
@@ -183,4 +220,6 @@ def test_triton_refuses_what_it_does_not_have():
     with pytest.raises(ValueError, match="float64, valid for impl='triton'"):
         lsh.attention(q, k, v, places, impl="triton")
     with pytest.raises(ValueError, match="head size: got 300"):
-        lsh.attention(*(x.float().repeat(1, 1, 1, 50)[..., :300] for x in (q, k, v)), places, impl="triton")
+        lsh.attention(
+            *(x.float().repeat(1, 1, 1, 50)[..., :300] for x in (q, k, v)), places, impl="triton"
+        )

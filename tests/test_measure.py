@@ -1,5 +1,5 @@
-"""`effattn.measure` and `effattn measure`: what is measured is what is said, on tiny models; every way to get it wrong
-is one line before anything is measured; a killed run goes on."""
+"""`effattn.measure` and `effattn measure`: what is measured is what is said, on tiny models; every
+way to get it wrong is one line before anything is measured; a killed run goes on."""
 
 from __future__ import annotations
 
@@ -32,9 +32,17 @@ ROOT = Path(__file__).parents[1]
 SINKS = "sliding(window=16, sinks=2)"
 TOKEN = 2 * 2 * 8 * 8 * 4  # KV bytes of a token in fp32: layers, k and v, heads, head size
 LIMITS = Peaks(
-    device="a device", kind="cpu", threads=1, date="2026-01-01T00:00:00+00:00", versions={}, copy_bytes_per_s=1e10,
-    read_bytes_per_s=2e10, write_bytes_per_s=None, matmul_flops={"float32": 1e11}, launch_seconds=1e-6,
-)  # fmt: skip
+    device="a device",
+    kind="cpu",
+    threads=1,
+    date="2026-01-01T00:00:00+00:00",
+    versions={},
+    copy_bytes_per_s=1e10,
+    read_bytes_per_s=2e10,
+    write_bytes_per_s=None,
+    matmul_flops={"float32": 1e11},
+    launch_seconds=1e-6,
+)
 SMALL = {"contexts": [24, 40], "steps": 3, "seconds": 0.01}
 
 
@@ -56,17 +64,23 @@ def report(model) -> Report:
         return effattn.measure(model, asked, batches=[1, 2], name="tiny", **SMALL)
 
 
-# ---- variants -------------------------------------------------------------------------------------------------------
+# ---- variants
+# -------------------------------------------------------------------------------------------------
 
 
 def test_variants_are_read_as_they_are_written():
     assert [v.name for v in parse_all(None)] == ["plain"]
-    first, window, both = parse_all(["w=sliding( window=8,sinks=1 )", "heads=gqa(kv_heads=2); pattern=dense"])
+    first, window, both = parse_all(
+        ["w=sliding( window=8,sinks=1 )", "heads=gqa(kv_heads=2); pattern=dense"]
+    )
     assert (first.name, first.axes) == ("plain", {})
     assert (window.name, window.axes) == ("w", {"pattern": "sliding(window=8, sinks=1)"})
     assert both.name == "heads=gqa(kv_heads=2); pattern=dense"
     assert both.axes == {"heads": "gqa(kv_heads=2)", "pattern": "dense"}
-    assert [v.name for v in parse_all({"w": SINKS, "base": "plain"})] == ["w", "base"]  # the user's order, own base
+    assert [v.name for v in parse_all({"w": SINKS, "base": "plain"})] == [
+        "w",
+        "base",
+    ]  # the user's order, own base
     assert parse("x", "dense").axes == parse("x", "plain").axes == {}  # the model unchanged
     assert split_name("my run=block(block=4)") == ("my run", "block(block=4)")
     assert split_name("block(block=4)") == ("block(block=4)", "block(block=4)")
@@ -77,16 +91,23 @@ def test_variants_are_read_as_they_are_written():
     assert parse("x", window.spec).axes == window.axes
 
 
-@pytest.mark.parametrize(("given", "message"), [
-    ("w=slidding(window=8)", r"variant 'w' = 'slidding\(window=8\)': .*did you mean 'sliding'\?\).*valid is name=spec"),
-    ("w=sliding(windw=8)", "did you mean 'window'"),
-    ("w=sliding(window=8", "cannot be parsed"),
-    ("w=head=gqa(kv_heads=2)", r"axis: got 'head' \(did you mean 'heads'\?\)"),
-    ("w=pattern=dense; pattern=dense", "pattern is given twice"),
-    ("w=", "is empty"),
-    ("w= ; ", "is empty"),
-    ("nonsense", "variant 'nonsense': backend: got 'nonsense'"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (
+            "w=slidding(window=8)",
+            r"variant 'w' = 'slidding\(window=8\)': .*did you mean 'sliding'\?\).*valid is "
+            r"name=spec",
+        ),
+        ("w=sliding(windw=8)", "did you mean 'window'"),
+        ("w=sliding(window=8", "cannot be parsed"),
+        ("w=head=gqa(kv_heads=2)", r"axis: got 'head' \(did you mean 'heads'\?\)"),
+        ("w=pattern=dense; pattern=dense", "pattern is given twice"),
+        ("w=", "is empty"),
+        ("w= ; ", "is empty"),
+        ("nonsense", "variant 'nonsense': backend: got 'nonsense'"),
+    ],
+)
 def test_a_variant_that_does_not_parse_is_shown_with_the_grammar(given, message):
     with pytest.raises(ValueError, match=message):
         parse_all([given])
@@ -107,7 +128,9 @@ def test_variants_share_weights_and_leave_the_model_alone(model):
     assert anatomy.of(merged).kv_heads == 2
     assert merged.model.layers[0].mlp.up_proj.weight is model.model.layers[0].mlp.up_proj.weight
     assert own_bytes(model, window) == 0
-    assert own_bytes(model, few) == sum(p.nbytes for x in model.model.layers for p in x.self_attn.parameters())
+    assert own_bytes(model, few) == sum(
+        p.nbytes for x in model.model.layers for p in x.self_attn.parameters()
+    )
     assert all(torch.equal(before[name], p) for name, p in model.named_parameters())
     assert model.config.num_key_value_heads == 8
     assert active(model) is None
@@ -122,22 +145,30 @@ def test_a_swapped_model_is_measured_beside_its_plain_self(model):
     assert active(swapped) is not None
 
 
-# ---- what is measured -----------------------------------------------------------------------------------------------
+# ---- what is measured
+# -------------------------------------------------------------------------------------------------
 
 
 def test_rows_say_what_was_moved_and_held(report, model):
     assert [(row["context"], row["batch"], row["variant"]) for row in report.rows] == [
-        (context, batch, name) for context in (24, 40) for batch in (1, 2) for name in ("plain", "window", "few")
+        (context, batch, name)
+        for context in (24, 40)
+        for batch in (1, 2)
+        for name in ("plain", "window", "few")
     ]
     assert all(row["status"] == "measured" and row["alternated"] for row in report.rows)
     plain, window, few = (report.row(name, 40, 2) for name in ("plain", "window", "few"))
     assert plain["kv_bytes_held"] == plain["kv_bytes"] == 2 * 40 * TOKEN
     assert few["kv_bytes_held"] == few["kv_bytes"] == 2 * 40 * TOKEN // 4
     assert 2 * 18 * TOKEN <= window["kv_bytes_held"] <= 2 * (18 + 16) * TOKEN + 64
-    assert window["decode"]["kv_read_bytes"] == pytest.approx(2 * 18 * TOKEN, rel=0.1)  # not what the ring keeps beside
+    assert window["decode"]["kv_read_bytes"] == pytest.approx(
+        2 * 18 * TOKEN, rel=0.1
+    )  # not what the ring keeps beside
     assert plain["weight_bytes"] == sum(x.nbytes for x in [*model.parameters(), *model.buffers()])
     assert few["weight_bytes"] < plain["weight_bytes"]
-    assert report.rows[0]["decode"]["past"] == 24 + 3 + 1  # the middle one of three steps, after three others
+    assert (
+        report.rows[0]["decode"]["past"] == 24 + 3 + 1
+    )  # the middle one of three steps, after three others
     for row in report.rows:
         for phase in ("prefill", "decode"):
             one = row[phase]
@@ -149,15 +180,22 @@ def test_rows_say_what_was_moved_and_held(report, model):
             assert one["bytes_per_s"] == pytest.approx(moved / seconds)
             assert one["bandwidth_share"] == pytest.approx(moved / seconds / 2e10)
             assert one["compute_share"] == pytest.approx(one["flops"] / seconds / 1e11)
-        assert row["decode"]["tokens_per_s"] == pytest.approx(1000 * row["batch"] / row["decode"]["ms_p50"])
+        assert row["decode"]["tokens_per_s"] == pytest.approx(
+            1000 * row["batch"] / row["decode"]["ms_p50"]
+        )
 
 
 def test_peaks_are_foreseen(report):
-    """To 10 % where transformers' own attention runs; our tiles take more than their share of a model this small."""
+    """To 10 % where transformers' own attention runs; our tiles take more than their share of a
+    model this small.
+    """
     for row in report.rows:
         for phase in ("prefill", "decode"):
             one, off = row[phase], 0.1 if row["variant"] == "plain" else 0.25
-            assert one["peak_bytes"] == pytest.approx(one["peak_bytes_predicted"], rel=off), (row["variant"], phase)
+            assert one["peak_bytes"] == pytest.approx(one["peak_bytes_predicted"], rel=off), (
+                row["variant"],
+                phase,
+            )
 
 
 def test_operations_are_all_there_with_their_cost(report):
@@ -170,7 +208,10 @@ def test_operations_are_all_there_with_their_cost(report):
         assert all(one["ms_p20"] <= one["ms_p50"] <= one["ms_p80"] for one in found.values())
         known = [one for one in found.values() if one["bytes"] is not None]
         assert sum(one["flops"] for one in known) == row[phase]["flops"]
-        assert sum(one["bytes"] for one in known) == row[phase]["read_bytes"] + row[phase]["write_bytes"]
+        assert (
+            sum(one["bytes"] for one in known)
+            == row[phase]["read_bytes"] + row[phase]["write_bytes"]
+        )
         assert found[None, "other"]["bytes"] is None
     assert found[0, "q_proj"]["flops"] == 2 * 64 * 64
 
@@ -181,7 +222,9 @@ def test_operation_times_are_exclusive_and_add_up(kind, tokens, monkeypatch):
     model, marks = tiny(kind, dtype=torch.float32, **extra), iter(range(10_000))
     hooks = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
     with OperationTimer(model) as timer, torch.no_grad():
-        monkeypatch.setattr(timer, "_mark", lambda: next(marks))  # every mark is one tick after the one before
+        monkeypatch.setattr(
+            timer, "_mark", lambda: next(marks)
+        )  # every mark is one tick after the one before
         model(tokens[None, :9])
         found = timer.read()
         assert sum(found.values()) == next(marks) - 1  # from the first mark to the last
@@ -190,21 +233,31 @@ def test_operation_times_are_exclusive_and_add_up(kind, tokens, monkeypatch):
     fused = kind in ("gpt_neox", "phi3")
     assert found[0, "qkv_proj" if fused else "q_proj"] == 1  # nothing timed runs inside
     norms = 2 if kind == "qwen3" else 0
-    children = (1 if fused else 3) + 1 + norms  # projections in, the one out, norms of queries and keys
+    children = (
+        (1 if fused else 3) + 1 + norms
+    )  # projections in, the one out, norms of queries and keys
     assert found[0, "attention"] == 1 + children
     assert hooks == sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
 
 
 def test_every_pass_is_a_real_one_and_variants_take_turns(model, monkeypatch):
-    """Prefill asks for the last logits only; a step sees everything before it; no lane runs twice in a row."""
+    """Prefill asks for the last logits only; a step sees everything before it; no lane runs twice
+    in a row.
+    """
     calls = []
     forward = Lane._forward
     monkeypatch.setattr(
-        Lane, "_forward", lambda lane, ids: (calls.append((lane.name, ids.shape[1])), forward(lane, ids))
+        Lane,
+        "_forward",
+        lambda lane, ids: (calls.append((lane.name, ids.shape[1])), forward(lane, ids)),
     )
     effattn.measure(model, {"a": "plain", "b": SINKS}, [20], steps=4, seconds=1e-9)
     prefills = [name for name, length in calls if length == 20]
-    assert prefills == ["a", "b", *"abbaba"]  # one each with hooks, then at least three rounds, in turns
+    assert prefills == [
+        "a",
+        "b",
+        *"abbaba",
+    ]  # one each with hooks, then at least three rounds, in turns
     steps = [name for name, length in calls if length == 1]
     rounds = len(steps) - 2 - 2 * BESIDE_STEPS  # without the two that warm up
     assert rounds == 2 * 3
@@ -222,7 +275,9 @@ def test_every_pass_is_a_real_one_and_variants_take_turns(model, monkeypatch):
 def test_steps_decode_what_generate_does(model, tokens):
     for spec in ("plain", SINKS):
         twin = build(model, parse("x", spec))
-        expected = twin.generate(tokens[None, :30], max_new_tokens=6, min_new_tokens=6, do_sample=False)[0, 30:]
+        expected = twin.generate(
+            tokens[None, :30], max_new_tokens=6, min_new_tokens=6, do_sample=False
+        )[0, 30:]
         lane = Lane("x", twin, tokens[None, :30])
         lane.prefill()
         found = [int(lane.token)]
@@ -237,12 +292,15 @@ def test_the_embedded_model_reads_fewer_bytes_with_a_window():
     found = effattn.measure(model, "w=sliding(window=64, sinks=4)", [512], steps=2, seconds=0.01)
     plain, window = found.row("plain", 512, 1), found.row("w", 512, 1)
     assert plain["kv_bytes_held"] == 512 * 8192
-    assert plain["decode"]["kv_read_bytes"] / window["decode"]["kv_read_bytes"] == pytest.approx(516 / 68, rel=0.05)
+    assert plain["decode"]["kv_read_bytes"] / window["decode"]["kv_read_bytes"] == pytest.approx(
+        516 / 68, rel=0.05
+    )
     assert "w reads 7.6x fewer KV bytes" in found.headline
     assert not any("trained at" in line for line in found.to_markdown().splitlines())
 
 
-# ---- memory ---------------------------------------------------------------------------------------------------------
+# ---- memory
+# -------------------------------------------------------------------------------------------------
 
 
 def test_what_does_not_fit_is_a_row_and_the_rest_goes_on(model, monkeypatch):
@@ -263,15 +321,24 @@ def test_what_does_not_fit_is_a_row_and_the_rest_goes_on(model, monkeypatch):
 
 def test_variants_that_only_fit_one_by_one_are_measured_one_by_one(model, monkeypatch):
     need = jobs.predict(model, 40, 1)
-    monkeypatch.setattr(jobs, "available_bytes", lambda device: int((need.peak + need.kept / 2) / jobs.MEMORY_SHARE))
-    found = effattn.measure(model, {"a": "plain", "b": "pattern=dense"}, [40], steps=2, seconds=0.01)
+    monkeypatch.setattr(
+        jobs, "available_bytes", lambda device: int((need.peak + need.kept / 2) / jobs.MEMORY_SHARE)
+    )
+    found = effattn.measure(
+        model, {"a": "plain", "b": "pattern=dense"}, [40], steps=2, seconds=0.01
+    )
     assert [(row["status"], row["alternated"]) for row in found.rows] == [("measured", False)] * 2
     assert "measured one after the other" in found.to_markdown()
 
 
-@pytest.mark.parametrize("error", [
-    torch.OutOfMemoryError("no"), MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("no"),
+        MemoryError(),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+    ],
+)
 def test_running_out_of_memory_is_no_crash(model, monkeypatch, error):
     prefill = Lane.prefill
 
@@ -297,7 +364,8 @@ def test_heads_without_room_for_their_weights_are_refused(model, monkeypatch):
         effattn.measure(model, "heads=gqa(kv_heads=2)", [20])
 
 
-# ---- resuming -------------------------------------------------------------------------------------------------------
+# ---- resuming
+# -------------------------------------------------------------------------------------------------
 
 
 class Interrupts(Quiet):
@@ -324,13 +392,21 @@ def _no_page(monkeypatch):
 
 @pytest.mark.usefixtures("_no_page")
 def test_a_stopped_run_goes_on_with_what_it_has(model, tmp_path):
-    asked = {"variants": f"w={SINKS}", "contexts": [24, 40], "steps": 2, "seconds": 0.01, "output": tmp_path}
+    asked = {
+        "variants": f"w={SINKS}",
+        "contexts": [24, 40],
+        "steps": 2,
+        "seconds": 0.01,
+        "output": tmp_path,
+    }
     with pytest.raises(KeyboardInterrupt):
         effattn.measure(model, show=Interrupts("40 tokens"), **asked)
     assert [path.name for path in tmp_path.iterdir()] == [".measure.partial.json"]
     kept = json.loads((tmp_path / ".measure.partial.json").read_text())["rows"]
     assert [(row["context"], row["variant"]) for row in kept] == [(24, "plain"), (24, "w")]
-    with pytest.raises(ValueError, match=r"1 finished cells of a run with other settings \(steps\).*--fresh"):
+    with pytest.raises(
+        ValueError, match=r"1 finished cells of a run with other settings \(steps\).*--fresh"
+    ):
         effattn.measure(model, **{**asked, "steps": 3})
     with pytest.raises(ValueError, match=r"other settings \(.*parameters.*\)"):
         effattn.measure(tiny("llama", dtype=torch.float32, vocab_size=97), **asked)
@@ -338,8 +414,15 @@ def test_a_stopped_run_goes_on_with_what_it_has(model, tmp_path):
     found = effattn.measure(model, show=show, **asked)
     assert "24 tokens" not in show.seen
     assert found.rows[:2] == kept
-    assert [(row["context"], row["variant"]) for row in found.rows[2:]] == [(40, "plain"), (40, "w")]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["report.html", "report.json", "report.md"]
+    assert [(row["context"], row["variant"]) for row in found.rows[2:]] == [
+        (40, "plain"),
+        (40, "w"),
+    ]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "report.html",
+        "report.json",
+        "report.md",
+    ]
     with pytest.raises(ValueError, match="holds a finished report; --fresh"):
         effattn.measure(model, **asked)
     effattn.measure(model, fresh=True, **asked)
@@ -356,20 +439,24 @@ def test_fresh_forgets_and_damage_is_said(model, tmp_path):
     assert not partial.exists()
 
 
-# ---- bad input ------------------------------------------------------------------------------------------------------
+# ---- bad input
+# -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("changed", "message"), [
-    ({"contexts": [0]}, "contexts: got 0, valid is 1 or more"),
-    ({"contexts": []}, "contexts: got none"),
-    ({"contexts": [2.5]}, r"contexts: got 2\.5"),
-    ({"batches": [1, -1]}, "batches: got -1, valid is 1 or more"),
-    ({"steps": 0}, "steps: got 0"),
-    ({"seconds": 0}, "seconds: got 0"),
-    ({"variants": "w=sliding(window=0)"}, "window"),
-    ({"variants": "cache=int9"}, r"cache: got 'int9' \(did you mean 'int8'"),
-    ({"variants": "heads=gqa(kv_heads=3)"}, "kv_heads: got 3"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"contexts": [0]}, "contexts: got 0, valid is 1 or more"),
+        ({"contexts": []}, "contexts: got none"),
+        ({"contexts": [2.5]}, r"contexts: got 2\.5"),
+        ({"batches": [1, -1]}, "batches: got -1, valid is 1 or more"),
+        ({"steps": 0}, "steps: got 0"),
+        ({"seconds": 0}, "seconds: got 0"),
+        ({"variants": "w=sliding(window=0)"}, "window"),
+        ({"variants": "cache=int9"}, r"cache: got 'int9' \(did you mean 'int8'"),
+        ({"variants": "heads=gqa(kv_heads=3)"}, "kv_heads: got 3"),
+    ],
+)
 def test_bad_settings_are_refused_before_anything_is_measured(model, monkeypatch, changed, message):
     monkeypatch.setattr(jobs, "measure_together", lambda *args: pytest.fail("it began to measure"))
     with pytest.raises(ValueError, match=message):
@@ -378,7 +465,10 @@ def test_bad_settings_are_refused_before_anything_is_measured(model, monkeypatch
 
 def test_learned_positions_end_somewhere_and_rotary_ones_do_not(model):
     opt = tiny("opt", dtype=torch.float32, ffn_dim=96, word_embed_proj_dim=64)  # 128 positions
-    said = r"contexts: got 119, OPTForCausalLM has 128 learned positions, .*takes 10; valid is up to 118\. .*training"
+    said = (
+        r"contexts: got 119, OPTForCausalLM has 128 learned positions, .*takes 10; valid is up "
+        r"to 118\. .*training"
+    )
     with pytest.raises(ValueError, match=said):
         effattn.measure(opt, contexts=[20, 119], steps=2)
     found = effattn.measure(opt, contexts=[118], steps=2, seconds=0.01)
@@ -393,13 +483,20 @@ def test_encoders_are_refused():
     from transformers import BertConfig, BertModel
 
     bert = BertModel(
-        BertConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, vocab_size=50)
+        BertConfig(
+            hidden_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            intermediate_size=32,
+            vocab_size=50,
+        )
     )
     with pytest.raises(Unsupported, match="it does not generate"):
         effattn.measure(bert, contexts=[8])
 
 
-# ---- the command ----------------------------------------------------------------------------------------------------
+# ---- the command
+# -------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -412,19 +509,42 @@ def checkpoint(model, tmp_path_factory) -> Path:
 
 
 def invoke(*arguments) -> tuple[int, str, str]:
-    result = CliRunner().invoke(app, ["measure", "--steps", "2", "--seconds", "0.01", *map(str, arguments)])
+    result = CliRunner().invoke(
+        app, ["measure", "--steps", "2", "--seconds", "0.01", *map(str, arguments)]
+    )
     if result.exception and not isinstance(result.exception, SystemExit):
         raise result.exception
     return result.exit_code, result.stdout, result.stderr
 
 
 def test_the_command_writes_what_it_shows(checkpoint, tmp_path):
-    files = [part for kind in ("html", "markdown", "json") for part in (f"--{kind}", tmp_path / f"r.{kind}")]
-    code, out, err = invoke("--model", checkpoint, "--contexts", "24", "--batches", "1,2", "--variant", f"w={SINKS}",
-                            "--pattern", "block(block=8)", "--dtype", "bfloat16", *files)  # fmt: skip
+    files = [
+        part
+        for kind in ("html", "markdown", "json")
+        for part in (f"--{kind}", tmp_path / f"r.{kind}")
+    ]
+    code, out, err = invoke(
+        "--model",
+        checkpoint,
+        "--contexts",
+        "24",
+        "--batches",
+        "1,2",
+        "--variant",
+        f"w={SINKS}",
+        "--pattern",
+        "block(block=8)",
+        "--dtype",
+        "bfloat16",
+        *files,
+    )
     assert code == 0, err
     summary = json.loads(out.splitlines()[-1])
-    assert [row["variant"] for row in summary["rows"][:3]] == ["plain", "pattern=block(block=8)", "w"]
+    assert [row["variant"] for row in summary["rows"][:3]] == [
+        "plain",
+        "pattern=block(block=8)",
+        "w",
+    ]
     assert summary["finding"].startswith("Decode at 24")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["r.html", "r.json", "r.markdown"]
     found = Report.load(tmp_path / "r.json")
@@ -435,20 +555,27 @@ def test_the_command_writes_what_it_shows(checkpoint, tmp_path):
 
 
 def test_the_recipe_is_the_command():
-    done = subprocess.run([sys.executable, ROOT / "recipes" / "measure.py", "--contexts", "16,0"], capture_output=True,
-                          text=True, timeout=200)  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, ROOT / "recipes" / "measure.py", "--contexts", "16,0"],
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
     assert done.returncode == 2
     assert done.stderr.strip() == "error: contexts: got 0, valid is 1 or more"
 
 
-@pytest.mark.parametrize(("arguments", "message"), [
-    (("--variant", "w=slidin(window=4)"), "did you mean 'sliding'"),
-    (("--model", "no/such-model-anywhere"), "not an existing folder"),
-    (("--contexts", "many"), "contexts: got 'many'"),
-    (("--batches", "0"), "batches: got"),
-    (("--dtype", "float23"), "did you mean 'float32'"),
-    (("--device", "gpu"), "device: got 'gpu'"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--variant", "w=slidin(window=4)"), "did you mean 'sliding'"),
+        (("--model", "no/such-model-anywhere"), "not an existing folder"),
+        (("--contexts", "many"), "contexts: got 'many'"),
+        (("--batches", "0"), "batches: got"),
+        (("--dtype", "float23"), "did you mean 'float32'"),
+        (("--device", "gpu"), "device: got 'gpu'"),
+    ],
+)
 def test_bad_arguments_are_one_line(arguments, message, tmp_path):
     code, _, err = invoke("--output", tmp_path / "out", *arguments)
     assert code == 2

@@ -28,7 +28,9 @@ def test_the_most_at_once_not_the_sum():
 
 
 def test_what_was_there_before_does_not_count():
-    """On a CPU, it is known where it was itself made under a `PeakMemory`, as by a first step of decoding."""
+    """On a CPU, it is known where it was itself made under a `PeakMemory`, as by a first step of
+    decoding.
+    """
     with PeakMemory(DEVICE):
         before = block(8)
     with PeakMemory(DEVICE) as peak:
@@ -107,7 +109,11 @@ def test_available_bytes(tmp_path, monkeypatch):
     assert available_bytes(torch.device("cpu")) == 500 * 1024
     group = tmp_path / "sys/fs/cgroup"
     group.mkdir(parents=True)
-    for name, text in (("memory.max", "300000"), ("memory.current", "200000"), ("memory.stat", "inactive_file 50000")):
+    for name, text in (
+        ("memory.max", "300000"),
+        ("memory.current", "200000"),
+        ("memory.stat", "inactive_file 50000"),
+    ):
         (group / name).write_text(text + "\n")
     assert available_bytes(torch.device("cpu")) == 150_000
     (group / "memory.max").write_text("max\n")
@@ -121,7 +127,8 @@ def test_held_bytes_counts_memory_and_not_views():
     assert held_bytes() == 0
 
 
-# The cost model's prediction -------------------------------------------------------------------------------------
+# The cost model's prediction
+# -------------------------------------------------------------------------------------
 
 
 def within(model, batch: int, tokens: int, share: float = 0.1) -> None:
@@ -140,20 +147,35 @@ def test_the_embedded_model(batch, tokens):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_small_model_of_a_large_ones_shape(dtype):
-    """Grouped heads, a wide FFN, an untied head: a 1B Llama's proportions. Weights are left out of the comparison, as
-    they would cover a wrong prediction."""
-    model = tiny("llama", dtype=dtype, hidden_size=128, intermediate_size=352, num_attention_heads=8, head_dim=16,
-                 num_key_value_heads=2, num_hidden_layers=4, vocab_size=512, max_position_embeddings=1024)  # fmt: skip
+    """Grouped heads, a wide FFN, an untied head: a 1B Llama's proportions. Weights are left out of
+    the comparison, as they would cover a wrong prediction."""
+    model = tiny(
+        "llama",
+        dtype=dtype,
+        hidden_size=128,
+        intermediate_size=352,
+        num_attention_heads=8,
+        head_dim=16,
+        num_key_value_heads=2,
+        num_hidden_layers=4,
+        vocab_size=512,
+        max_position_embeddings=1024,
+    )
     weights = model_cost(model, 1, 1).weight_bytes
     for numbers in check_prediction(model, 2, 700).values():
-        predicted, measured = numbers["predicted_bytes"] - weights, numbers["measured_bytes"] - weights
+        predicted, measured = (
+            numbers["predicted_bytes"] - weights,
+            numbers["measured_bytes"] - weights,
+        )
         assert predicted == pytest.approx(measured, rel=0.05)
 
 
 @pytest.mark.parametrize("kind", ["mistral", "gemma2", "gemma3_text", "phi3", "opt", "qwen3_moe"])
 def test_other_layers(kind):
     """Windows with their masks and rings, eager attention, fused and plain FFNs, experts."""
-    sizes = dict(hidden_size=128, intermediate_size=256, vocab_size=512, max_position_embeddings=2048)
+    sizes = dict(
+        hidden_size=128, intermediate_size=256, vocab_size=512, max_position_embeddings=2048
+    )
     if kind not in ("opt", "gpt_neox"):
         sizes["num_key_value_heads"] = 4
     within(tiny(kind, dtype=torch.float32, **sizes), 1, 500)
@@ -161,8 +183,16 @@ def test_other_layers(kind):
 
 @torch.no_grad()
 def test_a_chunk_after_a_past():
-    """It needs a mask, and that mask in numbers, and has both old and new keys while the cache grows."""
-    model = tiny("llama", dtype=torch.float32, hidden_size=128, num_key_value_heads=2, max_position_embeddings=1024)
+    """It needs a mask, and that mask in numbers, and has both old and new keys while the cache
+    grows.
+    """
+    model = tiny(
+        "llama",
+        dtype=torch.float32,
+        hidden_size=128,
+        num_key_value_heads=2,
+        max_position_embeddings=1024,
+    )
     ids = torch.zeros(1, 900, dtype=torch.long)
     with PeakMemory("cpu"):
         cache = model(ids[:, :600]).past_key_values

@@ -1,4 +1,6 @@
-"""MonarchLinear, and models whose projections are Monarch matrices: exact where they can be, else refused; saved."""
+"""MonarchLinear, and models whose projections are Monarch matrices: exact where they can be, else
+refused; saved.
+"""
 
 from __future__ import annotations
 
@@ -49,21 +51,29 @@ def test_full_rank_is_exact_for_any_weight_and_every_rank_is_the_best(inputs, ou
     torch.manual_seed(0)
     linear = nn.Linear(inputs, outputs, dtype=torch.float64)
     full = min(-(-inputs // blocks), -(-outputs // blocks))
-    found = [MonarchLinear.from_linear(linear, blocks, rank=rank).error for rank in range(1, full + 1)]
+    found = [
+        MonarchLinear.from_linear(linear, blocks, rank=rank).error for rank in range(1, full + 1)
+    ]
     assert found == sorted(found, reverse=True)
     assert found[-1] < 1e-13 < found[-2]
     # Eckart-Young, block by block: row t·blocks + j, columns of block i
-    weight = torch.zeros(blocks * -(-outputs // blocks), blocks * -(-inputs // blocks), dtype=torch.float64)
+    weight = torch.zeros(
+        blocks * -(-outputs // blocks), blocks * -(-inputs // blocks), dtype=torch.float64
+    )
     weight[:outputs, :inputs] = linear.weight.detach()
     parts = [weight[j::blocks].chunk(blocks, 1)[i] for j in range(blocks) for i in range(blocks)]
-    missed = sum(torch.linalg.svdvals(part)[1:].square().sum() for part in parts).sqrt() / weight.norm()
+    missed = (
+        sum(torch.linalg.svdvals(part)[1:].square().sum() for part in parts).sqrt() / weight.norm()
+    )
     assert math.isclose(found[0], missed.item(), rel_tol=1e-9)
 
 
 def test_factors_share_the_singular_values():
     torch.manual_seed(0)
     right, left = project(torch.randn(32, 48), 4, 3)
-    assert torch.allclose(right.view(4, 4, 3, 12).norm(dim=-1).transpose(0, 1), left.view(4, 8, 4, 3).norm(dim=1))
+    assert torch.allclose(
+        right.view(4, 4, 3, 12).norm(dim=-1).transpose(0, 1), left.view(4, 8, 4, 3).norm(dim=1)
+    )
 
 
 def test_a_gaussian_matrix_keeps_a_sixteenth_of_its_parameters_and_loses_most():
@@ -81,7 +91,9 @@ def test_a_gaussian_matrix_keeps_a_sixteenth_of_its_parameters_and_loses_most():
 def test_a_fit_to_data_is_closer_in_outputs():
     g = torch.Generator().manual_seed(0)
     linear = nn.Linear(48, 30, dtype=torch.float64)
-    x = torch.randn(500, 48, generator=g, dtype=torch.float64) @ torch.randn(48, 48, generator=g, dtype=torch.float64)
+    x = torch.randn(500, 48, generator=g, dtype=torch.float64) @ torch.randn(
+        48, 48, generator=g, dtype=torch.float64
+    )
     moment = x.T @ x / len(x)
 
     def missed(layer):
@@ -94,7 +106,9 @@ def test_a_fit_to_data_is_closer_in_outputs():
     assert math.isclose(fitted.output_error, missed(fitted), rel_tol=1e-3)
     assert plain.output_error is None
     assert plain.error < fitted.error
-    noisy = moment + RIDGE * moment.diagonal().mean() * torch.eye(48)  # what is minimised: never up, sweep by sweep
+    noisy = moment + RIDGE * moment.diagonal().mean() * torch.eye(
+        48
+    )  # what is minimised: never up, sweep by sweep
     costs = []
     for sweeps in (0, 1, 2, 4, 8):
         right, left = project(linear.weight.detach(), 4, 2, moment, sweeps=sweeps)
@@ -102,9 +116,13 @@ def test_a_fit_to_data_is_closer_in_outputs():
         costs.append(relative_error(linear.weight.detach(), fitted.dense().detach(), noisy))
     assert costs == sorted(costs, reverse=True)
     exact = random_layer(48, 32, 4, 2)
-    assert MonarchLinear.from_linear(exact.to_linear(), 4, rank=2, moment=moment).output_error < 1e-6
+    assert (
+        MonarchLinear.from_linear(exact.to_linear(), 4, rank=2, moment=moment).output_error < 1e-6
+    )
     singular = torch.zeros(48, 48)  # no inputs at all: nothing to fit, and nothing breaks
-    assert torch.isfinite(MonarchLinear.from_linear(linear, 4, rank=2, moment=singular).dense()).all()
+    assert torch.isfinite(
+        MonarchLinear.from_linear(linear, 4, rank=2, moment=singular).dense()
+    ).all()
 
 
 def test_padding_is_visible_counted_and_stays_zero():
@@ -134,9 +152,15 @@ def test_dtype_device_and_flags_are_the_linears(dtype):
     x = torch.randn(5, 32).to(dtype)
     assert layer(x).dtype == dtype
     tolerance = 20 * torch.finfo(dtype).eps
-    assert (layer(x).float() - linear(x).float()).abs().max() < tolerance * linear(x).float().abs().max()
+    assert (layer(x).float() - linear(x).float()).abs().max() < tolerance * linear(
+        x
+    ).float().abs().max()
     back = layer.to_linear()
-    assert (back.weight.requires_grad, back.bias.requires_grad, back.training) == (False, True, False)
+    assert (back.weight.requires_grad, back.bias.requires_grad, back.training) == (
+        False,
+        True,
+        False,
+    )
 
 
 def test_state_dict_copies_and_gradients():
@@ -163,20 +187,32 @@ def test_a_new_layer_has_outputs_like_a_new_linear():
 
 @pytest.mark.parametrize(
     ("options", "rank"),
-    [({}, 1), ({"blocks": 4}, 4), ({"rank": 3}, 3), ({"ratio": 0.5}, 2), ({"ratio": 1}, 4), ({"ratio": 0.25}, 1)],
+    [
+        ({}, 1),
+        ({"blocks": 4}, 4),
+        ({"rank": 3}, 3),
+        ({"ratio": 0.5}, 2),
+        ({"ratio": 1}, 4),
+        ({"ratio": 0.25}, 1),
+    ],
 )
 def test_ranks(options, rank):
     found = sizes(64, 64, **{"blocks": 8, **options})
     assert found.rank == rank
     if "ratio" in options:
-        assert found.parameters <= options["ratio"] * 64 * 64 < found.parameters // rank * (rank + 1)
+        assert (
+            found.parameters <= options["ratio"] * 64 * 64 < found.parameters // rank * (rank + 1)
+        )
 
 
 MISTAKES = [
     (dict(blocks=0), "blocks: got 0, valid are 1 to 48"),
     (dict(blocks=49), "blocks: got 49, valid are 1 to 48"),
     (dict(blocks=2.0), "blocks: got 2.0"),
-    (dict(blocks=7, pad=False), "7 does not divide a weight of 48 x 60; these do: 1, 2, 3, 4, 6, 12; or give pad=True"),
+    (
+        dict(blocks=7, pad=False),
+        "7 does not divide a weight of 48 x 60; these do: 1, 2, 3, 4, 6, 12; or give pad=True",
+    ),
     (dict(blocks=4, rank=0), "rank: got 0, valid are 1 to 12"),
     (dict(blocks=4, rank=13), "rank: got 13, valid are 1 to 12"),
     (dict(blocks=4, rank=2, ratio=0.5), "rank=2 and ratio=0.5 given, valid is one of them"),
@@ -209,10 +245,17 @@ def test_cost_counts_padding_and_both_passes():
     layer = random_layer(60, 100, 7, 2, torch.float32)
     weights = 7 * 14 * 9 + 7 * 15 * 14
     cost = layer.cost(3)
-    assert (cost.flops, cost.read_bytes, cost.write_bytes) == (6 * weights, 4 * (180 + weights + 100), 4 * 300)
+    assert (cost.flops, cost.read_bytes, cost.write_bytes) == (
+        6 * weights,
+        4 * (180 + weights + 100),
+        4 * 300,
+    )
     back = layer.cost(3, backward=True)
     assert back.flops == 2 * cost.flops + 6 * 7 * 14 * 9
-    assert (back.read_bytes, back.write_bytes) == (4 * (180 + 300 + weights), 4 * (180 + weights + 100))
+    assert (back.read_bytes, back.write_bytes) == (
+        4 * (180 + 300 + weights),
+        4 * (180 + weights + 100),
+    )
 
 
 # ---- a model
@@ -234,15 +277,22 @@ def test_logits_are_those_of_the_dense_equivalents(kind, tmp_path):
     model = tiny(kind)
     before, others = model(IDS).logits, {n: p.clone() for n, p in model.named_parameters()}
     assert effattn.swap(model, projections="monarch(blocks=8, ratio=0.5, ffn=True)") is model
-    changed = {name.rpartition(".")[0] for name in others.keys() - dict(model.named_parameters()).keys()}
+    changed = {
+        name.rpartition(".")[0] for name in others.keys() - dict(model.named_parameters()).keys()
+    }
     assert changed == matrices_of(model).keys()
     assert all(p.requires_grad for p in model.parameters())
     assert all(torch.equal(p, others[n]) for n, p in model.named_parameters() if n in others)
     logits = model(IDS).logits
     assert not torch.allclose(logits, before)
-    assert torch.allclose(logits, dense_twin(model)(IDS).logits, atol=1e-5)  # their norms compute in fp32
+    assert torch.allclose(
+        logits, dense_twin(model)(IDS).logits, atol=1e-5
+    )  # their norms compute in fp32
     found = errors(model)
-    assert all(0.1 < each["error"] < 0.9 and each["parameters"] <= each["dense_parameters"] / 2 for each in found)
+    assert all(
+        0.1 < each["error"] < 0.9 and each["parameters"] <= each["dense_parameters"] / 2
+        for each in found
+    )
     assert [each["matrix"] for each in found] == list(matrices_of(model))
 
     path = effattn.save(model, tmp_path / "out")
@@ -260,7 +310,9 @@ def test_logits_are_those_of_the_dense_equivalents(kind, tmp_path):
     assert torch.allclose(loaded(IDS).logits, logits, atol=1e-5)
     effattn.save(loaded, tmp_path / "plain")
     assert "effattn" not in (tmp_path / "plain" / "config.json").read_text()
-    assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path / "plain")(IDS).logits, loaded(IDS).logits)
+    assert torch.equal(
+        AutoModelForCausalLM.from_pretrained(tmp_path / "plain")(IDS).logits, loaded(IDS).logits
+    )
 
 
 def test_describe_says_what_was_asked_for():
@@ -274,7 +326,9 @@ def test_describe_says_what_was_asked_for():
     assert described.parameters["total"] == sum(p.numel() for p in model.parameters())
     assert described.kv_bytes_per_token == dense.kv_bytes_per_token
     effattn.swap(model, projections={"0": "monarch(blocks=4,ratio=.5,ffn=True)"})
-    assert effattn.describe(model).layers[0]["projections"] == "monarch(blocks=4, ratio=0.5, ffn=True)"
+    assert (
+        effattn.describe(model).layers[0]["projections"] == "monarch(blocks=4, ratio=0.5, ffn=True)"
+    )
     effattn.swap(model, projections={"0": "monarch(blocks=8)"})
     assert effattn.describe(model).layers[0]["projections"] == (
         "monarch(blocks=8), ffn: monarch(blocks=4, ratio=0.5, ffn=True)"
@@ -286,13 +340,18 @@ def test_projecting_again_with_the_same_sizes_changes_nothing():
     effattn.swap(model, projections="monarch(blocks=4, rank=3)")
     first = {name: layer.dense() for name, layer in matrices_of(model).items()}
     effattn.swap(model, projections="monarch(blocks=4, rank=3)")
-    assert all(torch.allclose(layer.dense(), first[name], atol=1e-13) for name, layer in matrices_of(model).items())
+    assert all(
+        torch.allclose(layer.dense(), first[name], atol=1e-13)
+        for name, layer in matrices_of(model).items()
+    )
 
 
 def test_with_heads_patterns_restore_and_a_checkpoint_of_all(tokens, tmp_path):
     model = tiny("llama")
     spec = "sliding(window=5, sinks=2)"
-    effattn.swap(model, spec, heads="gqa(kv_heads=2)", projections="monarch(blocks=16)", calibration=tokens)
+    effattn.swap(
+        model, spec, heads="gqa(kv_heads=2)", projections="monarch(blocks=16)", calibration=tokens
+    )
     assert model.model.layers[0].self_attn.k_proj.out_features == 16
     logits, layer = model(IDS).logits, effattn.describe(model).layers[0]
     assert layer["projections"] == "monarch(blocks=16)"
@@ -304,11 +363,15 @@ def test_with_heads_patterns_restore_and_a_checkpoint_of_all(tokens, tmp_path):
     assert saved["effattn"]["model_type"] == "llama"
     assert saved["effattn"]["pattern"] == {"0": spec, "1": spec}
     for each in (loaded, model):
-        assert effattn.describe(effattn.restore(each)).layers[0]["projections"] == "monarch(blocks=16)"
+        assert (
+            effattn.describe(effattn.restore(each)).layers[0]["projections"] == "monarch(blocks=16)"
+        )
         assert not torch.allclose(each(IDS).logits, logits)
     assert torch.equal(loaded(IDS).logits, model(IDS).logits)
     generated = model.generate(IDS, max_new_tokens=4, do_sample=False)
-    assert torch.equal(generated[:, :-1], dense_twin(model).generate(IDS, max_new_tokens=3, do_sample=False))
+    assert torch.equal(
+        generated[:, :-1], dense_twin(model).generate(IDS, max_new_tokens=3, do_sample=False)
+    )
 
 
 def test_longformers_own_projections_are_monarch_too():
@@ -317,9 +380,13 @@ def test_longformers_own_projections_are_monarch_too():
     effattn.swap(model, pattern, projections="monarch(blocks=8)")
     assert effattn.describe(model).layers[0]["projections"] == "monarch(blocks=8), global separate"
     before = model(IDS).logits
-    assert torch.allclose(before, effattn.swap(dense_twin(effattn.restore(model)), pattern)(IDS).logits, atol=1e-5)
+    assert torch.allclose(
+        before, effattn.swap(dense_twin(effattn.restore(model)), pattern)(IDS).logits, atol=1e-5
+    )
     effattn.swap(model, pattern)
-    with pytest.raises(Unsupported, match=r"layer 0 has global projections .* pattern and projections in one call"):
+    with pytest.raises(
+        Unsupported, match=r"layer 0 has global projections .* pattern and projections in one call"
+    ):
         effattn.swap(model, projections="monarch(blocks=4)")
     effattn.swap(model, pattern, projections="monarch(blocks=4)")
 
@@ -327,7 +394,9 @@ def test_longformers_own_projections_are_monarch_too():
 def test_a_fit_to_calibration_tokens(tokens):
     plain, fitted = tiny("llama"), tiny("llama")
     effattn.swap(plain, projections="monarch(blocks=8, rank=2, ffn=True)")
-    effattn.swap(fitted, projections="monarch(blocks=8, rank=2, ffn=True, method='data')", calibration=tokens)
+    effattn.swap(
+        fitted, projections="monarch(blocks=8, rank=2, ffn=True, method='data')", calibration=tokens
+    )
     for ours, theirs in zip(errors(fitted), errors(plain), strict=True):
         assert ours["matrix"] == theirs["matrix"]
         assert ours["error"] > theirs["error"]
@@ -336,7 +405,8 @@ def test_a_fit_to_calibration_tokens(tokens):
     first, model = tiny("llama").model.layers[0], fitted.model
     x = first.input_layernorm(model.embed_tokens(tokens))  # nothing was projected before
     missed = [
-        (each.model.layers[0].self_attn.q_proj(x) - first.self_attn.q_proj(x)).norm().item() for each in (fitted, plain)
+        (each.model.layers[0].self_attn.q_proj(x) - first.self_attn.q_proj(x)).norm().item()
+        for each in (fitted, plain)
     ]
     assert missed[0] < missed[1]
     share = missed[0] / first.self_attn.q_proj(x).norm().item()
@@ -345,7 +415,13 @@ def test_a_fit_to_calibration_tokens(tokens):
 
 def test_encoders():
     torch.manual_seed(0)
-    config = BertConfig(vocab_size=96, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48)
+    config = BertConfig(
+        vocab_size=96,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=48,
+    )
     model = BertForMaskedLM(config).double().eval()
     effattn.swap(model, projections="monarch(blocks=4, ratio=0.5, ffn=True)")
     assert len(matrices_of(model)) == 12
@@ -353,7 +429,13 @@ def test_encoders():
 
 
 def test_encoders_are_saved(tmp_path):
-    config = BertConfig(vocab_size=96, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48)
+    config = BertConfig(
+        vocab_size=96,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=48,
+    )
     model = BertForMaskedLM(config).eval()
     effattn.swap(model, projections="monarch(blocks=4)")
     loaded = effattn.load(effattn.save(model, tmp_path / "out"))
@@ -365,7 +447,9 @@ def test_the_embedded_model(tmp_path):
     model, tokenizer = effattn.embedded.load()
     tokens = effattn.embedded.tokens("validation", 2048)
     before = effattn.perplexity(model, tokens, context=256)
-    effattn.swap(model, projections="monarch(blocks=16, rank=16)")  # the full rank of blocks of 16 x 16
+    effattn.swap(
+        model, projections="monarch(blocks=16, rank=16)"
+    )  # the full rank of blocks of 16 x 16
     assert math.isclose(effattn.perplexity(model, tokens, context=256), before, rel_tol=1e-4)
     model, _ = effattn.embedded.load()
     effattn.swap(model, projections="monarch(blocks=16, ratio=0.5)", calibration=tokens)
@@ -381,7 +465,10 @@ SWAP_MISTAKES = [
     ("monarch", "blocks must be given, for example monarch"),
     ("monach(blocks=8)", "did you mean 'monarch'"),
     ("monarch(block=8)", "did you mean 'blocks'"),
-    ("monarch(blocks=7)", r"q_proj: monarch: blocks: 7 does not divide .* these do: 1, 2, 4, 8, 16, 32, 64; or"),
+    (
+        "monarch(blocks=7)",
+        r"q_proj: monarch: blocks: 7 does not divide .* these do: 1, 2, 4, 8, 16, 32, 64; or",
+    ),
     ("monarch(blocks=64, ratio=0.5)", r"q_proj: monarch: ratio"),
     ("monarch(blocks=8, rank=99)", "rank: got 99, valid are 1 to 8"),
     ("monarch(blocks=8, ffn=1)", "ffn: got 1, valid are True and False"),
@@ -389,7 +476,10 @@ SWAP_MISTAKES = [
     ("monarch(blocks=8, method='data')", "calibration: got None"),
     ("dense(blocks=8)", "dense takes no options"),
     ({"0-5": "monarch(blocks=8)"}, "projections: got layers '0-5'"),
-    ({"0": "monarch(blocks=8)", "1": "monarch(blocks=200)"}, r"layers.1.*blocks: got 200, valid are 1 to 64"),
+    (
+        {"0": "monarch(blocks=8)", "1": "monarch(blocks=200)"},
+        r"layers.1.*blocks: got 200, valid are 1 to 64",
+    ),
     ({}, "projections: got an empty dict"),
 ]
 
@@ -425,7 +515,9 @@ def test_heads_cannot_be_merged_afterwards(tokens):
     model = tiny("llama")
     effattn.swap(model, projections={"1": "monarch(blocks=8)"})
     before = {name: p.clone() for name, p in model.named_parameters()}
-    with pytest.raises(Unsupported, match=r"monarch\(blocks=8\) has no weight by heads; change heads before"):
+    with pytest.raises(
+        Unsupported, match=r"monarch\(blocks=8\) has no weight by heads; change heads before"
+    ):
         effattn.convert_gqa(model, 2, tokens)
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
 
@@ -434,7 +526,10 @@ def test_quantized_weights_and_experts_are_refused():
     model = tiny("llama")
     linear = model.model.layers[1].self_attn.v_proj
     linear.weight = nn.Parameter(torch.zeros(64, 64, dtype=torch.int8), requires_grad=False)
-    with pytest.raises(Unsupported, match=r"layers.1.self_attn.v_proj is a Linear of torch.int8; a quantized weight"):
+    with pytest.raises(
+        Unsupported,
+        match=r"layers.1.self_attn.v_proj is a Linear of torch.int8; a quantized weight",
+    ):
         effattn.swap(model, projections="monarch(blocks=8)")
     assert not matrices_of(model)
     with pytest.raises(Unsupported, match=r"experts of layer 0 .* without ffn=True"):
@@ -450,9 +545,15 @@ def test_checkpoints_that_do_not_fit(tmp_path):
     name = "model.layers.0.self_attn.q_proj"
     entry = config["effattn"]["projections"][name]
     for wrong, message in (
-        ({name: entry}, r"do not fit config.json, missing keys: .*layers.1.self_attn.q_proj.weight"),
+        (
+            {name: entry},
+            r"do not fit config.json, missing keys: .*layers.1.self_attn.q_proj.weight",
+        ),
         ({**config["effattn"]["projections"], name: entry | {"rank": 2}}, "q_proj.left"),
-        ({**config["effattn"]["projections"], "model.nothing": entry}, "'model.nothing': .* does not fit the model"),
+        (
+            {**config["effattn"]["projections"], "model.nothing": entry},
+            "'model.nothing': .* does not fit the model",
+        ),
         ({**config["effattn"]["projections"], name: {"blocks": 8}}, "does not fit the model"),
     ):
         config["effattn"]["projections"] = wrong

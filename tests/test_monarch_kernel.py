@@ -1,4 +1,6 @@
-"""The Monarch product: torch and Triton (in its interpreter, without a GPU) against the paper's four matrices."""
+"""The Monarch product: torch and Triton (in its interpreter, without a GPU) against the paper's
+four matrices.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,8 @@ from effattn.kernels import monarch
 from effattn.kernels.monarch import reference, triton_impl
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-#        blocks rank p  s  inputs outputs: rank 1 and sqrt(n) blocks, odd everything, padding, one block, high rank
+# blocks rank p  s  inputs outputs: rank 1 and sqrt(n) blocks, odd everything, padding, one block,
+# high rank
 SIZES = [
     (4, 1, 4, 4, 16, 16),
     (3, 3, 20, 17, 58, 50),
@@ -26,9 +29,11 @@ def tensors(size, rows, dtype=torch.float64, seed=0):
     b, r, p, s, inputs, outputs = size
     g = torch.Generator().manual_seed(seed)
     made = [
-        torch.randn(rows, inputs, generator=g), torch.randn(b, b * r, p, generator=g) / math.sqrt(p),
-        torch.randn(b, s, b * r, generator=g) / math.sqrt(b * r), torch.randn(outputs, generator=g),
-    ]  # fmt: skip
+        torch.randn(rows, inputs, generator=g),
+        torch.randn(b, b * r, p, generator=g) / math.sqrt(p),
+        torch.randn(b, s, b * r, generator=g) / math.sqrt(b * r),
+        torch.randn(outputs, generator=g),
+    ]
     return [x.to(DEVICE, dtype).requires_grad_() for x in made]
 
 
@@ -51,7 +56,9 @@ def test_reference_is_the_definition_entry_by_entry(size):
     dense = reference.dense(right, left)
     assert dense.shape == (b * s, b * p)
     g = torch.Generator().manual_seed(0)
-    for j, t, i, k in zip(*(torch.randint(n, (20,), generator=g).tolist() for n in (b, s, b, p)), strict=True):
+    for j, t, i, k in zip(
+        *(torch.randint(n, (20,), generator=g).tolist() for n in (b, s, b, p)), strict=True
+    ):
         entry = sum(left[j, t, i * r + a] * right[i, j * r + a, k] for a in range(r))
         assert torch.allclose(dense[t * b + j, i * p + k], entry)
 
@@ -67,13 +74,17 @@ def test_reference_is_the_papers_formula():
 @pytest.mark.parametrize("size", SIZES)
 def test_torch_is_exact(size, rows):
     given = tensors(size, rows)
-    for name, ours, theirs in zip(NAMES, run("torch", given, size[5]), run("reference", given, size[5]), strict=True):
+    for name, ours, theirs in zip(
+        NAMES, run("torch", given, size[5]), run("reference", given, size[5]), strict=True
+    ):
         assert torch.allclose(ours, theirs, rtol=1e-10, atol=1e-12), name
 
 
 def test_torch_gradcheck():
     given = tensors(SIZES[2], 3)
-    assert torch.autograd.gradcheck(lambda *x: monarch.linear(*x, out_features=27, impl="torch"), given)
+    assert torch.autograd.gradcheck(
+        lambda *x: monarch.linear(*x, out_features=27, impl="torch"), given
+    )
 
 
 @pytest.mark.parametrize(
@@ -83,10 +94,14 @@ def test_torch_gradcheck():
 )
 @pytest.mark.parametrize("size", SIZES)
 def test_triton_forward_and_backward(size, rows, dtype, monkeypatch):
-    """No further from fp64 than twice torch in the same dtype; two launches below 64 rows, one from there on."""
+    """No further from fp64 than twice torch in the same dtype; two launches below 64 rows, one from
+    there on.
+    """
     one_pass = []
     whole = triton_impl.in_one_pass
-    monkeypatch.setattr(triton_impl, "in_one_pass", lambda *args: one_pass.append(1) or whole(*args))
+    monkeypatch.setattr(
+        triton_impl, "in_one_pass", lambda *args: one_pass.append(1) or whole(*args)
+    )
     given = tensors(size, rows, dtype)
     exact = run("reference", given, size[5], torch.float64)
     for name, ours, plain, true in zip(
@@ -101,7 +116,9 @@ def test_triton_forward_and_backward(size, rows, dtype, monkeypatch):
 
 @pytest.mark.parametrize("rows", [3, 65])
 def test_triton_frozen_factors_need_no_intermediate_gradient(rows):
-    """The gradient of x alone comes from the transposed product, in one pass as well; and each factor's alone."""
+    """The gradient of x alone comes from the transposed product, in one pass as well; and each
+    factor's alone.
+    """
     given = tensors(SIZES[1], rows, torch.float32)
     wanted = run("reference", given, 50, torch.float64)[1:]
     for number in range(4):
@@ -109,7 +126,9 @@ def test_triton_frozen_factors_need_no_intermediate_gradient(rows):
         y = monarch.linear(*alone, out_features=50, impl="triton")
         g = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(DEVICE)
         (grad,) = torch.autograd.grad(y, alone[number], g)
-        assert torch.allclose(grad.double(), wanted[number], rtol=1e-4, atol=1e-4), NAMES[number + 1]
+        assert torch.allclose(grad.double(), wanted[number], rtol=1e-4, atol=1e-4), NAMES[
+            number + 1
+        ]
 
 
 def test_too_large_for_one_pass_takes_two(monkeypatch):
@@ -117,13 +136,17 @@ def test_too_large_for_one_pass_takes_two(monkeypatch):
     monkeypatch.setattr(triton_impl, "WIDEST", 16)
     given = tensors(SIZES[1], 64, torch.float32)
     y = monarch.linear(*given, out_features=50, impl="triton")
-    assert torch.allclose(y.double(), run("reference", given, 50, torch.float64)[0], rtol=1e-4, atol=1e-4)
+    assert torch.allclose(
+        y.double(), run("reference", given, 50, torch.float64)[0], rtol=1e-4, atol=1e-4
+    )
 
 
 @pytest.mark.parametrize("impl", ["torch", "triton"])
 @pytest.mark.parametrize("rows", [5, 64])
 def test_strided_rows_and_batches(impl, rows):
-    """Rows of a wider tensor, a transposed input, and more dimensions give what copies give; neighbours may be NaN."""
+    """Rows of a wider tensor, a transposed input, and more dimensions give what copies give;
+    neighbours may be NaN.
+    """
     size = SIZES[2]
     x, right, left, bias = (t.detach() for t in tensors(size, rows, torch.float32))
     expected = monarch.linear(x, right, left, bias, out_features=27, impl="reference")
@@ -153,7 +176,9 @@ def test_an_implementation_runs_or_raises(monkeypatch):
     given = tensors(SIZES[0], 2)
     with pytest.raises(ValueError, match="impl: got 'tritn', valid are 'auto', 'torch', 'triton'"):
         monarch.linear(*given, impl="tritn")
-    with pytest.raises(ValueError, match="float16, bfloat16 and float32; impl='torch' takes float64"):
+    with pytest.raises(
+        ValueError, match="float16, bfloat16 and float32; impl='torch' takes float64"
+    ):
         monarch.linear(*given, impl="triton")
     if DEVICE == "cpu":
         monkeypatch.delenv("TRITON_INTERPRET")

@@ -1,4 +1,6 @@
-"""`recipes/prune_oneshot.py` as users run it, its report, and the numbers it reaches on the embedded model."""
+"""`recipes/prune_oneshot.py` as users run it, its report, and the numbers it reaches on the
+embedded model.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,9 @@ def source(tmp_path_factory) -> Path:
     """A tiny sharded checkpoint with the embedded model's tokenizer."""
     folder = tmp_path_factory.mktemp("source")
     tokenizer = effattn.embedded.tokenizer()
-    tiny("llama", dtype=torch.float32, vocab_size=len(tokenizer)).save_pretrained(folder, max_shard_size="300KB")
+    tiny("llama", dtype=torch.float32, vocab_size=len(tokenizer)).save_pretrained(
+        folder, max_shard_size="300KB"
+    )
     tokenizer.save_pretrained(folder)
     return folder
 
@@ -52,16 +56,45 @@ def zeros_of(folder: Path) -> dict[str, torch.Tensor]:
     return {name: tensor == 0 for name, tensor in model.state_dict().items() if "proj" in name}
 
 
-FAST = ("--length", "64", "--calibration-tokens", "1024", "--evaluation-tokens", "300", "--decode-contexts", "16")
+FAST = (
+    "--length",
+    "64",
+    "--calibration-tokens",
+    "1024",
+    "--evaluation-tokens",
+    "300",
+    "--decode-contexts",
+    "16",
+)
 
 
 def test_the_recipe_end_to_end(source, text, tmp_path):
-    """A real process: methods compared, distilled with the zeros kept, loaded again without effattn."""
+    """A real process: methods compared, distilled with the zeros kept, loaded again without
+    effattn.
+    """
     out = tmp_path / "out"
-    command = [sys.executable, ROOT / "recipes" / "prune_oneshot.py", "--model", source, "--output", out,
-               "--text", text, "--sparsity", "2:4", "--sparsity", "0.5,0.25", "--methods", "wanda,magnitude",
-               "--distill-tokens", "2k", *FAST]  # fmt: skip
-    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, timeout=300)
+    command = [
+        sys.executable,
+        ROOT / "recipes" / "prune_oneshot.py",
+        "--model",
+        source,
+        "--output",
+        out,
+        "--text",
+        text,
+        "--sparsity",
+        "2:4",
+        "--sparsity",
+        "0.5,0.25",
+        "--methods",
+        "wanda,magnitude",
+        "--distill-tokens",
+        "2k",
+        *FAST,
+    ]
+    done = subprocess.run(
+        [str(part) for part in command], capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     said = " ".join(done.stdout.split())
     assert "files, memory and the time of products are as before" in said
@@ -69,18 +102,25 @@ def test_the_recipe_end_to_end(source, text, tmp_path):
     report = OneShotReport.load(out)
     data = report.data
     assert [(run["method"], run["sparsity"]) for run in data["runs"]] == [
-        ("wanda", "2:4"), ("magnitude", "2:4"), ("wanda", "0.5, 0.25"), ("magnitude", "0.5, 0.25"),
-    ]  # fmt: skip
+        ("wanda", "2:4"),
+        ("magnitude", "2:4"),
+        ("wanda", "0.5, 0.25"),
+        ("magnitude", "0.5, 0.25"),
+    ]
     assert data["verification"]["fresh_process"]
     assert data["quality"]["distilled"]["kl"] < data["quality"]["pruned"]["kl"]
     assert data["distillation"]["tokens"] == 2000 // 128 * 128
     sizes, pruned = data["sizes"], sum(layer["weights"] for layer in report.layers)
     assert sizes["before"]["parameters"] == sizes["after"]["parameters"]
-    assert sizes["before"]["nonzero_parameters"] - sizes["after"]["nonzero_parameters"] == pruned // 2
+    assert (
+        sizes["before"]["nonzero_parameters"] - sizes["after"]["nonzero_parameters"] == pruned // 2
+    )
     assert sizes["before"]["flops_of_nonzeros"] - sizes["after"]["flops_of_nonzeros"] == pruned
     assert sizes["after"]["file_bytes"] == weight_bytes(out)
     assert sizes["before"]["kv_bytes_per_token"] == 2 * 2 * 64 * 4
-    assert all(((zeros.view(-1, 4).sum(1)) == 2).all() for zeros in zeros_of(out).values())  # exactly, after training
+    assert all(
+        ((zeros.view(-1, 4).sum(1)) == 2).all() for zeros in zeros_of(out).values()
+    )  # exactly, after training
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert "| wanda | 2:4 |" in report.to_markdown()
     assert {"report.html", "tokenizer.json", "config.json"} <= {path.name for path in out.iterdir()}
@@ -89,8 +129,21 @@ def test_the_recipe_end_to_end(source, text, tmp_path):
 
 def test_large_models_are_not_loaded_and_come_out_the_same(source, text, tmp_path, monkeypatch):
     monkeypatch.setattr("effattn.prune.oneshot_job.load_model", None)
-    code, output = invoke("--model", source, "--output", tmp_path / "out", "--text", text, "--measure", "no", *FAST,
-                          "--methods", "magnitude", "--sparsity", 0.3)  # fmt: skip
+    code, output = invoke(
+        "--model",
+        source,
+        "--output",
+        tmp_path / "out",
+        "--text",
+        text,
+        "--measure",
+        "no",
+        *FAST,
+        "--methods",
+        "magnitude",
+        "--sparsity",
+        0.3,
+    )
     assert code == 0, output
     assert "quality" not in json.loads((tmp_path / "out" / "report.json").read_text())
     model = AutoModelForCausalLM.from_pretrained(source)
@@ -104,7 +157,17 @@ def test_an_unfinished_run_refuses_other_settings(source, text, tmp_path, monkey
     def killed(*arguments, **options):
         raise KeyboardInterrupt
 
-    arguments = ("--model", source, "--output", tmp_path / "out", "--text", text, "--measure", "no", *FAST)
+    arguments = (
+        "--model",
+        source,
+        "--output",
+        tmp_path / "out",
+        "--text",
+        text,
+        "--measure",
+        "no",
+        *FAST,
+    )
     monkeypatch.setattr("effattn.prune.from_files._Run.write_rest", killed)
     code, output = invoke(*arguments)
     assert code == 130
@@ -118,23 +181,28 @@ def test_an_unfinished_run_refuses_other_settings(source, text, tmp_path, monkey
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-@pytest.mark.parametrize(("arguments", "message"), [
-    (("--sparsity", "1.5"), "sparsity: got '1.5', valid is a share from 0 to 1"),
-    (("--sparsity", "5:4"), "sparsity: got '5:4'"),
-    (("--sparsity", "0.5,0.5,0.5"), "a list of 3, the model has 2 layers"),
-    (("--methods", "sparsegpd"), "did you mean 'sparsegpt'"),
-    (("--modules", "mlp"), "modules: got 'mlp'"),
-    (("--calibration-tokens", "50"), "tokens: got 50, less than a window of 64"),
-    (("--text", "none.txt"), "none.txt does not exist"),
-    (("--model", "no/such-model"), "which is no folder"),
-    (("--model", "."), "has no config.json"),
-    (("--output", "."), "exists and is not an empty folder"),
-    (("--measure", "no", "--distill-tokens", "1k"), "needs the whole model in memory"),
-    (("--distill-tokens", "10M"), "more than 20 passes"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--sparsity", "1.5"), "sparsity: got '1.5', valid is a share from 0 to 1"),
+        (("--sparsity", "5:4"), "sparsity: got '5:4'"),
+        (("--sparsity", "0.5,0.5,0.5"), "a list of 3, the model has 2 layers"),
+        (("--methods", "sparsegpd"), "did you mean 'sparsegpt'"),
+        (("--modules", "mlp"), "modules: got 'mlp'"),
+        (("--calibration-tokens", "50"), "tokens: got 50, less than a window of 64"),
+        (("--text", "none.txt"), "none.txt does not exist"),
+        (("--model", "no/such-model"), "which is no folder"),
+        (("--model", "."), "has no config.json"),
+        (("--output", "."), "exists and is not an empty folder"),
+        (("--measure", "no", "--distill-tokens", "1k"), "needs the whole model in memory"),
+        (("--distill-tokens", "10M"), "more than 20 passes"),
+    ],
+)
 def test_bad_input_is_one_line_and_nothing_written(arguments, message, source, text, tmp_path):
     given = {"--model": source, "--output": tmp_path / "out", "--text": text}
-    given |= dict(zip(FAST[::2], FAST[1::2], strict=True)) | dict(zip(arguments[::2], arguments[1::2], strict=True))
+    given |= dict(zip(FAST[::2], FAST[1::2], strict=True)) | dict(
+        zip(arguments[::2], arguments[1::2], strict=True)
+    )
     code, output = invoke(*(part for pair in given.items() for part in pair))
     assert code == 2, output
     assert message in output
@@ -144,7 +212,10 @@ def test_bad_input_is_one_line_and_nothing_written(arguments, message, source, t
 def test_the_embedded_model_loses_least_by_sparsegpt():
     """On less data than the README's numbers, so that it stays quick."""
     dense, _ = effattn.embedded.load()
-    calibration, held_out = effattn.embedded.tokens("train", 16_384), effattn.embedded.tokens("validation", 4097)
+    calibration, held_out = (
+        effattn.embedded.tokens("train", 16_384),
+        effattn.embedded.tokens("validation", 4097),
+    )
     before = token_losses(dense, held_out, 512).mean().item()
 
     def excess(tokens, **options) -> float:

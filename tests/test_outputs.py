@@ -1,4 +1,6 @@
-"""Where results go: what cannot be written is said first, one run at a time, and nothing is left behind."""
+"""Where results go: what cannot be written is said first, one run at a time, and nothing is left
+behind.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +46,12 @@ def test_what_cannot_be_a_folder_is_one_line_and_changes_nothing(tmp_path, monke
             with pytest.raises((ValueError, OSError), match=said) as caught:
                 check("output", path)
             assert "\n" not in str(caught.value)
-    for path in (tmp_path / "full", tmp_path / "file" / "x.json", "~/x.json", tmp_path / "dangling"):
+    for path in (
+        tmp_path / "full",
+        tmp_path / "file" / "x.json",
+        "~/x.json",
+        tmp_path / "dangling",
+    ):
         with pytest.raises((ValueError, OSError), match=r"^json: "):
             check_file("json", path)
     monkeypatch.setattr(os, "access", lambda path, mode: False)
@@ -61,7 +68,9 @@ def test_what_the_disk_refuses_is_said_when_a_run_begins(tmp_path, monkeypatch, 
         raise OSError(getattr(errno, code), os.strerror(getattr(errno, code)))
 
     monkeypatch.setattr(Path, "mkdir", refuse)
-    with pytest.raises(OSError, match=r"^output: .*new cannot be written \(.*\); nothing was done$"):
+    with pytest.raises(
+        OSError, match=r"^output: .*new cannot be written \(.*\); nothing was done$"
+    ):
         claim("output", tmp_path / "new").__enter__()
     monkeypatch.undo()
     monkeypatch.setattr(Path, "write_text", refuse)
@@ -101,11 +110,16 @@ with claim("output", sys.argv[1]):
 @pytest.mark.parametrize("stage", ["work", "save"])
 def test_a_second_run_names_the_first_and_a_dead_one_blocks_nobody(tmp_path, stage):
     out, other = tmp_path / "new" / "out", tmp_path / "new" / ".out.mine.tmp"
-    process = subprocess.Popen([sys.executable, "-c", HOLD, out, stage], stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLD, out, stage], stdout=subprocess.PIPE, text=True
+    )
     try:
         assert process.stdout.readline() == "held\n"
         who = f"process {process.pid}" if stage == "work" else "another process"
-        with pytest.raises(OSError, match=rf"^output: {out} is being written by {who}; wait for it, or name another$"):
+        with pytest.raises(
+            OSError,
+            match=rf"^output: {out} is being written by {who}; wait for it, or name another$",
+        ):
             claim("output", out).__enter__()
         with claim("output", out.parent / "out2"):  # another output beside is nobody's business
             pass
@@ -114,7 +128,9 @@ def test_a_second_run_names_the_first_and_a_dead_one_blocks_nobody(tmp_path, sta
         process.wait()
         process.stdout.close()
     staging = out.parent / f".out{STAGING}"
-    assert sorted(one.name for one in staging.iterdir()) == ([OWNER] if stage == "work" else ["half"])
+    assert sorted(one.name for one in staging.iterdir()) == (
+        [OWNER] if stage == "work" else ["half"]
+    )
     other.write_text("not ours")
     with claim("output", out):
         assert [one.name for one in staging.iterdir()] == [OWNER]
@@ -232,7 +248,9 @@ def test_a_killed_write_of_a_file_leaves_nothing_after_the_next(tmp_path):
 
 def test_writers_of_one_file_take_turns(tmp_path):
     texts = [str(number) * 10_000 for number in range(8)]
-    threads = [threading.Thread(target=write_text_atomic, args=(tmp_path / "x", text)) for text in texts]
+    threads = [
+        threading.Thread(target=write_text_atomic, args=(tmp_path / "x", text)) for text in texts
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -264,5 +282,7 @@ def test_a_disk_without_room_is_said_first(tmp_path, monkeypatch):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr("shutil.disk_usage", lambda path: usage(100, 60, 40))
     outputs.check_room("output", tmp_path / "new" / "out", 40)
-    with pytest.raises(OSError, match=r"^output: .*out needs 1,000 bytes, the disk has 40 free; nothing was done$"):
+    with pytest.raises(
+        OSError, match=r"^output: .*out needs 1,000 bytes, the disk has 40 free; nothing was done$"
+    ):
         outputs.check_room("output", tmp_path / "new" / "out", 1000)

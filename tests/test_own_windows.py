@@ -1,4 +1,6 @@
-"""A model's own windows, in every way its config can say them: `dense` is the plain model past them, cached or not."""
+"""A model's own windows, in every way its config can say them: `dense` is the plain model past
+them, cached or not.
+"""
 
 import inspect
 
@@ -40,7 +42,10 @@ CONFIGS = [  # (model type, settings, the layers that have a window)
     ("smollm3", {**USED, "no_rope_layers": [1, 0]}, [1]),
     ("smollm3", {"use_sliding_window": False, "sliding_window": 8, "layer_types": FIRST}, [0]),
 ]
-EAGER = ("gemma2", "gpt_oss")  # transformers' sdpa has neither a softcap nor sinks, and eager's softmax is in fp32
+EAGER = (
+    "gemma2",
+    "gpt_oss",
+)  # transformers' sdpa has neither a softcap nor sinks, and eager's softmax is in fp32
 SINGLE = ("mixtral", "qwen2_moe", "qwen3_moe", *EAGER)  # experts run in fp32 or less
 
 
@@ -54,7 +59,9 @@ def model_of(kind, **settings):
 
 
 def outputs(model):
-    """Logits without a cache, with padding, and in chunks with a cache that goes past every window."""
+    """Logits without a cache, with padding, and in chunks with a cache that goes past every
+    window.
+    """
     tokens = torch.randint(1, 96, (2, 26), generator=torch.Generator().manual_seed(2))
     mask = torch.ones_like(tokens)
     mask[0, :5] = 0
@@ -98,7 +105,13 @@ def test_saved_and_loaded_with_a_window_no_trained_sequence_exceeds(tmp_path):
 def test_the_table_of_windows_is_what_the_classes_do(kind):
     model = transformers.MODEL_MAPPING[type(transformers.AutoConfig.for_model(kind))]
     names = inspect.unwrap(model.forward).__code__.co_names
-    own = "" if "create_sliding_window_causal_mask" not in names else "layer_types" if "layer_types" in names else "all"
+    own = (
+        ""
+        if "create_sliding_window_causal_mask" not in names
+        else "layer_types"
+        if "layer_types" in names
+        else "all"
+    )
     assert FAMILIES[kind].windows == own
 
 
@@ -107,8 +120,12 @@ def test_what_else_a_config_can_ask_for_is_refused():
     model.config.layer_types = ["chunked_attention", FULL]
     with pytest.raises(Unsupported, match="layer 0: its own attention is 'chunked_attention'"):
         sliding_window(model.model.layers[0].self_attn, model.config)
-    ignored = model_of("llama", sliding_window=8)  # transformers' cache obeys it, the model's mask does not
-    with pytest.raises(Unsupported, match=r"layers 0, 1: it has config.sliding_window=8.*sliding_window = None"):
+    ignored = model_of(
+        "llama", sliding_window=8
+    )  # transformers' cache obeys it, the model's mask does not
+    with pytest.raises(
+        Unsupported, match=r"layers 0, 1: it has config.sliding_window=8.*sliding_window = None"
+    ):
         swap(ignored, "dense")
     ignored.config.sliding_window = None
     swap(ignored, "dense")

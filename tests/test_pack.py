@@ -1,4 +1,6 @@
-"""Packing: the same bits everywhere, the proven bound, and nothing that depends on what comes later."""
+"""Packing: the same bits everywhere, the proven bound, and nothing that depends on what comes
+later.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,9 @@ CODINGS = [
 def awkward(tokens=32, dim=32, heads=2):
     """Groups of zeros, of one number, tiny ones and huge ones, outlier channels with an offset."""
     x = torch.randn(1, heads, tokens, dim, generator=torch.Generator().manual_seed(0))
-    x = x * torch.tensor([1, 1e-3, 300.0, 1e30]).repeat(dim // 4) + torch.tensor([0, 0, 900.0, 0]).repeat(dim // 4)
+    x = x * torch.tensor([1, 1e-3, 300.0, 1e30]).repeat(dim // 4) + torch.tensor(
+        [0, 0, 900.0, 0]
+    ).repeat(dim // 4)
     x[0, 0, :16, :16] = 0
     x[0, 1, :16, :16] = 300.123
     x[0, 1, 16:, 16:] *= 1e-35
@@ -31,7 +35,9 @@ def awkward(tokens=32, dim=32, heads=2):
 def along(coding, x, reduce):
     """`reduce` over each group, back at every number's place."""
     axis = 2 if coding.axis == "channel" else 3
-    return reduce(x.unflatten(axis, (-1, coding.group)), axis + 1).repeat_interleave(coding.group, axis)
+    return reduce(x.unflatten(axis, (-1, coding.group)), axis + 1).repeat_interleave(
+        coding.group, axis
+    )
 
 
 @pytest.mark.parametrize(
@@ -52,11 +58,15 @@ def test_all_implementations_give_the_same_bits(coding, impl):
 
 def test_strides_and_sizes_that_fill_no_tile():
     pytest.importorskip("triton")
-    x = torch.randn(2, 48, 2, 40).transpose(1, 2)[..., :24].to(DEVICE)  # (2, 2, 48, 24), tokens first in memory
+    x = (
+        torch.randn(2, 48, 2, 40).transpose(1, 2)[..., :24].to(DEVICE)
+    )  # (2, 2, 48, 24), tokens first in memory
     for coding in (Coding("int4", "channel", 48), Coding("int2", "token", 6)):
         want = pack(x.cpu(), coding, "torch")
         got = pack(x, coding, "triton")
-        assert all(torch.equal(a, b.cpu()) for a, b in zip(want.tensors(), got.tensors(), strict=True))
+        assert all(
+            torch.equal(a, b.cpu()) for a, b in zip(want.tensors(), got.tensors(), strict=True)
+        )
         part = got[0:48].map(lambda t: t[1:, ::2])
         assert torch.equal(unpack(part, impl="triton").cpu(), unpack(want, impl="torch")[1:, ::2])
 
@@ -70,7 +80,9 @@ def test_strides_and_sizes_that_fill_no_tile():
     seed=st.integers(0, 2**16),
 )
 def test_no_number_is_further_than_half_a_step(coding, size, offset, outlier, seed):
-    """The bound that `reference.py` proves, for groups of any size and offset; fp8: half of its last digit."""
+    """The bound that `reference.py` proves, for groups of any size and offset; fp8: half of its
+    last digit.
+    """
     x = torch.randn(1, 1, 32, 16, generator=torch.Generator().manual_seed(seed)) + offset
     x[0, 0, 3, 5] += outlier
     x = x * 10.0**size
@@ -85,11 +97,16 @@ def test_no_number_is_further_than_half_a_step(coding, size, offset, outlier, se
     else:
         bound = scale / 2
         widest = (
-            most if coding.symmetric else along(coding, x.double(), torch.amax) - along(coding, x.double(), torch.amin)
+            most
+            if coding.symmetric
+            else along(coding, x.double(), torch.amax) - along(coding, x.double(), torch.amin)
         )
         ideal = widest / 2**coding.bits * (2 if coding.symmetric else 1)
         floor = most * 2**-15
-        assert (scale <= torch.maximum(ideal * (1 + 2**-7) + most * 2**-9, floor * (1 + 2**-7)) + 2**-110).all()
+        assert (
+            scale
+            <= torch.maximum(ideal * (1 + 2**-7) + most * 2**-9, floor * (1 + 2**-7)) + 2**-110
+        ).all()
     assert (off <= bound + most * 2**-22 + scale * 2**-15).all()
 
 
@@ -102,7 +119,9 @@ def test_packing_in_parts_is_packing_at_once():
         for n, part in enumerate(parts):
             room.put(16 * n if n % 2 else torch.tensor(16 * n), part)
         for got in (concatenate(parts), room, concatenate([whole[:32], whole[32:]])):
-            assert all(torch.equal(a, b) for a, b in zip(whole.tensors(), got.tensors(), strict=True))
+            assert all(
+                torch.equal(a, b) for a, b in zip(whole.tensors(), got.tensors(), strict=True)
+            )
         assert whole.nbytes == 2 * coding.nbytes(64, 32)
         assert whole.shape == x.shape
 
@@ -129,7 +148,9 @@ def test_what_does_not_fit_is_said():
     x = torch.zeros(1, 1, 20, 32)
     with pytest.raises(ValueError, match="got 20 tokens, valid are multiples of 16"):
         pack(x, Coding("int4", "channel", 16))
-    with pytest.raises(ValueError, match="got head dimension 32; valid groups are 1, 2, 4, 8, 16, 32"):
+    with pytest.raises(
+        ValueError, match="got head dimension 32; valid groups are 1, 2, 4, 8, 16, 32"
+    ):
         pack(x, Coding("int4", "token", 12))
     with pytest.raises(ValueError, match=r"kind: got 'int3' \(did you mean"):
         Coding("int3")
@@ -140,11 +161,18 @@ def test_what_does_not_fit_is_said():
         codes.put(16, codes)
 
 
-@pytest.mark.parametrize("coding", [Coding("int4", "channel", 16), Coding("fp8", "token", 16)], ids=str)
+@pytest.mark.parametrize(
+    "coding", [Coding("int4", "channel", 16), Coding("fp8", "token", 16)], ids=str
+)
 def test_pages_are_cut_as_one_tensor_is(coding):
     whole = pack(awkward(tokens=96), coding)
     pages = Pages([whole[:32], whole[32:48], whole[48:]])
-    assert (pages.shape, pages.tokens, pages.nbytes, pages.coding) == (whole.shape, 96, whole.nbytes, coding)
+    assert (pages.shape, pages.tokens, pages.nbytes, pages.coding) == (
+        whole.shape,
+        96,
+        whole.nbytes,
+        coding,
+    )
     for start, stop in ((0, 96), (0, 32), (16, 64), (48, 96), (80, 96), (32, 32)):
         part, want = pages[start:stop], whole[start:stop]
         assert part.tokens == stop - start

@@ -1,5 +1,5 @@
-"""Attention over packed caches against the definition in fp64 over the unpacked numbers: plain torch, and the Triton
-kernel in the interpreter, or on the GPU where there is one."""
+"""Attention over packed caches against the definition in fp64 over the unpacked numbers: plain
+torch, and the Triton kernel in the interpreter, or on the GPU where there is one."""
 
 from __future__ import annotations
 
@@ -18,8 +18,23 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 INT4, INT2 = Coding("int4", "channel", 16), Coding("int2", "token", 16)
 
 
-def made(k=INT4, v=INT2, *, queries=1, packed=64, rest=21, slots=0, dim=32, value_dim=32, start=None, ring=False,
-         masked=False, static=False, dtype=torch.float32, seed=0):  # fmt: skip
+def made(
+    k=INT4,
+    v=INT2,
+    *,
+    queries=1,
+    packed=64,
+    rest=21,
+    slots=0,
+    dim=32,
+    value_dim=32,
+    start=None,
+    ring=False,
+    masked=False,
+    static=False,
+    dtype=torch.float32,
+    seed=0,
+):
     """q and a cache of 2 rows, 4 query heads, 2 K/V heads."""
     draw = torch.Generator().manual_seed(seed)
 
@@ -29,9 +44,14 @@ def made(k=INT4, v=INT2, *, queries=1, packed=64, rest=21, slots=0, dim=32, valu
     total = slots + packed + rest
     first = [random(2, slots, width).to(dtype) if slots else None for width in (dim, value_dim)]
     cache = PackedCache(
-        pack(random(2, packed, dim), k, "torch"), pack(random(2, packed, value_dim), v, "torch"),
-        random(2, rest, dim).to(dtype), random(2, rest, value_dim).to(dtype), total, *first, packed_from=slots,
-    )  # fmt: skip
+        pack(random(2, packed, dim), k, "torch"),
+        pack(random(2, packed, value_dim), v, "torch"),
+        random(2, rest, dim).to(dtype),
+        random(2, rest, value_dim).to(dtype),
+        total,
+        *first,
+        packed_from=slots,
+    )
     if start:
         cache.start = torch.tensor(start, device=DEVICE)
     if ring:
@@ -46,7 +66,9 @@ def made(k=INT4, v=INT2, *, queries=1, packed=64, rest=21, slots=0, dim=32, valu
 
 
 def error(got, want):
-    return ((got.double() - want.double()).square().mean().sqrt() / want.double().square().mean().sqrt()).item()
+    return (
+        (got.double() - want.double()).square().mean().sqrt() / want.double().square().mean().sqrt()
+    ).item()
 
 
 def on_cpu(x):
@@ -54,7 +76,12 @@ def on_cpu(x):
         return Bias(x.kind, x.params.cpu())
     if isinstance(x, Turn):
         return Turn(
-            x.inv_freq.cpu(), x.interleaved, x.scaling, x.window, x.slow, None if x.q_far is None else x.q_far.cpu()
+            x.inv_freq.cpu(),
+            x.interleaved,
+            x.scaling,
+            x.window,
+            x.slow,
+            None if x.q_far is None else x.q_far.cpu(),
         )
     return x.cpu() if isinstance(x, torch.Tensor) else x
 
@@ -65,7 +92,12 @@ def check(q, cache, pattern=None, impl="torch", **options):
         side: getattr(cache, side).map(torch.Tensor.cpu) for side in "kv"
     }
     want, want_lse = attention(
-        q.cpu(), PackedCache(**here), pattern, impl="reference", lse=True, **{n: on_cpu(x) for n, x in options.items()}
+        q.cpu(),
+        PackedCache(**here),
+        pattern,
+        impl="reference",
+        lse=True,
+        **{n: on_cpu(x) for n, x in options.items()},
     )
     out, lse = (x.cpu() for x in attention(q, cache, pattern, impl=impl, lse=True, **options))
     blind = want_lse == -torch.inf
@@ -93,9 +125,15 @@ def test_every_pair_of_codings(k, small):
         check(*made(k, v))
 
 
-PATTERNS = [None, Window(back=30), Window(back=50, first=4), Blocks(size=16), Pattern(first=3), Window(back=10,
-first=30),
-            Blocks(size=32, look_back=1, shifted=True)]  # fmt: skip
+PATTERNS = [
+    None,
+    Window(back=30),
+    Window(back=50, first=4),
+    Blocks(size=16),
+    Pattern(first=3),
+    Window(back=10, first=30),
+    Blocks(size=32, look_back=1, shifted=True),
+]
 
 
 @pytest.mark.parametrize("pattern", PATTERNS, ids=repr)
@@ -109,7 +147,10 @@ def test_patterns_slots_padding_and_rings(pattern, queries, small):
 
 def far(q, frequencies=16, **settings):
     return Turn(
-        1 / 100 ** (torch.arange(frequencies, device=DEVICE) / frequencies), window=20, q_far=q.flip(0), **settings
+        1 / 100 ** (torch.arange(frequencies, device=DEVICE) / frequencies),
+        window=20,
+        q_far=q.flip(0),
+        **settings,
     )
 
 
@@ -139,12 +180,15 @@ def test_pages_are_one_cache(queries, small):
             want = attention(q, cache, pattern, turn=turn, impl="torch", lse=True)
             for cuts in ((0, 48, 96), (0, 16, 80, 96)):
                 k_pages, v_pages = (
-                    Pages([codes[low:high] for low, high in itertools.pairwise(cuts)]) for codes in (cache.k, cache.v)
+                    Pages([codes[low:high] for low, high in itertools.pairwise(cuts)])
+                    for codes in (cache.k, cache.v)
                 )
                 paged = replace(cache, k=k_pages, v=v_pages)
                 assert (paged.keys, paged.nbytes) == (cache.keys, cache.nbytes)
                 for got, right in zip(
-                    attention(q, paged, pattern, turn=turn, impl="torch", lse=True), want, strict=True
+                    attention(q, paged, pattern, turn=turn, impl="torch", lse=True),
+                    want,
+                    strict=True,
                 ):
                     torch.testing.assert_close(got, right, rtol=1e-5, atol=1e-5)
     with pytest.raises(ValueError, match="cache: got Pages, valid with 'reference' are Codes"):
@@ -207,7 +251,9 @@ BIASES = {"alibi": (4, 1), "kerple_log": (4, 2), "kerple_power": (1, 2), "table"
 def test_distances_add_to_scores(kind, impl, small):
     if impl == "triton":
         pytest.importorskip("triton")
-    bias = Bias(kind, torch.rand(*BIASES[kind], generator=torch.Generator().manual_seed(1)).to(DEVICE))
+    bias = Bias(
+        kind, torch.rand(*BIASES[kind], generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    )
     check(*made(), impl=impl, bias=bias)
     q, cache = made(slots=5, queries=3, start=(0, 37))
     check(q, cache, Window(back=50, first=4), impl, q_first=q.flip(1), softcap=5.0, bias=bias)
@@ -246,7 +292,9 @@ def test_the_kernel_in_half_precision_is_as_exact_as_torch(dtype):
             torch.cat([unpack(x, dtype, "torch"), rest], dim=2).repeat_interleave(2, dim=1)
             for x, rest in ((cache.k, cache.k_rest), (cache.v, cache.v_rest))
         )
-        hidden = torch.ones(2, keys.shape[2], dtype=torch.bool, device=DEVICE).triu(keys.shape[2] - 1)
+        hidden = torch.ones(2, keys.shape[2], dtype=torch.bool, device=DEVICE).triu(
+            keys.shape[2] - 1
+        )
         plain = (q @ keys.mT * 32**-0.5).masked_fill(hidden, -torch.inf).softmax(dim=-1) @ values
         out = attention(q, cache, impl="triton")
         assert error(out.cpu(), want) <= 2 * error(plain.cpu(), want)

@@ -1,4 +1,5 @@
-"""Weights packed by bitsandbytes: calls, state_dict(), copies, pickles and files leave every bit of them as it was.
+"""Weights packed by bitsandbytes: calls, state_dict(), copies, pickles and files leave every bit of
+them as it was.
 
 Each test forces what a processor with AVX512-bf16 units does, on any processor.
 """
@@ -33,7 +34,9 @@ def wide_processor(monkeypatch):
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory):
     folder = tmp_path_factory.mktemp("plain") / "model"
-    tiny("llama", dtype=torch.float32, hidden_size=128, intermediate_size=128).save_pretrained(folder)
+    tiny("llama", dtype=torch.float32, hidden_size=128, intermediate_size=128).save_pretrained(
+        folder
+    )
     return folder
 
 
@@ -43,7 +46,9 @@ def quantized(folder, kind: str):
     if kind != "int8":
         options = dict(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32, **FOUR_BITS[kind])
     config = BitsAndBytesConfig(**options)
-    return AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, dtype=torch.float32).eval()
+    return AutoModelForCausalLM.from_pretrained(
+        folder, quantization_config=config, dtype=torch.float32
+    ).eval()
 
 
 def linears(model) -> list:
@@ -57,7 +62,10 @@ def logits(model, ids) -> torch.Tensor:
 
 def weights(model) -> list[torch.Tensor]:
     """What the packed weights stand for."""
-    return [bnb.functional.dequantize_4bit(one.weight.data, one.weight.quant_state) for one in linears(model)]
+    return [
+        bnb.functional.dequantize_4bit(one.weight.data, one.weight.quant_state)
+        for one in linears(model)
+    ]
 
 
 ENTRIES = {
@@ -69,7 +77,9 @@ ENTRIES = {
 
 @pytest.mark.parametrize("entry", ENTRIES)
 @pytest.mark.parametrize("kind", [*FOUR_BITS, "int8"])
-def test_calls_and_everything_that_asks_for_weights_change_no_bit(plain, kind, entry, tokens, tmp_path):
+def test_calls_and_everything_that_asks_for_weights_change_no_bit(
+    plain, kind, entry, tokens, tmp_path
+):
     model, ids = quantized(plain, kind), tokens[None, :24]
     ENTRIES[entry](model, tokens)
     assert not any(one.support_avx512bf16_for_cpu for one in linears(model))
@@ -108,7 +118,9 @@ def test_what_was_rearranged_before_is_turned_back(plain, kind, through, tmp_pat
     model = quantized(plain, kind)
     before = weights(model)
     for one in linears(model):  # what a call does
-        one.weight.data, _ = bnb.functional._convert_weight_packed_for_cpu(one.weight.data, one.weight.quant_state)
+        one.weight.data, _ = bnb.functional._convert_weight_packed_for_cpu(
+            one.weight.data, one.weight.quant_state
+        )
     if through != "model":
         model.state_dict()  # scales are transposed now
     if through == "file":
@@ -128,14 +140,20 @@ def test_second_projections_are_the_packed_ones(plain, kind, tokens, tmp_path):
     model, ids = quantized(plain, kind), tokens[None, :24]
     effattn.describe(model)
     own = logits(model, ids)
-    effattn.swap(model, "longformer(window=49, global_tokens=2)")  # sees everything: the same function
+    effattn.swap(
+        model, "longformer(window=49, global_tokens=2)"
+    )  # sees everything: the same function
     at_first = logits(model, ids)
     torch.testing.assert_close(at_first, own, rtol=1e-4, atol=1e-4)
-    assert not any(p.requires_grad for name, p in model.named_parameters() if "effattn_global" in name)
+    assert not any(
+        p.requires_grad for name, p in model.named_parameters() if "effattn_global" in name
+    )
     assert torch.equal(logits(copy.deepcopy(model), ids), at_first)
     effattn.save(model, tmp_path / "saved")
     assert torch.equal(logits(effattn.load(tmp_path / "saved"), ids), at_first)
-    assert not any("effattn" in name for name in load_file(tmp_path / "saved" / "model.safetensors"))
+    assert not any(
+        "effattn" in name for name in load_file(tmp_path / "saved" / "model.safetensors")
+    )
     assert all("effattn" in name for name in load_file(tmp_path / "saved" / "effattn.safetensors"))
     restored = effattn.restore(model)
     assert torch.equal(logits(restored, ids), own)

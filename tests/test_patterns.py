@@ -1,4 +1,6 @@
-"""Each exact pattern: the paper's definition by hand, its cost, its options, its own features; and what it refuses."""
+"""Each exact pattern: the paper's definition by hand, its cost, its options, its own features; and
+what it refuses.
+"""
 
 import math
 
@@ -26,12 +28,16 @@ def by_hand(name, i, j, h, o, causal):
         near = abs(i - j) % d == 0 and abs(i - j) // d <= reach
         if name == "sliding":
             return near or j < o.get("sinks", 0)
-        chosen = range(o["global_tokens"]) if isinstance(o["global_tokens"], int) else o["global_tokens"]
+        chosen = (
+            range(o["global_tokens"]) if isinstance(o["global_tokens"], int) else o["global_tokens"]
+        )
         return near or i in chosen or j in chosen
     if name == "strided":
         return i - j < o["stride"] or (i - j) % o["stride"] == 0
     if name == "fixed":
-        return i // o["stride"] == j // o["stride"] or j % o["stride"] >= o["stride"] - o.get("summary", 1)
+        return i // o["stride"] == j // o["stride"] or j % o["stride"] >= o["stride"] - o.get(
+            "summary", 1
+        )
     if name == "s2":
         b, shift = o["block"], o["block"] // 2 if h >= 2 else 0
         return (i + shift) // b == (j + shift) // b
@@ -44,15 +50,31 @@ def by_hand(name, i, j, h, o, causal):
 
 
 PATTERNS = [
-    ("dense", {}), ("block", {"block": 4}), ("block", {"block": 3, "look_back": 2}), ("sliding", {"window": 5}),
-    ("sliding", {"window": 4, "sinks": 3}), ("sliding", {"window": 3, "dilation": 4}),
-    ("longformer", {"window": 3, "global_tokens": 2}), ("longformer", {"window": 5, "global_tokens": [0, 7, 22]}),
-    ("strided", {"stride": 4}), ("fixed", {"stride": 4}), ("fixed", {"stride": 5, "summary": 2}), ("s2", {"block": 6}),
+    ("dense", {}),
+    ("block", {"block": 4}),
+    ("block", {"block": 3, "look_back": 2}),
+    ("sliding", {"window": 5}),
+    ("sliding", {"window": 4, "sinks": 3}),
+    ("sliding", {"window": 3, "dilation": 4}),
+    ("longformer", {"window": 3, "global_tokens": 2}),
+    ("longformer", {"window": 5, "global_tokens": [0, 7, 22]}),
+    ("strided", {"stride": 4}),
+    ("fixed", {"stride": 4}),
+    ("fixed", {"stride": 5, "summary": 2}),
+    ("s2", {"block": 6}),
     ("longnet", {"segments": [4, 12], "dilations": [1, 3]}),
-]  # fmt: skip
-WAYS = [(name, options, causal) for name, options in PATTERNS for causal in (True, False)
-        if causal or (name not in ("strided", "fixed") and not options.get("sinks")
-                      and options.get("window", 1) % 2)]  # fmt: skip
+]
+WAYS = [
+    (name, options, causal)
+    for name, options in PATTERNS
+    for causal in (True, False)
+    if causal
+    or (
+        name not in ("strided", "fixed")
+        and not options.get("sinks")
+        and options.get("window", 1) % 2
+    )
+]
 
 
 @pytest.mark.parametrize(("name", "options", "causal"), WAYS)
@@ -60,7 +82,10 @@ def test_definition_and_cost(name, options, causal):
     attn = backend(name, **options)
     i, j, h = torch.arange(T)[:, None], torch.arange(T)[None], torch.arange(4)[:, None, None]
     seen = attn.sees(i, j, h, 4, causal).expand(4, T, T)
-    expected = [[[int(by_hand(name, a, b, c, options, causal)) for b in range(T)] for a in range(T)] for c in range(4)]
+    expected = [
+        [[int(by_hand(name, a, b, c, options, causal)) for b in range(T)] for a in range(T)]
+        for c in range(4)
+    ]
     assert seen.int().tolist() == expected
     for queries in (1, 7, T) if causal else (T,):
         shape = Shape(2, 4, 2, queries, T, head_dim=8, value_dim=16, itemsize=4, causal=causal)
@@ -81,14 +106,18 @@ def rope(q, k, at_q, at_k):
         angle = at[..., None].to(x) * torch.logspace(0, -2, x.shape[-1] // 2, dtype=x.dtype)
         angle = angle[:, None] if angle.ndim == 3 else angle
         a, b = x.chunk(2, dim=-1)
-        return torch.cat([a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()], dim=-1)
+        return torch.cat(
+            [a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()], dim=-1
+        )
 
     return turn(q, at_q), turn(k, at_k)
 
 
 @pytest.mark.parametrize("impl", ["torch", "reference"])
 def test_sinks_stand_at_their_place_in_the_cache(impl):
-    """Distances by the design's formula, one pair at a time: min(i - j, w + s - 1 - j) for sinks, i - j for others."""
+    """Distances by the design's formula, one pair at a time: min(i - j, w + s - 1 - j) for sinks, i
+    - j for others.
+    """
     window, sinks, dim = 5, 3, 8
     q, k, v = (torch.randn(1, 1, T, dim, dtype=torch.float64) for _ in range(3))
     out = backend("sliding", window=window, sinks=sinks, impl=impl)(q, k, v, rotary=rope)
@@ -101,7 +130,9 @@ def test_sinks_stand_at_their_place_in_the_cache(impl):
                 turned, _ = rope(q[:, :, i : i + 1], k[:, :, :1], at, at * 0)
                 scores.append((turned[0, 0, 0] @ k[0, 0, j]) / math.sqrt(dim))
                 values.append(v[0, 0, j])
-        torch.testing.assert_close(out[0, 0, i], torch.stack(scores).softmax(0) @ torch.stack(values))
+        torch.testing.assert_close(
+            out[0, 0, i], torch.stack(scores).softmax(0) @ torch.stack(values)
+        )
 
 
 @pytest.mark.parametrize("impl", ["torch", "reference"])
@@ -115,9 +146,15 @@ def test_sink_logits_are_one_more_logit(impl):
     plain = backend("sliding", window=4)
     for logits, got in ((torch.zeros(4), zero), (attn.sink_logits.detach(), out)):
         for i in (0, 3, T - 1):
-            scores = (q[:, :, i : i + 1] @ k.repeat_interleave(2, 1)[:, :, max(0, i - 3) : i + 1].mT)[:, :, 0] * 8**-0.5
-            weights = torch.cat([scores, logits.double()[None, :, None].expand(2, 4, 1)], -1).softmax(-1)[..., :-1]
-            expected = (weights[:, :, None] @ v.repeat_interleave(2, 1)[:, :, max(0, i - 3) : i + 1])[:, :, 0]
+            scores = (
+                q[:, :, i : i + 1] @ k.repeat_interleave(2, 1)[:, :, max(0, i - 3) : i + 1].mT
+            )[:, :, 0] * 8**-0.5
+            weights = torch.cat(
+                [scores, logits.double()[None, :, None].expand(2, 4, 1)], -1
+            ).softmax(-1)[..., :-1]
+            expected = (
+                weights[:, :, None] @ v.repeat_interleave(2, 1)[:, :, max(0, i - 3) : i + 1]
+            )[:, :, 0]
             torch.testing.assert_close(got[:, :, i], expected)
     assert not torch.allclose(plain(q, k, v), zero)
 
@@ -139,7 +176,10 @@ def test_sink_logits_load_before_the_first_call():
 @pytest.mark.parametrize("side", ["none", "left", "right"])
 def test_longformer_global_projections(causal, tokens, side):
     """Global rows by their own q, k and v over everything; the others by the local ones."""
-    attn, dense = backend("longformer", window=5, global_tokens=tokens), backend("dense", impl="reference")
+    attn, dense = (
+        backend("longformer", window=5, global_tokens=tokens),
+        backend("dense", impl="reference"),
+    )
     q, k, v = (torch.randn(2, h, T, 8, dtype=torch.float64, requires_grad=True) for h in (4, 2, 2))
     second = tuple(torch.randn_like(x).requires_grad_() for x in (q, k, v))
     mask = torch.ones(2, T, dtype=torch.bool)
@@ -155,7 +195,11 @@ def test_longformer_global_projections(causal, tokens, side):
     expected = torch.where(rows, wide, local) * mask[:, None, :, None]
     torch.testing.assert_close(out * mask[:, None, :, None], expected)
     leaves, loss = (q, k, v, *second), torch.randn_like(expected) * mask[:, None, :, None]
-    for a, b in zip(torch.autograd.grad(out, leaves, loss), torch.autograd.grad(expected, leaves, loss), strict=True):
+    for a, b in zip(
+        torch.autograd.grad(out, leaves, loss),
+        torch.autograd.grad(expected, leaves, loss),
+        strict=True,
+    ):
         torch.testing.assert_close(a, b)
 
 
@@ -172,8 +216,15 @@ def test_longformer_decodes_with_global_projections(tokens, pads):
         for size in chunks:
             part = [x[:, :, at : at + size] for x in (q, k, v, *second)]
             at += size
-            steps.append(attn(*part[:3], padding_mask=mask[:, :at] if pads else None, state=state, rotary=rope,
-                              global_qkv=part[3:]))  # fmt: skip
+            steps.append(
+                attn(
+                    *part[:3],
+                    padding_mask=mask[:, :at] if pads else None,
+                    state=state,
+                    rotary=rope,
+                    global_qkv=part[3:],
+                )
+            )
         got = torch.cat(steps, dim=2).transpose(1, 2)[mask]
         torch.testing.assert_close(got, whole.transpose(1, 2)[mask])
     if isinstance(tokens, int):
@@ -184,7 +235,11 @@ def test_longformer_decodes_with_global_projections(tokens, pads):
 
 def test_softcap():
     q, k, v = (3 * torch.randn(1, 2, T, 8, dtype=torch.float64) for _ in range(3))
-    for name, options in (("dense", {}), ("sliding", {"window": 5, "sinks": 2}), ("strided", {"stride": 4})):
+    for name, options in (
+        ("dense", {}),
+        ("sliding", {"window": 5, "sinks": 2}),
+        ("strided", {"stride": 4}),
+    ):
         fast, truth = (backend(name, **options, impl=impl) for impl in ("torch", "reference"))
         torch.testing.assert_close(fast(q, k, v, softcap=5.0), truth(q, k, v, softcap=5.0))
         assert not torch.allclose(fast(q, k, v, softcap=5.0), fast(q, k, v))
@@ -208,11 +263,17 @@ def test_softcap():
         ("fixed(stride=4, summary=5)", r"summary: got 5, valid is 1 to stride \(4\)"),
         ("s2(block=5)", "got 5, half a block is shifted; valid is 4 or 6"),
         ("longnet(segments=[4], dilations=[1, 2])", "dilations: got 2 for 1 segments"),
-        ("longnet(segments=[4], dilations=[3])", "got 3 for segments of 4; valid is a divisor of 4"),
+        (
+            "longnet(segments=[4], dilations=[3])",
+            "got 3 for segments of 4; valid is a divisor of 4",
+        ),
         ("longnet(segments=4, dilations=[1])", r"segments: got 4, valid is a list"),
         ("longnet(segments=[0], dilations=[1])", "segments: got 0"),
         ("longformer(window=4, global_tokens=0)", "global_tokens: got 0"),
-        ("longformer(window=4, global_tokens=[])", r"global_tokens: got \[\], valid is a number of first tokens"),
+        (
+            "longformer(window=4, global_tokens=[])",
+            r"global_tokens: got \[\], valid is a number of first tokens",
+        ),
         ("longformer(window=4, global_tokens='all')", "global_tokens: got 'all'"),
     ],
 )
@@ -224,7 +285,9 @@ def test_bad_options(spec, message):
 def test_bad_calls():
     q, k, v = (torch.randn(1, 2, 9, 8) for _ in range(3))
     for spec in ("sliding(window=4)", "longformer(window=4)"):
-        with pytest.raises(ValueError, match="window: got 4, a bidirectional window is odd; valid is 3 or 5"):
+        with pytest.raises(
+            ValueError, match="window: got 4, a bidirectional window is odd; valid is 3 or 5"
+        ):
             backend(spec)(q, k, v, causal=False)
     with pytest.raises(Unsupported, match="sinks need causal=True"):
         backend("sliding(window=5, sinks=1)")(q, k, v, causal=False)
@@ -234,7 +297,9 @@ def test_bad_calls():
         backend("dense")(q, k, v, softcp=1.0)
     with pytest.raises(ValueError, match="longformer: argument: got 'sink_logits'"):
         backend("longformer(window=5)")(q, k, v, sink_logits=torch.zeros(2))
-    with pytest.raises(ValueError, match=r"global_qkv: expected k \(1, 2, 9, 8\).*got \(1, 2, 5, 8\)"):
+    with pytest.raises(
+        ValueError, match=r"global_qkv: expected k \(1, 2, 9, 8\).*got \(1, 2, 5, 8\)"
+    ):
         backend("longformer(window=5)")(q, k, v, global_qkv=(q, k[:, :, :5], v))
     state = backend("sliding(window=5)").new_state()
     with pytest.raises(ValueError, match="one float dtype"):
@@ -242,12 +307,20 @@ def test_bad_calls():
     assert state.seq_len == 0
 
 
-@pytest.mark.parametrize("spec", ["sliding(window=7, dilation=3)", "longnet(segments=[8, 24], dilations=[1, 2])"])
+@pytest.mark.parametrize(
+    "spec", ["sliding(window=7, dilation=3)", "longnet(segments=[8, 24], dilations=[1, 2])"]
+)
 @pytest.mark.parametrize("pads", [None, "left", "right"])
 def test_long_sequences_are_taken_in_pieces(spec, pads, monkeypatch):
-    """What the pieces of a CPU give is what the whole gives, also for queries that are the last tokens only."""
+    """What the pieces of a CPU give is what the whole gives, also for queries that are the last
+    tokens only.
+    """
     attn, real = backend(spec), torch.arange(100)[None]
-    mask = {None: None, "left": real >= torch.tensor([[0], [13]]), "right": real < torch.tensor([[100], [83]])}[pads]
+    mask = {
+        None: None,
+        "left": real >= torch.tensor([[0], [13]]),
+        "right": real < torch.tensor([[100], [83]]),
+    }[pads]
     k, v = torch.randn(2, 2, 2, 100, 8, dtype=torch.float64)
     for queries in (100, 37):
         q = torch.randn(2, 4, queries, 8, dtype=torch.float64)
@@ -277,10 +350,15 @@ def test_memory_is_linear_in_the_length():
     mask = torch.ones(1, tokens, dtype=torch.bool)
     mask[:, :5] = False
     for name, options in (
-        ("block", {"block": 64}), ("sliding", {"window": 64, "sinks": 4}), ("sliding", {"window": 9, "dilation": 8}),
-        ("s2", {"block": 64}), ("longnet", {"segments": [64, 1024], "dilations": [1, 16]}),
-        ("longformer", {"window": 63, "global_tokens": 4}), ("fixed", {"stride": 64}), ("strided", {"stride": 64}),
-    ):  # fmt: skip
+        ("block", {"block": 64}),
+        ("sliding", {"window": 64, "sinks": 4}),
+        ("sliding", {"window": 9, "dilation": 8}),
+        ("s2", {"block": 64}),
+        ("longnet", {"segments": [64, 1024], "dilations": [1, 16]}),
+        ("longformer", {"window": 63, "global_tokens": 4}),
+        ("fixed", {"stride": 64}),
+        ("strided", {"stride": 64}),
+    ):
         for padding in (None, mask):
             with Largest() as seen:
                 backend(name, **options)(q, k, v, padding_mask=padding).sum().backward()

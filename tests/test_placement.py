@@ -1,4 +1,6 @@
-"""Models whose modules are hooked, wrapped, compiled or elsewhere: a swap does the same to them as to plain ones."""
+"""Models whose modules are hooked, wrapped, compiled or elsewhere: a swap does the same to them as
+to plain ones.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,9 @@ def model_of(kind: str = "llama"):
 
 
 def mapped(tmp_path, kind: str, where: dict[str, str]):
-    """As `from_pretrained` makes it with a device map; modules that are not named are on the CPU."""
+    """As `from_pretrained` makes it with a device map; modules that are not named are on the
+    CPU.
+    """
     model_of(kind).save_pretrained(tmp_path / "plain")
     base = "model" if kind != "gpt_neox" else "gpt_neox"
     names = [f"{base}.{name}" for name, _ in getattr(model_of(kind), base).named_children()]
@@ -45,17 +49,27 @@ def wrapped(model):
 
 def compiled(model):
     model.model.rotary_emb = torch.compile(model.model.rotary_emb, backend="eager")
-    model.model.layers[1].self_attn = torch.compile(model.model.layers[1].self_attn, backend="eager")
+    model.model.layers[1].self_attn = torch.compile(
+        model.model.layers[1].self_attn, backend="eager"
+    )
     return model
 
 
 MADE = {
     "a layer on the disk": lambda path: mapped(path, "llama", {"model.layers.0": "disk"}),
-    "all on the disk": lambda path: mapped(path, "llama", {f"model.layers.{i}": "disk" for i in range(3)}),
-    "embeddings on the disk": lambda path: mapped(path, "llama", {"model.embed_tokens": "disk", "lm_head": "disk"}),
+    "all on the disk": lambda path: mapped(
+        path, "llama", {f"model.layers.{i}": "disk" for i in range(3)}
+    ),
+    "embeddings on the disk": lambda path: mapped(
+        path, "llama", {"model.embed_tokens": "disk", "lm_head": "disk"}
+    ),
     "cpu_offload": lambda path: accelerate.cpu_offload(model_of(), execution_device=CPU),
-    "buffers offloaded": lambda path: accelerate.cpu_offload(model_of(), execution_device=CPU, offload_buffers=True),
-    "disk_offload": lambda path: accelerate.disk_offload(model_of(), path / "disk", execution_device=CPU),
+    "buffers offloaded": lambda path: accelerate.cpu_offload(
+        model_of(), execution_device=CPU, offload_buffers=True
+    ),
+    "disk_offload": lambda path: accelerate.disk_offload(
+        model_of(), path / "disk", execution_device=CPU
+    ),
     "a wrapped rotary module": lambda path: wrapped(model_of()),
 }
 SWAPS = {
@@ -119,7 +133,10 @@ def test_copies_are_made_in_one_graph(name, tokens):
     ids = tokens[None, :20]
     model = effattn.swap(tiny("llama", dtype=torch.float32, num_hidden_layers=1), **SWAPS[name])
     inputs = dict(
-        input_ids=ids, attention_mask=torch.ones_like(ids), position_ids=torch.arange(20)[None], use_cache=False
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        position_ids=torch.arange(20)[None],
+        use_cache=False,
     )
     disturb(model)
     with torch.no_grad():
@@ -128,7 +145,9 @@ def test_copies_are_made_in_one_graph(name, tokens):
 
 
 class Narrow(accelerate.hooks.ModelHook):
-    """Takes what comes to another dtype and back, as a hook on a device of its own takes it there."""
+    """Takes what comes to another dtype and back, as a hook on a device of its own takes it
+    there.
+    """
 
     def pre_forward(self, module, *args, **kwargs):
         def narrow(x):
@@ -159,7 +178,10 @@ def test_a_forward_that_was_replaced_is_refused_where_it_would_be_lost(tokens):
     inner = projection.forward
     projection.forward = lambda x: 2 * inner(x)
     before = logits(model, tokens[None, :20])
-    with pytest.raises(Unsupported, match=r"layers 1: the forward of v_proj was replaced, which longformer's second"):
+    with pytest.raises(
+        Unsupported,
+        match=r"layers 1: the forward of v_proj was replaced, which longformer's second",
+    ):
         effattn.swap(model, "longformer", window=6)
     assert torch.equal(logits(model, tokens[None, :20]), before)
     effattn.swap(model, {"0": "longformer(window=6)", "1": "sliding(window=6)"})
@@ -170,7 +192,10 @@ def test_other_architectures_on_the_disk(kind, tokens, tmp_path):
     base = "gpt_neox" if kind == "gpt_neox" else "model"
     ids, plain = tokens[None, :40], model_of(kind)
     model = mapped(tmp_path, kind, {f"{base}.layers.1": "disk"})
-    for swap in (dict(positions="yarn(factor=4)+logn"), dict(pattern="longformer(window=6, global_tokens=2)")):
+    for swap in (
+        dict(positions="yarn(factor=4)+logn"),
+        dict(pattern="longformer(window=6, global_tokens=2)"),
+    ):
         for one in (plain, model):
             disturb(effattn.swap(one, **swap))
         assert torch.equal(logits(model, ids), logits(plain, ids))
@@ -190,7 +215,9 @@ OFFLOADED = ["a layer on the disk", "cpu_offload", "disk_offload"]
 @pytest.mark.parametrize("made", OFFLOADED)
 def test_what_is_elsewhere_is_saved_and_measured(made, tokens, tmp_path):
     ids, plain, model = tokens[None, :40], model_of(), MADE[made](tmp_path)
-    assert effattn.perplexity(model, tokens[:100], 32) == effattn.perplexity(plain, tokens[:100], 32)
+    assert effattn.perplexity(model, tokens[:100], 32) == effattn.perplexity(
+        plain, tokens[:100], 32
+    )
     for name in ("plain rule", "longformer", "learned rule"):
         for one in (plain, model):
             disturb(effattn.swap(one, **SWAPS[name]))
@@ -200,7 +227,10 @@ def test_what_is_elsewhere_is_saved_and_measured(made, tokens, tmp_path):
         effattn.restore(plain)
         effattn.restore(model)
     twice = {"0": "sliding(window=8)", "1-": "dense"}
-    cached = [effattn.swap(one, twice).generate(ids, max_new_tokens=4, do_sample=False) for one in (plain, model)]
+    cached = [
+        effattn.swap(one, twice).generate(ids, max_new_tokens=4, do_sample=False)
+        for one in (plain, model)
+    ]
     assert torch.equal(*cached)
 
 
@@ -220,7 +250,9 @@ def test_non_finite_weights_are_found_elsewhere_too(tmp_path):
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.weight[3, 5] = float("nan")
     accelerate.cpu_offload(model, execution_device=CPU)
-    with pytest.raises(ValueError, match=r"layers\.1\.mlp\.up_proj\.weight holds NaN or Inf \(1 of"):
+    with pytest.raises(
+        ValueError, match=r"layers\.1\.mlp\.up_proj\.weight holds NaN or Inf \(1 of"
+    ):
         effattn.save(model, tmp_path / "saved")
     assert not (tmp_path / "saved").exists()
 
@@ -228,9 +260,13 @@ def test_non_finite_weights_are_found_elsewhere_too(tmp_path):
 CHANGES = {
     "convert_gqa": lambda model, tokens: effattn.convert_gqa(model, kv_heads=2, calibration=tokens),
     "heads": lambda model, tokens: effattn.swap(model, "dense", heads="mqa", calibration=tokens),
-    "projections": lambda model, tokens: effattn.swap(model, "dense", projections="monarch(blocks=8)"),
+    "projections": lambda model, tokens: effattn.swap(
+        model, "dense", projections="monarch(blocks=8)"
+    ),
     "oneshot": lambda model, tokens: effattn.prune.oneshot(model, tokens, sparsity=0.5),
-    "shear": lambda model, tokens: effattn.prune.shear(model, effattn.prune.Target(ffn=48), tokens, length=64),
+    "shear": lambda model, tokens: effattn.prune.shear(
+        model, effattn.prune.Target(ffn=48), tokens, length=64
+    ),
     "structured": lambda model, tokens: effattn.prune.structured(model, tokens, ffn=48),
     "quantize_weights": lambda model, tokens: effattn.quant.quantize_weights(model),
 }
@@ -241,7 +277,9 @@ CHANGES = {
 def test_what_changes_weights_is_refused_before_any_work(made, what, tokens, tmp_path):
     model = model_of().to("meta") if made == "meta" else MADE[made](tmp_path)
     before = None if made == "meta" else logits(model, tokens[None, :20])
-    with pytest.raises(Unsupported, match=r"the weights of .* are elsewhere .*load the model without device_map"):
+    with pytest.raises(
+        Unsupported, match=r"the weights of .* are elsewhere .*load the model without device_map"
+    ):
         CHANGES[what](model, tokens)
     assert "effattn" not in str(model.config._attn_implementation)
     assert before is None or torch.equal(logits(model, tokens[None, :20]), before)
@@ -272,7 +310,9 @@ def test_weights_that_two_modules_share(shared, tokens, tmp_path):
     own = logits(model, ids)
     changes = CHANGES | {"save": lambda model, tokens: effattn.save(model, tmp_path / "saved")}
     for change in changes.values():
-        with pytest.raises(Unsupported, match=f"{names} are one weight, which LlamaForCausalLM does not tie"):
+        with pytest.raises(
+            Unsupported, match=f"{names} are one weight, which LlamaForCausalLM does not tie"
+        ):
             change(model, tokens)
         assert torch.equal(logits(model, ids), own)
     assert not (tmp_path / "saved").exists()
@@ -283,9 +323,12 @@ def test_weights_that_two_modules_share(shared, tokens, tmp_path):
 
 def test_an_output_embedding_that_was_tied_by_hand(tokens, tmp_path):
     model = model_of()
-    model.lm_head.weight = model.model.embed_tokens.weight  # transformers would save it without a head
+    model.lm_head.weight = (
+        model.model.embed_tokens.weight
+    )  # transformers would save it without a head
     with pytest.raises(
-        Unsupported, match=r"embed_tokens.weight and lm_head.weight are one weight.*tie_word_embeddings"
+        Unsupported,
+        match=r"embed_tokens.weight and lm_head.weight are one weight.*tie_word_embeddings",
     ):
         effattn.save(model, tmp_path / "saved")
     effattn.convert_gqa(model, kv_heads=4, method="mean", refit=False)  # it changes neither
@@ -334,9 +377,14 @@ def test_layouts_of_weights_change_nothing(layout, tokens, tmp_path):
 def test_a_model_without_numbers(tokens, tmp_path):
     model = model_of().to("meta")
     effattn.describe(effattn.swap(model, "sliding(window=8)", positions="yarn(factor=4)+logn"))
-    with pytest.raises(Unsupported, match="is on the meta device, it has no numbers to compute with"):
+    with pytest.raises(
+        Unsupported, match="is on the meta device, it has no numbers to compute with"
+    ):
         effattn.perplexity(model, tokens[:100], 32)
-    with pytest.raises(Unsupported, match="is on the meta device, and nothing in the model says where its numbers are"):
+    with pytest.raises(
+        Unsupported,
+        match="is on the meta device, and nothing in the model says where its numbers are",
+    ):
         effattn.save(model, tmp_path / "saved")
     assert not (tmp_path / "saved").exists()
 
@@ -345,7 +393,9 @@ def test_the_approximation_of_weights_that_are_elsewhere(tokens):
     options = dict(methods=["monarch"], layers=[0], length=64)
     models = [tiny("llama", dtype=torch.float32, hidden_size=256) for _ in range(2)]
     accelerate.cpu_offload(models[1], execution_device=CPU)
-    expected, found = (effattn.measure_approximation(one, tokens, **options).data["matrices"] for one in models)
+    expected, found = (
+        effattn.measure_approximation(one, tokens, **options).data["matrices"] for one in models
+    )
     assert found
     assert found == expected
 
@@ -357,8 +407,12 @@ def test_measuring_leaves_a_model_where_it_is(made, tokens, tmp_path):
     variants = parse_all(["plain", "window=sliding(window=8)", "longformer(window=8)"])
     twins = [build(model, variant) for variant in variants]
     assert torch.equal(logits(twins[0], ids), own)
-    assert torch.equal(logits(twins[1], ids), logits(effattn.swap(model_of(), "sliding(window=8)"), ids))
-    assert torch.equal(logits(twins[2], ids), logits(effattn.swap(model_of(), "longformer(window=8)"), ids))
+    assert torch.equal(
+        logits(twins[1], ids), logits(effattn.swap(model_of(), "sliding(window=8)"), ids)
+    )
+    assert torch.equal(
+        logits(twins[2], ids), logits(effattn.swap(model_of(), "longformer(window=8)"), ids)
+    )
     shared = zip(placement.maps(twins[1]), maps, strict=True)
     assert all(one is other for one, other in shared)  # no second copy of all weights
     assert placement.is_elsewhere(model)

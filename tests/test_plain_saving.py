@@ -1,5 +1,5 @@
-"""What plain `save_pretrained` and a Trainer write of a swapped model: `effattn.load` restores it, plain transformers
-refuses it, and after `restore` every byte is what it was."""
+"""What plain `save_pretrained` and a Trainer write of a swapped model: `effattn.load` restores it,
+plain transformers refuses it, and after `restore` every byte is what it was."""
 
 from __future__ import annotations
 
@@ -15,7 +15,14 @@ import torch
 import transformers
 from conftest import SMALL
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Trainer,
+    TrainingArguments,
+)
 
 import effattn
 from effattn.hf import checkpoint
@@ -27,7 +34,9 @@ SWAPS = {
     "window": {"pattern": "sliding(window=4, sinks=1)"},
     "learned sinks": {"pattern": {"1": "sliding(window=4, sink_logits=True)"}},
     "global projections": {"pattern": "longformer(window=4, global_tokens=2)"},
-    "tied across layers": {"pattern": "linformer_blockwise(k=8, max_length=32, block=8, share='across')"},
+    "tied across layers": {
+        "pattern": "linformer_blockwise(k=8, max_length=32, block=8, share='across')"
+    },
     "codebook": {"pattern": "vq(codes=8, block=4)"},
     "features": {"pattern": "performer(features=16)"},
     "learned features": {"pattern": "linear(feature_map='hedgehog')"},
@@ -35,9 +44,16 @@ SWAPS = {
     "learned positions": {"positions": "kerple"},
     "dynamic": {"positions": "dynamic_ntk(factor=4)"},
     "cache": {"cache": "int4(group=16, residual=16)"},
-    "all": {"pattern": {"0": "sliding(window=4)"}, "positions": {"1": "alibi"}, "cache": {"1": "int8(group=16)"}},
+    "all": {
+        "pattern": {"0": "sliding(window=4)"},
+        "positions": {"1": "alibi"},
+        "cache": {"1": "int8(group=16)"},
+    },
     "projections": {"projections": "monarch(blocks=8, rank=4)"},
-    "projections and pattern": {"projections": {"1": "monarch(blocks=8, rank=4)"}, "pattern": "sliding(window=4)"},
+    "projections and pattern": {
+        "projections": {"1": "monarch(blocks=8, rank=4)"},
+        "pattern": "sliding(window=4)",
+    },
 }
 
 
@@ -69,14 +85,18 @@ def refused_by_transformers(folder) -> None:
 SHARDED = ("learned sinks", "tied across layers", "projections and pattern")
 
 
-@pytest.mark.parametrize(("name", "size"), [*((name, "1GB") for name in SWAPS), *((name, "60KB") for name in SHARDED)])
+@pytest.mark.parametrize(
+    ("name", "size"), [*((name, "1GB") for name in SWAPS), *((name, "60KB") for name in SHARDED)]
+)
 def test_save_pretrained_is_restored_or_refused(name, size, tmp_path):
     model = swapped(name)
     model.save_pretrained(tmp_path, max_shard_size=size)
     assert (tmp_path / "model.safetensors.index.json").exists() == (size == "60KB")
     loaded = effattn.load(tmp_path)
     assert torch.equal(logits(loaded), logits(model))
-    assert [layer for layer in effattn.describe(loaded).layers] == [layer for layer in effattn.describe(model).layers]
+    assert [layer for layer in effattn.describe(loaded).layers] == [
+        layer for layer in effattn.describe(model).layers
+    ]
     weights = loaded.state_dict()
     assert weights.keys() == model.state_dict().keys()
     assert all(torch.equal(weights[key], value) for key, value in model.state_dict().items())
@@ -103,7 +123,9 @@ def test_after_restore_every_byte_is_what_it_was(name, tmp_path):
     assert "effattn" not in vars(model.config)
 
 
-@pytest.mark.parametrize("spec", [{"pattern": "dense"}, {"positions": "yarn(factor=4)"}, {"cache": "full"}], ids=str)
+@pytest.mark.parametrize(
+    "spec", [{"pattern": "dense"}, {"positions": "yarn(factor=4)"}, {"cache": "full"}], ids=str
+)
 def test_what_plain_transformers_can_say_stays_plain(spec, tmp_path):
     model = effattn.swap(llama(), **spec)
     model.save_pretrained(tmp_path)
@@ -115,7 +137,10 @@ def test_a_later_swap_changes_what_is_said():
     model = effattn.swap(llama(), "sliding(window=4)")
     assert model.config.effattn == {"pattern": {"0": "sliding(window=4)", "1": "sliding(window=4)"}}
     effattn.swap(model, {"0": "dense"}, cache={"1": "int8(group=16)"})
-    assert model.config.effattn == {"pattern": {"1": "sliding(window=4)"}, "cache": {"1": "int8(group=16)"}}
+    assert model.config.effattn == {
+        "pattern": {"1": "sliding(window=4)"},
+        "cache": {"1": "int8(group=16)"},
+    }
     effattn.swap(model, "dense", cache="full")
     assert not hasattr(model.config, "effattn")
     assert not hasattr(model.config, "attn_implementation")
@@ -129,7 +154,9 @@ def test_a_config_alone_says_it(tmp_path):
 
 def test_a_packed_model(tmp_path):
     model = llama()
-    effattn.prune.oneshot(model, torch.randint(0, 96, (256,)), method="magnitude", sparsity="2:4", length=32)
+    effattn.prune.oneshot(
+        model, torch.randint(0, 96, (256,)), method="magnitude", sparsity="2:4", length=32
+    )
     effattn.prune.pack(model)
     model.save_pretrained(tmp_path)
     loaded = effattn.load(tmp_path)
@@ -162,7 +189,9 @@ CLASSES = {
 def test_other_classes_too(name, tmp_path):
     cls = getattr(transformers, name)
     torch.manual_seed(0)
-    model = effattn.swap(cls(cls.config_class(**{**SMALL, **HEADS, "num_local_experts": 2})).eval(), CLASSES[name])
+    model = effattn.swap(
+        cls(cls.config_class(**{**SMALL, **HEADS, "num_local_experts": 2})).eval(), CLASSES[name]
+    )
     model.save_pretrained(tmp_path)
     loaded = effattn.load(tmp_path)
     assert type(loaded) is cls
@@ -175,7 +204,9 @@ def test_a_state_dict_without_what_was_learned_is_refused(tmp_path):
     model = swapped("learned sinks")
     own = {name: weight for name, weight in model.state_dict().items() if "effattn" not in name}
     model.save_pretrained(tmp_path, state_dict=own)
-    with pytest.raises(ValueError, match=r"does not fit the swap in config.json, missing: .*sink_logits"):
+    with pytest.raises(
+        ValueError, match=r"does not fit the swap in config.json, missing: .*sink_logits"
+    ):
         effattn.load(tmp_path)
     model.save_pretrained(tmp_path)
     file = tmp_path / "config.json"
@@ -197,7 +228,8 @@ def test_learned_weights_without_their_swap_are_refused(tmp_path):
     del config["effattn"]
     file.write_text(json.dumps(config))
     with pytest.raises(
-        ValueError, match=r"effattn.safetensors does not fit the swap in config.json, unexpected: .*sink"
+        ValueError,
+        match=r"effattn.safetensors does not fit the swap in config.json, unexpected: .*sink",
     ):
         effattn.load(tmp_path / "out")
 
@@ -206,7 +238,9 @@ def test_an_older_save_beside_a_newer_one_is_refused(tmp_path):
     model = swapped("learned sinks")
     effattn.save(model, tmp_path / "out")
     model.save_pretrained(tmp_path / "out")
-    with pytest.raises(ValueError, match=r"holds what a swap added in effattn.safetensors and in model.safetensors"):
+    with pytest.raises(
+        ValueError, match=r"holds what a swap added in effattn.safetensors and in model.safetensors"
+    ):
         effattn.load(tmp_path / "out")
 
 
@@ -262,7 +296,10 @@ def test_a_trainer_writes_it_and_goes_on_from_it(name, tmp_path):
 def test_a_hub_name_is_as_good_as_a_folder(tmp_path):
     """In the layout of the hub's cache, read by a process without a network."""
     model = swapped("learned sinks")
-    for name, write in (("ours", effattn.save), ("plain", lambda model, folder: model.save_pretrained(folder))):
+    for name, write in (
+        ("ours", effattn.save),
+        ("plain", lambda model, folder: model.save_pretrained(folder)),
+    ):
         repository = tmp_path / f"models--owner--{name}"
         (repository / "refs").mkdir(parents=True)
         (repository / "refs" / "main").write_text("1" * 40)
@@ -279,7 +316,9 @@ for name in ("ours", "plain"):
         "HF_HUB_OFFLINE": "1",
         "PYTHONPATH": os.pathsep.join(sys.path),
     }
-    subprocess.run([sys.executable, "-c", code], env=environment, cwd=tmp_path, check=True, timeout=300)
+    subprocess.run(
+        [sys.executable, "-c", code], env=environment, cwd=tmp_path, check=True, timeout=300
+    )
     for name in ("ours", "plain"):
         found = load_file(tmp_path / f"{name}.safetensors")
         assert found.keys() == model.state_dict().keys()

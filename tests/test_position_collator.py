@@ -13,7 +13,10 @@ from effattn.training import TokenWindows, arguments
 
 
 def rows(count=3, length=16):
-    return [{"input_ids": torch.arange(length) + row, "labels": torch.arange(length)} for row in range(count)]
+    return [
+        {"input_ids": torch.arange(length) + row, "labels": torch.arange(length)}
+        for row in range(count)
+    ]
 
 
 @pytest.mark.parametrize("method", ["pose", "random"])
@@ -55,9 +58,12 @@ def test_padding_has_no_positions():
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"target": 0}, "target: got 0"), ({"target": 8, "method": "pos"}, "did you mean 'pose'"),
-     ({"target": 8, "chunks": 0}, "chunks: got 0")],
-)  # fmt: skip
+    [
+        ({"target": 0}, "target: got 0"),
+        ({"target": 8, "method": "pos"}, "did you mean 'pose'"),
+        ({"target": 8, "chunks": 0}, "chunks: got 0"),
+    ],
+)
 def test_mistakes(options, message):
     with pytest.raises(ValueError, match=message):
         SampledPositions(**options)
@@ -68,7 +74,9 @@ def test_mistakes(options, message):
 
 
 def test_a_plain_model_reads_the_positions():
-    """A rule in the config: transformers turns by position_ids, and does not take their jumps for packed documents."""
+    """A rule in the config: transformers turns by position_ids, and does not take their jumps for
+    packed documents.
+    """
     model = swap(tiny("llama", dtype=torch.float32), positions="yarn(factor=8)")
     torch.manual_seed(0)
     batch = SampledPositions(1024)(rows())
@@ -82,13 +90,24 @@ def test_a_plain_model_reads_the_positions():
     inputs = {}
     seen.register_forward_pre_hook(lambda _, __, kwargs: inputs.update(kwargs), with_kwargs=True)
     model(**batch)
-    assert inputs["attention_mask"] is None or inputs["attention_mask"][:, :, -1].all()  # the last token sees them all
+    assert (
+        inputs["attention_mask"] is None or inputs["attention_mask"][:, :, -1].all()
+    )  # the last token sees them all
 
 
 def test_training_with_the_trainer(tmp_path, tokens):
     model = swap(tiny("llama", dtype=torch.float32), positions="ntk(factor=4)")
     before = model.model.layers[0].self_attn.q_proj.weight.detach().clone()
-    settings = arguments(tmp_path, steps=2, batch=2, lr=1e-2, warmup=0, save_every=10, use_cpu=True, disable_tqdm=True)
+    settings = arguments(
+        tmp_path,
+        steps=2,
+        batch=2,
+        lr=1e-2,
+        warmup=0,
+        save_every=10,
+        use_cpu=True,
+        disable_tqdm=True,
+    )
     windows = TokenWindows(tokens, 16, 8)
     trainer = Trainer(model, settings, train_dataset=windows, data_collator=SampledPositions(512))
     trainer.train()

@@ -1,5 +1,5 @@
-"""position_ids of a swapped model: those of a row's real tokens are honoured by every rule and cache, whatever the
-padding, and what cannot be is refused by name."""
+"""position_ids of a swapped model: those of a row's real tokens are honoured by every rule and
+cache, whatever the padding, and what cannot be is refused by name."""
 
 from __future__ import annotations
 
@@ -31,7 +31,10 @@ AXES = {
     "packed": {"cache": "int8(residual=16, group=16)"},
     "packed before its turn": {"cache": "int8(residual=16, group=16, pre_rope=True)"},
     "packed first tokens": {"cache": "int8(residual=0, group=16, first=3)"},
-    "packed ring": {"pattern": "sliding(window=5, sinks=3)", "cache": "int8(residual=16, group=16)"},
+    "packed ring": {
+        "pattern": "sliding(window=5, sinks=3)",
+        "cache": "int8(residual=16, group=16)",
+    },
 }
 OWN = ("sinks", "rerope", "logn", "xpos", "alibi", "dynamic ntk", "packed before its turn")
 
@@ -45,7 +48,9 @@ def swapped(axis: str):
 
 
 def batch():
-    """Two rows of 30 tokens: one padded on the left, in the middle and on the right, and one in the middle."""
+    """Two rows of 30 tokens: one padded on the left, in the middle and on the right, and one in the
+    middle.
+    """
     tokens = torch.randint(3, 96, (2, 30), generator=torch.Generator().manual_seed(1))
     mask = torch.ones_like(tokens)
     mask[0, :2] = mask[0, 12:20] = mask[0, 27:] = mask[1, 14:18] = 0
@@ -66,12 +71,20 @@ def test_padding_anywhere_changes_nothing(axis, chunks):
         pytest.skip("its angles depend on how long the sequence is at each call")
     model = swapped(axis)
     tokens, mask, ids = batch()
-    alone = [model(tokens[row : row + 1, mask[row].bool()], use_cache=False).logits[0] for row in range(2)]
+    alone = [
+        model(tokens[row : row + 1, mask[row].bool()], use_cache=False).logits[0]
+        for row in range(2)
+    ]
     cache, parts, at = effattn.new_cache(model), [], 0
     for size in chunks:
         new = slice(at, at + size)
         at += size
-        out = model(tokens[:, new], attention_mask=mask[:, :at], position_ids=ids[:, new], past_key_values=cache)
+        out = model(
+            tokens[:, new],
+            attention_mask=mask[:, :at],
+            position_ids=ids[:, new],
+            past_key_values=cache,
+        )
         parts.append(out.logits)
     for row, want in enumerate(alone):
         close(axis, torch.cat(parts, dim=1)[row, mask[row].bool()], want)
@@ -92,7 +105,12 @@ def test_the_same_number_more_for_all_of_a_row(axis):
         else (slice(0, 14),)
     )
     parts = [
-        model(tokens[:, one], attention_mask=mask[:, : one.stop], position_ids=ids[:, one] + 7, past_key_values=cache)
+        model(
+            tokens[:, one],
+            attention_mask=mask[:, : one.stop],
+            position_ids=ids[:, one] + 7,
+            past_key_values=cache,
+        )
         for one in calls
     ]
     close(axis, torch.cat([part.logits for part in parts], dim=1), want)
@@ -126,7 +144,9 @@ def test_going_on_at_another_number_is_refused(axis, size):
     cache = effattn.new_cache(model)
     model(tokens[:, :8], past_key_values=cache)
     ids = torch.arange(8, 8 + size)[None]
-    with pytest.raises(Unsupported, match="position_ids: row 0 goes on at a number that is 40 more"):
+    with pytest.raises(
+        Unsupported, match="position_ids: row 0 goes on at a number that is 40 more"
+    ):
         model(tokens[:, 8 : 8 + size], position_ids=ids + 40, past_key_values=cache)
     assert cache.get_seq_length() == 8
     model(tokens[:, 8 : 8 + size], position_ids=ids, past_key_values=cache)
@@ -142,5 +162,7 @@ def test_ids_that_a_model_makes_by_default_count_padding_in_the_middle():
     left[0, :5] = 0
     torch.testing.assert_close(
         model(tokens, attention_mask=left).logits[left.bool()],
-        model(tokens, attention_mask=left, position_ids=(left.cumsum(-1) - 1).clamp(min=0)).logits[left.bool()],
+        model(tokens, attention_mask=left, position_ids=(left.cumsum(-1) - 1).clamp(min=0)).logits[
+            left.bool()
+        ],
     )

@@ -1,4 +1,6 @@
-"""Position rules by themselves: formulas against their definitions and transformers' own, and scores pair by pair."""
+"""Position rules by themselves: formulas against their definitions and transformers' own, and
+scores pair by pair.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,12 @@ from effattn import positions
 from effattn.errors import Unsupported
 from effattn.positions.alibi import slopes
 from effattn.positions.base import Trained
-from effattn.positions.extrapolation import critical_base, critical_dimension, extrapolation_limit, wavelengths
+from effattn.positions.extrapolation import (
+    critical_base,
+    critical_dimension,
+    extrapolation_limit,
+    wavelengths,
+)
 
 T, DIMS = 2048, 128
 THETA = 10000.0 ** (-torch.arange(0, DIMS, 2, dtype=torch.float64) / DIMS)
@@ -35,26 +42,42 @@ SHARED = {  # what transformers has too: the spec, its parameters, and the lengt
     "dynamic_ntk(factor=3)": ({"rope_type": "dynamic", "factor": 3.0}, [None, 100, T + 1, 5 * T]),
     "yarn(factor=4)": ({"rope_type": "yarn", "factor": 4.0}, [None]),
     "yarn(length=65536, fast=16, slow=2)": (
-        {"rope_type": "yarn", "factor": 32.0, "beta_fast": 16.0, "beta_slow": 2.0}, [None]),
+        {"rope_type": "yarn", "factor": 32.0, "beta_fast": 16.0, "beta_slow": 2.0},
+        [None],
+    ),
     "llama3(factor=8)": (
-        {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}, [None]),
+        {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
+        [None],
+    ),
     "ntk_by_parts(factor=8)": (
-        {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 32.0}, [None]),
+        {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 32.0},
+        [None],
+    ),
     f"longrope(factor=8, long_factor={LONG})": (
-        {"rope_type": "longrope", "factor": 8.0, "long_factor": LONG, "short_factor": [1.0] * 64}, [None, T, T + 1]),
-}  # fmt: skip
+        {"rope_type": "longrope", "factor": 8.0, "long_factor": LONG, "short_factor": [1.0] * 64},
+        [None, T, T + 1],
+    ),
+}
 
 
 @pytest.mark.parametrize("spec", SHARED)
 def test_agrees_with_transformers(spec):
     parameters, lengths = SHARED[spec]
-    more = {} if parameters["rope_type"] in ("linear", "dynamic") else {"original_max_position_embeddings": T}
+    more = (
+        {}
+        if parameters["rope_type"] in ("linear", "dynamic")
+        else {"original_max_position_embeddings": T}
+    )
     config = transformers.LlamaConfig(
-        hidden_size=2 * DIMS, num_attention_heads=2, max_position_embeddings=T,
+        hidden_size=2 * DIMS,
+        num_attention_heads=2,
+        max_position_embeddings=T,
         rope_parameters={"rope_theta": 10000.0, **parameters, **more},
-    )  # fmt: skip
+    )
     for length in lengths:
-        expected, scaling = ROPE_INIT_FUNCTIONS[parameters["rope_type"]](config, "cpu", seq_len=length)
+        expected, scaling = ROPE_INIT_FUNCTIONS[parameters["rope_type"]](
+            config, "cpu", seq_len=length
+        )
         rope = rule(spec).rope(length)
         torch.testing.assert_close(rope.inv_freq, expected, rtol=1e-6, atol=0)
         assert rope.attention_scaling == pytest.approx(scaling, rel=1e-12)
@@ -68,27 +91,38 @@ def test_frequencies_by_definition():
     for spec, expected in {
         "rope": THETA,
         "abf(base=5e5)": 5e5 ** (-torch.arange(0, DIMS, 2, dtype=torch.float64) / DIMS),
-        "ntk(factor=8)": (10000 * 8 ** (128 / 126)) ** (-torch.arange(0, DIMS, 2, dtype=torch.float64) / DIMS),
+        "ntk(factor=8)": (10000 * 8 ** (128 / 126))
+        ** (-torch.arange(0, DIMS, 2, dtype=torch.float64) / DIMS),
         "ntk(factor=8, variant='fixed')": THETA * 8 ** (-m / 64),
         "ntk(factor=8, variant='mixed')": THETA * torch.exp(-math.log(8) / 64**0.625 * m**0.625),
-        "ntk(length=16384, variant='mixed', power=0.75)": THETA * torch.exp(-math.log(8) / 64**0.75 * m**0.75),
+        "ntk(length=16384, variant='mixed', power=0.75)": THETA
+        * torch.exp(-math.log(8) / 64**0.75 * m**0.75),
         "ntk_by_parts(factor=8, temperature=True)": (1 - keep) * THETA / 8 + keep * THETA,
-        "power(kappa=0.5)": THETA * (1 - torch.arange(0, DIMS, 2, dtype=torch.float64) / DIMS) ** 0.5,
+        "power(kappa=0.5)": THETA
+        * (1 - torch.arange(0, DIMS, 2, dtype=torch.float64) / DIMS) ** 0.5,
         "truncated(length=512)": torch.tensor(
-            [0 if x < cut / 8 else cut / 16 if x < cut else x for x in THETA.tolist()], dtype=torch.float64
+            [0 if x < cut / 8 else cut / 16 if x < cut else x for x in THETA.tolist()],
+            dtype=torch.float64,
         ),
     }.items():
         torch.testing.assert_close(frequencies(spec), expected, rtol=1e-6, atol=0), spec
     old = frequencies("ntk(factor=8)")
     assert old[0] == 1
     assert old[-1] * 8 == pytest.approx(float(THETA[-1]), rel=1e-6)
-    assert rule("ntk_by_parts(factor=8, temperature=True)").rope().attention_scaling == 0.1 * math.log(8) + 1
+    assert (
+        rule("ntk_by_parts(factor=8, temperature=True)").rope().attention_scaling
+        == 0.1 * math.log(8) + 1
+    )
     assert rule("ntk_by_parts(factor=8)").rope().attention_scaling == 1
-    apart = (frequencies("yarn(factor=8)") / frequencies("ntk_by_parts(factor=8)")).log().abs().max()
+    apart = (
+        (frequencies("yarn(factor=8)") / frequencies("ntk_by_parts(factor=8)")).log().abs().max()
+    )
     assert 0.3 < apart < 1  # two ramps that are not the same
     rows = rule("dynamic_ntk(factor=3)").rope(torch.tensor([T, 3 * T]))
     for row, length in zip(rows.inv_freq, (T, 3 * T), strict=True):
-        torch.testing.assert_close(row.double(), frequencies("dynamic_ntk(factor=3)", length), rtol=1e-6, atol=0)
+        torch.testing.assert_close(
+            row.double(), frequencies("dynamic_ntk(factor=3)", length), rtol=1e-6, atol=0
+        )
 
 
 def test_anchors_of_extrapolation():
@@ -106,9 +140,13 @@ def test_slopes():
 
 
 def turned(q, k, distance, theta, position=None):
-    """(R^position q) . k, pair by pair: Re(q conj(k) e^(i theta position)). q, k (B, H, T, D) with halves that turn."""
+    """(R^position q) . k, pair by pair: Re(q conj(k) e^(i theta position)). q, k (B, H, T, D) with
+    halves that turn.
+    """
     half = len(theta)
-    (a, b), (c, d) = ((x[..., :half], x[..., half : 2 * half]) for x in (q[:, :, :, None], k[:, :, None]))
+    (a, b), (c, d) = (
+        (x[..., :half], x[..., half : 2 * half]) for x in (q[:, :, :, None], k[:, :, None])
+    )
     pairs = torch.complex(a, b) * torch.complex(c, d).conj()
     angle = (distance if position is None else position)[..., None].double() * theta
     rest = (q[..., 2 * half :][:, :, :, None] * k[..., 2 * half :][:, :, None]).sum(-1)
@@ -123,7 +161,9 @@ def scores(spec, one, q, k, i, j, scale):
     position = distance
     if one.far is not None:
         slow = one.far.slow
-        position = torch.where(distance < one.far.window, distance, one.far.window + (distance - one.far.window) / slow)
+        position = torch.where(
+            distance < one.far.window, distance, one.far.window + (distance - one.far.window) / slow
+        )
     pairs, rest = turned(q, k, distance, theta, position)
     if spec.startswith("xpos"):
         zeta = (torch.arange(len(theta)) * 2 + 0.4 * 2 * len(theta)) / (1.4 * 2 * len(theta))
@@ -146,17 +186,31 @@ def scores(spec, one, q, k, i, j, scale):
     if "t5" in spec:
         from transformers.models.t5.modeling_t5 import T5Attention
 
-        bucket = T5Attention._relative_position_bucket(-distance.long(), False, one.bias.buckets, one.bias.max_distance)
+        bucket = T5Attention._relative_position_bucket(
+            -distance.long(), False, one.bias.buckets, one.bias.max_distance
+        )
         found = found + one.learned.double()[:, bucket]
     return found
 
 
 PAIRWISE = [
-    "rope", "yarn(factor=4)", "nope", "logn", "logn(trained=True, length=5)", "rerope(window=6)",
-    "rerope(window=1)+logn", "leaky_rerope(window=6, k=4)+logn", "yarn(factor=4)+rerope(window=6)", "alibi",
-    "rope+alibi", "kerple", "kerple(kind='power', r1=0.3, r2=0.6)", "sandwich", "t5(buckets=8, max_distance=12)",
+    "rope",
+    "yarn(factor=4)",
+    "nope",
+    "logn",
+    "logn(trained=True, length=5)",
+    "rerope(window=6)",
+    "rerope(window=1)+logn",
+    "leaky_rerope(window=6, k=4)+logn",
+    "yarn(factor=4)+rerope(window=6)",
+    "alibi",
+    "rope+alibi",
+    "kerple",
+    "kerple(kind='power', r1=0.3, r2=0.6)",
+    "sandwich",
+    "t5(buckets=8, max_distance=12)",
     "xpos",
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("spec", PAIRWISE)
@@ -189,7 +243,12 @@ def test_interleaved_pairs_are_a_permutation():
     attn = effattn.backend("dense")
     for spec in ("leaky_rerope(window=4, k=2)", "xpos"):
         halves = attn(q, k, v, rotary=rule(spec, length=8, head_dim=8))
-        pairs = attn(q[..., order], k[..., order], v, rotary=rule(spec, length=8, head_dim=8, interleaved=True))
+        pairs = attn(
+            q[..., order],
+            k[..., order],
+            v,
+            rotary=rule(spec, length=8, head_dim=8, interleaved=True),
+        )
         torch.testing.assert_close(pairs, halves)
 
 
@@ -202,14 +261,19 @@ def test_invariants_of_rerope():
 
     plain = run("rope")
     torch.testing.assert_close(run("leaky_rerope(window=5, k=1)"), plain)
-    torch.testing.assert_close(run("leaky_rerope(window=5, k=1e9)"), run("rerope(window=5)"), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(
+        run("leaky_rerope(window=5, k=1e9)"), run("rerope(window=5)"), rtol=1e-6, atol=1e-6
+    )
     assert (run("rerope(window=5)") - plain).abs().max() > 1e-2
     torch.testing.assert_close(run("rerope(window=30)"), plain)  # no pair is that far
 
 
 def test_gradients():
     draw = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(1, 2, 20, 4, dtype=torch.float64, generator=draw, requires_grad=True) for _ in range(3))
+    q, k, v = (
+        torch.randn(1, 2, 20, 4, dtype=torch.float64, generator=draw, requires_grad=True)
+        for _ in range(3)
+    )
     attn = effattn.backend("dense", impl="torch")
     for spec in ("leaky_rerope(window=3, k=2)+logn", "kerple"):
         one = rule(spec, length=8, head_dim=4, heads=2).double()
@@ -226,8 +290,16 @@ MISTAKES = [
     ("rrope(window=4)", ValueError, "did you mean 'rope'|did you mean 'rerope'"),
     ("rerope(windw=4)", ValueError, "rerope: option: got 'windw' .did you mean 'window'"),
     ("rerope", ValueError, "rerope: window must be given, for example rerope"),
-    ("rerope(window=0)", ValueError, "rerope: window: got 0, valid is a whole number of at least 1"),
-    ("leaky_rerope(window=4, k=0.5)", ValueError, "leaky_rerope: k: got 0.5, valid is a number of at least 1"),
+    (
+        "rerope(window=0)",
+        ValueError,
+        "rerope: window: got 0, valid is a whole number of at least 1",
+    ),
+    (
+        "leaky_rerope(window=4, k=0.5)",
+        ValueError,
+        "leaky_rerope: k: got 0.5, valid is a number of at least 1",
+    ),
     ("pi(factor=0.5)", ValueError, "pi: factor: got 0.5, valid is a number of at least 1"),
     ("dynamic_ntk(factor=0)", ValueError, "dynamic_ntk: factor: got 0"),
     ("yarn", ValueError, "yarn: got neither of factor and length"),
@@ -237,9 +309,17 @@ MISTAKES = [
     ("abf(base=1e6, length=100)", ValueError, "abf: length: got 100, shorter than the 2048 tokens"),
     ("abf(base=1)", ValueError, "abf: base: got 1, valid is a number above 1"),
     ("ntk(factor=2, variant='mixd')", ValueError, "ntk: variant: got 'mixd' .did you mean 'mixed'"),
-    ("longrope(factor=2, long_factor=[1, 2])", ValueError, "long_factor: got 2 numbers, valid is 64"),
+    (
+        "longrope(factor=2, long_factor=[1, 2])",
+        ValueError,
+        "long_factor: got 2 numbers, valid is 64",
+    ),
     ("longrope(factor=2)", ValueError, "longrope: long_factor: got"),
-    ("kerple(kind='power', r2=3)", ValueError, "kerple: r2: got 3, valid for kind='power' is at most 2"),
+    (
+        "kerple(kind='power', r2=3)",
+        ValueError,
+        "kerple: r2: got 3, valid for kind='power' is at most 2",
+    ),
     ("t5(buckets=32, max_distance=9)", ValueError, "t5: max_distance: got 9"),
     ("pi(factor=2)+yarn(factor=2)", ValueError, "pi and yarn decide the same; valid is one"),
     ("rerope(window=4)+alibi", Unsupported, "rerope and alibi both decide what far pairs see"),
@@ -248,7 +328,7 @@ MISTAKES = [
     ("logn + ", ValueError, "cannot be parsed"),
     ("pi(4)", ValueError, "4 has no name"),
     (3, ValueError, "got int, valid is a string"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("spec", "error", "message"), MISTAKES)
@@ -258,7 +338,9 @@ def test_mistakes(spec, error, message):
 
 
 def test_windows_that_will_not_work_are_said_so():
-    with pytest.warns(UserWarning, match=r"window=2048 is not below the 2048 tokens .* works best, 512 to 1024"):
+    with pytest.warns(
+        UserWarning, match=r"window=2048 is not below the 2048 tokens .* works best, 512 to 1024"
+    ):
         rule("rerope(window=2048)")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -266,11 +348,21 @@ def test_windows_that_will_not_work_are_said_so():
 
 
 def test_specs():
-    for spec in ("rope", "leaky_rerope(window=4, k=8.0)", "abf(base=5.5)", "longrope(factor=2.0, long_factor=[1.5])"):
+    for spec in (
+        "rope",
+        "leaky_rerope(window=4, k=8.0)",
+        "abf(base=5.5)",
+        "longrope(factor=2.0, long_factor=[1.5])",
+    ):
         assert positions.registry.spec_of(positions.parse(spec)) == spec
-    assert rule("logn + rerope(window=4)+abf(base=1e+6)").spec == "abf(base=1000000.0)+rerope(window=4)+logn"
+    assert (
+        rule("logn + rerope(window=4)+abf(base=1e+6)").spec
+        == "abf(base=1000000.0)+rerope(window=4)+logn"
+    )
     assert {"pi", "ntk", "yarn", "rerope", "t5"} <= positions.rules().keys()
-    with pytest.raises(Unsupported, match="'pi' turns queries and keys, and these layers have no rotary positions"):
+    with pytest.raises(
+        Unsupported, match="'pi' turns queries and keys, and these layers have no rotary positions"
+    ):
         positions.Positions(positions.parse("pi(factor=2)"), Trained(64, 4, 8, 0))
     with pytest.raises(ValueError, match="dims: got 9"):
         rule("rope", head_dim=8, dims=9)
@@ -296,19 +388,30 @@ def test_what_other_backends_can_have():
         attn = effattn.backend(pattern)
         assert attn(q, k, v, rotary=varies).isfinite().all()
         with pytest.raises(
-            Unsupported, match=f"turns old keys anew as a sequence grows, and {pattern} remembers no raw"
+            Unsupported,
+            match=f"turns old keys anew as a sequence grows, and {pattern} remembers no raw",
         ):
             attn(q, k, v, rotary=varies, state=attn.new_state())
-    twice = effattn.backend("strided(stride=3)")(q, k, v, rotary=rule("pi(factor=2)", length=8, head_dim=8))
+    twice = effattn.backend("strided(stride=3)")(
+        q, k, v, rotary=rule("pi(factor=2)", length=8, head_dim=8)
+    )
     assert twice.isfinite().all()
 
 
 def test_the_kernels_take_them():
     """The Triton path of the same calls: whole sequences, and few queries over raw keys."""
-    q, k, v = (torch.randn(1, h, 18, 16, generator=torch.Generator().manual_seed(h)) for h in (2, 1, 1))
+    q, k, v = (
+        torch.randn(1, h, 18, 16, generator=torch.Generator().manual_seed(h)) for h in (2, 1, 1)
+    )
     exact, fast = effattn.backend("dense", impl="torch"), effattn.backend("dense", impl="triton")
-    for spec, queries in (("leaky_rerope(window=6, k=2)+logn", 18), ("rerope(window=6)", 2), ("rope+alibi", 18)):
+    for spec, queries in (
+        ("leaky_rerope(window=6, k=2)+logn", 18),
+        ("rerope(window=6)", 2),
+        ("rope+alibi", 18),
+    ):
         one, args = rule(spec, length=8, head_dim=16, heads=2), (q[:, :, -queries:], k, v)
-        torch.testing.assert_close(fast(*args, rotary=one), exact(*args, rotary=one), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            fast(*args, rotary=one), exact(*args, rotary=one), rtol=1e-4, atol=1e-5
+        )
     with pytest.raises(Unsupported, match="no gradients for learned biases"):
         fast(q, k, v, rotary=rule("kerple", length=8, head_dim=16, heads=2))

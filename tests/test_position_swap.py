@@ -1,4 +1,6 @@
-"""Positions of live models: plain where transformers can express them, owned layer by layer elsewhere, and undone."""
+"""Positions of live models: plain where transformers can express them, owned layer by layer
+elsewhere, and undone.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,9 @@ from effattn.hf import hooks, live, positions
 from effattn.hf.describe import describe
 from effattn.hf.swap import active, restore, swap
 
-PARTIAL = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}}
+PARTIAL = {
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
+}
 MODELS = {  # what is special about their positions
     "llama": {},
     "gpt_neox": {"num_key_value_heads": 8},
@@ -60,7 +64,9 @@ def test_every_kind_of_model(kind):
     close(logits(model), before)
     swap(model, positions="rerope(window=4)")
     assert not torch.allclose(logits(model), before, atol=1e-3)
-    swap(model, positions="yarn(factor=4)+logn")  # layer by layer: log-n begins beyond the trained length only
+    swap(
+        model, positions="yarn(factor=4)+logn"
+    )  # layer by layer: log-n begins beyond the trained length only
     layered = logits(model)
     swap(model, positions="yarn(factor=4)")  # in the config
     assert model.config.max_position_embeddings == 512
@@ -70,13 +76,21 @@ def test_every_kind_of_model(kind):
     assert torch.equal(logits(model), before)
     assert config_of(model) == config
     assert list(model.state_dict()) == keys
-    assert not any("effattn" in name for module in model.modules() for name in (*vars(module), *module._modules))
+    assert not any(
+        "effattn" in name
+        for module in model.modules()
+        for name in (*vars(module), *module._modules)
+    )
 
 
 PLAIN = [
-    "pi(factor=4)", "ntk(factor=4)", "yarn(length=1024)", "abf(base=5e5, length=256)", "llama3(factor=8)",
+    "pi(factor=4)",
+    "ntk(factor=4)",
+    "yarn(length=1024)",
+    "abf(base=5e5, length=256)",
+    "llama3(factor=8)",
     "ntk_by_parts(factor=4)",
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("spec", PLAIN)
@@ -89,7 +103,10 @@ def test_what_transformers_can_express_needs_no_effattn(spec, tmp_path):
     effattn.save(model, tmp_path / "out")
     assert "effattn" not in json.loads((tmp_path / "out" / "config.json").read_text())
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float64)
-    assert again.config.max_position_embeddings == {"p": 512, "n": 512, "y": 1024, "a": 256, "l": 1024}[spec[0]]
+    assert (
+        again.config.max_position_embeddings
+        == {"p": 512, "n": 512, "y": 1024, "a": 256, "l": 1024}[spec[0]]
+    )
     assert torch.equal(logits(again), logits(model))
     assert not torch.allclose(logits(again), before, atol=1e-3)
 
@@ -100,7 +117,9 @@ def test_frequencies_per_type_of_layer_are_plain_too(tmp_path):
     swap(model, positions=rules)
     kinds = model.config.rope_parameters
     assert {name: one["rope_type"] for name, one in kinds.items()} == {
-        "sliding_attention": "default", "full_attention": "yarn"}  # fmt: skip
+        "sliding_attention": "default",
+        "full_attention": "yarn",
+    }
     effattn.save(model, tmp_path / "out")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float64)
     assert torch.equal(logits(again), logits(model))
@@ -110,7 +129,13 @@ def test_frequencies_per_type_of_layer_are_plain_too(tmp_path):
     close(logits(model), swapped)
 
 
-LAYERED = ["ntk(factor=2, variant='mixed')", "leaky_rerope(window=8, k=4)+logn", "nope", "kerple", "rope+t5"]
+LAYERED = [
+    "ntk(factor=2, variant='mixed')",
+    "leaky_rerope(window=8, k=4)+logn",
+    "nope",
+    "kerple",
+    "rope+t5",
+]
 
 
 @pytest.mark.parametrize("spec", LAYERED)
@@ -128,7 +153,9 @@ def test_the_rest_is_applied_again_by_load(spec, tmp_path):
     assert positions.active(again).specs == {1: spec}
 
 
-@pytest.mark.parametrize("spec", ["dynamic_ntk(factor=4)", "longrope(factor=4, long_factor=[1, 2, 3, 4])"])
+@pytest.mark.parametrize(
+    "spec", ["dynamic_ntk(factor=4)", "longrope(factor=4, long_factor=[1, 2, 3, 4])"]
+)
 def test_rules_that_vary_are_saved_in_both_terms(spec, tmp_path):
     model = tiny("llama", max_position_embeddings=32)
     plain = logits(model, batch(32, padded=False))
@@ -137,12 +164,16 @@ def test_rules_that_vary_are_saved_in_both_terms(spec, tmp_path):
     effattn.save(model, tmp_path / "out")
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float64)
     assert theirs.config.rope_parameters["rope_type"] == spec.partition("_")[0].partition("(")[0]
-    torch.testing.assert_close(logits(theirs, long, use_cache=False), logits(model, long), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        logits(theirs, long, use_cache=False), logits(model, long), rtol=1e-4, atol=1e-4
+    )
     again = effattn.load(tmp_path / "out")
     assert torch.equal(logits(again, long), logits(model, long))
     assert torch.equal(logits(restore(again), batch(32, padded=False)), plain)
     effattn.save(swap(again, positions=spec), tmp_path / "twice")
-    one, two = (json.loads((tmp_path / name / "config.json").read_text()) for name in ("out", "twice"))
+    one, two = (
+        json.loads((tmp_path / name / "config.json").read_text()) for name in ("out", "twice")
+    )
     assert one == two
 
 
@@ -157,9 +188,14 @@ def test_positions_and_patterns_are_two_axes():
     swap(model, "sliding(window=12)")  # the rule stays
     assert torch.equal(logits(model), both)
     backend = model.model.layers[0].self_attn._effattn.backend
-    swap(model, positions={"0": "rope", "1": "alibi"})  # the pattern stays, with what it has learned
+    swap(
+        model, positions={"0": "rope", "1": "alibi"}
+    )  # the pattern stays, with what it has learned
     assert model.model.layers[0].self_attn._effattn.backend is backend
-    assert [layer["positions"] for layer in describe(model).layers] == ["rope(theta=10000.0)", "alibi"]
+    assert [layer["positions"] for layer in describe(model).layers] == [
+        "rope(theta=10000.0)",
+        "alibi",
+    ]
     assert {layer["pattern"] for layer in describe(model).layers} == {"sliding(window=12)"}
     swap(model, "dense", positions="rope")
     close(logits(model), before)
@@ -222,20 +258,37 @@ def test_training_through_a_rule():
     swap(model, positions="t5")
     model.zero_grad()
     model(**inputs, labels=inputs["input_ids"]).loss.backward()
-    assert all(p.grad.abs().max() > 0 for name, p in model.named_parameters() if hooks.POSITIONS in name)
+    assert all(
+        p.grad.abs().max() > 0 for name, p in model.named_parameters() if hooks.POSITIONS in name
+    )
 
 
 MISTAKES = [
     ("llama", "rrope", ValueError, "did you mean"),
     ("llama", {"0": "rope", "0-1": "alibi"}, ValueError, "positions: layer 0 is in both"),
     ("llama", "pi(factor=0.5)", ValueError, "pi: factor: got 0.5"),
-    ("llama", "yarn(length=64)", ValueError, "layer 0: yarn: length: got 64, shorter than the 128 tokens"),
+    (
+        "llama",
+        "yarn(length=64)",
+        ValueError,
+        "layer 0: yarn: length: got 64, shorter than the 128 tokens",
+    ),
     ("llama", {"1": "leaky_rerope(window=4, k=0)"}, ValueError, "leaky_rerope: k: got 0"),
-    ("opt", "rerope(window=8)", Unsupported, "layer 0: positions: 'rerope' clips .* no rotary positions"),
-    ("opt", "pi(factor=2)", Unsupported, "'pi' turns queries and keys, and these layers have no rotary"),
+    (
+        "opt",
+        "rerope(window=8)",
+        Unsupported,
+        "layer 0: positions: 'rerope' clips .* no rotary positions",
+    ),
+    (
+        "opt",
+        "pi(factor=2)",
+        Unsupported,
+        "'pi' turns queries and keys, and these layers have no rotary",
+    ),
     ("opt", "nope", Unsupported, "'nope' leaves out rotary positions"),
     ("smollm3", {"1": "pi(factor=2)"}, Unsupported, "layer 1: positions: 'pi' turns"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("kind", "spec", "error", "message"), MISTAKES)
@@ -265,11 +318,16 @@ def test_what_cannot_be_combined_is_refused_by_name():
         assert positions.active(model) is None
     scaled = tiny("llama", rope_parameters={"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0})
     before = logits(scaled)
-    with pytest.raises(Unsupported, match="this model's is changed already, by 'yarn'; valid on top of it are rerope"):
+    with pytest.raises(
+        Unsupported,
+        match="this model's is changed already, by 'yarn'; valid on top of it are rerope",
+    ):
         swap(scaled, positions="pi(factor=2)")
     swap(scaled, positions="rerope(window=64)")
     close(logits(scaled), before)
-    dynamic = tiny("llama", rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0})
+    dynamic = tiny(
+        "llama", rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+    )
     with pytest.raises(Unsupported, match="the model's rotary rule 'dynamic' depends on"):
         swap(dynamic, positions="rerope(window=8)")
     with pytest.warns(UserWarning, match="window=128 is not below the 128 tokens"):

@@ -1,4 +1,5 @@
-"""Every flow that trains, with bf16 autocast and without, on checkpoints of every dtype: models come back as they went.
+"""Every flow that trains, with bf16 autocast and without, on checkpoints of every dtype: models
+come back as they went.
 
 Which of the two a machine prefers (`training.bf16_pays`) decides nothing here: each test says it.
 """
@@ -33,8 +34,9 @@ STEPS = 4
 
 
 class Flow:
-    """One run of a flow: `parent` (the caller's, with odd flags), `model` (what is trained) and, if it does not come
-    back changed in place, `result`. `falls`: (before, after) of what it minimises."""
+    """One run of a flow: `parent` (the caller's, with odd flags), `model` (what is trained) and, if
+    it does not come back changed in place, `result`. `falls`: (before, after) of what it
+    minimises."""
 
     def __init__(self, tokens, folder, dtype: torch.dtype, bf16: bool, progress=None):
         self.tokens, self.folder, self.progress = tokens, folder, progress
@@ -60,9 +62,18 @@ class Flow:
     def uptrain(self, **given) -> None:
         evaluation = self.tokens[:129]
         found = uptrain(
-            self.model, self.parent, self.tokens, train_tokens=STEPS * 2 * LENGTH, length=LENGTH, folder=self.folder,
-            evaluation=evaluation, points=1, progress=self.progress, overrides=self.overrides, **given,
-        )  # fmt: skip
+            self.model,
+            self.parent,
+            self.tokens,
+            train_tokens=STEPS * 2 * LENGTH,
+            length=LENGTH,
+            folder=self.folder,
+            evaluation=evaluation,
+            points=1,
+            progress=self.progress,
+            overrides=self.overrides,
+            **given,
+        )
         first, last = found["curve"]
         self.falls = first["kl"], last["kl"]
         self.measured = {name: last[name] for name in ("perplexity", "cross_entropy", "kl")}
@@ -88,7 +99,9 @@ class Recovery(Conversion):
 
     def run(self):
         with keep_zeros(self.model):
-            self.uptrain(trainable=[p for layer in hf.of(self.model) for p in layer.block.parameters()])
+            self.uptrain(
+                trainable=[p for layer in hf.of(self.model) for p in layer.block.parameters()]
+            )
         for name, parameter in self.model.named_parameters():
             assert not parameter[self.zeros[name]].any(), name
 
@@ -101,12 +114,21 @@ class Transfer(Flow):
 
     def run(self):
         found = transfer(
-            self.model, self.parent, self.tokens, layers=[0, 1], train_tokens=2 * STEPS * 2 * LENGTH, length=LENGTH,
-            folder=self.folder, progress=self.progress, overrides=self.overrides,
-        )  # fmt: skip
+            self.model,
+            self.parent,
+            self.tokens,
+            layers=[0, 1],
+            train_tokens=2 * STEPS * 2 * LENGTH,
+            length=LENGTH,
+            folder=self.folder,
+            progress=self.progress,
+            overrides=self.overrides,
+        )
         self.falls = sum(found["before"]), sum(found["after"])
         self.measured = found["after"]
-        self.expected = distances(self.model, self.parent, list(self.tokens[: 4 * LENGTH].view(-1, LENGTH).split(2)))
+        self.expected = distances(
+            self.model, self.parent, list(self.tokens[: 4 * LENGTH].view(-1, LENGTH).split(2))
+        )
 
 
 class Distillation(Transfer):
@@ -138,9 +160,17 @@ class Extension(Flow):
             pytest.importorskip("peft")
         text = (torch.arange(2048) * 7) % 90  # can be learned
         found = tune(
-            self.model, text, target=512, window=64, train_tokens=2 * STEPS * 64, folder=self.folder, lr=1e-2,
-            lora=self.lora, progress=self.progress, overrides=self.overrides,
-        )  # fmt: skip
+            self.model,
+            text,
+            target=512,
+            window=64,
+            train_tokens=2 * STEPS * 64,
+            folder=self.folder,
+            lr=1e-2,
+            lora=self.lora,
+            progress=self.progress,
+            overrides=self.overrides,
+        )
         if not self.lora:  # adapters begin at zero, and learn little in few steps
             self.falls = found["losses"][0]["loss"], found["losses"][-1]["loss"]
         self.measured = self.expected = None
@@ -155,13 +185,22 @@ class Shearing(Flow):
         data = Domains(self.tokens, LENGTH)
         shared = dict(batch=2, progress=self.progress, overrides=self.overrides)
         self.result, _ = learn_masks(
-            copy.deepcopy(self.model), Target(heads=4, ffn=48), data, tokens=8 * 2 * LENGTH, **shared
+            copy.deepcopy(self.model),
+            Target(heads=4, ffn=48),
+            data,
+            tokens=8 * 2 * LENGTH,
+            **shared,
         )
         self.result.train()
         found = continue_training(
-            self.result, data, reference_losses(self.result, data), tokens=8 * 2 * LENGTH, lr=3e-3,
-            teacher=self.parent, **shared,
-        )  # fmt: skip
+            self.result,
+            data,
+            reference_losses(self.result, data),
+            tokens=8 * 2 * LENGTH,
+            lr=3e-3,
+            teacher=self.parent,
+            **shared,
+        )
         self.falls = None
         self.measured = found["record"][-1]["losses"]
         self.expected = reference_losses(self.result, data).tolist()
@@ -173,7 +212,17 @@ class Shearing(Flow):
         return model.eval()
 
 
-FLOWS = [Conversion, Recovery, Transfer, Distillation, LowRank, Monarch, Extension, LowRankExtension, Shearing]
+FLOWS = [
+    Conversion,
+    Recovery,
+    Transfer,
+    Distillation,
+    LowRank,
+    Monarch,
+    Extension,
+    LowRankExtension,
+    Shearing,
+]
 
 
 def ready(flow, *given, **named) -> Flow:
@@ -187,8 +236,12 @@ def flags(model: nn.Module) -> dict:
     """All that training could leave behind, besides the values of weights."""
     return {
         "modules": {name: module.training for name, module in model.named_modules()},
-        "parameters": {name: (p.requires_grad, p.dtype, p.grad) for name, p in model.named_parameters()},
-        "attributes": {(name, key) for name, module in model.named_modules() for key in vars(module)},
+        "parameters": {
+            name: (p.requires_grad, p.dtype, p.grad) for name, p in model.named_parameters()
+        },
+        "attributes": {
+            (name, key) for name, module in model.named_modules() for key in vars(module)
+        },
         "hooks": {name: len(module._forward_hooks) for name, module in model.named_modules()},
         "config": (model.config.use_cache, str(model.config.dtype)),
     }
@@ -247,8 +300,18 @@ def test_half_precision_trains_as_fp32_does(dtype, bf16, tokens, tmp_path):
     single = copy.deepcopy(half.model).float()
     teacher = copy.deepcopy(half.parent).float()
     for student in (half.model, single):
-        uptrain(student, teacher, tokens, train_tokens=512, length=LENGTH, folder=tmp_path, overrides=half.overrides)
-    for (name, found), expected in zip(half.model.named_parameters(), single.parameters(), strict=True):
+        uptrain(
+            student,
+            teacher,
+            tokens,
+            train_tokens=512,
+            length=LENGTH,
+            folder=tmp_path,
+            overrides=half.overrides,
+        )
+    for (name, found), expected in zip(
+        half.model.named_parameters(), single.parameters(), strict=True
+    ):
         assert torch.equal(found, expected.to(dtype)), name
 
 
@@ -296,7 +359,8 @@ def test_what_the_dtype_cannot_hold_is_refused():
     weight = model.model.layers[1].mlp.up_proj.weight
     with (
         pytest.raises(
-            FloatingPointError, match=r"layers.1.mlp.up_proj.weight has come to 7e\+04, beyond torch.float16"
+            FloatingPointError,
+            match=r"layers.1.mlp.up_proj.weight has come to 7e\+04, beyond torch.float16",
         ),
         training.lent(model),
     ):
@@ -305,7 +369,10 @@ def test_what_the_dtype_cannot_hold_is_refused():
     assert weight[0, 0] == 7e4
     for dtype in DTYPES:
         model = tiny("llama", dtype=dtype)
-        with pytest.raises(FloatingPointError, match=r"norm.weight is not finite any more"), training.lent(model):
+        with (
+            pytest.raises(FloatingPointError, match=r"norm.weight is not finite any more"),
+            training.lent(model),
+        ):
             model.model.norm.weight.data[0] = float("nan")
 
 
@@ -333,9 +400,18 @@ def test_nothing_of_a_trainer_stays(bf16, tokens, tmp_path):
     before = flags(model)
     with training.lent(model):
         arguments = training.arguments(
-            tmp_path, steps=2, batch=1, lr=1e-3, warmup=0, save_every=1, bf16=bf16, activation_checkpointing=True
+            tmp_path,
+            steps=2,
+            batch=1,
+            lr=1e-3,
+            warmup=0,
+            save_every=1,
+            bf16=bf16,
+            activation_checkpointing=True,
         )
-        training.train(Trainer(model, arguments, train_dataset=training.TokenWindows(tokens, LENGTH, 2)))
+        training.train(
+            Trainer(model, arguments, train_dataset=training.TokenWindows(tokens, LENGTH, 2))
+        )
         assert flags(model) != before
     assert flags(model) == before
     assert not model.model.gradient_checkpointing
@@ -344,7 +420,9 @@ def test_nothing_of_a_trainer_stays(bf16, tokens, tmp_path):
 @pytest.mark.parametrize("pays", [True, False], ids=["units", "emulated"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_pruning_gives_the_dtype_back(dtype, pays, tokens, monkeypatch):
-    """Layers run in bf16 where that pays, and in fp32 elsewhere: what is pruned differs no more than by rounding."""
+    """Layers run in bf16 where that pays, and in fp32 elsewhere: what is pruned differs no more
+    than by rounding.
+    """
     monkeypatch.setattr(training, "bf16_pays", lambda on_cpu=None: pays)
     model = tiny("llama", dtype=dtype)
     before = flags(model)
@@ -352,7 +430,9 @@ def test_pruning_gives_the_dtype_back(dtype, pays, tokens, monkeypatch):
     assert flags(model) == before
     exact = tiny("llama", dtype=dtype).double()
     effattn.prune.oneshot(exact, tokens, method="sparsegpt", sparsity=0.5, length=64)
-    for found, expected in zip(model.model.layers.parameters(), exact.model.layers.parameters(), strict=True):
+    for found, expected in zip(
+        model.model.layers.parameters(), exact.model.layers.parameters(), strict=True
+    ):
         if found.dim() == 2:
             assert (found == 0).float().mean() == 0.5
             assert ((found == 0) != (expected == 0)).float().mean() < 0.01

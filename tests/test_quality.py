@@ -1,4 +1,6 @@
-"""On the real (embedded) model, conversion is as good as the README says, on less data so that it stays quick."""
+"""On the real (embedded) model, conversion is as good as the README says, on less data so that it
+stays quick.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,10 @@ from effattn.evaluate.loss import token_losses
 
 def test_optimal_keeps_what_mean_loses_and_fewer_heads_cost_more():
     parent, _ = effattn.embedded.load()
-    calibration, held_out = effattn.embedded.tokens("train", 8192), effattn.embedded.tokens("validation", 4097)
+    calibration, held_out = (
+        effattn.embedded.tokens("train", 8192),
+        effattn.embedded.tokens("validation", 4097),
+    )
     before = token_losses(parent, held_out, 512).mean().item()
 
     def excess(kv_heads: int, **options) -> float:

@@ -1,4 +1,6 @@
-"""`effattn.quant.cache`: a packed cache by itself, its rows and devices, and the static one that compiles."""
+"""`effattn.quant.cache`: a packed cache by itself, its rows and devices, and the static one that
+compiles.
+"""
 
 from __future__ import annotations
 
@@ -36,13 +38,20 @@ def test_a_plain_model_with_a_packed_cache():
     assert type(cache) is DynamicCache
     assert torch.equal(generate(model, past_key_values=cache), plain)
     assert [str(layer.cache) for layer in cache.layers] == ["int8(group=32, residual=16)"] * 2
-    assert [row["cache"] for row in describe(model).layers] == ["full"] * 2  # the model's own caches are as before
+    assert [row["cache"] for row in describe(model).layers] == [
+        "full"
+    ] * 2  # the model's own caches are as before
     assert torch.equal(generate(model), plain)
     swap(model, cache="int4")
     one = effattn.quant.cache(model, {"1": "int8"})
     generate(model, past_key_values=one)
-    assert [None if layer.cache is None else layer.cache.spec for layer in one.layers] == [None, "int8"]
-    with pytest.raises(Unsupported, match=r"layer 0: pre_rope=True needs .*swap\(model, cache='int4"):
+    assert [None if layer.cache is None else layer.cache.spec for layer in one.layers] == [
+        None,
+        "int8",
+    ]
+    with pytest.raises(
+        Unsupported, match=r"layer 0: pre_rope=True needs .*swap\(model, cache='int4"
+    ):
         effattn.quant.cache(model, "int4", pre_rope=True)
     swap(model, "sliding(window=20)", cache="full")
     with pytest.raises(Unsupported, match="the cache was made for dense;"):
@@ -52,13 +61,19 @@ def test_a_plain_model_with_a_packed_cache():
 
 @pytest.mark.parametrize(
     ("kwargs", "message"),
-    [({}, "got neither of spec and bits"), ({"spec": "int4", "bits": 4}, "got both"), ({"bits": 3}, "bits: got 3"),
-     ({"bits": 4, "grup": 32}, "did you mean 'group'"), ({"spec": "int4(group=32)", "group": 64}, "group given twice"),
-     ({"spec": {"0": "int4"}, "group": 64}, "beside a dict"), ({"spec": "full"}, "packs nothing"),
-     ({"bits": 4, "max_length": 0}, "max_length: got 0"),
-     ({"spec": {"1": "int4"}, "max_length": 9}, "layer 0 is not packed"),
-     ({"spec": "int5"}, "got 'int5'")],
-)  # fmt: skip
+    [
+        ({}, "got neither of spec and bits"),
+        ({"spec": "int4", "bits": 4}, "got both"),
+        ({"bits": 3}, "bits: got 3"),
+        ({"bits": 4, "grup": 32}, "did you mean 'group'"),
+        ({"spec": "int4(group=32)", "group": 64}, "group given twice"),
+        ({"spec": {"0": "int4"}, "group": 64}, "beside a dict"),
+        ({"spec": "full"}, "packs nothing"),
+        ({"bits": 4, "max_length": 0}, "max_length: got 0"),
+        ({"spec": {"1": "int4"}, "max_length": 9}, "layer 0 is not packed"),
+        ({"spec": "int5"}, "got 'int5'"),
+    ],
+)
 def test_mistakes_change_nothing(kwargs, message):
     model = model_of()
     with pytest.raises(ValueError, match=message):
@@ -84,13 +99,17 @@ def test_rows_and_devices():
     cache.batch_select_indices(torch.tensor([False, True, True]))
     step = model(rows[1:, 90:], past_key_values=cache).logits
     assert (step - whole[1:, 90:]).norm() / whole[1:, 90:].norm() < 0.02
-    with pytest.raises(ValueError, match=r"the state holds .* only the number of tokens may differ"):
+    with pytest.raises(
+        ValueError, match=r"the state holds .* only the number of tokens may differ"
+    ):
         model(rows[:, :1], past_key_values=cache)
     cache.layers[0]._waiting = False
     assert {layer.get_seq_length() for layer in cache.layers} == {100}
     cache.reset()
     assert cache.get_seq_length() == 0
-    torch.testing.assert_close(model(rows, past_key_values=cache).logits, whole, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        model(rows, past_key_values=cache).logits, whole, rtol=1e-4, atol=1e-4
+    )
 
 
 @torch.no_grad()
@@ -104,7 +123,11 @@ def test_a_static_cache_compiles_to_one_graph():
         return run(graph, inputs)
 
     spec = "int4(residual=8, group=32, first=2, rotate='kv')"
-    for forward, room in ((model, None), (model, 100), (torch.compile(model, fullgraph=True, backend=counted), 100)):
+    for forward, room in (
+        (model, None),
+        (model, 100),
+        (torch.compile(model, fullgraph=True, backend=counted), 100),
+    ):
         cache = effattn.quant.cache(model, spec, max_length=room)
         model(IDS[:, :50], past_key_values=cache)
         model(IDS[:, 50:55], past_key_values=cache)
@@ -123,7 +146,9 @@ def test_a_static_cache_compiles_to_one_graph():
 @torch.no_grad()
 @pytest.mark.parametrize("swapped", [False, True])
 def test_a_static_cache_within_the_models_own_window(swapped):
-    """A window as long as the trained length (128) hides nothing from 64 tokens, and something from 200."""
+    """A window as long as the trained length (128) hides nothing from 64 tokens, and something from
+    200.
+    """
     plain = model_of("mistral", sliding_window=128)
     model = model_of("mistral", sliding_window=128)
     model = swap(model, "dense") if swapped else model
@@ -153,7 +178,9 @@ def test_a_static_state_holds_what_a_growing_one_does(padded):
     assert static.nbytes == static.predicted_bytes(2, 2, 32, 4)
     static.crop(seen - 20)
     assert int(static.seq_len) == seen - 20
-    with pytest.raises(ValueError, match=r"crop: got 50, but the tokens before are packed; valid are 0 and \d+ to"):
+    with pytest.raises(
+        ValueError, match=r"crop: got 50, but the tokens before are packed; valid are 0 and \d+ to"
+    ):
         static.crop(50)
     assert type(StateLayer(0, "dense", static).state) is StaticState
     static.reorder(torch.tensor([1, 0]))
@@ -164,5 +191,8 @@ def test_a_static_state_holds_what_a_growing_one_does(padded):
 
 def test_generating_with_a_static_cache():
     model = model_of()
-    caches = [effattn.quant.cache(model, bits=8, group=32, residual=8, max_length=room) for room in (None, 128)]
+    caches = [
+        effattn.quant.cache(model, bits=8, group=32, residual=8, max_length=room)
+        for room in (None, 128)
+    ]
     assert torch.equal(*(generate(model, past_key_values=cache) for cache in caches))

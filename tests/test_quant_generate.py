@@ -1,4 +1,6 @@
-"""Generation with packed caches: every way of decoding, on every kind of model, and keys with outliers."""
+"""Generation with packed caches: every way of decoding, on every kind of model, and keys with
+outliers.
+"""
 
 from __future__ import annotations
 
@@ -18,8 +20,18 @@ SPEC = "int4(residual=0, group=32)"
 KINDS = {
     "llama": {"head_dim": 32, "num_attention_heads": 4, "num_key_value_heads": 2},
     "gpt_neox": {"hidden_size": 128, "num_attention_heads": 4},
-    "gemma3_text": {"head_dim": 32, "num_attention_heads": 4, "num_key_value_heads": 1, "sliding_window": 40},
-    "mistral": {"head_dim": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "sliding_window": 40},
+    "gemma3_text": {
+        "head_dim": 32,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 1,
+        "sliding_window": 40,
+    },
+    "mistral": {
+        "head_dim": 32,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "sliding_window": 40,
+    },
 }
 
 
@@ -39,13 +51,15 @@ NEW = 14
 
 def generate(model, inputs, new=NEW, **options):
     torch.manual_seed(0)
-    return model.generate(**inputs, max_new_tokens=new, **{"do_sample": False, "eos_token_id": None, **options})
+    return model.generate(
+        **inputs, max_new_tokens=new, **{"do_sample": False, "eos_token_id": None, **options}
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_way_of_decoding(kind):
-    """Speculation gives the very tokens of plain decoding, at 4 bits and without a residual; at 8 bits, all gives what
-    full precision gives."""
+    """Speculation gives the very tokens of plain decoding, at 4 bits and without a residual; at 8
+    bits, all gives what full precision gives."""
     model, one, both = model_of(kind), batch(1), batch(2, padded=9)
     ways = (
         {},
@@ -103,8 +117,12 @@ def test_keys_before_their_rotation(kind):
     swap(model, cache="int8(residual=0, group=32, pre_rope=True)")
     cache, parts = DynamicCache(), []
     for low, high in ((0, 90), (90, 91), (91, 140)):
-        out = model(tokens["input_ids"][:, low:high], attention_mask=mask[:, :high], position_ids=places[:, low:high],
-                    past_key_values=cache)  # fmt: skip
+        out = model(
+            tokens["input_ids"][:, low:high],
+            attention_mask=mask[:, :high],
+            position_ids=places[:, low:high],
+            past_key_values=cache,
+        )
         parts.append(out.logits)
     real = mask.bool()
     error = (torch.cat(parts, dim=1)[real] - expected[real]).norm() / expected[real].norm()
@@ -114,7 +132,9 @@ def test_keys_before_their_rotation(kind):
 
 @torch.no_grad()
 def test_outliers_in_channels_of_the_keys():
-    """As in Qwen2.5: int4 per token loses the model, per channel (the default) and rotated keys do not."""
+    """As in Qwen2.5: int4 per token loses the model, per channel (the default) and rotated keys do
+    not.
+    """
     model, _ = embedded.load()
     plant_outliers(model)
     tokens = embedded.tokens("validation", 224)[None]
@@ -128,7 +148,10 @@ def test_outliers_in_channels_of_the_keys():
         got = model(tokens[:, 160:], past_key_values=cache).logits.log_softmax(-1)
         return float((expected.exp() * (expected - got)).sum(-1).mean())
 
-    default, per_token = lost("int4(residual=0, group=32)"), lost("int4(residual=0, k_axis='token', group=32)")
+    default, per_token = (
+        lost("int4(residual=0, group=32)"),
+        lost("int4(residual=0, k_axis='token', group=32)"),
+    )
     assert default < 0.02
     assert per_token > 20 * default
     assert lost("int4(residual=0, k_axis='token', group=32, rotate='k')") < per_token / 4

@@ -1,4 +1,6 @@
-"""Packed states against the definition: softmax over what is stored; any chunks, any rollback, exact bytes."""
+"""Packed states against the definition: softmax over what is stored; any chunks, any rollback,
+exact bytes.
+"""
 
 from __future__ import annotations
 
@@ -24,9 +26,19 @@ from effattn.states import ROLLBACK
 
 H, HKV, D = 4, 2, 32
 ROPE = Rope(100.0 ** (-torch.arange(0, D, 2) / D))
-PATTERNS = ("dense", "sliding(window=40)", "sliding(window=37, sinks=3)", "block(block=24, look_back=1)")
-FORMATS = ("int8(residual=16, group=32)", "int4(residual=0, group=32, first=2)", "int2(residual=40, group=32, v=4)",
-           "int4(residual=8, k_axis='token', v_axis='channel', group=32)", "fp8(residual=0, group=32)")  # fmt: skip
+PATTERNS = (
+    "dense",
+    "sliding(window=40)",
+    "sliding(window=37, sinks=3)",
+    "block(block=24, look_back=1)",
+)
+FORMATS = (
+    "int8(residual=16, group=32)",
+    "int4(residual=0, group=32, first=2)",
+    "int2(residual=40, group=32, v=4)",
+    "int4(residual=8, k_axis='token', v_axis='channel', group=32)",
+    "fp8(residual=0, group=32)",
+)
 
 
 def format_of(spec: str, dim: int = D) -> Format:
@@ -43,7 +55,9 @@ def qkv(batch: int, tokens: int, draw: torch.Generator, dtype=torch.float32):
 
 def stored(x: torch.Tensor, coding, low: int, high: int) -> torch.Tensor:
     """x with the tokens numbered [low, high) as they are once they are packed."""
-    return torch.cat([x[:, :, :low], unpack(pack(x[:, :, low:high], coding), x.dtype), x[:, :, high:]], dim=2)
+    return torch.cat(
+        [x[:, :, :low], unpack(pack(x[:, :, low:high], coding), x.dtype), x[:, :, high:]], dim=2
+    )
 
 
 def expected(attn, state, q, past_k, past_v, new_k, new_v, border: int, rotary):
@@ -64,8 +78,12 @@ moves = st.one_of(
 
 
 @settings(deadline=None, max_examples=12)
-@given(spec=st.sampled_from(FORMATS), pattern=st.sampled_from(PATTERNS), moves=st.lists(moves, max_size=7),
-       seed=st.integers(0, 99))  # fmt: skip
+@given(
+    spec=st.sampled_from(FORMATS),
+    pattern=st.sampled_from(PATTERNS),
+    moves=st.lists(moves, max_size=7),
+    seed=st.integers(0, 99),
+)
 @torch.no_grad()
 def test_attention_over_what_is_stored(spec, pattern, moves, seed):
     attn, truth = backend(pattern, impl="torch"), backend(pattern, impl="reference")
@@ -82,7 +100,9 @@ def test_attention_over_what_is_stored(spec, pattern, moves, seed):
             cuts = [0, *range(n - last, n), n] if last else [0, n]
             for low, high in pairwise(cuts):
                 border = max(before, state.border(count + low)) if low else before
-                seen = [torch.cat([x, y[:, :, :low]], dim=2) for x, y in zip(past[1:], new, strict=True)]
+                seen = [
+                    torch.cat([x, y[:, :, :low]], dim=2) for x, y in zip(past[1:], new, strict=True)
+                ]
                 mine = [x[:, :, low:high] for x in (q, *new)]
                 wanted = expected(truth, state, mine[0], *seen, *mine[1:], border, rotary)
                 torch.testing.assert_close(out[:, :, low:high], wanted, rtol=2e-4, atol=2e-4)
@@ -155,7 +175,9 @@ def test_padding_changes_nothing(pattern):
         out = attn(q, k, v, state=both, padding_mask=mask, rotary=rotary)
         if own := min(size, seen - 64) if seen > 64 else 0:
             real = [x[1:, :, size - own :] for x in (q, k, v)]
-            torch.testing.assert_close(out[1:, :, size - own :], attn(*real, state=alone, rotary=rotary))
+            torch.testing.assert_close(
+                out[1:, :, size - own :], attn(*real, state=alone, rotary=rotary)
+            )
         else:
             assert not out[1].any()
 
@@ -166,7 +188,10 @@ def test_what_was_refused_changed_nothing(monkeypatch):
     state = state_of("int4(residual=0, group=32)")
     attn(*qkv(2, 70, draw), state=state)
     before, more = copy.deepcopy(state), qkv(2, 70, draw)
-    with pytest.raises(ValueError, match=r"crop: got 10, but the tokens before number 64 .*valid are 0 and 64 to 70"):
+    with pytest.raises(
+        ValueError,
+        match=r"crop: got 10, but the tokens before number 64 .*valid are 0 and 64 to 70",
+    ):
         state.crop(10)
     with pytest.raises(ValueError, match="the state holds"):
         attn(*qkv(3, 1, draw), state=state)
@@ -204,8 +229,12 @@ def test_rotation_computes_the_same_and_spreads_outliers():
     for more in ("", ", rotate='kv'"):
         spec = f"int4(residual=0, k_axis='token', group=32{more})"
         state, full = state_of(spec), attn.new_state()
-        first, second = ([x[:, :, part] for x in (q, k, v)] for part in (slice(0, 150), slice(150, 200)))
-        torch.testing.assert_close(attn(*first, state=state), attn(*first, state=full), rtol=1e-4, atol=1e-4)
+        first, second = (
+            [x[:, :, part] for x in (q, k, v)] for part in (slice(0, 150), slice(150, 200))
+        )
+        torch.testing.assert_close(
+            attn(*first, state=state), attn(*first, state=full), rtol=1e-4, atol=1e-4
+        )
         error[spec] = (attn(*second, state=state) - attn(*second, state=full)).norm()
     plain, rotated = error.values()
     assert rotated < 0.6 * plain

@@ -1,4 +1,6 @@
-"""Weights by bitsandbytes: what is replaced, how near it stays, every byte counted, and plain checkpoints."""
+"""Weights by bitsandbytes: what is replaced, how near it stays, every byte counted, and plain
+checkpoints.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,10 @@ from effattn.profiling.weights import is_packed, weight_bytes
 bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
 
 NUMBERS = 802_816 * 4  # in the linears of the embedded model
-KINDS = {"nf4": (4.5, 0.05), "int8": (8 + 32 / 256, 0.005)}  # bits a number about, relative perplexity
+KINDS = {
+    "nf4": (4.5, 0.05),
+    "int8": (8 + 32 / 256, 0.005),
+}  # bits a number about, relative perplexity
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +34,9 @@ def base():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_linears_are_packed_and_every_byte_is_counted(base, kind, tmp_path, monkeypatch):
-    monkeypatch.setattr(bnb.nn.modules, "has_avx512bf16", lambda: False)  # else plain transformers computes in bf16
+    monkeypatch.setattr(
+        bnb.nn.modules, "has_avx512bf16", lambda: False
+    )  # else plain transformers computes in bf16
     bits, error = KINDS[kind]
     model, text = copy.deepcopy(base), effattn.embedded.tokens("validation", 1025)
     assert effattn.quant.quantize_weights(model, kind) is model
@@ -41,7 +48,9 @@ def test_linears_are_packed_and_every_byte_is_counted(base, kind, tmp_path, monk
     before, after = (effattn.perplexity(m, text, 512) for m in (base, model))
     assert after == pytest.approx(before, rel=error)
     assert after != before
-    assert weight_bytes(model) - rest == pytest.approx(NUMBERS * bits / 8, rel=0.01), "after a call, too"
+    assert weight_bytes(model) - rest == pytest.approx(NUMBERS * bits / 8, rel=0.01), (
+        "after a call, too"
+    )
 
     told, was = effattn.describe(model), effattn.describe(base)
     assert told.parameters == was.parameters
@@ -57,7 +66,10 @@ def test_linears_are_packed_and_every_byte_is_counted(base, kind, tmp_path, monk
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")  # plain transformers
     loaded = effattn.quant.load_weights("embedded", kind, "float32")
     with torch.no_grad():
-        logits = [one(text[None, :32]).logits for one in (model, again, effattn.load(tmp_path / "saved"), loaded)]
+        logits = [
+            one(text[None, :32]).logits
+            for one in (model, again, effattn.load(tmp_path / "saved"), loaded)
+        ]
     assert all(torch.equal(logits[0], one) for one in logits[1:])
     assert weight_bytes(loaded) == weight_bytes(again) == weight_bytes(model)
 
@@ -78,13 +90,18 @@ def test_weights_and_cache_are_counted_together(base):
 
 
 def exact_int8_products() -> bool:
-    """Whether torch multiplies int8 as it should: with ONEDNN_MAX_CPU_ISA=AVX2 on a processor that has more, its kernel
-    adds pairs of products in 16 bits, which is too few."""
-    a, b = torch.full((32, 128), 127, dtype=torch.int8), torch.full((128, 32), 127, dtype=torch.int8)
+    """Whether torch multiplies int8 as it should: with ONEDNN_MAX_CPU_ISA=AVX2 on a processor that
+    has more, its kernel adds pairs of products in 16 bits, which is too few."""
+    a, b = (
+        torch.full((32, 128), 127, dtype=torch.int8),
+        torch.full((128, 32), 127, dtype=torch.int8),
+    )
     return bool((torch._int_mm(a, b) == 127 * 127 * 128).all())
 
 
-@pytest.mark.skipif(not exact_int8_products(), reason="torch._int_mm is wrong under this ONEDNN_MAX_CPU_ISA")
+@pytest.mark.skipif(
+    not exact_int8_products(), reason="torch._int_mm is wrong under this ONEDNN_MAX_CPU_ISA"
+)
 def test_other_architectures_keep_their_biases():
     model = tiny("qwen2", dtype=torch.float32, hidden_size=128, intermediate_size=128)
     ids = torch.arange(24)[None]

@@ -1,4 +1,6 @@
-"""What a quantized cache costs: measured token by token, planned under a budget, by the whole job and its report."""
+"""What a quantized cache costs: measured token by token, planned under a budget, by the whole job
+and its report.
+"""
 
 from __future__ import annotations
 
@@ -42,23 +44,34 @@ def text():
 
 def small():
     """A random model with the embedded model's vocabulary: two layers, two heads of 32."""
-    return tiny("llama", dtype=torch.float32, vocab_size=3072, num_attention_heads=2, num_key_value_heads=2)
+    return tiny(
+        "llama", dtype=torch.float32, vocab_size=3072, num_attention_heads=2, num_key_value_heads=2
+    )
 
 
-# ---- token by token -------------------------------------------------------------------------------------------------
+# ---- token by token
+# -------------------------------------------------------------------------------------------------
 
 
 def test_a_full_cache_token_by_token_is_one_forward(tokens):
     parent, student = tiny("llama"), tiny("llama", seed=1)
     seen = []
-    same = tokenwise(parent, parent, tokens[:97], 24, batch=3, progress=lambda *done: seen.append(done))
+    same = tokenwise(
+        parent, parent, tokens[:97], 24, batch=3, progress=lambda *done: seen.append(done)
+    )
     losses = token_losses(parent, tokens[:97], 24)
     assert same["tokens"] == 96
     assert same["cross_entropy"] == pytest.approx(losses.double().mean().item(), rel=1e-6)
     assert same["kl"] < 1e-10
-    assert (same["agreement"], same["perplexity"]) == (1.0, pytest.approx(same["parent_perplexity"], rel=1e-9))
+    assert (same["agreement"], same["perplexity"]) == (
+        1.0,
+        pytest.approx(same["parent_perplexity"], rel=1e-9),
+    )
     assert seen[-1] == (96, 96)
-    other, expected = tokenwise(parent, student, tokens[:97], 24), compare(parent, student, tokens[:97], 24)
+    other, expected = (
+        tokenwise(parent, student, tokens[:97], 24),
+        compare(parent, student, tokens[:97], 24),
+    )
     for name in ("perplexity", "kl"):
         assert other[name] == pytest.approx(expected[name], rel=1e-5)
     assert other["parent_perplexity"] == same["perplexity"]
@@ -66,7 +79,9 @@ def test_a_full_cache_token_by_token_is_one_forward(tokens):
 
 
 def test_the_quantized_cache_is_what_generate_uses(text, monkeypatch):
-    monkeypatch.setattr("effattn.quant.sensitivity.tokenwise.PARENT_LOGITS", 3 * 7 * 3072)  # blocks of seven tokens
+    monkeypatch.setattr(
+        "effattn.quant.sensitivity.tokenwise.PARENT_LOGITS", 3 * 7 * 3072
+    )  # blocks of seven tokens
     model = small()
     lane = Lane(INT2, INT2).of(model)
     found = tokenwise(model, lane.model, text[:241], 80, batch=3)
@@ -78,15 +93,21 @@ def test_the_quantized_cache_is_what_generate_uses(text, monkeypatch):
     loss = torch.nn.functional.cross_entropy(torch.cat(logits), text[1:81])
     assert alone["cross_entropy"] == pytest.approx(loss.item(), rel=1e-5)
     assert alone["kl"] > 1e-5
-    assert found["held_bytes"] == 3 * alone["held_bytes"] == 3 * lanes.predicted_bytes(
-        anatomy.of(model), lane.formats(anatomy.of(model)), 80
-    )  # fmt: skip
+    assert (
+        found["held_bytes"]
+        == 3 * alone["held_bytes"]
+        == 3 * lanes.predicted_bytes(anatomy.of(model), lane.formats(anatomy.of(model)), 80)
+    )
 
 
-@pytest.mark.parametrize(("spec", "perplexity", "agreement"), [
-    ("int8(residual=16, group=32)", 0.001, 0.995), ("int4(residual=16, group=32)", 0.01, 0.97),
-    ("int2(residual=64)", 0.12, 0.85),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("spec", "perplexity", "agreement"),
+    [
+        ("int8(residual=16, group=32)", 0.001, 0.995),
+        ("int4(residual=16, group=32)", 0.01, 0.97),
+        ("int2(residual=64)", 0.12, 0.85),
+    ],
+)
 def test_formats_reach_their_numbers(model, spec, perplexity, agreement):
     text = effattn.embedded.tokens("validation", 12 * 128 + 1)
     found = tokenwise(model, Lane(spec, spec).of(model).model, text, 128)
@@ -108,20 +129,27 @@ def test_outliers_in_keys_ruin_int4_per_token_and_not_the_default(text):
     assert kl[", k_axis='token'"] > 50 * kl[""]
 
 
-# ---- plans ----------------------------------------------------------------------------------------------------------
+# ---- plans
+# -------------------------------------------------------------------------------------------------
 
 
 def test_the_plan_is_the_best_of_all():
     draw = torch.Generator().manual_seed(0)
     sizes = {"full": 512.0, "int8": 132.5, "int4": 76.0, "int2": 48.0}
     layers = [
-        [Choice(spec, size, 0.0 if spec == "full" else torch.rand((), generator=draw).item()) for spec, size in
-         sizes.items()]
+        [
+            Choice(spec, size, 0.0 if spec == "full" else torch.rand((), generator=draw).item())
+            for spec, size in sizes.items()
+        ]
         for _ in range(5)
-    ]  # fmt: skip
+    ]
     front = budget.frontier(layers)
     everything = [
-        (sum(one.bytes for one in plan), sum(one.kl for one in plan), tuple(one.spec for one in plan))
+        (
+            sum(one.bytes for one in plan),
+            sum(one.kl for one in plan),
+            tuple(one.spec for one in plan),
+        )
         for plan in itertools.product(*layers)
     ]
     assert [one.bytes for one in front] == sorted(one.bytes for one in front)
@@ -129,15 +157,20 @@ def test_the_plan_is_the_best_of_all():
         plan = budget.best(front, limit)
         assert plan.bytes <= limit
         assert plan.kl == pytest.approx(min(kl for size, kl, _ in everything if size <= limit))
-        assert (pytest.approx(plan.bytes), plan.specs) in [(size, specs) for size, _, specs in everything]
+        assert (pytest.approx(plan.bytes), plan.specs) in [
+            (size, specs) for size, _, specs in everything
+        ]
     assert set(budget.best(front, 1e9).specs) == {"full"}
-    with pytest.raises(ValueError, match=r"got 239.9, the least possible with these formats is 240 bytes"):
+    with pytest.raises(
+        ValueError, match=r"got 239.9, the least possible with these formats is 240 bytes"
+    ):
         budget.best(front, 239.9)
 
 
 def test_many_layers_of_one_shape_stay_quick():
     layers = [
-        [Choice(str(bits), 16.0 * bits, (1 + index) * 2.0**-bits) for bits in (2, 4, 8, 16)] for index in range(64)
+        [Choice(str(bits), 16.0 * bits, (1 + index) * 2.0**-bits) for bits in (2, 4, 8, 16)]
+        for index in range(64)
     ]
     plan = budget.best(budget.frontier(layers), 64 * 16 * 5)
     assert len(plan.specs) == 64
@@ -152,19 +185,34 @@ def test_a_plan_is_what_swap_takes(model):
     assert [one is None for one in lane.formats(anatomy.of(model))] == [False, False, False, True]
 
 
-# ---- the job --------------------------------------------------------------------------------------------------------
+# ---- the job
+# -------------------------------------------------------------------------------------------------
 
 SMALL = dict(
-    formats=(INT4, INT2), budget=170.0, evaluation_tokens=128, sensitivity_tokens=64, length=64, retrieval_length=128,
-    retrieval_trials=1, retrieval_depths=(0.2, 0.8), retrieval_style="code", decode_contexts=(24,),
-    decode_batches=(1, 2), decode_steps=2, decode_seconds=0.01,
-)  # fmt: skip
-BYTES = 2 * 2 * 2 * 32  # numbers that a token's keys and values are: layers, heads, k and v, head size
+    formats=(INT4, INT2),
+    budget=170.0,
+    evaluation_tokens=128,
+    sensitivity_tokens=64,
+    length=64,
+    retrieval_length=128,
+    retrieval_trials=1,
+    retrieval_depths=(0.2, 0.8),
+    retrieval_style="code",
+    decode_contexts=(24,),
+    decode_batches=(1, 2),
+    decode_steps=2,
+    decode_seconds=0.01,
+)
+BYTES = (
+    2 * 2 * 2 * 32
+)  # numbers that a token's keys and values are: layers, heads, k and v, head size
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """A run that was stopped while it timed, and then went on: the job, what it measured again, and the report."""
+    """A run that was stopped while it timed, and then went on: the job, what it measured again, and
+    the report.
+    """
     folder = tmp_path_factory.mktemp("quantize")
     effattn.save(small(), folder / "model", effattn.embedded.tokenizer())
     wanted = Job(**SMALL, model=str(folder / "model"), output=folder / "out")
@@ -206,7 +254,9 @@ def test_the_checkpoint_has_the_plan(finished, text):
     with torch.no_grad():
         again(text[None], past_key_values=cache)
     formats = Lane("plan", plan["cache"]).formats(anatomy.of(again))
-    assert sum(layer.nbytes for layer in cache.layers) == lanes.predicted_bytes(anatomy.of(again), formats, len(text))
+    assert sum(layer.nbytes for layer in cache.layers) == lanes.predicted_bytes(
+        anatomy.of(again), formats, len(text)
+    )
     assert QuantizeReport.load(wanted.output).data == json.loads(report.to_json())
 
 
@@ -218,33 +268,52 @@ def test_the_report_says_what_was_measured(finished):
     assert kl[0] < 1e-9 < kl[1] < kl[3] < kl[2]
     for row in data["formats"]:
         for one in row["held"]:
-            assert one["predicted"] == one["held"] == one["allocated"], "bytes are predicted exactly"
+            assert one["predicted"] == one["held"] == one["allocated"], (
+                "bytes are predicted exactly"
+            )
     assert data["formats"][0]["bytes_per_token"] == 4 * BYTES
     assert {(row["layer"], row["spec"]) for row in data["sensitivity"]} == set(
         itertools.product(range(2), (INT4, INT2))
     )
     assert {row["lane"] for row in data["retrieval"]} == set(names)
     assert {row["packed"] for row in data["retrieval"] if row["lane"] == INT4} == {96}
-    assert {(row["batch"], row["lane"]) for row in data["decode"]} == set(itertools.product((1, 2), names))
+    assert {(row["batch"], row["lane"]) for row in data["decode"]} == set(
+        itertools.product((1, 2), names)
+    )
     assert all(row["ms"] > 0 and row["rounds"] == 2 for row in data["decode"])
     page, tables = finished[2].to_html(), finished[2].to_markdown()
-    for said in ("effattn.swap(model, cache=", INT2, "Each layer alone", "has not learned this", "least sum of KLs"):
+    for said in (
+        "effattn.swap(model, cache=",
+        INT2,
+        "Each layer alone",
+        "has not learned this",
+        "least sum of KLs",
+    ):
         assert said in tables
         assert said.replace("'", "&#39;") in page or said in page
     assert UNKNOWN not in tables
 
 
-@pytest.mark.parametrize(("given", "error"), [
-    (["--budget-bytes-per-token", "500"], "the least possible with these formats is 1,024 bytes a token"),
-    (["--formats", "int5"], "did you mean"),
-    (["--formats", "full"], "full"),
-    (["--formats", "int4(grup=32)"], "did you mean 'group'"),
-    (["--bits", "3"], "bits: got '3'"),
-    (["--weights", "nf5"], "did you mean 'nf4'"),
-    (["--length", "4096", "--evaluation-tokens", "1000"], "evaluation_tokens: got 1000, valid is at least length"),
-    (["--decode-batches", "0,1,-2"], "decode_batches: got"),
-    (["--retrieval-trials", "-1"], "retrieval_trials: got -1"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("given", "error"),
+    [
+        (
+            ["--budget-bytes-per-token", "500"],
+            "the least possible with these formats is 1,024 bytes a token",
+        ),
+        (["--formats", "int5"], "did you mean"),
+        (["--formats", "full"], "full"),
+        (["--formats", "int4(grup=32)"], "did you mean 'group'"),
+        (["--bits", "3"], "bits: got '3'"),
+        (["--weights", "nf5"], "did you mean 'nf4'"),
+        (
+            ["--length", "4096", "--evaluation-tokens", "1000"],
+            "evaluation_tokens: got 1000, valid is at least length",
+        ),
+        (["--decode-batches", "0,1,-2"], "decode_batches: got"),
+        (["--retrieval-trials", "-1"], "retrieval_trials: got -1"),
+    ],
+)
 def test_bad_input_is_one_line_and_nothing_is_written(tmp_path, given, error):
     if "--formats" not in given and "--bits" not in given:
         given = [*given, "--formats", INT2]

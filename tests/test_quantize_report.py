@@ -15,35 +15,102 @@ def data() -> dict:
     names = ["full", "int8", "int2(group=16, residual=64)", "plan"]
 
     def quality(kl: float) -> dict:
-        return {"tokens": 4096, "length": 512, "cross_entropy": 2.8 + kl, "perplexity": 16.4 + kl, "kl": kl,
-                "parent_cross_entropy": 2.8, "parent_perplexity": 16.4, "loss_error": kl / 9, "agreement": 1 - kl,
-                "held_tokens": 512, "held_bytes": 9}  # fmt: skip
+        return {
+            "tokens": 4096,
+            "length": 512,
+            "cross_entropy": 2.8 + kl,
+            "perplexity": 16.4 + kl,
+            "kl": kl,
+            "parent_cross_entropy": 2.8,
+            "parent_perplexity": 16.4,
+            "loss_error": kl / 9,
+            "agreement": 1 - kl,
+            "held_tokens": 512,
+            "held_bytes": 9,
+        }
 
     formats = [
-        {"name": name, "cache": None if name == "full" else name, "adapted": "groups of 32" if place else "",
-         "quality": quality(kl), "bytes_per_token": 8192 / 3**place, "held": [
-            {"tokens": 512, "predicted": 1000, "held": 1000, "allocated": 1000}],
-         "memory": [{"context": n, "bytes": n * 8192 // 3**place} for n in (4096, 32768, 131072)]}
+        {
+            "name": name,
+            "cache": None if name == "full" else name,
+            "adapted": "groups of 32" if place else "",
+            "quality": quality(kl),
+            "bytes_per_token": 8192 / 3**place,
+            "held": [{"tokens": 512, "predicted": 1000, "held": 1000, "allocated": 1000}],
+            "memory": [
+                {"context": n, "bytes": n * 8192 // 3**place} for n in (4096, 32768, 131072)
+            ],
+        }
         for place, (name, kl) in enumerate(zip(names, (1e-9, 1e-4, 0.02, 3e-4), strict=True))
-    ]  # fmt: skip
-    depths = [{"depth": d, "trials": 8, "exact": d, "token_accuracy": d, "choice": None, "nats": 2 - d,
-               "learned": d > 0.4} for d in (0.1, 0.5, 0.9)]  # fmt: skip
-    answers = [{"lane": name, "task": task, "packed": 64, "chance": 0.0, "rows": depths}
-               for task in ("passkey", "associative recall") for name in names]  # fmt: skip
-    timed = [{"context": n, "batch": batch, "lane": name, "ms": n / 99, "ms_p20": n / 100, "ms_p80": n / 98,
-              "rounds": 9, "tokens_per_s": 50.0, "kv_bytes": n}
-             for n in (512, 4096) for batch in (1, 4) for name in names]  # fmt: skip
+    ]
+    depths = [
+        {
+            "depth": d,
+            "trials": 8,
+            "exact": d,
+            "token_accuracy": d,
+            "choice": None,
+            "nats": 2 - d,
+            "learned": d > 0.4,
+        }
+        for d in (0.1, 0.5, 0.9)
+    ]
+    answers = [
+        {"lane": name, "task": task, "packed": 64, "chance": 0.0, "rows": depths}
+        for task in ("passkey", "associative recall")
+        for name in names
+    ]
+    timed = [
+        {
+            "context": n,
+            "batch": batch,
+            "lane": name,
+            "ms": n / 99,
+            "ms_p20": n / 100,
+            "ms_p80": n / 98,
+            "rounds": 9,
+            "tokens_per_s": 50.0,
+            "kv_bytes": n,
+        }
+        for n in (512, 4096)
+        for batch in (1, 4)
+        for name in names
+    ]
     return {
-        "kind": "quantize_kv", "formats": formats, "retrieval": answers, "decode": timed, "saved": {"0-3": "int8"},
-        "settings": {"model": "some-model", "formats": names[1:3], "sensitivity_tokens": 2048, "retrieval_length": 384},
-        "model": {"class": "Llama", "weights": "nf4", "weight_bytes": 5_000_000}, "environment": {"torch": "2.99"},
-        "sensitivity": [{"layer": layer, "spec": spec, "kl": 10.0 ** -(place + layer), "perplexity": 17.0,
-                         "agreement": 0.99} for layer in range(4) for place, spec in enumerate(names[1:3], 2)],
-        "plan": {"budget": 1500.0, "specs": ["int8"] * 4, "cache": {"0-3": "int8"}, "bytes_per_token": 1444.0,
-                 "kl": 1e-4},
+        "kind": "quantize_kv",
+        "formats": formats,
+        "retrieval": answers,
+        "decode": timed,
+        "saved": {"0-3": "int8"},
+        "settings": {
+            "model": "some-model",
+            "formats": names[1:3],
+            "sensitivity_tokens": 2048,
+            "retrieval_length": 384,
+        },
+        "model": {"class": "Llama", "weights": "nf4", "weight_bytes": 5_000_000},
+        "environment": {"torch": "2.99"},
+        "sensitivity": [
+            {
+                "layer": layer,
+                "spec": spec,
+                "kl": 10.0 ** -(place + layer),
+                "perplexity": 17.0,
+                "agreement": 0.99,
+            }
+            for layer in range(4)
+            for place, spec in enumerate(names[1:3], 2)
+        ],
+        "plan": {
+            "budget": 1500.0,
+            "specs": ["int8"] * 4,
+            "cache": {"0-3": "int8"},
+            "bytes_per_token": 1444.0,
+            "kl": 1e-4,
+        },
         "frontier": [{"bytes_per_token": 700.0 * n, "kl": 0.1**n} for n in range(1, 9)],
         "verification": {"tokens": 256, "caches_after_loading": ["int8"] * 4},
-    }  # fmt: skip
+    }
 
 
 def test_every_form_says_the_same(tmp_path):
@@ -74,11 +141,20 @@ def test_what_is_missing_or_not_finite_is_said():
     ]
     report = QuantizeReport(json.loads(QuantizeReport(made).to_json()))
     text = report.to_markdown()
-    for said in ("perplexity not finite", "65,536 tokens x 4: not measured, needs 1.0 TiB",
-                 "associative recall: not measured, no words of one token"):  # fmt: skip
+    for said in (
+        "perplexity not finite",
+        "65,536 tokens x 4: not measured, needs 1.0 TiB",
+        "associative recall: not measured, no words of one token",
+    ):
         assert said in text
     assert report.to_html()
-    bare = copy.deepcopy(made) | {"plan": None, "sensitivity": [], "retrieval": [], "decode": [], "verification": None}
+    bare = copy.deepcopy(made) | {
+        "plan": None,
+        "sensitivity": [],
+        "retrieval": [],
+        "decode": [],
+        "verification": None,
+    }
     bare["frontier"] = []
     assert "Plan" not in [table.title for table in QuantizeReport(bare).tables()]
     assert QuantizeReport(bare).to_html()

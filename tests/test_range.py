@@ -1,8 +1,7 @@
 """Finite for anything finite: queries and keys of hundreds a dimension, and of nearly nothing.
 
-A normalised method averages values: of values that are all 1 it gives 1, which tells an underflow (0), an overflow and
-a wrong normaliser apart.
-"""
+A normalised method averages values: of values that are all 1 it gives 1, which tells an underflow
+(0), an overflow and a wrong normaliser apart."""
 
 from itertools import pairwise
 
@@ -49,11 +48,15 @@ def draw(sizes, dtype, tokens, dim):
 
 
 def averages(spec, impl, dtype, sizes=SIZES, tokens=40, dim=32):
-    """Outputs for values of 1, whole and in steps, in each direction; all else is asserted to be finite."""
+    """Outputs for values of 1, whole and in steps, in each direction; all else is asserted to be
+    finite.
+    """
     attn = effattn.backend(spec, impl=impl)
     only = "sinks" in spec or "decay" in spec
     for causal in (True, False):
-        if not getattr(attn.traits, "causal" if causal else "bidirectional") or (only and not causal):
+        if not getattr(attn.traits, "causal" if causal else "bidirectional") or (
+            only and not causal
+        ):
             continue
         q, k, v = draw(sizes, dtype, tokens, dim)
         out = attn(q, k, v, causal=causal)
@@ -80,7 +83,9 @@ def test_features(spec, dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("spec", MAY_SEE_NOTHING)
 def test_features_that_may_be_zero(spec, dtype):
-    sizes = SIZES if dtype != torch.float16 else SIZES[3:]  # 1 / 1e-7, which is the slope there, is infinite in fp16
+    sizes = (
+        SIZES if dtype != torch.float16 else SIZES[3:]
+    )  # 1 / 1e-7, which is the slope there, is infinite in fp16
     for out in averages(spec, "torch", dtype, sizes):
         assert (((out - 1).abs() < ROUNDING[dtype]) | (out == 0)).all()
 
@@ -105,7 +110,9 @@ def test_softmax_patterns(spec, dtype):
     ],
 )
 def test_features_on_triton(spec, dtype):
-    """Features of fp16 inputs are multiplied in bf16, whose range they need: that is the rounding of two factors."""
+    """Features of fp16 inputs are multiplied in bf16, whose range they need: that is the rounding
+    of two factors.
+    """
     budget = 2 * ROUNDING[torch.bfloat16 if dtype == torch.float16 else dtype]
     for out in averages(spec, "triton", dtype, sizes=(100.0,), tokens=5, dim=16):
         assert (out - 1).abs().max() < budget
@@ -117,4 +124,6 @@ def test_large_keys_still_weigh_what_they_should(feature_map, size):
     attn = effattn.backend("linear", feature_map=feature_map, impl="torch")
     truth = effattn.backend("linear", feature_map=feature_map, impl="reference")
     q, k, v = (x.detach() for x in draw((size,), torch.float32, 70, 32))
-    torch.testing.assert_close(attn(q, k, v).double(), truth(q.double(), k.double(), v.double()), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(
+        attn(q, k, v).double(), truth(q.double(), k.double(), v.double()), atol=1e-4, rtol=1e-4
+    )

@@ -1,4 +1,6 @@
-"""Models that cannot be swapped as they stand: each refusal says the true reason, and what it advises works."""
+"""Models that cannot be swapped as they stand: each refusal says the true reason, and what it
+advises works.
+"""
 
 import re
 from operator import attrgetter
@@ -19,14 +21,20 @@ PATTERN = "sliding(window=4)"
 
 
 def lora(model):
-    return peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
+    return peft.get_peft_model(
+        model, peft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False)
+    )
 
 
 WRAPPED = {
     "PEFT": (lora, lambda model: model.get_base_model(), r"model\.get_base_model\(\)"),
     "compiled": (torch.compile, attrgetter("_orig_mod"), r"model\._orig_mod; compile last$"),
     "DataParallel": (nn.DataParallel, attrgetter("module"), r"model\.module$"),
-    "in a Sequential": (nn.Sequential, lambda model: model.get_submodule("0"), r"model\.get_submodule\('0'\)"),
+    "in a Sequential": (
+        nn.Sequential,
+        lambda model: model.get_submodule("0"),
+        r"model\.get_submodule\('0'\)",
+    ),
     "pipeline": (lambda model: SimpleNamespace(model=model), attrgetter("model"), r"its \.model$"),
 }
 
@@ -47,9 +55,16 @@ def test_the_model_inside_a_wrapper_is_named(wrap):
 
 def llava():
     vision = transformers.CLIPVisionConfig(
-        hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=16, patch_size=8
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        image_size=16,
+        patch_size=8,
     )
-    config = transformers.LlavaConfig(text_config=transformers.LlamaConfig(**SMALL), vision_config=vision)
+    config = transformers.LlavaConfig(
+        text_config=transformers.LlamaConfig(**SMALL), vision_config=vision
+    )
     return transformers.LlavaForConditionalGeneration(config).eval()
 
 
@@ -81,7 +96,9 @@ def test_a_model_that_is_no_causal_lm_can_be_put_into_one(name):
 
 
 def test_true_reasons():
-    gpt2 = transformers.GPT2LMHeadModel(transformers.GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=32))
+    gpt2 = transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=32)
+    )
     t5 = transformers.T5ForConditionalGeneration(
         transformers.T5Config(d_model=32, d_ff=32, num_layers=1, num_heads=2, vocab_size=32)
     )
@@ -90,7 +107,12 @@ def test_true_reasons():
         (t5, "encoder-decoder"),
         (nn.Linear(2, 2), "valid is a transformers causal LM"),
         ("embedded", "effattn.load"),
-        (tiny("gemma3_text", use_bidirectional_attention=True, layer_types=["full_attention"] * 2), "bidirectional"),
+        (
+            tiny(
+                "gemma3_text", use_bidirectional_attention=True, layer_types=["full_attention"] * 2
+            ),
+            "bidirectional",
+        ),
     ):
         with pytest.raises(Unsupported, match=reason):
             swap(model, PATTERN)
@@ -98,5 +120,7 @@ def test_true_reasons():
 
 @pytest.mark.parametrize("kind", ["gptj", "gpt_neo", "bloom", "mpt", "codegen", "xglm", "falcon"])
 def test_classes_that_compute_attention_by_themselves_really_do(kind):
-    module = transformers.AutoModelForCausalLM._model_mapping[type(transformers.AutoConfig.for_model(kind))].__module__
+    module = transformers.AutoModelForCausalLM._model_mapping[
+        type(transformers.AutoConfig.for_model(kind))
+    ].__module__
     assert not hasattr(__import__(module, fromlist=["x"]), "ALL_ATTENTION_FUNCTIONS")

@@ -10,11 +10,19 @@ from effattn import registry
 from effattn.interface import Backend
 from effattn.patterns.dense import Dense
 
-names = st.from_regex(r"[a-zA-Z_][a-zA-Z0-9_]{0,8}", fullmatch=True).filter(lambda s: not keyword.iskeyword(s))
-scalars = (
-    st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=8) | st.booleans() | st.none()
+names = st.from_regex(r"[a-zA-Z_][a-zA-Z0-9_]{0,8}", fullmatch=True).filter(
+    lambda s: not keyword.iskeyword(s)
 )
-values = st.recursive(scalars, lambda x: st.lists(x, max_size=3) | st.lists(x, max_size=3).map(tuple), max_leaves=5)
+scalars = (
+    st.integers()
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(max_size=8)
+    | st.booleans()
+    | st.none()
+)
+values = st.recursive(
+    scalars, lambda x: st.lists(x, max_size=3) | st.lists(x, max_size=3).map(tuple), max_leaves=5
+)
 
 
 @settings(deadline=None, max_examples=200)
@@ -22,23 +30,49 @@ values = st.recursive(scalars, lambda x: st.lists(x, max_size=3) | st.lists(x, m
 def test_parse_undoes_format(name, options):
     text = registry.format_spec(name, options)
     assert registry.parse_spec(text) == (name, options)
-    assert repr(registry.parse_spec(text)[1]) == repr(options)  # 1, 1.0 and True are equal, but not the same
+    assert repr(registry.parse_spec(text)[1]) == repr(
+        options
+    )  # 1, 1.0 and True are equal, but not the same
     assert registry.format_spec(*registry.parse_spec(text)) == text
 
 
 def test_parse():
-    assert registry.parse_spec(" sliding ( window = 1_024, sinks=-4, d=[1, (2, 'a')], e=None, f=1e-3 ) ") == (
-        "sliding", {"window": 1024, "sinks": -4, "d": [1, (2, "a")], "e": None, "f": 1e-3},
-    )  # fmt: skip
+    assert registry.parse_spec(
+        " sliding ( window = 1_024, sinks=-4, d=[1, (2, 'a')], e=None, f=1e-3 ) "
+    ) == (
+        "sliding",
+        {"window": 1024, "sinks": -4, "d": [1, (2, "a")], "e": None, "f": 1e-3},
+    )
     assert registry.parse_spec("dense()") == ("dense", {})
 
 
 @pytest.mark.parametrize(
     "text",
-    ["", "a b", "a.b", "a(1)", "a(**b)", "a(x=1, x=2)", "a(x=y)", "a(x=__import__('os'))", "a(x=1+2j)", "a(x={})",
-     "a(x={1})", "a(x=b'1')", "a(x=1e999)", "a(x=[1e999])", "a(x=2**3)", "a()()", "[a]", "a(x=1", "a(x='\0')", 3, None,
-     "a(x=" + "(" * 500 + ")" * 500 + ")"],
-)  # fmt: skip
+    [
+        "",
+        "a b",
+        "a.b",
+        "a(1)",
+        "a(**b)",
+        "a(x=1, x=2)",
+        "a(x=y)",
+        "a(x=__import__('os'))",
+        "a(x=1+2j)",
+        "a(x={})",
+        "a(x={1})",
+        "a(x=b'1')",
+        "a(x=1e999)",
+        "a(x=[1e999])",
+        "a(x=2**3)",
+        "a()()",
+        "[a]",
+        "a(x=1",
+        "a(x='\0')",
+        3,
+        None,
+        "a(x=" + "(" * 500 + ")" * 500 + ")",
+    ],
+)
 def test_parse_refuses(text):
     with pytest.raises(ValueError, match="spec"):
         registry.parse_spec(text)
@@ -46,7 +80,14 @@ def test_parse_refuses(text):
 
 @pytest.mark.parametrize(
     ("name", "options"),
-    [("a-b", {}), ("if", {}), ("a", {"lambda": 1}), ("ﬁ", {}), ("a", {"x": float("nan")}), ("a", {"x": {}})],
+    [
+        ("a-b", {}),
+        ("if", {}),
+        ("a", {"lambda": 1}),
+        ("ﬁ", {}),
+        ("a", {"x": float("nan")}),
+        ("a", {"x": {}}),
+    ],
 )
 def test_format_refuses_what_parse_could_not_read(name, options):
     with pytest.raises(ValueError, match="spec"):
@@ -60,7 +101,9 @@ def test_backend():
     assert registry.backend("dense", impl="torch").impl == "torch"
     for cls in registry.backends().values():
         assert issubclass(cls, Backend)
-        assert {type(getattr(cls.traits, t)) for t in ("exact", "causal", "bidirectional", "learned")} == {bool}
+        assert {
+            type(getattr(cls.traits, t)) for t in ("exact", "causal", "bidirectional", "learned")
+        } == {bool}
 
 
 @pytest.mark.parametrize(
@@ -68,7 +111,11 @@ def test_backend():
     [
         ("dens", {}, "backend: got 'dens' .did you mean 'dense'"),
         ("xyz", {}, "backend: got 'xyz', valid are 'block', 'dense'"),
-        ("dense(imp='torch')", {}, "dense: option: got 'imp' .did you mean 'impl'.., valid are 'impl'"),
+        (
+            "dense(imp='torch')",
+            {},
+            "dense: option: got 'imp' .did you mean 'impl'.., valid are 'impl'",
+        ),
         ("dense", {"windw": 3}, "dense: option: got 'windw', valid are 'impl'"),
         ("dense(impl='torch')", {"impl": "torch"}, "impl given twice"),
     ],
@@ -86,7 +133,9 @@ def test_required_options_and_double_registration(monkeypatch):
         def __init__(self, window, impl="auto"):
             super().__init__(impl)
 
-    with pytest.raises(ValueError, match=r"windowed: window must be given, for example windowed\(window=...\)"):
+    with pytest.raises(
+        ValueError, match=r"windowed: window must be given, for example windowed\(window=...\)"
+    ):
         registry.backend("windowed")
     with pytest.raises(ValueError, match="registered already"):
         registry.register("windowed")(Windowed)

@@ -1,4 +1,6 @@
-"""Which checkpoint a training goes on from: the newest complete one, whatever was being written when it was killed."""
+"""Which checkpoint a training goes on from: the newest complete one, whatever was being written
+when it was killed.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""The shearing recipe: domains from text, the whole job, its resumption, its report, the command line, bad input."""
+"""The shearing recipe: domains from text, the whole job, its resumption, its report, the command
+line, bad input.
+"""
 
 from __future__ import annotations
 
@@ -20,11 +22,24 @@ import effattn
 from effattn.cli import app
 
 CPU = {"use_cpu": True}
-SMALL = {"heads": 4, "ffn": 48, "mask_tokens": 768, "recover_tokens": 256, "continue_tokens": 512,
-         "evaluation_tokens": 512, "length": 128, "batch": 2, "decode_contexts": (), "warm_start": None,
-         "overrides": CPU}  # fmt: skip
+SMALL = {
+    "heads": 4,
+    "ffn": 48,
+    "mask_tokens": 768,
+    "recover_tokens": 256,
+    "continue_tokens": 512,
+    "evaluation_tokens": 512,
+    "length": 128,
+    "batch": 2,
+    "decode_contexts": (),
+    "warm_start": None,
+    "overrides": CPU,
+}
 PROSE = "The quick brown fox jumps over the lazy dog, and the dog does not mind it at all. " * 100
-CODE = "def add(a, b):\n    return a + b\n\n\nclass Box:\n    def __init__(self, x):\n        self.x = x\n\n" * 100
+CODE = (
+    "def add(a, b):\n    return a + b\n\n\nclass Box:\n    def __init__(self, x):\n        self.x "
+    "= x\n\n" * 100
+)
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +57,9 @@ def texts(tmp_path_factory) -> tuple[Path, Path]:
 def source(tmp_path_factory) -> str:
     """A checkpoint of a tiny random model with the embedded model's tokenizer."""
     folder = tmp_path_factory.mktemp("source")
-    tiny("llama", dtype=torch.float32, vocab_size=3072, tie_word_embeddings=True).save_pretrained(folder)
+    tiny("llama", dtype=torch.float32, vocab_size=3072, tie_word_embeddings=True).save_pretrained(
+        folder
+    )
     effattn.embedded.tokenizer().save_pretrained(folder)
     return str(folder)
 
@@ -52,12 +69,20 @@ def done(tmp_path_factory, texts, source):
     folder = tmp_path_factory.mktemp("shear") / "out"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(shear_job, "SPEED_SECONDS", 0.1)
-        return run(Job(model=source, output=folder, domains=texts, baselines=tuple(BASELINES), **SMALL)), folder
+        return run(
+            Job(model=source, output=folder, domains=texts, baselines=tuple(BASELINES), **SMALL)
+        ), folder
 
 
 def test_the_embedded_corpus_has_domains_by_path():
-    names = {"asyncio/tasks.py": "network", "test/test_os.py": "tests", "idlelib/idle_test/x.py": "tests",
-             "os.py": "modules", "tkinter/ttk.py": "tools", "json/decoder.py": "packages"}  # fmt: skip
+    names = {
+        "asyncio/tasks.py": "network",
+        "test/test_os.py": "tests",
+        "idlelib/idle_test/x.py": "tests",
+        "os.py": "modules",
+        "tkinter/ttk.py": "tools",
+        "json/decoder.py": "packages",
+    }
     assert {path: stdlib_domain(path) for path in names} == names
     found = domain_text(effattn.embedded.tokenizer(), train=2000, evaluation=1000)
     assert list(found.train) == ["modules", "network", "packages", "tests", "tools"]
@@ -78,7 +103,11 @@ def test_files_and_folders_are_domains_with_text_held_out(texts):
 def test_the_job_saves_a_plain_checkpoint_of_the_shape(done):
     report, folder = done
     config = json.loads((folder / "config.json").read_text())
-    assert (config["num_key_value_heads"], config["intermediate_size"], config["head_dim"]) == (4, 48, 8)
+    assert (config["num_key_value_heads"], config["intermediate_size"], config["head_dim"]) == (
+        4,
+        48,
+        8,
+    )
     assert "effattn" not in config
     size, quality = report.data["size"], report.data["quality"]
     inside = size["after"]["layer_parameters"] / size["before"]["layer_parameters"]
@@ -86,8 +115,12 @@ def test_the_job_saves_a_plain_checkpoint_of_the_shape(done):
     assert size["after"]["file_bytes"] == (folder / "model.safetensors").stat().st_size
     assert size["after"]["kv_bytes_per_token"] * 2 == size["before"]["kv_bytes_per_token"]
     assert size["after"]["flops_per_token"] < size["before"]["flops_per_token"]
-    tokens = domain_text(effattn.embedded.tokenizer(), train=1536, evaluation=512, domains=[
-        Path(part) for part in report.data["settings"]["domains"]]).evaluation  # fmt: skip
+    tokens = domain_text(
+        effattn.embedded.tokenizer(),
+        train=1536,
+        evaluation=512,
+        domains=[Path(part) for part in report.data["settings"]["domains"]],
+    ).evaluation
     measured = effattn.perplexity(effattn.load(folder), tokens, min(128, len(tokens) - 1))
     assert quality["continued"]["perplexity"] == pytest.approx(measured, rel=1e-4)
     assert report.data["verification"]["fresh_process"]
@@ -127,7 +160,9 @@ def test_the_report_says_the_same_in_every_form(done):
 def test_a_killed_job_goes_on_and_ends_the_same(done, texts, source, tmp_path, monkeypatch):
     _, folder = done
     job = Job(model=source, output=tmp_path / "out", domains=texts, **SMALL)
-    monkeypatch.setattr(shear_job, "continue_training", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(
+        shear_job, "continue_training", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt)
+    )
     with pytest.raises(KeyboardInterrupt):
         run(job)
     assert not job.output.exists()

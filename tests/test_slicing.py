@@ -1,4 +1,6 @@
-"""What is masked and what is sliced compute the same, for every class that can; the rest is refused by name."""
+"""What is masked and what is sliced compute the same, for every class that can; the rest is refused
+by name.
+"""
 
 from __future__ import annotations
 
@@ -29,13 +31,17 @@ CLASSES = [
 ]
 SLIDING = ["sliding_attention", "full_attention", "sliding_attention"]
 MORE = {
-    "gemma2": {"layer_types": SLIDING}, "gemma3_text": {"layer_types": SLIDING}, "opt": {"ffn_dim": 96},
+    "gemma2": {"layer_types": SLIDING},
+    "gemma3_text": {"layer_types": SLIDING},
+    "opt": {"ffn_dim": 96},
     "cohere": {"use_qk_norm": True},
-}  # fmt: skip
+}
 
 
 def model_of(kind: str, **overrides):
-    return tiny(kind, dtype=torch.float32, **{"num_hidden_layers": 3, **MORE.get(kind, {}), **overrides})
+    return tiny(
+        kind, dtype=torch.float32, **{"num_hidden_layers": 3, **MORE.get(kind, {}), **overrides}
+    )
 
 
 def picks(size: int, keep: int, count: int) -> list[torch.Tensor]:
@@ -75,7 +81,9 @@ def replace_module(model, old, new):
 def mask(model, keep: Keep):
     """Zeros, in place, what `keep` lets go, without making anything smaller."""
     parts = hf.of(model)
-    staying = list(range(len(parts.layers))) if keep.layers is None else sorted(keep.layers.tolist())
+    staying = (
+        list(range(len(parts.layers))) if keep.layers is None else sorted(keep.layers.tolist())
+    )
     own = []
     for layer in parts:
         if layer.index not in staying:
@@ -84,12 +92,23 @@ def mask(model, keep: Keep):
         if keep.heads is not None:
             groups = keep.heads[staying.index(layer.index)].sort().values
             share = layer.heads // layer.kv_heads
-            queries = torch.tensor([group * share + i for group in groups.tolist() for i in range(share)])
+            queries = torch.tensor(
+                [group * share + i for group in groups.tolist() for i in range(share)]
+            )
             gone = [head for head in range(layer.heads) if head not in queries]
             layer.o.by_head[gone] = 0
-            for norm, heads, size in ((layer.q_norm, queries, layer.heads), (layer.k_norm, groups, layer.kv_heads)):
-                if norm is not None and norm.weight.numel() == size * layer.head_dim and norm.weight.dim() == 1:
-                    new = KeptNorm(norm, torch.arange(norm.weight.numel()).view(size, -1)[heads].flatten())
+            for norm, heads, size in (
+                (layer.q_norm, queries, layer.heads),
+                (layer.k_norm, groups, layer.kv_heads),
+            ):
+                if (
+                    norm is not None
+                    and norm.weight.numel() == size * layer.head_dim
+                    and norm.weight.dim() == 1
+                ):
+                    new = KeptNorm(
+                        norm, torch.arange(norm.weight.numel()).view(size, -1)[heads].flatten()
+                    )
                     replace_module(model, norm, new)
                     own.append(new)
         if keep.ffn is not None:
@@ -106,11 +125,18 @@ def mask(model, keep: Keep):
         for layer in parts:
             for module in (layer.o.module, layer.feed_forward.output):
                 module.register_forward_hook(hook)
-            inside = [m for norm in (layer.q_norm, layer.k_norm, *own) if norm is not None for m in norm.modules()]
+            inside = [
+                m
+                for norm in (layer.q_norm, layer.k_norm, *own)
+                if norm is not None
+                for m in norm.modules()
+            ]
             for norm in layer.norms:
                 if not any(norm is m for m in inside):
                     replace_module(model, norm, KeptNorm(norm, keep.hidden.sort().values))
-        replace_module(model, parts.final_norm, KeptNorm(parts.final_norm, keep.hidden.sort().values))
+        replace_module(
+            model, parts.final_norm, KeptNorm(parts.final_norm, keep.hidden.sort().values)
+        )
     return model
 
 
@@ -124,7 +150,9 @@ def check(model, keep: Keep, tokens, folder):
     model.save_pretrained(folder / "old")
     masked = mask(model, keep)
     torch.testing.assert_close(logits(masked, tokens), expected, rtol=0, atol=1e-5)
-    assert (expected - logits(type(model).from_pretrained(folder / "old"), tokens)).abs().max() > 1e-2
+    assert (
+        expected - logits(type(model).from_pretrained(folder / "old"), tokens)
+    ).abs().max() > 1e-2
     small.save_pretrained(folder / "new")
     sizes = [(folder / name / "model.safetensors").stat().st_size for name in ("old", "new")]
     assert sizes[1] < sizes[0]
@@ -143,11 +171,18 @@ def test_masked_is_sliced(kind, kv_heads, tokens, tmp_path):
     keep = Keep(heads=picks(kv_heads, 2, 2), ffn=picks(96, 60, 2), layers=torch.tensor([2, 0]))
     small, cache = check(model, keep, tokens, tmp_path)
     layer = hf.of(small).layers[0]
-    assert (layer.heads, layer.kv_heads, layer.head_dim, layer.feed_forward.size) == (16 // kv_heads, 2,
-        hf.of(model).head_dim, 60)  # fmt: skip
+    assert (layer.heads, layer.kv_heads, layer.head_dim, layer.feed_forward.size) == (
+        16 // kv_heads,
+        2,
+        hf.of(model).head_dim,
+        60,
+    )
     assert all(one.keys.shape[1] == 2 for one in cache.layers)
     if getattr(model.config, "layer_types", None):
-        assert small.config.layer_types == [model.config.layer_types[0], model.config.layer_types[2]]
+        assert small.config.layer_types == [
+            model.config.layer_types[0],
+            model.config.layer_types[2],
+        ]
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen3", "gemma", "gemma3_text", "phi3", "olmo2", "phi"])
@@ -159,10 +194,17 @@ def test_hidden_dimensions(kind, tokens, tmp_path):
 
 @pytest.mark.parametrize("kind", ["gpt_neox", "opt"])
 def test_classes_whose_heads_make_up_the_hidden_size(kind, tokens, tmp_path):
-    check(model_of(kind), Keep(ffn=picks(96, 50, 2), layers=torch.tensor([0, 1])), tokens, tmp_path / "ffn")
+    check(
+        model_of(kind),
+        Keep(ffn=picks(96, 50, 2), layers=torch.tensor([0, 1])),
+        tokens,
+        tmp_path / "ffn",
+    )
     keep = Keep(hidden=picks(64, 32, 1)[0], heads=picks(8, 4, 3), ffn=picks(96, 50, 3))
     check(model_of(kind), keep, tokens, tmp_path / "hidden")
-    with pytest.raises(Unsupported, match=r"4 heads of 8 with hidden size 64.*with 4 heads, hidden has to be 32"):
+    with pytest.raises(
+        Unsupported, match=r"4 heads of 8 with hidden size 64.*with 4 heads, hidden has to be 32"
+    ):
         slice_model(model_of(kind), Keep(heads=picks(8, 4, 3)))
     assert reachable_heads(model_of(kind).config) == [8]
 
@@ -181,7 +223,9 @@ def test_norms_that_are_a_module_for_each_head(tokens, tmp_path):
 
 
 def test_sinks_and_experts(tokens):
-    model = tiny("gpt_oss", dtype=torch.float32, num_local_experts=4, num_experts_per_tok=2, head_dim=8)
+    model = tiny(
+        "gpt_oss", dtype=torch.float32, num_local_experts=4, num_experts_per_tok=2, head_dim=8
+    )
     small = slice_model(model, Keep(heads=[torch.tensor([1, 6])] * 2))
     assert torch.equal(hf.of(small).layers[0].sinks, hf.of(model).layers[0].sinks[[1, 6]])
     with pytest.raises(Unsupported, match="gpt_oss has experts"):
@@ -209,17 +253,35 @@ def test_targets_that_a_class_cannot_hold_say_which_can():
     assert reachable_heads(model.config) == [1, 2, 4, 8]
     assert reachable_heads(tiny("mistral").config) == list(range(1, 9))
     assert reachable_heads(tiny("llama", num_key_value_heads=4).config) == [1, 2, 4]
-    assert sliced_config(model.config, Keep(heads=picks(8, 2, 2), hidden=torch.arange(48))).head_dim == 8
+    assert (
+        sliced_config(model.config, Keep(heads=picks(8, 2, 2), hidden=torch.arange(48))).head_dim
+        == 8
+    )
 
 
-@pytest.mark.parametrize(("keep", "message"), [
-    (Keep(heads=[torch.tensor([0])]), r"keep.heads: got 1 tensors, valid is one for each of 2 layers"),
-    (Keep(heads=[torch.tensor([0]), torch.tensor([0, 1])]), r"keep.heads: got 1, 2 by layer; a config holds one"),
-    (Keep(ffn=[torch.tensor([96])] * 2), r"keep.ffn\[0\]: indices run from 96 to 96, valid are 0 to 95"),
-    (Keep(layers=torch.tensor([], dtype=torch.int64)), r"keep.layers: got torch.int64 \(0,\), valid is"),
-    (Keep(hidden=torch.rand(3)), r"keep.hidden: got torch.float32 \(3,\)"),
-    ({"heads": 3}, "keep: got dict, valid is"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("keep", "message"),
+    [
+        (
+            Keep(heads=[torch.tensor([0])]),
+            r"keep.heads: got 1 tensors, valid is one for each of 2 layers",
+        ),
+        (
+            Keep(heads=[torch.tensor([0]), torch.tensor([0, 1])]),
+            r"keep.heads: got 1, 2 by layer; a config holds one",
+        ),
+        (
+            Keep(ffn=[torch.tensor([96])] * 2),
+            r"keep.ffn\[0\]: indices run from 96 to 96, valid are 0 to 95",
+        ),
+        (
+            Keep(layers=torch.tensor([], dtype=torch.int64)),
+            r"keep.layers: got torch.int64 \(0,\), valid is",
+        ),
+        (Keep(hidden=torch.rand(3)), r"keep.hidden: got torch.float32 \(3,\)"),
+        ({"heads": 3}, "keep: got dict, valid is"),
+    ],
+)
 def test_bad_indices(keep, message):
     with pytest.raises(ValueError, match=message):
         slice_model(tiny("llama"), keep)

@@ -22,7 +22,10 @@ CASES = {
     "types": ("cohere2", {"layer_types": SLIDING, "sliding_window": 8}),
     "pattern": ("exaone4", {"layer_types": None, "sliding_window": 8, "sliding_window_pattern": 3}),
     "two_ropes": ("gemma3_text", {"layer_types": SLIDING, "sliding_window": 8}),
-    "sinks": ("gpt_oss", {"layer_types": SLIDING, "sliding_window": 8, "num_local_experts": 4, "head_dim": 8}),
+    "sinks": (
+        "gpt_oss",
+        {"layer_types": SLIDING, "sliding_window": 8, "num_local_experts": 4, "head_dim": 8},
+    ),
 }
 
 

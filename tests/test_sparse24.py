@@ -1,4 +1,6 @@
-"""2:4 weights: packed exactly, multiplied as the dense weight is, in a model that saves and loads them packed."""
+"""2:4 weights: packed exactly, multiplied as the dense weight is, in a model that saves and loads
+them packed.
+"""
 
 import pytest
 import torch
@@ -51,10 +53,15 @@ def test_product(impl, dtype, monkeypatch):
         monkeypatch.setattr(triton_impl, "WAVES", waves)
         triton_impl.tile.cache_clear()
         packed = sparse24.pack(sparse(outputs, inputs, dtype))
-        x, bias = torch.randn(rows, inputs, device=DEVICE).to(dtype), torch.randn(outputs, device=DEVICE).to(dtype)
+        x, bias = (
+            torch.randn(rows, inputs, device=DEVICE).to(dtype),
+            torch.randn(outputs, device=DEVICE).to(dtype),
+        )
         for b in (bias, None):
             exact = sparse24.Packed(packed.values.double(), packed.indices)
-            expected = sparse24.linear(x.double(), exact, None if b is None else b.double(), impl="reference")
+            expected = sparse24.linear(
+                x.double(), exact, None if b is None else b.double(), impl="reference"
+            )
             plain = dense_product(x, sparse24.unpack(packed), b).double() - expected
             error = sparse24.linear(x, packed, b, impl=impl).double() - expected
             assert error.norm() <= 2 * plain.norm() + 1e-6 * expected.norm()
@@ -96,7 +103,9 @@ def test_a_model_is_packed_saved_and_loaded(tmp_path, tokens):
     report = pack(model)
     linears = [m for m in model.modules() if isinstance(m, PackedLinear)]
     assert len(linears) == len(report.packed) == 14
-    assert report.bytes_after == sum(m.nbytes for m in linears) == report.bytes_before * 17 // 32  # fp32: 1/2 + 1/32
+    assert (
+        report.bytes_after == sum(m.nbytes for m in linears) == report.bytes_before * 17 // 32
+    )  # fp32: 1/2 + 1/32
     torch.testing.assert_close(model(ids).logits, before)
     assert "17" not in str(report.dense)
     assert "14 linear layers packed" in str(report)
@@ -112,7 +121,9 @@ def test_a_model_is_packed_saved_and_loaded(tmp_path, tokens):
     with pytest.raises(ValueError, match="effattn"):
         AutoModelForCausalLM.from_pretrained(tmp_path / "packed")
     dense = sum(p.nbytes for p in model.model.embed_tokens.parameters())
-    assert (tmp_path / "packed" / "model.safetensors").stat().st_size < report.bytes_after + 3 * dense + 20_000
+    assert (
+        tmp_path / "packed" / "model.safetensors"
+    ).stat().st_size < report.bytes_after + 3 * dense + 20_000
 
     effattn.restore(again)
     effattn.swap(again, projections={"0": "dense"})
@@ -144,7 +155,9 @@ def test_bad_input():
     with pytest.raises(ValueError, match="at most 16"):
         sparse24.linear(torch.zeros(17, 16, device=DEVICE), packed, impl="triton")
     if DEVICE == "cpu":
-        layer = PackedLinear.from_linear(pruned().model.layers[0].mlp.up_proj, large="semi_structured")
+        layer = PackedLinear.from_linear(
+            pruned().model.layers[0].mlp.up_proj, large="semi_structured"
+        )
         with pytest.raises(Unsupported, match="compute capability"):
             layer(torch.zeros(17, 64))
     model = pruned()

@@ -1,4 +1,6 @@
-"""SparseGPT, Wanda and magnitude on one matrix: what the papers' equations say, in fp64, and exact counts."""
+"""SparseGPT, Wanda and magnitude on one matrix: what the papers' equations say, in fp64, and exact
+counts.
+"""
 
 from __future__ import annotations
 
@@ -14,11 +16,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 
-def problem(outputs: int = 24, inputs: int = 64, tokens: int = 400, seed: int = 0, dtype=torch.float64):
+def problem(
+    outputs: int = 24, inputs: int = 64, tokens: int = 400, seed: int = 0, dtype=torch.float64
+):
     """Weights (outputs, inputs) and correlated inputs (tokens, inputs)."""
     draw = torch.Generator().manual_seed(seed)
     weight = torch.randn(outputs, inputs, generator=draw, dtype=dtype)
-    mix = torch.randn(inputs, inputs, generator=draw, dtype=dtype) / inputs**0.5 + 0.5 * torch.eye(inputs, dtype=dtype)
+    mix = torch.randn(inputs, inputs, generator=draw, dtype=dtype) / inputs**0.5 + 0.5 * torch.eye(
+        inputs, dtype=dtype
+    )
     return weight, torch.randn(tokens, inputs, generator=draw, dtype=dtype) @ mix
 
 
@@ -26,7 +32,8 @@ def output_error(weight, pruned, x) -> float:
     return float(((weight - pruned) @ x.T).square().sum())
 
 
-# ---- the reference page's invariants, by their numbers --------------------------------------------------------------
+# ---- the reference page's invariants, by their numbers
+# --------------------------------------------------------------
 
 
 def test_1_removing_one_weight_equals_least_squares():
@@ -56,15 +63,21 @@ def test_2_the_factor_has_every_later_inverse_on_its_diagonal():
     torch.testing.assert_close(factor, torch.linalg.cholesky(hessian.inverse(), upper=True))
     for i in (0, 1, 30, 62, 63):
         assert factor[i, i] ** 2 == pytest.approx(float(hessian[i:, i:].inverse()[0, 0]), rel=1e-9)
-    wide = torch.randn(700, 700, dtype=torch.float64, generator=torch.Generator().manual_seed(1))  # several panels
+    wide = torch.randn(
+        700, 700, dtype=torch.float64, generator=torch.Generator().manual_seed(1)
+    )  # several panels
     wide = wide @ wide.T + 50 * torch.eye(700)
-    torch.testing.assert_close(inverse_factor(wide, 0.0), torch.linalg.cholesky(wide.inverse(), upper=True))
+    torch.testing.assert_close(
+        inverse_factor(wide, 0.0), torch.linalg.cholesky(wide.inverse(), upper=True)
+    )
 
 
 @pytest.mark.parametrize("sparsity", [0.5, 0.37, "2:4", "3:8", "5:16", "9:32"])
 @pytest.mark.parametrize("damping", [0.0, 0.01])
 def test_3_the_loss_is_the_output_error(sparsity, damping):
-    """The sum of (w - q)^2 / U_ii^2 equals the squared output error, or with damping the damped quadratic form."""
+    """The sum of (w - q)^2 / U_ii^2 equals the squared output error, or with damping the damped
+    quadratic form.
+    """
     weight, x = problem(24, 160)
     hessian = x.T @ x
     done = sparsegpt(weight, hessian, sparsity, damping=damping, block=64)
@@ -120,7 +133,11 @@ def test_6_exactly_n_of_every_m_go(m, groups, data):
     m *= data.draw(st.sampled_from([1, 3]))  # past what is ranked by pairs, too
     weight, x = problem(6, m * groups, 200)
     what = Sparsity.parse(f"{n}:{m}")
-    masks = [sparsegpt(weight, x.T @ x, what).mask, magnitude_mask(weight, what), wanda_mask(weight, x[0] ** 2, what)]
+    masks = [
+        sparsegpt(weight, x.T @ x, what).mask,
+        magnitude_mask(weight, what),
+        wanda_mask(weight, x[0] ** 2, what),
+    ]
     for mask in masks:
         assert set(mask.reshape(-1, m).sum(1).tolist()) == {n}
 
@@ -141,7 +158,8 @@ def test_8_a_failed_factorisation_names_the_layer_and_the_damping():
     broken = x.T @ x
     broken[3, 3] = -1.0
     with pytest.raises(
-        torch.linalg.LinAlgError, match=r"layers\.3\.up: .* fails with damping 0\.01; give more damping"
+        torch.linalg.LinAlgError,
+        match=r"layers\.3\.up: .* fails with damping 0\.01; give more damping",
     ):
         sparsegpt(weight, broken, 0.5, name="layers.3.up")
     singular = torch.ones(64, 64, dtype=torch.float64)
@@ -151,11 +169,14 @@ def test_8_a_failed_factorisation_names_the_layer_and_the_damping():
     healed = sparsegpt(weight, singular, 0.5, raise_damping=True)
     assert healed.damping == pytest.approx(0.1)
     assert int(healed.mask.sum()) == weight.numel() // 2
-    with pytest.raises(torch.linalg.LinAlgError, match=r"damping 0\.01 to 1; give more calibration tokens"):
+    with pytest.raises(
+        torch.linalg.LinAlgError, match=r"damping 0\.01 to 1; give more calibration tokens"
+    ):
         sparsegpt(weight, -torch.eye(64).double(), 0.5, raise_damping=True)
 
 
-# ---- more -----------------------------------------------------------------------------------------------------------
+# ---- more
+# -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("sparsity", [0.5, "2:4", "4:8"])
@@ -163,7 +184,9 @@ def test_the_lazy_updates_change_nothing(sparsity):
     weight, x = problem(16, 320)
     hessian = x.T @ x
     ours = sparsegpt(weight, hessian, sparsity, block=64).weight
-    torch.testing.assert_close(ours, sparsegpt_reference(weight, hessian, sparsity, block=64), rtol=1e-9, atol=1e-10)
+    torch.testing.assert_close(
+        ours, sparsegpt_reference(weight, hessian, sparsity, block=64), rtol=1e-9, atol=1e-10
+    )
 
 
 def test_an_input_that_is_always_zero_goes_first():
@@ -199,7 +222,9 @@ def test_hessians_are_running_means_and_serve_several_layers():
     assert bfloat.mean.dtype == torch.float32
     x[7, 5] = float("inf")
     pieces.add(x)
-    with pytest.raises(FloatingPointError, match=r"inputs of layers\.0\.q hold NaN or Inf in 1 of 64 features"):
+    with pytest.raises(
+        FloatingPointError, match=r"inputs of layers\.0\.q hold NaN or Inf in 1 of 64 features"
+    ):
         pieces.check("layers.0.q")
 
 
@@ -212,13 +237,17 @@ def test_the_lowest_with_ties_takes_the_first():
     for m in (1, 2, 7, 16, 17, 40):
         many = torch.randint(4, (m, 200), generator=draw).float()
         for n in (0, 1, m // 2, m):
-            expected = torch.zeros(m, 200, dtype=torch.bool).scatter_(0, many.argsort(dim=0, stable=True)[:n], True)
+            expected = torch.zeros(m, 200, dtype=torch.bool).scatter_(
+                0, many.argsort(dim=0, stable=True)[:n], True
+            )
             assert torch.equal(lowest_first(many, n), expected)
     uneven = lowest_per_row(torch.rand(4, 5), Sparsity(0.35))  # 7 of 20
     assert uneven.sum(1).tolist() == [1, 2, 2, 2]
 
 
-@pytest.mark.parametrize("wrong", [-0.1, 1.5, float("nan"), "3:2", "2:0", "half", "2:4:8", None, True])
+@pytest.mark.parametrize(
+    "wrong", [-0.1, 1.5, float("nan"), "3:2", "2:0", "half", "2:4:8", None, True]
+)
 def test_sparsities_that_cannot_be(wrong):
     with pytest.raises(ValueError, match="sparsity: got"):
         Sparsity.parse(wrong)

@@ -1,8 +1,9 @@
-"""Every kind of state against an oracle that keeps everything: each row alone, without its padding, by the reference.
+"""Every kind of state against an oracle that keeps everything: each row alone, without its padding,
+by the reference.
 
-Chunks of any length, padding on the left, the right and in the middle, views as inputs, rollback, reordering, selected
-and repeated rows, inference_mode in between. A failure names its kind and its seed.
-"""
+Chunks of any length, padding on the left, the right and in the middle, views as inputs, rollback,
+reordering, selected and repeated rows, inference_mode in between. A failure names its kind and its
+seed."""
 
 from __future__ import annotations
 
@@ -50,13 +51,18 @@ PACKED = {
     "packed before its turn": ("dense", "int8(residual=16, group=16, first=3, pre_rope=True)"),
     "packed ring": ("sliding(window=24)", "int8(residual=16, group=16)"),
     "packed ring with sinks": ("sliding(window=20, sinks=4)", "int8(residual=0, group=16)"),
-    "packed ring, all in the residual": ("sliding(window=20, sinks=4)", "int8(residual=64, group=16)"),
+    "packed ring, all in the residual": (
+        "sliding(window=20, sinks=4)",
+        "int8(residual=64, group=16)",
+    ),
     "packed block": ("block(block=9, look_back=1)", "int8(residual=16, group=16)"),
     "static": ("dense", "int8(residual=16, group=16)"),
     "static, first tokens": ("dense", "int8(residual=0, group=16, first=5)"),
-}  # fmt: skip
+}
 QUICK, SLOW = 7, 70  # cases of each kind; with 28 kinds about 200 and 2,000
-BUDGET = 0.06  # of int8 keys and values: a step is 2 max|x| / 255, about 0.03; one key too many or too few gives 0.1
+# of int8 keys and values: a step is 2 max|x| / 255, about 0.03; one key too many or too few gives
+# 0.1
+BUDGET = 0.06
 
 
 class Subject:
@@ -95,9 +101,9 @@ class Subject:
         if how == 1:  # as a projection gives them
             return torch.randn(batch, tokens, heads, self.dim, dtype=self.dtype).transpose(1, 2)
         if how == 2:  # as a fused projection does
-            return torch.randn(batch, tokens, heads, 3 * self.dim, dtype=self.dtype).transpose(1, 2)[
-                ..., self.dim : -self.dim
-            ]
+            return torch.randn(batch, tokens, heads, 3 * self.dim, dtype=self.dtype).transpose(
+                1, 2
+            )[..., self.dim : -self.dim]
         if how == 3:  # numbers of a head that do not lie beside each other
             return torch.randn(batch, heads, self.dim, tokens, dtype=self.dtype).mT
         if how == 4:
@@ -105,7 +111,9 @@ class Subject:
         return torch.randn(batch, 1, tokens, self.dim, dtype=self.dtype).expand(-1, heads, -1, -1)
 
     def expected(self, q, k, v, real, tokens: int) -> list[torch.Tensor]:
-        """For each row its outputs (1, H, real queries, D), of the last `tokens`: the row alone, without padding."""
+        """For each row its outputs (1, H, real queries, D), of the last `tokens`: the row alone,
+        without padding.
+        """
         outs = []
         for row in range(len(q)):
             keys = real[row].nonzero()[:, 0]
@@ -150,10 +158,18 @@ def play(kind: str, seed: int) -> None:
     torch.manual_seed(dice.randrange(2**31))
     subject = Subject(kind)
     state, batch, highest = subject.state, 3, 0
-    sides = dice.choice([("none",), ("left",), ("right",), ("none", "none", "right"), ("none", "left", "middle")])
-    past = [torch.zeros(batch, heads, 0, subject.dim, dtype=subject.dtype) for heads in (H, HKV, HKV)]
+    sides = dice.choice(
+        [("none",), ("left",), ("right",), ("none", "none", "right"), ("none", "left", "middle")]
+    )
+    past = [
+        torch.zeros(batch, heads, 0, subject.dim, dtype=subject.dtype) for heads in (H, HKV, HKV)
+    ]
     real = torch.ones(batch, 0, dtype=torch.bool)
-    moves = ["append", *dice.choices(["append", "append", "append", "crop", "rows", "reset"], k=6), "append"]
+    moves = [
+        "append",
+        *dice.choices(["append", "append", "append", "crop", "rows", "reset"], k=6),
+        "append",
+    ]
     for move in moves:
         if move == "append":
             tokens = dice.choice(LENGTHS)

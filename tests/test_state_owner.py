@@ -1,4 +1,6 @@
-"""A state knows whose it is, what it began with and in which mode; a cache's operations are all or nothing."""
+"""A state knows whose it is, what it began with and in which mode; a cache's operations are all or
+nothing.
+"""
 
 from __future__ import annotations
 
@@ -15,20 +17,43 @@ from effattn.hf.swap import swap
 from effattn.registry import backend, backends
 
 SPECS = [
-    "dense", "strided(stride=3)", "sliding(window=6)", "sliding(window=7)", "sliding(window=6, sinks=2)",
-    "sliding(window=6, dilation=2)", "block(block=6)", "block(block=3, look_back=1)", "s2(block=6)",
-    "longnet(segments=[6], dilations=[1])", "longnet(segments=[6], dilations=[2])", "fixed(stride=6)",
-    "fixed(stride=6, summary=2)", "longformer(window=6, global_tokens=2)",
-    "longformer(window=6, global_tokens=[0, 3])", "longformer(window=6, global_tokens=[0, 2])", "linear",
-    "linear(feature_map='relu')", "linear(decay=0.9)", "performer(features=16)", "performer(features=16, seed=1)",
-    "performer(features=16, kernel='relu')", "lsh(rounds=2, buckets=4, chunk=4)",
-    "lsh(rounds=2, buckets=4, chunk=4, seed=1)", "vq(codes=8, block=5)", "vq(codes=4, block=5)",
-    "linformer_blockwise(k=8, max_length=32, block=8)", "linformer_blockwise(k=8, max_length=32, block=4)",
-]  # fmt: skip
+    "dense",
+    "strided(stride=3)",
+    "sliding(window=6)",
+    "sliding(window=7)",
+    "sliding(window=6, sinks=2)",
+    "sliding(window=6, dilation=2)",
+    "block(block=6)",
+    "block(block=3, look_back=1)",
+    "s2(block=6)",
+    "longnet(segments=[6], dilations=[1])",
+    "longnet(segments=[6], dilations=[2])",
+    "fixed(stride=6)",
+    "fixed(stride=6, summary=2)",
+    "longformer(window=6, global_tokens=2)",
+    "longformer(window=6, global_tokens=[0, 3])",
+    "longformer(window=6, global_tokens=[0, 2])",
+    "linear",
+    "linear(feature_map='relu')",
+    "linear(decay=0.9)",
+    "performer(features=16)",
+    "performer(features=16, seed=1)",
+    "performer(features=16, kernel='relu')",
+    "lsh(rounds=2, buckets=4, chunk=4)",
+    "lsh(rounds=2, buckets=4, chunk=4, seed=1)",
+    "vq(codes=8, block=5)",
+    "vq(codes=4, block=5)",
+    "linformer_blockwise(k=8, max_length=32, block=8)",
+    "linformer_blockwise(k=8, max_length=32, block=4)",
+]
 
 
 def qkv(tokens=5, batch=2, heads=4, kv_heads=2, dim=8, dtype=torch.float32):
-    shapes = ((batch, heads, tokens, dim), (batch, kv_heads, tokens, dim), (batch, kv_heads, tokens, dim))
+    shapes = (
+        (batch, heads, tokens, dim),
+        (batch, kv_heads, tokens, dim),
+        (batch, kv_heads, tokens, dim),
+    )
     return [torch.randn(shape, dtype=dtype) for shape in shapes]
 
 
@@ -115,7 +140,9 @@ LEARNING = (
 
 @pytest.mark.parametrize("spec", LEARNING)
 def test_training_through_a_state(spec):
-    """A prompt without gradients, then tokens with them: those of the whole, where the prompt is a constant."""
+    """A prompt without gradients, then tokens with them: those of the whole, where the prompt is a
+    constant.
+    """
     attn = backend(spec, impl="torch").double()
     q, k, v = qkv(50, dtype=torch.float64)
     with torch.no_grad():
@@ -124,10 +151,18 @@ def test_training_through_a_state(spec):
         state, parts = attn.new_state(), []
         with torch.no_grad():
             attn(*(x[:, :, :40] for x in (q, k, v)), state=state)
-        leaves = [x[:, :, 40:].clone().requires_grad_(name in asked) for name, x in zip("qkv", (q, k, v), strict=True)]
+        leaves = [
+            x[:, :, 40:].clone().requires_grad_(name in asked)
+            for name, x in zip("qkv", (q, k, v), strict=True)
+        ]
         for low, high in ((0, 1), (1, 2), (2, 10)):
             parts.append(attn(*(x[:, :, low:high] for x in leaves), state=state))
-        whole = attn(*(torch.cat([x[:, :, :40], leaf], dim=2) for x, leaf in zip((q, k, v), leaves, strict=True)))
+        whole = attn(
+            *(
+                torch.cat([x[:, :, :40], leaf], dim=2)
+                for x, leaf in zip((q, k, v), leaves, strict=True)
+            )
+        )
         wanted = [leaf for leaf in leaves if leaf.requires_grad]
         weights = torch.randn_like(whole[:, :, 40:])
         got = torch.autograd.grad((torch.cat(parts, dim=2) * weights).sum(), wanted)
@@ -181,17 +216,27 @@ def test_a_layer_that_serves_two():
         model(tokens, past_key_values=cache)
 
 
-@pytest.mark.parametrize("axes", [
-    {"pattern": "sliding(window=8)"}, {"pattern": "sliding(window=5, sinks=2)"}, {"pattern": "linear(decay='retnet')"},
-    {"pattern": "lsh(rounds=2, buckets=4, chunk=4)"}, {"pattern": "fixed(stride=8)"}, {"positions": "rerope(window=8)"},
-    {"pattern": "sliding(window=24)", "cache": "int8(residual=16, group=16)"},
-    {"cache": "int8(residual=0, group=16, first=3)"},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "axes",
+    [
+        {"pattern": "sliding(window=8)"},
+        {"pattern": "sliding(window=5, sinks=2)"},
+        {"pattern": "linear(decay='retnet')"},
+        {"pattern": "lsh(rounds=2, buckets=4, chunk=4)"},
+        {"pattern": "fixed(stride=8)"},
+        {"positions": "rerope(window=8)"},
+        {"pattern": "sliding(window=24)", "cache": "int8(residual=16, group=16)"},
+        {"cache": "int8(residual=0, group=16, first=3)"},
+    ],
+)
 def test_in_and_out_of_inference_mode(axes):
     model, tokens = model_and_tokens(**axes)
     want = None
-    for modes in ((torch.no_grad,) * 3, (torch.inference_mode, torch.no_grad, torch.inference_mode),
-                  (torch.no_grad, torch.inference_mode, torch.no_grad)):  # fmt: skip
+    for modes in (
+        (torch.no_grad,) * 3,
+        (torch.inference_mode, torch.no_grad, torch.inference_mode),
+        (torch.no_grad, torch.inference_mode, torch.no_grad),
+    ):
         cache, parts, at = effattn.new_cache(model), [], 0
         for mode, size in zip(modes, (40, 1, 3), strict=True):
             with mode():

@@ -11,15 +11,25 @@ from effattn.registry import backend
 from effattn.states import ROLLBACK, ROOM, FullState, RingState
 
 SPECS = (
-    "dense", "sliding(window=6)", "sliding(window=5, sinks=3)", "sliding(window=2, sinks=40)", "block(block=7)",
-    "sliding(window=3, dilation=3)", "fixed(stride=6, summary=2)", "s2(block=6)", "strided(stride=5)",
-    "longnet(segments=[4, 12], dilations=[1, 2])", "longformer(window=5, global_tokens=3)",
+    "dense",
+    "sliding(window=6)",
+    "sliding(window=5, sinks=3)",
+    "sliding(window=2, sinks=40)",
+    "block(block=7)",
+    "sliding(window=3, dilation=3)",
+    "fixed(stride=6, summary=2)",
+    "s2(block=6)",
+    "strided(stride=5)",
+    "longnet(segments=[4, 12], dilations=[1, 2])",
+    "longformer(window=5, global_tokens=3)",
     "longformer(window=5, global_tokens=[1, 9])",
-)  # fmt: skip
+)
 
 
 def qkv(batch: int, tokens: int, draw: torch.Generator):
-    return [torch.randn(batch, h, tokens, 4, generator=draw, dtype=torch.float64) for h in (4, 2, 2)]
+    return [
+        torch.randn(batch, h, tokens, 4, generator=draw, dtype=torch.float64) for h in (4, 2, 2)
+    ]
 
 
 moves = st.one_of(
@@ -32,8 +42,12 @@ moves = st.one_of(
 
 
 @settings(deadline=None, max_examples=150)
-@given(spec=st.sampled_from(SPECS), moves=st.lists(moves, max_size=14), pads=st.sampled_from([0, 0, 3, 30]),
-       seed=st.integers(0, 99))  # fmt: skip
+@given(
+    spec=st.sampled_from(SPECS),
+    moves=st.lists(moves, max_size=14),
+    pads=st.sampled_from([0, 0, 3, 30]),
+    seed=st.integers(0, 99),
+)
 def test_a_state_is_all_that_is_needed(spec, moves, pads, seed):
     attn, draw = backend(spec, impl="torch"), torch.Generator().manual_seed(seed)
     truth = backend(spec, impl="reference")
@@ -117,7 +131,10 @@ def test_gradients_flow_through_a_state():
     q, k, v = (x.requires_grad_() for x in qkv(1, 50, torch.Generator()))
     expected = torch.autograd.grad(attn(q, k, v).square().sum(), (q, k, v))
     state = attn.new_state()
-    parts = [attn(*(x[:, :, a:b] for x in (q, k, v)), state=state) for a, b in ((0, 20), (20, 24), (24, 50))]
+    parts = [
+        attn(*(x[:, :, a:b] for x in (q, k, v)), state=state)
+        for a, b in ((0, 20), (20, 24), (24, 50))
+    ]
     got = torch.autograd.grad(torch.cat(parts, dim=2).square().sum(), (q, k, v))
     for a, b in zip(got, expected, strict=True):
         torch.testing.assert_close(a, b)

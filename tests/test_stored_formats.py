@@ -1,4 +1,6 @@
-"""Weights in formats that are no plain numbers: patterns run on them, whatever reads weights refuses them by name."""
+"""Weights in formats that are no plain numbers: patterns run on them, whatever reads weights
+refuses them by name.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +40,9 @@ class Codes(nn.Module):
         super().__init__()
         self.in_features, self.out_features = old.in_features, old.out_features
         self.register_buffer("scales", old.weight.detach().abs().amax(1) / 127)
-        self.register_buffer("qweight", (old.weight.detach() / self.scales[:, None]).round().to(torch.int8))
+        self.register_buffer(
+            "qweight", (old.weight.detach() / self.scales[:, None]).round().to(torch.int8)
+        )
         self.bias = old.bias
 
     def forward(self, x):
@@ -54,7 +58,9 @@ class Rounding(nn.Linear):
 
     def forward(self, x):
         scale = self.weight.abs().mean()
-        return nn.functional.linear(x, (self.weight / scale).round().clamp(-1, 1) * scale, self.bias)
+        return nn.functional.linear(
+            x, (self.weight / scale).round().clamp(-1, 1) * scale, self.bias
+        )
 
 
 class Unpacking(torch.Tensor):
@@ -62,7 +68,9 @@ class Unpacking(torch.Tensor):
 
     @staticmethod
     def __new__(cls, codes, scale):
-        return torch.Tensor._make_wrapper_subclass(cls, codes.shape, dtype=scale.dtype, requires_grad=False)
+        return torch.Tensor._make_wrapper_subclass(
+            cls, codes.shape, dtype=scale.dtype, requires_grad=False
+        )
 
     def __init__(self, codes, scale):
         self.codes, self.scale = codes, scale
@@ -114,7 +122,8 @@ def test_which_modules_are_plain():
     assert is_plain(linear)
     assert not is_packed(linear)
     told = {
-        kind: (is_plain(make(linear)), is_packed(make(linear)), packing(make(linear))) for kind, make in KINDS.items()
+        kind: (is_plain(make(linear)), is_packed(make(linear)), packing(make(linear)))
+        for kind, make in KINDS.items()
     }
     assert told == {
         "fp8": (False, True, "fp8"),
@@ -132,7 +141,9 @@ def test_patterns_and_second_projections(kind, family, tokens):
     own = logits(model, ids)
     assert anatomy.of(model).layers[0].dtype == torch.float32
     torch.testing.assert_close(logits(effattn.swap(model, "dense"), ids), own, rtol=1e-4, atol=1e-4)
-    effattn.swap(model, "longformer(window=49, global_tokens=2)")  # sees everything: the same function
+    effattn.swap(
+        model, "longformer(window=49, global_tokens=2)"
+    )  # sees everything: the same function
     torch.testing.assert_close(logits(model, ids), own, rtol=1e-4, atol=1e-4)
     effattn.swap(model, "sliding(window=4)", positions="ntk(factor=2, variant='fixed')")
     assert not torch.allclose(logits(model, ids), own, atol=1e-2)
@@ -141,13 +152,17 @@ def test_patterns_and_second_projections(kind, family, tokens):
 
 READS = {
     "convert_gqa": lambda model, tokens: effattn.convert_gqa(model, kv_heads=2, calibration=tokens),
-    "projections": lambda model, tokens: effattn.swap(model, "dense", projections="monarch(blocks=8)"),
+    "projections": lambda model, tokens: effattn.swap(
+        model, "dense", projections="monarch(blocks=8)"
+    ),
     "ffn": lambda model, tokens: effattn.swap(model, projections="monarch(blocks=8, ffn=True)"),
     "oneshot": lambda model, tokens: effattn.prune.oneshot(model, tokens, sparsity=0.5),
     "structured": lambda model, tokens: effattn.prune.structured(model, tokens, heads=4),
     "quantize_weights": lambda model, tokens: effattn.quant.quantize_weights(model),
     "fold_values": lambda model, tokens: effattn.quant.fold_values(model),
-    "approximation": lambda model, tokens: effattn.measure_approximation(model, tokens, methods=["monarch"], length=64),
+    "approximation": lambda model, tokens: effattn.measure_approximation(
+        model, tokens, methods=["monarch"], length=64
+    ),
     "weight": lambda model, tokens: anatomy.of(model).layers[0].o.weight,
 }
 
@@ -183,7 +198,9 @@ BLOCK = 32
 
 
 def stored(model, folder, kind: str = "fp8"):
-    """A checkpoint whose projections are 8-bit floats with a scale for each block of 32 x 32, and says so as `kind`."""
+    """A checkpoint whose projections are 8-bit floats with a scale for each block of 32 x 32, and
+    says so as `kind`.
+    """
     model.save_pretrained(folder)
     tensors = load_file(folder / "model.safetensors")
     for name, weight in list(tensors.items()):
@@ -197,8 +214,11 @@ def stored(model, folder, kind: str = "fp8"):
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     config = json.loads((folder / "config.json").read_text())
     config["quantization_config"] = {
-        "quant_method": kind, "weight_block_size": [BLOCK, BLOCK], "activation_scheme": "dynamic", "bits": 8,
-    }  # fmt: skip
+        "quant_method": kind,
+        "weight_block_size": [BLOCK, BLOCK],
+        "activation_scheme": "dynamic",
+        "bits": 8,
+    }
     (folder / "config.json").write_text(json.dumps(config))
     return folder
 
@@ -209,12 +229,20 @@ def names_and_dtypes(folder) -> dict:
 
 @pytest.mark.parametrize("loader", ["effattn", "transformers"])
 @pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
-def test_what_the_loader_unpacks_is_saved_as_plain_numbers(family, loader, tokens, tmp_path, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # transformers unpacks where there is no GPU
+def test_what_the_loader_unpacks_is_saved_as_plain_numbers(
+    family, loader, tokens, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(
+        torch.cuda, "is_available", lambda: False
+    )  # transformers unpacks where there is no GPU
     model, ids = tiny(family, dtype=torch.float32), tokens[None, :24]
     model.save_pretrained(tmp_path / "plain")
     folder = stored(model, tmp_path / "fp8")
-    model = effattn.load(folder) if loader == "effattn" else AutoModelForCausalLM.from_pretrained(folder).eval()
+    model = (
+        effattn.load(folder)
+        if loader == "effattn"
+        else AutoModelForCausalLM.from_pretrained(folder).eval()
+    )
     expected = logits(model, ids)
     effattn.save(model, tmp_path / "saved")
     model.save_pretrained(tmp_path / "theirs")
@@ -222,8 +250,12 @@ def test_what_the_loader_unpacks_is_saved_as_plain_numbers(family, loader, token
     effattn.restore(model)
     for name in ("saved", "theirs"):
         assert names_and_dtypes(tmp_path / name) == names_and_dtypes(tmp_path / "plain")
-        assert "quantization_config" not in json.loads((tmp_path / name / "config.json").read_text())
-        assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / name).eval(), ids), expected)
+        assert "quantization_config" not in json.loads(
+            (tmp_path / name / "config.json").read_text()
+        )
+        assert torch.equal(
+            logits(AutoModelForCausalLM.from_pretrained(tmp_path / name).eval(), ids), expected
+        )
     again = effattn.restore(effattn.load(tmp_path / "swapped"))
     assert torch.equal(logits(again, ids), expected)
 
@@ -240,13 +272,17 @@ def test_what_was_unpacked_is_converted_and_saved(tokens, tmp_path, monkeypatch)
 
 def test_formats_that_nobody_knows_are_refused(tmp_path):
     folder = stored(tiny("llama", dtype=torch.float32), tmp_path / "odd", kind="fp9")
-    with pytest.raises(Unsupported, match=r"quant_method: got 'fp9' \(did you mean 'fp8'\?\), valid are .*gptq"):
+    with pytest.raises(
+        Unsupported, match=r"quant_method: got 'fp9' \(did you mean 'fp8'\?\), valid are .*gptq"
+    ):
         effattn.load(folder)
 
 
 @pytest.mark.parametrize("kind", ["fp8", "gptq", "awq", "compressed-tensors", "mxfp4", "fp9"])
 def test_files_that_hold_codes_are_not_pruned(kind, tokens, tmp_path):
     folder = stored(tiny("llama", dtype=torch.float32), tmp_path / "packed", kind=kind)
-    with pytest.raises(Unsupported, match=f"its weights are stored as '{kind}', and pruning from files reads plain"):
+    with pytest.raises(
+        Unsupported, match=f"its weights are stored as '{kind}', and pruning from files reads plain"
+    ):
         prune_files(folder, tmp_path / "out", tokens, sparsity=0.5, length=64)
     assert not (tmp_path / "out").exists()

@@ -1,4 +1,6 @@
-"""Structured pruning: criteria against their definitions, least squares, gates, and what is refused."""
+"""Structured pruning: criteria against their definitions, least squares, gates, and what is
+refused.
+"""
 
 from __future__ import annotations
 
@@ -44,19 +46,24 @@ def inputs_of(module, model, batches):
     return torch.cat(seen)
 
 
-# ---- criteria -------------------------------------------------------------------------------------------------------
+# ---- criteria
+# -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["llama", "phi3", "opt"])
 def test_taylor_is_the_sum_of_weight_times_gradient_of_each_window(kind, tokens):
-    model = tiny(kind, num_key_value_heads=4, ffn_dim=96) if kind != "opt" else tiny(kind, ffn_dim=96)
+    model = (
+        tiny(kind, num_key_value_heads=4, ffn_dim=96) if kind != "opt" else tiny(kind, ffn_dim=96)
+    )
     parts = hf.of(model)
     rows = windows(tokens[: 3 * LENGTH], LENGTH, 1)
     heads, ffn = torch.zeros(2, parts.kv_heads), torch.zeros(2, 96)
     for window in rows:
         model.zero_grad()
         losses(model, window).sum().backward()
-        products = {parameter: (parameter * parameter.grad).detach() for parameter in model.parameters()}
+        products = {
+            parameter: (parameter * parameter.grad).detach() for parameter in model.parameters()
+        }
         for layer in parts:
             total = torch.zeros(parts.kv_heads)
             for projection in (layer.q, layer.k, layer.v, layer.o):
@@ -74,7 +81,9 @@ def test_taylor_is_the_sum_of_weight_times_gradient_of_each_window(kind, tokens)
                 total = total + wg.view(-1, 96).sum(0)
             ffn[layer.index] += total.abs()
     wanted = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-    found = criteria.measure("taylor", parts, windows(tokens[: 3 * LENGTH], LENGTH, 3), ["heads", "ffn", "layers"])
+    found = criteria.measure(
+        "taylor", parts, windows(tokens[: 3 * LENGTH], LENGTH, 3), ["heads", "ffn", "layers"]
+    )
     torch.testing.assert_close(found.heads, heads.double(), rtol=1e-4, atol=1e-7)
     torch.testing.assert_close(found.ffn, ffn.double(), rtol=1e-4, atol=1e-7)
     assert found.layers.shape == (2,)
@@ -111,9 +120,15 @@ def test_gates_multiply_and_their_gradients_are_michels(model, batches, tokens):
     torch.testing.assert_close(found.heads, expected.double(), rtol=0.05, atol=5e-3)
     torch.testing.assert_close(found.ffn.norm(dim=1), torch.ones(2, dtype=torch.float64))
     few = [torch.ones(4)] * 2
-    with pytest.raises(ValueError, match=r"heads: got gates \(4,\), valid is \(8,\)"), gated(parts, few):
+    with (
+        pytest.raises(ValueError, match=r"heads: got gates \(4,\), valid is \(8,\)"),
+        gated(parts, few),
+    ):
         pass
-    with pytest.raises(ValueError, match="ffn: got gates for 1 layers, the model has 2"), gated(parts, None, [None]):
+    with (
+        pytest.raises(ValueError, match="ffn: got gates for 1 layers, the model has 2"),
+        gated(parts, None, [None]),
+    ):
         pass
 
 
@@ -124,7 +139,10 @@ def test_the_criteria_that_only_look(model, batches):
     x, z = (inputs_of(module, model, batches) for module in (down, layer.o.module))
     w, o = down.weight.detach(), layer.o.module.weight.detach()
     wanted = {
-        "flap": (x.var(0, unbiased=False) * w.square().sum(0), z.var(0, unbiased=False) * o.square().sum(0)),
+        "flap": (
+            x.var(0, unbiased=False) * w.square().sum(0),
+            z.var(0, unbiased=False) * o.square().sum(0),
+        ),
         "wanda_sum": ((w.abs() * x.norm(dim=0)).sum(0), (o.abs() * z.norm(dim=0)).sum(0)),
     }
     for name, (ffn, heads) in wanted.items():
@@ -135,7 +153,9 @@ def test_the_criteria_that_only_look(model, batches):
     per_window = x.float().view(6, LENGTH, 96).abs().mean(1)
     torch.testing.assert_close(found.ffn[1], per_window.norm(dim=0).double(), rtol=1e-5, atol=1e-6)
     per_window = z.float().view(6, LENGTH, 8, 8).norm(dim=-1).mean(1)
-    torch.testing.assert_close(found.heads[1], per_window.norm(dim=0).view(4, 2).sum(1).double(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        found.heads[1], per_window.norm(dim=0).view(4, 2).sum(1).double(), rtol=1e-5, atol=1e-6
+    )
 
 
 @pytest.mark.parametrize("size", [1, 3])
@@ -159,7 +179,9 @@ def test_obs_removes_what_costs_least_once_the_rest_is_solved_again(size):
 
 
 def test_obs_keeps_one_of_two_that_say_the_same(model, batches):
-    """Every FFN dimension twice: a copy of each may go and nothing is lost, which no score of single ones can see."""
+    """Every FFN dimension twice: a copy of each may go and nothing is lost, which no score of
+    single ones can see.
+    """
     parts = hf.of(model)
     for layer in parts:
         for module in layer.feed_forward.inputs:
@@ -192,17 +214,22 @@ def test_block_influence_and_random(model, batches):
     shuffled = [criteria.measure("random", parts, batches, seed=seed) for seed in (0, 0, 1)]
     assert torch.equal(shuffled[0].ffn, shuffled[1].ffn)
     assert not torch.equal(shuffled[0].ffn, shuffled[2].ffn)
-    with pytest.raises(Unsupported, match="'flap' does not rank layers; 'taylor', 'block_influence', 'random' do"):
+    with pytest.raises(
+        Unsupported, match="'flap' does not rank layers; 'taylor', 'block_influence', 'random' do"
+    ):
         criteria.measure("flap", parts, batches, ["layers"])
     with pytest.raises(ValueError, match="did you mean 'taylor'"):
         criteria.measure("tailor", parts, batches)
 
 
-# ---- least squares --------------------------------------------------------------------------------------------------
+# ---- least squares
+# -------------------------------------------------------------------------------------------------
 
 
 def test_compensation_is_least_squares_on_the_whole_layers_output(model, tokens):
-    """W' = W C[:, S] C[S, S]^-1, for the first layer by numpy's way; later ones on what the pruned model computes."""
+    """W' = W C[:, S] C[S, S]^-1, for the first layer by numpy's way; later ones on what the pruned
+    model computes.
+    """
     parts, batches = hf.of(model), windows(tokens, 64, 4)
     kept = torch.arange(0, 96, 2)
     keep = Keep(ffn=[kept, kept])
@@ -212,7 +239,9 @@ def test_compensation_is_least_squares_on_the_whole_layers_output(model, tokens)
     target = x @ parts.layers[0].feed_forward.output.weight.detach().T
     wanted = torch.linalg.lstsq(x[:, kept], target).solution.T
     rows = compensate(parts, hf.of(small), keep, batches)
-    error = lambda weight: float((x[:, kept] @ weight.T - target).square().sum() / target.square().sum())  # noqa: E731
+    error = lambda weight: float(
+        (x[:, kept] @ weight.T - target).square().sum() / target.square().sum()
+    )  # noqa: E731
     assert rows[0]["ffn_error"] == pytest.approx(error(down.weight.detach()), rel=1e-6)
     assert error(wanted) <= rows[0]["ffn_error"] < 1.001 * error(wanted)
     assert all(row["ffn_error"] < 0.9 * row["ffn_error_sliced"] for row in rows)
@@ -222,28 +251,39 @@ def test_compensation_is_least_squares_on_the_whole_layers_output(model, tokens)
 def test_biases_take_the_mean_of_what_went(tokens):
     """FLAP's correction: with biases alone, each one is W[:, gone] E[x[gone]]."""
     model = tiny("llama")
-    small, report = structured(model, tokens, ffn=48, criterion="flap", compensate=False, bias=True, length=64)
+    small, report = structured(
+        model, tokens, ffn=48, criterion="flap", compensate=False, bias=True, length=64
+    )
     assert small.config.mlp_bias
     kept = report.data["kept"]["ffn"][0]
     gone = [i for i in range(96) if i not in kept]
     down = hf.of(model).layers[0].feed_forward.output
     x = inputs_of(down, model, windows(tokens, 64, 8))
     found = hf.of(small).layers[0].feed_forward
-    torch.testing.assert_close(found.output.bias.detach(), (down.weight[:, gone] @ x.mean(0)[gone]).detach())
+    torch.testing.assert_close(
+        found.output.bias.detach(), (down.weight[:, gone] @ x.mean(0)[gone]).detach()
+    )
     assert torch.equal(found.output.weight, down.weight[:, kept])
     assert not any(module.bias.any() for module in found.inputs)
     assert all(row["ffn_error"] <= row["ffn_error_sliced"] for row in report.layers)
-    with pytest.raises(Unsupported, match=r"MistralForCausalLM cannot have a bias in o_proj.*attention_bias"):
+    with pytest.raises(
+        Unsupported, match=r"MistralForCausalLM cannot have a bias in o_proj.*attention_bias"
+    ):
         structured(tiny("mistral"), tokens, heads=4, bias=True, length=64)
 
 
 @pytest.mark.parametrize("kind", ["gemma2", "opt", "mixtral", "phi"])
 def test_other_classes(kind, tokens):
-    """Norms behind the output modules, an FFN in two modules with biases, experts, parallel residuals."""
+    """Norms behind the output modules, an FFN in two modules with biases, experts, parallel
+    residuals.
+    """
     if kind == "mixtral":
         model, amounts = tiny(kind, dtype=torch.float32), {"heads": 4}
     else:
-        model, amounts = tiny(kind, dtype=torch.float32, **({"ffn_dim": 96} if kind == "opt" else {})), {"ffn": 0.5}
+        model, amounts = (
+            tiny(kind, dtype=torch.float32, **({"ffn_dim": 96} if kind == "opt" else {})),
+            {"ffn": 0.5},
+        )
     small, report = structured(model, tokens, **amounts, length=64)
     assert small.num_parameters() < model.num_parameters()
     target = next(iter(amounts))
@@ -251,13 +291,17 @@ def test_other_classes(kind, tokens):
     assert report.data["sizes"]["after"]["parameters"] == small.num_parameters()
 
 
-# ---- the whole, on the model that means something -------------------------------------------------------------------
+# ---- the whole, on the model that means something
+# -------------------------------------------------------------------
 
 
 def test_the_embedded_model_loses_less_with_taylor_and_with_least_squares():
     model, _ = effattn.embedded.load()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    train, held_out = effattn.embedded.tokens("train", 5376), effattn.embedded.tokens("validation", 1281)
+    train, held_out = (
+        effattn.embedded.tokens("train", 5376),
+        effattn.embedded.tokens("validation", 1281),
+    )
     whole = effattn.perplexity(model, held_out, 256)
     found = {}
     for criterion, solved in (("taylor", False), ("taylor", True), ("random", False)):
@@ -269,15 +313,23 @@ def test_the_embedded_model_loses_less_with_taylor_and_with_least_squares():
     assert whole < found["taylor", True] < found["taylor", False] < found["random", False]
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert (
-        report.data["sizes"]["after"]["kv_bytes_per_token"] * 2 == report.data["sizes"]["before"]["kv_bytes_per_token"]
+        report.data["sizes"]["after"]["kv_bytes_per_token"] * 2
+        == report.data["sizes"]["before"]["kv_bytes_per_token"]
     )
 
 
 def test_it_composes_with_gqa_a_pattern_and_decoding(tokens):
     model = tiny("llama")
     effattn.convert_gqa(model, 4, tokens, length=64)
-    small, _ = structured(model, tokens, heads=2, ffn=0.5, layers=1, criterion={
-        "heads": "activation", "ffn": "wanda_sum", "layers": "block_influence"}, length=64)  # fmt: skip
+    small, _ = structured(
+        model,
+        tokens,
+        heads=2,
+        ffn=0.5,
+        layers=1,
+        criterion={"heads": "activation", "ffn": "wanda_sum", "layers": "block_influence"},
+        length=64,
+    )
     assert effattn.describe(small).layers[0]["heads"] == "gqa(kv_heads=2)"
     effattn.swap(small, "sliding(window=16, sinks=2)")
     with pytest.raises(Unsupported, match="is swapped"):
@@ -286,23 +338,39 @@ def test_it_composes_with_gqa_a_pattern_and_decoding(tokens):
     assert out.shape == (1, 64)
 
 
-@pytest.mark.parametrize(("arguments", "message"), [
-    ({}, "heads, ffn, layers: got None, None, None, which removes nothing"),
-    ({"heads": 8}, "got 8, None, None, which removes nothing"),
-    ({"heads": 6}, r"heads: got 6 to keep, LlamaForCausalLM \(hidden size 64, 8 key/value heads\) it can keep 1, 2, 4"),
-    ({"heads": 9}, "heads: got 9, the model has 8 key/value heads a layer; valid is an int from 1 to 8"),
-    ({"ffn": True}, "ffn: got True, valid is an int from 1 to 96"),
-    ({"ffn": 1.5}, r"ffn: got 1.5, .*a float between 0 and 1"),
-    ({"layers": 0.9}, "layers: got 0.9, the model has 2 layers"),
-    ({"ffn": 0.5, "criterion": "tailor"}, "criterion: got 'tailor' .did you mean 'taylor'"),
-    ({"layers": 1, "criterion": "michel"}, "'michel' does not rank layers; 'taylor'"),
-    ({"ffn": 48, "criterion": {"heads": "taylor"}}, "criterion: got none for ffn"),
-    ({"ffn": 48, "tokens": torch.zeros(479, dtype=torch.int64)}, "tokens: got 479, at least 480 are needed"),
-    ({"ffn": 48, "tokens": torch.zeros(63, dtype=torch.int64)}, "tokens: got 63, less than a window of 64"),
-    ({"ffn": 48, "tokens": torch.zeros(700)}, "tokens: got torch.float32"),
-    ({"ffn": 48, "tokens": torch.full((700,), 96)}, "vocabulary is 0 to 95"),
-    ({"ffn": 48, "length": 4}, "length: got 4"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({}, "heads, ffn, layers: got None, None, None, which removes nothing"),
+        ({"heads": 8}, "got 8, None, None, which removes nothing"),
+        (
+            {"heads": 6},
+            r"heads: got 6 to keep, LlamaForCausalLM \(hidden size 64, 8 key/value heads\) it can "
+            r"keep 1, 2, 4",
+        ),
+        (
+            {"heads": 9},
+            "heads: got 9, the model has 8 key/value heads a layer; valid is an int from 1 to 8",
+        ),
+        ({"ffn": True}, "ffn: got True, valid is an int from 1 to 96"),
+        ({"ffn": 1.5}, r"ffn: got 1.5, .*a float between 0 and 1"),
+        ({"layers": 0.9}, "layers: got 0.9, the model has 2 layers"),
+        ({"ffn": 0.5, "criterion": "tailor"}, "criterion: got 'tailor' .did you mean 'taylor'"),
+        ({"layers": 1, "criterion": "michel"}, "'michel' does not rank layers; 'taylor'"),
+        ({"ffn": 48, "criterion": {"heads": "taylor"}}, "criterion: got none for ffn"),
+        (
+            {"ffn": 48, "tokens": torch.zeros(479, dtype=torch.int64)},
+            "tokens: got 479, at least 480 are needed",
+        ),
+        (
+            {"ffn": 48, "tokens": torch.zeros(63, dtype=torch.int64)},
+            "tokens: got 63, less than a window of 64",
+        ),
+        ({"ffn": 48, "tokens": torch.zeros(700)}, "tokens: got torch.float32"),
+        ({"ffn": 48, "tokens": torch.full((700,), 96)}, "vocabulary is 0 to 95"),
+        ({"ffn": 48, "length": 4}, "length: got 4"),
+    ],
+)
 def test_bad_arguments(arguments, message, tokens):
     with pytest.raises(ValueError, match=message):
         structured(tiny("llama"), **{"tokens": tokens, "length": 64, **arguments})
@@ -316,5 +384,7 @@ def test_numbers_that_are_not_finite_name_the_place(criterion, tokens):
         structured(model, tokens, ffn=48, length=64)
     model.model.layers[1].mlp.up_proj.weight.data[0, 0] = 1e300
     model.model.layers[1].mlp.gate_proj.weight.data[0] = 1e300
-    with pytest.raises(FloatingPointError, match="layer 1: the calibration activations contain NaN or infinity"):
+    with pytest.raises(
+        FloatingPointError, match="layer 1: the calibration activations contain NaN or infinity"
+    ):
         structured(model, tokens, ffn=48, criterion=criterion, length=64)

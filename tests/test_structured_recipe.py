@@ -1,4 +1,6 @@
-"""The structured pruning job from end to end on a tiny checkpoint, its report, and what it refuses."""
+"""The structured pruning job from end to end on a tiny checkpoint, its report, and what it
+refuses.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,9 @@ from effattn import cli
 def checkpoint(tmp_path_factory):
     """A tiny model with the embedded model's tokenizer."""
     folder = tmp_path_factory.mktemp("source") / "model"
-    model = tiny("mistral", dtype=torch.float32, vocab_size=3072, hidden_size=32, num_key_value_heads=4)
+    model = tiny(
+        "mistral", dtype=torch.float32, vocab_size=3072, hidden_size=32, num_key_value_heads=4
+    )
     model.save_pretrained(folder)
     effattn.embedded.tokenizer().save_pretrained(folder)
     return folder
@@ -28,9 +32,17 @@ def checkpoint(tmp_path_factory):
 
 def job(checkpoint, output, **changes) -> Job:
     settings = dict(
-        model=str(checkpoint), output=output, heads=3, ffn=0.25, criteria=("taylor", "heads=activation,ffn=flap"),
-        calibration_tokens=1024, evaluation_tokens=256, length=64, decode_contexts=(16,), device="cpu",
-    )  # fmt: skip
+        model=str(checkpoint),
+        output=output,
+        heads=3,
+        ffn=0.25,
+        criteria=("taylor", "heads=activation,ffn=flap"),
+        calibration_tokens=1024,
+        evaluation_tokens=256,
+        length=64,
+        decode_contexts=(16,),
+        device="cpu",
+    )
     return Job(**(settings | changes))
 
 
@@ -44,7 +56,11 @@ def test_the_whole_job(checkpoint, tmp_path):
 
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     config = model.config
-    assert (config.num_attention_heads, config.num_key_value_heads, config.intermediate_size) == (6, 3, 72)
+    assert (config.num_attention_heads, config.num_key_value_heads, config.intermediate_size) == (
+        6,
+        3,
+        72,
+    )
     data = json.loads((tmp_path / "out" / "report.json").read_text())
     sizes = data["sizes"]
     assert sizes["after"]["parameters"] == model.num_parameters() < sizes["before"]["parameters"]
@@ -54,11 +70,15 @@ def test_the_whole_job(checkpoint, tmp_path):
     assert sizes["after"]["flops_per_token"] < sizes["before"]["flops_per_token"]
     assert data["verification"]["fresh_process"]
     assert [(run["criterion"], run["compensation"]) for run in data["runs"]] == [
-        ("taylor", "weights"), ("taylor", "nothing"), ("heads=activation, ffn=flap", "weights"),
+        ("taylor", "weights"),
+        ("taylor", "nothing"),
+        ("heads=activation, ffn=flap", "weights"),
         ("heads=activation, ffn=flap", "nothing"),
-    ]  # fmt: skip
+    ]
     held_out = effattn.embedded.tokens("validation", 256)
-    assert data["quality"]["pruned"]["perplexity"] == pytest.approx(effattn.perplexity(model, held_out, 64), rel=1e-4)
+    assert data["quality"]["pruned"]["perplexity"] == pytest.approx(
+        effattn.perplexity(model, held_out, 64), rel=1e-4
+    )
     assert data["decode"][0]["after"]["kv_bytes"] * 4 == data["decode"][0]["before"]["kv_bytes"] * 3
     assert len(data["importance"]["ffn"][0]) == 101
 
@@ -72,7 +92,9 @@ def test_the_whole_job(checkpoint, tmp_path):
 
 def test_layers_alone_need_no_solving(checkpoint, tokens):
     model = AutoModelForCausalLM.from_pretrained(checkpoint)
-    small, report = effattn.prune.structured(model, tokens, layers=1, criterion="block_influence", length=64)
+    small, report = effattn.prune.structured(
+        model, tokens, layers=1, criterion="block_influence", length=64
+    )
     assert small.config.num_hidden_layers == 1
     assert report.layers == []
     assert "Kept 1 of 2 layers" in report.headline
@@ -82,7 +104,13 @@ def test_layers_alone_need_no_solving(checkpoint, tokens):
 
 
 def test_amounts_and_criteria_as_people_write_them():
-    assert [parse_amount("ffn", text) for text in ("528", "0.25", "25%", None, "all")] == [528, 0.25, 0.25, None, None]
+    assert [parse_amount("ffn", text) for text in ("528", "0.25", "25%", None, "all")] == [
+        528,
+        0.25,
+        0.25,
+        None,
+        None,
+    ]
     assert parse_criterion("heads=flap, layers=random") == {"heads": "flap", "layers": "random"}
     with pytest.raises(ValueError, match="ffn: got 'few', valid is like 4"):
         parse_amount("ffn", "few")
@@ -92,17 +120,28 @@ def test_amounts_and_criteria_as_people_write_them():
         StructuredReport({"kind": "x"})
 
 
-@pytest.mark.parametrize(("options", "message"), [
-    ([], "heads, ffn, layers: got none"),
-    (["--ffn", "25%", "--criterion", "tailor"], "did you mean 'taylor'"),
-    (["--ffn", "25%", "--device", "gpu"], "device: got 'gpu'"),
-    (["--ffn", "97"], "ffn: got 97, the model has 96 FFN dimensions a layer"),
-    (["--layers", "1", "--criterion", "flap"], "'flap' does not rank layers"),
-    (["--ffn", "25%", "--calibration-tokens", "100", "--length", "64"], "tokens: got 100, at least 720 are needed"),
-    (["--ffn", "25%", "--bias", "--calibration-tokens", "2k"], "cannot have a bias in its FFN's output module"),
-    (["--ffn", "25%", "--output", "taken"], "exists and is not an empty folder"),
-])  # fmt: skip
-def test_what_is_refused_is_one_line_and_leaves_nothing(options, message, checkpoint, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([], "heads, ffn, layers: got none"),
+        (["--ffn", "25%", "--criterion", "tailor"], "did you mean 'taylor'"),
+        (["--ffn", "25%", "--device", "gpu"], "device: got 'gpu'"),
+        (["--ffn", "97"], "ffn: got 97, the model has 96 FFN dimensions a layer"),
+        (["--layers", "1", "--criterion", "flap"], "'flap' does not rank layers"),
+        (
+            ["--ffn", "25%", "--calibration-tokens", "100", "--length", "64"],
+            "tokens: got 100, at least 720 are needed",
+        ),
+        (
+            ["--ffn", "25%", "--bias", "--calibration-tokens", "2k"],
+            "cannot have a bias in its FFN's output module",
+        ),
+        (["--ffn", "25%", "--output", "taken"], "exists and is not an empty folder"),
+    ],
+)
+def test_what_is_refused_is_one_line_and_leaves_nothing(
+    options, message, checkpoint, tmp_path, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "file").write_text("mine")

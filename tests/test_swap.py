@@ -1,4 +1,6 @@
-"""Swapping live transformers models: dense gives the same tokens, restore the same bits, and nothing is ignored."""
+"""Swapping live transformers models: dense gives the same tokens, restore the same bits, and
+nothing is ignored.
+"""
 
 import copy
 import pickle
@@ -21,9 +23,17 @@ from effattn.hf.swap import active, parse_layers, restore, swap
 from effattn.patterns.dense import Dense
 
 SIZES = {
-    "vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "max_position_embeddings": 256, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
-}  # fmt: skip
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
 MHA = {key: value for key, value in SIZES.items() if key != "num_key_value_heads"}
 MIXED = {"layer_types": ["sliding_attention", "full_attention"] * 2, "sliding_window": 8}
 CONFIGS = {
@@ -33,7 +43,10 @@ CONFIGS = {
     "qwen2": (transformers.Qwen2Config, SIZES),
     "qwen3": (transformers.Qwen3Config, {**SIZES, "head_dim": 16}),
     "gemma": (transformers.GemmaConfig, {**SIZES, "head_dim": 8}),
-    "gemma2": (transformers.Gemma2Config, {**SIZES, "head_dim": 8, **MIXED, "attn_logit_softcapping": 2.0}),
+    "gemma2": (
+        transformers.Gemma2Config,
+        {**SIZES, "head_dim": 8, **MIXED, "attn_logit_softcapping": 2.0},
+    ),
     "gemma3": (transformers.Gemma3TextConfig, {**SIZES, "head_dim": 8, **MIXED}),
     "phi3": (transformers.Phi3Config, {**SIZES, "sliding_window": 8}),
     "gpt_oss": (
@@ -51,8 +64,12 @@ def tiny(name="llama", attn="sdpa", **changes):
     """A random model whose logits really depend on its attention."""
     cls, options = CONFIGS[name]
     torch.manual_seed(0)
-    attn = "eager" if name in ("gemma2", "gpt_oss") else attn  # transformers' sdpa has no softcap and no sinks
-    model = transformers.AutoModelForCausalLM.from_config(cls(**options, **changes), attn_implementation=attn).eval()
+    attn = (
+        "eager" if name in ("gemma2", "gpt_oss") else attn
+    )  # transformers' sdpa has no softcap and no sinks
+    model = transformers.AutoModelForCausalLM.from_config(
+        cls(**options, **changes), attn_implementation=attn
+    ).eval()
     for part, p in model.named_parameters():
         if p.ndim > 1 or "sinks" in part:
             nn.init.normal_(p, std=0.2 if p.ndim > 1 else 2)
@@ -75,7 +92,9 @@ def logits(model, inputs):
 
 
 def generate(model, inputs, **options):
-    return model.generate(**inputs, do_sample=False, max_new_tokens=12, min_new_tokens=12, **options)
+    return model.generate(
+        **inputs, do_sample=False, max_new_tokens=12, min_new_tokens=12, **options
+    )
 
 
 def windows(name):
@@ -115,7 +134,11 @@ def test_the_backend_really_runs(monkeypatch):
     model, calls = tiny(), []
     attend = Dense.attend
     swap(model, {"1-2": "dense(impl='reference')"})
-    monkeypatch.setattr(Dense, "attend", lambda self, *args: calls.append(args[3].layout.mask) or attend(self, *args))
+    monkeypatch.setattr(
+        Dense,
+        "attend",
+        lambda self, *args: calls.append(args[3].layout.mask) or attend(self, *args),
+    )
     logits(model, batch())
     assert len(calls) == 2
     assert torch.equal(calls[0], batch()["attention_mask"].bool())
@@ -147,7 +170,10 @@ def test_copies_and_pickles_keep_the_swap():
     before = logits(model, batch())
     swap(model, "dense")
     twin = copy.deepcopy(model)
-    assert twin.model.layers[0].self_attn._effattn.backend is not model.model.layers[0].self_attn._effattn.backend
+    assert (
+        twin.model.layers[0].self_attn._effattn.backend
+        is not model.model.layers[0].self_attn._effattn.backend
+    )
     restore(model)
     torch.testing.assert_close(logits(twin, batch()), before)
     assert twin.config._attn_implementation == live.NAME
@@ -158,21 +184,31 @@ def test_copies_and_pickles_keep_the_swap():
         assert not any(module._forward_pre_hooks for module in copied.modules())
 
 
-@pytest.mark.parametrize("spec", ["dense", "sliding(window=4, sinks=2)", "longformer(window=4, global_tokens=2)"])
+@pytest.mark.parametrize(
+    "spec", ["dense", "sliding(window=4, sinks=2)", "longformer(window=4, global_tokens=2)"]
+)
 def test_autocast_mixes_dtypes_as_torch_does(spec):
     model, inputs = swap(tiny("qwen3"), spec), batch()
     exact = logits(model, inputs)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         torch.testing.assert_close(logits(model, inputs).float(), exact, rtol=0.1, atol=0.2)
         cache = model(**inputs).past_key_values
-        assert {layer.keys.dtype for layer in cache.layers} == {torch.bfloat16 if spec != "dense" else torch.float32}
-        mask = torch.nn.functional.pad(inputs["attention_mask"], (0, 1), value=1)  # the cache holds padding
+        assert {layer.keys.dtype for layer in cache.layers} == {
+            torch.bfloat16 if spec != "dense" else torch.float32
+        }
+        mask = torch.nn.functional.pad(
+            inputs["attention_mask"], (0, 1), value=1
+        )  # the cache holds padding
         step = model(inputs["input_ids"][:, :1], attention_mask=mask, past_key_values=cache)
         assert step.logits.isfinite().all()
 
 
 def test_layers():
-    assert parse_layers({"0-3": "a", "4-": "b"}, 6) == {**dict.fromkeys(range(4), "a"), 4: "b", 5: "b"}
+    assert parse_layers({"0-3": "a", "4-": "b"}, 6) == {
+        **dict.fromkeys(range(4), "a"),
+        4: "b",
+        5: "b",
+    }
     assert parse_layers({"0, 2-3": "a", 5: "b"}, 6) == {0: "a", 2: "a", 3: "a", 5: "b"}
 
 
@@ -190,8 +226,16 @@ MISTAKES = [
     (("lsh",), {"round": 4}, "did you mean 'rounds'"),
     (("sliding",), {}, "sliding: window must be given"),
     (("sliding",), {"window": 0}, "sliding: window: got 0"),
-    (("sliding",), {"window": 4, "sinks": 2, "dilation": 2}, "sinks and dilation cannot be combined"),
-    (("dense",), {"positions": "leaky_rerop(window=256, k=2)"}, "positions: .* .did you mean 'leaky_rerope'"),
+    (
+        ("sliding",),
+        {"window": 4, "sinks": 2, "dilation": 2},
+        "sinks and dilation cannot be combined",
+    ),
+    (
+        ("dense",),
+        {"positions": "leaky_rerop(window=256, k=2)"},
+        "positions: .* .did you mean 'leaky_rerope'",
+    ),
     (("dense",), {"cache": "int44(group=64)"}, "cache: got 'int44' .did you mean 'int4'"),
     (("dense",), {"projections": "monach(blocks=16)"}, "did you mean 'monarch'"),
     (("dense",), {"heads": "mla"}, "heads: 'mla' is planned"),
@@ -215,7 +259,11 @@ def test_mistakes_change_nothing(args, options, message):
 def assert_untouched(model):
     """No trace of a swap."""
     assert not any(module._forward_pre_hooks for module in model.modules())
-    assert not any("effattn" in name for module in model.modules() for name in (*vars(module), *module._modules))
+    assert not any(
+        "effattn" in name
+        for module in model.modules()
+        for name in (*vars(module), *module._modules)
+    )
 
 
 def test_heads_go_to_convert_gqa(monkeypatch):
@@ -255,13 +303,20 @@ def test_refused_by_name_before_anything_is_changed(monkeypatch):
     gpt2 = transformers.GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=97)
     dynamic = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
     for config, spec, message in (
-        (CONFIGS["gemma2"], "capless", "Gemma2ForCausalLM .*layers 1, 3: .*soft-capped.*no softcap.*{\"0,2\": ...}"),
+        (
+            CONFIGS["gemma2"],
+            "capless",
+            'Gemma2ForCausalLM .*layers 1, 3: .*soft-capped.*no softcap.*{"0,2": ...}',
+        ),
         (CONFIGS["gemma3"], {"1-2": "capless"}, "layers? 1: no bf16 today"),
-        ((transformers.LlamaConfig, {**SIZES, "rope_parameters": dynamic}), "sliding(window=4, sinks=2)",
-         "rotary rule 'dynamic' depends on the sequence's length"),
+        (
+            (transformers.LlamaConfig, {**SIZES, "rope_parameters": dynamic}),
+            "sliding(window=4, sinks=2)",
+            "rotary rule 'dynamic' depends on the sequence's length",
+        ),
         (bloom, "dense", "BloomForCausalLM"),
         (gpt2, "dense", "GPT2LMHeadModel"),
-    ):  # fmt: skip
+    ):
         with monkeypatch.context() as patch:
             patch.setattr(registry, "_BACKENDS", dict(registry.backends()))
             registry.register("capless")(Capless)
@@ -306,7 +361,9 @@ def test_refused_while_running():
     for use_cache in (False, True):
         with pytest.raises(Unsupported, match="packed documents"):
             model(tokens, position_ids=packed, use_cache=use_cache)
-    with pytest.raises(Unsupported, match=r"expected attention_mask \(batch, tokens\), got \(1, 1, 6, 6\)"):
+    with pytest.raises(
+        Unsupported, match=r"expected attention_mask \(batch, tokens\), got \(1, 1, 6, 6\)"
+    ):
         model(tokens, attention_mask=torch.ones(1, 1, 6, 6).tril())
     with pytest.raises(Unsupported, match="static cache"):
         generate(model, {"input_ids": tokens}, cache_implementation="static")
@@ -320,9 +377,14 @@ def test_refused_while_running():
 
 @pytest.mark.parametrize(
     ("kwargs", "message"),
-    [({"softcap": 30.0}, "softcap"), ({"s_aux": torch.ones(4)}, "s_aux"), ({"dropout": 0.1}, "dropout"),
-     ({"output_attentions": True}, "output_attentions"), ({"position_bias": torch.ones(1)}, "position_bias")],
-)  # fmt: skip
+    [
+        ({"softcap": 30.0}, "softcap"),
+        ({"s_aux": torch.ones(4)}, "s_aux"),
+        ({"dropout": 0.1}, "dropout"),
+        ({"output_attentions": True}, "output_attentions"),
+        ({"position_bias": torch.ones(1)}, "position_bias"),
+    ],
+)
 def test_what_a_model_passes_is_never_ignored(kwargs, message, monkeypatch):
     model = swap(tiny(), "dense")
     x = torch.randn(1, 4, 6, 8)
@@ -340,10 +402,17 @@ def test_new_cache():
     model = swap(tiny(), {"0": "dense", "2": "sliding(window=4)"})
     cache = new_cache(model)
     assert type(cache) is DynamicCache
-    assert [type(layer) for layer in cache.layers] == [DynamicLayer, DynamicLayer, StateLayer, DynamicLayer]
+    assert [type(layer) for layer in cache.layers] == [
+        DynamicLayer,
+        DynamicLayer,
+        StateLayer,
+        DynamicLayer,
+    ]
     inputs = batch(False)
     assert torch.equal(generate(model, inputs, past_key_values=cache), generate(model, inputs))
-    assert [type(layer) for layer in new_cache(tiny("mistral")).layers] == [DynamicSlidingWindowLayer] * 4
+    assert [type(layer) for layer in new_cache(tiny("mistral")).layers] == [
+        DynamicSlidingWindowLayer
+    ] * 4
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -359,7 +428,9 @@ def test_describe(name):
     held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
     assert description.kv_bytes_per_token == held / 4
     layer = description.layers[0]
-    assert layer["heads"] == ("gqa(kv_heads=2)" if "num_key_value_heads" in CONFIGS[name][1] else "mha")
+    assert layer["heads"] == (
+        "gqa(kv_heads=2)" if "num_key_value_heads" in CONFIGS[name][1] else "mha"
+    )
     window = windows(name)[0]
     assert (layer["pattern"], layer["cache"]) == (
         ("dense", "full") if window is None else (f"sliding(window={window})", "ring")

@@ -1,5 +1,6 @@
-"""Streaming a text through a cache, and `recipes/swap_backend.py` as users run it: what it measures is what it says,
-the saved checkpoint computes the same, and every way to get it wrong is one line with nothing written."""
+"""Streaming a text through a cache, and `recipes/swap_backend.py` as users run it: what it measures
+is what it says, the saved checkpoint computes the same, and every way to get it wrong is one line
+with nothing written."""
 
 from __future__ import annotations
 
@@ -29,10 +30,13 @@ from effattn.swapping.report import SwapReport
 
 ROOT = Path(__file__).parents[1]
 SINKS = "sliding(window=16, sinks=2)"
-TOKEN = 2 * 2 * 8 * 8  # numbers that a tiny model's cache holds a token: layers, k and v, heads, head size
+TOKEN = (
+    2 * 2 * 8 * 8
+)  # numbers that a tiny model's cache holds a token: layers, k and v, heads, head size
 
 
-# ---- streaming ------------------------------------------------------------------------------------------------------
+# ---- streaming
+# -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 64, 500])
@@ -53,7 +57,9 @@ def test_chunks_are_one_forward_and_hold_what_the_window_needs(pattern, chunk, t
     torch.testing.assert_close(losses, token_losses(model, text, 150), atol=1e-5, rtol=1e-5)
     if not isinstance(pattern, dict):
         window, sinks = (16, 2) if "sinks" in pattern else (9, 0)
-        assert max(held) <= 8 * TOKEN * (window + sinks + 16) + 2 * 8 * sinks  # 16 more for rollback; where sinks are
+        assert (
+            max(held) <= 8 * TOKEN * (window + sinks + 16) + 2 * 8 * sinks
+        )  # 16 more for rollback; where sinks are
         settled = [size for number, size in enumerate(held) if (number + 1) * chunk > 64]
         assert len(set(settled)) == 1
 
@@ -62,8 +68,12 @@ def test_a_cache_with_a_past_goes_on_from_there(tokens):
     model, seen = tiny("llama"), []
     cache = DynamicCache(config=model.config)
     model(input_ids=tokens[None, :40], past_key_values=cache)
-    losses, held = stream_losses(model, tokens[40:100], 16, cache, lambda done, total: seen.append((done, total)))
-    torch.testing.assert_close(losses, token_losses(model, tokens[:100], 99)[40:], atol=1e-6, rtol=1e-6)
+    losses, held = stream_losses(
+        model, tokens[40:100], 16, cache, lambda done, total: seen.append((done, total))
+    )
+    torch.testing.assert_close(
+        losses, token_losses(model, tokens[:100], 99)[40:], atol=1e-6, rtol=1e-6
+    )
     assert held[-1] == 8 * TOKEN * 99
     assert seen == [(16, 59), (32, 59), (48, 59), (59, 59)]
 
@@ -106,7 +116,8 @@ def test_the_embedded_model_streams_with_sinks_and_not_without_a_window():
     assert held[-1] == held[1] == (256 + 16 + 4) * 8192 + 4 * 8 * 4
 
 
-# ---- measurements ---------------------------------------------------------------------------------------------------
+# ---- measurements
+# -------------------------------------------------------------------------------------------------
 
 
 def test_every_context_scores_the_same_tokens(tokens):
@@ -118,14 +129,23 @@ def test_every_context_scores_the_same_tokens(tokens):
     for start in range(64, 94, 2):  # context 5: windows overlap by 3 and score 2
         window = tokens[start - 3 : start + 3]
         losses += token_losses(model, window, 5)[3:]
-    assert rows[1]["cross_entropy"] == pytest.approx(torch.stack(losses).double().mean().item(), abs=1e-6)
+    assert rows[1]["cross_entropy"] == pytest.approx(
+        torch.stack(losses).double().mean().item(), abs=1e-6
+    )
     assert measure.by_context(model, tokens, [], 30) == []
 
 
 def test_buckets_cover_everything_once():
     losses = torch.arange(10.0)
-    assert [(one["first"], one["last"]) for one in measure.buckets(losses, 4)] == [(0, 4), (4, 8), (8, 10)]
-    assert [(one["first"], one["last"]) for one in measure.buckets(losses[:9], 4)] == [(0, 4), (4, 9)]
+    assert [(one["first"], one["last"]) for one in measure.buckets(losses, 4)] == [
+        (0, 4),
+        (4, 8),
+        (8, 10),
+    ]
+    assert [(one["first"], one["last"]) for one in measure.buckets(losses[:9], 4)] == [
+        (0, 4),
+        (4, 9),
+    ]
     assert measure.buckets(losses[:3], 4)[0]["cross_entropy"] == 1
     assert [one["last"] for one in measure.spans(losses, [0, 5, 10, 20])] == [5, 10]
     assert measure.scores(torch.tensor([1e4]))["perplexity"] == float("inf")
@@ -145,7 +165,8 @@ def test_patterns_are_read_and_their_sinks_taken_away():
     assert label_of({"0": "dense", "1-": SINKS}) == f"layers 0: dense; layers 1-: {SINKS}"
 
 
-# ---- the recipe -----------------------------------------------------------------------------------------------------
+# ---- the recipe
+# -------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -153,7 +174,10 @@ def parent(tmp_path_factory) -> Path:
     """A tiny checkpoint with a tokenizer of bytes, on disk."""
     folder = tmp_path_factory.mktemp("parent")
     bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    bpe.pre_tokenizer, bpe.decoder = (
+        pre_tokenizers.ByteLevel(add_prefix_space=False),
+        decoders.ByteLevel(),
+    )
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=257, special_tokens=["<e>"], initial_alphabet=alphabet)
     bpe.train_from_iterator([""], trainer)
@@ -169,8 +193,15 @@ def text(tmp_path_factory) -> Path:
     return file
 
 
-FAST = {"--contexts": "16,32", "--evaluation-tokens": 40, "--stream-tokens": 400, "--dense-stream-tokens": 200,
-        "--chunk": 32, "--prompt-tokens": 120, "--generate-tokens": 20}  # fmt: skip
+FAST = {
+    "--contexts": "16,32",
+    "--evaluation-tokens": 40,
+    "--stream-tokens": 400,
+    "--dense-stream-tokens": 200,
+    "--chunk": 32,
+    "--prompt-tokens": 120,
+    "--generate-tokens": 20,
+}
 
 
 def invoke(arguments: dict, *more) -> tuple[int, str]:
@@ -182,7 +213,9 @@ def invoke(arguments: dict, *more) -> tuple[int, str]:
 
 
 def test_the_recipe_end_to_end(parent, text, tmp_path):
-    """A real process; the report says what was measured, and the checkpoint computes what the swapped model does."""
+    """A real process; the report says what was measured, and the checkpoint computes what the
+    swapped model does.
+    """
     out = tmp_path / "out"
     arguments = {"--model": parent, "--text": text, "--pattern": SINKS, "--output": out, **FAST}
     command = [
@@ -190,7 +223,9 @@ def test_the_recipe_end_to_end(parent, text, tmp_path):
         ROOT / "recipes" / "swap_backend.py",
         *(part for pair in arguments.items() for part in pair),
     ]
-    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [str(part) for part in command], capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     assert f"Streaming 400 tokens: {SINKS}" in " ".join(done.stdout.split())
     assert str(out / "report.html") in done.stdout
@@ -201,13 +236,28 @@ def test_the_recipe_end_to_end(parent, text, tmp_path):
     assert report["settings"]["text"] == str(text)
     assert {"device", "torch", "transformers", "threads", "date"} <= set(report["environment"])
     before, ours, bare = report["runs"]
-    assert [run["label"] for run in report["runs"]] == ["dense (before)", SINKS, "sliding(window=16)"]
+    assert [run["label"] for run in report["runs"]] == [
+        "dense (before)",
+        SINKS,
+        "sliding(window=16)",
+    ]
     assert [run["role"] for run in report["runs"]] == ["before", "pattern", "baseline"]
-    assert (before["stream"]["tokens"], ours["stream"]["tokens"], bare["stream"]["tokens"]) == (200, 400, 400)
+    assert (before["stream"]["tokens"], ours["stream"]["tokens"], bare["stream"]["tokens"]) == (
+        200,
+        400,
+        400,
+    )
     assert before["stream"]["cache_bytes"][-1] == [200, 4 * TOKEN * 200]
     assert ours["stream"]["cache_bytes"][-1] == [400, 4 * TOKEN * (16 + 2 + 16) + 2 * 8 * 2]
-    assert [(span["first"], span["last"]) for span in ours["stream"]["spans"]] == [(0, 128), (128, 200), (200, 400)]
-    assert [(span["first"], span["last"]) for span in before["stream"]["spans"]] == [(0, 128), (128, 200)]
+    assert [(span["first"], span["last"]) for span in ours["stream"]["spans"]] == [
+        (0, 128),
+        (128, 200),
+        (200, 400),
+    ]
+    assert [(span["first"], span["last"]) for span in before["stream"]["spans"]] == [
+        (0, 128),
+        (128, 200),
+    ]
     assert [row["context"] for row in ours["contexts"]] == [16, 32]
     assert ours["layers"] == [SINKS] * 2
     assert ours["text"]["tokens"] == 20
@@ -215,19 +265,25 @@ def test_the_recipe_end_to_end(parent, text, tmp_path):
     assert report["verification"]["max_logit_difference"] == 0
 
     model = effattn.load(out)
-    tokens = AutoTokenizer.from_pretrained(out)(text.read_text(), return_tensors="pt")["input_ids"][0]
+    tokens = AutoTokenizer.from_pretrained(out)(text.read_text(), return_tensors="pt")["input_ids"][
+        0
+    ]
     expected = effattn.swap(effattn.load(parent), SINKS)
     with torch.no_grad():
         assert torch.equal(model(tokens[None, :200]).logits, expected(tokens[None, :200]).logits)
     losses, _ = stream_losses(model, tokens[:401], 32)
-    assert ours["stream"]["spans"][2]["cross_entropy"] == pytest.approx(losses[200:].double().mean().item(), abs=1e-5)
+    assert ours["stream"]["spans"][2]["cross_entropy"] == pytest.approx(
+        losses[200:].double().mean().item(), abs=1e-5
+    )
 
     page, markdown = (out / "report.html").read_text(), (out / "report.md").read_text()
     assert page.count("<svg") == 3
     assert page.count("<article>") == 2
     assert "past 128 tokens, the trained length" in page
     assert "past 128 tokens, the trained length" in markdown
-    assert set(re.findall(r"https?://[^\s\"'<>]+", re.sub(r"<pre>.*?</pre>", "", page, flags=re.DOTALL))) <= {
+    assert set(
+        re.findall(r"https?://[^\s\"'<>]+", re.sub(r"<pre>.*?</pre>", "", page, flags=re.DOTALL))
+    ) <= {
         "http://www.w3.org/2000/svg",
         "http://www.w3.org/1999/xlink",
     }
@@ -254,36 +310,60 @@ def test_layers_several_patterns_and_no_output(parent, text, tmp_path, monkeypat
 
 
 def test_before_is_the_model_s_own_attention_also_of_a_swapped_checkpoint(parent, text, tmp_path):
-    folder = effattn.save(effattn.swap(effattn.load(parent), "sliding", window=4), tmp_path / "swapped",
-                          AutoTokenizer.from_pretrained(parent))  # fmt: skip
-    small = {"text": (text,), "contexts": (32,), "evaluation_tokens": 40, "stream_tokens": 64, "generate_tokens": 0}
-    found = [jobs.run(jobs.Job(model=str(one), patterns=["dense"], **small)) for one in (parent, folder)]
+    folder = effattn.save(
+        effattn.swap(effattn.load(parent), "sliding", window=4),
+        tmp_path / "swapped",
+        AutoTokenizer.from_pretrained(parent),
+    )
+    small = {
+        "text": (text,),
+        "contexts": (32,),
+        "evaluation_tokens": 40,
+        "stream_tokens": 64,
+        "generate_tokens": 0,
+    }
+    found = [
+        jobs.run(jobs.Job(model=str(one), patterns=["dense"], **small)) for one in (parent, folder)
+    ]
     first, second = (report.runs[0]["contexts"][0]["perplexity"] for report in found)
     assert first == second
     assert found[1].runs[1]["layers"] == ["dense"] * 2
 
 
-@pytest.mark.parametrize(("changed", "message"), [
-    ({"--pattern": "slidding(window=8)"}, r"got 'slidding' \(did you mean 'sliding'\?\)"),
-    ({"--pattern": "sliding(windw=8)"}, r"got 'windw' \(did you mean 'window'\?\)"),
-    ({"--pattern": "sliding"}, "window must be given"),
-    ({"--pattern": '{"0": dense}'}, "is not JSON"),
-    ({"--pattern": '{"0": 3}'}, "layers '0' have 3"),
-    ({"--pattern": '{"0-5": "dense"}'}, "the model has layers 0 to 1"),
-    ({"--pattern": "{}"}, "got an empty dict"),
-    ({"--stream-tokens": "1M"}, r"stream_tokens: 1,000,001 tokens are needed, the held-out text has 3,0\d\d"),
-    ({"--contexts": "16,4k"}, "contexts and evaluation_tokens: 4,137 tokens are needed"),
-    ({"--contexts": "16,1"}, "contexts: got 1, valid is 2 tokens or more"),
-    ({"--contexts": "long"}, "contexts: got 'long'"),
-    ({"--chunk": 0}, "chunk: got 0, valid is 1 or more"),
-    ({"--temperature": -1}, "temperature: got -1"),
-    ({"--device": "gpu"}, "device: got 'gpu'"),
-    ({"--model": "no/such-model-anywhere"}, "not an existing folder"),
-    ({"--text": "none.txt"}, "does not exist"),
-    ({"--dataset": "wikitext"}, "valid is one of them"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"--pattern": "slidding(window=8)"}, r"got 'slidding' \(did you mean 'sliding'\?\)"),
+        ({"--pattern": "sliding(windw=8)"}, r"got 'windw' \(did you mean 'window'\?\)"),
+        ({"--pattern": "sliding"}, "window must be given"),
+        ({"--pattern": '{"0": dense}'}, "is not JSON"),
+        ({"--pattern": '{"0": 3}'}, "layers '0' have 3"),
+        ({"--pattern": '{"0-5": "dense"}'}, "the model has layers 0 to 1"),
+        ({"--pattern": "{}"}, "got an empty dict"),
+        (
+            {"--stream-tokens": "1M"},
+            r"stream_tokens: 1,000,001 tokens are needed, the held-out text has 3,0\d\d",
+        ),
+        ({"--contexts": "16,4k"}, "contexts and evaluation_tokens: 4,137 tokens are needed"),
+        ({"--contexts": "16,1"}, "contexts: got 1, valid is 2 tokens or more"),
+        ({"--contexts": "long"}, "contexts: got 'long'"),
+        ({"--chunk": 0}, "chunk: got 0, valid is 1 or more"),
+        ({"--temperature": -1}, "temperature: got -1"),
+        ({"--device": "gpu"}, "device: got 'gpu'"),
+        ({"--model": "no/such-model-anywhere"}, "not an existing folder"),
+        ({"--text": "none.txt"}, "does not exist"),
+        ({"--dataset": "wikitext"}, "valid is one of them"),
+    ],
+)
 def test_bad_input_is_one_line_and_nothing_written(changed, message, parent, text, tmp_path):
-    arguments = {"--model": parent, "--text": text, "--pattern": SINKS, "--output": tmp_path / "out", **FAST, **changed}
+    arguments = {
+        "--model": parent,
+        "--text": text,
+        "--pattern": SINKS,
+        "--output": tmp_path / "out",
+        **FAST,
+        **changed,
+    }
     code, printed = invoke(arguments)
     assert code == 2
     errors = [line for line in printed.splitlines() if line.startswith("error: ")]
@@ -304,9 +384,13 @@ def test_a_folder_in_use_is_refused_before_any_work(parent, text, tmp_path):
 
 
 def test_what_a_model_cannot_take_is_said_before_anything_is_measured(text, parent, tmp_path):
-    tiny("opt", dtype=torch.float32, vocab_size=257, ffn_dim=96, word_embed_proj_dim=64).save_pretrained(tmp_path)
+    tiny(
+        "opt", dtype=torch.float32, vocab_size=257, ffn_dim=96, word_embed_proj_dim=64
+    ).save_pretrained(tmp_path)
     AutoTokenizer.from_pretrained(parent).save_pretrained(tmp_path)
-    code, printed = invoke({"--model": tmp_path, "--text": text, "--pattern": "sliding(window=16)", **FAST})
+    code, printed = invoke(
+        {"--model": tmp_path, "--text": text, "--pattern": "sliding(window=16)", **FAST}
+    )
     assert code == 2
     assert "OPTForCausalLM has 128 learned positions and cannot go further" in printed
     assert "perplexity by context" not in printed
@@ -325,23 +409,39 @@ class Stops(Quiet):
 
 
 def small(parent, text, **more) -> jobs.Job:
-    return jobs.Job(model=str(parent), text=(text,), patterns=[SINKS], contexts=(), stream_tokens=100, chunk=50,
-                    dense_stream_tokens=60, prompt_tokens=9, generate_tokens=0, **more)  # fmt: skip
+    return jobs.Job(
+        model=str(parent),
+        text=(text,),
+        patterns=[SINKS],
+        contexts=(),
+        stream_tokens=100,
+        chunk=50,
+        dense_stream_tokens=60,
+        prompt_tokens=9,
+        generate_tokens=0,
+        **more,
+    )
 
 
 def test_ctrl_c_leaves_nothing(parent, text, tmp_path, monkeypatch):
-    monkeypatch.setattr(SwapReport, "save", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt()))
+    monkeypatch.setattr(
+        SwapReport, "save", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt())
+    )
     with pytest.raises(KeyboardInterrupt):
         jobs.run(small(parent, text, output=tmp_path / "out"))
     assert list(tmp_path.iterdir()) == []
     monkeypatch.setattr("effattn.cli.Show", lambda: Stops("streaming"))
-    code, printed = invoke({"--model": parent, "--text": text, "--pattern": SINKS, "--output": tmp_path / "o", **FAST})
+    code, printed = invoke(
+        {"--model": parent, "--text": text, "--pattern": SINKS, "--output": tmp_path / "o", **FAST}
+    )
     assert code == 130
     assert "stopped; nothing was written" in printed
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_checkpoint_that_reloads_differently_is_not_delivered(parent, text, tmp_path, monkeypatch):
+def test_a_checkpoint_that_reloads_differently_is_not_delivered(
+    parent, text, tmp_path, monkeypatch
+):
     from transformers import PreTrainedModel
 
     save = PreTrainedModel.save_pretrained
@@ -357,7 +457,8 @@ def test_a_checkpoint_that_reloads_differently_is_not_delivered(parent, text, tm
     assert list(tmp_path.iterdir()) == []
 
 
-# ---- the report -----------------------------------------------------------------------------------------------------
+# ---- the report
+# -------------------------------------------------------------------------------------------------
 
 
 def test_the_report_says_what_happened_and_shows_text_as_it_is(parent, text):
@@ -365,8 +466,13 @@ def test_the_report_says_what_happened_and_shows_text_as_it_is(parent, text):
     main, fresh = report.main["stream"], report.data["reference"]
     for found, perplexity in ((main, 30.0), (fresh, 10.0)):
         for span in found["spans"]:
-            span |= {"perplexity": perplexity, "cross_entropy": torch.tensor(perplexity).log().item()}
-    assert f"{SINKS} is at perplexity 30.00 (10.00 for" in report.headline  # 100 tokens are within the trained length
+            span |= {
+                "perplexity": perplexity,
+                "cross_entropy": torch.tensor(perplexity).log().item(),
+            }
+    assert (
+        f"{SINKS} is at perplexity 30.00 (10.00 for" in report.headline
+    )  # 100 tokens are within the trained length
     report.data["model"]["trained_length"] = 60
     assert f"{SINKS} rises to perplexity 30.00 past token 60 (10.00 for" in report.headline
     fresh["spans"][1]["cross_entropy"] = main["spans"][1]["cross_entropy"]
@@ -391,5 +497,11 @@ def test_the_report_says_what_happened_and_shows_text_as_it_is(parent, text):
 def test_save_and_load(parent, text, tmp_path):
     report = jobs.run(small(parent, text))
     report.save(tmp_path / "report")
-    assert sorted(path.name for path in (tmp_path / "report").iterdir()) == ["report.html", "report.json", "report.md"]
-    assert json.loads(SwapReport.load(tmp_path / "report").to_json()) == json.loads(report.to_json())
+    assert sorted(path.name for path in (tmp_path / "report").iterdir()) == [
+        "report.html",
+        "report.json",
+        "report.md",
+    ]
+    assert json.loads(SwapReport.load(tmp_path / "report").to_json()) == json.loads(
+        report.to_json()
+    )

@@ -1,4 +1,6 @@
-"""What is fed: documents end once, empty and null rows give nothing, long ones are read in pieces."""
+"""What is fed: documents end once, empty and null rows give nothing, long ones are read in
+pieces.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +45,8 @@ def folder(path, rows, other=None, readme: str = ""):
     return str(path)
 
 
-# ---- documents and their ends --------------------------------------------------------------------------------------
+# ---- documents and their ends
+# --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("empty", ["", " ", "\n", " \n\t"])
@@ -60,20 +63,27 @@ def test_a_text_that_ends_itself_has_one_end(tokenizer):
     end = tokenizer.eos_token
     found = encode([f"one{end}", f"{end}two{end}{end}", end, f"a{end}b"], tokenizer)
     assert torch.equal(found, encode(["one", "two", f"a{end}b"], tokenizer))
-    assert not ((found[1:] == tokenizer.eos_token_id) & (found[:-1] == tokenizer.eos_token_id)).any()
+    assert not (
+        (found[1:] == tokenizer.eos_token_id) & (found[:-1] == tokenizer.eos_token_id)
+    ).any()
 
 
 def test_a_limit_is_kept(tokenizer):
     whole = encode(["one two three", "", "four five"], tokenizer)
     for limit in range(1, len(whole) + 2):
-        assert torch.equal(encode(["one two three", "", "four five"], tokenizer, limit), whole[:limit])
+        assert torch.equal(
+            encode(["one two three", "", "four five"], tokenizer, limit), whole[:limit]
+        )
 
 
-# ---- long documents ------------------------------------------------------------------------------------------------
+# ---- long documents
+# -------------------------------------------------------------------------------------------------
 
 
 def words(count: int, seed: int = 0) -> str:
-    """Text of all kinds: words, numbers, indentation, blank lines, other alphabets, emoji, accents in two forms."""
+    """Text of all kinds: words, numbers, indentation, blank lines, other alphabets, emoji, accents
+    in two forms.
+    """
     source = random.Random(seed)
     parts = [
         "alpha",
@@ -103,12 +113,17 @@ def trained(kind: str):
         trainer = trainers.UnigramTrainer(vocab_size=120, special_tokens=special, unk_token="<unk>")
     elif kind == "wordpiece":
         made = Tokenizer(models.WordPiece(unk_token="<unk>"))
-        made.normalizer, made.pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
+        made.normalizer, made.pre_tokenizer = (
+            normalizers.BertNormalizer(),
+            pre_tokenizers.BertPreTokenizer(),
+        )
         trainer = trainers.WordPieceTrainer(vocab_size=150, special_tokens=special)
     else:
         made = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True))
         if kind == "llama":  # no pre-tokenizer: a prefix, and "▁" for spaces
-            made.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+            made.normalizer = normalizers.Sequence(
+                [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+            )
         elif kind == "nfkc":
             made.normalizer, made.pre_tokenizer = normalizers.NFKC(), pre_tokenizers.Metaspace()
         else:
@@ -138,14 +153,20 @@ def test_borders_of_pieces(length, tokenizer, monkeypatch):
     monkeypatch.setattr(encoding, "OVERLAP", 400)
     monkeypatch.setattr(encoding, "PIECE", 1000)
     document = words(2000)[:length]
-    assert encoding.token_ids(document, tokenizer) == tokenizer(document, add_special_tokens=False)["input_ids"]
+    assert (
+        encoding.token_ids(document, tokenizer)
+        == tokenizer(document, add_special_tokens=False)["input_ids"]
+    )
 
 
 @pytest.mark.parametrize("document", ["a" * 5000, " " * 5000, "ab" * 3000, "x" + "\n" * 5000])
 def test_where_pieces_do_not_agree_the_whole_is_taken(document, tokenizer, monkeypatch):
     monkeypatch.setattr(encoding, "OVERLAP", 400)
     monkeypatch.setattr(encoding, "PIECE", 1003)
-    assert encoding.token_ids(document, tokenizer) == tokenizer(document, add_special_tokens=False)["input_ids"]
+    assert (
+        encoding.token_ids(document, tokenizer)
+        == tokenizer(document, add_special_tokens=False)["input_ids"]
+    )
 
 
 def test_a_small_share_of_a_long_document_is_little_work(tokenizer):
@@ -173,7 +194,8 @@ def test_long_sequences_are_the_same_by_pieces(tokenizer, monkeypatch):
     assert torch.equal(long_sequences(texts, tokenizer, 5, 128), expected)
 
 
-# ---- datasets ------------------------------------------------------------------------------------------------------
+# ---- datasets
+# -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("nulls", [[1], [0], [0, 1, 2], [9]])
@@ -185,7 +207,11 @@ def test_null_rows_give_nothing(nulls, tmp_path):
 
 
 def test_other_columns_may_be_null(tmp_path):
-    rows = [{"title": None, "body": "one"}, {"title": "t", "body": None}, {"title": None, "body": "two"}]
+    rows = [
+        {"title": None, "body": "one"},
+        {"title": "t", "body": None},
+        {"title": None, "body": "two"},
+    ]
     name = folder(tmp_path / "d", rows)
     assert list(read_dataset(name)) == ["one", "two"]
     assert list(read_dataset(name, "title")) == ["t"]
@@ -207,9 +233,13 @@ def test_configurations_are_named_or_listed(tmp_path, tokenizer):
     name = folder(tmp_path / "d", [{"text": "raw text"}], [{"text": "tok text"}], CONFIGS)
     assert list(read_dataset(f"{name}:raw")) == ["raw text"]
     assert list(read_dataset(f"{name}:tok", "text")) == ["tok text"]
-    with pytest.raises(ValueError, match=r"has several configurations, valid is one of .*d:raw, .*d:tok$"):
+    with pytest.raises(
+        ValueError, match=r"has several configurations, valid is one of .*d:raw, .*d:tok$"
+    ):
         list(read_dataset(name))
-    with pytest.raises(ValueError, match=r"no configuration 'row' \(did you mean 'raw'\?\); valid are 'raw', 'tok'"):
+    with pytest.raises(
+        ValueError, match=r"no configuration 'row' \(did you mean 'raw'\?\); valid are 'raw', 'tok'"
+    ):
         list(read_dataset(f"{name}:row"))
     with pytest.raises(ValueError, match="several configurations"):
         streams(tokenizer, train=10, evaluation=5, dataset=name)

@@ -1,4 +1,6 @@
-"""Clocks, turns and percentiles: their structure. Durations themselves depend on the machine and are not asserted."""
+"""Clocks, turns and percentiles: their structure. Durations themselves depend on the machine and
+are not asserted.
+"""
 
 import time
 
@@ -24,7 +26,9 @@ def test_percentiles_are_torchs():
 
 @pytest.mark.parametrize("count", [1, 2, 3, 5])
 def test_turns_are_fair(count):
-    """Over a whole cycle everyone stands at each place equally often, and is as often before as after each other."""
+    """Over a whole cycle everyone stands at each place equally often, and is as often before as
+    after each other.
+    """
     names = [str(i) for i in range(count)]
     orders = [turn(names, number) for number in range(2 * count)]
     assert all(sorted(order) == names for order in orders)
@@ -77,7 +81,9 @@ def test_alternate_refuses(arguments, message):
 
 @pytest.mark.parametrize("flush", [False, True])
 def test_clock(flush):
-    """It calls once, and its seconds lie within those around it; a flush comes before the call and is not timed."""
+    """It calls once, and its seconds lie within those around it; a flush comes before the call and
+    is not timed.
+    """
     clock, calls = Clock(DEVICE, flush), []
     start = time.perf_counter()
     seconds = clock(lambda: calls.append(time.perf_counter()) or time.sleep(0.01))

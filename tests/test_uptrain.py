@@ -1,4 +1,6 @@
-"""Uptraining: the loss is what it says, memory is bounded, a kill costs nothing, two processes agree with one."""
+"""Uptraining: the loss is what it says, memory is bounded, a kill costs nothing, two processes
+agree with one.
+"""
 
 from __future__ import annotations
 
@@ -37,12 +39,16 @@ def test_loss_and_gradients_equal_the_plain_formula(tokens):
         student.zero_grad()
         if chunked:
             seen = {}
-            handle = parts.final_norm.register_forward_hook(lambda _, __, y, seen=seen: seen.update(h=y))
+            handle = parts.final_norm.register_forward_hook(
+                lambda _, __, y, seen=seen: seen.update(h=y)
+            )
             student(input_ids=ids)
             handle.remove()
             with torch.no_grad():
                 teacher_hidden = teacher.model(input_ids=ids).last_hidden_state
-            loss = distillation_loss(parts, seen["h"], teacher_parts, teacher_hidden, ids, ce_weight=0.3, chunk=7)
+            loss = distillation_loss(
+                parts, seen["h"], teacher_parts, teacher_hidden, ids, ce_weight=0.3, chunk=7
+            )
         else:
             s = student(input_ids=ids).logits[:, :-1].flatten(0, 1).log_softmax(-1)
             with torch.no_grad():
@@ -57,7 +63,9 @@ def test_loss_and_gradients_equal_the_plain_formula(tokens):
 
 
 class Largest(TorchDispatchMode):
-    """The most elements of any tensor (..., vocabulary) that an operation gave, forward or backward."""
+    """The most elements of any tensor (..., vocabulary) that an operation gave, forward or
+    backward.
+    """
 
     elements = 0
 
@@ -78,16 +86,28 @@ def test_logits_of_all_positions_never_exist(tokens):
             parts, hidden, teacher_parts, hidden.detach(), torch.zeros(2, 256, dtype=int), chunk=16
         )
         loss.backward()
-    assert 16 * 96 <= largest.elements <= 64 * 96  # a chunk of 16 positions, or the head; all positions: 510 * 96
+    assert (
+        16 * 96 <= largest.elements <= 64 * 96
+    )  # a chunk of 16 positions, or the head; all positions: 510 * 96
 
 
 def test_uptraining_helps_and_reports_a_curve(tokens, tmp_path):
     teacher, student = pair(tokens)
     result = uptrain(
-        student, teacher, tokens, train_tokens=40 * 128, folder=tmp_path, evaluation=tokens[:512], length=64, batch=2,
-        points=2, ce_weight=0.0, layer_weight=0.0,
-        trainable="all", lr=2e-3,
-    )  # fmt: skip
+        student,
+        teacher,
+        tokens,
+        train_tokens=40 * 128,
+        folder=tmp_path,
+        evaluation=tokens[:512],
+        length=64,
+        batch=2,
+        points=2,
+        ce_weight=0.0,
+        layer_weight=0.0,
+        trainable="all",
+        lr=2e-3,
+    )
     assert result["tokens"] == 40 * 128
     assert [point["tokens"] for point in result["curve"]] == [0, 20 * 128, 40 * 128]
     assert result["curve"][-1]["kl"] < 0.95 * result["curve"][0]["kl"], result["curve"]
@@ -121,7 +141,12 @@ def test_a_killed_run_resumes_to_the_same_weights(tokens, tmp_path):
     for name in ("whole", "killed"):
         teacher, student = pair(tokens)
         settings = dict(
-            train_tokens=12 * 128, folder=tmp_path / name, evaluation=tokens[:256], length=64, batch=2, save_every=4
+            train_tokens=12 * 128,
+            folder=tmp_path / name,
+            evaluation=tokens[:256],
+            length=64,
+            batch=2,
+            save_every=4,
         )
         if name == "killed":
 
@@ -133,7 +158,13 @@ def test_a_killed_run_resumes_to_the_same_weights(tokens, tmp_path):
                 uptrain(student, teacher, tokens, progress=die, **settings)
             teacher, student = pair(tokens)  # a new process starts from the conversion again
         seen = []
-        result = uptrain(student, teacher, tokens, progress=lambda done, _, seen=seen: seen.append(done), **settings)
+        result = uptrain(
+            student,
+            teacher,
+            tokens,
+            progress=lambda done, _, seen=seen: seen.append(done),
+            **settings,
+        )
         runs[name] = (student.state_dict(), result["curve"], seen)
     assert runs["killed"][2][0] == 5  # went on after the checkpoint at step 4
     for name, value in runs["whole"][0].items():
@@ -160,24 +191,37 @@ if int(os.environ.get("RANK", 0)) == 0:
 
 
 def test_two_processes_train_like_one(tokens, tmp_path):
-    """torchrun with gloo: half the windows in each process give the weights of one process with all of them."""
+    """torchrun with gloo: half the windows in each process give the weights of one process with all
+    of them.
+    """
     states = []
     for processes, batch in ((1, 4), (2, 2)):
         out = str(tmp_path / f"{processes}.safetensors")
         script = tmp_path / f"train{processes}.py"
         script.write_text(
             SCRIPT.format(
-                tests=str(Path(__file__).parent), folder=str(tmp_path / f"run{processes}"), batch=batch, out=out
+                tests=str(Path(__file__).parent),
+                folder=str(tmp_path / f"run{processes}"),
+                batch=batch,
+                out=out,
             )
         )
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", f"--master_port={port}"]
+        launcher = [
+            "-m",
+            "torch.distributed.run",
+            f"--nproc_per_node={processes}",
+            f"--master_port={port}",
+        ]
         done = subprocess.run(
-            [sys.executable, *launcher, str(script)], capture_output=True, text=True, timeout=240,
+            [sys.executable, *launcher, str(script)],
+            capture_output=True,
+            text=True,
+            timeout=240,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )  # fmt: skip
+        )
         assert done.returncode == 0, done.stderr[-3000:]
         from safetensors.torch import load_file
 

@@ -1,4 +1,6 @@
-"""Transformer-VQ: exact attention to quantized keys, its codebook, states, gradients, swaps and kernels."""
+"""Transformer-VQ: exact attention to quantized keys, its codebook, states, gradients, swaps and
+kernels.
+"""
 
 from __future__ import annotations
 
@@ -161,7 +163,9 @@ def test_exact_with_a_word_for_every_key():
     q, k, v = inputs(20, torch.float64)
     attn = effattn.backend("vq", codes=60, block=8)
     attn.calibrate(k.float())
-    torch.testing.assert_close(attn(q, k, v), effattn.backend("dense")(q, k, v), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        attn(q, k, v), effattn.backend("dense")(q, k, v), rtol=1e-5, atol=1e-5
+    )
 
 
 def test_updates_move_used_words_to_their_keys():
@@ -183,7 +187,9 @@ def test_the_commitment_loss_pulls_keys_to_their_words():
     k = draw(1, 2, 9, 4).requires_grad_()
     attn = effattn.backend("vq", codes=4)
     attn.commitment_loss(k).backward()
-    torch.testing.assert_close(k.grad, (k - quantized(attn.codebook, k.detach())).detach() * 2 / k.numel())
+    torch.testing.assert_close(
+        k.grad, (k - quantized(attn.codebook, k.detach())).detach() * 2 / k.numel()
+    )
 
 
 @pytest.mark.parametrize(
@@ -192,7 +198,10 @@ def test_the_commitment_loss_pulls_keys_to_their_words():
         (lambda: effattn.backend("vq", codes=0), "vq: codes: got 0"),
         (lambda: effattn.backend("vq", block=0), "vq: block: got 0"),
         (lambda: effattn.backend("vq", code=3), "did you mean 'codes'"),
-        (lambda: effattn.backend("vq").calibrate(draw(1, 2, 9, 4)), "512 for 9 keys, the codebook is larger"),
+        (
+            lambda: effattn.backend("vq").calibrate(draw(1, 2, 9, 4)),
+            "512 for 9 keys, the codebook is larger",
+        ),
         (lambda: effattn.backend("vq").calibrate(draw(2, 9, 4)), "keys, padding_mask: expected"),
     ],
 )
@@ -203,7 +212,9 @@ def test_bad_input(call, error):
 
 def test_other_heads_than_the_codebooks_are_refused():
     q, _, _, attn = fitted()
-    with pytest.raises(ValueError, match="expected 2 heads of size 16, as the codebook has, got 4 of size 16"):
+    with pytest.raises(
+        ValueError, match="expected 2 heads of size 16, as the codebook has, got 4 of size 16"
+    ):
         attn(q, q, q)
 
 
@@ -239,7 +250,9 @@ def test_calibration_is_checked_before_anything_is_changed(tokens):
     from conftest import tiny
 
     model = tiny("llama")
-    with pytest.raises(ValueError, match="512 codes, but 100 tokens in rows of 100: the codebook is larger"):
+    with pytest.raises(
+        ValueError, match="512 codes, but 100 tokens in rows of 100: the codebook is larger"
+    ):
         swap(model, "vq", calibration=tokens[:100])
     with pytest.raises(ValueError, match=r"calibration: got .* valid are tokens, int64"):
         swap(model, "vq", calibration=tokens.float())
@@ -254,9 +267,14 @@ def test_generation(tokens, tmp_path):
     from conftest import tiny
     from test_generation import WAYS, batch, generate, recomputed
 
-    model, data = swap(tiny("qwen3", num_key_value_heads=2), "vq(codes=16, block=4)", calibration=tokens), batch()
+    model, data = (
+        swap(tiny("qwen3", num_key_value_heads=2), "vq(codes=16, block=4)", calibration=tokens),
+        batch(),
+    )
     for way, options in WAYS.items():
-        assert torch.equal(generate(model, data, **options), recomputed(model, data, **options)), way
+        assert torch.equal(generate(model, data, **options), recomputed(model, data, **options)), (
+            way
+        )
     cache = effattn.new_cache(model)
     greedy = generate(model, data, past_key_values=cache)
     assert all(isinstance(layer, StateLayer) for layer in cache.layers)
@@ -320,31 +338,51 @@ def test_summarise(impl, size, first):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("size", "first"), [(8, 5), (None, 3)])
 def test_read(impl, dtype, size, first):
-    """Against softmax over counted words in fp64, with gradients through the output and the log-sum-exp."""
+    """Against softmax over counted words in fp64, with gradients through the output and the
+    log-sum-exp.
+    """
     blocks = 1 if size is None else (first + 13) // size - first // size + 1
-    q, words = draw(2, 2, 14, 16).to(DEVICE, dtype), draw(1, 20, 16, seed=1).to(DEVICE, dtype).float()
+    q, words = (
+        draw(2, 2, 14, 16).to(DEVICE, dtype),
+        draw(1, 20, 16, seed=1).to(DEVICE, dtype).float(),
+    )
     sums = draw(2, 1, blocks, 20, 12, seed=2).to(DEVICE)
-    counts = torch.randint(0, 3, (2, 1, blocks, 20), generator=torch.Generator().manual_seed(3)).int().to(DEVICE)
+    counts = (
+        torch.randint(0, 3, (2, 1, blocks, 20), generator=torch.Generator().manual_seed(3))
+        .int()
+        .to(DEVICE)
+    )
     counts[0, :, 0] = 0
     sums = sums * (counts[..., None] > 0)
-    block = torch.zeros(14, dtype=torch.int64) if size is None else (first + torch.arange(14)) // size - first // size
+    block = (
+        torch.zeros(14, dtype=torch.int64)
+        if size is None
+        else (first + torch.arange(14)) // size - first // size
+    )
     grads = draw(2, 2, 14, 12, seed=4).to(DEVICE), draw(2, 2, 14, seed=5).to(DEVICE)
 
     def definition(q, sums):
         n = counts[:, :, block].double()
         weights = torch.exp(0.3 * q @ words.double().mT) * n
         total = weights.sum(-1, keepdim=True)
-        shares = torch.exp(0.3 * q @ words.double().mT) / torch.where(total > 0, total, 1.0) * (n > 0)
+        shares = (
+            torch.exp(0.3 * q @ words.double().mT) / torch.where(total > 0, total, 1.0) * (n > 0)
+        )
         return (shares[..., None, :] @ sums[:, :, block])[..., 0, :], total[..., 0].log()
 
     def run(q, sums):
         return vq.read(q, words, sums, counts, scale=0.3, size=size, first=first, impl=impl)
 
     found = []
-    for function, to in ((run, (dtype, torch.float32)), (definition, (torch.float64, torch.float64))):
+    for function, to in (
+        (run, (dtype, torch.float32)),
+        (definition, (torch.float64, torch.float64)),
+    ):
         leaves = [x.to(t).requires_grad_() for x, t in zip((q, sums), to, strict=True)]
         out, lse = function(*leaves)
-        loss = (out.double() * grads[0]).sum() + (torch.where(lse.isfinite(), lse, 0.0) * grads[1]).sum()
+        loss = (out.double() * grads[0]).sum() + (
+            torch.where(lse.isfinite(), lse, 0.0) * grads[1]
+        ).sum()
         found.append([out, lse, *torch.autograd.grad(loss, leaves)])
     assert found[0][0].dtype == dtype
     blind = found[1][1] == -torch.inf

@@ -1,8 +1,8 @@
-"""The words that rows are written in: a case, its contenders, and the targets held against what was measured.
+"""The words that rows are written in: a case, its contenders, and the targets held against what was
+measured.
 
-The engine (`measure`, `run`) knows no method: a `Case` makes inputs and says what a call's answers are, a `Contender`
-builds a call and brings the truth that its answers are held to.
-"""
+The engine (`measure`, `run`) knows no method: a `Case` makes inputs and says what a call's answers
+are, a `Contender` builds a call and brings the truth that its answers are held to."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ class Absent(Exception):
 
 @dataclass(frozen=True)
 class Defined:
-    """A call that no formula of ours describes, as with parameters that a peer draws for itself. definition: its own
-    method's formula, slow and obvious, for inputs of fp64."""
+    """A call that no formula of ours describes, as with parameters that a peer draws for itself.
+    definition: its own method's formula, slow and obvious, for inputs of fp64."""
 
     run: Call
     definition: Call
@@ -39,12 +39,12 @@ class Defined:
 class Contender:
     """Who takes part.
 
-    build(case, inputs) returns the call that is timed as call(*inputs), or raises `Absent`. truth(case, inputs, call)
-    gives what `Case.answers` must give for that call, in fp64; None: nothing to check. `tolerance`: instead of
-    `TOLERANCE`. `tokens` overrides the case's length. `check_tokens`: the answers are checked at this length, for
-    truths that are too slow for the timed one. For the plan: `setup`, seconds that building takes (a compiler), and
-    `efficiency`, which share of the device's peak it may reach.
-    """
+    build(case, inputs) returns the call that is timed as call(*inputs), or raises `Absent`.
+    truth(case, inputs, call) gives what `Case.answers` must give for that call, in fp64; None:
+    nothing to check. `tolerance`: instead of `TOLERANCE`. `tokens` overrides the case's length.
+    `check_tokens`: the answers are checked at this length, for truths that are too slow for the
+    timed one. For the plan: `setup`, seconds that building takes (a compiler), and `efficiency`,
+    which share of the device's peak it may reach."""
 
     name: str
     build: Callable[[Case, list[Tensor]], Call]
@@ -62,10 +62,10 @@ class Contender:
 class Case:
     """One race. A subclass writes `inputs`, and where it applies `once`, `answers` and `cost`.
 
-    what: "forward", "forward+backward", "decode", …; a title tells cases of the same shape apart. Cases of one
-    `group` make one plot over `tokens`. remark: what a reader of the numbers has to know. declared: for a case whose
-    contenders differ in length only, the exponents of time and of memory in the length that are promised.
-    """
+    what: "forward", "forward+backward", "decode", …; a title tells cases of the same shape apart.
+    Cases of one `group` make one plot over `tokens`. remark: what a reader of the numbers has to
+    know. declared: for a case whose contenders differ in length only, the exponents of time and of
+    memory in the length that are promised."""
 
     what: str
     dtype: str
@@ -92,7 +92,9 @@ class Case:
 
     def described(self) -> dict:
         """Its settings, JSON-able."""
-        found = {one.name: getattr(self, one.name) for one in fields(self) if one.name != "contenders"}
+        found = {
+            one.name: getattr(self, one.name) for one in fields(self) if one.name != "contenders"
+        }
         declared = self.declared and {"time": self.declared[0], "memory": self.declared[1]}
         return {**found, "declared": declared, "group": self.group}
 
@@ -120,7 +122,9 @@ class Case:
 
 @dataclass(frozen=True)
 class Ratio:
-    """How many times `of` is what `over` is: medians of milliseconds, or another entry. Both are (case, contender)."""
+    """How many times `of` is what `over` is: medians of milliseconds, or another entry. Both are
+    (case, contender).
+    """
 
     of: tuple[str, str]
     over: tuple[str, str]
@@ -150,8 +154,9 @@ def entry_of(results: Mapping, case: str, contender: str, entry: str) -> float |
 
 @dataclass(frozen=True)
 class Target:
-    """A number to reach: `value(results)` is at least `least`, or at most `most`. source: where the number comes from.
-    headline: a part of the sentence on top of the report; `{value}` in it is what was reached."""
+    """A number to reach: `value(results)` is at least `least`, or at most `most`. source: where the
+    number comes from. headline: a part of the sentence on top of the report; `{value}` in it is
+    what was reached."""
 
     text: str
     value: Callable[[Mapping], float | None]
@@ -162,10 +167,23 @@ class Target:
     headline: str = ""
 
     def judge(self, results: Mapping) -> dict:
-        """{"what", "value", "target", "unit", "source", "passes"}: value and passes are None where not measured."""
+        """{"what", "value", "target", "unit", "source", "passes"}: value and passes are None where
+        not measured.
+        """
         value = self.value(results)
         limit, sign = (self.least, ">=") if self.least is not None else (self.most, "<=")
         passes = None if value is None else value >= limit if sign == ">=" else value <= limit
-        said = self.headline.format(value=f"{value:.3g}") if self.headline and value is not None else ""
-        return {"what": self.text, "value": value, "target": f"{sign} {limit:g}", "unit": self.unit,
-                "source": self.source, "passes": passes, "headline": said}  # fmt: skip
+        said = (
+            self.headline.format(value=f"{value:.3g}")
+            if self.headline and value is not None
+            else ""
+        )
+        return {
+            "what": self.text,
+            "value": value,
+            "target": f"{sign} {limit:g}",
+            "unit": self.unit,
+            "source": self.source,
+            "passes": passes,
+            "headline": said,
+        }

@@ -1,8 +1,8 @@
 """The README's figures and tables, made of the files in `results/`.
 
 Between `<!-- bench:FOLDER/BLOCK -->` and `<!-- /bench -->` stands what `BLOCKS[BLOCK]` makes of
-results/FOLDER/bench.json; figures go to docs/figures/FOLDER-BLOCK.svg. Doing it twice changes nothing.
-"""
+results/FOLDER/bench.json; figures go to docs/figures/FOLDER-BLOCK.svg. Doing it twice changes
+nothing."""
 
 from __future__ import annotations
 
@@ -20,7 +20,9 @@ from effattn.errors import check_choice
 from effattn.reports.tables import Table, data_size, markdown_text
 
 FIGURES = Path("docs") / "figures"
-MARKER = re.compile(r"(<!-- bench:(?P<folder>[\w.-]+)/(?P<block>\w+) -->\n).*?(<!-- /bench -->)", re.DOTALL)
+MARKER = re.compile(
+    r"(<!-- bench:(?P<folder>[\w.-]+)/(?P<block>\w+) -->\n).*?(<!-- /bench -->)", re.DOTALL
+)
 NOT_YET = "*Not measured yet: `make bench` writes `{file}`, `make readme-figures` puts it here.*\n"
 # A figure has no page around it to take its colours from.
 STYLE = """<style>svg {--ink: #1f2328; --grid: #d0d7de; font-family: sans-serif}
@@ -32,14 +34,18 @@ APPROXIMATE = "approximate backends"  # how the sources of their targets begin
 
 
 def group_table(group: str) -> Callable[[Mapping], str]:
-    """A line a length, a column a contender, median milliseconds; the fastest in bold; who is missing, below."""
+    """A line a length, a column a contender, median milliseconds; the fastest in bold; who is
+    missing, below.
+    """
 
     def block(results: Mapping) -> str:
         cases = [x for x in results["cases"].values() if x["case"]["group"] == group]
         if not cases:
             return f"*No case of {group} in these results.*"
         cases.sort(key=lambda case: case["case"]["tokens"])
-        timed = [who for case in cases for who, row in case["contenders"].items() if "ms_p50" in row]
+        timed = [
+            who for case in cases for who, row in case["contenders"].items() if "ms_p50" in row
+        ]
         names = list(dict.fromkeys(timed))
         lines = []
         for case in cases:
@@ -47,7 +53,8 @@ def group_table(group: str) -> Callable[[Mapping], str]:
             times = [rows.get(who, {}).get("ms_p50") for who in names]
             best = min(filter(None, times), default=None)
             cells = [
-                "" if ms is None else f"**{milliseconds(ms)}**" if ms == best else milliseconds(ms) for ms in times
+                "" if ms is None else f"**{milliseconds(ms)}**" if ms == best else milliseconds(ms)
+                for ms in times
             ]
             lines.append([f"{case['case']['tokens']:,}", *cells])
         absent = dict.fromkeys(line for case in cases for line in missing(case["contenders"]))
@@ -57,23 +64,39 @@ def group_table(group: str) -> Callable[[Mapping], str]:
 
 
 def steps_table(results: Mapping) -> str:
-    """A decoding step at the longest cache: milliseconds, bytes held, bytes read a second and the share of the peak."""
+    """A decoding step at the longest cache: milliseconds, bytes held, bytes read a second and the
+    share of the peak.
+    """
     cases = [x for x in results["cases"].values() if x["case"]["group"] == STEP]
     if not cases:
         return f"*No case of {STEP} in these results.*"
     case = max(cases, key=lambda case: case["case"]["tokens"])
     lines = [
-        [who, milliseconds(row["ms_p50"]), data_size(row["state_bytes"]), f"{row['read_gb_per_s']:.1f}",
-         "" if row["read_share"] is None else f"{row['read_share']:.0%}"]
-        for who, row in case["contenders"].items() if "ms_p50" in row
-    ]  # fmt: skip
-    header = [f"after {case['case']['tokens']:,} tokens", "ms", "state", "read GB/s", "of the read peak"]
+        [
+            who,
+            milliseconds(row["ms_p50"]),
+            data_size(row["state_bytes"]),
+            f"{row['read_gb_per_s']:.1f}",
+            "" if row["read_share"] is None else f"{row['read_share']:.0%}",
+        ]
+        for who, row in case["contenders"].items()
+        if "ms_p50" in row
+    ]
+    header = [
+        f"after {case['case']['tokens']:,} tokens",
+        "ms",
+        "state",
+        "read GB/s",
+        "of the read peak",
+    ]
     return _table(Table("", header, lines))
 
 
 def targets_block(results: Mapping, source: str = "") -> str:
     """Every target, or those whose source begins so."""
-    table = targets_table({**results, "checks": [x for x in results["checks"] if x["source"].startswith(source)]})
+    table = targets_table(
+        {**results, "checks": [x for x in results["checks"] if x["source"].startswith(source)]}
+    )
     return _table(Table("", ["", *table.header[1:4]], [row[:4] for row in table.rows]))
 
 
@@ -98,8 +121,14 @@ def figure(group: str) -> Callable[[Mapping], str]:
 
 
 def digest(results: Mapping, group: str) -> str:
-    """Tells a figure of these numbers from one of others, whatever version of matplotlib drew it."""
-    cases = {name: case["contenders"] for name, case in results["cases"].items() if case["case"]["group"] == group}
+    """Tells a figure of these numbers from one of others, whatever version of matplotlib drew
+    it.
+    """
+    cases = {
+        name: case["contenders"]
+        for name, case in results["cases"].items()
+        if case["case"]["group"] == group
+    }
     return hashlib.sha256(json.dumps(cases, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -118,7 +147,8 @@ DRAWN = {"figure": FORWARD, "training_figure": TRAINING}
 
 
 def update(text: str, root: Path) -> tuple[str, dict[Path, str]]:
-    """The README `text` with its blocks made new, and its figures {path: SVG}, from the results below `root`.
+    """The README `text` with its blocks made new, and its figures {path: SVG}, from the results
+    below `root`.
 
     ValueError for unknown blocks, markers without an end, and results that cannot be read.
     """
@@ -145,9 +175,17 @@ def update(text: str, root: Path) -> tuple[str, dict[Path, str]]:
 def caption(results: Mapping, file: Path) -> str:
     """Where and when: every block ends with it."""
     where = results["environment"]
-    on = f"{where['device']}, {where['threads']} threads" if results["settings"]["device"] == "cpu" else where["device"]
-    said = " (a quick run: shows that it works, not how fast)" if results["settings"]["quick"] else ""
-    return f"<sub>{on}; torch {where['torch']}; {where['date'][:10]}{said}; `{file.as_posix()}`</sub>"
+    on = (
+        f"{where['device']}, {where['threads']} threads"
+        if results["settings"]["device"] == "cpu"
+        else where["device"]
+    )
+    said = (
+        " (a quick run: shows that it works, not how fast)" if results["settings"]["quick"] else ""
+    )
+    return (
+        f"<sub>{on}; torch {where['torch']}; {where['date'][:10]}{said}; `{file.as_posix()}`</sub>"
+    )
 
 
 def _table(table: Table) -> str:

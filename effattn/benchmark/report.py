@@ -1,4 +1,6 @@
-"""What was measured, as tables: a case, the targets, growth beside what is declared, and the peers."""
+"""What was measured, as tables: a case, the targets, growth beside what is declared, and the
+peers.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,9 @@ VERDICT = {True: "pass", False: "falls short", None: "not measured"}
 
 
 def case_table(name: str, results: Mapping) -> Table:
-    """Times in milliseconds, how many times ours (the first of ours) each takes, and what is known beside."""
+    """Times in milliseconds, how many times ours (the first of ours) each takes, and what is known
+    beside.
+    """
     rows = results["cases"][name]["contenders"]
     timed = {who: row for who, row in rows.items() if "ms_p50" in row}
     base = next((row["ms_p50"] for row in timed.values() if row["ours"]), None)
@@ -23,7 +27,10 @@ def case_table(name: str, results: Mapping) -> Table:
         "over ours": lambda row: f"{row['ms_p50'] / base:.2f}x" if base else "-",
         "peak memory": lambda row: data_size(row["peak_bytes"]),
     }
-    if any(row.get("read_share") for row in timed.values()) and results["cases"][name]["case"]["what"] in DECODING:
+    if (
+        any(row.get("read_share") for row in timed.values())
+        and results["cases"][name]["case"]["what"] in DECODING
+    ):
         columns |= {
             "state": lambda row: data_size(row["state_bytes"]),
             "read GB/s": lambda row: f"{row['read_gb_per_s']:,.1f}",
@@ -34,7 +41,12 @@ def case_table(name: str, results: Mapping) -> Table:
     columns["rel. error"] = lambda row: "-" if row["error"] is None else f"{row['error']:.1e}"
     lines = [[who, *(cell(row) for cell in columns.values())] for who, row in timed.items()]
     remark = results["cases"][name]["case"].get("remark")  # older results have none
-    return Table(name, ["contender", *columns], lines, "\n".join([*([remark] if remark else []), *missing(rows)]))
+    return Table(
+        name,
+        ["contender", *columns],
+        lines,
+        "\n".join([*([remark] if remark else []), *missing(rows)]),
+    )
 
 
 DECODING = ("decode", "step")
@@ -60,10 +72,15 @@ def missing(rows: Mapping) -> Iterator[str]:
 
 def targets_table(results: Mapping) -> Table:
     lines = [
-        [row["what"], "-" if row["value"] is None else f"{row['value']:.3g}{row['unit']}",
-         row["target"], VERDICT[row["passes"]], row["source"]]
+        [
+            row["what"],
+            "-" if row["value"] is None else f"{row['value']:.3g}{row['unit']}",
+            row["target"],
+            VERDICT[row["passes"]],
+            row["source"],
+        ]
         for row in results["checks"]
-    ]  # fmt: skip
+    ]
     return Table("Targets", ["what", "measured", "target", "", "asked for by"], lines)
 
 
@@ -74,12 +91,17 @@ def growth_table(results: Mapping) -> Table:
         by_case.setdefault(row["case"], {})[row["of"]] = row
     lines = []
     for case, both in by_case.items():
-        cells = [("-" if row["measured"] is None else f"{row['measured']:.2f}", f"{row['declared']:g}") for row in
-                 (both["time"], both["memory"])]  # fmt: skip
+        cells = [
+            ("-" if row["measured"] is None else f"{row['measured']:.2f}", f"{row['declared']:g}")
+            for row in (both["time"], both["memory"])
+        ]
         passes = [row["passes"] for row in both.values()]
         verdict = "not judged" if None in passes else "ok" if all(passes) else "grows faster"
         lines.append([growth_name(results, case), *cells[0], *cells[1], verdict])
-    note = "Exponents in the length, by least squares over logarithms; more than 0.15 above the declared one fails."
+    note = (
+        "Exponents in the length, by least squares over logarithms; more than 0.15 above the "
+        "declared one fails."
+    )
     return Table("Growth", ["", "time", "declared", "memory", "declared", ""], lines, note)
 
 
@@ -93,8 +115,12 @@ def peers_table(results: Mapping) -> Table:
     """Every peer, whether it is here, and whether it was raced."""
     lines = []
     for who, peer in results["peers"].items():
-        rows = [row for measured in results["cases"].values() for name, row in measured["contenders"].items()
-                if name.startswith(f"{who} ")]  # fmt: skip
+        rows = [
+            row
+            for measured in results["cases"].values()
+            for name, row in measured["contenders"].items()
+            if name.startswith(f"{who} ")
+        ]
         timed = sum("ms_p50" in row for row in rows)
         elsewhere = _elsewhere(peer["rows"], results["settings"]["device"])
         said = f"raced in {timed} of {len(rows)} cases" if rows else elsewhere
@@ -125,13 +151,19 @@ def finding(results: Mapping) -> str:
 def summary(results: Mapping) -> str:
     """One line of JSON."""
     checks = results["checks"]
-    wrong = [f"{case}: {who}" for case, measured in results["cases"].items()
-             for who, row in measured["contenders"].items() if "wrong" in row]  # fmt: skip
-    return json.dumps({
-        "cases": len(results["cases"]),
-        "wrong": wrong,
-        "targets_passed": sum(row["passes"] is True for row in checks),
-        "falls_short": [row["what"] for row in checks if row["passes"] is False],
-        "not_measured": [row["what"] for row in checks if row["passes"] is None],
-        "faults": faults(results),
-    })  # fmt: skip
+    wrong = [
+        f"{case}: {who}"
+        for case, measured in results["cases"].items()
+        for who, row in measured["contenders"].items()
+        if "wrong" in row
+    ]
+    return json.dumps(
+        {
+            "cases": len(results["cases"]),
+            "wrong": wrong,
+            "targets_passed": sum(row["passes"] is True for row in checks),
+            "falls_short": [row["what"] for row in checks if row["passes"] is False],
+            "not_measured": [row["what"] for row in checks if row["passes"] is None],
+            "faults": faults(results),
+        }
+    )

@@ -18,18 +18,30 @@ from effattn.profiling.environment import device_name, module_version
 from effattn.reports.files import finite, write_all_atomic
 
 KIND, VERSION = "bench", 1
-# What may change between two runs that stand in one file: which cases there are, not what they measure.
+# What may change between two runs that stand in one file: which cases there are, not what they
+# measure.
 CASES = "effattn/benchmark/rows"
 
 
 def sources() -> str:
     """A digest of the package's sources: results of other code are not added to."""
     found: dict[str, bytes] = {}
-    for package in (effattn, effattn.kernels, effattn.prune, effattn.quant):  # folders beside each other in a checkout
+    for package in (
+        effattn,
+        effattn.kernels,
+        effattn.prune,
+        effattn.quant,
+    ):  # folders beside each other in a checkout
         root = Path(package.__file__).parent
         for file in root.rglob("*.py"):
-            found[f"{package.__name__}/{file.relative_to(root).as_posix()}".replace(".", "/")] = file.read_bytes()
-    counted = (name.encode() + source for name, source in sorted(found.items()) if not name.startswith(CASES))
+            found[f"{package.__name__}/{file.relative_to(root).as_posix()}".replace(".", "/")] = (
+                file.read_bytes()
+            )
+    counted = (
+        name.encode() + source
+        for name, source in sorted(found.items())
+        if not name.startswith(CASES)
+    )
     return hashlib.sha256(b"".join(counted)).hexdigest()[:16]
 
 
@@ -52,7 +64,9 @@ def new(wanted: dict) -> dict:
 
 
 def read(path: Path) -> dict:
-    """The results in `path`. ValueError in one line for what is not one of ours, or of another version."""
+    """The results in `path`. ValueError in one line for what is not one of ours, or of another
+    version.
+    """
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
@@ -62,9 +76,12 @@ def read(path: Path) -> dict:
         raise ValueError(f"{path}: got kind {kind!r}, valid is {KIND!r}; start over with --fresh")
     if found.get("version") != VERSION:
         raise ValueError(
-            f"{path}: results of version {found.get('version')}, this is version {VERSION}; start over with --fresh"
+            f"{path}: results of version {found.get('version')}, this is version {VERSION}; start "
+            "over with --fresh"
         )
-    if not isinstance(found.get("settings"), dict) or not all(_whole(x) for x in _values(found.get("cases"))):
+    if not isinstance(found.get("settings"), dict) or not all(
+        _whole(x) for x in _values(found.get("cases"))
+    ):
         raise ValueError(f"{path}: settings or cases are damaged; start over with --fresh")
     return found
 
@@ -74,16 +91,22 @@ def _values(cases: object) -> list:
 
 
 def _whole(measured: object) -> bool:
-    return isinstance(measured, dict) and all(isinstance(measured.get(x), dict) for x in ("case", "contenders"))
+    return isinstance(measured, dict) and all(
+        isinstance(measured.get(x), dict) for x in ("case", "contenders")
+    )
 
 
 def resume(path: Path, wanted: dict) -> dict:
-    """The results in `path` to go on with, or new ones where there is none. ValueError if they cannot be added to."""
+    """The results in `path` to go on with, or new ones where there is none. ValueError if they
+    cannot be added to.
+    """
     if not path.exists():
         return new(wanted)
     found = read(path)
     if differing := [name for name in wanted if found["settings"].get(name) != wanted[name]]:
-        said = "; ".join(f"{name}: {found['settings'].get(name)!r}, now {wanted[name]!r}" for name in differing)
+        said = "; ".join(
+            f"{name}: {found['settings'].get(name)!r}, now {wanted[name]!r}" for name in differing
+        )
         raise ValueError(f"{path}: measured with other settings ({said}); start over with --fresh")
     return found
 
@@ -102,6 +125,8 @@ def default_path(device: torch.device, root: Path = Path("results")) -> Path:
 def slug(device: torch.device) -> str:
     """A folder's name for this device: cpu-epyc-2core, nvidia-h200."""
     words = re.sub(r"\((r|tm)\)|@.*|\b\d+-core\b", " ", device_name().lower())
-    words = re.sub(r"\b(amd|intel|processor|cpu|with)\b", " ", words) if device.type == "cpu" else words
+    words = (
+        re.sub(r"\b(amd|intel|processor|cpu|with)\b", " ", words) if device.type == "cpu" else words
+    )
     name = re.sub(r"[^a-z0-9]+", "-", words).strip("-") or "unknown"
     return f"cpu-{name}-{torch.get_num_threads()}core" if device.type == "cpu" else name

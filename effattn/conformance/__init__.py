@@ -4,8 +4,9 @@
     report = effattn.conformance.check(MyBackend(window=5), dtype=torch.bfloat16, causal=False)
     print(report)                                     # each property, and the largest error found
 
-A property that does not hold raises `Violation`, naming it. "Close" is measured, not guessed: at most twice the error
-of plain torch in the same dtype, both against the backend's own fp64 reference, or 0.005 of its RMS (gradients).
+A property that does not hold raises `Violation`, naming it. "Close" is measured, not guessed: at
+most twice the error of plain torch in the same dtype, both against the backend's own fp64
+reference, or 0.005 of its RMS (gradients).
 
 Shapes: q (B, Hq, T, D), k and v (B, Hkv, T, D).
 """
@@ -30,11 +31,22 @@ __all__ = ["PROPERTIES", "Case", "Report", "Violation", "check", "inputs", "rela
 PROPERTIES: dict[str, Callable[[Case], float | None]] = {
     holds.__name__: holds
     for holds in (
-        outputs.accuracy, outputs.future, outputs.padding, outputs.blind_rows, states.decode, outputs.batch,
-        outputs.grouped_heads, outputs.gradients, outputs.gradcheck, states.state_bytes, states.state_moves,
-        states.state_dict, outputs.poisoned_memory, layouts.layouts,
+        outputs.accuracy,
+        outputs.future,
+        outputs.padding,
+        outputs.blind_rows,
+        states.decode,
+        outputs.batch,
+        outputs.grouped_heads,
+        outputs.gradients,
+        outputs.gradcheck,
+        states.state_bytes,
+        states.state_moves,
+        states.state_dict,
+        outputs.poisoned_memory,
+        layouts.layouts,
     )
-}  # fmt: skip
+}
 
 
 def check(
@@ -48,24 +60,32 @@ def check(
     properties: tuple[str, ...] | None = None,
     seed: int = 0,
 ) -> Report:
-    """Checks `backend` (a spec, or a `Backend`) with random inputs. Raises Violation at the first broken property.
+    """Checks `backend` (a spec, or a `Backend`) with random inputs. Raises Violation at the first
+    broken property.
 
-    A backend is run as it is, its `impl` included, and held to a copy of itself whose `impl` is "reference".
-    lengths: of the sequences; choose them around your windows. sizes: batch (2 or more), query heads, key/value heads,
-    head size. properties: only these (`PROPERTIES` has all). ValueError for unknown ones, Unsupported for a direction
-    that the backend's traits exclude (which is itself checked).
-    """
-    backend = (by_name(backend) if isinstance(backend, str) else copy.deepcopy(backend)).to(device).eval()
+    A backend is run as it is, its `impl` included, and held to a copy of itself whose `impl` is
+    "reference". lengths: of the sequences; choose them around your windows. sizes: batch (2 or
+    more), query heads, key/value heads, head size. properties: only these (`PROPERTIES` has all).
+    ValueError for unknown ones, Unsupported for a direction that the backend's traits exclude
+    (which is itself checked)."""
+    backend = (
+        (by_name(backend) if isinstance(backend, str) else copy.deepcopy(backend)).to(device).eval()
+    )
     for name in properties or ():
         check_choice("properties", name, PROPERTIES)
-    setting = f"impl={backend.impl}, {str(dtype).removeprefix('torch.')}, {'causal' if causal else 'bidirectional'}"
+    setting = (
+        f"impl={backend.impl}, {str(dtype).removeprefix('torch.')}, "
+        f"{'causal' if causal else 'bidirectional'}"
+    )
     report = Report(str(backend), setting)
     if not getattr(backend.traits, "causal" if causal else "bidirectional"):
         q, k, v = inputs(4, dtype, device, seed, sizes)
         with contextlib.suppress(Unsupported):
             backend(q, k, v, causal=causal)
             raise Violation(f"{report.backend}: traits: causal={causal} is excluded, but it ran")
-        raise Unsupported(f"{backend.name}: causal={causal} is excluded by its traits; it refuses, as it should")
+        raise Unsupported(
+            f"{backend.name}: causal={causal} is excluded by its traits; it refuses, as it should"
+        )
     case = Case(backend, causal, dtype, device, tuple(lengths), seed, sizes)
     for name in properties or PROPERTIES:
         try:

@@ -13,7 +13,12 @@ from effattn.kernels.flash.pattern import layout_of
 
 SIZES = (3, 4, 2, 16)  # batch, query heads, key/value heads, head size
 RMS_RATIO = 0.005  # of gradients, and of outputs that no plain torch formula exists for
-SLACK = {torch.float64: 1e-12, torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}  # one rounding, about
+SLACK = {
+    torch.float64: 1e-12,
+    torch.float32: 2e-6,
+    torch.float16: 1e-3,
+    torch.bfloat16: 8e-3,
+}  # one rounding, about
 
 
 class Violation(AssertionError):
@@ -22,7 +27,9 @@ class Violation(AssertionError):
 
 @dataclass
 class Report:
-    """What was checked: property -> the largest relative RMS error (0.0: bit for bit; None: holds, no number)."""
+    """What was checked: property -> the largest relative RMS error (0.0: bit for bit; None: holds,
+    no number).
+    """
 
     backend: str
     setting: str
@@ -32,12 +39,15 @@ class Report:
         lines = [f"{self.backend}, {self.setting}"]
         for name, error in self.properties.items():
             lines.append(
-                f"  {name:<20} {'holds' if error is None else 'bit for bit' if error == 0 else f'{error:.1e}'}"
+                f"  {name:<20} "
+                f"{'holds' if error is None else 'bit for bit' if error == 0 else f'{error:.1e}'}"
             )
         return "\n".join(lines)
 
 
-def inputs(tokens: int, dtype=torch.float32, device="cpu", seed=0, sizes=SIZES) -> tuple[Tensor, Tensor, Tensor]:
+def inputs(
+    tokens: int, dtype=torch.float32, device="cpu", seed=0, sizes=SIZES
+) -> tuple[Tensor, Tensor, Tensor]:
     """Random q (B, Hq, T, D), k and v (B, Hkv, T, D); sizes: B, Hq, Hkv, D."""
     draw = torch.Generator().manual_seed(seed)
     batch, heads, kv_heads, dim = sizes
@@ -81,7 +91,9 @@ class Case:
         return self.truth(q.double(), k.double(), v.double(), causal=self.causal, padding_mask=mask)
 
     def plain(self, q, k, v, mask=None) -> Tensor | None:
-        """The definition in plain torch operations and this dtype; None for backends that say no `counts`."""
+        """The definition in plain torch operations and this dtype; None for backends that say no
+        `counts`.
+        """
         if not hasattr(self.backend, "counts"):
             return None
         from effattn.interface import Call
@@ -93,7 +105,9 @@ class Case:
         return (weights * (counts > 0).any(-1, keepdim=True)) @ v.repeat_interleave(groups, 1)
 
     def padded(self, side: str, tokens: int) -> Tensor:
-        """(B, T) bool: row 0 has no padding, the others more and more of it, at least one real token each."""
+        """(B, T) bool: row 0 has no padding, the others more and more of it, at least one real
+        token each.
+        """
         mask = torch.ones(self.rows, tokens, dtype=torch.bool, device=self.device)
         for row in range(1, self.rows):
             pads = min(row * max(1, tokens // self.rows), tokens - 1)
@@ -104,7 +118,9 @@ class Case:
         return mask
 
     def close(self, got: Tensor, expected: Tensor, what: str, budget: float | None = None) -> float:
-        """The relative RMS error; Violation above `budget` (default: a few roundings of this dtype)."""
+        """The relative RMS error; Violation above `budget` (default: a few roundings of this
+        dtype).
+        """
         if not torch.isfinite(got).all():
             raise Violation(f"{what}: NaN or Inf")
         error = relative(got, expected)

@@ -1,8 +1,8 @@
-"""Properties of storage: where the numbers of q, k, v and of the output's gradient lie changes nothing.
+"""Properties of storage: where the numbers of q, k, v and of the output's gradient lie changes
+nothing.
 
-Each layout gives a view with the same numbers (`expanded` ones: some of them, many times). They are compared with
-copies in the usual order, since what is repeated differs from what was drawn.
-"""
+Each layout gives a view with the same numbers (`expanded` ones: some of them, many times). They are
+compared with copies in the usual order, since what is repeated differs from what was drawn."""
 
 from __future__ import annotations
 
@@ -72,25 +72,39 @@ LAYOUTS: tuple[Callable[[Tensor], Tensor], ...] = (
 
 
 def layouts(case: Case) -> float:
-    """Every layout of q, k, v, the output's gradient and the mask, also token by token: as if they were copied first.
-    Nothing is written to what was given, and nothing that comes back lies in its memory."""
+    """Every layout of q, k, v, the output's gradient and the mask, also token by token: as if they
+    were copied first. Nothing is written to what was given, and nothing that comes back lies in its
+    memory."""
     tokens = case.lengths[-1]
-    drawn = [*case.inputs(tokens), inputs(tokens, case.dtype, case.device, case.seed + 1, case.sizes)[0]]
+    drawn = [
+        *case.inputs(tokens),
+        inputs(tokens, case.dtype, case.device, case.seed + 1, case.sizes)[0],
+    ]
     mask = torch.stack([case.padded("left", tokens), case.padded("right", tokens)], dim=2)[..., 0]
     interpreted = case.backend.impl == "triton" and torch.device(case.device).type == "cpu"
     worst = 0.0
-    for n in range(0, len(LAYOUTS), 4 if interpreted else 1):  # all would take the interpreter minutes
+    for n in range(
+        0, len(LAYOUTS), 4 if interpreted else 1
+    ):  # all would take the interpreter minutes
         chosen = [LAYOUTS[(n + m) % len(LAYOUTS)] for m in range(4)]
         views = [change(x) for change, x in zip(chosen, drawn, strict=True)]
-        copies, before = ([x.clone(memory_format=torch.contiguous_format) for x in views] for _ in range(2))
+        copies, before = (
+            [x.clone(memory_format=torch.contiguous_format) for x in views] for _ in range(2)
+        )
         what = "q {}, k {}, v {}, gradient {}".format(*(change.__name__ for change in chosen))
         real = None if n % 2 else mask
         for name, got, expected in zip(
-            ("output", "dq", "dk", "dv"), _both_ways(case, views, real), _both_ways(case, copies, real), strict=True
+            ("output", "dq", "dk", "dv"),
+            _both_ways(case, views, real),
+            _both_ways(case, copies, real),
+            strict=True,
         ):
             worst = max(worst, case.close(got, expected, f"{name} of {what}"))
         if case.causal:
-            worst = max(worst, case.close(_in_steps(case, views), _in_steps(case, copies), f"decoding {what}"))
+            worst = max(
+                worst,
+                case.close(_in_steps(case, views), _in_steps(case, copies), f"decoding {what}"),
+            )
         if not all(map(torch.equal, views, before)):
             raise Violation(f"{what}: something was written to the inputs")
     return worst
@@ -114,5 +128,8 @@ def _in_steps(case: Case, given: list[Tensor]) -> Tensor:
     tokens = given[0].shape[2]
     cuts = [0, *(n for n in (tokens - 4, tokens - 3, tokens - 2) if n > 0), tokens]
     state = case.backend.new_state()
-    parts = [case.run(*(x[:, :, low:high] for x in given[:3]), state=state) for low, high in pairwise(cuts)]
+    parts = [
+        case.run(*(x[:, :, low:high] for x in given[:3]), state=state)
+        for low, high in pairwise(cuts)
+    ]
     return torch.cat(parts, dim=2)

@@ -1,4 +1,6 @@
-"""Properties of one call: what it gives, and its gradients. Each gives the largest error, or None (no number)."""
+"""Properties of one call: what it gives, and its gradients. Each gives the largest error, or None
+(no number).
+"""
 
 from __future__ import annotations
 
@@ -14,14 +16,23 @@ from .case import RMS_RATIO, SLACK, Case, Violation, inputs, relative
 
 
 def accuracy(case: Case) -> float:
-    """Against the fp64 reference: at most twice plain torch's error in this dtype, at every length."""
+    """Against the fp64 reference: at most twice plain torch's error in this dtype, at every
+    length.
+    """
     worst = 0.0
     for tokens in case.lengths:
         for mask in (None, case.padded("left", tokens), case.padded("right", tokens)):
             q, k, v = case.inputs(tokens)
-            truth, got, plain = case.reference(q, k, v, mask), case.run(q, k, v, mask), case.plain(q, k, v, mask)
+            truth, got, plain = (
+                case.reference(q, k, v, mask),
+                case.run(q, k, v, mask),
+                case.plain(q, k, v, mask),
+            )
             if got.dtype != case.dtype or got.shape != truth.shape:
-                raise Violation(f"expected {tuple(truth.shape)} {case.dtype}, got {tuple(got.shape)} {got.dtype}")
+                raise Violation(
+                    f"expected {tuple(truth.shape)} {case.dtype}, got {tuple(got.shape)} "
+                    f"{got.dtype}"
+                )
             real = slice(None) if mask is None else mask
             got, truth = got.transpose(1, 2)[real], truth.transpose(1, 2)[real]
             budget = 4 * SLACK[case.dtype]
@@ -46,14 +57,18 @@ def future(case: Case) -> float | None:
 
 
 def padding(case: Case) -> float:
-    """Padding on either side changes nothing, whatever it holds: a row alone and unpadded is the same."""
+    """Padding on either side changes nothing, whatever it holds: a row alone and unpadded is the
+    same.
+    """
     worst = 0.0
     for side in ("left", "right"):
         q, k, v = case.inputs(case.long)
         mask = case.padded(side, case.long)
         out = case.run(q, k, v, mask)
         filled = [torch.where(mask[:, None, :, None], x, 100.0) for x in (q, k, v)]
-        if not torch.equal(case.run(*filled, mask).transpose(1, 2)[mask], out.transpose(1, 2)[mask]):
+        if not torch.equal(
+            case.run(*filled, mask).transpose(1, 2)[mask], out.transpose(1, 2)[mask]
+        ):
             raise Violation(f"what {side} padding holds changes the result")
         for row in range(case.rows):
             real = mask[row]
@@ -96,8 +111,8 @@ def grouped_heads(case: Case) -> float:
 
 
 def gradients(case: Case) -> float:
-    """Of q, k, v and the backend's parameters: RMS error under 0.005 of the fp64 reference's (half precision: or twice
-    plain torch's)."""
+    """Of q, k, v and the backend's parameters: RMS error under 0.005 of the fp64 reference's (half
+    precision: or twice plain torch's)."""
     worst = 0.0
     for tokens in dict.fromkeys((case.lengths[len(case.lengths) // 2], case.long)):
         for mask in (None, case.padded("left", tokens)):
@@ -107,7 +122,11 @@ def gradients(case: Case) -> float:
             found = {}
             for name, run in (("ours", case.run), ("truth", case.reference), ("plain", case.plain)):
                 leaves = [x.detach().clone().requires_grad_() for x in given]
-                own = list((case.truth if name == "truth" else case.backend).parameters()) if name != "plain" else []
+                own = (
+                    list((case.truth if name == "truth" else case.backend).parameters())
+                    if name != "plain"
+                    else []
+                )
                 with torch.enable_grad():
                     out = run(*leaves, mask)
                     if out is None:
@@ -115,7 +134,9 @@ def gradients(case: Case) -> float:
                     loss_of = (out.double() * loss).sum()
                     found[name] = torch.autograd.grad(loss_of, leaves + own, materialize_grads=True)
             for place, (ours, truth) in enumerate(zip(found["ours"], found["truth"], strict=True)):
-                budget = max(RMS_RATIO, 4 * SLACK[case.dtype] if case.dtype == torch.bfloat16 else 0.0)
+                budget = max(
+                    RMS_RATIO, 4 * SLACK[case.dtype] if case.dtype == torch.bfloat16 else 0.0
+                )
                 if place < 3 and "plain" in found:
                     budget = max(RMS_RATIO, 2 * relative(found["plain"][place], truth))
                 which = "qkv"[place] if place < 3 else f"parameter {place - 3}"
@@ -125,9 +146,14 @@ def gradients(case: Case) -> float:
 
 def gradcheck(case: Case) -> None:
     """The reference's own gradients against finite differences, in fp64."""
-    made_for_heads = any(x.ndim > 1 for x in case.truth.state_dict().values())  # of this size: they cannot be cut
+    made_for_heads = any(
+        x.ndim > 1 for x in case.truth.state_dict().values()
+    )  # of this size: they cannot be cut
     tokens, dims = (3, case.sizes[-1]) if made_for_heads else (5, 3)
-    given = [x[:1, :, :, :dims].double().clone() for x in inputs(tokens, seed=case.seed, sizes=case.sizes)]
+    given = [
+        x[:1, :, :, :dims].double().clone()
+        for x in inputs(tokens, seed=case.seed, sizes=case.sizes)
+    ]
     q, k, v = (
         x.requires_grad_(name not in case.backend.straight_through)  # by definition not the slope
         for name, x in zip("qkv", given, strict=True)

@@ -21,16 +21,29 @@ def decode(case: Case) -> float | None:
         mask = None if side == "none" else case.padded(side, tokens)
         whole = case.run(q, k, v, mask)
         real = torch.ones(case.rows, tokens, dtype=torch.bool) if mask is None else mask
-        for chunks in ([1] * tokens, [5, 1, 1, 3, tokens - 10] if tokens > 10 else [tokens], [tokens - 1, 1]):
+        for chunks in (
+            [1] * tokens,
+            [5, 1, 1, 3, tokens - 10] if tokens > 10 else [tokens],
+            [tokens - 1, 1],
+        ):
             state, steps, at = case.backend.new_state(), [], 0
             for size in chunks:
                 part = [x[:, :, at : at + size] for x in (q, k, v)]
                 at += size
-                steps.append(case.run(*part, None if mask is None else mask[:, :at], state=state) if size else part[0])
+                steps.append(
+                    case.run(*part, None if mask is None else mask[:, :at], state=state)
+                    if size
+                    else part[0]
+                )
             if state.seq_len != tokens:
                 raise Violation(f"the state says {state.seq_len} tokens after {tokens}")
             got = torch.cat(steps, dim=2).transpose(1, 2)[real]
-            worst = max(worst, case.close(got, whole.transpose(1, 2)[real], f"chunks {chunks[:4]}, padding {side}"))
+            worst = max(
+                worst,
+                case.close(
+                    got, whole.transpose(1, 2)[real], f"chunks {chunks[:4]}, padding {side}"
+                ),
+            )
     return worst
 
 
@@ -43,14 +56,20 @@ def state_bytes(case: Case) -> float | None:
         state = case.backend.new_state()
         case.run(q, k, v, state=state)
         *heads, dim = case.sizes
-        declared = case.backend.cost(Shape(*heads, tokens, tokens, dim, dim, q.element_size())).state_bytes
+        declared = case.backend.cost(
+            Shape(*heads, tokens, tokens, dim, dim, q.element_size())
+        ).state_bytes
         if state.nbytes != declared:
-            raise Violation(f"{tokens} tokens: the state holds {state.nbytes} bytes, cost declares {declared}")
+            raise Violation(
+                f"{tokens} tokens: the state holds {state.nbytes} bytes, cost declares {declared}"
+            )
     return 0.0
 
 
 def state_moves(case: Case) -> float | None:
-    """Beam search and rollback: reorder, select, repeat, crop and reset do to the state what they say."""
+    """Beam search and rollback: reorder, select, repeat, crop and reset do to the state what they
+    say.
+    """
     if not case.causal:
         return None
     tokens = case.long
@@ -84,7 +103,10 @@ def state_moves(case: Case) -> float | None:
 def state_dict(case: Case) -> float:
     """A copy with other parameters that loads the state_dict computes the same, bit for bit."""
     q, k, v = case.inputs(case.long)
-    expected, saved = case.run(q, k, v), {name: x.clone() for name, x in case.backend.state_dict().items()}
+    expected, saved = (
+        case.run(q, k, v),
+        {name: x.clone() for name, x in case.backend.state_dict().items()},
+    )
     other = copy.deepcopy(case.backend)
     for tensor in other.state_dict().values():
         tensor.fill_(0.5)

@@ -1,11 +1,11 @@
-"""The embedded model: a small trained multi-head Llama, its tokenizer, and real text to measure it on.
+"""The embedded model: a small trained multi-head Llama, its tokenizer, and real text to measure it
+on.
 
     model, tokenizer = effattn.embedded.load()
     ids = effattn.embedded.tokens("validation", 50_000)      # int64 (50000,)
 
-The model was trained at length 512 by `recipes/pretrain_embedded.py` on the source of Python's standard
-library; `card()` says how long and how well. Nothing here touches the network.
-"""
+The model was trained at length 512 by `recipes/pretrain_embedded.py` on the source of Python's
+standard library; `card()` says how long and how well. Nothing here touches the network."""
 
 from __future__ import annotations
 
@@ -27,7 +27,9 @@ def directory() -> Path:
 
 
 def card() -> dict:
-    """Training facts of the shipped checkpoint: token budget, loss curve, validation bits per byte."""
+    """Training facts of the shipped checkpoint: token budget, loss curve, validation bits per
+    byte.
+    """
     return json.loads((directory() / "card.json").read_text())
 
 
@@ -50,9 +52,8 @@ def tokenizer():
 def tokens(split: str, n: int | None = None, *, tokenizer=None) -> torch.Tensor:
     """The first `n` tokens (default: all) of `split` ("train" or "validation"), int64 (n,).
 
-    Whole files in a fixed order, each ended by the end-of-text token. Raises ValueError for an unknown split
-    or when the split has fewer than `n` tokens.
-    """
+    Whole files in a fixed order, each ended by the end-of-text token. Raises ValueError for an
+    unknown split or when the split has fewer than `n` tokens."""
     if n is not None and n < 1:
         raise ValueError(f"n: got {n}, valid is a positive number of tokens")
     tokenizer = tokenizer or globals()["tokenizer"]()

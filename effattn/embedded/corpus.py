@@ -1,11 +1,11 @@
 """The corpus that every machine with Python has: the source of the standard library.
 
-Files are split by a hash of their path, so a file keeps its side in every Python release. Validation
-files come from the library proper (some distributions ship no `test` package), training files from
-everywhere. Left out: `test` data, generated tables, machine-specific files, files that are not UTF-8,
-and training files that share many lines with a validation file.
+Files are split by a hash of their path, so a file keeps its side in every Python release.
+Validation files come from the library proper (some distributions ship no `test` package), training
+files from everywhere. Left out: `test` data, generated tables, machine-specific files, files that
+are not UTF-8, and training files that share many lines with a validation file.
 
-    documents("train")       -> list of (path relative to the standard library, text), in a fixed order
+    documents("train")    -> list of (path relative to the standard library, text), in a fixed order
 """
 
 from __future__ import annotations
@@ -19,10 +19,19 @@ SPLITS = ("train", "validation")
 VALIDATION_SHARE = 0.09
 SALT = "37 "  # of the first forty salts, the one whose validation files are long and varied
 MIN_BYTES, MAX_BYTES = 1_000, 400_000
-NEAR_DUPLICATE = 0.15  # share of a training file's three-line windows that also stand in validation files
+NEAR_DUPLICATE = (
+    0.15  # share of a training file's three-line windows that also stand in validation files
+)
 
 # Generated tables, data and files that differ from machine to machine.
-_LEFT_OUT_PARTS = {"site-packages", "dist-packages", "__pycache__", "lib-dynload", "pydoc_data", "data"}
+_LEFT_OUT_PARTS = {
+    "site-packages",
+    "dist-packages",
+    "__pycache__",
+    "lib-dynload",
+    "pydoc_data",
+    "data",
+}
 _LEFT_OUT_PREFIXES = ("_sysconfigdata", "bad_", "badsyntax", "bad", "pydocfodder", "config-")
 _TEST_PARTS = {"test", "tests", "idle_test"}
 
@@ -35,7 +44,9 @@ def _is_left_out(relative: Path) -> bool:
     parts = relative.parts
     if _LEFT_OUT_PARTS & set(parts) or parts[-1].startswith(_LEFT_OUT_PREFIXES):
         return True
-    if any(part.endswith(("data", "_data")) for part in parts[:-1]) or parts[-1].endswith("_data.py"):
+    if any(part.endswith(("data", "_data")) for part in parts[:-1]) or parts[-1].endswith(
+        "_data.py"
+    ):
         return True
     return parts[0] == "encodings" and parts[-1] != "__init__.py"
 
@@ -75,14 +86,17 @@ def _splits() -> dict[str, list[tuple[str, str]]]:
         splits[split].sort(key=lambda document: _hash("order " + document[0]))
     if not splits["train"] or not splits["validation"]:
         raise FileNotFoundError(
-            f"no usable Python source under {root}: this Python ships its standard library without sources, "
+            f"no usable Python source under {root}: this Python ships its standard library "
+            "without sources, "
             "so the embedded corpus is not available; pass text files instead"
         )
     return splits
 
 
 def documents(split: str) -> list[tuple[str, str]]:
-    """The documents of `split` ("train" or "validation") as (relative path, text), in a fixed order."""
+    """The documents of `split` ("train" or "validation") as (relative path, text), in a fixed
+    order.
+    """
     if split not in SPLITS:
         raise ValueError(f"split: got {split!r}, valid are {', '.join(map(repr, SPLITS))}")
     return _splits()[split]

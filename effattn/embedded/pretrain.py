@@ -39,11 +39,15 @@ def train_tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
         show_progress=False,
     )
     bpe.train_from_iterator((text for _, text in corpus.documents("train")), trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token=END, eos_token=END, pad_token=END)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe, bos_token=END, eos_token=END, pad_token=END
+    )
 
 
 def config(tokenizer, hidden: int, layers: int, length: int) -> LlamaConfig:
-    """Full multi-head attention: 8 heads and 8 KV heads, FFN 11/4 of the hidden size, tied embeddings."""
+    """Full multi-head attention: 8 heads and 8 KV heads, FFN 11/4 of the hidden size, tied
+    embeddings.
+    """
     return LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=hidden,
@@ -63,11 +67,13 @@ def config(tokenizer, hidden: int, layers: int, length: int) -> LlamaConfig:
 def bits_per_byte(model, tokenizer, length: int) -> dict[str, float]:
     """Validation bits per byte of the model, and of `xz -9e`, on the same files end to end.
 
-    The model sees windows of `length` tokens that overlap by half: at least length / 2 tokens before each one.
-    """
+    The model sees windows of `length` tokens that overlap by half: at least length / 2 tokens
+    before each one."""
     documents = corpus.documents("validation")
     data = b"".join(text.encode() for _, text in documents)
-    nats = token_losses(model, tokens("validation", tokenizer=tokenizer), context=length, stride=length // 2)
+    nats = token_losses(
+        model, tokens("validation", tokenizer=tokenizer), context=length, stride=length // 2
+    )
     xz = lzma.compress(data, preset=9 | lzma.PRESET_EXTREME)
     return {
         "validation_bytes": len(data),
@@ -93,32 +99,69 @@ def pretrain(
 ) -> dict:
     """Trains (or goes on training) the model in `output` and returns its card."""
     for name, value, least in (
-        ("tokens", train_tokens, 1), ("hidden", hidden, 16), ("layers", layers, 1), ("vocabulary", vocabulary, 258),
-        ("length", length, 8), ("batch", batch, 1),
-    ):  # fmt: skip
+        ("tokens", train_tokens, 1),
+        ("hidden", hidden, 16),
+        ("layers", layers, 1),
+        ("vocabulary", vocabulary, 258),
+        ("length", length, 8),
+        ("batch", batch, 1),
+    ):
         Bounds(whole=True, least=least).check(name, value)
     Bounds(whole=False, above=0).check("lr", lr)
     output = Path(output)
     check_writable("output", output)
     if not main_process():
-        return _pretrain(output, None, train_tokens, hidden, layers, vocabulary, length, batch, lr, compile, overrides)
+        return _pretrain(
+            output,
+            None,
+            train_tokens,
+            hidden,
+            layers,
+            vocabulary,
+            length,
+            batch,
+            lr,
+            compile,
+            overrides,
+        )
     with claim("output", output) as staging:
         return _pretrain(
-            output, staging, train_tokens, hidden, layers, vocabulary, length, batch, lr, compile, overrides
-        )  # fmt: skip
+            output,
+            staging,
+            train_tokens,
+            hidden,
+            layers,
+            vocabulary,
+            length,
+            batch,
+            lr,
+            compile,
+            overrides,
+        )
 
 
 def _put(staging: Path, output: Path, last: str) -> None:
-    """Moves the files that were written into `staging` to `output`, `last` last: it says that all are there."""
+    """Moves the files that were written into `staging` to `output`, `last` last: it says that all
+    are there.
+    """
     names = [file.name for file in staging.iterdir() if file.name != OWNER]
     for name in sorted(names, key=lambda name: name == last):
         os.replace(staging / name, output / name)
 
 
 def _pretrain(
-    output: Path, staging: Path | None, train_tokens: int, hidden: int, layers: int, vocabulary: int, length: int,
-    batch: int, lr: float, compile: bool, overrides: dict | None,
-) -> dict:  # fmt: skip
+    output: Path,
+    staging: Path | None,
+    train_tokens: int,
+    hidden: int,
+    layers: int,
+    vocabulary: int,
+    length: int,
+    batch: int,
+    lr: float,
+    compile: bool,
+    overrides: dict | None,
+) -> dict:
     run = output / "run"
     if (output / "tokenizer.json").exists():
         tokenizer = PreTrainedTokenizerFast.from_pretrained(output)

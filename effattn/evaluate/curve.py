@@ -25,12 +25,12 @@ CHUNK = 1024  # positions whose logits exist at a time
 def token_scores(
     model, sequences: Tensor, *, batch: int = 1, progress: Progress | None = None
 ) -> tuple[Tensor, Tensor]:
-    """For every token but the first of each sequence: its cross-entropy in nats, float32 (n, T), and whether it was the
-    most likely one, bool (n, T).
+    """For every token but the first of each sequence: its cross-entropy in nats, float32 (n, T),
+    and whether it was the most likely one, bool (n, T).
 
-    sequences: int64 (n, T + 1), each read whole and without a cache, `batch` at a time. Logits exist for `CHUNK`
-    positions at a time. progress(sequences done, all of them). Raises ValueError for anything but such sequences.
-    """
+    sequences: int64 (n, T + 1), each read whole and without a cache, `batch` at a time. Logits
+    exist for `CHUNK` positions at a time. progress(sequences done, all of them). Raises ValueError
+    for anything but such sequences."""
     _check(model, sequences)
     if type(batch) is not int or batch < 1:
         raise ValueError(f"batch: got {batch!r}, valid is a whole number of at least 1")
@@ -47,7 +47,10 @@ def token_scores(
             hidden = model.base_model(input_ids=ids[:, :-1], use_cache=False)[0]
             for at in range(0, hidden.shape[1], CHUNK):
                 place = (slice(start, start + batch), slice(at, at + CHUNK))
-                logits, truth = parts.logits(hidden[:, at : at + CHUNK]).float(), ids[:, 1 + at : 1 + at + CHUNK]
+                logits, truth = (
+                    parts.logits(hidden[:, at : at + CHUNK]).float(),
+                    ids[:, 1 + at : 1 + at + CHUNK],
+                )
                 nats[place] = F.cross_entropy(logits.transpose(1, 2), truth, reduction="none").cpu()
                 right[place] = (logits.argmax(-1) == truth).cpu()
             if progress:
@@ -58,27 +61,42 @@ def token_scores(
 
 
 def by_position(
-    model, sequences: Tensor, edges: Sequence[int] | None = None, *, batch: int = 1, progress: Progress | None = None
+    model,
+    sequences: Tensor,
+    edges: Sequence[int] | None = None,
+    *,
+    batch: int = 1,
+    progress: Progress | None = None,
 ) -> dict:
-    """Cross-entropy, perplexity and next-token accuracy by how many tokens a prediction has behind it.
+    """Cross-entropy, perplexity and next-token accuracy by how many tokens a prediction has behind
+    it.
 
-    sequences: int64 (n, T + 1). edges: where the stretches of positions begin and end, ascending from 0 to T; None:
-    0, 16, 32, ..., doubling. Returns {"sequences", "tokens" (T), "cross_entropy", "perplexity", "accuracy", "rows"}; a
-    row is of the positions first to last - 1: {"first", "last", "cross_entropy", "perplexity", "accuracy"}. Position p
-    predicts from p + 1 tokens. Raises ValueError for edges that are none.
-    """
+    sequences: int64 (n, T + 1). edges: where the stretches of positions begin and end, ascending
+    from 0 to T; None: 0, 16, 32, ..., doubling. Returns {"sequences", "tokens" (T),
+    "cross_entropy", "perplexity", "accuracy", "rows"}; a row is of the positions first to last - 1:
+    {"first", "last", "cross_entropy", "perplexity", "accuracy"}. Position p predicts from p + 1
+    tokens. Raises ValueError for edges that are none."""
     _check(model, sequences)
     length = sequences.shape[1] - 1
     edges = doubling(length) if edges is None else [*edges]
-    if len(edges) < 2 or edges[0] != 0 or edges[-1] != length or any(b <= a for a, b in pairwise(edges)):
+    if (
+        len(edges) < 2
+        or edges[0] != 0
+        or edges[-1] != length
+        or any(b <= a for a, b in pairwise(edges))
+    ):
         raise ValueError(f"edges: got {edges}, valid are ascending positions from 0 to {length}")
     nats, right = token_scores(model, sequences, batch=batch, progress=progress)
-    rows = [{"first": a, "last": b, **scores(nats[:, a:b], right[:, a:b])} for a, b in pairwise(edges)]
+    rows = [
+        {"first": a, "last": b, **scores(nats[:, a:b], right[:, a:b])} for a, b in pairwise(edges)
+    ]
     return {"sequences": len(sequences), "tokens": length, **scores(nats, right), "rows": rows}
 
 
 def scores(nats: Tensor, right: Tensor) -> dict[str, float]:
-    """What a report says of some tokens: the mean cross-entropy, its exp, the share that was the most likely."""
+    """What a report says of some tokens: the mean cross-entropy, its exp, the share that was the
+    most likely.
+    """
     mean = nats.double().mean().item()
     return {
         "cross_entropy": mean,
@@ -98,10 +116,18 @@ def doubling(length: int, first: int = 16) -> list[int]:
 
 def _check(model, sequences: Tensor) -> None:
     if not isinstance(sequences, Tensor) or sequences.dtype != torch.int64 or sequences.dim() != 2:
-        got = f"{sequences.dtype} {tuple(sequences.shape)}" if isinstance(sequences, Tensor) else type(sequences)
+        got = (
+            f"{sequences.dtype} {tuple(sequences.shape)}"
+            if isinstance(sequences, Tensor)
+            else type(sequences)
+        )
         raise ValueError(f"sequences: got {got}, valid is an int64 tensor (n, T + 1)")
     if not len(sequences) or sequences.shape[1] < 2:
-        raise ValueError(f"sequences: got {tuple(sequences.shape)}, valid is at least one of at least two tokens")
+        raise ValueError(
+            f"sequences: got {tuple(sequences.shape)}, valid is at least one of at least two tokens"
+        )
     vocabulary = model.get_input_embeddings().weight.shape[0]
     if int(sequences.min()) < 0 or int(sequences.max()) >= vocabulary:
-        raise ValueError(f"sequences: ids run to {int(sequences.max())}, the model's are 0 to {vocabulary - 1}")
+        raise ValueError(
+            f"sequences: ids run to {int(sequences.max())}, the model's are 0 to {vocabulary - 1}"
+        )

@@ -1,11 +1,12 @@
 """The generated tasks for lm-evaluation-harness, for those who have it (`pip install lm_eval`).
 
     tasks = effattn.evaluate.harness_tasks(tokenizer, ["passkey", "line_retrieval"], length=4096)
-    lm_eval.simple_evaluate(model=HFLM(pretrained=model, tokenizer=tokenizer), tasks=list(tasks.values()))
+    lm_eval.simple_evaluate(model=HFLM(pretrained=model, tokenizer=tokenizer),
+    tasks=list(tasks.values()))
 
-The prompts are those of `effattn.evaluate`, as text. Where a task offers choices it is "multiple_choice" (metric acc),
-elsewhere "loglikelihood" (acc: every token of the answer is the most likely one; perplexity).
-"""
+The prompts are those of `effattn.evaluate`, as text. Where a task offers choices it is
+"multiple_choice" (metric acc), elsewhere "loglikelihood" (acc: every token of the answer is the
+most likely one; perplexity)."""
 
 from __future__ import annotations
 
@@ -31,49 +32,77 @@ def _task(function):
 
 @_task
 def _passkey(tokenizer, length, depths, trials, seed):
-    made = passkey_prompts(tokenizer, length, depths, trials=trials, digits=5, style="text", seed=seed)
+    made = passkey_prompts(
+        tokenizer, length, depths, trials=trials, digits=5, style="text", seed=seed
+    )
     return depths, made
 
 
 @_task
 def _associative_recall(tokenizer, length, depths, trials, seed):
-    return depths, recall_prompts(tokenizer, length, depths, pairs=8, queries=1, trials=trials, seed=seed)
+    return depths, recall_prompts(
+        tokenizer, length, depths, pairs=8, queries=1, trials=trials, seed=seed
+    )
 
 
 @_task
 def _line_retrieval(tokenizer, length, depths, trials, seed):
-    return depths, line_prompts(tokenizer, length, depths, trials=trials, digits=5, style="text", seed=seed)
+    return depths, line_prompts(
+        tokenizer, length, depths, trials=trials, digits=5, style="text", seed=seed
+    )
 
 
 @_task
 def _variable_tracking(tokenizer, length, depths, trials, seed):
     made = tracking_prompts(
-        tokenizer, length, depths, hops=4, chains=1, letters=5, trials=trials, style="text", seed=seed
+        tokenizer,
+        length,
+        depths,
+        hops=4,
+        chains=1,
+        letters=5,
+        trials=trials,
+        style="text",
+        seed=seed,
     )
     return depths, made
 
 
 @_task
 def _listops(tokenizer, length, depths, trials, seed):
-    return NESTING, listops_prompts(tokenizer, length, NESTING, arguments=5, trials=trials, seed=seed)
+    return NESTING, listops_prompts(
+        tokenizer, length, NESTING, arguments=5, trials=trials, seed=seed
+    )
 
 
 def harness_documents(
-    name: str, tokenizer, *, length: int = 4096, depths: Sequence[float] = retrieval.DEPTHS, trials: int = 16,
+    name: str,
+    tokenizer,
+    *,
+    length: int = 4096,
+    depths: Sequence[float] = retrieval.DEPTHS,
+    trials: int = 16,
     seed: int = 0,
-) -> list[dict]:  # fmt: skip
-    """A task's prompts as dicts {"prompt", "answer", "choices" (texts, [] where none are offered), "label" (the place
-    of the answer among them, -1), "depth"}. ValueError for unknown names and what the task itself refuses."""
+) -> list[dict]:
+    """A task's prompts as dicts {"prompt", "answer", "choices" (texts, [] where none are offered),
+    "label" (the place of the answer among them, -1), "depth"}. ValueError for unknown names and
+    what the task itself refuses."""
     shown, make = TASKS[check_choice("task", name, TASKS)](tokenizer, length, depths, trials, seed)
     return [document for depth in shown for document in _documents(tokenizer, make(depth), depth)]
 
 
 def harness_tasks(
-    tokenizer, tasks: Sequence[str] | None = None, *, length: int = 4096,
-    depths: Sequence[float] = retrieval.DEPTHS, trials: int = 16, seed: int = 0,
-) -> dict:  # fmt: skip
-    """name -> lm_eval Task, for `lm_eval.simple_evaluate(tasks=list(...))`. tasks: names of `TASKS`, None for all.
-    Prompts and answers are tokenized again by lm_eval: `length` is what they have with this tokenizer.
+    tokenizer,
+    tasks: Sequence[str] | None = None,
+    *,
+    length: int = 4096,
+    depths: Sequence[float] = retrieval.DEPTHS,
+    trials: int = 16,
+    seed: int = 0,
+) -> dict:
+    """name -> lm_eval Task, for `lm_eval.simple_evaluate(tasks=list(...))`. tasks: names of
+    `TASKS`, None for all. Prompts and answers are tokenized again by lm_eval: `length` is what they
+    have with this tokenizer.
 
     Raises Unsupported where lm_eval is not installed, ValueError for unknown names.
     """
@@ -82,17 +111,23 @@ def harness_tasks(
         from lm_eval.api.task import ConfigurableTask
     except ImportError:
         raise Unsupported(
-            "harness_tasks: lm_eval is not installed; pip install lm_eval, or call effattn.evaluate's functions"
+            "harness_tasks: lm_eval is not installed; pip install lm_eval, or call "
+            "effattn.evaluate's functions"
         ) from None
     import datasets
 
     made = {}
     for name in names:
-        documents = harness_documents(name, tokenizer, length=length, depths=depths, trials=trials, seed=seed)
-        made[f"effattn_{name}"] = ConfigurableTask(config=config_of(
-            name, lambda documents=documents, **_: {"test": datasets.Dataset.from_list(documents)},
-            bool(documents[0]["choices"]),
-        ))  # fmt: skip
+        documents = harness_documents(
+            name, tokenizer, length=length, depths=depths, trials=trials, seed=seed
+        )
+        made[f"effattn_{name}"] = ConfigurableTask(
+            config=config_of(
+                name,
+                lambda documents=documents, **_: {"test": datasets.Dataset.from_list(documents)},
+                bool(documents[0]["choices"]),
+            )
+        )
     return made
 
 
@@ -104,22 +139,37 @@ def config_of(name: str, dataset: Callable[..., dict], choices: bool) -> dict:
         else {"output_type": "loglikelihood", "doc_to_target": "answer"}
     )
     return {
-        "task": f"effattn_{name}", "custom_dataset": dataset, "test_split": "test", "doc_to_text": "prompt",
-        "target_delimiter": "", "num_fewshot": 0, "metric_list": [{"metric": "acc"}], "metadata": {"version": 1},
+        "task": f"effattn_{name}",
+        "custom_dataset": dataset,
+        "test_split": "test",
+        "doc_to_text": "prompt",
+        "target_delimiter": "",
+        "num_fewshot": 0,
+        "metric_list": [{"metric": "acc"}],
+        "metadata": {"version": 1},
         **asked,
-    }  # fmt: skip
+    }
 
 
 def _documents(tokenizer, prompts: retrieval.Prompts, depth: float) -> Iterator[dict]:
     """One document for every run of answer tokens in a prompt's question."""
     asked = prompts.asked.tolist()
     starts = [at for at, here in enumerate(asked) if here and not (at and asked[at - 1])]
-    for row, (context, question) in enumerate(zip(prompts.context.tolist(), prompts.question.tolist(), strict=True)):
+    for row, (context, question) in enumerate(
+        zip(prompts.context.tolist(), prompts.question.tolist(), strict=True)
+    ):
         for start in starts:
             end = next((at for at in range(start, len(asked)) if not asked[at]), len(asked))
-            choices = [] if prompts.choices is None else [tokenizer.decode([i]) for i in prompts.choices[row].tolist()]
+            choices = (
+                []
+                if prompts.choices is None
+                else [tokenizer.decode([i]) for i in prompts.choices[row].tolist()]
+            )
             answer = tokenizer.decode(question[start:end])
             yield {
-                "prompt": tokenizer.decode(context + question[:start]), "answer": answer, "choices": choices,
-                "label": choices.index(answer) if choices else -1, "depth": float(depth),
-            }  # fmt: skip
+                "prompt": tokenizer.decode(context + question[:start]),
+                "answer": answer,
+                "choices": choices,
+                "label": choices.index(answer) if choices else -1,
+                "depth": float(depth),
+            }

@@ -1,11 +1,12 @@
-"""Logits of a batch of windows, made in pieces: 4,096 tokens of a vocabulary of 262,144 are 4 GiB of them in fp32.
+"""Logits of a batch of windows, made in pieces: 4,096 tokens of a vocabulary of 262,144 are 4 GiB
+of them in fp32.
 
     scores = Scores(model, ids)
     for at in scores.pieces():
         losses[at] = F.cross_entropy(scores.logits(at), targets[at], reduction="none")
 
-Where all of a batch fit into `BYTES`, they are the model's own; a larger batch keeps the final norm's output, which
-is hundreds of times smaller, and multiplies it with the head piece by piece.
+Where all of a batch fit into `BYTES`, they are the model's own; a larger batch keeps the final
+norm's output, which is hundreds of times smaller, and multiplies it with the head piece by piece.
 """
 
 from __future__ import annotations
@@ -22,10 +23,11 @@ BYTES = 256 * 2**20  # of fp32 logits at a time
 
 
 class Scores:
-    """What `model` makes of ids (B, T), from position `first` of each window on: N = B (T - first) positions in order.
+    """What `model` makes of ids (B, T), from position `first` of each window on: N = B (T - first)
+    positions in order.
 
-    The model runs once, here, in the dtype that it has. `chunk`: positions whose logits fit into `BYTES`.
-    """
+    The model runs once, here, in the dtype that it has. `chunk`: positions whose logits fit into
+    `BYTES`."""
 
     def __init__(self, model: nn.Module, ids: Tensor, first: int = 0):
         vocabulary = model.get_input_embeddings().weight.shape[0]
@@ -33,7 +35,11 @@ class Scores:
         self.chunk = max(1, BYTES // (4 * vocabulary))
         self._parts = _known(model) if ids.numel() > self.chunk else None
         whole = self._parts is None
-        found = model(input_ids=ids, use_cache=False).logits if whole else _final_hidden(self._parts, ids)
+        found = (
+            model(input_ids=ids, use_cache=False).logits
+            if whole
+            else _final_hidden(self._parts, ids)
+        )
         self._found = found[:, first:].flatten(0, 1)
 
     def pieces(self) -> Iterator[slice]:
@@ -48,19 +54,22 @@ class Scores:
 
 
 def _known(model: nn.Module) -> anatomy.Anatomy | None:
-    """The model's anatomy where its head can be called on its own; None where all logits have to be made at once."""
+    """The model's anatomy where its head can be called on its own; None where all logits have to be
+    made at once.
+    """
     try:
         parts = anatomy.of(model)
     except Unsupported:
         return None
     head = parts.embeddings if parts.head is None else parts.head
-    # An offloaded head has its weights only while accelerate's hooks run, in the model's own forward.
+    # An offloaded head has its weights only while accelerate's hooks run, in the model's own
+    # forward.
     return None if parts.final_norm is None or head.weight.is_meta else parts
 
 
 def _final_hidden(parts: anatomy.Anatomy, ids: Tensor) -> Tensor:
-    """The final norm's output (B, T, D). The call goes through the model, whose hooks a swap needs, and asks for the
-    logits of one position only."""
+    """The final norm's output (B, T, D). The call goes through the model, whose hooks a swap needs,
+    and asks for the logits of one position only."""
     seen: list[Tensor] = []
     handle = parts.final_norm.register_forward_hook(lambda _, __, output: seen.append(output))
     try:

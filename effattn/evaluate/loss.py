@@ -18,12 +18,23 @@ Progress = Callable[[int, int], None]
 
 
 def check_stream(model, tokens: torch.Tensor, context: int, stride: int | None) -> int:
-    """Validates what every evaluation takes; returns the stride. Raises ValueError, and Unsupported for models that do
-    not predict next tokens."""
+    """Validates what every evaluation takes; returns the stride. Raises ValueError, and Unsupported
+    for models that do not predict next tokens."""
     _check_predicts(model)
-    if not isinstance(tokens, torch.Tensor) or tokens.dtype != torch.int64 or tokens.dim() != 1 or len(tokens) < 2:
-        got = f"{tokens.dtype} {tuple(tokens.shape)}" if isinstance(tokens, torch.Tensor) else type(tokens).__name__
-        raise ValueError(f"tokens: got {got}, valid is an int64 tensor (N,) of at least 2 token ids")
+    if (
+        not isinstance(tokens, torch.Tensor)
+        or tokens.dtype != torch.int64
+        or tokens.dim() != 1
+        or len(tokens) < 2
+    ):
+        got = (
+            f"{tokens.dtype} {tuple(tokens.shape)}"
+            if isinstance(tokens, torch.Tensor)
+            else type(tokens).__name__
+        )
+        raise ValueError(
+            f"tokens: got {got}, valid is an int64 tensor (N,) of at least 2 token ids"
+        )
     if context < 1:
         raise ValueError(f"context: got {context}, valid is a positive number of tokens")
     stride = context if stride is None else stride
@@ -31,22 +42,32 @@ def check_stream(model, tokens: torch.Tensor, context: int, stride: int | None) 
         raise ValueError(f"stride: got {stride}, valid is 1 to context ({context})")
     vocabulary = model.get_input_embeddings().weight.shape[0]
     if int(tokens.min()) < 0 or int(tokens.max()) >= vocabulary:
-        raise ValueError(f"tokens: ids run to {int(tokens.max())}, the model's vocabulary is 0 to {vocabulary - 1}")
+        raise ValueError(
+            f"tokens: ids run to {int(tokens.max())}, the model's vocabulary is 0 to "
+            f"{vocabulary - 1}"
+        )
     return stride
 
 
 def _check_predicts(model) -> None:
-    """Unsupported for encoders, which see what they are asked for, classifiers, and models without a head."""
+    """Unsupported for encoders, which see what they are asked for, classifiers, and models without
+    a head.
+    """
     kind, config = type(model).__name__, getattr(model, "config", None)
-    encoder = getattr(config, "model_type", None) in ENCODERS and not getattr(config, "is_decoder", False)
+    encoder = getattr(config, "model_type", None) in ENCODERS and not getattr(
+        config, "is_decoder", False
+    )
     headless = hasattr(model, "get_output_embeddings") and model.get_output_embeddings() is None
     if encoder or (headless and "LM" not in kind):
         raise Unsupported(f"model: got {kind}, valid is a causal LM: perplexity is of next tokens")
 
 
-def _windows(n: int, context: int, stride: int, batch_tokens: int) -> list[tuple[list[int], int, int]]:
-    """Groups of windows as (starts, width, first position whose prediction counts). Positions 0 .. n - 2 each
-    predict the next token and count exactly once; windows of one group have the same width."""
+def _windows(
+    n: int, context: int, stride: int, batch_tokens: int
+) -> list[tuple[list[int], int, int]]:
+    """Groups of windows as (starts, width, first position whose prediction counts). Positions 0 ..
+    n - 2 each predict the next token and count exactly once; windows of one group have the same
+    width."""
     rows, done, start = [], 0, 0
     while done < n - 1:
         width = min(context, n - 1 - start)
@@ -75,10 +96,10 @@ def token_losses(
 ) -> torch.Tensor:
     """Cross-entropy in nats of tokens[1:], each scored exactly once: float32 (N - 1,).
 
-    tokens: int64 (N,). Windows of `context` input tokens start every `stride` (default: `context`, no overlap);
-    a window scores only what no earlier one did, so with a smaller stride every prediction but the first
-    window's sees at least `context - stride` tokens before it. At most 256 MiB of logits exist at a time.
-    """
+    tokens: int64 (N,). Windows of `context` input tokens start every `stride` (default: `context`,
+    no overlap); a window scores only what no earlier one did, so with a smaller stride every
+    prediction but the first window's sees at least `context - stride` tokens before it. At most 256
+    MiB of logits exist at a time."""
     stride = check_stream(model, tokens, context, stride)
     if isinstance(model, torch.nn.Module):
         steady(model)
@@ -99,26 +120,36 @@ def token_losses(
 
 
 def perplexity_of(cross_entropy: float) -> float:
-    """exp of a mean cross-entropy in nats; infinite beyond what a float holds (reports: null), NaN of NaN."""
+    """exp of a mean cross-entropy in nats; infinite beyond what a float holds (reports: null), NaN
+    of NaN.
+    """
     try:
         return math.exp(cross_entropy)
     except OverflowError:
         return math.inf
 
 
-def perplexity(model, tokens: torch.Tensor, context: int, stride: int | None = None, **kwargs) -> float:
-    """exp of the mean of `token_losses`: tokens (N,) int64, see there for `context` and `stride`."""
+def perplexity(
+    model, tokens: torch.Tensor, context: int, stride: int | None = None, **kwargs
+) -> float:
+    """exp of the mean of `token_losses`: tokens (N,) int64, see there for `context` and
+    `stride`.
+    """
     training = model.training
     model.eval()
     try:
-        return perplexity_of(token_losses(model, tokens, context, stride, **kwargs).double().mean().item())
+        return perplexity_of(
+            token_losses(model, tokens, context, stride, **kwargs).double().mean().item()
+        )
     finally:
         model.train(training)
 
 
-def kl_chunked(teacher_logits: torch.Tensor, student_logits: torch.Tensor, chunk: int = 1024) -> torch.Tensor:
-    """KL(teacher || student) in nats at every position, (M,), from logits (M, V): fp32 copies of only `chunk`
-    positions exist at a time."""
+def kl_chunked(
+    teacher_logits: torch.Tensor, student_logits: torch.Tensor, chunk: int = 1024
+) -> torch.Tensor:
+    """KL(teacher || student) in nats at every position, (M,), from logits (M, V): fp32 copies of
+    only `chunk` positions exist at a time."""
     parts = []
     for t, s in zip(teacher_logits.split(chunk), student_logits.split(chunk), strict=True):
         t, s = t.float().log_softmax(-1), s.float().log_softmax(-1)
@@ -128,10 +159,16 @@ def kl_chunked(teacher_logits: torch.Tensor, student_logits: torch.Tensor, chunk
 
 @torch.no_grad()
 def compare(
-    teacher, student, tokens: torch.Tensor, context: int, *, batch_tokens: int = 4096, progress: Progress | None = None
+    teacher,
+    student,
+    tokens: torch.Tensor,
+    context: int,
+    *,
+    batch_tokens: int = 4096,
+    progress: Progress | None = None,
 ) -> dict[str, float]:
-    """Both models over tokens (N,) in windows of `context`: the student's cross-entropy and perplexity, and the
-    mean forward KL (nats a token) from the teacher, in one pass."""
+    """Both models over tokens (N,) in windows of `context`: the student's cross-entropy and
+    perplexity, and the mean forward KL (nats a token) from the teacher, in one pass."""
     check_stream(student, tokens, context, None)
     device = input_device(student)
     loss = divergence = 0.0
@@ -147,4 +184,8 @@ def compare(
         if progress:
             progress(number + 1, len(groups))
     count = len(tokens) - 1
-    return {"perplexity": perplexity_of(loss / count), "cross_entropy": loss / count, "kl": divergence / count}
+    return {
+        "perplexity": perplexity_of(loss / count),
+        "cross_entropy": loss / count,
+        "kl": divergence / count,
+    }

@@ -1,5 +1,6 @@
-"""Multi-query associative recall: pairs of words somewhere in a text, then one word after the other is asked for its
-partner (MQAR, arXiv:2312.04927; here in prompts for a pretrained model, not in a language of its own).
+"""Multi-query associative recall: pairs of words somewhere in a text, then one word after the other
+is asked for its partner (MQAR, arXiv:2312.04927; here in prompts for a pretrained model, not in a
+language of its own).
 
     effattn.evaluate.associative_recall(model, tokenizer, pairs=8, length=512)
 """
@@ -34,38 +35,75 @@ def associative_recall(
 ) -> dict:
     """How often a model gives the right partner, by the depth at which the pairs lie in the text.
 
-    length: tokens of a prompt, questions included. pairs: lines of two words, each one token, all different; `queries`
-    of them (default: all) are asked for in another order, each with the true answers before it. trials, filler (None:
-    the embedded corpus), batch, seed: as for `passkey`.
+    length: tokens of a prompt, questions included. pairs: lines of two words, each one token, all
+    different; `queries` of them (default: all) are asked for in another order, each with the true
+    answers before it. trials, filler (None: the embedded corpus), batch, seed: as for `passkey`.
 
-    A row's "choice" is the share of questions where the right word is the most likely of the `pairs` on offer (guessing
-    reaches 1 / pairs), "token_accuracy" where it is the most likely of the whole vocabulary; see
-    `effattn.evaluate.retrieval.by_depth`. Raises ValueError as `passkey` does.
-    """
+    A row's "choice" is the share of questions where the right word is the most likely of the
+    `pairs` on offer (guessing reaches 1 / pairs), "token_accuracy" where it is the most likely of
+    the whole vocabulary; see `effattn.evaluate.retrieval.by_depth`. Raises ValueError as `passkey`
+    does."""
     queries = pairs if queries is None else queries
-    make = recall_prompts(tokenizer, length, depths, pairs=pairs, queries=queries, trials=trials, filler=filler,
-                          batch=batch, seed=seed)  # fmt: skip
+    make = recall_prompts(
+        tokenizer,
+        length,
+        depths,
+        pairs=pairs,
+        queries=queries,
+        trials=trials,
+        filler=filler,
+        batch=batch,
+        seed=seed,
+    )
     run = functools.partial(retrieval.answer, model, batch=batch)
-    found = retrieval.by_depth("associative recall", depths, make, run, chance=1 / pairs, progress=progress)
-    return found | {"length": length, "trials": trials, "pairs": pairs, "queries": queries, "seed": seed}
+    found = retrieval.by_depth(
+        "associative recall", depths, make, run, chance=1 / pairs, progress=progress
+    )
+    return found | {
+        "length": length,
+        "trials": trials,
+        "pairs": pairs,
+        "queries": queries,
+        "seed": seed,
+    }
 
 
 def recall_prompts(
-    tokenizer, length: int, depths: Sequence[float], *, pairs: int, queries: int, trials: int,
-    filler: Tensor | None = None, batch: int = 1, seed: int,
-) -> Callable[[float], retrieval.Prompts]:  # fmt: skip
+    tokenizer,
+    length: int,
+    depths: Sequence[float],
+    *,
+    pairs: int,
+    queries: int,
+    trials: int,
+    filler: Tensor | None = None,
+    batch: int = 1,
+    seed: int,
+) -> Callable[[float], retrieval.Prompts]:
     """depth -> the prompts of `associative_recall`."""
-    retrieval.check_settings(depths, length=(length, 1), pairs=(pairs, 2), queries=(queries, 1), trials=(trials, 1),
-                             batch=(batch, 1))  # fmt: skip
+    retrieval.check_settings(
+        depths,
+        length=(length, 1),
+        pairs=(pairs, 2),
+        queries=(queries, 1),
+        trials=(trials, 1),
+        batch=(batch, 1),
+    )
     if queries > pairs:
-        raise ValueError(f"queries: got {queries}, valid is at most pairs ({pairs}): each is asked for once")
+        raise ValueError(
+            f"queries: got {queries}, valid is at most pairs ({pairs}): each is asked for once"
+        )
     words, end = _words(tokenizer), retrieval.encode(tokenizer, "\n")
     if len(words) < 2 * pairs:
-        raise ValueError(f"pairs: got {pairs}, the vocabulary has words of one token for {len(words) // 2}")
+        raise ValueError(
+            f"pairs: got {pairs}, the vocabulary has words of one token for {len(words) // 2}"
+        )
     line = 2 + len(end)
     rest = length - pairs * line - queries * line - 2 * len(end)
     if rest < 0:
-        raise ValueError(f"length: got {length}, the pairs and the questions alone take {length - rest} tokens")
+        raise ValueError(
+            f"length: got {length}, the pairs and the questions alone take {length - rest} tokens"
+        )
     if filler is None:
         from effattn import embedded
 
@@ -75,7 +113,10 @@ def recall_prompts(
     draw = random.Random(seed)
     drawn = [draw.sample(words, 2 * pairs) for _ in range(trials)]
     orders = [draw.sample(range(pairs), queries) for _ in range(trials)]
-    new_line, asked = torch.tensor(end, dtype=torch.long), torch.zeros(queries * line, dtype=torch.bool)
+    new_line, asked = (
+        torch.tensor(end, dtype=torch.long),
+        torch.zeros(queries * line, dtype=torch.bool),
+    )
     asked[1::line] = True
 
     def make(depth: float) -> retrieval.Prompts:
@@ -96,7 +137,12 @@ def _words(tokenizer) -> list[int]:
     special = set(tokenizer.all_special_ids)
     texts = {i: tokenizer.decode([i]) for i in range(len(tokenizer)) if i not in special}
     return [
-        i for i, text in texts.items()
-        if text.startswith(" ") and text[1:].isascii() and text[1:].isalpha() and text[1:].islower()
-        and 3 <= len(text[1:]) <= 8 and not keyword.iskeyword(text[1:])
-    ]  # fmt: skip
+        i
+        for i, text in texts.items()
+        if text.startswith(" ")
+        and text[1:].isascii()
+        and text[1:].isalpha()
+        and text[1:].islower()
+        and 3 <= len(text[1:]) <= 8
+        and not keyword.iskeyword(text[1:])
+    ]

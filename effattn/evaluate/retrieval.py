@@ -1,7 +1,8 @@
-"""What retrieval tasks share: a long context goes into a model's cache, then a question, one token at a time.
+"""What retrieval tasks share: a long context goes into a model's cache, then a question, one token
+at a time.
 
-A task makes `Prompts`, `answer` feeds them, `by_depth` turns what came out into rows. The question's tokens are
-decoding steps, so that a compressed cache is read as `generate()` reads it.
+A task makes `Prompts`, `answer` feeds them, `by_depth` turns what came out into rows. The
+question's tokens are decoding steps, so that a compressed cache is read as `generate()` reads it.
 """
 
 from __future__ import annotations
@@ -22,8 +23,9 @@ LINES = 64  # tokens that a needle may move back for a line's end
 
 @dataclass(frozen=True)
 class Prompts:
-    """n prompts of one shape. context (n, N) and question (n, Q): int64 token ids; asked (Q,): bool, which of the
-    question's tokens are answers (the others are given). choices (n, C): the tokens on offer, where there are any."""
+    """n prompts of one shape. context (n, N) and question (n, Q): int64 token ids; asked (Q,):
+    bool, which of the question's tokens are answers (the others are given). choices (n, C): the
+    tokens on offer, where there are any."""
 
     context: Tensor
     question: Tensor
@@ -33,8 +35,9 @@ class Prompts:
 
 @dataclass(frozen=True)
 class Answers:
-    """For each asked token, (n, A): whether it was the most likely of all, and of those on offer (None where nothing
-    is); and its negative log-likelihood in nats, given the true answers before it."""
+    """For each asked token, (n, A): whether it was the most likely of all, and of those on offer
+    (None where nothing is); and its negative log-likelihood in nats, given the true answers before
+    it."""
 
     exact: Tensor
     chosen: Tensor | None
@@ -42,9 +45,11 @@ class Answers:
 
 
 @torch.no_grad()
-def answer(model, prompts: Prompts, *, batch: int = 8, chunk: int = 512, progress: Progress | None = None) -> Answers:
-    """Feeds `batch` prompts at a time through the cache that `generate()` would use: the context in chunks, then the
-    question token by token."""
+def answer(
+    model, prompts: Prompts, *, batch: int = 8, chunk: int = 512, progress: Progress | None = None
+) -> Answers:
+    """Feeds `batch` prompts at a time through the cache that `generate()` would use: the context in
+    chunks, then the question token by token."""
     device, training = input_device(model), model.training
     found: list[tuple[Tensor, ...]] = []  # of each batch
     model.eval()
@@ -61,7 +66,9 @@ def answer(model, prompts: Prompts, *, batch: int = 8, chunk: int = 512, progres
                 truth = question[:, place]
                 if asked:
                     judged.append(_judge(logits.float(), truth, choices))
-                logits = model(input_ids=truth[:, None], past_key_values=cache, use_cache=True).logits[:, -1]
+                logits = model(
+                    input_ids=truth[:, None], past_key_values=cache, use_cache=True
+                ).logits[:, -1]
             found.append(tuple(torch.stack(part, dim=1) for part in zip(*judged, strict=True)))
             if progress:
                 progress(min(start + batch, len(prompts.context)), len(prompts.context))
@@ -72,8 +79,13 @@ def answer(model, prompts: Prompts, *, batch: int = 8, chunk: int = 512, progres
 
 
 def _judge(logits: Tensor, truth: Tensor, choices: Tensor | None) -> tuple[Tensor, ...]:
-    """logits (n, V), truth (n,) -> exact (n,), nats (n,), and with choices (n, C) chosen (n,); on the CPU."""
-    found = [logits.argmax(-1) == truth, torch.nn.functional.cross_entropy(logits, truth, reduction="none")]
+    """logits (n, V), truth (n,) -> exact (n,), nats (n,), and with choices (n, C) chosen (n,); on
+    the CPU.
+    """
+    found = [
+        logits.argmax(-1) == truth,
+        torch.nn.functional.cross_entropy(logits, truth, reduction="none"),
+    ]
     if choices is not None:
         best = logits.gather(1, choices).argmax(1, keepdim=True)
         found.append(choices.gather(1, best)[:, 0] == truth)
@@ -90,27 +102,36 @@ def by_depth(
 ) -> dict:
     """The result of a task: a row for every depth, and whether the model can do it at all.
 
-    Row: depth, trials, exact (share of prompts whose answers are all the most likely tokens), token_accuracy, choice
-    (share of answers that beat the others on offer), nats (of an answer token, mean), learned. `chance` is what
-    guessing reaches. Learned: at least halfway from chance to 1 where there is a choice, else half of the prompts.
-    """
+    Row: depth, trials, exact (share of prompts whose answers are all the most likely tokens),
+    token_accuracy, choice (share of answers that beat the others on offer), nats (of an answer
+    token, mean), learned. `chance` is what guessing reaches. Learned: at least halfway from chance
+    to 1 where there is a choice, else half of the prompts."""
     rows = []
     for number, depth in enumerate(depths):
         found = run(make(depth))
         row = {
-            "depth": depth, "trials": len(found.exact), "exact": found.exact.all(1).double().mean().item(),
+            "depth": depth,
+            "trials": len(found.exact),
+            "exact": found.exact.all(1).double().mean().item(),
             "token_accuracy": found.exact.double().mean().item(),
             "choice": None if found.chosen is None else found.chosen.double().mean().item(),
             "nats": found.nats.double().mean().item(),
-        }  # fmt: skip
+        }
         rows.append(row | {"learned": score(row) >= (1 + chance) / 2})
         if progress:
             progress(number + 1, len(depths))
-    return {"task": task, "chance": chance, "rows": rows, "score": sum(map(score, rows)) / len(rows)}
+    return {
+        "task": task,
+        "chance": chance,
+        "rows": rows,
+        "score": sum(map(score, rows)) / len(rows),
+    }
 
 
 def score(row: dict) -> float:
-    """The number that says how well a row went: the choice where there is one, else the exact answers."""
+    """The number that says how well a row went: the choice where there is one, else the exact
+    answers.
+    """
     return row["exact"] if row["choice"] is None else row["choice"]
 
 
@@ -118,24 +139,32 @@ def check_settings(depths: Iterable[float], **least: tuple[int, int]) -> None:
     """ValueError for depths outside of 0 to 1, and for `name=(value, least)` below the least."""
     depths = list(depths)
     if not depths or not all(0 <= depth <= 1 for depth in depths):
-        raise ValueError(f"depths: got {depths}, valid are numbers from 0 (start) to 1 (right before the question)")
+        raise ValueError(
+            f"depths: got {depths}, valid are numbers from 0 (start) to 1 (right before the "
+            "question)"
+        )
     for name, (value, low) in least.items():
         if type(value) is not int or value < low:
             raise ValueError(f"{name}: got {value!r}, valid is a whole number of at least {low}")
 
 
 def stretches(filler: Tensor, length: int, count: int, generator: torch.Generator) -> Tensor:
-    """`count` random stretches of `length` tokens of `filler` (N,), (count, length). ValueError if it is too short."""
+    """`count` random stretches of `length` tokens of `filler` (N,), (count, length). ValueError if
+    it is too short.
+    """
     if filler.dtype != torch.int64 or filler.dim() != 1 or len(filler) < length + 1:
         raise ValueError(
-            f"filler: got {filler.dtype} {tuple(filler.shape)}, valid is int64 (N,) with more than {length:,} tokens"
+            f"filler: got {filler.dtype} {tuple(filler.shape)}, valid is int64 (N,) with more "
+            f"than {length:,} tokens"
         )
     starts = torch.randint(len(filler) - length, (count,), generator=generator)
     return torch.stack([filler[start : start + length] for start in starts.tolist()])
 
 
 def hide(filler: Tensor, needle: Tensor, depth: float, line_ends: Tensor) -> Tensor:
-    """`needle` inside `filler` (N,), at `depth` of it, behind the nearest line's end before that if one is near."""
+    """`needle` inside `filler` (N,), at `depth` of it, behind the nearest line's end before that if
+    one is near.
+    """
     cut = round(depth * len(filler))
     near = filler[max(0, cut - LINES) : cut]
     ends = torch.isin(near, line_ends).nonzero().flatten()
@@ -145,7 +174,10 @@ def hide(filler: Tensor, needle: Tensor, depth: float, line_ends: Tensor) -> Ten
 
 def line_ends(tokenizer, filler: Tensor) -> Tensor:
     """The tokens of `filler` that end a line."""
-    return torch.tensor([i for i in filler.unique().tolist() if tokenizer.decode([i]).endswith("\n")], dtype=torch.long)
+    return torch.tensor(
+        [i for i in filler.unique().tolist() if tokenizer.decode([i]).endswith("\n")],
+        dtype=torch.long,
+    )
 
 
 def encode(tokenizer, text: str) -> list[int]:

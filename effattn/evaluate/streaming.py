@@ -1,11 +1,12 @@
-"""Cross-entropy of one long text that streams through a model's cache, and the bytes that the cache holds meanwhile.
+"""Cross-entropy of one long text that streams through a model's cache, and the bytes that the cache
+holds meanwhile.
 
     effattn.swap(model, "sliding", window=256, sinks=4)
     losses, held = stream_losses(model, tokens)          # (N - 1,) nats, bytes after every chunk
 
-A stream has no windows: every token is scored after everything before it, as far as the cache remembers it. That is
-what a chat or a log reader does, and where attention over positions that were never trained falls apart.
-"""
+A stream has no windows: every token is scored after everything before it, as far as the cache
+remembers it. That is what a chat or a log reader does, and where attention over positions that were
+never trained falls apart."""
 
 from __future__ import annotations
 
@@ -23,12 +24,13 @@ from effattn.hf.placement import input_device
 def stream_losses(
     model, tokens: Tensor, chunk: int = 128, cache=None, progress: Progress | None = None
 ) -> tuple[Tensor, list[int]]:
-    """Cross-entropy in nats of tokens[1:], float32 (N - 1,), and the cache's bytes after every chunk.
+    """Cross-entropy in nats of tokens[1:], float32 (N - 1,), and the cache's bytes after every
+    chunk.
 
-    tokens: int64 (N,). `chunk` tokens go in at a time; the result is that of one token at a time, only sooner, since
-    a cache's prefill, chunked prefill and decoding are the same function. cache: default a new one, which is what
-    `generate()` uses on this model; one that holds a past goes on from there. progress(tokens done, all of them).
-    """
+    tokens: int64 (N,). `chunk` tokens go in at a time; the result is that of one token at a time,
+    only sooner, since a cache's prefill, chunked prefill and decoding are the same function. cache:
+    default a new one, which is what `generate()` uses on this model; one that holds a past goes on
+    from there. progress(tokens done, all of them)."""
     from effattn.hf.cache import new_cache
 
     check_stream(model, tokens, 1, None)
@@ -41,7 +43,11 @@ def stream_losses(
     try:
         for start in range(0, len(losses), chunk):
             ids = tokens[start : start + chunk + 1].to(device)
-            logits = model(input_ids=ids[None, :-1], past_key_values=cache, use_cache=True).logits[0].float()
+            logits = (
+                model(input_ids=ids[None, :-1], past_key_values=cache, use_cache=True)
+                .logits[0]
+                .float()
+            )
             losses[start : start + chunk] = F.cross_entropy(logits, ids[1:], reduction="none").cpu()
             held.append(cache_bytes(cache))
             if progress:
@@ -52,10 +58,11 @@ def stream_losses(
 
 
 def cache_bytes(cache) -> int:
-    """Bytes of memory that `cache` keeps alive, whatever its kind: every tensor in it, and in what it holds.
+    """Bytes of memory that `cache` keeps alive, whatever its kind: every tensor in it, and in what
+    it holds.
 
-    Storages count, once and whole: a small view that keeps a large tensor alive costs the large one.
-    """
+    Storages count, once and whole: a small view that keeps a large tensor alive costs the large
+    one."""
     seen: set[int] = set()
     storages: dict[tuple, int] = {}
     waiting = [cache]
@@ -74,5 +81,8 @@ def cache_bytes(cache) -> int:
         else:
             waiting += getattr(thing, "__dict__", {}).values()
             slots = getattr(type(thing), "__slots__", ())
-            waiting += [getattr(thing, name, None) for name in ([slots] if isinstance(slots, str) else slots)]
+            waiting += [
+                getattr(thing, name, None)
+                for name in ([slots] if isinstance(slots, str) else slots)
+            ]
     return sum(storages.values())

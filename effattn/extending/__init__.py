@@ -1,1 +1,3 @@
-"""Longer contexts: what each position rule promises a model, a checkpoint with one, and the rules side by side."""
+"""Longer contexts: what each position rule promises a model, a checkpoint with one, and the rules
+side by side.
+"""

@@ -1,9 +1,10 @@
-"""The whole job behind `recipes/extend_context.py`: every rule on the same long texts, and what is found far back.
+"""The whole job behind `recipes/extend_context.py`: every rule on the same long texts, and what is
+found far back.
 
-Each rule reads the same tokens in windows of every length, so that a longer window differs in nothing but what it can
-see; the same text repeated, so that copying from far back pays; and prompts whose answer lies far back. Every finished
-part is kept beside the output: the same command goes on from there.
-"""
+Each rule reads the same tokens in windows of every length, so that a longer window differs in
+nothing but what it can see; the same text repeated, so that copying from far back pays; and prompts
+whose answer lies far back. Every finished part is kept beside the output: the same command goes on
+from there."""
 
 from __future__ import annotations
 
@@ -40,12 +41,12 @@ AUTO = "auto"
 class Job(Checked):
     """The settings of one run. A run is resumed only with the same ones.
 
-    rules: names of `effattn.extending.rules.rules`, or what comes before their dash; none: all. lengths: windows, each
-    dividing the longest, the trained length among them (None: 1, 4 and 8 times that). period: tokens after which the
-    repeated text repeats (None: one and a half trained lengths, further back than any window here). retrieval:
-    "recall", "passkey", "auto" (what the model does best within its trained length) or "none"; retrieval_length: tokens
-    of a prompt (None: the middle one of the lengths).
-    """
+    rules: names of `effattn.extending.rules.rules`, or what comes before their dash; none: all.
+    lengths: windows, each dividing the longest, the trained length among them (None: 1, 4 and 8
+    times that). period: tokens after which the repeated text repeats (None: one and a half trained
+    lengths, further back than any window here). retrieval: "recall", "passkey", "auto" (what the
+    model does best within its trained length) or "none"; retrieval_length: tokens of a prompt
+    (None: the middle one of the lengths)."""
 
     model: str = embedded.NAME
     rules: Sequence[str] = ()
@@ -76,7 +77,8 @@ class Job(Checked):
 
 
 def run(job: Job, show: Quiet | None = None) -> ArticleReport:
-    """Runs `job`; returns the report, which with an output also lies there as report.{json,md,html}.
+    """Runs `job`; returns the report, which with an output also lies there as
+    report.{json,md,html}.
 
     Raises ValueError (bad settings or input) and OSError (disk), each before anything is measured.
     """
@@ -110,35 +112,74 @@ def _run(job: Job, show: Quiet) -> ArticleReport:
         tasks = copying.TASKS if job.retrieval == AUTO else (job.retrieval,)
         for task in tasks:
             with show.stage(f"{task} within {trained} tokens") as progress:
-                within[task] = kept.once(f"within/{task}", lambda task=task, progress=progress: copying.ask(
-                    task, model, tokenizer, 3 * trained // 4, job.retrieval_depths, 2 * job.retrieval_trials, style,
-                    job.seed, progress,
-                ))  # fmt: skip
+                within[task] = kept.once(
+                    f"within/{task}",
+                    lambda task=task, progress=progress: copying.ask(
+                        task,
+                        model,
+                        tokenizer,
+                        3 * trained // 4,
+                        job.retrieval_depths,
+                        2 * job.retrieval_trials,
+                        style,
+                        job.seed,
+                        progress,
+                    ),
+                )
     task, learned = copying.best_task(within) if within else (None, False)
     at = job.retrieval_length or lengths[len(lengths) // 2]
     rows = []
     for number, rule in enumerate(wanted):
         told = f"{rule.name} ({number + 1} of {len(wanted)})"
         with show.stage(f"texts: {told}") as progress:
-            row = kept.once(f"texts/{rule.name}", lambda rule=rule, progress=progress: measured(
-                rule, model, sequences, lengths, period, trained, progress
-            ))  # fmt: skip
+            row = kept.once(
+                f"texts/{rule.name}",
+                lambda rule=rule, progress=progress: measured(
+                    rule, model, sequences, lengths, period, trained, progress
+                ),
+            )
         answers = None
         if task is not None and not rule.logn:
             with show.stage(f"{task}: {told}") as progress, rule.on(model):
-                answers = kept.once(f"{task}/{rule.name}", lambda progress=progress: copying.ask(
-                    task, model, tokenizer, at, job.retrieval_depths, job.retrieval_trials, style, job.seed, progress
-                ))  # fmt: skip
+                answers = kept.once(
+                    f"{task}/{rule.name}",
+                    lambda progress=progress: copying.ask(
+                        task,
+                        model,
+                        tokenizer,
+                        at,
+                        job.retrieval_depths,
+                        job.retrieval_trials,
+                        style,
+                        job.seed,
+                        progress,
+                    ),
+                )
         rows.append(row | {"retrieval": answers})
     told = describe(model)
-    report = ArticleReport(numbers({
-        "kind": "extend_context",
-        "settings": _settings(job, lengths, period) | {"source": source, "retrieval_length": at, "style": style},
-        "model": {"class": told.model, "dtype": told.dtype, "device": str(model.device), "layers": len(told.layers),
-                  "parameters": told.parameters["total"], "trained_length": trained},
-        "copy": copy, "task": task, "task_learned": learned, "within": within, "rules": rows,
-        "environment": environment(),
-    }))  # fmt: skip
+    report = ArticleReport(
+        numbers(
+            {
+                "kind": "extend_context",
+                "settings": _settings(job, lengths, period)
+                | {"source": source, "retrieval_length": at, "style": style},
+                "model": {
+                    "class": told.model,
+                    "dtype": told.dtype,
+                    "device": str(model.device),
+                    "layers": len(told.layers),
+                    "parameters": told.parameters["total"],
+                    "trained_length": trained,
+                },
+                "copy": copy,
+                "task": task,
+                "task_learned": learned,
+                "within": within,
+                "rules": rows,
+                "environment": environment(),
+            }
+        )
+    )
     if job.output is not None:
         report.save(job.output)
     if job.json is not None:
@@ -147,13 +188,14 @@ def _run(job: Job, show: Quiet) -> ArticleReport:
     return report
 
 
-def measured(rule: Rule, model, sequences, lengths, period: int, trained: int, progress=None) -> dict:
+def measured(
+    rule: Rule, model, sequences, lengths, period: int, trained: int, progress=None
+) -> dict:
     """One rule's row: {"name", "axes", "kind", "logn", "seconds", "natural", "repeated", "curves"}.
 
-    natural: the same tokens in windows of every length. repeated: the first tokens of the repeated text at every
-    length, and under "copies" those behind the first copy. Each a dict of a length, cross_entropy, perplexity and
-    accuracy.
-    """
+    natural: the same tokens in windows of every length. repeated: the first tokens of the repeated
+    text at every length, and under "copies" those behind the first copy. Each a dict of a length,
+    cross_entropy, perplexity and accuracy."""
     again, longest, start = texts.repeated(sequences, period), lengths[-1], time.perf_counter()
     steps, done = len(lengths) + (len(lengths) if rule.varies else 1), 0
 
@@ -181,9 +223,15 @@ def measured(rule: Rule, model, sequences, lengths, period: int, trained: int, p
             behind = scores(nats[:, period:], right[:, period:]) if length > period else None
             copies.append({"length": length, **scores(nats, right), "copies": behind})
     return {
-        "name": rule.name, "axes": rule.axes, "kind": rule.kind, "logn": rule.logn,
-        "seconds": time.perf_counter() - start, "natural": natural, "repeated": copies, "curves": curves,
-    }  # fmt: skip
+        "name": rule.name,
+        "axes": rule.axes,
+        "kind": rule.kind,
+        "logn": rule.logn,
+        "seconds": time.perf_counter() - start,
+        "natural": natural,
+        "repeated": copies,
+        "curves": curves,
+    }
 
 
 def check_job(job: Job) -> None:
@@ -193,11 +241,20 @@ def check_job(job: Job) -> None:
     if job.retrieval_style is not None:
         check_choice("retrieval_style", job.retrieval_style, STYLES)
     if job.text and job.dataset:
-        raise ValueError("text and dataset: got both, valid is one of them (or neither: the embedded corpus)")
-    for argument, file in (("output", job.output and Path(job.output) / "report.json"), ("json", job.json)):
+        raise ValueError(
+            "text and dataset: got both, valid is one of them (or neither: the embedded corpus)"
+        )
+    for argument, file in (
+        ("output", job.output and Path(job.output) / "report.json"),
+        ("json", job.json),
+    ):
         if file is not None:
             check_file(argument, file)
-    if job.output is not None and (Path(job.output) / "report.json").exists() and not job.partial.exists():
+    if (
+        job.output is not None
+        and (Path(job.output) / "report.json").exists()
+        and not job.partial.exists()
+    ):
         sweep(job.output)  # the run that wrote it may have been killed at its very end
         raise ValueError(f"output: {job.output} holds a finished report; give a new folder")
 
@@ -208,10 +265,14 @@ def check_lengths(job: Job, trained: int) -> list[int]:
     longest = lengths[-1]
     for length in lengths:
         if length < 16 or longest % length:
-            raise ValueError(f"lengths: got {length}, valid is 16 or more tokens, and what divides the longest "
-                             f"({longest}), so that the same tokens are read at every length")  # fmt: skip
+            raise ValueError(
+                f"lengths: got {length}, valid is 16 or more tokens, and what divides the longest "
+                f"({longest}), so that the same tokens are read at every length"
+            )
     if trained not in lengths or longest == trained:
-        raise ValueError(f"lengths: got {lengths}, valid are the trained length ({trained}) and longer ones")
+        raise ValueError(
+            f"lengths: got {lengths}, valid are the trained length ({trained}) and longer ones"
+        )
     period = job.period or 3 * trained // 2
     if period >= longest:
         raise ValueError(f"period: got {period}, valid is less than the longest length ({longest})")
@@ -219,13 +280,20 @@ def check_lengths(job: Job, trained: int) -> list[int]:
 
 
 def trained_length(model, name: str) -> int:
-    """The tokens that the model was trained with. Unsupported for models without plain rotary positions."""
+    """The tokens that the model was trained with. Unsupported for models without plain rotary
+    positions.
+    """
     parts = anatomy.of(model)
     if active(model) is not None:
-        raise Unsupported(f"model: {name} is swapped already; valid is a checkpoint with its own attention")
+        raise Unsupported(
+            f"model: {name} is swapped already; valid is a checkpoint with its own attention"
+        )
     if not parts.causal or not any(layer.rotary_dims for layer in parts.layers):
-        raise Unsupported(f"model: {type(model).__name__} has no rotary positions to change; valid is a causal model "
-                          "with them, such as 'embedded'")  # fmt: skip
+        raise Unsupported(
+            f"model: {type(model).__name__} has no rotary positions to change; valid is a causal "
+            "model "
+            "with them, such as 'embedded'"
+        )
     return int(parts.config.max_position_embeddings)
 
 
@@ -243,11 +311,22 @@ def _curve(nats: torch.Tensor, right: torch.Tensor, trained: int) -> list[dict]:
 
 
 def _settings(job: Job, lengths: list[int], period: int) -> dict:
-    own = {key: value for key, value in asdict(job).items() if key not in ("output", "json", "device", "rules", "logn")}
-    return own | {"model": str(job.model), "lengths": lengths, "period": period, "text": [str(one) for one in job.text]}
+    own = {
+        key: value
+        for key, value in asdict(job).items()
+        if key not in ("output", "json", "device", "rules", "logn")
+    }
+    return own | {
+        "model": str(job.model),
+        "lengths": lengths,
+        "period": period,
+        "text": [str(one) for one in job.text],
+    }
 
 
 def _machine(model) -> dict:
     """What else must be the same for parts of two runs to stand in one report."""
     here = environment()
-    return {"on": model.device.type} | {key: here[key] for key in ("device", "torch", "transformers")}
+    return {"on": model.device.type} | {
+        key: here[key] for key in ("device", "torch", "transformers")
+    }

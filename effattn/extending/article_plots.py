@@ -1,4 +1,6 @@
-"""The plots of `recipes/extend_context.py`: loss by position, accuracy on copies, and a heat map of retrieval."""
+"""The plots of `recipes/extend_context.py`: loss by position, accuracy on copies, and a heat map of
+retrieval.
+"""
 
 from __future__ import annotations
 
@@ -24,13 +26,18 @@ def plots(report: ArticleReport) -> dict[str, list[Markup]]:
     """Section -> its figures."""
     return {
         tables.ACCURACY: [_copies(report)],
-        tables.CURVES: [_curve(report, "natural", "Natural text"), _curve(report, "repeated", "Repeated text")],
+        tables.CURVES: [
+            _curve(report, "natural", "Natural text"),
+            _curve(report, "repeated", "Repeated text"),
+        ],
         tables.RETRIEVAL: _retrieval(report),
     }
 
 
 def shown(report: ArticleReport) -> list[dict]:
-    """The rules that a plot of lines can hold: the baseline and the best of each kind, without log-n."""
+    """The rules that a plot of lines can hold: the baseline and the best of each kind, without
+    log-n.
+    """
     plain_rows = [row for row in report.rules if not row["logn"]]
     base, rest = plain_rows[0], plain_rows[1:]
     groups = [
@@ -47,13 +54,23 @@ def shown(report: ArticleReport) -> list[dict]:
 
 def _curve(report: ArticleReport, text: str, title: str) -> Markup:
     lines = [
-        Series(row["name"], [cell["last"] for cell in row["curves"][text]],
-               [cell["cross_entropy"] for cell in row["curves"][text]],
-               NEUTRAL if place == 0 else PALETTE[(place - 1) % len(PALETTE)], width=3.0 if place == 0 else 1.8)
+        Series(
+            row["name"],
+            [cell["last"] for cell in row["curves"][text]],
+            [cell["cross_entropy"] for cell in row["curves"][text]],
+            NEUTRAL if place == 0 else PALETTE[(place - 1) % len(PALETTE)],
+            width=3.0 if place == 0 else 1.8,
+        )
         for place, row in enumerate(shown(report))
-    ]  # fmt: skip
-    return line_plot(f"{title}: loss by position", lines, "position (tokens)", "nats a token",
-                     mark=(report.trained, "trained length"), **WIDE)  # fmt: skip
+    ]
+    return line_plot(
+        f"{title}: loss by position",
+        lines,
+        "position (tokens)",
+        "nats a token",
+        mark=(report.trained, "trained length"),
+        **WIDE,
+    )
 
 
 def _copies(report: ArticleReport) -> Markup:
@@ -63,7 +80,12 @@ def _copies(report: ArticleReport) -> Markup:
         ("copies", AFTER, [100 * report.copied(row) for row in rows]),
     ]
     return bar_plot(
-        f"Accuracy at {report.longest:,} tokens", [row["name"] for row in rows], series, "rule", "%", **WIDE
+        f"Accuracy at {report.longest:,} tokens",
+        [row["name"] for row in rows],
+        series,
+        "rule",
+        "%",
+        **WIDE,
     )
 
 
@@ -74,16 +96,35 @@ def _retrieval(report: ArticleReport) -> list[Markup]:
         return []
     learned = report.data["task_learned"]
     depths = [f"{cell['depth']:g}" for cell in asked[0]["retrieval"]["rows"]]
-    values = [[100 * score(cell) if learned else cell["nats"] for cell in row["retrieval"]["rows"]] for row in asked]
-    title = f"{report.data['task'].capitalize()}: " + ("right answers (%)" if learned else "nats of an answer token")
-    return [heat_map(title, [row["name"] for row in asked], depths, values, "depth (0: start, 1: end)", "rule",
-                     "{:.0f}" if learned else "{:.2f}")]  # fmt: skip
+    values = [
+        [100 * score(cell) if learned else cell["nats"] for cell in row["retrieval"]["rows"]]
+        for row in asked
+    ]
+    title = f"{report.data['task'].capitalize()}: " + (
+        "right answers (%)" if learned else "nats of an answer token"
+    )
+    return [
+        heat_map(
+            title,
+            [row["name"] for row in asked],
+            depths,
+            values,
+            "depth (0: start, 1: end)",
+            "rule",
+            "{:.0f}" if learned else "{:.2f}",
+        )
+    ]
 
 
 def heat_map(
-    title: str, rows: Sequence[str], columns: Sequence[str], values: Sequence[Sequence[float]], x_label: str,
-    y_label: str, write: str = "{:.2f}",
-) -> Markup:  # fmt: skip
+    title: str,
+    rows: Sequence[str],
+    columns: Sequence[str],
+    values: Sequence[Sequence[float]],
+    x_label: str,
+    y_label: str,
+    write: str = "{:.2f}",
+) -> Markup:
     """A table of numbers as coloured cells, the more the darker; the numbers stand in them."""
     from matplotlib.patches import Rectangle
 

@@ -21,17 +21,19 @@ KIND = "extend_context"
 class ArticleReport(Document):
     """Wraps `data`, a dict of kind "extend_context".
 
-    Keys: settings, model, copy (has the model learned to copy), task and task_learned (of retrieval), within (the tasks
-    within the trained length), rules (a row each, the baseline first: name, axes, kind, logn, seconds, natural,
-    repeated, curves, retrieval), environment. Losses are in nats a token, accuracies shares of 1.
-    """
+    Keys: settings, model, copy (has the model learned to copy), task and task_learned (of
+    retrieval), within (the tasks within the trained length), rules (a row each, the baseline first:
+    name, axes, kind, logn, seconds, natural, repeated, curves, retrieval), environment. Losses are
+    in nats a token, accuracies shares of 1."""
 
     data: dict
     terminal = article_tables.TERMINAL
 
     def __post_init__(self):
         if self.data.get("kind") != KIND:
-            raise ValueError(f"kind: got {self.data.get('kind')!r}, a report of extend_context has {KIND!r}")
+            raise ValueError(
+                f"kind: got {self.data.get('kind')!r}, a report of extend_context has {KIND!r}"
+            )
 
     @property
     def rules(self) -> list[dict]:
@@ -66,18 +68,27 @@ class ArticleReport(Document):
 
     @property
     def title(self) -> str:
-        return f"{self.data['settings']['model']}: {self.trained:,} tokens trained, {self.longest:,} read"
+        return (
+            f"{self.data['settings']['model']}: {self.trained:,} tokens trained, "
+            f"{self.longest:,} read"
+        )
 
     @property
     def headline(self) -> str:
         """The result: the best rule beside the model as it is, and beside fresh windows."""
         base = self.rules[0]
-        said = f"Loss on the same text in windows of {self.trained:,}: {self.loss(base, self.trained):.3f}"
+        said = (
+            f"Loss on the same text in windows of {self.trained:,}: "
+            f"{self.loss(base, self.trained):.3f}"
+        )
         said += f"; at {self.longest:,} tokens: {base['name']} {self.loss(base):.3f}"
         for row in [one for one in (self.best(self.rules[1:]),) if one]:
             said += f", {row['name']} {self.loss(row):.3f}, the lowest"
         best = max(self.rules, key=self.copied)
-        return f"{said}. Most copied from far back: {best['name']}, {100 * self.copied(best):.1f} % of tokens."
+        return (
+            f"{said}. Most copied from far back: {best['name']}, {100 * self.copied(best):.1f} "
+            "% of tokens."
+        )
 
     def tables(self) -> list[Table]:
         return article_tables.tables(self)

@@ -1,4 +1,6 @@
-"""The tables of `recipes/extend_context.py`: the article's table, retrieval, and which of the article's claims hold."""
+"""The tables of `recipes/extend_context.py`: the article's table, retrieval, and which of the
+article's claims hold.
+"""
 
 from __future__ import annotations
 
@@ -20,8 +22,10 @@ TERMINAL = (ACCURACY, LOSS, RETRIEVAL, CLAIMS)
 def tables(report: ArticleReport) -> list[Table]:
     """Every table, the article's first."""
     data = report.data
-    shown = {key: ", ".join(map(str, value)) if isinstance(value, list) else value
-             for key, value in data["settings"].items()}  # fmt: skip
+    shown = {
+        key: ", ".join(map(str, value)) if isinstance(value, list) else value
+        for key, value in data["settings"].items()
+    }
     return [
         _texts(report, ACCURACY, lambda cell: f"{100 * cell['accuracy']:.2f}"),
         _texts(report, LOSS, lambda cell: number(cell["cross_entropy"])),
@@ -36,21 +40,31 @@ def tables(report: ArticleReport) -> list[Table]:
 
 
 def _texts(report: ArticleReport, title: str, write) -> Table:
-    """A row a rule: natural text at every length, repeated text beyond the trained one, and its copies."""
+    """A row a rule: natural text at every length, repeated text beyond the trained one, and its
+    copies.
+    """
     beyond = [length for length in report.lengths if length > report.trained]
-    header = ["Rule", *(f"{length:,} natural" for length in report.lengths),
-              *(f"{length:,} repeated" for length in beyond), f"{report.longest:,} copies"]  # fmt: skip
+    header = [
+        "Rule",
+        *(f"{length:,} natural" for length in report.lengths),
+        *(f"{length:,} repeated" for length in beyond),
+        f"{report.longest:,} copies",
+    ]
     rows = []
     for row in report.rules:
         natural = {cell["length"]: cell for cell in row["natural"]}
         again = {cell["length"]: cell for cell in row["repeated"]}
-        cells = [natural[length] for length in report.lengths] + [again[length] for length in beyond]
+        cells = [natural[length] for length in report.lengths] + [
+            again[length] for length in beyond
+        ]
         rows.append([row["name"], *map(write, cells), write(again[report.longest]["copies"])])
     settings = report.data["settings"]
     note = (
-        f"{settings['sequences']} stretches of {report.longest:,} tokens, each within one document. Natural: the same "
+        f"{settings['sequences']} stretches of {report.longest:,} tokens, each within one "
+        "document. Natural: the same "
         "tokens at every length, in windows of that length. Repeated: their first "
-        f"{settings['period']:,} tokens over and over; copies: the tokens behind the first {settings['period']:,}. "
+        f"{settings['period']:,} tokens over and over; copies: the tokens behind the first "
+        f"{settings['period']:,}. "
         "Log-n is the test-time form, without effect within the trained length."
     )
     return Table(title, header, rows, note)
@@ -61,29 +75,53 @@ def _retrieval(report: ArticleReport) -> list[Table]:
     data = report.data
     copy = data["copy"]
     gone = errors_gone(copy)
-    said = "copies" if gone >= 0.75 else "copies in part" if gone >= 0.25 else "has NOT learned to copy"
+    said = (
+        "copies"
+        if gone >= 0.75
+        else "copies in part"
+        if gone >= 0.25
+        else "has NOT learned to copy"
+    )
     note = (
         f"Text that repeats every {copy['period']:,} tokens, within the trained length: accuracy "
-        f"{100 * copy['first']:.1f} % on the first copy, {100 * copy['later']:.1f} % on later ones ({100 * gone:.0f} % "
+        f"{100 * copy['first']:.1f} % on the first copy, {100 * copy['later']:.1f} % on later "
+        f"ones ({100 * gone:.0f} % "
         f"of the errors are gone): the model {said}."
     )
     if not asked:
-        return [Table(RETRIEVAL, ("Check", "Value"), [["copies (%)", f"{100 * copy['later']:.1f}"]], note)]
+        return [
+            Table(
+                RETRIEVAL, ("Check", "Value"), [["copies (%)", f"{100 * copy['later']:.1f}"]], note
+            )
+        ]
     within = data["within"][data["task"]]
     depths = [cell["depth"] for cell in within["rows"]]
-    rows = [["baseline, within the trained length", *(_share(cell) for cell in within["rows"]), _mean(within)]]
+    rows = [
+        [
+            "baseline, within the trained length",
+            *(_share(cell) for cell in within["rows"]),
+            _mean(within),
+        ]
+    ]
     for row in asked:
         found = row["retrieval"]
         rows.append([row["name"], *(_share(cell) for cell in found["rows"]), _mean(found)])
     chance = within["chance"]
     note += (
-        f" {data['task'].capitalize()} at {data['settings']['retrieval_length']:,} tokens (first row: "
-        f"{within['length']:,}), {data['settings']['retrieval_trials']} prompts a depth: share of right answers "
-        f"(guessing: {100 * chance:g} %) and, in brackets, nats of an answer token. Depth 0 is the start."
+        f" {data['task'].capitalize()} at {data['settings']['retrieval_length']:,} tokens (first "
+        "row: "
+        f"{within['length']:,}), {data['settings']['retrieval_trials']} prompts a depth: share of "
+        "right answers "
+        f"(guessing: {100 * chance:g} %) and, in brackets, nats of an answer token. Depth 0 is "
+        "the start."
     )
     if not data["task_learned"]:
-        note += " The model has not learned this task within its trained length: compare the nats only."
-    return [Table(RETRIEVAL, ("Rule", *(f"depth {depth:g}" for depth in depths), "all"), rows, note)]
+        note += (
+            " The model has not learned this task within its trained length: compare the nats only."
+        )
+    return [
+        Table(RETRIEVAL, ("Rule", *(f"depth {depth:g}" for depth in depths), "all"), rows, note)
+    ]
 
 
 def _share(cell: dict) -> str:
@@ -97,7 +135,10 @@ def _mean(found: dict) -> str:
 def _claims(report: ArticleReport) -> Table:
     words = {True: "holds", False: "does not hold", None: UNKNOWN}
     rows = [[claim.text, words[claim.holds], claim.numbers] for claim in claims(report)]
-    note = f"Losses in nats a token at {report.longest:,} tokens of natural text where nothing else is said."
+    note = (
+        f"Losses in nats a token at {report.longest:,} tokens of natural text where nothing "
+        "else is said."
+    )
     return Table(CLAIMS, ("Claim", "Here", "Numbers"), rows, note)
 
 
@@ -105,15 +146,24 @@ def _curves(report: ArticleReport) -> Table:
     first = report.rules[0]["curves"]["natural"]
     header = ["Position", *(row["name"] for row in report.rules)]
     rows = [
-        [f"{cell['first']:,}", *(number(row["curves"]["natural"][place]["cross_entropy"]) for row in report.rules)]
+        [
+            f"{cell['first']:,}",
+            *(number(row["curves"]["natural"][place]["cross_entropy"]) for row in report.rules),
+        ]
         for place, cell in enumerate(first)
     ]
-    return Table(CURVES, header, rows, "Cross-entropy on natural text, from that position on.", folded=True)
+    return Table(
+        CURVES, header, rows, "Cross-entropy on natural text, from that position on.", folded=True
+    )
 
 
 def _specs(report: ArticleReport) -> Table:
     rows = [
-        [row["name"], ", ".join(f"{axis}={spec!r}" for axis, spec in row["axes"].items()) or "as it is",
-         f"{row['seconds']:.0f}"] for row in report.rules
-    ]  # fmt: skip
+        [
+            row["name"],
+            ", ".join(f"{axis}={spec!r}" for axis, spec in row["axes"].items()) or "as it is",
+            f"{row['seconds']:.0f}",
+        ]
+        for row in report.rules
+    ]
     return Table("Rules", ("Rule", "effattn.swap(model, ...)", "Seconds"), rows, folded=True)

@@ -1,9 +1,10 @@
-"""The whole job behind `effattn extend`: a plan, and on demand a checkpoint with the rule, tuned or not.
+"""The whole job behind `effattn extend`: a plan, and on demand a checkpoint with the rule, tuned or
+not.
 
-Load, plan, and without an output stop there. With one: measure, apply the rule, measure, tune, measure, save, load
-again and compare logits; only then the folder gets its name. `.<output>.partial` beside it keeps the checkpoints of an
-unfinished tuning; the same command goes on from there.
-"""
+Load, plan, and without an output stop there. With one: measure, apply the rule, measure, tune,
+measure, save, load again and compare logits; only then the folder gets its name.
+`.<output>.partial` beside it keeps the checkpoints of an unfinished tuning; the same command goes
+on from there."""
 
 from __future__ import annotations
 
@@ -24,7 +25,15 @@ from effattn.hf import anatomy, positions
 from effattn.hf.checkpoint import load_again, load_model, save
 from effattn.hf.describe import describe
 from effattn.hf.swap import active, restore, swap
-from effattn.jobs import Quiet, check_partial, device, discard, holds_output, main_process, partial_folder
+from effattn.jobs import (
+    Quiet,
+    check_partial,
+    device,
+    discard,
+    holds_output,
+    main_process,
+    partial_folder,
+)
 from effattn.linearizing.lora import check_peft
 from effattn.outputs import atomic_folder, check_new_folder
 from effattn.position_sampling import METHODS
@@ -41,11 +50,11 @@ SAMPLING = (*METHODS, WHOLE)
 class Job(Checked):
     """The settings of one run. A tuning is resumed only with the same ones.
 
-    to: tokens to read. rule: a spec of `effattn.positions`, or a name from the plan; None: the recommended one.
-    tune_tokens: budget of the fine-tuning. sampling: "pose", "random" or "none", see `effattn.extending.tuning`.
-    window: tokens of a training window (None: the trained length, or `to` without sampling). sequences: held-out
-    stretches of `to` tokens to measure on, before and after; 0: none.
-    """
+    to: tokens to read. rule: a spec of `effattn.positions`, or a name from the plan; None: the
+    recommended one. tune_tokens: budget of the fine-tuning. sampling: "pose", "random" or "none",
+    see `effattn.extending.tuning`. window: tokens of a training window (None: the trained length,
+    or `to` without sampling). sequences: held-out stretches of `to` tokens to measure on, before
+    and after; 0: none."""
 
     model: str = embedded.NAME
     to: int = 0
@@ -72,25 +81,30 @@ class Job(Checked):
 
 @holds_output(ExtendReport)
 def run(job: Job, show: Quiet | None = None) -> ExtendReport:
-    """Runs `job`; returns the report, which with an output also lies there as report.{json,md,html}.
+    """Runs `job`; returns the report, which with an output also lies there as
+    report.{json,md,html}.
 
-    Raises ValueError (bad settings or input), RuntimeError (the saved checkpoint computes something else), OSError
-    (disk), each before anything appears under the output's name. Under torchrun or `accelerate launch` every process
-    calls it; rank 0 measures and writes.
-    """
+    Raises ValueError (bad settings or input), RuntimeError (the saved checkpoint computes something
+    else), OSError (disk), each before anything appears under the output's name. Under torchrun or
+    `accelerate launch` every process calls it; rank 0 measures and writes."""
     show, main = show or Quiet(), main_process()
     check_job(job)
     with show.stage("loading the model"):
         model, tokenizer = load_model(job.model)
         model.to(device(job.device))
         if active(model) is not None:
-            raise Unsupported(f"model: {job.model} is swapped already; valid is a checkpoint with its own attention")
+            raise Unsupported(
+                f"model: {job.model} is swapped already; valid is a checkpoint with its own "
+                "attention"
+            )
         if job.output is not None:
             outputs.check_room("output", job.output, weight_bytes(model))
         plan = planner.make_plan(model, job.to, tuned=bool(job.tune_tokens))
         spec, plain = _rule(job, model, plan)
         window = _window(job, plan, spec, plain)
-        if job.tune_tokens and not plain:  # attention with a rule of its own, which refuses dropout, say
+        if (
+            job.tune_tokens and not plain
+        ):  # attention with a rule of its own, which refuses dropout, say
             swap(model, positions=spec)
             try:
                 training.rehearse(model)
@@ -99,15 +113,23 @@ def run(job: Job, show: Quiet | None = None) -> ExtendReport:
     data = None
     if job.output is not None and (job.sequences or job.tune_tokens):
         with show.stage("reading text"):
-            data = streams(tokenizer, train=max(job.tune_tokens, 2 * window), evaluation=job.sequences * job.to + 1,
-                           text=job.text, dataset=job.dataset, column=job.column)  # fmt: skip
+            data = streams(
+                tokenizer,
+                train=max(job.tune_tokens, 2 * window),
+                evaluation=job.sequences * job.to + 1,
+                text=job.text,
+                dataset=job.dataset,
+                column=job.column,
+            )
             _check_text(job, data, window)
     quality, tuned, verification, files = [], None, None, None
 
     def measure(stage: str) -> None:
         if main and job.sequences:
             with show.stage(f"measuring {stage}") as progress:
-                quality.append({"stage": stage, "lengths": _measured(model, data.evaluation, plan, progress)})
+                quality.append(
+                    {"stage": stage, "lengths": _measured(model, data.evaluation, plan, progress)}
+                )
 
     if job.output is not None:
         if job.tune_tokens:
@@ -120,25 +142,49 @@ def run(job: Job, show: Quiet | None = None) -> ExtendReport:
 
             with show.stage(f"tuning on {job.tune_tokens:,} tokens") as progress:
                 tuned = tune(
-                    model, data.train, target=job.to, window=window, train_tokens=job.tune_tokens,
-                    folder=job.partial / "tuning", sampling=None if job.sampling == WHOLE else job.sampling,
-                    batch=job.batch, lr=job.lr, lora=job.lora,
-                    seed=job.seed, progress=progress,
+                    model,
+                    data.train,
+                    target=job.to,
+                    window=window,
+                    train_tokens=job.tune_tokens,
+                    folder=job.partial / "tuning",
+                    sampling=None if job.sampling == WHOLE else job.sampling,
+                    batch=job.batch,
+                    lr=job.lr,
+                    lora=job.lora,
+                    seed=job.seed,
+                    progress=progress,
                     overrides={"use_cpu": model.device.type == "cpu"} | job.overrides,
-                )  # fmt: skip
+                )
             measure("after tuning")
     told = describe(model)
-    settings = json.loads(json.dumps(asdict(job), default=str)) | {"source": data.source if data else None}
-    report = ExtendReport({
-        "kind": "extend", "settings": settings, "plan": plan.to_dict(), "rule": {"spec": spec, "plain": plain},
-        "model": {"class": told.model, "dtype": told.dtype, "parameters": told.parameters["total"]},
-        "quality": quality, "tuning": tuned, "verification": verification, "environment": environment(),
-    })  # fmt: skip
+    settings = json.loads(json.dumps(asdict(job), default=str)) | {
+        "source": data.source if data else None
+    }
+    report = ExtendReport(
+        {
+            "kind": "extend",
+            "settings": settings,
+            "plan": plan.to_dict(),
+            "rule": {"spec": spec, "plain": plain},
+            "model": {
+                "class": told.model,
+                "dtype": told.dtype,
+                "parameters": told.parameters["total"],
+            },
+            "quality": quality,
+            "tuning": tuned,
+            "verification": verification,
+            "environment": environment(),
+        }
+    )
     if main and job.output is not None:
         with show.stage("saving, and loading again"), atomic_folder(job.output) as folder:
             model.config.use_cache = True
             save(model, folder, tokenizer)
-            ids = torch.arange(min(256, plan.trained)) % model.get_input_embeddings().weight.shape[0]
+            ids = (
+                torch.arange(min(256, plan.trained)) % model.get_input_embeddings().weight.shape[0]
+            )
             _, verification = load_again(folder, model, ids)
             files = sorted(file.name for file in folder.iterdir())
             report.data["verification"] = verification | {"files": ", ".join(files)}
@@ -154,9 +200,13 @@ def check_job(job: Job) -> None:
     if type(job.to) is not int or job.to < 1:
         raise ValueError(f"to: got {job.to}, valid is a whole number of at least 1")
     if job.lora and not job.tune_tokens:
-        raise ValueError(f"lora: got {job.lora} without tune_tokens; valid is 0, or a budget to train on")
+        raise ValueError(
+            f"lora: got {job.lora} without tune_tokens; valid is 0, or a budget to train on"
+        )
     if job.tune_tokens and job.output is None:
-        raise ValueError("tune_tokens: given without output; name the folder for the tuned checkpoint")
+        raise ValueError(
+            "tune_tokens: given without output; name the folder for the tuned checkpoint"
+        )
     if job.lora:
         check_peft()
     if job.output is not None:
@@ -164,7 +214,9 @@ def check_job(job: Job) -> None:
 
 
 def _rule(job: Job, model, plan: planner.Plan) -> tuple[str, bool]:
-    """(the spec to apply, whether plain transformers computes it). Raises what the rule's parts raise."""
+    """(the spec to apply, whether plain transformers computes it). Raises what the rule's parts
+    raise.
+    """
     named = plan.candidate(job.rule) if job.rule else plan.recommended
     spec = job.rule if named is None else named.spec
     parse(spec)
@@ -180,7 +232,8 @@ def _window(job: Job, plan: planner.Plan, spec: str, plain: bool) -> int:
         raise ValueError(f"window: got {window}, valid is at most the target ({job.to})")
     if job.tune_tokens and not (plain or whole):
         raise ValueError(
-            f"sampling: got {job.sampling!r}, and {spec!r} counts positions by itself; valid is 'none' (windows of the "
+            f"sampling: got {job.sampling!r}, and {spec!r} counts positions by itself; valid is "
+            "'none' (windows of the "
             "target length), or a rule that transformers has, such as yarn"
         )
     return window
@@ -189,11 +242,15 @@ def _window(job: Job, plan: planner.Plan, spec: str, plain: bool) -> int:
 def _check_text(job: Job, data: Streams, window: int) -> None:
     if len(data.evaluation) < job.sequences * job.to + 1:
         raise ValueError(
-            f"sequences: {job.sequences} of {job.to:,} tokens are asked for, {data.source} holds out "
+            f"sequences: {job.sequences} of {job.to:,} tokens are asked for, {data.source} holds "
+            "out "
             f"{len(data.evaluation):,} tokens; ask for fewer (0: none), or give more text"
         )
     if job.tune_tokens and len(data.train) < 2 * window:
-        raise ValueError(f"text: it has {len(data.train):,} training tokens, windows of {window:,} need twice that")
+        raise ValueError(
+            f"text: it has {len(data.train):,} training tokens, windows of {window:,} need twice "
+            "that"
+        )
 
 
 def _measured(model, tokens: torch.Tensor, plan: planner.Plan, progress) -> list[dict]:

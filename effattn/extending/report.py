@@ -15,21 +15,29 @@ from effattn.reports.plots import AFTER, NEUTRAL, UPTRAINED, Series, line_plot
 from effattn.reports.tables import Table, number, pairs
 
 KIND = "extend"
-PLAN, ROTATION, QUALITY, TUNING = "What each rule promises", "The model's rotation", "Quality", "Tuning"
+PLAN, ROTATION, QUALITY, TUNING = (
+    "What each rule promises",
+    "The model's rotation",
+    "Quality",
+    "Tuning",
+)
 
 
 @dataclass
 class ExtendReport(Document):
-    """Wraps `data`, a dict of kind "extend": settings, plan (`effattn.extending.planner.Plan` as a dict), rule (spec,
-    plain), model, quality (per stage and length: cross_entropy in nats a token, perplexity, accuracy), tuning,
-    verification, environment. Without an output only the plan is filled."""
+    """Wraps `data`, a dict of kind "extend": settings, plan (`effattn.extending.planner.Plan` as a
+    dict), rule (spec, plain), model, quality (per stage and length: cross_entropy in nats a token,
+    perplexity, accuracy), tuning, verification, environment. Without an output only the plan is
+    filled."""
 
     data: dict
     terminal = (PLAN, ROTATION, QUALITY)
 
     def __post_init__(self):
         if self.data.get("kind") != KIND:
-            raise ValueError(f"kind: got {self.data.get('kind')!r}, a report of extend has {KIND!r}")
+            raise ValueError(
+                f"kind: got {self.data.get('kind')!r}, a report of extend has {KIND!r}"
+            )
 
     @property
     def plan(self) -> dict:
@@ -37,20 +45,26 @@ class ExtendReport(Document):
 
     @property
     def title(self) -> str:
-        return f"{self.data['settings']['model']}: from {self.plan['trained']:,} to {self.plan['target']:,} tokens"
+        return (
+            f"{self.data['settings']['model']}: from {self.plan['trained']:,} to "
+            f"{self.plan['target']:,} tokens"
+        )
 
     @property
     def headline(self) -> str:
         """What is recommended or was done, whether it needs tuning, and what came of it."""
         spec = self.data["rule"]["spec"]
         if not self.data["quality"]:
-            text = f"{spec}: {self.plan['reason']}" if self._recommended else f"{spec}, as asked for"
+            text = (
+                f"{spec}: {self.plan['reason']}" if self._recommended else f"{spec}, as asked for"
+            )
         else:
             first, last = self.data["quality"][0], self.data["quality"][-1]
             before, after = (one["lengths"][-1]["cross_entropy"] for one in (first, last))
             fresh = first["lengths"][0]["cross_entropy"]
             text = (
-                f"{spec}: at {self.plan['target']:,} tokens the loss is {after:.3f} nats a token {last['stage']}, "
+                f"{spec}: at {self.plan['target']:,} tokens the loss is {after:.3f} nats a token "
+                f"{last['stage']}, "
                 f"{before:.3f} before; in windows of {self.plan['trained']:,} it was {fresh:.3f}"
             )
         return f"{text}. {self.tuning_note}"
@@ -66,7 +80,9 @@ class ExtendReport(Document):
             return "Nothing is known here about its need for fine-tuning."
         if found["tuning"] == NEEDED:
             return "This rule NEEDS fine-tuning: give --tune-tokens."
-        return f"Fine-tuning: {found['tuning']}" + (" (--tune-tokens)." if found["tuning"] == "helps" else ".")
+        return f"Fine-tuning: {found['tuning']}" + (
+            " (--tune-tokens)." if found["tuning"] == "helps" else "."
+        )
 
     @property
     def _recommended(self) -> bool:
@@ -75,45 +91,86 @@ class ExtendReport(Document):
     def tables(self) -> list[Table]:
         """Every table, the plan first."""
         data = self.data
-        shown = {key: ", ".join(map(str, value)) if isinstance(value, list) else value
-                 for key, value in data["settings"].items() if key != "overrides"}  # fmt: skip
+        shown = {
+            key: ", ".join(map(str, value)) if isinstance(value, list) else value
+            for key, value in data["settings"].items()
+            if key != "overrides"
+        }
         found = [self._rules(), self._rotation(), self._wavelengths(), *self._quality()]
         if data["tuning"]:
-            found.append(pairs(TUNING, {key: value for key, value in data["tuning"].items() if key != "losses"}))
+            found.append(
+                pairs(
+                    TUNING, {key: value for key, value in data["tuning"].items() if key != "losses"}
+                )
+            )
         if data["verification"]:
             found.append(pairs("Checkpoint, loaded again", data["verification"]))
-        return [*found, pairs("Settings", shown), pairs("Model", data["model"]),
-                pairs("Environment", data["environment"])]  # fmt: skip
+        return [
+            *found,
+            pairs("Settings", shown),
+            pairs("Model", data["model"]),
+            pairs("Environment", data["environment"]),
+        ]
 
     def _rules(self) -> Table:
         rows = []
         for one in self.plan["candidates"]:
             mark = " (recommended)" if one["spec"] == self.plan["recommended"]["spec"] else ""
-            mark += " (taken)" if one["spec"] == self.data["rule"]["spec"] and self.data["quality"] else ""
+            mark += (
+                " (taken)"
+                if one["spec"] == self.data["rule"]["spec"] and self.data["quality"]
+                else ""
+            )
             kind = "plain transformers" if one["plain"] else "effattn.load"
-            rows.append([one["spec"] + mark, one["tuning"], "refused" if one["refused"] else kind,
-                         one["refused"] or one["predicts"]])  # fmt: skip
+            rows.append(
+                [
+                    one["spec"] + mark,
+                    one["tuning"],
+                    "refused" if one["refused"] else kind,
+                    one["refused"] or one["predicts"],
+                ]
+            )
         note = f"Recommended: {self.plan['recommended']['spec']}: {self.plan['reason']}."
         return Table(PLAN, ("Rule", "Fine-tuning", "Checkpoint", "What it promises"), rows, note)
 
     def _rotation(self) -> Table:
         plan = self.plan
-        return pairs(ROTATION, {
-            "trained_length": plan["trained"], "target": plan["target"], "factor": f"{plan['factor']:g}x",
-            "rule of the model": plan["own"], "base": plan["base"], "dimensions that turn": plan["dims"],
-            "critical dimension (those that make a whole turn)": plan["turned"],
-            "length by the law of RoPE extrapolation": f"{plan['length_law']:,.0f}",
-            "longest wavelength (tokens)": f"{plan['wavelengths'][-1]:,.0f}",
-        })  # fmt: skip
+        return pairs(
+            ROTATION,
+            {
+                "trained_length": plan["trained"],
+                "target": plan["target"],
+                "factor": f"{plan['factor']:g}x",
+                "rule of the model": plan["own"],
+                "base": plan["base"],
+                "dimensions that turn": plan["dims"],
+                "critical dimension (those that make a whole turn)": plan["turned"],
+                "length by the law of RoPE extrapolation": f"{plan['length_law']:,.0f}",
+                "longest wavelength (tokens)": f"{plan['wavelengths'][-1]:,.0f}",
+            },
+        )
 
     def _wavelengths(self) -> Table:
         plan = self.plan
         rows = [
-            [str(2 * pair), f"{tokens:,.1f}", f"{plan['trained'] / tokens:,.2f}", f"{plan['target'] / tokens:,.2f}"]
+            [
+                str(2 * pair),
+                f"{tokens:,.1f}",
+                f"{plan['trained'] / tokens:,.2f}",
+                f"{plan['target'] / tokens:,.2f}",
+            ]
             for pair, tokens in enumerate(plan["wavelengths"])
         ]
-        header = ("Dimension", "Wavelength (tokens)", "Turns within the trained length", "Turns within the target")
-        note = "Where the third column is below 1, a longer sequence meets angles that were never trained."
+        header = (
+            "Dimension",
+            "Wavelength (tokens)",
+            "Turns within the trained length",
+            "Turns within the target",
+        )
+        note = (
+            "Where the third column is below 1, a longer sequence meets angles that were never "
+            "trained."
+        )
         return Table("Wavelengths", header, rows, note, folded=True)
 
     def _quality(self) -> list[Table]:
@@ -121,14 +178,23 @@ class ExtendReport(Document):
             return []
         lengths = [cell["length"] for cell in self.data["quality"][0]["lengths"]]
         rows = [
-            [row["stage"], *(f"{number(cell['cross_entropy'])} ({100 * cell['accuracy']:.1f} %)"
-                             for cell in row["lengths"])] for row in self.data["quality"]
-        ]  # fmt: skip
+            [
+                row["stage"],
+                *(
+                    f"{number(cell['cross_entropy'])} ({100 * cell['accuracy']:.1f} %)"
+                    for cell in row["lengths"]
+                ),
+            ]
+            for row in self.data["quality"]
+        ]
         note = (
-            "Cross-entropy in nats a token and, in brackets, next-token accuracy, on the same held-out tokens "
+            "Cross-entropy in nats a token and, in brackets, next-token accuracy, on the same "
+            "held-out tokens "
             f"({self.data['settings']['source']}) in windows of each length."
         )
-        return [Table(QUALITY, ("Stage", *(f"{length:,} tokens" for length in lengths)), rows, note)]
+        return [
+            Table(QUALITY, ("Stage", *(f"{length:,} tokens" for length in lengths)), rows, note)
+        ]
 
     def plots(self) -> dict[str, list[Markup]]:
         """Section -> its figures."""
@@ -142,6 +208,11 @@ class ExtendReport(Document):
         found = {ROTATION: [line_plot("Wavelengths", lines, "dimension", "tokens", log_y=True)]}
         if self.data["tuning"] and len(self.data["tuning"]["losses"]) > 1:
             points = self.data["tuning"]["losses"]
-            curve = Series("training loss", [one["tokens"] for one in points], [one["loss"] for one in points], AFTER)
+            curve = Series(
+                "training loss",
+                [one["tokens"] for one in points],
+                [one["loss"] for one in points],
+                AFTER,
+            )
             found[TUNING] = [line_plot("Tuning", [curve], "tokens", "nats a token")]
         return found

@@ -1,8 +1,8 @@
 """The position rules that `recipes/extend_context.py` sets side by side, for any trained length.
 
-The selection, and the windows and factors in units of the trained length, are those of Su's articles on ReRoPE
-(https://kexue.fm/archives/9708, 9731); YaRN, dynamic NTK and the sliding windows are added.
-"""
+The selection, and the windows and factors in units of the trained length, are those of Su's
+articles on ReRoPE (https://kexue.fm/archives/9708, 9731); YaRN, dynamic NTK and the sliding windows
+are added."""
 
 from __future__ import annotations
 
@@ -22,9 +22,10 @@ LOGN = "+ log-n"  # what is added to a name
 
 @dataclass(frozen=True)
 class Rule:
-    """One row of the table. axes: what `effattn.swap` takes, nothing for the model as it is. kind: FREQUENCIES are
-    other angles, CLIPPED are other distances, WINDOW sees the newest tokens only. varies: the length decides, so that a
-    shorter sequence is no prefix of a longer one. logn: with the test-time factor."""
+    """One row of the table. axes: what `effattn.swap` takes, nothing for the model as it is. kind:
+    FREQUENCIES are other angles, CLIPPED are other distances, WINDOW sees the newest tokens only.
+    varies: the length decides, so that a shorter sequence is no prefix of a longer one. logn: with
+    the test-time factor."""
 
     name: str
     axes: dict[str, str] = field(default_factory=dict)
@@ -42,7 +43,9 @@ class Rule:
         """The model with the rule, and as it was afterwards."""
         if self.axes:
             with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", message=".*is not below the .* tokens.*")  # it is what we show
+                warnings.filterwarnings(
+                    "ignore", message=".*is not below the .* tokens.*"
+                )  # it is what we show
                 swap(model, **self.axes)
         try:
             yield model
@@ -51,7 +54,9 @@ class Rule:
 
 
 def rules(trained: int, longest: int) -> list[Rule]:
-    """All of them, for a model trained at `trained` tokens that is to read `longest`; the first is the model itself."""
+    """All of them, for a model trained at `trained` tokens that is to read `longest`; the first is
+    the model itself.
+    """
     factor = longest / trained
     windows = [eighths * trained // 8 for eighths in (1, 2, 3, 4, 6, 8)]
 
@@ -61,22 +66,30 @@ def rules(trained: int, longest: int) -> list[Rule]:
     return [
         Rule("baseline"),
         frequencies("pi", f"pi(factor={factor})"),
-        *(frequencies(f"ntk-{kind}", f"ntk(factor={factor}, variant='{kind}')") for kind in ("old", "fixed", "mixed")),
+        *(
+            frequencies(f"ntk-{kind}", f"ntk(factor={factor}, variant='{kind}')")
+            for kind in ("old", "fixed", "mixed")
+        ),
         frequencies("dynamic-ntk", "dynamic_ntk(factor=1.0)", varies=True),
         frequencies("yarn", f"yarn(factor={factor})"),
         *(Rule(f"rerope-{w}", {"positions": f"rerope(window={w})"}, CLIPPED) for w in windows),
         *(
-            Rule(f"leaky-{k}", {"positions": f"leaky_rerope(window={trained // 4}, k={k})"}, CLIPPED)
+            Rule(
+                f"leaky-{k}", {"positions": f"leaky_rerope(window={trained // 4}, k={k})"}, CLIPPED
+            )
             for k in (8, 16, 32, 64)
         ),
-        *(Rule(f"sliding-{w}", {"pattern": f"sliding(window={w}, sinks=4)"}, WINDOW) for w in (trained // 2, trained)),
+        *(
+            Rule(f"sliding-{w}", {"pattern": f"sliding(window={w}, sinks=4)"}, WINDOW)
+            for w in (trained // 2, trained)
+        ),
     ]
 
 
 def chosen(all_rules: Sequence[Rule], names: Sequence[str], logn: bool) -> list[Rule]:
-    """The rules that `names` name, by their whole names or what comes before the dash ("rerope"); all without names.
-    The baseline is always there. With `logn` each position rule comes a second time, with the factor. ValueError for
-    unknown names."""
+    """The rules that `names` name, by their whole names or what comes before the dash ("rerope");
+    all without names. The baseline is always there. With `logn` each position rule comes a second
+    time, with the factor. ValueError for unknown names."""
     known = [rule.name for rule in all_rules]
     families = [name.partition("-")[0] for name in known]
     for name in names:
@@ -86,4 +99,8 @@ def chosen(all_rules: Sequence[Rule], names: Sequence[str], logn: bool) -> list[
         for rule, family in zip(all_rules, families, strict=True)
         if not names or rule.name in names or family in names or rule.name == known[0]
     ]
-    return [one for rule in wanted for one in ((rule, rule.with_logn()) if logn and rule.kind != WINDOW else (rule,))]
+    return [
+        one
+        for rule in wanted
+        for one in ((rule, rule.with_logn()) if logn and rule.kind != WINDOW else (rule,))
+    ]

@@ -1,4 +1,6 @@
-"""The sequences that rules are compared on: long documents, the same text repeated, and short repeats to copy."""
+"""The sequences that rules are compared on: long documents, the same text repeated, and short
+repeats to copy.
+"""
 
 from __future__ import annotations
 
@@ -12,10 +14,16 @@ from effattn.encoding import token_ids
 from effattn.textdata import read_dataset, read_files
 
 
-def documents(text: Sequence[Path], dataset: str | None, column: str | None) -> tuple[Iterable[str], str]:
-    """(texts, where they come from): the files, the rows of a dataset, or else the embedded validation files."""
+def documents(
+    text: Sequence[Path], dataset: str | None, column: str | None
+) -> tuple[Iterable[str], str]:
+    """(texts, where they come from): the files, the rows of a dataset, or else the embedded
+    validation files.
+    """
     if text and dataset:
-        raise ValueError("text and dataset: got both, valid is one of them (or neither: the embedded corpus)")
+        raise ValueError(
+            "text and dataset: got both, valid is one of them (or neither: the embedded corpus)"
+        )
     if text:
         return read_files(text), ", ".join(map(str, text))
     if dataset:
@@ -27,8 +35,9 @@ def documents(text: Sequence[Path], dataset: str | None, column: str | None) -> 
 
 
 def long_sequences(texts: Iterable[str], tokenizer, count: int, length: int) -> Tensor:
-    """`count` stretches of `length` + 1 tokens, each within one document, int64 (count, length + 1): first the starts
-    of all documents that are so long, then their second stretches, and so on. ValueError where there are too few."""
+    """`count` stretches of `length` + 1 tokens, each within one document, int64 (count, length +
+    1): first the starts of all documents that are so long, then their second stretches, and so on.
+    ValueError where there are too few."""
     by_place: dict[int, list[Tensor]] = {}
     for text in texts:
         ids = torch.tensor(token_ids(text, tokenizer, count * length + 1), dtype=torch.int64)
@@ -39,15 +48,16 @@ def long_sequences(texts: Iterable[str], tokenizer, count: int, length: int) -> 
     found = [one for place in sorted(by_place) for one in by_place[place]]
     if len(found) < count:
         raise ValueError(
-            f"sequences: got {count} of {length:,} tokens, the text has documents for {len(found)}; ask for fewer or "
+            f"sequences: got {count} of {length:,} tokens, the text has documents for "
+            f"{len(found)}; ask for fewer or "
             "shorter ones, or give more text"
         )
     return torch.stack(found[:count])
 
 
 def windows(sequences: Tensor, length: int) -> Tensor:
-    """The same tokens in windows of `length`, which divides T: (n, T + 1) -> (n T / length, length + 1). Windows share
-    one token, so that each of the T predictions is made once."""
+    """The same tokens in windows of `length`, which divides T: (n, T + 1) -> (n T / length, length
+    + 1). Windows share one token, so that each of the T predictions is made once."""
     return torch.cat([row.unfold(0, length + 1, length) for row in sequences])
 
 

@@ -1,8 +1,8 @@
 """A short fine-tuning of a model whose rule is in its config already, at long positions.
 
-By default windows are no longer than the trained length and their positions are drawn from the target's (PoSE), so that
-tuning for 32k tokens costs what tuning at the trained length costs; or whole windows of the target length.
-"""
+By default windows are no longer than the trained length and their positions are drawn from the
+target's (PoSE), so that tuning for 32k tokens costs what tuning at the trained length costs; or
+whole windows of the target length."""
 
 from __future__ import annotations
 
@@ -24,28 +24,49 @@ LR = 0.2  # of what suits uptraining: 6e-4 at width 256, 2e-5 (YaRN's) at 4096
 
 
 def tune(
-    model, tokens: Tensor, *, target: int, window: int, train_tokens: int, folder: Path, sampling: str | None = "pose",
-    batch: int = 1, lr: float | None = None, lora: int = 0, seed: int = 0, save_every: int | None = None,
-    progress: Callable[[int, int], None] | None = None, overrides: dict | None = None,
-) -> dict:  # fmt: skip
-    """Trains `model` in place on next tokens of `tokens` (N,) int64; returns {"tokens", "steps", "seconds",
-    "learning_rate", "window", "sampling", "lora", "losses" (a number of steps and the mean loss up to it)}.
+    model,
+    tokens: Tensor,
+    *,
+    target: int,
+    window: int,
+    train_tokens: int,
+    folder: Path,
+    sampling: str | None = "pose",
+    batch: int = 1,
+    lr: float | None = None,
+    lora: int = 0,
+    seed: int = 0,
+    save_every: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+    overrides: dict | None = None,
+) -> dict:
+    """Trains `model` in place on next tokens of `tokens` (N,) int64; returns {"tokens", "steps",
+    "seconds", "learning_rate", "window", "sampling", "lora", "losses" (a number of steps and the
+    mean loss up to it)}.
 
-    sampling: how a window of `window` tokens gets positions below `target`: "pose", "random" (`SampledPositions`; the
-    model's rule must be in its config), or None: positions count from 0, and windows should be as long as the target.
-    train_tokens: the budget over all processes. lora: rank of adapters on the attention projections (needs peft),
-    merged afterwards; 0 trains all weights. folder: checkpoints, from which the same call goes on. overrides: passed
-    to TrainingArguments. A model in half precision is in fp32 while it trains, see `training.lent`.
+    sampling: how a window of `window` tokens gets positions below `target`: "pose", "random"
+    (`SampledPositions`; the model's rule must be in its config), or None: positions count from 0,
+    and windows should be as long as the target. train_tokens: the budget over all processes. lora:
+    rank of adapters on the attention projections (needs peft), merged afterwards; 0 trains all
+    weights. folder: checkpoints, from which the same call goes on. overrides: passed to
+    TrainingArguments. A model in half precision is in fp32 while it trains, see `training.lent`.
     """
     settings = {"disable_tqdm": True, "seed": seed} | training.placed(model) | (overrides or {})
-    probe = training.arguments(folder, steps=1, batch=batch, lr=1.0, warmup=0, save_every=1, **settings)
+    probe = training.arguments(
+        folder, steps=1, batch=batch, lr=1.0, warmup=0, save_every=1, **settings
+    )
     per_step = batch * window * probe.world_size
     steps = max(1, train_tokens // per_step)
     width = model.get_input_embeddings().weight.shape[1]
     arguments = training.arguments(
-        folder, steps=steps, batch=batch, lr=lr or LR * default_lr(width), warmup=steps // 20,
-        save_every=save_every or max(1, min(100, steps // 3)), **({"weight_decay": 0.0} | settings),
-    )  # fmt: skip
+        folder,
+        steps=steps,
+        batch=batch,
+        lr=lr or LR * default_lr(width),
+        warmup=steps // 20,
+        save_every=save_every or max(1, min(100, steps // 3)),
+        **({"weight_decay": 0.0} | settings),
+    )
     collator = {} if sampling is None else {"data_collator": SampledPositions(target, sampling)}
     start = time.perf_counter()
     low_rank = adapters(model, lora) if lora else contextlib.nullcontext()
@@ -53,26 +74,39 @@ def tune(
         if parameters is not None:
             loan.train_only(parameters)
         trainer = Trainer(
-            model=model, args=arguments, callbacks=[Steps(progress)] if progress else [],
-            train_dataset=_windows(tokens, window, steps * batch * arguments.world_size, seed, sampling is not None),
+            model=model,
+            args=arguments,
+            callbacks=[Steps(progress)] if progress else [],
+            train_dataset=_windows(
+                tokens, window, steps * batch * arguments.world_size, seed, sampling is not None
+            ),
             **collator,
-        )  # fmt: skip
+        )
         trainer.remove_callback(PrinterCallback)  # progress is the caller's
         training.train(trainer)
-    losses = [{"tokens": row["step"] * per_step, "loss": row["loss"]} for row in trainer.state.log_history
-              if "loss" in row]  # fmt: skip
+    losses = [
+        {"tokens": row["step"] * per_step, "loss": row["loss"]}
+        for row in trainer.state.log_history
+        if "loss" in row
+    ]
     return {
-        "tokens": steps * per_step, "steps": steps, "seconds": time.perf_counter() - start, "window": window,
-        "sampling": sampling, "lora": lora, "learning_rate": arguments.learning_rate, "losses": losses,
-    }  # fmt: skip
+        "tokens": steps * per_step,
+        "steps": steps,
+        "seconds": time.perf_counter() - start,
+        "window": window,
+        "sampling": sampling,
+        "lora": lora,
+        "learning_rate": arguments.learning_rate,
+        "losses": losses,
+    }
 
 
 class Numbered(Dataset):
-    """Rows with a number of their own under "draw", from which `SampledPositions` draws their positions.
+    """Rows with a number of their own under "draw", from which `SampledPositions` draws their
+    positions.
 
-    From the global generator they would differ after a kill: the data loader is a batch ahead of the step whose random
-    state a checkpoint keeps.
-    """
+    From the global generator they would differ after a kill: the data loader is a batch ahead of
+    the step whose random state a checkpoint keeps."""
 
     def __init__(self, rows: Dataset, seed: int):
         self.rows, self.first = rows, 1 + seed * len(rows)

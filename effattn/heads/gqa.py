@@ -1,9 +1,8 @@
 """MHA -> GQA -> MQA: `convert_gqa` gives a live model fewer key/value heads.
 
-Layer by layer, in order: the unmodified layer runs on the unmodified model's activations (its input moments,
-its attention outputs), its heads are merged, and the output projection is re-fitted on the activations of
-the model converted so far. One layer's statistics exist at a time.
-"""
+Layer by layer, in order: the unmodified layer runs on the unmodified model's activations (its input
+moments, its attention outputs), its heads are merged, and the output projection is re-fitted on the
+activations of the model converted so far. One layer's statistics exist at a time."""
 
 from __future__ import annotations
 
@@ -59,17 +58,17 @@ def convert_gqa(
 ) -> ConversionReport:
     """Gives `model`, in place, `kv_heads` key/value heads in every layer; returns a report.
 
-    model: a transformers causal LM whose class honours num_key_value_heads. kv_heads: divides the present
-    number; 1 is MQA; the present number changes nothing. calibration: int64 (N,), at least ten tokens per
-    hidden dimension (50,000 are plenty); only `mean`, `first` and `random` with `refit=False` do without.
-    method: one of METHODS. refit: solve the output projections again by least squares. grouping:
-    "contiguous" or "similarity". length, batch: the calibration windows. progress: called with (layers done,
-    layers). Afterwards `model.save_pretrained` writes a checkpoint that plain transformers loads.
+    model: a transformers causal LM whose class honours num_key_value_heads. kv_heads: divides the
+    present number; 1 is MQA; the present number changes nothing. calibration: int64 (N,), at least
+    ten tokens per hidden dimension (50,000 are plenty); only `mean`, `first` and `random` with
+    `refit=False` do without. method: one of METHODS. refit: solve the output projections again by
+    least squares. grouping: "contiguous" or "similarity". length, batch: the calibration windows.
+    progress: called with (layers done, layers). Afterwards `model.save_pretrained` writes a
+    checkpoint that plain transformers loads.
 
-    Raises ValueError for bad arguments and effattn.errors.Unsupported for classes that cannot hold it, both
-    before anything is changed; and FloatingPointError for activations that are not finite. All or nothing: an error
-    or a Ctrl-C while it converts leaves the model as it was.
-    """
+    Raises ValueError for bad arguments and effattn.errors.Unsupported for classes that cannot hold
+    it, both before anything is changed; and FloatingPointError for activations that are not finite.
+    All or nothing: an error or a Ctrl-C while it converts leaves the model as it was."""
     require_own_weights(model)
     parts = hf.of(model)
     require_here(model, "convert_gqa")
@@ -79,9 +78,16 @@ def convert_gqa(
     check_kv_heads(kv_heads, parts.kv_heads)
     need_data = refit or method in NEED_DATA or grouping == "similarity"
     if calibration is None and need_data:
-        what = f"method {method!r}" if method in NEED_DATA else "refit=True" if refit else "grouping by similarity"
+        what = (
+            f"method {method!r}"
+            if method in NEED_DATA
+            else "refit=True"
+            if refit
+            else "grouping by similarity"
+        )
         raise ValueError(
-            f"calibration: got None, {what} needs tokens (int64, at least {_tokens_needed(parts):,}); "
+            f"calibration: got None, {what} needs tokens (int64, at least "
+            f"{_tokens_needed(parts):,}); "
             "mean, first and random with refit=False do without"
         )
     if calibration is not None:
@@ -97,7 +103,17 @@ def convert_gqa(
         try:
             with all_or_nothing(parts) as undo:
                 layers = _convert(
-                    parts, kv_heads, calibration, method, refit, grouping, length, batch, seed, progress, undo
+                    parts,
+                    kv_heads,
+                    calibration,
+                    method,
+                    refit,
+                    grouping,
+                    length,
+                    batch,
+                    seed,
+                    progress,
+                    undo,
                 )
                 parts.set_kv_heads(kv_heads)
         finally:
@@ -129,7 +145,8 @@ def convert_gqa(
                 "parameters_before": before["parameters"],
                 "parameters_after": after["parameters"],
                 "dtype": str(parts.embeddings.weight.dtype).removeprefix("torch."),
-                "key_method": ", ".join(dict.fromkeys(row.pop("key_method") for row in layers)) or method,
+                "key_method": ", ".join(dict.fromkeys(row.pop("key_method") for row in layers))
+                or method,
             },
             "quality": None,
             "uptraining": None,
@@ -153,13 +170,19 @@ def check_kv_heads(kv_heads: int, present: int) -> None:
 
 
 def check_swapped(parts: hf.Anatomy, grouping: str) -> None:
-    """Unsupported where what a swap has put in belongs to the heads that there are: what a pattern has learned for
-    them, or, where heads change places, whatever differs from head to head (sink logits, ALiBi's slopes)."""
+    """Unsupported where what a swap has put in belongs to the heads that there are: what a pattern
+    has learned for them, or, where heads change places, whatever differs from head to head (sink
+    logits, ALiBi's slopes)."""
     if active(parts.model) is None:
         return
-    kind, remedy = type(parts.model).__name__, "effattn.restore(model) first, and swap what comes out"
+    kind, remedy = (
+        type(parts.model).__name__,
+        "effattn.restore(model) first, and swap what comes out",
+    )
     if grouping == "similarity":
-        raise Unsupported(f"grouping: 'similarity' moves heads, and {kind} is swapped for those it has; {remedy}")
+        raise Unsupported(
+            f"grouping: 'similarity' moves heads, and {kind} is swapped for those it has; {remedy}"
+        )
     for layer in parts:
         held = getattr(layer.attention, hooks.ATTRIBUTE)
         if held.backend is not None and held.backend.traits.learned:
@@ -168,13 +191,19 @@ def check_swapped(parts: hf.Anatomy, grouping: str) -> None:
 
 
 def _tokens_needed(parts: hf.Anatomy) -> int:
-    return TOKENS_PER_DIMENSION * max(parts.embeddings.weight.shape[1], parts.heads * parts.head_dim)
+    return TOKENS_PER_DIMENSION * max(
+        parts.embeddings.weight.shape[1], parts.heads * parts.head_dim
+    )
 
 
 def check_calibration(tokens: torch.Tensor, parts: hf.Anatomy, length: int) -> int:
     """Raises ValueError for unusable calibration tokens; returns the window length to use."""
     if not isinstance(tokens, torch.Tensor) or tokens.dtype != torch.int64 or tokens.dim() != 1:
-        got = f"{tokens.dtype} {tuple(tokens.shape)}" if isinstance(tokens, torch.Tensor) else type(tokens).__name__
+        got = (
+            f"{tokens.dtype} {tuple(tokens.shape)}"
+            if isinstance(tokens, torch.Tensor)
+            else type(tokens).__name__
+        )
         raise ValueError(f"calibration: got {got}, valid is an int64 tensor (N,) of token ids")
     needed = _tokens_needed(parts)
     if len(tokens) < needed:
@@ -185,7 +214,8 @@ def check_calibration(tokens: torch.Tensor, parts: hf.Anatomy, length: int) -> i
     vocabulary = parts.embeddings.weight.shape[0]
     if int(tokens.min()) < 0 or int(tokens.max()) >= vocabulary:
         raise ValueError(
-            f"calibration: token ids run from {int(tokens.min())} to {int(tokens.max())}, the model's vocabulary "
+            f"calibration: token ids run from {int(tokens.min())} to {int(tokens.max())}, the "
+            "model's vocabulary "
             f"is 0 to {vocabulary - 1}: was it made with another tokenizer?"
         )
     if isinstance(length, bool) or not isinstance(length, int) or length < 1:
@@ -193,7 +223,8 @@ def check_calibration(tokens: torch.Tensor, parts: hf.Anatomy, length: int) -> i
     length = min(length, getattr(parts.config, "max_position_embeddings", None) or length)
     if len(tokens) < length:
         raise ValueError(
-            f"length: got windows of {length:,} tokens, calibration has {len(tokens):,}; valid is at most that many"
+            f"length: got windows of {length:,} tokens, calibration has {len(tokens):,}; valid is "
+            "at most that many"
         )
     return length
 
@@ -207,7 +238,9 @@ def describe_size(parts: hf.Anatomy) -> dict:
     }
 
 
-def _convert(parts, kv_heads, calibration, method, refit, grouping, length, batch, seed, progress, undo) -> list[dict]:
+def _convert(
+    parts, kv_heads, calibration, method, refit, grouping, length, batch, seed, progress, undo
+) -> list[dict]:
     runner = teacher = student = None
     if calibration is not None:
         runner = LayerRunner(parts, windows(calibration, length, batch))
@@ -219,13 +252,20 @@ def _convert(parts, kv_heads, calibration, method, refit, grouping, length, batc
         if runner:
             moment, targets, inputs = _observe(runner, layer, teacher)
         heads = _heads(layer, moment, seed + 1000 * number)
-        if moment is not None and not moment[:-1, :-1].any():  # a norm of gain 0: nothing tells one head from another
+        if (
+            moment is not None and not moment[:-1, :-1].any()
+        ):  # a norm of gain 0: nothing tells one head from another
             heads = _heads(layer, None, seed + 1000 * number)
         groups = contiguous(layer.kv_heads, kv_heads)
         if grouping == "similarity":
             groups = by_similarity(heads, kv_heads, METHODS[method])
-        row = {"layer": number, "k_error": None, "v_error": None, "attention_error_merged": None,
-               "attention_error": None}  # fmt: skip
+        row = {
+            "layer": number,
+            "k_error": None,
+            "v_error": None,
+            "attention_error_merged": None,
+            "attention_error": None,
+        }
         merged, facts = _merge(layer, heads, groups, method, moment, inputs)
         row |= facts if runner else {"key_method": method}
         if grouping == "similarity":
@@ -241,8 +281,8 @@ def _convert(parts, kv_heads, calibration, method, refit, grouping, length, batc
 
 
 def _observe(runner: LayerRunner, layer: hf.Layer, teacher: list[torch.Tensor]):
-    """Runs the old layer: its input moment, its attention outputs a batch, and where that moment does not tell all
-    some of its inputs (N, D), otherwise None; moves `teacher` one layer on."""
+    """Runs the old layer: its input moment, its attention outputs a batch, and where that moment
+    does not tell all some of its inputs (N, D), otherwise None; moves `teacher` one layer on."""
     moment, targets, inputs = SecondMoment(ones=True), [], []
     every = -(-sum(batch.numel() for batch in runner.batches) // TOKENS)
     bias = 0 if layer.o.bias is None else layer.o.bias
@@ -259,12 +299,16 @@ def _observe(runner: LayerRunner, layer: hf.Layer, teacher: list[torch.Tensor]):
         for number, output in runner.run(layer.index, teacher):
             teacher[number] = output
     if not torch.isfinite(moment.total).all():
-        raise FloatingPointError(f"layer {layer.index}: the calibration activations contain NaN or infinity")
+        raise FloatingPointError(
+            f"layer {layer.index}: the calibration activations contain NaN or infinity"
+        )
     return moment.mean.cpu(), targets, torch.cat(inputs) if inputs else None
 
 
 def _merge(layer: hf.Layer, heads: Heads, groups: list[list[int]], method: str, moment, inputs):
-    """The merge of every group, and the row's facts about it. moment, inputs: what `_observe` gives."""
+    """The merge of every group, and the row's facts about it. moment, inputs: what `_observe`
+    gives.
+    """
 
     def merge(by: methods.Method) -> list[Merged]:
         return [by(heads.select(group)) for group in groups]
@@ -273,11 +317,17 @@ def _merge(layer: hf.Layer, heads: Heads, groups: list[list[int]], method: str, 
         merged = merge(METHODS[method])
         return merged, {**_merge_errors(heads, groups, merged, moment), "key_method": method}
     best = judge(layer, groups, merge, METHODS[method], inputs, write)
-    return best.merged, {"k_error": best.k_error, "v_error": best.v_error, "key_method": best.key_method}
+    return best.merged, {
+        "k_error": best.k_error,
+        "v_error": best.v_error,
+        "key_method": best.key_method,
+    }
 
 
 def _refit(runner: LayerRunner, layer: hf.Layer, student, targets, refit: bool) -> dict:
-    """Measures the merged layer, re-fits its output projection if asked, and moves `student` one layer on."""
+    """Measures the merged layer, re-fits its output projection if asked, and moves `student` one
+    layer on.
+    """
     fit, batches = OutputRefit(), iter(targets)
     with watch(layer.o.module, lambda z, _: fit.add(z, next(batches).to(z.device))):
         outputs = [output for _, output in runner.run(layer.index, student)]
@@ -300,16 +350,29 @@ def _heads(layer: hf.Layer, moment: torch.Tensor | None, seed: int) -> Heads:
     norm = layer.k_norm
     normed = None if norm is None else "rms" if "RMS" in type(norm).__name__ else "layer"
     query = query_energy(layer, moment.to(layer.q.module.weight.device)).cpu()
-    return Heads(k, v, moment, query, torch.einsum("krDd,krDe->kde", o, o), layer.rotary_pairs(), normed, seed)
+    return Heads(
+        k,
+        v,
+        moment,
+        query,
+        torch.einsum("krDd,krDe->kde", o, o),
+        layer.rotary_pairs(),
+        normed,
+        seed,
+    )
 
 
 def _merge_errors(heads: Heads, groups: list[list[int]], merged: list[Merged], moment) -> dict:
     """The layer's key and value errors: one merge of all groups, weighted by their energy."""
     heads = replace(heads, moment=heads.moment if moment is None else moment)
-    lost = [relative_errors(heads.select(group), part) for group, part in zip(groups, merged, strict=True)]
+    lost = [
+        relative_errors(heads.select(group), part)
+        for group, part in zip(groups, merged, strict=True)
+    ]
     whole = [_energies(heads.select(group)) for group in groups]
     k, v = (
-        sum(pair[i] * size[i] for pair, size in zip(lost, whole, strict=True)) / max(sum(s[i] for s in whole), 1e-300)
+        sum(pair[i] * size[i] for pair, size in zip(lost, whole, strict=True))
+        / max(sum(s[i] for s in whole), 1e-300)
         for i in (0, 1)
     )
     return {"k_error": k, "v_error": v}
@@ -317,21 +380,28 @@ def _merge_errors(heads: Heads, groups: list[list[int]], merged: list[Merged], m
 
 def _energies(heads: Heads) -> tuple[float, float]:
     pairs = ((heads.keys, heads.query), (heads.values, heads.output))
-    return tuple(float(torch.einsum("hdi,ij,hej,hde->", maps, heads.moment, maps, w)) for maps, w in pairs)
+    return tuple(
+        float(torch.einsum("hdi,ij,hej,hde->", maps, heads.moment, maps, w)) for maps, w in pairs
+    )
 
 
 @torch.no_grad()
 def write(layer: hf.Layer, groups: list[list[int]], merged: list[Merged]) -> None:
-    """Writes merged groups into the layer: fewer K and V rows, their stand-ins folded into Q and O, and query
-    heads in the order of the groups."""
+    """Writes merged groups into the layer: fewer K and V rows, their stand-ins folded into Q and O,
+    and query heads in the order of the groups."""
     order = [head for group in groups for head in group]
     share = layer.heads // layer.kv_heads
     queries = [head * share + i for head in order for i in range(share)]
     device = layer.q.module.weight.device
     key_maps = torch.cat([part.key_maps for part in merged]).repeat_interleave(share, 0).to(device)
-    value_maps = torch.cat([part.value_maps for part in merged]).repeat_interleave(share, 0).to(device)
+    value_maps = (
+        torch.cat([part.value_maps for part in merged]).repeat_interleave(share, 0).to(device)
+    )
     q = key_maps.transpose(1, 2) @ layer.q.with_bias[queries]
     o = layer.o.by_head.double()[queries] @ value_maps
-    key, value = (torch.stack([getattr(part, name) for part in merged]).to(device) for name in ("key", "value"))
+    key, value = (
+        torch.stack([getattr(part, name) for part in merged]).to(device)
+        for name in ("key", "value")
+    )
     layer.merge_norms(queries, groups)
     layer.set_heads(q, key, value, o)

@@ -1,8 +1,8 @@
 """Which heads share a key/value head: neighbours, as in every GQA checkpoint, or the most alike.
 
-Grouping by similarity permutes heads before merging. The permutation changes nothing by itself (query rows,
-output columns and per-head norms move along), but lets alike heads meet. Gains are small; it comes last.
-"""
+Grouping by similarity permutes heads before merging. The permutation changes nothing by itself
+(query rows, output columns and per-head norms move along), but lets alike heads meet. Gains are
+small; it comes last."""
 
 from __future__ import annotations
 
@@ -22,8 +22,9 @@ def contiguous(heads: int, groups: int) -> list[list[int]]:
 
 
 def by_similarity(heads: Heads, groups: int, method: Method) -> list[list[int]]:
-    """Balanced groups that lose little: the sum over all pairs inside groups of what merging that pair loses
-    (keys plus values), lowered by swaps from two starts, neighbours and most-alike-first."""
+    """Balanced groups that lose little: the sum over all pairs inside groups of what merging that
+    pair loses (keys plus values), lowered by swaps from two starts, neighbours and
+    most-alike-first."""
     count = len(heads.keys)
     loss = torch.zeros(count, count, dtype=torch.float64)
     for a, b in combinations(range(count), 2):
@@ -39,10 +40,18 @@ def by_similarity(heads: Heads, groups: int, method: Method) -> list[list[int]]:
 
 
 def _most_alike_first(loss: torch.Tensor, groups: int) -> list[list[int]]:
-    """Greedy groups: the closest free pair, then whichever free head adds least, until the group is full."""
+    """Greedy groups: the closest free pair, then whichever free head adds least, until the group is
+    full.
+    """
     free, result = set(range(len(loss))), []
     for _ in range(groups):
-        members = list(min(combinations(sorted(free), 2), key=lambda pair: float(loss[pair]), default=tuple(free)))
+        members = list(
+            min(
+                combinations(sorted(free), 2),
+                key=lambda pair: float(loss[pair]),
+                default=tuple(free),
+            )
+        )
         members = members[: len(loss) // groups]
         free -= set(members)
         while len(members) < len(loss) // groups:

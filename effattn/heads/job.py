@@ -1,9 +1,9 @@
 """The whole conversion job behind `recipes/convert_gqa.py` and `effattn convert-gqa`.
 
-Load, measure the parent, convert, measure, uptrain, measure, time decoding, save, prove in a fresh process
-that plain transformers loads the result, and only then give it its name. `.<output>.partial` beside the
-target holds the checkpoints of an unfinished uptraining; the same command goes on from there.
-"""
+Load, measure the parent, convert, measure, uptrain, measure, time decoding, save, prove in a fresh
+process that plain transformers loads the result, and only then give it its name.
+`.<output>.partial` beside the target holds the checkpoints of an unfinished uptraining; the same
+command goes on from there."""
 
 from __future__ import annotations
 
@@ -24,7 +24,15 @@ from effattn.heads.uptrain import CE_WEIGHT, LAYER_WEIGHT, TRAINABLE, uptrain
 from effattn.heads.verify import verify_plain
 from effattn.hf import anatomy as hf
 from effattn.hf.checkpoint import load_model
-from effattn.jobs import Quiet, check_partial, device, discard, holds_output, main_process, partial_folder
+from effattn.jobs import (
+    Quiet,
+    check_partial,
+    device,
+    discard,
+    holds_output,
+    main_process,
+    partial_folder,
+)
 from effattn.outputs import atomic_folder, check_new_folder, check_room
 from effattn.profiling.decode import decode_speed
 from effattn.profiling.weights import weight_bytes
@@ -67,11 +75,12 @@ class Job(Checked):
 
 @holds_output(ConversionReport)
 def run(job: Job, show: Quiet | None = None) -> ConversionReport:
-    """Runs `job`; returns the report, which also lies in the output folder as report.{json,md,html}.
+    """Runs `job`; returns the report, which also lies in the output folder as
+    report.{json,md,html}.
 
-    Raises ValueError (bad settings or input), FloatingPointError, OSError (disk), each before anything appears
-    under the output's name. Under torchrun or `accelerate launch` every process calls it; rank 0 writes.
-    """
+    Raises ValueError (bad settings or input), FloatingPointError, OSError (disk), each before
+    anything appears under the output's name. Under torchrun or `accelerate launch` every process
+    calls it; rank 0 writes."""
     show = show or Quiet()
     main = main_process()
     check_job(job)
@@ -81,17 +90,24 @@ def run(job: Job, show: Quiet | None = None) -> ConversionReport:
         parts = hf.of(parent)
         parts.require_gqa()
         gqa.check_kv_heads(job.kv_heads, parts.kv_heads)
-        check_room("output", job.output, weight_bytes(parent) // 2)  # no more than half of them is keys and values
+        check_room(
+            "output", job.output, weight_bytes(parent) // 2
+        )  # no more than half of them is keys and values
     with show.stage("reading text"):
         data = streams(
-            tokenizer, train=max(job.calibration_tokens, job.uptrain_tokens), evaluation=job.evaluation_tokens,
-            text=job.text, dataset=job.dataset, column=job.column,
-        )  # fmt: skip
+            tokenizer,
+            train=max(job.calibration_tokens, job.uptrain_tokens),
+            evaluation=job.evaluation_tokens,
+            text=job.text,
+            dataset=job.dataset,
+            column=job.column,
+        )
         calibration = data.train[: job.calibration_tokens]
         length = gqa.check_calibration(calibration, parts, job.length)
         if job.uptrain_tokens and job.uptrain_tokens > 20 * len(data.train):
             raise ValueError(
-                f"uptrain_tokens: got {job.uptrain_tokens:,}, the text has {len(data.train):,} tokens: more than "
+                f"uptrain_tokens: got {job.uptrain_tokens:,}, the text has {len(data.train):,} "
+                "tokens: more than "
                 f"20 passes over it; give more text or at most {20 * len(data.train):,}"
             )
     quality = None
@@ -101,32 +117,52 @@ def run(job: Job, show: Quiet | None = None) -> ConversionReport:
     student = copy.deepcopy(parent)
     with show.stage(f"converting {parts.kv_heads} -> {job.kv_heads} KV heads") as progress:
         report = gqa.convert_gqa(
-            student, job.kv_heads, calibration, method=job.method, refit=job.refit, grouping=job.grouping,
-            length=length, seed=job.seed, progress=progress,
-        )  # fmt: skip
+            student,
+            job.kv_heads,
+            calibration,
+            method=job.method,
+            refit=job.refit,
+            grouping=job.grouping,
+            length=length,
+            seed=job.seed,
+            progress=progress,
+        )
     if main:
         with show.stage("measuring the conversion") as progress:
-            quality["converted"] = compare(parent, student, data.evaluation, length, progress=progress)
+            quality["converted"] = compare(
+                parent, student, data.evaluation, length, progress=progress
+            )
     report.data["quality"] = quality
     report.data["settings"] |= {
-        "model": job.model, "calibration_source": data.source, "uptrain_tokens": job.uptrain_tokens,
-        "uptrain_batch": job.batch, "ce_weight": job.ce_weight, "layer_weight": job.layer_weight,
+        "model": job.model,
+        "calibration_source": data.source,
+        "uptrain_tokens": job.uptrain_tokens,
+        "uptrain_batch": job.batch,
+        "ce_weight": job.ce_weight,
+        "layer_weight": job.layer_weight,
         "trainable": job.trainable,
-    }  # fmt: skip
+    }
     if job.uptrain_tokens:
         report.data["uptraining"] = _uptrain(job, student, parent, data, length, show)
         if main:
             with show.stage("measuring the uptrained model") as progress:
-                quality["uptrained"] = compare(parent, student, data.evaluation, length, progress=progress)
+                quality["uptrained"] = compare(
+                    parent, student, data.evaluation, length, progress=progress
+                )
     if main:
         if job.decode_contexts:
             with show.stage("timing decode steps") as progress:
                 report.data["decode"] = _decode(parent, student, job.decode_contexts, progress)
-        with show.stage("saving, and loading again without effattn"), atomic_folder(job.output) as folder:
+        with (
+            show.stage("saving, and loading again without effattn"),
+            atomic_folder(job.output) as folder,
+        ):
             student.config.use_cache = True
             student.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
-            report.data["verification"] = verify_plain(folder, student, data.evaluation[: min(64, length)])
+            report.data["verification"] = verify_plain(
+                folder, student, data.evaluation[: min(64, length)]
+            )
             report.save(folder)
         discard(job.partial)
     return report
@@ -136,9 +172,12 @@ def measure_parent(parent, data: Streams, length: int, progress=None) -> dict:
     """The start of a report's "quality": what was measured on, and the parent there."""
     loss = float(token_losses(parent, data.evaluation, length, progress=progress).double().mean())
     return {
-        "tokens": len(data.evaluation), "context": length, "source": data.source,
-        "before": {"perplexity": perplexity_of(loss), "cross_entropy": loss}, "uptrained": None,
-    }  # fmt: skip
+        "tokens": len(data.evaluation),
+        "context": length,
+        "source": data.source,
+        "before": {"perplexity": perplexity_of(loss), "cross_entropy": loss},
+        "uptrained": None,
+    }
 
 
 def check_job(job: Job) -> None:
@@ -148,18 +187,31 @@ def check_job(job: Job) -> None:
     check_choice("trainable", job.trainable, TRAINABLE)
     device(job.device)
     check_new_folder("output", job.output)
-    check_partial(job, main=False)  # an unfinished run with other settings, while nothing has been done yet
+    check_partial(
+        job, main=False
+    )  # an unfinished run with other settings, while nothing has been done yet
 
 
 def _uptrain(job: Job, student, parent, data: Streams, length: int, show: Quiet) -> dict:
     check_partial(job, main_process())
     with show.stage(f"uptraining on {job.uptrain_tokens:,} tokens") as progress:
         result = uptrain(
-            student, parent, data.train, train_tokens=job.uptrain_tokens, folder=job.partial / "uptrain",
-            evaluation=data.evaluation[:8_192], length=length, batch=job.batch, lr=job.lr, ce_weight=job.ce_weight,
-            layer_weight=job.layer_weight, trainable=job.trainable, seed=job.seed, progress=progress,
+            student,
+            parent,
+            data.train,
+            train_tokens=job.uptrain_tokens,
+            folder=job.partial / "uptrain",
+            evaluation=data.evaluation[:8_192],
+            length=length,
+            batch=job.batch,
+            lr=job.lr,
+            ce_weight=job.ce_weight,
+            layer_weight=job.layer_weight,
+            trainable=job.trainable,
+            seed=job.seed,
+            progress=progress,
             overrides={"use_cpu": student.device.type == "cpu"} | job.overrides,
-        )  # fmt: skip
+        )
     pretraining = embedded.card()["train_tokens"] if job.model == embedded.NAME else None
     result["share_of_pretraining"] = result["tokens"] / pretraining if pretraining else None
     return result
@@ -170,5 +222,7 @@ def _decode(parent, student, contexts: Sequence[int], progress) -> list[dict]:
     rows: dict[int, dict] = {}
     for row in timed:
         entry = rows.setdefault(row["context"], {"context": row["context"], "batch": row["batch"]})
-        entry[row["model"]] = {key: value for key, value in row.items() if key not in ("context", "batch", "model")}
+        entry[row["model"]] = {
+            key: value for key, value in row.items() if key not in ("context", "batch", "model")
+        }
     return list(rows.values())

@@ -1,9 +1,10 @@
-"""Which merge is best where attention does not get what the projections give: it is tried, and measured.
+"""Which merge is best where attention does not get what the projections give: it is tried, and
+measured.
 
-Behind a q/k norm with gains, or a clip, a merge that turns or scales heads is no longer undone by the query or the
-output projection, and second moments of the input do not tell its error. Each candidate is written into a copy of the
-attention module, and its error is taken from what attention gets before and after.
-"""
+Behind a q/k norm with gains, or a clip, a merge that turns or scales heads is no longer undone by
+the query or the output projection, and second moments of the input do not tell its error. Each
+candidate is written into a copy of the attention module, and its error is taken from what attention
+gets before and after."""
 
 from __future__ import annotations
 
@@ -28,7 +29,9 @@ INSTEAD = {optimal: (optimal, aligned, unturned), aligned: (aligned, unturned)}
 
 @dataclass(frozen=True)
 class Judged:
-    """The best merge of every group, the method that made its keys, and its errors as `relative_errors`."""
+    """The best merge of every group, the method that made its keys, and its errors as
+    `relative_errors`.
+    """
 
     merged: list[Merged]
     key_method: str
@@ -44,7 +47,8 @@ def judge(
     inputs: Tensor,
     write: Callable[[Layer, list[list[int]], list[Merged]], None],
 ) -> Judged:
-    """The merge whose keys and whose values lose least. inputs (N, D): what the attention module gets.
+    """The merge whose keys and whose values lose least. inputs (N, D): what the attention module
+    gets.
 
     merge: the merge of every group by a method. write: writes such a merge into a layer.
     """
@@ -56,7 +60,9 @@ def judge(
         tried.append((_key_method(one, layer), merged, errors(layer, copied, groups, inputs)))
     key_method, keys, (k_error, _) = min(tried, key=lambda one: one[2][0])
     _, values, (_, v_error) = min(tried, key=lambda one: one[2][1])
-    both = [Merged(k.key, k.key_maps, v.value, v.value_maps) for k, v in zip(keys, values, strict=True)]
+    both = [
+        Merged(k.key, k.key_maps, v.value, v.value_maps) for k, v in zip(keys, values, strict=True)
+    ]
     return Judged(both, key_method, k_error, v_error)
 
 
@@ -67,12 +73,15 @@ def _key_method(method: Callable, layer: Layer) -> str:
     return "aligned" if method is optimal and layer.k_norm is not None else method.__name__
 
 
-def errors(old: Layer, new: Layer, groups: Sequence[Sequence[int]], inputs: Tensor) -> tuple[float, float]:
-    """(k_error, v_error) of `new`, which is `old` with the heads of each group merged, on inputs (N, D).
+def errors(
+    old: Layer, new: Layer, groups: Sequence[Sequence[int]], inputs: Tensor
+) -> tuple[float, float]:
+    """(k_error, v_error) of `new`, which is `old` with the heads of each group merged, on inputs
+    (N, D).
 
-    Over the query heads and over pairs of independent tokens, E(q k - q' k')^2 / E(q k)^2, and over tokens
-    E|O v - O' v'|^2 / E|O v|^2: what `relative_errors` is where the projections are all there is.
-    """
+    Over the query heads and over pairs of independent tokens, E(q k - q' k')^2 / E(q k)^2, and over
+    tokens E|O v - O' v'|^2 / E|O v|^2: what `relative_errors` is where the projections are all
+    there is."""
     share = old.heads // old.kv_heads
     kept = torch.tensor([head for group in groups for head in group])
     queries = (kept[:, None] * share + torch.arange(share)).flatten()

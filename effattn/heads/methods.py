@@ -1,13 +1,13 @@
 """What merging key/value heads means, and the baselines: mean, first, random.
 
-A method sees one layer as linear maps and their second moments, and returns fewer key and value maps with,
-for every old head, the matrix that stands in for it:
+A method sees one layer as linear maps and their second moments, and returns fewer key and value
+maps with, for every old head, the matrix that stands in for it:
 
     k_h ~ A_h k'_g      so that the new query map is A_h^T q_h
     v_h ~ B_h v'_g      so that the new output map is O_h B_h
 
-Shapes: K old KV heads, G new ones, n = K / G heads a group, d head size, D1 = hidden size + 1 (the bias).
-"""
+Shapes: K old KV heads, G new ones, n = K / G heads a group, d head size, D1 = hidden size + 1 (the
+bias)."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ import torch
 class Heads:
     """One attention layer, as a method sees it; all fp64.
 
-    keys, values (K, d, D1); moment E[(x,1)(x,1)^T] (D1, D1); query (K, d, d): E[q q^T] summed over the query
-    heads of each KV head; output (K, d, d): O_h^T O_h summed likewise; pairs: the row indices of the real and
-    of the imaginary part of each rotary frequency; `normed`: "rms" or "layer" when keys are normalised after
-    the projection, so that only rotations, or nothing, may be folded into queries.
-    """
+    keys, values (K, d, D1); moment E[(x,1)(x,1)^T] (D1, D1); query (K, d, d): E[q q^T] summed over
+    the query heads of each KV head; output (K, d, d): O_h^T O_h summed likewise; pairs: the row
+    indices of the real and of the imaginary part of each rotary frequency; `normed`: "rms" or
+    "layer" when keys are normalised after the projection, so that only rotations, or nothing, may
+    be folded into queries."""
 
     keys: torch.Tensor
     values: torch.Tensor
@@ -39,9 +39,15 @@ class Heads:
     def select(self, heads: Sequence[int]) -> Heads:
         index = torch.as_tensor(list(heads))
         return Heads(
-            self.keys[index], self.values[index], self.moment, self.query[index], self.output[index],
-            self.pairs, self.normed, self.seed + int(index[0]),
-        )  # fmt: skip
+            self.keys[index],
+            self.values[index],
+            self.moment,
+            self.query[index],
+            self.output[index],
+            self.pairs,
+            self.normed,
+            self.seed + int(index[0]),
+        )
 
     @property
     def rest(self) -> torch.Tensor:
@@ -75,7 +81,9 @@ def _plain(heads: Heads, key: torch.Tensor, value: torch.Tensor) -> Merged:
 
 
 def mean(heads: Heads) -> Merged:
-    """The mean of the group's weights (Ainslie et al. 2023, arXiv:2305.13245, the paper's choice)."""
+    """The mean of the group's weights (Ainslie et al. 2023, arXiv:2305.13245, the paper's
+    choice).
+    """
     return _plain(heads, heads.keys.mean(0), heads.values.mean(0))
 
 
@@ -85,11 +93,16 @@ def first(heads: Heads) -> Merged:
 
 
 def random(heads: Heads) -> Merged:
-    """Fresh random heads with the standard deviation of the old weights (the paper's third baseline)."""
+    """Fresh random heads with the standard deviation of the old weights (the paper's third
+    baseline).
+    """
     generator = torch.Generator().manual_seed(heads.seed)
 
     def draw(maps: torch.Tensor) -> torch.Tensor:
-        fresh = torch.randn(maps.shape[1:], generator=generator, dtype=maps.dtype) * maps[..., :-1].std()
+        fresh = (
+            torch.randn(maps.shape[1:], generator=generator, dtype=maps.dtype)
+            * maps[..., :-1].std()
+        )
         fresh[..., -1] = 0
         return fresh
 
@@ -97,8 +110,9 @@ def random(heads: Heads) -> Merged:
 
 
 def relative_errors(heads: Heads, merged: Merged) -> tuple[float, float]:
-    """What merging loses, as shares of the squared norm: of the keys as the queries see them, and of the
-    values as the output projection sees them. 0 is lossless, 1 is as bad as writing zeros."""
+    """What merging loses, as shares of the squared norm: of the keys as the queries see them, and
+    of the values as the output projection sees them. 0 is lossless, 1 is as bad as writing
+    zeros."""
 
     def share(maps, new, stand_ins, weight):
         lost = maps - stand_ins @ new

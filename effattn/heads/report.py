@@ -1,8 +1,8 @@
-"""The report of a head conversion: what it changed, what it cost in quality, what it gained, and the proof.
+"""The report of a head conversion: what it changed, what it cost in quality, what it gained, and
+the proof.
 
-One JSON-able dict is the report; Markdown, HTML and the terminal show the same tables made from it. What was not
-measured says so: a missing number is never 0.
-"""
+One JSON-able dict is the report; Markdown, HTML and the terminal show the same tables made from it.
+What was not measured says so: a missing number is never 0."""
 
 from __future__ import annotations
 
@@ -23,16 +23,18 @@ __all__ = ["ConversionReport", "compare_html"]
 class ConversionReport(Document):
     """Wraps `data`, a dict of kind "convert_gqa"; any of its measurements may be None or absent.
 
-    Keys: settings, model, quality (perplexity; cross_entropy and kl in nats a token), uptraining, layers (relative
-    squared errors), kv_bytes_per_token, decode (milliseconds a step, tokens/s, bytes), verification, environment.
-    """
+    Keys: settings, model, quality (perplexity; cross_entropy and kl in nats a token), uptraining,
+    layers (relative squared errors), kv_bytes_per_token, decode (milliseconds a step, tokens/s,
+    bytes), verification, environment."""
 
     data: dict
     terminal = ("Before and after", "Decoding", "Verification")
 
     def __post_init__(self):
         if self.data.get("kind") != "convert_gqa":
-            raise ValueError(f"kind: got {self.data.get('kind')!r}, a conversion report has 'convert_gqa'")
+            raise ValueError(
+                f"kind: got {self.data.get('kind')!r}, a conversion report has 'convert_gqa'"
+            )
 
     def part(self, name: str) -> dict:
         """A part of `data`, empty if it is null or absent."""
@@ -81,20 +83,26 @@ class ConversionReport(Document):
         return before / after if before and after else None
 
     def measured(self, stage: str, name: str = "perplexity") -> float | None:
-        """`name` ("perplexity", "cross_entropy", "kl") at a stage ("before", "converted", "uptrained"), or None."""
+        """`name` ("perplexity", "cross_entropy", "kl") at a stage ("before", "converted",
+        "uptrained"), or None.
+        """
         return (self.quality.get(stage) or {}).get(name)
 
     def excess(self, stage: str) -> float | None:
         """Cross-entropy above the parent's, nats a token."""
-        before, after = self.measured("before", "cross_entropy"), self.measured(stage, "cross_entropy")
+        before, after = (
+            self.measured("before", "cross_entropy"),
+            self.measured(stage, "cross_entropy"),
+        )
         return None if before is None or after is None else after - before
 
     @property
     def curve_parent(self) -> float | None:
-        """The parent's perplexity on the tokens the curve was measured on; None if these are other tokens.
+        """The parent's perplexity on the tokens the curve was measured on; None if these are other
+        tokens.
 
-        `uptraining["parent"]` has it, or the curve starts where `quality["converted"]` is: then they are the same.
-        """
+        `uptraining["parent"]` has it, or the curve starts where `quality["converted"]` is: then
+        they are the same."""
         own = (self.uptraining.get("parent") or {}).get("perplexity")
         converted = self.measured("converted")
         if own is not None or not self.curve or not converted:
@@ -113,7 +121,9 @@ class ConversionReport(Document):
         parts = [f"{heads_text(self)} KV heads"]
         if self.kv_ratio:
             parts[0] += f": the KV cache is {self.kv_ratio:.1f}x smaller"
-        before, converted, uptrained = (self.measured(stage) for stage in ("before", "converted", "uptrained"))
+        before, converted, uptrained = (
+            self.measured(stage) for stage in ("before", "converted", "uptrained")
+        )
         last = converted if uptrained is None else uptrained
         if before is None or last is None:
             parts.append("quality was not measured")
@@ -121,12 +131,16 @@ class ConversionReport(Document):
             text = f"perplexity {before:.2f} -> {last:.2f}{percent(before, last)}"
             if uptrained is not None:
                 text += f" after uptraining on {number(self.uptraining.get('tokens'))} tokens"
-                text += f" ({converted:.2f} right after conversion)" if converted is not None else ""
+                text += (
+                    f" ({converted:.2f} right after conversion)" if converted is not None else ""
+                )
             parts.append(text)
         timed = [row for row in self.decode if speed_ratio(row)]
         if timed:
             row = max(timed, key=lambda row: row["context"])
-            parts.append(f"decoding at {row['context']:,} tokens runs at {speed_ratio(row):.2f}x the speed")
+            parts.append(
+                f"decoding at {row['context']:,} tokens runs at {speed_ratio(row):.2f}x the speed"
+            )
         return "; ".join(parts) + "."
 
     def tables(self) -> list[Table]:
@@ -141,11 +155,20 @@ class ConversionReport(Document):
 
         note = ""
         if self.curve and self.curve_parent is None:
-            note = "The curve was measured on other tokens than the table above, so the parent is not drawn with it."
+            note = (
+                "The curve was measured on other tokens than the table above, so the parent is "
+                "not drawn with it."
+            )
         speed = report_plots.cache(self) + report_plots.decode(self)
         sections = [
             section("Before and after", [], "Before and after"),
-            section("Uptraining", report_plots.uptraining(self), "Uptraining", "Uptraining curve", note=note),
+            section(
+                "Uptraining",
+                report_plots.uptraining(self),
+                "Uptraining",
+                "Uptraining curve",
+                note=note,
+            ),
             section("KV cache and decoding", speed, "Decoding", "Time of a decoding step"),
             section("Error by layer", report_plots.layers(self), "Relative error by layer"),
             section("Verification", [], "Verification"),

@@ -24,12 +24,20 @@ CONTEXTS = [2**power for power in range(9, 18)]  # tokens at which the KV cache 
 def token_axis(counts: Sequence[float]) -> tuple[list[float], str]:
     """Token counts in a unit that keeps the axis short, and the unit's name."""
     largest = max(counts, default=0)
-    scale, unit = (1e9, "billions") if largest >= 2e9 else (1e6, "millions") if largest >= 2e6 else (1e3, "thousands")
+    scale, unit = (
+        (1e9, "billions")
+        if largest >= 2e9
+        else (1e6, "millions")
+        if largest >= 2e6
+        else (1e3, "thousands")
+    )
     return [count / scale for count in counts], f"uptraining tokens ({unit})"
 
 
 def uptraining(report: ConversionReport) -> list[Markup]:
-    """Perplexity and KL to the parent against uptraining tokens; the parent dashed where it is comparable."""
+    """Perplexity and KL to the parent against uptraining tokens; the parent dashed where it is
+    comparable.
+    """
     points = [point for point in report.curve if point.get("perplexity") is not None]
     if not points:
         return []
@@ -39,23 +47,43 @@ def uptraining(report: ConversionReport) -> list[Markup]:
     if report.curve_parent is not None:
         lines.append(Series("parent", [x[0], x[-1]], [report.curve_parent] * 2, BEFORE, "--", ""))
         y = [*y, report.curve_parent]
-    plots = [line_plot("Perplexity while uptraining", lines, x_label, "perplexity", log_y=max(y) > 10 * min(y))]
+    plots = [
+        line_plot(
+            "Perplexity while uptraining", lines, x_label, "perplexity", log_y=max(y) > 10 * min(y)
+        )
+    ]
     kl = [point.get("kl") for point in points]
     if any(value is not None for value in kl):
         line = Series("KL", x, kl, AFTER)
-        plots.append(line_plot("KL to the parent while uptraining", [line], x_label, "KL (nats/token)", zero=True))
+        plots.append(
+            line_plot(
+                "KL to the parent while uptraining", [line], x_label, "KL (nats/token)", zero=True
+            )
+        )
     return plots
 
 
 def layers(report: ConversionReport) -> list[Markup]:
     """Relative error of keys, values and the attention output, layer by layer."""
     rows = report.layers
-    series = [(label, color, [row.get(key) for row in rows]) for key, (label, color) in ERRORS.items()]
+    series = [
+        (label, color, [row.get(key) for row in rows]) for key, (label, color) in ERRORS.items()
+    ]
     series = [one for one in series if any(value is not None for value in one[2])]
     if not series:
         return []
     names = [str(row["layer"]) for row in rows]
-    return [bar_plot("Error by layer", names, series, "layer", "relative squared error", width=10.8, height=3.4)]
+    return [
+        bar_plot(
+            "Error by layer",
+            names,
+            series,
+            "layer",
+            "relative squared error",
+            width=10.8,
+            height=3.4,
+        )
+    ]
 
 
 def cache(report: ConversionReport) -> list[Markup]:
@@ -63,7 +91,13 @@ def cache(report: ConversionReport) -> list[Markup]:
     sizes = report.kv_bytes_per_token
     contexts = sorted({*CONTEXTS, *(row["context"] for row in report.decode)})
     lines = [
-        Series(when, contexts, [sizes[when] * context / 2**20 for context in contexts], color, marker="")
+        Series(
+            when,
+            contexts,
+            [sizes[when] * context / 2**20 for context in contexts],
+            color,
+            marker="",
+        )
         for when, color in (("before", BEFORE), ("after", AFTER))
         if sizes.get(when)
     ]
@@ -81,10 +115,15 @@ def decode(report: ConversionReport) -> list[Markup]:
         rows.sort(key=lambda row: row["context"])
         if rows:
             slow, middle, fast = (
-                [1000 * (row.get("batch") or 1) / row[when][f"ms_p{p}"] for row in rows] for p in (80, 50, 20)
+                [1000 * (row.get("batch") or 1) / row[when][f"ms_p{p}"] for row in rows]
+                for p in (80, 50, 20)
             )
-            lines.append(Series(when, [row["context"] for row in rows], middle, color, low=slow, high=fast))
+            lines.append(
+                Series(when, [row["context"] for row in rows], middle, color, low=slow, high=fast)
+            )
     if not lines:
         return []
     labels = ("context (tokens)", "decoding (tokens/s)")
-    return [line_plot("Decoding speed (band: p20 to p80)", lines, *labels, contexts=True, zero=True)]
+    return [
+        line_plot("Decoding speed (band: p20 to p80)", lines, *labels, contexts=True, zero=True)
+    ]

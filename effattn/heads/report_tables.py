@@ -40,8 +40,12 @@ def _quality_table(report: ConversionReport) -> Table:
     skipped = UNKNOWN if trained or report.settings.get("uptrain_tokens") else "no uptraining"
 
     def row(label: str, name: str) -> list[str]:
-        before, *after = (report.measured(stage, name) for stage in ("before", "converted", "uptrained"))
-        cells = [number(one) + (percent(before, one) if name == "perplexity" else "") for one in after]
+        before, *after = (
+            report.measured(stage, name) for stage in ("before", "converted", "uptrained")
+        )
+        cells = [
+            number(one) + (percent(before, one) if name == "perplexity" else "") for one in after
+        ]
         cells[1] = skipped if after[1] is None else cells[1]
         return [label, "-" if name == "kl" else number(before), *cells]
 
@@ -57,7 +61,8 @@ def _quality_table(report: ConversionReport) -> Table:
     ]
     quality = report.quality
     note = (
-        f"On {number(quality.get('tokens'))} held-out tokens ({quality.get('source') or 'unnamed source'}) "
+        f"On {number(quality.get('tokens'))} held-out tokens "
+        f"({quality.get('source') or 'unnamed source'}) "
         f"in windows of {number(quality.get('context'))}."
     )
     header = ("", "Before", "After conversion", "After uptraining")
@@ -69,17 +74,43 @@ def _decode_tables(report: ConversionReport) -> list[Table]:
     for row in report.decode:
         before, after = row.get("before") or {}, row.get("after") or {}
         ratio = speed_ratio(row)
-        speeds.append([
-            number(row["context"]), number(row.get("batch")), speed(before), speed(after),
-            f"{ratio:.2f}x" if ratio else UNKNOWN, data_size(before.get("kv_bytes")), data_size(after.get("kv_bytes")),
-        ])  # fmt: skip
-        times.append([number(row["context"]), number(row.get("batch")), _spread(before), _spread(after)])
-    header = ("Context", "Batch", "Before (tokens/s)", "After (tokens/s)", "Speed", "KV before", "KV after")
-    note = "Context in tokens. Greedy single-token steps, the models taking turns; tokens/s of the whole batch."
+        speeds.append(
+            [
+                number(row["context"]),
+                number(row.get("batch")),
+                speed(before),
+                speed(after),
+                f"{ratio:.2f}x" if ratio else UNKNOWN,
+                data_size(before.get("kv_bytes")),
+                data_size(after.get("kv_bytes")),
+            ]
+        )
+        times.append(
+            [number(row["context"]), number(row.get("batch")), _spread(before), _spread(after)]
+        )
+    header = (
+        "Context",
+        "Batch",
+        "Before (tokens/s)",
+        "After (tokens/s)",
+        "Speed",
+        "KV before",
+        "KV after",
+    )
+    note = (
+        "Context in tokens. Greedy single-token steps, the models taking turns; tokens/s of "
+        "the whole batch."
+    )
     header_times = ("Context", "Batch", "Before (ms)", "After (ms)")
     return [
         Table("Decoding", header, speeds, note),
-        Table("Time of a decoding step", header_times, times, "Milliseconds: p50 (p20 to p80).", folded=True),
+        Table(
+            "Time of a decoding step",
+            header_times,
+            times,
+            "Milliseconds: p50 (p20 to p80).",
+            folded=True,
+        ),
     ]
 
 
@@ -97,7 +128,9 @@ def _verification_table(report: ConversionReport) -> Table:
 
 
 def _layer_table(report: ConversionReport) -> Table:
-    rows = [[number(row["layer"]), *(number(row.get(key)) for key in ERRORS)] for row in report.layers]
+    rows = [
+        [number(row["layer"]), *(number(row.get(key)) for key in ERRORS)] for row in report.layers
+    ]
     header = ("Layer", *(label[0].upper() + label[1:] for label, _ in ERRORS.values()))
     note = "Squared norm of the difference to the parent over the squared norm of the parent's."
     return Table("Relative error by layer", header, rows, note, folded=True)
@@ -105,20 +138,29 @@ def _layer_table(report: ConversionReport) -> Table:
 
 def _curve_table(report: ConversionReport) -> Table:
     names = ("tokens", "perplexity", "cross_entropy", "kl")
-    header = ("Uptraining tokens", "Perplexity", "Cross-entropy (nats/token)", "KL to the parent (nats/token)")
+    header = (
+        "Uptraining tokens",
+        "Perplexity",
+        "Cross-entropy (nats/token)",
+        "KL to the parent (nats/token)",
+    )
     rows = [[number(point.get(name)) for name in names] for point in report.curve]
     return Table("Uptraining curve", header, rows, folded=True)
 
 
 def _uptraining_table(report: ConversionReport) -> Table:
-    facts = {key: value for key, value in report.uptraining.items() if key not in ("curve", "parent")}
+    facts = {
+        key: value for key, value in report.uptraining.items() if key not in ("curve", "parent")
+    }
     if facts.get("share_of_pretraining") is not None:
         facts["share_of_pretraining"] = f"{100 * facts['share_of_pretraining']:.3g} %"
     return pairs("Uptraining", facts, missing="not known")
 
 
 def tables(report: ConversionReport) -> list[Table]:
-    """Every table, the headline first; parts that are absent are left out, apart from the headline."""
+    """Every table, the headline first; parts that are absent are left out, apart from the
+    headline.
+    """
     tables = [_quality_table(report)]
     tables += _decode_tables(report) if report.decode else []
     tables += [_verification_table(report)] if report.verification else []
@@ -126,4 +168,6 @@ def tables(report: ConversionReport) -> list[Table]:
     tables += [_curve_table(report)] if report.curve else []
     tables += [_layer_table(report)] if report.layers else []
     names = {"settings": "Settings", "model": "Model", "environment": "Environment"}
-    return tables + [pairs(title, report.part(name)) for name, title in names.items() if report.part(name)]
+    return tables + [
+        pairs(title, report.part(name)) for name, title in names.items() if report.part(name)
+    ]

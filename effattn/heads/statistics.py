@@ -8,11 +8,11 @@ from effattn.hf.anatomy import Layer
 
 
 class SecondMoment:
-    """E[a b^T] over all rows seen, in fp64. Rows come in any number of pieces; memory is one matrix.
+    """E[a b^T] over all rows seen, in fp64. Rows come in any number of pieces; memory is one
+    matrix.
 
-    a (n, A) and b (n, B); with `ones=True` a 1 is appended to a (and to b when it is the same), which carries
-    the biases.
-    """
+    a (n, A) and b (n, B); with `ones=True` a 1 is appended to a (and to b when it is the same),
+    which carries the biases."""
 
     def __init__(self, ones: bool = False):
         self.ones, self.total, self.rows = ones, None, 0
@@ -33,7 +33,9 @@ class SecondMoment:
 
 
 def head_covariance(weights: torch.Tensor, moment: torch.Tensor) -> torch.Tensor:
-    """E[(w x)(w x)^T] for stacked head maps: weights (G, d, D + 1), moment (D + 1, D + 1) -> (G·d, G·d)."""
+    """E[(w x)(w x)^T] for stacked head maps: weights (G, d, D + 1), moment (D + 1, D + 1) -> (G·d,
+    G·d).
+    """
     flat = weights.reshape(-1, weights.shape[-1])
     return flat @ moment @ flat.T
 

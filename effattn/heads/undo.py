@@ -15,7 +15,9 @@ _TABLES = ("_parameters", "_modules")
 
 @contextmanager
 def all_or_nothing(parts: Anatomy) -> Iterator[Undo]:
-    """While open, an error (or Ctrl-C) puts back every layer that `remember` was told of, and the config's heads."""
+    """While open, an error (or Ctrl-C) puts back every layer that `remember` was told of, and the
+    config's heads.
+    """
     undo = Undo()
     config, fields = parts.config, ("num_key_value_heads", "head_dim")
     had = {name: vars(config)[name] for name in fields if name in vars(config)}
@@ -37,8 +39,8 @@ class Undo:
         self._values: list[tuple[Tensor, Tensor]] = []
 
     def remember(self, layer: Layer) -> None:
-        """Call before the layer's heads are written. What is written in place (o_proj, norms) is copied to the CPU;
-        q, k and v get new parameters, and the old ones are kept."""
+        """Call before the layer's heads are written. What is written in place (o_proj, norms) is
+        copied to the CPU; q, k and v get new parameters, and the old ones are kept."""
         inside = dict.fromkeys([*layer.attention.modules(), *layer.qkv_modules])
         for module in inside:
             tables = {name: dict(vars(module)[name]) for name in _TABLES}

@@ -1,4 +1,6 @@
-"""Proof that a saved checkpoint needs nothing of effattn: a fresh process loads it with plain transformers."""
+"""Proof that a saved checkpoint needs nothing of effattn: a fresh process loads it with plain
+transformers.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,8 @@ from safetensors.torch import load_file, save_file
 
 from effattn.hf.placement import input_device
 
-# By bytes a weight, as a share of the largest logit: two processes may pick different matrix kernels.
+# By bytes a weight, as a share of the largest logit: two processes may pick different matrix
+# kernels.
 TOLERANCE = {8: 1e-10, 4: 1e-4, 2: 2e-2}
 # Runs isolated (-I), with effattn made unimportable before anything else.
 _SCRIPT = """
@@ -36,21 +39,33 @@ print(json.dumps({"class": type(model).__name__, "cache_shape": list(keys[0].sha
 
 @torch.no_grad()
 def verify_plain(folder: Path, model, tokens: torch.Tensor) -> dict:
-    """Loads `folder` in a fresh process where effattn cannot be imported and compares with `model` on tokens (T,).
+    """Loads `folder` in a fresh process where effattn cannot be imported and compares with `model`
+    on tokens (T,).
 
-    Returns {"fresh_process", "class", "max_logit_difference", "cache_shape", "kv_heads_in_cache"}. Raises
-    RuntimeError when it does not load, when logits differ, or when the cache has other KV heads than the config.
-    """
+    Returns {"fresh_process", "class", "max_logit_difference", "cache_shape", "kv_heads_in_cache"}.
+    Raises RuntimeError when it does not load, when logits differ, or when the cache has other KV
+    heads than the config."""
     ids = tokens[None]
     device = input_device(model)
     expected = model(input_ids=ids.to(device), use_cache=False).logits.float().cpu()
     with tempfile.TemporaryDirectory() as scratch:
         given, answer = Path(scratch) / "ids.safetensors", Path(scratch) / "logits.safetensors"
         save_file({"ids": ids.contiguous()}, given)
-        command = [sys.executable, "-I", "-c", _SCRIPT, str(folder), str(given), str(answer), str(device)]
+        command = [
+            sys.executable,
+            "-I",
+            "-c",
+            _SCRIPT,
+            str(folder),
+            str(given),
+            str(answer),
+            str(device),
+        ]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
-            raise RuntimeError(f"plain transformers cannot load {folder}: {done.stderr.strip().splitlines()[-1]}")
+            raise RuntimeError(
+                f"plain transformers cannot load {folder}: {done.stderr.strip().splitlines()[-1]}"
+            )
         facts = json.loads(done.stdout.strip().splitlines()[-1])
         found = load_file(answer)["logits"]
     difference = float((found - expected).abs().max())
@@ -59,10 +74,13 @@ def verify_plain(folder: Path, model, tokens: torch.Tensor) -> dict:
     kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     if not difference <= limit:
         raise RuntimeError(
-            f"the saved checkpoint gives other logits: largest difference {difference:.3g} > {limit:.3g}"
+            f"the saved checkpoint gives other logits: largest difference {difference:.3g} > "
+            f"{limit:.3g}"
         )
     if facts["kv_heads"] != [kv_heads]:
-        raise RuntimeError(f"the saved checkpoint caches {facts['kv_heads']} KV heads, its config says {kv_heads}")
+        raise RuntimeError(
+            f"the saved checkpoint caches {facts['kv_heads']} KV heads, its config says {kv_heads}"
+        )
     return {
         "fresh_process": True,
         "class": facts["class"],

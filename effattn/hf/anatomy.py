@@ -3,8 +3,8 @@
     for layer in anatomy.of(model).layers:
         layer.k.by_head            # (kv_heads, head_dim, hidden), a view of the layer's own weight
 
-Everything that converts, prunes, swaps or costs a model goes through it. What differs between architectures is
-a line each in `effattn.hf.families`.
+Everything that converts, prunes, swaps or costs a model goes through it. What differs between
+architectures is a line each in `effattn.hf.families`.
 
 Shapes: D hidden size, H query heads, K key/value heads, d head size, R rotary dimensions of a head.
 """
@@ -32,7 +32,9 @@ from effattn.positions.rope import Rope
 
 @dataclass(frozen=True)
 class Rotary:
-    """Where one layer's rotary frequencies live: they follow the model's device, and whatever is written into it."""
+    """Where one layer's rotary frequencies live: they follow the model's device, and whatever is
+    written into it.
+    """
 
     module: nn.Module
     prefix: str  # of its attributes, where each type of layer has frequencies of its own (Gemma 3)
@@ -52,24 +54,36 @@ class Rotary:
     def rope(self) -> Rope:
         """The layer's rotation, as it is now."""
         inv_freq = getattr(self.module, f"{self.prefix}inv_freq")
-        return Rope(inv_freq, getattr(self.module, f"{self.prefix}attention_scaling"), interleaved=self.interleaved)
+        return Rope(
+            inv_freq,
+            getattr(self.module, f"{self.prefix}attention_scaling"),
+            interleaved=self.interleaved,
+        )
 
-    def embeddings(self, like: torch.Tensor, position_ids: torch.Tensor, rope: Rope) -> tuple[torch.Tensor, ...]:
-        """cos and sin as the model's own module would make them with the frequencies of `rope`, in `like`'s dtype."""
+    def embeddings(
+        self, like: torch.Tensor, position_ids: torch.Tensor, rope: Rope
+    ) -> tuple[torch.Tensor, ...]:
+        """cos and sin as the model's own module would make them with the frequencies of `rope`, in
+        `like`'s dtype.
+        """
         module = bare(self.module)
         module._buffers[f"{self.prefix}inv_freq"] = rope.inv_freq.to(like.device)
         setattr(module, f"{self.prefix}attention_scaling", rope.attention_scaling)
         kind = module.rope_type
-        module.rope_type = {**kind, self.layer_type: "default"} if isinstance(kind, dict) else "default"
+        module.rope_type = (
+            {**kind, self.layer_type: "default"} if isinstance(kind, dict) else "default"
+        )
         kinds = {"layer_type": self.layer_type} if self.prefix else {}
-        cos, sin = module(like.new_empty(0, dtype=torch.float32), position_ids.to(like.device), **kinds)
+        cos, sin = module(
+            like.new_empty(0, dtype=torch.float32), position_ids.to(like.device), **kinds
+        )
         return cos.to(like.dtype), sin.to(like.dtype)
 
 
 @dataclass
 class Layer:
-    """One layer: its modules, and its attention as q, k, v, o by head. `attention` is the module that calls
-    transformers' attention functions."""
+    """One layer: its modules, and its attention as q, k, v, o by head. `attention` is the module
+    that calls transformers' attention functions."""
 
     index: int
     block: nn.Module
@@ -97,7 +111,9 @@ class Layer:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of keys and values: the weights', or where those are packed (bitsandbytes) that of the layer's norms."""
+        """Of keys and values: the weights', or where those are packed (bitsandbytes) that of the
+        layer's norms.
+        """
         here = [self.k.like, *self.block.parameters()]
         return next(p.dtype for p in here if p.is_floating_point() and p.dtype.itemsize > 1)
 
@@ -109,8 +125,14 @@ class Layer:
     def _projection(self, name: str, heads: int, order: int) -> Projection:
         module = self._module(name)
         if self.family.fused == "per_head":
-            return Projection(module, heads, self.head_dim, order * self.head_dim, 3 * self.head_dim)
-        start = [0, self.heads, self.heads + self.kv_heads][order] * self.head_dim if self.family.fused else 0
+            return Projection(
+                module, heads, self.head_dim, order * self.head_dim, 3 * self.head_dim
+            )
+        start = (
+            [0, self.heads, self.heads + self.kv_heads][order] * self.head_dim
+            if self.family.fused
+            else 0
+        )
         return Projection(module, heads, self.head_dim, start)
 
     @property
@@ -133,7 +155,10 @@ class Layer:
     def feed_forward(self) -> FeedForward:
         """The FFN by its inner dimensions. Raises Unsupported for mixtures of experts."""
         if not self.family.ffn_in:
-            raise Unsupported(f"ffn: {self.config.model_type} has experts, which have no inner dimensions in common")
+            raise Unsupported(
+                f"ffn: {self.config.model_type} has experts, which have no inner dimensions in "
+                "common"
+            )
         inputs = (self.block.get_submodule(path) for path in self.family.ffn_in)
         return FeedForward(tuple(inputs), self.block.get_submodule(self.family.ffn_out))
 
@@ -162,24 +187,34 @@ class Layer:
     @property
     def norms(self) -> list[nn.Module]:
         """Every normalisation in the layer that has parameters of its own."""
-        found = [m for name, m in self.block.named_modules() if "norm" in name.rpartition(".")[2].lower()]
+        found = [
+            m for name, m in self.block.named_modules() if "norm" in name.rpartition(".")[2].lower()
+        ]
         return [m for m in found if not any(m is not n and m in n.modules() for n in found)]
 
     @property
     def causal(self) -> bool:
         """Whether a token's attention ends at the token itself."""
-        return getattr(self.attention, "is_causal", True) and getattr(self.config, "is_causal", True)
+        return getattr(self.attention, "is_causal", True) and getattr(
+            self.config, "is_causal", True
+        )
 
     @property
     def own_window(self) -> int | None:
-        """The window that the layer's own attention has past any length, in tokens; None: full attention."""
+        """The window that the layer's own attention has past any length, in tokens; None: full
+        attention.
+        """
         return sliding_window(self.attention, self.config)
 
     @property
     def window(self) -> int | None:
-        """The layer's own sliding window, for descriptions: None also where no trained sequence exceeds it."""
+        """The layer's own sliding window, for descriptions: None also where no trained sequence
+        exceeds it.
+        """
         window = self.own_window
-        return None if window is not None and window >= self.config.max_position_embeddings else window
+        return (
+            None if window is not None and window >= self.config.max_position_embeddings else window
+        )
 
     @property
     def softcap(self) -> float | None:
@@ -188,7 +223,9 @@ class Layer:
 
     @property
     def clip(self) -> float | None:
-        """The bound that q, k and v are clipped to after projection (OLMo's clip_qkv); None without one."""
+        """The bound that q, k and v are clipped to after projection (OLMo's clip_qkv); None without
+        one.
+        """
         return getattr(self.config, "clip_qkv", None)
 
     @property
@@ -220,7 +257,9 @@ class Layer:
         return Rotary(module, prefix, self.family.interleaved)
 
     def rotary_pairs(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Row indices inside a head of the real and the imaginary part of each frequency, (R/2,) each."""
+        """Row indices inside a head of the real and the imaginary part of each frequency, (R/2,)
+        each.
+        """
         dims = torch.arange(self.rotary_dims)
         if self.family.interleaved:
             return dims[0::2], dims[1::2]
@@ -228,7 +267,8 @@ class Layer:
 
     @torch.no_grad()
     def set_heads(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, o: torch.Tensor) -> None:
-        """Writes new projections, possibly with fewer KV heads. The module objects stay, so hooks stay on.
+        """Writes new projections, possibly with fewer KV heads. The module objects stay, so hooks
+        stay on.
 
         q (H, d, D + 1), k and v (K', d, D + 1) with the bias as last column; o (H, D, d).
         """
@@ -237,7 +277,10 @@ class Layer:
         kv_heads = k.shape[0]
         new = {"q": q, "k": k, "v": v}
         if self.family.fused:
-            set_linear(self.q.module, torch.cat([part.reshape(-1, part.shape[-1]) for part in new.values()]))
+            set_linear(
+                self.q.module,
+                torch.cat([part.reshape(-1, part.shape[-1]) for part in new.values()]),
+            )
         else:
             for name, part in new.items():
                 set_linear(self._module(name), part.reshape(-1, part.shape[-1]))
@@ -248,9 +291,13 @@ class Layer:
 
     @torch.no_grad()
     def merge_norms(self, queries: list[int], groups: list[list[int]]) -> None:
-        """Moves per-head query norms into the order `queries`, and gives each group of KV heads the mean of its
-        key norms. Norms that all heads share stay as they are. Call before `set_heads`."""
-        for norm, size, pick in ((self.q_norm, self.heads, queries), (self.k_norm, self.kv_heads, groups)):
+        """Moves per-head query norms into the order `queries`, and gives each group of KV heads the
+        mean of its key norms. Norms that all heads share stay as they are. Call before
+        `set_heads`."""
+        for norm, size, pick in (
+            (self.q_norm, self.heads, queries),
+            (self.k_norm, self.kv_heads, groups),
+        ):
             if norm is None:
                 continue
             if hasattr(norm, "norms"):  # one module a head (StableLM)
@@ -272,12 +319,16 @@ class Layer:
 
 def _pick(per_head: torch.Tensor, pick: list) -> torch.Tensor:
     """Rows of (heads, ...) in the order `pick`; where an entry is a list of heads, their mean."""
-    return torch.stack([per_head[entry].mean(0) if isinstance(entry, list) else per_head[entry] for entry in pick])
+    return torch.stack(
+        [per_head[entry].mean(0) if isinstance(entry, list) else per_head[entry] for entry in pick]
+    )
 
 
 @dataclass
 class Anatomy:
-    """A whole model. `layers` are in order; `head` is None when the output embedding is the input's."""
+    """A whole model. `layers` are in order; `head` is None when the output embedding is the
+    input's.
+    """
 
     model: nn.Module
     config: object
@@ -310,13 +361,21 @@ class Anatomy:
 
     @property
     def predicts_next(self) -> bool:
-        """Whether it gives logits of next tokens: no encoder, no classifier, no model without a head."""
+        """Whether it gives logits of next tokens: no encoder, no classifier, no model without a
+        head.
+        """
         return self.causal and self.model.get_output_embeddings() is not None
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Logits (..., V) from the final norm's output (..., D): the head and what the class does after it."""
-        head = self.model.get_output_embeddings()  # by its own code: the weight may be packed, or elsewhere
-        logits = nn.functional.linear(hidden, self.embeddings.weight) if head is None else head(hidden)
+        """Logits (..., V) from the final norm's output (..., D): the head and what the class does
+        after it.
+        """
+        head = (
+            self.model.get_output_embeddings()
+        )  # by its own code: the weight may be packed, or elsewhere
+        logits = (
+            nn.functional.linear(hidden, self.embeddings.weight) if head is None else head(hidden)
+        )
         if getattr(self.config, "logit_scale", None) is not None:  # Cohere
             logits = logits * self.config.logit_scale
         if getattr(self.config, "logits_scaling", None) is not None:  # Granite
@@ -325,8 +384,8 @@ class Anatomy:
         return logits if cap is None else torch.tanh(logits / cap) * cap
 
     def require_gqa(self) -> None:
-        """Raises Unsupported unless plain transformers can hold fewer KV heads for this class, and its heads can be
-        merged: they are rows of a weight."""
+        """Raises Unsupported unless plain transformers can hold fewer KV heads for this class, and
+        its heads can be merged: they are rows of a weight."""
         reason = self.layers[0].family.gqa
         if reason:
             raise Unsupported(f"{type(self.model).__name__} cannot have fewer KV heads: {reason}")
@@ -374,4 +433,13 @@ def of(model: nn.Module) -> Anatomy:
     tied = head is None or head.weight is embeddings.weight
     steady(model)
     final_norm, positions = (_get(model, path) for path in (family.final_norm, family.positions))
-    return Anatomy(model, config, config.model_type, layers, embeddings, None if tied else head, final_norm, positions)
+    return Anatomy(
+        model,
+        config,
+        config.model_type,
+        layers,
+        embeddings,
+        None if tied else head,
+        final_norm,
+        positions,
+    )

@@ -1,8 +1,8 @@
 """q, k and v as attention gets them, but for RoPE: projected, normalised, clipped.
 
-A turn or a scale that is folded into a projection is undone on the other side only where nothing stands between the
-projection and attention. Where a norm or a clip does, what comes of it is computed here, so that it can be measured.
-"""
+A turn or a scale that is folded into a projection is undone on the other side only where nothing
+stands between the projection and attention. Where a norm or a clip does, what comes of it is
+computed here, so that it can be measured."""
 
 from __future__ import annotations
 
@@ -21,7 +21,9 @@ def is_linear(layer: Layer) -> bool:
 
 @torch.no_grad()
 def attended(layer: Layer, name: str, x: Tensor) -> Tensor:
-    """What becomes of the attention module's inputs x (N, D) as "q", "k" or "v": (N, heads, d), in x's dtype."""
+    """What becomes of the attention module's inputs x (N, D) as "q", "k" or "v": (N, heads, d), in
+    x's dtype.
+    """
     projection = getattr(layer, name)
     states = torch.einsum("nD,hdD->nhd", x, projection.by_head.to(x))
     if projection.bias_by_head is not None:
@@ -33,7 +35,9 @@ def attended(layer: Layer, name: str, x: Tensor) -> Tensor:
 
 
 def _normalised(norm: nn.Module, states: Tensor) -> Tensor:
-    """states (N, heads, d) through a q or k norm: over each head, with gains for each or shared, or over all heads."""
+    """states (N, heads, d) through a q or k norm: over each head, with gains for each or shared, or
+    over all heads.
+    """
     norm = copy.deepcopy(norm).to(states)
     if hasattr(norm, "norms"):  # one module a head (StableLM), which takes (B, heads, N, d)
         return norm(states.transpose(0, 1)[None])[0].transpose(0, 1)

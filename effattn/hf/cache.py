@@ -10,9 +10,10 @@ from effattn.hf import anatomy, hooks, state_layer
 
 
 def new_cache(model: nn.Module) -> DynamicCache:
-    """An empty cache for one batch. Layers whose pattern remembers less than everything, or something else, have a
-    `StateLayer`; the others have transformers' own. `generate` and `model(...)` make the same by themselves: a plain
-    empty cache becomes this one at its first use."""
+    """An empty cache for one batch. Layers whose pattern remembers less than everything, or
+    something else, have a `StateLayer`; the others have transformers' own. `generate` and
+    `model(...)` make the same by themselves: a plain empty cache becomes this one at its first
+    use."""
     parts = anatomy.of(model)
     if not parts.causal:
         raise Unsupported(f"{type(model).__name__} has no cache: it is not causal")

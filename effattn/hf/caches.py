@@ -1,8 +1,9 @@
-"""The cache of a live model, layer by layer: what `swap(cache="int4(group=64, residual=128)")` asks for.
+"""The cache of a live model, layer by layer: what `swap(cache="int4(group=64, residual=128)")` asks
+for.
 
-A format (`effattn.quant.formats`) belongs to a layer's swap: its pattern's own cache, everything or a ring, holds
-packed keys and values then. Layers that have no swapped pattern get "dense", which computes what they did.
-"""
+A format (`effattn.quant.formats`) belongs to a layer's swap: its pattern's own cache, everything or
+a ring, holds packed keys and values then. Layers that have no swapped pattern get "dense", which
+computes what they did."""
 
 from __future__ import annotations
 
@@ -26,7 +27,9 @@ CACHES = ("full", "int8", "int4", "int2", "fp8")
 
 @dataclass(frozen=True)
 class LayerCache:
-    """The format of one layer's cache. `spec`: as asked for; `said`: what is different about it in this layer."""
+    """The format of one layer's cache. `spec`: as asked for; `said`: what is different about it in
+    this layer.
+    """
 
     spec: str
     format: Format
@@ -59,7 +62,11 @@ def parse(cache: str | dict[str | int, str], layers: int) -> dict[int, str]:
     from effattn.hf.plan import parse_layers
     from effattn.quant.formats import Format
 
-    asked = parse_layers(cache, layers, "cache") if isinstance(cache, dict) else dict.fromkeys(range(layers), cache)
+    asked = (
+        parse_layers(cache, layers, "cache")
+        if isinstance(cache, dict)
+        else dict.fromkeys(range(layers), cache)
+    )
     for spec in dict.fromkeys(asked.values()):
         name, options = parse_spec(spec)
         check_choice("cache", name, CACHES)
@@ -71,7 +78,9 @@ def parse(cache: str | dict[str | int, str], layers: int) -> dict[int, str]:
 
 
 def fit(layer: Layer, spec: str) -> LayerCache | None:
-    """The format for this layer's heads; None for "full". ValueError, naming the layer, where it does not fit."""
+    """The format for this layer's heads; None for "full". ValueError, naming the layer, where it
+    does not fit.
+    """
     from effattn.quant.formats import Format
 
     if parse_spec(spec)[0] == "full":
@@ -89,12 +98,16 @@ def obstacle(layer: Layer, backend: Backend, cache: LayerCache) -> str | None:
         return f"cache {cache.spec!r}: an encoder remembers nothing"
     if not backend.packable:
         return (
-            f"cache {cache.spec!r} holds packed keys and values, and what {backend.name} remembers is "
-            f"{backend.traits.state}; packed caches go with dense, block and sliding without dilation"
+            f"cache {cache.spec!r} holds packed keys and values, and what {backend.name} "
+            "remembers is "
+            f"{backend.traits.state}; packed caches go with dense, block and sliding without "
+            "dilation"
         )
     if cache.format.pre_rope and not layer.family.rotary:
         return f"cache {cache.spec!r}: pre_rope=True, and the model has no rotary positions"
-    if "fp8" in (cache.format.k.kind, cache.format.v.kind) and (lacking := no_fp8(device_of(layer.k.module))):
+    if "fp8" in (cache.format.k.kind, cache.format.v.kind) and (
+        lacking := no_fp8(device_of(layer.k.module))
+    ):
         return f"cache {cache.spec!r}: {lacking}; valid there are int8, int4 and int2"
     return None
 
@@ -103,6 +116,13 @@ def no_fp8(device: torch.device) -> str:
     """Why there is no fp8 (e4m3) on this device; "" where there is."""
     if not hasattr(torch, "float8_e4m3fn"):
         return f"torch {torch.__version__} has no float8_e4m3fn"
-    if device.type == "cuda" and torch.version.cuda and torch.cuda.get_device_capability(device) < (8, 9):
-        return f"{torch.cuda.get_device_name(device)} has no fp8, which begins with compute capability 8.9"
+    if (
+        device.type == "cuda"
+        and torch.version.cuda
+        and torch.cuda.get_device_capability(device) < (8, 9)
+    ):
+        return (
+            f"{torch.cuda.get_device_name(device)} has no fp8, which begins with compute "
+            "capability 8.9"
+        )
     return ""

@@ -4,12 +4,12 @@
     model = effattn.load("out")           # re-applies what plain transformers cannot express
     model, tokenizer = load_model("embedded")
 
-A swap that plain transformers cannot express is kept in config.json under "effattn", and what its methods learn in
-effattn.safetensors; model.safetensors has the model's own weights only. Where these are not what the plain class
-expects (structured projections), config.json's `model_type` is "effattn", which plain transformers refuses, and the
-model's own is under "effattn". What `save_pretrained` and a Trainer write of a swapped model is loaded, too
-(`effattn.hf.record`). No pickle anywhere.
-"""
+A swap that plain transformers cannot express is kept in config.json under "effattn", and what its
+methods learn in effattn.safetensors; model.safetensors has the model's own weights only. Where
+these are not what the plain class expects (structured projections), config.json's `model_type` is
+"effattn", which plain transformers refuses, and the model's own is under "effattn". What
+`save_pretrained` and a Trainer write of a swapped model is loaded, too (`effattn.hf.record`). No
+pickle anywhere."""
 
 from __future__ import annotations
 
@@ -33,10 +33,9 @@ from effattn.projections import packed, replace
 def save(model: nn.Module, path: str | Path, tokenizer=None) -> Path:
     """Writes the model (and its tokenizer) to the new folder `path`, which it returns.
 
-    Raises ValueError for a folder that is not empty and for weights with NaN or Inf, and Unsupported for adapters that
-    are not merged, which the checkpoint would lose (peft saves them by itself). If anything fails, nothing is left
-    behind.
-    """
+    Raises ValueError for a folder that is not empty and for weights with NaN or Inf, and
+    Unsupported for adapters that are not merged, which the checkpoint would lose (peft saves them
+    by itself). If anything fails, nothing is left behind."""
     packing.steady(model)
     require_own_weights(model)
     placement.require_own(model, "save")
@@ -47,7 +46,10 @@ def save(model: nn.Module, path: str | Path, tokenizer=None) -> Path:
         with packing.leaving_out(model, learned):
             model.save_pretrained(folder, state_dict=plain if learned else None)
         if learned:
-            save_file({name: tensor.contiguous() for name, tensor in record.once(learned).items()}, folder / LEARNED)
+            save_file(
+                {name: tensor.contiguous() for name, tensor in record.once(learned).items()},
+                folder / LEARNED,
+            )
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
         record.write(model, folder / "config.json")
@@ -55,17 +57,20 @@ def save(model: nn.Module, path: str | Path, tokenizer=None) -> Path:
 
 
 def load(path: str | Path, dtype: torch.dtype | str = "auto") -> nn.Module:
-    """The model of a checkpoint (folder, hub name or "embedded"), with its swap applied again, in eval mode.
+    """The model of a checkpoint (folder, hub name or "embedded"), with its swap applied again, in
+    eval mode.
 
-    Its class is the one that was saved. ValueError for weights that are missing, unexpected or of another shape, for
-    learned weights that do not fit the swap, and for a class that transformers does not have.
-    """
+    Its class is the one that was saved. ValueError for weights that are missing, unexpected or of
+    another shape, for learned weights that do not fit the swap, and for a class that transformers
+    does not have."""
     name = resolve(path)
     dtype = _dtype(dtype)
     config = read_config(name, path)
     packing.check_format(config, path)
     again = config.__dict__.pop(KEY, {})
-    for field, value in again.get("trained", {}).items():  # the model before its rule was written in plain terms
+    for field, value in again.get(
+        "trained", {}
+    ).items():  # the model before its rule was written in plain terms
         setattr(config, field, value)
     axes = {axis: again[axis] for axis in ("pattern", "positions", "cache") if axis in again}
     shape = None
@@ -75,7 +80,9 @@ def load(path: str | Path, dtype: torch.dtype | str = "auto") -> nn.Module:
     check_finite(packing.steady(model))
     if axes:
         swapping.swap(model, **axes)
-    if axes or Path(name).is_dir():  # what was learned for a swap that config.json does not have is refused, too
+    if (
+        axes or Path(name).is_dir()
+    ):  # what was learned for a swap that config.json does not have is refused, too
         record.load_learned(model, name)
     record.mark(model)
     return model
@@ -89,19 +96,24 @@ def _rebuild(again: dict, model: nn.Module) -> None:
 
 @torch.no_grad()
 def load_again(folder: str | Path, model: nn.Module, tokens: Tensor) -> tuple[nn.Module, dict]:
-    """The checkpoint in `folder`, loaded, and how far its logits on tokens (N,) are from those of `model`, saved there:
-    {"max_logit_difference", "tokens"}. Raises RuntimeError when they differ by more than rounding."""
+    """The checkpoint in `folder`, loaded, and how far its logits on tokens (N,) are from those of
+    `model`, saved there: {"max_logit_difference", "tokens"}. Raises RuntimeError when they differ
+    by more than rounding."""
     device = placement.input_device(model)
     again, ids = load(folder).to(device), tokens[None].to(device)
     ours, theirs = (one(input_ids=ids, use_cache=False).logits.float() for one in (model, again))
     difference = float((ours - theirs).abs().max())
     if not difference <= 1e-5 * float(ours.abs().max()):
-        raise RuntimeError(f"the saved checkpoint gives other logits (largest difference {difference:.3g})")
+        raise RuntimeError(
+            f"the saved checkpoint gives other logits (largest difference {difference:.3g})"
+        )
     return again, {"max_logit_difference": difference, "tokens": ids.shape[1]}
 
 
 def load_model(name: str | Path, dtype: torch.dtype | str = "auto"):
-    """(causal LM in eval mode, tokenizer) of "embedded", a folder or a hub name. ValueError when it is none of them."""
+    """(causal LM in eval mode, tokenizer) of "embedded", a folder or a hub name. ValueError when it
+    is none of them.
+    """
     dtype = _dtype(dtype)
     if str(name) == "embedded":
         from effattn import embedded

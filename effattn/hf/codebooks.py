@@ -1,8 +1,8 @@
-"""Calibration of patterns that quantize keys: each layer's codebook is fitted to the keys that the model itself makes.
+"""Calibration of patterns that quantize keys: each layer's codebook is fitted to the keys that the
+model itself makes.
 
-The model runs once over the calibration text with plain attention, which writes the keys down as attention sees them,
-rotated. The model is swapped meanwhile, and as it was afterwards.
-"""
+The model runs once over the calibration text with plain attention, which writes the keys down as
+attention sees them, rotated. The model is swapped meanwhile, and as it was afterwards."""
 
 from __future__ import annotations
 
@@ -27,29 +27,40 @@ def wanting(plans: dict[int, Plan]) -> dict[int, Plan]:
 
 
 def check(parts: Anatomy, plans: dict[int, Plan], tokens: Tensor | None) -> None:
-    """ValueError for calibration tokens that are no (N,) int64 tensor, or fewer than a codebook has words."""
+    """ValueError for calibration tokens that are no (N,) int64 tensor, or fewer than a codebook has
+    words.
+    """
     if tokens is None or not wanting(plans):
         return
     if not isinstance(tokens, Tensor) or tokens.ndim != 1 or tokens.dtype != torch.int64:
-        got = f"{tuple(tokens.shape)} {tokens.dtype}" if isinstance(tokens, Tensor) else type(tokens).__name__
+        got = (
+            f"{tuple(tokens.shape)} {tokens.dtype}"
+            if isinstance(tokens, Tensor)
+            else type(tokens).__name__
+        )
         raise ValueError(f"calibration: got {got}, valid are tokens, int64 (N,)")
     length = _row(parts, tokens)
     count = len(tokens) // length * length if length else 0
     for index, plan in wanting(plans).items():
         if count < plan.backend.codes:
             raise ValueError(
-                f"calibration: layer {index}: {plan.backend.codes} codes, but {count} tokens in rows of {length}: the "
+                f"calibration: layer {index}: {plan.backend.codes} codes, but {count} tokens in "
+                f"rows of {length}: the "
                 f"codebook is larger than the data; valid are more tokens or codes <= {count}"
             )
 
 
 def _row(parts: Anatomy, tokens: Tensor) -> int:
     """Tokens of a row."""
-    return min(WINDOW, len(tokens), getattr(parts.config, "max_position_embeddings", None) or WINDOW)
+    return min(
+        WINDOW, len(tokens), getattr(parts.config, "max_position_embeddings", None) or WINDOW
+    )
 
 
 def fit(model: nn.Module, parts: Anatomy, plans: dict[int, Plan], tokens: Tensor) -> None:
-    """Calibrates the backends of `plans` that have a codebook on tokens (N,), of which the first ones may suffice."""
+    """Calibrates the backends of `plans` that have a codebook on tokens (N,), of which the first
+    ones may suffice.
+    """
     from effattn.hf import swap as swapping
 
     rules = {index: plan.positions for index, plan in plans.items() if plan.positions is not None}

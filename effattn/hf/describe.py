@@ -1,4 +1,5 @@
-"""What a model's attention is made of, layer by layer: the five choices, parameters and KV bytes per token.
+"""What a model's attention is made of, layer by layer: the five choices, parameters and KV bytes
+per token.
 
 print(effattn.describe(model))
 effattn.describe(model).to_dict()
@@ -24,11 +25,11 @@ AXES = ("projections", "heads", "positions", "pattern", "cache")
 
 @dataclass(frozen=True)
 class Description:
-    """`layers`: per layer its index, the five choices, parameters (attention, ffn, norms) and kv_bytes_per_token.
+    """`layers`: per layer its index, the five choices, parameters (attention, ffn, norms) and
+    kv_bytes_per_token.
 
-    `parameters`: embeddings, attention, ffn, norms, head, other and total, each weight counted once; `shares` are
-    their parts of the total.
-    """
+    `parameters`: embeddings, attention, ffn, norms, head, other and total, each weight counted
+    once; `shares` are their parts of the total."""
 
     model: str
     family: str
@@ -43,8 +44,9 @@ class Description:
 
     @property
     def kv_bytes_per_token(self) -> int | float:
-        """Bytes that all layers' caches grow by with each token (until a window is full). Of packed caches, scales and
-        zeros included, once tokens leave the residual; exact, and not whole where tokens share bytes."""
+        """Bytes that all layers' caches grow by with each token (until a window is full). Of packed
+        caches, scales and zeros included, once tokens leave the residual; exact, and not whole
+        where tokens share bytes."""
         return sum(layer["kv_bytes_per_token"] for layer in self.layers)
 
     def to_dict(self) -> dict:
@@ -53,13 +55,17 @@ class Description:
 
     def __rich__(self) -> Group:
         columns = ("layers", *AXES, "parameters", "KV bytes/token")
-        table = Table(*columns, title=f"{self.model} ({self.family}, {self.dtype})", title_justify="left")
+        table = Table(
+            *columns, title=f"{self.model} ({self.family}, {self.dtype})", title_justify="left"
+        )
         for column in table.columns[-2:]:
             column.justify = "right"
         for first, last, row in _runs(self.layers):
             name = f"{first}" if first == last else f"{first}-{last}"
             count = f"{sum(row['parameters'].values()):,}"
-            table.add_row(name, *(row[axis] for axis in AXES), count, f"{row['kv_bytes_per_token']:,}")
+            table.add_row(
+                name, *(row[axis] for axis in AXES), count, f"{row['kv_bytes_per_token']:,}"
+            )
         parts = ", ".join(
             f"{part} {count:,} ({self.shares[part]:.1%})"
             for part, count in self.parameters.items()
@@ -67,9 +73,14 @@ class Description:
         )
         total = f"parameters: {self.parameters['total']:,} = {parts}"
         layers = self.parameters["attention"] + self.parameters["ffn"] + self.parameters["norms"]
-        inside = ", ".join(f"{part} {self.parameters[part] / layers:.1%}" for part in ("attention", "ffn"))
+        inside = ", ".join(
+            f"{part} {self.parameters[part] / layers:.1%}" for part in ("attention", "ffn")
+        )
         return Group(
-            table, total, f"inside the layers: {inside}", f"KV bytes per token, all layers: {self.kv_bytes_per_token:,}"
+            table,
+            total,
+            f"inside the layers: {inside}",
+            f"KV bytes per token, all layers: {self.kv_bytes_per_token:,}",
         )
 
     def __str__(self) -> str:
@@ -79,7 +90,9 @@ class Description:
 
 
 def describe(model: nn.Module) -> Description:
-    """Describes a transformers causal LM or encoder, swapped or not. Raises Unsupported for unknown architectures."""
+    """Describes a transformers causal LM or encoder, swapped or not. Raises Unsupported for unknown
+    architectures.
+    """
     parts = anatomy.of(model)
     layers = [_layer(layer, parts.config) for layer in parts.layers]
     done = positions.active(model)
@@ -87,14 +100,19 @@ def describe(model: nn.Module) -> Description:
         layer["positions"] = _new_positions(layer["positions"], done.specs.get(layer["index"]))
     counts = {
         "embeddings": _count([parts.embeddings]),
-        **{name: sum(layer["parameters"][name] for layer in layers) for name in ("attention", "ffn", "norms")},
+        **{
+            name: sum(layer["parameters"][name] for layer in layers)
+            for name in ("attention", "ffn", "norms")
+        },
         "head": _count([parts.head]),
     }
     counts["norms"] += _count([parts.final_norm])
     total = _count([model])
     counts["other"] = total - sum(counts.values())
     dtype = str(layers and parts.layers[0].dtype).removeprefix("torch.")
-    return Description(type(model).__name__, parts.family, dtype, layers, {**counts, "total": total})
+    return Description(
+        type(model).__name__, parts.family, dtype, layers, {**counts, "total": total}
+    )
 
 
 def _layer(layer: anatomy.Layer, config) -> dict:

@@ -1,4 +1,6 @@
-"""One layer's feed-forward part by its inner dimensions, also where the gate and the up projection are one module."""
+"""One layer's feed-forward part by its inner dimensions, also where the gate and the up projection
+are one module.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +12,9 @@ from torch import nn
 
 @dataclass(frozen=True)
 class FeedForward:
-    """F inner dimensions between the hidden size D: `inputs` have weights (F, D), or together (2F, D) where they are
-    fused (Phi-3: the gate's rows, then the up projection's); `output` has (D, F)."""
+    """F inner dimensions between the hidden size D: `inputs` have weights (F, D), or together (2F,
+    D) where they are fused (Phi-3: the gate's rows, then the up projection's); `output` has (D,
+    F)."""
 
     inputs: tuple[nn.Linear, ...]
     output: nn.Linear
@@ -22,6 +25,8 @@ class FeedForward:
         return self.output.in_features
 
     def rows(self, dimensions: torch.Tensor) -> torch.Tensor:
-        """Which rows of an input's weight belong to these inner dimensions (n,): int64 (n,), or fused (2n,)."""
+        """Which rows of an input's weight belong to these inner dimensions (n,): int64 (n,), or
+        fused (2n,).
+        """
         stacked = torch.arange(self.inputs[0].out_features).view(-1, self.size)
         return stacked[:, dimensions].flatten()

@@ -1,9 +1,9 @@
-"""What runs before a swapped model's attention modules: their cache, positions and second projections are seen to here.
+"""What runs before a swapped model's attention modules: their cache, positions and second
+projections are seen to here.
 
-transformers' attention functions get no cache and only rotated keys, so `effattn.swap` registers `before_attention` on
-every swapped attention module and `before_model` on the model. Both are plain functions without state of their own:
-copies and pickles of a model keep them.
-"""
+transformers' attention functions get no cache and only rotated keys, so `effattn.swap` registers
+`before_attention` on every swapped attention module and `before_model` on the model. Both are plain
+functions without state of their own: copies and pickles of a model keep them."""
 
 from __future__ import annotations
 
@@ -16,31 +16,42 @@ from effattn.hf import placement, position_ids, state_layer
 from effattn.profiling.weights import is_packed
 
 NAME = "effattn"  # the attention implementation, in transformers' two tables
-ATTRIBUTE = "_effattn"  # where a swap is kept: a plain attribute, in no state_dict, copied by deepcopy
+ATTRIBUTE = (
+    "_effattn"  # where a swap is kept: a plain attribute, in no state_dict, copied by deepcopy
+)
 HANDLE = "_effattn_hook"  # where the handle of the hook is kept
 PATTERN = "effattn_pattern"  # the submodule that holds a backend's parameters and buffers
 POSITIONS = "effattn_positions"  # the submodule that holds what a position rule learns
-GLOBAL = "effattn_global"  # the submodule with the second projections, and the argument that carries their q, k, v
-CAPTURE = "effattn_capture"  # the argument that tells our attention function to hand out q, k and v, and stop there
+# the submodule with the second projections, and the argument that carries their q, k, v
+GLOBAL = "effattn_global"
+# the argument that tells our attention function to hand out q, k and v, and stop there
+CAPTURE = "effattn_capture"
 LEARNED_PARTS = {PATTERN, POSITIONS, GLOBAL}
 
 
 class GlobalProjections(nn.Module):
-    """Second query, key and value projections of one attention module (Longformer's global ones), equal at first.
+    """Second query, key and value projections of one attention module (Longformer's global ones),
+    equal at first.
 
-    Parameters are named as in the attention module, with "_" for ".": `q_proj_weight`. Fused projections stay fused.
-    Projections that are more than their own floating-point parameters (packed weights, adapters) are copied whole.
-    """
+    Parameters are named as in the attention module, with "_" for ".": `q_proj_weight`. Fused
+    projections stay fused. Projections that are more than their own floating-point parameters
+    (packed weights, adapters) are copied whole."""
 
     def __init__(self, attention: nn.Module, paths: list[str]):
         super().__init__()
-        self._attention = (attention,)  # in a tuple: it is not a part of this module, and no argument of a hook
-        self.names: dict[str, dict[str, str]] = {}  # path -> {parameter: its name here}, or {} where the whole is here
+        self._attention = (
+            attention,
+        )  # in a tuple: it is not a part of this module, and no argument of a hook
+        self.names: dict[
+            str, dict[str, str]
+        ] = {}  # path -> {parameter: its name here}, or {} where the whole is here
         for path in paths:
             here = path.replace(".", "_")
             twin = placement.duplicate(attention.get_submodule(path))
             if _is_its_parameters(twin):
-                self.names[path] = {name: f"{here}_{name}" for name in dict(twin.named_parameters())}
+                self.names[path] = {
+                    name: f"{here}_{name}" for name in dict(twin.named_parameters())
+                }
                 for name, full in self.names[path].items():
                     self.register_parameter(full, getattr(twin, name))
             else:
@@ -48,8 +59,8 @@ class GlobalProjections(nn.Module):
                 self.add_module(here, twin)
 
     def forward(self, args: tuple, kwargs: dict) -> tuple[Tensor, Tensor, Tensor]:
-        """q, k and v that the attention module makes with these weights from its own arguments: by its own code, so
-        that norms, rotations and fused projections are right."""
+        """q, k and v that the attention module makes with these weights from its own arguments: by
+        its own code, so that norms, rotations and fused projections are right."""
         args, kwargs = placement.taken(self._attention[0], args, kwargs)
         twin = placement.bare(self._attention[0])
         for path, names in self.names.items():
@@ -61,7 +72,9 @@ class GlobalProjections(nn.Module):
                 inside = child
             if names:
                 projection = placement.bare(_own(inside._modules[leaf]))
-                projection._parameters.update({name: getattr(self, full) for name, full in names.items()})
+                projection._parameters.update(
+                    {name: getattr(self, full) for name, full in names.items()}
+                )
             else:
                 projection = self._modules[path.replace(".", "_")]
             inside._modules[leaf] = projection
@@ -74,11 +87,18 @@ class GlobalProjections(nn.Module):
 def _is_its_parameters(module: nn.Module) -> bool:
     """Whether a projection computes the same as another of its class with the same parameters."""
     own = list(module.parameters(recurse=False))
-    return bool(own) and not is_packed(module) and not module._modules and all(p.is_floating_point() for p in own)
+    return (
+        bool(own)
+        and not is_packed(module)
+        and not module._modules
+        and all(p.is_floating_point() for p in own)
+    )
 
 
 def _own(module: nn.Module) -> nn.Module:
-    """The model's own module, without the adapters that peft has put around it: they are for the local projections."""
+    """The model's own module, without the adapters that peft has put around it: they are for the
+    local projections.
+    """
     while isinstance(module._modules.get("base_layer"), nn.Module):
         module = module._modules["base_layer"]
     return module
@@ -92,10 +112,14 @@ def before_attention(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tupl
     """Forward pre-hook of a swapped attention module."""
     layer = getattr(module, ATTRIBUTE)
     given = module.config._attn_implementation
-    if given != NAME:  # another function would get q and k without their rotation, or leave the pattern out
+    if (
+        given != NAME
+    ):  # another function would get q and k without their rotation, or leave the pattern out
         raise Unsupported(
-            f"layer {layer.index}: the attention implementation was set to {given!r}, which cannot compute the swapped "
-            f"{layer.pattern}; effattn.restore(model) first, or keep the swap: model.set_attn_implementation({NAME!r})"
+            f"layer {layer.index}: the attention implementation was set to {given!r}, which "
+            "cannot compute the swapped "
+            f"{layer.pattern}; effattn.restore(model) first, or keep the swap: "
+            f"model.set_attn_implementation({NAME!r})"
         )
     for name in _cache_names(kwargs):
         if kwargs[name] is not None:
@@ -113,11 +137,12 @@ def before_attention(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tupl
 
 
 def before_model(module: nn.Module, args: tuple, kwargs: dict) -> None:
-    """Forward pre-hook of a swapped model: refuses position_ids that its layers cannot honour, before any of them has
-    changed, and writes down on the cache how many tokens may be taken back after the call.
+    """Forward pre-hook of a swapped model: refuses position_ids that its layers cannot honour,
+    before any of them has changed, and writes down on the cache how many tokens may be taken back
+    after the call.
 
-    Assisted decoding asks for the logits of its candidates and of one token more, plain decoding for one.
-    """
+    Assisted decoding asks for the logits of its candidates and of one token more, plain decoding
+    for one."""
     position_ids.check_call(getattr(module, ATTRIBUTE).checkers, args, kwargs)
     cache, kept = kwargs.get("past_key_values"), kwargs.get("logits_to_keep")
     candidates = kept - 1 if isinstance(kept, int) and kept > 1 else 0
@@ -126,8 +151,11 @@ def before_model(module: nn.Module, args: tuple, kwargs: dict) -> None:
 
 
 def refuse_continuous_batching(*args, **kwargs) -> None:
-    """Stands on a swapped model in place of its `init_continuous_batching`, which `generate_batch` calls as well."""
+    """Stands on a swapped model in place of its `init_continuous_batching`, which `generate_batch`
+    calls as well.
+    """
     raise Unsupported(
-        "continuous batching (generate_batch): it has a paged cache of its own, which swapped attention cannot read; "
+        "continuous batching (generate_batch): it has a paged cache of its own, which swapped "
+        "attention cannot read; "
         "effattn.restore(model) first, or model.generate(...) on a padded batch"
     )

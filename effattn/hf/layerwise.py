@@ -1,10 +1,9 @@
 """Runs a model one decoder layer at a time over a calibration set.
 
-A method that works layer by layer needs the inputs of one layer at a time: the hidden states of the whole
-set are kept at the layer boundary (N x hidden, in the model's dtype, on the CPU), and only one layer's
-statistics exist at any moment. The layer's other arguments (rotary embeddings, mask) are recorded from the
-model's own forward, so nothing here knows an architecture.
-"""
+A method that works layer by layer needs the inputs of one layer at a time: the hidden states of the
+whole set are kept at the layer boundary (N x hidden, in the model's dtype, on the CPU), and only
+one layer's statistics exist at any moment. The layer's other arguments (rotary embeddings, mask)
+are recorded from the model's own forward, so nothing here knows an architecture."""
 
 from __future__ import annotations
 
@@ -33,8 +32,8 @@ def windows(tokens: torch.Tensor, length: int, batch: int) -> list[torch.Tensor]
 class LayerRunner:
     """The calibration set of token batches, seen layer by layer.
 
-    runner.embed() -> the first layer's inputs; runner.run(layer, hidden) -> the next layer's inputs.
-    """
+    runner.embed() -> the first layer's inputs; runner.run(layer, hidden) -> the next layer's
+    inputs."""
 
     def __init__(self, anatomy: Anatomy, batches: list[torch.Tensor]):
         self.anatomy, self.batches = anatomy, batches
@@ -43,8 +42,8 @@ class LayerRunner:
 
     @torch.no_grad()
     def _record(self, size: int) -> list[tuple[tuple, dict]]:
-        """Every layer's arguments besides the hidden states, for batches of `size` rows. The layers themselves are
-        passed over, so their weights need not be there."""
+        """Every layer's arguments besides the hidden states, for batches of `size` rows. The layers
+        themselves are passed over, so their weights need not be there."""
         recorded: list[tuple[tuple, dict]] = []
         blocks = [layer.block for layer in self.anatomy]
         own = [vars(block).get("forward") for block in blocks]
@@ -76,7 +75,9 @@ class LayerRunner:
 
     @torch.no_grad()
     def embed_batch(self, batch: torch.Tensor) -> torch.Tensor:
-        """The inputs of layer 0 for one batch of tokens (batch, length): (batch, length, D) on the CPU."""
+        """The inputs of layer 0 for one batch of tokens (batch, length): (batch, length, D) on the
+        CPU.
+        """
         hidden = []
 
         def hook(module, args, kwargs):
@@ -93,7 +94,9 @@ class LayerRunner:
 
     @torch.no_grad()
     def run(self, index: int, hidden: list[torch.Tensor]) -> Iterator[tuple[int, torch.Tensor]]:
-        """Runs layer `index` on each batch of `hidden`; yields (batch number, its output on the CPU)."""
+        """Runs layer `index` on each batch of `hidden`; yields (batch number, its output on the
+        CPU).
+        """
         for number, states in enumerate(hidden):
             yield number, self.call(index, states).cpu()
 
@@ -106,7 +109,9 @@ class LayerRunner:
 
 @contextmanager
 def watch(module: nn.Module, see: Callable[[torch.Tensor, torch.Tensor], None]):
-    """While open, calls `see(input, output)` with what `module` gets and gives, as (tokens, features)."""
+    """While open, calls `see(input, output)` with what `module` gets and gives, as (tokens,
+    features).
+    """
 
     def hook(_, args, output):
         see(args[0].flatten(0, -2), output.flatten(0, -2))

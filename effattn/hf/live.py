@@ -22,15 +22,21 @@ from effattn.interface import Backend
 from effattn.states import State
 
 PACKED = (
-    "packed documents (position_ids that restart) or an extra mask function: after a swap, documents would see each "
+    "packed documents (position_ids that restart) or an extra mask function: after a swap, "
+    "documents would see each "
     "other; give one document a row, padded with attention_mask, or effattn.restore(model)"
 )
-EXTRAS = {"softcap": "softcap", "s_aux": "sink_logits"}  # what a model passes: what a backend calls it
+EXTRAS = {
+    "softcap": "softcap",
+    "s_aux": "sink_logits",
+}  # what a model passes: what a backend calls it
 
 
 @dataclass
 class LayerSwap:
-    """One layer of a swapped model. `backend` None: it keeps what it had, the implementation `original`."""
+    """One layer of a swapped model. `backend` None: it keeps what it had, the implementation
+    `original`.
+    """
 
     index: int
     original: str
@@ -38,10 +44,14 @@ class LayerSwap:
     backend: Backend | None = None
     pattern: str = ""  # the backend's full spec
     raw_keys: bool = False  # the backend's positions are its own: it gets q and k before rotation
-    rotary: Rotary | None = None  # ... and rotates them by this; None where the model has no rotation
+    rotary: Rotary | None = (
+        None  # ... and rotates them by this; None where the model has no rotation
+    )
     own_window: int | None = None  # the backend does what the model's own windowed layer did
     positions: LayerPositions | None = None  # a position rule instead of the model's own
-    cache: LayerCache | None = None  # a format of packed keys and values instead of the backend's own
+    cache: LayerCache | None = (
+        None  # a format of packed keys and values instead of the backend's own
+    )
 
     def __setstate__(self, state: dict) -> None:
         self.__dict__.update(state)
@@ -54,19 +64,23 @@ class LayerSwap:
 
     @property
     def holds(self) -> str:
-        """What a cache of this layer holds, in words: two layers with the same words may take over each other's."""
+        """What a cache of this layer holds, in words: two layers with the same words may take over
+        each other's.
+        """
         own_raw = self.positions is not None and self.positions.raw and self.rotary is None
         pre_rope = self.rotary is not None and self.backend.farthest is None
         return f"{self.pattern}, raw keys" if own_raw or pre_rope else self.pattern
 
     def new_state(self) -> State:
         """An empty state, for one batch of sequences."""
-        return self.backend.new_state() if self.cache is None else self.cache.new_state(self.backend)
+        return (
+            self.backend.new_state() if self.cache is None else self.cache.new_state(self.backend)
+        )
 
 
 def register() -> None:
-    """Makes both functions known to transformers. Called by swaps and by what is read of a swapped model: importing
-    effattn patches nothing."""
+    """Makes both functions known to transformers. Called by swaps and by what is read of a swapped
+    model: importing effattn patches nothing."""
     from transformers import AttentionInterface, AttentionMaskInterface
 
     AttentionInterface.register(NAME, attention)
@@ -87,27 +101,37 @@ def mask(
 ) -> Tensor | None:
     """The padding mask (B, all tokens so far) bool, unsliced; None when nothing is padded.
 
-    Sizes come from one layer's cache, and a ring may sit beside full layers, so that slicing is each layer's own.
-    """
+    Sizes come from one layer's cache, and a ring may sit beside full layers, so that slicing is
+    each layer's own."""
     from transformers.masking_utils import bidirectional_mask_function
 
-    plain = allow_is_causal_skip or mask_function is bidirectional_mask_function  # which never allows that skip
+    plain = (
+        allow_is_causal_skip or mask_function is bidirectional_mask_function
+    )  # which never allows that skip
     if q_length > 1 and not (plain and allow_is_bidirectional_skip):
         if not is_tracing():
             raise Unsupported(PACKED)
-        if kwargs.get("local_size") != 1:  # a graph has a rule for packed documents whether there are any or not
+        if (
+            kwargs.get("local_size") != 1
+        ):  # a graph has a rule for packed documents whether there are any or not
             _assert_one_document(mask_function, batch_size, q_length, kwargs.get("device"))
-    if isinstance(q_offset, Tensor) and torch.compiler.is_compiling():  # static: numbers on the device, not asked for
+    if (
+        isinstance(q_offset, Tensor) and torch.compiler.is_compiling()
+    ):  # static: numbers on the device, not asked for
         return attention_mask
     seen = (int(q_offset) if isinstance(q_offset, Tensor) else q_offset) + q_length
-    if kv_length + kv_offset > seen and not (attention_mask is not None and attention_mask.shape[-1] > seen):
+    if kv_length + kv_offset > seen and not (
+        attention_mask is not None and attention_mask.shape[-1] > seen
+    ):
         raise Unsupported(
-            f"static cache: it holds {kv_length} keys for {seen} tokens; after a swap, use the default cache "
+            f"static cache: it holds {kv_length} keys for {seen} tokens; after a swap, use the "
+            "default cache "
             "(effattn.new_cache(model))"
         )
     if attention_mask is not None and attention_mask.shape[-1] != seen:
         raise ValueError(
-            f"attention_mask: expected (batch, {seen}), the tokens in the cache and the {q_length} new ones, "
+            f"attention_mask: expected (batch, {seen}), the tokens in the cache and the "
+            f"{q_length} new ones, "
             f"got {tuple(attention_mask.shape)}"
         )
     if attention_mask is None or (not torch.compiler.is_compiling() and attention_mask.all()):
@@ -117,7 +141,10 @@ def mask(
 
 def _assert_one_document(mask_function, rows: int, tokens: int, device) -> None:
     """Fails when a compiled call is run on rows in which a token does not see the one before it."""
-    row, place = torch.arange(rows, device=device)[:, None], torch.arange(tokens, device=device)[None]
+    row, place = (
+        torch.arange(rows, device=device)[:, None],
+        torch.arange(tokens, device=device)[None],
+    )
     sees = mask_function(row, place.new_zeros(()), place[:, 1:], place[:, :-1])
     torch._assert_async(sees.all(), PACKED)
 
@@ -132,28 +159,33 @@ def attention(
     dropout: float = 0.0,
     **kwargs,
 ) -> tuple[Tensor, None]:
-    """transformers' attention function: query (B, Hq, Tq, D) -> (B, Tq, Hq, Dv). attention_mask is `mask`'s.
+    """transformers' attention function: query (B, Hq, Tq, D) -> (B, Tq, Hq, Dv). attention_mask is
+    `mask`'s.
 
-    key and value are handles of our own cache layers, or tensors with the past. They are rotated, unless the layer's
-    backend does that itself.
-    """
+    key and value are handles of our own cache layers, or tensors with the past. They are rotated,
+    unless the layer's backend does that itself."""
     if CAPTURE in kwargs:  # only the projections are wanted
         kwargs[CAPTURE].append((query, key, value))
         return query.new_zeros(query.shape[0], query.shape[2], query.shape[1], value.shape[3]), None
     layer: LayerSwap | None = getattr(module, ATTRIBUTE, None)
     if layer is None:
         raise Unsupported(
-            f"attn_implementation={NAME!r} is set by effattn.swap(model, ...), not by hand and not by the config of "
-            "another model that was swapped; a swap that was saved is loaded by effattn.load(folder), and "
+            f"attn_implementation={NAME!r} is set by effattn.swap(model, ...), not by hand and "
+            "not by the config of "
+            "another model that was swapped; a swap that was saved is loaded by "
+            "effattn.load(folder), and "
             "model.set_attn_implementation('sdpa') is plain attention"
         )
     if attention_mask is not None and attention_mask.ndim != 2:
         raise Unsupported(
-            f"layer {layer.index}: expected attention_mask (batch, tokens), got {tuple(attention_mask.shape)}; "
+            f"layer {layer.index}: expected attention_mask (batch, tokens), got "
+            f"{tuple(attention_mask.shape)}; "
             "custom masks cannot be combined with a swap"
         )
     if layer.backend is None:
-        return _keep(module, query, key, value, attention_mask, scaling, dropout, layer.original, kwargs)
+        return _keep(
+            module, query, key, value, attention_mask, scaling, dropout, layer.original, kwargs
+        )
     _refuse(module, layer, query, attention_mask, dropout, kwargs)
     cached = key.layer if isinstance(key, Handle) else None
     if cached is not None:
@@ -162,7 +194,9 @@ def attention(
         _assert_consecutive(layer, query.shape[2], attention_mask, kwargs.get("position_ids"))
     elif layer.checks_positions:
         tokens = key.shape[2] + (0 if cached is None else int(cached.get_seq_length()))
-        position_ids.check(layer, cached, query.shape[0], tokens, attention_mask, kwargs.get("position_ids"))
+        position_ids.check(
+            layer, cached, query.shape[0], tokens, attention_mask, kwargs.get("position_ids")
+        )
     call = {name: kwargs[given] for given, name in EXTRAS.items() if kwargs.get(given) is not None}
     if GLOBAL in kwargs:
         call["global_qkv"] = kwargs[GLOBAL]
@@ -183,7 +217,9 @@ def attention(
         if cached is not None:
             out = cached.attend(layer.backend, query, key, value, attention_mask, **call)
         else:
-            if attention_mask is not None and attention_mask.shape[1] != key.shape[2]:  # a windowed layer's last tokens
+            if (
+                attention_mask is not None and attention_mask.shape[1] != key.shape[2]
+            ):  # a windowed layer's last tokens
                 attention_mask = attention_mask[:, -key.shape[2] :]
             out = layer.backend(query, key, value, padding_mask=attention_mask, **call)
     return out.transpose(1, 2).contiguous(), None
@@ -198,24 +234,39 @@ def is_causal(module: nn.Module, kwargs: dict) -> bool:
 
 
 def _refuse(
-    module: nn.Module, layer: LayerSwap, query: Tensor, mask: Tensor | None, dropout: float, kwargs: dict
+    module: nn.Module,
+    layer: LayerSwap,
+    query: Tensor,
+    mask: Tensor | None,
+    dropout: float,
+    kwargs: dict,
 ) -> None:
     """What the model asks of its attention and a backend does not do is an error, never ignored."""
     where = f"layer {layer.index}: "
     missing = [name for name, extra in EXTRAS.items() if extra not in layer.backend.extras]
     for name in (*missing, "position_bias", "cache", "cu_seq_lens_q"):
         if kwargs.get(name) is not None:
-            raise Unsupported(f"{where}the model passes {name}, which backend {layer.backend.name!r} does not support")
+            raise Unsupported(
+                f"{where}the model passes {name}, which backend {layer.backend.name!r} does not "
+                "support"
+            )
     if dropout:
         raise Unsupported(
-            f"{where}attention dropout {dropout} while training; {_dropout(module, dropout)} = 0.0 on every "
-            f"{type(module).__name__} of the model turns it off (the config is read only when a model is built)"
+            f"{where}attention dropout {dropout} while training; {_dropout(module, dropout)} = "
+            "0.0 on every "
+            f"{type(module).__name__} of the model turns it off (the config is read only when a "
+            "model is built)"
         )
     if kwargs.get("output_attentions"):
-        raise Unsupported(f"{where}output_attentions=True: no weights exist; effattn.restore(model), then use 'eager'")
+        raise Unsupported(
+            f"{where}output_attentions=True: no weights exist; effattn.restore(model), then use "
+            "'eager'"
+        )
 
 
-def _assert_consecutive(layer: LayerSwap, new: int, mask: Tensor | None, positions: Tensor | None) -> None:
+def _assert_consecutive(
+    layer: LayerSwap, new: int, mask: Tensor | None, positions: Tensor | None
+) -> None:
     """For a graph, in which nothing can be asked: position_ids that restart fail when it runs."""
     if positions is None or positions.ndim != 2 or new == 1 or not (mask is None or layer.raw_keys):
         return
@@ -227,14 +278,20 @@ def _assert_consecutive(layer: LayerSwap, new: int, mask: Tensor | None, positio
 
 
 def _dropout(module: nn.Module, rate: float) -> str:
-    """Where an attention module keeps the rate of its dropout: each class has a name of its own for it."""
+    """Where an attention module keeps the rate of its dropout: each class has a name of its own for
+    it.
+    """
     own = [name for name, value in vars(module).items() if "dropout" in name and value == rate]
-    inner = [f"{name}.p" for name, part in module.named_children() if getattr(part, "p", None) == rate]
+    inner = [
+        f"{name}.p" for name, part in module.named_children() if getattr(part, "p", None) == rate
+    ]
     return (own + inner + ["attention_dropout"])[0]
 
 
 def _keep(module, query, key, value, padding_mask, scaling, dropout, original: str, kwargs: dict):
-    """What an unswapped layer had: its own implementation, with the mask that it would have been given."""
+    """What an unswapped layer had: its own implementation, with the mask that it would have been
+    given.
+    """
     from transformers import masking_utils
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 

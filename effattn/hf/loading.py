@@ -1,7 +1,8 @@
-"""Building the model of a checkpoint: the class that was saved, and every weight of it from the files, or an error.
+"""Building the model of a checkpoint: the class that was saved, and every weight of it from the
+files, or an error.
 
-transformers draws at random what a checkpoint lacks and says so in a log; here it is a ValueError that names it.
-"""
+transformers draws at random what a checkpoint lacks and says so in a log; here it is a ValueError
+that names it."""
 
 from __future__ import annotations
 
@@ -22,28 +23,41 @@ IN_A_LAYER = re.compile(r"\.\d+\.")
 
 
 def class_of(config) -> type[nn.Module]:
-    """The class that config.json names, or where it names none the causal LM (an encoder: the model without a head) of
-    its model_type. ValueError for a class that transformers does not have, or has for other configurations."""
+    """The class that config.json names, or where it names none the causal LM (an encoder: the model
+    without a head) of its model_type. ValueError for a class that transformers does not have, or
+    has for other configurations."""
     import transformers
 
     if not config.architectures:
-        auto = transformers.AutoModel if config.model_type in ENCODERS else transformers.AutoModelForCausalLM
+        auto = (
+            transformers.AutoModel
+            if config.model_type in ENCODERS
+            else transformers.AutoModelForCausalLM
+        )
         if type(config) not in auto._model_mapping:
-            raise ValueError(f"config.json: model_type: got {config.model_type!r}, which has no causal language model")
+            raise ValueError(
+                f"config.json: model_type: got {config.model_type!r}, which has no causal "
+                "language model"
+            )
         return auto._model_mapping[type(config)]
     name = config.architectures[0]
     cls = getattr(transformers, name, None)
     if not isinstance(cls, type) or not issubclass(cls, transformers.PreTrainedModel):
-        raise ValueError(f"config.json: architectures: got {name!r:.80}, which transformers does not have")
+        raise ValueError(
+            f"config.json: architectures: got {name!r:.80}, which transformers does not have"
+        )
     if cls.config_class is None or not issubclass(type(config), cls.config_class):
         raise ValueError(
-            f"config.json: architectures: got {name!r}, which is no class for model_type {config.model_type!r}"
+            f"config.json: architectures: got {name!r}, which is no class for model_type "
+            f"{config.model_type!r}"
         )
     return cls
 
 
 def check_causal(config, name: str | Path) -> None:
-    """Unsupported, naming the class, for a checkpoint of another model than a causal language model."""
+    """Unsupported, naming the class, for a checkpoint of another model than a causal language
+    model.
+    """
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     cls = class_of(config).__name__
@@ -52,7 +66,8 @@ def check_causal(config, name: str | Path) -> None:
         valid.update([one] if isinstance(one, str) else one)
     if cls not in valid:
         raise Unsupported(
-            f"model: {str(name)!r} is a {cls}, and no causal language model; valid here is a class that predicts the "
+            f"model: {str(name)!r} is a {cls}, and no causal language model; valid here is a "
+            "class that predicts the "
             "next token of a text (...ForCausalLM)"
         )
 
@@ -67,10 +82,9 @@ def build(
 ) -> nn.Module:
     """The model of the checkpoint `name` (a folder or hub name), in eval mode.
 
-    shape: what makes the new, empty model's modules those of the checkpoint. learned: weights that a swap added may lie
-    among the model's own. options: further ones of `from_pretrained`. ValueError when the weights are not exactly those
-    that the class asks for.
-    """
+    shape: what makes the new, empty model's modules those of the checkpoint. learned: weights that
+    a swap added may lie among the model's own. options: further ones of `from_pretrained`.
+    ValueError when the weights are not exactly those that the class asks for."""
     cls = built = class_of(config)
     if shape is not None:
         built = _shaped(cls, shape)
@@ -89,7 +103,9 @@ def build(
     except (torch.OutOfMemoryError, MemoryError):
         raise
     except Exception as error:
-        raise ValueError(f"model: {name!r} cannot be loaded as {cls.__name__}: {one_line(error)}") from error
+        raise ValueError(
+            f"model: {name!r} cannot be loaded as {cls.__name__}: {one_line(error)}"
+        ) from error
     _check_report(found, config.model_type, learned)
     model.__class__ = cls
     return model.eval()
@@ -107,12 +123,19 @@ def _shaped(cls: type[nn.Module], shape: Callable[[nn.Module], None]) -> type[nn
 
 
 def _compare(folder: str, cls: type[nn.Module], config) -> None:
-    """What a shell without memory and the files' headers tell before anything large is made. ValueError."""
+    """What a shell without memory and the files' headers tell before anything large is made.
+    ValueError.
+    """
     files = stored(folder)
     layers = getattr(config.get_text_config(), "num_hidden_layers", 0)
     if isinstance(layers, int) and layers > len(files):
-        raise ValueError(f"config.json: num_hidden_layers: got {layers:,}, the weights are {len(files):,} tensors")
-    if getattr(config, "quantization_config", None) is not None:  # packed weights have shapes of their own
+        raise ValueError(
+            f"config.json: num_hidden_layers: got {layers:,}, the weights are {len(files):,} "
+            "tensors"
+        )
+    if (
+        getattr(config, "quantization_config", None) is not None
+    ):  # packed weights have shapes of their own
         return
     try:
         with torch.device("meta"):
@@ -120,13 +143,17 @@ def _compare(folder: str, cls: type[nn.Module], config) -> None:
     except ValueError:
         raise
     except Exception as error:
-        raise ValueError(f"config.json: {cls.__name__} cannot be built from it: {one_line(error)}") from error
+        raise ValueError(
+            f"config.json: {cls.__name__} cannot be built from it: {one_line(error)}"
+        ) from error
     if not _converts(shell):
         check_shapes(shell, files, {name: name for name in files})
 
 
 def check_shapes(model: nn.Module, files: dict[str, Stored], names: dict[str, str]) -> None:
-    """ValueError for stored weights of another shape than the model's. names: one in the model -> one in the files."""
+    """ValueError for stored weights of another shape than the model's. names: one in the model ->
+    one in the files.
+    """
     own = model.state_dict()
     wrong = [
         said(here, files[there].shape, own[here].shape)
@@ -146,10 +173,11 @@ def _converts(shell: nn.Module) -> bool:
 
 
 def _check_report(found: dict, model_type: str, learned: bool) -> None:
-    """ValueError unless every weight of the model came from the files, and every weight in the files is the model's.
+    """ValueError unless every weight of the model came from the files, and every weight in the
+    files is the model's.
 
-    Encoders are published with the heads of their pretraining beside the one that their class has: those are left.
-    """
+    Encoders are published with the heads of their pretraining beside the one that their class has:
+    those are left."""
     unexpected = found["unexpected_keys"]
     if learned:
         unexpected = [name for name in unexpected if not LEARNED_PARTS & set(name.split("."))]
@@ -171,8 +199,14 @@ def said(name: str, got, expected) -> str:
 
 
 def left_out(model: nn.Module, name: str) -> bool:
-    """Whether transformers drops a weight of this name without a word: what older versions stored."""
-    patterns = [*(model._keys_to_ignore_on_load_unexpected or ()), r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$"]
+    """Whether transformers drops a weight of this name without a word: what older versions
+    stored.
+    """
+    patterns = [
+        *(model._keys_to_ignore_on_load_unexpected or ()),
+        r"rotary_emb\.inv_freq$",
+        r"(^|\.)position_ids$",
+    ]
     return any(re.search(pattern, name) for pattern in patterns)
 
 

@@ -1,10 +1,10 @@
 """Where the weights of a module are, and what stands around its forward.
 
 accelerate (`device_map`, `cpu_offload`, `disk_offload`) puts a hook on every module whose weights are elsewhere: the
-module's `forward` becomes an attribute of that one module, which fetches the weights, calls the real forward of *that*
-module and lets the weights go, to the meta device. `torch.compile` puts a module around a module. So a copy of a module
-must be made of what is inside, and weights are read while they are `present`.
-"""
+module's `forward` becomes an attribute of that one module, which fetches the weights, calls the
+real forward of *that* module and lets the weights go, to the meta device. `torch.compile` puts a
+module around a module. So a copy of a module must be made of what is inside, and weights are read
+while they are `present`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,12 @@ from effattn.errors import Unsupported
 
 HOOK = "_hf_hook"  # accelerate's
 DEVICE_MAP = "hf_device_map"  # transformers'
-AROUND = ("forward", "_old_forward", HOOK, "_compiled_call_impl")  # attributes of one module, bound to it
+AROUND = (
+    "forward",
+    "_old_forward",
+    HOOK,
+    "_compiled_call_impl",
+)  # attributes of one module, bound to it
 
 
 def inside(module: nn.Module) -> nn.Module:
@@ -28,8 +33,8 @@ def inside(module: nn.Module) -> nn.Module:
 
 
 def bare(module: nn.Module) -> nn.Module:
-    """The same module without what stands around its forward: parameters, buffers and modules are the same objects, in
-    dicts of its own."""
+    """The same module without what stands around its forward: parameters, buffers and modules are
+    the same objects, in dicts of its own."""
     module = inside(module)
     own = {name: value for name, value in vars(module).items() if name not in AROUND}
     own |= {name: dict(own[name]) for name in ("_parameters", "_buffers", "_modules")}
@@ -39,7 +44,9 @@ def bare(module: nn.Module) -> nn.Module:
 
 
 def duplicate(module: nn.Module) -> nn.Module:
-    """A copy with weights of its own that are here to stay, on the device where the module computes."""
+    """A copy with weights of its own that are here to stay, on the device where the module
+    computes.
+    """
     module = inside(module)
     hooks = {id(hook): hook for each in module.modules() for hook in _hooks(each)}
     with present(module):
@@ -50,14 +57,18 @@ def duplicate(module: nn.Module) -> nn.Module:
 
 
 def taken(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-    """The arguments of a call as the module's hook gives them to its forward: on the device where it computes."""
+    """The arguments of a call as the module's hook gives them to its forward: on the device where
+    it computes.
+    """
     hook = module.__dict__.get(HOOK)
     return (args, kwargs) if hook is None else hook.pre_forward(module, *args, **kwargs)
 
 
 @contextmanager
 def present(*modules: nn.Module) -> Iterator[None]:
-    """While open, the modules and all in them have their weights, to be read: what is written may be lost."""
+    """While open, the modules and all in them have their weights, to be read: what is written may
+    be lost.
+    """
     with ExitStack() as stack:
         for each in {each: None for module in modules for each in module.modules()}:
             for hook in _offloading(each):
@@ -75,7 +86,12 @@ def device_of(module: nn.Module) -> torch.device:
         return torch.device("cpu")
     if first.is_meta:  # it may be a module inside that has the hook
         return next(
-            (_device(hook.execution_device) for each in module.modules() for hook in _offloading(each)), first.device
+            (
+                _device(hook.execution_device)
+                for each in module.modules()
+                for hook in _offloading(each)
+            ),
+            first.device,
         )
     return first.device
 
@@ -85,7 +101,9 @@ def input_device(model: nn.Module) -> torch.device:
     table = model.get_input_embeddings()
     device = device_of(table) if table.weight.is_meta else table.weight.device
     if device.type == "meta":
-        raise Unsupported(f"{type(model).__name__} is on the meta device, it has no numbers to compute with")
+        raise Unsupported(
+            f"{type(model).__name__} is on the meta device, it has no numbers to compute with"
+        )
     return device
 
 
@@ -95,34 +113,42 @@ def is_elsewhere(model: nn.Module) -> bool:
 
 
 def require_here(model: nn.Module, what: str) -> None:
-    """Unsupported unless all weights are here and each is in one place, so that they may be changed layer by layer.
-    what: that asks for it, "convert_gqa"."""
+    """Unsupported unless all weights are here and each is in one place, so that they may be changed
+    layer by layer. what: that asks for it, "convert_gqa"."""
     where = next((name for name, each in model.named_modules() if _offloading(each)), None)
     if where is None:
         where = next((name for name, each in model.named_parameters() if each.is_meta), None)
     if where is not None:
         raise Unsupported(
-            f"{what}: the weights of {where} are elsewhere (device_map or offloading), and it changes weights; load "
+            f"{what}: the weights of {where} are elsewhere (device_map or offloading), and it "
+            "changes weights; load "
             "the model without device_map, or with one that puts every layer on a device"
         )
     require_own(model, what, embedding=True)
 
 
 def require_own(model: nn.Module, what: str, embedding: bool = False) -> None:
-    """Unsupported where two modules have one weight that the model does not tie by itself: what is done to one would be
-    done to the other, and a checkpoint would lose it. embedding: the output embedding may be the input's."""
+    """Unsupported where two modules have one weight that the model does not tie by itself: what is
+    done to one would be done to the other, and a checkpoint would lose it. embedding: the output
+    embedding may be the input's."""
     ties = getattr(model, "all_tied_weights_keys", None) or {}
     known, first = {*ties, *ties.values()}, {}
     if embedding:
         table = model.get_input_embeddings().weight
-        known |= {name for name, weight in model.named_parameters(remove_duplicate=False) if weight is table}
+        known |= {
+            name
+            for name, weight in model.named_parameters(remove_duplicate=False)
+            if weight is table
+        }
     for name, weight in model.named_parameters(remove_duplicate=False):
         if name in known or "effattn_" in name:  # what a swap has added may be one for all layers
             continue
         if (other := first.setdefault(id(weight), name)) != name:
             raise Unsupported(
-                f"{what}: {other} and {name} are one weight, which {type(model).__name__} does not tie; give each its "
-                "own: module.weight = torch.nn.Parameter(module.weight.detach().clone()); an output embedding that is "
+                f"{what}: {other} and {name} are one weight, which {type(model).__name__} does "
+                "not tie; give each its "
+                "own: module.weight = torch.nn.Parameter(module.weight.detach().clone()); an "
+                "output embedding that is "
                 "the input's needs config.tie_word_embeddings=True when the model is made"
             )
 
@@ -133,9 +159,13 @@ def maps(model: nn.Module) -> list:
 
 
 def replaced(root: nn.Module, paths: list[str]) -> str | None:
-    """The first of the modules at `paths` whose forward is somebody's own, and not accelerate's; None without one."""
+    """The first of the modules at `paths` whose forward is somebody's own, and not accelerate's;
+    None without one.
+    """
     modules = {path: vars(inside(root.get_submodule(path))) for path in paths}
-    return next((path for path, own in modules.items() if "forward" in own and HOOK not in own), None)
+    return next(
+        (path for path, own in modules.items() if "forward" in own and HOOK not in own), None
+    )
 
 
 def weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -145,7 +175,9 @@ def weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def fetched(model: nn.Module, name: str, tensor: Tensor) -> Tensor:
-    """An entry of the state_dict; one that is elsewhere as the hook of its module, or of one around it, fetches it."""
+    """An entry of the state_dict; one that is elsewhere as the hook of its module, or of one around
+    it, fetches it.
+    """
     if not tensor.is_meta:
         return tensor
     path, below = name.split("."), ""
@@ -154,12 +186,17 @@ def fetched(model: nn.Module, name: str, tensor: Tensor) -> Tensor:
         for hook in _offloading(model.get_submodule(".".join(path))):
             if below in hook.weights_map:
                 return hook.weights_map[below]
-    raise Unsupported(f"weights: {name} is on the meta device, and nothing in the model says where its numbers are")
+    raise Unsupported(
+        f"weights: {name} is on the meta device, and nothing in the model says where its numbers "
+        "are"
+    )
 
 
 @contextmanager
 def saving(model: nn.Module) -> Iterator[None]:
-    """While open, `save_pretrained` fetches what is elsewhere: it does where a device map says so, and only there."""
+    """While open, `save_pretrained` fetches what is elsewhere: it does where a device map says so,
+    and only there.
+    """
     if not is_elsewhere(model):
         yield
         return

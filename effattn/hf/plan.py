@@ -1,8 +1,9 @@
-"""What a swap is going to do, layer by layer, and whether it can: all of it before anything is changed.
+"""What a swap is going to do, layer by layer, and whether it can: all of it before anything is
+changed.
 
-`make` reads the patterns, builds a backend for every layer that they name, and tries each on a few tokens of that
-layer's head shape, so that what a method cannot do in this model is an error that names the layer.
-"""
+`make` reads the patterns, builds a backend for every layer that they name, and tries each on a few
+tokens of that layer's head shape, so that what a method cannot do in this model is an error that
+names the layer."""
 
 from __future__ import annotations
 
@@ -34,7 +35,8 @@ class Plan:
     own_window: int | None
     own_global: bool  # the layer gets second projections for global tokens
     positions: LayerPositions | None = None
-    kept: bool = False  # the pattern is what the layer has already: the backend stays, and what it has learned
+    # the pattern is what the layer has already: the backend stays, and what it has learned
+    kept: bool = False
     cache: caches.LayerCache | None = None  # None: what the pattern itself remembers
 
 
@@ -45,15 +47,22 @@ def make(
     positions: dict[int, LayerPositions | None] | None = None,
     cache: dict[int, str] | None = None,
 ) -> dict[int, Plan]:
-    """layer -> its plan. ValueError for what means nothing, Unsupported for what this model or a method cannot do.
+    """layer -> its plan. ValueError for what means nothing, Unsupported for what this model or a
+    method cannot do.
 
-    positions, cache: the layers whose rule or cache changes. Those that no pattern is named for keep the one they have.
-    """
+    positions, cache: the layers whose rule or cache changes. Those that no pattern is named for
+    keep the one they have."""
     if isinstance(pattern, dict) and options:
-        raise ValueError(f"swap: {', '.join(options)} given beside a dict of layers; write them into its specs")
+        raise ValueError(
+            f"swap: {', '.join(options)} given beside a dict of layers; write them into its specs"
+        )
     options = {name: _literal(value) for name, value in options.items()}
     layers = len(parts.layers)
-    chosen = parse_layers(pattern, layers) if isinstance(pattern, dict) else dict.fromkeys(range(layers), pattern)
+    chosen = (
+        parse_layers(pattern, layers)
+        if isinstance(pattern, dict)
+        else dict.fromkeys(range(layers), pattern)
+    )
     chosen = {} if pattern is None else chosen
     plans = {index: _plan(parts.layers[index], spec, options) for index, spec in chosen.items()}
     positions, cache = positions or {}, cache or {}
@@ -67,7 +76,11 @@ def make(
     for index, plan in plans.items():
         held = getattr(parts.layers[index].attention, hooks.ATTRIBUTE, None)
         plan.cache = formats[index] if index in formats else getattr(held, "cache", None)
-        if plan.cache is not None and plan.cache.format.pre_rope and parts.layers[index].rotary is not None:
+        if (
+            plan.cache is not None
+            and plan.cache.format.pre_rope
+            and parts.layers[index].rotary is not None
+        ):
             plan.raw_keys, plan.rotary = True, parts.layers[index].rotary
         rule = positions[index] if index in positions else getattr(held, "positions", None)
         if rule is not None:
@@ -81,14 +94,18 @@ def make(
 
 
 def _tie(plans: dict[int, Plan]) -> None:
-    """What a backend shares across layers (its `tied` parameters) becomes one, for all layers of the same pattern."""
+    """What a backend shares across layers (its `tied` parameters) becomes one, for all layers of
+    the same pattern.
+    """
     first: dict[str, Backend] = {}
     for plan in plans.values():
         one = first.setdefault(plan.pattern, plan.backend)
         for name in plan.backend.tied:
             setattr(plan.backend, name, getattr(one, name))
         if plan.backend.tied:  # what transformers reads when it saves: one of the names is enough
-            plan.backend._tied_weights_keys = dict(zip(plan.backend.tied, plan.backend.tied, strict=True))
+            plan.backend._tied_weights_keys = dict(
+                zip(plan.backend.tied, plan.backend.tied, strict=True)
+            )
 
 
 def _plan(layer: anatomy.Layer, spec: str, options: dict) -> Plan:
@@ -96,11 +113,15 @@ def _plan(layer: anatomy.Layer, spec: str, options: dict) -> Plan:
     backend = registry.backend(spec, **options)
     spec, given = registry.format_spec(name, given | options), given | options
     pattern, own = spec, None
-    if backend.plain and layer.own_window is not None:  # plain transformers' attention is a window in this layer
+    if (
+        backend.plain and layer.own_window is not None
+    ):  # plain transformers' attention is a window in this layer
         own = layer.own_window
         windowed = registry.format_spec("sliding", {"window": own} | given)
         backend = registry.backend(windowed)
-        pattern = spec if layer.window is None else windowed  # None: only past the trained length, called as asked
+        pattern = (
+            spec if layer.window is None else windowed
+        )  # None: only past the trained length, called as asked
     raw = backend.farthest is not None
     rotary = layer.rotary if raw else None
     return Plan(spec, pattern, backend, raw, rotary, own, "global_qkv" in backend.extras)
@@ -115,29 +136,43 @@ def _keep(parts: anatomy.Anatomy, index: int, held) -> Plan:
 
 
 def _literal(value):
-    """Options may be tensors (global tokens); a spec, which is also what is saved, has lists of numbers."""
+    """Options may be tensors (global tokens); a spec, which is also what is saved, has lists of
+    numbers.
+    """
     if isinstance(value, Tensor):
         return (value.nonzero().flatten() if value.dtype == torch.bool else value).tolist()
     return value
 
 
-def parse_layers(pattern: dict[str | int, str], layers: int, argument: str = "pattern") -> dict[int, str]:
-    """{"0-3": a, "6-": b} -> {0: a, ..., 6: b, ...}. ValueError for overlaps and layers that do not exist."""
+def parse_layers(
+    pattern: dict[str | int, str], layers: int, argument: str = "pattern"
+) -> dict[int, str]:
+    """{"0-3": a, "6-": b} -> {0: a, ..., 6: b, ...}. ValueError for overlaps and layers that do not
+    exist.
+    """
     if not pattern:
-        raise ValueError(f'{argument}: got an empty dict, valid is for example {{"0-3": "dense", "4-": "dense"}}')
+        raise ValueError(
+            f'{argument}: got an empty dict, valid is for example {{"0-3": "dense", "4-": "dense"}}'
+        )
     chosen, owner = {}, {}
     for key, spec in pattern.items():
         for part in str(key).split(","):
             match = re.fullmatch(r"\s*(\d+)\s*(-\s*(\d+)?)?\s*", part)
             if not match:
-                raise ValueError(f'{argument}: got layers {key!r}, valid are "3", "0-3", "4-" and lists: "0-2,5"')
+                raise ValueError(
+                    f'{argument}: got layers {key!r}, valid are "3", "0-3", "4-" and lists: "0-2,5"'
+                )
             first = int(match[1])
             last = first if not match[2] else int(match[3]) if match[3] else layers - 1
             if first >= layers or last >= layers or last < first:
-                raise ValueError(f"{argument}: got layers {key!r}, the model has layers 0 to {layers - 1}")
+                raise ValueError(
+                    f"{argument}: got layers {key!r}, the model has layers 0 to {layers - 1}"
+                )
             for index in range(first, last + 1):
                 if index in chosen:
-                    raise ValueError(f"{argument}: layer {index} is in both {owner[index]!r} and {key!r}")
+                    raise ValueError(
+                        f"{argument}: layer {index} is in both {owner[index]!r} and {key!r}"
+                    )
                 chosen[index], owner[index] = spec, key
     return dict(sorted(chosen.items()))
 
@@ -149,7 +184,9 @@ def _refuse_impossible(parts: anatomy.Anatomy, plans: dict[int, Plan]) -> None:
         if reason := _obstacle(parts.layers[index], plan):
             reasons.setdefault(reason, []).append(index)
     if reasons:
-        text = "; ".join(f"layers {', '.join(map(str, where))}: {reason}" for reason, where in reasons.items())
+        text = "; ".join(
+            f"layers {', '.join(map(str, where))}: {reason}" for reason, where in reasons.items()
+        )
         free = [index for index, plan in plans.items() if not _obstacle(parts.layers[index], plan)]
         hint = f'; these can be swapped: {{"{",".join(map(str, free))}": ...}}' if free else ""
         raise Unsupported(f"{type(parts.model).__name__} cannot be swapped, {text}{hint}")
@@ -159,12 +196,16 @@ def _obstacle(layer: anatomy.Layer, plan: Plan) -> str | None:
     """Why the plan cannot be carried out; None when nothing is known against it."""
     code = inspect.unwrap(type(layer.attention).forward).__code__
     if "ALL_ATTENTION_FUNCTIONS" not in code.co_names:
-        return f"{type(layer.attention).__name__} does not go through transformers' ALL_ATTENTION_FUNCTIONS"
+        return (
+            f"{type(layer.attention).__name__} does not go through transformers' "
+            "ALL_ATTENTION_FUNCTIONS"
+        )
     if getattr(layer.config, "add_cross_attention", False):
         return "it has cross-attention beside it, which effattn does not swap"
     if layer.softcap is not None and "softcap" not in plan.backend.extras:
         return (
-            f"its scores are soft-capped (attn_logit_softcapping={layer.softcap}), {plan.backend.name} has no softcap"
+            f"its scores are soft-capped (attn_logit_softcapping={layer.softcap}), "
+            f"{plan.backend.name} has no softcap"
         )
     if layer.learned_sinks and "sink_logits" not in plan.backend.extras:
         return f"it has learned sinks (s_aux), {plan.backend.name} has no sink_logits"
@@ -172,28 +213,38 @@ def _obstacle(layer: anatomy.Layer, plan: Plan) -> str | None:
         return f"it is a bidirectional window of {layer.own_window} of its own"
     if layer.own_window is None and layer.causal and _cache_forgets(layer):
         return (
-            f"it has config.sliding_window={layer.config.sliding_window}, which its class leaves out without a cache "
+            f"it has config.sliding_window={layer.config.sliding_window}, which its class leaves "
+            "out without a cache "
             "and transformers' cache obeys; model.config.sliding_window = None is full attention"
         )
     if getattr(layer.config, "use_bidirectional_attention", False):
         return "its attention is bidirectional (use_bidirectional_attention)"
     if plan.own_global and (path := placement.replaced(layer.attention, layer.qkv_paths)):
-        return f"the forward of {path} was replaced, which {plan.backend.name}'s second projections would not have"
+        return (
+            f"the forward of {path} was replaced, which {plan.backend.name}'s second "
+            "projections would not have"
+        )
     if plan.cache is not None and (reason := caches.obstacle(layer, plan.backend, plan.cache)):
         return reason
     asked = None if plan.positions is None else plan.positions.in_call
     if asked is not None and not plan.backend.traits.exact:
         return f"positions {asked.spec!r} need an exact pattern, which {plan.backend.name} is not"
     if asked is not None and "global_qkv" in plan.backend.extras:
-        return f"positions {asked.spec!r} and {plan.backend.name}'s second projections cannot be combined"
+        return (
+            f"positions {asked.spec!r} and {plan.backend.name}'s second projections cannot be "
+            "combined"
+        )
     if plan.rotary is not None:
         rule = f"its rotary rule {plan.rotary.kind!r}"
         if plan.rotary.kind in LENGTH_DEPENDENT:
             return (
-                f"{rule} depends on the sequence's length, {plan.pattern} counts positions by their place in the cache"
+                f"{rule} depends on the sequence's length, {plan.pattern} counts positions by "
+                "their place in the cache"
             )
         if plan.rotary.rope().dims != layer.rotary_dims:
-            return f"{rule} turns {plan.rotary.rope().dims} dimensions, expected {layer.rotary_dims}"
+            return (
+                f"{rule} turns {plan.rotary.rope().dims} dimensions, expected {layer.rotary_dims}"
+            )
     return None
 
 
@@ -205,7 +256,9 @@ def _cache_forgets(layer: anatomy.Layer) -> bool:
 
 
 def _try(layer: anatomy.Layer, plan: Plan) -> None:
-    """Runs the backend as this layer would. Parameters whose shape depends on the heads exist afterwards."""
+    """Runs the backend as this layer would. Parameters whose shape depends on the heads exist
+    afterwards.
+    """
     device, dtype = placement.device_of(layer.k.module), layer.dtype
     device = torch.device("cpu") if device.type == "meta" else device
     heads = (layer.heads, layer.kv_heads, layer.kv_heads)
@@ -221,7 +274,13 @@ def _try(layer: anatomy.Layer, plan: Plan) -> None:
     elif plan.rotary is not None:
         extras["rotary"] = plan.rotary.rope()
     backend = plan.backend.to(device).eval()
-    state = None if not layer.causal else backend.new_state() if plan.cache is None else plan.cache.new_state(backend)
+    state = (
+        None
+        if not layer.causal
+        else backend.new_state()
+        if plan.cache is None
+        else plan.cache.new_state(backend)
+    )
     try:
         with torch.no_grad():
             backend(q, k, v, causal=layer.causal, state=state, **extras)

@@ -1,9 +1,9 @@
 """Which position_ids a swapped model can honour.
 
-Layers whose backend counts positions itself (sinks, position rules, keys that are kept before their turn) count a row's
-real tokens: `attention_mask.cumsum(-1) - 1`, as `generate` does. The same number may be added to all of a row, since
-such rules go by distance; it is written down in the layer's state, and later calls have to add the same.
-"""
+Layers whose backend counts positions itself (sinks, position rules, keys that are kept before their
+turn) count a row's real tokens: `attention_mask.cumsum(-1) - 1`, as `generate` does. The same
+number may be added to all of a row, since such rules go by distance; it is written down in the
+layer's state, and later calls have to add the same."""
 
 from __future__ import annotations
 
@@ -27,11 +27,17 @@ def check_call(checkers: list[LayerSwap], args: tuple, kwargs: dict) -> None:
     if not isinstance(given, Tensor) or given.ndim < 2 or torch.compiler.is_compiling():
         return
     batch, new = given.shape[:2]
-    mask, ids, cache = (kwargs.get(name) for name in ("attention_mask", "position_ids", "past_key_values"))
+    mask, ids, cache = (
+        kwargs.get(name) for name in ("attention_mask", "position_ids", "past_key_values")
+    )
     if mask is not None and not (isinstance(mask, Tensor) and mask.ndim == 2):
         return
     for layer in checkers:
-        held = cache.layers[layer.index] if isinstance(cache, Cache) and len(cache.layers) > layer.index else None
+        held = (
+            cache.layers[layer.index]
+            if isinstance(cache, Cache) and len(cache.layers) > layer.index
+            else None
+        )
         total = new + (0 if held is None else int(held.get_seq_length()))
         if mask is not None and mask.shape != (batch, total):
             return  # which is an error of its own
@@ -41,10 +47,15 @@ def check_call(checkers: list[LayerSwap], args: tuple, kwargs: dict) -> None:
 
 
 def check(
-    layer: LayerSwap, cached: StateLayer | None, batch: int, tokens: int, mask: Tensor | None, ids: Tensor | None
+    layer: LayerSwap,
+    cached: StateLayer | None,
+    batch: int,
+    tokens: int,
+    mask: Tensor | None,
+    ids: Tensor | None,
 ) -> None:
-    """Raises Unsupported for position_ids (1 or B, T) of the new tokens that `layer`, or those that it looks on behalf
-    of, would ignore. mask: (B, tokens), all tokens so far; None: no padding."""
+    """Raises Unsupported for position_ids (1 or B, T) of the new tokens that `layer`, or those that
+    it looks on behalf of, would ignore. mask: (B, tokens), all tokens so far; None: no padding."""
     if not isinstance(ids, Tensor) or ids.ndim != 2:
         return
     new = ids.shape[1]
@@ -57,7 +68,9 @@ def check(
         mask, padded = mask.bool(), True
     real, before = mask[:, -new:], mask[:, : mask.shape[1] - new].any(dim=1)
     added = ids - (mask.long().cumsum(dim=1) - 1)[:, -new:]
-    shift = torch.where(real, added, added.min()).amax(dim=1)  # of each row that has a real token here
+    shift = torch.where(real, added, added.min()).amax(
+        dim=1
+    )  # of each row that has a real token here
     if ((added != shift[:, None]) & real).any():
         restarts = ((ids.diff(dim=1) < 1) & real[:, 1:] & real[:, :-1]).any()
         _refuse_jumps(layer, bool(restarts) or not padded)
@@ -66,14 +79,18 @@ def check(
     state, seen = None if cached is None else cached.state, real.any(dim=1)
     if state is not None and state.shift is not None:
         known = torch.tensor(state.shift, device=ids.device)
-    else:  # a plain cache tells nothing: ids that count padding on the left too are what a model makes by default
+    # a plain cache tells nothing: ids that count padding on the left too are what a model makes by
+    # default
+    else:
         default = mask.int().argmax(dim=1)
         known = torch.where(shift == default, default, 0)
     if (before & seen & (shift != known)).any():
         row = int((before & seen & (shift != known)).nonzero()[0])
         raise Unsupported(
-            f"layer {layer.index}: position_ids: row {row} goes on at a number that is {int(shift[row])} more than its "
-            f"real tokens, got {int(known[row])} more before; {layer.pattern} counts them itself ({VALID})"
+            f"layer {layer.index}: position_ids: row {row} goes on at a number that is "
+            f"{int(shift[row])} more than its "
+            f"real tokens, got {int(known[row])} more before; {layer.pattern} counts them itself "
+            f"({VALID})"
         )
     if state is not None:
         state.shift = tuple(torch.where(seen, shift, torch.where(before, known, 0)).tolist())
@@ -85,10 +102,12 @@ VALID = "valid are attention_mask.cumsum(-1) - 1, or the same number more for al
 def _refuse_jumps(layer: LayerSwap, documents: bool) -> None:
     if documents:
         raise Unsupported(
-            f"layer {layer.index}: packed documents: position_ids restart, and nothing else tells the documents apart; "
+            f"layer {layer.index}: packed documents: position_ids restart, and nothing else tells "
+            "the documents apart; "
             "give one document a row, padded with attention_mask"
         )
     raise Unsupported(
-        f"layer {layer.index}: position_ids leave out numbers, and {layer.pattern} counts a row's real tokens itself "
+        f"layer {layer.index}: position_ids leave out numbers, and {layer.pattern} counts a row's "
+        "real tokens itself "
         f"({VALID})"
     )

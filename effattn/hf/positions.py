@@ -1,10 +1,11 @@
-"""The positions of a live model, layer by layer: planning, applying and undoing what `swap(positions=...)` asks for.
+"""The positions of a live model, layer by layer: planning, applying and undoing what
+`swap(positions=...)` asks for.
 
-A rule that transformers has itself, the same in all layers that turn, is written into the config and into the rotary
-module, and nothing else changes: the model stays a plain one. Any other rule belongs to its layers' swapped attention
-(`effattn.hf.live`): a hook gives each layer the angles of its rule, or none where keys must stay raw, and the backend
-does the rest. A new request replaces the rules of the layers that it names; "rope" takes them back.
-"""
+A rule that transformers has itself, the same in all layers that turn, is written into the config
+and into the rotary module, and nothing else changes: the model stays a plain one. Any other rule
+belongs to its layers' swapped attention (`effattn.hf.live`): a hook gives each layer the angles of
+its rule, or none where keys must stay raw, and the backend does the rest. A new request replaces
+the rules of the layers that it names; "rope" takes them back."""
 
 from __future__ import annotations
 
@@ -22,20 +23,29 @@ from effattn.positions.registry import parse
 from effattn.positions.rope import OwnRope
 
 ATTRIBUTE = "_effattn_positions"  # on a model: its `Record`
-LENGTH_DEPENDENT = ("dynamic", "longrope")  # rotary frequencies that change with the sequence's length
+LENGTH_DEPENDENT = (
+    "dynamic",
+    "longrope",
+)  # rotary frequencies that change with the sequence's length
 
 
 @dataclass
 class LayerPositions:
-    """The rule of one layer. `raw`: the backend gets q and k as they are, and the rule with them."""
+    """The rule of one layer. `raw`: the backend gets q and k as they are, and the rule with
+    them.
+    """
 
     rule: Positions
     own: anatomy.Rotary | None
     raw: bool = False
-    last: list = field(default_factory=list, repr=False)  # of the layers with this rule: what the first one made
+    last: list = field(
+        default_factory=list, repr=False
+    )  # of the layers with this rule: what the first one made
 
     def __post_init__(self):
-        self.rule = copy.copy(self.rule)  # of its own, so that a plan changes nothing; what is learned is shared
+        self.rule = copy.copy(
+            self.rule
+        )  # of its own, so that a plan changes nothing; what is learned is shared
         self.rule.rotates = self.raw
 
     def fitted(self, raw: bool) -> LayerPositions:
@@ -47,7 +57,9 @@ class LayerPositions:
         """What the backend's call gets; None when the angles are all there is to the rule."""
         return self.rule if self.raw or not self.rule.only_turns else None
 
-    def embeddings(self, given: tuple[Tensor, Tensor], position_ids: Tensor | None) -> tuple[Tensor, Tensor]:
+    def embeddings(
+        self, given: tuple[Tensor, Tensor], position_ids: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         """cos and sin for the layer, instead of the `given` ones."""
         cos, _ = given
         if self.raw or not self.rule.turns:
@@ -55,19 +67,27 @@ class LayerPositions:
         if type(self.rule.rotation) is OwnRope:
             return given
         if position_ids is None:
-            raise Unsupported(f"positions: {self.rule.spec!r} needs position_ids, which the model does not pass on")
+            raise Unsupported(
+                f"positions: {self.rule.spec!r} needs position_ids, which the model does not pass "
+                "on"
+            )
         if torch.compiler.is_compiling() or position_ids.is_inference():
             return self.own.embeddings(cos, position_ids, self.rule.rope())
         key = (cos.dtype, position_ids._version)
         if not self.last or self.last[0] is not position_ids or self.last[1] != key:
-            self.last[:] = [position_ids, key, self.own.embeddings(cos, position_ids, self.rule.rope())]
+            self.last[:] = [
+                position_ids,
+                key,
+                self.own.embeddings(cos, position_ids, self.rule.rope()),
+            ]
         return self.last[2]
 
 
 @dataclass
 class Order:
-    """What is going to be done. `specs`: the rule of every layer that has one; `layers`: those of swapped attention,
-    None where a layer's rule is taken back; `config` and `rotary`: what plain transformers' own rule comes to."""
+    """What is going to be done. `specs`: the rule of every layer that has one; `layers`: those of
+    swapped attention, None where a layer's rule is taken back; `config` and `rotary`: what plain
+    transformers' own rule comes to."""
 
     specs: dict[int, str]
     layers: dict[int, LayerPositions | None] = field(default_factory=dict)
@@ -77,7 +97,9 @@ class Order:
 
 @dataclass
 class Record:
-    """What was done. `config`, `attributes`, `buffers`: what the config and the rotary module had before."""
+    """What was done. `config`, `attributes`, `buffers`: what the config and the rotary module had
+    before.
+    """
 
     specs: dict[int, str]
     config: dict | None = None
@@ -91,8 +113,8 @@ def active(model: nn.Module) -> Record | None:
 
 
 def make(parts: anatomy.Anatomy, positions: str | dict[str | int, str]) -> Order:
-    """Checks a request, and what it comes to in this model. ValueError for what means nothing, Unsupported for what the
-    model cannot have; nothing is changed."""
+    """Checks a request, and what it comes to in this model. ValueError for what means nothing,
+    Unsupported for what the model cannot have; nothing is changed."""
     from effattn.hf.plan import parse_layers
 
     named = isinstance(positions, dict)
@@ -127,8 +149,8 @@ def held_by(layer: anatomy.Layer) -> LayerPositions | None:
 
 
 def apply(model: nn.Module, parts: anatomy.Anatomy, order: Order) -> None:
-    """Writes the order into the config and the rotary module, or takes back what was written; the layers' own part is
-    `effattn.hf.swap`'s."""
+    """Writes the order into the config and the rotary module, or takes back what was written; the
+    layers' own part is `effattn.hf.swap`'s."""
     undo(model)
     if not order.specs:
         return
@@ -148,21 +170,30 @@ def undo(model: nn.Module) -> None:
         return
     if record.config is not None:
         parts = anatomy.of(model)
-        _write(parts.config, parts.layers[0].rotary_module, record.config, record.attributes, record.buffers)
+        _write(
+            parts.config,
+            parts.layers[0].rotary_module,
+            record.config,
+            record.attributes,
+            record.buffers,
+        )
     delattr(model, ATTRIBUTE)
 
 
 def put_back(model: nn.Module, parts: anatomy.Anatomy, record: Record | None) -> None:
-    """The config and the rotary module as they were with an earlier `record`, when what came after `apply` failed."""
+    """The config and the rotary module as they were with an earlier `record`, when what came after
+    `apply` failed.
+    """
     undo(model)
     if record is not None:
         apply(model, parts, make(parts, record.specs))
 
 
 def saved(model: nn.Module) -> tuple[dict, dict]:
-    """(what goes under "effattn" in config.json, what changes beside it). Rules that are written into the config need
-    neither. A rule that transformers has, but would decode wrongly (its cached keys go stale), is written in its own
-    terms as well, and the terms of the model before it are kept."""
+    """(what goes under "effattn" in config.json, what changes beside it). Rules that are written
+    into the config need neither. A rule that transformers has, but would decode wrongly (its cached
+    keys go stale), is written in its own terms as well, and the terms of the model before it are
+    kept."""
     record = active(model)
     if record is None or record.config is not None:
         return {}, {}
@@ -178,7 +209,9 @@ def saved(model: nn.Module) -> tuple[dict, dict]:
 def _trained(parts: anatomy.Anatomy, layer: anatomy.Layer, done: Record | None) -> Trained:
     """What a layer was trained with, whatever has been written into the config since."""
     before = {} if done is None or done.config is None else done.config
-    length = before.get("max_position_embeddings", getattr(parts.config, "max_position_embeddings", 0))
+    length = before.get(
+        "max_position_embeddings", getattr(parts.config, "max_position_embeddings", 0)
+    )
     rotary = layer.rotary
     if rotary is None:
         return Trained(length, layer.heads, layer.head_dim, 0)
@@ -189,12 +222,21 @@ def _trained(parts: anatomy.Anatomy, layer: anatomy.Layer, done: Record | None) 
         own = rotary.rope()
         inv_freq, scaling = None if own.inv_freq.is_meta else own.inv_freq, own.attention_scaling
     return Trained(
-        length, layer.heads, layer.head_dim, layer.rotary_dims, float(rope.get("rope_theta") or 10000.0),
-        rotary.interleaved, kind, inv_freq, scaling,
-    )  # fmt: skip
+        length,
+        layer.heads,
+        layer.head_dim,
+        layer.rotary_dims,
+        float(rope.get("rope_theta") or 10000.0),
+        rotary.interleaved,
+        kind,
+        inv_freq,
+        scaling,
+    )
 
 
-def _bind(parts: anatomy.Anatomy, index: int, rule: tuple[Part, ...], done: Record | None) -> Positions:
+def _bind(
+    parts: anatomy.Anatomy, index: int, rule: tuple[Part, ...], done: Record | None
+) -> Positions:
     """The rule for one layer. Errors name it."""
     trained = _trained(parts, parts.layers[index], done)
     try:
@@ -203,22 +245,31 @@ def _bind(parts: anatomy.Anatomy, index: int, rule: tuple[Part, ...], done: Reco
         raise type(error)(f"layer {index}: {error}") from error
     if bound.raw_keys and isinstance(bound.rotation, OwnRope) and trained.kind in LENGTH_DEPENDENT:
         raise Unsupported(
-            f"layer {index}: positions: {bound.spec!r} turns keys when they are read, and the model's rotary rule "
-            f"{trained.kind!r} depends on the sequence's length; valid beside it is a rotation of its own, such as "
+            f"layer {index}: positions: {bound.spec!r} turns keys when they are read, and the "
+            "model's rotary rule "
+            f"{trained.kind!r} depends on the sequence's length; valid beside it is a rotation of "
+            "its own, such as "
             "ntk(factor=...)+rerope(window=...)"
         )
     return bound
 
 
-def _plain(parts: anatomy.Anatomy, bound: dict[int, Positions], varying: bool = False) -> tuple[dict, nn.Module] | None:
-    """(config fields, rotary module) with which plain transformers turns every layer as these rules do; None where it
-    has no such rule, or turns otherwise. varying: rules that vary with the length, too."""
+def _plain(
+    parts: anatomy.Anatomy, bound: dict[int, Positions], varying: bool = False
+) -> tuple[dict, nn.Module] | None:
+    """(config fields, rotary module) with which plain transformers turns every layer as these rules
+    do; None where it has no such rule, or turns otherwise. varying: rules that vary with the
+    length, too."""
     turning = [layer for layer in parts.layers if layer.rotary_dims]
     if not turning or {layer.index for layer in turning} - bound.keys():
         return None
     kinds: dict[str, dict] = {}
     for index, rule in bound.items():
-        new = rule.rotation.parameters(rule.trained) if len(rule.parts) == 1 and rule.rotation is not None else None
+        new = (
+            rule.rotation.parameters(rule.trained)
+            if len(rule.parts) == 1 and rule.rotation is not None
+            else None
+        )
         if new is None or rule.rotation.varies is not varying or rule.rotation.turns is False:
             return None
         if kinds.setdefault(parts.layers[index].rotary.layer_type, new) != new:
@@ -228,18 +279,25 @@ def _plain(parts: anatomy.Anatomy, bound: dict[int, Positions], varying: bool = 
     for kind, new in kinds.items():
         kept = old.get(kind, old).get("partial_rotary_factor")
         kinds[kind] = new if kept is None else {**new, "partial_rotary_factor": kept}
-    changed = {"rope_parameters": {**old, **kinds} if set(kinds) & set(old) else next(iter(kinds.values()))}
+    changed = {
+        "rope_parameters": {**old, **kinds} if set(kinds) & set(old) else next(iter(kinds.values()))
+    }
     if "dynamic" not in {new["rope_type"] for new in kinds.values()}:
         length = max(rule.rotation.reach(rule.trained) for rule in bound.values())
         changed["max_position_embeddings"] = length
-    if hasattr(config, "original_max_position_embeddings"):  # Phi-3: it goes before what rope_parameters say
+    if hasattr(
+        config, "original_max_position_embeddings"
+    ):  # Phi-3: it goes before what rope_parameters say
         changed["original_max_position_embeddings"] = next(iter(bound.values())).trained.length
     for name, value in changed.items():
         setattr(config, name, copy.deepcopy(value))
     rotary = type(parts.layers[0].rotary_module)(config)
     for index, rule in bound.items():
         its, ours = parts.layers[index].rotary_in(rotary).rope(), rule.rope()
-        same = its.inv_freq.shape == ours.inv_freq.shape and its.attention_scaling == ours.attention_scaling
+        same = (
+            its.inv_freq.shape == ours.inv_freq.shape
+            and its.attention_scaling == ours.attention_scaling
+        )
         if not same or not torch.allclose(its.inv_freq, ours.inv_freq, rtol=1e-5, atol=0):
             return None
     return changed, rotary
@@ -248,10 +306,16 @@ def _plain(parts: anatomy.Anatomy, bound: dict[int, Positions], varying: bool = 
 def _attributes(module: nn.Module) -> dict:
     """What a rotary module says beside its buffers, and what stands around its forward."""
     left = {"training", *placement.AROUND}
-    return {name: value for name, value in vars(module).items() if not name.startswith("_") and name not in left}
+    return {
+        name: value
+        for name, value in vars(module).items()
+        if not name.startswith("_") and name not in left
+    }
 
 
-def _write(config, module: nn.Module, fields: dict, attributes: dict, buffers: dict[str, Tensor]) -> None:
+def _write(
+    config, module: nn.Module, fields: dict, attributes: dict, buffers: dict[str, Tensor]
+) -> None:
     device = next(iter(module._buffers.values())).device
     for name, value in fields.items():
         setattr(config, name, copy.deepcopy(value))

@@ -1,4 +1,6 @@
-"""q, k, v or o of one attention layer, by head: views of the model's own weights, also where they are fused."""
+"""q, k, v or o of one attention layer, by head: views of the model's own weights, also where they
+are fused.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,10 @@ from effattn.profiling.weights import is_packed, is_plain
 from effattn.projections.monarch import MonarchLinear
 from effattn.projections.packed import PackedLinear
 
-STRUCTURED = (MonarchLinear, PackedLinear)  # their weight is multiplied out or unpacked when it is asked for
+STRUCTURED = (
+    MonarchLinear,
+    PackedLinear,
+)  # their weight is multiplied out or unpacked when it is asked for
 
 
 @dataclass(frozen=True)
@@ -43,21 +48,24 @@ class Projection:
     def by_head(self) -> torch.Tensor:
         """(heads, d, D), or (heads, D, d) for o: a view, so that writing into it changes the model.
 
-        Unsupported for structured projections and packed ones (bitsandbytes), which have no such weight.
-        """
+        Unsupported for structured projections and packed ones (bitsandbytes), which have no such
+        weight."""
         if is_packed(self.module):
             raise Unsupported(
-                "projections: the weights are packed in 4 or 8 bits, there are no numbers to read or write; do this to "
+                "projections: the weights are packed in 4 or 8 bits, there are no numbers to read "
+                "or write; do this to "
                 "the model's own weights, before they are quantized"
             )
         if isinstance(self.module, STRUCTURED):
             raise Unsupported(
-                f"projections: {self.module.spec} has no weight by heads; change heads before projections are replaced "
+                f"projections: {self.module.spec} has no weight by heads; change heads before "
+                "projections are replaced "
                 "or packed, or effattn.swap(model, projections='dense') first"
             )
         if not is_plain(self.module):
             raise Unsupported(
-                f"projections: {type(self.module).__name__} is no plain linear layer, its weight is not all that it "
+                f"projections: {type(self.module).__name__} is no plain linear layer, its weight "
+                "is not all that it "
                 "computes with; do this to the model's own weights"
             )
         if self.output:
@@ -65,7 +73,8 @@ class Projection:
         return self._rows(self.module.weight.detach())
 
     def rows(self, heads: torch.Tensor) -> torch.Tensor:
-        """Which rows of the module's weight (columns, for o) belong to these heads (n,): int64 (n·d,), in their order.
+        """Which rows of the module's weight (columns, for o) belong to these heads (n,): int64
+        (n·d,), in their order.
 
         Unsupported for structured projections, which have no such weight.
         """
@@ -79,7 +88,9 @@ class Projection:
         """(heads·d, D), or (D, heads·d) for o. Of structured projections a copy, multiplied out."""
         if isinstance(self.module, STRUCTURED):
             dense = self.module.dense().detach()
-            return dense if self.output else self._rows(dense).reshape(self.heads * self.head_dim, -1)
+            return (
+                dense if self.output else self._rows(dense).reshape(self.heads * self.head_dim, -1)
+            )
         if self.output:
             self.by_head  # noqa: B018 - raises where there is none
             return self.module.weight.detach()
@@ -94,12 +105,16 @@ class Projection:
 
     @property
     def bias_by_head(self) -> torch.Tensor | None:
-        """(heads, d): a view, so that writing into it changes the model; None without one. Not for o."""
+        """(heads, d): a view, so that writing into it changes the model; None without one. Not for
+        o.
+        """
         return None if self.module.bias is None else self._rows(self.module.bias.detach())
 
     @property
     def with_bias(self) -> torch.Tensor:
-        """(heads, d, D + 1): the map of (x, 1), in fp64. A missing bias is a column of zeros. Not for o."""
+        """(heads, d, D + 1): the map of (x, 1), in fp64. A missing bias is a column of zeros. Not
+        for o.
+        """
         weight = self.by_head.double()
         bias = torch.zeros(self.heads * self.head_dim) if self.bias is None else self.bias
         return torch.cat([weight, bias.to(weight).view(self.heads, self.head_dim, 1)], dim=-1)

@@ -1,10 +1,11 @@
-"""What a checkpoint says about a swap: the entry "effattn" of its config.json, and the weights that a swap added.
+"""What a checkpoint says about a swap: the entry "effattn" of its config.json, and the weights that
+a swap added.
 
-The entry is on a swapped model's config from the moment of the swap, so that whatever writes the config (a Trainer,
-`save_pretrained`) writes it, too; beside it `attn_implementation` is "effattn", so that plain transformers refuses to
-load that checkpoint as the model that it was before. `effattn.load` reads both kinds. `effattn.save` leaves that mark
-out: what it writes as weights is the model's own alone, and plain transformers may load it.
-"""
+The entry is on a swapped model's config from the moment of the swap, so that whatever writes the
+config (a Trainer, `save_pretrained`) writes it, too; beside it `attn_implementation` is "effattn",
+so that plain transformers refuses to load that checkpoint as the model that it was before.
+`effattn.load` reads both kinds. `effattn.save` leaves that mark out: what it writes as weights is
+the model's own alone, and plain transformers may load it."""
 
 from __future__ import annotations
 
@@ -34,17 +35,25 @@ def of(model: nn.Module) -> dict:
     done = getattr(model, hooks.ATTRIBUTE, None)
     rules = positions.active(model)
     found = {
-        "pattern": {} if done is None else {i: spec for i, spec in done.specs.items() if not is_plain(spec)},
+        "pattern": {}
+        if done is None
+        else {i: spec for i, spec in done.specs.items() if not is_plain(spec)},
         "positions": {} if rules is None or rules.config is not None else rules.specs,
         "cache": {} if done is None else done.caches,
     }
-    found = {axis: {str(index): specs[index] for index in sorted(specs)} for axis, specs in found.items() if specs}
+    found = {
+        axis: {str(index): specs[index] for index in sorted(specs)}
+        for axis, specs in found.items()
+        if specs
+    }
     others = {"projections": replace.record(model), "packed": list(packed.layers_of(model))}
     return found | {name: entry for name, entry in others.items() if entry}
 
 
 def mark(model: nn.Module) -> None:
-    """Puts the record of the model as it is now on its config, or takes it off where nothing is to be said."""
+    """Puts the record of the model as it is now on its config, or takes it off where nothing is to
+    be said.
+    """
     if not hasattr(model, "config"):  # nothing that could be saved
         return
     fields = vars(model.config)
@@ -57,9 +66,8 @@ def mark(model: nn.Module) -> None:
 def write(model: nn.Module, file: Path) -> None:
     """Makes config.json that of a checkpoint whose weights are the model's own.
 
-    Rules that transformers has, but decodes wrongly, are written in its terms as well; projections that are no linears
-    make it another `model_type`.
-    """
+    Rules that transformers has, but decodes wrongly, are written in its terms as well; projections
+    that are no linears make it another `model_type`."""
     config = json.loads(file.read_text(encoding="utf-8"))
     for name in (KEY, MARK):
         config.pop(name, None)
@@ -101,7 +109,9 @@ def _shared(tensors: dict[str, Tensor]) -> list[list[str]]:
 
 @torch.no_grad()
 def load_learned(model: nn.Module, name: str) -> None:
-    """Fills what a swap added from the checkpoint's files. ValueError unless names and shapes are the same."""
+    """Fills what a swap added from the checkpoint's files. ValueError unless names and shapes are
+    the same.
+    """
     wanted = learned(model)
     groups = _shared(wanted)
     folder = _folder(name)
@@ -112,14 +122,19 @@ def load_learned(model: nn.Module, name: str) -> None:
         key = next(one for one in names if one in files)
         saved, tensor = files[key], wanted[key]
         if saved.shape != tuple(tensor.shape):
-            raise ValueError(f"weights: {saved.file}: {key}: got {saved.shape}, expected {tuple(tensor.shape)}")
+            raise ValueError(
+                f"weights: {saved.file}: {key}: got {saved.shape}, expected {tuple(tensor.shape)}"
+            )
         tensor.copy_(read(folder / saved.file, [key])[key])
 
 
 def _fit(what: str, names, files: dict[str, Stored]) -> None:
     if names:
         file = next(iter(files.values())).file if files else LEARNED
-        raise ValueError(f"weights: {file} does not fit the swap in config.json, {what}: {shortened(sorted(names))}")
+        raise ValueError(
+            f"weights: {file} does not fit the swap in config.json, {what}: "
+            f"{shortened(sorted(names))}"
+        )
 
 
 def _learned_files(folder: Path) -> dict[str, Stored]:
@@ -129,7 +144,8 @@ def _learned_files(folder: Path) -> dict[str, Stored]:
     if beside and inside:
         other = next(iter(inside.values())).file
         raise ValueError(
-            f"weights: {str(folder)!r} holds what a swap added in {LEARNED} and in {other}: one of them is of another "
+            f"weights: {str(folder)!r} holds what a swap added in {LEARNED} and in {other}: one "
+            "of them is of another "
             "save; delete it"
         )
     return inside or beside

@@ -1,4 +1,6 @@
-"""Where a checkpoint is, its configuration and its tokenizer: the part of loading that reads no weights."""
+"""Where a checkpoint is, its configuration and its tokenizer: the part of loading that reads no
+weights.
+"""
 
 from __future__ import annotations
 
@@ -14,12 +16,18 @@ from effattn.hf.trusted import KEY
 from effattn.hf.weight_files import one_line, read_json
 
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+)
 VOCABULARY = re.compile(r"(tokenizer\.json|tekken\.json|vocab\..*|.*\.(model|tiktoken))")
 
 
 def resolve(name: str | Path) -> str:
-    """What transformers loads `name` from: a folder ("embedded" has one too), or else a hub name as it is.
+    """What transformers loads `name` from: a folder ("embedded" has one too), or else a hub name as
+    it is.
 
     ValueError, without touching the network, for what can be neither.
     """
@@ -30,30 +38,38 @@ def resolve(name: str | Path) -> str:
     if Path(name).is_dir():
         if (Path(name) / "adapter_config.json").is_file():
             raise ValueError(
-                f"model: the folder {str(name)!r} holds an adapter (adapter_config.json); valid is the whole model, "
+                f"model: the folder {str(name)!r} holds an adapter (adapter_config.json); valid "
+                "is the whole model, "
                 "saved after peft's merge_and_unload()"
             )
         if not (Path(name) / "config.json").is_file():
-            raise ValueError(f"model: the folder {str(name)!r} has no config.json, it is not a checkpoint")
+            raise ValueError(
+                f"model: the folder {str(name)!r} has no config.json, it is not a checkpoint"
+            )
         return str(name)
     if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", str(name)):
-        raise ValueError(_not_found(name, "it is no folder, and no hub name (owner/name) looks like that"))
+        raise ValueError(
+            _not_found(name, "it is no folder, and no hub name (owner/name) looks like that")
+        )
     return str(name)
 
 
 def read_config(name: str, asked: str | Path):
-    """The configuration of the checkpoint `name` (a folder or hub name); of one whose model_type is "effattn", that of
-    the model inside. Its attribute "effattn", where it has one, is what was swapped.
+    """The configuration of the checkpoint `name` (a folder or hub name); of one whose model_type is
+    "effattn", that of the model inside. Its attribute "effattn", where it has one, is what was
+    swapped.
 
-    The cheap part of loading comes first, so that an unknown name is one clear error and not the hub library's.
-    ValueError for files that hold no configuration, and for entries that `trusted` does not let pass.
-    """
+    The cheap part of loading comes first, so that an unknown name is one clear error and not the
+    hub library's. ValueError for files that hold no configuration, and for entries that `trusted`
+    does not let pass."""
     from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
     if Path(name).is_dir():
         found = read_json(Path(name) / "config.json")
         if (Path(name) / "generation_config.json").exists():
-            read_json(Path(name) / "generation_config.json")  # transformers takes its own settings for broken ones
+            read_json(
+                Path(name) / "generation_config.json"
+            )  # transformers takes its own settings for broken ones
     else:
         try:
             found, _ = PreTrainedConfig.get_config_dict(name)
@@ -66,15 +82,21 @@ def read_config(name: str, asked: str | Path):
             config = CONFIG_MAPPING[kind].from_dict(found | {"model_type": kind})
         else:
             config = AutoConfig.from_pretrained(name, trust_remote_code=False)
-    except Exception as error:  # what it holds is of the wrong kind: each class has its own way of saying so
-        raise ValueError(f"model: {str(asked)!r}: config.json cannot be read: {one_line(error)}") from error
+    except (
+        Exception
+    ) as error:  # what it holds is of the wrong kind: each class has its own way of saying so
+        raise ValueError(
+            f"model: {str(asked)!r}: config.json cannot be read: {one_line(error)}"
+        ) from error
     if config._attn_implementation == KEY:  # a mark for plain transformers, which must not load it
         config._attn_implementation = None
     return config
 
 
 def load_tokenizer(name: str | Path):
-    """The tokenizer of the checkpoint `name` (a folder or hub name). ValueError, naming the file, for a broken one."""
+    """The tokenizer of the checkpoint `name` (a folder or hub name). ValueError, naming the file,
+    for a broken one.
+    """
     from transformers import AutoTokenizer
 
     folder = Path(name)
@@ -83,7 +105,10 @@ def load_tokenizer(name: str | Path):
             if (folder / file).exists() or (folder / file).is_symlink():
                 read_json(folder / file, limit=1 << 30)
         if not _vocabularies(folder):
-            raise ValueError(f"tokenizer: {str(folder)!r} has none (no tokenizer.json, tokenizer.model or vocab file)")
+            raise ValueError(
+                f"tokenizer: {str(folder)!r} has none (no tokenizer.json, tokenizer.model or "
+                "vocab file)"
+            )
     try:
         return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except Exception as error:
@@ -93,11 +118,17 @@ def load_tokenizer(name: str | Path):
 
 def _vocabularies(folder: Path) -> list[Path]:
     """The files of a folder that hold a vocabulary."""
-    return sorted(file for file in folder.iterdir() if VOCABULARY.fullmatch(file.name) and file.is_file())
+    return sorted(
+        file for file in folder.iterdir() if VOCABULARY.fullmatch(file.name) and file.is_file()
+    )
 
 
 def _not_found(name: str | Path, why: str) -> str:
-    hint = " (did you mean 'embedded'?)" if difflib.get_close_matches(str(name), ["embedded"], cutoff=0.8) else ""
+    hint = (
+        " (did you mean 'embedded'?)"
+        if difflib.get_close_matches(str(name), ["embedded"], cutoff=0.8)
+        else ""
+    )
     return (
         f"model: got {str(name)!r}{hint}, which is not 'embedded', not an existing folder, "
         f"and not found as a hub name: {why}"

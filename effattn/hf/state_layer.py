@@ -1,9 +1,10 @@
-"""A layer of transformers' Cache that holds a backend's own state: a ring, recurrent sums, raw keys.
+"""A layer of transformers' Cache that holds a backend's own state: a ring, recurrent sums, raw
+keys.
 
-transformers' attention modules call `keys, values = cache.update(k, v, index)` and hand both to the attention function.
-`StateLayer.update` returns a `Handle` in their place: the new tokens and where to put them. `effattn.hf.live` gives it
-to `StateLayer.attend`, where the backend appends them to its state. `place` puts the right layers into a cache.
-"""
+transformers' attention modules call `keys, values = cache.update(k, v, index)` and hand both to the
+attention function. `StateLayer.update` returns a `Handle` in their place: the new tokens and where
+to put them. `effattn.hf.live` gives it to `StateLayer.attend`, where the backend appends them to
+its state. `place` puts the right layers into a cache."""
 
 from __future__ import annotations
 
@@ -14,7 +15,13 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer, StaticLayer
+from transformers.cache_utils import (
+    Cache,
+    CacheLayerMixin,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    StaticLayer,
+)
 
 from effattn.errors import Unsupported
 from effattn.hf import together
@@ -35,7 +42,9 @@ class NotATensor(Unsupported, AttributeError):
 
 
 class Handle:
-    """The new keys and values of one call, on their way to the attention function. Everyone else is told off."""
+    """The new keys and values of one call, on their way to the attention function. Everyone else is
+    told off.
+    """
 
     def __init__(self, layer: StateLayer, k: Tensor, v: Tensor):
         self.layer, self.k, self.v = layer, k, v
@@ -49,33 +58,43 @@ class Handle:
 
 
 _STRANGER = (
-    "cache: this layer was made by effattn.swap for its own attention, and another attention function reads it; give a "
+    "cache: this layer was made by effattn.swap for its own attention, and another attention "
+    "function reads it; give a "
     "model that is not swapped a cache of its own, such as transformers.DynamicCache()"
 )
 
 
 @dataclass
 class _Undo:
-    """What brings back tokens that a state has evicted already: the state before them, and how to add some again."""
+    """What brings back tokens that a state has evicted already: the state before them, and how to
+    add some again.
+    """
 
     state: State
     again: Callable[[State, int], None]  # appends that many tokens
 
 
 class StateLayer(CacheLayerMixin):
-    """One layer's `State`, in transformers' Cache. `pattern`: the spec of the backend that it belongs to, `cache`: the
-    format of what it holds, if it is packed. `given`: made by hand, so that the format need not be the swap's.
+    """One layer's `State`, in transformers' Cache. `pattern`: the spec of the backend that it
+    belongs to, `cache`: the format of what it holds, if it is packed. `given`: made by hand, so
+    that the format need not be the swap's.
 
-    `get_seq_length` is the number of tokens seen, held or not, and mask sizes say the same. A state takes back up to
-    `ROLLBACK` tokens by itself. When more of a call may be rejected (assisted decoding; `candidates`), a copy of
-    the state from before them is kept until the next call.
-    """
+    `get_seq_length` is the number of tokens seen, held or not, and mask sizes say the same. A state
+    takes back up to `ROLLBACK` tokens by itself. When more of a call may be rejected (assisted
+    decoding; `candidates`), a copy of the state from before them is kept until the next call."""
 
     is_sliding = False
     is_compileable = False
     is_croppable = True
 
-    def __init__(self, index: int, pattern: str, state: State, cache: LayerCache | None = None, given: bool = False):
+    def __init__(
+        self,
+        index: int,
+        pattern: str,
+        state: State,
+        cache: LayerCache | None = None,
+        given: bool = False,
+    ):
         self.index, self.pattern, self.state = index, pattern, state
         self.cache, self.given = cache, given
         self.is_initialized = False
@@ -96,14 +115,18 @@ class StateLayer(CacheLayerMixin):
 
     @property
     def keys(self) -> Tensor | None:
-        """What the state holds, as it lies there (a ring starts anywhere); None where it holds no keys."""
+        """What the state holds, as it lies there (a ring starts anywhere); None where it holds no
+        keys.
+        """
         return getattr(self.state, "k", None)
 
     @keys.setter
     def keys(self, new) -> None:
         raise Unsupported(
-            f"cache: layer {self.index} ({self.words}) holds its own state, in which keys and values cannot be "
-            "cut or replaced; hooks that do so need plain 'dense' layers without cache=, or effattn.restore(model)"
+            f"cache: layer {self.index} ({self.words}) holds its own state, in which keys and "
+            "values cannot be "
+            "cut or replaced; hooks that do so need plain 'dense' layers without cache=, or "
+            "effattn.restore(model)"
         )
 
     @property
@@ -123,11 +146,16 @@ class StateLayer(CacheLayerMixin):
         self.dtype, self.device = key_states.dtype, key_states.device
         self.is_initialized = True
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Handle, Handle]:
-        """The new tokens as a handle, twice. They are in the state once the attention function has run."""
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args, **kwargs
+    ) -> tuple[Handle, Handle]:
+        """The new tokens as a handle, twice. They are in the state once the attention function has
+        run.
+        """
         if self._waiting:
             raise Unsupported(
-                f"cache: layer {self.index} ({self.words}) was updated twice without attention in between; only a "
+                f"cache: layer {self.index} ({self.words}) was updated twice without attention in "
+                "between; only a "
                 "model that effattn.swap has changed can use it"
             )
         if not self.is_initialized:
@@ -137,18 +165,28 @@ class StateLayer(CacheLayerMixin):
         return handle, handle
 
     def take(self, handle: Handle) -> tuple[Tensor, Tensor]:
-        """The new tokens of a handle, which has arrived: what is refused from here on leaves the layer as it was."""
+        """The new tokens of a handle, which has arrived: what is refused from here on leaves the
+        layer as it was.
+        """
         self._waiting = False
         return handle.k, handle.v
 
-    def attend(self, backend: Backend, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, **call) -> Tensor:
-        """`backend` over the past and the new tokens k, v, which the state then holds. mask: (B, all tokens) bool."""
+    def attend(
+        self, backend: Backend, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, **call
+    ) -> Tensor:
+        """`backend` over the past and the new tokens k, v, which the state then holds. mask: (B,
+        all tokens) bool.
+        """
         self._undo = None
         if self.device != k.device:
             self._move(k.device)
             self.device = k.device
         last = min(self.candidates, k.shape[2] - 1)
-        if last > ROLLBACK and self.state.evicts and not (torch.is_grad_enabled() or torch.compiler.is_compiling()):
+        if (
+            last > ROLLBACK
+            and self.state.evicts
+            and not (torch.is_grad_enabled() or torch.compiler.is_compiling())
+        ):
             out = self._attend_in_two(backend, q, k, v, mask, last, call)
         else:
             self.state.candidates = last
@@ -159,7 +197,9 @@ class StateLayer(CacheLayerMixin):
         return out
 
     def _attend_in_two(self, backend, q, k, v, mask, last: int, call: dict) -> Tensor:
-        """The tokens that stay, a copy of the state, then the `last` ones. By definition the same as all at once."""
+        """The tokens that stay, a copy of the state, then the `last` ones. By definition the same
+        as all at once.
+        """
         total = self.state.seq_len + k.shape[2]
 
         def run(state: State, start: int, stop: int) -> Tensor:
@@ -167,7 +207,10 @@ class StateLayer(CacheLayerMixin):
             seen = None if mask is None else mask[:, : total - k.shape[2] + stop]
             extras = call
             if call.get("global_qkv") is not None:
-                extras = {**call, "global_qkv": tuple(x[:, :, start:stop] for x in call["global_qkv"])}
+                extras = {
+                    **call,
+                    "global_qkv": tuple(x[:, :, start:stop] for x in call["global_qkv"]),
+                }
             return backend(*some, padding_mask=seen, state=state, **extras)
 
         stay = k.shape[2] - last
@@ -181,13 +224,20 @@ class StateLayer(CacheLayerMixin):
         """Raises what `crop` would; nothing is changed."""
         left = int(self.state.seq_len) + tokens_to_remove
         undo = self._undo
-        if tokens_to_remove and (undo is None or left < undo.state.seq_len or -tokens_to_remove <= ROLLBACK):
+        if tokens_to_remove and (
+            undo is None or left < undo.state.seq_len or -tokens_to_remove <= ROLLBACK
+        ):
             self.state.check_crop(left)
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Takes back the last tokens: 0 or a negative number. ValueError for what cannot be brought back."""
+        """Takes back the last tokens: 0 or a negative number. ValueError for what cannot be brought
+        back.
+        """
         if tokens_to_remove > 0:
-            raise ValueError(f"crop: got {tokens_to_remove}, valid is 0 or minus the number of tokens to take back")
+            raise ValueError(
+                f"crop: got {tokens_to_remove}, valid is 0 or minus the number of tokens to take "
+                "back"
+            )
         if self.is_initialized:
             self.check_crop(tokens_to_remove)
         undo, self._undo = self._undo, None
@@ -255,26 +305,32 @@ class StateLayer(CacheLayerMixin):
 
 
 def place(cache: Cache, swapped: LayerSwap) -> None:
-    """Sees to it that a swapped layer finds in `cache` what serves it; an empty plain layer is replaced.
+    """Sees to it that a swapped layer finds in `cache` what serves it; an empty plain layer is
+    replaced.
 
-    Raises Unsupported for what holds tokens that the layer cannot use, or in another format than it asks for.
-    """
+    Raises Unsupported for what holds tokens that the layer cannot use, or in another format than it
+    asks for."""
     index = swapped.index
     if not isinstance(cache, Cache) or not hasattr(cache, "layers"):
-        raise Unsupported(f"past_key_values: got {type(cache).__name__}, valid is transformers' DynamicCache")
+        raise Unsupported(
+            f"past_key_values: got {type(cache).__name__}, valid is transformers' DynamicCache"
+        )
     together.bind(cache)
     layers = cache.layers
     while len(layers) <= index and cache.layer_class_to_replicate is not None:
         layers.append(cache.layer_class_to_replicate())
     if len(layers) <= index:
-        raise Unsupported(f"past_key_values: it has {len(layers)} layers, layer {index} needs one too")
+        raise Unsupported(
+            f"past_key_values: it has {len(layers)} layers, layer {index} needs one too"
+        )
     layer = layers[index]
     where = f"past_key_values: layer {index} ({_words(swapped.holds, swapped.cache)})"
     empty = "start with an empty cache (effattn.new_cache(model))"
     if isinstance(layer, StateLayer):
         if layer.index != index or sum(one is layer for one in layers) > 1:
             raise Unsupported(
-                f"{where}: it was made for layer {layer.index}; each layer needs one of its own ({empty})"
+                f"{where}: it was made for layer {layer.index}; each layer needs one of its own "
+                f"({empty})"
             )
         if layer.pattern != swapped.holds or not (layer.given or layer.cache == swapped.cache):
             if layer.get_seq_length() or layer.given:
@@ -283,7 +339,8 @@ def place(cache: Cache, swapped: LayerSwap) -> None:
             layers[index] = new_layer(swapped, layer.record_past)
     elif isinstance(layer, StaticLayer):
         raise Unsupported(
-            f"{where}: static cache: it has no place for a backend's own state; after a swap, use the default cache "
+            f"{where}: static cache: it has no place for a backend's own state; after a swap, use "
+            "the default cache "
             "(effattn.new_cache(model))"
         )
     elif type(layer) in PLAIN and not layer.get_seq_length():
@@ -291,23 +348,33 @@ def place(cache: Cache, swapped: LayerSwap) -> None:
         if type(new) is not type(layer):
             layers[index] = new
     elif swapped.cache is not None:
-        raise Unsupported(f"{where}: the {type(layer).__name__} holds tokens in full precision; {empty}")
+        raise Unsupported(
+            f"{where}: the {type(layer).__name__} holds tokens in full precision; {empty}"
+        )
     elif swapped.raw_keys:
         raise Unsupported(
-            f"{where}: the {type(layer).__name__} holds rotated keys, and this pattern rotates them itself, by their "
+            f"{where}: the {type(layer).__name__} holds rotated keys, and this pattern rotates "
+            "them itself, by their "
             f"place in the cache; {empty}"
         )
-    elif isinstance(layer, DynamicSlidingWindowLayer) and swapped.own_window != layer.sliding_window:
+    elif (
+        isinstance(layer, DynamicSlidingWindowLayer) and swapped.own_window != layer.sliding_window
+    ):
         raise Unsupported(
-            f"{where}: the {type(layer).__name__} holds the last {layer.sliding_window} tokens only; {empty}"
+            f"{where}: the {type(layer).__name__} holds the last {layer.sliding_window} tokens "
+            f"only; {empty}"
         )
     layer = layers[index]
     if isinstance(layer, StateLayer):
-        layer.candidates = getattr(cache, CANDIDATES, 0) or (UNKNOWN_CANDIDATES if layer.record_past else 0)
+        layer.candidates = getattr(cache, CANDIDATES, 0) or (
+            UNKNOWN_CANDIDATES if layer.record_past else 0
+        )
 
 
 def new_layer(swapped: LayerSwap, record_past: bool = False) -> CacheLayerMixin:
-    """transformers' own layer where it holds the same as a swapped layer's state, a `StateLayer` otherwise."""
+    """transformers' own layer where it holds the same as a swapped layer's state, a `StateLayer`
+    otherwise.
+    """
     state = swapped.new_state()
     if type(state) is FullState and not swapped.raw_keys:
         return DynamicLayer()

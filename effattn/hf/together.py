@@ -1,9 +1,10 @@
-"""A model's cache whose layers change together: what one layer cannot do is refused before another has done it.
+"""A model's cache whose layers change together: what one layer cannot do is refused before another
+has done it.
 
-transformers' `Cache` goes from layer to layer. A ring that refuses to go back would leave the layers before it cropped,
-and the next call wrong without an error. `place` (in `effattn.hf.state_layer`) gives the cache of a swapped model these
-operations; its class stays what it was.
-"""
+transformers' `Cache` goes from layer to layer. A ring that refuses to go back would leave the
+layers before it cropped, and the next call wrong without an error. `place` (in
+`effattn.hf.state_layer`) gives the cache of a swapped model these operations; its class stays what
+it was."""
 
 from __future__ import annotations
 
@@ -25,23 +26,31 @@ def bind(cache: Cache) -> None:
 
 
 def crop(self: Cache, tokens_to_remove: int) -> None:
-    """Takes back the last tokens: 0 or a negative number. ValueError for what some layer cannot bring back."""
+    """Takes back the last tokens: 0 or a negative number. ValueError for what some layer cannot
+    bring back.
+    """
     if tokens_to_remove > 0:
-        raise ValueError(f"crop: got {tokens_to_remove}, valid is 0 or minus the number of tokens to take back")
+        raise ValueError(
+            f"crop: got {tokens_to_remove}, valid is 0 or minus the number of tokens to take back"
+        )
     for index, layer in enumerate(self.layers):
         _check_crop(index, layer, -tokens_to_remove)
     type(self).crop(self, tokens_to_remove)
 
 
 def reorder_cache(self: Cache, beam_idx: Tensor) -> None:
-    """Row i becomes the old row beam_idx[i]. ValueError unless it names a row for each one there is."""
+    """Row i becomes the old row beam_idx[i]. ValueError unless it names a row for each one there
+    is.
+    """
     for layer in self.layers:
         _check_rows(layer, beam_idx, whole=True)
     type(self).reorder_cache(self, beam_idx)
 
 
 def batch_select_indices(self: Cache, indices: Tensor) -> None:
-    """Keeps these rows; `indices`: numbers, or a bool mask over the rows. ValueError for rows that are not there."""
+    """Keeps these rows; `indices`: numbers, or a bool mask over the rows. ValueError for rows that
+    are not there.
+    """
     for layer in self.layers:
         _check_rows(layer, indices)
     type(self).batch_select_indices(self, indices)
@@ -58,7 +67,9 @@ def _check_crop(index: int, layer: CacheLayerMixin, tokens: int) -> None:
     """Raises what taking back so many tokens would."""
     seen = int(layer.get_seq_length())
     if tokens > seen and layer.is_initialized:
-        raise ValueError(f"crop: got {-tokens}, layer {index} has seen {seen} tokens; valid is {-seen} to 0")
+        raise ValueError(
+            f"crop: got {-tokens}, layer {index} has seen {seen} tokens; valid is {-seen} to 0"
+        )
     if hasattr(layer, "check_crop"):
         layer.check_crop(-tokens)
     elif isinstance(layer, DynamicSlidingWindowLayer) and tokens and layer.is_initialized:
@@ -69,7 +80,8 @@ def _check_window(index: int, layer: DynamicSlidingWindowLayer, tokens: int, see
     """transformers' own ring, which takes tokens back only while it records the past."""
     if seen >= layer.sliding_window and not getattr(layer, "record_past", False):
         raise ValueError(
-            f"crop: got {-tokens}, but layer {index} has let go of what a window of {layer.sliding_window} tokens "
+            f"crop: got {-tokens}, but layer {index} has let go of what a window of "
+            f"{layer.sliding_window} tokens "
             "ending there needs; valid is 0"
         )
 
@@ -84,7 +96,9 @@ def _check_rows(layer: CacheLayerMixin, index: Tensor, whole: bool = False) -> N
         return
     if index.dtype == torch.bool:
         if index.shape != (batch,):
-            raise ValueError(f"indices: expected a mask over {batch} rows, got {tuple(index.shape)}")
+            raise ValueError(
+                f"indices: expected a mask over {batch} rows, got {tuple(index.shape)}"
+            )
         return
     if whole and len(index) != batch:
         raise ValueError(f"beam_idx: expected {batch} rows, got {len(index)}")

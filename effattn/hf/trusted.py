@@ -1,8 +1,8 @@
 """What a config.json from outside may say. Everything is checked before anything is built from it.
 
-transformers makes attributes of whatever a config.json holds; here its entries are held to types and bounds, and the
-entry "effattn", which says what was swapped, to a list of fields. Specs go through the grammar of `effattn.swap`.
-"""
+transformers makes attributes of whatever a config.json holds; here its entries are held to types
+and bounds, and the entry "effattn", which says what was swapped, to a list of fields. Specs go
+through the grammar of `effattn.swap`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ from effattn.hf.weight_files import one_line
 from effattn.positions.registry import parse as parse_positions
 from effattn.projections.replace import SAVED
 
-KEY = "effattn"  # in config.json, and its attn_implementation where plain transformers must not load it
+# in config.json, and its attn_implementation where plain transformers must not load it
+KEY = "effattn"
 FIELDS = ("pattern", "positions", "cache", "trained", "model_type", "projections", "packed")
 TRAINED = ("rope_parameters", "max_position_embeddings", "original_max_position_embeddings")
 ATTENTION = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
@@ -35,10 +36,14 @@ SIZE = 1 << 20  # of an option of a pattern, where the model's own numbers are s
 
 
 def check_config(config: dict) -> None:
-    """ValueError, naming the entry of config.json, for what no checkpoint says and what no model could be made of."""
+    """ValueError, naming the entry of config.json, for what no checkpoint says and what no model
+    could be made of.
+    """
     from transformers import PreTrainedConfig
 
-    for where, name, value in _walk({key: value for key, value in config.items() if key != KEY}, "config.json"):
+    for where, name, value in _walk(
+        {key: value for key, value in config.items() if key != KEY}, "config.json"
+    ):
         if isinstance(value, float) and not math.isfinite(value) and "time_step_limit" not in where:
             raise ValueError(f"{where}: got {value}, valid is a finite number")
         most = LAYERS if COUNTED.search(name) else LABELS if name == "num_labels" else None
@@ -52,19 +57,30 @@ def check_config(config: dict) -> None:
         if taken or callable(getattr(PreTrainedConfig, name, None)):
             raise ValueError(f"{where}: {name!r} is no setting of a model")
     if "configuration_files" in config:
-        raise ValueError("config.json: configuration_files: valid is one configuration, for every version")
+        raise ValueError(
+            "config.json: configuration_files: valid is one configuration, for every version"
+        )
     _check_types(config)
     if KEY in config:
         check_record(config[KEY], config)
     elif config.get("model_type") == KEY:
-        raise ValueError(f"config.json: model_type is {KEY!r}, and the entry {KEY!r} that belongs to it is missing")
+        raise ValueError(
+            f"config.json: model_type is {KEY!r}, and the entry {KEY!r} that belongs to it is "
+            "missing"
+        )
 
 
 def _walk(value, where: str, depth: int = 0) -> Iterator[tuple[str, str, object]]:
-    """(path, name, value) of every entry of objects and lists inside each other. ValueError for too many of them."""
+    """(path, name, value) of every entry of objects and lists inside each other. ValueError for too
+    many of them.
+    """
     if depth > DEPTH:
         raise ValueError(f"{where[:80]}...: nested too deeply, valid are {DEPTH} levels")
-    entries = value.items() if isinstance(value, dict) else [(where.rpartition(": ")[2], one) for one in value]
+    entries = (
+        value.items()
+        if isinstance(value, dict)
+        else [(where.rpartition(": ")[2], one) for one in value]
+    )
     for name, one in entries:
         inside = f"{where}: {name:.80}" if isinstance(value, dict) else where
         yield inside, name if isinstance(value, dict) else "", one
@@ -75,10 +91,13 @@ def _walk(value, where: str, depth: int = 0) -> Iterator[tuple[str, str, object]
 def _check_attention(where: str, value, config: dict) -> None:
     for one in value.values() if isinstance(value, dict) else [value]:
         if one == KEY and KEY not in config:
-            raise ValueError(f"{where}: got {KEY!r}, and the entry {KEY!r} that says what was swapped is missing")
+            raise ValueError(
+                f"{where}: got {KEY!r}, and the entry {KEY!r} that says what was swapped is missing"
+            )
         if one not in (None, KEY, *ATTENTION):
             raise ValueError(
-                f"{where}: got {one!r:.80}, valid are {', '.join(map(repr, ATTENTION))}; code from the hub is never run"
+                f"{where}: got {one!r:.80}, valid are {', '.join(map(repr, ATTENTION))}; code "
+                "from the hub is never run"
             )
 
 
@@ -89,10 +108,17 @@ def _check_types(config: dict) -> None:
     if kind != KEY and (not isinstance(kind, str) or kind not in CONFIG_MAPPING):
         near = difflib.get_close_matches(str(kind), list(CONFIG_MAPPING.keys()), n=1)
         hint = f" (did you mean {near[0]!r}?)" if near else ""
-        raise ValueError(f"config.json: model_type: got {kind!r:.80}{hint}, which transformers {__version__} has not")
+        raise ValueError(
+            f"config.json: model_type: got {kind!r:.80}{hint}, which transformers {__version__} "
+            "has not"
+        )
     classes = config.get("architectures")
-    if classes is not None and not (isinstance(classes, list) and all(isinstance(one, str) for one in classes)):
-        raise ValueError(f"config.json: architectures: got {classes!r:.80}, valid is a list of names of classes")
+    if classes is not None and not (
+        isinstance(classes, list) and all(isinstance(one, str) for one in classes)
+    ):
+        raise ValueError(
+            f"config.json: architectures: got {classes!r:.80}, valid is a list of names of classes"
+        )
     for name in ("dtype", "torch_dtype"):
         value = config.get(name)
         if value is None or isinstance(value, dict):
@@ -100,14 +126,18 @@ def _check_types(config: dict) -> None:
         if not isinstance(value, str) or not isinstance(
             getattr(torch, value.removeprefix("torch."), None), torch.dtype
         ):
-            raise ValueError(f"config.json: {name}: got {value!r:.80}, valid is a dtype such as 'bfloat16'")
+            raise ValueError(
+                f"config.json: {name}: got {value!r:.80}, valid is a dtype such as 'bfloat16'"
+            )
     for name in ("quantization_config", "id2label", "label2id"):
         if not isinstance(config.get(name), dict | None):
             raise ValueError(f"config.json: {name}: got {config[name]!r:.80}, valid is an object")
 
 
 def check_record(record, config: dict) -> None:
-    """ValueError, naming the field, unless the entry "effattn" is one that a swap of such a model writes."""
+    """ValueError, naming the field, unless the entry "effattn" is one that a swap of such a model
+    writes.
+    """
     where = f"config.json: {KEY}"
     if not isinstance(record, dict) or not record:
         raise ValueError(f"{where}: got {record!r:.80}, valid is an object of {', '.join(FIELDS)}")
@@ -120,14 +150,18 @@ def check_record(record, config: dict) -> None:
     if "trained" in record:
         _check_trained(f"{where}: trained", record["trained"])
     if ("model_type" in record) != (config.get("model_type") == KEY):
-        raise ValueError(f"{where}: model_type: it belongs to a config.json whose own is {KEY!r}, and only there")
+        raise ValueError(
+            f"{where}: model_type: it belongs to a config.json whose own is {KEY!r}, and only there"
+        )
     if "model_type" in record:
         _check_types({"model_type": None if record["model_type"] == KEY else record["model_type"]})
     for name, entry in _object(f"{where}: projections", record.get("projections", {})).items():
         _check_projection(f"{where}: projections: {name:.80}", entry)
     packed = record.get("packed", [])
     if not isinstance(packed, list) or not all(isinstance(name, str) for name in packed):
-        raise ValueError(f"{where}: packed: got {packed!r:.80}, valid is a list of paths of linear layers")
+        raise ValueError(
+            f"{where}: packed: got {packed!r:.80}, valid is a list of paths of linear layers"
+        )
 
 
 def _object(where: str, value) -> dict:
@@ -155,9 +189,14 @@ def _check_specs(where: str, axis: str, specs, layers: int, bound: int) -> None:
         raise ValueError(f"{where}: got no layers")
     for index, spec in specs.items():
         if not re.fullmatch(r"\d{1,5}", index) or int(index) >= layers:
-            raise ValueError(f"{where}: got layer {index!r:.80}, valid are those of the model, '0' to '{layers - 1}'")
+            raise ValueError(
+                f"{where}: got layer {index!r:.80}, valid are those of the model, '0' to "
+                f"'{layers - 1}'"
+            )
         if not isinstance(spec, str) or len(spec) > SPEC:
-            raise ValueError(f"{where}: {index}: got {spec!r:.80}, valid is a spec such as 'name(option=1)'")
+            raise ValueError(
+                f"{where}: {index}: got {spec!r:.80}, valid is a spec such as 'name(option=1)'"
+            )
         try:
             if axis == "positions":
                 parse_positions(spec)
@@ -178,10 +217,17 @@ def _check_pattern(spec: str, bound: int) -> None:
         check_choice(f"{name}: option", option, valid)
         for one in value if isinstance(value, list | tuple) else [value]:
             if type(one) in (int, float) and option != "seed" and abs(one) > bound:
-                raise ValueError(f"{name}: {option}: got {one!r:.40}, valid here is up to {bound:,}")
-    sizes = sorted(value for option, value in options.items() if type(value) is int and option != "seed")[-2:]
+                raise ValueError(
+                    f"{name}: {option}: got {one!r:.40}, valid here is up to {bound:,}"
+                )
+    sizes = sorted(
+        value for option, value in options.items() if type(value) is int and option != "seed"
+    )[-2:]
     if math.prod(sizes) > WEIGHT:
-        raise ValueError(f"{spec}: too large together, a weight of {sizes[0]:,} x {sizes[1]:,} is above {WEIGHT:,}")
+        raise ValueError(
+            f"{spec}: too large together, a weight of {sizes[0]:,} x {sizes[1]:,} is above "
+            f"{WEIGHT:,}"
+        )
 
 
 def _check_trained(where: str, trained) -> None:
@@ -199,12 +245,19 @@ def _check_trained(where: str, trained) -> None:
 
 def _check_projection(where: str, entry) -> None:
     if not isinstance(entry, dict) or entry.keys() != set(SAVED):
-        raise ValueError(f"{where}: {entry!r:.80} does not fit the model, valid is an object of {', '.join(SAVED)}")
+        raise ValueError(
+            f"{where}: {entry!r:.80} does not fit the model, valid is an object of "
+            f"{', '.join(SAVED)}"
+        )
     for name, kinds in (("blocks", (int,)), ("rank", (int, type(None))), ("spec", (str,))):
-        if type(entry[name]) not in kinds or (type(entry[name]) is int and not 0 < entry[name] <= SIZE):
+        if type(entry[name]) not in kinds or (
+            type(entry[name]) is int and not 0 < entry[name] <= SIZE
+        ):
             raise ValueError(f"{where}: {name}: got {entry[name]!r:.80}")
     for name in ("error", "output_error"):
         value = entry[name]
         if value is not None and (type(value) not in (int, float) or not math.isfinite(value)):
-            raise ValueError(f"{where}: {name}: got {value!r:.80}, valid is a finite number or null")
+            raise ValueError(
+                f"{where}: {name}: got {value!r:.80}, valid is a finite number or null"
+            )
     registry.parse_spec(entry["spec"])

@@ -1,4 +1,6 @@
-"""The safetensors files of a checkpoint folder: which there are, what they hold, and their tensors, one by one."""
+"""The safetensors files of a checkpoint folder: which there are, what they hold, and their tensors,
+one by one.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,9 @@ JSON_BYTES = 64 << 20  # of a file that describes a checkpoint
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor in a file: the file's name, its shape, and its dtype as safetensors calls it ("BF16")."""
+    """A tensor in a file: the file's name, its shape, and its dtype as safetensors calls it
+    ("BF16").
+    """
 
     file: str
     shape: tuple[int, ...]
@@ -27,11 +31,12 @@ class Stored:
 
 
 def stored(folder: str | Path) -> dict[str, Stored]:
-    """Every tensor of a checkpoint by name, in the files' order; of shards, those that the index names.
+    """Every tensor of a checkpoint by name, in the files' order; of shards, those that the index
+    names.
 
-    As transformers does, model.safetensors comes before an index. ValueError, naming the file, for one that is missing,
-    truncated or no safetensors file, for an index that points elsewhere, and for weights that are there as pickle only.
-    """
+    As transformers does, model.safetensors comes before an index. ValueError, naming the file, for
+    one that is missing, truncated or no safetensors file, for an index that points elsewhere, and
+    for weights that are there as pickle only."""
     folder, named = Path(folder), {}
     if (folder / SINGLE).is_file():
         files = [SINGLE]
@@ -44,26 +49,43 @@ def stored(folder: str | Path) -> dict[str, Stored]:
     for file in files:
         for name, one in header(folder / file).items():
             if name in found:
-                raise ValueError(f"weights: {name} is both in {found[name].file} and in {file} of {str(folder)!r}")
+                raise ValueError(
+                    f"weights: {name} is both in {found[name].file} and in {file} of "
+                    f"{str(folder)!r}"
+                )
             found[name] = one
     lost = [name for name, file in named.items() if name not in found or found[name].file != file]
     if lost:
-        raise ValueError(f"weights: {folder / INDEX} promises {shortened(lost)}, which its files do not have")
+        raise ValueError(
+            f"weights: {folder / INDEX} promises {shortened(lost)}, which its files do not have"
+        )
     return {name: one for name, one in found.items() if name in named} if named else found
 
 
 def weight_map(index: Path) -> dict[str, str]:
-    """Tensor name -> file name, of a sharded checkpoint. ValueError for anything but files beside the index."""
+    """Tensor name -> file name, of a sharded checkpoint. ValueError for anything but files beside
+    the index.
+    """
     found = read_json(index).get("weight_map")
     if not isinstance(found, dict) or not found:
-        raise ValueError(f"weights: {index}: weight_map: got {found!r:.80}, valid is an object from tensors to files")
+        raise ValueError(
+            f"weights: {index}: weight_map: got {found!r:.80}, valid is an object from tensors to "
+            "files"
+        )
     for name, file in found.items():
-        if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
+        if (
+            not isinstance(file, str)
+            or Path(file).name != file
+            or not file.endswith(".safetensors")
+        ):
             raise ValueError(
-                f"weights: {index}: {name!r:.80} is in {file!r:.80}, valid is the name of a .safetensors file beside it"
+                f"weights: {index}: {name!r:.80} is in {file!r:.80}, valid is the name of a "
+                ".safetensors file beside it"
             )
     if missing := sorted({file for file in found.values() if not (index.parent / file).is_file()}):
-        raise ValueError(f"weights: {str(index.parent)!r} lacks {shortened(missing)}, which its index names")
+        raise ValueError(
+            f"weights: {str(index.parent)!r} lacks {shortened(missing)}, which its index names"
+        )
     return found
 
 
@@ -72,10 +94,14 @@ def header(file: Path) -> dict[str, Stored]:
     try:
         with safe_open(file, "pt") as opened:
             slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118 - not a dict
-            return {name: Stored(file.name, tuple(one.get_shape()), one.get_dtype()) for name, one in slices.items()}
+            return {
+                name: Stored(file.name, tuple(one.get_shape()), one.get_dtype())
+                for name, one in slices.items()
+            }
     except (SafetensorError, OSError) as error:
         raise ValueError(
-            f"weights: {file} cannot be read: {one_line(error)}; it is truncated, or no safetensors file"
+            f"weights: {file} cannot be read: {one_line(error)}; it is truncated, or no "
+            "safetensors file"
         ) from error
 
 
@@ -84,10 +110,14 @@ def read(file: Path, names: Iterable[str]) -> dict[str, Tensor]:
     found = {}
     with safe_open(file, "pt") as opened:
         for name in names:
-            tensor = opened.get_tensor(name).clone()  # not a map of the file, which would stay in memory
+            tensor = opened.get_tensor(
+                name
+            ).clone()  # not a map of the file, which would stay in memory
             if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
                 bad = int((~torch.isfinite(tensor)).sum())
-                raise ValueError(f"weights: {name} holds NaN or Inf ({bad} of {tensor.numel()} values)")
+                raise ValueError(
+                    f"weights: {name} holds NaN or Inf ({bad} of {tensor.numel()} values)"
+                )
             found[name] = tensor
     return found
 
@@ -99,7 +129,9 @@ def read_json(file: Path, limit: int = JSON_BYTES) -> dict:
         raise ValueError(f"{file} cannot be read: {why}") from None
 
     if not file.is_file():
-        refuse("it is no regular file" if file.is_symlink() or file.exists() else "it does not exist")
+        refuse(
+            "it is no regular file" if file.is_symlink() or file.exists() else "it does not exist"
+        )
     if file.stat().st_size > limit:
         refuse(f"it has more than {limit:,} bytes")
     try:
@@ -109,7 +141,11 @@ def read_json(file: Path, limit: int = JSON_BYTES) -> dict:
     except RecursionError:
         refuse("it is nested too deeply")
     except (OSError, ValueError) as error:
-        refuse(f"it is not JSON ({one_line(error)})" if isinstance(error, ValueError) else one_line(error))
+        refuse(
+            f"it is not JSON ({one_line(error)})"
+            if isinstance(error, ValueError)
+            else one_line(error)
+        )
     if not isinstance(found, dict):
         refuse(f"it holds {type(found).__name__}, valid is a JSON object")
     return found
@@ -133,7 +169,11 @@ def _no_weights(folder: Path) -> str:
     others = sorted(file.name for file in folder.iterdir() if file.suffix in PICKLES)
     if others:
         return (
-            f"weights: {str(folder)!r} has {shortened(others)} and no {SINGLE}: pickled weights can run code and are "
+            f"weights: {str(folder)!r} has {shortened(others)} and no {SINGLE}: pickled weights "
+            "can run code and are "
             "never read; valid is a safetensors checkpoint"
         )
-    return f"weights: {str(folder)!r} has neither {INDEX} nor {SINGLE}; valid is a safetensors checkpoint"
+    return (
+        f"weights: {str(folder)!r} has neither {INDEX} nor {SINGLE}; valid is a safetensors "
+        "checkpoint"
+    )

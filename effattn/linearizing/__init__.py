@@ -1,1 +1,3 @@
-"""From softmax attention to another backend, or to structured projections, with the quality brought back."""
+"""From softmax attention to another backend, or to structured projections, with the quality brought
+back.
+"""

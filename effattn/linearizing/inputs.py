@@ -1,4 +1,6 @@
-"""What a model's attention really gets: q, k and v of each layer, rotated, and the exact attention over them."""
+"""What a model's attention really gets: q, k and v of each layer, rotated, and the exact attention
+over them.
+"""
 
 from __future__ import annotations
 
@@ -18,12 +20,15 @@ from effattn.kernels import flash
 def projections_of(
     model: nn.Module, tokens: Tensor, layers: Sequence[int] | None = None
 ) -> dict[int, tuple[Tensor, Tensor, Tensor]]:
-    """layer -> q (B, Hq, T, D), k and v (B, Hkv, T, D) as its attention gets them, for token ids (B, T) int64.
+    """layer -> q (B, Hq, T, D), k and v (B, Hkv, T, D) as its attention gets them, for token ids
+    (B, T) int64.
 
     The model must not be swapped (ValueError), and is as before afterwards.
     """
     if active(model) is not None:
-        raise ValueError("model: it is swapped; its own attention is needed here: effattn.restore(model) first")
+        raise ValueError(
+            "model: it is swapped; its own attention is needed here: effattn.restore(model) first"
+        )
     found: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
     swap(model, "dense")
     try:

@@ -1,9 +1,8 @@
 """The whole job behind `recipes/linearize.py` and `effattn linearize`.
 
-Load, measure the parent, swap, measure, transfer, measure, distil, measure, save, load again and compare logits; only
-then the folder gets its name. `.<output>.partial` beside it keeps the checkpoints of both trainings; the same command
-goes on from there.
-"""
+Load, measure the parent, swap, measure, transfer, measure, distil, measure, save, load again and
+compare logits; only then the folder gets its name. `.<output>.partial` beside it keeps the
+checkpoints of both trainings; the same command goes on from there."""
 
 from __future__ import annotations
 
@@ -25,7 +24,15 @@ from effattn.hf.adapters import require_own_weights
 from effattn.hf.checkpoint import load_again, load_model, save
 from effattn.hf.describe import describe
 from effattn.hf.swap import active
-from effattn.jobs import Quiet, check_partial, device, discard, holds_output, main_process, partial_folder
+from effattn.jobs import (
+    Quiet,
+    check_partial,
+    device,
+    discard,
+    holds_output,
+    main_process,
+    partial_folder,
+)
 from effattn.linearizing import plan
 from effattn.linearizing.approximation import METHODS, measure_approximation
 from effattn.linearizing.lora import adapters, check_peft
@@ -79,34 +86,47 @@ class Job(Checked):
 
 @holds_output(LinearizeReport, DEFAULT)
 def run(job: Job, show: Quiet | None = None) -> LinearizeReport:
-    """Runs `job`; returns the report, which with an output also lies there as report.{json,md,html}.
+    """Runs `job`; returns the report, which with an output also lies there as
+    report.{json,md,html}.
 
-    Raises ValueError (bad settings or input), FloatingPointError, OSError (disk), each before anything appears under
-    the output's name. Under torchrun or `accelerate launch` every process calls it; rank 0 measures and writes.
-    """
+    Raises ValueError (bad settings or input), FloatingPointError, OSError (disk), each before
+    anything appears under the output's name. Under torchrun or `accelerate launch` every process
+    calls it; rank 0 measures and writes."""
     show, main = show or Quiet(), main_process()
     check_job(job)
     with show.stage("loading the model"):
         parent, tokenizer = load_model(job.model)
         parent.to(device(job.device))
         if active(parent) is not None:
-            raise ValueError(f"model: {job.model} is swapped already; valid is a checkpoint with its own attention")
+            raise ValueError(
+                f"model: {job.model} is swapped already; valid is a checkpoint with its own "
+                "attention"
+            )
         require_own_weights(parent)
         parts = hf.of(parent)
         if job.output is not None:
-            outputs.check_room("output", job.output, weight_bytes(parent) // 2)  # structured projections may be smaller
+            outputs.check_room(
+                "output", job.output, weight_bytes(parent) // 2
+            )  # structured projections may be smaller
         specs = plan.layer_specs(parts, job.pattern, job.keep_every, job.keep)
         trains = bool(job.transfer_tokens or job.distil_tokens)
         if trains and specs:
             plan.check_trains(parent, specs)
     with show.stage("reading text"):
         wanted = max(job.transfer_tokens, job.distil_tokens, plan.WINDOWS * plan.LENGTH)
-        data = streams(tokenizer, train=wanted, evaluation=job.evaluation_tokens, text=job.text, dataset=job.dataset,
-                       column=job.column)  # fmt: skip
+        data = streams(
+            tokenizer,
+            train=wanted,
+            evaluation=job.evaluation_tokens,
+            text=job.text,
+            dataset=job.dataset,
+            column=job.column,
+        )
         for name in ("transfer_tokens", "distil_tokens"):
             if getattr(job, name) > 20 * len(data.train):
                 raise ValueError(
-                    f"{name}: got {getattr(job, name):,}, the text has {len(data.train):,} tokens: more than 20 passes "
+                    f"{name}: got {getattr(job, name):,}, the text has {len(data.train):,} "
+                    "tokens: more than 20 passes "
                     "over it; give more text, or ask for less"
                 )
     length = min(job.length, len(data.evaluation))
@@ -115,8 +135,11 @@ def run(job: Job, show: Quiet | None = None) -> LinearizeReport:
         specs = plan.apply(student, specs, job.projections, data.train, fit_decay=job.fit_decay)
         layers = plan.learning_layers(student, specs, job.projections)
         if not layers:
-            raise ValueError(f"pattern: {label_of(job.pattern)} is exact in every layer, there is nothing to recover; "
-                             "valid is an approximate backend, or use `effattn swap`")  # fmt: skip
+            raise ValueError(
+                f"pattern: {label_of(job.pattern)} is exact in every layer, there is nothing to "
+                "recover; "
+                "valid is an approximate backend, or use `effattn swap`"
+            )
         if job.transfer_tokens:
             learnable(student, layers, job.transfer_trainable)
     if trains:
@@ -127,10 +150,19 @@ def run(job: Job, show: Quiet | None = None) -> LinearizeReport:
             quality = measure_parent(parent, data, length, progress)
         with show.stage("error against exact attention, by budget") as progress:
             methods = {registry.parse_spec(specs[layer])[0] for layer in plan.approximate(specs)}
-            methods = [name for name in METHODS if name in methods or (name == "monarch" and job.projections)]
+            methods = [
+                name
+                for name in METHODS
+                if name in methods or (name == "monarch" and job.projections)
+            ]
             span = min(plan.LENGTH, len(data.train) // 4)
             approximation = measure_approximation(
-                parent, data.train[: 4 * span], methods=methods, length=span, seed=job.seed, progress=progress
+                parent,
+                data.train[: 4 * span],
+                methods=methods,
+                length=span,
+                seed=job.seed,
+                progress=progress,
             ).data
 
     def measured(stage: str) -> None:
@@ -143,32 +175,63 @@ def run(job: Job, show: Quiet | None = None) -> LinearizeReport:
     if job.transfer_tokens:
         with show.stage(f"attention transfer on {job.transfer_tokens:,} tokens") as progress:
             transferred = transfer(
-                student, parent, data.train, layers=layers, train_tokens=job.transfer_tokens,
-                folder=job.partial / "transfer", length=length, batch=job.batch, lr=job.transfer_lr,
-                trainable=job.transfer_trainable, seed=job.seed, progress=progress, overrides=_overrides(job, student),
-            )  # fmt: skip
+                student,
+                parent,
+                data.train,
+                layers=layers,
+                train_tokens=job.transfer_tokens,
+                folder=job.partial / "transfer",
+                length=length,
+                batch=job.batch,
+                lr=job.transfer_lr,
+                trainable=job.transfer_trainable,
+                seed=job.seed,
+                progress=progress,
+                overrides=_overrides(job, student),
+            )
         measured("transfer")
     if job.distil_tokens:
         with show.stage(f"distilling on {job.distil_tokens:,} tokens") as progress:
             distilled = _distil(job, student, parent, data, length, progress)
         measured("distillation")
-    report = LinearizeReport({
-        "kind": "linearize",
-        "settings": json.loads(json.dumps(asdict(job), default=str)) | {"source": data.source},
-        "model": {"class": told.model, "parameters_before": describe(parent).parameters["total"],
-                  "parameters_after": told.parameters["total"], "dtype": told.dtype},
-        "layers": [{"layer": row["index"], "pattern": row["pattern"], "projections": row["projections"]}
-                   for row in told.layers],
-        "quality": quality, "stages": stages, "transfer": transferred, "distillation": distilled,
-        "approximation": approximation,
-        "pretraining_tokens": embedded.card()["train_tokens"] if job.model == embedded.NAME else None,
-        "state_bytes": plan.state_bytes(student, STATE_CONTEXTS), "verification": None, "environment": environment(),
-    })  # fmt: skip
+    report = LinearizeReport(
+        {
+            "kind": "linearize",
+            "settings": json.loads(json.dumps(asdict(job), default=str)) | {"source": data.source},
+            "model": {
+                "class": told.model,
+                "parameters_before": describe(parent).parameters["total"],
+                "parameters_after": told.parameters["total"],
+                "dtype": told.dtype,
+            },
+            "layers": [
+                {
+                    "layer": row["index"],
+                    "pattern": row["pattern"],
+                    "projections": row["projections"],
+                }
+                for row in told.layers
+            ],
+            "quality": quality,
+            "stages": stages,
+            "transfer": transferred,
+            "distillation": distilled,
+            "approximation": approximation,
+            "pretraining_tokens": embedded.card()["train_tokens"]
+            if job.model == embedded.NAME
+            else None,
+            "state_bytes": plan.state_bytes(student, STATE_CONTEXTS),
+            "verification": None,
+            "environment": environment(),
+        }
+    )
     if main and job.output is not None:
         with show.stage("saving, and loading again"), atomic_folder(job.output) as folder:
             student.config.use_cache = True
             save(student, folder, tokenizer)
-            _, report.data["verification"] = load_again(folder, student, data.evaluation[: min(64, length)])
+            _, report.data["verification"] = load_again(
+                folder, student, data.evaluation[: min(64, length)]
+            )
             report.save(folder)
     if main:
         discard(job.partial)
@@ -183,7 +246,10 @@ def check_job(job: Job) -> None:
     if job.output is not None:
         check_new_folder("output", job.output)
     if job.pattern is None and job.projections is None:
-        raise ValueError("pattern: got none and no projections either; valid is for example 'performer(features=256)'")
+        raise ValueError(
+            "pattern: got none and no projections either; valid is for example "
+            "'performer(features=256)'"
+        )
     if job.lora and job.distil_tokens:
         check_peft()
 
@@ -197,11 +263,22 @@ def _distil(job: Job, student, parent, data: Streams, length: int, progress) -> 
 
     def train(trainable) -> dict:
         return uptrain(
-            student, parent, data.train, train_tokens=job.distil_tokens, folder=job.partial / "distil",
-            evaluation=data.evaluation[:8_192], length=length, batch=job.batch, lr=job.lr or LR * default_lr(hidden),
-            ce_weight=job.ce_weight, layer_weight=job.layer_weight, trainable=trainable, seed=job.seed,
-            progress=progress, overrides=_overrides(job, student),
-        )  # fmt: skip
+            student,
+            parent,
+            data.train,
+            train_tokens=job.distil_tokens,
+            folder=job.partial / "distil",
+            evaluation=data.evaluation[:8_192],
+            length=length,
+            batch=job.batch,
+            lr=job.lr or LR * default_lr(hidden),
+            ce_weight=job.ce_weight,
+            layer_weight=job.layer_weight,
+            trainable=trainable,
+            seed=job.seed,
+            progress=progress,
+            overrides=_overrides(job, student),
+        )
 
     if not job.lora:
         return train(job.trainable)

@@ -1,4 +1,6 @@
-"""Low-rank adapters on the attention projections while distilling, by peft, and merged into the weights afterwards."""
+"""Low-rank adapters on the attention projections while distilling, by peft, and merged into the
+weights afterwards.
+"""
 
 from __future__ import annotations
 
@@ -18,19 +20,24 @@ from effattn.training import Settings
 def check_peft() -> None:
     """Unsupported without peft."""
     if importlib.util.find_spec("peft") is None:
-        raise Unsupported("lora: peft is not installed; pip install 'effattn[lora]', or leave out --lora")
+        raise Unsupported(
+            "lora: peft is not installed; pip install 'effattn[lora]', or leave out --lora"
+        )
 
 
 @contextmanager
 def adapters(model: nn.Module, rank: int):
-    """Puts LoRA (arXiv:2106.09685) of `rank` on q, k, v and o of every layer; yields the parameters to train: the
-    adapters', in fp32 or more, and those of the backends; all others are frozen. On leaving, the adapters are merged:
-    the model has its own modules and flags again."""
+    """Puts LoRA (arXiv:2106.09685) of `rank` on q, k, v and o of every layer; yields the parameters
+    to train: the adapters', in fp32 or more, and those of the backends; all others are frozen. On
+    leaving, the adapters are merged: the model has its own modules and flags again."""
     check_peft()
     from peft import LoraConfig, inject_adapter_in_model
 
-    targets = {module for layer in hf.of(model) for module in (layer.q.module, layer.k.module, layer.v.module,
-                                                               layer.o.module)}  # fmt: skip
+    targets = {
+        module
+        for layer in hf.of(model)
+        for module in (layer.q.module, layer.k.module, layer.v.module, layer.o.module)
+    }
     names = [name for name, module in model.named_modules() if module in targets]
     settings = Settings(model)
     inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=names), model)
@@ -38,7 +45,9 @@ def adapters(model: nn.Module, rank: int):
         trained = []
         for name, parameter in model.named_parameters():
             if "lora_" in name:
-                parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
+                parameter.data = parameter.data.to(
+                    torch.promote_types(parameter.dtype, torch.float32)
+                )
             if "lora_" in name or hooks.PATTERN in name.split("."):
                 trained.append(parameter.requires_grad_(True))
         yield trained

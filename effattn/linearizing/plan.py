@@ -1,4 +1,6 @@
-"""What becomes of each layer: the new backend, with every n-th layer kept exact, and how many bytes that remembers."""
+"""What becomes of each layer: the new backend, with every n-th layer kept exact, and how many bytes
+that remembers.
+"""
 
 from __future__ import annotations
 
@@ -17,12 +19,20 @@ WINDOWS, LENGTH = 4, 512  # of the text that decays and codebooks are fitted on
 CALIBRATION = 50_000  # tokens that projections are fitted on
 
 
-def layer_specs(parts: hf.Anatomy, pattern: Pattern | None, keep_every: int, keep: str) -> dict[int, str]:
-    """layer -> spec; the last of every `keep_every` layers (0: none) is `keep`. ValueError for bad ones."""
+def layer_specs(
+    parts: hf.Anatomy, pattern: Pattern | None, keep_every: int, keep: str
+) -> dict[int, str]:
+    """layer -> spec; the last of every `keep_every` layers (0: none) is `keep`. ValueError for bad
+    ones.
+    """
     if pattern is None:
         return {}
     pattern, layers = parse_pattern(pattern), len(parts.layers)
-    specs = parse_layers(pattern, layers) if isinstance(pattern, dict) else dict.fromkeys(range(layers), pattern)
+    specs = (
+        parse_layers(pattern, layers)
+        if isinstance(pattern, dict)
+        else dict.fromkeys(range(layers), pattern)
+    )
     if keep_every:
         keep = parse_pattern(keep)
         specs |= {index: keep for index in range(keep_every - 1, layers, keep_every)}
@@ -31,16 +41,35 @@ def layer_specs(parts: hf.Anatomy, pattern: Pattern | None, keep_every: int, kee
 
 def approximate(specs: dict[int, str]) -> list[int]:
     """The layers whose backend is no exact attention: those that have something to learn."""
-    return [i for i, spec in specs.items() if not registry.backends()[registry.parse_spec(spec)[0]].traits.exact]
+    return [
+        i
+        for i, spec in specs.items()
+        if not registry.backends()[registry.parse_spec(spec)[0]].traits.exact
+    ]
 
 
 def apply(
-    model: nn.Module, specs: dict[int, str], projections: str | None, tokens: Tensor, *, fit_decay: bool
+    model: nn.Module,
+    specs: dict[int, str],
+    projections: str | None,
+    tokens: Tensor,
+    *,
+    fit_decay: bool,
 ) -> dict[int, str]:
-    """Swaps `model` in place; returns the specs with what was fitted on tokens (N,) int64: decays, codebooks."""
+    """Swaps `model` in place; returns the specs with what was fitted on tokens (N,) int64: decays,
+    codebooks.
+    """
     sample = tokens[: min(len(tokens), WINDOWS * LENGTH)]
-    sample = sample.view(1, -1) if len(sample) < LENGTH else sample[: len(sample) // LENGTH * LENGTH].view(-1, LENGTH)
-    learns = [i for i, spec in specs.items() if hasattr(registry.backends()[registry.parse_spec(spec)[0]], "calibrate")]
+    sample = (
+        sample.view(1, -1)
+        if len(sample) < LENGTH
+        else sample[: len(sample) // LENGTH * LENGTH].view(-1, LENGTH)
+    )
+    learns = [
+        i
+        for i, spec in specs.items()
+        if hasattr(registry.backends()[registry.parse_spec(spec)[0]], "calibrate")
+    ]
     seen = projections_of(model, sample, learns) if learns else {}
     if fit_decay:
         specs = fit_decays(model, specs, sample)
@@ -54,9 +83,11 @@ def apply(
 
 
 def check_trains(model: nn.Module, specs: dict[int, str]) -> None:
-    """Unsupported when attention swapped as `specs` cannot be trained in this model, as with attention dropout, before
-    anything is fitted or measured. The model is as before afterwards."""
-    swap(model, {str(index): "dense" for index in specs})  # what is refused is the same for every backend
+    """Unsupported when attention swapped as `specs` cannot be trained in this model, as with
+    attention dropout, before anything is fitted or measured. The model is as before afterwards."""
+    swap(
+        model, {str(index): "dense" for index in specs}
+    )  # what is refused is the same for every backend
     try:
         training.rehearse(model)
     finally:
@@ -69,16 +100,31 @@ def learning_layers(model: nn.Module, specs: dict[int, str], projections: str | 
 
 
 def state_bytes(model: nn.Module, contexts: tuple[int, ...]) -> list[dict]:
-    """Bytes that one sequence's decode states take at each context, and that the plain K/V cache would."""
+    """Bytes that one sequence's decode states take at each context, and that the plain K/V cache
+    would.
+    """
     rows = []
     for context in contexts:
         ours = plain = 0
         for layer in hf.of(model):
             size = layer.k.like.element_size()
-            shape = Shape(1, layer.heads, layer.kv_heads, context, context, layer.head_dim, layer.value_dim, size)
+            shape = Shape(
+                1,
+                layer.heads,
+                layer.kv_heads,
+                context,
+                context,
+                layer.head_dim,
+                layer.value_dim,
+                size,
+            )
             held = getattr(layer.attention, hooks.ATTRIBUTE, None)
             own = registry.backend("dense").cost(shape).state_bytes
             plain += own
-            ours += own if held is None or held.backend is None else held.backend.cost(shape).state_bytes
+            ours += (
+                own
+                if held is None or held.backend is None
+                else held.backend.cost(shape).state_bytes
+            )
         rows.append({"context": context, "plain": plain, "ours": ours})
     return rows

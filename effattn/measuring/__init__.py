@@ -1,1 +1,3 @@
-"""What a model costs to run, measured: time and memory of prefill and decoding, several variants side by side."""
+"""What a model costs to run, measured: time and memory of prefill and decoding, several variants
+side by side.
+"""

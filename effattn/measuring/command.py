@@ -22,7 +22,9 @@ BESIDE = ("sliding(window=512, sinks=4)",)  # what a bare run shows beside the p
 
 @dataclass
 class Job(Checked):
-    """The settings of one run. `pattern` and `cache` are one variant together; `variants` are more of them."""
+    """The settings of one run. `pattern` and `cache` are one variant together; `variants` are more
+    of them.
+    """
 
     model: str = embedded.NAME
     pattern: str | None = None
@@ -66,7 +68,9 @@ class Job(Checked):
 
 
 def run(job: Job, show: Quiet | None = None) -> Report:
-    """Runs `job`; what can be known to be wrong is said before the model is loaded. Raises what `measure` raises."""
+    """Runs `job`; what can be known to be wrong is said before the model is loaded. Raises what
+    `measure` raises.
+    """
     show = show or Quiet()
     parse_all(job.wanted)
     check_numbers(job.contexts, job.batches, job.steps, job.seconds)
@@ -77,14 +81,26 @@ def run(job: Job, show: Quiet | None = None) -> Report:
     for method, file in job.files.items():
         check_writable(method.removeprefix("to_"), file.absolute().parent)
         check_file(method.removeprefix("to_"), file)
-    with claim_all({"output": job.output, "json": job.json, "markdown": job.markdown, "html": job.html}):
+    with claim_all(
+        {"output": job.output, "json": job.json, "markdown": job.markdown, "html": job.html}
+    ):
         with show.stage("loading the model"):
             model, _ = load_model(job.model, job.dtype)
             model.to(place)
         report = measure(
-            model, job.wanted, job.contexts, job.batches, steps=job.steps, seconds=job.seconds, seed=job.seed,
-            output=job.output, resume=job.partial, fresh=job.fresh, name=str(job.model), show=show,
-        )  # fmt: skip
+            model,
+            job.wanted,
+            job.contexts,
+            job.batches,
+            steps=job.steps,
+            seconds=job.seconds,
+            seed=job.seed,
+            output=job.output,
+            resume=job.partial,
+            fresh=job.fresh,
+            name=str(job.model),
+            show=show,
+        )
         for method, file in job.files.items():
             getattr(report, method)(file)
         saving.discard(job.partial)
@@ -95,10 +111,13 @@ def what_is_kept(job: Job) -> str:
     """One line for who stops a run."""
     cells, total = saving.kept_cells(job.partial), len(set(job.contexts)) * len(set(job.batches))
     if job.partial is None:
-        return "stopped; nothing is kept: with --output DIR or --json FILE, what is finished would be"
+        return (
+            "stopped; nothing is kept: with --output DIR or --json FILE, what is finished would be"
+        )
     if not cells:
         return "stopped before the first context was finished; nothing is kept"
     return (
-        f"stopped; {cells} of {total} pairs of context and batch are kept in {job.partial}: the same command goes on "
+        f"stopped; {cells} of {total} pairs of context and batch are kept in {job.partial}: the "
+        "same command goes on "
         "from there"
     )

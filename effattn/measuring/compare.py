@@ -1,10 +1,11 @@
-"""Two result files side by side: what got slower or bigger beyond the noise, what got better, what is missing or new.
+"""Two result files side by side: what got slower or bigger beyond the noise, what got better, what
+is missing or new.
 
     comparison = compare(load("before.json"), load("after.json"), tolerance=0.05)
     comparison.worse                       # [Change, ...]
 
-Reads what `effattn measure` and the benchmarks write. A time is worse when its spread (p20 to p80) lies wholly above
-the other's, and its median is more than `tolerance` above; bytes have no spread.
+Reads what `effattn measure` and the benchmarks write. A time is worse when its spread (p20 to p80)
+lies wholly above the other's, and its median is more than `tolerance` above; bytes have no spread.
 """
 
 from __future__ import annotations
@@ -42,7 +43,9 @@ class Value:
 
 @dataclass(frozen=True)
 class Change:
-    """One number in both files. `ratio`: after over before; None where one of them has no number."""
+    """One number in both files. `ratio`: after over before; None where one of them has no
+    number.
+    """
 
     row: str
     what: str
@@ -54,8 +57,8 @@ class Change:
 
 @dataclass
 class Comparison:
-    """`changes`: every number that both have. `missing` and `new`: rows that only one has. `warnings`: why the two may
-    not be comparable."""
+    """`changes`: every number that both have. `missing` and `new`: rows that only one has.
+    `warnings`: why the two may not be comparable."""
 
     changes: list[Change]
     missing: list[str]
@@ -74,20 +77,35 @@ class Comparison:
         """One line of JSON."""
         same = len(self.changes) - len(self.worse) - len(self.better)
         shown = [
-            {"row": one.row, "what": one.what, "before": str(one.before), "after": str(one.after),
-             "ratio": one.ratio and round(one.ratio, 4)}
+            {
+                "row": one.row,
+                "what": one.what,
+                "before": str(one.before),
+                "after": str(one.after),
+                "ratio": one.ratio and round(one.ratio, 4),
+            }
             for one in self.worse
-        ]  # fmt: skip
-        return json.dumps({
-            "kind": "compare", "worse": shown, "better": len(self.better), "same": same, "missing": self.missing,
-            "new": self.new, "warnings": self.warnings,
-        })  # fmt: skip
+        ]
+        return json.dumps(
+            {
+                "kind": "compare",
+                "worse": shown,
+                "better": len(self.better),
+                "same": same,
+                "missing": self.missing,
+                "new": self.new,
+                "warnings": self.warnings,
+            }
+        )
 
     @property
     def finding(self) -> str:
         """The verdict in a sentence."""
         if not self.worse:
-            return f"Nothing got slower or bigger beyond the noise ({len(self.changes)} numbers compared)."
+            return (
+                f"Nothing got slower or bigger beyond the noise ({len(self.changes)} numbers "
+                "compared)."
+            )
         worst = max(self.worse, key=lambda one: one.ratio or 1e9)
         how = f"{worst.row}, {worst.what}: {worst.before} -> {worst.after}"
         return f"{len(self.worse)} of {len(self.changes)} numbers got worse; the worst: {how}."
@@ -105,24 +123,39 @@ class Comparison:
     def tables(self) -> list[Table]:
         """What got worse, and what got better."""
         found = []
-        for title, changes in (("Slower or bigger", self.worse), ("Faster or smaller", self.better)):
+        for title, changes in (
+            ("Slower or bigger", self.worse),
+            ("Faster or smaller", self.better),
+        ):
             rows = [
-                (one.row, one.what, str(one.before), str(one.after), "-" if one.ratio is None else f"{one.ratio:.3f}x")
+                (
+                    one.row,
+                    one.what,
+                    str(one.before),
+                    str(one.after),
+                    "-" if one.ratio is None else f"{one.ratio:.3f}x",
+                )
                 for one in sorted(changes, key=lambda one: -(one.ratio or 1e9))
             ]
             if rows:
-                found.append(Table(title, ("Row", "What", "Before", "After", "After / before"), rows))
+                found.append(
+                    Table(title, ("Row", "What", "Before", "After", "After / before"), rows)
+                )
         return found
 
 
 def load(path: Path | str) -> dict:
-    """A result file, checked. ValueError that names the file for corrupt, unknown and older ones."""
+    """A result file, checked. ValueError that names the file for corrupt, unknown and older
+    ones.
+    """
     path = Path(path)
     file = path / "report.json" if path.is_dir() else path
     try:
         text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
+        raise ValueError(
+            f"{file}: cannot be read ({getattr(error, 'strerror', None) or error})"
+        ) from None
     try:
         data = json.loads(text)
     except ValueError as error:
@@ -132,19 +165,28 @@ def load(path: Path | str) -> dict:
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from None
     except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{file}: lacks {error}; the file is damaged, or of another version") from None
+        raise ValueError(
+            f"{file}: lacks {error}; the file is damaged, or of another version"
+        ) from None
     return data
 
 
 def compare(before: dict, after: dict, tolerance: float = 0.05) -> Comparison:
-    """Compares two results of the same kind. ValueError when they are of different kinds or share no row."""
+    """Compares two results of the same kind. ValueError when they are of different kinds or share
+    no row.
+    """
     if not 0 <= tolerance < 10:
         raise ValueError(f"tolerance: got {tolerance!r}, valid is a share such as 0.05, from 0 on")
     if before.get("kind") != after.get("kind"):
-        raise ValueError(f"kind: got {before.get('kind')!r} and {after.get('kind')!r}, valid is two of the same kind")
+        raise ValueError(
+            f"kind: got {before.get('kind')!r} and {after.get('kind')!r}, valid is two of the "
+            "same kind"
+        )
     if before.get("version") != after.get("version"):
         versions = f"got {before.get('version')} and {after.get('version')}"
-        raise ValueError(f"version: {versions}, valid is two results of the same: measure the older one again")
+        raise ValueError(
+            f"version: {versions}, valid is two results of the same: measure the older one again"
+        )
     old, new = _reader(before)(before), _reader(after)(after)
     if not old.keys() & new.keys():
         raise ValueError("the two files have no row in common: nothing can be compared")
@@ -152,9 +194,10 @@ def compare(before: dict, after: dict, tolerance: float = 0.05) -> Comparison:
     rows = [list(dict.fromkeys(row for row, _ in values)) for values in (old, new)]
     return Comparison(
         [change for change in changes if change is not None],
-        [row for row in rows[0] if row not in rows[1]], [row for row in rows[1] if row not in rows[0]],
+        [row for row in rows[0] if row not in rows[1]],
+        [row for row in rows[1] if row not in rows[0]],
         _warnings(before, after),
-    )  # fmt: skip
+    )
 
 
 def _change(place: Place, before: Value, after: Value, tolerance: float) -> Change | None:
@@ -166,9 +209,13 @@ def _change(place: Place, before: Value, after: Value, tolerance: float) -> Chan
         ratio = 1.0 if after.middle == 0 else None
         return Change(*place, before, after, ratio, SAME if after.middle == 0 else WORSE)
     ratio, verdict = after.middle / before.middle, SAME
-    if ratio > 1 + tolerance and (after.low is None or before.high is None or after.low > before.high):
+    if ratio > 1 + tolerance and (
+        after.low is None or before.high is None or after.low > before.high
+    ):
         verdict = WORSE
-    elif ratio < 1 / (1 + tolerance) and (after.high is None or before.low is None or after.high < before.low):
+    elif ratio < 1 / (1 + tolerance) and (
+        after.high is None or before.low is None or after.high < before.low
+    ):
         verdict = BETTER
     return Change(*place, before, after, ratio, verdict)
 
@@ -182,7 +229,9 @@ def _reader(data) -> Callable[[dict], dict[Place, Value]]:
         if not isinstance(data.get("cases"), dict):
             raise ValueError("the benchmark's result has no cases: the file is damaged")
         return _benchmark
-    raise ValueError(f"kind: got {kind!r}, valid is a result of `effattn measure` or of a benchmark")
+    raise ValueError(
+        f"kind: got {kind!r}, valid is a result of `effattn measure` or of a benchmark"
+    )
 
 
 def _measurement(data: dict) -> dict[Place, Value]:
@@ -193,7 +242,9 @@ def _measurement(data: dict) -> dict[Place, Value]:
         for phase, label in (("prefill", "time to first token"), ("decode", "time per token")):
             values[name, label] = _time(row[phase]) if fits else Value(None, lost=row["status"])
             if fits and row[phase]["peak_bytes"] is not None:
-                values[name, f"peak memory, {phase}"] = Value(row[phase]["peak_bytes"], unit="bytes")
+                values[name, f"peak memory, {phase}"] = Value(
+                    row[phase]["peak_bytes"], unit="bytes"
+                )
         if fits:
             values[name, "KV cache"] = Value(row["kv_bytes_held"], unit="bytes")
     return values
@@ -218,7 +269,11 @@ def _time(row: dict) -> Value:
 
 def _warnings(before: dict, after: dict) -> list[str]:
     found = []
-    for key, what in (("device", "devices"), ("threads", "numbers of threads"), ("torch", "versions of torch")):
+    for key, what in (
+        ("device", "devices"),
+        ("threads", "numbers of threads"),
+        ("torch", "versions of torch"),
+    ):
         pair = [(one.get("environment") or {}).get(key) for one in (before, after)]
         if pair[0] != pair[1]:
             found.append(f"different {what}: {pair[0]} before, {pair[1]} after")
@@ -227,7 +282,10 @@ def _warnings(before: dict, after: dict) -> list[str]:
             pair = [one["model"].get(key) for one in (before, after)]
             if pair[0] != pair[1]:
                 found.append(f"different models ({key}): {pair[0]} before, {pair[1]} after")
-        specs = [{one["name"]: one["spec"] for one in data["settings"]["variants"]} for data in (before, after)]
+        specs = [
+            {one["name"]: one["spec"] for one in data["settings"]["variants"]}
+            for data in (before, after)
+        ]
         for name in specs[0].keys() & specs[1].keys():
             if specs[0][name] != specs[1][name]:
                 found.append(f"variant {name}: {specs[0][name]} before, {specs[1][name]} after")

@@ -1,9 +1,8 @@
 """`effattn.measure`: what a model costs at several contexts and batches, variant beside variant.
 
-Everything that can be known to be wrong is said before anything is measured. Each (context, batch) is a cell: its
-variants are checked against the memory, take turns, and its rows are saved before the next cell begins, so that a
-killed run goes on from there.
-"""
+Everything that can be known to be wrong is said before anything is measured. Each (context, batch)
+is a cell: its variants are checked against the memory, take turns, and its rows are saved before
+the next cell begins, so that a killed run goes on from there."""
 
 from __future__ import annotations
 
@@ -22,7 +21,13 @@ from effattn.hf import swap as swapping
 from effattn.hf.placement import input_device
 from effattn.jobs import Quiet
 from effattn.measuring import progress as saving
-from effattn.measuring.lanes import BESIDE_STEPS, Lane, measure_together, takes_logits_to_keep, warm_up
+from effattn.measuring.lanes import (
+    BESIDE_STEPS,
+    Lane,
+    measure_together,
+    takes_logits_to_keep,
+    warm_up,
+)
 from effattn.measuring.report import KIND, VERSION, Report
 from effattn.measuring.rows import does_not_fit, measured_row
 from effattn.measuring.variants import Variant, build, own_bytes, parse_all
@@ -38,7 +43,9 @@ MEMORY_SHARE = 0.9  # of the available memory may be filled; the rest is for wha
 
 @dataclass
 class Need:
-    """What one variant needs in one cell beyond its weights, predicted: the cache that stays, and the peak with it."""
+    """What one variant needs in one cell beyond its weights, predicted: the cache that stays, and
+    the peak with it.
+    """
 
     prefill: ModelCost
     decode: ModelCost
@@ -67,27 +74,32 @@ def measure(
     name: str | None = None,
     show: Quiet | None = None,
 ) -> Report:
-    """Measures prefill and decoding of a causal LM on the device where it is. The model is left as it is.
+    """Measures prefill and decoding of a causal LM on the device where it is. The model is left as
+    it is.
 
-    variants: "name=spec" strings, or {name: spec}; a spec is "plain", a backend's ("sliding(window=512)") or axes of
-    `effattn.swap` ("pattern=sliding(window=512); heads=gqa(kv_heads=2)"). They share the model's weights, are compared
-    with the first one, and "plain", the model unchanged, comes first unless given. None: the model as it is, and plain
-    beside it when it is swapped. contexts: tokens of the prompt. steps: timed decode steps at most. seconds: about so
-    long for the prefills and for the steps of a cell, all variants together (three rounds at least).
+    variants: "name=spec" strings, or {name: spec}; a spec is "plain", a backend's
+    ("sliding(window=512)") or axes of `effattn.swap` ("pattern=sliding(window=512);
+    heads=gqa(kv_heads=2)"). They share the model's weights, are compared with the first one, and
+    "plain", the model unchanged, comes first unless given. None: the model as it is, and plain
+    beside it when it is swapped. contexts: tokens of the prompt. steps: timed decode steps at most.
+    seconds: about so long for the prefills and for the steps of a cell, all variants together
+    (three rounds at least).
 
-    output: a folder for report.{json,md,html}. resume: the file that keeps finished cells, for a run with the same
-    settings to go on from (default: in `output`, until that is written); `fresh` ignores it. name: what the report
-    calls the model. show: stages and progress, as the command line has them.
+    output: a folder for report.{json,md,html}. resume: the file that keeps finished cells, for a
+    run with the same settings to go on from (default: in `output`, until that is written); `fresh`
+    ignores it. name: what the report calls the model. show: stages and progress, as the command
+    line has them.
 
-    Raises ValueError for what means nothing, Unsupported for what this model or version cannot do and OSError for a
-    folder that cannot be written, all before anything is measured.
-    """
+    Raises ValueError for what means nothing, Unsupported for what this model or version cannot do
+    and OSError for a folder that cannot be written, all before anything is measured."""
     show = show or Quiet()
     wanted = _variants(model, variants)
     check_numbers(contexts, batches, steps, seconds)
     parts = anatomy.of(model)
     if not parts.causal:
-        raise Unsupported(f"{type(model).__name__} cannot be measured: it does not generate (it is not causal)")
+        raise Unsupported(
+            f"{type(model).__name__} cannot be measured: it does not generate (it is not causal)"
+        )
     _check_positions(parts, contexts, steps)
     if output is not None:
         saving.check_output(Path(output), fresh)
@@ -98,10 +110,14 @@ def measure(
         models = {variant.name: build(model, variant) for variant in wanted}
     facts = _model_facts(parts, name)
     settings = {
-        "model": facts["name"], "variants": [variant.to_dict() for variant in wanted],
-        "contexts": sorted(set(contexts)), "batches": sorted(set(batches)), "steps": steps, "seconds": seconds,
+        "model": facts["name"],
+        "variants": [variant.to_dict() for variant in wanted],
+        "contexts": sorted(set(contexts)),
+        "batches": sorted(set(batches)),
+        "steps": steps,
+        "seconds": seconds,
         "seed": seed,
-    }  # fmt: skip
+    }
     kept = saving.Partial(resume, settings, facts | _machine(device), fresh)
     with show.stage("the device's peaks (kept for the next time)"):
         limits = peaks(device)
@@ -113,9 +129,14 @@ def measure(
         with show.stage(what) as progress:
             kept.add(_cell(models, context, batch, settings, limits, device, progress))
     data = {
-        "kind": KIND, "version": VERSION, "settings": settings, "model": facts, "rows": kept.rows,
-        "peaks": limits.to_dict(), "environment": environment(),
-    }  # fmt: skip
+        "kind": KIND,
+        "version": VERSION,
+        "settings": settings,
+        "model": facts,
+        "rows": kept.rows,
+        "peaks": limits.to_dict(),
+        "environment": environment(),
+    }
     report = Report(data)
     if output is not None:
         report.save(output)
@@ -123,10 +144,13 @@ def measure(
     return report
 
 
-# One cell --------------------------------------------------------------------------------------------------------
+# One cell
+# -------------------------------------------------------------------------------------------------
 
 
-def _cell(models: dict[str, nn.Module], context: int, batch: int, settings: dict, limits, device, progress) -> list:
+def _cell(
+    models: dict[str, nn.Module], context: int, batch: int, settings: dict, limits, device, progress
+) -> list:
     """The rows of one (context, batch), in the variants' order."""
     steps, seconds = settings["steps"], settings["seconds"]
     needs = {name: predict(model, context, batch) for name, model in models.items()}
@@ -159,7 +183,15 @@ def _cell(models: dict[str, nn.Module], context: int, batch: int, settings: dict
             past = round(found[name]["decode"]["past"])
             step = model_cost(models[name], batch, 1, past=past)
             rows[name] = measured_row(
-                models[name], name, context, batch, found[name], needs[name].prefill, step, limits, len(group) > 1
+                models[name],
+                name,
+                context,
+                batch,
+                found[name],
+                needs[name].prefill,
+                step,
+                limits,
+                len(group) > 1,
             )
         _free(lanes, device)
     return list(rows.values())
@@ -168,12 +200,18 @@ def _cell(models: dict[str, nn.Module], context: int, batch: int, settings: dict
 def predict(model: nn.Module, context: int, batch: int) -> Need:
     """The cost model's word on one variant: a prefill of `context` tokens, and a step after it."""
     logits = 1 if takes_logits_to_keep(model) else context
-    return Need(model_cost(model, batch, context, logits=logits), model_cost(model, batch, 1, past=context))
+    return Need(
+        model_cost(model, batch, context, logits=logits), model_cost(model, batch, 1, past=context)
+    )
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether it says that memory ran out: torch's own error on a GPU; on a CPU its allocator raises RuntimeError."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+    """Whether it says that memory ran out: torch's own error on a GPU; on a CPU its allocator
+    raises RuntimeError.
+    """
+    return isinstance(
+        error, torch.OutOfMemoryError | MemoryError
+    ) or "can't allocate memory" in str(error)
 
 
 def _free(lanes: list[Lane], device: torch.device) -> None:
@@ -187,10 +225,13 @@ def _free(lanes: list[Lane], device: torch.device) -> None:
 def _random_ids(model: nn.Module, context: int, batch: int, seed: int) -> torch.Tensor:
     table = model.get_input_embeddings().weight
     generator = torch.Generator().manual_seed(seed)
-    return torch.randint(0, table.shape[0], (batch, context), generator=generator).to(input_device(model))
+    return torch.randint(0, table.shape[0], (batch, context), generator=generator).to(
+        input_device(model)
+    )
 
 
-# Checks ----------------------------------------------------------------------------------------------------------
+# Checks
+# -------------------------------------------------------------------------------------------------
 
 
 def _variants(model: nn.Module, given) -> list[Variant]:
@@ -216,24 +257,35 @@ def _check_positions(parts: anatomy.Anatomy, contexts: Sequence[int], steps: int
     if limit is None or max(contexts) + steps + BESIDE_STEPS <= limit:
         return
     room = limit - steps - BESIDE_STEPS
-    valid = f"valid is up to {room:,}" if room > 0 else f"ask for fewer steps (at most {limit - BESIDE_STEPS - 1})"
+    valid = (
+        f"valid is up to {room:,}"
+        if room > 0
+        else f"ask for fewer steps (at most {limit - BESIDE_STEPS - 1})"
+    )
     raise ValueError(
-        f"contexts: got {max(contexts):,}, {type(parts.model).__name__} has {limit:,} learned positions, of which "
-        f"decoding takes {steps + BESIDE_STEPS}; {valid}. A learned table is extended by training a longer one; models "
+        f"contexts: got {max(contexts):,}, {type(parts.model).__name__} has {limit:,} learned "
+        "positions, of which "
+        f"decoding takes {steps + BESIDE_STEPS}; {valid}. A learned table is extended by training "
+        "a longer one; models "
         "with rotary positions can be measured at any context"
     )
 
 
 def hard_limit(parts: anatomy.Anatomy) -> int | None:
     """The most tokens that the model can run at all; None where nothing stops it."""
-    return None if parts.layers[0].family.rotary else getattr(parts.config, "max_position_embeddings", None)
+    return (
+        None
+        if parts.layers[0].family.rotary
+        else getattr(parts.config, "max_position_embeddings", None)
+    )
 
 
 def _check_room(model: nn.Module, variants: list[Variant], device: torch.device) -> None:
     needed, free = sum(own_bytes(model, variant) for variant in variants), available_bytes(device)
     if free is not None and needed > MEMORY_SHARE * free:
         raise ValueError(
-            f"variants: those with other heads need {needed / 2**30:.1f} GiB for weights of their own, "
+            f"variants: those with other heads need {needed / 2**30:.1f} GiB for weights of their "
+            "own, "
             f"{free / 2**30:.1f} GiB are available; measure them one at a time"
         )
 
@@ -243,15 +295,21 @@ def _model_facts(parts: anatomy.Anatomy, name: str | None) -> dict:
     tensors = {id(p): p for p in model.parameters()}.values()
     return {
         "name": name or getattr(model.config, "_name_or_path", "") or type(model).__name__,
-        "class": type(model).__name__, "layers": len(parts.layers), "heads": parts.heads, "kv_heads": parts.kv_heads,
-        "head_dim": parts.head_dim, "parameters": sum(map(numbers, tensors)),
+        "class": type(model).__name__,
+        "layers": len(parts.layers),
+        "heads": parts.heads,
+        "kv_heads": parts.kv_heads,
+        "head_dim": parts.head_dim,
+        "parameters": sum(map(numbers, tensors)),
         "weight_bytes": weight_bytes(model),
         "dtype": str(parts.layers[0].dtype).removeprefix("torch."),
         "trained_length": getattr(parts.config, "max_position_embeddings", None),
-    }  # fmt: skip
+    }
 
 
 def _machine(device: torch.device) -> dict:
     """What else must be the same for results of two runs to stand in one report."""
     here = environment()
-    return {"on": device.type} | {key: here[key] for key in ("device", "threads", "torch", "transformers", "effattn")}
+    return {"on": device.type} | {
+        key: here[key] for key in ("device", "threads", "torch", "transformers", "effattn")
+    }

@@ -1,8 +1,8 @@
 """One variant at one context and batch: prefill, decode steps, and what each operation takes.
 
-Prefill and steps are what `generate()` does: the model's own cache (`effattn.new_cache`), the logits of the last token
-only where the class can leave out the others, one argmax a step. Token ids are random; times do not depend on them.
-"""
+Prefill and steps are what `generate()` does: the model's own cache (`effattn.new_cache`), the
+logits of the last token only where the class can leave out the others, one argmax a step. Token ids
+are random; times do not depend on them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,9 @@ from effattn.profiling.memory import PeakMemory
 from effattn.profiling.timing import Clock, alternate
 
 INSTRUMENTED = 5  # passes with hooks, at most, and as many decode steps
-BESIDE_STEPS = 3 + INSTRUMENTED  # steps beside the timed ones: two for memory, one to warm up, those with hooks
+BESIDE_STEPS = (
+    3 + INSTRUMENTED
+)  # steps beside the timed ones: two for memory, one to warm up, those with hooks
 
 
 class Lane:
@@ -42,7 +44,9 @@ class Lane:
 
     @torch.no_grad()
     def _forward(self, ids: torch.Tensor) -> None:
-        logits = self.model(input_ids=ids, past_key_values=self.cache, use_cache=True, **self.last_only).logits
+        logits = self.model(
+            input_ids=ids, past_key_values=self.cache, use_cache=True, **self.last_only
+        ).logits
         self.token = logits[:, -1:].argmax(-1)
 
     def forget(self) -> None:
@@ -55,7 +59,9 @@ def takes_logits_to_keep(model: nn.Module) -> bool:
 
 
 def warm_up(lanes: Sequence[Lane]) -> None:
-    """A few tokens through every lane: thread pools, lazy imports and first calls are not part of a first token."""
+    """A few tokens through every lane: thread pools, lazy imports and first calls are not part of a
+    first token.
+    """
     for lane in lanes:
         ids, lane.ids = lane.ids, lane.ids[:, :8]
         lane.prefill()
@@ -67,42 +73,59 @@ def warm_up(lanes: Sequence[Lane]) -> None:
 def measure_together(
     lanes: Sequence[Lane], steps: int, seconds: float, tick: Callable[[str, float], None]
 ) -> dict[str, dict]:
-    """Measures `lanes`, which take turns. By name: {"prefill", "decode", "kv_bytes_held" (after the prefill)}.
+    """Measures `lanes`, which take turns. By name: {"prefill", "decode", "kv_bytes_held" (after the
+    prefill)}.
 
-    A phase has "seconds" (of every timed pass), "peak" (bytes that one pass adds, and how that is known), "operations"
-    (key: seconds in every pass with hooks); "decode" also has "past", the mean of the tokens that the cache held at the
-    timed steps. `tick` is called after every pass with the phase and its share of `seconds`.
-    """
+    A phase has "seconds" (of every timed pass), "peak" (bytes that one pass adds, and how that is
+    known), "operations" (key: seconds in every pass with hooks); "decode" also has "past", the mean
+    of the tokens that the cache held at the timed steps. `tick` is called after every pass with the
+    phase and its share of `seconds`."""
     clock = Clock(lanes[0].ids.device)
     found = {lane.name: {} for lane in lanes}
     for lane in lanes:
         found[lane.name]["prefill"] = _instrumented(lane, lane.prefill, seconds / 4, tick)
         lane.forget()
-    times = alternate({lane.name: lane.prefill for lane in lanes}, _Turns(clock, lanes, seconds, tick), seconds,
-                      warmup=0)  # fmt: skip
+    times = alternate(
+        {lane.name: lane.prefill for lane in lanes},
+        _Turns(clock, lanes, seconds, tick),
+        seconds,
+        warmup=0,
+    )
     for lane in lanes:
         found[lane.name]["prefill"]["seconds"] = times[lane.name]
         found[lane.name]["kv_bytes_held"] = cache_bytes(lane.cache)
     peaks = {lane.name: _step_peak(lane) for lane in lanes}
-    times = alternate({lane.name: lane.step for lane in lanes}, clock, seconds, least=min(3, steps), most=steps)
+    times = alternate(
+        {lane.name: lane.step for lane in lanes}, clock, seconds, least=min(3, steps), most=steps
+    )
     tick("decode", 1.0)
     for lane in lanes:
         rounds, context = len(times[lane.name]), lane.ids.shape[1]
         with OperationTimer(lane.model) as timer:
             passes = [_one(lane.step, timer) for _ in range(INSTRUMENTED)]
         found[lane.name]["decode"] = {
-            "seconds": times[lane.name], "peak": peaks[lane.name], "operations": _columns(passes),
+            "seconds": times[lane.name],
+            "peak": peaks[lane.name],
+            "operations": _columns(passes),
             "past": context + 3 + (rounds - 1) / 2,
-        }  # fmt: skip
+        }
         lane.forget()
     return found
 
 
 class _Turns:
-    """A clock that frees what a lane's last prefill left before it times the next one, and reports progress."""
+    """A clock that frees what a lane's last prefill left before it times the next one, and reports
+    progress.
+    """
 
     def __init__(self, clock: Clock, lanes: Sequence[Lane], seconds: float, tick):
-        self.clock, self.lanes, self.seconds, self.tick, self.spent = clock, lanes, seconds, tick, 0.0
+        self.clock, self.lanes, self.seconds, self.tick, self.spent = (
+            clock,
+            lanes,
+            seconds,
+            tick,
+            0.0,
+        )
 
     def __call__(self, call: Callable[[], None]) -> float:
         for lane in self.lanes:
@@ -115,7 +138,9 @@ class _Turns:
 
 
 def _instrumented(lane: Lane, call: Callable[[], None], seconds: float, tick) -> dict:
-    """Passes with hooks: one with the peak of memory; more, without that first one, as long as `seconds` last."""
+    """Passes with hooks: one with the peak of memory; more, without that first one, as long as
+    `seconds` last.
+    """
     start = time.perf_counter()
     with OperationTimer(lane.model) as timer, PeakMemory(lane.ids.device) as peak:
         passes = [_one(call, timer)]
@@ -129,8 +154,9 @@ def _instrumented(lane: Lane, call: Callable[[], None], seconds: float, tick) ->
 
 
 def _step_peak(lane: Lane) -> dict:
-    """The peak of a step, and the cache's bytes before it. Of the second one: on a CPU only what was allocated under
-    the eyes of `PeakMemory` is seen to be freed, and after a first step that is all that a step replaces."""
+    """The peak of a step, and the cache's bytes before it. Of the second one: on a CPU only what
+    was allocated under the eyes of `PeakMemory` is seen to be freed, and after a first step that is
+    all that a step replaces."""
     for _ in range(2):
         held = cache_bytes(lane.cache)
         with PeakMemory(lane.ids.device) as peak:

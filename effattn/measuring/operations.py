@@ -1,14 +1,14 @@
-"""Where a forward pass spends its time: seconds of every operation in every layer, by forward hooks.
+"""Where a forward pass spends its time: seconds of every operation in every layer, by forward
+hooks.
 
     with OperationTimer(model) as timer:
         model(...)
-        seconds = timer.read()           # {(layer, "q_proj"): seconds, ..., (None, "head"): ..., (None, "other"): ...}
+        seconds = timer.read()  # {(layer, "q_proj"): seconds, ..., (None, "head"): ..., (None, "other"): ...}
 
-A module's time is its own: what runs in a timed module inside it is taken off. So "attention" is the attention module
-without its projections and norms (rotation, cache update, scores, sum), and "other" is the model without all of them
-(residual sums, masks, rotary tables, Python). Hooks cost a few microseconds a module: passes that are timed as a whole
-run without them.
-"""
+A module's time is its own: what runs in a timed module inside it is taken off. So "attention" is
+the attention module without its projections and norms (rotation, cache update, scores, sum), and
+"other" is the model without all of them (residual sums, masks, rotary tables, Python). Hooks cost a
+few microseconds a module: passes that are timed as a whole run without them."""
 
 from __future__ import annotations
 
@@ -22,17 +22,38 @@ from effattn.hf import anatomy
 from effattn.hf.placement import input_device
 
 Key = tuple[int | None, str]  # layer (None: outside the layers), operation
-NAMES = ("embedding", "norms", "q_proj", "k_proj", "v_proj", "qkv_proj", "attention", "o_proj", "ffn", "head", "other")
+NAMES = (
+    "embedding",
+    "norms",
+    "q_proj",
+    "k_proj",
+    "v_proj",
+    "qkv_proj",
+    "attention",
+    "o_proj",
+    "ffn",
+    "head",
+    "other",
+)
 # The same, fewer: what a plot can show.
 GROUPS = {
-    "attention": ("attention",), "projections": ("q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj"), "FFN": ("ffn",),
-    "embedding and head": ("embedding", "head"), "norms": ("norms",), "other": ("other",),
-}  # fmt: skip
+    "attention": ("attention",),
+    "projections": ("q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj"),
+    "FFN": ("ffn",),
+    "embedding and head": ("embedding", "head"),
+    "norms": ("norms",),
+    "other": ("other",),
+}
 
 
 def modules_of(parts: anatomy.Anatomy) -> dict[nn.Module, Key]:
-    """The modules whose calls are the operations. One module that holds q, k and v is "qkv_proj"."""
-    found: dict[nn.Module, Key] = {parts.model: (None, "other"), parts.embeddings: (None, "embedding")}
+    """The modules whose calls are the operations. One module that holds q, k and v is
+    "qkv_proj".
+    """
+    found: dict[nn.Module, Key] = {
+        parts.model: (None, "other"),
+        parts.embeddings: (None, "embedding"),
+    }
     if parts.final_norm is not None:
         found[parts.final_norm] = (None, "norms")
     if (head := parts.model.get_output_embeddings()) is not None:
@@ -44,12 +65,19 @@ def modules_of(parts: anatomy.Anatomy) -> dict[nn.Module, Key]:
         found.update({norm: (layer.index, "norms") for norm in layer.norms})
         q, k, v = layer.q.module, layer.k.module, layer.v.module
         names = {q: "qkv_proj"} if q is k else {q: "q_proj", k: "k_proj", v: "v_proj"}
-        found.update({module: (layer.index, name) for module, name in (names | {layer.o.module: "o_proj"}).items()})
+        found.update(
+            {
+                module: (layer.index, name)
+                for module, name in (names | {layer.o.module: "o_proj"}).items()
+            }
+        )
     return found
 
 
 def merged_name(parts: anatomy.Anatomy, operation: str) -> str:
-    """The timed operation that one of the cost model belongs to: the cache is updated inside the attention module."""
+    """The timed operation that one of the cost model belongs to: the cache is updated inside the
+    attention module.
+    """
     if operation == "cache":
         return "attention"
     fused = parts.layers[0].q.module is parts.layers[0].k.module
@@ -57,8 +85,9 @@ def merged_name(parts: anatomy.Anatomy, operation: str) -> str:
 
 
 class OperationTimer:
-    """Context manager that hooks a model's operations. Wall clock on a CPU, events on a GPU (no synchronisation between
-    operations, so that gaps in which the GPU waits for Python belong to the operation that they delay)."""
+    """Context manager that hooks a model's operations. Wall clock on a CPU, events on a GPU (no
+    synchronisation between operations, so that gaps in which the GPU waits for Python belong to the
+    operation that they delay)."""
 
     def __init__(self, model: nn.Module):
         self.modules = modules_of(anatomy.of(model))
@@ -68,12 +97,15 @@ class OperationTimer:
 
     def _clear(self) -> None:
         self._open: list[tuple[Key, object, int]] = []  # started and not ended: key, start, number
-        self._closed: list[tuple[Key, object, object, int, int | None]] = []  # ... end, number, number of the parent
+        self._closed: list[
+            tuple[Key, object, object, int, int | None]
+        ] = []  # ... end, number, number of the parent
         self._count = 0
 
     def __enter__(self) -> OperationTimer:
         for module, key in self.modules.items():
-            # first of the pre-hooks, so that what a swap does before its attention counts as attention
+            # first of the pre-hooks, so that what a swap does before its attention counts as
+            # attention
             self._handles.append(module.register_forward_pre_hook(self._starts(key), prepend=True))
             self._handles.append(module.register_forward_hook(self._ends))
         return self
@@ -103,7 +135,9 @@ class OperationTimer:
         self._closed.append((key, start, self._mark(), number, parent))
 
     def read(self) -> dict[Key, float]:
-        """Seconds of every operation since the last reading; they add up to the time of the model's calls."""
+        """Seconds of every operation since the last reading; they add up to the time of the model's
+        calls.
+        """
         if self.gpu:
             torch.cuda.synchronize()
         seconds, owners = defaultdict(float), {number: key for key, _, _, number, _ in self._closed}

@@ -25,22 +25,35 @@ def partial_beside(file: Path) -> Path:
 def check_output(folder: Path, fresh: bool) -> None:
     """ValueError for a folder with a finished report, OSError for one that cannot be written.
 
-    With finished cells beside it, the run was killed before it had removed those: it only has to be repeated.
-    """
+    With finished cells beside it, the run was killed before it had removed those: it only has to be
+    repeated."""
     check_writable("output", folder)
     if (folder / REPORT).exists() and not fresh and not partial_in(folder).exists():
         sweep(folder)  # the run that wrote it may have been killed at its very end
-        raise ValueError(f"output: {folder} holds a finished report; --fresh measures again and replaces it")
+        raise ValueError(
+            f"output: {folder} holds a finished report; --fresh measures again and replaces it"
+        )
 
 
 class Partial:
-    """Rows so far, in memory and, with a path, on disk. ValueError when the file is of other settings."""
+    """Rows so far, in memory and, with a path, on disk. ValueError when the file is of other
+    settings.
+    """
 
     def __init__(self, path: Path | str | None, settings: dict, made_with: dict, fresh: bool):
         self.path = None if path is None else Path(path)
-        self.head = json.loads(json.dumps(finite({
-            "kind": KIND, "version": VERSION, "settings": settings, "made_with": made_with,
-        })))  # fmt: skip
+        self.head = json.loads(
+            json.dumps(
+                finite(
+                    {
+                        "kind": KIND,
+                        "version": VERSION,
+                        "settings": settings,
+                        "made_with": made_with,
+                    }
+                )
+            )
+        )
         self.rows: list[dict] = []
         if self.path is None:
             return
@@ -55,7 +68,9 @@ class Partial:
             rows = old["rows"]
             cells = [(row["context"], row["batch"]) for row in rows]
         except (ValueError, KeyError, TypeError):
-            raise ValueError(f"resume: {self.path} is not an unfinished measurement; {again}") from None
+            raise ValueError(
+                f"resume: {self.path} is not an unfinished measurement; {again}"
+            ) from None
         changed = [
             key
             for part in ("settings", "made_with")
@@ -66,7 +81,8 @@ class Partial:
             changed = ["version"]
         if changed:
             raise ValueError(
-                f"resume: {self.path} holds {len(set(cells))} finished cells of a run with other settings "
+                f"resume: {self.path} holds {len(set(cells))} finished cells of a run with other "
+                "settings "
                 f"({', '.join(dict.fromkeys(changed))}): repeat them to go on; {again}"
             )
         return rows
@@ -87,7 +103,9 @@ class Partial:
 
 
 def discard(path: Path | None) -> None:
-    """The run is finished and its results are written: the file of finished cells is no longer needed."""
+    """The run is finished and its results are written: the file of finished cells is no longer
+    needed.
+    """
     if path is not None:
         path.unlink(missing_ok=True)
 

@@ -1,4 +1,6 @@
-"""The plots of a measurement: time and memory against context, the roofline, and where bytes and time go."""
+"""The plots of a measurement: time and memory against context, the roofline, and where bytes and
+time go.
+"""
 
 from __future__ import annotations
 
@@ -16,18 +18,22 @@ from effattn.reports.plots import (
 )
 
 ROOFLINE_NOTE = (
-    "Work per byte moved at least (the cost model), and the speed reached; the roof is what this device was measured "
+    "Work per byte moved at least (the cost model), and the speed reached; the roof is what this "
+    "device was measured "
     "to do. Under the slope memory is the limit, under the flat part arithmetic is."
 )
 SHARES_NOTE = (
-    "Bytes: the least that one decode step must move, and what is held at the peak of a prefill, by the cost model. "
+    "Bytes: the least that one decode step must move, and what is held at the peak of a prefill, "
+    "by the cost model. "
     "Time: medians by operation, all layers."
 )
 MIB = 2**20
 
 
 def _lines(report, value, band=None) -> list[Series]:
-    """A line over the contexts for each variant and batch: `value(row)`, and its (low, high) by `band(row)`."""
+    """A line over the contexts for each variant and batch: `value(row)`, and its (low, high) by
+    `band(row)`.
+    """
     found, batches = [], sorted({row["batch"] for row in report.rows})
     for index, variant in enumerate(report.variants):
         for batch in batches:
@@ -40,22 +46,37 @@ def _lines(report, value, band=None) -> list[Series]:
                 continue
             label = variant if len(batches) == 1 else f"{variant}, batch {batch}"
             low, high = zip(*map(band, rows), strict=True) if band else (None, None)
-            found.append(Series(label, [row["context"] for row in rows], list(map(value, rows)),
-                                PALETTE[index % len(PALETTE)], low=low, high=high))  # fmt: skip
+            found.append(
+                Series(
+                    label,
+                    [row["context"] for row in rows],
+                    list(map(value, rows)),
+                    PALETTE[index % len(PALETTE)],
+                    low=low,
+                    high=high,
+                )
+            )
     return found
 
 
 def against_context(report) -> list:
     """Time to the first token, and time per token."""
     plots = []
-    for phase, title in (("prefill", "Time to the first token"), ("decode", "Time per output token")):
+    for phase, title in (
+        ("prefill", "Time to the first token"),
+        ("decode", "Time per output token"),
+    ):
         lines = _lines(
             report,
             lambda row, phase=phase: row[phase]["ms_p50"],
             lambda row, phase=phase: (row[phase]["ms_p20"], row[phase]["ms_p80"]),
         )
         if lines:
-            plots.append(line_plot(title, lines, "context (tokens)", "milliseconds", contexts=True, log_y=True))
+            plots.append(
+                line_plot(
+                    title, lines, "context (tokens)", "milliseconds", contexts=True, log_y=True
+                )
+            )
     return plots
 
 
@@ -68,7 +89,9 @@ def memory(report) -> list:
     ):
         lines = _lines(report, value)
         if lines:
-            shown.append(line_plot(title, lines, "context (tokens)", "MiB", contexts=True, log_y=True))
+            shown.append(
+                line_plot(title, lines, "context (tokens)", "MiB", contexts=True, log_y=True)
+            )
     return shown
 
 
@@ -90,7 +113,9 @@ def roofline(report) -> list:
 
 
 def shares(report) -> list:
-    """Stacked bars: bytes that a decode step moves and bytes held at once, by kind; time by group of operations."""
+    """Stacked bars: bytes that a decode step moves and bytes held at once, by kind; time by group
+    of operations.
+    """
     rows = shown_rows(report)
     if not rows:
         return []
@@ -99,19 +124,40 @@ def shares(report) -> list:
 
     def bars(title: str, amounts: list[dict], unit: str):
         kinds = [kind for kind in amounts[0] if any(one[kind] for one in amounts)]
-        parts = [(kind, PALETTE[i % len(PALETTE)], [one[kind] for one in amounts]) for i, kind in enumerate(kinds)]
+        parts = [
+            (kind, PALETTE[i % len(PALETTE)], [one[kind] for one in amounts])
+            for i, kind in enumerate(kinds)
+        ]
         totals = [f"{short(sum(one.values()))}" for one in amounts]
-        return stacked_bar_plot(f"{title}, {where}", names, parts, unit, "", horizontal=True, totals=totals)
+        return stacked_bar_plot(
+            f"{title}, {where}", names, parts, unit, "", horizontal=True, totals=totals
+        )
 
-    moved = [{kind: size / MIB for kind, size in row["decode"]["bytes_by_kind"].items()} for row in rows]
+    moved = [
+        {kind: size / MIB for kind, size in row["decode"]["bytes_by_kind"].items()} for row in rows
+    ]
     held = []
     for row in rows:
-        weights, keys, whole = row["weight_bytes"], row["kv_bytes"], row["prefill"]["peak_bytes_predicted"]
-        sizes = {"weights": weights, "keys and values": keys, "activations": max(0, whole - weights - keys)}
+        weights, keys, whole = (
+            row["weight_bytes"],
+            row["kv_bytes"],
+            row["prefill"]["peak_bytes_predicted"],
+        )
+        sizes = {
+            "weights": weights,
+            "keys and values": keys,
+            "activations": max(0, whole - weights - keys),
+        }
         held.append({kind: size / MIB for kind, size in sizes.items()})
-    plots = [bars("Bytes that a decode step moves", moved, "MiB"), bars("Memory at the peak, predicted", held, "MiB")]
+    plots = [
+        bars("Bytes that a decode step moves", moved, "MiB"),
+        bars("Memory at the peak, predicted", held, "MiB"),
+    ]
     for phase, what in (("prefill", "a prefill"), ("decode", "a decode step")):
         sums = [by_operation(row[phase]) for row in rows]
-        grouped = [{name: sum(one.get(op, 0.0) for op in group) for name, group in GROUPS.items()} for one in sums]
+        grouped = [
+            {name: sum(one.get(op, 0.0) for op in group) for name, group in GROUPS.items()}
+            for one in sums
+        ]
         plots.append(bars(f"Time of {what}", grouped, "milliseconds"))
     return plots

@@ -7,8 +7,10 @@ from effattn.measuring.rows import MEASURED
 from effattn.reports.tables import Table, data_size, pairs
 
 MEMORY_NOTE = (
-    "Peaks are the most memory at once: weights, cache and activations. Predicted by the cost model from shapes alone; "
-    "measured is what torch's allocator gave out. KV bytes are those of the whole batch after the prefill."
+    "Peaks are the most memory at once: weights, cache and activations. Predicted by the cost "
+    "model from shapes alone; "
+    "measured is what torch's allocator gave out. KV bytes are those of the whole batch after the "
+    "prefill."
 )
 
 
@@ -16,19 +18,31 @@ def main_numbers(report, row: dict) -> dict:
     """What one row comes to, in plain units: what the last line of the terminal says."""
     shown = {key: row[key] for key in ("variant", "context", "batch", "status")}
     if row["status"] != MEASURED:
-        return shown | {"needs_bytes": row["needs_bytes"], "available_bytes": row["available_bytes"]}
+        return shown | {
+            "needs_bytes": row["needs_bytes"],
+            "available_bytes": row["available_bytes"],
+        }
     decode = row["decode"]
     return shown | {
-        "ttft_ms": _rounded(row["prefill"]["ms_p50"]), "ms_per_token": _rounded(decode["ms_p50"]),
-        "tokens_per_s": _rounded(decode["tokens_per_s"]), "peak_bytes": peak(row), "kv_bytes": row["kv_bytes_held"],
-        "gb_per_s": _rounded(decode["bytes_per_s"] / 1e9), "of_read_peak": _rounded(decode["bandwidth_share"]),
-        "ttft_ratio": _rounded(report.ratio(row, "prefill")), "decode_ratio": _rounded(report.ratio(row, "decode")),
-    }  # fmt: skip
+        "ttft_ms": _rounded(row["prefill"]["ms_p50"]),
+        "ms_per_token": _rounded(decode["ms_p50"]),
+        "tokens_per_s": _rounded(decode["tokens_per_s"]),
+        "peak_bytes": peak(row),
+        "kv_bytes": row["kv_bytes_held"],
+        "gb_per_s": _rounded(decode["bytes_per_s"] / 1e9),
+        "of_read_peak": _rounded(decode["bandwidth_share"]),
+        "ttft_ratio": _rounded(report.ratio(row, "prefill")),
+        "decode_ratio": _rounded(report.ratio(row, "decode")),
+    }
 
 
 def peak(row: dict) -> int | None:
     """The larger of the measured peaks of prefill and decode, in bytes."""
-    known = [row[phase]["peak_bytes"] for phase in ("prefill", "decode") if row[phase]["peak_bytes"] is not None]
+    known = [
+        row[phase]["peak_bytes"]
+        for phase in ("prefill", "decode")
+        if row[phase]["peak_bytes"] is not None
+    ]
     return max(known, default=None)
 
 
@@ -36,8 +50,18 @@ def main_table(report) -> Table:
     """The headline table: a line for each row, those that do not fit included."""
     batches, first = _several_batches(report), report.variants[0]
     several = len(report.variants) > 1
-    header = ["Variant", "Context", *(["Batch"] if batches else []), "First token (ms)", "ms/token", "Tokens/s",
-              "Peak memory", "KV cache", "GB/s", "Of peak"]  # fmt: skip
+    header = [
+        "Variant",
+        "Context",
+        *(["Batch"] if batches else []),
+        "First token (ms)",
+        "ms/token",
+        "Tokens/s",
+        "Peak memory",
+        "KV cache",
+        "GB/s",
+        "Of peak",
+    ]
     header += [f"First token vs {first}", f"Decode vs {first}"] if several else []
     rows = []
     for row in report.rows:
@@ -48,14 +72,21 @@ def main_table(report) -> Table:
             continue
         decode = row["decode"]
         cells = [
-            short(row["prefill"]["ms_p50"]), short(decode["ms_p50"]), f"{decode['tokens_per_s']:,.1f}",
-            data_size(peak(row)), data_size(row["kv_bytes_held"]), f"{decode['bytes_per_s'] / 1e9:.1f}",
+            short(row["prefill"]["ms_p50"]),
+            short(decode["ms_p50"]),
+            f"{decode['tokens_per_s']:,.1f}",
+            data_size(peak(row)),
+            data_size(row["kv_bytes_held"]),
+            f"{decode['bytes_per_s'] / 1e9:.1f}",
             _percent(decode["bandwidth_share"]),
-        ]  # fmt: skip
-        cells += [_ratio(report.ratio(row, phase)) for phase in ("prefill", "decode")] if several else []
+        ]
+        cells += (
+            [_ratio(report.ratio(row, phase)) for phase in ("prefill", "decode")] if several else []
+        )
         rows.append([*start, *cells])
     note = (
-        "Medians. GB/s: weights, cache and activations that a decode step must move at least, over its time; of peak: "
+        "Medians. GB/s: weights, cache and activations that a decode step must move at least, "
+        "over its time; of peak: "
         "of the read bandwidth measured on this device."
     )
     if several:
@@ -71,7 +102,16 @@ def spread_table(report) -> Table:
             spread = row[phase]
             times = [short(spread[f"ms_{p}"]) for p in ("p20", "p50", "p80")]
             rows.append([*_place(row), label, *times, f"{spread['rounds']}"])
-    header = ("Variant", "Context", "Batch", "Time to", "p20 (ms)", "p50 (ms)", "p80 (ms)", "Rounds")
+    header = (
+        "Variant",
+        "Context",
+        "Batch",
+        "Time to",
+        "p20 (ms)",
+        "p50 (ms)",
+        "p80 (ms)",
+        "Rounds",
+    )
     return Table("Spread", header, rows, "The variants took turns, pass by pass.", folded=True)
 
 
@@ -82,13 +122,32 @@ def limit_table(report) -> Table:
         for phase in ("prefill", "decode"):
             one = row[phase]
             moved = one["read_bytes"] + one["write_bytes"]
-            rows.append([
-                *_place(row), phase, _work(one["flops"] / 1e9), _work(moved / 1e9),
-                _work(one["intensity"]), _work(one["flops_per_s"] / 1e9), _percent(one["compute_share"]),
-                _work(one["bytes_per_s"] / 1e9), _percent(one["bandwidth_share"]),
-            ])  # fmt: skip
-    header = ("Variant", "Context", "Batch", "Phase", "GFLOP", "GB moved", "FLOP/byte", "GFLOP/s", "Of matmul peak",
-              "GB/s", "Of read peak")  # fmt: skip
+            rows.append(
+                [
+                    *_place(row),
+                    phase,
+                    _work(one["flops"] / 1e9),
+                    _work(moved / 1e9),
+                    _work(one["intensity"]),
+                    _work(one["flops_per_s"] / 1e9),
+                    _percent(one["compute_share"]),
+                    _work(one["bytes_per_s"] / 1e9),
+                    _percent(one["bandwidth_share"]),
+                ]
+            )
+    header = (
+        "Variant",
+        "Context",
+        "Batch",
+        "Phase",
+        "GFLOP",
+        "GB moved",
+        "FLOP/byte",
+        "GFLOP/s",
+        "Of matmul peak",
+        "GB/s",
+        "Of read peak",
+    )
     note = "GFLOP and GB are the least that a pass must compute and move, from the cost model."
     return Table("Against the measured peaks", header, rows, note)
 
@@ -104,13 +163,25 @@ def memory_table(report) -> Table:
             peaks += [data_size(measured), data_size(predicted) + off]
         sizes = [data_size(row[key]) for key in ("weight_bytes", "kv_bytes", "kv_bytes_held")]
         rows.append([*_place(row), *sizes, *peaks])
-    header = ("Variant", "Context", "Batch", "Weights", "KV predicted", "KV held", "Prefill peak", "predicted",
-              "Decode peak", "predicted")  # fmt: skip
+    header = (
+        "Variant",
+        "Context",
+        "Batch",
+        "Weights",
+        "KV predicted",
+        "KV held",
+        "Prefill peak",
+        "predicted",
+        "Decode peak",
+        "predicted",
+    )
     return Table("Memory", header, rows)
 
 
 def operation_table(report) -> Table:
-    """Milliseconds of each operation over all layers, at the longest context measured, smallest batch."""
+    """Milliseconds of each operation over all layers, at the longest context measured, smallest
+    batch.
+    """
     columns = {
         f"{row['variant']}, {phase}": by_operation(row[phase])
         for row in shown_rows(report)
@@ -125,7 +196,8 @@ def operation_table(report) -> Table:
         if any(cell != "-" for cell in cells):
             rows.append([name, *cells])
     note = (
-        f"At {_cell(report)}. Medians of passes of their own with forward hooks, summed over the layers; attention "
+        f"At {_cell(report)}. Medians of passes of their own with forward hooks, summed over the "
+        "layers; attention "
         "includes rotation and the cache's update, other is what runs between the modules."
     )
     return Table("Time by operation", ("ms (share)", *columns), rows, note)
@@ -151,18 +223,40 @@ def layer_table(report) -> Table:
                     ]
                 layer = "-" if one["layer"] is None else str(one["layer"])
                 rows.append([row["variant"], phase, layer, one["name"], *times, *work])
-    header = ("Variant", "Phase", "Layer", "Operation", "p20 (ms)", "p50 (ms)", "p80 (ms)", "MFLOP", "MB", "GFLOP/s",
-              "GB/s")  # fmt: skip
+    header = (
+        "Variant",
+        "Phase",
+        "Layer",
+        "Operation",
+        "p20 (ms)",
+        "p50 (ms)",
+        "p80 (ms)",
+        "MFLOP",
+        "MB",
+        "GFLOP/s",
+        "GB/s",
+    )
     return Table("Every operation", header, rows, f"At {_cell(report)}.", folded=True)
 
 
 def settings_tables(report) -> list[Table]:
     """What was asked for, of what model, on what machine."""
     settings = {key: value for key, value in report.settings.items() if key != "variants"}
-    listed = {key: ", ".join(map(str, value)) if isinstance(value, list) else value for key, value in settings.items()}
-    listed |= {f"variant {variant['name']}": variant["spec"] for variant in report.settings["variants"]}
-    known = {key: value for key, value in report.data["peaks"].items() if not isinstance(value, dict)}
-    for key, unit in (("copy_bytes_per_s", "GB/s"), ("read_bytes_per_s", "GB/s"), ("write_bytes_per_s", "GB/s")):
+    listed = {
+        key: ", ".join(map(str, value)) if isinstance(value, list) else value
+        for key, value in settings.items()
+    }
+    listed |= {
+        f"variant {variant['name']}": variant["spec"] for variant in report.settings["variants"]
+    }
+    known = {
+        key: value for key, value in report.data["peaks"].items() if not isinstance(value, dict)
+    }
+    for key, unit in (
+        ("copy_bytes_per_s", "GB/s"),
+        ("read_bytes_per_s", "GB/s"),
+        ("write_bytes_per_s", "GB/s"),
+    ):
         if known.get(key):
             known[key] = f"{known[key] / 1e9:.1f} {unit}"
     if known.get("launch_seconds"):
@@ -172,10 +266,11 @@ def settings_tables(report) -> list[Table]:
         for dtype, value in report.data["peaks"]["matmul_flops"].items()
     }
     return [
-        pairs("Settings", listed), pairs("Model", report.data["model"]),
+        pairs("Settings", listed),
+        pairs("Model", report.data["model"]),
         pairs("The device's measured peaks", known, missing="not available"),
         pairs("Environment", report.data["environment"]),
-    ]  # fmt: skip
+    ]
 
 
 def notes(report) -> list[str]:
@@ -184,31 +279,49 @@ def notes(report) -> list[str]:
     trained = model["trained_length"]
     if trained and max(report.settings["contexts"]) > trained:
         found.append(
-            f"The model was trained at {trained:,} tokens: times and memory do not depend on that, what it says past "
+            f"The model was trained at {trained:,} tokens: times and memory do not depend on "
+            "that, what it says past "
             "it does. A sliding window with sinks goes on past it."
         )
     if any("heads" in variant["axes"] for variant in report.settings["variants"]):
         found.append(
-            "Variants with other heads were converted without data (method first): the speed is that of any "
+            "Variants with other heads were converted without data (method first): the speed is "
+            "that of any "
             "conversion, the text is not. effattn convert-gqa makes a good one."
         )
-    if any(row["status"] == MEASURED and not row["alternated"] for row in report.rows) and len(report.variants) > 1:
-        found.append("Where the variants did not fit into memory together, they were measured one after the other.")
+    if (
+        any(row["status"] == MEASURED and not row["alternated"] for row in report.rows)
+        and len(report.variants) > 1
+    ):
+        found.append(
+            "Where the variants did not fit into memory together, they were measured one after "
+            "the other."
+        )
     return found
 
 
 def every_table(report) -> list[Table]:
     """All of them, the headline first; those without rows are left out."""
-    found = [main_table(report), spread_table(report), limit_table(report), operation_table(report),
-             layer_table(report), memory_table(report), *settings_tables(report)]  # fmt: skip
+    found = [
+        main_table(report),
+        spread_table(report),
+        limit_table(report),
+        operation_table(report),
+        layer_table(report),
+        memory_table(report),
+        *settings_tables(report),
+    ]
     return [table for table in found if table.rows]
 
 
-# Parts -----------------------------------------------------------------------------------------------------------
+# Parts
+# -------------------------------------------------------------------------------------------------
 
 
 def shown_rows(report) -> list[dict]:
-    """The rows at the longest context that was measured, smallest batch: what operations are shown for."""
+    """The rows at the longest context that was measured, smallest batch: what operations are shown
+    for.
+    """
     rows = _measured(report)
     if not rows:
         return []
@@ -254,7 +367,13 @@ def _work(value: float | None) -> str:
 
 
 def _percent(share: float | None) -> str:
-    return "unknown" if share is None else f"{100 * share:.0f} %" if share >= 0.1 else f"{100 * share:.1f} %"
+    return (
+        "unknown"
+        if share is None
+        else f"{100 * share:.0f} %"
+        if share >= 0.1
+        else f"{100 * share:.1f} %"
+    )
 
 
 def _ratio(ratio: float | None) -> str:

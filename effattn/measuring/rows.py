@@ -1,4 +1,6 @@
-"""One row of a measurement: what had to be moved and computed, what it took, and so the share of the device's limit."""
+"""One row of a measurement: what had to be moved and computed, what it took, and so the share of
+the device's limit.
+"""
 
 from __future__ import annotations
 
@@ -16,11 +18,19 @@ MEASURED, TOO_LARGE = "measured", "does not fit"
 
 
 def does_not_fit(name: str, context: int, batch: int, need, free: int | None) -> dict:
-    """The row of a variant for which there is no memory: bytes beyond the weights that it needs, and that there are."""
+    """The row of a variant for which there is no memory: bytes beyond the weights that it needs,
+    and that there are.
+    """
     return {
-        "variant": name, "context": context, "batch": batch, "status": TOO_LARGE, "needs_bytes": need.peak,
-        "available_bytes": free, "weight_bytes": need.decode.weight_bytes, "kv_bytes": need.prefill.kv_bytes,
-    }  # fmt: skip
+        "variant": name,
+        "context": context,
+        "batch": batch,
+        "status": TOO_LARGE,
+        "needs_bytes": need.peak,
+        "available_bytes": free,
+        "weight_bytes": need.decode.weight_bytes,
+        "kv_bytes": need.prefill.kv_bytes,
+    }
 
 
 def measured_row(
@@ -34,8 +44,9 @@ def measured_row(
     limits: Peaks,
     alternated: bool,
 ) -> dict:
-    """JSON-able. `found` is what `lanes.measure_together` saw of this variant, `prefill` and `step` are what the cost
-    model says of both (the step is the middle one of those timed). Times in ms, sizes in bytes of the whole batch."""
+    """JSON-able. `found` is what `lanes.measure_together` saw of this variant, `prefill` and `step`
+    are what the cost model says of both (the step is the middle one of those timed). Times in ms,
+    sizes in bytes of the whole batch."""
     parts = anatomy.of(model)
     dtype = str(parts.layers[0].dtype).removeprefix("torch.")
     held = found["kv_bytes_held"]
@@ -44,14 +55,22 @@ def measured_row(
         "decode": _phase(parts, found["decode"], step, limits, dtype),
     }
     phases["decode"] |= {
-        "tokens_per_s": 1000 * batch / phases["decode"]["ms_p50"], "past": found["decode"]["past"],
-    }  # fmt: skip
+        "tokens_per_s": 1000 * batch / phases["decode"]["ms_p50"],
+        "past": found["decode"]["past"],
+    }
     phases["prefill"]["tokens_per_s"] = 1000 * batch * context / phases["prefill"]["ms_p50"]
     return {
-        "variant": name, "context": context, "batch": batch, "status": MEASURED, "alternated": alternated,
-        "weight_bytes": step.weight_bytes, "kv_bytes": prefill.kv_bytes, "kv_bytes_held": held,
-        "activation_bytes": {"prefill": prefill.activation_bytes, "decode": step.activation_bytes}, **phases,
-    }  # fmt: skip
+        "variant": name,
+        "context": context,
+        "batch": batch,
+        "status": MEASURED,
+        "alternated": alternated,
+        "weight_bytes": step.weight_bytes,
+        "kv_bytes": prefill.kv_bytes,
+        "kv_bytes_held": held,
+        "activation_bytes": {"prefill": prefill.activation_bytes, "decode": step.activation_bytes},
+        **phases,
+    }
 
 
 def _phase(parts, found: dict, cost: ModelCost, limits: Peaks, dtype: str) -> dict:
@@ -64,20 +83,29 @@ def _phase(parts, found: dict, cost: ModelCost, limits: Peaks, dtype: str) -> di
     compute = limits.matmul_flops.get(dtype)
     return {
         **spread,
-        "flops": total.flops, "read_bytes": total.read_bytes, "write_bytes": total.write_bytes,
+        "flops": total.flops,
+        "read_bytes": total.read_bytes,
+        "write_bytes": total.write_bytes,
         "intensity": total.flops / moved if moved else None,
-        "flops_per_s": total.flops / seconds, "compute_share": _share(total.flops / seconds, compute),
-        "bytes_per_s": moved / seconds, "bandwidth_share": _share(moved / seconds, limits.read_bytes_per_s),
-        "peak_bytes": None if added is None else cost.weight_bytes + found["peak"].get("held", 0) + added,
-        "peak_bytes_predicted": cost.peak_bytes, "peak_source": found["peak"]["source"],
+        "flops_per_s": total.flops / seconds,
+        "compute_share": _share(total.flops / seconds, compute),
+        "bytes_per_s": moved / seconds,
+        "bandwidth_share": _share(moved / seconds, limits.read_bytes_per_s),
+        "peak_bytes": None
+        if added is None
+        else cost.weight_bytes + found["peak"].get("held", 0) + added,
+        "peak_bytes_predicted": cost.peak_bytes,
+        "peak_source": found["peak"]["source"],
         "kv_read_bytes": sum(one.kv_bytes for one in cost.operations if one.name == "attention"),
         "operations": _operations(parts, found["operations"], cost),
         "bytes_by_kind": bytes_by_kind(cost),
-    }  # fmt: skip
+    }
 
 
 def bytes_by_kind(cost: ModelCost) -> dict[str, int]:
-    """What a pass moves at least, by what it is: weights of each kind, keys and values, and everything else."""
+    """What a pass moves at least, by what it is: weights of each kind, keys and values, and
+    everything else.
+    """
     ends = "other weights"
     kinds = {"attention weights": 0, "FFN weights": 0, ends: 0}
     names = {"ffn": "FFN weights", "embedding": ends, "norms": ends, "head": ends}
@@ -106,7 +134,9 @@ def _operations(parts, found: dict[Key, list[float]], cost: ModelCost) -> list[d
 
 def _ms(seconds: Sequence[float]) -> dict:
     found = percentiles(seconds)
-    return {f"ms_{key}": 1000 * found[key] for key in ("p20", "p50", "p80")} | {"rounds": found["rounds"]}
+    return {f"ms_{key}": 1000 * found[key] for key in ("p20", "p50", "p80")} | {
+        "rounds": found["rounds"]
+    }
 
 
 def _share(reached: float, limit: float | None) -> float | None:

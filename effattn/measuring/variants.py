@@ -1,4 +1,5 @@
-"""Variants of one model: how they are written, and how each is made without a second copy of the weights.
+"""Variants of one model: how they are written, and how each is made without a second copy of the
+weights.
 
 name=sliding(window=512, sinks=4)                              a pattern, under a name of its own
 sliding(window=512)                                            the same, named by its spec
@@ -25,13 +26,17 @@ from effattn.swapping.patterns import Pattern, label_of, parse_pattern
 AXES = ("pattern", "heads", "cache", "positions", "projections")
 PLAIN = "plain"
 UNCHANGED = (PLAIN, "dense")  # what "the model as transformers runs it" may be called
-GRAMMAR = "valid is name=spec, where spec is 'plain', a backend such as 'sliding(window=512)', or axes such as " \
-          "'pattern=sliding(window=512); heads=gqa(kv_heads=2)'"  # fmt: skip
+GRAMMAR = (
+    "valid is name=spec, where spec is 'plain', a backend such as 'sliding(window=512)', or axes "
+    "such as "
+    "'pattern=sliding(window=512); heads=gqa(kv_heads=2)'"
+)
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One way to run the model: its name, and what `effattn.swap` is given. No axes: the model unchanged.
+    """One way to run the model: its name, and what `effattn.swap` is given. No axes: the model
+    unchanged.
 
     `as_given`: the model as the caller swapped it, kept as it is.
     """
@@ -52,8 +57,9 @@ class Variant:
 
 
 def parse_all(given: Sequence[str] | Mapping[str, str] | str | None) -> list[Variant]:
-    """The variants to measure; "plain" comes first unless one of them is the model unchanged. ValueError for what does
-    not parse, for unknown backends and options, and for names given twice."""
+    """The variants to measure; "plain" comes first unless one of them is the model unchanged.
+    ValueError for what does not parse, for unknown backends and options, and for names given
+    twice."""
     if given is None:
         return [Variant(PLAIN)]
     if isinstance(given, str):
@@ -64,12 +70,17 @@ def parse_all(given: Sequence[str] | Mapping[str, str] | str | None) -> list[Var
         found.insert(0, Variant(PLAIN))
     names = [variant.name for variant in found]
     if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise ValueError(f"variant: {', '.join(twice)} given twice; each needs a name of its own, as in name=spec")
+        raise ValueError(
+            f"variant: {', '.join(twice)} given twice; each needs a name of its own, as in "
+            "name=spec"
+        )
     return found
 
 
 def split_name(text: str) -> tuple[str, str]:
-    """ "name=spec" -> (name, spec). A spec without a name, or whose name is an axis, is named by itself."""
+    """ "name=spec" -> (name, spec). A spec without a name, or whose name is an axis, is named by
+    itself.
+    """
     match = re.fullmatch(r"\s*([^=(){};]*[^=(){};\s])\s*=(.*)", text, flags=re.DOTALL)
     if match is None or match[1].strip() in AXES:
         return text.strip(), text
@@ -77,7 +88,9 @@ def split_name(text: str) -> tuple[str, str]:
 
 
 def parse(name: str, spec: str) -> Variant:
-    """One variant from its spec. ValueError that shows the variant, what is wrong, and the grammar."""
+    """One variant from its spec. ValueError that shows the variant, what is wrong, and the
+    grammar.
+    """
     text = spec.strip() if isinstance(spec, str) else spec
     try:
         if not isinstance(text, str) or not text or not name:
@@ -110,13 +123,17 @@ def _axes(text: str) -> dict[str, Pattern]:
 
 
 def build(model: nn.Module, variant: Variant) -> nn.Module:
-    """A model that is `variant`, in eval mode. It shares `model`'s weights, which stay as they are; what a variant
-    changes (attention weights, with fewer heads) is its own copy.
+    """A model that is `variant`, in eval mode. It shares `model`'s weights, which stay as they are;
+    what a variant changes (attention weights, with fewer heads) is its own copy.
 
     Raises what `effattn.swap` raises.
     """
     parts = anatomy.of(model)
-    changed = {id(p) for p in _rewritten(parts)} if {"heads", "projections"} & variant.axes.keys() else set()
+    changed = (
+        {id(p) for p in _rewritten(parts)}
+        if {"heads", "projections"} & variant.axes.keys()
+        else set()
+    )
     tensors = [*model.parameters(), *model.buffers(), *placement.maps(model)]
     twin = copy.deepcopy(model, {id(x): x for x in tensors if id(x) not in changed}).eval()
     if variant.as_given:
@@ -144,7 +161,9 @@ def _rewritten(parts: anatomy.Anatomy) -> list[nn.Parameter]:
 
 
 def without_data(heads: str) -> str:
-    """A `heads` spec whose conversion needs no calibration: only speed is measured, which quality does not change."""
+    """A `heads` spec whose conversion needs no calibration: only speed is measured, which quality
+    does not change.
+    """
     name, options = registry.parse_spec(heads)
     if name not in ("gqa", "mqa"):
         return heads

@@ -1,4 +1,6 @@
-"""The backends, one file each. Importing this package registers them all: a new file is found by itself."""
+"""The backends, one file each. Importing this package registers them all: a new file is found by
+itself.
+"""
 
 import importlib
 import pkgutil

@@ -1,4 +1,6 @@
-"""For patterns laid out on a grid of positions: rows moved so that each one's first real token comes first."""
+"""For patterns laid out on a grid of positions: rows moved so that each one's first real token
+comes first.
+"""
 
 from __future__ import annotations
 
@@ -18,16 +20,22 @@ def whole(q: Tensor, k: Tensor, layout: Layout) -> bool:
 
 
 def aligned(
-    run: Callable[[Tensor, Tensor, Tensor, Layout], tuple[Tensor, Tensor]], q: Tensor, k: Tensor, v: Tensor,
+    run: Callable[[Tensor, Tensor, Tensor, Layout], tuple[Tensor, Tensor]],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
     layout: Layout,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """run(q, k, v, layout) with padding on the right only, so that a token's number is its position; (out, lse) as they
-    were. Left padding costs a copy of q, k, v and out; a row of padding only comes out as 0 and -inf."""
+) -> tuple[Tensor, Tensor]:
+    """run(q, k, v, layout) with padding on the right only, so that a token's number is its
+    position; (out, lse) as they were. Left padding costs a copy of q, k, v and out; a row of
+    padding only comes out as 0 and -inf."""
     if layout.start is None:
         return run(q, k, v, layout)
     tokens = q.shape[2]
     places = torch.arange(tokens, device=q.device)
-    there = (places + layout.start[:, None]) % tokens  # where each position's token is now; padding comes round last
+    there = (
+        places + layout.start[:, None]
+    ) % tokens  # where each position's token is now; padding comes round last
     back = (places - layout.start[:, None]) % tokens
 
     def move(x: Tensor, at: Tensor) -> Tensor:
@@ -48,10 +56,18 @@ def in_pieces(backend, q: Tensor, k: Tensor, v: Tensor, call: Call, impl: str, l
     step = decode.MOST_QUERIES
     pieces = [
         decode.attention(
-            q[:, :, at : at + step], k, v, None, call.layout, scale=call.scale, softcap=call.softcap,
-            counts=counts[:, :, at : at + step], impl=impl, lse=True,
+            q[:, :, at : at + step],
+            k,
+            v,
+            None,
+            call.layout,
+            scale=call.scale,
+            softcap=call.softcap,
+            counts=counts[:, :, at : at + step],
+            impl=impl,
+            lse=True,
         )
         for at in range(0, q.shape[2], step)
-    ]  # fmt: skip
+    ]
     out, sums = (torch.cat(parts, dim=2) for parts in zip(*pieces, strict=True))
     return (out, sums) if lse else out

@@ -1,4 +1,6 @@
-"""Block-local attention (BlockBERT, arXiv:1911.02972): a query sees its own block, and some blocks before it."""
+"""Block-local attention (BlockBERT, arXiv:1911.02972): a query sees its own block, and some blocks
+before it.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,8 @@ from effattn.states import RingState
 
 @register("block")
 class Block(ExactBackend):
-    """A query sees its own block of `block` tokens and the `look_back` blocks before; what is not later, if causal.
+    """A query sees its own block of `block` tokens and the `look_back` blocks before; what is not
+    later, if causal.
 
     Blocks count from a row's first real token; the last one may be shorter.
     """

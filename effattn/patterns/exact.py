@@ -1,7 +1,7 @@
-"""What the exact patterns share: softmax attention over the keys that a predicate shows, by the flash and decode
-kernels. A pattern file says who sees whom (`sees`, the definition), how a kernel does it (`pattern` or `attend`), what
-must be remembered (`new_state`), and how many pairs there are (`pairs`).
-"""
+"""What the exact patterns share: softmax attention over the keys that a predicate shows, by the
+flash and decode kernels. A pattern file says who sees whom (`sees`, the definition), how a kernel
+does it (`pattern` or `attend`), what must be remembered (`new_state`), and how many pairs there are
+(`pairs`)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ from effattn.states import Inside, RingState
 
 
 class ExactBackend(Backend):
-    """Base of the exact patterns. Subclasses set `traits` and write `sees`, and `pattern` if one predicate suffices."""
+    """Base of the exact patterns. Subclasses set `traits` and write `sees`, and `pattern` if one
+    predicate suffices.
+    """
 
     implementations = flash.IMPLEMENTATIONS
     extras = ("softcap", "sink_logits")
@@ -26,8 +28,8 @@ class ExactBackend(Backend):
         self.chosen_impl = flash.choose(impl)
 
     def sees(self, i: Tensor, j: Tensor, h: Tensor, heads: int, causal: bool) -> Tensor:
-        """How often the query at position i of head h sees the key at position j: bool, or a count. The definition:
-        i, j and h broadcast against each other; negative positions are padding."""
+        """How often the query at position i of head h sees the key at position j: bool, or a count.
+        The definition: i, j and h broadcast against each other; negative positions are padding."""
         raise NotImplementedError
 
     @property
@@ -35,16 +37,21 @@ class ExactBackend(Backend):
         return self.pattern(causal=True) is not None
 
     def pattern(self, causal: bool) -> Pattern | None:
-        """The predicate as the kernels take it; None when the subclass writes `attend_many` itself."""
+        """The predicate as the kernels take it; None when the subclass writes `attend_many`
+        itself.
+        """
         return None
 
     def pairs(self, i: Tensor, shape: Shape) -> Tensor:
-        """How many keys the queries at positions i (N,) see, over all heads and counted as often as `sees` says: int64
-        of any shape that sums up to the number of (query, key) pairs of one batch row."""
+        """How many keys the queries at positions i (N,) see, over all heads and counted as often as
+        `sees` says: int64 of any shape that sums up to the number of (query, key) pairs of one
+        batch row."""
         raise NotImplementedError
 
     def still_seen(self, j: Tensor, shape: Shape) -> Tensor:
-        """bool: which of the keys at positions j (N,), all before the first query, some query of a causal call sees."""
+        """bool: which of the keys at positions j (N,), all before the first query, some query of a
+        causal call sees.
+        """
         raise NotImplementedError
 
     def held(self, tokens: int) -> int:
@@ -53,11 +60,12 @@ class ExactBackend(Backend):
         return state.held(tokens) if isinstance(state, RingState) else tokens
 
     def cost(self, shape: Shape) -> Cost:
-        """Two matrix products over the pairs that see each other; q, what is seen of k and v, and the output moved
-        once. The softmax's own operations are not counted, as everywhere.
+        """Two matrix products over the pairs that see each other; q, what is seen of k and v, and
+        the output moved once. The softmax's own operations are not counted, as everywhere.
 
-        Backward: five products, since scores are computed again from q, k and the log-sum-exps (FlashAttention-2,
-        arXiv:2307.08691, algorithm 2); the output and its gradient are read too, all gradients written."""
+        Backward: five products, since scores are computed again from q, k and the log-sum-exps
+        (FlashAttention-2, arXiv:2307.08691, algorithm 2); the output and its gradient are read too,
+        all gradients written."""
         first = shape.keys - shape.queries
         pairs = int(self.pairs(torch.arange(first, shape.keys), shape).sum())
         keys = shape.keys  # bidirectional calls are whole sequences
@@ -67,7 +75,10 @@ class ExactBackend(Backend):
         if shape.backward:
             return Cost(
                 flops=2 * shape.batch * pairs * (3 * shape.head_dim + 2 * shape.value_dim),
-                read_bytes=shape.query_bytes + keys * token + 2 * shape.output_bytes + shape.lse_bytes,
+                read_bytes=shape.query_bytes
+                + keys * token
+                + 2 * shape.output_bytes
+                + shape.lse_bytes,
                 write_bytes=shape.query_bytes + shape.kv_bytes,
             )
         return Cost(
@@ -79,15 +90,25 @@ class ExactBackend(Backend):
 
     @property
     def packable(self) -> bool:
-        """Whether its cache may hold packed keys (`effattn.quant`): one unshifted predicate says who sees them."""
+        """Whether its cache may hold packed keys (`effattn.quant`): one unshifted predicate says
+        who sees them.
+        """
         pattern = self.pattern(causal=True)
-        return pattern is not None and not getattr(pattern, "shifted", False) and "global_qkv" not in self.extras
+        return (
+            pattern is not None
+            and not getattr(pattern, "shifted", False)
+            and "global_qkv" not in self.extras
+        )
 
     def turns_keys(self, q, k, v, layout):
-        return isinstance(layout, Inside) or (self.impl != "reference" and self._few(q, k, v, layout))
+        return isinstance(layout, Inside) or (
+            self.impl != "reference" and self._few(q, k, v, layout)
+        )
 
     def _few(self, q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> bool:
-        """Whether the decode kernels serve a call: rings have no other way. Only plain torch has gradients there."""
+        """Whether the decode kernels serve a call: rings have no other way. Only plain torch has
+        gradients there.
+        """
         learning = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
         return layout.ring is not None or (q.shape[2] <= decode.MOST_QUERIES and not learning)
 
@@ -96,9 +117,17 @@ class ExactBackend(Backend):
         if impl == "reference" and not isinstance(call.layout, Inside):
             out, lse = self._reference(q, k, v, call)
             return out
-        if impl == "triton" and call.bias is not None and torch.is_grad_enabled() and call.bias.params.requires_grad:
+        if (
+            impl == "triton"
+            and call.bias is not None
+            and torch.is_grad_enabled()
+            and call.bias.params.requires_grad
+        ):
             if self.impl == "triton":
-                raise Unsupported("impl: 'triton' has no gradients for learned biases; valid are 'auto' and 'torch'")
+                raise Unsupported(
+                    "impl: 'triton' has no gradients for learned biases; valid are 'auto' and "
+                    "'torch'"
+                )
             self.chosen_impl = impl = "torch"
         needs_lse = call.sink_logits is not None
         learning = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
@@ -119,21 +148,46 @@ class ExactBackend(Backend):
         pattern = self.pattern(call.causal)
         counts = self.counts(q, k, call) if pattern is None else None
         return decode.attention(
-            q, k, v, pattern, call.layout, causal=call.causal, scale=call.scale, softcap=call.softcap,
-            q_first=call.q_first, counts=counts, turn=call.turn, bias=call.bias, impl=impl, lse=lse,
-        )  # fmt: skip
+            q,
+            k,
+            v,
+            pattern,
+            call.layout,
+            causal=call.causal,
+            scale=call.scale,
+            softcap=call.softcap,
+            q_first=call.q_first,
+            counts=counts,
+            turn=call.turn,
+            bias=call.bias,
+            impl=impl,
+            lse=lse,
+        )
 
     def attend_many(self, q, k, v, call: Call, impl: str, lse: bool):
         """Whole sequences and long chunks, keys in order, with gradients."""
         if self.pattern(call.causal) is None:
             raise NotImplementedError(f"{self.name}: write `pattern`, or `attend_many`")
         return flash.attention(
-            q, k, v, self.pattern(call.causal), call.layout, causal=call.causal, scale=call.scale,
-            softcap=call.softcap, q_first=call.q_first, far=call.far, bias=call.bias, impl=impl, lse=lse,
-        )  # fmt: skip
+            q,
+            k,
+            v,
+            self.pattern(call.causal),
+            call.layout,
+            causal=call.causal,
+            scale=call.scale,
+            softcap=call.softcap,
+            q_first=call.q_first,
+            far=call.far,
+            bias=call.bias,
+            impl=impl,
+            lse=lse,
+        )
 
     def counts(self, q: Tensor, k: Tensor, call: Call) -> Tensor:
-        """`sees` of every query and key of a call, (1 or B, Hq, Tq, Tk); padding sees and shows nothing."""
+        """`sees` of every query and key of a call, (1 or B, Hq, Tq, Tk); padding sees and shows
+        nothing.
+        """
         i = call.layout.query_positions(q.shape[2], k.shape[2], q.device)[:, None, :, None]
         j = call.layout.key_positions(k.shape[2], k.device)[:, None, None, :]
         h = torch.arange(q.shape[1], device=q.device)[:, None, None]
@@ -148,13 +202,25 @@ class ExactBackend(Backend):
         if call.q_first is not None:
             first = ((j >= 0) & (j < self.pattern(call.causal).first))[:, 0]
         return attention(
-            q, k, v, self.counts(q, k, call), scale=call.scale, softcap=call.softcap, sink_logits=call.sink_logits,
-            q_first=call.q_first, first=first, far=call.far, bias=call.bias, distance=i - j,
-        )  # fmt: skip
+            q,
+            k,
+            v,
+            self.counts(q, k, call),
+            scale=call.scale,
+            softcap=call.softcap,
+            sink_logits=call.sink_logits,
+            q_first=call.q_first,
+            first=first,
+            far=call.far,
+            bias=call.bias,
+            distance=i - j,
+        )
 
 
 def check_size(backend: str, argument: str, value: int, least: int = 1) -> int:
     """`value` if it is an int of at least `least`. ValueError naming the argument otherwise."""
     if type(value) is not int or value < least:
-        raise ValueError(f"{backend}: {argument}: got {value!r}, valid is a whole number of at least {least}")
+        raise ValueError(
+            f"{backend}: {argument}: got {value!r}, valid is a whole number of at least {least}"
+        )
     return value

@@ -1,4 +1,6 @@
-"""The fixed pattern of the Sparse Transformer (arXiv:1904.10509): own block, and the last positions of earlier ones."""
+"""The fixed pattern of the Sparse Transformer (arXiv:1904.10509): own block, and the last positions
+of earlier ones.
+"""
 
 from __future__ import annotations
 
@@ -19,12 +21,15 @@ from effattn.states import RingState
 
 @register("fixed")
 class Fixed(ExactBackend):
-    """Sees its own block of `stride` up to itself, and the last `summary` positions of every earlier block.
+    """Sees its own block of `stride` up to itself, and the last `summary` positions of every
+    earlier block.
 
-    The paper's pattern is autoregressive, so causal only. The state is the last block and the summaries.
-    """
+    The paper's pattern is autoregressive, so causal only. The state is the last block and the
+    summaries."""
 
-    traits = Traits(exact=True, causal=True, bidirectional=False, learned=False, state="last block, summaries")
+    traits = Traits(
+        exact=True, causal=True, bidirectional=False, learned=False, state="last block, summaries"
+    )
 
     def __init__(self, stride: int, summary: int = 1, impl: str = "auto"):
         super().__init__(impl)
@@ -46,12 +51,17 @@ class Fixed(ExactBackend):
     def attend_many(self, q, k, v, call, impl, lse):
         if not whole(q, k, call.layout):
             return in_pieces(self, q, k, v, call, impl, lse)
-        out, sums = aligned(lambda q, k, v, layout: self._parts(q, k, v, layout, call, impl), q, k, v, call.layout)
+        out, sums = aligned(
+            lambda q, k, v, layout: self._parts(q, k, v, layout, call, impl), q, k, v, call.layout
+        )
         return (out, sums) if lse else out
 
-    def _parts(self, q: Tensor, k: Tensor, v: Tensor, layout: Layout, call, impl: str) -> tuple[Tensor, Tensor]:
-        """Positions are token numbers here. Queries of one block see the same summaries, so that they can stand side by
-        side as heads, one step of time a block; each of the `summary` places in a block is a sequence of its own."""
+    def _parts(
+        self, q: Tensor, k: Tensor, v: Tensor, layout: Layout, call, impl: str
+    ) -> tuple[Tensor, Tensor]:
+        """Positions are token numbers here. Queries of one block see the same summaries, so that
+        they can stand side by side as heads, one step of time a block; each of the `summary` places
+        in a block is a sequence of its own."""
         options = dict(scale=call.scale, softcap=call.softcap, impl=impl, lse=True)
         parts = [flash.attention(q, k, v, Blocks(size=self.stride), layout, **options)]
         batch, heads, tokens, _ = q.shape
@@ -61,15 +71,28 @@ class Fixed(ExactBackend):
         rows = pad(q, (0, 0, 0, blocks * self.stride - tokens)).unflatten(2, (blocks, self.stride))
         rows = rows.transpose(2, 3).reshape(batch, heads * self.stride, blocks, -1)
         for place in range(self.stride - self.summary, self.stride):
-            # Keys move up by one block, so that a query sees those of earlier blocks only; the first one is empty.
-            keys, values = (pad(x[:, :, place :: self.stride][:, :, : blocks - 1], (0, 0, 1, 0)) for x in (k, v))
+            # Keys move up by one block, so that a query sees those of earlier blocks only; the
+            # first one is empty.
+            keys, values = (
+                pad(x[:, :, place :: self.stride][:, :, : blocks - 1], (0, 0, 1, 0)) for x in (k, v)
+            )
             real = layout.mask
             real = q.new_ones(batch, tokens).bool() if real is None else real
             mask = pad(real[:, place :: self.stride][:, : blocks - 1], (1, 0), value=False)
             start = mask.new_ones(batch).long()  # every position is one less, block 0's is not real
-            out, sums = flash.attention(rows, keys, values, Pattern(), Layout(start=start, mask=mask), **options)
-            out = out.view(batch, heads, self.stride, blocks, -1).transpose(2, 3).flatten(2, 3)[:, :, :tokens]
-            sums = sums.view(batch, heads, self.stride, blocks).transpose(2, 3).flatten(2, 3)[:, :, :tokens]
+            out, sums = flash.attention(
+                rows, keys, values, Pattern(), Layout(start=start, mask=mask), **options
+            )
+            out = (
+                out.view(batch, heads, self.stride, blocks, -1)
+                .transpose(2, 3)
+                .flatten(2, 3)[:, :, :tokens]
+            )
+            sums = (
+                sums.view(batch, heads, self.stride, blocks)
+                .transpose(2, 3)
+                .flatten(2, 3)[:, :, :tokens]
+            )
             parts.append((out, sums))
         return merge(parts)
 

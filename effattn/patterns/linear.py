@@ -1,10 +1,11 @@
-"""Linear attention: a feature map in the place of the exponential, so that the past is a sum of fixed size.
+"""Linear attention: a feature map in the place of the exponential, so that the past is a sum of
+fixed size.
 
-    o_t = sum_j decay^(t - j) phi(q_t).phi(k_j) v_j / sum_j decay^(t - j) phi(q_t).phi(k_j),   j <= t if causal
+    o_t = sum_j decay^(t - j) phi(q_t).phi(k_j) v_j / sum_j decay^(t - j) phi(q_t).phi(k_j),  j <= t if causal
 
-Katharopoulos et al., arXiv:2006.16236. With decay it is what RetNet (arXiv:2307.08621) and Lightning attention
-(arXiv:2401.04658) compute, normalised or not. A learned map is Hedgehog's (arXiv:2402.04347).
-"""
+Katharopoulos et al., arXiv:2006.16236. With decay it is what RetNet (arXiv:2307.08621) and
+Lightning attention (arXiv:2401.04658) compute, normalised or not. A learned map is Hedgehog's
+(arXiv:2402.04347)."""
 
 from __future__ import annotations
 
@@ -26,11 +27,13 @@ from effattn.states import FullState, State
 
 LEARNED = ("hedgehog", "exp")
 MAPS = ("elu", "relu", "relu2", "softmax", *LEARNED, "identity")
-MOST = 8.0  # of a key's exponents in the map "exp": no maximum is taken off, since their size weighs the keys
+# of a key's exponents in the map "exp": no maximum is taken off, since their size weighs the keys
+MOST = 8.0
 
 
 class KernelBackend(Backend):
-    """Base of the methods that attend by a feature map: subclasses set `feature_map` and say how many features it has.
+    """Base of the methods that attend by a feature map: subclasses set `feature_map` and say how
+    many features it has.
 
     They may map q and k first (`mapped`), and give `directions` and `decays`.
     """
@@ -67,10 +70,14 @@ class KernelBackend(Backend):
     def extend(self, extras, state, padding_mask, rotary):
         if isinstance(state, RecurrentState):
             if self.impl == "reference":
-                raise ValueError(f"{self.name}: state: impl='reference' needs every key; valid is its own new_state()")
+                raise ValueError(
+                    f"{self.name}: state: impl='reference' needs every key; valid is its own "
+                    "new_state()"
+                )
             if state.draw not in (None, self.draws):
                 raise ValueError(
-                    f"{self.name}: state: its sums were made before redraw(), their features are gone; finish the "
+                    f"{self.name}: state: its sums were made before redraw(), their features are "
+                    "gone; finish the "
                     "sequence first, or start again with state.reset()"
                 )
             state.draw = self.draws
@@ -98,26 +105,41 @@ class KernelBackend(Backend):
         tokens = [slice(None, cut), slice(cut, None)]
         masks = [None if mask is None else mask[:, part] for part in tokens]
         (k_old, k_new), (v_old, v_new) = ([x[:, :, part] for part in tokens] for x in (k, v))
-        if call.causal and cut > first:  # some of the queries see no further than what goes into the sums
+        if (
+            call.causal and cut > first
+        ):  # some of the queries see no further than what goes into the sums
             before, memory = linear.attention(
-                q[:, :, : cut - first], k_old, v_old, mask=masks[0], memory=state.memory, keep=True, **options
+                q[:, :, : cut - first],
+                k_old,
+                v_old,
+                mask=masks[0],
+                memory=state.memory,
+                keep=True,
+                **options,
             )
-            after, _ = linear.attention(q[:, :, cut - first :], k_new, v_new, mask=masks[1], memory=memory, **options)
+            after, _ = linear.attention(
+                q[:, :, cut - first :], k_new, v_new, mask=masks[1], memory=memory, **options
+            )
             state.fold(cut, memory)
             return torch.cat([before, after], dim=2)
-        out, _ = linear.attention(q, k, v, mask=mask, causal=call.causal, memory=state.memory, **options)
+        out, _ = linear.attention(
+            q, k, v, mask=mask, causal=call.causal, memory=state.memory, **options
+        )
         if cut:
-            state.fold(cut, linear.fold(k_old, v_old, mask=masks[0], memory=state.memory, **options))
+            state.fold(
+                cut, linear.fold(k_old, v_old, mask=masks[0], memory=state.memory, **options)
+            )
         return out
 
     def cost(self, shape: Shape) -> Cost:
-        """A multiply-add per feature and value, for each key into the sums and for each query out of them (or, where
-        that is less, the products of all pairs), and the features' own products; q, k, v and the output moved once. A
-        call that continues reads the state, and writes the sums when tokens go into them. Elementwise work and the
-        normaliser, which is one more column of the values, are not counted.
+        """A multiply-add per feature and value, for each key into the sums and for each query out
+        of them (or, where that is less, the products of all pairs), and the features' own products;
+        q, k, v and the output moved once. A call that continues reads the state, and writes the
+        sums when tokens go into them. Elementwise work and the normaliser, which is one more column
+        of the values, are not counted.
 
-        Backward: twice per query (dq, the sums' gradient) and three times per key (the sums again, dk, dv).
-        """
+        Backward: twice per query (dq, the sums' gradient) and three times per key (the sums again,
+        dk, dv)."""
         features = self.feature_count(shape.head_dim)
         row = 2 * features * shape.value_dim
         new, past = shape.queries, shape.keys - shape.queries
@@ -125,11 +147,15 @@ class KernelBackend(Backend):
             new, past = shape.keys, 0
         tokens = shape.heads * shape.queries + shape.kv_heads * new
         maps = tokens * self.feature_flops(shape.head_dim)
-        pairs = shape.heads * (shape.queries * (shape.queries + 1) // 2 if shape.causal else shape.queries * shape.keys)
+        pairs = shape.heads * (
+            shape.queries * (shape.queries + 1) // 2 if shape.causal else shape.queries * shape.keys
+        )
         one = 2 * pairs * (features + shape.value_dim)
         token = shape.kv_bytes // shape.keys
         if shape.backward:
-            sums = min(row * (2 * shape.heads * shape.queries + 3 * shape.kv_heads * new), one * 5 // 2)
+            sums = min(
+                row * (2 * shape.heads * shape.queries + 3 * shape.kv_heads * new), one * 5 // 2
+            )
             return Cost(
                 flops=shape.batch * (sums + 2 * maps),
                 read_bytes=shape.query_bytes + new * token + 2 * shape.output_bytes,
@@ -162,34 +188,43 @@ class KernelBackend(Backend):
 class Linear(KernelBackend):
     """Linear attention with a choice of features, and optional decay.
 
-    feature_map: "elu" (elu(x) + 1), "relu", "relu2" (squared), "softmax" (over a head's dimensions), "identity" (with
-    normalize=False), or learned: "hedgehog", the softmax of [W x, -W x], and "exp", their exponential, Hedgehog's
-    map before it was normalised: long keys keep their weight, and a pretrained head is matched more closely. W: one
-    matrix per query head and one per key/value head, which exist after the first call, of `features` rows (default: as
-    many as a head has dimensions), the identity at first, and orthogonal matrices below it. `scale` has no meaning for
-    the features: it multiplies the output if that is not normalised, and cancels otherwise.
-    decay: None, a number in (0, 1], "retnet" (1 - 2^(-5 - h) for key/value head h), or a list, one per key/value head;
-    causal only. normalize=False leaves out the denominator (RetNet, Lightning).
+    feature_map: "elu" (elu(x) + 1), "relu", "relu2" (squared), "softmax" (over a head's
+    dimensions), "identity" (with normalize=False), or learned: "hedgehog", the softmax of [W x, -W
+    x], and "exp", their exponential, Hedgehog's map before it was normalised: long keys keep their
+    weight, and a pretrained head is matched more closely. W: one matrix per query head and one per
+    key/value head, which exist after the first call, of `features` rows (default: as many as a head
+    has dimensions), the identity at first, and orthogonal matrices below it. `scale` has no meaning
+    for the features: it multiplies the output if that is not normalised, and cancels otherwise.
+    decay: None, a number in (0, 1], "retnet" (1 - 2^(-5 - h) for key/value head h), or a list, one
+    per key/value head; causal only. normalize=False leaves out the denominator (RetNet, Lightning).
     """
 
     traits = Traits(exact=False, causal=True, bidirectional=True, learned=False, state="recurrent")
     per_kv_head: tuple[str, ...] = ()  # parameters whose first size is that of k's heads
 
     def __init__(
-        self, feature_map: str = "elu", decay: float | str | list[float] | None = None, normalize: bool = True,
-        features: int | None = None, impl: str = "auto",
-    ):  # fmt: skip
+        self,
+        feature_map: str = "elu",
+        decay: float | str | list[float] | None = None,
+        normalize: bool = True,
+        features: int | None = None,
+        impl: str = "auto",
+    ):
         super().__init__(impl)
         self.map = check_choice("linear: feature_map", feature_map, MAPS)
         if type(normalize) is not bool:
             raise ValueError(f"linear: normalize: got {normalize!r}, valid are True and False")
         if feature_map == "identity" and normalize:
             raise ValueError(
-                "linear: feature_map='identity' has weights of either sign, which no denominator can normalise; valid "
+                "linear: feature_map='identity' has weights of either sign, which no denominator "
+                "can normalise; valid "
                 "is normalize=False with it"
             )
         if features is not None and feature_map not in LEARNED:
-            raise ValueError(f"linear: features: only a learned map has them, feature_map={feature_map!r} is fixed")
+            raise ValueError(
+                f"linear: features: only a learned map has them, feature_map={feature_map!r} is "
+                "fixed"
+            )
         self.features = None if features is None else check_size("linear", "features", features)
         self.decay, self.normalize = _check_decay(decay), normalize
         self.feature_map = "identity" if feature_map in LEARNED else feature_map
@@ -208,20 +243,30 @@ class Linear(KernelBackend):
 
     def check_call(self, q, k, v, causal, extras):
         if self.decay is not None and not causal:
-            raise Unsupported("linear: decay counts from the past on; causal=False is valid without decay only")
+            raise Unsupported(
+                "linear: decay counts from the past on; causal=False is valid without decay only"
+            )
         if isinstance(self.decay, list) and len(self.decay) != k.shape[1]:
-            raise ValueError(f"linear: decay: got {len(self.decay)} values, k has {k.shape[1]} key/value heads")
+            raise ValueError(
+                f"linear: decay: got {len(self.decay)} values, k has {k.shape[1]} key/value heads"
+            )
         if self.map_q is None:
             return
         dim, rows = q.shape[-1], self.features or q.shape[-1]
-        for name, parameter, heads in (("q", self.map_q, q.shape[1]), ("k", self.map_k, k.shape[1])):
+        for name, parameter, heads in (
+            ("q", self.map_q, q.shape[1]),
+            ("k", self.map_k, k.shape[1]),
+        ):
             if is_lazy(parameter):
                 parameter.materialize((heads, rows, dim), device=q.device, dtype=torch.float32)
                 with torch.no_grad():
-                    parameter.copy_(_first_map(rows, dim) * (dim**-0.25 if self.map == "exp" else 1.0))
+                    parameter.copy_(
+                        _first_map(rows, dim) * (dim**-0.25 if self.map == "exp" else 1.0)
+                    )
             if parameter.shape != (heads, rows, dim):
                 raise ValueError(
-                    f"{name}: expected {parameter.shape[0]} heads of {parameter.shape[2]}, as map_{name} has learned, "
+                    f"{name}: expected {parameter.shape[0]} heads of {parameter.shape[2]}, as "
+                    f"map_{name} has learned, "
                     f"got {heads} of {dim}"
                 )
 
@@ -267,8 +312,9 @@ def _first_map(rows: int, dim: int) -> Tensor:
 
 
 def _exponential(x: Tensor, weight: nn.Parameter, query: bool) -> Tensor:
-    """exp([W x, -W x]) per head: (B, H, T, D) -> (B, H, T, 2 F). A query's largest exponent is taken off, which cancels
-    in the quotient; a key's exponents end at `MOST`. Both end at `LOWEST` below."""
+    """exp([W x, -W x]) per head: (B, H, T, D) -> (B, H, T, 2 F). A query's largest exponent is
+    taken off, which cancels in the quotient; a key's exponents end at `MOST`. Both end at `LOWEST`
+    below."""
     y = _both_signs(x, weight)
     wide = y.to(torch.promote_types(y.dtype, torch.float32))
     wide = wide - wide.amax(dim=-1, keepdim=True).detach() if query else wide.clamp(max=MOST)
@@ -276,12 +322,16 @@ def _exponential(x: Tensor, weight: nn.Parameter, query: bool) -> Tensor:
 
 
 def _hedgehog(x: Tensor, weight: nn.Parameter) -> Tensor:
-    """softmax([W x, -W x]) per head: (B, H, T, D) -> (B, H, T, 2 D). Equation 6 of arXiv:2402.04347."""
+    """softmax([W x, -W x]) per head: (B, H, T, D) -> (B, H, T, 2 D). Equation 6 of
+    arXiv:2402.04347.
+    """
     return normalized(_both_signs(x, weight))
 
 
 def _both_signs(x: Tensor, weight: nn.Parameter) -> Tensor:
-    """[W x, -W x], in x's dtype; fp16 in fp32, since the gradient of a feature is as large as the feature is small."""
+    """[W x, -W x], in x's dtype; fp16 in fp32, since the gradient of a feature is as large as the
+    feature is small.
+    """
     x = x.float() if x.dtype == torch.float16 else x
     y = x @ weight.to(x.dtype).mT
     return torch.cat([y, -y], dim=-1)
@@ -295,7 +345,8 @@ def _check_decay(decay) -> float | str | list[float] | None:
     for value in values:
         if type(value) not in (int, float) or not (math.isfinite(value) and 0 < value <= 1):
             raise ValueError(
-                f"linear: decay: got {value!r}, valid are None, 'retnet', a number in (0, 1] or a list of them"
+                f"linear: decay: got {value!r}, valid are None, 'retnet', a number in (0, 1] or a "
+                "list of them"
             )
     if not values:
         raise ValueError("linear: decay: got an empty list, valid is one number per key/value head")

@@ -1,4 +1,6 @@
-"""Linformer (arXiv:2006.04768): keys and values are projected along time to a fixed number of slots."""
+"""Linformer (arXiv:2006.04768): keys and values are projected along time to a fixed number of
+slots.
+"""
 
 from __future__ import annotations
 
@@ -20,14 +22,22 @@ INITS = ("pool", "gaussian")
 class Projected(Backend):
     """Base of the methods that project along time: the parameters E, for keys, and F, for values.
 
-    Both are (Hkv, slots, tokens) float32 for share="head" and (1, slots, tokens) for "layer"; for "kv" and "across" F
-    is E, and for "across" `effattn.swap` gives all layers of the same spec one E. With "head" they are made at the
-    first call, or at once when `kv_heads` is given.
-    """
+    Both are (Hkv, slots, tokens) float32 for share="head" and (1, slots, tokens) for "layer"; for
+    "kv" and "across" F is E, and for "across" `effattn.swap` gives all layers of the same spec one
+    E. With "head" they are made at the first call, or at once when `kv_heads` is given."""
 
     implementations = linformer.IMPLEMENTATIONS
 
-    def __init__(self, slots: int, tokens: int, share: str, init: str, seed: int, kv_heads: int | None, impl: str):
+    def __init__(
+        self,
+        slots: int,
+        tokens: int,
+        share: str,
+        init: str,
+        seed: int,
+        kv_heads: int | None,
+        impl: str,
+    ):
         super().__init__(impl)
         self.chosen_impl = linformer.choose(impl)
         self.slots, self.tokens = slots, tokens
@@ -37,7 +47,11 @@ class Projected(Backend):
         heads = kv_heads if share == "head" else 1
         names = ("E", "F") if share in ("head", "layer") else ("E",)
         for name in names:
-            setattr(self, name, UninitializedParameter() if heads is None else self._initial(name, heads))
+            setattr(
+                self,
+                name,
+                UninitializedParameter() if heads is None else self._initial(name, heads),
+            )
 
     @property
     def tied(self) -> tuple[str, ...]:
@@ -88,7 +102,9 @@ class Projected(Backend):
 
 
 def pooling(slots: int, tokens: int) -> Tensor:
-    """(slots, tokens): row i averages the tokens p with p * slots // tokens == i, a segment of neighbours."""
+    """(slots, tokens): row i averages the tokens p with p * slots // tokens == i, a segment of
+    neighbours.
+    """
     owner = torch.arange(tokens) * slots // tokens
     weight = (owner == torch.arange(slots)[:, None]).float()
     return weight / weight.sum(dim=1, keepdim=True)
@@ -96,29 +112,36 @@ def pooling(slots: int, tokens: int) -> Tensor:
 
 @register("linformer")
 class Linformer(Projected):
-    """softmax(scale q (E k)^T) (F v) with learned E and F (`k`, `max_length`); column p is for position p.
+    """softmax(scale q (E k)^T) (F v) with learned E and F (`k`, `max_length`); column p is for
+    position p.
 
-    Bidirectional only, since a slot mixes all tokens: `linformer_blockwise` is the causal variant. A sequence of T <
-    max_length tokens takes the first T columns (padding is left out before E); a longer one is refused. A slot whose
-    row of E is zero on all of a sequence's tokens takes no part in it, like a masked key.
+    Bidirectional only, since a slot mixes all tokens: `linformer_blockwise` is the causal variant.
+    A sequence of T < max_length tokens takes the first T columns (padding is left out before E); a
+    longer one is refused. A slot whose row of E is zero on all of a sequence's tokens takes no part
+    in it, like a masked key.
 
-    share: "head" (E and F per K/V head), "layer" (one E and F for all heads), "kv" (one matrix for both and all heads),
-    "across" (that one matrix for all layers of a swap).
-    init: "pool", the default, averages max_length / k neighbours a slot: with k = max_length that is exact attention,
-    and below it a pretrained model starts from a blurred but ordered view of its own keys and values, where the paper's
-    "gaussian" (N(0, 1/k), by a generator of its own, of `seed`) starts from noise. Pooled to k slots in max_length,
-    T tokens feed about T k / max_length of them: choose max_length near the lengths you have. With fewer tokens than
-    slots, nothing is saved.
-    Scores: the mean of w keys has about w^-0.5 of their spread, so the softmax is flatter than the parent's until E
-    is trained; no temperature is added, since E can learn it.
-    """
+    share: "head" (E and F per K/V head), "layer" (one E and F for all heads), "kv" (one matrix for
+    both and all heads), "across" (that one matrix for all layers of a swap). init: "pool", the
+    default, averages max_length / k neighbours a slot: with k = max_length that is exact attention,
+    and below it a pretrained model starts from a blurred but ordered view of its own keys and
+    values, where the paper's "gaussian" (N(0, 1/k), by a generator of its own, of `seed`) starts
+    from noise. Pooled to k slots in max_length, T tokens feed about T k / max_length of them:
+    choose max_length near the lengths you have. With fewer tokens than slots, nothing is saved.
+    Scores: the mean of w keys has about w^-0.5 of their spread, so the softmax is flatter than the
+    parent's until E is trained; no temperature is added, since E can learn it."""
 
     traits = Traits(exact=False, causal=False, bidirectional=True, learned=True, state="none")
 
     def __init__(
-        self, k: int = 256, max_length: int = 4096, share: str = "head", init: str = "pool", seed: int = 0,
-        kv_heads: int | None = None, impl: str = "auto",
-    ):  # fmt: skip
+        self,
+        k: int = 256,
+        max_length: int = 4096,
+        share: str = "head",
+        init: str = "pool",
+        seed: int = 0,
+        kv_heads: int | None = None,
+        impl: str = "auto",
+    ):
         self.k, self.max_length = check_slots("linformer", k, max_length)
         super().__init__(k, max_length, share, init, seed, kv_heads, impl)
 
@@ -128,7 +151,8 @@ class Linformer(Projected):
     def _check(self, q, k, v, causal, *others):
         if causal:
             raise Unsupported(
-                "linformer: causal=True is not possible, E mixes future tokens into every slot; valid are causal=False "
+                "linformer: causal=True is not possible, E mixes future tokens into every slot; "
+                "valid are causal=False "
                 "and the backend 'linformer_blockwise', which projects finished blocks only"
             )
         super()._check(q, k, v, causal, *others)
@@ -136,13 +160,15 @@ class Linformer(Projected):
     def check_call(self, q, k, v, causal, extras):
         if k.shape[2] > self.max_length:
             raise ValueError(
-                f"k: got {k.shape[2]} tokens, linformer(max_length={self.max_length}) projects at most that many"
+                f"k: got {k.shape[2]} tokens, linformer(max_length={self.max_length}) projects at "
+                "most that many"
             )
         super().check_call(q, k, v, causal, extras)
 
     def new_state(self):
         raise Unsupported(
-            "linformer: it cannot decode, every new token changes all slots; valid is 'linformer_blockwise'"
+            "linformer: it cannot decode, every new token changes all slots; valid is "
+            "'linformer_blockwise'"
         )
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
@@ -152,21 +178,27 @@ class Linformer(Projected):
         if impl == "reference":
             from effattn.kernels.linformer.reference import linformer as by_definition
 
-            real = torch.ones(k.shape[0], k.shape[2], dtype=torch.bool, device=k.device) if mask is None else mask
+            real = (
+                torch.ones(k.shape[0], k.shape[2], dtype=torch.bool, device=k.device)
+                if mask is None
+                else mask
+            )
             return by_definition(q, k, v, E, F, real, call.scale)
         slots_k, slots_v = (linformer.project(x, w, start, mask, impl) for x, w in ((k, E), (v, F)))
         fed = fed_slots(E, k.shape[2], start, mask)
         # Only the kernels' positions are concerned: every query comes at or after the first slot.
         layout = Layout(mask=fed, tail=max(0, q.shape[2] - self.k) if impl == "triton" else 0)
-        out = flash.attention(q, slots_k, slots_v, Pattern(), layout, causal=False, scale=call.scale, impl=impl)
+        out = flash.attention(
+            q, slots_k, slots_v, Pattern(), layout, causal=False, scale=call.scale, impl=impl
+        )
         if start is None:
             return out
         real = call.layout.query_positions(q.shape[2], k.shape[2], q.device) >= 0
         return torch.where(real[:, None, :, None], out, 0.0)
 
     def cost(self, shape: Shape) -> Cost:
-        """Two products with E and F, two with the slots (of pooled ones, those that so many tokens feed at first); E
-        and F are read in float32. Backward: those twice, and the scores again."""
+        """Two products with E and F, two with the slots (of pooled ones, those that so many tokens
+        feed at first); E and F are read in float32. Backward: those twice, and the scores again."""
         both = shape.head_dim + shape.value_dim
         projecting = 2 * shape.batch * shape.kv_heads * self.k * shape.keys * both
         fed = self.k if self.init != "pool" else -(-shape.keys * self.k // self.max_length)
@@ -176,10 +208,14 @@ class Linformer(Projected):
             slots = shape.kv_bytes // shape.keys * self.k
             return Cost(
                 flops=2 * projecting + attending * (3 * shape.head_dim + 2 * shape.value_dim),
-                read_bytes=shape.query_bytes + shape.kv_bytes + slots + weights + 2 * shape.output_bytes
+                read_bytes=shape.query_bytes
+                + shape.kv_bytes
+                + slots
+                + weights
+                + 2 * shape.output_bytes
                 + shape.lse_bytes,
                 write_bytes=shape.query_bytes + shape.kv_bytes + weights,
-            )  # fmt: skip
+            )
         return Cost(
             flops=projecting + attending * both,
             read_bytes=shape.query_bytes + shape.kv_bytes + weights,
@@ -191,17 +227,26 @@ def check_slots(backend: str, k: int, max_length: int) -> tuple[int, int]:
     """Both, checked: 1 <= k <= max_length."""
     check_size(backend, "max_length", max_length)
     if check_size(backend, "k", k) > max_length:
-        raise ValueError(f"{backend}: k: got {k} slots for max_length={max_length} tokens; valid is 1 to {max_length}")
+        raise ValueError(
+            f"{backend}: k: got {k} slots for max_length={max_length} tokens; valid is 1 to "
+            f"{max_length}"
+        )
     return k, max_length
 
 
 @torch.no_grad()
 def fed_slots(E: Tensor, tokens: int, start: Tensor | None, mask: Tensor | None) -> Tensor | None:
-    """(1 or B, K) bool: slots with a weight other than 0 for one of the row's real tokens, in any head. None: all."""
+    """(1 or B, K) bool: slots with a weight other than 0 for one of the row's real tokens, in any
+    head. None: all.
+    """
     if mask is None:
         columns = E[:, :, :tokens]
-        fed = ((columns.amax(dim=-1) > 0) | (columns.amin(dim=-1) < 0)).any(dim=0)[None]  # 5x as fast as any()
-        known = fed.device.type == "cpu" and not torch.compiler.is_compiling()  # elsewhere, looking means waiting
+        fed = ((columns.amax(dim=-1) > 0) | (columns.amin(dim=-1) < 0)).any(dim=0)[
+            None
+        ]  # 5x as fast as any()
+        known = (
+            fed.device.type == "cpu" and not torch.compiler.is_compiling()
+        )  # elsewhere, looking means waiting
         return None if known and fed.all() else fed
     number = torch.arange(tokens, device=mask.device) + (0 if start is None else start[:, None])
     real = mask.gather(1, number.clamp(max=tokens - 1).expand_as(mask)) & (number < tokens)

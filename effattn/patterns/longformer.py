@@ -1,4 +1,6 @@
-"""Longformer (arXiv:2004.05150): a sliding window, and global tokens that see all and are seen by all."""
+"""Longformer (arXiv:2004.05150): a sliding window, and global tokens that see all and are seen by
+all.
+"""
 
 from __future__ import annotations
 
@@ -18,26 +20,36 @@ from effattn.states import ROLLBACK, FullState, RingState, first_positions
 
 @register("longformer")
 class Longformer(ExactBackend):
-    """Queries see a window of `window` keys (bidirectional: odd) and the global tokens; global tokens see everything.
+    """Queries see a window of `window` keys (bidirectional: odd) and the global tokens; global
+    tokens see everything.
 
-    global_tokens: a number n (the first n tokens), a list of positions, or a bool mask (T,) over positions. Positions
-    count from a row's first real token; none beyond a mask's end is global. With `causal=True` nobody sees what is
-    later. Global rows use `global_qkv` (projections of their own, from the hidden states) where it is given, for their
-    queries and for all keys and values they see; local queries see global keys by the local projections, once.
+    global_tokens: a number n (the first n tokens), a list of positions, or a bool mask (T,) over
+    positions. Positions count from a row's first real token; none beyond a mask's end is global.
+    With `causal=True` nobody sees what is later. Global rows use `global_qkv` (projections of their
+    own, from the hidden states) where it is given, for their queries and for all keys and values
+    they see; local queries see global keys by the local projections, once.
 
     The state holds everything, unless the global tokens are the first n: then a ring and those.
     """
 
-    traits = Traits(exact=True, causal=True, bidirectional=True, learned=True, state="ring, global tokens")
+    traits = Traits(
+        exact=True, causal=True, bidirectional=True, learned=True, state="ring, global tokens"
+    )
     extras = ("softcap", "global_qkv")
 
-    def __init__(self, window: int, global_tokens: int | list[int] | Tensor = 1, impl: str = "auto"):
+    def __init__(
+        self, window: int, global_tokens: int | list[int] | Tensor = 1, impl: str = "auto"
+    ):
         super().__init__(impl)
         self.window = check_size("longformer", "window", window)
         self.first, where = _read_global(global_tokens)
-        self.register_buffer("where", where, persistent=False)  # bool (T,) over positions; None: the first n
+        self.register_buffer(
+            "where", where, persistent=False
+        )  # bool (T,) over positions; None: the first n
         self.most = self.first if where is None else int(where.sum())
-        self.last = self.first if where is None else len(where)  # no position from here on is global
+        self.last = (
+            self.first if where is None else len(where)
+        )  # no position from here on is global
 
     def extra_repr(self) -> str:
         which = f"first {self.first}" if self.where is None else f"{int(self.where.sum())} chosen"
@@ -47,7 +59,9 @@ class Longformer(ExactBackend):
     def signature(self) -> str:
         if self.where is None:
             return super().signature
-        return f"longformer(window={self.window}, global_tokens={self.where.nonzero()[:, 0].tolist()})"
+        return (
+            f"longformer(window={self.window}, global_tokens={self.where.nonzero()[:, 0].tolist()})"
+        )
 
     def is_global(self, position: Tensor) -> Tensor:
         """bool, for int64 positions of any shape."""
@@ -59,29 +73,40 @@ class Longformer(ExactBackend):
     def check_call(self, q, k, v, causal, extras):
         if not causal and self.window % 2 == 0:
             near = f"{self.window - 1} or {self.window + 1}"
-            raise ValueError(f"longformer: window: got {self.window}, a bidirectional window is odd; valid is {near}")
+            raise ValueError(
+                f"longformer: window: got {self.window}, a bidirectional window is odd; valid is "
+                f"{near}"
+            )
         for which, x, like in zip("qkv", extras.get("global_qkv") or (), (q, k, v), strict=False):
             if x.shape != like.shape or x.dtype != like.dtype:
                 raise ValueError(
-                    f"global_qkv: expected {which} {tuple(like.shape)} {like.dtype}, got {tuple(x.shape)} {x.dtype}"
+                    f"global_qkv: expected {which} {tuple(like.shape)} {like.dtype}, got "
+                    f"{tuple(x.shape)} {x.dtype}"
                 )
 
     def extend(self, extras, state, padding_mask, rotary):
-        """global_qkv of the new tokens -> (q, k, v, positions of k), rotated, with the past's keys and values; None
-        once no global row can come any more."""
+        """global_qkv of the new tokens -> (q, k, v, positions of k), rotated, with the past's keys
+        and values; None once no global row can come any more."""
         if extras.get("global_qkv") is None:
             return extras
         q, k, v = extras["global_qkv"]
         past = 0 if state is None else state.seq_len
         start = None if padding_mask is None else first_real(padding_mask)
         if rotary is not None:
-            at = Layout(tail=past, start=start).query_positions(q.shape[2], q.shape[2], q.device).clamp(min=0)
+            at = (
+                Layout(tail=past, start=start)
+                .query_positions(q.shape[2], q.shape[2], q.device)
+                .clamp(min=0)
+            )
             q, k = rotary(q, k, *[at[0] if start is None else at] * 2)
         if state is not None:
             k, v = state.append_global(k, v, start)
         if k is None:
             return {**extras, "global_qkv": None}
-        return {**extras, "global_qkv": (q, k, v, layout_of(padding_mask).key_positions(k.shape[2], k.device))}
+        return {
+            **extras,
+            "global_qkv": (q, k, v, layout_of(padding_mask).key_positions(k.shape[2], k.device)),
+        }
 
     def sees(self, i, j, h, heads, causal):
         side = self.window if causal else (self.window + 1) // 2
@@ -107,19 +132,25 @@ class Longformer(ExactBackend):
         return self._global_rows(q, k, v, call, out)
 
     def _window_and_columns(self, q, k, v, window: Window, call: Call, options: dict) -> Tensor:
-        """The window over the other keys, and the few global keys for everyone: two disjoint sets."""
+        """The window over the other keys, and the few global keys for everyone: two disjoint
+        sets.
+        """
         layout = call.layout
         at = layout.key_positions(k.shape[2], k.device).expand(q.shape[0], -1)
         columns = self.is_global(at)
         others = ~columns if layout.mask is None else layout.mask & ~columns
-        near = flash.attention(q, k, v, window, Layout(0, layout.tail, layout.start, others), **options, lse=True)
+        near = flash.attention(
+            q, k, v, window, Layout(0, layout.tail, layout.start, others), **options, lse=True
+        )
         index, real = self._places(columns)
         i = layout.query_positions(q.shape[2], k.shape[2], q.device)
         counts = _visible(i, torch.where(real, at.gather(1, index), -1), call.causal)
         return merge([near, _few(q, _take(k, index), _take(v, index), counts, call)])[0]
 
     def _global_rows(self, q, k, v, call: Call, out: Tensor) -> Tensor:
-        """`out` with the rows of global tokens overwritten: they see every key (that is not later, if causal)."""
+        """`out` with the rows of global tokens overwritten: they see every key (that is not later,
+        if causal).
+        """
         at_q = call.layout.query_positions(q.shape[2], k.shape[2], q.device)
         if call.global_qkv is not None:
             q, k, v, at_k = call.global_qkv
@@ -131,20 +162,31 @@ class Longformer(ExactBackend):
         index, real = self._places(self.is_global(at_q))
         counts = _visible(torch.where(real, at_q.gather(1, index), -1), at_k, call.causal)
         rows, _ = _few(_take(q, index), k, v, counts, call)
-        at = torch.where(real, index, out.shape[2])[:, None, :, None].expand(-1, out.shape[1], -1, out.shape[3])
-        room = torch.cat([out, out[:, :, :1]], dim=2)  # rows with fewer global tokens write the rest to one more place
+        at = torch.where(real, index, out.shape[2])[:, None, :, None].expand(
+            -1, out.shape[1], -1, out.shape[3]
+        )
+        room = torch.cat(
+            [out, out[:, :, :1]], dim=2
+        )  # rows with fewer global tokens write the rest to one more place
         return room.scatter(2, at, rows)[:, :, :-1]
 
     def _places(self, chosen: Tensor) -> tuple[Tensor, Tensor]:
-        """Where (B, T) bool is true: index (B, g), and which of the entries are meant, g as large as it can be."""
+        """Where (B, T) bool is true: index (B, g), and which of the entries are meant, g as large
+        as it can be.
+        """
         index = (~chosen).int().argsort(dim=1, stable=True)[:, : min(self.most, chosen.shape[1])]
         return index, chosen.gather(1, index)
 
     def pairs(self, i, shape):
         chosen = self.is_global(torch.arange(shape.keys))
-        before = torch.cat([torch.zeros(1, dtype=torch.long), chosen.cumsum(0)])  # global tokens below each position
+        before = torch.cat(
+            [torch.zeros(1, dtype=torch.long), chosen.cumsum(0)]
+        )  # global tokens below each position
         side = self.window if shape.causal else (self.window + 1) // 2
-        low, high = (i - side + 1).clamp(min=0), (i + (1 if shape.causal else side)).clamp(max=shape.keys)
+        low, high = (
+            (i - side + 1).clamp(min=0),
+            (i + (1 if shape.causal else side)).clamp(max=shape.keys),
+        )
         end = i + 1 if shape.causal else torch.full_like(i, shape.keys)
         near = high - low + before[low] + before[end] - before[high]
         return shape.heads * torch.where(chosen[i], end, near)
@@ -189,7 +231,9 @@ class GlobalFull(FullState):
 
 
 class GlobalRing(RingState):
-    """A ring and the first tokens; global projections only as long as a first token can still come, or come back."""
+    """A ring and the first tokens; global projections only as long as a first token can still come,
+    or come back.
+    """
 
     def __init__(self, window: int, first: int):
         self.first = first
@@ -203,8 +247,12 @@ class GlobalRing(RingState):
     def _bytes(self) -> int:
         return super()._bytes() + (self.twin.nbytes if self.twin else 0)
 
-    def append_global(self, k: Tensor, v: Tensor, start: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-        """Global keys and values of the new tokens -> of all tokens; None when there are no more global rows."""
+    def append_global(
+        self, k: Tensor, v: Tensor, start: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Global keys and values of the new tokens -> of all tokens; None when there are no more
+        global rows.
+        """
         if self.twin is None:
             return None, None
         k, v, _ = self.twin.append(k, v)
@@ -225,7 +273,10 @@ class GlobalRing(RingState):
 
     def _check_crop(self, n: int) -> None:
         if n < self.least:
-            raise ValueError(f"crop: got {n}, global projections were dropped; valid are 0 and {self.least} or more")
+            raise ValueError(
+                f"crop: got {n}, global projections were dropped; valid are 0 and {self.least} or "
+                "more"
+            )
         super()._check_crop(n)
 
     def _crop(self, n: int) -> None:
@@ -247,16 +298,25 @@ def _take(x: Tensor, index: Tensor) -> Tensor:
 
 
 def _few(q: Tensor, k: Tensor, v: Tensor, counts: Tensor, call: Call) -> tuple[Tensor, Tensor]:
-    """Few queries or few keys: plain torch, with gradients; its scores are linear in the sequence's length."""
+    """Few queries or few keys: plain torch, with gradients; its scores are linear in the sequence's
+    length.
+    """
     options = dict(scale=call.scale, softcap=call.softcap, counts=counts, impl="torch", lse=True)
     return decode.attention(q, k, v, None, Layout(), **options)
 
 
 def _read_global(tokens: int | list[int] | Tensor) -> tuple[int, Tensor | None]:
-    """(n, None) for the first n, (0, bool mask over positions) for a list or a mask. ValueError for anything else."""
+    """(n, None) for the first n, (0, bool mask over positions) for a list or a mask. ValueError for
+    anything else.
+    """
     if type(tokens) is int:
         return check_size("longformer", "global_tokens", tokens), None
-    if isinstance(tokens, Tensor) and tokens.dtype == torch.bool and tokens.ndim == 1 and tokens.any():
+    if (
+        isinstance(tokens, Tensor)
+        and tokens.dtype == torch.bool
+        and tokens.ndim == 1
+        and tokens.any()
+    ):
         return 0, tokens.clone()
     if (
         isinstance(tokens, Tensor)
@@ -265,12 +325,17 @@ def _read_global(tokens: int | list[int] | Tensor) -> tuple[int, Tensor | None]:
         and tokens.dtype != torch.bool
     ):
         tokens = tokens.tolist()
-    if isinstance(tokens, (list, tuple)) and tokens and all(type(t) is int and t >= 0 for t in tokens):
+    if (
+        isinstance(tokens, (list, tuple))
+        and tokens
+        and all(type(t) is int and t >= 0 for t in tokens)
+    ):
         where = torch.zeros(max(tokens) + 1, dtype=torch.bool)
         where[list(tokens)] = True
         return 0, where
     got = f"{tokens.dtype} {tuple(tokens.shape)}" if isinstance(tokens, Tensor) else repr(tokens)
     raise ValueError(
-        f"longformer: global_tokens: got {got}, valid is a number of first tokens, a list of positions, or a bool mask "
+        f"longformer: global_tokens: got {got}, valid is a number of first tokens, a list of "
+        "positions, or a bool mask "
         "(T,) with a True"
     )

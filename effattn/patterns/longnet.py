@@ -1,4 +1,6 @@
-"""LongNet's dilated attention (arXiv:2307.02486): segments of several lengths, each thinned by its own dilation."""
+"""LongNet's dilated attention (arXiv:2307.02486): segments of several lengths, each thinned by its
+own dilation.
+"""
 
 from __future__ import annotations
 
@@ -23,33 +25,44 @@ MOST = 4096  # tokens at a time on a CPU: what branches reorder then stays in it
 
 @register("longnet")
 class LongNet(ExactBackend):
-    """Branch b cuts the sequence into segments of `segments[b]` tokens, in which head h keeps the positions p with
-    p % dilations[b] == h % dilations[b] (p from the segment's start), for queries and keys alike.
+    """Branch b cuts the sequence into segments of `segments[b]` tokens, in which head h keeps the
+    positions p with p % dilations[b] == h % dilations[b] (p from the segment's start), for queries
+    and keys alike.
 
-    Branches are mixed by their softmax denominators (eq. 10), so that a key counts once for every branch that shows it.
-    A query in no branch gives 0: one dilation should be 1. Dilations divide their segments.
-    """
+    Branches are mixed by their softmax denominators (eq. 10), so that a key counts once for every
+    branch that shows it. A query in no branch gives 0: one dilation should be 1. Dilations divide
+    their segments."""
 
-    traits = Traits(exact=True, causal=True, bidirectional=True, learned=False, state="last segment")
+    traits = Traits(
+        exact=True, causal=True, bidirectional=True, learned=False, state="last segment"
+    )
 
     def __init__(self, segments: list[int], dilations: list[int], impl: str = "auto"):
         super().__init__(impl)
         for name, values in (("segments", segments), ("dilations", dilations)):
             if not isinstance(values, (list, tuple)) or not values:
-                raise ValueError(f"longnet: {name}: got {values!r}, valid is a list such as [512, 2048]")
+                raise ValueError(
+                    f"longnet: {name}: got {values!r}, valid is a list such as [512, 2048]"
+                )
             for value in values:
                 check_size("longnet", name, value)
         if len(segments) != len(dilations):
             raise ValueError(
-                f"longnet: dilations: got {len(dilations)} for {len(segments)} segments; valid is one each"
+                f"longnet: dilations: got {len(dilations)} for {len(segments)} segments; valid is "
+                "one each"
             )
         for w, r in zip(segments, dilations, strict=True):
             if w % r:
-                raise ValueError(f"longnet: dilations: got {r} for segments of {w}; valid is a divisor of {w}")
+                raise ValueError(
+                    f"longnet: dilations: got {r} for segments of {w}; valid is a divisor of {w}"
+                )
         self.segments, self.dilations = tuple(segments), tuple(dilations)
 
     def extra_repr(self) -> str:
-        return f"segments={list(self.segments)}, dilations={list(self.dilations)}, {super().extra_repr()}"
+        return (
+            f"segments={list(self.segments)}, dilations={list(self.dilations)}, "
+            f"{super().extra_repr()}"
+        )
 
     def sees(self, i, j, h, heads, causal):
         count = 0
@@ -75,15 +88,23 @@ class LongNet(ExactBackend):
                 return piece(q, k, v, layout)
             step *= MOST // step
             parts = [x.split(step, dim=2) for x in (q, k, v)]
-            masks = itertools.repeat(None) if layout.mask is None else layout.mask.split(step, dim=1)
-            done = [piece(*qkv, Layout(mask=mask)) for *qkv, mask in zip(*parts, masks, strict=False)]
+            masks = (
+                itertools.repeat(None) if layout.mask is None else layout.mask.split(step, dim=1)
+            )
+            done = [
+                piece(*qkv, Layout(mask=mask)) for *qkv, mask in zip(*parts, masks, strict=False)
+            ]
             return tuple(torch.cat(each, dim=2) for each in zip(*done, strict=True))
 
         out, sums = aligned(run, q, k, v, call.layout)
         return (out, sums) if lse else out
 
-    def _branch(self, w: int, r: int, q, k, v, layout: Layout, call, impl: str) -> tuple[Tensor, Tensor]:
-        """Segments become rows of a batch; of their w positions, the heads of each offset keep their own w / r."""
+    def _branch(
+        self, w: int, r: int, q, k, v, layout: Layout, call, impl: str
+    ) -> tuple[Tensor, Tensor]:
+        """Segments become rows of a batch; of their w positions, the heads of each offset keep
+        their own w / r.
+        """
         batch, heads, tokens, _ = q.shape
         w = min(w, -(-tokens // r) * r)
         end = -(-tokens // w) * w
@@ -93,20 +114,33 @@ class LongNet(ExactBackend):
             real = torch.ones(batch, tokens, dtype=torch.bool, device=q.device)
         if real is not None:
             real = pad(real, (0, end - tokens), value=False)
-        q, k, v = (pad(x, (0, 0, 0, end - tokens)).unflatten(2, (end // w, w // r, r)) for x in (q, k, v))
+        q, k, v = (
+            pad(x, (0, 0, 0, end - tokens)).unflatten(2, (end // w, w // r, r)) for x in (q, k, v)
+        )
         out = q.new_zeros(*q.shape[:-1], v.shape[-1])
-        sums = q.new_full(q.shape[:-1], -torch.inf, dtype=torch.promote_types(q.dtype, torch.float32))
+        sums = q.new_full(
+            q.shape[:-1], -torch.inf, dtype=torch.promote_types(q.dtype, torch.float32)
+        )
         for offset in range(min(r, heads)):
             own = torch.arange(offset, heads, r, device=q.device)
             shared = own // group if r > 1 else torch.arange(k.shape[1], device=q.device)
-            rows = (x[:, index, :, :, offset].transpose(1, 2).flatten(0, 1) for x, index in
-                    ((q, own), (k, shared), (v, shared)))  # fmt: skip
+            rows = (
+                x[:, index, :, :, offset].transpose(1, 2).flatten(0, 1)
+                for x, index in ((q, own), (k, shared), (v, shared))
+            )
             inner = Layout()
             if real is not None:
                 mask = real.unflatten(1, (end // w, w // r, r))[..., offset].flatten(0, 1)
                 inner = Layout(mask=mask)
             got, got_sums = flash.attention(
-                *rows, Pattern(), inner, causal=call.causal, scale=call.scale, softcap=call.softcap, impl=impl, lse=True
+                *rows,
+                Pattern(),
+                inner,
+                causal=call.causal,
+                scale=call.scale,
+                softcap=call.softcap,
+                impl=impl,
+                lse=True,
             )
             got, got_sums = (x.unflatten(0, (batch, -1)).transpose(1, 2) for x in (got, got_sums))
             out[:, own, :, :, offset] = got

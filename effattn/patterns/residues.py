@@ -1,8 +1,8 @@
-"""Dilated attention as ordinary attention: tokens d apart form d sequences of their own, a d-th as long.
+"""Dilated attention as ordinary attention: tokens d apart form d sequences of their own, a d-th as
+long.
 
-(i - j) % d == 0 depends on differences only, so it does not matter from where tokens are counted: padding needs no
-alignment, and a window of w keys d apart is a window of w neighbours.
-"""
+(i - j) % d == 0 depends on differences only, so it does not matter from where tokens are counted:
+padding needs no alignment, and a window of w keys d apart is a window of w neighbours."""
 
 from __future__ import annotations
 
@@ -20,16 +20,24 @@ MOST = 4096  # queries at a time on a CPU: what is reordered then stays in its c
 
 
 def by_residue(
-    d: int, q: Tensor, k: Tensor, v: Tensor, layout: Layout, run: Run, *, lse: bool, strict: bool = False,
+    d: int,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: Layout,
+    run: Run,
+    *,
+    lse: bool,
+    strict: bool = False,
     back: int | None = None,
-):  # fmt: skip
+):
     """Attention inside every residue class of the token numbers modulo d.
 
-    q (B, Hq, Tq, D), k (B, Hkv, Tk, D), v (B, Hkv, Tk, Dv), keys in order and without slots. `run(q, k, v, layout)`
-    attends over (B d, H, about T / d, D) and returns out and lse. strict: a query does not see its own token's key.
-    back: causal queries see no key more than so many tokens before them, and nothing has gradients: then long
-    sequences are taken in pieces on a CPU. Returns out (B, Hq, Tq, Dv), and the log-sum-exp (B, Hq, Tq) if `lse`.
-    """
+    q (B, Hq, Tq, D), k (B, Hkv, Tk, D), v (B, Hkv, Tk, Dv), keys in order and without slots.
+    `run(q, k, v, layout)` attends over (B d, H, about T / d, D) and returns out and lse. strict: a
+    query does not see its own token's key. back: causal queries see no key more than so many tokens
+    before them, and nothing has gradients: then long sequences are taken in pieces on a CPU.
+    Returns out (B, Hq, Tq, Dv), and the log-sum-exp (B, Hq, Tq) if `lse`."""
     queries, keys = q.shape[2], k.shape[2]
     if back is not None and q.device.type == "cpu" and queries > MOST:
         pieces = []
@@ -38,7 +46,9 @@ def by_residue(
             last = keys - queries + b
             first = max(0, last - (b - a) - back)
             part = replace(
-                layout, tail=layout.tail + first, mask=None if layout.mask is None else layout.mask[:, first:last]
+                layout,
+                tail=layout.tail + first,
+                mask=None if layout.mask is None else layout.mask[:, first:last],
             )
             some = q[:, :, a:b], k[:, :, first:last], v[:, :, first:last]
             pieces.append(by_residue(d, *some, part, run, lse=True, strict=strict))
@@ -49,7 +59,9 @@ def by_residue(
     end = -(-total // d) * d
 
     def split(x: Tensor, low: int, high: int) -> Tensor:
-        """(B, H, T, D), of which the first token is number `low`, from number `high` on: (B d, H, T / d, D)."""
+        """(B, H, T, D), of which the first token is number `low`, from number `high` on: (B d, H, T
+        / d, D).
+        """
         x = pad(x, (0, 0, low - high, end - total))
         x = x.view(*x.shape[:2], -1, d, x.shape[3]).permute(0, 3, 1, 2, 4)
         return x.reshape(-1, *x.shape[2:])

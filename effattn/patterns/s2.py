@@ -1,4 +1,6 @@
-"""S2-Attn, LongLoRA's shifted blocks (arXiv:2309.12307), causal-safe: nothing wraps round to the future."""
+"""S2-Attn, LongLoRA's shifted blocks (arXiv:2309.12307), causal-safe: nothing wraps round to the
+future.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +17,8 @@ from effattn.states import RingState
 class ShiftedBlocks(ExactBackend):
     """Attention inside blocks; the second half of the heads has its borders half a block earlier.
 
-    The paper rolls the sequence, so that the last half block meets the first; here those are two short blocks.
-    """
+    The paper rolls the sequence, so that the last half block meets the first; here those are two
+    short blocks."""
 
     traits = Traits(exact=True, causal=True, bidirectional=True, learned=False, state="last block")
 
@@ -24,7 +26,10 @@ class ShiftedBlocks(ExactBackend):
         super().__init__(impl)
         self.block = check_size("s2", "block", block, least=2)
         if block % 2:
-            raise ValueError(f"s2: block: got {block}, half a block is shifted; valid is {block - 1} or {block + 1}")
+            raise ValueError(
+                f"s2: block: got {block}, half a block is shifted; valid is {block - 1} or "
+                f"{block + 1}"
+            )
 
     def extra_repr(self) -> str:
         return f"block={self.block}, {super().extra_repr()}"

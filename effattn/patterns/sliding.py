@@ -1,8 +1,8 @@
 """Sliding-window attention, with two kinds of sinks under two names.
 
-`sinks=s` (StreamingLLM, arXiv:2309.17453): the first s keys stay visible, at their place in the cache.
-`sink_logits=True` (gpt-oss): a learned logit per head stands in the softmax's denominator, and holds no key.
-"""
+`sinks=s` (StreamingLLM, arXiv:2309.17453): the first s keys stay visible, at their place in the
+cache. `sink_logits=True` (gpt-oss): a learned logit per head stands in the softmax's denominator,
+and holds no key."""
 
 from __future__ import annotations
 
@@ -24,30 +24,40 @@ from effattn.states import RingState, first_positions
 
 @register("sliding")
 class Sliding(ExactBackend):
-    """A query sees exactly `window` keys, itself included: 0 <= i - j < window; bidirectional, (window - 1)/2 a side.
+    """A query sees exactly `window` keys, itself included: 0 <= i - j < window; bidirectional,
+    (window - 1)/2 a side.
 
-    dilation d: the keys are d apart, so that window keys span window * d tokens (Longformer's dilation).
-    sinks s: the first s keys too. With a rotary rule their distance is min(i - j, window + s - 1 - j): keys are kept
-    raw, and the query stands at position window + s - 1 of a cache at most. sink_logits: one learned logit a head, zero
-    at first; its parameter is made at the first call, or at once when `heads` is given.
-    """
+    dilation d: the keys are d apart, so that window keys span window * d tokens (Longformer's
+    dilation). sinks s: the first s keys too. With a rotary rule their distance is min(i - j, window
+    + s - 1 - j): keys are kept raw, and the query stands at position window + s - 1 of a cache at
+    most. sink_logits: one learned logit a head, zero at first; its parameter is made at the first
+    call, or at once when `heads` is given."""
 
     traits = Traits(exact=True, causal=True, bidirectional=True, learned=False, state="ring")
 
     def __init__(
-        self, window: int, sinks: int = 0, dilation: int = 1, sink_logits: bool = False, heads: int | None = None,
+        self,
+        window: int,
+        sinks: int = 0,
+        dilation: int = 1,
+        sink_logits: bool = False,
+        heads: int | None = None,
         impl: str = "auto",
-    ):  # fmt: skip
+    ):
         super().__init__(impl)
         self.window = check_size("sliding", "window", window)
         self.sinks = check_size("sliding", "sinks", sinks, least=0)
         self.dilation = check_size("sliding", "dilation", dilation)
         if sinks and dilation > 1:
-            raise Unsupported("sliding: sinks and dilation cannot be combined; valid is one of them")
+            raise Unsupported(
+                "sliding: sinks and dilation cannot be combined; valid is one of them"
+            )
         self.farthest = window + sinks - 1 if sinks else None
         self.sink_logits = None
         if sink_logits:
-            self.sink_logits = UninitializedParameter() if heads is None else nn.Parameter(torch.zeros(heads))
+            self.sink_logits = (
+                UninitializedParameter() if heads is None else nn.Parameter(torch.zeros(heads))
+            )
 
     def extra_repr(self) -> str:
         parts = [f"window={self.window}"]
@@ -59,20 +69,28 @@ class Sliding(ExactBackend):
     def check_call(self, q, k, v, causal, extras):
         if not causal and self.sinks:
             raise Unsupported(
-                "sliding: sinks need causal=True; for a bidirectional model use longformer's global tokens"
+                "sliding: sinks need causal=True; for a bidirectional model use longformer's "
+                "global tokens"
             )
         if not causal and self.window % 2 == 0:
             near = f"{self.window - 1} or {self.window + 1}"
-            raise ValueError(f"sliding: window: got {self.window}, a bidirectional window is odd; valid is {near}")
+            raise ValueError(
+                f"sliding: window: got {self.window}, a bidirectional window is odd; valid is "
+                f"{near}"
+            )
         logits = self.sink_logits
         if logits is not None:
             if extras.get("sink_logits") is not None:
-                raise ValueError("sliding: sink_logits: the model passes its own; leave out sink_logits=True")
+                raise ValueError(
+                    "sliding: sink_logits: the model passes its own; leave out sink_logits=True"
+                )
             if is_lazy(logits):
                 logits.materialize((q.shape[1],), device=q.device, dtype=torch.float32)
                 nn.init.zeros_(logits)
             if logits.shape != (q.shape[1],):
-                raise ValueError(f"q: expected {len(logits)} heads, as many as sink_logits, got {q.shape[1]}")
+                raise ValueError(
+                    f"q: expected {len(logits)} heads, as many as sink_logits, got {q.shape[1]}"
+                )
             extras["sink_logits"] = logits
 
     def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
@@ -100,16 +118,26 @@ class Sliding(ExactBackend):
 
         def run(q, k, v, layout):
             return flash.attention(
-                q, k, v, Window(back=side, ahead=1 if call.causal else side), layout, causal=call.causal,
-                scale=call.scale, softcap=call.softcap, impl=impl, lse=True,
-            )  # fmt: skip
+                q,
+                k,
+                v,
+                Window(back=side, ahead=1 if call.causal else side),
+                layout,
+                causal=call.causal,
+                scale=call.scale,
+                softcap=call.softcap,
+                impl=impl,
+                lse=True,
+            )
 
         learning = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
         back = (self.window - 1) * self.dilation if call.causal and not learning else None
         return by_residue(self.dilation, q, k, v, call.layout, run, back=back, lse=lse)
 
     def new_state(self) -> RingState:
-        return RingState((self.window - 1) * self.dilation + 1, partial(first_positions, self.sinks))
+        return RingState(
+            (self.window - 1) * self.dilation + 1, partial(first_positions, self.sinks)
+        )
 
     def pairs(self, i, shape):
         side = self.window if shape.causal else (self.window + 1) // 2
@@ -120,6 +148,8 @@ class Sliding(ExactBackend):
 
     def still_seen(self, j, shape):
         first = shape.keys - shape.queries
-        next_query = first + (j - first) % self.dilation  # the first one a multiple of the dilation away
+        next_query = (
+            first + (j - first) % self.dilation
+        )  # the first one a multiple of the dilation away
         near = (next_query < shape.keys) & (next_query - j <= (self.window - 1) * self.dilation)
         return near | (j < self.sinks)

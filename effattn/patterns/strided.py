@@ -1,4 +1,6 @@
-"""The strided pattern of the Sparse Transformer (arXiv:1904.10509): neighbours, and a column of distant keys."""
+"""The strided pattern of the Sparse Transformer (arXiv:1904.10509): neighbours, and a column of
+distant keys.
+"""
 
 from __future__ import annotations
 
@@ -13,10 +15,11 @@ from effattn.registry import register
 
 @register("strided")
 class Strided(ExactBackend):
-    """Sees the `stride` newest keys, and every stride-th key before: i - j < stride or (i - j) % stride == 0.
+    """Sees the `stride` newest keys, and every stride-th key before: i - j < stride or (i - j) %
+    stride == 0.
 
-    The paper's pattern is autoregressive, so causal only. Later queries need keys of every residue: the state is full.
-    """
+    The paper's pattern is autoregressive, so causal only. Later queries need keys of every residue:
+    the state is full."""
 
     traits = Traits(exact=True, causal=True, bidirectional=False, learned=False, state="full")
 
@@ -33,11 +36,21 @@ class Strided(ExactBackend):
     def attend_many(self, q, k, v, call, impl, lse):
         def run(pattern):
             return lambda q, k, v, layout: flash.attention(
-                q, k, v, pattern, layout, scale=call.scale, softcap=call.softcap, impl=impl, lse=True
+                q,
+                k,
+                v,
+                pattern,
+                layout,
+                scale=call.scale,
+                softcap=call.softcap,
+                impl=impl,
+                lse=True,
             )
 
         row = run(Window(back=self.stride))(q, k, v, call.layout)
-        column = by_residue(self.stride, q, k, v, call.layout, run(Pattern()), lse=True, strict=True)
+        column = by_residue(
+            self.stride, q, k, v, call.layout, run(Pattern()), lse=True, strict=True
+        )
         out, sums = merge([row, column])
         return (out, sums) if lse else out
 

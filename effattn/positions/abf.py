@@ -1,4 +1,6 @@
-"""Adjusted base frequency (ABF, arXiv:2309.16039; Code Llama, arXiv:2308.12950): another base, and nothing else."""
+"""Adjusted base frequency (ABF, arXiv:2309.16039; Code Llama, arXiv:2308.12950): another base, and
+nothing else.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,9 @@ from effattn.positions.base import Rotation, check_count, check_number, register
 @register("abf")
 @dataclass(frozen=True)
 class AdjustedBase(Rotation):
-    """theta_i = base^(-2i/R). length: the tokens that it is made for, if that is to be written down."""
+    """theta_i = base^(-2i/R). length: the tokens that it is made for, if that is to be written
+    down.
+    """
 
     base: float
     length: int | None = None
@@ -24,7 +28,8 @@ class AdjustedBase(Rotation):
         super().check(trained)
         if self.length is not None and self.length < trained.length:
             raise ValueError(
-                f"abf: length: got {self.length}, shorter than the {trained.length} tokens that the model was trained "
+                f"abf: length: got {self.length}, shorter than the {trained.length} tokens that "
+                "the model was trained "
                 f"with; valid is at least {trained.length}"
             )
 

@@ -1,4 +1,6 @@
-"""ALiBi (arXiv:2108.12409): a penalty that grows with the distance, at a slope of each head's own."""
+"""ALiBi (arXiv:2108.12409): a penalty that grows with the distance, at a slope of each head's
+own.
+"""
 
 from __future__ import annotations
 
@@ -20,8 +22,8 @@ class Alibi(Added):
 
 
 def slopes(heads: int) -> torch.Tensor:
-    """m_h, (heads,) float32. For a number that is no power of two: those of the next lower power of two H', then every
-    other one of 2H', as in the paper's code."""
+    """m_h, (heads,) float32. For a number that is no power of two: those of the next lower power of
+    two H', then every other one of 2H', as in the paper's code."""
     lower = 1 << (heads.bit_length() - 1)
     own = 2.0 ** (-8 * torch.arange(1, lower + 1, dtype=torch.float64) / lower)
     between = 2.0 ** (-4 * torch.arange(1, 2 * lower + 1, 2, dtype=torch.float64) / lower)

@@ -1,13 +1,13 @@
 """What position rules are made of: parts by name, and the trained model that they start from.
 
-A part is a small frozen dataclass; its fields are its options. It belongs to one of four slots, and a rule, such as
-"yarn(factor=8)+rerope(window=256)+logn", has at most one part in each:
+A part is a small frozen dataclass; its fields are its options. It belongs to one of four slots, and
+a rule, such as "yarn(factor=8)+rerope(window=256)+logn", has at most one part in each:
 
-slot        what it decides                                                 parts
-"rotation"  the angles that queries and keys turn by                        rope, pi, ntk, yarn, ..., xpos, nope
-"far"       what pairs beyond a window see of each other                    rerope, leaky_rerope
-"scale"     a number that every query is multiplied by                      logn
-"bias"      what is added to the score of a pair, by its distance           alibi, kerple, sandwich, t5
+slot        what it decides                                        parts
+"rotation"  the angles that queries and keys turn by               rope, pi, ntk, yarn, ..., xpos, nope
+"far"       what pairs beyond a window see of each other           rerope, leaky_rerope
+"scale"     a number that every query is multiplied by             logn
+"bias"      what is added to the score of a pair, by its distance  alibi, kerple, sandwich, t5
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ _PARTS: dict[str, type[Part]] = {}
 class Trained:
     """What a model was trained with, of one layer: where every rule starts.
 
-    length: tokens T that it was trained at. dims: the R dimensions of a head that turn, 0 without rotary positions.
-    base: b in theta_i = b^(-2i/R). inv_freq (R/2,) and scaling: the rotation as it is (None: the base's, unscaled), by
-    transformers' rule `kind`. interleaved: pairs are (2i, 2i + 1) instead of (i, i + R/2).
-    """
+    length: tokens T that it was trained at. dims: the R dimensions of a head that turn, 0 without
+    rotary positions. base: b in theta_i = b^(-2i/R). inv_freq (R/2,) and scaling: the rotation as
+    it is (None: the base's, unscaled), by transformers' rule `kind`. interleaved: pairs are (2i, 2i
+    + 1) instead of (i, i + R/2)."""
 
     length: int
     heads: int
@@ -47,8 +47,8 @@ class Trained:
     scaling: float = 1.0
 
     def thetas(self, base: float | Tensor | None = None) -> Tensor:
-        """b^(-2i/R), (R/2,) float32, in transformers' own operations: the same bits. base: another one, or one a row
-        (B,), for (B, R/2)."""
+        """b^(-2i/R), (R/2,) float32, in transformers' own operations: the same bits. base: another
+        one, or one a row (B,), for (B, R/2)."""
         exponents = torch.arange(0, self.dims, 2, dtype=torch.int64).to(torch.float) / self.dims
         base = self.base if base is None else base
         if isinstance(base, Tensor):
@@ -57,7 +57,9 @@ class Trained:
 
 
 class Part:
-    """Base class of the parts. `slot`: where it belongs; subclasses check their options in `__post_init__`."""
+    """Base class of the parts. `slot`: where it belongs; subclasses check their options in
+    `__post_init__`.
+    """
 
     name: ClassVar[str]  # set by `register`
     slot: ClassVar[str]
@@ -66,10 +68,16 @@ class Part:
     @property
     def options(self) -> dict:
         """The options that are not at their defaults."""
-        return {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
+        return {
+            f.name: getattr(self, f.name)
+            for f in fields(self)
+            if getattr(self, f.name) != f.default
+        }
 
     def check(self, trained: Trained) -> None:
-        """Whether the part can serve this model. Raises ValueError or Unsupported; warns of what will not work."""
+        """Whether the part can serve this model. Raises ValueError or Unsupported; warns of what
+        will not work.
+        """
 
 
 class Rotation(Part):
@@ -77,7 +85,9 @@ class Rotation(Part):
 
     slot = "rotation"
     turns: ClassVar[bool] = True  # queries and keys, at all
-    varies: ClassVar[bool] = False  # with the length of the sequence, so that cached keys must be raw
+    varies: ClassVar[bool] = (
+        False  # with the length of the sequence, so that cached keys must be raw
+    )
     from_plain: ClassVar[bool] = True  # it changes the plain rotation, not whatever the model has
 
     def check(self, trained):
@@ -85,14 +95,19 @@ class Rotation(Part):
             raise Unsupported(f"positions: {self.name!r} turns queries and keys, {NO_ROTARY}")
         if self.turns and self.from_plain and trained.kind not in PLAIN_KINDS:
             raise Unsupported(
-                f"positions: {self.name!r} changes a model's plain rotation, and this model's is changed already, by "
-                f"{trained.kind!r}; valid on top of it are rerope, leaky_rerope and logn, or {self.name!r} on the "
+                f"positions: {self.name!r} changes a model's plain rotation, and this model's is "
+                "changed already, by "
+                f"{trained.kind!r}; valid on top of it are rerope, leaky_rerope and logn, or "
+                f"{self.name!r} on the "
                 "checkpoint that it was made from"
             )
 
-    def frequencies(self, trained: Trained, length: int | Tensor | None = None) -> tuple[Tensor, float]:
-        """(inv_freq (R/2,) float32, what cos and sin are multiplied by). length: tokens of the sequence, or of every
-        row (B,), for (B, R/2), where the rule varies with it; None: up to the trained length."""
+    def frequencies(
+        self, trained: Trained, length: int | Tensor | None = None
+    ) -> tuple[Tensor, float]:
+        """(inv_freq (R/2,) float32, what cos and sin are multiplied by). length: tokens of the
+        sequence, or of every row (B,), for (B, R/2), where the rule varies with it; None: up to the
+        trained length."""
         raise NotImplementedError
 
     def parameters(self, trained: Trained) -> dict | None:
@@ -106,7 +121,9 @@ class Rotation(Part):
 
 @dataclass(frozen=True)
 class Scaled(Rotation):
-    """A rotation made for a sequence `factor` times longer than the trained one, or for `length` tokens."""
+    """A rotation made for a sequence `factor` times longer than the trained one, or for `length`
+    tokens.
+    """
 
     factor: float | None = None
     length: int | None = None
@@ -114,7 +131,9 @@ class Scaled(Rotation):
     def __post_init__(self):
         if (self.factor is None) == (self.length is None):
             given = "neither" if self.factor is None else "both"
-            raise ValueError(f"{self.name}: got {given} of factor and length, valid is one, such as factor=8.0")
+            raise ValueError(
+                f"{self.name}: got {given} of factor and length, valid is one, such as factor=8.0"
+            )
         if self.factor is not None:
             check_number(self.name, "factor", self.factor, least=1)
         if self.length is not None:
@@ -124,7 +143,8 @@ class Scaled(Rotation):
         super().check(trained)
         if self.length is not None and self.length < trained.length:
             raise ValueError(
-                f"{self.name}: length: got {self.length}, shorter than the {trained.length} tokens that the model was "
+                f"{self.name}: length: got {self.length}, shorter than the {trained.length} "
+                "tokens that the model was "
                 f"trained with; valid is at least {trained.length}"
             )
 
@@ -137,7 +157,9 @@ class Scaled(Rotation):
 
 
 class Added(Part):
-    """A part that adds to the scores. It takes the rotation's place, unless a rotation is named beside it."""
+    """A part that adds to the scores. It takes the rotation's place, unless a rotation is named
+    beside it.
+    """
 
     slot = "bias"
 
@@ -150,8 +172,13 @@ class Added(Part):
         raise NotImplementedError
 
 
-NO_ROTARY = "and these layers have no rotary positions; valid are alibi, kerple, sandwich, t5 and logn"
-PLAIN_KINDS = ("default", "dynamic")  # transformers' rules that are the plain rotation up to the trained length
+NO_ROTARY = (
+    "and these layers have no rotary positions; valid are alibi, kerple, sandwich, t5 and logn"
+)
+PLAIN_KINDS = (
+    "default",
+    "dynamic",
+)  # transformers' rules that are the plain rotation up to the trained length
 
 
 def register(name: str) -> Callable[[type[Part]], type[Part]]:
@@ -159,7 +186,9 @@ def register(name: str) -> Callable[[type[Part]], type[Part]]:
 
     def add(cls: type[Part]) -> type[Part]:
         if name in _PARTS:
-            raise ValueError(f"position rule {name!r} is registered already, by {_PARTS[name].__qualname__}")
+            raise ValueError(
+                f"position rule {name!r} is registered already, by {_PARTS[name].__qualname__}"
+            )
         cls.name = name
         _PARTS[name] = cls
         return cls
@@ -167,9 +196,17 @@ def register(name: str) -> Callable[[type[Part]], type[Part]]:
     return add
 
 
-def check_number(rule: str, option: str, value: float, least: float = 0.0, above: bool = False) -> float:
-    """`value` if it is a finite number of at least `least` (or `above` it). ValueError naming the option otherwise."""
-    good = type(value) in (int, float) and math.isfinite(value) and (value > least if above else value >= least)
+def check_number(
+    rule: str, option: str, value: float, least: float = 0.0, above: bool = False
+) -> float:
+    """`value` if it is a finite number of at least `least` (or `above` it). ValueError naming the
+    option otherwise.
+    """
+    good = (
+        type(value) in (int, float)
+        and math.isfinite(value)
+        and (value > least if above else value >= least)
+    )
     if not good:
         valid = f"above {least}" if above else f"of at least {least}"
         raise ValueError(f"{rule}: {option}: got {value!r}, valid is a number {valid}")
@@ -179,5 +216,7 @@ def check_number(rule: str, option: str, value: float, least: float = 0.0, above
 def check_count(rule: str, option: str, value: int, least: int = 1) -> int:
     """`value` if it is an int of at least `least`. ValueError naming the option otherwise."""
     if type(value) is not int or value < least:
-        raise ValueError(f"{rule}: {option}: got {value!r}, valid is a whole number of at least {least}")
+        raise ValueError(
+            f"{rule}: {option}: got {value!r}, valid is a whole number of at least {least}"
+        )
     return value

@@ -1,8 +1,7 @@
 """Position rules bound to a model's rotation: what `rotary=` of a backend's call takes.
 
-`effattn.positions.rule` makes one by hand, `effattn.swap(positions=...)` one for each layer. A backend calls `place`
-with raw queries and keys, and gets what its kernels take.
-"""
+`effattn.positions.rule` makes one by hand, `effattn.swap(positions=...)` one for each layer. A
+backend calls `place` with raw queries and keys, and gets what its kernels take."""
 
 from __future__ import annotations
 
@@ -33,12 +32,13 @@ class Placed:
 
 
 class Positions(nn.Module):
-    """A position rule of one layer. Its parts are `rotation`, `far`, `scale` and `bias`, None for what it leaves alone.
+    """A position rule of one layer. Its parts are `rotation`, `far`, `scale` and `bias`, None for
+    what it leaves alone.
 
-    A bias without a rotation beside it replaces the rotation; "rope+alibi" has both. `learned`: the parameter of a bias
-    that is learned (kerple, t5), (heads, n) float32. `rotates`: whether q and k come raw; set it to False where they
-    have been turned by `rope()` already, and only the rest is to be done.
-    """
+    A bias without a rotation beside it replaces the rotation; "rope+alibi" has both. `learned`: the
+    parameter of a bias that is learned (kerple, t5), (heads, n) float32. `rotates`: whether q and k
+    come raw; set it to False where they have been turned by `rope()` already, and only the rest is
+    to be done."""
 
     def __init__(self, parts: tuple[Part, ...], trained: Trained):
         """Raises ValueError or Unsupported for what this model cannot have."""
@@ -56,7 +56,9 @@ class Positions(nn.Module):
         learned = None if self.bias is None else self.bias.new_parameters(trained)
         self.learned = None if learned is None else nn.Parameter(learned)
         self.rotates = True
-        self._kept: dict[str, tuple[tuple, Rope | Bias]] = {}  # what does not change from call to call
+        self._kept: dict[
+            str, tuple[tuple, Rope | Bias]
+        ] = {}  # what does not change from call to call
 
     def extra_repr(self) -> str:
         return self.spec
@@ -75,8 +77,12 @@ class Positions(nn.Module):
 
     @property
     def raw_keys(self) -> bool:
-        """Whether what a query sees of an old key changes as the sequence grows, so that keys are stored raw."""
-        return self.turns and (self.far is not None or self.rotation.varies or isinstance(self.rotation, XPos))
+        """Whether what a query sees of an old key changes as the sequence grows, so that keys are
+        stored raw.
+        """
+        return self.turns and (
+            self.far is not None or self.rotation.varies or isinstance(self.rotation, XPos)
+        )
 
     @property
     def scores(self) -> bool:
@@ -93,13 +99,20 @@ class Positions(nn.Module):
         return any(part.causal_only for part in self.parts)
 
     def rope(self, length: int | Tensor | None = None) -> Rope | None:
-        """The rotation at this length (tokens of the sequence, or of every row (B,)); None without one."""
+        """The rotation at this length (tokens of the sequence, or of every row (B,)); None without
+        one.
+        """
         return self._rope(length, None) if self.turns else None
 
     def _rope(self, length: int | Tensor | None, device: torch.device | None) -> Rope:
         def make():
             inv_freq, scaling = self.rotation.frequencies(self.trained, length)
-            return Rope(inv_freq if device is None else inv_freq.to(device), scaling, None, self.trained.interleaved)
+            return Rope(
+                inv_freq if device is None else inv_freq.to(device),
+                scaling,
+                None,
+                self.trained.interleaved,
+            )
 
         return make() if self.rotation.varies else self._keep("rope", (device,), make)
 
@@ -109,8 +122,12 @@ class Positions(nn.Module):
             self._kept[what] = (key, make())
         return self._kept[what][1]
 
-    def forward(self, q: Tensor, k: Tensor, q_positions: Tensor, k_positions: Tensor) -> tuple[Tensor, Tensor]:
-        """q (B, Hq, Tq, D) and k (B, Hkv, Tk, D) as pairs below the window see each other. Positions (T,) or (B, T)."""
+    def forward(
+        self, q: Tensor, k: Tensor, q_positions: Tensor, k_positions: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """q (B, Hq, Tq, D) and k (B, Hkv, Tk, D) as pairs below the window see each other.
+        Positions (T,) or (B, T).
+        """
         length = k_positions.amax(dim=-1) + 1
         length = length if length.ndim else int(length)
         placed = self.place(q, k, q_positions, k_positions, length, k.shape[2])
@@ -126,21 +143,29 @@ class Positions(nn.Module):
         tokens: int,
         few: bool = False,
     ) -> Placed:
-        """q (B, Hq, Tq, D) and k (B, Hkv, Tk, D) at positions (T,) or (B, T) of sequences of `length` tokens, an int or
-        (B,), `tokens` at most with padding. few: keys stay as they are, for a kernel that turns them itself, where
-        `turnable` says so; `at_k` is not needed then."""
+        """q (B, Hq, Tq, D) and k (B, Hkv, Tk, D) at positions (T,) or (B, T) of sequences of
+        `length` tokens, an int or (B,), `tokens` at most with padding. few: keys stay as they are,
+        for a kernel that turns them itself, where `turnable` says so; `at_k` is not needed then."""
         bias = None if self.bias is None else self._bias(tokens, q.device)
         if not (self.rotates and self.turns):
             return Placed(self._scaled(q, at_q), k, bias=bias)
         rope = self._rope(length, q.device)
         near_q, far_q = self._queries(q, at_q, rope)
         if few and self.turnable(one_length=not isinstance(length, Tensor)):
-            clipped = {} if self.far is None else {"window": self.far.window, "slow": self.far.slow, "q_far": far_q}
+            clipped = (
+                {}
+                if self.far is None
+                else {"window": self.far.window, "slow": self.far.slow, "q_far": far_q}
+            )
             turn = Turn(rope.inv_freq, rope.interleaved, rope.attention_scaling, **clipped)
             return Placed(near_q, k, turn=turn, bias=bias)
         near_k, far = rope.turn(k, at_k), None
         if isinstance(self.rotation, XPos):
-            centre = at_q[..., :1] if few else (length.double()[:, None] if isinstance(length, Tensor) else length) / 2
+            centre = (
+                at_q[..., :1]
+                if few
+                else (length.double()[:, None] if isinstance(length, Tensor) else length) / 2
+            )
             near_q = self.rotation.fade(near_q, at_q, centre, self.trained, keys=False)
             near_k = self.rotation.fade(near_k, at_k, centre, self.trained, keys=True)
         if self.far is not None:
@@ -148,7 +173,9 @@ class Positions(nn.Module):
         return Placed(near_q, near_k, far, bias=bias)
 
     def turnable(self, one_length: bool) -> bool:
-        """Whether kernels can turn raw keys themselves: not where rows have frequencies of their own, and not xPOS."""
+        """Whether kernels can turn raw keys themselves: not where rows have frequencies of their
+        own, and not xPOS.
+        """
         if not (self.rotates and self.turns):
             return True
         return not isinstance(self.rotation, XPos) and (one_length or not self.rotation.varies)
@@ -158,7 +185,9 @@ class Positions(nn.Module):
         if self.far is None:
             return self._scaled(rope.turn(q, at_q), at_q), None
         where = torch.cat([at_q, self.far.query_positions(at_q)], dim=-1)
-        both = self._scaled(rope.turn(torch.cat([q, q], dim=2), where), torch.cat([at_q, at_q], dim=-1))
+        both = self._scaled(
+            rope.turn(torch.cat([q, q], dim=2), where), torch.cat([at_q, at_q], dim=-1)
+        )
         return both.split(q.shape[2], dim=2)
 
     def _scaled(self, q: Tensor, at_q: Tensor) -> Tensor:

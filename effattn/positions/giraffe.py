@@ -28,10 +28,11 @@ class Power(Rotation):
 @register("truncated")
 @dataclass(frozen=True)
 class Truncated(Rotation):
-    """With t = 2 pi / length: frequencies of at least t stay, those below t become t/16, those below t/8 become 0.
+    """With t = 2 pi / length: frequencies of at least t stay, those below t become t/16, those
+    below t/8 become 0.
 
-    length: the wavelength in tokens from which on frequencies are cut; the trained length if not given.
-    """
+    length: the wavelength in tokens from which on frequencies are cut; the trained length if not
+    given."""
 
     length: int | None = None
 

@@ -1,4 +1,6 @@
-"""KERPLE (arXiv:2205.09921): penalties by conditionally positive definite kernels of the distance, learned per head."""
+"""KERPLE (arXiv:2205.09921): penalties by conditionally positive definite kernels of the distance,
+learned per head.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,9 @@ LEAST = 1e-2  # of both numbers, as in the paper's code
 @register("kerple")
 @dataclass(frozen=True)
 class Kerple(Added):
-    """-r1 log(1 + r2 |i - j|), or -r1 |i - j|^r2 with kind="power" and r2 <= 2. r1, r2 > 0: where each head starts."""
+    """-r1 log(1 + r2 |i - j|), or -r1 |i - j|^r2 with kind="power" and r2 <= 2. r1, r2 > 0: where
+    each head starts.
+    """
 
     kind: str = "log"
     r1: float = 1.0
@@ -33,5 +37,7 @@ class Kerple(Added):
         return torch.tensor([[self.r1, self.r2]], dtype=torch.float).repeat(trained.heads, 1)
 
     def bias(self, trained, tokens, learned):
-        most = torch.tensor([torch.inf, 2.0 if self.kind == "power" else torch.inf], device=learned.device)
+        most = torch.tensor(
+            [torch.inf, 2.0 if self.kind == "power" else torch.inf], device=learned.device
+        )
         return Bias(f"kerple_{self.kind}", learned.clamp(min=LEAST).minimum(most))

@@ -1,5 +1,5 @@
-"""Log-n scaling (Su 2021, https://kexue.fm/archives/8823): queries grow with the logarithm of how many keys they see,
-so that attention does not flatten out as sequences grow."""
+"""Log-n scaling (Su 2021, https://kexue.fm/archives/8823): queries grow with the logarithm of how
+many keys they see, so that attention does not flatten out as sequences grow."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ from effattn.positions.base import Part, Trained, check_count, register
 @register("logn")
 @dataclass(frozen=True)
 class LogN(Part):
-    """A query at position n (from 0) is multiplied by max(1, log(n + 1)/log T): the test-time form, without effect up
-    to the trained length T. trained=True: by log(n + 1)/log T, for models that were trained with it.
+    """A query at position n (from 0) is multiplied by max(1, log(n + 1)/log T): the test-time form,
+    without effect up to the trained length T. trained=True: by log(n + 1)/log T, for models that
+    were trained with it.
 
-    length: T if not the model's trained length. n is the query's position, whatever the pattern shows it.
-    """
+    length: T if not the model's trained length. n is the query's position, whatever the pattern
+    shows it."""
 
     trained: bool = False
     length: int | None = None

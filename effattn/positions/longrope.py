@@ -1,5 +1,5 @@
-"""LongRoPE (arXiv:2402.13753): a factor for every frequency, found by a search; one set for long sequences, one for
-those within the trained length."""
+"""LongRoPE (arXiv:2402.13753): a factor for every frequency, found by a search; one set for long
+sequences, one for those within the trained length."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from effattn.positions.base import Scaled, check_number, register
 @register("longrope")
 @dataclass(frozen=True)
 class LongRope(Scaled):
-    """theta_i / long_i for sequences beyond the trained length T, theta_i / short_i up to it; cos and sin times
-    sqrt(1 + ln s / ln T). long_factor, short_factor: R/2 numbers each; short_factor: ones if not given.
+    """theta_i / long_i for sequences beyond the trained length T, theta_i / short_i up to it; cos
+    and sin times sqrt(1 + ln s / ln T). long_factor, short_factor: R/2 numbers each; short_factor:
+    ones if not given.
 
     As with `dynamic_ntk`, the length so far decides for all keys, and cached keys are raw.
     """
@@ -30,7 +31,8 @@ class LongRope(Scaled):
             value = getattr(self, option)
             if not isinstance(value, list | tuple) or (option == "long_factor" and not value):
                 raise ValueError(
-                    f"longrope: {option}: got {value!r}, valid is a list of numbers, one for each frequency"
+                    f"longrope: {option}: got {value!r}, valid is a list of numbers, one for each "
+                    "frequency"
                 )
             for number in value:
                 check_number("longrope", option, number, above=True)
@@ -39,7 +41,9 @@ class LongRope(Scaled):
         super().check(trained)
         for option in ("long_factor", "short_factor"):
             if len(value := getattr(self, option)) not in ({trained.dims // 2, 0}):
-                raise ValueError(f"longrope: {option}: got {len(value)} numbers, valid is {trained.dims // 2}")
+                raise ValueError(
+                    f"longrope: {option}: got {len(value)} numbers, valid is {trained.dims // 2}"
+                )
 
     def frequencies(self, trained, length=None):
         long = torch.tensor(self.long_factor, dtype=torch.float)

@@ -1,4 +1,6 @@
-"""No positions at all (NoPE, arXiv:2305.19466): a causal model can tell order from what each token may see."""
+"""No positions at all (NoPE, arXiv:2305.19466): a causal model can tell order from what each token
+may see.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,8 @@ class NoPositions(Rotation):
     def check(self, trained):
         if not trained.dims:
             raise Unsupported(
-                "positions: 'nope' leaves out rotary positions, and these layers have none to leave out: learned "
+                "positions: 'nope' leaves out rotary positions, and these layers have none to "
+                "leave out: learned "
                 "positions are added to the hidden states, before any layer"
             )
 

@@ -1,9 +1,9 @@
 """NTK-aware scaling: high frequencies stay, low ones are interpolated, by one smooth rule.
 
-Three variants and their names are Su's (https://kexue.fm/archives/9706): with a = ln s / (d/2)^p and m = 1 .. d/2,
-theta_m = b^(-2(m-1)/d) exp(-a m^p). `fixed` is p = 1, `mixed` p = 0.625 (or another), `old` is bloc97's change of base,
-b s^(d/(d-2)). `dynamic_ntk` lets the length of the sequence decide the base (emozilla).
-"""
+Three variants and their names are Su's (https://kexue.fm/archives/9706): with a = ln s / (d/2)^p
+and m = 1 .. d/2, theta_m = b^(-2(m-1)/d) exp(-a m^p). `fixed` is p = 1, `mixed` p = 0.625 (or
+another), `old` is bloc97's change of base, b s^(d/(d-2)). `dynamic_ntk` lets the length of the
+sequence decide the base (emozilla)."""
 
 from __future__ import annotations
 
@@ -21,7 +21,9 @@ VARIANTS = ("old", "fixed", "mixed")
 @register("ntk")
 @dataclass(frozen=True)
 class Ntk(Scaled):
-    """theta_0 hardly changes and the last theta is divided by the factor. power: p of the mixed variant."""
+    """theta_0 hardly changes and the last theta is divided by the factor. power: p of the mixed
+    variant.
+    """
 
     variant: str = "old"
     power: float = 0.625
@@ -53,12 +55,12 @@ class Ntk(Scaled):
 @register("dynamic_ntk")
 @dataclass(frozen=True)
 class DynamicNtk(Rotation):
-    """The base of a sequence of L tokens is b (s L/T - (s - 1))^(d/(d-2)), and b up to the trained length T.
+    """The base of a sequence of L tokens is b (s L/T - (s - 1))^(d/(d-2)), and b up to the trained
+    length T.
 
-    The length so far decides, for all keys: they are kept raw and turned when they are read. So a step at length L is
-    what a fresh prefill of those L tokens gives its newest token, from the same hidden states. A row's length counts
-    from its first real token.
-    """
+    The length so far decides, for all keys: they are kept raw and turned when they are read. So a
+    step at length L is what a fresh prefill of those L tokens gives its newest token, from the same
+    hidden states. A row's length counts from its first real token."""
 
     factor: float
     varies = True
@@ -75,7 +77,9 @@ class DynamicNtk(Rotation):
             return trained.thetas(), 1.0
         rows = isinstance(length, torch.Tensor)
         past = length.clamp(min=trained.length).double() if rows else max(length, trained.length)
-        return trained.thetas(_base(trained, self.factor * past / trained.length - (self.factor - 1))), 1.0
+        return trained.thetas(
+            _base(trained, self.factor * past / trained.length - (self.factor - 1))
+        ), 1.0
 
     def parameters(self, trained):
         return {"rope_type": "dynamic", "rope_theta": trained.base, "factor": float(self.factor)}
@@ -83,7 +87,9 @@ class DynamicNtk(Rotation):
 
 def _check_pairs(rule, trained):
     if trained.dims < 4:
-        raise Unsupported(f"positions: {rule!r} needs two frequencies or more, {trained.dims} dimensions turn")
+        raise Unsupported(
+            f"positions: {rule!r} needs two frequencies or more, {trained.dims} dimensions turn"
+        )
 
 
 def _base(trained, scale):

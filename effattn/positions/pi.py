@@ -10,7 +10,9 @@ from effattn.positions.base import Scaled, register
 @register("pi")
 @dataclass(frozen=True)
 class Interpolation(Scaled):
-    """Positions are divided by the factor: theta_i / s. Made for fine-tuning; without it, quality drops."""
+    """Positions are divided by the factor: theta_i / s. Made for fine-tuning; without it, quality
+    drops.
+    """
 
     def frequencies(self, trained, length=None):
         return trained.thetas() / self.scale(trained), 1.0

@@ -1,7 +1,7 @@
 """Position rules by name, and their spec strings: parts joined by "+".
 
-parse("rerope(window=256)+logn")                              # the parts, checked by themselves
-rule("rerope(window=256)", length=512, head_dim=64)           # what `rotary=` of a backend call takes
+parse("rerope(window=256)+logn")                            # the parts, checked by themselves
+rule("rerope(window=256)", length=512, head_dim=64)         # what `rotary=` of a backend call takes
 """
 
 from __future__ import annotations
@@ -28,9 +28,8 @@ def rules() -> dict[str, type[Part]]:
 def parse(spec: str) -> tuple[Part, ...]:
     """The parts of "yarn(factor=8)+rerope(window=256)+logn", in the order of the slots.
 
-    ValueError for unknown names and options, with the nearest valid one, for options that no model could have, and
-    for two parts that decide the same.
-    """
+    ValueError for unknown names and options, with the nearest valid one, for options that no model
+    could have, and for two parts that decide the same."""
     available, parts = rules(), {}
     for text in _split(spec):
         name, options = parse_spec(text)
@@ -40,10 +39,15 @@ def parse(spec: str) -> tuple[Part, ...]:
             check_choice(f"{name}: option", option, valid)
         missing = [p.name for p in valid.values() if p.default is p.empty and p.name not in options]
         if missing:
-            raise ValueError(f"{name}: {', '.join(missing)} must be given, for example {name}({missing[0]}=...)")
+            raise ValueError(
+                f"{name}: {', '.join(missing)} must be given, for example {name}({missing[0]}=...)"
+            )
         part = cls(**options)
         if part.slot in parts:
-            raise ValueError(f"positions: {spec!r}: {parts[part.slot].name} and {name} decide the same; valid is one")
+            raise ValueError(
+                f"positions: {spec!r}: {parts[part.slot].name} and {name} decide the same; valid "
+                "is one"
+            )
         parts[part.slot] = part
     _refuse_meaningless(spec, parts)
     return tuple(parts[slot] for slot in SLOTS if slot in parts)
@@ -64,11 +68,11 @@ def rule(
     base: float = 10000.0,
     interleaved: bool = False,
 ) -> Positions:
-    """A rule as `rotary=` of a backend's call takes it, for a model that was trained at `length` tokens.
+    """A rule as `rotary=` of a backend's call takes it, for a model that was trained at `length`
+    tokens.
 
-    heads: the query heads (what biases need). dims: how many dimensions of a head turn (None: all). Raises ValueError
-    for what means nothing, Unsupported for what cannot be combined.
-    """
+    heads: the query heads (what biases need). dims: how many dimensions of a head turn (None: all).
+    Raises ValueError for what means nothing, Unsupported for what cannot be combined."""
     dims = head_dim if dims is None else dims
     if dims % 2 or not 0 <= dims <= head_dim:
         raise ValueError(f"dims: got {dims}, valid is an even number up to head_dim={head_dim}")
@@ -92,10 +96,20 @@ def _refuse_meaningless(spec: str, parts: dict[str, Part]) -> None:
     far, rotation, bias = parts.get("far"), parts.get("rotation"), parts.get("bias")
     if far is not None and bias is not None:
         raise Unsupported(
-            f"positions: {spec!r}: {far.name} and {bias.name} both decide what far pairs see; valid is one of them"
+            f"positions: {spec!r}: {far.name} and {bias.name} both decide what far pairs see; "
+            "valid is one of them"
         )
-    if far is not None and rotation is not None and (rotation.varies or rotation.name in ("nope", "xpos")):
-        why = "changes with the length" if rotation.varies else "is not a rotation by the distance alone"
+    if (
+        far is not None
+        and rotation is not None
+        and (rotation.varies or rotation.name in ("nope", "xpos"))
+    ):
+        why = (
+            "changes with the length"
+            if rotation.varies
+            else "is not a rotation by the distance alone"
+        )
         raise Unsupported(
-            f"positions: {spec!r}: {far.name} clips the distance of a rotation, and {rotation.name} {why}"
+            f"positions: {spec!r}: {far.name} clips the distance of a rotation, and "
+            f"{rotation.name} {why}"
         )

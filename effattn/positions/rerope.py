@@ -1,10 +1,11 @@
-"""ReRoPE and Leaky ReRoPE (Su 2023, https://kexue.fm/archives/9708 and 9731): distances beyond a window are clipped, or
-grow more slowly, so that no distance exceeds what the model was trained with.
+"""ReRoPE and Leaky ReRoPE (Su 2023, https://kexue.fm/archives/9708 and 9731): distances beyond a
+window are clipped, or grow more slowly, so that no distance exceeds what the model was trained
+with.
 
-Pairs at distance D = i - j < window are scored as ever, (R^i q).(R^j k). For the others, ReRoPE scores (R^w q).k and
-Leaky ReRoPE (R^((i - w)/k + w) q).(R^(j/k) k): distance min(D, w) or min(D, w + (D - w)/k). At D = w both agree.
-Decoding stores keys raw and turns them when they are read, so it equals prefill.
-"""
+Pairs at distance D = i - j < window are scored as ever, (R^i q).(R^j k). For the others, ReRoPE
+scores (R^w q).k and Leaky ReRoPE (R^((i - w)/k + w) q).(R^(j/k) k): distance min(D, w) or min(D, w
++ (D - w)/k). At D = w both agree. Decoding stores keys raw and turns them when they are read, so it
+equals prefill."""
 
 from __future__ import annotations
 
@@ -21,7 +22,9 @@ from effattn.positions.base import NO_ROTARY, Part, Trained, check_count, check_
 
 @dataclass(frozen=True)
 class Far(Part):
-    """A part that lets pairs at a distance of `window` tokens or more see each other differently."""
+    """A part that lets pairs at a distance of `window` tokens or more see each other
+    differently.
+    """
 
     window: int
 
@@ -34,12 +37,17 @@ class Far(Part):
 
     def check(self, trained: Trained) -> None:
         if not trained.dims:
-            raise Unsupported(f"positions: {self.name!r} clips the distance of rotary positions, {NO_ROTARY}")
+            raise Unsupported(
+                f"positions: {self.name!r} clips the distance of rotary positions, {NO_ROTARY}"
+            )
         if self.window >= trained.length:
             warnings.warn(
-                f"{self.name}: window={self.window} is not below the {trained.length} tokens that the model was "
-                "trained with: distances up to it, which it has never seen, stay as they are, so nothing is gained; a "
-                f"quarter to a half of the trained length works best, {trained.length // 4} to {trained.length // 2}",
+                f"{self.name}: window={self.window} is not below the {trained.length} tokens that "
+                "the model was "
+                "trained with: distances up to it, which it has never seen, stay as they are, so "
+                "nothing is gained; a "
+                f"quarter to a half of the trained length works best, {trained.length // 4} to "
+                f"{trained.length // 2}",
                 stacklevel=2,
             )
 
@@ -51,7 +59,11 @@ class Far(Part):
 
     def key_positions(self, positions: Tensor) -> Tensor:
         """Where a key at `positions` stands for far queries."""
-        return positions.new_zeros(positions.shape) if math.isinf(self.slow) else positions.double() / self.slow
+        return (
+            positions.new_zeros(positions.shape)
+            if math.isinf(self.slow)
+            else positions.double() / self.slow
+        )
 
 
 @register("rerope")
@@ -63,8 +75,8 @@ class ReRope(Far):
 @register("leaky_rerope")
 @dataclass(frozen=True)
 class LeakyReRope(Far):
-    """Beyond `window` tokens, distances grow `k` times more slowly. Usable while window + (L - window)/k stays below
-    the trained length."""
+    """Beyond `window` tokens, distances grow `k` times more slowly. Usable while window + (L -
+    window)/k stays below the trained length."""
 
     k: float
 

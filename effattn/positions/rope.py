@@ -1,8 +1,9 @@
-"""Rotary position embedding (RoPE, arXiv:2104.09864) as a rule that a backend calls on raw queries and keys.
+"""Rotary position embedding (RoPE, arXiv:2104.09864) as a rule that a backend calls on raw queries
+and keys.
 
-rope = Rope(inv_freq)                                    # (R/2,), R = the dimensions of a head that turn
-y = attn(q, k, v, rotary=rope)                           # q, k raw
-q, k = rope(q, k, q_positions, k_positions)              # what the backend does with it
+rope = Rope(inv_freq)                               # (R/2,), R = the dimensions of a head that turn
+y = attn(q, k, v, rotary=rope)                      # q, k raw
+q, k = rope(q, k, q_positions, k_positions)         # what the backend does with it
 """
 
 from __future__ import annotations
@@ -19,10 +20,10 @@ from effattn.positions.base import Rotation, register
 class Rope:
     """Turns the first `dims` dimensions of every head; pair i by the angle position * inv_freq[i].
 
-    inv_freq (dims/2,), or (B, dims/2) where rows differ. attention_scaling multiplies what is turned (YaRN's
-    temperature). Pairs are (i, i + dims/2), or (2i, 2i + 1) when `interleaved` (GLM, Cohere). Angles and products are
-    fp32 (fp64 for fp64 inputs), the results have the inputs' dtype.
-    """
+    inv_freq (dims/2,), or (B, dims/2) where rows differ. attention_scaling multiplies what is
+    turned (YaRN's temperature). Pairs are (i, i + dims/2), or (2i, 2i + 1) when `interleaved` (GLM,
+    Cohere). Angles and products are fp32 (fp64 for fp64 inputs), the results have the inputs'
+    dtype."""
 
     inv_freq: Tensor
     attention_scaling: float = 1.0
@@ -33,11 +34,14 @@ class Rope:
         turned = 2 * self.inv_freq.shape[-1]
         if self.inv_freq.ndim not in (1, 2) or self.dims not in (None, turned):
             raise ValueError(
-                f"dims: got {self.dims} with inv_freq {tuple(self.inv_freq.shape)}, valid is twice as many"
+                f"dims: got {self.dims} with inv_freq {tuple(self.inv_freq.shape)}, valid is "
+                "twice as many"
             )
         object.__setattr__(self, "dims", turned)
 
-    def __call__(self, q: Tensor, k: Tensor, q_positions: Tensor, k_positions: Tensor) -> tuple[Tensor, Tensor]:
+    def __call__(
+        self, q: Tensor, k: Tensor, q_positions: Tensor, k_positions: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """q (B, Hq, Tq, D) and k (B, Hkv, Tk, D), turned. Positions are int64, (T,) or (B, T)."""
         return self.turn(q, q_positions), self.turn(k, k_positions)
 
@@ -45,7 +49,9 @@ class Rope:
         """x (B, H, T, D) at positions (T,) or (B, T), which need not be whole numbers."""
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
         inv_freq = self.inv_freq.to(x.device, dtype)
-        angle = positions[..., None].to(dtype) * (inv_freq if inv_freq.ndim == 1 else inv_freq[:, None])
+        angle = positions[..., None].to(dtype) * (
+            inv_freq if inv_freq.ndim == 1 else inv_freq[:, None]
+        )
         if angle.ndim == 3:
             angle = angle[:, None]
         cos, sin = angle.cos() * self.attention_scaling, angle.sin() * self.attention_scaling

@@ -14,9 +14,9 @@ from effattn.positions.base import Added, check_count, register
 @register("t5")
 @dataclass(frozen=True)
 class T5(Added):
-    """The first half of the buckets are distances 0, 1, ..., the others grow logarithmically up to max_distance, from
-    which on all share the last. The causal form; bidirectional models share buckets between both directions. All
-    numbers are 0 at first."""
+    """The first half of the buckets are distances 0, 1, ..., the others grow logarithmically up to
+    max_distance, from which on all share the last. The causal form; bidirectional models share
+    buckets between both directions. All numbers are 0 at first."""
 
     buckets: int = 32
     max_distance: int = 128
@@ -29,7 +29,9 @@ class T5(Added):
         return torch.zeros(trained.heads, self.buckets)
 
     def bias(self, trained, tokens, learned):
-        return Bias("table", learned[:, self.bucket(torch.arange(self.max_distance + 1)).to(learned.device)])
+        return Bias(
+            "table", learned[:, self.bucket(torch.arange(self.max_distance + 1)).to(learned.device)]
+        )
 
     def bucket(self, distance: torch.Tensor) -> torch.Tensor:
         """int64 distances >= 0 -> int64 buckets, T5's `_relative_position_bucket` of a decoder."""

@@ -14,13 +14,12 @@ from effattn.positions.rope import OwnRope
 @register("xpos")
 @dataclass(frozen=True)
 class XPos(OwnRope):
-    """The model's rotation, with a pair of dimensions multiplied by zeta_i^(D/scale) at distance D, where
-    zeta_i = (2i + gamma R)/((1 + gamma) R), gamma = 0.4.
+    """The model's rotation, with a pair of dimensions multiplied by zeta_i^(D/scale) at distance D,
+    where zeta_i = (2i + gamma R)/((1 + gamma) R), gamma = 0.4.
 
-    Queries hold zeta^((n - c)/scale), keys zeta^((c - n)/scale), around a centre c of the sequence that keeps both
-    finite: it moves as the sequence grows, so cached keys are raw, and every step turns all of them. In float16 up to
-    some 4,000 tokens can lie on each side of it.
-    """
+    Queries hold zeta^((n - c)/scale), keys zeta^((c - n)/scale), around a centre c of the sequence
+    that keeps both finite: it moves as the sequence grows, so cached keys are raw, and every step
+    turns all of them. In float16 up to some 4,000 tokens can lie on each side of it."""
 
     scale: float = 512.0
     gamma: float = 0.4
@@ -31,8 +30,12 @@ class XPos(OwnRope):
         check_number("xpos", "scale", self.scale, above=True)
         check_number("xpos", "gamma", self.gamma, above=True)
 
-    def fade(self, x: Tensor, positions: Tensor, centre: Tensor | float, trained: Trained, keys: bool) -> Tensor:
-        """x (B, H, T, D) at positions (T,) or (B, T), times zeta^(+-(n - c)/scale). Returns x's dtype."""
+    def fade(
+        self, x: Tensor, positions: Tensor, centre: Tensor | float, trained: Trained, keys: bool
+    ) -> Tensor:
+        """x (B, H, T, D) at positions (T,) or (B, T), times zeta^(+-(n - c)/scale). Returns x's
+        dtype.
+        """
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
         dims = trained.dims
         pair = torch.arange(0, dims, 2, dtype=torch.float64, device=x.device)

@@ -1,10 +1,10 @@
-"""YaRN (arXiv:2309.00071) and its "NTK by parts": frequencies with a short wavelength stay, those with a long one are
-interpolated, those between are mixed; and a temperature.
+"""YaRN (arXiv:2309.00071) and its "NTK by parts": frequencies with a short wavelength stay, those
+with a long one are interpolated, those between are mixed; and a temperature.
 
-The paper's ramp runs over r = T theta / (2 pi), the turns that a frequency makes within the trained length
-(`ntk_by_parts`). The released code, and transformers, ramp over the dimension's index between rounded borders (`yarn`):
-up to 73 % apart in theta. llama3 is the paper's ramp again with other borders.
-"""
+The paper's ramp runs over r = T theta / (2 pi), the turns that a frequency makes within the trained
+length (`ntk_by_parts`). The released code, and transformers, ramp over the dimension's index
+between rounded borders (`yarn`): up to 73 % apart in theta. llama3 is the paper's ramp again with
+other borders."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from effattn.positions.base import Scaled, Trained, check_number, register
 
 @dataclass(frozen=True)
 class _Ramp(Scaled):
-    """slow, fast: frequencies with fewer than `slow` turns within the trained length are interpolated, those with more
-    than `fast` stay."""
+    """slow, fast: frequencies with fewer than `slow` turns within the trained length are
+    interpolated, those with more than `fast` stay."""
 
     fast: float = 32.0
     slow: float = 1.0
@@ -44,11 +44,15 @@ class _Ramp(Scaled):
 @register("yarn")
 @dataclass(frozen=True)
 class Yarn(_Ramp):
-    """YaRN as transformers has it. cos and sin are multiplied by 0.1 ln s + 1, the paper's temperature."""
+    """YaRN as transformers has it. cos and sin are multiplied by 0.1 ln s + 1, the paper's
+    temperature.
+    """
 
     def frequencies(self, trained, length=None):
         low, high = (
-            trained.dims * math.log(trained.length / (turns * 2 * math.pi)) / (2 * math.log(trained.base))
+            trained.dims
+            * math.log(trained.length / (turns * 2 * math.pi))
+            / (2 * math.log(trained.base))
             for turns in (self.fast, self.slow)
         )
         low, high = max(math.floor(low), 0), min(math.ceil(high), trained.dims - 1)
@@ -56,14 +60,20 @@ class Yarn(_Ramp):
         return self.mixed(trained, 1 - ramp.clamp(0, 1)), temperature(self.scale(trained))
 
     def parameters(self, trained):
-        borders = {} if (self.fast, self.slow) == (32.0, 1.0) else {"beta_fast": self.fast, "beta_slow": self.slow}
+        borders = (
+            {}
+            if (self.fast, self.slow) == (32.0, 1.0)
+            else {"beta_fast": self.fast, "beta_slow": self.slow}
+        )
         return _parameters("yarn", self, trained, borders)
 
 
 @register("ntk_by_parts")
 @dataclass(frozen=True)
 class NtkByParts(_Ramp):
-    """The ramp of YaRN's paper (section 3.2), by default without its temperature, which `temperature=True` adds."""
+    """The ramp of YaRN's paper (section 3.2), by default without its temperature, which
+    `temperature=True` adds.
+    """
 
     temperature: bool = False
 
@@ -72,13 +82,19 @@ class NtkByParts(_Ramp):
         return self.mixed(trained, self.by_turns(trained)), scaling
 
     def parameters(self, trained):
-        return None if self.temperature else Llama3(self.factor, self.length, self.fast, self.slow).parameters(trained)
+        return (
+            None
+            if self.temperature
+            else Llama3(self.factor, self.length, self.fast, self.slow).parameters(trained)
+        )
 
 
 @register("llama3")
 @dataclass(frozen=True)
 class Llama3(_Ramp):
-    """Llama 3.1's scaling, transformers' `llama3`: NTK by parts with borders at 4 turns (high_freq_factor) and 1."""
+    """Llama 3.1's scaling, transformers' `llama3`: NTK by parts with borders at 4 turns
+    (high_freq_factor) and 1.
+    """
 
     fast: float = 4.0
 
@@ -86,7 +102,9 @@ class Llama3(_Ramp):
         return self.mixed(trained, self.by_turns(trained)), 1.0
 
     def parameters(self, trained):
-        return _parameters("llama3", self, trained, {"low_freq_factor": self.slow, "high_freq_factor": self.fast})
+        return _parameters(
+            "llama3", self, trained, {"low_freq_factor": self.slow, "high_freq_factor": self.fast}
+        )
 
 
 def temperature(scale: float) -> float:

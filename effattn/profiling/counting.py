@@ -1,13 +1,14 @@
-"""Counts what code really does, operation by operation: the check that keeps the cost model from drifting.
+"""Counts what code really does, operation by operation: the check that keeps the cost model from
+drifting.
 
     with Counted(q=q, k=k, v=v) as counted:
         out = attn(q, k, v)
     counted.flops, counted.read_bytes("k")
 
-A tensor's elements are read when an operation takes them: those that the operation's argument covers, after all views
-and slices, each element counted once however often it is read. Matrix products, and attention by its definition (pairs
-that see each other, not blocks that a kernel visits), are counted as operations, a multiply-add being 2.
-"""
+A tensor's elements are read when an operation takes them: those that the operation's argument
+covers, after all views and slices, each element counted once however often it is read. Matrix
+products, and attention by its definition (pairs that see each other, not blocks that a kernel
+visits), are counted as operations, a multiply-add being 2."""
 
 from __future__ import annotations
 
@@ -42,7 +43,9 @@ def _sdpa(q, k, v, dropout=0.0, is_causal=False, attn_mask=None, **_) -> int:
 
 
 def _sdpa_backward(d_out, q, k, v, out, lse, dropout, is_causal, attn_mask=None, **_) -> int:
-    """Five products over the pairs: scores once more, and the gradients of weights, values, queries and keys."""
+    """Five products over the pairs: scores once more, and the gradients of weights, values, queries
+    and keys.
+    """
     pairs = attention_flops(q[..., :1], k, v[..., :0], attn_mask, is_causal)
     return pairs * (3 * q.shape[-1] + 2 * v.shape[-1])
 
@@ -64,15 +67,24 @@ PRODUCTS: dict[object, Callable[..., int]] = {
     aten._scaled_dot_product_flash_attention_for_cpu_backward: _sdpa_backward,
 }
 
-# operation -> which of its arguments it does not touch as a whole, and what marks the part, in `seen`: bool, of the
-# argument's shape
+# operation -> which of its arguments it does not touch as a whole, and what marks the part, in
+# `seen`: bool, of the argument's shape
 LOOKUPS: dict[object, tuple[int, Callable[..., object]]] = {
-    aten.embedding: (0, lambda seen, table, index, *_, **__: seen.index_fill_(0, index.flatten().cpu(), True)),
+    aten.embedding: (
+        0,
+        lambda seen, table, index, *_, **__: seen.index_fill_(0, index.flatten().cpu(), True),
+    ),
     aten.index_select: (0, lambda seen, x, dim, index: seen.index_fill_(dim, index.cpu(), True)),
-    aten.index_copy_: (0, lambda seen, x, dim, index, source: seen.index_fill_(dim, index.cpu(), True)),
+    aten.index_copy_: (
+        0,
+        lambda seen, x, dim, index, source: seen.index_fill_(dim, index.cpu(), True),
+    ),
     aten.gather: (0, lambda seen, x, dim, index, **_: seen.scatter_(dim, index.cpu(), True)),
     aten.index: (0, lambda seen, x, indices: seen.index_put_(_on_cpu(indices), torch.tensor(True))),
-    aten._grouped_mm: (1, lambda seen, a, b, offsets=None, **more: _experts(seen, more.get("offs", offsets))),
+    aten._grouped_mm: (
+        1,
+        lambda seen, a, b, offsets=None, **more: _experts(seen, more.get("offs", offsets)),
+    ),
 }
 
 
@@ -86,13 +98,26 @@ def _experts(seen: Tensor, ends: Tensor) -> None:
 
 
 # They take a tensor for its shape only.
-SHAPES = {aten.empty_like, aten.zeros_like, aten.ones_like, aten.full_like, aten.rand_like, aten.randn_like,
-          aten.new_empty, aten.new_empty_strided, aten.new_zeros, aten.new_ones, aten.new_full}  # fmt: skip
+SHAPES = {
+    aten.empty_like,
+    aten.zeros_like,
+    aten.ones_like,
+    aten.full_like,
+    aten.rand_like,
+    aten.randn_like,
+    aten.new_empty,
+    aten.new_empty_strided,
+    aten.new_zeros,
+    aten.new_ones,
+    aten.new_full,
+}
 
 
-def attention_flops(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, is_causal: bool = False) -> int:
-    """Two products over the pairs that see each other: q (B, H, Tq, D), k (B, Hkv, Tk, D), v (B, Hkv, Tk, Dv); a mask
-    as torch's `scaled_dot_product_attention` takes it."""
+def attention_flops(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, is_causal: bool = False
+) -> int:
+    """Two products over the pairs that see each other: q (B, H, Tq, D), k (B, Hkv, Tk, D), v (B,
+    Hkv, Tk, Dv); a mask as torch's `scaled_dot_product_attention` takes it."""
     rows, keys = q[..., 0].numel(), k.shape[-2]
     if is_causal:  # query i sees keys 0 to i
         pairs = rows // q.shape[-2] * sum(min(i + 1, keys) for i in range(q.shape[-2]))
@@ -105,11 +130,12 @@ def attention_flops(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None,
 
 
 class Counted(TorchDispatchMode):
-    """Context manager. `flops` of everything inside; of the named tensors, which elements were read and written.
+    """Context manager. `flops` of everything inside; of the named tensors, which elements were read
+    and written.
 
-    Watches tensors by name, and modules: `Counted(model=model)` watches "model.lm_head.weight" and all the others.
-    Copies made inside are no longer the tensor: making one is counted, reading it is not.
-    """
+    Watches tensors by name, and modules: `Counted(model=model)` watches "model.lm_head.weight" and
+    all the others. Copies made inside are no longer the tensor: making one is counted, reading it
+    is not."""
 
     def __init__(self, **watched: Tensor | nn.Module):
         super().__init__()
@@ -128,9 +154,13 @@ class Counted(TorchDispatchMode):
         self._written: dict[str, Tensor] = {}
         for name, tensor in self.watched.items():
             if self._names.setdefault(tensor.untyped_storage().data_ptr(), name) != name:
-                raise ValueError(f"{name}: shares its memory with {self._name(tensor)}; valid is one of them")
+                raise ValueError(
+                    f"{name}: shares its memory with {self._name(tensor)}; valid is one of them"
+                )
             size = tensor.untyped_storage().nbytes() // tensor.element_size()
-            self._read[name], self._written[name] = (torch.zeros(size, dtype=torch.bool) for _ in range(2))
+            self._read[name], self._written[name] = (
+                torch.zeros(size, dtype=torch.bool) for _ in range(2)
+            )
         self._attention = _Attention(self)
 
     def __enter__(self) -> Counted:
@@ -153,7 +183,9 @@ class Counted(TorchDispatchMode):
     def _bytes(self, marks: dict[str, Tensor], names: tuple[str, ...]) -> int:
         for name in names:
             check_choice("Counted", name, marks)
-        return sum(int(marks[name].sum()) * self.watched[name].element_size() for name in names or marks)
+        return sum(
+            int(marks[name].sum()) * self.watched[name].element_size() for name in names or marks
+        )
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -179,17 +211,25 @@ class Counted(TorchDispatchMode):
                     seen.fill_(True)
 
     def _name(self, tensor: Tensor) -> str | None:
-        return None if tensor.layout != torch.strided else self._names.get(tensor.untyped_storage().data_ptr())
+        return (
+            None
+            if tensor.layout != torch.strided
+            else self._names.get(tensor.untyped_storage().data_ptr())
+        )
 
 
 def _marks(storage: Tensor, view: Tensor) -> Tensor:
     """The marks of the elements that `view` covers; repeated ones once."""
-    sizes = [1 if stride == 0 else size for size, stride in zip(view.shape, view.stride(), strict=True)]
+    sizes = [
+        1 if stride == 0 else size for size, stride in zip(view.shape, view.stride(), strict=True)
+    ]
     return storage.as_strided(sizes, view.stride(), view.storage_offset())
 
 
 class _Attention(TorchFunctionMode):
-    """Counts torch's `scaled_dot_product_attention` by its definition, whichever kernel it takes."""
+    """Counts torch's `scaled_dot_product_attention` by its definition, whichever kernel it
+    takes.
+    """
 
     def __init__(self, counted: Counted):
         super().__init__()

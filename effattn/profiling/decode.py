@@ -1,4 +1,6 @@
-"""How fast models decode: greedy single-token steps at a given cache length, several models side by side."""
+"""How fast models decode: greedy single-token steps at a given cache length, several models side by
+side.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,9 @@ from effattn.hf.placement import input_device
 from effattn.profiling.memory import available_bytes
 
 PLAIN_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer)
-MEMORY_SHARE = 0.9  # of the available memory may be filled; the rest is for logits, activations and others
+MEMORY_SHARE = (
+    0.9  # of the available memory may be filled; the rest is for logits, activations and others
+)
 
 
 def kv_bytes(cache: Cache) -> int:
@@ -28,28 +32,38 @@ def _layer_bytes(layer) -> int:
 
 @torch.no_grad()
 def one_token_cache(model, batch: int) -> Cache:
-    """The cache that the model itself makes, after one token per row: it tells each layer's kind, shape and dtype."""
+    """The cache that the model itself makes, after one token per row: it tells each layer's kind,
+    shape and dtype.
+    """
     device = input_device(model)
-    cache = model(input_ids=torch.zeros(batch, 1, dtype=torch.long, device=device), use_cache=True).past_key_values
+    cache = model(
+        input_ids=torch.zeros(batch, 1, dtype=torch.long, device=device), use_cache=True
+    ).past_key_values
     for index, layer in enumerate(getattr(cache, "layers", None) or [cache]):
         if type(layer) not in PLAIN_LAYERS:
             raise Unsupported(
                 f"decode_speed: the cache of layer {index} is a {type(layer).__name__}; "
-                f"it knows how to fill and rewind {' and '.join(kind.__name__ for kind in PLAIN_LAYERS)}"
+                "it knows how to fill and rewind "
+                f"{' and '.join(kind.__name__ for kind in PLAIN_LAYERS)}"
             )
     return cache
 
 
 def _needs(cache: Cache, context: int) -> tuple[int, int]:
-    """(KV bytes at `context` tokens, bytes a step needs) from a one-token cache. A step holds copies of one layer."""
+    """(KV bytes at `context` tokens, bytes a step needs) from a one-token cache. A step holds
+    copies of one layer.
+    """
     layers = [
-        _layer_bytes(layer) * min(context, getattr(layer, "sliding_window", context + 1) - 1) for layer in cache.layers
+        _layer_bytes(layer) * min(context, getattr(layer, "sliding_window", context + 1) - 1)
+        for layer in cache.layers
     ]
     return sum(layers), sum(layers) + 4 * max(layers)
 
 
 def fill(cache: Cache, context: int, generator: torch.Generator) -> None:
-    """Replaces what `cache` holds (one token) by `context` tokens of random keys and values, layer by layer."""
+    """Replaces what `cache` holds (one token) by `context` tokens of random keys and values, layer
+    by layer.
+    """
     for layer in cache.layers:
         if layer.keys is None:  # shares another layer's keys and values
             continue
@@ -62,7 +76,9 @@ def fill(cache: Cache, context: int, generator: torch.Generator) -> None:
 
 
 class _Lane:
-    """One model with its filled cache: a step decodes a token and puts the cache back to `context` tokens."""
+    """One model with its filled cache: a step decodes a token and puts the cache back to `context`
+    tokens.
+    """
 
     def __init__(self, model, context: int, batch: int, seed: int):
         self.model, self.context, self.cache = model, context, one_token_cache(model, batch)
@@ -70,19 +86,28 @@ class _Lane:
         fill(self.cache, context, torch.Generator(self.device).manual_seed(seed))
         self.bytes = kv_bytes(self.cache)
         self.token = torch.zeros(batch, 1, dtype=torch.long, device=self.device)
-        # A learned position table ends somewhere; the time does not depend on which position is looked up.
+        # A learned position table ends somewhere; the time does not depend on which position is
+        # looked up.
         longest = getattr(model.config, "max_position_embeddings", None) or context + 1
         self.position = torch.full_like(self.token, min(context, longest - 1))
         self.seconds: list[float] = []
 
     def step(self) -> float:
-        """Seconds of one forward of one token per row plus its argmax, from a cache of `context` tokens."""
-        # A sliding layer that dropped tokens cannot be cropped: keep what it held (updates make new tensors, no copy).
-        held = [(layer, layer.keys, layer.values) for layer in self.cache.layers if layer.is_sliding]
+        """Seconds of one forward of one token per row plus its argmax, from a cache of `context`
+        tokens.
+        """
+        # A sliding layer that dropped tokens cannot be cropped: keep what it held (updates make new
+        # tensors, no copy).
+        held = [
+            (layer, layer.keys, layer.values) for layer in self.cache.layers if layer.is_sliding
+        ]
         self._synchronize()
         start = time.perf_counter()
         logits = self.model(
-            input_ids=self.token, position_ids=self.position, past_key_values=self.cache, use_cache=True
+            input_ids=self.token,
+            position_ids=self.position,
+            past_key_values=self.cache,
+            use_cache=True,
         ).logits
         self.token = logits[:, -1:].argmax(-1)
         self._synchronize()
@@ -102,7 +127,9 @@ class _Lane:
             torch.cuda.synchronize(self.device)
 
     def row(self) -> dict:
-        """p20, p50 and p80 in milliseconds over all timed steps; tokens/s of the whole batch at the median."""
+        """p20, p50 and p80 in milliseconds over all timed steps; tokens/s of the whole batch at the
+        median.
+        """
         times = 1000 * torch.tensor(self.seconds, dtype=torch.float64)
         p20, p50, p80 = torch.quantile(times, torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64))
         return {
@@ -149,25 +176,32 @@ def decode_speed(
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[dict]:
-    """Measured greedy decoding speed of each model at each context length (tokens already in the KV cache).
+    """Measured greedy decoding speed of each model at each context length (tokens already in the KV
+    cache).
 
-    How it is timed: the cache the model itself makes is filled with `context` random keys and values (no prefill:
-    the time does not depend on the values; lengths beyond the trained positions are fine). A timed step is one
-    eager forward of one token per row plus its argmax, wall clock, with the GPU synchronised before and after; the
-    cache is then cropped, so every step starts from exactly `context` tokens. The models take turns step by step,
-    so slow drift (clock, temperature, other jobs) hits all alike; each also finds the processor's caches as the
-    other left them. `repeats` rounds of one warm-up and `steps` timed steps; percentiles are over all of them.
-    Transformers' DynamicCache copies a layer's keys and values at every step, as in `generate()`: that is included.
+    How it is timed: the cache the model itself makes is filled with `context` random keys and
+    values (no prefill: the time does not depend on the values; lengths beyond the trained positions
+    are fine). A timed step is one eager forward of one token per row plus its argmax, wall clock,
+    with the GPU synchronised before and after; the cache is then cropped, so every step starts from
+    exactly `context` tokens. The models take turns step by step, so slow drift (clock, temperature,
+    other jobs) hits all alike; each also finds the processor's caches as the other left them.
+    `repeats` rounds of one warm-up and `steps` timed steps; percentiles are over all of them.
+    Transformers' DynamicCache copies a layer's keys and values at every step, as in `generate()`:
+    that is included.
 
-    Rows, by context and then in the models' order: {"context", "batch", "model", "ms_p20", "ms_p50", "ms_p80"
-    (milliseconds a step), "tokens_per_s" (of the whole batch, at the median), "kv_bytes" (of the whole batch, at
-    `context` tokens), "alternated"}. "alternated" is False if the models' caches fit only one at a time. A row whose
-    cache does not fit at all is {"context", "batch", "model", "kv_bytes", "does_not_fit": bytes it would need}.
-    `progress` is called with (contexts done, contexts).
-    """
+    Rows, by context and then in the models' order: {"context", "batch", "model", "ms_p20",
+    "ms_p50", "ms_p80" (milliseconds a step), "tokens_per_s" (of the whole batch, at the median),
+    "kv_bytes" (of the whole batch, at `context` tokens), "alternated"}. "alternated" is False if
+    the models' caches fit only one at a time. A row whose cache does not fit at all is {"context",
+    "batch", "model", "kv_bytes", "does_not_fit": bytes it would need}. `progress` is called with
+    (contexts done, contexts)."""
     if not models:
         raise ValueError("models: got none, give at least one as {name: model}")
-    for argument, value in [("contexts", min(contexts, default=0)), ("batch", batch), ("steps", steps)]:
+    for argument, value in [
+        ("contexts", min(contexts, default=0)),
+        ("batch", batch),
+        ("steps", steps),
+    ]:
         if value < 1:
             raise ValueError(f"{argument}: got {value}, needs to be at least 1")
     if repeats < 1:
@@ -179,7 +213,10 @@ def decode_speed(
         for number, context in enumerate(contexts):
             needs = {name: _needs(probe, context) for name, probe in probes.items()}
             free = {device: available_bytes(device) for device in devices}
-            room = min((MEMORY_SHARE * bytes_ for bytes_ in free.values() if bytes_ is not None), default=float("inf"))
+            room = min(
+                (MEMORY_SHARE * bytes_ for bytes_ in free.values() if bytes_ is not None),
+                default=float("inf"),
+            )
             fitting = {name: model for name, model in models.items() if needs[name][1] <= room}
             together = sum(needs[name][1] for name in fitting) <= room
             groups = [fitting] if together else [{name: model} for name, model in fitting.items()]
@@ -187,11 +224,20 @@ def decode_speed(
             for group in groups:
                 try:
                     measured |= _time_group(group, context, batch, steps, repeats, seed)
-                except torch.OutOfMemoryError:  # the estimate was too low: nothing of this group is reported as timed
+                except (
+                    torch.OutOfMemoryError
+                ):  # the estimate was too low: nothing of this group is reported as timed
                     torch.cuda.empty_cache()
             for name in models:
                 missing = {"kv_bytes": needs[name][0], "does_not_fit": needs[name][1]}
-                rows.append({"context": context, "batch": batch, "model": name, **measured.get(name, missing)})
+                rows.append(
+                    {
+                        "context": context,
+                        "batch": batch,
+                        "model": name,
+                        **measured.get(name, missing),
+                    }
+                )
             if progress:
                 progress(number + 1, len(contexts))
     return rows

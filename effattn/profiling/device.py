@@ -1,9 +1,11 @@
-"""What this device can do, measured on it: bandwidth, matrix products, the time to start a kernel. No datasheet.
+"""What this device can do, measured on it: bandwidth, matrix products, the time to start a kernel.
+No datasheet.
 
     peaks = device.peaks("cuda")               # measured once, then read from the cache
     peaks.read_bytes_per_s, peaks.matmul_flops["bfloat16"]
 
-Peaks are the best of several sizes and repeats, as a limit should be. Kept as JSON in $EFFATTN_CACHE, or else
+Peaks are the best of several sizes and repeats, as a limit should be. Kept as JSON in
+$EFFATTN_CACHE, or else
 $XDG_CACHE_HOME/effattn, or else ~/.cache/effattn, one file for each device, number of threads and version of torch.
 """
 
@@ -43,11 +45,11 @@ SMALLEST = 256  # rows and columns of the first product
 class Peaks:
     """What one device can do. None: it cannot, or nobody could find out.
 
-    kind: "cpu", "cuda" or "rocm"; threads: torch's on a CPU; date: UTC, ISO; bandwidths in bytes per second, copy
-    counting what is read and what is written; matmul_flops: dtype -> operations per second, a multiply-add being 2, of
-    torch's own product ("float32" without TF32, "int8" into int32); launch_seconds: from one empty kernel to the next,
-    on a CPU one torch operation on nothing.
-    """
+    kind: "cpu", "cuda" or "rocm"; threads: torch's on a CPU; date: UTC, ISO; bandwidths in bytes
+    per second, copy counting what is read and what is written; matmul_flops: dtype -> operations
+    per second, a multiply-add being 2, of torch's own product ("float32" without TF32, "int8" into
+    int32); launch_seconds: from one empty kernel to the next, on a CPU one torch operation on
+    nothing."""
 
     device: str
     kind: Literal["cpu", "cuda", "rocm"]
@@ -70,7 +72,9 @@ class Peaks:
         names = {field.name for field in dataclasses.fields(cls)}
         if not isinstance(values, dict) or set(values) != names:
             got = sorted(values) if isinstance(values, dict) else type(values).__name__
-            raise ValueError(f"peaks: got {got}, valid is an object with {', '.join(sorted(names))}")
+            raise ValueError(
+                f"peaks: got {got}, valid is an object with {', '.join(sorted(names))}"
+            )
         check_choice("peaks: kind", values["kind"], ("cpu", "cuda", "rocm"))
         if not isinstance(values["matmul_flops"], dict) or not isinstance(values["versions"], dict):
             raise ValueError("peaks: matmul_flops and versions: valid are objects")
@@ -78,18 +82,23 @@ class Peaks:
         for name, value in {**speeds, **values["matmul_flops"]}.items():
             number = isinstance(value, (int, float)) and not isinstance(value, bool)
             if value is not None and not (number and math.isfinite(value) and value > 0):
-                raise ValueError(f"peaks: {name}: got {value!r}, valid is a number above 0, or null")
+                raise ValueError(
+                    f"peaks: {name}: got {value!r}, valid is a number above 0, or null"
+                )
         return cls(**values)
 
 
 def peaks(
-    device: torch.device | str = "cpu", refresh: bool = False, progress: Callable[[str], None] | None = None
+    device: torch.device | str = "cpu",
+    refresh: bool = False,
+    progress: Callable[[str], None] | None = None,
 ) -> Peaks:
-    """The peaks of `device` ("cpu", "cuda", "cuda:1"): from the cache, or measured now and written there.
+    """The peaks of `device` ("cpu", "cuda", "cuda:1"): from the cache, or measured now and written
+    there.
 
-    refresh: measure in any case. A cached file that cannot be read is measured again; a folder that cannot be written
-    is a warning. progress: called with the name of what is measured next. Takes 10 to 20 seconds.
-    """
+    refresh: measure in any case. A cached file that cannot be read is measured again; a folder that
+    cannot be written is a warning. progress: called with the name of what is measured next. Takes
+    10 to 20 seconds."""
     device = check_device(device)
     file = cache_folder() / "peaks" / f"{_key(device)}.json"
     if not refresh and (found := _read(file)) is not None:
@@ -98,12 +107,16 @@ def peaks(
     try:
         write_text_atomic(file, json.dumps({"format": FORMAT, **measured.to_dict()}, indent=1))
     except OSError as error:
-        warnings.warn(f"peaks: {file}: not kept ({error.strerror}); they will be measured again", stacklevel=2)
+        warnings.warn(
+            f"peaks: {file}: not kept ({error.strerror}); they will be measured again", stacklevel=2
+        )
     return measured
 
 
 def check_device(device: torch.device | str) -> torch.device:
-    """The device with its index. ValueError for unknown ones, Unsupported for a GPU that is not here."""
+    """The device with its index. ValueError for unknown ones, Unsupported for a GPU that is not
+    here.
+    """
     try:
         found = torch.device(device)
     except RuntimeError:
@@ -115,8 +128,10 @@ def check_device(device: torch.device | str) -> torch.device:
     if found.type == "cpu":
         return torch.device("cpu")
     if (count := torch.cuda.device_count()) <= (found.index or 0):
-        raise Unsupported(f"device: got {str(device)!r}, torch sees {count} GPUs; valid here is 'cpu'"
-                          + (f" or 'cuda:0' to 'cuda:{count - 1}'" if count else ""))  # fmt: skip
+        raise Unsupported(
+            f"device: got {str(device)!r}, torch sees {count} GPUs; valid here is 'cpu'"
+            + (f" or 'cuda:0' to 'cuda:{count - 1}'" if count else "")
+        )
     return torch.device("cuda", torch.cuda.current_device() if found.index is None else found.index)
 
 
@@ -134,8 +149,9 @@ def measure(device: torch.device, progress: Callable[[str], None] | None = None)
     rates = {}
     for name in ("copy", "read", "write"):
         tell(f"{name} bandwidth")
-        rates[f"{name}_bytes_per_s"] = max(filter(None, (_bandwidth(name, size, clock) for size in _sizes(device))),
-                                           default=None)  # fmt: skip
+        rates[f"{name}_bytes_per_s"] = max(
+            filter(None, (_bandwidth(name, size, clock) for size in _sizes(device))), default=None
+        )
     flops = {}
     for dtype in DTYPES:
         name = str(dtype).removeprefix("torch.")
@@ -164,11 +180,15 @@ def _kind(device: torch.device) -> str:
 
 
 def _name(device: torch.device) -> str:
-    return environment.processor_name() if device.type == "cpu" else torch.cuda.get_device_name(device)
+    return (
+        environment.processor_name() if device.type == "cpu" else torch.cuda.get_device_name(device)
+    )
 
 
 def _sizes(device: torch.device) -> list[int]:
-    """Bytes of the buffers: 8 and 16 times the last cache, at least 128 MiB; less where memory is short."""
+    """Bytes of the buffers: 8 and 16 times the last cache, at least 128 MiB; less where memory is
+    short.
+    """
     cache = last_level_cache(device)
     free = available_bytes(device)
     most = 2**62 if free is None else free // 4  # copy needs two buffers
@@ -200,8 +220,8 @@ def _bandwidth(name: str, size: int, clock: Clock) -> float | None:
 
 
 def _matmul(dtype: torch.dtype, clock: Clock) -> float | None:
-    """Operations per second of square products, sizes doubling as long as one takes less than `LONGEST` seconds and the
-    rate still grows; None where torch has none for this dtype."""
+    """Operations per second of square products, sizes doubling as long as one takes less than
+    `LONGEST` seconds and the rate still grows; None where torch has none for this dtype."""
     best, size = None, SMALLEST
     product = torch.mm if dtype.is_floating_point else getattr(torch, "_int_mm", None)
     settings = torch.backends.cuda.matmul
@@ -216,7 +236,10 @@ def _matmul(dtype: torch.dtype, clock: Clock) -> float | None:
             if best is not None and rate < 0.9 * best:
                 break
             best, size = max(best or 0, rate), 2 * size
-    except (RuntimeError, NotImplementedError):  # torch's words for a dtype that a device has no product for
+    except (
+        RuntimeError,
+        NotImplementedError,
+    ):  # torch's words for a dtype that a device has no product for
         pass
     finally:
         settings.fp32_precision = precision

@@ -31,7 +31,9 @@ def processor_name() -> str:
 
 
 def module_version(name: str) -> str | None:
-    """`name.__version__`, or None where the module cannot be imported (its distribution may have another name)."""
+    """`name.__version__`, or None where the module cannot be imported (its distribution may have
+    another name).
+    """
     try:
         return getattr(importlib.import_module(name), "__version__", None)
     except ImportError:
@@ -47,7 +49,9 @@ def package_version(name: str) -> str | None:
 
 
 def environment() -> dict:
-    """JSON-able: device, versions (null where missing), CPU threads that torch uses, platform, UTC date (ISO)."""
+    """JSON-able: device, versions (null where missing), CPU threads that torch uses, platform, UTC
+    date (ISO).
+    """
     return {
         "device": device_name(),
         "torch": torch.__version__,

@@ -19,9 +19,13 @@ UNKNOWN_CACHE = 64 * 2**20  # bytes assumed of the last-level cache where the sy
 
 
 def last_level_cache(device: torch.device) -> int:
-    """Bytes of the last cache before memory: a GPU's L2, a CPU's largest. `UNKNOWN_CACHE` where nothing tells."""
+    """Bytes of the last cache before memory: a GPU's L2, a CPU's largest. `UNKNOWN_CACHE` where
+    nothing tells.
+    """
     if device.type == "cuda":
-        return getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 0) or UNKNOWN_CACHE
+        return (
+            getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 0) or UNKNOWN_CACHE
+        )
     sizes = []
     for file in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
         try:
@@ -34,21 +38,27 @@ def last_level_cache(device: torch.device) -> int:
 
 
 class Clock:
-    """Seconds that a call takes on `device`: wall clock on a CPU, events on a GPU (CUDA and ROCm alike).
+    """Seconds that a call takes on `device`: wall clock on a CPU, events on a GPU (CUDA and ROCm
+    alike).
 
-    On a GPU the time is from when the device gets to the call to when it has finished it: a device that waits for
-    Python's launches is timed waiting. flush: the last-level cache is overwritten before each call, outside of the
-    timed span, as in a model where other layers ran in between. The GPU is busy with that while the call's first
-    kernels are launched, so that launches are hidden behind it.
-    """
+    On a GPU the time is from when the device gets to the call to when it has finished it: a device
+    that waits for Python's launches is timed waiting. flush: the last-level cache is overwritten
+    before each call, outside of the timed span, as in a model where other layers ran in between.
+    The GPU is busy with that while the call's first kernels are launched, so that launches are
+    hidden behind it."""
 
     def __init__(self, device: torch.device | str, flush: bool = False):
         self.device = torch.device(device)
         if self.device.type not in ("cpu", "cuda"):
-            raise ValueError(f"device: got {str(device)!r}, valid are 'cpu' and 'cuda' (ROCm's name in torch, too)")
+            raise ValueError(
+                f"device: got {str(device)!r}, valid are 'cpu' and 'cuda' (ROCm's name in torch, "
+                "too)"
+            )
         self._flushed = None
         if flush:
-            self._flushed = torch.empty(2 * last_level_cache(self.device), dtype=torch.int8, device=self.device)
+            self._flushed = torch.empty(
+                2 * last_level_cache(self.device), dtype=torch.int8, device=self.device
+            )
 
     def __call__(self, call: Callable[[], object]) -> float:
         if self._flushed is not None:
@@ -69,10 +79,16 @@ class Clock:
 
 
 def percentiles(seconds: Sequence[float]) -> dict[str, float | int]:
-    """{"p20", "p50", "p80"} in seconds, linear between neighbours, and "rounds", how many there were."""
+    """{"p20", "p50", "p80"} in seconds, linear between neighbours, and "rounds", how many there
+    were.
+    """
     if not seconds:
         raise ValueError("seconds: got none, valid is at least one measurement")
-    tenths = statistics.quantiles(seconds, n=10, method="inclusive") if len(seconds) > 1 else [seconds[0]] * 9
+    tenths = (
+        statistics.quantiles(seconds, n=10, method="inclusive")
+        if len(seconds) > 1
+        else [seconds[0]] * 9
+    )
     return {"p20": tenths[1], "p50": tenths[4], "p80": tenths[7], "rounds": len(seconds)}
 
 
@@ -86,10 +102,10 @@ def alternate(
 ) -> dict[str, list[float]]:
     """Times all `calls` in turns: {name: seconds of each round}, as many of each.
 
-    Rounds go on for about `seconds` (wall clock, all calls together, without the `warmup` rounds), but at least `least`
-    and at most `most`. Every two rounds are one order and its reverse, then the order is rotated by one: slow drift
-    hits all calls alike, and nobody always runs after the same neighbour. A call that raises ends the measurement.
-    """
+    Rounds go on for about `seconds` (wall clock, all calls together, without the `warmup` rounds),
+    but at least `least` and at most `most`. Every two rounds are one order and its reverse, then
+    the order is rotated by one: slow drift hits all calls alike, and nobody always runs after the
+    same neighbour. A call that raises ends the measurement."""
     if not calls:
         raise ValueError("calls: got none, valid is at least one as {name: function}")
     if not 1 <= least <= most:

@@ -1,9 +1,8 @@
 """How many bytes a module's weights really take, packed ones included.
 
-bitsandbytes keeps what belongs to a packed weight (scales, code books) beside its parameters, in plain attributes:
-`quant_state` of a 4-bit weight, `SCB` of an 8-bit one, or of its module's `state` after the first call. They are found
-by these names, so that bitsandbytes need not be there.
-"""
+bitsandbytes keeps what belongs to a packed weight (scales, code books) beside its parameters, in
+plain attributes: `quant_state` of a 4-bit weight, `SCB` of an 8-bit one, or of its module's `state`
+after the first call. They are found by these names, so that bitsandbytes need not be there."""
 
 from __future__ import annotations
 
@@ -14,26 +13,41 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 
 def weight_bytes(module: nn.Module) -> int:
-    """Bytes of all parameters and buffers in `module`, each once, with what packed weights carry along."""
+    """Bytes of all parameters and buffers in `module`, each once, with what packed weights carry
+    along.
+    """
     return sum({id(one): one.nbytes for one in _tensors(module)}.values())
 
 
 def is_packed(module: nn.Module) -> bool:
-    """Whether a linear module's weight is codes and no numbers: integers (bitsandbytes), 8-bit floats that have a scale
-    beside them, or a tensor class that unpacks itself (torchao, quanto)."""
+    """Whether a linear module's weight is codes and no numbers: integers (bitsandbytes), 8-bit
+    floats that have a scale beside them, or a tensor class that unpacks itself (torchao,
+    quanto)."""
     weight = getattr(module, "weight", None)
     if not isinstance(weight, Tensor):
         return False
-    return not weight.is_floating_point() or weight.dtype.itemsize < 2 or is_traceable_wrapper_subclass(weight)
+    return (
+        not weight.is_floating_point()
+        or weight.dtype.itemsize < 2
+        or is_traceable_wrapper_subclass(weight)
+    )
 
 
 def is_plain(module: nn.Module) -> bool:
-    """Whether a module is a linear layer and nothing more: whoever has its weight and bias can do without it."""
-    return isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward and not is_packed(module)
+    """Whether a module is a linear layer and nothing more: whoever has its weight and bias can do
+    without it.
+    """
+    return (
+        isinstance(module, nn.Linear)
+        and type(module).forward is nn.Linear.forward
+        and not is_packed(module)
+    )
 
 
 def not_plain(root: nn.Module) -> str | None:
-    """The path in `root` and the class of the first linear-like module that is no plain one; None where all are."""
+    """The path in `root` and the class of the first linear-like module that is no plain one; None
+    where all are.
+    """
     for path, module in root.named_modules():
         if hasattr(module, "in_features") and not is_plain(module):
             return f"{path or 'it'} ({type(module).__name__})"
@@ -41,7 +55,9 @@ def not_plain(root: nn.Module) -> str | None:
 
 
 def packing(module: nn.Module) -> str | None:
-    """ "nf4", "fp4", "int8" or "fp8" where the weight is packed, a tensor class by its name, else None."""
+    """ "nf4", "fp4", "int8" or "fp8" where the weight is packed, a tensor class by its name, else
+    None.
+    """
     if not is_packed(module):
         return None
     weight = module.weight
@@ -65,9 +81,13 @@ def _tensors(module: nn.Module) -> Iterator[Tensor]:
 
 
 def _state(state) -> Iterator[Tensor]:
-    """absmax, code and offset of bitsandbytes' QuantState, and those of the second one (double quantization)."""
+    """absmax, code and offset of bitsandbytes' QuantState, and those of the second one (double
+    quantization).
+    """
     if state is not None:
-        yield from (one for one in (state.absmax, state.code, state.offset) if isinstance(one, Tensor))
+        yield from (
+            one for one in (state.absmax, state.code, state.offset) if isinstance(one, Tensor)
+        )
         yield from _state(state.state2)
 
 

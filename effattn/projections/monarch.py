@@ -1,8 +1,8 @@
-"""`MonarchLinear`: a linear layer whose weight is a Monarch matrix, and which sizes such a matrix may have.
+"""`MonarchLinear`: a linear layer whose weight is a Monarch matrix, and which sizes such a matrix
+may have.
 
-Monarch: Dao et al. 2022, arXiv:2204.00595. W = P L P' R with block-diagonal L and R and fixed permutations, which
-`effattn.kernels.monarch` defines.
-"""
+Monarch: Dao et al. 2022, arXiv:2204.00595. W = P L P' R with block-diagonal L and R and fixed
+permutations, which `effattn.kernels.monarch` defines."""
 
 from __future__ import annotations
 
@@ -19,7 +19,9 @@ from effattn.registry import format_spec
 
 @dataclass(frozen=True)
 class Sizes:
-    """Sizes of a Monarch matrix: `blocks` blocks of p inputs and s outputs, pairs of blocks of rank `rank`."""
+    """Sizes of a Monarch matrix: `blocks` blocks of p inputs and s outputs, pairs of blocks of rank
+    `rank`.
+    """
 
     in_features: int
     out_features: int
@@ -51,12 +53,13 @@ def sizes(
 ) -> Sizes:
     """The sizes that these options come to for a weight (out_features, in_features).
 
-    rank: of each pair of blocks, at most the smaller side of a block. Or ratio: the largest rank whose parameters are
-    at most that share of the dense weight's. Neither: min(p, s) // blocks, at least 1, for which the blocks of L and R
-    have as many inner numbers as the smaller side has (the paper's).
+    rank: of each pair of blocks, at most the smaller side of a block. Or ratio: the largest rank
+    whose parameters are at most that share of the dense weight's. Neither: min(p, s) // blocks, at
+    least 1, for which the blocks of L and R have as many inner numbers as the smaller side has (the
+    paper's).
 
-    ValueError, beginning with `name`, for what is not possible; without `pad`, also for blocks that do not divide.
-    """
+    ValueError, beginning with `name`, for what is not possible; without `pad`, also for blocks that
+    do not divide."""
     where = f"{name}: " if name else ""
     smaller = min(in_features, out_features)
     if isinstance(blocks, bool) or not isinstance(blocks, int) or not 1 <= blocks <= smaller:
@@ -65,30 +68,40 @@ def sizes(
             f"{out_features} x {in_features}"
         )
     if not pad and (in_features % blocks or out_features % blocks):
-        both = ", ".join(str(n) for n in range(1, smaller + 1) if not in_features % n and not out_features % n)
+        both = ", ".join(
+            str(n) for n in range(1, smaller + 1) if not in_features % n and not out_features % n
+        )
         raise ValueError(
-            f"{where}monarch: blocks: {blocks} does not divide a weight of {out_features} x {in_features}; these do: "
+            f"{where}monarch: blocks: {blocks} does not divide a weight of {out_features} x "
+            f"{in_features}; these do: "
             f"{both}; or give pad=True, which adds zero rows and columns"
         )
     found = Sizes(in_features, out_features, blocks, 1)
     most = min(found.p, found.s)
     if rank is not None and ratio is not None:
-        raise ValueError(f"{where}monarch: rank={rank!r} and ratio={ratio!r} given, valid is one of them")
+        raise ValueError(
+            f"{where}monarch: rank={rank!r} and ratio={ratio!r} given, valid is one of them"
+        )
     if ratio is not None:
         if isinstance(ratio, bool) or not isinstance(ratio, int | float) or not 0 < ratio <= 1:
-            raise ValueError(f"{where}monarch: ratio: got {ratio!r}, valid are numbers above 0, up to 1")
+            raise ValueError(
+                f"{where}monarch: ratio: got {ratio!r}, valid are numbers above 0, up to 1"
+            )
         least = found.parameters / (in_features * out_features)
         if ratio < least:
             raise ValueError(
-                f"{where}monarch: ratio: got {ratio}, rank 1 has {least:.4g} of the parameters of a weight of "
-                f"{out_features} x {in_features} with {blocks} blocks; give at least that, or fewer blocks"
+                f"{where}monarch: ratio: got {ratio}, rank 1 has {least:.4g} of the parameters of "
+                "a weight of "
+                f"{out_features} x {in_features} with {blocks} blocks; give at least that, or "
+                "fewer blocks"
             )
         rank = min(most, int(ratio * in_features * out_features) // found.parameters)
     if rank is None:
         rank = max(1, most // blocks)
     if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= most:
         raise ValueError(
-            f"{where}monarch: rank: got {rank!r}, valid are 1 to {most} (the smaller side of a block of "
+            f"{where}monarch: rank: got {rank!r}, valid are 1 to {most} (the smaller side of a "
+            "block of "
             f"{found.s} x {found.p})"
         )
     return Sizes(in_features, out_features, blocks, rank)
@@ -101,14 +114,15 @@ class MonarchLinear(nn.Module):
     left:  parameter (blocks, s, blocks·rank), the blocks of L        s = padded_out / blocks
     bias:  parameter (out_features,), or None
 
-    Output t of block j is output t·blocks + j of the layer, inputs are in order. Where `blocks` does not divide, the
-    weight is padded with zeros to padded_out x padded_in: these are parameters like others, counted and shown.
+    Output t of block j is output t·blocks + j of the layer, inputs are in order. Where `blocks`
+    does not divide, the weight is padded with zeros to padded_out x padded_in: these are parameters
+    like others, counted and shown.
 
-    error: |W - its original| / |its original| (Frobenius) when it was projected; None for a new layer. Training does
-    not change it. output_error: the same of the outputs, sqrt(E|W x - original x|^2 / E|original x|^2), where it was
-    projected with `moment`. spec: how it was asked for. impl: "auto" (triton on a GPU, else torch), "torch", "triton"
-    or "reference"; an explicit one runs or raises.
-    """
+    error: |W - its original| / |its original| (Frobenius) when it was projected; None for a new
+    layer. Training does not change it. output_error: the same of the outputs, sqrt(E|W x - original
+    x|^2 / E|original x|^2), where it was projected with `moment`. spec: how it was asked for. impl:
+    "auto" (triton on a GPU, else torch), "torch", "triton" or "reference"; an explicit one runs or
+    raises."""
 
     def __init__(
         self,
@@ -124,7 +138,9 @@ class MonarchLinear(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
-        """A random layer, with outputs as large as a new nn.Linear's. Arguments and errors are those of `sizes`."""
+        """A random layer, with outputs as large as a new nn.Linear's. Arguments and errors are
+        those of `sizes`.
+        """
         super().__init__()
         self.sizes = sizes(in_features, out_features, blocks, rank, ratio, pad)
         self.in_features, self.out_features = in_features, out_features
@@ -134,11 +150,15 @@ class MonarchLinear(nn.Module):
         self.error: float | None = None
         self.output_error: float | None = None
         usual = sizes(in_features, out_features, blocks).rank == self.rank
-        self.spec = format_spec("monarch", {"blocks": blocks} if usual else {"blocks": blocks, "rank": self.rank})
+        self.spec = format_spec(
+            "monarch", {"blocks": blocks} if usual else {"blocks": blocks, "rank": self.rank}
+        )
         inner, like = self.blocks * self.rank, dict(device=device, dtype=dtype)
         self.right = nn.Parameter(torch.empty(self.blocks, inner, self.sizes.p, **like))
         self.left = nn.Parameter(torch.empty(self.blocks, self.sizes.s, inner, **like))
-        self.register_parameter("bias", nn.Parameter(torch.empty(out_features, **like)) if bias else None)
+        self.register_parameter(
+            "bias", nn.Parameter(torch.empty(out_features, **like)) if bias else None
+        )
         self.reset_parameters()
 
     @property
@@ -151,9 +171,13 @@ class MonarchLinear(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Uniform; the variance of outputs is a new nn.Linear's, a third of the mean square of the inputs."""
+        """Uniform; the variance of outputs is a new nn.Linear's, a third of the mean square of the
+        inputs.
+        """
         nn.init.uniform_(self.right, -((3 / self.sizes.p) ** 0.5), (3 / self.sizes.p) ** 0.5)
-        nn.init.uniform_(self.left, -((self.blocks * self.rank) ** -0.5), (self.blocks * self.rank) ** -0.5)
+        nn.init.uniform_(
+            self.left, -((self.blocks * self.rank) ** -0.5), (self.blocks * self.rank) ** -0.5
+        )
         if self.bias is not None:
             nn.init.uniform_(self.bias, -(self.in_features**-0.5), self.in_features**-0.5)
 
@@ -170,17 +194,26 @@ class MonarchLinear(nn.Module):
         moment: Tensor | None = None,
         impl: str = "auto",
     ) -> MonarchLinear:
-        """The Monarch layer closest to `linear`, in its dtype and on its device; the bias is copied.
+        """The Monarch layer closest to `linear`, in its dtype and on its device; the bias is
+        copied.
 
-        blocks, rank, ratio, pad: as for `sizes`. moment (in_features, in_features): second moment of the inputs,
-        E[x x^T]; given, closest in its outputs (`effattn.projections.project`), otherwise in its weights, which is
-        exact for a weight that is Monarch already. ValueError as for `sizes`, and for weights that are not finite.
-        """
+        blocks, rank, ratio, pad: as for `sizes`. moment (in_features, in_features): second moment
+        of the inputs, E[x x^T]; given, closest in its outputs (`effattn.projections.project`),
+        otherwise in its weights, which is exact for a weight that is Monarch already. ValueError as
+        for `sizes`, and for weights that are not finite."""
         weight = linear.weight
         new = cls(
-            linear.in_features, linear.out_features, blocks, linear.bias is not None, rank=rank, ratio=ratio, pad=pad,
-            impl=impl, device=weight.device, dtype=weight.dtype,
-        )  # fmt: skip
+            linear.in_features,
+            linear.out_features,
+            blocks,
+            linear.bias is not None,
+            rank=rank,
+            ratio=ratio,
+            pad=pad,
+            impl=impl,
+            device=weight.device,
+            dtype=weight.dtype,
+        )
         if not torch.isfinite(weight).all():
             raise ValueError("monarch: the weight holds NaN or Inf")
         right, left = project(weight, blocks, new.rank, moment)
@@ -198,14 +231,18 @@ class MonarchLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in_features) -> (..., out_features)."""
-        return kernel.linear(x, self.right, self.left, self.bias, out_features=self.out_features, impl=self.impl)
+        return kernel.linear(
+            x, self.right, self.left, self.bias, out_features=self.out_features, impl=self.impl
+        )
 
     def dense(self) -> Tensor:
         """W, (out_features, in_features), multiplied out."""
         shape = (self.blocks, -1, self.blocks, self.rank)  # left: j, t, i, a
         right = self.right.view(self.blocks, self.blocks, self.rank, -1)  # i, j, a, k
         weight = torch.einsum("jtia,ijak->tjik", self.left.view(shape), right)
-        return weight.reshape(self.padded_out, self.padded_in)[: self.out_features, : self.in_features]
+        return weight.reshape(self.padded_out, self.padded_in)[
+            : self.out_features, : self.in_features
+        ]
 
     @torch.no_grad()
     def to_linear(self) -> nn.Linear:
@@ -225,11 +262,11 @@ class MonarchLinear(nn.Module):
         return sum(p.numel() * p.element_size() for p in self.parameters())
 
     def cost(self, rows: int, backward: bool = False) -> Cost:
-        """The fewest operations and bytes for x (rows, in_features): intermediate numbers never leave the chip.
+        """The fewest operations and bytes for x (rows, in_features): intermediate numbers never
+        leave the chip.
 
-        backward: of the backward pass alone, which reads dy, x and the factors and writes their gradients: the
-        intermediate numbers again, and two products for each factor.
-        """
+        backward: of the backward pass alone, which reads dy, x and the factors and writes their
+        gradients: the intermediate numbers again, and two products for each factor."""
         size, factors = self.left.element_size(), self.sizes.parameters
         x, y = rows * self.in_features * size, rows * self.out_features * size
         flops = 2 * rows * factors
@@ -243,13 +280,15 @@ class MonarchLinear(nn.Module):
         if (self.padded_in, self.padded_out) != (self.in_features, self.out_features):
             padding = f", padded_in={self.padded_in}, padded_out={self.padded_out}"
         return (
-            f"in_features={self.in_features}, out_features={self.out_features}, blocks={self.blocks}, "
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"blocks={self.blocks}, "
             f"rank={self.rank}, bias={self.bias is not None}{padding}"
         )
 
 
 def relative_error(original: Tensor, weight: Tensor, moment: Tensor | None = None) -> float:
-    """|weight - original| / |original|, Frobenius; of the outputs for inputs of second moment `moment`, if it is given.
+    """|weight - original| / |original|, Frobenius; of the outputs for inputs of second moment
+    `moment`, if it is given.
 
     For a zero original, the distance itself.
     """

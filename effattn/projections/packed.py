@@ -1,7 +1,7 @@
 """`PackedLinear`: a linear layer whose 2:4 sparse weight is kept without its zeros.
 
-The format and its product are `effattn.kernels.sparse24`'s; `effattn.prune.pack` puts these layers into a model.
-"""
+The format and its product are `effattn.kernels.sparse24`'s; `effattn.prune.pack` puts these layers
+into a model."""
 
 from __future__ import annotations
 
@@ -19,48 +19,69 @@ LARGE = ("unpack", "semi_structured")
 
 
 class PackedLinear(nn.Module):
-    """y = W x + bias for x (..., in_features), W 2:4 sparse; takes the place of an nn.Linear, and does not train.
+    """y = W x + bias for x (..., in_features), W 2:4 sparse; takes the place of an nn.Linear, and
+    does not train.
 
-    values:  parameter (out_features, 2, in_features / 4), which needs no gradient      in_features: a multiple of 8
+    values:  parameter (out_features, 2, in_features / 4), which needs no gradient  in_features: a multiple of 8
     indices: buffer (out_features, in_features / 8) uint8
     bias:    parameter (out_features,), or None
 
-    Gradients of x and of the bias are there. impl: "auto" (triton on a GPU for up to 16 rows, else torch), "torch",
-    "triton" or "reference". large: what more than 16 rows do on a GPU: "unpack" a block of W at a time, or
-    "semi_structured", torch's product on sparse tensor cores (compute capability 8.0 and later, 16-bit weights), for
-    which torch's own form of W is made at the first such call and kept beside ours: `nbytes` counts it.
-    """
+    Gradients of x and of the bias are there. impl: "auto" (triton on a GPU for up to 16 rows, else
+    torch), "torch", "triton" or "reference". large: what more than 16 rows do on a GPU: "unpack" a
+    block of W at a time, or "semi_structured", torch's product on sparse tensor cores (compute
+    capability 8.0 and later, 16-bit weights), for which torch's own form of W is made at the first
+    such call and kept beside ours: `nbytes` counts it."""
 
     spec = "2:4"
 
     def __init__(
-        self, in_features: int, out_features: int, bias: bool = True, *, impl: str = "auto", large: str = "unpack",
-        device: torch.device | str | None = None, dtype: torch.dtype | None = None,
-    ):  # fmt: skip
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        impl: str = "auto",
+        large: str = "unpack",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
         """A layer of zeros. ValueError for in_features that are no multiple of 8."""
         super().__init__()
         if in_features % 8:
-            raise ValueError(f"in_features: got {in_features}, a packed 2:4 weight has a multiple of 8")
+            raise ValueError(
+                f"in_features: got {in_features}, a packed 2:4 weight has a multiple of 8"
+            )
         sparse24.choose(impl)
         self.impl, self.large = impl, check_choice("large", large, LARGE)
         self.in_features, self.out_features = in_features, out_features
         like = dict(device=device, dtype=dtype)
         values = torch.zeros(out_features, 2, in_features // 4, **like)
         self.values = nn.Parameter(values, requires_grad=False)
-        indices = torch.full((out_features, in_features // 8), 0b01000100, dtype=torch.uint8, device=device)
+        indices = torch.full(
+            (out_features, in_features // 8), 0b01000100, dtype=torch.uint8, device=device
+        )
         self.register_buffer("indices", indices)
-        self.register_parameter("bias", nn.Parameter(torch.zeros(out_features, **like)) if bias else None)
+        self.register_parameter(
+            "bias", nn.Parameter(torch.zeros(out_features, **like)) if bias else None
+        )
         self._semi_structured: Tensor | None = None
 
     @classmethod
     @torch.no_grad()
-    def from_linear(cls, linear: nn.Linear, *, impl: str = "auto", large: str = "unpack") -> PackedLinear:
+    def from_linear(
+        cls, linear: nn.Linear, *, impl: str = "auto", large: str = "unpack"
+    ) -> PackedLinear:
         """The layer that computes the same. ValueError where the weight is not 2:4 sparse."""
         packed = sparse24.pack(linear.weight)
         new = cls(
-            linear.in_features, linear.out_features, linear.bias is not None, impl=impl, large=large,
-            device="meta", dtype=linear.weight.dtype,
-        )  # fmt: skip
+            linear.in_features,
+            linear.out_features,
+            linear.bias is not None,
+            impl=impl,
+            large=large,
+            device="meta",
+            dtype=linear.weight.dtype,
+        )
         new.values = nn.Parameter(packed.values, requires_grad=False)
         new.indices = packed.indices
         new.bias = linear.bias
@@ -83,7 +104,8 @@ class PackedLinear(nn.Module):
         if self._semi_structured is None:
             if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0):
                 raise Unsupported(
-                    "large='semi_structured' needs a GPU of compute capability 8.0 or later; valid here is 'unpack'"
+                    "large='semi_structured' needs a GPU of compute capability 8.0 or later; "
+                    "valid here is 'unpack'"
                 )
             self._semi_structured = torch.sparse.to_sparse_semi_structured(self.dense())
         return self._semi_structured
@@ -106,8 +128,8 @@ class PackedLinear(nn.Module):
         return own if self._semi_structured is None else own + 9 * self.values.nbytes // 8
 
     def cost(self, rows: int, backward: bool = False) -> Cost:
-        """The fewest operations (products with zeros are none) and bytes for x (rows, in_features). backward: of the
-        backward pass alone, for the gradient of x."""
+        """The fewest operations (products with zeros are none) and bytes for x (rows, in_features).
+        backward: of the backward pass alone, for the gradient of x."""
         size, weight = self.values.element_size(), self.packed.nbytes
         x, y = rows * self.in_features * size, rows * self.out_features * size
         flops = 2 * rows * self.values.numel()
@@ -120,24 +142,38 @@ class PackedLinear(nn.Module):
         return super()._apply(fn, recurse)
 
     def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, 2:4"
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"bias={self.bias is not None}, 2:4"
+        )
 
 
 def layers_of(model: nn.Module) -> dict[str, PackedLinear]:
     """The model's packed layers by their paths."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, PackedLinear)}
+    return {
+        name: module for name, module in model.named_modules() if isinstance(module, PackedLinear)
+    }
 
 
 def rebuild(model: nn.Module, names: Iterable[str]) -> None:
-    """Puts packed layers, empty yet, where the named linears are. ValueError for names that do not fit the model."""
-    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    """Puts packed layers, empty yet, where the named linears are. ValueError for names that do not
+    fit the model.
+    """
+    linears = {
+        name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)
+    }
     for name in names:
         linear = linears.get(name)
         if linear is None:
-            raise ValueError(f"config.json: effattn: packed: the model has no linear layer {name!r}")
+            raise ValueError(
+                f"config.json: effattn: packed: the model has no linear layer {name!r}"
+            )
         parent, _, leaf = name.rpartition(".")
         new = PackedLinear(
-            linear.in_features, linear.out_features, linear.bias is not None, device=linear.weight.device,
+            linear.in_features,
+            linear.out_features,
+            linear.bias is not None,
+            device=linear.weight.device,
             dtype=linear.weight.dtype,
-        )  # fmt: skip
+        )
         setattr(model.get_submodule(parent), leaf, new)

@@ -1,11 +1,12 @@
 """The Monarch matrix closest to a dense one: truncated SVDs of its blocks.
 
-The submatrix of output block j and input block i is free of all others but for its rank, so that the closest Monarch
-matrix has the closest matrix of that rank in every block (Dao et al. 2022, arXiv:2204.00595, algorithm 1), by
-Eckart-Young. Closest in its outputs, E|W x - M x|^2 for inputs of second moment E[x x^T], the input blocks of one row
-depend on each other: they are solved in turn, each exactly, given the others.
+The submatrix of output block j and input block i is free of all others but for its rank, so that
+the closest Monarch matrix has the closest matrix of that rank in every block (Dao et al. 2022,
+arXiv:2204.00595, algorithm 1), by Eckart-Young. Closest in its outputs, E|W x - M x|^2 for inputs
+of second moment E[x x^T], the input blocks of one row depend on each other: they are solved in
+turn, each exactly, given the others.
 
-    b blocks     W_ji (s, p) the submatrix of outputs j, j + b, j + 2b, … and inputs i·p to (i + 1)·p      r rank
+    b blocks  W_ji (s, p) the submatrix of outputs j, j + b, j + 2b, … and inputs i·p to (i + 1)·p  r rank
 """
 
 from __future__ import annotations
@@ -15,8 +16,9 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 SWEEPS = 4  # over all input blocks; the error never grows, and little is left to gain after a few
-# Noise on the inputs, in mean variances. They are not those of the calibration once other layers are projected too, and
-# without it directions that hardly vary get huge weights (embedded model, 8 blocks: perplexity 47 at 1e-6, 21 at 1).
+# Noise on the inputs, in mean variances. They are not those of the calibration once other layers
+# are projected too, and without it directions that hardly vary get huge weights (embedded model, 8
+# blocks: perplexity 47 at 1e-6, 21 at 1).
 RIDGE = 0.5
 
 
@@ -24,12 +26,12 @@ RIDGE = 0.5
 def project(
     weight: Tensor, blocks: int, rank: int, moment: Tensor | None = None, sweeps: int = SWEEPS
 ) -> tuple[Tensor, Tensor]:
-    """right (b, b·r, p) and left (b, s, b·r) of the Monarch matrix closest to weight (out, in), in fp64.
+    """right (b, b·r, p) and left (b, s, b·r) of the Monarch matrix closest to weight (out, in), in
+    fp64.
 
-    moment (in, in): second moment of the inputs, E[x x^T], to which RIDGE is added; None: closest in the Frobenius
-    norm, which is also where the other begins. Both factors get the roots of the singular values. Padding of the weight
-    is zero rows and columns.
-    """
+    moment (in, in): second moment of the inputs, E[x x^T], to which RIDGE is added; None: closest
+    in the Frobenius norm, which is also where the other begins. Both factors get the roots of the
+    singular values. Padding of the weight is zero rows and columns."""
     w = _blocks(weight.double(), blocks)
     out, inside = _truncated(w, rank)
     if moment is None:
@@ -38,15 +40,20 @@ def project(
     missing = blocks * p - len(moment)
     ridge = RIDGE * moment.diagonal().double().mean().item() or 1.0
     moment = pad(moment.to(w), (0, missing, 0, missing)) + ridge * torch.eye(blocks * p).to(w)
-    values, vectors = torch.linalg.eigh(moment.view(blocks, p, blocks, p).diagonal(dim1=0, dim2=2).permute(2, 0, 1))
-    whiten = (vectors / values.sqrt()[:, None]) @ vectors.mT  # each input block's own moment ** -0.5, (b, p, p)
+    values, vectors = torch.linalg.eigh(
+        moment.view(blocks, p, blocks, p).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+    )
+    whiten = (
+        vectors / values.sqrt()[:, None]
+    ) @ vectors.mT  # each input block's own moment ** -0.5, (b, p, p)
     rows = w.permute(0, 2, 1, 3).reshape(blocks, s, blocks * p)  # of each output block
     m = (out @ inside).permute(0, 2, 1, 3).reshape(rows.shape)
     for _ in range(sweeps):
         for i in range(blocks):
             at = slice(i * p, (i + 1) * p)
             m[..., at] = 0
-            # of any rank, the best is (rows - m) moment[:, i] moment[i, i]^-1: truncated in the metric of its inputs
+            # of any rank, the best is (rows - m) moment[:, i] moment[i, i]^-1: truncated in the
+            # metric of its inputs
             out[:, i], inside[:, i] = _truncated((rows - m) @ moment[:, at] @ whiten[i], rank)
             inside[:, i] = inside[:, i] @ whiten[i]
             m[..., at] = out[:, i] @ inside[:, i]
@@ -61,7 +68,9 @@ def _blocks(weight: Tensor, blocks: int) -> Tensor:
 
 
 def _truncated(w: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """(..., s, r) and (..., r, p) whose product is the closest to w (..., s, p); each has the roots of the values."""
+    """(..., s, r) and (..., r, p) whose product is the closest to w (..., s, p); each has the roots
+    of the values.
+    """
     u, values, v = torch.linalg.svd(w, full_matrices=False)
     roots = values[..., :rank].sqrt()
     return u[..., :rank] * roots[..., None, :], roots[..., None] * v[..., :rank, :]

@@ -1,12 +1,12 @@
 """Structured projections in a live model: check all, fit all, and only then replace.
 
-    plan = make(parts, "monarch(blocks=16, ratio=0.5)", calibration=None)      # refuses here, or never
+    plan = make(parts, "monarch(blocks=16, ratio=0.5)", calibration=None)   # refuses here, or never
     replace(parts.model, fit(plan))
-    errors(model)                                                              # a dict for each matrix
+    errors(model)                                                           # a dict for each matrix
 
-The modules are the record: what a model's projections are is read from its MonarchLinears, by `describe` and by
-checkpoints. A replaced linear is a new module, so that hooks on it are gone; "dense" multiplies the factors out.
-"""
+The modules are the record: what a model's projections are is read from its MonarchLinears, by
+`describe` and by checkpoints. A replaced linear is a new module, so that hooks on it are gone;
+"dense" multiplies the factors out."""
 
 from __future__ import annotations
 
@@ -40,14 +40,15 @@ def monarch(
 ) -> dict:
     """The options of `monarch(...)`, checked as far as no weight is needed.
 
-    blocks, rank, ratio: as for `effattn.projections.monarch.sizes`. ffn: the linears of the FFN too. method: "svd",
-    closest weights, or "data", closest outputs on the calibration tokens. pad: where blocks do not divide, add zero
-    rows and columns; otherwise refuse.
-    """
+    blocks, rank, ratio: as for `effattn.projections.monarch.sizes`. ffn: the linears of the FFN
+    too. method: "svd", closest weights, or "data", closest outputs on the calibration tokens. pad:
+    where blocks do not divide, add zero rows and columns; otherwise refuse."""
     check_choice("projections: monarch: method", method, METHODS)
     for name, value in (("ffn", ffn), ("pad", pad)):
         if not isinstance(value, bool):
-            raise ValueError(f"projections: monarch: {name}: got {value!r}, valid are True and False")
+            raise ValueError(
+                f"projections: monarch: {name}: got {value!r}, valid are True and False"
+            )
     return dict(blocks=blocks, rank=rank, ratio=ratio, ffn=ffn, method=method, pad=pad)
 
 
@@ -81,9 +82,9 @@ def make(
 ) -> Plan:
     """Reads the spec, or the dict from layers to specs, and checks that it can be carried out.
 
-    calibration: tokens, int64 (N,), for method="data". kv_heads: what the model will have by then. repatterned: layers
-    whose pattern is swapped in the same call. ValueError and Unsupported as for `effattn.swap`.
-    """
+    calibration: tokens, int64 (N,), for method="data". kv_heads: what the model will have by then.
+    repatterned: layers whose pattern is swapped in the same call. ValueError and Unsupported as for
+    `effattn.swap`."""
     count = len(parts.layers)
     of_layer = projections if isinstance(projections, dict) else {f"0-{count - 1}": projections}
     chosen = parse_layers(of_layer, count, "projections")
@@ -94,11 +95,13 @@ def make(
         layer, options = parts.layers[index], _options(spec)
         if options is not None and options["method"] == "data" and calibration is None:
             raise ValueError(
-                f"calibration: got None, {spec!r} needs tokens (int64); method='svd' fits weights and does without"
+                f"calibration: got None, {spec!r} needs tokens (int64); method='svd' fits weights "
+                "and does without"
             )
         if hooks.GLOBAL in layer.attention._modules and index not in set(repatterned):
             raise Unsupported(
-                f"projections: layer {index} has global projections beside its own, made for its present pattern; "
+                f"projections: layer {index} has global projections beside its own, made for its "
+                "present pattern; "
                 "effattn.restore the model, or swap pattern and projections in one call"
             )
         for module in _linears(layer, options is None or options["ffn"]):
@@ -128,7 +131,9 @@ def _options(spec: str) -> dict | None:
     if name == "dense":
         return None
     if "blocks" not in given:
-        raise ValueError("projections: monarch: blocks must be given, for example monarch(blocks=16)")
+        raise ValueError(
+            "projections: monarch: blocks must be given, for example monarch(blocks=16)"
+        )
     return monarch(**given)
 
 
@@ -137,9 +142,12 @@ def _linears(layer: anatomy.Layer, ffn: bool) -> list[nn.Module]:
     found = layer.qkv_modules
     if ffn:
         special = MonarchLinear | PackedLinear
-        if any(p.dim() > 2 for m in layer.ffn.modules() if not isinstance(m, special) for p in own(m)):
+        if any(
+            p.dim() > 2 for m in layer.ffn.modules() if not isinstance(m, special) for p in own(m)
+        ):
             raise Unsupported(
-                f"projections: the experts of layer {layer.index} ({type(layer.ffn).__name__}) are stacked in one "
+                f"projections: the experts of layer {layer.index} ({type(layer.ffn).__name__}) "
+                "are stacked in one "
                 "parameter and no linear layers; without ffn=True, q, k, v and o are replaced"
             )
         found = found + [
@@ -156,23 +164,33 @@ def own(module: nn.Module) -> list[nn.Parameter]:
 def _outputs(layer: anatomy.Layer, module: nn.Module, kv_heads: int | None) -> int:
     """The outputs that `module` will have when the layer has `kv_heads` (None: stays as it is)."""
     fewer = 0 if kv_heads is None else (layer.kv_heads - kv_heads) * layer.head_dim
-    return module.out_features - fewer * sum(module is projection.module for projection in (layer.k, layer.v))
+    return module.out_features - fewer * sum(
+        module is projection.module for projection in (layer.k, layer.v)
+    )
 
 
 def _check(name: str, module: nn.Module, options: dict | None, outputs: int) -> None:
     if is_packed(module):
         raise Unsupported(
-            f"projections: {name} is a {type(module).__name__} of {module.weight.dtype}; a quantized weight "
+            f"projections: {name} is a {type(module).__name__} of {module.weight.dtype}; a "
+            "quantized weight "
             "cannot be projected: load the model in a float dtype"
         )
     if not is_plain(module) and not isinstance(module, MonarchLinear | PackedLinear):
         raise Unsupported(f"projections: {name} is a {type(module).__name__}, valid is a Linear")
     if options is not None:
-        sizes(module.in_features, outputs, **{k: options[k] for k in ("blocks", "rank", "ratio", "pad")}, name=name)
+        sizes(
+            module.in_features,
+            outputs,
+            **{k: options[k] for k in ("blocks", "rank", "ratio", "pad")},
+            name=name,
+        )
 
 
 def fit(plan: Plan) -> dict[str, nn.Module]:
-    """name -> the module that will take its place. Changes nothing; "data" runs the model layer by layer."""
+    """name -> the module that will take its place. Changes nothing; "data" runs the model layer by
+    layer.
+    """
     new: dict[str, nn.Module] = {}
     for matrix in plan.matrices:
         if matrix.options is None:
@@ -196,11 +214,17 @@ def _fit_outputs(plan: Plan) -> dict[str, nn.Module]:
         runner = LayerRunner(plan.parts, windows(plan.calibration, plan.length, BATCH))
         hidden = runner.embed()
         for index in range(len(plan.parts.layers)):
-            wanted = [m for m in plan.matrices if m.layer == index and m.options and m.options["method"] == "data"]
+            wanted = [
+                m
+                for m in plan.matrices
+                if m.layer == index and m.options and m.options["method"] == "data"
+            ]
             moments = [SecondMoment() for _ in wanted]
             with ExitStack() as stack:
                 for matrix, moment in zip(wanted, moments, strict=True):
-                    stack.enter_context(watch(matrix.module, lambda x, _, moment=moment: moment.add(x)))
+                    stack.enter_context(
+                        watch(matrix.module, lambda x, _, moment=moment: moment.add(x))
+                    )
                 for number, states in runner.run(index, hidden):
                     hidden[number] = states
             for matrix, moment in zip(wanted, moments, strict=True):
@@ -239,24 +263,33 @@ def spec_of(layer: anatomy.Layer) -> str:
 
 def matrices_of(model: nn.Module) -> dict[str, MonarchLinear]:
     """The model's Monarch layers by their paths."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, MonarchLinear)}
+    return {
+        name: module for name, module in model.named_modules() if isinstance(module, MonarchLinear)
+    }
 
 
 def errors(model: nn.Module) -> list[dict]:
-    """How far each Monarch matrix of a model was from the one it replaced: a dict for each, in the model's order.
+    """How far each Monarch matrix of a model was from the one it replaced: a dict for each, in the
+    model's order.
 
-    matrix (path), out_features, in_features, blocks, rank, parameters and dense_parameters (without biases), error
-    (relative, Frobenius) and output_error (of the outputs on the calibration tokens; None with method="svd"). Training
-    does not change them; projecting again measures against the projected matrix. Empty for a model without any.
-    """
+    matrix (path), out_features, in_features, blocks, rank, parameters and dense_parameters (without
+    biases), error (relative, Frobenius) and output_error (of the outputs on the calibration tokens;
+    None with method="svd"). Training does not change them; projecting again measures against the
+    projected matrix. Empty for a model without any."""
     return [
         dict(
-            matrix=name, out_features=m.out_features, in_features=m.in_features, blocks=m.blocks, rank=m.rank,
-            parameters=m.sizes.parameters, dense_parameters=m.in_features * m.out_features, error=m.error,
+            matrix=name,
+            out_features=m.out_features,
+            in_features=m.in_features,
+            blocks=m.blocks,
+            rank=m.rank,
+            parameters=m.sizes.parameters,
+            dense_parameters=m.in_features * m.out_features,
+            error=m.error,
             output_error=m.output_error,
         )
         for name, m in matrices_of(model).items()
-    ]  # fmt: skip
+    ]
 
 
 SAVED = ("blocks", "rank", "spec", "error", "output_error")
@@ -264,7 +297,10 @@ SAVED = ("blocks", "rank", "spec", "error", "output_error")
 
 def record(model: nn.Module) -> dict[str, dict]:
     """What a checkpoint must say so that `rebuild` can make the modules."""
-    return {name: {key: getattr(module, key) for key in SAVED} for name, module in matrices_of(model).items()}
+    return {
+        name: {key: getattr(module, key) for key in SAVED}
+        for name, module in matrices_of(model).items()
+    }
 
 
 def rebuild(model: nn.Module, recorded: dict[str, dict]) -> None:
@@ -272,15 +308,24 @@ def rebuild(model: nn.Module, recorded: dict[str, dict]) -> None:
 
     ValueError for records that do not fit the model.
     """
-    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    linears = {
+        name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)
+    }
     new = {}
     for name, entry in recorded.items():
         linear = linears.get(name)
         if linear is None or not isinstance(entry, dict) or entry.keys() != set(SAVED):
-            raise ValueError(f"config.json: effattn: projections: {name!r}: {entry!r} does not fit the model")
+            raise ValueError(
+                f"config.json: effattn: projections: {name!r}: {entry!r} does not fit the model"
+            )
         new[name] = MonarchLinear(
-            linear.in_features, linear.out_features, entry["blocks"], linear.bias is not None, rank=entry["rank"],
-            device=linear.weight.device, dtype=linear.weight.dtype,
-        )  # fmt: skip
+            linear.in_features,
+            linear.out_features,
+            entry["blocks"],
+            linear.bias is not None,
+            rank=entry["rank"],
+            device=linear.weight.device,
+            dtype=linear.weight.dtype,
+        )
         new[name].spec, new[name].error, new[name].output_error = (entry[key] for key in SAVED[2:])
     replace(model, new)

@@ -1,1 +1,3 @@
-"""One place makes every report: tables, plots as inline SVG, the page, and files that are written whole."""
+"""One place makes every report: tables, plots as inline SVG, the page, and files that are written
+whole.
+"""

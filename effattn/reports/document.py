@@ -1,4 +1,6 @@
-"""What every report is: one JSON-able dict, shown as tables on the terminal, in Markdown and on a page with plots."""
+"""What every report is: one JSON-able dict, shown as tables on the terminal, in Markdown and on a
+page with plots.
+"""
 
 from __future__ import annotations
 
@@ -12,9 +14,9 @@ from effattn.reports.tables import Table
 
 
 class Document:
-    """Base of the reports. A subclass is a dataclass with the field `data`; it sets `terminal`, the titles of the
-    tables that a person wants on the terminal, and writes `title`, `headline` and `tables`, and `plots` if it has any.
-    """
+    """Base of the reports. A subclass is a dataclass with the field `data`; it sets `terminal`, the
+    titles of the tables that a person wants on the terminal, and writes `title`, `headline` and
+    `tables`, and `plots` if it has any."""
 
     data: dict
     terminal: ClassVar[tuple[str, ...]] = ()
@@ -23,7 +25,13 @@ class Document:
     def load(cls, path: Path | str) -> Self:
         """Reads report.json, or the one in a folder."""
         path = Path(path)
-        return cls(numbers(json.loads((path / "report.json" if path.is_dir() else path).read_text(encoding="utf-8"))))
+        return cls(
+            numbers(
+                json.loads(
+                    (path / "report.json" if path.is_dir() else path).read_text(encoding="utf-8")
+                )
+            )
+        )
 
     @property
     def title(self) -> str:
@@ -49,7 +57,9 @@ class Document:
 
         shown = [table.rich() for table in self.tables() if table.title in self.terminal]
         return Group(
-            Text(self.title, style="bold"), Text(self.headline), *(part for one in shown for part in ("", one))
+            Text(self.title, style="bold"),
+            Text(self.headline),
+            *(part for one in shown for part in ("", one)),
         )
 
     def __rich__(self):
@@ -65,10 +75,18 @@ class Document:
     def to_html(self) -> str:
         """A self-contained page that makes no request."""
         plots = self.plots()
-        sections = [Section(table.title, "", plots.get(table.title, []), [table]) for table in self.tables()]
+        sections = [
+            Section(table.title, "", plots.get(table.title, []), [table]) for table in self.tables()
+        ]
         return page(self.title, self.headline, sections)
 
     def save(self, folder: Path | str) -> None:
-        """Writes report.md, report.html and, last, report.json into `folder`: all of them or none."""
-        files = {"report.md": self.to_markdown(), "report.html": self.to_html(), "report.json": self.to_json()}
+        """Writes report.md, report.html and, last, report.json into `folder`: all of them or
+        none.
+        """
+        files = {
+            "report.md": self.to_markdown(),
+            "report.html": self.to_html(),
+            "report.json": self.to_json(),
+        }
         write_all_atomic(folder, files)

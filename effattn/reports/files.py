@@ -13,7 +13,9 @@ QUALITY = ("perplexity", "cross_entropy", "kl")
 
 
 def finite(value: object) -> object:
-    """`value` with None for every float that JSON has no word for: NaN and the infinities. Tuples become lists."""
+    """`value` with None for every float that JSON has no word for: NaN and the infinities. Tuples
+    become lists.
+    """
     if isinstance(value, dict):
         return {key: finite(one) for key, one in value.items()}
     if isinstance(value, list | tuple):
@@ -22,19 +24,23 @@ def finite(value: object) -> object:
 
 
 def numbers(data: object) -> object:
-    """`data` read back from JSON, with NaN for every null where a model's quality stands: it was not finite."""
+    """`data` read back from JSON, with NaN for every null where a model's quality stands: it was
+    not finite.
+    """
     if isinstance(data, dict):
-        return {key: math.nan if value is None and key in QUALITY else numbers(value) for key, value in data.items()}
+        return {
+            key: math.nan if value is None and key in QUALITY else numbers(value)
+            for key, value in data.items()
+        }
     return [numbers(one) for one in data] if isinstance(data, list | tuple) else data
 
 
 def write_all_atomic(folder: Path | str, files: dict[str, str]) -> None:
     """Writes `files` {name: text} into `folder` (made if need be), the last one last.
 
-    Every text is on disk under a temporary name before the first is put in place: a full disk or a bad text
-    changes nothing and leaves nothing behind. The temporary file is locked while it is written, and what a killed
-    process left of one is written over.
-    """
+    Every text is on disk under a temporary name before the first is put in place: a full disk or a
+    bad text changes nothing and leaves nothing behind. The temporary file is locked while it is
+    written, and what a killed process left of one is written over."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     staged: list[tuple[int, Path, Path]] = []

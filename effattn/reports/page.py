@@ -1,4 +1,6 @@
-"""The report page: one HTML file of sections with plots, tables and passages, complete by itself."""
+"""The report page: one HTML file of sections with plots, tables and passages, complete by
+itself.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,9 @@ TEMPLATES = Path(__file__).with_name("templates")
 
 @dataclass
 class Passage:
-    """Text to read: `given` (a prompt), what follows it, and, behind a line that says `border`, the rest."""
+    """Text to read: `given` (a prompt), what follows it, and, behind a line that says `border`, the
+    rest.
+    """
 
     title: str
     given: str
@@ -30,7 +34,11 @@ class Passage:
     rest: str = ""
 
     def markdown(self) -> str:
-        body = self.given + self.text + (f"\n----- {self.border} -----\n{self.rest}" if self.rest else "")
+        body = (
+            self.given
+            + self.text
+            + (f"\n----- {self.border} -----\n{self.rest}" if self.rest else "")
+        )
         fence = "`" * max(3, 1 + max(map(len, re.findall("`+", body)), default=0))
         return f"**{markdown_text(self.title)}**\n\n{fence}text\n{body}\n{fence}"
 
@@ -47,7 +55,9 @@ class Section:
 
 
 def render(template: str, **values: object) -> str:
-    """The template of that name in `templates/`, with autoescape on; a missing value is an error."""
+    """The template of that name in `templates/`, with autoescape on; a missing value is an
+    error.
+    """
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES),
         autoescape=True,
@@ -61,9 +71,8 @@ def render(template: str, **values: object) -> str:
 def page(title: str, lead: str, sections: Sequence[Section]) -> str:
     """A whole HTML page, `lead` (the finding, one sentence) on top; empty sections are left out.
 
-    It makes no request to anywhere: its policy forbids that, and any script but its own (which sorts tables and turns
-    the page light or dark; without it the page is complete).
-    """
+    It makes no request to anywhere: its policy forbids that, and any script but its own (which
+    sorts tables and turns the page light or dark; without it the page is complete)."""
     shown = [s for s in sections if s.plots or s.tables or s.passages]
     script = (TEMPLATES / "page.js").read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()

@@ -1,7 +1,7 @@
 """The tables of reports, and how their numbers are written: what is unknown says "not measured".
 
-A `Table` renders to HTML (through the page's template), Markdown and the terminal, so that all three say the same.
-"""
+A `Table` renders to HTML (through the page's template), Markdown and the terminal, so that all
+three say the same."""
 
 from __future__ import annotations
 
@@ -16,27 +16,34 @@ UNKNOWN = "not measured"
 class Table:
     """Cells are ready-made text; the first column is text, the others are numbers (right-aligned).
 
-    On the page a click on a header sorts: by the number that a cell starts with and its unit ("1.2 MiB", "4,096",
-    "9.2x", "12.3 ms"), what was not measured last.
-    """
+    On the page a click on a header sorts: by the number that a cell starts with and its unit ("1.2
+    MiB", "4,096", "9.2x", "12.3 ms"), what was not measured last."""
 
     title: str
     header: Sequence[str]
     rows: Sequence[Sequence[str]]
     note: str = ""
     folded: bool = False  # HTML: behind a <details> line
-    facts: bool = False  # names and values of all kinds: left-aligned on the page, in the order given
+    facts: bool = (
+        False  # names and values of all kinds: left-aligned on the page, in the order given
+    )
 
     def markdown(self) -> str:
         lines = [self.header, ["---"] + ["---:"] * (len(self.header) - 1), *self.rows]
-        body = "\n".join(f"| {' | '.join(markdown_text(cell) for cell in line)} |" for line in lines)
-        return f"**{markdown_text(self.title)}**\n\n{body}" + (f"\n\n{markdown_text(self.note)}" if self.note else "")
+        body = "\n".join(
+            f"| {' | '.join(markdown_text(cell) for cell in line)} |" for line in lines
+        )
+        return f"**{markdown_text(self.title)}**\n\n{body}" + (
+            f"\n\n{markdown_text(self.note)}" if self.note else ""
+        )
 
     def rich(self):
         from rich.table import Table as RichTable
         from rich.text import Text
 
-        table = RichTable(title=Text(self.title, style="bold"), caption=Text(self.note) if self.note else None)
+        table = RichTable(
+            title=Text(self.title, style="bold"), caption=Text(self.note) if self.note else None
+        )
         table.title_justify = table.caption_justify = "left"
         for index, name in enumerate(self.header):
             table.add_column(Text(name), justify="right" if index else "left")
@@ -63,7 +70,13 @@ def number(value: object) -> str:
     if not math.isfinite(value) or value == 0:
         return f"{value:g}"
     size = abs(value)
-    return f"{value:.2e}" if size >= 1e6 or size < 1e-3 else f"{value:,.1f}" if size >= 100 else f"{value:.4f}"
+    return (
+        f"{value:.2e}"
+        if size >= 1e6 or size < 1e-3
+        else f"{value:,.1f}"
+        if size >= 100
+        else f"{value:.4f}"
+    )
 
 
 def data_size(count: float | None) -> str:
@@ -83,5 +96,8 @@ def percent(before: float | None, after: float | None) -> str:
 
 def pairs(title: str, facts: dict, missing: str = "none") -> Table:
     """A table of names and values; underscores in names become spaces, None becomes `missing`."""
-    rows = [(key.replace("_", " "), missing if value is None else number(value)) for key, value in facts.items()]
+    rows = [
+        (key.replace("_", " "), missing if value is None else number(value))
+        for key, value in facts.items()
+    ]
     return Table(title, ("Name", "Value"), rows, facts=True)

@@ -1,7 +1,8 @@
-"""The three measurements of a swap: perplexity by context, one long stream, and text past the trained length.
+"""The three measurements of a swap: perplexity by context, one long stream, and text past the
+trained length.
 
-Each returns a JSON-able dict of raw numbers; perplexities are exp of a mean cross-entropy in nats a token.
-"""
+Each returns a JSON-able dict of raw numbers; perplexities are exp of a mean cross-entropy in nats a
+token."""
 
 from __future__ import annotations
 
@@ -26,7 +27,9 @@ def scores(losses: torch.Tensor) -> dict[str, float]:
 
 
 def trained_length(parts: anatomy.Anatomy) -> int | None:
-    """The longest sequence that the model was made for; None where its configuration does not say."""
+    """The longest sequence that the model was made for; None where its configuration does not
+    say.
+    """
     return getattr(parts.config, "max_position_embeddings", None)
 
 
@@ -36,13 +39,18 @@ def context_tokens(contexts: Sequence[int], scored: int) -> int:
 
 
 def by_context(
-    model, tokens: torch.Tensor, contexts: Sequence[int], scored: int, progress: Progress | None = None
+    model,
+    tokens: torch.Tensor,
+    contexts: Sequence[int],
+    scored: int,
+    progress: Progress | None = None,
 ) -> list[dict]:
-    """Perplexity of the same `scored` tokens at every context c: each is predicted from c/2 to c tokens before it.
+    """Perplexity of the same `scored` tokens at every context c: each is predicted from c/2 to c
+    tokens before it.
 
-    The windows of a context overlap by half, and the tokens lie behind the longest context, so that no context has
-    the advantage of other tokens or the handicap of a first window. tokens: int64, at least `context_tokens` of them.
-    """
+    The windows of a context overlap by half, and the tokens lie behind the longest context, so that
+    no context has the advantage of other tokens or the handicap of a first window. tokens: int64,
+    at least `context_tokens` of them."""
     longest, rows = max(contexts, default=0), []
     for number, context in enumerate(contexts):
         stride = context // 2
@@ -56,14 +64,27 @@ def by_context(
         part = tokens[longest - overlap : longest + scored + 1]
         losses = token_losses(model, part, context, stride, progress=inside)[overlap:]
         seconds = time.perf_counter() - start
-        rows.append({"context": context, "tokens": len(losses), **scores(losses), "seconds": round(seconds, 3)})
+        rows.append(
+            {
+                "context": context,
+                "tokens": len(losses),
+                **scores(losses),
+                "seconds": round(seconds, 3),
+            }
+        )
     return rows
 
 
 def stream(
-    model, tokens: torch.Tensor, chunk: int, edges: Sequence[int], bucket: int, progress: Progress | None = None
+    model,
+    tokens: torch.Tensor,
+    chunk: int,
+    edges: Sequence[int],
+    bucket: int,
+    progress: Progress | None = None,
 ) -> dict:
-    """Streams `tokens` through the model's own cache: perplexity per bucket and between `edges`, bytes held.
+    """Streams `tokens` through the model's own cache: perplexity per bucket and between `edges`,
+    bytes held.
 
     edges: token counts, ascending from 0; a span that the stream does not reach is left out.
     """
@@ -78,15 +99,21 @@ def stream(
     }
 
 
-def reference(model, tokens: torch.Tensor, context: int, edges, bucket: int, progress: Progress | None = None) -> dict:
-    """What the unchanged model makes of the same stream when it may start afresh: windows of `context` tokens that
-    overlap by half, without a cache. It says how hard the text is at every place; its cost is a window a half."""
+def reference(
+    model, tokens: torch.Tensor, context: int, edges, bucket: int, progress: Progress | None = None
+) -> dict:
+    """What the unchanged model makes of the same stream when it may start afresh: windows of
+    `context` tokens that overlap by half, without a cache. It says how hard the text is at every
+    place; its cost is a window a half."""
     start = time.perf_counter()
     losses = token_losses(model, tokens, context, max(1, context // 2), progress=progress)
     return {
-        "context": context, "tokens": len(losses), "spans": spans(losses, edges), "buckets": buckets(losses, bucket),
+        "context": context,
+        "tokens": len(losses),
+        "spans": spans(losses, edges),
+        "buckets": buckets(losses, bucket),
         "seconds": round(time.perf_counter() - start, 3),
-    }  # fmt: skip
+    }
 
 
 def spans(losses: torch.Tensor, edges: Sequence[int]) -> list[dict]:
@@ -96,7 +123,9 @@ def spans(losses: torch.Tensor, edges: Sequence[int]) -> list[dict]:
 
 
 def buckets(losses: torch.Tensor, size: int) -> list[dict]:
-    """Scores of every `size` tokens; a rest of less than half a bucket joins the last one, it would be noise."""
+    """Scores of every `size` tokens; a rest of less than half a bucket joins the last one, it would
+    be noise.
+    """
     edges = [*range(0, len(losses), size), len(losses)]
     if len(edges) > 2 and edges[-1] - edges[-2] < size / 2:
         del edges[-2]
@@ -105,12 +134,19 @@ def buckets(losses: torch.Tensor, size: int) -> list[dict]:
 
 @torch.no_grad()
 def generate(
-    model, tokenizer, prompt: torch.Tensor, new: int, temperature: float, seed: int, trained: int | None
+    model,
+    tokenizer,
+    prompt: torch.Tensor,
+    new: int,
+    temperature: float,
+    seed: int,
+    trained: int | None,
 ) -> dict:
-    """`new` tokens after `prompt` (N,) by `model.generate`: the text within the trained length and the text past it.
+    """`new` tokens after `prompt` (N,) by `model.generate`: the text within the trained length and
+    the text past it.
 
-    temperature 0 is greedy. The end-of-text token is not allowed to end it, so that every run has the same length.
-    """
+    temperature 0 is greedy. The end-of-text token is not allowed to end it, so that every run has
+    the same length."""
     device = input_device(model)
     sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 0.95}
     start = time.perf_counter()
@@ -118,17 +154,26 @@ def generate(
         torch.manual_seed(seed)
         ids = prompt[None].to(device)
         out = model.generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, min_new_tokens=new,
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=new,
+            min_new_tokens=new,
             pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id or 0,
             **(sampling if temperature else {"do_sample": False}),
-        )[0, len(prompt) :].cpu()  # fmt: skip
+        )[0, len(prompt) :].cpu()
     cut = new if trained is None else min(new, max(0, trained - len(prompt)))
     return {
-        "tokens": len(out), "tokens_within": cut, "within": decode(tokenizer, out[:cut]),
-        "past": decode(tokenizer, out[cut:]), "ids": out.tolist(), "seconds": round(time.perf_counter() - start, 3),
-    }  # fmt: skip
+        "tokens": len(out),
+        "tokens_within": cut,
+        "within": decode(tokenizer, out[:cut]),
+        "past": decode(tokenizer, out[cut:]),
+        "ids": out.tolist(),
+        "seconds": round(time.perf_counter() - start, 3),
+    }
 
 
 def decode(tokenizer, ids: torch.Tensor) -> str:
     """The text of token ids, as it is: special tokens shown, no spaces tidied."""
-    return tokenizer.decode(ids.tolist(), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    return tokenizer.decode(
+        ids.tolist(), skip_special_tokens=False, clean_up_tokenization_spaces=False
+    )

@@ -1,4 +1,6 @@
-"""Patterns as `--pattern` gives them: a spec for all layers, or a dict (also as JSON) from layers to specs."""
+"""Patterns as `--pattern` gives them: a spec for all layers, or a dict (also as JSON) from layers
+to specs.
+"""
 
 from __future__ import annotations
 
@@ -10,13 +12,16 @@ Pattern = str | dict[str, str]
 
 
 def parse_pattern(pattern: Pattern) -> Pattern:
-    """A spec in its normal form, or a dict from layers to such specs. ValueError with the nearest name or option."""
+    """A spec in its normal form, or a dict from layers to such specs. ValueError with the nearest
+    name or option.
+    """
     if isinstance(pattern, str) and pattern.lstrip().startswith("{"):
         try:
             pattern = json.loads(pattern)
         except json.JSONDecodeError as error:
             raise ValueError(
-                f'pattern: {pattern!r} is not JSON ({error}), valid is for example {{"0-1": "dense", "2-": "dense"}}'
+                f'pattern: {pattern!r} is not JSON ({error}), valid is for example {{"0-1": '
+                f'"dense", "2-": "dense"}}'
             ) from None
     if isinstance(pattern, dict):
         return {str(layers): parse_pattern(_spec(layers, spec)) for layers, spec in pattern.items()}
@@ -26,7 +31,9 @@ def parse_pattern(pattern: Pattern) -> Pattern:
 
 def _spec(layers: str, spec) -> str:
     if not isinstance(spec, str) or spec.lstrip().startswith("{"):
-        raise ValueError(f"pattern: layers {layers!r} have {spec!r}, valid is a spec such as 'dense'")
+        raise ValueError(
+            f"pattern: layers {layers!r} have {spec!r}, valid is a spec such as 'dense'"
+        )
     return spec
 
 

@@ -1,14 +1,15 @@
-"""What a device can move: copy, read and write one long run of memory, and launch a kernel that does nothing.
+"""What a device can move: copy, read and write one long run of memory, and launch a kernel that
+does nothing.
 
     copy(source, out)                  # out = source
     sums = read(source)                # reads everything, writes next to nothing
     write(out, 1.0)
     launch("cuda")
 
-These kernels are the yardstick that others are held against, so that they do nothing else; the sums and the values
-exist for the compiler, which would drop reads that nobody uses, and for the tests. Tensors are float32, contiguous, on
-one device, of any length (addresses are 64 bits wide). `time` belongs to the caller.
-"""
+These kernels are the yardstick that others are held against, so that they do nothing else; the sums
+and the values exist for the compiler, which would drop reads that nobody uses, and for the tests.
+Tensors are float32, contiguous, on one device, of any length (addresses are 64 bits wide). `time`
+belongs to the caller."""
 
 from __future__ import annotations
 
@@ -27,13 +28,16 @@ def copy(source: Tensor, out: Tensor, impl: str = "auto") -> None:
     _check(source=source, out=out)
     if source.shape != out.shape or source.device != out.device:
         raise ValueError(
-            f"out: got {tuple(out.shape)} on {out.device}, valid is {tuple(source.shape)} on {source.device}, as source"
+            f"out: got {tuple(out.shape)} on {out.device}, valid is {tuple(source.shape)} on "
+            f"{source.device}, as source"
         )
     _module(impl, source.device).copy(source, out)
 
 
 def read(source: Tensor, impl: str = "auto") -> Tensor:
-    """Reads `source`, (N,) float32: 4 N bytes. Returns partial sums, (programs,), that add up to its sum."""
+    """Reads `source`, (N,) float32: 4 N bytes. Returns partial sums, (programs,), that add up to
+    its sum.
+    """
     _check(source=source)
     return _module(impl, source.device).read(source)
 
@@ -63,4 +67,6 @@ def _check(**tensors: Tensor) -> None:
     for name, x in tensors.items():
         if x.dtype != torch.float32 or x.ndim != 1 or not x.numel() or not x.is_contiguous():
             got = f"{x.dtype} {tuple(x.shape)}{'' if x.is_contiguous() else ', strided'}"
-            raise ValueError(f"{name}: got {got}, valid is a contiguous float32 vector of at least one element")
+            raise ValueError(
+                f"{name}: got {got}, valid is a contiguous float32 vector of at least one element"
+            )

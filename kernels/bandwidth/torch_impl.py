@@ -1,4 +1,6 @@
-"""Copy, read and write in plain torch, on any device; on a CPU with as many threads as torch has."""
+"""Copy, read and write in plain torch, on any device; on a CPU with as many threads as torch
+has.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +17,8 @@ def copy(source: Tensor, out: Tensor) -> None:
 
 
 def read(source: Tensor) -> Tensor:
-    """A matrix-vector product with ones where the length allows, as a decoding step reads weights: BLAS reads faster
-    than `sum` does; the rest is summed."""
+    """A matrix-vector product with ones where the length allows, as a decoding step reads weights:
+    BLAS reads faster than `sum` does; the rest is summed."""
     rows = len(source) // ROW
     whole = torch.mv(source[: rows * ROW].view(rows, ROW), _ones(source.device))
     return torch.cat([whole, source[rows * ROW :].sum(0, keepdim=True)])

@@ -20,7 +20,9 @@ def write(out_ptr, value, n, BLOCK: tl.constexpr):
 
 @triton.jit
 def read(source_ptr, sums_ptr, n, steps, BLOCK: tl.constexpr):
-    """Program p reads blocks p, p + programs, ...: all programs together walk through memory side by side."""
+    """Program p reads blocks p, p + programs, ...: all programs together walk through memory side
+    by side.
+    """
     program = tl.program_id(0)
     stride = tl.num_programs(0).to(tl.int64) * BLOCK
     at = program.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)

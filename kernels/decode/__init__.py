@@ -1,8 +1,9 @@
-"""Exact softmax attention of a few new tokens over a cache: split over the keys, the GQA group packed into the tile.
+"""Exact softmax attention of a few new tokens over a cache: split over the keys, the GQA group
+packed into the tile.
 
     out = attention(q, k, v, Window(back=512), state_layout)            # q (B, Hq, 1 to 16, D)
 
-    out = attention(q, k, v, turn=Turn(inv_freq))                       # k as it was before its rotation
+    out = attention(q, k, v, turn=Turn(inv_freq))                  # k as it was before its rotation
 
 Forward only. The cache may be a ring (`Layout.ring`), which no other kernel reads.
 """
@@ -42,10 +43,10 @@ def attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """As `effattn.kernels.flash.attention`, for Tq <= 16 and without gradients.
 
-    counts, (1 or B, 1 or Hq, Tq, Tk) bool or integer: how often each query sees each key, instead of the pattern and
-    causality (padding included); for patterns that have no predicate. turn: k is as it was before its rotation. bias:
-    as there. ValueError for what they do not go with (a turn with a window: no q_first or bias, only `causal`).
-    """
+    counts, (1 or B, 1 or Hq, Tq, Tk) bool or integer: how often each query sees each key, instead
+    of the pattern and causality (padding included); for patterns that have no predicate. turn: k is
+    as it was before its rotation. bias: as there. ValueError for what they do not go with (a turn
+    with a window: no q_first or bias, only `causal`)."""
     pattern, layout = pattern or Pattern(), layout or Layout()
     q, k, v, q_first = map(dense_rows, (q, k, v, q_first))
     check_rules(None, bias, q, k, pattern, layout, causal, q_first)
@@ -55,7 +56,18 @@ def attention(
     else:
         from .torch_impl import attention as run
     out, sums = run(
-        q, k, v, pattern, layout, causal=causal, scale=q.shape[-1] ** -0.5 if scale is None else scale,
-        softcap=softcap, q_first=q_first, counts=counts, need_lse=lse, turn=turn, bias=bias,
-    )  # fmt: skip
+        q,
+        k,
+        v,
+        pattern,
+        layout,
+        causal=causal,
+        scale=q.shape[-1] ** -0.5 if scale is None else scale,
+        softcap=softcap,
+        q_first=q_first,
+        counts=counts,
+        need_lse=lse,
+        turn=turn,
+        bias=bias,
+    )
     return (out, sums) if lse else out

@@ -1,8 +1,8 @@
-"""Exact softmax attention over a cache whose older tokens are packed (`effattn.kernels.pack`): one launch over the
-packed keys and those in full precision, so that no step unpacks the cache.
+"""Exact softmax attention over a cache whose older tokens are packed (`effattn.kernels.pack`): one
+launch over the packed keys and those in full precision, so that no step unpacks the cache.
 
-    cache = PackedCache(k, v, k_rest, v_rest, total=5000)           # k, v Codes; the newest tokens in full precision
-    out = attention(q, cache, Window(back=4096))                    # q (B, Hq, Tq, D)
+    cache = PackedCache(k, v, k_rest, v_rest, total=5000)  # k, v Codes; the newest tokens in full precision
+    out = attention(q, cache, Window(back=4096))           # q (B, Hq, Tq, D)
 
 Forward only.
 """
@@ -27,20 +27,22 @@ __all__ = ["IMPLEMENTATIONS", "PackedCache", "attention", "choose"]
 
 @dataclass
 class PackedCache:
-    """K and V of one layer, in up to three parts. Tokens are numbered from 0 in each row, padding included, and the
-    queries are the last ones of `total`; a token's position is its number minus its row's `start`.
+    """K and V of one layer, in up to three parts. Tokens are numbered from 0 in each row, padding
+    included, and the queries are the last ones of `total`; a token's position is its number minus
+    its row's `start`.
 
-    k_first, v_first (B, Hkv, S, D), (B, Hkv, S, Dv): the tokens at POSITIONS 0 .. S - 1 of each row, in full precision.
-        They are seen from here only: a packed or newest key at a position below S is skipped, so a token may be held
-        twice (rows with padding on the left), but must be in these slots as soon as it is in the cache.
-    k, v: the packed tokens, N of them; key n is token number `packed_from` + n, or `packed_numbers[n]`. `Pages` are for
-        plain torch.
-    k_rest, v_rest (B, Hkv, R, D), (B, Hkv, R, Dv): the newest tokens in full precision, q's dtype, numbers
-        total - R .. total - 1, or `rest_numbers`.
-    packed_numbers (N,), rest_numbers (R,) int64: for rings and for buffers with room: -1 is a place without a token;
-        numbers may come in any order. What lies there must be finite.
-    total: how many tokens there are so far, held or not, the queries' own included; an int, or a 0-d int64 tensor for
-        graphs that are compiled once (then both numbers are given).
+    k_first, v_first (B, Hkv, S, D), (B, Hkv, S, Dv): the tokens at POSITIONS 0 .. S - 1 of each
+        row, in full precision. They are seen from here only: a packed or newest key at a position
+        below S is skipped, so a token may be held twice (rows with padding on the left), but must
+        be in these slots as soon as it is in the cache.
+    k, v: the packed tokens, N of them; key n is token number `packed_from` + n, or
+        `packed_numbers[n]`. `Pages` are for plain torch.
+    k_rest, v_rest (B, Hkv, R, D), (B, Hkv, R, Dv): the newest tokens in full precision, q's dtype,
+        numbers total - R .. total - 1, or `rest_numbers`.
+    packed_numbers (N,), rest_numbers (R,) int64: for rings and for buffers with room: -1 is a place
+        without a token; numbers may come in any order. What lies there must be finite.
+    total: how many tokens there are so far, held or not, the queries' own included; an int, or a
+        0-d int64 tensor for graphs that are compiled once (then both numbers are given).
     start (B,) int64: the number of each row's first real token; None: 0.
     mask (B, S + N + R) bool, in the order of the parts: which of the keys are real; None: all.
     """
@@ -113,22 +115,26 @@ def attention(
     impl: str = "auto",
     lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """softmax(scale q k^T) v over the keys that each query may see: (B, Hq, Tq, Dv) in q's dtype, any Tq.
+    """softmax(scale q k^T) v over the keys that each query may see: (B, Hq, Tq, Dv) in q's dtype,
+    any Tq.
 
-    pattern: `Pattern`, `Window` or `Blocks` with `first`; scale defaults to D^-0.5; softcap c makes each score
-    c tanh(score / c). q_first (B, Hq, Tq, D): the queries as keys at positions below `pattern.first` see them, which
-    must all be slots. turn: keys are held raw and rotated when they are read. bias: what distances add to scores. With
-    `lse` also the log-sum-exp of each query's scores (B, Hq, Tq), fp32. A query that sees nothing gives 0 and -inf.
-    ValueError for what an implementation cannot do.
-    """
+    pattern: `Pattern`, `Window` or `Blocks` with `first`; scale defaults to D^-0.5; softcap c makes
+    each score c tanh(score / c). q_first (B, Hq, Tq, D): the queries as keys at positions below
+    `pattern.first` see them, which must all be slots. turn: keys are held raw and rotated when they
+    are read. bias: what distances add to scores. With `lse` also the log-sum-exp of each query's
+    scores (B, Hq, Tq), fp32. A query that sees nothing gives 0 and -inf. ValueError for what an
+    implementation cannot do."""
     pattern = pattern or Pattern()
     if q_first is not None and pattern.first > cache.slots:
         raise ValueError(
-            f"q_first: got pattern.first = {pattern.first}, but the cache holds {cache.slots} first tokens in full "
+            f"q_first: got pattern.first = {pattern.first}, but the cache holds {cache.slots} "
+            "first tokens in full "
             f"precision; valid is at most {cache.slots}"
         )
     check_rules(None, bias, q, q, pattern, Layout(), causal, q_first)
-    check_turn(turn, bias, q, Pattern(), causal, None)  # first queries are slots here, which see no far keys
+    check_turn(
+        turn, bias, q, Pattern(), causal, None
+    )  # first queries are slots here, which see no far keys
     name = choose(impl, q.device)
     if isinstance(cache.k, Pages) and name != "torch":
         raise ValueError(f"cache: got Pages, valid with {name!r} are Codes")
@@ -139,7 +145,15 @@ def attention(
     else:
         from .packed_torch import attention as run
     out, sums = run(
-        q, cache, pattern, causal=causal, scale=q.shape[-1] ** -0.5 if scale is None else scale, softcap=softcap,
-        q_first=q_first if pattern.first else None, turn=turn, bias=bias, need_lse=lse,
-    )  # fmt: skip
+        q,
+        cache,
+        pattern,
+        causal=causal,
+        scale=q.shape[-1] ** -0.5 if scale is None else scale,
+        softcap=softcap,
+        q_first=q_first if pattern.first else None,
+        turn=turn,
+        bias=bias,
+        need_lse=lse,
+    )
     return (out, sums) if lse else out

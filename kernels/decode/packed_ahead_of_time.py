@@ -1,4 +1,6 @@
-"""The variants of the packed decode kernel that ship; `ahead_of_time` lists them among the others."""
+"""The variants of the packed decode kernel that ship; `ahead_of_time` lists them among the
+others.
+"""
 
 from __future__ import annotations
 
@@ -13,12 +15,33 @@ from .triton_pieces import in_window
 from .turn import Turn
 
 POINTERS = {
-    "kc_ptr": "*u8", "ks_ptr": "*bf16", "kz_ptr": "*fp16", "vc_ptr": "*u8", "vs_ptr": "*bf16", "vz_ptr": "*fp16",
-    "out_ptr": "*fp32", "lse_ptr": "*fp32", "start_ptr": "*i64", "mask_ptr": "*i1", "packed_numbers_ptr": "*i64",
-    "rest_numbers_ptr": "*i64", "total_ptr": "*i64", "inv_freq_ptr": "*fp32", "params_ptr": "*fp32",
-}  # fmt: skip
-OPTIONAL = ("q_first_ptr", "k_first_ptr", "v_first_ptr", "start_ptr", "mask_ptr", "packed_numbers_ptr",
-            "rest_numbers_ptr", "total_ptr", "params_ptr")  # fmt: skip
+    "kc_ptr": "*u8",
+    "ks_ptr": "*bf16",
+    "kz_ptr": "*fp16",
+    "vc_ptr": "*u8",
+    "vs_ptr": "*bf16",
+    "vz_ptr": "*fp16",
+    "out_ptr": "*fp32",
+    "lse_ptr": "*fp32",
+    "start_ptr": "*i64",
+    "mask_ptr": "*i1",
+    "packed_numbers_ptr": "*i64",
+    "rest_numbers_ptr": "*i64",
+    "total_ptr": "*i64",
+    "inv_freq_ptr": "*fp32",
+    "params_ptr": "*fp32",
+}
+OPTIONAL = (
+    "q_first_ptr",
+    "k_first_ptr",
+    "v_first_ptr",
+    "start_ptr",
+    "mask_ptr",
+    "packed_numbers_ptr",
+    "rest_numbers_ptr",
+    "total_ptr",
+    "params_ptr",
+)
 FLOATS = ("inner", "outer", "turn_scaling", "slow")
 UNEVEN = ("mask_b",)  # strides that may be no multiple of 16
 
@@ -52,15 +75,24 @@ def _attend(
     everything: bool = False,
     turn: Turn | None = None,
 ) -> dict:
-    k, v = (Coding(kind, axis, min(group, dim) if axis == "token" else group, kind in ("int8", "fp8"))
-            for axis in ("channel", "token"))  # fmt: skip
+    k, v = (
+        Coding(kind, axis, min(group, dim) if axis == "token" else group, kind in ("int8", "fp8"))
+        for axis in ("channel", "token")
+    )
     sizes = dict(tile(k, v, dim, dim, 2, lines, shared, 2 * everything + (turn is not None)))
     warps, stages = sizes.pop("num_warps"), sizes.pop("num_stages")
     constexprs = dict(
-        K_CODE=code(k, dim, len(turn.inv_freq) if turn else None), V_CODE=code(v, dim), TURN=turned(turn),
-        NEAR=in_window if everything else None, CAUSAL=True, SOFTCAP=everything, SLOTS=everything,
-        BIAS=alibi if everything else None, row_tiles=1, **sizes,
-    )  # fmt: skip
+        K_CODE=code(k, dim, len(turn.inv_freq) if turn else None),
+        V_CODE=code(v, dim),
+        TURN=turned(turn),
+        NEAR=in_window if everything else None,
+        CAUSAL=True,
+        SOFTCAP=everything,
+        SLOTS=everything,
+        BIAS=alibi if everything else None,
+        row_tiles=1,
+        **sizes,
+    )
     if not k.has_zero:
         constexprs |= dict.fromkeys(("kz_ptr", "vz_ptr"))
     if not everything:
@@ -79,9 +111,18 @@ def _attend(
             signature[argument] = "fp32"
         else:
             stride = (
-                argument[-2:] in ("_b", "_h", "_t", "_n") and argument not in UNEVEN and argument[:4] not in ("vs_n",)
+                argument[-2:] in ("_b", "_h", "_t", "_n")
+                and argument not in UNEVEN
+                and argument[:4] not in ("vs_n",)
             )
             signature[argument] = "i32:16" if stride else "i32"
-    return dict(name=f"packed {name}", kernel=attend_packed, signature=signature, constexprs=constexprs,
-    num_warps=warps,
-                num_stages=stages, forward=True, dots=True)  # fmt: skip
+    return dict(
+        name=f"packed {name}",
+        kernel=attend_packed,
+        signature=signature,
+        constexprs=constexprs,
+        num_warps=warps,
+        num_stages=stages,
+        forward=True,
+        dots=True,
+    )

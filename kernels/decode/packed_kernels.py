@@ -1,14 +1,14 @@
-"""Flash-decoding over a packed cache: `attend_packed` takes one split of the packed keys and of those in full
-precision.
+"""Flash-decoding over a packed cache: `attend_packed` takes one split of the packed keys and of
+those in full precision.
 
-M, N, i, j, h: `triton_pieces`. K and V come in pieces of channels that lie in one plane and share scales
-(`pack.codes`), so each piece is a product of its own with its part of the queries, or into its part of the output;
-tuples hold them.
+M, N, i, j, h: `triton_pieces`. K and V come in pieces of channels that lie in one plane and share
+scales (`pack.codes`), so each piece is a product of its own with its part of the queries, or into
+its part of the output; tuples hold them.
 
-    keys per channel        s = sum over pieces of (q scale) code + q . (scale zero)            scale (1, W) of a group
-    keys per token          s = sum over pieces of (q code + (sum of q) zero) scale             scale (1, N)
-    values per token        acc += (p scale) code + sum over n of p scale zero                  scale (1, N)
-    values per channel      acc += (p code + (sum of p) zero) scale                             scale (1, W) of a group
+    keys per channel    s = sum over pieces of (q scale) code + q . (scale zero)  scale (1, W) of a group
+    keys per token      s = sum over pieces of (q code + (sum of q) zero) scale   scale (1, N)
+    values per token    acc += (p scale) code + sum over n of p scale zero        scale (1, N)
+    values per channel  acc += (p code + (sum of p) zero) scale                   scale (1, W) of a group
 
 where a code stands for itself plus 1 / 2.
 """
@@ -24,9 +24,28 @@ from .triton_pieces import LN2, LOG2E, dot, narrow, sees, tanh
 from .triton_turn import angles, cos_sin
 
 CHANGING = (
-    "mask_b", "step", "n_params", "queries", "total", "slots", "first", "near_a", "near_b", "near_c", "packed_from",
-    "packed", "rest", "low", "rest_low", "packed_tiles", "tiles", "tiles_a_split", "window", "slow", "turn_scaling",
-)  # fmt: skip
+    "mask_b",
+    "step",
+    "n_params",
+    "queries",
+    "total",
+    "slots",
+    "first",
+    "near_a",
+    "near_b",
+    "near_c",
+    "packed_from",
+    "packed",
+    "rest",
+    "low",
+    "rest_low",
+    "packed_tiles",
+    "tiles",
+    "tiles_a_split",
+    "window",
+    "slow",
+    "turn_scaling",
+)
 
 
 @triton.jit
@@ -42,7 +61,9 @@ def pieces_of(pointers, there, W: tl.constexpr, BLOCK_W: tl.constexpr, PIECES: t
 
 @triton.jit
 def codes_of(pointer, n0, n_step, there, dtype: tl.constexpr, CODE: tl.constexpr):
-    """The numbers of the keys from n0 on, those `there` (N,), in pieces (N, BLOCK_W), without scales and zeros."""
+    """The numbers of the keys from n0 on, those `there` (N,), in pieces (N, BLOCK_W), without
+    scales and zeros.
+    """
     BITS: tl.constexpr = CODE[0]
     IS_FP8: tl.constexpr = CODE[1]
     W: tl.constexpr = CODE[5]
@@ -59,7 +80,9 @@ def codes_of(pointer, n0, n_step, there, dtype: tl.constexpr, CODE: tl.constexpr
 
 @triton.jit
 def scales_of(pointers, n0, n_step, there, p, CODE: tl.constexpr):
-    """The scales or zeros of piece p, in fp32: (1, BLOCK_W) of the group that the keys from n0 on are in, or (N,)."""
+    """The scales or zeros of piece p, in fp32: (1, BLOCK_W) of the group that the keys from n0 on
+    are in, or (N,).
+    """
     CHANNEL: tl.constexpr = CODE[3]
     GROUP: tl.constexpr = CODE[4]
     W: tl.constexpr = CODE[5]
@@ -67,7 +90,9 @@ def scales_of(pointers, n0, n_step, there, p, CODE: tl.constexpr):
     if CHANNEL:
         w = tl.arange(0, BLOCK_W)
         group = (n0 // GROUP).to(tl.int64)
-        return tl.load(pointers + group * n_step + p * W + w, mask=w < W, other=0.0).to(tl.float32)[None, :]
+        return tl.load(pointers + group * n_step + p * W + w, mask=w < W, other=0.0).to(tl.float32)[
+            None, :
+        ]
     else:
         n = n0 + tl.arange(0, there.shape[0])
         at = n.to(tl.int64) * n_step + p * W // GROUP
@@ -76,7 +101,9 @@ def scales_of(pointers, n0, n_step, there, p, CODE: tl.constexpr):
 
 @triton.jit
 def packed_scores(q, k, n0, there, dtype: tl.constexpr, CODE: tl.constexpr):
-    """q . k (M, N) of the packed keys from n0 on; k: pointers to codes, scales and zeros, and their steps."""
+    """q . k (M, N) of the packed keys from n0 on; k: pointers to codes, scales and zeros, and their
+    steps.
+    """
     codes_ptr, scale_ptr, zero_ptr, codes_n, scale_n = k
     IS_FP8: tl.constexpr = CODE[1]
     ZERO: tl.constexpr = CODE[2]
@@ -92,11 +119,16 @@ def packed_scores(q, k, n0, there, dtype: tl.constexpr, CODE: tl.constexpr):
             wide *= scale
             s = dot(narrow(wide, dtype), tl.trans(codes[p]), s)
             if ZERO:
-                s += tl.sum(wide * scales_of(zero_ptr, n0, scale_n, there, p, CODE), axis=1)[:, None]
+                s += tl.sum(wide * scales_of(zero_ptr, n0, scale_n, there, p, CODE), axis=1)[
+                    :, None
+                ]
         else:
             piece = dot(q[p], tl.trans(codes[p]), None)
             if ZERO:
-                piece += tl.sum(wide, axis=1)[:, None] * scales_of(zero_ptr, n0, scale_n, there, p, CODE)[None, :]
+                piece += (
+                    tl.sum(wide, axis=1)[:, None]
+                    * scales_of(zero_ptr, n0, scale_n, there, p, CODE)[None, :]
+                )
             s += piece * scale[None, :]
     return s
 
@@ -139,7 +171,9 @@ def add_packed(acc, p, fade, v, n0, there, dtype: tl.constexpr, CODE: tl.constex
         if CHANNEL:
             product = dot(narrow(p, dtype), codes[part], None)
             if ZERO:
-                product += tl.sum(p, axis=1)[:, None] * scales_of(zero_ptr, n0, scale_n, there, part, CODE)
+                product += tl.sum(p, axis=1)[:, None] * scales_of(
+                    zero_ptr, n0, scale_n, there, part, CODE
+                )
             faded += product * scale
         else:
             weighed = p * scale[None, :]
@@ -169,10 +203,20 @@ def full_scores(q, k, PIECES: tl.constexpr):
 
 
 @triton.jit
-def turned(k, j, inv_freq, slow, scaling, dtype: tl.constexpr, W: tl.constexpr, BLOCK_W: tl.constexpr,
-           PIECES: tl.constexpr, R2: tl.constexpr):  # fmt: skip
-    """Keys in pieces, rotated to j / slow: channel d < R2 with d + R2, so pieces with pieces; the others are as they
-    were."""
+def turned(
+    k,
+    j,
+    inv_freq,
+    slow,
+    scaling,
+    dtype: tl.constexpr,
+    W: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+    PIECES: tl.constexpr,
+    R2: tl.constexpr,
+):
+    """Keys in pieces, rotated to j / slow: channel d < R2 with d + R2, so pieces with pieces; the
+    others are as they were."""
     HALF: tl.constexpr = R2 // W
     low, high = (), ()
     for p in tl.static_range(HALF):
@@ -187,7 +231,9 @@ def turned(k, j, inv_freq, slow, scaling, dtype: tl.constexpr, W: tl.constexpr, 
 
 
 @triton.jit
-def turned_scores(q, q_far, k, i, j, turn, dtype: tl.constexpr, CODE: tl.constexpr, TURN: tl.constexpr):
+def turned_scores(
+    q, q_far, k, i, j, turn, dtype: tl.constexpr, CODE: tl.constexpr, TURN: tl.constexpr
+):
     """Scores of keys in pieces that are rotated now; far ones of q_far."""
     W: tl.constexpr = CODE[5]
     BLOCK_W: tl.constexpr = CODE[6]
@@ -199,41 +245,127 @@ def turned_scores(q, q_far, k, i, j, turn, dtype: tl.constexpr, CODE: tl.constex
     s = full_scores(q, turned(k, at, inv_freq, 1.0, scaling, dtype, W, BLOCK_W, PIECES, R2), PIECES)
     if q_far is not None:
         at = at if SLOWED else at * 0
-        far = full_scores(q_far, turned(k, at, inv_freq, slow, scaling, dtype, W, BLOCK_W, PIECES, R2), PIECES)
+        far = full_scores(
+            q_far, turned(k, at, inv_freq, slow, scaling, dtype, W, BLOCK_W, PIECES, R2), PIECES
+        )
         s = tl.where(i - j >= window, far, s)
     return s
 
 
 @triton.jit
 def peak(s, highest):
-    """Scores in bits, -inf for what is hidden: weights p, the factor for all that came before, and the new maximum."""
+    """Scores in bits, -inf for what is hidden: weights p, the factor for all that came before, and
+    the new maximum.
+    """
     higher = tl.maximum(highest, tl.max(s, axis=1))
-    base = tl.where(higher == float("-inf"), 0.0, higher)  # rows that have seen nothing yet: no inf - inf
+    base = tl.where(
+        higher == float("-inf"), 0.0, higher
+    )  # rows that have seen nothing yet: no inf - inf
     return tl.exp2(s - base[:, None]), tl.exp2(highest - base), higher
 
 
 @triton.jit(do_not_specialize=CHANGING)
 def attend_packed(
-    q_ptr, q_first_ptr, q_far_ptr, kc_ptr, ks_ptr, kz_ptr, vc_ptr, vs_ptr, vz_ptr,
-    k_rest_ptr, v_rest_ptr, k_first_ptr, v_first_ptr, out_ptr, lse_ptr,
-    start_ptr, mask_ptr, packed_numbers_ptr, rest_numbers_ptr, total_ptr, inv_freq_ptr, params_ptr,
-    q_b, q_h, q_t, f_b, f_h, f_t, r_b, r_h, r_t, kc_b, kc_h, kc_n, ks_b, ks_h, ks_n, vc_b, vc_h, vc_n,
-    vs_b, vs_h, vs_n, kr_b, kr_h, kr_n, vr_b, vr_h, vr_n, kf_b, kf_h, kf_n, vf_b, vf_h, vf_n, mask_b,
-    group, row_tiles, inner, outer, step, n_params,
-    queries, total, slots, first, near_a, near_b, near_c, packed_from, packed, rest, low, rest_low,
-    packed_tiles, tiles, tiles_a_split, turn_scaling, window, slow,
-    K_CODE: tl.constexpr, V_CODE: tl.constexpr, TURN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_F: tl.constexpr, NEAR: tl.constexpr, CAUSAL: tl.constexpr, SOFTCAP: tl.constexpr, SLOTS: tl.constexpr,
+    q_ptr,
+    q_first_ptr,
+    q_far_ptr,
+    kc_ptr,
+    ks_ptr,
+    kz_ptr,
+    vc_ptr,
+    vs_ptr,
+    vz_ptr,
+    k_rest_ptr,
+    v_rest_ptr,
+    k_first_ptr,
+    v_first_ptr,
+    out_ptr,
+    lse_ptr,
+    start_ptr,
+    mask_ptr,
+    packed_numbers_ptr,
+    rest_numbers_ptr,
+    total_ptr,
+    inv_freq_ptr,
+    params_ptr,
+    q_b,
+    q_h,
+    q_t,
+    f_b,
+    f_h,
+    f_t,
+    r_b,
+    r_h,
+    r_t,
+    kc_b,
+    kc_h,
+    kc_n,
+    ks_b,
+    ks_h,
+    ks_n,
+    vc_b,
+    vc_h,
+    vc_n,
+    vs_b,
+    vs_h,
+    vs_n,
+    kr_b,
+    kr_h,
+    kr_n,
+    vr_b,
+    vr_h,
+    vr_n,
+    kf_b,
+    kf_h,
+    kf_n,
+    vf_b,
+    vf_h,
+    vf_n,
+    mask_b,
+    group,
+    row_tiles,
+    inner,
+    outer,
+    step,
+    n_params,
+    queries,
+    total,
+    slots,
+    first,
+    near_a,
+    near_b,
+    near_c,
+    packed_from,
+    packed,
+    rest,
+    low,
+    rest_low,
+    packed_tiles,
+    tiles,
+    tiles_a_split,
+    turn_scaling,
+    window,
+    slow,
+    K_CODE: tl.constexpr,
+    V_CODE: tl.constexpr,
+    TURN: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_F: tl.constexpr,
+    NEAR: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    SLOTS: tl.constexpr,
     BIAS: tl.constexpr,
-):  # fmt: skip
-    """One split of the keys for one row tile of one K/V head: its normalised output and its log-sum-exp.
+):
+    """One split of the keys for one row tile of one K/V head: its normalised output and its
+    log-sum-exp.
 
-    Grid (splits * row_tiles, Hkv, B). Pointers that are None are absent. Scores in bits are q k * inner, or with
-    SOFTCAP tanh(q k * inner) * outer; BIAS, with n_params numbers a head, is added. Tiles: `packed_tiles` of BLOCK_N
-    packed keys, [low, packed), then those of BLOCK_F keys among the slots and the newest, [rest_low, slots + rest).
-    CODE: (bits, is fp8, has zeros, per channel, group, W, BLOCK_W, pieces). TURN: None, or (frequencies, far keys turn
-    too).
-    """
+    Grid (splits * row_tiles, Hkv, B). Pointers that are None are absent. Scores in bits are q k *
+    inner, or with SOFTCAP tanh(q k * inner) * outer; BIAS, with n_params numbers a head, is added.
+    Tiles: `packed_tiles` of BLOCK_N packed keys, [low, packed), then those of BLOCK_F keys among
+    the slots and the newest, [rest_low, slots + rest). CODE: (bits, is fp8, has zeros, per channel,
+    group, W, BLOCK_W, pieces). TURN: None, or (frequencies, far keys turn too)."""
     split = tl.program_id(0) // row_tiles
     kv_head = tl.program_id(1)
     b = tl.program_id(2).to(tl.int64)
@@ -259,9 +391,13 @@ def attend_packed(
     q = pieces_of(q_ptr + b * q_b + h_wide * q_h + t_wide * q_t, exists, KW, BLOCK_KW, KP)
     q_first, q_far = None, None
     if q_first_ptr is not None:
-        q_first = pieces_of(q_first_ptr + b * f_b + h_wide * f_h + t_wide * f_t, exists, KW, BLOCK_KW, KP)
+        q_first = pieces_of(
+            q_first_ptr + b * f_b + h_wide * f_h + t_wide * f_t, exists, KW, BLOCK_KW, KP
+        )
     if q_far_ptr is not None:
-        q_far = pieces_of(q_far_ptr + b * r_b + h_wide * r_h + t_wide * r_t, exists, KW, BLOCK_KW, KP)
+        q_far = pieces_of(
+            q_far_ptr + b * r_b + h_wide * r_h + t_wide * r_t, exists, KW, BLOCK_KW, KP
+        )
     kv = kv_head.to(tl.int64)
     if mask_ptr is not None:
         mask_ptr += b * mask_b
@@ -300,7 +436,9 @@ def attend_packed(
         if TURN is None:
             s = packed_scores(q, k, n0, there, dtype, K_CODE)
         else:
-            s = turned_scores(q, q_far, packed_keys(k, n0, there, dtype, K_CODE), i, j, turn, dtype, K_CODE, TURN)
+            s = turned_scores(
+                q, q_far, packed_keys(k, n0, there, dtype, K_CODE), i, j, turn, dtype, K_CODE, TURN
+            )
         s = tanh(s * inner) * outer if SOFTCAP else s * inner
         if BIAS is not None:
             s += BIAS(tl.abs(i - j), *params) * LOG2E
@@ -342,7 +480,9 @@ def attend_packed(
             s = turned_scores(q, q_far, key, i, j, turn, dtype, K_CODE, TURN)
             if q_first is not None:
                 s = tl.where(
-                    (j >= 0) & (j < first), turned_scores(q_first, q_far, key, i, j, turn, dtype, K_CODE, TURN), s
+                    (j >= 0) & (j < first),
+                    turned_scores(q_first, q_far, key, i, j, turn, dtype, K_CODE, TURN),
+                    s,
                 )
         s = tanh(s * inner) * outer if SOFTCAP else s * inner
         if BIAS is not None:

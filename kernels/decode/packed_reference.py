@@ -1,4 +1,6 @@
-"""Attention over a packed cache by its definition: everything unpacked, fp64, one (Tq, keys) matrix of scores."""
+"""Attention over a packed cache by its definition: everything unpacked, fp64, one (Tq, keys) matrix
+of scores.
+"""
 
 from __future__ import annotations
 
@@ -29,8 +31,14 @@ def attention(
     """(B, Hq, Tq, Dv) in q's dtype and the log-sum-exp (B, Hq, Tq), fp64."""
     heads, queries, groups = q.shape[1], q.shape[2], q.shape[1] // cache.k.shape[1]
     k, v = (
-        torch.cat([x.double() for x in (first, unpack(codes, torch.float64), rest) if x is not None], dim=2)
-        for first, codes, rest in ((cache.k_first, cache.k, cache.k_rest), (cache.v_first, cache.v, cache.v_rest))
+        torch.cat(
+            [x.double() for x in (first, unpack(codes, torch.float64), rest) if x is not None],
+            dim=2,
+        )
+        for first, codes, rest in (
+            (cache.k_first, cache.k, cache.k_rest),
+            (cache.v_first, cache.v, cache.v_rest),
+        )
     )
     i = cache.query_positions(queries)[:, None, :, None]
     at = cache.key_positions()
@@ -39,8 +47,18 @@ def attention(
     seen = pattern.sees(i, j, h, heads, causal)
     first = (at >= 0) & (at < pattern.first)
     if turn is None:
-        return softmax(q, k, v, seen, scale=scale, softcap=softcap, q_first=q_first, first=first, bias=bias,
-                       distance=(i - j)[:, 0])  # fmt: skip
+        return softmax(
+            q,
+            k,
+            v,
+            seen,
+            scale=scale,
+            softcap=softcap,
+            q_first=q_first,
+            first=first,
+            bias=bias,
+            distance=(i - j)[:, 0],
+        )
 
     def scores(queries: Tensor, keys: Tensor) -> Tensor:
         return queries.double() @ keys.repeat_interleave(groups, dim=1).mT * scale
@@ -50,7 +68,9 @@ def attention(
     if q_first is not None:
         logits = torch.where(first[:, None, None, :], scores(q_first, near), logits)
     if turn.window is not None:
-        logits = torch.where(i - j >= turn.window, scores(turn.q_far, turn.keys(k, at, far=True)), logits)
+        logits = torch.where(
+            i - j >= turn.window, scores(turn.q_far, turn.keys(k, at, far=True)), logits
+        )
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
     if bias is not None:

@@ -1,11 +1,11 @@
-"""Stretches of a cache for `packed_torch`: n keys, packed or in full precision, that give scores and take weights.
+"""Stretches of a cache for `packed_torch`: n keys, packed or in full precision, that give scores
+and take weights.
 
-Packed numbers become fp32 a tile at a time, small enough to stay in a processor's cache: a few passes over it cost less
-than products of many small groups, each with its own scales.
+Packed numbers become fp32 a tile at a time, small enough to stay in a processor's cache: a few
+passes over it cost less than products of many small groups, each with its own scales.
 
-Shapes: rows (B, Hkv, R, D), scores and weights (B, Hkv, R, n), products (B, Hkv, R, Dv); inside, B and Hkv are one
-dimension, Z.
-"""
+Shapes: rows (B, Hkv, R, D), scores and weights (B, Hkv, R, n), products (B, Hkv, R, Dv); inside, B
+and Hkv are one dimension, Z."""
 
 from __future__ import annotations
 
@@ -18,13 +18,15 @@ from ..pack.codes import Codes, Coding, Pages
 from ..pack.torch_impl import plane, unpack, worth
 from ..scratch import scratch
 
-TILE = 2**19  # numbers a thread, 2 MiB in fp32: smaller ones are more calls, larger ones leave the cache
+TILE = (
+    2**19
+)  # numbers a thread, 2 MiB in fp32: smaller ones are more calls, larger ones leave the cache
 FEWEST = 4096  # tokens of a tile, if there are as many
 
 
 class Stretch:
-    """index: of its first key in the cache (first tokens, packed, newest); number: of that key's token if the tokens
-    are in order, else None."""
+    """index: of its first key in the cache (first tokens, packed, newest); number: of that key's
+    token if the tokens are in order, else None."""
 
     def __init__(self, k, v, index: int, number: int | None):
         self.k, self.v, self.index, self.number = k, v, index, number
@@ -79,14 +81,20 @@ class Packed(Stretch):
         groups = out.unflatten(2, (-1, coding.group)) if coding.axis == "token" else None
         if groups is None or groups.shape[1] * groups.shape[2] > self.v.dim:
             for z, n, codes in _tiles(self.v, weights.dtype):
-                out[z].add_(torch.bmm(weights[z, :, n], _numbers(codes, coding, scale, offset, z, n)))
+                out[z].add_(
+                    torch.bmm(weights[z, :, n], _numbers(codes, coding, scale, offset, z, n))
+                )
             return out.view(*shape, -1)
         # A token's scales go into its weights instead, which are fewer than its numbers.
-        if offset is not None:  # (weights times offsets, this way round: the other takes four times as long)
+        if (
+            offset is not None
+        ):  # (weights times offsets, this way round: the other takes four times as long)
             groups.copy_(torch.bmm(offset.mT, weights.mT).mT[..., None])
         for z, n, codes in _tiles(self.v, weights.dtype):
             for group, own in enumerate(codes.split(coding.group, dim=2)):
-                groups[z, :, group].add_(torch.bmm(weights[z, :, n] * scale[z, n, group][:, None], own))
+                groups[z, :, group].add_(
+                    torch.bmm(weights[z, :, n] * scale[z, n, group][:, None], own)
+                )
         return out.view(*shape, -1)
 
     def unpacked(self):
@@ -95,8 +103,9 @@ class Packed(Stretch):
 
 
 def _tiles(codes: Codes | Pages, dtype: torch.dtype) -> Iterator[tuple[slice, slice, Tensor]]:
-    """(part of Z, part of the tokens, what `plane` makes of their codes (z, n, D)), to be changed in place: the next
-    tile takes the same memory. All of Z where there is room for `FEWEST` tokens of each: its products run at once."""
+    """(part of Z, part of the tokens, what `plane` makes of their codes (z, n, D)), to be changed
+    in place: the next tile takes the same memory. All of Z where there is room for `FEWEST` tokens
+    of each: its products run at once."""
     coding, dim, at = codes.coding, codes.dim, 0
     size = TILE * (2 if torch.compiler.is_compiling() else torch.get_num_threads())
     for part in codes.parts:
@@ -116,7 +125,9 @@ def _tiles(codes: Codes | Pages, dtype: torch.dtype) -> Iterator[tuple[slice, sl
         at += tokens
 
 
-def _numbers(held: Tensor, coding: Coding, scale: Tensor, offset: Tensor | None, z: slice, n: slice) -> Tensor:
+def _numbers(
+    held: Tensor, coding: Coding, scale: Tensor, offset: Tensor | None, z: slice, n: slice
+) -> Tensor:
     """A tile of `_tiles`, changed in place to the numbers that its codes stand for."""
     where = z, slice(n.start // coding.unit, n.stop // coding.unit)
     if coding.axis == "token":
@@ -133,8 +144,15 @@ def _numbers(held: Tensor, coding: Coding, scale: Tensor, offset: Tensor | None,
 
 
 def _scales(codes: Codes | Pages, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-    """(Z, ...): what `plane`'s numbers are multiplied by, and what is then added, (zero + 1/2) scale; None for fp8."""
-    scale, zero, offset, coding = codes.scale.flatten(0, 1).to(dtype), codes.zero, None, codes.coding
+    """(Z, ...): what `plane`'s numbers are multiplied by, and what is then added, (zero + 1/2)
+    scale; None for fp8.
+    """
+    scale, zero, offset, coding = (
+        codes.scale.flatten(0, 1).to(dtype),
+        codes.zero,
+        None,
+        codes.coding,
+    )
     if coding.kind != "fp8":
         offset = scale * 0.5 if zero is None else zero.flatten(0, 1).to(dtype).add_(0.5).mul_(scale)
     return scale * worth(coding) if worth(coding) != 1 else scale, offset

@@ -1,10 +1,9 @@
 """Attention over a packed cache in plain torch: any number of queries, no copy of the cache in full
 precision. What CPU users get.
 
-Scores are made for as many keys at once as `SCORES` allows, a span, and spans are merged by log-sum-exp: decoding is
-one softmax over all keys, and a chunk of a long prompt walks through the cache. `packed_tiles` makes them from the
-codes.
-"""
+Scores are made for as many keys at once as `SCORES` allows, a span, and spans are merged by
+log-sum-exp: decoding is one softmax over all keys, and a chunk of a long prompt walks through the
+cache. `packed_tiles` makes them from the codes."""
 
 from __future__ import annotations
 
@@ -42,7 +41,10 @@ def attention(
 ) -> tuple[Tensor, Tensor | None]:
     """As `packed.attention`; products in fp32, or fp64 for fp64 queries."""
     if type(pattern) not in (Pattern, Window, Blocks):
-        raise ValueError(f"packed attention: got a {type(pattern).__name__}, valid are Pattern, Window and Blocks")
+        raise ValueError(
+            f"packed attention: got a {type(pattern).__name__}, valid are Pattern, Window and "
+            "Blocks"
+        )
     parts, step = [], max(1, MANY // (q.shape[0] * q.shape[1] * USUAL))
     for start in range(0, q.shape[2], step):
         queries = slice(start, start + step)
@@ -55,9 +57,20 @@ class Walk:
     """Some of the queries, and their way through the cache."""
 
     def __init__(self, q, cache, pattern, queries, causal, scale, softcap, q_first, turn, bias):
-        self.cache, self.pattern, self.causal, self.softcap, self.turn = cache, pattern, causal, softcap, turn
+        self.cache, self.pattern, self.causal, self.softcap, self.turn = (
+            cache,
+            pattern,
+            causal,
+            softcap,
+            turn,
+        )
         self.bias = bias
-        self.dtype, self.heads, self.total, kv_heads = q.dtype, q.shape[1], q.shape[2], cache.k.shape[1]
+        self.dtype, self.heads, self.total, kv_heads = (
+            q.dtype,
+            q.shape[1],
+            q.shape[2],
+            cache.k.shape[1],
+        )
         work = torch.promote_types(q.dtype, torch.float32)
 
         def rows(x: Tensor | None) -> Tensor | None:
@@ -84,12 +97,18 @@ class Walk:
         spans = list(self.spans())
         plain = len(spans) == 1 and not need_lse and all(map(self.all_seen, spans[0]))
         for span in spans:
-            s = torch.cat([self.scores(part) for part in span], dim=-1) if len(span) > 1 else self.scores(span[0])
+            s = (
+                torch.cat([self.scores(part) for part in span], dim=-1)
+                if len(span) > 1
+                else self.scores(span[0])
+            )
             if plain:  # what follows in general, in one call
                 return self.weighed(span, s.softmax(dim=-1)).to(self.dtype).view(*shape, -1), None
             top = s.amax(dim=-1, keepdim=True)
             higher = top if highest is None else torch.maximum(highest, top)
-            base = higher.clamp(min=torch.finfo(s.dtype).min)  # finite: no inf - inf where nothing is seen
+            base = higher.clamp(
+                min=torch.finfo(s.dtype).min
+            )  # finite: no inf - inf where nothing is seen
             p = (s - base).exp_()
             products, seen = self.weighed(span, p), p.sum(dim=-1, keepdim=True)
             if highest is not None:
@@ -109,7 +128,8 @@ class Walk:
         weights = p.split([part.keys for part in span], dim=-1)
         return sum(part.weigh(w) for part, w in zip(span, weights, strict=True))
 
-    # Which keys ---------------------------------------------------------------------------------------------------
+    # Which keys
+    # ---------------------------------------------------------------------------------------------------
 
     def spans(self) -> Iterator[list[Stretch]]:
         """Stretches, as many at once as their scores have room."""
@@ -132,17 +152,29 @@ class Walk:
         k, v, low, length = cache.k, cache.v, self.lowest(), self.length()
         number = cache.packed_from if cache.packed_numbers is None else None
         unit = math.lcm(k.coding.unit, v.coding.unit)
-        begin = 0 if low is None or number is None else min(max(0, low - number) // unit * unit, k.tokens)
+        begin = (
+            0
+            if low is None or number is None
+            else min(max(0, low - number) // unit * unit, k.tokens)
+        )
         for start in range(begin, k.tokens, length):
-            part, at = slice(start, min(start + length, k.tokens)), None if number is None else number + start
+            part, at = (
+                slice(start, min(start + length, k.tokens)),
+                None if number is None else number + start,
+            )
             codes = (k, v) if part == slice(0, k.tokens) else (k[part], v[part])
             yield Packed(*codes, slots + start, at)
         rest = cache.k_rest.shape[2]
         number = cache.total - rest if cache.rest_numbers is None else None
         begin = 0 if low is None or number is None else min(max(0, low - number), rest)
         for start in range(begin, rest, length):
-            part, at = slice(start, min(start + length, rest)), None if number is None else number + start
-            yield Full(cache.k_rest[:, :, part], cache.v_rest[:, :, part], slots + k.tokens + start, at)
+            part, at = (
+                slice(start, min(start + length, rest)),
+                None if number is None else number + start,
+            )
+            yield Full(
+                cache.k_rest[:, :, part], cache.v_rest[:, :, part], slots + k.tokens + start, at
+            )
 
     def length(self) -> int:
         """Of the longest stretch: it has room for its scores, and where keys turn, for these."""
@@ -154,10 +186,14 @@ class Walk:
         return max(unit, max(SHORTEST, room) // unit * unit)
 
     def lowest(self) -> int | None:
-        """The number of the oldest key behind the slots that some query may see; None: not known."""
+        """The number of the oldest key behind the slots that some query may see; None: not
+        known.
+        """
         if self.low is None or self.pattern.first > self.cache.slots:
             return None
-        if isinstance(self.pattern, Blocks) and self.cache.start is not None:  # each row has its own borders
+        if (
+            isinstance(self.pattern, Blocks) and self.cache.start is not None
+        ):  # each row has its own borders
             return self.low - (self.pattern.look_back + 1) * self.pattern.size + 1
         return self.pattern.span(self.low, self.high + 1)[0]
 
@@ -177,7 +213,12 @@ class Walk:
     def all_seen(self, part: Stretch) -> bool:
         """Whether every query sees every key, as far as the host knows."""
         cache, pattern = self.cache, self.pattern
-        if self.low is None or part.number is None or cache.start is not None or cache.mask is not None:
+        if (
+            self.low is None
+            or part.number is None
+            or cache.start is not None
+            or cache.mask is not None
+        ):
             return False
         last = part.number + part.keys - 1
         if part.index >= cache.slots > part.number or (self.causal and last > self.low):
@@ -187,7 +228,8 @@ class Walk:
         ahead = self.causal or last < self.low + getattr(pattern, "ahead", 0)
         return type(pattern) is Window and part.number > self.high - pattern.back and ahead
 
-    # Scores -------------------------------------------------------------------------------------------------------
+    # Scores
+    # -------------------------------------------------------------------------------------------------------
 
     def scores(self, part: Stretch) -> Tensor:
         """(B, Hkv, R, n) in fp32, -inf where a query does not see a key."""
@@ -210,7 +252,9 @@ class Walk:
         shifted = isinstance(self.pattern, Blocks) and self.pattern.shifted
         h = torch.arange(self.heads if shifted else 1, device=s.device)[None, :, None, None]
         return (
-            self.by_head(s).masked_fill(~self.pattern.sees(i, j, h, self.heads, self.causal), -torch.inf).view(s.shape)
+            self.by_head(s)
+            .masked_fill(~self.pattern.sees(i, j, h, self.heads, self.causal), -torch.inf)
+            .view(s.shape)
         )
 
     def turned(self, part: Stretch) -> Tensor:
@@ -233,7 +277,9 @@ class Walk:
         if near is None or far is None:
             return far if near is None else near
         distance = self.i[:, None, :, None] - at[:, None, None, :]
-        return torch.where(distance >= turn.window, self.by_head(far), self.by_head(near)).reshape(near.shape)
+        return torch.where(distance >= turn.window, self.by_head(far), self.by_head(near)).reshape(
+            near.shape
+        )
 
     def of_first(self, part: Stretch, first: Tensor, others: Tensor) -> Tensor:
         """`first` for the keys at positions below `pattern.first`, which are slots."""

@@ -1,4 +1,6 @@
-"""Attention over a packed cache in Triton: what to read, how to split it, one launch (and one to combine splits)."""
+"""Attention over a packed cache in Triton: what to read, how to split it, one launch (and one to
+combine splits).
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,7 @@ from .triton_impl import (
     shared_memory,
     split,
     strides,
-)  # fmt: skip
+)
 from .triton_kernels import combine
 from .turn import Turn
 
@@ -48,16 +50,27 @@ def attention(
     bias: Bias | None,
     need_lse: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """As `packed.attention`. Any strides but the last one's are free: a part of a cache is not copied."""
+    """As `packed.attention`. Any strides but the last one's are free: a part of a cache is not
+    copied.
+    """
     batch, heads, queries, dim = q.shape
     kv_heads, value_dim = cache.v.shape[1], cache.v.dim
     _check(q, cache, turn)
     near, *numbers = predicate(pattern)
     group = heads // kv_heads
-    k_code, v_code = (code(x.coding, x.dim, half) for x, half in ((cache.k, _half(turn)), (cache.v, None)))
+    k_code, v_code = (
+        code(x.coding, x.dim, half) for x, half in ((cache.k, _half(turn)), (cache.v, None))
+    )
     more = sum(x is not None for x in (q_first, turn, bias))
     sizes = tile(
-        cache.k.coding, cache.v.coding, dim, value_dim, q.element_size(), group * queries, shared_memory(q.device), more
+        cache.k.coding,
+        cache.v.coding,
+        dim,
+        value_dim,
+        q.element_size(),
+        group * queries,
+        shared_memory(q.device),
+        more,
     )
 
     slots, packed, rest = cache.slots, cache.k.tokens, cache.k_rest.shape[2]
@@ -73,7 +86,9 @@ def attention(
     if splits > 1:
         parts = q.new_empty(splits, *out.shape, dtype=torch.float32)
         sums = q.new_empty(splits, batch, heads, queries, dtype=torch.float32)
-    inner, outer = (scale / math.log(2), 1.0) if softcap is None else (scale / softcap, softcap / math.log(2))
+    inner, outer = (
+        (scale / math.log(2), 1.0) if softcap is None else (scale / softcap, softcap / math.log(2))
+    )
     total, total_at = (0, cache.total) if isinstance(cache.total, Tensor) else (cache.total, None)
 
     q, q_first, q_far = dense_rows(q), dense_rows(q_first), dense_rows(turn.q_far if turn else None)
@@ -87,17 +102,23 @@ def attention(
         attend_packed[splits * row_tiles, kv_heads, batch](
             q, q_first, q_far, *k, *v, *full, parts, sums, *held, total_at,
             None if turn is None else turn.inv_freq.to(q.device, torch.float32), params,
-            *(stride for x in (q, q_first, q_far, k[0], k[1], v[0], v[1], *full) for stride in strides(x)),
-            0 if mask is None or len(mask) == 1 else mask.stride(0), group, row_tiles, inner, outer, step, n_params,
-            queries, total, slots, min(pattern.first, FARTHEST), *numbers, cache.packed_from, packed, rest, low,
+            *(stride for x in (q, q_first, q_far, k[0], k[1], v[0], v[1], *full) for stride in
+            strides(x)),
+            0 if mask is None or len(mask) == 1 else mask.stride(0), group, row_tiles, inner, outer,
+            step, n_params,
+            queries, total, slots, min(pattern.first, FARTHEST), *numbers, cache.packed_from,
+            packed, rest, low,
             rest_low, packed_tiles, tiles, triton.cdiv(tiles, splits),
             1.0 if turn is None else float(turn.scaling), turn.window or 0 if turn else 0, slow,
-            K_CODE=k_code, V_CODE=v_code, TURN=turned(turn), NEAR=near, CAUSAL=causal, SOFTCAP=softcap is not None,
+            K_CODE=k_code, V_CODE=v_code, TURN=turned(turn), NEAR=near, CAUSAL=causal,
+            SOFTCAP=softcap is not None,
             SLOTS=slots > 0, BIAS=BIASES[bias and bias.kind], **sizes,
         )  # fmt: skip
         if splits > 1:
             lines = batch * heads * queries
-            combine[lines,](parts, sums, out, lse, splits, lines, DV=value_dim, **combine_tile(value_dim))
+            combine[lines,](
+                parts, sums, out, lse, splits, lines, DV=value_dim, **combine_tile(value_dim)
+            )
     return out, lse
 
 
@@ -106,23 +127,28 @@ def _check(q: Tensor, cache: PackedCache, turn: Turn | None) -> None:
     dim, value_dim = cache.k.dim, cache.v.dim
     if q.dtype not in DTYPES or max(dim, value_dim) > WIDEST:
         raise ValueError(
-            f"packed attention: got {q.dtype} with head dimensions {dim} and {value_dim}; the Triton kernel takes "
+            f"packed attention: got {q.dtype} with head dimensions {dim} and {value_dim}; the "
+            "Triton kernel takes "
             f"float16, bfloat16 and float32 with at most {WIDEST}, impl='torch' takes all"
         )
     for side, x in (("k", cache.k), ("v", cache.v)):
         pieces = code(x.coding, x.dim, _half(turn) if side == "k" else None)[-1]
         if pieces > MOST_PIECES or (x.coding.axis == "channel" and x.coding.group % 16):
             raise ValueError(
-                f"packed attention: {side} has groups of {x.coding.group} per {x.coding.axis} at head dimension "
-                f"{x.dim}; the Triton kernel takes multiples of 16 per channel and at most {MOST_PIECES} pieces per "
+                f"packed attention: {side} has groups of {x.coding.group} per {x.coding.axis} at "
+                "head dimension "
+                f"{x.dim}; the Triton kernel takes multiples of 16 per channel and at most "
+                f"{MOST_PIECES} pieces per "
                 "token, impl='torch' takes all"
             )
     if turn is not None:
         half, width = _half(turn), code(cache.k.coding, dim, _half(turn))[5]
         if turn.interleaved or half % width or dim % width:
             raise ValueError(
-                f"turn: got {half} frequencies, {'interleaved, ' if turn.interleaved else ''}at head dimension {dim}; "
-                f"the Triton kernel takes halves that are whole pieces of {width} channels, impl='torch' takes all"
+                f"turn: got {half} frequencies, {'interleaved, ' if turn.interleaved else ''}at "
+                f"head dimension {dim}; "
+                f"the Triton kernel takes halves that are whole pieces of {width} channels, "
+                "impl='torch' takes all"
             )
     if q.requires_grad and torch.is_grad_enabled():
         raise ValueError("packed attention: there are no gradients; valid is torch.no_grad()")
@@ -134,8 +160,8 @@ def _half(turn: Turn | None) -> int | None:
 
 @lru_cache
 def code(coding: Coding, dim: int, half: int | None = None) -> tuple:
-    """A `CODE` of the kernel: pieces are as wide as one plane and one group of channels, and as `half`, those that
-    turn."""
+    """A `CODE` of the kernel: pieces are as wide as one plane and one group of channels, and as
+    `half`, those that turn."""
     width = dim // coding.planes
     if coding.axis == "token":
         width = math.gcd(width, coding.group)
@@ -159,38 +185,60 @@ def codes_and_scales(x: Codes) -> tuple[Tensor, Tensor, Tensor | None]:
     return codes, scale, zero
 
 
-def worth_reading(cache: PackedCache, pattern: Pattern, queries: int, block: int) -> tuple[int, int]:
-    """The first packed key and the first of the newest ones that some query may see; of packed ones a multiple of
-    `block`, as tiles must not straddle groups."""
+def worth_reading(
+    cache: PackedCache, pattern: Pattern, queries: int, block: int
+) -> tuple[int, int]:
+    """The first packed key and the first of the newest ones that some query may see; of packed ones
+    a multiple of `block`, as tiles must not straddle groups."""
     if isinstance(cache.total, Tensor) or pattern.first > cache.slots:
         return 0, 0
     oldest = cache.total - queries
     low = pattern.span(oldest, cache.total)[0]
     if low is None:
         return 0, 0
-    if isinstance(pattern, Blocks) and cache.start is not None:  # borders follow each row's start: the worst one
+    if (
+        isinstance(pattern, Blocks) and cache.start is not None
+    ):  # borders follow each row's start: the worst one
         low = oldest - (pattern.look_back + 1) * pattern.size + 1
     rest = cache.k_rest.shape[2]
-    first = 0 if cache.packed_numbers is not None else min(max(0, low - cache.packed_from), cache.k.tokens)
+    first = (
+        0
+        if cache.packed_numbers is not None
+        else min(max(0, low - cache.packed_from), cache.k.tokens)
+    )
     newest = 0 if cache.rest_numbers is not None else min(max(0, low - (cache.total - rest)), rest)
     return first // block * block, newest
 
 
 @lru_cache
 def tile(
-    k: Coding, v: Coding, dim: int, value_dim: int, itemsize: int, lines: int, shared: int, more: int
+    k: Coding,
+    v: Coding,
+    dim: int,
+    value_dim: int,
+    itemsize: int,
+    lines: int,
+    shared: int,
+    more: int,
 ) -> dict[str, int]:
-    """Tile sizes for `lines` rows and so many bytes of shared memory, as keyword arguments of `attend_packed`. A tile
-    of packed keys lies in one group. more: how many there are of q_first, keys that turn and a bias, which take
-    registers."""
+    """Tile sizes for `lines` rows and so many bytes of shared memory, as keyword arguments of
+    `attend_packed`. A tile of packed keys lies in one group. more: how many there are of q_first,
+    keys that turn and a bias, which take registers."""
     width = max(triton.next_power_of_2(dim), triton.next_power_of_2(value_dim), 16)
     small = shared < 96 * 1024  # AMD
     if itemsize == 4:  # without matrix units: there to be right
         block_m, longest = 16, 32
     else:
-        block_m = min(max(16, triton.next_power_of_2(lines)), 16 if more or small else 32 if width > 64 else 64)
+        block_m = min(
+            max(16, triton.next_power_of_2(lines)),
+            16 if more or small else 32 if width > 64 else 64,
+        )
         longest = min(LONGEST, CODES_AT_ONCE // width) // 2 ** max(more, small or block_m > 16)
-    along = [x.group & -x.group for x in (k, v) if x.axis == "channel"]  # the largest power of two that divides it
+    along = [
+        x.group & -x.group for x in (k, v) if x.axis == "channel"
+    ]  # the largest power of two that divides it
     block_n = max(16, min([longest, *along]))
     block_f = max(16, min(longest, 64) // (2 if width > 128 else 1))
-    return dict(BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_F=block_f, num_warps=4, num_stages=2 if small else 3)
+    return dict(
+        BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_F=block_f, num_warps=4, num_stages=2 if small else 3
+    )

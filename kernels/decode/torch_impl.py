@@ -1,13 +1,13 @@
-"""Exact attention of a few new tokens over a cache, in plain torch: any layout, no loops, nothing read back.
+"""Exact attention of a few new tokens over a cache, in plain torch: any layout, no loops, nothing
+read back.
 
-The query heads that share a K/V head are the rows of one small matrix, so that K and V are read once. A window or block
-pattern over keys in order is cut down to its range first: views where it can, no mask where nothing is left to hide.
-Of raw keys only those are rotated that are scored so: for ReRoPE, the newest. It traces under `torch.compile` with
-dynamic shapes, and is differentiable.
+The query heads that share a K/V head are the rows of one small matrix, so that K and V are read
+once. A window or block pattern over keys in order is cut down to its range first: views where it
+can, no mask where nothing is left to hide. Of raw keys only those are rotated that are scored so:
+for ReRoPE, the newest. It traces under `torch.compile` with dynamic shapes, and is differentiable.
 
-Shapes: q (B, Hq, Tq, D), k (B, Hkv, Tk, D), v (B, Hkv, Tk, Dv), R = Hq / Hkv * Tq rows. Masks are (1 or B, 1 or Hq, Tq,
-Tk), True where a query sees a key.
-"""
+Shapes: q (B, Hq, Tq, D), k (B, Hkv, Tk, D), v (B, Hkv, Tk, Dv), R = Hq / Hkv * Tq rows. Masks are
+(1 or B, 1 or Hq, Tq, Tk), True where a query sees a key."""
 
 from __future__ import annotations
 
@@ -44,14 +44,22 @@ def attention(
     far: Far | None = None,
     bias: Bias | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """(B, Hq, Tq, Dv) in q's dtype, and the log-sum-exp (B, Hq, Tq). Queries that see no key give 0 and -inf.
+    """(B, Hq, Tq, Dv) in q's dtype, and the log-sum-exp (B, Hq, Tq). Queries that see no key give 0
+    and -inf.
 
     far: as for flash attention, which hands its calls over to be traced.
     """
     queries = q.shape[2]
     if counts is None and far is None:
         k, v, layout = _visible_range(k, v, pattern, layout, queries)
-    plain = softcap is None and q_first is None and not need_lse and turn is None and far is None and bias is None
+    plain = (
+        softcap is None
+        and q_first is None
+        and not need_lse
+        and turn is None
+        and far is None
+        and bias is None
+    )
     if counts is None:
         if queries == 1 and type(pattern) is Pattern and _in_order(layout) and plain:
             return one_query(q, k, v, padding_mask(layout, k), scale), None
@@ -61,7 +69,13 @@ def attention(
     repeated = counts is not None and counts.dtype != torch.bool
     if plain and not repeated:
         return _fused(q, k, v, mask, scale), None
-    if turn is not None and queries == 1 and softcap is None and not repeated and _in_order_behind(layout, mask):
+    if (
+        turn is not None
+        and queries == 1
+        and softcap is None
+        and not repeated
+        and _in_order_behind(layout, mask)
+    ):
         rows = _pack(q, k.shape[1])
         if torch_turn.fits(rows, k, v, turn):
             rows_far = _pack(turn.q_far, k.shape[1])
@@ -77,7 +91,8 @@ def attention(
     return out, lse if need_lse else None
 
 
-# Which keys ------------------------------------------------------------------------------------------------------
+# Which keys
+# -------------------------------------------------------------------------------------------------
 
 
 def _in_order(layout: Layout) -> bool:
@@ -91,11 +106,17 @@ def _in_order_behind(layout: Layout, mask: Tensor | None) -> bool:
 
 def _visible_range(k: Tensor, v: Tensor, pattern: Pattern, layout: Layout, queries: int):
     """k, v and their layout without keys that no query sees, as far as shapes alone tell."""
-    if layout.ring is not None or layout.slots_at is not None or not isinstance(pattern, (Window, Blocks)):
+    if (
+        layout.ring is not None
+        or layout.slots_at is not None
+        or not isinstance(pattern, (Window, Blocks))
+    ):
         return k, v, layout
     total, first = layout.tokens(k.shape[2]), pattern.first
     oldest = total - queries
-    if layout.start is None or isinstance(pattern, Window):  # windows look the same wherever the row begins
+    if layout.start is None or isinstance(
+        pattern, Window
+    ):  # windows look the same wherever the row begins
         oldest = pattern.span(oldest, total)[0]
     else:  # borders differ from row to row
         oldest -= (pattern.look_back + 1) * pattern.size - 1
@@ -103,7 +124,9 @@ def _visible_range(k: Tensor, v: Tensor, pattern: Pattern, layout: Layout, queri
     sinks_apart = layout.slots >= first or (not layout.slots and not layout.tail)
     if cut <= max(first - layout.slots, 0) or not sinks_apart:
         return k, v, layout
-    if layout.slots and layout.start is not None:  # a padded row's first keys may lie behind the slots still
+    if (
+        layout.slots and layout.start is not None
+    ):  # a padded row's first keys may lie behind the slots still
         return k, v, layout
     if not layout.slots and not first:
         mask = None if layout.mask is None else layout.mask[:, cut:]
@@ -123,8 +146,13 @@ def _visible_range(k: Tensor, v: Tensor, pattern: Pattern, layout: Layout, queri
         if layout.start is None and layout.mask is None:
             there = later = None
     index = at.expand(k.shape[0], -1)[:, None, :, None].expand(-1, k.shape[1], -1, 1)
-    k, v = (torch.cat([x.gather(2, index.expand(-1, -1, -1, x.shape[3])), x[:, :, layout.slots + cut :]], dim=2)
-            for x in (k, v))  # fmt: skip
+    k, v = (
+        torch.cat(
+            [x.gather(2, index.expand(-1, -1, -1, x.shape[3])), x[:, :, layout.slots + cut :]],
+            dim=2,
+        )
+        for x in (k, v)
+    )
     mask = None
     if there is not None:
         rows = max(there.shape[0], later.shape[0])
@@ -133,7 +161,9 @@ def _visible_range(k: Tensor, v: Tensor, pattern: Pattern, layout: Layout, queri
 
 
 def _mask(q: Tensor, k: Tensor, pattern: Pattern, layout: Layout, causal: bool) -> Tensor | None:
-    """None where one query sees all of the keys, which a window or a block of unpadded keys in order ends in."""
+    """None where one query sees all of the keys, which a window or a block of unpadded keys in
+    order ends in.
+    """
     queries, keys = q.shape[2], k.shape[2]
     padded = layout.start is not None or layout.mask is not None
     shifted = isinstance(pattern, Blocks) and pattern.shifted
@@ -151,7 +181,8 @@ def _mask(q: Tensor, k: Tensor, pattern: Pattern, layout: Layout, causal: bool) 
     return pattern.sees(i, j, heads, q.shape[1], causal)
 
 
-# Attention -------------------------------------------------------------------------------------------------------
+# Attention
+# -------------------------------------------------------------------------------------------------
 
 
 def _pack(x: Tensor, kv_heads: int) -> Tensor:
@@ -170,9 +201,13 @@ def _pack_mask(mask: Tensor, heads: int, kv_heads: int) -> Tensor:
 def _fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
     batch, heads, queries, _ = q.shape
     rows = _pack(q, k.shape[1])
-    if q.device.type == "cpu" and q.dtype in HALVES and (rows.shape[2] == 1 or q.dtype == torch.float16):
-        # Emulated, row by row. 512 keys, 8 heads, 2 AVX2 cores: 0.29 ms in bf16, 0.44 in fp16, 0.13 this way. Several
-        # rows in bf16 go through another product, which is fast.
+    if (
+        q.device.type == "cpu"
+        and q.dtype in HALVES
+        and (rows.shape[2] == 1 or q.dtype == torch.float16)
+    ):
+        # Emulated, row by row. 512 keys, 8 heads, 2 AVX2 cores: 0.29 ms in bf16, 0.44 in fp16, 0.13
+        # this way. Several rows in bf16 go through another product, which is fast.
         rows, k, v = rows.float(), k.float(), v.float()
     packed = None if mask is None else _pack_mask(mask, heads, k.shape[1])
     out = scaled_dot_product_attention(rows, k, v, attn_mask=packed, scale=scale)
@@ -181,7 +216,8 @@ def _fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -
     return out if mask is None else torch.where(mask.any(dim=-1, keepdim=True), out, 0.0)
 
 
-# Scores ----------------------------------------------------------------------------------------------------------
+# Scores
+# -------------------------------------------------------------------------------------------------
 
 
 def _scores(q, k, pattern, layout, q_first, turn, far) -> Tensor:
@@ -193,7 +229,11 @@ def _scores(q, k, pattern, layout, q_first, turn, far) -> Tensor:
         return _near_and_far(q, _pack(turn.q_far, kv_heads).to(work), k, turn, layout, position)
 
     def scored(rows: Tensor) -> Tensor:
-        return rows @ k.to(work).transpose(-1, -2) if turn is None else products(rows, k, turn, position)
+        return (
+            rows @ k.to(work).transpose(-1, -2)
+            if turn is None
+            else products(rows, k, turn, position)
+        )
 
     scores = scored(q)
     if q_first is not None:
@@ -214,7 +254,8 @@ def _distance(layout: Layout, queries: int, keys: int, device: torch.device) -> 
 
 
 def _near_and_far(q, q_far, k, turn: Turn, layout: Layout, position: Tensor) -> Tensor:
-    """Products of rows q and q_far (B, Hkv, R, D) with raw keys, (B, Hkv, R, Tk). In order, the keys are
+    """Products of rows q and q_far (B, Hkv, R, D) with raw keys, (B, Hkv, R, Tk). In order, the
+    keys are
 
         slots    may be either, row by row         old     far from all queries
         strip    near to some queries only         new     near to all
@@ -237,16 +278,24 @@ def _near_and_far(q, q_far, k, turn: Turn, layout: Layout, position: Tensor) -> 
     is_far = _distance(layout, queries, keys, k.device)[:, None] >= turn.window
     is_far = torch.cat([is_far[..., :apart], is_far[..., strip:new]], dim=-1)
     is_far = _pack_mask(is_far, turn.q_far.shape[1], k.shape[1])
-    either = torch.where(is_far, torch.cat([far[..., :apart], far[..., strip:]], dim=-1), near[..., :mixed])
-    return torch.cat([either[..., :apart], far[..., apart:strip], either[..., apart:], near[..., mixed:]], dim=-1)
+    either = torch.where(
+        is_far, torch.cat([far[..., :apart], far[..., strip:]], dim=-1), near[..., :mixed]
+    )
+    return torch.cat(
+        [either[..., :apart], far[..., apart:strip], either[..., apart:], near[..., mixed:]], dim=-1
+    )
 
 
 def _softmax(scores: Tensor, v: Tensor, mask, counts, q: Tensor) -> tuple[Tensor, Tensor]:
-    """scores (B, Hkv, R, Tk) -> out (B, Hq, Tq, Dv) in q's dtype and the log-sum-exp (B, Hq, Tq)."""
+    """scores (B, Hkv, R, Tk) -> out (B, Hq, Tq, Dv) in q's dtype and the log-sum-exp (B, Hq,
+    Tq).
+    """
     work, kv_heads = scores.dtype, v.shape[1]
     if mask is not None:
         scores = scores.masked_fill(~_pack_mask(mask, q.shape[1], kv_heads), -torch.inf)
-    highest = scores.detach().amax(dim=-1, keepdim=True).clamp(min=torch.finfo(work).min)  # finite, for no NaN below
+    highest = (
+        scores.detach().amax(dim=-1, keepdim=True).clamp(min=torch.finfo(work).min)
+    )  # finite, for no NaN below
     weights = torch.exp(scores - highest)
     if counts is not None:
         weights = weights * _pack_mask(counts, q.shape[1], kv_heads)

@@ -1,11 +1,11 @@
-"""Softmax attention of a few new tokens over a cache, in Triton: what to read, how to split it, two launches.
+"""Softmax attention of a few new tokens over a cache, in Triton: what to read, how to split it, two
+launches.
 
-    out, lse = attention(q, k, v, Window(back=512), Layout(), causal=True, scale=0.125, softcap=None, q_first=None,
-                         counts=None, need_lse=True)
+    out, lse = attention(q, k, v, Window(back=512), Layout(), causal=True, scale=0.125,
+                         softcap=None, q_first=None, counts=None, need_lse=True)
 
-Lengths stay integers of the host, and masks are made inside of the kernel from what the layout holds: a step launches
-nothing but the kernels and waits for nothing.
-"""
+Lengths stay integers of the host, and masks are made inside of the kernel from what the layout
+holds: a step launches nothing but the kernels and waits for nothing."""
 
 from __future__ import annotations
 
@@ -28,7 +28,9 @@ from .turn import Turn
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 WIDEST = 256  # head dimension
 FARTHEST = 2**30  # "no bound" among the kernel's int32 positions
-TILE_BYTES = 2**14  # of K, and of V: at three stages, two programs fit in an A100's processor and three in an H200's
+TILE_BYTES = (
+    2**14
+)  # of K, and of V: at three stages, two programs fit in an A100's processor and three in an H200's
 RESIDENT = 2  # programs that run at once on a processor
 OVERHEAD = 2  # of one program and of `combine`: about as long as reading this many tiles
 
@@ -49,7 +51,8 @@ def attention(
     turn: Turn | None = None,
     bias: Bias | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """As `effattn.kernels.decode.attention`. Any strides but the last one's are free: a part of a cache is not copied.
+    """As `effattn.kernels.decode.attention`. Any strides but the last one's are free: a part of a
+    cache is not copied.
 
     Keys that nobody sees must hold finite numbers, as for the other implementations.
     """
@@ -57,11 +60,14 @@ def attention(
     kv_heads, keys, value_dim = v.shape[1:]
     if q.dtype not in DTYPES or max(dim, value_dim) > WIDEST:
         raise ValueError(
-            f"decode: got {q.dtype} with head dimensions {dim} and {value_dim}; the Triton kernel takes float16, "
+            f"decode: got {q.dtype} with head dimensions {dim} and {value_dim}; the Triton kernel "
+            "takes float16, "
             f"bfloat16 and float32 with at most {WIDEST}, impl='torch' takes all"
         )
     if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
-        raise ValueError("decode: the Triton kernel has no gradients; valid are torch.no_grad() and impl='torch'")
+        raise ValueError(
+            "decode: the Triton kernel has no gradients; valid are torch.no_grad() and impl='torch'"
+        )
     q_first = q_first if pattern.first else None
     if counts is None:
         near, *numbers = predicate(pattern)
@@ -75,7 +81,15 @@ def attention(
 
     group = heads // kv_heads
     more = counts is not None or q_first is not None or turn is not None or bias is not None
-    sizes = tile(dim, value_dim, q.element_size(), group * queries, shared_memory(q.device), more, turn is not None)
+    sizes = tile(
+        dim,
+        value_dim,
+        q.element_size(),
+        group * queries,
+        shared_memory(q.device),
+        more,
+        turn is not None,
+    )
     tiles = triton.cdiv(head, sizes["BLOCK_N"]) + triton.cdiv(keys - low, sizes["BLOCK_N"])
     row_tiles = triton.cdiv(group * queries, sizes["BLOCK_M"])
     splits = split(tiles, batch * kv_heads * row_tiles, processors(q.device))
@@ -92,38 +106,61 @@ def attention(
         inner, outer = scale / softcap, softcap / math.log(2)
 
     q, k, v, q_first = map(dense_rows, (q, k, v, q_first))
-    mask, start, slots_at, ring = map(dense_rows, (layout.mask, layout.start, layout.slots_at, layout.ring))
+    mask, start, slots_at, ring = map(
+        dense_rows, (layout.mask, layout.start, layout.slots_at, layout.ring)
+    )
     params, step, n_params = arguments(bias)
     held = (start, mask, slots_at, ring, counts, params)
     mask_and_counts = (
-        0 if mask is None or len(mask) == 1 else mask.stride(0), *((0, 0, 0, 0) if counts is None else counts.stride())
-    )  # fmt: skip
+        0 if mask is None or len(mask) == 1 else mask.stride(0),
+        *((0, 0, 0, 0) if counts is None else counts.stride()),
+    )
     units = (group, row_tiles, inner, outer, step, n_params)
     numbers = (
-        queries, layout.tail, layout.tokens(keys), layout.slots, min(pattern.first, FARTHEST), *numbers, head, low,
-        keys, tiles, triton.cdiv(tiles, splits),
-    )  # fmt: skip
+        queries,
+        layout.tail,
+        layout.tokens(keys),
+        layout.slots,
+        min(pattern.first, FARTHEST),
+        *numbers,
+        head,
+        low,
+        keys,
+        tiles,
+        triton.cdiv(tiles, splits),
+    )
     fixed = dict(
-        D=dim, DV=value_dim, NEAR=near, CAUSAL=causal, SOFTCAP=softcap is not None,
-        BIAS=BIASES[bias and bias.kind], HEAD=head > 0, **sizes,
-    )  # fmt: skip
+        D=dim,
+        DV=value_dim,
+        NEAR=near,
+        CAUSAL=causal,
+        SOFTCAP=softcap is not None,
+        BIAS=BIASES[bias and bias.kind],
+        HEAD=head > 0,
+        **sizes,
+    )
     with torch.cuda.device_of(q):
         if turn is None:
             attend[splits * row_tiles, kv_heads, batch](
-                q, q_first, k, v, parts, sums, *held, *strides(q), *strides(q_first), *strides(k), *strides(v),
+                q, q_first, k, v, parts, sums, *held, *strides(q), *strides(q_first), *strides(k),
+                *strides(v),
                 *mask_and_counts, *units, *numbers, **fixed,
             )  # fmt: skip
         else:
             q_far = dense_rows(turn.q_far)
             classes = tile_classes(turn, layout, queries, keys, head, low, sizes["BLOCK_N"], tiles)
             attend_turned[splits * row_tiles, kv_heads, batch](
-                q, q_far, q_first, k, v, parts, sums, turn.inv_freq.to(q.device, torch.float32), *held,
-                *strides(q), *strides(q_far), *strides(q_first), *strides(k), *strides(v), *mask_and_counts,
+                q, q_far, q_first, k, v, parts, sums, turn.inv_freq.to(q.device, torch.float32),
+                *held,
+                *strides(q), *strides(q_far), *strides(q_first), *strides(k), *strides(v),
+                *mask_and_counts,
                 *units, float(turn.scaling), *classes, *numbers, **turned(turn, fixed),
             )  # fmt: skip
         if splits > 1:
             lines = batch * heads * queries
-            combine[lines,](parts, sums, out, lse, splits, lines, DV=value_dim, **combine_tile(value_dim))
+            combine[lines,](
+                parts, sums, out, lse, splits, lines, DV=value_dim, **combine_tile(value_dim)
+            )
     return out, lse
 
 
@@ -132,8 +169,8 @@ def tile_classes(
 ) -> tuple[int, float, int, int, int]:
     """window, slow, and how many tiles are of each class, as `attend_turned` takes them.
 
-    A query's distance to a key after the slots does not depend on where its row begins; to the others it does.
-    """
+    A query's distance to a key after the slots does not depend on where its row begins; to the
+    others it does."""
     slow = 1.0 if math.isinf(turn.slow) else float(turn.slow)
     if turn.window is None:
         return 0, slow, 0, 0, 0
@@ -153,7 +190,9 @@ def turned(turn: Turn, fixed: dict) -> dict:
     """The compile-time arguments of `attend_turned`, from those of `attend`."""
     half = len(turn.inv_freq)
     rest = fixed["D"] - 2 * half
-    sizes = dict(BLOCK_R=max(16, triton.next_power_of_2(half)), BLOCK_P=max(16, triton.next_power_of_2(rest)))
+    sizes = dict(
+        BLOCK_R=max(16, triton.next_power_of_2(half)), BLOCK_P=max(16, triton.next_power_of_2(rest))
+    )
     slowed = turn.window is not None and not math.isinf(turn.slow)
     more = dict(R2=half, INTERLEAVED=turn.interleaved, SLOWED=slowed, **sizes)
     return {name: value for name, value in fixed.items() if name != "BLOCK_D"} | more
@@ -165,17 +204,26 @@ def predicate(pattern: Pattern) -> tuple:
         return in_window, min(pattern.back, FARTHEST), min(pattern.ahead, FARTHEST), 0
     if isinstance(pattern, Blocks):
         size = min(pattern.size, FARTHEST)
-        return in_blocks, size, min(pattern.look_back, FARTHEST // size), size // 2 if pattern.shifted else 0
+        return (
+            in_blocks,
+            size,
+            min(pattern.look_back, FARTHEST // size),
+            size // 2 if pattern.shifted else 0,
+        )
     if type(pattern) is Pattern:
         return None, 0, 0, 0
-    raise ValueError(f"decode: got a {type(pattern).__name__} without `counts`, which has no predicate in the kernel")
+    raise ValueError(
+        f"decode: got a {type(pattern).__name__} without `counts`, which has no predicate in the "
+        "kernel"
+    )
 
 
 def worth_reading(pattern: Pattern, layout: Layout, queries: int, keys: int) -> tuple[int, int]:
-    """(head, low): at most `head` keys from the front (slots and first ones), and all keys from index `low` on.
+    """(head, low): at most `head` keys from the front (slots and first ones), and all keys from
+    index `low` on.
 
-    Queries are the last tokens, so there is never a bound above. Rings are in no order and are read whole.
-    """
+    Queries are the last tokens, so there is never a bound above. Rings are in no order and are read
+    whole."""
     low_query = layout.tokens(keys) - queries
     low = pattern.span(low_query, low_query + queries)[0]
     if low is None or layout.ring is not None:
@@ -183,7 +231,9 @@ def worth_reading(pattern: Pattern, layout: Layout, queries: int, keys: int) -> 
     first = pattern.first
     if layout.start is None:
         first = max(0, first - layout.tail)
-    elif isinstance(pattern, Blocks):  # borders follow each row's start, which the host does not know: the worst one
+    elif isinstance(
+        pattern, Blocks
+    ):  # borders follow each row's start, which the host does not know: the worst one
         low = low_query - (pattern.look_back + 1) * pattern.size + 1
     head = min(layout.slots + first, keys)
     low = min(low - layout.tail + layout.slots, keys)
@@ -192,26 +242,42 @@ def worth_reading(pattern: Pattern, layout: Layout, queries: int, keys: int) -> 
 
 @lru_cache
 def tile(
-    dim: int, value_dim: int, itemsize: int, lines: int, shared: int, more: bool, turns: bool = False
+    dim: int,
+    value_dim: int,
+    itemsize: int,
+    lines: int,
+    shared: int,
+    more: bool,
+    turns: bool = False,
 ) -> dict[str, int]:
-    """Tile sizes for `lines` rows (queries times heads of a group), as keyword arguments of `attend`.
+    """Tile sizes for `lines` rows (queries times heads of a group), as keyword arguments of
+    `attend`.
 
-    more: there are counts, q_first, a bias or raw keys, which take registers. turns: it is raw keys, which with wide
-    heads take more than Hopper and Blackwell give: smaller tiles, and fewer in flight.
-    """
+    more: there are counts, q_first, a bias or raw keys, which take registers. turns: it is raw
+    keys, which with wide heads take more than Hopper and Blackwell give: smaller tiles, and fewer
+    in flight."""
     block_d, block_dv = (max(16, triton.next_power_of_2(x)) for x in (dim, value_dim))
     width = max(block_d, block_dv)
     small = shared < 6 * TILE_BYTES  # AMD, and NVIDIA before Ampere
     if itemsize == 4:  # without matrix units: there to be right, and small enough for the registers
         block_m, block_n = 16, 32 if width <= 64 else 16
     else:
-        block_m = min(max(16, triton.next_power_of_2(lines)), 64 if width <= 128 and not more else 32)
-        block_n = min(128 if block_m == 16 else 64, TILE_BYTES // (width * itemsize)) // (2 if small or more else 1)
+        block_m = min(
+            max(16, triton.next_power_of_2(lines)), 64 if width <= 128 and not more else 32
+        )
+        block_n = min(128 if block_m == 16 else 64, TILE_BYTES // (width * itemsize)) // (
+            2 if small or more else 1
+        )
         block_n = max(16, block_n // 2) if turns and width > 64 else block_n
     stages = 2 if small or (turns and width > 64) else 3
     return dict(
-        BLOCK_D=block_d, BLOCK_DV=block_dv, BLOCK_M=block_m, BLOCK_N=block_n, num_warps=4, num_stages=stages
-    )  # fmt: skip
+        BLOCK_D=block_d,
+        BLOCK_DV=block_dv,
+        BLOCK_M=block_m,
+        BLOCK_N=block_n,
+        num_warps=4,
+        num_stages=stages,
+    )
 
 
 @lru_cache
@@ -223,10 +289,11 @@ def combine_tile(value_dim: int) -> dict[str, int]:
 
 @lru_cache(maxsize=4096)
 def split(tiles: int, programs: int, processors: int) -> int:
-    """Into how many parts to split `tiles` so that `programs` times as many programs end soonest; none is empty.
+    """Into how many parts to split `tiles` so that `programs` times as many programs end soonest;
+    none is empty.
 
-    A wave of programs takes as long as one of them: its tiles and its overhead. Ties go to the fewer parts.
-    """
+    A wave of programs takes as long as one of them: its tiles and its overhead. Ties go to the
+    fewer parts."""
     capacity = RESIDENT * processors
 
     def time(parts: int) -> int:
@@ -240,7 +307,11 @@ def split(tiles: int, programs: int, processors: int) -> int:
 @lru_cache
 def processors(device: torch.device) -> int:
     """Multiprocessors of a GPU; 8 in the interpreter."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
+    return (
+        torch.cuda.get_device_properties(device).multi_processor_count
+        if device.type == "cuda"
+        else 8
+    )
 
 
 @lru_cache

@@ -1,10 +1,11 @@
-"""Flash-decoding in Triton: `attend` takes one split of the keys, `combine` merges the splits by log-sum-exp.
+"""Flash-decoding in Triton: `attend` takes one split of the keys, `combine` merges the splits by
+log-sum-exp.
 
-Shapes: q (B, Hq, Tq, D), k (B, Hkv, Tk, D), v (B, Hkv, Tk, Dv), out ([splits,] B, Hq, Tq, Dv), lse without Dv. The
-other letters: `triton_pieces`.
+Shapes: q (B, Hq, Tq, D), k (B, Hkv, Tk, D), v (B, Hkv, Tk, Dv), out ([splits,] B, Hq, Tq, Dv), lse
+without Dv. The other letters: `triton_pieces`.
 
-Lengths, which change at every step, are never specialised on: a kernel that compiled at one length runs at all.
-"""
+Lengths, which change at every step, are never specialised on: a kernel that compiled at one length
+runs at all."""
 
 from __future__ import annotations
 
@@ -12,31 +13,111 @@ import triton
 import triton.language as tl
 
 from ..flash.triton_bias import params_of
-from .triton_pieces import LN2, LOG2E, dot, finish, key_positions, narrow, sees, soften, tanh, tile_keys
+from .triton_pieces import (
+    LN2,
+    LOG2E,
+    dot,
+    finish,
+    key_positions,
+    narrow,
+    sees,
+    soften,
+    tanh,
+    tile_keys,
+)
 
 CHANGING = (
-    "mask_b", "c_b", "c_h", "c_t", "step", "n_params", "queries", "tail", "total", "slots", "first", "near_a",
-    "near_b", "near_c", "head", "low", "high", "tiles", "tiles_a_split",
-)  # fmt: skip
+    "mask_b",
+    "c_b",
+    "c_h",
+    "c_t",
+    "step",
+    "n_params",
+    "queries",
+    "tail",
+    "total",
+    "slots",
+    "first",
+    "near_a",
+    "near_b",
+    "near_c",
+    "head",
+    "low",
+    "high",
+    "tiles",
+    "tiles_a_split",
+)
 
 
 @triton.jit(do_not_specialize=CHANGING)
 def attend(
-    q_ptr, q_first_ptr, k_ptr, v_ptr, out_ptr, lse_ptr,
-    start_ptr, mask_ptr, slots_at_ptr, ring_ptr, counts_ptr, params_ptr,
-    q_b, q_h, q_t, f_b, f_h, f_t, k_b, k_h, k_n, v_b, v_h, v_n, mask_b, c_b, c_h, c_t, c_n,
-    group, row_tiles, inner, outer, step, n_params,
-    queries, tail, total, slots, first, near_a, near_b, near_c, head, low, high, tiles, tiles_a_split,
-    D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    NEAR: tl.constexpr, CAUSAL: tl.constexpr, SOFTCAP: tl.constexpr, BIAS: tl.constexpr, HEAD: tl.constexpr,
-):  # fmt: skip
-    """One split of the keys for one row tile of one K/V head: its normalised output and its log-sum-exp.
+    q_ptr,
+    q_first_ptr,
+    k_ptr,
+    v_ptr,
+    out_ptr,
+    lse_ptr,
+    start_ptr,
+    mask_ptr,
+    slots_at_ptr,
+    ring_ptr,
+    counts_ptr,
+    params_ptr,
+    q_b,
+    q_h,
+    q_t,
+    f_b,
+    f_h,
+    f_t,
+    k_b,
+    k_h,
+    k_n,
+    v_b,
+    v_h,
+    v_n,
+    mask_b,
+    c_b,
+    c_h,
+    c_t,
+    c_n,
+    group,
+    row_tiles,
+    inner,
+    outer,
+    step,
+    n_params,
+    queries,
+    tail,
+    total,
+    slots,
+    first,
+    near_a,
+    near_b,
+    near_c,
+    head,
+    low,
+    high,
+    tiles,
+    tiles_a_split,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    NEAR: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    BIAS: tl.constexpr,
+    HEAD: tl.constexpr,
+):
+    """One split of the keys for one row tile of one K/V head: its normalised output and its
+    log-sum-exp.
 
-    Grid (splits * row_tiles, Hkv, B). Pointers that are None are absent. Scores in bits are q k * inner, or with
-    SOFTCAP tanh(q k * inner) * outer; BIAS, with n_params numbers a head, is added. The keys read are `head` ones from
-    the front (HEAD: slots and first keys) and then those at [low, high), in `tiles` tiles of BLOCK_N.
-    """
+    Grid (splits * row_tiles, Hkv, B). Pointers that are None are absent. Scores in bits are q k *
+    inner, or with SOFTCAP tanh(q k * inner) * outer; BIAS, with n_params numbers a head, is added.
+    The keys read are `head` ones from the front (HEAD: slots and first keys) and then those at
+    [low, high), in `tiles` tiles of BLOCK_N."""
     split = tl.program_id(0) // row_tiles
     kv_head = tl.program_id(1)
     b = tl.program_id(2).to(tl.int64)
@@ -53,9 +134,15 @@ def attend(
 
     h_wide = h.to(tl.int64)[:, None]
     q_mask = is_row[:, None] & (d < D)[None, :]
-    q = tl.load(q_ptr + b * q_b + h_wide * q_h + t[:, None] * q_t + d[None, :], mask=q_mask, other=0.0)
+    q = tl.load(
+        q_ptr + b * q_b + h_wide * q_h + t[:, None] * q_t + d[None, :], mask=q_mask, other=0.0
+    )
     if q_first_ptr is not None:
-        q_first = tl.load(q_first_ptr + b * f_b + h_wide * f_h + t[:, None] * f_t + d[None, :], mask=q_mask, other=0.0)
+        q_first = tl.load(
+            q_first_ptr + b * f_b + h_wide * f_h + t[:, None] * f_t + d[None, :],
+            mask=q_mask,
+            other=0.0,
+        )
     if counts_ptr is not None:
         counts_ptr += b * c_b + h_wide * c_h + t[:, None].to(tl.int64) * c_t
     if mask_ptr is not None:
@@ -84,21 +171,36 @@ def attend(
             s += BIAS(tl.abs(i - j), *params) * LOG2E
         count = None
         if counts_ptr is not None:
-            count = tl.load(counts_ptr + c.to(tl.int64)[None, :] * c_n, mask=is_row[:, None] & is_key[None, :], other=0)
+            count = tl.load(
+                counts_ptr + c.to(tl.int64)[None, :] * c_n,
+                mask=is_row[:, None] & is_key[None, :],
+                other=0,
+            )
             count = count.to(tl.float32)
             visible = count > 0
         else:
-            visible = sees(i, j, h[:, None], heads, is_key, first, near_a, near_b, near_c, NEAR, CAUSAL)
+            visible = sees(
+                i, j, h[:, None], heads, is_key, first, near_a, near_b, near_c, NEAR, CAUSAL
+            )
         sums = soften(sums, tl.where(visible, s, float("-inf")), v, count)
     finish(sums, out_ptr, lse_ptr, split, b, h, t, is_row, heads, queries, DV, BLOCK_DV)
 
 
 @triton.jit(do_not_specialize=["splits", "rows"])
 def combine(
-    parts_ptr, sums_ptr, out_ptr, lse_ptr, splits, rows,
-    DV: tl.constexpr, BLOCK_DV: tl.constexpr, CHUNK: tl.constexpr,
-):  # fmt: skip
-    """One output row: parts (splits, rows, Dv) weighed by the softmax of their log-sum-exps sums (splits, rows)."""
+    parts_ptr,
+    sums_ptr,
+    out_ptr,
+    lse_ptr,
+    splits,
+    rows,
+    DV: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """One output row: parts (splits, rows, Dv) weighed by the softmax of their log-sum-exps sums
+    (splits, rows).
+    """
     row = tl.program_id(0).to(tl.int64)
     dv = tl.arange(0, BLOCK_DV)
     highest = float("-inf")

@@ -1,9 +1,9 @@
-"""What the decode kernels share: products, which keys a tile has and where they stand, who sees them, the softmax.
+"""What the decode kernels share: products, which keys a tile has and where they stand, who sees
+them, the softmax.
 
-M: rows of a tile, the Tq queries of the G = Hq / Hkv heads that share a K/V head, so that K and V are read once.
-N: keys of a tile. i and h: position and head of each row (M, 1); j: position of each key (1, N), negative: not there.
-c: the number of each key in its tensor (N,).
-"""
+M: rows of a tile, the Tq queries of the G = Hq / Hkv heads that share a K/V head, so that K and V
+are read once. N: keys of a tile. i and h: position and head of each row (M, 1); j: position of each
+key (1, N), negative: not there. c: the number of each key in its tensor (N,)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
-EMULATED = tl.constexpr(triton.knobs.runtime.interpret)  # the interpreter's bf16 needs help in `dot` and `narrow`
+EMULATED = tl.constexpr(
+    triton.knobs.runtime.interpret
+)  # the interpreter's bf16 needs help in `dot` and `narrow`
 
 
 @triton.jit
@@ -23,7 +25,9 @@ def in_window(i, j, h, heads, back, ahead, _):
 
 @triton.jit
 def in_blocks(i, j, h, heads, size, look_back, half):
-    """The jitted twin of `Blocks.near`; the division is by rows only, so it leaves the loop over keys."""
+    """The jitted twin of `Blocks.near`; the division is by rows only, so it leaves the loop over
+    keys.
+    """
     shift = tl.where(h >= heads // 2, half, 0)
     border = (i + shift) // size * size
     return (j + shift >= border - look_back * size) & (j + shift < border + size)
@@ -48,16 +52,22 @@ def narrow(x, dtype: tl.constexpr):
 
 @triton.jit
 def tanh(x):
-    """No tanh of Triton's runs everywhere. Small x by its series: 1 - 2 / (exp(2x) + 1) would lose their digits."""
+    """No tanh of Triton's runs everywhere. Small x by its series: 1 - 2 / (exp(2x) + 1) would lose
+    their digits.
+    """
     square = x * x
-    series = x * (1 + square * (-1 / 3 + square * (2 / 15 + square * (-17 / 315 + square * (62 / 2835)))))
+    series = x * (
+        1 + square * (-1 / 3 + square * (2 / 15 + square * (-17 / 315 + square * (62 / 2835))))
+    )
     return tl.where(square < 0.0625, series, 1 - 2 / (tl.exp2(x * (2 * LOG2E)) + 1))
 
 
 @triton.jit
-def tile_keys(tile, origin, slots, tail, head, low, high, HEAD: tl.constexpr, BLOCK_N: tl.constexpr):
-    """c, and which of them are keys, and this tile's to count: of `head` ones from the front (HEAD: slots and first
-    keys) and then those at [low, high)."""
+def tile_keys(
+    tile, origin, slots, tail, head, low, high, HEAD: tl.constexpr, BLOCK_N: tl.constexpr
+):
+    """c, and which of them are keys, and this tile's to count: of `head` ones from the front (HEAD:
+    slots and first keys) and then those at [low, high)."""
     n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     if HEAD:
         front = (head + BLOCK_N - 1) // BLOCK_N * BLOCK_N
@@ -75,7 +85,11 @@ def key_positions(c, is_key, origin, slots, tail, slots_at_ptr, ring_ptr, mask_p
         number = c - slots + tail
     else:
         number = tl.load(ring_ptr + (c - slots), mask=is_key & (c >= slots), other=-1).to(tl.int32)
-    slot = c if slots_at_ptr is None else tl.load(slots_at_ptr + c, mask=c < slots, other=0).to(tl.int32)
+    slot = (
+        c
+        if slots_at_ptr is None
+        else tl.load(slots_at_ptr + c, mask=c < slots, other=0).to(tl.int32)
+    )
     j = tl.where(c < slots, slot, number - origin)
     if mask_ptr is not None:
         j = tl.where(tl.load(mask_ptr + c, mask=is_key, other=0) != 0, j, -1)
@@ -83,7 +97,9 @@ def key_positions(c, is_key, origin, slots, tail, slots_at_ptr, ring_ptr, mask_p
 
 
 @triton.jit
-def sees(i, j, h, heads, is_key, first, near_a, near_b, near_c, NEAR: tl.constexpr, CAUSAL: tl.constexpr):
+def sees(
+    i, j, h, heads, is_key, first, near_a, near_b, near_c, NEAR: tl.constexpr, CAUSAL: tl.constexpr
+):
     visible = is_key[None, :] & (j >= 0) & (i >= 0)
     if CAUSAL:
         visible &= j <= i
@@ -94,11 +110,13 @@ def sees(i, j, h, heads, is_key, first, near_a, near_b, near_c, NEAR: tl.constex
 
 @triton.jit
 def soften(sums, s, v, count):
-    """Goes on with sums = (acc (M, Dv), highest (M,), weight (M,)): scores s (M, N) in bits, -inf for what is hidden,
-    `count` times each (None: once)."""
+    """Goes on with sums = (acc (M, Dv), highest (M,), weight (M,)): scores s (M, N) in bits, -inf
+    for what is hidden, `count` times each (None: once)."""
     acc, highest, weight = sums
     higher = tl.maximum(highest, tl.max(s, axis=1))
-    base = tl.where(higher == float("-inf"), 0.0, higher)  # rows that have seen nothing yet: no inf - inf
+    base = tl.where(
+        higher == float("-inf"), 0.0, higher
+    )  # rows that have seen nothing yet: no inf - inf
     p = tl.exp2(s - base[:, None])
     if count is not None:
         p *= count
@@ -109,13 +127,28 @@ def soften(sums, s, v, count):
 
 
 @triton.jit
-def finish(sums, out_ptr, lse_ptr, split, b, h, t, is_row, heads, queries, DV: tl.constexpr, BLOCK_DV: tl.constexpr):
+def finish(
+    sums,
+    out_ptr,
+    lse_ptr,
+    split,
+    b,
+    h,
+    t,
+    is_row,
+    heads,
+    queries,
+    DV: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+):
     """Stores the normalised output of a split and its log-sum-exp."""
     acc, highest, weight = sums
     dv = tl.arange(0, BLOCK_DV)
     weight = tl.where(weight > 0, weight, 1.0)  # a row that saw nothing: 0, and -inf from `highest`
     acc = narrow(acc / weight[:, None], out_ptr.dtype.element_ty)
     row = ((split * tl.num_programs(2) + b) * heads + h) * queries + t  # int64, as b is
-    tl.store(out_ptr + row[:, None] * DV + dv[None, :], acc, mask=is_row[:, None] & (dv < DV)[None, :])
+    tl.store(
+        out_ptr + row[:, None] * DV + dv[None, :], acc, mask=is_row[:, None] & (dv < DV)[None, :]
+    )
     if lse_ptr is not None:
         tl.store(lse_ptr + row, (highest + tl.log2(weight)) * LN2, mask=is_row)

@@ -4,9 +4,9 @@
     cos, sin = cos_sin(angles(j, inv_freq_ptr, slow, R2, BLOCK_R))
     a, b = a * cos - b * sin, b * cos + a * sin
 
-Angles are rounded to fp32 as transformers and `Turn.keys` round them; what follows is exact to 1e-7 up to a million
-tokens. The sine of a large angle in libdevice needs a stack, which is what a spill is.
-"""
+Angles are rounded to fp32 as transformers and `Turn.keys` round them; what follows is exact to 1e-7
+up to a million tokens. The sine of a large angle in libdevice needs a stack, which is what a spill
+is."""
 
 from __future__ import annotations
 
@@ -17,8 +17,10 @@ EMULATED = tl.constexpr(triton.knobs.runtime.interpret)  # the interpreter's fma
 TWO_OVER_PI = tl.constexpr(0.6366197723675814)
 # pi / 2 in three parts of 24 bits: fp32 numbers, of which a multiple is taken away exactly by fma
 HALF_PI_0, HALF_PI_1, HALF_PI_2 = (
-    tl.constexpr(1.5707963705062866), tl.constexpr(-4.371138828673793e-08), tl.constexpr(-1.7151245100058819e-15)
-)  # fmt: skip
+    tl.constexpr(1.5707963705062866),
+    tl.constexpr(-4.371138828673793e-08),
+    tl.constexpr(-1.7151245100058819e-15),
+)
 
 
 @triton.jit
@@ -31,7 +33,9 @@ def angles(j, inv_freq, slow, R2: tl.constexpr, BLOCK_R: tl.constexpr):
 
 @triton.jit
 def cos_sin(angle):
-    """Both of an angle of either sign. Taken to [-pi/4, pi/4] by the nearest quarter turn; then series, to 1e-8."""
+    """Both of an angle of either sign. Taken to [-pi/4, pi/4] by the nearest quarter turn; then
+    series, to 1e-8.
+    """
     turns = tl.floor(angle * TWO_OVER_PI + 0.5)
     if EMULATED:
         x = (angle.to(tl.float64) - turns.to(tl.float64) * 1.5707963267948966).to(tl.float32)
@@ -41,7 +45,9 @@ def cos_sin(angle):
         x = tl.fma(-turns, HALF_PI_2, x)
     square = x * x
     cos = 1 + square * (-1 / 2 + square * (1 / 24 + square * (-1 / 720 + square * (1 / 40320))))
-    sin = x + x * square * (-1 / 6 + square * (1 / 120 + square * (-1 / 5040 + square * (1 / 362880))))
+    sin = x + x * square * (
+        -1 / 6 + square * (1 / 120 + square * (-1 / 5040 + square * (1 / 362880)))
+    )
     quarter = turns.to(tl.int32) & 3
     swapped = (quarter & 1) == 1
     c, s = tl.where(swapped, sin, cos), tl.where(swapped, cos, sin)

@@ -1,7 +1,9 @@
-"""`attend` over keys that are stored before their rotation, which is done on the fly: once a key, for all its queries.
+"""`attend` over keys that are stored before their rotation, which is done on the fly: once a key,
+for all its queries.
 
-A key's turning dimensions come as the two halves of its pairs, each a product of its own with that half of the queries;
-the others (partial rotary) are a third. For ReRoPE and Leaky ReRoPE the tiles are of three classes:
+A key's turning dimensions come as the two halves of its pairs, each a product of its own with that
+half of the queries; the others (partial rotary) are a third. For ReRoPE and Leaky ReRoPE the tiles
+are of three classes:
 
     CLOSE    near to all queries: q, keys at j
     DISTANT  far from all: q_far, keys at j / slow, for ReRoPE as they are stored
@@ -24,10 +26,17 @@ CLOSE, DISTANT, EITHER = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
 
 @triton.jit
-def _load(pointers, found, R2: tl.constexpr, REST: tl.constexpr, INTERLEAVED: tl.constexpr, BLOCK_R: tl.constexpr,
-          BLOCK_P: tl.constexpr):  # fmt: skip
-    """Rows at `pointers` (X, 1), those `found`: both halves of the pairs (X, BLOCK_R), and if there is a rest, that
-    (X, BLOCK_P)."""
+def _load(
+    pointers,
+    found,
+    R2: tl.constexpr,
+    REST: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+):
+    """Rows at `pointers` (X, 1), those `found`: both halves of the pairs (X, BLOCK_R), and if there
+    is a rest, that (X, BLOCK_P)."""
     d, p = tl.arange(0, BLOCK_R)[None, :], tl.arange(0, BLOCK_P)[None, :]
     step, apart = (2, 1) if INTERLEAVED else (1, R2)
     there = found if R2 == BLOCK_R else found & (d < R2)
@@ -60,14 +69,43 @@ def _turned(k, j, inv_freq, slow, R2: tl.constexpr, REST: tl.constexpr, BLOCK_R:
 
 
 @triton.jit
-def _over_tiles(sums, begin, end, ahead, q, q_far, q_first, rows, keys, held, seen, turn, units, params, counts_ptr,
-                slots_at_ptr, ring_ptr, mask_ptr,
-                D: tl.constexpr, DV: tl.constexpr, R2: tl.constexpr, INTERLEAVED: tl.constexpr, SLOWED: tl.constexpr,
-                NEAR: tl.constexpr, CAUSAL: tl.constexpr, SOFTCAP: tl.constexpr, BIAS: tl.constexpr,
-                HEAD: tl.constexpr, CLASS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_P: tl.constexpr,
-                BLOCK_DV: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
-    """Goes on with sums over the tiles [begin, end) of a program's order; those of EITHER class from the number `ahead`
-    on lie behind the DISTANT ones."""
+def _over_tiles(
+    sums,
+    begin,
+    end,
+    ahead,
+    q,
+    q_far,
+    q_first,
+    rows,
+    keys,
+    held,
+    seen,
+    turn,
+    units,
+    params,
+    counts_ptr,
+    slots_at_ptr,
+    ring_ptr,
+    mask_ptr,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    R2: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    SLOWED: tl.constexpr,
+    NEAR: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    BIAS: tl.constexpr,
+    HEAD: tl.constexpr,
+    CLASS: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Goes on with sums over the tiles [begin, end) of a program's order; those of EITHER class
+    from the number `ahead` on lie behind the DISTANT ones."""
     i, h, heads, is_row = rows
     k_ptr, k_n, v_ptr, v_n, c_n = keys
     origin, slots, tail, head, low, high = held
@@ -97,14 +135,23 @@ def _over_tiles(sums, begin, end, ahead, q, q_far, q_first, rows, keys, held, se
             if q_first is not None:
                 s = tl.where((j >= 0) & (j < first), _product(q_first, turned, scaling, REST), s)
         if CLASS != CLOSE:
-            far = _product(q_far, _turned(k, at, inv_freq, slow, R2, REST, BLOCK_R) if SLOWED else k, scaling, REST)
+            far = _product(
+                q_far,
+                _turned(k, at, inv_freq, slow, R2, REST, BLOCK_R) if SLOWED else k,
+                scaling,
+                REST,
+            )
             s = far if CLASS == DISTANT else tl.where(i - j >= window, far, s)
         s = tanh(s * inner) * outer if SOFTCAP else s * inner
         if BIAS is not None:
             s += BIAS(tl.abs(i - j), *params) * LOG2E
         count = None
         if counts_ptr is not None:
-            count = tl.load(counts_ptr + c.to(tl.int64)[None, :] * c_n, mask=is_row[:, None] & is_key[None, :], other=0)
+            count = tl.load(
+                counts_ptr + c.to(tl.int64)[None, :] * c_n,
+                mask=is_row[:, None] & is_key[None, :],
+                other=0,
+            )
             count = count.to(tl.float32)
             visible = count > 0
         else:
@@ -113,20 +160,88 @@ def _over_tiles(sums, begin, end, ahead, q, q_far, q_first, rows, keys, held, se
     return sums
 
 
-@triton.jit(do_not_specialize=(*CHANGING, "window", "slow", "scaling", "ahead", "distant", "straddling"))
+@triton.jit(
+    do_not_specialize=(*CHANGING, "window", "slow", "scaling", "ahead", "distant", "straddling")
+)
 def attend_turned(
-    q_ptr, q_far_ptr, q_first_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, inv_freq_ptr,
-    start_ptr, mask_ptr, slots_at_ptr, ring_ptr, counts_ptr, params_ptr,
-    q_b, q_h, q_t, r_b, r_h, r_t, f_b, f_h, f_t, k_b, k_h, k_n, v_b, v_h, v_n, mask_b, c_b, c_h, c_t, c_n,
-    group, row_tiles, inner, outer, step, n_params, scaling, window, slow, ahead, distant, straddling,
-    queries, tail, total, slots, first, near_a, near_b, near_c, head, low, high, tiles, tiles_a_split,
-    D: tl.constexpr, DV: tl.constexpr, R2: tl.constexpr, INTERLEAVED: tl.constexpr, SLOWED: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
+    q_ptr,
+    q_far_ptr,
+    q_first_ptr,
+    k_ptr,
+    v_ptr,
+    out_ptr,
+    lse_ptr,
+    inv_freq_ptr,
+    start_ptr,
+    mask_ptr,
+    slots_at_ptr,
+    ring_ptr,
+    counts_ptr,
+    params_ptr,
+    q_b,
+    q_h,
+    q_t,
+    r_b,
+    r_h,
+    r_t,
+    f_b,
+    f_h,
+    f_t,
+    k_b,
+    k_h,
+    k_n,
+    v_b,
+    v_h,
+    v_n,
+    mask_b,
+    c_b,
+    c_h,
+    c_t,
+    c_n,
+    group,
+    row_tiles,
+    inner,
+    outer,
+    step,
+    n_params,
+    scaling,
+    window,
+    slow,
+    ahead,
+    distant,
+    straddling,
+    queries,
+    tail,
+    total,
+    slots,
+    first,
+    near_a,
+    near_b,
+    near_c,
+    head,
+    low,
+    high,
+    tiles,
+    tiles_a_split,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    R2: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    SLOWED: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    NEAR: tl.constexpr, CAUSAL: tl.constexpr, SOFTCAP: tl.constexpr, BIAS: tl.constexpr, HEAD: tl.constexpr,
-):  # fmt: skip
-    """As `attend`. R2 frequencies; SLOWED: far keys turn too (Leaky ReRoPE). Without q_far all tiles are CLOSE; with it
-    there are, in order, `ahead` tiles of EITHER class, `distant` ones, `straddling` of EITHER class, and CLOSE ones."""
+    NEAR: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    BIAS: tl.constexpr,
+    HEAD: tl.constexpr,
+):
+    """As `attend`. R2 frequencies; SLOWED: far keys turn too (Leaky ReRoPE). Without q_far all
+    tiles are CLOSE; with it there are, in order, `ahead` tiles of EITHER class, `distant` ones,
+    `straddling` of EITHER class, and CLOSE ones."""
     split = tl.program_id(0) // row_tiles
     kv_head = tl.program_id(1)
     b = tl.program_id(2).to(tl.int64)
@@ -140,7 +255,15 @@ def attend_turned(
     rows = ((total - queries + t - origin)[:, None], h[:, None], heads, is_row)
 
     h_wide, t_wide, exists = h.to(tl.int64)[:, None], t[:, None].to(tl.int64), is_row[:, None]
-    q = _load(q_ptr + b * q_b + h_wide * q_h + t_wide * q_t, exists, R2, D - 2 * R2, INTERLEAVED, BLOCK_R, BLOCK_P)
+    q = _load(
+        q_ptr + b * q_b + h_wide * q_h + t_wide * q_t,
+        exists,
+        R2,
+        D - 2 * R2,
+        INTERLEAVED,
+        BLOCK_R,
+        BLOCK_P,
+    )
     q_far = None
     if q_far_ptr is not None:
         at = q_far_ptr + b * r_b + h_wide * r_h + t_wide * r_t
@@ -167,18 +290,111 @@ def attend_turned(
     sums = (tl.zeros([BLOCK_M, BLOCK_DV], tl.float32), highest, tl.zeros([BLOCK_M], tl.float32))
     if q_far_ptr is not None:
         until = tl.minimum(tl.maximum(begin, ahead + straddling), end)
-        sums = _over_tiles(sums, begin, until, ahead, q, q_far, q_first, rows, keys, held, seen, turn, units, params,
-                           counts_ptr, slots_at_ptr, ring_ptr, mask_ptr,
-                           D, DV, R2, INTERLEAVED, SLOWED, NEAR, CAUSAL, SOFTCAP, BIAS, HEAD, EITHER,
-                           BLOCK_R, BLOCK_P, BLOCK_DV, BLOCK_N)  # fmt: skip
+        sums = _over_tiles(
+            sums,
+            begin,
+            until,
+            ahead,
+            q,
+            q_far,
+            q_first,
+            rows,
+            keys,
+            held,
+            seen,
+            turn,
+            units,
+            params,
+            counts_ptr,
+            slots_at_ptr,
+            ring_ptr,
+            mask_ptr,
+            D,
+            DV,
+            R2,
+            INTERLEAVED,
+            SLOWED,
+            NEAR,
+            CAUSAL,
+            SOFTCAP,
+            BIAS,
+            HEAD,
+            EITHER,
+            BLOCK_R,
+            BLOCK_P,
+            BLOCK_DV,
+            BLOCK_N,
+        )
         begin, until = until, tl.minimum(tl.maximum(until, ahead + straddling + distant), end)
-        sums = _over_tiles(sums, begin, until, ahead, q, q_far, q_first, rows, keys, held, seen, turn, units, params,
-                           counts_ptr, slots_at_ptr, ring_ptr, mask_ptr,
-                           D, DV, R2, INTERLEAVED, SLOWED, NEAR, CAUSAL, SOFTCAP, BIAS, HEAD, DISTANT,
-                           BLOCK_R, BLOCK_P, BLOCK_DV, BLOCK_N)  # fmt: skip
+        sums = _over_tiles(
+            sums,
+            begin,
+            until,
+            ahead,
+            q,
+            q_far,
+            q_first,
+            rows,
+            keys,
+            held,
+            seen,
+            turn,
+            units,
+            params,
+            counts_ptr,
+            slots_at_ptr,
+            ring_ptr,
+            mask_ptr,
+            D,
+            DV,
+            R2,
+            INTERLEAVED,
+            SLOWED,
+            NEAR,
+            CAUSAL,
+            SOFTCAP,
+            BIAS,
+            HEAD,
+            DISTANT,
+            BLOCK_R,
+            BLOCK_P,
+            BLOCK_DV,
+            BLOCK_N,
+        )
         begin = until
-    sums = _over_tiles(sums, begin, end, ahead, q, q_far, q_first, rows, keys, held, seen, turn, units, params,
-                       counts_ptr, slots_at_ptr, ring_ptr, mask_ptr,
-                       D, DV, R2, INTERLEAVED, SLOWED, NEAR, CAUSAL, SOFTCAP, BIAS, HEAD, CLOSE,
-                       BLOCK_R, BLOCK_P, BLOCK_DV, BLOCK_N)  # fmt: skip
+    sums = _over_tiles(
+        sums,
+        begin,
+        end,
+        ahead,
+        q,
+        q_far,
+        q_first,
+        rows,
+        keys,
+        held,
+        seen,
+        turn,
+        units,
+        params,
+        counts_ptr,
+        slots_at_ptr,
+        ring_ptr,
+        mask_ptr,
+        D,
+        DV,
+        R2,
+        INTERLEAVED,
+        SLOWED,
+        NEAR,
+        CAUSAL,
+        SOFTCAP,
+        BIAS,
+        HEAD,
+        CLOSE,
+        BLOCK_R,
+        BLOCK_P,
+        BLOCK_DV,
+        BLOCK_N,
+    )
     finish(sums, out_ptr, lse_ptr, split, b, h, t, is_row, heads, queries, DV, BLOCK_DV)

@@ -1,11 +1,11 @@
-"""Exact softmax attention of whole sequences and chunks: validates nothing but the implementation, chooses, runs it.
+"""Exact softmax attention of whole sequences and chunks: validates nothing but the implementation,
+chooses, runs it.
 
     out = attention(q, k, v, Window(back=512), causal=True)
-    out, lse = attention(q, k, v, Blocks(size=64), layout, lse=True)      # to merge parts by log-sum-exp
+    out, lse = attention(q, k, v, Blocks(size=64), layout, lse=True)  # to merge parts by log-sum-exp
 
-Forward and backward, also through the log-sum-exp. A pattern (`pattern.py`) says who sees whom, a rule (`rules.py`)
-how a pair's score depends on its distance.
-"""
+Forward and backward, also through the log-sum-exp. A pattern (`pattern.py`) says who sees whom, a
+rule (`rules.py`) how a pair's score depends on its distance."""
 
 from __future__ import annotations
 
@@ -18,17 +18,28 @@ from ..rows import dense_rows
 from .pattern import Blocks, Layout, Pattern, Window
 from .rules import Bias, Far, check
 
-__all__ = ["IMPLEMENTATIONS", "Bias", "Blocks", "Far", "Layout", "Pattern", "Window", "attention", "choose"]
+__all__ = [
+    "IMPLEMENTATIONS",
+    "Bias",
+    "Blocks",
+    "Far",
+    "Layout",
+    "Pattern",
+    "Window",
+    "attention",
+    "choose",
+]
 
 IMPLEMENTATIONS = ("auto", "torch", "triton", "reference")
 
 
 def choose(impl: str = "auto", device: torch.device | str | None = None) -> str:
-    """The implementation that `impl` runs on `device` (None: before any tensor is seen, the machine's best).
+    """The implementation that `impl` runs on `device` (None: before any tensor is seen, the
+    machine's best).
 
-    "auto": "triton" on a GPU, "torch" elsewhere. ValueError for unknown names and for "triton" where it cannot run:
-    without a GPU, unless TRITON_INTERPRET=1 is set (its interpreter is slow, and meant for tests).
-    """
+    "auto": "triton" on a GPU, "torch" elsewhere. ValueError for unknown names and for "triton"
+    where it cannot run: without a GPU, unless TRITON_INTERPRET=1 is set (its interpreter is slow,
+    and meant for tests)."""
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"impl: got {impl!r}, valid are {', '.join(map(repr, IMPLEMENTATIONS))}")
     gpu = torch.cuda.is_available() if device is None else torch.device(device).type == "cuda"
@@ -61,23 +72,35 @@ def attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """softmax(scale q k^T) v over the keys that each query may see.
 
-    q (B, Hq, Tq, D), k (B, Hkv, Tk, D), v (B, Hkv, Tk, Dv) of one float dtype and device, Hq a multiple of Hkv, not
-    checked here. Queries are the last Tq tokens of the layout; scale defaults to D^-0.5; softcap c makes each score
-    c tanh(score / c); q_first (B, Hq, Tq, D) are the queries as keys at positions below `pattern.first` see them; `far`
-    has other queries and keys for distant pairs, `bias` adds to scores by distance: ValueError for what they do not go
-    with (far: no `causal`, q_first or bias).
-    Returns out (B, Hq, Tq, Dv) in q's dtype, and with `lse` the log-sum-exp of each query's scores (B, Hq, Tq), fp32
-    (fp64 for fp64 inputs). A query that sees nothing gives 0 and -inf.
-    """
+    q (B, Hq, Tq, D), k (B, Hkv, Tk, D), v (B, Hkv, Tk, Dv) of one float dtype and device, Hq a
+    multiple of Hkv, not checked here. Queries are the last Tq tokens of the layout; scale defaults
+    to D^-0.5; softcap c makes each score c tanh(score / c); q_first (B, Hq, Tq, D) are the queries
+    as keys at positions below `pattern.first` see them; `far` has other queries and keys for
+    distant pairs, `bias` adds to scores by distance: ValueError for what they do not go with (far:
+    no `causal`, q_first or bias). Returns out (B, Hq, Tq, Dv) in q's dtype, and with `lse` the
+    log-sum-exp of each query's scores (B, Hq, Tq), fp32 (fp64 for fp64 inputs). A query that sees
+    nothing gives 0 and -inf."""
     pattern, layout = pattern or Pattern(), layout or Layout()
-    q, k, v, q_first = map(dense_rows, (q, k, v, q_first))  # neither kernels nor torch's own take all strides
+    q, k, v, q_first = map(
+        dense_rows, (q, k, v, q_first)
+    )  # neither kernels nor torch's own take all strides
     far = check(far, bias, q, k, pattern, layout, causal, q_first)
     if choose(impl, q.device) == "triton":
         from .triton_impl import attention as run
     else:
         from .torch_impl import attention as run
     out, sums = run(
-        q, k, v, pattern, layout, causal=causal, scale=q.shape[-1] ** -0.5 if scale is None else scale,
-        softcap=softcap, q_first=q_first, need_lse=lse, far=far, bias=bias,
-    )  # fmt: skip
+        q,
+        k,
+        v,
+        pattern,
+        layout,
+        causal=causal,
+        scale=q.shape[-1] ** -0.5 if scale is None else scale,
+        softcap=softcap,
+        q_first=q_first,
+        need_lse=lse,
+        far=far,
+        bias=bias,
+    )
     return (out, sums) if lse else out

@@ -1,8 +1,9 @@
-"""Who sees whom, and where the keys lie: what the flash and decode kernels need to know about an exact pattern.
+"""Who sees whom, and where the keys lie: what the flash and decode kernels need to know about an
+exact pattern.
 
-A pattern speaks of positions: tokens since the row's first real one, so that left padding changes nothing. `sees` is
-the predicate (its jitted twin is in `triton_impl`), `span` the keys worth visiting.
-"""
+A pattern speaks of positions: tokens since the row's first real one, so that left padding changes
+nothing. `sees` is the predicate (its jitted twin is in `triton_impl`), `span` the keys worth
+visiting."""
 
 from __future__ import annotations
 
@@ -14,31 +15,41 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Pattern:
-    """Every query sees every key. `first`: keys at positions below it are seen by all (sinks), whatever `near` says."""
+    """Every query sees every key. `first`: keys at positions below it are seen by all (sinks),
+    whatever `near` says.
+    """
 
     first: int = 0
 
     def near(self, i: Tensor, j: Tensor, h: Tensor, heads: int) -> Tensor | None:
-        """Whether the query at position i of head h (of `heads`) sees the key at j, broadcast; None: always."""
+        """Whether the query at position i of head h (of `heads`) sees the key at j, broadcast;
+        None: always.
+        """
         return None
 
     def span(self, low: int, high: int) -> tuple[int | None, int | None]:
-        """[first, last) position of the keys that any query at positions [low, high) sees by `near`; None: no bound.
-        It may lie outside of the sequence, and ignores causality."""
+        """[first, last) position of the keys that any query at positions [low, high) sees by
+        `near`; None: no bound. It may lie outside of the sequence, and ignores causality."""
         return None, None
 
     def sees(self, i: Tensor, j: Tensor, h: Tensor, heads: int, causal: bool) -> Tensor:
-        """bool, the broadcast shape of i, j and h. Negative positions are not real: they see and show nothing."""
+        """bool, the broadcast shape of i, j and h. Negative positions are not real: they see and
+        show nothing.
+        """
         visible = (j >= 0) & (i >= 0)
         if causal:
             visible = visible & (j <= i)
         near = self.near(i, j, h, heads)
-        return visible if near is None else visible & (near | (j < self.first) if self.first else near)
+        return (
+            visible if near is None else visible & (near | (j < self.first) if self.first else near)
+        )
 
 
 @dataclass(frozen=True)
 class Window(Pattern):
-    """i - j < back and j - i < ahead: `back` keys up to the query's own, and `ahead` from it on (bidirectional)."""
+    """i - j < back and j - i < ahead: `back` keys up to the query's own, and `ahead` from it on
+    (bidirectional).
+    """
 
     back: int = 1
     ahead: int = 1
@@ -52,8 +63,9 @@ class Window(Pattern):
 
 @dataclass(frozen=True)
 class Blocks(Pattern):
-    """The query's block of `size` tokens and the `look_back` blocks before it. `shifted`: the second half of the heads
-    has its borders half a block earlier (LongLoRA), nothing wraps round."""
+    """The query's block of `size` tokens and the `look_back` blocks before it. `shifted`: the
+    second half of the heads has its borders half a block earlier (LongLoRA), nothing wraps
+    round."""
 
     size: int = 1
     look_back: int = 0
@@ -79,13 +91,13 @@ class Blocks(Pattern):
 class Layout:
     """Where the given keys lie in their sequences. The queries are always the last tokens.
 
-    The first `slots` keys are the tokens at positions 0 .. slots - 1 of each row (sinks that outlived their ring), or
-    at positions `slots_at` (slots,) int64; the others are contiguous: key slots + c is token number tail + c, padding
-    counted. So there are tail + Tk - slots tokens. `start` (B,) int64: the number of each row's first real token
-    (None: 0); `mask` (B, Tk) bool: which of the given keys are real and not given twice (None: all).
-    `ring` (Tk - slots,) int64: instead of that order, the number of each key after the slots (-1: empty), and `total`
-    tokens in all. Rings and `slots_at` are for the decode kernels only.
-    """
+    The first `slots` keys are the tokens at positions 0 .. slots - 1 of each row (sinks that
+    outlived their ring), or at positions `slots_at` (slots,) int64; the others are contiguous: key
+    slots + c is token number tail + c, padding counted. So there are tail + Tk - slots tokens.
+    `start` (B,) int64: the number of each row's first real token (None: 0); `mask` (B, Tk) bool:
+    which of the given keys are real and not given twice (None: all). `ring` (Tk - slots,) int64:
+    instead of that order, the number of each key after the slots (-1: empty), and `total` tokens in
+    all. Rings and `slots_at` are for the decode kernels only."""
 
     slots: int = 0
     tail: int = 0
@@ -108,7 +120,9 @@ class Layout:
         if self.start is not None:
             position = torch.where(position >= 0, position - self.start[:, None], -1).clamp(min=-1)
         if self.slots:
-            first = torch.arange(self.slots, device=device) if self.slots_at is None else self.slots_at
+            first = (
+                torch.arange(self.slots, device=device) if self.slots_at is None else self.slots_at
+            )
             position = torch.cat([first[None].expand(position.shape[0], -1), position], dim=1)
         return position if self.mask is None else torch.where(self.mask, position, -1)
 
@@ -120,13 +134,17 @@ class Layout:
 
 
 def layout_of(padding_mask: Tensor | None) -> Layout:
-    """The layout of keys that are all there, with the padding mask (B, Tk) bool that came with them."""
+    """The layout of keys that are all there, with the padding mask (B, Tk) bool that came with
+    them.
+    """
     if padding_mask is None:
         return Layout()
     return Layout(start=first_real(padding_mask), mask=padding_mask)
 
 
 def first_real(padding_mask: Tensor) -> Tensor:
-    """(B, T) bool -> (B,) int64: the number of each row's first real token; T where there is none."""
+    """(B, T) bool -> (B,) int64: the number of each row's first real token; T where there is
+    none.
+    """
     keys = padding_mask.shape[1]
     return torch.where(padding_mask.any(dim=1), padding_mask.int().argmax(dim=1), keys)

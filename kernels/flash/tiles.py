@@ -1,9 +1,9 @@
-"""The tiles that the flash kernels run with, per architecture and head size: declared, so that nothing is tuned at a
-first call and what is compiled ahead of time is what runs.
+"""The tiles that the flash kernels run with, per architecture and head size: declared, so that
+nothing is tuned at a first call and what is compiled ahead of time is what runs.
 
-A tile is BLOCK_M queries by BLOCK_N keys, of which a kernel keeps the first or the second; along the other it goes in
-tiles of that size where all pairs count, and of STEP elsewhere. The head size is the larger one of K and V, padded.
-"""
+A tile is BLOCK_M queries by BLOCK_N keys, of which a kernel keeps the first or the second; along
+the other it goes in tiles of that size where all pairs count, and of STEP elsewhere. The head size
+is the larger one of K and V, padded."""
 
 from __future__ import annotations
 
@@ -27,34 +27,96 @@ class Tile(NamedTuple):
         return {"num_warps": self.warps, "num_stages": self.stages}
 
 
-# kernel -> architecture -> widest head -> tile. "sm_86" is every other CUDA GPU: at most 99 KiB of shared memory.
-# Chosen by what the compiler reports: no spilled registers in `forward`, few in the others, and then the most reuse or
-# blocks at once. STEP is below the tile where the predicates of its borders need the registers.
+# kernel -> architecture -> widest head -> tile. "sm_86" is every other CUDA GPU: at most 99 KiB of
+# shared memory. Chosen by what the compiler reports: no spilled registers in `forward`, few in the
+# others, and then the most reuse or blocks at once. STEP is below the tile where the predicates of
+# its borders need the registers.
 TILES: dict[str, dict[str, dict[int, Tile]]] = {
     "forward": {
-        "sm_80": {64: Tile(128, 32, 32, 4, 3), 128: Tile(128, 64, 32, 8, 2), 256: Tile(64, 32, 32, 8, 2)},
-        "sm_86": {64: Tile(128, 64, 32, 4, 2), 128: Tile(128, 32, 32, 8, 2), 256: Tile(64, 16, 16, 4, 2)},
-        "sm_90": {64: Tile(128, 64, 32, 4, 3), 128: Tile(128, 64, 64, 8, 3), 256: Tile(128, 64, 32, 8, 2)},
-        "sm_100": {64: Tile(128, 64, 32, 4, 3), 128: Tile(128, 64, 64, 8, 3), 256: Tile(128, 32, 32, 8, 2)},
-        "gfx942": {64: Tile(128, 64, 64, 4, 1), 128: Tile(128, 64, 64, 4, 1), 256: Tile(64, 32, 32, 4, 1)},
+        "sm_80": {
+            64: Tile(128, 32, 32, 4, 3),
+            128: Tile(128, 64, 32, 8, 2),
+            256: Tile(64, 32, 32, 8, 2),
+        },
+        "sm_86": {
+            64: Tile(128, 64, 32, 4, 2),
+            128: Tile(128, 32, 32, 8, 2),
+            256: Tile(64, 16, 16, 4, 2),
+        },
+        "sm_90": {
+            64: Tile(128, 64, 32, 4, 3),
+            128: Tile(128, 64, 64, 8, 3),
+            256: Tile(128, 64, 32, 8, 2),
+        },
+        "sm_100": {
+            64: Tile(128, 64, 32, 4, 3),
+            128: Tile(128, 64, 64, 8, 3),
+            256: Tile(128, 32, 32, 8, 2),
+        },
+        "gfx942": {
+            64: Tile(128, 64, 64, 4, 1),
+            128: Tile(128, 64, 64, 4, 1),
+            256: Tile(64, 32, 32, 4, 1),
+        },
     },
     "backward_queries": {
-        "sm_80": {64: Tile(64, 64, 64, 4, 2), 128: Tile(64, 64, 32, 4, 2), 256: Tile(32, 32, 32, 4, 1)},
-        "sm_86": {64: Tile(64, 64, 32, 4, 2), 128: Tile(64, 32, 32, 4, 2), 256: Tile(32, 16, 16, 4, 1)},
-        "sm_90": {64: Tile(64, 64, 64, 4, 2), 128: Tile(128, 64, 64, 8, 2), 256: Tile(64, 32, 16, 8, 2)},
-        "sm_100": {64: Tile(128, 64, 64, 8, 2), 128: Tile(128, 64, 64, 8, 2), 256: Tile(64, 32, 32, 8, 1)},
-        "gfx942": {64: Tile(64, 64, 64, 4, 1), 128: Tile(64, 32, 32, 4, 1), 256: Tile(32, 32, 32, 4, 1)},
+        "sm_80": {
+            64: Tile(64, 64, 64, 4, 2),
+            128: Tile(64, 64, 32, 4, 2),
+            256: Tile(32, 32, 32, 4, 1),
+        },
+        "sm_86": {
+            64: Tile(64, 64, 32, 4, 2),
+            128: Tile(64, 32, 32, 4, 2),
+            256: Tile(32, 16, 16, 4, 1),
+        },
+        "sm_90": {
+            64: Tile(64, 64, 64, 4, 2),
+            128: Tile(128, 64, 64, 8, 2),
+            256: Tile(64, 32, 16, 8, 2),
+        },
+        "sm_100": {
+            64: Tile(128, 64, 64, 8, 2),
+            128: Tile(128, 64, 64, 8, 2),
+            256: Tile(64, 32, 32, 8, 1),
+        },
+        "gfx942": {
+            64: Tile(64, 64, 64, 4, 1),
+            128: Tile(64, 32, 32, 4, 1),
+            256: Tile(32, 32, 32, 4, 1),
+        },
     },
     "backward_keys": {
-        "sm_80": {64: Tile(32, 64, 32, 4, 2), 128: Tile(32, 64, 32, 8, 2), 256: Tile(32, 32, 32, 8, 1)},
-        "sm_86": {64: Tile(32, 64, 32, 4, 2), 128: Tile(32, 64, 32, 8, 2), 256: Tile(16, 32, 16, 4, 1)},
-        "sm_90": {64: Tile(64, 64, 32, 4, 2), 128: Tile(32, 128, 32, 8, 2), 256: Tile(32, 64, 16, 8, 2)},
-        "sm_100": {64: Tile(32, 128, 32, 8, 2), 128: Tile(64, 128, 64, 8, 1), 256: Tile(32, 32, 32, 8, 1)},
-        "gfx942": {64: Tile(64, 64, 64, 4, 1), 128: Tile(32, 64, 32, 4, 1), 256: Tile(32, 32, 32, 4, 1)},
+        "sm_80": {
+            64: Tile(32, 64, 32, 4, 2),
+            128: Tile(32, 64, 32, 8, 2),
+            256: Tile(32, 32, 32, 8, 1),
+        },
+        "sm_86": {
+            64: Tile(32, 64, 32, 4, 2),
+            128: Tile(32, 64, 32, 8, 2),
+            256: Tile(16, 32, 16, 4, 1),
+        },
+        "sm_90": {
+            64: Tile(64, 64, 32, 4, 2),
+            128: Tile(32, 128, 32, 8, 2),
+            256: Tile(32, 64, 16, 8, 2),
+        },
+        "sm_100": {
+            64: Tile(32, 128, 32, 8, 2),
+            128: Tile(64, 128, 64, 8, 1),
+            256: Tile(32, 32, 32, 8, 1),
+        },
+        "gfx942": {
+            64: Tile(64, 64, 64, 4, 1),
+            128: Tile(32, 64, 32, 4, 1),
+            256: Tile(32, 32, 32, 4, 1),
+        },
     },
 }
 
-# Instead of those, for calls with a mask, slots or keys that everyone sees, which need more registers.
+# Instead of those, for calls with a mask, slots or keys that everyone sees, which need more
+# registers.
 HEAVY: dict[str, dict[str, dict[int, Tile]]] = {
     "forward": {
         "sm_80": {128: Tile(128, 32, 32, 8, 3), 256: Tile(64, 64, 32, 8, 1)},
@@ -76,12 +138,23 @@ TWO_PARTS: dict[str, dict[str, dict[int, Tile]]] = {
 }
 
 # fp32 has no tensor cores in full precision; these exist to be right, on every architecture.
-FLOAT32: dict[int, Tile] = {64: Tile(32, 32, 32, 4, 1), 128: Tile(32, 32, 32, 8, 1), 256: Tile(16, 16, 16, 8, 1)}
+FLOAT32: dict[int, Tile] = {
+    64: Tile(32, 32, 32, 4, 1),
+    128: Tile(32, 32, 32, 8, 1),
+    256: Tile(16, 16, 16, 8, 1),
+}
 INTERPRETED = Tile(32, 32, 16, 1, 1)  # small, so that small tests have many
 ROWS = Tile(64, 0, 0, 4, 1)  # backward_rows: no product
 
 
-def tile(kernel: str, arch: str, width: int, dtype: torch.dtype, heavy: bool = False, two_parts: bool = False) -> Tile:
+def tile(
+    kernel: str,
+    arch: str,
+    width: int,
+    dtype: torch.dtype,
+    heavy: bool = False,
+    two_parts: bool = False,
+) -> Tile:
     """The tile of `kernel` for a head size of `width`; ValueError for more than WIDEST."""
     if width > WIDEST:
         raise ValueError(f"head size: got {width}, valid are 1 to {WIDEST}")
@@ -97,7 +170,9 @@ def tile(kernel: str, arch: str, width: int, dtype: torch.dtype, heavy: bool = F
 
 @cache
 def architecture(device: torch.device) -> str:
-    """The row of the tables for `device`; "interpreted" for a CPU, where only Triton's interpreter runs."""
+    """The row of the tables for `device`; "interpreted" for a CPU, where only Triton's interpreter
+    runs.
+    """
     if device.type != "cuda":
         return "interpreted"
     if torch.version.hip:

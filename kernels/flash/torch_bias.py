@@ -1,4 +1,6 @@
-"""The biases of tiles, from one table by distance: views where keys lie in order, linear in memory."""
+"""The biases of tiles, from one table by distance: views where keys lie in order, linear in
+memory.
+"""
 
 from __future__ import annotations
 
@@ -13,16 +15,21 @@ Share = tuple[slice, Tensor]  # some heads of a tile, and their biases (n or 1, 
 class BiasTiles:
     """What to add to the scores of a tile, and where its gradient goes.
 
-    table (Hq or 1, n): the bias at distances 0 .. n - 1, in the unit of the scores. In `laid` row s is the whole table,
-    mirrored and shifted by s: laid[h, s, y] is the bias at distance s - y + n - 1, so that a tile's are a rectangle.
-    """
+    table (Hq or 1, n): the bias at distances 0 .. n - 1, in the unit of the scores. In `laid` row s
+    is the whole table, mirrored and shifted by s: laid[h, s, y] is the bias at distance s - y + n -
+    1, so that a tile's are a rectangle."""
 
-    def __init__(self, table: Tensor, problem, rows: int, kv_heads: int, groups: int, gradients: bool):
+    def __init__(
+        self, table: Tensor, problem, rows: int, kv_heads: int, groups: int, gradients: bool
+    ):
         self.problem, self.kv_heads, self.groups, self.table = problem, kv_heads, groups, table
         n = table.shape[1]
         width = n + rows if problem.causal else 2 * n
-        self.distance = (n - 1 - torch.arange(1 - rows, width, device=table.device)).abs().clamp(max=n - 1)
-        # windows of the mirrored table; their order is turned round, since the first one is shifted most
+        self.distance = (
+            (n - 1 - torch.arange(1 - rows, width, device=table.device)).abs().clamp(max=n - 1)
+        )
+        # windows of the mirrored table; their order is turned round, since the first one is shifted
+        # most
         laid = table[:, self.distance].unfold(1, width, 1).flip(1)
         self.laid = self._by_kv_head(laid)
         self.d_laid = torch.zeros_like(self.laid) if gradients else None
@@ -32,7 +39,9 @@ class BiasTiles:
         """(Hq or 1, ...) -> (Hkv or 1, G or 1, ...)"""
         return x[:, None] if x.shape[0] == 1 else x.unflatten(0, (self.kv_heads, self.groups))
 
-    def main(self, heads: slice, a: int, b: int, k0: int, k1: int, laid: Tensor | None = None) -> Iterator[Share]:
+    def main(
+        self, heads: slice, a: int, b: int, k0: int, k1: int, laid: Tensor | None = None
+    ) -> Iterator[Share]:
         """The biases of queries [a, b) and keys [k0, k1), in pieces of `heads` (of B * Hkv)."""
         laid = self.laid if laid is None else laid
         y = self.table.shape[1] - 1 - (self.problem.first_query + a - self.problem.first_key - k0)

@@ -1,12 +1,13 @@
-"""Exact attention in tiles: a block of queries against only the keys that one of them may see. Linear in memory.
+"""Exact attention in tiles: a block of queries against only the keys that one of them may see.
+Linear in memory.
 
-A `Problem` is a call, or a part of one, whose rows and heads share their borders (`torch_impl` splits calls into
-them). In it the pattern is one function of (query, key) for all rows and heads but for `hidden` keys (padding), and
-what does not fit that (sinks: keys at the first positions, wherever they lie) is a separate, small `Side`.
+A `Problem` is a call, or a part of one, whose rows and heads share their borders (`torch_impl`
+splits calls into them). In it the pattern is one function of (query, key) for all rows and heads
+but for `hidden` keys (padding), and what does not fit that (sinks: keys at the first positions,
+wherever they lie) is a separate, small `Side`.
 
-Shapes: N = B * Hkv heads of keys and values, G query heads each. q (N, G, Tq, D), k (N, Tk, D), v (N, Tk, Dv).
-A tile has S queries, so R = G * S rows of scores, against L keys.
-"""
+Shapes: N = B * Hkv heads of keys and values, G query heads each. q (N, G, Tq, D), k (N, Tk, D), v
+(N, Tk, Dv). A tile has S queries, so R = G * S rows of scores, against L keys."""
 
 from __future__ import annotations
 
@@ -24,12 +25,16 @@ from .torch_bias import BiasTiles, Share
 QUERIES = 64  # of a tile: 32 and 128 are 5 to 15 % slower
 KEYS = 1024  # at a time; what further ones give is merged by a running maximum
 WORK = 640 * 1024  # bytes of scores that a thread has at a time, to stay in its cache
-LOG2E = math.log2(math.e)  # scores are kept times log2(e): exp2 takes 0.29 ns an element there, exp 0.52
+LOG2E = math.log2(
+    math.e
+)  # scores are kept times log2(e): exp2 takes 0.29 ns an element there, exp 0.52
 
 
 @dataclass(frozen=True)
 class Side:
-    """Keys at positions 0 .. P - 1 of each row, gathered: sinks, and keys that outlived their ring."""
+    """Keys at positions 0 .. P - 1 of each row, gathered: sinks, and keys that outlived their
+    ring.
+    """
 
     there: Tensor  # (1 or B, P) bool
     first: int  # positions below it are seen by all
@@ -38,20 +43,24 @@ class Side:
 
 @dataclass(frozen=True)
 class Part:
-    """Some keys of a tile: columns [k0, k1) of the main keys or of the side, and what hides some of their scores."""
+    """Some keys of a tile: columns [k0, k1) of the main keys or of the side, and what hides some of
+    their scores.
+    """
 
     side: bool
     other: bool  # scored with q_first
     k0: int
     k1: int
-    masks: list[tuple[int, int, Tensor]]  # columns, and what to add to them: broadcast to (n, G, S, columns)
+    masks: list[
+        tuple[int, int, Tensor]
+    ]  # columns, and what to add to them: broadcast to (n, G, S, columns)
 
 
 @dataclass(frozen=True)
 class Problem:
-    """Queries, keys and their pattern. `first_query` and `first_key` are numbers of tokens in the sequence; a number
-    plus `phase` is what `pattern.near` looks at. Of the pattern's keys only those at distances i - j in [lag, reach)
-    count, the first if causal."""
+    """Queries, keys and their pattern. `first_query` and `first_key` are numbers of tokens in the
+    sequence; a number plus `phase` is what `pattern.near` looks at. Of the pattern's keys only
+    those at distances i - j in [lag, reach) count, the first if causal."""
 
     pattern: Pattern
     causal: bool
@@ -91,7 +100,9 @@ class Problem:
         a = 0
         while a < self.queries:
             b = min(a + step, self.queries)
-            if isinstance(self.pattern, Blocks):  # do not straddle a border: the next block's keys would be visited
+            if isinstance(
+                self.pattern, Blocks
+            ):  # do not straddle a border: the next block's keys would be visited
                 size, number = self.pattern.size, self.first_query + self.phase
                 border = (number + b) // size * size - number
                 b = border if border > a else b
@@ -99,14 +110,20 @@ class Problem:
             yield a, b, k0 - k0 % 16 if k1 - k0 > 128 else k0, k1  # aligned rows of scores
             a = b
 
-    def strips(self, a: int, b: int, k0: int, k1: int, like: Tensor) -> list[tuple[int, int, Tensor]]:
-        """Where queries [a, b) do not see all of the keys [k0, k1): columns, and what to add to their scores (S, n).
+    def strips(
+        self, a: int, b: int, k0: int, k1: int, like: Tensor
+    ) -> list[tuple[int, int, Tensor]]:
+        """Where queries [a, b) do not see all of the keys [k0, k1): columns, and what to add to
+        their scores (S, n).
 
-        It depends on how far apart they are, and for blocks on where the borders are, not on where they are: so a
-        window's two edge triangles are made once for all of its tiles.
-        """
+        It depends on how far apart they are, and for blocks on where the borders are, not on where
+        they are: so a window's two edge triangles are made once for all of its tiles."""
         low, first = self.first_query + a, self.first_key + k0
-        where = {Pattern: 0, Window: 0, Blocks: (low + self.phase) % getattr(self.pattern, "size", 1)}
+        where = {
+            Pattern: 0,
+            Window: 0,
+            Blocks: (low + self.phase) % getattr(self.pattern, "size", 1),
+        }
         key = b - a, k1 - k0, low - first, where.get(type(self.pattern), low)
         if self.dense and (not self.causal or low - self.lag - first >= k1 - k0 - 1):
             return []
@@ -114,14 +131,18 @@ class Problem:
             i = torch.arange(low, low + b - a, device=like.device)[:, None]
             j = torch.arange(first, first + k1 - k0, device=like.device)
             near = self.pattern.near(i + self.phase, j + self.phase, None, 1)
-            visible = self._within(i, j, torch.ones_like(i + j, dtype=torch.bool) if near is None else near)
+            visible = self._within(
+                i, j, torch.ones_like(i + j, dtype=torch.bool) if near is None else near
+            )
             self.strips_made[key] = _strips(visible, like.dtype)
         return self.strips_made[key]
 
     def side_bias(self, a: int, b: int, dtype: torch.dtype) -> Tensor:
         """What to add to the scores of queries [a, b) against the side's keys, (1 or B, S, P)."""
         there = self.side.there
-        i = torch.arange(self.first_query + a, self.first_query + b, device=there.device)[None, :, None]
+        i = torch.arange(self.first_query + a, self.first_query + b, device=there.device)[
+            None, :, None
+        ]
         if self.start is not None:
             i = i - self.start[:, None, None]
         j = torch.arange(there.shape[1], device=there.device)
@@ -129,7 +150,9 @@ class Problem:
         near = self.pattern.near(i + self.side.phase, j + self.side.phase, None, 1)
         if near is not None:
             visible = visible & (near | (j < self.side.first))
-        return torch.zeros(visible.shape, dtype=dtype, device=there.device).masked_fill_(~visible, -torch.inf)
+        return torch.zeros(visible.shape, dtype=dtype, device=there.device).masked_fill_(
+            ~visible, -torch.inf
+        )
 
     def _within(self, i: Tensor, j: Tensor, visible: Tensor) -> Tensor:
         """`visible`, of the pairs whose distance counts."""
@@ -146,7 +169,9 @@ def _strips(visible: Tensor, dtype: torch.dtype) -> list[tuple[int, int, Tensor]
     runs = [(columns[0], columns[-1] + 1)]
     if len(jumps) == 1:  # the two edges of a window, with columns between them that all see
         runs = [(columns[0], columns[jumps[0] - 1] + 1), (columns[jumps[0]], columns[-1] + 1)]
-    added = torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(~visible, -torch.inf)
+    added = torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(
+        ~visible, -torch.inf
+    )
     return [(c0, c1, added[:, c0:c1].contiguous()) for c0, c1 in runs]
 
 
@@ -164,7 +189,9 @@ class Space:
 
 
 class Tiles:
-    """The tiles of a problem, for some of the N heads at a time: what forward and backward both walk through."""
+    """The tiles of a problem, for some of the N heads at a time: what forward and backward both
+    walk through.
+    """
 
     def __init__(self, problem: Problem, q: Tensor, k: Tensor, other: Tensor | None, buffers: int):
         self.problem, self.like, self.other = problem, q, other is not None
@@ -195,7 +222,12 @@ class Tiles:
             heads = slice(h, min(h + self.step, self.heads))
             for a, b, k0, k1 in self.tiles:
                 parts = [self._main(heads, a, b, c, min(c + KEYS, k1)) for c in range(k0, k1, KEYS)]
-                yield heads, a, b, parts + (self._sides(heads, a, b) if self.problem.side is not None else [])
+                yield (
+                    heads,
+                    a,
+                    b,
+                    parts + (self._sides(heads, a, b) if self.problem.side is not None else []),
+                )
 
     def _main(self, heads: slice, a: int, b: int, k0: int, k1: int) -> Part:
         masks = self.problem.strips(a, b, k0, k1, self.like)
@@ -209,17 +241,25 @@ class Tiles:
         bias = bias[:, None] if bias.shape[0] == 1 else bias[heads, None]
         count, first = bias.shape[-1], min(self.problem.side.first, bias.shape[-1])
         cuts = [(True, 0, first), (False, first, count)] if self.other else [(False, 0, count)]
-        return [Part(True, other, p0, p1, [(0, p1 - p0, bias[..., p0:p1])]) for other, p0, p1 in cuts if p1 > p0]
+        return [
+            Part(True, other, p0, p1, [(0, p1 - p0, bias[..., p0:p1])])
+            for other, p0, p1 in cuts
+            if p1 > p0
+        ]
 
 
 def _score(problem: Problem, s: Tensor, rows: Tensor, keys: Tensor) -> Tensor:
-    """rows (n, R, D), keys (n, L, D) -> s (n, R, L): scores times log2(e), or tanh's value with softcap."""
+    """rows (n, R, D), keys (n, L, D) -> s (n, R, L): scores times log2(e), or tanh's value with
+    softcap.
+    """
     scale = problem.scale * LOG2E if problem.softcap is None else problem.scale / problem.softcap
     torch.baddbmm(s, rows, keys.transpose(1, 2), beta=0, alpha=scale, out=s)
     return s if problem.softcap is None else s.tanh_()
 
 
-def _finish(problem: Problem, s: Tensor, part: Part, groups: int, biases: Iterable[Share]) -> Tensor:
+def _finish(
+    problem: Problem, s: Tensor, part: Part, groups: int, biases: Iterable[Share]
+) -> Tensor:
     """What follows the product and the soft cap: biases, and -inf for what is hidden."""
     if problem.softcap is not None:
         s.mul_(problem.softcap * LOG2E)
@@ -232,7 +272,8 @@ def _finish(problem: Problem, s: Tensor, part: Part, groups: int, biases: Iterab
 
 
 def forward(problem: Problem, q, k, v, q_first, k_side, v_side, table) -> tuple[Tensor, Tensor]:
-    """-> out (N, G, Tq, Dv) and the log-sum-exp (N, G, Tq), 0 and -inf for queries that see nothing.
+    """-> out (N, G, Tq, Dv) and the log-sum-exp (N, G, Tq), 0 and -inf for queries that see
+    nothing.
 
     table (Hq or 1, n): biases by distance, from 0 to the farthest that there is; None: none.
     """
@@ -260,7 +301,10 @@ def forward(problem: Problem, q, k, v, q_first, k_side, v_side, table) -> tuple[
                 highest = torch.maximum(top, highest)
             s.sub_(highest).exp2_()
             if top is None:
-                total, got = s.sum(dim=-1, keepdim=True), torch.bmm(s, values, out=space("out", n, size, value_dim))
+                total, got = (
+                    s.sum(dim=-1, keepdim=True),
+                    torch.bmm(s, values, out=space("out", n, size, value_dim)),
+                )
             else:
                 keep = top.sub_(highest).exp2_()
                 total = total.mul_(keep).add_(s.sum(dim=-1, keepdim=True))
@@ -286,11 +330,27 @@ def _biases(bias: BiasTiles | None, part: Part, heads: slice, a: int, b: int) ->
     return (bias.side if part.side else bias.main)(heads, a, b, part.k0, part.k1)
 
 
-def backward(problem: Problem, q, k, v, q_first, k_side, v_side, table, out, lse, d_out, d_lse, learned: bool = False):
-    """Gradients of q, k, v, q_first, k_side, v_side, table in the shapes that `forward` takes; the table's only if it
-    is `learned`, None otherwise."""
+def backward(
+    problem: Problem,
+    q,
+    k,
+    v,
+    q_first,
+    k_side,
+    v_side,
+    table,
+    out,
+    lse,
+    d_out,
+    d_lse,
+    learned: bool = False,
+):
+    """Gradients of q, k, v, q_first, k_side, v_side, table in the shapes that `forward` takes; the
+    table's only if it is `learned`, None otherwise."""
     tensors = (q, k, v, q_first, k_side, v_side)
-    dq, dk, dv, dq_first, dk_side, dv_side = (None if x is None else torch.zeros_like(x) for x in tensors)
+    dq, dk, dv, dq_first, dk_side, dv_side = (
+        None if x is None else torch.zeros_like(x) for x in tensors
+    )
     space = Space(q)
     groups, dim = q.shape[1], q.shape[3]
     tiles = Tiles(problem, q, k, q_first, 2)
@@ -308,7 +368,8 @@ def backward(problem: Problem, q, k, v, q_first, k_side, v_side, table, out, lse
         for part in parts:
             columns = heads, slice(part.k0, part.k1)
             keys, values, d_keys, d_values = (
-                x[columns] for x in ((k_side, v_side, dk_side, dv_side) if part.side else (k, v, dk, dv))
+                x[columns]
+                for x in ((k_side, v_side, dk_side, dv_side) if part.side else (k, v, dk, dv))
             )
             queries = q_first[heads, :, a:b].reshape(n, size, dim) if part.other else rows
             s = _score(problem, space("scores", n, size, part.k1 - part.k0), queries, keys)

@@ -1,8 +1,9 @@
-"""Exact attention in plain torch: CPU first, any device. Linear in memory: no (Tq, Tk) scores or mask ever exist.
+"""Exact attention in plain torch: CPU first, any device. Linear in memory: no (Tq, Tk) scores or
+mask ever exist.
 
-Dense attention is torch's fused kernel, in blocks of queries where something is padded. Everything else is split into
-problems, which `torch_solve` solves: in tiles that visit only the keys some query of the tile sees.
-"""
+Dense attention is torch's fused kernel, in blocks of queries where something is padded. Everything
+else is split into problems, which `torch_solve` solves: in tiles that visit only the keys some
+query of the tile sees."""
 
 from __future__ import annotations
 
@@ -36,7 +37,8 @@ def attention(
     far: Far | None = None,
     bias: Bias | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """q (B, Hq, Tq, D), k (B, Hkv, Tk, D), v (B, Hkv, Tk, Dv) -> (B, Hq, Tq, Dv) in q's dtype, and the log-sum-exp.
+    """q (B, Hq, Tq, D), k (B, Hkv, Tk, D), v (B, Hkv, Tk, Dv) -> (B, Hq, Tq, Dv) in q's dtype, and
+    the log-sum-exp.
 
     A query that may see no key gives 0, and so do its gradients.
     """
@@ -45,16 +47,35 @@ def attention(
     special = ruled or (q_first is not None and pattern.first > 0) or need_lse
     if type(pattern) is Pattern and not special and not layout.slots and not layout.tail:
         return _dense(q, k, v, causal, layout, scale), None
-    if torch.compiler.is_compiling():  # a loop over tiles does not trace; this does, at the cost of a mask
+    if (
+        torch.compiler.is_compiling()
+    ):  # a loop over tiles does not trace; this does, at the cost of a mask
         from effattn.kernels.decode.torch_impl import attention as at_once
 
         return at_once(
-            q, k, v, pattern, layout, causal=causal, scale=scale, softcap=softcap, q_first=q_first, counts=None,
-            need_lse=need_lse, far=far, bias=bias,
-        )  # fmt: skip
-    table = None if bias is None else bias.values(torch.arange(layout.tokens(k.shape[2]), device=q.device))
+            q,
+            k,
+            v,
+            pattern,
+            layout,
+            causal=causal,
+            scale=scale,
+            softcap=softcap,
+            q_first=q_first,
+            counts=None,
+            need_lse=need_lse,
+            far=far,
+            bias=bias,
+        )
+    table = (
+        None
+        if bias is None
+        else bias.values(torch.arange(layout.tokens(k.shape[2]), device=q.device))
+    )
     inputs = _Inputs(q, k, v, q_first, far and far.q, far and far.k, table)
-    return _in_tiles(inputs, pattern, layout, (causal, scale, softcap), far and far.window, need_lse)
+    return _in_tiles(
+        inputs, pattern, layout, (causal, scale, softcap), far and far.window, need_lse
+    )
 
 
 def _simplest(pattern: Pattern, total: int, causal: bool) -> Pattern:
@@ -66,7 +87,8 @@ def _simplest(pattern: Pattern, total: int, causal: bool) -> Pattern:
     return pattern
 
 
-# Dense -----------------------------------------------------------------------------------------------------------
+# Dense
+# -------------------------------------------------------------------------------------------------
 
 
 def _dense(q: Tensor, k: Tensor, v: Tensor, causal: bool, layout: Layout, scale: float) -> Tensor:
@@ -75,7 +97,9 @@ def _dense(q: Tensor, k: Tensor, v: Tensor, causal: bool, layout: Layout, scale:
     if queries == 1:
         return one_query(q, k, v, real, scale)
     value_dim = v.shape[-1]
-    if value_dim != q.shape[-1]:  # the fused kernels want one width; zeros change neither scores nor outputs
+    if (
+        value_dim != q.shape[-1]
+    ):  # the fused kernels want one width; zeros change neither scores nor outputs
         width = max(value_dim, q.shape[-1])
         q, k, v = (pad(x, (0, width - x.shape[-1])) for x in (q, k, v))
     if real is None and (not causal or queries == keys):
@@ -98,22 +122,26 @@ def padding_mask(layout: Layout, k: Tensor) -> Tensor | None:
 def one_query(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
     """Dense decoding of one token over the keys of `mask` (B, Tk) bool, (B, Hq, 1, Dv).
 
-    The heads that share a K/V head become the rows of one small matrix, so K and V are read once, except in half
-    precision without a mask: there, that rounds otherwise than the call transformers makes, and 2 to 4 % of the greedy
-    tokens of random models differ. Ours then is the same call, bit for bit. It is slower: 4 query heads a K/V head,
-    4096 keys, 2 AVX2 cores: 2.9 against 0.32 ms in bf16, 6.3 against 1.7 ms in fp16 (fp32, packed here: 0.66, 0.32).
-    """
+    The heads that share a K/V head become the rows of one small matrix, so K and V are read once,
+    except in half precision without a mask: there, that rounds otherwise than the call transformers
+    makes, and 2 to 4 % of the greedy tokens of random models differ. Ours then is the same call,
+    bit for bit. It is slower: 4 query heads a K/V head, 4096 keys, 2 AVX2 cores: 2.9 against 0.32
+    ms in bf16, 6.3 against 1.7 ms in fp16 (fp32, packed here: 0.66, 0.32)."""
     batch, heads, _, dim = q.shape
     if mask is None and q.dtype in (torch.bfloat16, torch.float16) and dim == v.shape[-1] <= 256:
         gqa = {} if heads == k.shape[1] else {"enable_gqa": True}
         return scaled_dot_product_attention(q, k, v, scale=scale, **gqa)
     rows = q.reshape(batch, k.shape[1], heads // k.shape[1], dim)
     bias = None if mask is None else mask[:, None, None, :]
-    out = scaled_dot_product_attention(rows, k, v, attn_mask=bias, scale=scale).reshape(batch, heads, 1, v.shape[-1])
+    out = scaled_dot_product_attention(rows, k, v, attn_mask=bias, scale=scale).reshape(
+        batch, heads, 1, v.shape[-1]
+    )
     return out if mask is None else torch.where(mask.any(dim=1)[:, None, None, None], out, 0.0)
 
 
-def _in_blocks(q: Tensor, k: Tensor, v: Tensor, causal: bool, padding_mask: Tensor | None, scale: float) -> Tensor:
+def _in_blocks(
+    q: Tensor, k: Tensor, v: Tensor, causal: bool, padding_mask: Tensor | None, scale: float
+) -> Tensor:
     queries, keys = q.shape[2], k.shape[2]
     positions = torch.arange(keys, device=q.device)
     blocks = []
@@ -126,15 +154,20 @@ def _in_blocks(q: Tensor, k: Tensor, v: Tensor, causal: bool, padding_mask: Tens
             mask = triangle if mask is None else mask & triangle
         blocks.append(
             scaled_dot_product_attention(
-                q[:, :, start:stop], k[:, :, :end], v[:, :, :end], attn_mask=mask, scale=scale, enable_gqa=True
+                q[:, :, start:stop],
+                k[:, :, :end],
+                v[:, :, :end],
+                attn_mask=mask,
+                scale=scale,
+                enable_gqa=True,
             )
         )
     return torch.cat(blocks, dim=2)
 
 
 def _zero_blind_rows(out: Tensor, causal: bool, padding_mask: Tensor, layout: Layout) -> Tensor:
-    """What a kernel returns for a row without keys differs between devices and versions (0, a mean, NaN): fix it.
-    Padding on the left sees nothing either, causal or not."""
+    """What a kernel returns for a row without keys differs between devices and versions (0, a mean,
+    NaN): fix it. Padding on the left sees nothing either, causal or not."""
     queries, keys = out.shape[2], padding_mask.shape[1]
     seen = padding_mask.cumsum(dim=1)  # real tokens up to each position
     sees = (seen[:, -queries:] if causal else seen[:, -1:]) > 0
@@ -143,7 +176,8 @@ def _zero_blind_rows(out: Tensor, causal: bool, padding_mask: Tensor, layout: La
     return torch.where(sees[:, None, :, None], out, 0.0)
 
 
-# Patterns --------------------------------------------------------------------------------------------------------
+# Patterns
+# -------------------------------------------------------------------------------------------------
 
 
 class _Inputs(NamedTuple):
@@ -161,24 +195,37 @@ class _Inputs(NamedTuple):
         tensors = (
             x if x is None else x[:, h] if rows is None else x[rows][:, h]
             for x, h in zip(self[:-1], heads, strict=True)
-        )  # fmt: skip
+        )
         table = self.table
         return _Inputs(*tensors, table if table is None or len(table) == 1 else table[of_q])
 
 
 def _in_tiles(inputs, pattern, layout, settings, window, need_lse) -> tuple[Tensor, Tensor | None]:
-    """Splits the call into parts whose rows and heads share their borders, solves each, and joins the results."""
-    row_parts, head_parts = _rows(pattern, layout), _heads(pattern, inputs.q.shape[1], inputs.k.shape[1])
+    """Splits the call into parts whose rows and heads share their borders, solves each, and joins
+    the results.
+    """
+    row_parts, head_parts = (
+        _rows(pattern, layout),
+        _heads(pattern, inputs.q.shape[1], inputs.k.shape[1]),
+    )
     simple = replace(pattern, shifted=False) if isinstance(pattern, Blocks) else pattern
     done = []
     for rows, residue in row_parts:
-        part = layout if rows is None else replace(
-            layout, start=layout.start[rows], mask=None if layout.mask is None else layout.mask[rows]
-        )  # fmt: skip
+        part = (
+            layout
+            if rows is None
+            else replace(
+                layout,
+                start=layout.start[rows],
+                mask=None if layout.mask is None else layout.mask[rows],
+            )
+        )
         solved = []
         for of_q, of_k, shift in head_parts:
             some = inputs.part(rows, of_q, of_k)
-            solved.append(solve(_pieces(some, simple, part, settings, window, residue, shift), need_lse))
+            solved.append(
+                solve(_pieces(some, simple, part, settings, window, residue, shift), need_lse)
+            )
         done.append(solved[0] if len(solved) == 1 else _join(solved, dim=1))
     if len(done) == 1:
         return done[0]
@@ -187,75 +234,123 @@ def _in_tiles(inputs, pattern, layout, settings, window, need_lse) -> tuple[Tens
 
 
 def _join(pieces: list[tuple[Tensor, Tensor | None]], dim: int) -> tuple[Tensor, Tensor | None]:
-    return tuple(None if parts[0] is None else torch.cat(parts, dim=dim) for parts in zip(*pieces, strict=True))
+    return tuple(
+        None if parts[0] is None else torch.cat(parts, dim=dim)
+        for parts in zip(*pieces, strict=True)
+    )
 
 
 def _rows(pattern: Pattern, layout: Layout) -> list[tuple[Tensor | None, int]]:
-    """Rows of the batch whose blocks begin at the same tokens, and how far their first token is past a border."""
+    """Rows of the batch whose blocks begin at the same tokens, and how far their first token is
+    past a border.
+    """
     if layout.start is None or not isinstance(pattern, Blocks):
         return [(None, 0)]
     residues = (layout.start % pattern.size).tolist()
     if len(set(residues)) == 1:
         return [(None, residues[0])]
     return [
-        (torch.tensor([n for n, r in enumerate(residues) if r == residue], device=layout.start.device), residue)
+        (
+            torch.tensor(
+                [n for n, r in enumerate(residues) if r == residue], device=layout.start.device
+            ),
+            residue,
+        )
         for residue in sorted(set(residues))
     ]
 
 
 def _heads(pattern: Pattern, heads: int, kv_heads: int) -> list[tuple[slice, slice, int]]:
-    """Query heads, their K/V heads, and how much earlier their borders lie. Where the halves of the query heads meet
-    inside of a K/V head's group, that group is split."""
+    """Query heads, their K/V heads, and how much earlier their borders lie. Where the halves of the
+    query heads meet inside of a K/V head's group, that group is split."""
     if not isinstance(pattern, Blocks) or not pattern.shifted:
         return [(slice(None), slice(None), 0)]
     group, half, shift = heads // kv_heads, heads // 2, pattern.size // 2
-    low, high = half // group, -(-half // group)  # K/V heads wholly in the first half; where the second's own begin
+    low, high = (
+        half // group,
+        -(-half // group),
+    )  # K/V heads wholly in the first half; where the second's own begin
     cuts = [
-        (0, low * group, 0, low, 0), (low * group, half, low, high, 0),
-        (half, high * group, low, high, shift), (high * group, heads, high, kv_heads, shift),
-    ]  # fmt: skip
+        (0, low * group, 0, low, 0),
+        (low * group, half, low, high, 0),
+        (half, high * group, low, high, shift),
+        (high * group, heads, high, kv_heads, shift),
+    ]
     return [(slice(a, b), slice(c, d), s) for a, b, c, d, s in cuts if b > a]
 
 
 def _pieces(inputs, pattern, layout, settings, window, residue, shift) -> list[Piece]:
-    """One problem; or the near pairs, at distances below `window`, and the far ones, by their own queries and keys."""
+    """One problem; or the near pairs, at distances below `window`, and the far ones, by their own
+    queries and keys.
+    """
     q, k, v, q_first, q_far, k_far, table = inputs
     place = pattern, layout, settings, shift - residue, shift
     if window is None:
         return [_piece(q, k, v, q_first, table, *place)]
     near = _piece(q, k, v, None, None, *place, reach=window)
-    skipped = min(max(window - near.problem.first_query, 0), q.shape[2])  # the first queries have no far key
+    skipped = min(
+        max(window - near.problem.first_query, 0), q.shape[2]
+    )  # the first queries have no far key
     if skipped == q.shape[2]:
         return [near]
-    return [near, *_without_mask(_piece(q_far[:, :, skipped:], k_far, v, None, None, *place, lag=window))]
+    return [
+        near,
+        *_without_mask(_piece(q_far[:, :, skipped:], k_far, v, None, None, *place, lag=window)),
+    ]
 
 
 def _without_mask(piece: Piece) -> list[Piece]:
-    """Dense causal queries at the end of many keys as the keys before them, which all are seen, and a square: what the
-    fused kernel does without a mask."""
+    """Dense causal queries at the end of many keys as the keys before them, which all are seen, and
+    a square: what the fused kernel does without a mask."""
     problem, (q, k, v, *others) = piece
     before = problem.first_query - problem.lag - problem.first_key
     square = before + problem.queries == problem.keys
-    if not problem.dense or problem.hidden is not None or problem.side is not None or not square or before <= 0:
+    if (
+        not problem.dense
+        or problem.hidden is not None
+        or problem.side is not None
+        or not square
+        or before <= 0
+    ):
         return [piece]
     parts = [(False, 0, before), (True, before, problem.keys)]
     return [
-        Piece(replace(problem, causal=causal, keys=k1 - k0, first_key=problem.first_key + k0, strips_made={}),
-              (q, k[:, :, k0:k1], v[:, :, k0:k1], *others))
+        Piece(
+            replace(
+                problem,
+                causal=causal,
+                keys=k1 - k0,
+                first_key=problem.first_key + k0,
+                strips_made={},
+            ),
+            (q, k[:, :, k0:k1], v[:, :, k0:k1], *others),
+        )
         for causal, k0, k1 in parts
-    ]  # fmt: skip
+    ]
 
 
-def _piece(q, k, v, q_first, table, pattern, layout, settings, phase, shift, reach=None, lag=0) -> Piece:
+def _piece(
+    q, k, v, q_first, table, pattern, layout, settings, phase, shift, reach=None, lag=0
+) -> Piece:
     """Layouts' padding becomes `hidden` keys."""
     queries, keys = q.shape[2], k.shape[2]
     total = layout.tokens(keys)
-    everywhere = type(pattern) is Pattern and q_first is None  # then no key is `first`: all are seen anyway
+    everywhere = (
+        type(pattern) is Pattern and q_first is None
+    )  # then no key is `first`: all are seen anyway
     sinks = max(layout.slots, 0 if everywhere else min(pattern.first, total))
     problem = Problem(
-        pattern, *settings, queries, keys - layout.slots, total - queries, layout.tail, phase=phase,
-        start=layout.start, lag=lag, reach=reach,
-    )  # fmt: skip
+        pattern,
+        *settings,
+        queries,
+        keys - layout.slots,
+        total - queries,
+        layout.tail,
+        phase=phase,
+        start=layout.start,
+        lag=lag,
+        reach=reach,
+    )
     side, k_side, v_side, position = None, None, None, None
     if layout.start is not None or layout.mask is not None or sinks:
         position = layout.key_positions(keys, q.device)
@@ -263,7 +358,9 @@ def _piece(q, k, v, q_first, table, pattern, layout, settings, phase, shift, rea
         side, k_side, v_side = _gather_side(k, v, position, sinks, pattern.first, shift)
     k0, k1 = problem.key_range(0, queries)
     k, v = (x[:, :, layout.slots + k0 : layout.slots + k1] for x in (k, v))
-    hidden = None if position is None else position[:, layout.slots + k0 : layout.slots + k1] < sinks
+    hidden = (
+        None if position is None else position[:, layout.slots + k0 : layout.slots + k1] < sinks
+    )
     if hidden is not None and not hidden.any():
         hidden = None
     problem = replace(problem, keys=k1 - k0, first_key=layout.tail + k0, hidden=hidden, side=side)

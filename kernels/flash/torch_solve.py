@@ -1,7 +1,9 @@
-"""One softmax over the keys of one problem, or of several that share them out: forward, and backward.
+"""One softmax over the keys of one problem, or of several that share them out: forward, and
+backward.
 
-The outputs of several problems are merged by their log-sum-exps, which is exact. Backward gives each of them the output
-and the log-sum-exp of the whole: then its weights, and with them its gradients, are those of the whole.
+The outputs of several problems are merged by their log-sum-exps, which is exact. Backward gives
+each of them the output and the log-sum-exp of the whole: then its weights, and with them its
+gradients, are those of the whole.
 
 A problem is solved by `torch_fused` where it can be, which is faster, and by `torch_blocks`.
 """
@@ -18,7 +20,9 @@ from .torch_blocks import Problem
 
 
 class Piece(NamedTuple):
-    """q, k, v, q_first, keys and values of the side, biases by distance; q (B, Hq, T, D) the last ones of the call."""
+    """q, k, v, q_first, keys and values of the side, biases by distance; q (B, Hq, T, D) the last
+    ones of the call.
+    """
 
     problem: Problem
     tensors: tuple[Tensor | None, ...]
@@ -28,7 +32,9 @@ TENSORS = 7
 
 
 def solve(pieces: list[Piece], need_lse: bool) -> tuple[Tensor, Tensor | None]:
-    """(B, Hq, Tq, Dv) in q's dtype and the log-sum-exp (B, Hq, Tq). The first piece has all of the queries."""
+    """(B, Hq, Tq, Dv) in q's dtype and the log-sum-exp (B, Hq, Tq). The first piece has all of the
+    queries.
+    """
     problems, tensors = [problem for problem, _ in pieces], [x for _, some in pieces for x in some]
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
         out, lse = _Attention.apply(problems, *tensors)
@@ -57,8 +63,12 @@ class _Attention(torch.autograd.Function):
         found = []
         for n, problem in enumerate(ctx.problems):
             some = tensors[TENSORS * n : TENSORS * (n + 1)]
-            whole = [x if x is None else x[:, :, -problem.queries :] for x in (out, lse, d_out, d_lse)]
-            grads = _backward(problem, some, *whole, learned=ctx.needs_input_grad[TENSORS * (n + 1)])
+            whole = [
+                x if x is None else x[:, :, -problem.queries :] for x in (out, lse, d_out, d_lse)
+            ]
+            grads = _backward(
+                problem, some, *whole, learned=ctx.needs_input_grad[TENSORS * (n + 1)]
+            )
             found += [
                 None if x is None or grad is None else grad.reshape(x.shape).to(x.dtype)
                 for x, grad in zip(some, grads, strict=True)
@@ -83,14 +93,20 @@ def _forward_one(problem: Problem, tensors) -> tuple[Tensor, Tensor]:
     else:
         out, lse = torch_blocks.forward(problem, *_worked(tensors))
         out, lse = out.view(*q.shape[:3], v.shape[-1]), lse.view(q.shape[:3])
-    if problem.start is not None and not problem.causal:  # padding on the left; causal, it saw nothing anyway
-        number = torch.arange(problem.first_query, problem.first_query + problem.queries, device=q.device)
+    if (
+        problem.start is not None and not problem.causal
+    ):  # padding on the left; causal, it saw nothing anyway
+        number = torch.arange(
+            problem.first_query, problem.first_query + problem.queries, device=q.device
+        )
         blind = (number < problem.start[:, None])[:, None]
         out, lse = out.masked_fill_(blind[..., None], 0), lse.masked_fill_(blind, -torch.inf)
     return out, lse
 
 
-def _backward(problem: Problem, tensors, out, lse, d_out, d_lse, learned: bool) -> list[Tensor | None]:
+def _backward(
+    problem: Problem, tensors, out, lse, d_out, d_lse, learned: bool
+) -> list[Tensor | None]:
     """The gradients of `tensors`, in shapes of as many elements; the biases' only if `learned`."""
     q, k, v, *_, table = tensors
     if table is None and torch_fused.fits(problem, q, v):
@@ -105,8 +121,9 @@ def _flat(x: Tensor, kv_heads: int) -> Tensor:
 
 
 def _worked(tensors) -> list[Tensor | None]:
-    """As `torch_blocks` takes them: at least fp32, since half precision on a CPU without units for it is emulated
-    (a bf16 product runs at 1 GFLOP/s, an fp32 one at 150), and so that scores are not rounded; heads flat."""
+    """As `torch_blocks` takes them: at least fp32, since half precision on a CPU without units for
+    it is emulated (a bf16 product runs at 1 GFLOP/s, an fp32 one at 150), and so that scores are
+    not rounded; heads flat."""
     work = torch.promote_types(tensors[0].dtype, torch.float32)
     q, k, v, q_first, k_side, v_side, table = (x if x is None else x.to(work) for x in tensors)
     kv_heads = k.shape[1]

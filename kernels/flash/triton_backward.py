@@ -1,8 +1,8 @@
-"""The backward kernels of flash attention: per query, for queries, for keys. The legend is that of `triton_kernels`.
+"""The backward kernels of flash attention: per query, for queries, for keys. The legend is that of
+`triton_kernels`.
 
-With other queries and keys for FARTHER pairs, the two last are launched once for each PART, with that part's queries
-and keys: the log-sum-exp is that of all, so each part's weights are, too.
-"""
+With other queries and keys for FARTHER pairs, the two last are launched once for each PART, with
+that part's queries and keys: the log-sum-exp is that of all, so each part's weights are, too."""
 
 import triton
 import triton.language as tl
@@ -26,13 +26,31 @@ from .triton_pieces import (
     save_rows,
     start_of,
     visible,
-)  # fmt: skip
+)
 
 
 @triton.jit(do_not_specialize=["q_len"])
-def backward_rows(out, grad, lse, grad_lse, delta, lse2, o_b, o_h, o_t, g_b, g_h, g_t, heads, q_len,
-                  V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr):  # fmt: skip
-    """Per query, (B, H, Tq) fp32: delta, the part of d score / weight that all its keys share, and lse in base 2.
+def backward_rows(
+    out,
+    grad,
+    lse,
+    grad_lse,
+    delta,
+    lse2,
+    o_b,
+    o_h,
+    o_t,
+    g_b,
+    g_h,
+    g_t,
+    heads,
+    q_len,
+    V: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    """Per query, (B, H, Tq) fp32: delta, the part of d score / weight that all its keys share, and
+    lse in base 2.
 
     A query that saw nothing gets lse2 = +inf, so that exp2(s - lse2) is 0 for whatever is scored.
     """
@@ -43,8 +61,12 @@ def backward_rows(out, grad, lse, grad_lse, delta, lse2, o_b, o_h, o_t, g_b, g_h
     at = tl.cast(row * heads + h, tl.int64) * q_len + rows
     exists = rows < q_len
     found = tl.load(lse + at, mask=exists, other=0.0)
-    x = load_rows(head_of(out, row, h, o_b, o_h), r, o_t, q_len, V, BLOCK_M, BLOCK_V, True).to(tl.float32)
-    dx = load_rows(head_of(grad, row, h, g_b, g_h), r, g_t, q_len, V, BLOCK_M, BLOCK_V, True).to(tl.float32)
+    x = load_rows(head_of(out, row, h, o_b, o_h), r, o_t, q_len, V, BLOCK_M, BLOCK_V, True).to(
+        tl.float32
+    )
+    dx = load_rows(head_of(grad, row, h, g_b, g_h), r, g_t, q_len, V, BLOCK_M, BLOCK_V, True).to(
+        tl.float32
+    )
     shared = tl.sum(x * dx, 1)
     if grad_lse is not None:
         shared -= tl.load(grad_lse + at, mask=exists, other=0.0)
@@ -54,10 +76,35 @@ def backward_rows(out, grad, lse, grad_lse, delta, lse2, o_b, o_h, o_t, g_b, g_h
 
 
 @triton.jit
-def _query_gradient(dq, dother, q, other, grad, lse2, delta, i, bounds, h, keys, mask, run, place, numbers, units,
-                    biases, D: tl.constexpr, V: tl.constexpr, NEAR: tl.constexpr, RULE: tl.constexpr,
-                    SLOPE: tl.constexpr, BIAS: tl.constexpr, KIND: tl.constexpr, BLOCK_N: tl.constexpr,
-                    BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr):  # fmt: skip
+def _query_gradient(
+    dq,
+    dother,
+    q,
+    other,
+    grad,
+    lse2,
+    delta,
+    i,
+    bounds,
+    h,
+    keys,
+    mask,
+    run,
+    place,
+    numbers,
+    units,
+    biases,
+    D: tl.constexpr,
+    V: tl.constexpr,
+    NEAR: tl.constexpr,
+    RULE: tl.constexpr,
+    SLOPE: tl.constexpr,
+    BIAS: tl.constexpr,
+    KIND: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
     """As `_attend`; dq and dother (the gradient of `other`) are not yet multiplied by scale."""
     key, k_t, value, v_t, k_len = keys
     scale, unit, cap = units
@@ -91,16 +138,87 @@ def _query_gradient(dq, dother, q, other, grad, lse2, delta, i, bounds, h, keys,
     return dq, dother
 
 
-@triton.jit(do_not_specialize=["q_len", "k_len", "slots", "tail", "first", "window", "a", "b", "c", "step", "n_params"])
-def backward_queries(q, k, v, q_first, mask, start, params, grad, lse2, delta, dq, dq_first,
-                     q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, f_b, f_h, f_t, g_b, g_h, g_t, dq_b, dq_h, dq_t,
-                     mask_b, scale, cap, step, n_params, heads, group, q_len, k_len, slots, tail, first, window,
-                     a, b, c,
-                     D: tl.constexpr, V: tl.constexpr, KEYS: tl.constexpr, NEAR: tl.constexpr, RULE: tl.constexpr,
-                     SLOPE: tl.constexpr, BIAS: tl.constexpr, CAUSAL: tl.constexpr, PREFIX: tl.constexpr,
-                     PART: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STEP: tl.constexpr,
-                     BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr):  # fmt: skip
-    """dq, and dq_first with the same strides; one program per tile of queries, which visits the keys as `forward`."""
+@triton.jit(
+    do_not_specialize=[
+        "q_len",
+        "k_len",
+        "slots",
+        "tail",
+        "first",
+        "window",
+        "a",
+        "b",
+        "c",
+        "step",
+        "n_params",
+    ]
+)
+def backward_queries(
+    q,
+    k,
+    v,
+    q_first,
+    mask,
+    start,
+    params,
+    grad,
+    lse2,
+    delta,
+    dq,
+    dq_first,
+    q_b,
+    q_h,
+    q_t,
+    k_b,
+    k_h,
+    k_t,
+    v_b,
+    v_h,
+    v_t,
+    f_b,
+    f_h,
+    f_t,
+    g_b,
+    g_h,
+    g_t,
+    dq_b,
+    dq_h,
+    dq_t,
+    mask_b,
+    scale,
+    cap,
+    step,
+    n_params,
+    heads,
+    group,
+    q_len,
+    k_len,
+    slots,
+    tail,
+    first,
+    window,
+    a,
+    b,
+    c,
+    D: tl.constexpr,
+    V: tl.constexpr,
+    KEYS: tl.constexpr,
+    NEAR: tl.constexpr,
+    RULE: tl.constexpr,
+    SLOPE: tl.constexpr,
+    BIAS: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    PREFIX: tl.constexpr,
+    PART: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    STEP: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    """dq, and dq_first with the same strides; one program per tile of queries, which visits the
+    keys as `forward`.
+    """
     tiles = tl.cdiv(q_len, BLOCK_M)
     program = tl.program_id(0)
     r = (tiles - 1 - program % tiles) * BLOCK_M
@@ -113,47 +231,175 @@ def backward_queries(q, k, v, q_first, mask, start, params, grad, lse2, delta, d
     biases = biases_of(params, h, step, n_params, scale, BIAS, RULE)
     bounds = bounds_of_queries(i, h, window, numbers, KEYS, CAUSAL, PART)
     first_run, edge_run, inner_run = keys_to_visit(
-        i_low, i_low + tl.minimum(BLOCK_M, q_len - r) - 1, h, k_len, place, numbers, KEYS, NEAR, CAUSAL, PREFIX,
-        PART, BLOCK_N, STEP,
-    )  # fmt: skip
+        i_low,
+        i_low + tl.minimum(BLOCK_M, q_len - r) - 1,
+        h,
+        k_len,
+        place,
+        numbers,
+        KEYS,
+        NEAR,
+        CAUSAL,
+        PREFIX,
+        PART,
+        BLOCK_N,
+        STEP,
+    )
     q_tile = load_rows(head_of(q, row, h, q_b, q_h), r, q_t, q_len, D, BLOCK_M, BLOCK_D, True)
     g_tile = load_rows(head_of(grad, row, h, g_b, g_h), r, g_t, q_len, V, BLOCK_M, BLOCK_V, True)
     rows = r + tl.arange(0, BLOCK_M)
     at = tl.cast(row * heads + h, tl.int64) * q_len + rows
     l_tile = tl.load(lse2 + at, mask=rows < q_len, other=float("inf"))[:, None]
     d_tile = tl.load(delta + at, mask=rows < q_len, other=0.0)[:, None]
-    keys = (head_of(k, row, h // group, k_b, k_h), k_t, head_of(v, row, h // group, v_b, v_h), v_t, k_len)
+    keys = (
+        head_of(k, row, h // group, k_b, k_h),
+        k_t,
+        head_of(v, row, h // group, v_b, v_h),
+        v_t,
+        k_len,
+    )
     if mask is not None:
         mask += tl.cast(row, tl.int64) * mask_b
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     if PREFIX:
         other, dother = None, None
         if q_first is not None:
-            other = load_rows(head_of(q_first, row, h, f_b, f_h), r, f_t, q_len, D, BLOCK_M, BLOCK_D, True)
+            other = load_rows(
+                head_of(q_first, row, h, f_b, f_h), r, f_t, q_len, D, BLOCK_M, BLOCK_D, True
+            )
             dother = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
         acc, dother = _query_gradient(
-            acc, dother, q_tile, other, g_tile, l_tile, d_tile, i, bounds, h, keys, mask, first_run, place, numbers,
-            units, biases, D, V, NEAR, RULE, SLOPE, BIAS, FIRST, STEP, BLOCK_D, BLOCK_V,
-        )  # fmt: skip
+            acc,
+            dother,
+            q_tile,
+            other,
+            g_tile,
+            l_tile,
+            d_tile,
+            i,
+            bounds,
+            h,
+            keys,
+            mask,
+            first_run,
+            place,
+            numbers,
+            units,
+            biases,
+            D,
+            V,
+            NEAR,
+            RULE,
+            SLOPE,
+            BIAS,
+            FIRST,
+            STEP,
+            BLOCK_D,
+            BLOCK_V,
+        )
         if q_first is not None:
-            save_rows(dother * scale, head_of(dq_first, row, h, dq_b, dq_h), r, dq_t, q_len, D, BLOCK_M, BLOCK_D)
+            save_rows(
+                dother * scale,
+                head_of(dq_first, row, h, dq_b, dq_h),
+                r,
+                dq_t,
+                q_len,
+                D,
+                BLOCK_M,
+                BLOCK_D,
+            )
     acc, _ = _query_gradient(
-        acc, None, q_tile, None, g_tile, l_tile, d_tile, i, bounds, h, keys, mask, edge_run, place, numbers,
-        units, biases, D, V, NEAR, RULE, SLOPE, BIAS, EDGE, STEP, BLOCK_D, BLOCK_V,
-    )  # fmt: skip
+        acc,
+        None,
+        q_tile,
+        None,
+        g_tile,
+        l_tile,
+        d_tile,
+        i,
+        bounds,
+        h,
+        keys,
+        mask,
+        edge_run,
+        place,
+        numbers,
+        units,
+        biases,
+        D,
+        V,
+        NEAR,
+        RULE,
+        SLOPE,
+        BIAS,
+        EDGE,
+        STEP,
+        BLOCK_D,
+        BLOCK_V,
+    )
     acc, _ = _query_gradient(
-        acc, None, q_tile, None, g_tile, l_tile, d_tile, i, bounds, h, keys, mask, inner_run, place, numbers,
-        units, biases, D, V, NEAR, RULE, SLOPE, BIAS, INNER, BLOCK_N, BLOCK_D, BLOCK_V,
-    )  # fmt: skip
+        acc,
+        None,
+        q_tile,
+        None,
+        g_tile,
+        l_tile,
+        d_tile,
+        i,
+        bounds,
+        h,
+        keys,
+        mask,
+        inner_run,
+        place,
+        numbers,
+        units,
+        biases,
+        D,
+        V,
+        NEAR,
+        RULE,
+        SLOPE,
+        BIAS,
+        INNER,
+        BLOCK_N,
+        BLOCK_D,
+        BLOCK_V,
+    )
     save_rows(acc * scale, head_of(dq, row, h, dq_b, dq_h), r, dq_t, q_len, D, BLOCK_M, BLOCK_D)
 
 
 @triton.jit
-def _key_gradients(sums, k, v, j, bounds, queries, other, f_t, i_zero, h, run, place, numbers, units, biases,
-                   D: tl.constexpr, V: tl.constexpr, NEAR: tl.constexpr, RULE: tl.constexpr, SLOPE: tl.constexpr,
-                   BIAS: tl.constexpr, KIND: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
-                   BLOCK_V: tl.constexpr):  # fmt: skip
-    """Adds to sums = (dk, dv) over a run of tiles of queries; the keys are at positions j (N, 1), scores are (N, M)."""
+def _key_gradients(
+    sums,
+    k,
+    v,
+    j,
+    bounds,
+    queries,
+    other,
+    f_t,
+    i_zero,
+    h,
+    run,
+    place,
+    numbers,
+    units,
+    biases,
+    D: tl.constexpr,
+    V: tl.constexpr,
+    NEAR: tl.constexpr,
+    RULE: tl.constexpr,
+    SLOPE: tl.constexpr,
+    BIAS: tl.constexpr,
+    KIND: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    """Adds to sums = (dk, dv) over a run of tiles of queries; the keys are at positions j (N, 1),
+    scores are (N, M).
+    """
     dk, dv = sums
     query, q_t, grad, g_t, lse2, delta, q_len = queries
     scale, unit, cap = units
@@ -164,9 +410,18 @@ def _key_gradients(sums, k, v, j, bounds, queries, other, f_t, i_zero, h, run, p
         i = (i_zero + rows)[None, :]
         q = load_rows(query, r, q_t, q_len, D, BLOCK_M, BLOCK_D, KIND != INNER)
         do = load_rows(grad, r, g_t, q_len, V, BLOCK_M, BLOCK_V, KIND != INNER)
-        # 0 for rows that are not there, which the bounds exclude: cp.async fills in zeros for nothing
-        l = (tl.load(lse2 + rows) if KIND == INNER else tl.load(lse2 + rows, mask=rows < q_len, other=0.0))[None, :]
-        d = (tl.load(delta + rows) if KIND == INNER else tl.load(delta + rows, mask=rows < q_len, other=0.0))[None, :]
+        # 0 for rows that are not there, which the bounds exclude: cp.async fills in zeros for
+        # nothing
+        l = (
+            tl.load(lse2 + rows)
+            if KIND == INNER
+            else tl.load(lse2 + rows, mask=rows < q_len, other=0.0)
+        )[None, :]
+        d = (
+            tl.load(delta + rows)
+            if KIND == INNER
+            else tl.load(delta + rows, mask=rows < q_len, other=0.0)
+        )[None, :]
         s = dot(k, tl.trans(q), None)
         if KIND == FIRST:
             q_other = load_rows(other, r, f_t, q_len, D, BLOCK_M, BLOCK_D, True)
@@ -193,20 +448,94 @@ def _key_gradients(sums, k, v, j, bounds, queries, other, f_t, i_zero, h, run, p
     return dk, dv
 
 
-@triton.jit(do_not_specialize=["q_len", "k_len", "slots", "tail", "first", "window", "a", "b", "c", "step", "n_params"])
-def backward_keys(q, k, v, q_first, mask, start, params, grad, lse2, delta, dk, dv, dv_near,
-                  q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, f_b, f_h, f_t, g_b, g_h, g_t,
-                  dk_b, dk_h, dk_t, dv_b, dv_h, dv_t, mask_b,
-                  scale, cap, step, n_params, heads, group, q_len, k_len, slots, tail, first, window, a, b, c,
-                  D: tl.constexpr, V: tl.constexpr, QUERIES: tl.constexpr, NEAR: tl.constexpr, RULE: tl.constexpr,
-                  SLOPE: tl.constexpr, BIAS: tl.constexpr, CAUSAL: tl.constexpr, PREFIX: tl.constexpr,
-                  PART: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STEP: tl.constexpr,
-                  BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr):  # fmt: skip
-    """dk and dv; one program per tile of keys, which adds up the heads of its group: no atomics, the same every time.
+@triton.jit(
+    do_not_specialize=[
+        "q_len",
+        "k_len",
+        "slots",
+        "tail",
+        "first",
+        "window",
+        "a",
+        "b",
+        "c",
+        "step",
+        "n_params",
+    ]
+)
+def backward_keys(
+    q,
+    k,
+    v,
+    q_first,
+    mask,
+    start,
+    params,
+    grad,
+    lse2,
+    delta,
+    dk,
+    dv,
+    dv_near,
+    q_b,
+    q_h,
+    q_t,
+    k_b,
+    k_h,
+    k_t,
+    v_b,
+    v_h,
+    v_t,
+    f_b,
+    f_h,
+    f_t,
+    g_b,
+    g_h,
+    g_t,
+    dk_b,
+    dk_h,
+    dk_t,
+    dv_b,
+    dv_h,
+    dv_t,
+    mask_b,
+    scale,
+    cap,
+    step,
+    n_params,
+    heads,
+    group,
+    q_len,
+    k_len,
+    slots,
+    tail,
+    first,
+    window,
+    a,
+    b,
+    c,
+    D: tl.constexpr,
+    V: tl.constexpr,
+    QUERIES: tl.constexpr,
+    NEAR: tl.constexpr,
+    RULE: tl.constexpr,
+    SLOPE: tl.constexpr,
+    BIAS: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    PREFIX: tl.constexpr,
+    PART: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    STEP: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    """dk and dv; one program per tile of keys, which adds up the heads of its group: no atomics,
+    the same every time.
 
-    dv_near, fp32 with dv's strides, is added to dv: what the NEARER part gave. A key that is not real (padding, or
-    beyond the last) may gather anything in its own row, which is dropped at the end: INNER tiles need no mask for it.
-    """
+    dv_near, fp32 with dv's strides, is added to dv: what the NEARER part gave. A key that is not
+    real (padding, or beyond the last) may gather anything in its own row, which is dropped at the
+    end: INNER tiles need no mask for it."""
     tiles = tl.cdiv(k_len, BLOCK_N)
     program = tl.program_id(0)
     n, kv_head = program % tiles * BLOCK_N, program // tiles % (heads // group)
@@ -226,30 +555,121 @@ def backward_keys(q, k, v, q_first, mask, start, params, grad, lse2, delta, dk, 
         h = kv_head * group + g
         at = tl.cast(row * heads + h, tl.int64) * q_len
         queries = (
-            head_of(q, row, h, q_b, q_h), q_t, head_of(grad, row, h, g_b, g_h), g_t, lse2 + at, delta + at, q_len,
-        )  # fmt: skip
+            head_of(q, row, h, q_b, q_h),
+            q_t,
+            head_of(grad, row, h, g_b, g_h),
+            g_t,
+            lse2 + at,
+            delta + at,
+            q_len,
+        )
         biases = biases_of(params, h, step, n_params, scale, BIAS, RULE)
         bounds = bounds_of_keys(j, h, i_zero + q_len, place, numbers, QUERIES, CAUSAL, PREFIX, PART)
         first_run, edge_run, inner_run = queries_to_visit(
-            n, h, q_len, k_len, i_zero, place, numbers, QUERIES, NEAR, CAUSAL, PREFIX, q_first is not None,
-            PART, BLOCK_M, STEP, BLOCK_N,
-        )  # fmt: skip
+            n,
+            h,
+            q_len,
+            k_len,
+            i_zero,
+            place,
+            numbers,
+            QUERIES,
+            NEAR,
+            CAUSAL,
+            PREFIX,
+            q_first is not None,
+            PART,
+            BLOCK_M,
+            STEP,
+            BLOCK_N,
+        )
         sums = (dk_acc, dv_acc)
         if q_first is not None:
             sums = _key_gradients(
-                sums, k_tile, v_tile, j, bounds, queries, head_of(q_first, row, h, f_b, f_h), f_t, i_zero, h,
-                first_run, place, numbers, units, biases, D, V, NEAR, RULE, SLOPE, BIAS, FIRST, STEP, BLOCK_D, BLOCK_V,
-            )  # fmt: skip
+                sums,
+                k_tile,
+                v_tile,
+                j,
+                bounds,
+                queries,
+                head_of(q_first, row, h, f_b, f_h),
+                f_t,
+                i_zero,
+                h,
+                first_run,
+                place,
+                numbers,
+                units,
+                biases,
+                D,
+                V,
+                NEAR,
+                RULE,
+                SLOPE,
+                BIAS,
+                FIRST,
+                STEP,
+                BLOCK_D,
+                BLOCK_V,
+            )
         sums = _key_gradients(
-            sums, k_tile, v_tile, j, bounds, queries, None, 0, i_zero, h, edge_run, place, numbers, units, biases,
-            D, V, NEAR, RULE, SLOPE, BIAS, EDGE, STEP, BLOCK_D, BLOCK_V,
-        )  # fmt: skip
+            sums,
+            k_tile,
+            v_tile,
+            j,
+            bounds,
+            queries,
+            None,
+            0,
+            i_zero,
+            h,
+            edge_run,
+            place,
+            numbers,
+            units,
+            biases,
+            D,
+            V,
+            NEAR,
+            RULE,
+            SLOPE,
+            BIAS,
+            EDGE,
+            STEP,
+            BLOCK_D,
+            BLOCK_V,
+        )
         dk_acc, dv_acc = _key_gradients(
-            sums, k_tile, v_tile, j, bounds, queries, None, 0, i_zero, h, inner_run, place, numbers, units, biases,
-            D, V, NEAR, RULE, SLOPE, BIAS, INNER, BLOCK_M, BLOCK_D, BLOCK_V,
-        )  # fmt: skip
+            sums,
+            k_tile,
+            v_tile,
+            j,
+            bounds,
+            queries,
+            None,
+            0,
+            i_zero,
+            h,
+            inner_run,
+            place,
+            numbers,
+            units,
+            biases,
+            D,
+            V,
+            NEAR,
+            RULE,
+            SLOPE,
+            BIAS,
+            INNER,
+            BLOCK_M,
+            BLOCK_D,
+            BLOCK_V,
+        )
     if dv_near is not None:
-        dv_acc += load_rows(head_of(dv_near, row, kv_head, dv_b, dv_h), n, dv_t, k_len, V, BLOCK_N, BLOCK_V, True)
+        dv_acc += load_rows(
+            head_of(dv_near, row, kv_head, dv_b, dv_h), n, dv_t, k_len, V, BLOCK_N, BLOCK_V, True
+        )
     dk_acc, dv_acc = tl.where(j >= 0, dk_acc * scale, 0.0), tl.where(j >= 0, dv_acc, 0.0)
     save_rows(dk_acc, head_of(dk, row, kv_head, dk_b, dk_h), n, dk_t, k_len, D, BLOCK_N, BLOCK_D)
     save_rows(dv_acc, head_of(dv, row, kv_head, dv_b, dv_h), n, dv_t, k_len, V, BLOCK_N, BLOCK_V)

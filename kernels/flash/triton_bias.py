@@ -1,7 +1,8 @@
-"""Biases by distance for Triton kernels: what `Bias.values` says, jitted. Shared with the decode kernels.
+"""Biases by distance for Triton kernels: what `Bias.values` says, jitted. Shared with the decode
+kernels.
 
-A bias is a function of distances d (int32, not negative) and of a head's parameters: pointer, how many, the first two.
-"""
+A bias is a function of distances d (int32, not negative) and of a head's parameters: pointer, how
+many, the first two."""
 
 from __future__ import annotations
 
@@ -36,8 +37,12 @@ def table(d, params, n, first, second):
 
 
 BIASES: dict[str | None, Any] = {
-    None: None, "alibi": alibi, "kerple_log": kerple_log, "kerple_power": kerple_power, "table": table,
-}  # fmt: skip
+    None: None,
+    "alibi": alibi,
+    "kerple_log": kerple_log,
+    "kerple_power": kerple_power,
+    "table": table,
+}
 
 
 @triton.jit
@@ -49,7 +54,9 @@ def params_of(params, h, step, n):
 
 @triton.jit
 def biases_of(params, h, step, n, scale, BIAS: tl.constexpr, RULE: tl.constexpr):
-    """(`params_of` head h, what a bias is multiplied by to be in the unit of the scores), or None."""
+    """(`params_of` head h, what a bias is multiplied by to be in the unit of the scores), or
+    None.
+    """
     if BIAS is None:
         return None
     else:
@@ -57,11 +64,16 @@ def biases_of(params, h, step, n, scale, BIAS: tl.constexpr, RULE: tl.constexpr)
 
 
 def arguments(bias: Bias | None) -> tuple[Tensor | None, int, int]:
-    """params, step and n for a launch: fp32, the last dimension dense. ValueError if gradients are wanted."""
+    """params, step and n for a launch: fp32, the last dimension dense. ValueError if gradients are
+    wanted.
+    """
     if bias is None:
         return None, 0, 0
     if torch.is_grad_enabled() and bias.params.requires_grad:
-        raise ValueError("bias.params: the Triton kernels have no gradient for it; valid are a detached tensor and "
-                         "impl='torch'")  # fmt: skip
+        raise ValueError(
+            "bias.params: the Triton kernels have no gradient for it; valid are a detached tensor "
+            "and "
+            "impl='torch'"
+        )
     params = bias.params.float().contiguous()
     return params, params.shape[1] if params.shape[0] > 1 else 0, params.shape[1]

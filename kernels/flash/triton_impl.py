@@ -1,9 +1,9 @@
 """Flash attention on Triton, forward and backward: the table of patterns, and the launches.
 
-A new pattern is two jitted functions of positions below and a line in PATTERNS; a new score rule, two and a line in
-RULES; a new bias, one and a line in `triton_bias`. `triton_kernels` and `triton_backward` have the kernels,
-`triton_pieces` how they ask these functions, `tiles` their sizes.
-"""
+A new pattern is two jitted functions of positions below and a line in PATTERNS; a new score rule,
+two and a line in RULES; a new bias, one and a line in `triton_bias`. `triton_kernels` and
+`triton_backward` have the kernels, `triton_pieces` how they ask these functions, `tiles` their
+sizes."""
 
 from __future__ import annotations
 
@@ -27,8 +27,9 @@ from .triton_pieces import ALL, FAR, FARTHER, LOG2E, NEARER
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
-# ---- patterns: [low, high) of the positions that the token at x sees, and of those that see it. Neither bound may fall
-# as x grows. x is a scalar, or a tensor of any shape; h the query head, of `heads`; a, b, c are the pattern's integers.
+# ---- patterns: [low, high) of the positions that the token at x sees, and of those that see it.
+# Neither bound may fall as x grows. x is a scalar, or a tensor of any shape; h the query head, of
+# `heads`; a, b, c are the pattern's integers.
 
 
 @triton.jit
@@ -66,7 +67,9 @@ def blocks_queries(x, h, heads, size, look_back, shift):
 
 
 class Jitted(NamedTuple):
-    """A pattern for the kernels. `near`(i, j, h, heads, a, b, c), if there is one, punches holes into the intervals."""
+    """A pattern for the kernels. `near`(i, j, h, heads, a, b, c), if there is one, punches holes
+    into the intervals.
+    """
 
     keys: Any
     queries: Any
@@ -81,16 +84,21 @@ def _blocks(pattern: Blocks) -> tuple[int, int, int]:
 
 PATTERNS: dict[type[Pattern], Jitted] = {
     Pattern: Jitted(full_keys, full_queries, lambda p: (0, 0, 0)),
-    Window: Jitted(window_keys, window_queries, lambda p: (min(p.back, FAR.value), min(p.ahead, FAR.value), 0)),
+    Window: Jitted(
+        window_keys, window_queries, lambda p: (min(p.back, FAR.value), min(p.ahead, FAR.value), 0)
+    ),
     Blocks: Jitted(blocks_keys, blocks_queries, _blocks),
 }
 
-# ---- score rules: the score to use for a scaled product s, and its derivative by s, told from that score.
+# ---- score rules: the score to use for a scaled product s, and its derivative by s, told from that
+# score.
 
 
 @triton.jit
 def softcap_score(s, i, j, h, cap):
-    return cap - 2 * cap / (tl.exp2(s * (2 * LOG2E / cap)) + 1)  # cap tanh(s / cap), safe at both ends
+    return cap - 2 * cap / (
+        tl.exp2(s * (2 * LOG2E / cap)) + 1
+    )  # cap tanh(s / cap), safe at both ends
 
 
 @triton.jit
@@ -98,7 +106,10 @@ def softcap_slope(score, i, j, h, cap):
     return 1 - (score / cap) * (score / cap)
 
 
-RULES: dict[str | None, tuple[Any, Any]] = {None: (None, None), "softcap": (softcap_score, softcap_slope)}
+RULES: dict[str | None, tuple[Any, Any]] = {
+    None: (None, None),
+    "softcap": (softcap_score, softcap_slope),
+}
 
 # ---- launches
 
@@ -128,24 +139,52 @@ class Call(NamedTuple):
 
 
 def constants(
-    kernel: str, call: Call, arch: str, dtype: torch.dtype, dim: int, value_dim: int, part: int = ALL.value
+    kernel: str,
+    call: Call,
+    arch: str,
+    dtype: torch.dtype,
+    dim: int,
+    value_dim: int,
+    part: int = ALL.value,
 ) -> dict[str, Any]:
     """The compile-time arguments of a launch, num_warps and num_stages among them."""
     jitted, (rule, slope) = PATTERNS[call.kind], RULES[call.rule]
     d, v = tiles.padded(dim), tiles.padded(value_dim)
     prefix = call.slots > 0 or call.first > 0
-    tile = tiles.tile(kernel, arch, max(d, v), dtype, heavy=prefix or call.masked, two_parts=call.window is not None)
+    tile = tiles.tile(
+        kernel,
+        arch,
+        max(d, v),
+        dtype,
+        heavy=prefix or call.masked,
+        two_parts=call.window is not None,
+    )
     fixed = dict(
-        D=dim, V=value_dim, NEAR=jitted.near, RULE=rule, BIAS=BIASES[call.bias], CAUSAL=call.causal, PREFIX=prefix,
-        BLOCK_M=tile.m, BLOCK_N=tile.n, STEP=tile.step, BLOCK_D=d, BLOCK_V=v, **tile.options,
-    )  # fmt: skip
+        D=dim,
+        V=value_dim,
+        NEAR=jitted.near,
+        RULE=rule,
+        BIAS=BIASES[call.bias],
+        CAUSAL=call.causal,
+        PREFIX=prefix,
+        BLOCK_M=tile.m,
+        BLOCK_N=tile.n,
+        STEP=tile.step,
+        BLOCK_D=d,
+        BLOCK_V=v,
+        **tile.options,
+    )
     if kernel != "forward":
         fixed |= {"SLOPE": slope, "PART": part}
-    return fixed | ({"QUERIES": jitted.queries} if kernel == "backward_keys" else {"KEYS": jitted.keys})
+    return fixed | (
+        {"QUERIES": jitted.queries} if kernel == "backward_keys" else {"KEYS": jitted.keys}
+    )
 
 
 def _like(x: Tensor, dim: int, dtype: torch.dtype | None = None) -> Tensor:
-    """Uninitialised, x's shape but for the last size; tokens lie outside of heads if they do in x."""
+    """Uninitialised, x's shape but for the last size; tokens lie outside of heads if they do in
+    x.
+    """
     batch, heads, length, _ = x.shape
     options = {"dtype": dtype or x.dtype, "device": x.device}
     if x.stride(2) > x.stride(1):
@@ -172,10 +211,23 @@ class _Attention(torch.autograd.Function):
         fixed = constants("forward", call, tiles.architecture(q.device), q.dtype, dim, v.shape[-1])
         with torch.cuda.device_of(q):
             _launch(
-                "forward", batch * heads * triton.cdiv(queries, fixed["BLOCK_M"]),
-                q, k, v, q_first, q_far, k_far, mask, start, params, out, lse,
-                *_strides(q, k, v, q_first, q_far, k_far, out), *_numbers(q, k, mask, call), **fixed,
-            )  # fmt: skip
+                "forward",
+                batch * heads * triton.cdiv(queries, fixed["BLOCK_M"]),
+                q,
+                k,
+                v,
+                q_first,
+                q_far,
+                k_far,
+                mask,
+                start,
+                params,
+                out,
+                lse,
+                *_strides(q, k, v, q_first, q_far, k_far, out),
+                *_numbers(q, k, mask, call),
+                **fixed,
+            )
         ctx.save_for_backward(q, k, v, q_first, q_far, k_far, mask, start, params, out, lse)
         ctx.call = call
         ctx.set_materialize_grads(False)
@@ -196,11 +248,22 @@ class _Attention(torch.autograd.Function):
         dq = dk = dv = dq_first = dq_far = dk_far = None
         with torch.cuda.device_of(q):
             _launch(
-                "backward_rows", batch * heads * triton.cdiv(queries, rows.m),
-                out, grad, lse, None if grad_lse is None else grad_lse.contiguous(), delta, lse2,
-                *_strides(out, grad), heads, queries,
-                V=value_dim, BLOCK_M=rows.m, BLOCK_V=tiles.padded(value_dim), **rows.options,
-            )  # fmt: skip
+                "backward_rows",
+                batch * heads * triton.cdiv(queries, rows.m),
+                out,
+                grad,
+                lse,
+                None if grad_lse is None else grad_lse.contiguous(),
+                delta,
+                lse2,
+                *_strides(out, grad),
+                heads,
+                queries,
+                V=value_dim,
+                BLOCK_M=rows.m,
+                BLOCK_V=tiles.padded(value_dim),
+                **rows.options,
+            )
             part = ALL.value if q_far is None else NEARER.value
             if needs_q or needs_first:
                 dq, dq_first = _query_gradients(ctx.call, part, q, k, v, q_first, *more)
@@ -210,44 +273,103 @@ class _Attention(torch.autograd.Function):
             if needs_q_far:
                 dq_far, _ = _query_gradients(ctx.call, FARTHER.value, q_far, k_far, v, None, *more)
             if q_far is not None and (needs_k_far or needs_v):
-                dk_far, dv = _key_gradients(ctx.call, FARTHER.value, q_far, k_far, v, None, *more, dv, v.dtype)
+                dk_far, dv = _key_gradients(
+                    ctx.call, FARTHER.value, q_far, k_far, v, None, *more, dv, v.dtype
+                )
         return dq, dk, dv, dq_first, dq_far, dk_far, None, None, None, None
 
 
-def _query_gradients(call: Call, part: int, q, k, v, q_first, *more: Tensor | None) -> tuple[Tensor, Tensor | None]:
+def _query_gradients(
+    call: Call, part: int, q, k, v, q_first, *more: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
     """dq and dq_first of a part of the pairs. more: mask, start, params, grad, lse2, delta."""
     batch, heads, queries, dim = q.shape
     dq, dq_first = _like(q, dim), None if q_first is None else _like(q, dim)
-    fixed = constants("backward_queries", call, tiles.architecture(q.device), q.dtype, dim, v.shape[3], part)
+    fixed = constants(
+        "backward_queries", call, tiles.architecture(q.device), q.dtype, dim, v.shape[3], part
+    )
     _launch(
-        "backward_queries", batch * heads * triton.cdiv(queries, fixed["BLOCK_M"]), q, k, v, q_first, *more, dq,
-        dq_first, *_strides(q, k, v, q_first, more[3], dq), *_numbers(q, k, more[0], call), **fixed,
-    )  # fmt: skip
+        "backward_queries",
+        batch * heads * triton.cdiv(queries, fixed["BLOCK_M"]),
+        q,
+        k,
+        v,
+        q_first,
+        *more,
+        dq,
+        dq_first,
+        *_strides(q, k, v, q_first, more[3], dq),
+        *_numbers(q, k, more[0], call),
+        **fixed,
+    )
     return dq, dq_first
 
 
 def _key_gradients(
-    call: Call, part: int, q, k, v, q_first, mask, start, params, grad, lse2, delta, dv_near, dtype: torch.dtype
+    call: Call,
+    part: int,
+    q,
+    k,
+    v,
+    q_first,
+    mask,
+    start,
+    params,
+    grad,
+    lse2,
+    delta,
+    dv_near,
+    dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """dk and dv, dv in `dtype`, of a part of the pairs; dv_near, from the other part, is added to dv."""
+    """dk and dv, dv in `dtype`, of a part of the pairs; dv_near, from the other part, is added to
+    dv.
+    """
     batch, kv_heads, keys, value_dim = v.shape
     dk, dv = _like(k, k.shape[3]), _like(v, value_dim, dtype)
-    fixed = constants("backward_keys", call, tiles.architecture(q.device), q.dtype, k.shape[3], value_dim, part)
+    fixed = constants(
+        "backward_keys", call, tiles.architecture(q.device), q.dtype, k.shape[3], value_dim, part
+    )
     _launch(
-        "backward_keys", batch * kv_heads * triton.cdiv(keys, fixed["BLOCK_N"]), q, k, v, q_first, mask, start, params,
-        grad, lse2, delta, dk, dv, dv_near, *_strides(q, k, v, q_first, grad, dk, dv), *_numbers(q, k, mask, call),
+        "backward_keys",
+        batch * kv_heads * triton.cdiv(keys, fixed["BLOCK_N"]),
+        q,
+        k,
+        v,
+        q_first,
+        mask,
+        start,
+        params,
+        grad,
+        lse2,
+        delta,
+        dk,
+        dv,
+        dv_near,
+        *_strides(q, k, v, q_first, grad, dk, dv),
+        *_numbers(q, k, mask, call),
         **fixed,
-    )  # fmt: skip
+    )
     return dk, dv
 
 
 def _numbers(q: Tensor, k: Tensor, mask: Tensor | None, call: Call) -> tuple[float, ...]:
     """What the kernels over pairs take behind the strides of the other tensors, in their order."""
     return (
-        0 if mask is None else mask.stride(0), call.scale, call.cap, call.params_step, call.params,
-        q.shape[1], q.shape[1] // k.shape[1], q.shape[2], k.shape[2], call.slots, call.tail, call.first,
-        call.window or 0, *call.integers,
-    )  # fmt: skip
+        0 if mask is None else mask.stride(0),
+        call.scale,
+        call.cap,
+        call.params_step,
+        call.params,
+        q.shape[1],
+        q.shape[1] // k.shape[1],
+        q.shape[2],
+        k.shape[2],
+        call.slots,
+        call.tail,
+        call.first,
+        call.window or 0,
+        *call.integers,
+    )
 
 
 def attention(
@@ -265,31 +387,53 @@ def attention(
     far: Far | None = None,
     bias: Bias | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """As `effattn.kernels.flash.attention`; (out, lse or None). fp16, bf16 or fp32, heads up to 256 wide.
+    """As `effattn.kernels.flash.attention`; (out, lse or None). fp16, bf16 or fp32, heads up to 256
+    wide.
 
-    ValueError for what the kernels do not have: other dtypes, wider heads, rings, patterns without a jitted twin,
-    gradients of biases.
-    """
+    ValueError for what the kernels do not have: other dtypes, wider heads, rings, patterns without
+    a jitted twin, gradients of biases."""
     if q.dtype not in DTYPES:
-        raise ValueError(f"dtype: got {q.dtype}, valid for impl='triton' are {', '.join(map(str, DTYPES))}")
+        raise ValueError(
+            f"dtype: got {q.dtype}, valid for impl='triton' are {', '.join(map(str, DTYPES))}"
+        )
     if type(pattern) not in PATTERNS:
         names = ", ".join(kind.__name__ for kind in PATTERNS)
-        raise ValueError(f"pattern: got {type(pattern).__name__}, valid for impl='triton' are {names}")
+        raise ValueError(
+            f"pattern: got {type(pattern).__name__}, valid for impl='triton' are {names}"
+        )
     if layout.ring is not None or layout.slots_at is not None:
-        raise ValueError("layout: rings and slots_at are for the decode kernels; here keys lie in their order")
+        raise ValueError(
+            "layout: rings and slots_at are for the decode kernels; here keys lie in their order"
+        )
     if layout.tokens(k.shape[2]) != layout.tail + k.shape[2] - layout.slots:
-        raise ValueError(f"layout.total: got {layout.total}, without a ring only tail + Tk - slots is valid")
+        raise ValueError(
+            f"layout.total: got {layout.total}, without a ring only tail + Tk - slots is valid"
+        )
     if scale <= 0 or (softcap is not None and softcap <= 0):
-        raise ValueError(f"scale and softcap: got {scale} and {softcap}, valid are positive numbers")
+        raise ValueError(
+            f"scale and softcap: got {scale} and {softcap}, valid are positive numbers"
+        )
     bounded = PATTERNS[type(pattern)].keys is not full_keys
-    first = pattern.first if bounded or q_first is not None else 0  # a full pattern shows them anyway
+    first = (
+        pattern.first if bounded or q_first is not None else 0
+    )  # a full pattern shows them anyway
     params, params_step, numbers = arguments(bias)
     call = Call(
-        kind=type(pattern), integers=PATTERNS[type(pattern)].integers(pattern), first=first, slots=layout.slots,
-        tail=layout.tail, causal=causal, scale=float(scale), cap=float(softcap or 0.0),
-        rule=None if softcap is None else "softcap", masked=layout.mask is not None,
-        window=far and far.window, bias=bias and bias.kind, params_step=params_step, params=numbers,
-    )  # fmt: skip
+        kind=type(pattern),
+        integers=PATTERNS[type(pattern)].integers(pattern),
+        first=first,
+        slots=layout.slots,
+        tail=layout.tail,
+        causal=causal,
+        scale=float(scale),
+        cap=float(softcap or 0.0),
+        rule=None if softcap is None else "softcap",
+        masked=layout.mask is not None,
+        window=far and far.window,
+        bias=bias and bias.kind,
+        params_step=params_step,
+        params=numbers,
+    )
     mask, start = layout.mask, layout.start
     if mask is not None:
         mask = dense_rows(mask.expand(q.shape[0], -1))

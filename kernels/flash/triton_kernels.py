@@ -1,15 +1,15 @@
 """Flash attention in Triton: the forward kernel, for every pattern, score rule and key layout.
 
-    B batch, H query heads, `group` of them to a K/V head        D head size, V value size; padded to BLOCK_D, BLOCK_V
-    M rows of queries and N keys in a tile                       the other letters: `triton_pieces`
+    B batch, H query heads, `group` of them to a K/V head  D head size, V value size; padded to BLOCK_D, BLOCK_V
+    M rows of queries and N keys in a tile                 the other letters: `triton_pieces`
     x_b, x_h, x_t strides of x by row of the batch, head, token
 
-Softmax runs in base 2: `unit` takes the scores there, as scale * log2(e), or as log2(e) behind a score rule, which
-works on scaled scores. RULE is such a rule, SLOPE its derivative, BIAS (with the numbers in `biases`) is added by
-distance. Each kernel goes through its tiles by kind: FIRST, EDGE, and INNER last, where registers are short and nothing
-but the sums is to stay alive. With other queries and keys for FARTHER pairs (q_far, k_far), it goes through those and
-then through the NEARER ones: two products only where tiles straddle the window.
-"""
+Softmax runs in base 2: `unit` takes the scores there, as scale * log2(e), or as log2(e) behind a
+score rule, which works on scaled scores. RULE is such a rule, SLOPE its derivative, BIAS (with the
+numbers in `biases`) is added by distance. Each kernel goes through its tiles by kind: FIRST, EDGE,
+and INNER last, where registers are short and nothing but the sums is to stay alive. With other
+queries and keys for FARTHER pairs (q_far, k_far), it goes through those and then through the NEARER
+ones: two products only where tiles straddle the window."""
 
 import triton
 import triton.language as tl
@@ -35,14 +35,37 @@ from .triton_pieces import (
     save_rows,
     start_of,
     visible,
-)  # fmt: skip
+)
 
 
 @triton.jit
-def _attend(sums, q, other, i, bounds, h, keys, mask, run, place, numbers, units, biases,
-            D: tl.constexpr, V: tl.constexpr, NEAR: tl.constexpr, RULE: tl.constexpr, BIAS: tl.constexpr,
-            KIND: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr):  # fmt: skip
-    """Goes on with sums = (acc (M, V), top score (M,), total weight (M,)) over a run of tiles of keys."""
+def _attend(
+    sums,
+    q,
+    other,
+    i,
+    bounds,
+    h,
+    keys,
+    mask,
+    run,
+    place,
+    numbers,
+    units,
+    biases,
+    D: tl.constexpr,
+    V: tl.constexpr,
+    NEAR: tl.constexpr,
+    RULE: tl.constexpr,
+    BIAS: tl.constexpr,
+    KIND: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    """Goes on with sums = (acc (M, V), top score (M,), total weight (M,)) over a run of tiles of
+    keys.
+    """
     acc, top, total = sums
     key, k_t, value, v_t, k_len = keys
     scale, unit, cap = units
@@ -60,12 +83,18 @@ def _attend(sums, q, other, i, bounds, h, keys, mask, run, place, numbers, units
         if BIAS is not None:
             s += BIAS(tl.abs(i - j), *biases[0]) * biases[1]
         if KIND != INNER:
-            s = tl.where(visible(i, j, h, bounds, place, numbers, NEAR, KIND == FIRST), s, float("-inf"))
+            s = tl.where(
+                visible(i, j, h, bounds, place, numbers, NEAR, KIND == FIRST), s, float("-inf")
+            )
         elif mask is not None:
             s = tl.where(real, s, float("-inf"))
         higher = tl.maximum(top, tl.max(s, 1) * unit)
         # a row that has seen nothing yet: -inf minus -inf would be NaN
-        safe = higher if KIND == INNER and mask is None else tl.where(higher == float("-inf"), 0.0, higher)
+        safe = (
+            higher
+            if KIND == INNER and mask is None
+            else tl.where(higher == float("-inf"), 0.0, higher)
+        )
         p = tl.exp2(s * unit - safe[:, None])
         fade = tl.exp2(top - safe)
         total = total * fade + tl.sum(p, 1)
@@ -76,34 +105,195 @@ def _attend(sums, q, other, i, bounds, h, keys, mask, run, place, numbers, units
 
 
 @triton.jit
-def _attend_part(sums, q, other, i, i_low, i_last, h, keys, mask, place, numbers, units, biases,
-                 D: tl.constexpr, V: tl.constexpr, KEYS: tl.constexpr, NEAR: tl.constexpr, RULE: tl.constexpr,
-                 BIAS: tl.constexpr, CAUSAL: tl.constexpr, PREFIX: tl.constexpr, PART: tl.constexpr,
-                 BLOCK_N: tl.constexpr, STEP: tl.constexpr, BLOCK_D: tl.constexpr,
-                 BLOCK_V: tl.constexpr):  # fmt: skip
+def _attend_part(
+    sums,
+    q,
+    other,
+    i,
+    i_low,
+    i_last,
+    h,
+    keys,
+    mask,
+    place,
+    numbers,
+    units,
+    biases,
+    D: tl.constexpr,
+    V: tl.constexpr,
+    KEYS: tl.constexpr,
+    NEAR: tl.constexpr,
+    RULE: tl.constexpr,
+    BIAS: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    PREFIX: tl.constexpr,
+    PART: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    STEP: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
     """The same over all tiles of a PART."""
     bounds = bounds_of_queries(i, h, place[3], numbers, KEYS, CAUSAL, PART)
     first_run, edge_run, inner_run = keys_to_visit(
         i_low, i_last, h, keys[4], place, numbers, KEYS, NEAR, CAUSAL, PREFIX, PART, BLOCK_N, STEP
-    )  # fmt: skip
+    )
     if PREFIX:
-        sums = _attend(sums, q, other, i, bounds, h, keys, mask, first_run, place, numbers, units, biases,
-                       D, V, NEAR, RULE, BIAS, FIRST, STEP, BLOCK_D, BLOCK_V)  # fmt: skip
-    sums = _attend(sums, q, None, i, bounds, h, keys, mask, edge_run, place, numbers, units, biases,
-                   D, V, NEAR, RULE, BIAS, EDGE, STEP, BLOCK_D, BLOCK_V)  # fmt: skip
-    return _attend(sums, q, None, i, bounds, h, keys, mask, inner_run, place, numbers, units, biases,
-                   D, V, NEAR, RULE, BIAS, INNER, BLOCK_N, BLOCK_D, BLOCK_V)  # fmt: skip
+        sums = _attend(
+            sums,
+            q,
+            other,
+            i,
+            bounds,
+            h,
+            keys,
+            mask,
+            first_run,
+            place,
+            numbers,
+            units,
+            biases,
+            D,
+            V,
+            NEAR,
+            RULE,
+            BIAS,
+            FIRST,
+            STEP,
+            BLOCK_D,
+            BLOCK_V,
+        )
+    sums = _attend(
+        sums,
+        q,
+        None,
+        i,
+        bounds,
+        h,
+        keys,
+        mask,
+        edge_run,
+        place,
+        numbers,
+        units,
+        biases,
+        D,
+        V,
+        NEAR,
+        RULE,
+        BIAS,
+        EDGE,
+        STEP,
+        BLOCK_D,
+        BLOCK_V,
+    )
+    return _attend(
+        sums,
+        q,
+        None,
+        i,
+        bounds,
+        h,
+        keys,
+        mask,
+        inner_run,
+        place,
+        numbers,
+        units,
+        biases,
+        D,
+        V,
+        NEAR,
+        RULE,
+        BIAS,
+        INNER,
+        BLOCK_N,
+        BLOCK_D,
+        BLOCK_V,
+    )
 
 
-@triton.jit(do_not_specialize=["q_len", "k_len", "slots", "tail", "first", "window", "a", "b", "c", "step", "n_params"])
-def forward(q, k, v, q_first, q_far, k_far, mask, start, params, out, lse,
-            q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, f_b, f_h, f_t, qf_b, qf_h, qf_t, kf_b, kf_h, kf_t,
-            o_b, o_h, o_t, mask_b, scale, cap, step, n_params, heads, group, q_len, k_len, slots, tail, first, window,
-            a, b, c,
-            D: tl.constexpr, V: tl.constexpr, KEYS: tl.constexpr, NEAR: tl.constexpr, RULE: tl.constexpr,
-            BIAS: tl.constexpr, CAUSAL: tl.constexpr, PREFIX: tl.constexpr, BLOCK_M: tl.constexpr,
-            BLOCK_N: tl.constexpr, STEP: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr):  # fmt: skip
-    """out (B, H, Tq, V) and lse (B, H, Tq) fp32; one program per tile of queries, the longest rows first."""
+@triton.jit(
+    do_not_specialize=[
+        "q_len",
+        "k_len",
+        "slots",
+        "tail",
+        "first",
+        "window",
+        "a",
+        "b",
+        "c",
+        "step",
+        "n_params",
+    ]
+)
+def forward(
+    q,
+    k,
+    v,
+    q_first,
+    q_far,
+    k_far,
+    mask,
+    start,
+    params,
+    out,
+    lse,
+    q_b,
+    q_h,
+    q_t,
+    k_b,
+    k_h,
+    k_t,
+    v_b,
+    v_h,
+    v_t,
+    f_b,
+    f_h,
+    f_t,
+    qf_b,
+    qf_h,
+    qf_t,
+    kf_b,
+    kf_h,
+    kf_t,
+    o_b,
+    o_h,
+    o_t,
+    mask_b,
+    scale,
+    cap,
+    step,
+    n_params,
+    heads,
+    group,
+    q_len,
+    k_len,
+    slots,
+    tail,
+    first,
+    window,
+    a,
+    b,
+    c,
+    D: tl.constexpr,
+    V: tl.constexpr,
+    KEYS: tl.constexpr,
+    NEAR: tl.constexpr,
+    RULE: tl.constexpr,
+    BIAS: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    PREFIX: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    STEP: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    """out (B, H, Tq, V) and lse (B, H, Tq) fp32; one program per tile of queries, the longest rows
+    first.
+    """
     tiles = tl.cdiv(q_len, BLOCK_M)
     program = tl.program_id(0)
     r = (tiles - 1 - program % tiles) * BLOCK_M
@@ -122,22 +312,78 @@ def forward(q, k, v, q_first, q_far, k_far, mask, start, params, out, lse,
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     sums = (acc, top, tl.zeros([BLOCK_M], tl.float32))
     if q_far is not None:
-        far_tile = load_rows(head_of(q_far, row, h, qf_b, qf_h), r, qf_t, q_len, D, BLOCK_M, BLOCK_D, True)
+        far_tile = load_rows(
+            head_of(q_far, row, h, qf_b, qf_h), r, qf_t, q_len, D, BLOCK_M, BLOCK_D, True
+        )
         keys = (head_of(k_far, row, h // group, kf_b, kf_h), kf_t, value, v_t, k_len)
-        sums = _attend_part(sums, far_tile, None, i, i_low, i_last, h, keys, mask, place, numbers, units, biases,
-                            D, V, KEYS, NEAR, RULE, BIAS, CAUSAL, PREFIX, FARTHER, BLOCK_N, STEP, BLOCK_D,
-                            BLOCK_V)  # fmt: skip
+        sums = _attend_part(
+            sums,
+            far_tile,
+            None,
+            i,
+            i_low,
+            i_last,
+            h,
+            keys,
+            mask,
+            place,
+            numbers,
+            units,
+            biases,
+            D,
+            V,
+            KEYS,
+            NEAR,
+            RULE,
+            BIAS,
+            CAUSAL,
+            PREFIX,
+            FARTHER,
+            BLOCK_N,
+            STEP,
+            BLOCK_D,
+            BLOCK_V,
+        )
     q_tile = load_rows(head_of(q, row, h, q_b, q_h), r, q_t, q_len, D, BLOCK_M, BLOCK_D, True)
     keys = (head_of(k, row, h // group, k_b, k_h), k_t, value, v_t, k_len)
     other = None
     if q_first is not None:
-        other = load_rows(head_of(q_first, row, h, f_b, f_h), r, f_t, q_len, D, BLOCK_M, BLOCK_D, True)
-    acc, top, total = _attend_part(sums, q_tile, other, i, i_low, i_last, h, keys, mask, place, numbers, units, biases,
-                                   D, V, KEYS, NEAR, RULE, BIAS, CAUSAL, PREFIX, ALL if q_far is None else NEARER,
-                                   BLOCK_N, STEP, BLOCK_D, BLOCK_V)  # fmt: skip
+        other = load_rows(
+            head_of(q_first, row, h, f_b, f_h), r, f_t, q_len, D, BLOCK_M, BLOCK_D, True
+        )
+    acc, top, total = _attend_part(
+        sums,
+        q_tile,
+        other,
+        i,
+        i_low,
+        i_last,
+        h,
+        keys,
+        mask,
+        place,
+        numbers,
+        units,
+        biases,
+        D,
+        V,
+        KEYS,
+        NEAR,
+        RULE,
+        BIAS,
+        CAUSAL,
+        PREFIX,
+        ALL if q_far is None else NEARER,
+        BLOCK_N,
+        STEP,
+        BLOCK_D,
+        BLOCK_V,
+    )
     blind = total == 0
     total = tl.where(blind, 1.0, total)
-    save_rows(acc / total[:, None], head_of(out, row, h, o_b, o_h), r, o_t, q_len, V, BLOCK_M, BLOCK_V)
+    save_rows(
+        acc / total[:, None], head_of(out, row, h, o_b, o_h), r, o_t, q_len, V, BLOCK_M, BLOCK_V
+    )
     rows = r + tl.arange(0, BLOCK_M)
     found = tl.where(blind, float("-inf"), (top + tl.log2(total)) * LN2)
     tl.store(lse + tl.cast(row * heads + h, tl.int64) * q_len + rows, found, mask=rows < q_len)

@@ -1,20 +1,22 @@
-"""What the flash kernels share: products and memory, which tiles to visit, and which pairs of a tile count.
+"""What the flash kernels share: products and memory, which tiles to visit, and which pairs of a
+tile count.
 
-A pattern (the table in `triton_impl`) is two jitted functions of positions, KEYS and QUERIES: the interval that a token
-sees, and the one that it is seen from; and NEAR, a predicate, if there are holes in them. Asked with the ends of a tile
-they say which tiles to visit, asked with vectors which pairs count. Tiles come in three kinds:
+A pattern (the table in `triton_impl`) is two jitted functions of positions, KEYS and QUERIES: the
+interval that a token sees, and the one that it is seen from; and NEAR, a predicate, if there are
+holes in them. Asked with the ends of a tile they say which tiles to visit, asked with vectors which
+pairs count. Tiles come in three kinds:
 
     INNER   all pairs count: no predicate
     EDGE    the borders of the pattern, the diagonal, the ends of the tensors
     FIRST   slots and the keys that all queries see, which may be scored with other queries
 
-INNER tiles are BLOCK wide. The others go in smaller STEPs: that wastes less of them, and their predicates need the
-registers. Legend, for the kernels too:
+INNER tiles are BLOCK wide. The others go in smaller STEPs: that wastes less of them, and their
+predicates need the registers. Legend, for the kernels too:
 
-    r row of a query in its tensor, c number of a key in its tensor    i, j position of a query and of a key
+    r row of a query in its tensor, c number of a key in its tensor  i, j position of a query and of a key
     place = (slots, base, first, window): key slots + n is at position base + n, those below first are seen by all
     PART of the pattern's pairs: ALL, those NEARER than window (i - j < window), or the FARTHER ones
-    numbers = (heads, a, b, c), a to c the pattern's integers          FAR beyond every position
+    numbers = (heads, a, b, c), a to c the pattern's integers        FAR beyond every position
 """
 
 import triton
@@ -24,7 +26,9 @@ INNER, EDGE, FIRST = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 ALL, NEARER, FARTHER = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 FAR = tl.constexpr(1 << 28)  # sums of a few of these fit in int32
 LOG2E, LN2 = tl.constexpr(1.4426950408889634), tl.constexpr(0.6931471805599453)
-EMULATED = tl.constexpr(triton.knobs.runtime.interpret)  # the interpreter's bf16 needs help in `narrow` and `dot`
+EMULATED = tl.constexpr(
+    triton.knobs.runtime.interpret
+)  # the interpreter's bf16 needs help in `narrow` and `dot`
 
 
 @triton.jit
@@ -59,7 +63,14 @@ def _exists(row, rows, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.cons
 
 @triton.jit
 def load_rows(
-    base, row, stride, rows, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHECK: tl.constexpr
+    base,
+    row,
+    stride,
+    rows,
+    WIDTH: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    CHECK: tl.constexpr,
 ):
     """A tile of rows. CHECK: they may go beyond the last, and read as 0 there."""
     pointers = _tile(base, row, stride, ROWS, COLUMNS)
@@ -72,9 +83,13 @@ def load_rows(
 
 
 @triton.jit
-def save_rows(x, base, row, stride, rows, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def save_rows(
+    x, base, row, stride, rows, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):
     pointers = _tile(base, row, stride, ROWS, COLUMNS)
-    tl.store(pointers, narrow(x, base.dtype.element_ty), mask=_exists(row, rows, WIDTH, ROWS, COLUMNS))
+    tl.store(
+        pointers, narrow(x, base.dtype.element_ty), mask=_exists(row, rows, WIDTH, ROWS, COLUMNS)
+    )
 
 
 @triton.jit
@@ -87,7 +102,8 @@ def start_of(start, b):
     return 0 if start is None else tl.load(start + b).to(tl.int32)
 
 
-# ---- which tiles. A run of them is (first element, how many tiles until the hole, elements of the hole, tiles in all).
+# ---- which tiles. A run of them is (first element, how many tiles until the hole, elements of the
+# hole, tiles in all).
 
 
 @triton.jit
@@ -98,7 +114,9 @@ def next_tile(t, run, KIND: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def _cut(low, high, all_low, all_high, BLOCK: tl.constexpr, STEP: tl.constexpr):
-    """[low, high) as an EDGE run of STEPs around an INNER run of BLOCKs, which lies inside of [all_low, all_high)."""
+    """[low, high) as an EDGE run of STEPs around an INNER run of BLOCKs, which lies inside of
+    [all_low, all_high).
+    """
     start = low + tl.cdiv(tl.maximum(all_low - low, 0), STEP) * STEP
     inner = tl.maximum(tl.minimum(all_high, high) - start, 0) // BLOCK
     left = tl.where(inner > 0, (start - low) // STEP, 0)
@@ -107,8 +125,21 @@ def _cut(low, high, all_low, all_high, BLOCK: tl.constexpr, STEP: tl.constexpr):
 
 
 @triton.jit
-def keys_to_visit(i_low, i_last, h, k_len, place, numbers, KEYS: tl.constexpr, NEAR: tl.constexpr, CAUSAL: tl.constexpr,
-                  PREFIX: tl.constexpr, PART: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr):  # fmt: skip
+def keys_to_visit(
+    i_low,
+    i_last,
+    h,
+    k_len,
+    place,
+    numbers,
+    KEYS: tl.constexpr,
+    NEAR: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    PREFIX: tl.constexpr,
+    PART: tl.constexpr,
+    BLOCK: tl.constexpr,
+    STEP: tl.constexpr,
+):
     """For queries at positions i_low .. i_last, the runs of keys: FIRST, EDGE and INNER."""
     slots, base, first, window = place
     low, all_high = KEYS(tl.maximum(i_low, 0), h, *numbers)
@@ -118,7 +149,10 @@ def keys_to_visit(i_low, i_last, h, k_len, place, numbers, KEYS: tl.constexpr, N
     if PART == NEARER:
         low, all_low = tl.maximum(low, i_low - window + 1), tl.maximum(all_low, i_last - window + 1)
     elif PART == FARTHER:
-        high, all_high = tl.minimum(high, i_last - window + 1), tl.minimum(all_high, i_low - window + 1)
+        high, all_high = (
+            tl.minimum(high, i_last - window + 1),
+            tl.minimum(all_high, i_low - window + 1),
+        )
     low, all_low = tl.maximum(low, 0), tl.maximum(all_low, 0)
     high = tl.where(i_last < 0, 0, high)
     all_high = tl.where(i_low < 0, 0, all_high)
@@ -132,7 +166,9 @@ def keys_to_visit(i_low, i_last, h, k_len, place, numbers, KEYS: tl.constexpr, N
         prefix_low = tl.where(slots > 0, 0, tl.maximum(zero, 0))
         sinks = tl.minimum(tl.minimum(first, i_last + 1) if CAUSAL else first, k_len - zero) + zero
         prefix_high = tl.where(sinks > tl.maximum(slots, zero), sinks, slots)
-        prefix_tiles = tl.where(i_last < 0, 0, tl.cdiv(tl.maximum(prefix_high - prefix_low, 0), STEP))
+        prefix_tiles = tl.where(
+            i_last < 0, 0, tl.cdiv(tl.maximum(prefix_high - prefix_low, 0), STEP)
+        )
         if PART == NEARER:  # none, where all of them are farther
             prefix_tiles = tl.where(i_low - window + 1 >= tl.maximum(first, slots), 0, prefix_tiles)
         low = tl.maximum(low, prefix_low + prefix_tiles * STEP)
@@ -141,9 +177,20 @@ def keys_to_visit(i_low, i_last, h, k_len, place, numbers, KEYS: tl.constexpr, N
 
 
 @triton.jit
-def _seen_from(j_low, j_last, h, place, numbers, QUERIES: tl.constexpr, CAUSAL: tl.constexpr, PREFIX: tl.constexpr,
-               PART: tl.constexpr):  # fmt: skip
-    """Positions [low, high) of the queries that may see some key at j_low .. j_last, and of those that see them all."""
+def _seen_from(
+    j_low,
+    j_last,
+    h,
+    place,
+    numbers,
+    QUERIES: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    PREFIX: tl.constexpr,
+    PART: tl.constexpr,
+):
+    """Positions [low, high) of the queries that may see some key at j_low .. j_last, and of those
+    that see them all.
+    """
     _, _, first, window = place
     low, all_high = QUERIES(tl.maximum(j_low, 0), h, *numbers)
     all_low, high = QUERIES(j_last, h, *numbers)
@@ -156,27 +203,47 @@ def _seen_from(j_low, j_last, h, place, numbers, QUERIES: tl.constexpr, CAUSAL: 
     elif PART == FARTHER:
         low, all_low = tl.maximum(low, j_low + window), tl.maximum(all_low, j_last + window)
     empty = j_last < tl.maximum(j_low, 0)
-    return tl.where(empty, FAR, tl.maximum(low, 0)), tl.where(empty, 0, high), tl.maximum(all_low, 0), all_high
+    return (
+        tl.where(empty, FAR, tl.maximum(low, 0)),
+        tl.where(empty, 0, high),
+        tl.maximum(all_low, 0),
+        all_high,
+    )
 
 
 @triton.jit
-def queries_to_visit(n, h, q_len, k_len, i_zero, place, numbers, QUERIES: tl.constexpr, NEAR: tl.constexpr,
-                     CAUSAL: tl.constexpr, PREFIX: tl.constexpr, OTHER: tl.constexpr, PART: tl.constexpr,
-                     BLOCK_M: tl.constexpr, STEP: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
-    """For keys n .. n + BLOCK_N - 1, the runs of queries: FIRST, EDGE and INNER. OTHER: if some of the keys are scored
-    with other queries, all is FIRST."""
+def queries_to_visit(
+    n,
+    h,
+    q_len,
+    k_len,
+    i_zero,
+    place,
+    numbers,
+    QUERIES: tl.constexpr,
+    NEAR: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    PREFIX: tl.constexpr,
+    OTHER: tl.constexpr,
+    PART: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    STEP: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """For keys n .. n + BLOCK_N - 1, the runs of queries: FIRST, EDGE and INNER. OTHER: if some of
+    the keys are scored with other queries, all is FIRST."""
     slots, base, first, _ = place
     end = tl.minimum(n + BLOCK_N, k_len)
     j_low = tl.maximum(n, slots) - slots + base
     low, high, all_low, all_high = _seen_from(
         j_low, end - 1 - slots + base, h, place, numbers, QUERIES, CAUSAL, PREFIX, PART
-    )  # fmt: skip
+    )
     if NEAR is not None:
         all_high = 0
     if PREFIX:  # slots and contiguous keys may share a tile
         slot_low, slot_high, _, _ = _seen_from(
             n, tl.minimum(end, slots) - 1, h, place, numbers, QUERIES, CAUSAL, PREFIX, PART
-        )  # fmt: skip
+        )
         low, high = tl.minimum(low, slot_low), tl.maximum(high, slot_high)
         all_high = tl.where(n < slots, 0, all_high)
     low, high = tl.maximum(low - i_zero, 0), tl.minimum(high - i_zero, q_len)
@@ -194,20 +261,28 @@ def queries_to_visit(n, h, q_len, k_len, i_zero, place, numbers, QUERIES: tl.con
 
 @triton.jit
 def positions(n, mask, k_len, place, KIND: tl.constexpr, BLOCK: tl.constexpr):
-    """The positions of keys n .. n + BLOCK - 1; negative for those that are not there, but in INNER tiles."""
+    """The positions of keys n .. n + BLOCK - 1; negative for those that are not there, but in INNER
+    tiles.
+    """
     slots, base, _, _ = place
     c = n + tl.arange(0, BLOCK)
     j = c - slots + base
     if KIND == FIRST:
         j = tl.where(c < slots, c, j)
     if KIND != INNER:
-        j = tl.where(c < k_len if mask is None else tl.load(mask + c, mask=c < k_len, other=0) != 0, j, -1)
+        j = tl.where(
+            c < k_len if mask is None else tl.load(mask + c, mask=c < k_len, other=0) != 0, j, -1
+        )
     return j
 
 
 @triton.jit
-def bounds_of_queries(i, h, window, numbers, KEYS: tl.constexpr, CAUSAL: tl.constexpr, PART: tl.constexpr):
-    """[low, high) of the keys that each query sees by the pattern, and [begin, end) of all that it may see at all."""
+def bounds_of_queries(
+    i, h, window, numbers, KEYS: tl.constexpr, CAUSAL: tl.constexpr, PART: tl.constexpr
+):
+    """[low, high) of the keys that each query sees by the pattern, and [begin, end) of all that it
+    may see at all.
+    """
     low, high = KEYS(i, h, *numbers)
     begin, end = 0, i + 1 if CAUSAL else FAR
     if PART == NEARER:
@@ -220,7 +295,9 @@ def bounds_of_queries(i, h, window, numbers, KEYS: tl.constexpr, CAUSAL: tl.cons
 
 @triton.jit
 def visible(i, j, h, bounds, place, numbers, NEAR: tl.constexpr, SINKS: tl.constexpr):
-    """Which pairs count. All that can be is asked of the queries alone, by `bounds`: two comparisons a pair."""
+    """Which pairs count. All that can be is asked of the queries alone, by `bounds`: two
+    comparisons a pair.
+    """
     low, high, begin, end = bounds
     near = (j >= low) & (j < high)
     if NEAR is not None:
@@ -231,8 +308,17 @@ def visible(i, j, h, bounds, place, numbers, NEAR: tl.constexpr, SINKS: tl.const
 
 
 @triton.jit
-def bounds_of_keys(j, h, end, place, numbers, QUERIES: tl.constexpr, CAUSAL: tl.constexpr, PREFIX: tl.constexpr,
-                   PART: tl.constexpr):  # fmt: skip
+def bounds_of_keys(
+    j,
+    h,
+    end,
+    place,
+    numbers,
+    QUERIES: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    PREFIX: tl.constexpr,
+    PART: tl.constexpr,
+):
     """[low, high) of the queries, of those before `end`, that see each key."""
     _, _, first, window = place
     low, high = QUERIES(j, h, *numbers)

@@ -1,11 +1,12 @@
-"""Linear attention: sums instead of scores. Checks nothing but the implementation, chooses, runs it.
+"""Linear attention: sums instead of scores. Checks nothing but the implementation, chooses, runs
+it.
 
-    out, memory = attention(q, k, v, "elu")                         # causal; memory holds all of k and v
-    out, memory = attention(q, k, v, "favor", directions=W, scale=D**-0.5, memory=memory)    # goes on from there
-    memory = fold(k, v, "elu", memory=memory)                       # only the sums
+    out, memory = attention(q, k, v, "elu")            # causal; memory holds all of k and v
+    out, memory = attention(q, k, v, "favor", directions=W, scale=D**-0.5, memory=memory)  # goes on from there
+    memory = fold(k, v, "elu", memory=memory)          # only the sums
 
-Forward and backward, also through the memory. `features.py` has the maps, `reference.py` the definition.
-"""
+Forward and backward, also through the memory. `features.py` has the maps, `reference.py` the
+definition."""
 
 from __future__ import annotations
 
@@ -22,9 +23,9 @@ __all__ = ["IMPLEMENTATIONS", "MAPS", "Memory", "attention", "choose", "fold", "
 class Memory(NamedTuple):
     """All that is kept of the tokens so far, fp32 (fp64 for fp64 inputs), per key/value head.
 
-    sums (B, Hkv, F, Dv) = sum_j w_j phi(k_j) v_j and norms (B, Hkv, F) = sum_j w_j phi(k_j) (None: not normalised),
-    with w_j = decay^(last - j), or for maps with log weights exp(mu_j - top), top (B, Hkv) the highest mu so far.
-    """
+    sums (B, Hkv, F, Dv) = sum_j w_j phi(k_j) v_j and norms (B, Hkv, F) = sum_j w_j phi(k_j) (None:
+    not normalised), with w_j = decay^(last - j), or for maps with log weights exp(mu_j - top), top
+    (B, Hkv) the highest mu so far."""
 
     sums: Tensor
     norms: Tensor | None
@@ -51,14 +52,15 @@ def attention(
     keep: bool = False,
     impl: str = "auto",
 ) -> tuple[Tensor, Memory | None]:
-    """o_t = sum_j w_tj phi(q_t).phi(k_j) v_j, over the same without v_j if `normalize`; 0 where that is 0.
+    """o_t = sum_j w_tj phi(q_t).phi(k_j) v_j, over the same without v_j if `normalize`; 0 where
+    that is 0.
 
-    q (B, Hq, Tq, D), k (B, Hkv, Tk, D), v (B, Hkv, Tk, Dv) of one float dtype and device, Hq a multiple of Hkv, not
-    checked here; queries are the last keys. feature_map: a name in `MAPS`; the Performer ones need directions (F, D)
-    and estimate exp(scale q.k), for the others scale multiplies the output if it is not normalised. mask (B, Tk) bool:
-    real keys. decay (Hkv,) in (0, 1], causal only. memory: what came before k and v. Returns out (B, Hq, Tq, Dv) in q's
-    dtype, and with `keep` the memory after k and v.
-    """
+    q (B, Hq, Tq, D), k (B, Hkv, Tk, D), v (B, Hkv, Tk, Dv) of one float dtype and device, Hq a
+    multiple of Hkv, not checked here; queries are the last keys. feature_map: a name in `MAPS`; the
+    Performer ones need directions (F, D) and estimate exp(scale q.k), for the others scale
+    multiplies the output if it is not normalised. mask (B, Tk) bool: real keys. decay (Hkv,) in (0,
+    1], causal only. memory: what came before k and v. Returns out (B, Hq, Tq, Dv) in q's dtype, and
+    with `keep` the memory after k and v."""
     if choose(impl, q.device) == "triton":
         from .triton_impl import attention as run
     else:
@@ -66,10 +68,20 @@ def attention(
     directed = MAPS[feature_map].directed
     root = abs(scale) ** 0.5
     out, *after = run(
-        q, k, v, feature_map, directions=directions, mask=mask, decay=decay, normalize=normalize, causal=causal,
+        q,
+        k,
+        v,
+        feature_map,
+        directions=directions,
+        mask=mask,
+        decay=decay,
+        normalize=normalize,
+        causal=causal,
         factors=(root if scale >= 0 else -root, root) if directed else (1.0, 1.0),
-        gain=1.0 if normalize else scale, memory=memory, keep=keep,
-    )  # fmt: skip
+        gain=1.0 if normalize else scale,
+        memory=memory,
+        keep=keep,
+    )
     return out.to(q.dtype), Memory(*after) if keep else None
 
 
@@ -93,9 +105,20 @@ def fold(
         from .torch_impl import attention as run
     factor = abs(scale) ** 0.5 if MAPS[feature_map].directed else 1.0
     _, *after = run(
-        None, k, v, feature_map, directions=directions, mask=mask, decay=decay, normalize=normalize, causal=True,
-        factors=(1.0, factor), gain=1.0, memory=memory, keep=True,
-    )  # fmt: skip
+        None,
+        k,
+        v,
+        feature_map,
+        directions=directions,
+        mask=mask,
+        decay=decay,
+        normalize=normalize,
+        causal=True,
+        factors=(1.0, factor),
+        gain=1.0,
+        memory=memory,
+        keep=True,
+    )
     return Memory(*after)
 
 

@@ -1,4 +1,6 @@
-"""What ships: the variants of the linear kernels that `effattn.kernels.aot` compiles, as the launches ask for them."""
+"""What ships: the variants of the linear kernels that `effattn.kernels.aot` compiles, as the
+launches ask for them.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +8,9 @@ from . import tiles
 from .triton_impl import MOST_KEYS, Spec, constants, jitted
 
 FEATURES = 256  # of the directed variants
-_TYPES = dict.fromkeys(("mu", "high", "top", "top_q", "top_k", "ends", "rate", "norms", "share", "slope"), "*fp32")
+_TYPES = dict.fromkeys(
+    ("mu", "high", "top", "top_q", "top_k", "ends", "rate", "norms", "share", "slope"), "*fp32"
+)
 _TYPES |= dict.fromkeys(("heads", "group", "tokens", "chunks", "size", "q_len", "k_len"), "i32")
 _TYPES |= dict.fromkeys(("gain", "half", "square"), "fp32")
 _WEIGHTS = ("mu", "high", "top", "top_q", "top_k", "ends")
@@ -14,27 +18,54 @@ _FORWARD = ("tops", "chunk_sums", "scan", "forward", "decode")
 
 
 def variants(arch: str) -> list[dict]:
-    """Every kernel at head sizes 64 and 128 in bf16 and at 128 in fp16; elu, FAVOR+, decay and both directions."""
+    """Every kernel at head sizes 64 and 128 in bf16 and at 128 in fp16; elu, FAVOR+, decay and both
+    directions.
+    """
     wanted = [
         (kernel, size, kind, name)
-        for kernel in ("chunk_sums", "forward", "decode", "gradient_sums", "backward_queries", "backward_keys")
-        for size, kind, name in (
-            (64, "bf16", "elu"), (128, "bf16", "elu"), (64, "bf16", "favor"), (128, "bf16", "favor"),
-            (128, "fp16", "elu"), (128, "bf16", "decay"),
+        for kernel in (
+            "chunk_sums",
+            "forward",
+            "decode",
+            "gradient_sums",
+            "backward_queries",
+            "backward_keys",
         )
-    ]  # fmt: skip
-    wanted += [("forward", 128, "bf16", "both_ways"), ("forward", 256, "bf16", "identity"), 
-               ("chunk_sums", 256, "bf16", "elu"), ("decode", 256, "bf16", "elu")]  # fmt: skip
+        for size, kind, name in (
+            (64, "bf16", "elu"),
+            (128, "bf16", "elu"),
+            (64, "bf16", "favor"),
+            (128, "bf16", "favor"),
+            (128, "fp16", "elu"),
+            (128, "bf16", "decay"),
+        )
+    ]
+    wanted += [
+        ("forward", 128, "bf16", "both_ways"),
+        ("forward", 256, "bf16", "identity"),
+        ("chunk_sums", 256, "bf16", "elu"),
+        ("decode", 256, "bf16", "elu"),
+    ]
     wanted += [("tops", size, "bf16", "favor") for size in (64, 128)]
     found = [variant(arch, kernel, size, kind, name) for kernel, size, kind, name in wanted]
     return [*found, _scan("bf16", False), _scan("bf16", True), _slopes(128, "bf16")]
 
 
 def variant(arch: str, kernel: str, size: int, kind: str, name: str) -> dict:
-    """One kernel for heads of `size`. "decay" and "both_ways" are elu with these; none has a mask but "favor"."""
+    """One kernel for heads of `size`. "decay" and "both_ways" are elu with these; none has a mask
+    but "favor".
+    """
     directed = name == "favor"
     feature_map = "elu" if name in ("decay", "both_ways") else name
-    spec = Spec(feature_map, (1.0, 1.0), True, name != "both_ways", 1.0, False, FEATURES if directed else size)
+    spec = Spec(
+        feature_map,
+        (1.0, 1.0),
+        True,
+        name != "both_ways",
+        1.0,
+        False,
+        FEATURES if directed else size,
+    )
     fixed = constants(kernel, arch, spec, size, size)
     options = {"num_warps": fixed.pop("num_warps"), "num_stages": fixed.pop("num_stages")}
     function = jitted(kernel)
@@ -45,30 +76,46 @@ def variant(arch: str, kernel: str, size: int, kind: str, name: str) -> dict:
     fixed |= {x: None for x in absent if x in function.arg_names}
     wide = {"states": "*bf16", "state": "*fp32"} | ({"out": "*fp32"} if kernel == "tops" else {})
     return dict(
-        name=f"{kernel}_{size}_{kind}_{name}", kernel=function, forward=kernel in _FORWARD, dots=True, **options,
+        name=f"{kernel}_{size}_{kind}_{name}",
+        kernel=function,
+        forward=kernel in _FORWARD,
+        dots=True,
+        **options,
         **_typed(function, kind, fixed, wide),
-    )  # fmt: skip
+    )
 
 
 def _scan(kind: str, reverse: bool) -> dict:
     fixed = dict(C=64, REVERSE=reverse, BLOCK=tiles.SCAN, rate=None)
     types = {"states": f"*{kind}", "first": "*fp32", "last": "*fp32"}
     return dict(
-        name=f"scan_{kind}{'_reverse' if reverse else ''}", kernel=jitted("scan"), forward=True, dots=False,
-        num_warps=4, num_stages=2, **_typed(jitted("scan"), kind, fixed, types),
-    )  # fmt: skip
+        name=f"scan_{kind}{'_reverse' if reverse else ''}",
+        kernel=jitted("scan"),
+        forward=True,
+        dots=False,
+        num_warps=4,
+        num_stages=2,
+        **_typed(jitted("scan"), kind, fixed, types),
+    )
 
 
 def _slopes(size: int, kind: str) -> dict:
     fixed = dict(V=size, C=tiles.ROWS, BLOCK_V=tiles.padded(size))
     return dict(
-        name=f"slopes_{size}_{kind}", kernel=jitted("slopes"), forward=False, dots=False, num_warps=4,
-        num_stages=1, **_typed(jitted("slopes"), kind, fixed, {}),
-    )  # fmt: skip
+        name=f"slopes_{size}_{kind}",
+        kernel=jitted("slopes"),
+        forward=False,
+        dots=False,
+        num_warps=4,
+        num_stages=1,
+        **_typed(jitted("slopes"), kind, fixed, {}),
+    )
 
 
 def _typed(function, kind: str, fixed: dict, types: dict) -> dict:
-    """The signature of `function`: tensors are `kind` unless `types` or _TYPES know better, strides multiples of 16."""
+    """The signature of `function`: tensors are `kind` unless `types` or _TYPES know better, strides
+    multiples of 16.
+    """
     signature = {}
     for name in function.arg_names:
         known = "i32:16" if name.endswith(("_b", "_h", "_t")) else f"*{kind}"

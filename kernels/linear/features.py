@@ -1,7 +1,9 @@
-"""Feature maps: what stands in for the exponential, so that attention becomes sums that can be kept.
+"""Feature maps: what stands in for the exponential, so that attention becomes sums that can be
+kept.
 
-A map turns x (..., D) into features phi (..., F) >= 0, and maybe a log weight mu (...) of the whole row: a key counts
-as exp(mu) phi(x). FAVOR+ needs mu to stay in range; a query's mu cancels in the normalised output.
+A map turns x (..., D) into features phi (..., F) >= 0, and maybe a log weight mu (...) of the whole
+row: a key counts as exp(mu) phi(x). FAVOR+ needs mu to stay in range; a query's mu cancels in the
+normalised output.
 
     name         phi(x)                               source
     elu          elu(x) + 1                           Katharopoulos et al., arXiv:2006.16236, eq. 7
@@ -12,13 +14,13 @@ as exp(mu) phi(x). FAVOR+ needs mu to stay in range; a query's mu cancels in the
     favor        exp(w x - |x|^2 / 2), w in W (F, D)  Performer, arXiv:2009.14794, eq. 7
     favor_relu   max(w x, 0) + 0.001                  the same, its generalised kernel
 
-Exponentials end at exp(LOWEST) below: smaller ones count as that, so that the product of a query's and a key's features
-never leaves fp32's range, and a normaliser is no subnormal number whose reciprocal is infinite. Gradients there stay
-the exponential's. Ordinary inputs do not get there: 1e-13 is lost beside a feature of 1.
+Exponentials end at exp(LOWEST) below: smaller ones count as that, so that the product of a query's
+and a key's features never leaves fp32's range, and a normaliser is no subnormal number whose
+reciprocal is infinite. Gradients there stay the exponential's. Ordinary inputs do not get there:
+1e-13 is lost beside a feature of 1.
 
-`backward` is the derivative, told from x, phi and d phi: dx. The shift of `favor` is a constant there: what it takes
-from phi it gives to mu.
-"""
+`backward` is the derivative, told from x, phi and d phi: dx. The shift of `favor` is a constant
+there: what it takes from phi it gives to mu."""
 
 from __future__ import annotations
 
@@ -35,10 +37,11 @@ LOG2_E = math.log2(math.e)
 
 
 class FeatureMap(NamedTuple):
-    """`forward(x, W) -> (phi, mu or None)` and `backward(x, W, phi, dphi) -> dx`, which may change dphi. W is
-    None unless `directed`.
+    """`forward(x, W) -> (phi, mu or None)` and `backward(x, W, phi, dphi) -> dx`, which may change
+    dphi. W is None unless `directed`.
 
-    `forward(x, W, room)` may take memory for phi from `room(shape)`, where a map has several passes over it."""
+    `forward(x, W, room)` may take memory for phi from `room(shape)`, where a map has several passes
+    over it."""
 
     forward: Callable[..., tuple[Tensor, Tensor | None]]
     backward: Callable[[Tensor, Tensor | None, Tensor, Tensor], Tensor]
@@ -67,8 +70,8 @@ def _favor_backward(x: Tensor, directions: Tensor, phi: Tensor, grad: Tensor) ->
 
 
 def normalized(x: Tensor) -> Tensor:
-    """softmax over the last dimension, computed in at least fp32; no feature is below exp(LOWEST), which fp16 has not:
-    x should not be in that."""
+    """softmax over the last dimension, computed in at least fp32; no feature is below exp(LOWEST),
+    which fp16 has not: x should not be in that."""
     phi = x.softmax(dim=-1, dtype=torch.promote_types(x.dtype, torch.float32))
     return phi.clamp(min=math.exp(LOWEST)).to(x.dtype)
 
@@ -81,7 +84,9 @@ def _softmax_backward(x, directions, phi: Tensor, grad: Tensor) -> Tensor:
 MAPS: dict[str, FeatureMap] = {
     "elu": FeatureMap(
         _elu,
-        lambda x, _, phi, grad: grad.mul_(phi.clamp(max=1)),  # exp(x) below 0, where phi is that too
+        lambda x, _, phi, grad: grad.mul_(
+            phi.clamp(max=1)
+        ),  # exp(x) below 0, where phi is that too
     ),
     "relu": FeatureMap(
         lambda x, *_: (x.relu(), None),

@@ -1,10 +1,10 @@
 """Linear attention by its definition, with every pair of tokens: slow and obvious.
 
-    o_t = sum_j w_tj kappa(q_t, k_j) v_j / sum_j w_tj kappa(q_t, k_j)         j <= t if causal, real keys only
+    o_t = sum_j w_tj kappa(q_t, k_j) v_j / sum_j w_tj kappa(q_t, k_j)  j <= t if causal, real keys only
     kappa(q, k) = phi(q) . phi(k)          w_tj = decay^(t - j)
 
-For Performer, log kappa is a log-sum-exp over the features, and attention the softmax of it: nothing overflows.
-"""
+For Performer, log kappa is a log-sum-exp over the features, and attention the softmax of it:
+nothing overflows."""
 
 from __future__ import annotations
 
@@ -27,10 +27,11 @@ def attention(
     causal: bool = True,
     scale: float = 1.0,
 ) -> Tensor:
-    """(B, Hq, Tq, Dv). q (B, Hq, Tq, D), k (B, Hkv, Tk, D), v (B, Hkv, Tk, Dv); queries are the last keys.
+    """(B, Hq, Tq, Dv). q (B, Hq, Tq, D), k (B, Hkv, Tk, D), v (B, Hkv, Tk, Dv); queries are the
+    last keys.
 
-    directions (F, D) of the Performer maps, which estimate exp(scale q k); mask (B, Tk) bool: real keys; decay (Hkv,).
-    Without `normalize`, the sum times scale. A query that sees nothing gives 0.
+    directions (F, D) of the Performer maps, which estimate exp(scale q k); mask (B, Tk) bool: real
+    keys; decay (Hkv,). Without `normalize`, the sum times scale. A query that sees nothing gives 0.
     """
     groups, queries, keys = q.shape[1] // k.shape[1], q.shape[2], k.shape[2]
     k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
@@ -42,7 +43,9 @@ def attention(
     if directions is not None:
         q, k = q * (abs(scale) ** 0.5 * (-1 if scale < 0 else 1)), k * abs(scale) ** 0.5
     if feature_map == "favor":
-        weights = torch.softmax(_log_kernel(q, k, directions).masked_fill(~seen, -torch.inf), dim=-1)
+        weights = torch.softmax(
+            _log_kernel(q, k, directions).masked_fill(~seen, -torch.inf), dim=-1
+        )
         return torch.where(seen, weights, 0.0) @ v
     kappa = _features(q, feature_map, directions) @ _features(k, feature_map, directions).mT
     if decay is not None:

@@ -1,9 +1,8 @@
-"""The tiles that the linear kernels run with, per architecture and width: declared, so that nothing is tuned at a first
-call and what is compiled ahead of time is what runs.
+"""The tiles that the linear kernels run with, per architecture and width: declared, so that nothing
+is tuned at a first call and what is compiled ahead of time is what runs.
 
-A tile is a chunk of `c` tokens by `f` features at a time. The width is the larger one of the head sizes of K and V,
-padded; a head of Hedgehog's features is twice as wide as it was.
-"""
+A tile is a chunk of `c` tokens by `f` features at a time. The width is the larger one of the head
+sizes of K and V, padded; a head of Hedgehog's features is twice as wide as it was."""
 
 from __future__ import annotations
 
@@ -25,13 +24,17 @@ class Tile(NamedTuple):
         return {"num_warps": self.warps, "num_stages": self.stages}
 
 
-# kernel -> widest head -> tile. All kernels have chunks of 64: they share the states. Chosen by what the compiler
-# reports: no spilled registers in the forward kernels.
+# kernel -> widest head -> tile. All kernels have chunks of 64: they share the states. Chosen by
+# what the compiler reports: no spilled registers in the forward kernels.
 TILES: dict[str, dict[int, Tile]] = {
     "tops": {64: Tile(64, 64, 4, 1), 128: Tile(64, 64, 4, 1), 256: Tile(64, 32, 4, 1)},
     "chunk_sums": {64: Tile(64, 64, 4, 1), 128: Tile(64, 64, 8, 1), 256: Tile(64, 64, 8, 1)},
     "forward": {64: Tile(64, 64, 4, 1), 128: Tile(64, 64, 8, 1), 256: Tile(64, 32, 8, 1)},
-    "both_ways": {64: Tile(64, 64, 4, 1), 128: Tile(64, 32, 4, 1), 256: Tile(64, 32, 8, 1)},  # forward, no pairs
+    "both_ways": {
+        64: Tile(64, 64, 4, 1),
+        128: Tile(64, 32, 4, 1),
+        256: Tile(64, 32, 8, 1),
+    },  # forward, no pairs
     "decode": {64: Tile(64, 64, 4, 1), 128: Tile(64, 64, 4, 1), 256: Tile(64, 32, 4, 1)},
     "gradient_sums": {64: Tile(64, 64, 4, 1), 128: Tile(64, 64, 8, 1), 256: Tile(64, 64, 8, 1)},
     "backward_queries": {64: Tile(64, 64, 4, 1), 128: Tile(64, 64, 8, 1), 256: Tile(64, 32, 8, 1)},
@@ -44,7 +47,9 @@ DIRECTED: dict[str, dict[int, Tile]] = {
     "backward_queries": {64: Tile(64, 64, 8, 1), 128: Tile(64, 32, 8, 1)},
     "backward_keys": {64: Tile(64, 64, 8, 1), 128: Tile(64, 32, 8, 1)},
 }
-DIRECTED_AMD: dict[str, dict[int, Tile]] = {"forward": {64: Tile(64, 32, 8, 1), 128: Tile(64, 16, 8, 1)}}
+DIRECTED_AMD: dict[str, dict[int, Tile]] = {
+    "forward": {64: Tile(64, 32, 8, 1), 128: Tile(64, 16, 8, 1)}
+}
 INTERPRETED = Tile(16, 16, 1, 1)  # small, so that small tests have many
 SCAN, ROWS = 1024, 64  # elements of a scan's program, rows of one of `slopes`
 
@@ -52,10 +57,17 @@ SCAN, ROWS = 1024, 64  # elements of a scan's program, rows of one of `slopes`
 def tile(kernel: str, arch: str, width: int, directed: bool = False) -> Tile:
     """The tile of `kernel` for a head size of `width`; ValueError for more than WIDEST."""
     if width > WIDEST:
-        raise ValueError(f"head size: got {width}, valid for impl='triton' are 1 to {WIDEST} (hedgehog: half of that)")
+        raise ValueError(
+            f"head size: got {width}, valid for impl='triton' are 1 to {WIDEST} (hedgehog: half "
+            "of that)"
+        )
     if arch == "interpreted":
         return INTERPRETED
     table = TILES[kernel]
     if directed:
-        table = table | DIRECTED.get(kernel, {}) | (DIRECTED_AMD.get(kernel, {}) if arch == "gfx942" else {})
+        table = (
+            table
+            | DIRECTED.get(kernel, {})
+            | (DIRECTED_AMD.get(kernel, {}) if arch == "gfx942" else {})
+        )
     return table[min(size for size in table if width <= size)]

@@ -1,8 +1,9 @@
-"""Bidirectional linear attention in plain torch, forward and backward: all keys go into one sum, all queries read it.
+"""Bidirectional linear attention in plain torch, forward and backward: all keys go into one sum,
+all queries read it.
 
-Two loops over blocks of tokens that stay in the processor's cache. Shapes and names as in `torch_impl`: S sums
-phi(k) v and n sums phi(k), a key's weight is w = exp(mu - c), c the highest mu of its head.
-"""
+Two loops over blocks of tokens that stay in the processor's cache. Shapes and names as in
+`torch_impl`: S sums phi(k) v and n sums phi(k), a key's weight is w = exp(mu - c), c the highest mu
+of its head."""
 
 from __future__ import annotations
 
@@ -48,11 +49,15 @@ class Call:
     def by_query_head(self, sums: Sums) -> tuple[Tensor, Tensor | None]:
         """S (B, Hq, F, V) and n (B, Hq, 1, F) as every query head reads them."""
         groups = self.q.shape[1] // self.k.shape[1]
-        values, norms = (None if x is None else x.repeat_interleave(groups, dim=1) for x in sums[:2])
+        values, norms = (
+            None if x is None else x.repeat_interleave(groups, dim=1) for x in sums[:2]
+        )
         return values, None if norms is None else norms.unsqueeze(2)
 
     def by_key_head(self, x: Tensor, given: Tensor | None) -> Tensor:
-        """The transpose of it for gradients: x summed over the groups, and what was given besides."""
+        """The transpose of it for gradients: x summed over the groups, and what was given
+        besides.
+        """
         summed = x.unflatten(1, (self.k.shape[1], -1)).sum(dim=2)
         return summed if given is None else summed + given.to(self.dtype)
 
@@ -62,7 +67,9 @@ class Call:
         torch.bmm(a.flatten(0, 1), b.flatten(0, 1), out=out.flatten(0, 1))
         return out
 
-    def keys(self, block: slice, top: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor | None]:
+    def keys(
+        self, block: slice, top: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor | None]:
         """x, phi, its weight w, values, and c after the block."""
         real = None if self.mask is None else self.mask[:, :, block]
         x, values = self.k[:, :, block], self.v[:, :, block].to(self.dtype)
@@ -97,27 +104,37 @@ def gather(call: Call, memory: tuple[Tensor | None, Tensor | None, Tensor | None
 
 
 def read(call: Call, sums: Sums, out: Tensor, share: Tensor | None) -> None:
-    """Fills out (B, Hq, Tq, V), and if given share (B, Hq, Tq), one over the normaliser (0 where that is 0)."""
+    """Fills out (B, Hq, Tq, V), and if given share (B, Hq, Tq), one over the normaliser (0 where
+    that is 0).
+    """
     values, norms = call.by_query_head(sums)
     for block in call.query_blocks():
         _, phi = call.queries(block)
         part = call.spec.gain
-        if norms is not None:  # a row times a matrix: the other way round, or as one more column of S, takes longer
+        if (
+            norms is not None
+        ):  # a row times a matrix: the other way round, or as one more column of S, takes longer
             part = share_of(call.product(norms, phi.mT)).mT
             if share is not None:
                 share[:, :, block] = part[..., 0]
         torch.mul(call.product(phi, values), part, out=out[:, :, block])
 
 
-def backward(call: Call, sums: Sums, top, out, share, grad, d_values, d_norms, dq, dk, dv) -> tuple[Tensor, Tensor]:
-    """Fills dq, dk and dv. sums: after all keys; top: c before them, or None; grad: of out; d_values and d_norms: of
-    the sums, or None. Returns the gradients of S and n before the keys."""
+def backward(
+    call: Call, sums: Sums, top, out, share, grad, d_values, d_norms, dq, dk, dv
+) -> tuple[Tensor, Tensor]:
+    """Fills dq, dk and dv. sums: after all keys; top: c before them, or None; grad: of out;
+    d_values and d_norms: of the sums, or None. Returns the gradients of S and n before the keys."""
     values, norms = call.by_query_head(sums)
     own_values, own_norms = (None if x is None else torch.zeros_like(x) for x in (values, norms))
     for block in call.query_blocks():
         x, phi = call.queries(block)
         dy = grad[:, :, block].to(call.dtype)
-        dy = torch.mul(dy, call.spec.gain if norms is None else share[:, :, block, None], out=call.room(dy.shape))
+        dy = torch.mul(
+            dy,
+            call.spec.gain if norms is None else share[:, :, block, None],
+            out=call.room(dy.shape),
+        )
         _add_product(own_values, phi.mT, dy)
         d_phi = call.product(dy, values.mT)
         if norms is not None:
@@ -136,7 +153,9 @@ def backward(call: Call, sums: Sums, top, out, share, grad, d_values, d_norms, d
             d_phi += d_norms[..., None, :]
         if weight is not None:
             d_phi, d_own = d_phi.mul_(weight), d_own.mul_(weight)
-        d_x = scaled(call.spec.map.backward(x, call.directions, phi, d_phi), call.spec.factors[1], call.dtype)
+        d_x = scaled(
+            call.spec.map.backward(x, call.directions, phi, d_phi), call.spec.factors[1], call.dtype
+        )
         if call.mask is not None:
             d_x, d_own = (y.masked_fill(~call.mask[:, :, block], 0) for y in (d_x, d_own))
         dk[:, :, block], dv[:, :, block] = d_x, d_own

@@ -1,10 +1,12 @@
-"""Causal linear attention in plain torch: a sweep over blocks of chunks, forward from the first, backward from the end.
+"""Causal linear attention in plain torch: a sweep over blocks of chunks, forward from the first,
+backward from the end.
 
-Inside a chunk of C tokens pairs are multiplied out; what is before it comes as a sum S. A block of a few chunks is one
-step of a Python loop, sized so that its temporaries stay in the processor's cache. Its chunks' sums are made from each
-other by one small triangular matrix (`mix`), which holds the decay and the changes of scale. The normaliser is one more
-column of v, all ones: what is summed with it are the features alone (a product with a vector of n would take as long as
-one with the matrix S).
+Inside a chunk of C tokens pairs are multiplied out; what is before it comes as a sum S. A block of
+a few chunks is one step of a Python loop, sized so that its temporaries stay in the processor's
+cache. Its chunks' sums are made from each other by one small triangular matrix (`mix`), which holds
+the decay and the changes of scale. The normaliser is one more column of v, all ones: what is summed
+with it are the features alone (a product with a vector of n would take as long as one with the
+matrix S).
 
     B rows, H key/value heads, G query heads to each, m chunks of C tokens, W = V + 1 with a normaliser, or V
     (B, H, m, C, .) keys, (B, H, m, G C, .) queries, S (B, H, F, W), y (B, H, m, G C, W)
@@ -35,15 +37,18 @@ class Block(NamedTuple):
 
 
 class Before(NamedTuple):
-    """S (B, H, F, W) of all keys so far, relative to c, the highest mu (B, H), None for features without mu."""
+    """S (B, H, F, W) of all keys so far, relative to c, the highest mu (B, H), None for features
+    without mu.
+    """
 
     sums: Tensor
     top: Tensor | None
 
 
 class Weights(NamedTuple):
-    """Of one block: pair (.., m, 1, Cq, C), into (.., m, G Cq, 1) of what comes in, after (.., m, C, 1) up to the
-    chunk's end, mix (.., m + 1, m + 1), and the highest mu (B, H) at the end. None: ones, or no mu."""
+    """Of one block: pair (.., m, 1, Cq, C), into (.., m, G Cq, 1) of what comes in, after (.., m,
+    C, 1) up to the chunk's end, mix (.., m + 1, m + 1), and the highest mu (B, H) at the end. None:
+    ones, or no mu."""
 
     pair: Tensor | None
     into: Tensor | None
@@ -63,7 +68,9 @@ def batches(q: Tensor | None, k: Tensor, spec: Spec, directions: Tensor | None) 
 class Call:
     """The sweep over the blocks of some batch rows, in either direction."""
 
-    def __init__(self, q, k, v, directions, mask, decay, spec: Spec, rows: slice, dtype: torch.dtype):
+    def __init__(
+        self, q, k, v, directions, mask, decay, spec: Spec, rows: slice, dtype: torch.dtype
+    ):
         self.q, self.k, self.v = (None if x is None else x[rows] for x in (q, k, v))
         self.mask = None if mask is None else mask[rows]
         self.directions = None if directions is None else directions.to(dtype)
@@ -95,8 +102,13 @@ class Call:
         """In the order of the forward sweep."""
         keys, chunk = self.k.shape[2], self.spec.chunk
         queries = 0 if self.q is None else self.q.shape[2]
-        many = max(1, BUDGET[self.k.device.type] // (self.k.shape[0] * self.k.shape[1] * self.groups * chunk
-                                                     * max(self.features, chunk)))  # fmt: skip
+        many = max(
+            1,
+            BUDGET[self.k.device.type]
+            // (
+                self.k.shape[0] * self.k.shape[1] * self.groups * chunk * max(self.features, chunk)
+            ),
+        )
         first = keys - queries
 
         def steps(start: int, stop: int) -> Iterator[tuple[int, int, int]]:
@@ -112,11 +124,12 @@ class Call:
             yield from (Block((a, b), None, n) for a, b, n in steps(0, first))
             yield from (Block((a, b), (a - first, b - first), n) for a, b, n in steps(first, keys))
 
-    # One block's tensors -------------------------------------------------------------------------------------------
+    # One block's tensors
+    # -------------------------------------------------------------------------------------------
 
     def keys(self, block: Block):
-        """x, phi (B, H, m, C, F), mu (B, H, m, C) or None, v (B, H, m, C, W) of the block's keys. v is 0 where there is
-        no key, and so is all that comes of it."""
+        """x, phi (B, H, m, C, F), mu (B, H, m, C) or None, v (B, H, m, C, W) of the block's keys. v
+        is 0 where there is no key, and so is all that comes of it."""
         self.room.clear()
         tokens = slice(*block.keys)
         x, given = (y[:, :, tokens].unflatten(2, (block.chunks, -1)) for y in (self.k, self.v))
@@ -147,7 +160,9 @@ class Call:
         """The inverse of `by_chunk` of x * times, into `out` (whose rows are the whole batch's)."""
         out = out[self.rows, :, slice(*block.queries)].unflatten(2, (block.chunks, -1))
         out = out.unflatten(1, (self.k.shape[1], self.groups)).transpose(2, 3)  # (B, H, m, G, C, .)
-        x, times = (y.unflatten(3, (self.groups, -1)) if isinstance(y, Tensor) else y for y in (x, times))
+        x, times = (
+            y.unflatten(3, (self.groups, -1)) if isinstance(y, Tensor) else y for y in (x, times)
+        )
         torch.mul(x, times, out=out)
 
     def weights(self, block: Block, mu: Tensor | None, top: Tensor | None) -> Weights:
@@ -177,8 +192,12 @@ class Call:
         return Weights(pair, into, after, mix, None)
 
     def _scaled(self, static: Weights, mu: Tensor, top: Tensor, queries: int) -> Weights:
-        """With log weights: each row relative to the highest of its own past, so that the future changes no bit."""
-        highest = torch.cummax(mu.flatten(2), dim=-1).values.maximum(top[..., None]).view_as(mu)  # c_t
+        """With log weights: each row relative to the highest of its own past, so that the future
+        changes no bit.
+        """
+        highest = (
+            torch.cummax(mu.flatten(2), dim=-1).values.maximum(top[..., None]).view_as(mu)
+        )  # c_t
         ends = torch.cat([top[..., None], highest[..., -1]], dim=-1)  # (B, H, m + 1)
         rows = highest[..., highest.shape[-1] - queries :]
         pair = _ratio(mu[:, :, :, None, None, :], rows[:, :, :, None, :, None]).mul_(static.pair)
@@ -187,7 +206,9 @@ class Call:
         mix = _ratio(ends[..., None, :], ends[..., :, None]) * static.mix
         return Weights(pair, into, after, mix, ends[..., -1])
 
-    def sums(self, phi: Tensor, values: Tensor, before: Before, weights: Weights) -> tuple[Tensor, Before]:
+    def sums(
+        self, phi: Tensor, values: Tensor, before: Before, weights: Weights
+    ) -> tuple[Tensor, Before]:
         """S before every chunk (B, H, m, F, W), and what is before the next block."""
         weighted = phi if weights.after is None else phi * weights.after
         own, mix = weighted.mT @ values, weights.mix
@@ -196,11 +217,14 @@ class Call:
         after = (mix[..., -1:, 1:] @ parts).addcmul_(mix[..., -1:, :1], first)
         return sums.view_as(own), Before(after.view_as(before.sums), weights.top)
 
-    # The sweeps ----------------------------------------------------------------------------------------------------
+    # The sweeps
+    # ----------------------------------------------------------------------------------------------------
 
-    def forward(self, before: Before, out: Tensor | None, dens: Tensor | None, keep: bool) -> tuple[Sums, list[Before]]:
-        """Fills `out` and, if given, `dens` (one over the normaliser). The sums at the end, and if `keep` before every
-        block."""
+    def forward(
+        self, before: Before, out: Tensor | None, dens: Tensor | None, keep: bool
+    ) -> tuple[Sums, list[Before]]:
+        """Fills `out` and, if given, `dens` (one over the normaliser). The sums at the end, and if
+        `keep` before every block."""
         starts = []
         blocks = list(self.blocks())
         for block in blocks:
@@ -234,8 +258,8 @@ class Call:
         return products
 
     def backward(self, starts, d_sums: Tensor, out, dens, grad, dq, dk, dv) -> Sums:
-        """Fills dq, dk and dv, from the last block to the first; `d_sums` is the gradient of S at the end. Returns that
-        before the first block."""
+        """Fills dq, dk and dv, from the last block to the first; `d_sums` is the gradient of S at
+        the end. Returns that before the first block."""
         for block, before in zip(reversed(list(self.blocks())), reversed(starts), strict=True):
             x_k, phi_k, mu, values = self.keys(block)
             weights = self.weights(block, mu, before.top)
@@ -253,13 +277,19 @@ class Call:
                 d_values.mul_(weights.after)
                 d_phi_k.mul_(weights.after)
             if block.queries is not None:
-                pairs, d_pairs = (self.pairs(x, weights) for x in (phi_q @ phi_k.mT, dy @ values.mT))
+                pairs, d_pairs = (
+                    self.pairs(x, weights) for x in (phi_q @ phi_k.mT, dy @ values.mT)
+                )
                 d_values.flatten(0, 2).baddbmm_(pairs.flatten(0, 2).mT, dy.flatten(0, 2))
                 d_phi_k.flatten(0, 2).baddbmm_(d_pairs.flatten(0, 2).mT, phi_q.flatten(0, 2))
                 d_phi.flatten(0, 2).baddbmm_(d_pairs.flatten(0, 2), phi_k.flatten(0, 2))
                 d_x = self.spec.map.backward(x_q, self.directions, phi_q, d_phi)
                 self.put(dq, block, d_x, self.spec.factors[0])
-            d_x = scaled(self.spec.map.backward(x_k, self.directions, phi_k, d_phi_k), self.spec.factors[1], self.dtype)
+            d_x = scaled(
+                self.spec.map.backward(x_k, self.directions, phi_k, d_phi_k),
+                self.spec.factors[1],
+                self.dtype,
+            )
             d_x, d_values = d_x.flatten(2, 3), d_values[..., : dv.shape[3]].flatten(2, 3)
             if self.mask is not None:
                 unreal = ~self.mask[:, None, slice(*block.keys), None]
@@ -268,9 +298,12 @@ class Call:
             dv[self.rows, :, slice(*block.keys)] = d_values
         return self.end(d_sums)
 
-    def spread(self, d_before: Tensor | None, d_after: Tensor, weights: Weights) -> tuple[Tensor, Tensor]:
-        """The transpose of `sums`, from the gradients of S before every chunk (None: none) and after the last: those of
-        the chunks' own parts (B, H, m, F, W), and of S before the block."""
+    def spread(
+        self, d_before: Tensor | None, d_after: Tensor, weights: Weights
+    ) -> tuple[Tensor, Tensor]:
+        """The transpose of `sums`, from the gradients of S before every chunk (None: none) and
+        after the last: those of the chunks' own parts (B, H, m, F, W), and of S before the
+        block."""
         mix, last = weights.mix, d_after.flatten(2).unsqueeze(2)
         own, first = mix[..., -1:, 1:].mT * last, mix[..., -1:, :1] * last
         if d_before is not None:

@@ -1,6 +1,6 @@
-"""Linear attention in plain torch, forward and backward, at linear cost and with features for one block at a time: T x
-F is never held, T x T even less. Causal in chunks (`torch_causal`), bidirectional in two loops (`torch_bidirectional`).
-"""
+"""Linear attention in plain torch, forward and backward, at linear cost and with features for one
+block at a time: T x F is never held, T x T even less. Causal in chunks (`torch_causal`),
+bidirectional in two loops (`torch_bidirectional`)."""
 
 from __future__ import annotations
 
@@ -30,7 +30,9 @@ def attention(
     memory: tuple[Tensor, Tensor | None, Tensor | None] | None,
     keep: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """`effattn.kernels.linear.attention` and `fold` (q None): out, and with `keep` the memory's sums, norms and top."""
+    """`effattn.kernels.linear.attention` and `fold` (q None): out, and with `keep` the memory's
+    sums, norms and top.
+    """
     spec = Spec(feature_map, factors, normalize, causal, gain, keep, CHUNK)
     return _Attention.apply(q, k, v, *(memory or (None, None, None)), directions, mask, decay, spec)
 
@@ -49,10 +51,14 @@ class _Attention(torch.autograd.Function):
             ctx.parts, ctx.starts, ends = torch_causal.batches(q, k, spec, directions), [], []
             for rows in ctx.parts:
                 call = torch_causal.Call(q, k, v, directions, mask, decay, spec, rows, dtype)
-                end, start = call.forward(call.start(sums, norms, top), out, dens, keep=any(ctx.needs_input_grad))
+                end, start = call.forward(
+                    call.start(sums, norms, top), out, dens, keep=any(ctx.needs_input_grad)
+                )
                 ends.append(end)
                 ctx.starts.append(start)
-            end = Sums(*(None if xs[0] is None else torch.cat(xs) for xs in zip(*ends, strict=True)))
+            end = Sums(
+                *(None if xs[0] is None else torch.cat(xs) for xs in zip(*ends, strict=True))
+            )
         else:
             call = torch_bidirectional.Call(q, k, v, directions, mask, spec, dtype)
             end = torch_bidirectional.gather(call, (sums, norms, top))
@@ -79,7 +85,9 @@ class _Attention(torch.autograd.Function):
                 call = torch_causal.Call(q, k, v, directions, mask, decay, ctx.spec, rows, dtype)
                 last = call.last(grad_sums, grad_norms)
                 first.append(call.backward(starts, last, out, dens, grad, dq, dk, dv)[:2])
-            d_sums, d_norms = (None if xs[0] is None else torch.cat(xs) for xs in zip(*first, strict=True))
+            d_sums, d_norms = (
+                None if xs[0] is None else torch.cat(xs) for xs in zip(*first, strict=True)
+            )
         else:
             call = torch_bidirectional.Call(q, k, v, directions, mask, ctx.spec, dtype)
             d_sums, d_norms = torch_bidirectional.backward(

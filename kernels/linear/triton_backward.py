@@ -1,4 +1,6 @@
-"""The backward kernels of chunked linear attention in Triton. Legend and the kernels of sums: `triton_kernels`."""
+"""The backward kernels of chunked linear attention in Triton. Legend and the kernels of sums:
+`triton_kernels`.
+"""
 
 import triton
 import triton.language as tl
@@ -21,28 +23,77 @@ from .triton_pieces import (
     save_columns,
     whole,
     wide,
-)  # fmt: skip
+)
 
 
 @triton.jit(do_not_specialize=["tokens"])
-def slopes(out, grad, slope, o_b, o_h, o_t, g_b, g_h, g_t, heads, tokens,
-           V: tl.constexpr, C: tl.constexpr, BLOCK_V: tl.constexpr):  # fmt: skip
+def slopes(
+    out,
+    grad,
+    slope,
+    o_b,
+    o_h,
+    o_t,
+    g_b,
+    g_h,
+    g_t,
+    heads,
+    tokens,
+    V: tl.constexpr,
+    C: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
     """slope (B, heads, T) = -(grad . out): the gradient of a query's normaliser, times that."""
     tiles = tl.cdiv(tokens, C)
     program = tl.program_id(0)
     t, h, b = program % tiles * C, program // tiles % heads, program // tiles // heads
     at = t + tl.arange(0, C)
     x = load_rows(head_of(out, b, h, o_b, o_h), t, o_t, tokens, V, C, BLOCK_V, True).to(tl.float32)
-    dx = load_rows(head_of(grad, b, h, g_b, g_h), t, g_t, tokens, V, C, BLOCK_V, True).to(tl.float32)
-    tl.store(slope + tl.cast(b * heads + h, tl.int64) * tokens + at, -tl.sum(x * dx, 1), mask=at < tokens)
+    dx = load_rows(head_of(grad, b, h, g_b, g_h), t, g_t, tokens, V, C, BLOCK_V, True).to(
+        tl.float32
+    )
+    tl.store(
+        slope + tl.cast(b * heads + h, tl.int64) * tokens + at, -tl.sum(x * dx, 1), mask=at < tokens
+    )
 
 
 @triton.jit(do_not_specialize=["tokens", "chunks"])
-def gradient_sums(q, grad, directions, high, top_q, ends, rate, share, slope, states, norms,
-                  q_b, q_h, q_t, g_b, g_h, g_t, gain, heads, group, tokens, chunks,
-                  MAP: tl.constexpr, F: tl.constexpr, D: tl.constexpr, V: tl.constexpr, CAUSAL: tl.constexpr,
-                  C: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr):  # fmt: skip
-    """Each chunk's part of the gradient of the state before it, summed over the group's queries. `heads` are k's."""
+def gradient_sums(
+    q,
+    grad,
+    directions,
+    high,
+    top_q,
+    ends,
+    rate,
+    share,
+    slope,
+    states,
+    norms,
+    q_b,
+    q_h,
+    q_t,
+    g_b,
+    g_h,
+    g_t,
+    gain,
+    heads,
+    group,
+    tokens,
+    chunks,
+    MAP: tl.constexpr,
+    F: tl.constexpr,
+    D: tl.constexpr,
+    V: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    C: tl.constexpr,
+    BLOCK_F: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    """Each chunk's part of the gradient of the state before it, summed over the group's queries.
+    `heads` are k's.
+    """
     blocks = tl.cdiv(F, BLOCK_F)
     program = tl.program_id(0)
     f, n, row = program % blocks * BLOCK_F, program // blocks % chunks, program // blocks // chunks
@@ -64,7 +115,9 @@ def gradient_sums(q, grad, directions, high, top_q, ends, rate, share, slope, st
         base = head_of(q, b, h * group + member, q_b, q_h)
         query = whole(base, n * C, q_t, exists, MAP, D, C, BLOCK_D)
         x = columns(query, base, n * C, q_t, exists, f, MAP, F, C, BLOCK_F)
-        dout = load_real(head_of(grad, b, h * group + member, g_b, g_h), n * C, g_t, exists, V, C, BLOCK_V)
+        dout = load_real(
+            head_of(grad, b, h * group + member, g_b, g_h), n * C, g_t, exists, V, C, BLOCK_V
+        )
         query_top = None if high is None else row_of(top_q, head, tokens, at)
         phi = features(x, directions, query_top, f, MAP, F, D, BLOCK_F, BLOCK_D)
         if CAUSAL:
@@ -84,12 +137,59 @@ def gradient_sums(q, grad, directions, high, top_q, ends, rate, share, slope, st
 
 
 @triton.jit(do_not_specialize=["tokens", "chunks"])
-def backward_queries(q, k, v, grad, w_q, w_k, mask, mu, high, top_k, top_q, ends, rate, states, norms, share, slope,
-                     dq, q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, g_b, g_h, g_t, dq_b, dq_h, dq_t, mask_b,
-                     gain, heads, group, tokens, chunks,
-                     MAP: tl.constexpr, F: tl.constexpr, D: tl.constexpr, V: tl.constexpr, CAUSAL: tl.constexpr,
-                     C: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr):  # fmt: skip
-    """dq (B, heads, T, D); one program per chunk and query head, with the states before the chunks."""
+def backward_queries(
+    q,
+    k,
+    v,
+    grad,
+    w_q,
+    w_k,
+    mask,
+    mu,
+    high,
+    top_k,
+    top_q,
+    ends,
+    rate,
+    states,
+    norms,
+    share,
+    slope,
+    dq,
+    q_b,
+    q_h,
+    q_t,
+    k_b,
+    k_h,
+    k_t,
+    v_b,
+    v_h,
+    v_t,
+    g_b,
+    g_h,
+    g_t,
+    dq_b,
+    dq_h,
+    dq_t,
+    mask_b,
+    gain,
+    heads,
+    group,
+    tokens,
+    chunks,
+    MAP: tl.constexpr,
+    F: tl.constexpr,
+    D: tl.constexpr,
+    V: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    C: tl.constexpr,
+    BLOCK_F: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    """dq (B, heads, T, D); one program per chunk and query head, with the states before the
+    chunks.
+    """
     tiles = tl.cdiv(tokens, C)
     program = tl.program_id(0)
     n, h, b = program % tiles, program // tiles % heads, program // tiles // heads
@@ -114,7 +214,10 @@ def backward_queries(q, k, v, grad, w_q, w_k, mask, mu, high, top_k, top_q, ends
     extra = i.to(tl.float32) * 0
     scaled = extra + gain
     if share is not None:
-        extra, scaled = row_of(slope, b * heads + h, tokens, at), row_of(share, b * heads + h, tokens, at)
+        extra, scaled = (
+            row_of(slope, b * heads + h, tokens, at),
+            row_of(share, b * heads + h, tokens, at),
+        )
     into = extra * 0 + 1
     if CAUSAL:
         into = into_weights(i, query_high, before, head_rate)
@@ -144,21 +247,73 @@ def backward_queries(q, k, v, grad, w_q, w_k, mask, mu, high, top_k, top_q, ends
         if MAP >= FAVOR:
             acc, inner = add_gradient(acc, inner, phi, d_phi, w_q, f, MAP, F, D, BLOCK_F, BLOCK_D)
         else:
-            save_columns(gradient_of_columns(x, phi, d_phi, MAP), dq, n * C, dq_t, tokens, f, F, C, BLOCK_F)
+            save_columns(
+                gradient_of_columns(x, phi, d_phi, MAP), dq, n * C, dq_t, tokens, f, F, C, BLOCK_F
+            )
     if MAP >= FAVOR:
         save_rows(acc, dq, n * C, dq_t, tokens, D, C, BLOCK_D)
 
 
 @triton.jit(do_not_specialize=["tokens", "chunks"])
-def backward_keys(q, k, v, grad, w_q, w_k, mask, mu, high, top_k, top_q, ends, rate, states, norms, share, slope,
-                  dk, dv, q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, g_b, g_h, g_t, dk_b, dk_h, dk_t,
-                  dv_b, dv_h, dv_t, mask_b, square, gain, heads, group, tokens, chunks,
-                  MAP: tl.constexpr, F: tl.constexpr, D: tl.constexpr, V: tl.constexpr, CAUSAL: tl.constexpr,
-                  INSIDE: tl.constexpr, C: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr,
-                  BLOCK_V: tl.constexpr):  # fmt: skip
-    """The part of dk and dv that each query head has, (B, heads, T, D) and (.., V); one program per chunk and query
-    head, with the states' gradients after the chunks, which the first head of a group takes. INSIDE: there are queries
-    in the chunks."""
+def backward_keys(
+    q,
+    k,
+    v,
+    grad,
+    w_q,
+    w_k,
+    mask,
+    mu,
+    high,
+    top_k,
+    top_q,
+    ends,
+    rate,
+    states,
+    norms,
+    share,
+    slope,
+    dk,
+    dv,
+    q_b,
+    q_h,
+    q_t,
+    k_b,
+    k_h,
+    k_t,
+    v_b,
+    v_h,
+    v_t,
+    g_b,
+    g_h,
+    g_t,
+    dk_b,
+    dk_h,
+    dk_t,
+    dv_b,
+    dv_h,
+    dv_t,
+    mask_b,
+    square,
+    gain,
+    heads,
+    group,
+    tokens,
+    chunks,
+    MAP: tl.constexpr,
+    F: tl.constexpr,
+    D: tl.constexpr,
+    V: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    INSIDE: tl.constexpr,
+    C: tl.constexpr,
+    BLOCK_F: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    """The part of dk and dv that each query head has, (B, heads, T, D) and (.., V); one program per
+    chunk and query head, with the states' gradients after the chunks, which the first head of a
+    group takes. INSIDE: there are queries in the chunks."""
     tiles = tl.cdiv(tokens, C)
     program = tl.program_id(0)
     n, h, b = program % tiles, program // tiles % heads, program // tiles // heads
@@ -220,11 +375,17 @@ def backward_keys(q, k, v, grad, w_q, w_k, mask, mu, high, top_k, top_q, ends, r
         d_phi *= left
         if INSIDE:
             x = columns(query, q, n * C, q_t, exists, f, MAP, F, C, BLOCK_F)
-            d_phi = dot(d_pairs, wide(features(x, w_q, query_top, f, MAP, F, D, BLOCK_F, BLOCK_D), dtype), d_phi)
+            d_phi = dot(
+                d_pairs,
+                wide(features(x, w_q, query_top, f, MAP, F, D, BLOCK_F, BLOCK_D), dtype),
+                d_phi,
+            )
         if MAP >= FAVOR:
             acc, inner = add_gradient(acc, inner, phi_k, d_phi, w_k, f, MAP, F, D, BLOCK_F, BLOCK_D)
         else:
-            save_columns(gradient_of_columns(y, phi_k, d_phi, MAP), dk, n * C, dk_t, tokens, f, F, C, BLOCK_F)
+            save_columns(
+                gradient_of_columns(y, phi_k, d_phi, MAP), dk, n * C, dk_t, tokens, f, F, C, BLOCK_F
+            )
     if MAP == FAVOR:  # of -|x|^2 / 2 in mu
         acc -= key.to(tl.float32) * (square * inner)[:, None]
     if MAP >= FAVOR:

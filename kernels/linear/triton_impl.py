@@ -1,10 +1,9 @@
-"""Linear attention on Triton, forward and backward: the launches. `triton_kernels` and `triton_backward`
-have the kernels, `tiles` their sizes.
+"""Linear attention on Triton, forward and backward: the launches. `triton_kernels` and
+`triton_backward` have the kernels, `tiles` their sizes.
 
-A pass is: the highest exponents (FAVOR+ only), each chunk's sums, a scan over the chunks, and the output of each chunk.
-Sums are made again in the backward pass, which then goes through the chunks from the end. A few queries over a state
-are one launch instead, without gradients.
-"""
+A pass is: the highest exponents (FAVOR+ only), each chunk's sums, a scan over the chunks, and the
+output of each chunk. Sums are made again in the backward pass, which then goes through the chunks
+from the end. A few queries over a state are one launch instead, without gradients."""
 
 from __future__ import annotations
 
@@ -25,7 +24,9 @@ MOST_QUERIES, MOST_KEYS = 32, 64  # of the decode kernel
 
 
 class Spec(NamedTuple):
-    """What a call is about, besides its tensors. `factors`: of q and k before the feature map; `gain`: of out."""
+    """What a call is about, besides its tensors. `factors`: of q and k before the feature map;
+    `gain`: of out.
+    """
 
     feature_map: str
     factors: tuple[float, float]
@@ -52,12 +53,15 @@ def attention(
     memory: tuple[Tensor, Tensor | None, Tensor | None] | None,
     keep: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """`effattn.kernels.linear.attention` and `fold` (q None): out, and with `keep` the memory's sums, norms and top.
+    """`effattn.kernels.linear.attention` and `fold` (q None): out, and with `keep` the memory's
+    sums, norms and top.
 
     fp16, bf16 or fp32, up to 256 wide; ValueError otherwise.
     """
     if k.dtype not in DTYPES:
-        raise ValueError(f"dtype: got {k.dtype}, valid for impl='triton' are {', '.join(map(str, DTYPES))}")
+        raise ValueError(
+            f"dtype: got {k.dtype}, valid for impl='triton' are {', '.join(map(str, DTYPES))}"
+        )
     tiles.tile("forward", "interpreted", max(k.shape[3], v.shape[3]))
     if feature_map == "softmax":  # over all columns, while the kernels go through some at a time
         if k.dtype == torch.float16:  # a feature's gradient is as large as the feature is small
@@ -70,19 +74,32 @@ def attention(
     rate = None if decay is None else decay.float().log2().contiguous()
     w_q = w_k = None
     if directions is not None:  # the factors go to them, which are few
-        # a rounded direction moves the kinks of favor_relu, and gradients with them: these stay in fp32
+        # a rounded direction moves the kinks of favor_relu, and gradients with them: these stay in
+        # fp32
         dtype = torch.float32 if feature_map == "favor_relu" else k.dtype
         w_q, w_k = ((directions.float() * factor).to(dtype).contiguous() for factor in factors)
     sums, norms, top = memory or (None, None, None)
     queries, keys = 0 if q is None else q.shape[2], k.shape[2]
-    learning = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, sums))
+    learning = torch.is_grad_enabled() and any(
+        x is not None and x.requires_grad for x in (q, k, v, sums)
+    )
     if causal and 0 < queries <= MOST_QUERIES and keys <= MOST_KEYS and not (keep or learning):
         return _decode(q, k, v, sums, norms, top, w_q, w_k, mask, rate, spec), None, None, None
     if causal and 0 < queries < keys:  # keys that all queries see
         past = keys - queries
         old = None if mask is None else mask[:, :past]
         _, sums, norms, top = _Attention.apply(
-            None, k[:, :, :past], v[:, :, :past], sums, norms, top, w_q, w_k, old, rate, spec._replace(keep=True)
+            None,
+            k[:, :, :past],
+            v[:, :, :past],
+            sums,
+            norms,
+            top,
+            w_q,
+            w_k,
+            old,
+            rate,
+            spec._replace(keep=True),
         )
         k, v, mask = k[:, :, past:], v[:, :, past:], None if mask is None else mask[:, past:]
     return _Attention.apply(q, k, v, sums, norms, top, w_q, w_k, mask, rate, spec)
@@ -94,7 +111,9 @@ class _Attention(torch.autograd.Function):
         call = _Call(q, k, v, w_q, w_k, mask, rate, spec, top)
         with torch.cuda.device_of(k):
             weights = call.weights("chunk_sums")
-            states, zs, last, last_z = call.states(weights, sums, norms, keep=spec.keep or not spec.causal)
+            states, zs, last, last_z = call.states(
+                weights, sums, norms, keep=spec.keep or not spec.causal
+            )
             out = share = None
             if q is not None:
                 out, share = call.outputs(weights, states, zs, last, last_z)
@@ -118,13 +137,17 @@ class _Attention(torch.autograd.Function):
         if q is not None:
             grad = torch.zeros_like(out) if grad is None else dense_rows(grad)
         with torch.cuda.device_of(k):
-            dq, dk, dv, d_sums, d_norms = call.backward(sums, norms, out, share, grad, grad_sums, grad_norms)
+            dq, dk, dv, d_sums, d_norms = call.backward(
+                sums, norms, out, share, grad, grad_sums, grad_norms
+            )
         d_sums, d_norms = (None if x is None else d for x, d in ((sums, d_sums), (norms, d_norms)))
         return dq, dk, dv, d_sums, d_norms, None, None, None, None, None, None
 
 
 class _Weights(NamedTuple):
-    """Of FAVOR+, fp32: highest exponents of q and k, log weights mu, the highest so far, and at the chunks' ends."""
+    """Of FAVOR+, fp32: highest exponents of q and k, log weights mu, the highest so far, and at the
+    chunks' ends.
+    """
 
     top_q: Tensor | None = None
     top_k: Tensor | None = None
@@ -137,7 +160,15 @@ class _Call:
     """The launches of one call, on aligned queries and keys (or, bidirectional, all of both)."""
 
     def __init__(self, q, k, v, w_q, w_k, mask, rate, spec: Spec, top: Tensor | None):
-        self.q, self.k, self.v, self.w_q, self.w_k, self.mask, self.rate = q, k, v, w_q, w_k, mask, rate
+        self.q, self.k, self.v, self.w_q, self.w_k, self.mask, self.rate = (
+            q,
+            k,
+            v,
+            w_q,
+            w_k,
+            mask,
+            rate,
+        )
         self.spec, self.top = spec, top
         self.batch, self.kv_heads, self.keys, self.dim = k.shape
         self.value_dim = v.shape[3]
@@ -162,41 +193,101 @@ class _Call:
         if self.q is not None:
             top_q = self.new(self.batch, self.heads, self.queries)
             self._tops(self.q, self.w_q, None, top_q, None, 0.0)
-        first = mu.new_full((self.batch, self.kv_heads), -torch.inf) if self.top is None else self.top.float()
+        first = (
+            mu.new_full((self.batch, self.kv_heads), -torch.inf)
+            if self.top is None
+            else self.top.float()
+        )
         high = torch.cummax(mu, dim=-1).values.maximum(first[..., None])
         size = self.fixed(kernel)["C"]
         last = torch.arange(size, self.keys + size, size, device=mu.device).clamp(max=self.keys) - 1
-        return _Weights(top_q, top_k, mu, high, torch.cat([first[..., None], high[..., last]], dim=-1))
+        return _Weights(
+            top_q, top_k, mu, high, torch.cat([first[..., None], high[..., last]], dim=-1)
+        )
 
     def _tops(self, x, directions, mask, out, mu, half: float) -> None:
         fixed = self.fixed("tops")
         batch, heads, tokens, _ = x.shape
-        _launch("tops", batch * heads * triton.cdiv(tokens, fixed["C"]), x, directions, mask, out, mu, *_strides(x),
-                0 if mask is None else self.mask_b, heads, tokens, half, **fixed)  # fmt: skip
+        _launch(
+            "tops",
+            batch * heads * triton.cdiv(tokens, fixed["C"]),
+            x,
+            directions,
+            mask,
+            out,
+            mu,
+            *_strides(x),
+            0 if mask is None else self.mask_b,
+            heads,
+            tokens,
+            half,
+            **fixed,
+        )
 
     def states(self, weights: _Weights, sums, norms, keep: bool):
-        """S (B Hkv, n, F, V) and z (B Hkv, n, F) before each chunk, and if `keep` fp32 after all."""
+        """S (B Hkv, n, F, V) and z (B Hkv, n, F) before each chunk, and if `keep` fp32 after
+        all.
+        """
         fixed = self.fixed("chunk_sums")
         states, zs, rows, chunks = self._buffers(self.keys, fixed["C"])
         _launch(
-            "chunk_sums", rows * chunks * triton.cdiv(self.spec.features, fixed["BLOCK_F"]),
-            self.k, self.v, self.w_k, self.mask, weights.mu, weights.top_k, weights.ends, self.rate, states, zs,
-            *_strides(self.k, self.v), self.mask_b, self.kv_heads, self.keys, chunks, **fixed,
-        )  # fmt: skip
-        last, last_z = self.scan(states, zs, sums, norms, weights.ends, self.rate, self.keys, fixed["C"], keep)
+            "chunk_sums",
+            rows * chunks * triton.cdiv(self.spec.features, fixed["BLOCK_F"]),
+            self.k,
+            self.v,
+            self.w_k,
+            self.mask,
+            weights.mu,
+            weights.top_k,
+            weights.ends,
+            self.rate,
+            states,
+            zs,
+            *_strides(self.k, self.v),
+            self.mask_b,
+            self.kv_heads,
+            self.keys,
+            chunks,
+            **fixed,
+        )
+        last, last_z = self.scan(
+            states, zs, sums, norms, weights.ends, self.rate, self.keys, fixed["C"], keep
+        )
         return states, zs, last, last_z
 
     def _buffers(self, tokens: int, size: int) -> tuple[Tensor, Tensor | None, int, int]:
         rows, chunks = self.batch * self.kv_heads, triton.cdiv(tokens, size)
         wide = torch.float32 if self.k.dtype == torch.float32 else torch.bfloat16
         states = self.new(rows, chunks, self.spec.features, self.value_dim, dtype=wide)
-        return states, self.new(rows, chunks, self.spec.features) if self.spec.normalize else None, rows, chunks
+        return (
+            states,
+            self.new(rows, chunks, self.spec.features) if self.spec.normalize else None,
+            rows,
+            chunks,
+        )
 
-    def scan(self, states, zs, sums, norms, ends, rate, tokens: int, size: int, keep: bool, reverse: bool = False):
-        """Over the chunks, in place; the totals after the last one, (B, Hkv, F, V) and (B, Hkv, F)."""
+    def scan(
+        self,
+        states,
+        zs,
+        sums,
+        norms,
+        ends,
+        rate,
+        tokens: int,
+        size: int,
+        keep: bool,
+        reverse: bool = False,
+    ):
+        """Over the chunks, in place; the totals after the last one, (B, Hkv, F, V) and (B, Hkv,
+        F).
+        """
         shape = (self.batch, self.kv_heads, self.spec.features)
         found = []
-        for own, first, last_shape in ((states, sums, (*shape, self.value_dim)), (zs, norms, shape)):
+        for own, first, last_shape in (
+            (states, sums, (*shape, self.value_dim)),
+            (zs, norms, shape),
+        ):
             last = self.new(*last_shape) if keep and own is not None else None
             found.append(last)
             if own is None:
@@ -204,9 +295,23 @@ class _Call:
             elements = own[0, 0].numel()
             first = None if first is None else first.float().contiguous()
             _launch(
-                "scan", own.shape[0] * triton.cdiv(elements, tiles.SCAN), own, first, last, ends, rate, self.kv_heads,
-                tokens, own.shape[1], elements, C=size, REVERSE=reverse, BLOCK=tiles.SCAN, num_warps=4, num_stages=2,
-            )  # fmt: skip
+                "scan",
+                own.shape[0] * triton.cdiv(elements, tiles.SCAN),
+                own,
+                first,
+                last,
+                ends,
+                rate,
+                self.kv_heads,
+                tokens,
+                own.shape[1],
+                elements,
+                C=size,
+                REVERSE=reverse,
+                BLOCK=tiles.SCAN,
+                num_warps=4,
+                num_stages=2,
+            )
         return found
 
     def common(self, last: Tensor, last_z: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -222,12 +327,33 @@ class _Call:
         out = _like(self.q, self.value_dim)
         share = self.new(*self.q.shape[:3]) if self.spec.normalize else None
         _launch(
-            "forward", self.batch * self.heads * triton.cdiv(self.queries, fixed["C"]),
-            self.q, self.k, self.v, self.w_q, self.w_k, self.mask, weights.mu, weights.high, weights.top_k,
-            weights.top_q, weights.ends, self.rate, states, zs, out, share,
-            *_strides(self.q, self.k, self.v, out), self.mask_b, self.spec.gain, self.heads, self.group, self.queries,
-            chunks, **fixed,
-        )  # fmt: skip
+            "forward",
+            self.batch * self.heads * triton.cdiv(self.queries, fixed["C"]),
+            self.q,
+            self.k,
+            self.v,
+            self.w_q,
+            self.w_k,
+            self.mask,
+            weights.mu,
+            weights.high,
+            weights.top_k,
+            weights.top_q,
+            weights.ends,
+            self.rate,
+            states,
+            zs,
+            out,
+            share,
+            *_strides(self.q, self.k, self.v, out),
+            self.mask_b,
+            self.spec.gain,
+            self.heads,
+            self.group,
+            self.queries,
+            chunks,
+            **fixed,
+        )
         return out, share
 
     def backward(self, sums, norms, out, share, grad, grad_sums, grad_norms):
@@ -243,12 +369,36 @@ class _Call:
                 states, zs = self.common(last, last_z)
             chunks = states.shape[1] if causal else 1
             _launch(
-                "backward_queries", self.batch * self.heads * triton.cdiv(self.queries, size),
-                self.q, self.k, self.v, grad, self.w_q, self.w_k, self.mask, weights.mu, weights.high, weights.top_k,
-                weights.top_q, weights.ends, self.rate, states, zs, share, slope, dq,
-                *_strides(self.q, self.k, self.v, grad, dq), self.mask_b, spec.gain, self.heads, self.group,
-                self.queries, chunks, CAUSAL=causal, **self.fixed("backward_queries"),
-            )  # fmt: skip
+                "backward_queries",
+                self.batch * self.heads * triton.cdiv(self.queries, size),
+                self.q,
+                self.k,
+                self.v,
+                grad,
+                self.w_q,
+                self.w_k,
+                self.mask,
+                weights.mu,
+                weights.high,
+                weights.top_k,
+                weights.top_q,
+                weights.ends,
+                self.rate,
+                states,
+                zs,
+                share,
+                slope,
+                dq,
+                *_strides(self.q, self.k, self.v, grad, dq),
+                self.mask_b,
+                spec.gain,
+                self.heads,
+                self.group,
+                self.queries,
+                chunks,
+                CAUSAL=causal,
+                **self.fixed("backward_queries"),
+            )
         tokens = self.keys if self.q is None or causal else self.queries
         states, zs, rows, chunks = self._buffers(tokens, size)
         if self.q is None:
@@ -257,13 +407,41 @@ class _Call:
                 zs.zero_()
         else:
             _launch(
-                "gradient_sums", rows * chunks * triton.cdiv(spec.features, fixed["BLOCK_F"]),
-                self.q, grad, self.w_q, weights.high, weights.top_q, weights.ends, self.rate, share, slope, states, zs,
-                *_strides(self.q, grad), spec.gain, self.kv_heads, self.group, tokens, chunks, CAUSAL=causal, **fixed,
-            )  # fmt: skip
+                "gradient_sums",
+                rows * chunks * triton.cdiv(spec.features, fixed["BLOCK_F"]),
+                self.q,
+                grad,
+                self.w_q,
+                weights.high,
+                weights.top_q,
+                weights.ends,
+                self.rate,
+                share,
+                slope,
+                states,
+                zs,
+                *_strides(self.q, grad),
+                spec.gain,
+                self.kv_heads,
+                self.group,
+                tokens,
+                chunks,
+                CAUSAL=causal,
+                **fixed,
+            )
         ends = weights.ends
-        d_sums, d_norms = self.scan(states, zs, grad_sums, grad_norms, ends if causal else None, self.rate, tokens,
-                                    size, keep=True, reverse=True)  # fmt: skip
+        d_sums, d_norms = self.scan(
+            states,
+            zs,
+            grad_sums,
+            grad_norms,
+            ends if causal else None,
+            self.rate,
+            tokens,
+            size,
+            keep=True,
+            reverse=True,
+        )
         if not causal:
             (states, zs), chunks = self.common(d_sums, d_norms), 1
             ends = None if ends is None else ends[..., [0, -1]].contiguous()
@@ -279,14 +457,41 @@ class _Call:
         if self.group == 1:
             dk, dv = _like(self.k, self.dim), _like(self.v, self.value_dim)
         else:
-            dk, dv = (self.new(self.batch, self.heads, self.keys, d) for d in (self.dim, self.value_dim))
+            dk, dv = (
+                self.new(self.batch, self.heads, self.keys, d) for d in (self.dim, self.value_dim)
+            )
         _launch(
-            "backward_keys", self.batch * self.heads * triton.cdiv(self.keys, fixed["C"]),
-            self.q, self.k, self.v, grad, self.w_q, self.w_k, self.mask, weights.mu, weights.high, weights.top_k,
-            weights.top_q, ends, self.rate, states, zs, share, slope, dk, dv,
-            *_strides(self.q, self.k, self.v, grad, dk, dv), self.mask_b, self.spec.factors[1] ** 2, self.spec.gain,
-            self.heads, self.group, self.keys, chunks, **fixed,
-        )  # fmt: skip
+            "backward_keys",
+            self.batch * self.heads * triton.cdiv(self.keys, fixed["C"]),
+            self.q,
+            self.k,
+            self.v,
+            grad,
+            self.w_q,
+            self.w_k,
+            self.mask,
+            weights.mu,
+            weights.high,
+            weights.top_k,
+            weights.top_q,
+            ends,
+            self.rate,
+            states,
+            zs,
+            share,
+            slope,
+            dk,
+            dv,
+            *_strides(self.q, self.k, self.v, grad, dk, dv),
+            self.mask_b,
+            self.spec.factors[1] ** 2,
+            self.spec.gain,
+            self.heads,
+            self.group,
+            self.keys,
+            chunks,
+            **fixed,
+        )
         if self.group == 1:
             return dk, dv
         return tuple(x.unflatten(1, (-1, self.group)).sum(dim=2).to(self.k.dtype) for x in (dk, dv))
@@ -294,10 +499,20 @@ class _Call:
     def _slopes(self, out: Tensor, grad: Tensor) -> Tensor:
         slope = self.new(*out.shape[:3])
         _launch(
-            "slopes", self.batch * self.heads * triton.cdiv(self.queries, tiles.ROWS), out, grad, slope,
-            *_strides(out, grad), self.heads, self.queries, V=self.value_dim, C=tiles.ROWS,
-            BLOCK_V=tiles.padded(self.value_dim), num_warps=4, num_stages=1,
-        )  # fmt: skip
+            "slopes",
+            self.batch * self.heads * triton.cdiv(self.queries, tiles.ROWS),
+            out,
+            grad,
+            slope,
+            *_strides(out, grad),
+            self.heads,
+            self.queries,
+            V=self.value_dim,
+            C=tiles.ROWS,
+            BLOCK_V=tiles.padded(self.value_dim),
+            num_warps=4,
+            num_stages=1,
+        )
         return slope
 
 
@@ -310,13 +525,36 @@ def _decode(q, k, v, sums, norms, top, w_q, w_k, mask, rate, spec: Spec) -> Tens
     out = torch.empty((batch, heads, queries, value_dim), dtype=q.dtype, device=q.device)
     state, norms, top = (None if x is None else x.contiguous() for x in (sums, norms, top))
     rows = heads // kv_heads * queries
-    programs = batch * kv_heads * triton.cdiv(rows, fixed["M"]) * triton.cdiv(value_dim, fixed["BLOCK_V"])
+    programs = (
+        batch * kv_heads * triton.cdiv(rows, fixed["M"]) * triton.cdiv(value_dim, fixed["BLOCK_V"])
+    )
     with torch.cuda.device_of(q):
         _launch(
-            "decode", programs, q, k, v, w_q, w_k, mask, top, rate, state, norms, out, *_strides(q, k, v),
-            0 if mask is None else mask.stride(0), spec.factors[1] ** 2 / 2, spec.gain, kv_heads, heads // kv_heads,
-            queries, keys, NORMALIZE=spec.normalize, N=MOST_KEYS, **fixed,
-        )  # fmt: skip
+            "decode",
+            programs,
+            q,
+            k,
+            v,
+            w_q,
+            w_k,
+            mask,
+            top,
+            rate,
+            state,
+            norms,
+            out,
+            *_strides(q, k, v),
+            0 if mask is None else mask.stride(0),
+            spec.factors[1] ** 2 / 2,
+            spec.gain,
+            kv_heads,
+            heads // kv_heads,
+            queries,
+            keys,
+            NORMALIZE=spec.normalize,
+            N=MOST_KEYS,
+            **fixed,
+        )
     return out
 
 
@@ -341,10 +579,14 @@ def jitted(kernel: str) -> Any:
 
 
 def _like(x: Tensor, dim: int) -> Tensor:
-    """Uninitialised, x's shape but for the last size; tokens lie outside of heads if they do in x."""
+    """Uninitialised, x's shape but for the last size; tokens lie outside of heads if they do in
+    x.
+    """
     batch, heads, length, _ = x.shape
     if x.stride(2) > x.stride(1):
-        return torch.empty((batch, length, heads, dim), dtype=x.dtype, device=x.device).transpose(1, 2)
+        return torch.empty((batch, length, heads, dim), dtype=x.dtype, device=x.device).transpose(
+            1, 2
+        )
     return torch.empty((batch, heads, length, dim), dtype=x.dtype, device=x.device)
 
 

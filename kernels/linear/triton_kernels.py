@@ -1,14 +1,15 @@
-"""Chunked linear attention in Triton: sums of each chunk, a scan over chunks, and what queries make of them.
+"""Chunked linear attention in Triton: sums of each chunk, a scan over chunks, and what queries make
+of them.
 
     H key/value heads, `group` query heads to each; n chunk of C tokens; D head size, V value size, F features
     S (F, V) and z (F,): the sums before a chunk (for gradients: after it), `states` (B H, n, F, V), `norms` (B H, n, F)
     mu_j log weight of a key, high_t the highest so far, ends (B, H, n + 1) that at the chunks' ends; None: no weights
-    rate (H,) log2 of the decay; None: no decay          x_b, x_h, x_t strides of x by row of the batch, head, token
+    rate (H,) log2 of the decay; None: no decay  x_b, x_h, x_t strides of x by row of the batch, head, token
     share 1 / normaliser of a query (None: not normalised), slope = -(grad . out), its part of the gradient
 
-Features are made in the kernels, from x and directions (F, D), and never written. Products are in the inputs' type;
-those with states, and with anything divided by a normaliser, in bf16 for both 16-bit types: their range has no bound.
-"""
+Features are made in the kernels, from x and directions (F, D), and never written. Products are in
+the inputs' type; those with states, and with anything divided by a normaliser, in bf16 for both
+16-bit types: their range has no bound."""
 
 import triton
 import triton.language as tl
@@ -31,16 +32,34 @@ from .triton_pieces import (
     share_of,
     whole,
     wide,
-)  # fmt: skip
+)
 
 # ---- sums
 
 
 @triton.jit(do_not_specialize=["tokens"])
-def tops(x, directions, mask, out, mu, x_b, x_h, x_t, mask_b, heads, tokens, half,
-         F: tl.constexpr, D: tl.constexpr, C: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr):  # fmt: skip
-    """out (B, H, T): the highest exponent of each row, max_f w_f.x. mu: `half` |x|^2 less, a key's log weight, -inf
-    where the mask says padding; None for queries. One program per tile of C tokens."""
+def tops(
+    x,
+    directions,
+    mask,
+    out,
+    mu,
+    x_b,
+    x_h,
+    x_t,
+    mask_b,
+    heads,
+    tokens,
+    half,
+    F: tl.constexpr,
+    D: tl.constexpr,
+    C: tl.constexpr,
+    BLOCK_F: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """out (B, H, T): the highest exponent of each row, max_f w_f.x. mu: `half` |x|^2 less, a key's
+    log weight, -inf where the mask says padding; None for queries. One program per tile of C
+    tokens."""
     tiles = tl.cdiv(tokens, C)
     program = tl.program_id(0)
     t, h, b = program % tiles * C, program // tiles % heads, program // tiles // heads
@@ -59,14 +78,44 @@ def tops(x, directions, mask, out, mu, x_b, x_h, x_t, mask_b, heads, tokens, hal
     tl.store(out + place, top, mask=at < tokens)
     if mu is not None:
         y = rows.to(tl.float32)
-        tl.store(mu + place, tl.where(real, top - half * tl.sum(y * y, 1), float("-inf")), mask=at < tokens)
+        tl.store(
+            mu + place,
+            tl.where(real, top - half * tl.sum(y * y, 1), float("-inf")),
+            mask=at < tokens,
+        )
 
 
 @triton.jit(do_not_specialize=["tokens", "chunks"])
-def chunk_sums(k, v, directions, mask, mu, top, ends, rate, states, norms,
-               k_b, k_h, k_t, v_b, v_h, v_t, mask_b, heads, tokens, chunks,
-               MAP: tl.constexpr, F: tl.constexpr, D: tl.constexpr, V: tl.constexpr, C: tl.constexpr,
-               BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr):  # fmt: skip
+def chunk_sums(
+    k,
+    v,
+    directions,
+    mask,
+    mu,
+    top,
+    ends,
+    rate,
+    states,
+    norms,
+    k_b,
+    k_h,
+    k_t,
+    v_b,
+    v_h,
+    v_t,
+    mask_b,
+    heads,
+    tokens,
+    chunks,
+    MAP: tl.constexpr,
+    F: tl.constexpr,
+    D: tl.constexpr,
+    V: tl.constexpr,
+    C: tl.constexpr,
+    BLOCK_F: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
     """Each chunk's own sums, as of its end; one program per chunk and block of features.
 
     top (B H, T): the highest exponent of each key, where mu has less than that.
@@ -82,7 +131,9 @@ def chunk_sums(k, v, directions, mask, mu, top, ends, rate, states, norms,
     real = real_keys(mask, at, tokens)
     dtype: tl.constexpr = k.dtype.element_ty
     k = head_of(k, b, h, k_b, k_h)
-    key = columns(whole(k, n * C, k_t, real, MAP, D, C, BLOCK_D), k, n * C, k_t, real, f, MAP, F, C, BLOCK_F)
+    key = columns(
+        whole(k, n * C, k_t, real, MAP, D, C, BLOCK_D), k, n * C, k_t, real, f, MAP, F, C, BLOCK_F
+    )
     value = load_real(head_of(v, b, h, v_b, v_h), n * C, v_t, real, V, C, BLOCK_V)
     key_top, key_mu, end, head_rate = None, None, None, None
     if mu is not None:
@@ -101,10 +152,23 @@ def chunk_sums(k, v, directions, mask, mu, top, ends, rate, states, norms,
 
 
 @triton.jit(do_not_specialize=["tokens", "chunks"])
-def scan(states, first, last, ends, rate, heads, tokens, chunks, size,
-         C: tl.constexpr, REVERSE: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
-    """In place, over the chunks: their own sums (B H, n, size) become the sums before them, from `first` (B H, size)
-    (None: 0) on; `last` gets those after all. REVERSE: from the last chunk to the first."""
+def scan(
+    states,
+    first,
+    last,
+    ends,
+    rate,
+    heads,
+    tokens,
+    chunks,
+    size,
+    C: tl.constexpr,
+    REVERSE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """In place, over the chunks: their own sums (B H, n, size) become the sums before them, from
+    `first` (B H, size) (None: 0) on; `last` gets those after all. REVERSE: from the last chunk to
+    the first."""
     blocks = tl.cdiv(size, BLOCK)
     program = tl.program_id(0)
     row = program // blocks
@@ -133,14 +197,55 @@ def scan(states, first, last, ends, rate, heads, tokens, chunks, size,
 
 
 @triton.jit(do_not_specialize=["tokens", "chunks"])
-def forward(q, k, v, w_q, w_k, mask, mu, high, top_k, top_q, ends, rate, states, norms, out, share,
-            q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, o_b, o_h, o_t, mask_b, gain, heads, group, tokens, chunks,
-            MAP: tl.constexpr, F: tl.constexpr, D: tl.constexpr, V: tl.constexpr, CAUSAL: tl.constexpr,
-            C: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr):  # fmt: skip
+def forward(
+    q,
+    k,
+    v,
+    w_q,
+    w_k,
+    mask,
+    mu,
+    high,
+    top_k,
+    top_q,
+    ends,
+    rate,
+    states,
+    norms,
+    out,
+    share,
+    q_b,
+    q_h,
+    q_t,
+    k_b,
+    k_h,
+    k_t,
+    v_b,
+    v_h,
+    v_t,
+    o_b,
+    o_h,
+    o_t,
+    mask_b,
+    gain,
+    heads,
+    group,
+    tokens,
+    chunks,
+    MAP: tl.constexpr,
+    F: tl.constexpr,
+    D: tl.constexpr,
+    V: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    C: tl.constexpr,
+    BLOCK_F: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
     """out (B, heads, T, V) and share (B, heads, T); one program per chunk and query head.
 
-    Causal: the state before the chunk and the pairs inside of it. Otherwise one state (chunks = 1) is all there is.
-    """
+    Causal: the state before the chunk and the pairs inside of it. Otherwise one state (chunks = 1)
+    is all there is."""
     tiles = tl.cdiv(tokens, C)
     program = tl.program_id(0)
     n, h, b = program % tiles, program // tiles % heads, program // tiles // heads
@@ -200,25 +305,66 @@ def forward(q, k, v, w_q, w_k, mask, mu, high, top_k, top_q, ends, rate, states,
 
 
 @triton.jit(do_not_specialize=["q_len", "k_len"])
-def decode(q, k, v, w_q, w_k, mask, top, rate, state, norms, out,
-           q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, mask_b, half, gain, heads, group, q_len, k_len,
-           MAP: tl.constexpr, F: tl.constexpr, D: tl.constexpr, V: tl.constexpr, NORMALIZE: tl.constexpr,
-           M: tl.constexpr, N: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr,
-           BLOCK_V: tl.constexpr):  # fmt: skip
-    """A few queries over the state and up to N keys after it, in one launch: out (B, heads, Tq, V), contiguous.
+def decode(
+    q,
+    k,
+    v,
+    w_q,
+    w_k,
+    mask,
+    top,
+    rate,
+    state,
+    norms,
+    out,
+    q_b,
+    q_h,
+    q_t,
+    k_b,
+    k_h,
+    k_t,
+    v_b,
+    v_h,
+    v_t,
+    mask_b,
+    half,
+    gain,
+    heads,
+    group,
+    q_len,
+    k_len,
+    MAP: tl.constexpr,
+    F: tl.constexpr,
+    D: tl.constexpr,
+    V: tl.constexpr,
+    NORMALIZE: tl.constexpr,
+    M: tl.constexpr,
+    N: tl.constexpr,
+    BLOCK_F: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    """A few queries over the state and up to N keys after it, in one launch: out (B, heads, Tq, V),
+    contiguous.
 
-    Rows are the group's query heads times q_len. `heads` key/value heads; one program per head, M rows and values.
-    """
+    Rows are the group's query heads times q_len. `heads` key/value heads; one program per head, M
+    rows and values."""
     v_blocks, tiles = tl.cdiv(V, BLOCK_V), tl.cdiv(group * q_len, M)
     program = tl.program_id(0)
-    d_v, tile, head = program % v_blocks * BLOCK_V, program // v_blocks % tiles, program // v_blocks // tiles
+    d_v, tile, head = (
+        program % v_blocks * BLOCK_V,
+        program // v_blocks % tiles,
+        program // v_blocks // tiles,
+    )
     h, b = head % heads, head // heads
     place = tl.cast(head, tl.int64)
     r = tile * M + tl.arange(0, M)
     exists = r < group * q_len
     member, at_q = r // q_len, r % q_len
     dtype: tl.constexpr = q.dtype.element_ty
-    rows = head_of(q, b, h * group, q_b, q_h) + (tl.cast(member, tl.int64) * q_h + at_q * q_t)[:, None]
+    rows = (
+        head_of(q, b, h * group, q_b, q_h) + (tl.cast(member, tl.int64) * q_h + at_q * q_t)[:, None]
+    )
     query = None
     if MAP >= FAVOR:
         d = tl.arange(0, BLOCK_D)[None, :]
@@ -232,14 +378,20 @@ def decode(q, k, v, w_q, w_k, mask, top, rate, state, norms, out,
     key = whole(k, 0, k_t, real, MAP, D, N, BLOCK_D)
     query_top, key_top, key_mu, high, before, head_rate = None, None, None, None, None, None
     if MAP == FAVOR:
-        query_top, key_top = tl.full([M], float("-inf"), tl.float32), tl.full([N], float("-inf"), tl.float32)
+        query_top, key_top = (
+            tl.full([M], float("-inf"), tl.float32),
+            tl.full([N], float("-inf"), tl.float32),
+        )
         for f in range(0, F, BLOCK_F):
             u = exponents(query, w_q, f, F, D, BLOCK_F, BLOCK_D)
             s = exponents(key, w_k, f, F, D, BLOCK_F, BLOCK_D)
             if F % BLOCK_F != 0:
                 inside = f + tl.arange(0, BLOCK_F)[None, :] < F
                 u, s = tl.where(inside, u, float("-inf")), tl.where(inside, s, float("-inf"))
-            query_top, key_top = tl.maximum(query_top, tl.max(u, 1)), tl.maximum(key_top, tl.max(s, 1))
+            query_top, key_top = (
+                tl.maximum(query_top, tl.max(u, 1)),
+                tl.maximum(key_top, tl.max(s, 1)),
+            )
         exact = key.to(tl.float32)
         key_mu = tl.where(real, key_top - half * tl.sum(exact * exact, 1), float("-inf"))
         before = tl.full([1], float("-inf"), tl.float32)
@@ -264,8 +416,11 @@ def decode(q, k, v, w_q, w_k, mask, top, rate, state, norms, out,
         phi_k = features(y, w_k, key_top, f, MAP, F, D, BLOCK_F, BLOCK_D)
         pairs = dot(factor_of(phi, dtype, MAP), tl.trans(factor_of(phi_k, dtype, MAP)), pairs)
         if state is not None:
-            sums = tl.load(state + place * F * V + at_f[:, None] * V + dv[None, :],
-                           mask=(at_f[:, None] < F) & (dv[None, :] < V), other=0.0)  # fmt: skip
+            sums = tl.load(
+                state + place * F * V + at_f[:, None] * V + dv[None, :],
+                mask=(at_f[:, None] < F) & (dv[None, :] < V),
+                other=0.0,
+            )
             acc = dot(wide(phi, dtype), wide(sums, dtype), acc)
             if NORMALIZE:
                 total += tl.sum(phi * norms_of(norms, place, f, F, BLOCK_F)[None, :], 1)

@@ -1,4 +1,5 @@
-"""What the linear kernels share: features and their derivatives, and the weights of pairs, chunks and states.
+"""What the linear kernels share: features and their derivatives, and the weights of pairs, chunks
+and states.
 
 Legend in `triton_kernels`.
 """
@@ -8,7 +9,12 @@ import triton.language as tl
 
 from ..flash.triton_pieces import dot, load_rows, narrow
 
-IDENTITY, ELU, RELU, RELU2 = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)  # column by column
+IDENTITY, ELU, RELU, RELU2 = (
+    tl.constexpr(0),
+    tl.constexpr(1),
+    tl.constexpr(2),
+    tl.constexpr(3),
+)  # column by column
 FAVOR, FAVOR_RELU = tl.constexpr(4), tl.constexpr(5)  # from all of x and directions
 EPSILON = tl.constexpr(1e-3)
 LOWEST = tl.constexpr(-30.0)  # as in `features`
@@ -19,14 +25,25 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def exponents(x, directions, f, F: tl.constexpr, D: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr):
+def exponents(
+    x, directions, f, F: tl.constexpr, D: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr
+):
     """x W^T for BLOCK_F directions from f on."""
     w = load_rows(directions, f, D, F, D, BLOCK_F, BLOCK_D, F % BLOCK_F != 0)
     return dot(x.to(w.dtype), tl.trans(w), None)
 
 
 @triton.jit
-def whole(base, row, stride, real, MAP: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
+def whole(
+    base,
+    row,
+    stride,
+    real,
+    MAP: tl.constexpr,
+    D: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
     """All of x, if features are made from that."""
     if MAP >= FAVOR:
         return load_real(base, row, stride, real, D, ROWS, BLOCK_D)
@@ -35,24 +52,51 @@ def whole(base, row, stride, real, MAP: tl.constexpr, D: tl.constexpr, ROWS: tl.
 
 
 @triton.jit
-def columns(x, base, row, stride, real, f, MAP: tl.constexpr, F: tl.constexpr, ROWS: tl.constexpr,
-            BLOCK_F: tl.constexpr):  # fmt: skip
+def columns(
+    x,
+    base,
+    row,
+    stride,
+    real,
+    f,
+    MAP: tl.constexpr,
+    F: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_F: tl.constexpr,
+):
     """What features from f on are made from: `whole`, or these columns of x."""
     if MAP >= FAVOR:
         return x
     else:
         r, d = tl.arange(0, ROWS)[:, None], f + tl.arange(0, BLOCK_F)[None, :]
         found = real[:, None] & (d < F) if F % BLOCK_F != 0 else real[:, None]
-        return tl.load(base + tl.cast(row, tl.int64) * stride + (r * stride + d), mask=found, other=0.0)
+        return tl.load(
+            base + tl.cast(row, tl.int64) * stride + (r * stride + d), mask=found, other=0.0
+        )
 
 
 @triton.jit
-def features(x, directions, top, f, MAP: tl.constexpr, F: tl.constexpr, D: tl.constexpr, BLOCK_F: tl.constexpr,
-             BLOCK_D: tl.constexpr):  # fmt: skip
-    """phi (rows, BLOCK_F) fp32, features from f on, from their `columns`; 0 beyond F. `top`: see `tops`."""
+def features(
+    x,
+    directions,
+    top,
+    f,
+    MAP: tl.constexpr,
+    F: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_F: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """phi (rows, BLOCK_F) fp32, features from f on, from their `columns`; 0 beyond F. `top`: see
+    `tops`.
+    """
     if MAP >= FAVOR:
         u = exponents(x, directions, f, F, D, BLOCK_F, BLOCK_D)
-        phi = tl.exp2(tl.maximum(u - top[:, None], LOWEST) * LOG2E) if MAP == FAVOR else tl.maximum(u, 0.0) + EPSILON
+        phi = (
+            tl.exp2(tl.maximum(u - top[:, None], LOWEST) * LOG2E)
+            if MAP == FAVOR
+            else tl.maximum(u, 0.0) + EPSILON
+        )
     else:
         y = x.to(tl.float32)
         if MAP == ELU:
@@ -82,9 +126,22 @@ def gradient_of_columns(x, phi, d_phi, MAP: tl.constexpr):
 
 
 @triton.jit
-def add_gradient(acc, inner_sum, phi, d_phi, directions, f, MAP: tl.constexpr, F: tl.constexpr, D: tl.constexpr,
-                 BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr):  # fmt: skip
-    """acc (rows, BLOCK_D) plus dx of features from f on, made from directions; inner_sum (rows,) plus sum phi d phi."""
+def add_gradient(
+    acc,
+    inner_sum,
+    phi,
+    d_phi,
+    directions,
+    f,
+    MAP: tl.constexpr,
+    F: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_F: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """acc (rows, BLOCK_D) plus dx of features from f on, made from directions; inner_sum (rows,)
+    plus sum phi d phi.
+    """
     w = load_rows(directions, f, D, F, D, BLOCK_F, BLOCK_D, F % BLOCK_F != 0)
     inner = phi * d_phi if MAP == FAVOR else tl.where(phi > EPSILON, d_phi, 0.0)
     dtype: tl.constexpr = directions.dtype.element_ty
@@ -92,7 +149,9 @@ def add_gradient(acc, inner_sum, phi, d_phi, directions, f, MAP: tl.constexpr, F
 
 
 @triton.jit
-def save_columns(x, base, row, stride, rows, f, F: tl.constexpr, ROWS: tl.constexpr, BLOCK_F: tl.constexpr):
+def save_columns(
+    x, base, row, stride, rows, f, F: tl.constexpr, ROWS: tl.constexpr, BLOCK_F: tl.constexpr
+):
     r, d = tl.arange(0, ROWS)[:, None], f + tl.arange(0, BLOCK_F)[None, :]
     pointers = base + tl.cast(row, tl.int64) * stride + (r * stride + d)
     tl.store(pointers, narrow(x, base.dtype.element_ty), mask=(row + r < rows) & (d < F))
@@ -100,7 +159,9 @@ def save_columns(x, base, row, stride, rows, f, F: tl.constexpr, ROWS: tl.conste
 
 @triton.jit
 def wide(x, dtype: tl.constexpr):
-    """x in the type of products whose range has no bound: fp32 where the inputs (`dtype`) are, bf16 otherwise."""
+    """x in the type of products whose range has no bound: fp32 where the inputs (`dtype`) are, bf16
+    otherwise.
+    """
     if dtype == tl.float32 or x.dtype == tl.bfloat16:
         return x
     else:
@@ -109,7 +170,9 @@ def wide(x, dtype: tl.constexpr):
 
 @triton.jit
 def factor_of(phi, dtype: tl.constexpr, MAP: tl.constexpr):
-    """Features as a factor of a pair's product: in the inputs' type where they are no larger or smaller than inputs."""
+    """Features as a factor of a pair's product: in the inputs' type where they are no larger or
+    smaller than inputs.
+    """
     if MAP == IDENTITY or MAP == RELU:  # noqa: SIM109
         return narrow(phi, dtype)
     else:
@@ -129,7 +192,9 @@ def share_of(total):
 @triton.jit
 def ratio(high, low):
     """exp(high - low), at most 1; 0 if high is -inf."""
-    low = tl.where(low == float("-inf"), 0.0, low)  # nothing was there: `high` says so too, or is not asked
+    low = tl.where(
+        low == float("-inf"), 0.0, low
+    )  # nothing was there: `high` says so too, or is not asked
     return tl.where(high == float("-inf"), 0.0, tl.exp2(tl.minimum(high - low, 0.0) * LOG2E))
 
 
@@ -140,7 +205,9 @@ def real_keys(mask, at, tokens):
 
 
 @triton.jit
-def load_real(base, row, stride, real, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def load_real(
+    base, row, stride, real, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):
     """ROWS rows from `row` on; 0 for those that are not real, whatever padding holds."""
     r, d = tl.arange(0, ROWS)[:, None], tl.arange(0, COLUMNS)[None, :]
     found = real[:, None] & (d < WIDTH) if WIDTH < COLUMNS else real[:, None]
@@ -149,7 +216,9 @@ def load_real(base, row, stride, real, WIDTH: tl.constexpr, ROWS: tl.constexpr, 
 
 @triton.jit
 def pair_weights(at_q, at_k, real, mu, high, rate):
-    """w (queries, keys): 0 where a query sees no key. mu of the keys, high of the queries, rate of a head, or None."""
+    """w (queries, keys): 0 where a query sees no key. mu of the keys, high of the queries, rate of
+    a head, or None.
+    """
     away = at_q[:, None] - at_k[None, :]
     seen = (away >= 0) & real[None, :]
     if rate is not None:
@@ -162,7 +231,9 @@ def pair_weights(at_q, at_k, real, mu, high, rate):
 
 @triton.jit
 def into_weights(i, high, before, rate):
-    """What a query, the i-th of its chunk, makes of the state before the chunk: (queries,), or 1.0."""
+    """What a query, the i-th of its chunk, makes of the state before the chunk: (queries,), or
+    1.0.
+    """
     if rate is not None:
         return tl.exp2((i + 1).to(tl.float32) * rate)
     elif high is not None:

@@ -1,4 +1,6 @@
-"""What the projection kernels ship, for `effattn.kernels.aot`; `Earlier` in the flash kernels is here too."""
+"""What the projection kernels ship, for `effattn.kernels.aot`; `Earlier` in the flash kernels is
+here too.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,9 @@ MULTIPLES = ("x_b", "x_h", "x_t", "w_h", "w_k")
 
 
 def variants(arch: str) -> list[dict]:
-    """Head sizes 64 and 128 in bf16 with 256 slots, one in fp16, one padded, few slots (blockwise), and `Earlier`."""
+    """Head sizes 64 and 128 in bf16 with 256 slots, one in fp16, one padded, few slots (blockwise),
+    and `Earlier`.
+    """
     wanted = [(64, "bf16", 256, False), (128, "bf16", 256, False), (128, "fp16", 256, False)]
     wanted += [(128, "bf16", 256, True), (128, "bf16", 4, False)]
     kernels = ("project", "token_gradient", "weight_gradient")
@@ -43,8 +47,15 @@ def _variant(name: str, dim: int, kind: str, slots: int, padded: bool, arch: str
         elif argument in ("x", "grad", "dx"):
             signature[argument] = f"*{kind}"
         else:
-            signature[argument] = POINTERS.get(argument, "i32:16" if argument in MULTIPLES else "i32")
+            signature[argument] = POINTERS.get(
+                argument, "i32:16" if argument in MULTIPLES else "i32"
+            )
     return dict(
-        name=f"{name}_{dim}_{kind}_{slots}{'_padded' * padded}", kernel=jitted, signature=signature, constexprs=fixed,
-        forward=name == "project", dots=True, **options,
-    )  # fmt: skip
+        name=f"{name}_{dim}_{kind}_{slots}{'_padded' * padded}",
+        kernel=jitted,
+        signature=signature,
+        constexprs=fixed,
+        forward=name == "project",
+        dots=True,
+        **options,
+    )

@@ -9,11 +9,11 @@ from ..flash.pattern import Pattern
 
 @dataclass(frozen=True)
 class Earlier(Pattern):
-    """Keys are slots, `slots` for each block of `size` tokens; the first one is at position `offset`.
+    """Keys are slots, `slots` for each block of `size` tokens; the first one is at position
+    `offset`.
 
-    A query at position i sees the slots of the i // size blocks before its own. Not to be combined with causality,
-    since a slot's position says nothing about time.
-    """
+    A query at position i sees the slots of the i // size blocks before its own. Not to be combined
+    with causality, since a slot's position says nothing about time."""
 
     size: int = 1
     slots: int = 1

@@ -1,4 +1,6 @@
-"""Linformer and its blockwise causal form by their definitions, row by row in fp64: slow and obvious."""
+"""Linformer and its blockwise causal form by their definitions, row by row in fp64: slow and
+obvious.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +10,14 @@ import torch
 from torch import Tensor
 
 
-def linformer(q: Tensor, k: Tensor, v: Tensor, E: Tensor, F: Tensor, real: Tensor, scale: float) -> Tensor:
+def linformer(
+    q: Tensor, k: Tensor, v: Tensor, E: Tensor, F: Tensor, real: Tensor, scale: float
+) -> Tensor:
     """softmax(scale q (E k)^T) (F v), arXiv:2006.04768 eq. 7, over the slots that some token feeds.
 
-    q (B, Hq, Tq, D), k (B, Hkv, T, D), v (B, Hkv, T, Dv); E, F (Hkv or 1, K, N >= T): column p is for the p-th token
-    from the row's first real one; real (B, T) bool. Queries are the last tokens; those before the first real one give
+    q (B, Hq, Tq, D), k (B, Hkv, T, D), v (B, Hkv, T, Dv); E, F (Hkv or 1, K, N >= T): column p is
+    for the p-th token from the row's first real one; real (B, T) bool. Queries are the last tokens;
+    those before the first real one give
     0. Returns (B, Hq, Tq, Dv) in q's dtype.
     """
     rows, groups, tokens = [], q.shape[1] // k.shape[1], k.shape[2]
@@ -30,9 +35,11 @@ def linformer(q: Tensor, k: Tensor, v: Tensor, E: Tensor, F: Tensor, real: Tenso
     return torch.stack(rows).to(q.dtype)
 
 
-def blockwise(q: Tensor, k: Tensor, v: Tensor, E: Tensor, F: Tensor, real: Tensor, scale: float, size: int) -> Tensor:
-    """Query by query: softmax over the slots E k_n of every finished block n before the query's own, each counted as
-    size / K tokens, and over the keys of its own block up to itself.
+def blockwise(
+    q: Tensor, k: Tensor, v: Tensor, E: Tensor, F: Tensor, real: Tensor, scale: float, size: int
+) -> Tensor:
+    """Query by query: softmax over the slots E k_n of every finished block n before the query's
+    own, each counted as size / K tokens, and over the keys of its own block up to itself.
 
     Shapes as in `linformer`; E, F (Hkv or 1, K, size). Blocks begin at the row's first real token.
     """
@@ -44,7 +51,9 @@ def blockwise(q: Tensor, k: Tensor, v: Tensor, E: Tensor, F: Tensor, real: Tenso
         outs = []
         for i in range(tokens - q.shape[2], tokens):
             border = start + max(i - start, 0) // size * size
-            own = torch.arange(border, max(border, i + 1), device=q.device)  # padding on the left: none
+            own = torch.arange(
+                border, max(border, i + 1), device=q.device
+            )  # padding on the left: none
             own = own[real[b][own]]
             keys, values, bonuses = [], [], []
             for low in range(start, border, size):

@@ -1,4 +1,6 @@
-"""Projection along time on Triton: tiles, launches, the backward pass; and `Earlier` as the flash kernels know it."""
+"""Projection along time on Triton: tiles, launches, the backward pass; and `Earlier` as the flash
+kernels know it.
+"""
 
 from __future__ import annotations
 
@@ -20,13 +22,17 @@ LEAST = 4  # tiles of positions that a split has at least
 
 
 PATTERNS[Earlier] = Jitted(
-    triton_kernels.earlier_keys, triton_kernels.earlier_queries, lambda p: (min(p.size, FAR.value), p.slots, p.offset)
+    triton_kernels.earlier_keys,
+    triton_kernels.earlier_queries,
+    lambda p: (min(p.size, FAR.value), p.slots, p.offset),
 )
 
 
 @lru_cache
 def tile(dim: int, slots: int, dtype: torch.dtype, arch: str) -> dict[str, int]:
-    """Tile sizes and launch options of all three kernels; ValueError for heads wider than flash attention takes."""
+    """Tile sizes and launch options of all three kernels; ValueError for heads wider than flash
+    attention takes.
+    """
     block_d = tiles.padded(dim)
     if block_d > tiles.WIDEST:
         raise ValueError(f"head size: got {dim}, valid are 1 to {tiles.WIDEST}")
@@ -34,16 +40,24 @@ def tile(dim: int, slots: int, dtype: torch.dtype, arch: str) -> dict[str, int]:
         return dict(BLOCK_K=16, BLOCK_T=32, BLOCK_D=block_d, num_warps=1, num_stages=1)
     most = 32 if dtype == torch.float32 or block_d > 128 else 64
     block_k = min(max(16, triton.next_power_of_2(slots)), most)
-    block_t = most if block_d <= 64 or arch in ("sm_90", "sm_100") else 32  # 64 spill on sm_80, with a mask
+    block_t = (
+        most if block_d <= 64 or arch in ("sm_90", "sm_100") else 32
+    )  # 64 spill on sm_80, with a mask
     stages = 1 if arch == "gfx942" or dtype == torch.float32 else 2
     return dict(BLOCK_K=block_k, BLOCK_T=block_t, BLOCK_D=block_d, num_warps=4, num_stages=stages)
 
 
 def project(x: Tensor, weight: Tensor, start: Tensor | None, mask: Tensor | None) -> Tensor:
-    """As `effattn.kernels.linformer.project`. fp16, bf16 or fp32, heads up to 256 wide; the weight is fp32."""
+    """As `effattn.kernels.linformer.project`. fp16, bf16 or fp32, heads up to 256 wide; the weight
+    is fp32.
+    """
     if x.dtype not in DTYPES:
-        raise ValueError(f"dtype: got {x.dtype}, valid for impl='triton' are {', '.join(map(str, DTYPES))}")
-    return _Project.apply(dense_rows(x), weight.float().contiguous(), dense_rows(start), dense_rows(mask))
+        raise ValueError(
+            f"dtype: got {x.dtype}, valid for impl='triton' are {', '.join(map(str, DTYPES))}"
+        )
+    return _Project.apply(
+        dense_rows(x), weight.float().contiguous(), dense_rows(start), dense_rows(mask)
+    )
 
 
 class _Project(torch.autograd.Function):
@@ -56,10 +70,13 @@ class _Project(torch.autograd.Function):
         splits = max(1, min(WAVES * _processors(x.device) // programs, along // LEAST))
         each = triton.cdiv(along, splits)
         splits = triton.cdiv(along, each)
-        parts = torch.empty((splits, batch, heads, slots, dim), dtype=torch.float32, device=x.device)
+        parts = torch.empty(
+            (splits, batch, heads, slots, dim), dtype=torch.float32, device=x.device
+        )
         with torch.cuda.device_of(x):
             triton_kernels.project[programs, splits](
-                x, weight, start, mask, parts, *x.stride()[:3], *_steps(weight), _row(mask), heads, slots, tokens, each,
+                x, weight, start, mask, parts, *x.stride()[:3], *_steps(weight), _row(mask), heads,
+                slots, tokens, each,
                 D=dim, **sizes,
             )  # fmt: skip
         ctx.save_for_backward(x, weight, start, mask)
@@ -77,12 +94,25 @@ class _Project(torch.autograd.Function):
             if ctx.needs_input_grad[0]:
                 dx = torch.empty((batch, heads, tokens, dim), dtype=x.dtype, device=x.device)
                 triton_kernels.token_gradient[(batch * heads * along,)](
-                    grad, weight, start, mask, dx, *_steps(weight), _row(mask), heads, slots, tokens, D=dim, **sizes
+                    grad,
+                    weight,
+                    start,
+                    mask,
+                    dx,
+                    *_steps(weight),
+                    _row(mask),
+                    heads,
+                    slots,
+                    tokens,
+                    D=dim,
+                    **sizes,
                 )
             if ctx.needs_input_grad[1]:
                 dw = torch.zeros_like(weight)  # later columns take no part
-                triton_kernels.weight_gradient[(len(weight) * triton.cdiv(slots, sizes["BLOCK_K"]) * along,)](
-                    grad, x, start, mask, dw, *x.stride()[:3], _row(mask), heads, heads // len(weight), slots,
+                triton_kernels.weight_gradient[(len(weight) * triton.cdiv(slots, sizes["BLOCK_K"]) *
+                along,)](
+                    grad, x, start, mask, dw, *x.stride()[:3], _row(mask), heads, heads //
+                    len(weight), slots,
                     weight.shape[2], tokens, batch, D=dim, **sizes,
                 )  # fmt: skip
         return dx, dw, None, None
@@ -100,4 +130,8 @@ def _row(mask: Tensor | None) -> int:
 @lru_cache
 def _processors(device: torch.device) -> int:
     """Multiprocessors of a GPU; 8 in the interpreter."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
+    return (
+        torch.cuda.get_device_properties(device).multi_processor_count
+        if device.type == "cuda"
+        else 8
+    )

@@ -1,8 +1,9 @@
-"""LSH attention of a few new tokens over a cache: the rows that a query sees are gathered, and attended to at once.
+"""LSH attention of a few new tokens over a cache: the rows that a query sees are gathered, and
+attended to at once.
 
-A query sees at most 2 chunk keys in a round, however long the sequence is, and `Ring` knows where they lie. Forward
-only, by the decode kernels. Shapes: see `places`; C = 1 + 2 chunk R rows are gathered for each query.
-"""
+A query sees at most 2 chunk keys in a round, however long the sequence is, and `Ring` knows where
+they lie. Forward only, by the decode kernels. Shapes: see `places`; C = 1 + 2 chunk R rows are
+gathered for each query."""
 
 from __future__ import annotations
 
@@ -17,8 +18,9 @@ from .places import Rule, normalized
 
 @dataclass(frozen=True)
 class Seen:
-    """The newest keys of every bucket: that of rank x in bucket b of round r is row `rows`[r, b * ring + x % ring] of
-    the store. T new keys are among them, the last Tq of which are the queries' own."""
+    """The newest keys of every bucket: that of rank x in bucket b of round r is row `rows`[r, b *
+    ring + x % ring] of the store. T new keys are among them, the last Tq of which are the queries'
+    own."""
 
     rule: Rule
     ring: int
@@ -30,11 +32,18 @@ class Seen:
 
 
 def attention_few(
-    q: Tensor, k: Tensor, v: Tensor, query_bucket: Tensor, seen: Seen, *, scale: float, real: Tensor | None = None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    query_bucket: Tensor,
+    seen: Seen,
+    *,
+    scale: float,
+    real: Tensor | None = None,
     impl: str = "auto",
-) -> Tensor:  # fmt: skip
-    """As `attention`, causal. q (B, Hq, Tq, D), k (B, Hkv, N, D), v (B, Hkv, N, Dv), query_bucket (B, Hq, R, Tq) int64,
-    real (B, Tq) bool: which queries are not padding."""
+) -> Tensor:
+    """As `attention`, causal. q (B, Hq, Tq, D), k (B, Hkv, N, D), v (B, Hkv, N, Dv), query_bucket
+    (B, Hq, R, Tq) int64, real (B, Tq) bool: which queries are not padding."""
     rule, (batch, heads, queries, dim) = seen.rule, q.shape
     kv_heads, new = k.shape[1], seen.bucket.shape[-1]
     group = heads // kv_heads
@@ -55,12 +64,18 @@ def attention_few(
     rows = seen.rows.gather(3, at).view(rank.shape).long().clamp(min=0)  # (B, H, R, G, Tq, 2 chunk)
     for r in range(1, rule.rounds):  # what an earlier round shows already
         for earlier in range(r):
-            other = seen.code[:, :, earlier].gather(2, rows[:, :, r].flatten(2)).view(rows[:, :, r].shape)
+            other = (
+                seen.code[:, :, earlier]
+                .gather(2, rows[:, :, r].flatten(2))
+                .view(rows[:, :, r].shape)
+            )
             apart = code[:, :, earlier, ..., None] - other
             there[:, :, r] &= (apart != 0) & (apart != rule.buckets)
 
     own = seen.own[:, :, None, new - queries :, None].expand(-1, -1, group, -1, -1)
-    rows, there = (x.permute(0, 1, 3, 4, 2, 5).flatten(4) for x in (rows, there))  # (B, H, G, Tq, 2 chunk R)
+    rows, there = (
+        x.permute(0, 1, 3, 4, 2, 5).flatten(4) for x in (rows, there)
+    )  # (B, H, G, Tq, 2 chunk R)
     alone = ~there.any(dim=-1, keepdim=True) if rule.shared_qk else torch.ones_like(there[..., :1])
     rows, there = torch.cat([own, rows], dim=-1), torch.cat([alone, there], dim=-1)
     if real is not None:
@@ -73,6 +88,11 @@ def attention_few(
 
     keys = normalized(gather(k)) if rule.shared_qk else gather(k)
     out = decode.attention(
-        q.reshape(-1, 1, 1, dim), keys, gather(v), counts=there.reshape(-1, 1, 1, count), scale=scale, impl=impl
+        q.reshape(-1, 1, 1, dim),
+        keys,
+        gather(v),
+        counts=there.reshape(-1, 1, 1, count),
+        scale=scale,
+        impl=impl,
     )
     return out.view(batch, heads, queries, v.shape[3])

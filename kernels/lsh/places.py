@@ -1,13 +1,15 @@
-"""Where hashing puts tokens: buckets, places inside of them, and which stretch of sorted keys a query sees.
+"""Where hashing puts tokens: buckets, places inside of them, and which stretch of sorted keys a
+query sees.
 
-In each round a key falls into one of `buckets`. The keys of a bucket are numbered by age: a key's rank is how many keys
-of its bucket came before it, and its place is (bucket, rank // chunk). A query's place is that of the newest key of its
-bucket at or before its own position (of the first key, if there is none yet): later tokens cannot move it. A query sees
-the keys of its own place and of the place before, and without causality of the place behind too.
+In each round a key falls into one of `buckets`. The keys of a bucket are numbered by age: a key's
+rank is how many keys of its bucket came before it, and its place is (bucket, rank // chunk). A
+query's place is that of the newest key of its bucket at or before its own position (of the first
+key, if there is none yet): later tokens cannot move it. A query sees the keys of its own place and
+of the place before, and without causality of the place behind too.
 
-    B batch, H key/value heads, G query heads each, R rounds, T new tokens, of which the last Tq are queries
-    M = Tq G rows of queries of a head: row m is query m // G of its head m % G
-    N rows of a store of keys, of which the new tokens are the last; L of them in the order of a round
+    B batch, H key/value heads, G query heads each, R rounds, T new tokens, of which the last Tq are
+    queries M = Tq G rows of queries of a head: row m is query m // G of its head m % G N rows of a
+    store of keys, of which the new tokens are the last; L of them in the order of a round
 """
 
 from __future__ import annotations
@@ -23,8 +25,8 @@ NO_KEY, NO_QUERY = -(2**30), -(2**29)  # codes of padding, far from all others a
 
 @dataclass(frozen=True)
 class Rule:
-    """How many rounds and buckets (an even number) there are, and how many keys share a place. `shared_qk`: a query is
-    hashed as its key is, and sees that key only where it sees no other."""
+    """How many rounds and buckets (an even number) there are, and how many keys share a place.
+    `shared_qk`: a query is hashed as its key is, and sees that key only where it sees no other."""
 
     rounds: int
     buckets: int
@@ -32,8 +34,8 @@ class Rule:
     shared_qk: bool = False
 
     def code(self, bucket: Tensor, rank: Tensor) -> Tensor:
-        """One number for a place. Of the same bucket, and a number of places apart: codes that multiple of `buckets`
-        apart."""
+        """One number for a place. Of the same bucket, and a number of places apart: codes that
+        multiple of `buckets` apart."""
         return bucket + self.buckets * (rank // self.chunk)
 
 
@@ -63,18 +65,22 @@ def normalized(k: Tensor) -> Tensor:
 
 
 def sort_buckets(bucket: Tensor, buckets: int) -> tuple[Tensor, Tensor]:
-    """int64 (..., T) of 0 .. buckets -> the order that sorts each line, oldest first in a bucket, (..., T); and where
-    each bucket begins in it, (..., buckets + 1)."""
+    """int64 (..., T) of 0 .. buckets -> the order that sorts each line, oldest first in a bucket,
+    (..., T); and where each bucket begins in it, (..., buckets + 1)."""
     lines, length = bucket.reshape(-1, bucket.shape[-1]), bucket.shape[-1]
     line = torch.arange(len(lines), device=bucket.device)[:, None]
-    order = torch.sort((lines + line * (buckets + 1)).flatten(), stable=True)[1].view(lines.shape) - line * length
+    order = (
+        torch.sort((lines + line * (buckets + 1)).flatten(), stable=True)[1].view(lines.shape)
+        - line * length
+    )
     sizes = torch.zeros(len(lines), buckets + 2, dtype=torch.int64, device=bucket.device)
     sizes.scatter_add_(1, lines + 1, torch.ones_like(lines))
     return order.view(bucket.shape), sizes.cumsum(1)[:, :-1].view(*bucket.shape[:-1], buckets + 1)
 
 
 def new_ranks(bucket: Tensor, buckets: int, count: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Ranks of new keys: bucket int64 (B, H, R, T), `buckets` for padding, count (B, H, R, buckets) of the keys before.
+    """Ranks of new keys: bucket int64 (B, H, R, T), `buckets` for padding, count (B, H, R, buckets)
+    of the keys before.
 
     -> rank int64 (B, H, R, T), and the counts after them.
     """
@@ -90,8 +96,9 @@ def new_ranks(bucket: Tensor, buckets: int, count: Tensor | None = None) -> tupl
 
 @dataclass(frozen=True)
 class Past:
-    """Keys before the new ones: their rows of the store and their buckets (`Rule.buckets`: none), int64 (B, H, R, P),
-    oldest first in each bucket; and how many keys of each bucket there were, held or not, (B, H, R, buckets)."""
+    """Keys before the new ones: their rows of the store and their buckets (`Rule.buckets`: none),
+    int64 (B, H, R, P), oldest first in each bucket; and how many keys of each bucket there were,
+    held or not, (B, H, R, buckets)."""
 
     rows: Tensor
     bucket: Tensor
@@ -100,8 +107,9 @@ class Past:
 
 @dataclass(frozen=True)
 class Places:
-    """Who sees whom. A query sees the keys at low .. high - 1 in the order of each round, but not its own key there,
-    which it always sees, and none that an earlier round shows it (`code` and `query_code` tell). All int64."""
+    """Who sees whom. A query sees the keys at low .. high - 1 in the order of each round, but not
+    its own key there, which it always sees, and none that an earlier round shows it (`code` and
+    `query_code` tell). All int64."""
 
     rule: Rule
     causal: bool
@@ -109,7 +117,8 @@ class Places:
     order: Tensor  # (B, H, R, L): rows of the store
     code: Tensor  # (B, H, R, N)
     query_order: Tensor  # (B, H, R, M): rows of queries, by bucket and age
-    query_begin: Tensor  # (B, H, R, buckets + 1): where each bucket begins there, and last where padding does
+    # (B, H, R, buckets + 1): where each bucket begins there, and last where padding does
+    query_begin: Tensor
     query_code: Tensor  # (B, H, R, M)
     low: Tensor  # (B, H, R, M); along query_order, neither this nor `high` falls
     high: Tensor  # (B, H, R, M)
@@ -117,7 +126,9 @@ class Places:
 
     @property
     def group(self) -> int:
-        """Query heads to a key/value head: row m is query m // group of the head m % group among them."""
+        """Query heads to a key/value head: row m is query m // group of the head m % group among
+        them.
+        """
         return self.query_code.shape[-1] // self.queries
 
     @property
@@ -131,14 +142,18 @@ class Places:
 
 
 def places_of(
-    rule: Rule, query_bucket: Tensor, bucket: Tensor, code: Tensor, causal: bool, real: Tensor | None = None,
+    rule: Rule,
+    query_bucket: Tensor,
+    bucket: Tensor,
+    code: Tensor,
+    causal: bool,
+    real: Tensor | None = None,
     past: Past | None = None,
-) -> Places:  # fmt: skip
+) -> Places:
     """The places of queries, the last Tq of the T new tokens, and the order of the keys.
 
-    query_bucket (B, Hq, R, Tq) and bucket (B, H, R, T) int64, `rule.buckets` for padding; code (B, H, R, N) of the
-    store's rows, of which the new tokens are the last; real (B, T) bool.
-    """
+    query_bucket (B, Hq, R, Tq) and bucket (B, H, R, T) int64, `rule.buckets` for padding; code (B,
+    H, R, N) of the store's rows, of which the new tokens are the last; real (B, T) bool."""
     heads, queries = bucket.shape[1], query_bucket.shape[-1]
     own, first, none = code.shape[-1] - queries, bucket.shape[-1] - queries, rule.buckets
     query_bucket = query_bucket.unflatten(1, (heads, -1)).permute(0, 1, 3, 4, 2)  # (B, H, R, Tq, G)
@@ -150,7 +165,10 @@ def places_of(
     rows = rows.expand(bucket.shape)
     if past is not None:
         first += past.rows.shape[-1]
-        rows, bucket = torch.cat([past.rows, rows], dim=-1), torch.cat([past.bucket, bucket], dim=-1)
+        rows, bucket = (
+            torch.cat([past.rows, rows], dim=-1),
+            torch.cat([past.bucket, bucket], dim=-1),
+        )
 
     order, begin = sort_buckets(bucket, none)
     length = order.shape[-1]
@@ -175,7 +193,14 @@ def places_of(
         high = torch.minimum(begins + (place + 2) * rule.chunk - missing, ends)
     padding = flat == none
     return Places(
-        rule, causal, own, rows.gather(-1, order), code, *sort_buckets(flat, none),
-        torch.where(padding, NO_QUERY, rule.code(flat, rank)), low.masked_fill(padding, length),
-        high.masked_fill(padding, length), real,
-    )  # fmt: skip
+        rule,
+        causal,
+        own,
+        rows.gather(-1, order),
+        code,
+        *sort_buckets(flat, none),
+        torch.where(padding, NO_QUERY, rule.code(flat, rank)),
+        low.masked_fill(padding, length),
+        high.masked_fill(padding, length),
+        real,
+    )

@@ -1,11 +1,13 @@
-"""LSH attention in plain torch: tiles of queries that share a place, against the keys of two places (or three).
+"""LSH attention in plain torch: tiles of queries that share a place, against the keys of two places
+(or three).
 
-Queries and keys are sorted in every round, so that a tile's keys are one stretch of that order; their rows are gathered
-for a few tiles at a time, never for a whole round. The own key comes first, and makes the softmax of every query begin
-with something; a running maximum takes up one round after the other. Linear in T in time and memory.
+Queries and keys are sorted in every round, so that a tile's keys are one stretch of that order;
+their rows are gathered for a few tiles at a time, never for a whole round. The own key comes first,
+and makes the softmax of every query begin with something; a running maximum takes up one round
+after the other. Linear in T in time and memory.
 
-Shapes: P = B * Hkv heads. q (P, M, D), k (P, N, D), v (P, N, Dv), see `places`. A tile has S queries and W keys.
-"""
+Shapes: P = B * Hkv heads. q (P, M, D), k (P, N, D), v (P, N, Dv), see `places`. A tile has S
+queries and W keys."""
 
 from __future__ import annotations
 
@@ -28,11 +30,21 @@ ROWS = 2**20  # queries, times rounds, that are sorted into tiles at a time
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, places: Places, *, scale: float) -> Tensor:
-    """q (B, Hq, Tq, D), k (B, Hkv, N, D), v (B, Hkv, N, Dv) -> (B, Hq, Tq, Dv) in q's dtype; 0 for padding."""
+    """q (B, Hq, Tq, D), k (B, Hkv, N, D), v (B, Hkv, N, Dv) -> (B, Hq, Tq, Dv) in q's dtype; 0 for
+    padding.
+    """
     batch, heads, queries, dim = q.shape
-    rows = q.unflatten(1, (k.shape[1], -1)).transpose(2, 3).reshape(-1, places.query_code.shape[-1], dim)
+    rows = (
+        q.unflatten(1, (k.shape[1], -1))
+        .transpose(2, 3)
+        .reshape(-1, places.query_code.shape[-1], dim)
+    )
     out = _Attention.apply(places, scale, rows, k.flatten(0, 1), v.flatten(0, 1))
-    out = out.view(batch, k.shape[1], queries, -1, v.shape[-1]).transpose(2, 3).reshape(batch, heads, queries, -1)
+    out = (
+        out.view(batch, k.shape[1], queries, -1, v.shape[-1])
+        .transpose(2, 3)
+        .reshape(batch, heads, queries, -1)
+    )
     return out if places.real is None else torch.where(places.real[:, None, :, None], out, 0.0)
 
 
@@ -86,15 +98,18 @@ class Block:
 
 @dataclass(frozen=True)
 class Group:
-    """Some tiles of a round: rows of queries (g, S), n M where there is none, rows of keys (g, W), both counted through
-    all n heads; and which pairs count, (g, S, W): 0, or -1 for those that do not."""
+    """Some tiles of a round: rows of queries (g, S), n M where there is none, rows of keys (g, W),
+    both counted through all n heads; and which pairs count, (g, S, W): 0, or -1 for those that do
+    not."""
 
     rows: Tensor
     keys: Tensor
     hidden: Tensor
 
     def hide(self, s: Tensor) -> Tensor:
-        """Scores (g, S, W) of pairs that do not count, far below all others. Faster than masked_fill_."""
+        """Scores (g, S, W) of pairs that do not count, far below all others. Faster than
+        masked_fill_.
+        """
         return s.add_(self.hidden.to(s.dtype), alpha=FAR)
 
 
@@ -109,8 +124,8 @@ def _blocks(places: Places) -> Iterator[Block]:
 
 
 def _groups(block: Block, itemsize: int) -> Iterator[Group]:
-    """The tiles of all rounds. A group's size does not depend on what is in it, so that the last bits of a row's result
-    do not depend on how many others there are."""
+    """The tiles of all rounds. A group's size does not depend on what is in it, so that the last
+    bits of a row's result do not depend on how many others there are."""
     places, device = block.places, block.code.device
     heads, rounds, rows = block.low.shape
     step = places.rule.buckets
@@ -128,7 +143,8 @@ def _groups(block: Block, itemsize: int) -> Iterator[Group]:
         tiles = _tiles(block, r, size, count)
         for at in range(0, len(tiles[0]), count):
             row, key, width = (x[at : at + count] for x in tiles)
-            # Compared by arithmetic, which takes a tenth of the time on a CPU: what is 0 in the end does not count.
+            # Compared by arithmetic, which takes a tenth of the time on a CPU: what is 0 in the end
+            # does not count.
             seen = (width.to(code.dtype)[..., None] - columns).clamp_(min=0)
             mine = query_code[:r].index_select(1, row.flatten()).view(r, *row.shape, 1)
             others = code[:r].index_select(1, key.flatten()).view(r, len(key), 1, places.width)
@@ -145,8 +161,8 @@ def _groups(block: Block, itemsize: int) -> Iterator[Group]:
 
 
 def _narrow(block: Block) -> tuple[Tensor, Tensor]:
-    """code and query_code in the smallest type that holds their differences, and widths: two bytes take half as long
-    as four."""
+    """code and query_code in the smallest type that holds their differences, and widths: two bytes
+    take half as long as four."""
     step, width = block.places.rule.buckets, block.places.width
     highest = max(int(block.code.max()), int(block.query_code.max()))
     if step >= 2**12 or highest >= 2**14 - step or width >= 2**15:
@@ -155,8 +171,8 @@ def _narrow(block: Block) -> tuple[Tensor, Tensor]:
 
 
 def _tiles(block: Block, r: int, size: int, count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Tiles of round r, with empty ones to make their number a multiple of `count`: rows of queries (t, S), rows of
-    keys (t, W), and how many of those each query sees (t, S)."""
+    """Tiles of round r, with empty ones to make their number a multiple of `count`: rows of queries
+    (t, S), rows of keys (t, W), and how many of those each query sees (t, S)."""
     heads, _, rows = block.low.shape
     length, store, device = block.order.shape[2], block.code.shape[2], block.code.device
     head = torch.arange(heads, device=device)[:, None]
@@ -174,18 +190,29 @@ def _tiles(block: Block, r: int, size: int, count: int) -> tuple[Tensor, Tensor,
     slot = first[:, None] + torch.arange(size, device=device)
     there = slot < end[run[first]][:, None]
     slot = slot.clamp(max=heads * rows - 1).flatten()
-    row = torch.where(there, (query + head * rows).flatten().index_select(0, slot).view(there.shape), heads * rows)
+    row = torch.where(
+        there, (query + head * rows).flatten().index_select(0, slot).view(there.shape), heads * rows
+    )
     low = low.flatten()[first][:, None]
     width = torch.where(there, high.flatten().index_select(0, slot).view(there.shape) - low, 0)
-    column = torch.arange(block.places.width, device=device).minimum(width.amax(dim=1, keepdim=True) - 1)
+    column = torch.arange(block.places.width, device=device).minimum(
+        width.amax(dim=1, keepdim=True) - 1
+    )
     key = first[:, None] // rows * length + low + column
-    key = (block.order[:, r] + head * store).flatten().index_select(0, key.flatten()).view(column.shape)
+    key = (
+        (block.order[:, r] + head * store)
+        .flatten()
+        .index_select(0, key.flatten())
+        .view(column.shape)
+    )
     empty = (0, 0, 0, -len(first) % count)
     return pad(row, empty, value=heads * rows), pad(key, empty), pad(width, empty)
 
 
 def _forward(block: Block, scale: float, q, k, v, out, lse) -> None:
-    """q (n, M, D), k (n, N, D), v (n, N, Dv) -> out (n, M, Dv) and the log-sum-exp in base 2 (n, M)."""
+    """q (n, M, D), k (n, N, D), v (n, N, Dv) -> out (n, M, Dv) and the log-sum-exp in base 2 (n,
+    M).
+    """
     q, k, v = (x.flatten(0, 1) for x in (q, k, v))
     own, scale = block.own(), scale * LOG2E
     top = pad(_own_scores(block, q, k[own], scale), (0, 1))
@@ -194,7 +221,9 @@ def _forward(block: Block, scale: float, q, k, v, out, lse) -> None:
     for group in _groups(block, q.element_size()):
         rows = group.rows
         s = q.new_empty(group.hidden.shape) if s is None else s
-        torch.baddbmm(s, _take(q, rows), _take(k, group.keys).transpose(1, 2), beta=0, alpha=scale, out=s)
+        torch.baddbmm(
+            s, _take(q, rows), _take(k, group.keys).transpose(1, 2), beta=0, alpha=scale, out=s
+        )
         group.hide(s)
         flat = rows.flatten()
         before = top.index_select(0, flat).view(rows.shape)
@@ -230,7 +259,11 @@ def _backward(block: Block, scale: float, q, k, v, out, lse, d_out, dq, dk, dv) 
         s = group.hide(torch.bmm(queries, keys.transpose(1, 2)).mul_(LOG2E))
         s.sub_(lse[rows][..., None]).exp2_()
         _add_rows(dv, group.keys, torch.bmm(s.transpose(1, 2), given))
-        ds = torch.bmm(given, _take(v, group.keys).transpose(1, 2)).sub_(delta[rows][..., None]).mul_(s)
+        ds = (
+            torch.bmm(given, _take(v, group.keys).transpose(1, 2))
+            .sub_(delta[rows][..., None])
+            .mul_(s)
+        )
         _add_rows(dk, group.keys, torch.bmm(ds.transpose(1, 2), queries))
         there = rows < len(q)
         dq.index_add_(0, rows[there], torch.bmm(ds, keys)[there].mul_(scale))
@@ -244,7 +277,9 @@ def _own_scores(block: Block, q: Tensor, k: Tensor, scale: float) -> Tensor:
 
 
 def _take(x: Tensor, rows: Tensor) -> Tensor:
-    """Rows of x (n, D), (g, S) of them; any where there is none. `x[rows]` takes three times as long on a CPU."""
+    """Rows of x (n, D), (g, S) of them; any where there is none. `x[rows]` takes three times as
+    long on a CPU.
+    """
     return x.index_select(0, rows.flatten().clamp(max=len(x) - 1)).view(*rows.shape, -1)
 
 

@@ -1,7 +1,7 @@
 """LSH attention on Triton, forward and backward: the launches, and the tiles they run with.
 
-Sorting is torch's; from then on rows of q, k and v are read where they are. See `triton_kernels` for the kernels.
-"""
+Sorting is torch's; from then on rows of q, k and v are read where they are. See `triton_kernels`
+for the kernels."""
 
 from __future__ import annotations
 
@@ -31,7 +31,8 @@ class Tile(NamedTuple):
     stages: int
 
 
-# kernel -> architecture -> widest head -> tile; chosen by what the compiler reports, as in `flash.tiles`.
+# kernel -> architecture -> widest head -> tile; chosen by what the compiler reports, as in
+# `flash.tiles`.
 TILES: dict[str, dict[str, dict[int, Tile]]] = {
     "forward": {
         "sm_80": {64: Tile(64, 32, 4, 2), 128: Tile(64, 32, 8, 2), 256: Tile(32, 32, 8, 1)},
@@ -52,13 +53,21 @@ TILES: dict[str, dict[str, dict[int, Tile]]] = {
         "gfx942": {64: Tile(64, 64, 4, 1), 128: Tile(32, 64, 4, 1), 256: Tile(32, 32, 4, 1)},
     },
 }
-FLOAT32: dict[int, Tile] = {64: Tile(32, 32, 4, 1), 128: Tile(16, 32, 4, 1), 256: Tile(16, 16, 8, 1)}
+FLOAT32: dict[int, Tile] = {
+    64: Tile(32, 32, 4, 1),
+    128: Tile(16, 32, 4, 1),
+    256: Tile(16, 16, 8, 1),
+}
 INTERPRETED = Tile(32, 32, 1, 1)
 ROWS = 16  # of `combine` and `backward_own`, which have no products
 
 
-def constants(kernel: str, arch: str, dtype: torch.dtype, dim: int, value_dim: int) -> dict[str, Any]:
-    """The compile-time arguments of a launch that follow from sizes, num_warps and num_stages among them."""
+def constants(
+    kernel: str, arch: str, dtype: torch.dtype, dim: int, value_dim: int
+) -> dict[str, Any]:
+    """The compile-time arguments of a launch that follow from sizes, num_warps and num_stages among
+    them.
+    """
     fixed = dict(D=dim, V=value_dim, BLOCK_D=padded(dim), BLOCK_V=padded(value_dim))
     if kernel not in TILES:
         return fixed | dict(BLOCK=ROWS, num_warps=4, num_stages=1)
@@ -67,15 +76,23 @@ def constants(kernel: str, arch: str, dtype: torch.dtype, dim: int, value_dim: i
         raise ValueError(f"head size: got {max(dim, value_dim)}, valid are 1 to {WIDEST}")
     tile = INTERPRETED
     if arch != "interpreted":
-        table = FLOAT32 if dtype == torch.float32 else TILES[kernel].get(arch, TILES[kernel]["sm_80"])
+        table = (
+            FLOAT32 if dtype == torch.float32 else TILES[kernel].get(arch, TILES[kernel]["sm_80"])
+        )
         tile = table[min(size for size in table if width <= size)]
-    return fixed | dict(BLOCK_M=tile.m, BLOCK_N=tile.n, num_warps=tile.warps, num_stages=tile.stages)
+    return fixed | dict(
+        BLOCK_M=tile.m, BLOCK_N=tile.n, num_warps=tile.warps, num_stages=tile.stages
+    )
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, places: Places, *, scale: float) -> Tensor:
-    """As `effattn.kernels.lsh.attention`: (B, Hq, Tq, Dv) in q's dtype. fp16, bf16 or fp32, heads up to 256 wide."""
+    """As `effattn.kernels.lsh.attention`: (B, Hq, Tq, Dv) in q's dtype. fp16, bf16 or fp32, heads
+    up to 256 wide.
+    """
     if q.dtype not in DTYPES:
-        raise ValueError(f"dtype: got {q.dtype}, valid for impl='triton' are {', '.join(map(str, DTYPES))}")
+        raise ValueError(
+            f"dtype: got {q.dtype}, valid for impl='triton' are {', '.join(map(str, DTYPES))}"
+        )
     out = _Attention.apply(*map(dense_rows, (q, k, v)), places, scale)
     return out if places.real is None else torch.where(places.real[:, None, :, None], out, 0.0)
 
@@ -91,14 +108,19 @@ class _Sorted(NamedTuple):
     high: Tensor
 
     def tiles(self, places: Places, size: int) -> tuple[Tensor, Tensor]:
-        """[begin, end) of the sorted queries of each tile of at most `size`, int32 (P, R, tiles); padding has none.
+        """[begin, end) of the sorted queries of each tile of at most `size`, int32 (P, R, tiles);
+        padding has none.
 
         As many as there can be: each bucket may leave its last one unfilled. The others are empty.
         """
         begin = places.query_begin.flatten(0, 1)
-        last = (begin.diff(dim=2) + size - 1).div(size, rounding_mode="floor").cumsum(dim=2)  # of each bucket, tile
+        last = (
+            (begin.diff(dim=2) + size - 1).div(size, rounding_mode="floor").cumsum(dim=2)
+        )  # of each bucket, tile
         most = triton.cdiv(self.low.shape[2], size) + min(places.rule.buckets, self.low.shape[2])
-        if begin.device.type == "cpu":  # the interpreter takes long for empty ones, and a look costs nothing here
+        if (
+            begin.device.type == "cpu"
+        ):  # the interpreter takes long for empty ones, and a look costs nothing here
             most = int(last[..., -1].max())
         tile = torch.arange(most, device=begin.device).expand(*begin.shape[:2], -1).contiguous()
         bucket = torch.searchsorted(last, tile, right=True)
@@ -108,7 +130,9 @@ class _Sorted(NamedTuple):
         return first.int(), torch.minimum(first + size, end).int()
 
     def reach(self, keys: int) -> tuple[Tensor, Tensor]:
-        """The sorted queries [begin, end) that see some of each tile of `keys` sorted keys, int32 (P, R, tiles)."""
+        """The sorted queries [begin, end) that see some of each tile of `keys` sorted keys, int32
+        (P, R, tiles).
+        """
         length, order = self.order.shape[2], self.query_order.long()
         first = torch.arange(0, length, keys, device=order.device, dtype=torch.int32)
         last = (first + keys - 1).clamp(max=length - 1)
@@ -136,16 +160,52 @@ class _Attention(torch.autograd.Function):
             fixed = constants("forward", arch, q.dtype, dim, value_dim)
             begin, end = given.tiles(places, fixed["BLOCK_M"])
             _launch(
-                "forward", begin.numel(), q, k, v, *given, begin, end, parts, sums, *strides,
-                unit, heads, group, rows, given.order.shape[2], given.code.shape[2], places.own, places.rule.buckets,
-                begin.shape[2], ROUNDS=rounds, CAUSAL=places.causal, **fixed,
-            )  # fmt: skip
+                "forward",
+                begin.numel(),
+                q,
+                k,
+                v,
+                *given,
+                begin,
+                end,
+                parts,
+                sums,
+                *strides,
+                unit,
+                heads,
+                group,
+                rows,
+                given.order.shape[2],
+                given.code.shape[2],
+                places.own,
+                places.rule.buckets,
+                begin.shape[2],
+                ROUNDS=rounds,
+                CAUSAL=places.causal,
+                **fixed,
+            )
             fixed = constants("combine", arch, q.dtype, dim, value_dim)
             _launch(
-                "combine", lines * triton.cdiv(rows, fixed["BLOCK"]), q, k, v, parts, sums, out, lse, *strides,
-                *out.stride()[:3], unit, heads, group, rows, places.own,
-                ROUNDS=rounds, SHARED=places.rule.shared_qk, **fixed,
-            )  # fmt: skip
+                "combine",
+                lines * triton.cdiv(rows, fixed["BLOCK"]),
+                q,
+                k,
+                v,
+                parts,
+                sums,
+                out,
+                lse,
+                *strides,
+                *out.stride()[:3],
+                unit,
+                heads,
+                group,
+                rows,
+                places.own,
+                ROUNDS=rounds,
+                SHARED=places.rule.shared_qk,
+                **fixed,
+            )
         ctx.save_for_backward(q, k, v, out, lse, *given)
         ctx.places, ctx.scale = places, scale
         return out
@@ -155,12 +215,17 @@ class _Attention(torch.autograd.Function):
     def backward(ctx, grad):
         q, k, v, out, lse, *given = ctx.saved_tensors
         given, places, scale = _Sorted(*given), ctx.places, ctx.scale
-        (lines, rounds, rows), length, store = given.low.shape, given.order.shape[2], given.code.shape[2]
+        (lines, rounds, rows), length, store = (
+            given.low.shape,
+            given.order.shape[2],
+            given.code.shape[2],
+        )
         arch, dim, value_dim = architecture(q.device), q.shape[-1], v.shape[-1]
         grad = dense_rows(grad)
         heads, group, unit = k.shape[1], places.group, scale * LOG2E
 
-        # One for the own keys, and one a round; zero, since not every row is in every round, and padding in none.
+        # One for the own keys, and one a round; zero, since not every row is in every round, and
+        # padding in none.
         dq, dk, dv = (
             torch.zeros((rounds + 1, lines, *shape), dtype=torch.float32, device=q.device)
             for shape in ((rows, dim), (store, dim), (store, value_dim))
@@ -172,22 +237,76 @@ class _Attention(torch.autograd.Function):
         with torch.cuda.device_of(q):
             fixed = constants("backward_own", arch, q.dtype, dim, value_dim)
             _launch(
-                "backward_own", lines * triton.cdiv(rows // group, fixed["BLOCK"]), q, k, v, out, grad, lse, delta,
-                dq[0], dk[0], dv[0], *strides, *out.stride()[:3], *grad.stride()[:3],
-                scale, unit, heads, group, rows, store, places.own, SHARED=places.rule.shared_qk, **fixed,
-            )  # fmt: skip
+                "backward_own",
+                lines * triton.cdiv(rows // group, fixed["BLOCK"]),
+                q,
+                k,
+                v,
+                out,
+                grad,
+                lse,
+                delta,
+                dq[0],
+                dk[0],
+                dv[0],
+                *strides,
+                *out.stride()[:3],
+                *grad.stride()[:3],
+                scale,
+                unit,
+                heads,
+                group,
+                rows,
+                store,
+                places.own,
+                SHARED=places.rule.shared_qk,
+                **fixed,
+            )
             fixed = constants("backward_queries", arch, q.dtype, dim, value_dim)
             begin, end = given.tiles(places, fixed["BLOCK_M"])
             _launch(
-                "backward_queries", begin.numel(), q, k, v, *given, begin, end, grad, lse, delta, dq[1:], *strides,
-                *grad.stride()[:3], *numbers, begin.shape[2], **shared, **fixed,
-            )  # fmt: skip
+                "backward_queries",
+                begin.numel(),
+                q,
+                k,
+                v,
+                *given,
+                begin,
+                end,
+                grad,
+                lse,
+                delta,
+                dq[1:],
+                *strides,
+                *grad.stride()[:3],
+                *numbers,
+                begin.shape[2],
+                **shared,
+                **fixed,
+            )
             fixed = constants("backward_keys", arch, q.dtype, dim, value_dim)
             begin, end = given.reach(fixed["BLOCK_N"])
             _launch(
-                "backward_keys", begin.numel(), q, k, v, *given, begin, end, grad, lse, delta, dk[1:], dv[1:], *strides,
-                *grad.stride()[:3], *numbers, begin.shape[2], **shared, **fixed,
-            )  # fmt: skip
+                "backward_keys",
+                begin.numel(),
+                q,
+                k,
+                v,
+                *given,
+                begin,
+                end,
+                grad,
+                lse,
+                delta,
+                dk[1:],
+                dv[1:],
+                *strides,
+                *grad.stride()[:3],
+                *numbers,
+                begin.shape[2],
+                **shared,
+                **fixed,
+            )
         dq = dq.sum(dim=0).view(q.shape[0], heads, -1, group, dim).transpose(2, 3).reshape(q.shape)
         dk, dv = (x.sum(dim=0).view(y.shape) for x, y in ((dk, k), (dv, v)))
         return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None

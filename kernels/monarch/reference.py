@@ -1,4 +1,6 @@
-"""Monarch matrices as the paper writes them: four matrices, multiplied (arXiv:2204.00595, section 3.1). fp64, slow."""
+"""Monarch matrices as the paper writes them: four matrices, multiplied (arXiv:2204.00595, section
+3.1). fp64, slow.
+"""
 
 from __future__ import annotations
 
@@ -17,12 +19,18 @@ def dense(right: Tensor, left: Tensor) -> Tensor:
 
 
 def permutation(shape: tuple[int, ...], order: tuple[int, ...]) -> Tensor:
-    """The matrix that brings vectors, read as tensors of `shape`, into the order of their permuted dimensions."""
+    """The matrix that brings vectors, read as tensors of `shape`, into the order of their permuted
+    dimensions.
+    """
     count = torch.Size(shape).numel()
-    return torch.eye(count, dtype=torch.float64)[torch.arange(count).view(shape).permute(order).flatten()]
+    return torch.eye(count, dtype=torch.float64)[
+        torch.arange(count).view(shape).permute(order).flatten()
+    ]
 
 
-def linear(x: Tensor, right: Tensor, left: Tensor, bias: Tensor | None, out_features: int) -> Tensor:
+def linear(
+    x: Tensor, right: Tensor, left: Tensor, bias: Tensor | None, out_features: int
+) -> Tensor:
     """x (N, n) -> (N, out_features) in x's dtype, computed in fp64."""
     y = x.double() @ dense(right, left)[:out_features, : x.shape[1]].T
     return (y if bias is None else y + bias.double()).to(x.dtype)

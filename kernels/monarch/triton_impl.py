@@ -1,12 +1,14 @@
-"""Monarch products in Triton: which launches, with which tiles, and gradients. Letters as in `effattn.kernels.monarch`.
+"""Monarch products in Triton: which launches, with which tiles, and gradients. Letters as in
+`effattn.kernels.monarch`.
 
-From 64 rows on, both products run in one launch and what goes between them never leaves the chip, where a tile fits:
-blocks of at most 256 outputs, ranks of at most 64. Otherwise, and below 64 rows, where a launch of one product spreads
-over more of the device, there are two, with those numbers in memory.
+From 64 rows on, both products run in one launch and what goes between them never leaves the chip,
+where a tile fits: blocks of at most 256 outputs, ranks of at most 64. Otherwise, and below 64 rows,
+where a launch of one product spreads over more of the device, there are two, with those numbers in
+memory.
 
-Backward: the intermediate numbers are computed again. The gradient of x is the transposed Monarch matrix's product: the
-same kernels with other strides. Gradients of the factors sum over the rows inside of one program, in a fixed order.
-"""
+Backward: the intermediate numbers are computed again. The gradient of x is the transposed Monarch
+matrix's product: the same kernels with other strides. Gradients of the factors sum over the rows
+inside of one program, in a fixed order."""
 
 from __future__ import annotations
 
@@ -26,12 +28,17 @@ ACCUMULATORS = 4608  # of both products in a warp of `both`: 144 registers a thr
 FACTOR = 2048  # numbers of the second factor in a warp
 
 
-def linear(x: Tensor, right: Tensor, left: Tensor, bias: Tensor | None, out_features: int) -> Tensor:
-    """x (N, n) -> (N, out_features). ValueError for other dtypes than float16, bfloat16 and float32."""
+def linear(
+    x: Tensor, right: Tensor, left: Tensor, bias: Tensor | None, out_features: int
+) -> Tensor:
+    """x (N, n) -> (N, out_features). ValueError for other dtypes than float16, bfloat16 and
+    float32.
+    """
     tensors = [each for each in (x, right, left, bias) if each is not None]
     if len({each.dtype for each in tensors}) > 1 or x.dtype not in DTYPES:
         raise ValueError(
-            f"monarch: got {', '.join(str(each.dtype) for each in tensors)}; the Triton kernels take one of float16, "
+            f"monarch: got {', '.join(str(each.dtype) for each in tensors)}; the Triton kernels "
+            "take one of float16, "
             "bfloat16 and float32; impl='torch' takes float64 too"
         )
     return _Linear.apply(x, right, left, dense_rows(bias), out_features)
@@ -54,8 +61,9 @@ class _Linear(torch.autograd.Function):
 
 
 class Factors(NamedTuple):
-    """A Monarch matrix as the kernels see it: its factors by (block, row, column) of `first` (i, (j, a), k), and of
-    `second` (j, t, (i, a)); where number k of input block i and number t of output block j are in a row."""
+    """A Monarch matrix as the kernels see it: its factors by (block, row, column) of `first` (i,
+    (j, a), k), and of `second` (j, t, (i, a)); where number k of input block i and number t of
+    output block j are in a row."""
 
     first: Tensor
     second: Tensor
@@ -77,10 +85,14 @@ def factors(right: Tensor, left: Tensor) -> Factors:
 
 def transposed(right: Tensor, left: Tensor) -> Factors:
     """Of the transposed matrix, R' P L' P'."""
-    return Factors(left.transpose(1, 2), right.transpose(1, 2), (1, left.shape[0]), (right.shape[2], 1))
+    return Factors(
+        left.transpose(1, 2), right.transpose(1, 2), (1, left.shape[0]), (right.shape[2], 1)
+    )
 
 
-def forward(x: Tensor, right: Tensor, left: Tensor, bias: Tensor | None, out_features: int) -> Tensor:
+def forward(
+    x: Tensor, right: Tensor, left: Tensor, bias: Tensor | None, out_features: int
+) -> Tensor:
     """The product, without gradients."""
     matrix = factors(right, left)
     if len(x) >= FUSED_ROWS and fits(matrix):
@@ -93,11 +105,19 @@ def backward(dy, x, right, left, want_x: bool, want_right: bool, want_left: bool
     dx = dright = dleft = None
     matrix = transposed(right, left)
     if want_x and not want_right and len(x) >= FUSED_ROWS and fits(matrix):
-        return in_one_pass(dy, matrix, None, x.shape[1]), None, _left_gradient(dy, x, right, left, want_left)
+        return (
+            in_one_pass(dy, matrix, None, x.shape[1]),
+            None,
+            _left_gradient(dy, x, right, left, want_left),
+        )
     if want_x or want_right:
         dz = _first(dy, matrix)
         dx = _second(dz, matrix, None, x.shape[1]) if want_x else None
-        dright = _factor_gradient(dz, right.shape[1], 1, x, (right.shape[2], 1), right) if want_right else None
+        dright = (
+            _factor_gradient(dz, right.shape[1], 1, x, (right.shape[2], 1), right)
+            if want_right
+            else None
+        )
     dleft = _left_gradient(dy, x, right, left, want_left)
     return dx, dright, dleft
 
@@ -141,8 +161,10 @@ def in_one_pass(x: Tensor, matrix: Factors, bias: Tensor | None, out_features: i
     grid = (triton.cdiv(blocks, tile["G"]), triton.cdiv(rows, tile["M"]))
     with torch.cuda.device_of(x):
         kernels.both[grid](
-            x, first, second, bias, y, rows, blocks, rank, first.shape[2], second.shape[1], x.shape[1], out_features,
-            x.stride(0), *matrix.inputs, f_i, rank * f_row, f_row, f_k, s_j, s_t, rank * s_column, s_column,
+            x, first, second, bias, y, rows, blocks, rank, first.shape[2], second.shape[1],
+            x.shape[1], out_features,
+            x.stride(0), *matrix.inputs, f_i, rank * f_row, f_row, f_k, s_j, s_t, rank * s_column,
+            s_column,
             out_features, *matrix.outputs, **tile,
         )  # fmt: skip
     return y
@@ -158,14 +180,19 @@ def _one(x, factor, inputs, bias, y, inner: int, outputs: tuple[int, int, int]) 
     grid = (triton.cdiv(results, tile["Q"]), blocks, triton.cdiv(rows, tile["M"]))
     with torch.cuda.device_of(x):
         kernels.one[grid](
-            x, factor, bias, y, rows, count, results, inner, x.shape[1], y.shape[1], x.stride(0), *inputs,
+            x, factor, bias, y, rows, count, results, inner, x.shape[1], y.shape[1], x.stride(0),
+            *inputs,
             *factor.stride(), y.stride(0), *outputs, **tile,
         )  # fmt: skip
     return y
 
 
-def _factor_gradient(g: Tensor, g_i: int, g_q: int, x: Tensor, inputs: tuple[int, int], factor: Tensor) -> Tensor:
-    """sum over rows of g[n, i·g_i + q·g_q] x[n, i·inputs[0] + k·inputs[1]], in the shape of `factor` (i, q, k)."""
+def _factor_gradient(
+    g: Tensor, g_i: int, g_q: int, x: Tensor, inputs: tuple[int, int], factor: Tensor
+) -> Tensor:
+    """sum over rows of g[n, i·g_i + q·g_q] x[n, i·inputs[0] + k·inputs[1]], in the shape of
+    `factor` (i, q, k).
+    """
     g, x, rows = dense_rows(g), dense_rows(x), len(x)
     blocks, results, count = factor.shape
     out = torch.empty_like(factor, memory_format=torch.contiguous_format)
@@ -173,7 +200,8 @@ def _factor_gradient(g: Tensor, g_i: int, g_q: int, x: Tensor, inputs: tuple[int
     grid = (triton.cdiv(count, tile["K"]), triton.cdiv(results, tile["Q"]), blocks)
     with torch.cuda.device_of(x):
         kernels.outer[grid](
-            g, x, out, rows, results, count, g.shape[1], x.shape[1], g.stride(0), g_i, g_q, x.stride(0), *inputs,
+            g, x, out, rows, results, count, g.shape[1], x.shape[1], g.stride(0), g_i, g_q,
+            x.stride(0), *inputs,
             *out.stride()[:2], **tile,
         )  # fmt: skip
     return out
@@ -183,12 +211,12 @@ def _factor_gradient(g: Tensor, g_i: int, g_q: int, x: Tensor, inputs: tuple[int
 
 
 def one_pass_tile(outputs: int, rank: int, itemsize: int, shared: int) -> dict[str, int]:
-    """Keyword arguments of `both`: blocks of so many outputs, a rank, a device with `shared` bytes for a program.
+    """Keyword arguments of `both`: blocks of so many outputs, a rank, a device with `shared` bytes
+    for a program.
 
-    A and the blocks taken at once make at least 16 columns, the least of a matrix unit; and there is a block, or more,
-    for each warp. Where the second factor's tile would not leave registers for the rest, and for high ranks, it is one
-    block at a time, the rank padded to 16.
-    """
+    A and the blocks taken at once make at least 16 columns, the least of a matrix unit; and there
+    is a block, or more, for each warp. Where the second factor's tile would not leave registers for
+    the rest, and for high ranks, it is one block at a time, the rank padded to 16."""
     size, a = max(16, triton.next_power_of_2(outputs)), triton.next_power_of_2(rank)
     at_once = 16 // a if a < 4 else 4
     warps, small = min(at_once, 8), shared < 2**17
@@ -199,12 +227,21 @@ def one_pass_tile(outputs: int, rank: int, itemsize: int, shared: int) -> dict[s
     fit = [m for m in (128, 64, 32, 16) if m * of_row <= most]
     m, k = (fit or [16])[0], 32 if itemsize == 2 and at_once < 16 else 16
     return dict(
-        M=m, K=k, S=size, C=at_once, G=at_once, A=a, num_warps=warps, num_stages=1 if small or at_once == 16 else 2
+        M=m,
+        K=k,
+        S=size,
+        C=at_once,
+        G=at_once,
+        A=a,
+        num_warps=warps,
+        num_stages=1 if small or at_once == 16 else 2,
     )
 
 
 def product_tile(rows: int, results: int, inputs: int, itemsize: int) -> dict[str, int]:
-    """Keyword arguments of `one`. Few rows: narrow tiles, so that the factor is read by many programs."""
+    """Keyword arguments of `one`. Few rows: narrow tiles, so that the factor is read by many
+    programs.
+    """
     m = 16 if rows <= 16 else 32 if rows <= 32 else 64
     q = min(32 if m < 64 else 64, max(16, triton.next_power_of_2(results)))
     k = min(64 if itemsize == 2 else 32, max(16, triton.next_power_of_2(inputs)))
@@ -213,9 +250,11 @@ def product_tile(rows: int, results: int, inputs: int, itemsize: int) -> dict[st
 
 def gradient_tile(itemsize: int) -> dict[str, int]:
     """Keyword arguments of `outer`."""
-    return dict(M=32, K=64, Q=64, num_warps=4, num_stages=2) if itemsize == 2 else dict(
-        M=16, K=32, Q=32, num_warps=4, num_stages=1
-    )  # fmt: skip
+    return (
+        dict(M=32, K=64, Q=64, num_warps=4, num_stages=2)
+        if itemsize == 2
+        else dict(M=16, K=32, Q=32, num_warps=4, num_stages=1)
+    )
 
 
 def shared_memory(device: torch.device) -> int:

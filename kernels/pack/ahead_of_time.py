@@ -15,8 +15,16 @@ def variants(arch: str) -> list[dict]:
         _variant("pack int4 per channel", pack_channels, PLANES=2, BLOCK_G=64, BLOCK_W=32, **int4),
         _variant("pack int4 per token", pack_tokens, BLOCK_N=32, BLOCK_G=64, **int4),
         _variant("pack fp8 per token", pack_tokens, BLOCK_N=16, BLOCK_G=128, **fp8),
-        _variant("unpack int4 per channel", unpack_tokens, PLANES=2, CHANNEL=True, BLOCK_N=32, BLOCK_W=64, **int4),
-    ]  # fmt: skip
+        _variant(
+            "unpack int4 per channel",
+            unpack_tokens,
+            PLANES=2,
+            CHANNEL=True,
+            BLOCK_N=32,
+            BLOCK_W=64,
+            **int4,
+        ),
+    ]
 
 
 def _variant(name: str, kernel, **constexprs) -> dict:
@@ -28,5 +36,13 @@ def _variant(name: str, kernel, **constexprs) -> dict:
             signature[argument] = POINTERS.get(argument, "*bf16")
         else:
             signature[argument] = "i32:16" if argument[1:2] == "_" else "i32"
-    return dict(name=name, kernel=kernel, signature=signature, constexprs=constexprs, num_warps=4, num_stages=3,
-                forward=True, dots=False)  # fmt: skip
+    return dict(
+        name=name,
+        kernel=kernel,
+        signature=signature,
+        constexprs=constexprs,
+        num_warps=4,
+        num_stages=3,
+        forward=True,
+        dots=False,
+    )

@@ -2,19 +2,19 @@
 
 With b bits, h = 2^(b - 1) and all in fp32, rounded to nearest even unless said otherwise:
 
-    half  = (max - min) / 2,  mid = (max + min) / 2,  m = max |x|                           over the group
-    scale = up(max((half + m 2^-10) 2^(1 - b), m 2^-15, 2^-111)), or 0 if m = 0             asymmetric
-            up(max(m 2^(1 - b), 2^-111)), or 0 if m = 0                                     symmetric
-            up(max(m / 448, 2^-111)), or 0 if m = 0                                         fp8
+    half  = (max - min) / 2,  mid = (max + min) / 2,  m = max |x|                over the group
+    scale = up(max((half + m 2^-10) 2^(1 - b), m 2^-15, 2^-111)), or 0 if m = 0  asymmetric
+            up(max(m 2^(1 - b), 2^-111)), or 0 if m = 0                          symmetric
+            up(max(m / 448, 2^-111)), or 0 if m = 0                              fp8
     zero  = fp16(mid / scale)
-    code  = round(x / scale - zero + (h - 1/2)) - h, within -h .. h - 1                     fp8: e4m3(x / scale)
+    code  = round(x / scale - zero + (h - 1/2)) - h, within -h .. h - 1          fp8: e4m3(x / scale)
 
-`up` rounds to bf16, away from zero. The cells of the levels then cover [min, max], as zero's rounding error, at most
-2^-11 |zero| <= 2^-11 m / scale steps, is paid for by the m 2^-10 in `scale`: no code is cut off by `within`, and
-|x - unpack| <= scale / 2 but for fp32's own rounding, at most 2^-22 m + 2^-15 scale. m 2^-15 keeps |zero| <= 2^15
-within fp16, and matters only where the range of the group is below m / 128, at 8 bits. 2^-111 keeps the products
-normal numbers.
-"""
+`up` rounds to bf16, away from zero. The cells of the levels then cover [min, max], as zero's
+rounding error, at most 2^-11 |zero| <= 2^-11 m / scale steps, is paid for by the m 2^-10 in
+`scale`: no code is cut off by `within`, and
+|x - unpack| <= scale / 2 but for fp32's own rounding, at most 2^-22 m + 2^-15 scale. m 2^-15 keeps
+|zero| <= 2^15 within fp16, and matters only where the range of the group is below m / 128, at 8
+bits. 2^-111 keeps the products normal numbers."""
 
 from __future__ import annotations
 
@@ -81,7 +81,9 @@ def _nearest_e4m3(y: Tensor) -> Tensor:
     """The code of the nearest of e4m3's numbers, and of two the even one."""
     codes = torch.arange(127)  # 127 is NaN
     exponent, digits = codes // 8, codes % 8
-    values = torch.where(exponent == 0, digits * 2.0**-9, (8 + digits) * 2.0 ** (exponent - 10.0)).double()
+    values = torch.where(
+        exponent == 0, digits * 2.0**-9, (8 + digits) * 2.0 ** (exponent - 10.0)
+    ).double()
     away = (y.abs().double()[:, None] - values).abs()
     nearest = torch.where(away == away.min(dim=1, keepdim=True).values, codes % 2, 2).argmin(dim=1)
     return (nearest + 128 * torch.signbit(y)).to(torch.uint8)

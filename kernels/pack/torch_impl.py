@@ -1,4 +1,6 @@
-"""Packing in plain torch, on any device, bit for bit as `reference.py` defines it. It traces under torch.compile."""
+"""Packing in plain torch, on any device, bit for bit as `reference.py` defines it. It traces under
+torch.compile.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,9 @@ def pack(x: Tensor, coding: Coding) -> Codes:
         if coding.has_zero:
             zero = torch.where(scale == 0, 0.0, (high * 0.5 + low * 0.5) / scale).to(ZERO)
             y = y - zero.float()
-        codes = (y + (coding.half - 0.5)).round_().clamp_(0, 2 * coding.half - 1).to(torch.uint8) ^ coding.half
+        codes = (y + (coding.half - 0.5)).round_().clamp_(0, 2 * coding.half - 1).to(
+            torch.uint8
+        ) ^ coding.half
     scale, zero = (None if s is None else s.squeeze(along) for s in (scale.to(SCALE), zero))
     return Codes(side_by_side(codes.reshape(x.shape), coding), scale, zero, coding)
 
@@ -46,7 +50,10 @@ def round_up(x: Tensor) -> Tensor:
 def unpack(codes: Codes, dtype: torch.dtype) -> Tensor:
     """(B, H, N, D) in `dtype`."""
     coding = codes.coding
-    x = _groups(torch.cat([plane(codes.codes, coding, p).float() for p in range(coding.planes)], dim=-1), coding)
+    x = _groups(
+        torch.cat([plane(codes.codes, coding, p).float() for p in range(coding.planes)], dim=-1),
+        coding,
+    )
     along = -2 if coding.axis == "channel" else -1
     scale = codes.scale.float()
     if coding.kind == "fp8":
@@ -60,10 +67,11 @@ def unpack(codes: Codes, dtype: torch.dtype) -> Tensor:
 
 
 def plane(codes: Tensor, coding: Coding, index: int) -> Tensor:
-    """uint8 (..., D / P) -> the codes of channels [index D / P, (index + 1) D / P), int8; of fp8 the numbers that they
-    stand for, fp16. Both over `worth`."""
+    """uint8 (..., D / P) -> the codes of channels [index D / P, (index + 1) D / P), int8; of fp8
+    the numbers that they stand for, fp16. Both over `worth`."""
     if coding.kind == "fp8":
-        # Its bits are fp16's, up to the bias; float8's own cast goes one by one on a CPU, 20 times slower.
+        # Its bits are fp16's, up to the bias; float8's own cast goes one by one on a CPU, 20 times
+        # slower.
         return (codes.view(torch.int8).short() << 7 & 0xBFFF - 2**16).view(torch.float16)
     above = 8 - (index + 1) * coding.bits
     if above:

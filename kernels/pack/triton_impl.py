@@ -24,7 +24,9 @@ def pack(x: Tensor, coding: Coding) -> Codes:
     scale = x.new_empty(batch, heads, *scales, dtype=SCALE)
     zero = x.new_empty(batch, heads, *scales, dtype=ZERO) if coding.has_zero else None
     width, group = dim // coding.planes, coding.group
-    fixed = dict(BITS=coding.bits, IS_FP8=coding.kind == "fp8", HAS_ZERO=coding.has_zero, num_warps=WARPS)
+    fixed = dict(
+        BITS=coding.bits, IS_FP8=coding.kind == "fp8", HAS_ZERO=coding.has_zero, num_warps=WARPS
+    )
     per_channel = coding.axis == "channel"
     codes = x.new_empty(batch, heads, tokens, width if per_channel else dim, dtype=torch.uint8)
     strides = x.stride()[:3]
@@ -34,7 +36,8 @@ def pack(x: Tensor, coding: Coding) -> Codes:
             if per_channel:
                 block_w = max(16, min(triton.next_power_of_2(width), ELEMENTS // block_g))
                 pack_channels[tokens // group, triton.cdiv(width, block_w), batch * heads](
-                    x, codes, scale, zero, *strides, heads, tokens // group, group, width, PLANES=coding.planes,
+                    x, codes, scale, zero, *strides, heads, tokens // group, group, width,
+                    PLANES=coding.planes,
                     BLOCK_G=block_g, BLOCK_W=block_w, **fixed,
                 )  # fmt: skip
             else:
@@ -59,7 +62,11 @@ def pack(x: Tensor, coding: Coding) -> Codes:
 def unpack(codes: Codes, dtype: torch.dtype) -> Tensor:
     """(B, H, N, D) in `dtype`."""
     coding, packed, scale, zero = codes.coding, codes.codes, codes.scale, codes.zero
-    if packed.stride(-1) != 1 or scale.stride(-1) != 1 or (zero is not None and zero.stride() != scale.stride()):
+    if (
+        packed.stride(-1) != 1
+        or scale.stride(-1) != 1
+        or (zero is not None and zero.stride() != scale.stride())
+    ):
         packed, scale, zero = (None if x is None else x.contiguous() for x in (packed, scale, zero))
     batch, heads, tokens, width = packed.shape
     out = packed.new_empty(codes.shape, dtype=torch.float32 if dtype == torch.float64 else dtype)
@@ -68,8 +75,10 @@ def unpack(codes: Codes, dtype: torch.dtype) -> Tensor:
     if tokens:
         with torch.cuda.device_of(packed):
             unpack_tokens[triton.cdiv(tokens, block_n), triton.cdiv(width, block_w), batch * heads](
-                packed, scale, zero, out, *packed.stride()[:3], *scale.stride()[:3], heads, tokens, coding.group, width,
-                BITS=coding.bits, PLANES=coding.planes, IS_FP8=coding.kind == "fp8", HAS_ZERO=zero is not None,
+                packed, scale, zero, out, *packed.stride()[:3], *scale.stride()[:3], heads, tokens,
+                coding.group, width,
+                BITS=coding.bits, PLANES=coding.planes, IS_FP8=coding.kind == "fp8", HAS_ZERO=zero
+                is not None,
                 CHANNEL=coding.axis == "channel", BLOCK_N=block_n, BLOCK_W=block_w, num_warps=WARPS,
             )  # fmt: skip
     return out.to(dtype)

@@ -1,9 +1,9 @@
-"""Packing and unpacking on the device, bit for bit as `reference.py` says, and `numbers`, which the decode kernel
-shares.
+"""Packing and unpacking on the device, bit for bit as `reference.py` says, and `numbers`, which the
+decode kernel shares.
 
-No step can be contracted to a fused multiply-add that rounds otherwise: divisions are correctly rounded, and sums come
-before products. Rounding to nearest even is the addition of 1.5 * 2^23, which runs everywhere.
-"""
+No step can be contracted to a fused multiply-add that rounds otherwise: divisions are correctly
+rounded, and sums come before products. Rounding to nearest even is the addition of 1.5 * 2^23,
+which runs everywhere."""
 
 from __future__ import annotations
 
@@ -17,12 +17,14 @@ ROUND = tl.constexpr(1.5 * 2.0**23)
 
 
 @triton.jit
-def numbers(codes, PLANE: tl.constexpr, KIND_BITS: tl.constexpr, IS_FP8: tl.constexpr, dtype: tl.constexpr):
-    """uint8 -> the codes of one plane plus 1 / 2, of fp8 the numbers over `FP8`; exact in any float dtype.
+def numbers(
+    codes, PLANE: tl.constexpr, KIND_BITS: tl.constexpr, IS_FP8: tl.constexpr, dtype: tl.constexpr
+):
+    """uint8 -> the codes of one plane plus 1 / 2, of fp8 the numbers over `FP8`; exact in any float
+    dtype.
 
-    The bits go into the mantissa of 2^b, which is then subtracted: an integer's conversion is eight times slower. Their
-    sign is flipped on the way, for code + 2^(b - 1).
-    """
+    The bits go into the mantissa of 2^b, which is then subtracted: an integer's conversion is eight
+    times slower. Their sign is flipped on the way, for code + 2^(b - 1)."""
     if IS_FP8:
         wide = codes.to(tl.uint16)
         x = (((wide & 0x80) << 8) | ((wide & 0x7F) << 7)).to(tl.float16, bitcast=True)
@@ -31,13 +33,19 @@ def numbers(codes, PLANE: tl.constexpr, KIND_BITS: tl.constexpr, IS_FP8: tl.cons
         code = (codes >> (PLANE * KIND_BITS)) & ((1 << KIND_BITS) - 1) if KIND_BITS < 8 else codes
         less: tl.constexpr = 2.0**KIND_BITS + (2**KIND_BITS - 1) / 2
         if dtype == tl.float16:
-            x = ((code.to(tl.uint16) << (10 - KIND_BITS)) ^ ((31 + 2 * KIND_BITS) << 9)).to(tl.float16, bitcast=True)
+            x = ((code.to(tl.uint16) << (10 - KIND_BITS)) ^ ((31 + 2 * KIND_BITS) << 9)).to(
+                tl.float16, bitcast=True
+            )
             return (x - less).to(dtype)
         elif dtype == tl.bfloat16 and KIND_BITS < 8 and not EMULATED:
-            x = ((code.to(tl.uint16) << (7 - KIND_BITS)) ^ ((255 + 2 * KIND_BITS) << 6)).to(tl.bfloat16, bitcast=True)
+            x = ((code.to(tl.uint16) << (7 - KIND_BITS)) ^ ((255 + 2 * KIND_BITS) << 6)).to(
+                tl.bfloat16, bitcast=True
+            )
             return (x - less).to(dtype)
         else:
-            x = ((code.to(tl.uint32) << (23 - KIND_BITS)) ^ ((255 + 2 * KIND_BITS) << 22)).to(tl.float32, bitcast=True)
+            x = ((code.to(tl.uint32) << (23 - KIND_BITS)) ^ ((255 + 2 * KIND_BITS) << 22)).to(
+                tl.float32, bitcast=True
+            )
             return (x - less).to(dtype)
 
 
@@ -53,14 +61,20 @@ def to_e4m3(y):
     bits = y.to(tl.uint32, bitcast=True)
     size = bits & 0x7FFFFFFF
     normal = ((size + 0x7FFFF + ((size >> 20) & 1)) >> 20) - ((127 - 7) << 3)
-    small = (tl.abs(y) * 512.0 + ROUND) - ROUND  # below 2^-6: multiples of 2^-9; 8 of them are the first normal number
+    small = (
+        tl.abs(y) * 512.0 + ROUND
+    ) - ROUND  # below 2^-6: multiples of 2^-9; 8 of them are the first normal number
     code = tl.where(size < (121 << 23), small.to(tl.uint32), normal)
     return (code | ((bits >> 24) & 0x80)).to(tl.uint8)
 
 
 @triton.jit
-def grouped(x, BITS: tl.constexpr, IS_FP8: tl.constexpr, HAS_ZERO: tl.constexpr, AXIS: tl.constexpr):
-    """One group along AXIS of x: its codes (not yet side by side in bytes), scale and zero, fp32, 1 along AXIS."""
+def grouped(
+    x, BITS: tl.constexpr, IS_FP8: tl.constexpr, HAS_ZERO: tl.constexpr, AXIS: tl.constexpr
+):
+    """One group along AXIS of x: its codes (not yet side by side in bytes), scale and zero, fp32, 1
+    along AXIS.
+    """
     low, high = tl.min(x, axis=AXIS, keep_dims=True), tl.max(x, axis=AXIS, keep_dims=True)
     most = tl.maximum(-low, high)
     step: tl.constexpr = 2.0 ** (1 - BITS)
@@ -87,21 +101,44 @@ def grouped(x, BITS: tl.constexpr, IS_FP8: tl.constexpr, HAS_ZERO: tl.constexpr,
 
 @triton.jit
 def pack_channels(
-    x_ptr, codes_ptr, scale_ptr, zero_ptr, x_b, x_h, x_n, heads, groups, group, width,
-    BITS: tl.constexpr, PLANES: tl.constexpr, IS_FP8: tl.constexpr, HAS_ZERO: tl.constexpr,
-    BLOCK_G: tl.constexpr, BLOCK_W: tl.constexpr,
-):  # fmt: skip
-    """One group of tokens and BLOCK_W bytes of each: grid (groups, ceil(width / BLOCK_W), B * H). Outputs are dense."""
+    x_ptr,
+    codes_ptr,
+    scale_ptr,
+    zero_ptr,
+    x_b,
+    x_h,
+    x_n,
+    heads,
+    groups,
+    group,
+    width,
+    BITS: tl.constexpr,
+    PLANES: tl.constexpr,
+    IS_FP8: tl.constexpr,
+    HAS_ZERO: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+):
+    """One group of tokens and BLOCK_W bytes of each: grid (groups, ceil(width / BLOCK_W), B * H).
+    Outputs are dense.
+    """
     row = tl.program_id(2).to(tl.int64)
     g = tl.program_id(0).to(tl.int64)
-    n, c = tl.arange(0, BLOCK_G)[:, None], tl.program_id(1) * BLOCK_W + tl.arange(0, BLOCK_W)[None, :]
+    n, c = (
+        tl.arange(0, BLOCK_G)[:, None],
+        tl.program_id(1) * BLOCK_W + tl.arange(0, BLOCK_W)[None, :],
+    )
     there = (n < group) & (c < width)
     x_ptr += row // heads * x_b + row % heads * x_h + (g * group + n) * x_n
     together = tl.zeros([BLOCK_G, BLOCK_W], tl.uint8)
     for plane in tl.static_range(PLANES):
         x = tl.load(x_ptr + plane * width + c, mask=there, other=0.0).to(tl.float32)
-        first = tl.load(x_ptr - n * x_n + plane * width + c, mask=c < width, other=0.0).to(tl.float32)
-        x = tl.where(n < group, x, first)  # what fills the tile up changes neither minimum nor maximum
+        first = tl.load(x_ptr - n * x_n + plane * width + c, mask=c < width, other=0.0).to(
+            tl.float32
+        )
+        x = tl.where(
+            n < group, x, first
+        )  # what fills the tile up changes neither minimum nor maximum
         code, scale, zero = grouped(x, BITS, IS_FP8, HAS_ZERO, 0)
         together |= code << (plane * BITS)
         at = (row * groups + g) * (width * PLANES) + plane * width + c
@@ -113,11 +150,25 @@ def pack_channels(
 
 @triton.jit
 def pack_tokens(
-    x_ptr, codes_ptr, scale_ptr, zero_ptr, x_b, x_h, x_n, heads, tokens, group, dim,
-    BITS: tl.constexpr, IS_FP8: tl.constexpr, HAS_ZERO: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_G: tl.constexpr,
-):  # fmt: skip
-    """BLOCK_N tokens of one group of channels: grid (ceil(N / BLOCK_N), D / group, B * H). Codes go out one a byte, (B
+    x_ptr,
+    codes_ptr,
+    scale_ptr,
+    zero_ptr,
+    x_b,
+    x_h,
+    x_n,
+    heads,
+    tokens,
+    group,
+    dim,
+    BITS: tl.constexpr,
+    IS_FP8: tl.constexpr,
+    HAS_ZERO: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+):
+    """BLOCK_N tokens of one group of channels: grid (ceil(N / BLOCK_N), D / group, B * H). Codes go
+    out one a byte, (B
     * H, N, D); `together` puts them side by side."""
     row = tl.program_id(2).to(tl.int64)
     g = tl.program_id(1)
@@ -130,15 +181,35 @@ def pack_tokens(
     tl.store(scale_ptr + at, scale.to(tl.bfloat16), mask=n < tokens)
     if HAS_ZERO:
         tl.store(zero_ptr + at, zero.to(tl.float16), mask=n < tokens)
-    tl.store(codes_ptr + (row * tokens + n) * dim + g * group + c, code, mask=(n < tokens) & (c < group))
+    tl.store(
+        codes_ptr + (row * tokens + n) * dim + g * group + c, code, mask=(n < tokens) & (c < group)
+    )
 
 
 @triton.jit
 def unpack_tokens(
-    codes_ptr, scale_ptr, zero_ptr, out_ptr, c_b, c_h, c_n, s_b, s_h, s_n, heads, tokens, group, width,
-    BITS: tl.constexpr, PLANES: tl.constexpr, IS_FP8: tl.constexpr, HAS_ZERO: tl.constexpr, CHANNEL: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_W: tl.constexpr,
-):  # fmt: skip
+    codes_ptr,
+    scale_ptr,
+    zero_ptr,
+    out_ptr,
+    c_b,
+    c_h,
+    c_n,
+    s_b,
+    s_h,
+    s_n,
+    heads,
+    tokens,
+    group,
+    width,
+    BITS: tl.constexpr,
+    PLANES: tl.constexpr,
+    IS_FP8: tl.constexpr,
+    HAS_ZERO: tl.constexpr,
+    CHANNEL: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+):
     """BLOCK_N tokens: grid (ceil(N / BLOCK_N), ceil(width / BLOCK_W), B * H)."""
     row = tl.program_id(2).to(tl.int64)
     n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)[:, None]
@@ -148,12 +219,18 @@ def unpack_tokens(
     codes = tl.load(codes_ptr + b * c_b + h * c_h + n * c_n + c, mask=there, other=0)
     for plane in tl.static_range(PLANES):
         channel = plane * width + c
-        at = b * s_b + h * s_h + (n // group * s_n + channel if CHANNEL else n * s_n + channel // group)
+        at = (
+            b * s_b
+            + h * s_h
+            + (n // group * s_n + channel if CHANNEL else n * s_n + channel // group)
+        )
         scale = tl.load(scale_ptr + at, mask=there, other=0.0).to(tl.float32)
         x = numbers(codes, plane, BITS, IS_FP8, tl.float32)
         if HAS_ZERO:
             x += tl.load(zero_ptr + at, mask=there, other=0.0).to(tl.float32)
         x = x * (scale * FP8 if IS_FP8 else scale)
         tl.store(
-            out_ptr + (row * tokens + n) * (width * PLANES) + channel, narrow(x, out_ptr.dtype.element_ty), mask=there
+            out_ptr + (row * tokens + n) * (width * PLANES) + channel,
+            narrow(x, out_ptr.dtype.element_ty),
+            mask=there,
         )

@@ -1,16 +1,16 @@
-"""y = x W' + bias for a 2:4 sparse W: of every four weights in a row at most two are not zero, and only those are kept.
+"""y = x W' + bias for a 2:4 sparse W: of every four weights in a row at most two are not zero, and
+only those are kept.
 
-    packed = pack(weight)                        # values and 2-bit positions: 9/16 of the bytes in 16 bits
+    packed = pack(weight)                 # values and 2-bit positions: 9/16 of the bytes in 16 bits
     y = linear(x, packed, bias)
 
-    M rows of x      N outputs      K inputs, a multiple of 8      G = K / 4 groups of a row      H = G / 2
+    M rows of x  N outputs  K inputs, a multiple of 8      G = K / 4 groups of a row      H = G / 2
     values  (N, 2, G)     the two kept weights of each group, in the order of their positions: two planes a row
     indices (N, H) uint8  the low four bits belong to group j, the high four to group j + H: position of the first kept
                           weight (0 to 2), plus four times that of the second (1 to 3)
 
-Groups with fewer than two non-zeros keep zeros beside them, at the lowest free positions. Packing and unpacking are
-exact, but for -0.0, which comes back as 0.0 where it is not kept.
-"""
+Groups with fewer than two non-zeros keep zeros beside them, at the lowest free positions. Packing
+and unpacking are exact, but for -0.0, which comes back as 0.0 where it is not kept."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ from ..flash import IMPLEMENTATIONS, choose
 
 __all__ = ["FEW_ROWS", "IMPLEMENTATIONS", "Packed", "choose", "linear", "pack", "unpack"]
 
-FEW_ROWS = 16  # of x, that the Triton kernel takes: more are a dense product, for which a block of W is unpacked
+# of x, that the Triton kernel takes: more are a dense product, for which a block of W is unpacked
+FEW_ROWS = 16
 
 
 class Packed(NamedTuple):
@@ -43,11 +44,13 @@ class Packed(NamedTuple):
 
 
 def pack(weight: Tensor) -> Packed:
-    """weight (N, K), 2:4 sparse along K. ValueError for a K that is no multiple of 8, and for a group of four with more
-    than two non-zeros (it says how many there are and where the first is)."""
+    """weight (N, K), 2:4 sparse along K. ValueError for a K that is no multiple of 8, and for a
+    group of four with more than two non-zeros (it says how many there are and where the first
+    is)."""
     if weight.ndim != 2 or weight.shape[1] % 8 or not weight.is_floating_point():
         raise ValueError(
-            f"weight: got {tuple(weight.shape)} {weight.dtype}, valid is a float matrix (outputs, inputs) with a "
+            f"weight: got {tuple(weight.shape)} {weight.dtype}, valid is a float matrix (outputs, "
+            "inputs) with a "
             "multiple of 8 inputs"
         )
     groups = weight.unflatten(1, (-1, 4))
@@ -56,10 +59,13 @@ def pack(weight: Tensor) -> Packed:
     if over.any():
         row, group = over.nonzero()[0].tolist()
         raise ValueError(
-            f"weight: it is not 2:4 sparse: {int(over.sum())} of {over.numel()} groups of four have more than two "
+            f"weight: it is not 2:4 sparse: {int(over.sum())} of {over.numel()} groups of four "
+            "have more than two "
             f"non-zeros, the first in row {row} at columns {4 * group} to {4 * group + 3}"
         )
-    at = (~kept).byte().argsort(dim=2, stable=True)[..., :2].sort(dim=2).values  # non-zeros first, then free places
+    at = (
+        (~kept).byte().argsort(dim=2, stable=True)[..., :2].sort(dim=2).values
+    )  # non-zeros first, then free places
     values = groups.gather(2, at).movedim(2, 1).contiguous()
     nibbles = (at[..., 0] | at[..., 1] << 2).to(torch.uint8)
     low, high = nibbles.chunk(2, dim=1)
@@ -82,22 +88,25 @@ def columns(packed: Packed) -> list[Tensor]:
 
 
 def linear(x: Tensor, packed: Packed, bias: Tensor | None = None, *, impl: str = "auto") -> Tensor:
-    """x W' + bias. x (..., K), bias (N,), of the values' dtype and device; returns (..., N) in it, sums are fp32
-    (torch: as its matrix products do). The gradient is x's and the bias' only: packed weights do not train.
+    """x W' + bias. x (..., K), bias (N,), of the values' dtype and device; returns (..., N) in it,
+    sums are fp32 (torch: as its matrix products do). The gradient is x's and the bias' only: packed
+    weights do not train.
 
-    impl: "auto", "torch", "triton" or "reference". Triton takes up to `FEW_ROWS` rows; "auto" takes torch for more.
-    ValueError for sizes and dtypes that do not fit.
-    """
+    impl: "auto", "torch", "triton" or "reference". Triton takes up to `FEW_ROWS` rows; "auto" takes
+    torch for more. ValueError for sizes and dtypes that do not fit."""
     outputs, inputs = packed.shape
     if x.shape[-1] != inputs or x.dtype != packed.values.dtype:
         raise ValueError(
-            f"x: expected (..., {inputs}) {packed.values.dtype} as the packed weight is, got {tuple(x.shape)} {x.dtype}"
+            f"x: expected (..., {inputs}) {packed.values.dtype} as the packed weight is, got "
+            f"{tuple(x.shape)} {x.dtype}"
         )
     rows = x.reshape(-1, inputs)
     kind = choose(impl, x.device)
     if kind == "triton" and len(rows) > FEW_ROWS:
         if impl == "triton":
-            raise ValueError(f"x: got {len(rows)} rows, valid for impl='triton' are at most {FEW_ROWS}")
+            raise ValueError(
+                f"x: got {len(rows)} rows, valid for impl='triton' are at most {FEW_ROWS}"
+            )
         kind = "torch"
     if kind == "triton":
         from .triton_impl import linear as run

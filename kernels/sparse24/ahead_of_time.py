@@ -1,4 +1,6 @@
-"""What ships: the variants of the 2:4 kernel that `effattn.kernels.aot` compiles, as the launcher would."""
+"""What ships: the variants of the 2:4 kernel that `effattn.kernels.aot` compiles, as the launcher
+would.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,11 @@ from .triton_kernels import product
 
 def variants(arch: str) -> list[dict]:
     """One product at once with a bias, and in splits."""
-    return [_variant("bf16", splits=False), _variant("fp16", splits=False), _variant("bf16", splits=True)]
+    return [
+        _variant("bf16", splits=False),
+        _variant("fp16", splits=False),
+        _variant("bf16", splits=True),
+    ]
 
 
 def _variant(kind: str, splits: bool) -> dict:
@@ -23,5 +29,13 @@ def _variant(kind: str, splits: bool) -> dict:
         usual = "i32" if argument in ("rows", "tiles_a_split") else usual
         signature[argument] = "constexpr" if argument in constexprs else usual
     name = f"product {kind}{' in splits' if splits else ''}"
-    return dict(name=name, kernel=product, signature=signature, constexprs=constexprs, num_warps=warps,
-                num_stages=stages, forward=True, dots=True)  # fmt: skip
+    return dict(
+        name=name,
+        kernel=product,
+        signature=signature,
+        constexprs=constexprs,
+        num_warps=warps,
+        num_stages=stages,
+        forward=True,
+        dots=True,
+    )

@@ -1,4 +1,6 @@
-"""From the definition: each output is a sum over the groups of four, of the two weights that are kept in each."""
+"""From the definition: each output is a sum over the groups of four, of the two weights that are
+kept in each.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""In plain torch: blocks of outputs are unpacked, multiplied and forgotten, so that the dense weight never exists."""
+"""In plain torch: blocks of outputs are unpacked, multiplied and forgotten, so that the dense
+weight never exists.
+"""
 
 from __future__ import annotations
 
@@ -45,9 +47,9 @@ class _Product(torch.autograd.Function):
         inputs = [x[:, c::4].contiguous() for c in range(4)]
         y = x.new_empty(len(x), values.shape[0])
         for rows, weights in blocks(ctx.packed):
-            y[:, rows] = sum((some @ weight.mT).to(work) for some, weight in zip(inputs, weights, strict=True)).to(
-                x.dtype
-            )
+            y[:, rows] = sum(
+                (some @ weight.mT).to(work) for some, weight in zip(inputs, weights, strict=True)
+            ).to(x.dtype)
         return y
 
     @staticmethod

@@ -24,7 +24,9 @@ def linear(x: Tensor, packed, bias: Tensor | None) -> Tensor:
 
 def forward(x: Tensor, values: Tensor, indices: Tensor, bias: Tensor | None) -> Tensor:
     if x.dtype not in DTYPES:
-        raise ValueError(f"x: got {x.dtype}; valid for impl='triton' are float16, bfloat16 and float32")
+        raise ValueError(
+            f"x: got {x.dtype}; valid for impl='triton' are float16, bfloat16 and float32"
+        )
     rows, (outputs, half) = len(x), indices.shape
     sizes = dict(tile(x.element_size(), outputs, half, processors(x.device)))
     splits = sizes.pop("splits")
@@ -62,7 +64,9 @@ def tile(itemsize: int, outputs: int, half: int, processors: int) -> dict[str, i
     tiles = triton.cdiv(half, block_g)
     splits = max(1, min(tiles, WAVES * processors // triton.cdiv(outputs, block_n)))
     splits = triton.cdiv(tiles, triton.cdiv(tiles, splits))  # none is empty
-    return dict(splits=splits, BLOCK_M=16, BLOCK_N=block_n, BLOCK_G=block_g, num_warps=4, num_stages=3)
+    return dict(
+        splits=splits, BLOCK_M=16, BLOCK_N=block_n, BLOCK_G=block_g, num_warps=4, num_stages=3
+    )
 
 
 class _Product(torch.autograd.Function):

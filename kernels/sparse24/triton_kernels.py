@@ -1,9 +1,9 @@
 """A 2:4 sparse product of few rows in Triton: the packed weight is read once, as it lies.
 
-Letters as in `effattn.kernels.sparse24`. Column c of every group of four is a matrix (N, G) of its own, so the product
-is four dense ones with x[:, c::4]: a column's weight is the first plane's where the first position is c, the second's
-where the second is, and 0 elsewhere. Positions are in order: column 0 is never a second one, column 3 never a first.
-"""
+Letters as in `effattn.kernels.sparse24`. Column c of every group of four is a matrix (N, G) of its
+own, so the product is four dense ones with x[:, c::4]: a column's weight is the first plane's where
+the first position is c, the second's where the second is, and 0 elsewhere. Positions are in order:
+column 0 is never a second one, column 3 never a first."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ from ..decode.triton_kernels import dot, narrow
 
 @triton.jit
 def columns(acc, x, x_mask, first, second, a, b):
-    """acc (M, N) plus the products of one tile of groups; x points at column 0 of its groups (M, G)."""
+    """acc (M, N) plus the products of one tile of groups; x points at column 0 of its groups (M,
+    G).
+    """
     zero = tl.zeros_like(a)
     w = tl.where(first == 0, a, zero)
     acc = dot(tl.load(x, mask=x_mask, other=0.0), tl.trans(w), acc)
@@ -29,15 +31,25 @@ def columns(acc, x, x_mask, first, second, a, b):
 
 @triton.jit
 def product(
-    x_ptr, values_ptr, indices_ptr, bias_ptr, out_ptr,
-    rows, outputs, half, tiles_a_split,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_G: tl.constexpr,
-):  # fmt: skip
-    """out ([splits,] M, N): one block of outputs over one split of the groups. Grid (blocks of N, splits).
+    x_ptr,
+    values_ptr,
+    indices_ptr,
+    bias_ptr,
+    out_ptr,
+    rows,
+    outputs,
+    half,
+    tiles_a_split,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+):
+    """out ([splits,] M, N): one block of outputs over one split of the groups. Grid (blocks of N,
+    splits).
 
-    x (M, K) contiguous, values (N, 2, 2 half), indices (N, half). A tile is BLOCK_G bytes of indices, so as many groups
-    from each half of the row. The bias is added here where there is one split (a pointer of None otherwise).
-    """
+    x (M, K) contiguous, values (N, 2, 2 half), indices (N, half). A tile is BLOCK_G bytes of
+    indices, so as many groups from each half of the row. The bias is added here where there is one
+    split (a pointer of None otherwise)."""
     split = tl.program_id(1)
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     m = tl.arange(0, BLOCK_M)

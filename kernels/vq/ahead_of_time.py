@@ -44,6 +44,11 @@ def _variant(name: str, dim: int, kind: str, arch: str) -> dict:
         else:
             signature[argument] = POINTERS.get(argument, "i32")
     return dict(
-        name=f"{name}_{dim}_{kind}", kernel=jitted, signature=signature, constexprs=fixed, forward=name in FORWARD,
-        dots=True, **options,
-    )  # fmt: skip
+        name=f"{name}_{dim}_{kind}",
+        kernel=jitted,
+        signature=signature,
+        constexprs=fixed,
+        forward=name in FORWARD,
+        dots=True,
+        **options,
+    )

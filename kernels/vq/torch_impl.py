@@ -1,4 +1,5 @@
-"""Codebook attention in plain torch: matrix products over one block of queries at a time. No (T, T) scores exist.
+"""Codebook attention in plain torch: matrix products over one block of queries at a time. No (T, T)
+scores exist.
 
 G: query heads of a K/V head. Scores are computed again in the backward pass.
 """
@@ -16,7 +17,10 @@ def nearest(k: Tensor, codebook: Tensor) -> Tensor:
     """As `effattn.kernels.vq.nearest`: the most of k c - |c|^2 / 2."""
     codebook = codebook.to(torch.promote_types(k.dtype, torch.float32))
     offset = codebook.square().sum(-1)[:, None] / 2
-    parts = [(part.to(codebook.dtype) @ codebook.mT - offset).argmax(-1) for part in k.split(CHUNK, dim=2)]
+    parts = [
+        (part.to(codebook.dtype) @ codebook.mT - offset).argmax(-1)
+        for part in k.split(CHUNK, dim=2)
+    ]
     return torch.cat(parts, dim=2)
 
 
@@ -34,7 +38,9 @@ def summarise(
     if real is not None:
         values = torch.where(real[:, None, :, None], values, 0.0)
         ones = ones * real[:, None]
-    sums = values.new_zeros(batch * heads * blocks * words, dim).index_add_(0, at, values.reshape(-1, dim))
+    sums = values.new_zeros(batch * heads * blocks * words, dim).index_add_(
+        0, at, values.reshape(-1, dim)
+    )
     counts = ones.new_zeros(len(sums)).index_add_(0, at, ones.flatten())
     return sums.view(batch, heads, blocks, words, dim), counts.view(batch, heads, blocks, words)
 
@@ -63,7 +69,9 @@ class _Read(torch.autograd.Function):
             total = weights.sum(dim=-1, keepdim=True).masked_fill_(blind, 1.0)
             got = (weights @ means).div_(total)
             out[:, :, at] = got.view(batch, heads, -1, got.shape[-1])
-            lse[:, :, at] = (top + total.log()).masked_fill_(blind, -torch.inf).view(batch, heads, -1)
+            lse[:, :, at] = (
+                (top + total.log()).masked_fill_(blind, -torch.inf).view(batch, heads, -1)
+            )
         ctx.save_for_backward(q, codebook, sums, counts, out, lse)
         ctx.numbers = scale, size, first
         ctx.set_materialize_grads(False)
@@ -76,14 +84,21 @@ class _Read(torch.autograd.Function):
         scale, size, first = ctx.numbers
         work = lse.dtype
         d_out = torch.zeros_like(out) if d_out is None else d_out
-        shared = (out.to(work) * d_out).sum(-1)  # what all codes of a query have in common in d score / weight
+        shared = (out.to(work) * d_out).sum(
+            -1
+        )  # what all codes of a query have in common in d score / weight
         shared = shared if d_lse is None else shared - d_lse
         blind = lse == -torch.inf
-        lse, shared = lse.masked_fill(blind, torch.inf)[..., None], shared.masked_fill(blind, 0.0)[..., None]
+        lse, shared = (
+            lse.masked_fill(blind, torch.inf)[..., None],
+            shared.masked_fill(blind, 0.0)[..., None],
+        )
         dq, d_sums = torch.empty_like(q), torch.zeros_like(sums)
         for block, at in _blocks(q.shape[2], size, first):
             log_counts, means = _means(sums, counts, block)
-            rows, grads, sums_of, own = (_rows(x, at, codebook, work) for x in (q, d_out, lse, shared))
+            rows, grads, sums_of, own = (
+                _rows(x, at, codebook, work) for x in (q, d_out, lse, shared)
+            )
             weights = torch.add(log_counts, rows @ codebook.mT, alpha=scale).sub_(sums_of).exp_()
             d_sums[:, :, block] = (weights.mT @ grads) / counts[:, :, block].clamp(min=1)[..., None]
             slopes = (grads @ means.mT).sub_(own).mul_(weights)

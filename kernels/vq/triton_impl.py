@@ -25,12 +25,23 @@ def tile(kernel: str, width: int, dtype: torch.dtype, arch: str) -> dict[str, in
     if arch == "interpreted":
         return dict(BLOCK_M=32, BLOCK_W=16, num_warps=1, num_stages=1)
     if dtype == torch.float32:
-        return dict(BLOCK_M=32 if width <= 128 else 16, BLOCK_W=32 if width <= 128 else 16, num_warps=4, num_stages=1)
-    sizes = {64: (64, 32 if arch == "sm_100" and kernel == "forward" else 64), 128: (64, 32), 256: (32, 32)}
+        return dict(
+            BLOCK_M=32 if width <= 128 else 16,
+            BLOCK_W=32 if width <= 128 else 16,
+            num_warps=4,
+            num_stages=1,
+        )
+    sizes = {
+        64: (64, 32 if arch == "sm_100" and kernel == "forward" else 64),
+        128: (64, 32),
+        256: (32, 32),
+    }
     block_m, block_w = sizes[min(size for size in sizes if width <= size)]
     if kernel in ("summarise", "sum_gradient"):
         block_m, block_w = block_w, block_m
-    return dict(BLOCK_M=block_m, BLOCK_W=block_w, num_warps=4, num_stages=1 if arch == "gfx942" else 2)
+    return dict(
+        BLOCK_M=block_m, BLOCK_W=block_w, num_warps=4, num_stages=1 if arch == "gfx942" else 2
+    )
 
 
 def _tile(kernel: str, x: Tensor, *dims: int) -> dict[str, int]:
@@ -40,7 +51,9 @@ def _tile(kernel: str, x: Tensor, *dims: int) -> dict[str, int]:
 def _check(x: Tensor) -> Tensor:
     """x with its last dimension dense; ValueError for dtypes that the kernels do not have."""
     if x.dtype not in DTYPES:
-        raise ValueError(f"dtype: got {x.dtype}, valid for impl='triton' are {', '.join(map(str, DTYPES))}")
+        raise ValueError(
+            f"dtype: got {x.dtype}, valid for impl='triton' are {', '.join(map(str, DTYPES))}"
+        )
     return dense_rows(x)
 
 
@@ -53,14 +66,17 @@ def nearest(k: Tensor, codebook: Tensor) -> Tensor:
     codes = torch.empty((batch, heads, tokens), dtype=torch.int64, device=k.device)
     with torch.cuda.device_of(k):
         triton_kernels.nearest[(batch * heads * triton.cdiv(tokens, sizes["BLOCK_M"]),)](
-            k, words, codebook.square().sum(-1) / 2, codes, *k.stride()[:3], heads, tokens, count, len(words),
+            k, words, codebook.square().sum(-1) / 2, codes, *k.stride()[:3], heads, tokens, count,
+            len(words),
             D=dim, BLOCK_D=tiles.padded(dim), **sizes,
         )  # fmt: skip
     return codes
 
 
 def _parts(codebook: Tensor, dtype: torch.dtype) -> Tensor:
-    """(parts, H, S, D) in `dtype`, whose sum is the codebook to float32's precision: 1, or 3 in half precision."""
+    """(parts, H, S, D) in `dtype`, whose sum is the codebook to float32's precision: 1, or 3 in
+    half precision.
+    """
     if dtype == torch.float32:
         return codebook[None].contiguous()
     found = []
@@ -86,8 +102,10 @@ class _Summarise(torch.autograd.Function):
         counts = torch.empty((batch, heads, blocks, words), dtype=torch.int32, device=v.device)
         sizes = _tile("summarise", v, dim)
         with torch.cuda.device_of(v):
-            triton_kernels.summarise[(batch * heads * blocks * triton.cdiv(words, sizes["BLOCK_W"]),)](
-                v, codes, real, sums, counts, *v.stride()[:3], 0 if real is None else real.stride(0), heads, tokens,
+            triton_kernels.summarise[(batch * heads * blocks * triton.cdiv(words,
+            sizes["BLOCK_W"]),)](
+                v, codes, real, sums, counts, *v.stride()[:3], 0 if real is None else
+                real.stride(0), heads, tokens,
                 first, size, blocks, words, V=dim, BLOCK_V=tiles.padded(dim), **sizes,
             )  # fmt: skip
         ctx.save_for_backward(codes, real)
@@ -101,10 +119,19 @@ class _Summarise(torch.autograd.Function):
         codes, real = ctx.saved_tensors
         size, first, dtype = ctx.numbers
         words, dim = grad.shape[3:]
-        block = torch.arange(first, first + codes.shape[2], device=codes.device) // size - first // size
+        block = (
+            torch.arange(first, first + codes.shape[2], device=codes.device) // size - first // size
+        )
         at = (block * words + codes)[..., None].expand(-1, -1, -1, dim)
         dv = grad.flatten(2, 3).gather(2, at).to(dtype)  # each token's is that of its code
-        return dv if real is None else torch.where(real[:, None, :, None], dv, 0.0), None, None, None, None, None
+        return (
+            dv if real is None else torch.where(real[:, None, :, None], dv, 0.0),
+            None,
+            None,
+            None,
+            None,
+            None,
+        )
 
 
 def read(
@@ -112,7 +139,15 @@ def read(
 ) -> tuple[Tensor, Tensor]:
     """As `effattn.kernels.vq.read`."""
     q = _check(q)
-    return _Read.apply(q, codebook.to(q.dtype).contiguous(), sums.contiguous(), counts.contiguous(), scale, size, first)
+    return _Read.apply(
+        q,
+        codebook.to(q.dtype).contiguous(),
+        sums.contiguous(),
+        counts.contiguous(),
+        scale,
+        size,
+        first,
+    )
 
 
 class _Read(torch.autograd.Function):
@@ -125,7 +160,8 @@ class _Read(torch.autograd.Function):
         along = triton.cdiv(min(size, tokens), sizes["BLOCK_M"])
         with torch.cuda.device_of(q):
             triton_kernels.forward[(batch * heads * sums.shape[2] * along,)](
-                q, words, sums, counts, out, lse, *q.stride()[:3], scale * LOG2E.value, *numbers, along, words.shape[1],
+                q, words, sums, counts, out, lse, *q.stride()[:3], scale * LOG2E.value, *numbers,
+                along, words.shape[1],
                 **_widths(dim, value_dim), **sizes,
             )  # fmt: skip
         ctx.save_for_backward(q, words, sums, counts, out, lse)
@@ -143,7 +179,11 @@ class _Read(torch.autograd.Function):
         (batch, heads, tokens, dim), value_dim = q.shape, sums.shape[-1]
         grad = torch.zeros_like(out) if grad is None else _check(grad)
         delta, lse2 = torch.empty_like(lse), torch.empty_like(lse)
-        numbers, widths, rows = _numbers(q, words, sums, size, first), _widths(dim, value_dim), tiles.ROWS
+        numbers, widths, rows = (
+            _numbers(q, words, sums, size, first),
+            _widths(dim, value_dim),
+            tiles.ROWS,
+        )
         tensors, steps = (q, words, sums, counts, grad, lse2), (*q.stride()[:3], *grad.stride()[:3])
         count, unit = words.shape[1], scale * LOG2E.value
         dq = dsums = None
@@ -158,12 +198,27 @@ class _Read(torch.autograd.Function):
                 sizes = _tile("query_gradient", q, dim, value_dim)
                 along = triton.cdiv(min(size, tokens), sizes["BLOCK_M"])
                 triton_kernels.query_gradient[(batch * heads * sums.shape[2] * along,)](
-                    *tensors, delta, dq, *steps, scale, unit, *numbers, along, count, **widths, **sizes
+                    *tensors,
+                    delta,
+                    dq,
+                    *steps,
+                    scale,
+                    unit,
+                    *numbers,
+                    along,
+                    count,
+                    **widths,
+                    **sizes,
                 )
             if ctx.needs_input_grad[2]:
                 dsums = torch.empty_like(sums)
                 sizes = _tile("sum_gradient", q, dim, value_dim)
-                programs = sums.shape[0] * sums.shape[1] * sums.shape[2] * triton.cdiv(count, sizes["BLOCK_W"])
+                programs = (
+                    sums.shape[0]
+                    * sums.shape[1]
+                    * sums.shape[2]
+                    * triton.cdiv(count, sizes["BLOCK_W"])
+                )
                 triton_kernels.sum_gradient[(programs,)](
                     *tensors, dsums, *steps, unit, *numbers, count, **widths, **sizes
                 )

@@ -1,6 +1,7 @@
-"""Codebook attention in Triton: the nearest word, sums per block and code, and the softmax over counted codes.
+"""Codebook attention in Triton: the nearest word, sums per block and code, and the softmax over
+counted codes.
 
-    B batch, H query heads, `group` of them to a K/V head, Hkv K/V heads        S words, N blocks of `size` tokens
+    B batch, H query heads, `group` of them to a K/V head, Hkv K/V heads  S words, N blocks of `size` tokens
     M queries or keys and W words in a tile; D, V head sizes padded to BLOCK_D, BLOCK_V
     x_b, x_h, x_t strides of x by row of the batch, head and token; sums (B, Hkv, N, S, V) and counts are dense
 
@@ -14,13 +15,28 @@ from ..flash.triton_pieces import LN2, dot, head_of, load_rows, narrow, save_row
 
 
 @triton.jit(do_not_specialize=["tokens"])
-def nearest(k, words, offsets, codes, k_b, k_h, k_t, heads, tokens, count, parts,
-            D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_D: tl.constexpr):  # fmt: skip
-    """codes (B, Hkv, T) int64: the first word with the most of k c - |c|^2 / 2; one program per tile of keys.
+def nearest(
+    k,
+    words,
+    offsets,
+    codes,
+    k_b,
+    k_h,
+    k_t,
+    heads,
+    tokens,
+    count,
+    parts,
+    D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """codes (B, Hkv, T) int64: the first word with the most of k c - |c|^2 / 2; one program per
+    tile of keys.
 
-    words (parts, Hkv, S, D) in k's dtype, which add up to the float32 words: so their products, each on tensor cores,
-    add up to what float32 would give. offsets (Hkv, S) fp32.
-    """
+    words (parts, Hkv, S, D) in k's dtype, which add up to the float32 words: so their products,
+    each on tensor cores, add up to what float32 would give. offsets (Hkv, S) fp32."""
     tiles = tl.cdiv(tokens, BLOCK_M)
     program = tl.program_id(0)
     t, h, b = program % tiles * BLOCK_M, program // tiles % heads, program // tiles // heads
@@ -31,9 +47,13 @@ def nearest(k, words, offsets, codes, k_b, k_h, k_t, heads, tokens, count, parts
         score = tl.zeros([BLOCK_M, BLOCK_W], tl.float32)
         for part in range(0, parts):
             own = words + (tl.cast(part, tl.int64) * heads + h) * count * D
-            score = dot(tile, tl.trans(load_rows(own, w, D, count, D, BLOCK_W, BLOCK_D, True)), score)
+            score = dot(
+                tile, tl.trans(load_rows(own, w, D, count, D, BLOCK_W, BLOCK_D, True)), score
+            )
         at = w + tl.arange(0, BLOCK_W)
-        score -= tl.load(offsets + tl.cast(h, tl.int64) * count + at, mask=at < count, other=float("inf"))[None, :]
+        score -= tl.load(
+            offsets + tl.cast(h, tl.int64) * count + at, mask=at < count, other=float("inf")
+        )[None, :]
         top, which = tl.max(score, 1, return_indices=True, return_indices_tie_break_left=True)
         found = tl.where(top > best, w + which, found)
         best = tl.maximum(best, top)
@@ -43,9 +63,30 @@ def nearest(k, words, offsets, codes, k_b, k_h, k_t, heads, tokens, count, parts
 
 
 @triton.jit(do_not_specialize=["tokens", "first", "size", "blocks"])
-def summarise(v, codes, real, sums, counts, v_b, v_h, v_t, real_b, heads, tokens, first, size, blocks, count,
-              V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_V: tl.constexpr):  # fmt: skip
-    """sums and counts of one block for one tile of codes: the product of codes as one-hot rows with the values."""
+def summarise(
+    v,
+    codes,
+    real,
+    sums,
+    counts,
+    v_b,
+    v_h,
+    v_t,
+    real_b,
+    heads,
+    tokens,
+    first,
+    size,
+    blocks,
+    count,
+    V: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    """sums and counts of one block for one tile of codes: the product of codes as one-hot rows with
+    the values.
+    """
     tiles = tl.cdiv(count, BLOCK_W)
     program = tl.program_id(0)
     w, n = program % tiles * BLOCK_W, program // tiles % blocks
@@ -61,13 +102,15 @@ def summarise(v, codes, real, sums, counts, v_b, v_h, v_t, real_b, heads, tokens
         rows = t + tl.arange(0, BLOCK_M)
         there = rows < high
         if real is not None:
-            there = there & (tl.load(real + tl.cast(b, tl.int64) * real_b + rows, mask=there, other=0) != 0)
+            there = there & (
+                tl.load(real + tl.cast(b, tl.int64) * real_b + rows, mask=there, other=0) != 0
+            )
         code = tl.load(codes + rows, mask=there, other=-1).to(tl.int32)
         hot = word[:, None] == code[None, :]
         d = tl.arange(0, BLOCK_V)[None, :]
         values = tl.load(
             v + tl.cast(rows, tl.int64)[:, None] * v_t + d, mask=there[:, None] & (d < V), other=0.0
-        )  # fmt: skip
+        )
         acc = dot(narrow(hot.to(tl.float32), values.dtype), values, acc)
         total += tl.sum(hot.to(tl.int32), 1)
     place = (tl.cast(b * heads + h, tl.int64) * blocks + n) * count
@@ -76,18 +119,35 @@ def summarise(v, codes, real, sums, counts, v_b, v_h, v_t, real_b, heads, tokens
 
 
 @triton.jit
-def _means(sums, counts, w, count, V: tl.constexpr, dtype: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_V: tl.constexpr):
-    """A tile's mean values (W, V) in `dtype`, and log2 of its counts (W,): -inf for codes that no token has."""
+def _means(
+    sums,
+    counts,
+    w,
+    count,
+    V: tl.constexpr,
+    dtype: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    """A tile's mean values (W, V) in `dtype`, and log2 of its counts (W,): -inf for codes that no
+    token has.
+    """
     at = w + tl.arange(0, BLOCK_W)
     number = tl.load(counts + at, mask=at < count, other=0).to(tl.float32)
     share = 1 / tl.maximum(number, 1.0)
     values = load_rows(sums, w, V, count, V, BLOCK_W, BLOCK_V, True) * share[:, None]
-    return narrow(values, dtype), tl.where(number > 0, tl.log2(tl.maximum(number, 1.0)), float("-inf")), share
+    return (
+        narrow(values, dtype),
+        tl.where(number > 0, tl.log2(tl.maximum(number, 1.0)), float("-inf")),
+        share,
+    )
 
 
 @triton.jit
 def _place(tiles, heads, blocks, first, size, tokens, BLOCK_M: tl.constexpr):
-    """(row of the batch, head, block, first query of the tile, end of the queries that are the tile's to do)."""
+    """(row of the batch, head, block, first query of the tile, end of the queries that are the
+    tile's to do).
+    """
     program = tl.program_id(0)
     n, h = program // tiles % blocks, program // tiles // blocks % heads
     border = (first // size + n) * size - first
@@ -96,10 +156,35 @@ def _place(tiles, heads, blocks, first, size, tokens, BLOCK_M: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["tokens", "first", "size", "blocks", "tiles"])
-def forward(q, words, sums, counts, out, lse, q_b, q_h, q_t, unit, heads, group, tokens, first, size, blocks, tiles,
-            count, D: tl.constexpr, V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_W: tl.constexpr,
-            BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr):  # fmt: skip
-    """out (B, H, T, V) and lse (B, H, T) fp32, dense; one program per tile of queries in one block."""
+def forward(
+    q,
+    words,
+    sums,
+    counts,
+    out,
+    lse,
+    q_b,
+    q_h,
+    q_t,
+    unit,
+    heads,
+    group,
+    tokens,
+    first,
+    size,
+    blocks,
+    tiles,
+    count,
+    D: tl.constexpr,
+    V: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    """out (B, H, T, V) and lse (B, H, T) fp32, dense; one program per tile of queries in one
+    block.
+    """
     b, h, n, r, end = _place(tiles, heads, blocks, first, size, tokens, BLOCK_M)
     kv_head, kv_heads = h // group, heads // group
     own = (tl.cast(b * kv_heads + kv_head, tl.int64) * blocks + n) * count
@@ -111,7 +196,9 @@ def forward(q, words, sums, counts, out, lse, q_b, q_h, q_t, unit, heads, group,
     for w in range(0, count, BLOCK_W):
         word = load_rows(words, w, D, count, D, BLOCK_W, BLOCK_D, True)
         s = dot(query, tl.trans(word), None) * unit
-        means, number, _ = _means(sums + own * V, counts + own, w, count, V, query.dtype, BLOCK_W, BLOCK_V)
+        means, number, _ = _means(
+            sums + own * V, counts + own, w, count, V, query.dtype, BLOCK_W, BLOCK_V
+        )
         s += number[None, :]
         higher = tl.maximum(top, tl.max(s, 1))
         safe = tl.where(higher == float("-inf"), 0.0, higher)
@@ -130,11 +217,41 @@ def forward(q, words, sums, counts, out, lse, q_b, q_h, q_t, unit, heads, group,
 
 
 @triton.jit(do_not_specialize=["tokens", "first", "size", "blocks", "tiles"])
-def query_gradient(q, words, sums, counts, grad, lse2, delta, dq, q_b, q_h, q_t, g_b, g_h, g_t, scale, unit, heads,
-                   group, tokens, first, size, blocks, tiles, count, D: tl.constexpr, V: tl.constexpr,
-                   BLOCK_M: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_D: tl.constexpr,
-                   BLOCK_V: tl.constexpr):  # fmt: skip
-    """dq (B, H, T, D), dense; lse2 (base 2, +inf for queries that see nothing) and delta are `backward_rows`'s."""
+def query_gradient(
+    q,
+    words,
+    sums,
+    counts,
+    grad,
+    lse2,
+    delta,
+    dq,
+    q_b,
+    q_h,
+    q_t,
+    g_b,
+    g_h,
+    g_t,
+    scale,
+    unit,
+    heads,
+    group,
+    tokens,
+    first,
+    size,
+    blocks,
+    tiles,
+    count,
+    D: tl.constexpr,
+    V: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    """dq (B, H, T, D), dense; lse2 (base 2, +inf for queries that see nothing) and delta are
+    `backward_rows`'s.
+    """
     b, h, n, r, end = _place(tiles, heads, blocks, first, size, tokens, BLOCK_M)
     kv_head, kv_heads = h // group, heads // group
     own = (tl.cast(b * kv_heads + kv_head, tl.int64) * blocks + n) * count
@@ -148,7 +265,9 @@ def query_gradient(q, words, sums, counts, grad, lse2, delta, dq, q_b, q_h, q_t,
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for w in range(0, count, BLOCK_W):
         word = load_rows(words, w, D, count, D, BLOCK_W, BLOCK_D, True)
-        means, number, _ = _means(sums + own * V, counts + own, w, count, V, query.dtype, BLOCK_W, BLOCK_V)
+        means, number, _ = _means(
+            sums + own * V, counts + own, w, count, V, query.dtype, BLOCK_W, BLOCK_V
+        )
         p = tl.exp2(dot(query, tl.trans(word), None) * unit + number[None, :] - sums_of)
         slope = p * (dot(do, tl.trans(means), None) - shared)
         acc = dot(narrow(slope, query.dtype), word, acc)
@@ -156,17 +275,47 @@ def query_gradient(q, words, sums, counts, grad, lse2, delta, dq, q_b, q_h, q_t,
 
 
 @triton.jit(do_not_specialize=["tokens", "first", "size", "blocks"])
-def sum_gradient(q, words, sums, counts, grad, lse2, dsums, q_b, q_h, q_t, g_b, g_h, g_t, unit, heads, group, tokens,
-                 first, size, blocks, count, D: tl.constexpr, V: tl.constexpr, BLOCK_M: tl.constexpr,
-                 BLOCK_W: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr):  # fmt: skip
-    """dsums, dense fp32; one program per block and tile of codes, which adds up the heads of its group."""
+def sum_gradient(
+    q,
+    words,
+    sums,
+    counts,
+    grad,
+    lse2,
+    dsums,
+    q_b,
+    q_h,
+    q_t,
+    g_b,
+    g_h,
+    g_t,
+    unit,
+    heads,
+    group,
+    tokens,
+    first,
+    size,
+    blocks,
+    count,
+    D: tl.constexpr,
+    V: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    """dsums, dense fp32; one program per block and tile of codes, which adds up the heads of its
+    group.
+    """
     tiles = tl.cdiv(count, BLOCK_W)
     program = tl.program_id(0)
     w, n = program % tiles * BLOCK_W, program // tiles % blocks
     kv_heads = heads // group
     kv_head, b = program // tiles // blocks % kv_heads, program // tiles // blocks // kv_heads
     own = (tl.cast(b * kv_heads + kv_head, tl.int64) * blocks + n) * count
-    word = load_rows(words + tl.cast(kv_head, tl.int64) * count * D, w, D, count, D, BLOCK_W, BLOCK_D, True)
+    word = load_rows(
+        words + tl.cast(kv_head, tl.int64) * count * D, w, D, count, D, BLOCK_W, BLOCK_D, True
+    )
     at = w + tl.arange(0, BLOCK_W)
     number = tl.load(counts + own + at, mask=at < count, other=0).to(tl.float32)
     share = 1 / tl.maximum(number, 1.0)

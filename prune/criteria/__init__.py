@@ -3,9 +3,8 @@
     importance = measure("taylor", anatomy.of(model), batches, targets=["heads", "ffn"])
     importance.heads            # (L, K): higher is worth more
 
-A criterion is a function `score(parts, batches, targets, seed) -> Importance` and the `TARGETS` it knows; those that
-take gradients say `NEEDS_LOSS`.
-"""
+A criterion is a function `score(parts, batches, targets, seed) -> Importance` and the `TARGETS` it
+knows; those that take gradients say `NEEDS_LOSS`."""
 
 from __future__ import annotations
 
@@ -19,17 +18,30 @@ from effattn.hf.anatomy import Anatomy
 
 from .base import TARGETS, Importance
 
-CRITERIA = ("taylor", "obs", "michel", "activation", "flap", "wanda_sum", "block_influence", "random")
+CRITERIA = (
+    "taylor",
+    "obs",
+    "michel",
+    "activation",
+    "flap",
+    "wanda_sum",
+    "block_influence",
+    "random",
+)
 
 
 def measure(
-    criterion: str, parts: Anatomy, batches: list[Tensor], targets: Iterable[str] = TARGETS, seed: int = 0
+    criterion: str,
+    parts: Anatomy,
+    batches: list[Tensor],
+    targets: Iterable[str] = TARGETS,
+    seed: int = 0,
 ) -> Importance:
-    """The importance of every structure of `targets`, by one of `CRITERIA`. batches: int64 (batch, length) each.
+    """The importance of every structure of `targets`, by one of `CRITERIA`. batches: int64 (batch,
+    length) each.
 
-    Raises ValueError for names, Unsupported for a target that the criterion does not rank (naming those that do), and
-    FloatingPointError, naming the layer, when activations are not finite.
-    """
+    Raises ValueError for names, Unsupported for a target that the criterion does not rank (naming
+    those that do), and FloatingPointError, naming the layer, when activations are not finite."""
     targets = [check_choice("targets", target, TARGETS) for target in targets]
     for target in targets:
         check(criterion, target, parts)
@@ -39,16 +51,19 @@ def measure(
 
 
 def check(criterion: str, target: str, parts: Anatomy) -> None:
-    """ValueError for an unknown criterion, Unsupported for one that does not rank `target`, or that needs a loss which
-    this model does not have; naming those that can."""
+    """ValueError for an unknown criterion, Unsupported for one that does not rank `target`, or that
+    needs a loss which this model does not have; naming those that can."""
     chosen = _module(criterion)
     others = [name for name in CRITERIA if target in _module(name).TARGETS]
     if target not in chosen.TARGETS:
-        raise Unsupported(f"criterion: {criterion!r} does not rank {target}; {', '.join(map(repr, others))} do")
+        raise Unsupported(
+            f"criterion: {criterion!r} does not rank {target}; {', '.join(map(repr, others))} do"
+        )
     if needs_loss(criterion) and not parts.predicts_next:
         free = [name for name in others if not needs_loss(name)]
         raise Unsupported(
-            f"criterion: {criterion!r} needs the loss on next tokens, which {type(parts.model).__name__} does not "
+            f"criterion: {criterion!r} needs the loss on next tokens, which "
+            f"{type(parts.model).__name__} does not "
             f"predict; valid for {target} without a loss are {', '.join(map(repr, free))}"
         )
 

@@ -1,4 +1,6 @@
-"""What criteria share: their result, and one pass over the calibration windows, forward only or with gradients."""
+"""What criteria share: their result, and one pass over the calibration windows, forward only or
+with gradients.
+"""
 
 from __future__ import annotations
 
@@ -17,8 +19,8 @@ TARGETS = ("heads", "ffn", "layers")
 
 @dataclass
 class Importance:
-    """fp64 on the CPU, higher is worth more; None: not asked for. heads (L, K): K/V heads with their query heads, in
-    multi-head attention single heads. ffn (L, F). layers (L,)."""
+    """fp64 on the CPU, higher is worth more; None: not asked for. heads (L, K): K/V heads with
+    their query heads, in multi-head attention single heads. ffn (L, F). layers (L,)."""
 
     heads: Tensor | None = None
     ffn: Tensor | None = None
@@ -28,9 +30,15 @@ class Importance:
         """FloatingPointError naming the first layer with a score that is no number."""
         for name in TARGETS:
             found = getattr(self, name)
-            bad = [] if found is None else (~torch.isfinite(found.view(len(found), -1))).any(1).nonzero().flatten()
+            bad = (
+                []
+                if found is None
+                else (~torch.isfinite(found.view(len(found), -1))).any(1).nonzero().flatten()
+            )
             if len(bad):
-                raise FloatingPointError(f"layer {int(bad[0])}: the importance of its {name} is NaN or infinity")
+                raise FloatingPointError(
+                    f"layer {int(bad[0])}: the importance of its {name} is NaN or infinity"
+                )
 
 
 class Sums:
@@ -46,10 +54,14 @@ class Sums:
         self.total[key] = values if key not in self.total else self.total[key] + values
 
     def importance(self, heads: Callable[[Layer, Tensor], Tensor] | None = None) -> Importance:
-        """Stacks the sums. `heads` makes (K,) of what was added for a layer's heads; None: it is (K,) already."""
+        """Stacks the sums. `heads` makes (K,) of what was added for a layer's heads; None: it is
+        (K,) already.
+        """
         found: dict[str, list[Tensor]] = {}
         for (target, index), values in sorted(self.total.items()):
-            values = heads(self.parts.layers[index], values) if target == "heads" and heads else values
+            values = (
+                heads(self.parts.layers[index], values) if target == "heads" and heads else values
+            )
             found.setdefault(target, []).append(values)
         return Importance(**{target: torch.stack(values) for target, values in found.items()})
 
@@ -66,7 +78,9 @@ def by_sample(x: Tensor, samples: int) -> Tensor:
 
 @contextmanager
 def watching(parts: Anatomy, see_input: Callable[[str, Layer, Tensor], None]) -> Iterator[None]:
-    """While open, `see_input("heads" | "ffn", layer, x)` gets what each o_proj and each FFN's output module takes."""
+    """While open, `see_input("heads" | "ffn", layer, x)` gets what each o_proj and each FFN's
+    output module takes.
+    """
     handles = []
     for layer in parts:
         pairs = [("heads", layer.o.module)]
@@ -83,21 +97,27 @@ def watching(parts: Anatomy, see_input: Callable[[str, Layer, Tensor], None]) ->
 
 
 @contextmanager
-def watching_blocks(parts: Anatomy, see: Callable[[Layer, Tensor, Tensor], None] = lambda *_: None) -> Iterator[None]:
-    """While open, `see(layer, input, output)` gets the hidden states around each layer. FloatingPointError naming the
-    first layer whose output is not finite."""
+def watching_blocks(
+    parts: Anatomy, see: Callable[[Layer, Tensor, Tensor], None] = lambda *_: None
+) -> Iterator[None]:
+    """While open, `see(layer, input, output)` gets the hidden states around each layer.
+    FloatingPointError naming the first layer whose output is not finite."""
 
     def hook_of(layer: Layer):
         def hook(_, args, kwargs, output):
             before = args[0] if args else kwargs["hidden_states"]
             after = output[0] if isinstance(output, tuple) else output
             if not torch.isfinite(after).all():
-                raise FloatingPointError(f"layer {layer.index}: the calibration activations contain NaN or infinity")
+                raise FloatingPointError(
+                    f"layer {layer.index}: the calibration activations contain NaN or infinity"
+                )
             see(layer, before, after)
 
         return hook
 
-    handles = [layer.block.register_forward_hook(hook_of(layer), with_kwargs=True) for layer in parts]
+    handles = [
+        layer.block.register_forward_hook(hook_of(layer), with_kwargs=True) for layer in parts
+    ]
     try:
         yield
     finally:
@@ -107,7 +127,9 @@ def watching_blocks(parts: Anatomy, see: Callable[[Layer, Tensor, Tensor], None]
 
 @torch.no_grad()
 def forward(parts: Anatomy, batches: list[Tensor]) -> Iterator[int]:
-    """Runs the model on each batch; yields how many windows it had, after the hooks have seen it."""
+    """Runs the model on each batch; yields how many windows it had, after the hooks have seen
+    it.
+    """
     for batch in batches:
         parts.model(input_ids=batch.to(parts.embeddings.weight.device), use_cache=False)
         yield len(batch)
@@ -115,7 +137,9 @@ def forward(parts: Anatomy, batches: list[Tensor]) -> Iterator[int]:
 
 @contextmanager
 def gradients(parts: Anatomy) -> Iterator[None]:
-    """While open, activations have gradients and no parameter has: half the work of a training step's backward pass."""
+    """While open, activations have gradients and no parameter has: half the work of a training
+    step's backward pass.
+    """
     wanted = {parameter: parameter.requires_grad for parameter in parts.model.parameters()}
     parts.model.requires_grad_(False)
     handle = parts.embeddings.register_forward_hook(lambda _, args, output: output.requires_grad_())

@@ -1,4 +1,6 @@
-"""Block influence of a layer, 1 - E cos(its input, its output) over tokens (ShortGPT, arXiv:2403.03853, eq. 2)."""
+"""Block influence of a layer, 1 - E cos(its input, its output) over tokens (ShortGPT,
+arXiv:2403.03853, eq. 2).
+"""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Fluctuation: Var(x_j) |W_:j|^2, what losing input j costs once a bias stands in for its mean.
 
-FLAP (arXiv:2312.11983), equation 5. W is o_proj or the FFN's output module, x what it takes; a head's score is the sum
-over its dimensions. The bias itself is `effattn.prune.compensation`'s (`bias=True`).
-"""
+FLAP (arXiv:2312.11983), equation 5. W is o_proj or the FFN's output module, x what it takes; a
+head's score is the sum over its dimensions. The bias itself is `effattn.prune.compensation`'s
+(`bias=True`)."""
 
 from __future__ import annotations
 
@@ -30,11 +30,17 @@ def score(parts: Anatomy, batches: list[Tensor], targets: list[str], seed: int) 
             pass
     for (target, index), (rows, total, squares) in list(sums.total.items()):
         variance = squares / rows - (total / rows).square()
-        sums.total[target, index] = variance.clamp_min(0) * output_weight(parts.layers[index], target).square().sum(0)
-    return sums.importance(lambda layer, values: by_group(layer, values.unflatten(0, (layer.heads, -1)).sum(-1)))
+        sums.total[target, index] = variance.clamp_min(0) * output_weight(
+            parts.layers[index], target
+        ).square().sum(0)
+    return sums.importance(
+        lambda layer, values: by_group(layer, values.unflatten(0, (layer.heads, -1)).sum(-1))
+    )
 
 
 def output_weight(layer: Layer, target: str) -> Tensor:
-    """The weight (D, n) of the module in which a layer's heads or FFN dimensions end; fp64 on the CPU."""
+    """The weight (D, n) of the module in which a layer's heads or FFN dimensions end; fp64 on the
+    CPU.
+    """
     weight = layer.o.weight if target == "heads" else layer.feed_forward.output.weight
     return weight.detach().double().cpu()

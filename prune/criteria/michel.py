@@ -1,7 +1,8 @@
-"""Gradients of gates: E|dL/d gate| at gate 1, over windows (Michel et al., arXiv:1905.10650, equation 2).
+"""Gradients of gates: E|dL/d gate| at gate 1, over windows (Michel et al., arXiv:1905.10650,
+equation 2).
 
-Scores are divided by their L2 norm over the layer, as there (section 4.1), so that layers can be compared.
-"""
+Scores are divided by their L2 norm over the layer, as there (section 4.1), so that layers can be
+compared."""
 
 from __future__ import annotations
 
@@ -26,7 +27,9 @@ def score(parts: Anatomy, batches: list[Tensor], targets: list[str], seed: int) 
         for layer in parts:
             for target in targets:
                 size = layer.heads if target == "heads" else layer.feed_forward.size
-                gates[target].append(torch.ones(len(batch), size, device=device, requires_grad=True))
+                gates[target].append(
+                    torch.ones(len(batch), size, device=device, requires_grad=True)
+                )
         with gradients(parts), watching_blocks(parts), gated(parts, **gates):
             losses(parts.model, batch).sum().backward()
         for target, of_layers in gates.items():

@@ -1,12 +1,13 @@
-"""Optimal brain surgeon for whole structures: what removing one costs once the others have taken over what they can.
+"""Optimal brain surgeon for whole structures: what removing one costs once the others have taken
+over what they can.
 
-With W (D, n) the output module (o_proj, or the FFN's), x its inputs, C = sum of x x^T and I = (C + lambda)^-1, removing
-the columns g costs tr(W_g I_gg^-1 W_g^T), which is |W_g|^2 / I_gg for a single one, and W becomes W - W_g I_gg^-1 I_g:
-ZipLM (arXiv:2302.04089), equations 3 and 4, and SlimGPT (arXiv:2412.18110). Structures are removed one after the other,
-a few at a time where there are many, the cheapest first; a structure's importance is how many went before it. This is
-the criterion for `compensate=True`, whose least squares it foresees: two dimensions that say the same are worth nothing
-together here, and to the other criteria each as much as alone.
-"""
+With W (D, n) the output module (o_proj, or the FFN's), x its inputs, C = sum of x x^T and I = (C +
+lambda)^-1, removing the columns g costs tr(W_g I_gg^-1 W_g^T), which is |W_g|^2 / I_gg for a single
+one, and W becomes W - W_g I_gg^-1 I_g: ZipLM (arXiv:2302.04089), equations 3 and 4, and SlimGPT
+(arXiv:2412.18110). Structures are removed one after the other, a few at a time where there are
+many, the cheapest first; a structure's importance is how many went before it. This is the criterion
+for `compensate=True`, whose least squares it foresees: two dimensions that say the same are worth
+nothing together here, and to the other criteria each as much as alone."""
 
 from __future__ import annotations
 
@@ -38,7 +39,9 @@ def score(parts: Anatomy, batches: list[Tensor], targets: list[str], seed: int) 
             pass
     for (target, index), gram in list(sums.total.items()):
         layer = parts.layers[index]
-        size = len(gram) // layer.kv_heads if target == "heads" else 1  # a K/V head with its query heads
+        size = (
+            len(gram) // layer.kv_heads if target == "heads" else 1
+        )  # a K/V head with its query heads
         order = removal_order(gram, output_weight(layer, target), size)
         place = torch.empty(len(order), dtype=torch.float64)
         place[order] = torch.arange(len(order), dtype=torch.float64)
@@ -47,11 +50,13 @@ def score(parts: Anatomy, batches: list[Tensor], targets: list[str], seed: int) 
 
 
 def removal_order(gram: Tensor, weight: Tensor, size: int = 1) -> Tensor:
-    """Structures from the cheapest on, int64 (n / size,). gram (n, n) and weight (D, n), fp64; a structure is `size`
-    columns that lie beside each other."""
+    """Structures from the cheapest on, int64 (n / size,). gram (n, n) and weight (D, n), fp64; a
+    structure is `size` columns that lie beside each other."""
     count = len(gram) // size
     many = -(-count // ROUNDS)
-    inverse = torch.linalg.inv(gram + (DAMPING * gram.diagonal().mean() + 1e-300) * torch.eye(len(gram)).to(gram))
+    inverse = torch.linalg.inv(
+        gram + (DAMPING * gram.diagonal().mean() + 1e-300) * torch.eye(len(gram)).to(gram)
+    )
     weight, alive, order = weight.clone(), torch.ones(count, dtype=torch.bool), []
     while len(order) < count:
         cost = _costs(inverse, weight, size).masked_fill_(~alive, torch.inf)
@@ -73,6 +78,11 @@ def _costs(inverse: Tensor, weight: Tensor, size: int) -> Tensor:
     if size == 1:
         return weight.square().sum(0) / inverse.diagonal()
     count = len(inverse) // size
-    own = inverse.unflatten(0, (count, size)).unflatten(2, (count, size)).diagonal(dim1=0, dim2=2).movedim(2, 0)
+    own = (
+        inverse.unflatten(0, (count, size))
+        .unflatten(2, (count, size))
+        .diagonal(dim1=0, dim2=2)
+        .movedim(2, 0)
+    )
     blocks = weight.unflatten(1, (count, size)).movedim(1, 0)  # (count, D, size)
     return (blocks * torch.linalg.solve(own, blocks.mT).mT).sum((1, 2))

@@ -15,8 +15,14 @@ TARGETS = ("heads", "ffn", "layers")
 def score(parts: Anatomy, batches: list[Tensor], targets: list[str], seed: int) -> Importance:
     generator = torch.Generator().manual_seed(seed)
     layers, first = len(parts.layers), parts.layers[0]
-    shapes = {"heads": lambda: (layers, parts.kv_heads), "layers": lambda: (layers,),
-              "ffn": lambda: (layers, first.feed_forward.size)}  # fmt: skip
+    shapes = {
+        "heads": lambda: (layers, parts.kv_heads),
+        "layers": lambda: (layers,),
+        "ffn": lambda: (layers, first.feed_forward.size),
+    }
     return Importance(
-        **{target: torch.rand(shapes[target](), generator=generator, dtype=torch.float64) for target in targets}
+        **{
+            target: torch.rand(shapes[target](), generator=generator, dtype=torch.float64)
+            for target in targets
+        }
     )

@@ -1,11 +1,12 @@
-"""First-order Taylor: what setting a structure's weights to zero would change, |sum w dL/dw| over its coupled tensors.
+"""First-order Taylor: what setting a structure's weights to zero would change, |sum w dL/dw| over
+its coupled tensors.
 
-LLM-Pruner (arXiv:2305.11627), equation 4, its "vector" form: signed inside a structure, so that what cancels cancels.
-A head's tensors are its rows of q, k, v and its columns of o; an FFN dimension's its rows and its column. The sum over
-the rows of W of w dL/dw is the sum over tokens of y dL/dy, for y = W x (and over columns x dL/dx): no weight
-gradients are needed, and each window has its own. Magnitudes are averaged over windows, since at the end of training
-the gradients' own average is zero but for noise.
-"""
+LLM-Pruner (arXiv:2305.11627), equation 4, its "vector" form: signed inside a structure, so that
+what cancels cancels. A head's tensors are its rows of q, k, v and its columns of o; an FFN
+dimension's its rows and its column. The sum over the rows of W of w dL/dw is the sum over tokens of
+y dL/dy, for y = W x (and over columns x dL/dx): no weight gradients are needed, and each window has
+its own. Magnitudes are averaged over windows, since at the end of training the gradients' own
+average is zero but for noise."""
 
 from __future__ import annotations
 
@@ -25,7 +26,10 @@ def score(parts: Anatomy, batches: list[Tensor], targets: list[str], seed: int) 
     sums = Sums(parts)
     for batch in batches:
         signed = _Signed(len(batch))
-        with gradients(parts), watching_blocks(parts, signed.see_block if "layers" in targets else lambda *_: None):
+        with (
+            gradients(parts),
+            watching_blocks(parts, signed.see_block if "layers" in targets else lambda *_: None),
+        ):
             handles = [handle for layer in parts for handle in signed.watch(layer, targets)]
             try:
                 losses(parts.model, batch).sum().backward()
@@ -38,7 +42,9 @@ def score(parts: Anatomy, batches: list[Tensor], targets: list[str], seed: int) 
 
 
 class _Signed:
-    """Sums of w dL/dw by target and layer, one for each of a batch's windows: (B, n), or (B,) for layers."""
+    """Sums of w dL/dw by target and layer, one for each of a batch's windows: (B, n), or (B,) for
+    layers.
+    """
 
     def __init__(self, samples: int):
         self.samples, self.total = samples, {}
@@ -60,7 +66,9 @@ class _Signed:
         return handles
 
     def _hook(self, module, layer: Layer, projection=None, output: bool = False):
-        """Adds x dL/dx of a module's input, or y dL/dy of its output, once the backward pass comes by."""
+        """Adds x dL/dx of a module's input, or y dL/dy of its output, once the backward pass comes
+        by.
+        """
 
         def of_tensor(tensor: Tensor) -> None:
             value = tensor.detach()
@@ -68,7 +76,11 @@ class _Signed:
             def arrived(gradient: Tensor) -> None:
                 product = by_sample((gradient * value).float(), self.samples).sum(1)
                 if projection is None:
-                    self.add("ffn", layer.index, product.unflatten(-1, (-1, layer.feed_forward.size)).sum(1))
+                    self.add(
+                        "ffn",
+                        layer.index,
+                        product.unflatten(-1, (-1, layer.feed_forward.size)).sum(1),
+                    )
                     return
                 rows = projection.rows(torch.arange(projection.heads)).to(product.device)
                 per_head = product[:, rows].unflatten(-1, (projection.heads, -1)).sum(-1)
@@ -83,5 +95,7 @@ class _Signed:
     def see_block(self, layer: Layer, before: Tensor, after: Tensor) -> None:
         change = (after - before).detach()
         after.register_hook(
-            lambda gradient: self.add("layers", layer.index, (gradient * change).float().flatten(1).sum(1))
+            lambda gradient: self.add(
+                "layers", layer.index, (gradient * change).float().flatten(1).sum(1)
+            )
         )

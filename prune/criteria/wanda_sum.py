@@ -1,4 +1,5 @@
-"""Wanda's score of weights, |W_ij| |x_j|_2 (arXiv:2306.11695), summed over all weights that go with a structure.
+"""Wanda's score of weights, |W_ij| |x_j|_2 (arXiv:2306.11695), summed over all weights that go with
+a structure.
 
 W is o_proj or the FFN's output module, whose columns belong to heads and FFN dimensions.
 """
@@ -26,5 +27,9 @@ def score(parts: Anatomy, batches: list[Tensor], targets: list[str], seed: int) 
         for _ in forward(parts, batches):
             pass
     for (target, index), squares in list(sums.total.items()):
-        sums.total[target, index] = squares.sqrt() * output_weight(parts.layers[index], target).abs().sum(0)
-    return sums.importance(lambda layer, values: by_group(layer, values.unflatten(0, (layer.heads, -1)).sum(-1)))
+        sums.total[target, index] = squares.sqrt() * output_weight(
+            parts.layers[index], target
+        ).abs().sum(0)
+    return sums.importance(
+        lambda layer, values: by_group(layer, values.unflatten(0, (layer.heads, -1)).sum(-1))
+    )

@@ -1,1 +1,3 @@
-"""What quantizing the cache costs a model, format by format and layer by layer, and which layer should get which."""
+"""What quantizing the cache costs a model, format by format and layer by layer, and which layer
+should get which.
+"""

@@ -1,7 +1,8 @@
-"""What the lanes of a run share: the model with each format, how many bytes that takes, and how fast it decodes.
+"""What the lanes of a run share: the model with each format, how many bytes that takes, and how
+fast it decodes.
 
-A lane is the model with one cache: the full one, one format in all layers, or a plan. All lanes share the weights.
-"""
+A lane is the model with one cache: the full one, one format in all layers, or a plan. All lanes
+share the weights."""
 
 from __future__ import annotations
 
@@ -31,27 +32,39 @@ PREFILL = 512  # tokens of a prefill that go in at a time
 
 @dataclass(frozen=True)
 class Lane:
-    """A name, and a cache as `effattn.swap` takes it: a spec, a dict from layers to specs, or None for the full one."""
+    """A name, and a cache as `effattn.swap` takes it: a spec, a dict from layers to specs, or None
+    for the full one.
+    """
 
     name: str
     cache: str | Mapping[str, str] | None = None
     model: nn.Module | None = field(default=None, repr=False, compare=False)
 
     def of(self, model: nn.Module) -> Lane:
-        """The lane with its model: `model`'s weights and this cache. Raises what `effattn.swap` raises."""
+        """The lane with its model: `model`'s weights and this cache. Raises what `effattn.swap`
+        raises.
+        """
         axes = {} if self.cache is None else {"cache": self.cache}
         return Lane(self.name, self.cache, build(model, Variant(self.name, axes)))
 
     def formats(self, parts: anatomy.Anatomy) -> list[Format | None]:
-        """The format of each layer, fitted to its heads; None: full precision. ValueError where one does not fit."""
+        """The format of each layer, fitted to its heads; None: full precision. ValueError where one
+        does not fit.
+        """
         specs: dict[int, str] = {}
         if self.cache is not None:
-            whole = {f"0-{len(parts.layers) - 1}": self.cache} if isinstance(self.cache, str) else self.cache
+            whole = (
+                {f"0-{len(parts.layers) - 1}": self.cache}
+                if isinstance(self.cache, str)
+                else self.cache
+            )
             specs = parse_layers(whole, len(parts.layers), "cache")
         found = []
         for layer in parts.layers:
             spec = specs.get(layer.index, FULL)
-            found.append(None if spec == FULL else Format.parse(spec).fit(layer.head_dim, layer.value_dim)[0])
+            found.append(
+                None if spec == FULL else Format.parse(spec).fit(layer.head_dim, layer.value_dim)[0]
+            )
         return found
 
 
@@ -68,14 +81,20 @@ def bytes_per_token(layer: anatomy.Layer, format: Format | None) -> float:
     return format.bytes_per_token(layer.kv_heads, layer.head_dim, layer.value_dim)
 
 
-def predicted_bytes(parts: anatomy.Anatomy, formats: Sequence[Format | None], tokens: int, batch: int = 1) -> int:
-    """Of all layers' keys and values after `tokens` tokens in each of `batch` rows, as the formats say."""
+def predicted_bytes(
+    parts: anatomy.Anatomy, formats: Sequence[Format | None], tokens: int, batch: int = 1
+) -> int:
+    """Of all layers' keys and values after `tokens` tokens in each of `batch` rows, as the formats
+    say.
+    """
     total = 0
     for layer, format in zip(parts.layers, formats, strict=True):
         if format is None:
             total += batch * tokens * layer.kv_bytes_per_token
         else:
-            total += format.nbytes(tokens, layer.kv_heads, layer.head_dim, layer.value_dim, layer.dtype.itemsize, batch)
+            total += format.nbytes(
+                tokens, layer.kv_heads, layer.head_dim, layer.value_dim, layer.dtype.itemsize, batch
+            )
     return total
 
 
@@ -89,17 +108,25 @@ def prefilled(model: nn.Module, ids: torch.Tensor):
 
 
 def allocated(lane: Lane, tokens: Sequence[int], seed: int) -> list[dict]:
-    """What the cache of one sequence holds after each number of `tokens`: {tokens, predicted, held, allocated}; held is
-    what the layers say, allocated every storage that is kept alive."""
+    """What the cache of one sequence holds after each number of `tokens`: {tokens, predicted, held,
+    allocated}; held is what the layers say, allocated every storage that is kept alive."""
     parts = anatomy.of(lane.model)
     formats, rows = lane.formats(parts), []
     for count in tokens:
         cache = prefilled(lane.model, random_ids(lane.model, 1, count, seed))
         held = [getattr(layer, "nbytes", None) for layer in cache.layers]
-        held = [layer.keys.nbytes + layer.values.nbytes if one is None else one
-                for one, layer in zip(held, cache.layers, strict=True)]  # fmt: skip
-        rows.append({"tokens": count, "predicted": predicted_bytes(parts, formats, count), "held": sum(held),
-                     "allocated": cache_bytes(cache)})  # fmt: skip
+        held = [
+            layer.keys.nbytes + layer.values.nbytes if one is None else one
+            for one, layer in zip(held, cache.layers, strict=True)
+        ]
+        rows.append(
+            {
+                "tokens": count,
+                "predicted": predicted_bytes(parts, formats, count),
+                "held": sum(held),
+                "allocated": cache_bytes(cache),
+            }
+        )
     return rows
 
 
@@ -117,15 +144,22 @@ class _Steps:
 
 
 def decode_speed(
-    lanes: Sequence[Lane], context: int, batches: Sequence[int], *, seconds: float, steps: int, seed: int,
+    lanes: Sequence[Lane],
+    context: int,
+    batches: Sequence[int],
+    *,
+    seconds: float,
+    steps: int,
+    seed: int,
     progress: Progress | None = None,
-) -> list[dict]:  # fmt: skip
-    """Greedy single-token steps after `context` tokens, at each batch: the lanes take turns in one process.
+) -> list[dict]:
+    """Greedy single-token steps after `context` tokens, at each batch: the lanes take turns in one
+    process.
 
-    The prompt goes in once a lane; a batch has copies of it. Rows, by batch and then lane: {context, batch, lane, ms
-    (median), ms_p20, ms_p80, tokens_per_s (of the whole batch), rounds, kv_bytes (of the whole batch, allocated)};
-    {context, batch, does_not_fit: bytes} where the caches of all lanes do not fit into memory together.
-    """
+    The prompt goes in once a lane; a batch has copies of it. Rows, by batch and then lane:
+    {context, batch, lane, ms (median), ms_p20, ms_p80, tokens_per_s (of the whole batch), rounds,
+    kv_bytes (of the whole batch, allocated)}; {context, batch, does_not_fit: bytes} where the
+    caches of all lanes do not fit into memory together."""
     device, rows = input_device(lanes[0].model), []
     parts = anatomy.of(lanes[0].model)
     sizes = [predicted_bytes(parts, lane.formats(parts), context + steps) for lane in lanes]
@@ -148,11 +182,19 @@ def decode_speed(
         times = alternate(calls, Clock(device), seconds, least=min(3, steps), most=steps, warmup=1)
         for name, run in runs.items():
             found = percentiles(times[name])
-            rows.append({
-                "context": context, "batch": batch, "lane": name, "ms": 1000 * found["p50"],
-                "ms_p20": 1000 * found["p20"], "ms_p80": 1000 * found["p80"], "rounds": found["rounds"],
-                "tokens_per_s": batch / found["p50"], "kv_bytes": cache_bytes(run.cache),
-            })  # fmt: skip
+            rows.append(
+                {
+                    "context": context,
+                    "batch": batch,
+                    "lane": name,
+                    "ms": 1000 * found["p50"],
+                    "ms_p20": 1000 * found["p20"],
+                    "ms_p80": 1000 * found["p80"],
+                    "rounds": found["rounds"],
+                    "tokens_per_s": batch / found["p50"],
+                    "kv_bytes": cache_bytes(run.cache),
+                }
+            )
         if progress:
             progress(number + 1, len(batches))
     return rows

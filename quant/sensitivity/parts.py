@@ -1,4 +1,6 @@
-"""What a long measurement keeps while it runs: every finished part in one file, written whole after each."""
+"""What a long measurement keeps while it runs: every finished part in one file, written whole after
+each.
+"""
 
 from __future__ import annotations
 
@@ -13,15 +15,23 @@ VERSION = 1
 
 
 class Parts:
-    """Finished parts by name, in memory and, with a path, on disk. A run with the same settings goes on from there.
+    """Finished parts by name, in memory and, with a path, on disk. A run with the same settings
+    goes on from there.
 
-    settings: what the run was asked for; made_with: versions and the machine; job: its command. ValueError for a file
-    of others, and for one that is no such file; OSError where it cannot be written. All before anything is measured.
-    """
+    settings: what the run was asked for; made_with: versions and the machine; job: its command.
+    ValueError for a file of others, and for one that is no such file; OSError where it cannot be
+    written. All before anything is measured."""
 
-    def __init__(self, path: Path | None, settings: dict, made_with: dict, job: str = "quantize-kv"):
+    def __init__(
+        self, path: Path | None, settings: dict, made_with: dict, job: str = "quantize-kv"
+    ):
         self.path, self.job = path, job
-        head = {"kind": f"{job}-partial", "version": VERSION, "settings": settings, "made_with": made_with}
+        head = {
+            "kind": f"{job}-partial",
+            "version": VERSION,
+            "settings": settings,
+            "made_with": made_with,
+        }
         self.head = json.loads(json.dumps(finite(head), default=str))
         self.done: dict[str, object] = {}
         if path is not None:
@@ -35,20 +45,27 @@ class Parts:
             old = json.loads(self.path.read_text(encoding="utf-8"))
             done = dict(old["parts"])
         except (ValueError, KeyError, TypeError):
-            raise ValueError(f"resume: {self.path} is not an unfinished run of {self.job}; {again}") from None
+            raise ValueError(
+                f"resume: {self.path} is not an unfinished run of {self.job}; {again}"
+            ) from None
         changed = [name for name in ("kind", "version") if old.get(name) != self.head[name]]
         for group in ("settings", "made_with"):
             before = old.get(group) or {}
-            changed += [name for name in self.head[group] if before.get(name) != self.head[group][name]]
+            changed += [
+                name for name in self.head[group] if before.get(name) != self.head[group][name]
+            ]
         if changed:
             raise ValueError(
-                f"resume: {self.path} holds {len(done)} finished parts of a run with other settings "
+                f"resume: {self.path} holds {len(done)} finished parts of a run with other "
+                "settings "
                 f"({', '.join(changed)}): repeat them to go on; {again}"
             )
         return done
 
     def once(self, name: str, make: Callable[[], object]) -> object:
-        """The part of that name: what an earlier run kept, or what `make` gives now, as JSON reads it back."""
+        """The part of that name: what an earlier run kept, or what `make` gives now, as JSON reads
+        it back.
+        """
         if name not in self.done:
             self.done[name] = json.loads(json.dumps(finite(make())))
             if self.path is not None:
@@ -74,4 +91,7 @@ def what_is_kept(path: Path | None) -> str:
     """One line for who stops a run whose finished parts go into `path`."""
     if path is None:
         return "stopped; nothing is kept: with --output it would be"
-    return f"stopped; {kept(path)} finished parts are kept in {path}: the same command goes on from there"
+    return (
+        f"stopped; {kept(path)} finished parts are kept in {path}: the same command goes on "
+        "from there"
+    )

@@ -1,4 +1,5 @@
-"""The report of quantized caches: quality, bytes, layers, plan, retrieval and speed, format beside format.
+"""The report of quantized caches: quality, bytes, layers, plan, retrieval and speed, format beside
+format.
 
 One JSON-able dict is the report; Markdown, HTML and the terminal show the same tables made from it.
 """
@@ -21,18 +22,20 @@ KIND = "quantize_kv"
 class QuantizeReport(Document):
     """Wraps `data`, a dict of kind "quantize_kv".
 
-    Keys: settings, model, formats (a row each: name, cache, adapted, quality, bytes_per_token, held, memory; first the
-    full cache, last the plan), sensitivity (layer, spec, kl, ...), plan (budget, specs, cache, bytes_per_token, kl;
-    None without a budget), frontier, retrieval, decode, saved, verification, environment. Losses and KLs are in nats a
-    token, sizes in bytes, times in ms.
-    """
+    Keys: settings, model, formats (a row each: name, cache, adapted, quality, bytes_per_token,
+    held, memory; first the full cache, last the plan), sensitivity (layer, spec, kl, ...), plan
+    (budget, specs, cache, bytes_per_token, kl; None without a budget), frontier, retrieval, decode,
+    saved, verification, environment. Losses and KLs are in nats a token, sizes in bytes, times in
+    ms."""
 
     data: dict
     terminal = tables.TERMINAL
 
     def __post_init__(self):
         if self.data.get("kind") != KIND:
-            raise ValueError(f"kind: got {self.data.get('kind')!r}, a report of quantize-kv has {KIND!r}")
+            raise ValueError(
+                f"kind: got {self.data.get('kind')!r}, a report of quantize-kv has {KIND!r}"
+            )
 
     @property
     def title(self) -> str:
@@ -54,8 +57,14 @@ class QuantizeReport(Document):
         for row in self.rows[1:]:
             change = tables.change(row["quality"])
             moved = "perplexity not finite" if change is None else f"perplexity {change:+.2f} %"
-            said.append(f"{row['name']} {self.full['bytes_per_token'] / row['bytes_per_token']:.2f}x smaller, {moved}")
-        return f"Perplexity {tables.number(self.full['quality']['perplexity'])} with the full cache; {'; '.join(said)}."
+            said.append(
+                f"{row['name']} {self.full['bytes_per_token'] / row['bytes_per_token']:.2f}x "
+                f"smaller, {moved}"
+            )
+        return (
+            f"Perplexity {tables.number(self.full['quality']['perplexity'])} with the full "
+            f"cache; {'; '.join(said)}."
+        )
 
     @property
     def swap_call(self) -> str | None:
@@ -72,7 +81,11 @@ class QuantizeReport(Document):
         from rich.text import Text
 
         shown = [table.rich() for table in self.tables() if table.title in tables.TERMINAL]
-        parts = [Text(self.title, style="bold"), Text(self.headline), *(part for one in shown for part in ("", one))]
+        parts = [
+            Text(self.title, style="bold"),
+            Text(self.headline),
+            *(part for one in shown for part in ("", one)),
+        ]
         return Group(*parts, *(["", Text(self.swap_call)] if self.swap_call else []))
 
     def to_markdown(self) -> str:
@@ -83,7 +96,10 @@ class QuantizeReport(Document):
     def to_html(self) -> str:
         """A self-contained page that makes no request."""
         figures = plots.plots(self)
-        sections = [Section(table.title, "", figures.get(table.title, []), [table]) for table in self.tables()]
+        sections = [
+            Section(table.title, "", figures.get(table.title, []), [table])
+            for table in self.tables()
+        ]
         for section in sections:
             if section.title == tables.PLAN_TITLE:
                 section.passages = self._passages()

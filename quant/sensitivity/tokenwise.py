@@ -1,11 +1,12 @@
-"""Quality with a cache that is really quantized: windows of text, decoded one token at a time, many windows at once.
+"""Quality with a cache that is really quantized: windows of text, decoded one token at a time, many
+windows at once.
 
     found = tokenwise(parent, student, tokens, length=512)
     found["perplexity"], found["kl"], found["agreement"]
 
-One pass over all tokens would attend over full-precision keys and quantize afterwards. Here every token is a decoding
-step that reads the packed past, as in `generate()`; the text is given (teacher-forced).
-"""
+One pass over all tokens would attend over full-precision keys and quantize afterwards. Here every
+token is a decoding step that reads the packed past, as in `generate()`; the text is given
+(teacher-forced)."""
 
 from __future__ import annotations
 
@@ -24,28 +25,38 @@ PARENT_LOGITS = 64 * 2**20  # numbers in the parent's logits that wait for the s
 
 
 def windows(tokens: Tensor, length: int) -> Tensor:
-    """tokens (N,) as whole windows (W, length + 1); each window's last token is the next one's first. Needs one."""
+    """tokens (N,) as whole windows (W, length + 1); each window's last token is the next one's
+    first. Needs one.
+    """
     count = (len(tokens) - 1) // length
     if count < 1:
-        raise ValueError(f"length: got {length}, the text has {len(tokens):,} tokens; valid is fewer than that")
+        raise ValueError(
+            f"length: got {length}, the text has {len(tokens):,} tokens; valid is fewer than that"
+        )
     return torch.stack([tokens[i * length : (i + 1) * length + 1] for i in range(count)])
 
 
 @torch.no_grad()
 def tokenwise(
-    parent, student, tokens: Tensor, length: int, *, batch: int = 16, progress: Progress | None = None
+    parent,
+    student,
+    tokens: Tensor,
+    length: int,
+    *,
+    batch: int = 16,
+    progress: Progress | None = None,
 ) -> dict[str, float | int]:
     """Both models over tokens (N,) int64 in windows of `length`, `batch` of them side by side.
 
-    The student takes one token a step through the cache that it makes itself. The parent, whose cache is exact, is
-    given blocks. Returns, over all predicted tokens:
+    The student takes one token a step through the cache that it makes itself. The parent, whose
+    cache is exact, is given blocks. Returns, over all predicted tokens:
 
-    - cross_entropy (nats), perplexity; parent_cross_entropy, parent_perplexity; and loss_error, the standard error of
-      the mean difference of the two losses, which are paired token by token;
-    - kl, the mean of KL(parent || student) in nats; agreement, the share of tokens where both find the same one most
-      likely;
-    - tokens; held_tokens and held_bytes, what the student's cache held at the end of a window, all rows of a batch.
-    """
+    - cross_entropy (nats), perplexity; parent_cross_entropy, parent_perplexity; and loss_error, the
+      standard error of the mean difference of the two losses, which are paired token by token;
+    - kl, the mean of KL(parent || student) in nats; agreement, the share of tokens where both find
+      the same one most likely;
+    - tokens; held_tokens and held_bytes, what the student's cache held at the end of a window, all
+      rows of a batch."""
     check_stream(student, tokens, length, None)
     rows = windows(tokens, length)
     device = input_device(student)
@@ -62,9 +73,13 @@ def tokenwise(
             block = max(1, min(length, PARENT_LOGITS // (len(ids) * vocabulary)))
             for start in range(0, length, block):
                 stop = min(start + block, length)
-                expected = parent(input_ids=ids[:, start:stop], past_key_values=theirs, use_cache=True).logits
+                expected = parent(
+                    input_ids=ids[:, start:stop], past_key_values=theirs, use_cache=True
+                ).logits
                 steps = [
-                    student(input_ids=ids[:, at : at + 1], past_key_values=ours, use_cache=True).logits
+                    student(
+                        input_ids=ids[:, at : at + 1], past_key_values=ours, use_cache=True
+                    ).logits
                     for at in range(start, stop)
                 ]
                 truth = ids[:, start + 1 : stop + 1].flatten()
@@ -77,19 +92,27 @@ def tokenwise(
                 done += len(truth)
                 if progress:
                     progress(done, rows[:, 1:].numel())
-            held_tokens, held_bytes = max((held_tokens, held_bytes), (len(ids) * length, cache_bytes(ours)))
+            held_tokens, held_bytes = max(
+                (held_tokens, held_bytes), (len(ids) * length, cache_bytes(ours))
+            )
     finally:
         for model in training:
             model.train()
     loss, difference = torch.cat(losses), torch.cat(differences)
     mean, change = loss.mean().item(), difference.mean().item()
     return {
-        "tokens": len(loss), "length": length, "cross_entropy": mean, "perplexity": _exp(mean),
-        "parent_cross_entropy": mean - change, "parent_perplexity": _exp(mean - change),
+        "tokens": len(loss),
+        "length": length,
+        "cross_entropy": mean,
+        "perplexity": _exp(mean),
+        "parent_cross_entropy": mean - change,
+        "parent_perplexity": _exp(mean - change),
         "loss_error": (difference.std() / len(loss) ** 0.5).item() if len(loss) > 1 else None,
-        "kl": torch.cat(divergences).mean().item(), "agreement": torch.cat(same).mean().item(),
-        "held_tokens": held_tokens, "held_bytes": held_bytes,
-    }  # fmt: skip
+        "kl": torch.cat(divergences).mean().item(),
+        "agreement": torch.cat(same).mean().item(),
+        "held_tokens": held_tokens,
+        "held_bytes": held_bytes,
+    }
 
 
 def _losses(logits: Tensor, truth: Tensor) -> Tensor:

@@ -1,9 +1,9 @@
 """What a user would pick instead: every peer, what it needs, and its adapter.
 
-An adapter of attention is `adapter(attn, case, inputs) -> call`: the peer, set up to do what the backend `attn` does,
-as a plain call(q, k, v) -> out of (B, H, T, D) tensors; a `Defined` one where the peer draws parameters of its own or
-means something else. It raises `Absent` for what the peer cannot do. Packages are imported by adapters only, so that a
-missing one is a line in the report.
+An adapter of attention is `adapter(attn, case, inputs) -> call`: the peer, set up to do what the
+backend `attn` does, as a plain call(q, k, v) -> out of (B, H, T, D) tensors; a `Defined` one where
+the peer draws parameters of its own or means something else. It raises `Absent` for what the peer
+cannot do. Packages are imported by adapters only, so that a missing one is a line in the report.
 """
 
 from __future__ import annotations
@@ -22,8 +22,9 @@ HERE = "effattn.benchmark.peers"
 
 @dataclass(frozen=True)
 class Peer:
-    """`package`: its distribution. `adapter`: "module:function" in this folder, "" where there is none yet. `against`:
-    what of ours it is raced with. `setup`, `efficiency`: as in `Contender`. `note`: why it may not install."""
+    """`package`: its distribution. `adapter`: "module:function" in this folder, "" where there is
+    none yet. `against`: what of ours it is raced with. `setup`, `efficiency`: as in `Contender`.
+    `note`: why it may not install."""
 
     package: str
     against: str
@@ -42,23 +43,42 @@ PEERS = {
     "SDPA-math": Peer("torch", "dense", "plain:sdpa_math", gpu=True),
     "flex_attention": Peer("torch", "exact patterns", "plain:flex", setup=15.0),
     "DynamicCache+SDPA": Peer("transformers", "states", "caches:dynamic"),
-    "transformers-Longformer": Peer("transformers", "longformer", "windows:longformer", efficiency=0.06),
-    "local-attention": Peer("local-attention", "sliding", "windows:local_attention", efficiency=0.06),
-    "performer-pytorch": Peer("performer-pytorch", "performer", "approximate:performer", efficiency=0.1),
+    "transformers-Longformer": Peer(
+        "transformers", "longformer", "windows:longformer", efficiency=0.06
+    ),
+    "local-attention": Peer(
+        "local-attention", "sliding", "windows:local_attention", efficiency=0.06
+    ),
+    "performer-pytorch": Peer(
+        "performer-pytorch", "performer", "approximate:performer", efficiency=0.1
+    ),
     "linformer": Peer("linformer", "linformer", "approximate:linformer"),
     "reformer-pytorch": Peer("reformer-pytorch", "lsh", "approximate:reformer", efficiency=0.03),
     "linear-attention-transformer": Peer(
-        "linear-attention-transformer", "linear", "approximate:linear", efficiency=0.15),
+        "linear-attention-transformer", "linear", "approximate:linear", efficiency=0.15
+    ),
     "linear-attention-transformer(blindspot=64)": Peer(
-        "linear-attention-transformer", "linear", "approximate:linear_with_blind_spot", efficiency=0.15),
-    "transformers-Reformer": Peer("transformers", "lsh", "approximate:transformers_reformer", efficiency=0.03),
-    "flash-linear-attention": Peer("flash-linear-attention", "linear", "approximate:flash_linear", gpu=True, setup=5.0),
+        "linear-attention-transformer",
+        "linear",
+        "approximate:linear_with_blind_spot",
+        efficiency=0.15,
+    ),
+    "transformers-Reformer": Peer(
+        "transformers", "lsh", "approximate:transformers_reformer", efficiency=0.03
+    ),
+    "flash-linear-attention": Peer(
+        "flash-linear-attention", "linear", "approximate:flash_linear", gpu=True, setup=5.0
+    ),
     "nn.Linear": Peer("torch", "monarch", "plain:dense_layer"),
     "transformers-QuantizedCache": Peer("optimum-quanto", "quantized caches", "caches:quantized"),
     "bitsandbytes": Peer("bitsandbytes", "quantized weights"),
-    "llmcompressor": Peer("llmcompressor", "SparseGPT", "pruning:sparsegpt",
-                          note="it wants an older transformers: an environment of its own"),
-}  # fmt: skip
+    "llmcompressor": Peer(
+        "llmcompressor",
+        "SparseGPT",
+        "pruning:sparsegpt",
+        note="it wants an older transformers: an environment of its own",
+    ),
+}
 
 
 def find(who: str) -> Callable:
@@ -89,9 +109,16 @@ def version(package: str) -> str | None:
 
 
 def roster() -> dict[str, dict]:
-    """Every peer: {"package", "version", "against", "absent": why or None, "adapter": whether there is one}."""
+    """Every peer: {"package", "version", "against", "absent": why or None, "adapter": whether there
+    is one}.
+    """
     return {
-        who: {"package": peer.package, "version": version(peer.package), "against": peer.against,
-              "absent": missing(who), "adapter": bool(peer.adapter)}
+        who: {
+            "package": peer.package,
+            "version": version(peer.package),
+            "against": peer.against,
+            "absent": missing(who),
+            "adapter": bool(peer.adapter),
+        }
         for who, peer in PEERS.items()
-    }  # fmt: skip
+    }

@@ -1,9 +1,8 @@
-"""Attention in linear time by the packages that have it: performer-pytorch, linformer, reformer-pytorch,
-linear-attention-transformer, transformers' Reformer and flash-linear-attention.
+"""Attention in linear time by the packages that have it: performer-pytorch, linformer,
+reformer-pytorch, linear-attention-transformer, transformers' Reformer and flash-linear-attention.
 
-Most draw parameters of their own, so none of our backends says what is right: they come as `Defined`, with their
-method's dense formula for the parameters that were drawn.
-"""
+Most draw parameters of their own, so none of our backends says what is right: they come as
+`Defined`, with their method's dense formula for the parameters that were drawn."""
 
 from __future__ import annotations
 
@@ -48,7 +47,9 @@ def performer(attn, case, inputs) -> Call:
         q, k = features(q, (-1,)), features(k, (-1, -2))
         out, norm = _weighted(q @ k.mT, v, case.causal)
         # Its features are smaller by features ** 0.5: so is what it adds to the causal denominator.
-        return out / (norm + 1e-6 * attn.features**0.5 * q.sum(dim=-1, keepdim=True) if case.causal else norm)
+        return out / (
+            norm + 1e-6 * attn.features**0.5 * q.sum(dim=-1, keepdim=True) if case.causal else norm
+        )
 
     return Defined(run, definition)
 
@@ -60,12 +61,16 @@ def linformer(attn, case, inputs) -> Call:
     _same_heads(case)
     if case.causal:
         raise Absent("it is bidirectional")
-    layer = LinformerSelfAttention(case.heads * case.dim, inputs[1].shape[2], k=attn.k, heads=case.heads)
+    layer = LinformerSelfAttention(
+        case.heads * case.dim, inputs[1].shape[2], k=attn.k, heads=case.heads
+    )
     layer.to_q, layer.to_k, layer.to_v, layer.to_out = Given(), Given(), Given(), nn.Identity()
     layer = layer.to(inputs[0].device, inputs[0].dtype)
 
     def call(q, k, v):
-        layer.to_q.value, layer.to_k.value, layer.to_v.value = (x.transpose(1, 2).flatten(2) for x in (q, k, v))
+        layer.to_q.value, layer.to_k.value, layer.to_v.value = (
+            x.transpose(1, 2).flatten(2) for x in (q, k, v)
+        )
         out = layer(layer.to_k.value)
         return out.unflatten(-1, (case.heads, case.dim)).transpose(1, 2)
 
@@ -77,14 +82,20 @@ def linformer(attn, case, inputs) -> Call:
 
 
 def linear(attn, case, inputs, bucket: int = 1) -> Call:
-    """Softmaxed queries, exponentials of keys. Causal, its modules have buckets of one token (`blindspot_size`): a
-    query sees all that is not later, and a D x D sum for every token is written to memory."""
-    from linear_attention_transformer.linear_attention_transformer import causal_linear_attn, linear_attn
+    """Softmaxed queries, exponentials of keys. Causal, its modules have buckets of one token
+    (`blindspot_size`): a query sees all that is not later, and a D x D sum for every token is
+    written to memory."""
+    from linear_attention_transformer.linear_attention_transformer import (
+        causal_linear_attn,
+        linear_attn,
+    )
 
     _same_heads(case)
 
     def call(q, k, v):
-        return causal_linear_attn(q, k, v, bucket_size=bucket) if case.causal else linear_attn(q, k, v)
+        return (
+            causal_linear_attn(q, k, v, bucket_size=bucket) if case.causal else linear_attn(q, k, v)
+        )
 
     def definition(q, k, v):
         q = torch.softmax(q, dim=-1) * case.dim**-0.5
@@ -99,7 +110,9 @@ def linear(attn, case, inputs, bucket: int = 1) -> Call:
 
 
 def linear_with_blind_spot(attn, case, inputs) -> Call:
-    """In buckets of 64 tokens a query sees those before its own only: it is blind to the newest 1 to 64 tokens."""
+    """In buckets of 64 tokens a query sees those before its own only: it is blind to the newest 1
+    to 64 tokens.
+    """
     if not case.causal:
         raise Absent("buckets are for causal attention")
     return linear(attn, case, inputs, bucket=64)
@@ -126,7 +139,9 @@ def reformer(attn, case, inputs) -> Call:
 
 
 def transformers_reformer(attn, case, inputs) -> Call:
-    """LSHSelfAttention with its projections replaced by q and v themselves: queries are the keys, k is not used."""
+    """LSHSelfAttention with its projections replaced by q and v themselves: queries are the keys, k
+    is not used.
+    """
     from transformers import ReformerConfig
     from transformers.models.reformer.modeling_reformer import LSHSelfAttention
     from transformers.utils import logging
@@ -134,10 +149,15 @@ def transformers_reformer(attn, case, inputs) -> Call:
     _same_heads(case)
     rule, last = attn.rule, SimpleNamespace(buckets=None)
     config = ReformerConfig(
-        attention_head_size=case.dim, num_attention_heads=case.heads, hidden_size=case.heads * case.dim,
-        num_hashes=rule.rounds, lsh_attn_chunk_length=rule.chunk, is_decoder=case.causal, num_buckets=None,
+        attention_head_size=case.dim,
+        num_attention_heads=case.heads,
+        hidden_size=case.heads * case.dim,
+        num_hashes=rule.rounds,
+        lsh_attn_chunk_length=rule.chunk,
+        is_decoder=case.causal,
+        num_buckets=None,
         lsh_attention_probs_dropout_prob=0.0,
-    )  # fmt: skip
+    )
     layer = LSHSelfAttention(config).to(inputs[0].device, inputs[0].dtype).eval()
     layer.query_key, layer.value = Given(), Given()
     before = logging.get_verbosity()
@@ -159,25 +179,31 @@ def transformers_reformer(attn, case, inputs) -> Call:
     return Defined(call, definition)
 
 
-def sorted_chunks(scores: Tensor, v: Tensor, buckets: Tensor, chunk: int, causal: bool, itself: float) -> Tensor:
-    """The Reformer paper's attention, densely. scores (B, H, T, T), v (B, H, T, D), buckets (B, H, rounds, T) int64,
-    of which no two rounds share one.
+def sorted_chunks(
+    scores: Tensor, v: Tensor, buckets: Tensor, chunk: int, causal: bool, itself: float
+) -> Tensor:
+    """The Reformer paper's attention, densely. scores (B, H, T, T), v (B, H, T, D), buckets (B, H,
+    rounds, T) int64, of which no two rounds share one.
 
-    All rounds, one behind the other, are sorted by bucket, then by position, and cut into chunks: a query sees its own
-    and the one before (of the first, the last). `itself` is the score of a token with itself. Rounds are weighted with
-    the sums of their exponentials.
-    """
+    All rounds, one behind the other, are sorted by bucket, then by position, and cut into chunks: a
+    query sees its own and the one before (of the first, the last). `itself` is the score of a token
+    with itself. Rounds are weighted with the sums of their exponentials."""
     tokens, rounds = scores.shape[-1], buckets.shape[2]
     at = torch.arange(tokens, device=v.device)
     scores = scores.masked_fill(at[:, None] == at, itself)
     scores = scores.masked_fill(at[:, None] < at, -torch.inf) if causal else scores
     order = (buckets * tokens + at).flatten(2).argsort(dim=-1)
-    number = (order.argsort(dim=-1) // chunk).unflatten(2, (rounds, tokens))  # of each token's chunk, by round
+    number = (order.argsort(dim=-1) // chunk).unflatten(
+        2, (rounds, tokens)
+    )  # of each token's chunk, by round
     outs, sums = [], []
     for own in number.unbind(2):
         own = own[..., None]
         before = (own - 1) % (rounds * tokens // chunk)
-        seen = sum((other[..., None, :] == own).int() + (other[..., None, :] == before) for other in number.unbind(2))
+        seen = sum(
+            (other[..., None, :] == own).int() + (other[..., None, :] == before)
+            for other in number.unbind(2)
+        )
         logits = scores + seen.to(v.dtype).log()
         outs.append(torch.softmax(logits, dim=-1) @ v)
         sums.append(torch.logsumexp(logits, dim=-1, keepdim=True))
@@ -185,7 +211,9 @@ def sorted_chunks(scores: Tensor, v: Tensor, buckets: Tensor, chunk: int, causal
 
 
 def flash_linear(attn, case, inputs) -> Call:
-    """chunk_linear_attn, and chunk_simple_gla (which is retention) where there is a decay; features by torch before."""
+    """chunk_linear_attn, and chunk_simple_gla (which is retention) where there is a decay; features
+    by torch before.
+    """
     from fla.ops.linear_attn import chunk_linear_attn
     from fla.ops.simple_gla import chunk_simple_gla
 

@@ -27,10 +27,14 @@ def dynamic(attn, case, inputs) -> Call:
 
 
 def quantized(k: Tensor, v: Tensor) -> Callable[[], tuple[Tensor, Tensor]]:
-    """A layer of transformers' QuantizedCache that holds k and v (B, Hkv, T, D) in 4 bits, groups of 64, by optimum-
-    quanto: the call unpacks all of both, which each of its steps does before it appends the new token to a copy."""
+    """A layer of transformers' QuantizedCache that holds k and v (B, Hkv, T, D) in 4 bits, groups
+    of 64, by optimum- quanto: the call unpacks all of both, which each of its steps does before it
+    appends the new token to a copy."""
     from transformers.cache_utils import QuantoQuantizedLayer
 
     layer = QuantoQuantizedLayer(nbits=4, axis_key=0, axis_value=0, q_group_size=64)
     layer.update(k, v)
-    return lambda: (layer._dequantize(layer._quantized_keys), layer._dequantize(layer._quantized_values))
+    return lambda: (
+        layer._dequantize(layer._quantized_keys),
+        layer._dequantize(layer._quantized_values),
+    )

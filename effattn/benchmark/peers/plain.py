@@ -1,4 +1,6 @@
-"""Plain torch: scaled_dot_product_attention with each of its backends, compiled flex_attention, and nn.Linear."""
+"""Plain torch: scaled_dot_product_attention with each of its backends, compiled flex_attention, and
+nn.Linear.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,10 @@ def sdpa(attn, case, inputs, backend: SDPBackend | None = None) -> Call:
     """Dense attention, by the backend that torch chooses or by one of them."""
     if attn.name != "dense":
         raise Absent("it has dense attention only")
-    options = {"is_causal": case.causal and case.what != "decode", "enable_gqa": case.heads != case.kv_heads}
+    options = {
+        "is_causal": case.causal and case.what != "decode",
+        "enable_gqa": case.heads != case.kv_heads,
+    }
 
     def call(q, k, v):
         if backend is None:
@@ -41,7 +46,9 @@ def sdpa_math(attn, case, inputs) -> Call:
 
 
 def flex(attn, case, inputs) -> Call:
-    """Any exact pattern, by its definition: `sees` becomes the mask that is compiled into the kernel."""
+    """Any exact pattern, by its definition: `sees` becomes the mask that is compiled into the
+    kernel.
+    """
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     if not attn.traits.exact:

@@ -7,21 +7,35 @@ from torch import Tensor, nn
 
 from effattn.benchmark.case import Absent, Call
 
-EMULATED = 1024  # tokens beyond which local-attention's bf16 products, emulated on a CPU, take seconds a call
+# tokens beyond which local-attention's bf16 products, emulated on a CPU, take seconds a call
+EMULATED = 1024
 
 
 def local_attention(attn, case, inputs) -> Call:
-    """lucidrains' LocalAttention with `exact_windowsize`; without it, queries see one to two windows."""
+    """lucidrains' LocalAttention with `exact_windowsize`; without it, queries see one to two
+    windows.
+    """
     from local_attention import LocalAttention
 
-    if attn.name != "sliding" or attn.sinks or attn.dilation > 1 or not case.causal or case.heads != case.kv_heads:
+    if (
+        attn.name != "sliding"
+        or attn.sinks
+        or attn.dilation > 1
+        or not case.causal
+        or case.heads != case.kv_heads
+    ):
         raise Absent("it has plain causal windows with as many key as query heads only")
     if inputs[0].device.type == "cpu" and case.dtype != "float32" and case.tokens > EMULATED:
         raise Absent(f"seconds a call beyond {EMULATED} tokens in {case.dtype} on a CPU")
     run = LocalAttention(
-        attn.window - 1, causal=True, look_backward=1, look_forward=0, autopad=True, exact_windowsize=True,
+        attn.window - 1,
+        causal=True,
+        look_backward=1,
+        look_forward=0,
+        autopad=True,
+        exact_windowsize=True,
         use_rotary_pos_emb=False,
-    )  # fmt: skip  # its window counts the keys before the query's own
+    )  # its window counts the keys before the query's own
     return lambda q, k, v: run(q, k, v)
 
 
@@ -33,7 +47,9 @@ class Given(nn.Module):
 
 
 def longformer(attn, case, inputs) -> Call:
-    """LongformerSelfAttention with its projections replaced by q, k and v themselves. Its window of w sees w + 1."""
+    """LongformerSelfAttention with its projections replaced by q, k and v themselves. Its window of
+    w sees w + 1.
+    """
     from transformers import LongformerConfig
     from transformers.models.longformer.modeling_longformer import LongformerSelfAttention
 
@@ -44,9 +60,11 @@ def longformer(attn, case, inputs) -> Call:
         raise Absent("raced with the first tokens global only")
     side = attn.window - 1
     config = LongformerConfig(
-        hidden_size=case.heads * case.dim, num_attention_heads=case.heads, attention_window=[side],
+        hidden_size=case.heads * case.dim,
+        num_attention_heads=case.heads,
+        attention_window=[side],
         attention_probs_dropout_prob=0.0,
-    )  # fmt: skip
+    )
     layer = LongformerSelfAttention(config, 0).to(inputs[0].device, inputs[0].dtype).eval()
     for name in ("query", "key", "value"):
         setattr(layer, name, Given())
@@ -59,12 +77,23 @@ def longformer(attn, case, inputs) -> Call:
 
     def call(q, k, v):
         q, k, v = (x.permute(2, 0, 1, 3).flatten(2) for x in (q, k, v))  # (T, B, H D)
-        layer.query.value, layer.key.value, layer.value.value = q.clone(), k, v  # q is scaled in place
-        layer.query_global.value, layer.key_global.value, layer.value_global.value = q[:first].clone(), k, v
+        layer.query.value, layer.key.value, layer.value.value = (
+            q.clone(),
+            k,
+            v,
+        )  # q is scaled in place
+        layer.query_global.value, layer.key_global.value, layer.value_global.value = (
+            q[:first].clone(),
+            k,
+            v,
+        )
         out = layer(
-            q.transpose(0, 1), attention_mask=mask, is_index_masked=mask < 0, is_index_global_attn=mask > 0,
+            q.transpose(0, 1),
+            attention_mask=mask,
+            is_index_masked=mask < 0,
+            is_index_global_attn=mask > 0,
             is_global_attn=first > 0,
-        )[0]  # fmt: skip
+        )[0]
         return out.unflatten(-1, (case.heads, case.dim)).transpose(1, 2)
 
     return call

@@ -1,5 +1,5 @@
-"""Exact patterns over whole sequences, forward and backward: against SDPA, compiled flex_attention, local-attention and
-transformers' Longformer."""
+"""Exact patterns over whole sequences, forward and backward: against SDPA, compiled flex_attention,
+local-attention and transformers' Longformer."""
 
 from __future__ import annotations
 
@@ -69,16 +69,37 @@ def _cpu_targets():
         return Ratio((name, who), (name, f"effattn {WINDOW}"))
 
     sdpa, flex = f"SDPA {DENSE}", f"flex_attention {WINDOW}"
-    yield Target("window 512 against SDPA's causal attention, T=16384", against(sdpa, 16384), SOURCE, least=10,
-                 headline="a window of 512 is {value}x as fast as SDPA's causal attention at 16k tokens")  # fmt: skip
-    yield Target("window 512 against compiled flex_attention, T=4096", against(flex, 4096), SOURCE, least=1)
-    yield Target("window 512 against compiled flex_attention, T=16384", against(flex, 16384), SOURCE, least=1,
-                 headline="{value}x as fast as compiled flex_attention")  # fmt: skip
+    yield Target(
+        "window 512 against SDPA's causal attention, T=16384",
+        against(sdpa, 16384),
+        SOURCE,
+        least=10,
+        headline="a window of 512 is {value}x as fast as SDPA's causal attention at 16k tokens",
+    )
+    yield Target(
+        "window 512 against compiled flex_attention, T=4096", against(flex, 4096), SOURCE, least=1
+    )
+    yield Target(
+        "window 512 against compiled flex_attention, T=16384",
+        against(flex, 16384),
+        SOURCE,
+        least=1,
+        headline="{value}x as fast as compiled flex_attention",
+    )
     for tokens in (4096, 16384):
-        yield Target(f"window 512 against compiled flex_attention, T={tokens}, bf16", against(flex, tokens, "bfloat16"),
-                     SOURCE, least=2)  # fmt: skip
-    yield Target("training, window 512 against SDPA, T=16384", against(sdpa, 16384, what=TRAINING), SOURCE, least=6,
-                 headline="{value}x as fast in training")  # fmt: skip
+        yield Target(
+            f"window 512 against compiled flex_attention, T={tokens}, bf16",
+            against(flex, tokens, "bfloat16"),
+            SOURCE,
+            least=2,
+        )
+    yield Target(
+        "training, window 512 against SDPA, T=16384",
+        against(sdpa, 16384, what=TRAINING),
+        SOURCE,
+        least=6,
+        headline="{value}x as fast in training",
+    )
 
 
 def _gpu_targets():
@@ -89,5 +110,8 @@ def _gpu_targets():
                     if window < tokens:
                         name = _gpu_race(what, tokens, spec, dim, raced=False).name
                         value = Ratio((name, f"flex_attention {spec}"), (name, f"effattn {spec}"))
-                        said = f"{what}, window {window} against compiled flex_attention, D{dim} T={tokens}"
+                        said = (
+                            f"{what}, window {window} against compiled flex_attention, D{dim} "
+                            f"T={tokens}"
+                        )
                         yield Target(said, value, GPU_SOURCE, least=1)

@@ -1,4 +1,6 @@
-"""The harness itself: what it adds to a call of a known length, and whether two runs of the same thing agree."""
+"""The harness itself: what it adds to a call of a known length, and whether two runs of the same
+thing agree.
+"""
 
 from __future__ import annotations
 
@@ -50,14 +52,17 @@ def cases(device, quick):
 
 @dataclass(frozen=True)
 class Apart:
-    """How far the medians of two contenders are apart, over the larger of the spreads that they report."""
+    """How far the medians of two contenders are apart, over the larger of the spreads that they
+    report.
+    """
 
     case: str
 
     def __call__(self, results):
         names = ("first", "second")
         low, middle, high = (
-            [entry_of(results, self.case, who, f"ms_{p}") for who in names] for p in ("p20", "p50", "p80")
+            [entry_of(results, self.case, who, f"ms_{p}") for who in names]
+            for p in ("p20", "p50", "p80")
         )
         if None in (*low, *middle, *high):
             return None

@@ -23,7 +23,9 @@ REPORTED = 16  # rows up to which there is no target
 
 @dataclass(frozen=True)
 class Product(Case):
-    """y = W x for `tokens` rows of x; with backward, the gradients of x and of the layer's parameters."""
+    """y = W x for `tokens` rows of x; with backward, the gradients of x and of the layer's
+    parameters.
+    """
 
     @property
     def shape(self) -> str:
@@ -31,7 +33,9 @@ class Product(Case):
 
     def inputs(self, tokens, device, seed=0):
         draw = torch.Generator(device).manual_seed(seed)
-        x = torch.randn(tokens, WIDTH, generator=draw, device=device, dtype=getattr(torch, self.dtype))
+        x = torch.randn(
+            tokens, WIDTH, generator=draw, device=device, dtype=getattr(torch, self.dtype)
+        )
         return [x.requires_grad_(self.what == TRAINING)]
 
     def once(self, call, inputs):
@@ -75,7 +79,9 @@ def _dense(case, inputs):
 
 
 def _truth(case, inputs, call):
-    return case.answers(call.definition, [inputs[0].detach().double().requires_grad_(case.what == TRAINING)])
+    return case.answers(
+        call.definition, [inputs[0].detach().double().requires_grad_(case.what == TRAINING)]
+    )
 
 
 def _name(blocks):
@@ -86,7 +92,9 @@ def _race(what, rows, device):
     raced = [Contender(DENSE, _dense, _truth, spec="dense", efficiency=0.7)]
     for blocks in _blocks(device):
         spec = f"monarch(blocks={blocks})"
-        raced.append(Contender(_name(blocks), partial(_monarch, spec), _truth, ours=True, spec=spec))
+        raced.append(
+            Contender(_name(blocks), partial(_monarch, spec), _truth, ours=True, spec=spec)
+        )
     return Product(what, "bfloat16" if device == "cuda" else "float32", rows, tuple(raced))
 
 
@@ -100,20 +108,24 @@ def _rows(device):
 
 def cases(device, quick):
     for what in (FORWARD, TRAINING) if device == "cuda" else (FORWARD,):
-        yield from (_race(what, rows, device) for rows in (_rows(device)[:1] if quick else _rows(device)))
+        yield from (
+            _race(what, rows, device) for rows in (_rows(device)[:1] if quick else _rows(device))
+        )
 
 
 @dataclass(frozen=True)
 class Moved:
-    """Bytes that a product moves over the least: what it allocates beyond its output is written and read back. What is
-    read more than once, past the caches, is not seen."""
+    """Bytes that a product moves over the least: what it allocates beyond its output is written and
+    read back. What is read more than once, past the caches, is not seen."""
 
     case: str
     contender: str
 
     def __call__(self, results: Mapping) -> float | None:
         names = ("read_bytes", "write_bytes", "peak_bytes")
-        read, written, allocated = (entry_of(results, self.case, self.contender, name) for name in names)
+        read, written, allocated = (
+            entry_of(results, self.case, self.contender, name) for name in names
+        )
         if None in (read, written, allocated):
             return None
         return 1 + 2 * max(0, allocated - written) / (read + written)
@@ -126,5 +138,7 @@ def targets(device):
         for blocks in _blocks(device) if rows > REPORTED else ():
             name, who = _race(FORWARD, rows, device).name, _name(blocks)
             said = f"Monarch of {blocks} blocks, {rows} rows"
-            yield Target(f"{said}, against nn.Linear", Ratio((name, DENSE), (name, who)), SOURCE, least=1)
+            yield Target(
+                f"{said}, against nn.Linear", Ratio((name, DENSE), (name, who)), SOURCE, least=1
+            )
             yield Target(f"{said}, bytes moved over the least", Moved(name, who), SOURCE, most=1.2)

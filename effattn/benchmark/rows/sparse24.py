@@ -1,6 +1,8 @@
-"""Packed 2:4 weights at few rows, where a linear layer is as fast as its weight can be read: time, and bytes.
+"""Packed 2:4 weights at few rows, where a linear layer is as fast as its weight can be read: time,
+and bytes.
 
-The processor's caches are emptied before every timed call (`effattn.profiling.timing`): weights come from memory."""
+The processor's caches are emptied before every timed call (`effattn.profiling.timing`): weights
+come from memory."""
 
 from __future__ import annotations
 
@@ -33,13 +35,18 @@ class Product(Case):
     def inputs(self, tokens, device, seed=0):
         draw = torch.Generator(device).manual_seed(seed)
         like = dict(generator=draw, device=device, dtype=getattr(torch, self.dtype))
-        return [torch.randn(tokens, self.inner, **like), _sparse(torch.randn(self.outputs, self.inner, **like))]
+        return [
+            torch.randn(tokens, self.inner, **like),
+            _sparse(torch.randn(self.outputs, self.inner, **like)),
+        ]
 
     def cost(self, contender):
         size, numbers = getattr(torch, self.dtype).itemsize, self.outputs * self.inner
         moved = self.tokens * (self.inner + self.outputs) * size
         if contender.name == DENSE:
-            return Cost(2 * self.tokens * numbers, numbers * size + self.tokens * self.inner * size, 0)
+            return Cost(
+                2 * self.tokens * numbers, numbers * size + self.tokens * self.inner * size, 0
+            )
         return Cost(self.tokens * numbers, numbers * size // 2 + numbers // 8 + moved, 0)
 
 
@@ -71,16 +78,28 @@ def _truth(case, inputs, call):
 
 
 def _race(outputs, inner, rows, device):
-    raced = (Contender(DENSE, _dense, _truth), Contender(SEMI, _semi_structured, _truth),
-             Contender(OURS, _packed, _truth, ours=True, spec="2:4"))  # fmt: skip
+    raced = (
+        Contender(DENSE, _dense, _truth),
+        Contender(SEMI, _semi_structured, _truth),
+        Contender(OURS, _packed, _truth, ours=True, spec="2:4"),
+    )
     return Product(
-        "2:4 product", "bfloat16" if device == "cuda" else "float32", rows, raced, outputs=outputs, inner=inner
+        "2:4 product",
+        "bfloat16" if device == "cuda" else "float32",
+        rows,
+        raced,
+        outputs=outputs,
+        inner=inner,
     )
 
 
 def _shapes(device, quick):
     sizes, rows = (SIZES, ROWS) if device == "cuda" else (SIZES[:1], ROWS[:1])
-    return [(*size, n) for size in (sizes[:1] if quick else sizes) for n in (rows[:1] if quick else rows)]
+    return [
+        (*size, n)
+        for size in (sizes[:1] if quick else sizes)
+        for n in (rows[:1] if quick else rows)
+    ]
 
 
 def cases(device, quick):
@@ -94,4 +113,6 @@ def targets(device):
     for shape in _shapes(device, False):
         name = _race(*shape, device).name
         said = "packed 2:4 against torch's dense product, {}x{}, {} rows".format(*shape)
-        yield Target(said, Ratio((name, DENSE), (name, OURS)), "2:4 at decode on a GPU, bf16", least=LEAST)
+        yield Target(
+            said, Ratio((name, DENSE), (name, OURS)), "2:4 at decode on a GPU, bf16", least=LEAST
+        )

@@ -1,7 +1,8 @@
-"""SparseGPT of one linear layer, against the part of it that nobody can leave out, and against llmcompressor.
+"""SparseGPT of one linear layer, against the part of it that nobody can leave out, and against
+llmcompressor.
 
-What cannot be left out: the factorisation of the Hessian's inverse, and the products of the lazy updates.
-"""
+What cannot be left out: the factorisation of the Hessian's inverse, and the products of the lazy
+updates."""
 
 from __future__ import annotations
 
@@ -17,13 +18,19 @@ from effattn.prune.reference import sparsegpt_reference
 from effattn.prune.sparsegpt import BLOCK, sparsegpt
 
 WIDTH, CHECKED = 4096, 256
-ALONE, OURS, PEER = "its factorisation and lazy updates alone", "effattn sparsegpt", "llmcompressor SparseGPT"
+ALONE, OURS, PEER = (
+    "its factorisation and lazy updates alone",
+    "effattn sparsegpt",
+    "llmcompressor SparseGPT",
+)
 SOURCE = "SparseGPT on a CPU: one 4096 x 4096 layer"
 
 
 @dataclass(frozen=True)
 class Layer(Case):
-    """A layer of `tokens` inputs and as many outputs, half of whose weights go. Inputs: its weight and its Hessian."""
+    """A layer of `tokens` inputs and as many outputs, half of whose weights go. Inputs: its weight
+    and its Hessian.
+    """
 
     sparsity: str = "0.5"
 
@@ -35,7 +42,9 @@ class Layer(Case):
         draw = torch.Generator(device).manual_seed(seed)
         weight = torch.randn(tokens, tokens, generator=draw, device=device)
         x = torch.randn(2 * tokens, tokens, generator=draw, device=device)
-        x += torch.randn(2 * tokens, 1, generator=draw, device=device)  # features that move together
+        x += torch.randn(
+            2 * tokens, 1, generator=draw, device=device
+        )  # features that move together
         return [weight, x.T @ x / tokens]
 
     def answers(self, call, inputs):
@@ -47,7 +56,9 @@ class Layer(Case):
 
 
 def output_error(inputs, pruned):
-    """tr(E H E^T) in fp64. Two right answers may differ in which of two equal weights they drop, but not in this."""
+    """tr(E H E^T) in fp64. Two right answers may differ in which of two equal weights they drop,
+    but not in this.
+    """
     weight, hessian = (one.double() for one in inputs)
     difference = weight - pruned.double()
     return (difference @ hessian * difference).sum()
@@ -87,8 +98,19 @@ def _race(width, sparsity="0.5"):
         Contender(OURS, _ours, _truth, ours=True, spec=sparsity, **checked),
         Contender(PEER, _peer, _truth, spec=f"peer {sparsity}", **(checked | {"tolerance": 0.02})),
     )
-    remark = f"In fp32. The answers' output errors are held to the paper's algorithm in fp64, at {CHECKED} inputs."
-    return Layer("prune", "float32", width, raced, title=f"SparseGPT {sparsity}", remark=remark, sparsity=sparsity)
+    remark = (
+        "In fp32. The answers' output errors are held to the paper's algorithm in fp64, at "
+        f"{CHECKED} inputs."
+    )
+    return Layer(
+        "prune",
+        "float32",
+        width,
+        raced,
+        title=f"SparseGPT {sparsity}",
+        remark=remark,
+        sparsity=sparsity,
+    )
 
 
 def cases(device, quick):

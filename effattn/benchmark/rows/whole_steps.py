@@ -1,6 +1,7 @@
-"""Whole steps of decoding, as each layer of a model makes them: the new token's query and key are rotated, its key and
-value go into the layer's cache, and the query attends over that. Packed caches and ReRoPE, against plain transformers:
-RoPE, DynamicCache, which copies what it holds at each step, and SDPA."""
+"""Whole steps of decoding, as each layer of a model makes them: the new token's query and key are
+rotated, its key and value go into the layer's cache, and the query attends over that. Packed caches
+and ReRoPE, against plain transformers: RoPE, DynamicCache, which copies what it holds at each step,
+and SDPA."""
 
 from __future__ import annotations
 
@@ -41,15 +42,19 @@ class Step(Attention):
         return None
 
 
-def tables(first: int, tokens: int, dim: int, device: torch.device, dtype=torch.float32) -> tuple[Tensor, Tensor]:
+def tables(
+    first: int, tokens: int, dim: int, device: torch.device, dtype=torch.float32
+) -> tuple[Tensor, Tensor]:
     """cos and sin of RoPE at positions first, first + 1, ...: (tokens, D/2)."""
-    angle = torch.arange(first, first + tokens, device=device, dtype=dtype)[:, None] * inv_freq(dim, device).to(dtype)
+    angle = torch.arange(first, first + tokens, device=device, dtype=dtype)[:, None] * inv_freq(
+        dim, device
+    ).to(dtype)
     return angle.cos(), angle.sin()
 
 
 class Layers:
-    """A call that goes on with the cache of the layer whose inputs it gets: `new(k, v)`, k rotated or raw, makes one
-    that holds the past and is called with the new token's q, k and v."""
+    """A call that goes on with the cache of the layer whose inputs it gets: `new(k, v)`, k rotated
+    or raw, makes one that holds the past and is called with the new token's q, k and v."""
 
     def __init__(self, new: Callable, raw: bool):
         self.new, self.raw, self.layers, self.tables = new, raw, {}, None
@@ -61,7 +66,9 @@ class Layers:
             if not self.raw:
                 cos, sin = tables(0, past, q.shape[3], q.device)
                 turned = rotate(past_k, cos, sin)
-                self.tables = self.tables or tables(past, STEPS, q.shape[3], q.device)  # a model makes them once a step
+                self.tables = self.tables or tables(
+                    past, STEPS, q.shape[3], q.device
+                )  # a model makes them once a step
             self.layers[key] = [self.new(turned, past_v), 0]
         layer = self.layers[key]
         if not self.raw:
@@ -71,26 +78,31 @@ class Layers:
         return layer[0](q, k, v)
 
 
-# Contenders ------------------------------------------------------------------------------------------------------
+# Contenders
+# -------------------------------------------------------------------------------------------------
 
 
 def _plain() -> Contender:
     def build(case, inputs):
         make = find(WHO)
-        return Layers(lambda k, v: make(effattn.backend("dense"), case, [*inputs[:3], k, v]), raw=False)
+        return Layers(
+            lambda k, v: make(effattn.backend("dense"), case, [*inputs[:3], k, v]), raw=False
+        )
 
     return Contender(PLAIN, build, partial(_truth, None, None), spec="dense")
 
 
 def _ours(name: str, spec: str | None = None, window: int | None = None) -> Contender:
-    """Our own cache, packed in the format `spec`. window: of ReRoPE, whose keys are held raw and turned when they are
-    read."""
+    """Our own cache, packed in the format `spec`. window: of ReRoPE, whose keys are held raw and
+    turned when they are read."""
 
     def build(case, inputs):
         device = inputs[0].device
         attn, rule = effattn.backend("dense").to(device), None
         if window is not None:
-            rule = effattn.positions.rule(f"rerope(window={window})", length=case.tokens, head_dim=case.dim).to(device)
+            rule = effattn.positions.rule(
+                f"rerope(window={window})", length=case.tokens, head_dim=case.dim
+            ).to(device)
 
         def new(k, v):
             if spec is None:
@@ -103,10 +115,14 @@ def _ours(name: str, spec: str | None = None, window: int | None = None) -> Cont
 
         return Layers(new, raw=rule is not None)
 
-    return Contender(f"effattn {name}", build, partial(_truth, spec, window), ours=True, spec="dense")
+    return Contender(
+        f"effattn {name}", build, partial(_truth, spec, window), ours=True, spec="dense"
+    )
 
 
-def _truth(spec: str | None, window: int | None, case: Case, inputs: list[Tensor], call) -> dict[str, Tensor]:
+def _truth(
+    spec: str | None, window: int | None, case: Case, inputs: list[Tensor], call
+) -> dict[str, Tensor]:
     """The definition in fp64, over the numbers that the packed bytes mean."""
     q, k, v, past_k, past_v = (x.double() for x in inputs)
     past, device = past_k.shape[2], q.device
@@ -114,7 +130,9 @@ def _truth(spec: str | None, window: int | None, case: Case, inputs: list[Tensor
     now = tables(past, 1, case.dim, device, torch.float64)
     turned = rotate(past_k, *before)
     if spec is not None:
-        own = rotate(inputs[3], *tables(0, past, case.dim, device))  # in the numbers that were packed
+        own = rotate(
+            inputs[3], *tables(0, past, case.dim, device)
+        )  # in the numbers that were packed
         turned, past_v = meant(packed_cache(spec, own, inputs[4]))
     keys, values = torch.cat([turned, rotate(k, *now)], dim=2), torch.cat([past_v, v], dim=2)
     distance = past - torch.arange(past + 1, device=device)
@@ -124,12 +142,19 @@ def _truth(spec: str | None, window: int | None, case: Case, inputs: list[Tensor
         far = Far(rotate(q, *edge), torch.cat([past_k, k], dim=2), window)
     seen = distance[None, None, None] >= 0
     out, _ = reference(
-        rotate(q, *now), keys, values, seen, scale=case.dim**-0.5, far=far, distance=distance[None, None]
+        rotate(q, *now),
+        keys,
+        values,
+        seen,
+        scale=case.dim**-0.5,
+        far=far,
+        distance=distance[None, None],
     )
     return {"output": out}
 
 
-# Rows ------------------------------------------------------------------------------------------------------------
+# Rows
+# -------------------------------------------------------------------------------------------------
 
 
 def _packed(dtype: str, tokens: int, **sizes) -> Step:
@@ -138,7 +163,14 @@ def _packed(dtype: str, tokens: int, **sizes) -> Step:
 
 
 def _turned(dtype: str, tokens: int, **sizes) -> Step:
-    return Step("step", dtype, tokens, (_plain(), _ours("full"), _ours(REROPE, window=WINDOW)), title="ReRoPE", **sizes)
+    return Step(
+        "step",
+        dtype,
+        tokens,
+        (_plain(), _ours("full"), _ours(REROPE, window=WINDOW)),
+        title="ReRoPE",
+        **sizes,
+    )
 
 
 def _cpu() -> list[Step]:
@@ -163,7 +195,12 @@ def targets(device):
         for case in _cpu():
             spec, most = (REROPE, 1.2) if case.title == "ReRoPE" else ("int8", 1.3)
             ratio = Ratio((case.name, f"effattn {spec}"), (case.name, PLAIN))
-            source = f"{'ReRoPE' if case.title == 'ReRoPE' else 'packed caches'}: whole steps on a CPU"
+            source = (
+                f"{'ReRoPE' if case.title == 'ReRoPE' else 'packed caches'}: whole steps on a CPU"
+            )
             yield Target(
-                f"time of a whole step with {spec}, {case.shape}, over plain transformers'", ratio, source, most=most
+                f"time of a whole step with {spec}, {case.shape}, over plain transformers'",
+                ratio,
+                source,
+                most=most,
             )
