@@ -13,15 +13,15 @@ _FUNCTIONS = {
     "backend": "effattn.registry",
     "backends": "effattn.registry",
     "convert_gqa": "effattn.heads.gqa",
-    "describe": "effattn.hf.describe",
-    "load": "effattn.hf.checkpoint",
+    "describe": "effattn.surgery.describing",
+    "load": "effattn.surgery.checkpoint",
     "measure": "effattn.measuring.job",
     "measure_approximation": "effattn.linearizing.approximation",
     "new_cache": "effattn.hf.cache",
     "perplexity": "effattn.evaluate.loss",
-    "restore": "effattn.hf.swap",
-    "save": "effattn.hf.checkpoint",
-    "swap": "effattn.hf.swap",
+    "restore": "effattn.surgery.swapping",
+    "save": "effattn.surgery.checkpoint",
+    "swap": "effattn.surgery.swapping",
 }
 _MODULES = ("conformance", "embedded", "evaluate", "kernels", "positions", "prune", "quant")
 

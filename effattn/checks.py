@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from effattn.errors import Unsupported
-from effattn.state_base import State, check_sizes
-from effattn.states import FullState
+from effattn.states.base import State, check_sizes
+from effattn.states.full import FullState
 
 if TYPE_CHECKING:
     from effattn.interface import Backend

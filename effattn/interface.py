@@ -29,7 +29,7 @@ from effattn.kernels.flash.pattern import Layout, layout_of
 from effattn.kernels.flash.rules import Bias, Far
 from effattn.positions.bound import Placed, Positions
 from effattn.positions.rope import Rope
-from effattn.states import FullState, Inside, State
+from effattn.states.full import FullState, Inside, State
 
 IMPLEMENTATIONS = ("auto", "torch", "triton", "reference")
 Rotary = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]

@@ -18,8 +18,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from effattn.state_base import State
-from effattn.states import FullState
+from effattn.states.base import State
+from effattn.states.full import FullState
 
 Run = Callable[
     ..., Tensor

@@ -11,11 +11,11 @@ from __future__ import annotations
 import importlib
 
 _FUNCTIONS = {
-    "Target": "effattn.prune.sheared",
-    "oneshot": "effattn.prune.one_shot",
+    "Target": "effattn.prune.shearing.sheared",
+    "oneshot": "effattn.prune.unstructured.one_shot",
     "pack": "effattn.prune.packed",
-    "shear": "effattn.prune.sheared",
-    "structured": "effattn.prune.structural",
+    "shear": "effattn.prune.shearing.sheared",
+    "structured": "effattn.prune.structural.removal",
 }
 
 __all__ = sorted(_FUNCTIONS)

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-
-from effattn.console import (
+from effattn.prune.structured_cli import structured
+from effattn.recipes.console import (
     Show,
     console,
     contexts_of,
@@ -15,8 +15,6 @@ from effattn.console import (
     one_line_errors,
     quiet_libraries,
 )
-
-from .structured_cli import structured
 
 app = typer.Typer(
     help="Prune a checkpoint: single weights, or whole heads, FFN dimensions and layers.",
@@ -95,9 +93,8 @@ def oneshot(
 
     Zeros are stored like other weights: a pruned checkpoint saves no memory by itself.
     effattn.prune.pack turns 2:4 zeros into bytes and time."""
-    from effattn.jobs import Quiet, main_process
-
-    from .oneshot_job import Job, run
+    from effattn.prune.oneshot_job import Job, run
+    from effattn.recipes.jobs import Quiet, main_process
 
     quiet_libraries()
     job = Job(

@@ -1,6 +1,6 @@
 """The whole job behind `recipes/prune_oneshot.py` and `effattn prune oneshot`.
 
-Prune from file to file (`effattn.prune.from_files`), and, where the model fits into memory three
+Prune from file to file (`effattn.prune.unstructured.from_files`), and, where the model fits into memory three
 times: measure before and after, compare methods, distil with the zeros kept, time decoding, and
 prove that plain transformers loads the result. `.<output>.partial` beside the output keeps an
 unfinished run; the same command goes on from there."""
@@ -19,14 +19,13 @@ from pathlib import Path
 from typing import ClassVar
 
 import torch
-
-from effattn import embedded
-from effattn.bounds import Checked, random_seed, real, whole
-from effattn.errors import check_choice
-from effattn.evaluate.loss import compare
-from effattn.heads.verify import verify_plain
-from effattn.hf.checkpoint import load_model, load_tokenizer, resolve
-from effattn.jobs import (
+from effattn.prune.unstructured import layers
+from effattn.prune.unstructured.from_files import FACTS, prune_files, resume
+from effattn.prune.unstructured.nm import Sparsity
+from effattn.prune.unstructured.one_shot import ALLOCATIONS, METHODS, oneshot, said
+from effattn.prune.unstructured.report import KIND, OneShotReport, counts
+from effattn.prune.unstructured.zeros import keep_zeros
+from effattn.recipes.jobs import (
     SETTINGS,
     Quiet,
     device,
@@ -36,19 +35,19 @@ from effattn.jobs import (
     partial_folder,
     settings_of,
 )
+
+from effattn import embedded
+from effattn.bounds import Checked, random_seed, real, whole
+from effattn.calibration.hessian import DAMPING
+from effattn.errors import check_choice
+from effattn.evaluate.loss import compare
+from effattn.hf.verify import verify_plain
 from effattn.outputs import atomic_folder, check_new_folder, check_room
 from effattn.profiling.decode import decode_speed
 from effattn.profiling.environment import environment
 from effattn.profiling.memory import available_bytes
+from effattn.surgery.checkpoint import load_model, load_tokenizer, resolve
 from effattn.textdata import Streams, streams
-
-from . import layers
-from .from_files import FACTS, prune_files, resume
-from .hessian import DAMPING
-from .nm import Sparsity
-from .one_shot import ALLOCATIONS, METHODS, oneshot, said
-from .oneshot_report import KIND, OneShotReport, counts
-from .zeros import keep_zeros
 
 MEASURE = ("auto", "yes", "no")
 LR = 1 / 3  # of what suits uptraining after a head conversion, which breaks more
@@ -343,8 +342,8 @@ def _distill(job: Job, student, parent, data: Streams, length: int, progress) ->
     """KL to the dense model on the layers' weights that are not zero. Returns what `uptrain`
     does.
     """
-    from effattn.heads.uptrain import default_lr, uptrain
     from effattn.hf import anatomy as hf
+    from effattn.training.uptrain import default_lr, uptrain
 
     lr = job.lr or LR * default_lr(student.get_input_embeddings().weight.shape[1])
     with keep_zeros(student):

@@ -17,9 +17,9 @@ from effattn.errors import check_choice
 from effattn.hf import anatomy
 from effattn.hf.adapters import require_own_weights
 from effattn.hf.placement import require_here
-from effattn.hf.record import mark
-from effattn.profiling.weights import is_plain
+from effattn.hf.weights import is_plain
 from effattn.projections.packed import LARGE, PackedLinear
+from effattn.surgery.record import mark
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-
-from effattn.console import (
+from effattn.recipes.console import (
     Show,
     console,
     contexts_of,
@@ -101,9 +100,8 @@ def shear(
     LLaMA).
     """
     from effattn.prune.shear_job import Job, run
-    from effattn.prune.shear_report import BASELINES
-
-    from effattn.jobs import Quiet, main_process
+    from effattn.prune.shearing.report import BASELINES
+    from effattn.recipes.jobs import Quiet, main_process
 
     quiet_libraries()
     baselines = tuple(dict.fromkeys(baseline or ()))

@@ -15,25 +15,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
-from effattn.prune import sheared
-from effattn.prune.batch_loading import RULES, Domains
-from effattn.prune.criteria import CRITERIA
-from effattn.prune.shear_data import DomainText, domain_text
-from effattn.prune.shear_report import BASELINES, ShearReport
-from effattn.prune.sheared import Target, continue_training, learn_masks
-from transformers import AutoModelForCausalLM
-
-from effattn import embedded
-from effattn.bounds import Checked, random_seed, real, whole
-from effattn.errors import Unsupported, check_choice
-from effattn.evaluate.loss import compare
-from effattn.heads.job import measure_parent
-from effattn.heads.verify import verify_plain
-from effattn.hf import anatomy as hf
-from effattn.hf.checkpoint import check_finite, load_model, resolve
-from effattn.hf.describe import describe
-from effattn.hf.swap import active
-from effattn.jobs import (
+from effattn.prune.shearing import sheared
+from effattn.prune.shearing.batch_loading import RULES, Domains
+from effattn.prune.shearing.data import DomainText, domain_text
+from effattn.prune.shearing.report import BASELINES, ShearReport
+from effattn.prune.shearing.sheared import Target, continue_training, learn_masks
+from effattn.prune.structural.criteria import CRITERIA
+from effattn.recipes.jobs import (
     Quiet,
     check_partial,
     device,
@@ -42,11 +30,23 @@ from effattn.jobs import (
     main_process,
     partial_folder,
 )
+from transformers import AutoModelForCausalLM
+
+from effattn import embedded
+from effattn.bounds import Checked, random_seed, real, whole
+from effattn.errors import Unsupported, check_choice
+from effattn.evaluate.loss import compare
+from effattn.heads.job import measure_parent
+from effattn.hf import anatomy as hf
+from effattn.hf.verify import verify_plain
 from effattn.outputs import atomic_folder, check_new_folder
 from effattn.profiling.cost import model_cost
 from effattn.profiling.decode import decode_speed
 from effattn.profiling.environment import environment
 from effattn.profiling.timing import Clock, alternate, percentiles
+from effattn.surgery.checkpoint import check_finite, load_model, resolve
+from effattn.surgery.describing import describe
+from effattn.surgery.swapping import active
 
 DEFAULT = "runs/shear"  # where a run without an output trains
 SPEED_SECONDS = 2.0  # how long each model's reading speed is measured
@@ -335,7 +335,7 @@ def _joined(before: dict | None, facts: dict) -> dict:
 
 
 def _sizes(model) -> dict[str, int]:
-    from effattn.prune.masks import shapes
+    from effattn.prune.shearing.masks import shapes
 
     return {axis: shape[-1] for axis, shape in shapes(hf.of(model)).items()}
 

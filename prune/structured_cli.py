@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-
-from effattn.console import (
+from effattn.recipes.console import (
     Show,
     console,
     contexts_of,
@@ -75,7 +74,7 @@ def structured(
     """Cut whole heads, FFN dimensions and layers out: a smaller plain checkpoint, and what that
     cost and saved.
     """
-    from .structured_job import Job, parse_amount, run
+    from effattn.prune.structured_job import Job, parse_amount, run
 
     quiet_libraries()
     job = Job(

@@ -12,7 +12,7 @@ import importlib
 
 _FUNCTIONS = {
     "Format": "effattn.quant.formats",
-    "cache": "effattn.quant.cache_layer",
+    "cache": "effattn.quant.packed.layer",
     "fold_values": "effattn.quant.rotation",
     "load_weights": "effattn.quant.weights",
     "quantize_weights": "effattn.quant.weights",

@@ -21,7 +21,7 @@ from torch import nn
 from effattn.errors import Unsupported, check_choice
 from effattn.hf import anatomy, packing, placement
 from effattn.hf.adapters import require_own_weights
-from effattn.profiling.weights import is_plain, not_plain
+from effattn.hf.weights import is_plain, not_plain
 
 KINDS = ("nf4", "int8")
 
@@ -67,7 +67,8 @@ def load_weights(
 
     Raises as `quantize_weights` does, and ValueError for what cannot be loaded.
     """
-    from effattn.hf import checkpoint, loading
+    from effattn.hf import loading
+    from effattn.surgery import checkpoint
 
     check_choice("kind", kind, KINDS)
     _bitsandbytes()

@@ -15,8 +15,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-
-from effattn.console import console, errors, one_line_errors
+from effattn.recipes.console import console, errors, one_line_errors
 
 TESTS = Path(__file__).parents[1] / "tests"
 
@@ -44,8 +43,8 @@ def main(
     import torch
     from rich.console import Console
 
-    from effattn.benchmark import report, results, run
-    from effattn.benchmark.page import html
+    from bench import report, results, run
+    from bench.page import html
     from effattn.bounds import Bounds
     from effattn.outputs import check_file, check_writable, claim
     from effattn.profiling.device import Peaks, check_device, peaks

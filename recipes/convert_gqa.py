@@ -7,8 +7,7 @@
 """
 
 import typer
-
-from effattn.cli import convert_gqa
+from effattn.recipes.cli import convert_gqa
 
 if __name__ == "__main__":
     typer.run(convert_gqa)

@@ -8,8 +8,7 @@ variants side by side.
 two results."""
 
 import typer
-
-from effattn.cli import measure
+from effattn.recipes.cli import measure
 
 if __name__ == "__main__":
     typer.run(measure)

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from effattn.recipes.console import one_line_errors
 
-from effattn.console import one_line_errors
 from effattn.embedded.pretrain import pretrain
 
 

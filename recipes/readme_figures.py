@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-
-from effattn.console import console, one_line_errors
+from effattn.recipes.console import console, one_line_errors
 
 ROOT = Path(__file__).parents[1]
 
@@ -22,7 +21,7 @@ def main(
     ] = False,
     root: Annotated[Path, typer.Option(help="the checkout")] = ROOT,
 ) -> None:
-    from effattn.benchmark.readme import update
+    from bench.readme import update
     from effattn.reports.files import write_text_atomic
 
     readme = root / "README.md"

@@ -8,8 +8,7 @@ generated text.
 """
 
 import typer
-
-from effattn.cli import swap
+from effattn.recipes.cli import swap
 
 if __name__ == "__main__":
     typer.run(swap)

@@ -11,9 +11,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.table import Table
-
-from effattn.console import (
+from effattn.recipes.console import (
     Show,
     console,
     contexts_of,
@@ -21,6 +19,7 @@ from effattn.console import (
     one_line_errors,
     quiet_libraries,
 )
+from rich.table import Table
 
 
 @one_line_errors

@@ -144,7 +144,7 @@ def fp32():
     tests/test_precision.py asks for bf16, and commands in processes of their own take what they
     find."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("effattn.training.bf16_pays", lambda on_cpu=None: False)
+        patch.setattr("effattn.training.lending.bf16_pays", lambda on_cpu=None: False)
         yield
 
 

@@ -260,8 +260,7 @@ def cut_in_half(kind: str, at: int) -> None:
 def child(request: dict, counted: mmap.mmap) -> int:
     """One run; its exit code."""
     import typer
-
-    from effattn.console import one_line_errors
+    from effattn.recipes.console import one_line_errors
 
     where = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(where, 1)
@@ -283,9 +282,9 @@ def child(request: dict, counted: mmap.mmap) -> int:
 
 def serve() -> None:
     import effattn.quant.sensitivity.job
+    from effattn.recipes.console import quiet_libraries
 
     import effattn.swapping.job  # noqa: F401  before the first fork
-    from effattn.console import quiet_libraries
 
     quiet_libraries()
     quick_parts()

@@ -6,9 +6,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from effattn.prune.oneshot_report import OneShotReport
-from effattn.prune.shear_report import ShearReport
-from effattn.prune.structured_report import StructuredReport
+from effattn.prune.shearing.report import ShearReport
+from effattn.prune.structural.report import StructuredReport
+from effattn.prune.unstructured.report import OneShotReport
 from effattn.quant.sensitivity.report import QuantizeReport
 from test_conversion_report import data as conversion_data
 from test_extend_recipe import data as article_data

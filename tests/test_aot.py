@@ -151,9 +151,8 @@ def test_an_interpreting_process_starts_another(monkeypatch):
     """The interpreter compiles nothing, so the command runs itself again; a bad name is said
     before.
     """
+    from effattn.recipes import cli
     from typer.testing import CliRunner
-
-    from effattn import cli
 
     started = []
 
@@ -165,7 +164,7 @@ def test_an_interpreting_process_starts_another(monkeypatch):
     monkeypatch.setattr(subprocess, "run", start)
     assert CliRunner().invoke(cli.app, ["kernels", "--arch", "sm_90", "--json"]).exit_code == 1
     ((command, env),) = started
-    assert command[1:] == ["-m", "effattn.cli", "kernels", "--arch=sm_90", "--json"]
+    assert command[1:] == ["-m", "effattn.recipes.cli", "kernels", "--arch=sm_90", "--json"]
     assert "TRITON_INTERPRET" not in env
     result = CliRunner().invoke(cli.app, ["kernels", "--arch", "sm_91"])
     assert result.exit_code == 2

@@ -11,11 +11,11 @@ from effattn.quant.rotation import fold_values
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
+from effattn.calibration.attended import attended, is_linear
 from effattn.errors import Unsupported
 from effattn.heads.gqa import convert_gqa
 from effattn.heads.judged import errors
 from effattn.hf import anatomy as hf
-from effattn.hf.attended import attended, is_linear
 
 KINDS = [(kind, {}) for kind, family in sorted(hf.FAMILIES.items()) if not family.gqa]
 BETWEEN = [

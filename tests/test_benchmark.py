@@ -11,11 +11,11 @@ import torch
 import typer
 
 import effattn
-from effattn.benchmark import attention, growth, measure, page, report, results, run
-from effattn.benchmark.attention import ours, peer, race
-from effattn.benchmark.case import Absent, Contender, Defined, Entry, Ratio, Target
-from effattn.benchmark.peers import PEERS
-from effattn.benchmark.rows import monarch
+from bench import attention, growth, measure, page, report, results, run
+from bench.attention import ours, peer, race
+from bench.case import Absent, Contender, Defined, Entry, Ratio, Target
+from bench.peers import PEERS
+from bench.rows import monarch
 from effattn.profiling.device import Peaks
 from recipes.bench import main
 

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 import effattn
-from effattn.benchmark import measure
-from effattn.benchmark.attention import ours, peer, race
-from effattn.benchmark.case import Absent, Contender
-from effattn.benchmark.peers import PEERS, find, missing
+from bench import measure
+from bench.attention import ours, peer, race
+from bench.case import Absent, Contender
+from bench.peers import PEERS, find, missing
 
 CPU = torch.device("cpu")
 WINDOW = "sliding(window=16)"
@@ -156,7 +156,7 @@ def test_flash_linear_attention_is_asked_for_the_same(spec, monkeypatch):
         module = ModuleType(name)
         vars(module).update(inside)
         monkeypatch.setitem(sys.modules, f"fla.ops.{name}", module)
-    monkeypatch.setattr("effattn.benchmark.peers.missing", lambda who: None)
+    monkeypatch.setattr("bench.peers.missing", lambda who: None)
     assert agrees("flash-linear-attention", spec, what="forward+backward", time_first=True) < 1e-5
     for other, sizes in (
         ("linear(decay=0.9)", {}),

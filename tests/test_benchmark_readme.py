@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from effattn.benchmark import readme, results, run
-from effattn.benchmark.attention import growth, ours, peer, race
+from bench import readme, results, run
+from bench.attention import growth, ours, peer, race
 from effattn.profiling.device import Peaks
 from recipes.readme_figures import main
 

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from bench import results
 from effattn import kernels, prune, quant
-from effattn.benchmark import results
 from effattn.hf import live
 
 

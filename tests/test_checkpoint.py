@@ -11,9 +11,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from effattn import embedded, registry
-from effattn.hf import checkpoint
-from effattn.hf.swap import active, restore, swap
 from effattn.patterns.dense import Dense
+from effattn.surgery import checkpoint
+from effattn.surgery.swapping import active, restore, swap
 
 TOKENS = torch.arange(3, 23).view(2, 10)
 

@@ -6,10 +6,10 @@ import copy
 import json
 
 import pytest
+from effattn.recipes.cli import app
 from test_measure_report import data, lost, row, with_row
 from typer.testing import CliRunner
 
-from effattn.cli import app
 from effattn.measuring.compare import compare, load
 
 

@@ -14,7 +14,7 @@ from effattn.conformance import PROPERTIES, Violation, check, inputs
 from effattn.errors import Unsupported
 from effattn.interface import Traits
 from effattn.patterns.dense import Dense
-from effattn.states import FullState
+from effattn.states.full import FullState
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

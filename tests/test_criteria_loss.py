@@ -6,7 +6,8 @@ import pytest
 import torch
 import transformers
 from conftest import tiny
-from effattn.prune import Target, criteria, shear, structured
+from effattn.prune import Target, shear, structured
+from effattn.prune.structural import criteria
 
 import effattn
 from effattn.errors import Unsupported

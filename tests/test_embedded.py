@@ -10,7 +10,7 @@ import torch
 import effattn
 from effattn.embedded import corpus, pretrain
 from effattn.evaluate.loss import token_losses
-from effattn.training import TokenWindows
+from effattn.training.lending import TokenWindows
 
 
 def test_the_model_is_the_multi_head_llama_of_its_card():

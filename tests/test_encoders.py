@@ -11,11 +11,11 @@ from torch import nn
 
 from effattn.errors import Unsupported
 from effattn.heads.gqa import convert_gqa
-from effattn.hf import checkpoint
 from effattn.hf.cache import new_cache
-from effattn.hf.describe import describe
 from effattn.hf.families import ENCODERS
-from effattn.hf.swap import active, restore, swap
+from effattn.surgery import checkpoint
+from effattn.surgery.describing import describe
+from effattn.surgery.swapping import active, restore, swap
 
 SIZES = {
     "vocab_size": 97,

@@ -11,19 +11,19 @@ import math
 import pytest
 import torch
 from conftest import tiny
+from effattn.recipes.cli import app
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 import effattn
-from effattn.cli import app
 from effattn.errors import Unsupported
 from effattn.extending import job as jobs
 from effattn.extending import planner
 from effattn.extending.job import Job
 from effattn.extending.report import ExtendReport
 from effattn.hf import anatomy
-from effattn.hf.describe import describe
 from effattn.positions.extrapolation import critical_dimension, extrapolation_limit
+from effattn.surgery.describing import describe
 
 
 def small(**given):
@@ -105,7 +105,7 @@ def test_every_candidate_is_a_rule_that_the_model_takes(tokens):
     for one in plan.candidates:
         assert one.refused == ""
         effattn.swap(model, positions=one.spec)
-        plain[one.name] = effattn.hf.swap.active(model) is None
+        plain[one.name] = effattn.surgery.swapping.active(model) is None
         assert torch.isfinite(model(tokens[None, :200]).logits).all()
         effattn.restore(model)
     assert plain == {one.name: one.plain for one in plan.candidates}

@@ -21,8 +21,8 @@ from effattn.extending.article_job import Job, measured
 from effattn.extending.article_report import ArticleReport
 from effattn.extending.claims import claims
 from effattn.extending.rules import WINDOW, Rule, chosen, rules
-from effattn.hf.describe import describe
-from effattn.hf.swap import active
+from effattn.surgery.describing import describe
+from effattn.surgery.swapping import active
 
 NAMES = [
     "baseline",

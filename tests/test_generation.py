@@ -13,11 +13,11 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from effattn import registry
 from effattn.errors import Unsupported
 from effattn.hf.cache import new_cache
-from effattn.hf.describe import describe
 from effattn.hf.families import FAMILIES
 from effattn.hf.state_layer import StateLayer
-from effattn.hf.swap import restore, swap
-from effattn.states import ROLLBACK
+from effattn.states.full import ROLLBACK
+from effattn.surgery.describing import describe
+from effattn.surgery.swapping import restore, swap
 
 MODELS = {"llama": {}, "qwen3": {"num_key_value_heads": 2}}
 PATTERNS = [

@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM
 from effattn.errors import Unsupported
 from effattn.heads.gqa import convert_gqa
 from effattn.hf import anatomy as hf
-from effattn.hf.swap import restore, swap
-from effattn.projections import replace
+from effattn.surgery import replace
+from effattn.surgery.swapping import restore, swap
 
 KINDS = sorted(kind for kind, family in hf.FAMILIES.items() if not family.gqa)
 NORMED = {

@@ -15,7 +15,7 @@ from conftest import SMALL
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import effattn
-from effattn.hf import checkpoint
+from effattn.surgery import checkpoint
 
 SPEC = "sliding(window=4)"
 
@@ -294,7 +294,7 @@ def test_the_command_line_says_it_in_one_line(saved, tmp_path):
     command = [
         sys.executable,
         "-m",
-        "effattn.cli",
+        "effattn.recipes.cli",
         "convert-gqa",
         "--model",
         folder,

@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import tiny
+from effattn.recipes.cli import app
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
-from effattn.cli import app
 from effattn.heads import job as jobs
 
 ROOT = Path(__file__).parents[1]
@@ -353,6 +353,6 @@ def test_backends_command():
 
 @pytest.mark.parametrize("text_value", ["50k", "50_000", "50000", "0.05M"])
 def test_token_counts_are_read_as_people_write_them(text_value):
-    from effattn.console import count_of
+    from effattn.recipes.console import count_of
 
     assert count_of(text_value) == 50_000

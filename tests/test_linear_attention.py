@@ -17,8 +17,8 @@ from effattn.conformance import check, inputs
 from effattn.errors import Unsupported
 from effattn.interface import Shape
 from effattn.patterns.performer import draw
-from effattn.recurrent import RecurrentState, folded
-from effattn.states import ROLLBACK
+from effattn.states.full import ROLLBACK
+from effattn.states.recurrent import RecurrentState, folded
 
 METHODS = (
     "linear",
@@ -223,7 +223,7 @@ def test_a_full_state_and_rotation_do():
     q, k, v = inputs(60)
     turn = Rope(10000.0 ** (-torch.arange(0, 16, 2) / 16))
     whole = attn(q, k, v, rotary=turn)
-    for state in (attn.new_state(), effattn.states.FullState()):
+    for state in (attn.new_state(), effattn.states.full.FullState()):
         parts = [
             attn(*(x[:, :, a:b] for x in (q, k, v)), rotary=turn, state=state)
             for a, b in ((0, 40), (40, 41), (41, 60))
@@ -240,7 +240,7 @@ def test_states_pickle_copy_and_fold_in_steps():
     other.crop(30)
     assert (state.seq_len, other.seq_len, state.base) == (40, 30, 16)
     assert isinstance(
-        effattn.backend("linear", impl="reference").new_state(), effattn.states.FullState
+        effattn.backend("linear", impl="reference").new_state(), effattn.states.full.FullState
     )
     with pytest.raises(ValueError, match=r"reference.* needs every key"):
         effattn.backend("linear", impl="reference")(q, k, v, state=state)

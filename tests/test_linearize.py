@@ -17,12 +17,13 @@ from effattn.errors import Unsupported
 from effattn.hf import anatomy as hf
 from effattn.hf import hooks
 from effattn.linearizing import job as jobs
-from effattn.linearizing import lora, plan
+from effattn.linearizing import plan
 from effattn.linearizing.decay import GRID, fit_decays
 from effattn.linearizing.inputs import exact, projections_of
 from effattn.linearizing.job import Job, run
 from effattn.linearizing.report import LinearizeReport
-from effattn.linearizing.transfer import AttentionTransfer, distances, learnable, transfer
+from effattn.training import lora
+from effattn.training.transfer import AttentionTransfer, distances, learnable, transfer
 
 CPU = {"use_cpu": True}
 
@@ -244,7 +245,7 @@ def test_what_cannot_be_trained_is_refused_before_anything_is_measured(
 
 @pytest.mark.skipif(importlib.util.find_spec("peft") is None, reason="peft is not installed")
 def test_lora_is_merged_into_the_models_own_modules(tokens):
-    from effattn.linearizing.lora import adapters
+    from effattn.training.lora import adapters
 
     _, student = swapped()
     kinds = [type(module) for module in student.modules()]

@@ -19,10 +19,10 @@ import effattn
 from effattn.conformance import inputs
 from effattn.errors import Unsupported
 from effattn.hf.state_layer import StateLayer
-from effattn.hf.swap import active, swap
 from effattn.interface import Shape
 from effattn.patterns.linformer import pooling
-from effattn.states import ROLLBACK
+from effattn.states.full import ROLLBACK
+from effattn.surgery.swapping import active, swap
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SHAPES = {"head": (2, 5, 24), "layer": (1, 5, 24), "kv": (1, 5, 24), "across": (1, 5, 24)}

@@ -14,7 +14,7 @@ from conftest import tiny
 
 from effattn.errors import Unsupported
 from effattn.hf.cache import new_cache
-from effattn.hf.swap import active, restore, swap
+from effattn.surgery.swapping import active, restore, swap
 
 AXES = [
     {"pattern": "sliding(window=8)"},

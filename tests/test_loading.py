@@ -11,15 +11,15 @@ import pytest
 import torch
 import transformers
 from conftest import SMALL
+from effattn.recipes.cli import app
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 from typer.testing import CliRunner
 
 import effattn
-from effattn.cli import app
 from effattn.errors import Unsupported
-from effattn.hf import checkpoint
 from effattn.hf.weight_files import INDEX, SINGLE, stored
+from effattn.surgery import checkpoint
 
 IDS = torch.arange(3, 23).view(2, 10)
 

@@ -14,13 +14,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import effattn
-from effattn.bucket_state import BucketState
 from effattn.conformance import check, inputs, relative
 from effattn.errors import Unsupported
 from effattn.hf.cache import new_cache
 from effattn.hf.state_layer import StateLayer
 from effattn.interface import Shape
-from effattn.states import ROLLBACK
+from effattn.states.buckets import BucketState
+from effattn.states.full import ROLLBACK
 
 SMALL = "lsh(rounds=2, buckets=2, chunk=1)"  # its rings hold 74 tokens
 PRIMES = (1, 2, 3, 5, 7, 11, 13, 29, 53)
@@ -195,7 +195,7 @@ def test_a_state_is_all_that_is_needed(spec, moves, start, pads, seed):
     draw, heads = torch.Generator().manual_seed(seed), 2 if "shared" in spec else 4
     new = lambda n: [
         torch.randn(3, h, n, 8, generator=draw, dtype=torch.float64) for h in (heads, 2, 2)
-    ]  # noqa: E731
+    ]
     state, past, order, highest = attn.new_state(), new(0), torch.arange(3), 0
     for move, n in [("append", start), *moves, ("append", 3)]:
         if move == "append":

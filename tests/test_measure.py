@@ -12,14 +12,13 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import tiny
+from effattn.recipes.cli import app
+from effattn.recipes.jobs import Quiet
 from typer.testing import CliRunner
 
 import effattn
-from effattn.cli import app
 from effattn.errors import Unsupported
 from effattn.hf import anatomy
-from effattn.hf.swap import active
-from effattn.jobs import Quiet
 from effattn.measuring import job as jobs
 from effattn.measuring.lanes import BESIDE_STEPS, Lane
 from effattn.measuring.operations import OperationTimer
@@ -27,6 +26,7 @@ from effattn.measuring.report import Report
 from effattn.measuring.variants import Variant, build, own_bytes, parse, parse_all, split_name
 from effattn.profiling.device import Peaks
 from effattn.reports.tables import data_size
+from effattn.surgery.swapping import active
 
 ROOT = Path(__file__).parents[1]
 SINKS = "sliding(window=16, sinks=2)"
@@ -596,7 +596,7 @@ def test_a_folder_that_cannot_be_written_is_said_before_measuring(option, tmp_pa
 
 @pytest.mark.parametrize("keeps", [True, False])
 def test_ctrl_c_says_what_was_kept(checkpoint, tmp_path, monkeypatch, keeps):
-    monkeypatch.setattr("effattn.cli.Show", lambda: Interrupts("40 tokens"))
+    monkeypatch.setattr("effattn.recipes.cli.Show", lambda: Interrupts("40 tokens"))
     target = ("--json", tmp_path / "r.json") if keeps else ()
     code, out, err = invoke("--model", checkpoint, "--contexts", "24,40", *target)
     assert code == 130

@@ -18,7 +18,7 @@ from effattn.errors import Unsupported
 from effattn.projections import MonarchLinear, errors
 from effattn.projections.monarch import relative_error, sizes
 from effattn.projections.project import RIDGE, project
-from effattn.projections.replace import matrices_of
+from effattn.surgery.replace import matrices_of
 
 IDS = torch.randint(1, 96, (2, 12), generator=torch.Generator().manual_seed(0))
 #         inputs outputs blocks rank
@@ -456,7 +456,7 @@ def test_the_embedded_model(tmp_path):
     attention = sum(layer["parameters"]["attention"] for layer in effattn.describe(model).layers)
     assert attention == 4 * 4 * 256 * 256 // 2
     path = effattn.save(model, tmp_path / "out", tokenizer)
-    loaded, again = effattn.hf.checkpoint.load_model(path)
+    loaded, again = effattn.surgery.checkpoint.load_model(path)
     assert torch.equal(loaded(tokens[None, :64]).logits, model(tokens[None, :64]).logits)
     assert again("import os").input_ids == tokenizer("import os").input_ids
 

@@ -15,18 +15,18 @@ import pytest
 import torch
 import transformers
 from conftest import tiny
-from effattn.prune import calibration, from_files, layers
-from effattn.prune.from_files import prune_files
-from effattn.prune.hessian import Hessian
-from effattn.prune.one_shot import METHODS
-from effattn.prune.sparsegpt import sparsegpt
-from effattn.prune.zeros import keep_zeros
+from effattn.prune.unstructured import calibration, from_files, layers
+from effattn.prune.unstructured.from_files import prune_files
+from effattn.prune.unstructured.methods.sparsegpt import sparsegpt
+from effattn.prune.unstructured.one_shot import METHODS
+from effattn.prune.unstructured.zeros import keep_zeros
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
 import effattn
+from effattn.calibration.hessian import Hessian
 from effattn.hf import anatomy as hf
 from effattn.hf.weight_files import INDEX
 
@@ -285,7 +285,7 @@ KILLED = """
 import os, signal, sys
 import torch
 from effattn import training
-from effattn.prune import from_files
+from effattn.prune.unstructured import from_files
 training.bf16_pays = lambda on_cpu=None: False  # as in the tests' own process
 source, output, threads = sys.argv[1:]
 torch.set_num_threads(int(threads))
@@ -345,14 +345,14 @@ def test_a_run_goes_on_in_the_dtype_that_it_began_in(source, tokens, tmp_path, m
             raise KeyboardInterrupt
         note(run)
 
-    monkeypatch.setattr("effattn.training.bf16_pays", lambda on_cpu=None: True)
+    monkeypatch.setattr("effattn.training.lending.bf16_pays", lambda on_cpu=None: True)
     prune_files(source, tmp_path / "whole", tokens, length=64)
     note = from_files._Run._note
     monkeypatch.setattr(from_files._Run, "_note", stop)
     with pytest.raises(KeyboardInterrupt):
         prune_files(source, tmp_path / "resumed", tokens, length=64)
     monkeypatch.setattr(from_files._Run, "_note", note)
-    monkeypatch.setattr("effattn.training.bf16_pays", lambda on_cpu=None: False)
+    monkeypatch.setattr("effattn.training.lending.bf16_pays", lambda on_cpu=None: False)
     prune_files(source, tmp_path / "resumed", tokens, length=64)
     ours, theirs = snapshot(tmp_path / "resumed"), snapshot(tmp_path / "whole")
     assert {name for name in ours if ours[name] != theirs[name]} <= {

@@ -14,12 +14,12 @@ import pytest
 import torch
 from conftest import tiny
 from effattn.prune.oneshot_job import weight_bytes
-from effattn.prune.oneshot_report import OneShotReport
+from effattn.prune.unstructured.report import OneShotReport
+from effattn.recipes.cli import app
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 import effattn
-from effattn.cli import app
 from effattn.evaluate.loss import token_losses
 
 ROOT = Path(__file__).parents[1]
@@ -168,7 +168,7 @@ def test_an_unfinished_run_refuses_other_settings(source, text, tmp_path, monkey
         "no",
         *FAST,
     )
-    monkeypatch.setattr("effattn.prune.from_files._Run.write_rest", killed)
+    monkeypatch.setattr("effattn.prune.unstructured.from_files._Run.write_rest", killed)
     code, output = invoke(*arguments)
     assert code == 130
     assert "run the same command again" in output

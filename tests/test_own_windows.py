@@ -11,10 +11,10 @@ from conftest import EXTRA, tiny
 
 from effattn.errors import Unsupported
 from effattn.hf.anatomy import of
-from effattn.hf.checkpoint import load, save
-from effattn.hf.describe import describe
 from effattn.hf.families import FAMILIES, sliding_window
-from effattn.hf.swap import restore, swap
+from effattn.surgery.checkpoint import load, save
+from effattn.surgery.describing import describe
+from effattn.surgery.swapping import restore, swap
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 FIRST, LAST, ALL, NONE = [SLIDING, FULL], [FULL, SLIDING], [SLIDING] * 2, [FULL] * 2

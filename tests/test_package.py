@@ -80,7 +80,7 @@ def test_public_names_resolve_and_no_module_shadows_one():
 def test_everything_imports_without_triton():
     code = (
         "import sys; sys.modules['triton'] = None\n"
-        "import torch, effattn, effattn.cli\n"
+        "import torch, effattn, effattn.recipes.cli\n"
         "from effattn.heads import gqa, job\n"
         "attn = effattn.backend('dense')\n"
         "q = torch.randn(1, 2, 4, 8)\n"

@@ -25,7 +25,7 @@ from transformers import (
 )
 
 import effattn
-from effattn.hf import checkpoint
+from effattn.surgery import checkpoint
 
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 4}  # of 16 dimensions, which caches pack
 IDS = torch.arange(3, 23).view(2, 10)

@@ -7,9 +7,9 @@ import torch
 from conftest import tiny
 from transformers import Trainer
 
-from effattn.hf.swap import swap
 from effattn.position_sampling import SampledPositions
-from effattn.training import TokenWindows, arguments
+from effattn.surgery.swapping import swap
+from effattn.training.lending import TokenWindows, arguments
 
 
 def rows(count=3, length=16):

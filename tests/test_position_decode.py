@@ -12,7 +12,7 @@ import effattn
 from effattn import positions
 from effattn.errors import Unsupported
 from effattn.hf.cache import new_cache
-from effattn.hf.swap import restore, swap
+from effattn.surgery.swapping import restore, swap
 
 CAUSAL = [
     "rope",

@@ -9,7 +9,7 @@ from conftest import tiny
 
 import effattn
 from effattn.errors import Unsupported
-from effattn.hf.swap import swap
+from effattn.surgery.swapping import swap
 
 AXES = {
     "dense": {"pattern": "dense"},

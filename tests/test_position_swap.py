@@ -17,8 +17,8 @@ from transformers import AutoModelForCausalLM
 import effattn
 from effattn.errors import Unsupported
 from effattn.hf import hooks, live, positions
-from effattn.hf.describe import describe
-from effattn.hf.swap import active, restore, swap
+from effattn.surgery.describing import describe
+from effattn.surgery.swapping import active, restore, swap
 
 PARTIAL = {
     "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}

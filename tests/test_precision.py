@@ -11,22 +11,22 @@ import copy
 import pytest
 import torch
 from conftest import tiny
-from effattn.prune.batch_loading import Domains
-from effattn.prune.sheared import Target, continue_training, learn_masks, reference_losses
-from effattn.prune.zeros import keep_zeros
+from effattn.prune.shearing.batch_loading import Domains
+from effattn.prune.shearing.sheared import Target, continue_training, learn_masks, reference_losses
+from effattn.prune.unstructured.zeros import keep_zeros
 from torch import nn
 from transformers import AutoModelForCausalLM, Trainer
 
 import effattn
-from effattn import training
 from effattn.evaluate.loss import compare
 from effattn.extending.tuning import tune
 from effattn.heads.gqa import convert_gqa
-from effattn.heads.uptrain import uptrain
 from effattn.hf import anatomy as hf
-from effattn.linearizing.lora import adapters
-from effattn.linearizing.transfer import distances, transfer
-from effattn.training import bf16_pays
+from effattn.training.lending import bf16_pays
+from effattn.training import lending as training
+from effattn.training.lora import adapters
+from effattn.training.transfer import distances, transfer
+from effattn.training.uptrain import uptrain
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 LENGTH = 32

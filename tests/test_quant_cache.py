@@ -8,15 +8,15 @@ import pytest
 import torch
 from conftest import tiny
 from effattn.quant.formats import Format
-from effattn.quant.static import StaticState
+from effattn.quant.packed.static import StaticState
 from transformers import DynamicCache
 
 import effattn
 from effattn.errors import Unsupported
-from effattn.hf.describe import describe
 from effattn.hf.state_layer import StateLayer
-from effattn.hf.swap import active, restore, swap
 from effattn.registry import backend
+from effattn.surgery.describing import describe
+from effattn.surgery.swapping import active, restore, swap
 
 IDS = torch.randint(3, 96, (2, 100), generator=torch.Generator().manual_seed(0))
 
@@ -164,7 +164,7 @@ def test_a_static_cache_within_the_models_own_window(swapped):
 @torch.no_grad()
 @pytest.mark.parametrize("padded", [0, 32])
 def test_a_static_state_holds_what_a_growing_one_does(padded):
-    from effattn.quant.state import PackedState
+    from effattn.quant.packed.state import PackedState
 
     format, _ = Format.parse("int4(residual=40, group=32, first=3)").fit(32)
     attn, draw = backend("dense", impl="torch"), torch.Generator().manual_seed(0)

@@ -12,8 +12,8 @@ import torch
 from effattn.kernels.decode import packed
 from effattn.kernels.pack import pack, unpack
 from effattn.quant.formats import Format
-from effattn.quant.ring import PackedRing
-from effattn.quant.state import PackedState
+from effattn.quant.packed.ring import PackedRing
+from effattn.quant.packed.state import PackedState
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -22,7 +22,7 @@ from effattn.hf.caches import LayerCache
 from effattn.positions import Rope
 from effattn.profiling.memory import PeakMemory
 from effattn.registry import backend
-from effattn.states import ROLLBACK
+from effattn.states.full import ROLLBACK
 
 H, HKV, D = 4, 2, 32
 ROPE = Rope(100.0 ** (-torch.arange(0, D, 2) / D))

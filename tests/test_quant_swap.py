@@ -10,9 +10,9 @@ import pytest
 import torch
 import transformers
 from conftest import tiny
-from effattn.quant.ring import PackedRing
+from effattn.quant.packed.ring import PackedRing
+from effattn.quant.packed.state import PackedState
 from effattn.quant.rotation import block_of, fold_values, hadamard
-from effattn.quant.state import PackedState
 from torch import nn
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
@@ -20,10 +20,10 @@ from transformers.cache_utils import DynamicLayer
 from effattn.errors import Unsupported
 from effattn.hf import caches
 from effattn.hf.cache import new_cache
-from effattn.hf.checkpoint import load, save
-from effattn.hf.describe import describe
 from effattn.hf.state_layer import StateLayer
-from effattn.hf.swap import active, restore, swap
+from effattn.surgery.checkpoint import load, save
+from effattn.surgery.describing import describe
+from effattn.surgery.swapping import active, restore, swap
 
 LLAMA = {"head_dim": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 3}
 IDS = torch.randint(3, 96, (2, 60), generator=torch.Generator().manual_seed(0))

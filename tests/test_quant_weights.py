@@ -14,9 +14,9 @@ from transformers import AutoModelForCausalLM
 import effattn
 from effattn.errors import Unsupported
 from effattn.hf import anatomy
+from effattn.hf.weights import is_packed, weight_bytes
 from effattn.measuring.job import _model_facts
 from effattn.profiling.cost import model_cost
-from effattn.profiling.weights import is_packed, weight_bytes
 
 bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
 

@@ -19,11 +19,11 @@ from effattn.quant.sensitivity.job import Job
 from effattn.quant.sensitivity.lanes import Lane
 from effattn.quant.sensitivity.report import QuantizeReport
 from effattn.quant.sensitivity.tokenwise import tokenwise
+from effattn.recipes.cli import app
 from outliers import plant_outliers
 from typer.testing import CliRunner
 
 import effattn
-from effattn.cli import app
 from effattn.evaluate.loss import compare, token_losses
 from effattn.hf import anatomy
 from effattn.reports.tables import UNKNOWN

@@ -14,7 +14,7 @@ from conftest import SMALL, tiny
 from torch import nn
 
 from effattn.errors import Unsupported
-from effattn.hf.swap import active, restore, swap
+from effattn.surgery.swapping import active, restore, swap
 
 TOKENS = torch.arange(1, 25)[None]
 PATTERN = "sliding(window=4)"

@@ -14,11 +14,10 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import tiny
-from effattn.prune import batch_loading, folding
-from effattn.prune.batch_loading import Domains, DomainWindows, LoadingWeights
-from effattn.prune.masks import Masks
-from effattn.prune.shear_training import Shearing
-from effattn.prune.sheared import (
+from effattn.prune.shearing import batch_loading, folding
+from effattn.prune.shearing.batch_loading import Domains, DomainWindows, LoadingWeights
+from effattn.prune.shearing.masks import Masks
+from effattn.prune.shearing.sheared import (
     Target,
     continue_training,
     cut,
@@ -26,6 +25,7 @@ from effattn.prune.sheared import (
     reference_losses,
     shear,
 )
+from effattn.prune.shearing.training import Shearing
 from safetensors.torch import load_file, save_model
 
 import effattn

@@ -9,7 +9,7 @@ import copy
 import pytest
 import torch
 from conftest import tiny
-from effattn.prune.slicing import Keep, reachable_heads, slice_model, sliced_config
+from effattn.prune.structural.slicing import Keep, reachable_heads, slice_model, sliced_config
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 import effattn

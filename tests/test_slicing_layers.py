@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import tiny
-from effattn.prune.slicing import Keep, slice_model
+from effattn.prune.structural.slicing import Keep, slice_model
 from transformers import AutoModelForCausalLM
 
 from effattn.hf import anatomy as hf

@@ -6,14 +6,21 @@ from __future__ import annotations
 
 import pytest
 import torch
-from effattn.prune.hessian import Hessian, InverseHessian, inverse_factor
-from effattn.prune.magnitude import magnitude_mask
-from effattn.prune.nm import Sparsity, lowest, lowest_first, lowest_of_groups, lowest_per_row
-from effattn.prune.reference import sparsegpt_reference
-from effattn.prune.sparsegpt import sparsegpt
-from effattn.prune.wanda import wanda_mask
+from effattn.prune.unstructured.methods.magnitude import magnitude_mask
+from effattn.prune.unstructured.methods.sparsegpt import sparsegpt
+from effattn.prune.unstructured.methods.wanda import wanda_mask
+from effattn.prune.unstructured.nm import (
+    Sparsity,
+    lowest,
+    lowest_first,
+    lowest_of_groups,
+    lowest_per_row,
+)
+from effattn.prune.unstructured.reference import sparsegpt_reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from effattn.calibration.hessian import Hessian, InverseHessian, inverse_factor
 
 
 def problem(

@@ -13,13 +13,13 @@ import random
 import pytest
 import torch
 from effattn.quant.formats import Format
-from effattn.quant.static import StaticState
+from effattn.quant.packed.static import StaticState
 
 from effattn.errors import Unsupported
 from effattn.hf.caches import LayerCache
 from effattn.positions import Rope
 from effattn.registry import backend
-from effattn.states import ROLLBACK
+from effattn.states.full import ROLLBACK
 
 H, HKV, D = 4, 2, 8
 ROPE = Rope(100.0 ** (-torch.arange(0, D, 2).double() / D))

@@ -13,8 +13,8 @@ from transformers import DynamicCache
 
 import effattn
 from effattn.errors import Unsupported
-from effattn.hf.swap import swap
 from effattn.registry import backend, backends
+from effattn.surgery.swapping import swap
 
 SPECS = [
     "dense",

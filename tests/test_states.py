@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from effattn.registry import backend
-from effattn.states import ROLLBACK, ROOM, FullState, RingState
+from effattn.states.full import ROLLBACK, ROOM, FullState, RingState
 
 SPECS = (
     "dense",

@@ -9,7 +9,7 @@ import json
 import pytest
 import torch
 from conftest import tiny
-from effattn.prune.from_files import prune_files
+from effattn.prune.unstructured.from_files import prune_files
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM
@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 import effattn
 from effattn.errors import Unsupported
 from effattn.hf import anatomy
-from effattn.profiling.weights import is_packed, is_plain, packing
+from effattn.hf.weights import is_packed, is_plain, packing
 
 
 class Scaled(nn.Linear):

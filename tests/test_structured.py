@@ -7,18 +7,18 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import tiny
-from effattn.prune import criteria
-from effattn.prune.compensation import compensate
-from effattn.prune.criteria import obs
-from effattn.prune.criteria.base import losses
-from effattn.prune.gates import gated
-from effattn.prune.slicing import Keep, slice_model
-from effattn.prune.structural import structured
+from effattn.prune.structural import criteria
+from effattn.prune.structural.compensation import compensate
+from effattn.prune.structural.criteria import obs
+from effattn.prune.structural.criteria.base import losses
+from effattn.prune.structural.gates import gated
+from effattn.prune.structural.removal import structured
+from effattn.prune.structural.slicing import Keep, slice_model
 
 import effattn
+from effattn.calibration.layerwise import watch, windows
 from effattn.errors import Unsupported
 from effattn.hf import anatomy as hf
-from effattn.hf.layerwise import watch, windows
 
 LENGTH = 32
 
@@ -241,7 +241,7 @@ def test_compensation_is_least_squares_on_the_whole_layers_output(model, tokens)
     rows = compensate(parts, hf.of(small), keep, batches)
     error = lambda weight: float(
         (x[:, kept] @ weight.T - target).square().sum() / target.square().sum()
-    )  # noqa: E731
+    )
     assert rows[0]["ffn_error"] == pytest.approx(error(down.weight.detach()), rel=1e-6)
     assert error(wanted) <= rows[0]["ffn_error"] < 1.001 * error(wanted)
     assert all(row["ffn_error"] < 0.9 * row["ffn_error_sliced"] for row in rows)

@@ -17,10 +17,10 @@ from effattn import registry
 from effattn.errors import Unsupported
 from effattn.hf import live
 from effattn.hf.cache import new_cache
-from effattn.hf.describe import describe
 from effattn.hf.state_layer import StateLayer
-from effattn.hf.swap import active, parse_layers, restore, swap
 from effattn.patterns.dense import Dense
+from effattn.surgery.describing import describe
+from effattn.surgery.swapping import active, parse_layers, restore, swap
 
 SIZES = {
     "vocab_size": 97,

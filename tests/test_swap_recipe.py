@@ -14,15 +14,15 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import tiny
+from effattn.recipes.cli import app
+from effattn.recipes.jobs import Quiet
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, DynamicCache, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 import effattn
-from effattn.cli import app
 from effattn.evaluate.loss import token_losses
 from effattn.evaluate.streaming import cache_bytes, stream_losses
-from effattn.jobs import Quiet
 from effattn.swapping import job as jobs
 from effattn.swapping import measure
 from effattn.swapping.patterns import label_of, parse_pattern, without_sinks
@@ -430,7 +430,7 @@ def test_ctrl_c_leaves_nothing(parent, text, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         jobs.run(small(parent, text, output=tmp_path / "out"))
     assert list(tmp_path.iterdir()) == []
-    monkeypatch.setattr("effattn.cli.Show", lambda: Stops("streaming"))
+    monkeypatch.setattr("effattn.recipes.cli.Show", lambda: Stops("streaming"))
     code, printed = invoke(
         {"--model": parent, "--text": text, "--pattern": SINKS, "--output": tmp_path / "o", **FAST}
     )

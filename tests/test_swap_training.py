@@ -9,8 +9,8 @@ import torch
 import transformers
 from test_swap import assert_untouched, batch, logits, tiny
 
-from effattn.hf.describe import describe
-from effattn.hf.swap import active, restore, swap
+from effattn.surgery.describing import describe
+from effattn.surgery.swapping import active, restore, swap
 
 
 def training_batch():

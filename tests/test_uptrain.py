@@ -19,8 +19,8 @@ from conftest import tiny
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from effattn.heads.gqa import convert_gqa
-from effattn.heads.uptrain import distillation_loss, layer_distance, uptrain
 from effattn.hf import anatomy as hf
+from effattn.training.uptrain import distillation_loss, layer_distance, uptrain
 
 
 def pair(tokens, dtype=torch.float32):

@@ -18,10 +18,10 @@ import effattn
 from effattn.conformance import inputs
 from effattn.errors import Unsupported
 from effattn.hf.state_layer import StateLayer
-from effattn.hf.swap import active, swap
 from effattn.interface import Shape
 from effattn.kmeans import kmeans
-from effattn.states import ROLLBACK
+from effattn.states.full import ROLLBACK
+from effattn.surgery.swapping import active, swap
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

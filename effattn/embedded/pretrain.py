@@ -16,13 +16,13 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Trainer
 
-from effattn import training
 from effattn.bounds import Bounds
 from effattn.embedded import corpus, tokens
 from effattn.evaluate.loss import token_losses
-from effattn.jobs import main_process
 from effattn.outputs import OWNER, check_writable, claim
 from effattn.permissions import follow_umask
+from effattn.recipes.jobs import main_process
+from effattn.training import lending as training
 
 END = "<|endoftext|>"
 

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from effattn.console import (
+from effattn.recipes.console import (
     Show,
     console,
     contexts_of,

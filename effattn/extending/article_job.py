@@ -25,13 +25,13 @@ from effattn.extending import copying, texts
 from effattn.extending.article_report import ArticleReport
 from effattn.extending.rules import Rule, chosen, rules
 from effattn.hf import anatomy
-from effattn.hf.checkpoint import load_model
-from effattn.hf.describe import describe
-from effattn.hf.swap import active
-from effattn.jobs import Quiet, device
 from effattn.outputs import check_file, claim_all, sweep
 from effattn.profiling.environment import environment
+from effattn.recipes.jobs import Quiet, device
 from effattn.reports.files import numbers
+from effattn.surgery.checkpoint import load_model
+from effattn.surgery.describing import describe
+from effattn.surgery.swapping import active
 
 CURVE = 8  # buckets of a loss curve in each trained length
 AUTO = "auto"

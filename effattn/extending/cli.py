@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from effattn.console import (
+from effattn.recipes.console import (
     Show,
     console,
     contexts_of,
@@ -72,7 +72,7 @@ def extend(
     tuned if need be.
     """
     from effattn.extending.job import Job, run
-    from effattn.jobs import Quiet, main_process
+    from effattn.recipes.jobs import Quiet, main_process
 
     quiet_libraries()
     lengths = contexts_of(to, "to")

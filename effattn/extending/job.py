@@ -15,17 +15,19 @@ from pathlib import Path
 
 import torch
 
-from effattn import embedded, outputs, training
+from effattn import embedded, outputs
 from effattn.bounds import Checked, random_seed, real, whole
 from effattn.errors import Unsupported, check_choice
 from effattn.evaluate.curve import scores, token_scores
 from effattn.extending import planner, texts
 from effattn.extending.report import ExtendReport
 from effattn.hf import anatomy, positions
-from effattn.hf.checkpoint import load_again, load_model, save
-from effattn.hf.describe import describe
-from effattn.hf.swap import active, restore, swap
-from effattn.jobs import (
+from effattn.hf.weights import weight_bytes
+from effattn.outputs import atomic_folder, check_new_folder
+from effattn.position_sampling import METHODS
+from effattn.positions.registry import parse
+from effattn.profiling.environment import environment
+from effattn.recipes.jobs import (
     Quiet,
     check_partial,
     device,
@@ -34,13 +36,12 @@ from effattn.jobs import (
     main_process,
     partial_folder,
 )
-from effattn.linearizing.lora import check_peft
-from effattn.outputs import atomic_folder, check_new_folder
-from effattn.position_sampling import METHODS
-from effattn.positions.registry import parse
-from effattn.profiling.environment import environment
-from effattn.profiling.weights import weight_bytes
+from effattn.surgery.checkpoint import load_again, load_model, save
+from effattn.surgery.describing import describe
+from effattn.surgery.swapping import active, restore, swap
 from effattn.textdata import Streams, streams
+from effattn.training import lending as training
+from effattn.training.lora import check_peft
 
 WHOLE = "none"  # windows as long as the target
 SAMPLING = (*METHODS, WHOLE)

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from effattn.errors import check_choice
-from effattn.hf.swap import restore, swap
+from effattn.surgery.swapping import restore, swap
 
 FREQUENCIES, CLIPPED, WINDOW = "frequencies", "clipped", "window"
 LOGN = "+ log-n"  # what is added to a name

@@ -15,10 +15,10 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PrinterCallback, Trainer
 
-from effattn import training
-from effattn.heads.uptrain import Steps, default_lr
-from effattn.linearizing.lora import adapters
 from effattn.position_sampling import SampledPositions
+from effattn.training import lending as training
+from effattn.training.lora import adapters
+from effattn.training.uptrain import Steps, default_lr
 
 LR = 0.2  # of what suits uptraining: 6e-4 at width 256, 2e-5 (YaRN's) at 4096
 

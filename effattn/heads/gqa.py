@@ -11,6 +11,10 @@ from dataclasses import replace
 
 import torch
 
+from effattn.calibration.attended import is_linear
+from effattn.calibration.layerwise import LayerRunner, watch, windows
+from effattn.calibration.refit import OutputRefit
+from effattn.calibration.statistics import SecondMoment, query_energy
 from effattn.errors import Unsupported, check_choice
 from effattn.heads import methods
 from effattn.heads.aligned import aligned
@@ -18,19 +22,15 @@ from effattn.heads.grouping import GROUPINGS, by_similarity, contiguous
 from effattn.heads.judged import TOKENS, judge
 from effattn.heads.methods import Heads, Merged, relative_errors
 from effattn.heads.optimal import optimal
-from effattn.heads.refit import OutputRefit
 from effattn.heads.report import ConversionReport
-from effattn.heads.statistics import SecondMoment, query_energy
 from effattn.heads.undo import all_or_nothing
 from effattn.hf import anatomy as hf
 from effattn.hf import hooks
 from effattn.hf.adapters import require_own_weights
-from effattn.hf.attended import is_linear
-from effattn.hf.checkpoint import check_finite
-from effattn.hf.layerwise import LayerRunner, watch, windows
 from effattn.hf.placement import require_here
-from effattn.hf.swap import active
 from effattn.profiling.environment import environment
+from effattn.surgery.checkpoint import check_finite
+from effattn.surgery.swapping import active
 
 METHODS: dict[str, methods.Method] = {
     "optimal": optimal,

@@ -20,11 +20,12 @@ from effattn.evaluate.loss import compare, perplexity_of, token_losses
 from effattn.heads import gqa
 from effattn.heads.grouping import GROUPINGS
 from effattn.heads.report import ConversionReport
-from effattn.heads.uptrain import CE_WEIGHT, LAYER_WEIGHT, TRAINABLE, uptrain
-from effattn.heads.verify import verify_plain
 from effattn.hf import anatomy as hf
-from effattn.hf.checkpoint import load_model
-from effattn.jobs import (
+from effattn.hf.verify import verify_plain
+from effattn.hf.weights import weight_bytes
+from effattn.outputs import atomic_folder, check_new_folder, check_room
+from effattn.profiling.decode import decode_speed
+from effattn.recipes.jobs import (
     Quiet,
     check_partial,
     device,
@@ -33,10 +34,9 @@ from effattn.jobs import (
     main_process,
     partial_folder,
 )
-from effattn.outputs import atomic_folder, check_new_folder, check_room
-from effattn.profiling.decode import decode_speed
-from effattn.profiling.weights import weight_bytes
+from effattn.surgery.checkpoint import load_model
 from effattn.textdata import Streams, streams
+from effattn.training.uptrain import CE_WEIGHT, LAYER_WEIGHT, TRAINABLE, uptrain
 
 
 @dataclass

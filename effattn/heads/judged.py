@@ -15,11 +15,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from effattn.calibration.attended import attended
 from effattn.heads.aligned import aligned, unturned
 from effattn.heads.methods import Merged
 from effattn.heads.optimal import optimal
 from effattn.hf.anatomy import Layer
-from effattn.hf.attended import attended
 
 TOKENS = 4096  # that candidates are judged on, spread over the calibration text
 

@@ -16,10 +16,10 @@ from effattn.evaluate.loss import compare
 from effattn.heads import gqa, job
 from effattn.heads.report import ConversionReport
 from effattn.heads.report_compare import compare_html
-from effattn.hf.checkpoint import load_model
-from effattn.jobs import discard
 from effattn.outputs import check_writable, claim
+from effattn.recipes.jobs import discard
 from effattn.reports.files import write_text_atomic
+from effattn.surgery.checkpoint import load_model
 from effattn.textdata import streams
 
 

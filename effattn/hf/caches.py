@@ -17,7 +17,7 @@ from effattn.hf.anatomy import Layer
 from effattn.hf.placement import device_of
 from effattn.interface import Backend
 from effattn.registry import parse_spec
-from effattn.states import FullState, State
+from effattn.states.full import FullState, State
 
 if TYPE_CHECKING:
     from effattn.quant.formats import Format
@@ -45,8 +45,8 @@ class LayerCache:
 
     def new_state(self, backend: Backend) -> State:
         """An empty state for `backend`, of the size of its own."""
-        from effattn.quant.ring import PackedRing
-        from effattn.quant.state import PackedState
+        from effattn.quant.packed.ring import PackedRing
+        from effattn.quant.packed.state import PackedState
 
         own = backend.new_state()
         if type(own) is FullState:
@@ -59,8 +59,8 @@ class LayerCache:
 
 def parse(cache: str | dict[str | int, str], layers: int) -> dict[int, str]:
     """layer -> spec. ValueError for what means nothing, with the nearest valid name."""
-    from effattn.hf.plan import parse_layers
     from effattn.quant.formats import Format
+    from effattn.surgery.plan import parse_layers
 
     asked = (
         parse_layers(cache, layers, "cache")

@@ -13,7 +13,7 @@ from transformers.cache_utils import Cache
 
 from effattn.errors import Unsupported
 from effattn.hf import placement, position_ids, state_layer
-from effattn.profiling.weights import is_packed
+from effattn.hf.weights import is_packed
 
 NAME = "effattn"  # the attention implementation, in transformers' two tables
 ATTRIBUTE = (

@@ -115,7 +115,7 @@ def active(model: nn.Module) -> Record | None:
 def make(parts: anatomy.Anatomy, positions: str | dict[str | int, str]) -> Order:
     """Checks a request, and what it comes to in this model. ValueError for what means nothing,
     Unsupported for what the model cannot have; nothing is changed."""
-    from effattn.hf.plan import parse_layers
+    from effattn.surgery.plan import parse_layers
 
     named = isinstance(positions, dict)
     asked = parse_layers(positions, len(parts.layers), "positions") if named else {}
@@ -150,7 +150,7 @@ def held_by(layer: anatomy.Layer) -> LayerPositions | None:
 
 def apply(model: nn.Module, parts: anatomy.Anatomy, order: Order) -> None:
     """Writes the order into the config and the rotary module, or takes back what was written; the
-    layers' own part is `effattn.hf.swap`'s."""
+    layers' own part is `effattn.surgery.swapping`'s."""
     undo(model)
     if not order.specs:
         return

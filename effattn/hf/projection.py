@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from effattn.errors import Unsupported
-from effattn.profiling.weights import is_packed, is_plain
+from effattn.hf.weights import is_packed, is_plain
 from effattn.projections.monarch import MonarchLinear
 from effattn.projections.packed import PackedLinear
 

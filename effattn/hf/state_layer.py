@@ -26,7 +26,7 @@ from transformers.cache_utils import (
 from effattn.errors import Unsupported
 from effattn.hf import together
 from effattn.interface import Backend
-from effattn.states import ROLLBACK, FullState, State
+from effattn.states.full import ROLLBACK, FullState, State
 
 if TYPE_CHECKING:
     from effattn.hf.caches import LayerCache

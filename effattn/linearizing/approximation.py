@@ -83,7 +83,7 @@ def measure_approximation(
     for method in methods:
         check_choice("methods", method, METHODS)
     if isinstance(model, str):
-        from effattn.hf.checkpoint import load_model
+        from effattn.surgery.checkpoint import load_model
 
         model, tokenizer = load_model(model)
         if tokens is None:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from effattn.console import Show, console, count_tokens, one_line_errors, quiet_libraries
+from effattn.recipes.console import Show, console, count_tokens, one_line_errors, quiet_libraries
 
 
 @one_line_errors
@@ -61,8 +61,8 @@ def linearize(
     """Replace softmax attention by an approximate backend, and bring the quality back: transfer,
     then distillation.
     """
-    from effattn.jobs import Quiet, main_process
     from effattn.linearizing.job import Job, run
+    from effattn.recipes.jobs import Quiet, main_process
 
     quiet_libraries()
     job = Job(

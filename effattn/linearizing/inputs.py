@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from effattn.hf import anatomy as hf
 from effattn.hf import hooks
 from effattn.hf.placement import input_device
-from effattn.hf.swap import active, restore, swap
 from effattn.kernels import flash
+from effattn.surgery.swapping import active, restore, swap
 
 
 @torch.no_grad()

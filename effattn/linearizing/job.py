@@ -17,14 +17,15 @@ from effattn.bounds import Checked, random_seed, real, whole
 from effattn.errors import check_choice
 from effattn.evaluate.loss import compare
 from effattn.heads.job import measure_parent
-from effattn.heads.uptrain import TRAINABLE as DISTIL_TRAINABLE
-from effattn.heads.uptrain import default_lr, uptrain
 from effattn.hf import anatomy as hf
 from effattn.hf.adapters import require_own_weights
-from effattn.hf.checkpoint import load_again, load_model, save
-from effattn.hf.describe import describe
-from effattn.hf.swap import active
-from effattn.jobs import (
+from effattn.hf.weights import weight_bytes
+from effattn.linearizing import plan
+from effattn.linearizing.approximation import METHODS, measure_approximation
+from effattn.linearizing.report import LinearizeReport
+from effattn.outputs import atomic_folder, check_new_folder
+from effattn.profiling.environment import environment
+from effattn.recipes.jobs import (
     Quiet,
     check_partial,
     device,
@@ -33,16 +34,15 @@ from effattn.jobs import (
     main_process,
     partial_folder,
 )
-from effattn.linearizing import plan
-from effattn.linearizing.approximation import METHODS, measure_approximation
-from effattn.linearizing.lora import adapters, check_peft
-from effattn.linearizing.report import LinearizeReport
-from effattn.linearizing.transfer import TRAINABLE, learnable, transfer
-from effattn.outputs import atomic_folder, check_new_folder
-from effattn.profiling.environment import environment
-from effattn.profiling.weights import weight_bytes
+from effattn.surgery.checkpoint import load_again, load_model, save
+from effattn.surgery.describing import describe
+from effattn.surgery.swapping import active
 from effattn.swapping.patterns import label_of
 from effattn.textdata import Streams, streams
+from effattn.training.lora import adapters, check_peft
+from effattn.training.transfer import TRAINABLE, learnable, transfer
+from effattn.training.uptrain import TRAINABLE as DISTIL_TRAINABLE
+from effattn.training.uptrain import default_lr, uptrain
 
 STATE_CONTEXTS = (1024, 8192, 65536)
 DEFAULT = "runs/linearize"  # where a run without an output trains

@@ -6,14 +6,15 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from effattn import registry, training
+from effattn import registry
 from effattn.hf import anatomy as hf
 from effattn.hf import hooks
-from effattn.hf.swap import parse_layers, restore, swap
 from effattn.interface import Shape
 from effattn.linearizing.decay import fit_decays
 from effattn.linearizing.inputs import projections_of
+from effattn.surgery.swapping import parse_layers, restore, swap
 from effattn.swapping.patterns import Pattern, parse_pattern
+from effattn.training import lending as training
 
 WINDOWS, LENGTH = 4, 512  # of the text that decays and codebooks are fitted on
 CALIBRATION = 50_000  # tokens that projections are fitted on

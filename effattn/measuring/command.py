@@ -9,13 +9,13 @@ from pathlib import Path
 from effattn import embedded
 from effattn.bounds import Checked, random_seed, real, whole
 from effattn.errors import check_choice
-from effattn.hf.checkpoint import DTYPES, load_model
-from effattn.jobs import Quiet, device
 from effattn.measuring import progress as saving
 from effattn.measuring.job import BATCHES, CONTEXTS, SECONDS, STEPS, check_numbers, measure
 from effattn.measuring.report import Report
 from effattn.measuring.variants import parse_all
 from effattn.outputs import check_file, check_writable, claim_all
+from effattn.recipes.jobs import Quiet, device
+from effattn.surgery.checkpoint import DTYPES, load_model
 
 BESIDE = ("sliding(window=512, sinks=4)",)  # what a bare run shows beside the plain embedded model
 

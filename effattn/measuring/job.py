@@ -17,9 +17,8 @@ from torch import nn
 from effattn.bounds import Bounds
 from effattn.errors import Unsupported
 from effattn.hf import anatomy
-from effattn.hf import swap as swapping
 from effattn.hf.placement import input_device
-from effattn.jobs import Quiet
+from effattn.hf.weights import numbers, weight_bytes
 from effattn.measuring import progress as saving
 from effattn.measuring.lanes import (
     BESIDE_STEPS,
@@ -35,7 +34,8 @@ from effattn.profiling.cost import ModelCost, model_cost
 from effattn.profiling.device import peaks
 from effattn.profiling.environment import environment
 from effattn.profiling.memory import available_bytes
-from effattn.profiling.weights import numbers, weight_bytes
+from effattn.recipes.jobs import Quiet
+from effattn.surgery import swapping
 
 CONTEXTS, BATCHES, STEPS, SECONDS = (1024, 4096, 16384), (1,), 32, 5.0
 MEMORY_SHARE = 0.9  # of the available memory may be filled; the rest is for what no model foresees

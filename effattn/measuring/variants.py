@@ -19,8 +19,8 @@ from torch import nn
 from effattn import registry
 from effattn.errors import Unsupported, check_choice
 from effattn.hf import anatomy, placement
-from effattn.hf import swap as swapping
 from effattn.positions import registry as position_rules
+from effattn.surgery import swapping
 from effattn.swapping.patterns import Pattern, label_of, parse_pattern
 
 AXES = ("pattern", "heads", "cache", "positions", "projections")

@@ -12,7 +12,7 @@ from effattn.errors import Unsupported
 from effattn.interface import Backend, Call, Cost, Shape
 from effattn.kernels import decode, flash
 from effattn.kernels.flash.pattern import Layout, Pattern
-from effattn.states import Inside, RingState
+from effattn.states.full import Inside, RingState
 
 
 class ExactBackend(Backend):

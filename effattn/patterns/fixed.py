@@ -16,7 +16,7 @@ from effattn.kernels.merge import merge
 from effattn.patterns.aligned import aligned, in_pieces, whole
 from effattn.patterns.exact import ExactBackend, check_size
 from effattn.registry import register
-from effattn.states import RingState
+from effattn.states.full import RingState
 
 
 @register("fixed")

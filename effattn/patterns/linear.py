@@ -21,9 +21,9 @@ from effattn.interface import Backend, Call, Cost, Shape, Traits
 from effattn.kernels import linear
 from effattn.kernels.linear.features import LOWEST, normalized
 from effattn.patterns.exact import check_size
-from effattn.recurrent import RecurrentState, folded
 from effattn.registry import register
-from effattn.states import FullState, State
+from effattn.states.full import FullState, State
+from effattn.states.recurrent import RecurrentState, folded
 
 LEARNED = ("hedgehog", "exp")
 MAPS = ("elu", "relu", "relu2", "softmax", *LEARNED, "identity")

@@ -17,8 +17,8 @@ from effattn.kernels.merge import merge
 from effattn.patterns.exact import check_size
 from effattn.patterns.linformer import Projected, check_slots
 from effattn.registry import register
-from effattn.states import FullState, State
-from effattn.summary_states import SlotState, Summarised
+from effattn.states.full import FullState, State
+from effattn.states.summaries import SlotState, Summarised
 
 
 @register("linformer_blockwise")

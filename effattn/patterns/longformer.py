@@ -15,7 +15,7 @@ from effattn.kernels.flash.pattern import Layout, Window, first_real, layout_of
 from effattn.kernels.merge import merge
 from effattn.patterns.exact import ExactBackend, check_size
 from effattn.registry import register
-from effattn.states import ROLLBACK, FullState, RingState, first_positions
+from effattn.states.full import ROLLBACK, FullState, RingState, first_positions
 
 
 @register("longformer")

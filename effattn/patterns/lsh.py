@@ -7,14 +7,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from effattn.bucket_state import BucketState, Hashed
 from effattn.errors import Unsupported
 from effattn.interface import Backend, Call, Cost, Shape, Traits
 from effattn.kernels import lsh
 from effattn.kernels.flash.pattern import layout_of
 from effattn.patterns.exact import check_size
 from effattn.registry import register
-from effattn.states import FullState
+from effattn.states.buckets import BucketState, Hashed
+from effattn.states.full import FullState
 
 
 @register("lsh")

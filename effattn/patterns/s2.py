@@ -10,7 +10,7 @@ from effattn.interface import Traits
 from effattn.kernels.flash.pattern import Blocks
 from effattn.patterns.exact import ExactBackend, check_size
 from effattn.registry import register
-from effattn.states import RingState
+from effattn.states.full import RingState
 
 
 @register("s2")

@@ -19,7 +19,7 @@ from effattn.kernels.flash.pattern import Window
 from effattn.patterns.exact import ExactBackend, check_size
 from effattn.patterns.residues import by_residue
 from effattn.registry import register
-from effattn.states import RingState, first_positions
+from effattn.states.full import RingState, first_positions
 
 
 @register("sliding")

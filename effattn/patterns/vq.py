@@ -15,8 +15,8 @@ from effattn.kernels.merge import merge
 from effattn.kmeans import kmeans
 from effattn.patterns.exact import check_size
 from effattn.registry import register
-from effattn.states import FullState, State
-from effattn.summary_states import CodeState
+from effattn.states.full import FullState, State
+from effattn.states.summaries import CodeState
 
 
 @register("vq")

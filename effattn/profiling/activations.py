@@ -20,7 +20,7 @@ from torch import nn
 
 from effattn.hf import anatomy, hooks
 from effattn.hf.families import sliding_window
-from effattn.states import FullState
+from effattn.states.full import FullState
 
 FLOAT = 4  # bytes: transformers' RMSNorm computes in float32, SDPA keeps its log-sum-exps in it
 INDEX = 8  # bytes of a position

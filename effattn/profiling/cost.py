@@ -27,10 +27,10 @@ from torch import nn
 from effattn.errors import Unsupported
 from effattn.hf import anatomy, hooks
 from effattn.hf.projection import Projection
+from effattn.hf.weights import is_packed, weight_bytes
 from effattn.interface import Backend, Cost, Shape
 from effattn.patterns.longformer import GlobalFull
 from effattn.profiling import activations
-from effattn.profiling.weights import is_packed, weight_bytes
 from effattn.registry import backend as make_backend
 
 

@@ -7,14 +7,14 @@ MonarchLinear.from_linear(linear, blocks=16, rank=4)   # one linear layer by its
 
 from __future__ import annotations
 
-from .monarch import MonarchLinear
+from effattn.projections.monarch import MonarchLinear
 
 __all__ = ["MonarchLinear", "errors"]
 
 
 def __getattr__(name: str):
     if name == "errors":  # later: it needs to know models, which need to know MonarchLinear
-        from .replace import errors
+        from effattn.surgery.replace import errors
 
         return errors
     raise AttributeError(

@@ -15,14 +15,14 @@ import torch
 from effattn import embedded
 from effattn.bounds import Checked, random_seed, real, whole
 from effattn.hf import anatomy
-from effattn.hf.checkpoint import load_again, load_model, save
-from effattn.hf.describe import describe
 from effattn.hf.placement import device_of
-from effattn.hf.swap import parse_layers, restore, swap
-from effattn.jobs import Quiet, device, holds_output
+from effattn.hf.weights import weight_bytes
 from effattn.outputs import atomic_folder, check_new_folder, check_room
 from effattn.profiling.environment import environment
-from effattn.profiling.weights import weight_bytes
+from effattn.recipes.jobs import Quiet, device, holds_output
+from effattn.surgery.checkpoint import load_again, load_model, save
+from effattn.surgery.describing import describe
+from effattn.surgery.swapping import parse_layers, restore, swap
 from effattn.swapping import measure
 from effattn.swapping.patterns import Pattern, label_of, parse_pattern, without_sinks
 from effattn.swapping.report import SwapReport

@@ -6,9 +6,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
-
-from effattn.console import (
+from effattn.recipes.console import (
     Show,
     console,
     contexts_of,
@@ -17,6 +15,7 @@ from effattn.console import (
     quiet_libraries,
     when_stopped,
 )
+from rich.console import Console
 
 
 @one_line_errors

@@ -20,6 +20,7 @@ from effattn.quant.sensitivity.parts import Parts
 from effattn.quant.sensitivity.report import QuantizeReport
 from effattn.quant.sensitivity.tokenwise import tokenwise, windows
 from effattn.quant.weights import KINDS, quantize_weights
+from effattn.recipes.jobs import Quiet, device, holds_output
 
 import effattn.evaluate
 from effattn import embedded
@@ -28,15 +29,14 @@ from effattn.errors import Unsupported, check_choice
 from effattn.evaluate.passkey_retrieval import STYLES
 from effattn.evaluate.retrieval import DEPTHS
 from effattn.hf import anatomy
-from effattn.hf.checkpoint import load_again, load_model, save
-from effattn.hf.describe import describe
-from effattn.hf.swap import active, swap
-from effattn.jobs import Quiet, device, holds_output
+from effattn.hf.weights import packing, weight_bytes
 from effattn.measuring.progress import partial_beside
 from effattn.outputs import atomic_folder, check_new_folder
 from effattn.profiling.environment import environment
-from effattn.profiling.weights import packing, weight_bytes
 from effattn.registry import parse_spec
+from effattn.surgery.checkpoint import load_again, load_model, save
+from effattn.surgery.describing import describe
+from effattn.surgery.swapping import active, swap
 from effattn.textdata import streams
 
 BITS = {8: "int8", 4: "int4", 2: "int2"}

@@ -1,0 +1,1 @@
+"""What calibrated methods share: the walk over layers, second moments, re-fits."""

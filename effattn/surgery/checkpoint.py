@@ -1,0 +1,136 @@
+"""Checkpoints: whatever plain transformers can express is saved as plain transformers.
+
+    effattn.save(model, "out")            # all or nothing: a folder appears at the end, complete
+    model = effattn.load("out")           # re-applies what plain transformers cannot express
+    model, tokenizer = load_model("embedded")
+
+A swap that plain transformers cannot express is kept in config.json under "effattn", and what its
+methods learn in effattn.safetensors; model.safetensors has the model's own weights only. Where
+these are not what the plain class expects (structured projections), config.json's `model_type` is
+"effattn", which plain transformers refuses, and the model's own is under "effattn". What
+`save_pretrained` and a Trainer write of a swapped model is loaded, too (`effattn.surgery.record`). No
+pickle anywhere."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from effattn.hf import loading, packing, placement
+from effattn.hf.adapters import require_own_weights
+from effattn.hf.source import DTYPES, KEY, load_tokenizer, read_config, resolve  # noqa: F401  imported from here
+from effattn.hf.source import dtype_of as _dtype
+from effattn.outputs import atomic_folder, check_new_folder  # noqa: F401  check_new_folder: jobs import it from here
+from effattn.projections import packed
+from effattn.surgery import record, replace, swapping
+from effattn.surgery.record import LEARNED
+
+
+def save(model: nn.Module, path: str | Path, tokenizer=None) -> Path:
+    """Writes the model (and its tokenizer) to the new folder `path`, which it returns.
+
+    Raises ValueError for a folder that is not empty and for weights with NaN or Inf, and
+    Unsupported for adapters that are not merged, which the checkpoint would lose (peft saves them
+    by itself). If anything fails, nothing is left behind."""
+    packing.steady(model)
+    require_own_weights(model)
+    placement.require_own(model, "save")
+    check_finite(model)
+    with atomic_folder(path) as folder, placement.saving(model):
+        learned = record.learned(model)
+        plain = {name: tensor for name, tensor in model.state_dict().items() if name not in learned}
+        with packing.leaving_out(model, learned):
+            model.save_pretrained(folder, state_dict=plain if learned else None)
+        if learned:
+            save_file(
+                {name: tensor.contiguous() for name, tensor in record.once(learned).items()},
+                folder / LEARNED,
+            )
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+        record.write(model, folder / "config.json")
+    return Path(path)
+
+
+def load(path: str | Path, dtype: torch.dtype | str = "auto") -> nn.Module:
+    """The model of a checkpoint (folder, hub name or "embedded"), with its swap applied again, in
+    eval mode.
+
+    Its class is the one that was saved. ValueError for weights that are missing, unexpected or of
+    another shape, for learned weights that do not fit the swap, and for a class that transformers
+    does not have."""
+    name = resolve(path)
+    dtype = _dtype(dtype)
+    config = read_config(name, path)
+    packing.check_format(config, path)
+    again = config.__dict__.pop(KEY, {})
+    for field, value in again.get(
+        "trained", {}
+    ).items():  # the model before its rule was written in plain terms
+        setattr(config, field, value)
+    axes = {axis: again[axis] for axis in ("pattern", "positions", "cache") if axis in again}
+    shape = None
+    if "projections" in again or "packed" in again:
+        shape = partial(_rebuild, again)
+    model = loading.build(name, config, dtype, shape, learned=bool(axes))
+    check_finite(packing.steady(model))
+    if axes:
+        swapping.swap(model, **axes)
+    if (
+        axes or Path(name).is_dir()
+    ):  # what was learned for a swap that config.json does not have is refused, too
+        record.load_learned(model, name)
+    record.mark(model)
+    return model
+
+
+def _rebuild(again: dict, model: nn.Module) -> None:
+    """Makes a new model's projections what the checkpoint holds; their weights mean nothing yet."""
+    replace.rebuild(model, again.get("projections", {}))
+    packed.rebuild(model, again.get("packed", []))
+
+
+@torch.no_grad()
+def load_again(folder: str | Path, model: nn.Module, tokens: Tensor) -> tuple[nn.Module, dict]:
+    """The checkpoint in `folder`, loaded, and how far its logits on tokens (N,) are from those of
+    `model`, saved there: {"max_logit_difference", "tokens"}. Raises RuntimeError when they differ
+    by more than rounding."""
+    device = placement.input_device(model)
+    again, ids = load(folder).to(device), tokens[None].to(device)
+    ours, theirs = (one(input_ids=ids, use_cache=False).logits.float() for one in (model, again))
+    difference = float((ours - theirs).abs().max())
+    if not difference <= 1e-5 * float(ours.abs().max()):
+        raise RuntimeError(
+            f"the saved checkpoint gives other logits (largest difference {difference:.3g})"
+        )
+    return again, {"max_logit_difference": difference, "tokens": ids.shape[1]}
+
+
+def load_model(name: str | Path, dtype: torch.dtype | str = "auto"):
+    """(causal LM in eval mode, tokenizer) of "embedded", a folder or a hub name. ValueError when it
+    is none of them.
+    """
+    dtype = _dtype(dtype)
+    if str(name) == "embedded":
+        from effattn import embedded
+
+        model, tokenizer = embedded.load() if dtype == "auto" else embedded.load(dtype)
+        check_finite(model)
+        return model, tokenizer
+    folder = resolve(name)
+    loading.check_causal(read_config(folder, name), name)
+    return load(name, dtype), load_tokenizer(folder)
+
+
+def check_finite(model: nn.Module) -> None:
+    """ValueError naming the first weight that holds NaN or Inf."""
+    for name, tensor in placement.weights(model):
+        if tensor.is_floating_point() and tensor.dtype.itemsize < 2:
+            tensor = tensor.float()  # torch does not ask 8-bit floats
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            bad = int((~torch.isfinite(tensor)).sum())
+            raise ValueError(f"weights: {name} holds NaN or Inf ({bad} of {tensor.numel()} values)")

@@ -1,0 +1,96 @@
+"""Calibration of patterns that quantize keys: each layer's codebook is fitted to the keys that the
+model itself makes.
+
+The model runs once over the calibration text with plain attention, which writes the keys down as
+attention sees them, rotated. The model is swapped meanwhile, and as it was afterwards."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from effattn.calibration.layerwise import windows
+from effattn.errors import Unsupported
+from effattn.hf.anatomy import Anatomy
+from effattn.hf.placement import device_of, input_device
+from effattn.surgery import plan as planning
+from effattn.surgery.plan import Plan
+
+WINDOW = 512  # tokens of a row
+BATCH = 4  # rows at a time
+PER_CODE = 32  # keys that k-means looks at for each code
+
+
+def wanting(plans: dict[int, Plan]) -> dict[int, Plan]:
+    """The plans whose backend has a codebook to fit."""
+    return {index: plan for index, plan in plans.items() if hasattr(plan.backend, "calibrate")}
+
+
+def check(parts: Anatomy, plans: dict[int, Plan], tokens: Tensor | None) -> None:
+    """ValueError for calibration tokens that are no (N,) int64 tensor, or fewer than a codebook has
+    words.
+    """
+    if tokens is None or not wanting(plans):
+        return
+    if not isinstance(tokens, Tensor) or tokens.ndim != 1 or tokens.dtype != torch.int64:
+        got = (
+            f"{tuple(tokens.shape)} {tokens.dtype}"
+            if isinstance(tokens, Tensor)
+            else type(tokens).__name__
+        )
+        raise ValueError(f"calibration: got {got}, valid are tokens, int64 (N,)")
+    length = _row(parts, tokens)
+    count = len(tokens) // length * length if length else 0
+    for index, plan in wanting(plans).items():
+        if count < plan.backend.codes:
+            raise ValueError(
+                f"calibration: layer {index}: {plan.backend.codes} codes, but {count} tokens in "
+                f"rows of {length}: the "
+                f"codebook is larger than the data; valid are more tokens or codes <= {count}"
+            )
+
+
+def _row(parts: Anatomy, tokens: Tensor) -> int:
+    """Tokens of a row."""
+    return min(
+        WINDOW, len(tokens), getattr(parts.config, "max_position_embeddings", None) or WINDOW
+    )
+
+
+def fit(model: nn.Module, parts: Anatomy, plans: dict[int, Plan], tokens: Tensor) -> None:
+    """Calibrates the backends of `plans` that have a codebook on tokens (N,), of which the first
+    ones may suffice.
+    """
+    from effattn.surgery import swapping
+
+    rules = {index: plan.positions for index, plan in plans.items() if plan.positions is not None}
+    plans = wanting(plans)
+    if swapping.active(model) is not None:
+        raise Unsupported("calibration: the model is swapped already; effattn.restore(model) first")
+    recording = planning.make(parts, dict.fromkeys(map(str, plans), "dense"), {}, rules)
+    keys: dict[int, list[Tensor]] = {index: [] for index in plans}
+    for index in plans:
+        recording[index].backend.attend = _recorder(recording[index].backend, keys[index])
+    length = _row(parts, tokens)
+    rows = max(plan.backend.codes for plan in plans.values()) * PER_CODE
+    training, device = model.training, input_device(parts.model)
+    swapping._apply(model, parts, recording)
+    try:
+        with torch.no_grad():
+            for batch in windows(tokens[: max(rows, length)], length, BATCH):
+                model.eval()(input_ids=batch.to(device))
+    finally:
+        swapping.detach(model)
+        model.train(training)
+    for index, plan in plans.items():
+        plan.backend.calibrate(torch.cat(keys[index]).to(device_of(parts.layers[index].k.module)))
+
+
+def _recorder(backend, keys: list[Tensor]):
+    run = backend.attend
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, call) -> Tensor:
+        keys.append(k.cpu())
+        return run(q, k, v, call)
+
+    return attend

@@ -1,0 +1,162 @@
+"""What a checkpoint says about a swap: the entry "effattn" of its config.json, and the weights that
+a swap added.
+
+The entry is on a swapped model's config from the moment of the swap, so that whatever writes the
+config (a Trainer, `save_pretrained`) writes it, too; beside it `attn_implementation` is "effattn",
+so that plain transformers refuses to load that checkpoint as the model that it was before.
+`effattn.load` reads both kinds. `effattn.save` leaves that mark out: what it writes as weights is
+the model's own alone, and plain transformers may load it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from effattn import registry
+from effattn.hf import hooks, placement, positions
+from effattn.hf.weight_files import Stored, header, read, shortened, stored
+from effattn.projections import packed
+from effattn.surgery import replace
+from effattn.surgery.trusted import KEY
+
+LEARNED = "effattn.safetensors"  # the weights that plain transformers does not know
+MARK = "attn_implementation"
+
+
+def is_plain(spec: str) -> bool:
+    """Whether plain transformers computes the same as this backend, in any layer."""
+    return registry.backends()[registry.parse_spec(spec)[0]].plain
+
+
+def of(model: nn.Module) -> dict:
+    """What about the model plain transformers would not know from its config: {} when nothing."""
+    done = getattr(model, hooks.ATTRIBUTE, None)
+    rules = positions.active(model)
+    found = {
+        "pattern": {}
+        if done is None
+        else {i: spec for i, spec in done.specs.items() if not is_plain(spec)},
+        "positions": {} if rules is None or rules.config is not None else rules.specs,
+        "cache": {} if done is None else done.caches,
+    }
+    found = {
+        axis: {str(index): specs[index] for index in sorted(specs)}
+        for axis, specs in found.items()
+        if specs
+    }
+    others = {"projections": replace.record(model), "packed": list(packed.layers_of(model))}
+    return found | {name: entry for name, entry in others.items() if entry}
+
+
+def mark(model: nn.Module) -> None:
+    """Puts the record of the model as it is now on its config, or takes it off where nothing is to
+    be said.
+    """
+    if not hasattr(model, "config"):  # nothing that could be saved
+        return
+    fields = vars(model.config)
+    for name in (KEY, MARK):
+        fields.pop(name, None)
+    if found := of(model):
+        fields |= {KEY: found, MARK: KEY}
+
+
+def write(model: nn.Module, file: Path) -> None:
+    """Makes config.json that of a checkpoint whose weights are the model's own.
+
+    Rules that transformers has, but decodes wrongly, are written in its terms as well; projections
+    that are no linears make it another `model_type`."""
+    config = json.loads(file.read_text(encoding="utf-8"))
+    for name in (KEY, MARK):
+        config.pop(name, None)
+    found = of(model)
+    ours, plain = positions.saved(model)
+    found |= ours
+    config |= plain
+    if found.keys() & {"projections", "packed"}:
+        found["model_type"] = config["model_type"]
+        config["model_type"] = KEY
+    if found:
+        config[KEY] = found
+    file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def is_learned(name: str) -> bool:
+    """Whether a swap added the weight of this name."""
+    return not hooks.LEARNED_PARTS.isdisjoint(name.split("."))
+
+
+def learned(model: nn.Module) -> dict[str, Tensor]:
+    """The entries of the state_dict that a swap added, by name."""
+    added = {name: tensor for name, tensor in model.state_dict().items() if is_learned(name)}
+    return {name: placement.fetched(model, name, tensor) for name, tensor in added.items()}
+
+
+def once(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Without further names of the same tensor, which layers may share."""
+    return {names[0]: tensors[names[0]] for names in _shared(tensors)}
+
+
+def _shared(tensors: dict[str, Tensor]) -> list[list[str]]:
+    """The names of each tensor."""
+    groups: dict[tuple, list[str]] = {}
+    for name, tensor in tensors.items():
+        groups.setdefault((tensor.data_ptr(), tensor.shape), []).append(name)
+    return list(groups.values())
+
+
+@torch.no_grad()
+def load_learned(model: nn.Module, name: str) -> None:
+    """Fills what a swap added from the checkpoint's files. ValueError unless names and shapes are
+    the same.
+    """
+    wanted = learned(model)
+    groups = _shared(wanted)
+    folder = _folder(name)
+    files = _learned_files(folder) if wanted or (folder / LEARNED).is_file() else {}
+    _fit("missing", [names[0] for names in groups if not files.keys() & set(names)], files)
+    _fit("unexpected", files.keys() - wanted.keys(), files)
+    for names in groups:
+        key = next(one for one in names if one in files)
+        saved, tensor = files[key], wanted[key]
+        if saved.shape != tuple(tensor.shape):
+            raise ValueError(
+                f"weights: {saved.file}: {key}: got {saved.shape}, expected {tuple(tensor.shape)}"
+            )
+        tensor.copy_(read(folder / saved.file, [key])[key])
+
+
+def _fit(what: str, names, files: dict[str, Stored]) -> None:
+    if names:
+        file = next(iter(files.values())).file if files else LEARNED
+        raise ValueError(
+            f"weights: {file} does not fit the swap in config.json, {what}: "
+            f"{shortened(sorted(names))}"
+        )
+
+
+def _learned_files(folder: Path) -> dict[str, Stored]:
+    """Every weight that a swap added: beside the model's own weights, or among them."""
+    beside = header(folder / LEARNED) if (folder / LEARNED).is_file() else {}
+    inside = {name: one for name, one in stored(folder).items() if is_learned(name)}
+    if beside and inside:
+        other = next(iter(inside.values())).file
+        raise ValueError(
+            f"weights: {str(folder)!r} holds what a swap added in {LEARNED} and in {other}: one "
+            "of them is of another "
+            "save; delete it"
+        )
+    return inside or beside
+
+
+def _folder(name: str) -> Path:
+    """Where the files of a checkpoint lie; of a hub name, those that have been loaded."""
+    if Path(name).is_dir():
+        return Path(name)
+    from transformers.utils import cached_file
+
+    cached_file(name, LEARNED, _raise_exceptions_for_missing_entries=False)
+    return Path(cached_file(name, "config.json")).parent

@@ -1,0 +1,5 @@
+"""What every flow that trains shares: lending a model to the Trainer, distillation, transfer, LoRA."""
+
+from effattn.training.lending import lent
+
+__all__ = ["lent"]

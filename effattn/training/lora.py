@@ -1,0 +1,56 @@
+"""Low-rank adapters on the attention projections while distilling, by peft, and merged into the
+weights afterwards.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from effattn.errors import Unsupported
+from effattn.hf import anatomy as hf
+from effattn.hf import hooks
+from effattn.hf.adapters import merge
+from effattn.training.lending import Settings
+
+
+def check_peft() -> None:
+    """Unsupported without peft."""
+    if importlib.util.find_spec("peft") is None:
+        raise Unsupported(
+            "lora: peft is not installed; pip install 'effattn[lora]', or leave out --lora"
+        )
+
+
+@contextmanager
+def adapters(model: nn.Module, rank: int):
+    """Puts LoRA (arXiv:2106.09685) of `rank` on q, k, v and o of every layer; yields the parameters
+    to train: the adapters', in fp32 or more, and those of the backends; all others are frozen. On
+    leaving, the adapters are merged: the model has its own modules and flags again."""
+    check_peft()
+    from peft import LoraConfig, inject_adapter_in_model
+
+    targets = {
+        module
+        for layer in hf.of(model)
+        for module in (layer.q.module, layer.k.module, layer.v.module, layer.o.module)
+    }
+    names = [name for name, module in model.named_modules() if module in targets]
+    settings = Settings(model)
+    inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=names), model)
+    try:
+        trained = []
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.data = parameter.data.to(
+                    torch.promote_types(parameter.dtype, torch.float32)
+                )
+            if "lora_" in name or hooks.PATTERN in name.split("."):
+                trained.append(parameter.requires_grad_(True))
+        yield trained
+    finally:
+        merge(model)  # ValueError for what a weight's dtype cannot hold
+        settings.put_back()

@@ -1,0 +1,1 @@
+"""Sheared LLaMA: learned masks, then a smaller model that trains on."""

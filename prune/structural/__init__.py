@@ -1,0 +1,1 @@
+"""Whole heads, FFN dimensions and layers, removed for good."""

@@ -1,0 +1,187 @@
+"""Least squares after structured pruning: o_proj and the FFN's output module are solved again for
+what they have left.
+
+Layer by layer, in order, the pruned model feeding its own next layers. Each output module is solved
+for what the whole layer would have given on the same input: with x the module's whole input, C =
+sum x x^T over the calibration tokens and S what stays, W' = W C[:, S] (C[S, S] + lambda I)^-1, in
+fp64 (the reconstruction of He et al., arXiv:1707.06168, and of SlimGPT, arXiv:2412.18110). lambda
+pulls towards W[:, S], so that the error on the calibration tokens never rises. A module with a bias
+gets a new one with it. The FFN's module is solved after o_proj is written, on what it then is
+given."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import torch
+from effattn.prune.structural.slicing import Keep
+from torch import Tensor, nn
+
+from effattn.calibration.layerwise import LayerRunner, watch
+from effattn.calibration.refit import OutputRefit
+from effattn.errors import Unsupported
+from effattn.hf import anatomy as hf
+from effattn.hf.families import BIASES
+
+
+@torch.no_grad()
+def compensate(
+    old: hf.Anatomy,
+    new: hf.Anatomy,
+    keep: Keep,
+    batches: list[Tensor],
+    *,
+    weights: bool = True,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[dict]:
+    """Fits `new`, what `slice_model` made of `old` by `keep`, in place to batches of tokens, int64
+    (batch, length).
+
+    weights=False: solves for the biases alone (FLAP's correction). Returns {"layer",
+    "heads_error_sliced", "heads_error", "ffn_error_sliced", "ffn_error"} for each layer: the
+    squared error of the attention's and of the FFN's output over its square, before and after; None
+    where nothing was cut. Raises FloatingPointError naming the layer (of `old`) when activations
+    are not finite."""
+    staying = range(len(old.layers)) if keep.layers is None else keep.layers.tolist()
+    cut = [target for target in ("heads", "ffn") if getattr(keep, target) is not None]
+    teacher, student = LayerRunner(old, batches), LayerRunner(new, batches)
+    hidden, rows = student.embed(), []
+    for place, index in enumerate(staying):
+        row = {
+            "layer": index,
+            **dict.fromkeys(f"{t}_error{s}" for t in ("heads", "ffn") for s in ("_sliced", "")),
+        }
+        # What the whole layer makes of the pruned model's hidden states: before anything in this
+        # layer is written.
+        outputs = {target: _outputs(teacher, index, hidden, target) for target in cut}
+        for target in cut:
+            module = output_module(new.layers[place], target)
+            fit = _fit(student, place, hidden, module, outputs.pop(target))
+            row[f"{target}_error_sliced"] = fit.error(_with_bias(module))
+            try:
+                _write(module, fit, weights)
+            except FloatingPointError as error:
+                raise FloatingPointError(f"layer {index}: {error}") from None
+            row[f"{target}_error"] = fit.error(_with_bias(module))
+        for number, states in enumerate(hidden):
+            hidden[number] = student.call(place, states).cpu()
+        rows.append(row)
+        if progress:
+            progress(place + 1, len(staying))
+    return rows
+
+
+def output_module(layer: hf.Layer, target: str) -> nn.Linear:
+    """The module that a layer's heads, or its FFN dimensions, end in."""
+    return layer.o.module if target == "heads" else layer.feed_forward.output
+
+
+def _outputs(teacher: LayerRunner, index: int, hidden: list[Tensor], target: str) -> list[Tensor]:
+    """What the whole layer's output module gives on each batch, (tokens, D) on the CPU."""
+    found: list[Tensor] = []
+    with watch(
+        output_module(teacher.anatomy.layers[index], target), lambda _, y: found.append(y.cpu())
+    ):
+        for states in hidden:
+            teacher.call(index, states)
+    return found
+
+
+def _fit(
+    student: LayerRunner, place: int, hidden: list[Tensor], module: nn.Linear, outputs: list[Tensor]
+) -> OutputRefit:
+    """Sums over all tokens of what the pruned layer's module takes (with a 1 for its bias), and
+    what it should give.
+    """
+    fit, batches = OutputRefit(), iter(outputs)
+
+    def see(z: Tensor, _: Tensor) -> None:
+        if module.bias is not None:
+            z = torch.cat([z, z.new_ones(len(z), 1)], dim=1)
+        fit.add(z, next(batches).to(z.device))
+
+    with watch(module, see):
+        for states in hidden:
+            student.call(place, states)
+    return fit
+
+
+def _with_bias(module: nn.Linear) -> Tensor:
+    """(D, n), or (D, n + 1) with the bias last."""
+    return (
+        module.weight
+        if module.bias is None
+        else torch.cat([module.weight, module.bias[:, None]], dim=1)
+    )
+
+
+def _write(module: nn.Linear, fit: OutputRefit, weights: bool) -> None:
+    if weights:
+        solved = fit.solve(_with_bias(module))
+        module.weight.copy_(solved[:, : module.in_features])
+        if module.bias is not None:
+            module.bias.copy_(solved[:, -1])
+        return
+    inputs, outputs = (
+        fit.gram.total[-1],
+        fit.cross.total[-1],
+    )  # sums over tokens; of the last input, their number
+    if not torch.isfinite(inputs).all() or not torch.isfinite(outputs).all():
+        raise FloatingPointError("the calibration activations contain NaN or infinity")
+    module.bias.copy_((outputs - module.weight.double() @ inputs[:-1]) / inputs[-1])
+
+
+def check_biases(parts: hf.Anatomy, targets: list[str]) -> None:
+    """Unsupported, naming the class, unless its config can give these targets' output modules
+    biases.
+    """
+    if targets:
+        _with_fields(parts, targets)
+
+
+def with_biases(model: nn.Module, targets: list[str]) -> nn.Module:
+    """The same model with biases of 0 at the output modules of `targets` ("heads", "ffn"), where it
+    had none, and wherever else its class puts them with these; a new one, or `model` itself where
+    nothing is missing.
+
+    Raises Unsupported as `check_biases`.
+    """
+    config, names = _with_fields(hf.of(model), targets)
+    state = model.state_dict()
+    missing = {
+        name: torch.zeros(shape, dtype=model.dtype)
+        for name, shape in names.items()
+        if name not in state
+    }
+    if not missing:
+        return model
+    new = type(model).from_pretrained(
+        None, config=config, state_dict=state | missing, dtype=model.dtype
+    )
+    new.generation_config = copy.deepcopy(model.generation_config)
+    return new.to(model.device).train(model.training)
+
+
+def _with_fields(parts: hf.Anatomy, targets: list[str]) -> tuple[object, dict[str, torch.Size]]:
+    """A copy of the config in which these modules have biases, and the names and shapes of its
+    class's weights then.
+    """
+    model, first = parts.model, parts.layers[0]
+    config = copy.deepcopy(model.config)
+    for target in targets:
+        if output_module(first, target).bias is None and hasattr(
+            config.get_text_config(), BIASES[target]
+        ):
+            setattr(config.get_text_config(), BIASES[target], True)
+    with torch.device("meta"):
+        shell = type(model)(copy.deepcopy(config))
+    for target in targets:
+        if output_module(hf.of(shell).layers[0], target).bias is None:
+            what = "o_proj" if target == "heads" else "its FFN's output module"
+            raise Unsupported(
+                f"bias: {type(model).__name__} cannot have a bias in {what}: its config has no "
+                f"{BIASES[target]}; valid "
+                "is bias=False"
+            )
+    return config, {name: tensor.shape for name, tensor in shell.state_dict().items()}

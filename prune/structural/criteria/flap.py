@@ -1,0 +1,52 @@
+"""Fluctuation: Var(x_j) |W_:j|^2, what losing input j costs once a bias stands in for its mean.
+
+FLAP (arXiv:2312.11983), equation 5. W is o_proj or the FFN's output module, x what it takes; a
+head's score is the sum over its dimensions. The bias itself is `effattn.prune.structural.compensation`'s
+(`bias=True`)."""
+
+from __future__ import annotations
+
+import torch
+from effattn.prune.structural.criteria.base import (
+    Importance,
+    Sums,
+    by_group,
+    forward,
+    watching,
+    watching_blocks,
+)
+from torch import Tensor
+
+from effattn.hf.anatomy import Anatomy, Layer
+
+TARGETS = ("heads", "ffn")
+
+
+def score(parts: Anatomy, batches: list[Tensor], targets: list[str], seed: int) -> Importance:
+    sums = Sums(parts)
+
+    def see(target: str, layer: Layer, x: Tensor) -> None:
+        if target in targets:
+            x = x.detach().flatten(0, -2).double()
+            rows = x.new_full((x.shape[-1],), len(x))
+            sums.add(target, layer.index, torch.stack([rows, x.sum(0), x.square().sum(0)]))
+
+    with watching(parts, see), watching_blocks(parts):
+        for _ in forward(parts, batches):
+            pass
+    for (target, index), (rows, total, squares) in list(sums.total.items()):
+        variance = squares / rows - (total / rows).square()
+        sums.total[target, index] = variance.clamp_min(0) * output_weight(
+            parts.layers[index], target
+        ).square().sum(0)
+    return sums.importance(
+        lambda layer, values: by_group(layer, values.unflatten(0, (layer.heads, -1)).sum(-1))
+    )
+
+
+def output_weight(layer: Layer, target: str) -> Tensor:
+    """The weight (D, n) of the module in which a layer's heads or FFN dimensions end; fp64 on the
+    CPU.
+    """
+    weight = layer.o.weight if target == "heads" else layer.feed_forward.output.weight
+    return weight.detach().double().cpu()

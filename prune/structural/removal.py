@@ -1,0 +1,297 @@
+"""Structured pruning: whole heads, FFN dimensions and layers go, and what comes out is a smaller
+plain model.
+
+    small, report = effattn.prune.structured(model, tokens, heads=4, ffn=0.25)  # keep 4 heads, remove a quarter
+    small.save_pretrained("out")            # plain transformers loads it; the file is smaller
+
+Every structure is scored on the whole model by a criterion (`effattn.prune.structural.criteria`), the lowest
+ones are cut out of the weights (`effattn.prune.structural.slicing`), and the output modules are solved again
+for what is left (`effattn.prune.structural.compensation`). Each layer keeps as many: that is what a plain
+config can say."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from effattn.prune.structural import criteria
+from effattn.prune.structural.compensation import check_biases, with_biases
+from effattn.prune.structural.compensation import compensate as fit_outputs
+from effattn.prune.structural.criteria.base import TARGETS, Importance
+from effattn.prune.structural.report import KIND, StructuredReport, sizes_of
+from effattn.prune.structural.slicing import (
+    Keep,
+    check_plain,
+    reachable_heads,
+    slice_model,
+    sliced_config,
+)
+from effattn.prune.unstructured import calibration
+from torch import Tensor, nn
+
+from effattn.errors import Unsupported, check_choice
+from effattn.hf import anatomy as hf
+from effattn.profiling.environment import environment
+from effattn.surgery.checkpoint import check_finite
+
+TOKENS_PER_DIMENSION = 10  # of an output module that is solved again
+WHAT = {"heads": "key/value heads a layer", "ffn": "FFN dimensions a layer", "layers": "layers"}
+
+Amount = int | float | None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is to be done, checked: how many of each target stay (targets that lose nothing are
+    absent), and what ranks each."""
+
+    keep: dict[str, int]
+    criteria: dict[str, str]
+
+
+def structured(
+    model: nn.Module,
+    tokens: Tensor,
+    *,
+    heads: Amount = None,
+    ffn: Amount = None,
+    layers: Amount = None,
+    criterion: str | Mapping[str, str] = "taylor",
+    compensate: bool = True,
+    bias: bool = False,
+    length: int | None = None,
+    seed: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> tuple[nn.Module, StructuredReport]:
+    """A new, smaller model of the same class, in eval mode, and a report; `model` is not changed.
+
+    heads, ffn, layers: an int is how many STAY (heads and FFN dimensions: in every layer), a float
+    in (0, 1) the share that is REMOVED, None removes nothing. heads counts key/value heads, which
+    go with their query heads (in multi-head attention these are heads). tokens: int64 (N,)
+    calibration text, cut into windows of `length` (default: as the model was trained, at most
+    2048); with `compensate` at least ten tokens for each input of an output module. criterion: one
+    of `effattn.prune.structural.criteria.CRITERIA`, or a dict of them by target. compensate: least squares for
+    o_proj and the FFN's output module (and their biases, if the model has any). bias: gives these
+    modules biases where the class's config can say so (Llama's attention_bias and mlp_bias); with
+    compensate=False they alone are solved for, which is FLAP's correction. seed: of the random
+    criterion. progress: called with (steps done, steps).
+
+    Raises ValueError for bad arguments and Unsupported for what the class cannot hold, naming what
+    it can; and FloatingPointError, naming the layer, for activations that are not finite."""
+    check_plain(model)
+    parts = hf.of(model)
+    plan = plan_of(parts, {"heads": heads, "ffn": ffn, "layers": layers}, criterion)
+    length = calibration.window_length(parts.config, length)
+    calibration.check_tokens(tokens, parts.embeddings.weight.shape[0], length)
+    if compensate:
+        _check_enough(parts, plan, tokens)
+    biased = [target for target in ("heads", "ffn") if bias and target in plan.keep]
+    check_biases(parts, biased)
+    check_finite(model)
+    batches = calibration.batches_of(tokens, length)
+    solve = (compensate or bias) and set(plan.keep) != {"layers"}
+    steps = 2 + (plan.keep.get("layers", len(parts.layers)) if solve else 0)
+    tell = progress or (lambda done, total: None)
+
+    training = model.training
+    model.eval()
+    try:
+        importance = score(parts, batches, plan, seed)
+        tell(1, steps)
+        keep = choose(parts, importance, plan)
+        small = slice_model(model, keep)
+        if biased:
+            small = with_biases(small, biased)
+        tell(2, steps)
+        rows = []
+        if solve:
+            rows = fit_outputs(
+                parts,
+                hf.of(small),
+                keep,
+                batches,
+                weights=compensate,
+                progress=lambda done, total: tell(2 + done, steps),
+            )
+    finally:
+        model.train(training)
+    settings = {
+        "model": getattr(model.config, "_name_or_path", "") or type(model).__name__,
+        **plan.keep,
+        "criterion": plan.criteria,
+        "compensate": compensate,
+        "bias": bias,
+        "calibration_tokens": len(tokens),
+        "length": length,
+        "seed": seed,
+    }
+    return small, StructuredReport(
+        {
+            "kind": KIND,
+            "settings": settings,
+            "model": {
+                "class": type(model).__name__,
+                "dtype": str(model.dtype).removeprefix("torch."),
+            },
+            "kept": _lists(keep),
+            "importance": _scores(importance),
+            "layers": rows,
+            "sizes": {"before": sizes_of(model), "after": sizes_of(small)},
+            "quality": None,
+            "decode": [],
+            "verification": None,
+            "environment": environment(),
+        }
+    )
+
+
+def plan_of(
+    parts: hf.Anatomy, amounts: Mapping[str, Amount], criterion: str | Mapping[str, str]
+) -> Plan:
+    """The plan behind `structured`'s arguments. ValueError and Unsupported, as there, before
+    anything is computed.
+    """
+    sizes = {"heads": parts.kv_heads, "layers": len(parts.layers)}
+    if amounts.get("ffn") is not None:
+        sizes["ffn"] = parts.layers[0].feed_forward.size
+    keep = {}
+    for target in TARGETS:
+        if amounts.get(target) is not None:
+            staying = _staying(target, amounts[target], sizes[target])
+            if staying < sizes[target]:
+                keep[target] = staying
+    if not keep:
+        got = ", ".join(str(amounts.get(target)) for target in TARGETS)
+        raise ValueError(
+            f"heads, ffn, layers: got {got}, which removes nothing; valid is at least one of "
+            "them: an int (how many "
+            "stay) or a float in (0, 1) (the share that is removed)"
+        )
+    named = dict.fromkeys(keep, criterion) if isinstance(criterion, str) else dict(criterion)
+    for target, name in named.items():
+        check_choice("criterion", target, TARGETS)
+        criteria.check(name, target, parts)
+    for target in keep:
+        if target not in named:
+            raise ValueError(
+                f"criterion: got none for {target}, which is to be pruned; valid is a name for "
+                "each target"
+            )
+    _check_shape(parts, keep)
+    return Plan(keep, {target: named[target] for target in keep})
+
+
+def _staying(target: str, amount: Amount, size: int) -> int:
+    """How many stay. ValueError unless it is an int in [1, size] or a float in (0, 1) that leaves
+    at least one.
+    """
+    valid = (
+        f"an int from 1 to {size} (how many stay) or a float between 0 and 1 (the share that "
+        "is removed)"
+    )
+    if isinstance(amount, bool) or not isinstance(amount, int | float):
+        raise ValueError(f"{target}: got {amount!r}, valid is {valid}")
+    share = isinstance(amount, float)
+    staying = round(size * (1 - amount)) if share and 0 < amount < 1 else amount
+    if (share and not 0 < amount < 1) or not 1 <= staying <= size:
+        raise ValueError(
+            f"{target}: got {amount}, the model has {size} {WHAT[target]}; valid is {valid}"
+        )
+    return int(staying)
+
+
+def _check_shape(parts: hf.Anatomy, keep: dict[str, int]) -> None:
+    """Unsupported where the class's config cannot say this shape: before anything is measured."""
+    if "heads" in keep:
+        for layer in parts:
+            layer.q.by_head, layer.o.by_head  # noqa: B018 - raise where heads are no rows of a weight
+        valid = reachable_heads(parts.model.config)
+        if keep["heads"] not in valid:
+            lower = [n for n in valid if n < parts.kv_heads]
+            can = (
+                f"it can keep {', '.join(map(str, lower))}"
+                if lower
+                else "it cannot lose any at this hidden size"
+            )
+            raise Unsupported(
+                f"heads: got {keep['heads']} to keep, {type(parts.model).__name__} (hidden size "
+                f"{parts.config.hidden_size}, {parts.kv_heads} key/value heads) {can}"
+            )
+    staying = keep.get("layers", len(parts.layers))
+    first = {
+        target: [torch.arange(keep[target])] * staying
+        for target in ("heads", "ffn")
+        if target in keep
+    }
+    sliced_config(parts.model.config, Keep(**first, layers=torch.arange(staying)))
+
+
+def _check_enough(parts: hf.Anatomy, plan: Plan, tokens: Tensor) -> None:
+    inputs = [
+        plan.keep.get("heads", 0) * (parts.heads // parts.kv_heads) * parts.head_dim,
+        plan.keep.get("ffn", 0),
+    ]
+    needed = TOKENS_PER_DIMENSION * max(inputs)
+    if len(tokens) < needed:
+        raise ValueError(
+            f"tokens: got {len(tokens):,}, at least {needed:,} are needed to solve for output "
+            "modules with "
+            f"{max(inputs):,} inputs; give more text, or compensate=False"
+        )
+
+
+def score(parts: hf.Anatomy, batches: list[Tensor], plan: Plan, seed: int = 0) -> Importance:
+    """The importance of every target of the plan, each by its criterion; one pass over the data a
+    criterion.
+    """
+    found = Importance()
+    for name in dict.fromkeys(plan.criteria.values()):
+        targets = [target for target, one in plan.criteria.items() if one == name]
+        scores = criteria.measure(name, parts, batches, targets, seed)
+        for target in targets:
+            setattr(found, target, getattr(scores, target))
+    return found
+
+
+def choose(parts: hf.Anatomy, importance: Importance, plan: Plan) -> Keep:
+    """The most important ones: layers first, then heads and FFN dimensions of the layers that
+    stay.
+    """
+
+    def best(scores: Tensor, count: int) -> Tensor:
+        return scores.sort(descending=True, stable=True).indices[:count].sort().values
+
+    staying = torch.arange(len(parts.layers))
+    if "layers" in plan.keep:
+        staying = best(importance.layers, plan.keep["layers"])
+    inside = {
+        target: [
+            best(getattr(importance, target)[index], plan.keep[target])
+            for index in staying.tolist()
+        ]
+        for target in ("heads", "ffn")
+        if target in plan.keep
+    }
+    return Keep(**inside, layers=staying if "layers" in plan.keep else None)
+
+
+def _lists(keep: Keep) -> dict:
+    """Target -> indices, for JSON."""
+    rows = {
+        target: [row.tolist() for row in getattr(keep, target) or ()] for target in ("heads", "ffn")
+    }
+    found = rows | {"layers": [] if keep.layers is None else keep.layers.tolist()}
+    return {target: kept for target, kept in found.items() if kept}
+
+
+def _scores(importance: Importance) -> dict:
+    """Target -> scores, for JSON; of FFN dimensions, of which there are many, their percentiles."""
+    found = {
+        target: value for target in TARGETS if (value := getattr(importance, target)) is not None
+    }
+    if "ffn" in found:
+        found["ffn"] = torch.quantile(
+            found["ffn"], torch.linspace(0, 1, 101, dtype=torch.float64), dim=1
+        ).T
+    return {target: value.tolist() for target, value in found.items()}

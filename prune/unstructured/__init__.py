@@ -1,0 +1,1 @@
+"""Weights one by one, or N of every M: magnitude, Wanda, SparseGPT."""

@@ -1,0 +1,367 @@
+"""One-shot pruning from checkpoint to checkpoint, for models that do not fit into memory.
+
+One decoder layer and its Hessians are in memory, the other layers stay in their safetensors files,
+and the hidden states of the calibration text wait on the disk. After each layer its new weights,
+the states and, last, a manifest are written, so that a killed run goes on at the layer where it
+stopped, with the same result. The source is only read."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from effattn.prune.unstructured import calibration, layers
+from effattn.prune.unstructured.calibration import SpilledStates
+from effattn.prune.unstructured.layers import Checkpoint, Runner, StreamedModel
+from effattn.prune.unstructured.methods.sparsegpt import BLOCK
+from effattn.prune.unstructured.one_shot import (
+    Plan,
+    allocate,
+    make_plan,
+    outliers,
+    prune_layer,
+    said,
+)
+from effattn.recipes.jobs import discard
+from safetensors.torch import save_file
+from torch import Tensor
+
+from effattn.calibration.hessian import DAMPING
+from effattn.hf.weight_files import INDEX
+from effattn.outputs import check_new_folder, claim
+from effattn.permissions import follow_umask
+from effattn.reports.files import write_text_atomic
+
+MANIFEST = "manifest.json"
+FACTS = "pruning.json"  # in the output: what was done
+OTHER_WEIGHTS = (
+    ".safetensors",
+    ".bin",
+    ".pt",
+    ".pth",
+    ".h5",
+    ".msgpack",
+    ".gguf",
+    ".onnx",
+    ".index.json",
+)
+REPORTS = (
+    "report.json",
+    "report.md",
+    "report.html",
+    "card.json",
+    FACTS,
+)  # of the source, they would be wrong
+
+
+def prune_files(
+    source: str | Path,
+    output: str | Path,
+    tokens: Tensor,
+    *,
+    method: str = "sparsegpt",
+    sparsity: float | str | Sequence[float | str] = 0.5,
+    modules: str = "all",
+    allocation: str = "uniform",
+    length: int | None = None,
+    damping: float = DAMPING,
+    raise_damping: bool = False,
+    block: int = BLOCK,
+    device: torch.device | str = "cpu",
+    work: str | Path | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict:
+    """Prunes the safetensors checkpoint in the folder `source` into the new folder `output`, as
+    `oneshot` does in memory, and with the same result.
+
+    work: where an unfinished run is kept (default `.<output>.pruning` beside `output`; on the same
+    file system). Returns {"settings", "layers", "verification"}, which also lies in the output as
+    pruning.json: the layers as `prune_layer` tells them, and how far the last hidden states that
+    the new files give are from those of the run ("max_difference").
+
+    Raises as `oneshot` does, and ValueError for an output that is not empty and for an unfinished
+    run with other settings or another source."""
+    source, output = Path(source), Path(output).absolute()
+    work = Path(work) if work is not None else output.parent / f".{output.name}.pruning"
+    finished = (work / MANIFEST).is_file() and (
+        output / FACTS
+    ).is_file()  # but killed before it had removed the first
+    if not finished:
+        check_new_folder("output", output)
+    checkpoint = Checkpoint(source)
+    model = StreamedModel(checkpoint, torch.device(device))
+    parts = model.parts
+    plan = make_plan(
+        parts.layers,
+        method,
+        sparsity,
+        modules,
+        allocation,
+        damping=damping,
+        raise_damping=raise_damping,
+        block=block,
+    )
+    length = calibration.window_length(parts.config, length)
+    calibration.check_tokens(tokens, parts.embeddings.weight.shape[0], length)
+    settings = {
+        "method": method,
+        "sparsity": said(sparsity),
+        "modules": modules,
+        "allocation": allocation,
+        "damping": damping,
+        "raise_damping": raise_damping,
+        "block": block,
+        "length": length,
+        "calibration_tokens": len(tokens) // length * length,
+    }
+    wanted = {**settings, **_fingerprint(checkpoint, tokens)}
+    with claim("output", output):
+        state = resume(work / MANIFEST, wanted) or {"measured": [], "layers": []}
+        if not finished:
+            run = _Run(
+                model, plan, work, work / MANIFEST, state, calibration.batches_of(tokens, length)
+            )
+            run.finish(settings, output, allocation == "sensitivity", progress)
+        discard(work, MANIFEST)
+    return json.loads((output / FACTS).read_text(encoding="utf-8"))
+
+
+def resume(file: Path, settings: dict) -> dict | None:
+    """What an unfinished run wrote into `file` beside its settings; None, and the settings are
+    written, without one.
+
+    ValueError when the settings differ.
+    """
+    settings = json.loads(json.dumps(settings))
+    if file.exists():
+        old = json.loads(file.read_text(encoding="utf-8"))
+        changed = [key for key in settings if old["settings"].get(key) != settings[key]]
+        if changed:
+            raise ValueError(
+                f"{file.parent} holds an unfinished run with another {', '.join(changed)}: repeat "
+                "it with the same to "
+                "go on, or delete that folder to start again"
+            )
+        return old.get("state")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_text_atomic(file, json.dumps({"settings": settings}) + "\n")
+    return None
+
+
+class _Run:
+    """The passes over the layers, each step of them recorded in the manifest."""
+
+    def __init__(
+        self,
+        model: StreamedModel,
+        plan: Plan,
+        work: Path,
+        manifest: Path,
+        state: dict,
+        batches: list[Tensor],
+    ):
+        self.model, self.plan, self.work, self.manifest, self.state = (
+            model,
+            plan,
+            work,
+            manifest,
+            state,
+        )
+        self.out, self.count = work / "out", len(model.parts.layers)
+        self.out.mkdir(parents=True, exist_ok=True)
+        self.batches = batches
+        with model.around():
+            weight = model.parts.embeddings.weight
+            # A run that goes on in another place, where other dtypes are fast, goes on in the one
+            # that it began in.
+            dtype = layers.working_dtype(weight.dtype, weight.device)
+            dtype = getattr(torch, state.setdefault("dtype", str(dtype).removeprefix("torch.")))
+            self.runner = Runner(model.parts, batches, dtype)
+        self.rest = _shards(model)
+
+    def _file(self, number: int) -> str:
+        return f"model-{number + 1:05}-of-{self.count + len(self.rest):05}.safetensors"
+
+    def _states(self, which: str, index: int) -> SpilledStates:
+        return SpilledStates(self.work / f"{which}-{index:04}", len(self.batches))
+
+    def _note(self) -> None:
+        whole = json.loads(self.manifest.read_text(encoding="utf-8")) | {"state": self.state}
+        write_text_atomic(self.manifest, json.dumps(whole) + "\n")
+
+    def _pass(self, which: str, done: list, step: Callable, progress) -> None:
+        """step(layer, source, sink) for every layer that is not yet in `done`, which gets what it
+        returns.
+        """
+        if not done:
+            states = self._states(which, 0)
+            with self.model.around():
+                for number, batch in enumerate(self.batches):
+                    states[number] = self.runner.embed_batch(batch)
+        for index in range(len(done), self.count):
+            source, sink = self._states(which, index), self._states(which, index + 1)
+            with self.model.layer(index) as layer:
+                done.append(step(layer, source, sink))
+            layers.give_memory_back()
+            self._note()
+            shutil.rmtree(source.folder)
+            if progress:
+                progress(index + 1, self.count)
+
+    def finish(self, settings: dict, output: Path, by_sensitivity: bool, progress) -> None:
+        """All that is left to do, up to the output's name."""
+        if by_sensitivity:
+            self.measure(progress)
+            self.plan = allocate(self.plan, self.state["measured"])
+        self.prune(progress)
+        self.write_rest()
+        facts = {
+            "settings": settings,
+            "layers": self.state["layers"],
+            "verification": self.verify(),
+        }
+        write_text_atomic(self.out / FACTS, json.dumps(facts, indent=1) + "\n")
+        follow_umask(self.out)
+        os.replace(self.out, output)
+
+    def measure(self, progress) -> None:
+        """Each layer's sensitivity, in the unchanged model."""
+        step = lambda layer, source, sink: outliers(
+            self.runner, layer, self.plan.modules, source, sink
+        )
+        self._pass("dense", self.state["measured"], step, progress)
+
+    def prune(self, progress) -> None:
+        def step(layer, source, sink) -> dict:
+            prefix = self.model.prefixes[layer.index]
+            facts = prune_layer(self.runner, layer, prefix.rstrip("."), source, sink, self.plan)
+            stored = self.model.stored
+            tensors = {
+                stored[prefix + name]: tensor.cpu()
+                for name, tensor in layer.block.state_dict().items()
+            }
+            names = self.model.names(layer.index)
+            unknown = self.model.checkpoint.read(name for name in names if name not in tensors)
+            self._write(layer.index, {name: (tensors | unknown)[name] for name in names})
+            return facts
+
+        self._pass("pruned", self.state["layers"], step, progress)
+
+    def write_rest(self) -> None:
+        """Everything outside of the layers as it is, the index, and the files that belong to a
+        checkpoint.
+        """
+        for number, names in enumerate(self.rest):
+            self._write(self.count + number, self.model.checkpoint.read(names))
+        weight_map, total = {}, 0
+        for number in range(self.count + len(self.rest)):
+            names = (
+                self.model.names(number) if number < self.count else self.rest[number - self.count]
+            )
+            weight_map |= dict.fromkeys(names, self._file(number))
+        for shape, dtype in self.model.checkpoint.shapes().values():
+            total += torch.Size(shape).numel() * _BYTES[dtype]
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        write_text_atomic(self.out / INDEX, json.dumps(index, indent=1) + "\n")
+        for file in self.model.checkpoint.folder.iterdir():
+            if (
+                file.is_file()
+                and not file.name.endswith(OTHER_WEIGHTS)
+                and file.name not in REPORTS
+            ):
+                shutil.copyfile(file, self.out / file.name)
+
+    def _write(self, number: int, tensors: dict[str, Tensor]) -> None:
+        final = self.out / self._file(number)
+        temporary = final.with_suffix(".tmp")
+        save_file(
+            {name: tensor.contiguous() for name, tensor in tensors.items()},
+            temporary,
+            {"format": "pt"},
+        )
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        temporary.replace(final)
+
+    @torch.no_grad()
+    def verify(self) -> dict:
+        """Loads the new files layer by layer: names, shapes, zeros, and the hidden states they give
+        for one batch.
+        """
+        again = StreamedModel(Checkpoint(self.out), self.model.device)
+        if again.checkpoint.shapes() != self.model.checkpoint.shapes():
+            raise RuntimeError(
+                "the saved checkpoint has other names, shapes or dtypes than the source"
+            )
+        with again.around():
+            runner = Runner(again.parts, self.batches[:1], self.runner.dtype)
+            hidden = runner.embed_batch(self.batches[0])
+        for index, facts in enumerate(self.state["layers"]):
+            with again.layer(index) as layer:
+                found = layers.linears(layer, self.plan.modules).values()
+                if sum(int((linear.weight == 0).sum()) for linear in found) != facts["zeros"]:
+                    raise RuntimeError(
+                        f"the saved layer {index} has other zeros than the pruned one"
+                    )
+                with layers.working(layer.block, runner.dtype):
+                    hidden = runner.call(index, hidden).cpu()
+            layers.give_memory_back()
+        expected = self._states("pruned", self.count)[0]
+        difference = float((hidden - expected).abs().max())
+        if not difference <= 1e-5 * float(expected.abs().max()):
+            raise RuntimeError(
+                "the saved checkpoint gives other hidden states (largest difference "
+                f"{difference:.3g})"
+            )
+        return {"max_difference": difference, "tokens": self.batches[0].numel()}
+
+
+_BYTES = {
+    "F64": 8,
+    "I64": 8,
+    "U64": 8,
+    "F32": 4,
+    "I32": 4,
+    "U32": 4,
+    "BF16": 2,
+    "F16": 2,
+    "I16": 2,
+    "U16": 2,
+    "I8": 1,
+    "U8": 1,
+    "BOOL": 1,
+    "F8_E4M3": 1,
+    "F8_E5M2": 1,
+}
+
+
+def _shards(model: StreamedModel) -> list[list[str]]:
+    """What lies outside of the layers, in files about as large as a layer's."""
+    shapes = model.checkpoint.shapes()
+    size = {
+        name: torch.Size(shape).numel() * _BYTES[dtype] for name, (shape, dtype) in shapes.items()
+    }
+    limit = max(
+        sum(size[name] for name in model.names(index)) for index in range(len(model.prefixes))
+    )
+    shards: list[list[str]] = []
+    for name in model.names(None):
+        if not shards or sum(size[other] for other in shards[-1]) + size[name] > limit:
+            shards.append([])
+        shards[-1].append(name)
+    return shards
+
+
+def _fingerprint(checkpoint: Checkpoint, tokens: Tensor) -> dict:
+    """What a run must have in common with the unfinished one, beside its settings."""
+    files = sorted({*checkpoint.files.values(), "config.json"})
+    stats = [(file, (checkpoint.folder / file).stat()) for file in files]
+    return {
+        "source": [[file, stat.st_size, stat.st_mtime_ns] for file, stat in stats],
+        "tokens": hashlib.sha256(tokens.numpy().tobytes()).hexdigest(),
+    }

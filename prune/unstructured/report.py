@@ -1,0 +1,342 @@
+"""The report of one-shot pruning: what went, what it cost in quality, and what it saves (and what
+not).
+
+One JSON-able dict is the report; Markdown, HTML and the terminal show the same tables made from it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from effattn.prune.decode_table import DECODING, decode_table
+from effattn.prune.unstructured.nm import Sparsity
+from torch import nn
+
+from effattn.profiling.cost import model_cost
+from effattn.profiling.environment import environment
+from effattn.reports.document import Document
+from effattn.reports.plots import AFTER, BEFORE, PALETTE, Series, bar_plot, line_plot
+from effattn.reports.tables import Table, number, pairs, percent
+from effattn.surgery.describing import describe
+
+if TYPE_CHECKING:
+    from effattn.prune.unstructured.one_shot import Plan
+
+KIND = "prune_oneshot"
+QUALITY, METHODS = "Before and after", "Methods compared"
+STAGES = {"pruned": "After pruning", "distilled": "After distillation"}
+SAVES_NOTHING = (
+    "Zeros are stored like other weights: files, memory and the time of products are as before. "
+)
+PACK = (
+    "effattn.prune.pack(model) stores 2:4 weights in 9/16 of the bytes (bf16) and multiplies "
+    "by them as they are."
+)
+NOT_PACKED = (
+    "Only 2:4 zeros can be turned into memory and time, by effattn.prune.pack: prune "
+    "with sparsity 2:4 for that."
+)
+
+
+def counts(model: nn.Module) -> dict[str, int]:
+    """Sizes of a model: parameters, zeros among them, the bytes they take, KV bytes and FLOPs a
+    token.
+
+    flops_per_token: of a decoding step with an empty cache, zeros included; flops_of_nonzeros:
+    without products by 0."""
+    told = describe(model)
+    parameters = list(dict.fromkeys(model.parameters()))
+    zeros = sum(int((p == 0).sum()) for p in parameters)
+    zero_products = sum(
+        int((m.weight == 0).sum())
+        for m in model.modules()
+        if isinstance(m, nn.Linear) and m.weight.dim() == 2
+    )
+    flops = model_cost(model, 1, 1).total.flops
+    return {
+        "parameters": told.parameters["total"],
+        "nonzero_parameters": told.parameters["total"] - zeros,
+        "weight_bytes": sum(p.nbytes for p in parameters),
+        "kv_bytes_per_token": told.kv_bytes_per_token,
+        "flops_per_token": flops,
+        "flops_of_nonzeros": flops - 2 * zero_products,
+    }
+
+
+@dataclass
+class OneShotReport(Document):
+    """Wraps `data`, a dict of kind "prune_oneshot".
+
+    settings, model (class, dtype), layers (of `prune_layer`), sizes ({"before", "after"}: see
+    `counts`), quality (what was measured on, "before" and the stages), runs (methods compared),
+    distillation, decode, verification, environment. What was not measured is None or absent."""
+
+    data: dict
+    terminal = (QUALITY, METHODS, DECODING, "Verification")
+
+    def __post_init__(self):
+        if self.data.get("kind") != KIND:
+            raise ValueError(
+                f"kind: got {self.data.get('kind')!r}, a one-shot pruning's report has {KIND!r}"
+            )
+
+    @classmethod
+    def of(cls, model: nn.Module, plan: Plan, layers: list[dict], settings: dict) -> OneShotReport:
+        """The report of what was done to `model` in memory."""
+        told = describe(model)
+        found = counts(model)
+        return cls(
+            {
+                "kind": KIND,
+                "settings": {**settings, "sparsities": [str(one) for one in plan.sparsities]},
+                "model": {"class": told.model, "dtype": told.dtype},
+                "layers": layers,
+                "sizes": {"after": found},
+                "environment": environment(),
+            }
+        )
+
+    def part(self, name: str) -> dict:
+        """A part of `data`, empty if it is null or absent."""
+        return self.data.get(name) or {}
+
+    @property
+    def layers(self) -> list[dict]:
+        return self.data["layers"]
+
+    @property
+    def sparsity(self) -> float:
+        """Zeros over weights, of the matrices that were pruned."""
+        return sum(one["zeros"] for one in self.layers) / sum(one["weights"] for one in self.layers)
+
+    @property
+    def label(self) -> str:
+        settings = self.data["settings"]
+        text = str(settings["sparsity"])
+        return f"{settings['method']}, {text if ',' in text else Sparsity.parse(text).label}"
+
+    @property
+    def title(self) -> str:
+        return f"{self.part('settings').get('model', 'model')}: {self.label}"
+
+    @property
+    def packs(self) -> bool:
+        return all(one["sparsity"] == "2:4" for one in self.layers)
+
+    @property
+    def headline(self) -> str:
+        """The result in one sentence."""
+        weights = sum(one["weights"] for one in self.layers)
+        text = f"{self.label}: {100 * self.sparsity:.4g} % of {weights:,} weights are zero"
+        before, quality = self.part("quality").get("before"), self.part("quality")
+        if before and quality.get("pruned"):
+            first, last = (
+                quality["pruned"]["perplexity"],
+                (quality.get("distilled") or quality["pruned"])["perplexity"],
+            )
+            text += (
+                f"; perplexity {before['perplexity']:.2f} -> "
+                f"{last:.2f}{percent(before['perplexity'], last)}"
+            )
+            if quality.get("distilled"):
+                text += (
+                    f" after distillation on {self.data['distillation']['tokens']:,} tokens "
+                    f"({first:.2f} before it)"
+                )
+        return f"{text}. {SAVES_NOTHING}{PACK if self.packs else NOT_PACKED}"
+
+    def excess(self, stage: str) -> float | None:
+        """Cross-entropy over the dense model's, nats a token, at "pruned" or "distilled"."""
+        quality = self.part("quality")
+        if not quality.get(stage):
+            return None
+        return quality[stage]["cross_entropy"] - quality["before"]["cross_entropy"]
+
+    # ---- tables ----
+
+    def tables(self) -> list[Table]:
+        """Every table, the headline's first."""
+        data = self.data
+        tables = [self._before_and_after()]
+        if data.get("runs"):
+            tables.append(self._methods())
+        if data.get("decode"):
+            tables.append(decode_table(data["decode"], "Dense products do not skip zeros."))
+        if data.get("verification"):
+            tables.append(pairs("Verification", data["verification"]))
+        if learned := data.get("distillation"):
+            names = ("tokens", "perplexity", "cross_entropy", "kl")
+            header = (
+                "Tokens",
+                "Perplexity",
+                "Cross-entropy (nats/token)",
+                "KL to the parent (nats/token)",
+            )
+            rows = [[number(point[name]) for name in names] for point in learned["curve"]]
+            tables.append(
+                Table(
+                    "Distillation", header, rows, "On the first 8,192 held-out tokens.", folded=True
+                )
+            )
+        rows = [
+            [
+                number(one["layer"]),
+                Sparsity.parse(one["sparsity"]).label,
+                number(one["zeros"]),
+                number(one["weights"]),
+                number(one["error"]),
+                f"{one['seconds']:.2f}",
+            ]
+            for one in self.layers
+        ]
+        header = ("Layer", "Asked for", "Zeros", "Weights", "Error", "Seconds")
+        note = (
+            "Error: squared distance of the layer's output from the dense layer's on the same "
+            "input, over its square."
+        )
+        tables.append(Table("Layers", header, rows, note, folded=True))
+        rows = [
+            [
+                f"{one['layer']}: {linear['name']}",
+                " x ".join(map(str, linear["shape"])),
+                number(linear["zeros"]),
+                number(linear["damping"]) if "damping" in linear else "-",
+            ]
+            for one in self.layers
+            for linear in one["linears"]
+        ]
+        tables.append(
+            Table("Linear layers", ("Layer", "Shape", "Zeros", "Damping"), rows, folded=True)
+        )
+        shown = {
+            key: ", ".join(map(str, value)) if isinstance(value, list) else value
+            for key, value in data["settings"].items()
+            if key != "overrides"
+        }
+        return [
+            *tables,
+            pairs("Settings", shown),
+            pairs("Model", data["model"]),
+            pairs("Environment", data["environment"]),
+        ]
+
+    def _before_and_after(self) -> Table:
+        quality, sizes = self.part("quality"), self.part("sizes")
+        stages = [stage for stage in STAGES if stage == "pruned" or quality.get(stage)]
+        rows = []
+        if quality:
+            names = {
+                "perplexity": "Perplexity",
+                "cross_entropy": "Cross-entropy (nats/token)",
+                "kl": "KL to the parent (nats/token)",
+            }
+            for name, label in names.items():
+                cells = [quality["before"].get(name), *(quality[stage][name] for stage in stages)]
+                said = [number(one) for one in cells]
+                if name == "perplexity":
+                    said[1:] = [number(one) + percent(cells[0], one) for one in cells[1:]]
+                rows.append([label, "-" if name == "kl" else said[0], *said[1:]])
+        names = {"parameters": "Parameters", "nonzero_parameters": "Nonzero parameters",
+                 "file_bytes": "Weight files (bytes)", "weight_bytes": "Weights in memory (bytes)",
+                 "kv_bytes_per_token": "KV cache (bytes/token)",
+                 "flops_per_token": "FLOPs a token, as dense products run",
+                 "flops_of_nonzeros": "FLOPs a token, by nonzeros alone"}  # fmt: skip
+        for name, label in names.items():
+            before, after = (sizes.get(when, {}).get(name) for when in ("before", "after"))
+            if after is not None:
+                rows.append([label, number(before), *[number(after)] * len(stages)])
+        header = ("", "Before", *(STAGES[stage] for stage in stages))
+        note = SAVES_NOTHING + (PACK if self.packs else NOT_PACKED)
+        if quality:
+            note = (
+                f"On {quality['tokens']:,} held-out tokens ({quality['source']}) in windows of "
+                f"{quality['context']:,}. " + note
+            )
+        return Table(QUALITY, header, rows, note)
+
+    def _methods(self) -> Table:
+        before = self.data["quality"]["before"]
+        rows = [
+            [
+                "dense",
+                "-",
+                f"{before['perplexity']:.4f}",
+                f"{before['cross_entropy']:.4f}",
+                "-",
+                "-",
+                "-",
+            ]
+        ]
+        for run in self.data["runs"]:
+            excess = run["cross_entropy"] - before["cross_entropy"]
+            rows.append(
+                [
+                    run["method"],
+                    Sparsity.parse(run["sparsity"]).label
+                    if "," not in run["sparsity"]
+                    else run["sparsity"],
+                    number(run["perplexity"]) + percent(before["perplexity"], run["perplexity"]),
+                    number(run["cross_entropy"]),
+                    number(excess),
+                    number(run["kl"]),
+                    f"{run['seconds']:.1f}",
+                ]
+            )
+        header = (
+            "Method",
+            "Sparsity",
+            "Perplexity",
+            "Cross-entropy (nats/token)",
+            "Excess (nats/token)",
+            "KL to the parent (nats/token)",
+            "Seconds",
+        )
+        return Table(
+            METHODS, header, rows, "No training. Seconds of pruning, calibration passes included."
+        )
+
+    # ---- plots ----
+
+    def plots(self) -> dict[str, list]:
+        """Section -> its figures."""
+        found: dict[str, list] = {}
+        if runs := self.data.get("runs"):
+            sparsities = list(dict.fromkeys(run["sparsity"] for run in runs))
+            methods = list(dict.fromkeys(run["method"] for run in runs))
+            dense = self.data["quality"]["before"]["cross_entropy"]
+            excess = {
+                (run["method"], run["sparsity"]): run["cross_entropy"] - dense for run in runs
+            }
+            series = [
+                (method, PALETTE[index], [excess.get((method, one)) for one in sparsities])
+                for index, method in enumerate(methods)
+            ]
+            groups = [one if "," in one else Sparsity.parse(one).label for one in sparsities]
+            found[METHODS] = [
+                bar_plot(
+                    "Excess cross-entropy by method", groups, series, "sparsity", "nats a token"
+                )
+            ]
+        if (learned := self.data.get("distillation")) and learned["curve"]:
+            x = [point["tokens"] / 1000 for point in learned["curve"]]
+            lines = [
+                Series("pruned", x, [point["perplexity"] for point in learned["curve"]], AFTER)
+            ]
+            if level := (learned.get("parent") or {}).get("perplexity"):
+                lines.append(Series("dense", x, [level] * len(x), BEFORE, style="--", marker=""))
+            found[QUALITY] = [line_plot("Distillation", lines, "thousand tokens", "perplexity")]
+        if all(one["error"] is not None for one in self.layers):
+            names, errors = zip(
+                *((str(one["layer"]), one["error"]) for one in self.layers), strict=True
+            )
+            found["Layers"] = [
+                bar_plot(
+                    "Error of each layer's output",
+                    names,
+                    [(self.label, AFTER, errors)],
+                    "layer",
+                    "relative squared error",
+                )
+            ]
+        return found

@@ -1,0 +1,311 @@
+"""A packed cache whose tensors never change their shapes: a decoding step compiles as one graph,
+without a sync.
+
+    cache = effattn.quant.cache(model, bits=4, max_length=4096)
+    model(prompt, past_key_values=cache)                                 # as it is
+    step = torch.compile(model, fullgraph=True)                          # then one token at a time
+
+All room is allocated at the first call. Lengths are tensors. Every step writes its token into a
+ring of the newest ones, and packs the group that was the last to become due once more: to the same
+bits in the same place, so that no branch has to ask whether there is one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from effattn.kernels.decode import packed
+from effattn.kernels.decode.packed import PackedCache
+from effattn.kernels.flash.pattern import Layout, Pattern, first_real
+from effattn.kernels.merge import merge
+from effattn.kernels.pack import Codes, pack
+from effattn.quant.formats import Format
+from effattn.quant.packed import attending
+from effattn.quant.packed.state import New, neutral
+from effattn.quant.rotation import hadamard
+from torch import Tensor
+
+from effattn.errors import Unsupported
+from effattn.hf.state_layer import StateLayer
+from effattn.states.base import Inside, State, check_fits
+
+
+class StaticState(State):
+    """What `PackedState` holds, in room for `length` tokens: packed tokens number S on, a ring of
+    the newest tokens, in which token t lies at t % size, and the first S tokens by position. For
+    patterns that see everything."""
+
+    evicts = False
+    packed = static = True
+
+    def __init__(self, format: Format, length: int):
+        self.format, self.length = format, length
+        flush = format.flush
+        self.size = (
+            format.residual + 2 * flush
+        )  # so that the last group to be packed is in the ring still
+        self.room = (
+            -(-max(0, length - format.first - format.residual) // flush) * flush + flush
+        )  # one for nothing
+        self.codes: tuple[Codes, Codes] | None = None
+        self.rest: tuple[Tensor, Tensor] | None = None
+        self.firsts: tuple[Tensor, Tensor] | None = None
+        self.total: Tensor | None = None  # 0-d int64
+        self._new: New | None = None
+
+    def _seen(self) -> int | Tensor:
+        """Tokens so far, a 0-d int64 tensor as in transformers' StaticLayer; 0 before the first."""
+        return 0 if self.total is None else self.total
+
+    def predicted_bytes(self, batch: int, kv_heads: int, head_dim: int, itemsize: int) -> int:
+        """`nbytes` from the first call on, but for 8 bytes of length."""
+        full = 2 * (self.size + self.format.first) * head_dim * itemsize
+        coded = self.format.k.nbytes(self.room, head_dim) + self.format.v.nbytes(
+            self.room, head_dim
+        )
+        return batch * kv_heads * (full + coded)
+
+    def tensors(self) -> Iterator[Tensor]:
+        for codes in self.codes or ():
+            yield from codes.tensors()
+        yield from self.rest or ()
+        yield from self.firsts or ()
+
+    def everything(self) -> Iterator[Tensor]:
+        yield from super().everything()
+        if self.total is not None:
+            yield self.total
+
+    def _change(self, how: Callable[[Tensor], Tensor]) -> None:
+        super()._change(how)
+        self._stay()
+
+    def _stay(self) -> None:
+        """Tells compiled steps that the tensors stay where they are."""
+        if not torch.compiler.is_compiling():
+            for x in self.everything():
+                torch._dynamo.mark_static_address(x)
+
+    # Attending
+    # ---------------------------------------------------------------------------------------------------
+
+    def append(
+        self, k: Tensor, v: Tensor, padding_mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Layout]:
+        """As `PackedState.append`. ValueError for more tokens than there is room for, where that
+        can be known.
+        """
+        if self.learning or (torch.is_grad_enabled() and (k.requires_grad or v.requires_grad)):
+            raise Unsupported(f"cache: {self.format} has no gradients; valid is torch.no_grad()")
+        if self.rest is not None:
+            check_fits(*self.rest, k, v)
+        if (
+            not torch.compiler.is_compiling()
+            and (past := int(self.seq_len)) + k.shape[2] > self.length
+        ):
+            raise ValueError(
+                f"cache: got {past} + {k.shape[2]} tokens, valid are at most "
+                f"max_length={self.length}"
+            )
+        k = hadamard(k) if "k" in self.format.rotate else k
+        v = hadamard(v) if "v" in self.format.rotate else v
+        self._new = New(
+            k, v, 0, None if padding_mask is None else first_real(padding_mask), padding_mask
+        )
+        return k, v, Inside(state=self)
+
+    def attend(
+        self, q: Tensor, pattern: Pattern, call, impl: str, lse: bool
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        new, self._new = self._new, None
+        attending.check(self, new, q, call, impl)
+        if call.turn is not None:
+            raise Unsupported(f"cache: {self.format}: pre_rope and max_length cannot be combined")
+        self._allocate(new)
+        q = hadamard(q) if "k" in self.format.rotate else q
+        out, sums = (self._step if q.shape[2] == 1 else self._many)(new, q, pattern, call, impl)
+        out = hadamard(out) if "v" in self.format.rotate else out
+        return (out, sums) if lse else out
+
+    def _step(
+        self, new: New, q: Tensor, pattern: Pattern, call, impl: str
+    ) -> tuple[Tensor, Tensor]:
+        """One token: nothing here asks the device for a number."""
+        past = self.total.clone()
+        for held, x in zip(self.rest, (new.k, new.v), strict=True):
+            held.index_copy_(2, (past % self.size)[None], x)
+        self._fill_firsts(new, past, past + 1)
+        self.total.add_(1)
+        out = self._read(
+            q, self._cache(new, self.border(past), past + 1, past + 1), pattern, call, impl
+        )
+        border, flush = self.border(past + 1), self.format.flush
+        due = border - flush + torch.arange(flush, device=q.device)
+        place = torch.where(
+            border > self.format.first, border - flush - self.format.first, self.room - flush
+        )
+        for codes, held in zip(self.codes, self.rest, strict=True):
+            group = neutral(
+                held.index_select(2, due % self.size), codes.coding, due, new, self.format.first
+            )
+            codes.put(place, pack(group, codes.coding))
+        return out
+
+    def _many(
+        self, new: New, q: Tensor, pattern: Pattern, call, impl: str
+    ) -> tuple[Tensor, Tensor]:
+        """A prompt, or a part of one: its own tokens in full precision, and what is held."""
+        past = int(self.total)
+        new = New(new.k, new.v, past, new.start, new.mask)
+        out = attending.among(new, new.k, q, pattern, call, impl)
+        if past:
+            seen = self._read(
+                q, self._cache(new, self.border(past), past, new.end), pattern, call, impl
+            )
+            out = merge([out, seen])
+        self._fill_firsts(new, past, new.end)
+        low, high = self.border(past), self.border(new.end)
+        order = torch.arange(max(0, past - self.size), past, device=q.device) % self.size
+        for held, x, codes in zip(self.rest, (new.k, new.v), self.codes, strict=True):
+            known = torch.cat([held.index_select(2, order), x], dim=2)
+            first = past - len(order)
+            if low < high:
+                number = torch.arange(low, high, device=q.device)
+                groups = neutral(
+                    known[:, :, low - first : high - first],
+                    codes.coding,
+                    number,
+                    new,
+                    self.format.first,
+                )
+                codes.put(low - self.format.first, pack(groups, codes.coding))
+            newest = torch.arange(max(first, new.end - self.size), new.end, device=q.device)
+            held.index_copy_(2, newest % self.size, known[:, :, newest[0] - first :])
+        self.total.fill_(new.end)
+        return out
+
+    def _read(
+        self, q, cache: PackedCache, pattern: Pattern, call, impl: str
+    ) -> tuple[Tensor, Tensor]:
+        return packed.attention(
+            q, cache, pattern, scale=call.scale, softcap=call.softcap, impl=impl, lse=True
+        )
+
+    def _cache(self, new: New, border, held, total) -> PackedCache:
+        """Packed tokens below `border`, and the others below `held`, in full precision."""
+        device = new.k.device
+        at = torch.arange(self.room, device=device) + self.format.first
+        number = held - 1 - (held - 1 - torch.arange(self.size, device=device)) % self.size
+        packed_numbers, rest_numbers = (
+            torch.where(at < border, at, -1),
+            torch.where(number >= border, number, -1),
+        )
+        slots = self.format.first if isinstance(held, Tensor) else min(self.format.first, held)
+        mask = None
+        if new.mask is not None:
+            number = torch.cat([packed_numbers, rest_numbers])
+            width = new.mask.shape[1]
+            mask = new.mask[:, number.clamp(0, width - 1)] & (number < width)
+            first = torch.arange(slots, device=device) + new.start[:, None]
+            mask = torch.cat([first < held, mask], dim=1)
+        firsts = self.firsts or (None, None)
+        if slots != self.format.first:
+            firsts = [x[:, :, :slots] for x in firsts]
+        return PackedCache(
+            *self.codes,
+            *self.rest,
+            torch.as_tensor(total, device=device),
+            *firsts,
+            packed_numbers=packed_numbers,
+            rest_numbers=rest_numbers,
+            start=new.start,
+            mask=mask,
+        )
+
+    def border(self, tokens):
+        """As `PackedState.border`, of an int or a tensor."""
+        first, flush = self.format.first, self.format.flush
+        behind = tokens - first - self.format.residual
+        behind = behind.clamp(min=0) if isinstance(behind, Tensor) else max(0, behind)
+        return first + behind // flush * flush
+
+    def _allocate(self, new: New) -> None:
+        if self.codes is not None:
+            return
+        made = []
+        for x, coding in ((new.k, self.format.k), (new.v, self.format.v)):
+            rows = x.shape[:2]
+            made.append(
+                (
+                    Codes.empty(coding, *rows, self.room, x.shape[3], x.device),
+                    x.new_zeros(*rows, self.size, x.shape[3]),
+                    x.new_zeros(*rows, self.format.first, x.shape[3]),
+                )
+            )
+        self.codes, self.rest, firsts = zip(*made, strict=True)
+        self.firsts = firsts if self.format.first else None
+        self.total = torch.zeros((), dtype=torch.int64, device=new.k.device)
+        self._stay()
+
+    def _fill_firsts(self, new: New, low, high) -> None:
+        if self.firsts is None:
+            return
+        number = torch.arange(self.format.first, device=new.k.device)[None]
+        number = number if new.start is None else number + new.start[:, None]
+        there = ((number >= low) & (number < high))[:, None, :, None]
+        at = (number - low).clamp(0, new.k.shape[2] - 1)[:, None, :, None]
+        for held, x in zip(self.firsts, (new.k, new.v), strict=True):
+            found = x.gather(2, at.expand(*x.shape[:2], -1, x.shape[3]))
+            held.copy_(torch.where(there, found, held))
+
+    # Changing what is held
+    # ---------------------------------------------------------------------------------------
+
+    def _check_crop(self, n: int) -> None:
+        total = int(self._seen())
+        if self.border(n) < total - self.size:
+            least = next(m for m in range(n, total + 1) if self.border(m) >= total - self.size)
+            raise ValueError(
+                f"crop: got {n}, but the tokens before are packed; valid are 0 and {least} to "
+                f"{total}"
+            )
+
+    def _crop(self, n: int) -> None:
+        self.total.fill_(n)
+
+    def _reset(self) -> None:
+        if self.total is not None:
+            self._thaw()
+            self.total.zero_()
+
+    def _release(self) -> None:
+        self.codes = self.rest = self.firsts = self.total = None
+
+    def _reorder(self, index: Tensor) -> None:
+        for x in self.tensors():  # in place: a compiled step knows where they lie
+            x.copy_(x.index_select(0, index.to(x.device)))
+
+    def _select(self, index: Tensor) -> None:
+        self._change_batch(lambda x: x.index_select(0, index.to(x.device)))
+
+    def _repeat(self, n: int) -> None:
+        self._change_batch(lambda x: x.repeat_interleave(n, dim=0))
+
+    def _change_batch(self, how: Callable[[Tensor], Tensor]) -> None:
+        total, self.total = self.total, None
+        self._change(how)
+        self.total = (
+            None if total is None else total.clone()
+        )  # of its own, where this is one row's copy
+
+
+class StaticLayer(StateLayer):
+    """A `StateLayer` of a `StaticState`: transformers is told lengths as tensors; `generate` does
+    not compile it.
+    """
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int | Tensor]:
+        return query_length, self.state.seq_len
+
+    def get_max_length(self) -> int:
+        return self.state.length
