@@ -5,7 +5,12 @@ where no GPU is.
 from __future__ import annotations
 
 import os
+import sys
+from pathlib import Path
 from types import SimpleNamespace
+
+# tests share helpers with each other by module name, whatever folder they lie in
+sys.path.extend(str(folder) for folder in Path(__file__).parent.iterdir() if folder.is_dir())
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

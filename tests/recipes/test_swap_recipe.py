@@ -28,7 +28,7 @@ from effattn.swapping import measure
 from effattn.swapping.patterns import label_of, parse_pattern, without_sinks
 from effattn.swapping.report import SwapReport
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SINKS = "sliding(window=16, sinks=2)"
 TOKEN = (
     2 * 2 * 8 * 8

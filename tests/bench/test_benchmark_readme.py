@@ -14,7 +14,7 @@ from bench.attention import growth, ours, peer, race
 from effattn.profiling.device import Peaks
 from recipes.readme_figures import main
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PEAKS = Peaks(
     "a CPU", "cpu", 1, "2026-01-01", {}, 1e10, 2e10, 1e10, {"float32": 1e11, "bfloat16": 1e9}, 1e-6
 )

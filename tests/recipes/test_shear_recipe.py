@@ -220,7 +220,7 @@ def test_the_command_line_refuses_in_one_line_and_the_recipe_is_the_command(tmp_
     assert done.exit_code == 2
     assert "is not an empty folder" in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
-    script = Path(__file__).parents[1] / "recipes" / "shear.py"
+    script = Path(__file__).parents[2] / "recipes" / "shear.py"
     done = subprocess.run([sys.executable, str(script), "--help"], capture_output=True, text=True)
     assert done.returncode == 0
     assert "--mask-tokens" in done.stdout

@@ -28,7 +28,7 @@ from effattn.profiling.device import Peaks
 from effattn.reports.tables import data_size
 from effattn.surgery.swapping import active
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SINKS = "sliding(window=16, sinks=2)"
 TOKEN = 2 * 2 * 8 * 8 * 4  # KV bytes of a token in fp32: layers, k and v, heads, head size
 LIMITS = Peaks(

@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 
 from effattn.heads import job as jobs
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")

@@ -366,8 +366,8 @@ def test_two_processes_shear_like_one(tmp_path):
     one, two, script = tmp_path / "1.safetensors", tmp_path / "2.safetensors", tmp_path / "shear.py"
     save_sheared(4, str(one))
     script.write_text(
-        f"import sys\nsys.path.insert(0, {str(Path(__file__).parent)!r})\n"
-        f"from test_shear import save_sheared\nsave_sheared(2, {str(two)!r})\n"
+        f"import sys\nsys.path.insert(0, {str(Path(__file__).parents[1])!r})\n"
+        f"import conftest\nfrom test_shear import save_sheared\nsave_sheared(2, {str(two)!r})\n"
     )
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

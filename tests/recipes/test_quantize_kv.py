@@ -324,7 +324,7 @@ def test_bad_input_is_one_line_and_nothing_is_written(tmp_path, given, error):
 
 
 def test_the_recipe_is_the_command():
-    path = Path(__file__).parents[1] / "recipes" / "quantize_kv.py"
+    path = Path(__file__).parents[2] / "recipes" / "quantize_kv.py"
     spec = importlib.util.spec_from_file_location("recipe_quantize_kv", path)
     recipe = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(recipe)

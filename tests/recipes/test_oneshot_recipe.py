@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 import effattn
 from effattn.evaluate.loss import token_losses
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")

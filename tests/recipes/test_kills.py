@@ -22,7 +22,7 @@ from killing import FLOWS
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 TIMES = {"seconds", "environment", "decode", "speed", "ms", "rows", "output", "peaks"}
 TRAINING = ("convert", "linearize", "extend", "shear")
 QUICK = ("oneshot", "convert", "swap")  # flows of each kind: file to file, trained, and in one go

@@ -176,6 +176,7 @@ SCRIPT = """
 import json, sys
 import torch
 sys.path.insert(0, {tests!r})
+import conftest
 torch.set_num_threads(1)
 from test_uptrain import pair, uptrain
 tokens = torch.randint(0, 96, (2048,), generator=torch.Generator().manual_seed(0))
@@ -200,7 +201,7 @@ def test_two_processes_train_like_one(tokens, tmp_path):
         script = tmp_path / f"train{processes}.py"
         script.write_text(
             SCRIPT.format(
-                tests=str(Path(__file__).parent),
+                tests=str(Path(__file__).parents[1]),
                 folder=str(tmp_path / f"run{processes}"),
                 batch=batch,
                 out=out,
