@@ -146,9 +146,8 @@ def growth(
     """One backend against itself at `lengths`, with the exponents of time and memory that it
     declares. `spec` may depend on the length (a stride that is its square root)."""
     at = spec if callable(spec) else lambda tokens: spec
-    built = {
-        name: ours(name) for name in map(at, lengths)
-    }  # one of each spec, so that it is checked once
+    # one of each spec, so that it is checked once
+    built = {name: ours(name) for name in map(at, lengths)}
     raced = [
         replace(built[at(tokens)], name=length_name(tokens), tokens=tokens) for tokens in lengths
     ]
@@ -263,9 +262,8 @@ def _with_gradients(
     out: Tensor, leaves: list[Tensor], inputs: list[Tensor], rows: Tensor
 ) -> dict[str, Tensor]:
     upstream = _upstream(out.shape, rows, inputs[0]).to(out.dtype)
-    dq, dk, dv = torch.autograd.grad(
-        out, leaves, upstream, materialize_grads=True
-    )  # some do not look at k
+    # some do not look at k
+    dq, dk, dv = torch.autograd.grad(out, leaves, upstream, materialize_grads=True)
     return {"output": out.detach()[:, :, rows], "dq": dq[:, :, rows], "dk": dk, "dv": dv}
 
 

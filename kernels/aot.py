@@ -41,12 +41,10 @@ from triton.compiler import ASTSource
 
 from effattn.errors import check_choice
 
-MATRIX_UNIT = re.compile(
-    r"\b(UTC\w*MMA|[HQI]GMMA|[HQIOD]MMA|v_mfma)(?=[._\s])"
-)  # tcgen05, wgmma, mma.sync, AMD's
-FMA_DOT = re.compile(
-    r"\btt\.dot\b.*->\s*tensor<[^>]*#blocked\d*>"
-)  # a product left to ordinary multiply-adds
+# tcgen05, wgmma, mma.sync, AMD's
+MATRIX_UNIT = re.compile(r"\b(UTC\w*MMA|[HQI]GMMA|[HQIOD]MMA|v_mfma)(?=[._\s])")
+# a product left to ordinary multiply-adds
+FMA_DOT = re.compile(r"\btt\.dot\b.*->\s*tensor<[^>]*#blocked\d*>")
 
 
 @dataclass(frozen=True)
@@ -66,9 +64,8 @@ class Arch:
         """How many warps' registers fit."""
         if self.target.backend == "hip":  # 512 a lane in each of 4 SIMDs, given out by 8
             return 4 * min(self.warps // 4, 512 // max(8, -(-registers // 8) * 8))
-        by_warp = (
-            max(1, -(-registers * 32 // 256)) * 256
-        )  # 65536 in each of 4 quarters' equal shares, given out by 256
+        # 65536 in each of 4 quarters' equal shares, given out by 256
+        by_warp = max(1, -(-registers * 32 // 256)) * 256
         return 4 * (65536 // 4 // by_warp)
 
 

@@ -114,9 +114,8 @@ def run(job: Job, show: Quiet | None = None) -> OneShotReport:
     show, main = show or Quiet(), main_process()
     check_job(job)
     source = folder_of(job.model)
-    layers.StreamedModel(
-        layers.Checkpoint(source)
-    )  # what cannot be pruned is refused before anything is written
+    # what cannot be pruned is refused before anything is written
+    layers.StreamedModel(layers.Checkpoint(source))
     place = device(job.device)
     check_room("output", job.output, weight_bytes(source))
     with show.stage("reading text"):

@@ -36,9 +36,8 @@ def hadamard(x: Tensor) -> Tensor:
     block = block_of(x.shape[-1])
     work = torch.promote_types(x.dtype, torch.float32)
     rows = x.to(work).unflatten(-1, (-1, block))
-    matrix = (
-        _matrix.__wrapped__ if torch.compiler.is_compiling() else _matrix
-    )  # graphs keep constants themselves
+    # graphs keep constants themselves
+    matrix = _matrix.__wrapped__ if torch.compiler.is_compiling() else _matrix
     return (rows @ matrix(block, work, x.device)).flatten(-2).to(x.dtype)
 
 

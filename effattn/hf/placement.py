@@ -19,12 +19,8 @@ from effattn.errors import Unsupported
 
 HOOK = "_hf_hook"  # accelerate's
 DEVICE_MAP = "hf_device_map"  # transformers'
-AROUND = (
-    "forward",
-    "_old_forward",
-    HOOK,
-    "_compiled_call_impl",
-)  # attributes of one module, bound to it
+# attributes of one module, bound to it
+AROUND = ("forward", "_old_forward", HOOK, "_compiled_call_impl")
 
 
 def inside(module: nn.Module) -> nn.Module:

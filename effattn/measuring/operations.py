@@ -97,9 +97,8 @@ class OperationTimer:
 
     def _clear(self) -> None:
         self._open: list[tuple[Key, object, int]] = []  # started and not ended: key, start, number
-        self._closed: list[
-            tuple[Key, object, object, int, int | None]
-        ] = []  # ... end, number, number of the parent
+        # ... end, number, number of the parent
+        self._closed: list[tuple[Key, object, object, int, int | None]] = []
         self._count = 0
 
     def __enter__(self) -> OperationTimer:

@@ -105,9 +105,8 @@ class KernelBackend(Backend):
         tokens = [slice(None, cut), slice(cut, None)]
         masks = [None if mask is None else mask[:, part] for part in tokens]
         (k_old, k_new), (v_old, v_new) = ([x[:, :, part] for part in tokens] for x in (k, v))
-        if (
-            call.causal and cut > first
-        ):  # some of the queries see no further than what goes into the sums
+        # some of the queries see no further than what goes into the sums
+        if call.causal and cut > first:
             before, memory = linear.attention(
                 q[:, :, : cut - first],
                 k_old,

@@ -175,10 +175,8 @@ class Added(Part):
 NO_ROTARY = (
     "and these layers have no rotary positions; valid are alibi, kerple, sandwich, t5 and logn"
 )
-PLAIN_KINDS = (
-    "default",
-    "dynamic",
-)  # transformers' rules that are the plain rotation up to the trained length
+# transformers' rules that are the plain rotation up to the trained length
+PLAIN_KINDS = ("default", "dynamic")
 
 
 def register(name: str) -> Callable[[type[Part]], type[Part]]:

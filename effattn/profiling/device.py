@@ -236,10 +236,8 @@ def _matmul(dtype: torch.dtype, clock: Clock) -> float | None:
             if best is not None and rate < 0.9 * best:
                 break
             best, size = max(best or 0, rate), 2 * size
-    except (
-        RuntimeError,
-        NotImplementedError,
-    ):  # torch's words for a dtype that a device has no product for
+    except (RuntimeError, NotImplementedError):
+        # torch's words for a dtype that a device has no product for
         pass
     finally:
         settings.fp32_precision = precision

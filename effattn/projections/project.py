@@ -43,9 +43,8 @@ def project(
     values, vectors = torch.linalg.eigh(
         moment.view(blocks, p, blocks, p).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
     )
-    whiten = (
-        vectors / values.sqrt()[:, None]
-    ) @ vectors.mT  # each input block's own moment ** -0.5, (b, p, p)
+    # each input block's own moment ** -0.5, (b, p, p)
+    whiten = (vectors / values.sqrt()[:, None]) @ vectors.mT
     rows = w.permute(0, 2, 1, 3).reshape(blocks, s, blocks * p)  # of each output block
     m = (out @ inside).permute(0, 2, 1, 3).reshape(rows.shape)
     for _ in range(sweeps):

@@ -132,9 +132,8 @@ def attention(
             f"precision; valid is at most {cache.slots}"
         )
     check_rules(None, bias, q, q, pattern, Layout(), causal, q_first)
-    check_turn(
-        turn, bias, q, Pattern(), causal, None
-    )  # first queries are slots here, which see no far keys
+    # first queries are slots here, which see no far keys
+    check_turn(turn, bias, q, Pattern(), causal, None)
     name = choose(impl, q.device)
     if isinstance(cache.k, Pages) and name != "torch":
         raise ValueError(f"cache: got Pages, valid with {name!r} are Codes")

@@ -258,9 +258,8 @@ def peak(s, highest):
     the new maximum.
     """
     higher = tl.maximum(highest, tl.max(s, axis=1))
-    base = tl.where(
-        higher == float("-inf"), 0.0, higher
-    )  # rows that have seen nothing yet: no inf - inf
+    # rows that have seen nothing yet: no inf - inf
+    base = tl.where(higher == float("-inf"), 0.0, higher)
     return tl.exp2(s - base[:, None]), tl.exp2(highest - base), higher
 
 

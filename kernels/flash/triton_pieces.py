@@ -26,9 +26,8 @@ INNER, EDGE, FIRST = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 ALL, NEARER, FARTHER = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 FAR = tl.constexpr(1 << 28)  # sums of a few of these fit in int32
 LOG2E, LN2 = tl.constexpr(1.4426950408889634), tl.constexpr(0.6931471805599453)
-EMULATED = tl.constexpr(
-    triton.knobs.runtime.interpret
-)  # the interpreter's bf16 needs help in `narrow` and `dot`
+# the interpreter's bf16 needs help in `narrow` and `dot`
+EMULATED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
 @triton.jit

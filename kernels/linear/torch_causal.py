@@ -195,9 +195,8 @@ class Call:
         """With log weights: each row relative to the highest of its own past, so that the future
         changes no bit.
         """
-        highest = (
-            torch.cummax(mu.flatten(2), dim=-1).values.maximum(top[..., None]).view_as(mu)
-        )  # c_t
+        # c_t
+        highest = torch.cummax(mu.flatten(2), dim=-1).values.maximum(top[..., None]).view_as(mu)
         ends = torch.cat([top[..., None], highest[..., -1]], dim=-1)  # (B, H, m + 1)
         rows = highest[..., highest.shape[-1] - queries :]
         pair = _ratio(mu[:, :, :, None, None, :], rows[:, :, :, None, :, None]).mul_(static.pair)

@@ -179,9 +179,8 @@ class Masks(nn.Module):
             scale_output(parts.embeddings, "hidden")
             for norm in hidden_norms(parts):
                 handles += self._narrow(norm)
-            scale_output(
-                parts.final_norm, "hidden"
-            )  # what the head reads, after the norm's own correction
+            # what the head reads, after the norm's own correction
+            scale_output(parts.final_norm, "hidden")
 
     def _narrow(self, norm: nn.Module) -> list:
         """Hooks that make an RMS norm take its mean over the kept dimensions only."""

@@ -93,9 +93,8 @@ class Target:
                 "is less of at least one"
             )
         check_axes(parts, list(smaller))
-        sliced_config(
-            parts.model.config, _first(sizes, smaller)
-        )  # refuses what its config cannot say
+        # refuses what its config cannot say
+        sliced_config(parts.model.config, _first(sizes, smaller))
         return smaller
 
 
@@ -265,9 +264,8 @@ def learn_masks(
     if not 0 <= ramp <= 1:
         raise ValueError(f"ramp: got {ramp}, valid is 0 to 1 (a share of the steps)")
     dtype = model.dtype
-    with training.lent(
-        model
-    ):  # from here to the end: what is folded and solved for is in fp32, too
+    # from here to the end: what is folded and solved for is in fp32, too
+    with training.lent(model):
         references = reference_losses(model, domains)
         parent = (
             copy.deepcopy(model).eval().requires_grad_(False) if distill or compensate else None

@@ -206,9 +206,8 @@ class PackedState(State):
 
     def _hold(self, sources: list[tuple[int, Tensor, Tensor]], begin: int) -> None:
         """Makes the tokens from number `begin` on the rest, in memory of their own."""
-        self.rest = tuple(
-            torch.cat(parts, dim=2) for parts in _cuts(sources, begin, self.total)
-        )  # one part: a copy
+        # one part: a copy
+        self.rest = tuple(torch.cat(parts, dim=2) for parts in _cuts(sources, begin, self.total))
         self.begin = begin
 
     def _pack(self, border: int, sources: list[tuple[int, Tensor, Tensor]], new: New) -> None:

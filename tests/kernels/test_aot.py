@@ -14,9 +14,8 @@ import sys
 import pytest
 import torch
 
-if (
-    not torch.cuda.is_available()
-):  # triton reads it once a process, and other tests here need its interpreter
+# triton reads it once a process, and other tests here need its interpreter
+if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 pytest.importorskip("triton")
 

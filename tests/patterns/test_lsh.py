@@ -49,11 +49,8 @@ def test_the_future_moves_no_border(buckets):
     q, k, v = inputs(512, sizes=(1, 2, 1, 16))
     before = attn(q, k, v)
     for cut in (100, 257, 511):
-        for same in (
-            k[:, :, :1],
-            -k[:, :, :1],
-            torch.randn(1, 1, 1, 16),
-        ):  # all of the future in one bucket
+        # all of the future in one bucket
+        for same in (k[:, :, :1], -k[:, :, :1], torch.randn(1, 1, 1, 16)):
             later = torch.cat([k[:, :, :cut], same.expand(-1, -1, 512 - cut, -1)], dim=2)
             other = torch.cat([q[:, :, :cut], q[:, :, cut:] * -5], dim=2)
             assert torch.equal(attn(other, later, v)[:, :, :cut], before[:, :, :cut])

@@ -161,9 +161,8 @@ def test_numbers_sort_by_their_size_and_unit(visit):
             if index and (row[index] == "-" or row[index].startswith(("not", "does")))
         ]
         known = [label for label in reversed(labels) if label not in unknown]
-        assert column(table, 0) == known + [
-            label for label in labels if label in unknown
-        ]  # unknown stays last
+        # unknown stays last
+        assert column(table, 0) == known + [label for label in labels if label in unknown]
         assert table.locator("thead th").nth(index).get_attribute("aria-sort") == "descending"
 
 

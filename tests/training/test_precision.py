@@ -22,8 +22,8 @@ from effattn.evaluate.loss import compare
 from effattn.extending.tuning import tune
 from effattn.heads.gqa import convert_gqa
 from effattn.hf import anatomy as hf
-from effattn.training.lending import bf16_pays
 from effattn.training import lending as training
+from effattn.training.lending import bf16_pays
 from effattn.training.lora import adapters
 from effattn.training.transfer import distances, transfer
 from effattn.training.uptrain import uptrain

@@ -86,9 +86,8 @@ def test_logits_of_all_positions_never_exist(tokens):
             parts, hidden, teacher_parts, hidden.detach(), torch.zeros(2, 256, dtype=int), chunk=16
         )
         loss.backward()
-    assert (
-        16 * 96 <= largest.elements <= 64 * 96
-    )  # a chunk of 16 positions, or the head; all positions: 510 * 96
+    # a chunk of 16 positions, or the head; all positions: 510 * 96
+    assert 16 * 96 <= largest.elements <= 64 * 96
 
 
 def test_uptraining_helps_and_reports_a_curve(tokens, tmp_path):
