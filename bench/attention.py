@@ -1,8 +1,8 @@
 """Cases of attention, and their contenders: `ours(spec)` and `peer(who, spec)`.
 
-    race("forward", "float32", 4096, [ours("sliding(window=512)"), peer("flex_attention",
-    "sliding(window=512)")]) growth("sliding(window=512)", time=1, memory=1, lengths=(8192, 16384,
-    32768))
+    both = [ours("sliding(window=512)"), peer("flex_attention", "sliding(window=512)")]
+    race("forward", "float32", 4096, both)
+    growth("sliding(window=512)", time=1, memory=1, lengths=(8192, 16384, 32768))
 
 A contender's spec is also the truth that its answer is held to: SDPA runs "dense" beside the
 others' windows, and has to get that right. Shapes: q (B, Hq, Tq, D), k, v (B, Hkv, T, D)."""

@@ -8,12 +8,14 @@ Each kernel folder lists what it ships in `ahead_of_time.py`: `variants(arch) ->
 
     name        of the variant, unique in its folder
     kernel      the jitted function
-    signature   {argument: "*bf16", "i32", "fp32", ... or "constexpr"}; "i32:16" for an integer that is known to be a
-                multiple of 16, as strides are. Pointers are taken to be aligned to 16 bytes, as torch's are.
+    signature   {argument: "*bf16", "i32", "fp32", ... or "constexpr"}; "i32:16" for an integer that
+                is known to be a multiple of 16, as strides are. Pointers are taken to be aligned to
+                16 bytes, as torch's are.
     constexprs  {argument: value} of the "constexpr" ones
     num_warps, num_stages
     forward     whether it must not spill registers
-    dots        whether it has matrix products, which must become matrix-unit instructions in 16-bit types
+    dots        whether it has matrix products, which must become matrix-unit instructions in 16-bit
+                types
 
 Needs triton, but no GPU and no driver; not in a process with TRITON_INTERPRET set, which compiles
 nothing."""

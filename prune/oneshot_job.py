@@ -1,9 +1,9 @@
 """The whole job behind `recipes/prune_oneshot.py` and `effattn prune oneshot`.
 
-Prune from file to file (`effattn.prune.unstructured.from_files`), and, where the model fits into memory three
-times: measure before and after, compare methods, distil with the zeros kept, time decoding, and
-prove that plain transformers loads the result. `.<output>.partial` beside the output keeps an
-unfinished run; the same command goes on from there."""
+Prune from file to file (`effattn.prune.unstructured.from_files`), and, where the model fits into
+memory three times: measure before and after, compare methods, distil with the zeros kept, time
+decoding, and prove that plain transformers loads the result. `.<output>.partial` beside the output
+keeps an unfinished run; the same command goes on from there."""
 
 from __future__ import annotations
 

@@ -1,7 +1,9 @@
 """Hadamard rotation of keys and values before they are quantized (QuaRot, arXiv:2404.00456).
 
-    k = hadamard(k)     # spreads a channel's outliers over the head dimension; hadamard(hadamard(k)) is k
-    fold_values(model)  # the values' rotation as a part of the weights, at no cost afterwards
+    # spreads a channel's outliers over the head dimension; hadamard(hadamard(k)) is k
+    k = hadamard(k)
+    # the values' rotation as a part of the weights, at no cost afterwards
+    fold_values(model)
 
 Scores do not change when queries and keys are both rotated, and outputs do not when the values'
 rotation is undone after the weighted sum: the rotation is orthogonal. A cache with `rotate` does

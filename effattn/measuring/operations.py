@@ -3,7 +3,8 @@ hooks.
 
     with OperationTimer(model) as timer:
         model(...)
-        seconds = timer.read()  # {(layer, "q_proj"): seconds, ..., (None, "head"): ..., (None, "other"): ...}
+        seconds = timer.read()
+    seconds[3, "q_proj"], seconds[None, "head"], seconds[None, "other"]
 
 A module's time is its own: what runs in a timed module inside it is taken off. So "attention" is
 the attention module without its projections and norms (rotation, cache update, scores, sum), and

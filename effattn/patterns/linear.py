@@ -1,7 +1,7 @@
 """Linear attention: a feature map in the place of the exponential, so that the past is a sum of
 fixed size.
 
-    o_t = sum_j decay^(t - j) phi(q_t).phi(k_j) v_j / sum_j decay^(t - j) phi(q_t).phi(k_j),  j <= t if causal
+    o_t = sum_j w_tj v_j / sum_j w_tj,  w_tj = decay^(t - j) phi(q_t).phi(k_j),  j <= t if causal
 
 Katharopoulos et al., arXiv:2006.16236. With decay it is what RetNet (arXiv:2307.08621) and
 Lightning attention (arXiv:2401.04658) compute, normalised or not. A learned map is Hedgehog's

@@ -136,10 +136,9 @@ class LinformerBlockwise(Projected):
         return decode.attention(q, slots_k, slots_v, counts=seen[:, None], causal=False, **options)
 
     def finished(self, k: Tensor, v: Tensor, layout: Layout, impl: str) -> tuple[Tensor, Tensor]:
-        """Slots (B, Hkv, S, D) and (B, Hkv, S, Dv) of all blocks that any row may have finished, S
-        = (tokens // block)
-        * slots; a state then holds them, and has let go of the tokens that nobody needs any
-          more."""
+        """Slots (B, Hkv, S, D) and (B, Hkv, S, Dv) of all blocks that any row may have finished,
+        where S = (tokens // block) slots. A state then holds them, and has let go of the tokens
+        that nobody needs any more."""
         state, past = (layout.state, layout.past) if isinstance(layout, Summarised) else (None, 0)
         total = layout.tokens(k.shape[2])
         held = (None, None) if state is None else (state.slots_k, state.slots_v)

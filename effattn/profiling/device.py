@@ -5,8 +5,8 @@ No datasheet.
     peaks.read_bytes_per_s, peaks.matmul_flops["bfloat16"]
 
 Peaks are the best of several sizes and repeats, as a limit should be. Kept as JSON in
-$EFFATTN_CACHE, or else
-$XDG_CACHE_HOME/effattn, or else ~/.cache/effattn, one file for each device, number of threads and version of torch.
+$EFFATTN_CACHE, or else $XDG_CACHE_HOME/effattn, or else ~/.cache/effattn, one file for each device,
+number of threads and version of torch.
 """
 
 from __future__ import annotations

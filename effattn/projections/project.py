@@ -6,7 +6,8 @@ arXiv:2204.00595, algorithm 1), by Eckart-Young. Closest in its outputs, E|W x -
 of second moment E[x x^T], the input blocks of one row depend on each other: they are solved in
 turn, each exactly, given the others.
 
-    b blocks  W_ji (s, p) the submatrix of outputs j, j + b, j + 2b, … and inputs i·p to (i + 1)·p  r rank
+    b blocks, r rank
+    W_ji (s, p): the submatrix of outputs j, j + b, j + 2b, … and inputs i·p to (i + 1)·p
 """
 
 from __future__ import annotations

@@ -283,7 +283,7 @@ class State:
             self.sizes = Sizes.of(k, v)
 
     # Rows apart
-    # --------------------------------------------------------------------------------------------------
+    # ----------------------------------------------------------------------------------------------
 
     def split(self) -> list[State]:
         """A state for each row, with nothing of this one. A row's `real` says where its padding on

@@ -8,8 +8,8 @@ A swap that plain transformers cannot express is kept in config.json under "effa
 methods learn in effattn.safetensors; model.safetensors has the model's own weights only. Where
 these are not what the plain class expects (structured projections), config.json's `model_type` is
 "effattn", which plain transformers refuses, and the model's own is under "effattn". What
-`save_pretrained` and a Trainer write of a swapped model is loaded, too (`effattn.surgery.record`). No
-pickle anywhere."""
+`save_pretrained` and a Trainer write of a swapped model is loaded, too
+(`effattn.surgery.record`). No pickle anywhere."""
 
 from __future__ import annotations
 

@@ -4,11 +4,11 @@
     effattn.swap(model, {"0-3": "dense", "4-": "sliding(window=512)"})
     effattn.restore(model)                                        # bit-identical logits
 
-Everything is checked before anything is changed (`effattn.surgery.plan`). Modules and parameters stay as
-they are: a swap is the model's attention implementation, a plain attribute and a forward pre-hook
-on each swapped attention module (`effattn.hf.hooks`), and submodules for what a method learns.
-`effattn.hf.live` runs it. Heads and projections become other weights instead, which is not undone
-(`effattn.heads.gqa`, `effattn.surgery.replace`)."""
+Everything is checked before anything is changed (`effattn.surgery.plan`). Modules and parameters
+stay as they are: a swap is the model's attention implementation, a plain attribute and a forward
+pre-hook on each swapped attention module (`effattn.hf.hooks`), and submodules for what a method
+learns. `effattn.hf.live` runs it. Heads and projections become other weights instead, which is not
+undone (`effattn.heads.gqa`, `effattn.surgery.replace`)."""
 
 from __future__ import annotations
 

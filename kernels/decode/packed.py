@@ -1,8 +1,9 @@
 """Exact softmax attention over a cache whose older tokens are packed (`effattn.kernels.pack`): one
 launch over the packed keys and those in full precision, so that no step unpacks the cache.
 
-    cache = PackedCache(k, v, k_rest, v_rest, total=5000)  # k, v Codes; the newest tokens in full precision
-    out = attention(q, cache, Window(back=4096))           # q (B, Hq, Tq, D)
+    # k, v: Codes of the older tokens; k_rest, v_rest: the newest ones in full precision
+    cache = PackedCache(k, v, k_rest, v_rest, total=5000)
+    out = attention(q, cache, Window(back=4096))  # q (B, Hq, Tq, D)
 
 Forward only.
 """

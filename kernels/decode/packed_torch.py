@@ -128,7 +128,7 @@ class Walk:
         return sum(part.weigh(w) for part, w in zip(span, weights, strict=True))
 
     # Which keys
-    # ---------------------------------------------------------------------------------------------------
+    # ----------------------------------------------------------------------------------------------
 
     def spans(self) -> Iterator[list[Stretch]]:
         """Stretches, as many at once as their scores have room."""
@@ -227,7 +227,7 @@ class Walk:
         return type(pattern) is Window and part.number > self.high - pattern.back and ahead
 
     # Scores
-    # -------------------------------------------------------------------------------------------------------
+    # ----------------------------------------------------------------------------------------------
 
     def scores(self, part: Stretch) -> Tensor:
         """(B, Hkv, R, n) in fp32, -inf where a query does not see a key."""

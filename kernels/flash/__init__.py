@@ -2,7 +2,8 @@
 chooses, runs it.
 
     out = attention(q, k, v, Window(back=512), causal=True)
-    out, lse = attention(q, k, v, Blocks(size=64), layout, lse=True)  # to merge parts by log-sum-exp
+    # to merge parts by log-sum-exp
+    out, lse = attention(q, k, v, Blocks(size=64), layout, lse=True)
 
 Forward and backward, also through the log-sum-exp. A pattern (`pattern.py`) says who sees whom, a
 rule (`rules.py`) how a pair's score depends on its distance."""

@@ -13,10 +13,14 @@ pairs count. Tiles come in three kinds:
 INNER tiles are BLOCK wide. The others go in smaller STEPs: that wastes less of them, and their
 predicates need the registers. Legend, for the kernels too:
 
-    r row of a query in its tensor, c number of a key in its tensor  i, j position of a query and of a key
-    place = (slots, base, first, window): key slots + n is at position base + n, those below first are seen by all
-    PART of the pattern's pairs: ALL, those NEARER than window (i - j < window), or the FARTHER ones
-    numbers = (heads, a, b, c), a to c the pattern's integers        FAR beyond every position
+    r, c     row of a query in its tensor, number of a key in its tensor
+    i, j     position of a query and of a key
+    place    (slots, base, first, window): key slots + n is at position base + n, those below first
+             are seen by all
+    PART     of the pattern's pairs: ALL, those NEARER than window (i - j < window), or the FARTHER
+             ones
+    numbers  (heads, a, b, c), a to c the pattern's integers
+    FAR      beyond every position
 """
 
 import triton

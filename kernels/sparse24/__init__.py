@@ -4,10 +4,12 @@ only those are kept.
     packed = pack(weight)                 # values and 2-bit positions: 9/16 of the bytes in 16 bits
     y = linear(x, packed, bias)
 
-    M rows of x  N outputs  K inputs, a multiple of 8      G = K / 4 groups of a row      H = G / 2
-    values  (N, 2, G)     the two kept weights of each group, in the order of their positions: two planes a row
-    indices (N, H) uint8  the low four bits belong to group j, the high four to group j + H: position of the first kept
-                          weight (0 to 2), plus four times that of the second (1 to 3)
+    M rows of x, N outputs, K inputs, a multiple of 8; G = K / 4 groups of a row, H = G / 2
+    values  (N, 2, G)     the two kept weights of each group, in the order of their positions: two
+                          planes a row
+    indices (N, H) uint8  the low four bits belong to group j, the high four to group j + H:
+                          position of the first kept weight (0 to 2), plus four times that of the
+                          second (1 to 3)
 
 Groups with fewer than two non-zeros keep zeros beside them, at the lowest free positions. Packing
 and unpacking are exact, but for -0.0, which comes back as 0.0 where it is not kept."""

@@ -225,9 +225,10 @@ class _Run:
 
     def measure(self, progress) -> None:
         """Each layer's sensitivity, in the unchanged model."""
-        step = lambda layer, source, sink: outliers(
-            self.runner, layer, self.plan.modules, source, sink
-        )
+
+        def step(layer, source, sink):
+            return outliers(self.runner, layer, self.plan.modules, source, sink)
+
         self._pass("dense", self.state["measured"], step, progress)
 
     def prune(self, progress) -> None:

@@ -1,7 +1,8 @@
 """One decoder layer at a time: its linear layers, what they see, and a model whose weights are
 still in their files.
 
-Everything runs through the model's own forward (`effattn.calibration.layerwise`) and knows no architecture.
+Everything runs through the model's own forward (`effattn.calibration.layerwise`) and knows no
+architecture.
 """
 
 from __future__ import annotations

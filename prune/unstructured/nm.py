@@ -1,8 +1,10 @@
 """How many weights go, and which of them are the lowest: exact counts, unstructured or N of every
 M.
 
-Sparsity.parse(0.5)    # half of the weights of every matrix, exactly
-Sparsity.parse("2:4")  # 2 of every 4 consecutive inputs of an output, as sparse tensor cores want them
+# half of the weights of every matrix, exactly
+Sparsity.parse(0.5)
+# 2 of every 4 consecutive inputs of an output, as sparse tensor cores want them
+Sparsity.parse("2:4")
 """
 
 from __future__ import annotations

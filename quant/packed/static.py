@@ -85,7 +85,7 @@ class StaticState(State):
                 torch._dynamo.mark_static_address(x)
 
     # Attending
-    # ---------------------------------------------------------------------------------------------------
+    # ----------------------------------------------------------------------------------------------
 
     def append(
         self, k: Tensor, v: Tensor, padding_mask: Tensor | None = None

@@ -190,9 +190,10 @@ SPECS = (
 def test_a_state_is_all_that_is_needed(spec, moves, start, pads, seed):
     attn, truth = effattn.backend(spec, impl="torch"), effattn.backend(spec, impl="reference")
     draw, heads = torch.Generator().manual_seed(seed), 2 if "shared" in spec else 4
-    new = lambda n: [
-        torch.randn(3, h, n, 8, generator=draw, dtype=torch.float64) for h in (heads, 2, 2)
-    ]
+
+    def new(n):
+        return [torch.randn(3, h, n, 8, generator=draw, dtype=torch.float64) for h in (heads, 2, 2)]
+
     state, past, order, highest = attn.new_state(), new(0), torch.arange(3), 0
     for move, n in [("append", start), *moves, ("append", 3)]:
         if move == "append":

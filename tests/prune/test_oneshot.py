@@ -291,7 +291,8 @@ source, output, threads = sys.argv[1:]
 torch.set_num_threads(int(threads))
 note = from_files._Run._note
 def die(run):
-    if len(run.state["layers"]) == 3:  # the third layer's file is written, the manifest does not know
+    # the third layer's file is written, the manifest does not know
+    if len(run.state["layers"]) == 3:
         os.kill(os.getpid(), signal.SIGKILL)
     note(run)
 from_files._Run._note = die

@@ -180,8 +180,9 @@ torch.set_num_threads(1)
 from test_uptrain import pair, uptrain
 tokens = torch.randint(0, 96, (2048,), generator=torch.Generator().manual_seed(0))
 teacher, student = pair(tokens)
-result = uptrain(student, teacher, tokens, train_tokens=8 * 256, folder={folder!r}, length=64, batch={batch},
-                 evaluation=tokens[:256], overrides={{"use_cpu": True, "bf16": False, "ddp_backend": "gloo"}})
+overrides = {{"use_cpu": True, "bf16": False, "ddp_backend": "gloo"}}
+result = uptrain(student, teacher, tokens, train_tokens=8 * 256, folder={folder!r}, length=64,
+                 batch={batch}, evaluation=tokens[:256], overrides=overrides)
 import os
 from safetensors.torch import save_model
 if int(os.environ.get("RANK", 0)) == 0:
