@@ -25,6 +25,7 @@ class Quiet:
     """Says and shows nothing: the base of the command line's progress display."""
 
     def stage(self, text: str):
+        """Nothing is shown."""
         return nullcontext(lambda done, total: None)
 
 

@@ -71,19 +71,24 @@ class Case:
 
     @property
     def long(self) -> int:
+        """The longest length, in tokens."""
         return max(self.lengths)
 
     @property
     def rows(self) -> int:
+        """Rows of the batch."""
         return self.sizes[0]
 
     def inputs(self, tokens: int):
+        """q, k, v of so many tokens, always the same for a length."""
         return inputs(tokens, self.dtype, self.device, self.seed + tokens, self.sizes)
 
     def run(self, q, k, v, mask=None, **options) -> Tensor:
+        """The backend's output (B, Hq, T, D)."""
         return self.backend(q, k, v, causal=self.causal, padding_mask=mask, **options)
 
     def reference(self, q, k, v, mask=None) -> Tensor:
+        """The backend's own definition of it, in fp64."""
         return self.truth(q.double(), k.double(), v.double(), causal=self.causal, padding_mask=mask)
 
     def plain(self, q, k, v, mask=None) -> Tensor | None:
@@ -127,8 +132,10 @@ class Case:
 
 
 def rms(x: Tensor) -> float:
+    """Root of the mean square; 0 for an empty tensor."""
     return x.double().square().mean().sqrt().item() if x.numel() else 0.0
 
 
 def relative(got: Tensor, expected: Tensor) -> float:
+    """RMS of the error over the RMS of what is expected."""
     return rms(got.double() - expected.double()) / (rms(expected) or 1.0)

@@ -97,11 +97,13 @@ class Layer:
 
     @property
     def kv_heads(self) -> int:
+        """Key/value heads."""
         groups = getattr(self.attention, "num_key_value_groups", 1)
         return self.heads // groups
 
     @property
     def value_dim(self) -> int:
+        """Size of a head's values."""
         return self.head_dim
 
     @property
@@ -137,18 +139,22 @@ class Layer:
 
     @property
     def q(self) -> Projection:
+        """The query projection, a view where it is fused."""
         return self._projection("q", self.heads, 0)
 
     @property
     def k(self) -> Projection:
+        """The key projection, a view where it is fused."""
         return self._projection("k", self.kv_heads, 1)
 
     @property
     def v(self) -> Projection:
+        """The value projection, a view where it is fused."""
         return self._projection("v", self.kv_heads, 2)
 
     @property
     def o(self) -> Projection:
+        """The output projection, from all heads."""
         return Projection(self._module("o"), self.heads, self.head_dim, output=True)
 
     @property
@@ -174,10 +180,12 @@ class Layer:
 
     @property
     def q_norm(self) -> nn.Module | None:
+        """The norm of queries, None without one."""
         return self._norm(self.family.q_norm)
 
     @property
     def k_norm(self) -> nn.Module | None:
+        """The norm of keys, None without one."""
         return self._norm(self.family.k_norm)
 
     def _norm(self, name: str) -> nn.Module | None:
@@ -344,14 +352,17 @@ class Anatomy:
 
     @property
     def heads(self) -> int:
+        """Query heads of the first layer."""
         return self.layers[0].heads
 
     @property
     def kv_heads(self) -> int:
+        """Key/value heads of the first layer."""
         return self.layers[0].kv_heads
 
     @property
     def head_dim(self) -> int:
+        """Head size of the first layer."""
         return self.layers[0].head_dim
 
     @property

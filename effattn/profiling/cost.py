@@ -64,6 +64,7 @@ class ModelCost:
 
     @property
     def total(self) -> Cost:
+        """Of all operations."""
         return sum((operation.cost for operation in self.operations), Cost())
 
     def by_name(self) -> dict[str, Cost]:

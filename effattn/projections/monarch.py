@@ -30,10 +30,12 @@ class Sizes:
 
     @property
     def p(self) -> int:
+        """Inputs of a block."""
         return -(-self.in_features // self.blocks)
 
     @property
     def s(self) -> int:
+        """Outputs of a block."""
         return -(-self.out_features // self.blocks)
 
     @property
@@ -163,10 +165,12 @@ class MonarchLinear(nn.Module):
 
     @property
     def padded_in(self) -> int:
+        """Inputs, padded to whole blocks."""
         return self.blocks * self.sizes.p
 
     @property
     def padded_out(self) -> int:
+        """Outputs, padded to whole blocks."""
         return self.blocks * self.sizes.s
 
     @torch.no_grad()

@@ -90,6 +90,7 @@ class PackedLinear(nn.Module):
 
     @property
     def packed(self) -> sparse24.Packed:
+        """The weight as the kernels take it."""
         return sparse24.Packed(self.values, self.indices)
 
     def forward(self, x: Tensor) -> Tensor:

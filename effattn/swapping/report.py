@@ -35,10 +35,12 @@ class SwapReport(Document):
 
     @property
     def settings(self) -> dict:
+        """What was asked for."""
         return self.data["settings"]
 
     @property
     def runs(self) -> list[dict]:
+        """What was measured of each pattern."""
         return self.data["runs"]
 
     @property

@@ -197,6 +197,7 @@ def add_full(acc, p, fade, v, PIECES: tl.constexpr):
 
 @triton.jit
 def full_scores(q, k, PIECES: tl.constexpr):
+    """q k' (M, N) of keys in full precision, piece by piece."""
     s = dot(q[0], tl.trans(k[0]), None)
     for p in tl.static_range(1, PIECES):
         s = dot(q[p], tl.trans(k[p]), s)

@@ -92,6 +92,7 @@ class Walk:
             self.high = self.low + self.tokens - 1
 
     def run(self, need_lse: bool) -> tuple[Tensor, Tensor | None]:
+        """The output (B, Hq, Tq, Dv), and log-sum-exps (B, Hq, Tq) if asked for."""
         shape = (len(self.rows), self.heads, self.tokens)
         highest = total = out = None
         spans = list(self.spans())

@@ -34,26 +34,31 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 @triton.jit
 def full_keys(x, h, heads, a, b, c):
+    """Keys that the query at x sees: all."""
     return x * 0, x * 0 + FAR
 
 
 @triton.jit
 def full_queries(x, h, heads, a, b, c):
+    """Queries that see the key at x: all."""
     return x * 0, x * 0 + FAR
 
 
 @triton.jit
 def window_keys(x, h, heads, back, ahead, c):
+    """Keys that the query at x sees: `back` with its own, and `ahead` - 1 behind."""
     return x - back + 1, x + ahead
 
 
 @triton.jit
 def window_queries(x, h, heads, back, ahead, c):
+    """Queries that see the key at x."""
     return x - ahead + 1, x + back
 
 
 @triton.jit
 def blocks_keys(x, h, heads, size, look_back, shift):
+    """Its own block and `look_back` before; half the heads have shifted borders."""
     shift = tl.where(h >= heads // 2, shift, 0)
     low = (x + shift) // size * size - shift
     return low - look_back * size, low + size
@@ -61,6 +66,7 @@ def blocks_keys(x, h, heads, size, look_back, shift):
 
 @triton.jit
 def blocks_queries(x, h, heads, size, look_back, shift):
+    """Queries that see the key at x."""
     shift = tl.where(h >= heads // 2, shift, 0)
     low = (x + shift) // size * size - shift
     return low, low + (look_back + 1) * size
@@ -96,12 +102,14 @@ PATTERNS: dict[type[Pattern], Jitted] = {
 
 @triton.jit
 def softcap_score(s, i, j, h, cap):
+    """cap tanh(s / cap), safe at both ends."""
     # cap tanh(s / cap), safe at both ends
     return cap - 2 * cap / (tl.exp2(s * (2 * LOG2E / cap)) + 1)
 
 
 @triton.jit
 def softcap_slope(score, i, j, h, cap):
+    """Its derivative, from the score."""
     return 1 - (score / cap) * (score / cap)
 
 
@@ -210,23 +218,12 @@ class _Attention(torch.autograd.Function):
         fixed = constants("forward", call, tiles.architecture(q.device), q.dtype, dim, v.shape[-1])
         with torch.cuda.device_of(q):
             _launch(
-                "forward",
-                batch * heads * triton.cdiv(queries, fixed["BLOCK_M"]),
-                q,
-                k,
-                v,
-                q_first,
-                q_far,
-                k_far,
-                mask,
-                start,
-                params,
-                out,
-                lse,
+                "forward", batch * heads * triton.cdiv(queries, fixed["BLOCK_M"]),
+                q, k, v, q_first, q_far, k_far, mask, start, params, out, lse,
                 *_strides(q, k, v, q_first, q_far, k_far, out),
                 *_numbers(q, k, mask, call),
                 **fixed,
-            )
+            )  # fmt: skip
         ctx.save_for_backward(q, k, v, q_first, q_far, k_far, mask, start, params, out, lse)
         ctx.call = call
         ctx.set_materialize_grads(False)
@@ -247,22 +244,12 @@ class _Attention(torch.autograd.Function):
         dq = dk = dv = dq_first = dq_far = dk_far = None
         with torch.cuda.device_of(q):
             _launch(
-                "backward_rows",
-                batch * heads * triton.cdiv(queries, rows.m),
-                out,
-                grad,
-                lse,
-                None if grad_lse is None else grad_lse.contiguous(),
-                delta,
-                lse2,
+                "backward_rows", batch * heads * triton.cdiv(queries, rows.m),
+                out, grad, lse, None if grad_lse is None else grad_lse.contiguous(), delta, lse2,
                 *_strides(out, grad),
-                heads,
-                queries,
-                V=value_dim,
-                BLOCK_M=rows.m,
-                BLOCK_V=tiles.padded(value_dim),
-                **rows.options,
-            )
+                heads, queries,
+                V=value_dim, BLOCK_M=rows.m, BLOCK_V=tiles.padded(value_dim), **rows.options,
+            )  # fmt: skip
             part = ALL.value if q_far is None else NEARER.value
             if needs_q or needs_first:
                 dq, dq_first = _query_gradients(ctx.call, part, q, k, v, q_first, *more)
@@ -288,19 +275,12 @@ def _query_gradients(
         "backward_queries", call, tiles.architecture(q.device), q.dtype, dim, v.shape[3], part
     )
     _launch(
-        "backward_queries",
-        batch * heads * triton.cdiv(queries, fixed["BLOCK_M"]),
-        q,
-        k,
-        v,
-        q_first,
-        *more,
-        dq,
-        dq_first,
+        "backward_queries", batch * heads * triton.cdiv(queries, fixed["BLOCK_M"]),
+        q, k, v, q_first, *more, dq, dq_first,
         *_strides(q, k, v, q_first, more[3], dq),
         *_numbers(q, k, more[0], call),
         **fixed,
-    )
+    )  # fmt: skip
     return dq, dq_first
 
 
@@ -329,25 +309,12 @@ def _key_gradients(
         "backward_keys", call, tiles.architecture(q.device), q.dtype, k.shape[3], value_dim, part
     )
     _launch(
-        "backward_keys",
-        batch * kv_heads * triton.cdiv(keys, fixed["BLOCK_N"]),
-        q,
-        k,
-        v,
-        q_first,
-        mask,
-        start,
-        params,
-        grad,
-        lse2,
-        delta,
-        dk,
-        dv,
-        dv_near,
+        "backward_keys", batch * kv_heads * triton.cdiv(keys, fixed["BLOCK_N"]),
+        q, k, v, q_first, mask, start, params, grad, lse2, delta, dk, dv, dv_near,
         *_strides(q, k, v, q_first, grad, dk, dv),
         *_numbers(q, k, mask, call),
         **fixed,
-    )
+    )  # fmt: skip
     return dk, dv
 
 

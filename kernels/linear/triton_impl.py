@@ -209,20 +209,12 @@ class _Call:
         fixed = self.fixed("tops")
         batch, heads, tokens, _ = x.shape
         _launch(
-            "tops",
-            batch * heads * triton.cdiv(tokens, fixed["C"]),
-            x,
-            directions,
-            mask,
-            out,
-            mu,
+            "tops", batch * heads * triton.cdiv(tokens, fixed["C"]),
+            x, directions, mask, out, mu,
             *_strides(x),
-            0 if mask is None else self.mask_b,
-            heads,
-            tokens,
-            half,
+            0 if mask is None else self.mask_b, heads, tokens, half,
             **fixed,
-        )
+        )  # fmt: skip
 
     def states(self, weights: _Weights, sums, norms, keep: bool):
         """S (B Hkv, n, F, V) and z (B Hkv, n, F) before each chunk, and if `keep` fp32 after
@@ -231,25 +223,13 @@ class _Call:
         fixed = self.fixed("chunk_sums")
         states, zs, rows, chunks = self._buffers(self.keys, fixed["C"])
         _launch(
-            "chunk_sums",
-            rows * chunks * triton.cdiv(self.spec.features, fixed["BLOCK_F"]),
-            self.k,
-            self.v,
-            self.w_k,
-            self.mask,
-            weights.mu,
-            weights.top_k,
-            weights.ends,
-            self.rate,
-            states,
-            zs,
+            "chunk_sums", rows * chunks * triton.cdiv(self.spec.features, fixed["BLOCK_F"]),
+            self.k, self.v, self.w_k, self.mask, weights.mu, weights.top_k, weights.ends, self.rate,
+            states, zs,
             *_strides(self.k, self.v),
-            self.mask_b,
-            self.kv_heads,
-            self.keys,
-            chunks,
+            self.mask_b, self.kv_heads, self.keys, chunks,
             **fixed,
-        )
+        )  # fmt: skip
         last, last_z = self.scan(
             states, zs, sums, norms, weights.ends, self.rate, self.keys, fixed["C"], keep
         )
@@ -295,23 +275,10 @@ class _Call:
             elements = own[0, 0].numel()
             first = None if first is None else first.float().contiguous()
             _launch(
-                "scan",
-                own.shape[0] * triton.cdiv(elements, tiles.SCAN),
-                own,
-                first,
-                last,
-                ends,
-                rate,
-                self.kv_heads,
-                tokens,
-                own.shape[1],
-                elements,
-                C=size,
-                REVERSE=reverse,
-                BLOCK=tiles.SCAN,
-                num_warps=4,
-                num_stages=2,
-            )
+                "scan", own.shape[0] * triton.cdiv(elements, tiles.SCAN),
+                own, first, last, ends, rate, self.kv_heads, tokens, own.shape[1], elements,
+                C=size, REVERSE=reverse, BLOCK=tiles.SCAN, num_warps=4, num_stages=2,
+            )  # fmt: skip
         return found
 
     def common(self, last: Tensor, last_z: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -327,33 +294,13 @@ class _Call:
         out = _like(self.q, self.value_dim)
         share = self.new(*self.q.shape[:3]) if self.spec.normalize else None
         _launch(
-            "forward",
-            self.batch * self.heads * triton.cdiv(self.queries, fixed["C"]),
-            self.q,
-            self.k,
-            self.v,
-            self.w_q,
-            self.w_k,
-            self.mask,
-            weights.mu,
-            weights.high,
-            weights.top_k,
-            weights.top_q,
-            weights.ends,
-            self.rate,
-            states,
-            zs,
-            out,
-            share,
+            "forward", self.batch * self.heads * triton.cdiv(self.queries, fixed["C"]),
+            self.q, self.k, self.v, self.w_q, self.w_k, self.mask, weights.mu, weights.high,
+            weights.top_k, weights.top_q, weights.ends, self.rate, states, zs, out, share,
             *_strides(self.q, self.k, self.v, out),
-            self.mask_b,
-            self.spec.gain,
-            self.heads,
-            self.group,
-            self.queries,
-            chunks,
+            self.mask_b, self.spec.gain, self.heads, self.group, self.queries, chunks,
             **fixed,
-        )
+        )  # fmt: skip
         return out, share
 
     def backward(self, sums, norms, out, share, grad, grad_sums, grad_norms):
@@ -369,36 +316,14 @@ class _Call:
                 states, zs = self.common(last, last_z)
             chunks = states.shape[1] if causal else 1
             _launch(
-                "backward_queries",
-                self.batch * self.heads * triton.cdiv(self.queries, size),
-                self.q,
-                self.k,
-                self.v,
-                grad,
-                self.w_q,
-                self.w_k,
-                self.mask,
-                weights.mu,
-                weights.high,
-                weights.top_k,
-                weights.top_q,
-                weights.ends,
-                self.rate,
-                states,
-                zs,
-                share,
-                slope,
-                dq,
+                "backward_queries", self.batch * self.heads * triton.cdiv(self.queries, size),
+                self.q, self.k, self.v, grad, self.w_q, self.w_k, self.mask, weights.mu,
+                weights.high, weights.top_k, weights.top_q, weights.ends, self.rate, states, zs,
+                share, slope, dq,
                 *_strides(self.q, self.k, self.v, grad, dq),
-                self.mask_b,
-                spec.gain,
-                self.heads,
-                self.group,
-                self.queries,
-                chunks,
-                CAUSAL=causal,
-                **self.fixed("backward_queries"),
-            )
+                self.mask_b, spec.gain, self.heads, self.group, self.queries, chunks,
+                CAUSAL=causal, **self.fixed("backward_queries"),
+            )  # fmt: skip
         tokens = self.keys if self.q is None or causal else self.queries
         states, zs, rows, chunks = self._buffers(tokens, size)
         if self.q is None:
@@ -407,28 +332,13 @@ class _Call:
                 zs.zero_()
         else:
             _launch(
-                "gradient_sums",
-                rows * chunks * triton.cdiv(spec.features, fixed["BLOCK_F"]),
-                self.q,
-                grad,
-                self.w_q,
-                weights.high,
-                weights.top_q,
-                weights.ends,
-                self.rate,
-                share,
-                slope,
-                states,
-                zs,
+                "gradient_sums", rows * chunks * triton.cdiv(spec.features, fixed["BLOCK_F"]),
+                self.q, grad, self.w_q, weights.high, weights.top_q, weights.ends, self.rate, share,
+                slope, states, zs,
                 *_strides(self.q, grad),
-                spec.gain,
-                self.kv_heads,
-                self.group,
-                tokens,
-                chunks,
-                CAUSAL=causal,
-                **fixed,
-            )
+                spec.gain, self.kv_heads, self.group, tokens, chunks,
+                CAUSAL=causal, **fixed,
+            )  # fmt: skip
         ends = weights.ends
         d_sums, d_norms = self.scan(
             states,
@@ -461,37 +371,14 @@ class _Call:
                 self.new(self.batch, self.heads, self.keys, d) for d in (self.dim, self.value_dim)
             )
         _launch(
-            "backward_keys",
-            self.batch * self.heads * triton.cdiv(self.keys, fixed["C"]),
-            self.q,
-            self.k,
-            self.v,
-            grad,
-            self.w_q,
-            self.w_k,
-            self.mask,
-            weights.mu,
-            weights.high,
-            weights.top_k,
-            weights.top_q,
-            ends,
-            self.rate,
-            states,
-            zs,
-            share,
-            slope,
-            dk,
-            dv,
+            "backward_keys", self.batch * self.heads * triton.cdiv(self.keys, fixed["C"]),
+            self.q, self.k, self.v, grad, self.w_q, self.w_k, self.mask, weights.mu, weights.high,
+            weights.top_k, weights.top_q, ends, self.rate, states, zs, share, slope, dk, dv,
             *_strides(self.q, self.k, self.v, grad, dk, dv),
-            self.mask_b,
-            self.spec.factors[1] ** 2,
-            self.spec.gain,
-            self.heads,
-            self.group,
-            self.keys,
-            chunks,
+            self.mask_b, self.spec.factors[1] ** 2, self.spec.gain, self.heads, self.group,
+            self.keys, chunks,
             **fixed,
-        )
+        )  # fmt: skip
         if self.group == 1:
             return dk, dv
         return tuple(x.unflatten(1, (-1, self.group)).sum(dim=2).to(self.k.dtype) for x in (dk, dv))
@@ -499,20 +386,13 @@ class _Call:
     def _slopes(self, out: Tensor, grad: Tensor) -> Tensor:
         slope = self.new(*out.shape[:3])
         _launch(
-            "slopes",
-            self.batch * self.heads * triton.cdiv(self.queries, tiles.ROWS),
-            out,
-            grad,
-            slope,
+            "slopes", self.batch * self.heads * triton.cdiv(self.queries, tiles.ROWS),
+            out, grad, slope,
             *_strides(out, grad),
-            self.heads,
-            self.queries,
-            V=self.value_dim,
-            C=tiles.ROWS,
-            BLOCK_V=tiles.padded(self.value_dim),
-            num_warps=4,
+            self.heads, self.queries,
+            V=self.value_dim, C=tiles.ROWS, BLOCK_V=tiles.padded(self.value_dim), num_warps=4,
             num_stages=1,
-        )
+        )  # fmt: skip
         return slope
 
 
@@ -530,31 +410,13 @@ def _decode(q, k, v, sums, norms, top, w_q, w_k, mask, rate, spec: Spec) -> Tens
     )
     with torch.cuda.device_of(q):
         _launch(
-            "decode",
-            programs,
-            q,
-            k,
-            v,
-            w_q,
-            w_k,
-            mask,
-            top,
-            rate,
-            state,
-            norms,
-            out,
+            "decode", programs,
+            q, k, v, w_q, w_k, mask, top, rate, state, norms, out,
             *_strides(q, k, v),
-            0 if mask is None else mask.stride(0),
-            spec.factors[1] ** 2 / 2,
-            spec.gain,
-            kv_heads,
-            heads // kv_heads,
-            queries,
-            keys,
-            NORMALIZE=spec.normalize,
-            N=MOST_KEYS,
-            **fixed,
-        )
+            0 if mask is None else mask.stride(0), spec.factors[1] ** 2 / 2, spec.gain, kv_heads,
+            heads // kv_heads, queries, keys,
+            NORMALIZE=spec.normalize, N=MOST_KEYS, **fixed,
+        )  # fmt: skip
     return out
 
 

@@ -93,19 +93,10 @@ class _Project(torch.autograd.Function):
             if ctx.needs_input_grad[0]:
                 dx = torch.empty((batch, heads, tokens, dim), dtype=x.dtype, device=x.device)
                 triton_kernels.token_gradient[(batch * heads * along,)](
-                    grad,
-                    weight,
-                    start,
-                    mask,
-                    dx,
-                    *_steps(weight),
-                    _row(mask),
-                    heads,
-                    slots,
+                    grad, weight, start, mask, dx, *_steps(weight), _row(mask), heads, slots,
                     tokens,
-                    D=dim,
-                    **sizes,
-                )
+                    D=dim, **sizes,
+                )  # fmt: skip
             if ctx.needs_input_grad[1]:
                 dw = torch.zeros_like(weight)  # later columns take no part
                 triton_kernels.weight_gradient[(len(weight) * triton.cdiv(slots, sizes["BLOCK_K"]) *

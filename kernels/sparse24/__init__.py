@@ -42,6 +42,7 @@ class Packed(NamedTuple):
 
     @property
     def nbytes(self) -> int:
+        """Bytes of values and positions."""
         return self.values.nbytes + self.indices.nbytes
 
 

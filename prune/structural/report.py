@@ -69,6 +69,7 @@ class StructuredReport(Document):
 
     @property
     def layers(self) -> list[dict]:
+        """A row for each layer."""
         return self.data["layers"]
 
     @property

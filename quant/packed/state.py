@@ -43,6 +43,7 @@ class New:
 
     @property
     def end(self) -> int:
+        """Number of the first token after them."""
         return self.first + self.k.shape[2]
 
     def cut(self, low: int, high: int) -> New:
@@ -117,6 +118,7 @@ class PackedState(State):
 
     @property
     def device(self) -> torch.device | None:
+        """Where it is; None while it holds nothing."""
         return None if self.rest is None else self.rest[0].device
 
     def tensors(self) -> Iterator[Tensor]:

@@ -115,6 +115,7 @@ class StaticState(State):
     def attend(
         self, q: Tensor, pattern: Pattern, call, impl: str, lse: bool
     ) -> Tensor | tuple[Tensor, Tensor]:
+        """Attention of q over the cache and the call's own tokens, as `PackedState.attend`."""
         new, self._new = self._new, None
         attending.check(self, new, q, call, impl)
         if call.turn is not None:
@@ -302,6 +303,7 @@ class StaticLayer(StateLayer):
     """
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int | Tensor]:
+        """(keys, offset) of the mask for so many new tokens."""
         return query_length, self.state.seq_len
 
     def get_max_length(self) -> int:

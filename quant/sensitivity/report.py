@@ -48,6 +48,7 @@ class QuantizeReport(Document):
 
     @property
     def full(self) -> dict:
+        """The row of the cache in full precision."""
         return self.rows[0]
 
     @property

@@ -12,6 +12,7 @@ TARGETS = ("heads", "ffn", "layers")
 
 
 def score(parts: Anatomy, batches: list[Tensor], targets: list[str], seed: int) -> Importance:
+    """Drawn from `seed`: the baseline."""
     generator = torch.Generator().manual_seed(seed)
     layers, first = len(parts.layers), parts.layers[0]
     shapes = {
