@@ -86,16 +86,8 @@ def attention(
         *(queries, layout.tail, total, layout.slots, first, *numbers),
         *(head, low, keys, tiles, triton.cdiv(tiles, splits)),
     )
-    fixed = dict(
-        D=dim,
-        DV=value_dim,
-        NEAR=near,
-        CAUSAL=causal,
-        SOFTCAP=softcap is not None,
-        BIAS=BIASES[bias and bias.kind],
-        HEAD=head > 0,
-        **sizes,
-    )
+    fixed = dict(D=dim, DV=value_dim, NEAR=near, CAUSAL=causal, HEAD=head > 0, **sizes)
+    fixed |= dict(SOFTCAP=softcap is not None, BIAS=BIASES[bias and bias.kind])
     with torch.cuda.device_of(q):
         if turn is None:
             attend[splits * row_tiles, kv_heads, batch](
