@@ -7,6 +7,7 @@
 """
 
 import typer
+
 from effattn.recipes.cli import convert_gqa
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@
 """
 
 import typer
+
 from effattn.quant.sensitivity.cli import quantize_kv
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ generated text.
 """
 
 import typer
+
 from effattn.recipes.cli import swap
 
 if __name__ == "__main__":

@@ -8,12 +8,12 @@ import sys
 
 import pytest
 import torch
-from effattn.kernels import flash
-from effattn.kernels.flash import torch_impl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import scaled_dot_product_attention
 
+from effattn.kernels import flash
+from effattn.kernels.flash import torch_impl
 from effattn.patterns.dense import Dense
 
 FAST, TRUTH = Dense(impl="torch"), Dense(impl="reference")
