@@ -12,14 +12,12 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad, scaled_dot_product_attention
 
 from .pattern import Blocks, Layout, Pattern, Window
 from .rules import Bias, Far
 from .torch_blocks import Problem, Side
+from .torch_dense import dense
 from .torch_solve import Piece, solve
-
-BLOCK = 256  # queries of dense attention with padding
 
 
 def attention(
@@ -46,9 +44,16 @@ def attention(
     ruled = softcap is not None or far is not None or bias is not None
     special = ruled or (q_first is not None and pattern.first > 0) or need_lse
     if type(pattern) is Pattern and not special and not layout.slots and not layout.tail:
+<<<<<<< HEAD
         return _dense(q, k, v, causal, layout, scale), None
     # a loop over tiles does not trace; this does, at the cost of a mask
     if torch.compiler.is_compiling():
+=======
+        return dense(q, k, v, causal, layout, scale), None
+    if (
+        torch.compiler.is_compiling()
+    ):  # a loop over tiles does not trace; this does, at the cost of a mask
+>>>>>>> layers
         from effattn.kernels.decode.torch_impl import attention as at_once
 
         return at_once(
@@ -86,6 +91,7 @@ def _simplest(pattern: Pattern, total: int, causal: bool) -> Pattern:
     return pattern
 
 
+<<<<<<< HEAD
 # Dense
 # -------------------------------------------------------------------------------------------------
 
@@ -174,6 +180,8 @@ def _zero_blind_rows(out: Tensor, causal: bool, padding_mask: Tensor, layout: La
     return torch.where(sees[:, None, :, None], out, 0.0)
 
 
+=======
+>>>>>>> layers
 # Patterns
 # -------------------------------------------------------------------------------------------------
 

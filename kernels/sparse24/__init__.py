@@ -4,6 +4,7 @@ only those are kept.
     packed = pack(weight)                 # values and 2-bit positions: 9/16 of the bytes in 16 bits
     y = linear(x, packed, bias)
 
+<<<<<<< HEAD
     M rows of x, N outputs, K inputs, a multiple of 8; G = K / 4 groups of a row, H = G / 2
     values  (N, 2, G)     the two kept weights of each group, in the order of their positions: two
                           planes a row
@@ -13,15 +14,16 @@ only those are kept.
 
 Groups with fewer than two non-zeros keep zeros beside them, at the lowest free positions. Packing
 and unpacking are exact, but for -0.0, which comes back as 0.0 where it is not kept."""
+=======
+How the kept weights lie is in `packed`."""
+>>>>>>> layers
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
-import torch
 from torch import Tensor
 
 from ..flash import IMPLEMENTATIONS, choose
+from .packed import Packed, pack, unpack
 
 __all__ = ["FEW_ROWS", "IMPLEMENTATIONS", "Packed", "choose", "linear", "pack", "unpack"]
 
@@ -29,6 +31,7 @@ __all__ = ["FEW_ROWS", "IMPLEMENTATIONS", "Packed", "choose", "linear", "pack", 
 FEW_ROWS = 16
 
 
+<<<<<<< HEAD
 class Packed(NamedTuple):
     """A 2:4 matrix: values (N, 2, G) of a float dtype, indices (N, G / 2) uint8."""
 
@@ -88,6 +91,8 @@ def columns(packed: Packed) -> list[Tensor]:
     return [torch.where(first == 0, a, zero), *inner, torch.where(second == 3, b, zero)]
 
 
+=======
+>>>>>>> layers
 def linear(x: Tensor, packed: Packed, bias: Tensor | None = None, *, impl: str = "auto") -> Tensor:
     """x W' + bias. x (..., K), bias (N,), of the values' dtype and device; returns (..., N) in it,
     sums are fp32 (torch: as its matrix products do). The gradient is x's and the bias' only: packed
