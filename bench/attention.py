@@ -15,7 +15,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
-from effattn.kernels.flash.reference import attention as reference
 from torch import Tensor
 from torch.nn.functional import pad
 
@@ -23,6 +22,7 @@ import effattn
 from bench.case import Call, Case, Contender, Defined
 from bench.peers import PEERS, find
 from effattn.interface import Backend, Cost, Shape
+from effattn.kernels.flash.reference import attention as reference
 
 SAMPLES = 32  # queries that are checked, spread over the sequence
 CHECKED = 512  # tokens at which methods are checked whose truth is their own reference, all of it

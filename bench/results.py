@@ -8,12 +8,12 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-import effattn.kernels
-import effattn.prune
-import effattn.quant
 import torch
 
 import effattn
+import effattn.kernels
+import effattn.prune
+import effattn.quant
 from effattn.profiling.environment import device_name, module_version
 from effattn.reports.files import finite, write_all_atomic
 

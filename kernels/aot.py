@@ -41,7 +41,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from effattn.errors import check_choice
+from effattn.kernels.errors import check_choice
 
 # tcgen05, wgmma, mma.sync, AMD's
 MATRIX_UNIT = re.compile(r"\b(UTC\w*MMA|[HQI]GMMA|[HQIOD]MMA|v_mfma)(?=[._\s])")

@@ -19,6 +19,17 @@ from pathlib import Path
 from typing import ClassVar
 
 import torch
+
+from effattn import embedded
+from effattn.bounds import Checked, random_seed, real, whole
+from effattn.calibration.hessian import DAMPING
+from effattn.errors import check_choice
+from effattn.evaluate.loss import compare
+from effattn.hf.verify import verify_plain
+from effattn.outputs import atomic_folder, check_new_folder, check_room
+from effattn.profiling.decode import decode_speed
+from effattn.profiling.environment import environment
+from effattn.profiling.memory import available_bytes
 from effattn.prune.unstructured import layers
 from effattn.prune.unstructured.from_files import FACTS, prune_files, resume
 from effattn.prune.unstructured.nm import Sparsity
@@ -35,17 +46,6 @@ from effattn.recipes.jobs import (
     partial_folder,
     settings_of,
 )
-
-from effattn import embedded
-from effattn.bounds import Checked, random_seed, real, whole
-from effattn.calibration.hessian import DAMPING
-from effattn.errors import check_choice
-from effattn.evaluate.loss import compare
-from effattn.hf.verify import verify_plain
-from effattn.outputs import atomic_folder, check_new_folder, check_room
-from effattn.profiling.decode import decode_speed
-from effattn.profiling.environment import environment
-from effattn.profiling.memory import available_bytes
 from effattn.surgery.checkpoint import load_model, load_tokenizer, resolve
 from effattn.textdata import Streams, streams
 

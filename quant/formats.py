@@ -12,9 +12,8 @@ from __future__ import annotations
 import inspect
 from dataclasses import dataclass, field, replace
 
-from effattn.kernels.pack.codes import AXES, KINDS, Coding
-
 from effattn.errors import check_choice
+from effattn.kernels.pack.codes import AXES, KINDS, Coding
 from effattn.registry import format_spec, parse_spec
 
 GROUPS = (16, 32, 64, 128, 256)

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+
 from effattn.recipes.console import console, errors, one_line_errors
 
 TESTS = Path(__file__).parents[1] / "tests" / "kernels"

@@ -8,6 +8,7 @@ r"""Convert a checkpoint's attention from MHA to GQA or MQA.
 """
 
 import typer
+
 from effattn.recipes.cli import convert_gqa
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ variants side by side.
 two results."""
 
 import typer
+
 from effattn.recipes.cli import measure
 
 if __name__ == "__main__":

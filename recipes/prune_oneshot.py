@@ -11,6 +11,7 @@ zeros into bytes. A killed run goes on at the layer where it stopped. `--help` l
 the same command is `effattn prune oneshot`."""
 
 import typer
+
 from effattn.prune.cli import oneshot
 
 if __name__ == "__main__":

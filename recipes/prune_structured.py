@@ -10,6 +10,7 @@ A whole number is how many stay, a share is how much is removed. `--help` lists 
 same command is `effattn prune structured`."""
 
 import typer
+
 from effattn.prune.structured_cli import structured
 
 if __name__ == "__main__":

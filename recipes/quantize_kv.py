@@ -9,6 +9,7 @@ r"""What quantizing the key/value cache costs a checkpoint, and which layer shou
 """
 
 import typer
+
 from effattn.quant.sensitivity.cli import quantize_kv
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ together, cut, and train on with plain transformers.
 """
 
 import typer
+
 from effattn.prune.shear_cli import shear
 
 if __name__ == "__main__":

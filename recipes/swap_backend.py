@@ -9,6 +9,7 @@ generated text.
 """
 
 import typer
+
 from effattn.recipes.cli import swap
 
 if __name__ == "__main__":

@@ -6,10 +6,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from effattn.prune.shearing.report import ShearReport
-from effattn.prune.structural.report import StructuredReport
-from effattn.prune.unstructured.report import OneShotReport
-from effattn.quant.sensitivity.report import QuantizeReport
 from test_conversion_report import data as conversion_data
 from test_extend_recipe import data as article_data
 from test_measure_report import data as measure_data
@@ -21,6 +17,10 @@ from effattn.heads.report import ConversionReport, compare_html
 from effattn.linearizing.approximation_report import ApproximationReport
 from effattn.linearizing.report import LinearizeReport
 from effattn.measuring.report import Report as MeasureReport
+from effattn.prune.shearing.report import ShearReport
+from effattn.prune.structural.report import StructuredReport
+from effattn.prune.unstructured.report import OneShotReport
+from effattn.quant.sensitivity.report import QuantizeReport
 from effattn.reports.page import Section, page
 from effattn.reports.plots import (
     AFTER,

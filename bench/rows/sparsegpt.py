@@ -9,13 +9,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from effattn.prune.unstructured.methods.sparsegpt import BLOCK, sparsegpt
-from effattn.prune.unstructured.reference import sparsegpt_reference
 
 from bench.case import Case, Contender, Ratio, Target
 from bench.peers import find
 from effattn.calibration.hessian import DAMPING, InverseHessian
 from effattn.interface import Cost
+from effattn.prune.unstructured.methods.sparsegpt import BLOCK, sparsegpt
+from effattn.prune.unstructured.reference import sparsegpt_reference
 
 WIDTH, CHECKED = 4096, 256
 ALONE, OURS, PEER = (

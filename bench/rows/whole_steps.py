@@ -11,10 +11,6 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from effattn.kernels.decode.turn import rotate
-from effattn.kernels.flash import Far
-from effattn.kernels.flash.reference import attention as reference
-from effattn.quant.packed.state import New, PackedState
 from torch import Tensor
 
 import effattn
@@ -23,6 +19,10 @@ from bench.case import Case, Contender, Ratio, Target
 from bench.peers import find
 from bench.rows.packed_decode import COLD, CPU, FORMATS, format_of, meant, packed_cache
 from bench.rows.rerope import GPU, inv_freq
+from effattn.kernels.decode.turn import rotate
+from effattn.kernels.flash import Far
+from effattn.kernels.flash.reference import attention as reference
+from effattn.quant.packed.state import New, PackedState
 
 WHO = "DynamicCache+SDPA"
 PLAIN = f"{WHO} dense"

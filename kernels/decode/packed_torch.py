@@ -16,7 +16,7 @@ from torch import Tensor
 from ..flash.pattern import Blocks, Pattern, Window
 from ..flash.rules import Bias
 from ..merge import in_order
-from .packed import PackedCache
+from .packed_cache import PackedCache
 from .packed_tiles import TILE, Full, Packed, Stretch
 from .turn import Turn
 

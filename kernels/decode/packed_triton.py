@@ -16,7 +16,7 @@ from ..flash.rules import Bias
 from ..flash.triton_bias import BIASES, arguments
 from ..pack.codes import Codes, Coding
 from ..rows import dense_rows
-from .packed import PackedCache
+from .packed_cache import PackedCache
 from .packed_kernels import attend_packed
 from .triton_impl import (
     DTYPES,

@@ -14,11 +14,12 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
-from effattn.kernels.flash.pattern import Blocks, Layout, Pattern, Window
-from effattn.kernels.flash.rules import Bias, Far
-from effattn.kernels.flash.torch_impl import one_query, padding_mask
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
+
+from effattn.kernels.flash.pattern import Blocks, Layout, Pattern, Window
+from effattn.kernels.flash.rules import Bias, Far
+from effattn.kernels.flash.torch_dense import one_query, padding_mask
 
 from . import torch_turn
 from .torch_turn import products

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from effattn.errors import check_choice
+from effattn.kernels.errors import check_choice
 
 from .pattern import Layout, Pattern, Window
 

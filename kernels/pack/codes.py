@@ -38,7 +38,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from effattn.errors import check_choice
+from effattn.kernels.errors import check_choice
 
 KINDS = {"int8": 8, "int4": 4, "int2": 2, "fp8": 8}  # bits
 AXES = ("channel", "token")

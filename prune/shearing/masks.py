@@ -27,11 +27,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from effattn.prune.shearing import hard_concrete
 from torch import Tensor, nn
 
 from effattn.errors import Unsupported
 from effattn.hf import anatomy as hf
+from effattn.prune.shearing import hard_concrete
 
 AXES = ("hidden", "heads", "ffn", "layers")
 START = 2.5  # log alpha of a gate at the start: fully open with probability 0.71

@@ -19,16 +19,16 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from accelerate.utils import broadcast
-from effattn.prune.shearing import batch_loading
-from effattn.prune.shearing.batch_loading import Domains, DomainWindows, LoadingWeights
-from effattn.prune.shearing.lagrangian import Lagrangian
-from effattn.prune.shearing.masks import Masks
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PrinterCallback, Trainer, TrainerCallback
 
 from effattn.errors import check_choice
 from effattn.hf import anatomy as hf
+from effattn.prune.shearing import batch_loading
+from effattn.prune.shearing.batch_loading import Domains, DomainWindows, LoadingWeights
+from effattn.prune.shearing.lagrangian import Lagrangian
+from effattn.prune.shearing.masks import Masks
 from effattn.reports.files import write_text_atomic
 from effattn.training import lending as training
 from effattn.training.uptrain import Steps

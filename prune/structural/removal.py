@@ -17,6 +17,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor, nn
+
+from effattn.errors import Unsupported, check_choice
+from effattn.hf import anatomy as hf
+from effattn.profiling.environment import environment
 from effattn.prune.structural import criteria
 from effattn.prune.structural.compensation import check_biases, with_biases
 from effattn.prune.structural.compensation import compensate as fit_outputs
@@ -30,11 +35,6 @@ from effattn.prune.structural.slicing import (
     sliced_config,
 )
 from effattn.prune.unstructured import calibration
-from torch import Tensor, nn
-
-from effattn.errors import Unsupported, check_choice
-from effattn.hf import anatomy as hf
-from effattn.profiling.environment import environment
 from effattn.surgery.checkpoint import check_finite
 
 TOKENS_PER_DIMENSION = 10  # of an output module that is solved again

@@ -15,6 +15,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from effattn.calibration.hessian import DAMPING
+from effattn.hf.weight_files import INDEX
+from effattn.outputs import check_new_folder, claim
+from effattn.permissions import follow_umask
 from effattn.prune.unstructured import calibration, layers
 from effattn.prune.unstructured.calibration import SpilledStates
 from effattn.prune.unstructured.layers import Checkpoint, Runner, StreamedModel
@@ -28,13 +35,6 @@ from effattn.prune.unstructured.one_shot import (
     said,
 )
 from effattn.recipes.jobs import discard
-from safetensors.torch import save_file
-from torch import Tensor
-
-from effattn.calibration.hessian import DAMPING
-from effattn.hf.weight_files import INDEX
-from effattn.outputs import check_new_folder, claim
-from effattn.permissions import follow_umask
 from effattn.reports.files import write_text_atomic
 
 MANIFEST = "manifest.json"

@@ -12,6 +12,9 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
+
+from effattn.errors import Unsupported
 from effattn.kernels import flash
 from effattn.kernels.decode import MOST_QUERIES, packed
 from effattn.kernels.decode.packed import PackedCache
@@ -20,15 +23,11 @@ from effattn.kernels.flash.rules import Far
 from effattn.kernels.merge import in_order, merge
 from effattn.kernels.pack import Codes, Pages
 from effattn.quant.rotation import hadamard
-from torch import Tensor
-
-from effattn.errors import Unsupported
 
 if TYPE_CHECKING:
+    from effattn.interface import Call
     from effattn.quant.packed.state import New, PackedState
     from effattn.quant.packed.static import StaticState
-
-    from effattn.interface import Call
 
 PAGE = 2**21  # numbers of one packed tensor on a CPU: what a cache that grows has to copy at most
 FEWEST = 2048  # tokens of one, whatever their size

@@ -8,13 +8,13 @@ a `PackedRing`: what its `update` hands on, only effattn's attention function ca
 
 from __future__ import annotations
 
-from effattn.quant.packed.static import StaticLayer, StaticState
 from torch import nn
 from transformers import DynamicCache
 from transformers.cache_utils import CacheLayerMixin
 
 from effattn.errors import Unsupported
 from effattn.hf import anatomy, caches, hooks, live, state_layer
+from effattn.quant.packed.static import StaticLayer, StaticState
 from effattn.registry import format_spec, parse_spec
 from effattn.surgery import plan as planning
 from effattn.surgery.swapping import swap

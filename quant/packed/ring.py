@@ -10,11 +10,11 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
+from torch import Tensor
+
 from effattn.kernels.pack import Codes
 from effattn.quant.formats import Format
 from effattn.quant.packed.state import New, PackedState
-from torch import Tensor
-
 from effattn.states.full import ROLLBACK
 
 

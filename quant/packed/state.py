@@ -16,14 +16,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
+
+from effattn.errors import Unsupported
 from effattn.kernels.flash.pattern import Layout, Pattern, first_real
 from effattn.kernels.pack import Codes, Coding, concatenate, pack
 from effattn.quant.formats import Format
 from effattn.quant.packed import attending
 from effattn.quant.rotation import hadamard
-from torch import Tensor
-
-from effattn.errors import Unsupported
 from effattn.states.base import Inside, State, check_fits
 
 TILE = 512  # tokens that are packed at once

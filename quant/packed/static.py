@@ -14,6 +14,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 import torch
+from torch import Tensor
+
+from effattn.errors import Unsupported
+from effattn.hf.state_layer import StateLayer
 from effattn.kernels.decode import packed
 from effattn.kernels.decode.packed import PackedCache
 from effattn.kernels.flash.pattern import Layout, Pattern, first_real
@@ -23,10 +27,6 @@ from effattn.quant.formats import Format
 from effattn.quant.packed import attending
 from effattn.quant.packed.state import New, neutral
 from effattn.quant.rotation import hadamard
-from torch import Tensor
-
-from effattn.errors import Unsupported
-from effattn.hf.state_layer import StateLayer
 from effattn.states.base import Inside, State, check_fits
 
 

@@ -13,14 +13,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from effattn.quant.formats import Format
-from effattn.quant.sensitivity import budget, lanes
-from effattn.quant.sensitivity.lanes import FULL, PLAN, Lane
-from effattn.quant.sensitivity.parts import Parts
-from effattn.quant.sensitivity.report import QuantizeReport
-from effattn.quant.sensitivity.tokenwise import tokenwise, windows
-from effattn.quant.weights import KINDS, quantize_weights
-from effattn.recipes.jobs import Quiet, device, holds_output
 
 import effattn.evaluate
 from effattn import embedded
@@ -33,6 +25,14 @@ from effattn.hf.weights import packing, weight_bytes
 from effattn.measuring.progress import partial_beside
 from effattn.outputs import atomic_folder, check_new_folder
 from effattn.profiling.environment import environment
+from effattn.quant.formats import Format
+from effattn.quant.sensitivity import budget, lanes
+from effattn.quant.sensitivity.lanes import FULL, PLAN, Lane
+from effattn.quant.sensitivity.parts import Parts
+from effattn.quant.sensitivity.report import QuantizeReport
+from effattn.quant.sensitivity.tokenwise import tokenwise, windows
+from effattn.quant.weights import KINDS, quantize_weights
+from effattn.recipes.jobs import Quiet, device, holds_output
 from effattn.registry import parse_spec
 from effattn.surgery.checkpoint import load_again, load_model, save
 from effattn.surgery.describing import describe

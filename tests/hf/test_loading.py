@@ -11,7 +11,6 @@ import pytest
 import torch
 import transformers
 from conftest import SMALL
-from effattn.recipes.cli import app
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 from typer.testing import CliRunner
@@ -19,6 +18,7 @@ from typer.testing import CliRunner
 import effattn
 from effattn.errors import Unsupported
 from effattn.hf.weight_files import INDEX, SINGLE, stored
+from effattn.recipes.cli import app
 from effattn.surgery import checkpoint
 
 IDS = torch.arange(3, 23).view(2, 10)

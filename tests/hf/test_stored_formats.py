@@ -9,7 +9,6 @@ import json
 import pytest
 import torch
 from conftest import tiny
-from effattn.prune.unstructured.from_files import prune_files
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM
@@ -18,6 +17,7 @@ import effattn
 from effattn.errors import Unsupported
 from effattn.hf import anatomy
 from effattn.hf.weights import is_packed, is_plain, packing
+from effattn.prune.unstructured.from_files import prune_files
 
 
 class Scaled(nn.Linear):

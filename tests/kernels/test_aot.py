@@ -160,8 +160,9 @@ def test_an_interpreting_process_starts_another(monkeypatch):
     """The interpreter compiles nothing, so the command runs itself again; a bad name is said
     before.
     """
-    from effattn.recipes import cli
     from typer.testing import CliRunner
+
+    from effattn.recipes import cli
 
     started = []
 

@@ -4,13 +4,14 @@ as transformers.
 
 import pytest
 import torch
-from effattn.kernels.decode import attention, torch_impl
-from effattn.kernels.flash import Blocks, Layout, Pattern, Window
-from effattn.kernels.flash.reference import attention as reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._dynamo.testing import CompileCounter
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from effattn.kernels.decode import attention, torch_impl
+from effattn.kernels.flash import Blocks, Layout, Pattern, Window
+from effattn.kernels.flash.reference import attention as reference
 
 KEYS = 50
 PATTERNS = [

@@ -6,6 +6,10 @@ memory is NaN."""
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn.functional import scaled_dot_product_attention
+
 from effattn.kernels.flash import (
     Blocks,
     Layout,
@@ -17,9 +21,6 @@ from effattn.kernels.flash import (
 )
 from effattn.kernels.flash.pattern import layout_of
 from effattn.kernels.flash.reference import attention as reference
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from torch.nn.functional import scaled_dot_product_attention
 
 WINDOW = Window(back=13)
 PATTERNS = [

@@ -6,11 +6,11 @@ Backends are held to it by `effattn.conformance` (property `layouts`).
 
 import pytest
 import torch
+
+from effattn.conformance.layouts import every_third, heads_expanded, tokens_overlapping, transposed
 from effattn.kernels import decode, flash, linear, linformer, monarch, pack, vq
 from effattn.kernels.flash import Blocks, Layout, Window
 from effattn.kernels.rows import dense_rows
-
-from effattn.conformance.layouts import every_third, heads_expanded, tokens_overlapping, transposed
 
 IMPLS = ("torch", "triton")
 CHANGES = (transposed, every_third, tokens_overlapping, heads_expanded)

@@ -8,9 +8,10 @@ import itertools
 
 import pytest
 import torch
-from effattn.kernels.pack import AXES, KINDS, Codes, Coding, Pages, concatenate, pack, unpack
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from effattn.kernels.pack import AXES, KINDS, Codes, Coding, Pages, concatenate, pack, unpack
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CODINGS = [

@@ -5,8 +5,6 @@ them packed.
 import pytest
 import torch
 from conftest import tiny
-from effattn.kernels import sparse24
-from effattn.prune import pack
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -15,7 +13,9 @@ from transformers import AutoModelForCausalLM
 
 import effattn
 from effattn.errors import Unsupported
+from effattn.kernels import sparse24
 from effattn.projections.packed import PackedLinear
+from effattn.prune import pack
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

@@ -12,8 +12,6 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import tiny
-from effattn.recipes.cli import app
-from effattn.recipes.jobs import Quiet
 from typer.testing import CliRunner
 
 import effattn
@@ -25,6 +23,8 @@ from effattn.measuring.operations import OperationTimer
 from effattn.measuring.report import Report
 from effattn.measuring.variants import Variant, build, own_bytes, parse, parse_all, split_name
 from effattn.profiling.device import Peaks
+from effattn.recipes.cli import app
+from effattn.recipes.jobs import Quiet
 from effattn.reports.tables import data_size
 from effattn.surgery.swapping import active
 

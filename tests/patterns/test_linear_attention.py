@@ -10,12 +10,12 @@ import math
 import pytest
 import torch
 from conftest import tiny
-from effattn.kernels.linear import torch_causal, torch_impl
 
 import effattn
 from effattn.conformance import check, inputs
 from effattn.errors import Unsupported
 from effattn.interface import Shape
+from effattn.kernels.linear import torch_causal, torch_impl
 from effattn.patterns.performer import draw
 from effattn.states.full import ROLLBACK
 from effattn.states.recurrent import RecurrentState, folded

@@ -6,11 +6,11 @@ import pytest
 import torch
 import transformers
 from conftest import tiny
-from effattn.prune import Target, shear, structured
-from effattn.prune.structural import criteria
 
 import effattn
 from effattn.errors import Unsupported
+from effattn.prune import Target, shear, structured
+from effattn.prune.structural import criteria
 
 GRADIENTS = {"taylor", "michel"}
 ENCODER = dict(

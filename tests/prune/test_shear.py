@@ -14,6 +14,11 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import tiny
+from safetensors.torch import load_file, save_model
+
+import effattn
+from effattn.errors import Unsupported
+from effattn.hf import anatomy as hf
 from effattn.prune.shearing import batch_loading, folding
 from effattn.prune.shearing.batch_loading import Domains, DomainWindows, LoadingWeights
 from effattn.prune.shearing.masks import Masks
@@ -26,11 +31,6 @@ from effattn.prune.shearing.sheared import (
     shear,
 )
 from effattn.prune.shearing.training import Shearing
-from safetensors.torch import load_file, save_model
-
-import effattn
-from effattn.errors import Unsupported
-from effattn.hf import anatomy as hf
 
 CPU = {"use_cpu": True}
 

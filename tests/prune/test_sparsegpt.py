@@ -6,6 +6,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from effattn.calibration.hessian import Hessian, InverseHessian, inverse_factor
 from effattn.prune.unstructured.methods.magnitude import magnitude_mask
 from effattn.prune.unstructured.methods.sparsegpt import sparsegpt
 from effattn.prune.unstructured.methods.wanda import wanda_mask
@@ -17,10 +21,6 @@ from effattn.prune.unstructured.nm import (
     lowest_per_row,
 )
 from effattn.prune.unstructured.reference import sparsegpt_reference
-from hypothesis import given, settings
-from hypothesis import strategies as st
-
-from effattn.calibration.hessian import Hessian, InverseHessian, inverse_factor
 
 
 def problem(

@@ -7,6 +7,11 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import tiny
+
+import effattn
+from effattn.calibration.layerwise import watch, windows
+from effattn.errors import Unsupported
+from effattn.hf import anatomy as hf
 from effattn.prune.structural import criteria
 from effattn.prune.structural.compensation import compensate
 from effattn.prune.structural.criteria import obs
@@ -14,11 +19,6 @@ from effattn.prune.structural.criteria.base import losses
 from effattn.prune.structural.gates import gated
 from effattn.prune.structural.removal import structured
 from effattn.prune.structural.slicing import Keep, slice_model
-
-import effattn
-from effattn.calibration.layerwise import watch, windows
-from effattn.errors import Unsupported
-from effattn.hf import anatomy as hf
 
 LENGTH = 32
 

@@ -7,13 +7,13 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import tiny
-from effattn.quant.formats import Format
-from effattn.quant.packed.static import StaticState
 from transformers import DynamicCache
 
 import effattn
 from effattn.errors import Unsupported
 from effattn.hf.state_layer import StateLayer
+from effattn.quant.formats import Format
+from effattn.quant.packed.static import StaticState
 from effattn.registry import backend
 from effattn.surgery.describing import describe
 from effattn.surgery.swapping import active, restore, swap

@@ -10,9 +10,6 @@ import pytest
 import torch
 import transformers
 from conftest import tiny
-from effattn.quant.packed.ring import PackedRing
-from effattn.quant.packed.state import PackedState
-from effattn.quant.rotation import block_of, fold_values, hadamard
 from torch import nn
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
@@ -21,6 +18,9 @@ from effattn.errors import Unsupported
 from effattn.hf import caches
 from effattn.hf.cache import new_cache
 from effattn.hf.state_layer import StateLayer
+from effattn.quant.packed.ring import PackedRing
+from effattn.quant.packed.state import PackedState
+from effattn.quant.rotation import block_of, fold_values, hadamard
 from effattn.surgery.checkpoint import load, save
 from effattn.surgery.describing import describe
 from effattn.surgery.swapping import active, restore, swap

@@ -7,6 +7,7 @@ import json
 import math
 
 import pytest
+
 from effattn.quant.sensitivity.report import QuantizeReport
 
 NAMES = ["full", "int8", "int2(group=16, residual=64)", "plan"]

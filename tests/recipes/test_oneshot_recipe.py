@@ -13,14 +13,14 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import tiny
-from effattn.prune.oneshot_job import weight_bytes
-from effattn.prune.unstructured.report import OneShotReport
-from effattn.recipes.cli import app
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 import effattn
 from effattn.evaluate.loss import token_losses
+from effattn.prune.oneshot_job import weight_bytes
+from effattn.prune.unstructured.report import OneShotReport
+from effattn.recipes.cli import app
 
 ROOT = Path(__file__).parents[2]
 

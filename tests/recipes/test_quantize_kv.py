@@ -13,6 +13,12 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import tiny
+from outliers import plant_outliers
+from typer.testing import CliRunner
+
+import effattn
+from effattn.evaluate.loss import compare, token_losses
+from effattn.hf import anatomy
 from effattn.quant.sensitivity import budget, job, lanes
 from effattn.quant.sensitivity.budget import Choice
 from effattn.quant.sensitivity.job import Job
@@ -20,12 +26,6 @@ from effattn.quant.sensitivity.lanes import Lane
 from effattn.quant.sensitivity.report import QuantizeReport
 from effattn.quant.sensitivity.tokenwise import tokenwise
 from effattn.recipes.cli import app
-from outliers import plant_outliers
-from typer.testing import CliRunner
-
-import effattn
-from effattn.evaluate.loss import compare, token_losses
-from effattn.hf import anatomy
 from effattn.reports.tables import UNKNOWN
 
 INT2 = "int2(group=16, residual=16)"

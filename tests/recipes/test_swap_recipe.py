@@ -14,8 +14,6 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import tiny
-from effattn.recipes.cli import app
-from effattn.recipes.jobs import Quiet
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, DynamicCache, PreTrainedTokenizerFast
 from typer.testing import CliRunner
@@ -23,6 +21,8 @@ from typer.testing import CliRunner
 import effattn
 from effattn.evaluate.loss import token_losses
 from effattn.evaluate.streaming import cache_bytes, stream_losses
+from effattn.recipes.cli import app
+from effattn.recipes.jobs import Quiet
 from effattn.swapping import job as jobs
 from effattn.swapping import measure
 from effattn.swapping.patterns import label_of, parse_pattern, without_sinks

@@ -7,6 +7,9 @@ head's score is the sum over its dimensions. The bias itself is
 from __future__ import annotations
 
 import torch
+from torch import Tensor
+
+from effattn.hf.anatomy import Anatomy, Layer
 from effattn.prune.structural.criteria.base import (
     Importance,
     Sums,
@@ -15,9 +18,6 @@ from effattn.prune.structural.criteria.base import (
     watching,
     watching_blocks,
 )
-from torch import Tensor
-
-from effattn.hf.anatomy import Anatomy, Layer
 
 TARGETS = ("heads", "ffn")
 

@@ -12,6 +12,9 @@ nothing together here, and to the other criteria each as much as alone."""
 from __future__ import annotations
 
 import torch
+from torch import Tensor
+
+from effattn.hf.anatomy import Anatomy, Layer
 from effattn.prune.structural.criteria.base import (
     Importance,
     Sums,
@@ -20,9 +23,6 @@ from effattn.prune.structural.criteria.base import (
     watching_blocks,
 )
 from effattn.prune.structural.criteria.flap import output_weight
-from torch import Tensor
-
-from effattn.hf.anatomy import Anatomy, Layer
 
 TARGETS = ("heads", "ffn")
 DAMPING = 0.01  # lambda, as a share of the mean diagonal of C
