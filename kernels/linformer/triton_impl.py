@@ -12,7 +12,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..flash import tiles
-from ..flash.triton_impl import DTYPES, FAR, PATTERNS, Jitted
+from ..flash.triton_impl import DTYPES
+from ..flash.triton_patterns import PATTERNS, Jitted
+from ..flash.triton_pieces import FAR
 from ..rows import dense_rows
 from . import triton_kernels
 from .pattern import Earlier

@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from ..flash.tiles import WIDEST, architecture, padded
 from ..rows import dense_rows
-from . import triton_kernels
+from . import triton_backward, triton_kernels
 from .places import Places
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -233,6 +233,11 @@ class _Attention(torch.autograd.Function):
         return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None
 
 
+def jitted(kernel: str) -> Any:
+    """A kernel by its name."""
+    return getattr(triton_kernels, kernel, None) or getattr(triton_backward, kernel)
+
+
 def _launch(kernel: str, programs: int, *arguments, **fixed) -> None:
     if programs:  # a grid of none is an error
-        getattr(triton_kernels, kernel)[(programs,)](*arguments, **fixed, enable_fp_fusion=True)
+        jitted(kernel)[(programs,)](*arguments, **fixed, enable_fp_fusion=True)
