@@ -27,7 +27,6 @@ from effattn.prune.unstructured.one_shot import (
     prune_layer,
     said,
 )
-from effattn.recipes.jobs import discard
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -36,6 +35,7 @@ from effattn.hf.weight_files import INDEX
 from effattn.outputs import check_new_folder, claim
 from effattn.permissions import follow_umask
 from effattn.reports.files import write_text_atomic
+from effattn.resuming import discard
 
 MANIFEST = "manifest.json"
 FACTS = "pruning.json"  # in the output: what was done
