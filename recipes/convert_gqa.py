@@ -128,6 +128,8 @@ def convert(settings: Settings, show: Quiet) -> ConversionReport:
             quality["converted"] = compare(
                 parent, student, text.evaluation, length, progress=progress
             )
+    report.data["quality"] = quality or None  # and what is measured from here on
+    report.data["settings"] |= asked_for(settings, text)
 
     # The parent teaches what the conversion has lost.
     if settings.uptrain_tokens:
@@ -142,10 +144,8 @@ def convert(settings: Settings, show: Quiet) -> ConversionReport:
         with show.stage("timing decode steps") as progress:
             models = {"before": parent, "after": student}
             report.data["decode"] = decode_by_context(models, settings.decode_contexts, progress)
-    report.data["quality"] = quality or None
-    report.data["settings"] |= asked_for(settings, text)
     if main:
-        with flow.saving(settings, show, "saving, and loading again without effattn") as folder:
+        with flow.saving(settings, show, plain=True) as folder:
             ids = text.evaluation[: min(64, length)]
             report.data["verification"] = flow.save_plain(folder, student, tokenizer, ids)
             report.save(folder)

@@ -141,9 +141,11 @@ def check_unfinished(settings: Settings, begin: bool) -> None:
 
 
 @contextmanager
-def saving(settings: Settings, show: Quiet, said: str = "saving, and loading again"):
+def saving(settings: Settings, show: Quiet, plain: bool = False) -> Iterator[Path]:
     """Yields the folder that becomes the output when the body is through: what fails in it, the
-    proof among it, leaves nothing. A report is what a recipe writes last."""
+    proof among it, leaves nothing. The report is what a recipe writes there last. plain: what is
+    saved needs nothing of effattn, and the stage says so."""
+    said = "saving, and loading again" + (" without effattn" if plain else "")
     with show.stage(said), atomic_folder(settings.output) as folder:
         yield folder
 

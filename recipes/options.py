@@ -110,7 +110,7 @@ def tokens(default: int, what: str, *, least: int = 0):
 def contexts(default: Sequence[int] | None, help: str, *, least: int = 1, unit: str = "", **how):
     """Several numbers, mostly of tokens: "512,4k,16k", where k is 1024, or "none"."""
     shown = ",".join(f"{n // 1024}k" if n % 1024 == 0 else f"{n}" for n in default or ())
-    how = {"read": lambda name, text: contexts_of(text, name), "shown": shown} | how
+    how = {"read": lambda name, text: tuple(contexts_of(text, name)), "shown": shown} | how
     return whole(default, help, least=least, unit=unit, **how)
 
 
@@ -173,6 +173,7 @@ class Settings:
     """Base of a recipe's dataclass of settings."""
 
     APART: ClassVar[tuple[str, ...]] = ()  # what a run that goes on may have otherwise
+    output: Path | None  # where the result is written; every recipe declares it in its place
     WIDTH: ClassVar[int | None] = None  # of the printed report where no terminal says: a log's
 
     def __post_init__(self, *_) -> None:
