@@ -11,14 +11,15 @@ from contextlib import contextmanager
 from functools import wraps
 
 import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
 from effattn.recipes.options import (  # noqa: F401  for recipes that are no flow yet
     GOES_ON,
     contexts_of,
     count_of,
     count_tokens,
 )
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 console = Console()
 errors = Console(stderr=True)

@@ -1,7 +1,7 @@
-"""Convert a checkpoint's attention from MHA to GQA or MQA.
+r"""Convert a checkpoint's attention from MHA to GQA or MQA.
 
     python recipes/convert_gqa.py --model embedded --kv-heads 2 --output runs/gqa2
-    accelerate launch recipes/convert_gqa.py --model M --kv-heads 8 --uptrain-tokens 50M \\
+    accelerate launch recipes/convert_gqa.py --model M --kv-heads 8 --uptrain-tokens 50M \
         --output DIR
 
 `--help` lists every option; the same command is `effattn convert-gqa`. From Python:
@@ -27,9 +27,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 import typer
+
 from effattn.recipes import flow, options
 from effattn.recipes.options import option, real, tokens, whole
-
 from effattn.stages import Quiet, main_process
 
 if TYPE_CHECKING:

@@ -26,6 +26,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from effattn.errors import check_choice
+from effattn.outputs import atomic_folder, check_new_folder, claim
 from effattn.recipes.console import (
     Show,
     console,
@@ -35,9 +37,6 @@ from effattn.recipes.console import (
     when_stopped,
 )
 from effattn.recipes.options import Settings, parameters
-
-from effattn.errors import check_choice
-from effattn.outputs import atomic_folder, check_new_folder, claim
 from effattn.resuming import (
     as_json,
     check_settings,

@@ -7,7 +7,6 @@ from dataclasses import asdict
 from functools import wraps
 
 from effattn.recipes.flow import device, output_of
-
 from effattn.resuming import SETTINGS, as_json, check_settings, discard, partial_folder
 from effattn.stages import Quiet, main_process
 

@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import typer
+
+from effattn.outputs import check_writable, claim
 from effattn.recipes import convert_gqa, flow, options
 from effattn.recipes.console import console
 from effattn.recipes.options import contexts, names, option, tokens, whole
-
-from effattn.outputs import check_writable, claim
 from effattn.stages import Quiet
 
 if TYPE_CHECKING:

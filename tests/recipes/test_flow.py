@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 import typer
+from typer.testing import CliRunner
+
 from effattn.recipes import flow, options
 from effattn.recipes.options import contexts, names, option, or_none, several, tokens, whole
-from typer.testing import CliRunner
 
 pytestmark = pytest.mark.quick
 
