@@ -284,7 +284,7 @@ def snapshot(folder: Path) -> dict[str, bytes]:
 KILLED = """
 import os, signal, sys
 import torch
-from effattn import training
+from effattn.training import lending as training
 from effattn.prune.unstructured import from_files
 training.bf16_pays = lambda on_cpu=None: False  # as in the tests' own process
 source, output, threads = sys.argv[1:]
