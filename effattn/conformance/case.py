@@ -48,7 +48,8 @@ def inputs(
     draw = torch.Generator().manual_seed(seed)
     batch, heads, kv_heads, dim = sizes
     of = (torch.randn(batch, h, tokens, dim, generator=draw) for h in (heads, kv_heads, kv_heads))
-    return tuple(x.to(device, dtype) for x in of)
+    q, k, v = (x.to(device, dtype) for x in of)
+    return q, k, v
 
 
 @dataclass
@@ -100,7 +101,8 @@ class Case:
         from effattn.interface import Call
 
         groups = q.shape[1] // k.shape[1]
-        counts = self.backend.counts(q, k, Call(self.causal, layout_of(mask), 1.0)).to(q.dtype)
+        call = Call(self.causal, layout_of(mask), 1.0)
+        counts = self.backend.counts(q, k, call).to(q.dtype)  # type: ignore[operator]
         scores = q @ k.repeat_interleave(groups, 1).mT * q.shape[-1] ** -0.5
         weights = torch.softmax(scores + counts.log().clamp(min=torch.finfo(q.dtype).min), dim=-1)
         return (weights * (counts > 0).any(-1, keepdim=True)) @ v.repeat_interleave(groups, 1)
