@@ -208,9 +208,7 @@ def saved(model: nn.Module) -> tuple[dict, dict]:
 def _trained(parts: anatomy.Anatomy, layer: anatomy.Layer, done: Record | None) -> Trained:
     """What a layer was trained with, whatever has been written into the config since."""
     before = {} if done is None or done.config is None else done.config
-    length = before.get(
-        "max_position_embeddings", getattr(parts.config, "max_position_embeddings", 0)
-    )
+    length = before.get("max_position_embeddings", parts.trained_length or 0)
     rotary = layer.rotary
     if rotary is None:
         return Trained(length, layer.heads, layer.head_dim, 0)

@@ -53,9 +53,7 @@ def check(parts: Anatomy, plans: dict[int, Plan], tokens: Tensor | None) -> None
 
 def _row(parts: Anatomy, tokens: Tensor) -> int:
     """Tokens of a row."""
-    return min(
-        WINDOW, len(tokens), getattr(parts.config, "max_position_embeddings", None) or WINDOW
-    )
+    return min(WINDOW, len(tokens), parts.trained_length or WINDOW)
 
 
 def fit(model: nn.Module, parts: Anatomy, plans: dict[int, Plan], tokens: Tensor) -> None:

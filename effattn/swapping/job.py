@@ -73,7 +73,7 @@ def run(job: Job, show: Quiet | None = None) -> SwapReport:
             device(job.device)
         )  # "before" is the model's own attention, also of a swapped checkpoint
         parts = anatomy.of(model)
-        trained = measure.trained_length(parts)
+        trained = parts.trained_length
         _check_positions(job, parts, trained)
         if job.output is not None:
             check_room("output", job.output, weight_bytes(model))
