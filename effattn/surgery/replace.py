@@ -1,7 +1,7 @@
 """Structured projections in a live model: check all, fit all, and only then replace.
 
-    plan = make(parts, "monarch(blocks=16, ratio=0.5)", calibration=None)   # refuses here, or never
-    replace(parts.model, fit(plan))
+    asked = make(parts, "monarch(blocks=16, ratio=0.5)", calibration=None)   # refuses here, or never
+    replace(parts.model, fit(asked))
     errors(model)                                                           # a dict for each matrix
 
 The modules are the record: what a model's projections are is read from its MonarchLinears, by
@@ -64,7 +64,7 @@ class Matrix:
 
 
 @dataclass(frozen=True)
-class Plan:
+class Replacement:
     """What a swap of projections is going to do."""
 
     parts: anatomy.Anatomy
@@ -79,14 +79,13 @@ def make(
     calibration: Tensor | None = None,
     kv_heads: int | None = None,
     repatterned: Iterable[int] = (),
-) -> Plan:
+) -> Replacement:
     """Reads the spec, or the dict from layers to specs, and checks that it can be carried out.
 
     calibration: tokens, int64 (N,), for method="data". kv_heads: what the model will have by then.
     repatterned: layers whose pattern is swapped in the same call. ValueError and Unsupported as for
     `effattn.swap`."""
-    count = len(parts.layers)
-    chosen = by_layer(projections, count, "projections")
+    chosen = by_layer(projections, len(parts.layers), "projections")
     names = {module: name for name, module in parts.model.named_modules()}
     placement.require_here(parts.model, "projections")
     matrices = []
@@ -113,7 +112,7 @@ def make(
     length = LENGTH
     if any(m.options is not None and m.options["method"] == "data" for m in matrices):
         length = check_calibration(calibration, parts, LENGTH)
-    return Plan(parts, tuple(matrices), calibration, length)
+    return Replacement(parts, tuple(matrices), calibration, length)
 
 
 def _options(spec: str) -> dict | None:
@@ -184,36 +183,36 @@ def _check(name: str, module: nn.Module, options: dict | None, outputs: int) -> 
         )
 
 
-def fit(plan: Plan) -> dict[str, nn.Module]:
+def fit(asked: Replacement) -> dict[str, nn.Module]:
     """name -> the module that will take its place. Changes nothing; "data" runs the model layer by
     layer.
     """
     new: dict[str, nn.Module] = {}
-    for matrix in plan.matrices:
+    for matrix in asked.matrices:
         if matrix.options is None:
             new[matrix.name] = matrix.module.to_linear()
         elif matrix.options["method"] == "svd":
             new[matrix.name] = _fitted(matrix, None)
-    if len(new) < len(plan.matrices):
-        new |= _fit_outputs(plan)
+    if len(new) < len(asked.matrices):
+        new |= _fit_outputs(asked)
     return new
 
 
-def _fit_outputs(plan: Plan) -> dict[str, nn.Module]:
+def _fit_outputs(asked: Replacement) -> dict[str, nn.Module]:
     """Those of method="data": the inputs of one layer at a time, on the unmodified model."""
     from effattn.calibration.layerwise import LayerRunner, watch, windows
     from effattn.calibration.statistics import SecondMoment
 
-    new, model = {}, plan.parts.model
+    new, model = {}, asked.parts.model
     training = model.training
     model.eval()
     try:
-        runner = LayerRunner(plan.parts, windows(plan.calibration, plan.length, BATCH))
+        runner = LayerRunner(asked.parts, windows(asked.calibration, asked.length, BATCH))
         hidden = runner.embed()
-        for index in range(len(plan.parts.layers)):
+        for index in range(len(asked.parts.layers)):
             wanted = [
                 m
-                for m in plan.matrices
+                for m in asked.matrices
                 if m.layer == index and m.options and m.options["method"] == "data"
             ]
             moments = [SecondMoment() for _ in wanted]
