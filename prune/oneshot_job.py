@@ -1,9 +1,9 @@
 """The whole job behind `recipes/prune_oneshot.py` and `effattn prune oneshot`.
 
-Prune from file to file (`effattn.prune.unstructured.from_files`), and, where the model fits into memory three
-times: measure before and after, compare methods, distil with the zeros kept, time decoding, and
-prove that plain transformers loads the result. `.<output>.partial` beside the output keeps an
-unfinished run; the same command goes on from there."""
+Prune from file to file (`effattn.prune.unstructured.from_files`), and, where the model fits into
+memory three times: measure before and after, compare methods, distil with the zeros kept, time
+decoding, and prove that plain transformers loads the result. `.<output>.partial` beside the output
+keeps an unfinished run; the same command goes on from there."""
 
 from __future__ import annotations
 
@@ -114,9 +114,8 @@ def run(job: Job, show: Quiet | None = None) -> OneShotReport:
     show, main = show or Quiet(), main_process()
     check_job(job)
     source = folder_of(job.model)
-    layers.StreamedModel(
-        layers.Checkpoint(source)
-    )  # what cannot be pruned is refused before anything is written
+    # what cannot be pruned is refused before anything is written
+    layers.StreamedModel(layers.Checkpoint(source))
     place = device(job.device)
     check_room("output", job.output, weight_bytes(source))
     with show.stage("reading text"):

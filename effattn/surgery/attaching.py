@@ -32,7 +32,7 @@ class Swap:
 
 
 def attach(model: nn.Module, parts: anatomy.Anatomy, plans: dict[int, LayerPlan]) -> None:
-    """Carries out the plans: the implementation, and on each attention module what its call needs."""
+    """Carries out the plans: the implementation, and on each attention module what it needs."""
     new = {
         index: hooks.GlobalProjections(parts.layers[index].attention, parts.layers[index].qkv_paths)
         for index, plan in plans.items()

@@ -1,8 +1,8 @@
 """Structured projections in a live model: check all, fit all, and only then replace.
 
-    asked = make(parts, "monarch(blocks=16, ratio=0.5)", calibration=None)   # refuses here, or never
+    asked = make(parts, "monarch(blocks=16, ratio=0.5)", calibration=None)  # refuses here, or never
     replace(parts.model, fit(asked))
-    errors(model)                                                           # a dict for each matrix
+    errors(model)                                                          # a dict for each matrix
 
 The modules are the record: what a model's projections are is read from its MonarchLinears, by
 `describe` and by checkpoints. A replaced linear is a new module, so that hooks on it are gone;
@@ -146,9 +146,8 @@ def _linears(layer: anatomy.Layer, ffn: bool) -> list[nn.Module]:
                 "are stacked in one "
                 "parameter and no linear layers; without ffn=True, q, k, v and o are replaced"
             )
-        found = found + [
-            m for m in layer.ffn.modules() if hasattr(m, "in_features")
-        ]  # what is no linear is refused later
+        # what is no linear is refused later
+        found = found + [m for m in layer.ffn.modules() if hasattr(m, "in_features")]
     return found
 
 

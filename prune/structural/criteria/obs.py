@@ -44,9 +44,8 @@ def score(parts: Anatomy, batches: list[Tensor], targets: list[str], seed: int) 
             pass
     for (target, index), gram in list(sums.total.items()):
         layer = parts.layers[index]
-        size = (
-            len(gram) // layer.kv_heads if target == "heads" else 1
-        )  # a K/V head with its query heads
+        # a K/V head with its query heads
+        size = len(gram) // layer.kv_heads if target == "heads" else 1
         order = removal_order(gram, output_weight(layer, target), size)
         place = torch.empty(len(order), dtype=torch.float64)
         place[order] = torch.arange(len(order), dtype=torch.float64)

@@ -109,9 +109,8 @@ def _prune_block(
     n, m = sparsity.n, sparsity.m
     width = PANEL if m is None else m * max(1, PANEL // m)
     errors, inverse = torch.empty_like(inside), 1 / factor.diagonal()[:, None]
-    share = (
-        mask * inverse if m is None else torch.empty_like(inside)
-    )  # of a column that becomes its error: 0 or 1/U_ii
+    # of a column that becomes its error: 0 or 1/U_ii
+    share = mask * inverse if m is None else torch.empty_like(inside)
     columns, shares, becoming, below = (
         inside.unbind(),
         share.unbind(),
