@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import torch
+from einops import rearrange
 from torch import nn
 
 from effattn.errors import Unsupported
@@ -270,7 +271,7 @@ class Layer:
         else:
             for name, part in new.items():
                 set_linear(self._module(name), part.reshape(-1, part.shape[-1]))
-        self.o.module.weight.copy_(o.transpose(0, 1).reshape(self.o.module.weight.shape))
+        self.o.module.weight.copy_(rearrange(o, "h D d -> D (h d)"))
         self.attention.num_key_value_groups = self.heads // kv_heads
         if hasattr(self.attention, "num_key_value_heads"):
             self.attention.num_key_value_heads = kv_heads

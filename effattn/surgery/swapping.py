@@ -68,11 +68,11 @@ def swap(
     heads: "mha", "mqa" or "gqa(kv_heads=...)", which `convert_gqa` does with `calibration` (tokens,
     int64 (N,)).
 
-    projections: "monarch(blocks=16)" for all layers, or a dict as for patterns; options and what
-    they mean are those of `effattn.surgery.replace.monarch` (rank, ratio, ffn, method, pad). q,
-    k, v and o become new modules (`effattn.projections.MonarchLinear`), without the hooks that the
-    linears had. "dense" multiplies them out. Heads are changed first, so that both may be asked for
-    in one call.
+    projections: "monarch(blocks=16)" for all layers, or a dict as for patterns; options (rank,
+    ratio, ffn, method, pad) and what they mean are those of `MonarchLinear.options`. q, k, v and o
+    become new modules (`effattn.projections.MonarchLinear`), without the hooks that the linears
+    had. "dense" multiplies them out. Heads are changed first, so that both may be asked for in one
+    call.
 
     `restore` undoes neither heads nor projections: their old weights are gone.
     Raises ValueError for arguments that mean nothing, Unsupported for what this model or version
