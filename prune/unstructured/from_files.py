@@ -34,8 +34,8 @@ from effattn.prune.unstructured.one_shot import (
     prune_layer,
     said,
 )
-from effattn.recipes.jobs import discard
 from effattn.reports.files import write_text_atomic
+from effattn.resuming import discard
 
 MANIFEST = "manifest.json"
 FACTS = "pruning.json"  # in the output: what was done
