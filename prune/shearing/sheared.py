@@ -13,7 +13,6 @@ model's predictions (`recover_tokens`), and then the text alone."""
 from __future__ import annotations
 
 import copy
-import importlib
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
@@ -331,10 +330,7 @@ def learn_masks(
 def ranked_by(criterion: str, axes: Iterable[str]) -> dict[str, str]:
     """Axis -> the criterion that ranks it: this one, or Taylor's where it does not know the axis.
     Axes that neither knows are left out."""
-    known = {
-        name: importlib.import_module(f"effattn.prune.structural.criteria.{name}").TARGETS
-        for name in (criterion, "taylor")
-    }
+    known = {name: criteria.find(name).targets for name in (criterion, "taylor")}
     found = {axis: [name for name, targets in known.items() if axis in targets] for axis in axes}
     return {axis: names[0] for axis, names in found.items() if names}
 

@@ -7,7 +7,7 @@ One JSON-able dict is the report; Markdown, HTML and the terminal show the same 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import NotRequired, TypedDict
 
 from effattn.prune.decode_table import DECODING, decode_table
 from effattn.prune.unstructured.nm import Sparsity
@@ -19,9 +19,6 @@ from effattn.reports.document import Document
 from effattn.reports.plots import AFTER, BEFORE, PALETTE, Series, bar_plot, line_plot
 from effattn.reports.tables import Table, number, pairs, percent
 from effattn.surgery.describing import describe
-
-if TYPE_CHECKING:
-    from effattn.prune.unstructured.one_shot import Plan
 
 KIND = "prune_oneshot"
 QUALITY, METHODS = "Before and after", "Methods compared"
@@ -37,6 +34,28 @@ NOT_PACKED = (
     "Only 2:4 zeros can be turned into memory and time, by effattn.prune.pack: prune "
     "with sparsity 2:4 for that."
 )
+
+
+class LinearFacts(TypedDict):
+    """One pruned matrix; `loss` and `damping` are SparseGPT's."""
+
+    name: str
+    shape: list[int]  # outputs, inputs
+    zeros: int
+    loss: NotRequired[float]
+    damping: NotRequired[float]
+
+
+class LayerFacts(TypedDict):
+    """One decoder layer, as `prune_layer` tells it."""
+
+    layer: int
+    sparsity: str  # as asked for: "0.5", "2:4"
+    weights: int  # of the matrices that were pruned
+    zeros: int
+    error: float | None  # relative squared error of the layer's output; None: nothing was run
+    seconds: float
+    linears: list[LinearFacts]
 
 
 def counts(model: nn.Module) -> dict[str, int]:
@@ -82,14 +101,14 @@ class OneShotReport(Document):
             )
 
     @classmethod
-    def of(cls, model: nn.Module, plan: Plan, layers: list[dict], settings: dict) -> OneShotReport:
+    def of(cls, model: nn.Module, layers: list[LayerFacts], settings: dict) -> OneShotReport:
         """The report of what was done to `model` in memory."""
         told = describe(model)
         found = counts(model)
         return cls(
             {
                 "kind": KIND,
-                "settings": {**settings, "sparsities": [str(one) for one in plan.sparsities]},
+                "settings": {**settings, "sparsities": [one["sparsity"] for one in layers]},
                 "model": {"class": told.model, "dtype": told.dtype},
                 "layers": layers,
                 "sizes": {"after": found},

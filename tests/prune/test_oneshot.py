@@ -18,7 +18,7 @@ from conftest import tiny
 from effattn.prune.unstructured import calibration, from_files, layers
 from effattn.prune.unstructured.from_files import prune_files
 from effattn.prune.unstructured.methods.sparsegpt import sparsegpt
-from effattn.prune.unstructured.one_shot import METHODS
+from effattn.prune.unstructured.plan import METHODS
 from effattn.prune.unstructured.zeros import keep_zeros
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -284,8 +284,8 @@ def snapshot(folder: Path) -> dict[str, bytes]:
 KILLED = """
 import os, signal, sys
 import torch
-from effattn import training
 from effattn.prune.unstructured import from_files
+from effattn.training import lending as training
 training.bf16_pays = lambda on_cpu=None: False  # as in the tests' own process
 source, output, threads = sys.argv[1:]
 torch.set_num_threads(int(threads))

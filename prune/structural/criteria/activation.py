@@ -12,6 +12,7 @@ from effattn.prune.structural.criteria.base import (
     Sums,
     by_group,
     by_sample,
+    criterion,
     forward,
     watching,
     watching_blocks,
@@ -20,9 +21,8 @@ from torch import Tensor
 
 from effattn.hf.anatomy import Anatomy, Layer
 
-TARGETS = ("heads", "ffn")
 
-
+@criterion("activation", ("heads", "ffn"), place=40)
 def score(parts: Anatomy, batches: list[Tensor], targets: list[str], seed: int) -> Importance:
     sums, seen = Sums(parts), []
 

@@ -15,6 +15,7 @@ import torch
 from effattn.prune.structural.criteria.base import (
     Importance,
     Sums,
+    criterion,
     forward,
     watching,
     watching_blocks,
@@ -24,11 +25,11 @@ from torch import Tensor
 
 from effattn.hf.anatomy import Anatomy, Layer
 
-TARGETS = ("heads", "ffn")
 DAMPING = 0.01  # lambda, as a share of the mean diagonal of C
 ROUNDS = 256  # at most
 
 
+@criterion("obs", ("heads", "ffn"), place=20)
 @torch.no_grad()
 def score(parts: Anatomy, batches: list[Tensor], targets: list[str], seed: int) -> Importance:
     """One forward pass; per layer and target a matrix (n, n) in fp64 is held."""

@@ -10,6 +10,7 @@ from effattn.prune.structural.criteria.base import (
     Importance,
     Sums,
     by_group,
+    criterion,
     forward,
     watching,
     watching_blocks,
@@ -19,9 +20,8 @@ from torch import Tensor
 
 from effattn.hf.anatomy import Anatomy, Layer
 
-TARGETS = ("heads", "ffn")
 
-
+@criterion("wanda_sum", ("heads", "ffn"), place=60)
 def score(parts: Anatomy, batches: list[Tensor], targets: list[str], seed: int) -> Importance:
     sums = Sums(parts)
 
