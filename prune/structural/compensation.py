@@ -15,7 +15,7 @@ import copy
 from collections.abc import Callable
 
 import torch
-from effattn.prune.structural.slicing import Keep
+from effattn.prune.structural.keep import Keep
 from torch import Tensor, nn
 
 from effattn.calibration.layerwise import LayerRunner, watch

@@ -9,7 +9,8 @@ import warnings
 import pytest
 import torch
 from conftest import tiny
-from effattn.prune.structural.slicing import Keep, slice_model
+from effattn.prune.structural.keep import Keep
+from effattn.prune.structural.slicing import slice_model
 from effattn.quant.rotation import fold_values
 from torch.nn.utils import (
     parametrizations,

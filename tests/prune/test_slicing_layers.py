@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import tiny
-from effattn.prune.structural.slicing import Keep, slice_model
+from effattn.prune.structural.keep import Keep
+from effattn.prune.structural.slicing import slice_model
 from transformers import AutoModelForCausalLM
 
 from effattn.hf import anatomy as hf

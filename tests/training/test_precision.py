@@ -12,7 +12,9 @@ import pytest
 import torch
 from conftest import tiny
 from effattn.prune.shearing.batch_loading import Domains
-from effattn.prune.shearing.sheared import Target, continue_training, learn_masks, reference_losses
+from effattn.prune.shearing.mask_stage import learn_masks, reference_losses
+from effattn.prune.shearing.sheared import continue_training
+from effattn.prune.shearing.target import Target
 from effattn.prune.unstructured.zeros import keep_zeros
 from torch import nn
 from transformers import AutoModelForCausalLM, Trainer
