@@ -167,7 +167,8 @@ def update(text: str, root: Path) -> tuple[str, dict[Path, str]]:
             return f"{found[1]}{BLOCKS[block](results)}\n{caption(results, file)}\n{found[4]}"
         path = FIGURES / f"{folder}-{block}.svg"
         figures[path] = figure(DRAWN[block])(results)
-        return f"{found[1]}![{DRAWN[block]}]({path.as_posix()})\n\n{caption(results, file)}\n{found[4]}"
+        picture = f"![{DRAWN[block]}]({path.as_posix()})\n\n{caption(results, file)}\n"
+        return found[1] + picture + found[4]
 
     return MARKER.sub(fill, text), figures
 

@@ -44,9 +44,8 @@ def complete(checkpoint: Path, step: int, world_size: int = 1) -> bool:
     weights = [file for file in files if file.suffix == ".safetensors"]
     zipped = [file for file in files if file.suffix in ZIPPED]
     wanted = {*PICKLED, *_random_states(world_size)}
-    if any(
-        entry.is_dir() for entry in checkpoint.iterdir()
-    ):  # FSDP and DeepSpeed keep theirs in folders
+    # FSDP and DeepSpeed keep theirs in folders
+    if any(entry.is_dir() for entry in checkpoint.iterdir()):
         wanted.discard("optimizer.pt")
     return (
         isinstance(state, dict)

@@ -13,6 +13,11 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.console import Console
+from rich.table import Table
+
+from effattn.extending.cli import extend
+from effattn.linearizing.cli import linearize
 from effattn.prune.cli import app as prune
 from effattn.prune.shear_cli import shear
 from effattn.quant.sensitivity.cli import quantize_kv
@@ -25,11 +30,6 @@ from effattn.recipes.console import (
     quiet_libraries,
     when_stopped,
 )
-from rich.console import Console
-from rich.table import Table
-
-from effattn.extending.cli import extend
-from effattn.linearizing.cli import linearize
 
 app = typer.Typer(
     help="Swap, shrink and measure attention in Hugging Face models.",
@@ -109,9 +109,8 @@ def convert_gqa(
     """Give a checkpoint fewer key/value heads: MHA to GQA or MQA, loadable by plain
     transformers.
     """
-    from effattn.recipes.jobs import Quiet, main_process
-
     from effattn.heads.job import Job, run
+    from effattn.recipes.jobs import Quiet, main_process
 
     quiet_libraries()
     job = Job(
@@ -327,9 +326,8 @@ def kernels(
     matrix units.
     """
     try:
-        from effattn.kernels import aot
-
         from effattn.errors import check_choice
+        from effattn.kernels import aot
     except ImportError:
         raise ValueError("kernels: triton is not installed (it exists for Linux)") from None
 

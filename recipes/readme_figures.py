@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+
 from effattn.recipes.console import console, one_line_errors
 
 ROOT = Path(__file__).parents[1]

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.table import Table
+
 from effattn.recipes.console import (
     Show,
     console,
@@ -19,7 +21,6 @@ from effattn.recipes.console import (
     one_line_errors,
     quiet_libraries,
 )
-from rich.table import Table
 
 
 @one_line_errors

@@ -183,13 +183,12 @@ def quick_parts() -> None:
     """Without what has nothing to do with files and takes long: the proof in a fresh process, and
     timing.
     """
-    import effattn.prune.oneshot_job
-    import effattn.prune.shear_job
-    import effattn.prune.structured_job
-
     import effattn.heads.job
     import effattn.linearizing.job
     import effattn.measuring.job
+    import effattn.prune.oneshot_job
+    import effattn.prune.shear_job
+    import effattn.prune.structured_job
     from effattn.profiling.device import Peaks
 
     for module in (
@@ -260,6 +259,7 @@ def cut_in_half(kind: str, at: int) -> None:
 def child(request: dict, counted: mmap.mmap) -> int:
     """One run; its exit code."""
     import typer
+
     from effattn.recipes.console import one_line_errors
 
     where = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
@@ -282,9 +282,8 @@ def child(request: dict, counted: mmap.mmap) -> int:
 
 def serve() -> None:
     import effattn.quant.sensitivity.job
-    from effattn.recipes.console import quiet_libraries
-
     import effattn.swapping.job  # noqa: F401  before the first fork
+    from effattn.recipes.console import quiet_libraries
 
     quiet_libraries()
     quick_parts()

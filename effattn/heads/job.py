@@ -90,9 +90,8 @@ def run(job: Job, show: Quiet | None = None) -> ConversionReport:
         parts = hf.of(parent)
         parts.require_gqa()
         gqa.check_kv_heads(job.kv_heads, parts.kv_heads)
-        check_room(
-            "output", job.output, weight_bytes(parent) // 2
-        )  # no more than half of them is keys and values
+        # no more than half of them is keys and values
+        check_room("output", job.output, weight_bytes(parent) // 2)
     with show.stage("reading text"):
         data = streams(
             tokenizer,
@@ -187,9 +186,8 @@ def check_job(job: Job) -> None:
     check_choice("trainable", job.trainable, TRAINABLE)
     device(job.device)
     check_new_folder("output", job.output)
-    check_partial(
-        job, main=False
-    )  # an unfinished run with other settings, while nothing has been done yet
+    # an unfinished run with other settings, while nothing has been done yet
+    check_partial(job, main=False)
 
 
 def _uptrain(job: Job, student, parent, data: Streams, length: int, show: Quiet) -> dict:

@@ -231,9 +231,8 @@ class _Call:
             if swapped is None or swapped.backend is None
             else swapped.new_state()
         )
-        if hasattr(
-            state, "predicted_bytes"
-        ):  # packed: what it held before is read, and the new tokens as they come
+        # packed: what it held before is read, and the new tokens as they come
+        if hasattr(state, "predicted_bytes"):
             sizes = (self.batch, layer.kv_heads, layer.head_dim, self.itemsize)
             before, after = (
                 state.predicted_bytes(count, *sizes) if count else 0 for count in (self.past, keys)
@@ -256,9 +255,8 @@ class _Call:
                 if isinstance(state, GlobalFull) and hooks.GLOBAL in layer.attention._modules
                 else 1
             )
-            cost = replace(
-                cost, state_bytes=twice * cost.state_bytes
-            )  # keys and values of the second projections, too
+            # keys and values of the second projections, too
+            cost = replace(cost, state_bytes=twice * cost.state_bytes)
             written = min(twice * self.tokens * token, cost.state_bytes)
         yield Operation(
             layer.index, "attention", cost, kv_bytes=cost.read_bytes - shape.query_bytes
@@ -343,9 +341,8 @@ class _Call:
                         False,
                         self.backward,
                     )
-                    more = (
-                        (used - 1) * (p.numel() // count) * size
-                    )  # that one expert's product does not count
+                    # that one expert's product does not count
+                    more = (used - 1) * (p.numel() // count) * size
                     total += inside + Cost(0, more, more if self.backward else 0)
             elif p.dim() == 2:
                 total += linear_cost(self.rows, p.shape[1], p.shape[0], size, False, self.backward)

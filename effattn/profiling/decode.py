@@ -224,9 +224,8 @@ def decode_speed(
             for group in groups:
                 try:
                     measured |= _time_group(group, context, batch, steps, repeats, seed)
-                except (
-                    torch.OutOfMemoryError
-                ):  # the estimate was too low: nothing of this group is reported as timed
+                except torch.OutOfMemoryError:
+                    # the estimate was too low: nothing of this group is reported as timed
                     torch.cuda.empty_cache()
             for name in models:
                 missing = {"kv_bytes": needs[name][0], "does_not_fit": needs[name][1]}

@@ -8,6 +8,8 @@ from effattn.prune.structural.keep import Keep
 from torch import Tensor
 
 from effattn.hf import anatomy as hf
+from effattn.prune.shearing.masks import Values
+from effattn.prune.structural.slicing import Keep
 
 
 @torch.no_grad()

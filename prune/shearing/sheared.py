@@ -1,8 +1,8 @@
 """Sheared LLaMA: learn which parts of a model to keep, cut it to exactly a target shape, and train
 on.
 
-    small = effattn.prune.shear(model, target=effattn.prune.Target(heads=4, ffn=352), data={"code":
-    a, "prose": b})
+    target = effattn.prune.Target(heads=4, ffn=352)
+    small = effattn.prune.shear(model, target=target, data={"code": a, "prose": b})
 
 Xia, Gao, Zeng and Chen, "Sheared LLaMA: accelerating language model pre-training via structured
 pruning", arXiv:2310.06694. Masks over hidden dimensions, heads, FFN dimensions and layers are

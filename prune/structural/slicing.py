@@ -2,7 +2,8 @@
 dimensions out.
 
     keep = Keep(heads=[torch.tensor([0, 2])] * 4, ffn=[torch.arange(512)] * 4)
-    small = slice_model(model, keep)  # a new, plain model of the same class; the old one is untouched
+    # a new, plain model of the same class; the old one is untouched
+    small = slice_model(model, keep)
 
 What is masked and what is sliced compute the same, with one convention: a norm over dimensions of
 which some go (the hidden size; OLMo 2's norms over all heads) takes its mean over those that stay.

@@ -1,6 +1,7 @@
 """One decoder layer at a time: its linear layers, what they see, and the precision it runs in.
 
-Everything runs through the model's own forward (`effattn.calibration.layerwise`) and knows no architecture.
+Everything runs through the model's own forward (`effattn.calibration.layerwise`) and knows no
+architecture.
 """
 
 from __future__ import annotations

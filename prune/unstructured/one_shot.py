@@ -26,6 +26,11 @@ from effattn.calibration.hessian import DAMPING, Hessian
 from effattn.hf import anatomy as hf
 from effattn.hf.adapters import require_own_weights
 from effattn.hf.placement import require_here
+from effattn.prune.unstructured import calibration, layers
+from effattn.prune.unstructured.methods.magnitude import magnitude_mask
+from effattn.prune.unstructured.methods.sparsegpt import BLOCK, sparsegpt
+from effattn.prune.unstructured.methods.wanda import wanda_mask
+from effattn.prune.unstructured.nm import Sparsity
 from effattn.surgery.checkpoint import check_finite
 
 States = list[Tensor] | SpilledStates  # hidden states (batch, length, D), by batch

@@ -24,10 +24,8 @@ def test_the_readme_is_up_to_date_with_the_results():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     new, figures = readme.update(text, ROOT)
     assert new == text, "run `make readme-figures`"
-    for (
-        path,
-        drawn,
-    ) in figures.items():  # the same numbers, whatever version of matplotlib drew them
+    # the same numbers, whatever version of matplotlib drew them
+    for path, drawn in figures.items():
         mark = drawn[drawn.index("<!-- data:") :].partition("-->")[0]
         assert mark in (ROOT / path).read_text(encoding="utf-8"), (
             f"{path}: run `make readme-figures`"

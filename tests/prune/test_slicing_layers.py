@@ -10,6 +10,7 @@ from effattn.prune.structural.slicing import slice_model
 from transformers import AutoModelForCausalLM
 
 from effattn.hf import anatomy as hf
+from effattn.prune.structural.slicing import Keep, slice_model
 
 SLIDING = ["sliding_attention", "full_attention", "sliding_attention", "full_attention"]
 CASES = {

@@ -12,12 +12,12 @@ from pathlib import Path
 
 import pytest
 import typer
-from effattn.recipes.cli import app
-from effattn.recipes.console import contexts_of, count_of
 from typer.testing import CliRunner
 
 from effattn.bounds import Checked, random_seed, real, whole
 from effattn.evaluate.loss import perplexity_of
+from effattn.recipes.cli import app
+from effattn.recipes.console import contexts_of, count_of
 from effattn.reports.files import finite
 
 JOBS = {

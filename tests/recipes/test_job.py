@@ -13,12 +13,12 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import tiny
-from effattn.recipes.cli import app
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 from effattn.heads import job as jobs
+from effattn.recipes.cli import app
 
 ROOT = Path(__file__).parents[2]
 

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from effattn.errors import Unsupported, check_choice
 from effattn.hf.anatomy import Anatomy
+from effattn.prune.structural.criteria.base import TARGETS, Importance
 
 
 def criteria() -> dict[str, Criterion]:

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from effattn.hf.anatomy import Anatomy, Layer
+from effattn.prune.structural.criteria.base import Importance, Sums, forward, watching_blocks
 
 
 @criterion("block_influence", ("layers",), place=70)

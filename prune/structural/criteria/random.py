@@ -10,6 +10,7 @@ from effattn.prune.structural.criteria.base import (
 from torch import Tensor
 
 from effattn.hf.anatomy import Anatomy
+from effattn.prune.structural.criteria.base import Importance
 
 
 @criterion("random", ("heads", "ffn", "layers"), place=90)

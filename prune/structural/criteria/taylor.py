@@ -11,6 +11,9 @@ average is zero but for noise."""
 from __future__ import annotations
 
 import torch
+from torch import Tensor
+
+from effattn.hf.anatomy import Anatomy, Layer
 from effattn.prune.structural.criteria.base import (
     Importance,
     Sums,
@@ -21,9 +24,6 @@ from effattn.prune.structural.criteria.base import (
     losses,
     watching_blocks,
 )
-from torch import Tensor
-
-from effattn.hf.anatomy import Anatomy, Layer
 
 
 @criterion("taylor", ("heads", "ffn", "layers"), needs_loss=True, place=10)

@@ -8,6 +8,8 @@ from effattn.prune.unstructured.methods.base import Masking, Needs, register
 from effattn.prune.unstructured.nm import Sparsity, lowest, lowest_of_groups
 from torch import Tensor
 
+from effattn.prune.unstructured.nm import Sparsity, lowest, lowest_of_groups
+
 
 @register
 class Magnitude(Masking):

@@ -8,6 +8,8 @@ from effattn.prune.unstructured.methods.base import Masking, Needs, register
 from effattn.prune.unstructured.nm import Sparsity, lowest_per_row
 from torch import Tensor
 
+from effattn.prune.unstructured.nm import Sparsity, lowest_per_row
+
 
 @register
 class Wanda(Masking):
