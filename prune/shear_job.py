@@ -15,14 +15,28 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
+from transformers import AutoModelForCausalLM
+
+from effattn import embedded
+from effattn.bounds import Checked, random_seed, real, whole
+from effattn.errors import Unsupported, check_choice
+from effattn.evaluate.loss import compare
+from effattn.heads.job import measure_parent
+from effattn.hf import anatomy as hf
+from effattn.hf.verify import verify_plain
+from effattn.outputs import atomic_folder, check_new_folder
+from effattn.profiling.cost import model_cost
+from effattn.profiling.decode import decode_speed
+from effattn.profiling.environment import environment
+from effattn.profiling.timing import Clock, alternate, percentiles
 from effattn.prune.shearing import rates
 from effattn.prune.shearing.batch_loading import RULES, Domains
 from effattn.prune.shearing.data import DomainText, domain_text
-from effattn.prune.shearing.report import BASELINES, ShearReport
 from effattn.prune.shearing.mask_stage import MASK_TOKENS, WARM_START, learn_masks
 from effattn.prune.shearing.masks import START
 from effattn.prune.shearing.ranking import WINDOWS, ranked_by
 from effattn.prune.shearing.rates import RAMP
+from effattn.prune.shearing.report import BASELINES, ShearReport
 from effattn.prune.shearing.sheared import CONTINUE_TOKENS, RECOVER_TOKENS, continue_training
 from effattn.prune.shearing.target import Target
 from effattn.prune.structural.criteria import CRITERIA

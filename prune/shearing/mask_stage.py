@@ -61,13 +61,14 @@ def learn_masks(
 ) -> tuple[nn.Module, dict]:
     """The first stage: masks and weights together, then folding and slicing. `model` is used up;
     returns the small model and what `train` says of the run, with "max_logit_difference" between
-    the masked model and the sliced one, and "compensation", what `effattn.prune.structural.compensation` says.
+    the masked model and the sliced one, and "compensation", what
+    `effattn.prune.structural.compensation` says.
 
     mask_lr, multiplier_lr: of log alphas and of the Lagrange multipliers; None: see
-    `default_mask_lrs`. warm_start: a criterion of `effattn.prune.structural.criteria` whose ranking spreads
-    the log alphas (`Masks.rank`; see `ranked_by`); None, and axes that no criterion knows: all
-    begin at `start`, as in the paper, which takes more steps to find out what matters. ramp: share
-    of the steps until the target is the whole one. every: steps between updates of the domain
+    `default_mask_lrs`. warm_start: a criterion of `effattn.prune.structural.criteria` whose ranking
+    spreads the log alphas (`Masks.rank`; see `ranked_by`); None, and axes that no criterion knows:
+    all begin at `start`, as in the paper, which takes more steps to find out what matters. ramp:
+    share of the steps until the target is the whole one. every: steps between updates of the domain
     weights.
 
     What the paper does not do, and what few tokens need: distill: masks and weights learn the

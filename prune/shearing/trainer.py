@@ -1,4 +1,4 @@
-"""The HF Trainer of shearing: learning rates by kind of parameter, and the record of the domains."""
+"""The Trainer of shearing: learning rates by kind of parameter, and the record of the domains."""
 
 from __future__ import annotations
 

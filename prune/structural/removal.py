@@ -26,8 +26,8 @@ from effattn.prune.structural import criteria
 from effattn.prune.structural.compensation import check_biases, with_biases
 from effattn.prune.structural.compensation import compensate as fit_outputs
 from effattn.prune.structural.criteria.base import TARGETS, Importance
-from effattn.prune.structural.report import KIND, StructuredReport, sizes_of
 from effattn.prune.structural.keep import Keep
+from effattn.prune.structural.report import KIND, StructuredReport, sizes_of
 from effattn.prune.structural.sliced_config import reachable_heads, sliced_config
 from effattn.prune.structural.slicing import check_plain, slice_model
 from effattn.prune.unstructured import calibration

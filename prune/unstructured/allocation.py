@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
-from effattn.prune.unstructured import layers
-from effattn.prune.unstructured.nm import Sparsity
-from effattn.prune.unstructured.plan import Plan
 
 from effattn.calibration.hessian import Hessian
 from effattn.hf import anatomy as hf
+from effattn.prune.unstructured import layers
+from effattn.prune.unstructured.nm import Sparsity
+from effattn.prune.unstructured.plan import Plan
 
 # how far a layer's share may be from the mean when shares follow sensitivity (lambda in OWL)
 SPREAD = 0.08

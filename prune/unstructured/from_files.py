@@ -14,6 +14,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
+from torch import Tensor
+
+from effattn.calibration.hessian import DAMPING
+from effattn.hf.weight_files import INDEX
+from effattn.outputs import check_new_folder, claim
+from effattn.permissions import follow_umask
 from effattn.prune.unstructured import calibration, layers, shards
 from effattn.prune.unstructured.allocation import allocate, outliers
 from effattn.prune.unstructured.calibration import SpilledStates
@@ -23,12 +29,6 @@ from effattn.prune.unstructured.one_shot import prune_layer
 from effattn.prune.unstructured.plan import Plan, make_plan
 from effattn.prune.unstructured.streamed import Checkpoint, StreamedModel
 from effattn.recipes.jobs import discard
-from torch import Tensor
-
-from effattn.calibration.hessian import DAMPING
-from effattn.hf.weight_files import INDEX
-from effattn.outputs import check_new_folder, claim
-from effattn.permissions import follow_umask
 from effattn.reports.files import write_text_atomic
 
 MANIFEST = "manifest.json"

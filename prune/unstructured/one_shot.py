@@ -13,13 +13,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from effattn.prune.unstructured import calibration, layers
-from effattn.prune.unstructured.allocation import allocate, outliers
-from effattn.prune.unstructured.calibration import SpilledStates
-from effattn.prune.unstructured.methods.base import Needs
-from effattn.prune.unstructured.methods.sparsegpt import BLOCK
-from effattn.prune.unstructured.plan import Plan, make_plan
-from effattn.prune.unstructured.report import LayerFacts, OneShotReport
 from torch import Tensor, nn
 
 from effattn.calibration.hessian import DAMPING, Hessian
@@ -27,10 +20,12 @@ from effattn.hf import anatomy as hf
 from effattn.hf.adapters import require_own_weights
 from effattn.hf.placement import require_here
 from effattn.prune.unstructured import calibration, layers
-from effattn.prune.unstructured.methods.magnitude import magnitude_mask
-from effattn.prune.unstructured.methods.sparsegpt import BLOCK, sparsegpt
-from effattn.prune.unstructured.methods.wanda import wanda_mask
-from effattn.prune.unstructured.nm import Sparsity
+from effattn.prune.unstructured.allocation import allocate, outliers
+from effattn.prune.unstructured.calibration import SpilledStates
+from effattn.prune.unstructured.methods.base import Needs
+from effattn.prune.unstructured.methods.sparsegpt import BLOCK
+from effattn.prune.unstructured.plan import Plan, make_plan
+from effattn.prune.unstructured.report import LayerFacts, OneShotReport
 from effattn.surgery.checkpoint import check_finite
 
 States = list[Tensor] | SpilledStates  # hidden states (batch, length, D), by batch

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from effattn.prune.unstructured import layers
-from effattn.prune.unstructured.methods import methods
-from effattn.prune.unstructured.methods.base import Method, Options, registered
-from effattn.prune.unstructured.nm import Sparsity
 from torch import Tensor
 
 from effattn.errors import check_choice
 from effattn.hf import anatomy as hf
+from effattn.prune.unstructured import layers
+from effattn.prune.unstructured.methods import methods
+from effattn.prune.unstructured.methods.base import Method, Options, registered
+from effattn.prune.unstructured.nm import Sparsity
 
 METHODS = tuple(methods())
 ALLOCATIONS = ("uniform", "sensitivity")

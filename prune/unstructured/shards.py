@@ -7,9 +7,10 @@ import math
 import os
 from pathlib import Path
 
-from effattn.prune.unstructured.streamed import Checkpoint, StreamedModel
 from safetensors.torch import save_file
 from torch import Tensor
+
+from effattn.prune.unstructured.streamed import Checkpoint, StreamedModel
 
 BYTES = {  # of one number, by safetensors' names
     "F64": 8,

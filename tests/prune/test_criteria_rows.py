@@ -6,13 +6,13 @@ from __future__ import annotations
 import pytest
 import typer
 from conftest import tiny
-from effattn.prune.structural import criteria
-from effattn.prune.structural.criteria.base import TARGETS, criterion
-from effattn.recipes.cli import app
 
 from effattn.calibration.layerwise import windows
 from effattn.errors import Unsupported
 from effattn.hf import anatomy as hf
+from effattn.prune.structural import criteria
+from effattn.prune.structural.criteria.base import TARGETS, criterion
+from effattn.recipes.cli import app
 
 INSIDE = ("heads", "ffn")
 # name: (what it ranks, whether it takes gradients), in the order in which errors name them

@@ -5,13 +5,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+
+from effattn.calibration.hessian import DAMPING, Hessian
+from effattn.errors import check_choice
 from effattn.prune.unstructured.methods import methods
 from effattn.prune.unstructured.methods.base import Masking, Needs, Options, register
 from effattn.prune.unstructured.nm import Sparsity
 from effattn.prune.unstructured.plan import METHODS
-
-from effattn.calibration.hessian import DAMPING, Hessian
-from effattn.errors import check_choice
 
 ROWS = {  # name: (what it needs, whether it changes weights that stay)
     "sparsegpt": (Needs.MOMENTS, True),

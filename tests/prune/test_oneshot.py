@@ -15,11 +15,6 @@ import pytest
 import torch
 import transformers
 from conftest import tiny
-from effattn.prune.unstructured import calibration, from_files, layers
-from effattn.prune.unstructured.from_files import prune_files
-from effattn.prune.unstructured.methods.sparsegpt import sparsegpt
-from effattn.prune.unstructured.plan import METHODS
-from effattn.prune.unstructured.zeros import keep_zeros
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -32,7 +27,7 @@ from effattn.hf.weight_files import INDEX
 from effattn.prune.unstructured import calibration, from_files, layers
 from effattn.prune.unstructured.from_files import prune_files
 from effattn.prune.unstructured.methods.sparsegpt import sparsegpt
-from effattn.prune.unstructured.one_shot import METHODS
+from effattn.prune.unstructured.plan import METHODS
 from effattn.prune.unstructured.zeros import keep_zeros
 
 KINDS = {  # how many inputs the linear layers of a decoder layer see

@@ -16,12 +16,11 @@ import importlib
 import pkgutil
 from collections.abc import Iterable
 
-from effattn.prune.structural.criteria.base import TARGETS, Criterion, Importance, registered
 from torch import Tensor
 
 from effattn.errors import Unsupported, check_choice
 from effattn.hf.anatomy import Anatomy
-from effattn.prune.structural.criteria.base import TARGETS, Importance
+from effattn.prune.structural.criteria.base import TARGETS, Criterion, Importance, registered
 
 
 def criteria() -> dict[str, Criterion]:

@@ -4,6 +4,10 @@ arXiv:2403.03853, eq. 2).
 
 from __future__ import annotations
 
+from torch import Tensor
+from torch.nn.functional import cosine_similarity
+
+from effattn.hf.anatomy import Anatomy, Layer
 from effattn.prune.structural.criteria.base import (
     Importance,
     Sums,
@@ -11,11 +15,6 @@ from effattn.prune.structural.criteria.base import (
     forward,
     watching_blocks,
 )
-from torch import Tensor
-from torch.nn.functional import cosine_similarity
-
-from effattn.hf.anatomy import Anatomy, Layer
-from effattn.prune.structural.criteria.base import Importance, Sums, forward, watching_blocks
 
 
 @criterion("block_influence", ("layers",), place=70)

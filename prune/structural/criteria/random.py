@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
+
+from effattn.hf.anatomy import Anatomy
 from effattn.prune.structural.criteria.base import (
     Importance,
     criterion,
 )
-from torch import Tensor
-
-from effattn.hf.anatomy import Anatomy
-from effattn.prune.structural.criteria.base import Importance
 
 
 @criterion("random", ("heads", "ffn", "layers"), place=90)

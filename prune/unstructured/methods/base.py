@@ -18,10 +18,10 @@ from enum import IntEnum
 from typing import Any, ClassVar
 
 import torch
-from effattn.prune.unstructured.nm import Sparsity
 from torch import Tensor
 
 from effattn.calibration.hessian import Hessian
+from effattn.prune.unstructured.nm import Sparsity
 
 
 class Needs(IntEnum):

@@ -4,10 +4,9 @@ arXiv:1506.02626).
 
 from __future__ import annotations
 
-from effattn.prune.unstructured.methods.base import Masking, Needs, register
-from effattn.prune.unstructured.nm import Sparsity, lowest, lowest_of_groups
 from torch import Tensor
 
+from effattn.prune.unstructured.methods.base import Masking, Needs, register
 from effattn.prune.unstructured.nm import Sparsity, lowest, lowest_of_groups
 
 

@@ -11,11 +11,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from effattn.prune.unstructured.methods.base import Method, Needs, Options, register
-from effattn.prune.unstructured.nm import Sparsity, lowest, lowest_first
 from torch import Tensor
 
 from effattn.calibration.hessian import DAMPING, Hessian, InverseHessian
+from effattn.prune.unstructured.methods.base import Method, Needs, Options, register
+from effattn.prune.unstructured.nm import Sparsity, lowest, lowest_first
 
 BLOCK = 128  # columns whose mask is chosen at once, and after which the columns to come are updated
 PANEL = 16  # columns that are updated one by one
