@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from effattn.heads.report_plots import token_axis
+from effattn.reports.common import QUALITY_HEADER, about, measured_on
 from effattn.reports.document import Document
+from effattn.reports.figures import token_axis
 from effattn.reports.page import Section, page
 from effattn.reports.plots import AFTER, NEUTRAL, PALETTE, Series, bar_plot, line_plot
 from effattn.reports.tables import UNKNOWN, Table, data_size, number, pairs, percent
@@ -46,13 +47,9 @@ class ShearReport(Document):
     (tokens/s), verification, environment."""
 
     data: dict
+    kind = "shear"
+    named = "a shearing's report"
     terminal = (QUALITY, SIZE, "Speed")
-
-    def __post_init__(self):
-        if self.data.get("kind") != "shear":
-            raise ValueError(
-                f"kind: got {self.data.get('kind')!r}, a shearing's report has 'shear'"
-            )
 
     @property
     def label(self) -> str:
@@ -119,17 +116,7 @@ class ShearReport(Document):
         tables += [self._masks_table(), *self._domain_tables()]
         if data["verification"]:
             tables.append(pairs("Checkpoint, loaded by plain transformers", data["verification"]))
-        shown = {
-            key: ", ".join(map(str, value)) if isinstance(value, list) else value
-            for key, value in data["settings"].items()
-            if key != "overrides"
-        }
-        return [
-            *tables,
-            pairs("Settings", shown),
-            pairs("Model", data["model"]),
-            pairs("Environment", data["environment"]),
-        ]
+        return [*tables, *about(data)]
 
     def _quality_table(self) -> Table:
         data, quality = self.data, self.data["quality"]
@@ -161,10 +148,7 @@ class ShearReport(Document):
             rows.append(
                 row(_baseline(name, found), found["continued"], found["training"]["tokens"])
             )
-        note = (
-            f"On {quality['tokens']:,} held-out tokens ({quality['source']}) in windows of "
-            f"{quality['context']:,}."
-        )
+        note = measured_on(quality)
         if data["pretraining_tokens"]:
             note += f" Pretraining had {data['pretraining_tokens']:,} tokens."
         taught = data["masks"]["tokens"] if data["settings"]["distill"] else 0
@@ -175,13 +159,7 @@ class ShearReport(Document):
                 "and as many of the "
             )
             note += "baseline's that is taught by it; all others the text alone."
-        header = (
-            "",
-            "Perplexity",
-            "Cross-entropy (nats/token)",
-            "KL to the parent (nats/token)",
-            "Trained on (tokens)",
-        )
+        header = ("", *QUALITY_HEADER, "Trained on (tokens)")
         return Table(QUALITY, header, rows, note)
 
     def _size_table(self) -> Table:

@@ -13,8 +13,18 @@ from torch import nn
 
 from effattn.profiling.cost import model_cost
 from effattn.profiling.environment import environment
-from effattn.prune.decode_table import DECODING, decode_table
 from effattn.prune.unstructured.nm import Sparsity
+from effattn.reports.common import (
+    DECODING,
+    EXCESS,
+    QUALITY_HEADER,
+    QUALITY_NAMES,
+    TURNS,
+    about,
+    curve_table,
+    decode_table,
+    measured_on,
+)
 from effattn.reports.document import Document
 from effattn.reports.plots import AFTER, BEFORE, PALETTE, Series, bar_plot, line_plot
 from effattn.reports.tables import Table, number, pairs, percent
@@ -23,6 +33,16 @@ from effattn.surgery.describing import describe
 KIND = "prune_oneshot"
 QUALITY, METHODS = "Before and after", "Methods compared"
 STAGES = {"pruned": "After pruning", "distilled": "After distillation"}
+SIZES = {
+    "parameters": "Parameters",
+    "nonzero_parameters": "Nonzero parameters",
+    "file_bytes": "Weight files (bytes)",
+    "weight_bytes": "Weights in memory (bytes)",
+    "kv_bytes_per_token": "KV cache (bytes/token)",
+    "flops_per_token": "FLOPs a token, as dense products run",
+    "flops_of_nonzeros": "FLOPs a token, by nonzeros alone",
+}
+DECODE_NOTE = f"{TURNS} Dense products do not skip zeros."
 SAVES_NOTHING = (
     "Zeros are stored like other weights: files, memory and the time of products are as before. "
 )
@@ -92,13 +112,9 @@ class OneShotReport(Document):
     distillation, decode, verification, environment. What was not measured is None or absent."""
 
     data: dict
+    kind = KIND
+    named = "a one-shot pruning's report"
     terminal = (QUALITY, METHODS, DECODING, "Verification")
-
-    def __post_init__(self):
-        if self.data.get("kind") != KIND:
-            raise ValueError(
-                f"kind: got {self.data.get('kind')!r}, a one-shot pruning's report has {KIND!r}"
-            )
 
     @classmethod
     def of(cls, model: nn.Module, layers: list[LayerFacts], settings: dict) -> OneShotReport:
@@ -116,12 +132,8 @@ class OneShotReport(Document):
             }
         )
 
-    def part(self, name: str) -> dict:
-        """A part of `data`, empty if it is null or absent."""
-        return self.data.get(name) or {}
-
     @property
-    def layers(self) -> list[dict]:
+    def layers(self) -> list[LayerFacts]:
         return self.data["layers"]
 
     @property
@@ -181,23 +193,15 @@ class OneShotReport(Document):
         if data.get("runs"):
             tables.append(self._methods())
         if data.get("decode"):
-            tables.append(decode_table(data["decode"], "Dense products do not skip zeros."))
+            tables.append(decode_table(data["decode"], DECODE_NOTE))
         if data.get("verification"):
             tables.append(pairs("Verification", data["verification"]))
         if learned := data.get("distillation"):
-            names = ("tokens", "perplexity", "cross_entropy", "kl")
-            header = (
-                "Tokens",
-                "Perplexity",
-                "Cross-entropy (nats/token)",
-                "KL to the parent (nats/token)",
-            )
-            rows = [[number(point[name]) for name in names] for point in learned["curve"]]
-            tables.append(
-                Table(
-                    "Distillation", header, rows, "On the first 8,192 held-out tokens.", folded=True
-                )
-            )
+            note = "On the first 8,192 held-out tokens."
+            tables.append(curve_table("Distillation", "Tokens", learned["curve"], note))
+        return [*tables, self._layers(), self._linear_layers(), *about(data)]
+
+    def _layers(self) -> Table:
         rows = [
             [
                 number(one["layer"]),
@@ -214,7 +218,9 @@ class OneShotReport(Document):
             "Error: squared distance of the layer's output from the dense layer's on the same "
             "input, over its square."
         )
-        tables.append(Table("Layers", header, rows, note, folded=True))
+        return Table("Layers", header, rows, note, folded=True)
+
+    def _linear_layers(self) -> Table:
         rows = [
             [
                 f"{one['layer']}: {linear['name']}",
@@ -225,53 +231,27 @@ class OneShotReport(Document):
             for one in self.layers
             for linear in one["linears"]
         ]
-        tables.append(
-            Table("Linear layers", ("Layer", "Shape", "Zeros", "Damping"), rows, folded=True)
-        )
-        shown = {
-            key: ", ".join(map(str, value)) if isinstance(value, list) else value
-            for key, value in data["settings"].items()
-            if key != "overrides"
-        }
-        return [
-            *tables,
-            pairs("Settings", shown),
-            pairs("Model", data["model"]),
-            pairs("Environment", data["environment"]),
-        ]
+        return Table("Linear layers", ("Layer", "Shape", "Zeros", "Damping"), rows, folded=True)
 
     def _before_and_after(self) -> Table:
         quality, sizes = self.part("quality"), self.part("sizes")
         stages = [stage for stage in STAGES if stage == "pruned" or quality.get(stage)]
         rows = []
         if quality:
-            names = {
-                "perplexity": "Perplexity",
-                "cross_entropy": "Cross-entropy (nats/token)",
-                "kl": "KL to the parent (nats/token)",
-            }
-            for name, label in names.items():
+            for name, label in zip(QUALITY_NAMES, QUALITY_HEADER, strict=True):
                 cells = [quality["before"].get(name), *(quality[stage][name] for stage in stages)]
                 said = [number(one) for one in cells]
                 if name == "perplexity":
                     said[1:] = [number(one) + percent(cells[0], one) for one in cells[1:]]
                 rows.append([label, "-" if name == "kl" else said[0], *said[1:]])
-        names = {"parameters": "Parameters", "nonzero_parameters": "Nonzero parameters",
-                 "file_bytes": "Weight files (bytes)", "weight_bytes": "Weights in memory (bytes)",
-                 "kv_bytes_per_token": "KV cache (bytes/token)",
-                 "flops_per_token": "FLOPs a token, as dense products run",
-                 "flops_of_nonzeros": "FLOPs a token, by nonzeros alone"}  # fmt: skip
-        for name, label in names.items():
+        for name, label in SIZES.items():
             before, after = (sizes.get(when, {}).get(name) for when in ("before", "after"))
             if after is not None:
                 rows.append([label, number(before), *[number(after)] * len(stages)])
         header = ("", "Before", *(STAGES[stage] for stage in stages))
         note = SAVES_NOTHING + (PACK if self.packs else NOT_PACKED)
         if quality:
-            note = (
-                f"On {quality['tokens']:,} held-out tokens ({quality['source']}) in windows of "
-                f"{quality['context']:,}. " + note
-            )
+            note = f"{measured_on(quality)} {note}"
         return Table(QUALITY, header, rows, note)
 
     def _methods(self) -> Table:
@@ -302,15 +282,8 @@ class OneShotReport(Document):
                     f"{run['seconds']:.1f}",
                 ]
             )
-        header = (
-            "Method",
-            "Sparsity",
-            "Perplexity",
-            "Cross-entropy (nats/token)",
-            "Excess (nats/token)",
-            "KL to the parent (nats/token)",
-            "Seconds",
-        )
+        perplexity, cross_entropy, kl = QUALITY_HEADER
+        header = ("Method", "Sparsity", perplexity, cross_entropy, EXCESS, kl, "Seconds")
         return Table(
             METHODS, header, rows, "No training. Seconds of pruning, calibration passes included."
         )
@@ -320,42 +293,32 @@ class OneShotReport(Document):
     def plots(self) -> dict[str, list]:
         """Section -> its figures."""
         found: dict[str, list] = {}
-        if runs := self.data.get("runs"):
-            sparsities = list(dict.fromkeys(run["sparsity"] for run in runs))
-            methods = list(dict.fromkeys(run["method"] for run in runs))
-            dense = self.data["quality"]["before"]["cross_entropy"]
-            excess = {
-                (run["method"], run["sparsity"]): run["cross_entropy"] - dense for run in runs
-            }
-            series = [
-                (method, PALETTE[index], [excess.get((method, one)) for one in sparsities])
-                for index, method in enumerate(methods)
-            ]
-            groups = [one if "," in one else Sparsity.parse(one).label for one in sparsities]
-            found[METHODS] = [
-                bar_plot(
-                    "Excess cross-entropy by method", groups, series, "sparsity", "nats a token"
-                )
-            ]
+        if self.data.get("runs"):
+            found[METHODS] = [self._excess_plot()]
         if (learned := self.data.get("distillation")) and learned["curve"]:
             x = [point["tokens"] / 1000 for point in learned["curve"]]
-            lines = [
-                Series("pruned", x, [point["perplexity"] for point in learned["curve"]], AFTER)
-            ]
+            y = [point["perplexity"] for point in learned["curve"]]
+            lines = [Series("pruned", x, y, AFTER)]
             if level := (learned.get("parent") or {}).get("perplexity"):
                 lines.append(Series("dense", x, [level] * len(x), BEFORE, style="--", marker=""))
             found[QUALITY] = [line_plot("Distillation", lines, "thousand tokens", "perplexity")]
         if all(one["error"] is not None for one in self.layers):
-            names, errors = zip(
-                *((str(one["layer"]), one["error"]) for one in self.layers), strict=True
-            )
-            found["Layers"] = [
-                bar_plot(
-                    "Error of each layer's output",
-                    names,
-                    [(self.label, AFTER, errors)],
-                    "layer",
-                    "relative squared error",
-                )
-            ]
+            names = [str(one["layer"]) for one in self.layers]
+            bars = [(self.label, AFTER, [one["error"] for one in self.layers])]
+            title, unit = "Error of each layer's output", "relative squared error"
+            found["Layers"] = [bar_plot(title, names, bars, "layer", unit)]
         return found
+
+    def _excess_plot(self):
+        """Cross-entropy over the dense model's by sparsity, a bar a method."""
+        runs, dense = self.data["runs"], self.data["quality"]["before"]["cross_entropy"]
+        sparsities = list(dict.fromkeys(run["sparsity"] for run in runs))
+        methods = list(dict.fromkeys(run["method"] for run in runs))
+        excess = {(run["method"], run["sparsity"]): run["cross_entropy"] - dense for run in runs}
+        series = [
+            (method, PALETTE[index], [excess.get((method, one)) for one in sparsities])
+            for index, method in enumerate(methods)
+        ]
+        groups = [one if "," in one else Sparsity.parse(one).label for one in sparsities]
+        title = "Excess cross-entropy by method"
+        return bar_plot(title, groups, series, "sparsity", "nats a token")
