@@ -94,12 +94,7 @@ def learn_masks(
 
         overrides = training.placed(model) | (overrides or {})
         steps = steps_of(tokens, domains.length, batch, overrides)[0]
-        by_steps = default_mask_lrs(steps, ramp)
-        rates = {
-            "mask_lr": mask_lr or by_steps[0],
-            "level_lr": by_steps[1],
-            "multiplier_lr": multiplier_lr or by_steps[2],
-        }
+        rates = _rates(mask_lr, multiplier_lr, default_mask_lrs(steps, ramp))
         module, facts = train(
             module_of,
             domains,
@@ -146,6 +141,17 @@ def _checked(
     if not 0 <= ramp <= 1:
         raise ValueError(f"ramp: got {ramp}, valid is 0 to 1 (a share of the steps)")
     return parts, smaller
+
+
+def _rates(
+    mask_lr: float | None, multiplier_lr: float | None, default: tuple[float, float, float]
+) -> dict[str, float]:
+    """Learning rates of log alphas, levels and multipliers: as given, or by default."""
+    return {
+        "mask_lr": mask_lr or default[0],
+        "level_lr": default[1],
+        "multiplier_lr": multiplier_lr or default[2],
+    }
 
 
 def _solve_again(

@@ -176,10 +176,8 @@ def train(
                 model=module,
                 args=arguments,
                 train_dataset=windows,
-                mask_lr=mask_lr,
-                level_lr=level_lr,
-                multiplier_lr=multiplier_lr,
                 callbacks=[loading, *([Steps(progress)] if progress else [])],
+                **dict(mask_lr=mask_lr, level_lr=level_lr, multiplier_lr=multiplier_lr),
             )
             trainer.remove_callback(PrinterCallback)  # progress is the caller's
             start = time.perf_counter()
