@@ -253,7 +253,7 @@ def _measured(
     main,
 ):
     """Fills in what needs the models in memory; returns the pruned (and distilled) model."""
-    from effattn.heads.job import measure_parent
+    from effattn.evaluate.loss import measure_parent
 
     with show.stage("loading both models"):
         (parent, _), (student, _) = (load_model(folder) for folder in (source, pruned))

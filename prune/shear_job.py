@@ -20,8 +20,7 @@ from transformers import AutoModelForCausalLM
 from effattn import embedded
 from effattn.bounds import Checked, random_seed, real, whole
 from effattn.errors import Unsupported, check_choice
-from effattn.evaluate.loss import compare
-from effattn.heads.job import measure_parent
+from effattn.evaluate.loss import compare, measure_parent
 from effattn.hf import anatomy as hf
 from effattn.hf.verify import verify_plain
 from effattn.outputs import atomic_folder, check_new_folder

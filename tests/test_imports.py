@@ -24,7 +24,7 @@ LAYERS = [
     # torch and triton only
     ["kernels"],
     # no model, no tensors: errors, bounds of numbers, files and folders, pages
-    ["errors", "bounds", "locking", "permissions", "outputs", "resuming", "reports"],
+    ["errors", "bounds", "locking", "permissions", "outputs", "resuming", "reports", "stages"],
     # ONE attention layer, no model
     ["registry", "interface", "checks", "padding", "kmeans", "states", "positions", "patterns"],
     ["projections"],

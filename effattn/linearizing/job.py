@@ -15,8 +15,7 @@ from pathlib import Path
 from effattn import embedded, outputs, registry
 from effattn.bounds import Checked, random_seed, real, whole
 from effattn.errors import check_choice
-from effattn.evaluate.loss import compare
-from effattn.heads.job import measure_parent
+from effattn.evaluate.loss import compare, measure_parent
 from effattn.hf import anatomy as hf
 from effattn.hf.adapters import require_own_weights
 from effattn.hf.weights import weight_bytes

@@ -11,11 +11,14 @@ Each operation reads its inputs and weights once and writes its outputs once; el
 between them counts as fused (no bytes), and operations are those of matrix products (a multiply-add
 is 2), as in `Backend.cost`.
 
-How a new part joins. A linear-like module (packed weights, Monarch) defines `cost(rows,
-backward=False) -> Cost`; its weight bytes are those of its parameters and buffers. A `State` that
-does not hold plain keys and values (a quantized cache, recurrent sums) defines `cost(shape) ->
-Cost`: what attention reads back of it, what storing the call's new tokens writes, and its
-`state_bytes` after them. A backend defines `Backend.cost`."""
+How a new part joins:
+
+- a linear-like module (packed weights, Monarch) defines `cost(rows, backward=False) -> Cost`; its
+  weight bytes are those of its parameters and buffers;
+- a `State` that does not hold plain keys and values (a quantized cache, recurrent sums) defines
+  `cost(shape) -> Cost`: what attention reads back of it, what storing the call's new tokens writes,
+  and its `state_bytes` after them;
+- a backend defines `Backend.cost`."""
 
 from __future__ import annotations
 

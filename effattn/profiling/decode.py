@@ -5,7 +5,7 @@ side.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -240,3 +240,17 @@ def decode_speed(
             if progress:
                 progress(number + 1, len(contexts))
     return rows
+
+
+def decode_by_context(
+    models: Mapping[str, torch.nn.Module], contexts: Sequence[int], progress=None
+) -> list[dict]:
+    """`decode_speed` of one batch, a row a context: {"context", "batch", and by each model's name
+    what was measured of it}."""
+    rows: dict[int, dict] = {}
+    for row in decode_speed(models, list(contexts), progress=progress):
+        entry = rows.setdefault(row["context"], {"context": row["context"], "batch": row["batch"]})
+        entry[row["model"]] = {
+            key: value for key, value in row.items() if key not in ("context", "batch", "model")
+        }
+    return list(rows.values())

@@ -30,6 +30,7 @@ from effattn.prune.unstructured.plan import Plan, make_plan
 from effattn.prune.unstructured.streamed import Checkpoint, StreamedModel
 from effattn.recipes.jobs import discard
 from effattn.reports.files import write_text_atomic
+from effattn.resuming import discard
 
 MANIFEST = "manifest.json"
 FACTS = "pruning.json"  # in the output: what was done

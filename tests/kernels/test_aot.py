@@ -28,7 +28,7 @@ import json, os, sys
 import triton
 import triton.language as tl
 from typer.testing import CliRunner
-from effattn import cli
+from effattn.recipes import cli
 from effattn.kernels import aot
 
 
