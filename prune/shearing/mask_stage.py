@@ -78,8 +78,7 @@ def learn_masks(
     Either keeps a copy of the model."""
     parts, smaller = _checked(model, target, warm_start, ramp)
     dtype = model.dtype
-    # From here to the end, so that what is folded and solved for is in fp32, too.
-    with training.lent(model):
+    with training.lent(model):  # to the end: what is folded and solved for is in fp32, too
         references = reference_losses(model, domains)
         parent = None
         if distill or compensate:
@@ -93,7 +92,7 @@ def learn_masks(
             return Shearing(model, weights, masks, constraints, seed, parent if distill else None)
 
         overrides = training.placed(model) | (overrides or {})
-        steps = steps_of(tokens, domains.length, batch, overrides)[0]
+        steps, _ = steps_of(tokens, domains.length, batch, overrides)
         rates = _rates(mask_lr, multiplier_lr, default_mask_lrs(steps, ramp))
         module, facts = train(
             module_of,
@@ -111,9 +110,7 @@ def learn_masks(
             **rates,
         )
         small, difference = cut(module, next(iter(domains.held_out.values()))[:1, :128])
-        fitted = []
-        if compensate and {"heads", "ffn"} & set(smaller) and "hidden" not in smaller:
-            fitted = _solve_again(small, parent, module.masks.values, smaller, domains)
+        fitted = _solve_again(small, parent, module.masks, smaller, domains) if compensate else []
     _narrow(small, dtype)
     return small, facts | rates | {
         "target": smaller,
@@ -155,19 +152,17 @@ def _rates(
 
 
 def _solve_again(
-    small: nn.Module, parent: nn.Module, values, smaller: dict[str, int], domains: Domains
+    small: nn.Module, parent: nn.Module, masks: Masks, smaller: dict[str, int], domains: Domains
 ) -> list[dict]:
     """Fits the output modules of `small` to what `parent` gives, in place: what
-    `effattn.prune.structural.compensation` says."""
-    new = hf.of(small)
-    inputs = max(
-        output_module(layer, axis).in_features
-        for layer in new
-        for axis in ("heads", "ffn")
-        if axis in smaller
-    )
+    `effattn.prune.structural.compensation` says. Nothing is fitted where no output module was cut,
+    or where the hidden size, in which it would be fitted, is another."""
+    new, axes = hf.of(small), [axis for axis in ("heads", "ffn") if axis in smaller]
+    if not axes or "hidden" in smaller:
+        return []
+    inputs = max(output_module(layer, axis).in_features for layer in new for axis in axes)
     batches = calibration_windows(domains, TOKENS_PER_INPUT * inputs)
-    return fit_outputs(hf.of(parent), new, folding.keep(values), batches)
+    return fit_outputs(hf.of(parent), new, folding.keep(masks.values), batches)
 
 
 @torch.no_grad()

@@ -28,7 +28,6 @@ from effattn.prune.unstructured.methods.sparsegpt import BLOCK
 from effattn.prune.unstructured.one_shot import prune_layer
 from effattn.prune.unstructured.plan import Plan, make_plan
 from effattn.prune.unstructured.streamed import Checkpoint, StreamedModel
-from effattn.recipes.jobs import discard
 from effattn.reports.files import write_text_atomic
 from effattn.resuming import discard
 
