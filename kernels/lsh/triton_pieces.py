@@ -20,6 +20,7 @@ def gather(base, rows, stride, there, WIDTH: tl.constexpr, COLUMNS: tl.constexpr
 
 @triton.jit
 def scatter(x, base, rows, stride, there, WIDTH: tl.constexpr, COLUMNS: tl.constexpr):
+    """Writes x to rows of a tensor, those that are there."""
     d = tl.arange(0, COLUMNS)[None, :]
     pointers = base + rows.to(tl.int64)[:, None] * stride + d
     tl.store(pointers, narrow(x, base.dtype.element_ty), mask=there[:, None] & (d < WIDTH))
@@ -39,6 +40,7 @@ def gather_queries(
 def scatter_queries(
     x, base, m, stride_h, stride_t, group, there, WIDTH: tl.constexpr, COLUMNS: tl.constexpr
 ):
+    """Writes x to rows m of the queries of a key/value head."""
     d = tl.arange(0, COLUMNS)[None, :]
     at = (m % group).to(tl.int64) * stride_h + (m // group).to(tl.int64) * stride_t
     tl.store(
@@ -72,6 +74,7 @@ def counted(x, m, n, there_m, there_n, low, high, r, codes, numbers, CAUSAL: tl.
 
 @triton.jit
 def own_scores(query, key, unit, SHARED: tl.constexpr, BLOCK: tl.constexpr):
+    """Scores of queries with their own tokens' keys, in base 2."""
     if SHARED:
         return tl.full([BLOCK], SELF, tl.float32)
     return tl.sum(query.to(tl.float32) * key.to(tl.float32), 1) * unit

@@ -12,7 +12,7 @@ from effattn.hf import anatomy as hf
 from effattn.prune.shearing import hard_concrete
 from effattn.prune.shearing.lagrangian import Lagrangian
 from effattn.prune.shearing.masks import Masks
-from effattn.prune.shearing.sheared import default_mask_lrs
+from effattn.prune.shearing.rates import default_mask_lrs
 
 N = 200_000
 
@@ -66,7 +66,11 @@ def test_multipliers_climb_and_masks_fall_until_the_shape_is_met():
     """Nothing but the constraints: gradient descent on everything ends at the target, row by
     row.
     """
-    masks = Masks(hf.of(tiny("llama")), {"heads": 2, "ffn": 24, "hidden": 32}, start=2.0)
+    masks = Masks(
+        hf.of(tiny("llama")),
+        {"heads": 2, "ffn": 24, "hidden": 32},
+        start=2.0,
+    )
     constraints = Lagrangian(masks, warmup=30)
     assert constraints.targets(15)["heads"] == pytest.approx(0.5 * 0.75)
     optimizer = torch.optim.Adam(

@@ -27,7 +27,7 @@ from effattn.hf.weight_files import INDEX
 from effattn.prune.unstructured import calibration, from_files, layers
 from effattn.prune.unstructured.from_files import prune_files
 from effattn.prune.unstructured.methods.sparsegpt import sparsegpt
-from effattn.prune.unstructured.one_shot import METHODS
+from effattn.prune.unstructured.plan import METHODS
 from effattn.prune.unstructured.zeros import keep_zeros
 
 KINDS = {  # how many inputs the linear layers of a decoder layer see
@@ -137,7 +137,13 @@ def test_shares_by_sensitivity_keep_the_mean(tokens):
 def test_in_memory_spilled_and_without_tokens(tokens, tmp_path):
     models = [tiny("llama", dtype=torch.float32) for _ in range(2)]
     effattn.prune.oneshot(models[0], tokens, length=64, sparsity=0.5)
-    effattn.prune.oneshot(models[1], tokens, length=64, sparsity=0.5, spill=tmp_path / "states")
+    effattn.prune.oneshot(
+        models[1],
+        tokens,
+        length=64,
+        sparsity=0.5,
+        spill=tmp_path / "states",
+    )
     assert all(
         torch.equal(a, b)
         for a, b in zip(*(one.state_dict().values() for one in models), strict=True)
@@ -284,8 +290,8 @@ def snapshot(folder: Path) -> dict[str, bytes]:
 KILLED = """
 import os, signal, sys
 import torch
-from effattn.training import lending as training
 from effattn.prune.unstructured import from_files
+from effattn.training import lending as training
 training.bf16_pays = lambda on_cpu=None: False  # as in the tests' own process
 source, output, threads = sys.argv[1:]
 torch.set_num_threads(int(threads))
@@ -322,7 +328,13 @@ def test_a_killed_run_goes_on_and_ends_the_same(source, tokens, tmp_path):
     with pytest.raises(ValueError, match="unfinished run with another calibration_tokens, tokens"):
         prune_files(source, resumed, tokens[:1024], length=64)
     steps = []
-    prune_files(source, resumed, tokens, length=64, progress=lambda done, total: steps.append(done))
+    prune_files(
+        source,
+        resumed,
+        tokens,
+        length=64,
+        progress=lambda done, total: steps.append(done),
+    )
     assert steps == [3, 4]  # one layer's work was lost
     ours, theirs = snapshot(resumed), snapshot(whole)
     for one in (ours, theirs):
