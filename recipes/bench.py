@@ -14,6 +14,7 @@ line of JSON; exit code 1 when an answer of ours is wrong or something grows fas
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -21,7 +22,8 @@ import typer
 
 from effattn.recipes.console import console, errors, one_line_errors
 
-TESTS = Path(__file__).parents[1] / "tests" / "kernels"
+ROOT = Path(__file__).parents[1]
+TESTS = ROOT / "tests" / "kernels"
 
 
 @one_line_errors
@@ -106,4 +108,6 @@ def main(
 
 
 if __name__ == "__main__":
+    # the benchmark lies beside this folder, in which `bench` is this file
+    sys.path.insert(0, str(ROOT))
     typer.run(main)
