@@ -1,8 +1,10 @@
 """In which bytes a cache is kept: "int4(group=64, residual=128)" and what it costs.
 
 format = Format.parse("int4(v=2, residual=64)")
-format, said = format.fit(head_dim=32)            # "values: groups of 32 channels instead of 64, ..."
-format.bytes_per_token(kv_heads=8, head_dim=128)  # of the packed tokens, scales included
+# said: "values: groups of 32 channels instead of 64, ..."
+format, said = format.fit(head_dim=32)
+# of the packed tokens, scales included
+format.bytes_per_token(kv_heads=8, head_dim=128)
 """
 
 from __future__ import annotations
@@ -109,7 +111,7 @@ class Format:
         return self.spec
 
     # Sizes
-    # --------------------------------------------------------------------------------------------------------
+    # ----------------------------------------------------------------------------------------------
 
     @property
     def flush(self) -> int:

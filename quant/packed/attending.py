@@ -262,9 +262,8 @@ def _mask(
     newest = torch.arange(state.stored, state.stored + rest, device=device)
     number = torch.cat([number, newest])
     real = torch.cat([real, new.mask[:, state.stored : state.stored + rest]], dim=1)
-    if (
-        state.firsts and not firsts
-    ):  # the kernel skips those only where it is given the first tokens
+    # the kernel skips those only where it is given the first tokens
+    if state.firsts and not firsts:
         real = real & (number - start >= state.format.first)
     there = start + torch.arange(firsts, device=device) < state.total
     return torch.cat([there, real], dim=1)

@@ -36,8 +36,9 @@ def cache(
     (8, 4 or 2). `options` are those of `Format.options`. Layers that a dict does not name hold full
     precision.
 
-    max_length: tokens in all. A static cache then (`effattn.quant.packed.static`): room is allocated at
-    once, and a decoding step compiles as one graph. All layers must be packed, and see everything.
+    max_length: tokens in all. A static cache then (`effattn.quant.packed.static`): room is
+    allocated at once, and a decoding step compiles as one graph. All layers must be packed, and see
+    everything.
 
     Packed keys can only be read by effattn's attention: a model that is not swapped is swapped to
     "dense" here, which computes what it computed before, with caches as before; `effattn.restore`

@@ -38,9 +38,8 @@ def test_a_plain_model_with_a_packed_cache():
     assert type(cache) is DynamicCache
     assert torch.equal(generate(model, past_key_values=cache), plain)
     assert [str(layer.cache) for layer in cache.layers] == ["int8(group=32, residual=16)"] * 2
-    assert [row["cache"] for row in describe(model).layers] == [
-        "full"
-    ] * 2  # the model's own caches are as before
+    # the model's own caches are as before
+    assert [row["cache"] for row in describe(model).layers] == ["full"] * 2
     assert torch.equal(generate(model), plain)
     swap(model, cache="int4")
     one = effattn.quant.cache(model, {"1": "int8"})

@@ -52,9 +52,8 @@ def test_layer_by_layer_and_back_to_the_same_bits(tmp_path):
     assert dict(model.named_modules()) == modules
     assert list(model.state_dict()) == list(model_of().state_dict())
     out = model(IDS)
-    torch.testing.assert_close(
-        out.logits, before, rtol=1e-4, atol=1e-4
-    )  # a prompt sees itself in full precision
+    # a prompt sees itself in full precision
+    torch.testing.assert_close(out.logits, before, rtol=1e-4, atol=1e-4)
     assert [str(one.cache.format) for one in out.past_key_values.layers] == [
         "int8",
         *["int4(group=32, v=2)"] * 2,
