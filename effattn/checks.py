@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from effattn.errors import Unsupported
-from effattn.states.base import State, check_sizes
+from effattn.states.base import State
 from effattn.states.full import FullState
+from effattn.states.sizes import check_sizes
 
 if TYPE_CHECKING:
     from effattn.interface import Backend

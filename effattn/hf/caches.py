@@ -17,7 +17,8 @@ from effattn.hf.anatomy import Layer
 from effattn.hf.placement import device_of
 from effattn.interface import Backend
 from effattn.registry import parse_spec
-from effattn.states.full import FullState, State
+from effattn.states.base import State
+from effattn.states.full import FullState
 
 if TYPE_CHECKING:
     from effattn.quant.formats import Format

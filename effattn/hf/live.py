@@ -19,7 +19,7 @@ from effattn.hf.hooks import ATTRIBUTE, CAPTURE, GLOBAL, NAME
 from effattn.hf.positions import LayerPositions
 from effattn.hf.state_layer import Handle
 from effattn.interface import Backend
-from effattn.states.full import State
+from effattn.states.base import State
 
 PACKED = (
     "packed documents (position_ids that restart) or an extra mask function: after a swap, "

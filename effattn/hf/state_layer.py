@@ -26,7 +26,8 @@ from transformers.cache_utils import (
 from effattn.errors import Unsupported
 from effattn.hf import together
 from effattn.interface import Backend
-from effattn.states.full import ROLLBACK, FullState, State
+from effattn.states.base import State
+from effattn.states.full import ROLLBACK, FullState
 
 if TYPE_CHECKING:
     from effattn.hf.caches import LayerCache
@@ -302,6 +303,18 @@ class StateLayer(CacheLayerMixin):
     def _move(self, device) -> None:
         self._undo = None
         self.state.move(device)
+
+
+class FixedLayer(StateLayer):
+    """A `StateLayer` of a static state: transformers is told lengths as tensors; `generate` does
+    not compile it.
+    """
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int | Tensor]:
+        return query_length, self.state.seq_len
+
+    def get_max_length(self) -> int:
+        return self.state.length
 
 
 def place(cache: Cache, swapped: LayerSwap) -> None:

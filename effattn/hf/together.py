@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicSlidingWindowLayer
 
-from effattn.states.base import NoSuchRow
+from effattn.states.sizes import NoSuchRow
 
 
 def bind(cache: Cache) -> None:

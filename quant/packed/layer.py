@@ -14,7 +14,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from effattn.errors import Unsupported
 from effattn.hf import anatomy, caches, hooks, live, state_layer
-from effattn.quant.packed.static import StaticLayer, StaticState
+from effattn.quant.packed.static import StaticState
 from effattn.registry import format_spec, parse_spec
 from effattn.surgery import plan as planning
 from effattn.surgery.swapping import swap
@@ -129,7 +129,7 @@ def _layer(
     """The layer for one format; `own` is what plain transformers has there."""
     if max_length is not None:
         state = StaticState(format.format, max_length)
-        return StaticLayer(swapped.index, swapped.holds, state, format, given=True)
+        return state_layer.FixedLayer(swapped.index, swapped.holds, state, format, given=True)
     if format is not None:
         return state_layer.StateLayer(
             swapped.index, swapped.holds, format.new_state(swapped.backend), format, given=True

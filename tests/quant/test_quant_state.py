@@ -247,8 +247,7 @@ def test_no_step_unpacks_the_cache():
     draw, attn = torch.Generator().manual_seed(0), backend("dense", impl="torch")
     state = PackedState(format_of("int4(residual=128)", 128))
     k, v = (torch.randn(1, 1, 20480, 128, generator=draw) for _ in "kv")
-    state.append(k, v)
-    state.absorb(state._new)  # without attention, which would take long
+    state.append(k, v)  # without attention, which would take long
     for tokens in (1, 20):
         q, *new = (torch.randn(1, 2, tokens, 128, generator=draw)[:, :h] for h in (2, 1, 1))
         attn(q, *new, state=state)  # makes what the state holds known
