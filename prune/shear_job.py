@@ -23,6 +23,8 @@ from effattn.errors import Unsupported, check_choice
 from effattn.evaluate.loss import compare
 from effattn.heads.job import measure_parent
 from effattn.hf import anatomy as hf
+from effattn.hf.placement import check_finite
+from effattn.hf.source import resolve
 from effattn.hf.verify import verify_plain
 from effattn.outputs import atomic_folder, check_new_folder
 from effattn.profiling.cost import model_cost
@@ -44,7 +46,7 @@ from effattn.recipes.jobs import (
     main_process,
     partial_folder,
 )
-from effattn.surgery.checkpoint import check_finite, load_model, resolve
+from effattn.surgery.checkpoint import load_model
 from effattn.surgery.describing import describe
 from effattn.surgery.swapping import active
 

@@ -26,12 +26,25 @@ LAYERS = [
     # no model, no tensors: errors, bounds of numbers, files and folders, pages
     ["errors", "bounds", "locking", "permissions", "outputs", "resuming", "reports"],
     # ONE attention layer, no model
-    ["registry", "interface", "checks", "padding", "kmeans", "states", "positions", "patterns"],
+    [
+        "specs",
+        "axes",
+        "traits",
+        "registry",
+        "interface",
+        "checks",
+        "padding",
+        "kmeans",
+        "states",
+        "positions",
+        "patterns",
+    ],
     ["projections"],
+    # text
+    ["embedded", "encoding", "dataset_rows", "textdata", "position_sampling"],
     # a live transformers model, and its files
     ["hf"],
-    # text, and what is measured on a model
-    ["embedded", "encoding", "dataset_rows", "textdata", "position_sampling"],
+    # what is measured on it
     ["profiling", "evaluate"],
     # what several methods share
     ["calibration", "training"],

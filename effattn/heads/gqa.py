@@ -15,6 +15,7 @@ from effattn.calibration.attended import is_linear
 from effattn.calibration.layerwise import LayerRunner, watch, windows
 from effattn.calibration.refit import OutputRefit
 from effattn.calibration.statistics import SecondMoment, query_energy
+from effattn.calibration.tokens import check_calibration, tokens_needed
 from effattn.errors import Unsupported, check_choice
 from effattn.heads import methods
 from effattn.heads.aligned import aligned
@@ -27,10 +28,8 @@ from effattn.heads.undo import all_or_nothing
 from effattn.hf import anatomy as hf
 from effattn.hf import hooks
 from effattn.hf.adapters import require_own_weights
-from effattn.hf.placement import require_here
+from effattn.hf.placement import check_finite, require_here
 from effattn.profiling.environment import environment
-from effattn.surgery.checkpoint import check_finite
-from effattn.surgery.swapping import active
 
 METHODS: dict[str, methods.Method] = {
     "optimal": optimal,
@@ -40,7 +39,6 @@ METHODS: dict[str, methods.Method] = {
     "random": methods.random,
 }
 NEED_DATA = ("optimal", "aligned")
-TOKENS_PER_DIMENSION = 10
 
 
 def convert_gqa(
@@ -87,7 +85,7 @@ def convert_gqa(
         )
         raise ValueError(
             f"calibration: got None, {what} needs tokens (int64, at least "
-            f"{_tokens_needed(parts):,}); "
+            f"{tokens_needed(parts):,}); "
             "mean, first and random with refit=False do without"
         )
     if calibration is not None:
@@ -173,7 +171,7 @@ def check_swapped(parts: hf.Anatomy, grouping: str) -> None:
     """Unsupported where what a swap has put in belongs to the heads that there are: what a pattern
     has learned for them, or, where heads change places, whatever differs from head to head (sink
     logits, ALiBi's slopes)."""
-    if active(parts.model) is None:
+    if getattr(parts.model, hooks.ATTRIBUTE, None) is None:
         return
     kind, remedy = (
         type(parts.model).__name__,
@@ -188,45 +186,6 @@ def check_swapped(parts: hf.Anatomy, grouping: str) -> None:
         if held.backend is not None and held.backend.traits.learned:
             learned = f"what {held.pattern} learned for its {layer.kv_heads} K/V heads"
             raise Unsupported(f"{kind}: layer {layer.index} has {learned}; {remedy}")
-
-
-def _tokens_needed(parts: hf.Anatomy) -> int:
-    return TOKENS_PER_DIMENSION * max(
-        parts.embeddings.weight.shape[1], parts.heads * parts.head_dim
-    )
-
-
-def check_calibration(tokens: torch.Tensor, parts: hf.Anatomy, length: int) -> int:
-    """Raises ValueError for unusable calibration tokens; returns the window length to use."""
-    if not isinstance(tokens, torch.Tensor) or tokens.dtype != torch.int64 or tokens.dim() != 1:
-        got = (
-            f"{tokens.dtype} {tuple(tokens.shape)}"
-            if isinstance(tokens, torch.Tensor)
-            else type(tokens).__name__
-        )
-        raise ValueError(f"calibration: got {got}, valid is an int64 tensor (N,) of token ids")
-    needed = _tokens_needed(parts)
-    if len(tokens) < needed:
-        raise ValueError(
-            f"calibration: got {len(tokens):,} tokens, at least {needed:,} are needed "
-            f"({TOKENS_PER_DIMENSION} per hidden dimension); 50,000 are plenty"
-        )
-    vocabulary = parts.embeddings.weight.shape[0]
-    if int(tokens.min()) < 0 or int(tokens.max()) >= vocabulary:
-        raise ValueError(
-            f"calibration: token ids run from {int(tokens.min())} to {int(tokens.max())}, the "
-            "model's vocabulary "
-            f"is 0 to {vocabulary - 1}: was it made with another tokenizer?"
-        )
-    if isinstance(length, bool) or not isinstance(length, int) or length < 1:
-        raise ValueError(f"length: got {length!r}, valid is a number of tokens, at least 1")
-    length = min(length, getattr(parts.config, "max_position_embeddings", None) or length)
-    if len(tokens) < length:
-        raise ValueError(
-            f"length: got windows of {length:,} tokens, calibration has {len(tokens):,}; valid is "
-            "at most that many"
-        )
-    return length
 
 
 def describe_size(parts: hf.Anatomy) -> dict:

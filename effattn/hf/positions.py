@@ -21,6 +21,7 @@ from effattn.positions.base import Part, Trained
 from effattn.positions.bound import Positions
 from effattn.positions.registry import parse
 from effattn.positions.rope import OwnRope
+from effattn.specs import parse_layers
 
 ATTRIBUTE = "_effattn_positions"  # on a model: its `Record`
 LENGTH_DEPENDENT = (
@@ -115,8 +116,6 @@ def active(model: nn.Module) -> Record | None:
 def make(parts: anatomy.Anatomy, positions: str | dict[str | int, str]) -> Order:
     """Checks a request, and what it comes to in this model. ValueError for what means nothing,
     Unsupported for what the model cannot have; nothing is changed."""
-    from effattn.surgery.plan import parse_layers
-
     named = isinstance(positions, dict)
     asked = parse_layers(positions, len(parts.layers), "positions") if named else {}
     if not named:

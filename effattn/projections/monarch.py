@@ -14,7 +14,10 @@ from torch import Tensor, nn
 from effattn.interface import Cost
 from effattn.kernels import monarch as kernel
 from effattn.projections.project import project
-from effattn.registry import format_spec
+from effattn.specs import format_spec
+
+# what a checkpoint says of a MonarchLinear beside its weights
+SAVED = ("blocks", "rank", "spec", "error", "output_error")
 
 
 @dataclass(frozen=True)

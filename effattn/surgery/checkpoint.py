@@ -39,7 +39,7 @@ def save(model: nn.Module, path: str | Path, tokenizer=None) -> Path:
     packing.steady(model)
     require_own_weights(model)
     placement.require_own(model, "save")
-    check_finite(model)
+    placement.check_finite(model)
     with atomic_folder(path) as folder, placement.saving(model):
         learned = record.learned(model)
         plain = {name: tensor for name, tensor in model.state_dict().items() if name not in learned}
@@ -77,7 +77,7 @@ def load(path: str | Path, dtype: torch.dtype | str = "auto") -> nn.Module:
     if "projections" in again or "packed" in again:
         shape = partial(_rebuild, again)
     model = loading.build(name, config, dtype, shape, learned=bool(axes))
-    check_finite(packing.steady(model))
+    placement.check_finite(packing.steady(model))
     if axes:
         swapping.swap(model, **axes)
     if (
@@ -119,18 +119,8 @@ def load_model(name: str | Path, dtype: torch.dtype | str = "auto"):
         from effattn import embedded
 
         model, tokenizer = embedded.load() if dtype == "auto" else embedded.load(dtype)
-        check_finite(model)
+        placement.check_finite(model)
         return model, tokenizer
     folder = resolve(name)
     loading.check_causal(read_config(folder, name), name)
     return load(name, dtype), load_tokenizer(folder)
-
-
-def check_finite(model: nn.Module) -> None:
-    """ValueError naming the first weight that holds NaN or Inf."""
-    for name, tensor in placement.weights(model):
-        if tensor.is_floating_point() and tensor.dtype.itemsize < 2:
-            tensor = tensor.float()  # torch does not ask 8-bit floats
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            bad = int((~torch.isfinite(tensor)).sum())
-            raise ValueError(f"weights: {name} holds NaN or Inf ({bad} of {tensor.numel()} values)")

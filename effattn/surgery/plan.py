@@ -8,7 +8,6 @@ names the layer."""
 from __future__ import annotations
 
 import inspect
-import re
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +18,7 @@ from effattn.errors import Unsupported
 from effattn.hf import anatomy, caches, hooks, placement
 from effattn.hf.positions import LENGTH_DEPENDENT, LayerPositions
 from effattn.interface import Backend
+from effattn.specs import by_layer, format_spec, parse_spec
 
 TRIED = 4  # tokens of a trial
 
@@ -57,13 +57,7 @@ def make(
             f"swap: {', '.join(options)} given beside a dict of layers; write them into its specs"
         )
     options = {name: _literal(value) for name, value in options.items()}
-    layers = len(parts.layers)
-    chosen = (
-        parse_layers(pattern, layers)
-        if isinstance(pattern, dict)
-        else dict.fromkeys(range(layers), pattern)
-    )
-    chosen = {} if pattern is None else chosen
+    chosen = {} if pattern is None else by_layer(pattern, len(parts.layers))
     plans = {index: _plan(parts.layers[index], spec, options) for index, spec in chosen.items()}
     positions, cache = positions or {}, cache or {}
     formats = {index: caches.fit(parts.layers[index], spec) for index, spec in cache.items()}
@@ -109,15 +103,15 @@ def _tie(plans: dict[int, Plan]) -> None:
 
 
 def _plan(layer: anatomy.Layer, spec: str, options: dict) -> Plan:
-    name, given = registry.parse_spec(spec)
+    name, given = parse_spec(spec)
     backend = registry.backend(spec, **options)
-    spec, given = registry.format_spec(name, given | options), given | options
+    spec, given = format_spec(name, given | options), given | options
     pattern, own = spec, None
     if (
         backend.plain and layer.own_window is not None
     ):  # plain transformers' attention is a window in this layer
         own = layer.own_window
-        windowed = registry.format_spec("sliding", {"window": own} | given)
+        windowed = format_spec("sliding", {"window": own} | given)
         backend = registry.backend(windowed)
         pattern = (
             spec if layer.window is None else windowed
@@ -142,39 +136,6 @@ def _literal(value):
     if isinstance(value, Tensor):
         return (value.nonzero().flatten() if value.dtype == torch.bool else value).tolist()
     return value
-
-
-def parse_layers(
-    pattern: dict[str | int, str], layers: int, argument: str = "pattern"
-) -> dict[int, str]:
-    """{"0-3": a, "6-": b} -> {0: a, ..., 6: b, ...}. ValueError for overlaps and layers that do not
-    exist.
-    """
-    if not pattern:
-        raise ValueError(
-            f'{argument}: got an empty dict, valid is for example {{"0-3": "dense", "4-": "dense"}}'
-        )
-    chosen, owner = {}, {}
-    for key, spec in pattern.items():
-        for part in str(key).split(","):
-            match = re.fullmatch(r"\s*(\d+)\s*(-\s*(\d+)?)?\s*", part)
-            if not match:
-                raise ValueError(
-                    f'{argument}: got layers {key!r}, valid are "3", "0-3", "4-" and lists: "0-2,5"'
-                )
-            first = int(match[1])
-            last = first if not match[2] else int(match[3]) if match[3] else layers - 1
-            if first >= layers or last >= layers or last < first:
-                raise ValueError(
-                    f"{argument}: got layers {key!r}, the model has layers 0 to {layers - 1}"
-                )
-            for index in range(first, last + 1):
-                if index in chosen:
-                    raise ValueError(
-                        f"{argument}: layer {index} is in both {owner[index]!r} and {key!r}"
-                    )
-                chosen[index], owner[index] = spec, key
-    return dict(sorted(chosen.items()))
 
 
 def _refuse_impossible(parts: anatomy.Anatomy, plans: dict[int, Plan]) -> None:

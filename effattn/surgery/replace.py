@@ -17,13 +17,13 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from effattn.calibration.tokens import check_calibration
 from effattn.errors import Unsupported, check_choice
 from effattn.hf import anatomy, hooks, placement
 from effattn.hf.weights import is_packed, is_plain
-from effattn.projections.monarch import MonarchLinear, sizes
+from effattn.projections.monarch import SAVED, MonarchLinear, sizes
 from effattn.projections.packed import PackedLinear
-from effattn.registry import format_spec, parse_spec
-from effattn.surgery.plan import parse_layers
+from effattn.specs import by_layer, format_spec, parse_spec
 
 PROJECTIONS = ("dense", "monarch")
 METHODS = ("svd", "data")
@@ -86,8 +86,7 @@ def make(
     repatterned: layers whose pattern is swapped in the same call. ValueError and Unsupported as for
     `effattn.swap`."""
     count = len(parts.layers)
-    of_layer = projections if isinstance(projections, dict) else {f"0-{count - 1}": projections}
-    chosen = parse_layers(of_layer, count, "projections")
+    chosen = by_layer(projections, count, "projections")
     names = {module: name for name, module in parts.model.named_modules()}
     placement.require_here(parts.model, "projections")
     matrices = []
@@ -113,8 +112,6 @@ def make(
             matrices.append(Matrix(names[module], index, module, spec, options))
     length = LENGTH
     if any(m.options is not None and m.options["method"] == "data" for m in matrices):
-        from effattn.heads.gqa import check_calibration
-
         length = check_calibration(calibration, parts, LENGTH)
     return Plan(parts, tuple(matrices), calibration, length)
 
@@ -290,9 +287,6 @@ def errors(model: nn.Module) -> list[dict]:
         )
         for name, m in matrices_of(model).items()
     ]
-
-
-SAVED = ("blocks", "rank", "spec", "error", "output_error")
 
 
 def record(model: nn.Module) -> dict[str, dict]:

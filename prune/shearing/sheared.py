@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from effattn.errors import Unsupported, check_choice
 from effattn.hf import anatomy as hf
 from effattn.hf.adapters import require_own_weights
-from effattn.hf.placement import require_here
+from effattn.hf.placement import check_finite, require_here
 from effattn.prune.shearing import folding
 from effattn.prune.shearing.batch_loading import Domains
 from effattn.prune.shearing.lagrangian import Lagrangian
@@ -35,7 +35,6 @@ from effattn.prune.structural import criteria
 from effattn.prune.structural.compensation import compensate as fit_outputs
 from effattn.prune.structural.compensation import output_module
 from effattn.prune.structural.slicing import Keep, slice_model, sliced_config
-from effattn.surgery.checkpoint import check_finite
 from effattn.training import lending as training
 
 # For the embedded model, 10 % of its pretraining: with so few tokens the parent's predictions teach

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from effattn.errors import Unsupported, check_choice
 from effattn.hf import anatomy as hf
+from effattn.hf.placement import check_finite
 from effattn.profiling.environment import environment
 from effattn.prune.structural import criteria
 from effattn.prune.structural.compensation import check_biases, with_biases
@@ -33,7 +34,6 @@ from effattn.prune.structural.slicing import (
     sliced_config,
 )
 from effattn.prune.unstructured import calibration
-from effattn.surgery.checkpoint import check_finite
 
 TOKENS_PER_DIMENSION = 10  # of an output module that is solved again
 WHAT = {"heads": "key/value heads a layer", "ffn": "FFN dimensions a layer", "layers": "layers"}

@@ -20,13 +20,12 @@ from effattn.calibration.hessian import DAMPING, Hessian, InverseHessian
 from effattn.errors import check_choice
 from effattn.hf import anatomy as hf
 from effattn.hf.adapters import require_own_weights
-from effattn.hf.placement import require_here
+from effattn.hf.placement import check_finite, require_here
 from effattn.prune.unstructured import calibration, layers
 from effattn.prune.unstructured.methods.magnitude import magnitude_mask
 from effattn.prune.unstructured.methods.sparsegpt import BLOCK, sparsegpt
 from effattn.prune.unstructured.methods.wanda import wanda_mask
 from effattn.prune.unstructured.nm import Sparsity
-from effattn.surgery.checkpoint import check_finite
 
 if TYPE_CHECKING:
     from effattn.prune.unstructured.report import OneShotReport

@@ -7,19 +7,20 @@ through the grammar of `effattn.swap`."""
 from __future__ import annotations
 
 import difflib
-import inspect
 import math
 import re
 from collections.abc import Iterator
 
 import torch
 
-from effattn import registry
+from effattn.axes import options_of
 from effattn.errors import check_choice
 from effattn.hf import caches
 from effattn.hf.weight_files import one_line
 from effattn.positions.registry import parse as parse_positions
-from effattn.surgery.replace import SAVED
+from effattn.projections.monarch import SAVED
+from effattn.registry import BACKENDS
+from effattn.specs import parse_spec
 
 # in config.json, and its attn_implementation where plain transformers must not load it
 KEY = "effattn"
@@ -210,9 +211,8 @@ def _check_specs(where: str, axis: str, specs, layers: int, bound: int) -> None:
 
 def _check_pattern(spec: str, bound: int) -> None:
     """Without building the backend, whose weights may be as large as its options say."""
-    name, options = registry.parse_spec(spec)
-    cls = registry.backends().get(check_choice("backend", name, registry.backends()))
-    valid = [option for option in inspect.signature(cls.__init__).parameters if option != "self"]
+    name, options = parse_spec(spec)
+    valid = options_of(BACKENDS.find(name))
     for option, value in options.items():
         check_choice(f"{name}: option", option, valid)
         for one in value if isinstance(value, list | tuple) else [value]:
@@ -260,4 +260,4 @@ def _check_projection(where: str, entry) -> None:
             raise ValueError(
                 f"{where}: {name}: got {value!r:.80}, valid is a finite number or null"
             )
-    registry.parse_spec(entry["spec"])
+    parse_spec(entry["spec"])
