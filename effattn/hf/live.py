@@ -13,13 +13,13 @@ from transformers.utils.import_utils import is_tracing
 from effattn.errors import Unsupported
 from effattn.hf import position_ids
 from effattn.hf.anatomy import Rotary
-from effattn.hf.caches import LayerCache
 from effattn.hf.families import sliding_window
 from effattn.hf.hooks import ATTRIBUTE, CAPTURE, GLOBAL, NAME
 from effattn.hf.positions import LayerPositions
 from effattn.hf.state_layer import Handle
 from effattn.interface import Backend
 from effattn.states.base import State
+from effattn.states.caches import LayerCache
 
 PACKED = (
     "packed documents (position_ids that restart) or an extra mask function: after a swap, "

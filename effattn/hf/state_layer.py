@@ -30,8 +30,8 @@ from effattn.states.base import State
 from effattn.states.full import ROLLBACK, FullState
 
 if TYPE_CHECKING:
-    from effattn.hf.caches import LayerCache
     from effattn.hf.live import LayerSwap
+    from effattn.states.caches import LayerCache
 
 PLAIN = (DynamicLayer, DynamicSlidingWindowLayer)
 CANDIDATES = "_effattn_candidates"  # on a Cache: how many of a call's last tokens may be taken back

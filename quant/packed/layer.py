@@ -14,12 +14,10 @@ from transformers.cache_utils import CacheLayerMixin
 
 from effattn.errors import Unsupported
 from effattn.hf import anatomy, caches, hooks, live, state_layer
-from effattn.quant.packed.static import StaticState
+from effattn.quant.formats import BITS
 from effattn.specs import format_spec, parse_spec
 from effattn.surgery import plan as planning
 from effattn.surgery.swapping import swap
-
-BITS = {8: "int8", 4: "int4", 2: "int2"}
 
 
 def cache(
@@ -57,12 +55,7 @@ def cache(
     held = {layer.index: getattr(layer.attention, hooks.ATTRIBUTE, None) for layer in parts.layers}
     for index, one in formats.items():
         raw = held[index] is not None and held[index].rotary is not None
-        if (
-            one is not None
-            and one.format.pre_rope
-            and not raw
-            and parts.layers[index].rotary is not None
-        ):
+        if one is not None and one.raw_keys and not raw and parts.layers[index].rotary is not None:
             raise Unsupported(
                 f"cache: layer {index}: pre_rope=True needs a model that hands over its keys "
                 "before their rotation; "
@@ -107,7 +100,12 @@ def _check_static(parts: anatomy.Anatomy, formats: dict, held: dict, max_length:
                 "for layers that see "
                 "everything; leave out max_length: rings have a bounded size anyway"
             )
-        if format.format.pre_rope or (swapped is not None and swapped.raw_keys):
+        if format.static_state(max_length) is None:
+            raise Unsupported(
+                f"cache: layer {layer.index}: {format.spec!r} has no static form; leave out "
+                "max_length"
+            )
+        if format.raw_keys or (swapped is not None and swapped.raw_keys):
             raise Unsupported(
                 f"cache: layer {layer.index}: max_length and raw keys (pre_rope) cannot be combined"
             )
@@ -128,7 +126,7 @@ def _layer(
 ) -> CacheLayerMixin:
     """The layer for one format; `own` is what plain transformers has there."""
     if max_length is not None:
-        state = StaticState(format.format, max_length)
+        state = format.static_state(max_length)
         return state_layer.FixedLayer(swapped.index, swapped.holds, state, format, given=True)
     if format is not None:
         return state_layer.StateLayer(

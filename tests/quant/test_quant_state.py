@@ -13,12 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from effattn.errors import Unsupported
-from effattn.hf.caches import LayerCache
 from effattn.kernels.decode import packed
 from effattn.kernels.pack import pack, unpack
 from effattn.positions import Rope
 from effattn.profiling.memory import PeakMemory
 from effattn.quant.formats import Format
+from effattn.quant.packed.kind import Packed
 from effattn.quant.packed.ring import PackedRing
 from effattn.quant.packed.state import PackedState
 from effattn.registry import backend
@@ -46,7 +46,7 @@ def format_of(spec: str, dim: int = D) -> Format:
 
 
 def state_of(spec: str, pattern: str = "dense"):
-    return LayerCache(spec, format_of(spec)).new_state(backend(pattern))
+    return Packed(spec, format_of(spec)).new_state(backend(pattern))
 
 
 def qkv(batch: int, tokens: int, draw: torch.Generator, dtype=torch.float32):
