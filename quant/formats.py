@@ -112,7 +112,7 @@ class Format:
         pre_rope: bool = False,
         rotate: str | bool | None = None,
     ) -> Format:
-        """k: of the keys, one of `FORMATS`; v: of the values, also as a number of bits (as the keys).
+        """k: of the keys, one of `FORMATS`; v: of the values, or a number of bits (as the keys).
 
         group: 16 to 256, a power of two; by default 128 for int8 and fp8, 64 for int4 and 32 for
         int2. symmetric: no zero points (by default for int8 only; fp8 never has them)."""

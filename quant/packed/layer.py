@@ -13,7 +13,9 @@ from transformers import DynamicCache
 from transformers.cache_utils import CacheLayerMixin
 
 from effattn.errors import Unsupported
-from effattn.hf import anatomy, caches, hooks, live, state_layer
+from effattn.hf import anatomy, caches, hooks, state_layer
+from effattn.hf.cache import new_layer
+from effattn.hf.swapped_layer import SwappedLayer
 from effattn.quant.formats import BITS
 from effattn.specs import format_spec, parse_spec
 from effattn.surgery import plan as planning
@@ -111,7 +113,7 @@ def _check_static(parts: anatomy.Anatomy, formats: dict, held: dict, max_length:
             )
 
 
-def _forgets(layer: anatomy.Layer, swapped: live.LayerSwap | None, max_length: int) -> bool:
+def _forgets(layer: anatomy.Layer, swapped: SwappedLayer | None, max_length: int) -> bool:
     """Whether a layer sees less than all of `max_length` tokens."""
     if swapped is None or swapped.backend is None or swapped.pattern == "dense":
         return layer.own_window is not None and layer.own_window < max_length
@@ -119,7 +121,7 @@ def _forgets(layer: anatomy.Layer, swapped: live.LayerSwap | None, max_length: i
 
 
 def _layer(
-    swapped: live.LayerSwap,
+    swapped: SwappedLayer,
     format: caches.LayerCache | None,
     own: CacheLayerMixin,
     max_length: int | None,
@@ -135,7 +137,7 @@ def _layer(
     if swapped.backend is None:
         return own
     if swapped.cache is None:
-        return state_layer.new_layer(swapped)
+        return new_layer(swapped)
     return state_layer.StateLayer(
         swapped.index, swapped.holds, swapped.backend.new_state(), given=True
     )
