@@ -1,6 +1,6 @@
 """Quantization: packed key/value caches, and weights.
 
-    effattn.swap(model, cache="int4(group=64, residual=128)")                # then model.generate(ids)
+    effattn.swap(model, cache="int4(group=64, residual=128)")          # then model.generate(ids)
     model.generate(ids, past_key_values=effattn.quant.cache(model, bits=4))  # one cache by itself
 
 Every public name is imported at its first use.
