@@ -7,8 +7,8 @@ from pathlib import Path
 import effattn
 
 output = Path(sys.argv[1] if len(sys.argv) > 1 else tempfile.mkdtemp())
-calibration = effattn.embedded.tokens("train", 8_192)
-held_out = effattn.embedded.tokens("validation", 4_096)
+calibration = effattn.embedded.tokens("train", 4_096)
+held_out = effattn.embedded.tokens("validation", 2_048)
 
 
 def size(folder: Path) -> int:
