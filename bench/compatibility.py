@@ -16,8 +16,8 @@ from torch import nn
 
 import effattn
 from effattn.errors import check_choice
-from effattn.registry import format_spec
 from effattn.reports.tables import Table, markdown_text
+from effattn.specs import format_spec
 
 MARKER = re.compile(r"(<!-- code:(?P<block>\w+) -->\n).*?(<!-- /code -->)", re.DOTALL)
 WHERE = re.compile(r"^(\w+ cannot be swapped, layers 0: |layer 0: )+")  # how a refusal begins

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from effattn.recipes.console import console, one_line_errors
 
 from bench import compatibility, pages
+from effattn.recipes.console import console, one_line_errors
 from effattn.reports.files import write_text_atomic
 from effattn.reports.tables import Table
 

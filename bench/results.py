@@ -8,12 +8,13 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
+
+import bench
+import effattn
 import effattn.kernels
 import effattn.prune
 import effattn.quant
-import torch
-
-import effattn
 from effattn.profiling.environment import device_name, module_version
 from effattn.reports.files import finite, write_all_atomic
 
@@ -26,12 +27,8 @@ CASES = "bench/rows"
 def sources() -> str:
     """A digest of the package's sources: results of other code are not added to."""
     found: dict[str, bytes] = {}
-    for package in (
-        effattn,
-        effattn.kernels,
-        effattn.prune,
-        effattn.quant,
-    ):  # folders beside each other in a checkout
+    # folders beside each other in a checkout
+    for package in (effattn, effattn.kernels, effattn.prune, effattn.quant, bench):
         root = Path(package.__file__).parent
         for file in root.rglob("*.py"):
             found[f"{package.__name__}/{file.relative_to(root).as_posix()}".replace(".", "/")] = (

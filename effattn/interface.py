@@ -159,18 +159,14 @@ class Backend(nn.Module):
     traits: ClassVar[Traits]
     implementations: ClassVar[tuple[str, ...]] = ("auto", "torch", "reference")
     plain: ClassVar[bool] = False  # the same function as the attention that plain transformers runs
-    extras: ClassVar[
-        tuple[str, ...]
-    ] = ()  # which of softcap, sink_logits and global_qkv the method can honour
-    per_kv_head: tuple[
-        str, ...
-    ] = ()  # names of parameters and buffers whose first size is the number of K/V heads
-    tied: tuple[
-        str, ...
-    ] = ()  # names of parameters that `effattn.swap` makes one for all layers of the same pattern
-    straight_through: tuple[
-        str, ...
-    ] = ()  # which of q, k and v have gradients that are not the function's slopes
+    # which of softcap, sink_logits and global_qkv the method can honour
+    extras: ClassVar[tuple[str, ...]] = ()
+    # names of parameters and buffers whose first size is the number of K/V heads
+    per_kv_head: tuple[str, ...] = ()
+    # names of parameters that `effattn.swap` makes one for all layers of the same pattern
+    tied: tuple[str, ...] = ()
+    # which of q, k and v have gradients that are not the function's slopes
+    straight_through: tuple[str, ...] = ()
     farthest: int | None = (
         None  # first keys see a query at this position at most (sinks); None: where it is
     )
@@ -279,9 +275,8 @@ class Backend(nn.Module):
         if state is not None:
             state.ready(learning=self._learning(q, k, v))
         unpadded = padding_mask is None and (state is None or state.real is None)
-        if unpadded or (
-            state is None and self.plain and rotary is None
-        ):  # dense attention has no positions
+        # dense attention has no positions
+        if unpadded or (state is None and self.plain and rotary is None):
             out = run(q, k, v, padding_mask, state, extras)
         else:
             out = padding.attend(run, q, k, v, padding_mask, state, extras)
@@ -323,9 +318,8 @@ class Backend(nn.Module):
             if isinstance(layout, Inside):
                 k, rules = raw, {"turn": turn_of(rotary)}
         scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-        with torch.autocast(
-            q.device.type, enabled=False
-        ):  # the inputs' dtype is what the caller asked for
+        # the inputs' dtype is what the caller asked for
+        with torch.autocast(q.device.type, enabled=False):
             return self.attend(
                 q, k, v, Call(causal, layout, scale, q_first=q_first, **rules, **extras)
             )

@@ -21,9 +21,8 @@ from torch import Tensor
 from effattn.states.base import State
 from effattn.states.full import FullState
 
-Run = Callable[
-    ..., Tensor
-]  # (q, k, v, mask, state, extras) -> out; mask: None, or padding on the left alone
+# (q, k, v, mask, state, extras) -> out; mask: None, or padding on the left alone
+Run = Callable[..., Tensor]
 
 
 class Mask:
@@ -204,9 +203,8 @@ def _row_by_row(
         out = q.new_zeros(1, *q.shape[1:3], v.shape[3])
         keys, queries = new[index].nonzero()[:, 0], asked[index].nonzero()[:, 0]
         if len(keys):
-            some = (
-                queries if len(queries) else queries.new_zeros(1)
-            )  # the row has to take its tokens in all the same
+            # the row has to take its tokens in all the same
+            some = queries if len(queries) else queries.new_zeros(1)
             one = slice(index, index + 1)
             own = [
                 x[one].index_select(2, at)

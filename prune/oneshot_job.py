@@ -1,9 +1,9 @@
 """The whole job behind `recipes/prune_oneshot.py` and `effattn prune oneshot`.
 
-Prune from file to file (`effattn.prune.unstructured.from_files`), and, where the model fits into memory three
-times: measure before and after, compare methods, distil with the zeros kept, time decoding, and
-prove that plain transformers loads the result. `.<output>.partial` beside the output keeps an
-unfinished run; the same command goes on from there."""
+Prune from file to file (`effattn.prune.unstructured.from_files`), and, where the model fits into
+memory three times: measure before and after, compare methods, distil with the zeros kept, time
+decoding, and prove that plain transformers loads the result. `.<output>.partial` beside the output
+keeps an unfinished run; the same command goes on from there."""
 
 from __future__ import annotations
 
@@ -19,6 +19,17 @@ from pathlib import Path
 from typing import ClassVar
 
 import torch
+
+from effattn import embedded
+from effattn.bounds import Checked, random_seed, real, whole
+from effattn.calibration.hessian import DAMPING
+from effattn.errors import check_choice
+from effattn.evaluate.loss import compare
+from effattn.hf.verify import verify_plain
+from effattn.outputs import atomic_folder, check_new_folder, check_room
+from effattn.profiling.decode import decode_speed
+from effattn.profiling.environment import environment
+from effattn.profiling.memory import available_bytes
 from effattn.prune.unstructured import layers
 from effattn.prune.unstructured.from_files import FACTS, prune_files, resume
 from effattn.prune.unstructured.nm import Sparsity
@@ -35,17 +46,6 @@ from effattn.recipes.jobs import (
     partial_folder,
     settings_of,
 )
-
-from effattn import embedded
-from effattn.bounds import Checked, random_seed, real, whole
-from effattn.calibration.hessian import DAMPING
-from effattn.errors import check_choice
-from effattn.evaluate.loss import compare
-from effattn.hf.verify import verify_plain
-from effattn.outputs import atomic_folder, check_new_folder, check_room
-from effattn.profiling.decode import decode_speed
-from effattn.profiling.environment import environment
-from effattn.profiling.memory import available_bytes
 from effattn.surgery.checkpoint import load_model, load_tokenizer, resolve
 from effattn.textdata import Streams, streams
 
@@ -114,9 +114,8 @@ def run(job: Job, show: Quiet | None = None) -> OneShotReport:
     show, main = show or Quiet(), main_process()
     check_job(job)
     source = folder_of(job.model)
-    layers.StreamedModel(
-        layers.Checkpoint(source)
-    )  # what cannot be pruned is refused before anything is written
+    # what cannot be pruned is refused before anything is written
+    layers.StreamedModel(layers.Checkpoint(source))
     place = device(job.device)
     check_room("output", job.output, weight_bytes(source))
     with show.stage("reading text"):
@@ -255,7 +254,7 @@ def _measured(
     main,
 ):
     """Fills in what needs the models in memory; returns the pruned (and distilled) model."""
-    from effattn.heads.job import measure_parent
+    from effattn.evaluate.loss import measure_parent
 
     with show.stage("loading both models"):
         (parent, _), (student, _) = (load_model(folder) for folder in (source, pruned))

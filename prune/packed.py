@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from effattn.kernels import sparse24
 from torch import nn
 
 from effattn.errors import check_choice
@@ -18,6 +17,7 @@ from effattn.hf import anatomy
 from effattn.hf.adapters import require_own_weights
 from effattn.hf.placement import require_here
 from effattn.hf.weights import is_plain
+from effattn.kernels import sparse24
 from effattn.projections.packed import LARGE, PackedLinear
 from effattn.surgery.record import mark
 

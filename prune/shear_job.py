@@ -15,6 +15,19 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
+from transformers import AutoModelForCausalLM
+
+from effattn import embedded
+from effattn.bounds import Checked, random_seed, real, whole
+from effattn.errors import Unsupported, check_choice
+from effattn.evaluate.loss import compare, measure_parent
+from effattn.hf import anatomy as hf
+from effattn.hf.verify import verify_plain
+from effattn.outputs import atomic_folder, check_new_folder
+from effattn.profiling.cost import model_cost
+from effattn.profiling.decode import decode_speed
+from effattn.profiling.environment import environment
+from effattn.profiling.timing import Clock, alternate, percentiles
 from effattn.prune.shearing import sheared
 from effattn.prune.shearing.batch_loading import RULES, Domains
 from effattn.prune.shearing.data import DomainText, domain_text
@@ -30,20 +43,6 @@ from effattn.recipes.jobs import (
     main_process,
     partial_folder,
 )
-from transformers import AutoModelForCausalLM
-
-from effattn import embedded
-from effattn.bounds import Checked, random_seed, real, whole
-from effattn.errors import Unsupported, check_choice
-from effattn.evaluate.loss import compare
-from effattn.heads.job import measure_parent
-from effattn.hf import anatomy as hf
-from effattn.hf.verify import verify_plain
-from effattn.outputs import atomic_folder, check_new_folder
-from effattn.profiling.cost import model_cost
-from effattn.profiling.decode import decode_speed
-from effattn.profiling.environment import environment
-from effattn.profiling.timing import Clock, alternate, percentiles
 from effattn.surgery.checkpoint import check_finite, load_model, resolve
 from effattn.surgery.describing import describe
 from effattn.surgery.swapping import active

@@ -11,21 +11,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from effattn import embedded
+from effattn.bounds import Bounds, Checked, random_seed, whole
+from effattn.errors import check_choice
+from effattn.evaluate.loss import compare, measure_parent
+from effattn.hf import anatomy as hf
+from effattn.hf.verify import verify_plain
+from effattn.outputs import atomic_folder, check_new_folder
+from effattn.profiling.decode import decode_speed
 from effattn.prune.structural.criteria import CRITERIA
 from effattn.prune.structural.criteria.base import TARGETS
 from effattn.prune.structural.removal import plan_of, structured
 from effattn.prune.structural.report import StructuredReport
 from effattn.recipes.jobs import Quiet, device, holds_output
-
-from effattn import embedded
-from effattn.bounds import Bounds, Checked, random_seed, whole
-from effattn.errors import check_choice
-from effattn.evaluate.loss import compare
-from effattn.heads.job import measure_parent
-from effattn.hf import anatomy as hf
-from effattn.hf.verify import verify_plain
-from effattn.outputs import atomic_folder, check_new_folder
-from effattn.profiling.decode import decode_speed
 from effattn.surgery.checkpoint import load_model
 from effattn.textdata import Streams, streams
 

@@ -1,8 +1,10 @@
 """In which bytes a cache is kept: "int4(group=64, residual=128)" and what it costs.
 
 format = Format.parse("int4(v=2, residual=64)")
-format, said = format.fit(head_dim=32)            # "values: groups of 32 channels instead of 64, ..."
-format.bytes_per_token(kv_heads=8, head_dim=128)  # of the packed tokens, scales included
+# said: "values: groups of 32 channels instead of 64, ..."
+format, said = format.fit(head_dim=32)
+# of the packed tokens, scales included
+format.bytes_per_token(kv_heads=8, head_dim=128)
 """
 
 from __future__ import annotations
@@ -10,9 +12,8 @@ from __future__ import annotations
 import inspect
 from dataclasses import dataclass, field, replace
 
-from effattn.kernels.pack.codes import AXES, KINDS, Coding
-
 from effattn.errors import check_choice
+from effattn.kernels.pack.codes import AXES, KINDS, Coding
 from effattn.registry import format_spec, parse_spec
 
 GROUPS = (16, 32, 64, 128, 256)
@@ -110,7 +111,7 @@ class Format:
         return self.spec
 
     # Sizes
-    # --------------------------------------------------------------------------------------------------------
+    # ----------------------------------------------------------------------------------------------
 
     @property
     def flush(self) -> int:

@@ -1,7 +1,9 @@
 """Hadamard rotation of keys and values before they are quantized (QuaRot, arXiv:2404.00456).
 
-    k = hadamard(k)     # spreads a channel's outliers over the head dimension; hadamard(hadamard(k)) is k
-    fold_values(model)  # the values' rotation as a part of the weights, at no cost afterwards
+    # spreads a channel's outliers over the head dimension; hadamard(hadamard(k)) is k
+    k = hadamard(k)
+    # the values' rotation as a part of the weights, at no cost afterwards
+    fold_values(model)
 
 Scores do not change when queries and keys are both rotated, and outputs do not when the values'
 rotation is undone after the weighted sum: the rotation is orthogonal. A cache with `rotate` does
@@ -36,9 +38,8 @@ def hadamard(x: Tensor) -> Tensor:
     block = block_of(x.shape[-1])
     work = torch.promote_types(x.dtype, torch.float32)
     rows = x.to(work).unflatten(-1, (-1, block))
-    matrix = (
-        _matrix.__wrapped__ if torch.compiler.is_compiling() else _matrix
-    )  # graphs keep constants themselves
+    # graphs keep constants themselves
+    matrix = _matrix.__wrapped__ if torch.compiler.is_compiling() else _matrix
     return (rows @ matrix(block, work, x.device)).flatten(-2).to(x.dtype)
 
 

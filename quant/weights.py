@@ -93,9 +93,8 @@ def _bitsandbytes():
         raise Unsupported(
             f"weights: bitsandbytes cannot be imported ({error}); pip install bitsandbytes"
         ) from None
-    logging.getLogger("bitsandbytes.autograd._functions").setLevel(
-        logging.ERROR
-    )  # a warning a call about fp16
+    # a warning a call about fp16
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
     return bitsandbytes
 
 

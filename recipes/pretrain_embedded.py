@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from effattn.recipes.console import one_line_errors
 
 from effattn.embedded.pretrain import pretrain
+from effattn.recipes.console import one_line_errors
 
 
 @one_line_errors

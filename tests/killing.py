@@ -22,13 +22,13 @@ TRAINED = dict(length=32, evaluation_tokens=128, overrides=CPU, seed=1)
 
 
 def convert(model, text, out):
-    from effattn.heads.job import Job, run
+    from effattn.recipes.convert_gqa import Settings, run
 
     return run(
-        Job(
-            model,
+        Settings(
             2,
             out,
+            model,
             text=(text,),
             calibration_tokens=640,
             uptrain_tokens=4 * 64,
@@ -183,17 +183,16 @@ def quick_parts() -> None:
     """Without what has nothing to do with files and takes long: the proof in a fresh process, and
     timing.
     """
+    import effattn.hf.verify
+    import effattn.linearizing.job
+    import effattn.measuring.job
     import effattn.prune.oneshot_job
     import effattn.prune.shear_job
     import effattn.prune.structured_job
-
-    import effattn.heads.job
-    import effattn.linearizing.job
-    import effattn.measuring.job
     from effattn.profiling.device import Peaks
 
     for module in (
-        effattn.heads.job,
+        effattn.hf.verify,
         effattn.prune.oneshot_job,
         effattn.prune.shear_job,
         effattn.prune.structured_job,
@@ -260,6 +259,7 @@ def cut_in_half(kind: str, at: int) -> None:
 def child(request: dict, counted: mmap.mmap) -> int:
     """One run; its exit code."""
     import typer
+
     from effattn.recipes.console import one_line_errors
 
     where = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
@@ -282,9 +282,8 @@ def child(request: dict, counted: mmap.mmap) -> int:
 
 def serve() -> None:
     import effattn.quant.sensitivity.job
-    from effattn.recipes.console import quiet_libraries
-
     import effattn.swapping.job  # noqa: F401  before the first fork
+    from effattn.recipes.console import quiet_libraries
 
     quiet_libraries()
     quick_parts()

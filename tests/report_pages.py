@@ -6,10 +6,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from effattn.prune.shearing.report import ShearReport
-from effattn.prune.structural.report import StructuredReport
-from effattn.prune.unstructured.report import OneShotReport
-from effattn.quant.sensitivity.report import QuantizeReport
 from test_conversion_report import data as conversion_data
 from test_extend_recipe import data as article_data
 from test_measure_report import data as measure_data
@@ -21,6 +17,10 @@ from effattn.heads.report import ConversionReport, compare_html
 from effattn.linearizing.approximation_report import ApproximationReport
 from effattn.linearizing.report import LinearizeReport
 from effattn.measuring.report import Report as MeasureReport
+from effattn.prune.shearing.report import ShearReport
+from effattn.prune.structural.report import StructuredReport
+from effattn.prune.unstructured.report import OneShotReport
+from effattn.quant.sensitivity.report import QuantizeReport
 from effattn.reports.page import Section, page
 from effattn.reports.plots import (
     AFTER,
@@ -470,13 +470,8 @@ UNITS = [  # label, time, size, count, ratio; in the order of each column ascend
     ["d", "450 µs", "1.2 MiB", "<= 70,000", "-"],
     ["e", "2 min", "12 B", "1e6", "-0.5x"],
 ]
-ORDER = [
-    "abcde",
-    "dabec",
-    "eadbc",
-    "abcde",
-    "ebadc",
-]  # labels ascending by each column; unknown last, in the order they had
+# labels ascending by each column; unknown last, in the order they had
+ORDER = ["abcde", "dabec", "eadbc", "abcde", "ebadc"]
 
 
 def plots() -> str:
@@ -511,9 +506,8 @@ def plots() -> str:
     )
 
 
-PAGES: dict[
-    str, tuple[Callable[[], str], int]
-] = {  # name -> (maker of the HTML, its number of plots)
+# name -> (maker of the HTML, its number of plots)
+PAGES: dict[str, tuple[Callable[[], str], int]] = {
     "prune_oneshot": (prune_oneshot, 3),
     "conversion": (conversion, 5),
     "sweep": (sweep, 4),

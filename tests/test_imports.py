@@ -24,7 +24,7 @@ LAYERS = [
     # torch and triton only
     ["kernels"],
     # no model, no tensors: errors, bounds of numbers, files and folders, pages
-    ["errors", "bounds", "locking", "permissions", "outputs", "resuming", "reports"],
+    ["errors", "bounds", "locking", "permissions", "outputs", "resuming", "reports", "stages"],
     # ONE attention layer, no model
     ["registry", "interface", "checks", "padding", "kmeans", "states", "positions", "patterns"],
     ["projections"],
@@ -124,7 +124,7 @@ def test_no_module_is_in_a_cycle():
         name: {module for module, _, _ in arrows(name) if module not in (name, "effattn")}
         for name in MODULES
     }
-    # Tarjan's components, iteratively would be longer: the graph is a few hundred modules deep at most
+    # Tarjan's components; iteratively would be longer, and the graph is a few hundred modules deep
     index, low, stack, cycles = {}, {}, [], []
 
     def visit(name: str) -> None:

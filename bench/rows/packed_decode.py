@@ -10,15 +10,15 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
+
+from bench.case import Case, Contender, Ratio, Target
+from bench.peers import find
+from effattn.interface import Cost
 from effattn.kernels import decode
 from effattn.kernels.decode.packed import PackedCache, attention
 from effattn.kernels.flash.reference import attention as reference
 from effattn.kernels.pack import pack, unpack
 from effattn.quant.formats import Format
-
-from bench.case import Case, Contender, Ratio, Target
-from bench.peers import find
-from effattn.interface import Cost
 
 PLAIN, QUANTIZED = "effattn full", "transformers-QuantizedCache"
 SOURCE = "packed caches: the bytes they save"
@@ -64,9 +64,8 @@ class PackedDecode(Case):
 
     def sets(self, device):
         itemsize = getattr(torch, self.dtype).itemsize
-        size = (
-            2 * self.batch * self.kv_heads * self.tokens * self.dim * itemsize // 4
-        )  # of the packed ones, about
+        # of the packed ones, about
+        size = 2 * self.batch * self.kv_heads * self.tokens * self.dim * itemsize // 4
         return max(2, math.ceil(COLD[device.type] / size)) if size < COLD[device.type] else 1
 
     def answers(self, call, inputs):

@@ -9,17 +9,17 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from effattn.kernels import decode, flash
-from effattn.kernels.decode import Turn
-from effattn.kernels.decode.turn import rotate
-from effattn.kernels.flash import Far
-from effattn.kernels.flash.reference import attention as reference
 from torch import Tensor
 
 import effattn
 from bench.attention import Attention, length_name
 from bench.case import Contender, Ratio, Target
 from bench.peers import find
+from effattn.kernels import decode, flash
+from effattn.kernels.decode import Turn
+from effattn.kernels.decode.turn import rotate
+from effattn.kernels.flash import Far
+from effattn.kernels.flash.reference import attention as reference
 
 FORWARD, TRAINING, DECODE = "forward", "forward+backward", "decode"
 TITLE = "ReRoPE"

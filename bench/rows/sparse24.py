@@ -9,11 +9,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from effattn.kernels import sparse24
 from torch import Tensor
 
 from bench.case import Absent, Case, Contender, Ratio, Target
 from effattn.interface import Cost
+from effattn.kernels import sparse24
 
 DENSE, SEMI, OURS = "torch dense", "torch semi-structured", "effattn packed 2:4"
 SIZES = ((4096, 4096), (4096, 14336), (14336, 4096), (8192, 28672))  # outputs, inputs

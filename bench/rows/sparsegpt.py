@@ -9,13 +9,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from effattn.prune.unstructured.methods.sparsegpt import BLOCK, sparsegpt
-from effattn.prune.unstructured.reference import sparsegpt_reference
 
 from bench.case import Case, Contender, Ratio, Target
 from bench.peers import find
 from effattn.calibration.hessian import DAMPING, InverseHessian
 from effattn.interface import Cost
+from effattn.prune.unstructured.methods.sparsegpt import BLOCK, sparsegpt
+from effattn.prune.unstructured.reference import sparsegpt_reference
 
 WIDTH, CHECKED = 4096, 256
 ALONE, OURS, PEER = (
@@ -42,9 +42,8 @@ class Layer(Case):
         draw = torch.Generator(device).manual_seed(seed)
         weight = torch.randn(tokens, tokens, generator=draw, device=device)
         x = torch.randn(2 * tokens, tokens, generator=draw, device=device)
-        x += torch.randn(
-            2 * tokens, 1, generator=draw, device=device
-        )  # features that move together
+        # features that move together
+        x += torch.randn(2 * tokens, 1, generator=draw, device=device)
         return [weight, x.T @ x / tokens]
 
     def answers(self, call, inputs):

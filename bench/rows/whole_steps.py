@@ -11,10 +11,6 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from effattn.kernels.decode.turn import rotate
-from effattn.kernels.flash import Far
-from effattn.kernels.flash.reference import attention as reference
-from effattn.quant.packed.state import New, PackedState
 from torch import Tensor
 
 import effattn
@@ -23,6 +19,10 @@ from bench.case import Case, Contender, Ratio, Target
 from bench.peers import find
 from bench.rows.packed_decode import COLD, CPU, FORMATS, format_of, meant, packed_cache
 from bench.rows.rerope import GPU, inv_freq
+from effattn.kernels.decode.turn import rotate
+from effattn.kernels.flash import Far
+from effattn.kernels.flash.reference import attention as reference
+from effattn.quant.packed.state import New, PackedState
 
 WHO = "DynamicCache+SDPA"
 PLAIN = f"{WHO} dense"
@@ -66,9 +66,8 @@ class Layers:
             if not self.raw:
                 cos, sin = tables(0, past, q.shape[3], q.device)
                 turned = rotate(past_k, cos, sin)
-                self.tables = self.tables or tables(
-                    past, STEPS, q.shape[3], q.device
-                )  # a model makes them once a step
+                # a model makes them once a step
+                self.tables = self.tables or tables(past, STEPS, q.shape[3], q.device)
             self.layers[key] = [self.new(turned, past_v), 0]
         layer = self.layers[key]
         if not self.raw:
@@ -130,9 +129,8 @@ def _truth(
     now = tables(past, 1, case.dim, device, torch.float64)
     turned = rotate(past_k, *before)
     if spec is not None:
-        own = rotate(
-            inputs[3], *tables(0, past, case.dim, device)
-        )  # in the numbers that were packed
+        # in the numbers that were packed
+        own = rotate(inputs[3], *tables(0, past, case.dim, device))
         turned, past_v = meant(packed_cache(spec, own, inputs[4]))
     keys, values = torch.cat([turned, rotate(k, *now)], dim=2), torch.cat([past_v, v], dim=2)
     distance = past - torch.arange(past + 1, device=device)

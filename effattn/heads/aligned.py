@@ -21,15 +21,13 @@ def aligned(heads: Heads) -> Merged:
     key, key_maps = torch.empty_like(heads.keys[0]), heads.keys.new_zeros(n, d, d)
     real, imaginary = heads.pairs
     rest = heads.rest
-    if (
-        heads.normed == "layer"
-    ):  # LayerNorm subtracts a mean over the head: no rotation commutes with it
+    # LayerNorm subtracts a mean over the head: no rotation commutes with it
+    if heads.normed == "layer":
         real, imaginary, rest = real[:0], imaginary[:0], torch.arange(d)
     if len(real):
         z = torch.complex(heads.keys[:, real], heads.keys[:, imaginary])  # (n, R/2, D1)
-        turns = _phases(
-            torch.einsum("afi,ij,bfj->fab", z, heads.moment.to(z), z.conj())
-        )  # (R/2, n)
+        # (R/2, n)
+        turns = _phases(torch.einsum("afi,ij,bfj->fab", z, heads.moment.to(z), z.conj()))
         mean = torch.einsum("fa,afi->fi", turns, z) / n
         mean = mean * _restore(z, mean, heads.moment, per_row=True)
         key[real], key[imaginary] = mean.real, mean.imag

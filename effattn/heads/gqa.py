@@ -252,9 +252,8 @@ def _convert(
         if runner:
             moment, targets, inputs = _observe(runner, layer, teacher)
         heads = _heads(layer, moment, seed + 1000 * number)
-        if (
-            moment is not None and not moment[:-1, :-1].any()
-        ):  # a norm of gain 0: nothing tells one head from another
+        # a norm of gain 0: nothing tells one head from another
+        if moment is not None and not moment[:-1, :-1].any():
             heads = _heads(layer, None, seed + 1000 * number)
         groups = contiguous(layer.kv_heads, kv_heads)
         if grouping == "similarity":

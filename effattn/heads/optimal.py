@@ -55,9 +55,8 @@ def _complex_rank_one(
     weights = weights.clamp_min(FLOOR * weights.amax())
     root = weights.sqrt().T  # (F, n)
     covariance = torch.einsum("afi,ij,bfj->fab", z, moment.to(z), z.conj())
-    u = torch.linalg.eigh(root[:, :, None] * covariance * root[:, None, :]).eigenvectors[
-        ..., -1
-    ]  # (F, n)
+    # (F, n)
+    u = torch.linalg.eigh(root[:, :, None] * covariance * root[:, None, :]).eigenvectors[..., -1]
     # The eigenvector's phase is arbitrary: make its largest entry real, so that k' leans on a real
     # head.
     lead = u.gather(1, u.abs().argmax(1, keepdim=True))

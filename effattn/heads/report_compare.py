@@ -67,9 +67,8 @@ def compare_html(reports: Sequence[ConversionReport]) -> str:
     if not reports:
         raise ValueError("reports: got none, give at least one")
     named = list(zip(labels(reports), reports, strict=True))
-    named.sort(
-        key=lambda pair: -(pair[1].model.get("kv_heads_after") or 0)
-    )  # methods stay in the order given
+    # methods stay in the order given
+    named.sort(key=lambda pair: -(pair[1].model.get("kv_heads_after") or 0))
     rows = []
     for label, report in named:
         timed = [row for row in report.decode if speed_ratio(row)]

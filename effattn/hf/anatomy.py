@@ -370,9 +370,8 @@ class Anatomy:
         """Logits (..., V) from the final norm's output (..., D): the head and what the class does
         after it.
         """
-        head = (
-            self.model.get_output_embeddings()
-        )  # by its own code: the weight may be packed, or elsewhere
+        # by its own code: the weight may be packed, or elsewhere
+        head = self.model.get_output_embeddings()
         logits = (
             nn.functional.linear(hidden, self.embeddings.weight) if head is None else head(hidden)
         )

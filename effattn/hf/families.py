@@ -59,10 +59,11 @@ class Family:
     layers: str = "model.layers"  # from the model, or for encoders from its `base_model`
     attention: str = "self_attn"
     ffn: tuple[str, ...] = ("mlp",)
+    # paths from the layer; empty: a mixture of experts
     ffn_in: tuple[str, ...] = (
         "mlp.gate_proj",
         "mlp.up_proj",
-    )  # paths from the layer; empty: a mixture of experts
+    )
     ffn_out: str = "mlp.down_proj"
     ffn_size: str = "intermediate_size"  # the config's name of the FFN's inner size
     q: str = "q_proj"
@@ -81,9 +82,8 @@ class Family:
         "model.rotary_emb"  # the module that holds the frequencies; empty: no rotary embedding
     )
     positions: str = ""  # the table of learned positions, from the model
-    hidden_size: tuple[str, ...] = (
-        "hidden_size",
-    )  # the config's names of the width of the residual stream
+    # the config's names of the width of the residual stream
+    hidden_size: tuple[str, ...] = ("hidden_size",)
     explicit_head_dim: bool = (
         True  # the class reads head_dim from its config, so that heads can be any number
     )
@@ -115,9 +115,8 @@ def of_layers(config, kept: list[int]) -> dict[str, object]:
         for name, values in lists.items()
         if values is not None
     }
-    if (
-        getattr(config, "mlp_only_layers", None) is not None
-    ):  # Qwen's experts: indices, and every n-th layer of the rest
+    # Qwen's experts: indices, and every n-th layer of the rest
+    if getattr(config, "mlp_only_layers", None) is not None:
         every = getattr(config, "decoder_sparse_step", 1)
         dense = [
             place

@@ -39,12 +39,10 @@ class GlobalProjections(nn.Module):
 
     def __init__(self, attention: nn.Module, paths: list[str]):
         super().__init__()
-        self._attention = (
-            attention,
-        )  # in a tuple: it is not a part of this module, and no argument of a hook
-        self.names: dict[
-            str, dict[str, str]
-        ] = {}  # path -> {parameter: its name here}, or {} where the whole is here
+        # in a tuple: it is not a part of this module, and no argument of a hook
+        self._attention = (attention,)
+        # path -> {parameter: its name here}, or {} where the whole is here
+        self.names: dict[str, dict[str, str]] = {}
         for path in paths:
             here = path.replace(".", "_")
             twin = placement.duplicate(attention.get_submodule(path))
@@ -112,9 +110,8 @@ def before_attention(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tupl
     """Forward pre-hook of a swapped attention module."""
     layer = getattr(module, ATTRIBUTE)
     given = module.config._attn_implementation
-    if (
-        given != NAME
-    ):  # another function would get q and k without their rotation, or leave the pattern out
+    # another function would get q and k without their rotation, or leave the pattern out
+    if given != NAME:
         raise Unsupported(
             f"layer {layer.index}: the attention implementation was set to {given!r}, which "
             "cannot compute the swapped "

@@ -26,10 +26,8 @@ PACKED = (
     "documents would see each "
     "other; give one document a row, padded with attention_mask, or effattn.restore(model)"
 )
-EXTRAS = {
-    "softcap": "softcap",
-    "s_aux": "sink_logits",
-}  # what a model passes: what a backend calls it
+# what a model passes: what a backend calls it
+EXTRAS = {"softcap": "softcap", "s_aux": "sink_logits"}
 
 
 @dataclass
@@ -105,19 +103,16 @@ def mask(
     each layer's own."""
     from transformers.masking_utils import bidirectional_mask_function
 
-    plain = (
-        allow_is_causal_skip or mask_function is bidirectional_mask_function
-    )  # which never allows that skip
+    # which never allows that skip
+    plain = allow_is_causal_skip or mask_function is bidirectional_mask_function
     if q_length > 1 and not (plain and allow_is_bidirectional_skip):
         if not is_tracing():
             raise Unsupported(PACKED)
-        if (
-            kwargs.get("local_size") != 1
-        ):  # a graph has a rule for packed documents whether there are any or not
+        # a graph has a rule for packed documents whether there are any or not
+        if kwargs.get("local_size") != 1:
             _assert_one_document(mask_function, batch_size, q_length, kwargs.get("device"))
-    if (
-        isinstance(q_offset, Tensor) and torch.compiler.is_compiling()
-    ):  # static: numbers on the device, not asked for
+    # static: numbers on the device, not asked for
+    if isinstance(q_offset, Tensor) and torch.compiler.is_compiling():
         return attention_mask
     seen = (int(q_offset) if isinstance(q_offset, Tensor) else q_offset) + q_length
     if kv_length + kv_offset > seen and not (
@@ -217,9 +212,8 @@ def attention(
         if cached is not None:
             out = cached.attend(layer.backend, query, key, value, attention_mask, **call)
         else:
-            if (
-                attention_mask is not None and attention_mask.shape[1] != key.shape[2]
-            ):  # a windowed layer's last tokens
+            # a windowed layer's last tokens
+            if attention_mask is not None and attention_mask.shape[1] != key.shape[2]:
                 attention_mask = attention_mask[:, -key.shape[2] :]
             out = layer.backend(query, key, value, padding_mask=attention_mask, **call)
     return out.transpose(1, 2).contiguous(), None

@@ -68,9 +68,8 @@ def check(
         mask, padded = mask.bool(), True
     real, before = mask[:, -new:], mask[:, : mask.shape[1] - new].any(dim=1)
     added = ids - (mask.long().cumsum(dim=1) - 1)[:, -new:]
-    shift = torch.where(real, added, added.min()).amax(
-        dim=1
-    )  # of each row that has a real token here
+    # of each row that has a real token here
+    shift = torch.where(real, added, added.min()).amax(dim=1)
     if ((added != shift[:, None]) & real).any():
         restarts = ((ids.diff(dim=1) < 1) & real[:, 1:] & real[:, :-1]).any()
         _refuse_jumps(layer, bool(restarts) or not padded)

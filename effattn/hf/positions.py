@@ -23,10 +23,8 @@ from effattn.positions.registry import parse
 from effattn.positions.rope import OwnRope
 
 ATTRIBUTE = "_effattn_positions"  # on a model: its `Record`
-LENGTH_DEPENDENT = (
-    "dynamic",
-    "longrope",
-)  # rotary frequencies that change with the sequence's length
+# rotary frequencies that change with the sequence's length
+LENGTH_DEPENDENT = ("dynamic", "longrope")
 
 
 @dataclass
@@ -38,14 +36,12 @@ class LayerPositions:
     rule: Positions
     own: anatomy.Rotary | None
     raw: bool = False
-    last: list = field(
-        default_factory=list, repr=False
-    )  # of the layers with this rule: what the first one made
+    # of the layers with this rule: what the first one made
+    last: list = field(default_factory=list, repr=False)
 
     def __post_init__(self):
-        self.rule = copy.copy(
-            self.rule
-        )  # of its own, so that a plan changes nothing; what is learned is shared
+        # of its own, so that a plan changes nothing; what is learned is shared
+        self.rule = copy.copy(self.rule)
         self.rule.rotates = self.raw
 
     def fitted(self, raw: bool) -> LayerPositions:
@@ -285,9 +281,8 @@ def _plain(
     if "dynamic" not in {new["rope_type"] for new in kinds.values()}:
         length = max(rule.rotation.reach(rule.trained) for rule in bound.values())
         changed["max_position_embeddings"] = length
-    if hasattr(
-        config, "original_max_position_embeddings"
-    ):  # Phi-3: it goes before what rope_parameters say
+    # Phi-3: it goes before what rope_parameters say
+    if hasattr(config, "original_max_position_embeddings"):
         changed["original_max_position_embeddings"] = next(iter(bound.values())).trained.length
     for name, value in changed.items():
         setattr(config, name, copy.deepcopy(value))

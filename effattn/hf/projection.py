@@ -15,10 +15,8 @@ from effattn.hf.weights import is_packed, is_plain
 from effattn.projections.monarch import MonarchLinear
 from effattn.projections.packed import PackedLinear
 
-STRUCTURED = (
-    MonarchLinear,
-    PackedLinear,
-)  # their weight is multiplied out or unpacked when it is asked for
+# their weight is multiplied out or unpacked when it is asked for
+STRUCTURED = (MonarchLinear, PackedLinear)
 
 
 @dataclass(frozen=True)

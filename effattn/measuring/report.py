@@ -113,9 +113,8 @@ class Report:
                 key=lambda row: (row["context"], -row["batch"], row["decode"]["tokens_per_s"]),
             )
             text = self._beside(last, self.row(first, last["context"], last["batch"]))
-        worst = max(
-            lost, key=lambda row: (row["context"], -row["batch"]), default=None
-        )  # the first one there
+        # the first one there
+        worst = max(lost, key=lambda row: (row["context"], -row["batch"]), default=None)
         return text + (f"; {_needs(worst)}" if worst else "") + "."
 
     def _beside(self, row: dict, first: dict) -> str:

@@ -6,7 +6,8 @@ arXiv:2204.00595, algorithm 1), by Eckart-Young. Closest in its outputs, E|W x -
 of second moment E[x x^T], the input blocks of one row depend on each other: they are solved in
 turn, each exactly, given the others.
 
-    b blocks  W_ji (s, p) the submatrix of outputs j, j + b, j + 2b, … and inputs i·p to (i + 1)·p  r rank
+    b blocks, r rank
+    W_ji (s, p): the submatrix of outputs j, j + b, j + 2b, … and inputs i·p to (i + 1)·p
 """
 
 from __future__ import annotations
@@ -43,9 +44,8 @@ def project(
     values, vectors = torch.linalg.eigh(
         moment.view(blocks, p, blocks, p).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
     )
-    whiten = (
-        vectors / values.sqrt()[:, None]
-    ) @ vectors.mT  # each input block's own moment ** -0.5, (b, p, p)
+    # each input block's own moment ** -0.5, (b, p, p)
+    whiten = (vectors / values.sqrt()[:, None]) @ vectors.mT
     rows = w.permute(0, 2, 1, 3).reshape(blocks, s, blocks * p)  # of each output block
     m = (out @ inside).permute(0, 2, 1, 3).reshape(rows.shape)
     for _ in range(sweeps):

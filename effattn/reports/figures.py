@@ -19,30 +19,13 @@ from markupsafe import Markup
 AFTER, BEFORE, UPTRAINED = "#1a7dc0", "#d55e00", "#009e73"
 PALETTE = (AFTER, BEFORE, UPTRAINED, "#a35cdb", "#8c7a10", "#c23a72", "#2590ad", "#a5673f")
 NEUTRAL = "#7d8590"  # what others are compared with: a parent, a reference
-MARKERS = (
-    "o",
-    "s",
-    "D",
-    "^",
-    "v",
-    "P",
-    "X",
-)  # seven beside eight colours: the fifty-seventh line repeats the first
+# seven beside eight colours: the fifty-seventh line repeats the first
+MARKERS = ("o", "s", "D", "^", "v", "P", "X")
 DASHES = ("-", (0, (6, 2)), (0, (2, 1.5)), (0, (6, 2, 1.5, 2)))
-HATCHES = (
-    "",
-    "////",
-    "||||",
-    "\\\\\\\\",
-    "xxxx",
-    "----",
-    "++++",
-)  # no dots: they are a quarter of a megabyte a plot
-INK, GRID, CARD = (
-    "#0a0b0c",
-    "#0d0e0f",
-    "#0f0e0d",
-)  # stand-ins that `svg` replaces by the page's CSS variables
+# no dots: they are a quarter of a megabyte a plot
+HATCHES = ("", "////", "||||", "\\\\\\\\", "xxxx", "----", "++++")
+# stand-ins that `svg` replaces by the page's CSS variables
+INK, GRID, CARD = ("#0a0b0c", "#0d0e0f", "#0f0e0d")
 _VARIABLES = {INK: "var(--ink)", GRID: "var(--grid)", CARD: "var(--card)"}
 
 
@@ -134,9 +117,8 @@ def svg(figure, title: str, axes=None, about: str = "") -> Markup:
 
     labels = axes.get_legend_handles_labels()[1] if axes is not None else []
     if len(labels) > 1:
-        columns = int(
-            12 * figure.get_figwidth() / (7 + max(map(len, labels)))
-        )  # about 12 characters an inch
+        # about 12 characters an inch
+        columns = int(12 * figure.get_figwidth() / (7 + max(map(len, labels))))
         columns = min(max(1, columns), len(labels))
         figure.set_figheight(figure.get_figheight() + 0.2 * math.ceil(len(labels) / columns))
         figure.legend(
@@ -154,9 +136,8 @@ def svg(figure, title: str, axes=None, about: str = "") -> Markup:
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     text = buffer.getvalue()
     text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
-    text = re.sub(
-        r'<g id="[^"]*"', "<g", text
-    )  # nothing refers to them, and every figure has the same
+    # nothing refers to them, and every figure has the same
+    text = re.sub(r'<g id="[^"]*"', "<g", text)
     for size in ("width", "height"):  # the page's CSS sizes it
         text = re.sub(rf'(<svg[^>]*?) {size}="[^"]*"', r"\1", text, count=1)
     for color, variable in _VARIABLES.items():

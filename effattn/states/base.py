@@ -283,7 +283,7 @@ class State:
             self.sizes = Sizes.of(k, v)
 
     # Rows apart
-    # --------------------------------------------------------------------------------------------------
+    # ----------------------------------------------------------------------------------------------
 
     def split(self) -> list[State]:
         """A state for each row, with nothing of this one. A row's `real` says where its padding on
@@ -296,9 +296,8 @@ class State:
     def alone(self, row: int) -> State:
         """A copy of one row."""
         one = self.shallow()
-        real = (
-            None if self.real is None else self.real[row : row + 1].sort(dim=1).values
-        )  # False comes first
+        # False comes first
+        real = None if self.real is None else self.real[row : row + 1].sort(dim=1).values
         one._select(torch.tensor([row], device=next(self.tensors()).device))
         one.real, one.moved = real, False
         one.sizes = None if self.sizes is None else self.sizes._replace(batch=1)

@@ -1,7 +1,8 @@
 """What LSH attention remembers while it decodes: for every round and bucket a ring of its newest
 keys.
 
-    state = BucketState(rule, hash)  # `effattn.kernels.lsh.Rule`; hash: keys (B, H, T, D) -> buckets (B, H, R, T)
+    state = BucketState(rule, hash)
+    # rule: `effattn.kernels.lsh.Rule`; hash: keys (B, H, T, D) -> buckets (B, H, R, T)
 
 Keys and values are held once, in order, with a table of which tokens lie in the rings, until the
 rings themselves would take no more: from then on every ring holds its own, and memory does not

@@ -83,9 +83,8 @@ class FullState(State):
     def _grown(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """All keys and values with the new ones."""
         learning = torch.is_grad_enabled() and any(x.requires_grad for x in (k, v, self.k, self.v))
-        if (
-            learning or self.learning or torch.compiler.is_compiling()
-        ):  # nothing may be written in place
+        # nothing may be written in place
+        if learning or self.learning or torch.compiler.is_compiling():
             self.rooms = None
             return torch.cat([self.k, k], dim=2), torch.cat([self.v, v], dim=2)
         past, total = self._seen(), self._seen() + k.shape[2]
@@ -199,9 +198,8 @@ class RingState(FullState):
         self.v.index_copy_(2, at, v)
         self.total, self.oldest = total, max(before, total - self.ring)
         places = torch.arange(self.ring, device=k.device)
-        number = (
-            total - 1 - (total - 1 - places) % self.ring
-        )  # the newest token that lies at each place
+        # the newest token that lies at each place
+        number = total - 1 - (total - 1 - places) % self.ring
         number = torch.where(number >= self.oldest, number, -1)
         mask = None
         if padding_mask is not None:
@@ -233,9 +231,8 @@ class RingState(FullState):
         self.wrapped = True
         self._grow_slots(self.oldest, k.device)
         self._fill_slots(k, v, low, total, start, ring=False)
-        tail = max(
-            low, min(past - self.keep + 1, self.oldest)
-        )  # the new tokens need no more, the slots hold the rest
+        # the new tokens need no more, the slots hold the rest
+        tail = max(low, min(past - self.keep + 1, self.oldest))
         if tail == 0:
             return k, v, layout_of(padding_mask)
         slots = len(self.slot_positions(tail))
@@ -253,9 +250,8 @@ class RingState(FullState):
     def _places(self, slots: int) -> Tensor | None:
         """The slots' positions for a `Layout`; None when they are 0, 1, 2, ..."""
         positions = self.slot_positions(self.oldest)
-        in_order = (
-            slots == 0 or positions[slots - 1] == slots - 1
-        )  # ascending, so the others follow
+        # ascending, so the others follow
+        in_order = slots == 0 or positions[slots - 1] == slots - 1
         return None if in_order else self.slots_at[:slots]
 
     def _grow_slots(self, tokens: int, device) -> None:

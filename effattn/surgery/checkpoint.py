@@ -8,8 +8,8 @@ A swap that plain transformers cannot express is kept in config.json under "effa
 methods learn in effattn.safetensors; model.safetensors has the model's own weights only. Where
 these are not what the plain class expects (structured projections), config.json's `model_type` is
 "effattn", which plain transformers refuses, and the model's own is under "effattn". What
-`save_pretrained` and a Trainer write of a swapped model is loaded, too (`effattn.surgery.record`). No
-pickle anywhere."""
+`save_pretrained` and a Trainer write of a swapped model is loaded, too
+(`effattn.surgery.record`). No pickle anywhere."""
 
 from __future__ import annotations
 
@@ -68,9 +68,8 @@ def load(path: str | Path, dtype: torch.dtype | str = "auto") -> nn.Module:
     config = read_config(name, path)
     packing.check_format(config, path)
     again = config.__dict__.pop(KEY, {})
-    for field, value in again.get(
-        "trained", {}
-    ).items():  # the model before its rule was written in plain terms
+    # the model before its rule was written in plain terms
+    for field, value in again.get("trained", {}).items():
         setattr(config, field, value)
     axes = {axis: again[axis] for axis in ("pattern", "positions", "cache") if axis in again}
     shape = None
@@ -80,9 +79,8 @@ def load(path: str | Path, dtype: torch.dtype | str = "auto") -> nn.Module:
     check_finite(packing.steady(model))
     if axes:
         swapping.swap(model, **axes)
-    if (
-        axes or Path(name).is_dir()
-    ):  # what was learned for a swap that config.json does not have is refused, too
+    # what was learned for a swap that config.json does not have is refused, too
+    if axes or Path(name).is_dir():
         record.load_learned(model, name)
     record.mark(model)
     return model

@@ -113,15 +113,13 @@ def _plan(layer: anatomy.Layer, spec: str, options: dict) -> Plan:
     backend = registry.backend(spec, **options)
     spec, given = registry.format_spec(name, given | options), given | options
     pattern, own = spec, None
-    if (
-        backend.plain and layer.own_window is not None
-    ):  # plain transformers' attention is a window in this layer
+    # plain transformers' attention is a window in this layer
+    if backend.plain and layer.own_window is not None:
         own = layer.own_window
         windowed = registry.format_spec("sliding", {"window": own} | given)
         backend = registry.backend(windowed)
-        pattern = (
-            spec if layer.window is None else windowed
-        )  # None: only past the trained length, called as asked
+        # None: only past the trained length, called as asked
+        pattern = spec if layer.window is None else windowed
     raw = backend.farthest is not None
     rotary = layer.rotary if raw else None
     return Plan(spec, pattern, backend, raw, rotary, own, "global_qkv" in backend.extras)

@@ -150,9 +150,8 @@ def _linears(layer: anatomy.Layer, ffn: bool) -> list[nn.Module]:
                 "are stacked in one "
                 "parameter and no linear layers; without ffn=True, q, k, v and o are replaced"
             )
-        found = found + [
-            m for m in layer.ffn.modules() if hasattr(m, "in_features")
-        ]  # what is no linear is refused later
+        # what is no linear is refused later
+        found = found + [m for m in layer.ffn.modules() if hasattr(m, "in_features")]
     return found
 
 

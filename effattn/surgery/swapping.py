@@ -4,11 +4,11 @@
     effattn.swap(model, {"0-3": "dense", "4-": "sliding(window=512)"})
     effattn.restore(model)                                        # bit-identical logits
 
-Everything is checked before anything is changed (`effattn.surgery.plan`). Modules and parameters stay as
-they are: a swap is the model's attention implementation, a plain attribute and a forward pre-hook
-on each swapped attention module (`effattn.hf.hooks`), and submodules for what a method learns.
-`effattn.hf.live` runs it. Heads and projections become other weights instead, which is not undone
-(`effattn.heads.gqa`, `effattn.surgery.replace`)."""
+Everything is checked before anything is changed (`effattn.surgery.plan`). Modules and parameters
+stay as they are: a swap is the model's attention implementation, a plain attribute and a forward
+pre-hook on each swapped attention module (`effattn.hf.hooks`), and submodules for what a method
+learns. `effattn.hf.live` runs it. Heads and projections become other weights instead, which is not
+undone (`effattn.heads.gqa`, `effattn.surgery.replace`)."""
 
 from __future__ import annotations
 
@@ -108,9 +108,8 @@ def swap(
     order = None if positions is None else positioning.make(parts, positions)
     cached = None if cache is None else caches.parse(cache, len(parts.layers))
     plans = planning.make(parts, pattern, options, order and order.layers, cached)
-    if any(
-        plan.own_global for plan in plans.values()
-    ):  # second projections start as copies of the first
+    # second projections start as copies of the first
+    if any(plan.own_global for plan in plans.values()):
         require_own_weights(model)
     codebooks.check(parts, plans, calibration)
     merging = None if heads is None else _merging(parts, heads)
@@ -128,9 +127,8 @@ def swap(
     try:
         if order is not None:
             positioning.apply(model, parts, order)
-            if (
-                order.config is not None and plans
-            ):  # windows that no sequence exceeded may be exceeded now
+            # windows that no sequence exceeded may be exceeded now
+            if order.config is not None and plans:
                 plans = planning.make(anatomy.of(model), pattern, options, order.layers, cached)
         if plans:
             if calibration is not None and codebooks.wanting(plans):
@@ -188,11 +186,12 @@ def _rewrite(
 
 
 def _apply(model: nn.Module, parts: anatomy.Anatomy, plans: dict[int, Plan]) -> None:
+    # the only part that needs memory comes first
     new = {
         index: hooks.GlobalProjections(parts.layers[index].attention, parts.layers[index].qkv_paths)
         for index, plan in plans.items()
         if plan.own_global
-    }  # the only part that needs memory comes first
+    }
     done = active(model) or Swap(_own_implementation(model), {})
     live.register()
     model.set_attn_implementation(live.NAME)

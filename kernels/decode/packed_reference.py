@@ -11,7 +11,7 @@ from ..flash.pattern import Pattern
 from ..flash.reference import attention as softmax
 from ..flash.rules import Bias
 from ..pack.reference import unpack
-from .packed import PackedCache
+from .packed_cache import PackedCache
 from .turn import Turn
 
 

@@ -11,8 +11,9 @@ import math
 import threading
 
 import torch
-from effattn.kernels.flash.pattern import Layout
 from torch import Tensor
+
+from effattn.kernels.flash.pattern import Layout
 
 from ..rows import dense_rows
 from ..scratch import scratch

@@ -12,14 +12,12 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad, scaled_dot_product_attention
 
 from .pattern import Blocks, Layout, Pattern, Window
 from .rules import Bias, Far
 from .torch_blocks import Problem, Side
+from .torch_dense import dense
 from .torch_solve import Piece, solve
-
-BLOCK = 256  # queries of dense attention with padding
 
 
 def attention(
@@ -46,10 +44,9 @@ def attention(
     ruled = softcap is not None or far is not None or bias is not None
     special = ruled or (q_first is not None and pattern.first > 0) or need_lse
     if type(pattern) is Pattern and not special and not layout.slots and not layout.tail:
-        return _dense(q, k, v, causal, layout, scale), None
-    if (
-        torch.compiler.is_compiling()
-    ):  # a loop over tiles does not trace; this does, at the cost of a mask
+        return dense(q, k, v, causal, layout, scale), None
+    # a loop over tiles does not trace; this does, at the cost of a mask
+    if torch.compiler.is_compiling():
         from effattn.kernels.decode.torch_impl import attention as at_once
 
         return at_once(
@@ -85,95 +82,6 @@ def _simplest(pattern: Pattern, total: int, causal: bool) -> Pattern:
     if type(pattern) is Blocks and pattern.size >= total and not pattern.shifted:
         return Pattern(pattern.first)
     return pattern
-
-
-# Dense
-# -------------------------------------------------------------------------------------------------
-
-
-def _dense(q: Tensor, k: Tensor, v: Tensor, causal: bool, layout: Layout, scale: float) -> Tensor:
-    real = padding_mask(layout, k)
-    queries, keys = q.shape[2], k.shape[2]
-    if queries == 1:
-        return one_query(q, k, v, real, scale)
-    value_dim = v.shape[-1]
-    if (
-        value_dim != q.shape[-1]
-    ):  # the fused kernels want one width; zeros change neither scores nor outputs
-        width = max(value_dim, q.shape[-1])
-        q, k, v = (pad(x, (0, width - x.shape[-1])) for x in (q, k, v))
-    if real is None and (not causal or queries == keys):
-        out = scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale, enable_gqa=True)
-    else:
-        out = _in_blocks(q, k, v, causal, real, scale)
-    if real is not None:
-        out = _zero_blind_rows(out, causal, real, layout)
-    return out[..., :value_dim]
-
-
-def padding_mask(layout: Layout, k: Tensor) -> Tensor | None:
-    """(B, Tk) bool: keys that are real."""
-    if layout.start is None:
-        return layout.mask
-    real = torch.arange(k.shape[2], device=k.device) >= layout.start[:, None]
-    return real if layout.mask is None else real & layout.mask
-
-
-def one_query(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    """Dense decoding of one token over the keys of `mask` (B, Tk) bool, (B, Hq, 1, Dv).
-
-    The heads that share a K/V head become the rows of one small matrix, so K and V are read once,
-    except in half precision without a mask: there, that rounds otherwise than the call transformers
-    makes, and 2 to 4 % of the greedy tokens of random models differ. Ours then is the same call,
-    bit for bit. It is slower: 4 query heads a K/V head, 4096 keys, 2 AVX2 cores: 2.9 against 0.32
-    ms in bf16, 6.3 against 1.7 ms in fp16 (fp32, packed here: 0.66, 0.32)."""
-    batch, heads, _, dim = q.shape
-    if mask is None and q.dtype in (torch.bfloat16, torch.float16) and dim == v.shape[-1] <= 256:
-        gqa = {} if heads == k.shape[1] else {"enable_gqa": True}
-        return scaled_dot_product_attention(q, k, v, scale=scale, **gqa)
-    rows = q.reshape(batch, k.shape[1], heads // k.shape[1], dim)
-    bias = None if mask is None else mask[:, None, None, :]
-    out = scaled_dot_product_attention(rows, k, v, attn_mask=bias, scale=scale).reshape(
-        batch, heads, 1, v.shape[-1]
-    )
-    return out if mask is None else torch.where(mask.any(dim=1)[:, None, None, None], out, 0.0)
-
-
-def _in_blocks(
-    q: Tensor, k: Tensor, v: Tensor, causal: bool, padding_mask: Tensor | None, scale: float
-) -> Tensor:
-    queries, keys = q.shape[2], k.shape[2]
-    positions = torch.arange(keys, device=q.device)
-    blocks = []
-    for start in range(0, queries, BLOCK):
-        stop = min(start + BLOCK, queries)
-        end = keys - queries + stop if causal else keys
-        mask = None if padding_mask is None else padding_mask[:, None, None, :end]
-        if causal:
-            triangle = positions[:end] <= positions[end - (stop - start) : end, None]
-            mask = triangle if mask is None else mask & triangle
-        blocks.append(
-            scaled_dot_product_attention(
-                q[:, :, start:stop],
-                k[:, :, :end],
-                v[:, :, :end],
-                attn_mask=mask,
-                scale=scale,
-                enable_gqa=True,
-            )
-        )
-    return torch.cat(blocks, dim=2)
-
-
-def _zero_blind_rows(out: Tensor, causal: bool, padding_mask: Tensor, layout: Layout) -> Tensor:
-    """What a kernel returns for a row without keys differs between devices and versions (0, a mean,
-    NaN): fix it. Padding on the left sees nothing either, causal or not."""
-    queries, keys = out.shape[2], padding_mask.shape[1]
-    seen = padding_mask.cumsum(dim=1)  # real tokens up to each position
-    sees = (seen[:, -queries:] if causal else seen[:, -1:]) > 0
-    if layout.start is not None:
-        sees = sees & (layout.query_positions(queries, keys, out.device) >= 0)
-    return torch.where(sees[:, None, :, None], out, 0.0)
 
 
 # Patterns
@@ -266,10 +174,8 @@ def _heads(pattern: Pattern, heads: int, kv_heads: int) -> list[tuple[slice, sli
     if not isinstance(pattern, Blocks) or not pattern.shifted:
         return [(slice(None), slice(None), 0)]
     group, half, shift = heads // kv_heads, heads // 2, pattern.size // 2
-    low, high = (
-        half // group,
-        -(-half // group),
-    )  # K/V heads wholly in the first half; where the second's own begin
+    # K/V heads wholly in the first half; where the second's own begin
+    low, high = (half // group, -(-half // group))
     cuts = [
         (0, low * group, 0, low, 0),
         (low * group, half, low, high, 0),
@@ -288,9 +194,8 @@ def _pieces(inputs, pattern, layout, settings, window, residue, shift) -> list[P
     if window is None:
         return [_piece(q, k, v, q_first, table, *place)]
     near = _piece(q, k, v, None, None, *place, reach=window)
-    skipped = min(
-        max(window - near.problem.first_query, 0), q.shape[2]
-    )  # the first queries have no far key
+    # the first queries have no far key
+    skipped = min(max(window - near.problem.first_query, 0), q.shape[2])
     if skipped == q.shape[2]:
         return [near]
     return [
@@ -335,9 +240,8 @@ def _piece(
     """Layouts' padding becomes `hidden` keys."""
     queries, keys = q.shape[2], k.shape[2]
     total = layout.tokens(keys)
-    everywhere = (
-        type(pattern) is Pattern and q_first is None
-    )  # then no key is `first`: all are seen anyway
+    # then no key is `first`: all are seen anyway
+    everywhere = type(pattern) is Pattern and q_first is None
     sinks = max(layout.slots, 0 if everywhere else min(pattern.first, total))
     problem = Problem(
         pattern,

@@ -7,6 +7,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .packed import Packed, columns
+
 BLOCK = {"cpu": 1 << 18, "cuda": 1 << 24}  # weights unpacked at a time
 
 
@@ -18,8 +20,6 @@ def linear(x: Tensor, packed, bias: Tensor | None) -> Tensor:
 
 def blocks(packed):
     """(rows, their four `columns` (n, G)) of W, one block after the other."""
-    from . import Packed, columns
-
     outputs, inputs = packed.shape
     step = max(1, BLOCK.get(packed.values.device.type, BLOCK["cuda"]) // inputs)
     for start in range(0, outputs, step):
@@ -40,8 +40,6 @@ def gradient(dy: Tensor, packed) -> Tensor:
 class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, values, indices):
-        from . import Packed
-
         ctx.packed = Packed(values, indices)
         work = torch.promote_types(x.dtype, torch.float32)
         inputs = [x[:, c::4].contiguous() for c in range(4)]

@@ -11,6 +11,7 @@ from torch import Tensor
 from ..decode.triton_impl import processors
 from ..rows import dense_rows
 from . import torch_impl
+from .packed import Packed
 from .triton_kernels import product
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -78,7 +79,5 @@ class _Product(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
-        from . import Packed
-
         dx = torch_impl.gradient(dy, Packed(*ctx.packed)) if ctx.needs_input_grad[0] else None
         return dx, None, None, dy.sum(dim=0) if ctx.needs_input_grad[3] else None

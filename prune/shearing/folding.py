@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import torch
-from effattn.prune.shearing.masks import Values
-from effattn.prune.structural.slicing import Keep
 from torch import Tensor
 
 from effattn.hf import anatomy as hf
+from effattn.prune.shearing.masks import Values
+from effattn.prune.structural.slicing import Keep
 
 
 @torch.no_grad()

@@ -7,8 +7,9 @@ climb while everything else descends."""
 from __future__ import annotations
 
 import torch
-from effattn.prune.shearing.masks import Masks
 from torch import Tensor, nn
+
+from effattn.prune.shearing.masks import Masks
 
 # lambda2 at the start: in few steps, multipliers that grow from 0 act too late, and then too much
 SQUARE = 100.0

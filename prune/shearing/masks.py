@@ -7,12 +7,12 @@ hooks.
         model(input_ids=ids)
 
 Section 2.1 of Sheared LLaMA (arXiv:2310.06694). Where a mask stands decides how it is folded into
-the weights later (`effattn.prune.shearing.folding`), so each stands at one linear module's input or output:
+the weights later (`effattn.prune.shearing.folding`), so each stands at one linear module's input or
+output:
 
 | axis | gates | multiply |
 |---|---|---|
-| hidden | (D,), one for all layers | the outputs of embedding, o_proj and down_proj, and what the
-head reads |
+| hidden | (D,), for all layers | outputs of embedding, o_proj and down_proj, and the head's input |
 | heads | (L, K), one a key/value group | the input of o_proj, all query heads of the group |
 | ffn | (L, F) | the input of down_proj |
 | layers | (L,) | the outputs of o_proj and down_proj |
@@ -27,11 +27,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from effattn.prune.shearing import hard_concrete
 from torch import Tensor, nn
 
 from effattn.errors import Unsupported
 from effattn.hf import anatomy as hf
+from effattn.prune.shearing import hard_concrete
 
 AXES = ("hidden", "heads", "ffn", "layers")
 START = 2.5  # log alpha of a gate at the start: fully open with probability 0.71
@@ -179,9 +179,8 @@ class Masks(nn.Module):
             scale_output(parts.embeddings, "hidden")
             for norm in hidden_norms(parts):
                 handles += self._narrow(norm)
-            scale_output(
-                parts.final_norm, "hidden"
-            )  # what the head reads, after the norm's own correction
+            # what the head reads, after the norm's own correction
+            scale_output(parts.final_norm, "hidden")
 
     def _narrow(self, norm: nn.Module) -> list:
         """Hooks that make an RMS norm take its mean over the kept dimensions only."""

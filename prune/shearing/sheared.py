@@ -1,8 +1,8 @@
 """Sheared LLaMA: learn which parts of a model to keep, cut it to exactly a target shape, and train
 on.
 
-    small = effattn.prune.shear(model, target=effattn.prune.Target(heads=4, ffn=352), data={"code":
-    a, "prose": b})
+    target = effattn.prune.Target(heads=4, ffn=352)
+    small = effattn.prune.shear(model, target=target, data={"code": a, "prose": b})
 
 Xia, Gao, Zeng and Chen, "Sheared LLaMA: accelerating language model pre-training via structured
 pruning", arXiv:2310.06694. Masks over hidden dimensions, heads, FFN dimensions and layers are
@@ -20,6 +20,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor, nn
+
+from effattn.errors import Unsupported, check_choice
+from effattn.hf import anatomy as hf
+from effattn.hf.adapters import require_own_weights
+from effattn.hf.placement import require_here
 from effattn.prune.shearing import folding
 from effattn.prune.shearing.batch_loading import Domains
 from effattn.prune.shearing.lagrangian import Lagrangian
@@ -29,12 +35,6 @@ from effattn.prune.structural import criteria
 from effattn.prune.structural.compensation import compensate as fit_outputs
 from effattn.prune.structural.compensation import output_module
 from effattn.prune.structural.slicing import Keep, slice_model, sliced_config
-from torch import Tensor, nn
-
-from effattn.errors import Unsupported, check_choice
-from effattn.hf import anatomy as hf
-from effattn.hf.adapters import require_own_weights
-from effattn.hf.placement import require_here
 from effattn.surgery.checkpoint import check_finite
 from effattn.training import lending as training
 
@@ -93,9 +93,8 @@ class Target:
                 "is less of at least one"
             )
         check_axes(parts, list(smaller))
-        sliced_config(
-            parts.model.config, _first(sizes, smaller)
-        )  # refuses what its config cannot say
+        # refuses what its config cannot say
+        sliced_config(parts.model.config, _first(sizes, smaller))
         return smaller
 
 
@@ -237,13 +236,14 @@ def learn_masks(
 ) -> tuple[nn.Module, dict]:
     """The first stage: masks and weights together, then folding and slicing. `model` is used up;
     returns the small model and what `train` says of the run, with "max_logit_difference" between
-    the masked model and the sliced one, and "compensation", what `effattn.prune.structural.compensation` says.
+    the masked model and the sliced one, and "compensation", what
+    `effattn.prune.structural.compensation` says.
 
     mask_lr, multiplier_lr: of log alphas and of the Lagrange multipliers; None: see
-    `default_mask_lrs`. warm_start: a criterion of `effattn.prune.structural.criteria` whose ranking spreads
-    the log alphas (`Masks.rank`; see `ranked_by`); None, and axes that no criterion knows: all
-    begin at `start`, as in the paper, which takes more steps to find out what matters. ramp: share
-    of the steps until the target is the whole one. every: steps between updates of the domain
+    `default_mask_lrs`. warm_start: a criterion of `effattn.prune.structural.criteria` whose ranking
+    spreads the log alphas (`Masks.rank`; see `ranked_by`); None, and axes that no criterion knows:
+    all begin at `start`, as in the paper, which takes more steps to find out what matters. ramp:
+    share of the steps until the target is the whole one. every: steps between updates of the domain
     weights.
 
     What the paper does not do, and what few tokens need: distill: masks and weights learn the
@@ -265,9 +265,8 @@ def learn_masks(
     if not 0 <= ramp <= 1:
         raise ValueError(f"ramp: got {ramp}, valid is 0 to 1 (a share of the steps)")
     dtype = model.dtype
-    with training.lent(
-        model
-    ):  # from here to the end: what is folded and solved for is in fp32, too
+    # from here to the end: what is folded and solved for is in fp32, too
+    with training.lent(model):
         references = reference_losses(model, domains)
         parent = (
             copy.deepcopy(model).eval().requires_grad_(False) if distill or compensate else None

@@ -19,16 +19,16 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from accelerate.utils import broadcast
-from effattn.prune.shearing import batch_loading
-from effattn.prune.shearing.batch_loading import Domains, DomainWindows, LoadingWeights
-from effattn.prune.shearing.lagrangian import Lagrangian
-from effattn.prune.shearing.masks import Masks
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PrinterCallback, Trainer, TrainerCallback
 
 from effattn.errors import check_choice
 from effattn.hf import anatomy as hf
+from effattn.prune.shearing import batch_loading
+from effattn.prune.shearing.batch_loading import Domains, DomainWindows, LoadingWeights
+from effattn.prune.shearing.lagrangian import Lagrangian
+from effattn.prune.shearing.masks import Masks
 from effattn.reports.files import write_text_atomic
 from effattn.training import lending as training
 from effattn.training.uptrain import Steps
@@ -59,9 +59,8 @@ class Shearing(nn.Module):
         super().__init__()
         self.model, self.weights, self.masks, self.constraints = model, weights, masks, constraints
         self.seed, self.step = seed, 0
-        self.teachers = (
-            [] if teacher is None else [teacher]
-        )  # a list's are no submodules, so no part of checkpoints
+        # a list's are no submodules, so no part of checkpoints
+        self.teachers = [] if teacher is None else [teacher]
         if masks is not None:
             masks.attach(hf.of(model))
         self.register_state_dict_post_hook(_each_tensor_once)
@@ -222,9 +221,8 @@ class Loading(TrainerCallback):
             point["target"] = module.constraints.targets(state.global_step)
         if change:
             new = batch_loading.update(weights.now, losses, self.references, self.rule)
-            weights.add(
-                broadcast(new.to(args.device)).cpu()
-            )  # processes may differ in the last bit
+            # processes may differ in the last bit
+            weights.add(broadcast(new.to(args.device)).cpu())
         self.points = [old for old in self.points if old["step"] < state.global_step] + [point]
         if state.is_world_process_zero:
             write_text_atomic(self.path, json.dumps(self.points))

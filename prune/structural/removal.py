@@ -1,13 +1,15 @@
 """Structured pruning: whole heads, FFN dimensions and layers go, and what comes out is a smaller
 plain model.
 
-    small, report = effattn.prune.structured(model, tokens, heads=4, ffn=0.25)  # keep 4 heads, remove a quarter
-    small.save_pretrained("out")            # plain transformers loads it; the file is smaller
+    # keep 4 heads, remove a quarter of the FFN
+    small, report = effattn.prune.structured(model, tokens, heads=4, ffn=0.25)
+    # plain transformers loads it; the file is smaller
+    small.save_pretrained("out")
 
-Every structure is scored on the whole model by a criterion (`effattn.prune.structural.criteria`), the lowest
-ones are cut out of the weights (`effattn.prune.structural.slicing`), and the output modules are solved again
-for what is left (`effattn.prune.structural.compensation`). Each layer keeps as many: that is what a plain
-config can say."""
+Every structure is scored on the whole model by a criterion (`effattn.prune.structural.criteria`),
+the lowest ones are cut out of the weights (`effattn.prune.structural.slicing`), and the output
+modules are solved again for what is left (`effattn.prune.structural.compensation`). Each layer
+keeps as many: that is what a plain config can say."""
 
 from __future__ import annotations
 
@@ -15,6 +17,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor, nn
+
+from effattn.errors import Unsupported, check_choice
+from effattn.hf import anatomy as hf
+from effattn.profiling.environment import environment
 from effattn.prune.structural import criteria
 from effattn.prune.structural.compensation import check_biases, with_biases
 from effattn.prune.structural.compensation import compensate as fit_outputs
@@ -28,11 +35,6 @@ from effattn.prune.structural.slicing import (
     sliced_config,
 )
 from effattn.prune.unstructured import calibration
-from torch import Tensor, nn
-
-from effattn.errors import Unsupported, check_choice
-from effattn.hf import anatomy as hf
-from effattn.profiling.environment import environment
 from effattn.surgery.checkpoint import check_finite
 
 TOKENS_PER_DIMENSION = 10  # of an output module that is solved again
@@ -71,11 +73,11 @@ def structured(
     go with their query heads (in multi-head attention these are heads). tokens: int64 (N,)
     calibration text, cut into windows of `length` (default: as the model was trained, at most
     2048); with `compensate` at least ten tokens for each input of an output module. criterion: one
-    of `effattn.prune.structural.criteria.CRITERIA`, or a dict of them by target. compensate: least squares for
-    o_proj and the FFN's output module (and their biases, if the model has any). bias: gives these
-    modules biases where the class's config can say so (Llama's attention_bias and mlp_bias); with
-    compensate=False they alone are solved for, which is FLAP's correction. seed: of the random
-    criterion. progress: called with (steps done, steps).
+    of `effattn.prune.structural.criteria.CRITERIA`, or a dict of them by target. compensate: least
+    squares for o_proj and the FFN's output module (and their biases, if the model has any). bias:
+    gives these modules biases where the class's config can say so (Llama's attention_bias and
+    mlp_bias); with compensate=False they alone are solved for, which is FLAP's correction. seed: of
+    the random criterion. progress: called with (steps done, steps).
 
     Raises ValueError for bad arguments and Unsupported for what the class cannot hold, naming what
     it can; and FloatingPointError, naming the layer, for activations that are not finite."""

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from effattn.prune.decode_table import DECODING, decode_table
 from torch import nn
 
 from effattn.hf import anatomy as hf
 from effattn.profiling.cost import model_cost
+from effattn.prune.decode_table import DECODING, decode_table
 from effattn.reports.document import Document
 from effattn.reports.page import Section, page
 from effattn.reports.plots import AFTER, BEFORE, PALETTE, UPTRAINED, Series, bar_plot, line_plot

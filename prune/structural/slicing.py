@@ -2,7 +2,8 @@
 dimensions out.
 
     keep = Keep(heads=[torch.tensor([0, 2])] * 4, ffn=[torch.arange(512)] * 4)
-    small = slice_model(model, keep)  # a new, plain model of the same class; the old one is untouched
+    # a new, plain model of the same class; the old one is untouched
+    small = slice_model(model, keep)
 
 What is masked and what is sliced compute the same, with one convention: a norm over dimensions of
 which some go (the hidden size; OLMo 2's norms over all heads) takes its mean over those that stay.
@@ -358,10 +359,8 @@ def _cut_attention(cuts: _Cuts, layer: hf.Layer, groups: Tensor | None, hidden: 
         rows.setdefault(projection.module, []).extend(
             [] if heads is None else [projection.rows(heads)]
         )
-    for (
-        module,
-        some,
-    ) in rows.items():  # fused ones keep their layout, since what stays keeps its order
+    # fused ones keep their layout, since what stays keeps its order
+    for module, some in rows.items():
         cuts.linear(module, torch.cat(some).sort().values if some else None, hidden)
     cuts.linear(layer.o.module, hidden, None if queries is None else layer.o.rows(queries))
     cuts.add(layer.sinks, (0, queries))

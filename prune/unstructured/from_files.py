@@ -15,6 +15,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from effattn.calibration.hessian import DAMPING
+from effattn.hf.weight_files import INDEX
+from effattn.outputs import check_new_folder, claim
+from effattn.permissions import follow_umask
 from effattn.prune.unstructured import calibration, layers
 from effattn.prune.unstructured.calibration import SpilledStates
 from effattn.prune.unstructured.layers import Checkpoint, Runner, StreamedModel
@@ -27,15 +34,8 @@ from effattn.prune.unstructured.one_shot import (
     prune_layer,
     said,
 )
-from effattn.recipes.jobs import discard
-from safetensors.torch import save_file
-from torch import Tensor
-
-from effattn.calibration.hessian import DAMPING
-from effattn.hf.weight_files import INDEX
-from effattn.outputs import check_new_folder, claim
-from effattn.permissions import follow_umask
 from effattn.reports.files import write_text_atomic
+from effattn.resuming import discard
 
 MANIFEST = "manifest.json"
 FACTS = "pruning.json"  # in the output: what was done
@@ -50,13 +50,8 @@ OTHER_WEIGHTS = (
     ".onnx",
     ".index.json",
 )
-REPORTS = (
-    "report.json",
-    "report.md",
-    "report.html",
-    "card.json",
-    FACTS,
-)  # of the source, they would be wrong
+# of the source, they would be wrong
+REPORTS = ("report.json", "report.md", "report.html", "card.json", FACTS)
 
 
 def prune_files(
@@ -88,9 +83,8 @@ def prune_files(
     run with other settings or another source."""
     source, output = Path(source), Path(output).absolute()
     work = Path(work) if work is not None else output.parent / f".{output.name}.pruning"
-    finished = (work / MANIFEST).is_file() and (
-        output / FACTS
-    ).is_file()  # but killed before it had removed the first
+    # but killed before it had removed the first
+    finished = (work / MANIFEST).is_file() and (output / FACTS).is_file()
     if not finished:
         check_new_folder("output", output)
     checkpoint = Checkpoint(source)
@@ -231,9 +225,10 @@ class _Run:
 
     def measure(self, progress) -> None:
         """Each layer's sensitivity, in the unchanged model."""
-        step = lambda layer, source, sink: outliers(
-            self.runner, layer, self.plan.modules, source, sink
-        )
+
+        def step(layer, source, sink):
+            return outliers(self.runner, layer, self.plan.modules, source, sink)
+
         self._pass("dense", self.state["measured"], step, progress)
 
     def prune(self, progress) -> None:

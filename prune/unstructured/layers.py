@@ -1,7 +1,8 @@
 """One decoder layer at a time: its linear layers, what they see, and a model whose weights are
 still in their files.
 
-Everything runs through the model's own forward (`effattn.calibration.layerwise`) and knows no architecture.
+Everything runs through the model's own forward (`effattn.calibration.layerwise`) and knows no
+architecture.
 """
 
 from __future__ import annotations
@@ -253,9 +254,8 @@ class StreamedModel:
             )
         loading.check_causal(config, checkpoint.folder)
         require_plain_files(config, checkpoint.folder, "pruning from files")
-        with init_empty_weights(
-            include_buffers=False
-        ):  # rotary frequencies are computed, not stored
+        # rotary frequencies are computed, not stored
+        with init_empty_weights(include_buffers=False):
             model = (
                 loading.class_of(config)
                 ._from_config(config, dtype=config.dtype or torch.float32)

@@ -14,11 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from effattn.prune.unstructured import calibration, layers
-from effattn.prune.unstructured.methods.magnitude import magnitude_mask
-from effattn.prune.unstructured.methods.sparsegpt import BLOCK, sparsegpt
-from effattn.prune.unstructured.methods.wanda import wanda_mask
-from effattn.prune.unstructured.nm import Sparsity
 from torch import Tensor, nn
 
 from effattn.calibration.hessian import DAMPING, Hessian, InverseHessian
@@ -26,6 +21,11 @@ from effattn.errors import check_choice
 from effattn.hf import anatomy as hf
 from effattn.hf.adapters import require_own_weights
 from effattn.hf.placement import require_here
+from effattn.prune.unstructured import calibration, layers
+from effattn.prune.unstructured.methods.magnitude import magnitude_mask
+from effattn.prune.unstructured.methods.sparsegpt import BLOCK, sparsegpt
+from effattn.prune.unstructured.methods.wanda import wanda_mask
+from effattn.prune.unstructured.nm import Sparsity
 from effattn.surgery.checkpoint import check_finite
 
 if TYPE_CHECKING:

@@ -5,11 +5,11 @@ columns at a time."""
 from __future__ import annotations
 
 import torch
-from effattn.prune.unstructured.methods.sparsegpt import BLOCK
-from effattn.prune.unstructured.nm import Sparsity
 from torch import Tensor
 
 from effattn.calibration.hessian import DAMPING
+from effattn.prune.unstructured.methods.sparsegpt import BLOCK
+from effattn.prune.unstructured.nm import Sparsity
 
 
 def sparsegpt_reference(

@@ -9,12 +9,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from effattn.prune.decode_table import DECODING, decode_table
-from effattn.prune.unstructured.nm import Sparsity
 from torch import nn
 
 from effattn.profiling.cost import model_cost
 from effattn.profiling.environment import environment
+from effattn.prune.decode_table import DECODING, decode_table
+from effattn.prune.unstructured.nm import Sparsity
 from effattn.reports.document import Document
 from effattn.reports.plots import AFTER, BEFORE, PALETTE, Series, bar_plot, line_plot
 from effattn.reports.tables import Table, number, pairs, percent

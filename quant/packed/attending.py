@@ -12,6 +12,9 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
+
+from effattn.errors import Unsupported
 from effattn.kernels import flash
 from effattn.kernels.decode import MOST_QUERIES, packed
 from effattn.kernels.decode.packed import PackedCache
@@ -20,15 +23,11 @@ from effattn.kernels.flash.rules import Far
 from effattn.kernels.merge import in_order, merge
 from effattn.kernels.pack import Codes, Pages
 from effattn.quant.rotation import hadamard
-from torch import Tensor
-
-from effattn.errors import Unsupported
 
 if TYPE_CHECKING:
+    from effattn.interface import Call
     from effattn.quant.packed.state import New, PackedState
     from effattn.quant.packed.static import StaticState
-
-    from effattn.interface import Call
 
 PAGE = 2**21  # numbers of one packed tensor on a CPU: what a cache that grows has to copy at most
 FEWEST = 2048  # tokens of one, whatever their size
@@ -263,9 +262,8 @@ def _mask(
     newest = torch.arange(state.stored, state.stored + rest, device=device)
     number = torch.cat([number, newest])
     real = torch.cat([real, new.mask[:, state.stored : state.stored + rest]], dim=1)
-    if (
-        state.firsts and not firsts
-    ):  # the kernel skips those only where it is given the first tokens
+    # the kernel skips those only where it is given the first tokens
+    if state.firsts and not firsts:
         real = real & (number - start >= state.format.first)
     there = start + torch.arange(firsts, device=device) < state.total
     return torch.cat([there, real], dim=1)

@@ -8,13 +8,13 @@ a `PackedRing`: what its `update` hands on, only effattn's attention function ca
 
 from __future__ import annotations
 
-from effattn.quant.packed.static import StaticLayer, StaticState
 from torch import nn
 from transformers import DynamicCache
 from transformers.cache_utils import CacheLayerMixin
 
 from effattn.errors import Unsupported
 from effattn.hf import anatomy, caches, hooks, live, state_layer
+from effattn.quant.packed.static import StaticLayer, StaticState
 from effattn.registry import format_spec, parse_spec
 from effattn.surgery import plan as planning
 from effattn.surgery.swapping import swap
@@ -36,8 +36,9 @@ def cache(
     (8, 4 or 2). `options` are those of `Format.options`. Layers that a dict does not name hold full
     precision.
 
-    max_length: tokens in all. A static cache then (`effattn.quant.packed.static`): room is allocated at
-    once, and a decoding step compiles as one graph. All layers must be packed, and see everything.
+    max_length: tokens in all. A static cache then (`effattn.quant.packed.static`): room is
+    allocated at once, and a decoding step compiles as one graph. All layers must be packed, and see
+    everything.
 
     Packed keys can only be read by effattn's attention: a model that is not swapped is swapped to
     "dense" here, which computes what it computed before, with caches as before; `effattn.restore`

@@ -10,11 +10,11 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
+from torch import Tensor
+
 from effattn.kernels.pack import Codes
 from effattn.quant.formats import Format
 from effattn.quant.packed.state import New, PackedState
-from torch import Tensor
-
 from effattn.states.full import ROLLBACK
 
 
@@ -54,9 +54,8 @@ class PackedRing(PackedState):
     def runs(self) -> Iterator[tuple[Codes, Codes, Tensor]]:
         for k, v in self.pages:
             place = torch.arange(self.size, device=k.device)
-            behind = (
-                self.newest - 1 - self.format.first
-            )  # of the newest token that has ever been packed
+            # of the newest token that has ever been packed
+            behind = self.newest - 1 - self.format.first
             number = self.newest - 1 - (behind - place) % self.size
             real = (number >= self.format.first) & (number < self.stored)
             yield k, v, torch.where(real, number, -1)
@@ -65,9 +64,8 @@ class PackedRing(PackedState):
         return max(super()._worth_packing(border), border - self.size)
 
     def _pack(self, border: int, sources: list, new: New) -> None:
-        for at, k, v in list(
-            self._packed(border, sources, new)
-        ):  # all of them, before anything is overwritten
+        # all of them, before anything is overwritten
+        for at, k, v in list(self._packed(border, sources, new)):
             self._store(at, k, v)
         self.stored = max(self.stored, border)
 
@@ -94,9 +92,8 @@ class PackedRing(PackedState):
 
     def _rewind(self, total: int, stored: int, begin: int, rest, firsts) -> None:
         super()._rewind(total, stored, begin, rest, firsts)
-        if (
-            total < self._least() and total
-        ):  # what was overwritten since cannot be brought back: better nothing at all
+        # what was overwritten since cannot be brought back: better nothing at all
+        if total < self._least() and total:
             self.reset()
 
     def _unstore(self, stored: int) -> None:

@@ -16,14 +16,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
+
+from effattn.errors import Unsupported
 from effattn.kernels.flash.pattern import Layout, Pattern, first_real
 from effattn.kernels.pack import Codes, Coding, concatenate, pack
 from effattn.quant.formats import Format
 from effattn.quant.packed import attending
 from effattn.quant.rotation import hadamard
-from torch import Tensor
-
-from effattn.errors import Unsupported
 from effattn.states.base import Inside, State, check_fits
 
 TILE = 512  # tokens that are packed at once
@@ -61,9 +61,11 @@ class PackedState(State):
     Tokens are numbered from 0, padding included. Held are
         firsts  (B, Hkv, S, D) and (.., Dv): each row's first real tokens, by position
         pages   packed, tokens number S to `stored`
-        rest    (B, Hkv, R, D) and (.., Dv): tokens `begin` to `total` in full precision; begin = stored, or less
-                while tokens may be taken back, so that what was packed with them can be packed again
-    and no tensor has room for more. `format.nbytes` says in advance how many bytes that are, for rows without padding.
+        rest    (B, Hkv, R, D) and (.., Dv): tokens `begin` to `total` in full precision; begin =
+                stored, or less while tokens may be taken back, so that what was packed with them
+                can be packed again
+    and no tensor has room for more. `format.nbytes` says in advance how many bytes that are, for
+    rows without padding.
     """
 
     evicts = False
@@ -86,7 +88,7 @@ class PackedState(State):
         return f"{type(self).__name__}({self.format}, {self.total} tokens, {self.nbytes} bytes)"
 
     # What is held
-    # ------------------------------------------------------------------------------------------------
+    # ----------------------------------------------------------------------------------------------
 
     def _seen(self) -> int:
         return self.total
@@ -134,7 +136,7 @@ class PackedState(State):
             at += k.tokens
 
     # Appending
-    # ---------------------------------------------------------------------------------------------------
+    # ----------------------------------------------------------------------------------------------
 
     def append(
         self, k: Tensor, v: Tensor, padding_mask: Tensor | None = None
@@ -206,9 +208,8 @@ class PackedState(State):
 
     def _hold(self, sources: list[tuple[int, Tensor, Tensor]], begin: int) -> None:
         """Makes the tokens from number `begin` on the rest, in memory of their own."""
-        self.rest = tuple(
-            torch.cat(parts, dim=2) for parts in _cuts(sources, begin, self.total)
-        )  # one part: a copy
+        # one part: a copy
+        self.rest = tuple(torch.cat(parts, dim=2) for parts in _cuts(sources, begin, self.total))
         self.begin = begin
 
     def _pack(self, border: int, sources: list[tuple[int, Tensor, Tensor]], new: New) -> None:

@@ -14,6 +14,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 import torch
+from torch import Tensor
+
+from effattn.errors import Unsupported
+from effattn.hf.state_layer import StateLayer
 from effattn.kernels.decode import packed
 from effattn.kernels.decode.packed import PackedCache
 from effattn.kernels.flash.pattern import Layout, Pattern, first_real
@@ -23,10 +27,6 @@ from effattn.quant.formats import Format
 from effattn.quant.packed import attending
 from effattn.quant.packed.state import New, neutral
 from effattn.quant.rotation import hadamard
-from torch import Tensor
-
-from effattn.errors import Unsupported
-from effattn.hf.state_layer import StateLayer
 from effattn.states.base import Inside, State, check_fits
 
 
@@ -41,12 +41,10 @@ class StaticState(State):
     def __init__(self, format: Format, length: int):
         self.format, self.length = format, length
         flush = format.flush
-        self.size = (
-            format.residual + 2 * flush
-        )  # so that the last group to be packed is in the ring still
-        self.room = (
-            -(-max(0, length - format.first - format.residual) // flush) * flush + flush
-        )  # one for nothing
+        # so that the last group to be packed is in the ring still
+        self.size = format.residual + 2 * flush
+        # one for nothing
+        self.room = -(-max(0, length - format.first - format.residual) // flush) * flush + flush
         self.codes: tuple[Codes, Codes] | None = None
         self.rest: tuple[Tensor, Tensor] | None = None
         self.firsts: tuple[Tensor, Tensor] | None = None
@@ -87,7 +85,7 @@ class StaticState(State):
                 torch._dynamo.mark_static_address(x)
 
     # Attending
-    # ---------------------------------------------------------------------------------------------------
+    # ----------------------------------------------------------------------------------------------
 
     def append(
         self, k: Tensor, v: Tensor, padding_mask: Tensor | None = None
@@ -294,9 +292,8 @@ class StaticState(State):
     def _change_batch(self, how: Callable[[Tensor], Tensor]) -> None:
         total, self.total = self.total, None
         self._change(how)
-        self.total = (
-            None if total is None else total.clone()
-        )  # of its own, where this is one row's copy
+        # of its own, where this is one row's copy
+        self.total = None if total is None else total.clone()
 
 
 class StaticLayer(StateLayer):

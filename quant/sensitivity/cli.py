@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.console import Console
+
 from effattn.recipes.console import (
     Show,
     console,
@@ -15,7 +17,6 @@ from effattn.recipes.console import (
     quiet_libraries,
     when_stopped,
 )
-from rich.console import Console
 
 
 @one_line_errors

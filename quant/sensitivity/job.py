@@ -13,14 +13,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from effattn.quant.formats import Format
-from effattn.quant.sensitivity import budget, lanes
-from effattn.quant.sensitivity.lanes import FULL, PLAN, Lane
-from effattn.quant.sensitivity.parts import Parts
-from effattn.quant.sensitivity.report import QuantizeReport
-from effattn.quant.sensitivity.tokenwise import tokenwise, windows
-from effattn.quant.weights import KINDS, quantize_weights
-from effattn.recipes.jobs import Quiet, device, holds_output
 
 import effattn.evaluate
 from effattn import embedded
@@ -33,6 +25,14 @@ from effattn.hf.weights import packing, weight_bytes
 from effattn.measuring.progress import partial_beside
 from effattn.outputs import atomic_folder, check_new_folder
 from effattn.profiling.environment import environment
+from effattn.quant.formats import Format
+from effattn.quant.sensitivity import budget, lanes
+from effattn.quant.sensitivity.lanes import FULL, PLAN, Lane
+from effattn.quant.sensitivity.parts import Parts
+from effattn.quant.sensitivity.report import QuantizeReport
+from effattn.quant.sensitivity.tokenwise import tokenwise, windows
+from effattn.quant.weights import KINDS, quantize_weights
+from effattn.recipes.jobs import Quiet, device, holds_output
 from effattn.registry import parse_spec
 from effattn.surgery.checkpoint import load_again, load_model, save
 from effattn.surgery.describing import describe
@@ -125,9 +125,8 @@ def run(job: Job, show: Quiet | None = None) -> QuantizeReport:
             quantize_weights(model, job.weights)
         parts = anatomy.of(model)
         made = [lane.of(model) for lane in (Lane(FULL), *(Lane(spec, spec) for spec in job.specs))]
-        sizes = {
-            lane.name: _sizes(lane, parts) for lane in made
-        }  # raises where a format does not fit
+        # raises where a format does not fit
+        sizes = {lane.name: _sizes(lane, parts) for lane in made}
         if job.budget is not None:
             budget.check_budget(job.budget, sum(map(min, zip(*sizes.values(), strict=True))))
         style = job.retrieval_style or ("code" if str(job.model) == embedded.NAME else "text")

@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from effattn.quant.formats import Format
 from torch import nn
 
 from effattn.evaluate.loss import Progress
@@ -24,6 +23,7 @@ from effattn.measuring.lanes import takes_logits_to_keep
 from effattn.measuring.variants import Variant, build
 from effattn.profiling.memory import available_bytes
 from effattn.profiling.timing import Clock, alternate, percentiles
+from effattn.quant.formats import Format
 from effattn.surgery.swapping import parse_layers
 
 FULL, PLAN = "full", "plan"

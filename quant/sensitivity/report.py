@@ -10,7 +10,6 @@ from dataclasses import dataclass
 
 from effattn.quant.sensitivity import report_plots as plots
 from effattn.quant.sensitivity import report_tables as tables
-
 from effattn.reports.document import Document
 from effattn.reports.page import Passage, Section, markdown_text, page
 from effattn.reports.tables import Table

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from effattn.quant.sensitivity import report_tables as tables
 from markupsafe import Markup
 
 from effattn.evaluate.retrieval import score
+from effattn.quant.sensitivity import report_tables as tables
 from effattn.reports.plots import AFTER, BEFORE, NEUTRAL, PALETTE, Series, bar_plot, line_plot
 
 if TYPE_CHECKING:

@@ -7,7 +7,6 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import tiny
-from effattn.quant.rotation import fold_values
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
@@ -16,6 +15,7 @@ from effattn.errors import Unsupported
 from effattn.heads.gqa import convert_gqa
 from effattn.heads.judged import errors
 from effattn.hf import anatomy as hf
+from effattn.quant.rotation import fold_values
 
 KINDS = [(kind, {}) for kind, family in sorted(hf.FAMILIES.items()) if not family.gqa]
 BETWEEN = [
@@ -118,9 +118,8 @@ def test_reported_errors_are_those_of_what_attention_gets(kind, extra, method, t
         else {"optimal", "aligned", "mean"}
     )
     assert set(made) <= (named if method == "optimal" else {"mean"})
-    assert [row["k_error"], row["v_error"]] == pytest.approx(
-        found, rel=0.1
-    )  # windows of 128 see other contexts
+    # windows of 128 see other contexts
+    assert [row["k_error"], row["v_error"]] == pytest.approx(found, rel=0.1)
     assert 1e-3 < found[0] < 2
     assert 1e-3 < found[1] < 2
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import typer
 import yaml
+
 from effattn.recipes.cli import app
 
 ROOT = Path(__file__).parents[2]

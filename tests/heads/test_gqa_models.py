@@ -7,12 +7,12 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import tiny
-from effattn.quant.rotation import fold_values
 from transformers import AutoModelForCausalLM
 
 from effattn.errors import Unsupported
 from effattn.heads.gqa import convert_gqa
 from effattn.hf import anatomy as hf
+from effattn.quant.rotation import fold_values
 from effattn.surgery import replace
 from effattn.surgery.swapping import restore, swap
 

@@ -9,8 +9,6 @@ import warnings
 import pytest
 import torch
 from conftest import tiny
-from effattn.prune.structural.slicing import Keep, slice_model
-from effattn.quant.rotation import fold_values
 from torch.nn.utils import (
     parametrizations,
     prune,
@@ -25,6 +23,8 @@ import effattn
 from effattn.errors import Unsupported
 from effattn.hf import anatomy as hf
 from effattn.hf.adapters import merge, require_own_weights
+from effattn.prune.structural.slicing import Keep, slice_model
+from effattn.quant.rotation import fold_values
 
 peft = pytest.importorskip("peft")
 

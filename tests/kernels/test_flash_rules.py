@@ -11,6 +11,8 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton is imported
 
+from test_flash_torch import largest_tensors
+
 from effattn.kernels.decode.torch_impl import attention as at_once
 from effattn.kernels.decode.turn import rotate
 from effattn.kernels.flash import (
@@ -27,7 +29,6 @@ from effattn.kernels.flash import (
 from effattn.kernels.flash.pattern import layout_of
 from effattn.kernels.flash.reference import attention as reference
 from effattn.kernels.flash.reference import rotary_scores
-from test_flash_torch import largest_tensors
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SLOPES = [[0.5], [0.1], [0.02], [0.3]]

@@ -6,6 +6,10 @@ memory is NaN."""
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn.functional import scaled_dot_product_attention
+
 from effattn.kernels.flash import (
     Blocks,
     Layout,
@@ -17,9 +21,6 @@ from effattn.kernels.flash import (
 )
 from effattn.kernels.flash.pattern import layout_of
 from effattn.kernels.flash.reference import attention as reference
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from torch.nn.functional import scaled_dot_product_attention
 
 WINDOW = Window(back=13)
 PATTERNS = [
@@ -83,9 +84,8 @@ def layouts(kind: str, batch: int, keys: int, seed: int = 0) -> Layout:
         real = torch.rand(batch, keys, generator=torch.Generator().manual_seed(seed)) > 0.4
     if kind == "slots":
         return Layout(slots=3, tail=3 + 2 * batch + seed, start=torch.arange(batch) * 2)
-    if (
-        kind == "slots twice"
-    ):  # the ring has not turned yet: positions 0 to 2 are there twice, and masked once
+    # the ring has not turned yet: positions 0 to 2 are there twice, and masked once
+    if kind == "slots twice":
         real[:, 3:6] = False
         return Layout(slots=3, tail=0, mask=real)
     return layout_of(None if kind == "none" else real)

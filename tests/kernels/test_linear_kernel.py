@@ -6,6 +6,7 @@ import itertools
 
 import pytest
 import torch
+
 from effattn.kernels import linear
 from effattn.kernels.linear import (
     features,

@@ -6,11 +6,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+
+from effattn.conformance import relative
 from effattn.kernels import lsh
 from effattn.kernels.lsh import reference
 from effattn.kernels.lsh.places import sort_buckets
-
-from effattn.conformance import relative
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

@@ -8,6 +8,7 @@ import math
 
 import pytest
 import torch
+
 from effattn.kernels import monarch
 from effattn.kernels.monarch import reference, triton_impl
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+
 from effattn.kernels.decode import packed_tiles, packed_torch
 from effattn.kernels.decode.packed import PackedCache, attention
 from effattn.kernels.decode.turn import Turn

@@ -5,8 +5,6 @@ them packed.
 import pytest
 import torch
 from conftest import tiny
-from effattn.kernels import sparse24
-from effattn.prune import pack
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -15,7 +13,9 @@ from transformers import AutoModelForCausalLM
 
 import effattn
 from effattn.errors import Unsupported
+from effattn.kernels import sparse24
 from effattn.projections.packed import PackedLinear
+from effattn.prune import pack
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -103,9 +103,8 @@ def test_a_model_is_packed_saved_and_loaded(tmp_path, tokens):
     report = pack(model)
     linears = [m for m in model.modules() if isinstance(m, PackedLinear)]
     assert len(linears) == len(report.packed) == 14
-    assert (
-        report.bytes_after == sum(m.nbytes for m in linears) == report.bytes_before * 17 // 32
-    )  # fp32: 1/2 + 1/32
+    # fp32: 1/2 + 1/32
+    assert report.bytes_after == sum(m.nbytes for m in linears) == report.bytes_before * 17 // 32
     torch.testing.assert_close(model(ids).logits, before)
     assert "17" not in str(report.dense)
     assert "14 linear layers packed" in str(report)

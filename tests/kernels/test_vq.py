@@ -12,13 +12,12 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton is imported
 
-from effattn.kernels import vq
-
 import effattn
 from effattn.conformance import inputs
 from effattn.errors import Unsupported
 from effattn.hf.state_layer import StateLayer
 from effattn.interface import Shape
+from effattn.kernels import vq
 from effattn.kmeans import kmeans
 from effattn.states.full import ROLLBACK
 from effattn.surgery.swapping import active, swap

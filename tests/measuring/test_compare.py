@@ -6,11 +6,11 @@ import copy
 import json
 
 import pytest
-from effattn.recipes.cli import app
 from test_measure_report import data, lost, row, with_row
 from typer.testing import CliRunner
 
 from effattn.measuring.compare import compare, load
+from effattn.recipes.cli import app
 
 
 def bench(**times) -> dict:

@@ -8,12 +8,12 @@ import sys
 
 import pytest
 import torch
-from effattn.kernels import flash
-from effattn.kernels.flash import torch_impl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import scaled_dot_product_attention
 
+from effattn.kernels import flash
+from effattn.kernels.flash import torch_dense
 from effattn.patterns.dense import Dense
 
 FAST, TRUTH = Dense(impl="torch"), Dense(impl="reference")
@@ -104,9 +104,8 @@ def test_outputs_and_gradients_equal_the_reference(shape, causal, kind, block, s
     inputs = [x.requires_grad_() for x in qkv(**shape, seed=seed)]
     mask = padding(kind, shape["batch"], shape["keys"], seed)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            torch_impl, "BLOCK", block
-        )  # many blocks at lengths that a reference can afford
+        # many blocks at lengths that a reference can afford
+        patch.setattr(torch_dense, "BLOCK", block)
         out = FAST(*inputs, causal=causal, padding_mask=mask)
     truth = TRUTH(*inputs, causal=causal, padding_mask=mask)
     torch.testing.assert_close(out, truth)
@@ -241,7 +240,7 @@ def test_no_mask_of_all_queries_by_all_keys(monkeypatch):
         sizes.append(0 if attn_mask is None else attn_mask.numel())
         return scaled_dot_product_attention(*args, attn_mask=attn_mask, **kwargs)
 
-    monkeypatch.setattr(torch_impl, "scaled_dot_product_attention", spy)
+    monkeypatch.setattr(torch_dense, "scaled_dot_product_attention", spy)
     q, k, v = qkv(queries=1024, keys=1024, dtype=torch.float32)
     FAST(q, k, v)
     assert sizes == [0]
@@ -249,7 +248,7 @@ def test_no_mask_of_all_queries_by_all_keys(monkeypatch):
     assert sizes == [0, 0]
     FAST(q, k, v, padding_mask=padding("left", 2, 1024))
     FAST(q[:, :, 1:], k, v)
-    assert max(sizes) == 2 * torch_impl.BLOCK * 1024
+    assert max(sizes) == 2 * torch_dense.BLOCK * 1024
     assert flash.choose("auto") == "torch"
 
 

@@ -10,12 +10,12 @@ import math
 import pytest
 import torch
 from conftest import tiny
-from effattn.kernels.linear import torch_causal, torch_impl
 
 import effattn
 from effattn.conformance import check, inputs
 from effattn.errors import Unsupported
 from effattn.interface import Shape
+from effattn.kernels.linear import torch_causal, torch_impl
 from effattn.patterns.performer import draw
 from effattn.states.full import ROLLBACK
 from effattn.states.recurrent import RecurrentState, folded
@@ -136,9 +136,8 @@ def test_many_chunks(spec, causal, monkeypatch):
         return
     monkeypatch.setattr(torch_impl, "CHUNK", 4)
     monkeypatch.setattr(torch_causal, "WHOLE", 4)
-    monkeypatch.setattr(
-        torch_causal, "BUDGET", {"cpu": 4 * 4 * 16 * 2}
-    )  # batch rows apart, two or so chunks a block
+    # batch rows apart, two or so chunks a block
+    monkeypatch.setattr(torch_causal, "BUDGET", {"cpu": 4 * 4 * 16 * 2})
     some = (
         "accuracy",
         "future",

@@ -30,9 +30,8 @@ values = st.recursive(
 def test_parse_undoes_format(name, options):
     text = registry.format_spec(name, options)
     assert registry.parse_spec(text) == (name, options)
-    assert repr(registry.parse_spec(text)[1]) == repr(
-        options
-    )  # 1, 1.0 and True are equal, but not the same
+    # 1, 1.0 and True are equal, but not the same
+    assert repr(registry.parse_spec(text)[1]) == repr(options)
     assert registry.format_spec(*registry.parse_spec(text)) == text
 
 

@@ -6,11 +6,11 @@ import pytest
 import torch
 import transformers
 from conftest import tiny
-from effattn.prune import Target, shear, structured
-from effattn.prune.structural import criteria
 
 import effattn
 from effattn.errors import Unsupported
+from effattn.prune import Target, shear, structured
+from effattn.prune.structural import criteria
 
 GRADIENTS = {"taylor", "michel"}
 ENCODER = dict(
@@ -23,11 +23,8 @@ MODELS = [
     ("BertForTokenClassification", transformers.BertConfig, ENCODER),
     ("BertForQuestionAnswering", transformers.BertConfig, ENCODER),
     ("BertModel", transformers.BertConfig, ENCODER),
-    (
-        "BertLMHeadModel",
-        transformers.BertConfig,
-        ENCODER,
-    ),  # which sees later tokens, unless is_decoder is set
+    # which sees later tokens, unless is_decoder is set
+    ("BertLMHeadModel", transformers.BertConfig, ENCODER),
     ("RobertaForMaskedLM", transformers.RobertaConfig, ENCODER),
     ("LlamaForSequenceClassification", transformers.LlamaConfig, DECODER),
     ("LlamaForTokenClassification", transformers.LlamaConfig, DECODER),

@@ -7,12 +7,12 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import tiny
+
+from effattn.hf import anatomy as hf
 from effattn.prune.shearing import hard_concrete
 from effattn.prune.shearing.lagrangian import Lagrangian
 from effattn.prune.shearing.masks import Masks
 from effattn.prune.shearing.sheared import default_mask_lrs
-
-from effattn.hf import anatomy as hf
 
 N = 200_000
 

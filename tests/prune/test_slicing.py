@@ -9,12 +9,12 @@ import copy
 import pytest
 import torch
 from conftest import tiny
-from effattn.prune.structural.slicing import Keep, reachable_heads, slice_model, sliced_config
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 import effattn
 from effattn.errors import Unsupported
 from effattn.hf import anatomy as hf
+from effattn.prune.structural.slicing import Keep, reachable_heads, slice_model, sliced_config
 
 CLASSES = [
     "llama",

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import tiny
-from effattn.prune.structural.slicing import Keep, slice_model
 from transformers import AutoModelForCausalLM
 
 from effattn.hf import anatomy as hf
+from effattn.prune.structural.slicing import Keep, slice_model
 
 SLIDING = ["sliding_attention", "full_attention", "sliding_attention", "full_attention"]
 CASES = {

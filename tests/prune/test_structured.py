@@ -7,6 +7,11 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import tiny
+
+import effattn
+from effattn.calibration.layerwise import watch, windows
+from effattn.errors import Unsupported
+from effattn.hf import anatomy as hf
 from effattn.prune.structural import criteria
 from effattn.prune.structural.compensation import compensate
 from effattn.prune.structural.criteria import obs
@@ -14,11 +19,6 @@ from effattn.prune.structural.criteria.base import losses
 from effattn.prune.structural.gates import gated
 from effattn.prune.structural.removal import structured
 from effattn.prune.structural.slicing import Keep, slice_model
-
-import effattn
-from effattn.calibration.layerwise import watch, windows
-from effattn.errors import Unsupported
-from effattn.hf import anatomy as hf
 
 LENGTH = 32
 
@@ -239,9 +239,10 @@ def test_compensation_is_least_squares_on_the_whole_layers_output(model, tokens)
     target = x @ parts.layers[0].feed_forward.output.weight.detach().T
     wanted = torch.linalg.lstsq(x[:, kept], target).solution.T
     rows = compensate(parts, hf.of(small), keep, batches)
-    error = lambda weight: float(
-        (x[:, kept] @ weight.T - target).square().sum() / target.square().sum()
-    )
+
+    def error(weight) -> float:
+        return float((x[:, kept] @ weight.T - target).square().sum() / target.square().sum())
+
     assert rows[0]["ffn_error"] == pytest.approx(error(down.weight.detach()), rel=1e-6)
     assert error(wanted) <= rows[0]["ffn_error"] < 1.001 * error(wanted)
     assert all(row["ffn_error"] < 0.9 * row["ffn_error_sliced"] for row in rows)

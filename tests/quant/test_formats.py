@@ -1,6 +1,7 @@
 """Cache formats: what a spec means, which head dimensions it fits, and its exact bytes."""
 
 import pytest
+
 from effattn.kernels.pack import KINDS, Codes, Coding
 from effattn.quant.formats import Format
 

@@ -7,13 +7,13 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import tiny
-from effattn.quant.formats import Format
-from effattn.quant.packed.static import StaticState
 from transformers import DynamicCache
 
 import effattn
 from effattn.errors import Unsupported
 from effattn.hf.state_layer import StateLayer
+from effattn.quant.formats import Format
+from effattn.quant.packed.static import StaticState
 from effattn.registry import backend
 from effattn.surgery.describing import describe
 from effattn.surgery.swapping import active, restore, swap
@@ -38,9 +38,8 @@ def test_a_plain_model_with_a_packed_cache():
     assert type(cache) is DynamicCache
     assert torch.equal(generate(model, past_key_values=cache), plain)
     assert [str(layer.cache) for layer in cache.layers] == ["int8(group=32, residual=16)"] * 2
-    assert [row["cache"] for row in describe(model).layers] == [
-        "full"
-    ] * 2  # the model's own caches are as before
+    # the model's own caches are as before
+    assert [row["cache"] for row in describe(model).layers] == ["full"] * 2
     assert torch.equal(generate(model), plain)
     swap(model, cache="int4")
     one = effattn.quant.cache(model, {"1": "int8"})

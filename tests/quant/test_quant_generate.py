@@ -7,13 +7,13 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import tiny
-from effattn.quant.packed.ring import PackedRing
-from effattn.quant.packed.state import PackedState
 from outliers import plant_outliers
 from transformers import DynamicCache
 
 from effattn import embedded
 from effattn.hf.cache import new_cache
+from effattn.quant.packed.ring import PackedRing
+from effattn.quant.packed.state import PackedState
 from effattn.surgery.swapping import restore, swap
 
 SPEC = "int4(residual=0, group=32)"

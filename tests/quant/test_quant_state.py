@@ -9,18 +9,18 @@ from itertools import pairwise
 
 import pytest
 import torch
-from effattn.kernels.decode import packed
-from effattn.kernels.pack import pack, unpack
-from effattn.quant.formats import Format
-from effattn.quant.packed.ring import PackedRing
-from effattn.quant.packed.state import PackedState
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from effattn.errors import Unsupported
 from effattn.hf.caches import LayerCache
+from effattn.kernels.decode import packed
+from effattn.kernels.pack import pack, unpack
 from effattn.positions import Rope
 from effattn.profiling.memory import PeakMemory
+from effattn.quant.formats import Format
+from effattn.quant.packed.ring import PackedRing
+from effattn.quant.packed.state import PackedState
 from effattn.registry import backend
 from effattn.states.full import ROLLBACK
 

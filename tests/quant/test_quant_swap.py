@@ -10,9 +10,6 @@ import pytest
 import torch
 import transformers
 from conftest import tiny
-from effattn.quant.packed.ring import PackedRing
-from effattn.quant.packed.state import PackedState
-from effattn.quant.rotation import block_of, fold_values, hadamard
 from torch import nn
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
@@ -21,6 +18,9 @@ from effattn.errors import Unsupported
 from effattn.hf import caches
 from effattn.hf.cache import new_cache
 from effattn.hf.state_layer import StateLayer
+from effattn.quant.packed.ring import PackedRing
+from effattn.quant.packed.state import PackedState
+from effattn.quant.rotation import block_of, fold_values, hadamard
 from effattn.surgery.checkpoint import load, save
 from effattn.surgery.describing import describe
 from effattn.surgery.swapping import active, restore, swap
@@ -52,9 +52,8 @@ def test_layer_by_layer_and_back_to_the_same_bits(tmp_path):
     assert dict(model.named_modules()) == modules
     assert list(model.state_dict()) == list(model_of().state_dict())
     out = model(IDS)
-    torch.testing.assert_close(
-        out.logits, before, rtol=1e-4, atol=1e-4
-    )  # a prompt sees itself in full precision
+    # a prompt sees itself in full precision
+    torch.testing.assert_close(out.logits, before, rtol=1e-4, atol=1e-4)
     assert [str(one.cache.format) for one in out.past_key_values.layers] == [
         "int8",
         *["int4(group=32, v=2)"] * 2,

@@ -21,10 +21,8 @@ from effattn.profiling.cost import model_cost
 bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
 
 NUMBERS = 802_816 * 4  # in the linears of the embedded model
-KINDS = {
-    "nf4": (4.5, 0.05),
-    "int8": (8 + 32 / 256, 0.005),
-}  # bits a number about, relative perplexity
+# bits a number about, relative perplexity
+KINDS = {"nf4": (4.5, 0.05), "int8": (8 + 32 / 256, 0.005)}
 
 
 @pytest.fixture(scope="module")
@@ -34,9 +32,8 @@ def base():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_linears_are_packed_and_every_byte_is_counted(base, kind, tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        bnb.nn.modules, "has_avx512bf16", lambda: False
-    )  # else plain transformers computes in bf16
+    # else plain transformers computes in bf16
+    monkeypatch.setattr(bnb.nn.modules, "has_avx512bf16", lambda: False)
     bits, error = KINDS[kind]
     model, text = copy.deepcopy(base), effattn.embedded.tokens("validation", 1025)
     assert effattn.quant.quantize_weights(model, kind) is model

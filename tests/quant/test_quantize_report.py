@@ -7,6 +7,7 @@ import json
 import math
 
 import pytest
+
 from effattn.quant.sensitivity.report import QuantizeReport
 
 

@@ -11,7 +11,6 @@ import math
 import pytest
 import torch
 from conftest import tiny
-from effattn.recipes.cli import app
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
@@ -23,6 +22,7 @@ from effattn.extending.job import Job
 from effattn.extending.report import ExtendReport
 from effattn.hf import anatomy
 from effattn.positions.extrapolation import critical_dimension, extrapolation_limit
+from effattn.recipes.cli import app
 from effattn.surgery.describing import describe
 
 

@@ -13,14 +13,14 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import tiny
-from effattn.prune.oneshot_job import weight_bytes
-from effattn.prune.unstructured.report import OneShotReport
-from effattn.recipes.cli import app
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 import effattn
 from effattn.evaluate.loss import token_losses
+from effattn.prune.oneshot_job import weight_bytes
+from effattn.prune.unstructured.report import OneShotReport
+from effattn.recipes.cli import app
 
 ROOT = Path(__file__).parents[2]
 
@@ -118,9 +118,8 @@ def test_the_recipe_end_to_end(source, text, tmp_path):
     assert sizes["before"]["flops_of_nonzeros"] - sizes["after"]["flops_of_nonzeros"] == pruned
     assert sizes["after"]["file_bytes"] == weight_bytes(out)
     assert sizes["before"]["kv_bytes_per_token"] == 2 * 2 * 64 * 4
-    assert all(
-        ((zeros.view(-1, 4).sum(1)) == 2).all() for zeros in zeros_of(out).values()
-    )  # exactly, after training
+    # exactly, after training
+    assert all(((zeros.view(-1, 4).sum(1)) == 2).all() for zeros in zeros_of(out).values())
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert "| wanda | 2:4 |" in report.to_markdown()
     assert {"report.html", "tokenizer.json", "config.json"} <= {path.name for path in out.iterdir()}

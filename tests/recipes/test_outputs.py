@@ -12,12 +12,12 @@ import threading
 from pathlib import Path
 
 import pytest
-from effattn.recipes.cli import app
 from test_bounds import COMMANDS
 from typer.testing import CliRunner
 
 from effattn import outputs
 from effattn.outputs import OWNER, STAGING, atomic_folder, check_file, check_new_folder, claim
+from effattn.recipes.cli import app
 from effattn.reports.files import TEMPORARY, write_text_atomic
 
 

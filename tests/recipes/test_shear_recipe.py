@@ -12,15 +12,15 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import tiny
+from typer.testing import CliRunner
+
+import effattn
 from effattn.prune import shear_job
 from effattn.prune.shear_job import Job, run
 from effattn.prune.shearing import data as shear_data
 from effattn.prune.shearing.data import domain_text, stdlib_domain
 from effattn.prune.shearing.report import BASELINES, ShearReport
 from effattn.recipes.cli import app
-from typer.testing import CliRunner
-
-import effattn
 
 CPU = {"use_cpu": True}
 SMALL = {

@@ -9,13 +9,13 @@ import json
 import pytest
 import torch
 from conftest import tiny
-from effattn.prune.structural.report import StructuredReport
-from effattn.prune.structured_job import Job, parse_amount, parse_criterion, run
-from effattn.recipes import cli
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 import effattn
+from effattn.prune.structural.report import StructuredReport
+from effattn.prune.structured_job import Job, parse_amount, parse_criterion, run
+from effattn.recipes import cli
 
 
 @pytest.fixture(scope="module")

@@ -12,12 +12,12 @@ import random
 
 import pytest
 import torch
-from effattn.quant.formats import Format
-from effattn.quant.packed.static import StaticState
 
 from effattn.errors import Unsupported
 from effattn.hf.caches import LayerCache
 from effattn.positions import Rope
+from effattn.quant.formats import Format
+from effattn.quant.packed.static import StaticState
 from effattn.registry import backend
 from effattn.states.full import ROLLBACK
 

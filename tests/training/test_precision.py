@@ -11,9 +11,6 @@ import copy
 import pytest
 import torch
 from conftest import tiny
-from effattn.prune.shearing.batch_loading import Domains
-from effattn.prune.shearing.sheared import Target, continue_training, learn_masks, reference_losses
-from effattn.prune.unstructured.zeros import keep_zeros
 from torch import nn
 from transformers import AutoModelForCausalLM, Trainer
 
@@ -22,8 +19,11 @@ from effattn.evaluate.loss import compare
 from effattn.extending.tuning import tune
 from effattn.heads.gqa import convert_gqa
 from effattn.hf import anatomy as hf
-from effattn.training.lending import bf16_pays
+from effattn.prune.shearing.batch_loading import Domains
+from effattn.prune.shearing.sheared import Target, continue_training, learn_masks, reference_losses
+from effattn.prune.unstructured.zeros import keep_zeros
 from effattn.training import lending as training
+from effattn.training.lending import bf16_pays
 from effattn.training.lora import adapters
 from effattn.training.transfer import distances, transfer
 from effattn.training.uptrain import uptrain

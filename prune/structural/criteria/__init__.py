@@ -11,11 +11,11 @@ from __future__ import annotations
 import importlib
 from collections.abc import Iterable
 
-from effattn.prune.structural.criteria.base import TARGETS, Importance
 from torch import Tensor
 
 from effattn.errors import Unsupported, check_choice
 from effattn.hf.anatomy import Anatomy
+from effattn.prune.structural.criteria.base import TARGETS, Importance
 
 CRITERIA = (
     "taylor",

@@ -7,6 +7,9 @@ their group only where some of them stay (Llama-3.1-Minitron), here groups go as
 
 from __future__ import annotations
 
+from torch import Tensor
+
+from effattn.hf.anatomy import Anatomy, Layer
 from effattn.prune.structural.criteria.base import (
     Importance,
     Sums,
@@ -16,9 +19,6 @@ from effattn.prune.structural.criteria.base import (
     watching,
     watching_blocks,
 )
-from torch import Tensor
-
-from effattn.hf.anatomy import Anatomy, Layer
 
 TARGETS = ("heads", "ffn")
 

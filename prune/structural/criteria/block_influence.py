@@ -4,11 +4,11 @@ arXiv:2403.03853, eq. 2).
 
 from __future__ import annotations
 
-from effattn.prune.structural.criteria.base import Importance, Sums, forward, watching_blocks
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from effattn.hf.anatomy import Anatomy, Layer
+from effattn.prune.structural.criteria.base import Importance, Sums, forward, watching_blocks
 
 TARGETS = ("layers",)
 

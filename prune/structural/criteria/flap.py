@@ -1,12 +1,15 @@
 """Fluctuation: Var(x_j) |W_:j|^2, what losing input j costs once a bias stands in for its mean.
 
 FLAP (arXiv:2312.11983), equation 5. W is o_proj or the FFN's output module, x what it takes; a
-head's score is the sum over its dimensions. The bias itself is `effattn.prune.structural.compensation`'s
-(`bias=True`)."""
+head's score is the sum over its dimensions. The bias itself is
+`effattn.prune.structural.compensation`'s (`bias=True`)."""
 
 from __future__ import annotations
 
 import torch
+from torch import Tensor
+
+from effattn.hf.anatomy import Anatomy, Layer
 from effattn.prune.structural.criteria.base import (
     Importance,
     Sums,
@@ -15,9 +18,6 @@ from effattn.prune.structural.criteria.base import (
     watching,
     watching_blocks,
 )
-from torch import Tensor
-
-from effattn.hf.anatomy import Anatomy, Layer
 
 TARGETS = ("heads", "ffn")
 

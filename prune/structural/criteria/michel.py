@@ -7,6 +7,9 @@ compared."""
 from __future__ import annotations
 
 import torch
+from torch import Tensor
+
+from effattn.hf.anatomy import Anatomy
 from effattn.prune.structural.criteria.base import (
     Importance,
     Sums,
@@ -16,9 +19,6 @@ from effattn.prune.structural.criteria.base import (
     watching_blocks,
 )
 from effattn.prune.structural.gates import gated
-from torch import Tensor
-
-from effattn.hf.anatomy import Anatomy
 
 TARGETS = ("heads", "ffn")
 NEEDS_LOSS = True

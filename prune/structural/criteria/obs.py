@@ -12,6 +12,9 @@ nothing together here, and to the other criteria each as much as alone."""
 from __future__ import annotations
 
 import torch
+from torch import Tensor
+
+from effattn.hf.anatomy import Anatomy, Layer
 from effattn.prune.structural.criteria.base import (
     Importance,
     Sums,
@@ -20,9 +23,6 @@ from effattn.prune.structural.criteria.base import (
     watching_blocks,
 )
 from effattn.prune.structural.criteria.flap import output_weight
-from torch import Tensor
-
-from effattn.hf.anatomy import Anatomy, Layer
 
 TARGETS = ("heads", "ffn")
 DAMPING = 0.01  # lambda, as a share of the mean diagonal of C
@@ -44,9 +44,8 @@ def score(parts: Anatomy, batches: list[Tensor], targets: list[str], seed: int) 
             pass
     for (target, index), gram in list(sums.total.items()):
         layer = parts.layers[index]
-        size = (
-            len(gram) // layer.kv_heads if target == "heads" else 1
-        )  # a K/V head with its query heads
+        # a K/V head with its query heads
+        size = len(gram) // layer.kv_heads if target == "heads" else 1
         order = removal_order(gram, output_weight(layer, target), size)
         place = torch.empty(len(order), dtype=torch.float64)
         place[order] = torch.arange(len(order), dtype=torch.float64)

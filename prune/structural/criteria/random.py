@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import torch
-from effattn.prune.structural.criteria.base import Importance
 from torch import Tensor
 
 from effattn.hf.anatomy import Anatomy
+from effattn.prune.structural.criteria.base import Importance
 
 TARGETS = ("heads", "ffn", "layers")
 

@@ -11,6 +11,9 @@ average is zero but for noise."""
 from __future__ import annotations
 
 import torch
+from torch import Tensor
+
+from effattn.hf.anatomy import Anatomy, Layer
 from effattn.prune.structural.criteria.base import (
     Importance,
     Sums,
@@ -20,9 +23,6 @@ from effattn.prune.structural.criteria.base import (
     losses,
     watching_blocks,
 )
-from torch import Tensor
-
-from effattn.hf.anatomy import Anatomy, Layer
 
 TARGETS = ("heads", "ffn", "layers")
 NEEDS_LOSS = True

@@ -6,6 +6,9 @@ W is o_proj or the FFN's output module, whose columns belong to heads and FFN di
 
 from __future__ import annotations
 
+from torch import Tensor
+
+from effattn.hf.anatomy import Anatomy, Layer
 from effattn.prune.structural.criteria.base import (
     Importance,
     Sums,
@@ -15,9 +18,6 @@ from effattn.prune.structural.criteria.base import (
     watching_blocks,
 )
 from effattn.prune.structural.criteria.flap import output_weight
-from torch import Tensor
-
-from effattn.hf.anatomy import Anatomy, Layer
 
 TARGETS = ("heads", "ffn")
 

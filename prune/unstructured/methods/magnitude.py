@@ -4,8 +4,9 @@ arXiv:1506.02626).
 
 from __future__ import annotations
 
-from effattn.prune.unstructured.nm import Sparsity, lowest, lowest_of_groups
 from torch import Tensor
+
+from effattn.prune.unstructured.nm import Sparsity, lowest, lowest_of_groups
 
 
 def magnitude_mask(weight: Tensor, sparsity: Sparsity) -> Tensor:

@@ -11,10 +11,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from effattn.prune.unstructured.nm import Sparsity, lowest, lowest_first
 from torch import Tensor
 
 from effattn.calibration.hessian import DAMPING, InverseHessian
+from effattn.prune.unstructured.nm import Sparsity, lowest, lowest_first
 
 BLOCK = 128  # columns whose mask is chosen at once, and after which the columns to come are updated
 PANEL = 16  # columns that are updated one by one
@@ -109,9 +109,8 @@ def _prune_block(
     n, m = sparsity.n, sparsity.m
     width = PANEL if m is None else m * max(1, PANEL // m)
     errors, inverse = torch.empty_like(inside), 1 / factor.diagonal()[:, None]
-    share = (
-        mask * inverse if m is None else torch.empty_like(inside)
-    )  # of a column that becomes its error: 0 or 1/U_ii
+    # of a column that becomes its error: 0 or 1/U_ii
+    share = mask * inverse if m is None else torch.empty_like(inside)
     columns, shares, becoming, below = (
         inside.unbind(),
         share.unbind(),

@@ -4,8 +4,9 @@ arXiv:2306.11695).
 
 from __future__ import annotations
 
-from effattn.prune.unstructured.nm import Sparsity, lowest_per_row
 from torch import Tensor
+
+from effattn.prune.unstructured.nm import Sparsity, lowest_per_row
 
 
 def wanda_mask(weight: Tensor, second_moment: Tensor, sparsity: Sparsity) -> Tensor:
