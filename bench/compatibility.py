@@ -17,7 +17,6 @@ from torch import nn
 import effattn
 from effattn.errors import check_choice
 from effattn.reports.tables import Table, markdown_text
-from effattn.specs import format_spec
 
 MARKER = re.compile(r"(<!-- code:(?P<block>\w+) -->\n).*?(<!-- /code -->)", re.DOTALL)
 WHERE = re.compile(r"^(\w+ cannot be swapped, layers 0: |layer 0: )+")  # how a refusal begins
@@ -145,7 +144,8 @@ def _spec(name: str, cls: type) -> str:
     asked = [p.name for p in parameters.values() if p.default is p.empty or p.name in ALWAYS]
     if missing := [option for option in asked if option not in OPTIONS]:
         raise ValueError(f"{name}: no value to try for {', '.join(missing)}; valid: {[*OPTIONS]}")
-    return format_spec(name, {option: OPTIONS[option] for option in asked})
+    options = ", ".join(f"{option}={OPTIONS[option]!r}" for option in asked)
+    return f"{name}({options})" if options else name
 
 
 def _short(spec: str) -> str:

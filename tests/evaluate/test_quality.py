@@ -1,4 +1,4 @@
-"""On the real (embedded) model, conversion is as good as the README says, on less data so that it
+"""On the real (embedded) model, conversion is as good as the documentation says, on less data so that it
 stays quick.
 """
 
