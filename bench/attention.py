@@ -1,8 +1,8 @@
 """Cases of attention, and their contenders: `ours(spec)` and `peer(who, spec)`.
 
-    race("forward", "float32", 4096, [ours("sliding(window=512)"), peer("flex_attention",
-    "sliding(window=512)")]) growth("sliding(window=512)", time=1, memory=1, lengths=(8192, 16384,
-    32768))
+    both = [ours("sliding(window=512)"), peer("flex_attention", "sliding(window=512)")]
+    race("forward", "float32", 4096, both)
+    growth("sliding(window=512)", time=1, memory=1, lengths=(8192, 16384, 32768))
 
 A contender's spec is also the truth that its answer is held to: SDPA runs "dense" beside the
 others' windows, and has to get that right. Shapes: q (B, Hq, Tq, D), k, v (B, Hkv, T, D)."""
@@ -146,9 +146,8 @@ def growth(
     """One backend against itself at `lengths`, with the exponents of time and memory that it
     declares. `spec` may depend on the length (a stride that is its square root)."""
     at = spec if callable(spec) else lambda tokens: spec
-    built = {
-        name: ours(name) for name in map(at, lengths)
-    }  # one of each spec, so that it is checked once
+    # one of each spec, so that it is checked once
+    built = {name: ours(name) for name in map(at, lengths)}
     raced = [
         replace(built[at(tokens)], name=length_name(tokens), tokens=tokens) for tokens in lengths
     ]
@@ -263,9 +262,8 @@ def _with_gradients(
     out: Tensor, leaves: list[Tensor], inputs: list[Tensor], rows: Tensor
 ) -> dict[str, Tensor]:
     upstream = _upstream(out.shape, rows, inputs[0]).to(out.dtype)
-    dq, dk, dv = torch.autograd.grad(
-        out, leaves, upstream, materialize_grads=True
-    )  # some do not look at k
+    # some do not look at k
+    dq, dk, dv = torch.autograd.grad(out, leaves, upstream, materialize_grads=True)
     return {"output": out.detach()[:, :, rows], "dq": dq[:, :, rows], "dk": dk, "dv": dv}
 
 

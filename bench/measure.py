@@ -33,9 +33,8 @@ def measure(case: Case, device: torch.device, seconds: float, peaks: Peaks | Non
     rows: dict[str, dict] = {}
     calls: dict[str, Callable] = {}
     made: dict[int, list] = {}
-    errors: dict[
-        tuple, float | None
-    ] = {}  # of what was checked at a length of its own, once a spec
+    # of what was checked at a length of its own, once a spec
+    errors: dict[tuple, float | None] = {}
     for contender in case.contenders:
         tokens = case.length(contender)
         if tokens not in made:
@@ -114,9 +113,8 @@ def prepare(
                 case.once(call, inputs)
     except Absent:
         raise
-    except (
-        Exception
-    ) as error:  # a peer that this version, device or shape does not suit: whatever it raises
+    except Exception as error:
+        # a peer that this version, device or shape does not suit: whatever it raises
         if contender.ours and not isinstance(error, torch.OutOfMemoryError):
             raise
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
@@ -202,7 +200,6 @@ def estimate(case: Case, peaks: Peaks | None, seconds: float) -> float:
         took.append(max(CALL, limit / contender.efficiency))
     going = sum(one for one in took if one <= min(LONG, seconds / 4))
     filled = min(max(seconds - LEAST * going, 0), (MOST - LEAST) * going)
-    before = sum(
-        (4 if one > LONG else 3 + LEAST) * one for one in took
-    )  # checked, warm and for memory, too
+    # checked, warm and for memory, too
+    before = sum((4 if one > LONG else 3 + LEAST) * one for one in took)
     return sum(one.setup for one in case.contenders) + before + filled + 0.2

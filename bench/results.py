@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+import bench
 import effattn
 import effattn.kernels
 import effattn.prune
@@ -26,12 +27,8 @@ CASES = "bench/rows"
 def sources() -> str:
     """A digest of the package's sources: results of other code are not added to."""
     found: dict[str, bytes] = {}
-    for package in (
-        effattn,
-        effattn.kernels,
-        effattn.prune,
-        effattn.quant,
-    ):  # folders beside each other in a checkout
+    # folders beside each other in a checkout
+    for package in (effattn, effattn.kernels, effattn.prune, effattn.quant, bench):
         root = Path(package.__file__).parent
         for file in root.rglob("*.py"):
             found[f"{package.__name__}/{file.relative_to(root).as_posix()}".replace(".", "/")] = (

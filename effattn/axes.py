@@ -74,6 +74,6 @@ class Axis(Generic[Member]):
         return cls(**options)
 
 
-def options_of(cls: type) -> Mapping[str, inspect.Parameter]:
-    """name -> parameter, of what a class is made with."""
-    return inspect.signature(cls).parameters
+def options_of(made: Callable) -> Mapping[str, inspect.Parameter]:
+    """name -> parameter, of what a class is made with, or a function is called with."""
+    return inspect.signature(made).parameters

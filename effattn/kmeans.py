@@ -43,9 +43,8 @@ def _seed(rows: Tensor, centres: int, draw: torch.Generator) -> Tensor:
     distances = torch.full(rows.shape[:2], torch.inf, dtype=rows.dtype, device=rows.device)
     for _ in range(centres - 1):
         distances = torch.minimum(distances, (rows - chosen[-1][:, None]).square().sum(-1))
-        rest = (
-            distances.sum(-1, keepdim=True) > 0
-        )  # else all rows are centres already, and any will do
+        # else all rows are centres already, and any will do
+        rest = distances.sum(-1, keepdim=True) > 0
         likely = torch.where(rest, distances, 1.0).double().cpu()
         pick = torch.multinomial(likely, 1, generator=draw)[:, 0].to(rows.device)
         chosen.append(rows[head, pick])

@@ -26,9 +26,8 @@ from effattn.permissions import follow_umask
 
 STAGING = ".effattn-tmp"
 OWNER = ".owner"  # in the staging folder, until it is filled: who works there
-LONGEST = len(
-    "..partial.json"
-)  # the most that a name beside the output has more than the output's own
+# the most that a name beside the output has more than the output's own
+LONGEST = len("..partial.json")
 
 _claims: dict[Path, int] = {}  # target -> the thread that holds it
 _filling: set[Path] = set()  # staging folders that become their outputs as they are
@@ -187,9 +186,8 @@ def claim(argument: str, path: str | Path) -> Iterator[Path]:
     finally:
         del _claims[target]
         try:
-            if still_there(
-                descriptor, staging
-            ):  # not renamed; what has the name now may be another run's
+            # not renamed; what has the name now may be another run's
+            if still_there(descriptor, staging):
                 _remove(staging)
         finally:
             os.close(descriptor)

@@ -85,8 +85,7 @@ class SampledPositions:
         cuts = (order[: self.chunks - 1] + 1).sort().values.tolist()
         positions, skip = torch.arange(length), 0
         for start, end in pairwise([*cuts, length]):
-            skip = int(
-                torch.randint(skip, self.target - length + 1, (), generator=generator)
-            )  # at least the run's before, section 3.1
+            # at least the run's before, section 3.1
+            skip = int(torch.randint(skip, self.target - length + 1, (), generator=generator))
             positions[start:end] += skip
         return positions

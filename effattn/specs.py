@@ -1,4 +1,5 @@
-"""The grammar of every axis: what `swap`, `backend` and the command line read, and checkpoints hold.
+"""The grammar of every axis: what `swap`, `backend` and the command line read, and what checkpoints
+hold.
 
     sliding(window=512, sinks=4)                a name, and its options with literal values
     yarn(factor=8)+rerope(window=256)           parts joined by "+" (positions)

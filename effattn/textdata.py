@@ -15,6 +15,7 @@ from effattn.dataset_rows import read_dataset
 from effattn.encoding import encode
 
 HELD_OUT = 0.1  # share of the user's text that is kept for evaluation
+PASSES = 20  # over the same text that a training may make
 
 
 @dataclass
@@ -24,6 +25,15 @@ class Streams:
     train: torch.Tensor
     evaluation: torch.Tensor
     source: str
+
+    def check_passes(self, argument: str, tokens: int, advice: str = "") -> None:
+        """ValueError when a training on `tokens` would read the text more than PASSES times."""
+        most = PASSES * len(self.train)
+        if tokens > most:
+            raise ValueError(
+                f"{argument}: got {tokens:,}, the text has {len(self.train):,} tokens: more than "
+                f"{PASSES} passes over it; give more text{advice or f' or at most {most:,}'}"
+            )
 
 
 def streams(

@@ -8,12 +8,14 @@ Each kernel folder lists what it ships in `ahead_of_time.py`: `variants(arch) ->
 
     name        of the variant, unique in its folder
     kernel      the jitted function
-    signature   {argument: "*bf16", "i32", "fp32", ... or "constexpr"}; "i32:16" for an integer that is known to be a
-                multiple of 16, as strides are. Pointers are taken to be aligned to 16 bytes, as torch's are.
+    signature   {argument: "*bf16", "i32", "fp32", ... or "constexpr"}; "i32:16" for an integer that
+                is known to be a multiple of 16, as strides are. Pointers are taken to be aligned to
+                16 bytes, as torch's are.
     constexprs  {argument: value} of the "constexpr" ones
     num_warps, num_stages
     forward     whether it must not spill registers
-    dots        whether it has matrix products, which must become matrix-unit instructions in 16-bit types
+    dots        whether it has matrix products, which must become matrix-unit instructions in 16-bit
+                types
 
 Needs triton, but no GPU and no driver; not in a process with TRITON_INTERPRET set, which compiles
 nothing."""
@@ -41,12 +43,10 @@ from triton.compiler import ASTSource
 
 from effattn.kernels.errors import check_choice
 
-MATRIX_UNIT = re.compile(
-    r"\b(UTC\w*MMA|[HQI]GMMA|[HQIOD]MMA|v_mfma)(?=[._\s])"
-)  # tcgen05, wgmma, mma.sync, AMD's
-FMA_DOT = re.compile(
-    r"\btt\.dot\b.*->\s*tensor<[^>]*#blocked\d*>"
-)  # a product left to ordinary multiply-adds
+# tcgen05, wgmma, mma.sync, AMD's
+MATRIX_UNIT = re.compile(r"\b(UTC\w*MMA|[HQI]GMMA|[HQIOD]MMA|v_mfma)(?=[._\s])")
+# a product left to ordinary multiply-adds
+FMA_DOT = re.compile(r"\btt\.dot\b.*->\s*tensor<[^>]*#blocked\d*>")
 
 
 @dataclass(frozen=True)
@@ -66,9 +66,8 @@ class Arch:
         """How many warps' registers fit."""
         if self.target.backend == "hip":  # 512 a lane in each of 4 SIMDs, given out by 8
             return 4 * min(self.warps // 4, 512 // max(8, -(-registers // 8) * 8))
-        by_warp = (
-            max(1, -(-registers * 32 // 256)) * 256
-        )  # 65536 in each of 4 quarters' equal shares, given out by 256
+        # 65536 in each of 4 quarters' equal shares, given out by 256
+        by_warp = max(1, -(-registers * 32 // 256)) * 256
         return 4 * (65536 // 4 // by_warp)
 
 

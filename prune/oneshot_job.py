@@ -1,9 +1,9 @@
 """The whole job behind `recipes/prune_oneshot.py` and `effattn prune oneshot`.
 
-Prune from file to file (`effattn.prune.unstructured.from_files`), and, where the model fits into memory three
-times: measure before and after, compare methods, distil with the zeros kept, time decoding, and
-prove that plain transformers loads the result. `.<output>.partial` beside the output keeps an
-unfinished run; the same command goes on from there."""
+Prune from file to file (`effattn.prune.unstructured.from_files`), and, where the model fits into
+memory three times: measure before and after, compare methods, distil with the zeros kept, time
+decoding, and prove that plain transformers loads the result. `.<output>.partial` beside the output
+keeps an unfinished run; the same command goes on from there."""
 
 from __future__ import annotations
 
@@ -33,8 +33,10 @@ from effattn.profiling.memory import available_bytes
 from effattn.prune.unstructured import layers
 from effattn.prune.unstructured.from_files import FACTS, prune_files, resume
 from effattn.prune.unstructured.nm import Sparsity
-from effattn.prune.unstructured.one_shot import ALLOCATIONS, METHODS, oneshot, said
+from effattn.prune.unstructured.one_shot import oneshot
+from effattn.prune.unstructured.plan import ALLOCATIONS, METHODS, said
 from effattn.prune.unstructured.report import KIND, OneShotReport, counts
+from effattn.prune.unstructured.streamed import Checkpoint, StreamedModel
 from effattn.prune.unstructured.zeros import keep_zeros
 from effattn.recipes.jobs import (
     SETTINGS,
@@ -114,9 +116,7 @@ def run(job: Job, show: Quiet | None = None) -> OneShotReport:
     show, main = show or Quiet(), main_process()
     check_job(job)
     source = folder_of(job.model)
-    layers.StreamedModel(
-        layers.Checkpoint(source)
-    )  # what cannot be pruned is refused before anything is written
+    StreamedModel(Checkpoint(source))  # refuses what cannot be pruned before anything is written
     place = device(job.device)
     check_room("output", job.output, weight_bytes(source))
     with show.stage("reading text"):
@@ -224,9 +224,7 @@ def folder_of(name: str) -> Path:
 
 def weight_bytes(folder: Path) -> int:
     """Bytes of a checkpoint's weight files."""
-    return sum(
-        (folder / file).stat().st_size for file in set(layers.Checkpoint(folder).files.values())
-    )
+    return sum((folder / file).stat().st_size for file in set(Checkpoint(folder).files.values()))
 
 
 def fits(job: Job, source: Path, place: torch.device) -> bool:
@@ -255,7 +253,7 @@ def _measured(
     main,
 ):
     """Fills in what needs the models in memory; returns the pruned (and distilled) model."""
-    from effattn.heads.job import measure_parent
+    from effattn.evaluate.loss import measure_parent
 
     with show.stage("loading both models"):
         (parent, _), (student, _) = (load_model(folder) for folder in (source, pruned))

@@ -14,8 +14,7 @@ from pathlib import Path
 from effattn import embedded
 from effattn.bounds import Bounds, Checked, random_seed, whole
 from effattn.errors import check_choice
-from effattn.evaluate.loss import compare
-from effattn.heads.job import measure_parent
+from effattn.evaluate.loss import compare, measure_parent
 from effattn.hf import anatomy as hf
 from effattn.hf.verify import verify_plain
 from effattn.outputs import atomic_folder, check_new_folder

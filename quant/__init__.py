@@ -1,7 +1,9 @@
 """Quantization: packed key/value caches, and weights.
 
-    effattn.swap(model, cache="int4(group=64, residual=128)")          # then model.generate(ids)
-    model.generate(ids, past_key_values=effattn.quant.cache(model, bits=4))  # one cache by itself
+    # then model.generate(ids)
+    effattn.swap(model, cache="int4(group=64, residual=128)")
+    # one cache by itself
+    model.generate(ids, past_key_values=effattn.quant.cache(model, bits=4))
 
 Every public name is imported at its first use.
 """

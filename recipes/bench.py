@@ -1,9 +1,12 @@
 """How fast attention is here, against what you would use instead: SDPA, flex_attention and the
 known packages.
 
-    python recipes/bench.py                                        # this CPU, to results/<device>/bench.json
-    python recipes/bench.py --device cuda --part 2/3               # a GPU: the kernels' tests first, then a third
-    python recipes/bench.py --only decode --quick --output x.json  # some rows, short, to see that they run
+    # this CPU, to results/<device>/bench.json
+    python recipes/bench.py
+    # a GPU: the kernels' tests first, then a third
+    python recipes/bench.py --device cuda --part 2/3
+    # some rows, short, to see that they run
+    python recipes/bench.py --only decode --quick --output x.json
 
 Answers are checked before anything is timed. After a kill, the same command goes on. Ends with one
 line of JSON; exit code 1 when an answer of ours is wrong or something grows faster than declared.

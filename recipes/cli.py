@@ -21,6 +21,7 @@ from effattn.linearizing.cli import linearize
 from effattn.prune.cli import app as prune
 from effattn.prune.shear_cli import shear
 from effattn.quant.sensitivity.cli import quantize_kv
+from effattn.recipes import convert_gqa
 from effattn.recipes.console import (
     Show,
     console,
@@ -48,9 +49,9 @@ def _root() -> None:
 @one_line_errors
 def backends(as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False) -> None:
     """List the attention backends and what each can do."""
-    import effattn
+    from effattn import registry
 
-    found = effattn.backends()
+    found = registry.backends()
     if as_json:
         print(json.dumps({name: vars(cls.traits) for name, cls in found.items()}))
         return
@@ -65,85 +66,7 @@ def backends(as_json: Annotated[bool, typer.Option("--json", help="print JSON")]
     console.print(table)
 
 
-@app.command("convert-gqa")
-@one_line_errors
-def convert_gqa(
-    kv_heads: Annotated[int, typer.Option(help="key/value heads to keep; 1 is MQA")],
-    output: Annotated[Path, typer.Option(help="new folder for the checkpoint and its report")],
-    model: Annotated[str, typer.Option(help='"embedded", a folder, or a hub name')] = "embedded",
-    method: Annotated[
-        str, typer.Option(help="optimal, aligned, mean, first or random")
-    ] = "optimal",
-    refit: Annotated[
-        bool, typer.Option(help="solve the output projections again by least squares")
-    ] = True,
-    grouping: Annotated[str, typer.Option(help="contiguous, or similarity")] = "contiguous",
-    text: Annotated[
-        list[Path] | None, typer.Option(help="UTF-8 text to calibrate on; repeat for more files")
-    ] = None,
-    dataset: Annotated[
-        str | None, typer.Option(help="a `datasets` name (or NAME:CONFIG) or folder, streamed")
-    ] = None,
-    column: Annotated[str | None, typer.Option(help="the dataset's text column")] = None,
-    calibration_tokens: Annotated[int, count_tokens("to take second moments of")] = "50000",
-    evaluation_tokens: Annotated[int, count_tokens("held out, to measure on")] = "32768",
-    uptrain_tokens: Annotated[int, count_tokens("to distil on after converting; 0: none")] = "0",
-    length: Annotated[int, typer.Option(help="window length in tokens")] = 512,
-    batch: Annotated[int, typer.Option(help="uptraining windows a step and process")] = 2,
-    lr: Annotated[
-        float | None, typer.Option(help="peak learning rate (default: by width, 3e-3 at 256)")
-    ] = None,
-    ce_weight: Annotated[float, typer.Option(help="weight of cross-entropy beside the KL")] = 0.05,
-    layer_weight: Annotated[
-        float, typer.Option(help="weight of the distance to the parent's layer outputs")
-    ] = 30.0,
-    trainable: Annotated[
-        str, typer.Option(help="what uptraining trains: attention, or all")
-    ] = "attention",
-    seed: Annotated[int, typer.Option(help="of data order and random heads")] = 0,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
-    decode_contexts: Annotated[
-        str, typer.Option(help="cache lengths to time decoding at, or none")
-    ] = "512,4k,16k",
-) -> None:
-    """Give a checkpoint fewer key/value heads: MHA to GQA or MQA, loadable by plain
-    transformers.
-    """
-    from effattn.heads.job import Job, run
-    from effattn.recipes.jobs import Quiet, main_process
-
-    quiet_libraries()
-    job = Job(
-        model=model,
-        kv_heads=kv_heads,
-        output=output,
-        method=method,
-        refit=refit,
-        grouping=grouping,
-        text=tuple(text or ()),
-        dataset=dataset,
-        column=column,
-        calibration_tokens=calibration_tokens,
-        evaluation_tokens=evaluation_tokens,
-        uptrain_tokens=uptrain_tokens,
-        length=length,
-        batch=batch,
-        lr=lr,
-        ce_weight=ce_weight,
-        layer_weight=layer_weight,
-        trainable=trainable,
-        seed=seed,
-        device=device,
-        decode_contexts=contexts_of(decode_contexts),
-    )
-    main = main_process()
-    report = run(job, Show() if main else Quiet())
-    if main:
-        console.print(report)
-        console.print(f"\ncheckpoint  {output}", soft_wrap=True, highlight=False)
-        console.print(
-            f"report      {(output / 'report.html').absolute()}", soft_wrap=True, highlight=False
-        )
+app.command("convert-gqa")(convert_gqa.command)
 
 
 @app.command()

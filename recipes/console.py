@@ -1,11 +1,8 @@
-"""What every command of the command line shares: consoles, one-line errors, progress, and how
-numbers are read.
-"""
+"""The terminal: consoles, errors of one line, signals, and stages with a progress bar."""
 
 from __future__ import annotations
 
 import logging
-import math
 import os
 import signal
 import threading
@@ -17,13 +14,20 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from effattn.bounds import MOST
+from effattn.recipes.options import (  # noqa: F401  for recipes that are no flow yet
+    GOES_ON,
+    contexts_of,
+    count_of,
+    count_tokens,
+)
 
 console = Console()
 errors = Console(stderr=True)
 
 
-GOES_ON = "stopped; run the same command again to go on from the last checkpoint"
+def console_of(width: int | None) -> Console:
+    """Where a report is printed: no terminal says how wide a log is, whose lines may be long."""
+    return console if width is None or console.is_terminal else Console(width=width)
 
 
 class Signalled(KeyboardInterrupt):
@@ -130,35 +134,3 @@ def quiet_libraries() -> None:
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-
-
-def contexts_of(text: str, option: str = "decode_contexts") -> list[int]:
-    """ "512,4k,16k" as numbers; empty for "" and "none"."""
-    if text.strip().lower() in ("", "none", "0"):
-        return []
-    try:
-        return [
-            int(part.lower().removesuffix("k").replace("_", ""))
-            * (1024 if part.lower().endswith("k") else 1)
-            for part in map(str.strip, text.split(","))
-        ]
-    except ValueError:
-        raise ValueError(f"{option}: got {text!r}, valid is like 512,4k,16k or none") from None
-
-
-def count_of(text: str) -> int:
-    """A number of tokens: 100000, 100_000, 100k or 1.5M."""
-    factor = {"k": 1_000, "m": 1_000_000}.get(text[-1:].lower(), 1)
-    digits = text[:-1] if factor > 1 else text
-    try:
-        value = float(digits.replace("_", "").replace(",", "")) * factor
-    except ValueError:
-        value = math.nan
-    if not abs(value) <= MOST or abs(value - round(value)) > 1e-6:  # NaN neither
-        raise typer.BadParameter(f"got {text!r}, valid is like 50000, 50_000, 50k or 1.5M")
-    return round(value)
-
-
-def count_tokens(text: str):
-    """The option for a number of tokens, read as people write it."""
-    return typer.Option(parser=count_of, metavar="TOKENS", help=f"tokens {text}")

@@ -27,7 +27,7 @@ from effattn.evaluate.loss import token_losses
 from effattn.outputs import OWNER, check_writable, claim
 from effattn.permissions import follow_umask
 from effattn.recipes.console import one_line_errors
-from effattn.recipes.jobs import main_process
+from effattn.stages import main_process
 from effattn.training import lending as training
 
 

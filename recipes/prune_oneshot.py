@@ -2,7 +2,8 @@
 N:M.
 
     python recipes/prune_oneshot.py --model embedded --sparsity 2:4 --output runs/sparse24
-    python recipes/prune_oneshot.py --model DIR --measure no --output DIR2  # one layer in memory at a time
+    # one layer in memory at a time
+    python recipes/prune_oneshot.py --model DIR --measure no --output DIR2
     accelerate launch recipes/prune_oneshot.py --model M --distill-tokens 50M --output DIR
 
 Zeros are stored like other weights and save no memory by themselves; effattn.prune.pack turns 2:4

@@ -21,9 +21,8 @@ import pytest
 import torch
 
 if not torch.cuda.is_available():
-    os.environ.setdefault(
-        "TRITON_INTERPRET", "1"
-    )  # kernels run in Triton's interpreter; before triton is imported
+    # kernels run in Triton's interpreter; before triton is imported
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import transformers
 from transformers import AutoModelForCausalLM

@@ -22,13 +22,13 @@ TRAINED = dict(length=32, evaluation_tokens=128, overrides=CPU, seed=1)
 
 
 def convert(model, text, out):
-    from effattn.heads.job import Job, run
+    from effattn.recipes.convert_gqa import Settings, run
 
     return run(
-        Job(
-            model,
+        Settings(
             2,
             out,
+            model,
             text=(text,),
             calibration_tokens=640,
             uptrain_tokens=4 * 64,
@@ -183,7 +183,7 @@ def quick_parts() -> None:
     """Without what has nothing to do with files and takes long: the proof in a fresh process, and
     timing.
     """
-    import effattn.heads.job
+    import effattn.hf.verify
     import effattn.linearizing.job
     import effattn.measuring.job
     import effattn.prune.oneshot_job
@@ -192,7 +192,7 @@ def quick_parts() -> None:
     from effattn.profiling.device import Peaks
 
     for module in (
-        effattn.heads.job,
+        effattn.hf.verify,
         effattn.prune.oneshot_job,
         effattn.prune.shear_job,
         effattn.prune.structured_job,

@@ -470,13 +470,8 @@ UNITS = [  # label, time, size, count, ratio; in the order of each column ascend
     ["d", "450 µs", "1.2 MiB", "<= 70,000", "-"],
     ["e", "2 min", "12 B", "1e6", "-0.5x"],
 ]
-ORDER = [
-    "abcde",
-    "dabec",
-    "eadbc",
-    "abcde",
-    "ebadc",
-]  # labels ascending by each column; unknown last, in the order they had
+# labels ascending by each column; unknown last, in the order they had
+ORDER = ["abcde", "dabec", "eadbc", "abcde", "ebadc"]
 
 
 def plots() -> str:
@@ -511,9 +506,8 @@ def plots() -> str:
     )
 
 
-PAGES: dict[
-    str, tuple[Callable[[], str], int]
-] = {  # name -> (maker of the HTML, its number of plots)
+# name -> (maker of the HTML, its number of plots)
+PAGES: dict[str, tuple[Callable[[], str], int]] = {
     "prune_oneshot": (prune_oneshot, 3),
     "conversion": (conversion, 5),
     "sweep": (sweep, 4),

@@ -81,7 +81,8 @@ def test_everything_imports_without_triton():
     code = (
         "import sys; sys.modules['triton'] = None\n"
         "import torch, effattn, effattn.recipes.cli\n"
-        "from effattn.heads import gqa, job\n"
+        "from effattn.heads import gqa\n"
+        "from effattn.recipes import convert_gqa, flow\n"
         "attn = effattn.backend('dense')\n"
         "q = torch.randn(1, 2, 4, 8)\n"
         "print(tuple(attn(q, q, q, causal=True).shape))"

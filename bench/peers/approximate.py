@@ -193,9 +193,8 @@ def sorted_chunks(
     scores = scores.masked_fill(at[:, None] == at, itself)
     scores = scores.masked_fill(at[:, None] < at, -torch.inf) if causal else scores
     order = (buckets * tokens + at).flatten(2).argsort(dim=-1)
-    number = (order.argsort(dim=-1) // chunk).unflatten(
-        2, (rounds, tokens)
-    )  # of each token's chunk, by round
+    # of each token's chunk, by round
+    number = (order.argsort(dim=-1) // chunk).unflatten(2, (rounds, tokens))
     outs, sums = [], []
     for own in number.unbind(2):
         own = own[..., None]

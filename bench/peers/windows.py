@@ -27,6 +27,7 @@ def local_attention(attn, case, inputs) -> Call:
         raise Absent("it has plain causal windows with as many key as query heads only")
     if inputs[0].device.type == "cpu" and case.dtype != "float32" and case.tokens > EMULATED:
         raise Absent(f"seconds a call beyond {EMULATED} tokens in {case.dtype} on a CPU")
+    # its window counts the keys before the query's own
     run = LocalAttention(
         attn.window - 1,
         causal=True,
@@ -35,7 +36,7 @@ def local_attention(attn, case, inputs) -> Call:
         autopad=True,
         exact_windowsize=True,
         use_rotary_pos_emb=False,
-    )  # its window counts the keys before the query's own
+    )
     return lambda q, k, v: run(q, k, v)
 
 
@@ -77,11 +78,8 @@ def longformer(attn, case, inputs) -> Call:
 
     def call(q, k, v):
         q, k, v = (x.permute(2, 0, 1, 3).flatten(2) for x in (q, k, v))  # (T, B, H D)
-        layer.query.value, layer.key.value, layer.value.value = (
-            q.clone(),
-            k,
-            v,
-        )  # q is scaled in place
+        # q is scaled in place
+        layer.query.value, layer.key.value, layer.value.value = (q.clone(), k, v)
         layer.query_global.value, layer.key_global.value, layer.value_global.value = (
             q[:first].clone(),
             k,

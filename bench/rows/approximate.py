@@ -67,9 +67,8 @@ def _growth(spec, device, quick):
         else (8192, 16384, 32768)
     )
     title = "linformer(k=256, max_length=T)" if spec is LINFORMER else ""
-    time = (
-        2 if spec is BLOCKWISE else 1
-    )  # every query sees a slot of every earlier block: quadratic, at 1/16 of dense
+    # every query sees a slot of every earlier block: quadratic, at 1/16 of dense
+    time = 2 if spec is BLOCKWISE else 1
     return growth(
         spec, time, 1, lengths, title=title, causal=spec is not LINFORMER, **_settings(device)
     )

@@ -64,9 +64,8 @@ class PackedDecode(Case):
 
     def sets(self, device):
         itemsize = getattr(torch, self.dtype).itemsize
-        size = (
-            2 * self.batch * self.kv_heads * self.tokens * self.dim * itemsize // 4
-        )  # of the packed ones, about
+        # of the packed ones, about
+        size = 2 * self.batch * self.kv_heads * self.tokens * self.dim * itemsize // 4
         return max(2, math.ceil(COLD[device.type] / size)) if size < COLD[device.type] else 1
 
     def answers(self, call, inputs):

@@ -42,9 +42,8 @@ class Layer(Case):
         draw = torch.Generator(device).manual_seed(seed)
         weight = torch.randn(tokens, tokens, generator=draw, device=device)
         x = torch.randn(2 * tokens, tokens, generator=draw, device=device)
-        x += torch.randn(
-            2 * tokens, 1, generator=draw, device=device
-        )  # features that move together
+        # features that move together
+        x += torch.randn(2 * tokens, 1, generator=draw, device=device)
         return [weight, x.T @ x / tokens]
 
     def answers(self, call, inputs):

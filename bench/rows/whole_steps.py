@@ -66,9 +66,8 @@ class Layers:
             if not self.raw:
                 cos, sin = tables(0, past, q.shape[3], q.device)
                 turned = rotate(past_k, cos, sin)
-                self.tables = self.tables or tables(
-                    past, STEPS, q.shape[3], q.device
-                )  # a model makes them once a step
+                # a model makes them once a step
+                self.tables = self.tables or tables(past, STEPS, q.shape[3], q.device)
             self.layers[key] = [self.new(turned, past_v), 0]
         layer = self.layers[key]
         if not self.raw:
@@ -130,9 +129,8 @@ def _truth(
     now = tables(past, 1, case.dim, device, torch.float64)
     turned = rotate(past_k, *before)
     if spec is not None:
-        own = rotate(
-            inputs[3], *tables(0, past, case.dim, device)
-        )  # in the numbers that were packed
+        # in the numbers that were packed
+        own = rotate(inputs[3], *tables(0, past, case.dim, device))
         turned, past_v = meant(packed_cache(spec, own, inputs[4]))
     keys, values = torch.cat([turned, rotate(k, *now)], dim=2), torch.cat([past_v, v], dim=2)
     distance = past - torch.arange(past + 1, device=device)

@@ -40,7 +40,7 @@ def check_calibration(tokens: torch.Tensor, parts: hf.Anatomy, length: int) -> i
         )
     if isinstance(length, bool) or not isinstance(length, int) or length < 1:
         raise ValueError(f"length: got {length!r}, valid is a number of tokens, at least 1")
-    length = min(length, getattr(parts.config, "max_position_embeddings", None) or length)
+    length = min(length, parts.trained_length or length)
     if len(tokens) < length:
         raise ValueError(
             f"length: got windows of {length:,} tokens, calibration has {len(tokens):,}; valid is "

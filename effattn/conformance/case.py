@@ -13,12 +13,8 @@ from effattn.kernels.flash.pattern import layout_of
 
 SIZES = (3, 4, 2, 16)  # batch, query heads, key/value heads, head size
 RMS_RATIO = 0.005  # of gradients, and of outputs that no plain torch formula exists for
-SLACK = {
-    torch.float64: 1e-12,
-    torch.float32: 2e-6,
-    torch.float16: 1e-3,
-    torch.bfloat16: 8e-3,
-}  # one rounding, about
+# one rounding, about
+SLACK = {torch.float64: 1e-12, torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 
 
 class Violation(AssertionError):

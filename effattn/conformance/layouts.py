@@ -83,9 +83,8 @@ def layouts(case: Case) -> float:
     mask = torch.stack([case.padded("left", tokens), case.padded("right", tokens)], dim=2)[..., 0]
     interpreted = case.backend.impl == "triton" and torch.device(case.device).type == "cpu"
     worst = 0.0
-    for n in range(
-        0, len(LAYOUTS), 4 if interpreted else 1
-    ):  # all would take the interpreter minutes
+    # all would take the interpreter minutes
+    for n in range(0, len(LAYOUTS), 4 if interpreted else 1):
         chosen = [LAYOUTS[(n + m) % len(LAYOUTS)] for m in range(4)]
         views = [change(x) for change, x in zip(chosen, drawn, strict=True)]
         copies, before = (

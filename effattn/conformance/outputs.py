@@ -146,9 +146,8 @@ def gradients(case: Case) -> float:
 
 def gradcheck(case: Case) -> None:
     """The reference's own gradients against finite differences, in fp64."""
-    made_for_heads = any(
-        x.ndim > 1 for x in case.truth.state_dict().values()
-    )  # of this size: they cannot be cut
+    # of this size: they cannot be cut
+    made_for_heads = any(x.ndim > 1 for x in case.truth.state_dict().values())
     tokens, dims = (3, case.sizes[-1]) if made_for_heads else (5, 3)
     given = [
         x[:1, :, :, :dims].double().clone()

@@ -1,8 +1,8 @@
 """The generated tasks for lm-evaluation-harness, for those who have it (`pip install lm_eval`).
 
     tasks = effattn.evaluate.harness_tasks(tokenizer, ["passkey", "line_retrieval"], length=4096)
-    lm_eval.simple_evaluate(model=HFLM(pretrained=model, tokenizer=tokenizer),
-    tasks=list(tasks.values()))
+    lm = HFLM(pretrained=model, tokenizer=tokenizer)
+    lm_eval.simple_evaluate(model=lm, tasks=list(tasks.values()))
 
 The prompts are those of `effattn.evaluate`, as text. Where a task offers choices it is
 "multiple_choice" (metric acc), elsewhere "loglikelihood" (acc: every token of the answer is the

@@ -90,10 +90,8 @@ def line_prompts(
                         tokenizer, ask.format(name=name) + value.format(value=names[name]) + end
                     )
                 )
-        room, whole = (
-            length - len(lines[0]) - 16,
-            0,
-        )  # how many of the last lines are there whole, a question beside
+        # how many of the last lines are there whole, a question beside
+        room, whole = (length - len(lines[0]) - 16, 0)
         while whole < len(lines) and sum(map(len, lines[-whole - 1 :])) <= room:
             whole += 1
         place = len(lines) - whole + round(depth * (whole - 1))

@@ -1,8 +1,10 @@
 """ListOps (arXiv:1804.06028; in Long Range Arena, arXiv:2011.04006): the value of a nested
 expression of digits.
 
-    effattn.evaluate.listops(model, tokenizer, depths=(1, 2, 3))             # a language model, by examples
-    effattn.evaluate.listops_examples(1000, depth=10, arguments=10, seed=0)  # (text, value), to train on
+    # a language model, by examples
+    effattn.evaluate.listops(model, tokenizer, depths=(1, 2, 3))
+    # (text, value), to train on
+    effattn.evaluate.listops_examples(1000, depth=10, arguments=10, seed=0)
 
 MIN, MAX, MED (the median, rounded down) and SM (the sum modulo 10): "[MAX 2 9 [MIN 4 7 ] 0 ]" is 9.
 """

@@ -13,6 +13,7 @@ from effattn.evaluate.logits import Scores
 from effattn.hf.families import ENCODERS
 from effattn.hf.packing import steady
 from effattn.hf.placement import input_device
+from effattn.textdata import Streams
 
 Progress = Callable[[int, int], None]
 
@@ -188,4 +189,17 @@ def compare(
         "perplexity": perplexity_of(loss / count),
         "cross_entropy": loss / count,
         "kl": divergence / count,
+    }
+
+
+def measure_parent(parent, data: Streams, length: int, progress: Progress | None = None) -> dict:
+    """The start of a report's "quality": what was measured on, and the parent there, before it is
+    changed. length: tokens of a window."""
+    loss = float(token_losses(parent, data.evaluation, length, progress=progress).double().mean())
+    return {
+        "tokens": len(data.evaluation),
+        "context": length,
+        "source": data.source,
+        "before": {"perplexity": perplexity_of(loss), "cross_entropy": loss},
+        "uptrained": None,
     }

@@ -148,10 +148,8 @@ def tracking_prompts(
             )
         start = int(ends[chance.randrange(max(1, int((ends < len(filler) - rest).sum())))])
         hay = filler[start : start + rest]
-        cuts = [
-            0,
-            *(ends[(ends > start) & (ends < start + rest)] - start).tolist(),
-        ]  # where lines may stand
+        # where lines may stand
+        cuts = [0, *(ends[(ends > start) & (ends < start + rest)] - start).tolist()]
         placed: list[tuple[int, list[int]]] = []
         for number, chain in enumerate(lines):
             low = cuts[round((depth if number == 0 else chance.random()) * (len(cuts) - 1))]

@@ -103,9 +103,8 @@ def run(job: Job, show: Quiet | None = None) -> ExtendReport:
         plan = planner.make_plan(model, job.to, tuned=bool(job.tune_tokens))
         spec, plain = _rule(job, model, plan)
         window = _window(job, plan, spec, plain)
-        if (
-            job.tune_tokens and not plain
-        ):  # attention with a rule of its own, which refuses dropout, say
+        # attention with a rule of its own, which refuses dropout, say
+        if job.tune_tokens and not plain:
             swap(model, positions=spec)
             try:
                 training.rehearse(model)

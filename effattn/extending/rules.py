@@ -43,9 +43,8 @@ class Rule:
         """The model with the rule, and as it was afterwards."""
         if self.axes:
             with warnings.catch_warnings():
-                warnings.filterwarnings(
-                    "ignore", message=".*is not below the .* tokens.*"
-                )  # it is what we show
+                # it is what we show
+                warnings.filterwarnings("ignore", message=".*is not below the .* tokens.*")
                 swap(model, **self.axes)
         try:
             yield model

@@ -1,7 +1,7 @@
 """What differs between transformers' model types: the tables that `effattn.hf.anatomy` reads.
 
 To support an architecture, add a line to `FAMILIES` (causal LMs) or `ENCODERS`;
-`tests/test_anatomy.py` holds it to account."""
+`tests/hf/test_anatomy.py` holds it to account."""
 
 from __future__ import annotations
 
@@ -50,6 +50,12 @@ def sliding_window(attention: nn.Module, config) -> int | None:
     return config.sliding_window if windows == "all" else None
 
 
+def trained_length(config) -> int | None:
+    """The longest sequence that a model of this config was made for, in tokens; None where it does
+    not say."""
+    return getattr(config, "max_position_embeddings", None)
+
+
 @dataclass(frozen=True)
 class Family:
     """What differs between model types; the defaults are Llama's. q, k, v and o are paths from the
@@ -59,10 +65,11 @@ class Family:
     layers: str = "model.layers"  # from the model, or for encoders from its `base_model`
     attention: str = "self_attn"
     ffn: tuple[str, ...] = ("mlp",)
+    # paths from the layer; empty: a mixture of experts
     ffn_in: tuple[str, ...] = (
         "mlp.gate_proj",
         "mlp.up_proj",
-    )  # paths from the layer; empty: a mixture of experts
+    )
     ffn_out: str = "mlp.down_proj"
     ffn_size: str = "intermediate_size"  # the config's name of the FFN's inner size
     q: str = "q_proj"
@@ -81,9 +88,8 @@ class Family:
         "model.rotary_emb"  # the module that holds the frequencies; empty: no rotary embedding
     )
     positions: str = ""  # the table of learned positions, from the model
-    hidden_size: tuple[str, ...] = (
-        "hidden_size",
-    )  # the config's names of the width of the residual stream
+    # the config's names of the width of the residual stream
+    hidden_size: tuple[str, ...] = ("hidden_size",)
     explicit_head_dim: bool = (
         True  # the class reads head_dim from its config, so that heads can be any number
     )
@@ -115,9 +121,8 @@ def of_layers(config, kept: list[int]) -> dict[str, object]:
         for name, values in lists.items()
         if values is not None
     }
-    if (
-        getattr(config, "mlp_only_layers", None) is not None
-    ):  # Qwen's experts: indices, and every n-th layer of the rest
+    # Qwen's experts: indices, and every n-th layer of the rest
+    if getattr(config, "mlp_only_layers", None) is not None:
         every = getattr(config, "decoder_sparse_step", 1)
         dense = [
             place

@@ -133,9 +133,8 @@ def _compare(folder: str, cls: type[nn.Module], config) -> None:
             f"config.json: num_hidden_layers: got {layers:,}, the weights are {len(files):,} "
             "tensors"
         )
-    if (
-        getattr(config, "quantization_config", None) is not None
-    ):  # packed weights have shapes of their own
+    # packed weights have shapes of their own
+    if getattr(config, "quantization_config", None) is not None:
         return
     try:
         with torch.device("meta"):

@@ -1,10 +1,10 @@
 """Where the weights of a module are, and what stands around its forward.
 
-accelerate (`device_map`, `cpu_offload`, `disk_offload`) puts a hook on every module whose weights are elsewhere: the
-module's `forward` becomes an attribute of that one module, which fetches the weights, calls the
-real forward of *that* module and lets the weights go, to the meta device. `torch.compile` puts a
-module around a module. So a copy of a module must be made of what is inside, and weights are read
-while they are `present`."""
+accelerate (`device_map`, `cpu_offload`, `disk_offload`) puts a hook on every module whose weights
+are elsewhere: the module's `forward` becomes an attribute of that one module, which fetches the
+weights, calls the real forward of *that* module and lets the weights go, to the meta device.
+`torch.compile` puts a module around a module. So a copy of a module must be made of what is inside,
+and weights are read while they are `present`."""
 
 from __future__ import annotations
 
@@ -19,12 +19,8 @@ from effattn.errors import Unsupported
 
 HOOK = "_hf_hook"  # accelerate's
 DEVICE_MAP = "hf_device_map"  # transformers'
-AROUND = (
-    "forward",
-    "_old_forward",
-    HOOK,
-    "_compiled_call_impl",
-)  # attributes of one module, bound to it
+# attributes of one module, bound to it
+AROUND = ("forward", "_old_forward", HOOK, "_compiled_call_impl")
 
 
 def inside(module: nn.Module) -> nn.Module:

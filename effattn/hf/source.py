@@ -67,9 +67,8 @@ def read_config(name: str, asked: str | Path):
     if Path(name).is_dir():
         found = read_json(Path(name) / "config.json")
         if (Path(name) / "generation_config.json").exists():
-            read_json(
-                Path(name) / "generation_config.json"
-            )  # transformers takes its own settings for broken ones
+            # transformers takes its own settings for broken ones
+            read_json(Path(name) / "generation_config.json")
     else:
         try:
             found, _ = PreTrainedConfig.get_config_dict(name)
@@ -82,9 +81,8 @@ def read_config(name: str, asked: str | Path):
             config = CONFIG_MAPPING[kind].from_dict(found | {"model_type": kind})
         else:
             config = AutoConfig.from_pretrained(name, trust_remote_code=False)
-    except (
-        Exception
-    ) as error:  # what it holds is of the wrong kind: each class has its own way of saying so
+    except Exception as error:
+        # what it holds is of the wrong kind: each class has its own way of saying so
         raise ValueError(
             f"model: {str(asked)!r}: config.json cannot be read: {one_line(error)}"
         ) from error

@@ -18,7 +18,7 @@ from effattn.errors import check_choice
 from effattn.hf import caches
 from effattn.hf.weight_files import one_line
 from effattn.positions.registry import parse as parse_positions
-from effattn.projections.monarch import SAVED
+from effattn.projections.base import recorded_kind
 from effattn.registry import BACKENDS
 from effattn.specs import parse_spec
 
@@ -244,13 +244,14 @@ def _check_trained(where: str, trained) -> None:
 
 
 def _check_projection(where: str, entry) -> None:
-    if not isinstance(entry, dict) or entry.keys() != set(SAVED):
+    kind = recorded_kind(entry)
+    if not isinstance(entry, dict) or entry.keys() != set(kind.saved()):
         raise ValueError(
             f"{where}: {entry!r:.80} does not fit the model, valid is an object of "
-            f"{', '.join(SAVED)}"
+            f"{', '.join(kind.saved())}"
         )
-    for name, kinds in (("blocks", (int,)), ("rank", (int, type(None))), ("spec", (str,))):
-        if type(entry[name]) not in kinds or (
+    for name, types in (*kind.SIZES.items(), ("spec", (str,))):
+        if type(entry[name]) not in types or (
             type(entry[name]) is int and not 0 < entry[name] <= SIZE
         ):
             raise ValueError(f"{where}: {name}: got {entry[name]!r:.80}")

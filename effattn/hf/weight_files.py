@@ -110,9 +110,8 @@ def read(file: Path, names: Iterable[str]) -> dict[str, Tensor]:
     found = {}
     with safe_open(file, "pt") as opened:
         for name in names:
-            tensor = opened.get_tensor(
-                name
-            ).clone()  # not a map of the file, which would stay in memory
+            # not a map of the file, which would stay in memory
+            tensor = opened.get_tensor(name).clone()
             if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
                 bad = int((~torch.isfinite(tensor)).sum())
                 raise ValueError(

@@ -15,8 +15,7 @@ from pathlib import Path
 from effattn import embedded, outputs
 from effattn.bounds import Checked, random_seed, real, whole
 from effattn.errors import check_choice
-from effattn.evaluate.loss import compare
-from effattn.heads.job import measure_parent
+from effattn.evaluate.loss import compare, measure_parent
 from effattn.hf import anatomy as hf
 from effattn.hf.adapters import require_own_weights
 from effattn.hf.weights import weight_bytes
@@ -106,9 +105,8 @@ def run(job: Job, show: Quiet | None = None) -> LinearizeReport:
         require_own_weights(parent)
         parts = hf.of(parent)
         if job.output is not None:
-            outputs.check_room(
-                "output", job.output, weight_bytes(parent) // 2
-            )  # structured projections may be smaller
+            # structured projections may be smaller
+            outputs.check_room("output", job.output, weight_bytes(parent) // 2)
         specs = plan.layer_specs(parts, job.pattern, job.keep_every, job.keep)
         trains = bool(job.transfer_tokens or job.distil_tokens)
         if trains and specs:

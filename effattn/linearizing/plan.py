@@ -85,9 +85,8 @@ def apply(
 def check_trains(model: nn.Module, specs: dict[int, str]) -> None:
     """Unsupported when attention swapped as `specs` cannot be trained in this model, as with
     attention dropout, before anything is fitted or measured. The model is as before afterwards."""
-    swap(
-        model, {str(index): "dense" for index in specs}
-    )  # what is refused is the same for every backend
+    # what is refused is the same for every backend
+    swap(model, {str(index): "dense" for index in specs})
     try:
         training.rehearse(model)
     finally:

@@ -34,7 +34,7 @@ from effattn.profiling.cost import ModelCost, model_cost
 from effattn.profiling.device import peaks
 from effattn.profiling.environment import environment
 from effattn.profiling.memory import available_bytes
-from effattn.recipes.jobs import Quiet
+from effattn.stages import Quiet
 from effattn.surgery import swapping
 
 CONTEXTS, BATCHES, STEPS, SECONDS = (1024, 4096, 16384), (1,), 32, 5.0

@@ -20,9 +20,8 @@ from effattn.profiling.memory import PeakMemory
 from effattn.profiling.timing import Clock, alternate
 
 INSTRUMENTED = 5  # passes with hooks, at most, and as many decode steps
-BESIDE_STEPS = (
-    3 + INSTRUMENTED
-)  # steps beside the timed ones: two for memory, one to warm up, those with hooks
+# steps beside the timed ones: two for memory, one to warm up, those with hooks
+BESIDE_STEPS = 3 + INSTRUMENTED
 
 
 class Lane:

@@ -3,7 +3,8 @@ hooks.
 
     with OperationTimer(model) as timer:
         model(...)
-        seconds = timer.read()  # {(layer, "q_proj"): seconds, ..., (None, "head"): ..., (None, "other"): ...}
+        seconds = timer.read()
+    seconds[3, "q_proj"], seconds[None, "head"], seconds[None, "other"]
 
 A module's time is its own: what runs in a timed module inside it is taken off. So "attention" is
 the attention module without its projections and norms (rotation, cache update, scores, sum), and
@@ -97,9 +98,8 @@ class OperationTimer:
 
     def _clear(self) -> None:
         self._open: list[tuple[Key, object, int]] = []  # started and not ended: key, start, number
-        self._closed: list[
-            tuple[Key, object, object, int, int | None]
-        ] = []  # ... end, number, number of the parent
+        # ... end, number, number of the parent
+        self._closed: list[tuple[Key, object, object, int, int | None]] = []
         self._count = 0
 
     def __enter__(self) -> OperationTimer:

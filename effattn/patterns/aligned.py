@@ -33,9 +33,8 @@ def aligned(
         return run(q, k, v, layout)
     tokens = q.shape[2]
     places = torch.arange(tokens, device=q.device)
-    there = (
-        places + layout.start[:, None]
-    ) % tokens  # where each position's token is now; padding comes round last
+    # where each position's token is now; padding comes round last
+    there = (places + layout.start[:, None]) % tokens
     back = (places - layout.start[:, None]) % tokens
 
     def move(x: Tensor, at: Tensor) -> Tensor:

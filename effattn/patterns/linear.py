@@ -1,7 +1,7 @@
 """Linear attention: a feature map in the place of the exponential, so that the past is a sum of
 fixed size.
 
-    o_t = sum_j decay^(t - j) phi(q_t).phi(k_j) v_j / sum_j decay^(t - j) phi(q_t).phi(k_j),  j <= t if causal
+    o_t = sum_j w_tj v_j / sum_j w_tj,  w_tj = decay^(t - j) phi(q_t).phi(k_j),  j <= t if causal
 
 Katharopoulos et al., arXiv:2006.16236. With decay it is what RetNet (arXiv:2307.08621) and
 Lightning attention (arXiv:2401.04658) compute, normalised or not. A learned map is Hedgehog's
@@ -106,9 +106,8 @@ class KernelBackend(Backend):
         tokens = [slice(None, cut), slice(cut, None)]
         masks = [None if mask is None else mask[:, part] for part in tokens]
         (k_old, k_new), (v_old, v_new) = ([x[:, :, part] for part in tokens] for x in (k, v))
-        if (
-            call.causal and cut > first
-        ):  # some of the queries see no further than what goes into the sums
+        # some of the queries see no further than what goes into the sums
+        if call.causal and cut > first:
             before, memory = linear.attention(
                 q[:, :, : cut - first],
                 k_old,

@@ -137,10 +137,9 @@ class LinformerBlockwise(Projected):
         return decode.attention(q, slots_k, slots_v, counts=seen[:, None], causal=False, **options)
 
     def finished(self, k: Tensor, v: Tensor, call: Call, impl: str) -> tuple[Tensor, Tensor]:
-        """Slots (B, Hkv, S, D) and (B, Hkv, S, Dv) of all blocks that any row may have finished, S
-        = (tokens // block)
-        * slots; a state then holds them, and has let go of the tokens that nobody needs any
-          more."""
+        """Slots (B, Hkv, S, D) and (B, Hkv, S, Dv) of all blocks that any row may have finished,
+        where S = (tokens // block) slots. A state then holds them, and has let go of the tokens
+        that nobody needs any more."""
         layout, state = call.layout, call.state
         past = 0 if state is None else state.past
         total = layout.tokens(k.shape[2])
@@ -178,18 +177,18 @@ class LinformerBlockwise(Projected):
         blocks = total // self.block
         candidates = min((total - past) // self.block + 1, blocks)
         start = layout.start[:, None]
+        # (B, candidates)
         which = (past - start).clamp(min=0) // self.block + torch.arange(
             candidates, device=x.device
-        )  # (B, candidates)
+        )
         number = (start + which * self.block)[..., None] + torch.arange(self.block, device=x.device)
         at = (number - layout.tail).flatten(1).clamp(max=tokens - 1)
         ended = number[..., -1] < total
         there = layout.mask.gather(1, at) & ended.repeat_interleave(self.block, dim=1)
         x = x.gather(2, at[:, None, :, None].expand(-1, heads, -1, dim))
         new = self._project(torch.where(there[:, None, :, None], x, 0.0), weight, impl)
-        room = new.new_zeros(
-            batch, heads, (blocks + 1) * self.slots, dim
-        )  # one block more for what has not ended
+        # one block more for what has not ended
+        room = new.new_zeros(batch, heads, (blocks + 1) * self.slots, dim)
         if old is not None:
             kept = min(old.shape[2], blocks * self.slots)
             room[:, :, :kept] = old[:, :, :kept]
@@ -207,9 +206,8 @@ class LinformerBlockwise(Projected):
         blocks = tokens // self.block
         if not blocks:
             return x.new_zeros(batch, heads, 0, dim)
-        rows = (
-            x.unflatten(2, (blocks, self.block)).transpose(1, 2).flatten(0, 1)
-        )  # blocks become rows of the batch
+        # blocks become rows of the batch
+        rows = x.unflatten(2, (blocks, self.block)).transpose(1, 2).flatten(0, 1)
         slots = linformer.project(rows, weight, impl=impl)
         return slots.unflatten(0, (batch, blocks)).transpose(1, 2).flatten(2, 3)
 

@@ -43,13 +43,11 @@ class Longformer(ExactBackend):
         super().__init__(impl)
         self.window = check_size("longformer", "window", window)
         self.first, where = _read_global(global_tokens)
-        self.register_buffer(
-            "where", where, persistent=False
-        )  # bool (T,) over positions; None: the first n
+        # bool (T,) over positions; None: the first n
+        self.register_buffer("where", where, persistent=False)
         self.most = self.first if where is None else int(where.sum())
-        self.last = (
-            self.first if where is None else len(where)
-        )  # no position from here on is global
+        # no position from here on is global
+        self.last = self.first if where is None else len(where)
 
     def extra_repr(self) -> str:
         which = f"first {self.first}" if self.where is None else f"{int(self.where.sum())} chosen"
@@ -165,9 +163,8 @@ class Longformer(ExactBackend):
         at = torch.where(real, index, out.shape[2])[:, None, :, None].expand(
             -1, out.shape[1], -1, out.shape[3]
         )
-        room = torch.cat(
-            [out, out[:, :, :1]], dim=2
-        )  # rows with fewer global tokens write the rest to one more place
+        # rows with fewer global tokens write the rest to one more place
+        room = torch.cat([out, out[:, :, :1]], dim=2)
         return room.scatter(2, at, rows)[:, :, :-1]
 
     def _places(self, chosen: Tensor) -> tuple[Tensor, Tensor]:
@@ -179,9 +176,8 @@ class Longformer(ExactBackend):
 
     def pairs(self, i, shape):
         chosen = self.is_global(torch.arange(shape.keys))
-        before = torch.cat(
-            [torch.zeros(1, dtype=torch.long), chosen.cumsum(0)]
-        )  # global tokens below each position
+        # global tokens below each position
+        before = torch.cat([torch.zeros(1, dtype=torch.long), chosen.cumsum(0)])
         side = self.window if shape.causal else (self.window + 1) // 2
         low, high = (
             (i - side + 1).clamp(min=0),

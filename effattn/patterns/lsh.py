@@ -96,9 +96,8 @@ class LSH(Backend):
         if self.rotations is None:
             shape = (self.rule.rounds, dim, self.rule.buckets // 2)
             drawn = torch.randn(shape, generator=torch.Generator().manual_seed(self.seed))
-            self.rotations = (
-                drawn.half().bfloat16().float().to(device)
-            )  # the same numbers in all of them
+            # the same numbers in all of them
+            self.rotations = drawn.half().bfloat16().float().to(device)
 
     def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
         given = state_dict.get(prefix + "rotations")

@@ -1,11 +1,12 @@
 """Performer (FAVOR+): softmax attention estimated with positive orthogonal random features, at
 linear cost.
 
-    exp(scale q.k) = E[exp(w.q' - |q'|^2 / 2) exp(w.k' - |k'|^2 / 2)],  w ~ N(0, 1), q' = sqrt(scale) q, k' likewise
+    exp(scale q.k) = E[exp(w.q' - |q'|^2 / 2) exp(w.k' - |k'|^2 / 2)]
+    w ~ N(0, 1), q' = sqrt(scale) q, k' = sqrt(scale) k
 
 Choromanski et al., arXiv:2009.14794, lemma 1. The error falls like 1 / sqrt(features), and grows
-exponentially with
-|q'|^2 and |k'|^2: for inputs of unit variance it is large at any number of features that pays.
+exponentially with |q'|^2 and |k'|^2: for inputs of unit variance it is large at any number of
+features that pays.
 """
 
 from __future__ import annotations

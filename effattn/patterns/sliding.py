@@ -148,8 +148,7 @@ class Sliding(ExactBackend):
 
     def still_seen(self, j, shape):
         first = shape.keys - shape.queries
-        next_query = (
-            first + (j - first) % self.dilation
-        )  # the first one a multiple of the dilation away
+        # the first one a multiple of the dilation away
+        next_query = first + (j - first) % self.dilation
         near = (next_query < shape.keys) & (next_query - j <= (self.window - 1) * self.dilation)
         return near | (j < self.sinks)

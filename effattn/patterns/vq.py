@@ -52,9 +52,8 @@ class VQ(Backend):
         self.block = check_size("vq", "block", block)
         self.seed = seed
         self.register_buffer("codebook", None)
-        self.register_buffer(
-            "usage", None
-        )  # (Hkv, codes): about how many keys of an update have each
+        # (Hkv, codes): about how many keys of an update have each
+        self.register_buffer("usage", None)
 
     def extra_repr(self) -> str:
         return f"codes={self.codes}, block={self.block}, {super().extra_repr()}"

@@ -3,11 +3,11 @@
 A part is a small frozen dataclass; its fields are its options. It belongs to one of four slots, and
 a rule, such as "yarn(factor=8)+rerope(window=256)+logn", has at most one part in each:
 
-slot        what it decides                                        parts
-"rotation"  the angles that queries and keys turn by               rope, pi, ntk, yarn, ..., xpos, nope
-"far"       what pairs beyond a window see of each other           rerope, leaky_rerope
-"scale"     a number that every query is multiplied by             logn
-"bias"      what is added to the score of a pair, by its distance  alibi, kerple, sandwich, t5
+slot        what it decides                                   parts
+"rotation"  the angles that queries and keys turn by          rope, pi, ntk, yarn, ..., xpos, nope
+"far"       what pairs beyond a window see of each other      rerope, leaky_rerope
+"scale"     a number that every query is multiplied by        logn
+"bias"      what is added to a pair's score, by its distance  alibi, kerple, sandwich, t5
 """
 
 from __future__ import annotations
@@ -178,10 +178,8 @@ register = RULES.register
 NO_ROTARY = (
     "and these layers have no rotary positions; valid are alibi, kerple, sandwich, t5 and logn"
 )
-PLAIN_KINDS = (
-    "default",
-    "dynamic",
-)  # transformers' rules that are the plain rotation up to the trained length
+# transformers' rules that are the plain rotation up to the trained length
+PLAIN_KINDS = ("default", "dynamic")
 
 
 def spec_of(parts: tuple[Part, ...]) -> str:

@@ -57,9 +57,8 @@ class Positions(nn.Module):
         learned = None if self.bias is None else self.bias.new_parameters(trained)
         self.learned = None if learned is None else nn.Parameter(learned)
         self.rotates = True
-        self._kept: dict[
-            str, tuple[tuple, Rope | Bias]
-        ] = {}  # what does not change from call to call
+        # what does not change from call to call
+        self._kept: dict[str, tuple[tuple, Rope | Bias]] = {}
 
     def extra_repr(self) -> str:
         return self.spec

@@ -137,9 +137,8 @@ class _Pass:
         held = entry + q
         if not self.state_after:
             held += k + v
-        elif _owns_state(
-            layer
-        ):  # a ring or the like: the new tokens are written into it, and attended over as they are
+        elif _owns_state(layer):
+            # a ring or the like: the new tokens are written into it, and attended over as they are
             held += k + v
             state[layer.index] = self.state_after[layer.index]
         else:

@@ -11,11 +11,14 @@ Each operation reads its inputs and weights once and writes its outputs once; el
 between them counts as fused (no bytes), and operations are those of matrix products (a multiply-add
 is 2), as in `Backend.cost`.
 
-How a new part joins. A linear-like module (packed weights, Monarch) defines `cost(rows,
-backward=False) -> Cost`; its weight bytes are those of its parameters and buffers. A `State` that
-does not hold plain keys and values (a quantized cache, recurrent sums) defines `cost(shape) ->
-Cost`: what attention reads back of it, what storing the call's new tokens writes, and its
-`state_bytes` after them. A backend defines `Backend.cost`."""
+How a new part joins:
+
+- a linear-like module (packed weights, Monarch) defines `cost(rows, backward=False) -> Cost`; its
+  weight bytes are those of its parameters and buffers;
+- a `State` that does not hold plain keys and values (a quantized cache, recurrent sums) defines
+  `cost(shape) -> Cost`: what attention reads back of it, what storing the call's new tokens writes,
+  and its `state_bytes` after them;
+- a backend defines `Backend.cost`."""
 
 from __future__ import annotations
 
@@ -231,9 +234,8 @@ class _Call:
             if swapped is None or swapped.backend is None
             else swapped.new_state()
         )
-        if hasattr(
-            state, "predicted_bytes"
-        ):  # packed: what it held before is read, and the new tokens as they come
+        # packed: what it held before is read, and the new tokens as they come
+        if hasattr(state, "predicted_bytes"):
             sizes = (self.batch, layer.kv_heads, layer.head_dim, self.itemsize)
             before, after = (
                 state.predicted_bytes(count, *sizes) if count else 0 for count in (self.past, keys)
@@ -256,9 +258,8 @@ class _Call:
                 if isinstance(state, GlobalFull) and hooks.GLOBAL in layer.attention._modules
                 else 1
             )
-            cost = replace(
-                cost, state_bytes=twice * cost.state_bytes
-            )  # keys and values of the second projections, too
+            # keys and values of the second projections, too
+            cost = replace(cost, state_bytes=twice * cost.state_bytes)
             written = min(twice * self.tokens * token, cost.state_bytes)
         yield Operation(
             layer.index, "attention", cost, kv_bytes=cost.read_bytes - shape.query_bytes
@@ -343,9 +344,8 @@ class _Call:
                         False,
                         self.backward,
                     )
-                    more = (
-                        (used - 1) * (p.numel() // count) * size
-                    )  # that one expert's product does not count
+                    # that one expert's product does not count
+                    more = (used - 1) * (p.numel() // count) * size
                     total += inside + Cost(0, more, more if self.backward else 0)
             elif p.dim() == 2:
                 total += linear_cost(self.rows, p.shape[1], p.shape[0], size, False, self.backward)

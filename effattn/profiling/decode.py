@@ -5,13 +5,14 @@ side.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
 from effattn.errors import Unsupported
+from effattn.hf.families import trained_length
 from effattn.hf.placement import input_device
 from effattn.profiling.memory import available_bytes
 
@@ -88,7 +89,7 @@ class _Lane:
         self.token = torch.zeros(batch, 1, dtype=torch.long, device=self.device)
         # A learned position table ends somewhere; the time does not depend on which position is
         # looked up.
-        longest = getattr(model.config, "max_position_embeddings", None) or context + 1
+        longest = trained_length(model.config) or context + 1
         self.position = torch.full_like(self.token, min(context, longest - 1))
         self.seconds: list[float] = []
 
@@ -224,9 +225,8 @@ def decode_speed(
             for group in groups:
                 try:
                     measured |= _time_group(group, context, batch, steps, repeats, seed)
-                except (
-                    torch.OutOfMemoryError
-                ):  # the estimate was too low: nothing of this group is reported as timed
+                except torch.OutOfMemoryError:
+                    # the estimate was too low: nothing of this group is reported as timed
                     torch.cuda.empty_cache()
             for name in models:
                 missing = {"kv_bytes": needs[name][0], "does_not_fit": needs[name][1]}
@@ -241,3 +241,17 @@ def decode_speed(
             if progress:
                 progress(number + 1, len(contexts))
     return rows
+
+
+def decode_by_context(
+    models: Mapping[str, torch.nn.Module], contexts: Sequence[int], progress=None
+) -> list[dict]:
+    """`decode_speed` of one batch, a row a context: {"context", "batch", and by each model's name
+    what was measured of it}."""
+    rows: dict[int, dict] = {}
+    for row in decode_speed(models, list(contexts), progress=progress):
+        entry = rows.setdefault(row["context"], {"context": row["context"], "batch": row["batch"]})
+        entry[row["model"]] = {
+            key: value for key, value in row.items() if key not in ("context", "batch", "model")
+        }
+    return list(rows.values())

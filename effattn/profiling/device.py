@@ -5,8 +5,8 @@ No datasheet.
     peaks.read_bytes_per_s, peaks.matmul_flops["bfloat16"]
 
 Peaks are the best of several sizes and repeats, as a limit should be. Kept as JSON in
-$EFFATTN_CACHE, or else
-$XDG_CACHE_HOME/effattn, or else ~/.cache/effattn, one file for each device, number of threads and version of torch.
+$EFFATTN_CACHE, or else $XDG_CACHE_HOME/effattn, or else ~/.cache/effattn, one file for each device,
+number of threads and version of torch.
 """
 
 from __future__ import annotations
@@ -236,10 +236,8 @@ def _matmul(dtype: torch.dtype, clock: Clock) -> float | None:
             if best is not None and rate < 0.9 * best:
                 break
             best, size = max(best or 0, rate), 2 * size
-    except (
-        RuntimeError,
-        NotImplementedError,
-    ):  # torch's words for a dtype that a device has no product for
+    except (RuntimeError, NotImplementedError):
+        # torch's words for a dtype that a device has no product for
         pass
     finally:
         settings.fp32_precision = precision

@@ -76,9 +76,8 @@ class PeakMemory:
             torch.cuda.reset_peak_memory_stats(self.device)
             self._before = torch.cuda.memory_allocated(self.device)
         else:
-            os.environ.setdefault(
-                "KINETO_LOG_LEVEL", "99"
-            )  # it tells stderr of every start and stop otherwise
+            # it tells stderr of every start and stop otherwise
+            os.environ.setdefault("KINETO_LOG_LEVEL", "99")
             activities = [torch.profiler.ProfilerActivity.CPU]
             self._profile = torch.profiler.profile(
                 activities=activities, profile_memory=True, acc_events=True

@@ -1,8 +1,11 @@
 """Structured projections: how hidden states become q, k, v and back with fewer parameters.
 
-effattn.swap(model, projections="monarch(blocks=16)")  # q, k, v, o of every layer; ffn=True for the FFN too
-effattn.projections.errors(model)                      # how far each matrix is from the one it replaced
-MonarchLinear.from_linear(linear, blocks=16, rank=4)   # one linear layer by itself
+# q, k, v, o of every layer; ffn=True for the FFN too
+effattn.swap(model, projections="monarch(blocks=16)")
+# how far each matrix is from the one it replaced
+effattn.projections.errors(model)
+# one linear layer by itself
+MonarchLinear.from_linear(linear, blocks=16, rank=4)
 """
 
 from __future__ import annotations

@@ -14,16 +14,18 @@ from torch.nn.functional import linear as dense_product
 from effattn.errors import Unsupported, check_choice
 from effattn.interface import Cost
 from effattn.kernels import sparse24
+from effattn.projections.base import StructuredLinear
 
 LARGE = ("unpack", "semi_structured")
 
 
-class PackedLinear(nn.Module):
+class PackedLinear(StructuredLinear):
     """y = W x + bias for x (..., in_features), W 2:4 sparse; takes the place of an nn.Linear, and
     does not train.
 
-    values:  parameter (out_features, 2, in_features / 4), which needs no gradient  in_features: a multiple of 8
-    indices: buffer (out_features, in_features / 8) uint8
+    in_features: a multiple of 8
+    values:      parameter (out_features, 2, in_features / 4), which needs no gradient
+    indices:     buffer (out_features, in_features / 8) uint8
     bias:    parameter (out_features,), or None
 
     Gradients of x and of the bias are there. impl: "auto" (triton on a GPU for up to 16 rows, else

@@ -19,30 +19,13 @@ from markupsafe import Markup
 AFTER, BEFORE, UPTRAINED = "#1a7dc0", "#d55e00", "#009e73"
 PALETTE = (AFTER, BEFORE, UPTRAINED, "#a35cdb", "#8c7a10", "#c23a72", "#2590ad", "#a5673f")
 NEUTRAL = "#7d8590"  # what others are compared with: a parent, a reference
-MARKERS = (
-    "o",
-    "s",
-    "D",
-    "^",
-    "v",
-    "P",
-    "X",
-)  # seven beside eight colours: the fifty-seventh line repeats the first
+# seven beside eight colours: the fifty-seventh line repeats the first
+MARKERS = ("o", "s", "D", "^", "v", "P", "X")
 DASHES = ("-", (0, (6, 2)), (0, (2, 1.5)), (0, (6, 2, 1.5, 2)))
-HATCHES = (
-    "",
-    "////",
-    "||||",
-    "\\\\\\\\",
-    "xxxx",
-    "----",
-    "++++",
-)  # no dots: they are a quarter of a megabyte a plot
-INK, GRID, CARD = (
-    "#0a0b0c",
-    "#0d0e0f",
-    "#0f0e0d",
-)  # stand-ins that `svg` replaces by the page's CSS variables
+# no dots: they are a quarter of a megabyte a plot
+HATCHES = ("", "////", "||||", "\\\\\\\\", "xxxx", "----", "++++")
+# stand-ins that `svg` replaces by the page's CSS variables
+INK, GRID, CARD = ("#0a0b0c", "#0d0e0f", "#0f0e0d")
 _VARIABLES = {INK: "var(--ink)", GRID: "var(--grid)", CARD: "var(--card)"}
 
 
@@ -65,6 +48,19 @@ def short_si(n: float, unit: str = "") -> str:
         ((p, x) for p, x in [(12, "T"), (9, "G"), (6, "M"), (3, "k")] if abs(n) >= 10**p), (0, "")
     )
     return f"{n / 10**power:.4g}{' ' if unit else ''}{prefix}{unit}"
+
+
+def token_axis(counts: Sequence[float]) -> tuple[list[float], str]:
+    """Token counts in a unit that keeps the axis short, and the unit's name."""
+    largest = max(counts, default=0)
+    scale, unit = (
+        (1e9, "billions")
+        if largest >= 2e9
+        else (1e6, "millions")
+        if largest >= 2e6
+        else (1e3, "thousands")
+    )
+    return [count / scale for count in counts], f"uptraining tokens ({unit})"
 
 
 def empty_axes(width: float, height: float, x_label: str, y_label: str, grid: str = "y"):
@@ -134,9 +130,8 @@ def svg(figure, title: str, axes=None, about: str = "") -> Markup:
 
     labels = axes.get_legend_handles_labels()[1] if axes is not None else []
     if len(labels) > 1:
-        columns = int(
-            12 * figure.get_figwidth() / (7 + max(map(len, labels)))
-        )  # about 12 characters an inch
+        # about 12 characters an inch
+        columns = int(12 * figure.get_figwidth() / (7 + max(map(len, labels))))
         columns = min(max(1, columns), len(labels))
         figure.set_figheight(figure.get_figheight() + 0.2 * math.ceil(len(labels) / columns))
         figure.legend(
@@ -154,9 +149,8 @@ def svg(figure, title: str, axes=None, about: str = "") -> Markup:
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     text = buffer.getvalue()
     text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
-    text = re.sub(
-        r'<g id="[^"]*"', "<g", text
-    )  # nothing refers to them, and every figure has the same
+    # nothing refers to them, and every figure has the same
+    text = re.sub(r'<g id="[^"]*"', "<g", text)
     for size in ("width", "height"):  # the page's CSS sizes it
         text = re.sub(rf'(<svg[^>]*?) {size}="[^"]*"', r"\1", text, count=1)
     for color, variable in _VARIABLES.items():

@@ -100,9 +100,8 @@ def line_plot(
     ]
     log_y = log_y and any(value > 0 for value in shown)  # no axis has the logarithm of nothing
     for index, one in enumerate(series):
-        y = [
-            value if value is not None and math.isfinite(value) else math.nan for value in one.y
-        ]  # a gap
+        # a gap
+        y = [value if value is not None and math.isfinite(value) else math.nan for value in one.y]
         style = DASHES[index % len(DASHES)] if one.style is None else one.style
         marker = MARKERS[index % len(MARKERS)] if one.marker is None else one.marker
         look = {

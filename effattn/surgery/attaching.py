@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from effattn.hf import anatomy, hooks, live
-from effattn.surgery.plan import Plan
+from effattn.surgery.plan import LayerPlan
 
 # transformers' way into continuous batching, which is closed while swapped
 BATCHING = "init_continuous_batching"
@@ -31,8 +31,8 @@ class Swap:
     checkers: list[live.LayerSwap] = field(default_factory=list, compare=False)
 
 
-def attach(model: nn.Module, parts: anatomy.Anatomy, plans: dict[int, Plan]) -> None:
-    """Carries out the plans: the implementation, and on each attention module what its call needs."""
+def attach(model: nn.Module, parts: anatomy.Anatomy, plans: dict[int, LayerPlan]) -> None:
+    """Carries out the plans: the implementation, and on each attention module what it needs."""
     new = {
         index: hooks.GlobalProjections(parts.layers[index].attention, parts.layers[index].qkv_paths)
         for index, plan in plans.items()

@@ -8,8 +8,8 @@ A swap that plain transformers cannot express is kept in config.json under "effa
 methods learn in effattn.safetensors; model.safetensors has the model's own weights only. Where
 these are not what the plain class expects (structured projections), config.json's `model_type` is
 "effattn", which plain transformers refuses, and the model's own is under "effattn". What
-`save_pretrained` and a Trainer write of a swapped model is loaded, too (`effattn.surgery.record`). No
-pickle anywhere."""
+`save_pretrained` and a Trainer write of a swapped model is loaded, too
+(`effattn.surgery.record`). No pickle anywhere."""
 
 from __future__ import annotations
 
@@ -22,9 +22,10 @@ from torch import Tensor, nn
 
 from effattn.hf import loading, packing, placement
 from effattn.hf.adapters import require_own_weights
-from effattn.hf.source import DTYPES, KEY, load_tokenizer, read_config, resolve  # noqa: F401  imported from here
-from effattn.hf.source import dtype_of as _dtype
-from effattn.outputs import atomic_folder, check_new_folder  # noqa: F401  check_new_folder: jobs import it from here
+from effattn.hf.placement import check_finite
+from effattn.hf.source import DTYPES as DTYPES
+from effattn.hf.source import KEY, dtype_of, load_tokenizer, read_config, resolve
+from effattn.outputs import atomic_folder
 from effattn.projections import packed
 from effattn.surgery import record, replace, swapping
 from effattn.surgery.record import LEARNED
@@ -39,7 +40,7 @@ def save(model: nn.Module, path: str | Path, tokenizer=None) -> Path:
     packing.steady(model)
     require_own_weights(model)
     placement.require_own(model, "save")
-    placement.check_finite(model)
+    check_finite(model)
     with atomic_folder(path) as folder, placement.saving(model):
         learned = record.learned(model)
         plain = {name: tensor for name, tensor in model.state_dict().items() if name not in learned}
@@ -64,25 +65,23 @@ def load(path: str | Path, dtype: torch.dtype | str = "auto") -> nn.Module:
     another shape, for learned weights that do not fit the swap, and for a class that transformers
     does not have."""
     name = resolve(path)
-    dtype = _dtype(dtype)
+    dtype = dtype_of(dtype)
     config = read_config(name, path)
     packing.check_format(config, path)
     again = config.__dict__.pop(KEY, {})
-    for field, value in again.get(
-        "trained", {}
-    ).items():  # the model before its rule was written in plain terms
+    # the model before its rule was written in plain terms
+    for field, value in again.get("trained", {}).items():
         setattr(config, field, value)
     axes = {axis: again[axis] for axis in ("pattern", "positions", "cache") if axis in again}
     shape = None
     if "projections" in again or "packed" in again:
         shape = partial(_rebuild, again)
     model = loading.build(name, config, dtype, shape, learned=bool(axes))
-    placement.check_finite(packing.steady(model))
+    check_finite(packing.steady(model))
     if axes:
         swapping.swap(model, **axes)
-    if (
-        axes or Path(name).is_dir()
-    ):  # what was learned for a swap that config.json does not have is refused, too
+    # what was learned for a swap that config.json does not have is refused, too
+    if axes or Path(name).is_dir():
         record.load_learned(model, name)
     record.mark(model)
     return model
@@ -114,12 +113,12 @@ def load_model(name: str | Path, dtype: torch.dtype | str = "auto"):
     """(causal LM in eval mode, tokenizer) of "embedded", a folder or a hub name. ValueError when it
     is none of them.
     """
-    dtype = _dtype(dtype)
+    dtype = dtype_of(dtype)
     if str(name) == "embedded":
         from effattn import embedded
 
         model, tokenizer = embedded.load() if dtype == "auto" else embedded.load(dtype)
-        placement.check_finite(model)
+        check_finite(model)
         return model, tokenizer
     folder = resolve(name)
     loading.check_causal(read_config(folder, name), name)

@@ -15,19 +15,19 @@ from effattn.hf.anatomy import Anatomy
 from effattn.hf.placement import device_of, input_device
 from effattn.surgery import plan as planning
 from effattn.surgery.attaching import active, attach, detach
-from effattn.surgery.plan import Plan
+from effattn.surgery.plan import LayerPlan
 
 WINDOW = 512  # tokens of a row
 BATCH = 4  # rows at a time
 PER_CODE = 32  # keys that k-means looks at for each code
 
 
-def wanting(plans: dict[int, Plan]) -> dict[int, Plan]:
+def wanting(plans: dict[int, LayerPlan]) -> dict[int, LayerPlan]:
     """The plans whose backend has a codebook to fit."""
     return {index: plan for index, plan in plans.items() if hasattr(plan.backend, "calibrate")}
 
 
-def check(parts: Anatomy, plans: dict[int, Plan], tokens: Tensor | None) -> None:
+def check(parts: Anatomy, plans: dict[int, LayerPlan], tokens: Tensor | None) -> None:
     """ValueError for calibration tokens that are no (N,) int64 tensor, or fewer than a codebook has
     words.
     """
@@ -53,12 +53,10 @@ def check(parts: Anatomy, plans: dict[int, Plan], tokens: Tensor | None) -> None
 
 def _row(parts: Anatomy, tokens: Tensor) -> int:
     """Tokens of a row."""
-    return min(
-        WINDOW, len(tokens), getattr(parts.config, "max_position_embeddings", None) or WINDOW
-    )
+    return min(WINDOW, len(tokens), parts.trained_length or WINDOW)
 
 
-def fit(model: nn.Module, parts: Anatomy, plans: dict[int, Plan], tokens: Tensor) -> None:
+def fit(model: nn.Module, parts: Anatomy, plans: dict[int, LayerPlan], tokens: Tensor) -> None:
     """Calibrates the backends of `plans` that have a codebook on tokens (N,), of which the first
     ones may suffice.
     """

@@ -24,7 +24,7 @@ TRIED = 4  # tokens of a trial
 
 
 @dataclass
-class Plan:
+class LayerPlan:
     """One layer's new pattern. `spec`: as asked for; `pattern`: what it comes to in this layer."""
 
     spec: str
@@ -46,7 +46,7 @@ def make(
     options: dict,
     positions: dict[int, LayerPositions | None] | None = None,
     cache: dict[int, str] | None = None,
-) -> dict[int, Plan]:
+) -> dict[int, LayerPlan]:
     """layer -> its plan. ValueError for what means nothing, Unsupported for what this model or a
     method cannot do.
 
@@ -84,7 +84,7 @@ def make(
     return plans
 
 
-def _tie(plans: dict[int, Plan]) -> None:
+def _tie(plans: dict[int, LayerPlan]) -> None:
     """What a backend shares across layers (its `tied` parameters) becomes one, for all layers of
     the same pattern.
     """
@@ -99,31 +99,31 @@ def _tie(plans: dict[int, Plan]) -> None:
             )
 
 
-def _plan(layer: anatomy.Layer, spec: str, options: dict) -> Plan:
+def _plan(layer: anatomy.Layer, spec: str, options: dict) -> LayerPlan:
     name, given = parse_spec(spec)
     backend = registry.backend(spec, **options)
     spec, given = format_spec(name, given | options), given | options
     pattern, own = spec, None
-    if (
-        backend.plain and layer.own_window is not None
-    ):  # plain transformers' attention is a window in this layer
+    # plain transformers' attention is a window in this layer
+    if backend.plain and layer.own_window is not None:
         own = layer.own_window
         windowed = format_spec("sliding", {"window": own} | given)
         backend = registry.backend(windowed)
-        pattern = (
-            spec if layer.window is None else windowed
-        )  # None: only past the trained length, called as asked
+        # None: only past the trained length, called as asked
+        pattern = spec if layer.window is None else windowed
     raw = backend.farthest is not None
     rotary = layer.rotary if raw else None
-    return Plan(spec, pattern, backend, raw, rotary, own, "global_qkv" in backend.extras)
+    return LayerPlan(spec, pattern, backend, raw, rotary, own, "global_qkv" in backend.extras)
 
 
-def _keep(parts: anatomy.Anatomy, index: int, held) -> Plan:
+def _keep(parts: anatomy.Anatomy, index: int, held) -> LayerPlan:
     """The plan of a layer whose pattern stays. held: its `live.LayerSwap`."""
     spec = getattr(parts.model, hooks.ATTRIBUTE).specs[index]
     raw = held.backend.farthest is not None
     rotary = parts.layers[index].rotary if raw else None
-    return Plan(spec, held.pattern, held.backend, raw, rotary, held.own_window, False, kept=True)
+    return LayerPlan(
+        spec, held.pattern, held.backend, raw, rotary, held.own_window, False, kept=True
+    )
 
 
 def _literal(value):
@@ -135,7 +135,7 @@ def _literal(value):
     return value
 
 
-def _refuse_impossible(parts: anatomy.Anatomy, plans: dict[int, Plan]) -> None:
+def _refuse_impossible(parts: anatomy.Anatomy, plans: dict[int, LayerPlan]) -> None:
     """Raises Unsupported, naming the model and every layer concerned."""
     reasons: dict[str, list[int]] = {}
     for index, plan in plans.items():
@@ -150,7 +150,7 @@ def _refuse_impossible(parts: anatomy.Anatomy, plans: dict[int, Plan]) -> None:
         raise Unsupported(f"{type(parts.model).__name__} cannot be swapped, {text}{hint}")
 
 
-def _obstacle(layer: anatomy.Layer, plan: Plan) -> str | None:
+def _obstacle(layer: anatomy.Layer, plan: LayerPlan) -> str | None:
     """Why the plan cannot be carried out; None when nothing is known against it."""
     code = inspect.unwrap(type(layer.attention).forward).__code__
     if "ALL_ATTENTION_FUNCTIONS" not in code.co_names:
@@ -213,7 +213,7 @@ def _cache_forgets(layer: anatomy.Layer) -> bool:
     return sliding and getattr(layer.config, "sliding_window", None) is not None
 
 
-def _try(layer: anatomy.Layer, plan: Plan) -> None:
+def _try(layer: anatomy.Layer, plan: LayerPlan) -> None:
     """Runs the backend as this layer would. Parameters whose shape depends on the heads exist
     afterwards.
     """

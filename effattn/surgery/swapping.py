@@ -11,6 +11,8 @@ weights instead, which is not undone (`effattn.heads.gqa`, `effattn.surgery.repl
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
+from functools import partial
 
 from torch import Tensor, nn
 
@@ -23,6 +25,7 @@ from effattn.specs import parse_spec
 from effattn.surgery import codebooks, replace
 from effattn.surgery import plan as planning
 from effattn.surgery.attaching import active, attach, detach
+from effattn.surgery.plan import LayerPlan
 from effattn.surgery.record import mark
 
 __all__ = ["active", "restore", "swap"]
@@ -65,21 +68,19 @@ def swap(
     heads: "mha", "mqa" or "gqa(kv_heads=...)", which `convert_gqa` does with `calibration` (tokens,
     int64 (N,)).
 
-    projections: "monarch(blocks=16)" for all layers, or a dict as for patterns; options and what
-    they mean are those of `effattn.surgery.replace.monarch` (rank, ratio, ffn, method, pad). q,
-    k, v and o become new modules (`effattn.projections.MonarchLinear`), without the hooks that the
-    linears had. "dense" multiplies them out. Heads are changed first, so that both may be asked for
-    in one call.
+    projections: "monarch(blocks=16)" for all layers, or a dict as for patterns; options (rank,
+    ratio, ffn, method, pad) and what they mean are those of `MonarchLinear.options`. q, k, v and o
+    become new modules (`effattn.projections.MonarchLinear`), without the hooks that the linears
+    had. "dense" multiplies them out. Heads are changed first, so that both may be asked for in one
+    call.
 
     `restore` undoes neither heads nor projections: their old weights are gone.
-
     Raises ValueError for arguments that mean nothing, Unsupported for what this model or version
     cannot do."""
     if all(axis is None for axis in (pattern, positions, cache, heads, projections)):
         raise ValueError(
             f"swap: nothing to do; give pattern (one of {', '.join(registry.backends())}), "
-            "positions, cache, heads or "
-            "projections"
+            "positions, cache, heads or projections"
         )
     if pattern is None and options:
         raise ValueError(f"swap: {', '.join(options)} given without a pattern")
@@ -87,43 +88,57 @@ def swap(
     if heads is not None or projections is not None:
         require_own_weights(model)
     parts = anatomy.of(model)
-    order = None if positions is None else positioning.make(parts, positions)
+    placed = None if positions is None else positioning.make(parts, positions)
     cached = None if cache is None else caches.parse(cache, len(parts.layers))
-    plans = planning.make(parts, pattern, options, order and order.layers, cached)
-    if any(
-        plan.own_global for plan in plans.values()
-    ):  # second projections start as copies of the first
+    plan = partial(
+        planning.make,
+        pattern=pattern,
+        options=options,
+        positions=placed and placed.layers,
+        cache=cached,
+    )
+    plans = plan(parts)
+    if any(one.own_global for one in plans.values()):  # which start as copies of the first
         require_own_weights(model)
     codebooks.check(parts, plans, calibration)
     merging = None if heads is None else _merging(parts, heads)
     kv_heads = None if merging is None else merging["kv_heads"]
-    projected = (
-        None
-        if projections is None
-        else replace.make(parts, projections, calibration, kv_heads, plans)
-    )
+    projected = None
+    if projections is not None:
+        projected = replace.make(parts, projections, calibration, kv_heads, plans)
     if merging is not None or projected is not None:
         _rewrite(parts, merging, projected, calibration)
     if merging is not None and plans:  # some backends hold something for each K/V head
-        plans = planning.make(anatomy.of(model), pattern, options, order and order.layers, cached)
+        plans = plan(anatomy.of(model))
+    _carry_out(parts, placed, plan, plans, calibration)
+    mark(model)
+    return model
+
+
+def _carry_out(
+    parts: anatomy.Anatomy,
+    placed: positioning.PositionPlan | None,
+    plan: Callable[[anatomy.Anatomy], dict[int, LayerPlan]],
+    plans: dict[int, LayerPlan],
+    calibration: Tensor | None,
+) -> None:
+    """Positions, and then patterns and caches: all, or where one fails none."""
+    model = parts.model
     before = positioning.active(model)
     try:
-        if order is not None:
-            positioning.apply(model, parts, order)
-            if (
-                order.config is not None and plans
-            ):  # windows that no sequence exceeded may be exceeded now
-                plans = planning.make(anatomy.of(model), pattern, options, order.layers, cached)
+        if placed is not None:
+            positioning.apply(model, parts, placed)
+            # windows that no sequence exceeded may be exceeded now
+            if placed.config is not None and plans:
+                plans = plan(anatomy.of(model))
         if plans:
             if calibration is not None and codebooks.wanting(plans):
                 codebooks.fit(model, parts, plans, calibration)
             attach(model, parts, plans)
     except BaseException:
-        if order is not None:
+        if placed is not None:
             positioning.put_back(model, parts, before)
         raise
-    mark(model)
-    return model
 
 
 def restore(model: nn.Module) -> nn.Module:
@@ -137,7 +152,7 @@ def restore(model: nn.Module) -> nn.Module:
 
 
 def _rewrite(
-    parts: anatomy.Anatomy, merging: dict | None, projected: replace.Plan | None, calibration
+    parts: anatomy.Anatomy, merging: dict | None, projected: replace.Replacement | None, calibration
 ) -> None:
     """Changes heads, and then projections: both, or where one fails neither."""
     # its report brings what draws plots

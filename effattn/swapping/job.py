@@ -44,9 +44,8 @@ class Job(Checked):
     text: Sequence[Path] = ()
     dataset: str | None = None
     column: str | None = None
-    contexts: Sequence[int] = whole(
-        (128, 256, 512, 1024, 2048, 4096), least=2, unit="tokens"
-    )  # one to predict from
+    # one to predict from
+    contexts: Sequence[int] = whole((128, 256, 512, 1024, 2048, 4096), least=2, unit="tokens")
     evaluation_tokens: int = whole(4096, least=1)
     stream_tokens: int = whole(20_000, least=2)
     dense_stream_tokens: int = whole(4096, least=2)
@@ -69,11 +68,10 @@ def run(job: Job, show: Quiet | None = None) -> SwapReport:
     patterns = check_job(job)
     with show.stage("loading the model"):
         model, tokenizer = load_model(job.model)
-        restore(model).to(
-            device(job.device)
-        )  # "before" is the model's own attention, also of a swapped checkpoint
+        # "before" is the model's own attention, also of a swapped checkpoint
+        restore(model).to(device(job.device))
         parts = anatomy.of(model)
-        trained = measure.trained_length(parts)
+        trained = parts.trained_length
         _check_positions(job, parts, trained)
         if job.output is not None:
             check_room("output", job.output, weight_bytes(model))

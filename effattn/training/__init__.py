@@ -1,4 +1,4 @@
-"""What every flow that trains shares: lending a model to the Trainer, distillation, transfer, LoRA."""
+"""What flows that train share: lending a model to the Trainer, distillation, transfer, LoRA."""
 
 from effattn.training.lending import lent
 

@@ -79,9 +79,8 @@ def arguments(
     """
     from transformers import TrainingArguments
 
-    on_cpu = overrides.setdefault(
-        "use_cpu", not torch.cuda.is_available()
-    )  # asked for bf16, it needs to be told
+    # asked for bf16, it needs to be told
+    on_cpu = overrides.setdefault("use_cpu", not torch.cuda.is_available())
     settings = dict(
         output_dir=str(output),
         max_steps=steps,
@@ -182,9 +181,8 @@ class Loan:
 
     def begin(self) -> None:
         """Makes the masters. It may run out of memory half-way, after which `end` is right, too."""
-        low_rank = hasattr(
-            self.model, "peft_config"
-        )  # adapters cast what they get: frozen bf16 can stay beneath
+        # adapters cast what they get: frozen bf16 can stay beneath
+        low_rank = hasattr(self.model, "peft_config")
         for parameter, dtype in self.dtypes.items():
             parameter.grad = None
             stays = low_rank and dtype == torch.bfloat16 and not parameter.requires_grad

@@ -61,12 +61,10 @@ class AttentionTransfer(nn.Module):
         for layer, ours in zip(self._teacher[0], self.attention, strict=True):
 
             def compare(module, args, kwargs, output, ours=ours):
-                own = next(
-                    ours.parameters()
-                ).dtype  # of masters, the teacher may be in half precision
-                args, kwargs = _in_dtype(
-                    (args, {**kwargs, "attention_mask": None}), own
-                )  # windows are not padded
+                # of masters, the teacher may be in half precision
+                own = next(ours.parameters()).dtype
+                # windows are not padded
+                args, kwargs = _in_dtype((args, {**kwargs, "attention_mask": None}), own)
                 with torch.set_grad_enabled(self.training):
                     got = ours(*args, **kwargs)
                     found.append(

@@ -1,8 +1,9 @@
 """Exact softmax attention over a cache whose older tokens are packed (`effattn.kernels.pack`): one
 launch over the packed keys and those in full precision, so that no step unpacks the cache.
 
-    cache = PackedCache(k, v, k_rest, v_rest, total=5000)  # k, v Codes; the newest tokens in full precision
-    out = attention(q, cache, Window(back=4096))           # q (B, Hq, Tq, D)
+    # k, v: Codes of the older tokens; k_rest, v_rest: the newest ones in full precision
+    cache = PackedCache(k, v, k_rest, v_rest, total=5000)
+    out = attention(q, cache, Window(back=4096))  # q (B, Hq, Tq, D)
 
 Forward only.
 """
@@ -54,9 +55,8 @@ def attention(
             f"precision; valid is at most {cache.slots}"
         )
     check_rules(None, bias, q, q, pattern, Layout(), causal, q_first)
-    check_turn(
-        turn, bias, q, Pattern(), causal, None
-    )  # first queries are slots here, which see no far keys
+    # first queries are slots here, which see no far keys
+    check_turn(turn, bias, q, Pattern(), causal, None)
     name = choose(impl, q.device)
     if isinstance(cache.k, Pages) and name != "torch":
         raise ValueError(f"cache: got Pages, valid with {name!r} are Codes")

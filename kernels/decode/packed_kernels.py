@@ -5,10 +5,11 @@ M, N, i, j, h: `triton_pieces`. K and V come in pieces of channels that lie in o
 scales (`pack.codes`), so each piece is a product of its own with its part of the queries, or into
 its part of the output; tuples hold them.
 
-    keys per channel    s = sum over pieces of (q scale) code + q . (scale zero)  scale (1, W) of a group
-    keys per token      s = sum over pieces of (q code + (sum of q) zero) scale   scale (1, N)
-    values per token    acc += (p scale) code + sum over n of p scale zero        scale (1, N)
-    values per channel  acc += (p code + (sum of p) zero) scale                   scale (1, W) of a group
+    by           scale (1, .)
+    k channel    W of a group  s = sum over pieces of (q scale) code + q . (scale zero)
+    k token      N             s = sum over pieces of (q code + (sum of q) zero) scale
+    v token      N             acc += (p scale) code + sum over n of p scale zero
+    v channel    W of a group  acc += (p code + (sum of p) zero) scale
 
 where a code stands for itself plus 1 / 2.
 """
@@ -258,9 +259,8 @@ def peak(s, highest):
     the new maximum.
     """
     higher = tl.maximum(highest, tl.max(s, axis=1))
-    base = tl.where(
-        higher == float("-inf"), 0.0, higher
-    )  # rows that have seen nothing yet: no inf - inf
+    # rows that have seen nothing yet: no inf - inf
+    base = tl.where(higher == float("-inf"), 0.0, higher)
     return tl.exp2(s - base[:, None]), tl.exp2(highest - base), higher
 
 

@@ -18,9 +18,8 @@ from ..pack.codes import Codes, Coding, Pages
 from ..pack.torch_impl import plane, unpack, worth
 from ..scratch import scratch
 
-TILE = (
-    2**19
-)  # numbers a thread, 2 MiB in fp32: smaller ones are more calls, larger ones leave the cache
+# numbers a thread, 2 MiB in fp32: smaller ones are more calls, larger ones leave the cache
+TILE = 2**19
 FEWEST = 4096  # tokens of a tile, if there are as many
 
 
@@ -86,9 +85,8 @@ class Packed(Stretch):
                 )
             return out.view(*shape, -1)
         # A token's scales go into its weights instead, which are fewer than its numbers.
-        if (
-            offset is not None
-        ):  # (weights times offsets, this way round: the other takes four times as long)
+        # (weights times offsets, this way round: the other takes four times as long)
+        if offset is not None:
             groups.copy_(torch.bmm(offset.mT, weights.mT).mT[..., None])
         for z, n, codes in _tiles(self.v, weights.dtype):
             for group, own in enumerate(codes.split(coding.group, dim=2)):

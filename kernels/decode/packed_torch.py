@@ -106,9 +106,8 @@ class Walk:
                 return self.weighed(span, s.softmax(dim=-1)).to(self.dtype).view(*shape, -1), None
             top = s.amax(dim=-1, keepdim=True)
             higher = top if highest is None else torch.maximum(highest, top)
-            base = higher.clamp(
-                min=torch.finfo(s.dtype).min
-            )  # finite: no inf - inf where nothing is seen
+            # finite: no inf - inf where nothing is seen
+            base = higher.clamp(min=torch.finfo(s.dtype).min)
             p = (s - base).exp_()
             products, seen = self.weighed(span, p), p.sum(dim=-1, keepdim=True)
             if highest is not None:
@@ -129,7 +128,7 @@ class Walk:
         return sum(part.weigh(w) for part, w in zip(span, weights, strict=True))
 
     # Which keys
-    # ---------------------------------------------------------------------------------------------------
+    # ----------------------------------------------------------------------------------------------
 
     def spans(self) -> Iterator[list[Stretch]]:
         """Stretches, as many at once as their scores have room."""
@@ -191,9 +190,8 @@ class Walk:
         """
         if self.low is None or self.pattern.first > self.cache.slots:
             return None
-        if (
-            isinstance(self.pattern, Blocks) and self.cache.start is not None
-        ):  # each row has its own borders
+        # each row has its own borders
+        if isinstance(self.pattern, Blocks) and self.cache.start is not None:
             return self.low - (self.pattern.look_back + 1) * self.pattern.size + 1
         return self.pattern.span(self.low, self.high + 1)[0]
 
@@ -229,7 +227,7 @@ class Walk:
         return type(pattern) is Window and part.number > self.high - pattern.back and ahead
 
     # Scores
-    # -------------------------------------------------------------------------------------------------------
+    # ----------------------------------------------------------------------------------------------
 
     def scores(self, part: Stretch) -> Tensor:
         """(B, Hkv, R, n) in fp32, -inf where a query does not see a key."""

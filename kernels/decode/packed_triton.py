@@ -196,9 +196,8 @@ def worth_reading(
     low = pattern.span(oldest, cache.total)[0]
     if low is None:
         return 0, 0
-    if (
-        isinstance(pattern, Blocks) and cache.start is not None
-    ):  # borders follow each row's start: the worst one
+    # borders follow each row's start: the worst one
+    if isinstance(pattern, Blocks) and cache.start is not None:
         low = oldest - (pattern.look_back + 1) * pattern.size + 1
     rest = cache.k_rest.shape[2]
     first = (
@@ -234,9 +233,8 @@ def tile(
             16 if more or small else 32 if width > 64 else 64,
         )
         longest = min(LONGEST, CODES_AT_ONCE // width) // 2 ** max(more, small or block_m > 16)
-    along = [
-        x.group & -x.group for x in (k, v) if x.axis == "channel"
-    ]  # the largest power of two that divides it
+    # the largest power of two that divides it
+    along = [x.group & -x.group for x in (k, v) if x.axis == "channel"]
     block_n = max(16, min([longest, *along]))
     block_f = max(16, min(longest, 64) // (2 if width > 128 else 1))
     return dict(

@@ -115,9 +115,8 @@ def _visible_range(k: Tensor, v: Tensor, pattern: Pattern, layout: Layout, queri
         return k, v, layout
     total, first = layout.tokens(k.shape[2]), pattern.first
     oldest = total - queries
-    if layout.start is None or isinstance(
-        pattern, Window
-    ):  # windows look the same wherever the row begins
+    # windows look the same wherever the row begins
+    if layout.start is None or isinstance(pattern, Window):
         oldest = pattern.span(oldest, total)[0]
     else:  # borders differ from row to row
         oldest -= (pattern.look_back + 1) * pattern.size - 1
@@ -125,9 +124,8 @@ def _visible_range(k: Tensor, v: Tensor, pattern: Pattern, layout: Layout, queri
     sinks_apart = layout.slots >= first or (not layout.slots and not layout.tail)
     if cut <= max(first - layout.slots, 0) or not sinks_apart:
         return k, v, layout
-    if (
-        layout.slots and layout.start is not None
-    ):  # a padded row's first keys may lie behind the slots still
+    # a padded row's first keys may lie behind the slots still
+    if layout.slots and layout.start is not None:
         return k, v, layout
     if not layout.slots and not first:
         mask = None if layout.mask is None else layout.mask[:, cut:]
@@ -294,9 +292,8 @@ def _softmax(scores: Tensor, v: Tensor, mask, counts, q: Tensor) -> tuple[Tensor
     work, kv_heads = scores.dtype, v.shape[1]
     if mask is not None:
         scores = scores.masked_fill(~_pack_mask(mask, q.shape[1], kv_heads), -torch.inf)
-    highest = (
-        scores.detach().amax(dim=-1, keepdim=True).clamp(min=torch.finfo(work).min)
-    )  # finite, for no NaN below
+    # finite, for no NaN below
+    highest = scores.detach().amax(dim=-1, keepdim=True).clamp(min=torch.finfo(work).min)
     weights = torch.exp(scores - highest)
     if counts is not None:
         weights = weights * _pack_mask(counts, q.shape[1], kv_heads)

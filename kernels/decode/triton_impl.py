@@ -28,9 +28,8 @@ from .turn import Turn
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 WIDEST = 256  # head dimension
 FARTHEST = 2**30  # "no bound" among the kernel's int32 positions
-TILE_BYTES = (
-    2**14
-)  # of K, and of V: at three stages, two programs fit in an A100's processor and three in an H200's
+# of K, and of V: at three stages, two programs fit in an A100's processor and three in an H200's
+TILE_BYTES = 2**14
 RESIDENT = 2  # programs that run at once on a processor
 OVERHEAD = 2  # of one program and of `combine`: about as long as reading this many tiles
 
@@ -231,9 +230,8 @@ def worth_reading(pattern: Pattern, layout: Layout, queries: int, keys: int) -> 
     first = pattern.first
     if layout.start is None:
         first = max(0, first - layout.tail)
-    elif isinstance(
-        pattern, Blocks
-    ):  # borders follow each row's start, which the host does not know: the worst one
+    elif isinstance(pattern, Blocks):
+        # borders follow each row's start, which the host does not know: the worst one
         low = low_query - (pattern.look_back + 1) * pattern.size + 1
     head = min(layout.slots + first, keys)
     low = min(low - layout.tail + layout.slots, keys)

@@ -12,9 +12,8 @@ import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
-EMULATED = tl.constexpr(
-    triton.knobs.runtime.interpret
-)  # the interpreter's bf16 needs help in `dot` and `narrow`
+# the interpreter's bf16 needs help in `dot` and `narrow`
+EMULATED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
 @triton.jit
@@ -114,9 +113,8 @@ def soften(sums, s, v, count):
     for what is hidden, `count` times each (None: once)."""
     acc, highest, weight = sums
     higher = tl.maximum(highest, tl.max(s, axis=1))
-    base = tl.where(
-        higher == float("-inf"), 0.0, higher
-    )  # rows that have seen nothing yet: no inf - inf
+    # rows that have seen nothing yet: no inf - inf
+    base = tl.where(higher == float("-inf"), 0.0, higher)
     p = tl.exp2(s - base[:, None])
     if count is not None:
         p *= count

@@ -2,7 +2,8 @@
 chooses, runs it.
 
     out = attention(q, k, v, Window(back=512), causal=True)
-    out, lse = attention(q, k, v, Blocks(size=64), layout, lse=True)  # to merge parts by log-sum-exp
+    # to merge parts by log-sum-exp
+    out, lse = attention(q, k, v, Blocks(size=64), layout, lse=True)
 
 Forward and backward, also through the log-sum-exp. A pattern (`pattern.py`) says who sees whom, a
 rule (`rules.py`) how a pair's score depends on its distance."""
@@ -81,9 +82,8 @@ def attention(
     log-sum-exp of each query's scores (B, Hq, Tq), fp32 (fp64 for fp64 inputs). A query that sees
     nothing gives 0 and -inf."""
     pattern, layout = pattern or Pattern(), layout or Layout()
-    q, k, v, q_first = map(
-        dense_rows, (q, k, v, q_first)
-    )  # neither kernels nor torch's own take all strides
+    # neither kernels nor torch's own take all strides
+    q, k, v, q_first = map(dense_rows, (q, k, v, q_first))
     far = check(far, bias, q, k, pattern, layout, causal, q_first)
     if choose(impl, q.device) == "triton":
         from .triton_impl import attention as run

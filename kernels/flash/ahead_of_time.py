@@ -38,9 +38,8 @@ def variants(arch: str) -> list[dict]:
     plain = dict(first=0, slots=0, tail=0, causal=True, scale=0.1, cap=0.0, rule=None, masked=False)
     full, window = Call(Pattern, (0, 0, 0), **plain), Call(Window, (512, 1, 0), **plain)
     blocks, padded = Call(Blocks, (64, 1, 32), **plain), full._replace(masked=True)
-    every = window._replace(
-        first=4, slots=4, tail=96, cap=50.0, rule="softcap", masked=True
-    )  # and q_first
+    # and q_first
+    every = window._replace(first=4, slots=4, tail=96, cap=50.0, rule="softcap", masked=True)
     kernels = ("forward", "backward_queries", "backward_keys")
     wanted = [(kernel, size, "*bf16", full, "full") for kernel in kernels for size in (64, 128)]
     wanted += [(kernel, 128, "*bf16", window, "window") for kernel in kernels]

@@ -81,7 +81,8 @@ def rotary_scores(
     be at. By `distance` (Tq, Tk) = i - j:
 
         p = distance                             below `window`: RoPE
-        p = window + (distance - window) / slow  from it on: Leaky ReRoPE; slow = inf: ReRoPE, slow = 1: RoPE
+        p = window + (distance - window) / slow  from it on: Leaky ReRoPE
+                                                 (slow = inf: ReRoPE, slow = 1: RoPE)
     """
     position = torch.where(
         distance < window, distance.double(), window + (distance - window) / slow

@@ -48,7 +48,8 @@ class Bias:
     "alibi"         m                    -m d                   ALiBi (arXiv:2108.12409)
     "kerple_log"    r1, r2 > 0           -r1 log(1 + r2 d)      KERPLE (arXiv:2205.09921), eq. 3
     "kerple_power"  r1 > 0, 0 < r2 <= 2  -r1 d^r2               KERPLE
-    "table"         one for 0 .. n - 1   params[min(d, n - 1)]  T5 buckets, Sandwich (arXiv:2212.10356)
+    "table"         one for 0 .. n - 1   params[min(d, n - 1)]  T5 buckets, Sandwich
+                                                                (arXiv:2212.10356)
 
     Gradients flow to params, in plain torch only.
     """

@@ -25,9 +25,8 @@ from .torch_bias import BiasTiles, Share
 QUERIES = 64  # of a tile: 32 and 128 are 5 to 15 % slower
 KEYS = 1024  # at a time; what further ones give is merged by a running maximum
 WORK = 640 * 1024  # bytes of scores that a thread has at a time, to stay in its cache
-LOG2E = math.log2(
-    math.e
-)  # scores are kept times log2(e): exp2 takes 0.29 ns an element there, exp 0.52
+# scores are kept times log2(e): exp2 takes 0.29 ns an element there, exp 0.52
+LOG2E = math.log2(math.e)
 
 
 @dataclass(frozen=True)
@@ -51,9 +50,8 @@ class Part:
     other: bool  # scored with q_first
     k0: int
     k1: int
-    masks: list[
-        tuple[int, int, Tensor]
-    ]  # columns, and what to add to them: broadcast to (n, G, S, columns)
+    # columns, and what to add to them: broadcast to (n, G, S, columns)
+    masks: list[tuple[int, int, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -100,9 +98,8 @@ class Problem:
         a = 0
         while a < self.queries:
             b = min(a + step, self.queries)
-            if isinstance(
-                self.pattern, Blocks
-            ):  # do not straddle a border: the next block's keys would be visited
+            # do not straddle a border: the next block's keys would be visited
+            if isinstance(self.pattern, Blocks):
                 size, number = self.pattern.size, self.first_query + self.phase
                 border = (number + b) // size * size - number
                 b = border if border > a else b

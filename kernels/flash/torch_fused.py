@@ -258,9 +258,8 @@ def _batches(
             mask, blind = strips, None
             if bias is not None:
                 mask = strips + _every(bias, *keys).transpose(-1, -2)
-            if (
-                bias is not None or problem.lag or problem.first_query < problem.first_key
-            ):  # not even itself
+            # not even itself
+            if bias is not None or problem.lag or problem.first_query < problem.first_key:
                 blind = mask.amax(dim=-1, keepdim=True) == -torch.inf
             yield (a + ahead, b - a, count, stride), keys, mask, blind
 

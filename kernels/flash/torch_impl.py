@@ -45,9 +45,8 @@ def attention(
     special = ruled or (q_first is not None and pattern.first > 0) or need_lse
     if type(pattern) is Pattern and not special and not layout.slots and not layout.tail:
         return dense(q, k, v, causal, layout, scale), None
-    if (
-        torch.compiler.is_compiling()
-    ):  # a loop over tiles does not trace; this does, at the cost of a mask
+    # a loop over tiles does not trace; this does, at the cost of a mask
+    if torch.compiler.is_compiling():
         from effattn.kernels.decode.torch_impl import attention as at_once
 
         return at_once(
@@ -175,10 +174,8 @@ def _heads(pattern: Pattern, heads: int, kv_heads: int) -> list[tuple[slice, sli
     if not isinstance(pattern, Blocks) or not pattern.shifted:
         return [(slice(None), slice(None), 0)]
     group, half, shift = heads // kv_heads, heads // 2, pattern.size // 2
-    low, high = (
-        half // group,
-        -(-half // group),
-    )  # K/V heads wholly in the first half; where the second's own begin
+    # K/V heads wholly in the first half; where the second's own begin
+    low, high = (half // group, -(-half // group))
     cuts = [
         (0, low * group, 0, low, 0),
         (low * group, half, low, high, 0),
@@ -197,9 +194,8 @@ def _pieces(inputs, pattern, layout, settings, window, residue, shift) -> list[P
     if window is None:
         return [_piece(q, k, v, q_first, table, *place)]
     near = _piece(q, k, v, None, None, *place, reach=window)
-    skipped = min(
-        max(window - near.problem.first_query, 0), q.shape[2]
-    )  # the first queries have no far key
+    # the first queries have no far key
+    skipped = min(max(window - near.problem.first_query, 0), q.shape[2])
     if skipped == q.shape[2]:
         return [near]
     return [
@@ -244,9 +240,8 @@ def _piece(
     """Layouts' padding becomes `hidden` keys."""
     queries, keys = q.shape[2], k.shape[2]
     total = layout.tokens(keys)
-    everywhere = (
-        type(pattern) is Pattern and q_first is None
-    )  # then no key is `first`: all are seen anyway
+    # then no key is `first`: all are seen anyway
+    everywhere = type(pattern) is Pattern and q_first is None
     sinks = max(layout.slots, 0 if everywhere else min(pattern.first, total))
     problem = Problem(
         pattern,

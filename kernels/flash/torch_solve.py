@@ -93,9 +93,8 @@ def _forward_one(problem: Problem, tensors) -> tuple[Tensor, Tensor]:
     else:
         out, lse = torch_blocks.forward(problem, *_worked(tensors))
         out, lse = out.view(*q.shape[:3], v.shape[-1]), lse.view(q.shape[:3])
-    if (
-        problem.start is not None and not problem.causal
-    ):  # padding on the left; causal, it saw nothing anyway
+    # padding on the left; causal, it saw nothing anyway
+    if problem.start is not None and not problem.causal:
         number = torch.arange(
             problem.first_query, problem.first_query + problem.queries, device=q.device
         )

@@ -96,9 +96,8 @@ PATTERNS: dict[type[Pattern], Jitted] = {
 
 @triton.jit
 def softcap_score(s, i, j, h, cap):
-    return cap - 2 * cap / (
-        tl.exp2(s * (2 * LOG2E / cap)) + 1
-    )  # cap tanh(s / cap), safe at both ends
+    # cap tanh(s / cap), safe at both ends
+    return cap - 2 * cap / (tl.exp2(s * (2 * LOG2E / cap)) + 1)
 
 
 @triton.jit
@@ -414,9 +413,8 @@ def attention(
             f"scale and softcap: got {scale} and {softcap}, valid are positive numbers"
         )
     bounded = PATTERNS[type(pattern)].keys is not full_keys
-    first = (
-        pattern.first if bounded or q_first is not None else 0
-    )  # a full pattern shows them anyway
+    # a full pattern shows them anyway
+    first = pattern.first if bounded or q_first is not None else 0
     params, params_step, numbers = arguments(bias)
     call = Call(
         kind=type(pattern),

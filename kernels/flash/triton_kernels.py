@@ -1,8 +1,11 @@
 """Flash attention in Triton: the forward kernel, for every pattern, score rule and key layout.
 
-    B batch, H query heads, `group` of them to a K/V head  D head size, V value size; padded to BLOCK_D, BLOCK_V
-    M rows of queries and N keys in a tile                 the other letters: `triton_pieces`
-    x_b, x_h, x_t strides of x by row of the batch, head, token
+    B              batch
+    H              query heads, `group` of them to a K/V head
+    D, V           head size, value size; padded to BLOCK_D, BLOCK_V
+    M, N           rows of queries and keys in a tile
+    x_b, x_h, x_t  strides of x by row of the batch, head, token
+    the other letters: `triton_pieces`
 
 Softmax runs in base 2: `unit` takes the scores there, as scale * log2(e), or as log2(e) behind a
 score rule, which works on scaled scores. RULE is such a rule, SLOPE its derivative, BIAS (with the

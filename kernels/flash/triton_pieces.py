@@ -13,10 +13,14 @@ pairs count. Tiles come in three kinds:
 INNER tiles are BLOCK wide. The others go in smaller STEPs: that wastes less of them, and their
 predicates need the registers. Legend, for the kernels too:
 
-    r row of a query in its tensor, c number of a key in its tensor  i, j position of a query and of a key
-    place = (slots, base, first, window): key slots + n is at position base + n, those below first are seen by all
-    PART of the pattern's pairs: ALL, those NEARER than window (i - j < window), or the FARTHER ones
-    numbers = (heads, a, b, c), a to c the pattern's integers        FAR beyond every position
+    r, c     row of a query in its tensor, number of a key in its tensor
+    i, j     position of a query and of a key
+    place    (slots, base, first, window): key slots + n is at position base + n, those below first
+             are seen by all
+    PART     of the pattern's pairs: ALL, those NEARER than window (i - j < window), or the FARTHER
+             ones
+    numbers  (heads, a, b, c), a to c the pattern's integers
+    FAR      beyond every position
 """
 
 import triton
@@ -26,9 +30,8 @@ INNER, EDGE, FIRST = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 ALL, NEARER, FARTHER = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 FAR = tl.constexpr(1 << 28)  # sums of a few of these fit in int32
 LOG2E, LN2 = tl.constexpr(1.4426950408889634), tl.constexpr(0.6931471805599453)
-EMULATED = tl.constexpr(
-    triton.knobs.runtime.interpret
-)  # the interpreter's bf16 needs help in `narrow` and `dot`
+# the interpreter's bf16 needs help in `narrow` and `dot`
+EMULATED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
 @triton.jit

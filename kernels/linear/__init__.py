@@ -1,9 +1,12 @@
 """Linear attention: sums instead of scores. Checks nothing but the implementation, chooses, runs
 it.
 
-    out, memory = attention(q, k, v, "elu")            # causal; memory holds all of k and v
-    out, memory = attention(q, k, v, "favor", directions=W, scale=D**-0.5, memory=memory)  # goes on from there
-    memory = fold(k, v, "elu", memory=memory)          # only the sums
+    # causal; memory holds all of k and v
+    out, memory = attention(q, k, v, "elu")
+    # goes on from a memory
+    out, memory = attention(q, k, v, "favor", directions=W, scale=D**-0.5, memory=memory)
+    # only the sums
+    memory = fold(k, v, "elu", memory=memory)
 
 Forward and backward, also through the memory. `features.py` has the maps, `reference.py` the
 definition."""

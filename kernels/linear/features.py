@@ -84,9 +84,8 @@ def _softmax_backward(x, directions, phi: Tensor, grad: Tensor) -> Tensor:
 MAPS: dict[str, FeatureMap] = {
     "elu": FeatureMap(
         _elu,
-        lambda x, _, phi, grad: grad.mul_(
-            phi.clamp(max=1)
-        ),  # exp(x) below 0, where phi is that too
+        # exp(x) below 0, where phi is that too
+        lambda x, _, phi, grad: grad.mul_(phi.clamp(max=1)),
     ),
     "relu": FeatureMap(
         lambda x, *_: (x.relu(), None),

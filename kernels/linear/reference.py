@@ -1,7 +1,7 @@
 """Linear attention by its definition, with every pair of tokens: slow and obvious.
 
-    o_t = sum_j w_tj kappa(q_t, k_j) v_j / sum_j w_tj kappa(q_t, k_j)  j <= t if causal, real keys only
-    kappa(q, k) = phi(q) . phi(k)          w_tj = decay^(t - j)
+    o_t = sum_j w_tj kappa(q_t, k_j) v_j / sum_j w_tj kappa(q_t, k_j)
+    kappa(q, k) = phi(q) . phi(k),  w_tj = decay^(t - j),  j <= t if causal, real keys only
 
 For Performer, log kappa is a log-sum-exp over the features, and attention the softmax of it:
 nothing overflows."""

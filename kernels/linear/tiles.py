@@ -30,11 +30,8 @@ TILES: dict[str, dict[int, Tile]] = {
     "tops": {64: Tile(64, 64, 4, 1), 128: Tile(64, 64, 4, 1), 256: Tile(64, 32, 4, 1)},
     "chunk_sums": {64: Tile(64, 64, 4, 1), 128: Tile(64, 64, 8, 1), 256: Tile(64, 64, 8, 1)},
     "forward": {64: Tile(64, 64, 4, 1), 128: Tile(64, 64, 8, 1), 256: Tile(64, 32, 8, 1)},
-    "both_ways": {
-        64: Tile(64, 64, 4, 1),
-        128: Tile(64, 32, 4, 1),
-        256: Tile(64, 32, 8, 1),
-    },  # forward, no pairs
+    # forward, no pairs
+    "both_ways": {64: Tile(64, 64, 4, 1), 128: Tile(64, 32, 4, 1), 256: Tile(64, 32, 8, 1)},
     "decode": {64: Tile(64, 64, 4, 1), 128: Tile(64, 64, 4, 1), 256: Tile(64, 32, 4, 1)},
     "gradient_sums": {64: Tile(64, 64, 4, 1), 128: Tile(64, 64, 8, 1), 256: Tile(64, 64, 8, 1)},
     "backward_queries": {64: Tile(64, 64, 4, 1), 128: Tile(64, 64, 8, 1), 256: Tile(64, 32, 8, 1)},

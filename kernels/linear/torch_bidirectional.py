@@ -111,9 +111,8 @@ def read(call: Call, sums: Sums, out: Tensor, share: Tensor | None) -> None:
     for block in call.query_blocks():
         _, phi = call.queries(block)
         part = call.spec.gain
-        if (
-            norms is not None
-        ):  # a row times a matrix: the other way round, or as one more column of S, takes longer
+        # a row times a matrix: the other way round, or as one more column of S, takes longer
+        if norms is not None:
             part = share_of(call.product(norms, phi.mT)).mT
             if share is not None:
                 share[:, :, block] = part[..., 0]

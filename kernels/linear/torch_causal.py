@@ -8,9 +8,11 @@ the decay and the changes of scale. The normaliser is one more column of v, all 
 with it are the features alone (a product with a vector of n would take as long as one with the
 matrix S).
 
-    B rows, H key/value heads, G query heads to each, m chunks of C tokens, W = V + 1 with a normaliser, or V
+    B rows, H key/value heads, G query heads to each, m chunks of C tokens
+    W = V + 1 with a normaliser, or V
     (B, H, m, C, .) keys, (B, H, m, G C, .) queries, S (B, H, F, W), y (B, H, m, G C, W)
-    w  = decay^(t - j) exp(mu_j - c_t): the pair's weight, c_t the highest mu so far, so that w <= 1; it cancels
+    w = decay^(t - j) exp(mu_j - c_t): the pair's weight, c_t the highest mu so far, so that w <= 1;
+        it cancels
 """
 
 from __future__ import annotations
@@ -195,9 +197,8 @@ class Call:
         """With log weights: each row relative to the highest of its own past, so that the future
         changes no bit.
         """
-        highest = (
-            torch.cummax(mu.flatten(2), dim=-1).values.maximum(top[..., None]).view_as(mu)
-        )  # c_t
+        # c_t
+        highest = torch.cummax(mu.flatten(2), dim=-1).values.maximum(top[..., None]).view_as(mu)
         ends = torch.cat([top[..., None], highest[..., -1]], dim=-1)  # (B, H, m + 1)
         rows = highest[..., highest.shape[-1] - queries :]
         pair = _ratio(mu[:, :, :, None, None, :], rows[:, :, :, None, :, None]).mul_(static.pair)
@@ -218,7 +219,7 @@ class Call:
         return sums.view_as(own), Before(after.view_as(before.sums), weights.top)
 
     # The sweeps
-    # ----------------------------------------------------------------------------------------------------
+    # ----------------------------------------------------------------------------------------------
 
     def forward(
         self, before: Before, out: Tensor | None, dens: Tensor | None, keep: bool

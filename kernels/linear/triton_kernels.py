@@ -1,11 +1,16 @@
 """Chunked linear attention in Triton: sums of each chunk, a scan over chunks, and what queries make
 of them.
 
-    H key/value heads, `group` query heads to each; n chunk of C tokens; D head size, V value size, F features
-    S (F, V) and z (F,): the sums before a chunk (for gradients: after it), `states` (B H, n, F, V), `norms` (B H, n, F)
-    mu_j log weight of a key, high_t the highest so far, ends (B, H, n + 1) that at the chunks' ends; None: no weights
-    rate (H,) log2 of the decay; None: no decay  x_b, x_h, x_t strides of x by row of the batch, head, token
-    share 1 / normaliser of a query (None: not normalised), slope = -(grad . out), its part of the gradient
+    H key/value heads, `group` query heads to each; n chunk of C tokens
+    D head size, V value size, F features
+    S (F, V) and z (F,): the sums before a chunk (for gradients: after it)
+    states (B H, n, F, V), norms (B H, n, F): S and z of all chunks
+    mu_j log weight of a key, high_t the highest so far; None: no weights
+    ends (B, H, n + 1): the highest at the chunks' ends
+    rate (H,) log2 of the decay; None: no decay
+    x_b, x_h, x_t strides of x by row of the batch, head, token
+    share 1 / normaliser of a query (None: not normalised)
+    slope = -(grad . out), its part of the gradient
 
 Features are made in the kernels, from x and directions (F, D), and never written. Products are in
 the inputs' type; those with states, and with anything divided by a normaliser, in bf16 for both

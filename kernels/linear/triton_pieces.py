@@ -9,12 +9,8 @@ import triton.language as tl
 
 from ..flash.triton_pieces import dot, load_rows, narrow
 
-IDENTITY, ELU, RELU, RELU2 = (
-    tl.constexpr(0),
-    tl.constexpr(1),
-    tl.constexpr(2),
-    tl.constexpr(3),
-)  # column by column
+# column by column
+IDENTITY, ELU, RELU, RELU2 = (tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3))
 FAVOR, FAVOR_RELU = tl.constexpr(4), tl.constexpr(5)  # from all of x and directions
 EPSILON = tl.constexpr(1e-3)
 LOWEST = tl.constexpr(-30.0)  # as in `features`
@@ -192,9 +188,8 @@ def share_of(total):
 @triton.jit
 def ratio(high, low):
     """exp(high - low), at most 1; 0 if high is -inf."""
-    low = tl.where(
-        low == float("-inf"), 0.0, low
-    )  # nothing was there: `high` says so too, or is not asked
+    # nothing was there: `high` says so too, or is not asked
+    low = tl.where(low == float("-inf"), 0.0, low)
     return tl.where(high == float("-inf"), 0.0, tl.exp2(tl.minimum(high - low, 0.0) * LOG2E))
 
 

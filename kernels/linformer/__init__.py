@@ -1,8 +1,9 @@
 """Linformer's projections along time, and who sees the slots they make; the attention itself is
 `kernels.flash`.
 
-    slots = project(k, E, padding_start, padding_mask)          # (B, H, T, D) -> (B, H, K, D)
-    out, lse = flash.attention(q, slots_k, slots_v, Earlier(size=64, slots=4), causal=False, lse=True)
+    slots = project(k, E, padding_start, padding_mask)  # (B, H, T, D) -> (B, H, K, D)
+    earlier = Earlier(size=64, slots=4)
+    out, lse = flash.attention(q, slots_k, slots_v, earlier, causal=False, lse=True)
 
 A slot is a weighted sum of tokens. arXiv:2006.04768.
 """

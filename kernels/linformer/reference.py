@@ -51,9 +51,8 @@ def blockwise(
         outs = []
         for i in range(tokens - q.shape[2], tokens):
             border = start + max(i - start, 0) // size * size
-            own = torch.arange(
-                border, max(border, i + 1), device=q.device
-            )  # padding on the left: none
+            # padding on the left: none
+            own = torch.arange(border, max(border, i + 1), device=q.device)
             own = own[real[b][own]]
             keys, values, bonuses = [], [], []
             for low in range(start, border, size):

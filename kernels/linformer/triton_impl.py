@@ -40,9 +40,8 @@ def tile(dim: int, slots: int, dtype: torch.dtype, arch: str) -> dict[str, int]:
         return dict(BLOCK_K=16, BLOCK_T=32, BLOCK_D=block_d, num_warps=1, num_stages=1)
     most = 32 if dtype == torch.float32 or block_d > 128 else 64
     block_k = min(max(16, triton.next_power_of_2(slots)), most)
-    block_t = (
-        most if block_d <= 64 or arch in ("sm_90", "sm_100") else 32
-    )  # 64 spill on sm_80, with a mask
+    # 64 spill on sm_80, with a mask
+    block_t = most if block_d <= 64 or arch in ("sm_90", "sm_100") else 32
     stages = 1 if arch == "gfx942" or dtype == torch.float32 else 2
     return dict(BLOCK_K=block_k, BLOCK_T=block_t, BLOCK_D=block_d, num_warps=4, num_stages=stages)
 

@@ -1,8 +1,10 @@
 """Projection along time in Triton: slots = E x, and the gradients of both.
 
-    B batch, H heads, T tokens, K slots, D head size; positions p count from a row's token number
-    start[b] BLOCK_K slots, BLOCK_T positions or tokens in a tile; D padded to BLOCK_D x_b, x_h, x_t
-    strides of x by row of the batch, head and token; w_h, w_k those of the weight (w_h 0: shared)
+    B, H, T, K, D     batch, heads, tokens, slots, head size (padded to BLOCK_D)
+    BLOCK_K, BLOCK_T  slots, and positions or tokens in a tile
+    p                 a position, counted from a row's token number start[b]
+    x_b, x_h, x_t     strides of x by row of the batch, head and token
+    w_h, w_k          strides of the weight (w_h 0: shared)
 
 The weight is float32; products are in x's dtype, on tensor cores where there are some, and sums in
 float32."""

@@ -73,9 +73,8 @@ def attention_few(
             there[:, :, r] &= (apart != 0) & (apart != rule.buckets)
 
     own = seen.own[:, :, None, new - queries :, None].expand(-1, -1, group, -1, -1)
-    rows, there = (
-        x.permute(0, 1, 3, 4, 2, 5).flatten(4) for x in (rows, there)
-    )  # (B, H, G, Tq, 2 chunk R)
+    # (B, H, G, Tq, 2 chunk R)
+    rows, there = (x.permute(0, 1, 3, 4, 2, 5).flatten(4) for x in (rows, there))
     alone = ~there.any(dim=-1, keepdim=True) if rule.shared_qk else torch.ones_like(there[..., :1])
     rows, there = torch.cat([own, rows], dim=-1), torch.cat([alone, there], dim=-1)
     if real is not None:

@@ -7,9 +7,11 @@ query's place is that of the newest key of its bucket at or before its own posit
 key, if there is none yet): later tokens cannot move it. A query sees the keys of its own place and
 of the place before, and without causality of the place behind too.
 
-    B batch, H key/value heads, G query heads each, R rounds, T new tokens, of which the last Tq are
-    queries M = Tq G rows of queries of a head: row m is query m // G of its head m % G N rows of a
-    store of keys, of which the new tokens are the last; L of them in the order of a round
+    B, H, G, R  batch, key/value heads, query heads each, rounds
+    T, Tq       new tokens, of which the last Tq are queries
+    M = Tq G    rows of queries of a head: row m is query m // G of its head m % G
+    N           rows of a store of keys, of which the new tokens are the last
+    L           of them in the order of a round
 """
 
 from __future__ import annotations

@@ -27,9 +27,8 @@ def visible(
     there = torch.ones(1, tokens, dtype=torch.bool, device=bucket.device) if real is None else real
     there = there[:, None, None, None, :]
 
-    rank = ((bucket[..., :, None] == bucket[..., None, :]) & (j < i) & there).sum(
-        dim=-1
-    )  # older keys of its bucket
+    # older keys of its bucket
+    rank = ((bucket[..., :, None] == bucket[..., None, :]) & (j < i) & there).sum(dim=-1)
     same = (query_bucket[..., :, None] == bucket[..., None, :]) & there  # (B, Hq, R, T, T)
     newest = ((same & (j <= i)).sum(dim=-1) - 1).clamp(min=0)
     behind = (newest // rule.chunk)[..., :, None] - (rank // rule.chunk)[..., None, :]

@@ -114,13 +114,11 @@ class _Sorted(NamedTuple):
         As many as there can be: each bucket may leave its last one unfilled. The others are empty.
         """
         begin = places.query_begin.flatten(0, 1)
-        last = (
-            (begin.diff(dim=2) + size - 1).div(size, rounding_mode="floor").cumsum(dim=2)
-        )  # of each bucket, tile
+        # of each bucket, tile
+        last = (begin.diff(dim=2) + size - 1).div(size, rounding_mode="floor").cumsum(dim=2)
         most = triton.cdiv(self.low.shape[2], size) + min(places.rule.buckets, self.low.shape[2])
-        if (
-            begin.device.type == "cpu"
-        ):  # the interpreter takes long for empty ones, and a look costs nothing here
+        # the interpreter takes long for empty ones, and a look costs nothing here
+        if begin.device.type == "cpu":
             most = int(last[..., -1].max())
         tile = torch.arange(most, device=begin.device).expand(*begin.shape[:2], -1).contiguous()
         bucket = torch.searchsorted(last, tile, right=True)

@@ -178,9 +178,8 @@ def forward(
         top = higher
     blind = total == 0
     total = tl.where(blind, 1.0, total)
-    at = (
-        tl.cast(r * (tl.num_programs(0) // (tiles * ROUNDS)) + p, tl.int64) * rows
-    )  # parts and sums have rounds first
+    # parts and sums have rounds first
+    at = tl.cast(r * (tl.num_programs(0) // (tiles * ROUNDS)) + p, tl.int64) * rows
     _scatter(acc / total[:, None], parts + at * V, m, V, there, V, BLOCK_V)
     tl.store(sums + at + m, tl.where(blind, float("-inf"), top + tl.log2(total)), mask=there)
 
@@ -246,9 +245,8 @@ def combine(
         higher = tl.maximum(top, s)
         fade, weight = tl.exp2(top - higher), tl.exp2(s - higher)
         total = total * fade + weight
-        found = _gather(
-            parts + at * V, m, V, there & (weight > 0), V, BLOCK_V
-        )  # nothing was written for padding
+        # nothing was written for padding
+        found = _gather(parts + at * V, m, V, there & (weight > 0), V, BLOCK_V)
         acc = acc * fade[:, None] + weight[:, None] * found
         top = higher
     base = _head(out, p, heads, o_b, group * o_h)

@@ -3,8 +3,9 @@ chooses, runs it.
 
     y = linear(x, right, left, bias)
 
-    N rows of x      b blocks      p inputs and s outputs of a block      r rank of a pair of blocks
-    right (b, b·r, p)  the blocks of R; row j·r + a of block i is number a of what input block i says to output block j
+    N rows of x, b blocks, p inputs and s outputs of a block, r rank of a pair of blocks
+    right (b, b·r, p)  the blocks of R; row j·r + a of block i is number a of what input block i
+                       says to output block j
     left  (b, s, b·r)  the blocks of L; column i·r + a of block j is what it hears there
 
 P' brings (i, j, a) into the order (j, i, a), and P brings (j, t) into (t, j): output t of block j

@@ -20,9 +20,8 @@ def linear(
     if missing := blocks * p - x.shape[1]:
         x = pad(x, (0, missing))
     z = torch.bmm(x.view(rows, blocks, p).transpose(0, 1), right.transpose(1, 2))  # (i, N, j·a)
-    z = (
-        z.view(blocks, rows, blocks, rank).permute(2, 1, 0, 3).reshape(blocks, rows, inner)
-    )  # P': (j, N, i·a)
+    # P': (j, N, i·a)
+    z = z.view(blocks, rows, blocks, rank).permute(2, 1, 0, 3).reshape(blocks, rows, inner)
     y = torch.bmm(z, left.transpose(1, 2)).permute(1, 2, 0)  # P: (N, t, j)
     y = y.reshape(rows, left.shape[1] * blocks)[:, :out_features]
     return y.contiguous() if bias is None else y + bias

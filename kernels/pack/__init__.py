@@ -1,7 +1,9 @@
 """Packed K/V caches: numbers to int8, int4, int2 or fp8 codes with scales, and back.
 
-    codes = pack(k, Coding("int4", axis="channel", group=64))  # k (B, H, N, D), N a multiple of 64
-    k_again = unpack(codes, torch.bfloat16)                    # |k_again - k| <= scale / 2 before that rounding
+    # k (B, H, N, D), N a multiple of 64
+    codes = pack(k, Coding("int4", axis="channel", group=64))
+    # |k_again - k| <= scale / 2 before the rounding to bfloat16
+    k_again = unpack(codes, torch.bfloat16)
 
 `codes.py` documents the layout, byte by byte, `reference.py` the arithmetic. All implementations
 give the same bits."""

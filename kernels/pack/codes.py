@@ -6,18 +6,21 @@ or V cache, `Pages` of one that grew.
 
 Layout, for x (B, H, N, D), b bits and P = 8 / b planes:
 
-    codes (B, H, N, D / P) uint8  byte c of a token holds channels c, c + D/P, c + 2D/P, ... from the lowest bits on:
-                                  each plane is contiguous, so unpacking is a shift and a mask, and a kernel
-                                  multiplies plane by plane without moving anything. Codes are signed, in two's
-                                  complement: moved to a byte's top bits they are numbers around 0 as they are
+    codes (B, H, N, D / P) uint8  byte c of a token holds channels c, c + D/P, c + 2D/P, ... from
+                                  the lowest bits on: each plane is contiguous, so unpacking is a
+                                  shift and a mask, and a kernel multiplies plane by plane without
+                                  moving anything. Codes are signed, in two's complement: moved to
+                                  a byte's top bits they are numbers around 0 as they are
     scale bf16, zero fp16         one for each group of `group` numbers:
-      axis "channel"              (B, H, N / group, D): of one channel, along time (keys: their outliers are
-      channels) axis "token"  (B, H, N, D / group): of one token, along the head dimension (values)
+      axis "channel"              (B, H, N / group, D): of one channel, along time (keys: their
+                                  outliers are channels)
+      axis "token"                (B, H, N, D / group): of one token, along the head dimension
+                                  (values)
 
 and what they mean, in fp32, is
 
-    int8, int4, int2          (code + 1 / 2 + zero) scale                without zero when symmetric
-    fp8                       e4m3(code) scale
+    int8, int4, int2              (code + 1 / 2 + zero) scale, without zero when symmetric
+    fp8                           e4m3(code) scale
 
 Why this: the 2^b levels are the middles of 2^b equal cells that cover the group's range, so that no
 number is further from its level than scale / 2, a step of (max - min) / 2^b (levels from minimum to

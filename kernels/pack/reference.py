@@ -7,7 +7,8 @@ With b bits, h = 2^(b - 1) and all in fp32, rounded to nearest even unless said 
             up(max(m 2^(1 - b), 2^-111)), or 0 if m = 0                          symmetric
             up(max(m / 448, 2^-111)), or 0 if m = 0                              fp8
     zero  = fp16(mid / scale)
-    code  = round(x / scale - zero + (h - 1/2)) - h, within -h .. h - 1          fp8: e4m3(x / scale)
+    code  = round(x / scale - zero + (h - 1/2)) - h, within -h .. h - 1
+            e4m3(x / scale)                                                      fp8
 
 `up` rounds to bf16, away from zero. The cells of the levels then cover [min, max], as zero's
 rounding error, at most 2^-11 |zero| <= 2^-11 m / scale steps, is paid for by the m 2^-10 in

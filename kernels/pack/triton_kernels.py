@@ -61,9 +61,8 @@ def to_e4m3(y):
     bits = y.to(tl.uint32, bitcast=True)
     size = bits & 0x7FFFFFFF
     normal = ((size + 0x7FFFF + ((size >> 20) & 1)) >> 20) - ((127 - 7) << 3)
-    small = (
-        tl.abs(y) * 512.0 + ROUND
-    ) - ROUND  # below 2^-6: multiples of 2^-9; 8 of them are the first normal number
+    # below 2^-6: multiples of 2^-9; 8 of them are the first normal number
+    small = (tl.abs(y) * 512.0 + ROUND) - ROUND
     code = tl.where(size < (121 << 23), small.to(tl.uint32), normal)
     return (code | ((bits >> 24) & 0x80)).to(tl.uint8)
 
@@ -136,9 +135,8 @@ def pack_channels(
         first = tl.load(x_ptr - n * x_n + plane * width + c, mask=c < width, other=0.0).to(
             tl.float32
         )
-        x = tl.where(
-            n < group, x, first
-        )  # what fills the tile up changes neither minimum nor maximum
+        # what fills the tile up changes neither minimum nor maximum
+        x = tl.where(n < group, x, first)
         code, scale, zero = grouped(x, BITS, IS_FP8, HAS_ZERO, 0)
         together |= code << (plane * BITS)
         at = (row * groups + g) * (width * PLANES) + plane * width + c

@@ -1,9 +1,12 @@
 """Attention to keys that are words of a codebook (Transformer-VQ, arXiv:2309.16354), at a cost
 linear in time.
 
-    codes = nearest(k, codebook)                             # (B, Hkv, T): which word each key becomes
-    sums, counts = summarise(v, codes, words=512, size=256)  # per block: values and tokens of each code
-    out, lse = read(q, codebook, sums, counts, size=256)     # softmax over the codes, counted
+    # (B, Hkv, T): which word each key becomes
+    codes = nearest(k, codebook)
+    # per block: values and tokens of each code
+    sums, counts = summarise(v, codes, words=512, size=256)
+    # softmax over the codes, counted
+    out, lse = read(q, codebook, sums, counts, size=256)
 
 All tokens with one code have one score: they are one entry of the softmax, with their number as its
 weight and the mean of their values as its value. Nothing is approximated but the keys."""

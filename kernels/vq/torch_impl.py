@@ -84,9 +84,8 @@ class _Read(torch.autograd.Function):
         scale, size, first = ctx.numbers
         work = lse.dtype
         d_out = torch.zeros_like(out) if d_out is None else d_out
-        shared = (out.to(work) * d_out).sum(
-            -1
-        )  # what all codes of a query have in common in d score / weight
+        # what all codes of a query have in common in d score / weight
+        shared = (out.to(work) * d_out).sum(-1)
         shared = shared if d_lse is None else shared - d_lse
         blind = lse == -torch.inf
         lse, shared = (

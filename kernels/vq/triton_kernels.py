@@ -1,9 +1,13 @@
 """Codebook attention in Triton: the nearest word, sums per block and code, and the softmax over
 counted codes.
 
-    B batch, H query heads, `group` of them to a K/V head, Hkv K/V heads  S words, N blocks of `size` tokens
-    M queries or keys and W words in a tile; D, V head sizes padded to BLOCK_D, BLOCK_V
-    x_b, x_h, x_t strides of x by row of the batch, head and token; sums (B, Hkv, N, S, V) and counts are dense
+    B              batch
+    H, Hkv         query heads, `group` of them to a K/V head; K/V heads
+    S, N           words, blocks of `size` tokens
+    M, W           queries or keys, and words in a tile
+    D, V           head sizes, padded to BLOCK_D, BLOCK_V
+    x_b, x_h, x_t  strides of x by row of the batch, head and token
+    sums (B, Hkv, N, S, V) and counts (B, Hkv, N, S) are dense
 
 Softmax runs in base 2: `unit` is scale * log2(e). Products are in q's dtype, sums in float32.
 """

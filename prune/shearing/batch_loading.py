@@ -162,9 +162,8 @@ class DomainWindows(Dataset):
             for index, tokens in enumerate(domains.train.values())
         ]
         self._segment = -1
-        self._before = torch.zeros(
-            len(self.streams), dtype=torch.int64
-        )  # windows of each domain before the segment
+        # windows of each domain before the segment
+        self._before = torch.zeros(len(self.streams), dtype=torch.int64)
         self._drawn = torch.empty(0, dtype=torch.int64)  # the segment's domains
 
     def __len__(self) -> int:

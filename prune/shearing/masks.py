@@ -7,12 +7,12 @@ hooks.
         model(input_ids=ids)
 
 Section 2.1 of Sheared LLaMA (arXiv:2310.06694). Where a mask stands decides how it is folded into
-the weights later (`effattn.prune.shearing.folding`), so each stands at one linear module's input or output:
+the weights later (`effattn.prune.shearing.folding`), so each stands at one linear module's input or
+output:
 
 | axis | gates | multiply |
 |---|---|---|
-| hidden | (D,), one for all layers | the outputs of embedding, o_proj and down_proj, and what the
-head reads |
+| hidden | (D,), for all layers | outputs of embedding, o_proj and down_proj, and the head's input |
 | heads | (L, K), one a key/value group | the input of o_proj, all query heads of the group |
 | ffn | (L, F) | the input of down_proj |
 | layers | (L,) | the outputs of o_proj and down_proj |
@@ -179,9 +179,8 @@ class Masks(nn.Module):
             scale_output(parts.embeddings, "hidden")
             for norm in hidden_norms(parts):
                 handles += self._narrow(norm)
-            scale_output(
-                parts.final_norm, "hidden"
-            )  # what the head reads, after the norm's own correction
+            # what the head reads, after the norm's own correction
+            scale_output(parts.final_norm, "hidden")
 
     def _narrow(self, norm: nn.Module) -> list:
         """Hooks that make an RMS norm take its mean over the kept dimensions only."""

@@ -1,7 +1,8 @@
 """How much memory pruning from file to file takes: a large checkpoint of random weights, and the
 recipe on it.
 
-    python -m effattn.prune.shearing.synthetic --gigabytes 2      # in a temporary folder; prints the peak
+    # in a temporary folder; prints the peak
+    python -m effattn.prune.shearing.synthetic --gigabytes 2
 
 The checkpoint is written layer by layer, too, so that this process stays as small as the one it
 measures."""

@@ -22,7 +22,7 @@ from effattn.calibration.refit import OutputRefit
 from effattn.errors import Unsupported
 from effattn.hf import anatomy as hf
 from effattn.hf.families import BIASES
-from effattn.prune.structural.slicing import Keep
+from effattn.prune.structural.keep import Keep
 
 
 @torch.no_grad()
@@ -123,10 +123,8 @@ def _write(module: nn.Linear, fit: OutputRefit, weights: bool) -> None:
         if module.bias is not None:
             module.bias.copy_(solved[:, -1])
         return
-    inputs, outputs = (
-        fit.gram.total[-1],
-        fit.cross.total[-1],
-    )  # sums over tokens; of the last input, their number
+    # sums over tokens; of the last input, their number
+    inputs, outputs = (fit.gram.total[-1], fit.cross.total[-1])
     if not torch.isfinite(inputs).all() or not torch.isfinite(outputs).all():
         raise FloatingPointError("the calibration activations contain NaN or infinity")
     module.bias.copy_((outputs - module.weight.double() @ inputs[:-1]) / inputs[-1])

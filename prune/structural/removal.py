@@ -1,13 +1,15 @@
 """Structured pruning: whole heads, FFN dimensions and layers go, and what comes out is a smaller
 plain model.
 
-    small, report = effattn.prune.structured(model, tokens, heads=4, ffn=0.25)  # keep 4 heads, remove a quarter
-    small.save_pretrained("out")            # plain transformers loads it; the file is smaller
+    # keep 4 heads, remove a quarter of the FFN
+    small, report = effattn.prune.structured(model, tokens, heads=4, ffn=0.25)
+    # plain transformers loads it; the file is smaller
+    small.save_pretrained("out")
 
-Every structure is scored on the whole model by a criterion (`effattn.prune.structural.criteria`), the lowest
-ones are cut out of the weights (`effattn.prune.structural.slicing`), and the output modules are solved again
-for what is left (`effattn.prune.structural.compensation`). Each layer keeps as many: that is what a plain
-config can say."""
+Every structure is scored on the whole model by a criterion (`effattn.prune.structural.criteria`),
+the lowest ones are cut out of the weights (`effattn.prune.structural.slicing`), and the output
+modules are solved again for what is left (`effattn.prune.structural.compensation`). Each layer
+keeps as many: that is what a plain config can say."""
 
 from __future__ import annotations
 
@@ -25,14 +27,10 @@ from effattn.prune.structural import criteria
 from effattn.prune.structural.compensation import check_biases, with_biases
 from effattn.prune.structural.compensation import compensate as fit_outputs
 from effattn.prune.structural.criteria.base import TARGETS, Importance
+from effattn.prune.structural.keep import Keep
 from effattn.prune.structural.report import KIND, StructuredReport, sizes_of
-from effattn.prune.structural.slicing import (
-    Keep,
-    check_plain,
-    reachable_heads,
-    slice_model,
-    sliced_config,
-)
+from effattn.prune.structural.sliced_config import reachable_heads, sliced_config
+from effattn.prune.structural.slicing import check_plain, slice_model
 from effattn.prune.unstructured import calibration
 
 TOKENS_PER_DIMENSION = 10  # of an output module that is solved again
@@ -71,11 +69,11 @@ def structured(
     go with their query heads (in multi-head attention these are heads). tokens: int64 (N,)
     calibration text, cut into windows of `length` (default: as the model was trained, at most
     2048); with `compensate` at least ten tokens for each input of an output module. criterion: one
-    of `effattn.prune.structural.criteria.CRITERIA`, or a dict of them by target. compensate: least squares for
-    o_proj and the FFN's output module (and their biases, if the model has any). bias: gives these
-    modules biases where the class's config can say so (Llama's attention_bias and mlp_bias); with
-    compensate=False they alone are solved for, which is FLAP's correction. seed: of the random
-    criterion. progress: called with (steps done, steps).
+    of `effattn.prune.structural.criteria.CRITERIA`, or a dict of them by target. compensate: least
+    squares for o_proj and the FFN's output module (and their biases, if the model has any). bias:
+    gives these modules biases where the class's config can say so (Llama's attention_bias and
+    mlp_bias); with compensate=False they alone are solved for, which is FLAP's correction. seed: of
+    the random criterion. progress: called with (steps done, steps).
 
     Raises ValueError for bad arguments and Unsupported for what the class cannot hold, naming what
     it can; and FloatingPointError, naming the layer, for activations that are not finite."""
@@ -116,24 +114,39 @@ def structured(
             )
     finally:
         model.train(training)
-    settings = {
-        "model": getattr(model.config, "_name_or_path", "") or type(model).__name__,
-        **plan.keep,
-        "criterion": plan.criteria,
+    asked = {
         "compensate": compensate,
         "bias": bias,
         "calibration_tokens": len(tokens),
         "length": length,
         "seed": seed,
     }
-    return small, StructuredReport(
+    return small, _report(model, small, plan, asked, keep, importance, rows)
+
+
+def _report(
+    model: nn.Module,
+    small: nn.Module,
+    plan: Plan,
+    asked: dict,
+    keep: Keep,
+    importance: Importance,
+    rows: list[dict],
+) -> StructuredReport:
+    """What was done; quality and speed are for others to measure. asked: settings that are not in
+    the plan. rows: what solving again says of each layer."""
+    settings = {
+        "model": getattr(model.config, "_name_or_path", "") or type(model).__name__,
+        **plan.keep,
+        "criterion": plan.criteria,
+        **asked,
+    }
+    dtype = str(model.dtype).removeprefix("torch.")
+    return StructuredReport(
         {
             "kind": KIND,
             "settings": settings,
-            "model": {
-                "class": type(model).__name__,
-                "dtype": str(model.dtype).removeprefix("torch."),
-            },
+            "model": {"class": type(model).__name__, "dtype": dtype},
             "kept": _lists(keep),
             "importance": _scores(importance),
             "layers": rows,

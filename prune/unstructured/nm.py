@@ -1,8 +1,10 @@
 """How many weights go, and which of them are the lowest: exact counts, unstructured or N of every
 M.
 
-Sparsity.parse(0.5)    # half of the weights of every matrix, exactly
-Sparsity.parse("2:4")  # 2 of every 4 consecutive inputs of an output, as sparse tensor cores want them
+# half of the weights of every matrix, exactly
+Sparsity.parse(0.5)
+# 2 of every 4 consecutive inputs of an output, as sparse tensor cores want them
+Sparsity.parse("2:4")
 """
 
 from __future__ import annotations
@@ -118,17 +120,14 @@ def lowest_first(scores: Tensor, n: int) -> Tensor:
     if m > PAIRWISE:
         mask = torch.zeros_like(scores, dtype=torch.bool)
         return mask.scatter_(0, scores.argsort(dim=0, stable=True)[:n], True)
-    if (n, m) == (
-        2,
-        4,
-    ):  # SparseGPT asks for it a thousand times a layer: this takes a quarter of the time
+    # SparseGPT asks for it a thousand times a layer: this takes a quarter of the time
+    if (n, m) == (2, 4):
         mask = scores <= _second_of_four(scores)
         if int(mask.count_nonzero()) == n * scores.shape[1]:  # none is tied with it
             return mask
     first, second, rank, start = _pairs(m, scores.device)
-    above = scores.index_select(0, first) <= scores.index_select(
-        0, second
-    )  # of equal ones the later ranks higher
+    # of equal ones the later ranks higher
+    above = scores.index_select(0, first) <= scores.index_select(0, second)
     return torch.addmm(start, rank, above.float()) < n
 
 

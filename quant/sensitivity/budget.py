@@ -4,7 +4,7 @@ exactly.
     front = frontier(choices)  # every plan that no other beats, from the smallest to the best
     plan = best(front, budget=1024)
     plan.specs                 # one a layer
-    as_swap(plan.specs)        # {"0": "int8", "1-3": "int4(group=32)"}: for effattn.swap(model, cache=...)
+    as_swap(plan.specs)        # {"0": "int8", "1-3": "int4(group=32)"}, for effattn.swap's cache=
 
 Harm adds up: the KL of a plan is taken to be the sum of the KLs of its layers, each measured with
 that layer alone quantized. That is a model, true for small KLs; so the plan that is chosen is

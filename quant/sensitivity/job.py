@@ -124,9 +124,8 @@ def run(job: Job, show: Quiet | None = None) -> QuantizeReport:
             quantize_weights(model, job.weights)
         parts = anatomy.of(model)
         made = [lane.of(model) for lane in (Lane(FULL), *(Lane(spec, spec) for spec in job.specs))]
-        sizes = {
-            lane.name: _sizes(lane, parts) for lane in made
-        }  # raises where a format does not fit
+        # raises where a format does not fit
+        sizes = {lane.name: _sizes(lane, parts) for lane in made}
         if job.budget is not None:
             budget.check_budget(job.budget, sum(map(min, zip(*sizes.values(), strict=True))))
         style = job.retrieval_style or ("code" if str(job.model) == embedded.NAME else "text")

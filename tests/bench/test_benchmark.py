@@ -59,9 +59,8 @@ def test_every_contender_gets_a_row(what, dtype):
         assert 0 < row["ms_p20"] <= row["ms_p50"] <= row["ms_p80"]
         assert measure.LEAST <= row["rounds"] <= measure.MOST
         assert 0 < row["error"] < 0.01
-        assert (
-            row["peak_bytes"] >= 4 * 16 * (1 if what in ("decode", "step") else 100) * 2
-        )  # at least the output
+        # at least the output
+        assert row["peak_bytes"] >= 4 * 16 * (1 if what in ("decode", "step") else 100) * 2
         assert row["limit_ms"] > 0
         assert row["read_share"] > 0
     assert [row["ours"] for row in rows.values()] == [False, True, True]
@@ -73,9 +72,8 @@ def test_every_contender_gets_a_row(what, dtype):
 
 @pytest.mark.parametrize("what", ["forward", "forward+backward", "decode", "step"])
 def test_a_wrong_answer_has_no_time(what):
-    off = replace(
-        ours("sliding(window=17)"), truth=ours(WINDOW).truth
-    )  # sees one key more than it should
+    # sees one key more than it should
+    off = replace(ours("sliding(window=17)"), truth=ours(WINDOW).truth)
     case = small(what, contenders=(off, ours(WINDOW)), tokens=128)
     done = run.judge(run.run([case], CPU, new(), 0.01))
     wrong, right = done["cases"][case.name]["contenders"].values()
@@ -237,9 +235,8 @@ def test_growth_beyond_what_is_declared_fails_the_check():
     done = run.judge(run.run([case], CPU, new(), 0.01))
     time, memory = done["growth"]
     rows = done["cases"][case.name]["contenders"]
-    for row, tokens in zip(
-        rows.values(), lengths, strict=True
-    ):  # times as clean as a quiet machine's
+    # times as clean as a quiet machine's
+    for row, tokens in zip(rows.values(), lengths, strict=True):
         row["ms_p50"] = tokens**1.2
     assert [row["of"] for row in (time, memory)] == ["time", "memory"]
     assert 0 <= memory["measured"] < 1.15

@@ -74,9 +74,8 @@ def test_packages_do_what_their_papers_say(who, spec, directions):
         case = small("forward+backward", kv_heads=4, tokens=128, causal=causal)
         contender = peer(who, spec, tolerance=0.005 if "eformer" in who else None)
         _, error = measure.prepare(contender, case, case.inputs(128, CPU))
-        assert error < (
-            5e-3 if causal and "eformer" in who else 1e-5
-        )  # see the remark in rows/packages.py
+        # see the remark in rows/packages.py
+        assert error < (5e-3 if causal and "eformer" in who else 1e-5)
     if directions == (False,):
         with pytest.raises(Absent, match="bidirectional"):
             find(who)(effattn.backend(spec), small(kv_heads=4), None)

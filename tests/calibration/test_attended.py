@@ -118,9 +118,8 @@ def test_reported_errors_are_those_of_what_attention_gets(kind, extra, method, t
         else {"optimal", "aligned", "mean"}
     )
     assert set(made) <= (named if method == "optimal" else {"mean"})
-    assert [row["k_error"], row["v_error"]] == pytest.approx(
-        found, rel=0.1
-    )  # windows of 128 see other contexts
+    # windows of 128 see other contexts
+    assert [row["k_error"], row["v_error"]] == pytest.approx(found, rel=0.1)
     assert 1e-3 < found[0] < 2
     assert 1e-3 < found[1] < 2
 

@@ -328,9 +328,8 @@ def test_compare_shows_every_report():
         "2 KV heads: optimal is closest to the parent",
     ):
         assert cell in text, cell
-    assert (
-        page.count("<svg") == 4
-    )  # excess after conversion and uptraining, curves of 4 and of 2 KV heads
+    # excess after conversion and uptraining, curves of 4 and of 2 KV heads
+    assert page.count("<svg") == 4
     for report in reports:
         report.data["quality"] = report.data["uptraining"] = None
     assert "<svg" not in compare_html(reports)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from effattn.heads.gqa import METHODS, convert_gqa
 from effattn.heads.grouping import by_similarity, contiguous
-from effattn.heads.methods import Heads, relative_errors
+from effattn.heads.methods.base import Heads, relative_errors
 from effattn.hf import anatomy as hf
 
 TIGHT = (
@@ -36,9 +36,8 @@ def plant(model, groups: int) -> None:
             if part.module.bias is not None:
                 rows = part._rows(part.module.bias.detach())
                 rows.copy_(rows[::size].repeat_interleave(size, 0).clone())
-        if (
-            layer.k_norm is not None and getattr(layer.k_norm, "weight", torch.empty(0)).dim() == 2
-        ):  # one gain a head
+        # one gain a head
+        if layer.k_norm is not None and getattr(layer.k_norm, "weight", torch.empty(0)).dim() == 2:
             gains = layer.k_norm.weight.detach()
             gains.copy_(gains[::size].repeat_interleave(size, 0).clone())
 
@@ -105,9 +104,8 @@ def test_planted_heads_in_another_gauge(method, phases, general, tokens):
         assert (error < TIGHT) == lossless, (method, kind, float(error))
 
 
-@pytest.mark.parametrize(
-    "kind", ["llama", "stablelm", "glm"]
-)  # full, partial, partial interleaved rotary
+# full, partial, partial interleaved rotary
+@pytest.mark.parametrize("kind", ["llama", "stablelm", "glm"])
 def test_optimal_does_not_depend_on_the_gauge(kind, tokens):
     results = []
     for seed in (None, 1, 2):
@@ -225,13 +223,11 @@ def test_any_shape_merges_within_bounds(count, d, hidden, rotary, seed, normed):
         )
         errors[name] = relative_errors(heads, merged)
     assert errors["optimal"][1] <= min(1.0, *(e[1] for e in errors.values())) + 1e-9
-    if (
-        normed is None and d == 2
-    ):  # one frequency: the query weight has no cross terms between pairs
+    # one frequency: the query weight has no cross terms between pairs
+    if normed is None and d == 2:
         weighted = heads.query.diagonal(dim1=1, dim2=2)
-        heads.query = torch.diag_embed(
-            weighted.mean(1, keepdim=True).expand_as(weighted)
-        )  # |q|^2, as optimal sees it
+        # |q|^2, as optimal sees it
+        heads.query = torch.diag_embed(weighted.mean(1, keepdim=True).expand_as(weighted))
         for name, method in METHODS.items():
             errors[name] = relative_errors(heads, method(heads))
         assert errors["optimal"][0] <= min(e[0] for e in errors.values()) + 1e-9

@@ -21,13 +21,8 @@ ENCODER = {
     "num_attention_heads": 4,
     "intermediate_size": 48,
 }
-MOE = (
-    "mixtral",
-    "qwen2_moe",
-    "qwen3_moe",
-    "olmoe",
-    "gpt_oss",
-)  # transformers' CPU experts have no fp64
+# transformers' CPU experts have no fp64
+MOE = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "gpt_oss")
 LOOSE = 1e-4  # RMSNorm casts to fp32; a mistake moves logits by 0.1 and more
 KINDS = sorted(hf.FAMILIES)
 
@@ -192,9 +187,8 @@ def test_encoders(kind, auto):
 def test_windows():
     assert [layer.window for layer in hf.of(model_of("gemma3_text"))] == [32, None]
     assert hf.of(model_of("mistral", sliding_window=32)).layers[0].window == 32
-    assert (
-        hf.of(model_of("mistral", sliding_window=128)).layers[0].window is None
-    )  # no sequence is longer
+    # no sequence is longer
+    assert hf.of(model_of("mistral", sliding_window=128)).layers[0].window is None
 
 
 def test_unsupported_models_are_refused_by_name():

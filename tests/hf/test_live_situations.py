@@ -61,9 +61,8 @@ def test_another_attention_function_never_runs_on_a_swapped_layer(axis, change):
     change(model)
     assert torch.equal(restore(model)(tokens).logits, plain)
     change(model)  # a restored model is anybody's
-    torch.testing.assert_close(
-        model(tokens).logits, plain, rtol=1e-4, atol=1e-5
-    )  # eager's softmax is in fp32
+    # eager's softmax is in fp32
+    torch.testing.assert_close(model(tokens).logits, plain, rtol=1e-4, atol=1e-5)
 
 
 @torch.no_grad()

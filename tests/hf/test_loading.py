@@ -219,9 +219,8 @@ def test_what_transformers_leaves_out_on_purpose_is_no_fault(tmp_path):
     assert torch.equal(outputs(effattn.load(tmp_path / "tied")), outputs(tied))
     bert = new("BertForMaskedLM")
     bert.save_pretrained(tmp_path / "bert")
-    change_weights(
-        tmp_path / "bert", added("cls.seq_relationship.bias")
-    )  # as bert-base-uncased is published
+    # as bert-base-uncased is published
+    change_weights(tmp_path / "bert", added("cls.seq_relationship.bias"))
     assert torch.equal(outputs(effattn.load(tmp_path / "bert")), outputs(bert))
     change_weights(tmp_path / "bert", added("bert.encoder.layer.7.output.dense.bias"))
     with pytest.raises(ValueError, match=r"unexpected keys: bert.encoder.layer.7"):

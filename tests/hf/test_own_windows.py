@@ -42,10 +42,8 @@ CONFIGS = [  # (model type, settings, the layers that have a window)
     ("smollm3", {**USED, "no_rope_layers": [1, 0]}, [1]),
     ("smollm3", {"use_sliding_window": False, "sliding_window": 8, "layer_types": FIRST}, [0]),
 ]
-EAGER = (
-    "gemma2",
-    "gpt_oss",
-)  # transformers' sdpa has neither a softcap nor sinks, and eager's softmax is in fp32
+# transformers' sdpa has neither a softcap nor sinks, and eager's softmax is in fp32
+EAGER = ("gemma2", "gpt_oss")
 SINGLE = ("mixtral", "qwen2_moe", "qwen3_moe", *EAGER)  # experts run in fp32 or less
 
 
@@ -120,9 +118,8 @@ def test_what_else_a_config_can_ask_for_is_refused():
     model.config.layer_types = ["chunked_attention", FULL]
     with pytest.raises(Unsupported, match="layer 0: its own attention is 'chunked_attention'"):
         sliding_window(model.model.layers[0].self_attn, model.config)
-    ignored = model_of(
-        "llama", sliding_window=8
-    )  # transformers' cache obeys it, the model's mask does not
+    # transformers' cache obeys it, the model's mask does not
+    ignored = model_of("llama", sliding_window=8)
     with pytest.raises(
         Unsupported, match=r"layers 0, 1: it has config.sliding_window=8.*sliding_window = None"
     ):

@@ -323,9 +323,8 @@ def test_weights_that_two_modules_share(shared, tokens, tmp_path):
 
 def test_an_output_embedding_that_was_tied_by_hand(tokens, tmp_path):
     model = model_of()
-    model.lm_head.weight = (
-        model.model.embed_tokens.weight
-    )  # transformers would save it without a head
+    # transformers would save it without a head
+    model.lm_head.weight = model.model.embed_tokens.weight
     with pytest.raises(
         Unsupported,
         match=r"embed_tokens.weight and lm_head.weight are one weight.*tie_word_embeddings",

@@ -141,9 +141,8 @@ def test_patterns_and_second_projections(kind, family, tokens):
     own = logits(model, ids)
     assert anatomy.of(model).layers[0].dtype == torch.float32
     torch.testing.assert_close(logits(effattn.swap(model, "dense"), ids), own, rtol=1e-4, atol=1e-4)
-    effattn.swap(
-        model, "longformer(window=49, global_tokens=2)"
-    )  # sees everything: the same function
+    # sees everything: the same function
+    effattn.swap(model, "longformer(window=49, global_tokens=2)")
     torch.testing.assert_close(logits(model, ids), own, rtol=1e-4, atol=1e-4)
     effattn.swap(model, "sliding(window=4)", positions="ntk(factor=2, variant='fixed')")
     assert not torch.allclose(logits(model, ids), own, atol=1e-2)
@@ -232,9 +231,8 @@ def names_and_dtypes(folder) -> dict:
 def test_what_the_loader_unpacks_is_saved_as_plain_numbers(
     family, loader, tokens, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(
-        torch.cuda, "is_available", lambda: False
-    )  # transformers unpacks where there is no GPU
+    # transformers unpacks where there is no GPU
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     model, ids = tiny(family, dtype=torch.float32), tokens[None, :24]
     model.save_pretrained(tmp_path / "plain")
     folder = stored(model, tmp_path / "fp8")

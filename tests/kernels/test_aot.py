@@ -14,9 +14,8 @@ import sys
 import pytest
 import torch
 
-if (
-    not torch.cuda.is_available()
-):  # triton reads it once a process, and other tests here need its interpreter
+# triton reads it once a process, and other tests here need its interpreter
+if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 pytest.importorskip("triton")
 
@@ -29,12 +28,13 @@ import json, os, sys
 import triton
 import triton.language as tl
 from typer.testing import CliRunner
-from effattn import cli
+from effattn.recipes import cli
 from effattn.kernels import aot
 
 
 @triton.jit
-def product(x_ptr, y_ptr, out_ptr, stride, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, EXACT: tl.constexpr):
+def product(x_ptr, y_ptr, out_ptr, stride,
+            M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, EXACT: tl.constexpr):
     m, n, k = tl.arange(0, M), tl.arange(0, N), tl.arange(0, K)
     x = tl.load(x_ptr + m[:, None] * stride + k[None, :])
     y = tl.load(y_ptr + k[:, None] * stride + n[None, :])
@@ -51,8 +51,8 @@ def broken(x_ptr, out_ptr, N: tl.constexpr):
 def variant(name, m, n, k, exact=False, forward=True, dots=True, num_warps=4):
     return dict(
         name=name, kernel=product, forward=forward, dots=dots, num_warps=num_warps, num_stages=1,
-        signature=dict(x_ptr="*bf16", y_ptr="*bf16", out_ptr="*fp32", stride="i32:16", M="constexpr", N="constexpr",
-                       K="constexpr", EXACT="constexpr"),
+        signature=dict(x_ptr="*bf16", y_ptr="*bf16", out_ptr="*fp32", stride="i32:16",
+                       M="constexpr", N="constexpr", K="constexpr", EXACT="constexpr"),
         constexprs=dict(M=m, N=n, K=k, EXACT=exact),
     )
 
@@ -64,12 +64,21 @@ WANTED = [
     variant("backward may spill", 64, 256, 64, num_warps=1, forward=False),
     variant("no tensor cores", 16, 32, 32, exact=True),
     variant("none wanted", 16, 32, 32, exact=True, dots=False),
-    dict(name="broken", kernel=broken, signature=dict(x_ptr="*bf16", out_ptr="*bf16", N="constexpr"),
+    dict(name="broken", kernel=broken,
+         signature=dict(x_ptr="*bf16", out_ptr="*bf16", N="constexpr"),
          constexprs=dict(N=16), forward=True, dots=False, num_warps=4, num_stages=1),
 ]
-shipped = {arch: [(folder, {key: v[key] for key in v if key not in ("kernel", "constexprs")}) for folder, v in
-                  aot.variants(arch)] for arch in aot.ARCHES}
-aot.variants = lambda arch: [("tests", each) for each in WANTED if arch == "sm_90" or each["name"] == "small"]
+hidden = ("kernel", "constexprs")
+shipped = {
+    arch: [
+        (folder, {key: each[key] for key in each if key not in hidden})
+        for folder, each in aot.variants(arch)
+    ]
+    for arch in aot.ARCHES
+}
+aot.variants = lambda arch: [
+    ("tests", each) for each in WANTED if arch == "sm_90" or each["name"] == "small"
+]
 os.cpu_count = lambda: 1  # here, where `variants` is ours
 as_json = CliRunner().invoke(cli.app, ["kernels", "--arch", "sm_90", "--arch", "gfx942", "--json"])
 WANTED = WANTED[:1]

@@ -117,9 +117,8 @@ def test_equals_the_definition(pattern, layout):
 def test_as_the_pattern_fills(pattern, start):
     for keys in range(16, 45):
         compare(*inputs(keys=keys), pattern, Layout(start=start))
-        compare(
-            *inputs(keys=keys), pattern, Layout(start=start, tail=100 - keys)
-        )  # the first keys are gone
+        # the first keys are gone
+        compare(*inputs(keys=keys), pattern, Layout(start=start, tail=100 - keys))
 
 
 @settings(deadline=None, max_examples=80)
@@ -191,9 +190,8 @@ def test_what_no_query_sees_is_not_read(pattern, held, monkeypatch):
     used, mask = seen[0]
     assert used.shape[2] == held
     assert mask is None  # nothing left to hide
-    assert (
-        pattern.first or used.untyped_storage().data_ptr() == k.untyped_storage().data_ptr()
-    )  # a view
+    # a view
+    assert pattern.first or used.untyped_storage().data_ptr() == k.untyped_storage().data_ptr()
 
 
 def rms(x):

@@ -84,9 +84,8 @@ def layouts(kind: str, batch: int, keys: int, seed: int = 0) -> Layout:
         real = torch.rand(batch, keys, generator=torch.Generator().manual_seed(seed)) > 0.4
     if kind == "slots":
         return Layout(slots=3, tail=3 + 2 * batch + seed, start=torch.arange(batch) * 2)
-    if (
-        kind == "slots twice"
-    ):  # the ring has not turned yet: positions 0 to 2 are there twice, and masked once
+    # the ring has not turned yet: positions 0 to 2 are there twice, and masked once
+    if kind == "slots twice":
         real[:, 3:6] = False
         return Layout(slots=3, tail=0, mask=real)
     return layout_of(None if kind == "none" else real)

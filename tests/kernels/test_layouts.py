@@ -14,14 +14,11 @@ from effattn.kernels.rows import dense_rows
 
 IMPLS = ("torch", "triton")
 CHANGES = (transposed, every_third, tokens_overlapping, heads_expanded)
-RUNS = [("torch", change) for change in CHANGES] + [
-    ("triton", transposed)
-]  # the interpreter is slow
+# the interpreter is slow
+RUNS = [("torch", change) for change in CHANGES] + [("triton", transposed)]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-BUDGET = {
-    torch.float32: 1e-5,
-    torch.bfloat16: 2e-2,
-}  # other kernels for other strides: their rounding
+# other kernels for other strides: their rounding
+BUDGET = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
 
 def draw(*shape, dtype=torch.float32, seed=0):

@@ -59,9 +59,8 @@ def test_all_implementations_give_the_same_bits(coding, impl):
 
 def test_strides_and_sizes_that_fill_no_tile():
     pytest.importorskip("triton")
-    x = (
-        torch.randn(2, 48, 2, 40).transpose(1, 2)[..., :24].to(DEVICE)
-    )  # (2, 2, 48, 24), tokens first in memory
+    # (2, 2, 48, 24), tokens first in memory
+    x = torch.randn(2, 48, 2, 40).transpose(1, 2)[..., :24].to(DEVICE)
     for coding in (Coding("int4", "channel", 48), Coding("int2", "token", 6)):
         want = pack(x.cpu(), coding, "torch")
         got = pack(x, coding, "triton")

@@ -83,9 +83,8 @@ def test_features(spec, dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("spec", MAY_SEE_NOTHING)
 def test_features_that_may_be_zero(spec, dtype):
-    sizes = (
-        SIZES if dtype != torch.float16 else SIZES[3:]
-    )  # 1 / 1e-7, which is the slope there, is infinite in fp16
+    # 1 / 1e-7, which is the slope there, is infinite in fp16
+    sizes = SIZES if dtype != torch.float16 else SIZES[3:]
     for out in averages(spec, "torch", dtype, sizes):
         assert (((out - 1).abs() < ROUNDING[dtype]) | (out == 0)).all()
 

@@ -103,9 +103,8 @@ def test_a_model_is_packed_saved_and_loaded(tmp_path, tokens):
     report = pack(model)
     linears = [m for m in model.modules() if isinstance(m, PackedLinear)]
     assert len(linears) == len(report.packed) == 14
-    assert (
-        report.bytes_after == sum(m.nbytes for m in linears) == report.bytes_before * 17 // 32
-    )  # fp32: 1/2 + 1/32
+    # fp32: 1/2 + 1/32
+    assert report.bytes_after == sum(m.nbytes for m in linears) == report.bytes_before * 17 // 32
     torch.testing.assert_close(model(ids).logits, before)
     assert "17" not in str(report.dense)
     assert "14 linear layers packed" in str(report)

@@ -77,10 +77,8 @@ def test_variants_are_read_as_they_are_written():
     assert (window.name, window.axes) == ("w", {"pattern": "sliding(window=8, sinks=1)"})
     assert both.name == "heads=gqa(kv_heads=2); pattern=dense"
     assert both.axes == {"heads": "gqa(kv_heads=2)", "pattern": "dense"}
-    assert [v.name for v in parse_all({"w": SINKS, "base": "plain"})] == [
-        "w",
-        "base",
-    ]  # the user's order, own base
+    # the user's order, own base
+    assert [v.name for v in parse_all({"w": SINKS, "base": "plain"})] == ["w", "base"]
     assert parse("x", "dense").axes == parse("x", "plain").axes == {}  # the model unchanged
     assert split_name("my run=block(block=4)") == ("my run", "block(block=4)")
     assert split_name("block(block=4)") == ("block(block=4)", "block(block=4)")
@@ -161,14 +159,12 @@ def test_rows_say_what_was_moved_and_held(report, model):
     assert plain["kv_bytes_held"] == plain["kv_bytes"] == 2 * 40 * TOKEN
     assert few["kv_bytes_held"] == few["kv_bytes"] == 2 * 40 * TOKEN // 4
     assert 2 * 18 * TOKEN <= window["kv_bytes_held"] <= 2 * (18 + 16) * TOKEN + 64
-    assert window["decode"]["kv_read_bytes"] == pytest.approx(
-        2 * 18 * TOKEN, rel=0.1
-    )  # not what the ring keeps beside
+    # not what the ring keeps beside
+    assert window["decode"]["kv_read_bytes"] == pytest.approx(2 * 18 * TOKEN, rel=0.1)
     assert plain["weight_bytes"] == sum(x.nbytes for x in [*model.parameters(), *model.buffers()])
     assert few["weight_bytes"] < plain["weight_bytes"]
-    assert (
-        report.rows[0]["decode"]["past"] == 24 + 3 + 1
-    )  # the middle one of three steps, after three others
+    # the middle one of three steps, after three others
+    assert report.rows[0]["decode"]["past"] == 24 + 3 + 1
     for row in report.rows:
         for phase in ("prefill", "decode"):
             one = row[phase]
@@ -222,9 +218,8 @@ def test_operation_times_are_exclusive_and_add_up(kind, tokens, monkeypatch):
     model, marks = tiny(kind, dtype=torch.float32, **extra), iter(range(10_000))
     hooks = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
     with OperationTimer(model) as timer, torch.no_grad():
-        monkeypatch.setattr(
-            timer, "_mark", lambda: next(marks)
-        )  # every mark is one tick after the one before
+        # every mark is one tick after the one before
+        monkeypatch.setattr(timer, "_mark", lambda: next(marks))
         model(tokens[None, :9])
         found = timer.read()
         assert sum(found.values()) == next(marks) - 1  # from the first mark to the last
@@ -233,9 +228,8 @@ def test_operation_times_are_exclusive_and_add_up(kind, tokens, monkeypatch):
     fused = kind in ("gpt_neox", "phi3")
     assert found[0, "qkv_proj" if fused else "q_proj"] == 1  # nothing timed runs inside
     norms = 2 if kind == "qwen3" else 0
-    children = (
-        (1 if fused else 3) + 1 + norms
-    )  # projections in, the one out, norms of queries and keys
+    # projections in, the one out, norms of queries and keys
+    children = (1 if fused else 3) + 1 + norms
     assert found[0, "attention"] == 1 + children
     assert hooks == sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
 
@@ -253,11 +247,8 @@ def test_every_pass_is_a_real_one_and_variants_take_turns(model, monkeypatch):
     )
     effattn.measure(model, {"a": "plain", "b": SINKS}, [20], steps=4, seconds=1e-9)
     prefills = [name for name, length in calls if length == 20]
-    assert prefills == [
-        "a",
-        "b",
-        *"abbaba",
-    ]  # one each with hooks, then at least three rounds, in turns
+    # one each with hooks, then at least three rounds, in turns
+    assert prefills == ["a", "b", *"abbaba"]
     steps = [name for name, length in calls if length == 1]
     rounds = len(steps) - 2 - 2 * BESIDE_STEPS  # without the two that warm up
     assert rounds == 2 * 3

@@ -104,9 +104,8 @@ def test_outputs_and_gradients_equal_the_reference(shape, causal, kind, block, s
     inputs = [x.requires_grad_() for x in qkv(**shape, seed=seed)]
     mask = padding(kind, shape["batch"], shape["keys"], seed)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            torch_dense, "BLOCK", block
-        )  # many blocks at lengths that a reference can afford
+        # many blocks at lengths that a reference can afford
+        patch.setattr(torch_dense, "BLOCK", block)
         out = FAST(*inputs, causal=causal, padding_mask=mask)
     truth = TRUTH(*inputs, causal=causal, padding_mask=mask)
     torch.testing.assert_close(out, truth)

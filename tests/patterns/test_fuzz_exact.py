@@ -19,11 +19,8 @@ import effattn
 from effattn.conformance.layouts import LAYOUTS
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-SLACK = {
-    torch.float32: 2e-6,
-    torch.float16: 1e-3,
-    torch.bfloat16: 8e-3,
-}  # one rounding of the result, about
+# one rounding of the result, about
+SLACK = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 # Relative errors of gradients that are nothing to a step of training, as in `effattn.conformance`.
 GRADIENTS = {torch.float32: 0.005, torch.float16: 0.005, torch.bfloat16: 0.032}
 KINDS = ("dense", "block", "sliding", "longformer", "strided", "fixed", "longnet", "s2")
@@ -36,9 +33,8 @@ class Case:
     kind: str
     options: dict
     causal: bool
-    sizes: tuple[
-        int, int, int, int, int, int, int
-    ]  # batch, K/V heads, group, queries, keys, head size, value size
+    # batch, K/V heads, group, queries, keys, head size, value size
+    sizes: tuple[int, int, int, int, int, int, int]
     layouts: tuple[int, int, int, int]  # of q, k, v and the output's gradient; -1: the usual one
     padding: str
     scale: float | None

@@ -136,9 +136,8 @@ def test_many_chunks(spec, causal, monkeypatch):
         return
     monkeypatch.setattr(torch_impl, "CHUNK", 4)
     monkeypatch.setattr(torch_causal, "WHOLE", 4)
-    monkeypatch.setattr(
-        torch_causal, "BUDGET", {"cpu": 4 * 4 * 16 * 2}
-    )  # batch rows apart, two or so chunks a block
+    # batch rows apart, two or so chunks a block
+    monkeypatch.setattr(torch_causal, "BUDGET", {"cpu": 4 * 4 * 16 * 2})
     some = (
         "accuracy",
         "future",

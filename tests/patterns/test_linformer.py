@@ -114,9 +114,8 @@ def test_cost():
     attn = effattn.backend("linformer", k=4, max_length=64)
     shape = Shape(2, 4, 2, 32, 32, 16, itemsize=2, causal=False)
     cost = attn.cost(shape)
-    assert (
-        cost.flops == 2 * 2 * 2 * 4 * 32 * 32 + 2 * 2 * 4 * 32 * 2 * 32
-    )  # half of the tokens feed half of the slots
+    # half of the tokens feed half of the slots
+    assert cost.flops == 2 * 2 * 2 * 4 * 32 * 32 + 2 * 2 * 4 * 32 * 2 * 32
     assert cost.read_bytes == shape.query_bytes + shape.kv_bytes + 2 * 2 * 4 * 32 * 4
     assert cost.state_bytes == 0
 
@@ -209,9 +208,8 @@ def test_a_crop_too_far_is_refused_and_changes_nothing():
         state.crop(20)
     assert (state.seq_len, state.nbytes) == (40, held)
     token = k[:, :, :1].nbytes + v[:, :, :1].nbytes
-    assert (
-        held == (20 + 4 + ROLLBACK) * token
-    )  # 2 slots for each of 10 blocks, and the newest tokens
+    # 2 slots for each of 10 blocks, and the newest tokens
+    assert held == (20 + 4 + ROLLBACK) * token
     state.crop(0)
     assert (state.seq_len, state.nbytes) == (0, 0)
 

@@ -49,11 +49,8 @@ def test_the_future_moves_no_border(buckets):
     q, k, v = inputs(512, sizes=(1, 2, 1, 16))
     before = attn(q, k, v)
     for cut in (100, 257, 511):
-        for same in (
-            k[:, :, :1],
-            -k[:, :, :1],
-            torch.randn(1, 1, 1, 16),
-        ):  # all of the future in one bucket
+        # all of the future in one bucket
+        for same in (k[:, :, :1], -k[:, :, :1], torch.randn(1, 1, 1, 16)):
             later = torch.cat([k[:, :, :cut], same.expand(-1, -1, 512 - cut, -1)], dim=2)
             other = torch.cat([q[:, :, :cut], q[:, :, cut:] * -5], dim=2)
             assert torch.equal(attn(other, later, v)[:, :, :cut], before[:, :, :cut])
@@ -193,9 +190,10 @@ SPECS = (
 def test_a_state_is_all_that_is_needed(spec, moves, start, pads, seed):
     attn, truth = effattn.backend(spec, impl="torch"), effattn.backend(spec, impl="reference")
     draw, heads = torch.Generator().manual_seed(seed), 2 if "shared" in spec else 4
-    new = lambda n: [
-        torch.randn(3, h, n, 8, generator=draw, dtype=torch.float64) for h in (heads, 2, 2)
-    ]
+
+    def new(n):
+        return [torch.randn(3, h, n, 8, generator=draw, dtype=torch.float64) for h in (heads, 2, 2)]
+
     state, past, order, highest = attn.new_state(), new(0), torch.arange(3), 0
     for move, n in [("append", start), *moves, ("append", 3)]:
         if move == "append":

@@ -31,7 +31,8 @@ values = st.recursive(
 def test_parse_undoes_format(name, options):
     text = format_spec(name, options)
     assert parse_spec(text) == (name, options)
-    assert repr(parse_spec(text)[1]) == repr(options)  # 1, 1.0 and True are equal, but not the same
+    # 1, 1.0 and True are equal, but not the same
+    assert repr(parse_spec(text)[1]) == repr(options)
     assert format_spec(*parse_spec(text)) == text
 
 

@@ -64,9 +64,8 @@ def test_every_kind_of_model(kind):
     close(logits(model), before)
     swap(model, positions="rerope(window=4)")
     assert not torch.allclose(logits(model), before, atol=1e-3)
-    swap(
-        model, positions="yarn(factor=4)+logn"
-    )  # layer by layer: log-n begins beyond the trained length only
+    # layer by layer: log-n begins beyond the trained length only
+    swap(model, positions="yarn(factor=4)+logn")
     layered = logits(model)
     swap(model, positions="yarn(factor=4)")  # in the config
     assert model.config.max_position_embeddings == 512
@@ -188,9 +187,8 @@ def test_positions_and_patterns_are_two_axes():
     swap(model, "sliding(window=12)")  # the rule stays
     assert torch.equal(logits(model), both)
     backend = model.model.layers[0].self_attn._effattn.backend
-    swap(
-        model, positions={"0": "rope", "1": "alibi"}
-    )  # the pattern stays, with what it has learned
+    # the pattern stays, with what it has learned
+    swap(model, positions={"0": "rope", "1": "alibi"})
     assert model.model.layers[0].self_attn._effattn.backend is backend
     assert [layer["positions"] for layer in describe(model).layers] == [
         "rope(theta=10000.0)",

@@ -80,9 +80,8 @@ def test_exact_backends_cost_what_their_definition_needs(name, options, causal):
         assert (cost.read_bytes, cost.write_bytes) == (q + kv, q)
         back = attn.cost(Shape(B, H, K, queries, T, D, itemsize=SIZE, causal=causal, backward=True))
         lse = B * H * queries * SIZE
-        assert back == Cost(
-            2 * seen * 5 * D, 3 * q + kv + lse, q + B * K * T * 2 * D * SIZE
-        )  # out, d_out; dq, dk, dv
+        # out, d_out; dq, dk, dv
+        assert back == Cost(2 * seen * 5 * D, 3 * q + kv + lse, q + B * K * T * 2 * D * SIZE)
 
 
 @pytest.mark.parametrize(
@@ -140,14 +139,12 @@ def test_decoding_reads_what_is_declared_and_no_more_than_its_state(name, option
             attn(*new, state=state)
         past += 1
         cost = attn.cost(Shape(B, H, K, 1, past, D, itemsize=SIZE))
-        read = sum(
-            counted.read_bytes(key) for key, one in held.items() if one.dtype != torch.int64
-        )  # not positions
+        # not positions
+        read = sum(counted.read_bytes(key) for key, one in held.items() if one.dtype != torch.int64)
         declared = cost.read_bytes - sum(x.nbytes for x in new)
         least, _ = bounds(name)
-        own = sum(
-            x.nbytes for x in new[1:]
-        )  # written there before it is read, where a state grows in place
+        # written there before it is read, where a state grows in place
+        own = sum(x.nbytes for x in new[1:])
         assert least * declared <= read <= sum(one.nbytes for one in held.values()) + own
         assert state.nbytes == cost.state_bytes
         assert counted.flops >= least * cost.flops
@@ -316,9 +313,8 @@ def test_encoders(kind):
     with torch.no_grad(), Counted() as counted:
         model(ids)
     cost = model_cost(model, 1, 20)
-    inside = counted.flops - (
-        2 * 32 * 32 if kind == "bert" else 0
-    )  # but for the pooler of one token
+    # but for the pooler of one token
+    inside = counted.flops - (2 * 32 * 32 if kind == "bert" else 0)
     assert inside == cost.total.flops
     assert cost.kv_bytes == 0
     with pytest.raises(Unsupported, match="has no cache"):

@@ -18,18 +18,15 @@ def counted(call, **watched) -> Counted:
 
 def test_views_are_read_where_they_lie():
     x = torch.randn(8, 6, dtype=torch.float64)
-    assert (
-        counted(lambda: x[2:5, ::2].transpose(0, 1), x=x).read_bytes() == 0
-    )  # a view alone reads nothing
+    # a view alone reads nothing
+    assert counted(lambda: x[2:5, ::2].transpose(0, 1), x=x).read_bytes() == 0
     assert counted(lambda: x[2:5, ::2].sum(), x=x).read_bytes() == 3 * 3 * 8
     assert counted(lambda: (x[2:5].sum(), x[4:7].sum()), x=x).read_bytes() == 5 * 6 * 8  # the union
     assert counted(lambda: x[:1].expand(8, 6) * 2, x=x).read_bytes() == 6 * 8
-    assert (
-        counted(lambda: x.unfold(0, 4, 1)[2:].sum(), x=x).read_bytes() == 6 * 6 * 8
-    )  # windows that overlap
-    assert (
-        counted(lambda: (torch.empty_like(x), x.new_zeros(3)), x=x).read_bytes() == 0
-    )  # its shape only
+    # windows that overlap
+    assert counted(lambda: x.unfold(0, 4, 1)[2:].sum(), x=x).read_bytes() == 6 * 6 * 8
+    # its shape only
+    assert counted(lambda: (torch.empty_like(x), x.new_zeros(3)), x=x).read_bytes() == 0
     part = x[3:]
     assert counted(lambda: part.T.reshape(6, 5).sum(), x=part).read_bytes() == 5 * 6 * 8
 
@@ -95,9 +92,8 @@ def test_a_modules_parameters_by_name():
         found.read_bytes("layer.weigth")
 
 
-@pytest.mark.parametrize(
-    "dims", [(8, 8), (8, 5)]
-)  # unequal ones have no fused kernel: products, not counted twice
+# unequal ones have no fused kernel: products, not counted twice
+@pytest.mark.parametrize("dims", [(8, 8), (8, 5)])
 def test_attention_counts_pairs_whatever_the_kernel(dims):
     q, k, v = torch.randn(2, 4, 7, 8), torch.randn(2, 2, 9, dims[0]), torch.randn(2, 2, 9, dims[1])
     each = 2 * 2 * 4 * (8 + dims[1])  # of one pair, in all rows and heads

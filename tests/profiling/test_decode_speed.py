@@ -59,9 +59,8 @@ def test_rows_are_exact_and_steps_alternate_at_the_declared_length(batch):
     ]
     for row in rows:
         kv_heads = {"before": 4, "after": 2}[row["model"]]
-        assert (
-            row["kv_bytes"] == 2 * 3 * batch * kv_heads * row["context"] * 8 * 4
-        )  # K and V, layers, head_dim, fp32
+        # K and V, layers, head_dim, fp32
+        assert row["kv_bytes"] == 2 * 3 * batch * kv_heads * row["context"] * 8 * 4
         assert 0 < row["ms_p20"] <= row["ms_p50"] <= row["ms_p80"]
         assert row["tokens_per_s"] == pytest.approx(1000 * batch / row["ms_p50"])
         assert row["batch"] == batch

@@ -162,7 +162,6 @@ def test_peaks_of_a_gpu(monkeypatch, tmp_path):
     found = peaks("cuda")
     assert found.kind in ("cuda", "rocm")
     assert found.threads is None
-    assert (
-        found.read_bytes_per_s > 1e11
-    )  # an accelerator's memory, and not a cache or an empty call
+    # an accelerator's memory, and not a cache or an empty call
+    assert found.read_bytes_per_s > 1e11
     assert found.matmul_flops["bfloat16"] > found.matmul_flops["float32"] > 0

@@ -106,9 +106,8 @@ def test_a_fit_to_data_is_closer_in_outputs():
     assert math.isclose(fitted.output_error, missed(fitted), rel_tol=1e-3)
     assert plain.output_error is None
     assert plain.error < fitted.error
-    noisy = moment + RIDGE * moment.diagonal().mean() * torch.eye(
-        48
-    )  # what is minimised: never up, sweep by sweep
+    # what is minimised: never up, sweep by sweep
+    noisy = moment + RIDGE * moment.diagonal().mean() * torch.eye(48)
     costs = []
     for sweeps in (0, 1, 2, 4, 8):
         right, left = project(linear.weight.detach(), 4, 2, moment, sweeps=sweeps)
@@ -285,9 +284,8 @@ def test_logits_are_those_of_the_dense_equivalents(kind, tmp_path):
     assert all(torch.equal(p, others[n]) for n, p in model.named_parameters() if n in others)
     logits = model(IDS).logits
     assert not torch.allclose(logits, before)
-    assert torch.allclose(
-        logits, dense_twin(model)(IDS).logits, atol=1e-5
-    )  # their norms compute in fp32
+    # their norms compute in fp32
+    assert torch.allclose(logits, dense_twin(model)(IDS).logits, atol=1e-5)
     found = errors(model)
     assert all(
         0.1 < each["error"] < 0.9 and each["parameters"] <= each["dense_parameters"] / 2
@@ -447,9 +445,8 @@ def test_the_embedded_model(tmp_path):
     model, tokenizer = effattn.embedded.load()
     tokens = effattn.embedded.tokens("validation", 2048)
     before = effattn.perplexity(model, tokens, context=256)
-    effattn.swap(
-        model, projections="monarch(blocks=16, rank=16)"
-    )  # the full rank of blocks of 16 x 16
+    # the full rank of blocks of 16 x 16
+    effattn.swap(model, projections="monarch(blocks=16, rank=16)")
     assert math.isclose(effattn.perplexity(model, tokens, context=256), before, rel_tol=1e-4)
     model, _ = effattn.embedded.load()
     effattn.swap(model, projections="monarch(blocks=16, ratio=0.5)", calibration=tokens)

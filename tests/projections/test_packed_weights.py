@@ -140,9 +140,8 @@ def test_second_projections_are_the_packed_ones(plain, kind, tokens, tmp_path):
     model, ids = quantized(plain, kind), tokens[None, :24]
     effattn.describe(model)
     own = logits(model, ids)
-    effattn.swap(
-        model, "longformer(window=49, global_tokens=2)"
-    )  # sees everything: the same function
+    # sees everything: the same function
+    effattn.swap(model, "longformer(window=49, global_tokens=2)")
     at_first = logits(model, ids)
     torch.testing.assert_close(at_first, own, rtol=1e-4, atol=1e-4)
     assert not any(

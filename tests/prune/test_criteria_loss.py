@@ -23,11 +23,8 @@ MODELS = [
     ("BertForTokenClassification", transformers.BertConfig, ENCODER),
     ("BertForQuestionAnswering", transformers.BertConfig, ENCODER),
     ("BertModel", transformers.BertConfig, ENCODER),
-    (
-        "BertLMHeadModel",
-        transformers.BertConfig,
-        ENCODER,
-    ),  # which sees later tokens, unless is_decoder is set
+    # which sees later tokens, unless is_decoder is set
+    ("BertLMHeadModel", transformers.BertConfig, ENCODER),
     ("RobertaForMaskedLM", transformers.RobertaConfig, ENCODER),
     ("LlamaForSequenceClassification", transformers.LlamaConfig, DECODER),
     ("LlamaForTokenClassification", transformers.LlamaConfig, DECODER),

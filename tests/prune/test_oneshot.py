@@ -27,7 +27,7 @@ from effattn.hf.weight_files import INDEX
 from effattn.prune.unstructured import calibration, from_files, layers
 from effattn.prune.unstructured.from_files import prune_files
 from effattn.prune.unstructured.methods.sparsegpt import sparsegpt
-from effattn.prune.unstructured.one_shot import METHODS
+from effattn.prune.unstructured.plan import METHODS
 from effattn.prune.unstructured.zeros import keep_zeros
 
 KINDS = {  # how many inputs the linear layers of a decoder layer see
@@ -284,14 +284,15 @@ def snapshot(folder: Path) -> dict[str, bytes]:
 KILLED = """
 import os, signal, sys
 import torch
-from effattn import training
 from effattn.prune.unstructured import from_files
+from effattn.training import lending as training
 training.bf16_pays = lambda on_cpu=None: False  # as in the tests' own process
 source, output, threads = sys.argv[1:]
 torch.set_num_threads(int(threads))
 note = from_files._Run._note
 def die(run):
-    if len(run.state["layers"]) == 3:  # the third layer's file is written, the manifest does not know
+    # the third layer's file is written, the manifest does not know
+    if len(run.state["layers"]) == 3:
         os.kill(os.getpid(), signal.SIGKILL)
     note(run)
 from_files._Run._note = die
@@ -355,9 +356,8 @@ def test_a_run_goes_on_in_the_dtype_that_it_began_in(source, tokens, tmp_path, m
     monkeypatch.setattr("effattn.training.lending.bf16_pays", lambda on_cpu=None: False)
     prune_files(source, tmp_path / "resumed", tokens, length=64)
     ours, theirs = snapshot(tmp_path / "resumed"), snapshot(tmp_path / "whole")
-    assert {name for name in ours if ours[name] != theirs[name]} <= {
-        "pruning.json"
-    }  # which has times
+    # which has times
+    assert {name for name in ours if ours[name] != theirs[name]} <= {"pruning.json"}
 
 
 @pytest.mark.parametrize(
@@ -385,9 +385,8 @@ def test_files_and_memory_give_the_same(arguments, source, tokens, tmp_path):
                 shard.keys()
             )
     assert (tmp_path / "out" / "tokenizer_config.json").read_text() == "{}"
-    assert (
-        len({file.stat().st_mode for file in (tmp_path / "out").iterdir()}) == 1
-    )  # weights as readable as the rest
+    # weights as readable as the rest
+    assert len({file.stat().st_mode for file in (tmp_path / "out").iterdir()}) == 1
 
 
 @pytest.mark.parametrize("kind", ["gpt_neox", "opt", "gemma3_text"])
@@ -466,8 +465,7 @@ def test_bad_checkpoints_are_refused_by_name(source, tokens, tmp_path):
     for file in source.iterdir():
         (tmp_path / "inf" / file.name).write_bytes(file.read_bytes())
     (tmp_path / "inf" / INDEX).write_text(json.dumps(index))
-    (
-        tmp_path / "inf" / "model.safetensors"
-    ).unlink()  # which would be read instead, as transformers does
+    # which would be read instead, as transformers does
+    (tmp_path / "inf" / "model.safetensors").unlink()
     with pytest.raises(ValueError, match=r"has no 'model\.norm\.weight'"):
         prune_files(tmp_path / "inf", tmp_path / "other", tokens, length=64)

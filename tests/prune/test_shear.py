@@ -21,15 +21,10 @@ from effattn.errors import Unsupported
 from effattn.hf import anatomy as hf
 from effattn.prune.shearing import batch_loading, folding
 from effattn.prune.shearing.batch_loading import Domains, DomainWindows, LoadingWeights
+from effattn.prune.shearing.mask_stage import cut, learn_masks, reference_losses
 from effattn.prune.shearing.masks import Masks
-from effattn.prune.shearing.sheared import (
-    Target,
-    continue_training,
-    cut,
-    learn_masks,
-    reference_losses,
-    shear,
-)
+from effattn.prune.shearing.sheared import continue_training, shear
+from effattn.prune.shearing.target import Target
 from effattn.prune.shearing.training import Shearing
 
 CPU = {"use_cpu": True}
@@ -167,17 +162,15 @@ def test_windows_follow_the_weights_one_step_late_and_are_the_same_in_any_order(
     weights = LoadingWeights(domains.proportions, 4)
     windows = DomainWindows(domains, weights, steps=50, per_step=8, every=10)
     domain_of = lambda index: int(windows[index]["input_ids"][0] % 2)  # noqa: E731
-    first = [
-        domain_of(index) for index in range(88)
-    ]  # until step 11: an update after step 10 may come no earlier
+    # until step 11: an update after step 10 may come no earlier
+    first = [domain_of(index) for index in range(88)]
     assert sum(first) == pytest.approx(22, abs=12)
     with pytest.raises(RuntimeError, match="update 1"):
         windows[88]
     weights.add(torch.tensor([1e-9, 1 - 1e-9]))
     assert all(domain_of(index) for index in range(88, 168))
-    assert [
-        domain_of(index) for index in range(88)
-    ] == first  # going back, as a resumed process does
+    # going back, as a resumed process does
+    assert [domain_of(index) for index in range(88)] == first
     fresh = DomainWindows(domains, weights, steps=50, per_step=8, every=10)
     assert torch.equal(fresh[150]["input_ids"], windows[150]["input_ids"])
     seen = torch.cat([windows[index]["input_ids"] for index in range(60)])
@@ -250,10 +243,8 @@ def test_a_killed_run_ends_like_an_uninterrupted_one(tokens, tmp_path):
                 assert death
         records = [json.loads((folder / stage / "record.json").read_text()) for stage in STAGES]
         found[name] = (small.state_dict(), records)
-    assert seen[0] == (
-        3,
-        4,
-    )  # the last process went on after the checkpoint at step 2 of the last stage
+    # the last process went on after the checkpoint at step 2 of the last stage
+    assert seen[0] == (3, 4)
     for name, value in found["whole"][0].items():
         assert torch.equal(value, found["killed"][0][name]), name
     assert found["whole"][1] == found["killed"][1]
@@ -341,9 +332,8 @@ def save_sheared(batch: int, out: str) -> None:
     tokens = torch.randint(0, 96, (2048,), generator=torch.Generator().manual_seed(0))
     model = tiny("llama", dtype=torch.float32, tie_word_embeddings=True)
     rank = os.environ.get("RANK")
-    overrides = (
-        CPU | {"bf16": False} | ({} if rank is None else {"ddp_backend": "gloo"})
-    )  # gradients of bf16 differ
+    # gradients of bf16 differ
+    overrides = CPU | {"bf16": False} | ({} if rank is None else {"ddp_backend": "gloo"})
     small = shear(
         model,
         Target(heads=4, ffn=48),

@@ -70,9 +70,8 @@ def test_2_the_factor_has_every_later_inverse_on_its_diagonal():
     torch.testing.assert_close(factor, torch.linalg.cholesky(hessian.inverse(), upper=True))
     for i in (0, 1, 30, 62, 63):
         assert factor[i, i] ** 2 == pytest.approx(float(hessian[i:, i:].inverse()[0, 0]), rel=1e-9)
-    wide = torch.randn(
-        700, 700, dtype=torch.float64, generator=torch.Generator().manual_seed(1)
-    )  # several panels
+    # several panels
+    wide = torch.randn(700, 700, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     wide = wide @ wide.T + 50 * torch.eye(700)
     torch.testing.assert_close(
         inverse_factor(wide, 0.0), torch.linalg.cholesky(wide.inverse(), upper=True)

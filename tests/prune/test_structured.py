@@ -17,8 +17,9 @@ from effattn.prune.structural.compensation import compensate
 from effattn.prune.structural.criteria import obs
 from effattn.prune.structural.criteria.base import losses
 from effattn.prune.structural.gates import gated
+from effattn.prune.structural.keep import Keep
 from effattn.prune.structural.removal import structured
-from effattn.prune.structural.slicing import Keep, slice_model
+from effattn.prune.structural.slicing import slice_model
 
 LENGTH = 32
 
@@ -239,9 +240,10 @@ def test_compensation_is_least_squares_on_the_whole_layers_output(model, tokens)
     target = x @ parts.layers[0].feed_forward.output.weight.detach().T
     wanted = torch.linalg.lstsq(x[:, kept], target).solution.T
     rows = compensate(parts, hf.of(small), keep, batches)
-    error = lambda weight: float(
-        (x[:, kept] @ weight.T - target).square().sum() / target.square().sum()
-    )
+
+    def error(weight) -> float:
+        return float((x[:, kept] @ weight.T - target).square().sum() / target.square().sum())
+
     assert rows[0]["ffn_error"] == pytest.approx(error(down.weight.detach()), rel=1e-6)
     assert error(wanted) <= rows[0]["ffn_error"] < 1.001 * error(wanted)
     assert all(row["ffn_error"] < 0.9 * row["ffn_error_sliced"] for row in rows)

@@ -17,11 +17,11 @@ from typer.testing import CliRunner
 from effattn.bounds import Checked, random_seed, real, whole
 from effattn.evaluate.loss import perplexity_of
 from effattn.recipes.cli import app
-from effattn.recipes.console import contexts_of, count_of
+from effattn.recipes.options import contexts_of, count_of
 from effattn.reports.files import finite
 
 JOBS = {
-    "effattn.heads.job": {"model": "m", "kv_heads": 2, "output": Path("out")},
+    "effattn.recipes.convert_gqa": {"model": "m", "kv_heads": 2, "output": Path("out")},
     "effattn.linearizing.job": {},
     "effattn.extending.job": {},
     "effattn.extending.article_job": {},
@@ -36,10 +36,17 @@ JOBS = {
 ELSEWHERE = {("effattn.extending.job", "to"), ("effattn.quant.sensitivity.job", "bits")} | {
     ("effattn.prune.structured_job", name) for name in ("heads", "ffn", "layers")
 }
+
+
+def settings_of(module: str) -> type:
+    found = importlib.import_module(module)
+    return found.Settings if module.startswith("effattn.recipes.") else found.Job
+
+
 NUMBERS = [
     pytest.param(module, field.name, id=f"{module.removeprefix('effattn.')}-{field.name}")
     for module in JOBS
-    for field in dataclasses.fields(importlib.import_module(module).Job)
+    for field in dataclasses.fields(settings_of(module))
     if any(kind in str(field.type) for kind in ("int", "float"))
     and (module, field.name) not in ELSEWHERE
 ]
@@ -47,7 +54,7 @@ NUMBERS = [
 
 @pytest.mark.parametrize(("module", "name"), NUMBERS)
 def test_no_number_of_a_job_is_without_bounds(module, name):
-    job = importlib.import_module(module).Job
+    job = settings_of(module)
     field = next(one for one in dataclasses.fields(job) if one.name == name)
     bounds = field.metadata["bounds"]
     bad = [math.nan, math.inf, -math.inf, True, "4", 10**30]

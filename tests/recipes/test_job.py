@@ -17,7 +17,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
-from effattn.heads import job as jobs
+from effattn.recipes import convert_gqa as jobs
 from effattn.recipes.cli import app
 
 ROOT = Path(__file__).parents[2]
@@ -327,17 +327,17 @@ def test_a_kill_half_way_resumes_and_other_settings_are_refused(
             return nullcontext(progress)
 
     with pytest.raises(KeyboardInterrupt):
-        jobs.run(jobs.Job(**job), Dies())
+        jobs.run(jobs.Settings(**job), Dies())
     assert not output.exists()
     partial = tmp_path / ".out.partial"
     assert partial.is_dir()
     with pytest.raises(ValueError, match=r"unfinished run with other settings \(lr\)"):
-        jobs.run(jobs.Job(**job, lr=1e-3))
+        jobs.run(jobs.Settings(**job, lr=1e-3))
     with pytest.raises(ValueError, match=r"unfinished run with other settings \(model\)"):
-        jobs.run(jobs.Job(**{**job, "model": "nowhere"}))  # said before a model is looked for
-    resumed = jobs.run(jobs.Job(**job))
+        jobs.run(jobs.Settings(**{**job, "model": "nowhere"}))  # said before a model is looked for
+    resumed = jobs.run(jobs.Settings(**job))
     assert not partial.exists()
-    whole = jobs.run(jobs.Job(**{**job, "output": tmp_path / "whole"}))
+    whole = jobs.run(jobs.Settings(**{**job, "output": tmp_path / "whole"}))
     assert resumed.data["uptraining"]["curve"] == whole.data["uptraining"]["curve"]
     assert (output / "model.safetensors").read_bytes() == (
         tmp_path / "whole" / "model.safetensors"

@@ -118,9 +118,8 @@ def test_the_recipe_end_to_end(source, text, tmp_path):
     assert sizes["before"]["flops_of_nonzeros"] - sizes["after"]["flops_of_nonzeros"] == pruned
     assert sizes["after"]["file_bytes"] == weight_bytes(out)
     assert sizes["before"]["kv_bytes_per_token"] == 2 * 2 * 64 * 4
-    assert all(
-        ((zeros.view(-1, 4).sum(1)) == 2).all() for zeros in zeros_of(out).values()
-    )  # exactly, after training
+    # exactly, after training
+    assert all(((zeros.view(-1, 4).sum(1)) == 2).all() for zeros in zeros_of(out).values())
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert "| wanda | 2:4 |" in report.to_markdown()
     assert {"report.html", "tokenizer.json", "config.json"} <= {path.name for path in out.iterdir()}
@@ -210,7 +209,7 @@ def test_bad_input_is_one_line_and_nothing_written(arguments, message, source, t
 
 
 def test_the_embedded_model_loses_least_by_sparsegpt():
-    """On less data than the README's numbers, so that it stays quick."""
+    """On less data than the documentation's numbers, so that it stays quick."""
     dense, _ = effattn.embedded.load()
     calibration, held_out = (
         effattn.embedded.tokens("train", 16_384),

@@ -79,9 +79,8 @@ def test_a_full_cache_token_by_token_is_one_forward(tokens):
 
 
 def test_the_quantized_cache_is_what_generate_uses(text, monkeypatch):
-    monkeypatch.setattr(
-        "effattn.quant.sensitivity.tokenwise.PARENT_LOGITS", 3 * 7 * 3072
-    )  # blocks of seven tokens
+    # blocks of seven tokens
+    monkeypatch.setattr("effattn.quant.sensitivity.tokenwise.PARENT_LOGITS", 3 * 7 * 3072)
     model = small()
     lane = Lane(INT2, INT2).of(model)
     found = tokenwise(model, lane.model, text[:241], 80, batch=3)
@@ -203,9 +202,8 @@ SMALL = dict(
     decode_steps=2,
     decode_seconds=0.01,
 )
-BYTES = (
-    2 * 2 * 2 * 32
-)  # numbers that a token's keys and values are: layers, heads, k and v, head size
+# numbers that a token's keys and values are: layers, heads, k and v, head size
+BYTES = 2 * 2 * 2 * 32
 
 
 @pytest.fixture(scope="module")

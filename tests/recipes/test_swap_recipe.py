@@ -30,9 +30,8 @@ from effattn.swapping.report import SwapReport
 
 ROOT = Path(__file__).parents[2]
 SINKS = "sliding(window=16, sinks=2)"
-TOKEN = (
-    2 * 2 * 8 * 8
-)  # numbers that a tiny model's cache holds a token: layers, k and v, heads, head size
+# numbers that a tiny model's cache holds a token: layers, k and v, heads, head size
+TOKEN = 2 * 2 * 8 * 8
 
 
 # ---- streaming
@@ -57,9 +56,8 @@ def test_chunks_are_one_forward_and_hold_what_the_window_needs(pattern, chunk, t
     torch.testing.assert_close(losses, token_losses(model, text, 150), atol=1e-5, rtol=1e-5)
     if not isinstance(pattern, dict):
         window, sinks = (16, 2) if "sinks" in pattern else (9, 0)
-        assert (
-            max(held) <= 8 * TOKEN * (window + sinks + 16) + 2 * 8 * sinks
-        )  # 16 more for rollback; where sinks are
+        # 16 more for rollback; where sinks are
+        assert max(held) <= 8 * TOKEN * (window + sinks + 16) + 2 * 8 * sinks
         settled = [size for number, size in enumerate(held) if (number + 1) * chunk > 64]
         assert len(set(settled)) == 1
 
@@ -470,9 +468,8 @@ def test_the_report_says_what_happened_and_shows_text_as_it_is(parent, text):
                 "perplexity": perplexity,
                 "cross_entropy": torch.tensor(perplexity).log().item(),
             }
-    assert (
-        f"{SINKS} is at perplexity 30.00 (10.00 for" in report.headline
-    )  # 100 tokens are within the trained length
+    # 100 tokens are within the trained length
+    assert f"{SINKS} is at perplexity 30.00 (10.00 for" in report.headline
     report.data["model"]["trained_length"] = 60
     assert f"{SINKS} rises to perplexity 30.00 past token 60 (10.00 for" in report.headline
     fresh["spans"][1]["cross_entropy"] = main["spans"][1]["cross_entropy"]

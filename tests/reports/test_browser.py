@@ -161,15 +161,15 @@ def test_numbers_sort_by_their_size_and_unit(visit):
             if index and (row[index] == "-" or row[index].startswith(("not", "does")))
         ]
         known = [label for label in reversed(labels) if label not in unknown]
-        assert column(table, 0) == known + [
-            label for label in labels if label in unknown
-        ]  # unknown stays last
+        # unknown stays last
+        assert column(table, 0) == known + [label for label in labels if label in unknown]
         assert table.locator("thead th").nth(index).get_attribute("aria-sort") == "descending"
 
 
 CONTRASTS = """() => {
   const rgb = (text) => (text.match(/[\\d.]+/g) ?? []).map(Number);
-  const light = ([r, g, b]) => [r, g, b].map((c) => (c /= 255) <= .04045 ? c / 12.92 : ((c + .055) / 1.055) ** 2.4)
+  const linear = (c) => (c /= 255) <= .04045 ? c / 12.92 : ((c + .055) / 1.055) ** 2.4;
+  const light = ([r, g, b]) => [r, g, b].map(linear)
     .reduce((sum, c, i) => sum + c * [.2126, .7152, .0722][i], 0);
   const behind = (one) => {
     for (; one; one = one.parentElement) {
@@ -182,8 +182,10 @@ CONTRASTS = """() => {
     const own = [...one.childNodes].some((node) => node.nodeType === 3 && node.data.trim());
     if (!own || !one.checkVisibility()) continue;
     const style = getComputedStyle(one);
-    const pair = [rgb(one instanceof SVGElement ? style.fill : style.color), behind(one)].map(light);
-    found.push([one.textContent.slice(0, 40), (Math.max(...pair) + .05) / (Math.min(...pair) + .05)]);
+    const own_color = rgb(one instanceof SVGElement ? style.fill : style.color);
+    const pair = [own_color, behind(one)].map(light);
+    const contrast = (Math.max(...pair) + .05) / (Math.min(...pair) + .05);
+    found.push([one.textContent.slice(0, 40), contrast]);
   }
   return found;
 }"""
@@ -226,8 +228,11 @@ def test_a_phone_shows_it_without_scrolling_sideways(visit, name):
     opened, _ = visit(name, viewport=PHONE)
     opened.evaluate("document.querySelectorAll('details').forEach((one) => { one.open = true; })")
     assert opened.evaluate("document.documentElement.scrollWidth") <= PHONE["width"]
-    smallest = opened.evaluate("""() => Math.min(...[...document.querySelectorAll("main svg text")].map((one) =>
-        parseFloat(getComputedStyle(one).fontSize) * Math.abs(one.ownerSVGElement.getScreenCTM().a)))""")
+    smallest = opened.evaluate("""() => {
+        const size = (one) => parseFloat(getComputedStyle(one).fontSize)
+            * Math.abs(one.ownerSVGElement.getScreenCTM().a);
+        return Math.min(...[...document.querySelectorAll("main svg text")].map(size));
+    }""")
     assert smallest >= 8  # CSS pixels
 
 
@@ -244,7 +249,8 @@ def test_its_policy_stops_requests_and_foreign_scripts(visit):
     opened, seen = visit("plots")
     ran = opened.evaluate("""async () => {
         const stopped = [];
-        document.addEventListener("securitypolicyviolation", (event) => stopped.push(event.effectiveDirective));
+        const note = (event) => stopped.push(event.effectiveDirective);
+        document.addEventListener("securitypolicyviolation", note);
         const image = new Image();
         image.src = "https://example.org/a.png";
         const script = document.createElement("script");

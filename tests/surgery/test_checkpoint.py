@@ -207,9 +207,8 @@ def test_an_unknown_name_is_one_clear_error(offline, name):
         checkpoint.load_model(name)
     assert repr(name) in str(caught.value)
     assert "\n" not in str(caught.value)
-    assert (
-        caught.value.__suppress_context__ or caught.value.__context__ is None
-    )  # no traceback of the hub library
+    # no traceback of the hub library
+    assert caught.value.__suppress_context__ or caught.value.__context__ is None
     assert ("did you mean 'embedded'" in str(caught.value)) == (name == "embeded")
 
 

@@ -67,9 +67,8 @@ def outputs(model, inputs):
 @pytest.mark.parametrize("head", HEADS)
 def test_dense_is_the_model_and_back_to_the_same_bits(kind, head):
     model = tiny(kind, head)
-    sides = (
-        ("none", "right") if head == "labels" else ("none", "left", "right", "both")
-    )  # the first token is pooled
+    # the first token is pooled
+    sides = ("none", "right") if head == "labels" else ("none", "left", "right", "both")
     before = [outputs(model, batch(side)) for side in sides]
     keys = list(model.state_dict())
     swap(model, "dense")
@@ -97,9 +96,8 @@ def test_a_window_sees_as_far_on_both_sides():
         before = model(**inputs)[0]
         inputs["input_ids"][:, 10] = 5
         changed = (model(**inputs)[0] - before).abs().amax(dim=(0, 2)) > 1e-6
-    assert changed.nonzero().flatten().tolist() == list(
-        range(10 - 3 * 2, 10 + 3 * 2 + 1)
-    )  # three layers, 2 a side
+    # three layers, 2 a side
+    assert changed.nonzero().flatten().tolist() == list(range(10 - 3 * 2, 10 + 3 * 2 + 1))
 
 
 @pytest.mark.parametrize(

@@ -229,10 +229,8 @@ def test_which_layers_a_cache_gets():
     model = model_of("mistral", {"0": "dense", "1": "strided(stride=3)"}, sliding_window=8)
     for cache in (DynamicCache(), DynamicCache(config=model.config), new_cache(model)):
         generate(model, batch(), past_key_values=cache)
-        assert [type(layer) for layer in cache.layers] == [
-            StateLayer,
-            DynamicLayer,
-        ]  # a window; everything
+        # a window; everything
+        assert [type(layer) for layer in cache.layers] == [StateLayer, DynamicLayer]
     mixed = model_of("mistral", {"1": "sliding(window=5)"}, sliding_window=8)
     cache = new_cache(mixed)
     assert [type(layer) for layer in cache.layers] == [DynamicSlidingWindowLayer, StateLayer]
@@ -244,11 +242,8 @@ def test_caches_from_before_the_swap():
     model, tokens = tiny("llama"), batch(1, 30)["input_ids"]
     filled = model(tokens[:, :20]).past_key_values
     mix = model(tokens[:, :20]).past_key_values
-    for pattern in (
-        "sliding(window=25)",
-        "block(block=32)",
-        "dense",
-    ):  # what the 20 tokens saw is the same in these
+    # what the 20 tokens saw is the same in these
+    for pattern in ("sliding(window=25)", "block(block=32)", "dense"):
         swap(model, pattern)
         expected = model(tokens, use_cache=False).logits[:, 20:]
         torch.testing.assert_close(model(tokens[:, 20:], past_key_values=filled).logits, expected)

@@ -65,9 +65,8 @@ def tiny(name="llama", attn="sdpa", **changes):
     """A random model whose logits really depend on its attention."""
     cls, options = CONFIGS[name]
     torch.manual_seed(0)
-    attn = (
-        "eager" if name in ("gemma2", "gpt_oss") else attn
-    )  # transformers' sdpa has no softcap and no sinks
+    # transformers' sdpa has no softcap and no sinks
+    attn = "eager" if name in ("gemma2", "gpt_oss") else attn
     model = transformers.AutoModelForCausalLM.from_config(
         cls(**options, **changes), attn_implementation=attn
     ).eval()
@@ -197,9 +196,8 @@ def test_autocast_mixes_dtypes_as_torch_does(spec):
         assert {layer.keys.dtype for layer in cache.layers} == {
             torch.bfloat16 if spec != "dense" else torch.float32
         }
-        mask = torch.nn.functional.pad(
-            inputs["attention_mask"], (0, 1), value=1
-        )  # the cache holds padding
+        # the cache holds padding
+        mask = torch.nn.functional.pad(inputs["attention_mask"], (0, 1), value=1)
         step = model(inputs["input_ids"][:, :1], attention_mask=mask, past_key_values=cache)
         assert step.logits.isfinite().all()
 

@@ -44,9 +44,8 @@ LEARNING = [
 def test_gradient_checkpointing(spec, reentrant):
     model = swap(tiny("qwen3").train(), spec)
     expected = gradients(model, use_cache=False)
-    torch.testing.assert_close(
-        gradients(model, use_cache=True), expected
-    )  # the states pass gradients on
+    # the states pass gradients on
+    torch.testing.assert_close(gradients(model, use_cache=True), expected)
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
     torch.testing.assert_close(gradients(model), expected)
 

@@ -86,9 +86,8 @@ def test_transfer_sees_each_layer_alone(tokens):
     parent, student = swapped()
     ids = tokens[:64].view(2, 32)
     found = AttentionTransfer(student, parent).eval()(ids)
-    for layer, theirs in zip(
-        hf.of(student), hf.of(parent), strict=True
-    ):  # by hand, from the parent's own inputs
+    # by hand, from the parent's own inputs
+    for layer, theirs in zip(hf.of(student), hf.of(parent), strict=True):
         seen = []
         handle = theirs.attention.register_forward_hook(
             lambda _, a, kw, y, s=seen: s.append((kw, y[0])), with_kwargs=True

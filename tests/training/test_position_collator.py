@@ -90,9 +90,8 @@ def test_a_plain_model_reads_the_positions():
     inputs = {}
     seen.register_forward_pre_hook(lambda _, __, kwargs: inputs.update(kwargs), with_kwargs=True)
     model(**batch)
-    assert (
-        inputs["attention_mask"] is None or inputs["attention_mask"][:, :, -1].all()
-    )  # the last token sees them all
+    # the last token sees them all
+    assert inputs["attention_mask"] is None or inputs["attention_mask"][:, :, -1].all()
 
 
 def test_training_with_the_trainer(tmp_path, tokens):

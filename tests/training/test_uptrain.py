@@ -86,9 +86,8 @@ def test_logits_of_all_positions_never_exist(tokens):
             parts, hidden, teacher_parts, hidden.detach(), torch.zeros(2, 256, dtype=int), chunk=16
         )
         loss.backward()
-    assert (
-        16 * 96 <= largest.elements <= 64 * 96
-    )  # a chunk of 16 positions, or the head; all positions: 510 * 96
+    # a chunk of 16 positions, or the head; all positions: 510 * 96
+    assert 16 * 96 <= largest.elements <= 64 * 96
 
 
 def test_uptraining_helps_and_reports_a_curve(tokens, tmp_path):
@@ -181,8 +180,9 @@ torch.set_num_threads(1)
 from test_uptrain import pair, uptrain
 tokens = torch.randint(0, 96, (2048,), generator=torch.Generator().manual_seed(0))
 teacher, student = pair(tokens)
-result = uptrain(student, teacher, tokens, train_tokens=8 * 256, folder={folder!r}, length=64, batch={batch},
-                 evaluation=tokens[:256], overrides={{"use_cpu": True, "bf16": False, "ddp_backend": "gloo"}})
+overrides = {{"use_cpu": True, "bf16": False, "ddp_backend": "gloo"}}
+result = uptrain(student, teacher, tokens, train_tokens=8 * 256, folder={folder!r}, length=64,
+                 batch={batch}, evaluation=tokens[:256], overrides=overrides)
 import os
 from safetensors.torch import save_model
 if int(os.environ.get("RANK", 0)) == 0:

@@ -1,8 +1,8 @@
 """Fluctuation: Var(x_j) |W_:j|^2, what losing input j costs once a bias stands in for its mean.
 
 FLAP (arXiv:2312.11983), equation 5. W is o_proj or the FFN's output module, x what it takes; a
-head's score is the sum over its dimensions. The bias itself is `effattn.prune.structural.compensation`'s
-(`bias=True`)."""
+head's score is the sum over its dimensions. The bias itself is
+`effattn.prune.structural.compensation`'s (`bias=True`)."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from effattn.prune.structural.criteria.base import (
     Importance,
     Sums,
     by_group,
+    criterion,
     forward,
     watching,
     watching_blocks,
 )
 
-TARGETS = ("heads", "ffn")
 
-
+@criterion("flap", ("heads", "ffn"), place=50)
 def score(parts: Anatomy, batches: list[Tensor], targets: list[str], seed: int) -> Importance:
     sums = Sums(parts)
 

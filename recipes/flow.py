@@ -1,0 +1,198 @@
+"""What every recipe is made of: one run at a time on an output, stages that are shown, what an
+unfinished run goes on from, a checkpoint that is proven before it is there, and the command.
+
+A recipe is a file with three things, and nothing else shared to know of:
+
+    @dataclass
+    class Settings(options.Settings):       # declared once, see recipes/options.py
+        ...
+
+    def run(settings, show=None):           # what Python calls
+        with output_of(settings) as finished:
+            return Report.load(settings.output) if finished else steps(settings, show or Quiet())
+
+    command = flow.command(Settings, run)   # what the command line calls: recipes/cli.py mounts it
+
+Its steps import what they take from the library where they take it, so that `--help` does not wait
+for torch.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from effattn.errors import check_choice
+from effattn.outputs import atomic_folder, check_new_folder, claim
+from effattn.recipes.console import (
+    Show,
+    console,
+    console_of,
+    one_line_errors,
+    quiet_libraries,
+    when_stopped,
+)
+from effattn.recipes.options import Settings, parameters
+from effattn.resuming import (
+    as_json,
+    check_settings,
+    discard,
+    is_of,
+    partial_file,
+    partial_folder,
+)
+from effattn.stages import Quiet, main_process
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = [
+    "REPORT",
+    "Quiet",
+    "check_unfinished",
+    "command",
+    "device",
+    "discard",
+    "main_process",
+    "output_of",
+    "partial_file",
+    "partial_folder",
+    "save_plain",
+    "saving",
+    "tell",
+    "tell_report",
+]
+
+REPORT = "report.json"  # written last: with it an output is complete
+
+
+# Before the work
+# -------------------------------------------------------------------------------------------------
+
+
+def device(name: str) -> torch.device:
+    """ "auto" is this process's own GPU if there is one, else the CPU. Raises ValueError for other
+    names and for "cuda" without one."""
+    import torch
+
+    check_choice("device", name, ("auto", "cpu", "cuda"))
+    available = torch.cuda.is_available()
+    if name == "cuda" and not available:
+        raise ValueError("device: got 'cuda', torch sees no GPU here; valid are 'auto', 'cpu'")
+    if name == "cpu" or not available:
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+
+
+@contextmanager
+def output_of(settings: Settings, default: str | None = None) -> Iterator[bool]:
+    """Holds the new folder `settings.output` while the body runs: no other run works on it, and
+    what cannot be written is said before anything else. Without an output, `default` is what the
+    run goes by. Only the main process holds it.
+
+    Yields whether the output is there already: from a run of these settings that was killed after
+    its output was complete, and before it had removed what it went on from; that is removed now.
+    Raises what `check_new_folder` and `claim` do."""
+    output, named = settings.output, settings.output or default
+    if not main_process() or named is None:
+        yield False
+    elif output is None:
+        with claim("output", default):
+            yield False
+    else:
+        if not _complete(output):
+            check_new_folder("output", output)
+        with claim("output", output):
+            finished = _finished(settings)
+            if not finished:
+                check_new_folder("output", output)
+            yield finished
+
+
+def _complete(output: Path | str) -> bool:
+    return os.path.isfile(os.path.join(output, REPORT))
+
+
+def _finished(settings: Settings) -> bool:
+    partial = settings.partial
+    if partial is None or not _complete(settings.output):
+        return False
+    if partial.is_dir() and not any(partial.iterdir()):  # all but the last step of `discard`
+        partial.rmdir()
+    if not is_of(partial, as_json(settings.kept())):
+        return False
+    discard(partial)
+    return True
+
+
+def check_unfinished(settings: Settings, begin: bool) -> None:
+    """ValueError when `settings.partial` holds an unfinished run with other settings. begin: this
+    one may leave something there from now on; the main process writes whose it is."""
+    check_settings(settings.partial, as_json(settings.kept()), begin and main_process())
+
+
+# The end
+# -------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def saving(settings: Settings, show: Quiet, plain: bool = False) -> Iterator[Path]:
+    """Yields the folder that becomes the output when the body is through: what fails in it, the
+    proof among it, leaves nothing. The report is what a recipe writes there last. plain: what is
+    saved needs nothing of effattn, and the stage says so."""
+    said = "saving, and loading again" + (" without effattn" if plain else "")
+    with show.stage(said), atomic_folder(settings.output) as folder:
+        yield folder
+
+
+def save_plain(folder: Path, model, tokenizer, ids: torch.Tensor) -> dict:
+    """Writes the checkpoint as transformers does, and proves in a fresh process that it needs
+    nothing of effattn: the facts of `effattn.hf.verify.verify_plain`, which raises RuntimeError
+    when it is another model there. ids: (T,) int64 to compare logits on."""
+    from effattn.hf import verify
+
+    model.config.use_cache = True
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return verify.verify_plain(folder, model, ids)
+
+
+# The command
+# -------------------------------------------------------------------------------------------------
+
+
+def tell(settings: Settings, report) -> None:
+    """What a command prints when it has finished: the report's tables, and where things lie."""
+    console_of(settings.WIDTH).print(report)
+    if settings.output is not None:
+        console.print(f"\ncheckpoint  {settings.output}", soft_wrap=True, highlight=False)
+        tell_report(settings.output)
+
+
+def tell_report(output: Path, before: str = "") -> None:
+    page = (Path(output) / "report.html").absolute()
+    console.print(f"{before}report      {page}", soft_wrap=True, highlight=False)
+
+
+def command(settings: type[Settings], run: Callable, tell: Callable = tell) -> Callable:
+    """The function that typer makes a command of: its options are the fields of `settings`, its
+    help is the docstring of that class; it calls run(settings, show) and prints tell(settings,
+    report), the main process alone."""
+
+    @one_line_errors
+    def called(**given) -> None:
+        quiet_libraries()
+        chosen, main = settings.from_options(given), main_process()
+        with when_stopped(chosen.stopped):
+            report = run(chosen, Show() if main else Quiet())
+        if main:
+            tell(chosen, report)
+
+    called.__doc__ = settings.__doc__
+    called.__signature__ = inspect.Signature(parameters(settings))
+    called.__annotations__ = {}
+    return called

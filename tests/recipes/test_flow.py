@@ -1,0 +1,140 @@
+"""What every recipe is made of: options from fields, and what the command does with them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import InitVar, dataclass, field, fields
+from pathlib import Path
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from effattn.recipes import flow, options
+from effattn.recipes.options import contexts, names, option, or_none, several, tokens, whole
+
+pytestmark = pytest.mark.quick
+
+
+@dataclass
+class Settings(options.Settings):
+    """Does nothing to a model."""
+
+    heads: int = whole(help="to keep", least=1)
+    to: int = option(help="a length", read=lambda name, text: int(text.removesuffix("k")) * 1024)
+    output: Path | None = option(None, "where")
+    patterns: Sequence[str] = several(("dense",), "a spec; repeat for more", name="--pattern")
+    text: Sequence[Path] = options.text_files("to read")
+    methods: Sequence[str] = names(("a", "b"), "to compare")
+    spec: str | None = or_none("dense", "a spec, or none")
+    share: float | None = option(
+        None, "a share", read=lambda name, text: text and float(text) / 100
+    )
+    train_tokens: int = tokens(50_000, "to train on", least=1)
+    lengths: Sequence[int] = contexts((512, 4096), "windows")
+    bias: bool = option(False, "with a bias", name="--bias")
+    every: InitVar[bool] = option(False, "all methods")
+    overrides: dict = field(default_factory=dict)
+
+    def __post_init__(self, every: bool) -> None:
+        super().__post_init__()
+        if every:
+            self.methods = ("a", "b", "c")
+
+    def stopped(self) -> str:
+        return f"stopped with {self.heads}"
+
+
+def called(*arguments: str, run=None):
+    """(exit code, what was printed, the settings that the run got)."""
+    got = []
+
+    def take(settings, show):
+        got.append(settings)
+        return run(show) if run else "done"
+
+    app = typer.Typer()
+    app.command()(flow.command(Settings, take))
+    done = CliRunner().invoke(app, list(arguments))
+    return done.exit_code, done.output, got[0] if got else None
+
+
+NEEDED = ("--heads", "2", "--to", "4k")
+
+
+def test_defaults_are_those_of_the_fields():
+    code, printed, got = called(*NEEDED)
+    assert code == 0, printed
+    assert printed.strip() == "done"
+    assert got == Settings(heads=2, to=4096)
+    assert "every" not in {one.name for one in fields(got)}
+
+
+def test_every_kind_of_option(tmp_path):
+    code, printed, got = called(
+        *NEEDED,
+        *("--pattern", "x", "--pattern", "y", "--text", "t.txt", "--methods", "c, d,"),
+        *("--spec", "none", "--share", "25", "--train-tokens", "1.5M", "--lengths", "none"),
+        *("--bias", "--every", "--output", str(tmp_path)),
+    )
+    assert code == 0, printed
+    assert got.patterns == ("x", "y")
+    assert got.text == (Path("t.txt"),)
+    assert got.methods == ("a", "b", "c")
+    assert (got.spec, got.share, got.train_tokens, got.lengths) == (None, 0.25, 1_500_000, ())
+    assert got.bias
+    assert f"checkpoint  {tmp_path}" in printed
+    assert str(tmp_path / "report.html") in printed
+
+
+def test_help_says_what_the_fields_say(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "160")
+    _, printed, _ = called("--help")
+    for said in ("Does nothing to a model.", "512,4k", "50000", "TOKENS", "a,b", "--pattern"):
+        assert said in printed
+    for hidden in ("--overrides", "--no-bias", "--patterns"):
+        assert hidden not in printed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--heads", "0", "--to", "4k"), "error: heads: got 0, valid is 1 or more"),
+        ((*NEEDED, "--lengths", "4x"), "error: lengths: got '4x', valid is like"),
+        ((*NEEDED, "--train-tokens", "ten"), "valid is like 50000"),
+        (("--heads", "2"), "Missing option '--to'"),
+    ],
+)
+def test_bad_values_are_said(arguments, said):
+    code, printed, got = called(*arguments)
+    assert code == 2
+    assert said in printed
+    assert got is None
+
+
+def test_a_stopped_run_says_what_is_kept():
+    def stop(show):
+        raise KeyboardInterrupt
+
+    code, printed, _ = called(*NEEDED, run=stop)
+    assert code == 130
+    assert "stopped with 2" in printed
+
+
+def test_the_main_process_alone_says_something(monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+
+    def show_nothing(show):
+        with show.stage("working") as progress:
+            progress(1, 2)
+        return "done"
+
+    code, printed, _ = called(*NEEDED, run=show_nothing)
+    assert code == 0
+    assert printed == ""
+
+
+def test_what_two_runs_have_in_common():
+    kept = Settings(heads=2, to=4096, output=Path("here"), overrides={"bf16": True}).kept()
+    assert not {"output", "overrides", "device"} & set(kept)
+    assert kept["heads"] == 2
