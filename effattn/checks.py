@@ -10,8 +10,9 @@ from torch import Tensor
 
 from effattn.errors import Unsupported
 from effattn.positions.bound import Positions
-from effattn.states.base import State, check_sizes
+from effattn.states.base import State
 from effattn.states.full import FullState
+from effattn.states.sizes import check_sizes
 from effattn.traits import Traits
 
 

@@ -179,10 +179,10 @@ def public(body: list[ast.stmt], prefix: str = "") -> Iterator[tuple[str, ast.AS
 
 
 def silent(path: Path, node: ast.AST) -> bool:
-    """A setter or an overload, whose other half says it, or a recipe's `main`, whose `--help` would
+    """A setter or an overload, whose other half says it, or a script's `main`, whose `--help` would
     be the docstring."""
     half = any(ast.unparse(one).endswith((".setter", "overload")) for one in node.decorator_list)
-    return half or (path.parent.name == "recipes" and node.name == "main")
+    return half or (path.parent.name in ("recipes", "bench") and node.name == "main")
 
 
 def inherited(path: Path, name: str) -> bool:
