@@ -140,10 +140,10 @@ def _check_no_data_needed(parts: hf.Anatomy, method: str, refit: bool, grouping:
     what = (
         f"method {method!r}" if needs_data else "refit=True" if refit else "grouping by similarity"
     )
+    *most, last = (name for name, one in METHODS.items() if not one.needs_data)
     raise ValueError(
-        f"calibration: got None, {what} needs tokens (int64, at least "
-        f"{tokens_needed(parts):,}); "
-        "mean, first and random with refit=False do without"
+        f"calibration: got None, {what} needs tokens (int64, at least {tokens_needed(parts):,}); "
+        f"{', '.join(most)} and {last} with refit=False do without"
     )
 
 

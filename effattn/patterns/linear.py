@@ -27,7 +27,13 @@ from effattn.states.full import FullState
 from effattn.states.recurrent import RecurrentState, folded
 
 LEARNED = ("hedgehog", "exp")
-MAPS = ("elu", "relu", "relu2", "softmax", *LEARNED, "identity")
+_FIXED = [(one.signed, name) for name, one in linear.MAPS.items() if not one.directed]
+# those that can be normalised first
+MAPS = (
+    *(name for signed, name in _FIXED if not signed),
+    *LEARNED,
+    *(name for signed, name in _FIXED if signed),
+)
 # of a key's exponents in the map "exp": no maximum is taken off, since their size weighs the keys
 MOST = 8.0
 

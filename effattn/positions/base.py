@@ -89,6 +89,7 @@ class Rotation(Part):
         False  # with the length of the sequence, so that cached keys must be raw
     )
     from_plain: ClassVar[bool] = True  # it changes the plain rotation, not whatever the model has
+    by_distance: ClassVar[bool] = True  # what a pair sees of each other is a turn by its distance
 
     def check(self, trained):
         if self.turns and not trained.dims:

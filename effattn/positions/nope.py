@@ -18,6 +18,7 @@ class NoPositions(Rotation):
     """Queries and keys are not turned."""
 
     turns = False
+    by_distance = False
 
     def check(self, trained):
         if not trained.dims:

@@ -64,11 +64,7 @@ def _refuse_meaningless(spec: str, parts: dict[str, Part]) -> None:
             f"positions: {spec!r}: {far.name} and {bias.name} both decide what far pairs see; "
             "valid is one of them"
         )
-    if (
-        far is not None
-        and rotation is not None
-        and (rotation.varies or rotation.name in ("nope", "xpos"))
-    ):
+    if far is not None and rotation is not None and (rotation.varies or not rotation.by_distance):
         why = (
             "changes with the length"
             if rotation.varies

@@ -25,6 +25,7 @@ class XPos(OwnRope):
     gamma: float = 0.4
 
     causal_only = True
+    by_distance = False
 
     def __post_init__(self):
         check_number("xpos", "scale", self.scale, above=True)
