@@ -169,6 +169,14 @@ def active(model: nn.Module) -> Swap | None:
     return getattr(model, hooks.ATTRIBUTE, None)
 
 
+def require_own_attention(model: nn.Module, name: str) -> None:
+    """Unsupported for a checkpoint, called `name`, that comes with a swapped attention."""
+    if active(model) is not None:
+        raise Unsupported(
+            f"model: {name} is swapped already; valid is a checkpoint with its own attention"
+        )
+
+
 def _rewrite(
     parts: anatomy.Anatomy, merging: dict | None, projected: replace.Plan | None, calibration
 ) -> None:
