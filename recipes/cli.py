@@ -17,11 +17,10 @@ from rich.console import Console
 from rich.table import Table
 
 from effattn.extending.cli import extend
-from effattn.linearizing.cli import linearize
 from effattn.prune.cli import app as prune
 from effattn.prune.shear_cli import shear
 from effattn.quant.sensitivity.cli import quantize_kv
-from effattn.recipes import convert_gqa
+from effattn.recipes import convert_gqa, linearize
 from effattn.recipes.console import (
     Show,
     console,
@@ -49,9 +48,9 @@ def _root() -> None:
 @one_line_errors
 def backends(as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False) -> None:
     """List the attention backends and what each can do."""
-    import effattn
+    from effattn import registry
 
-    found = effattn.backends()
+    found = registry.backends()
     if as_json:
         print(json.dumps({name: vars(cls.traits) for name, cls in found.items()}))
         return
@@ -230,7 +229,7 @@ def compare(
         raise SystemExit(1)
 
 
-app.command()(linearize)
+app.command("linearize")(linearize.command)
 app.command()(extend)
 app.command()(shear)
 app.add_typer(prune, name="prune")

@@ -191,7 +191,7 @@ def load(settings: Settings, show: Quiet) -> tuple:
     from effattn.linearizing import plan
     from effattn.outputs import check_room
     from effattn.surgery.checkpoint import load_model
-    from effattn.surgery.swapping import require_own_attention
+    from effattn.surgery.attaching import require_own_attention
 
     with show.stage("loading the model"):
         parent, tokenizer = load_model(settings.model)
@@ -258,7 +258,7 @@ def errors_by_budget(
     spend: the data of `effattn.measure_approximation`."""
     from effattn.linearizing import plan
     from effattn.linearizing.approximation import METHODS, measure_approximation
-    from effattn.registry import parse_spec
+    from effattn.specs import parse_spec
 
     used = {parse_spec(specs[layer])[0] for layer in plan.approximate(specs)}
     if settings.projections:

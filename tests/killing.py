@@ -40,13 +40,13 @@ def convert(model, text, out):
 
 
 def linearize(model, text, out):
-    from effattn.linearizing.job import Job, run
+    from effattn.recipes.linearize import Settings, run
 
     return run(
-        Job(
-            model,
-            out,
+        Settings(
             "performer(features=8)",
+            model=model,
+            output=out,
             text=(text,),
             transfer_tokens=3 * 32,
             distil_tokens=3 * 32,
@@ -184,7 +184,7 @@ def quick_parts() -> None:
     timing.
     """
     import effattn.hf.verify
-    import effattn.linearizing.job
+    import effattn.linearizing.approximation
     import effattn.measuring.job
     import effattn.prune.oneshot_job
     import effattn.prune.shear_job
@@ -202,7 +202,7 @@ def quick_parts() -> None:
     effattn.measuring.job.peaks = lambda *args: Peaks(
         "none", "cpu", 1, "", {}, None, None, None, {}, None
     )
-    effattn.linearizing.job.measure_approximation = lambda *args, **kwargs: type(
+    effattn.linearizing.approximation.measure_approximation = lambda *args, **kwargs: type(
         "None", (), {"data": None}
     )
 

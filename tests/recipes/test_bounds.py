@@ -22,7 +22,7 @@ from effattn.reports.files import finite
 
 JOBS = {
     "effattn.recipes.convert_gqa": {"model": "m", "kv_heads": 2, "output": Path("out")},
-    "effattn.linearizing.job": {},
+    "effattn.recipes.linearize": {},
     "effattn.extending.job": {},
     "effattn.extending.article_job": {},
     "effattn.swapping.job": {},
