@@ -19,8 +19,7 @@ from rich.table import Table
 from effattn.extending.cli import extend
 from effattn.prune.cli import app as prune
 from effattn.prune.shear_cli import shear
-from effattn.quant.sensitivity.cli import quantize_kv
-from effattn.recipes import convert_gqa, linearize
+from effattn.recipes import convert_gqa, linearize, quantize_kv
 from effattn.recipes.console import (
     Show,
     console,
@@ -233,7 +232,7 @@ app.command("linearize")(linearize.command)
 app.command()(extend)
 app.command()(shear)
 app.add_typer(prune, name="prune")
-app.command()(quantize_kv)
+app.command("quantize-kv")(quantize_kv.command)
 
 
 @app.command()

@@ -190,8 +190,8 @@ def load(settings: Settings, show: Quiet) -> tuple:
     from effattn.hf.weights import weight_bytes
     from effattn.linearizing import plan
     from effattn.outputs import check_room
-    from effattn.surgery.checkpoint import load_model
     from effattn.surgery.attaching import require_own_attention
+    from effattn.surgery.checkpoint import load_model
 
     with show.stage("loading the model"):
         parent, tokenizer = load_model(settings.model)

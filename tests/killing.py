@@ -150,11 +150,11 @@ def swap(model, text, out):
 
 
 def quantize(model, text, out):
-    from effattn.quant.sensitivity.job import Job, run
+    from effattn.recipes.quantize_kv import Settings, run
 
     return run(
-        Job(
-            model,
+        Settings(
+            model=model,
             formats=("int8(group=16, residual=16)",),
             output=out,
             text=(text,),
@@ -281,7 +281,7 @@ def child(request: dict, counted: mmap.mmap) -> int:
 
 
 def serve() -> None:
-    import effattn.quant.sensitivity.job
+    import effattn.quant.sensitivity.rows
     import effattn.swapping.job  # noqa: F401  before the first fork
     from effattn.recipes.console import quiet_libraries
 

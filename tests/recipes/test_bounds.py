@@ -30,10 +30,10 @@ JOBS = {
     "effattn.prune.shear_job": {},
     "effattn.prune.oneshot_job": {"output": Path("out")},
     "effattn.prune.structured_job": {"output": Path("out")},
-    "effattn.quant.sensitivity.job": {},
+    "effattn.recipes.quantize_kv": {},
 }
 # Checked by the job with words of their own: against the model, as a share or a number, as names.
-ELSEWHERE = {("effattn.extending.job", "to"), ("effattn.quant.sensitivity.job", "bits")} | {
+ELSEWHERE = {("effattn.extending.job", "to"), ("effattn.recipes.quantize_kv", "bits")} | {
     ("effattn.prune.structured_job", name) for name in ("heads", "ffn", "layers")
 }
 
