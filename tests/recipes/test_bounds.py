@@ -24,7 +24,7 @@ JOBS = {
     "effattn.recipes.convert_gqa": {"model": "m", "kv_heads": 2, "output": Path("out")},
     "effattn.recipes.linearize": {},
     "effattn.extending.job": {},
-    "effattn.extending.article_job": {},
+    "effattn.recipes.extend_context": {},
     "effattn.swapping.job": {},
     "effattn.measuring.command": {},
     "effattn.prune.shear_job": {},
