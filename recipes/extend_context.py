@@ -95,6 +95,7 @@ class Settings(options.Settings):
         return None if target is None else partial_file(target)
 
     def stopped(self) -> str:
+        """How many finished parts are kept, and where."""
         return what_is_kept(self.partial)
 
 
@@ -113,6 +114,7 @@ def run(settings: Settings, show: Quiet | None = None) -> ArticleReport:
 
 
 def side_by_side(settings: Settings, show: Quiet) -> ArticleReport:
+    """All of it, what is written being held."""
     from effattn.extending import copying
     from effattn.extending.article_report import ArticleReport
     from effattn.extending.rule_losses import measured

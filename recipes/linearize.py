@@ -84,10 +84,12 @@ class Settings(options.Settings):
 
     @property
     def partial(self) -> Path:
+        """Where both trainings keep their checkpoints until the end."""
         return flow.partial_folder(self.output or DEFAULT)
 
     @property
     def trains(self) -> bool:
+        """Whether anything is trained at all."""
         return bool(self.transfer_tokens or self.distil_tokens)
 
 
@@ -111,6 +113,7 @@ def run(settings: Settings, show: Quiet | None = None) -> LinearizeReport:
 
 
 def linearize(settings: Settings, show: Quiet) -> LinearizeReport:
+    """All of it, the output's folder being held."""
     from effattn.evaluate.loss import compare, measure_parent
     from effattn.surgery.checkpoint import load_again, save
 

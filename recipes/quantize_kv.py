@@ -109,9 +109,11 @@ class Settings(options.Settings):
         return None if self.output is None else partial_file(self.output)
 
     def kept(self) -> dict:
+        """As texts, for the file of finished parts and for the report."""
         return as_json({"model": self.model} | super().kept() | {"formats": self.specs})
 
     def stopped(self) -> str:
+        """How many finished parts are kept, and where."""
         return what_is_kept(self.partial)
 
 
@@ -135,6 +137,7 @@ def run(settings: Settings, show: Quiet | None = None) -> QuantizeReport:
 
 
 def quantize(settings: Settings, show: Quiet) -> QuantizeReport:
+    """All of it, the output's folder being held."""
     from effattn.profiling.environment import environment
     from effattn.quant.sensitivity import budget
     from effattn.quant.sensitivity.lanes import PLAN, Lane
@@ -279,19 +282,9 @@ def token_by_token(
     from effattn.quant.sensitivity import rows
     from effattn.quant.sensitivity.tokenwise import tokenwise
 
-    key = f"{lane.name}/{lane.cache}"
-    quality = flow.part(
-        show,
-        kept,
-        f"token by token: {lane.name}",
-        f"quality/{key}",
-        tokenwise,
-        full.model,
-        lane.model,
-        text.evaluation,
-        settings.length,
-        batch=settings.batch,
-    )
+    said, key = f"token by token: {lane.name}", f"{lane.name}/{lane.cache}"
+    how = (full.model, lane.model, text.evaluation, settings.length)
+    quality = flow.part(show, kept, said, f"quality/{key}", tokenwise, *how, batch=settings.batch)
     held = kept.once(f"bytes/{key}", lambda: rows.held(lane, settings.length, settings.seed))
     return rows.format_row(lane, quality, held)
 
@@ -307,19 +300,10 @@ def layer_by_layer(
     rows, tokens = [], text.evaluation[: settings.sensitivity_tokens + 1]
     for layer in anatomy.of(full.model).layers:
         for spec in settings.specs:
+            said, name = f"layer {layer.index} alone: {spec}", f"layer/{layer.index}/{spec}"
             lane = Lane(spec, {str(layer.index): spec}).of(full.model)
-            found = flow.part(
-                show,
-                kept,
-                f"layer {layer.index} alone: {spec}",
-                f"layer/{layer.index}/{spec}",
-                tokenwise,
-                full.model,
-                lane.model,
-                tokens,
-                settings.length,
-                batch=settings.batch,
-            )
+            how = (full.model, lane.model, tokens, settings.length)
+            found = flow.part(show, kept, said, name, tokenwise, *how, batch=settings.batch)
             measured = {key: found[key] for key in ("kl", "perplexity", "agreement")}
             rows.append({"layer": layer.index, "spec": spec} | measured)
     return rows
@@ -345,23 +329,16 @@ def retrieval(
     from effattn.quant.sensitivity.retrieval import TASKS, ask, packed
 
     rows, length = [], prompts["retrieval_length"]
+    how = {
+        "trials": settings.retrieval_trials,
+        "style": prompts["retrieval_style"],
+        "seed": settings.seed,
+    }
     for task in TASKS if settings.retrieval_trials else ():
         for lane in made:
-            found = flow.part(
-                show,
-                kept,
-                f"{task}: {lane.name}",
-                f"{task}/{lane.name}/{lane.cache}",
-                ask,
-                task,
-                lane,
-                tokenizer,
-                length,
-                settings.retrieval_depths,
-                trials=settings.retrieval_trials,
-                style=prompts["retrieval_style"],
-                seed=settings.seed,
-            )
+            said, name = f"{task}: {lane.name}", f"{task}/{lane.name}/{lane.cache}"
+            asked = (task, lane, tokenizer, length, settings.retrieval_depths)
+            found = flow.part(show, kept, said, name, ask, *asked, **how)
             row = {"lane": lane.name, "task": task, "packed": packed(lane, length)}
             rows.append(row | found)
     return rows
@@ -372,20 +349,15 @@ def decode_speed(settings: Settings, show: Quiet, kept: Parts, made: Sequence[La
     from effattn.quant.sensitivity import lanes
 
     rows = []
+    how = {
+        "seconds": settings.decode_seconds,
+        "steps": settings.decode_steps,
+        "seed": settings.seed,
+    }
     for context in settings.decode_contexts:
-        rows += flow.part(
-            show,
-            kept,
-            f"timing decode steps after {context:,} tokens",
-            f"decode/{context}",
-            lanes.decode_speed,
-            made,
-            context,
-            settings.decode_batches,
-            seconds=settings.decode_seconds,
-            steps=settings.decode_steps,
-            seed=settings.seed,
-        )
+        said, name = f"timing decode steps after {context:,} tokens", f"decode/{context}"
+        timed = (made, context, settings.decode_batches)
+        rows += flow.part(show, kept, said, name, lanes.decode_speed, *timed, **how)
     return rows
 
 
