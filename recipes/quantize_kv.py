@@ -37,7 +37,6 @@ if TYPE_CHECKING:
     from effattn.quant.sensitivity.report import QuantizeReport
     from effattn.textdata import Streams
 
-BITS = {8: "int8", 4: "int4", 2: "int2"}
 MOST_RETRIEVAL = 4096  # tokens of a retrieval prompt, by default at most
 
 
@@ -101,6 +100,8 @@ class Settings(options.Settings):
     @property
     def specs(self) -> list[str]:
         """The formats to measure, each once."""
+        from effattn.quant.formats import BITS
+
         return list(dict.fromkeys(self.formats or [BITS[bits] for bits in self.bits]))
 
     @property
@@ -194,7 +195,7 @@ def check(settings: Settings) -> None:
     from effattn.errors import check_choice
     from effattn.evaluate.passkey_retrieval import STYLES
     from effattn.outputs import check_new_folder
-    from effattn.quant.formats import Format
+    from effattn.quant.formats import BITS, Format
     from effattn.quant.sensitivity.lanes import FULL
     from effattn.quant.weights import KINDS
     from effattn.specs import parse_spec
