@@ -203,6 +203,11 @@ def test_a_loss_beyond_what_exp_can_say():
     )
 
 
+def kinds_of(cls: type) -> list[type]:
+    """A class and all below it."""
+    return [cls, *(one for below in cls.__subclasses__() for one in kinds_of(below))]
+
+
 def test_reports_of_models_that_broke(tmp_path, monkeypatch):
     """Infinite perplexities are shown as such, are null in JSON, and such a report can be read and
     shown again.
@@ -221,7 +226,7 @@ def test_reports_of_models_that_broke(tmp_path, monkeypatch):
 
     shown = []
     with monkeypatch.context() as patch:
-        for cls in (Document, *Document.__subclasses__()):
+        for cls in kinds_of(Document):
             if "to_html" in vars(cls):
                 patch.setattr(cls, "to_html", lambda self: shown.append(self) or "")
         for make, _ in report_pages.PAGES.values():
