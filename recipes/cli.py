@@ -21,12 +21,11 @@ from effattn.linearizing.cli import linearize
 from effattn.prune.cli import app as prune
 from effattn.prune.shear_cli import shear
 from effattn.quant.sensitivity.cli import quantize_kv
-from effattn.recipes import convert_gqa
+from effattn.recipes import convert_gqa, swap_backend
 from effattn.recipes.console import (
     Show,
     console,
     contexts_of,
-    count_tokens,
     one_line_errors,
     quiet_libraries,
     when_stopped,
@@ -69,74 +68,7 @@ def backends(as_json: Annotated[bool, typer.Option("--json", help="print JSON")]
 app.command("convert-gqa")(convert_gqa.command)
 
 
-@app.command()
-@one_line_errors
-def swap(
-    pattern: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="a spec (default: sliding(window=256, sinks=4)), or JSON "
-            "from layers to specs; repeat to compare, the first one is saved"
-        ),
-    ] = None,
-    model: Annotated[str, typer.Option(help='"embedded", a folder, or a hub name')] = "embedded",
-    output: Annotated[
-        Path | None, typer.Option(help="new folder for the swapped checkpoint and its report")
-    ] = None,
-    text: Annotated[
-        list[Path] | None, typer.Option(help="UTF-8 text to measure on; repeat for more files")
-    ] = None,
-    dataset: Annotated[
-        str | None, typer.Option(help="a `datasets` name (or NAME:CONFIG) or folder, streamed")
-    ] = None,
-    column: Annotated[str | None, typer.Option(help="the dataset's text column")] = None,
-    contexts: Annotated[
-        str, typer.Option(help="contexts to measure perplexity at, or none")
-    ] = "128,256,512,1k,2k,4k",
-    evaluation_tokens: Annotated[int, count_tokens("to score at every context")] = "4096",
-    stream_tokens: Annotated[int, count_tokens("of the long stream")] = "20000",
-    dense_stream_tokens: Annotated[
-        int, count_tokens("after which the unchanged model's stream stops")
-    ] = "4096",
-    chunk: Annotated[int, typer.Option(help="tokens of the stream that go in at a time")] = 128,
-    prompt_tokens: Annotated[int, count_tokens("of held-out text to generate after")] = "400",
-    generate_tokens: Annotated[int, count_tokens("to generate; 0: none")] = "300",
-    temperature: Annotated[float, typer.Option(help="of the generated text; 0 is greedy")] = 0.8,
-    seed: Annotated[int, typer.Option(help="of the generated text")] = 0,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
-) -> None:
-    """Swap the attention pattern: perplexity by context, a long stream, and generated text, before
-    and after.
-    """
-    from effattn.swapping.job import Job, run
-
-    quiet_libraries()
-    job = Job(
-        model=model,
-        output=output,
-        text=tuple(text or ()),
-        dataset=dataset,
-        column=column,
-        contexts=contexts_of(contexts, "contexts"),
-        evaluation_tokens=evaluation_tokens,
-        stream_tokens=stream_tokens,
-        dense_stream_tokens=dense_stream_tokens,
-        chunk=chunk,
-        prompt_tokens=prompt_tokens,
-        generate_tokens=generate_tokens,
-        temperature=temperature,
-        seed=seed,
-        device=device,
-        **({"patterns": tuple(pattern)} if pattern else {}),
-    )
-    with when_stopped(lambda: "stopped; nothing was written"):
-        report = run(job, Show())
-    console.print(report)
-    if output is not None:
-        console.print(f"\ncheckpoint  {output}", soft_wrap=True, highlight=False)
-        console.print(
-            f"report      {(output / 'report.html').absolute()}", soft_wrap=True, highlight=False
-        )
+app.command("swap")(swap_backend.command)
 
 
 @app.command()

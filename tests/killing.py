@@ -131,14 +131,14 @@ def structured(model, text, out):
 
 
 def swap(model, text, out):
-    from effattn.swapping.job import Job, run
+    from effattn.recipes.swap_backend import Settings, run
 
     return run(
-        Job(
-            model,
-            ("linear(feature_map='hedgehog')",),
-            out,
-            (text,),
+        Settings(
+            model=model,
+            patterns=("linear(feature_map='hedgehog')",),
+            output=out,
+            text=(text,),
             contexts=(16,),
             evaluation_tokens=16,
             stream_tokens=64,
@@ -282,7 +282,7 @@ def child(request: dict, counted: mmap.mmap) -> int:
 
 def serve() -> None:
     import effattn.quant.sensitivity.job
-    import effattn.swapping.job  # noqa: F401  before the first fork
+    import effattn.swapping.measure  # noqa: F401  before the first fork
     from effattn.recipes.console import quiet_libraries
 
     quiet_libraries()

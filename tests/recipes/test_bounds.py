@@ -25,7 +25,7 @@ JOBS = {
     "effattn.linearizing.job": {},
     "effattn.extending.job": {},
     "effattn.extending.article_job": {},
-    "effattn.swapping.job": {},
+    "effattn.recipes.swap_backend": {},
     "effattn.measuring.command": {},
     "effattn.prune.shear_job": {},
     "effattn.prune.oneshot_job": {"output": Path("out")},
