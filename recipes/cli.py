@@ -21,15 +21,8 @@ from effattn.linearizing.cli import linearize
 from effattn.prune.cli import app as prune
 from effattn.prune.shear_cli import shear
 from effattn.quant.sensitivity.cli import quantize_kv
-from effattn.recipes import convert_gqa, swap_backend
-from effattn.recipes.console import (
-    Show,
-    console,
-    contexts_of,
-    one_line_errors,
-    quiet_libraries,
-    when_stopped,
-)
+from effattn.recipes import convert_gqa, measure, swap_backend
+from effattn.recipes.console import Show, console, one_line_errors
 
 app = typer.Typer(
     help="Swap, shrink and measure attention in Hugging Face models.",
@@ -66,81 +59,8 @@ def backends(as_json: Annotated[bool, typer.Option("--json", help="print JSON")]
 
 
 app.command("convert-gqa")(convert_gqa.command)
-
-
 app.command("swap")(swap_backend.command)
-
-
-@app.command()
-@one_line_errors
-def measure(
-    model: Annotated[str, typer.Option(help='"embedded", a folder, or a hub name')] = "embedded",
-    pattern: Annotated[
-        str | None, typer.Option(help="a spec, or JSON from layers to specs, to compare")
-    ] = None,
-    cache: Annotated[
-        str | None, typer.Option(help="a cache format; with --pattern, one variant together")
-    ] = None,
-    variant: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="name=spec, repeated: a backend, plain, or axes such as "
-            "'heads=gqa(kv_heads=2); pattern=dense'"
-        ),
-    ] = None,
-    contexts: Annotated[str, typer.Option(help="tokens of the prompt")] = "1k,4k,16k",
-    batches: Annotated[str, typer.Option(help="sequences at once")] = "1",
-    steps: Annotated[int, typer.Option(help="decode steps to time, at most")] = 32,
-    seconds: Annotated[
-        float, typer.Option(help="about so long for the prefills, and the steps, of a context")
-    ] = 5.0,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
-    dtype: Annotated[
-        str, typer.Option(help="auto, float32, bfloat16, float16 or float64")
-    ] = "auto",
-    seed: Annotated[int, typer.Option(help="of the random tokens")] = 0,
-    output: Annotated[
-        Path | None, typer.Option(help="folder for report.{html,md,json}; a killed run resumes")
-    ] = None,
-    html: Annotated[Path | None, typer.Option(help="file for the page")] = None,
-    markdown: Annotated[Path | None, typer.Option(help="file for the tables")] = None,
-    json_file: Annotated[
-        Path | None, typer.Option("--json", help="file for the results, for `compare`")
-    ] = None,
-    fresh: Annotated[
-        bool, typer.Option(help="forget an unfinished run, replace a finished one")
-    ] = False,
-) -> None:
-    """Measure time to first token, time per token, memory and bandwidth, variants side by side."""
-    from effattn.measuring.command import Job, run, what_is_kept
-
-    quiet_libraries()
-    job = Job(
-        model=model,
-        pattern=pattern,
-        cache=cache,
-        variants=tuple(variant or ()),
-        steps=steps,
-        seconds=seconds,
-        contexts=contexts_of(contexts, "contexts"),
-        batches=contexts_of(batches, "batches"),
-        seed=seed,
-        device=device,
-        dtype=dtype,
-        output=output,
-        html=html,
-        markdown=markdown,
-        json=json_file,
-        fresh=fresh,
-    )
-    with when_stopped(lambda: what_is_kept(job)):
-        report = run(job, Show())
-    wide = console if console.is_terminal else Console(width=180)  # a log's lines may be long
-    wide.print(report)
-    pages = [file.absolute() for file in (output and output / "report.html", html) if file]
-    for file in pages:
-        console.print(f"\nreport      {file}", soft_wrap=True, highlight=False)
-    print(report.summary())
+app.command("measure")(measure.command)
 
 
 @app.command()

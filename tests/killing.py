@@ -168,9 +168,9 @@ def quantize(model, text, out):
 
 
 def measure(model, text, out):
-    from effattn.measuring.command import Job, run
+    from effattn.recipes.measure import Settings, run
 
-    return run(Job(model, contexts=(16, 24), steps=1, seconds=0.01, output=out))
+    return run(Settings(model, contexts=(16, 24), steps=1, seconds=0.01, output=out))
 
 
 FLOWS: dict[str, Callable] = {
@@ -185,7 +185,7 @@ def quick_parts() -> None:
     """
     import effattn.hf.verify
     import effattn.linearizing.job
-    import effattn.measuring.job
+    import effattn.measuring.measurement
     import effattn.prune.oneshot_job
     import effattn.prune.shear_job
     import effattn.prune.structured_job
@@ -199,7 +199,7 @@ def quick_parts() -> None:
     ):
         module.verify_plain = lambda *args: {"fresh_process": True}
     effattn.prune.shear_job._speed = lambda *args: []
-    effattn.measuring.job.peaks = lambda *args: Peaks(
+    effattn.measuring.measurement.peaks = lambda *args: Peaks(
         "none", "cpu", 1, "", {}, None, None, None, {}, None
     )
     effattn.linearizing.job.measure_approximation = lambda *args, **kwargs: type(

@@ -26,7 +26,7 @@ JOBS = {
     "effattn.extending.job": {},
     "effattn.extending.article_job": {},
     "effattn.recipes.swap_backend": {},
-    "effattn.measuring.command": {},
+    "effattn.recipes.measure": {},
     "effattn.prune.shear_job": {},
     "effattn.prune.oneshot_job": {"output": Path("out")},
     "effattn.prune.structured_job": {"output": Path("out")},

@@ -9,6 +9,8 @@ from __future__ import annotations
 import gc
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -19,7 +21,7 @@ from effattn.errors import Unsupported
 from effattn.hf import anatomy
 from effattn.hf.placement import input_device
 from effattn.hf.weights import numbers, weight_bytes
-from effattn.measuring import progress as saving
+from effattn.measuring import BATCHES, CONTEXTS, SECONDS, STEPS, progress
 from effattn.measuring.lanes import (
     BESIDE_STEPS,
     Lane,
@@ -37,7 +39,6 @@ from effattn.profiling.memory import available_bytes
 from effattn.stages import Quiet
 from effattn.surgery import swapping
 
-CONTEXTS, BATCHES, STEPS, SECONDS = (1024, 4096, 16384), (1,), 32, 5.0
 MEMORY_SHARE = 0.9  # of the available memory may be filled; the rest is for what no model foresees
 
 
@@ -95,15 +96,10 @@ def measure(
     show = show or Quiet()
     wanted = _variants(model, variants)
     check_numbers(contexts, batches, steps, seconds)
-    parts = anatomy.of(model)
-    if not parts.causal:
-        raise Unsupported(
-            f"{type(model).__name__} cannot be measured: it does not generate (it is not causal)"
-        )
-    _check_positions(parts, contexts, steps)
+    parts = _checked(model, contexts, steps)
     if output is not None:
-        saving.check_output(Path(output), fresh)
-        resume = resume or saving.partial_in(Path(output))
+        progress.check_output(Path(output), fresh)
+        resume = resume or progress.partial_in(Path(output))
     device = input_device(parts.model)
     with show.stage("making the variants"):
         _check_room(model, wanted, device)
@@ -118,29 +114,32 @@ def measure(
         "seconds": seconds,
         "seed": seed,
     }
-    kept = saving.Partial(resume, settings, facts | _machine(device), fresh)
+    path = None if resume is None else Path(resume)
+    kept = progress.Cells(path, settings, facts | _machine(device), "measure", fresh)
     with show.stage("the device's peaks (kept for the next time)"):
         limits = peaks(device)
-    cells = [(context, batch) for context in settings["contexts"] for batch in settings["batches"]]
-    for context, batch in cells:
-        if kept.has(context, batch):
-            continue
-        what = f"{context:,} tokens" + (f" x {batch}" if batch > 1 else "")
-        with show.stage(what) as progress:
-            kept.add(_cell(models, context, batch, settings, limits, device, progress))
-    data = {
-        "kind": KIND,
-        "version": VERSION,
-        "settings": settings,
-        "model": facts,
-        "rows": kept.rows,
-        "peaks": limits.to_dict(),
-        "environment": environment(),
-    }
-    report = Report(data)
+    for context, batch in product(settings["contexts"], settings["batches"]):
+        named = progress.cell(context, batch)
+        if named not in kept.done:
+            said = f"{context:,} tokens" + (f" x {batch}" if batch > 1 else "")
+            with show.stage(said) as tell:
+                kept.once(
+                    named, partial(_cell, models, context, batch, settings, limits, device, tell)
+                )
+    report = Report(
+        {
+            "kind": KIND,
+            "version": VERSION,
+            "settings": settings,
+            "model": facts,
+            "rows": kept.rows,
+            "peaks": limits.to_dict(),
+            "environment": environment(),
+        }
+    )
     if output is not None:
         report.save(output)
-        saving.discard(kept.path)
+        kept.discard()
     return report
 
 
@@ -249,6 +248,18 @@ def check_numbers(contexts, batches, steps, seconds) -> None:
         if not len(values):
             raise ValueError(f"{argument}: got none, valid is at least one number")
     Bounds(whole=False, above=0).check("seconds", seconds)
+
+
+def _checked(model: nn.Module, contexts: Sequence[int], steps: int) -> anatomy.Anatomy:
+    """The model's anatomy. Unsupported for one that does not generate; ValueError for contexts that
+    it cannot run."""
+    parts = anatomy.of(model)
+    if not parts.causal:
+        raise Unsupported(
+            f"{type(model).__name__} cannot be measured: it does not generate (it is not causal)"
+        )
+    _check_positions(parts, contexts, steps)
+    return parts
 
 
 def _check_positions(parts: anatomy.Anatomy, contexts: Sequence[int], steps: int) -> None:
