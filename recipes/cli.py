@@ -16,12 +16,11 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from effattn.extending.cli import extend
 from effattn.linearizing.cli import linearize
 from effattn.prune.cli import app as prune
 from effattn.prune.shear_cli import shear
 from effattn.quant.sensitivity.cli import quantize_kv
-from effattn.recipes import convert_gqa, measure, swap_backend
+from effattn.recipes import convert_gqa, extend, measure, swap_backend
 from effattn.recipes.console import Show, console, one_line_errors
 
 app = typer.Typer(
@@ -83,7 +82,7 @@ def compare(
 
 
 app.command()(linearize)
-app.command()(extend)
+app.command("extend")(extend.command)
 app.command()(shear)
 app.add_typer(prune, name="prune")
 app.command()(quantize_kv)

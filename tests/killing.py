@@ -56,12 +56,12 @@ def linearize(model, text, out):
 
 
 def extend(model, text, out):
-    from effattn.extending.job import Job, run
+    from effattn.recipes.extend import Settings, run
 
     return run(
-        Job(
-            model,
+        Settings(
             256,
+            model,
             "yarn(length=256)",
             out,
             tune_tokens=3 * 32,

@@ -23,7 +23,7 @@ from effattn.reports.files import finite
 JOBS = {
     "effattn.recipes.convert_gqa": {"model": "m", "kv_heads": 2, "output": Path("out")},
     "effattn.linearizing.job": {},
-    "effattn.extending.job": {},
+    "effattn.recipes.extend": {"to": 4096},
     "effattn.extending.article_job": {},
     "effattn.recipes.swap_backend": {},
     "effattn.recipes.measure": {},
@@ -33,7 +33,7 @@ JOBS = {
     "effattn.quant.sensitivity.job": {},
 }
 # Checked by the job with words of their own: against the model, as a share or a number, as names.
-ELSEWHERE = {("effattn.extending.job", "to"), ("effattn.quant.sensitivity.job", "bits")} | {
+ELSEWHERE = {("effattn.recipes.extend", "to"), ("effattn.quant.sensitivity.job", "bits")} | {
     ("effattn.prune.structured_job", name) for name in ("heads", "ffn", "layers")
 }
 
