@@ -11,7 +11,7 @@ from __future__ import annotations
 import importlib
 
 _FUNCTIONS = {
-    "Target": "effattn.prune.shearing.sheared",
+    "Target": "effattn.prune.shearing.target",
     "oneshot": "effattn.prune.unstructured.one_shot",
     "pack": "effattn.prune.packed",
     "shear": "effattn.prune.shearing.sheared",

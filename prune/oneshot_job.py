@@ -33,8 +33,10 @@ from effattn.profiling.memory import available_bytes
 from effattn.prune.unstructured import layers
 from effattn.prune.unstructured.from_files import FACTS, prune_files, resume
 from effattn.prune.unstructured.nm import Sparsity
-from effattn.prune.unstructured.one_shot import ALLOCATIONS, METHODS, oneshot, said
+from effattn.prune.unstructured.one_shot import oneshot
+from effattn.prune.unstructured.plan import ALLOCATIONS, METHODS, said
 from effattn.prune.unstructured.report import KIND, OneShotReport, counts
+from effattn.prune.unstructured.streamed import Checkpoint, StreamedModel
 from effattn.prune.unstructured.zeros import keep_zeros
 from effattn.recipes.jobs import (
     SETTINGS,
@@ -114,8 +116,7 @@ def run(job: Job, show: Quiet | None = None) -> OneShotReport:
     show, main = show or Quiet(), main_process()
     check_job(job)
     source = folder_of(job.model)
-    # what cannot be pruned is refused before anything is written
-    layers.StreamedModel(layers.Checkpoint(source))
+    StreamedModel(Checkpoint(source))  # refuses what cannot be pruned before anything is written
     place = device(job.device)
     check_room("output", job.output, weight_bytes(source))
     with show.stage("reading text"):
@@ -223,9 +224,7 @@ def folder_of(name: str) -> Path:
 
 def weight_bytes(folder: Path) -> int:
     """Bytes of a checkpoint's weight files."""
-    return sum(
-        (folder / file).stat().st_size for file in set(layers.Checkpoint(folder).files.values())
-    )
+    return sum((folder / file).stat().st_size for file in set(Checkpoint(folder).files.values()))
 
 
 def fits(job: Job, source: Path, place: torch.device) -> bool:

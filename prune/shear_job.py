@@ -22,17 +22,24 @@ from effattn.bounds import Checked, random_seed, real, whole
 from effattn.errors import Unsupported, check_choice
 from effattn.evaluate.loss import compare, measure_parent
 from effattn.hf import anatomy as hf
+from effattn.hf.placement import check_finite
+from effattn.hf.source import resolve
 from effattn.hf.verify import verify_plain
 from effattn.outputs import atomic_folder, check_new_folder
 from effattn.profiling.cost import model_cost
 from effattn.profiling.decode import decode_speed
 from effattn.profiling.environment import environment
 from effattn.profiling.timing import Clock, alternate, percentiles
-from effattn.prune.shearing import sheared
+from effattn.prune.shearing import rates
 from effattn.prune.shearing.batch_loading import RULES, Domains
 from effattn.prune.shearing.data import DomainText, domain_text
+from effattn.prune.shearing.mask_stage import MASK_TOKENS, WARM_START, learn_masks
+from effattn.prune.shearing.masks import START
+from effattn.prune.shearing.ranking import WINDOWS, ranked_by
+from effattn.prune.shearing.rates import RAMP
 from effattn.prune.shearing.report import BASELINES, ShearReport
-from effattn.prune.shearing.sheared import Target, continue_training, learn_masks
+from effattn.prune.shearing.sheared import CONTINUE_TOKENS, RECOVER_TOKENS, continue_training
+from effattn.prune.shearing.target import Target
 from effattn.prune.structural.criteria import CRITERIA
 from effattn.recipes.jobs import (
     Quiet,
@@ -43,7 +50,7 @@ from effattn.recipes.jobs import (
     main_process,
     partial_folder,
 )
-from effattn.surgery.checkpoint import check_finite, load_model, resolve
+from effattn.surgery.checkpoint import load_model
 from effattn.surgery.describing import describe
 from effattn.surgery.swapping import active
 
@@ -64,9 +71,9 @@ class Job(Checked):
     domains: Sequence[Path] = ()
     dataset: str | None = None
     column: str | None = None
-    mask_tokens: int = whole(sheared.MASK_TOKENS, least=1)
-    recover_tokens: int = whole(sheared.RECOVER_TOKENS, least=0)
-    continue_tokens: int = whole(sheared.CONTINUE_TOKENS, least=0)
+    mask_tokens: int = whole(MASK_TOKENS, least=1)
+    recover_tokens: int = whole(RECOVER_TOKENS, least=0)
+    continue_tokens: int = whole(CONTINUE_TOKENS, least=0)
     evaluation_tokens: int = whole(32_768, least=16)
     length: int = whole(512, least=8)
     batch: int = whole(4, least=1)
@@ -75,9 +82,9 @@ class Job(Checked):
     continue_lr: float | None = real(None, above=0)
     mask_lr: float | None = real(None, above=0)
     multiplier_lr: float | None = real(None, above=0)
-    warm_start: str | None = sheared.WARM_START
-    start: float = real(sheared.START)
-    ramp: float = real(sheared.RAMP, least=0, most=1)
+    warm_start: str | None = WARM_START
+    start: float = real(START)
+    ramp: float = real(RAMP, least=0, most=1)
     distill: bool = True
     compensate: bool = True
     loading: str = "clamped"
@@ -274,7 +281,7 @@ def _baselines(
     from effattn.prune import structured
 
     wanted = {axis: size for axis, size in asdict(job.target).items() if size is not None}
-    criterion = sheared.ranked_by(job.warm_start or "taylor", wanted)
+    criterion = ranked_by(job.warm_start or "taylor", wanted)
 
     def random():
         torch.manual_seed(job.seed)
@@ -282,13 +289,13 @@ def _baselines(
         return made.to(small.device).eval()
 
     def one_shot():
-        windows = -(-sheared.WINDOWS // len(data.train))
+        windows = -(-WINDOWS // len(data.train))
         calibration = torch.cat([tokens[: windows * job.length] for tokens in data.train.values()])
         return structured(parent, calibration, criterion=criterion, length=job.length, **wanted)[0]
 
     found, scratch_lr = (
         {},
-        job.scratch_lr or sheared.scratch_lr(small.get_input_embeddings().weight.shape[1]),
+        job.scratch_lr or rates.scratch_lr(small.get_input_embeddings().weight.shape[1]),
     )
     taught = ("teacher", job.mask_tokens + job.recover_tokens, job.recover_lr, parent)
     runs = {

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 
 from effattn.errors import check_choice
 from effattn.kernels.pack.codes import AXES, KINDS, Coding
-from effattn.registry import format_spec, parse_spec
+from effattn.specs import format_spec, parse_spec
 
 GROUPS = (16, 32, 64, 128, 256)
 GROUP = {"int8": 128, "int4": 64, "int2": 32, "fp8": 128}  # by default

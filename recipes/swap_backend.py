@@ -190,7 +190,7 @@ def load(settings: Settings, show: Quiet, patterns: list[Pattern]) -> tuple:
 def plan(parts: Anatomy, patterns: list[Pattern]) -> list[Run]:
     """The runs: before, the user's patterns, and the baselines that make them readable. ValueError
     for layers that the model does not have."""
-    from effattn.surgery.swapping import parse_layers
+    from effattn.specs import parse_layers
     from effattn.swapping.patterns import label_of, without_sinks
 
     full = all(layer.window is None for layer in parts.layers)
@@ -207,9 +207,7 @@ def plan(parts: Anatomy, patterns: list[Pattern]) -> list[Run]:
 
 def check_positions(settings: Settings, parts: Anatomy) -> None:
     """A table of learned positions ends; rotary ones do not. ValueError."""
-    from effattn.swapping.measure import trained_length
-
-    trained = trained_length(parts)
+    trained = parts.trained_length
     if parts.layers[0].family.rotary or trained is None:
         return
     asked = {
@@ -228,11 +226,12 @@ def check_positions(settings: Settings, parts: Anatomy) -> None:
 def read(settings: Settings, show: Quiet, model, tokenizer, planned: list[Run]) -> Text:
     """The held-out text. Every pattern is tried on a few tokens of it: what a model or backend
     cannot do is said before anything is measured. ValueError for too little text."""
+    from effattn.encoding import encode
     from effattn.evaluate.streaming import stream_losses
     from effattn.hf import anatomy
     from effattn.surgery.swapping import restore, swap
     from effattn.swapping import measure
-    from effattn.textdata import encode, held_out
+    from effattn.textdata import held_out
 
     streamed, prompted = settings.stream_tokens, settings.prompt_tokens
     wanted = {
@@ -259,7 +258,7 @@ def read(settings: Settings, show: Quiet, model, tokenizer, planned: list[Run]) 
                 finally:
                     restore(model)
 
-    trained = measure.trained_length(anatomy.of(model))
+    trained = anatomy.of(model).trained_length
     stops = (trained or 0, settings.dense_stream_tokens)
     edges = sorted({0, *(count for count in stops if count < streamed), streamed})
     middle = (len(found) - prompted) // 2  # text in full flow, not a file's first lines

@@ -5,24 +5,21 @@ retrieval.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from markupsafe import Markup
 
 from effattn.evaluate.retrieval import score
 from effattn.extending import article_tables as tables
+from effattn.extending.article_data import ArticleData
 from effattn.extending.rules import CLIPPED, FREQUENCIES, WINDOW
 from effattn.reports.figures import AFTER, CARD, INK, empty_axes, plain, svg
 from effattn.reports.plots import NEUTRAL, PALETTE, Series, bar_plot, line_plot
-
-if TYPE_CHECKING:
-    from effattn.extending.article_report import ArticleReport
 
 WIDE = {"width": 10.8, "height": 3.8}
 MOST_LINES = 8
 
 
-def plots(report: ArticleReport) -> dict[str, list[Markup]]:
+def plots(report: ArticleData) -> dict[str, list[Markup]]:
     """Section -> its figures."""
     return {
         tables.ACCURACY: [_copies(report)],
@@ -34,7 +31,7 @@ def plots(report: ArticleReport) -> dict[str, list[Markup]]:
     }
 
 
-def shown(report: ArticleReport) -> list[dict]:
+def shown(report: ArticleData) -> list[dict]:
     """The rules that a plot of lines can hold: the baseline and the best of each kind, without
     log-n.
     """
@@ -52,7 +49,7 @@ def shown(report: ArticleReport) -> list[dict]:
     return [base, *(report.best(group) for group in groups if group)][:MOST_LINES]
 
 
-def _curve(report: ArticleReport, text: str, title: str) -> Markup:
+def _curve(report: ArticleData, text: str, title: str) -> Markup:
     lines = [
         Series(
             row["name"],
@@ -73,7 +70,7 @@ def _curve(report: ArticleReport, text: str, title: str) -> Markup:
     )
 
 
-def _copies(report: ArticleReport) -> Markup:
+def _copies(report: ArticleData) -> Markup:
     rows = [row for row in report.rules if not row["logn"]]
     series = [
         ("natural", NEUTRAL, [100 * report.at(row)["accuracy"] for row in rows]),
@@ -89,7 +86,7 @@ def _copies(report: ArticleReport) -> Markup:
     )
 
 
-def _retrieval(report: ArticleReport) -> list[Markup]:
+def _retrieval(report: ArticleData) -> list[Markup]:
     """Right answers by rule and depth; of a task that the model has not learned, nats."""
     asked = [row for row in report.rules if row["retrieval"]]
     if not asked:

@@ -5,66 +5,20 @@ One JSON-able dict is the report; Markdown, HTML and the terminal show the same 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from effattn.extending import article_plots, article_tables
-from effattn.reports.document import Document
+from effattn.extending.article_data import ArticleData
 from effattn.reports.files import write_text_atomic
 from effattn.reports.tables import Table
 
-KIND = "extend_context"
-
 
 @dataclass
-class ArticleReport(Document):
-    """Wraps `data`, a dict of kind "extend_context".
+class ArticleReport(ArticleData):
+    """An article's data as tables and plots."""
 
-    Keys: settings, model, copy (has the model learned to copy), task and task_learned (of
-    retrieval), within (the tasks within the trained length), rules (a row each, the baseline first:
-    name, axes, kind, logn, seconds, natural, repeated, curves, retrieval), environment. Losses are
-    in nats a token, accuracies shares of 1."""
-
-    data: dict
     terminal = article_tables.TERMINAL
-
-    def __post_init__(self):
-        if self.data.get("kind") != KIND:
-            raise ValueError(
-                f"kind: got {self.data.get('kind')!r}, a report of extend_context has {KIND!r}"
-            )
-
-    @property
-    def rules(self) -> list[dict]:
-        return self.data["rules"]
-
-    @property
-    def lengths(self) -> list[int]:
-        return self.data["settings"]["lengths"]
-
-    @property
-    def longest(self) -> int:
-        return self.lengths[-1]
-
-    @property
-    def trained(self) -> int:
-        return self.data["model"]["trained_length"]
-
-    def at(self, row: dict, length: int | None = None) -> dict:
-        """A rule's cell for natural text at a length, the longest if none is given."""
-        return next(cell for cell in row["natural"] if cell["length"] == (length or self.longest))
-
-    def loss(self, row: dict, length: int | None = None) -> float:
-        return self.at(row, length)["cross_entropy"]
-
-    def copied(self, row: dict) -> float:
-        """Accuracy on the copies of the repeated text, at the longest length."""
-        return row["repeated"][-1]["copies"]["accuracy"]
-
-    def best(self, rows: Sequence[dict]) -> dict | None:
-        """The row with the lowest loss on natural text at the longest length."""
-        return min(rows, key=self.loss, default=None)
 
     @property
     def title(self) -> str:

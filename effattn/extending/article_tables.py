@@ -4,28 +4,20 @@ article's claims hold.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from effattn.evaluate.retrieval import score
+from effattn.extending.article_data import ArticleData
 from effattn.extending.claims import claims
 from effattn.extending.copying import errors_gone
-from effattn.reports.tables import UNKNOWN, Table, number, pairs
-
-if TYPE_CHECKING:
-    from effattn.extending.article_report import ArticleReport
+from effattn.reports.common import about
+from effattn.reports.tables import UNKNOWN, Table, number
 
 LOSS, ACCURACY = "Cross-entropy (nats a token)", "Next-token accuracy (%)"
 RETRIEVAL, CLAIMS, CURVES = "Retrieval", "What holds here", "Loss by position"
 TERMINAL = (ACCURACY, LOSS, RETRIEVAL, CLAIMS)
 
 
-def tables(report: ArticleReport) -> list[Table]:
+def tables(report: ArticleData) -> list[Table]:
     """Every table, the article's first."""
-    data = report.data
-    shown = {
-        key: ", ".join(map(str, value)) if isinstance(value, list) else value
-        for key, value in data["settings"].items()
-    }
     return [
         _texts(report, ACCURACY, lambda cell: f"{100 * cell['accuracy']:.2f}"),
         _texts(report, LOSS, lambda cell: number(cell["cross_entropy"])),
@@ -33,13 +25,11 @@ def tables(report: ArticleReport) -> list[Table]:
         _claims(report),
         _curves(report),
         _specs(report),
-        pairs("Settings", shown),
-        pairs("Model", data["model"]),
-        pairs("Environment", data["environment"]),
+        *about(report.data),
     ]
 
 
-def _texts(report: ArticleReport, title: str, write) -> Table:
+def _texts(report: ArticleData, title: str, write) -> Table:
     """A row a rule: natural text at every length, repeated text beyond the trained one, and its
     copies.
     """
@@ -70,7 +60,7 @@ def _texts(report: ArticleReport, title: str, write) -> Table:
     return Table(title, header, rows, note)
 
 
-def _retrieval(report: ArticleReport) -> list[Table]:
+def _retrieval(report: ArticleData) -> list[Table]:
     asked = [row for row in report.rules if row["retrieval"]]
     data = report.data
     copy = data["copy"]
@@ -132,7 +122,7 @@ def _mean(found: dict) -> str:
     return f"{100 * found['score']:.0f} %"
 
 
-def _claims(report: ArticleReport) -> Table:
+def _claims(report: ArticleData) -> Table:
     words = {True: "holds", False: "does not hold", None: UNKNOWN}
     rows = [[claim.text, words[claim.holds], claim.numbers] for claim in claims(report)]
     note = (
@@ -142,7 +132,7 @@ def _claims(report: ArticleReport) -> Table:
     return Table(CLAIMS, ("Claim", "Here", "Numbers"), rows, note)
 
 
-def _curves(report: ArticleReport) -> Table:
+def _curves(report: ArticleData) -> Table:
     first = report.rules[0]["curves"]["natural"]
     header = ["Position", *(row["name"] for row in report.rules)]
     rows = [
@@ -157,7 +147,7 @@ def _curves(report: ArticleReport) -> Table:
     )
 
 
-def _specs(report: ArticleReport) -> Table:
+def _specs(report: ArticleData) -> Table:
     rows = [
         [
             row["name"],

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
+from effattn.extending.article_data import ArticleData, Rule
 from effattn.extending.rules import CLIPPED, FREQUENCIES, LOGN, WINDOW
-
-if TYPE_CHECKING:
-    from effattn.extending.article_report import ArticleReport
 
 ALIKE = 0.02  # nats a token between losses that are called alike
 
@@ -22,101 +20,135 @@ class Claim:
     numbers: str
 
 
-def claims(report: ArticleReport) -> list[Claim]:
+@dataclass(frozen=True)
+class Found:
+    """The rules that the claims are about, those without log-n: the best of each kind, or None."""
+
+    plain: list[Rule]
+    loss: dict[str, float]  # nats a token at the longest length, by rule
+    baseline: Rule
+    fresh: float  # loss of the baseline in windows of the trained length
+    clipped: Rule | None
+    leaky: Rule | None
+    windowed: Rule | None
+    angles: Rule | None  # of those that change the frequencies, without the baseline
+
+    @classmethod
+    def of(cls, report: ArticleData) -> Found:
+        plain, baseline = [row for row in report.rules if not row["logn"]], report.rules[0]
+
+        def best(wanted: Callable[[Rule], bool]) -> Rule | None:
+            return report.best([row for row in plain if wanted(row)])
+
+        return cls(
+            plain,
+            {row["name"]: report.loss(row) for row in report.rules},
+            baseline,
+            report.loss(baseline, report.trained),
+            best(lambda row: row["name"].startswith("rerope-")),
+            best(lambda row: row["name"].startswith("leaky-")),
+            best(lambda row: row["kind"] == WINDOW),
+            best(lambda row: row["kind"] == FREQUENCIES and row["name"] != baseline["name"]),
+        )
+
+
+def claims(report: ArticleData) -> list[Claim]:
     """In the articles' order; natural text at the longest length where nothing else is said."""
-    trained, longest = report.trained, report.longest
-    loss = {row["name"]: report.loss(row) for row in report.rules}
-    baseline = report.rules[0]["name"]
-    fresh = report.loss(report.rules[0], trained)
-    plain = [row for row in report.rules if not row["logn"]]
-    clipped = report.best([row for row in plain if row["name"].startswith("rerope-")])
-    leaky = report.best([row for row in plain if row["name"].startswith("leaky-")])
-    windowed = report.best([row for row in plain if row["kind"] == WINDOW])
-    angles = report.best(
-        [row for row in plain if row["kind"] == FREQUENCIES and row["name"] != baseline]
-    )
-    found = [
+    found = Found.of(report)
+    return [
+        *_angles(report, found),
+        *_rerope(report, found),
+        *_against_others(found),
+        *_against_window(report, found),
+    ]
+
+
+def _angles(report: ArticleData, found: Found) -> list[Claim]:
+    """Rules that change the frequencies."""
+    trained, loss, name = report.trained, found.loss, found.baseline["name"]
+    return [
         Claim(
             f"RoPE fails beyond the {trained:,} tokens that it was trained with",
-            loss[baseline] > fresh + ALIKE,
-            f"{loss[baseline]:.3f}, fresh windows of {trained:,}: {fresh:.3f}",
+            loss[name] > found.fresh + ALIKE,
+            f"{loss[name]:.3f}, fresh windows of {trained:,}: {found.fresh:.3f}",
         ),
         _ordered("Without tuning, NTK is better than interpolation (PI)", loss, "ntk-old", "pi"),
         _ordered("NTK fixed is better than old", loss, "ntk-fixed", "ntk-old"),
         _ordered("NTK mixed is better than fixed", loss, "ntk-mixed", "ntk-fixed"),
     ]
-    if clipped:
-        name = clipped["name"]
-        found += [
-            Claim(
-                f"ReRoPE: longer context, lower loss ({longest:,} against windows of {trained:,} "
-                "of the same text)",
-                loss[name] <= fresh,
-                f"{name} {loss[name]:.3f}, {fresh:.3f}",
-            ),
-            Claim(
-                "Its best window is a quarter to a half of the trained length",
-                trained // 4 <= int(name.partition("-")[2]) <= trained // 2,
-                ", ".join(
-                    f"{row['name']} {report.loss(row):.3f}"
-                    for row in plain
-                    if row["name"].startswith("rerope-")
-                ),
-            ),
-            _window_fails(report, loss, trained, name),
-            _ordered("Test-time log-n makes ReRoPE better", loss, f"{name} {LOGN}", name),
-        ]
-    if clipped and angles:
-        found.append(
-            _ordered(
-                "ReRoPE is better than every rule of angles", loss, clipped["name"], angles["name"]
-            )
-        )
-    if clipped and leaky:
-        found.append(
-            _ordered(
-                "Leaky ReRoPE is at least as good as ReRoPE",
-                loss,
-                leaky["name"],
-                clipped["name"],
-                slack=ALIKE,
-            )
-        )
-    if clipped and windowed:
-        name, other = clipped["name"], windowed["name"]
-        found.append(
-            Claim(
-                "Loss alone does not tell ReRoPE from a sliding window with sinks",
-                abs(loss[name] - loss[other]) <= ALIKE,
-                f"{name} {loss[name]:.3f}, {other} {loss[other]:.3f}",
-            )
-        )
-        ours, theirs = (report.copied(row) for row in (clipped, windowed))
-        found.append(
-            Claim(
-                "What was read far back is copied by ReRoPE, and not by a sliding window",
-                ours > theirs + 0.1,
-                f"accuracy on copies: {name} {100 * ours:.1f} %, {other} {100 * theirs:.1f} %",
-            )
-        )
-        asked = [row for row in plain if row["retrieval"] and row["kind"] in (CLIPPED, WINDOW)]
-        best = max((row for row in asked if row["kind"] == CLIPPED), key=_score, default=None)
-        control = max((row for row in asked if row["kind"] == WINDOW), key=_score, default=None)
-        if best and control:
-            chance = best["retrieval"]["chance"]
-            held = _score(best) > chance + 0.2 and _score(best) > _score(control) + 0.1
-            found.append(
-                Claim(
-                    f"ReRoPE finds what a window cannot ({report.data['task']})",
-                    held if report.data["task_learned"] else None,
-                    f"{best['name']} {100 * _score(best):.0f} %, {control['name']} "
-                    f"{100 * _score(control):.0f} %, guessing {100 * chance:.0f} %",
-                )
-            )
-    return found
 
 
-def _score(row: dict) -> float:
+def _rerope(report: ArticleData, found: Found) -> list[Claim]:
+    """ReRoPE by itself: its length, its window, and log-n."""
+    if not found.clipped:
+        return []
+    trained, loss, name = report.trained, found.loss, found.clipped["name"]
+    windows = [row for row in found.plain if row["name"].startswith("rerope-")]
+    return [
+        Claim(
+            f"ReRoPE: longer context, lower loss ({report.longest:,} against windows of "
+            f"{trained:,} of the same text)",
+            loss[name] <= found.fresh,
+            f"{name} {loss[name]:.3f}, {found.fresh:.3f}",
+        ),
+        Claim(
+            "Its best window is a quarter to a half of the trained length",
+            trained // 4 <= int(name.partition("-")[2]) <= trained // 2,
+            ", ".join(f"{row['name']} {report.loss(row):.3f}" for row in windows),
+        ),
+        _window_fails(report, loss, trained, name),
+        _ordered("Test-time log-n makes ReRoPE better", loss, f"{name} {LOGN}", name),
+    ]
+
+
+def _against_others(found: Found) -> list[Claim]:
+    """ReRoPE beside the rules of angles, and beside its leaky form."""
+    claims, loss = [], found.loss
+    if found.clipped and found.angles:
+        text = "ReRoPE is better than every rule of angles"
+        claims.append(_ordered(text, loss, found.clipped["name"], found.angles["name"]))
+    if found.clipped and found.leaky:
+        text, names = "Leaky ReRoPE is at least as good as ReRoPE", (found.leaky, found.clipped)
+        claims.append(_ordered(text, loss, *(row["name"] for row in names), slack=ALIKE))
+    return claims
+
+
+def _against_window(report: ArticleData, found: Found) -> list[Claim]:
+    """ReRoPE beside a sliding window with sinks, which cannot see what is far back."""
+    if not (found.clipped and found.windowed):
+        return []
+    loss, name, other = found.loss, found.clipped["name"], found.windowed["name"]
+    ours, theirs = (report.copied(row) for row in (found.clipped, found.windowed))
+    claims = [
+        Claim(
+            "Loss alone does not tell ReRoPE from a sliding window with sinks",
+            abs(loss[name] - loss[other]) <= ALIKE,
+            f"{name} {loss[name]:.3f}, {other} {loss[other]:.3f}",
+        ),
+        Claim(
+            "What was read far back is copied by ReRoPE, and not by a sliding window",
+            ours > theirs + 0.1,
+            f"accuracy on copies: {name} {100 * ours:.1f} %, {other} {100 * theirs:.1f} %",
+        ),
+    ]
+    asked = [row for row in found.plain if row["retrieval"]]
+    best = max((row for row in asked if row["kind"] == CLIPPED), key=_score, default=None)
+    control = max((row for row in asked if row["kind"] == WINDOW), key=_score, default=None)
+    if best and control:
+        chance = best["retrieval"]["chance"]
+        held = _score(best) > chance + 0.2 and _score(best) > _score(control) + 0.1
+        claims.append(
+            Claim(
+                f"ReRoPE finds what a window cannot ({report.data['task']})",
+                held if report.data["task_learned"] else None,
+                f"{best['name']} {100 * _score(best):.0f} %, {control['name']} "
+                f"{100 * _score(control):.0f} %, guessing {100 * chance:.0f} %",
+            )
+        )
+    return claims
+
+
+def _score(row: Rule) -> float:
     return row["retrieval"]["score"]
 
 
@@ -130,7 +162,7 @@ def _ordered(
     return Claim(text, loss[better] < loss[worse] + slack, numbers)
 
 
-def _window_fails(report: ArticleReport, loss: dict[str, float], trained: int, best: str) -> Claim:
+def _window_fails(report: ArticleData, loss: dict[str, float], trained: int, best: str) -> Claim:
     text, name = "A window as long as the trained length fails", f"rerope-{trained}"
     if name not in loss:
         return Claim(text, None, "")

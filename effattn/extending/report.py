@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from markupsafe import Markup
 
 from effattn.extending.planner import NEEDED
+from effattn.reports.common import about
 from effattn.reports.document import Document
 from effattn.reports.plots import AFTER, NEUTRAL, UPTRAINED, Series, line_plot
 from effattn.reports.tables import Table, number, pairs
@@ -31,13 +32,9 @@ class ExtendReport(Document):
     filled."""
 
     data: dict
+    kind = KIND
+    named = "a report of extend"
     terminal = (PLAN, ROTATION, QUALITY)
-
-    def __post_init__(self):
-        if self.data.get("kind") != KIND:
-            raise ValueError(
-                f"kind: got {self.data.get('kind')!r}, a report of extend has {KIND!r}"
-            )
 
     @property
     def plan(self) -> dict:
@@ -91,11 +88,6 @@ class ExtendReport(Document):
     def tables(self) -> list[Table]:
         """Every table, the plan first."""
         data = self.data
-        shown = {
-            key: ", ".join(map(str, value)) if isinstance(value, list) else value
-            for key, value in data["settings"].items()
-            if key != "overrides"
-        }
         found = [self._rules(), self._rotation(), self._wavelengths(), *self._quality()]
         if data["tuning"]:
             found.append(
@@ -105,12 +97,7 @@ class ExtendReport(Document):
             )
         if data["verification"]:
             found.append(pairs("Checkpoint, loaded again", data["verification"]))
-        return [
-            *found,
-            pairs("Settings", shown),
-            pairs("Model", data["model"]),
-            pairs("Environment", data["environment"]),
-        ]
+        return [*found, *about(data)]
 
     def _rules(self) -> Table:
         rows = []

@@ -6,13 +6,13 @@ What was not measured says so: a missing number is never 0."""
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 from effattn.heads import report_plots
 from effattn.heads.report_compare import compare_html
-from effattn.heads.report_tables import heads_text, speed_ratio, tables
-from effattn.reports.document import Document
+from effattn.heads.report_data import ConversionData
+from effattn.heads.report_tables import tables
+from effattn.reports.common import speed_ratio
 from effattn.reports.page import Section, page
 from effattn.reports.tables import Table, number, percent
 
@@ -20,105 +20,19 @@ __all__ = ["ConversionReport", "compare_html"]
 
 
 @dataclass
-class ConversionReport(Document):
-    """Wraps `data`, a dict of kind "convert_gqa"; any of its measurements may be None or absent.
+class ConversionReport(ConversionData):
+    """A conversion's data as tables, plots and a page."""
 
-    Keys: settings, model, quality (perplexity; cross_entropy and kl in nats a token), uptraining,
-    layers (relative squared errors), kv_bytes_per_token, decode (milliseconds a step, tokens/s,
-    bytes), verification, environment."""
-
-    data: dict
     terminal = ("Before and after", "Decoding", "Verification")
-
-    def __post_init__(self):
-        if self.data.get("kind") != "convert_gqa":
-            raise ValueError(
-                f"kind: got {self.data.get('kind')!r}, a conversion report has 'convert_gqa'"
-            )
-
-    def part(self, name: str) -> dict:
-        """A part of `data`, empty if it is null or absent."""
-        return self.data.get(name) or {}
-
-    @property
-    def settings(self) -> dict:
-        return self.part("settings")
-
-    @property
-    def model(self) -> dict:
-        return self.part("model")
-
-    @property
-    def quality(self) -> dict:
-        return self.part("quality")
-
-    @property
-    def uptraining(self) -> dict:
-        return self.part("uptraining")
-
-    @property
-    def verification(self) -> dict:
-        return self.part("verification")
-
-    @property
-    def kv_bytes_per_token(self) -> dict:
-        return self.part("kv_bytes_per_token")
-
-    @property
-    def layers(self) -> list[dict]:
-        return self.data.get("layers") or []
-
-    @property
-    def decode(self) -> list[dict]:
-        return self.data.get("decode") or []
-
-    @property
-    def curve(self) -> list[dict]:
-        return self.uptraining.get("curve") or []
-
-    @property
-    def kv_ratio(self) -> float | None:
-        """How many times smaller the KV cache of a token is."""
-        before, after = self.kv_bytes_per_token.get("before"), self.kv_bytes_per_token.get("after")
-        return before / after if before and after else None
-
-    def measured(self, stage: str, name: str = "perplexity") -> float | None:
-        """`name` ("perplexity", "cross_entropy", "kl") at a stage ("before", "converted",
-        "uptrained"), or None.
-        """
-        return (self.quality.get(stage) or {}).get(name)
-
-    def excess(self, stage: str) -> float | None:
-        """Cross-entropy above the parent's, nats a token."""
-        before, after = (
-            self.measured("before", "cross_entropy"),
-            self.measured(stage, "cross_entropy"),
-        )
-        return None if before is None or after is None else after - before
-
-    @property
-    def curve_parent(self) -> float | None:
-        """The parent's perplexity on the tokens the curve was measured on; None if these are other
-        tokens.
-
-        `uptraining["parent"]` has it, or the curve starts where `quality["converted"]` is: then
-        they are the same."""
-        own = (self.uptraining.get("parent") or {}).get("perplexity")
-        converted = self.measured("converted")
-        if own is not None or not self.curve or not converted:
-            return own
-        start = self.curve[0].get("perplexity")
-        same = start is not None and math.isclose(start, converted, rel_tol=1e-3)
-        return self.measured("before") if same else None
 
     @property
     def title(self) -> str:
-        return f"{self.settings.get('model', 'model')}: {heads_text(self)} KV heads"
+        return f"{self.settings.get('model', 'model')}: {self.heads_text} KV heads"
 
     @property
     def headline(self) -> str:
         """The result in one sentence of plain words."""
-        parts = [f"{heads_text(self)} KV heads"]
+        parts = [f"{self.heads_text} KV heads"]
         if self.kv_ratio:
             parts[0] += f": the KV cache is {self.kv_ratio:.1f}x smaller"
         before, converted, uptrained = (

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from markupsafe import Markup
 
-from effattn.heads.report_plots import token_axis
-from effattn.heads.report_tables import heads_text, speed_ratio
+from effattn.heads.report_data import ConversionData
+from effattn.reports.common import speed_ratio
+from effattn.reports.figures import token_axis
 from effattn.reports.page import Section, page
 from effattn.reports.plots import NEUTRAL, PALETTE, Series, bar_plot, line_plot
 from effattn.reports.tables import UNKNOWN, Table, number, pairs
-
-if TYPE_CHECKING:
-    from effattn.heads.report import ConversionReport
 
 VARIED = (
     "model",
@@ -27,7 +24,7 @@ VARIED = (
 )
 
 
-def labels(reports: Sequence[ConversionReport]) -> list[str]:
+def labels(reports: Sequence[ConversionData]) -> list[str]:
     """A method's name for each report, with whatever other settings differ between them (KV heads
     are apart): "optimal + O re-fit, uptrained on 600,000 tokens"."""
     differing = [
@@ -60,7 +57,7 @@ def _told(name: str, value: object) -> str:
     return "" if name == "refit" else f"{name.replace('_', ' ')} {number(value)}"
 
 
-def compare_html(reports: Sequence[ConversionReport]) -> str:
+def compare_html(reports: Sequence[ConversionData]) -> str:
     """One page for a sweep over KV heads and methods: a table, the uptraining curves, the excess
     cross-entropy.
     """
@@ -76,7 +73,7 @@ def compare_html(reports: Sequence[ConversionReport]) -> str:
         rows.append(
             [
                 label,
-                heads_text(report),
+                report.heads_text,
                 number(report.kv_bytes_per_token.get("after")),
                 *(number(report.measured(stage)) for stage in ("before", "converted", "uptrained")),
                 *(number(report.excess(stage)) for stage in ("converted", "uptrained")),
@@ -123,7 +120,7 @@ def compare_html(reports: Sequence[ConversionReport]) -> str:
     )
 
 
-def _closest(named: Sequence[tuple[str, ConversionReport]]) -> list[str]:
+def _closest(named: Sequence[tuple[str, ConversionData]]) -> list[str]:
     """A sentence for each number of KV heads: the method closest to the parent, after uptraining if
     any has it.
     """
@@ -150,7 +147,7 @@ def _closest(named: Sequence[tuple[str, ConversionReport]]) -> list[str]:
     return sentences
 
 
-def _kv_heads(named: Sequence[tuple[str, ConversionReport]]) -> list[int]:
+def _kv_heads(named: Sequence[tuple[str, ConversionData]]) -> list[int]:
     return sorted(
         {
             report.model["kv_heads_after"]
@@ -164,13 +161,13 @@ def _heads(kv_heads: int) -> str:
     return "1 KV head" if kv_heads == 1 else f"{kv_heads} KV heads"
 
 
-def _colors(named: Sequence[tuple[str, ConversionReport]]) -> dict[str, str]:
+def _colors(named: Sequence[tuple[str, ConversionData]]) -> dict[str, str]:
     """A colour for each method, the same in every plot."""
     methods = dict.fromkeys(label for label, _ in named)
     return {method: PALETTE[index % len(PALETTE)] for index, method in enumerate(methods)}
 
 
-def curves(named: Sequence[tuple[str, ConversionReport]]) -> list[Markup]:
+def curves(named: Sequence[tuple[str, ConversionData]]) -> list[Markup]:
     """Perplexity against uptraining tokens: a plot for each number of KV heads, the parent
     dashed.
     """
@@ -207,7 +204,7 @@ def curves(named: Sequence[tuple[str, ConversionReport]]) -> list[Markup]:
     return plots
 
 
-def excess(named: Sequence[tuple[str, ConversionReport]]) -> list[Markup]:
+def excess(named: Sequence[tuple[str, ConversionData]]) -> list[Markup]:
     """Cross-entropy above the parent's by method, grouped by KV heads: after conversion and after
     uptraining.
     """

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
-
 from markupsafe import Markup
 
+from effattn.heads.report_data import ConversionData
+from effattn.reports.figures import token_axis
 from effattn.reports.plots import AFTER, BEFORE, PALETTE, Series, bar_plot, line_plot
-
-if TYPE_CHECKING:
-    from effattn.heads.report import ConversionReport
 
 ERRORS = {  # a layer's errors: key -> (legend, colour)
     "k_error": ("keys", PALETTE[4]),
@@ -21,20 +17,7 @@ ERRORS = {  # a layer's errors: key -> (legend, colour)
 CONTEXTS = [2**power for power in range(9, 18)]  # tokens at which the KV cache is drawn
 
 
-def token_axis(counts: Sequence[float]) -> tuple[list[float], str]:
-    """Token counts in a unit that keeps the axis short, and the unit's name."""
-    largest = max(counts, default=0)
-    scale, unit = (
-        (1e9, "billions")
-        if largest >= 2e9
-        else (1e6, "millions")
-        if largest >= 2e6
-        else (1e3, "thousands")
-    )
-    return [count / scale for count in counts], f"uptraining tokens ({unit})"
-
-
-def uptraining(report: ConversionReport) -> list[Markup]:
+def uptraining(report: ConversionData) -> list[Markup]:
     """Perplexity and KL to the parent against uptraining tokens; the parent dashed where it is
     comparable.
     """
@@ -63,7 +46,7 @@ def uptraining(report: ConversionReport) -> list[Markup]:
     return plots
 
 
-def layers(report: ConversionReport) -> list[Markup]:
+def layers(report: ConversionData) -> list[Markup]:
     """Relative error of keys, values and the attention output, layer by layer."""
     rows = report.layers
     series = [
@@ -86,7 +69,7 @@ def layers(report: ConversionReport) -> list[Markup]:
     ]
 
 
-def cache(report: ConversionReport) -> list[Markup]:
+def cache(report: ConversionData) -> list[Markup]:
     """KV cache size against context, log-log, for one sequence."""
     sizes = report.kv_bytes_per_token
     contexts = sorted({*CONTEXTS, *(row["context"] for row in report.decode)})
@@ -107,7 +90,7 @@ def cache(report: ConversionReport) -> list[Markup]:
     return [line_plot("KV cache against context", lines, *labels, contexts=True, log_y=True)]
 
 
-def decode(report: ConversionReport) -> list[Markup]:
+def decode(report: ConversionData) -> list[Markup]:
     """Decoding speed against context with its p20 to p80 band."""
     lines = []
     for when, color in (("before", BEFORE), ("after", AFTER)):

@@ -2,26 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
+from effattn.heads.report_data import ConversionData
 from effattn.heads.report_plots import ERRORS
-from effattn.reports.tables import UNKNOWN, Table, data_size, number, pairs, percent
+from effattn.reports.common import curve_table, decode_table
+from effattn.reports.tables import UNKNOWN, Table, number, pairs, percent
 
-if TYPE_CHECKING:
-    from effattn.heads.report import ConversionReport
-
-
-def speed_ratio(row: dict) -> float | None:
-    """Decoding speed after over before, of one context; None unless both were timed."""
-    before, after = ((row.get(when) or {}).get("tokens_per_s") for when in ("before", "after"))
-    return after / before if before and after else None
-
-
-def speed(timed: dict) -> str:
-    """Tokens/s of one side of a decoding row, or why there are none."""
-    if timed.get("does_not_fit"):
-        return f"does not fit (needs {data_size(timed['does_not_fit'])})"
-    return f"{timed['tokens_per_s']:,.1f}" if timed.get("tokens_per_s") else UNKNOWN
+DECODE_NOTE = (
+    "Context in tokens. Greedy single-token steps, the models taking turns; tokens/s of the whole "
+    "batch."
+)
 
 
 def _spread(timed: dict) -> str:
@@ -29,12 +18,7 @@ def _spread(timed: dict) -> str:
     return UNKNOWN if None in (low, middle, high) else f"{middle:.2f} ({low:.2f} to {high:.2f})"
 
 
-def heads_text(report: ConversionReport) -> str:
-    """The numbers of KV heads, "8 -> 2"."""
-    return " -> ".join(number(report.model.get(f"kv_heads_{when}")) for when in ("before", "after"))
-
-
-def _quality_table(report: ConversionReport) -> Table:
+def _quality_table(report: ConversionData) -> Table:
     kv, model = report.kv_bytes_per_token, report.model
     trained = bool(report.uptraining or report.quality.get("uptrained"))
     skipped = UNKNOWN if trained or report.settings.get("uptrain_tokens") else "no uptraining"
@@ -69,52 +53,18 @@ def _quality_table(report: ConversionReport) -> Table:
     return Table("Before and after", header, rows, note if quality else "")
 
 
-def _decode_tables(report: ConversionReport) -> list[Table]:
-    speeds, times = [], []
+def _step_table(report: ConversionData) -> Table:
+    rows = []
     for row in report.decode:
         before, after = row.get("before") or {}, row.get("after") or {}
-        ratio = speed_ratio(row)
-        speeds.append(
-            [
-                number(row["context"]),
-                number(row.get("batch")),
-                speed(before),
-                speed(after),
-                f"{ratio:.2f}x" if ratio else UNKNOWN,
-                data_size(before.get("kv_bytes")),
-                data_size(after.get("kv_bytes")),
-            ]
-        )
-        times.append(
-            [number(row["context"]), number(row.get("batch")), _spread(before), _spread(after)]
-        )
-    header = (
-        "Context",
-        "Batch",
-        "Before (tokens/s)",
-        "After (tokens/s)",
-        "Speed",
-        "KV before",
-        "KV after",
-    )
-    note = (
-        "Context in tokens. Greedy single-token steps, the models taking turns; tokens/s of "
-        "the whole batch."
-    )
-    header_times = ("Context", "Batch", "Before (ms)", "After (ms)")
-    return [
-        Table("Decoding", header, speeds, note),
-        Table(
-            "Time of a decoding step",
-            header_times,
-            times,
-            "Milliseconds: p50 (p20 to p80).",
-            folded=True,
-        ),
-    ]
+        place = [number(row["context"]), number(row.get("batch"))]
+        rows.append([*place, _spread(before), _spread(after)])
+    header = ("Context", "Batch", "Before (ms)", "After (ms)")
+    note = "Milliseconds: p50 (p20 to p80)."
+    return Table("Time of a decoding step", header, rows, note, folded=True)
 
 
-def _verification_table(report: ConversionReport) -> Table:
+def _verification_table(report: ConversionData) -> Table:
     names = {
         "fresh_process": "Loaded by plain transformers in a fresh process",
         "max_logit_difference": "Largest logit difference after loading",
@@ -127,7 +77,7 @@ def _verification_table(report: ConversionReport) -> Table:
     return Table("Verification", ("Check", "Result"), rows, facts=True)
 
 
-def _layer_table(report: ConversionReport) -> Table:
+def _layer_table(report: ConversionData) -> Table:
     rows = [
         [number(row["layer"]), *(number(row.get(key)) for key in ERRORS)] for row in report.layers
     ]
@@ -136,19 +86,7 @@ def _layer_table(report: ConversionReport) -> Table:
     return Table("Relative error by layer", header, rows, note, folded=True)
 
 
-def _curve_table(report: ConversionReport) -> Table:
-    names = ("tokens", "perplexity", "cross_entropy", "kl")
-    header = (
-        "Uptraining tokens",
-        "Perplexity",
-        "Cross-entropy (nats/token)",
-        "KL to the parent (nats/token)",
-    )
-    rows = [[number(point.get(name)) for name in names] for point in report.curve]
-    return Table("Uptraining curve", header, rows, folded=True)
-
-
-def _uptraining_table(report: ConversionReport) -> Table:
+def _uptraining_table(report: ConversionData) -> Table:
     facts = {
         key: value for key, value in report.uptraining.items() if key not in ("curve", "parent")
     }
@@ -157,15 +95,17 @@ def _uptraining_table(report: ConversionReport) -> Table:
     return pairs("Uptraining", facts, missing="not known")
 
 
-def tables(report: ConversionReport) -> list[Table]:
+def tables(report: ConversionData) -> list[Table]:
     """Every table, the headline first; parts that are absent are left out, apart from the
     headline.
     """
     tables = [_quality_table(report)]
-    tables += _decode_tables(report) if report.decode else []
+    if report.decode:
+        tables += [decode_table(report.decode, DECODE_NOTE, detailed=True), _step_table(report)]
     tables += [_verification_table(report)] if report.verification else []
     tables += [_uptraining_table(report)] if report.uptraining else []
-    tables += [_curve_table(report)] if report.curve else []
+    if report.curve:
+        tables.append(curve_table("Uptraining curve", "Uptraining tokens", report.curve))
     tables += [_layer_table(report)] if report.layers else []
     names = {"settings": "Settings", "model": "Model", "environment": "Environment"}
     return tables + [

@@ -16,7 +16,7 @@ from effattn.errors import check_choice
 from effattn.hf.anatomy import Layer
 from effattn.hf.placement import device_of
 from effattn.interface import Backend
-from effattn.registry import parse_spec
+from effattn.specs import by_layer, parse_spec
 from effattn.states.full import FullState, State
 
 if TYPE_CHECKING:
@@ -60,13 +60,8 @@ class LayerCache:
 def parse(cache: str | dict[str | int, str], layers: int) -> dict[int, str]:
     """layer -> spec. ValueError for what means nothing, with the nearest valid name."""
     from effattn.quant.formats import Format
-    from effattn.surgery.plan import parse_layers
 
-    asked = (
-        parse_layers(cache, layers, "cache")
-        if isinstance(cache, dict)
-        else dict.fromkeys(range(layers), cache)
-    )
+    asked = by_layer(cache, layers, "cache")
     for spec in dict.fromkeys(asked.values()):
         name, options = parse_spec(spec)
         check_choice("cache", name, CACHES)

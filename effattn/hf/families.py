@@ -50,6 +50,12 @@ def sliding_window(attention: nn.Module, config) -> int | None:
     return config.sliding_window if windows == "all" else None
 
 
+def trained_length(config) -> int | None:
+    """The longest sequence that a model of this config was made for, in tokens; None where it does
+    not say."""
+    return getattr(config, "max_position_embeddings", None)
+
+
 @dataclass(frozen=True)
 class Family:
     """What differs between model types; the defaults are Llama's. q, k, v and o are paths from the

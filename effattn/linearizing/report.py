@@ -6,8 +6,16 @@ One JSON-able dict is the report; Markdown, HTML and the terminal show the same 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import TypedDict
 
 from effattn.linearizing.approximation_report import ApproximationReport
+from effattn.reports.common import (
+    QUALITY_HEADER,
+    QUALITY_NAMES,
+    about,
+    curve_table,
+    measured_on,
+)
 from effattn.reports.document import Document
 from effattn.reports.page import Section, page
 from effattn.reports.plots import AFTER, BEFORE, UPTRAINED, Series, bar_plot, line_plot, short_count
@@ -19,6 +27,23 @@ QUALITY, STATE = "Quality", "What decoding remembers"
 ERRORS = "Error against exact attention before training"
 
 
+class Transfer(TypedDict):
+    """What attention transfer did: each layer's squared distance from the parent's attention
+    output, over that one's square."""
+
+    tokens: int  # seen
+    before: list[float]
+    after: list[float]
+
+
+class StateBytes(TypedDict):
+    """What decoding remembers of one sequence, all layers, in bytes."""
+
+    context: int  # tokens
+    plain: int  # of a K/V cache
+    ours: int
+
+
 @dataclass
 class LinearizeReport(Document):
     """Wraps `data`, a dict of kind "linearize": settings, model, layers, quality (the parent, and
@@ -27,13 +52,9 @@ class LinearizeReport(Document):
     come with their cross-entropy in nats a token."""
 
     data: dict
+    kind = "linearize"
+    named = "a linearization's report"
     terminal = (QUALITY, STATE)
-
-    def __post_init__(self):
-        if self.data.get("kind") != "linearize":
-            raise ValueError(
-                f"kind: got {self.data.get('kind')!r}, a linearization's report has 'linearize'"
-            )
 
     @property
     def label(self) -> str:
@@ -90,83 +111,13 @@ class LinearizeReport(Document):
 
     def tables(self) -> list[Table]:
         """Every table, the headline's first."""
-        data, parent = self.data, self.data["quality"]["before"]
-        rows = [
-            [
-                "the parent",
-                f"{parent['perplexity']:.4f}",
-                f"{parent['cross_entropy']:.4f}",
-                "-",
-                "-",
-            ]
-        ]
-        for stage in STAGES:
-            if stage in data["stages"]:
-                found = data["stages"][stage]
-                trained = (data.get(stage) or {}).get("tokens")
-                rows.append(
-                    [
-                        f"after {stage}",
-                        number(found["perplexity"])
-                        + percent(parent["perplexity"], found["perplexity"]),
-                        number(found["cross_entropy"]),
-                        number(found["kl"]),
-                        number(trained) if trained else "-",
-                    ]
-                )
-        quality = data["quality"]
-        note = (
-            f"On {quality['tokens']:,} held-out tokens ({quality['source']}) in windows of "
-            f"{quality['context']:,}."
-        )
-        share = data["pretraining_tokens"] and self.tokens / data["pretraining_tokens"]
-        note += f" Training saw {100 * share:.2f} % of the pretraining tokens." if share else ""
-        header = (
-            "",
-            "Perplexity",
-            "Cross-entropy (nats/token)",
-            "KL to the parent (nats/token)",
-            "Trained on (tokens)",
-        )
-        tables = [Table(QUALITY, header, rows, note)]
-        states = [
-            [
-                f"{row['context']:,}",
-                data_size(row["plain"]),
-                data_size(row["ours"]),
-                f"{row['plain'] / row['ours']:,.2f}x",
-            ]
-            for row in data["state_bytes"]
-        ]
-        header = ("Context (tokens)", "K/V cache", "Now", "Smaller by")
-        tables.append(
-            Table(STATE, header, states, "Bytes of one sequence, all layers, as declared.")
-        )
+        data = self.data
+        tables = [self._quality(), self._states()]
         if moved := data["transfer"]:
-            rows = [
-                [str(i), number(a), number(b)]
-                for i, (a, b) in enumerate(zip(moved["before"], moved["after"], strict=True))
-            ]
-            note = (
-                "Squared distance of each layer's attention output from the parent's over the "
-                "parent's square."
-            )
-            tables.append(
-                Table("Attention transfer", ("Layer", "Before", "After"), rows, note, folded=True)
-            )
+            tables.append(_transfer(moved))
         if learned := data["distillation"]:
-            rows = [
-                [number(point[name]) for name in ("tokens", "perplexity", "cross_entropy", "kl")]
-                for point in learned["curve"]
-            ]
-            header = (
-                "Tokens",
-                "Perplexity",
-                "Cross-entropy (nats/token)",
-                "KL to the parent (nats/token)",
-            )
             note = "On the first 8,192 held-out tokens."
-            tables.append(Table("Distillation", header, rows, note, folded=True))
+            tables.append(curve_table("Distillation", "Tokens", learned["curve"], note))
         if data.get("approximation"):
             for table in ApproximationReport(data["approximation"]).tables():
                 tables.append(replace(table, title=f"{ERRORS}: {table.title}", folded=True))
@@ -174,17 +125,45 @@ class LinearizeReport(Document):
         tables.append(Table("Layers", ("Layer", "Pattern", "Projections"), rows, folded=True))
         if data["verification"]:
             tables.append(pairs("Checkpoint, loaded again", data["verification"]))
-        shown = {
-            key: ", ".join(map(str, value)) if isinstance(value, list) else value
-            for key, value in data["settings"].items()
-            if key != "overrides"
-        }
-        return [
-            *tables,
-            pairs("Settings", shown),
-            pairs("Model", data["model"]),
-            pairs("Environment", data["environment"]),
+        return [*tables, *about(data)]
+
+    def _quality(self) -> Table:
+        """The parent, and the model after each stage."""
+        data, parent = self.data, self.data["quality"]["before"]
+        perplexity, cross_entropy = (f"{parent[name]:.4f}" for name in QUALITY_NAMES[:2])
+        rows = [["the parent", perplexity, cross_entropy, "-", "-"]]
+        for stage in STAGES:
+            if stage in data["stages"]:
+                found = data["stages"][stage]
+                trained = (data.get(stage) or {}).get("tokens")
+                change = percent(parent["perplexity"], found["perplexity"])
+                rows.append(
+                    [
+                        f"after {stage}",
+                        number(found["perplexity"]) + change,
+                        number(found["cross_entropy"]),
+                        number(found["kl"]),
+                        number(trained) if trained else "-",
+                    ]
+                )
+        note = measured_on(data["quality"])
+        share = data["pretraining_tokens"] and self.tokens / data["pretraining_tokens"]
+        note += f" Training saw {100 * share:.2f} % of the pretraining tokens." if share else ""
+        return Table(QUALITY, ("", *QUALITY_HEADER, "Trained on (tokens)"), rows, note)
+
+    def _states(self) -> Table:
+        sizes: list[StateBytes] = self.data["state_bytes"]
+        rows = [
+            [
+                f"{row['context']:,}",
+                data_size(row["plain"]),
+                data_size(row["ours"]),
+                f"{row['plain'] / row['ours']:,.2f}x",
+            ]
+            for row in sizes
         ]
+        header = ("Context (tokens)", "K/V cache", "Now", "Smaller by")
+        return Table(STATE, header, rows, "Bytes of one sequence, all layers, as declared.")
 
     def plots(self) -> dict[str, list]:
         """Section -> its figures."""
@@ -246,3 +225,15 @@ class LinearizeReport(Document):
         sections[0].tables += [tables[name] for name in ("Distillation",) if name in tables]
         sections += [Section(name, tables=[tables[name]]) for name in facts if name in tables]
         return page(self.title, self.headline, sections)
+
+
+def _transfer(moved: Transfer) -> Table:
+    rows = [
+        [str(i), number(a), number(b)]
+        for i, (a, b) in enumerate(zip(moved["before"], moved["after"], strict=True))
+    ]
+    note = (
+        "Squared distance of each layer's attention output from the parent's over the parent's "
+        "square."
+    )
+    return Table("Attention transfer", ("Layer", "Before", "After"), rows, note, folded=True)

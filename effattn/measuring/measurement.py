@@ -284,11 +284,7 @@ def _check_positions(parts: anatomy.Anatomy, contexts: Sequence[int], steps: int
 
 def hard_limit(parts: anatomy.Anatomy) -> int | None:
     """The most tokens that the model can run at all; None where nothing stops it."""
-    return (
-        None
-        if parts.layers[0].family.rotary
-        else getattr(parts.config, "max_position_embeddings", None)
-    )
+    return None if parts.layers[0].family.rotary else parts.trained_length
 
 
 def _check_room(model: nn.Module, variants: list[Variant], device: torch.device) -> None:
@@ -314,7 +310,7 @@ def _model_facts(parts: anatomy.Anatomy, name: str | None) -> dict:
         "parameters": sum(map(numbers, tensors)),
         "weight_bytes": weight_bytes(model),
         "dtype": str(parts.layers[0].dtype).removeprefix("torch."),
-        "trained_length": getattr(parts.config, "max_position_embeddings", None),
+        "trained_length": parts.trained_length,
     }
 
 

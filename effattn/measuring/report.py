@@ -10,6 +10,7 @@ from pathlib import Path
 
 from effattn.measuring import report_plots as plots
 from effattn.measuring import report_tables as tables
+from effattn.measuring.report_rows import main_numbers
 from effattn.measuring.rows import MEASURED
 from effattn.reports.files import finite, write_all_atomic, write_text_atomic
 from effattn.reports.page import Section, page
@@ -159,7 +160,7 @@ class Report:
         """The result as one line of JSON, for scripts: the finding, and the main numbers of every
         row.
         """
-        shown = [tables.main_numbers(self, row) for row in self.rows]
+        shown = [main_numbers(self, row) for row in self.rows]
         return json.dumps(
             finite({"kind": KIND, "version": VERSION, "finding": self.headline, "rows": shown})
         )

@@ -5,7 +5,7 @@ time go.
 from __future__ import annotations
 
 from effattn.measuring.operations import GROUPS
-from effattn.measuring.report_tables import by_operation, peak, short, shown_rows
+from effattn.measuring.report_rows import by_operation, peak, short, shown_rows
 from effattn.measuring.rows import MEASURED
 from effattn.reports.plots import (
     PALETTE,

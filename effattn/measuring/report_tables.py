@@ -3,6 +3,17 @@
 from __future__ import annotations
 
 from effattn.measuring.operations import NAMES
+from effattn.measuring.report_rows import (
+    amount,
+    by_operation,
+    measured_rows,
+    peak,
+    place_of,
+    several_batches,
+    short,
+    shown_place,
+    shown_rows,
+)
 from effattn.measuring.rows import MEASURED
 from effattn.reports.tables import Table, data_size, pairs
 
@@ -14,41 +25,9 @@ MEMORY_NOTE = (
 )
 
 
-def main_numbers(report, row: dict) -> dict:
-    """What one row comes to, in plain units: what the last line of the terminal says."""
-    shown = {key: row[key] for key in ("variant", "context", "batch", "status")}
-    if row["status"] != MEASURED:
-        return shown | {
-            "needs_bytes": row["needs_bytes"],
-            "available_bytes": row["available_bytes"],
-        }
-    decode = row["decode"]
-    return shown | {
-        "ttft_ms": _rounded(row["prefill"]["ms_p50"]),
-        "ms_per_token": _rounded(decode["ms_p50"]),
-        "tokens_per_s": _rounded(decode["tokens_per_s"]),
-        "peak_bytes": peak(row),
-        "kv_bytes": row["kv_bytes_held"],
-        "gb_per_s": _rounded(decode["bytes_per_s"] / 1e9),
-        "of_read_peak": _rounded(decode["bandwidth_share"]),
-        "ttft_ratio": _rounded(report.ratio(row, "prefill")),
-        "decode_ratio": _rounded(report.ratio(row, "decode")),
-    }
-
-
-def peak(row: dict) -> int | None:
-    """The larger of the measured peaks of prefill and decode, in bytes."""
-    known = [
-        row[phase]["peak_bytes"]
-        for phase in ("prefill", "decode")
-        if row[phase]["peak_bytes"] is not None
-    ]
-    return max(known, default=None)
-
-
 def main_table(report) -> Table:
     """The headline table: a line for each row, those that do not fit included."""
-    batches, first = _several_batches(report), report.variants[0]
+    batches, first = several_batches(report), report.variants[0]
     several = len(report.variants) > 1
     header = [
         "Variant",
@@ -97,11 +76,11 @@ def main_table(report) -> Table:
 def spread_table(report) -> Table:
     """p20, p50 and p80 of both phases."""
     rows = []
-    for row in _measured(report):
+    for row in measured_rows(report):
         for phase, label in (("prefill", "first token"), ("decode", "token")):
             spread = row[phase]
             times = [short(spread[f"ms_{p}"]) for p in ("p20", "p50", "p80")]
-            rows.append([*_place(row), label, *times, f"{spread['rounds']}"])
+            rows.append([*place_of(row), label, *times, f"{spread['rounds']}"])
     header = (
         "Variant",
         "Context",
@@ -118,20 +97,20 @@ def spread_table(report) -> Table:
 def limit_table(report) -> Table:
     """Work, traffic and their shares of the measured peaks."""
     rows = []
-    for row in _measured(report):
+    for row in measured_rows(report):
         for phase in ("prefill", "decode"):
             one = row[phase]
             moved = one["read_bytes"] + one["write_bytes"]
             rows.append(
                 [
-                    *_place(row),
+                    *place_of(row),
                     phase,
-                    _work(one["flops"] / 1e9),
-                    _work(moved / 1e9),
-                    _work(one["intensity"]),
-                    _work(one["flops_per_s"] / 1e9),
+                    amount(one["flops"] / 1e9),
+                    amount(moved / 1e9),
+                    amount(one["intensity"]),
+                    amount(one["flops_per_s"] / 1e9),
                     _percent(one["compute_share"]),
-                    _work(one["bytes_per_s"] / 1e9),
+                    amount(one["bytes_per_s"] / 1e9),
                     _percent(one["bandwidth_share"]),
                 ]
             )
@@ -155,14 +134,14 @@ def limit_table(report) -> Table:
 def memory_table(report) -> Table:
     """Predicted beside measured."""
     rows = []
-    for row in _measured(report):
+    for row in measured_rows(report):
         peaks = []
         for phase in ("prefill", "decode"):
             measured, predicted = row[phase]["peak_bytes"], row[phase]["peak_bytes_predicted"]
             off = f" ({100 * (predicted / measured - 1):+.1f} %)" if measured and predicted else ""
             peaks += [data_size(measured), data_size(predicted) + off]
         sizes = [data_size(row[key]) for key in ("weight_bytes", "kv_bytes", "kv_bytes_held")]
-        rows.append([*_place(row), *sizes, *peaks])
+        rows.append([*place_of(row), *sizes, *peaks])
     header = (
         "Variant",
         "Context",
@@ -196,8 +175,8 @@ def operation_table(report) -> Table:
         if any(cell != "-" for cell in cells):
             rows.append([name, *cells])
     note = (
-        f"At {_cell(report)}. Medians of passes of their own with forward hooks, summed over the "
-        "layers; attention "
+        f"At {shown_place(report)}. Medians of passes of their own with forward hooks, summed over "
+        "the layers; attention "
         "includes rotation and the cache's update, other is what runs between the modules."
     )
     return Table("Time by operation", ("ms (share)", *columns), rows, note)
@@ -236,7 +215,7 @@ def layer_table(report) -> Table:
         "GFLOP/s",
         "GB/s",
     )
-    return Table("Every operation", header, rows, f"At {_cell(report)}.", folded=True)
+    return Table("Every operation", header, rows, f"At {shown_place(report)}.", folded=True)
 
 
 def settings_tables(report) -> list[Table]:
@@ -314,58 +293,6 @@ def every_table(report) -> list[Table]:
     return [table for table in found if table.rows]
 
 
-# Parts
-# -------------------------------------------------------------------------------------------------
-
-
-def shown_rows(report) -> list[dict]:
-    """The rows at the longest context that was measured, smallest batch: what operations are shown
-    for.
-    """
-    rows = _measured(report)
-    if not rows:
-        return []
-    context = max(row["context"] for row in rows)
-    batch = min(row["batch"] for row in rows if row["context"] == context)
-    return [row for row in rows if (row["context"], row["batch"]) == (context, batch)]
-
-
-def by_operation(phase: dict) -> dict[str, float]:
-    """Operation -> milliseconds over all layers: the sum of the medians."""
-    sums: dict[str, float] = {}
-    for one in phase["operations"]:
-        sums[one["name"]] = sums.get(one["name"], 0.0) + one["ms_p50"]
-    return sums
-
-
-def _measured(report) -> list[dict]:
-    return [row for row in report.rows if row["status"] == MEASURED]
-
-
-def _several_batches(report) -> bool:
-    return len({row["batch"] for row in report.rows}) > 1
-
-
-def _place(row: dict) -> list[str]:
-    return [row["variant"], f"{row['context']:,}", str(row["batch"])]
-
-
-def _cell(report) -> str:
-    rows = shown_rows(report)
-    return f"{rows[0]['context']:,} tokens, batch {rows[0]['batch']}" if rows else "no context"
-
-
-def short(value: float) -> str:
-    """About three digits that mean something, without an exponent."""
-    digits = 0 if value >= 100 else 1 if value >= 10 else 2 if value >= 1 else 3
-    return f"{value:,.{digits}f}"
-
-
-def _work(value: float | None) -> str:
-    """Three digits of a number of any size."""
-    return "-" if value is None else f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
-
-
 def _percent(share: float | None) -> str:
     return (
         "unknown"
@@ -378,7 +305,3 @@ def _percent(share: float | None) -> str:
 
 def _ratio(ratio: float | None) -> str:
     return "-" if ratio is None else f"{ratio:.2f}x"
-
-
-def _rounded(value: float | None) -> float | None:
-    return None if value is None else float(f"{value:.4g}")

@@ -14,12 +14,19 @@ from effattn.reports.tables import Table
 
 
 class Document:
-    """Base of the reports. A subclass is a dataclass with the field `data`; it sets `terminal`, the
-    titles of the tables that a person wants on the terminal, and writes `title`, `headline` and
-    `tables`, and `plots` if it has any."""
+    """Base of the reports. A subclass is a dataclass with the field `data`; it sets `kind`, the
+    "kind" of the data that it reads (empty: any), `named`, how errors call it, and `terminal`, the
+    titles of the tables that a person wants on the terminal; and writes `title`, `headline` and
+    `tables`, and `plots` if it has any. ValueError for data of another kind."""
 
     data: dict
+    kind: ClassVar[str] = ""
+    named: ClassVar[str] = ""
     terminal: ClassVar[tuple[str, ...]] = ()
+
+    def __post_init__(self):
+        if self.kind and self.data.get("kind") != self.kind:
+            raise ValueError(f"kind: got {self.data.get('kind')!r}, {self.named} has {self.kind!r}")
 
     @classmethod
     def load(cls, path: Path | str) -> Self:
@@ -32,6 +39,10 @@ class Document:
                 )
             )
         )
+
+    def part(self, name: str) -> dict:
+        """A part of `data`, empty if it is null or absent."""
+        return self.data.get(name) or {}
 
     @property
     def title(self) -> str:

@@ -50,6 +50,19 @@ def short_si(n: float, unit: str = "") -> str:
     return f"{n / 10**power:.4g}{' ' if unit else ''}{prefix}{unit}"
 
 
+def token_axis(counts: Sequence[float]) -> tuple[list[float], str]:
+    """Token counts in a unit that keeps the axis short, and the unit's name."""
+    largest = max(counts, default=0)
+    scale, unit = (
+        (1e9, "billions")
+        if largest >= 2e9
+        else (1e6, "millions")
+        if largest >= 2e6
+        else (1e3, "thousands")
+    )
+    return [count / scale for count in counts], f"uptraining tokens ({unit})"
+
+
 def empty_axes(width: float, height: float, x_label: str, y_label: str, grid: str = "y"):
     """A matplotlib (Figure, Axes) of that size in inches, in the page's colours; `grid`: "x", "y"
     or "both".

@@ -27,13 +27,6 @@ def scores(losses: torch.Tensor) -> dict[str, float]:
     return {"cross_entropy": mean, "perplexity": perplexity_of(mean)}
 
 
-def trained_length(parts: anatomy.Anatomy) -> int | None:
-    """The longest sequence that the model was made for; None where its configuration does not
-    say.
-    """
-    return getattr(parts.config, "max_position_embeddings", None)
-
-
 def model_facts(model) -> dict[str, object]:
     """What the report says of the model, as it is now."""
     told, parts = describe(model), anatomy.of(model)
@@ -45,7 +38,7 @@ def model_facts(model) -> dict[str, object]:
         "heads": parts.heads,
         "kv_heads": parts.kv_heads,
         "parameters": told.parameters["total"],
-        "trained_length": trained_length(parts),
+        "trained_length": parts.trained_length,
         "kv_bytes_per_token": told.kv_bytes_per_token,
     }
 

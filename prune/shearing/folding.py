@@ -7,7 +7,7 @@ from torch import Tensor
 
 from effattn.hf import anatomy as hf
 from effattn.prune.shearing.masks import Values
-from effattn.prune.structural.slicing import Keep
+from effattn.prune.structural.keep import Keep
 
 
 @torch.no_grad()

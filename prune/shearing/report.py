@@ -6,26 +6,25 @@ One JSON-able dict is the report; Markdown, HTML and the terminal show the same 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
-from effattn.heads.report_plots import token_axis
-from effattn.reports.document import Document
+from markupsafe import Markup
+
+from effattn.prune.shearing.report_data import (
+    BASELINES,
+    DOMAINS,
+    MASKS,
+    NAMES,
+    QUALITY,
+    SIZE,
+    Baseline,
+    ShearData,
+)
+from effattn.prune.shearing.report_plots import plots
+from effattn.reports.common import QUALITY_HEADER, about, measured_on
 from effattn.reports.page import Section, page
-from effattn.reports.plots import AFTER, NEUTRAL, PALETTE, Series, bar_plot, line_plot
 from effattn.reports.tables import UNKNOWN, Table, data_size, number, pairs, percent
 
-NAMES = {
-    "hidden": "hidden dimensions",
-    "heads": "KV heads",
-    "ffn": "FFN dimensions",
-    "layers": "layers",
-}
-BASELINES = {
-    "scratch": "the same shape from scratch",
-    "structured": "one-shot pruning, trained on",
-    "taught": "one-shot pruning, taught by the parent",
-}
 SIZES = {
     "parameters": "Parameters",
     "layer_parameters": "Parameters in the layers",
@@ -33,52 +32,17 @@ SIZES = {
     "kv_bytes_per_token": "KV cache of a token",
     "flops_per_token": "FLOPs of a token, reading",
 }
-QUALITY, SIZE = "Quality", "Before and after"
-MASKS, DOMAINS = "Masks", "Domains"
-STAGES = ("masks", "recovered", "continued")
 
 
 @dataclass
-class ShearReport(Document):
-    """Wraps `data`, a dict of kind "shear": settings, target (axis -> [before, after]), model,
-    size, quality (before, cut, recovered, continued: perplexity, cross_entropy and kl in nats a
-    token), masks, recovered and continued (what training says, with its record), baselines, speed
-    (tokens/s), verification, environment."""
+class ShearReport(ShearData):
+    """A shearing's data as tables, plots and a page."""
 
-    data: dict
     terminal = (QUALITY, SIZE, "Speed")
-
-    def __post_init__(self):
-        if self.data.get("kind") != "shear":
-            raise ValueError(
-                f"kind: got {self.data.get('kind')!r}, a shearing's report has 'shear'"
-            )
-
-    @property
-    def label(self) -> str:
-        """The change of shape: "KV heads 8 -> 4, FFN dimensions 704 -> 352"."""
-        changed = {
-            axis: sizes for axis, sizes in self.data["target"].items() if sizes[0] != sizes[1]
-        }
-        return ", ".join(
-            f"{NAMES[axis]} {before:,} -> {after:,}" for axis, (before, after) in changed.items()
-        )
 
     @property
     def title(self) -> str:
         return f"{self.data['settings']['model']}: {self.label}"
-
-    @property
-    def last(self) -> str:
-        """The last stage that was measured."""
-        return next(
-            stage for stage in ("continued", "recovered", "cut") if self.data["quality"].get(stage)
-        )
-
-    @property
-    def tokens(self) -> int:
-        """Tokens that all stages saw."""
-        return sum((self.data.get(stage) or {}).get("tokens", 0) for stage in STAGES)
 
     @property
     def headline(self) -> str:
@@ -95,7 +59,7 @@ class ShearReport(Document):
         text += f"; perplexity {parent:.2f} -> {now:.2f} after {self.tokens:,} tokens"
         if data["pretraining_tokens"]:
             text += f" ({100 * self.tokens / data['pretraining_tokens']:.1f} % of pretraining)"
-        for name, row in data["baselines"].items():
+        for name, row in self.baselines.items():
             text += f"; {_baseline(name, row)} {row['continued']['perplexity']:.2f}"
         return text + "."
 
@@ -119,17 +83,7 @@ class ShearReport(Document):
         tables += [self._masks_table(), *self._domain_tables()]
         if data["verification"]:
             tables.append(pairs("Checkpoint, loaded by plain transformers", data["verification"]))
-        shown = {
-            key: ", ".join(map(str, value)) if isinstance(value, list) else value
-            for key, value in data["settings"].items()
-            if key != "overrides"
-        }
-        return [
-            *tables,
-            pairs("Settings", shown),
-            pairs("Model", data["model"]),
-            pairs("Environment", data["environment"]),
-        ]
+        return [*tables, *about(data)]
 
     def _quality_table(self) -> Table:
         data, quality = self.data, self.data["quality"]
@@ -156,32 +110,23 @@ class ShearReport(Document):
             if quality.get(stage):
                 seen += data[stage]["tokens"]
                 rows.append(row(f"sheared, {label}", quality[stage], seen))
-        for name, found in data["baselines"].items():
+        for name, found in self.baselines.items():
             rows.append(row(f"{_baseline(name, found)}: start", found["cut"], None))
             rows.append(
                 row(_baseline(name, found), found["continued"], found["training"]["tokens"])
             )
-        note = (
-            f"On {quality['tokens']:,} held-out tokens ({quality['source']}) in windows of "
-            f"{quality['context']:,}."
-        )
+        note = measured_on(quality)
         if data["pretraining_tokens"]:
             note += f" Pretraining had {data['pretraining_tokens']:,} tokens."
         taught = data["masks"]["tokens"] if data["settings"]["distill"] else 0
         taught += (data.get("recovered") or {}).get("tokens", 0)
-        if data["baselines"] and taught:
+        if self.baselines and taught:
             note += (
                 f" {taught:,} of the sheared model's tokens taught the parent's predictions, "
                 "and as many of the "
             )
             note += "baseline's that is taught by it; all others the text alone."
-        header = (
-            "",
-            "Perplexity",
-            "Cross-entropy (nats/token)",
-            "KL to the parent (nats/token)",
-            "Trained on (tokens)",
-        )
+        header = ("", *QUALITY_HEADER, "Trained on (tokens)")
         return Table(QUALITY, header, rows, note)
 
     def _size_table(self) -> Table:
@@ -234,7 +179,7 @@ class ShearReport(Document):
 
     def _domain_tables(self) -> list[Table]:
         names = self.data["masks"]["domains"]
-        points = self._points()
+        points = self.points()
         header = ("Tokens", *names)
         loss = [[number(tokens), *map(number, point["losses"])] for tokens, point in points]
         share = [
@@ -254,94 +199,9 @@ class ShearReport(Document):
             ),
         ]
 
-    def _points(self) -> list[tuple[int, dict]]:
-        """The records of all stages as one: (tokens since the start, point)."""
-        found, before = [], 0
-        for stage in STAGES:
-            facts = self.data.get(stage) or {"tokens": 0, "record": []}
-            found += [(before + point["tokens"], point) for point in facts["record"]]
-            before += facts["tokens"]
-        return found
-
-    def plots(self) -> dict[str, list]:
+    def plots(self) -> dict[str, list[Markup]]:
         """Section -> its figures."""
-        data, quality = self.data, self.data["quality"]
-        bars = {"the parent": quality["before"], "sheared": quality[self.last]}
-        bars |= {name: row["continued"] for name, row in data["baselines"].items()}
-        values = [found["perplexity"] for found in bars.values()]
-        found = {
-            QUALITY: [
-                bar_plot(
-                    "Perplexity", list(bars), [("perplexity", AFTER, values)], "", "perplexity"
-                )
-            ]
-        }
-        found[QUALITY].append(self._loss_plot())
-        record = data["masks"]["record"]
-        x, unit = token_axis([point["tokens"] for point in record])
-        lines = []
-        for index, axis in enumerate(data["masks"]["target"]):
-            lines.append(
-                Series(NAMES[axis], x, [point["removed"][axis] for point in record], PALETTE[index])
-            )
-            lines.append(
-                Series(
-                    f"{NAMES[axis]}: target",
-                    x,
-                    [point["target"][axis] for point in record],
-                    PALETTE[index],
-                    "--",
-                    "",
-                )
-            )
-        found[MASKS] = [line_plot("Share removed, expected", lines, unit, "share", zero=True)]
-        points = self._points()
-        x, unit = token_axis([tokens for tokens, _ in points])
-        lines = [
-            Series(
-                name,
-                x,
-                [point["weights"][index] for _, point in points],
-                PALETTE[index % len(PALETTE)],
-            )
-            for index, name in enumerate(data["masks"]["domains"])
-        ]
-        found[DOMAINS] = [line_plot("Domain weights", lines, unit, "share of windows", zero=True)]
-        lines = []
-        for index, (name, level) in enumerate(
-            zip(data["masks"]["domains"], data["masks"]["references"], strict=True)
-        ):
-            above = [point["losses"][index] - level for _, point in points]
-            lines.append(Series(name, x, above, PALETTE[index % len(PALETTE)]))
-        found[DOMAINS].append(line_plot("Loss above the reference", lines, unit, "nats a token"))
-        return found
-
-    def _loss_plot(self):
-        """The held-out loss, the domains' mean, over the tokens of each run."""
-        runs: dict[str, tuple[Sequence[int], list[float]]] = {}
-        points = self._points()
-        runs["sheared"] = (
-            [tokens for tokens, _ in points],
-            [_mean(point["losses"]) for _, point in points],
-        )
-        for name, row in self.data["baselines"].items():
-            record = row["training"]["record"]
-            runs[name] = (
-                [point["tokens"] for point in record],
-                [_mean(point["losses"]) for point in record],
-            )
-        flat = [tokens for tokens, _ in runs.values() for tokens in tokens]
-        scaled, unit = token_axis(flat)
-        place = dict(zip(flat, scaled, strict=True))
-        lines = [
-            Series(name, [place[tokens] for tokens in x], y, PALETTE[index])
-            for index, (name, (x, y)) in enumerate(runs.items())
-        ]
-        level = _mean(self.data["masks"]["references"])
-        lines.append(
-            Series("the parent", [min(scaled), max(scaled)], [level, level], NEUTRAL, "--", "")
-        )
-        return line_plot("Held-out loss while training", lines, unit, "nats a token")
+        return plots(self)
 
     def to_html(self) -> str:
         """A self-contained page that makes no request."""
@@ -355,15 +215,11 @@ class ShearReport(Document):
         return page(self.title, self.headline, list(sections.values()))
 
 
-def _baseline(name: str, row: dict) -> str:
+def _baseline(name: str, row: Baseline) -> str:
     """What a baseline is, with the criteria that it is cut by."""
     what, *how = BASELINES[name].split(",")
     criteria = dict.fromkeys((row.get("criterion") or {}).values())
     return ",".join([f"{what} by {' and '.join(criteria)}" if criteria else what, *how])
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
 
 
 def _rate(value: float | None) -> str:

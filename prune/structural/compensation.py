@@ -22,7 +22,7 @@ from effattn.calibration.refit import OutputRefit
 from effattn.errors import Unsupported
 from effattn.hf import anatomy as hf
 from effattn.hf.families import BIASES
-from effattn.prune.structural.slicing import Keep
+from effattn.prune.structural.keep import Keep
 
 
 @torch.no_grad()

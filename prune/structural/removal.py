@@ -21,21 +21,17 @@ from torch import Tensor, nn
 
 from effattn.errors import Unsupported, check_choice
 from effattn.hf import anatomy as hf
+from effattn.hf.placement import check_finite
 from effattn.profiling.environment import environment
 from effattn.prune.structural import criteria
 from effattn.prune.structural.compensation import check_biases, with_biases
 from effattn.prune.structural.compensation import compensate as fit_outputs
 from effattn.prune.structural.criteria.base import TARGETS, Importance
+from effattn.prune.structural.keep import Keep
 from effattn.prune.structural.report import KIND, StructuredReport, sizes_of
-from effattn.prune.structural.slicing import (
-    Keep,
-    check_plain,
-    reachable_heads,
-    slice_model,
-    sliced_config,
-)
+from effattn.prune.structural.sliced_config import reachable_heads, sliced_config
+from effattn.prune.structural.slicing import check_plain, slice_model
 from effattn.prune.unstructured import calibration
-from effattn.surgery.checkpoint import check_finite
 
 TOKENS_PER_DIMENSION = 10  # of an output module that is solved again
 WHAT = {"heads": "key/value heads a layer", "ffn": "FFN dimensions a layer", "layers": "layers"}
@@ -118,24 +114,39 @@ def structured(
             )
     finally:
         model.train(training)
-    settings = {
-        "model": getattr(model.config, "_name_or_path", "") or type(model).__name__,
-        **plan.keep,
-        "criterion": plan.criteria,
+    asked = {
         "compensate": compensate,
         "bias": bias,
         "calibration_tokens": len(tokens),
         "length": length,
         "seed": seed,
     }
-    return small, StructuredReport(
+    return small, _report(model, small, plan, asked, keep, importance, rows)
+
+
+def _report(
+    model: nn.Module,
+    small: nn.Module,
+    plan: Plan,
+    asked: dict,
+    keep: Keep,
+    importance: Importance,
+    rows: list[dict],
+) -> StructuredReport:
+    """What was done; quality and speed are for others to measure. asked: settings that are not in
+    the plan. rows: what solving again says of each layer."""
+    settings = {
+        "model": getattr(model.config, "_name_or_path", "") or type(model).__name__,
+        **plan.keep,
+        "criterion": plan.criteria,
+        **asked,
+    }
+    dtype = str(model.dtype).removeprefix("torch.")
+    return StructuredReport(
         {
             "kind": KIND,
             "settings": settings,
-            "model": {
-                "class": type(model).__name__,
-                "dtype": str(model.dtype).removeprefix("torch."),
-            },
+            "model": {"class": type(model).__name__, "dtype": dtype},
             "kept": _lists(keep),
             "importance": _scores(importance),
             "layers": rows,

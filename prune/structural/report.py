@@ -6,12 +6,21 @@ One JSON-able dict is the report; Markdown, HTML and the terminal show the same 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TypedDict
 
 from torch import nn
 
 from effattn.hf import anatomy as hf
 from effattn.profiling.cost import model_cost
-from effattn.prune.decode_table import DECODING, decode_table
+from effattn.reports.common import (
+    DECODING,
+    EXCESS,
+    QUALITY_HEADER,
+    TURNS,
+    about,
+    decode_table,
+    measured_on,
+)
 from effattn.reports.document import Document
 from effattn.reports.page import Section, page
 from effattn.reports.plots import AFTER, BEFORE, PALETTE, UPTRAINED, Series, bar_plot, line_plot
@@ -19,11 +28,22 @@ from effattn.reports.tables import Table, number, pairs, percent
 from effattn.surgery.describing import describe
 
 KIND = "prune_structured"
-QUALITY, RUNS, ERRORS, IMPORTANCE = (
-    "Before and after", "Criteria compared", "Error of each layer's outputs", "Importance",
-)  # fmt: skip
+QUALITY, RUNS = "Before and after", "Criteria compared"
+ERRORS, IMPORTANCE = "Error of each layer's outputs", "Importance"
+KL = "KL to the whole model (nats/token)"
 NAMES = {"heads": "heads", "ffn": "FFN dimensions", "layers": "layers"}
 MOST_LINES = 8  # layers in one plot
+
+
+class LayerErrors(TypedDict):
+    """Squared distance of a layer's outputs from what the whole layer gives, over its square; None
+    where nothing was cut."""
+
+    layer: int  # its number in the whole model
+    heads_error_sliced: float | None  # attention: right after cutting
+    heads_error: float | None  # and after o_proj was solved again
+    ffn_error_sliced: float | None
+    ffn_error: float | None
 
 
 def sizes_of(model: nn.Module) -> dict[str, int | None]:
@@ -55,20 +75,12 @@ class StructuredReport(Document):
     verification, environment. What was not measured is None or absent."""
 
     data: dict
+    kind = KIND
+    named = "a structured pruning's report"
     terminal = (QUALITY, RUNS, DECODING, "Verification")
 
-    def __post_init__(self):
-        if self.data.get("kind") != KIND:
-            raise ValueError(
-                f"kind: got {self.data.get('kind')!r}, a structured pruning's report has {KIND!r}"
-            )
-
-    def part(self, name: str) -> dict:
-        """A part of `data`, empty if it is null or absent."""
-        return self.data.get(name) or {}
-
     @property
-    def layers(self) -> list[dict]:
+    def layers(self) -> list[LayerErrors]:
         return self.data["layers"]
 
     @property
@@ -122,7 +134,7 @@ class StructuredReport(Document):
         data = self.data
         tables = [self._before_and_after()]
         tables += [self._runs()] if data.get("runs") else []
-        tables += [decode_table(data["decode"])] if data.get("decode") else []
+        tables += [decode_table(data["decode"], TURNS)] if data.get("decode") else []
         tables += [pairs("Verification", data["verification"])] if data.get("verification") else []
         if self.layers:
             columns = ("heads_error_sliced", "heads_error", "ffn_error_sliced", "ffn_error")
@@ -145,19 +157,11 @@ class StructuredReport(Document):
                 "calibration tokens."
             )
             tables.append(Table(ERRORS, header, rows, note, folded=True))
-        shown = {}
-        for key, value in data["settings"].items():
-            shown[key] = (
-                ", ".join(f"{k}: {v}" for k, v in value.items())
-                if isinstance(value, dict)
-                else value
-            )
-        return [
-            *tables,
-            pairs("Settings", shown),
-            pairs("Model", data["model"]),
-            pairs("Environment", data["environment"]),
-        ]
+        settings = {
+            key: ", ".join(f"{k}: {v}" for k, v in value.items()) if key == "criterion" else value
+            for key, value in data["settings"].items()
+        }
+        return [*tables, *about(data | {"settings": settings})]
 
     def _before_and_after(self) -> Table:
         quality, sizes, rows = self.part("quality"), self.data["sizes"], []
@@ -165,7 +169,7 @@ class StructuredReport(Document):
             names = {
                 "perplexity": "Perplexity",
                 "cross_entropy": "Cross-entropy (nats/token)",
-                "kl": "KL to the whole model (nats/token)",
+                "kl": KL,
             }
             for name, label in names.items():
                 before, after = quality["before"].get(name), quality["pruned"][name]
@@ -196,10 +200,7 @@ class StructuredReport(Document):
                 )
         note = "No training."
         if quality:
-            note += (
-                f" On {quality['tokens']:,} held-out tokens ({quality['source']}) in windows of "
-            )
-            note += f"{quality['context']:,}."
+            note += f" {measured_on(quality)}"
         return Table(QUALITY, ("", "Before", "After"), rows, note)
 
     def _runs(self) -> Table:
@@ -227,15 +228,7 @@ class StructuredReport(Document):
                     f"{run['seconds']:.1f}",
                 ]
             )
-        header = (
-            "Criterion",
-            "Solved again",
-            "Perplexity",
-            "Cross-entropy (nats/token)",
-            "Excess (nats/token)",
-            "KL to the whole model (nats/token)",
-            "Seconds",
-        )
+        header = ("Criterion", "Solved again", *QUALITY_HEADER[:2], EXCESS, KL, "Seconds")
         return Table(RUNS, header, rows, "The same shape. Seconds of scoring, cutting and solving.")
 
     # ---- plots ----

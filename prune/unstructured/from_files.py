@@ -7,7 +7,6 @@ stopped, with the same result. The source is only read."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -15,25 +14,20 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from effattn.calibration.hessian import DAMPING
 from effattn.hf.weight_files import INDEX
 from effattn.outputs import check_new_folder, claim
 from effattn.permissions import follow_umask
-from effattn.prune.unstructured import calibration, layers
+from effattn.prune.unstructured import calibration, layers, shards
+from effattn.prune.unstructured.allocation import allocate, outliers
 from effattn.prune.unstructured.calibration import SpilledStates
-from effattn.prune.unstructured.layers import Checkpoint, Runner, StreamedModel
+from effattn.prune.unstructured.layers import Runner
 from effattn.prune.unstructured.methods.sparsegpt import BLOCK
-from effattn.prune.unstructured.one_shot import (
-    Plan,
-    allocate,
-    make_plan,
-    outliers,
-    prune_layer,
-    said,
-)
+from effattn.prune.unstructured.one_shot import prune_layer
+from effattn.prune.unstructured.plan import Plan, make_plan
+from effattn.prune.unstructured.streamed import Checkpoint, StreamedModel
 from effattn.reports.files import write_text_atomic
 from effattn.resuming import discard
 
@@ -50,7 +44,7 @@ OTHER_WEIGHTS = (
     ".onnx",
     ".index.json",
 )
-# of the source, they would be wrong
+# of the source; they would be wrong of the output
 REPORTS = ("report.json", "report.md", "report.html", "card.json", FACTS)
 
 
@@ -83,7 +77,7 @@ def prune_files(
     run with other settings or another source."""
     source, output = Path(source), Path(output).absolute()
     work = Path(work) if work is not None else output.parent / f".{output.name}.pruning"
-    # but killed before it had removed the first
+    # The output has its name, and the run was killed before it had removed its own folder.
     finished = (work / MANIFEST).is_file() and (output / FACTS).is_file()
     if not finished:
         check_new_folder("output", output)
@@ -102,25 +96,15 @@ def prune_files(
     )
     length = calibration.window_length(parts.config, length)
     calibration.check_tokens(tokens, parts.embeddings.weight.shape[0], length)
-    settings = {
-        "method": method,
-        "sparsity": said(sparsity),
-        "modules": modules,
-        "allocation": allocation,
-        "damping": damping,
-        "raise_damping": raise_damping,
-        "block": block,
-        "length": length,
-        "calibration_tokens": len(tokens) // length * length,
-    }
-    wanted = {**settings, **_fingerprint(checkpoint, tokens)}
+    settings = plan.settings(length, tokens)
+    wanted = {**settings, **shards.fingerprint(checkpoint, tokens)}
     with claim("output", output):
         state = resume(work / MANIFEST, wanted) or {"measured": [], "layers": []}
         if not finished:
             run = _Run(
                 model, plan, work, work / MANIFEST, state, calibration.batches_of(tokens, length)
             )
-            run.finish(settings, output, allocation == "sensitivity", progress)
+            run.finish(settings, output, progress)
         discard(work, MANIFEST)
     return json.loads((output / FACTS).read_text(encoding="utf-8"))
 
@@ -159,16 +143,10 @@ class _Run:
         state: dict,
         batches: list[Tensor],
     ):
-        self.model, self.plan, self.work, self.manifest, self.state = (
-            model,
-            plan,
-            work,
-            manifest,
-            state,
-        )
+        self.model, self.plan, self.batches = model, plan, batches
+        self.work, self.manifest, self.state = work, manifest, state
         self.out, self.count = work / "out", len(model.parts.layers)
         self.out.mkdir(parents=True, exist_ok=True)
-        self.batches = batches
         with model.around():
             weight = model.parts.embeddings.weight
             # A run that goes on in another place, where other dtypes are fast, goes on in the one
@@ -176,7 +154,7 @@ class _Run:
             dtype = layers.working_dtype(weight.dtype, weight.device)
             dtype = getattr(torch, state.setdefault("dtype", str(dtype).removeprefix("torch.")))
             self.runner = Runner(model.parts, batches, dtype)
-        self.rest = _shards(model)
+        self.rest = shards.around_layers(model)
 
     def _file(self, number: int) -> str:
         return f"model-{number + 1:05}-of-{self.count + len(self.rest):05}.safetensors"
@@ -207,9 +185,9 @@ class _Run:
             if progress:
                 progress(index + 1, self.count)
 
-    def finish(self, settings: dict, output: Path, by_sensitivity: bool, progress) -> None:
+    def finish(self, settings: dict, output: Path, progress) -> None:
         """All that is left to do, up to the output's name."""
-        if by_sensitivity:
+        if self.plan.by_sensitivity:
             self.measure(progress)
             self.plan = allocate(self.plan, self.state["measured"])
         self.prune(progress)
@@ -226,7 +204,7 @@ class _Run:
     def measure(self, progress) -> None:
         """Each layer's sensitivity, in the unchanged model."""
 
-        def step(layer, source, sink):
+        def step(layer, source, sink) -> float:
             return outliers(self.runner, layer, self.plan.modules, source, sink)
 
         self._pass("dense", self.state["measured"], step, progress)
@@ -242,7 +220,8 @@ class _Run:
             }
             names = self.model.names(layer.index)
             unknown = self.model.checkpoint.read(name for name in names if name not in tensors)
-            self._write(layer.index, {name: (tensors | unknown)[name] for name in names})
+            both = tensors | unknown
+            shards.write(self.out / self._file(layer.index), {name: both[name] for name in names})
             return facts
 
         self._pass("pruned", self.state["layers"], step, progress)
@@ -252,7 +231,8 @@ class _Run:
         checkpoint.
         """
         for number, names in enumerate(self.rest):
-            self._write(self.count + number, self.model.checkpoint.read(names))
+            file = self.out / self._file(self.count + number)
+            shards.write(file, self.model.checkpoint.read(names))
         weight_map, total = {}, 0
         for number in range(self.count + len(self.rest)):
             names = (
@@ -260,7 +240,7 @@ class _Run:
             )
             weight_map |= dict.fromkeys(names, self._file(number))
         for shape, dtype in self.model.checkpoint.shapes().values():
-            total += torch.Size(shape).numel() * _BYTES[dtype]
+            total += shards.size(shape, dtype)
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         write_text_atomic(self.out / INDEX, json.dumps(index, indent=1) + "\n")
         for file in self.model.checkpoint.folder.iterdir():
@@ -270,18 +250,6 @@ class _Run:
                 and file.name not in REPORTS
             ):
                 shutil.copyfile(file, self.out / file.name)
-
-    def _write(self, number: int, tensors: dict[str, Tensor]) -> None:
-        final = self.out / self._file(number)
-        temporary = final.with_suffix(".tmp")
-        save_file(
-            {name: tensor.contiguous() for name, tensor in tensors.items()},
-            temporary,
-            {"format": "pt"},
-        )
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        temporary.replace(final)
 
     @torch.no_grad()
     def verify(self) -> dict:
@@ -314,49 +282,3 @@ class _Run:
                 f"{difference:.3g})"
             )
         return {"max_difference": difference, "tokens": self.batches[0].numel()}
-
-
-_BYTES = {
-    "F64": 8,
-    "I64": 8,
-    "U64": 8,
-    "F32": 4,
-    "I32": 4,
-    "U32": 4,
-    "BF16": 2,
-    "F16": 2,
-    "I16": 2,
-    "U16": 2,
-    "I8": 1,
-    "U8": 1,
-    "BOOL": 1,
-    "F8_E4M3": 1,
-    "F8_E5M2": 1,
-}
-
-
-def _shards(model: StreamedModel) -> list[list[str]]:
-    """What lies outside of the layers, in files about as large as a layer's."""
-    shapes = model.checkpoint.shapes()
-    size = {
-        name: torch.Size(shape).numel() * _BYTES[dtype] for name, (shape, dtype) in shapes.items()
-    }
-    limit = max(
-        sum(size[name] for name in model.names(index)) for index in range(len(model.prefixes))
-    )
-    shards: list[list[str]] = []
-    for name in model.names(None):
-        if not shards or sum(size[other] for other in shards[-1]) + size[name] > limit:
-            shards.append([])
-        shards[-1].append(name)
-    return shards
-
-
-def _fingerprint(checkpoint: Checkpoint, tokens: Tensor) -> dict:
-    """What a run must have in common with the unfinished one, beside its settings."""
-    files = sorted({*checkpoint.files.values(), "config.json"})
-    stats = [(file, (checkpoint.folder / file).stat()) for file in files]
-    return {
-        "source": [[file, stat.st_size, stat.st_mtime_ns] for file, stat in stats],
-        "tokens": hashlib.sha256(tokens.numpy().tobytes()).hexdigest(),
-    }

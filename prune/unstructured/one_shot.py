@@ -8,46 +8,27 @@ products take as long. `effattn.prune.pack` turns 2:4 zeros into memory and time
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from effattn.calibration.hessian import DAMPING, Hessian, InverseHessian
-from effattn.errors import check_choice
+from effattn.calibration.hessian import DAMPING, Hessian
 from effattn.hf import anatomy as hf
 from effattn.hf.adapters import require_own_weights
 from effattn.hf.placement import require_here
 from effattn.prune.unstructured import calibration, layers
-from effattn.prune.unstructured.methods.magnitude import magnitude_mask
-from effattn.prune.unstructured.methods.sparsegpt import BLOCK, sparsegpt
-from effattn.prune.unstructured.methods.wanda import wanda_mask
-from effattn.prune.unstructured.nm import Sparsity
+from effattn.prune.unstructured.allocation import allocate, outliers
+from effattn.prune.unstructured.calibration import SpilledStates
+from effattn.prune.unstructured.methods.base import Needs
+from effattn.prune.unstructured.methods.sparsegpt import BLOCK
+from effattn.prune.unstructured.plan import Plan, make_plan
+from effattn.prune.unstructured.report import LayerFacts, OneShotReport
 from effattn.surgery.checkpoint import check_finite
 
-if TYPE_CHECKING:
-    from effattn.prune.unstructured.report import OneShotReport
-
-METHODS = ("sparsegpt", "wanda", "magnitude")
-ALLOCATIONS = ("uniform", "sensitivity")
-# how far a layer's share may be from the mean when shares follow sensitivity (lambda in OWL)
-SPREAD = 0.08
-OUTLIER = 5.0  # times the mean score that makes a weight an outlier (M in OWL)
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What is done to every layer: `sparsities` has an entry a layer."""
-
-    method: str
-    sparsities: tuple[Sparsity, ...]
-    modules: str = "all"
-    damping: float = DAMPING
-    raise_damping: bool = False
-    block: int = BLOCK
+States = list[Tensor] | SpilledStates  # hidden states (batch, length, D), by batch
 
 
 def oneshot(
@@ -86,8 +67,6 @@ def oneshot(
     Raises ValueError (arguments, non-finite weights), Unsupported (model), FloatingPointError
     (non-finite activations) and torch.linalg.LinAlgError (a Hessian that is not positive definite),
     the last three naming the layer."""
-    from effattn.prune.unstructured.report import OneShotReport
-
     require_own_weights(model)
     parts = hf.of(model)
     require_here(model, "prune.oneshot")
@@ -101,7 +80,7 @@ def oneshot(
         raise_damping=raise_damping,
         block=block,
     )
-    if tokens is None and (method != "magnitude" or allocation != "uniform"):
+    if tokens is None and (plan.way.needs or plan.by_sensitivity):
         raise ValueError(
             f"tokens: got None, {method!r} with {allocation!r} allocation needs calibration tokens"
         )
@@ -110,27 +89,28 @@ def oneshot(
         calibration.check_tokens(tokens, parts.embeddings.weight.shape[0], length)
     check_finite(model)
     names = {module: name for name, module in model.named_modules()}
+    facts = []
+    with _all_or_nothing(model) as replaced:
+        runner = states = None
+        if tokens is not None:
+            runner, states, plan = _calibrated(parts, tokens, length, plan, spill)
+        for layer in parts:
+            for linear in layers.linears(layer, modules).values():
+                replaced[linear] = linear.weight.detach().to("cpu", copy=True)
+            facts.append(prune_layer(runner, layer, names[layer.block], states, states, plan))
+            if progress:
+                progress(layer.index + 1, len(parts.layers))
+    return OneShotReport.of(model, facts, plan.settings(length, tokens))
+
+
+@contextmanager
+def _all_or_nothing(model: nn.Module) -> Iterator[dict[nn.Linear, Tensor]]:
+    """While open, `model` is in eval mode. An error that leaves it puts back every weight that was
+    noted in the dict which this yields."""
     training, before = model.training, {}
     model.eval()
     try:
-        runner = source = None
-        if tokens is not None:
-            dtype = layers.working_dtype(model.dtype, parts.embeddings.weight.device)
-            runner = layers.Runner(parts, calibration.batches_of(tokens, length), dtype)
-            source = embed(runner, spill)
-            if allocation == "sensitivity":
-                measured = [
-                    outliers(runner, layer, plan.modules, source, source) for layer in parts
-                ]
-                plan = allocate(plan, measured)
-                source = embed(runner, spill)
-        facts = []
-        for layer in parts:
-            for linear in layers.linears(layer, modules).values():
-                before[linear] = linear.weight.detach().to("cpu", copy=True)
-            facts.append(prune_layer(runner, layer, names[layer.block], source, source, plan))
-            if progress:
-                progress(layer.index + 1, len(parts.layers))
+        yield before
     except BaseException:
         with torch.no_grad():
             for linear, weight in before.items():
@@ -138,80 +118,28 @@ def oneshot(
         raise
     finally:
         model.train(training)
-    return OneShotReport.of(
-        model,
-        plan,
-        facts,
-        {
-            "method": method,
-            "sparsity": said(sparsity),
-            "modules": modules,
-            "allocation": allocation,
-            "damping": damping,
-            "raise_damping": raise_damping,
-            "block": block,
-            "length": length,
-            "calibration_tokens": 0 if tokens is None else len(tokens) // length * length,
-        },
-    )
 
 
-def said(sparsity: float | str | Sequence[float | str]) -> str:
-    """What was asked for, as one text."""
-    return (
-        str(sparsity) if isinstance(sparsity, int | float | str) else ", ".join(map(str, sparsity))
-    )
-
-
-def make_plan(
-    all_layers: Sequence[hf.Layer],
-    method: str,
-    sparsity: float | str | Sequence,
-    modules: str,
-    allocation: str,
-    *,
-    damping: float,
-    raise_damping: bool,
-    block: int,
-) -> Plan:
-    """The checked settings. Raises ValueError and Unsupported before anything is changed."""
-    check_choice("method", method, METHODS)
-    check_choice("allocation", allocation, ALLOCATIONS)
-    count = len(all_layers)
-    if isinstance(sparsity, int | float | str | Sparsity):
-        wanted = (Sparsity.parse(sparsity),) * count
-    else:
-        wanted = tuple(
-            Sparsity.parse(one, f"sparsity of layer {index}") for index, one in enumerate(sparsity)
+def _calibrated(
+    parts: hf.Anatomy, tokens: Tensor, length: int, plan: Plan, spill: str | Path | None
+) -> tuple[layers.Runner, States, Plan]:
+    """What runs the layers, the inputs of the first one, and the plan with its shares settled."""
+    dtype = layers.working_dtype(parts.model.dtype, parts.embeddings.weight.device)
+    runner = layers.Runner(parts, calibration.batches_of(tokens, length), dtype)
+    states = embed(runner, spill)
+    if plan.by_sensitivity:
+        plan = allocate(
+            plan, [outliers(runner, layer, plan.modules, states, states) for layer in parts]
         )
-        if len(wanted) != count:
-            raise ValueError(
-                f"sparsity: got a list of {len(wanted)}, the model has {count} layers; valid is "
-                "one for each"
-            )
-    if allocation == "sensitivity" and any(one.m is not None for one in wanted):
-        raise ValueError(
-            "allocation: 'sensitivity' needs a share of weights, N:M is the same in every layer"
-        )
-    if damping < 0:
-        raise ValueError(
-            f"damping: got {damping}, valid is 0 or more (a share of the Hessian's mean diagonal)"
-        )
-    if block < 1:
-        raise ValueError(f"block: got {block}, valid is a positive number of columns")
-    for layer, one in zip(all_layers, wanted, strict=True):
-        for path, linear in layers.linears(layer, modules).items():
-            one.check_inputs(linear.in_features, f"layer {layer.index}'s {path}")
-    return Plan(method, wanted, modules, damping, raise_damping, block)
+        states = embed(runner, spill)  # measuring has run them through the whole model
+    return runner, states, plan
 
 
-def embed(
-    runner: layers.Runner, spill: str | Path | None
-) -> list[Tensor] | calibration.SpilledStates:
+def embed(runner: layers.Runner, spill: str | Path | None) -> States:
     """The inputs of the first layer, in memory or in the folder `spill`."""
     if spill is None:
         return runner.embed()
-    states = calibration.SpilledStates(Path(spill), len(runner.batches))
+    states = SpilledStates(Path(spill), len(runner.batches))
     for number, batch in enumerate(runner.batches):
         states[number] = runner.embed_batch(batch)
     return states
@@ -219,18 +147,23 @@ def embed(
 
 @torch.no_grad()
 def prune_layer(
-    runner: layers.Runner | None, layer: hf.Layer, name: str, source, sink, plan: Plan
-) -> dict:
+    runner: layers.Runner | None,
+    layer: hf.Layer,
+    name: str,
+    source: States | None,
+    sink: States | None,
+    plan: Plan,
+) -> LayerFacts:
     """Prunes one decoder layer, called `name`, in place. source: its inputs by batch; its outputs
-    then go to `sink`, which may be the same. Without a runner (magnitude) nothing is run.
+    then go to `sink`, which may be the same. Without a runner (for methods that need nothing)
+    nothing is run.
 
-    Returns {"layer", "sparsity", "weights", "zeros", "seconds", "linears", "error"}: `error` is the
-    squared distance of the layer's output from what it gave before on the same input, over its
-    square, on the first batch."""
+    `error` of what it returns is the squared distance of the layer's output from what it gave
+    before on the same input, over its square, on the first batch."""
     start = time.perf_counter()
     found, sparsity = layers.linears(layer, plan.modules), plan.sparsities[layer.index]
+    way, rows, error = plan.way, [], None
     dtype = found[next(iter(found))].weight.dtype if runner is None else runner.dtype
-    rows, error = [], None
     with layers.working(layer.block, dtype) as stored:
         groups, dense = [list(found)], None
         if runner is not None:
@@ -238,25 +171,17 @@ def prune_layer(
         for group in groups if sparsity.share else ():
             statistics = _statistics(runner, layer, name, source, found[group[0]], group, plan)
             for path in group:
-                weight = found[path].weight
-                pruned, facts = _prune(weight, statistics, sparsity, f"{name}.{path}", plan)
+                weight, where = found[path].weight, f"{name}.{path}"
+                pruned, facts = way.prune(weight, statistics, sparsity, where, plan.options)
                 weight.copy_(pruned.to(stored[weight]))  # rounded before the next layers see it
                 del pruned  # as large as the weight, and not needed while the next Hessian is made
-                rows.append(
-                    {
-                        "name": path,
-                        "shape": list(weight.shape),
-                        "zeros": int((weight == 0).sum()),
-                        **facts,
-                    }
-                )
+                zeros = int((weight == 0).sum())
+                rows.append({"name": path, "shape": list(weight.shape), "zeros": zeros, **facts})
         if runner is not None:
             for number, states in enumerate(source):
                 output = runner.call(layer.index, states)
                 if number == 0:
-                    error = float(
-                        (output - dense).float().square().sum() / dense.float().square().sum()
-                    )
+                    error = _relative_error(output, dense)
                 sink[number] = output.cpu()
     weights = [linear.weight for linear in found.values()]
     return {
@@ -270,91 +195,28 @@ def prune_layer(
     }
 
 
+def _relative_error(output: Tensor, expected: Tensor) -> float:
+    """Squared distance over the expected one's square."""
+    return float((output - expected).float().square().sum() / expected.float().square().sum())
+
+
 def _statistics(
-    runner, layer, name: str, source: Iterable[Tensor], linear, group: list[str], plan: Plan
+    runner: layers.Runner | None,
+    layer: hf.Layer,
+    name: str,
+    source: States | None,
+    linear: nn.Linear,
+    group: list[str],
+    plan: Plan,
 ):
-    """What the method knows about the input of a group of linear layers: nothing, its second
-    moments, or U.
-    """
-    if plan.method == "magnitude":
+    """What the method takes of the input of a group of linear layers, of which `linear` is the
+    first; None where it needs nothing."""
+    if plan.way.needs is Needs.NOTHING:
         return None
-    seen = Hessian(diagonal_only=plan.method == "wanda")
+    seen = Hessian(diagonal_only=plan.way.needs is Needs.NORMS)
     layers.feed(runner, layer.index, source, linear, seen.add)
     names = f"{name}.{group[0]}" + "".join(f", {path.rpartition('.')[2]}" for path in group[1:])
     seen.check(names)
-    if plan.method == "wanda":
-        return seen.diagonal
-    layers.give_memory_back()  # the inverse needs room for three matrices
-    return InverseHessian.of(seen.mean, plan.damping, names, plan.raise_damping)
-
-
-def _prune(
-    weight: Tensor, statistics, sparsity: Sparsity, name: str, plan: Plan
-) -> tuple[Tensor, dict]:
-    if plan.method == "sparsegpt":
-        done = sparsegpt(weight, statistics, sparsity, block=plan.block, name=name)
-        return done.weight, {"loss": done.loss, "damping": done.damping}
-    work = weight if weight.dtype == torch.float64 else weight.float()
-    mask = (
-        magnitude_mask(work, sparsity)
-        if plan.method == "magnitude"
-        else wanda_mask(work, statistics, sparsity)
-    )
-    return weight.masked_fill(mask, 0), {}
-
-
-# ---- shares by sensitivity
-# -------------------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def outliers(runner: layers.Runner, layer: hf.Layer, modules: str, source, sink) -> float:
-    """The share of a layer's weights whose Wanda score is over `OUTLIER` times their matrix's mean;
-    outputs of the unchanged layer go to `sink`."""
-    found, over, total = layers.linears(layer, modules), 0, 0
-    with layers.working(layer.block, runner.dtype):
-        groups, _ = layers.input_groups(found, lambda: runner.call(layer.index, source[0]))
-        seen = {group[0]: Hessian(diagonal_only=True) for group in groups}
-        handles = [
-            found[path].register_forward_pre_hook(
-                lambda _, args, path=path: seen[path].add(args[0])
-            )
-            for path in seen
-        ]
-        try:
-            for number, states in enumerate(source):
-                sink[number] = runner.call(layer.index, states).cpu()
-        finally:
-            for handle in handles:
-                handle.remove()
-        for group in groups:
-            seen[group[0]].check(f"layer {layer.index}'s {group[0]}")
-            for path in group:
-                scores = found[path].weight.abs() * seen[group[0]].diagonal.sqrt()
-                over += int((scores > OUTLIER * scores.mean()).sum())
-                total += scores.numel()
-    return over / total
-
-
-def allocate(plan: Plan, measured: Sequence[float]) -> Plan:
-    """Shares that fall with a layer's `outliers`, within `SPREAD` of the mean, which stays (layers
-    count alike).
-    """
-    low, high = min(measured), max(measured)
-    scaled = [2 * SPREAD * (one - low) / (high - low) if high > low else 0.0 for one in measured]
-    mean = sum(scaled) / len(scaled)
-    wanted = [one.share - (more - mean) for one, more in zip(plan.sparsities, scaled, strict=True)]
-    if min(wanted) < 0 or max(wanted) > 1:
-        raise ValueError(
-            f"sparsity: got {plan.sparsities[0]} with 'sensitivity', which varies it by up to "
-            f"{SPREAD}; valid is "
-            f"{SPREAD} to {1 - SPREAD:g}"
-        )
-    return Plan(
-        plan.method,
-        tuple(Sparsity(share) for share in wanted),
-        plan.modules,
-        plan.damping,
-        plan.raise_damping,
-        plan.block,
-    )
+    if plan.way.needs is Needs.MOMENTS:
+        layers.give_memory_back()  # what is made of a whole Hessian needs room for three matrices
+    return plan.way.prepare(seen, names, plan.options)

@@ -7,25 +7,42 @@ One JSON-able dict is the report; Markdown, HTML and the terminal show the same 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import NotRequired, TypedDict
 
 from torch import nn
 
 from effattn.profiling.cost import model_cost
 from effattn.profiling.environment import environment
-from effattn.prune.decode_table import DECODING, decode_table
 from effattn.prune.unstructured.nm import Sparsity
+from effattn.reports.common import (
+    DECODING,
+    EXCESS,
+    QUALITY_HEADER,
+    QUALITY_NAMES,
+    TURNS,
+    about,
+    curve_table,
+    decode_table,
+    measured_on,
+)
 from effattn.reports.document import Document
 from effattn.reports.plots import AFTER, BEFORE, PALETTE, Series, bar_plot, line_plot
 from effattn.reports.tables import Table, number, pairs, percent
 from effattn.surgery.describing import describe
 
-if TYPE_CHECKING:
-    from effattn.prune.unstructured.one_shot import Plan
-
 KIND = "prune_oneshot"
 QUALITY, METHODS = "Before and after", "Methods compared"
 STAGES = {"pruned": "After pruning", "distilled": "After distillation"}
+SIZES = {
+    "parameters": "Parameters",
+    "nonzero_parameters": "Nonzero parameters",
+    "file_bytes": "Weight files (bytes)",
+    "weight_bytes": "Weights in memory (bytes)",
+    "kv_bytes_per_token": "KV cache (bytes/token)",
+    "flops_per_token": "FLOPs a token, as dense products run",
+    "flops_of_nonzeros": "FLOPs a token, by nonzeros alone",
+}
+DECODE_NOTE = f"{TURNS} Dense products do not skip zeros."
 SAVES_NOTHING = (
     "Zeros are stored like other weights: files, memory and the time of products are as before. "
 )
@@ -37,6 +54,28 @@ NOT_PACKED = (
     "Only 2:4 zeros can be turned into memory and time, by effattn.prune.pack: prune "
     "with sparsity 2:4 for that."
 )
+
+
+class LinearFacts(TypedDict):
+    """One pruned matrix; `loss` and `damping` are SparseGPT's."""
+
+    name: str
+    shape: list[int]  # outputs, inputs
+    zeros: int
+    loss: NotRequired[float]
+    damping: NotRequired[float]
+
+
+class LayerFacts(TypedDict):
+    """One decoder layer, as `prune_layer` tells it."""
+
+    layer: int
+    sparsity: str  # as asked for: "0.5", "2:4"
+    weights: int  # of the matrices that were pruned
+    zeros: int
+    error: float | None  # relative squared error of the layer's output; None: nothing was run
+    seconds: float
+    linears: list[LinearFacts]
 
 
 def counts(model: nn.Module) -> dict[str, int]:
@@ -73,23 +112,19 @@ class OneShotReport(Document):
     distillation, decode, verification, environment. What was not measured is None or absent."""
 
     data: dict
+    kind = KIND
+    named = "a one-shot pruning's report"
     terminal = (QUALITY, METHODS, DECODING, "Verification")
 
-    def __post_init__(self):
-        if self.data.get("kind") != KIND:
-            raise ValueError(
-                f"kind: got {self.data.get('kind')!r}, a one-shot pruning's report has {KIND!r}"
-            )
-
     @classmethod
-    def of(cls, model: nn.Module, plan: Plan, layers: list[dict], settings: dict) -> OneShotReport:
+    def of(cls, model: nn.Module, layers: list[LayerFacts], settings: dict) -> OneShotReport:
         """The report of what was done to `model` in memory."""
         told = describe(model)
         found = counts(model)
         return cls(
             {
                 "kind": KIND,
-                "settings": {**settings, "sparsities": [str(one) for one in plan.sparsities]},
+                "settings": {**settings, "sparsities": [one["sparsity"] for one in layers]},
                 "model": {"class": told.model, "dtype": told.dtype},
                 "layers": layers,
                 "sizes": {"after": found},
@@ -97,12 +132,8 @@ class OneShotReport(Document):
             }
         )
 
-    def part(self, name: str) -> dict:
-        """A part of `data`, empty if it is null or absent."""
-        return self.data.get(name) or {}
-
     @property
-    def layers(self) -> list[dict]:
+    def layers(self) -> list[LayerFacts]:
         return self.data["layers"]
 
     @property
@@ -162,23 +193,15 @@ class OneShotReport(Document):
         if data.get("runs"):
             tables.append(self._methods())
         if data.get("decode"):
-            tables.append(decode_table(data["decode"], "Dense products do not skip zeros."))
+            tables.append(decode_table(data["decode"], DECODE_NOTE))
         if data.get("verification"):
             tables.append(pairs("Verification", data["verification"]))
         if learned := data.get("distillation"):
-            names = ("tokens", "perplexity", "cross_entropy", "kl")
-            header = (
-                "Tokens",
-                "Perplexity",
-                "Cross-entropy (nats/token)",
-                "KL to the parent (nats/token)",
-            )
-            rows = [[number(point[name]) for name in names] for point in learned["curve"]]
-            tables.append(
-                Table(
-                    "Distillation", header, rows, "On the first 8,192 held-out tokens.", folded=True
-                )
-            )
+            note = "On the first 8,192 held-out tokens."
+            tables.append(curve_table("Distillation", "Tokens", learned["curve"], note))
+        return [*tables, self._layers(), self._linear_layers(), *about(data)]
+
+    def _layers(self) -> Table:
         rows = [
             [
                 number(one["layer"]),
@@ -195,7 +218,9 @@ class OneShotReport(Document):
             "Error: squared distance of the layer's output from the dense layer's on the same "
             "input, over its square."
         )
-        tables.append(Table("Layers", header, rows, note, folded=True))
+        return Table("Layers", header, rows, note, folded=True)
+
+    def _linear_layers(self) -> Table:
         rows = [
             [
                 f"{one['layer']}: {linear['name']}",
@@ -206,53 +231,27 @@ class OneShotReport(Document):
             for one in self.layers
             for linear in one["linears"]
         ]
-        tables.append(
-            Table("Linear layers", ("Layer", "Shape", "Zeros", "Damping"), rows, folded=True)
-        )
-        shown = {
-            key: ", ".join(map(str, value)) if isinstance(value, list) else value
-            for key, value in data["settings"].items()
-            if key != "overrides"
-        }
-        return [
-            *tables,
-            pairs("Settings", shown),
-            pairs("Model", data["model"]),
-            pairs("Environment", data["environment"]),
-        ]
+        return Table("Linear layers", ("Layer", "Shape", "Zeros", "Damping"), rows, folded=True)
 
     def _before_and_after(self) -> Table:
         quality, sizes = self.part("quality"), self.part("sizes")
         stages = [stage for stage in STAGES if stage == "pruned" or quality.get(stage)]
         rows = []
         if quality:
-            names = {
-                "perplexity": "Perplexity",
-                "cross_entropy": "Cross-entropy (nats/token)",
-                "kl": "KL to the parent (nats/token)",
-            }
-            for name, label in names.items():
+            for name, label in zip(QUALITY_NAMES, QUALITY_HEADER, strict=True):
                 cells = [quality["before"].get(name), *(quality[stage][name] for stage in stages)]
                 said = [number(one) for one in cells]
                 if name == "perplexity":
                     said[1:] = [number(one) + percent(cells[0], one) for one in cells[1:]]
                 rows.append([label, "-" if name == "kl" else said[0], *said[1:]])
-        names = {"parameters": "Parameters", "nonzero_parameters": "Nonzero parameters",
-                 "file_bytes": "Weight files (bytes)", "weight_bytes": "Weights in memory (bytes)",
-                 "kv_bytes_per_token": "KV cache (bytes/token)",
-                 "flops_per_token": "FLOPs a token, as dense products run",
-                 "flops_of_nonzeros": "FLOPs a token, by nonzeros alone"}  # fmt: skip
-        for name, label in names.items():
+        for name, label in SIZES.items():
             before, after = (sizes.get(when, {}).get(name) for when in ("before", "after"))
             if after is not None:
                 rows.append([label, number(before), *[number(after)] * len(stages)])
         header = ("", "Before", *(STAGES[stage] for stage in stages))
         note = SAVES_NOTHING + (PACK if self.packs else NOT_PACKED)
         if quality:
-            note = (
-                f"On {quality['tokens']:,} held-out tokens ({quality['source']}) in windows of "
-                f"{quality['context']:,}. " + note
-            )
+            note = f"{measured_on(quality)} {note}"
         return Table(QUALITY, header, rows, note)
 
     def _methods(self) -> Table:
@@ -283,15 +282,8 @@ class OneShotReport(Document):
                     f"{run['seconds']:.1f}",
                 ]
             )
-        header = (
-            "Method",
-            "Sparsity",
-            "Perplexity",
-            "Cross-entropy (nats/token)",
-            "Excess (nats/token)",
-            "KL to the parent (nats/token)",
-            "Seconds",
-        )
+        perplexity, cross_entropy, kl = QUALITY_HEADER
+        header = ("Method", "Sparsity", perplexity, cross_entropy, EXCESS, kl, "Seconds")
         return Table(
             METHODS, header, rows, "No training. Seconds of pruning, calibration passes included."
         )
@@ -301,42 +293,32 @@ class OneShotReport(Document):
     def plots(self) -> dict[str, list]:
         """Section -> its figures."""
         found: dict[str, list] = {}
-        if runs := self.data.get("runs"):
-            sparsities = list(dict.fromkeys(run["sparsity"] for run in runs))
-            methods = list(dict.fromkeys(run["method"] for run in runs))
-            dense = self.data["quality"]["before"]["cross_entropy"]
-            excess = {
-                (run["method"], run["sparsity"]): run["cross_entropy"] - dense for run in runs
-            }
-            series = [
-                (method, PALETTE[index], [excess.get((method, one)) for one in sparsities])
-                for index, method in enumerate(methods)
-            ]
-            groups = [one if "," in one else Sparsity.parse(one).label for one in sparsities]
-            found[METHODS] = [
-                bar_plot(
-                    "Excess cross-entropy by method", groups, series, "sparsity", "nats a token"
-                )
-            ]
+        if self.data.get("runs"):
+            found[METHODS] = [self._excess_plot()]
         if (learned := self.data.get("distillation")) and learned["curve"]:
             x = [point["tokens"] / 1000 for point in learned["curve"]]
-            lines = [
-                Series("pruned", x, [point["perplexity"] for point in learned["curve"]], AFTER)
-            ]
+            y = [point["perplexity"] for point in learned["curve"]]
+            lines = [Series("pruned", x, y, AFTER)]
             if level := (learned.get("parent") or {}).get("perplexity"):
                 lines.append(Series("dense", x, [level] * len(x), BEFORE, style="--", marker=""))
             found[QUALITY] = [line_plot("Distillation", lines, "thousand tokens", "perplexity")]
         if all(one["error"] is not None for one in self.layers):
-            names, errors = zip(
-                *((str(one["layer"]), one["error"]) for one in self.layers), strict=True
-            )
-            found["Layers"] = [
-                bar_plot(
-                    "Error of each layer's output",
-                    names,
-                    [(self.label, AFTER, errors)],
-                    "layer",
-                    "relative squared error",
-                )
-            ]
+            names = [str(one["layer"]) for one in self.layers]
+            bars = [(self.label, AFTER, [one["error"] for one in self.layers])]
+            title, unit = "Error of each layer's output", "relative squared error"
+            found["Layers"] = [bar_plot(title, names, bars, "layer", unit)]
         return found
+
+    def _excess_plot(self):
+        """Cross-entropy over the dense model's by sparsity, a bar a method."""
+        runs, dense = self.data["runs"], self.data["quality"]["before"]["cross_entropy"]
+        sparsities = list(dict.fromkeys(run["sparsity"] for run in runs))
+        methods = list(dict.fromkeys(run["method"] for run in runs))
+        excess = {(run["method"], run["sparsity"]): run["cross_entropy"] - dense for run in runs}
+        series = [
+            (method, PALETTE[index], [excess.get((method, one)) for one in sparsities])
+            for index, method in enumerate(methods)
+        ]
+        groups = [one if "," in one else Sparsity.parse(one).label for one in sparsities]
+        title = "Excess cross-entropy by method"
+        return bar_plot(title, groups, series, "sparsity", "nats a token")

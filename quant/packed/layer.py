@@ -15,7 +15,7 @@ from transformers.cache_utils import CacheLayerMixin
 from effattn.errors import Unsupported
 from effattn.hf import anatomy, caches, hooks, live, state_layer
 from effattn.quant.packed.static import StaticLayer, StaticState
-from effattn.registry import format_spec, parse_spec
+from effattn.specs import format_spec, parse_spec
 from effattn.surgery import plan as planning
 from effattn.surgery.swapping import swap
 

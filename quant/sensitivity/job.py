@@ -33,7 +33,7 @@ from effattn.quant.sensitivity.report import QuantizeReport
 from effattn.quant.sensitivity.tokenwise import tokenwise, windows
 from effattn.quant.weights import KINDS, quantize_weights
 from effattn.recipes.jobs import Quiet, device, holds_output
-from effattn.registry import parse_spec
+from effattn.specs import parse_spec
 from effattn.surgery.checkpoint import load_again, load_model, save
 from effattn.surgery.describing import describe
 from effattn.surgery.swapping import active, swap

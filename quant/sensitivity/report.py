@@ -10,66 +10,36 @@ from dataclasses import dataclass
 
 from effattn.quant.sensitivity import report_plots as plots
 from effattn.quant.sensitivity import report_tables as tables
-from effattn.reports.document import Document
+from effattn.quant.sensitivity.report_data import QuantizeData, change
 from effattn.reports.page import Passage, Section, markdown_text, page
-from effattn.reports.tables import Table
-
-KIND = "quantize_kv"
+from effattn.reports.tables import Table, number
 
 
 @dataclass
-class QuantizeReport(Document):
-    """Wraps `data`, a dict of kind "quantize_kv".
+class QuantizeReport(QuantizeData):
+    """A measurement of quantized caches as tables, plots and a page."""
 
-    Keys: settings, model, formats (a row each: name, cache, adapted, quality, bytes_per_token,
-    held, memory; first the full cache, last the plan), sensitivity (layer, spec, kl, ...), plan
-    (budget, specs, cache, bytes_per_token, kl; None without a budget), frontier, retrieval, decode,
-    saved, verification, environment. Losses and KLs are in nats a token, sizes in bytes, times in
-    ms."""
-
-    data: dict
     terminal = tables.TERMINAL
-
-    def __post_init__(self):
-        if self.data.get("kind") != KIND:
-            raise ValueError(
-                f"kind: got {self.data.get('kind')!r}, a report of quantize-kv has {KIND!r}"
-            )
 
     @property
     def title(self) -> str:
         return f"{self.data['settings']['model']}: its key/value cache, quantized"
 
     @property
-    def rows(self) -> list[dict]:
-        """The formats' rows, the full cache's first."""
-        return self.data["formats"]
-
-    @property
-    def full(self) -> dict:
-        return self.rows[0]
-
-    @property
     def headline(self) -> str:
         """The result: how much smaller each cache is, and what becomes of the perplexity."""
         said = []
         for row in self.rows[1:]:
-            change = tables.change(row["quality"])
-            moved = "perplexity not finite" if change is None else f"perplexity {change:+.2f} %"
+            moved = change(row["quality"])
+            moved = "perplexity not finite" if moved is None else f"perplexity {moved:+.2f} %"
             said.append(
                 f"{row['name']} {self.full['bytes_per_token'] / row['bytes_per_token']:.2f}x "
                 f"smaller, {moved}"
             )
         return (
-            f"Perplexity {tables.number(self.full['quality']['perplexity'])} with the full "
+            f"Perplexity {number(self.full['quality']['perplexity'])} with the full "
             f"cache; {'; '.join(said)}."
         )
-
-    @property
-    def swap_call(self) -> str | None:
-        """What gives any model of this kind the plan's cache, as Python."""
-        plan = self.data["plan"]
-        return None if plan is None else f"effattn.swap(model, cache={plan['cache']!r})"
 
     def tables(self) -> list[Table]:
         """Every table, the headline's first."""

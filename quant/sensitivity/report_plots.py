@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from markupsafe import Markup
 
 from effattn.evaluate.retrieval import score
 from effattn.quant.sensitivity import report_tables as tables
+from effattn.quant.sensitivity.report_data import QuantizeData
 from effattn.reports.plots import AFTER, BEFORE, NEUTRAL, PALETTE, Series, bar_plot, line_plot
-
-if TYPE_CHECKING:
-    from effattn.quant.sensitivity.report import QuantizeReport
 
 WIDE = {"width": 10.8, "height": 3.8}
 
 
-def plots(report: QuantizeReport) -> dict[str, list[Markup]]:
+def plots(report: QuantizeData) -> dict[str, list[Markup]]:
     """Section -> its figures."""
     return {
         tables.QUALITY: _trade(report),
@@ -27,7 +23,7 @@ def plots(report: QuantizeReport) -> dict[str, list[Markup]]:
     }
 
 
-def _colors(report: QuantizeReport) -> dict[str, str]:
+def _colors(report: QuantizeData) -> dict[str, str]:
     """Each cache's colour, the same in all plots."""
     quantized = [color for color in PALETTE if color != BEFORE]
     names = [row["name"] for row in report.rows]
@@ -36,7 +32,7 @@ def _colors(report: QuantizeReport) -> dict[str, str]:
     }
 
 
-def _trade(report: QuantizeReport) -> list[Markup]:
+def _trade(report: QuantizeData) -> list[Markup]:
     """KL against bytes a token: the formats as measured, and the plans as their layers' sums
     say.
     """
@@ -65,7 +61,7 @@ def _trade(report: QuantizeReport) -> list[Markup]:
     ]
 
 
-def _layers(report: QuantizeReport) -> list[Markup]:
+def _layers(report: QuantizeData) -> list[Markup]:
     alone = report.data["sensitivity"]
     if not alone:
         return []
@@ -86,7 +82,7 @@ def _layers(report: QuantizeReport) -> list[Markup]:
     ]
 
 
-def _retrieval(report: QuantizeReport) -> list[Markup]:
+def _retrieval(report: QuantizeData) -> list[Markup]:
     """Right answers by depth; of a task that the model itself cannot do anywhere, the nats of its
     answers.
     """
@@ -112,7 +108,7 @@ def _retrieval(report: QuantizeReport) -> list[Markup]:
     return figures
 
 
-def _memory(report: QuantizeReport) -> list[Markup]:
+def _memory(report: QuantizeData) -> list[Markup]:
     weights, colors = report.data["model"]["weight_bytes"], _colors(report)
     lines = [
         Series(
@@ -136,7 +132,7 @@ def _memory(report: QuantizeReport) -> list[Markup]:
     ]
 
 
-def _speed(report: QuantizeReport) -> list[Markup]:
+def _speed(report: QuantizeData) -> list[Markup]:
     timed, colors, figures = (
         [row for row in report.data["decode"] if "lane" in row],
         _colors(report),

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import math
-from typing import TYPE_CHECKING
-
 from effattn.evaluate.retrieval import score
+from effattn.quant.sensitivity.report_data import QuantizeData, change
+from effattn.reports.common import about
 from effattn.reports.plots import short_count
 from effattn.reports.tables import UNKNOWN, Table, data_size, number, pairs
-
-if TYPE_CHECKING:
-    from effattn.quant.sensitivity.report import QuantizeReport
 
 QUALITY, LAYERS, PLAN_TITLE = "Quality, token by token", "Each layer alone", "Plan"
 RETRIEVAL, MEMORY, HELD, SPEED = (
@@ -23,22 +19,12 @@ TERMINAL = (QUALITY, LAYERS, PLAN_TITLE, RETRIEVAL, SPEED)
 NATS = "nats/token"
 
 
-def change(quality: dict) -> float | None:
-    """How far the perplexity is above the parent's on the same tokens, in percent; None where it is
-    not finite.
-    """
-    ours, theirs = quality["cross_entropy"], quality["parent_cross_entropy"]
-    if ours is None or theirs is None or not ours - theirs < 100:
-        return None
-    return 100 * math.expm1(ours - theirs)
-
-
 def whole(size: float) -> str:
     """A number of bytes a token, which may be broken."""
     return f"{size:,.0f}" if size == int(size) else f"{size:,.2f}"
 
 
-def tables(report: QuantizeReport) -> list[Table]:
+def tables(report: QuantizeData) -> list[Table]:
     """Every table that the report has something for."""
     data = report.data
     found = [
@@ -56,19 +42,10 @@ def tables(report: QuantizeReport) -> list[Table]:
             for key, value in data["verification"].items()
         }
         found.append(pairs("Checkpoint, loaded again", {"cache": str(data["saved"])} | facts))
-    shown = {
-        key: ", ".join(map(str, value)) if isinstance(value, list) else value
-        for key, value in data["settings"].items()
-    }
-    return [
-        *found,
-        pairs("Settings", shown),
-        pairs("Model", data["model"]),
-        pairs("Environment", data["environment"]),
-    ]
+    return [*found, *about(data)]
 
 
-def _quality(report: QuantizeReport) -> Table:
+def _quality(report: QuantizeData) -> Table:
     full, rows = report.full["bytes_per_token"], []
     for row in report.rows:
         found, size = row["quality"], row["bytes_per_token"]
@@ -112,7 +89,7 @@ def _quality(report: QuantizeReport) -> Table:
     return Table(QUALITY, header, rows, note)
 
 
-def _layers(report: QuantizeReport) -> list[Table]:
+def _layers(report: QuantizeData) -> list[Table]:
     """KL of each format in each layer alone."""
     alone = report.data["sensitivity"]
     if not alone:
@@ -133,7 +110,7 @@ def _layers(report: QuantizeReport) -> list[Table]:
     return [Table(LAYERS, ("Layer", *specs), rows, note)]
 
 
-def _plan(report: QuantizeReport) -> list[Table]:
+def _plan(report: QuantizeData) -> list[Table]:
     plan = report.data["plan"]
     if plan is None:
         return []
@@ -151,7 +128,7 @@ def _plan(report: QuantizeReport) -> list[Table]:
     return [Table(PLAN_TITLE, ("", "Cache", f"KL alone ({NATS})"), rows, note)]
 
 
-def _retrieval(report: QuantizeReport) -> list[Table]:
+def _retrieval(report: QuantizeData) -> list[Table]:
     found = [row for row in report.data["retrieval"] if row["rows"]]
     refused = {row["task"]: row["reason"] for row in report.data["retrieval"] if not row["rows"]}
     if not found and not refused:
@@ -197,7 +174,7 @@ def _answered(cell: dict) -> str:
     return f"{100 * score(cell):.0f} % ({cell['nats']:.2f})"
 
 
-def _memory(report: QuantizeReport) -> Table:
+def _memory(report: QuantizeData) -> Table:
     """Weights and cache together, by context."""
     weights, rows = report.data["model"]["weight_bytes"], []
     for row in report.rows:
@@ -214,7 +191,7 @@ def _memory(report: QuantizeReport) -> Table:
     return Table(MEMORY, ("Cache", *contexts), rows, note)
 
 
-def _held(report: QuantizeReport) -> Table:
+def _held(report: QuantizeData) -> Table:
     rows = []
     for row in report.rows:
         for one in row["held"]:
@@ -231,7 +208,7 @@ def _held(report: QuantizeReport) -> Table:
     return Table(HELD, header, rows, note, folded=True)
 
 
-def _speed(report: QuantizeReport) -> list[Table]:
+def _speed(report: QuantizeData) -> list[Table]:
     timed = [row for row in report.data["decode"] if "lane" in row]
     if not report.data["decode"]:
         return []

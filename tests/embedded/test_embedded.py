@@ -8,8 +8,9 @@ import pytest
 import torch
 
 import effattn
-from effattn.embedded import corpus, pretrain
+from effattn.embedded import corpus
 from effattn.evaluate.loss import token_losses
+from effattn.recipes import pretrain_embedded as pretrain
 from effattn.training.lending import TokenWindows
 
 

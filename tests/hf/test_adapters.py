@@ -23,7 +23,8 @@ import effattn
 from effattn.errors import Unsupported
 from effattn.hf import anatomy as hf
 from effattn.hf.adapters import merge, require_own_weights
-from effattn.prune.structural.slicing import Keep, slice_model
+from effattn.prune.structural.keep import Keep
+from effattn.prune.structural.slicing import slice_model
 from effattn.quant.rotation import fold_values
 
 peft = pytest.importorskip("peft")

@@ -12,7 +12,7 @@ from effattn.hf import anatomy as hf
 from effattn.prune.shearing import hard_concrete
 from effattn.prune.shearing.lagrangian import Lagrangian
 from effattn.prune.shearing.masks import Masks
-from effattn.prune.shearing.sheared import default_mask_lrs
+from effattn.prune.shearing.rates import default_mask_lrs
 
 N = 200_000
 

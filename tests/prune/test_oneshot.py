@@ -27,7 +27,7 @@ from effattn.hf.weight_files import INDEX
 from effattn.prune.unstructured import calibration, from_files, layers
 from effattn.prune.unstructured.from_files import prune_files
 from effattn.prune.unstructured.methods.sparsegpt import sparsegpt
-from effattn.prune.unstructured.one_shot import METHODS
+from effattn.prune.unstructured.plan import METHODS
 from effattn.prune.unstructured.zeros import keep_zeros
 
 KINDS = {  # how many inputs the linear layers of a decoder layer see
@@ -284,8 +284,8 @@ def snapshot(folder: Path) -> dict[str, bytes]:
 KILLED = """
 import os, signal, sys
 import torch
-from effattn.training import lending as training
 from effattn.prune.unstructured import from_files
+from effattn.training import lending as training
 training.bf16_pays = lambda on_cpu=None: False  # as in the tests' own process
 source, output, threads = sys.argv[1:]
 torch.set_num_threads(int(threads))

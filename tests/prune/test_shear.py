@@ -21,15 +21,10 @@ from effattn.errors import Unsupported
 from effattn.hf import anatomy as hf
 from effattn.prune.shearing import batch_loading, folding
 from effattn.prune.shearing.batch_loading import Domains, DomainWindows, LoadingWeights
+from effattn.prune.shearing.mask_stage import cut, learn_masks, reference_losses
 from effattn.prune.shearing.masks import Masks
-from effattn.prune.shearing.sheared import (
-    Target,
-    continue_training,
-    cut,
-    learn_masks,
-    reference_losses,
-    shear,
-)
+from effattn.prune.shearing.sheared import continue_training, shear
+from effattn.prune.shearing.target import Target
 from effattn.prune.shearing.training import Shearing
 
 CPU = {"use_cpu": True}

@@ -14,7 +14,9 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 import effattn
 from effattn.errors import Unsupported
 from effattn.hf import anatomy as hf
-from effattn.prune.structural.slicing import Keep, reachable_heads, slice_model, sliced_config
+from effattn.prune.structural.keep import Keep
+from effattn.prune.structural.sliced_config import reachable_heads, sliced_config
+from effattn.prune.structural.slicing import slice_model
 
 CLASSES = [
     "llama",

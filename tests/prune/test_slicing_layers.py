@@ -8,7 +8,8 @@ from conftest import tiny
 from transformers import AutoModelForCausalLM
 
 from effattn.hf import anatomy as hf
-from effattn.prune.structural.slicing import Keep, slice_model
+from effattn.prune.structural.keep import Keep
+from effattn.prune.structural.slicing import slice_model
 
 SLIDING = ["sliding_attention", "full_attention", "sliding_attention", "full_attention"]
 CASES = {

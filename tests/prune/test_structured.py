@@ -17,8 +17,9 @@ from effattn.prune.structural.compensation import compensate
 from effattn.prune.structural.criteria import obs
 from effattn.prune.structural.criteria.base import losses
 from effattn.prune.structural.gates import gated
+from effattn.prune.structural.keep import Keep
 from effattn.prune.structural.removal import structured
-from effattn.prune.structural.slicing import Keep, slice_model
+from effattn.prune.structural.slicing import slice_model
 
 LENGTH = 32
 

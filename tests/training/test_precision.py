@@ -20,7 +20,9 @@ from effattn.extending.tuning import tune
 from effattn.heads.gqa import convert_gqa
 from effattn.hf import anatomy as hf
 from effattn.prune.shearing.batch_loading import Domains
-from effattn.prune.shearing.sheared import Target, continue_training, learn_masks, reference_losses
+from effattn.prune.shearing.mask_stage import learn_masks, reference_losses
+from effattn.prune.shearing.sheared import continue_training
+from effattn.prune.shearing.target import Target
 from effattn.prune.unstructured.zeros import keep_zeros
 from effattn.training import lending as training
 from effattn.training.lending import bf16_pays

@@ -3,30 +3,39 @@
     importance = measure("taylor", anatomy.of(model), batches, targets=["heads", "ffn"])
     importance.heads            # (L, K): higher is worth more
 
-A criterion is a function `score(parts, batches, targets, seed) -> Importance` and the `TARGETS` it
-knows; those that take gradients say `NEEDS_LOSS`."""
+A criterion is a function `score(parts, batches, targets, seed) -> Importance` that says which
+targets it knows, and whether it takes gradients:
+
+    @criterion("taylor", ("heads", "ffn", "layers"), needs_loss=True)
+    def score(parts, batches, targets, seed): ...
+"""
 
 from __future__ import annotations
 
 import importlib
+import pkgutil
 from collections.abc import Iterable
 
 from torch import Tensor
 
 from effattn.errors import Unsupported, check_choice
 from effattn.hf.anatomy import Anatomy
-from effattn.prune.structural.criteria.base import TARGETS, Importance
+from effattn.prune.structural.criteria.base import TARGETS, Criterion, Importance, registered
 
-CRITERIA = (
-    "taylor",
-    "obs",
-    "michel",
-    "activation",
-    "flap",
-    "wanda_sum",
-    "block_influence",
-    "random",
-)
+
+def criteria() -> dict[str, Criterion]:
+    """name -> criterion, of every one in this version."""
+    for file in pkgutil.iter_modules(__path__):  # they register themselves
+        importlib.import_module(f"{__name__}.{file.name}")
+    return registered()
+
+
+CRITERIA = tuple(criteria())
+
+
+def find(name: str) -> Criterion:
+    """The criterion of that name. ValueError, with the nearest name, for another."""
+    return registered()[check_choice("criterion", name, CRITERIA)]
 
 
 def measure(
@@ -44,7 +53,7 @@ def measure(
     targets = [check_choice("targets", target, TARGETS) for target in targets]
     for target in targets:
         check(criterion, target, parts)
-    found = _module(criterion).score(parts, batches, targets, seed)
+    found = find(criterion).score(parts, batches, targets, seed)
     found.check()
     return found
 
@@ -52,26 +61,15 @@ def measure(
 def check(criterion: str, target: str, parts: Anatomy) -> None:
     """ValueError for an unknown criterion, Unsupported for one that does not rank `target`, or that
     needs a loss which this model does not have; naming those that can."""
-    chosen = _module(criterion)
-    others = [name for name in CRITERIA if target in _module(name).TARGETS]
-    if target not in chosen.TARGETS:
-        raise Unsupported(
-            f"criterion: {criterion!r} does not rank {target}; {', '.join(map(repr, others))} do"
-        )
-    if needs_loss(criterion) and not parts.predicts_next:
-        free = [name for name in others if not needs_loss(name)]
+    chosen = find(criterion)
+    others = [one for one in registered().values() if target in one.targets]
+    if target not in chosen.targets:
+        able = ", ".join(repr(one.name) for one in others)
+        raise Unsupported(f"criterion: {criterion!r} does not rank {target}; {able} do")
+    if chosen.needs_loss and not parts.predicts_next:
+        free = ", ".join(repr(one.name) for one in others if not one.needs_loss)
         raise Unsupported(
             f"criterion: {criterion!r} needs the loss on next tokens, which "
             f"{type(parts.model).__name__} does not "
-            f"predict; valid for {target} without a loss are {', '.join(map(repr, free))}"
+            f"predict; valid for {target} without a loss are {free}"
         )
-
-
-def needs_loss(criterion: str) -> bool:
-    """Whether a criterion takes gradients of the loss on next tokens."""
-    return getattr(_module(criterion), "NEEDS_LOSS", False)
-
-
-def _module(name: str):
-    check_choice("criterion", name, CRITERIA)
-    return importlib.import_module(f"{__name__}.{name}")

@@ -15,14 +15,14 @@ from effattn.prune.structural.criteria.base import (
     Sums,
     by_group,
     by_sample,
+    criterion,
     forward,
     watching,
     watching_blocks,
 )
 
-TARGETS = ("heads", "ffn")
 
-
+@criterion("activation", ("heads", "ffn"), place=40)
 def score(parts: Anatomy, batches: list[Tensor], targets: list[str], seed: int) -> Importance:
     sums, seen = Sums(parts), []
 

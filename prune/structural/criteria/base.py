@@ -1,5 +1,5 @@
-"""What criteria share: their result, and one pass over the calibration windows, forward only or
-with gradients.
+"""What criteria share: how one makes itself known, their result, and one pass over the calibration
+windows, forward only or with gradients.
 """
 
 from __future__ import annotations
@@ -39,6 +39,44 @@ class Importance:
                 raise FloatingPointError(
                     f"layer {int(bad[0])}: the importance of its {name} is NaN or infinity"
                 )
+
+
+Score = Callable[[Anatomy, list[Tensor], list[str], int], Importance]
+
+
+@dataclass(frozen=True)
+class Criterion:
+    """`score(parts, batches, targets, seed)` ranks the structures of `targets`, some of those that
+    it knows; batches: int64 (batch, length) each. needs_loss: whether it takes gradients of the
+    loss on next tokens. place: where it stands in lists, the lowest first."""
+
+    name: str
+    targets: tuple[str, ...]
+    score: Score
+    needs_loss: bool = False
+    place: int = 80
+
+
+_CRITERIA: dict[str, Criterion] = {}
+
+
+def criterion(
+    name: str, targets: tuple[str, ...], *, needs_loss: bool = False, place: int = 80
+) -> Callable[[Score], Score]:
+    """Function decorator: makes a `score` known under `name`; see `Criterion`."""
+
+    def add(score: Score) -> Score:
+        if name in _CRITERIA:
+            raise ValueError(f"criterion {name!r} is registered already")
+        _CRITERIA[name] = Criterion(name, targets, score, needs_loss, place)
+        return score
+
+    return add
+
+
+def registered() -> dict[str, Criterion]:
+    """name -> criterion, of those whose files were imported, in their places and then by name."""
+    return dict(sorted(_CRITERIA.items(), key=lambda item: (item[1].place, item[0])))
 
 
 class Sums:

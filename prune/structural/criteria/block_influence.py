@@ -8,11 +8,16 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from effattn.hf.anatomy import Anatomy, Layer
-from effattn.prune.structural.criteria.base import Importance, Sums, forward, watching_blocks
+from effattn.prune.structural.criteria.base import (
+    Importance,
+    Sums,
+    criterion,
+    forward,
+    watching_blocks,
+)
 
-TARGETS = ("layers",)
 
-
+@criterion("block_influence", ("layers",), place=70)
 def score(parts: Anatomy, batches: list[Tensor], targets: list[str], seed: int) -> Importance:
     sums, tokens = Sums(parts), sum(batch.numel() for batch in batches)
 

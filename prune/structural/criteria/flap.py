@@ -14,14 +14,14 @@ from effattn.prune.structural.criteria.base import (
     Importance,
     Sums,
     by_group,
+    criterion,
     forward,
     watching,
     watching_blocks,
 )
 
-TARGETS = ("heads", "ffn")
 
-
+@criterion("flap", ("heads", "ffn"), place=50)
 def score(parts: Anatomy, batches: list[Tensor], targets: list[str], seed: int) -> Importance:
     sums = Sums(parts)
 

@@ -14,16 +14,15 @@ from effattn.prune.structural.criteria.base import (
     Importance,
     Sums,
     by_group,
+    criterion,
     gradients,
     losses,
     watching_blocks,
 )
 from effattn.prune.structural.gates import gated
 
-TARGETS = ("heads", "ffn")
-NEEDS_LOSS = True
 
-
+@criterion("michel", ("heads", "ffn"), needs_loss=True, place=30)
 def score(parts: Anatomy, batches: list[Tensor], targets: list[str], seed: int) -> Importance:
     """A gate of its own for each window; a K/V head's score is the sum over its query heads."""
     sums = Sums(parts)

@@ -18,17 +18,18 @@ from effattn.hf.anatomy import Anatomy, Layer
 from effattn.prune.structural.criteria.base import (
     Importance,
     Sums,
+    criterion,
     forward,
     watching,
     watching_blocks,
 )
 from effattn.prune.structural.criteria.flap import output_weight
 
-TARGETS = ("heads", "ffn")
 DAMPING = 0.01  # lambda, as a share of the mean diagonal of C
 ROUNDS = 256  # at most
 
 
+@criterion("obs", ("heads", "ffn"), place=20)
 @torch.no_grad()
 def score(parts: Anatomy, batches: list[Tensor], targets: list[str], seed: int) -> Importance:
     """One forward pass; per layer and target a matrix (n, n) in fp64 is held."""

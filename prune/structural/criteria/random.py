@@ -6,11 +6,13 @@ import torch
 from torch import Tensor
 
 from effattn.hf.anatomy import Anatomy
-from effattn.prune.structural.criteria.base import Importance
+from effattn.prune.structural.criteria.base import (
+    Importance,
+    criterion,
+)
 
-TARGETS = ("heads", "ffn", "layers")
 
-
+@criterion("random", ("heads", "ffn", "layers"), place=90)
 def score(parts: Anatomy, batches: list[Tensor], targets: list[str], seed: int) -> Importance:
     generator = torch.Generator().manual_seed(seed)
     layers, first = len(parts.layers), parts.layers[0]

@@ -19,15 +19,14 @@ from effattn.prune.structural.criteria.base import (
     Sums,
     by_group,
     by_sample,
+    criterion,
     gradients,
     losses,
     watching_blocks,
 )
 
-TARGETS = ("heads", "ffn", "layers")
-NEEDS_LOSS = True
 
-
+@criterion("taylor", ("heads", "ffn", "layers"), needs_loss=True, place=10)
 def score(parts: Anatomy, batches: list[Tensor], targets: list[str], seed: int) -> Importance:
     """heads, ffn: see above. layers: |sum (y - x) dL/dy| for a layer that makes y of x."""
     sums = Sums(parts)

@@ -13,15 +13,15 @@ from effattn.prune.structural.criteria.base import (
     Importance,
     Sums,
     by_group,
+    criterion,
     forward,
     watching,
     watching_blocks,
 )
 from effattn.prune.structural.criteria.flap import output_weight
 
-TARGETS = ("heads", "ffn")
 
-
+@criterion("wanda_sum", ("heads", "ffn"), place=60)
 def score(parts: Anatomy, batches: list[Tensor], targets: list[str], seed: int) -> Importance:
     sums = Sums(parts)
 

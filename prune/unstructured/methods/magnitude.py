@@ -6,7 +6,18 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from effattn.prune.unstructured.methods.base import Masking, Needs, register
 from effattn.prune.unstructured.nm import Sparsity, lowest, lowest_of_groups
+
+
+@register
+class Magnitude(Masking):
+    """Needs no data: what it compares is the weights alone."""
+
+    name, needs, source = "magnitude", Needs.NOTHING, "arXiv:1506.02626"
+
+    def mask(self, weight: Tensor, statistics: None, sparsity: Sparsity) -> Tensor:
+        return magnitude_mask(weight, sparsity)
 
 
 def magnitude_mask(weight: Tensor, sparsity: Sparsity) -> Tensor:

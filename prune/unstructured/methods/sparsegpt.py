@@ -13,11 +13,34 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from effattn.calibration.hessian import DAMPING, InverseHessian
+from effattn.calibration.hessian import DAMPING, Hessian, InverseHessian
+from effattn.prune.unstructured.methods.base import Method, Needs, Options, register
 from effattn.prune.unstructured.nm import Sparsity, lowest, lowest_first
 
 BLOCK = 128  # columns whose mask is chosen at once, and after which the columns to come are updated
 PANEL = 16  # columns that are updated one by one
+
+
+@register
+class SparseGPT(Method):
+    """Needs second moments, and changes what stays. Its statistics are an `InverseHessian`."""
+
+    name, needs, updates = "sparsegpt", Needs.MOMENTS, True
+    source = "arXiv:2301.00774"
+
+    def prepare(self, seen: Hessian, name: str, options: Options) -> InverseHessian:
+        return InverseHessian.of(seen.mean, options.damping, name, options.raise_damping)
+
+    def prune(
+        self,
+        weight: Tensor,
+        statistics: InverseHessian,
+        sparsity: Sparsity,
+        name: str,
+        options: Options,
+    ) -> tuple[Tensor, dict]:
+        done = sparsegpt(weight, statistics, sparsity, block=options.block, name=name)
+        return done.weight, {"loss": done.loss, "damping": done.damping}
 
 
 @dataclass(frozen=True)
@@ -85,14 +108,12 @@ def prune_columns(
         triangle = factor[start:stop, start:stop]
         if sparsity.m is None:
             scores = inside.square().mul_(importance[start:stop])
-            until = (
-                sparsity.count(inputs * outputs)
-                if stop == inputs
-                else sparsity.count(stop * outputs)
-            )
+            # Counted from the start, so that rounding never adds up over the blocks.
+            until = sparsity.count(stop * outputs)
             chosen.copy_(lowest(scores.view(1, -1), until - done).view(inside.shape))
             done = until
         errors = _prune_block(inside, triangle, chosen, importance[start:stop], sparsity)
+        # Columns to come make up for the whole block in one product of matrices.
         columns[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)
         loss += errors.square_().sum(1).sum(dtype=torch.float64)
     return mask, float(loss)
@@ -109,14 +130,11 @@ def _prune_block(
     n, m = sparsity.n, sparsity.m
     width = PANEL if m is None else m * max(1, PANEL // m)
     errors, inverse = torch.empty_like(inside), 1 / factor.diagonal()[:, None]
-    # of a column that becomes its error: 0 or 1/U_ii
+    # the share of a column that becomes its error: 0 or 1/U_ii
     share = mask * inverse if m is None else torch.empty_like(inside)
-    columns, shares, becoming, below = (
-        inside.unbind(),
-        share.unbind(),
-        errors.unbind(),
-        factor.unsqueeze(-1),
-    )
+    # Views of all columns, made once: the loop below runs once a column.
+    columns, shares, becoming = inside.unbind(), share.unbind(), errors.unbind()
+    below = factor.unsqueeze(-1)
     groups = [x.split(m or len(inside)) for x in (inside, importance, mask, inverse, share)]
     for first in range(0, len(inside), width):
         last = min(first + width, len(inside))

@@ -6,7 +6,18 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from effattn.prune.unstructured.methods.base import Masking, Needs, register
 from effattn.prune.unstructured.nm import Sparsity, lowest_per_row
+
+
+@register
+class Wanda(Masking):
+    """Needs the inputs' norms, and chooses within each output."""
+
+    name, needs, source = "wanda", Needs.NORMS, "arXiv:2306.11695"
+
+    def mask(self, weight: Tensor, statistics: Tensor, sparsity: Sparsity) -> Tensor:
+        return wanda_mask(weight, statistics, sparsity)
 
 
 def wanda_mask(weight: Tensor, second_moment: Tensor, sparsity: Sparsity) -> Tensor:

@@ -1,0 +1,71 @@
+"""The safetensors files of a checkpoint that is pruned from file to file."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+from pathlib import Path
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from effattn.prune.unstructured.streamed import Checkpoint, StreamedModel
+
+BYTES = {  # of one number, by safetensors' names
+    "F64": 8,
+    "I64": 8,
+    "U64": 8,
+    "F32": 4,
+    "I32": 4,
+    "U32": 4,
+    "BF16": 2,
+    "F16": 2,
+    "I16": 2,
+    "U16": 2,
+    "I8": 1,
+    "U8": 1,
+    "BOOL": 1,
+    "F8_E4M3": 1,
+    "F8_E5M2": 1,
+}
+
+
+def size(shape: list[int], dtype: str) -> int:
+    """Bytes of a tensor."""
+    return math.prod(shape) * BYTES[dtype]
+
+
+def around_layers(model: StreamedModel) -> list[list[str]]:
+    """What lies outside of the layers, in files about as large as a layer's."""
+    shapes = model.checkpoint.shapes()
+    sizes = {name: size(shape, dtype) for name, (shape, dtype) in shapes.items()}
+    limit = max(
+        sum(sizes[name] for name in model.names(index)) for index in range(len(model.prefixes))
+    )
+    shards: list[list[str]] = []
+    for name in model.names(None):
+        if not shards or sum(sizes[other] for other in shards[-1]) + sizes[name] > limit:
+            shards.append([])
+        shards[-1].append(name)
+    return shards
+
+
+def write(file: Path, tensors: dict[str, Tensor]) -> None:
+    """One safetensors file, whole or not at all: on disk before it has its name."""
+    temporary = file.with_suffix(".tmp")
+    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    save_file(contiguous, temporary, {"format": "pt"})
+    with open(temporary, "rb") as written:
+        os.fsync(written.fileno())
+    temporary.replace(file)
+
+
+def fingerprint(checkpoint: Checkpoint, tokens: Tensor) -> dict:
+    """What a run must have in common with the unfinished one, beside its settings."""
+    files = sorted({*checkpoint.files.values(), "config.json"})
+    stats = [(file, (checkpoint.folder / file).stat()) for file in files]
+    return {
+        "source": [[file, stat.st_size, stat.st_mtime_ns] for file, stat in stats],
+        "tokens": hashlib.sha256(tokens.numpy().tobytes()).hexdigest(),
+    }
