@@ -10,8 +10,9 @@ from torch import Tensor
 
 from effattn.errors import Unsupported
 from effattn.positions.bound import Positions
-from effattn.states.base import State, check_sizes
+from effattn.states.base import State
 from effattn.states.full import FullState
+from effattn.states.sizes import check_sizes
 from effattn.traits import Traits
 
 
@@ -24,7 +25,9 @@ class Checked(Protocol):
     farthest: int | None
     score_rules: bool
 
-    def new_state(self) -> State: ...
+    def new_state(self) -> State:
+        """An empty state."""
+        ...
 
 
 def check_tensors(backend: Checked, q: Tensor, k: Tensor, v: Tensor, causal: bool) -> None:

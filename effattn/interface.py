@@ -34,7 +34,8 @@ from effattn.kernels.decode.turn import Turn
 from effattn.kernels.flash.pattern import Layout, layout_of
 from effattn.kernels.flash.rules import Bias, Far
 from effattn.positions.bound import Placed, Positions, turn_of
-from effattn.states.full import FullState, Inside, State
+from effattn.states.base import State
+from effattn.states.full import FullState
 from effattn.traits import Cost, Shape, Traits
 
 IMPLEMENTATIONS = ("auto", "torch", "triton", "reference")
@@ -46,7 +47,8 @@ class Call:
     """What a call says beside q, k and v, checked. `layout`: where the keys lie; `q_first`: the
     queries as the keys at positions below `Backend.first_keys` see them, None when they see them as
     all others do. A position rule's: `far`, what distant pairs use instead of q and k; `turn`, with
-    which k is raw, and turned when it is read; `bias`."""
+    which k is raw, and turned when it is read; `bias`. `state`: where the method has to read more
+    than k and v (`State.read_by_method`); with it `padding_mask` (B, tokens so far)."""
 
     causal: bool
     layout: Layout
@@ -58,6 +60,8 @@ class Call:
     turn: Turn | None = None
     bias: Bias | None = None
     global_qkv: tuple[Tensor, ...] | None = None
+    state: State | None = None
+    padding_mask: Tensor | None = None
 
 
 def _signed(new_state: Callable[[Backend], State]) -> Callable[[Backend], State]:
@@ -96,7 +100,8 @@ class Backend(nn.Module):
         False  # whether `attend` honours a position rule that decides scores pair by pair
     )
     _signature: str | None = None
-    packable: bool = False  # whether `attend` honours an `Inside` layout: a state of packed keys
+    # whether `attend` lets a state of packed keys attend by itself
+    packable: bool = False
 
     def __init__(self, impl: str = "auto"):
         """`impl`: "auto" chooses, and `chosen_impl` says what; any other one runs or raises."""
@@ -223,23 +228,24 @@ class Backend(nn.Module):
         state, on the right).
         """
         extras = self.extend(extras, state, padding_mask, rotary)
+        packed = state is not None and state.packed
         if state is None:
             layout = layout_of(padding_mask)
+        elif packed:  # it takes the new tokens in when it attends, raw if they are to be turned
+            layout = state.layout(padding_mask)
         else:
             k, v, layout = state.append(k, v, padding_mask)
-        q_first, rules = None, {}
+        q_first, rules, given = None, {}, k
         if isinstance(rotary, Positions) and self.farthest is None:
-            placed = self._place(rotary, q, k, v, layout)
-            q, k, rules = (
-                placed.q,
-                placed.k,
-                {"far": placed.far, "turn": placed.turn, "bias": placed.bias},
-            )
+            placed = self._place(rotary, q, k, v, layout, packed)
+            q, k = placed.q, placed.k
+            rules = {"far": placed.far, "turn": placed.turn, "bias": placed.bias}
         elif rotary is not None:
-            raw = k
             q, k, q_first = self._rotate(rotary, q, k, layout)
-            if isinstance(layout, Inside):
-                k, rules = raw, {"turn": turn_of(rotary)}
+            rules = {"turn": turn_of(rotary)} if packed else {}
+        k = given if packed else k
+        if state is not None and state.read_by_method:
+            rules |= {"state": state, "padding_mask": padding_mask}
         scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
         # the inputs' dtype is what the caller asked for
         with torch.autocast(q.device.type, enabled=False):
@@ -273,9 +279,11 @@ class Backend(nn.Module):
         check_tokens(q, k, padding_mask, state)
         check_rules(scale, rotary)
 
-    def _place(self, rule: Positions, q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Placed:
-        """q and k where a position rule puts them."""
-        few, tokens = self.turns_keys(q, k, v, layout), layout.tokens(k.shape[2])
+    def _place(
+        self, rule: Positions, q: Tensor, k: Tensor, v: Tensor, layout: Layout, packed: bool
+    ) -> Placed:
+        """q and k where a position rule puts them; packed: k only when it is read."""
+        few, tokens = packed or self.turns_keys(q, k, v, layout), layout.tokens(k.shape[2])
         at_q = layout.query_positions(q.shape[2], k.shape[2], q.device)
         if layout.start is None:
             at_q, at_k, length = at_q[0], None, tokens

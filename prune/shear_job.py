@@ -97,6 +97,7 @@ class Job(Checked):
 
     @property
     def target(self) -> Target:
+        """The shape that was asked for."""
         return Target(self.hidden, self.heads, self.ffn, self.layers)
 
     @property
@@ -106,6 +107,7 @@ class Job(Checked):
 
     @property
     def partial(self) -> Path:
+        """The folder of an unfinished run."""
         return partial_folder(self.output or DEFAULT)
 
 

@@ -55,6 +55,7 @@ class Job(Checked):
 
     @property
     def amounts(self) -> dict[str, int | float | None]:
+        """Target -> what was asked for."""
         return {target: getattr(self, target) for target in TARGETS}
 
 

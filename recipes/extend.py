@@ -118,6 +118,7 @@ def run(settings: Settings, show: Quiet | None = None) -> ExtendReport:
 
 
 def extend(settings: Settings, show: Quiet) -> ExtendReport:
+    """The extension, step by step."""
     from effattn.extending.report import ExtendReport
     from effattn.profiling.environment import environment
     from effattn.surgery.describing import describe

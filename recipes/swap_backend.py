@@ -117,6 +117,7 @@ def run(settings: Settings, show: Quiet | None = None) -> SwapReport:
 
 
 def side_by_side(settings: Settings, show: Quiet) -> SwapReport:
+    """The comparison, step by step."""
     from effattn.profiling.environment import environment
     from effattn.swapping import measure
     from effattn.swapping.report import SwapReport

@@ -4,7 +4,7 @@
 
 Writes sweep.json, sweep.html and one checkpoint for each number of heads, kv<N>, as
 `recipes/convert_gqa.py` does. Run again to go on after a kill: conversions in sweep.json and
-finished folders are not repeated. The README's table and `results/` come from here.
+finished folders are not repeated. The documentation's tables and `results/` come from here.
 """
 
 from __future__ import annotations
@@ -148,6 +148,7 @@ def uptrained(settings: Settings, count: int, show: Quiet) -> ConversionReport:
 
 
 def write(output: Path, reports: Sequence[ConversionReport]) -> None:
+    """The comparison, as a page and as JSON."""
     from effattn.heads.report_compare import compare_html
     from effattn.reports.files import write_text_atomic
 

@@ -22,7 +22,7 @@ from bench.rows.rerope import GPU, inv_freq
 from effattn.kernels.decode.turn import rotate
 from effattn.kernels.flash import Far
 from effattn.kernels.flash.reference import attention as reference
-from effattn.quant.packed.state import New, PackedState
+from effattn.quant.packed.state import PackedState
 
 WHO = "DynamicCache+SDPA"
 PLAIN = f"{WHO} dense"
@@ -109,7 +109,7 @@ def _ours(name: str, spec: str | None = None, window: int | None = None) -> Cont
                 state.append(k, v)
             else:
                 state = PackedState(format_of(spec, case.dim))
-                state.absorb(New(k, v, 0))
+                state.append(k, v)
             return partial(attn, state=state, rotary=rule)
 
         return Layers(new, raw=rule is not None)
@@ -177,6 +177,7 @@ def _cpu() -> list[Step]:
 
 
 def cases(device, quick):
+    """Decoding steps through all layers' states."""
     if quick:
         dtype = "bfloat16" if device == "cuda" else "float32"
         yield from (make(dtype, 1024, **CPU[-1]) for make in (_packed, _turned))
@@ -189,6 +190,7 @@ def cases(device, quick):
 
 
 def targets(device):
+    """On a CPU: how much longer than a step over a plain cache."""
     if device == "cpu":
         for case in _cpu():
             spec, most = (REROPE, 1.2) if case.title == "ReRoPE" else ("int8", 1.3)

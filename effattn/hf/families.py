@@ -1,7 +1,7 @@
 """What differs between transformers' model types: the tables that `effattn.hf.anatomy` reads.
 
 To support an architecture, add a line to `FAMILIES` (causal LMs) or `ENCODERS`;
-`tests/test_anatomy.py` holds it to account."""
+`tests/hf/test_anatomy.py` holds it to account."""
 
 from __future__ import annotations
 

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from effattn.errors import Unsupported
-from effattn.hf import anatomy, hooks, placement
+from effattn.hf import anatomy, placement
+from effattn.hf.names import ATTRIBUTE as SWAP
 from effattn.positions.base import Part, Trained
 from effattn.positions.bound import Positions
 from effattn.positions.registry import parse
@@ -140,7 +141,7 @@ def make(parts: anatomy.Anatomy, positions: str | dict[str | int, str]) -> Posit
 
 def held_by(layer: anatomy.Layer) -> LayerPositions | None:
     """The rule that a layer's swapped attention has now, with what it has learned."""
-    return getattr(getattr(layer.attention, hooks.ATTRIBUTE, None), "positions", None)
+    return getattr(getattr(layer.attention, SWAP, None), "positions", None)
 
 
 def apply(model: nn.Module, parts: anatomy.Anatomy, plan: PositionPlan) -> None:

@@ -53,10 +53,12 @@ class Need:
 
     @property
     def kept(self) -> int:
+        """Bytes that stay: the cache after the prompt."""
         return self.prefill.kv_bytes
 
     @property
     def peak(self) -> int:
+        """Bytes at once beside the weights, at most."""
         return max(cost.peak_bytes - cost.weight_bytes for cost in (self.prefill, self.decode))
 
 
@@ -96,7 +98,8 @@ def measure(
     show = show or Quiet()
     wanted = _variants(model, variants)
     check_numbers(contexts, batches, steps, seconds)
-    parts = _checked(model, contexts, steps)
+    parts = anatomy.of(model)
+    _check_model(parts, contexts, steps)
     if output is not None:
         progress.check_output(Path(output), fresh)
         resume = resume or progress.partial_in(Path(output))
@@ -114,8 +117,7 @@ def measure(
         "seconds": seconds,
         "seed": seed,
     }
-    path = None if resume is None else Path(resume)
-    kept = progress.Cells(path, settings, facts | _machine(device), "measure", fresh)
+    kept = progress.Cells(resume, settings, facts | _machine(device), fresh)
     with show.stage("the device's peaks (kept for the next time)"):
         limits = peaks(device)
     for context, batch in product(settings["contexts"], settings["batches"]):
@@ -123,9 +125,8 @@ def measure(
         if named not in kept.done:
             said = f"{context:,} tokens" + (f" x {batch}" if batch > 1 else "")
             with show.stage(said) as tell:
-                kept.once(
-                    named, partial(_cell, models, context, batch, settings, limits, device, tell)
-                )
+                rows = partial(_cell, models, context, batch, settings, limits, device, tell)
+                kept.once(named, rows)
     report = Report(
         {
             "kind": KIND,
@@ -241,6 +242,7 @@ def _variants(model: nn.Module, given) -> list[Variant]:
 
 
 def check_numbers(contexts, batches, steps, seconds) -> None:
+    """ValueError for lengths, batches, steps or seconds that cannot be."""
     for argument, values in (("contexts", contexts), ("batches", batches), ("steps", [steps])):
         for value in values:
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
@@ -250,20 +252,14 @@ def check_numbers(contexts, batches, steps, seconds) -> None:
     Bounds(whole=False, above=0).check("seconds", seconds)
 
 
-def _checked(model: nn.Module, contexts: Sequence[int], steps: int) -> anatomy.Anatomy:
-    """The model's anatomy. Unsupported for one that does not generate; ValueError for contexts that
-    it cannot run."""
-    parts = anatomy.of(model)
+def _check_model(parts: anatomy.Anatomy, contexts: Sequence[int], steps: int) -> None:
+    """Unsupported for a model that does not generate. ValueError for contexts that it cannot run: a
+    table of learned positions ends; rotary ones do not."""
     if not parts.causal:
         raise Unsupported(
-            f"{type(model).__name__} cannot be measured: it does not generate (it is not causal)"
+            f"{type(parts.model).__name__} cannot be measured: it does not generate (it is not "
+            "causal)"
         )
-    _check_positions(parts, contexts, steps)
-    return parts
-
-
-def _check_positions(parts: anatomy.Anatomy, contexts: Sequence[int], steps: int) -> None:
-    """A table of learned positions ends; rotary ones do not. ValueError."""
     limit = hard_limit(parts)
     if limit is None or max(contexts) + steps + BESIDE_STEPS <= limit:
         return

@@ -38,6 +38,10 @@ class Cells(Parts):
     UNFINISHED = "an unfinished measurement"
     AGAIN = "the same command with --fresh starts over"
 
+    def __init__(self, path: Path | str | None, settings: dict, made_with: dict, fresh: bool):
+        path = None if path is None else Path(path)
+        super().__init__(path, settings, made_with, "measure", fresh)
+
     @property
     def rows(self) -> list[dict]:
         """Those of all finished cells, in the order in which they were measured."""

@@ -15,15 +15,14 @@ import torch
 from torch import Tensor
 
 from effattn.kernels.flash.pattern import Layout, first_real, layout_of
-from effattn.states.base import Inside, State, check_fits
+from effattn.states.base import State
+from effattn.states.sizes import check_fits
 
 __all__ = [
     "ROLLBACK",
     "ROOM",
     "FullState",
-    "Inside",
     "RingState",
-    "State",
     "first_positions",
     "no_positions",
 ]
@@ -42,6 +41,7 @@ def first_positions(count: int, n: int) -> list[int]:
 
 
 def no_positions(n: int) -> tuple[int, ...]:
+    """Slots of a ring that keeps no first tokens: none."""
     return ()
 
 
@@ -51,6 +51,7 @@ class FullState(State):
     copies the others every `ROOM` steps."""
 
     evicts = False
+    read_by_method = False
     rooms: tuple[Tensor, Tensor] | None = None
 
     def __init__(self):
@@ -245,6 +246,7 @@ class RingState(FullState):
 
     @property
     def slots(self) -> int:
+        """How many first tokens are held."""
         return 0 if self.slots_at is None else len(self.slots_at)
 
     def _places(self, slots: int) -> Tensor | None:

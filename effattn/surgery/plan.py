@@ -70,12 +70,9 @@ def make(
     for index, plan in plans.items():
         held = getattr(parts.layers[index].attention, hooks.ATTRIBUTE, None)
         plan.cache = formats[index] if index in formats else getattr(held, "cache", None)
-        if (
-            plan.cache is not None
-            and plan.cache.format.pre_rope
-            and parts.layers[index].rotary is not None
-        ):
-            plan.raw_keys, plan.rotary = True, parts.layers[index].rotary
+        rotary = parts.layers[index].rotary
+        if plan.cache is not None and plan.cache.raw_keys and rotary is not None:
+            plan.raw_keys, plan.rotary = True, rotary
         rule = positions[index] if index in positions else getattr(held, "positions", None)
         if rule is not None:
             plan.positions = rule.fitted(plan.raw_keys)
