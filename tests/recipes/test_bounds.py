@@ -219,9 +219,14 @@ def test_reports_of_models_that_broke(tmp_path, monkeypatch):
             }
         return [broken(one) for one in data] if isinstance(data, list | tuple) else data
 
+    def kinds(cls):
+        yield cls
+        for below in cls.__subclasses__():
+            yield from kinds(below)
+
     shown = []
     with monkeypatch.context() as patch:
-        for cls in (Document, *Document.__subclasses__()):
+        for cls in kinds(Document):
             if "to_html" in vars(cls):
                 patch.setattr(cls, "to_html", lambda self: shown.append(self) or "")
         for make, _ in report_pages.PAGES.values():
