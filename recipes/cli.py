@@ -16,11 +16,16 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from effattn.linearizing.cli import linearize
 from effattn.prune.cli import app as prune
 from effattn.prune.shear_cli import shear
-from effattn.quant.sensitivity.cli import quantize_kv
-from effattn.recipes import convert_gqa, extend, measure, swap_backend
+from effattn.recipes import (
+    convert_gqa,
+    extend,
+    linearize,
+    measure,
+    quantize_kv,
+    swap_backend,
+)
 from effattn.recipes.console import Show, console, one_line_errors
 
 app = typer.Typer(
@@ -81,11 +86,11 @@ def compare(
         raise SystemExit(1)
 
 
-app.command()(linearize)
+app.command("linearize")(linearize.command)
 app.command("extend")(extend.command)
 app.command()(shear)
 app.add_typer(prune, name="prune")
-app.command()(quantize_kv)
+app.command("quantize-kv")(quantize_kv.command)
 
 
 @app.command()

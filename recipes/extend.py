@@ -191,22 +191,18 @@ def check(settings: Settings) -> None:
 def load(settings: Settings, show: Quiet) -> tuple:
     """The model on its device, its tokenizer, the plan, the rule as the report has it, and the
     tokens of a training window. What cannot be tuned is said here."""
-    from effattn.errors import Unsupported
     from effattn.extending import planner
     from effattn.hf.weights import weight_bytes
     from effattn.outputs import check_room
+    from effattn.surgery.attaching import require_own_attention
     from effattn.surgery.checkpoint import load_model
-    from effattn.surgery.swapping import active, restore, swap
+    from effattn.surgery.swapping import restore, swap
     from effattn.training import lending
 
     with show.stage("loading the model"):
         model, tokenizer = load_model(settings.model)
         model.to(flow.device(settings.device))
-        if active(model) is not None:
-            raise Unsupported(
-                f"model: {settings.model} is swapped already; valid is a checkpoint with its own "
-                "attention"
-            )
+        require_own_attention(model, settings.model)
         if settings.output is not None:
             check_room("output", settings.output, weight_bytes(model))
         plan = planner.make_plan(model, settings.to, tuned=bool(settings.tune_tokens))

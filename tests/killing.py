@@ -40,13 +40,13 @@ def convert(model, text, out):
 
 
 def linearize(model, text, out):
-    from effattn.linearizing.job import Job, run
+    from effattn.recipes.linearize import Settings, run
 
     return run(
-        Job(
-            model,
-            out,
+        Settings(
             "performer(features=8)",
+            model=model,
+            output=out,
             text=(text,),
             transfer_tokens=3 * 32,
             distil_tokens=3 * 32,
@@ -150,11 +150,11 @@ def swap(model, text, out):
 
 
 def quantize(model, text, out):
-    from effattn.quant.sensitivity.job import Job, run
+    from effattn.recipes.quantize_kv import Settings, run
 
     return run(
-        Job(
-            model,
+        Settings(
+            model=model,
             formats=("int8(group=16, residual=16)",),
             output=out,
             text=(text,),
@@ -184,7 +184,7 @@ def quick_parts() -> None:
     timing.
     """
     import effattn.hf.verify
-    import effattn.linearizing.job
+    import effattn.linearizing.approximation
     import effattn.measuring.measurement
     import effattn.prune.oneshot_job
     import effattn.prune.shear_job
@@ -202,7 +202,7 @@ def quick_parts() -> None:
     effattn.measuring.measurement.peaks = lambda *args: Peaks(
         "none", "cpu", 1, "", {}, None, None, None, {}, None
     )
-    effattn.linearizing.job.measure_approximation = lambda *args, **kwargs: type(
+    effattn.linearizing.approximation.measure_approximation = lambda *args, **kwargs: type(
         "None", (), {"data": None}
     )
 
@@ -281,7 +281,7 @@ def child(request: dict, counted: mmap.mmap) -> int:
 
 
 def serve() -> None:
-    import effattn.quant.sensitivity.job
+    import effattn.quant.sensitivity.rows
     import effattn.swapping.measure  # noqa: F401  before the first fork
     from effattn.recipes.console import quiet_libraries
 

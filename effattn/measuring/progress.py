@@ -8,7 +8,6 @@ from pathlib import Path
 
 from effattn.outputs import check_writable, sweep
 from effattn.resuming import Parts
-from effattn.resuming import partial_file as partial_beside  # noqa: F401
 
 NAME, REPORT = ".measure.partial.json", "report.json"
 

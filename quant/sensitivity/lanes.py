@@ -67,6 +67,12 @@ class Lane:
             )
         return found
 
+    def layer_bytes(self) -> list[float]:
+        """Bytes of a packed token in each layer. ValueError where a format does not fit."""
+        parts = anatomy.of(self.model)
+        pairs = zip(parts.layers, self.formats(parts), strict=True)
+        return [bytes_per_token(layer, format) for layer, format in pairs]
+
 
 def adapted(parts: anatomy.Anatomy, spec: str) -> str:
     """What is different about a format in this model, "" if nothing is."""

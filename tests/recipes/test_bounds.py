@@ -22,18 +22,18 @@ from effattn.reports.files import finite
 
 JOBS = {
     "effattn.recipes.convert_gqa": {"model": "m", "kv_heads": 2, "output": Path("out")},
-    "effattn.linearizing.job": {},
+    "effattn.recipes.linearize": {},
     "effattn.recipes.extend": {"to": 4096},
-    "effattn.extending.article_job": {},
+    "effattn.recipes.extend_context": {},
     "effattn.recipes.swap_backend": {},
     "effattn.recipes.measure": {},
     "effattn.prune.shear_job": {},
     "effattn.prune.oneshot_job": {"output": Path("out")},
     "effattn.prune.structured_job": {"output": Path("out")},
-    "effattn.quant.sensitivity.job": {},
+    "effattn.recipes.quantize_kv": {},
 }
 # Checked by the job with words of their own: against the model, as a share or a number, as names.
-ELSEWHERE = {("effattn.recipes.extend", "to"), ("effattn.quant.sensitivity.job", "bits")} | {
+ELSEWHERE = {("effattn.recipes.extend", "to"), ("effattn.recipes.quantize_kv", "bits")} | {
     ("effattn.prune.structured_job", name) for name in ("heads", "ffn", "layers")
 }
 
