@@ -175,15 +175,13 @@ def check(settings: Settings) -> None:
     from effattn.errors import check_choice
     from effattn.evaluate.passkey_retrieval import STYLES
     from effattn.extending.copying import TASKS
+    from effattn.textdata import check_source
 
     flow.device(settings.device)
     check_choice("retrieval", settings.retrieval, (*TASKS, AUTO, NONE))
     if settings.retrieval_style is not None:
         check_choice("retrieval_style", settings.retrieval_style, STYLES)
-    if settings.text and settings.dataset:
-        raise ValueError(
-            "text and dataset: got both, valid is one of them (or neither: the embedded corpus)"
-        )
+    check_source(settings.text, settings.dataset)
     written = settings.output and Path(settings.output) / flow.REPORT
     for argument, file in (("output", written), ("json", settings.json)):
         if file is not None:
@@ -252,9 +250,10 @@ def check_lengths(settings: Settings, trained: int) -> list[int]:
 def read(settings: Settings, show: Quiet, tokenizer, lengths: Sequence[int]) -> tuple[Tensor, str]:
     """The sequences, int64 (count, longest + 1), and where they come from."""
     from effattn.extending import texts
+    from effattn.textdata import held_out
 
     with show.stage("reading text"):
-        found, source = texts.documents(settings.text, settings.dataset, settings.column)
+        found, source = held_out(settings.text, settings.dataset, settings.column)
         return texts.long_sequences(found, tokenizer, settings.sequences, lengths[-1]), source
 
 

@@ -199,6 +199,7 @@ def check(settings: Settings) -> None:
     from effattn.quant.sensitivity.lanes import FULL
     from effattn.quant.weights import KINDS
     from effattn.specs import parse_spec
+    from effattn.textdata import check_source
 
     flow.device(settings.device)
     for bits in settings.bits:
@@ -213,10 +214,7 @@ def check(settings: Settings) -> None:
         check_choice("weights", settings.weights, KINDS)
     if settings.retrieval_style is not None:
         check_choice("retrieval_style", settings.retrieval_style, STYLES)
-    if settings.text and settings.dataset:
-        raise ValueError(
-            "text and dataset: got both, valid is one of them (or neither: the embedded corpus)"
-        )
+    check_source(settings.text, settings.dataset)
     for name in ("evaluation_tokens", "sensitivity_tokens"):
         if getattr(settings, name) < settings.length:
             raise ValueError(

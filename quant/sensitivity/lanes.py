@@ -18,8 +18,8 @@ from effattn.evaluate.streaming import cache_bytes
 from effattn.hf import anatomy
 from effattn.hf.cache import new_cache
 from effattn.hf.placement import input_device
-from effattn.measuring.job import MEMORY_SHARE
 from effattn.measuring.lanes import takes_logits_to_keep
+from effattn.measuring.measurement import MEMORY_SHARE
 from effattn.measuring.variants import Variant, build
 from effattn.profiling.memory import available_bytes
 from effattn.profiling.timing import Clock, alternate, percentiles

@@ -23,17 +23,17 @@ from effattn.reports.files import finite
 JOBS = {
     "effattn.recipes.convert_gqa": {"model": "m", "kv_heads": 2, "output": Path("out")},
     "effattn.recipes.linearize": {},
-    "effattn.extending.job": {},
+    "effattn.recipes.extend": {"to": 4096},
     "effattn.recipes.extend_context": {},
-    "effattn.swapping.job": {},
-    "effattn.measuring.command": {},
+    "effattn.recipes.swap_backend": {},
+    "effattn.recipes.measure": {},
     "effattn.prune.shear_job": {},
     "effattn.prune.oneshot_job": {"output": Path("out")},
     "effattn.prune.structured_job": {"output": Path("out")},
     "effattn.recipes.quantize_kv": {},
 }
 # Checked by the job with words of their own: against the model, as a share or a number, as names.
-ELSEWHERE = {("effattn.extending.job", "to"), ("effattn.recipes.quantize_kv", "bits")} | {
+ELSEWHERE = {("effattn.recipes.extend", "to"), ("effattn.recipes.quantize_kv", "bits")} | {
     ("effattn.prune.structured_job", name) for name in ("heads", "ffn", "layers")
 }
 
