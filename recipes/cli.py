@@ -18,10 +18,8 @@ from rich.table import Table
 
 from effattn.extending.cli import extend
 from effattn.linearizing.cli import linearize
-from effattn.prune.cli import app as prune
-from effattn.prune.shear_cli import shear
 from effattn.quant.sensitivity.cli import quantize_kv
-from effattn.recipes import convert_gqa
+from effattn.recipes import convert_gqa, prune_oneshot, prune_structured, shear
 from effattn.recipes.console import (
     Show,
     console,
@@ -38,6 +36,13 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_show_locals=False,
 )
+
+prune = typer.Typer(
+    help="Prune a checkpoint: single weights, or whole heads, FFN dimensions and layers.",
+    no_args_is_help=True,
+)
+prune.command("oneshot")(prune_oneshot.command)
+prune.command("structured")(prune_structured.command)
 
 
 @app.callback()
@@ -232,7 +237,7 @@ def compare(
 
 app.command()(linearize)
 app.command()(extend)
-app.command()(shear)
+app.command("shear")(shear.command)
 app.add_typer(prune, name="prune")
 app.command()(quantize_kv)
 

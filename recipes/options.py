@@ -153,6 +153,15 @@ def text_column():
     return option(None, "the dataset's text column")
 
 
+def window_length():
+    return whole(
+        None,
+        "window length in tokens (default: as the model was trained, at most 2048)",
+        least=8,
+        unit="tokens",
+    )
+
+
 def random_seed(of: str, default: int = 0):
     return whole(default, f"of {of}", least=0, most=SEED)
 
