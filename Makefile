@@ -4,17 +4,18 @@
 # make kernels   compiles the Triton kernels for four GPUs, none of which need be here
 # make bench   attention against its peers on this CPU, about 14 minutes, to results/<device>/bench.json
 # make bench-gpu PART=1/3   the same on a GPU, its kernels' tests first; parts take under nine minutes
-# make readme-figures   the README's tables and figures, from results/
+# make docs   the documentation as a site, to site/; make pages: its tables and figures, from results/ and the code
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 PEERS  := $(VENV)/.peers-installed
 GPU    := $(VENV)/.gpu-peers-installed
+DOCS   := $(VENV)/.docs-installed
 PART   ?= 1/1
 DEMO   ?= runs/demo
 
-.PHONY: demo test bench bench-gpu readme-figures lint kernels setup clean
+.PHONY: demo test bench bench-gpu docs pages readme-figures lint kernels setup clean
 
 setup: $(STAMP)
 
@@ -31,12 +32,13 @@ demo: $(STAMP)
 test: $(STAMP)
 	$(BIN)/python -m pytest -n auto --dist worksteal
 
-$(PEERS) $(GPU): $(STAMP)
+$(PEERS) $(GPU) $(DOCS): $(STAMP)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[$(EXTRA)]"
 	touch $@
 
 $(PEERS): EXTRA = bench
 $(GPU): EXTRA = bench-gpu
+$(DOCS): EXTRA = docs
 
 bench: $(PEERS)
 	$(BIN)/python recipes/bench.py --device cpu
@@ -44,8 +46,12 @@ bench: $(PEERS)
 bench-gpu: $(GPU)
 	$(BIN)/python recipes/bench.py --device cuda --part $(PART)
 
-readme-figures: $(STAMP)
-	$(BIN)/python recipes/readme_figures.py
+# Strict: a broken link or a name that is not there fails.
+docs: $(DOCS)
+	$(BIN)/mkdocs build --strict --quiet
+
+pages readme-figures: $(STAMP)
+	$(BIN)/python -m bench.docs
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -55,4 +61,4 @@ kernels: $(STAMP)
 	$(BIN)/effattn kernels
 
 clean:
-	rm -rf $(VENV) runs build dist *.egg-info
+	rm -rf $(VENV) runs build dist site *.egg-info

@@ -3,20 +3,32 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from effattn.errors import Unsupported
-from effattn.states.base import State, check_sizes
+from effattn.positions.bound import Positions
+from effattn.states.base import State
 from effattn.states.full import FullState
+from effattn.states.sizes import check_sizes
+from effattn.traits import Traits
 
-if TYPE_CHECKING:
-    from effattn.interface import Backend
+
+class Checked(Protocol):
+    """What the checks read of a backend (`effattn.interface.Backend`)."""
+
+    name: str
+    traits: Traits
+    signature: str
+    farthest: int | None
+    score_rules: bool
+
+    def new_state(self) -> State: ...
 
 
-def check_tensors(backend: Backend, q: Tensor, k: Tensor, v: Tensor, causal: bool) -> None:
+def check_tensors(backend: Checked, q: Tensor, k: Tensor, v: Tensor, causal: bool) -> None:
     """ValueError for shapes, dtypes or devices of q, k and v that do not fit together, Unsupported
     for a direction that the method does not have."""
     if causal and not backend.traits.causal:
@@ -55,7 +67,7 @@ def check_tensors(backend: Backend, q: Tensor, k: Tensor, v: Tensor, causal: boo
         raise ValueError(f"q: expected a multiple of k's {kv_heads} heads, got {heads} heads")
 
 
-def check_state(backend: Backend, state: State | None, k: Tensor, v: Tensor) -> None:
+def check_state(backend: Checked, state: State | None, k: Tensor, v: Tensor) -> None:
     """ValueError for a state of another backend, or one that began with other sizes."""
     if state is None:
         return
@@ -120,6 +132,43 @@ def check_rules(scale, rotary) -> None:
         check_positive("scale", scale)
     if rotary is not None and not callable(rotary):
         raise ValueError(f"rotary: expected a callable rule, got {type(rotary).__name__}")
+
+
+def check_positions(
+    backend: Checked, rule: Positions, causal: bool, state: State | None, mask: Tensor | None
+) -> None:
+    """Raises Unsupported for a position rule that this method cannot have, or not with packed
+    keys.
+    """
+    if state is not None and state.packed:
+        biased = rule.bias is not None and state.static  # tables are as long as the sequence
+        if biased or not rule.turnable(one_length=mask is None and not state.static):
+            varies = rule.turns and rule.rotation.varies
+            where = " where rows are padded, or their length is a tensor" if varies else ""
+            where = " whose length is a tensor" if biased else where
+            raise Unsupported(
+                f"rotary: {rule.spec!r} cannot go with packed keys{where}; valid is a full cache"
+            )
+    if rule.causal_only and not causal:
+        raise Unsupported(f"rotary: {rule.spec!r} needs causal=True")
+    if rule.raw_keys and state is not None and not backend.traits.exact:
+        raise Unsupported(
+            f"rotary: {rule.spec!r} turns old keys anew as a sequence grows, and {backend.name} "
+            "remembers no raw "
+            f"keys, but {backend.traits.state}; valid are exact patterns, or no state"
+        )
+    if rule.scores and not backend.score_rules:
+        raise Unsupported(
+            f"rotary: {rule.spec!r} decides scores pair by pair, which {backend.name} does not "
+            "compute here; valid "
+            "are dense, block, sliding without dilation, and s2"
+        )
+    if backend.farthest is not None and (rule.raw_keys or rule.scores):
+        raise Unsupported(
+            f"rotary: {rule.spec!r} with sinks, which count positions by their place in the "
+            "cache; valid are rules "
+            "that only turn by fixed angles, and logn"
+        )
 
 
 def check_positive(argument: str, value) -> None:

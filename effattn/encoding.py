@@ -1,5 +1,5 @@
-"""Long documents as tokens, piece by piece: the same ones as all at once, and no more work than is
-asked for.
+"""Documents as one stream of tokens; long ones piece by piece: the same tokens as all at once, and
+no more work than is asked for.
 
 A tokenizer takes 180 bytes for every byte of text at once. Its pieces overlap here, and are joined
 where both say the same for a stretch: what begins or ends a piece (a prefix space, half a word) is
@@ -7,10 +7,43 @@ in neither."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+
+import torch
 
 PIECE = 1 << 19  # characters at once; documents that are no longer are not cut
 OVERLAP = 2048  # characters that two pieces share; in the middle half of them they must agree
+
+
+def encode(documents: Iterable[str], tokenizer, limit: int | None = None) -> torch.Tensor:
+    """The documents' tokens end to end, each closed by one end-of-text token if there is one: int64
+    (<= limit,). Documents without text give nothing. None: no limit."""
+    end = tokenizer.eos_token_id
+    pieces, total = [], 0
+    for document in documents:
+        if not document or document.isspace():
+            continue
+        ids = token_ids(document, tokenizer, None if limit is None else limit - total)
+        ids = _without_ends(ids, end)
+        if not ids:
+            continue
+        pieces.append(torch.tensor(ids if end is None else [*ids, end], dtype=torch.int64))
+        total += len(pieces[-1])
+        if limit is not None and total >= limit:
+            break
+    return torch.cat(pieces)[:limit] if pieces else torch.empty(0, dtype=torch.int64)
+
+
+def _without_ends(ids: list[int], end: int | None) -> list[int]:
+    """Without the end-of-text tokens that a text itself begins or ends with: one closes each
+    document, not two.
+    """
+    first, last = 0, len(ids)
+    while first < last and ids[first] == end:
+        first += 1
+    while first < last and ids[last - 1] == end:
+        last -= 1
+    return ids[first:last]
 
 
 def token_ids(document: str, tokenizer, limit: int | None = None) -> list[int]:

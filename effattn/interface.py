@@ -13,110 +13,33 @@ positions."""
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from effattn import padding
-from effattn.checks import check_extras, check_rules, check_state, check_tensors, check_tokens
+from effattn.checks import (
+    check_extras,
+    check_positions,
+    check_rules,
+    check_state,
+    check_tensors,
+    check_tokens,
+)
 from effattn.errors import Unsupported, check_choice
 from effattn.kernels.decode.turn import Turn
 from effattn.kernels.flash.pattern import Layout, layout_of
 from effattn.kernels.flash.rules import Bias, Far
-from effattn.positions.bound import Placed, Positions
-from effattn.positions.rope import Rope
-from effattn.states.full import FullState, Inside, State
+from effattn.positions.bound import Placed, Positions, turn_of
+from effattn.states.base import State
+from effattn.states.full import FullState
+from effattn.traits import Cost, Shape, Traits
 
 IMPLEMENTATIONS = ("auto", "torch", "triton", "reference")
 Rotary = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
-
-
-@dataclass(frozen=True)
-class Traits:
-    """What a backend is. `exact`: equals softmax attention over the keys it may see; `state`: what
-    it remembers.
-    """
-
-    exact: bool
-    causal: bool
-    bidirectional: bool
-    learned: bool
-    state: str
-
-
-@dataclass(frozen=True)
-class Shape:
-    """The sizes of one call, as `cost` needs them. `itemsize` is bytes per element; `value_dim`
-    defaults to D.
-
-    backward: the backward pass of that call, alone, instead of the forward pass; a training step is
-    the sum of both."""
-
-    batch: int
-    heads: int
-    kv_heads: int
-    queries: int
-    keys: int
-    head_dim: int
-    value_dim: int = 0
-    itemsize: int = 2
-    causal: bool = True
-    backward: bool = False
-
-    def __post_init__(self):
-        if not self.value_dim:
-            object.__setattr__(self, "value_dim", self.head_dim)
-
-    @property
-    def kv_bytes(self) -> int:
-        """Bytes of all keys and values."""
-        return (
-            self.batch
-            * self.kv_heads
-            * self.keys
-            * (self.head_dim + self.value_dim)
-            * self.itemsize
-        )
-
-    @property
-    def query_bytes(self) -> int:
-        return self.batch * self.heads * self.queries * self.head_dim * self.itemsize
-
-    @property
-    def output_bytes(self) -> int:
-        return self.batch * self.heads * self.queries * self.value_dim * self.itemsize
-
-    @property
-    def lse_bytes(self) -> int:
-        """Bytes of a softmax's log-sum-exps, which its backward pass starts from: a float32 or
-        better per query.
-        """
-        return self.batch * self.heads * self.queries * max(4, self.itemsize)
-
-
-@dataclass(frozen=True)
-class Cost:
-    """The fewest a call must do: operations (a multiply-add is 2), bytes moved, and bytes
-    remembered afterwards.
-    """
-
-    flops: int = 0
-    read_bytes: int = 0
-    write_bytes: int = 0
-    state_bytes: int = 0
-
-    def __add__(self, other: Cost) -> Cost:
-        return Cost(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
-
-    @property
-    def intensity(self) -> float:
-        """FLOP per byte moved; infinite when nothing moves."""
-        moved = self.read_bytes + self.write_bytes
-        return self.flops / moved if moved else math.inf
 
 
 @dataclass(frozen=True)
@@ -124,7 +47,8 @@ class Call:
     """What a call says beside q, k and v, checked. `layout`: where the keys lie; `q_first`: the
     queries as the keys at positions below `Backend.first_keys` see them, None when they see them as
     all others do. A position rule's: `far`, what distant pairs use instead of q and k; `turn`, with
-    which k is raw, and turned when it is read; `bias`."""
+    which k is raw, and turned when it is read; `bias`. `state`: where the method has to read more
+    than k and v (`State.read_by_method`); with it `padding_mask` (B, tokens so far)."""
 
     causal: bool
     layout: Layout
@@ -136,6 +60,8 @@ class Call:
     turn: Turn | None = None
     bias: Bias | None = None
     global_qkv: tuple[Tensor, ...] | None = None
+    state: State | None = None
+    padding_mask: Tensor | None = None
 
 
 def _signed(new_state: Callable[[Backend], State]) -> Callable[[Backend], State]:
@@ -174,7 +100,8 @@ class Backend(nn.Module):
         False  # whether `attend` honours a position rule that decides scores pair by pair
     )
     _signature: str | None = None
-    packable: bool = False  # whether `attend` honours an `Inside` layout: a state of packed keys
+    # whether `attend` lets a state of packed keys attend by itself
+    packable: bool = False
 
     def __init__(self, impl: str = "auto"):
         """`impl`: "auto" chooses, and `chosen_impl` says what; any other one runs or raises."""
@@ -267,7 +194,8 @@ class Backend(nn.Module):
         self._check(q, k, v, causal, padding_mask, state, scale, rotary)
         check_extras(q, **extras)
         self.check_call(q, k, v, causal, extras)
-        self._check_positions(rotary, causal, state, padding_mask)
+        if isinstance(rotary, Positions):
+            check_positions(self, rotary, causal, state, padding_mask)
 
         def run(q, k, v, mask, state, extras) -> Tensor:
             return self.run(q, k, v, causal, mask, state, scale, rotary, extras)
@@ -300,23 +228,24 @@ class Backend(nn.Module):
         state, on the right).
         """
         extras = self.extend(extras, state, padding_mask, rotary)
+        packed = state is not None and state.packed
         if state is None:
             layout = layout_of(padding_mask)
+        elif packed:  # it takes the new tokens in when it attends, raw if they are to be turned
+            layout = state.layout(padding_mask)
         else:
             k, v, layout = state.append(k, v, padding_mask)
-        q_first, rules = None, {}
+        q_first, rules, given = None, {}, k
         if isinstance(rotary, Positions) and self.farthest is None:
-            placed = self._place(rotary, q, k, v, layout)
-            q, k, rules = (
-                placed.q,
-                placed.k,
-                {"far": placed.far, "turn": placed.turn, "bias": placed.bias},
-            )
+            placed = self._place(rotary, q, k, v, layout, packed)
+            q, k = placed.q, placed.k
+            rules = {"far": placed.far, "turn": placed.turn, "bias": placed.bias}
         elif rotary is not None:
-            raw = k
             q, k, q_first = self._rotate(rotary, q, k, layout)
-            if isinstance(layout, Inside):
-                k, rules = raw, {"turn": turn_of(rotary)}
+            rules = {"turn": turn_of(rotary)} if packed else {}
+        k = given if packed else k
+        if state is not None and state.read_by_method:
+            rules |= {"state": state, "padding_mask": padding_mask}
         scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
         # the inputs' dtype is what the caller asked for
         with torch.autocast(q.device.type, enabled=False):
@@ -350,48 +279,11 @@ class Backend(nn.Module):
         check_tokens(q, k, padding_mask, state)
         check_rules(scale, rotary)
 
-    def _check_positions(
-        self, rule: Rotary | None, causal: bool, state: State | None, mask: Tensor | None
-    ) -> None:
-        """Raises Unsupported for a position rule that this method cannot have, or not with packed
-        keys.
-        """
-        if not isinstance(rule, Positions):
-            return
-        if state is not None and state.packed:
-            biased = rule.bias is not None and state.static  # tables are as long as the sequence
-            if biased or not rule.turnable(one_length=mask is None and not state.static):
-                varies = rule.turns and rule.rotation.varies
-                where = " where rows are padded, or their length is a tensor" if varies else ""
-                where = " whose length is a tensor" if biased else where
-                raise Unsupported(
-                    f"rotary: {rule.spec!r} cannot go with packed keys{where}; valid is a full "
-                    "cache"
-                )
-        if rule.causal_only and not causal:
-            raise Unsupported(f"rotary: {rule.spec!r} needs causal=True")
-        if rule.raw_keys and state is not None and not self.traits.exact:
-            raise Unsupported(
-                f"rotary: {rule.spec!r} turns old keys anew as a sequence grows, and {self.name} "
-                "remembers no raw "
-                f"keys, but {self.traits.state}; valid are exact patterns, or no state"
-            )
-        if rule.scores and not self.score_rules:
-            raise Unsupported(
-                f"rotary: {rule.spec!r} decides scores pair by pair, which {self.name} does not "
-                "compute here; valid "
-                "are dense, block, sliding without dilation, and s2"
-            )
-        if self.farthest is not None and (rule.raw_keys or rule.scores):
-            raise Unsupported(
-                f"rotary: {rule.spec!r} with sinks, which count positions by their place in the "
-                "cache; valid are rules "
-                "that only turn by fixed angles, and logn"
-            )
-
-    def _place(self, rule: Positions, q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Placed:
-        """q and k where a position rule puts them."""
-        few, tokens = self.turns_keys(q, k, v, layout), layout.tokens(k.shape[2])
+    def _place(
+        self, rule: Positions, q: Tensor, k: Tensor, v: Tensor, layout: Layout, packed: bool
+    ) -> Placed:
+        """q and k where a position rule puts them; packed: k only when it is read."""
+        few, tokens = packed or self.turns_keys(q, k, v, layout), layout.tokens(k.shape[2])
         at_q = layout.query_positions(q.shape[2], k.shape[2], q.device)
         if layout.start is None:
             at_q, at_k, length = at_q[0], None, tokens
@@ -422,19 +314,3 @@ class Backend(nn.Module):
             return *rotated, None
         q_first, _ = rotary(q, k[:, :, :1], at_q.clamp(max=self.farthest), at_k[..., :1])
         return *rotated, q_first
-
-
-def turn_of(rotary: Rotary) -> Turn | None:
-    """How a kernel that turns raw keys as it reads them does the same; None where nothing turns.
-    Unsupported for rules that are more than an angle a position."""
-    if isinstance(rotary, Positions) and not (rotary.raw_keys or rotary.scores):
-        rotary = rotary.rope()
-    if rotary is None:
-        return None
-    if not isinstance(rotary, Rope):
-        raise Unsupported(
-            f"rotary: got {type(rotary).__name__}, by which packed keys cannot be turned as they "
-            "are read; valid are "
-            "Rope and position rules that turn by fixed angles"
-        )
-    return Turn(rotary.inv_freq, rotary.interleaved, rotary.attention_scaling)

@@ -111,7 +111,7 @@ def attend(
     elif state.rows is None and seen.real[:, past:].all():
         out = run(q, k, v, seen.moved, state, extras)
         state.moved = True
-    elif state.rows is None and isinstance(state, FullState) and state.in_order:
+    elif state.rows is None and state.in_order:
         out = _pushed(run, q, k, v, seen, state, extras)
     else:
         out = _row_by_row(run, q, k, v, seen.real, state, extras)

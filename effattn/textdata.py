@@ -4,14 +4,15 @@ corpus.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from effattn import embedded
 from effattn.dataset_rows import read_dataset
-from effattn.encoding import token_ids
+from effattn.encoding import encode
 
 HELD_OUT = 0.1  # share of the user's text that is kept for evaluation
 PASSES = 20  # over the same text that a training may make
@@ -52,8 +53,6 @@ def streams(
             "text and dataset: got both, valid is one of them (or neither: the embedded corpus)"
         )
     if not text and not dataset:
-        from effattn import embedded
-
         return Streams(
             embedded.tokens("train", train, tokenizer=tokenizer),
             embedded.tokens("validation", evaluation, tokenizer=tokenizer),
@@ -68,37 +67,6 @@ def streams(
     held_out = min(evaluation, max(1, int(len(tokens) * HELD_OUT)))
     cut = len(tokens) - held_out
     return Streams(tokens[:cut][:train], tokens[cut:], source)
-
-
-def encode(documents: Iterable[str], tokenizer, limit: int | None = None) -> torch.Tensor:
-    """The documents' tokens end to end, each closed by one end-of-text token if there is one: int64
-    (<= limit,). Documents without text give nothing. None: no limit."""
-    end = tokenizer.eos_token_id
-    pieces, total = [], 0
-    for document in documents:
-        if not document or document.isspace():
-            continue
-        ids = token_ids(document, tokenizer, None if limit is None else limit - total)
-        ids = _without_ends(ids, end)
-        if not ids:
-            continue
-        pieces.append(torch.tensor(ids if end is None else [*ids, end], dtype=torch.int64))
-        total += len(pieces[-1])
-        if limit is not None and total >= limit:
-            break
-    return torch.cat(pieces)[:limit] if pieces else torch.empty(0, dtype=torch.int64)
-
-
-def _without_ends(ids: list[int], end: int | None) -> list[int]:
-    """Without the end-of-text tokens that a text itself begins or ends with: one closes each
-    document, not two.
-    """
-    first, last = 0, len(ids)
-    while first < last and ids[first] == end:
-        first += 1
-    while first < last and ids[last - 1] == end:
-        last -= 1
-    return ids[first:last]
 
 
 def read_files(paths: Sequence[Path]) -> list[str]:

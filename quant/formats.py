@@ -10,15 +10,61 @@ format.bytes_per_token(kv_heads=8, head_dim=128)
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
+import torch
+
 from effattn.errors import check_choice
-from effattn.kernels.pack.codes import AXES, KINDS, Coding
-from effattn.registry import format_spec, parse_spec
+from effattn.kernels.pack.codes import AXES, Coding
+from effattn.specs import format_spec, parse_spec
 
 GROUPS = (16, 32, 64, 128, 256)
-GROUP = {"int8": 128, "int4": 64, "int2": 32, "fp8": 128}  # by default
 ROTATED = ("k", "v", "kv", True, False, None)
+
+
+def no_fp8(device: torch.device) -> str:
+    """Why there is no fp8 (e4m3) on this device; "" where there is."""
+    if not hasattr(torch, "float8_e4m3fn"):
+        return f"torch {torch.__version__} has no float8_e4m3fn"
+    if (
+        device.type == "cuda"
+        and torch.version.cuda
+        and torch.cuda.get_device_capability(device) < (8, 9)
+    ):
+        return (
+            f"{torch.cuda.get_device_name(device)} has no fp8, which begins with compute "
+            "capability 8.9"
+        )
+    return ""
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """How a format writes numbers, unless its spec says otherwise.
+
+    coding: what the kernels call it (`effattn.kernels.pack.KINDS`). group: numbers that share a
+    scale. symmetric: without zero points. zeros: whether it can have zero points at all. bits: the
+    number that stands for it in `v=4` and `cache(bits=4)`. lacking: why a device cannot have it, ""
+    where it can."""
+
+    coding: str
+    group: int
+    symmetric: bool = False
+    zeros: bool = True
+    bits: int | None = None
+    lacking: Callable[[torch.device], str] = lambda device: ""
+
+
+# Every format by name. A new one is an entry here, where the kernels know its coding, and a row in
+# the tests.
+FORMATS = {
+    "int8": Numbers("int8", group=128, symmetric=True, bits=8),
+    "int4": Numbers("int4", group=64, bits=4),
+    "int2": Numbers("int2", group=32, bits=2),
+    "fp8": Numbers("fp8", group=128, symmetric=True, zeros=False, lacking=no_fp8),
+}
+BITS = {numbers.bits: name for name, numbers in FORMATS.items() if numbers.bits}
 
 
 @dataclass(frozen=True)
@@ -42,10 +88,10 @@ class Format:
 
     @classmethod
     def parse(cls, spec: str) -> Format:
-        """ "int8", "int4", "int2" or "fp8", with any of the options of `options`. ValueError for
-        anything else, with the nearest valid name or number."""
+        """One of `FORMATS` ("int8", "int4", "int2", "fp8"), with any of the options of `options`.
+        ValueError for anything else, with the nearest valid name or number."""
         name, given = parse_spec(spec)
-        check_choice("cache", name, KINDS)
+        check_choice("cache", name, FORMATS)
         valid = list(inspect.signature(cls.options).parameters)[1:]
         for option in given:
             check_choice(f"{name}: option", option, valid)
@@ -66,14 +112,13 @@ class Format:
         pre_rope: bool = False,
         rotate: str | bool | None = None,
     ) -> Format:
-        """k: of the keys, "int8", "int4", "int2" or "fp8"; v: of the values, also as a number of
-        bits (as the keys).
+        """k: of the keys, one of `FORMATS`; v: of the values, or a number of bits (as the keys).
 
         group: 16 to 256, a power of two; by default 128 for int8 and fp8, 64 for int4 and 32 for
         int2. symmetric: no zero points (by default for int8 only; fp8 never has them)."""
         kinds = [
-            check_choice("k", k, KINDS),
-            check_choice(f"{k}: v", f"int{v}" if type(v) is int else v or k, KINDS),
+            check_choice("k", k, FORMATS),
+            check_choice(f"{k}: v", f"int{v}" if type(v) is int else v or k, FORMATS),
         ]
         if group is not None and (type(group) is not int or group not in GROUPS):
             raise ValueError(
@@ -95,15 +140,12 @@ class Format:
             check_choice(f"{k}: k_axis", k_axis, AXES),
             check_choice(f"{k}: v_axis", v_axis, AXES),
         )
-        codings = (
-            Coding(
-                kind,
-                axis,
-                group or GROUP[kind],
-                kind == "fp8" or (kind == "int8" if symmetric is None else symmetric),
-            )
-            for kind, axis in zip(kinds, axes, strict=True)
-        )
+        codings = []
+        for kind, axis in zip(kinds, axes, strict=True):
+            numbers = FORMATS[kind]
+            plain = numbers.symmetric if symmetric is None else symmetric
+            size = group or numbers.group
+            codings.append(Coding(numbers.coding, axis, size, plain or not numbers.zeros))
         rotate = "kv" if rotate is True else rotate or ""
         return cls(*codings, residual, first, bool(pre_rope), rotate)
 
@@ -128,7 +170,11 @@ class Format:
         for side, coding, dim in (("k", self.k, head_dim), ("v", self.v, value_dim or head_dim)):
             name = {"k": "keys", "v": "values"}[side]
             if dim % coding.planes:
-                fitting = [kind for kind, bits in KINDS.items() if dim % (8 // bits) == 0]
+                fitting = [
+                    kind
+                    for kind, numbers in FORMATS.items()
+                    if dim % Coding(numbers.coding).planes == 0
+                ]
                 raise ValueError(
                     f"cache {coding.kind}, {name}: {coding.planes} numbers share a byte, which "
                     "does not fit head "
@@ -145,6 +191,14 @@ class Format:
                 coding = replace(coding, group=group)
             found[side] = coding
         return replace(self, **found), "; ".join(said)
+
+    def lacking(self, device: torch.device) -> str:
+        """Why there are no such numbers on this device, and which there are; "" if there are."""
+        for coding in (self.k, self.v):
+            if why := FORMATS[coding.kind].lacking(device):
+                *most, last = [name for name, one in FORMATS.items() if not one.lacking(device)]
+                return f"{why}; valid there are {', '.join(most)} and {last}"
+        return ""
 
     def held(self, tokens: int) -> tuple[int, int, int]:
         """Of `tokens` tokens in a row without padding: how many are the first in full precision,

@@ -7,7 +7,7 @@
 
 Scores do not change when queries and keys are both rotated, and outputs do not when the values'
 rotation is undone after the weighted sum: the rotation is orthogonal. A cache with `rotate` does
-both as it reads (`quant.attending`)."""
+both as it reads (`quant.packed.state`)."""
 
 from __future__ import annotations
 

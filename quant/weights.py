@@ -67,14 +67,13 @@ def load_weights(
 
     Raises as `quantize_weights` does, and ValueError for what cannot be loaded.
     """
-    from effattn.hf import loading
-    from effattn.surgery import checkpoint
+    from effattn.hf import loading, source
 
     check_choice("kind", kind, KINDS)
     _bitsandbytes()
-    name, dtype = checkpoint.resolve(path), checkpoint._dtype(dtype)
-    found = checkpoint.read_config(name, path)
-    if hasattr(found, checkpoint.KEY):
+    name, dtype = source.resolve(path), source.dtype_of(dtype)
+    found = source.read_config(name, path)
+    if hasattr(found, source.KEY):
         raise Unsupported(
             f"{path}: a swapped checkpoint; valid is effattn.load, then quantize_weights"
         )

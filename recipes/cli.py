@@ -54,9 +54,9 @@ def _root() -> None:
 @one_line_errors
 def backends(as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False) -> None:
     """List the attention backends and what each can do."""
-    import effattn
+    from effattn import registry
 
-    found = effattn.backends()
+    found = registry.backends()
     if as_json:
         print(json.dumps({name: vars(cls.traits) for name, cls in found.items()}))
         return

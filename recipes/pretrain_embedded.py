@@ -31,9 +31,7 @@ from effattn.recipes.options import option, real, whole
 from effattn.stages import Quiet, main_process
 
 if TYPE_CHECKING:
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-END = "<|endoftext|>"
+    from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 
 @dataclass
@@ -76,27 +74,14 @@ def run(settings: Settings, show: Quiet | None = None) -> dict:
 
 
 def tokenizer_of(settings: Settings, output: Path, staging: Path | None) -> PreTrainedTokenizerFast:
-    """A byte-level BPE, trained on the training files only; of an earlier run, if there is one."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    """The one that an earlier run left in `output`, or a new one, which is put there at once."""
     from transformers import PreTrainedTokenizerFast
 
-    from effattn.embedded import corpus
+    from effattn.embedded.making import train_tokenizer
 
     if (output / "tokenizer.json").exists():
         return PreTrainedTokenizerFast.from_pretrained(output)
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=settings.vocabulary,
-        special_tokens=[END],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    bpe.train_from_iterator((text for _, text in corpus.documents("train")), trainer)
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=bpe, bos_token=END, eos_token=END, pad_token=END
-    )
+    tokenizer = train_tokenizer(settings.vocabulary)
     if staging is not None:
         tokenizer.save_pretrained(staging)
         put(staging, output, "tokenizer.json")
@@ -108,30 +93,10 @@ def model_of(settings: Settings, tokenizer) -> LlamaForCausalLM:
     import torch
     from transformers import LlamaForCausalLM
 
+    from effattn.embedded.making import config
+
     torch.manual_seed(0)
-    return LlamaForCausalLM(config_of(settings, tokenizer))
-
-
-def config_of(settings: Settings, tokenizer) -> LlamaConfig:
-    """Full multi-head attention: 8 heads and 8 KV heads, FFN 11/4 of the hidden size, tied
-    embeddings.
-    """
-    from transformers import LlamaConfig
-
-    return LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=settings.hidden,
-        num_hidden_layers=settings.layers,
-        num_attention_heads=8,
-        num_key_value_heads=8,
-        head_dim=settings.hidden // 8,
-        intermediate_size=settings.hidden * 11 // 4,
-        max_position_embeddings=settings.length,
-        tie_word_embeddings=True,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
+    return LlamaForCausalLM(config(tokenizer, settings.hidden, settings.layers, settings.length))
 
 
 def train(

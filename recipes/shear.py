@@ -252,7 +252,8 @@ def load(settings: Settings, show: Quiet) -> tuple:
     """The parent on its device, and its tokenizer. A shape that is not for it is refused."""
     from effattn.errors import Unsupported
     from effattn.hf import anatomy
-    from effattn.surgery.checkpoint import check_finite, load_model
+    from effattn.hf.placement import check_finite
+    from effattn.surgery.checkpoint import load_model
     from effattn.surgery.swapping import active
 
     with show.stage("loading the model"):

@@ -4,7 +4,7 @@
 
 Writes sweep.json, sweep.html and one checkpoint for each number of heads, kv<N>, as
 `recipes/convert_gqa.py` does. Run again to go on after a kill: conversions in sweep.json and
-finished folders are not repeated. The README's table and `results/` come from here.
+finished folders are not repeated. The documentation's tables and `results/` come from here.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ from bench.rows.rerope import GPU, inv_freq
 from effattn.kernels.decode.turn import rotate
 from effattn.kernels.flash import Far
 from effattn.kernels.flash.reference import attention as reference
-from effattn.quant.packed.state import New, PackedState
+from effattn.quant.packed.state import PackedState
 
 WHO = "DynamicCache+SDPA"
 PLAIN = f"{WHO} dense"
@@ -109,7 +109,7 @@ def _ours(name: str, spec: str | None = None, window: int | None = None) -> Cont
                 state.append(k, v)
             else:
                 state = PackedState(format_of(spec, case.dim))
-                state.absorb(New(k, v, 0))
+                state.append(k, v)
             return partial(attn, state=state, rotary=rule)
 
         return Layers(new, raw=rule is not None)

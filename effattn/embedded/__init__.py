@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from effattn.embedded import corpus
-from effattn.textdata import encode
+from effattn.encoding import encode
 
 NAME = "embedded"  # what `--model` calls it
 

@@ -10,7 +10,7 @@ from itertools import combinations
 
 import torch
 
-from effattn.heads.methods import Heads, Method, relative_errors
+from effattn.heads.methods.base import Heads, Method, relative_errors
 
 GROUPINGS = ("contiguous", "similarity")
 

@@ -16,15 +16,10 @@ import torch
 from torch import Tensor
 
 from effattn.calibration.attended import attended
-from effattn.heads.aligned import aligned, unturned
-from effattn.heads.methods import Merged
-from effattn.heads.optimal import optimal
+from effattn.heads.methods.base import Merged, Method
 from effattn.hf.anatomy import Layer
 
 TOKENS = 4096  # that candidates are judged on, spread over the calibration text
-
-# What stands in for a method where it does not hold, itself first. The baselines are what they are.
-INSTEAD = {optimal: (optimal, aligned, unturned), aligned: (aligned, unturned)}
 
 
 @dataclass(frozen=True)
@@ -42,8 +37,8 @@ class Judged:
 def judge(
     layer: Layer,
     groups: list[list[int]],
-    merge: Callable[[Callable], list[Merged]],
-    method: Callable,
+    merge: Callable[[Method], list[Merged]],
+    method: Method,
     inputs: Tensor,
     write: Callable[[Layer, list[list[int]], list[Merged]], None],
 ) -> Judged:
@@ -53,24 +48,18 @@ def judge(
     merge: the merge of every group by a method. write: writes such a merge into a layer.
     """
     tried = []
-    for one in INSTEAD.get(method, (method,)):
+    for one in (method, *method.instead):
         merged = merge(one)
         copied = replace(layer, attention=copy.deepcopy(layer.attention).double())
         write(copied, groups, merged)
-        tried.append((_key_method(one, layer), merged, errors(layer, copied, groups, inputs)))
+        key_name = one.key_name(layer.k_norm is not None)
+        tried.append((key_name, merged, errors(layer, copied, groups, inputs)))
     key_method, keys, (k_error, _) = min(tried, key=lambda one: one[2][0])
     _, values, (_, v_error) = min(tried, key=lambda one: one[2][1])
     both = [
         Merged(k.key, k.key_maps, v.value, v.value_maps) for k, v in zip(keys, values, strict=True)
     ]
     return Judged(both, key_method, k_error, v_error)
-
-
-def _key_method(method: Callable, layer: Layer) -> str:
-    """What a method comes to for this layer's keys."""
-    if method is unturned:
-        return "mean"
-    return "aligned" if method is optimal and layer.k_norm is not None else method.__name__
 
 
 def errors(

@@ -1,7 +1,7 @@
 """What differs between transformers' model types: the tables that `effattn.hf.anatomy` reads.
 
 To support an architecture, add a line to `FAMILIES` (causal LMs) or `ENCODERS`;
-`tests/test_anatomy.py` holds it to account."""
+`tests/hf/test_anatomy.py` holds it to account."""
 
 from __future__ import annotations
 
@@ -48,6 +48,12 @@ def sliding_window(attention: nn.Module, config) -> int | None:
             )
         windows = "all" if kind == "sliding_attention" else ""
     return config.sliding_window if windows == "all" else None
+
+
+def trained_length(config) -> int | None:
+    """The longest sequence that a model of this config was made for, in tokens; None where it does
+    not say."""
+    return getattr(config, "max_position_embeddings", None)
 
 
 @dataclass(frozen=True)

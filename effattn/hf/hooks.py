@@ -12,21 +12,34 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from effattn.errors import Unsupported
-from effattn.hf import placement, position_ids, state_layer
+from effattn.hf import placement, position_ids
+from effattn.hf.cache import CANDIDATES, place
+from effattn.hf.names import (
+    ATTRIBUTE,
+    CAPTURE,
+    GLOBAL,
+    HANDLE,
+    LEARNED_PARTS,
+    NAME,
+    PATTERN,
+    POSITIONS,
+)
 from effattn.hf.weights import is_packed
 
-NAME = "effattn"  # the attention implementation, in transformers' two tables
-ATTRIBUTE = (
-    "_effattn"  # where a swap is kept: a plain attribute, in no state_dict, copied by deepcopy
-)
-HANDLE = "_effattn_hook"  # where the handle of the hook is kept
-PATTERN = "effattn_pattern"  # the submodule that holds a backend's parameters and buffers
-POSITIONS = "effattn_positions"  # the submodule that holds what a position rule learns
-# the submodule with the second projections, and the argument that carries their q, k, v
-GLOBAL = "effattn_global"
-# the argument that tells our attention function to hand out q, k and v, and stop there
-CAPTURE = "effattn_capture"
-LEARNED_PARTS = {PATTERN, POSITIONS, GLOBAL}
+__all__ = [
+    "ATTRIBUTE",
+    "CAPTURE",
+    "GLOBAL",
+    "HANDLE",
+    "LEARNED_PARTS",
+    "NAME",
+    "PATTERN",
+    "POSITIONS",
+    "GlobalProjections",
+    "before_attention",
+    "before_model",
+    "refuse_continuous_batching",
+]
 
 
 class GlobalProjections(nn.Module):
@@ -120,7 +133,7 @@ def before_attention(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tupl
         )
     for name in _cache_names(kwargs):
         if kwargs[name] is not None:
-            state_layer.place(kwargs[name], layer)
+            place(kwargs[name], layer)
     changed = {}
     if layer.positions is not None and layer.positions.own is not None:
         given, position_ids = kwargs["position_embeddings"], kwargs.get("position_ids")
@@ -143,8 +156,8 @@ def before_model(module: nn.Module, args: tuple, kwargs: dict) -> None:
     position_ids.check_call(getattr(module, ATTRIBUTE).checkers, args, kwargs)
     cache, kept = kwargs.get("past_key_values"), kwargs.get("logits_to_keep")
     candidates = kept - 1 if isinstance(kept, int) and kept > 1 else 0
-    if isinstance(cache, Cache) and candidates != getattr(cache, state_layer.CANDIDATES, 0):
-        setattr(cache, state_layer.CANDIDATES, candidates)
+    if isinstance(cache, Cache) and candidates != getattr(cache, CANDIDATES, 0):
+        setattr(cache, CANDIDATES, candidates)
 
 
 def refuse_continuous_batching(*args, **kwargs) -> None:

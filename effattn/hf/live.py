@@ -12,14 +12,10 @@ from transformers.utils.import_utils import is_tracing
 
 from effattn.errors import Unsupported
 from effattn.hf import position_ids
-from effattn.hf.anatomy import Rotary
-from effattn.hf.caches import LayerCache
 from effattn.hf.families import sliding_window
-from effattn.hf.hooks import ATTRIBUTE, CAPTURE, GLOBAL, NAME
-from effattn.hf.positions import LayerPositions
+from effattn.hf.names import ATTRIBUTE, CAPTURE, GLOBAL, NAME
 from effattn.hf.state_layer import Handle
-from effattn.interface import Backend
-from effattn.states.full import State
+from effattn.hf.swapped_layer import SwappedLayer
 
 PACKED = (
     "packed documents (position_ids that restart) or an extra mask function: after a swap, "
@@ -31,49 +27,12 @@ EXTRAS = {"softcap": "softcap", "s_aux": "sink_logits"}
 
 
 @dataclass
-class LayerSwap:
-    """One layer of a swapped model. `backend` None: it keeps what it had, the implementation
-    `original`.
-    """
-
-    index: int
-    original: str
-    checks_positions: bool = False  # looks for packed documents, on behalf of other layers
-    backend: Backend | None = None
-    pattern: str = ""  # the backend's full spec
-    raw_keys: bool = False  # the backend's positions are its own: it gets q and k before rotation
-    rotary: Rotary | None = (
-        None  # ... and rotates them by this; None where the model has no rotation
-    )
-    own_window: int | None = None  # the backend does what the model's own windowed layer did
-    positions: LayerPositions | None = None  # a position rule instead of the model's own
-    cache: LayerCache | None = (
-        None  # a format of packed keys and values instead of the backend's own
-    )
+class LayerSwap(SwappedLayer):
+    """One layer of a swapped model, as its attention module carries it."""
 
     def __setstate__(self, state: dict) -> None:
         self.__dict__.update(state)
         register()  # a pickle may be read by a process that has never swapped a model
-
-    @property
-    def own_positions(self) -> bool:
-        """Whether the backend counts positions itself, whatever position_ids say."""
-        return self.raw_keys or (self.positions is not None and self.positions.in_call is not None)
-
-    @property
-    def holds(self) -> str:
-        """What a cache of this layer holds, in words: two layers with the same words may take over
-        each other's.
-        """
-        own_raw = self.positions is not None and self.positions.raw and self.rotary is None
-        pre_rope = self.rotary is not None and self.backend.farthest is None
-        return f"{self.pattern}, raw keys" if own_raw or pre_rope else self.pattern
-
-    def new_state(self) -> State:
-        """An empty state, for one batch of sequences."""
-        return (
-            self.backend.new_state() if self.cache is None else self.cache.new_state(self.backend)
-        )
 
 
 def register() -> None:

@@ -16,7 +16,7 @@ from torch import nn
 
 from effattn.errors import Unsupported
 from effattn.hf.families import ENCODERS
-from effattn.hf.hooks import LEARNED_PARTS
+from effattn.hf.names import LEARNED_PARTS
 from effattn.hf.weight_files import Stored, one_line, shortened, stored
 
 IN_A_LAYER = re.compile(r"\.\d+\.")

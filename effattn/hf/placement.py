@@ -223,3 +223,13 @@ def _offloading(module: nn.Module) -> list:
 
 def _device(device) -> torch.device:
     return torch.device("cpu") if device is None else torch.device(device)
+
+
+def check_finite(model: nn.Module) -> None:
+    """ValueError naming the first weight that holds NaN or Inf."""
+    for name, tensor in weights(model):
+        if tensor.is_floating_point() and tensor.dtype.itemsize < 2:
+            tensor = tensor.float()  # torch does not ask 8-bit floats
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            bad = int((~torch.isfinite(tensor)).sum())
+            raise ValueError(f"weights: {name} holds NaN or Inf ({bad} of {tensor.numel()} values)")

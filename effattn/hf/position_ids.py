@@ -7,20 +7,16 @@ layer's state, and later calls have to add the same."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
 from effattn.errors import Unsupported
 from effattn.hf.state_layer import StateLayer
-
-if TYPE_CHECKING:
-    from effattn.hf.live import LayerSwap
+from effattn.hf.swapped_layer import SwappedLayer
 
 
-def check_call(checkers: list[LayerSwap], args: tuple, kwargs: dict) -> None:
+def check_call(checkers: list[SwappedLayer], args: tuple, kwargs: dict) -> None:
     """`check` for a whole model's call, before any of its layers has taken tokens in."""
     given = kwargs.get("input_ids", args[0] if args else None)
     given = kwargs.get("inputs_embeds") if given is None else given
@@ -47,7 +43,7 @@ def check_call(checkers: list[LayerSwap], args: tuple, kwargs: dict) -> None:
 
 
 def check(
-    layer: LayerSwap,
+    layer: SwappedLayer,
     cached: StateLayer | None,
     batch: int,
     tokens: int,
@@ -98,7 +94,7 @@ def check(
 VALID = "valid are attention_mask.cumsum(-1) - 1, or the same number more for all of a row"
 
 
-def _refuse_jumps(layer: LayerSwap, documents: bool) -> None:
+def _refuse_jumps(layer: SwappedLayer, documents: bool) -> None:
     if documents:
         raise Unsupported(
             f"layer {layer.index}: packed documents: position_ids restart, and nothing else tells "

@@ -16,13 +16,15 @@ import torch
 from torch import Tensor, nn
 
 from effattn.errors import Unsupported
-from effattn.hf import anatomy, hooks, placement
+from effattn.hf import anatomy, placement
+from effattn.hf.names import ATTRIBUTE as SWAP
 from effattn.positions.base import Part, Trained
 from effattn.positions.bound import Positions
 from effattn.positions.registry import parse
 from effattn.positions.rope import OwnRope
+from effattn.specs import parse_layers
 
-ATTRIBUTE = "_effattn_positions"  # on a model: its `Record`
+ATTRIBUTE = "_effattn_positions"  # on a model: its `PositionSwap`
 # rotary frequencies that change with the sequence's length
 LENGTH_DEPENDENT = ("dynamic", "longrope")
 
@@ -80,7 +82,7 @@ class LayerPositions:
 
 
 @dataclass
-class Order:
+class PositionPlan:
     """What is going to be done. `specs`: the rule of every layer that has one; `layers`: those of
     swapped attention, None where a layer's rule is taken back; `config` and `rotary`: what plain
     transformers' own rule comes to."""
@@ -92,7 +94,7 @@ class Order:
 
 
 @dataclass
-class Record:
+class PositionSwap:
     """What was done. `config`, `attributes`, `buffers`: what the config and the rotary module had
     before.
     """
@@ -103,16 +105,14 @@ class Record:
     buffers: dict[str, Tensor] | None = None
 
 
-def active(model: nn.Module) -> Record | None:
+def active(model: nn.Module) -> PositionSwap | None:
     """What `swap` did to the model's positions; None when they are its own."""
     return getattr(model, ATTRIBUTE, None)
 
 
-def make(parts: anatomy.Anatomy, positions: str | dict[str | int, str]) -> Order:
+def make(parts: anatomy.Anatomy, positions: str | dict[str | int, str]) -> PositionPlan:
     """Checks a request, and what it comes to in this model. ValueError for what means nothing,
     Unsupported for what the model cannot have; nothing is changed."""
-    from effattn.surgery.plan import parse_layers
-
     named = isinstance(positions, dict)
     asked = parse_layers(positions, len(parts.layers), "positions") if named else {}
     if not named:
@@ -127,35 +127,35 @@ def make(parts: anatomy.Anatomy, positions: str | dict[str | int, str]) -> Order
         if [part.name for part in rules[spec]] != ["rope"]:
             held = None if index in asked else held_by(parts.layers[index])
             bound[index] = _bind(parts, index, rules[spec], done) if held is None else held.rule
-    order = Order({index: specs[index] for index in bound}, dict.fromkeys(specs))
+    plan = PositionPlan({index: specs[index] for index in bound}, dict.fromkeys(specs))
     if bound and (plain := _plain(parts, bound)) is not None:
-        order.config, order.rotary = plain
-        return order
+        plan.config, plan.rotary = plain
+        return plan
     shared: dict[tuple, list] = {}
     for index, rule in bound.items():
         own = parts.layers[index].rotary
         last = shared.setdefault((specs[index], None if own is None else own.layer_type), [])
-        order.layers[index] = LayerPositions(rule, own, last=last)
-    return order
+        plan.layers[index] = LayerPositions(rule, own, last=last)
+    return plan
 
 
 def held_by(layer: anatomy.Layer) -> LayerPositions | None:
     """The rule that a layer's swapped attention has now, with what it has learned."""
-    return getattr(getattr(layer.attention, hooks.ATTRIBUTE, None), "positions", None)
+    return getattr(getattr(layer.attention, SWAP, None), "positions", None)
 
 
-def apply(model: nn.Module, parts: anatomy.Anatomy, order: Order) -> None:
-    """Writes the order into the config and the rotary module, or takes back what was written; the
+def apply(model: nn.Module, parts: anatomy.Anatomy, plan: PositionPlan) -> None:
+    """Writes the plan into the config and the rotary module, or takes back what was written; the
     layers' own part is `effattn.surgery.swapping`'s."""
     undo(model)
-    if not order.specs:
+    if not plan.specs:
         return
-    record = Record(order.specs)
-    if order.rotary is not None:
+    record = PositionSwap(plan.specs)
+    if plan.rotary is not None:
         module = parts.layers[0].rotary_module
-        record.config = {name: copy.deepcopy(getattr(parts.config, name)) for name in order.config}
+        record.config = {name: copy.deepcopy(getattr(parts.config, name)) for name in plan.config}
         record.attributes, record.buffers = _attributes(module), dict(module._buffers)
-        _write(parts.config, module, order.config, _attributes(order.rotary), order.rotary._buffers)
+        _write(parts.config, module, plan.config, _attributes(plan.rotary), plan.rotary._buffers)
     setattr(model, ATTRIBUTE, record)
 
 
@@ -176,7 +176,7 @@ def undo(model: nn.Module) -> None:
     delattr(model, ATTRIBUTE)
 
 
-def put_back(model: nn.Module, parts: anatomy.Anatomy, record: Record | None) -> None:
+def put_back(model: nn.Module, parts: anatomy.Anatomy, record: PositionSwap | None) -> None:
     """The config and the rotary module as they were with an earlier `record`, when what came after
     `apply` failed.
     """
@@ -202,12 +202,10 @@ def saved(model: nn.Module) -> tuple[dict, dict]:
     return ours | {"trained": {name: getattr(parts.config, name) for name in config}}, config
 
 
-def _trained(parts: anatomy.Anatomy, layer: anatomy.Layer, done: Record | None) -> Trained:
+def _trained(parts: anatomy.Anatomy, layer: anatomy.Layer, done: PositionSwap | None) -> Trained:
     """What a layer was trained with, whatever has been written into the config since."""
     before = {} if done is None or done.config is None else done.config
-    length = before.get(
-        "max_position_embeddings", getattr(parts.config, "max_position_embeddings", 0)
-    )
+    length = before.get("max_position_embeddings", parts.trained_length or 0)
     rotary = layer.rotary
     if rotary is None:
         return Trained(length, layer.heads, layer.head_dim, 0)
@@ -231,7 +229,7 @@ def _trained(parts: anatomy.Anatomy, layer: anatomy.Layer, done: Record | None) 
 
 
 def _bind(
-    parts: anatomy.Anatomy, index: int, rule: tuple[Part, ...], done: Record | None
+    parts: anatomy.Anatomy, index: int, rule: tuple[Part, ...], done: PositionSwap | None
 ) -> Positions:
     """The rule for one layer. Errors name it."""
     trained = _trained(parts, parts.layers[index], done)

@@ -12,18 +12,14 @@ from torch import nn
 
 from effattn.errors import Unsupported
 from effattn.hf.weights import is_packed, is_plain
-from effattn.projections.monarch import MonarchLinear
-from effattn.projections.packed import PackedLinear
-
-# their weight is multiplied out or unpacked when it is asked for
-STRUCTURED = (MonarchLinear, PackedLinear)
+from effattn.projections.base import StructuredLinear
 
 
 @dataclass(frozen=True)
 class Projection:
     """q, k, v or o of one layer. For fused modules, a view of its rows."""
 
-    module: nn.Linear | MonarchLinear | PackedLinear
+    module: nn.Linear | StructuredLinear
     heads: int
     head_dim: int
     start: int = 0  # first row ("stacked"), or first row inside each head's block ("per_head")
@@ -54,7 +50,7 @@ class Projection:
                 "or write; do this to "
                 "the model's own weights, before they are quantized"
             )
-        if isinstance(self.module, STRUCTURED):
+        if isinstance(self.module, StructuredLinear):
             raise Unsupported(
                 f"projections: {self.module.spec} has no weight by heads; change heads before "
                 "projections are replaced "
@@ -84,7 +80,7 @@ class Projection:
     @property
     def weight(self) -> torch.Tensor:
         """(heads·d, D), or (D, heads·d) for o. Of structured projections a copy, multiplied out."""
-        if isinstance(self.module, STRUCTURED):
+        if isinstance(self.module, StructuredLinear):
             dense = self.module.dense().detach()
             return (
                 dense if self.output else self._rows(dense).reshape(self.heads * self.head_dim, -1)

@@ -11,9 +11,9 @@ from pathlib import Path
 import torch
 
 from effattn.errors import check_choice
+from effattn.hf import trusted
+from effattn.hf.trusted import KEY
 from effattn.hf.weight_files import one_line, read_json
-from effattn.surgery import trusted
-from effattn.surgery.trusted import KEY
 
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 TOKENIZER_FILES = (

@@ -4,37 +4,23 @@ keys.
 transformers' attention modules call `keys, values = cache.update(k, v, index)` and hand both to the
 attention function. `StateLayer.update` returns a `Handle` in their place: the new tokens and where
 to put them. `effattn.hf.live` gives it to `StateLayer.attend`, where the backend appends them to
-its state. `place` puts the right layers into a cache."""
+its state. `effattn.hf.cache.place` puts the right layers into a cache."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import (
-    Cache,
-    CacheLayerMixin,
-    DynamicLayer,
-    DynamicSlidingWindowLayer,
-    StaticLayer,
-)
+from transformers.cache_utils import CacheLayerMixin
 
 from effattn.errors import Unsupported
-from effattn.hf import together
 from effattn.interface import Backend
-from effattn.states.full import ROLLBACK, FullState, State
-
-if TYPE_CHECKING:
-    from effattn.hf.caches import LayerCache
-    from effattn.hf.live import LayerSwap
-
-PLAIN = (DynamicLayer, DynamicSlidingWindowLayer)
-CANDIDATES = "_effattn_candidates"  # on a Cache: how many of a call's last tokens may be taken back
-UNKNOWN_CANDIDATES = 64  # assumed when a cache is told to record the past, and nothing says how far
+from effattn.states.base import State
+from effattn.states.caches import LayerCache
+from effattn.states.full import ROLLBACK
 
 
 class NotATensor(Unsupported, AttributeError):
@@ -111,7 +97,7 @@ class StateLayer(CacheLayerMixin):
     @property
     def words(self) -> str:
         """What it holds."""
-        return _words(self.pattern, self.cache)
+        return words_of(self.pattern, self.cache)
 
     @property
     def keys(self) -> Tensor | None:
@@ -304,84 +290,18 @@ class StateLayer(CacheLayerMixin):
         self.state.move(device)
 
 
-def place(cache: Cache, swapped: LayerSwap) -> None:
-    """Sees to it that a swapped layer finds in `cache` what serves it; an empty plain layer is
-    replaced.
-
-    Raises Unsupported for what holds tokens that the layer cannot use, or in another format than it
-    asks for."""
-    index = swapped.index
-    if not isinstance(cache, Cache) or not hasattr(cache, "layers"):
-        raise Unsupported(
-            f"past_key_values: got {type(cache).__name__}, valid is transformers' DynamicCache"
-        )
-    together.bind(cache)
-    layers = cache.layers
-    while len(layers) <= index and cache.layer_class_to_replicate is not None:
-        layers.append(cache.layer_class_to_replicate())
-    if len(layers) <= index:
-        raise Unsupported(
-            f"past_key_values: it has {len(layers)} layers, layer {index} needs one too"
-        )
-    layer = layers[index]
-    where = f"past_key_values: layer {index} ({_words(swapped.holds, swapped.cache)})"
-    empty = "start with an empty cache (effattn.new_cache(model))"
-    if isinstance(layer, StateLayer):
-        if layer.index != index or sum(one is layer for one in layers) > 1:
-            raise Unsupported(
-                f"{where}: it was made for layer {layer.index}; each layer needs one of its own "
-                f"({empty})"
-            )
-        if layer.pattern != swapped.holds or not (layer.given or layer.cache == swapped.cache):
-            if layer.get_seq_length() or layer.given:
-                filled = f"the cache was {'made for' if layer.given else 'filled by'} {layer.words}"
-                raise Unsupported(f"{where}: {filled}; effattn.new_cache(model) is empty")
-            layers[index] = new_layer(swapped, layer.record_past)
-    elif isinstance(layer, StaticLayer):
-        raise Unsupported(
-            f"{where}: static cache: it has no place for a backend's own state; after a swap, use "
-            "the default cache "
-            "(effattn.new_cache(model))"
-        )
-    elif type(layer) in PLAIN and not layer.get_seq_length():
-        new = new_layer(swapped, getattr(layer, "record_past", False))
-        if type(new) is not type(layer):
-            layers[index] = new
-    elif swapped.cache is not None:
-        raise Unsupported(
-            f"{where}: the {type(layer).__name__} holds tokens in full precision; {empty}"
-        )
-    elif swapped.raw_keys:
-        raise Unsupported(
-            f"{where}: the {type(layer).__name__} holds rotated keys, and this pattern rotates "
-            "them itself, by their "
-            f"place in the cache; {empty}"
-        )
-    elif (
-        isinstance(layer, DynamicSlidingWindowLayer) and swapped.own_window != layer.sliding_window
-    ):
-        raise Unsupported(
-            f"{where}: the {type(layer).__name__} holds the last {layer.sliding_window} tokens "
-            f"only; {empty}"
-        )
-    layer = layers[index]
-    if isinstance(layer, StateLayer):
-        layer.candidates = getattr(cache, CANDIDATES, 0) or (
-            UNKNOWN_CANDIDATES if layer.record_past else 0
-        )
-
-
-def new_layer(swapped: LayerSwap, record_past: bool = False) -> CacheLayerMixin:
-    """transformers' own layer where it holds the same as a swapped layer's state, a `StateLayer`
-    otherwise.
+class FixedLayer(StateLayer):
+    """A `StateLayer` of a static state: transformers is told lengths as tensors; `generate` does
+    not compile it.
     """
-    state = swapped.new_state()
-    if type(state) is FullState and not swapped.raw_keys:
-        return DynamicLayer()
-    layer = StateLayer(swapped.index, swapped.holds, state, swapped.cache)
-    layer.record_past = record_past
-    return layer
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int | Tensor]:
+        return query_length, self.state.seq_len
+
+    def get_max_length(self) -> int:
+        return self.state.length
 
 
-def _words(pattern: str, cache: LayerCache | None) -> str:
+def words_of(pattern: str, cache: LayerCache | None) -> str:
+    """What a layer with this pattern and cache holds."""
     return pattern if cache is None else f"{pattern}, {cache.spec}"

@@ -3,7 +3,7 @@ has done it.
 
 transformers' `Cache` goes from layer to layer. A ring that refuses to go back would leave the
 layers before it cropped, and the next call wrong without an error. `place` (in
-`effattn.hf.state_layer`) gives the cache of a swapped model these operations; its class stays what
+`effattn.hf.cache`) gives the cache of a swapped model these operations; its class stays what
 it was."""
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicSlidingWindowLayer
 
-from effattn.states.base import NoSuchRow
+from effattn.states.sizes import NoSuchRow
 
 
 def bind(cache: Cache) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from effattn import registry
 from effattn.linearizing.inputs import exact, projections_of
+from effattn.specs import format_spec, parse_spec
 
 GRID = (1.0, *(1 - 2.0**-n for n in range(8, 0, -1)), 0.25)
 
@@ -25,7 +26,7 @@ def fit_decays(
     `model`, on tokens (B, T) int64."""
     wanted = {}
     for index, spec in specs.items():
-        name, options = registry.parse_spec(spec)
+        name, options = parse_spec(spec)
         if name == "linear" and "decay" not in options:
             wanted[index] = options
     if not wanted:
@@ -38,7 +39,5 @@ def fit_decays(
             groups = (backend(q, k, v) - truth).square().unflatten(1, (k.shape[1], -1))
             errors.append(groups.sum(dim=(0, 2, 3, 4)))
         best = torch.stack(errors).argmin(dim=0).tolist()
-        fitted[index] = registry.format_spec(
-            "linear", wanted[index] | {"decay": [grid[i] for i in best]}
-        )
+        fitted[index] = format_spec("linear", wanted[index] | {"decay": [grid[i] for i in best]})
     return fitted

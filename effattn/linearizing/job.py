@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from effattn import embedded, outputs, registry
+from effattn import embedded, outputs
 from effattn.bounds import Checked, random_seed, real, whole
 from effattn.errors import check_choice
 from effattn.evaluate.loss import compare, measure_parent
@@ -33,6 +33,7 @@ from effattn.recipes.jobs import (
     main_process,
     partial_folder,
 )
+from effattn.specs import parse_spec
 from effattn.surgery.checkpoint import load_again, load_model, save
 from effattn.surgery.describing import describe
 from effattn.surgery.swapping import active
@@ -147,7 +148,7 @@ def run(job: Job, show: Quiet | None = None) -> LinearizeReport:
         with show.stage("measuring the parent") as progress:
             quality = measure_parent(parent, data, length, progress)
         with show.stage("error against exact attention, by budget") as progress:
-            methods = {registry.parse_spec(specs[layer])[0] for layer in plan.approximate(specs)}
+            methods = {parse_spec(specs[layer])[0] for layer in plan.approximate(specs)}
             methods = [
                 name
                 for name in METHODS

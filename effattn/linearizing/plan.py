@@ -12,7 +12,8 @@ from effattn.hf import hooks
 from effattn.interface import Shape
 from effattn.linearizing.decay import fit_decays
 from effattn.linearizing.inputs import projections_of
-from effattn.surgery.swapping import parse_layers, restore, swap
+from effattn.specs import parse_layers, parse_spec
+from effattn.surgery.swapping import restore, swap
 from effattn.swapping.patterns import Pattern, parse_pattern
 from effattn.training import lending as training
 
@@ -43,9 +44,7 @@ def layer_specs(
 def approximate(specs: dict[int, str]) -> list[int]:
     """The layers whose backend is no exact attention: those that have something to learn."""
     return [
-        i
-        for i, spec in specs.items()
-        if not registry.backends()[registry.parse_spec(spec)[0]].traits.exact
+        i for i, spec in specs.items() if not registry.backends()[parse_spec(spec)[0]].traits.exact
     ]
 
 
@@ -69,7 +68,7 @@ def apply(
     learns = [
         i
         for i, spec in specs.items()
-        if hasattr(registry.backends()[registry.parse_spec(spec)[0]], "calibrate")
+        if hasattr(registry.backends()[parse_spec(spec)[0]], "calibrate")
     ]
     seen = projections_of(model, sample, learns) if learns else {}
     if fit_decay:

@@ -6,6 +6,7 @@ One JSON-able dict is the report; Markdown, HTML and the terminal show the same 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import TypedDict
 
 from effattn.linearizing.approximation_report import ApproximationReport
 from effattn.reports.common import (
@@ -24,6 +25,23 @@ from effattn.swapping.patterns import label_of
 STAGES = ("swap", "transfer", "distillation")
 QUALITY, STATE = "Quality", "What decoding remembers"
 ERRORS = "Error against exact attention before training"
+
+
+class Transfer(TypedDict):
+    """What attention transfer did: each layer's squared distance from the parent's attention
+    output, over that one's square."""
+
+    tokens: int  # seen
+    before: list[float]
+    after: list[float]
+
+
+class StateBytes(TypedDict):
+    """What decoding remembers of one sequence, all layers, in bytes."""
+
+    context: int  # tokens
+    plain: int  # of a K/V cache
+    ours: int
 
 
 @dataclass
@@ -134,6 +152,7 @@ class LinearizeReport(Document):
         return Table(QUALITY, ("", *QUALITY_HEADER, "Trained on (tokens)"), rows, note)
 
     def _states(self) -> Table:
+        sizes: list[StateBytes] = self.data["state_bytes"]
         rows = [
             [
                 f"{row['context']:,}",
@@ -141,7 +160,7 @@ class LinearizeReport(Document):
                 data_size(row["ours"]),
                 f"{row['plain'] / row['ours']:,.2f}x",
             ]
-            for row in self.data["state_bytes"]
+            for row in sizes
         ]
         header = ("Context (tokens)", "K/V cache", "Now", "Smaller by")
         return Table(STATE, header, rows, "Bytes of one sequence, all layers, as declared.")
@@ -208,8 +227,7 @@ class LinearizeReport(Document):
         return page(self.title, self.headline, sections)
 
 
-def _transfer(moved: dict) -> Table:
-    """moved: each layer's distance "before" and "after"."""
+def _transfer(moved: Transfer) -> Table:
     rows = [
         [str(i), number(a), number(b)]
         for i, (a, b) in enumerate(zip(moved["before"], moved["after"], strict=True))

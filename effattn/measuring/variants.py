@@ -16,10 +16,11 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from effattn import registry
 from effattn.errors import Unsupported, check_choice
 from effattn.hf import anatomy, placement
 from effattn.positions import registry as position_rules
+from effattn.positions.base import spec_of
+from effattn.specs import format_spec, parse_spec
 from effattn.surgery import swapping
 from effattn.swapping.patterns import Pattern, label_of, parse_pattern
 
@@ -114,9 +115,9 @@ def _axes(text: str) -> dict[str, Pattern]:
         if axis == "pattern":
             axes[axis] = parse_pattern(spec)
         elif axis == "positions":
-            axes[axis] = position_rules.spec_of(position_rules.parse(spec))
+            axes[axis] = spec_of(position_rules.parse(spec))
         else:
-            axes[axis] = registry.format_spec(*registry.parse_spec(spec))
+            axes[axis] = format_spec(*parse_spec(spec))
     if not axes:
         raise ValueError("is empty")
     return axes
@@ -164,7 +165,7 @@ def without_data(heads: str) -> str:
     """A `heads` spec whose conversion needs no calibration: only speed is measured, which quality
     does not change.
     """
-    name, options = registry.parse_spec(heads)
+    name, options = parse_spec(heads)
     if name not in ("gqa", "mqa"):
         return heads
-    return registry.format_spec(name, {"method": "first", "refit": False} | options)
+    return format_spec(name, {"method": "first", "refit": False} | options)

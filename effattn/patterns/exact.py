@@ -12,7 +12,7 @@ from effattn.errors import Unsupported
 from effattn.interface import Backend, Call, Cost, Shape
 from effattn.kernels import decode, flash
 from effattn.kernels.flash.pattern import Layout, Pattern
-from effattn.states.full import Inside, RingState
+from effattn.states.full import RingState
 
 
 class ExactBackend(Backend):
@@ -101,9 +101,7 @@ class ExactBackend(Backend):
         )
 
     def turns_keys(self, q, k, v, layout):
-        return isinstance(layout, Inside) or (
-            self.impl != "reference" and self._few(q, k, v, layout)
-        )
+        return self.impl != "reference" and self._few(q, k, v, layout)
 
     def _few(self, q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> bool:
         """Whether the decode kernels serve a call: rings have no other way. Only plain torch has
@@ -114,7 +112,8 @@ class ExactBackend(Backend):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
         self.chosen_impl = impl = flash.choose(self.impl, q.device)
-        if impl == "reference" and not isinstance(call.layout, Inside):
+        packed = call.state is not None and call.state.packed
+        if impl == "reference" and not packed:
             out, lse = self._reference(q, k, v, call)
             return out
         if (
@@ -131,8 +130,8 @@ class ExactBackend(Backend):
             self.chosen_impl = impl = "torch"
         needs_lse = call.sink_logits is not None
         learning = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
-        if isinstance(call.layout, Inside):  # packed keys, which their state knows to read
-            out = call.layout.state.attend(q, self.pattern(call.causal), call, impl, needs_lse)
+        if packed:  # only the state can read what it holds, and k, v are the new tokens
+            out = call.state.attend(q, k, v, self.pattern(call.causal), call, impl, needs_lse)
         elif self._few(q, k, v, call.layout):
             out = self.attend_few(q, k, v, call, "torch" if learning else impl, needs_lse)
         else:

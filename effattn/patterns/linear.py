@@ -22,7 +22,8 @@ from effattn.kernels import linear
 from effattn.kernels.linear.features import LOWEST, normalized
 from effattn.patterns.exact import check_size
 from effattn.registry import register
-from effattn.states.full import FullState, State
+from effattn.states.base import State
+from effattn.states.full import FullState
 from effattn.states.recurrent import RecurrentState, folded
 
 LEARNED = ("hedgehog", "exp")
@@ -98,7 +99,7 @@ class KernelBackend(Backend):
 
             return attention(q, k, v, self.feature_map, mask=mask, causal=call.causal, **options)
         options |= {"feature_map": self.feature_map, "impl": impl}
-        state: RecurrentState | None = getattr(call.layout, "state", None)
+        state: RecurrentState | None = call.state
         if state is None:
             return linear.attention(q, k, v, mask=mask, causal=call.causal, **options)[0]
         cut, first = state.due, k.shape[2] - q.shape[2]

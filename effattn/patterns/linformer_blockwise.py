@@ -17,8 +17,9 @@ from effattn.kernels.merge import merge
 from effattn.patterns.exact import check_size
 from effattn.patterns.linformer import Projected, check_slots
 from effattn.registry import register
-from effattn.states.full import FullState, State
-from effattn.states.summaries import SlotState, Summarised
+from effattn.states.base import State
+from effattn.states.full import FullState
+from effattn.states.summaries import SlotState
 
 
 @register("linformer_blockwise")
@@ -75,7 +76,7 @@ class LinformerBlockwise(Projected):
                 else layout.mask
             )
             return blockwise(q, k, v, *self.weights, real, call.scale, self.block)
-        slots_k, slots_v = self.finished(k, v, layout, impl)
+        slots_k, slots_v = self.finished(k, v, call, impl)
         learning = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, slots_k))
         few = q.shape[2] <= decode.MOST_QUERIES and not learning
         own = (decode if few else flash).attention(
@@ -135,11 +136,12 @@ class LinformerBlockwise(Projected):
         )
         return decode.attention(q, slots_k, slots_v, counts=seen[:, None], causal=False, **options)
 
-    def finished(self, k: Tensor, v: Tensor, layout: Layout, impl: str) -> tuple[Tensor, Tensor]:
+    def finished(self, k: Tensor, v: Tensor, call: Call, impl: str) -> tuple[Tensor, Tensor]:
         """Slots (B, Hkv, S, D) and (B, Hkv, S, Dv) of all blocks that any row may have finished,
         where S = (tokens // block) slots. A state then holds them, and has let go of the tokens
         that nobody needs any more."""
-        state, past = (layout.state, layout.past) if isinstance(layout, Summarised) else (None, 0)
+        layout, state = call.layout, call.state
+        past = 0 if state is None else state.past
         total = layout.tokens(k.shape[2])
         held = (None, None) if state is None else (state.slots_k, state.slots_v)
         fill = self._fill if layout.start is None else self._fill_rows

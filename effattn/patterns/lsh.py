@@ -13,7 +13,7 @@ from effattn.kernels import lsh
 from effattn.kernels.flash.pattern import layout_of
 from effattn.patterns.exact import check_size
 from effattn.registry import register
-from effattn.states.buckets import BucketState, Hashed
+from effattn.states.buckets import BucketState
 from effattn.states.full import FullState
 
 
@@ -142,7 +142,7 @@ class LSH(Backend):
         self.chosen_impl = impl = lsh.choose(self.impl, q.device)
         layout, rule, queries = call.layout, self.rule, q.shape[2]
         real = layout.mask
-        if isinstance(layout, Hashed):
+        if call.state is not None:  # which has hashed the keys, and knows where they lie
             bucket, code, past, seen = layout.bucket, layout.code, layout.past, layout.seen
         else:
             bucket, past, seen = self.hash(k), None, None

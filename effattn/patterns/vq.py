@@ -15,7 +15,8 @@ from effattn.kernels.merge import merge
 from effattn.kmeans import kmeans
 from effattn.patterns.exact import check_size
 from effattn.registry import register
-from effattn.states.full import FullState, State
+from effattn.states.base import State
+from effattn.states.full import FullState
 from effattn.states.summaries import CodeState
 
 
@@ -151,7 +152,7 @@ class VQ(Backend):
         codes = vq.nearest(k, self.codebook, impl)
         words = self._words(codes, k)
         words = words + (k - k.detach()) if k.requires_grad else words
-        state, first = getattr(layout, "state", None), total - q.shape[2]
+        state, first = call.state, total - q.shape[2]
         if state is not None and state.counts is None:
             shape = (*k.shape[:2], self.codes)
             state.counts = torch.zeros(shape, dtype=torch.int32, device=k.device)

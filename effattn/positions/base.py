@@ -13,18 +13,18 @@ slot        what it decides                                   parts
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from effattn.axes import Axis
 from effattn.errors import Unsupported
 from effattn.kernels.flash.rules import Bias
+from effattn.specs import format_spec
 
 SLOTS = ("rotation", "far", "scale", "bias")
-_PARTS: dict[str, type[Part]] = {}
 
 
 @dataclass(frozen=True, eq=False)
@@ -172,6 +172,9 @@ class Added(Part):
         raise NotImplementedError
 
 
+RULES: Axis[Part] = Axis("positions", "position rule", "effattn.positions")
+register = RULES.register
+
 NO_ROTARY = (
     "and these layers have no rotary positions; valid are alibi, kerple, sandwich, t5 and logn"
 )
@@ -179,19 +182,9 @@ NO_ROTARY = (
 PLAIN_KINDS = ("default", "dynamic")
 
 
-def register(name: str) -> Callable[[type[Part]], type[Part]]:
-    """Class decorator: makes a part known under `name`."""
-
-    def add(cls: type[Part]) -> type[Part]:
-        if name in _PARTS:
-            raise ValueError(
-                f"position rule {name!r} is registered already, by {_PARTS[name].__qualname__}"
-            )
-        cls.name = name
-        _PARTS[name] = cls
-        return cls
-
-    return add
+def spec_of(parts: tuple[Part, ...]) -> str:
+    """The spec that `effattn.positions.parse` reads back as these parts."""
+    return "+".join(format_spec(part.name, part.options) for part in parts)
 
 
 def check_number(

@@ -11,9 +11,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from effattn.errors import Unsupported
 from effattn.kernels.decode.turn import Turn
 from effattn.kernels.flash.rules import Bias, Far
-from effattn.positions.base import Added, Part, Rotation, Trained
+from effattn.positions.base import Added, Part, Rotation, Trained, spec_of
 from effattn.positions.logn import LogN
 from effattn.positions.rerope import Far as Clipped
 from effattn.positions.rope import OwnRope, Rope
@@ -65,8 +66,6 @@ class Positions(nn.Module):
     @property
     def spec(self) -> str:
         """What `effattn.positions.parse` makes the same parts of."""
-        from effattn.positions.registry import spec_of
-
         return spec_of(self.parts)
 
     @property
@@ -206,3 +205,19 @@ class Positions(nn.Module):
 
         tokens = 1 << (tokens - 1).bit_length()  # the same for many steps
         return make() if self.learned is not None else self._keep("bias", (tokens, device), make)
+
+
+def turn_of(rotary: Callable | None) -> Turn | None:
+    """How a kernel that turns raw keys as it reads them does the same; None where nothing turns.
+    Unsupported for rules that are more than an angle a position."""
+    if isinstance(rotary, Positions) and not (rotary.raw_keys or rotary.scores):
+        rotary = rotary.rope()
+    if rotary is None:
+        return None
+    if not isinstance(rotary, Rope):
+        raise Unsupported(
+            f"rotary: got {type(rotary).__name__}, by which packed keys cannot be turned as they "
+            "are read; valid are "
+            "Rope and position rules that turn by fixed angles"
+        )
+    return Turn(rotary.inv_freq, rotary.interleaved, rotary.attention_scaling)

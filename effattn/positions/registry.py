@@ -6,23 +6,15 @@ rule("rerope(window=256)", length=512, head_dim=64)         # what `rotary=` of 
 
 from __future__ import annotations
 
-import ast
-import importlib
-import inspect
-import pkgutil
-
-import effattn.positions
-from effattn.errors import Unsupported, check_choice
-from effattn.positions.base import _PARTS, SLOTS, Part, Trained
+from effattn.errors import Unsupported
+from effattn.positions.base import RULES, SLOTS, Part, Trained
 from effattn.positions.bound import Positions
-from effattn.registry import format_spec, parse_spec
+from effattn.specs import parse_spec, split_parts
 
 
 def rules() -> dict[str, type[Part]]:
     """name -> class, of every position rule in this version. A class's fields are its options."""
-    for file in pkgutil.iter_modules(effattn.positions.__path__):  # they register themselves
-        importlib.import_module(f"effattn.positions.{file.name}")
-    return dict(sorted(_PARTS.items()))
+    return RULES.members()
 
 
 def parse(spec: str) -> tuple[Part, ...]:
@@ -30,19 +22,10 @@ def parse(spec: str) -> tuple[Part, ...]:
 
     ValueError for unknown names and options, with the nearest valid one, for options that no model
     could have, and for two parts that decide the same."""
-    available, parts = rules(), {}
-    for text in _split(spec):
+    parts: dict[str, Part] = {}
+    for text in split_parts(spec):
         name, options = parse_spec(text)
-        cls = available.get(name) or check_choice("positions", name, available)
-        valid = inspect.signature(cls).parameters
-        for option in options:
-            check_choice(f"{name}: option", option, valid)
-        missing = [p.name for p in valid.values() if p.default is p.empty and p.name not in options]
-        if missing:
-            raise ValueError(
-                f"{name}: {', '.join(missing)} must be given, for example {name}({missing[0]}=...)"
-            )
-        part = cls(**options)
+        part = RULES.new(name, options)
         if part.slot in parts:
             raise ValueError(
                 f"positions: {spec!r}: {parts[part.slot].name} and {name} decide the same; valid "
@@ -51,11 +34,6 @@ def parse(spec: str) -> tuple[Part, ...]:
         parts[part.slot] = part
     _refuse_meaningless(spec, parts)
     return tuple(parts[slot] for slot in SLOTS if slot in parts)
-
-
-def spec_of(parts: tuple[Part, ...]) -> str:
-    """The spec that `parse` reads back as these parts."""
-    return "+".join(format_spec(part.name, part.options) for part in parts)
 
 
 def rule(
@@ -77,19 +55,6 @@ def rule(
     if dims % 2 or not 0 <= dims <= head_dim:
         raise ValueError(f"dims: got {dims}, valid is an even number up to head_dim={head_dim}")
     return Positions(parse(spec), Trained(length, heads, head_dim, dims, float(base), interleaved))
-
-
-def _split(spec: str) -> list[str]:
-    """The parts of "a(x=1)+b" as specs of their own."""
-    try:
-        tree = ast.parse(spec.strip(), mode="eval").body if isinstance(spec, str) else None
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
-        tree = None
-    found = []
-    while isinstance(tree, ast.BinOp) and isinstance(tree.op, ast.Add):
-        found.append(ast.unparse(tree.right))
-        tree = tree.left
-    return [*reversed([*found, ast.unparse(tree)])] if found else [spec]
 
 
 def _refuse_meaningless(spec: str, parts: dict[str, Part]) -> None:

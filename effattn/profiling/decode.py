@@ -12,6 +12,7 @@ import torch
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
 from effattn.errors import Unsupported
+from effattn.hf.families import trained_length
 from effattn.hf.placement import input_device
 from effattn.profiling.memory import available_bytes
 
@@ -88,7 +89,7 @@ class _Lane:
         self.token = torch.zeros(batch, 1, dtype=torch.long, device=self.device)
         # A learned position table ends somewhere; the time does not depend on which position is
         # looked up.
-        longest = getattr(model.config, "max_position_embeddings", None) or context + 1
+        longest = trained_length(model.config) or context + 1
         self.position = torch.full_like(self.token, min(context, longest - 1))
         self.seconds: list[float] = []
 

@@ -10,16 +10,19 @@ MonarchLinear.from_linear(linear, blocks=16, rank=4)
 
 from __future__ import annotations
 
-from effattn.projections.monarch import MonarchLinear
+import importlib
 
-__all__ = ["MonarchLinear", "errors"]
+_FUNCTIONS = {
+    "MonarchLinear": "effattn.projections.monarch",
+    "errors": "effattn.surgery.replace",
+}
+
+__all__ = sorted(_FUNCTIONS)
 
 
 def __getattr__(name: str):
-    if name == "errors":  # later: it needs to know models, which need to know MonarchLinear
-        from effattn.surgery.replace import errors
-
-        return errors
+    if name in _FUNCTIONS:
+        return getattr(importlib.import_module(_FUNCTIONS[name]), name)
     raise AttributeError(
         f"module {__name__!r} has no attribute {name!r}; it has {', '.join(__all__)}"
     )

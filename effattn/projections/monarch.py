@@ -7,14 +7,16 @@ permutations, which `effattn.kernels.monarch` defines."""
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from effattn.interface import Cost
 from effattn.kernels import monarch as kernel
+from effattn.projections.base import ProjectedLinear, check_common, register
 from effattn.projections.project import project
-from effattn.registry import format_spec
+from effattn.specs import format_spec
 
 
 @dataclass(frozen=True)
@@ -107,7 +109,8 @@ def sizes(
     return Sizes(in_features, out_features, blocks, rank)
 
 
-class MonarchLinear(nn.Module):
+@register("monarch")
+class MonarchLinear(ProjectedLinear):
     """y = W x + bias with W = P L P' R, for x (..., in_features); takes the place of an nn.Linear.
 
     right: parameter (blocks, blocks·rank, p), the blocks of R        p = padded_in / blocks
@@ -123,6 +126,9 @@ class MonarchLinear(nn.Module):
     x|^2 / E|original x|^2), where it was projected with `moment`. spec: how it was asked for. impl:
     "auto" (triton on a GPU, else torch), "torch", "triton" or "reference"; an explicit one runs or
     raises."""
+
+    EXAMPLE = "monarch(blocks=16)"
+    SIZES: ClassVar[dict] = {"blocks": (int,), "rank": (int, type(None))}
 
     def __init__(
         self,
@@ -160,6 +166,32 @@ class MonarchLinear(nn.Module):
             "bias", nn.Parameter(torch.empty(out_features, **like)) if bias else None
         )
         self.reset_parameters()
+
+    @classmethod
+    def options(
+        cls,
+        blocks: int,
+        rank: int | None = None,
+        ratio: float | None = None,
+        ffn: bool = False,
+        method: str = "svd",
+        pad: bool = False,
+    ) -> dict:
+        """The options of `monarch(...)`, checked as far as no weight is needed.
+
+        blocks, rank, ratio: as for `sizes`. ffn: the linears of the FFN too. method: "svd", closest
+        weights, or "data", closest outputs on the calibration tokens. pad: where blocks do not
+        divide, add zero rows and columns; otherwise refuse."""
+        check_common("monarch", method, ffn=ffn, pad=pad)
+        return dict(blocks=blocks, rank=rank, ratio=ratio, ffn=ffn, method=method, pad=pad)
+
+    @classmethod
+    def check_sizes(cls, in_features: int, out_features: int, *, where: str, **options) -> None:
+        sizes(in_features, out_features, **options, name=where)
+
+    @property
+    def weight_parameters(self) -> int:
+        return self.sizes.parameters
 
     @property
     def padded_in(self) -> int:

@@ -14,11 +14,12 @@ from torch.nn.functional import linear as dense_product
 from effattn.errors import Unsupported, check_choice
 from effattn.interface import Cost
 from effattn.kernels import sparse24
+from effattn.projections.base import StructuredLinear
 
 LARGE = ("unpack", "semi_structured")
 
 
-class PackedLinear(nn.Module):
+class PackedLinear(StructuredLinear):
     """y = W x + bias for x (..., in_features), W 2:4 sparse; takes the place of an nn.Linear, and
     does not train.
 

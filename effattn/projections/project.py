@@ -13,6 +13,7 @@ turn, each exactly, given the others.
 from __future__ import annotations
 
 import torch
+from einops import rearrange
 from torch import Tensor
 from torch.nn.functional import pad
 
@@ -37,7 +38,7 @@ def project(
     out, inside = _truncated(w, rank)
     if moment is None:
         return _factors(out, inside)
-    s, p = w.shape[2:]
+    p = w.shape[3]
     missing = blocks * p - len(moment)
     ridge = RIDGE * moment.diagonal().double().mean().item() or 1.0
     moment = pad(moment.to(w), (0, missing, 0, missing)) + ridge * torch.eye(blocks * p).to(w)
@@ -46,8 +47,8 @@ def project(
     )
     # each input block's own moment ** -0.5, (b, p, p)
     whiten = (vectors / values.sqrt()[:, None]) @ vectors.mT
-    rows = w.permute(0, 2, 1, 3).reshape(blocks, s, blocks * p)  # of each output block
-    m = (out @ inside).permute(0, 2, 1, 3).reshape(rows.shape)
+    rows = rearrange(w, "j i s p -> j s (i p)")  # of each output block
+    m = rearrange(out @ inside, "j i s p -> j s (i p)")
     for _ in range(sweeps):
         for i in range(blocks):
             at = slice(i * p, (i + 1) * p)
@@ -64,7 +65,8 @@ def _blocks(weight: Tensor, blocks: int) -> Tensor:
     """(out, in) -> (j, i, s, p), padded with zeros."""
     rows, columns = weight.shape
     weight = pad(weight, (0, -columns % blocks, 0, -rows % blocks))
-    return weight.view(-1, blocks, blocks, weight.shape[1] // blocks).permute(1, 2, 0, 3)
+    # output t of block j is row t·b + j; inputs are in order
+    return rearrange(weight, "(s j) (i p) -> j i s p", j=blocks, i=blocks)
 
 
 def _truncated(w: Tensor, rank: int) -> tuple[Tensor, Tensor]:
@@ -78,6 +80,5 @@ def _truncated(w: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 def _factors(out: Tensor, inside: Tensor) -> tuple[Tensor, Tensor]:
     """out (j, i, s, r) and inside (j, i, r, p) as the blocks of L and R."""
-    blocks, _, s, rank = out.shape
-    right = inside.transpose(0, 1).reshape(blocks, blocks * rank, -1)
-    return right, out.transpose(1, 2).reshape(blocks, s, blocks * rank)
+    right = rearrange(inside, "j i r p -> i (j r) p")
+    return right, rearrange(out, "j i s r -> j s (i r)")

@@ -2,52 +2,35 @@
 beside its tokens.
 
 A kind of state subclasses `State` and writes `append` and the methods with a leading underscore,
-which get checked arguments. They know padding on the left only: `effattn.padding` moves any other
-padding there, and gives every row a state of its own (`rows`) where tokens of different rows can no
-longer lie side by side."""
+which get checked arguments; one that is `packed` writes `attend` and `layout` too. They know
+padding on the left only: `effattn.padding` moves any other padding there, and gives every row a
+state of its own (`rows`) where tokens of different rows can no longer lie side by side.
+
+B: rows; Hq, Hkv: query and key/value heads; T: new tokens; D, Dv: of a key, of a value."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from effattn.kernels.flash.pattern import Layout
+from effattn.kernels.flash.pattern import Layout, Pattern
+from effattn.states.sizes import NoSuchRow, Sizes
 
 BESIDE = ("real", "rows", "shift", "sizes")  # attributes that are not what is held of the tokens
-
-
-class NoSuchRow(ValueError, IndexError):
-    """A row of the batch that is not there."""
-
-
-class Sizes(NamedTuple):
-    """What the first keys and values of a state were like; only the number of tokens may differ
-    afterwards.
-    """
-
-    batch: int
-    kv_heads: int
-    head_dim: int
-    value_dim: int
-    dtype: torch.dtype
-    device: torch.device
-
-    @classmethod
-    def of(cls, k: Tensor, v: Tensor) -> Sizes:
-        batch, kv_heads, _, head_dim = k.shape
-        return cls(batch, kv_heads, head_dim, v.shape[3], k.dtype, k.device)
 
 
 class State:
     """Base class. `index` tensors are int64 over the batch. `evicts`: whether tokens are forgotten,
     so that few can be taken back; `candidates`: told before a call, so many of its last tokens may
-    be taken back after it; `packed`: what it holds can only be read by itself (`Inside`); `static`:
-    its length is a tensor, so that a step compiles once.
+    be taken back after it; `static`: its length is a tensor, so that a step compiles once;
+    `in_order`: k and v are all tokens, in the order they came, and all there is.
+
+    Who reads it: keys and values that `append` returns are all that a method needs, or else
+    `read_by_method` is True and the state goes with the call (`Call.state`). `packed`: not even the
+    method can read it; the state attends by itself (`attend`).
 
     `owner`: the backend that it belongs to, in words; `sizes`: what it began with; `learning`:
     whether gradients may flow through the present call, so that nothing is written in place. `real`
@@ -56,7 +39,9 @@ class State:
     to each row's positions, which all calls have to do alike."""
 
     evicts = True
+    read_by_method = True
     packed = False
+    in_order = False
     static = False
     candidates = 0
     owner: str | None = None
@@ -76,7 +61,24 @@ class State:
         """Adds new keys (B, Hkv, T, D) and values (B, Hkv, T, Dv); padding_mask (B, seq_len + T)
         bool, on the left.
 
-        Returns the keys and values to attend over, and where they lie.
+        Returns the keys and values to attend over, and where they lie; of a `packed` state only the
+        new ones, since nobody else can read the others.
+        """
+        raise NotImplementedError
+
+    def layout(self, padding_mask: Tensor | None = None) -> Layout:
+        """Of a `packed` state: where the new tokens of the next `attend` lie. padding_mask: as in
+        `append`.
+        """
+        raise NotImplementedError
+
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, call, impl: str, lse: bool
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Of a `packed` state: attention of q (B, Hq, T, D) over what is held and the new tokens k
+        (B, Hkv, T, D), v (B, Hkv, T, Dv), which are held afterwards. call: an `interface.Call`;
+        `call.turn` given: keys are raw. Returns out (B, Hq, T, Dv), with `lse` also the log-sum-exp
+        (B, Hq, T). Nothing has changed when it raises.
         """
         raise NotImplementedError
 
@@ -331,49 +333,6 @@ class State:
             None if self.shift is None else tuple(change(torch.tensor(self.shift)).tolist())
         )
         self.sizes = None if self.sizes is None else self.sizes._replace(batch=batch)
-
-
-@dataclass(frozen=True)
-class Inside(Layout):
-    """The given keys are the new tokens alone, and `state` attends over them and what it holds
-    (`state.attend`).
-    """
-
-    state: State | None = None
-
-
-def check_fits(k: Tensor, v: Tensor, new_k: Tensor, new_v: Tensor) -> None:
-    """ValueError where held keys and values, and new ones, differ in more than the number of
-    tokens.
-    """
-    for which, old, new in (("k", k, new_k), ("v", v, new_v)):
-        if (old.shape[:2], old.shape[3], old.dtype) != (new.shape[:2], new.shape[3], new.dtype):
-            raise ValueError(
-                f"{which}: the state holds {tuple(old.shape)} {old.dtype}, got new tokens "
-                f"{tuple(new.shape)} {new.dtype}; only the number of tokens may differ"
-            )
-
-
-def check_sizes(sizes: Sizes, tokens: int, k: Tensor, v: Tensor) -> None:
-    """ValueError where new keys and values do not fit those that a state of so many tokens began
-    with.
-    """
-    new = Sizes.of(k, v)
-    if new == sizes:
-        return
-    for which, dim, given in (("k", sizes.head_dim, k), ("v", sizes.value_dim, v)):
-        old = (sizes.batch, sizes.kv_heads, tokens, dim)
-        if (old[:2], dim, sizes.dtype) != (given.shape[:2], given.shape[3], new.dtype):
-            raise ValueError(
-                f"{which}: the state holds {old} {sizes.dtype}, got new tokens "
-                f"{tuple(given.shape)} {new.dtype}; only "
-                "the number of tokens may differ"
-            )
-    if new.device != sizes.device:
-        raise ValueError(
-            f"k: the state is on {sizes.device}, got new tokens on {new.device}; state.move() "
-            "moves it"
-        )
 
 
 def _changed(value, how: Callable[[Tensor], Tensor]):

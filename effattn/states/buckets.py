@@ -18,8 +18,8 @@ from torch import Tensor
 
 from effattn.kernels.flash.pattern import Layout
 from effattn.kernels.lsh import NO_KEY, Past, Rule, Seen, new_ranks
-from effattn.states.base import check_fits
 from effattn.states.full import ROLLBACK, FullState
+from effattn.states.sizes import check_fits
 
 STEP = 64  # rows that are made room for at a time, so that a token seldom moves all others
 NAMES = ("k", "v", "code", "position", "count")
@@ -40,13 +40,15 @@ class Hashed(Layout):
 
 
 class BucketState(FullState):
-    """k, v (B, Hkv, rows, D) and the rows' places `code` (B, Hkv, R, rows) int32; `position` (B,
-    Hkv, R, slots) int32, which token lies in each slot of the rings (-1: none); `count` (B, Hkv, R,
-    buckets) int32 of the tokens so far.
+    """k (B, Hkv, rows, D), v (B, Hkv, rows, Dv), the rows' places `code` (B, Hkv, R, rows) int32;
+    `position` (B, Hkv, R, slots) int32, which token lies in each slot of the rings (-1: none);
+    `count` (B, Hkv, R, buckets) int32 of the tokens so far.
 
     The key of rank x in bucket b lies in slot b ring + x % ring; one more slot in each round takes
     what goes nowhere. Rows are the tokens in order at first, with room for a few more; and the
     slots of all rounds from the moment that there are more tokens than slots."""
+
+    read_by_method = True
 
     def __init__(self, rule: Rule, hash: Callable[[Tensor], Tensor]):
         self.rule, self.hash = rule, hash

@@ -15,15 +15,14 @@ import torch
 from torch import Tensor
 
 from effattn.kernels.flash.pattern import Layout, first_real, layout_of
-from effattn.states.base import Inside, State, check_fits
+from effattn.states.base import State
+from effattn.states.sizes import check_fits
 
 __all__ = [
     "ROLLBACK",
     "ROOM",
     "FullState",
-    "Inside",
     "RingState",
-    "State",
     "first_positions",
     "no_positions",
 ]
@@ -51,6 +50,7 @@ class FullState(State):
     copies the others every `ROOM` steps."""
 
     evicts = False
+    read_by_method = False
     rooms: tuple[Tensor, Tensor] | None = None
 
     def __init__(self):

@@ -8,22 +8,14 @@ ones stay outside of it, at least `ROLLBACK` and less than twice as many."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
 from effattn.kernels.flash.pattern import Layout, first_real
 from effattn.kernels.linear import Memory
-from effattn.states.base import State, check_fits
+from effattn.states.base import State
 from effattn.states.full import ROLLBACK
-
-
-@dataclass(frozen=True)
-class RecurrentLayout(Layout):
-    """The given keys are the newest tokens; `state` has the sums over those before them."""
-
-    state: RecurrentState | None = None
+from effattn.states.sizes import check_fits
 
 
 def folded(tokens: int) -> int:
@@ -75,9 +67,9 @@ class RecurrentState(State):
             check_fits(self.k, self.v, k, v)
             self.k, self.v = torch.cat([self.k, k], dim=2), torch.cat([self.v, v], dim=2)
         if padding_mask is None:
-            return self.k, self.v, RecurrentLayout(tail=self.base, state=self)
+            return self.k, self.v, Layout(tail=self.base)
         start, mask = first_real(padding_mask), padding_mask[:, self.base :]
-        return self.k, self.v, RecurrentLayout(tail=self.base, start=start, mask=mask, state=self)
+        return self.k, self.v, Layout(tail=self.base, start=start, mask=mask)
 
     def fold(self, tokens: int, memory: Memory) -> None:
         """`memory` are the sums that also hold the first `tokens` of k and v, which go."""

@@ -1,36 +1,25 @@
 """States of methods that sum up the past: the newest tokens as they came, and a summary of the
 older ones.
 
-`append` gives out everything held with the new tokens, in a `Summarised` layout that carries the
-state; the backend's `attend` brings the summary up to date and lets go of the oldest tokens."""
+`append` gives out everything held with the new tokens; the backend's `attend`, which gets the state
+too (`Call.state`), brings the summary up to date and lets go of the oldest tokens."""
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from effattn.kernels.flash.pattern import Layout, first_real
-from effattn.states.base import check_fits
 from effattn.states.full import ROLLBACK, FullState
-
-
-@dataclass(frozen=True)
-class Summarised(Layout):
-    """A layout whose keys before `tail` are in the summary of `state`, which held `past` tokens
-    before this call.
-    """
-
-    state: SummaryState | None = None
-    past: int = 0
+from effattn.states.sizes import check_fits
 
 
 class SummaryState(FullState):
     """Keys and values of the newest `keep` + `ROLLBACK` tokens, in order, and the tensors named in
     `summary`, whose first size is the batch. The tokens at numbers `oldest` to `total` - 1 are
-    held."""
+    held; `past` tokens had come before the present call."""
 
+    read_by_method = True
     summary: tuple[str, ...] = ()
 
     def __init__(self, keep: int):
@@ -39,7 +28,7 @@ class SummaryState(FullState):
 
     def _reset(self) -> None:
         self.k = self.v = None
-        self.total = self.oldest = 0
+        self.total = self.oldest = self.past = 0
         for name in self.summary:
             setattr(self, name, None)
 
@@ -61,7 +50,7 @@ class SummaryState(FullState):
     def append(
         self, k: Tensor, v: Tensor, padding_mask: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Layout]:
-        past = self.total
+        self.past = self.total
         if self.k is not None:
             check_fits(self.k, self.v, k, v)
             k, v = torch.cat([self.k, k], dim=2), torch.cat([self.v, v], dim=2)
@@ -70,7 +59,7 @@ class SummaryState(FullState):
         start, mask = None, None
         if padding_mask is not None:
             start, mask = first_real(padding_mask), padding_mask[:, self.oldest :]
-        return k, v, Summarised(tail=self.oldest, start=start, mask=mask, state=self, past=past)
+        return k, v, Layout(tail=self.oldest, start=start, mask=mask)
 
     def let_go(self) -> None:
         """Forgets the tokens beyond keep + ROLLBACK, which the summary has by now."""

@@ -22,9 +22,10 @@ from torch import Tensor, nn
 
 from effattn.hf import loading, packing, placement
 from effattn.hf.adapters import require_own_weights
-from effattn.hf.source import DTYPES, KEY, load_tokenizer, read_config, resolve  # noqa: F401  imported from here
-from effattn.hf.source import dtype_of as _dtype
-from effattn.outputs import atomic_folder, check_new_folder  # noqa: F401  check_new_folder: jobs import it from here
+from effattn.hf.placement import check_finite
+from effattn.hf.source import DTYPES as DTYPES
+from effattn.hf.source import KEY, dtype_of, load_tokenizer, read_config, resolve
+from effattn.outputs import atomic_folder
 from effattn.projections import packed
 from effattn.surgery import record, replace, swapping
 from effattn.surgery.record import LEARNED
@@ -64,7 +65,7 @@ def load(path: str | Path, dtype: torch.dtype | str = "auto") -> nn.Module:
     another shape, for learned weights that do not fit the swap, and for a class that transformers
     does not have."""
     name = resolve(path)
-    dtype = _dtype(dtype)
+    dtype = dtype_of(dtype)
     config = read_config(name, path)
     packing.check_format(config, path)
     again = config.__dict__.pop(KEY, {})
@@ -112,7 +113,7 @@ def load_model(name: str | Path, dtype: torch.dtype | str = "auto"):
     """(causal LM in eval mode, tokenizer) of "embedded", a folder or a hub name. ValueError when it
     is none of them.
     """
-    dtype = _dtype(dtype)
+    dtype = dtype_of(dtype)
     if str(name) == "embedded":
         from effattn import embedded
 
@@ -122,13 +123,3 @@ def load_model(name: str | Path, dtype: torch.dtype | str = "auto"):
     folder = resolve(name)
     loading.check_causal(read_config(folder, name), name)
     return load(name, dtype), load_tokenizer(folder)
-
-
-def check_finite(model: nn.Module) -> None:
-    """ValueError naming the first weight that holds NaN or Inf."""
-    for name, tensor in placement.weights(model):
-        if tensor.is_floating_point() and tensor.dtype.itemsize < 2:
-            tensor = tensor.float()  # torch does not ask 8-bit floats
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            bad = int((~torch.isfinite(tensor)).sum())
-            raise ValueError(f"weights: {name} holds NaN or Inf ({bad} of {tensor.numel()} values)")

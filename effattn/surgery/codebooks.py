@@ -14,19 +14,20 @@ from effattn.errors import Unsupported
 from effattn.hf.anatomy import Anatomy
 from effattn.hf.placement import device_of, input_device
 from effattn.surgery import plan as planning
-from effattn.surgery.plan import Plan
+from effattn.surgery.attaching import active, attach, detach
+from effattn.surgery.plan import LayerPlan
 
 WINDOW = 512  # tokens of a row
 BATCH = 4  # rows at a time
 PER_CODE = 32  # keys that k-means looks at for each code
 
 
-def wanting(plans: dict[int, Plan]) -> dict[int, Plan]:
+def wanting(plans: dict[int, LayerPlan]) -> dict[int, LayerPlan]:
     """The plans whose backend has a codebook to fit."""
     return {index: plan for index, plan in plans.items() if hasattr(plan.backend, "calibrate")}
 
 
-def check(parts: Anatomy, plans: dict[int, Plan], tokens: Tensor | None) -> None:
+def check(parts: Anatomy, plans: dict[int, LayerPlan], tokens: Tensor | None) -> None:
     """ValueError for calibration tokens that are no (N,) int64 tensor, or fewer than a codebook has
     words.
     """
@@ -52,20 +53,16 @@ def check(parts: Anatomy, plans: dict[int, Plan], tokens: Tensor | None) -> None
 
 def _row(parts: Anatomy, tokens: Tensor) -> int:
     """Tokens of a row."""
-    return min(
-        WINDOW, len(tokens), getattr(parts.config, "max_position_embeddings", None) or WINDOW
-    )
+    return min(WINDOW, len(tokens), parts.trained_length or WINDOW)
 
 
-def fit(model: nn.Module, parts: Anatomy, plans: dict[int, Plan], tokens: Tensor) -> None:
+def fit(model: nn.Module, parts: Anatomy, plans: dict[int, LayerPlan], tokens: Tensor) -> None:
     """Calibrates the backends of `plans` that have a codebook on tokens (N,), of which the first
     ones may suffice.
     """
-    from effattn.surgery import swapping
-
     rules = {index: plan.positions for index, plan in plans.items() if plan.positions is not None}
     plans = wanting(plans)
-    if swapping.active(model) is not None:
+    if active(model) is not None:
         raise Unsupported("calibration: the model is swapped already; effattn.restore(model) first")
     recording = planning.make(parts, dict.fromkeys(map(str, plans), "dense"), {}, rules)
     keys: dict[int, list[Tensor]] = {index: [] for index in plans}
@@ -74,13 +71,13 @@ def fit(model: nn.Module, parts: Anatomy, plans: dict[int, Plan], tokens: Tensor
     length = _row(parts, tokens)
     rows = max(plan.backend.codes for plan in plans.values()) * PER_CODE
     training, device = model.training, input_device(parts.model)
-    swapping._apply(model, parts, recording)
+    attach(model, parts, recording)
     try:
         with torch.no_grad():
             for batch in windows(tokens[: max(rows, length)], length, BATCH):
                 model.eval()(input_ids=batch.to(device))
     finally:
-        swapping.detach(model)
+        detach(model)
         model.train(training)
     for index, plan in plans.items():
         plan.backend.calibrate(torch.cat(keys[index]).to(device_of(parts.layers[index].k.module)))

@@ -17,7 +17,7 @@ from torch import nn
 
 from effattn.hf import anatomy, hooks, positions
 from effattn.hf.weights import numbers, packing
-from effattn.registry import format_spec
+from effattn.specs import format_spec
 from effattn.surgery.replace import spec_of
 
 AXES = ("projections", "heads", "positions", "pattern", "cache")

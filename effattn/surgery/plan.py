@@ -8,7 +8,6 @@ names the layer."""
 from __future__ import annotations
 
 import inspect
-import re
 from dataclasses import dataclass
 
 import torch
@@ -19,12 +18,13 @@ from effattn.errors import Unsupported
 from effattn.hf import anatomy, caches, hooks, placement
 from effattn.hf.positions import LENGTH_DEPENDENT, LayerPositions
 from effattn.interface import Backend
+from effattn.specs import by_layer, format_spec, parse_spec
 
 TRIED = 4  # tokens of a trial
 
 
 @dataclass
-class Plan:
+class LayerPlan:
     """One layer's new pattern. `spec`: as asked for; `pattern`: what it comes to in this layer."""
 
     spec: str
@@ -46,7 +46,7 @@ def make(
     options: dict,
     positions: dict[int, LayerPositions | None] | None = None,
     cache: dict[int, str] | None = None,
-) -> dict[int, Plan]:
+) -> dict[int, LayerPlan]:
     """layer -> its plan. ValueError for what means nothing, Unsupported for what this model or a
     method cannot do.
 
@@ -57,13 +57,7 @@ def make(
             f"swap: {', '.join(options)} given beside a dict of layers; write them into its specs"
         )
     options = {name: _literal(value) for name, value in options.items()}
-    layers = len(parts.layers)
-    chosen = (
-        parse_layers(pattern, layers)
-        if isinstance(pattern, dict)
-        else dict.fromkeys(range(layers), pattern)
-    )
-    chosen = {} if pattern is None else chosen
+    chosen = {} if pattern is None else by_layer(pattern, len(parts.layers))
     plans = {index: _plan(parts.layers[index], spec, options) for index, spec in chosen.items()}
     positions, cache = positions or {}, cache or {}
     formats = {index: caches.fit(parts.layers[index], spec) for index, spec in cache.items()}
@@ -76,12 +70,9 @@ def make(
     for index, plan in plans.items():
         held = getattr(parts.layers[index].attention, hooks.ATTRIBUTE, None)
         plan.cache = formats[index] if index in formats else getattr(held, "cache", None)
-        if (
-            plan.cache is not None
-            and plan.cache.format.pre_rope
-            and parts.layers[index].rotary is not None
-        ):
-            plan.raw_keys, plan.rotary = True, parts.layers[index].rotary
+        rotary = parts.layers[index].rotary
+        if plan.cache is not None and plan.cache.raw_keys and rotary is not None:
+            plan.raw_keys, plan.rotary = True, rotary
         rule = positions[index] if index in positions else getattr(held, "positions", None)
         if rule is not None:
             plan.positions = rule.fitted(plan.raw_keys)
@@ -93,7 +84,7 @@ def make(
     return plans
 
 
-def _tie(plans: dict[int, Plan]) -> None:
+def _tie(plans: dict[int, LayerPlan]) -> None:
     """What a backend shares across layers (its `tied` parameters) becomes one, for all layers of
     the same pattern.
     """
@@ -108,29 +99,31 @@ def _tie(plans: dict[int, Plan]) -> None:
             )
 
 
-def _plan(layer: anatomy.Layer, spec: str, options: dict) -> Plan:
-    name, given = registry.parse_spec(spec)
+def _plan(layer: anatomy.Layer, spec: str, options: dict) -> LayerPlan:
+    name, given = parse_spec(spec)
     backend = registry.backend(spec, **options)
-    spec, given = registry.format_spec(name, given | options), given | options
+    spec, given = format_spec(name, given | options), given | options
     pattern, own = spec, None
     # plain transformers' attention is a window in this layer
     if backend.plain and layer.own_window is not None:
         own = layer.own_window
-        windowed = registry.format_spec("sliding", {"window": own} | given)
+        windowed = format_spec("sliding", {"window": own} | given)
         backend = registry.backend(windowed)
         # None: only past the trained length, called as asked
         pattern = spec if layer.window is None else windowed
     raw = backend.farthest is not None
     rotary = layer.rotary if raw else None
-    return Plan(spec, pattern, backend, raw, rotary, own, "global_qkv" in backend.extras)
+    return LayerPlan(spec, pattern, backend, raw, rotary, own, "global_qkv" in backend.extras)
 
 
-def _keep(parts: anatomy.Anatomy, index: int, held) -> Plan:
+def _keep(parts: anatomy.Anatomy, index: int, held) -> LayerPlan:
     """The plan of a layer whose pattern stays. held: its `live.LayerSwap`."""
     spec = getattr(parts.model, hooks.ATTRIBUTE).specs[index]
     raw = held.backend.farthest is not None
     rotary = parts.layers[index].rotary if raw else None
-    return Plan(spec, held.pattern, held.backend, raw, rotary, held.own_window, False, kept=True)
+    return LayerPlan(
+        spec, held.pattern, held.backend, raw, rotary, held.own_window, False, kept=True
+    )
 
 
 def _literal(value):
@@ -142,40 +135,7 @@ def _literal(value):
     return value
 
 
-def parse_layers(
-    pattern: dict[str | int, str], layers: int, argument: str = "pattern"
-) -> dict[int, str]:
-    """{"0-3": a, "6-": b} -> {0: a, ..., 6: b, ...}. ValueError for overlaps and layers that do not
-    exist.
-    """
-    if not pattern:
-        raise ValueError(
-            f'{argument}: got an empty dict, valid is for example {{"0-3": "dense", "4-": "dense"}}'
-        )
-    chosen, owner = {}, {}
-    for key, spec in pattern.items():
-        for part in str(key).split(","):
-            match = re.fullmatch(r"\s*(\d+)\s*(-\s*(\d+)?)?\s*", part)
-            if not match:
-                raise ValueError(
-                    f'{argument}: got layers {key!r}, valid are "3", "0-3", "4-" and lists: "0-2,5"'
-                )
-            first = int(match[1])
-            last = first if not match[2] else int(match[3]) if match[3] else layers - 1
-            if first >= layers or last >= layers or last < first:
-                raise ValueError(
-                    f"{argument}: got layers {key!r}, the model has layers 0 to {layers - 1}"
-                )
-            for index in range(first, last + 1):
-                if index in chosen:
-                    raise ValueError(
-                        f"{argument}: layer {index} is in both {owner[index]!r} and {key!r}"
-                    )
-                chosen[index], owner[index] = spec, key
-    return dict(sorted(chosen.items()))
-
-
-def _refuse_impossible(parts: anatomy.Anatomy, plans: dict[int, Plan]) -> None:
+def _refuse_impossible(parts: anatomy.Anatomy, plans: dict[int, LayerPlan]) -> None:
     """Raises Unsupported, naming the model and every layer concerned."""
     reasons: dict[str, list[int]] = {}
     for index, plan in plans.items():
@@ -190,7 +150,7 @@ def _refuse_impossible(parts: anatomy.Anatomy, plans: dict[int, Plan]) -> None:
         raise Unsupported(f"{type(parts.model).__name__} cannot be swapped, {text}{hint}")
 
 
-def _obstacle(layer: anatomy.Layer, plan: Plan) -> str | None:
+def _obstacle(layer: anatomy.Layer, plan: LayerPlan) -> str | None:
     """Why the plan cannot be carried out; None when nothing is known against it."""
     code = inspect.unwrap(type(layer.attention).forward).__code__
     if "ALL_ATTENTION_FUNCTIONS" not in code.co_names:
@@ -253,7 +213,7 @@ def _cache_forgets(layer: anatomy.Layer) -> bool:
     return sliding and getattr(layer.config, "sliding_window", None) is not None
 
 
-def _try(layer: anatomy.Layer, plan: Plan) -> None:
+def _try(layer: anatomy.Layer, plan: LayerPlan) -> None:
     """Runs the backend as this layer would. Parameters whose shape depends on the heads exist
     afterwards.
     """

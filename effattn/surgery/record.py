@@ -17,10 +17,11 @@ from torch import Tensor, nn
 
 from effattn import registry
 from effattn.hf import hooks, placement, positions
+from effattn.hf.trusted import KEY
 from effattn.hf.weight_files import Stored, header, read, shortened, stored
 from effattn.projections import packed
+from effattn.specs import parse_spec
 from effattn.surgery import replace
-from effattn.surgery.trusted import KEY
 
 LEARNED = "effattn.safetensors"  # the weights that plain transformers does not know
 MARK = "attn_implementation"
@@ -28,7 +29,7 @@ MARK = "attn_implementation"
 
 def is_plain(spec: str) -> bool:
     """Whether plain transformers computes the same as this backend, in any layer."""
-    return registry.backends()[registry.parse_spec(spec)[0]].plain
+    return registry.backends()[parse_spec(spec)[0]].plain
 
 
 def of(model: nn.Module) -> dict:

@@ -1,70 +1,69 @@
 """Structured projections in a live model: check all, fit all, and only then replace.
 
-    plan = make(parts, "monarch(blocks=16, ratio=0.5)", calibration=None)   # refuses here, or never
-    replace(parts.model, fit(plan))
-    errors(model)                                                           # a dict for each matrix
+    asked = make(parts, "monarch(blocks=16, ratio=0.5)", calibration=None)  # refuses here, or never
+    replace(parts.model, fit(asked))
+    errors(model)                                                          # a dict for each matrix
 
-The modules are the record: what a model's projections are is read from its MonarchLinears, by
+The modules are the record: what a model's projections are is read from its `ProjectedLinear`s, by
 `describe` and by checkpoints. A replaced linear is a new module, so that hooks on it are gone;
 "dense" multiplies the factors out."""
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from effattn.axes import options_of
+from effattn.calibration.tokens import check_calibration
 from effattn.errors import Unsupported, check_choice
 from effattn.hf import anatomy, hooks, placement
 from effattn.hf.weights import is_packed, is_plain
-from effattn.projections.monarch import MonarchLinear, sizes
-from effattn.projections.packed import PackedLinear
-from effattn.registry import format_spec, parse_spec
-from effattn.surgery.plan import parse_layers
+from effattn.projections.base import (
+    FITTED,
+    PROJECTIONS,
+    ProjectedLinear,
+    StructuredLinear,
+    recorded_kind,
+)
+from effattn.specs import by_layer, format_spec, parse_spec
 
-PROJECTIONS = ("dense", "monarch")
-METHODS = ("svd", "data")
+DENSE = "dense"  # an nn.Linear
 LENGTH, BATCH = 512, 8  # of calibration windows
-
-
-def monarch(
-    blocks: int,
-    rank: int | None = None,
-    ratio: float | None = None,
-    ffn: bool = False,
-    method: str = "svd",
-    pad: bool = False,
-) -> dict:
-    """The options of `monarch(...)`, checked as far as no weight is needed.
-
-    blocks, rank, ratio: as for `effattn.projections.monarch.sizes`. ffn: the linears of the FFN
-    too. method: "svd", closest weights, or "data", closest outputs on the calibration tokens. pad:
-    where blocks do not divide, add zero rows and columns; otherwise refuse."""
-    check_choice("projections: monarch: method", method, METHODS)
-    for name, value in (("ffn", ffn), ("pad", pad)):
-        if not isinstance(value, bool):
-            raise ValueError(
-                f"projections: monarch: {name}: got {value!r}, valid are True and False"
-            )
-    return dict(blocks=blocks, rank=rank, ratio=ratio, ffn=ffn, method=method, pad=pad)
 
 
 @dataclass(frozen=True)
 class Matrix:
-    """One linear module that will be replaced. `options` None: by an nn.Linear."""
+    """One linear module that will be replaced. `kind`, `options` None: by an nn.Linear."""
 
     name: str  # its path in the model
     layer: int
     module: nn.Module
     spec: str
+    kind: type[ProjectedLinear] | None
     options: dict | None
+
+    @property
+    def from_data(self) -> bool:
+        return self.options is not None and self.options["method"] == "data"
+
+    def fitted(self, moment: Tensor | None) -> ProjectedLinear:
+        """What takes its place: closest in its outputs with a second moment, else in its
+        weights."""
+        module = self.module
+        linear = module if isinstance(module, nn.Linear) else module.to_linear()
+        try:
+            new = self.kind.from_linear(linear, **sizing(self.options), moment=moment)
+        except ValueError as error:
+            raise type(error)(f"{self.name}: {error}") from error
+        new.spec = format_spec(*parse_spec(self.spec))
+        return new
 
 
 @dataclass(frozen=True)
-class Plan:
+class Replacement:
     """What a swap of projections is going to do."""
 
     parts: anatomy.Anatomy
@@ -79,20 +78,18 @@ def make(
     calibration: Tensor | None = None,
     kv_heads: int | None = None,
     repatterned: Iterable[int] = (),
-) -> Plan:
+) -> Replacement:
     """Reads the spec, or the dict from layers to specs, and checks that it can be carried out.
 
     calibration: tokens, int64 (N,), for method="data". kv_heads: what the model will have by then.
     repatterned: layers whose pattern is swapped in the same call. ValueError and Unsupported as for
     `effattn.swap`."""
-    count = len(parts.layers)
-    of_layer = projections if isinstance(projections, dict) else {f"0-{count - 1}": projections}
-    chosen = parse_layers(of_layer, count, "projections")
+    chosen = by_layer(projections, len(parts.layers), "projections")
     names = {module: name for name, module in parts.model.named_modules()}
     placement.require_here(parts.model, "projections")
     matrices = []
     for index, spec in chosen.items():
-        layer, options = parts.layers[index], _options(spec)
+        layer, (kind, options) = parts.layers[index], _read(spec)
         if options is not None and options["method"] == "data" and calibration is None:
             raise ValueError(
                 f"calibration: got None, {spec!r} needs tokens (int64); method='svd' fits weights "
@@ -105,45 +102,54 @@ def make(
                 "effattn.restore the model, or swap pattern and projections in one call"
             )
         for module in _linears(layer, options is None or options["ffn"]):
-            if options is None and not isinstance(module, MonarchLinear | PackedLinear):
+            if options is None and not isinstance(module, StructuredLinear):
                 continue
             if any(module is matrix.module for matrix in matrices):
                 raise Unsupported(f"projections: {names[module]} is used by more than one layer")
-            _check(names[module], module, options, _outputs(layer, module, kv_heads))
-            matrices.append(Matrix(names[module], index, module, spec, options))
+            matrix = Matrix(names[module], index, module, spec, kind, options)
+            _check(matrix, _outputs(layer, module, kv_heads))
+            matrices.append(matrix)
     length = LENGTH
-    if any(m.options is not None and m.options["method"] == "data" for m in matrices):
-        from effattn.heads.gqa import check_calibration
-
+    if any(matrix.from_data for matrix in matrices):
         length = check_calibration(calibration, parts, LENGTH)
-    return Plan(parts, tuple(matrices), calibration, length)
+    return Replacement(parts, tuple(matrices), calibration, length)
 
 
-def _options(spec: str) -> dict | None:
-    """Of a spec of monarch; None for "dense"."""
+def _read(spec: str) -> tuple[type[ProjectedLinear] | None, dict | None]:
+    """The projection of a spec and its options; None and None for "dense"."""
     name, given = parse_spec(spec)
-    check_choice("projections", name, PROJECTIONS)
-    valid = list(inspect.signature(monarch).parameters) if name == "monarch" else []
-    for option in given:
-        if not valid:
+    known = PROJECTIONS.members()
+    check_choice("projections", name, (DENSE, *known))
+    if name == DENSE:
+        if given:
             raise ValueError(f"projections: got {spec!r}, dense takes no options")
-        check_choice("projections: monarch: option", option, valid)
-    if name == "dense":
-        return None
-    if "blocks" not in given:
-        raise ValueError(
-            "projections: monarch: blocks must be given, for example monarch(blocks=16)"
-        )
-    return monarch(**given)
+        return None, None
+    kind = known[name]
+    valid = options_of(kind.options)
+    for option in given:
+        check_choice(f"projections: {name}: option", option, valid)
+    for option in valid.values():
+        if option.default is option.empty and option.name not in given:
+            raise ValueError(
+                f"projections: {name}: {option.name} must be given, for example {kind.EXAMPLE}"
+            )
+    return kind, kind.options(**given)
+
+
+def sizing(options: dict) -> dict:
+    """Those of the options that decide the sizes."""
+    return {name: value for name, value in options.items() if name not in ("ffn", "method")}
 
 
 def _linears(layer: anatomy.Layer, ffn: bool) -> list[nn.Module]:
     """q, k, v and o (a fused one once), and on request the linears of the FFN."""
     found = layer.qkv_modules
     if ffn:
-        special = MonarchLinear | PackedLinear
         if any(
-            p.dim() > 2 for m in layer.ffn.modules() if not isinstance(m, special) for p in own(m)
+            p.dim() > 2
+            for m in layer.ffn.modules()
+            if not isinstance(m, StructuredLinear)
+            for p in own(m)
         ):
             raise Unsupported(
                 f"projections: the experts of layer {layer.index} ({type(layer.ffn).__name__}) "
@@ -168,56 +174,51 @@ def _outputs(layer: anatomy.Layer, module: nn.Module, kv_heads: int | None) -> i
     )
 
 
-def _check(name: str, module: nn.Module, options: dict | None, outputs: int) -> None:
+def _check(matrix: Matrix, outputs: int) -> None:
+    """ValueError and Unsupported for a module that cannot be replaced so. outputs: its rows by
+    then."""
+    name, module = matrix.name, matrix.module
     if is_packed(module):
         raise Unsupported(
             f"projections: {name} is a {type(module).__name__} of {module.weight.dtype}; a "
             "quantized weight "
             "cannot be projected: load the model in a float dtype"
         )
-    if not is_plain(module) and not isinstance(module, MonarchLinear | PackedLinear):
+    if not is_plain(module) and not isinstance(module, StructuredLinear):
         raise Unsupported(f"projections: {name} is a {type(module).__name__}, valid is a Linear")
-    if options is not None:
-        sizes(
-            module.in_features,
-            outputs,
-            **{k: options[k] for k in ("blocks", "rank", "ratio", "pad")},
-            name=name,
-        )
+    if matrix.kind is not None:
+        sizes = sizing(matrix.options)
+        matrix.kind.check_sizes(module.in_features, outputs, **sizes, where=name)
 
 
-def fit(plan: Plan) -> dict[str, nn.Module]:
+def fit(asked: Replacement) -> dict[str, nn.Module]:
     """name -> the module that will take its place. Changes nothing; "data" runs the model layer by
     layer.
     """
     new: dict[str, nn.Module] = {}
-    for matrix in plan.matrices:
+    for matrix in asked.matrices:
         if matrix.options is None:
             new[matrix.name] = matrix.module.to_linear()
-        elif matrix.options["method"] == "svd":
-            new[matrix.name] = _fitted(matrix, None)
-    if len(new) < len(plan.matrices):
-        new |= _fit_outputs(plan)
+        elif not matrix.from_data:
+            new[matrix.name] = matrix.fitted(None)
+    if len(new) < len(asked.matrices):
+        new |= _fit_outputs(asked)
     return new
 
 
-def _fit_outputs(plan: Plan) -> dict[str, nn.Module]:
+def _fit_outputs(asked: Replacement) -> dict[str, nn.Module]:
     """Those of method="data": the inputs of one layer at a time, on the unmodified model."""
     from effattn.calibration.layerwise import LayerRunner, watch, windows
     from effattn.calibration.statistics import SecondMoment
 
-    new, model = {}, plan.parts.model
+    new, model = {}, asked.parts.model
     training = model.training
     model.eval()
     try:
-        runner = LayerRunner(plan.parts, windows(plan.calibration, plan.length, BATCH))
+        runner = LayerRunner(asked.parts, windows(asked.calibration, asked.length, BATCH))
         hidden = runner.embed()
-        for index in range(len(plan.parts.layers)):
-            wanted = [
-                m
-                for m in plan.matrices
-                if m.layer == index and m.options and m.options["method"] == "data"
-            ]
+        for index in range(len(asked.parts.layers)):
+            wanted = [m for m in asked.matrices if m.layer == index and m.from_data]
             moments = [SecondMoment() for _ in wanted]
             with ExitStack() as stack:
                 for matrix, moment in zip(wanted, moments, strict=True):
@@ -227,20 +228,9 @@ def _fit_outputs(plan: Plan) -> dict[str, nn.Module]:
                 for number, states in runner.run(index, hidden):
                     hidden[number] = states
             for matrix, moment in zip(wanted, moments, strict=True):
-                new[matrix.name] = _fitted(matrix, moment.mean)
+                new[matrix.name] = matrix.fitted(moment.mean)
     finally:
         model.train(training)
-    return new
-
-
-def _fitted(matrix: Matrix, moment: Tensor | None) -> MonarchLinear:
-    linear = matrix.module if isinstance(matrix.module, nn.Linear) else matrix.module.to_linear()
-    options = {name: matrix.options[name] for name in ("blocks", "rank", "ratio", "pad")}
-    try:
-        new = MonarchLinear.from_linear(linear, **options, moment=moment)
-    except ValueError as error:
-        raise type(error)(f"{matrix.name}: {error}") from error
-    new.spec = format_spec(*parse_spec(matrix.spec))
     return new
 
 
@@ -254,22 +244,24 @@ def replace(model: nn.Module, new: dict[str, nn.Module]) -> None:
 def spec_of(layer: anatomy.Layer) -> str:
     """The layer's projections, as `describe` shows them; several kinds are separated by commas."""
     modules = layer.qkv_modules
-    special = MonarchLinear | PackedLinear
-    kinds = dict.fromkeys(m.spec if isinstance(m, special) else "dense" for m in modules)
-    beside = [m for m in layer.ffn.modules() if isinstance(m, special) and m.spec not in kinds]
+    kinds = dict.fromkeys(m.spec if isinstance(m, StructuredLinear) else "dense" for m in modules)
+    inside = (m for m in layer.ffn.modules() if isinstance(m, StructuredLinear))
+    beside = [m for m in inside if m.spec not in kinds]
     return ", ".join([*kinds, *dict.fromkeys(f"ffn: {m.spec}" for m in beside)])
 
 
-def matrices_of(model: nn.Module) -> dict[str, MonarchLinear]:
-    """The model's Monarch layers by their paths."""
+def matrices_of(model: nn.Module) -> dict[str, ProjectedLinear]:
+    """The model's projected layers by their paths."""
     return {
-        name: module for name, module in model.named_modules() if isinstance(module, MonarchLinear)
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, ProjectedLinear)
     }
 
 
 def errors(model: nn.Module) -> list[dict]:
-    """How far each Monarch matrix of a model was from the one it replaced: a dict for each, in the
-    model's order.
+    """How far each projected matrix of a model was from the one it replaced: a dict for each, in
+    the model's order.
 
     matrix (path), out_features, in_features, blocks, rank, parameters and dense_parameters (without
     biases), error (relative, Frobenius) and output_error (of the outputs on the calibration tokens;
@@ -280,9 +272,8 @@ def errors(model: nn.Module) -> list[dict]:
             matrix=name,
             out_features=m.out_features,
             in_features=m.in_features,
-            blocks=m.blocks,
-            rank=m.rank,
-            parameters=m.sizes.parameters,
+            **{size: getattr(m, size) for size in m.SIZES},
+            parameters=m.weight_parameters,
             dense_parameters=m.in_features * m.out_features,
             error=m.error,
             output_error=m.output_error,
@@ -291,19 +282,16 @@ def errors(model: nn.Module) -> list[dict]:
     ]
 
 
-SAVED = ("blocks", "rank", "spec", "error", "output_error")
-
-
 def record(model: nn.Module) -> dict[str, dict]:
     """What a checkpoint must say so that `rebuild` can make the modules."""
     return {
-        name: {key: getattr(module, key) for key in SAVED}
+        name: {key: getattr(module, key) for key in module.saved()}
         for name, module in matrices_of(model).items()
     }
 
 
 def rebuild(model: nn.Module, recorded: dict[str, dict]) -> None:
-    """Puts Monarch layers of the recorded sizes, with weights of no meaning yet, where linears are.
+    """Puts projected layers of the recorded sizes, whose weights mean nothing yet, for linears.
 
     ValueError for records that do not fit the model.
     """
@@ -312,19 +300,19 @@ def rebuild(model: nn.Module, recorded: dict[str, dict]) -> None:
     }
     new = {}
     for name, entry in recorded.items():
-        linear = linears.get(name)
-        if linear is None or not isinstance(entry, dict) or entry.keys() != set(SAVED):
+        linear, kind = linears.get(name), recorded_kind(entry)
+        if linear is None or not isinstance(entry, dict) or entry.keys() != set(kind.saved()):
             raise ValueError(
                 f"config.json: effattn: projections: {name!r}: {entry!r} does not fit the model"
             )
-        new[name] = MonarchLinear(
+        new[name] = kind(
             linear.in_features,
             linear.out_features,
-            entry["blocks"],
-            linear.bias is not None,
-            rank=entry["rank"],
+            **{size: entry[size] for size in kind.SIZES},
+            bias=linear.bias is not None,
             device=linear.weight.device,
             dtype=linear.weight.dtype,
         )
-        new[name].spec, new[name].error, new[name].output_error = (entry[key] for key in SAVED[2:])
+        for field in FITTED:
+            setattr(new[name], field, entry[field])
     replace(model, new)

@@ -20,9 +20,10 @@ from effattn.hf.weights import weight_bytes
 from effattn.outputs import atomic_folder, check_new_folder, check_room
 from effattn.profiling.environment import environment
 from effattn.recipes.jobs import Quiet, device, holds_output
+from effattn.specs import parse_layers
 from effattn.surgery.checkpoint import load_again, load_model, save
 from effattn.surgery.describing import describe
-from effattn.surgery.swapping import parse_layers, restore, swap
+from effattn.surgery.swapping import restore, swap
 from effattn.swapping import measure
 from effattn.swapping.patterns import Pattern, label_of, parse_pattern, without_sinks
 from effattn.swapping.report import SwapReport
@@ -70,7 +71,7 @@ def run(job: Job, show: Quiet | None = None) -> SwapReport:
         # "before" is the model's own attention, also of a swapped checkpoint
         restore(model).to(device(job.device))
         parts = anatomy.of(model)
-        trained = measure.trained_length(parts)
+        trained = parts.trained_length
         _check_positions(job, parts, trained)
         if job.output is not None:
             check_room("output", job.output, weight_bytes(model))

@@ -14,7 +14,6 @@ import torch
 
 from effattn.evaluate.loss import Progress, perplexity_of, token_losses
 from effattn.evaluate.streaming import stream_losses
-from effattn.hf import anatomy
 from effattn.hf.placement import input_device
 
 MOST_REFERENCE = 2048  # tokens in a window of the reference: it is recomputed for every window
@@ -24,13 +23,6 @@ def scores(losses: torch.Tensor) -> dict[str, float]:
     """Cross-entropy and perplexity of some tokens' losses."""
     mean = losses.double().mean().item()
     return {"cross_entropy": mean, "perplexity": perplexity_of(mean)}
-
-
-def trained_length(parts: anatomy.Anatomy) -> int | None:
-    """The longest sequence that the model was made for; None where its configuration does not
-    say.
-    """
-    return getattr(parts.config, "max_position_embeddings", None)
 
 
 def context_tokens(contexts: Sequence[int], scored: int) -> int:

@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 
 from effattn import registry
+from effattn.specs import format_spec, parse_spec
 
 Pattern = str | dict[str, str]
 
@@ -26,7 +27,7 @@ def parse_pattern(pattern: Pattern) -> Pattern:
     if isinstance(pattern, dict):
         return {str(layers): parse_pattern(_spec(layers, spec)) for layers, spec in pattern.items()}
     registry.backend(pattern)  # a backend that nobody keeps: it checks the name and the options
-    return registry.format_spec(*registry.parse_spec(pattern))
+    return format_spec(*parse_spec(pattern))
 
 
 def _spec(layers: str, spec) -> str:
@@ -49,7 +50,7 @@ def without_sinks(pattern: Pattern) -> Pattern | None:
     if isinstance(pattern, dict):
         changed = {layers: without_sinks(spec) or spec for layers, spec in pattern.items()}
         return None if changed == pattern else changed
-    name, options = registry.parse_spec(pattern)
+    name, options = parse_spec(pattern)
     if name != "sliding" or not options.pop("sinks", 0):
         return None
-    return registry.format_spec(name, options)
+    return format_spec(name, options)

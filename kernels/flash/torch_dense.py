@@ -18,9 +18,8 @@ def dense(q: Tensor, k: Tensor, v: Tensor, causal: bool, layout: Layout, scale: 
     if queries == 1:
         return one_query(q, k, v, real, scale)
     value_dim = v.shape[-1]
-    if (
-        value_dim != q.shape[-1]
-    ):  # the fused kernels want one width; zeros change neither scores nor outputs
+    # the fused kernels want one width; zeros change neither scores nor outputs
+    if value_dim != q.shape[-1]:
         width = max(value_dim, q.shape[-1])
         q, k, v = (pad(x, (0, width - x.shape[-1])) for x in (q, k, v))
     if real is None and (not causal or queries == keys):

@@ -54,9 +54,8 @@ def pack(weight: Tensor) -> Packed:
             "have more than two "
             f"non-zeros, the first in row {row} at columns {4 * group} to {4 * group + 3}"
         )
-    at = (
-        (~kept).byte().argsort(dim=2, stable=True)[..., :2].sort(dim=2).values
-    )  # non-zeros first, then free places
+    # non-zeros first, then free places
+    at = (~kept).byte().argsort(dim=2, stable=True)[..., :2].sort(dim=2).values
     values = groups.gather(2, at).movedim(2, 1).contiguous()
     nibbles = (at[..., 0] | at[..., 1] << 2).to(torch.uint8)
     low, high = nibbles.chunk(2, dim=1)

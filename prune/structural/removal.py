@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from effattn.errors import Unsupported, check_choice
 from effattn.hf import anatomy as hf
+from effattn.hf.placement import check_finite
 from effattn.profiling.environment import environment
 from effattn.prune.structural import criteria
 from effattn.prune.structural.compensation import check_biases, with_biases
@@ -31,7 +32,6 @@ from effattn.prune.structural.report import KIND, StructuredReport, sizes_of
 from effattn.prune.structural.sliced_config import reachable_heads, sliced_config
 from effattn.prune.structural.slicing import check_plain, slice_model
 from effattn.prune.unstructured import calibration
-from effattn.surgery.checkpoint import check_finite
 
 TOKENS_PER_DIMENSION = 10  # of an output module that is solved again
 WHAT = {"heads": "key/value heads a layer", "ffn": "FFN dimensions a layer", "layers": "layers"}

@@ -6,6 +6,7 @@ One JSON-able dict is the report; Markdown, HTML and the terminal show the same 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TypedDict
 
 from torch import nn
 
@@ -32,6 +33,17 @@ ERRORS, IMPORTANCE = "Error of each layer's outputs", "Importance"
 KL = "KL to the whole model (nats/token)"
 NAMES = {"heads": "heads", "ffn": "FFN dimensions", "layers": "layers"}
 MOST_LINES = 8  # layers in one plot
+
+
+class LayerErrors(TypedDict):
+    """Squared distance of a layer's outputs from what the whole layer gives, over its square; None
+    where nothing was cut."""
+
+    layer: int  # its number in the whole model
+    heads_error_sliced: float | None  # attention: right after cutting
+    heads_error: float | None  # and after o_proj was solved again
+    ffn_error_sliced: float | None
+    ffn_error: float | None
 
 
 def sizes_of(model: nn.Module) -> dict[str, int | None]:
@@ -68,7 +80,7 @@ class StructuredReport(Document):
     terminal = (QUALITY, RUNS, DECODING, "Verification")
 
     @property
-    def layers(self) -> list[dict]:
+    def layers(self) -> list[LayerErrors]:
         return self.data["layers"]
 
     @property

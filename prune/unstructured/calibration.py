@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from effattn.calibration.layerwise import windows
+from effattn.hf.families import trained_length
 
 LENGTH = 2048  # tokens of a window, where the model was trained for as many
 BATCH_TOKENS = 2048  # tokens of a batch of windows
@@ -44,7 +45,7 @@ def window_length(config, length: int | None) -> int:
     than 8.
     """
     if length is None:
-        return min(LENGTH, getattr(config, "max_position_embeddings", None) or LENGTH)
+        return min(LENGTH, trained_length(config) or LENGTH)
     if length < 8:
         raise ValueError(f"length: got {length}, valid is 8 tokens or more")
     return length

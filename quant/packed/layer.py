@@ -13,13 +13,13 @@ from transformers import DynamicCache
 from transformers.cache_utils import CacheLayerMixin
 
 from effattn.errors import Unsupported
-from effattn.hf import anatomy, caches, hooks, live, state_layer
-from effattn.quant.packed.static import StaticLayer, StaticState
-from effattn.registry import format_spec, parse_spec
+from effattn.hf import anatomy, caches, hooks, state_layer
+from effattn.hf.cache import new_layer
+from effattn.hf.swapped_layer import SwappedLayer
+from effattn.quant.formats import BITS
+from effattn.specs import format_spec, parse_spec
 from effattn.surgery import plan as planning
 from effattn.surgery.swapping import swap
-
-BITS = {8: "int8", 4: "int4", 2: "int2"}
 
 
 def cache(
@@ -57,12 +57,7 @@ def cache(
     held = {layer.index: getattr(layer.attention, hooks.ATTRIBUTE, None) for layer in parts.layers}
     for index, one in formats.items():
         raw = held[index] is not None and held[index].rotary is not None
-        if (
-            one is not None
-            and one.format.pre_rope
-            and not raw
-            and parts.layers[index].rotary is not None
-        ):
+        if one is not None and one.raw_keys and not raw and parts.layers[index].rotary is not None:
             raise Unsupported(
                 f"cache: layer {index}: pre_rope=True needs a model that hands over its keys "
                 "before their rotation; "
@@ -107,13 +102,18 @@ def _check_static(parts: anatomy.Anatomy, formats: dict, held: dict, max_length:
                 "for layers that see "
                 "everything; leave out max_length: rings have a bounded size anyway"
             )
-        if format.format.pre_rope or (swapped is not None and swapped.raw_keys):
+        if format.static_state(max_length) is None:
+            raise Unsupported(
+                f"cache: layer {layer.index}: {format.spec!r} has no static form; leave out "
+                "max_length"
+            )
+        if format.raw_keys or (swapped is not None and swapped.raw_keys):
             raise Unsupported(
                 f"cache: layer {layer.index}: max_length and raw keys (pre_rope) cannot be combined"
             )
 
 
-def _forgets(layer: anatomy.Layer, swapped: live.LayerSwap | None, max_length: int) -> bool:
+def _forgets(layer: anatomy.Layer, swapped: SwappedLayer | None, max_length: int) -> bool:
     """Whether a layer sees less than all of `max_length` tokens."""
     if swapped is None or swapped.backend is None or swapped.pattern == "dense":
         return layer.own_window is not None and layer.own_window < max_length
@@ -121,15 +121,15 @@ def _forgets(layer: anatomy.Layer, swapped: live.LayerSwap | None, max_length: i
 
 
 def _layer(
-    swapped: live.LayerSwap,
+    swapped: SwappedLayer,
     format: caches.LayerCache | None,
     own: CacheLayerMixin,
     max_length: int | None,
 ) -> CacheLayerMixin:
     """The layer for one format; `own` is what plain transformers has there."""
     if max_length is not None:
-        state = StaticState(format.format, max_length)
-        return StaticLayer(swapped.index, swapped.holds, state, format, given=True)
+        state = format.static_state(max_length)
+        return state_layer.FixedLayer(swapped.index, swapped.holds, state, format, given=True)
     if format is not None:
         return state_layer.StateLayer(
             swapped.index, swapped.holds, format.new_state(swapped.backend), format, given=True
@@ -137,7 +137,7 @@ def _layer(
     if swapped.backend is None:
         return own
     if swapped.cache is None:
-        return state_layer.new_layer(swapped)
+        return new_layer(swapped)
     return state_layer.StateLayer(
         swapped.index, swapped.holds, swapped.backend.new_state(), given=True
     )

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from effattn.kernels.pack import Codes
 from effattn.quant.formats import Format
-from effattn.quant.packed.state import New, PackedState
+from effattn.quant.packed.new import New
+from effattn.quant.packed.state import PackedState
 from effattn.states.full import ROLLBACK
 
 

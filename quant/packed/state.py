@@ -4,361 +4,232 @@
     state = PackedState(Format.parse("int4").fit(128)[0])
     y = attn(q, k, v, state=state)                     # attn: dense, sliding or block
 
-Of n tokens, the `first` stay in full precision, and so do the newest, `residual` of them and up to
-`flush` - 1 more; those between are packed, `flush` at a time, once and for all. A call's own tokens
-are seen in full precision and packed afterwards, as in KIVI; tokens that may be taken back
+`quant.packed.held` says what is packed when; here it is read, without unpacking it. A call's own
+tokens are seen in full precision and packed afterwards, as in KIVI; tokens that may be taken back
 (`candidates`) are seen as if each had come in a call of its own, so that speculative decoding
-computes what plain decoding does. `effattn.quant.packed.attending` says how it is read."""
+computes what plain decoding does.
+
+Up to 16 queries go to `effattn.kernels.decode.packed`, which reads packed bytes and full precision
+in one launch. The queries of a longer call see their own tokens by `effattn.kernels.flash` and the
+past by the packed kernel, and both are merged by log-sum-exp. A call needs memory for its own
+tokens and for tiles, never for the cache.
+
+B: rows; Hq, Hkv: query and key/value heads; T: new tokens; D, Dv: of a key, of a value."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from effattn.errors import Unsupported
-from effattn.kernels.flash.pattern import Layout, Pattern, first_real
-from effattn.kernels.pack import Codes, Coding, concatenate, pack
-from effattn.quant.formats import Format
-from effattn.quant.packed import attending
+from effattn.interface import Call
+from effattn.kernels import flash
+from effattn.kernels.decode import MOST_QUERIES, packed
+from effattn.kernels.decode.packed import PackedCache
+from effattn.kernels.flash.pattern import Pattern
+from effattn.kernels.flash.rules import Far
+from effattn.kernels.merge import in_order, merge
+from effattn.kernels.pack import Codes, Pages
+from effattn.quant.packed.held import Held
+from effattn.quant.packed.new import New, among, check
 from effattn.quant.rotation import hadamard
-from effattn.states.base import Inside, State, check_fits
 
-TILE = 512  # tokens that are packed at once
-
-
-@dataclass(frozen=True)
-class New:
-    """A call's tokens as they are held, from number `first` on. `start` and `mask` (of all tokens):
-    as in `Layout`.
-    """
-
-    k: Tensor
-    v: Tensor
-    first: int
-    start: Tensor | None = None
-    mask: Tensor | None = None
-
-    @property
-    def end(self) -> int:
-        return self.first + self.k.shape[2]
-
-    def cut(self, low: int, high: int) -> New:
-        """Its tokens [low, high)."""
-        if (low, high) == (0, self.k.shape[2]):
-            return self
-        return replace(
-            self, k=self.k[:, :, low:high], v=self.v[:, :, low:high], first=self.first + low
-        )
+# queries of a long call that are merged with what they see of the cache at once, on a CPU
+BLOCK = 256
 
 
-class PackedState(State):
+class PackedState(Held):
     """`format` fits the head dimension (`Format.fit`). `first`: keep so many first tokens if the
     format does not.
-
-    Tokens are numbered from 0, padding included. Held are
-        firsts  (B, Hkv, S, D) and (.., Dv): each row's first real tokens, by position
-        pages   packed, tokens number S to `stored`
-        rest    (B, Hkv, R, D) and (.., Dv): tokens `begin` to `total` in full precision; begin =
-                stored, or less while tokens may be taken back, so that what was packed with them
-                can be packed again
-    and no tensor has room for more. `format.nbytes` says in advance how many bytes that are, for
-    rows without padding.
     """
 
-    evicts = False
     packed = True
 
-    def __init__(self, format: Format, first: int = 0):
-        self.format = replace(format, first=max(first, format.first))
-        self.reset()
-
-    def _reset(self) -> None:
-        self.pages: list[tuple[Codes, Codes]] = []
-        self.rest: tuple[Tensor, Tensor] | None = None
-        self.firsts: tuple[Tensor, Tensor] | None = None
-        self.total = self.stored = self.begin = 0
-        self.pending = True  # whether some row waits for some of its first tokens
-        self.candidates = 0  # so many tokens at the end of the next call may be taken back
-        self._new: New | None = None
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.format}, {self.total} tokens, {self.nbytes} bytes)"
-
-    # What is held
-    # ----------------------------------------------------------------------------------------------
-
-    def _seen(self) -> int:
-        return self.total
-
-    def _bytes(self) -> int:
-        """Bytes of memory that are allocated for it: whole storages, not what views show of
-        them.
-        """
-        storages = {
-            x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in self.tensors()
-        }
-        return sum(storages.values())
-
-    def predicted_bytes(
-        self, tokens: int, batch: int, kv_heads: int, head_dim: int, itemsize: int
-    ) -> int:
-        """`nbytes` after `tokens` tokens, exactly, unless some may be taken back still."""
-        return self.format.nbytes(tokens, kv_heads, head_dim, itemsize=itemsize, batch=batch)
-
-    def border(self, tokens: int) -> int:
-        """The number of the first of `tokens` tokens that is not packed (but for the first
-        ones).
-        """
-        first, packed, _ = self.format.held(tokens)
-        return first + packed
-
-    @property
-    def device(self) -> torch.device | None:
-        return None if self.rest is None else self.rest[0].device
-
-    def tensors(self) -> Iterator[Tensor]:
-        for pair in (self.rest, self.firsts):
-            yield from pair or ()
-        for page in self.pages:
-            for codes in page:
-                yield from codes.tensors()
-
-    def runs(self) -> Iterator[tuple[Codes, Codes, int | Tensor]]:
-        """Packed keys and values, and the number of the first of these tokens, or all of their
-        numbers (-1: none).
-        """
-        at = self.format.first
-        for k, v in self.pages:
-            yield k, v, at
-            at += k.tokens
-
-    # Appending
-    # ----------------------------------------------------------------------------------------------
-
-    def append(
-        self, k: Tensor, v: Tensor, padding_mask: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Layout]:
-        """Returns the new tokens (rotated, if the format says so), and where they lie: this state
-        attends over them and what it holds, and takes them in then. Raises Unsupported where
-        gradients would flow through packed numbers."""
-        if self.learning or (torch.is_grad_enabled() and (k.requires_grad or v.requires_grad)):
-            raise Unsupported(
-                f"cache: {self.format} has no gradients; valid are torch.no_grad(), or "
-                "use_cache=False while training"
-            )
-        if self.rest is not None:
-            check_fits(*self.rest, k, v)
-        k = hadamard(k) if "k" in self.format.rotate else k
-        v = hadamard(v) if "v" in self.format.rotate else v
-        start = None if padding_mask is None else first_real(padding_mask)
-        self._new = New(k, v, self.total, start, padding_mask)
-        mask = None if padding_mask is None else padding_mask[:, self.total :]
-        return k, v, Inside(tail=self.total, start=start, mask=mask, state=self)
-
     def attend(
-        self, q: Tensor, pattern: Pattern, call, impl: str, lse: bool
+        self, q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, call: Call, impl: str, lse: bool
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """Attention of q (B, Hq, T, D) over what is held and the T tokens that `append` was given,
-        which are held afterwards. Nothing has changed when it raises. Returns out, or (out,
-        log-sum-exp)."""
+        """As `State.attend`: the new tokens are taken in piece by piece, and each piece is read.
+        With `call.turn`, keys are held raw."""
+        new = self.new(k, v, call.layout.start, call.padding_mask)
         before = (self.total, self.stored, self.begin, self.rest, self.firsts)
         try:
-            out, sums = attending.attend(self, self._new, q, pattern, call, impl, lse)
+            out, sums = self._attend(new, q, pattern, call, impl, lse)
         except BaseException:
             self._rewind(*before)
             raise
         finally:
-            self._new, self.candidates = None, 0
+            self.candidates = 0
         return (out, sums) if lse else out
 
-    def take(self, new: New) -> None:
-        """Holds a few new tokens in full precision, behind the others."""
-        self._fill_firsts(new)
-        sources, self.total = self._sources(new), new.end
-        self.begin = min(self.begin, self.total)
-        self._hold(sources, max(self.begin, min(self.format.first, self.total)))
-        self.stored = max(self.stored, self.begin)
+    def _attend(
+        self, new: New, q: Tensor, pattern: Pattern, call: Call, impl: str, need_lse: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        check(self.format, new, q, call, impl)
+        rotate, tokens = self.format.rotate, q.shape[2]
+        last = min(self.candidates, tokens - 1)
+        floor = self.border(new.end - last)
+        q = hadamard(q) if "k" in rotate else q
+        parts = []
+        for low, high in self._pieces(new, last):
+            run = self._few if high - low <= MOST_QUERIES else self._many
+            some, own = new.cut(low, high), q[:, :, low:high]
+            parts.append(run(some, own, pattern, _cut(call, low, high), impl, need_lse))
+            self.settle(new, min(floor, self.border(self.total)))
+        out, lse = in_order(parts)
+        return (hadamard(out) if "v" in rotate else out), lse
 
-    def absorb(self, new: New) -> None:
-        """Holds many new tokens: what is not among the newest afterwards is packed, a tile at a
-        time.
+    def _pieces(self, new: New, last: int) -> Iterator[tuple[int, int]]:
+        """Runs of new tokens that see the same ones packed: all at once, but for the `last`, which
+        come one by one.
         """
-        self._fill_firsts(new)
-        sources, self.total = self._sources(new), new.end
-        border = self.border(self.total)
-        self._pack(border, sources, new)
-        self._hold(sources, border)
+        tokens = new.k.shape[2]
+        low = tokens - last
+        yield 0, low
+        while low < tokens:
+            high, border = low + 1, self.border(new.first + low)
+            while (
+                high < min(tokens, low + MOST_QUERIES) and self.border(new.first + high) == border
+            ):
+                high += 1
+            yield low, high
+            low = high
 
-    def settle(self, new: New, floor: int) -> None:
-        """Packs what is not among the newest any more; tokens from number `floor` on stay in full
-        precision as well.
-        """
-        border, sources = self.border(self.total), [(self.begin, *self.rest)]
-        if border > self.stored:
-            self._pack(border, sources, new)
-        if floor > self.begin:
-            self._hold(sources, floor)
+    def _few(self, new: New, q: Tensor, pattern: Pattern, call: Call, impl: str, need_lse: bool):
+        """Takes the tokens in, in full precision, and reads everything."""
+        self.take(new)
+        return self._read(new, q, self.total, pattern, call, impl, need_lse)
 
-    def _sources(self, new: New) -> list[tuple[int, Tensor, Tensor]]:
-        """Runs of tokens in full precision: the number of the first, keys and values."""
-        return [*([(self.begin, *self.rest)] if self.rest else []), (new.first, new.k, new.v)]
+    def _many(self, new: New, q: Tensor, pattern: Pattern, call: Call, impl: str, need_lse: bool):
+        """The new tokens among themselves and over what is held. Then they are taken in."""
+        k, far = new.k, {}
+        if call.turn is not None:
+            at = torch.arange(new.first, new.end, device=k.device)[None]
+            at = (at if new.start is None else at - new.start[:, None]).clamp(min=0)
+            k = call.turn.keys(new.k, at)
+            if call.turn.window is not None:
+                far = {
+                    "far": Far(
+                        call.turn.q_far, call.turn.keys(new.k, at, far=True), call.turn.window
+                    )
+                }
+        out = among(new, k, q, pattern, call, impl, **far)
+        if new.first:
+            block = q.shape[2] if flash.choose(impl, q.device) == "triton" else BLOCK
+            for low in range(0, q.shape[2], block):
+                high = min(low + block, q.shape[2])
+                some = slice(None), slice(None), slice(low, high)
+                seen = self._read(
+                    new, q[some], new.first + high, pattern, _cut(call, low, high), impl, True
+                )
+                out[0][some], out[1][some] = merge([(out[0][some], out[1][some]), seen])
+        self.absorb(new)
+        return out
 
-    def _hold(self, sources: list[tuple[int, Tensor, Tensor]], begin: int) -> None:
-        """Makes the tokens from number `begin` on the rest, in memory of their own."""
-        # one part: a copy
-        self.rest = tuple(torch.cat(parts, dim=2) for parts in _cuts(sources, begin, self.total))
-        self.begin = begin
+    def _read(
+        self,
+        new: New,
+        q: Tensor,
+        total: int,
+        pattern: Pattern,
+        call: Call,
+        impl: str,
+        need_lse: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attention of q, the last of `total` tokens, over what the state holds."""
+        caches = list(self._caches(new, total, together=flash.choose(impl, q.device) == "torch"))
+        parts = []
+        for cache in caches:
+            first = min(pattern.first, cache.slots)
+            part = packed.attention(
+                q,
+                cache,
+                replace(pattern, first=first),
+                causal=True,
+                scale=call.scale,
+                softcap=call.softcap,
+                q_first=call.q_first if first else None,
+                turn=call.turn,
+                bias=call.bias,
+                impl=impl,
+                lse=need_lse or len(caches) > 1,
+            )
+            parts.append(part if isinstance(part, tuple) else (part, None))
+        return parts[0] if len(parts) == 1 else merge(parts)
 
-    def _pack(self, border: int, sources: list[tuple[int, Tensor, Tensor]], new: New) -> None:
-        for at, k, v in self._packed(border, sources, new):
-            self._store(at, k, v)
-            self.stored = at + k.tokens
-        self.stored = max(self.stored, border)  # a ring packs only what it has places for
-
-    def _packed(self, border: int, sources: list, new: New) -> Iterator[tuple[int, Codes, Codes]]:
-        """The tokens below `border` that are not packed yet, tile by tile: the first one's number,
-        keys and values.
-        """
-        tile = max(1, TILE // self.format.flush) * self.format.flush
-        codings = self.format.k, self.format.v
-        for at in range(self._worth_packing(border), border, tile):
-            pair = _cuts(sources, at, min(at + tile, border))
-            pair = [parts[0] if len(parts) == 1 else torch.cat(parts, dim=2) for parts in pair]
-            number = torch.arange(at, at + pair[0].shape[2], device=self.device)
-            first = self.format.first
-            yield (
-                at,
-                *(
-                    pack(neutral(x, c, number, new, first), c)
-                    for x, c in zip(pair, codings, strict=True)
-                ),
+    def _caches(self, new: New, total: int, together: bool) -> Iterator[PackedCache]:
+        """What is held: all pages together, or page by page, the first tokens beside the first, the
+        rest beside the last."""
+        rest = [x[:, :, self.stored - self.begin :] for x in self.rest]
+        runs = list(self.runs()) or [(*self._nothing(), self.format.first)]
+        if together and len(runs) > 1:
+            runs = [(Pages([k for k, _, _ in runs]), Pages([v for _, v, _ in runs]), runs[0][2])]
+        for index, (k, v, where) in enumerate(runs):
+            is_first, is_last = index == 0, index == len(runs) - 1
+            numbers = where if isinstance(where, Tensor) else None
+            k_rest, v_rest = rest if is_last else [x[:, :, :0] for x in rest]
+            k_first, v_first = self.firsts if is_first and self.firsts else (None, None)
+            mask = None
+            if new.mask is not None:
+                mask = self._mask(
+                    new,
+                    0 if k_first is None else k_first.shape[2],
+                    where,
+                    k.tokens,
+                    k_rest.shape[2],
+                )
+            newest = total == self.total and is_last
+            yield PackedCache(
+                k,
+                v,
+                k_rest,
+                v_rest,
+                total,
+                k_first,
+                v_first,
+                packed_from=0 if numbers is not None else where,
+                packed_numbers=numbers,
+                start=new.start,
+                mask=mask,
+                rest_numbers=None
+                if newest
+                else torch.arange(self.stored, self.stored + k_rest.shape[2], device=k.device),
             )
 
-    def _worth_packing(self, border: int) -> int:
-        """The first token to pack, when all below `border` are to be."""
-        return max(self.stored, self.format.first)
-
-    def _store(self, at: int, k: Codes, v: Codes) -> None:
-        """Keeps packed tokens, from number `at` on. Only the last page grows, one tensor after the
-        other.
+    def _mask(self, new: New, firsts: int, where: int | Tensor, tokens: int, rest: int) -> Tensor:
+        """(B, firsts + tokens + rest) bool: which of one `PackedCache`'s keys are real, there, and
+        held nowhere else.
         """
-        page = attending.LARGE_PAGE
-        if k.device.type == "cpu":
-            page = max(attending.FEWEST, attending.PAGE // (k.shape[0] * k.shape[1] * k.dim))
-        if not self.pages or self.pages[-1][0].tokens + k.tokens > page:
-            self.pages.append((k, v))
-            return
-        k_page, v_page = self.pages.pop()
-        k_page = concatenate([k_page, k])
-        self.pages.append((k_page, concatenate([v_page, v])))
-
-    def _fill_firsts(self, new: New) -> None:
-        """Puts those of the new tokens that are a row's first real ones to their positions."""
-        low, high = new.first, new.end
-        if not self.format.first or not self.pending:
-            return
-        slots = min(self.format.first, high)
-        number = torch.arange(slots, device=new.k.device)[None]
-        number = number if new.start is None else number + new.start[:, None]
-        there = ((number >= low) & (number < high))[:, None, :, None]
-        at = (number - low).clamp(0, high - low - 1)[:, None, :, None]
-        firsts = []
-        for held, x in zip(self.firsts or (None, None), (new.k, new.v), strict=True):
-            old = x.new_zeros(*x.shape[:2], slots, x.shape[3])
-            if held is not None:
-                old[:, :, : held.shape[2]] = held
-            firsts.append(
-                torch.where(there, x.gather(2, at.expand(*x.shape[:2], -1, x.shape[3])), old)
+        device, start = new.k.device, new.start[:, None]
+        if isinstance(where, Tensor):
+            number, real = where, new.mask[:, where.clamp(min=0)]
+        else:
+            number, real = (
+                torch.arange(where, where + tokens, device=device),
+                new.mask[:, where : where + tokens],
             )
-        self.firsts = tuple(firsts)
-        last = self.format.first if new.start is None else int(new.start.max()) + self.format.first
-        self.pending = high < last  # not only of the slots there are by now: a short prompt has few
+        newest = torch.arange(self.stored, self.stored + rest, device=device)
+        number = torch.cat([number, newest])
+        real = torch.cat([real, new.mask[:, self.stored : self.stored + rest]], dim=1)
+        # the kernel skips those only where it is given the first tokens
+        if self.firsts and not firsts:
+            real = real & (number - start >= self.format.first)
+        there = start + torch.arange(firsts, device=device) < self.total
+        return torch.cat([there, real], dim=1)
 
-    # Changing what is held
-    # ---------------------------------------------------------------------------------------
-
-    def _check_crop(self, n: int) -> None:
-        least = self._least()
-        if n < least:
-            raise ValueError(
-                f"crop: got {n}, but the tokens before number {least} are packed for good; valid "
-                f"are 0 and {least} to "
-                f"{self.total} ({self.format} takes back what is in full precision)"
-            )
-
-    def _crop(self, n: int) -> None:
-        rest = tuple(x[:, :, : max(0, n - self.begin)].clone() for x in self.rest)
-        firsts = self.firsts and tuple(x[:, :, :n].clone() for x in self.firsts)
-        stored = max(self.begin, min(self.stored, self.border(n)))
-        self._rewind(n, min(stored, n), min(self.begin, n), rest, firsts)
-
-    def _least(self) -> int:
-        """The fewest tokens but 0 that `crop` can go back to."""
-        return self.begin if self.stored > self.format.first else 1
-
-    def _rewind(self, total: int, stored: int, begin: int, rest, firsts) -> None:
-        self.total, self.begin, self.rest, self.firsts, self.pending = (
-            total,
-            begin,
-            rest,
-            firsts,
-            True,
+    def _nothing(self) -> tuple[Codes, Codes]:
+        """Packed keys and values of no tokens."""
+        codings = (self.format.k, self.format.v)
+        return tuple(
+            Codes.empty(coding, *x.shape[:2], 0, x.shape[3], x.device)
+            for coding, x in zip(codings, self.rest, strict=True)
         )
-        if stored < self.stored:
-            self._unstore(stored)
-        self.stored = stored
-
-    def _unstore(self, stored: int) -> None:
-        """Forgets packed tokens from number `stored` on."""
-        end = self.stored
-        while self.pages and end > stored:
-            k, v = self.pages.pop()
-            end -= k.tokens
-            if end < stored:
-                self.pages.append(tuple(codes[: stored - end].map(torch.clone) for codes in (k, v)))
-
-    def _select(self, index: Tensor) -> None:
-        if self.rest is not None:
-            index = index.to(self.device)
-            self._change(lambda x: x.index_select(0, index))
-
-    def _repeat(self, n: int) -> None:
-        self._change(lambda x: x.repeat_interleave(n, dim=0))
-
-    def _change(self, how: Callable[[Tensor], Tensor]) -> None:
-        """Changes every tensor, page by page, so that one page at most is there twice. What `how`
-        refuses, it refuses before anything has changed."""
-        rest, firsts = (pair and tuple(map(how, pair)) for pair in (self.rest, self.firsts))
-        self.rest, self.firsts = rest, firsts
-        for index, page in enumerate(self.pages):
-            self.pages[index] = tuple(codes.map(how) for codes in page)
 
 
-def neutral(x: Tensor, coding: Coding, number: Tensor, new: New, first: int) -> Tensor:
-    """x (B, H, N, D), tokens of these numbers (N,), where those that are never read from there have
-    a neighbour's values: padding, and the rows' first tokens, must not widen the range of a
-    channel's group."""
-    if coding.axis == "token" or new.start is None:
-        return x
-    there = number.clamp(0, new.mask.shape[1] - 1)
-    read = (number - new.start[:, None] >= first) & new.mask[:, there] & (number == there)
-    neighbour = read.int().argmax(dim=1)[:, None, None, None].expand(-1, x.shape[1], -1, x.shape[3])
-    return torch.where(read[:, None, :, None], x, x.gather(2, neighbour))
-
-
-def _cuts(
-    sources: list[tuple[int, Tensor, Tensor]], low: int, high: int
-) -> tuple[list[Tensor], list[Tensor]]:
-    """Views of the keys, and of the values, of the tokens numbered [low, high), at least one
-    each.
-    """
-    found = []
-    for number, *pair in sources:
-        a, b = max(low - number, 0), min(high - number, pair[0].shape[2])
-        if a < b:
-            found.append([x[:, :, a:b] for x in pair])
-    found = found or [[x[:, :, :0] for x in sources[-1][1:]]]
-    return tuple(map(list, zip(*found, strict=True)))
+def _cut(call: Call, low: int, high: int) -> Call:
+    """The call of its queries [low, high)."""
+    turn, q_first = call.turn, call.q_first
+    if turn is not None and turn.q_far is not None:
+        turn = replace(turn, q_far=turn.q_far[:, :, low:high])
+    return replace(call, turn=turn, q_first=None if q_first is None else q_first[:, :, low:high])

@@ -12,22 +12,23 @@ bits in the same place, so that no branch has to ask whether there is one."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from effattn.errors import Unsupported
-from effattn.hf.state_layer import StateLayer
+from effattn.interface import Call
 from effattn.kernels.decode import packed
 from effattn.kernels.decode.packed import PackedCache
 from effattn.kernels.flash.pattern import Layout, Pattern, first_real
 from effattn.kernels.merge import merge
 from effattn.kernels.pack import Codes, pack
 from effattn.quant.formats import Format
-from effattn.quant.packed import attending
-from effattn.quant.packed.state import New, neutral
+from effattn.quant.packed.new import New, among, check, neutral
 from effattn.quant.rotation import hadamard
-from effattn.states.base import Inside, State, check_fits
+from effattn.states.base import State
+from effattn.states.sizes import check_fits
 
 
 class StaticState(State):
@@ -49,7 +50,6 @@ class StaticState(State):
         self.rest: tuple[Tensor, Tensor] | None = None
         self.firsts: tuple[Tensor, Tensor] | None = None
         self.total: Tensor | None = None  # 0-d int64
-        self._new: New | None = None
 
     def _seen(self) -> int | Tensor:
         """Tokens so far, a 0-d int64 tensor as in transformers' StaticLayer; 0 before the first."""
@@ -87,12 +87,37 @@ class StaticState(State):
     # Attending
     # ----------------------------------------------------------------------------------------------
 
+    def layout(self, padding_mask: Tensor | None = None) -> Layout:
+        return Layout()
+
     def append(
         self, k: Tensor, v: Tensor, padding_mask: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Layout]:
-        """As `PackedState.append`. ValueError for more tokens than there is room for, where that
-        can be known.
-        """
+        """Takes the new tokens in, and nobody attends. Returns them as they are held. Raises what
+        `_new` does."""
+        new = self._new(k, v, padding_mask)
+        self._allocate(new)
+        self._store(replace(new, first=int(self.total)))
+        return new.k, new.v, Layout()
+
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, call: Call, impl: str, lse: bool
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """As `State.attend`. Unsupported for raw keys."""
+        new = self._new(k, v, call.padding_mask)
+        check(self.format, new, q, call, impl)
+        if call.turn is not None:
+            raise Unsupported(f"cache: {self.format}: pre_rope and max_length cannot be combined")
+        self._allocate(new)
+        q = hadamard(q) if "k" in self.format.rotate else q
+        out, sums = (self._step if q.shape[2] == 1 else self._many)(new, q, pattern, call, impl)
+        out = hadamard(out) if "v" in self.format.rotate else out
+        return (out, sums) if lse else out
+
+    def _new(self, k: Tensor, v: Tensor, padding_mask: Tensor | None) -> New:
+        """The new tokens as they will be held, their number left open. Unsupported for gradients,
+        ValueError for sizes that do not fit, and for more tokens than there is room for, where that
+        can be known."""
         if self.learning or (torch.is_grad_enabled() and (k.requires_grad or v.requires_grad)):
             raise Unsupported(f"cache: {self.format} has no gradients; valid is torch.no_grad()")
         if self.rest is not None:
@@ -105,28 +130,11 @@ class StaticState(State):
                 f"cache: got {past} + {k.shape[2]} tokens, valid are at most "
                 f"max_length={self.length}"
             )
-        k = hadamard(k) if "k" in self.format.rotate else k
-        v = hadamard(v) if "v" in self.format.rotate else v
-        self._new = New(
-            k, v, 0, None if padding_mask is None else first_real(padding_mask), padding_mask
-        )
-        return k, v, Inside(state=self)
-
-    def attend(
-        self, q: Tensor, pattern: Pattern, call, impl: str, lse: bool
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        new, self._new = self._new, None
-        attending.check(self, new, q, call, impl)
-        if call.turn is not None:
-            raise Unsupported(f"cache: {self.format}: pre_rope and max_length cannot be combined")
-        self._allocate(new)
-        q = hadamard(q) if "k" in self.format.rotate else q
-        out, sums = (self._step if q.shape[2] == 1 else self._many)(new, q, pattern, call, impl)
-        out = hadamard(out) if "v" in self.format.rotate else out
-        return (out, sums) if lse else out
+        start = None if padding_mask is None else first_real(padding_mask)
+        return New.of(self.format, k, v, 0, start, padding_mask)
 
     def _step(
-        self, new: New, q: Tensor, pattern: Pattern, call, impl: str
+        self, new: New, q: Tensor, pattern: Pattern, call: Call, impl: str
     ) -> tuple[Tensor, Tensor]:
         """One token: nothing here asks the device for a number."""
         past = self.total.clone()
@@ -150,40 +158,39 @@ class StaticState(State):
         return out
 
     def _many(
-        self, new: New, q: Tensor, pattern: Pattern, call, impl: str
+        self, new: New, q: Tensor, pattern: Pattern, call: Call, impl: str
     ) -> tuple[Tensor, Tensor]:
         """A prompt, or a part of one: its own tokens in full precision, and what is held."""
         past = int(self.total)
-        new = New(new.k, new.v, past, new.start, new.mask)
-        out = attending.among(new, new.k, q, pattern, call, impl)
+        new = replace(new, first=past)
+        out = among(new, new.k, q, pattern, call, impl)
         if past:
-            seen = self._read(
-                q, self._cache(new, self.border(past), past, new.end), pattern, call, impl
-            )
-            out = merge([out, seen])
-        self._fill_firsts(new, past, new.end)
-        low, high = self.border(past), self.border(new.end)
-        order = torch.arange(max(0, past - self.size), past, device=q.device) % self.size
-        for held, x, codes in zip(self.rest, (new.k, new.v), self.codes, strict=True):
-            known = torch.cat([held.index_select(2, order), x], dim=2)
-            first = past - len(order)
-            if low < high:
-                number = torch.arange(low, high, device=q.device)
-                groups = neutral(
-                    known[:, :, low - first : high - first],
-                    codes.coding,
-                    number,
-                    new,
-                    self.format.first,
-                )
-                codes.put(low - self.format.first, pack(groups, codes.coding))
-            newest = torch.arange(max(first, new.end - self.size), new.end, device=q.device)
-            held.index_copy_(2, newest % self.size, known[:, :, newest[0] - first :])
-        self.total.fill_(new.end)
+            held = self._cache(new, self.border(past), past, new.end)
+            out = merge([out, self._read(q, held, pattern, call, impl)])
+        self._store(new)
         return out
 
+    def _store(self, new: New) -> None:
+        """Holds new tokens: the newest in the ring, and packed what is due by now."""
+        past, first = new.first, self.format.first
+        self._fill_firsts(new, past, new.end)
+        low, high = self.border(past), self.border(new.end)
+        oldest = max(0, past - self.size)  # that lies in the ring
+        order = torch.arange(oldest, past, device=new.k.device) % self.size
+        for held, x, codes in zip(self.rest, (new.k, new.v), self.codes, strict=True):
+            known = torch.cat([held.index_select(2, order), x], dim=2)
+            if low < high:
+                number = torch.arange(low, high, device=x.device)
+                due = known[:, :, low - oldest : high - oldest]
+                codes.put(
+                    low - first, pack(neutral(due, codes.coding, number, new, first), codes.coding)
+                )
+            newest = torch.arange(max(oldest, new.end - self.size), new.end, device=x.device)
+            held.index_copy_(2, newest % self.size, known[:, :, newest[0] - oldest :])
+        self.total.fill_(new.end)
+
     def _read(
-        self, q, cache: PackedCache, pattern: Pattern, call, impl: str
+        self, q, cache: PackedCache, pattern: Pattern, call: Call, impl: str
     ) -> tuple[Tensor, Tensor]:
         return packed.attention(
             q, cache, pattern, scale=call.scale, softcap=call.softcap, impl=impl, lse=True
@@ -294,15 +301,3 @@ class StaticState(State):
         self._change(how)
         # of its own, where this is one row's copy
         self.total = None if total is None else total.clone()
-
-
-class StaticLayer(StateLayer):
-    """A `StateLayer` of a `StaticState`: transformers is told lengths as tensors; `generate` does
-    not compile it.
-    """
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int | Tensor]:
-        return query_length, self.state.seq_len
-
-    def get_max_length(self) -> int:
-        return self.state.length

@@ -25,7 +25,7 @@ from effattn.hf.weights import packing, weight_bytes
 from effattn.measuring.progress import partial_beside
 from effattn.outputs import atomic_folder, check_new_folder
 from effattn.profiling.environment import environment
-from effattn.quant.formats import Format
+from effattn.quant.formats import BITS, Format
 from effattn.quant.sensitivity import budget, lanes
 from effattn.quant.sensitivity.lanes import FULL, PLAN, Lane
 from effattn.quant.sensitivity.parts import Parts
@@ -33,13 +33,12 @@ from effattn.quant.sensitivity.report import QuantizeReport
 from effattn.quant.sensitivity.tokenwise import tokenwise, windows
 from effattn.quant.weights import KINDS, quantize_weights
 from effattn.recipes.jobs import Quiet, device, holds_output
-from effattn.registry import parse_spec
+from effattn.specs import parse_spec
 from effattn.surgery.checkpoint import load_again, load_model, save
 from effattn.surgery.describing import describe
 from effattn.surgery.swapping import active, swap
 from effattn.textdata import streams
 
-BITS = {8: "int8", 4: "int4", 2: "int2"}
 MOST_RETRIEVAL = 4096  # tokens of a retrieval prompt, by default at most
 
 

@@ -24,7 +24,7 @@ from effattn.measuring.variants import Variant, build
 from effattn.profiling.memory import available_bytes
 from effattn.profiling.timing import Clock, alternate, percentiles
 from effattn.quant.formats import Format
-from effattn.surgery.swapping import parse_layers
+from effattn.specs import parse_layers
 
 FULL, PLAN = "full", "plan"
 PREFILL = 512  # tokens of a prefill that go in at a time

@@ -1,5 +1,5 @@
-"""On the real (embedded) model, conversion is as good as the README says, on less data so that it
-stays quick.
+"""On the real (embedded) model, conversion is as good as the documentation says, on less data so
+that it stays quick.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from effattn.heads.gqa import METHODS, convert_gqa
 from effattn.heads.grouping import by_similarity, contiguous
-from effattn.heads.methods import Heads, relative_errors
+from effattn.heads.methods.base import Heads, relative_errors
 from effattn.hf import anatomy as hf
 
 TIGHT = (

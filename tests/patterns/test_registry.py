@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from effattn import registry
 from effattn.interface import Backend
 from effattn.patterns.dense import Dense
+from effattn.specs import format_spec, parse_spec
 
 names = st.from_regex(r"[a-zA-Z_][a-zA-Z0-9_]{0,8}", fullmatch=True).filter(
     lambda s: not keyword.iskeyword(s)
@@ -28,21 +29,21 @@ values = st.recursive(
 @settings(deadline=None, max_examples=200)
 @given(name=names, options=st.dictionaries(names, values, max_size=4))
 def test_parse_undoes_format(name, options):
-    text = registry.format_spec(name, options)
-    assert registry.parse_spec(text) == (name, options)
+    text = format_spec(name, options)
+    assert parse_spec(text) == (name, options)
     # 1, 1.0 and True are equal, but not the same
-    assert repr(registry.parse_spec(text)[1]) == repr(options)
-    assert registry.format_spec(*registry.parse_spec(text)) == text
+    assert repr(parse_spec(text)[1]) == repr(options)
+    assert format_spec(*parse_spec(text)) == text
 
 
 def test_parse():
-    assert registry.parse_spec(
+    assert parse_spec(
         " sliding ( window = 1_024, sinks=-4, d=[1, (2, 'a')], e=None, f=1e-3 ) "
     ) == (
         "sliding",
         {"window": 1024, "sinks": -4, "d": [1, (2, "a")], "e": None, "f": 1e-3},
     )
-    assert registry.parse_spec("dense()") == ("dense", {})
+    assert parse_spec("dense()") == ("dense", {})
 
 
 @pytest.mark.parametrize(
@@ -74,7 +75,7 @@ def test_parse():
 )
 def test_parse_refuses(text):
     with pytest.raises(ValueError, match="spec"):
-        registry.parse_spec(text)
+        parse_spec(text)
 
 
 @pytest.mark.parametrize(
@@ -90,7 +91,7 @@ def test_parse_refuses(text):
 )
 def test_format_refuses_what_parse_could_not_read(name, options):
     with pytest.raises(ValueError, match="spec"):
-        registry.format_spec(name, options)
+        format_spec(name, options)
 
 
 def test_backend():
@@ -125,7 +126,7 @@ def test_mistakes_get_the_nearest_name(spec, options, message):
 
 
 def test_required_options_and_double_registration(monkeypatch):
-    monkeypatch.setattr(registry, "_BACKENDS", dict(registry.backends()))
+    monkeypatch.setattr(registry.BACKENDS, "_known", dict(registry.backends()))
 
     @registry.register("windowed")
     class Windowed(Dense):

@@ -16,7 +16,7 @@ import effattn
 from effattn import positions
 from effattn.errors import Unsupported
 from effattn.positions.alibi import slopes
-from effattn.positions.base import Trained
+from effattn.positions.base import Trained, spec_of
 from effattn.positions.extrapolation import (
     critical_base,
     critical_dimension,
@@ -354,7 +354,7 @@ def test_specs():
         "abf(base=5.5)",
         "longrope(factor=2.0, long_factor=[1.5])",
     ):
-        assert positions.registry.spec_of(positions.parse(spec)) == spec
+        assert spec_of(positions.parse(spec)) == spec
     assert (
         rule("logn + rerope(window=4)+abf(base=1e+6)").spec
         == "abf(base=1000000.0)+rerope(window=4)+logn"

@@ -13,12 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from effattn.errors import Unsupported
-from effattn.hf.caches import LayerCache
 from effattn.kernels.decode import packed
 from effattn.kernels.pack import pack, unpack
 from effattn.positions import Rope
 from effattn.profiling.memory import PeakMemory
 from effattn.quant.formats import Format
+from effattn.quant.packed.kind import Packed
 from effattn.quant.packed.ring import PackedRing
 from effattn.quant.packed.state import PackedState
 from effattn.registry import backend
@@ -46,7 +46,7 @@ def format_of(spec: str, dim: int = D) -> Format:
 
 
 def state_of(spec: str, pattern: str = "dense"):
-    return LayerCache(spec, format_of(spec)).new_state(backend(pattern))
+    return Packed(spec, format_of(spec)).new_state(backend(pattern))
 
 
 def qkv(batch: int, tokens: int, draw: torch.Generator, dtype=torch.float32):
@@ -247,8 +247,7 @@ def test_no_step_unpacks_the_cache():
     draw, attn = torch.Generator().manual_seed(0), backend("dense", impl="torch")
     state = PackedState(format_of("int4(residual=128)", 128))
     k, v = (torch.randn(1, 1, 20480, 128, generator=draw) for _ in "kv")
-    state.append(k, v)
-    state.absorb(state._new)  # without attention, which would take long
+    state.append(k, v)  # without attention, which would take long
     for tokens in (1, 20):
         q, *new = (torch.randn(1, 2, tokens, 128, generator=draw)[:, :h] for h in (2, 1, 1))
         attn(q, *new, state=state)  # makes what the state holds known

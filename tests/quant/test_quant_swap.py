@@ -5,6 +5,7 @@ bits.
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,9 +16,9 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from effattn.errors import Unsupported
-from effattn.hf import caches
 from effattn.hf.cache import new_cache
 from effattn.hf.state_layer import StateLayer
+from effattn.quant.formats import FORMATS
 from effattn.quant.packed.ring import PackedRing
 from effattn.quant.packed.state import PackedState
 from effattn.quant.rotation import block_of, fold_values, hadamard
@@ -139,7 +140,8 @@ MISTAKES = [
 
 @pytest.mark.parametrize(("kind", "kwargs", "message"), MISTAKES)
 def test_mistakes_change_nothing(kind, kwargs, message, monkeypatch):
-    monkeypatch.setattr(caches, "no_fp8", lambda device: "a device without fp8")
+    fp8 = replace(FORMATS["fp8"], lacking=lambda device: "a device without fp8")
+    monkeypatch.setitem(FORMATS, "fp8", fp8)
     model = (
         model_of()
         if kind == "llama"

@@ -209,7 +209,7 @@ def test_bad_input_is_one_line_and_nothing_written(arguments, message, source, t
 
 
 def test_the_embedded_model_loses_least_by_sparsegpt():
-    """On less data than the README's numbers, so that it stays quick."""
+    """On less data than the documentation's numbers, so that it stays quick."""
     dense, _ = effattn.embedded.load()
     calibration, held_out = (
         effattn.embedded.tokens("train", 16_384),

@@ -14,9 +14,9 @@ import pytest
 import torch
 
 from effattn.errors import Unsupported
-from effattn.hf.caches import LayerCache
 from effattn.positions import Rope
 from effattn.quant.formats import Format
+from effattn.quant.packed.kind import Packed
 from effattn.quant.packed.static import StaticState
 from effattn.registry import backend
 from effattn.states.full import ROLLBACK
@@ -80,7 +80,7 @@ class Subject:
             if kind.startswith("static"):
                 self.state, self.rotary = StaticState(format, 1024), None
             else:
-                self.state = LayerCache(PACKED[kind][1], format).new_state(self.backend)
+                self.state = Packed(PACKED[kind][1], format).new_state(self.backend)
                 turned = format.pre_rope or self.backend.farthest is not None
                 self.rotary = self.rotary if turned else None
         else:

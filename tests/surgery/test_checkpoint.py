@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from effattn import embedded, registry
+from effattn.hf.placement import check_finite
 from effattn.patterns.dense import Dense
 from effattn.surgery import checkpoint
 from effattn.surgery.swapping import active, restore, swap
@@ -54,7 +55,7 @@ def test_a_dense_swap_is_saved_as_plain_transformers(model, tmp_path):
 
 
 def test_other_swaps_are_kept_in_the_config_and_applied_again(model, tmp_path, monkeypatch):
-    monkeypatch.setattr(registry, "_BACKENDS", dict(registry.backends()))
+    monkeypatch.setattr(registry.BACKENDS, "_known", dict(registry.backends()))
 
     @registry.register("halved")
     class Halved(Dense):
@@ -184,7 +185,7 @@ def test_files_follow_the_umask(umask, learned, tmp_path):
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_numbers_that_are_not_are_refused_by_name(model, tmp_path, value):
-    checkpoint.check_finite(model)
+    check_finite(model)
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.weight[3, 4] = value
     message = "model.layers.1.mlp.up_proj.weight holds NaN or Inf .1 of 1536 values"

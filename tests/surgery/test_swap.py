@@ -19,8 +19,9 @@ from effattn.hf import live
 from effattn.hf.cache import new_cache
 from effattn.hf.state_layer import StateLayer
 from effattn.patterns.dense import Dense
+from effattn.specs import parse_layers
 from effattn.surgery.describing import describe
-from effattn.surgery.swapping import active, parse_layers, restore, swap
+from effattn.surgery.swapping import active, restore, swap
 
 SIZES = {
     "vocab_size": 97,
@@ -316,7 +317,7 @@ def test_refused_by_name_before_anything_is_changed(monkeypatch):
         (gpt2, "dense", "GPT2LMHeadModel"),
     ):
         with monkeypatch.context() as patch:
-            patch.setattr(registry, "_BACKENDS", dict(registry.backends()))
+            patch.setattr(registry.BACKENDS, "_known", dict(registry.backends()))
             registry.register("capless")(Capless)
             config = config[0](**config[1]) if isinstance(config, tuple) else config
             model = transformers.AutoModelForCausalLM.from_config(config)

@@ -22,6 +22,7 @@ from effattn.linearizing.decay import GRID, fit_decays
 from effattn.linearizing.inputs import exact, projections_of
 from effattn.linearizing.job import Job, run
 from effattn.linearizing.report import LinearizeReport
+from effattn.specs import parse_spec
 from effattn.training import lora
 from effattn.training.transfer import AttentionTransfer, distances, learnable, transfer
 
@@ -70,7 +71,7 @@ def test_fitted_decays_are_the_best_of_the_grid(tokens):
     ids = tokens[:64].view(2, 32)
     fitted = fit_decays(model, {0: "linear", 1: "linear(decay=0.5)"}, ids)
     assert fitted[1] == "linear(decay=0.5)", "what the user said stays"
-    chosen = effattn.registry.parse_spec(fitted[0])[1]["decay"]
+    chosen = parse_spec(fitted[0])[1]["decay"]
     q, k, v = projections_of(model, ids)[0]
     truth = exact(q, k, v)
     for head, decay in enumerate(chosen):

@@ -132,7 +132,7 @@ def _prune_block(
     errors, inverse = torch.empty_like(inside), 1 / factor.diagonal()[:, None]
     # the share of a column that becomes its error: 0 or 1/U_ii
     share = mask * inverse if m is None else torch.empty_like(inside)
-    # Views are made once for all columns: indexing in the loop would take longer than the products.
+    # Views of all columns, made once: the loop below runs once a column.
     columns, shares, becoming = inside.unbind(), share.unbind(), errors.unbind()
     below = factor.unsqueeze(-1)
     groups = [x.split(m or len(inside)) for x in (inside, importance, mask, inverse, share)]

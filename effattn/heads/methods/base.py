@@ -1,4 +1,4 @@
-"""What merging key/value heads means, and the baselines: mean, first, random.
+"""What merging key/value heads means, and what a method says of itself.
 
 A method sees one layer as linear maps and their second moments, and returns fewer key and value
 maps with, for every old head, the matrix that stands in for it:
@@ -71,42 +71,43 @@ class Merged:
     value_maps: torch.Tensor
 
 
-Method = Callable[[Heads], Merged]
+@dataclass(frozen=True)
+class Method:
+    """A way to merge the heads of a group: `METHODS["mean"](heads)`.
+
+    rank: its place where methods are listed, the best first. needs_data: whether it means nothing
+    without calibration tokens. normed: the method whose keys it has behind a q/k norm, where that
+    is another one. instead: what is tried beside it where a norm with gains or a clip stands behind
+    the projections (`effattn.heads.judged`)."""
+
+    name: str
+    merge: Callable[[Heads], Merged]
+    rank: int = 0
+    needs_data: bool = False
+    normed: str | None = None
+    instead: tuple[Method, ...] = ()
+
+    def __call__(self, heads: Heads) -> Merged:
+        return self.merge(heads)
+
+    def key_name(self, has_key_norm: bool) -> str:
+        """The method that makes its keys."""
+        return self.normed if has_key_norm and self.normed else self.name
 
 
-def _plain(heads: Heads, key: torch.Tensor, value: torch.Tensor) -> Merged:
-    n, d, _ = heads.keys.shape
-    same = torch.eye(d, dtype=heads.keys.dtype).expand(n, d, d)
-    return Merged(key, same, value, same)
+REGISTERED: dict[str, Method] = {}
 
 
-def mean(heads: Heads) -> Merged:
-    """The mean of the group's weights (Ainslie et al. 2023, arXiv:2305.13245, the paper's
-    choice).
-    """
-    return _plain(heads, heads.keys.mean(0), heads.values.mean(0))
+def register(**facts) -> Callable[[Callable[[Heads], Merged]], Method]:
+    """Decorator: makes a function a `Method` under its own name. `facts`: the other fields."""
 
+    def add(merge: Callable[[Heads], Merged]) -> Method:
+        if merge.__name__ in REGISTERED:
+            raise ValueError(f"head method {merge.__name__!r} is registered already")
+        method = REGISTERED[merge.__name__] = Method(merge.__name__, merge, **facts)
+        return method
 
-def first(heads: Heads) -> Merged:
-    """The group's first head (the same paper's second baseline)."""
-    return _plain(heads, heads.keys[0], heads.values[0])
-
-
-def random(heads: Heads) -> Merged:
-    """Fresh random heads with the standard deviation of the old weights (the paper's third
-    baseline).
-    """
-    generator = torch.Generator().manual_seed(heads.seed)
-
-    def draw(maps: torch.Tensor) -> torch.Tensor:
-        fresh = (
-            torch.randn(maps.shape[1:], generator=generator, dtype=maps.dtype)
-            * maps[..., :-1].std()
-        )
-        fresh[..., -1] = 0
-        return fresh
-
-    return _plain(heads, draw(heads.keys), draw(heads.values))
+    return add
 
 
 def relative_errors(heads: Heads, merged: Merged) -> tuple[float, float]:

@@ -1,8 +1,8 @@
-"""The README's figures and tables, made of the files in `results/`.
+"""The benchmark's tables and figures in the documentation, made of the files in `results/`.
 
-Between `<!-- bench:FOLDER/BLOCK -->` and `<!-- /bench -->` stands what `BLOCKS[BLOCK]` makes of
-results/FOLDER/bench.json; figures go to docs/figures/FOLDER-BLOCK.svg. Doing it twice changes
-nothing."""
+Between `<!-- bench:FOLDER/BLOCK -->` and `<!-- /bench -->` of a page stands what `BLOCKS[BLOCK]`
+makes of results/FOLDER/bench.json; figures go to docs/figures/FOLDER-BLOCK.svg. Doing it twice
+changes nothing. `python -m bench.docs` does it for every page."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ FIGURES = Path("docs") / "figures"
 MARKER = re.compile(
     r"(<!-- bench:(?P<folder>[\w.-]+)/(?P<block>\w+) -->\n).*?(<!-- /bench -->)", re.DOTALL
 )
-NOT_YET = "*Not measured yet: `make bench` writes `{file}`, `make readme-figures` puts it here.*\n"
+NOT_YET = "*Not measured yet: `make bench` writes `{file}`, `make pages` puts it here.*\n"
 # A figure has no page around it to take its colours from.
 STYLE = """<style>svg {--ink: #1f2328; --grid: #d0d7de; font-family: sans-serif}
 @media (prefers-color-scheme: dark) {svg {--ink: #e6edf3; --grid: #3d444d}}</style>"""
@@ -147,18 +147,18 @@ DRAWN = {"figure": FORWARD, "training_figure": TRAINING}
 
 
 def update(text: str, root: Path) -> tuple[str, dict[Path, str]]:
-    """The README `text` with its blocks made new, and its figures {path: SVG}, from the results
-    below `root`.
+    """The `text` of a page in docs/ with its blocks made new, and its figures {path: SVG}, from
+    the results below `root`.
 
     ValueError for unknown blocks, markers without an end, and results that cannot be read.
     """
     if text.count("<!-- bench:") != len(MARKER.findall(text)):
-        raise ValueError("README: a marker is not <!-- bench:FOLDER/BLOCK --> … <!-- /bench -->")
+        raise ValueError("docs: a marker is not <!-- bench:FOLDER/BLOCK --> … <!-- /bench -->")
     figures: dict[Path, str] = {}
 
     def fill(found: re.Match) -> str:
         folder, block = found["folder"], found["block"]
-        check_choice("README: block", block, [*BLOCKS, *DRAWN])
+        check_choice("docs: block", block, [*BLOCKS, *DRAWN])
         file = Path("results") / folder / "bench.json"
         if not (root / file).is_file():
             return found[1] + NOT_YET.format(file=file.as_posix()) + found[4]
@@ -167,8 +167,8 @@ def update(text: str, root: Path) -> tuple[str, dict[Path, str]]:
             return f"{found[1]}{BLOCKS[block](results)}\n{caption(results, file)}\n{found[4]}"
         path = FIGURES / f"{folder}-{block}.svg"
         figures[path] = figure(DRAWN[block])(results)
-        picture = f"![{DRAWN[block]}]({path.as_posix()})\n\n{caption(results, file)}\n"
-        return found[1] + picture + found[4]
+        link = f"![{DRAWN[block]}]({path.relative_to('docs').as_posix()})"
+        return f"{found[1]}{link}\n\n{caption(results, file)}\n{found[4]}"
 
     return MARKER.sub(fill, text), figures
 

@@ -1,18 +1,19 @@
-"""The README's benchmark tables and figures: made of the results files, and up to date with
-them.
+"""The documentation's tables and figures of the benchmark, its table of what goes with what and the
+results' indexes: made of the results files and of the code, and up to date with them.
 """
 
 import json
+import re
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 import pytest
 import torch
 
-from bench import readme, results, run
+from bench import compatibility, docs, pages, results, run
 from bench.attention import growth, ours, peer, race
+from bench.docs import main
 from effattn.profiling.device import Peaks
-from recipes.readme_figures import main
 
 ROOT = Path(__file__).parents[2]
 PEAKS = Peaks(
@@ -20,21 +21,35 @@ PEAKS = Peaks(
 )
 
 
-def test_the_readme_is_up_to_date_with_the_results():
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    new, figures = readme.update(text, ROOT)
-    assert new == text, "run `make readme-figures`"
-    # the same numbers, whatever version of matplotlib drew them
-    for path, drawn in figures.items():
-        mark = drawn[drawn.index("<!-- data:") :].partition("-->")[0]
-        assert mark in (ROOT / path).read_text(encoding="utf-8"), (
-            f"{path}: run `make readme-figures`"
-        )
+def test_the_pages_are_up_to_date_with_the_results():
+    for page in (ROOT / "docs").rglob("*.md"):
+        text = page.read_text(encoding="utf-8")
+        new, figures = pages.update(text, ROOT)
+        assert new == text, f"{page}: run `make pages`"
+        for path, drawn in figures.items():  # the same numbers, whatever matplotlib drew them
+            mark = drawn[drawn.index("<!-- data:") :].partition("-->")[0]
+            assert mark in (ROOT / path).read_text(encoding="utf-8"), f"{path}: run `make pages`"
+
+
+def test_the_page_of_what_goes_with_what_is_what_the_code_does():
+    page = ROOT / "docs" / "compatibility.md"
+    text = page.read_text(encoding="utf-8")
+    assert compatibility.update(text) == text, f"{page}: run `make pages`"
+    for said in ("| dense | yes |", "no (1)", "packed caches go with dense, block and sliding"):
+        assert said in text
+
+
+def test_every_folder_of_results_has_an_index():
+    for folder in (path for path in (ROOT / "results").iterdir() if path.is_dir()):
+        text = (folder / "README.md").read_text(encoding="utf-8")
+        assert text == docs.index(folder), f"{folder}: run `make pages`"
+        for file in folder.iterdir():
+            assert file.name in (*re.findall(r"\]\((.*?)\)", text), "README.md")
 
 
 @pytest.fixture
 def checkout(tmp_path):
-    """A root with results of small cases, and a README with every block."""
+    """A root with results of small cases, and a page with every block."""
     cpu = torch.device("cpu")
     raced = [peer("SDPA", "dense"), peer("SDPA", "sliding(window=16)"), ours("sliding(window=16)")]
     cases = [
@@ -56,18 +71,21 @@ def checkout(tmp_path):
     results.save(tmp_path / "results" / "here" / "bench.json", found)
     blocks = "\n\n".join(
         f"<!-- bench:here/{name} -->\nold\n<!-- /bench -->"
-        for name in [*readme.BLOCKS, *readme.DRAWN]
+        for name in [*pages.BLOCKS, *pages.DRAWN]
     )
-    (tmp_path / "README.md").write_text(f"# Title\n\n{blocks}\n\nEnd | of it\n", encoding="utf-8")
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "benchmarks.md").write_text(
+        f"# Title\n\n{blocks}\n\nEnd | of it\n", encoding="utf-8"
+    )
     return tmp_path
 
 
 def test_blocks_and_figures(checkout, capsys):
     with pytest.raises(SystemExit):
         main(check=True, root=checkout)
-    assert "old" in (checkout / "README.md").read_text()
+    assert "old" in (checkout / "docs" / "benchmarks.md").read_text()
     main(check=False, root=checkout)
-    text = (checkout / "README.md").read_text()
+    text = (checkout / "docs" / "benchmarks.md").read_text()
     assert text.startswith(
         "# Title\n\n<!-- bench:here/forward -->\n| tokens | SDPA dense | effattn "
         "sliding(window=16) |"
@@ -78,13 +96,13 @@ def test_blocks_and_figures(checkout, capsys):
     ms = saved["cases"]["forward float32 B1 H8/8 D64 T64"]["contenders"]["SDPA dense"]["ms_p50"]
     assert f"{ms:.3g}" in text
     assert "SDPA sliding(window=16): absent, it has dense attention only" in text
-    assert text.count("`results/here/bench.json`") == len(readme.BLOCKS) + len(readme.DRAWN)
+    assert text.count("`results/here/bench.json`") == len(pages.BLOCKS) + len(pages.DRAWN)
     assert saved["environment"]["date"][:10] in text
-    for name in readme.DRAWN:
+    for name in pages.DRAWN:
         drawn = (checkout / "docs" / "figures" / f"here-{name}.svg").read_text()
         assert ElementTree.fromstring(drawn).tag.endswith("svg")  # whole by itself
         assert "prefers-color-scheme" in drawn
-        assert f"docs/figures/here-{name}.svg" in text
+        assert f"(figures/here-{name}.svg)" in text
     before = {path: path.read_bytes() for path in checkout.rglob("*") if path.is_file()}
     main(check=False, root=checkout)
     main(check=True, root=checkout)
@@ -92,15 +110,15 @@ def test_blocks_and_figures(checkout, capsys):
     assert "up to date" in capsys.readouterr().out
 
 
-def test_what_is_wrong_with_a_readme_is_said(tmp_path):
+def test_what_is_wrong_with_a_page_is_said(tmp_path):
     def refused(text, said):
         with pytest.raises(ValueError, match=said):
-            readme.update(text, tmp_path)
+            pages.update(text, tmp_path)
 
     refused("<!-- bench:here/forwrd -->\n<!-- /bench -->", "did you mean 'forward'")
     refused("<!-- bench:here/forward -->\n", "marker")
     refused("<!-- bench:here -->\n<!-- /bench -->", "marker")
-    text, figures = readme.update("<!-- bench:here/forward -->\n<!-- /bench -->", tmp_path)
+    text, figures = pages.update("<!-- bench:here/forward -->\n<!-- /bench -->", tmp_path)
     assert "Not measured yet" in text
     assert figures == {}
-    assert readme.update(text, tmp_path) == (text, {})
+    assert pages.update(text, tmp_path) == (text, {})

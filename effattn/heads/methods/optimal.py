@@ -13,14 +13,15 @@ from __future__ import annotations
 
 import torch
 
-from effattn.heads.aligned import aligned, write_complex
-from effattn.heads.methods import Heads, Merged
+from effattn.heads.methods.aligned import aligned, unturned, write_complex
+from effattn.heads.methods.base import Heads, Merged, register
 
 # Weights below this share of the largest count as zero: that head's queries never look along the
 # direction.
 FLOOR = 1e-14
 
 
+@register(rank=0, needs_data=True, normed="aligned", instead=(aligned, unturned))
 def optimal(heads: Heads) -> Merged:
     """The merge of least squared error; keys behind a q/k norm fall back to `aligned` (the norm is
     not linear, and only turns may be folded into the queries)."""

@@ -10,11 +10,29 @@ from __future__ import annotations
 
 import torch
 
-from effattn.heads.methods import Heads, Merged
+from effattn.heads.methods.base import Heads, Merged, Method, register
 
 ROUNDS = 20
 
 
+def _unturned(heads: Heads) -> Merged:
+    """The heads' mean as they are, with the energy of an average head: what is right where neither
+    a turn nor a scale of a head can be undone elsewhere, because a norm with gains or a clip stands
+    behind the projection."""
+    n, d, _ = heads.keys.shape
+    same = torch.eye(d, dtype=heads.keys.dtype).expand(n, d, d)
+    key, value = (
+        maps.mean(0) * _restore(maps, maps.mean(0), heads.moment)
+        for maps in (heads.keys, heads.values)
+    )
+    return Merged(key, same, value, same)
+
+
+# no method that can be asked for: the mean, where it is what is left
+unturned = Method("mean", _unturned)
+
+
+@register(rank=1, needs_data=True, instead=(unturned,))
 def aligned(heads: Heads) -> Merged:
     """Key phases and value rotations against the group's mean; see the module's docstring."""
     n, d, _ = heads.keys.shape
@@ -44,19 +62,6 @@ def aligned(heads: Heads) -> Merged:
     value = (turns @ heads.values).mean(0)
     value = value * _restore(heads.values, value, heads.moment)
     return Merged(key, key_maps, value, turns.transpose(1, 2).contiguous())
-
-
-def unturned(heads: Heads) -> Merged:
-    """The heads' mean as they are, with the energy of an average head: what is right where neither
-    a turn nor a scale of a head can be undone elsewhere, because a norm with gains or a clip stands
-    behind the projection."""
-    n, d, _ = heads.keys.shape
-    same = torch.eye(d, dtype=heads.keys.dtype).expand(n, d, d)
-    key, value = (
-        maps.mean(0) * _restore(maps, maps.mean(0), heads.moment)
-        for maps in (heads.keys, heads.values)
-    )
-    return Merged(key, same, value, same)
 
 
 def write_complex(

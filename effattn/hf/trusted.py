@@ -7,19 +7,20 @@ through the grammar of `effattn.swap`."""
 from __future__ import annotations
 
 import difflib
-import inspect
 import math
 import re
 from collections.abc import Iterator
 
 import torch
 
-from effattn import registry
+from effattn.axes import options_of
 from effattn.errors import check_choice
 from effattn.hf import caches
 from effattn.hf.weight_files import one_line
 from effattn.positions.registry import parse as parse_positions
-from effattn.surgery.replace import SAVED
+from effattn.projections.base import recorded_kind
+from effattn.registry import BACKENDS
+from effattn.specs import parse_spec
 
 # in config.json, and its attn_implementation where plain transformers must not load it
 KEY = "effattn"
@@ -210,9 +211,8 @@ def _check_specs(where: str, axis: str, specs, layers: int, bound: int) -> None:
 
 def _check_pattern(spec: str, bound: int) -> None:
     """Without building the backend, whose weights may be as large as its options say."""
-    name, options = registry.parse_spec(spec)
-    cls = registry.backends().get(check_choice("backend", name, registry.backends()))
-    valid = [option for option in inspect.signature(cls.__init__).parameters if option != "self"]
+    name, options = parse_spec(spec)
+    valid = options_of(BACKENDS.find(name))
     for option, value in options.items():
         check_choice(f"{name}: option", option, valid)
         for one in value if isinstance(value, list | tuple) else [value]:
@@ -244,13 +244,14 @@ def _check_trained(where: str, trained) -> None:
 
 
 def _check_projection(where: str, entry) -> None:
-    if not isinstance(entry, dict) or entry.keys() != set(SAVED):
+    kind = recorded_kind(entry)
+    if not isinstance(entry, dict) or entry.keys() != set(kind.saved()):
         raise ValueError(
             f"{where}: {entry!r:.80} does not fit the model, valid is an object of "
-            f"{', '.join(SAVED)}"
+            f"{', '.join(kind.saved())}"
         )
-    for name, kinds in (("blocks", (int,)), ("rank", (int, type(None))), ("spec", (str,))):
-        if type(entry[name]) not in kinds or (
+    for name, types in (*kind.SIZES.items(), ("spec", (str,))):
+        if type(entry[name]) not in types or (
             type(entry[name]) is int and not 0 < entry[name] <= SIZE
         ):
             raise ValueError(f"{where}: {name}: got {entry[name]!r:.80}")
@@ -260,4 +261,4 @@ def _check_projection(where: str, entry) -> None:
             raise ValueError(
                 f"{where}: {name}: got {value!r:.80}, valid is a finite number or null"
             )
-    registry.parse_spec(entry["spec"])
+    parse_spec(entry["spec"])

@@ -1,0 +1,100 @@
+"""Everything in the documentation that is made by code: the benchmark's tables and figures, what
+goes with what, and the index of each folder of results.
+
+python -m bench.docs             # `make pages`
+python -m bench.docs --check     # changes nothing, and fails if something is out of date
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from bench import compatibility, pages
+from effattn.recipes.console import console, one_line_errors
+from effattn.reports.files import write_text_atomic
+from effattn.reports.tables import Table
+
+ROOT = Path(__file__).parents[1]
+# What each file of a folder of results is about, and what makes it again.
+SUBJECTS = {
+    "approximation": ("Error of the approximate patterns", "effattn.measure_approximation"),
+    "bench": ("Attention against its peers, growth, targets", "make bench"),
+    "bench_approximate": ("Linear and Performer, today's block sizes", "recipes/bench.py --only"),
+    "bench_bidirectional": ("Bidirectional linear in its own process", "recipes/bench.py --only"),
+    "bench_sparsegpt": ("SparseGPT against llmcompressor", "recipes/bench.py --only SparseGPT"),
+    "convert_gqa": ("Fewer KV heads: methods, uptraining curves", "recipes/sweep_gqa.py"),
+    "extend_context": ("Position rules past the trained length", "recipes/extend_context.py"),
+    "linearize_all": ("Every layer linear", "effattn linearize"),
+    "linearize_hybrid": ("Linear, every fourth a window", "effattn linearize --keep-every 4"),
+    "linearize_monarch": ("Monarch projections", "effattn linearize --projections"),
+    "prune_oneshot": ("SparseGPT, Wanda, magnitude", "effattn prune oneshot"),
+    "prune_structured": ("A quarter of the FFN away", "effattn prune structured"),
+    "shear": ("Sheared, gates by Taylor, all baselines", "effattn shear --compare"),
+    "shear_obs": ("Sheared, gates by obs, and one-shot taught", "effattn shear --baseline taught"),
+    "shear_then_text": ("Sheared, then mostly text", "effattn shear --continue-tokens"),
+}
+
+
+def index(folder: Path) -> str:
+    """The README.md of a folder of results: a line a file. ValueError for a file without a
+    subject.
+    """
+    lines = []
+    for file in sorted(folder.glob("*.json")):
+        if file.stem not in SUBJECTS:
+            raise ValueError(f"{file}: not in SUBJECTS of bench/docs.py; add what it is about")
+        subject, command = SUBJECTS[file.stem]
+        found = json.loads(file.read_text(encoding="utf-8"))
+        where = found.get("environment", {}) if isinstance(found, dict) else found[0]["environment"]
+        on = "{device}, threads: {threads}, torch {torch}".format(**where)
+        lines.append(
+            [f"[{file.name}]({file.name})", subject, f"`{command}`", on, where["date"][:10]]
+        )
+    table = Table("", ["file", "subject", "made by", "on", "date"], lines)
+    text = table.markdown().partition("\n\n")[2].partition("\n\n")[0].replace("---:", "---")
+    head = f"# Results on {folder.name}\n\nMade by `make pages`. One current file a subject."
+    return f"{head}\n\n{text}\n"
+
+
+def wanted(root: Path) -> dict[Path, str]:
+    """{path: text} of every file that is made, as it should be."""
+    found: dict[Path, str] = {}
+    for page in sorted((root / "docs").rglob("*.md")):
+        old = page.read_text(encoding="utf-8")
+        text, figures = pages.update(old, root)
+        found[page] = compatibility.update(text)
+        found |= {root / path: svg for path, svg in figures.items()}
+    for folder in sorted(path for path in (root / "results").iterdir() if path.is_dir()):
+        found[folder / "README.md"] = index(folder)
+    return found
+
+
+@one_line_errors
+def main(
+    check: Annotated[
+        bool, typer.Option(help="change nothing; exit code 1 if something is out of date")
+    ] = False,
+    root: Annotated[Path, typer.Option(help="the checkout")] = ROOT,
+) -> None:
+    stale = {
+        path: text
+        for path, text in wanted(root).items()
+        if not path.is_file() or path.read_text(encoding="utf-8") != text
+    }
+    for path, text in stale.items():
+        if not check:
+            write_text_atomic(path, text)
+        said = "out of date" if check else "written"
+        console.print(f"{said}  {path.relative_to(root)}", highlight=False)
+    if not stale:
+        console.print("pages and figures are up to date", highlight=False)
+    if check and stale:
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,215 @@
+"""The conversion of a model's heads, layer by layer: observe, merge, write, re-fit.
+
+Shapes: N tokens, D hidden size, K key/value heads, r query heads of each, d head size."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from einops import rearrange
+
+from effattn.calibration.attended import is_linear
+from effattn.calibration.layerwise import LayerRunner, watch, windows
+from effattn.calibration.refit import OutputRefit
+from effattn.calibration.statistics import SecondMoment, query_energy
+from effattn.heads.grouping import by_similarity, contiguous
+from effattn.heads.judged import TOKENS, judge
+from effattn.heads.methods.base import Heads, Merged, Method, relative_errors
+from effattn.heads.undo import Undo
+from effattn.hf.anatomy import Anatomy, Layer
+
+APART = 1000  # seeds of neighbouring layers; a layer's heads add their own
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What is asked of a conversion, checked; the names are `convert_gqa`'s."""
+
+    kv_heads: int
+    calibration: torch.Tensor | None
+    method: Method
+    refit: bool
+    grouping: str
+    length: int
+    batch: int
+    seed: int
+
+
+def convert(
+    parts: Anatomy,
+    asked: Conversion,
+    undo: Undo,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[dict]:
+    """Converts every layer, and returns a row of facts for each. `undo` remembers what they were.
+
+    Two streams of activations walk through the calibration set: `teacher`, of the model as it was,
+    which says what a layer should give, and `student`, of the model converted so far, on which the
+    output projection is re-fitted."""
+    runner = teacher = student = None
+    if asked.calibration is not None:
+        runner = LayerRunner(parts, windows(asked.calibration, asked.length, asked.batch))
+        teacher = runner.embed()
+        student = [states.clone() for states in teacher]
+    rows = []
+    for number, layer in enumerate(parts.layers):
+        moment, targets, inputs = None, [], None
+        if runner:
+            moment, targets, inputs = _observe(runner, layer, teacher)
+        heads = _heads(layer, moment, asked.seed + APART * number)
+        # behind a norm of gain 0 nothing tells one head from another
+        if moment is not None and not moment[:-1, :-1].any():
+            heads = _heads(layer, None, asked.seed + APART * number)
+        groups = contiguous(layer.kv_heads, asked.kv_heads)
+        if asked.grouping == "similarity":
+            groups = by_similarity(heads, asked.kv_heads, asked.method)
+        row = {
+            "layer": number,
+            "k_error": None,
+            "v_error": None,
+            "attention_error_merged": None,
+            "attention_error": None,
+        }
+        merged, facts = _merge(layer, heads, groups, asked.method, moment, inputs)
+        row |= facts if runner else {"key_method": asked.method.name}
+        if asked.grouping == "similarity":
+            row["groups"] = groups
+        undo.remember(layer)
+        write(layer, groups, merged)
+        if runner:
+            row |= _refit(runner, layer, student, targets, asked.refit)
+        rows.append(row)
+        if progress:
+            progress(number + 1, len(parts.layers))
+    return rows
+
+
+def _observe(runner: LayerRunner, layer: Layer, teacher: list[torch.Tensor]):
+    """Runs the old layer: its input moment, its attention outputs a batch, and where that moment
+    does not tell all some of its inputs (N, D), otherwise None; moves `teacher` one layer on."""
+    moment, targets, inputs = SecondMoment(ones=True), [], []
+    every = -(-sum(batch.numel() for batch in runner.batches) // TOKENS)
+    bias = 0 if layer.o.bias is None else layer.o.bias
+
+    def see(x: torch.Tensor, _: torch.Tensor) -> None:
+        moment.add(x)
+        if not is_linear(layer):
+            inputs.append(x[::every].clone())
+
+    with (
+        watch(layer.k.module, see),
+        watch(layer.o.module, lambda _, y: targets.append((y - bias).cpu())),
+    ):
+        for number, output in runner.run(layer.index, teacher):
+            teacher[number] = output
+    if not torch.isfinite(moment.total).all():
+        raise FloatingPointError(
+            f"layer {layer.index}: the calibration activations contain NaN or infinity"
+        )
+    return moment.mean.cpu(), targets, torch.cat(inputs) if inputs else None
+
+
+def _merge(
+    layer: Layer, heads: Heads, groups: list[list[int]], method: Method, moment, inputs
+) -> tuple[list[Merged], dict]:
+    """The merge of every group, and the row's facts about it. moment, inputs: what `_observe`
+    gives.
+    """
+
+    def merge(by: Method) -> list[Merged]:
+        return [by(heads.select(group)) for group in groups]
+
+    if inputs is None:
+        merged = merge(method)
+        return merged, {**_merge_errors(heads, groups, merged, moment), "key_method": method.name}
+    best = judge(layer, groups, merge, method, inputs, write)
+    return best.merged, {
+        "k_error": best.k_error,
+        "v_error": best.v_error,
+        "key_method": best.key_method,
+    }
+
+
+def _refit(runner: LayerRunner, layer: Layer, student, targets, refit: bool) -> dict:
+    """Measures the merged layer, re-fits its output projection if asked, and moves `student` one
+    layer on.
+    """
+    fit, batches = OutputRefit(), iter(targets)
+    with watch(layer.o.module, lambda z, _: fit.add(z, next(batches).to(z.device))):
+        outputs = [output for _, output in runner.run(layer.index, student)]
+    weight = layer.o.module.weight
+    row = {"attention_error_merged": fit.error(weight), "attention_error": None}
+    if refit:
+        with torch.no_grad():
+            weight.copy_(fit.solve(weight))
+        row["attention_error"] = fit.error(weight)
+        outputs = [output for _, output in runner.run(layer.index, student)]
+    student[:] = outputs
+    return row
+
+
+def _heads(layer: Layer, moment: torch.Tensor | None, seed: int) -> Heads:
+    k, v, o = layer.k.with_bias.cpu(), layer.v.with_bias.cpu(), layer.o.by_head.double().cpu()
+    if moment is None:  # without data every input direction counts the same
+        moment = torch.eye(k.shape[-1], dtype=k.dtype)
+    o = rearrange(o, "(k r) D d -> k r D d", k=layer.kv_heads)  # r query heads of each
+    norm = layer.k_norm
+    normed = None if norm is None else "rms" if "RMS" in type(norm).__name__ else "layer"
+    query = query_energy(layer, moment.to(layer.q.module.weight.device)).cpu()
+    return Heads(
+        k,
+        v,
+        moment,
+        query,
+        torch.einsum("krDd,krDe->kde", o, o),
+        layer.rotary_pairs(),
+        normed,
+        seed,
+    )
+
+
+def _merge_errors(heads: Heads, groups: list[list[int]], merged: list[Merged], moment) -> dict:
+    """The layer's key and value errors: one merge of all groups, weighted by their energy."""
+    heads = replace(heads, moment=heads.moment if moment is None else moment)
+    lost = [
+        relative_errors(heads.select(group), part)
+        for group, part in zip(groups, merged, strict=True)
+    ]
+    whole = [_energies(heads.select(group)) for group in groups]
+    k, v = (
+        sum(pair[i] * size[i] for pair, size in zip(lost, whole, strict=True))
+        / max(sum(s[i] for s in whole), 1e-300)
+        for i in (0, 1)
+    )
+    return {"k_error": k, "v_error": v}
+
+
+def _energies(heads: Heads) -> tuple[float, float]:
+    pairs = ((heads.keys, heads.query), (heads.values, heads.output))
+    return tuple(
+        float(torch.einsum("hdi,ij,hej,hde->", maps, heads.moment, maps, w)) for maps, w in pairs
+    )
+
+
+@torch.no_grad()
+def write(layer: Layer, groups: list[list[int]], merged: list[Merged]) -> None:
+    """Writes merged groups into the layer: fewer K and V rows, their stand-ins folded into Q and O,
+    and query heads in the order of the groups."""
+    order = [head for group in groups for head in group]
+    share = layer.heads // layer.kv_heads
+    queries = [head * share + i for head in order for i in range(share)]
+    device = layer.q.module.weight.device
+    key_maps = torch.cat([part.key_maps for part in merged]).repeat_interleave(share, 0).to(device)
+    value_maps = (
+        torch.cat([part.value_maps for part in merged]).repeat_interleave(share, 0).to(device)
+    )
+    q = key_maps.transpose(1, 2) @ layer.q.with_bias[queries]
+    o = layer.o.by_head.double()[queries] @ value_maps
+    key, value = (
+        torch.stack([getattr(part, name) for part in merged]).to(device)
+        for name in ("key", "value")
+    )
+    layer.merge_norms(queries, groups)
+    layer.set_heads(q, key, value, o)

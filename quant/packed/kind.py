@@ -1,0 +1,70 @@
+"""Packed keys and values as a kind of cache: "int4(group=64, residual=128)" in `swap(cache=...)`.
+
+Its names are the formats of `effattn.quant.formats.FORMATS`, its options `Format.options`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from effattn.quant.formats import FORMATS, Format
+from effattn.quant.packed.ring import PackedRing
+from effattn.quant.packed.state import PackedState
+from effattn.quant.packed.static import StaticState
+from effattn.states.base import State
+from effattn.states.caches import Heads, Holder, LayerCache, register
+from effattn.states.full import RingState
+
+
+@register
+@dataclass(frozen=True)
+class Packed(LayerCache):
+    """A pattern's own cache, everything or a ring, with packed keys and values in it."""
+
+    spec: str
+    format: Format
+    said: str = ""
+
+    @classmethod
+    def names(cls) -> tuple[str, ...]:
+        return tuple(FORMATS)
+
+    @classmethod
+    def parse(cls, spec: str) -> Packed:
+        return cls(spec, Format.parse(spec))
+
+    @property
+    def raw_keys(self) -> bool:
+        return self.format.pre_rope
+
+    def fit(self, heads: Heads) -> Packed:
+        return Packed(self.spec, *self.format.fit(heads.head_dim, heads.value_dim))
+
+    def refuses(self, backend: Holder, *, rotary: bool, device: torch.device) -> str | None:
+        if not backend.packable:
+            return (
+                f"cache {self.spec!r} holds packed keys and values, and what {backend.name} "
+                f"remembers is {backend.traits.state}; packed caches go with dense, block and "
+                "sliding without dilation"
+            )
+        if self.raw_keys and not rotary:
+            return f"cache {self.spec!r}: pre_rope=True, and the model has no rotary positions"
+        if lacking := self.format.lacking(device):
+            return f"cache {self.spec!r}: {lacking}"
+        return None
+
+    def hold(self, own: State, backend: Holder) -> State:
+        if isinstance(own, RingState):
+            # the pattern knows its sinks, which a ring has in slots
+            return PackedRing(self.format, own.keep, first=backend.pattern(causal=True).first)
+        return PackedState(self.format)
+
+    def static_state(self, length: int) -> StaticState:
+        return StaticState(self.format, length)
+
+    def bytes_per_token(self, heads: Heads) -> int | float:
+        """Of a packed token, scales and zeros included; exact."""
+        exact = self.format.bytes_per_token(heads.kv_heads, heads.head_dim, heads.value_dim)
+        return int(exact) if exact == int(exact) else exact
