@@ -77,9 +77,7 @@ class Settings(options.Settings):
         None, "peak learning rate while masks are learned (default: by width)", above=0
     )
     recover_lr: float | None = real(
-        None,
-        "the same while the parent's predictions are learned (default: by width)",
-        above=0,
+        None, "the same while the parent's predictions are learned (default: by width)", above=0
     )
     continue_lr: float | None = real(None, "the same for training on (default: by width)", above=0)
     mask_lr: float | None = real(None, "of the masks' log alphas (default: by steps)", above=0)
@@ -125,7 +123,7 @@ class Settings(options.Settings):
         return Target(self.hidden, self.heads, self.ffn, self.layers)
 
     @property
-    def tokens(self) -> int:
+    def all_tokens(self) -> int:
         """Of all stages: what a baseline gets in one."""
         return self.mask_tokens + self.recover_tokens + self.continue_tokens
 
@@ -282,7 +280,7 @@ def read(settings: Settings, show: Quiet, tokenizer) -> tuple[DomainText, Domain
     with show.stage("reading text"):
         text = domain_text(
             tokenizer,
-            train=settings.tokens,
+            train=settings.all_tokens,
             evaluation=settings.evaluation_tokens,
             domains=settings.domains,
             dataset=settings.dataset,
@@ -353,8 +351,8 @@ def compete(
     taught = settings.mask_tokens + settings.recover_tokens
     # name -> its trainings: (kind, tokens, peak learning rate, teacher)
     plans = {
-        "scratch": [("text", settings.tokens, lr, None)],
-        "structured": [("text", settings.tokens, settings.continue_lr, None)],
+        "scratch": [("text", settings.all_tokens, lr, None)],
+        "structured": [("text", settings.all_tokens, settings.continue_lr, None)],
         "taught": [
             ("teacher", taught, settings.recover_lr, parent),
             ("text", settings.continue_tokens, settings.continue_lr, None),

@@ -30,6 +30,7 @@ JOBS = {
     "effattn.recipes.shear": {},
     "effattn.recipes.prune_oneshot": {"output": Path("out")},
     "effattn.recipes.prune_structured": {"output": Path("out")},
+    "effattn.recipes.pretrain_embedded": {"output": Path("out")},
     "effattn.quant.sensitivity.job": {},
 }
 # Checked by the job with words of their own: against the model, as a share or a number, as names.
@@ -211,6 +212,9 @@ def test_reports_of_models_that_broke(tmp_path, monkeypatch):
 
     from effattn.reports.document import Document
 
+    def with_kinds(cls) -> list[type]:
+        return [cls, *(each for sub in cls.__subclasses__() for each in with_kinds(sub))]
+
     def broken(data):
         if isinstance(data, dict):
             return {
@@ -221,7 +225,7 @@ def test_reports_of_models_that_broke(tmp_path, monkeypatch):
 
     shown = []
     with monkeypatch.context() as patch:
-        for cls in (Document, *Document.__subclasses__()):
+        for cls in with_kinds(Document):
             if "to_html" in vars(cls):
                 patch.setattr(cls, "to_html", lambda self: shown.append(self) or "")
         for make, _ in report_pages.PAGES.values():

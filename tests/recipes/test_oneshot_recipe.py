@@ -21,6 +21,7 @@ from effattn.evaluate.loss import token_losses
 from effattn.hf.weight_files import file_bytes
 from effattn.prune.unstructured.report import OneShotReport
 from effattn.recipes.cli import app
+from effattn.recipes.prune_oneshot import Settings
 
 ROOT = Path(__file__).parents[2]
 
@@ -178,6 +179,14 @@ def test_an_unfinished_run_refuses_other_settings(source, text, tmp_path, monkey
     code, output = invoke(*arguments)
     assert code == 0, output
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_defaults_are_those_of_the_library():
+    from effattn.calibration.hessian import DAMPING
+    from effattn.prune.unstructured.plan import METHODS
+
+    defaults = Settings(output=Path("out"))
+    assert (defaults.methods, defaults.damping) == (METHODS, DAMPING)
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 import effattn
 from effattn.hf import verify
 from effattn.prune.shearing import data as shear_data
-from effattn.prune.shearing import measures, sheared
+from effattn.prune.shearing import mask_stage, masks, measures, rates, sheared
 from effattn.prune.shearing.data import domain_text, stdlib_domain
 from effattn.prune.shearing.report import BASELINES, ShearReport
 from effattn.recipes.cli import app
@@ -179,6 +179,16 @@ def test_a_killed_job_goes_on_and_ends_the_same(done, texts, source, tmp_path, m
     run(job)
     ours, theirs = (dict(effattn.load(f).named_parameters()) for f in (folder, job.output))
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_defaults_are_those_of_the_library():
+    ours, stage = Settings(), mask_stage
+    assert (ours.mask_tokens, ours.warm_start) == (stage.MASK_TOKENS, stage.WARM_START)
+    assert (ours.recover_tokens, ours.continue_tokens) == (
+        sheared.RECOVER_TOKENS,
+        sheared.CONTINUE_TOKENS,
+    )
+    assert (ours.start, ours.ramp) == (masks.START, rates.RAMP)
 
 
 @pytest.mark.parametrize(
