@@ -1,6 +1,6 @@
 # make demo   sets up .venv, then converts the embedded model from 8 to 2 KV heads and reports
 # make test   sets up .venv, then runs the tests
-# make lint   ruff, as CI runs it
+# make lint   ruff and mypy, as CI runs them
 # make kernels   compiles the Triton kernels for four GPUs, none of which need be here
 # make bench   attention against its peers on this CPU, about 14 minutes, to results/<device>/bench.json
 # make bench-gpu PART=1/3   the same on a GPU, its kernels' tests first; parts take under nine minutes
@@ -56,6 +56,7 @@ pages readme-figures: $(STAMP)
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 kernels: $(STAMP)
 	$(BIN)/effattn kernels

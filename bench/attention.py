@@ -49,19 +49,23 @@ class Attention(Case):
 
     @property
     def shape(self) -> str:
+        """The sizes, as names of cases have them: "B1 H8/2 D64 T4096"."""
         return f"B{self.batch} H{self.heads}/{self.kv_heads} D{self.dim} T{self.tokens}"
 
     @property
     def group(self) -> str:
+        """What cases of one table have in common: all but the length."""
         sizes = f"B{self.batch} H{self.heads}/{self.kv_heads} D{self.dim}"
         return " ".join(filter(None, (self.what, self.title, self.dtype, sizes)))
 
     @property
     def itemsize(self) -> int:
+        """Bytes of a number."""
         return getattr(torch, self.dtype).itemsize
 
     @property
     def training(self) -> bool:
+        """Whether gradients are computed, too."""
         return self.what == "forward+backward"
 
     def inputs(self, tokens: int, device: torch.device, seed: int = 0) -> list[Tensor]:

@@ -77,17 +77,21 @@ class Case:
 
     @property
     def shape(self) -> str:
+        """The sizes, as the name has them."""
         return f"T{self.tokens}"
 
     @property
     def name(self) -> str:
+        """What identifies a case in the results."""
         return " ".join(filter(None, (self.what, self.title, self.dtype, self.shape)))
 
     @property
     def group(self) -> str:
+        """What cases of one table have in common."""
         return " ".join(filter(None, (self.what, self.title, self.dtype)))
 
     def length(self, contender: Contender) -> int:
+        """Tokens that a contender is timed at."""
         return contender.tokens or self.tokens
 
     def described(self) -> dict:
@@ -149,6 +153,7 @@ class Entry:
 
 
 def entry_of(results: Mapping, case: str, contender: str, entry: str) -> float | None:
+    """One number of a contender in the results; None where there is none."""
     return results["cases"].get(case, {}).get("contenders", {}).get(contender, {}).get(entry)
 
 

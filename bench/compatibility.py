@@ -50,11 +50,13 @@ CACHES = (
 
 
 def positions_block() -> str:
+    """Which position rules go with which patterns, in Markdown."""
     rules = [_spec(name, rule) for name, rule in effattn.positions.rules().items()]
     return _block([*rules, *RULES], "positions")
 
 
 def caches_block() -> str:
+    """Which caches go with which patterns, in Markdown."""
     return _block(CACHES, "cache")
 
 

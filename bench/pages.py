@@ -101,6 +101,7 @@ def targets_block(results: Mapping, source: str = "") -> str:
 
 
 def growth_block(results: Mapping) -> str:
+    """The table of growth with its note, in Markdown."""
     table = growth_table(results)
     return _table(table) + f"\n{markdown_text(table.note)}\n"
 

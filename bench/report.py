@@ -71,6 +71,7 @@ def missing(rows: Mapping) -> Iterator[str]:
 
 
 def targets_table(results: Mapping) -> Table:
+    """Each target beside what was measured, and whether it was reached."""
     lines = [
         [
             row["what"],

@@ -57,6 +57,7 @@ def settings(device: torch.device, quick: bool, seconds: float) -> dict:
 
 
 def new(wanted: dict) -> dict:
+    """Results without a case, for the settings that were asked for."""
     return {"kind": KIND, "version": VERSION, "settings": wanted, "cases": {}}
 
 
@@ -116,6 +117,7 @@ def save(path: Path, results: Mapping, page: str | None = None) -> None:
 
 
 def default_path(device: torch.device, root: Path = Path("results")) -> Path:
+    """Where a device's results lie."""
     return root / slug(device) / "bench.json"
 
 

@@ -46,6 +46,7 @@ def all_cases(device: str, quick: bool = False) -> list[Case]:
 
 
 def all_targets(device: str) -> list[Target]:
+    """Of all files in `rows`."""
     return list(chain.from_iterable(module.targets(device) for module in parts_of_rows()))
 
 

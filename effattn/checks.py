@@ -25,7 +25,9 @@ class Checked(Protocol):
     farthest: int | None
     score_rules: bool
 
-    def new_state(self) -> State: ...
+    def new_state(self) -> State:
+        """An empty state."""
+        ...
 
 
 def check_tensors(backend: Checked, q: Tensor, k: Tensor, v: Tensor, causal: bool) -> None:

@@ -265,6 +265,7 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
 
 
 def fsync(path: Path) -> None:
+    """Has a file or a folder's entries reach the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

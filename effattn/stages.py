@@ -14,6 +14,7 @@ class Quiet:
     """
 
     def stage(self, text: str) -> AbstractContextManager:
+        """Nothing is shown."""
         return nullcontext(lambda done, total: None)
 
 

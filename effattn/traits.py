@@ -55,10 +55,12 @@ class Shape:
 
     @property
     def query_bytes(self) -> int:
+        """Bytes of q."""
         return self.batch * self.heads * self.queries * self.head_dim * self.itemsize
 
     @property
     def output_bytes(self) -> int:
+        """Bytes of the output."""
         return self.batch * self.heads * self.queries * self.value_dim * self.itemsize
 
     @property

@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+from typing import overload
+
 from torch import Tensor
 
 
+@overload
+def dense_rows(x: Tensor) -> Tensor: ...
+@overload
+def dense_rows(x: None) -> None: ...
+@overload
+def dense_rows(x: Tensor | None) -> Tensor | None: ...
 def dense_rows(x: Tensor | None) -> Tensor | None:
     """x (..., T, D), or (..., T), as kernels read it: a row's numbers beside each other, and rows
     that do not overlap.

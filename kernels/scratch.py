@@ -37,6 +37,7 @@ class Room:
         self.held: dict[tuple, Tensor] = {}
 
     def clear(self) -> None:
+        """All of it may be used again."""
         self.taken = 0
 
     def __call__(self, shape: torch.Size | tuple[int, ...]) -> Tensor:

@@ -114,6 +114,7 @@ class Show:
 
     @contextmanager
     def stage(self, text: str):
+        """A progress bar, as a context that gives (done, total) -> None."""
         columns = (
             TextColumn("{task.description}"),
             BarColumn(),

@@ -95,6 +95,7 @@ def run(settings: Settings, show: Quiet | None = None) -> ConversionReport:
 
 
 def convert(settings: Settings, show: Quiet) -> ConversionReport:
+    """The conversion, step by step."""
     from effattn.evaluate.loss import compare, measure_parent
     from effattn.heads import gqa
     from effattn.profiling.decode import decode_by_context

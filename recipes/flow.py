@@ -174,6 +174,7 @@ def tell(settings: Settings, report) -> None:
 
 
 def tell_report(output: Path, before: str = "") -> None:
+    """Says where the report is."""
     page = (Path(output) / "report.html").absolute()
     console.print(f"{before}report      {page}", soft_wrap=True, highlight=False)
 

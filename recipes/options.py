@@ -138,22 +138,27 @@ def or_none(default: str, help: str):
 
 
 def model_name():
+    """The model that a recipe starts from."""
     return option("embedded", '"embedded", a folder, or a hub name')
 
 
 def text_files(purpose: str, more: str = "more files"):
+    """Files of text, any number of times."""
     return several((), f"UTF-8 text {purpose}; repeat for {more}")
 
 
 def dataset_name():
+    """A dataset in the place of files."""
     return option(None, "a `datasets` name (or NAME:CONFIG) or folder, streamed")
 
 
 def text_column():
+    """Which of the dataset's columns is text."""
     return option(None, "the dataset's text column")
 
 
 def window_length():
+    """Tokens of a window, where the model may decide."""
     return whole(
         None,
         "window length in tokens (default: as the model was trained, at most 2048)",
@@ -163,14 +168,17 @@ def window_length():
 
 
 def random_seed(of: str, default: int = 0):
+    """The seed of what is drawn."""
     return whole(default, f"of {of}", least=0, most=SEED)
 
 
 def device_name():
+    """Where it runs."""
     return option("auto", "auto, cpu or cuda")
 
 
 def decode_contexts(default: Sequence[int]):
+    """Lengths of caches, in tokens, that decoding is timed over."""
     return contexts(default, "cache lengths to time decoding at, or none")
 
 

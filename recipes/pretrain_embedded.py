@@ -181,6 +181,7 @@ def held_out(model, tokenizer, length: int) -> dict[str, float]:
 
 
 def save(output: Path, staging: Path, model, card: dict) -> None:
+    """Writes the model and, last, its card."""
     from effattn.permissions import follow_umask
 
     model.save_pretrained(staging)
@@ -201,6 +202,7 @@ def put(staging: Path, output: Path, last: str) -> None:
 
 
 def tell(settings: Settings, card: dict) -> None:
+    """One line on the terminal."""
     print(
         f"{card['parameters']:,} parameters, {card['train_tokens']:,} tokens: "
         f"{card['bits_per_byte']:.3f} bits per byte (xz -9e: {card['bits_per_byte_xz_9e']:.3f}), "

@@ -104,6 +104,7 @@ class Settings(options.Settings):
 
     @property
     def partial(self) -> Path:
+        """The folder of an unfinished run."""
         return flow.partial_folder(self.output)
 
     @property
@@ -133,6 +134,7 @@ def run(settings: Settings, show: Quiet | None = None) -> OneShotReport:
 
 
 def prune(settings: Settings, show: Quiet) -> OneShotReport:
+    """The pruning, step by step."""
     from effattn.profiling.decode import rows_by_context
 
     main = main_process()

@@ -99,6 +99,7 @@ class Settings(options.Settings):
 
     @property
     def amounts(self) -> dict[str, int | float | None]:
+        """Target -> what was asked for."""
         return {"heads": self.heads, "ffn": self.ffn, "layers": self.layers}
 
     @property
@@ -108,6 +109,7 @@ class Settings(options.Settings):
         return " and ".join(weights + biases) or "nothing"
 
     def stopped(self) -> str:
+        """That nothing is kept."""
         return "stopped; nothing was written"
 
 
@@ -130,6 +132,7 @@ def run(settings: Settings, show: Quiet | None = None) -> StructuredReport:
 
 
 def prune(settings: Settings, show: Quiet) -> StructuredReport:
+    """The pruning, step by step."""
     from effattn.evaluate.loss import measure_parent
     from effattn.profiling.decode import rows_by_context
     from effattn.reports.common import QUALITY_NAMES
@@ -215,6 +218,7 @@ def parse_criterion(text: str) -> Criterion:
 
 
 def said(criterion: Criterion) -> str:
+    """A criterion in words."""
     if isinstance(criterion, str):
         return criterion
     return ", ".join(f"{target}={name}" for target, name in criterion.items())

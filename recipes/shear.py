@@ -118,6 +118,7 @@ class Settings(options.Settings):
 
     @property
     def target(self) -> Target:
+        """The shape that was asked for."""
         from effattn.prune.shearing.target import Target
 
         return Target(self.hidden, self.heads, self.ffn, self.layers)
@@ -129,6 +130,7 @@ class Settings(options.Settings):
 
     @property
     def partial(self) -> Path:
+        """The folder of an unfinished run."""
         return flow.partial_folder(self.output or DEFAULT)
 
 
@@ -151,6 +153,7 @@ def run(settings: Settings, show: Quiet | None = None) -> ShearReport:
 
 
 def shear(settings: Settings, show: Quiet) -> ShearReport:
+    """The shearing, step by step."""
     import torch
 
     from effattn.evaluate.loss import compare, measure_parent
@@ -397,6 +400,7 @@ def facts(settings: Settings, text: DomainText) -> dict[str, object]:
 
 
 def save(settings: Settings, show: Quiet, small, tokenizer, ids: torch.Tensor, report) -> None:
+    """Writes the small model and, last, the report. ids: (T,) int64 to compare logits on."""
     from effattn.hf.weight_files import file_bytes
 
     with flow.saving(settings, show, plain=True) as folder:

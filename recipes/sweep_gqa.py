@@ -148,6 +148,7 @@ def uptrained(settings: Settings, count: int, show: Quiet) -> ConversionReport:
 
 
 def write(output: Path, reports: Sequence[ConversionReport]) -> None:
+    """The comparison, as a page and as JSON."""
     from effattn.heads.report_compare import compare_html
     from effattn.reports.files import write_text_atomic
 

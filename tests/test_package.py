@@ -113,6 +113,7 @@ def test_the_wheel_carries_everything_and_runs_alone(tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     (wheel,) = tmp_path.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
+        assert "effattn/py.typed" in archive.namelist()
         tops = {name.split("/")[0] for name in archive.namelist()}
         archive.extractall(tmp_path / "site")
     assert {top for top in tops if not top.endswith(".dist-info")} == {"effattn"}

@@ -102,6 +102,7 @@ def missing(who: str) -> str | None:
 
 
 def version(package: str) -> str | None:
+    """Of an installed package; None if it is not there."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

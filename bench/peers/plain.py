@@ -30,18 +30,22 @@ def sdpa(attn, case, inputs, backend: SDPBackend | None = None) -> Call:
 
 
 def sdpa_flash(attn, case, inputs) -> Call:
+    """`sdpa` with FlashAttention, or nothing."""
     return sdpa(attn, case, inputs, SDPBackend.FLASH_ATTENTION)
 
 
 def sdpa_cudnn(attn, case, inputs) -> Call:
+    """`sdpa` with cuDNN's kernel, or nothing."""
     return sdpa(attn, case, inputs, SDPBackend.CUDNN_ATTENTION)
 
 
 def sdpa_efficient(attn, case, inputs) -> Call:
+    """`sdpa` with the memory-efficient kernel, or nothing."""
     return sdpa(attn, case, inputs, SDPBackend.EFFICIENT_ATTENTION)
 
 
 def sdpa_math(attn, case, inputs) -> Call:
+    """`sdpa` in plain operations, with all scores in memory."""
     return sdpa(attn, case, inputs, SDPBackend.MATH)
 
 

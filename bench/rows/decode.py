@@ -21,6 +21,7 @@ COLD = ((1, 65536), (16, 4096), (16, 16384))  # (batch, tokens) on a GPU
 
 
 def cases(device, quick):
+    """One new token over a cache that is not in the processor's own."""
     if device == "cuda":
         for batch, tokens in COLD[1:2] if quick else COLD:
             raced = [peer("SDPA", "dense"), peer("flex_attention", "dense"), ours("dense")]
@@ -41,6 +42,7 @@ def cases(device, quick):
 
 
 def targets(device):
+    """Against SDPA, and how much of the bandwidth is reached."""
     if device == "cuda":
         for batch, tokens in COLD:
             name = race(

@@ -19,6 +19,7 @@ GPU = {"heads": 32, "kv_heads": 8}
 
 
 def cases(device, quick):
+    """Whole sequences: exact patterns, forward and backward."""
     yield from _gpu(quick) if device == "cuda" else _cpu(quick)
 
 
@@ -60,6 +61,7 @@ def _gpu_race(what, tokens, spec, dim, raced=True):
 
 
 def targets(device):
+    """Against SDPA and flex_attention."""
     return _gpu_targets() if device == "cuda" else _cpu_targets()
 
 

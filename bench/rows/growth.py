@@ -25,6 +25,7 @@ MOST = 4.6  # from 8192 to 32768 tokens: 4 is linear
 
 
 def cases(device, quick):
+    """Each pattern at growing lengths, forward, and the trained ones backward."""
     for spec in LINEAR:
         yield _linear(spec, device, quick)
     for spec in TRAINED:
@@ -75,6 +76,7 @@ def _settings(device):
 
 
 def targets(device):
+    """On a CPU: the time of exact patterns grows no faster than their pairs."""
     if device == "cuda":
         return
     source = "exact patterns: at most 4.6 from 8192 to 32768 tokens"

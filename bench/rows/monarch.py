@@ -29,6 +29,7 @@ class Product(Case):
 
     @property
     def shape(self) -> str:
+        """The matrix and the rows of x."""
         return f"{WIDTH}x{WIDTH} rows{self.tokens}"
 
     def inputs(self, tokens, device, seed=0):
@@ -107,6 +108,7 @@ def _rows(device):
 
 
 def cases(device, quick):
+    """Monarch products against dense ones, by rows of x."""
     for what in (FORWARD, TRAINING) if device == "cuda" else (FORWARD,):
         yield from (
             _race(what, rows, device) for rows in (_rows(device)[:1] if quick else _rows(device))
@@ -132,6 +134,7 @@ class Moved:
 
 
 def targets(device):
+    """On a GPU: faster than the dense product by so much."""
     if device == "cpu":  # reported only
         return
     for rows in _rows(device):

@@ -39,6 +39,7 @@ class Method:
     efficiency: float | None = None
 
     def race(self, what, tokens):
+        """The packages and our backend at one length."""
         specs = [spec.format(tokens=tokens) for spec in self.specs]
         theirs = {"tolerance": self.tolerance} | (
             {"efficiency": self.efficiency} if self.efficiency else {}
@@ -50,6 +51,7 @@ class Method:
         )
 
     def races(self, quick):
+        """(what, tokens) of all its races."""
         if quick:
             return [(FORWARD, 512), (TRAINING, 512)]
         return [*((FORWARD, tokens) for tokens in self.tokens), (TRAINING, self.trained)]
@@ -140,6 +142,7 @@ LENGTHS = (2048, 8192, 65536)
 
 
 def cases(device, quick):
+    """Our backends against the packages that have the same method."""
     if device == "cpu":
         for method in METHODS:
             yield from (method.race(what, tokens) for what, tokens in method.races(quick))
@@ -173,6 +176,7 @@ def _gpu_race(what, tokens, spec, dim):
 
 
 def targets(device):
+    """At least as fast as the packages are."""
     if device == "cuda":
         for dim in (64, 128):
             for tokens in LENGTHS:

@@ -45,6 +45,7 @@ class PackedDecode(Case):
 
     @property
     def shape(self) -> str:
+        """The sizes, as names of cases have them."""
         return f"B{self.batch} H{self.heads}/{self.kv_heads} D{self.dim} T{self.tokens}"
 
     def inputs(self, tokens, device, seed=0):
@@ -85,10 +86,12 @@ class PackedDecode(Case):
 
 
 def format_of(spec: str, dim: int) -> Format:
+    """The cache format of a spec, for heads `dim` wide."""
     return Format.parse(spec).fit(dim)[0]
 
 
 def packed_cache(spec: str, k: torch.Tensor, v: torch.Tensor) -> PackedCache:
+    """k, v (B, Hkv, T, D) as a cache of that format holds them."""
     format = format_of(spec, k.shape[3])
     packed = format.held(k.shape[2])[1]
     return PackedCache(
@@ -201,6 +204,7 @@ def _race(dtype, tokens, **sizes):
 
 
 def cases(device, quick):
+    """One new token over packed caches, beside one in full precision."""
     if device == "cuda":
         for batch, tokens in GPU[:1] if quick else GPU:
             yield _race("bfloat16", tokens, batch=batch)
@@ -211,6 +215,7 @@ def cases(device, quick):
 
 
 def targets(device):
+    """How much faster than full precision, in line with the bytes."""
     if device == "cuda":
         for batch, tokens in GPU:
             name = _race("bfloat16", tokens, batch=batch).name

@@ -59,6 +59,7 @@ class Pairs(Attention):
 
 
 def inv_freq(dim: int, device: torch.device) -> Tensor:
+    """RoPE's frequencies (D / 2,), base 10000."""
     return 10000.0 ** (-torch.arange(0, dim, 2, device=device) / dim)
 
 
@@ -178,6 +179,7 @@ def _growth(lengths) -> Pairs:
 
 
 def cases(device, quick):
+    """ReRoPE beside our dense attention, and beside both scores everywhere."""
     if device == "cuda":
         yield from _gpu(quick)
         return
@@ -209,6 +211,7 @@ def _decoders() -> list[Contender]:
 
 
 def targets(device):
+    """How much slower than dense attention it may be."""
     if device == "cuda":
         for tokens in (16384, 65536):
             name = _case(FORWARD, "bfloat16", tokens, **GPU).name

@@ -30,6 +30,7 @@ class Product(Case):
 
     @property
     def shape(self) -> str:
+        """The matrix and the rows of x."""
         return f"{self.outputs}x{self.inner} rows{self.tokens}"
 
     def inputs(self, tokens, device, seed=0):
@@ -103,11 +104,13 @@ def _shapes(device, quick):
 
 
 def cases(device, quick):
+    """Packed 2:4 products against dense ones."""
     for shape in _shapes(device, quick):
         yield _race(*shape, device)
 
 
 def targets(device):
+    """On a GPU; on a CPU packing saves memory, not time."""
     if device == "cpu":  # there it saves memory, not time: reported only
         return
     for shape in _shapes(device, False):

@@ -36,6 +36,7 @@ class Layer(Case):
 
     @property
     def shape(self) -> str:
+        """The matrix."""
         return f"{self.tokens}x{self.tokens}"
 
     def inputs(self, tokens, device, seed=0):
@@ -113,11 +114,13 @@ def _race(width, sparsity="0.5"):
 
 
 def cases(device, quick):
+    """SparseGPT of one matrix, beside the linear algebra that it cannot do without."""
     for sparsity in ("0.5", "2:4"):
         yield _race(512 if quick else WIDTH, sparsity)
 
 
 def targets(device):
+    """On a CPU: time over that of the linear algebra alone."""
     if device != "cpu":
         return
     for sparsity in ("0.5", "2:4"):

@@ -177,6 +177,7 @@ def _cpu() -> list[Step]:
 
 
 def cases(device, quick):
+    """Decoding steps through all layers' states."""
     if quick:
         dtype = "bfloat16" if device == "cuda" else "float32"
         yield from (make(dtype, 1024, **CPU[-1]) for make in (_packed, _turned))
@@ -189,6 +190,7 @@ def cases(device, quick):
 
 
 def targets(device):
+    """On a CPU: how much longer than a step over a plain cache."""
     if device == "cpu":
         for case in _cpu():
             spec, most = (REROPE, 1.2) if case.title == "ReRoPE" else ("int8", 1.3)

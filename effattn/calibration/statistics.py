@@ -18,6 +18,7 @@ class SecondMoment:
         self.ones, self.total, self.rows = ones, None, 0
 
     def add(self, a: torch.Tensor, b: torch.Tensor | None = None) -> None:
+        """Adds rows a (N, d) and b (N, d'), None for a itself, to the sum of a^T b."""
         a = self._extend(a.double())
         b = a if b is None else b.double()
         product = a.T @ b
@@ -29,6 +30,7 @@ class SecondMoment:
 
     @property
     def mean(self) -> torch.Tensor:
+        """E[a^T b] over the rows so far, fp64."""
         return self.total / self.rows
 
 

@@ -48,7 +48,8 @@ def inputs(
     draw = torch.Generator().manual_seed(seed)
     batch, heads, kv_heads, dim = sizes
     of = (torch.randn(batch, h, tokens, dim, generator=draw) for h in (heads, kv_heads, kv_heads))
-    return tuple(x.to(device, dtype) for x in of)
+    q, k, v = (x.to(device, dtype) for x in of)
+    return q, k, v
 
 
 @dataclass
@@ -71,19 +72,24 @@ class Case:
 
     @property
     def long(self) -> int:
+        """The longest length, in tokens."""
         return max(self.lengths)
 
     @property
     def rows(self) -> int:
+        """Rows of the batch."""
         return self.sizes[0]
 
     def inputs(self, tokens: int):
+        """q, k, v of so many tokens, always the same for a length."""
         return inputs(tokens, self.dtype, self.device, self.seed + tokens, self.sizes)
 
     def run(self, q, k, v, mask=None, **options) -> Tensor:
+        """The backend's output (B, Hq, T, D)."""
         return self.backend(q, k, v, causal=self.causal, padding_mask=mask, **options)
 
     def reference(self, q, k, v, mask=None) -> Tensor:
+        """The backend's own definition of it, in fp64."""
         return self.truth(q.double(), k.double(), v.double(), causal=self.causal, padding_mask=mask)
 
     def plain(self, q, k, v, mask=None) -> Tensor | None:
@@ -95,7 +101,8 @@ class Case:
         from effattn.interface import Call
 
         groups = q.shape[1] // k.shape[1]
-        counts = self.backend.counts(q, k, Call(self.causal, layout_of(mask), 1.0)).to(q.dtype)
+        call = Call(self.causal, layout_of(mask), 1.0)
+        counts = self.backend.counts(q, k, call).to(q.dtype)  # type: ignore[operator]
         scores = q @ k.repeat_interleave(groups, 1).mT * q.shape[-1] ** -0.5
         weights = torch.softmax(scores + counts.log().clamp(min=torch.finfo(q.dtype).min), dim=-1)
         return (weights * (counts > 0).any(-1, keepdim=True)) @ v.repeat_interleave(groups, 1)
@@ -127,8 +134,10 @@ class Case:
 
 
 def rms(x: Tensor) -> float:
+    """Root of the mean square; 0 for an empty tensor."""
     return x.double().square().mean().sqrt().item() if x.numel() else 0.0
 
 
 def relative(got: Tensor, expected: Tensor) -> float:
+    """RMS of the error over the RMS of what is expected."""
     return rms(got.double() - expected.double()) / (rms(expected) or 1.0)

@@ -26,6 +26,7 @@ def transposed(x: Tensor) -> Tensor:
 
 
 def every_third(x: Tensor) -> Tensor:
+    """The same numbers, every third of a row in memory."""
     wide = x.new_full((*x.shape[:-1], 3 * x.shape[-1]), 100.0)
     wide[..., ::3] = x
     return wide[..., ::3]
@@ -40,10 +41,12 @@ def inside(x: Tensor) -> Tensor:
 
 
 def rows_expanded(x: Tensor) -> Tensor:
+    """All rows are the first one, in the same memory."""
     return x[:1].expand_as(x)
 
 
 def heads_expanded(x: Tensor) -> Tensor:
+    """All heads are the first one, in the same memory."""
     return x[:, :1].expand_as(x)
 
 
@@ -56,6 +59,7 @@ def tokens_overlapping(x: Tensor) -> Tensor:
 
 
 def numbers_expanded(x: Tensor) -> Tensor:
+    """All numbers of a token are the first one, in the same memory."""
     return x[..., :1].expand_as(x)
 
 

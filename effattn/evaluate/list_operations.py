@@ -91,7 +91,8 @@ def listops(
         tokenizer, length, depths, arguments=arguments, trials=trials, batch=batch, seed=seed
     )
     run = functools.partial(retrieval.answer, model, batch=batch)
-    found = retrieval.by_depth("listops", depths, make, run, chance=0.1, progress=progress)
+    # a nesting depth is a whole number, where the other tasks have a share of the text
+    found = retrieval.by_depth("listops", depths, make, run, chance=0.1, progress=progress)  # type: ignore[arg-type]
     return found | {"length": length, "trials": trials, "arguments": arguments, "seed": seed}
 
 
@@ -122,7 +123,8 @@ def listops_prompts(
         chance, contexts, answers = random.Random(f"{seed} {depth}"), [], []
         for _ in range(trials):
             text, value = _expression(chance, depth, arguments)
-            question, before = retrieval.encode(tokenizer, f"{text} ="), []
+            before: list[int] = []
+            question = retrieval.encode(tokenizer, f"{text} =")
             if len(question) + 1 > length:
                 raise ValueError(
                     f"length: got {length}, an expression of depth {depth} takes "

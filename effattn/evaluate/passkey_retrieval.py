@@ -122,12 +122,12 @@ def passkey_prompts(
     ends = retrieval.line_ends(tokenizer, filler)
 
     def make(depth: float) -> retrieval.Prompts:
-        context = [
+        hidden = [
             retrieval.hide(straw[: rest + longest - len(needle)], torch.tensor(needle), depth, ends)
             for straw, (needle, _, _) in zip(hay, keys, strict=True)
         ]
         context = torch.cat(
-            [torch.stack(context), torch.tensor([question for _, question, _ in keys])], dim=1
+            [torch.stack(hidden), torch.tensor([question for _, question, _ in keys])], dim=1
         )
         answers = torch.tensor([answer for _, _, answer in keys])
         return retrieval.Prompts(context, answers, torch.ones(answers.shape[1], dtype=torch.bool))
@@ -141,7 +141,7 @@ def _keys(
     """(needle, question, answer) in tokens of every trial. All answers have one length, as the
     batch needs: keys whose digits the tokenizer groups otherwise than usual are drawn again."""
     draw = random.Random(seed)
-    groups = collections.defaultdict(list)
+    groups: dict[object, list] = collections.defaultdict(list)
     question = retrieval.encode(tokenizer, look.question)
     for _ in range(64 * trials):
         key = str(draw.randrange(10 ** (digits - 1), 10**digits))

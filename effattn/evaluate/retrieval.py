@@ -181,4 +181,5 @@ def line_ends(tokenizer, filler: Tensor) -> Tensor:
 
 
 def encode(tokenizer, text: str) -> list[int]:
+    """Token ids of a text, without BOS or EOS."""
     return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]

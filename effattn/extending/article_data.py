@@ -49,18 +49,22 @@ class ArticleData(Document):
 
     @property
     def rules(self) -> list[Rule]:
+        """A row for each position rule."""
         return self.data["rules"]
 
     @property
     def lengths(self) -> list[int]:
+        """Tokens read, ascending."""
         return self.data["settings"]["lengths"]
 
     @property
     def longest(self) -> int:
+        """The last of `lengths`."""
         return self.lengths[-1]
 
     @property
     def trained(self) -> int:
+        """The model's trained length, in tokens."""
         return self.data["model"]["trained_length"]
 
     def at(self, row: Rule, length: int | None = None) -> Scores:
@@ -68,6 +72,7 @@ class ArticleData(Document):
         return next(cell for cell in row["natural"] if cell["length"] == (length or self.longest))
 
     def loss(self, row: Rule, length: int | None = None) -> float:
+        """Cross-entropy of natural text, nats a token; `length` as in `at`."""
         return self.at(row, length)["cross_entropy"]
 
     def copied(self, row: Rule) -> float:

@@ -35,6 +35,7 @@ class Found:
 
     @classmethod
     def of(cls, report: ArticleData) -> Found:
+        """What the claims are about, found in a report."""
         plain, baseline = [row for row in report.rules if not row["logn"]], report.rules[0]
 
         def best(wanted: Callable[[Rule], bool]) -> Rule | None:

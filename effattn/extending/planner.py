@@ -65,6 +65,7 @@ class Plan:
 
     @property
     def factor(self) -> float:
+        """Target length over trained length."""
         return self.target / self.trained
 
     def candidate(self, spec: str) -> Candidate | None:

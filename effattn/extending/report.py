@@ -38,6 +38,7 @@ class ExtendReport(Document):
 
     @property
     def plan(self) -> dict:
+        """The plan's part of the data."""
         return self.data["plan"]
 
     @property

@@ -34,6 +34,7 @@ class Rule:
     logn: bool = False
 
     def with_logn(self) -> Rule:
+        """The same rule with queries scaled by log n."""
         spec = self.axes.get("positions")
         axes = {**self.axes, "positions": f"{spec}+logn" if spec else "logn"}
         return Rule(f"{self.name} {LOGN}", axes, self.kind, self.varies, logn=True)

@@ -41,38 +41,47 @@ class ConversionData(Document):
 
     @property
     def settings(self) -> dict:
+        """What was asked for; {} if the file has none."""
         return self.part("settings")
 
     @property
     def model(self) -> dict:
+        """Facts of the model; {} if the file has none."""
         return self.part("model")
 
     @property
     def quality(self) -> dict:
+        """Perplexity and KL by stage; {} if nothing was measured."""
         return self.part("quality")
 
     @property
     def uptraining(self) -> dict:
+        """What training said; {} without one."""
         return self.part("uptraining")
 
     @property
     def verification(self) -> dict:
+        """How the saved model was loaded again; {} if it was not."""
         return self.part("verification")
 
     @property
     def kv_bytes_per_token(self) -> dict:
+        """Bytes before and after, over all layers."""
         return self.part("kv_bytes_per_token")
 
     @property
     def layers(self) -> list[LayerErrors]:
+        """A row for each layer: errors of its new heads."""
         return self.data.get("layers") or []
 
     @property
     def decode(self) -> list[DecodeRow]:
+        """Decoding times before and after, a row for each batch."""
         return self.data.get("decode") or []
 
     @property
     def curve(self) -> list[CurvePoint]:
+        """Perplexity while it was trained."""
         return self.uptraining.get("curve") or []
 
     @property

@@ -50,14 +50,17 @@ class Anatomy:
 
     @property
     def heads(self) -> int:
+        """Query heads of the first layer."""
         return self.layers[0].heads
 
     @property
     def kv_heads(self) -> int:
+        """Key/value heads of the first layer."""
         return self.layers[0].kv_heads
 
     @property
     def head_dim(self) -> int:
+        """Head size of the first layer."""
         return self.layers[0].head_dim
 
     @property

@@ -86,11 +86,13 @@ class Layer:
 
     @property
     def kv_heads(self) -> int:
+        """Key/value heads."""
         groups = getattr(self.attention, "num_key_value_groups", 1)
         return self.heads // groups
 
     @property
     def value_dim(self) -> int:
+        """Size of a head's values."""
         return self.head_dim
 
     @property
@@ -126,18 +128,22 @@ class Layer:
 
     @property
     def q(self) -> Projection:
+        """The query projection, a view where it is fused."""
         return self._projection("q", self.heads, 0)
 
     @property
     def k(self) -> Projection:
+        """The key projection, a view where it is fused."""
         return self._projection("k", self.kv_heads, 1)
 
     @property
     def v(self) -> Projection:
+        """The value projection, a view where it is fused."""
         return self._projection("v", self.kv_heads, 2)
 
     @property
     def o(self) -> Projection:
+        """The output projection, from all heads."""
         return Projection(self._module("o"), self.heads, self.head_dim, output=True)
 
     @property
@@ -163,10 +169,12 @@ class Layer:
 
     @property
     def q_norm(self) -> nn.Module | None:
+        """The norm of queries, None without one."""
         return self._norm(self.family.q_norm)
 
     @property
     def k_norm(self) -> nn.Module | None:
+        """The norm of keys, None without one."""
         return self._norm(self.family.k_norm)
 
     def _norm(self, name: str) -> nn.Module | None:

@@ -153,6 +153,7 @@ def _not_found(name: str | Path, why: str) -> str:
 
 
 def dtype_of(dtype: torch.dtype | str) -> torch.dtype | str:
+    """A dtype from its name; "auto" stays. ValueError for other names."""
     if isinstance(dtype, str):
         check_choice("dtype", dtype, DTYPES)
         return dtype if dtype == "auto" else getattr(torch, dtype)

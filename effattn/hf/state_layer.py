@@ -117,6 +117,7 @@ class StateLayer(CacheLayerMixin):
 
     @property
     def values(self) -> Tensor | None:
+        """The values that the state holds, if it holds any as such."""
         return getattr(self.state, "v", None)
 
     @values.setter
@@ -129,6 +130,7 @@ class StateLayer(CacheLayerMixin):
         return self.state.nbytes
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """As transformers asks before the first update."""
         self.dtype, self.device = key_states.dtype, key_states.device
         self.is_initialized = True
 
@@ -243,9 +245,11 @@ class StateLayer(CacheLayerMixin):
         self.record_past = True
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """(keys, offset) of the mask for so many new tokens: the whole past."""
         return self.state.seq_len + query_length, 0
 
     def get_seq_length(self) -> int:
+        """Tokens so far, held or not."""
         return self.state.seq_len
 
     def get_max_length(self) -> int:
@@ -255,6 +259,7 @@ class StateLayer(CacheLayerMixin):
         self._change(lambda state: state.reorder(self._index(beam_idx)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
+        """Each row `repeats` times, side by side."""
         self._change(lambda state: state.repeat(repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:

@@ -30,6 +30,7 @@ class ApproximationReport(Document):
     def of(
         cls, model, rows: list[dict], matrices: list[dict], length: int, layers: list[int]
     ) -> ApproximationReport:
+        """From what was measured on `model`, with its facts and the environment's."""
         parts = hf.of(model)
         facts = {
             "class": type(model).__name__,
@@ -51,10 +52,12 @@ class ApproximationReport(Document):
 
     @property
     def rows(self) -> list[dict]:
+        """A row for each method, budget and layer."""
         return self.data["rows"]
 
     @property
     def methods(self) -> list[str]:
+        """Names, in order."""
         return list(dict.fromkeys(row["method"] for row in self.rows))
 
     def mean(self, method: str) -> list[tuple[object, float]]:
@@ -80,6 +83,7 @@ class ApproximationReport(Document):
 
     @property
     def title(self) -> str:
+        """One line: the model's class."""
         return f"{self.data['model']['class']}: error of approximate attention"
 
     def tables(self) -> list[Table]:
@@ -194,6 +198,7 @@ class ApproximationReport(Document):
         )
 
     def to_json(self) -> str:
+        """All of the data."""
         return json.dumps(finite(self.data), indent=1, allow_nan=False) + "\n"
 
     def to_html(self) -> str:

@@ -81,6 +81,7 @@ class Job(Checked):
 
     @property
     def partial(self) -> Path:
+        """The folder of an unfinished run."""
         return partial_folder(self.output or DEFAULT)
 
 

@@ -67,10 +67,12 @@ class Comparison:
 
     @property
     def worse(self) -> list[Change]:
+        """Changes for the worse, beyond the noise."""
         return [change for change in self.changes if change.verdict == WORSE]
 
     @property
     def better(self) -> list[Change]:
+        """Changes for the better, beyond the noise."""
         return [change for change in self.changes if change.verdict == BETTER]
 
     def summary(self) -> str:

@@ -52,10 +52,12 @@ class Need:
 
     @property
     def kept(self) -> int:
+        """Bytes that stay: the cache after the prompt."""
         return self.prefill.kv_bytes
 
     @property
     def peak(self) -> int:
+        """Bytes at once beside the weights, at most."""
         return max(cost.peak_bytes - cost.weight_bytes for cost in (self.prefill, self.decode))
 
 
@@ -242,6 +244,7 @@ def _variants(model: nn.Module, given) -> list[Variant]:
 
 
 def check_numbers(contexts, batches, steps, seconds) -> None:
+    """ValueError for lengths, batches, steps or seconds that cannot be."""
     for argument, values in (("contexts", contexts), ("batches", batches), ("steps", [steps])):
         for value in values:
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:

@@ -49,6 +49,7 @@ class Lane:
         self.token = logits[:, -1:].argmax(-1)
 
     def forget(self) -> None:
+        """Lets the cache go."""
         self.cache = None
 
 

@@ -88,6 +88,7 @@ class Partial:
         return rows
 
     def has(self, context: int, batch: int) -> bool:
+        """Whether that cell is finished."""
         return any((row["context"], row["batch"]) == (context, batch) for row in self.rows)
 
     @property
@@ -96,6 +97,7 @@ class Partial:
         return len({(row["context"], row["batch"]) for row in self.rows})
 
     def add(self, rows: list[dict]) -> None:
+        """Rows of a finished cell, written to the file at once."""
         self.rows += json.loads(json.dumps(finite(rows)))
         if self.path is not None:
             text = json.dumps(self.head | {"rows": self.rows}, indent=1, allow_nan=False)

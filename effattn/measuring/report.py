@@ -48,10 +48,12 @@ class Report:
 
     @property
     def settings(self) -> dict:
+        """What was asked for."""
         return self.data["settings"]
 
     @property
     def rows(self) -> list[dict]:
+        """A row for each variant, context and batch."""
         return self.data["rows"]
 
     @property
@@ -82,6 +84,7 @@ class Report:
 
     @property
     def title(self) -> str:
+        """The model, its dtype and the device, in one line."""
         model = self.data["model"]
         return (
             f"{self.settings['model']}: time and memory ({model['dtype']}, "
@@ -285,6 +288,7 @@ def _where(row: dict) -> str:
 
 
 def times(ratio: float) -> str:
+    """A ratio in words: "12x", "1.5x", "1.05x"."""
     return (
         f"{ratio:.0f}x" if ratio >= 9.95 else f"{ratio:.1f}x" if ratio >= 1.095 else f"{ratio:.2f}x"
     )

@@ -54,6 +54,7 @@ class Variant:
         return "; ".join(f"{axis}={label_of(spec)}" for axis, spec in self.axes.items()) or PLAIN
 
     def to_dict(self) -> dict:
+        """For JSON."""
         return {"name": self.name, "spec": self.spec, "axes": self.axes}
 
 

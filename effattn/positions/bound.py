@@ -94,6 +94,7 @@ class Positions(nn.Module):
 
     @property
     def causal_only(self) -> bool:
+        """Whether some part is defined for causal attention alone."""
         return any(part.causal_only for part in self.parts)
 
     def rope(self, length: int | Tensor | None = None) -> Rope | None:

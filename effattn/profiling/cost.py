@@ -67,6 +67,7 @@ class ModelCost:
 
     @property
     def total(self) -> Cost:
+        """Of all operations."""
         return sum((operation.cost for operation in self.operations), Cost())
 
     def by_name(self) -> dict[str, Cost]:
@@ -367,8 +368,7 @@ class _Call:
 
     def embedding(self) -> Operation:
         """Rows are looked up: as many of the table as there are tokens, of positions (OPT, BERT)
-        one a token.
-        """
+        one a token."""
         inside = {m for layer in self.parts.layers for m in layer.block.modules()}
         tables = [
             m for m in self.parts.model.modules() if isinstance(m, nn.Embedding) and m not in inside
@@ -376,11 +376,8 @@ class _Call:
         read = 0
         for table in tables:
             lookups = self.rows if table is self.parts.embeddings else self.tokens
-            read += (
-                min(lookups, table.num_embeddings)
-                * table.embedding_dim
-                * table.weight.element_size()
-            )
+            row_bytes = table.embedding_dim * table.weight.element_size()
+            read += min(lookups, table.num_embeddings) * row_bytes
         written = self.rows * self.hidden * self.itemsize
         if self.backward:
             return Operation(None, "embedding", Cost(0, written, sum(map(weight_bytes, tables))))

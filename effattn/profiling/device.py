@@ -198,7 +198,8 @@ def _sizes(device: torch.device) -> list[int]:
 def _best(call: Callable[[], object], clock: Clock, least: int = 5) -> float:
     """The shortest time of `BUDGET` seconds' worth of calls, in seconds."""
     clock(call)
-    times, start = [], time.perf_counter()
+    times: list[float] = []
+    start = time.perf_counter()
     while len(times) < least or time.perf_counter() - start < BUDGET:
         times.append(clock(call))
     return min(times)

@@ -97,6 +97,7 @@ class PeakMemory:
 
 
 def torch_gpu() -> str:
+    """What torch was built for."""
     return "ROCm" if torch.version.hip else "CUDA"
 
 

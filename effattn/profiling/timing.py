@@ -70,12 +70,12 @@ class Clock:
         with torch.cuda.device(self.device):
             if self._flushed is None:
                 torch.cuda.synchronize()  # nothing of what ran before is timed
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
+            before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            before.record()
             call()
-            end.record()
-            end.synchronize()
-        return start.elapsed_time(end) / 1000
+            after.record()
+            after.synchronize()
+        return before.elapsed_time(after) / 1000
 
 
 def percentiles(seconds: Sequence[float]) -> dict[str, float | int]:

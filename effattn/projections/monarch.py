@@ -32,10 +32,12 @@ class Sizes:
 
     @property
     def p(self) -> int:
+        """Inputs of a block."""
         return -(-self.in_features // self.blocks)
 
     @property
     def s(self) -> int:
+        """Outputs of a block."""
         return -(-self.out_features // self.blocks)
 
     @property
@@ -195,10 +197,12 @@ class MonarchLinear(ProjectedLinear):
 
     @property
     def padded_in(self) -> int:
+        """Inputs, padded to whole blocks."""
         return self.blocks * self.sizes.p
 
     @property
     def padded_out(self) -> int:
+        """Outputs, padded to whole blocks."""
         return self.blocks * self.sizes.s
 
     @torch.no_grad()

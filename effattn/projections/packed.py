@@ -91,6 +91,7 @@ class PackedLinear(StructuredLinear):
 
     @property
     def packed(self) -> sparse24.Packed:
+        """The weight as the kernels take it."""
         return sparse24.Packed(self.values, self.indices)
 
     def forward(self, x: Tensor) -> Tensor:

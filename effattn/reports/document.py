@@ -46,6 +46,7 @@ class Document:
 
     @property
     def title(self) -> str:
+        """What was done to which model, in one line."""
         raise NotImplementedError
 
     @property
@@ -77,9 +78,11 @@ class Document:
         return self.table()
 
     def to_json(self) -> str:
+        """All of the data; numbers that are not finite become null."""
         return json.dumps(finite(self.data), indent=1, default=str, allow_nan=False) + "\n"
 
     def to_markdown(self) -> str:
+        """Title, headline and tables."""
         blocks = [f"# {markdown_text(self.title)}", markdown_text(self.headline)]
         return "\n\n".join([*blocks, *(table.markdown() for table in self.tables())]) + "\n"
 

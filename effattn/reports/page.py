@@ -34,6 +34,7 @@ class Passage:
     rest: str = ""
 
     def markdown(self) -> str:
+        """The passage as a block of code, its border marked."""
         body = (
             self.given
             + self.text

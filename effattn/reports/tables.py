@@ -29,6 +29,7 @@ class Table:
     )
 
     def markdown(self) -> str:
+        """The title, the table and its note."""
         lines = [self.header, ["---"] + ["---:"] * (len(self.header) - 1), *self.rows]
         body = "\n".join(
             f"| {' | '.join(markdown_text(cell) for cell in line)} |" for line in lines
@@ -38,6 +39,7 @@ class Table:
         )
 
     def rich(self):
+        """The same for a terminal: a `rich.table.Table`."""
         from rich.table import Table as RichTable
         from rich.text import Text
 

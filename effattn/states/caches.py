@@ -42,7 +42,9 @@ class Holder(Protocol):
     signature: str
     packable: bool
 
-    def new_state(self) -> State: ...
+    def new_state(self) -> State:
+        """An empty state."""
+        ...
 
 
 class LayerCache:

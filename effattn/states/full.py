@@ -41,6 +41,7 @@ def first_positions(count: int, n: int) -> list[int]:
 
 
 def no_positions(n: int) -> tuple[int, ...]:
+    """Slots of a ring that keeps no first tokens: none."""
     return ()
 
 
@@ -245,6 +246,7 @@ class RingState(FullState):
 
     @property
     def slots(self) -> int:
+        """How many first tokens are held."""
         return 0 if self.slots_at is None else len(self.slots_at)
 
     def _places(self, slots: int) -> Tensor | None:

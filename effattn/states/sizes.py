@@ -29,6 +29,7 @@ class Sizes(NamedTuple):
 
     @classmethod
     def of(cls, k: Tensor, v: Tensor) -> Sizes:
+        """Of new keys (B, Hkv, T, D) and values (B, Hkv, T, Dv)."""
         batch, kv_heads, _, head_dim = k.shape
         return cls(batch, kv_heads, head_dim, v.shape[3], k.dtype, k.device)
 

@@ -33,11 +33,12 @@ class Swap:
 
 def attach(model: nn.Module, parts: anatomy.Anatomy, plans: dict[int, LayerPlan]) -> None:
     """Carries out the plans: the implementation, and on each attention module what it needs."""
+    # the only part that needs memory comes first
     new = {
         index: hooks.GlobalProjections(parts.layers[index].attention, parts.layers[index].qkv_paths)
         for index, plan in plans.items()
         if plan.own_global
-    }  # the only part that needs memory comes first
+    }
     done = active(model) or Swap(_own_implementation(model), {})
     live.register()
     model.set_attn_implementation(live.NAME)

@@ -39,6 +39,7 @@ class Description:
 
     @property
     def shares(self) -> dict[str, float]:
+        """Each part's share of all parameters."""
         total = self.parameters["total"]
         return {part: count / total for part, count in self.parameters.items()}
 

@@ -47,6 +47,7 @@ class Matrix:
 
     @property
     def from_data(self) -> bool:
+        """Whether the method needs calibration."""
         return self.options is not None and self.options["method"] == "data"
 
     def fitted(self, moment: Tensor | None) -> ProjectedLinear:

@@ -57,10 +57,12 @@ class SwapData(Document):
 
     @property
     def settings(self) -> dict:
+        """What was asked for."""
         return self.data["settings"]
 
     @property
     def runs(self) -> list[Run]:
+        """What was measured of each pattern."""
         return self.data["runs"]
 
     @property
@@ -80,6 +82,7 @@ class SwapData(Document):
 
     @property
     def reference_label(self) -> str:
+        """The unchanged model's row, in words."""
         return f"reference: windows of {self.reference['context']:,}"
 
 

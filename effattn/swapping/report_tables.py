@@ -142,6 +142,7 @@ def stream_note(report: SwapData) -> str:
 
 
 def context_note(report: SwapData) -> str:
+    """What the contexts' table is about."""
     count = f"{report.settings['evaluation_tokens']:,}"
     return (
         f"The same {count} held-out tokens at every context c, each predicted from c/2 to c "
@@ -150,6 +151,7 @@ def context_note(report: SwapData) -> str:
 
 
 def text_note(report: SwapData) -> str:
+    """How the texts were generated."""
     settings = report.settings
     heat = settings["temperature"]
     how = "greedy" if not heat else f"temperature {heat:g}, top-p 0.95, seed {settings['seed']}"

@@ -271,6 +271,7 @@ class Settings:
         }
 
     def put_back(self) -> None:
+        """Sets everything as it was when it was noted."""
         for module, settings in self.modules.items():
             _set(module, ON_MODULES, settings)
         for config, settings in self.configs:

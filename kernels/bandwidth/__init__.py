@@ -57,10 +57,12 @@ def _module(impl: str, device: torch.device):
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"impl: got {impl!r}, valid are {', '.join(map(repr, IMPLEMENTATIONS))}")
     if choose(impl, device) == "triton":
-        from . import triton_impl as module
-    else:
-        from . import torch_impl as module
-    return module
+        from . import triton_impl
+
+        return triton_impl
+    from . import torch_impl
+
+    return torch_impl
 
 
 def _check(**tensors: Tensor) -> None:

@@ -15,11 +15,13 @@ RESIDENT = 8  # programs of `read` for each multiprocessor
 
 
 def copy(source: Tensor, out: Tensor) -> None:
+    """out = source, both (N,) float32."""
     with torch.cuda.device_of(source):
         kernels.copy[triton.cdiv(len(source), TILE["BLOCK"]),](source, out, len(source), **TILE)
 
 
 def read(source: Tensor) -> Tensor:
+    """Sums of parts of source (N,) float32, one for each program."""
     blocks = triton.cdiv(len(source), TILE["BLOCK"])
     programs = min(blocks, RESIDENT * _processors(source.device))
     sums = torch.empty(programs, device=source.device)
@@ -29,11 +31,13 @@ def read(source: Tensor) -> Tensor:
 
 
 def write(out: Tensor, value: float) -> None:
+    """Fills out (N,) float32."""
     with torch.cuda.device_of(out):
         kernels.write[triton.cdiv(len(out), TILE["BLOCK"]),](out, float(value), len(out), **TILE)
 
 
 def launch(device: torch.device) -> None:
+    """A kernel that does nothing."""
     anything = _anything(device)
     with torch.cuda.device_of(anything):
         kernels.nothing[1,](anything, num_warps=1)

@@ -48,7 +48,8 @@ def attention(
     as it was before its rotation. bias: as there. ValueError for what they do not go with (a turn
     with a window: no q_first or bias, only `causal`)."""
     pattern, layout = pattern or Pattern(), layout or Layout()
-    q, k, v, q_first = map(dense_rows, (q, k, v, q_first))
+    q, k, v = dense_rows(q), dense_rows(k), dense_rows(v)
+    q_first = dense_rows(q_first)
     check_rules(None, bias, q, k, pattern, layout, causal, q_first)
     check(turn, bias, q, pattern, causal, q_first)
     if choose(impl, q.device) == "triton":
@@ -70,4 +71,5 @@ def attention(
         turn=turn,
         bias=bias,
     )
-    return (out, sums) if lse else out
+    # with `lse`, sums are there
+    return (out, sums) if lse else out  # type: ignore[return-value]

@@ -78,4 +78,5 @@ def attention(
         bias=bias,
         need_lse=lse,
     )
-    return (out, sums) if lse else out
+    # with `lse`, sums are there
+    return (out, sums) if lse else out  # type: ignore[return-value]

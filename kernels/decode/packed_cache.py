@@ -47,6 +47,7 @@ class PackedCache:
 
     @property
     def slots(self) -> int:
+        """S, first tokens in full precision."""
         return 0 if self.k_first is None else self.k_first.shape[2]
 
     @property

@@ -3,7 +3,10 @@ precision. What CPU users get.
 
 Scores are made for as many keys at once as `SCORES` allows, a span, and spans are merged by
 log-sum-exp: decoding is one softmax over all keys, and a chunk of a long prompt walks through the
-cache. `packed_tiles` makes them from the codes."""
+cache. `packed_tiles` makes them from the codes.
+
+Shapes: q (B, Hq, Tq, D); rows (Z, R, D) for Z = B * Hkv heads, R = Hq / Hkv * Tq queries that share
+a K/V head; scores (Z, R, keys of a span)."""
 
 from __future__ import annotations
 
@@ -92,6 +95,7 @@ class Walk:
             self.high = self.low + self.tokens - 1
 
     def run(self, need_lse: bool) -> tuple[Tensor, Tensor | None]:
+        """The output (B, Hq, Tq, Dv), and log-sum-exps (B, Hq, Tq) if asked for."""
         shape = (len(self.rows), self.heads, self.tokens)
         highest = total = out = None
         spans = list(self.spans())

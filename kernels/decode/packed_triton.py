@@ -22,14 +22,15 @@ from .triton_impl import (
     DTYPES,
     FARTHEST,
     WIDEST,
-    combine_tile,
+    in_base_two,
+    merge,
     predicate,
     processors,
+    results,
     shared_memory,
     split,
     strides,
 )
-from .triton_kernels import combine
 from .turn import Turn
 
 MOST_PIECES = 8
@@ -53,72 +54,47 @@ def attention(
     """As `packed.attention`. Any strides but the last one's are free: a part of a cache is not
     copied.
     """
+    _check(q, cache, turn)
     batch, heads, queries, dim = q.shape
     kv_heads, value_dim = cache.v.shape[1], cache.v.dim
-    _check(q, cache, turn)
     near, *numbers = predicate(pattern)
     group = heads // kv_heads
-    k_code, v_code = (
-        code(x.coding, x.dim, half) for x, half in ((cache.k, _half(turn)), (cache.v, None))
-    )
+    k_code = code(cache.k.coding, cache.k.dim, _half(turn))
+    v_code = code(cache.v.coding, cache.v.dim, None)
     more = sum(x is not None for x in (q_first, turn, bias))
-    sizes = tile(
-        cache.k.coding,
-        cache.v.coding,
-        dim,
-        value_dim,
-        q.element_size(),
-        group * queries,
-        shared_memory(q.device),
-        more,
-    )
+    lines, shared, itemsize = group * queries, shared_memory(q.device), q.element_size()
+    sizes = tile(cache.k.coding, cache.v.coding, dim, value_dim, itemsize, lines, shared, more)
 
     slots, packed, rest = cache.slots, cache.k.tokens, cache.k_rest.shape[2]
     low, rest_low = worth_reading(cache, pattern, queries, sizes["BLOCK_N"])
     packed_tiles = triton.cdiv(packed - low, sizes["BLOCK_N"])
     tiles = packed_tiles + triton.cdiv(slots + rest - rest_low, sizes["BLOCK_F"])
-    row_tiles = triton.cdiv(group * queries, sizes["BLOCK_M"])
+    row_tiles = triton.cdiv(lines, sizes["BLOCK_M"])
     splits = split(tiles, batch * kv_heads * row_tiles, processors(q.device))
-
-    out = q.new_empty(batch, heads, queries, value_dim)
-    lse = q.new_empty(batch, heads, queries, dtype=torch.float32) if need_lse else None
-    parts, sums = out, lse
-    if splits > 1:
-        parts = q.new_empty(splits, *out.shape, dtype=torch.float32)
-        sums = q.new_empty(splits, batch, heads, queries, dtype=torch.float32)
-    inner, outer = (
-        (scale / math.log(2), 1.0) if softcap is None else (scale / softcap, softcap / math.log(2))
-    )
+    out, lse, parts, sums = results(q, value_dim, splits, need_lse)
     total, total_at = (0, cache.total) if isinstance(cache.total, Tensor) else (cache.total, None)
 
     q, q_first, q_far = dense_rows(q), dense_rows(q_first), dense_rows(turn.q_far if turn else None)
     k, v = codes_and_scales(cache.k), codes_and_scales(cache.v)
     full = [dense_rows(x) for x in (cache.k_rest, cache.v_rest, cache.k_first, cache.v_first)]
     mask = dense_rows(cache.mask)
+    mask_b = 0 if mask is None or len(mask) == 1 else mask.stride(0)
     held = [dense_rows(x) for x in (cache.start, mask, cache.packed_numbers, cache.rest_numbers)]
+    inv_freq, scaling, window, slow = _turning(turn, q.device)
     params, step, n_params = arguments(bias)
-    slow = 1.0 if turn is None or math.isinf(turn.slow) else float(turn.slow)
+    steps = [x for y in (q, q_first, q_far, k[0], k[1], v[0], v[1], *full) for x in strides(y)]
+    first = min(pattern.first, FARTHEST)
     with torch.cuda.device_of(q):
         attend_packed[splits * row_tiles, kv_heads, batch](
-            q, q_first, q_far, *k, *v, *full, parts, sums, *held, total_at,
-            None if turn is None else turn.inv_freq.to(q.device, torch.float32), params,
-            *(stride for x in (q, q_first, q_far, k[0], k[1], v[0], v[1], *full) for stride in
-            strides(x)),
-            0 if mask is None or len(mask) == 1 else mask.stride(0), group, row_tiles, inner, outer,
-            step, n_params,
-            queries, total, slots, min(pattern.first, FARTHEST), *numbers, cache.packed_from,
-            packed, rest, low,
-            rest_low, packed_tiles, tiles, triton.cdiv(tiles, splits),
-            1.0 if turn is None else float(turn.scaling), turn.window or 0 if turn else 0, slow,
+            q, q_first, q_far, *k, *v, *full, parts, sums, *held, total_at, inv_freq, params,
+            *steps, mask_b, group, row_tiles, *in_base_two(scale, softcap), step, n_params,
+            queries, total, slots, first, *numbers, cache.packed_from, packed, rest, low, rest_low,
+            packed_tiles, tiles, triton.cdiv(tiles, splits), scaling, window, slow,
             K_CODE=k_code, V_CODE=v_code, TURN=turned(turn), NEAR=near, CAUSAL=causal,
-            SOFTCAP=softcap is not None,
-            SLOTS=slots > 0, BIAS=BIASES[bias and bias.kind], **sizes,
+            SOFTCAP=softcap is not None, SLOTS=slots > 0, BIAS=BIASES[bias and bias.kind], **sizes,
         )  # fmt: skip
         if splits > 1:
-            lines = batch * heads * queries
-            combine[lines,](
-                parts, sums, out, lse, splits, lines, DV=value_dim, **combine_tile(value_dim)
-            )
+            merge(parts, sums, out, lse)
     return out, lse
 
 
@@ -128,30 +104,36 @@ def _check(q: Tensor, cache: PackedCache, turn: Turn | None) -> None:
     if q.dtype not in DTYPES or max(dim, value_dim) > WIDEST:
         raise ValueError(
             f"packed attention: got {q.dtype} with head dimensions {dim} and {value_dim}; the "
-            "Triton kernel takes "
-            f"float16, bfloat16 and float32 with at most {WIDEST}, impl='torch' takes all"
+            f"Triton kernel takes float16, bfloat16 and float32 with at most {WIDEST}, "
+            "impl='torch' takes all"
         )
     for side, x in (("k", cache.k), ("v", cache.v)):
         pieces = code(x.coding, x.dim, _half(turn) if side == "k" else None)[-1]
         if pieces > MOST_PIECES or (x.coding.axis == "channel" and x.coding.group % 16):
             raise ValueError(
                 f"packed attention: {side} has groups of {x.coding.group} per {x.coding.axis} at "
-                "head dimension "
-                f"{x.dim}; the Triton kernel takes multiples of 16 per channel and at most "
-                f"{MOST_PIECES} pieces per "
-                "token, impl='torch' takes all"
+                f"head dimension {x.dim}; the Triton kernel takes multiples of 16 per channel and "
+                f"at most {MOST_PIECES} pieces per token, impl='torch' takes all"
             )
     if turn is not None:
         half, width = _half(turn), code(cache.k.coding, dim, _half(turn))[5]
         if turn.interleaved or half % width or dim % width:
             raise ValueError(
                 f"turn: got {half} frequencies, {'interleaved, ' if turn.interleaved else ''}at "
-                f"head dimension {dim}; "
-                f"the Triton kernel takes halves that are whole pieces of {width} channels, "
-                "impl='torch' takes all"
+                f"head dimension {dim}; the Triton kernel takes halves that are whole pieces of "
+                f"{width} channels, impl='torch' takes all"
             )
     if q.requires_grad and torch.is_grad_enabled():
         raise ValueError("packed attention: there are no gradients; valid is torch.no_grad()")
+
+
+def _turning(turn: Turn | None, device: torch.device) -> tuple[Tensor | None, float, int, float]:
+    """Frequencies, scaling, window and slowness, as the kernel takes them where keys turn."""
+    if turn is None:
+        return None, 1.0, 0, 1.0
+    slow = 1.0 if math.isinf(turn.slow) else float(turn.slow)
+    inv_freq = turn.inv_freq.to(device, torch.float32)
+    return inv_freq, float(turn.scaling), turn.window or 0, slow
 
 
 def _half(turn: Turn | None) -> int | None:

@@ -121,12 +121,14 @@ def _visible_range(k: Tensor, v: Tensor, pattern: Pattern, layout: Layout, queri
     else:  # borders differ from row to row
         oldest -= (pattern.look_back + 1) * pattern.size - 1
     cut = oldest - layout.tail  # keys after the slots that go
+    # What stays in front must be exactly the first keys: slots that hold them all, or none at all.
     sinks_apart = layout.slots >= first or (not layout.slots and not layout.tail)
     if cut <= max(first - layout.slots, 0) or not sinks_apart:
         return k, v, layout
     # a padded row's first keys may lie behind the slots still
     if layout.slots and layout.start is not None:
         return k, v, layout
+    # Nothing stays in front: what is left is a view.
     if not layout.slots and not first:
         mask = None if layout.mask is None else layout.mask[:, cut:]
         return k[:, :, cut:], v[:, :, cut:], replace(layout, tail=layout.tail + cut, mask=mask)
@@ -144,6 +146,7 @@ def _visible_range(k: Tensor, v: Tensor, pattern: Pattern, layout: Layout, queri
         later = position[:, cut:] >= first
         if layout.start is None and layout.mask is None:
             there = later = None
+    # The first keys and the newest ones become neighbours, the only copy there is.
     index = at.expand(k.shape[0], -1)[:, None, :, None].expand(-1, k.shape[1], -1, 1)
     k, v = (
         torch.cat(

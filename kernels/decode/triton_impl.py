@@ -55,54 +55,22 @@ def attention(
 
     Keys that nobody sees must hold finite numbers, as for the other implementations.
     """
+    _check(q, k, v)
     batch, heads, queries, dim = q.shape
     kv_heads, keys, value_dim = v.shape[1:]
-    if q.dtype not in DTYPES or max(dim, value_dim) > WIDEST:
-        raise ValueError(
-            f"decode: got {q.dtype} with head dimensions {dim} and {value_dim}; the Triton kernel "
-            "takes float16, "
-            f"bfloat16 and float32 with at most {WIDEST}, impl='torch' takes all"
-        )
-    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
-        raise ValueError(
-            "decode: the Triton kernel has no gradients; valid are torch.no_grad() and impl='torch'"
-        )
-    q_first = q_first if pattern.first else None
-    if counts is None:
-        near, *numbers = predicate(pattern)
-        head, low = worth_reading(pattern, layout, queries, keys)
-    else:
-        near, numbers, head, low = None, (0, 0, 0), 0, 0
-        counts = counts.view(torch.uint8) if counts.dtype == torch.bool else counts
-        counts = counts.expand(batch, heads, queries, keys)
-        if q_first is None and turn is None and bias is None:
-            layout = Layout()  # nothing else asks where the keys are
-
     group = heads // kv_heads
+    q_first = q_first if pattern.first else None
+    near, numbers, head, low, counts = _visited(pattern, layout, q, keys, counts)
     more = counts is not None or q_first is not None or turn is not None or bias is not None
-    sizes = tile(
-        dim,
-        value_dim,
-        q.element_size(),
-        group * queries,
-        shared_memory(q.device),
-        more,
-        turn is not None,
-    )
+    if counts is not None and q_first is None and turn is None and bias is None:
+        layout = Layout()  # nothing else asks where the keys are
+
+    shared, turns = shared_memory(q.device), turn is not None
+    sizes = tile(dim, value_dim, q.element_size(), group * queries, shared, more, turns)
     tiles = triton.cdiv(head, sizes["BLOCK_N"]) + triton.cdiv(keys - low, sizes["BLOCK_N"])
     row_tiles = triton.cdiv(group * queries, sizes["BLOCK_M"])
     splits = split(tiles, batch * kv_heads * row_tiles, processors(q.device))
-
-    out = q.new_empty(batch, heads, queries, value_dim)
-    lse = q.new_empty(batch, heads, queries, dtype=torch.float32) if need_lse else None
-    parts, sums = out, lse
-    if splits > 1:
-        parts = q.new_empty(splits, *out.shape, dtype=torch.float32)
-        sums = q.new_empty(splits, batch, heads, queries, dtype=torch.float32)
-    if softcap is None:
-        inner, outer = scale / math.log(2), 1.0
-    else:
-        inner, outer = scale / softcap, softcap / math.log(2)
+    out, lse, parts, sums = results(q, value_dim, splits, need_lse)
 
     q, k, v, q_first = map(dense_rows, (q, k, v, q_first))
     mask, start, slots_at, ring = map(
@@ -110,57 +78,89 @@ def attention(
     )
     params, step, n_params = arguments(bias)
     held = (start, mask, slots_at, ring, counts, params)
-    mask_and_counts = (
-        0 if mask is None or len(mask) == 1 else mask.stride(0),
-        *((0, 0, 0, 0) if counts is None else counts.stride()),
-    )
-    units = (group, row_tiles, inner, outer, step, n_params)
+    mask_b = 0 if mask is None or len(mask) == 1 else mask.stride(0)
+    mask_and_counts = (mask_b, *((0, 0, 0, 0) if counts is None else counts.stride()))
+    units = (group, row_tiles, *in_base_two(scale, softcap), step, n_params)
+    total, first = layout.tokens(keys), min(pattern.first, FARTHEST)
     numbers = (
-        queries,
-        layout.tail,
-        layout.tokens(keys),
-        layout.slots,
-        min(pattern.first, FARTHEST),
-        *numbers,
-        head,
-        low,
-        keys,
-        tiles,
-        triton.cdiv(tiles, splits),
+        *(queries, layout.tail, total, layout.slots, first, *numbers),
+        *(head, low, keys, tiles, triton.cdiv(tiles, splits)),
     )
-    fixed = dict(
-        D=dim,
-        DV=value_dim,
-        NEAR=near,
-        CAUSAL=causal,
-        SOFTCAP=softcap is not None,
-        BIAS=BIASES[bias and bias.kind],
-        HEAD=head > 0,
-        **sizes,
-    )
+    fixed = dict(D=dim, DV=value_dim, NEAR=near, CAUSAL=causal, HEAD=head > 0, **sizes)
+    fixed |= dict(SOFTCAP=softcap is not None, BIAS=BIASES[bias and bias.kind])
     with torch.cuda.device_of(q):
         if turn is None:
             attend[splits * row_tiles, kv_heads, batch](
-                q, q_first, k, v, parts, sums, *held, *strides(q), *strides(q_first), *strides(k),
-                *strides(v),
+                q, q_first, k, v, parts, sums, *held,
+                *strides(q), *strides(q_first), *strides(k), *strides(v),
                 *mask_and_counts, *units, *numbers, **fixed,
             )  # fmt: skip
         else:
-            q_far = dense_rows(turn.q_far)
+            q_far, inv_freq = dense_rows(turn.q_far), turn.inv_freq.to(q.device, torch.float32)
             classes = tile_classes(turn, layout, queries, keys, head, low, sizes["BLOCK_N"], tiles)
             attend_turned[splits * row_tiles, kv_heads, batch](
-                q, q_far, q_first, k, v, parts, sums, turn.inv_freq.to(q.device, torch.float32),
-                *held,
+                q, q_far, q_first, k, v, parts, sums, inv_freq, *held,
                 *strides(q), *strides(q_far), *strides(q_first), *strides(k), *strides(v),
-                *mask_and_counts,
-                *units, float(turn.scaling), *classes, *numbers, **turned(turn, fixed),
+                *mask_and_counts, *units, float(turn.scaling), *classes, *numbers,
+                **turned(turn, fixed),
             )  # fmt: skip
         if splits > 1:
-            lines = batch * heads * queries
-            combine[lines,](
-                parts, sums, out, lse, splits, lines, DV=value_dim, **combine_tile(value_dim)
-            )
+            merge(parts, sums, out, lse)
     return out, lse
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """ValueError for what the kernel cannot do and plain torch can."""
+    dim, value_dim = q.shape[3], v.shape[3]
+    if q.dtype not in DTYPES or max(dim, value_dim) > WIDEST:
+        raise ValueError(
+            f"decode: got {q.dtype} with head dimensions {dim} and {value_dim}; the Triton kernel "
+            f"takes float16, bfloat16 and float32 with at most {WIDEST}, impl='torch' takes all"
+        )
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
+        raise ValueError(
+            "decode: the Triton kernel has no gradients; valid are torch.no_grad() and impl='torch'"
+        )
+
+
+def _visited(
+    pattern: Pattern, layout: Layout, q: Tensor, keys: int, counts: Tensor | None
+) -> tuple:
+    """(predicate, its three numbers, `head` and `low` as `worth_reading` says, counts as the kernel
+    takes them): counts say themselves who sees whom, so that all keys are read."""
+    if counts is None:
+        near, *numbers = predicate(pattern)
+        return near, numbers, *worth_reading(pattern, layout, q.shape[2], keys), None
+    counts = counts.view(torch.uint8) if counts.dtype == torch.bool else counts
+    return None, (0, 0, 0), 0, 0, counts.expand(*q.shape[:3], keys)
+
+
+def results(
+    q: Tensor, value_dim: int, splits: int, need_lse: bool
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
+    """out, lse, and where a split writes its own of both: there, or in fp32 beside the others'."""
+    out = q.new_empty(*q.shape[:3], value_dim)
+    lse = q.new_empty(q.shape[:3], dtype=torch.float32) if need_lse else None
+    if splits == 1:
+        return out, lse, out, lse
+    parts = q.new_empty(splits, *out.shape, dtype=torch.float32)
+    return out, lse, parts, q.new_empty(splits, *q.shape[:3], dtype=torch.float32)
+
+
+def in_base_two(scale: float, softcap: float | None) -> tuple[float, float]:
+    """(inner, outer): what q is multiplied by, and what tanh's result is, so that exp2 of a score
+    is the softmax's exp."""
+    if softcap is None:
+        return scale / math.log(2), 1.0
+    return scale / softcap, softcap / math.log(2)
+
+
+def merge(parts: Tensor, sums: Tensor, out: Tensor, lse: Tensor | None) -> None:
+    """out and lse of all splits together."""
+    splits, lines, value_dim = len(parts), sums[0].numel(), out.shape[3]
+    combine[lines,](
+        parts, sums, out, lse, splits, lines, DV=value_dim, **combine_tile(value_dim)
+    )  # fmt: skip
 
 
 def tile_classes(

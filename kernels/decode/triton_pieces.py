@@ -99,6 +99,7 @@ def key_positions(c, is_key, origin, slots, tail, slots_at_ptr, ring_ptr, mask_p
 def sees(
     i, j, h, heads, is_key, first, near_a, near_b, near_c, NEAR: tl.constexpr, CAUSAL: tl.constexpr
 ):
+    """Which pairs of a tile count, (M, N) bool."""
     visible = is_key[None, :] & (j >= 0) & (i >= 0)
     if CAUSAL:
         visible &= j <= i

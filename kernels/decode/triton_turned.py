@@ -7,8 +7,7 @@ are of three classes:
 
     CLOSE    near to all queries: q, keys at j
     DISTANT  far from all: q_far, keys at j / slow, for ReRoPE as they are stored
-    EITHER   both products: where tiles straddle the window, and keys in no order (slots, first
-             ones, rings)
+    EITHER   both products: tiles that straddle the window, keys in no order (slots, first, rings)
 
 A program goes through its tiles of one class after the other, in the order EITHER, DISTANT, CLOSE.
 """

@@ -83,7 +83,8 @@ def attention(
     nothing gives 0 and -inf."""
     pattern, layout = pattern or Pattern(), layout or Layout()
     # neither kernels nor torch's own take all strides
-    q, k, v, q_first = map(dense_rows, (q, k, v, q_first))
+    q, k, v = dense_rows(q), dense_rows(k), dense_rows(v)
+    q_first = dense_rows(q_first)
     far = check(far, bias, q, k, pattern, layout, causal, q_first)
     if choose(impl, q.device) == "triton":
         from .triton_impl import attention as run
@@ -103,4 +104,5 @@ def attention(
         far=far,
         bias=bias,
     )
-    return (out, sums) if lse else out
+    # with `lse`, sums are there
+    return (out, sums) if lse else out  # type: ignore[return-value]

@@ -16,6 +16,8 @@ WIDEST = 256
 
 
 class Tile(NamedTuple):
+    """Queries, keys, keys at a step where pairs are masked; warps and stages."""
+
     m: int
     n: int
     step: int
@@ -24,6 +26,7 @@ class Tile(NamedTuple):
 
     @property
     def options(self) -> dict[str, int]:
+        """As keyword arguments of a launch."""
         return {"num_warps": self.warps, "num_stages": self.stages}
 
 

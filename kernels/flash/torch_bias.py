@@ -66,6 +66,7 @@ class BiasTiles:
             d_bias += ds[at].sum_to_size(d_bias.shape)
 
     def add_side(self, ds: Tensor, heads: slice, a: int, b: int, p0: int, p1: int) -> None:
+        """Adds a tile's gradient to the table's, number by number."""
         index = self._side_index(heads, a, b, p0, p1)
         self.d_side.view(-1).index_add_(0, index.flatten(), ds.flatten())
 

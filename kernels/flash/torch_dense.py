@@ -13,6 +13,7 @@ BLOCK = 256  # queries of dense attention with padding
 
 
 def dense(q: Tensor, k: Tensor, v: Tensor, causal: bool, layout: Layout, scale: float) -> Tensor:
+    """Attention of all to all, by torch's own fused kernels; scores in memory only under a mask."""
     real = padding_mask(layout, k)
     queries, keys = q.shape[2], k.shape[2]
     if queries == 1:

@@ -3,7 +3,10 @@ mask ever exist.
 
 Dense attention is torch's fused kernel, in blocks of queries where something is padded. Everything
 else is split into problems, which `torch_solve` solves: in tiles that visit only the keys some
-query of the tile sees."""
+query of the tile sees.
+
+Shapes: q, q_first (B, Hq, Tq, D), k (B, Hkv, Tk, D), v (B, Hkv, Tk, Dv); log-sum-exps (B, Hq, Tq);
+positions (1 or B, T), negative where there is no token."""
 
 from __future__ import annotations
 

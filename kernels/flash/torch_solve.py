@@ -6,6 +6,8 @@ each of them the output and the log-sum-exp of the whole: then its weights, and 
 gradients, are those of the whole.
 
 A problem is solved by `torch_fused` where it can be, which is faster, and by `torch_blocks`.
+
+Shapes: q, out, d_out (B, Hq, Tq, .), k, v (B, Hkv, Tk, .), lse (B, Hq, Tq).
 """
 
 from __future__ import annotations

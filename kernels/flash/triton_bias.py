@@ -18,21 +18,25 @@ from .rules import Bias
 
 @triton.jit
 def alibi(d, params, n, slope, _):
+    """-m d (arXiv:2108.12409)."""
     return -slope * d.to(tl.float32)
 
 
 @triton.jit
 def kerple_log(d, params, n, r1, r2):
+    """-r1 log(1 + r2 d) (arXiv:2205.09921)."""
     return -r1 * tl.log(1 + r2 * d.to(tl.float32))
 
 
 @triton.jit
 def kerple_power(d, params, n, r1, r2):
+    """-r1 d^r2 (arXiv:2205.09921), 0 at d = 0."""
     return tl.where(d > 0, -r1 * tl.exp2(r2 * tl.log2(tl.maximum(d, 1).to(tl.float32))), 0.0)
 
 
 @triton.jit
 def table(d, params, n, first, second):
+    """A number for each distance, the last one from n - 1 on."""
     return tl.load(params + tl.minimum(d, n - 1))
 
 

@@ -1,114 +1,30 @@
-"""Flash attention on Triton, forward and backward: the table of patterns, and the launches.
+"""Flash attention on Triton, forward and backward: the launches.
 
-A new pattern is two jitted functions of positions below and a line in PATTERNS; a new score rule,
-two and a line in RULES; a new bias, one and a line in `triton_bias`. `triton_kernels` and
-`triton_backward` have the kernels, `triton_pieces` how they ask these functions, `tiles` their
-sizes."""
+`triton_kernels`, `triton_backward` and `triton_backward_keys` have the kernels, `triton_patterns`
+what decides which pairs count and how they score, `triton_pieces` how the kernels ask it, `tiles`
+their sizes."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..rows import dense_rows
 from . import tiles
-from .pattern import Blocks, Layout, Pattern, Window
+from .pattern import Layout, Pattern
 from .rules import Bias, Far
-from .triton_backward import backward_keys, backward_queries, backward_rows
+from .triton_backward import backward_queries, backward_rows
+from .triton_backward_keys import backward_keys
 from .triton_bias import BIASES, arguments
 from .triton_kernels import forward
-from .triton_pieces import ALL, FAR, FARTHER, LOG2E, NEARER
+from .triton_patterns import PATTERNS, RULES, full_keys
+from .triton_pieces import ALL, FARTHER, NEARER
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-
-# ---- patterns: [low, high) of the positions that the token at x sees, and of those that see it.
-# Neither bound may fall as x grows. x is a scalar, or a tensor of any shape; h the query head, of
-# `heads`; a, b, c are the pattern's integers.
-
-
-@triton.jit
-def full_keys(x, h, heads, a, b, c):
-    return x * 0, x * 0 + FAR
-
-
-@triton.jit
-def full_queries(x, h, heads, a, b, c):
-    return x * 0, x * 0 + FAR
-
-
-@triton.jit
-def window_keys(x, h, heads, back, ahead, c):
-    return x - back + 1, x + ahead
-
-
-@triton.jit
-def window_queries(x, h, heads, back, ahead, c):
-    return x - ahead + 1, x + back
-
-
-@triton.jit
-def blocks_keys(x, h, heads, size, look_back, shift):
-    shift = tl.where(h >= heads // 2, shift, 0)
-    low = (x + shift) // size * size - shift
-    return low - look_back * size, low + size
-
-
-@triton.jit
-def blocks_queries(x, h, heads, size, look_back, shift):
-    shift = tl.where(h >= heads // 2, shift, 0)
-    low = (x + shift) // size * size - shift
-    return low, low + (look_back + 1) * size
-
-
-class Jitted(NamedTuple):
-    """A pattern for the kernels. `near`(i, j, h, heads, a, b, c), if there is one, punches holes
-    into the intervals.
-    """
-
-    keys: Any
-    queries: Any
-    integers: Callable[[Any], tuple[int, int, int]]
-    near: Any = None
-
-
-def _blocks(pattern: Blocks) -> tuple[int, int, int]:
-    size = min(pattern.size, FAR.value)
-    return size, min(pattern.look_back, FAR.value // size), size // 2 if pattern.shifted else 0
-
-
-PATTERNS: dict[type[Pattern], Jitted] = {
-    Pattern: Jitted(full_keys, full_queries, lambda p: (0, 0, 0)),
-    Window: Jitted(
-        window_keys, window_queries, lambda p: (min(p.back, FAR.value), min(p.ahead, FAR.value), 0)
-    ),
-    Blocks: Jitted(blocks_keys, blocks_queries, _blocks),
-}
-
-# ---- score rules: the score to use for a scaled product s, and its derivative by s, told from that
-# score.
-
-
-@triton.jit
-def softcap_score(s, i, j, h, cap):
-    # cap tanh(s / cap), safe at both ends
-    return cap - 2 * cap / (tl.exp2(s * (2 * LOG2E / cap)) + 1)
-
-
-@triton.jit
-def softcap_slope(score, i, j, h, cap):
-    return 1 - (score / cap) * (score / cap)
-
-
-RULES: dict[str | None, tuple[Any, Any]] = {
-    None: (None, None),
-    "softcap": (softcap_score, softcap_slope),
-}
 
 # ---- launches
 
@@ -210,23 +126,12 @@ class _Attention(torch.autograd.Function):
         fixed = constants("forward", call, tiles.architecture(q.device), q.dtype, dim, v.shape[-1])
         with torch.cuda.device_of(q):
             _launch(
-                "forward",
-                batch * heads * triton.cdiv(queries, fixed["BLOCK_M"]),
-                q,
-                k,
-                v,
-                q_first,
-                q_far,
-                k_far,
-                mask,
-                start,
-                params,
-                out,
-                lse,
+                "forward", batch * heads * triton.cdiv(queries, fixed["BLOCK_M"]),
+                q, k, v, q_first, q_far, k_far, mask, start, params, out, lse,
                 *_strides(q, k, v, q_first, q_far, k_far, out),
                 *_numbers(q, k, mask, call),
                 **fixed,
-            )
+            )  # fmt: skip
         ctx.save_for_backward(q, k, v, q_first, q_far, k_far, mask, start, params, out, lse)
         ctx.call = call
         ctx.set_materialize_grads(False)
@@ -247,22 +152,12 @@ class _Attention(torch.autograd.Function):
         dq = dk = dv = dq_first = dq_far = dk_far = None
         with torch.cuda.device_of(q):
             _launch(
-                "backward_rows",
-                batch * heads * triton.cdiv(queries, rows.m),
-                out,
-                grad,
-                lse,
-                None if grad_lse is None else grad_lse.contiguous(),
-                delta,
-                lse2,
+                "backward_rows", batch * heads * triton.cdiv(queries, rows.m),
+                out, grad, lse, None if grad_lse is None else grad_lse.contiguous(), delta, lse2,
                 *_strides(out, grad),
-                heads,
-                queries,
-                V=value_dim,
-                BLOCK_M=rows.m,
-                BLOCK_V=tiles.padded(value_dim),
-                **rows.options,
-            )
+                heads, queries,
+                V=value_dim, BLOCK_M=rows.m, BLOCK_V=tiles.padded(value_dim), **rows.options,
+            )  # fmt: skip
             part = ALL.value if q_far is None else NEARER.value
             if needs_q or needs_first:
                 dq, dq_first = _query_gradients(ctx.call, part, q, k, v, q_first, *more)
@@ -288,19 +183,12 @@ def _query_gradients(
         "backward_queries", call, tiles.architecture(q.device), q.dtype, dim, v.shape[3], part
     )
     _launch(
-        "backward_queries",
-        batch * heads * triton.cdiv(queries, fixed["BLOCK_M"]),
-        q,
-        k,
-        v,
-        q_first,
-        *more,
-        dq,
-        dq_first,
+        "backward_queries", batch * heads * triton.cdiv(queries, fixed["BLOCK_M"]),
+        q, k, v, q_first, *more, dq, dq_first,
         *_strides(q, k, v, q_first, more[3], dq),
         *_numbers(q, k, more[0], call),
         **fixed,
-    )
+    )  # fmt: skip
     return dq, dq_first
 
 
@@ -329,25 +217,12 @@ def _key_gradients(
         "backward_keys", call, tiles.architecture(q.device), q.dtype, k.shape[3], value_dim, part
     )
     _launch(
-        "backward_keys",
-        batch * kv_heads * triton.cdiv(keys, fixed["BLOCK_N"]),
-        q,
-        k,
-        v,
-        q_first,
-        mask,
-        start,
-        params,
-        grad,
-        lse2,
-        delta,
-        dk,
-        dv,
-        dv_near,
+        "backward_keys", batch * kv_heads * triton.cdiv(keys, fixed["BLOCK_N"]),
+        q, k, v, q_first, mask, start, params, grad, lse2, delta, dk, dv, dv_near,
         *_strides(q, k, v, q_first, grad, dk, dv),
         *_numbers(q, k, mask, call),
         **fixed,
-    )
+    )  # fmt: skip
     return dk, dv
 
 

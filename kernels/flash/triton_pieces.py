@@ -45,6 +45,7 @@ def narrow(x, dtype: tl.constexpr):
 
 @triton.jit
 def dot(a, b, acc):
+    """acc + a b in fp32; fp32 inputs without TF32."""
     if EMULATED:  # it would multiply the bits of bf16 numbers
         a, b = a.to(tl.float32), b.to(tl.float32)
     return tl.dot(a, b, acc, input_precision="ieee")
@@ -89,6 +90,7 @@ def load_rows(
 def save_rows(
     x, base, row, stride, rows, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 ):
+    """Writes x (ROWS, COLUMNS) from row `row` on, what exists of it."""
     pointers = _tile(base, row, stride, ROWS, COLUMNS)
     tl.store(
         pointers, narrow(x, base.dtype.element_ty), mask=_exists(row, rows, WIDTH, ROWS, COLUMNS)
@@ -97,11 +99,13 @@ def save_rows(
 
 @triton.jit
 def head_of(base, b, h, stride_b, stride_h):
+    """Where the memory of row b and head h begins."""
     return base + tl.cast(b, tl.int64) * stride_b + tl.cast(h, tl.int64) * stride_h
 
 
 @triton.jit
 def start_of(start, b):
+    """Row number of the first real token of row b."""
     return 0 if start is None else tl.load(start + b).to(tl.int32)
 
 

@@ -36,6 +36,7 @@ class Memory(NamedTuple):
 
     @property
     def nbytes(self) -> int:
+        """Bytes of all of its tensors."""
         return sum(x.nbytes for x in self if x is not None)
 
 

@@ -5,7 +5,8 @@ launches ask for them.
 from __future__ import annotations
 
 from . import tiles
-from .triton_impl import MOST_KEYS, Spec, constants, jitted
+from .triton_impl import MOST_KEYS
+from .triton_launches import Spec, constants, jitted
 
 FEATURES = 256  # of the directed variants
 _TYPES = dict.fromkeys(

@@ -14,6 +14,8 @@ __all__ = ["TILES", "Tile", "architecture", "padded", "tile"]
 
 
 class Tile(NamedTuple):
+    """Tokens of a chunk, features at once; warps and stages."""
+
     c: int
     f: int
     warps: int
@@ -21,6 +23,7 @@ class Tile(NamedTuple):
 
     @property
     def options(self) -> dict[str, int]:
+        """As keyword arguments of a launch."""
         return {"num_warps": self.warps, "num_stages": self.stages}
 
 

@@ -29,6 +29,7 @@ class Call:
         self.room = Room(dtype, k.device)
 
     def blocks(self, heads: int, tokens: int) -> Iterator[slice]:
+        """Stretches of tokens whose temporaries fit in the processor's cache."""
         row = self.k.shape[0] * heads * max(self.features, self.v.shape[3])
         step = max(1, BUDGET[self.k.device.type] // row)
         for at in range(0, tokens, step):
@@ -36,9 +37,11 @@ class Call:
             yield slice(at, min(at + step, tokens))
 
     def key_blocks(self) -> Iterator[slice]:
+        """Of the keys."""
         return self.blocks(self.k.shape[1], self.k.shape[2])
 
     def query_blocks(self) -> Iterator[slice]:
+        """Of the queries."""
         return self.blocks(self.q.shape[1], self.q.shape[2])
 
     def queries(self, block: slice) -> tuple[Tensor, Tensor]:

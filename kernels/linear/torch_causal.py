@@ -168,6 +168,9 @@ class Call:
         torch.mul(x, times, out=out)
 
     def weights(self, block: Block, mu: Tensor | None, top: Tensor | None) -> Weights:
+        """The pairs' weights inside of a block's chunks; kept where nothing but its shape
+        decides.
+        """
         chunks, keys = block.chunks, (block.keys[1] - block.keys[0]) // block.chunks
         queries = 0 if block.queries is None else (block.queries[1] - block.queries[0]) // chunks
         shape = (chunks, keys, queries)

@@ -1,6 +1,9 @@
 """Linear attention in plain torch, forward and backward, at linear cost and with features for one
 block at a time: T x F is never held, T x T even less. Causal in chunks (`torch_causal`),
-bidirectional in two loops (`torch_bidirectional`)."""
+bidirectional in two loops (`torch_bidirectional`).
+
+Shapes: q (B, Hq, Tq, D), k (B, Hkv, Tk, D), v (B, Hkv, Tk, V), phi (., ., T, F) of F features; sums
+S (B, Hkv, F, V) and n (B, Hkv, F)."""
 
 from __future__ import annotations
 

@@ -26,6 +26,7 @@ class Spec(NamedTuple):
 
     @property
     def map(self) -> FeatureMap:
+        """The feature map."""
         return MAPS[self.feature_map]
 
 

@@ -148,6 +148,7 @@ def add_gradient(
 def save_columns(
     x, base, row, stride, rows, f, F: tl.constexpr, ROWS: tl.constexpr, BLOCK_F: tl.constexpr
 ):
+    """Writes x (ROWS, BLOCK_F) from row `row` and column f on, what exists of it."""
     r, d = tl.arange(0, ROWS)[:, None], f + tl.arange(0, BLOCK_F)[None, :]
     pointers = base + tl.cast(row, tl.int64) * stride + (r * stride + d)
     tl.store(pointers, narrow(x, base.dtype.element_ty), mask=(row + r < rows) & (d < F))

@@ -12,7 +12,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..flash import tiles
-from ..flash.triton_impl import DTYPES, FAR, PATTERNS, Jitted
+from ..flash.triton_impl import DTYPES
+from ..flash.triton_patterns import PATTERNS, Jitted
+from ..flash.triton_pieces import FAR
 from ..rows import dense_rows
 from . import triton_kernels
 from .pattern import Earlier
@@ -93,19 +95,10 @@ class _Project(torch.autograd.Function):
             if ctx.needs_input_grad[0]:
                 dx = torch.empty((batch, heads, tokens, dim), dtype=x.dtype, device=x.device)
                 triton_kernels.token_gradient[(batch * heads * along,)](
-                    grad,
-                    weight,
-                    start,
-                    mask,
-                    dx,
-                    *_steps(weight),
-                    _row(mask),
-                    heads,
-                    slots,
+                    grad, weight, start, mask, dx, *_steps(weight), _row(mask), heads, slots,
                     tokens,
-                    D=dim,
-                    **sizes,
-                )
+                    D=dim, **sizes,
+                )  # fmt: skip
             if ctx.needs_input_grad[1]:
                 dw = torch.zeros_like(weight)  # later columns take no part
                 triton_kernels.weight_gradient[(len(weight) * triton.cdiv(slots, sizes["BLOCK_K"]) *

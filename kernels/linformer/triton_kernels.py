@@ -200,9 +200,11 @@ def weight_gradient(
 
 @triton.jit
 def earlier_keys(x, h, heads, size, slots, offset):
+    """Slots that the query at x sees: those of earlier blocks."""
     return x * 0 + offset, offset + x // size * slots
 
 
 @triton.jit
 def earlier_queries(x, h, heads, size, slots, offset):
+    """Queries that see slot x: those of later blocks."""
     return ((x - offset) // slots + 1) * size, x * 0 + FAR

@@ -6,8 +6,7 @@ from __future__ import annotations
 
 import torch
 
-from . import triton_kernels
-from .triton_impl import constants
+from .triton_impl import constants, jitted
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _INDICES = ("order", "code", "query_order", "query_code", "low", "high", "begin", "end")
@@ -47,16 +46,16 @@ def _variant(
     """With four rounds, and `group` query heads to a key/value head: the launcher makes a constant
     of 1 only.
     """
-    jitted = getattr(triton_kernels, kernel)
+    function = jitted(kernel)
     given = constants(kernel, arch, _DTYPES[kind], size, size) | dict(
         ROUNDS=4, CAUSAL=causal, SHARED=shared
     )
     options = {name: given.pop(name) for name in ("num_warps", "num_stages")}
-    constexprs = {name: value for name, value in given.items() if name in jitted.arg_names}
+    constexprs = {name: value for name, value in given.items() if name in function.arg_names}
     if group == 1:
         constexprs["group"] = 1
     signature = {}
-    for name in jitted.arg_names:
+    for name in function.arg_names:
         known = "i32:16" if name.endswith(("_b", "_h", "_t")) else f"*{kind}"
         signature[name] = "constexpr" if name in constexprs else _TYPES.get(name, known)
     products = kernel in ("forward", "backward_queries", "backward_keys")
@@ -64,7 +63,7 @@ def _variant(
     extra += "_shared" if shared else "_one_head_each" if group == 1 else ""
     return dict(
         name=f"{kernel}_{size}_{kind}{extra}",
-        kernel=jitted,
+        kernel=function,
         signature=signature,
         constexprs=constexprs,
         forward=not kernel.startswith("backward"),

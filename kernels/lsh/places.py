@@ -135,6 +135,7 @@ class Places:
 
     @property
     def queries(self) -> int:
+        """Tq, queries of a head."""
         return self.code.shape[-1] - self.own
 
     @property

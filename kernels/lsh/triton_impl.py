@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from ..flash.tiles import WIDEST, architecture, padded
 from ..rows import dense_rows
-from . import triton_kernels
+from . import triton_backward, triton_kernels
 from .places import Places
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -158,52 +158,21 @@ class _Attention(torch.autograd.Function):
             fixed = constants("forward", arch, q.dtype, dim, value_dim)
             begin, end = given.tiles(places, fixed["BLOCK_M"])
             _launch(
-                "forward",
-                begin.numel(),
-                q,
-                k,
-                v,
-                *given,
-                begin,
-                end,
-                parts,
-                sums,
+                "forward", begin.numel(),
+                q, k, v, *given, begin, end, parts, sums,
                 *strides,
-                unit,
-                heads,
-                group,
-                rows,
-                given.order.shape[2],
-                given.code.shape[2],
-                places.own,
-                places.rule.buckets,
-                begin.shape[2],
-                ROUNDS=rounds,
-                CAUSAL=places.causal,
-                **fixed,
-            )
+                unit, heads, group, rows, given.order.shape[2], given.code.shape[2], places.own,
+                places.rule.buckets, begin.shape[2],
+                ROUNDS=rounds, CAUSAL=places.causal, **fixed,
+            )  # fmt: skip
             fixed = constants("combine", arch, q.dtype, dim, value_dim)
             _launch(
-                "combine",
-                lines * triton.cdiv(rows, fixed["BLOCK"]),
-                q,
-                k,
-                v,
-                parts,
-                sums,
-                out,
-                lse,
-                *strides,
-                *out.stride()[:3],
-                unit,
-                heads,
-                group,
-                rows,
-                places.own,
-                ROUNDS=rounds,
-                SHARED=places.rule.shared_qk,
-                **fixed,
-            )
+                "combine", lines * triton.cdiv(rows, fixed["BLOCK"]),
+                q, k, v, parts, sums, out, lse,
+                *strides, *out.stride()[:3],
+                unit, heads, group, rows, places.own,
+                ROUNDS=rounds, SHARED=places.rule.shared_qk, **fixed,
+            )  # fmt: skip
         ctx.save_for_backward(q, k, v, out, lse, *given)
         ctx.places, ctx.scale = places, scale
         return out
@@ -235,81 +204,40 @@ class _Attention(torch.autograd.Function):
         with torch.cuda.device_of(q):
             fixed = constants("backward_own", arch, q.dtype, dim, value_dim)
             _launch(
-                "backward_own",
-                lines * triton.cdiv(rows // group, fixed["BLOCK"]),
-                q,
-                k,
-                v,
-                out,
-                grad,
-                lse,
-                delta,
-                dq[0],
-                dk[0],
-                dv[0],
-                *strides,
-                *out.stride()[:3],
-                *grad.stride()[:3],
-                scale,
-                unit,
-                heads,
-                group,
-                rows,
-                store,
-                places.own,
-                SHARED=places.rule.shared_qk,
-                **fixed,
-            )
+                "backward_own", lines * triton.cdiv(rows // group, fixed["BLOCK"]),
+                q, k, v, out, grad, lse, delta, dq[0], dk[0], dv[0],
+                *strides, *out.stride()[:3], *grad.stride()[:3],
+                scale, unit, heads, group, rows, store, places.own,
+                SHARED=places.rule.shared_qk, **fixed,
+            )  # fmt: skip
             fixed = constants("backward_queries", arch, q.dtype, dim, value_dim)
             begin, end = given.tiles(places, fixed["BLOCK_M"])
             _launch(
-                "backward_queries",
-                begin.numel(),
-                q,
-                k,
-                v,
-                *given,
-                begin,
-                end,
-                grad,
-                lse,
-                delta,
-                dq[1:],
-                *strides,
-                *grad.stride()[:3],
-                *numbers,
-                begin.shape[2],
-                **shared,
-                **fixed,
-            )
+                "backward_queries", begin.numel(),
+                q, k, v, *given, begin, end, grad, lse, delta, dq[1:],
+                *strides, *grad.stride()[:3],
+                *numbers, begin.shape[2],
+                **shared, **fixed,
+            )  # fmt: skip
             fixed = constants("backward_keys", arch, q.dtype, dim, value_dim)
             begin, end = given.reach(fixed["BLOCK_N"])
             _launch(
-                "backward_keys",
-                begin.numel(),
-                q,
-                k,
-                v,
-                *given,
-                begin,
-                end,
-                grad,
-                lse,
-                delta,
-                dk[1:],
-                dv[1:],
-                *strides,
-                *grad.stride()[:3],
-                *numbers,
-                begin.shape[2],
-                **shared,
-                **fixed,
-            )
+                "backward_keys", begin.numel(),
+                q, k, v, *given, begin, end, grad, lse, delta, dk[1:], dv[1:],
+                *strides, *grad.stride()[:3],
+                *numbers, begin.shape[2],
+                **shared, **fixed,
+            )  # fmt: skip
         dq = dq.sum(dim=0).view(q.shape[0], heads, -1, group, dim).transpose(2, 3).reshape(q.shape)
         dk, dv = (x.sum(dim=0).view(y.shape) for x, y in ((dk, k), (dv, v)))
         return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None
 
 
+def jitted(kernel: str) -> Any:
+    """A kernel by its name."""
+    return getattr(triton_kernels, kernel, None) or getattr(triton_backward, kernel)
+
+
 def _launch(kernel: str, programs: int, *arguments, **fixed) -> None:
     if programs:  # a grid of none is an error
-        getattr(triton_kernels, kernel)[(programs,)](*arguments, **fixed, enable_fp_fusion=True)
+        jitted(kernel)[(programs,)](*arguments, **fixed, enable_fp_fusion=True)

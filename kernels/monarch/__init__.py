@@ -43,9 +43,8 @@ def linear(
     autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
     if autocast and x.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
-        x, right, left, bias = (
-            None if each is None else each.to(dtype) for each in (x, right, left, bias)
-        )
+        x, right, left = x.to(dtype), right.to(dtype), left.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
         with torch.autocast(device, enabled=False):
             return linear(x, right, left, bias, out_features=out_features, impl=impl)
     out_features = left.shape[0] * left.shape[1] if out_features is None else out_features

@@ -72,14 +72,17 @@ class Factors(NamedTuple):
 
     @property
     def blocks(self) -> int:
+        """b."""
         return self.first.shape[0]
 
     @property
     def rank(self) -> int:
+        """r, of a pair of blocks."""
         return self.first.shape[1] // self.blocks
 
 
 def factors(right: Tensor, left: Tensor) -> Factors:
+    """Of the matrix itself, P L P' R."""
     return Factors(right, left, (right.shape[2], 1), (1, left.shape[0]))
 
 
@@ -162,10 +165,9 @@ def in_one_pass(x: Tensor, matrix: Factors, bias: Tensor | None, out_features: i
     with torch.cuda.device_of(x):
         kernels.both[grid](
             x, first, second, bias, y, rows, blocks, rank, first.shape[2], second.shape[1],
-            x.shape[1], out_features,
-            x.stride(0), *matrix.inputs, f_i, rank * f_row, f_row, f_k, s_j, s_t, rank * s_column,
-            s_column,
-            out_features, *matrix.outputs, **tile,
+            x.shape[1], out_features, x.stride(0), *matrix.inputs, f_i, rank * f_row, f_row, f_k,
+            s_j, s_t, rank * s_column, s_column, out_features, *matrix.outputs,
+            **tile,
         )  # fmt: skip
     return y
 

@@ -47,9 +47,13 @@ def unpack(codes: Codes, dtype: torch.dtype = torch.float32, impl: str = "auto")
 def _implementation(impl: str, device: torch.device):
     name = choose(impl, device)
     if name == "triton":
-        from . import triton_impl as module
-    elif name == "reference":
-        from . import reference as module
-    else:
-        from . import torch_impl as module
-    return module
+        from . import triton_impl
+
+        return triton_impl
+    if name == "reference":
+        from . import reference
+
+        return reference
+    from . import torch_impl
+
+    return torch_impl

@@ -63,6 +63,7 @@ class Coding:
 
     @property
     def bits(self) -> int:
+        """Bits of a code."""
         return KINDS[self.kind]
 
     @property
@@ -77,6 +78,7 @@ class Coding:
 
     @property
     def has_zero(self) -> bool:
+        """Whether groups have a zero point."""
         return self.kind != "fp8" and not self.symmetric
 
     @property
@@ -181,18 +183,22 @@ class Codes:
 
     @property
     def tokens(self) -> int:
+        """N."""
         return self.codes.shape[2]
 
     @property
     def dim(self) -> int:
+        """D, before packing."""
         return self.codes.shape[3] * self.coding.planes
 
     @property
     def device(self) -> torch.device:
+        """Where all of it is."""
         return self.codes.device
 
     @property
     def nbytes(self) -> int:
+        """Bytes, scales and zeros included."""
         return sum(x.nbytes for x in self.tensors())
 
     def tensors(self) -> tuple[Tensor, ...]:
@@ -260,27 +266,33 @@ class Pages:
 
     @property
     def coding(self) -> Coding:
+        """The same for all parts."""
         return self.parts[0].coding
 
     @property
     def tokens(self) -> int:
+        """N, of all parts."""
         return sum(part.tokens for part in self.parts)
 
     @property
     def dim(self) -> int:
+        """D, before packing."""
         return self.parts[0].dim
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
+        """(B, H, N, D) of what is packed."""
         batch, heads, _, dim = self.parts[0].shape
         return batch, heads, self.tokens, dim
 
     @property
     def device(self) -> torch.device:
+        """Where all of it is."""
         return self.parts[0].device
 
     @property
     def nbytes(self) -> int:
+        """Bytes of all parts, scales and zeros included."""
         return sum(part.nbytes for part in self.parts)
 
     @property

@@ -43,19 +43,11 @@ def pack(x: Tensor, coding: Coding) -> Codes:
             else:
                 block_n = max(16, ELEMENTS // block_g)
                 pack_tokens[triton.cdiv(tokens, block_n), dim // group, batch * heads](
-                    x,
-                    codes,
-                    scale,
-                    zero,
+                    x, codes, scale, zero,
                     *strides,
-                    heads,
-                    tokens,
-                    group,
-                    dim,
-                    BLOCK_N=block_n,
-                    BLOCK_G=block_g,
-                    **fixed,
-                )
+                    heads, tokens, group, dim,
+                    BLOCK_N=block_n, BLOCK_G=block_g, **fixed,
+                )  # fmt: skip
     return Codes(codes if per_channel else side_by_side(codes, coding), scale, zero, coding)
 
 
@@ -75,10 +67,11 @@ def unpack(codes: Codes, dtype: torch.dtype) -> Tensor:
     if tokens:
         with torch.cuda.device_of(packed):
             unpack_tokens[triton.cdiv(tokens, block_n), triton.cdiv(width, block_w), batch * heads](
-                packed, scale, zero, out, *packed.stride()[:3], *scale.stride()[:3], heads, tokens,
-                coding.group, width,
-                BITS=coding.bits, PLANES=coding.planes, IS_FP8=coding.kind == "fp8", HAS_ZERO=zero
-                is not None,
-                CHANNEL=coding.axis == "channel", BLOCK_N=block_n, BLOCK_W=block_w, num_warps=WARPS,
+                packed, scale, zero, out,
+                *packed.stride()[:3], *scale.stride()[:3],
+                heads, tokens, coding.group, width,
+                BITS=coding.bits, PLANES=coding.planes, IS_FP8=coding.kind == "fp8",
+                HAS_ZERO=zero is not None, CHANNEL=coding.axis == "channel", BLOCK_N=block_n,
+                BLOCK_W=block_w, num_warps=WARPS,
             )  # fmt: skip
     return out.to(dtype)

@@ -31,6 +31,7 @@ class Packed(NamedTuple):
 
     @property
     def nbytes(self) -> int:
+        """Bytes of values and positions."""
         return self.values.nbytes + self.indices.nbytes
 
 

@@ -24,6 +24,7 @@ def linear(x: Tensor, packed, bias: Tensor | None) -> Tensor:
 
 
 def forward(x: Tensor, values: Tensor, indices: Tensor, bias: Tensor | None) -> Tensor:
+    """x (M, K) W' + bias -> (M, N), in x's dtype; products summed in fp32."""
     if x.dtype not in DTYPES:
         raise ValueError(
             f"x: got {x.dtype}; valid for impl='triton' are float16, bfloat16 and float32"
@@ -36,17 +37,10 @@ def forward(x: Tensor, values: Tensor, indices: Tensor, bias: Tensor | None) -> 
     tiles = triton.cdiv(half, sizes["BLOCK_G"])
     with torch.cuda.device_of(x):
         product[triton.cdiv(outputs, sizes["BLOCK_N"]), splits](
-            x,
-            values,
-            indices,
-            bias if splits == 1 else None,
-            parts,
-            rows,
-            outputs,
-            half,
+            x, values, indices, bias if splits == 1 else None, parts, rows, outputs, half,
             triton.cdiv(tiles, splits),
             **sizes,
-        )
+        )  # fmt: skip
     if splits == 1:
         return out
     total = parts.sum(dim=0)

@@ -1,7 +1,10 @@
 """Codebook attention in plain torch: matrix products over one block of queries at a time. No (T, T)
 scores exist.
 
-G: query heads of a K/V head. Scores are computed again in the backward pass.
+Scores are computed again in the backward pass.
+
+Shapes: q (B, Hkv G, T, D), G query heads to a K/V head; codebook (Hkv, S, D) of S words; sums
+(B, Hkv, N, S, Dv) and counts (B, Hkv, N, S) of N blocks of tokens.
 """
 
 from __future__ import annotations

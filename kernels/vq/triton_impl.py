@@ -198,18 +198,9 @@ class _Read(torch.autograd.Function):
                 sizes = _tile("query_gradient", q, dim, value_dim)
                 along = triton.cdiv(min(size, tokens), sizes["BLOCK_M"])
                 triton_kernels.query_gradient[(batch * heads * sums.shape[2] * along,)](
-                    *tensors,
-                    delta,
-                    dq,
-                    *steps,
-                    scale,
-                    unit,
-                    *numbers,
-                    along,
-                    count,
-                    **widths,
-                    **sizes,
-                )
+                    *tensors, delta, dq, *steps, scale, unit, *numbers, along, count,
+                    **widths, **sizes,
+                )  # fmt: skip
             if ctx.needs_input_grad[2]:
                 dsums = torch.empty_like(sums)
                 sizes = _tile("sum_gradient", q, dim, value_dim)

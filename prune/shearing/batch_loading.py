@@ -96,6 +96,7 @@ class Domains:
 
     @property
     def names(self) -> list[str]:
+        """In order."""
         return list(self.train)
 
     @torch.no_grad()
@@ -127,6 +128,7 @@ class LoadingWeights(nn.Module):
         return self.history[int(self.done)].cpu()
 
     def add(self, weights: Tensor) -> None:
+        """The weights (K,) after one more update."""
         self.done += 1
         self.history[int(self.done)] = weights.to(self.history)
 

@@ -38,6 +38,7 @@ class Sizes:
 
     @classmethod
     def of(cls, config) -> Sizes:
+        """Of a config, an encoder's or a text model's."""
         config = config.get_text_config()
         hidden, heads = config.hidden_size, config.num_attention_heads
         kv_heads = getattr(config, "num_key_value_heads", None) or heads

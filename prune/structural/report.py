@@ -81,6 +81,7 @@ class StructuredReport(Document):
 
     @property
     def layers(self) -> list[LayerErrors]:
+        """A row for each layer."""
         return self.data["layers"]
 
     @property

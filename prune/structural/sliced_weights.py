@@ -95,10 +95,8 @@ def _cut_attention(cuts: _Cuts, layer: hf.Layer, groups: Tensor | None, hidden: 
         rows.setdefault(projection.module, []).extend(
             [] if heads is None else [projection.rows(heads)]
         )
-    for (
-        module,
-        some,
-    ) in rows.items():  # fused ones keep their layout, since what stays keeps its order
+    # fused ones keep their layout, since what stays keeps its order
+    for module, some in rows.items():
         cuts.linear(module, torch.cat(some).sort().values if some else None, hidden)
     cuts.linear(layer.o.module, hidden, None if queries is None else layer.o.rows(queries))
     cuts.add(layer.sinks, (0, queries))

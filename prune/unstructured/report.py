@@ -158,6 +158,7 @@ class OneShotReport(Document):
 
     @property
     def layers(self) -> list[LayerFacts]:
+        """A row for each matrix."""
         return self.data["layers"]
 
     @property
@@ -167,6 +168,7 @@ class OneShotReport(Document):
 
     @property
     def label(self) -> str:
+        """ "sparsegpt, 2:4"."""
         settings = self.data["settings"]
         text = str(settings["sparsity"])
         return f"{settings['method']}, {text if ',' in text else Sparsity.parse(text).label}"
@@ -177,6 +179,7 @@ class OneShotReport(Document):
 
     @property
     def packs(self) -> bool:
+        """Whether all matrices are 2:4, so that `effattn.prune.pack` takes them."""
         return all(one["sparsity"] == "2:4" for one in self.layers)
 
     @property

@@ -59,9 +59,8 @@ class StreamedModel:
             )
         loading.check_causal(config, checkpoint.folder)
         require_plain_files(config, checkpoint.folder, "pruning from files")
-        with init_empty_weights(
-            include_buffers=False
-        ):  # rotary frequencies are computed, not stored
+        # rotary frequencies are computed, not stored
+        with init_empty_weights(include_buffers=False):
             model = (
                 loading.class_of(config)
                 ._from_config(config, dtype=config.dtype or torch.float32)

@@ -90,6 +90,7 @@ class Held(State):
 
     @property
     def device(self) -> torch.device | None:
+        """Where it is; None while it holds nothing."""
         return None if self.rest is None else self.rest[0].device
 
     def tensors(self) -> Iterator[Tensor]:

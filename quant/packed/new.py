@@ -49,6 +49,7 @@ class New:
 
     @property
     def end(self) -> int:
+        """Number of the first token after them."""
         return self.first + self.k.shape[2]
 
     def cut(self, low: int, high: int) -> New:

@@ -57,6 +57,7 @@ class QuantizeData(Document):
 
     @property
     def full(self) -> Format:
+        """The row of the cache in full precision."""
         return self.rows[0]
 
     @property

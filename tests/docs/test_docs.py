@@ -55,7 +55,11 @@ def test_every_page_is_in_the_navigation_once():
 
 
 @pytest.mark.quick
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+@pytest.mark.parametrize(
+    "page",
+    PAGES,
+    ids=lambda page: str(page.relative_to(ROOT)),
+)
 def test_links_lead_somewhere(page):
     """Files only; mkdocs checks the places in them."""
     for link in re.findall(r"\]\(([^)#\s]+)", page.read_text(encoding="utf-8")):
@@ -63,14 +67,22 @@ def test_links_lead_somewhere(page):
 
 
 @pytest.mark.quick
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+@pytest.mark.parametrize(
+    "page",
+    PAGES,
+    ids=lambda page: str(page.relative_to(ROOT)),
+)
 def test_python_on_a_page_is_python(page):
     for code in blocks(page, "python"):
         ast.parse(code)
 
 
 @pytest.mark.quick
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+@pytest.mark.parametrize(
+    "page",
+    PAGES,
+    ids=lambda page: str(page.relative_to(ROOT)),
+)
 def test_commands_on_a_page_exist_with_their_options(page):
     """`effattn COMMAND --option` and `python recipes/FILE.py`, wherever a page shows them."""
     for code in blocks(page, "console"):
@@ -104,7 +116,11 @@ def test_the_front_page_runs(tmp_path):
     assert (tmp_path / "runs" / "gqa2" / "config.json").is_file()
 
 
-@pytest.mark.parametrize("script", EXAMPLES, ids=lambda script: script.stem)
+@pytest.mark.parametrize(
+    "script",
+    EXAMPLES,
+    ids=lambda script: script.stem,
+)
 def test_every_example_runs(script, tmp_path):
     out = run(script, tmp_path, folder=tmp_path)  # what it writes goes there
     page = DOCS / "examples" / f"{script.stem.replace('_', '-')}.md"

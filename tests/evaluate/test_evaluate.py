@@ -19,7 +19,11 @@ from effattn.evaluate.loss import _windows, compare, kl_chunked, token_losses
 
 
 @settings(max_examples=200, deadline=None)
-@given(n=st.integers(2, 300), context=st.integers(1, 64), data=st.data())
+@given(
+    n=st.integers(2, 300),
+    context=st.integers(1, 64),
+    data=st.data(),
+)
 def test_every_prediction_counts_exactly_once(n, context, data):
     stride = data.draw(st.integers(1, context))
     seen = []
@@ -99,7 +103,11 @@ def test_pieces_of_logits_give_the_same_losses(kind, tokens, monkeypatch):
 
 
 @settings(max_examples=25, deadline=None)
-@given(rows=st.integers(1, 40), chunk=st.integers(1, 50), seed=st.integers(0, 999))
+@given(
+    rows=st.integers(1, 40),
+    chunk=st.integers(1, 50),
+    seed=st.integers(0, 999),
+)
 def test_chunks_do_not_change_the_kl(rows, chunk, seed):
     generator = torch.Generator().manual_seed(seed)
     a, b = torch.randn(2, rows, 11, generator=generator)

@@ -51,7 +51,12 @@ def ask(task, model, **given):
 
 @pytest.mark.usefixtures("lists")
 @pytest.mark.parametrize(
-    ("task", "style"), [(passkey, "code"), (passkey, "text"), (associative_recall, "code")]
+    ("task", "style"),
+    [
+        (passkey, "code"),
+        (passkey, "text"),
+        (associative_recall, "code"),
+    ],
 )
 def test_who_copies_gets_full_marks_and_who_forgets_does_not(task, style):
     model = Copier()
@@ -90,7 +95,14 @@ def test_prompts_are_text_with_the_key_at_its_depth():
 @pytest.mark.usefixtures("lists")
 def test_each_key_is_asked_once_in_another_order():
     model = Copier()
-    ask(associative_recall, model, depths=(0.2,), trials=1, pairs=6, queries=4)
+    ask(
+        associative_recall,
+        model,
+        depths=(0.2,),
+        trials=1,
+        pairs=6,
+        queries=4,
+    )
     lines = TOKENIZER.decode(model.seen[-1][0].tolist()).splitlines()
     questions = lines[-4:]
     assert len(set(questions)) == 4
@@ -119,7 +131,11 @@ def test_the_embedded_model_recalls_and_pieces_do_not_matter():
     assert row["learned"]
     assert row["choice"] > 0.7
     context = effattn.embedded.tokens("validation", 200)[None]
-    prompts = retrieval.Prompts(context[:, :150], context[:, 150:160], torch.arange(10) % 2 == 0)
+    prompts = retrieval.Prompts(
+        context[:, :150],
+        context[:, 150:160],
+        torch.arange(10) % 2 == 0,
+    )
     one, many = retrieval.answer(model, prompts), retrieval.answer(model, prompts, chunk=37)
     torch.testing.assert_close(one.nats, many.nats, rtol=1e-4, atol=1e-4)
     assert one.chosen is None

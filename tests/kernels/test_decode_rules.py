@@ -131,7 +131,15 @@ LAYOUTS = {
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("queries", [1, 5])
-@pytest.mark.parametrize("rule", [{}, {"window": 17}, {"window": 17, "slow": 4.0}, {"window": 200}])
+@pytest.mark.parametrize(
+    "rule",
+    [
+        {},
+        {"window": 17},
+        {"window": 17, "slow": 4.0},
+        {"window": 200},
+    ],
+)
 def test_raw_keys(layout, queries, rule):
     for settings in ({}, PARTIAL):
         agree(*raw(queries), *LAYOUTS[layout], **rule, **settings)
@@ -161,7 +169,17 @@ def test_decoding_equals_prefill(slow, dtype):
 
 
 def test_gradients_flow():
-    q, k, v = (x.requires_grad_() for x in raw(2, keys=9, batch=1, heads=2, kv_heads=1, dim=4))
+    q, k, v = (
+        x.requires_grad_()
+        for x in raw(
+            2,
+            keys=9,
+            batch=1,
+            heads=2,
+            kv_heads=1,
+            dim=4,
+        )
+    )
     q_far = draw(1, 2, 2, 4, seed=9).requires_grad_()
 
     def run(q, k, v, q_far):
@@ -189,7 +207,14 @@ def test_biases(impl):
         bias = Bias(kind, torch.tensor(params, device=DEVICE))
         options = dict(scale=0.4, softcap=3.0 if kind == "table" else None, bias=bias)
         got = decode.attention(q, k, v, pattern, layout, lse=True, impl=impl, **options)
-        true = reference(q, k, v, seen, distance=i[:, :, None] - j[:, None], **options)
+        true = reference(
+            q,
+            k,
+            v,
+            seen,
+            distance=i[:, :, None] - j[:, None],
+            **options,
+        )
         for one, other in zip(got, true, strict=True):
             torch.testing.assert_close(one, other.float(), rtol=1e-5, atol=1e-5)
 
@@ -238,8 +263,18 @@ def test_angles_of_long_contexts():
         )
         angle = (position.float() * inv_freq[frequency]).double()
         expected = torch.softmax(angle.cos() * 30 * 32**-0.5, dim=0)
-        torch.testing.assert_close(got[0, 0, 0].double(), expected, rtol=1e-5, atol=1e-7)
-        torch.testing.assert_close(truth[0, 0, 0].double(), expected, rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(
+            got[0, 0, 0].double(),
+            expected,
+            rtol=1e-5,
+            atol=1e-7,
+        )
+        torch.testing.assert_close(
+            truth[0, 0, 0].double(),
+            expected,
+            rtol=1e-5,
+            atol=1e-7,
+        )
 
 
 def test_bad_input_is_named():

@@ -111,9 +111,19 @@ def test_equals_the_definition(pattern, layout):
 
 
 @pytest.mark.parametrize(
-    "pattern", [Window(back=20), Window(first=4, back=20), Blocks(first=3, size=16)], ids=str
+    "pattern",
+    [
+        Window(back=20),
+        Window(first=4, back=20),
+        Blocks(first=3, size=16),
+    ],
+    ids=str,
 )
-@pytest.mark.parametrize("start", [None, torch.tensor([0, 3])], ids=["unpadded", "left"])
+@pytest.mark.parametrize(
+    "start",
+    [None, torch.tensor([0, 3])],
+    ids=["unpadded", "left"],
+)
 def test_as_the_pattern_fills(pattern, start):
     for keys in range(16, 45):
         compare(*inputs(keys=keys), pattern, Layout(start=start))
@@ -126,7 +136,14 @@ def test_as_the_pattern_fills(pattern, start):
     pattern=st.sampled_from(PATTERNS),
     layout=st.sampled_from(sorted(LAYOUTS)),
     causal=st.booleans(),
-    heads=st.sampled_from([(4, 4), (6, 2), (3, 1), (5, 5)]),
+    heads=st.sampled_from(
+        [
+            (4, 4),
+            (6, 2),
+            (3, 1),
+            (5, 5),
+        ]
+    ),
     queries=st.integers(1, 16),
     value_dim=st.sampled_from([16, 8]),
     softcap=st.sampled_from([None, 2.0]),
@@ -141,7 +158,13 @@ def test_options_equal_the_definition(
 
 
 @pytest.mark.parametrize(
-    "shape", [(2, 4, 3, KEYS), (1, 1, 3, KEYS), (2, 1, 3, KEYS), (1, 4, 3, KEYS)]
+    "shape",
+    [
+        (2, 4, 3, KEYS),
+        (1, 1, 3, KEYS),
+        (2, 1, 3, KEYS),
+        (1, 4, 3, KEYS),
+    ],
 )
 def test_counts(shape):
     counts = torch.randint(0, 3, shape, generator=torch.Generator().manual_seed(1))
@@ -163,7 +186,13 @@ def test_queries_without_keys_are_zero(dtype):
 
 
 @pytest.mark.parametrize(
-    "pattern", [Pattern(), Window(first=2, back=9), Blocks(size=8, shifted=True)], ids=str
+    "pattern",
+    [
+        Pattern(),
+        Window(first=2, back=9),
+        Blocks(size=8, shifted=True),
+    ],
+    ids=str,
 )
 def test_gradcheck(pattern):
     leaves = [x.requires_grad_() for x in inputs(1, 2, 1, 3, 14, 3, 2)]
@@ -175,7 +204,11 @@ def test_gradcheck(pattern):
 
 @pytest.mark.parametrize(
     ("pattern", "held"),
-    [(Window(back=20), 20), (Window(first=4, back=20), 24), (Blocks(size=16, look_back=1), 18)],
+    [
+        (Window(back=20), 20),
+        (Window(first=4, back=20), 24),
+        (Blocks(size=16, look_back=1), 18),
+    ],
 )
 def test_what_no_query_sees_is_not_read(pattern, held, monkeypatch):
     q, k, v = inputs()
@@ -200,7 +233,11 @@ def rms(x):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("heads", [(4, 4), (8, 2)])
-@pytest.mark.parametrize("pattern", [Pattern(), Window(first=4, back=300)], ids=str)
+@pytest.mark.parametrize(
+    "pattern",
+    [Pattern(), Window(first=4, back=300)],
+    ids=str,
+)
 def test_error_is_at_most_twice_that_of_plain_torch(dtype, heads, pattern):
     q, k, v = inputs(4, *heads, keys=1000, dim=32, value_dim=32, dtype=dtype)
     groups = heads[0] // heads[1]
@@ -213,7 +250,13 @@ def test_error_is_at_most_twice_that_of_plain_torch(dtype, heads, pattern):
         v.repeat_interleave(groups, 1),
         attn_mask=seen[None, None, None],
     )
-    truth, _ = expected(q.double(), k.double(), v.double(), pattern, Layout())
+    truth, _ = expected(
+        q.double(),
+        k.double(),
+        v.double(),
+        pattern,
+        Layout(),
+    )
     for options in ({}, {"lse": True}):
         ours = run(q, k, v, pattern, **options)
         ours = ours[0] if options else ours

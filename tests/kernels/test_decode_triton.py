@@ -139,12 +139,30 @@ def test_any_number_of_keys_and_queries(keys, queries):
     check(*inputs(queries=min(queries, keys), keys=keys, batch=1))
 
 
-@pytest.mark.parametrize(("heads", "kv_heads"), [(1, 1), (3, 3), (6, 2), (8, 1), (40, 1)])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads"),
+    [
+        (1, 1),
+        (3, 3),
+        (6, 2),
+        (8, 1),
+        (40, 1),
+    ],
+)
 def test_mha_gqa_and_mqa(heads, kv_heads):
     check(*inputs(heads=heads, kv_heads=kv_heads, queries=2))
 
 
-@pytest.mark.parametrize(("dim", "value_dim"), [(8, 8), (64, 128), (80, 48), (24, 16), (256, 256)])
+@pytest.mark.parametrize(
+    ("dim", "value_dim"),
+    [
+        (8, 8),
+        (64, 128),
+        (80, 48),
+        (24, 16),
+        (256, 256),
+    ],
+)
 def test_any_head_dimensions(dim, value_dim):
     check(*inputs(dim=dim, value_dim=value_dim, batch=1, queries=2))
 
@@ -181,7 +199,12 @@ def test_patterns(pattern, padded):
 
 @pytest.mark.parametrize(
     "pattern",
-    [Pattern(), Window(back=9, ahead=4), Window(back=9, first=3), Blocks(size=16)],
+    [
+        Pattern(),
+        Window(back=9, ahead=4),
+        Window(back=9, first=3),
+        Blocks(size=16),
+    ],
     ids=repr,
 )
 def test_bidirectional(pattern):
@@ -217,7 +240,16 @@ def test_padding(padding, splits):
 
 
 @pytest.mark.parametrize("start", [None, (0, 5), (90, 130)])
-@pytest.mark.parametrize(("slots", "first"), [(4, 4), (4, 0), (0, 6), (3, 12), (0, 200)])
+@pytest.mark.parametrize(
+    ("slots", "first"),
+    [
+        (4, 4),
+        (4, 0),
+        (0, 6),
+        (3, 12),
+        (0, 200),
+    ],
+)
 def test_slots_before_the_tail(slots, first, start):
     """Slots, then tokens from 100 on: first keys may lie in both, and in the tail after a row's
     padding.
@@ -244,7 +276,15 @@ def test_rings(slots, padded):
     layout = Layout(slots, 0, start, mask, at, ring.to(DEVICE), total)
     q, k, v = inputs(queries=4, keys=keys)
     check(q, k, v, None, layout)
-    check(q, k, v, Window(back=40, first=8), layout, q_first=draw(*q.shape, seed=9), softcap=5.0)
+    check(
+        q,
+        k,
+        v,
+        Window(back=40, first=8),
+        layout,
+        q_first=draw(*q.shape, seed=9),
+        softcap=5.0,
+    )
 
 
 def test_queries_for_the_first_keys():
@@ -266,7 +306,12 @@ def test_softcap_and_scale(softcap):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "rows"), [(torch.bool, (1, 1)), (torch.int32, (2, 4)), (torch.int64, (1, 4))]
+    ("dtype", "rows"),
+    [
+        (torch.bool, (1, 1)),
+        (torch.int32, (2, 4)),
+        (torch.int64, (1, 4)),
+    ],
 )
 def test_counts(dtype, rows, splits):
     """Instead of pattern, causality and padding; some queries see nothing."""
@@ -276,7 +321,15 @@ def test_counts(dtype, rows, splits):
     counts[:, :, 1] = 0
     check(q, k, v, Window(back=1), left_padding(150), counts=counts.to(dtype).to(DEVICE))
     first, other = Window(back=1, first=20), draw(*q.shape, seed=9)
-    check(q, k, v, first, left_padding(150), counts=counts.to(dtype).to(DEVICE), q_first=other)
+    check(
+        q,
+        k,
+        v,
+        first,
+        left_padding(150),
+        counts=counts.to(dtype).to(DEVICE),
+        q_first=other,
+    )
 
 
 @pytest.mark.parametrize("wanted", [1, 2, 7, 100])
@@ -305,7 +358,15 @@ def test_split_fills_the_device_and_leaves_nothing_empty():
 @pytest.mark.parametrize("wanted", [1, 4])
 def test_half_precision_is_as_exact_as_torch(dtype, wanted, splits):
     splits(wanted)
-    q, k, v = inputs(batch=1, queries=3, keys=260, heads=4, kv_heads=2, dim=64, dtype=dtype)
+    q, k, v = inputs(
+        batch=1,
+        queries=3,
+        keys=260,
+        heads=4,
+        kv_heads=2,
+        dim=64,
+        dtype=dtype,
+    )
     pattern = Window(back=200, first=2)
     want, want_lse = expected(q, k, v, pattern)
     at = torch.arange(260, device=DEVICE)

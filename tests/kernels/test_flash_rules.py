@@ -140,7 +140,11 @@ def rerope(q, k, v, window, slow=math.inf, start=0, border=None):
     `border` on.
     """
     i = start + torch.arange(q.shape[2])
-    far = Far(turned(q, (i - window) / slow + window), turned(k, i / slow), border or window)
+    far = Far(
+        turned(q, (i - window) / slow + window),
+        turned(k, i / slow),
+        border or window,
+    )
     return attention(turned(q, i), turned(k, i), v, far=far, impl="torch")
 
 
@@ -168,7 +172,12 @@ def test_what_rerope_is_at_its_limits(small):
     torch.testing.assert_close(
         rerope(q, k, v, 13, slow=4.0, start=1000), rerope(q, k, v, 13, slow=4.0)
     )
-    torch.testing.assert_close(rerope(q, k, v, 13, slow=1e7), near, rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        rerope(q, k, v, 13, slow=1e7),
+        near,
+        rtol=0,
+        atol=1e-5,
+    )
     rope = attention(turned(q, i), turned(k, i), v, impl="torch")
     torch.testing.assert_close(rerope(q, k, v, 13, slow=1.0), rope)
     assert torch.equal(rerope(q, k, v, 70), rope)
@@ -204,7 +213,12 @@ def test_far_pairs_forward_and_backward(pattern, window, case, small):
 
 @pytest.mark.parametrize("kind", BIASES)
 @pytest.mark.parametrize(
-    ("pattern", "causal"), [(Pattern(), True), (Window(first=3, back=30), True), (Pattern(), False)]
+    ("pattern", "causal"),
+    [
+        (Pattern(), True),
+        (Window(first=3, back=30), True),
+        (Pattern(), False),
+    ],
 )
 def test_biases_forward_and_backward(kind, pattern, causal, small):
     bias = Bias(kind, torch.tensor(BIASES[kind]))
@@ -215,7 +229,14 @@ def test_biases_forward_and_backward(kind, pattern, causal, small):
 
 
 def test_gradcheck(small):
-    q, k, v, q_far, k_far = inputs(queries=4, keys=7, batch=1, heads=2, kv_heads=1, dim=2)
+    q, k, v, q_far, k_far = inputs(
+        queries=4,
+        keys=7,
+        batch=1,
+        heads=2,
+        kv_heads=1,
+        dim=2,
+    )
     params = torch.tensor([[0.5, 0.3]], dtype=torch.float64, requires_grad=True)
 
     def far(q, k, v, q_far, k_far):
@@ -242,7 +263,15 @@ def test_the_way_that_traces():
     options = dict(
         causal=True, scale=0.4, softcap=None, q_first=None, need_lse=True, far=Far(q_far, k_far, 13)
     )
-    got = at_once(q, k, v, Window(back=40, first=2), padded(0, 9), counts=None, **options)
+    got = at_once(
+        q,
+        k,
+        v,
+        Window(back=40, first=2),
+        padded(0, 9),
+        counts=None,
+        **options,
+    )
     options = dict(far=options["far"], scale=0.4, lse=True, impl="torch")
     torch.testing.assert_close(
         got, attention(q, k, v, Window(back=40, first=2), padded(0, 9), **options)
@@ -276,7 +305,19 @@ def close(*args, **options):
 
 
 def test_far_pairs_in_triton():
-    close(inputs(50, 50, batch=1, heads=2, kv_heads=1, dtype=torch.float32), Pattern(), None, 18)
+    close(
+        inputs(
+            50,
+            50,
+            batch=1,
+            heads=2,
+            kv_heads=1,
+            dtype=torch.float32,
+        ),
+        Pattern(),
+        None,
+        18,
+    )
 
 
 def test_far_pairs_in_triton_with_everything():
@@ -289,7 +330,15 @@ def test_far_pairs_in_triton_with_everything():
 def test_biases_in_triton(kind):
     capped = {"softcap": 2.0} if kind == "alibi" else {}
     bias = Bias(kind, torch.tensor(BIASES[kind][:2]))
-    tensors = inputs(20, 24, batch=1, heads=2, kv_heads=1, far=False, dtype=torch.float32)
+    tensors = inputs(
+        20,
+        24,
+        batch=1,
+        heads=2,
+        kv_heads=1,
+        far=False,
+        dtype=torch.float32,
+    )
     close(tensors, Window(first=2, back=13), None, bias=bias, **capped)
 
 
@@ -319,4 +368,10 @@ def test_bad_input_is_named():
     ):
         Bias("kerple_log", torch.ones(2, 1))
     with pytest.raises(ValueError, match=r"bias\.params: the Triton kernels have no gradient"):
-        attention(q, k, v, bias=Bias("alibi", torch.ones(4, 1, requires_grad=True)), impl="triton")
+        attention(
+            q,
+            k,
+            v,
+            bias=Bias("alibi", torch.ones(4, 1, requires_grad=True)),
+            impl="triton",
+        )

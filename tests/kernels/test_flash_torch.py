@@ -210,13 +210,38 @@ def test_every_pattern_and_padding(pattern, kind, short, monkeypatch):
         compare(*inputs(batch=3), pattern, layouts(kind, 3, 70), causal=causal)
 
 
-@pytest.mark.parametrize("heads", [(6, 3), (5, 5), (6, 2), (3, 1), (1, 1)])
+@pytest.mark.parametrize(
+    "heads",
+    [
+        (6, 3),
+        (5, 5),
+        (6, 2),
+        (3, 1),
+        (1, 1),
+    ],
+)
 def test_shifted_halves_may_meet_inside_of_a_group(heads, small):
-    compare(*inputs(1, *heads), Blocks(size=10, look_back=1, shifted=True), Layout(), causal=True)
+    compare(
+        *inputs(1, *heads),
+        Blocks(size=10, look_back=1, shifted=True),
+        Layout(),
+        causal=True,
+    )
 
 
 def test_gradcheck(small):
-    q, k, v = (x.requires_grad_() for x in inputs(1, 2, 1, queries=6, keys=9, dim=3, value_dim=2))
+    q, k, v = (
+        x.requires_grad_()
+        for x in inputs(
+            1,
+            2,
+            1,
+            queries=6,
+            keys=9,
+            dim=3,
+            value_dim=2,
+        )
+    )
     q_first = draw(*q.shape, seed=5).requires_grad_()
     layout = Layout(start=torch.tensor([1]))
 
@@ -261,7 +286,13 @@ def test_hidden_keys_do_not_matter(small):
 @pytest.mark.parametrize("softcap", [None, 5.0])
 def test_queries_without_keys_have_no_gradient_whatever_comes_in(softcap, small):
     leaves = [x.requires_grad_() for x in inputs()]
-    out, lse = run(*leaves, WINDOW, layouts("left", 2, 70, seed=1), softcap=softcap, lse=True)
+    out, lse = run(
+        *leaves,
+        WINDOW,
+        layouts("left", 2, 70, seed=1),
+        softcap=softcap,
+        lse=True,
+    )
     blind = lse == -torch.inf
     assert blind.any()
     assert (out[blind] == 0).all()
@@ -271,7 +302,12 @@ def test_queries_without_keys_have_no_gradient_whatever_comes_in(softcap, small)
 
 
 @pytest.mark.parametrize(
-    "pattern", [Window(back=64), Window(first=4, back=64), Blocks(size=64, look_back=1)]
+    "pattern",
+    [
+        Window(back=64),
+        Window(first=4, back=64),
+        Blocks(size=64, look_back=1),
+    ],
 )
 def test_strided_inputs_as_transformers_passes_them(pattern):
     q, k, v = inputs(queries=300, keys=300, dtype=torch.float32)
@@ -287,7 +323,12 @@ def rms(x):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
-    "pattern", [Window(back=100), Window(first=4, back=50), Blocks(size=64, look_back=1)]
+    "pattern",
+    [
+        Window(back=100),
+        Window(first=4, back=50),
+        Blocks(size=64, look_back=1),
+    ],
 )
 @pytest.mark.parametrize("softcap", [None, 30.0])
 def test_error_is_at_most_twice_that_of_plain_torch(dtype, pattern, softcap):
@@ -337,7 +378,14 @@ def test_large_scores_do_not_overflow():
     q, k, v = (30 * x for x in inputs(dtype=torch.float32))
     for options in ({}, {"softcap": 1e4}):
         out, lse = run(q, k, v, WINDOW, lse=True, **options)
-        truth, sums = expected(q.double(), k.double(), v.double(), WINDOW, Layout(), **options)
+        truth, sums = expected(
+            q.double(),
+            k.double(),
+            v.double(),
+            WINDOW,
+            Layout(),
+            **options,
+        )
         torch.testing.assert_close(out.double(), truth, rtol=1e-3, atol=1e-2)
         torch.testing.assert_close(lse.double(), sums, rtol=1e-5, atol=1e-3)
 
@@ -363,7 +411,13 @@ def largest_tensors(call) -> int:
 
 
 @pytest.mark.parametrize(
-    "pattern", [Window(back=64), Window(first=4, back=64), Blocks(size=64), Pattern()]
+    "pattern",
+    [
+        Window(back=64),
+        Window(first=4, back=64),
+        Blocks(size=64),
+        Pattern(),
+    ],
 )
 @pytest.mark.parametrize("kind", ["none", "left"])
 def test_memory_is_linear(pattern, kind):

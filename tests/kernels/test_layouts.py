@@ -74,7 +74,14 @@ def test_tokens_that_are_all_the_same_memory():
 @pytest.mark.parametrize(("impl", "change"), RUNS)
 @pytest.mark.parametrize("queries", [1, 3])
 def test_decode(queries, impl, change):
-    q, k, v = (change(draw(2, h, t, 16, seed=h + t)) for h, t in ((4, queries), (2, 9), (2, 9)))
+    q, k, v = (
+        change(draw(2, h, t, 16, seed=h + t))
+        for h, t in (
+            (4, queries),
+            (2, 9),
+            (2, 9),
+        )
+    )
     mask = torch.ones(2, 18, dtype=torch.bool, device=DEVICE)
     mask[1, :6] = False
     layout = Layout(mask=mask[:, ::2])  # a view as well
@@ -119,7 +126,14 @@ def test_projections_along_time_and_codebooks(impl, change):
     real = torch.rand(2, 18, generator=torch.Generator().manual_seed(0)).to(DEVICE)[:, ::2] > 0.3
 
     def run(q, v):
-        sums, counts = vq.summarise(v, codes[0], words=6, real=real, size=4, impl=impl)
+        sums, counts = vq.summarise(
+            v,
+            codes[0],
+            words=6,
+            real=real,
+            size=4,
+            impl=impl,
+        )
         return vq.read(q, codebook, sums, counts, scale=0.25, size=4, impl=impl)
 
     same(run, q, x)

@@ -197,7 +197,11 @@ def test_memory_that_is_kept(causal, monkeypatch):
         (before.sums, before.norms, out, after.sums, after.norms), (*given, *copies), strict=True
     ):
         assert torch.equal(held, copy)
-    expected, _ = linear.attention(*(x.contiguous() for x in (q, k, v)), "elu", **call)
+    expected, _ = linear.attention(
+        *(x.contiguous() for x in (q, k, v)),
+        "elu",
+        **call,
+    )
     torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
 
 
@@ -237,7 +241,15 @@ def test_a_query_that_sees_nothing_gives_zero():
     q, k, v = (x.detach() for x in inputs())
     mask = torch.zeros(3, 37, dtype=torch.bool)
     for name in MAPS:
-        out, _ = linear.attention(q, k, v, name, mask=mask, impl="torch", **options(name))
+        out, _ = linear.attention(
+            q,
+            k,
+            v,
+            name,
+            mask=mask,
+            impl="torch",
+            **options(name),
+        )
         assert not out.any()
     out, _ = linear.attention(-q.abs(), k, v, "relu", impl="torch")  # features that are all 0
     assert not out.any()
@@ -296,7 +308,20 @@ def test_triton_decay_and_more_keys_than_queries():
 @pytest.mark.parametrize(("dtype", "budget"), [(torch.bfloat16, 1e-2), (torch.float16, 5e-3)])
 @pytest.mark.parametrize("name", ["elu", "favor"])
 def test_triton_in_half_precision(name, dtype, budget):
-    compare(inputs(21, 1, 1, dim=16, batch=1, dtype=dtype, device=DEVICE), name, budget, "triton")
+    compare(
+        inputs(
+            21,
+            1,
+            1,
+            dim=16,
+            batch=1,
+            dtype=dtype,
+            device=DEVICE,
+        ),
+        name,
+        budget,
+        "triton",
+    )
 
 
 @pytest.mark.parametrize("name", ["elu", "favor"])
@@ -307,7 +332,13 @@ def test_triton_memory_and_decoding(name):
     mask = padding(2, 40, DEVICE)
     expected = reference.attention(q, k, v, name, mask=mask, **options(name, device=DEVICE))
     old, new = mask[:, :30], mask[:, 30:]
-    memory = linear.fold(k[:, :, :30], v[:, :, :30], name, mask=old, **call)
+    memory = linear.fold(
+        k[:, :, :30],
+        v[:, :, :30],
+        name,
+        mask=old,
+        **call,
+    )
     chunked, last = linear.attention(
         q[:, :, 30:], k[:, :, 30:], v[:, :, 30:], name, mask=new, memory=memory, keep=True, **call
     )

@@ -29,7 +29,11 @@ def setting(
 ):
     """q, k, v, the buckets of queries (of all tokens) and of keys, the mask, and the places."""
     draw, queries = torch.Generator().manual_seed(seed), tokens if queries is None else queries
-    sizes = ((heads[0], queries, dim), (heads[1], tokens, dim), (heads[1], tokens, dim + 3))
+    sizes = (
+        (heads[0], queries, dim),
+        (heads[1], tokens, dim),
+        (heads[1], tokens, dim + 3),
+    )
     q, k, v = (
         torch.randn(batch, *size, generator=draw, dtype=torch.float64).to(DEVICE, dtype)
         for size in sizes
@@ -102,7 +106,13 @@ RULES = (
 @pytest.mark.parametrize("pads", [None, "left", "right"])
 def test_torch_is_the_reference(rule, causal, pads):
     """Output and gradients, also of fewer queries than keys."""
-    for tokens, queries in ((1, 1), (2, 2), (37, 37), (101, 101), (50, 13))[: 5 if causal else 4]:
+    for tokens, queries in (
+        (1, 1),
+        (2, 2),
+        (37, 37),
+        (101, 101),
+        (50, 13),
+    )[: 5 if causal else 4]:
         heads = (2, 2) if rule.shared_qk else (4, 2)
         *given, mine, bucket, real, places = setting(
             rule, tokens, queries, heads, pads=pads, causal=causal
@@ -174,7 +184,12 @@ def test_hashing_is_argmax_and_ignores_autocast():
 
 def test_a_rows_last_bits_do_not_depend_on_the_others():
     rule = lsh.Rule(2, 4, 8)
-    q, k, v, mine, bucket, _, places = setting(rule, 300, dtype=torch.float32, heads=(4, 4))
+    q, k, v, mine, bucket, _, places = setting(
+        rule,
+        300,
+        dtype=torch.float32,
+        heads=(4, 4),
+    )
     whole = lsh.attention(q, k, v, places, impl="torch")
     for h in range(4):
         one = slice(h, h + 1)

@@ -90,7 +90,12 @@ def test_torch_gradcheck():
 
 @pytest.mark.parametrize(
     ("dtype", "rows"),
-    [(torch.float32, 1), (torch.bfloat16, 5), (torch.bfloat16, 64), (torch.float16, 67)],
+    [
+        (torch.float32, 1),
+        (torch.bfloat16, 5),
+        (torch.bfloat16, 64),
+        (torch.float16, 67),
+    ],
     ids=str,
 )
 @pytest.mark.parametrize("size", SIZES)

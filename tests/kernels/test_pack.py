@@ -173,7 +173,14 @@ def test_pages_are_cut_as_one_tensor_is(coding):
         whole.nbytes,
         coding,
     )
-    for start, stop in ((0, 96), (0, 32), (16, 64), (48, 96), (80, 96), (32, 32)):
+    for start, stop in (
+        (0, 96),
+        (0, 32),
+        (16, 64),
+        (48, 96),
+        (80, 96),
+        (32, 32),
+    ):
         part, want = pages[start:stop], whole[start:stop]
         assert part.tokens == stop - start
         for got, right in zip(concatenate(part.parts).tensors(), want.tensors(), strict=True):

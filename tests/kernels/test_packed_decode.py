@@ -113,7 +113,12 @@ def check(q, cache, pattern=None, impl="torch", **options):
 def small(monkeypatch):
     """Several tiles, spans and blocks of queries even here."""
     monkeypatch.setattr(packed_tiles, "TILE", 1024)
-    for name, value in (("SCORES", 300), ("MANY", 300), ("SHORTEST", 16), ("USUAL", 5)):
+    for name, value in (
+        ("SCORES", 300),
+        ("MANY", 300),
+        ("SHORTEST", 16),
+        ("USUAL", 5),
+    ):
         monkeypatch.setattr(packed_torch, name, value)
 
 
@@ -161,7 +166,13 @@ def test_keys_that_turn_first_queries_and_softcap(small):
         check(q, cache, turn=far(q, 8, slow=4.0), softcap=5.0)
         check(q, cache, turn=far(q, 8, interleaved=True, scaling=1.2))
         if slots:
-            check(q, cache, Window(back=40, first=4), turn=far(q), q_first=q.flip(1))
+            check(
+                q,
+                cache,
+                Window(back=40, first=4),
+                turn=far(q),
+                q_first=q.flip(1),
+            )
             check(q, cache, Pattern(first=4), q_first=q.flip(1), scale=0.1)
 
 
@@ -177,7 +188,11 @@ def test_one_walk_or_many_give_the_same(name, monkeypatch):
 def test_pages_are_one_cache(queries, small):
     for k, v in itertools.product((SIDES[0], INT4), (SIDES[1], SIDES[2])):
         q, cache = made(k, v, queries=queries, packed=96, slots=5)
-        for turn, pattern in ((None, None), (None, Window(back=70)), (far(q), None)):
+        for turn, pattern in (
+            (None, None),
+            (None, Window(back=70)),
+            (far(q), None),
+        ):
             want = attention(q, cache, pattern, turn=turn, impl="torch", lse=True)
             for cuts in ((0, 48, 96), (0, 16, 80, 96)):
                 k_pages, v_pages = (
@@ -234,7 +249,12 @@ TRITON = [
     dict(k=INT4, v=INT2),
     dict(k=Coding("int8", "token", 16, True), v=Coding("fp8", "channel", 32)),
     dict(k=Coding("fp8", "channel", 64), v=Coding("int4", "token", 32, True), value_dim=64),
-    dict(k=Coding("int2", "token", 12), v=Coding("int8", "channel", 16), dim=24, rest=1),
+    dict(
+        k=Coding("int2", "token", 12),
+        v=Coding("int8", "channel", 16),
+        dim=24,
+        rest=1,
+    ),
 ]
 
 
@@ -244,7 +264,12 @@ def test_the_kernel_reads_every_coding(settings):
     check(*made(**settings), impl="triton")
 
 
-BIASES = {"alibi": (4, 1), "kerple_log": (4, 2), "kerple_power": (1, 2), "table": (4, 30)}
+BIASES = {
+    "alibi": (4, 1),
+    "kerple_log": (4, 2),
+    "kerple_power": (1, 2),
+    "table": (4, 30),
+}
 
 
 @pytest.mark.parametrize("impl", ["torch", "triton"])
@@ -257,7 +282,15 @@ def test_distances_add_to_scores(kind, impl, small):
     )
     check(*made(), impl=impl, bias=bias)
     q, cache = made(slots=5, queries=3, start=(0, 37))
-    check(q, cache, Window(back=50, first=4), impl, q_first=q.flip(1), softcap=5.0, bias=bias)
+    check(
+        q,
+        cache,
+        Window(back=50, first=4),
+        impl,
+        q_first=q.flip(1),
+        softcap=5.0,
+        bias=bias,
+    )
     q, cache = made(slots=5, queries=3, ring=True, masked=True)
     check(q, cache, Blocks(size=32, look_back=1, shifted=True), impl, bias=bias)
     turn = Turn(torch.rand(16, device=DEVICE))
@@ -267,7 +300,14 @@ def test_distances_add_to_scores(kind, impl, small):
 def test_the_kernel_does_everything():
     pytest.importorskip("triton")
     q, cache = made(slots=5, queries=3, start=(0, 37))
-    check(q, cache, Window(back=50, first=4), "triton", q_first=q.flip(1), softcap=5.0)
+    check(
+        q,
+        cache,
+        Window(back=50, first=4),
+        "triton",
+        q_first=q.flip(1),
+        softcap=5.0,
+    )
     check(
         *made(slots=5, queries=3, ring=True, static=True, masked=True),
         Blocks(size=32, look_back=1, shifted=True),
@@ -275,8 +315,20 @@ def test_the_kernel_does_everything():
     )
     q, cache = made(slots=5, queries=2)
     check(q, cache, None, "triton", turn=far(q, slow=4.0))
-    q, cache = made(Coding("int2", "token", 32), slots=5, queries=2, start=(0, 37))
-    check(q, cache, Window(back=50, first=4), "triton", turn=far(q, 8), q_first=q.flip(1))
+    q, cache = made(
+        Coding("int2", "token", 32),
+        slots=5,
+        queries=2,
+        start=(0, 37),
+    )
+    check(
+        q,
+        cache,
+        Window(back=50, first=4),
+        "triton",
+        turn=far(q, 8),
+        q_first=q.flip(1),
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -314,7 +366,12 @@ def test_what_cannot_be_done_is_said():
     with pytest.raises(ValueError, match=r"bias.params: got 3 heads, valid are 1 and 4"):
         attention(q, cache, bias=Bias("alibi", torch.ones(3, 1, device=DEVICE)))
     with pytest.raises(ValueError, match=r"turn\.window: got a bias too"):
-        attention(q, cache, turn=far(q), bias=Bias("alibi", torch.ones(4, 1, device=DEVICE)))
+        attention(
+            q,
+            cache,
+            turn=far(q),
+            bias=Bias("alibi", torch.ones(4, 1, device=DEVICE)),
+        )
     pytest.importorskip("triton")
     with pytest.raises(ValueError, match=r"float64.*impl='torch'"):
         attention(q.double(), cache, impl="triton")

@@ -60,7 +60,11 @@ def averages(spec, impl, dtype, sizes=SIZES, tokens=40, dim=32):
             continue
         q, k, v = draw(sizes, dtype, tokens, dim)
         out = attn(q, k, v, causal=causal)
-        grads = torch.autograd.grad(out.float().sin().sum(), (q, k, v), materialize_grads=True)
+        grads = torch.autograd.grad(
+            out.float().sin().sum(),
+            (q, k, v),
+            materialize_grads=True,
+        )
         for name, x in zip(("output", "dq", "dk", "dv"), (out, *grads), strict=True):
             finite = x.isfinite().flatten(1).all(dim=1).tolist()
             assert all(finite), f"{name}, causal {causal}: {finite} of sizes {sizes}"

@@ -30,7 +30,11 @@ def sparse(rows, columns, dtype=torch.float32, seed=0):
 
 
 @settings(deadline=None, max_examples=30)
-@given(rows=st.integers(1, 9), bytes_a_row=st.integers(1, 9), seed=st.integers(0, 99))
+@given(
+    rows=st.integers(1, 9),
+    bytes_a_row=st.integers(1, 9),
+    seed=st.integers(0, 99),
+)
 def test_packing_is_exact(rows, bytes_a_row, seed):
     for dtype in (torch.float64, torch.bfloat16):
         weight = sparse(rows, 8 * bytes_a_row, dtype, seed)
@@ -49,7 +53,11 @@ def test_product(impl, dtype, monkeypatch):
     from effattn.kernels.sparse24 import torch_impl, triton_impl
 
     monkeypatch.setitem(torch_impl.BLOCK, "cpu", 500)
-    for rows, outputs, inputs, waves in ((1, 37, 264, 4), (5, 16, 72, 0), (16, 33, 136, 4)):
+    for rows, outputs, inputs, waves in (
+        (1, 37, 264, 4),
+        (5, 16, 72, 0),
+        (16, 33, 136, 4),
+    ):
         monkeypatch.setattr(triton_impl, "WAVES", waves)
         triton_impl.tile.cache_clear()
         packed = sparse24.pack(sparse(outputs, inputs, dtype))

@@ -81,7 +81,11 @@ def test_gradients_of_queries_and_values_are_exact_and_keys_pass_straight_throug
 
 def test_keys_get_gradients_from_their_own_block_and_the_next():
     q, k, v, attn = fitted(tokens=32)  # blocks of 8
-    for query, keys in ((5, range(6)), (15, range(16)), (31, range(16, 32))):
+    for query, keys in (
+        (5, range(6)),
+        (15, range(16)),
+        (31, range(16, 32)),
+    ):
         leaf = k.clone().requires_grad_()
         (grad,) = torch.autograd.grad(attn(q, leaf, v)[:, :, query].square().sum(), leaf)
         reached = grad.abs().sum(dim=(0, 1, 3)).nonzero().flatten().tolist()
@@ -291,7 +295,13 @@ def test_generation(tokens, tmp_path):
 def test_bert(tmp_path):
     from test_encoders import batch, outputs, tiny
 
-    model = swap(tiny(), "vq", codes=8, block=4, calibration=torch.arange(3, 97).repeat(3))
+    model = swap(
+        tiny(),
+        "vq",
+        codes=8,
+        block=4,
+        calibration=torch.arange(3, 97).repeat(3),
+    )
     expected = outputs(model, batch())
     effattn.save(model, tmp_path / "out")
     assert torch.equal(outputs(effattn.load(tmp_path / "out"), batch()), expected)
@@ -309,12 +319,27 @@ def test_nearest_is_the_same_in_every_precision(impl, dtype):
 
 
 @pytest.mark.parametrize("impl", ["torch", "triton"])
-@pytest.mark.parametrize(("size", "first"), [(8, 0), (8, 5), (None, 3)])
+@pytest.mark.parametrize(
+    ("size", "first"),
+    [
+        (8, 0),
+        (8, 5),
+        (None, 3),
+    ],
+)
 def test_summarise(impl, size, first):
     v = draw(2, 2, 21, 12).to(DEVICE).requires_grad_()
     codes = torch.randint(0, 20, (2, 2, 21), generator=torch.Generator().manual_seed(0)).to(DEVICE)
     real = torch.arange(21, device=DEVICE) >= torch.tensor([[0], [6]], device=DEVICE)
-    sums, counts = vq.summarise(v, codes, words=20, real=real, size=size, first=first, impl=impl)
+    sums, counts = vq.summarise(
+        v,
+        codes,
+        words=20,
+        real=real,
+        size=size,
+        first=first,
+        impl=impl,
+    )
     expected, number = torch.zeros_like(sums), torch.zeros_like(counts)
     for b in range(2):
         for h in range(2):

@@ -49,7 +49,11 @@ def padding(kind: str, batch: int, keys: int, seed=0):
 
 def by_hand(q, k, v, causal, mask):
     """Loops, one query at a time: what the reference itself is held to."""
-    out = torch.zeros(*q.shape[:3], v.shape[-1], dtype=q.dtype)
+    out = torch.zeros(
+        *q.shape[:3],
+        v.shape[-1],
+        dtype=q.dtype,
+    )
     offset, groups = k.shape[2] - q.shape[2], q.shape[1] // k.shape[1]
     for b, h, i in torch.cartesian_prod(*map(torch.arange, q.shape[:3])).tolist():
         seen = [
@@ -155,10 +159,22 @@ def test_the_future_does_not_leak(kind):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
-    ("queries", "kind"), [(400, "none"), (400, "right"), (1, "left"), (300, "holes")]
+    ("queries", "kind"),
+    [
+        (400, "none"),
+        (400, "right"),
+        (1, "left"),
+        (300, "holes"),
+    ],
 )
 def test_error_is_at_most_twice_that_of_plain_torch(dtype, queries, kind):
-    q, k, v = qkv(queries=queries, keys=400, dim=32, value_dim=32, dtype=dtype)
+    q, k, v = qkv(
+        queries=queries,
+        keys=400,
+        dim=32,
+        value_dim=32,
+        dtype=dtype,
+    )
     mask = padding(kind, 2, 400)
     truth = TRUTH(q.double(), k.double(), v.double(), padding_mask=mask)
     visible = torch.ones(queries, 400, dtype=torch.bool).tril(400 - queries)[None, None]
@@ -200,7 +216,11 @@ def test_decode_equals_prefill(chunks, kind):
     for size in chunks:
         stop = start + size
         seen = None if mask is None else mask[:, :stop]
-        step = FAST(*(x[:, :, start:stop] for x in (q, k, v)), padding_mask=seen, state=state)
+        step = FAST(
+            *(x[:, :, start:stop] for x in (q, k, v)),
+            padding_mask=seen,
+            state=state,
+        )
         torch.testing.assert_close(step, whole[:, :, start:stop])
         start = stop
     assert state.seq_len == total
@@ -211,7 +231,12 @@ def test_beam_search_and_rollback_through_the_state():
     q, k, v = qkv(batch=3)
     index = torch.tensor([2, 2, 0])
     state = FAST.new_state()
-    FAST(q[:, :, :7], k[:, :, :7], v[:, :, :7], state=state)
+    FAST(
+        q[:, :, :7],
+        k[:, :, :7],
+        v[:, :, :7],
+        state=state,
+    )
     state.crop(5)
     state.reorder(index)
     new = [x[index, :, 5:] for x in (q, k, v)]
@@ -228,7 +253,16 @@ def test_beam_search_and_rollback_through_the_state():
 
 
 def test_gradcheck():
-    inputs = [x.requires_grad_() for x in qkv(batch=2, queries=3, keys=4, dim=3, value_dim=2)]
+    inputs = [
+        x.requires_grad_()
+        for x in qkv(
+            batch=2,
+            queries=3,
+            keys=4,
+            dim=3,
+            value_dim=2,
+        )
+    ]
     mask = torch.tensor([[False, False, True, True], [True, True, True, False]])
     assert torch.autograd.gradcheck(lambda *x: FAST(*x, padding_mask=mask), inputs)
 

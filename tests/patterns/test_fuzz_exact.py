@@ -168,7 +168,11 @@ def oracle(
         q @ k.repeat_interleave(group, dim=1).mT * (dim**-0.5 if case.scale is None else case.scale)
     )
     scores = scores if case.softcap is None else case.softcap * torch.tanh(scores / case.softcap)
-    scores = torch.where(seen > 0, scores + seen.clamp(min=1).log(), -torch.inf)
+    scores = torch.where(
+        seen > 0,
+        scores + seen.clamp(min=1).log(),
+        -torch.inf,
+    )
     if sinks is not None:
         scores = torch.cat(
             [scores, sinks.to(q.dtype)[None, :, None, None].expand(batch, -1, queries, 1)], dim=-1
@@ -231,7 +235,13 @@ def run(case: Case, impl: str) -> None:
 
     def ours(q, k, v):
         moved = (x if DEVICE == "cpu" else x.to(DEVICE) for x in (q, k, v))
-        return attn(*moved, causal=case.causal, scale=case.scale, **padding, **extras).cpu()
+        return attn(
+            *moved,
+            causal=case.causal,
+            scale=case.scale,
+            **padding,
+            **extras,
+        ).cpu()
 
     found = {}
     for name, call, dtype in (

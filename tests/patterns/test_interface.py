@@ -144,9 +144,21 @@ def test_mask_with_a_state_covers_the_past():
         ValueError,
         match=r"padding_mask: expected \(2, 8\) \(7 in the state \+ 1 new\), got \(2, 1\)",
     ):
-        attn(Q[:, :, :1], K[:, :, :1], V[:, :, :1], state=state, padding_mask=one)
+        attn(
+            Q[:, :, :1],
+            K[:, :, :1],
+            V[:, :, :1],
+            state=state,
+            padding_mask=one,
+        )
     assert state.seq_len == 7  # a refused call leaves the state as it was
-    attn(Q[:, :, :1], K[:, :, :1], V[:, :, :1], state=state, padding_mask=one.expand(2, 8))
+    attn(
+        Q[:, :, :1],
+        K[:, :, :1],
+        V[:, :, :1],
+        state=state,
+        padding_mask=one.expand(2, 8),
+    )
     assert state.seq_len == 8
 
 
@@ -208,13 +220,28 @@ def test_rotary_prefill_equals_decode_and_ignores_left_padding():
     seen = []
     padded = [torch.cat([torch.randn_like(x[:, :, :2]), x], dim=2) for x in (q, k, v)]
     mask = torch.tensor([[False] * 2 + [True] * 6] * 2)
-    out = attn(*padded, padding_mask=mask, rotary=lambda *a: seen.append(a[2:]) or rotary(*a))
+    out = attn(
+        *padded,
+        padding_mask=mask,
+        rotary=lambda *a: seen.append(a[2:]) or rotary(*a),
+    )
     torch.testing.assert_close(out[:, :, 2:], whole)
     assert seen[0][1].tolist() == [[0, 0, 0, 1, 2, 3, 4, 5]] * 2
 
 
 def test_cost():
-    causal = Dense().cost(Shape(2, 4, 2, queries=3, keys=5, head_dim=8, value_dim=16, itemsize=2))
+    causal = Dense().cost(
+        Shape(
+            2,
+            4,
+            2,
+            queries=3,
+            keys=5,
+            head_dim=8,
+            value_dim=16,
+            itemsize=2,
+        )
+    )
     pairs = 3 + 4 + 5
     assert causal.flops == 2 * 2 * 4 * pairs * (8 + 16)
     assert causal.state_bytes == 2 * 2 * 5 * (8 + 16) * 2

@@ -66,7 +66,12 @@ def test_directions_are_orthogonal_with_the_lengths_of_normal_vectors():
     w = draw(100, 16, seed=3).double()
     block = w[16:32]
     lengths = w.norm(dim=-1)
-    torch.testing.assert_close(block @ block.T, torch.diag(lengths[16:32] ** 2), atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        block @ block.T,
+        torch.diag(lengths[16:32] ** 2),
+        atol=1e-5,
+        rtol=0,
+    )
     assert abs((draw(4096, 16, seed=0).norm(dim=-1) ** 2).mean() - 16) < 0.5
     assert abs(draw(4096, 16, seed=0).mean()) < 0.02  # a QR without its signs' fix is biased
     state = torch.get_rng_state()
@@ -189,7 +194,12 @@ def test_rollback(spec):
         attn(*part(0, tokens), state=state)
         state.crop(tokens - ROLLBACK)
         got = attn(*part(tokens - ROLLBACK, 80), state=state)
-        torch.testing.assert_close(got, whole[:, :, tokens - ROLLBACK :], atol=2e-5, rtol=2e-4)
+        torch.testing.assert_close(
+            got,
+            whole[:, :, tokens - ROLLBACK :],
+            atol=2e-5,
+            rtol=2e-4,
+        )
     with pytest.raises(
         ValueError, match=r"crop: got 63, but the first 64 tokens are in the sums.*0 and 64 to 80"
     ):
@@ -206,7 +216,12 @@ def test_learning_with_a_state():
     leaves = [x.requires_grad_() for x in inputs(90, torch.float64)]
     state = attn.new_state()
     parts = [
-        attn(*(x[:, :, a:b] for x in leaves), state=state) for a, b in ((0, 50), (50, 53), (53, 90))
+        attn(*(x[:, :, a:b] for x in leaves), state=state)
+        for a, b in (
+            (0, 50),
+            (50, 53),
+            (53, 90),
+        )
     ]
     loss = lambda out: out.square().sum()  # noqa: E731
     got = torch.autograd.grad(loss(torch.cat(parts, dim=2)), leaves)

@@ -24,7 +24,12 @@ from effattn.states.full import ROLLBACK
 from effattn.surgery.swapping import active, swap
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-SHAPES = {"head": (2, 5, 24), "layer": (1, 5, 24), "kv": (1, 5, 24), "across": (1, 5, 24)}
+SHAPES = {
+    "head": (2, 5, 24),
+    "layer": (1, 5, 24),
+    "kv": (1, 5, 24),
+    "across": (1, 5, 24),
+}
 
 
 def draw(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -72,7 +77,12 @@ def test_definition(share, tokens):
 def test_padding_is_left_out_before_the_projection():
     q, k, v = inputs(9)
     attn = trained(effattn.backend("linformer", k=5, max_length=24), q, k, v, causal=False)
-    alone = attn(q[:1, :, 2:7], k[:1, :, 2:7], v[:1, :, 2:7], causal=False)
+    alone = attn(
+        q[:1, :, 2:7],
+        k[:1, :, 2:7],
+        v[:1, :, 2:7],
+        causal=False,
+    )
     mask = torch.zeros(3, 9, dtype=torch.bool)
     mask[0, 2:7], mask[1] = True, True
     hidden = [torch.where(mask[:, None, :, None], x, torch.nan) for x in (k, v)]
@@ -100,7 +110,14 @@ def test_the_global_generator_is_left_alone():
     q, k, v = inputs(8)
     before = torch.get_rng_state()
     first, other = (
-        effattn.backend("linformer", k=3, max_length=8, init="gaussian", seed=s) for s in (0, 1)
+        effattn.backend(
+            "linformer",
+            k=3,
+            max_length=8,
+            init="gaussian",
+            seed=s,
+        )
+        for s in (0, 1)
     )
     first(q, k, v, causal=False), other(q, k, v, causal=False)
     assert torch.equal(torch.get_rng_state(), before)
@@ -143,9 +160,19 @@ def test_bad_calls():
         attn.new_state()
     with pytest.raises(ValueError, match=r"got 9 tokens, linformer\(max_length=8\)"):
         attn(q, k, v, causal=False)
-    attn(q[:, :, 1:], k[:, :, 1:], v[:, :, 1:], causal=False)
+    attn(
+        q[:, :, 1:],
+        k[:, :, 1:],
+        v[:, :, 1:],
+        causal=False,
+    )
     with pytest.raises(ValueError, match="expected 2 heads, as many as E has, got 4"):
-        attn(q[:, :, 1:], q[:, :, 1:], q[:, :, 1:], causal=False)
+        attn(
+            q[:, :, 1:],
+            q[:, :, 1:],
+            q[:, :, 1:],
+            causal=False,
+        )
 
 
 # ---- blockwise
@@ -160,7 +187,15 @@ def state_after(attn, q, k, v, *sizes: int):
 
 
 @pytest.mark.parametrize("tokens", [1, 3, 4, 5, 8, 29])
-@pytest.mark.parametrize(("k", "slots"), [(1, 1), (16, 2), (20, 3), (32, 4)])
+@pytest.mark.parametrize(
+    ("k", "slots"),
+    [
+        (1, 1),
+        (16, 2),
+        (20, 3),
+        (32, 4),
+    ],
+)
 def test_blockwise_definition(tokens, k, slots):
     q, keys, v = inputs(tokens, torch.float64)
     attn = trained(

@@ -29,7 +29,12 @@ PRIMES = (1, 2, 3, 5, 7, 11, 13, 29, 53)
 @pytest.mark.parametrize("causal", [True, False])
 def test_shared_qk_keeps_to_the_contract(causal):
     attn = effattn.backend("lsh", rounds=2, buckets=4, chunk=2, shared_qk=True, impl="torch")
-    check(attn, causal=causal, sizes=(3, 2, 2, 16), lengths=(1, 2, 5, 37))
+    check(
+        attn,
+        causal=causal,
+        sizes=(3, 2, 2, 16),
+        lengths=(1, 2, 5, 37),
+    )
 
 
 def test_prime_lengths():
@@ -72,10 +77,26 @@ def error(tokens=192, causal=True, **options) -> float:
 
 @pytest.mark.parametrize("causal", [True, False])
 def test_error_falls_with_rounds_and_chunk(causal):
-    by_rounds = [error(rounds=r, buckets=8, chunk=16, causal=causal) for r in (1, 2, 4, 8, 16, 32)]
+    by_rounds = [
+        error(
+            rounds=r,
+            buckets=8,
+            chunk=16,
+            causal=causal,
+        )
+        for r in (1, 2, 4, 8, 16, 32)
+    ]
     assert all(after < before for before, after in pairwise(by_rounds))
     assert by_rounds[-1] < 0.2 * by_rounds[0]
-    by_chunk = [error(rounds=2, buckets=4, chunk=c, causal=causal) for c in (4, 16, 64)]
+    by_chunk = [
+        error(
+            rounds=2,
+            buckets=4,
+            chunk=c,
+            causal=causal,
+        )
+        for c in (4, 16, 64)
+    ]
     assert by_chunk[0] > by_chunk[1] > by_chunk[2]
 
 
@@ -230,7 +251,12 @@ def test_memory_is_what_cost_says_and_bounded():
         held.append(state.nbytes)
         assert state.nbytes == attn.cost(Shape(2, 4, 2, tokens, tokens, 16, itemsize=4)).state_bytes
         for _ in range(20):
-            attn(q[:, :, -1:], k[:, :, -1:], v[:, :, -1:], state=state)
+            attn(
+                q[:, :, -1:],
+                k[:, :, -1:],
+                v[:, :, -1:],
+                state=state,
+            )
         more = tokens + 20
         assert state.nbytes == attn.cost(Shape(2, 4, 2, 1, more, 16, itemsize=4)).state_bytes
     assert held[0] == held[1] < held[2] == held[5]
@@ -240,12 +266,22 @@ def test_crop_refuses_what_was_overwritten():
     attn = effattn.backend(SMALL, impl="torch")
     q, k, v = inputs(100, sizes=(1, 4, 2, 16))
     state = attn.new_state()
-    attn(q[:, :, :60], k[:, :, :60], v[:, :, :60], state=state)
+    attn(
+        q[:, :, :60],
+        k[:, :, :60],
+        v[:, :, :60],
+        state=state,
+    )
     state.crop(7)  # all is still there
     torch.testing.assert_close(
         attn(q[:, :, 7:60], k[:, :, 7:60], v[:, :, 7:60], state=state), attn(q, k, v)[:, :, 7:60]
     )
-    attn(q[:, :, 60:], k[:, :, 60:], v[:, :, 60:], state=state)
+    attn(
+        q[:, :, 60:],
+        k[:, :, 60:],
+        v[:, :, 60:],
+        state=state,
+    )
     with pytest.raises(ValueError, match=r"crop: got 83.*valid are 0 and 84 to 100"):
         state.crop(83)
     state.crop(90)
@@ -262,7 +298,12 @@ def test_gradients_through_a_state():
     given = [x.requires_grad_() for x in inputs(120, torch.float64, sizes=(1, 2, 2, 8))]
     state = attn.new_state()
     parts = [
-        attn(*(x[:, :, a:b] for x in given), state=state) for a, b in ((0, 80), (80, 90), (90, 120))
+        attn(*(x[:, :, a:b] for x in given), state=state)
+        for a, b in (
+            (0, 80),
+            (80, 90),
+            (90, 120),
+        )
     ]
     whole = attn(*given)
     torch.testing.assert_close(torch.cat(parts, dim=2), whole)

@@ -88,7 +88,17 @@ def test_definition_and_cost(name, options, causal):
     ]
     assert seen.int().tolist() == expected
     for queries in (1, 7, T) if causal else (T,):
-        shape = Shape(2, 4, 2, queries, T, head_dim=8, value_dim=16, itemsize=4, causal=causal)
+        shape = Shape(
+            2,
+            4,
+            2,
+            queries,
+            T,
+            head_dim=8,
+            value_dim=16,
+            itemsize=4,
+            causal=causal,
+        )
         cost, rows = attn.cost(shape), seen[:, T - queries :]
         assert cost.flops == 2 * 2 * int(rows.sum()) * (8 + 16)
         used = int((rows > 0).any(0).any(0).sum())
@@ -127,7 +137,12 @@ def test_sinks_stand_at_their_place_in_the_cache(impl):
             if i - j < window or j < sinks:
                 distance = min(i - j, window + sinks - 1 - j) if j < sinks else i - j
                 at = torch.tensor([distance])
-                turned, _ = rope(q[:, :, i : i + 1], k[:, :, :1], at, at * 0)
+                turned, _ = rope(
+                    q[:, :, i : i + 1],
+                    k[:, :, :1],
+                    at,
+                    at * 0,
+                )
                 scores.append((turned[0, 0, 0] @ k[0, 0, j]) / math.sqrt(dim))
                 values.append(v[0, 0, j])
         torch.testing.assert_close(

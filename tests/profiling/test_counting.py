@@ -110,7 +110,12 @@ def test_attention_counts_pairs_whatever_the_kernel(dims):
 
 def test_attention_reads_keys_through_views():
     q, k, v = torch.randn(1, 4, 1, 8), torch.randn(1, 2, 64, 8), torch.randn(1, 2, 64, 8)
-    found = counted(lambda: sdpa(q, k[:, :, 48:], v[:, :, 48:], enable_gqa=True), q=q, k=k, v=v)
+    found = counted(
+        lambda: sdpa(q, k[:, :, 48:], v[:, :, 48:], enable_gqa=True),
+        q=q,
+        k=k,
+        v=v,
+    )
     assert found.read_bytes("q") == q.nbytes
     assert found.read_bytes("k") == found.read_bytes("v") == k.nbytes // 4
 

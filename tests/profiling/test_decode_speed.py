@@ -107,7 +107,12 @@ def test_the_step_sees_the_whole_cache():
 
 def test_a_cache_that_does_not_fit_is_reported_and_the_rest_goes_on(monkeypatch):
     monkeypatch.setattr(decode, "available_bytes", lambda device: 1_000_000)
-    rows = decode_speed({"before": llama(4), "after": llama(1)}, [10, 1500], steps=1, repeats=1)
+    rows = decode_speed(
+        {"before": llama(4), "after": llama(1)},
+        [10, 1500],
+        steps=1,
+        repeats=1,
+    )
     fits = {(row["context"], row["model"]): row for row in rows}
     lost = fits.pop((1500, "before"))
     assert lost["kv_bytes"] == 2 * 3 * 4 * 1500 * 8 * 4
@@ -119,7 +124,12 @@ def test_a_cache_that_does_not_fit_is_reported_and_the_rest_goes_on(monkeypatch)
 def test_caches_that_fit_only_one_at_a_time_are_timed_so(monkeypatch):
     one = 2 * 3 * 4 * 100 * 8 * 4
     monkeypatch.setattr(decode, "available_bytes", lambda device: int(3.2 * one))
-    rows = decode_speed({"a": llama(4), "b": llama(4)}, [100], steps=1, repeats=1)
+    rows = decode_speed(
+        {"a": llama(4), "b": llama(4)},
+        [100],
+        steps=1,
+        repeats=1,
+    )
     assert [row["alternated"] for row in rows] == [False, False]
     assert all(row["ms_p50"] > 0 for row in rows)
 

@@ -138,7 +138,14 @@ def within(model, batch: int, tokens: int, share: float = 0.1) -> None:
         assert abs(numbers["ratio"] - 1) <= share, (which, numbers)
 
 
-@pytest.mark.parametrize(("batch", "tokens"), [(1, 512), (1, 4096), (3, 600)])
+@pytest.mark.parametrize(
+    ("batch", "tokens"),
+    [
+        (1, 512),
+        (1, 4096),
+        (3, 600),
+    ],
+)
 def test_the_embedded_model(batch, tokens):
     model, _ = effattn.embedded.load()
     within(model, batch, tokens, share=0.05)

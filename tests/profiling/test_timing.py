@@ -60,7 +60,13 @@ def test_alternate_interleaves_and_keeps_to_its_bounds():
 def test_alternate_ends_when_the_time_is_over():
     clock = Clock("cpu")
     start = time.perf_counter()
-    times = alternate({"sleep": lambda: time.sleep(0.01)}, clock, seconds=0.1, least=1, most=10**6)
+    times = alternate(
+        {"sleep": lambda: time.sleep(0.01)},
+        clock,
+        seconds=0.1,
+        least=1,
+        most=10**6,
+    )
     assert 0.1 <= time.perf_counter() - start < 5
     assert all(one >= 0.01 for one in times["sleep"])
 

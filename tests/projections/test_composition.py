@@ -18,8 +18,18 @@ def shrunk():
     )
     dense = effattn.perplexity(model, held_out, context=512)
     effattn.convert_gqa(model, kv_heads=4, calibration=tokens)
-    model, _ = effattn.prune.structured(model, tokens, ffn=0.25, criterion="activation")
-    effattn.prune.oneshot(model, tokens, method="sparsegpt", sparsity="2:4")
+    model, _ = effattn.prune.structured(
+        model,
+        tokens,
+        ffn=0.25,
+        criterion="activation",
+    )
+    effattn.prune.oneshot(
+        model,
+        tokens,
+        method="sparsegpt",
+        sparsity="2:4",
+    )
     pruned = effattn.perplexity(model, held_out, context=512)
     report = effattn.prune.pack(model)
     return model, held_out, dense, pruned, report

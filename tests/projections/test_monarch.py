@@ -22,12 +22,25 @@ from effattn.surgery.replace import matrices_of
 
 IDS = torch.randint(1, 96, (2, 12), generator=torch.Generator().manual_seed(0))
 #         inputs outputs blocks rank
-SHAPES = [(64, 64, 8, 1), (60, 100, 7, 3), (96, 48, 4, 2), (33, 65, 5, 7), (5, 3, 1, 2)]
+SHAPES = [
+    (64, 64, 8, 1),
+    (60, 100, 7, 3),
+    (96, 48, 4, 2),
+    (33, 65, 5, 7),
+    (5, 3, 1, 2),
+]
 
 
 def random_layer(inputs, outputs, blocks, rank, dtype=torch.float64, **options):
     torch.manual_seed(0)
-    return MonarchLinear(inputs, outputs, blocks, rank=rank, dtype=dtype, **options)
+    return MonarchLinear(
+        inputs,
+        outputs,
+        blocks,
+        rank=rank,
+        dtype=dtype,
+        **options,
+    )
 
 
 # ---- one layer
@@ -36,10 +49,18 @@ def random_layer(inputs, outputs, blocks, rank, dtype=torch.float64, **options):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_the_projection_of_a_monarch_matrix_is_itself(shape):
     layer = random_layer(*shape)
-    again = MonarchLinear.from_linear(layer.to_linear(), shape[2], rank=shape[3])
+    again = MonarchLinear.from_linear(
+        layer.to_linear(),
+        shape[2],
+        rank=shape[3],
+    )
     assert torch.allclose(again.dense(), layer.dense(), atol=1e-13)
     assert again.error < 1e-13
-    third = MonarchLinear.from_linear(again.to_linear(), shape[2], rank=shape[3])
+    third = MonarchLinear.from_linear(
+        again.to_linear(),
+        shape[2],
+        rank=shape[3],
+    )
     assert torch.allclose(third.dense(), again.dense(), atol=1e-13)
     x = torch.randn(2, 3, shape[0], dtype=torch.float64)
     assert torch.allclose(again(x), layer.to_linear()(x), atol=1e-12)
@@ -101,7 +122,12 @@ def test_a_fit_to_data_is_closer_in_outputs():
         return ((layer(x) - layer.bias - y).norm() / y.norm()).item()
 
     plain = MonarchLinear.from_linear(linear, 4, rank=2)
-    fitted = MonarchLinear.from_linear(linear, 4, rank=2, moment=moment)
+    fitted = MonarchLinear.from_linear(
+        linear,
+        4,
+        rank=2,
+        moment=moment,
+    )
     assert missed(fitted) < 0.8 * missed(plain)
     assert math.isclose(fitted.output_error, missed(fitted), rel_tol=1e-3)
     assert plain.output_error is None
@@ -171,7 +197,11 @@ def test_state_dict_copies_and_gradients():
     names = list(layer.state_dict())
 
     def call(x, *values):
-        return torch.func.functional_call(layer, dict(zip(names, values, strict=True)), (x,))
+        return torch.func.functional_call(
+            layer,
+            dict(zip(names, values, strict=True)),
+            (x,),
+        )
 
     assert torch.autograd.gradcheck(call, (x, *layer.parameters()))
     assert MonarchLinear(12, 18, 3, bias=False).bias is None

@@ -44,7 +44,11 @@ def quantized(folder, kind: str):
     """As plain transformers loads it."""
     options = dict(load_in_8bit=True)
     if kind != "int8":
-        options = dict(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32, **FOUR_BITS[kind])
+        options = dict(
+            load_in_4bit=True,
+            bnb_4bit_compute_dtype=torch.float32,
+            **FOUR_BITS[kind],
+        )
     config = BitsAndBytesConfig(**options)
     return AutoModelForCausalLM.from_pretrained(
         folder, quantization_config=config, dtype=torch.float32
@@ -131,7 +135,12 @@ def test_what_was_rearranged_before_is_turned_back(plain, kind, through, tmp_pat
         for old, new in zip(before, found, strict=True):
             # bf16 scales; "nested" has them quantized to 8 bits again
             budget = 2**-8 if kind != "nested" or through == "model" else 2**-5
-            torch.testing.assert_close(new, old, rtol=budget, atol=budget * float(old.abs().max()))
+            torch.testing.assert_close(
+                new,
+                old,
+                rtol=budget,
+                atol=budget * float(old.abs().max()),
+            )
             assert not torch.equal(old, torch.zeros_like(old))
 
 

@@ -50,7 +50,11 @@ def test_the_command_line_names_them_all():
 def test_every_criterion_ranks_what_it_says_and_refuses_the_rest(name, tokens):
     parts = hf.of(tiny("llama", num_key_value_heads=4))
     batches, (known, _) = windows(tokens[:128], 32, 2), ROWS[name]
-    shapes = {"heads": (2, 4), "ffn": (2, 96), "layers": (2,)}
+    shapes = {
+        "heads": (2, 4),
+        "ffn": (2, 96),
+        "layers": (2,),
+    }
     found = criteria.measure(name, parts, batches, known)
     for target in TARGETS:
         scores = getattr(found, target)

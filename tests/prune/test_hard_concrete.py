@@ -66,7 +66,11 @@ def test_multipliers_climb_and_masks_fall_until_the_shape_is_met():
     """Nothing but the constraints: gradient descent on everything ends at the target, row by
     row.
     """
-    masks = Masks(hf.of(tiny("llama")), {"heads": 2, "ffn": 24, "hidden": 32}, start=2.0)
+    masks = Masks(
+        hf.of(tiny("llama")),
+        {"heads": 2, "ffn": 24, "hidden": 32},
+        start=2.0,
+    )
     constraints = Lagrangian(masks, warmup=30)
     assert constraints.targets(15)["heads"] == pytest.approx(0.5 * 0.75)
     optimizer = torch.optim.Adam(

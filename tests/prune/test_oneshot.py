@@ -137,7 +137,13 @@ def test_shares_by_sensitivity_keep_the_mean(tokens):
 def test_in_memory_spilled_and_without_tokens(tokens, tmp_path):
     models = [tiny("llama", dtype=torch.float32) for _ in range(2)]
     effattn.prune.oneshot(models[0], tokens, length=64, sparsity=0.5)
-    effattn.prune.oneshot(models[1], tokens, length=64, sparsity=0.5, spill=tmp_path / "states")
+    effattn.prune.oneshot(
+        models[1],
+        tokens,
+        length=64,
+        sparsity=0.5,
+        spill=tmp_path / "states",
+    )
     assert all(
         torch.equal(a, b)
         for a, b in zip(*(one.state_dict().values() for one in models), strict=True)
@@ -322,7 +328,13 @@ def test_a_killed_run_goes_on_and_ends_the_same(source, tokens, tmp_path):
     with pytest.raises(ValueError, match="unfinished run with another calibration_tokens, tokens"):
         prune_files(source, resumed, tokens[:1024], length=64)
     steps = []
-    prune_files(source, resumed, tokens, length=64, progress=lambda done, total: steps.append(done))
+    prune_files(
+        source,
+        resumed,
+        tokens,
+        length=64,
+        progress=lambda done, total: steps.append(done),
+    )
     assert steps == [3, 4]  # one layer's work was lost
     ours, theirs = snapshot(resumed), snapshot(whole)
     for one in (ours, theirs):

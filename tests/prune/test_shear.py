@@ -99,7 +99,12 @@ def test_norms_take_their_mean_over_kept_dimensions():
     expected = (
         x[:, :16] / (x[:, :16].square().mean(-1, keepdim=True) + norm.variance_epsilon).sqrt()
     )
-    torch.testing.assert_close(norm(x)[:, :16], expected * norm.weight[:16], rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(
+        norm(x)[:, :16],
+        expected * norm.weight[:16],
+        rtol=1e-6,
+        atol=1e-6,
+    )
     masks.detach()
     assert not torch.allclose(norm(x)[:, :16], expected * norm.weight[:16])
 
@@ -296,7 +301,11 @@ def test_training_moves_masks_towards_what_matters():
     kept = []
     keep = folding.keep
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(folding, "keep", lambda values: kept.append(keep(values)) or keep(values))
+        patch.setattr(
+            folding,
+            "keep",
+            lambda values: kept.append(keep(values)) or keep(values),
+        )
         _, facts = learn_masks(
             model,
             Target(ffn=48),

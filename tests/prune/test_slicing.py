@@ -63,7 +63,11 @@ class KeptNorm(torch.nn.Module):
         super().__init__()
         self.norm, self.index = copy.deepcopy(norm), index
         for name, parameter in norm.named_parameters(recurse=False):
-            setattr(self.norm, name, torch.nn.Parameter(parameter.detach()[..., index]))
+            setattr(
+                self.norm,
+                name,
+                torch.nn.Parameter(parameter.detach()[..., index]),
+            )
         if hasattr(norm, "normalized_shape"):
             self.norm.normalized_shape = (len(index),)
 
@@ -170,7 +174,11 @@ def check(model, keep: Keep, tokens, folder):
 @pytest.mark.parametrize("kind", CLASSES)
 def test_masked_is_sliced(kind, kv_heads, tokens, tmp_path):
     model = model_of(kind, num_key_value_heads=kv_heads)
-    keep = Keep(heads=picks(kv_heads, 2, 2), ffn=picks(96, 60, 2), layers=torch.tensor([2, 0]))
+    keep = Keep(
+        heads=picks(kv_heads, 2, 2),
+        ffn=picks(96, 60, 2),
+        layers=torch.tensor([2, 0]),
+    )
     small, cache = check(model, keep, tokens, tmp_path)
     layer = hf.of(small).layers[0]
     assert (layer.heads, layer.kv_heads, layer.head_dim, layer.feed_forward.size) == (
@@ -202,7 +210,11 @@ def test_classes_whose_heads_make_up_the_hidden_size(kind, tokens, tmp_path):
         tokens,
         tmp_path / "ffn",
     )
-    keep = Keep(hidden=picks(64, 32, 1)[0], heads=picks(8, 4, 3), ffn=picks(96, 50, 3))
+    keep = Keep(
+        hidden=picks(64, 32, 1)[0],
+        heads=picks(8, 4, 3),
+        ffn=picks(96, 50, 3),
+    )
     check(model_of(kind), keep, tokens, tmp_path / "hidden")
     with pytest.raises(
         Unsupported, match=r"4 heads of 8 with hidden size 64.*with 4 heads, hidden has to be 32"

@@ -35,7 +35,15 @@ def logits(model, tokens):
     return model(input_ids=tokens[:96].view(2, 48), use_cache=False).logits
 
 
-@pytest.mark.parametrize("kept", [[0, 2], [1, 3], [2, 3], [3]])
+@pytest.mark.parametrize(
+    "kept",
+    [
+        [0, 2],
+        [1, 3],
+        [2, 3],
+        [3],
+    ],
+)
 @pytest.mark.parametrize("case", CASES)
 def test_layers_that_stay_compute_what_they_did(case, kept, tokens, tmp_path):
     kind, settings = CASES[case]

@@ -115,7 +115,13 @@ def test_5_groups_do_not_depend_on_the_block():
 
 
 @settings(max_examples=25, deadline=None)
-@given(st.integers(1, 40), st.integers(2, 50), st.floats(0, 1), st.integers(1, 60), st.booleans())
+@given(
+    st.integers(1, 40),
+    st.integers(2, 50),
+    st.floats(0, 1),
+    st.integers(1, 60),
+    st.booleans(),
+)
 def test_6_exactly_k_weights_go(outputs, inputs, share, block, repeated):
     """Also at 0 and 1, with ties, and where nothing divides anything."""
     weight, x = problem(outputs, inputs, 2 * inputs)
@@ -133,7 +139,11 @@ def test_6_exactly_k_weights_go(outputs, inputs, share, block, repeated):
 
 
 @settings(max_examples=25, deadline=None)
-@given(st.integers(1, 12), st.integers(1, 5), st.data())
+@given(
+    st.integers(1, 12),
+    st.integers(1, 5),
+    st.data(),
+)
 def test_6_exactly_n_of_every_m_go(m, groups, data):
     n = data.draw(st.integers(0, m))
     m *= data.draw(st.sampled_from([1, 3]))  # past what is ranked by pairs, too
@@ -214,7 +224,12 @@ def test_hessians_are_running_means_and_serve_several_layers():
         pieces.add(piece.view(1, *piece.shape))
         diagonal.add(piece)
     assert whole.mean.dtype == torch.float32
-    torch.testing.assert_close(whole.mean, 2 * x.T @ x / len(x), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        whole.mean,
+        2 * x.T @ x / len(x),
+        rtol=1e-4,
+        atol=1e-5,
+    )
     torch.testing.assert_close(pieces.mean, whole.mean, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(diagonal.diagonal, whole.diagonal, rtol=1e-4, atol=1e-5)
     before = whole.mean.clone()

@@ -103,7 +103,12 @@ def test_gates_multiply_and_their_gradients_are_michels(model, batches, tokens):
     torch.testing.assert_close(logits(model, tokens), before)  # the hooks are gone
     mistral = tiny("mistral", num_key_value_heads=4)
     mistral.load_state_dict(model.state_dict())
-    torch.testing.assert_close(logits(slice_model(mistral, keep), tokens), found, rtol=0, atol=1e-6)
+    torch.testing.assert_close(
+        logits(slice_model(mistral, keep), tokens),
+        found,
+        rtol=0,
+        atol=1e-6,
+    )
 
     step, expected = 1e-4, torch.zeros(2, 4)
     for window in batches[0]:
@@ -152,7 +157,12 @@ def test_the_criteria_that_only_look(model, batches):
         torch.testing.assert_close(found.heads[1], heads.view(4, -1).sum(1))
     found = criteria.measure("activation", parts, batches, ["heads", "ffn"])
     per_window = x.float().view(6, LENGTH, 96).abs().mean(1)
-    torch.testing.assert_close(found.ffn[1], per_window.norm(dim=0).double(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        found.ffn[1],
+        per_window.norm(dim=0).double(),
+        rtol=1e-5,
+        atol=1e-6,
+    )
     per_window = z.float().view(6, LENGTH, 8, 8).norm(dim=-1).mean(1)
     torch.testing.assert_close(
         found.heads[1], per_window.norm(dim=0).view(4, 2).sum(1).double(), rtol=1e-5, atol=1e-6

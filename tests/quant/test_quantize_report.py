@@ -10,97 +10,111 @@ import pytest
 
 from effattn.quant.sensitivity.report import QuantizeReport
 
+NAMES = ["full", "int8", "int2(group=16, residual=64)", "plan"]
+
+
+def quality(kl: float) -> dict:
+    """What one cache does to the text."""
+    return {
+        "tokens": 4096,
+        "length": 512,
+        "cross_entropy": 2.8 + kl,
+        "perplexity": 16.4 + kl,
+        "kl": kl,
+        "parent_cross_entropy": 2.8,
+        "parent_perplexity": 16.4,
+        "loss_error": kl / 9,
+        "agreement": 1 - kl,
+        "held_tokens": 512,
+        "held_bytes": 9,
+    }
+
+
+def format_row(place: int, name: str, kl: float) -> dict:
+    """A format's row, each of a third of the bytes of the one before."""
+    return {
+        "name": name,
+        "cache": None if name == "full" else name,
+        "adapted": "groups of 32" if place else "",
+        "quality": quality(kl),
+        "bytes_per_token": 8192 / 3**place,
+        "held": [{"tokens": 512, "predicted": 1000, "held": 1000, "allocated": 1000}],
+        "memory": [{"context": n, "bytes": n * 8192 // 3**place} for n in (4096, 32768, 131072)],
+    }
+
+
+def depth_row(depth: float) -> dict:
+    """Retrieval from one depth of the text."""
+    return {
+        "depth": depth,
+        "trials": 8,
+        "exact": depth,
+        "token_accuracy": depth,
+        "choice": None,
+        "nats": 2 - depth,
+        "learned": depth > 0.4,
+    }
+
+
+def time_row(tokens: int, batch: int, name: str) -> dict:
+    """Decoding steps over one cache."""
+    return {
+        "context": tokens,
+        "batch": batch,
+        "lane": name,
+        "ms": tokens / 99,
+        "ms_p20": tokens / 100,
+        "ms_p80": tokens / 98,
+        "rounds": 9,
+        "tokens_per_s": 50.0,
+        "kv_bytes": tokens,
+    }
+
+
+def layer_row(layer: int, place: int, spec: str) -> dict:
+    """One layer alone in one format."""
+    return {
+        "layer": layer,
+        "spec": spec,
+        "kl": 10.0 ** -(place + layer),
+        "perplexity": 17.0,
+        "agreement": 0.99,
+    }
+
 
 def data() -> dict:
     """A report's, as the job makes it."""
-    names = ["full", "int8", "int2(group=16, residual=64)", "plan"]
-
-    def quality(kl: float) -> dict:
-        return {
-            "tokens": 4096,
-            "length": 512,
-            "cross_entropy": 2.8 + kl,
-            "perplexity": 16.4 + kl,
-            "kl": kl,
-            "parent_cross_entropy": 2.8,
-            "parent_perplexity": 16.4,
-            "loss_error": kl / 9,
-            "agreement": 1 - kl,
-            "held_tokens": 512,
-            "held_bytes": 9,
-        }
-
-    formats = [
-        {
-            "name": name,
-            "cache": None if name == "full" else name,
-            "adapted": "groups of 32" if place else "",
-            "quality": quality(kl),
-            "bytes_per_token": 8192 / 3**place,
-            "held": [{"tokens": 512, "predicted": 1000, "held": 1000, "allocated": 1000}],
-            "memory": [
-                {"context": n, "bytes": n * 8192 // 3**place} for n in (4096, 32768, 131072)
-            ],
-        }
-        for place, (name, kl) in enumerate(zip(names, (1e-9, 1e-4, 0.02, 3e-4), strict=True))
-    ]
-    depths = [
-        {
-            "depth": d,
-            "trials": 8,
-            "exact": d,
-            "token_accuracy": d,
-            "choice": None,
-            "nats": 2 - d,
-            "learned": d > 0.4,
-        }
-        for d in (0.1, 0.5, 0.9)
-    ]
-    answers = [
-        {"lane": name, "task": task, "packed": 64, "chance": 0.0, "rows": depths}
-        for task in ("passkey", "associative recall")
-        for name in names
-    ]
-    timed = [
-        {
-            "context": n,
-            "batch": batch,
-            "lane": name,
-            "ms": n / 99,
-            "ms_p20": n / 100,
-            "ms_p80": n / 98,
-            "rounds": 9,
-            "tokens_per_s": 50.0,
-            "kv_bytes": n,
-        }
-        for n in (512, 4096)
-        for batch in (1, 4)
-        for name in names
-    ]
+    depths = [depth_row(depth) for depth in (0.1, 0.5, 0.9)]
     return {
         "kind": "quantize_kv",
-        "formats": formats,
-        "retrieval": answers,
-        "decode": timed,
+        "formats": [
+            format_row(place, name, kl)
+            for place, (name, kl) in enumerate(zip(NAMES, (1e-9, 1e-4, 0.02, 3e-4), strict=True))
+        ],
+        "retrieval": [
+            {"lane": name, "task": task, "packed": 64, "chance": 0.0, "rows": depths}
+            for task in ("passkey", "associative recall")
+            for name in NAMES
+        ],
+        "decode": [
+            time_row(tokens, batch, name)
+            for tokens in (512, 4096)
+            for batch in (1, 4)
+            for name in NAMES
+        ],
         "saved": {"0-3": "int8"},
         "settings": {
             "model": "some-model",
-            "formats": names[1:3],
+            "formats": NAMES[1:3],
             "sensitivity_tokens": 2048,
             "retrieval_length": 384,
         },
         "model": {"class": "Llama", "weights": "nf4", "weight_bytes": 5_000_000},
         "environment": {"torch": "2.99"},
         "sensitivity": [
-            {
-                "layer": layer,
-                "spec": spec,
-                "kl": 10.0 ** -(place + layer),
-                "perplexity": 17.0,
-                "agreement": 0.99,
-            }
+            layer_row(layer, place, spec)
             for layer in range(4)
-            for place, spec in enumerate(names[1:3], 2)
+            for place, spec in enumerate(NAMES[1:3], 2)
         ],
         "plan": {
             "budget": 1500.0,

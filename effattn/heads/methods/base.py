@@ -37,6 +37,7 @@ class Heads:
     seed: int = 0
 
     def select(self, heads: Sequence[int]) -> Heads:
+        """The heads of these numbers only."""
         index = torch.as_tensor(list(heads))
         return Heads(
             self.keys[index],

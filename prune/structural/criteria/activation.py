@@ -24,6 +24,7 @@ from effattn.prune.structural.criteria.base import (
 
 @criterion("activation", ("heads", "ffn"), place=40)
 def score(parts: Anatomy, batches: list[Tensor], targets: list[str], seed: int) -> Importance:
+    """L2 over windows of the mean output, or magnitude, in a window; one pass."""
     sums, seen = Sums(parts), []
 
     def see(target: str, layer: Layer, x: Tensor) -> None:

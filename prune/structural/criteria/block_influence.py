@@ -19,6 +19,7 @@ from effattn.prune.structural.criteria.base import (
 
 @criterion("block_influence", ("layers",), place=70)
 def score(parts: Anatomy, batches: list[Tensor], targets: list[str], seed: int) -> Importance:
+    """One minus the cosine of what goes into a layer and what comes out of it."""
     sums, tokens = Sums(parts), sum(batch.numel() for batch in batches)
 
     def see(layer: Layer, before: Tensor, after: Tensor) -> None:

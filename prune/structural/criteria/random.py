@@ -14,6 +14,7 @@ from effattn.prune.structural.criteria.base import (
 
 @criterion("random", ("heads", "ffn", "layers"), place=90)
 def score(parts: Anatomy, batches: list[Tensor], targets: list[str], seed: int) -> Importance:
+    """Drawn from `seed`: the baseline."""
     generator = torch.Generator().manual_seed(seed)
     layers, first = len(parts.layers), parts.layers[0]
     shapes = {

@@ -23,6 +23,7 @@ from effattn.prune.structural.criteria.flap import output_weight
 
 @criterion("wanda_sum", ("heads", "ffn"), place=60)
 def score(parts: Anatomy, batches: list[Tensor], targets: list[str], seed: int) -> Importance:
+    """Wanda's scores, summed over each structure."""
     sums = Sums(parts)
 
     def see(target: str, layer: Layer, x: Tensor) -> None:
