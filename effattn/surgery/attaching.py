@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from effattn.errors import Unsupported
 from effattn.hf import anatomy, hooks, live
 from effattn.surgery.plan import LayerPlan
 
@@ -103,6 +104,14 @@ def detach(model: nn.Module) -> None:
 def active(model: nn.Module) -> Swap | None:
     """What `swap` did to the model's patterns; None when nothing is swapped."""
     return getattr(model, hooks.ATTRIBUTE, None)
+
+
+def require_own_attention(model: nn.Module, name: str) -> None:
+    """Unsupported for a checkpoint, called `name`, that comes with a swapped attention."""
+    if active(model) is not None:
+        raise Unsupported(
+            f"model: {name} is swapped already; valid is a checkpoint with its own attention"
+        )
 
 
 def _own_implementation(model: nn.Module) -> str:

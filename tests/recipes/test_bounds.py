@@ -22,19 +22,19 @@ from effattn.reports.files import finite
 
 JOBS = {
     "effattn.recipes.convert_gqa": {"model": "m", "kv_heads": 2, "output": Path("out")},
-    "effattn.linearizing.job": {},
-    "effattn.extending.job": {},
-    "effattn.extending.article_job": {},
-    "effattn.swapping.job": {},
-    "effattn.measuring.command": {},
+    "effattn.recipes.linearize": {},
+    "effattn.recipes.extend": {"to": 4096},
+    "effattn.recipes.extend_context": {},
+    "effattn.recipes.swap_backend": {},
+    "effattn.recipes.measure": {},
     "effattn.recipes.shear": {},
     "effattn.recipes.prune_oneshot": {"output": Path("out")},
     "effattn.recipes.prune_structured": {"output": Path("out")},
     "effattn.recipes.pretrain_embedded": {"output": Path("out")},
-    "effattn.quant.sensitivity.job": {},
+    "effattn.recipes.quantize_kv": {},
 }
 # Checked by the job with words of their own: against the model, as a share or a number, as names.
-ELSEWHERE = {("effattn.extending.job", "to"), ("effattn.quant.sensitivity.job", "bits")} | {
+ELSEWHERE = {("effattn.recipes.extend", "to"), ("effattn.recipes.quantize_kv", "bits")} | {
     ("effattn.recipes.prune_structured", name) for name in ("heads", "ffn", "layers")
 }
 
@@ -204,6 +204,11 @@ def test_a_loss_beyond_what_exp_can_say():
     )
 
 
+def kinds_of(cls: type) -> list[type]:
+    """A class and all below it."""
+    return [cls, *(one for below in cls.__subclasses__() for one in kinds_of(below))]
+
+
 def test_reports_of_models_that_broke(tmp_path, monkeypatch):
     """Infinite perplexities are shown as such, are null in JSON, and such a report can be read and
     shown again.
@@ -211,9 +216,6 @@ def test_reports_of_models_that_broke(tmp_path, monkeypatch):
     import report_pages
 
     from effattn.reports.document import Document
-
-    def with_kinds(cls) -> list[type]:
-        return [cls, *(each for sub in cls.__subclasses__() for each in with_kinds(sub))]
 
     def broken(data):
         if isinstance(data, dict):
@@ -225,7 +227,7 @@ def test_reports_of_models_that_broke(tmp_path, monkeypatch):
 
     shown = []
     with monkeypatch.context() as patch:
-        for cls in with_kinds(Document):
+        for cls in kinds_of(Document):
             if "to_html" in vars(cls):
                 patch.setattr(cls, "to_html", lambda self: shown.append(self) or "")
         for make, _ in report_pages.PAGES.values():
