@@ -157,6 +157,16 @@ def text_column():
     return option(None, "the dataset's text column")
 
 
+def window_length():
+    """Tokens of a window, where the model may decide."""
+    return whole(
+        None,
+        "window length in tokens (default: as the model was trained, at most 2048)",
+        least=8,
+        unit="tokens",
+    )
+
+
 def random_seed(of: str, default: int = 0):
     """The seed of what is drawn."""
     return whole(default, f"of {of}", least=0, most=SEED)
