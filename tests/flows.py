@@ -1,7 +1,5 @@
-"""Every flow, one row each: what a test must know to run it. `tests/recipes/test_flows.py` says that
-each file of recipes has a row, and each row the properties of flows.
-
-Nothing heavy is imported here: `killing.py` reads it in a process of its own."""
+"""The flows, a row each: what a test must know to run one. tests/recipes/test_flows.py says that
+every recipe has a row, and what is true of every row."""
 
 from __future__ import annotations
 
@@ -20,14 +18,16 @@ class Flow:
 
     command: how `effattn` is asked for it; None where it is a script alone. needs: the settings
     that have no default, beside the output. small: settings of a run that takes a second on a tiny
-    model; None where nothing can be killed. reads: the setting that takes files of text. trains:
-    the classes of tests/training/test_precision.py that run its training in every precision.
-    checked: numbers that it checks itself, with words of their own."""
+    model; None where nothing can be killed. reads: the setting that takes files of text. saves: a
+    checkpoint, which is proven. trains: the classes of tests/training/test_precision.py that train
+    as it does, in every precision. checked: numbers that it checks itself, with words of its own.
+    """
 
     command: str | None
     needs: dict = field(default_factory=dict)
     small: dict | None = None
     reads: str | None = "text"
+    saves: bool = True
     trains: tuple[str, ...] = ()
     checked: tuple[str, ...] = ()
 
@@ -59,7 +59,7 @@ FLOWS = {
         {"to": 4096},
         dict(
             to=256,
-            positions="yarn(length=256)",
+            rule="yarn(length=256)",
             tune_tokens=3 * 32,
             window=32,
             sequences=0,
@@ -82,7 +82,9 @@ FLOWS = {
             generate_tokens=0,
         ),
     ),
-    "measure": Flow("measure", small=dict(contexts=(16, 24), steps=1, seconds=0.01), reads=None),
+    "measure": Flow(
+        "measure", small=dict(contexts=(16, 24), steps=1, seconds=0.01), reads=None, saves=False
+    ),
     "quantize_kv": Flow(
         "quantize-kv",
         small=dict(
@@ -151,5 +153,5 @@ def module_of(name: str) -> ModuleType:
 def run_small(name: str, model: str, text: Path, out: Path):
     """The flow on a tiny checkpoint and a file of text."""
     flow, recipe = FLOWS[name], module_of(name)
-    files = {} if flow.reads is None else {flow.reads: (text,)}
-    return recipe.run(recipe.Settings(model=model, output=out, **files, **flow.small))
+    given = flow.needs | flow.small | {"model": model, "output": out}
+    return recipe.run(recipe.Settings(**given, **({flow.reads: (text,)} if flow.reads else {})))
