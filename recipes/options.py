@@ -294,8 +294,3 @@ def count_of(text: str) -> int:
     if not abs(value) <= MOST or abs(value - round(value)) > 1e-6:  # NaN neither
         raise typer.BadParameter(f"got {text!r}, valid is like 50000, 50_000, 50k or 1.5M")
     return round(value)
-
-
-def count_tokens(text: str):
-    """The option for a number of tokens, for commands that declare their options themselves."""
-    return typer.Option(parser=count_of, metavar="TOKENS", help=f"tokens {text}")
