@@ -142,6 +142,7 @@ FLOWS = {
     "pretrain_embedded": Flow(None),
 }
 
+COMMANDS = {flow.command: flow.words() for flow in FLOWS.values() if flow.command}
 KILLED = [name for name, flow in FLOWS.items() if flow.small is not None]
 
 

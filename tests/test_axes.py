@@ -64,7 +64,6 @@ AXES = {
 APART = {
     "pattern": {
         "effattn/extending/rules.py": "a window with and without sinks is a row of the article",
-        "effattn/linearizing/cli.py": "two defaults in one signature",
         "effattn/linearizing/decay.py": "fits what `linear` alone has",
         "effattn/positions/ntk.py": "a variant of NTK is called fixed",
         "effattn/profiling/cost.py": "a model's own layer: everything, or a window",
@@ -74,15 +73,13 @@ APART = {
         "quant/packed/layer.py": "a layer without a pattern of its own is dense",
     },
     "position rule": {
-        "effattn/extending/article_job.py": "asks for a key of its settings",
         "effattn/extending/article_plots.py": "two rules are drawn first",
-        "effattn/extending/article_cli.py": "examples in --help",
-        "effattn/extending/cli.py": "examples in --help",
-        "effattn/extending/job.py": "rope is what the model has already",
         "effattn/hf/positions.py": "rope is what the model has already",
         "effattn/positions/kerple.py": "a kind of KERPLE is called power",
         "kernels/decode/ahead_of_time.py": "variants to compile",
         "kernels/flash/rules.py": "a kind of bias, which is the kernel's",
+        "recipes/extend.py": "examples in --help; rope is what the model has already",
+        "recipes/extend_context.py": "examples in --help",
     },
     "cache format": {
         "effattn/hf/weights.py": "a dtype of packed weights",
@@ -129,7 +126,6 @@ AGREE = {
     },
     "projection": {
         "effattn/linearizing/approximation.py": "how far a projection's option is swept",
-        "effattn/linearizing/job.py": "how far a projection's option is swept",
     },
     "feature map": {
         "effattn/linearizing/approximation.py": "the maps that the sweep of `linear` compares",
@@ -143,8 +139,8 @@ AGREE = {
 # `--help` and defaults do not wait for torch, so they cannot ask; they must be whole.
 WHOLE = {
     "head method": ["recipes/convert_gqa.py", "recipes/sweep_gqa.py"],
-    "one-shot method": ["prune/cli.py"],
-    "criterion": ["prune/structured_cli.py"],
+    "one-shot method": ["recipes/prune_oneshot.py"],
+    "criterion": ["recipes/prune_structured.py"],
 }
 
 
