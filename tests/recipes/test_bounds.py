@@ -14,10 +14,10 @@ import typer
 from flows import COMMANDS, FLOWS, module_of
 from typer.testing import CliRunner
 
-from effattn.bounds import Checked, random_seed, real, whole
 from effattn.evaluate.loss import perplexity_of
+from effattn.recipes import options
 from effattn.recipes.cli import app
-from effattn.recipes.options import contexts_of, count_of
+from effattn.recipes.options import contexts_of, count_of, real, whole
 from effattn.reports.files import finite
 
 NUMBERS = [
@@ -61,12 +61,12 @@ def test_amounts_of_structured_pruning(amount, tmp_path):
 
 def test_the_words_of_bounds():
     @dataclasses.dataclass
-    class Job(Checked):
-        share: float = real(0.5, least=0, most=1)
-        lr: float | None = real(None, above=0)
-        length: int = whole(8, least=2, unit="tokens")
-        start: float = real(0.0)
-        seed: int = random_seed()
+    class Job(options.Settings):
+        share: float = real(0.5, "a share", least=0, most=1)
+        lr: float | None = real(None, "a rate", above=0)
+        length: int = whole(8, "a length", least=2, unit="tokens")
+        start: float = real(0.0, "a start")
+        seed: int = options.random_seed("anything")
 
     for given, said in {
         "share": "0 to 1",
