@@ -17,7 +17,7 @@ class Flow:
     """A file of recipes.
 
     command: how `effattn` is asked for it; None where it is a script alone. needs: the settings
-    that have no default, beside the output. small: settings of a run that takes a second on a tiny
+    without which it is refused, beside the output. small: settings of a run of a second on a tiny
     model; None where nothing can be killed. reads: the setting that takes files of text. saves: a
     checkpoint, which is proven. trains: the classes of tests/training/test_precision.py that train
     as it does, in every precision. checked: numbers that it checks itself, with words of its own.
