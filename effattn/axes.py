@@ -48,6 +48,7 @@ class Axis(Generic[Member]):
 
     def members(self) -> dict[str, type[Member]]:
         """name -> class, of every member in this version, by name."""
+        # A member is known once its file has been imported: all of them, when somebody first asks
         if not self._complete:
             package = importlib.import_module(self.package)
             for file in pkgutil.iter_modules(package.__path__):

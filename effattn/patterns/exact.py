@@ -1,7 +1,10 @@
 """What the exact patterns share: softmax attention over the keys that a predicate shows, by the
 flash and decode kernels. A pattern file says who sees whom (`sees`, the definition), how a kernel
-does it (`pattern` or `attend`), what must be remembered (`new_state`), and how many pairs there are
-(`pairs`)."""
+does it (`pattern` or `attend_many`), what must be remembered (`new_state`), and how many pairs
+there are (`pairs`).
+
+B: rows; Hq, Hkv: query and key/value heads; Tq, Tk: queries, the last of all tokens, and keys; D,
+Dv: of a key, of a value. i, j: positions of queries and keys; h: a query head."""
 
 from __future__ import annotations
 
@@ -116,6 +119,8 @@ class ExactBackend(Backend):
         if impl == "reference" and not packed:
             out, lse = self._reference(q, k, v, call)
             return out
+        # The Triton kernels have no gradient for a bias' parameters. "auto" may take torch then; an
+        # explicit impl runs or raises.
         if (
             impl == "triton"
             and call.bias is not None
@@ -138,7 +143,9 @@ class ExactBackend(Backend):
             out = self.attend_many(q, k, v, call, impl, needs_lse)
         if not needs_lse:
             return out
-        out, lse = out  # a logit in the denominator only: out * Z / (Z + exp(logit))
+        # A logit in the denominator only: out * Z / (Z + exp(logit)), and Z = exp(lse). The kernels
+        # need not know of it, and its gradient is the sigmoid's.
+        out, lse = out
         share = torch.sigmoid(lse - call.sink_logits.to(lse.dtype)[None, :, None])
         return (out.to(lse.dtype) * share[..., None]).to(out.dtype)
 
@@ -214,6 +221,12 @@ class ExactBackend(Backend):
             bias=call.bias,
             distance=i - j,
         )
+
+
+def keys_back(window: int, causal: bool) -> int:
+    """How many keys of a window lie at a query's own position or before it: all when causal, else
+    (window + 1) / 2 of an odd one, and as many ahead."""
+    return window if causal else (window + 1) // 2
 
 
 def check_size(backend: str, argument: str, value: int, least: int = 1) -> int:

@@ -150,6 +150,7 @@ class State:
         if self.batch is None:
             return
         self._thaw()
+        # `alone` copies: a row that is taken twice must not be one object, which would append twice
         if self.rows is not None:
             self.rows = [self.rows[row].alone(0) for row in index.tolist()]
         else:
@@ -179,6 +180,7 @@ class State:
         if n == 0:
             self.reset()
         elif n < int(self.seq_len):
+            # the last tokens are real in some rows and padding in others: each row loses its own
             if self._apart(n):
                 rows = self._cut(n)
                 self._release()
@@ -298,7 +300,7 @@ class State:
     def alone(self, row: int) -> State:
         """A copy of one row."""
         one = self.shallow()
-        # False comes first
+        # what is held has its padding on the left, whatever came: sorted, False comes first
         real = None if self.real is None else self.real[row : row + 1].sort(dim=1).values
         one._select(torch.tensor([row], device=next(self.tensors()).device))
         one.real, one.moved = real, False
