@@ -85,7 +85,8 @@ class Anatomy:
         """Logits (..., V) from the final norm's output (..., D): the head and what the class does
         after it.
         """
-        # by its own code: the weight may be packed, or elsewhere
+        # the head by its own code: its weight may be packed, or elsewhere; then what the classes do
+        # in their own forward, which has no name of its own
         head = self.model.get_output_embeddings()
         logits = (
             nn.functional.linear(hidden, self.embeddings.weight) if head is None else head(hidden)
@@ -136,7 +137,7 @@ def of(model: nn.Module) -> Anatomy:
         layers.append(Layer(index, block, attention, ffn, heads, head_dim, family, config, rotary))
     embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
     tied = head is None or head.weight is embeddings.weight
-    steady(model)
+    steady(model)  # nobody reads weights that bitsandbytes is about to rearrange
     final_norm, positions = (get(model, path) for path in (family.final_norm, family.positions))
     return Anatomy(
         model,

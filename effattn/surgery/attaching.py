@@ -33,7 +33,7 @@ class Swap:
 
 def attach(model: nn.Module, parts: anatomy.Anatomy, plans: dict[int, LayerPlan]) -> None:
     """Carries out the plans: the implementation, and on each attention module what it needs."""
-    # the only part that needs memory comes first
+    # The only part that can fail comes first: copies of projections, which need memory.
     new = {
         index: hooks.GlobalProjections(parts.layers[index].attention, parts.layers[index].qkv_paths)
         for index, plan in plans.items()
@@ -50,6 +50,7 @@ def attach(model: nn.Module, parts: anatomy.Anatomy, plans: dict[int, LayerPlan]
     for layer in parts.layers:
         module, plan = layer.attention, plans.get(layer.index)
         if plan is not None:
+            # a kept pattern keeps its hook and what it has learned; only the rest is said anew
             module._modules.pop(hooks.POSITIONS, None)
             if not plan.kept:
                 _detach(module)
@@ -77,6 +78,7 @@ def attach(model: nn.Module, parts: anatomy.Anatomy, plans: dict[int, LayerPlan]
                 module.add_module(hooks.PATTERN, plan.backend)
             if layer.index in new:
                 module.add_module(hooks.GLOBAL, new[layer.index])
+        # layers that keep what they have go through our function too, which passes them on
         elif not hasattr(module, hooks.ATTRIBUTE):
             setattr(module, hooks.ATTRIBUTE, live.LayerSwap(layer.index, done.original))
     done.checkers = _choose_checkers(

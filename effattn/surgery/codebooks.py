@@ -60,6 +60,8 @@ def fit(model: nn.Module, parts: Anatomy, plans: dict[int, LayerPlan], tokens: T
     """Calibrates the backends of `plans` that have a codebook on tokens (N,), of which the first
     ones may suffice.
     """
+    # The model is run with "dense" in these layers, whose `attend` writes down the keys: by then
+    # they are rotated by the rule that the layer will have.
     rules = {index: plan.positions for index, plan in plans.items() if plan.positions is not None}
     plans = wanting(plans)
     if active(model) is not None:

@@ -1,8 +1,8 @@
 """What a model's attention is made of, layer by layer: the five choices, parameters and KV bytes
 per token.
 
-print(effattn.describe(model))
-effattn.describe(model).to_dict()
+    print(effattn.describe(model))
+    effattn.describe(model).to_dict()
 """
 
 from __future__ import annotations
@@ -91,8 +91,9 @@ class Description:
 
 
 def describe(model: nn.Module) -> Description:
-    """Describes a transformers causal LM or encoder, swapped or not. Raises Unsupported for unknown
-    architectures.
+    """Describes a transformers causal LM or encoder, swapped or not: for each layer the five
+    choices, its parameters and the bytes a token adds to its cache; of the whole, parameters by
+    part (`Description`). Changes nothing. Raises Unsupported for unknown architectures.
     """
     parts = anatomy.of(model)
     layers = [_layer(layer, parts.config) for layer in parts.layers]
@@ -109,6 +110,7 @@ def describe(model: nn.Module) -> Description:
     }
     counts["norms"] += _count([parts.final_norm])
     total = _count([model])
+    # what is in no part (learned positions, a second head), so that the parts add up
     counts["other"] = total - sum(counts.values())
     dtype = str(layers and parts.layers[0].dtype).removeprefix("torch.")
     return Description(
@@ -117,6 +119,7 @@ def describe(model: nn.Module) -> Description:
 
 
 def _layer(layer: anatomy.Layer, config) -> dict:
+    # a norm inside the attention (of queries, of keys) counts as a norm
     norms = set(_parameters(layer.norms))
     attention = set(_parameters([layer.attention, layer.o.module])) - norms
     ffn = set(_parameters([layer.ffn])) - norms

@@ -105,6 +105,7 @@ def _shared(tensors: dict[str, Tensor]) -> list[list[str]]:
     """The names of each tensor."""
     groups: dict[tuple, list[str]] = {}
     for name, tensor in tensors.items():
+        # two views of one memory of the same shape are one tensor (a tied parameter)
         groups.setdefault((tensor.data_ptr(), tensor.shape), []).append(name)
     return list(groups.values())
 

@@ -86,6 +86,7 @@ def make(
     repatterned: layers whose pattern is swapped in the same call. ValueError and Unsupported as for
     `effattn.swap`."""
     chosen = by_layer(projections, len(parts.layers), "projections")
+    # every matrix of every layer is checked here; `fit` and `replace` then have nothing to refuse
     names = {module: name for name, module in parts.model.named_modules()}
     placement.require_here(parts.model, "projections")
     matrices = []
@@ -216,6 +217,8 @@ def _fit_outputs(asked: Replacement) -> dict[str, nn.Module]:
     training = model.training
     model.eval()
     try:
+        # Layer by layer, so that hidden states of one layer are held and not of all. The layers
+        # before are not replaced yet: each matrix is fitted to what the unmodified model feeds it.
         runner = LayerRunner(asked.parts, windows(asked.calibration, asked.length, BATCH))
         hidden = runner.embed()
         for index in range(len(asked.parts.layers)):
