@@ -3,7 +3,10 @@
 O' minimises sum |O' z - y|^2 + lambda |O' - O_0|^2 over the calibration tokens, where z are the new
 model's o_proj inputs, y the old model's o_proj outputs (without bias) and O_0 the merged
 projection: O'^T = (Z^T Z + lambda I)^-1 (Z^T Y + lambda O_0^T). Since O_0 is one of the candidates,
-the error on the calibration tokens never rises."""
+the error on the calibration tokens never rises.
+
+H heads of size d, D hidden size; the sums over tokens Z^T Z (H·d, H·d) and Z^T Y (H·d, D) are all
+that is kept of them."""
 
 from __future__ import annotations
 
@@ -30,6 +33,7 @@ class OutputRefit:
 
     def error(self, output: torch.Tensor) -> float:
         """sum |O z - y|^2 / sum |y|^2 for output (D, H·d)."""
+        # |O z - y|^2 summed over tokens, from the sums alone: tr(O G O^T) - 2 tr(O C) + |y|^2
         output = output.detach().double()
         squared = (
             ((output @ self.gram.total) * output).sum()
@@ -46,7 +50,7 @@ class OutputRefit:
         damping = DAMPING * gram.diagonal().mean()
         if not torch.isfinite(gram).all() or not torch.isfinite(self.cross.total).all():
             raise FloatingPointError("the calibration activations contain NaN or infinity")
-        if damping == 0:
+        if damping == 0:  # z is 0 on all tokens: any projection is as good
             return start
         system = gram + damping * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
         factor = torch.linalg.cholesky(system)

@@ -74,7 +74,7 @@ class GlobalProjections(nn.Module):
         its own code, so that norms, rotations and fused projections are right."""
         # A shallow twin of the attention module, with these projections in the places of its own,
         # is run until it calls our attention function, which hands out q, k and v instead of
-        # attending. The module itself is not touched: another thread may be in it.
+        # attending. The module itself is not touched.
         args, kwargs = placement.taken(self._attention[0], args, kwargs)
         twin = placement.bare(self._attention[0])
         for path, names in self.names.items():

@@ -3,11 +3,14 @@
 A part is a small frozen dataclass; its fields are its options. It belongs to one of four slots, and
 a rule, such as "yarn(factor=8)+rerope(window=256)+logn", has at most one part in each:
 
-slot        what it decides                                   parts
-"rotation"  the angles that queries and keys turn by          rope, pi, ntk, yarn, ..., xpos, nope
-"far"       what pairs beyond a window see of each other      rerope, leaky_rerope
-"scale"     a number that every query is multiplied by        logn
-"bias"      what is added to a pair's score, by its distance  alibi, kerple, sandwich, t5
+    slot        what it decides                                   parts "rotation"  the angles that
+    queries and keys turn by          rope, pi, ntk, yarn, xpos, nope, ... "far"       what pairs
+    beyond a window see of each other      rerope, leaky_rerope "scale"     a number that every
+    query is multiplied by        logn "bias"      what is added to a pair's score, by its distance
+    alibi, kerple, sandwich, t5
+
+T: the trained length in tokens; R: the dimensions of a head that turn; theta_i: the angle of pair i
+a token, i = 0 .. R/2 - 1; s: how many times longer than T.
 """
 
 from __future__ import annotations
@@ -85,9 +88,8 @@ class Rotation(Part):
 
     slot = "rotation"
     turns: ClassVar[bool] = True  # queries and keys, at all
-    varies: ClassVar[bool] = (
-        False  # with the length of the sequence, so that cached keys must be raw
-    )
+    # with the length of the sequence, so that cached keys must be raw
+    varies: ClassVar[bool] = False
     from_plain: ClassVar[bool] = True  # it changes the plain rotation, not whatever the model has
 
     def check(self, trained):

@@ -157,6 +157,7 @@ class MonarchLinear(ProjectedLinear):
         self.impl = impl
         self.error: float | None = None
         self.output_error: float | None = None
+        # the rank is part of the spec only where it is not what `blocks` alone comes to
         usual = sizes(in_features, out_features, blocks).rank == self.rank
         self.spec = format_spec(
             "monarch", {"blocks": blocks} if usual else {"blocks": blocks, "rank": self.rank}
@@ -210,6 +211,8 @@ class MonarchLinear(ProjectedLinear):
         """Uniform; the variance of outputs is a new nn.Linear's, a third of the mean square of the
         inputs.
         """
+        # uniform on (-a, a) has variance a^2/3: R's rows of p inputs keep the variance of x, and
+        # L's rows of blocks x rank numbers give a third of it
         nn.init.uniform_(self.right, -((3 / self.sizes.p) ** 0.5), (3 / self.sizes.p) ** 0.5)
         nn.init.uniform_(
             self.left, -((self.blocks * self.rank) ** -0.5), (self.blocks * self.rank) ** -0.5
@@ -305,7 +308,7 @@ class MonarchLinear(ProjectedLinear):
         gradients: the intermediate numbers again, and two products for each factor."""
         size, factors = self.left.element_size(), self.sizes.parameters
         x, y = rows * self.in_features * size, rows * self.out_features * size
-        flops = 2 * rows * factors
+        flops = 2 * rows * factors  # a multiply-add for each number of the factors
         if backward:
             again = 2 * rows * self.right.numel()
             return Cost(2 * flops + again, x + y + factors * size, x + self.nbytes)

@@ -26,7 +26,7 @@ class PackedLinear(StructuredLinear):
     in_features: a multiple of 8
     values:      parameter (out_features, 2, in_features / 4), which needs no gradient
     indices:     buffer (out_features, in_features / 8) uint8
-    bias:    parameter (out_features,), or None
+    bias:        parameter (out_features,), or None
 
     Gradients of x and of the bias are there. impl: "auto" (triton on a GPU for up to 16 rows, else
     torch), "torch", "triton" or "reference". large: what more than 16 rows do on a GPU: "unpack" a
@@ -128,6 +128,7 @@ class PackedLinear(StructuredLinear):
     def nbytes(self) -> int:
         """Of values, positions and bias, and of torch's own form where it was made."""
         own = self.packed.nbytes + (0 if self.bias is None else self.bias.nbytes)
+        # torch's form: the values again, of 16 bits each, and 2 bits of position beside each
         return own if self._semi_structured is None else own + 9 * self.values.nbytes // 8
 
     def cost(self, rows: int, backward: bool = False) -> Cost:
