@@ -90,7 +90,8 @@ def line_prompts(
                         tokenizer, ask.format(name=name) + value.format(value=names[name]) + end
                     )
                 )
-        # how many of the last lines are there whole, a question beside
+        # The prompt is cut at its start: lines may be asked for that are whole behind the cut, with
+        # room for the question (16 tokens are more than it takes).
         room, whole = (length - len(lines[0]) - 16, 0)
         while whole < len(lines) and sum(map(len, lines[-whole - 1 :])) <= room:
             whole += 1
@@ -106,6 +107,7 @@ def line_prompts(
 
 def split(tokenizer, question: str, answer: str) -> tuple[list[int], list[int]]:
     """A question and its answer in tokens, as they are when both stand together."""
+    # tokenizers merge over the border, so that the answer alone would be other tokens
     whole, alone = (
         retrieval.encode(tokenizer, question + answer),
         retrieval.encode(tokenizer, question),

@@ -147,6 +147,7 @@ def _expression(chance: random.Random, depth: int, arguments: int) -> tuple[str,
     """An operation that nests exactly `depth` deep, as text, and its value."""
     name = chance.choice(list(OPERATIONS))
     count = chance.randint(2, arguments)
+    # one argument nests as deep as it must, so that the depth is exact; others may nest less
     deepest, parts = chance.randrange(count), []
     for place in range(count):
         if depth > 1 and (place == deepest or chance.random() < NESTED):

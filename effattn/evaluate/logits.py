@@ -7,6 +7,9 @@ of them in fp32.
 
 Where all of a batch fit into `BYTES`, they are the model's own; a larger batch keeps the final
 norm's output, which is hundreds of times smaller, and multiplies it with the head piece by piece.
+
+B: windows; T: tokens of each; N: positions in all; n: of a piece; V: the vocabulary; D: hidden
+size.
 """
 
 from __future__ import annotations

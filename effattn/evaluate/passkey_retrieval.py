@@ -1,8 +1,8 @@
 """Passkey retrieval: a number hidden in a long text is asked for at its end (arXiv:2305.16300,
 section 4.2).
 
-effattn.evaluate.passkey(model, tokenizer, length=4096)      # for models of English
-effattn.evaluate.passkey(model, tokenizer, style="code")     # for models of source code
+    effattn.evaluate.passkey(model, tokenizer, length=4096)      # for models of English
+    effattn.evaluate.passkey(model, tokenizer, style="code")     # for models of source code
 """
 
 from __future__ import annotations
@@ -62,10 +62,10 @@ def passkey(
     """How often a model finds a hidden number, by the depth where it is hidden (0: at the start, 1:
     at the end).
 
-    length: tokens of a prompt, the answer included. trials: prompts at each depth, each with a key
-    and filler of its own; `batch` of them at a time. style: "text" or "code". filler: tokens int64
-    (N,) to hide the key in; None: the style's own (the paper's sentences, or the embedded corpus).
-    The same seed gives the same prompts.
+    length: tokens of a prompt, the answer included. digits: of a key. trials: prompts at each
+    depth, each with a key and filler of its own; `batch` of them at a time. style: "text" or
+    "code". filler: tokens int64 (N,) to hide the key in; None: the style's own (the paper's
+    sentences, or the embedded corpus). The same seed gives the same prompts.
 
     The context goes through the cache that `generate()` would use, the question and the answer
     (teacher-forced) a token at a time. Returns a dict of `effattn.evaluate.retrieval.by_depth`:

@@ -117,7 +117,7 @@ def recall_prompts(
         torch.tensor(end, dtype=torch.long),
         torch.zeros(queries * line, dtype=torch.bool),
     )
-    asked[1::line] = True
+    asked[1::line] = True  # of "word partner newline", the partner
 
     def make(depth: float) -> retrieval.Prompts:
         contexts, questions = [], []

@@ -58,6 +58,8 @@ def answer(
             rows = slice(start, start + batch)
             context, question = prompts.context[rows].to(device), prompts.question[rows].to(device)
             choices = None if prompts.choices is None else prompts.choices[rows].to(device)
+            # the context in chunks, so that its attention needs memory for one of them; `logits` is
+            # always of the next token to come
             cache = new_cache(model)
             for piece in context.split(chunk, dim=1):
                 logits = model(input_ids=piece, past_key_values=cache, use_cache=True).logits[:, -1]

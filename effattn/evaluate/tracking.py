@@ -146,6 +146,7 @@ def tracking_prompts(
                 f"length: got {length}, the chains and the question alone take {length - rest} "
                 "tokens"
             )
+        # filler from a line's end on, of the length that is left
         start = int(ends[chance.randrange(max(1, int((ends < len(filler) - rest).sum())))])
         hay = filler[start : start + rest]
         # where lines may stand

@@ -228,6 +228,8 @@ class _Call:
         if self.backward or not layer.causal:
             yield Operation(layer.index, "attention", replace(cost, state_bytes=0))
             return
+        # A decoding step reads the state and writes its token into it ("cache"); what the state is
+        # made of, it says itself where it is not plain keys and values.
         token = shape.kv_bytes // keys
         swapped = getattr(layer.attention, hooks.ATTRIBUTE, None)
         state = (
@@ -235,7 +237,7 @@ class _Call:
             if swapped is None or swapped.backend is None
             else swapped.new_state()
         )
-        # packed: what it held before is read, and the new tokens as they come
+        # packed: what it held before is read, and the new tokens in full precision as they come
         if hasattr(state, "predicted_bytes"):
             sizes = (self.batch, layer.kv_heads, layer.head_dim, self.itemsize)
             before, after = (

@@ -189,6 +189,8 @@ class Counted(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        # below torch's own attention, products are its implementation's: they are counted by
+        # definition
         operation = func.overloadpacket
         if operation in PRODUCTS and not self._attention.inside:
             self.flops += PRODUCTS[operation](*args, **kwargs)

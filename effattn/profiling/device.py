@@ -228,6 +228,7 @@ def _matmul(dtype: torch.dtype, clock: Clock) -> float | None:
     settings = torch.backends.cuda.matmul
     precision, settings.fp32_precision = settings.fp32_precision, "ieee"  # float32 means float32
     try:
+        # the first size may take long, since a library loads its kernels for it
         while product is not None and size <= 16384:
             a, b = (torch.ones(size, size, device=clock.device).to(dtype) for _ in range(2))
             seconds = clock(lambda: product(a, b))  # noqa: B023  called at once

@@ -55,7 +55,7 @@ def shear(
     **masking,
 ) -> nn.Module:
     """Shears a causal LM to `target`: returns a new, smaller, plain model in eval mode. `model` is
-    used up.
+    used up. Source: Sheared LLaMA, arXiv:2310.06694.
 
     data: int64 tokens (N,), or a dict of them by domain, or `Domains`. mask_tokens, recover_tokens,
     continue_tokens: budgets of the stages: learning masks, and after cutting, learning the

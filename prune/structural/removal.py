@@ -75,6 +75,10 @@ def structured(
     mlp_bias); with compensate=False they alone are solved for, which is FLAP's correction. seed: of
     the random criterion. progress: called with (steps done, steps).
 
+    Sources of the criteria: Taylor (LLM-Pruner, arXiv:2305.11627), obs (ZipLM, arXiv:2302.04089),
+    michel (arXiv:1905.10650), activation (Minitron, arXiv:2407.14679), flap (arXiv:2312.11983),
+    wanda_sum (arXiv:2306.11695), block_influence (ShortGPT, arXiv:2403.03853).
+
     Raises ValueError for bad arguments and Unsupported for what the class cannot hold, naming what
     it can; and FloatingPointError, naming the layer, for activations that are not finite."""
     check_plain(model)
@@ -92,6 +96,7 @@ def structured(
     steps = 2 + (plan.keep.get("layers", len(parts.layers)) if solve else 0)
     tell = progress or (lambda done, total: None)
 
+    # scored and solved in eval mode on the whole model, which is only read
     training = model.training
     model.eval()
     try:

@@ -49,6 +49,8 @@ def sliced_state(parts: hf.Anatomy, keep: Keep) -> dict[str, Tensor]:
             cuts.add(getattr(table, "bias", None))
     for parameter in () if parts.final_norm is None else parts.final_norm.parameters():
         cuts.add(parameter, (0, keep.hidden))
+    # Cuts are noted by parameter, so that a tied or fused one is cut once and as a whole; names
+    # change where layers (or norms that are a module a head) get new numbers.
     names = {id(module): name for name, module in parts.model.named_modules()}
     renamed: dict[str, str | None] = {}  # prefixes; None: what goes
     staying = range(len(parts.layers)) if keep.layers is None else keep.layers.tolist()

@@ -64,6 +64,8 @@ def oneshot(
     so that an error leaves the model as it was; for a model that does not fit twice,
     `recipes/prune_oneshot.py` works from file to file.
 
+    Returns an `OneShotReport`: what went, layer by layer, and its error.
+
     Raises ValueError (arguments, non-finite weights), Unsupported (model), FloatingPointError
     (non-finite activations) and torch.linalg.LinAlgError (a Hessian that is not positive definite),
     the last three naming the layer."""
@@ -168,6 +170,8 @@ def prune_layer(
         groups, dense = [list(found)], None
         if runner is not None:
             groups, dense = layers.input_groups(found, lambda: runner.call(layer.index, source[0]))
+        # one group at a time, in the order of the forward pass: its inputs come from matrices that
+        # are pruned already, and its Hessian is gone before the next one is made
         for group in groups if sparsity.share else ():
             statistics = _statistics(runner, layer, name, source, found[group[0]], group, plan)
             for path in group:

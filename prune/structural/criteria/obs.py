@@ -67,6 +67,7 @@ def removal_order(gram: Tensor, weight: Tensor, size: int = 1) -> Tensor:
         cost = _costs(inverse, weight, size).masked_fill_(~alive, torch.inf)
         gone = cost.sort(stable=True).indices[: min(many, count - len(order))]
         columns = (gone[:, None] * size + torch.arange(size)).flatten()
+        # W - W_g I_gg^-1 I_g, and the inverse of what is left: I - I_:g I_gg^-1 I_g: (equation 4)
         shared = torch.linalg.solve(inverse[columns][:, columns], inverse[columns])  # I_gg^-1 I_g
         weight -= weight[:, columns] @ shared
         inverse -= inverse[:, columns] @ shared
