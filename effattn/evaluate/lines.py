@@ -71,7 +71,7 @@ def line_prompts(
     batch: int = 1,
     seed: int,
 ) -> Callable[[float], retrieval.Prompts]:
-    """depth -> the prompts of `line_retrieval`."""
+    """depth -> the prompts of `line_retrieval`, whose arguments and errors these are."""
     ask, value, end = STYLES[check_choice("style", style, STYLES)]
     retrieval.check_settings(
         depths, length=(length, 64), trials=(trials, 1), digits=(digits, 1), batch=(batch, 1)

@@ -106,7 +106,7 @@ def listops_prompts(
     batch: int = 1,
     seed: int,
 ) -> Callable[[int], retrieval.Prompts]:
-    """nesting depth -> the prompts of `listops`."""
+    """nesting depth -> the prompts of `listops`, whose arguments and errors these are."""
     if not depths or any(type(depth) is not int or depth < 1 for depth in depths):
         raise ValueError(f"depths: got {list(depths)}, valid are whole numbers of at least 1")
     retrieval.check_settings(

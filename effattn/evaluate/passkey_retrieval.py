@@ -105,7 +105,7 @@ def passkey_prompts(
     batch: int = 1,
     seed: int,
 ) -> Callable[[float], retrieval.Prompts]:
-    """depth -> the prompts of `passkey`."""
+    """depth -> the prompts of `passkey`, whose arguments and errors these are."""
     look = STYLES[check_choice("style", style, STYLES)]
     retrieval.check_settings(
         depths, length=(length, 1), trials=(trials, 1), digits=(digits, 1), batch=(batch, 1)

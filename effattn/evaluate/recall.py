@@ -80,7 +80,7 @@ def recall_prompts(
     batch: int = 1,
     seed: int,
 ) -> Callable[[float], retrieval.Prompts]:
-    """depth -> the prompts of `associative_recall`."""
+    """depth -> the prompts of `associative_recall`, whose arguments and errors these are."""
     retrieval.check_settings(
         depths,
         length=(length, 1),

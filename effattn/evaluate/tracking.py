@@ -103,7 +103,7 @@ def tracking_prompts(
     batch: int = 1,
     seed: int,
 ) -> Callable[[float], retrieval.Prompts]:
-    """depth -> the prompts of `variable_tracking`."""
+    """depth -> the prompts of `variable_tracking`, whose arguments and errors these are."""
     first, then, ask = STYLES[check_choice("style", style, STYLES)]
     retrieval.check_settings(
         depths,

@@ -15,7 +15,8 @@ from effattn.positions.base import Added, register
 @register("alibi")
 @dataclass(frozen=True)
 class Alibi(Added):
-    """-m_h |i - j|, with m_h = 2^(-8h/H), h = 1 .. H."""
+    """ALiBi (arXiv:2108.12409): -m_h |i - j| is added to scores, with m_h = 2^(-8h/H), h = 1 .. H
+    query heads. Without parameters."""
 
     def bias(self, trained, tokens, learned):
         return Bias("alibi", slopes(trained.heads)[:, None])

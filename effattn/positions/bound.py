@@ -25,7 +25,9 @@ from effattn.positions.xpos import XPos
 
 @dataclass(frozen=True, eq=False)
 class Placed:
-    """Queries and keys where a rule puts them. With `turn`, the keys are as they came: raw."""
+    """Queries and keys where a rule puts them, and what the kernels are to do beside: `far`, what
+    distant pairs score with instead; `turn`, with which keys are as they came (raw) and turned as
+    they are read; `bias`, what is added to scores."""
 
     q: Tensor
     k: Tensor
@@ -44,7 +46,8 @@ class Positions(nn.Module):
     to be done."""
 
     def __init__(self, parts: tuple[Part, ...], trained: Trained):
-        """Raises ValueError or Unsupported for what this model cannot have."""
+        """parts: of `parse`. trained: what the model was trained with. Raises ValueError or
+        Unsupported for what this model cannot have."""
         super().__init__()
         slots = {part.slot: part for part in parts}
         self.far: Clipped | None = slots.get("far")

@@ -14,9 +14,9 @@ from effattn.positions.base import Scaled, check_number, register
 @register("longrope")
 @dataclass(frozen=True)
 class LongRope(Scaled):
-    """theta_i / long_i for sequences beyond the trained length T, theta_i / short_i up to it; cos
-    and sin times sqrt(1 + ln s / ln T). long_factor, short_factor: R/2 numbers each; short_factor:
-    ones if not given.
+    """LongRoPE (arXiv:2402.13753): theta_i / long_i for sequences beyond the trained length T,
+    theta_i / short_i up to it; cos and sin times sqrt(1 + ln s / ln T). long_factor, short_factor:
+    R/2 numbers each; short_factor: ones if not given.
 
     As with `dynamic_ntk`, the length so far decides for all keys, and cached keys are raw.
     """

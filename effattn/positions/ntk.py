@@ -21,8 +21,8 @@ VARIANTS = ("old", "fixed", "mixed")
 @register("ntk")
 @dataclass(frozen=True)
 class Ntk(Scaled):
-    """theta_0 hardly changes and the last theta is divided by the factor. power: p of the mixed
-    variant.
+    """NTK-aware scaling (https://kexue.fm/archives/9706): theta_0 hardly changes and the last theta
+    is divided by the factor. power: p of the mixed variant.
     """
 
     variant: str = "old"
@@ -55,8 +55,8 @@ class Ntk(Scaled):
 @register("dynamic_ntk")
 @dataclass(frozen=True)
 class DynamicNtk(Rotation):
-    """The base of a sequence of L tokens is b (s L/T - (s - 1))^(d/(d-2)), and b up to the trained
-    length T.
+    """Dynamic NTK (emozilla): the base of a sequence of L tokens is b (s L/T - (s - 1))^(d/(d-2)),
+    and b up to the trained length T.
 
     The length so far decides, for all keys: they are kept raw and turned when they are read. So a
     step at length L is what a fresh prefill of those L tokens gives its newest token, from the same

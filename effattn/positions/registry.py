@@ -13,7 +13,10 @@ from effattn.specs import parse_spec, split_parts
 
 
 def rules() -> dict[str, type[Part]]:
-    """name -> class, of every position rule in this version. A class's fields are its options."""
+    """name -> class, of every position rule in this version, sorted by name.
+
+    A class is a frozen dataclass whose fields are the options of its specs; its docstring says what
+    it computes, and its source."""
     return RULES.members()
 
 

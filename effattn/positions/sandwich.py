@@ -15,8 +15,8 @@ from effattn.positions.base import Added, check_count, register
 @register("sandwich")
 @dataclass(frozen=True)
 class Sandwich(Added):
-    """lambda_h sum_i cos(D b^(-2i/dims)), i = 0 .. dims/2 - 1, with lambda_h = H/(8h), h = 1 .. H,
-    and b = 10000.
+    """Sandwich (arXiv:2212.10356): lambda_h sum_i cos(D b^(-2i/dims)), i = 0 .. dims/2 - 1, with
+    lambda_h = H/(8h), h = 1 .. H, and b = 10000.
     """
 
     dims: int = 128

@@ -14,9 +14,9 @@ from effattn.positions.base import Added, check_count, register
 @register("t5")
 @dataclass(frozen=True)
 class T5(Added):
-    """The first half of the buckets are distances 0, 1, ..., the others grow logarithmically up to
-    max_distance, from which on all share the last. The causal form; bidirectional models share
-    buckets between both directions. All numbers are 0 at first."""
+    """T5's bias (arXiv:1910.10683), learned: the first half of the buckets are distances 0, 1, ...,
+    the others grow logarithmically up to max_distance, from which on all share the last. The causal
+    form; bidirectional models share buckets between both directions. All numbers are 0 at first."""
 
     buckets: int = 32
     max_distance: int = 128

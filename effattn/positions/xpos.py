@@ -14,8 +14,8 @@ from effattn.positions.rope import OwnRope
 @register("xpos")
 @dataclass(frozen=True)
 class XPos(OwnRope):
-    """The model's rotation, with a pair of dimensions multiplied by zeta_i^(D/scale) at distance D,
-    where zeta_i = (2i + gamma R)/((1 + gamma) R), gamma = 0.4.
+    """xPOS (arXiv:2212.10554): the model's rotation, with a pair of dimensions multiplied by
+    zeta_i^(D/scale) at distance D, where zeta_i = (2i + gamma R)/((1 + gamma) R), gamma = 0.4.
 
     Queries hold zeta^((n - c)/scale), keys zeta^((c - n)/scale), around a centre c of the sequence
     that keeps both finite: it moves as the sequence grows, so cached keys are raw, and every step

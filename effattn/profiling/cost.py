@@ -67,7 +67,7 @@ class ModelCost:
 
     @property
     def total(self) -> Cost:
-        """Of all operations."""
+        """Of all operations: operations, bytes moved, bytes remembered."""
         return sum((operation.cost for operation in self.operations), Cost())
 
     def by_name(self) -> dict[str, Cost]:

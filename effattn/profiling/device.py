@@ -136,14 +136,16 @@ def check_device(device: torch.device | str) -> torch.device:
 
 
 def cache_folder() -> Path:
-    """Where effattn keeps what it can measure again."""
+    """Where effattn keeps what it can measure again: $EFFATTN_CACHE, $XDG_CACHE_HOME/effattn or
+    ~/.cache/effattn."""
     if given := os.environ.get("EFFATTN_CACHE"):
         return Path(given)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "effattn"
 
 
 def measure(device: torch.device, progress: Callable[[str], None] | None = None) -> Peaks:
-    """The peaks, measured now."""
+    """The peaks of `device`, measured now: bandwidths, matrix products by dtype, launches; in
+    bytes, operations and seconds. progress: called with the name of what is measured next."""
     tell = progress or (lambda name: None)
     clock = Clock(device)
     rates = {}

@@ -19,7 +19,8 @@ FITTED = ("spec", "error", "output_error")  # what a checkpoint says of every on
 
 
 class StructuredLinear(nn.Module):
-    """Takes the place of an nn.Linear. `spec`: how it is described."""
+    """Takes the place of an nn.Linear: x (..., in_features) -> (..., out_features). `spec`: how it
+    is described."""
 
     spec: str
     in_features: int
@@ -30,7 +31,7 @@ class StructuredLinear(nn.Module):
         raise NotImplementedError
 
     def to_linear(self) -> nn.Linear:
-        """The nn.Linear that computes the same."""
+        """A new nn.Linear that computes the same, in the same dtype and on the same device."""
         raise NotImplementedError
 
 

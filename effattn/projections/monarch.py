@@ -32,12 +32,12 @@ class Sizes:
 
     @property
     def p(self) -> int:
-        """Inputs of a block."""
+        """Inputs of a block, the last one's padding included."""
         return -(-self.in_features // self.blocks)
 
     @property
     def s(self) -> int:
-        """Outputs of a block."""
+        """Outputs of a block, the last one's padding included."""
         return -(-self.out_features // self.blocks)
 
     @property
@@ -114,6 +114,7 @@ def sizes(
 @register("monarch")
 class MonarchLinear(ProjectedLinear):
     """y = W x + bias with W = P L P' R, for x (..., in_features); takes the place of an nn.Linear.
+    Source: Monarch, arXiv:2204.00595.
 
     right: parameter (blocks, blocks·rank, p), the blocks of R        p = padded_in / blocks
     left:  parameter (blocks, s, blocks·rank), the blocks of L        s = padded_out / blocks
@@ -269,7 +270,7 @@ class MonarchLinear(ProjectedLinear):
         return new.train(linear.training)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (..., in_features) -> (..., out_features)."""
+        """x (..., in_features) -> (..., out_features), in x's dtype; with gradients."""
         return kernel.linear(
             x, self.right, self.left, self.bias, out_features=self.out_features, impl=self.impl
         )

@@ -25,7 +25,12 @@ TRIED = 4  # tokens of a trial
 
 @dataclass
 class LayerPlan:
-    """One layer's new pattern. `spec`: as asked for; `pattern`: what it comes to in this layer."""
+    """One layer's new pattern.
+
+    spec: as asked for. pattern: what it comes to in this layer. raw_keys: whether the backend gets
+    q and k before their rotation, and rotary: by what it then rotates them. own_window: the window
+    of the layer's own attention, where the backend does the same. own_global, positions, kept,
+    cache: see below."""
 
     spec: str
     pattern: str

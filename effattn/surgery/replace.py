@@ -65,7 +65,8 @@ class Matrix:
 
 @dataclass(frozen=True)
 class Replacement:
-    """What a swap of projections is going to do."""
+    """What a swap of projections is going to do, checked: which matrices, and the calibration
+    tokens (N,) int64 in windows of `length`, where some are fitted to data."""
 
     parts: anatomy.Anatomy
     matrices: tuple[Matrix, ...]
@@ -239,7 +240,7 @@ def _fit_outputs(asked: Replacement) -> dict[str, nn.Module]:
 
 
 def replace(model: nn.Module, new: dict[str, nn.Module]) -> None:
-    """Puts the modules in their places."""
+    """Puts the modules, by their paths in `new`, in their places in the model."""
     for name, module in new.items():
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, module)
