@@ -14,11 +14,18 @@ import importlib
 import inspect
 import pkgutil
 from collections.abc import Callable, Mapping
-from typing import Generic, TypeVar
+from typing import ClassVar, Generic, Protocol, TypeVar
 
 from effattn.errors import check_choice
 
-Member = TypeVar("Member")
+
+class Named(Protocol):
+    """A member of an axis: a class that knows its name."""
+
+    name: ClassVar[str]
+
+
+Member = TypeVar("Member", bound=Named)
 
 
 class Axis(Generic[Member]):

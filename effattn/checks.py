@@ -22,11 +22,30 @@ from effattn.traits import Traits
 class Checked(Protocol):
     """What the checks read of a backend (`effattn.interface.Backend`)."""
 
-    name: str
-    traits: Traits
-    signature: str
-    farthest: int | None
-    score_rules: bool
+    @property
+    def name(self) -> str:
+        """What it is called."""
+        ...
+
+    @property
+    def traits(self) -> Traits:
+        """What it says of itself."""
+        ...
+
+    @property
+    def signature(self) -> str:
+        """Its name and options."""
+        ...
+
+    @property
+    def farthest(self) -> int | None:
+        """Where first keys see a query at most; None: where it is."""
+        ...
+
+    @property
+    def score_rules(self) -> bool:
+        """Whether it honours rules that decide scores pair by pair."""
+        ...
 
     def new_state(self) -> State:
         """An empty state."""
@@ -153,7 +172,7 @@ def check_positions(
         # read in place where the length is a tensor or differs by row.
         biased = rule.bias is not None and state.static
         if biased or not rule.turnable(one_length=mask is None and not state.static):
-            varies = rule.turns and rule.rotation.varies
+            varies = rule.turns and rule.rotation is not None and rule.rotation.varies
             where = " where rows are padded, or their length is a tensor" if varies else ""
             where = " whose length is a tensor" if biased else where
             raise Unsupported(

@@ -87,7 +87,7 @@ class Backend(nn.Module):
     run or raise Unsupported. ValueError for any other."""
 
     name: ClassVar[str]  # set by `registry.register`
-    traits: ClassVar[Traits]
+    traits: Traits  # of the class; of one backend where an option decides what it learns
     implementations: ClassVar[tuple[str, ...]] = ("auto", "torch", "reference")
     plain: ClassVar[bool] = False  # the same function as the attention that plain transformers runs
     # which of softcap, sink_logits and global_qkv the method can honour
@@ -100,11 +100,9 @@ class Backend(nn.Module):
     straight_through: tuple[str, ...] = ()
     # first keys see a query at this position at most (sinks); None: where it is
     farthest: int | None = None
-    # whether `attend` honours a position rule that decides scores pair by pair
-    score_rules: bool = False
     _signature: str | None = None
-    # whether `attend` lets a state of packed keys attend by itself
-    packable: bool = False
+    # what transformers reads of a module when it saves: of tied parameters, name -> name
+    _tied_weights_keys: dict[str, str]
 
     def __init__(self, impl: str = "auto"):
         """`impl`: "auto" chooses, and `chosen_impl` says what; any other one runs or raises."""
@@ -143,7 +141,17 @@ class Backend(nn.Module):
         # a subclass' `new_state` signs too, without having to know of it
         super().__init_subclass__(**options)
         if "new_state" in vars(cls):
-            cls.new_state = _signed(cls.new_state)
+            cls.new_state = _signed(cls.new_state)  # type: ignore[method-assign]
+
+    @property
+    def score_rules(self) -> bool:
+        """Whether `attend` honours a position rule that decides scores pair by pair."""
+        return False
+
+    @property
+    def packable(self) -> bool:
+        """Whether `attend` lets a state of packed keys attend by itself."""
+        return False
 
     @property
     def signature(self) -> str:

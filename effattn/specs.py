@@ -13,6 +13,7 @@ import ast
 import keyword
 import math
 import re
+from typing import NoReturn
 
 
 def parse_spec(text: str) -> tuple[str, dict]:
@@ -26,7 +27,7 @@ def parse_spec(text: str) -> tuple[str, dict]:
             "'name(arg=value)'"
         )
 
-    def refuse(why: str):
+    def refuse(why: str) -> NoReturn:
         raise ValueError(f"spec {text!r}: {why}; valid is name or name(arg=value, ...)") from None
 
     # Python's own grammar, of which only literals are evaluated: specs come from files of others
@@ -85,11 +86,13 @@ def split_parts(spec: str) -> list[str]:
         tree = ast.parse(spec.strip(), mode="eval").body if isinstance(spec, str) else None
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         tree = None
-    found = []
+    found: list[str] = []
     while isinstance(tree, ast.BinOp) and isinstance(tree.op, ast.Add):
         found.append(ast.unparse(tree.right))
         tree = tree.left
-    return [*reversed([*found, ast.unparse(tree)])] if found else [spec]
+    if tree is None or not found:
+        return [spec]
+    return [*reversed([*found, ast.unparse(tree)])]
 
 
 def parse_layers(
@@ -102,7 +105,8 @@ def parse_layers(
         raise ValueError(
             f'{argument}: got an empty dict, valid is for example {{"0-3": "dense", "4-": "dense"}}'
         )
-    chosen, owner = {}, {}
+    chosen: dict[int, str] = {}
+    owner: dict[int, str | int] = {}
     for key, spec in pattern.items():
         for part in str(key).split(","):
             match = re.fullmatch(r"\s*(\d+)\s*(-\s*(\d+)?)?\s*", part)

@@ -147,7 +147,8 @@ class Format:
             size = group or numbers.group
             codings.append(Coding(numbers.coding, axis, size, plain or not numbers.zeros))
         rotate = "kv" if rotate is True else rotate or ""
-        return cls(*codings, residual, first, bool(pre_rope), rotate)
+        keys, values = codings
+        return cls(keys, values, residual, first, bool(pre_rope), rotate)
 
     def __str__(self) -> str:
         return self.spec

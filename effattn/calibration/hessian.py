@@ -27,7 +27,8 @@ class Hessian:
     """
 
     def __init__(self, diagonal_only: bool = False):
-        self.diagonal_only, self.mean, self.tokens = diagonal_only, None, 0
+        self.diagonal_only, self.tokens = diagonal_only, 0
+        self.mean: Tensor | None = None
 
     def add(self, x: Tensor) -> None:
         """x (..., inputs): one row a token."""
@@ -46,7 +47,8 @@ class Hessian:
 
     @property
     def diagonal(self) -> Tensor:
-        """(inputs,): the mean of 2 x_j^2."""
+        """(inputs,): the mean of 2 x_j^2, once something was added."""
+        assert self.mean is not None
         return self.mean if self.diagonal_only else self.mean.diagonal()
 
     def check(self, name: str) -> None:

@@ -36,8 +36,8 @@ class OutputRefit:
         # |O z - y|^2 summed over tokens, from the sums alone: tr(O G O^T) - 2 tr(O C) + |y|^2
         output = output.detach().double()
         squared = (
-            ((output @ self.gram.total) * output).sum()
-            - 2 * (output.T * self.cross.total).sum()
+            ((output @ self.gram.sum) * output).sum()
+            - 2 * (output.T * self.cross.sum).sum()
             + self.energy
         )
         return float(squared.clamp_min(0) / max(self.energy, 1e-300))
@@ -46,12 +46,12 @@ class OutputRefit:
         """The re-fitted projection (D, H·d), fp64. Raises FloatingPointError when the activations
         are not finite.
         """
-        gram, start = self.gram.total, output.detach().double()
+        gram, start = self.gram.sum, output.detach().double()
         damping = DAMPING * gram.diagonal().mean()
-        if not torch.isfinite(gram).all() or not torch.isfinite(self.cross.total).all():
+        if not torch.isfinite(gram).all() or not torch.isfinite(self.cross.sum).all():
             raise FloatingPointError("the calibration activations contain NaN or infinity")
         if damping == 0:  # z is 0 on all tokens: any projection is as good
             return start
         system = gram + damping * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
         factor = torch.linalg.cholesky(system)
-        return torch.cholesky_solve(self.cross.total + damping * start.T, factor).T
+        return torch.cholesky_solve(self.cross.sum + damping * start.T, factor).T

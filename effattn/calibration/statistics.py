@@ -18,7 +18,8 @@ class SecondMoment:
     which carries the biases."""
 
     def __init__(self, ones: bool = False):
-        self.ones, self.total, self.rows = ones, None, 0
+        self.ones, self.rows = ones, 0
+        self.total: torch.Tensor | None = None
 
     def add(self, a: torch.Tensor, b: torch.Tensor | None = None) -> None:
         """Adds rows a (N, d) and b (N, d'), None for a itself, to the sum of a^T b."""
@@ -33,8 +34,14 @@ class SecondMoment:
 
     @property
     def mean(self) -> torch.Tensor:
-        """E[a^T b] over the rows so far, fp64."""
-        return self.total / self.rows
+        """E[a^T b] over the rows so far, fp64; there has to be one."""
+        return self.sum / self.rows
+
+    @property
+    def sum(self) -> torch.Tensor:
+        """The sum of a^T b over the rows so far, fp64; there has to be one."""
+        assert self.total is not None
+        return self.total
 
 
 def head_covariance(weights: torch.Tensor, moment: torch.Tensor) -> torch.Tensor:

@@ -13,9 +13,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from effattn.errors import Unsupported
 from effattn.hf import refusals
@@ -36,11 +38,11 @@ class Anatomy:
     input's.
     """
 
-    model: nn.Module
-    config: object
+    model: PreTrainedModel
+    config: Any
     family: str
     layers: list[Layer]
-    embeddings: nn.Module
+    embeddings: nn.Embedding
     head: nn.Module | None
     final_norm: nn.Module | None
     positions: nn.Module | None = None  # the table of learned positions

@@ -36,7 +36,7 @@ def new_cache(model: nn.Module) -> DynamicCache:
     parts = anatomy.of(model)
     if not parts.causal:
         raise Unsupported(f"{type(model).__name__} has no cache: it is not causal")
-    cache = DynamicCache(config=model.config)
+    cache = DynamicCache(config=parts.model.config)
     for layer in parts.layers:
         swapped = getattr(layer.attention, ATTRIBUTE, None)
         if swapped is not None and swapped.backend is not None:

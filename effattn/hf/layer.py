@@ -6,6 +6,7 @@ Shapes: D hidden size, H query heads, K key/value heads, d head size, R rotary d
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from einops import rearrange
@@ -83,7 +84,7 @@ class Layer:
     heads: int
     head_dim: int
     family: Family = field(repr=False)
-    config: object = field(repr=False)
+    config: Any = field(repr=False)
     rotary_module: nn.Module | None = field(default=None, repr=False)
 
     @property

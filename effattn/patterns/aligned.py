@@ -44,7 +44,8 @@ def aligned(
         return x.gather(2, at[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
 
     mask = layout.mask.gather(1, there)
-    out, sums = run(*(move(x, there) for x in (q, k, v)), Layout(mask=mask))
+    q, k, v = (move(x, there) for x in (q, k, v))
+    out, sums = run(q, k, v, Layout(mask=mask))
     out, sums = move(out, back), move(sums[..., None], back)[..., 0]
     seen = (places >= layout.start[:, None])[:, None]  # padding on the left sees nothing
     return torch.where(seen[..., None], out, 0.0), torch.where(seen, sums, -torch.inf)

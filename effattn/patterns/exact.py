@@ -115,8 +115,8 @@ class ExactBackend(Backend):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
         self.chosen_impl = impl = flash.choose(self.impl, q.device)
-        packed = call.state is not None and call.state.packed
-        if impl == "reference" and not packed:
+        packed = call.state if call.state is not None and call.state.packed else None
+        if impl == "reference" and packed is None:
             out, lse = self._reference(q, k, v, call)
             return out
         # The Triton kernels have no gradient for a bias' parameters. "auto" may take torch then; an
@@ -135,13 +135,13 @@ class ExactBackend(Backend):
             self.chosen_impl = impl = "torch"
         needs_lse = call.sink_logits is not None
         learning = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
-        if packed:  # only the state can read what it holds, and k, v are the new tokens
-            out = call.state.attend(q, k, v, self.pattern(call.causal), call, impl, needs_lse)
+        if packed is not None:  # only it can read what it holds, and k, v are the new tokens
+            out = packed.attend(q, k, v, self.pattern(call.causal), call, impl, needs_lse)
         elif self._few(q, k, v, call.layout):
             out = self.attend_few(q, k, v, call, "torch" if learning else impl, needs_lse)
         else:
             out = self.attend_many(q, k, v, call, impl, needs_lse)
-        if not needs_lse:
+        if call.sink_logits is None:
             return out
         # A logit in the denominator only: out * Z / (Z + exp(logit)), and Z = exp(lse). The kernels
         # need not know of it, and its gradient is the sigmoid's.
@@ -204,9 +204,9 @@ class ExactBackend(Backend):
 
         i = call.layout.query_positions(q.shape[2], k.shape[2], q.device)[:, :, None]
         j = call.layout.key_positions(k.shape[2], k.device)[:, None, :]
-        first = None
-        if call.q_first is not None:
-            first = ((j >= 0) & (j < self.pattern(call.causal).first))[:, 0]
+        first, pattern = None, self.pattern(call.causal)
+        if call.q_first is not None and pattern is not None:
+            first = ((j >= 0) & (j < pattern.first))[:, 0]
         return attention(
             q,
             k,

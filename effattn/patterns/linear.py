@@ -102,8 +102,8 @@ class KernelBackend(Backend):
 
             return attention(q, k, v, self.feature_map, mask=mask, causal=call.causal, **options)
         options |= {"feature_map": self.feature_map, "impl": impl}
-        state: RecurrentState | None = call.state
-        if state is None:
+        state = call.state
+        if not isinstance(state, RecurrentState):  # none: a whole sequence
             return linear.attention(q, k, v, mask=mask, causal=call.causal, **options)[0]
         # k and v are what the sums do not hold: some tokens of the past, and the new ones from
         # `first` on. Those before `cut` are due to go into the sums in this call.

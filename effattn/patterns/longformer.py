@@ -40,6 +40,7 @@ class Longformer(ExactBackend):
         exact=True, causal=True, bidirectional=True, learned=True, state="ring, global tokens"
     )
     extras = ("softcap", "global_qkv")
+    where: Tensor | None  # a buffer
 
     def __init__(
         self, window: int, global_tokens: int | list[int] | Tensor = 1, impl: str = "auto"

@@ -177,7 +177,7 @@ def measure(device: torch.device, progress: Callable[[str], None] | None = None)
     )
 
 
-def _kind(device: torch.device) -> str:
+def _kind(device: torch.device) -> Literal["cpu", "cuda", "rocm"]:
     return "cpu" if device.type == "cpu" else "rocm" if torch.version.hip else "cuda"
 
 

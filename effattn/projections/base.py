@@ -97,7 +97,7 @@ def recorded_kind(entry: object) -> type[ProjectedLinear]:
     names; Monarch, which was the only one once, where it names none."""
     spec = entry.get("spec") if isinstance(entry, dict) else None
     try:
-        name = parse_spec(spec)[0]
+        name = parse_spec(spec)[0] if isinstance(spec, str) else ""
     except ValueError:
         name = ""
     known = PROJECTIONS.members()

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
 
 from effattn.hf import anatomy, hooks, live
 from effattn.surgery.plan import LayerPlan
@@ -31,7 +32,7 @@ class Swap:
     checkers: list[live.LayerSwap] = field(default_factory=list, compare=False)
 
 
-def attach(model: nn.Module, parts: anatomy.Anatomy, plans: dict[int, LayerPlan]) -> None:
+def attach(model: PreTrainedModel, parts: anatomy.Anatomy, plans: dict[int, LayerPlan]) -> None:
     """Carries out the plans: the implementation, and on each attention module what it needs."""
     # The only part that can fail comes first: copies of projections, which need memory.
     new = {
@@ -94,12 +95,13 @@ def detach(model: nn.Module) -> None:
     """Undoes what was done to the attention modules; what is written in the config stays."""
     done = active(model)
     if done is not None:
-        for layer in anatomy.of(model).layers:
+        parts = anatomy.of(model)
+        for layer in parts.layers:
             _detach(layer.attention)
         _unhook(model)
         model.__dict__.pop(BATCHING, None)
         delattr(model, hooks.ATTRIBUTE)
-        model.set_attn_implementation(done.original)
+        parts.model.set_attn_implementation(done.original)
 
 
 def active(model: nn.Module) -> Swap | None:
@@ -107,7 +109,7 @@ def active(model: nn.Module) -> Swap | None:
     return getattr(model, hooks.ATTRIBUTE, None)
 
 
-def _own_implementation(model: nn.Module) -> str:
+def _own_implementation(model: PreTrainedModel) -> str:
     """What the model computes attention with; transformers' choice for one built from a swapped
     model's config.
     """

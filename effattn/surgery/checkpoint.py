@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from effattn.hf import loading, packing, placement
 from effattn.hf.adapters import require_own_weights
@@ -31,7 +32,7 @@ from effattn.surgery import record, replace, swapping
 from effattn.surgery.record import LEARNED
 
 
-def save(model: nn.Module, path: str | Path, tokenizer=None) -> Path:
+def save(model: PreTrainedModel, path: str | Path, tokenizer=None) -> Path:
     """Writes the model (and its tokenizer) to the new folder `path`, which it returns.
 
     Weights are written as safetensors in their own dtypes. Raises ValueError for a folder that is
@@ -120,7 +121,9 @@ def load_model(name: str | Path, dtype: torch.dtype | str = "auto"):
     if str(name) == "embedded":
         from effattn import embedded
 
-        model, tokenizer = embedded.load() if dtype == "auto" else embedded.load(dtype)
+        model, tokenizer = (
+            embedded.load(dtype) if isinstance(dtype, torch.dtype) else embedded.load()
+        )
         check_finite(model)
         return model, tokenizer
     folder = resolve(name)

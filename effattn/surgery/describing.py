@@ -85,9 +85,9 @@ class Description:
         )
 
     def __str__(self) -> str:
-        console = Console(file=io.StringIO(), width=140, color_system=None)
-        console.print(self)
-        return "\n".join(line.rstrip() for line in console.file.getvalue().rstrip().splitlines())
+        text = io.StringIO()
+        Console(file=text, width=140, color_system=None).print(self)
+        return "\n".join(line.rstrip() for line in text.getvalue().rstrip().splitlines())
 
 
 def describe(model: nn.Module) -> Description:
@@ -98,8 +98,9 @@ def describe(model: nn.Module) -> Description:
     parts = anatomy.of(model)
     layers = [_layer(layer, parts.config) for layer in parts.layers]
     done = positions.active(model)
-    for layer in layers if done is not None else []:
-        layer["positions"] = _new_positions(layer["positions"], done.specs.get(layer["index"]))
+    specs = {} if done is None else done.specs
+    for layer in layers if specs else []:
+        layer["positions"] = _new_positions(layer["positions"], specs.get(layer["index"]))
     counts = {
         "embeddings": _count([parts.embeddings]),
         **{

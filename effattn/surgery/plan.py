@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -233,7 +234,7 @@ def _try(layer: anatomy.Layer, plan: LayerPlan) -> None:
     device = torch.device("cpu") if device.type == "meta" else device
     heads = (layer.heads, layer.kv_heads, layer.kv_heads)
     q, k, v = (torch.zeros(1, h, TRIED, layer.head_dim, dtype=dtype, device=device) for h in heads)
-    extras = {}
+    extras: dict[str, Any] = {}
     if layer.softcap is not None:
         extras["softcap"] = layer.softcap
     if layer.learned_sinks:

@@ -161,4 +161,6 @@ def _folder(name: str) -> Path:
     from transformers.utils import cached_file
 
     cached_file(name, LEARNED, _raise_exceptions_for_missing_entries=False)
-    return Path(cached_file(name, "config.json")).parent
+    config = cached_file(name, "config.json")
+    assert config is not None  # it was read before
+    return Path(config).parent

@@ -98,7 +98,7 @@ def swap(
         planning.make,
         pattern=pattern,
         options=options,
-        positions=placed and placed.layers,
+        positions=None if placed is None else placed.layers,
         cache=cached,
     )
     plans = plan(parts)

@@ -15,6 +15,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -69,7 +70,7 @@ def shear(
     axes, all before anything is changed; FloatingPointError when training diverges."""
     require_here(model, "shear")
     domains = data if isinstance(data, Domains) else Domains(data, length)
-    shared = dict(batch=batch, loading=loading, seed=seed, overrides=overrides)
+    shared: dict[str, Any] = dict(batch=batch, loading=loading, seed=seed, overrides=overrides)
     folders = {
         name: None if folder is None else Path(folder) / name
         for name in ("masks", "recovered", "continued")

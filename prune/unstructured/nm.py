@@ -163,7 +163,7 @@ def lowest_per_row(scores: Tensor, sparsity: Sparsity) -> Tensor:
 
     Rows get equally many, or one more, so that the whole matrix has exactly `sparsity.count(R *
     C)`."""
-    if sparsity.m is not None:
+    if sparsity.n is not None and sparsity.m is not None:
         return lowest_of_groups(scores, sparsity.n, sparsity.m)
     rows, columns = scores.shape
     # whole numbers that add up: row r gets what lies between r and r + 1 shares of the whole

@@ -28,7 +28,7 @@ def score(parts: Anatomy, batches: list[Tensor], targets: list[str], seed: int) 
     sums = Sums(parts)
     device = parts.embeddings.weight.device
     for batch in batches:
-        gates = {target: [] for target in targets}
+        gates: dict[str, list[Tensor]] = {target: [] for target in targets}
         for layer in parts:
             for target in targets:
                 size = layer.heads if target == "heads" else layer.feed_forward.size
@@ -39,6 +39,7 @@ def score(parts: Anatomy, batches: list[Tensor], targets: list[str], seed: int) 
             losses(parts.model, batch).sum().backward()
         for target, of_layers in gates.items():
             for index, gate in enumerate(of_layers):
+                assert gate.grad is not None  # every gate is a factor of the loss
                 sums.add(target, index, gate.grad.abs().sum(0))
     found = sums.importance(by_group)
     for target in targets:

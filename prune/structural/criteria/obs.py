@@ -62,7 +62,8 @@ def removal_order(gram: Tensor, weight: Tensor, size: int = 1) -> Tensor:
     inverse = torch.linalg.inv(
         gram + (DAMPING * gram.diagonal().mean() + 1e-300) * torch.eye(len(gram)).to(gram)
     )
-    weight, alive, order = weight.clone(), torch.ones(count, dtype=torch.bool), []
+    weight, alive = weight.clone(), torch.ones(count, dtype=torch.bool)
+    order: list[int] = []
     while len(order) < count:
         cost = _costs(inverse, weight, size).masked_fill_(~alive, torch.inf)
         gone = cost.sort(stable=True).indices[: min(many, count - len(order))]

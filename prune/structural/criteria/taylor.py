@@ -53,7 +53,8 @@ class _Signed:
     """
 
     def __init__(self, samples: int):
-        self.samples, self.total = samples, {}
+        self.samples = samples
+        self.total: dict[tuple[str, int], Tensor] = {}
 
     def add(self, target: str, layer: int, values: Tensor) -> None:
         key = (target, layer)

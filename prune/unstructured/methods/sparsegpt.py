@@ -32,6 +32,7 @@ class SparseGPT(Method):
     source = "arXiv:2301.00774"
 
     def prepare(self, seen: Hessian, name: str, options: Options) -> InverseHessian:
+        assert seen.mean is not None  # a layer that saw nothing has been refused
         return InverseHessian.of(seen.mean, options.damping, name, options.raise_damping)
 
     def prune(
