@@ -15,7 +15,7 @@ _FUNCTIONS = {
     "convert_gqa": "effattn.heads.gqa",
     "describe": "effattn.surgery.describing",
     "load": "effattn.surgery.checkpoint",
-    "measure": "effattn.measuring.job",
+    "measure": "effattn.measuring.measurement",
     "measure_approximation": "effattn.linearizing.approximation",
     "new_cache": "effattn.hf.cache",
     "perplexity": "effattn.evaluate.loss",

@@ -102,11 +102,18 @@ class Parts:
     """Finished parts by name, in memory and, with a path, on disk, where the file is written whole
     after each. A run with the same settings goes on from there.
 
-    settings: what the run was asked for; made_with: versions and the machine; job: its command.
-    ValueError for a file of others, and for one that is no such file; OSError where it cannot be
-    written. All before anything is measured."""
+    settings: what the run was asked for; made_with: versions and the machine; job: its command;
+    fresh: what the file holds is forgotten. ValueError for a file of others, and for one that is no
+    such file, in the class's words; OSError where it cannot be written. All before anything is
+    measured."""
 
-    def __init__(self, path: Path | None, settings: dict, made_with: dict, job: str):
+    PARTS = "parts"
+    UNFINISHED = "an unfinished run of {job}"
+    AGAIN = "delete {path} to start over"
+
+    def __init__(
+        self, path: Path | None, settings: dict, made_with: dict, job: str, fresh: bool = False
+    ):
         self.path, self.job = path, job
         self.head = as_json(
             {
@@ -119,18 +126,17 @@ class Parts:
         self.done: dict[str, object] = {}
         if path is not None:
             check_writable("output", path.parent)
-            if path.exists():
+            if path.exists() and not fresh:
                 self.done = self._read(path)
 
     def _read(self, path: Path) -> dict[str, object]:
-        again = f"delete {path} to start over"
+        again = self.AGAIN.format(path=path)
         try:
             old = json.loads(path.read_text(encoding="utf-8"))
             done = dict(old["parts"])
         except (ValueError, KeyError, TypeError):
-            raise ValueError(
-                f"resume: {path} is not an unfinished run of {self.job}; {again}"
-            ) from None
+            unfinished = self.UNFINISHED.format(job=self.job)
+            raise ValueError(f"resume: {path} is not {unfinished}; {again}") from None
         changed = [name for name in ("kind", "version") if old.get(name) != self.head[name]]
         for group in ("settings", "made_with"):
             before = old.get(group) or {}
@@ -139,8 +145,8 @@ class Parts:
             ]
         if changed:
             raise ValueError(
-                f"resume: {path} holds {len(done)} finished parts of a run with other settings "
-                f"({', '.join(changed)}): repeat them to go on; {again}"
+                f"resume: {path} holds {len(done)} finished {self.PARTS} of a run with other "
+                f"settings ({', '.join(changed)}): repeat them to go on; {again}"
             )
         return done
 

@@ -4,7 +4,7 @@ corpus.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,10 +48,7 @@ def streams(
     """Up to `train` training tokens and `evaluation` held-out ones, from `text` files, a `dataset`,
     or else the embedded corpus (its train and validation files). Raises ValueError for files that
     are missing, empty or not UTF-8, and for sources with nothing in them."""
-    if text and dataset:
-        raise ValueError(
-            "text and dataset: got both, valid is one of them (or neither: the embedded corpus)"
-        )
+    check_source(text, dataset)
     if not text and not dataset:
         return Streams(
             embedded.tokens("train", train, tokenizer=tokenizer),
@@ -67,6 +64,28 @@ def streams(
     held_out = min(evaluation, max(1, int(len(tokens) * HELD_OUT)))
     cut = len(tokens) - held_out
     return Streams(tokens[:cut][:train], tokens[cut:], source)
+
+
+def held_out(
+    text: Sequence[Path] = (), dataset: str | None = None, column: str | None = None
+) -> tuple[Iterable[str], str]:
+    """(texts to measure on, where they come from), where nothing is trained: the files, the rows of
+    a dataset, or else the embedded validation files. To be read once. Raises as `streams` does."""
+    check_source(text, dataset)
+    if text:
+        return read_files(text), ", ".join(map(str, text))
+    if dataset:
+        return read_dataset(dataset, column), f"dataset {dataset}"
+    found = (body for _, body in embedded.corpus.documents("validation"))
+    return found, "embedded corpus (Python standard library, validation files)"
+
+
+def check_source(text: Sequence[Path], dataset: str | None) -> None:
+    """ValueError for files and a dataset at once."""
+    if text and dataset:
+        raise ValueError(
+            "text and dataset: got both, valid is one of them (or neither: the embedded corpus)"
+        )
 
 
 def read_files(paths: Sequence[Path]) -> list[str]:

@@ -24,7 +24,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from effattn.errors import check_choice
 from effattn.outputs import atomic_folder, check_new_folder, claim
@@ -38,6 +38,7 @@ from effattn.recipes.console import (
 )
 from effattn.recipes.options import Settings, parameters
 from effattn.resuming import (
+    Parts,
     as_json,
     check_settings,
     discard,
@@ -57,8 +58,10 @@ __all__ = [
     "command",
     "device",
     "discard",
+    "made_with",
     "main_process",
     "output_of",
+    "part",
     "partial_file",
     "partial_folder",
     "save_plain",
@@ -133,6 +136,26 @@ def check_unfinished(settings: Settings, begin: bool) -> None:
     """ValueError when `settings.partial` holds an unfinished run with other settings. begin: this
     one may leave something there from now on; the main process writes whose it is."""
     check_settings(settings.partial, as_json(settings.kept()), begin and main_process())
+
+
+# The work
+# -------------------------------------------------------------------------------------------------
+
+
+def made_with(model, *names: str) -> dict:
+    """What else must be the same for parts of two runs to stand in one report: the kind of device,
+    and those names of the environment."""
+    from effattn.profiling.environment import environment
+
+    here = environment()
+    return {"on": model.device.type} | {name: here[name] for name in names}
+
+
+def part(show: Quiet, kept: Parts, stage: str, name: str, make: Callable, *given, **options) -> Any:
+    """What `kept` has under that name, else what make(*given, progress=..., **options) gives, while
+    `stage` is shown."""
+    with show.stage(stage) as progress:
+        return kept.once(name, lambda: make(*given, progress=progress, **options))
 
 
 # The end

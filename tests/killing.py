@@ -40,13 +40,13 @@ def convert(model, text, out):
 
 
 def linearize(model, text, out):
-    from effattn.linearizing.job import Job, run
+    from effattn.recipes.linearize import Settings, run
 
     return run(
-        Job(
-            model,
-            out,
+        Settings(
             "performer(features=8)",
+            model=model,
+            output=out,
             text=(text,),
             transfer_tokens=3 * 32,
             distil_tokens=3 * 32,
@@ -56,12 +56,12 @@ def linearize(model, text, out):
 
 
 def extend(model, text, out):
-    from effattn.extending.job import Job, run
+    from effattn.recipes.extend import Settings, run
 
     return run(
-        Job(
-            model,
+        Settings(
             256,
+            model,
             "yarn(length=256)",
             out,
             tune_tokens=3 * 32,
@@ -131,14 +131,14 @@ def structured(model, text, out):
 
 
 def swap(model, text, out):
-    from effattn.swapping.job import Job, run
+    from effattn.recipes.swap_backend import Settings, run
 
     return run(
-        Job(
-            model,
-            ("linear(feature_map='hedgehog')",),
-            out,
-            (text,),
+        Settings(
+            model=model,
+            patterns=("linear(feature_map='hedgehog')",),
+            output=out,
+            text=(text,),
             contexts=(16,),
             evaluation_tokens=16,
             stream_tokens=64,
@@ -150,11 +150,11 @@ def swap(model, text, out):
 
 
 def quantize(model, text, out):
-    from effattn.quant.sensitivity.job import Job, run
+    from effattn.recipes.quantize_kv import Settings, run
 
     return run(
-        Job(
-            model,
+        Settings(
+            model=model,
             formats=("int8(group=16, residual=16)",),
             output=out,
             text=(text,),
@@ -168,9 +168,9 @@ def quantize(model, text, out):
 
 
 def measure(model, text, out):
-    from effattn.measuring.command import Job, run
+    from effattn.recipes.measure import Settings, run
 
-    return run(Job(model, contexts=(16, 24), steps=1, seconds=0.01, output=out))
+    return run(Settings(model, contexts=(16, 24), steps=1, seconds=0.01, output=out))
 
 
 FLOWS: dict[str, Callable] = {
@@ -184,8 +184,8 @@ def quick_parts() -> None:
     timing.
     """
     import effattn.hf.verify
-    import effattn.linearizing.job
-    import effattn.measuring.job
+    import effattn.linearizing.approximation
+    import effattn.measuring.measurement
     import effattn.prune.oneshot_job
     import effattn.prune.shear_job
     import effattn.prune.structured_job
@@ -199,10 +199,10 @@ def quick_parts() -> None:
     ):
         module.verify_plain = lambda *args: {"fresh_process": True}
     effattn.prune.shear_job._speed = lambda *args: []
-    effattn.measuring.job.peaks = lambda *args: Peaks(
+    effattn.measuring.measurement.peaks = lambda *args: Peaks(
         "none", "cpu", 1, "", {}, None, None, None, {}, None
     )
-    effattn.linearizing.job.measure_approximation = lambda *args, **kwargs: type(
+    effattn.linearizing.approximation.measure_approximation = lambda *args, **kwargs: type(
         "None", (), {"data": None}
     )
 
@@ -281,8 +281,8 @@ def child(request: dict, counted: mmap.mmap) -> int:
 
 
 def serve() -> None:
-    import effattn.quant.sensitivity.job
-    import effattn.swapping.job  # noqa: F401  before the first fork
+    import effattn.quant.sensitivity.rows
+    import effattn.swapping.measure  # noqa: F401  before the first fork
     from effattn.recipes.console import quiet_libraries
 
     quiet_libraries()

@@ -112,19 +112,11 @@ def jitted(node: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
 
 # What is being split: nothing may be added here.
 LONG = {
-    "effattn/extending/article_cli.py extend_context",
-    "effattn/extending/article_job.py _run",
     "effattn/extending/claims.py claims",
-    "effattn/extending/cli.py extend",
-    "effattn/extending/job.py run",
     "effattn/heads/gqa.py convert_gqa",
     "effattn/heads/job.py run",
-    "effattn/linearizing/cli.py linearize",
-    "effattn/linearizing/job.py run",
     "effattn/linearizing/report.py tables",
-    "effattn/measuring/job.py measure",
     "effattn/surgery/swapping.py swap",
-    "effattn/swapping/job.py run",
     "effattn/training/uptrain.py uptrain",
     "prune/cli.py oneshot",
     "prune/shear_cli.py shear",
@@ -135,8 +127,6 @@ LONG = {
     "prune/structured_cli.py structured",
     "prune/structured_job.py run",
     "prune/unstructured/one_shot.py oneshot",
-    "quant/sensitivity/cli.py quantize_kv",
-    "quant/sensitivity/job.py run",
 }
 
 
@@ -159,7 +149,6 @@ BIG = {
     "prune/oneshot_job.py",
     "prune/shearing/sheared.py",
     "prune/structural/slicing.py",
-    "quant/sensitivity/job.py",
 }
 
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import importlib
 
+DEPTHS = (0.1, 0.3, 0.5, 0.7, 0.9)  # of what is asked for: shares of a prompt's length
+
 _FUNCTIONS = {
     "associative_recall": "effattn.evaluate.recall",
     "by_position": "effattn.evaluate.curve",

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from effattn.evaluate import DEPTHS as DEPTHS
 from effattn.evaluate.loss import Progress
 from effattn.hf.cache import new_cache
 from effattn.hf.placement import input_device
 
-DEPTHS = (0.1, 0.3, 0.5, 0.7, 0.9)
 LINES = 64  # tokens that a needle may move back for a line's end
 
 

@@ -4,34 +4,12 @@ repeats to copy.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from pathlib import Path
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
 from effattn.encoding import token_ids
-from effattn.textdata import read_dataset, read_files
-
-
-def documents(
-    text: Sequence[Path], dataset: str | None, column: str | None
-) -> tuple[Iterable[str], str]:
-    """(texts, where they come from): the files, the rows of a dataset, or else the embedded
-    validation files.
-    """
-    if text and dataset:
-        raise ValueError(
-            "text and dataset: got both, valid is one of them (or neither: the embedded corpus)"
-        )
-    if text:
-        return read_files(text), ", ".join(map(str, text))
-    if dataset:
-        return read_dataset(dataset, column), f"dataset {dataset}"
-    from effattn import embedded
-
-    found = [body for _, body in embedded.corpus.documents("validation")]
-    return found, "embedded corpus (Python standard library, validation files)"
 
 
 def long_sequences(texts: Iterable[str], tokenizer, count: int, length: int) -> Tensor:

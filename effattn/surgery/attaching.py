@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
+from effattn.errors import Unsupported
 from effattn.hf import anatomy, hooks, live
 from effattn.surgery.plan import LayerPlan
 
@@ -107,6 +108,14 @@ def detach(model: nn.Module) -> None:
 def active(model: nn.Module) -> Swap | None:
     """What `swap` did to the model's patterns; None when nothing is swapped."""
     return getattr(model, hooks.ATTRIBUTE, None)
+
+
+def require_own_attention(model: nn.Module, name: str) -> None:
+    """Unsupported for a checkpoint, called `name`, that comes with a swapped attention."""
+    if active(model) is not None:
+        raise Unsupported(
+            f"model: {name} is swapped already; valid is a checkpoint with its own attention"
+        )
 
 
 def _own_implementation(model: PreTrainedModel) -> str:

@@ -1,3 +1,3 @@
-"""The job behind `recipes/swap_backend.py` and `effattn swap`: what a swap does to quality, memory
-and text.
+"""What a swap does to quality, memory and text: patterns as users write them, the measurements,
+and the report of `recipes/swap_backend.py`.
 """

@@ -14,7 +14,9 @@ import torch
 
 from effattn.evaluate.loss import Progress, perplexity_of, token_losses
 from effattn.evaluate.streaming import stream_losses
-from effattn.hf.placement import input_device
+from effattn.hf import anatomy
+from effattn.hf.placement import device_of, input_device
+from effattn.surgery.describing import describe
 
 MOST_REFERENCE = 2048  # tokens in a window of the reference: it is recomputed for every window
 
@@ -23,6 +25,22 @@ def scores(losses: torch.Tensor) -> dict[str, float]:
     """Cross-entropy and perplexity of some tokens' losses."""
     mean = losses.double().mean().item()
     return {"cross_entropy": mean, "perplexity": perplexity_of(mean)}
+
+
+def model_facts(model) -> dict[str, object]:
+    """What the report says of the model, as it is now."""
+    told, parts = describe(model), anatomy.of(model)
+    return {
+        "class": told.model,
+        "dtype": told.dtype,
+        "device": str(device_of(parts.layers[0].k.module)),
+        "layers": len(parts.layers),
+        "heads": parts.heads,
+        "kv_heads": parts.kv_heads,
+        "parameters": told.parameters["total"],
+        "trained_length": parts.trained_length,
+        "kv_bytes_per_token": told.kv_bytes_per_token,
+    }
 
 
 def context_tokens(contexts: Sequence[int], scored: int) -> int:

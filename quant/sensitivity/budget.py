@@ -12,7 +12,7 @@ measured as a whole, too."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 
@@ -59,6 +59,22 @@ def frontier(layers: Sequence[Sequence[Choice]]) -> list[Plan]:
     return plans
 
 
+def plans(
+    sizes: Mapping[str, Sequence[float]], alone: Sequence[Mapping], layers: int
+) -> list[Plan]:
+    """The frontier of formats. sizes: of each, the bytes a token in each layer. alone: {layer,
+    spec, kl} of each in each layer alone; what is not there, as full precision, harms nothing."""
+    harm = {(row["layer"], row["spec"]): row["kl"] for row in alone}
+    choices = [
+        [
+            Choice(spec, size[index], max(0.0, harm.get((index, spec), 0.0)))
+            for spec, size in sizes.items()
+        ]
+        for index in range(layers)
+    ]
+    return frontier(choices)
+
+
 def check_budget(budget: float, least: float) -> None:
     """ValueError when not even the smallest format in every layer fits; `least` is what that
     takes.
@@ -89,3 +105,14 @@ def as_swap(specs: Sequence[str]) -> dict[str, str]:
             found[str(start) if index - 1 == start else f"{start}-{index - 1}"] = specs[start]
             start = index
     return found
+
+
+def as_told(plan: Plan, budget: float) -> dict:
+    """The plan as a report has it: {budget, specs, cache, bytes_per_token, kl}."""
+    return {
+        "budget": budget,
+        "specs": list(plan.specs),
+        "cache": as_swap(plan.specs),
+        "bytes_per_token": plan.bytes,
+        "kl": plan.kl,
+    }

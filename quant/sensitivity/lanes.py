@@ -18,8 +18,8 @@ from effattn.evaluate.streaming import cache_bytes
 from effattn.hf import anatomy
 from effattn.hf.cache import new_cache
 from effattn.hf.placement import input_device
-from effattn.measuring.job import MEMORY_SHARE
 from effattn.measuring.lanes import takes_logits_to_keep
+from effattn.measuring.measurement import MEMORY_SHARE
 from effattn.measuring.variants import Variant, build
 from effattn.profiling.memory import available_bytes
 from effattn.profiling.timing import Clock, alternate, percentiles
@@ -66,6 +66,12 @@ class Lane:
                 None if spec == FULL else Format.parse(spec).fit(layer.head_dim, layer.value_dim)[0]
             )
         return found
+
+    def layer_bytes(self) -> list[float]:
+        """Bytes of a packed token in each layer. ValueError where a format does not fit."""
+        parts = anatomy.of(self.model)
+        pairs = zip(parts.layers, self.formats(parts), strict=True)
+        return [bytes_per_token(layer, format) for layer, format in pairs]
 
 
 def adapted(parts: anatomy.Anatomy, spec: str) -> str:

@@ -17,15 +17,15 @@ from typer.testing import CliRunner
 import effattn
 from effattn.errors import Unsupported
 from effattn.hf import anatomy
-from effattn.measuring import job as jobs
+from effattn.measuring import measurement as jobs
 from effattn.measuring.lanes import BESIDE_STEPS, Lane
 from effattn.measuring.operations import OperationTimer
 from effattn.measuring.report import Report
 from effattn.measuring.variants import Variant, build, own_bytes, parse, parse_all, split_name
 from effattn.profiling.device import Peaks
 from effattn.recipes.cli import app
-from effattn.recipes.jobs import Quiet
 from effattn.reports.tables import data_size
+from effattn.stages import Quiet
 from effattn.surgery.swapping import active
 
 ROOT = Path(__file__).parents[2]
@@ -393,7 +393,8 @@ def test_a_stopped_run_goes_on_with_what_it_has(model, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         effattn.measure(model, show=Interrupts("40 tokens"), **asked)
     assert [path.name for path in tmp_path.iterdir()] == [".measure.partial.json"]
-    kept = json.loads((tmp_path / ".measure.partial.json").read_text())["rows"]
+    parts = json.loads((tmp_path / ".measure.partial.json").read_text())["parts"]
+    kept = [row for rows in parts.values() for row in rows]
     assert [(row["context"], row["variant"]) for row in kept] == [(24, "plain"), (24, "w")]
     with pytest.raises(
         ValueError, match=r"1 finished cells of a run with other settings \(steps\).*--fresh"
@@ -587,7 +588,7 @@ def test_a_folder_that_cannot_be_written_is_said_before_measuring(option, tmp_pa
 
 @pytest.mark.parametrize("keeps", [True, False])
 def test_ctrl_c_says_what_was_kept(checkpoint, tmp_path, monkeypatch, keeps):
-    monkeypatch.setattr("effattn.recipes.cli.Show", lambda: Interrupts("40 tokens"))
+    monkeypatch.setattr("effattn.recipes.flow.Show", lambda: Interrupts("40 tokens"))
     target = ("--json", tmp_path / "r.json") if keeps else ()
     code, out, err = invoke("--model", checkpoint, "--contexts", "24,40", *target)
     assert code == 130

@@ -15,7 +15,7 @@ import effattn
 from effattn.errors import Unsupported
 from effattn.hf import anatomy
 from effattn.hf.weights import is_packed, weight_bytes
-from effattn.measuring.job import _model_facts
+from effattn.measuring.measurement import _model_facts
 from effattn.profiling.cost import model_cost
 
 bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")

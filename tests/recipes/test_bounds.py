@@ -22,18 +22,18 @@ from effattn.reports.files import finite
 
 JOBS = {
     "effattn.recipes.convert_gqa": {"model": "m", "kv_heads": 2, "output": Path("out")},
-    "effattn.linearizing.job": {},
-    "effattn.extending.job": {},
-    "effattn.extending.article_job": {},
-    "effattn.swapping.job": {},
-    "effattn.measuring.command": {},
+    "effattn.recipes.linearize": {},
+    "effattn.recipes.extend": {"to": 4096},
+    "effattn.recipes.extend_context": {},
+    "effattn.recipes.swap_backend": {},
+    "effattn.recipes.measure": {},
     "effattn.prune.shear_job": {},
     "effattn.prune.oneshot_job": {"output": Path("out")},
     "effattn.prune.structured_job": {"output": Path("out")},
-    "effattn.quant.sensitivity.job": {},
+    "effattn.recipes.quantize_kv": {},
 }
 # Checked by the job with words of their own: against the model, as a share or a number, as names.
-ELSEWHERE = {("effattn.extending.job", "to"), ("effattn.quant.sensitivity.job", "bits")} | {
+ELSEWHERE = {("effattn.recipes.extend", "to"), ("effattn.recipes.quantize_kv", "bits")} | {
     ("effattn.prune.structured_job", name) for name in ("heads", "ffn", "layers")
 }
 
@@ -203,6 +203,11 @@ def test_a_loss_beyond_what_exp_can_say():
     )
 
 
+def kinds_of(cls: type) -> list[type]:
+    """A class and all below it."""
+    return [cls, *(one for below in cls.__subclasses__() for one in kinds_of(below))]
+
+
 def test_reports_of_models_that_broke(tmp_path, monkeypatch):
     """Infinite perplexities are shown as such, are null in JSON, and such a report can be read and
     shown again.
@@ -221,7 +226,7 @@ def test_reports_of_models_that_broke(tmp_path, monkeypatch):
 
     shown = []
     with monkeypatch.context() as patch:
-        for cls in (Document, *Document.__subclasses__()):
+        for cls in kinds_of(Document):
             if "to_html" in vars(cls):
                 patch.setattr(cls, "to_html", lambda self: shown.append(self) or "")
         for make, _ in report_pages.PAGES.values():

@@ -16,13 +16,13 @@ from typer.testing import CliRunner
 
 import effattn
 from effattn.errors import Unsupported
-from effattn.extending import job as jobs
 from effattn.extending import planner
-from effattn.extending.job import Job
 from effattn.extending.report import ExtendReport
 from effattn.hf import anatomy
 from effattn.positions.extrapolation import critical_dimension, extrapolation_limit
+from effattn.recipes import extend as jobs
 from effattn.recipes.cli import app
+from effattn.recipes.extend import Settings
 from effattn.surgery.describing import describe
 
 
@@ -169,7 +169,7 @@ def test_mixed_models_are_planned_by_a_layer_that_turns():
 def test_bad_input_is_refused_before_anything(folder, tmp_path, monkeypatch, change, message):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match=message):
-        jobs.run(dataclasses.replace(Job(model=str(folder), to=512), **change))
+        jobs.run(dataclasses.replace(Settings(model=str(folder), to=512), **change))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -183,23 +183,23 @@ def test_models_without_rotary_positions_are_refused():
 
 
 def test_without_an_output_it_only_plans(folder, monkeypatch):
-    monkeypatch.setattr(jobs, "streams", None)  # no text is read
-    report = jobs.run(Job(model=str(folder), to=512))
+    monkeypatch.setattr("effattn.textdata.streams", None)  # no text is read
+    report = jobs.run(Settings(model=str(folder), to=512))
     assert report.data["quality"] == []
     assert "rerope(window=48)" in report.headline
     assert "Fine-tuning: not needed." in report.headline
     assert (
         "NEEDS fine-tuning: give --tune-tokens"
-        in jobs.run(Job(model=str(folder), to=512, rule="pi")).headline
+        in jobs.run(Settings(model=str(folder), to=512, rule="pi")).headline
     )
     assert (
         "as asked for. Nothing is known"
-        in jobs.run(Job(model=str(folder), to=512, rule="nope")).headline
+        in jobs.run(Settings(model=str(folder), to=512, rule="nope")).headline
     )
 
 
 def test_a_rule_is_written_as_a_checkpoint(folder, tmp_path):
-    report = jobs.run(Job(model=str(folder), to=256, output=tmp_path / "far", sequences=1))
+    report = jobs.run(Settings(model=str(folder), to=256, output=tmp_path / "far", sequences=1))
     again = effattn.load(tmp_path / "far")
     assert {row["positions"] for row in describe(again).layers} == {"rerope(window=48)"}
     stages = [row["stage"] for row in report.data["quality"]]
@@ -223,7 +223,7 @@ def test_a_rule_is_written_as_a_checkpoint(folder, tmp_path):
 
 def test_tuning_learns_and_the_checkpoint_is_plain(folder, tmp_path):
     steps = 6
-    job = Job(
+    job = Settings(
         model=str(folder),
         to=512,
         output=tmp_path / "tuned",
@@ -255,7 +255,7 @@ def test_tuning_learns_and_the_checkpoint_is_plain(folder, tmp_path):
 def test_rules_that_count_by_themselves_are_tuned_on_whole_windows_by_lora(folder, tmp_path):
     pytest.importorskip("peft")
     report = jobs.run(
-        Job(
+        Settings(
             model=str(folder),
             to=256,
             rule="rerope(window=48)",
@@ -276,8 +276,8 @@ def test_rules_that_count_by_themselves_are_tuned_on_whole_windows_by_lora(folde
 
 def test_what_cannot_be_tuned_is_refused_before_anything_is_measured(tmp_path, monkeypatch):
     effattn.save(small(attention_dropout=0.25), tmp_path / "dropout", effattn.embedded.tokenizer())
-    monkeypatch.setattr(jobs, "_measured", None)
-    job = Job(
+    monkeypatch.setattr(jobs, "measured", None)
+    job = Settings(
         model=str(tmp_path / "dropout"),
         to=256,
         rule="rerope(window=48)",

@@ -16,11 +16,13 @@ from typer.testing import CliRunner
 import effattn
 from effattn.errors import Unsupported
 from effattn.evaluate.curve import token_scores
-from effattn.extending import article_job, copying, texts
-from effattn.extending.article_job import Job, measured
+from effattn.extending import copying, rule_losses, texts
 from effattn.extending.article_report import ArticleReport
 from effattn.extending.claims import claims
+from effattn.extending.rule_losses import measured
 from effattn.extending.rules import WINDOW, Rule, chosen, rules
+from effattn.recipes import extend_context
+from effattn.recipes.extend_context import Settings
 from effattn.surgery.describing import describe
 from effattn.surgery.swapping import active
 
@@ -335,19 +337,19 @@ def test_a_report_says_what_was_not_learned():
     ],
 )
 def test_bad_input_is_refused_before_anything(folder, story, tmp_path, change, message):
-    job = Job(model=str(folder), text=(story,), json=tmp_path / "x.json", retrieval="none")
+    job = Settings(model=str(folder), text=(story,), json=tmp_path / "x.json", retrieval="none")
     with pytest.raises(ValueError, match=message):
-        article_job.run(dataclasses.replace(job, **change))
+        extend_context.run(dataclasses.replace(job, **change))
     assert list(tmp_path.iterdir()) == []
 
 
 def test_models_without_rotary_positions_are_refused():
     with pytest.raises(Unsupported, match="has no rotary positions to change"):
-        article_job.trained_length(tiny("opt"), "x")
+        extend_context.trained_length(tiny("opt"), "x")
 
 
 def test_the_whole_job_and_going_on_after_a_stop(folder, story, tmp_path, monkeypatch):
-    job = Job(
+    job = Settings(
         model=str(folder),
         text=(story,),
         output=tmp_path / "out",
@@ -361,25 +363,27 @@ def test_the_whole_job_and_going_on_after_a_stop(folder, story, tmp_path, monkey
         retrieval_depths=(0.5,),
     )
     monkeypatch.setattr(copying, "ask", asked := _Asked())
-    once, calls = article_job.measured, []
+    once, calls = rule_losses.measured, []
 
-    def stops(rule, *rest):
+    def stops(rule, *rest, **shown):
         calls.append(rule.name)
         if rule.name.startswith("sliding"):
             raise KeyboardInterrupt
-        return once(rule, *rest)
+        return once(rule, *rest, **shown)
 
-    monkeypatch.setattr(article_job, "measured", stops)
+    monkeypatch.setattr(rule_losses, "measured", stops)
     with pytest.raises(KeyboardInterrupt):
-        article_job.run(job)
+        extend_context.run(job)
     assert job.partial.exists()
     assert not (tmp_path / "out").exists()
     with pytest.raises(ValueError, match=r"finished parts of a run with other settings \(period\)"):
-        article_job.run(dataclasses.replace(job, period=100))
+        extend_context.run(dataclasses.replace(job, period=100))
     monkeypatch.setattr(
-        article_job, "measured", lambda rule, *rest: calls.append(rule.name) or once(rule, *rest)
+        rule_losses,
+        "measured",
+        lambda rule, *rest, **shown: calls.append(rule.name) or once(rule, *rest, **shown),
     )
-    report = article_job.run(job)
+    report = extend_context.run(job)
     assert calls == [
         "baseline",
         "baseline + log-n",
@@ -405,14 +409,14 @@ def test_the_whole_job_and_going_on_after_a_stop(folder, story, tmp_path, monkey
     )
     assert report.loss(baseline) != report.loss(logn)
     with pytest.raises(ValueError, match="holds a finished report"):
-        article_job.run(job)
+        extend_context.run(job)
 
 
 class _Asked:
     def __init__(self):
         self.lengths = []
 
-    def __call__(self, task, model, tokenizer, length, depths, *rest):
+    def __call__(self, task, model, tokenizer, length, depths, **rest):
         self.lengths.append(length)
         return data()["rules"][0]["retrieval"] | {"length": length}
 
@@ -420,10 +424,8 @@ class _Asked:
 def test_the_command_line(folder):
     import typer
 
-    from effattn.extending.article_cli import extend_context
-
     app = typer.Typer()
-    app.command()(extend_context)
+    app.command()(extend_context.command)
     done = CliRunner().invoke(app, ["--model", str(folder), "--rules", "rerop"])
     assert done.exit_code == 2
     assert "did you mean 'rerope'" in done.output

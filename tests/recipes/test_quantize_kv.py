@@ -5,7 +5,6 @@ and its report.
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import itertools
 import json
 from pathlib import Path
@@ -19,13 +18,14 @@ from typer.testing import CliRunner
 import effattn
 from effattn.evaluate.loss import compare, token_losses
 from effattn.hf import anatomy
-from effattn.quant.sensitivity import budget, job, lanes
+from effattn.quant.sensitivity import budget, lanes
 from effattn.quant.sensitivity.budget import Choice
-from effattn.quant.sensitivity.job import Job
 from effattn.quant.sensitivity.lanes import Lane
 from effattn.quant.sensitivity.report import QuantizeReport
 from effattn.quant.sensitivity.tokenwise import tokenwise
+from effattn.recipes import quantize_kv
 from effattn.recipes.cli import app
+from effattn.recipes.quantize_kv import Settings
 from effattn.reports.tables import UNKNOWN
 
 INT2 = "int2(group=16, residual=16)"
@@ -213,7 +213,7 @@ def finished(tmp_path_factory):
     """
     folder = tmp_path_factory.mktemp("quantize")
     effattn.save(small(), folder / "model", effattn.embedded.tokenizer())
-    wanted = Job(**SMALL, model=str(folder / "model"), output=folder / "out")
+    wanted = Settings(**SMALL, model=str(folder / "model"), output=folder / "out")
     patch = pytest.MonkeyPatch()
     asked = []
 
@@ -222,13 +222,15 @@ def finished(tmp_path_factory):
 
     patch.setattr(lanes, "decode_speed", stop)
     with pytest.raises(KeyboardInterrupt):
-        job.run(wanted)
+        quantize_kv.run(wanted)
     assert not wanted.output.exists()
     with pytest.raises(ValueError, match=r"finished parts of a run with other settings \(length\)"):
-        job.run(dataclasses.replace(wanted, length=63))
+        quantize_kv.run(dataclasses.replace(wanted, length=63))
     patch.undo()
-    patch.setattr(job, "tokenwise", lambda *a, **k: asked.append("tokenwise"))
-    report = job.run(wanted)
+    patch.setattr(
+        "effattn.quant.sensitivity.tokenwise.tokenwise", lambda *a, **k: asked.append("tokenwise")
+    )
+    report = quantize_kv.run(wanted)
     patch.undo()
     return wanted, asked, report
 
@@ -323,9 +325,6 @@ def test_bad_input_is_one_line_and_nothing_is_written(tmp_path, given, error):
 
 def test_the_recipe_is_the_command():
     path = Path(__file__).parents[2] / "recipes" / "quantize_kv.py"
-    spec = importlib.util.spec_from_file_location("recipe_quantize_kv", path)
-    recipe = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(recipe)
-    from effattn.quant.sensitivity.cli import quantize_kv
-
-    assert recipe.quantize_kv is quantize_kv
+    assert path.samefile(quantize_kv.__file__)
+    (mounted,) = [one for one in app.registered_commands if one.name == "quantize-kv"]
+    assert mounted.callback is quantize_kv.command

@@ -21,9 +21,9 @@ from typer.testing import CliRunner
 import effattn
 from effattn.evaluate.loss import token_losses
 from effattn.evaluate.streaming import cache_bytes, stream_losses
+from effattn.recipes import swap_backend as jobs
 from effattn.recipes.cli import app
-from effattn.recipes.jobs import Quiet
-from effattn.swapping import job as jobs
+from effattn.stages import Quiet
 from effattn.swapping import measure
 from effattn.swapping.patterns import label_of, parse_pattern, without_sinks
 from effattn.swapping.report import SwapReport
@@ -321,7 +321,8 @@ def test_before_is_the_model_s_own_attention_also_of_a_swapped_checkpoint(parent
         "generate_tokens": 0,
     }
     found = [
-        jobs.run(jobs.Job(model=str(one), patterns=["dense"], **small)) for one in (parent, folder)
+        jobs.run(jobs.Settings(model=str(one), patterns=["dense"], **small))
+        for one in (parent, folder)
     ]
     first, second = (report.runs[0]["contexts"][0]["perplexity"] for report in found)
     assert first == second
@@ -406,8 +407,8 @@ class Stops(Quiet):
         return nullcontext(lambda done, total: None)
 
 
-def small(parent, text, **more) -> jobs.Job:
-    return jobs.Job(
+def small(parent, text, **more) -> jobs.Settings:
+    return jobs.Settings(
         model=str(parent),
         text=(text,),
         patterns=[SINKS],
@@ -428,7 +429,7 @@ def test_ctrl_c_leaves_nothing(parent, text, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         jobs.run(small(parent, text, output=tmp_path / "out"))
     assert list(tmp_path.iterdir()) == []
-    monkeypatch.setattr("effattn.recipes.cli.Show", lambda: Stops("streaming"))
+    monkeypatch.setattr("effattn.recipes.flow.Show", lambda: Stops("streaming"))
     code, printed = invoke(
         {"--model": parent, "--text": text, "--pattern": SINKS, "--output": tmp_path / "o", **FAST}
     )

@@ -16,12 +16,12 @@ import effattn
 from effattn.errors import Unsupported
 from effattn.hf import anatomy as hf
 from effattn.hf import hooks
-from effattn.linearizing import job as jobs
 from effattn.linearizing import plan
 from effattn.linearizing.decay import GRID, fit_decays
 from effattn.linearizing.inputs import exact, projections_of
-from effattn.linearizing.job import Job, run
 from effattn.linearizing.report import LinearizeReport
+from effattn.recipes import linearize
+from effattn.recipes.linearize import Settings, run
 from effattn.specs import parse_spec
 from effattn.training import lora
 from effattn.training.transfer import AttentionTransfer, distances, learnable, transfer
@@ -145,7 +145,7 @@ SMALL = {
 @pytest.fixture(scope="module")
 def done(tmp_path_factory):
     folder = tmp_path_factory.mktemp("linearize") / "out"
-    return run(Job(output=folder, keep_every=4, **SMALL)), folder
+    return run(Settings(output=folder, keep_every=4, **SMALL)), folder
 
 
 def test_the_job_saves_a_checkpoint_that_loads_with_its_learned_maps(done):
@@ -181,15 +181,15 @@ def test_state_bytes_are_those_of_real_caches(done):
 
 def test_a_killed_run_goes_on_and_ends_the_same(done, tmp_path, monkeypatch):
     report, folder = done
-    job = Job(output=tmp_path / "out", keep_every=4, **SMALL)
-    monkeypatch.setattr(jobs, "_distil", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+    job = Settings(output=tmp_path / "out", keep_every=4, **SMALL)
+    monkeypatch.setattr(linearize, "distil", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         run(job)
     assert not job.output.exists()
     assert job.partial.exists()
     monkeypatch.undo()
     with pytest.raises(ValueError, match=r"other settings \(batch\)"):
-        run(Job(output=tmp_path / "out", keep_every=4, batch=2, **SMALL))
+        run(Settings(output=tmp_path / "out", keep_every=4, batch=2, **SMALL))
     again = run(job)
     assert again.data["stages"] == report.data["stages"]
     ours, theirs = (
@@ -211,7 +211,7 @@ def test_a_killed_run_goes_on_and_ends_the_same(done, tmp_path, monkeypatch):
 )
 def test_bad_settings_are_one_clear_error(tmp_path, change, message):
     with pytest.raises(ValueError, match=message):
-        run(Job(output=tmp_path / "out", **({**SMALL, **change})))
+        run(Settings(output=tmp_path / "out", **({**SMALL, **change})))
     assert not any(tmp_path.iterdir())
 
 
@@ -236,10 +236,15 @@ def test_what_cannot_be_trained_is_refused_before_anything_is_measured(
     if change.get("batch"):
         (tmp_path / ".out.partial").mkdir()
         (tmp_path / ".out.partial" / "settings.json").write_text('{"batch": 1}')
-    for name in ("measure_parent", "measure_approximation", "compare", "transfer"):
-        monkeypatch.setattr(jobs, name, None)
+    for name in (
+        "evaluate.loss.measure_parent",
+        "linearizing.approximation.measure_approximation",
+        "evaluate.loss.compare",
+        "training.transfer.transfer",
+    ):
+        monkeypatch.setattr(f"effattn.{name}", None)
     with pytest.raises((ValueError, Unsupported), match=message):
-        run(Job(output=tmp_path / "out", **({**SMALL, **change})))
+        run(Settings(output=tmp_path / "out", **({**SMALL, **change})))
     assert not (tmp_path / "out").exists()
 
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 import gc
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -19,7 +21,7 @@ from effattn.errors import Unsupported
 from effattn.hf import anatomy
 from effattn.hf.placement import input_device
 from effattn.hf.weights import numbers, weight_bytes
-from effattn.measuring import progress as saving
+from effattn.measuring import BATCHES, CONTEXTS, SECONDS, STEPS, progress
 from effattn.measuring.lanes import (
     BESIDE_STEPS,
     Lane,
@@ -37,7 +39,6 @@ from effattn.profiling.memory import available_bytes
 from effattn.stages import Quiet
 from effattn.surgery import swapping
 
-CONTEXTS, BATCHES, STEPS, SECONDS = (1024, 4096, 16384), (1,), 32, 5.0
 MEMORY_SHARE = 0.9  # of the available memory may be filled; the rest is for what no model foresees
 
 
@@ -98,14 +99,10 @@ def measure(
     wanted = _variants(model, variants)
     check_numbers(contexts, batches, steps, seconds)
     parts = anatomy.of(model)
-    if not parts.causal:
-        raise Unsupported(
-            f"{type(model).__name__} cannot be measured: it does not generate (it is not causal)"
-        )
-    _check_positions(parts, contexts, steps)
+    _check_model(parts, contexts, steps)
     if output is not None:
-        saving.check_output(Path(output), fresh)
-        resume = resume or saving.partial_in(Path(output))
+        progress.check_output(Path(output), fresh)
+        resume = resume or progress.partial_in(Path(output))
     device = input_device(parts.model)
     with show.stage("making the variants"):
         _check_room(model, wanted, device)
@@ -120,29 +117,30 @@ def measure(
         "seconds": seconds,
         "seed": seed,
     }
-    kept = saving.Partial(resume, settings, facts | _machine(device), fresh)
+    kept = progress.Cells(resume, settings, facts | _machine(device), fresh)
     with show.stage("the device's peaks (kept for the next time)"):
         limits = peaks(device)
-    cells = [(context, batch) for context in settings["contexts"] for batch in settings["batches"]]
-    for context, batch in cells:
-        if kept.has(context, batch):
-            continue
-        what = f"{context:,} tokens" + (f" x {batch}" if batch > 1 else "")
-        with show.stage(what) as progress:
-            kept.add(_cell(models, context, batch, settings, limits, device, progress))
-    data = {
-        "kind": KIND,
-        "version": VERSION,
-        "settings": settings,
-        "model": facts,
-        "rows": kept.rows,
-        "peaks": limits.to_dict(),
-        "environment": environment(),
-    }
-    report = Report(data)
+    for context, batch in product(settings["contexts"], settings["batches"]):
+        named = progress.cell(context, batch)
+        if named not in kept.done:
+            said = f"{context:,} tokens" + (f" x {batch}" if batch > 1 else "")
+            with show.stage(said) as tell:
+                rows = partial(_cell, models, context, batch, settings, limits, device, tell)
+                kept.once(named, rows)
+    report = Report(
+        {
+            "kind": KIND,
+            "version": VERSION,
+            "settings": settings,
+            "model": facts,
+            "rows": kept.rows,
+            "peaks": limits.to_dict(),
+            "environment": environment(),
+        }
+    )
     if output is not None:
         report.save(output)
-        saving.discard(kept.path)
+        kept.discard()
     return report
 
 
@@ -254,8 +252,14 @@ def check_numbers(contexts, batches, steps, seconds) -> None:
     Bounds(whole=False, above=0).check("seconds", seconds)
 
 
-def _check_positions(parts: anatomy.Anatomy, contexts: Sequence[int], steps: int) -> None:
-    """A table of learned positions ends; rotary ones do not. ValueError."""
+def _check_model(parts: anatomy.Anatomy, contexts: Sequence[int], steps: int) -> None:
+    """Unsupported for a model that does not generate. ValueError for contexts that it cannot run: a
+    table of learned positions ends; rotary ones do not."""
+    if not parts.causal:
+        raise Unsupported(
+            f"{type(parts.model).__name__} cannot be measured: it does not generate (it is not "
+            "causal)"
+        )
     limit = hard_limit(parts)
     if limit is None or max(contexts) + steps + BESIDE_STEPS <= limit:
         return
@@ -276,11 +280,7 @@ def _check_positions(parts: anatomy.Anatomy, contexts: Sequence[int], steps: int
 
 def hard_limit(parts: anatomy.Anatomy) -> int | None:
     """The most tokens that the model can run at all; None where nothing stops it."""
-    return (
-        None
-        if parts.layers[0].family.rotary
-        else getattr(parts.config, "max_position_embeddings", None)
-    )
+    return None if parts.layers[0].family.rotary else parts.trained_length
 
 
 def _check_room(model: nn.Module, variants: list[Variant], device: torch.device) -> None:
@@ -306,7 +306,7 @@ def _model_facts(parts: anatomy.Anatomy, name: str | None) -> dict:
         "parameters": sum(map(numbers, tensors)),
         "weight_bytes": weight_bytes(model),
         "dtype": str(parts.layers[0].dtype).removeprefix("torch."),
-        "trained_length": getattr(parts.config, "max_position_embeddings", None),
+        "trained_length": parts.trained_length,
     }
 
 
