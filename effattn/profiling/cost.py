@@ -87,9 +87,7 @@ class ModelCost:
 
     @property
     def step_bytes(self) -> int:
-        """Weights read, and keys and values read and written: what a decoding step cannot do
-        without.
-        """
+        """Weights read, keys and values read and written: what a decoding step cannot do without."""
         return sum(operation.weight_bytes + operation.kv_bytes for operation in self.operations)
 
 

@@ -81,7 +81,7 @@ def learn_masks(
     with training.lent(model):  # to the end: what is folded and solved for is in fp32, too
         # what the unmodified model does, before anything is changed: losses to hold domains to, and
         # a copy to learn from and solve for
-        references = reference_losses(model, domains)
+        references = reference_losses(model, domains)  # before anything is changed
         parent = None
         if distill or compensate:
             parent = copy.deepcopy(model).eval().requires_grad_(False)
