@@ -79,8 +79,6 @@ def learn_masks(
     parts, smaller = _checked(model, target, warm_start, ramp)
     dtype = model.dtype
     with training.lent(model):  # to the end: what is folded and solved for is in fp32, too
-        # what the unmodified model does, before anything is changed: losses to hold domains to, and
-        # a copy to learn from and solve for
         references = reference_losses(model, domains)  # before anything is changed
         parent = None
         if distill or compensate:
