@@ -96,7 +96,8 @@ class _Moments:
     """Sums of (a, b)(a, b)^T by head, (H, 2d, 2d), over tokens."""
 
     def __init__(self, head_dim: int):
-        self.head_dim, self.total = head_dim, 0
+        self.head_dim = head_dim
+        self.total: Tensor | float = 0.0
 
     def add(self, a: Tensor, b: Tensor) -> None:
         """a and b (N, H, d)."""
@@ -106,5 +107,5 @@ class _Moments:
     def shares(self, other: _Moments) -> float:
         """E((a, b) . (c, d))^2 over E(a . c)^2, for (a, b) and (c, d) drawn independently."""
         d = self.head_dim
-        products = self.total * other.total
+        products = torch.as_tensor(self.total * other.total)
         return float(products.sum().clamp_min(0) / products[:, :d, :d].sum().clamp_min(1e-300))

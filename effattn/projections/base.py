@@ -6,7 +6,7 @@ A member of the axis, such as `MonarchLinear`, is one file of this package: a su
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -49,22 +49,22 @@ class ProjectedLinear(StructuredLinear):
     output_error: float | None
 
     @classmethod
-    def options(cls, **given) -> dict:
+    def options(cls, *args: Any, **given: Any) -> dict:
         """The options of a spec, checked as far as no weight is needed: `method`, `ffn` (the
         linears of the FFN too), and those that `check_sizes` and `from_linear` take."""
         raise NotImplementedError
 
     @classmethod
-    def check_sizes(cls, in_features: int, out_features: int, *, where: str, **options) -> None:
+    def check_sizes(
+        cls, in_features: int, out_features: int, *, where: str, **options: Any
+    ) -> None:
         """ValueError, beginning with `where`, for options that such a weight cannot have."""
         raise NotImplementedError
 
     @classmethod
-    def from_linear(
-        cls, linear: nn.Linear, *, moment: Tensor | None = None, **options
-    ) -> ProjectedLinear:
-        """The layer closest to `linear`: in its weights, or in its outputs for inputs of second
-        moment `moment`, (in_features, in_features)."""
+    def from_linear(cls, linear: nn.Linear, *args: Any, **options: Any) -> ProjectedLinear:
+        """The layer closest to `linear`: in its weights, or with `moment=`, (in_features,
+        in_features), in its outputs for inputs of that second moment."""
         raise NotImplementedError
 
     @property

@@ -7,7 +7,7 @@ permutations, which `effattn.kernels.monarch` defines."""
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -131,6 +131,7 @@ class MonarchLinear(ProjectedLinear):
     raises."""
 
     EXAMPLE = "monarch(blocks=16)"
+    bias: nn.Parameter | None
     SIZES: ClassVar[dict] = {"blocks": (int,), "rank": (int, type(None))}
 
     def __init__(
@@ -163,7 +164,8 @@ class MonarchLinear(ProjectedLinear):
         self.spec = format_spec(
             "monarch", {"blocks": blocks} if usual else {"blocks": blocks, "rank": self.rank}
         )
-        inner, like = self.blocks * self.rank, dict(device=device, dtype=dtype)
+        inner = self.blocks * self.rank
+        like: dict[str, Any] = dict(device=device, dtype=dtype)
         self.right = nn.Parameter(torch.empty(self.blocks, inner, self.sizes.p, **like))
         self.left = nn.Parameter(torch.empty(self.blocks, self.sizes.s, inner, **like))
         self.register_parameter(
@@ -262,7 +264,7 @@ class MonarchLinear(ProjectedLinear):
         new.error = relative_error(weight, new.dense())
         if moment is not None:
             new.output_error = relative_error(weight, new.dense(), moment)
-        if linear.bias is not None:
+        if new.bias is not None:
             new.bias.copy_(linear.bias)
         for name, like in (("right", weight), ("left", weight), ("bias", linear.bias)):
             if like is not None:

@@ -6,6 +6,7 @@ into a model."""
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +36,8 @@ class PackedLinear(StructuredLinear):
     such call and kept beside ours: `nbytes` counts it."""
 
     spec = "2:4"
+    indices: Tensor
+    bias: nn.Parameter | None
 
     def __init__(
         self,
@@ -56,7 +59,7 @@ class PackedLinear(StructuredLinear):
         sparse24.choose(impl)
         self.impl, self.large = impl, check_choice("large", large, LARGE)
         self.in_features, self.out_features = in_features, out_features
-        like = dict(device=device, dtype=dtype)
+        like: dict[str, Any] = dict(device=device, dtype=dtype)
         values = torch.zeros(out_features, 2, in_features // 4, **like)
         self.values = nn.Parameter(values, requires_grad=False)
         indices = torch.full(
@@ -121,7 +124,8 @@ class PackedLinear(StructuredLinear):
     def to_linear(self) -> nn.Linear:
         """The nn.Linear that computes the same."""
         new = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
-        new.weight, new.bias = nn.Parameter(self.dense()), self.bias
+        new.weight = nn.Parameter(self.dense())
+        new.register_parameter("bias", self.bias)
         return new.train(self.training)
 
     @property

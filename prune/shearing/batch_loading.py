@@ -119,6 +119,9 @@ class LoadingWeights(nn.Module):
     """The history of the domain weights, as buffers, so that checkpoints have it: `history` (U + 1,
     K) fp64, row 0 the start's, and `done`, the number of updates so far of U = `updates`."""
 
+    history: Tensor
+    done: Tensor
+
     def __init__(self, start: Tensor, updates: int):
         super().__init__()
         self.register_buffer(

@@ -76,7 +76,7 @@ def _with_sizes(config, keep: Keep):
     new = copy.deepcopy(config)
     text, sizes = new.get_text_config(), Sizes.of(config)
     family = (FAMILIES | ENCODERS)[text.model_type]
-    changes = {}
+    changes: dict[str, object] = {}
     if keep.hidden is not None:
         changes |= {name: len(keep.hidden) for name in family.hidden_size}
     if keep.heads is not None:

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +29,7 @@ from effattn.prune.unstructured.plan import Plan, make_plan
 from effattn.prune.unstructured.report import LayerFacts, OneShotReport
 from effattn.surgery.checkpoint import check_finite
 
-States = list[Tensor] | SpilledStates  # hidden states (batch, length, D), by batch
+States: TypeAlias = list[Tensor] | SpilledStates  # hidden states (batch, length, D), by batch
 
 
 def oneshot(
@@ -109,7 +110,8 @@ def oneshot(
 def _all_or_nothing(model: nn.Module) -> Iterator[dict[nn.Linear, Tensor]]:
     """While open, `model` is in eval mode. An error that leaves it puts back every weight that was
     noted in the dict which this yields."""
-    training, before = model.training, {}
+    training = model.training
+    before: dict[nn.Linear, Tensor] = {}
     model.eval()
     try:
         yield before
@@ -168,7 +170,7 @@ def prune_layer(
     dtype = found[next(iter(found))].weight.dtype if runner is None else runner.dtype
     with layers.working(layer.block, dtype) as stored:
         groups, dense = [list(found)], None
-        if runner is not None:
+        if runner is not None and source is not None:
             groups, dense = layers.input_groups(found, lambda: runner.call(layer.index, source[0]))
         # one group at a time, in the order of the forward pass: its inputs come from matrices that
         # are pruned already, and its Hessian is gone before the next one is made
@@ -181,10 +183,10 @@ def prune_layer(
                 del pruned  # as large as the weight, and not needed while the next Hessian is made
                 zeros = int((weight == 0).sum())
                 rows.append({"name": path, "shape": list(weight.shape), "zeros": zeros, **facts})
-        if runner is not None:
+        if runner is not None and source is not None and sink is not None:
             for number, states in enumerate(source):
                 output = runner.call(layer.index, states)
-                if number == 0:
+                if number == 0 and dense is not None:
                     error = _relative_error(output, dense)
                 sink[number] = output.cpu()
     weights = [linear.weight for linear in found.values()]
