@@ -127,6 +127,7 @@ def uniform(
     """`trials` drawn prompts of `length` tokens each, the answer included, cut at the start; all
     answers have one number of tokens, as a batch needs: others are drawn again. ValueError where
     that does not come about."""
+    # cut at the start, which is the oldest text; a batch needs answers of one size
     by_size: dict[int, list[tuple[list[int], list[int]]]] = {}
     for _ in range(64 * trials):
         before, answer = draw(chance)

@@ -35,6 +35,7 @@ class Scores:
     def __init__(self, model: nn.Module, ids: Tensor, first: int = 0):
         vocabulary = model.get_input_embeddings().weight.shape[0]
         self.count = ids.shape[0] * (ids.shape[1] - first)
+        # one piece: the model's own logits; more: its final hidden states, and the head by pieces
         self.chunk = max(1, BYTES // (4 * vocabulary))
         self._parts = _known(model) if ids.numel() > self.chunk else None
         whole = self._parts is None

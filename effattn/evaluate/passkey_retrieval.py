@@ -110,6 +110,7 @@ def passkey_prompts(
     retrieval.check_settings(
         depths, length=(length, 1), trials=(trials, 1), digits=(digits, 1), batch=(batch, 1)
     )
+    # Needles may differ in tokens, prompts may not: the filler gets what a needle leaves.
     keys = _keys(tokenizer, look, digits, trials, seed)
     longest = max(len(needle) for needle, _, _ in keys)
     rest = length - longest - len(keys[0][1]) - len(keys[0][2])
@@ -145,12 +146,14 @@ def _keys(
     question = retrieval.encode(tokenizer, look.question)
     for _ in range(64 * trials):
         key = str(draw.randrange(10 ** (digits - 1), 10**digits))
+        # the answer as it is behind its question, since tokenizers merge over the border
         whole = retrieval.encode(tokenizer, look.question + look.answer.format(key=key))
         shared = next(
             (i for i, (a, b) in enumerate(zip(whole, question, strict=False)) if a != b),
             len(question),
         )
         needle = retrieval.encode(tokenizer, look.needle.format(key=key))
+        # the first group that is full is the usual way of writing a number
         same = groups[shared, len(whole)]
         same.append((needle, whole[:shared], whole[shared:]))
         if len(same) == trials:
@@ -165,5 +168,6 @@ def _filler(tokenizer, look: Style, length: int) -> Tensor:
         from effattn import embedded
 
         return embedded.tokens("validation", 8 * length + 4096, tokenizer=tokenizer)
+    # twice the length: every prompt begins somewhere else in it
     once = retrieval.encode(tokenizer, look.filler)
     return torch.tensor(once * (2 * length // len(once) + 2))

@@ -66,6 +66,8 @@ def answer(
             judged = []
             for place, asked in enumerate(prompts.asked.tolist()):
                 truth = question[:, place]
+                # judged before the true token goes in: teacher forcing, so that one wrong token of
+                # an answer does not spoil the others
                 if asked:
                     judged.append(_judge(logits.float(), truth, choices))
                 logits = model(
@@ -167,6 +169,7 @@ def hide(filler: Tensor, needle: Tensor, depth: float, line_ends: Tensor) -> Ten
     """`needle` inside `filler` (N,), at `depth` of it, behind the nearest line's end before that if
     one is near.
     """
+    # behind a line's end a needle is a line of its own, as it would be in a real text
     cut = round(depth * len(filler))
     near = filler[max(0, cut - LINES) : cut]
     ends = torch.isin(near, line_ends).nonzero().flatten()

@@ -151,6 +151,7 @@ def tracking_prompts(
         hay = filler[start : start + rest]
         # where lines may stand
         cuts = [0, *(ends[(ends > start) & (ends < start + rest)] - start).tolist()]
+        # the first line of the asked chain at the depth, the others in order anywhere behind it
         placed: list[tuple[int, list[int]]] = []
         for number, chain in enumerate(lines):
             low = cuts[round((depth if number == 0 else chance.random()) * (len(cuts) - 1))]

@@ -25,6 +25,7 @@ class Alibi(Added):
 def slopes(heads: int) -> torch.Tensor:
     """m_h, (heads,) float32. For a number that is no power of two: those of the next lower power of
     two H', then every other one of 2H', as in the paper's code."""
+    # 2^(-8h/H') for the H' heads, and for the rest the 1st, 3rd, ... of 2^(-8h/2H')
     lower = 1 << (heads.bit_length() - 1)
     own = 2.0 ** (-8 * torch.arange(1, lower + 1, dtype=torch.float64) / lower)
     between = 2.0 ** (-4 * torch.arange(1, 2 * lower + 1, 2, dtype=torch.float64) / lower)

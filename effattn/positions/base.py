@@ -52,6 +52,7 @@ class Trained:
     def thetas(self, base: float | Tensor | None = None) -> Tensor:
         """b^(-2i/R), (R/2,) float32, in transformers' own operations: the same bits. base: another
         one, or one a row (B,), for (B, R/2)."""
+        # int64, then float: the order of operations decides the last bit
         exponents = torch.arange(0, self.dims, 2, dtype=torch.int64).to(torch.float) / self.dims
         base = self.base if base is None else base
         if isinstance(base, Tensor):
@@ -93,6 +94,7 @@ class Rotation(Part):
     from_plain: ClassVar[bool] = True  # it changes the plain rotation, not whatever the model has
 
     def check(self, trained):
+        # rules on top of another rule (YaRN on a Llama 3.1) would mean nothing that a paper says
         if self.turns and not trained.dims:
             raise Unsupported(f"positions: {self.name!r} turns queries and keys, {NO_ROTARY}")
         if self.turns and self.from_plain and trained.kind not in PLAIN_KINDS:

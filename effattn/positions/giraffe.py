@@ -42,5 +42,7 @@ class Truncated(Rotation):
             check_count("truncated", "length", self.length)
 
     def frequencies(self, trained, length=None):
+        # frequencies that turn once or more within the length have been seen whole; of the others
+        # some turn slowly, and the slowest not at all
         thetas, t = trained.thetas(), 2 * math.pi / (self.length or trained.length)
         return torch.where(thetas < t / 8, 0.0, torch.where(thetas < t, t / 16, thetas)), 1.0

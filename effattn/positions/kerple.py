@@ -37,6 +37,7 @@ class Kerple(Added):
         return torch.tensor([[self.r1, self.r2]], dtype=torch.float).repeat(trained.heads, 1)
 
     def bias(self, trained, tokens, learned):
+        # held where the kernels are conditionally positive definite, as in the paper's code
         most = torch.tensor(
             [torch.inf, 2.0 if self.kind == "power" else torch.inf], device=learned.device
         )

@@ -48,6 +48,7 @@ class LongRope(Scaled):
     def frequencies(self, trained, length=None):
         long = torch.tensor(self.long_factor, dtype=torch.float)
         short = torch.tensor(self.short_factor or [1.0] * len(long), dtype=torch.float)
+        # one set for all of a sequence, by its length so far; rows may differ
         if isinstance(length, torch.Tensor):
             use_long = (length > trained.length)[:, None]
             factors = torch.where(use_long, long.to(length.device), short.to(length.device))

@@ -42,11 +42,13 @@ class Ntk(Scaled):
         if self.variant == "old":
             return trained.thetas(_base(trained, scale)), 1.0
         pairs, power = trained.dims // 2, 1.0 if self.variant == "fixed" else self.power
+        # such that the last frequency, m = d/2, is divided by s exactly
         a = math.log(scale) / pairs**power
         m = torch.arange(1, pairs + 1, dtype=torch.float64)
         return (trained.thetas().double() * torch.exp(-a * m**power)).float(), 1.0
 
     def parameters(self, trained):
+        # a change of base is all that "old" is; the others scale each frequency by itself
         if self.variant != "old":
             return None
         return {"rope_type": "default", "rope_theta": _base(trained, self.scale(trained))}
@@ -75,6 +77,7 @@ class DynamicNtk(Rotation):
     def frequencies(self, trained, length=None):
         if length is None:
             return trained.thetas(), 1.0
+        # up to T the factor below is 1, so that nothing changes there
         rows = isinstance(length, torch.Tensor)
         past = length.clamp(min=trained.length).double() if rows else max(length, trained.length)
         return trained.thetas(

@@ -54,6 +54,8 @@ class Far(Part):
     def query_positions(self, positions: Tensor) -> Tensor:
         """Where a query at `positions`, int64 (T,) or (B, T), stands for far keys: in tokens,
         float64 where distances grow slowly."""
+        # Against a key at j/k: (i - w)/k + w - j/k = w + (i - j - w)/k, the distance wanted. ReRoPE
+        # is k = infinity: the query stands at w, all keys at 0.
         if math.isinf(self.slow):
             return positions.new_full(positions.shape, self.window)
         return (positions - self.window).double() / self.slow + self.window

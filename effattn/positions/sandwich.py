@@ -25,6 +25,7 @@ class Sandwich(Added):
         check_count("sandwich", "dims", self.dims, least=2)
 
     def bias(self, trained, tokens, learned):
+        # a table by distance, made in fp64: cosines of large angles lose their digits
         thetas = 10000.0 ** (-torch.arange(0, self.dims, 2, dtype=torch.float64) / self.dims)
         sums = sum((torch.arange(tokens, dtype=torch.float64) * theta).cos() for theta in thetas)
         heads = torch.arange(1, trained.heads + 1, dtype=torch.float64)

@@ -40,6 +40,7 @@ class XPos(OwnRope):
         dims = trained.dims
         pair = torch.arange(0, dims, 2, dtype=torch.float64, device=x.device)
         log_zeta = ((pair + self.gamma * dims) / ((1 + self.gamma) * dims)).log()
+        # both dimensions of a pair fade alike; those that do not turn do not fade
         log_zeta = log_zeta.repeat_interleave(2) if trained.interleaved else log_zeta.repeat(2)
         log_zeta = torch.cat([log_zeta, log_zeta.new_zeros(x.shape[-1] - dims)])
         power = (positions.double() - centre) / self.scale

@@ -62,6 +62,7 @@ def _multiply(module: nn.Module, gate: Tensor, width: int):
     def hook(_, args):
         x = args[0]
         factor = gate.to(x).repeat_interleave(width, -1)
+        # (width x gates,) for all rows alike, or a row of factors for each row of the batch
         if gate.dim() == 1:
             return (x * factor, *args[1:])
         rows = x.reshape(len(gate), -1, x.shape[-1])  # OPT's FFN takes (B·T, F)

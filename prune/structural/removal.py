@@ -246,6 +246,8 @@ def _check_shape(parts: hf.Anatomy, keep: dict[str, int]) -> None:
 
 
 def _check_enough(parts: hf.Anatomy, plan: Plan, tokens: Tensor) -> None:
+    # an output module is solved from second moments of its inputs: fewer tokens than inputs fit
+    # noise
     inputs = [
         plan.keep.get("heads", 0) * (parts.heads // parts.kv_heads) * parts.head_dim,
         plan.keep.get("ffn", 0),
@@ -280,6 +282,8 @@ def choose(parts: hf.Anatomy, importance: Importance, plan: Plan) -> Keep:
     def best(scores: Tensor, count: int) -> Tensor:
         return scores.sort(descending=True, stable=True).indices[:count].sort().values
 
+    # what goes with a layer need not be chosen; inside, each layer keeps its own best, since a
+    # config says one number for all
     staying = torch.arange(len(parts.layers))
     if "layers" in plan.keep:
         staying = best(importance.layers, plan.keep["layers"])
@@ -308,6 +312,7 @@ def _scores(importance: Importance) -> dict:
     found = {
         target: value for target in TARGETS if (value := getattr(importance, target)) is not None
     }
+    # thousands a layer: their distribution is what a report can show
     if "ffn" in found:
         found["ffn"] = torch.quantile(
             found["ffn"], torch.linspace(0, 1, 101, dtype=torch.float64), dim=1

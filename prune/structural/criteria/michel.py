@@ -35,6 +35,7 @@ def score(parts: Anatomy, batches: list[Tensor], targets: list[str], seed: int) 
                 gates[target].append(
                     torch.ones(len(batch), size, device=device, requires_grad=True)
                 )
+        # the sum over windows has each window's own gradient at its own gates
         with gradients(parts), watching_blocks(parts), gated(parts, **gates):
             losses(parts.model, batch).sum().backward()
         for target, of_layers in gates.items():

@@ -81,6 +81,7 @@ class _Signed:
             value = tensor.detach()
 
             def arrived(gradient: Tensor) -> None:
+                # signed sums over the tokens of a window: what cancels cancels
                 product = by_sample((gradient * value).float(), self.samples).sum(1)
                 if projection is None:
                     self.add(
