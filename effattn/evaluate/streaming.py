@@ -48,7 +48,7 @@ def stream_losses(
                 .logits[0]
                 .float()
             )
-            # logits at a token are of the next one: a chunk scores the tokens behind its own
+            # logits at a token are of the next one: `ids` has one token more than goes in
             losses[start : start + chunk] = F.cross_entropy(logits, ids[1:], reduction="none").cpu()
             held.append(cache_bytes(cache))
             if progress:

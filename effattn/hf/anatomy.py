@@ -139,7 +139,7 @@ def of(model: nn.Module) -> Anatomy:
         layers.append(Layer(index, block, attention, ffn, heads, head_dim, family, config, rotary))
     embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
     tied = head is None or head.weight is embeddings.weight
-    steady(model)  # nobody reads weights that bitsandbytes is about to rearrange
+    steady(model)  # from here on bitsandbytes rearranges no weight that is read
     final_norm, positions = (get(model, path) for path in (family.final_norm, family.positions))
     return Anatomy(
         model,
