@@ -14,7 +14,6 @@ from typing import Annotated
 import typer
 
 from bench import compatibility, pages
-from effattn.recipes.console import console, one_line_errors
 from effattn.reports.files import write_text_atomic
 from effattn.reports.tables import Table
 
@@ -73,7 +72,6 @@ def wanted(root: Path) -> dict[Path, str]:
     return found
 
 
-@one_line_errors
 def main(
     check: Annotated[
         bool, typer.Option(help="change nothing; exit code 1 if something is out of date")
@@ -89,9 +87,9 @@ def main(
         if not check:
             write_text_atomic(path, text)
         said = "out of date" if check else "written"
-        console.print(f"{said}  {path.relative_to(root)}", highlight=False)
+        print(f"{said}  {path.relative_to(root)}")
     if not stale:
-        console.print("pages and figures are up to date", highlight=False)
+        print("pages and figures are up to date")
     if check and stale:
         raise SystemExit(1)
 

@@ -1,20 +1,13 @@
-"""Numbers that a job takes, each with its bounds where it is declared.
+"""What a number may be, said once where it is declared (`effattn.recipes.options`), so that the
+command line and Python are checked alike, before any work.
 
-    @dataclass
-    class Job(Checked):
-        batch: int = whole(2, least=1)
-        lr: float | None = real(None, above=0)     # None is valid where it is the default
-        contexts: Sequence[int] = whole((512, 4096), least=1)
-
-    Job(batch=0)    # ValueError: batch: got 0, valid is 1 or more
-
-So the command line and Python are checked alike, before any work.
+    Bounds(whole=True, least=1).check("batch", 0)    # ValueError: batch: got 0, valid is 1 or more
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import dataclass
 
 MOST = 2**53  # what JSON can say exactly
 SEED = 2**32 - 1  # numpy's seeds go no further
@@ -54,45 +47,3 @@ class Bounds:
         else:
             said = "any finite number" if self.above is None else f"more than {self.above:g}{unit}"
         return said
-
-
-def whole(default=MISSING, *, least: int, most: int | None = None, unit: str = ""):
-    """A dataclass field for whole numbers: one, or where the default is a tuple, several."""
-    return field(
-        default=default, metadata={"bounds": Bounds(True, least=least, most=most, unit=unit)}
-    )
-
-
-def real(
-    default=MISSING,
-    *,
-    least: float | None = None,
-    above: float | None = None,
-    most: float | None = None,
-):
-    """A dataclass field for finite numbers."""
-    return field(
-        default=default, metadata={"bounds": Bounds(False, least=least, above=above, most=most)}
-    )
-
-
-def random_seed(default: int = 0):
-    """A dataclass field for a seed of random numbers."""
-    return whole(default, least=0, most=SEED)
-
-
-class Checked:
-    """Base of a dataclass whose numbers are within their bounds from the start. ValueError names
-    the first that is not.
-
-    None is valid where it is the default.
-    """
-
-    def __post_init__(self) -> None:
-        for one in fields(self):
-            if "bounds" in one.metadata:
-                value = getattr(self, one.name)
-                if value is None and one.default is None:
-                    continue
-                for number in value if isinstance(value, list | tuple) else [value]:
-                    one.metadata["bounds"].check(one.name, number)

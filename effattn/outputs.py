@@ -14,6 +14,7 @@ emptied, by the next one."""
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import shutil
 import tempfile
@@ -28,6 +29,16 @@ STAGING = ".effattn-tmp"
 OWNER = ".owner"  # in the staging folder, until it is filled: who works there
 # the most that a name beside the output has more than the output's own
 LONGEST = len("..partial.json")
+
+# what a file system answers that gives no file a second name
+NO_LINKS = (
+    errno.EPERM,
+    errno.ENOTSUP,
+    errno.EOPNOTSUPP,
+    errno.EMLINK,
+    errno.EXDEV,
+    errno.ENOSYS,
+)
 
 _claims: dict[Path, int] = {}  # target -> the thread that holds it
 _filling: set[Path] = set()  # staging folders that become their outputs as they are
@@ -260,6 +271,17 @@ def fsync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def link_or_copy(file: Path, other: Path) -> None:
+    """A second name of a file, which takes no room; a copy where the file system has only one. The
+    first one stays: a run that is killed before its output has its name goes on from there."""
+    try:
+        os.link(file, other)
+    except OSError as error:
+        if error.errno not in NO_LINKS:
+            raise
+        shutil.copyfile(file, other)
 
 
 def _open(argument: str, path: str | Path, staging: Path) -> int:

@@ -16,14 +16,15 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from effattn.prune.cli import app as prune
-from effattn.prune.shear_cli import shear
 from effattn.recipes import (
     convert_gqa,
     extend,
     linearize,
     measure,
+    prune_oneshot,
+    prune_structured,
     quantize_kv,
+    shear,
     swap_backend,
 )
 from effattn.recipes.console import Show, console, one_line_errors
@@ -34,6 +35,13 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_show_locals=False,
 )
+
+prune = typer.Typer(
+    help="Prune a checkpoint: single weights, or whole heads, FFN dimensions and layers.",
+    no_args_is_help=True,
+)
+prune.command("oneshot")(prune_oneshot.command)
+prune.command("structured")(prune_structured.command)
 
 
 @app.callback()
@@ -88,7 +96,7 @@ def compare(
 
 app.command("linearize")(linearize.command)
 app.command("extend")(extend.command)
-app.command()(shear)
+app.command("shear")(shear.command)
 app.add_typer(prune, name="prune")
 app.command("quantize-kv")(quantize_kv.command)
 

@@ -14,12 +14,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from effattn.recipes.options import (  # noqa: F401  for recipes that are no flow yet
-    GOES_ON,
-    contexts_of,
-    count_of,
-    count_tokens,
-)
+from effattn.recipes.options import GOES_ON
 
 console = Console()
 errors = Console(stderr=True)

@@ -157,6 +157,16 @@ def text_column():
     return option(None, "the dataset's text column")
 
 
+def window_length():
+    """Tokens of a window, where the model may decide."""
+    return whole(
+        None,
+        "window length in tokens (default: as the model was trained, at most 2048)",
+        least=8,
+        unit="tokens",
+    )
+
+
 def random_seed(of: str, default: int = 0):
     """The seed of what is drawn."""
     return whole(default, f"of {of}", least=0, most=SEED)
@@ -284,8 +294,3 @@ def count_of(text: str) -> int:
     if not abs(value) <= MOST or abs(value - round(value)) > 1e-6:  # NaN neither
         raise typer.BadParameter(f"got {text!r}, valid is like 50000, 50_000, 50k or 1.5M")
     return round(value)
-
-
-def count_tokens(text: str):
-    """The option for a number of tokens, for commands that declare their options themselves."""
-    return typer.Option(parser=count_of, metavar="TOKENS", help=f"tokens {text}")

@@ -75,10 +75,10 @@ def extend(model, text, out):
 
 
 def shear(model, text, out):
-    from effattn.prune.shear_job import Job, run
+    from effattn.recipes.shear import Settings, run
 
     return run(
-        Job(
+        Settings(
             model,
             out,
             heads=4,
@@ -95,13 +95,13 @@ def shear(model, text, out):
 
 
 def oneshot(model, text, out):
-    from effattn.prune.oneshot_job import Job, run
+    from effattn.recipes.prune_oneshot import Settings, run
 
     return run(
-        Job(
+        Settings(
             out,
             model,
-            ("wanda",),
+            methods=("wanda",),
             text=(text,),
             calibration_tokens=256,
             evaluation_tokens=128,
@@ -112,10 +112,10 @@ def oneshot(model, text, out):
 
 
 def structured(model, text, out):
-    from effattn.prune.structured_job import Job, run
+    from effattn.recipes.prune_structured import Settings, run
 
     return run(
-        Job(
+        Settings(
             out,
             model,
             ffn=48,
@@ -186,19 +186,11 @@ def quick_parts() -> None:
     import effattn.hf.verify
     import effattn.linearizing.approximation
     import effattn.measuring.measurement
-    import effattn.prune.oneshot_job
-    import effattn.prune.shear_job
-    import effattn.prune.structured_job
+    import effattn.prune.shearing.measures
     from effattn.profiling.device import Peaks
 
-    for module in (
-        effattn.hf.verify,
-        effattn.prune.oneshot_job,
-        effattn.prune.shear_job,
-        effattn.prune.structured_job,
-    ):
-        module.verify_plain = lambda *args: {"fresh_process": True}
-    effattn.prune.shear_job._speed = lambda *args: []
+    effattn.hf.verify.verify_plain = lambda *args: {"fresh_process": True}
+    effattn.prune.shearing.measures.speeds = lambda *args: []
     effattn.measuring.measurement.peaks = lambda *args: Peaks(
         "none", "cpu", 1, "", {}, None, None, None, {}, None
     )

@@ -22,6 +22,7 @@ TOKENIZER_FILES = (
     "special_tokens_map.json",
     "added_tokens.json",
 )
+CHECKPOINT_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]  # of a hub name
 VOCABULARY = re.compile(r"(tokenizer\.json|tekken\.json|vocab\..*|.*\.(model|tiktoken))")
 
 
@@ -52,6 +53,24 @@ def resolve(name: str | Path) -> str:
             _not_found(name, "it is no folder, and no hub name (owner/name) looks like that")
         )
     return str(name)
+
+
+def folder_of(name: str | Path) -> Path:
+    """The checkpoint's folder; a hub name's files are downloaded. ValueError for what does not
+    exist.
+    """
+    found = resolve(name)
+    if Path(found).is_dir():
+        return Path(found)
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(found, allow_patterns=CHECKPOINT_FILES))
+    except Exception as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(
+            f"model: got {name!r}, which is no folder, and not found as a hub name: {reason}"
+        ) from error
 
 
 def read_config(name: str, asked: str | Path):

@@ -62,6 +62,17 @@ def stored(folder: str | Path) -> dict[str, Stored]:
     return {name: one for name, one in found.items() if name in named} if named else found
 
 
+def file_bytes(folder: str | Path) -> int | None:
+    """Bytes of a checkpoint's weight files; None for what is no folder here (a hub name). Raises
+    what `stored` does."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        return None
+    return sum(
+        (folder / file).stat().st_size for file in {one.file for one in stored(folder).values()}
+    )
+
+
 def weight_map(index: Path) -> dict[str, str]:
     """Tensor name -> file name, of a sharded checkpoint. ValueError for anything but files beside
     the index.

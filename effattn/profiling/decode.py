@@ -255,3 +255,15 @@ def decode_by_context(
             key: value for key, value in row.items() if key not in ("context", "batch", "model")
         }
     return list(rows.values())
+
+
+def rows_by_context(
+    models: Mapping[str, torch.nn.Module], contexts: Sequence[int], progress=None
+) -> list[dict]:
+    """The same with whole rows, as the reports of pruning have them: {"context", and by each
+    model's name its row of `decode_speed`, without "model"}."""
+    rows: dict[int, dict] = {}
+    for row in decode_speed(models, list(contexts), progress=progress):
+        entry = rows.setdefault(row["context"], {"context": row["context"]})
+        entry[row.pop("model")] = row
+    return list(rows.values())

@@ -9,7 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from markupsafe import Markup
+from torch import nn
 
+from effattn.profiling.environment import environment
+from effattn.prune.shearing.measures import axes_of, size_of
 from effattn.prune.shearing.report_data import (
     BASELINES,
     DOMAINS,
@@ -19,6 +22,7 @@ from effattn.prune.shearing.report_data import (
     SIZE,
     Baseline,
     ShearData,
+    Stage,
 )
 from effattn.prune.shearing.report_plots import plots
 from effattn.reports.common import QUALITY_HEADER, about, measured_on
@@ -39,6 +43,44 @@ class ShearReport(ShearData):
     """A shearing's data as tables, plots and a page."""
 
     terminal = (QUALITY, SIZE, "Speed")
+
+    @classmethod
+    def of(
+        cls,
+        parent: nn.Module,
+        small: nn.Module,
+        length: int,
+        stages: dict[str, Stage],
+        *,
+        settings: dict,
+        quality: dict,
+        baselines: dict[str, Baseline],
+        file_bytes: int | None,
+        pretraining_tokens: int | None,
+    ) -> ShearReport:
+        """What was done to `parent`; speed and proof are still to come. length: tokens of a window;
+        file_bytes: of the parent's weight files; pretraining_tokens: of the parent."""
+        before, after = size_of(parent, length), size_of(small, length)
+        now = axes_of(small)
+        return cls(
+            {
+                "kind": cls.kind,
+                "settings": settings,
+                "target": {axis: [size, now[axis]] for axis, size in axes_of(parent).items()},
+                "model": {
+                    "class": type(parent).__name__,
+                    "dtype": str(parent.dtype).removeprefix("torch."),
+                },
+                "size": {"before": before | {"file_bytes": file_bytes}, "after": after},
+                "quality": quality,
+                **stages,
+                "baselines": baselines,
+                "speed": [],
+                "verification": None,
+                "pretraining_tokens": pretraining_tokens,
+                "environment": environment(),
+            }
+        )
 
     @property
     def title(self) -> str:

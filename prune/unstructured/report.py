@@ -132,6 +132,30 @@ class OneShotReport(Document):
             }
         )
 
+    @classmethod
+    def of_files(cls, facts: dict, file_bytes: int) -> OneShotReport:
+        """The report of what was done from file to file, before a model is in memory. facts: what
+        `prune_files` returns; file_bytes: of the source."""
+        return cls(
+            {
+                "kind": KIND,
+                "settings": facts["settings"],
+                "model": {},
+                "layers": facts["layers"],
+                "sizes": {"before": {"file_bytes": file_bytes}, "after": {}},
+                "verification": facts["verification"],
+                "environment": environment(),
+            }
+        )
+
+    def add_run(
+        self, method: str, sparsity: str, seconds: float, layers: list[LayerFacts], quality: dict
+    ) -> None:
+        """One of the methods and sparsities that are compared; sparsity as asked for."""
+        run = {"method": method, "sparsity": sparsity, "seconds": seconds}
+        run["errors"] = [layer["error"] for layer in layers]
+        self.data.setdefault("runs", []).append(run | quality)
+
     @property
     def layers(self) -> list[LayerFacts]:
         """A row for each matrix."""

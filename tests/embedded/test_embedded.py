@@ -10,7 +10,8 @@ import torch
 import effattn
 from effattn.embedded import corpus
 from effattn.evaluate.loss import token_losses
-from effattn.recipes import pretrain_embedded as pretrain
+from effattn.recipes import pretrain_embedded
+from effattn.recipes.pretrain_embedded import Settings
 from effattn.training.lending import TokenWindows
 
 
@@ -136,7 +137,7 @@ def test_pretraining_makes_a_checkpoint_and_a_card(tmp_path, monkeypatch):
     }
     monkeypatch.setattr(corpus, "documents", texts.__getitem__)
     settings = dict(
-        train_tokens=12 * 64,
+        tokens=12 * 64,
         hidden=32,
         layers=1,
         vocabulary=300,
@@ -144,7 +145,7 @@ def test_pretraining_makes_a_checkpoint_and_a_card(tmp_path, monkeypatch):
         batch=2,
         overrides={"disable_tqdm": True, "use_cpu": True, "bf16": False},
     )
-    card = pretrain.pretrain(tmp_path / "whole", **settings)
+    card = pretrain_embedded.run(Settings(tmp_path / "whole", **settings))
     assert card["train_tokens"] == 12 * 64
     data = texts["validation"][0][1].encode()
     assert card["validation_bytes"] == len(data)
@@ -156,6 +157,7 @@ def test_pretraining_makes_a_checkpoint_and_a_card(tmp_path, monkeypatch):
 
     whole = load_file(tmp_path / "whole" / "model.safetensors")
 
+    import transformers
     from transformers import TrainerCallback
 
     class Kill(TrainerCallback):
@@ -163,12 +165,12 @@ def test_pretraining_makes_a_checkpoint_and_a_card(tmp_path, monkeypatch):
             if state.global_step == 8:
                 raise KeyboardInterrupt
 
-    trainer = pretrain.Trainer
-    monkeypatch.setattr(pretrain, "Trainer", lambda **kw: trainer(**kw, callbacks=[Kill()]))
+    trainer = transformers.Trainer
+    monkeypatch.setattr(transformers, "Trainer", lambda **kw: trainer(**kw, callbacks=[Kill()]))
     with pytest.raises(KeyboardInterrupt):
-        pretrain.pretrain(tmp_path / "killed", **settings)
-    monkeypatch.setattr(pretrain, "Trainer", trainer)
+        pretrain_embedded.run(Settings(tmp_path / "killed", **settings))
+    monkeypatch.setattr(transformers, "Trainer", trainer)
     assert not (tmp_path / "killed" / "model.safetensors").exists()
-    pretrain.pretrain(tmp_path / "killed", **settings)
+    pretrain_embedded.run(Settings(tmp_path / "killed", **settings))
     killed = load_file(tmp_path / "killed" / "model.safetensors")
     assert all(torch.equal(value, killed[name]) for name, value in whole.items())

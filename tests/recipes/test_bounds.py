@@ -14,10 +14,10 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from effattn.bounds import Checked, random_seed, real, whole
 from effattn.evaluate.loss import perplexity_of
+from effattn.recipes import options
 from effattn.recipes.cli import app
-from effattn.recipes.options import contexts_of, count_of
+from effattn.recipes.options import contexts_of, count_of, real, whole
 from effattn.reports.files import finite
 
 JOBS = {
@@ -27,14 +27,15 @@ JOBS = {
     "effattn.recipes.extend_context": {},
     "effattn.recipes.swap_backend": {},
     "effattn.recipes.measure": {},
-    "effattn.prune.shear_job": {},
-    "effattn.prune.oneshot_job": {"output": Path("out")},
-    "effattn.prune.structured_job": {"output": Path("out")},
+    "effattn.recipes.shear": {},
+    "effattn.recipes.prune_oneshot": {"output": Path("out")},
+    "effattn.recipes.prune_structured": {"output": Path("out")},
+    "effattn.recipes.pretrain_embedded": {"output": Path("out")},
     "effattn.recipes.quantize_kv": {},
 }
 # Checked by the job with words of their own: against the model, as a share or a number, as names.
 ELSEWHERE = {("effattn.recipes.extend", "to"), ("effattn.recipes.quantize_kv", "bits")} | {
-    ("effattn.prune.structured_job", name) for name in ("heads", "ffn", "layers")
+    ("effattn.recipes.prune_structured", name) for name in ("heads", "ffn", "layers")
 }
 
 
@@ -76,21 +77,21 @@ def test_no_number_of_a_job_is_without_bounds(module, name):
 
 @pytest.mark.parametrize("amount", [-1, 0, math.nan, math.inf, 1.5, -0.25, True])
 def test_amounts_of_structured_pruning(amount, tmp_path):
-    from effattn.prune.structured_job import Job, run
+    from effattn.recipes.prune_structured import Settings, run
 
     with pytest.raises(ValueError, match=r"^ffn: got "):
-        run(Job(output=tmp_path / "out", ffn=amount))
+        run(Settings(output=tmp_path / "out", ffn=amount))
     assert list(tmp_path.iterdir()) == []
 
 
 def test_the_words_of_bounds():
     @dataclasses.dataclass
-    class Job(Checked):
-        share: float = real(0.5, least=0, most=1)
-        lr: float | None = real(None, above=0)
-        length: int = whole(8, least=2, unit="tokens")
-        start: float = real(0.0)
-        seed: int = random_seed()
+    class Job(options.Settings):
+        share: float = real(0.5, "a share", least=0, most=1)
+        lr: float | None = real(None, "a rate", above=0)
+        length: int = whole(8, "a length", least=2, unit="tokens")
+        start: float = real(0.0, "a start")
+        seed: int = options.random_seed("anything")
 
     for given, said in {
         "share": "0 to 1",

@@ -353,6 +353,6 @@ def test_backends_command():
 
 @pytest.mark.parametrize("text_value", ["50k", "50_000", "50000", "0.05M"])
 def test_token_counts_are_read_as_people_write_them(text_value):
-    from effattn.recipes.console import count_of
+    from effattn.recipes.options import count_of
 
     assert count_of(text_value) == 50_000

@@ -18,9 +18,10 @@ from typer.testing import CliRunner
 
 import effattn
 from effattn.evaluate.loss import token_losses
-from effattn.prune.oneshot_job import weight_bytes
+from effattn.hf.weight_files import file_bytes
 from effattn.prune.unstructured.report import OneShotReport
 from effattn.recipes.cli import app
+from effattn.recipes.prune_oneshot import Settings
 
 ROOT = Path(__file__).parents[2]
 
@@ -116,7 +117,7 @@ def test_the_recipe_end_to_end(source, text, tmp_path):
         sizes["before"]["nonzero_parameters"] - sizes["after"]["nonzero_parameters"] == pruned // 2
     )
     assert sizes["before"]["flops_of_nonzeros"] - sizes["after"]["flops_of_nonzeros"] == pruned
-    assert sizes["after"]["file_bytes"] == weight_bytes(out)
+    assert sizes["after"]["file_bytes"] == file_bytes(out)
     assert sizes["before"]["kv_bytes_per_token"] == 2 * 2 * 64 * 4
     # exactly, after training
     assert all(((zeros.view(-1, 4).sum(1)) == 2).all() for zeros in zeros_of(out).values())
@@ -127,7 +128,7 @@ def test_the_recipe_end_to_end(source, text, tmp_path):
 
 
 def test_large_models_are_not_loaded_and_come_out_the_same(source, text, tmp_path, monkeypatch):
-    monkeypatch.setattr("effattn.prune.oneshot_job.load_model", None)
+    monkeypatch.setattr("effattn.surgery.checkpoint.load_model", None)
     code, output = invoke(
         "--model",
         source,
@@ -178,6 +179,14 @@ def test_an_unfinished_run_refuses_other_settings(source, text, tmp_path, monkey
     code, output = invoke(*arguments)
     assert code == 0, output
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_defaults_are_those_of_the_library():
+    from effattn.calibration.hessian import DAMPING
+    from effattn.prune.unstructured.plan import METHODS
+
+    defaults = Settings(output=Path("out"))
+    assert (defaults.methods, defaults.damping) == (METHODS, DAMPING)
 
 
 @pytest.mark.parametrize(

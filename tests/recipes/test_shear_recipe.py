@@ -15,12 +15,13 @@ from conftest import tiny
 from typer.testing import CliRunner
 
 import effattn
-from effattn.prune import shear_job
-from effattn.prune.shear_job import Job, run
+from effattn.hf import verify
 from effattn.prune.shearing import data as shear_data
+from effattn.prune.shearing import mask_stage, masks, measures, rates, sheared
 from effattn.prune.shearing.data import domain_text, stdlib_domain
 from effattn.prune.shearing.report import BASELINES, ShearReport
 from effattn.recipes.cli import app
+from effattn.recipes.shear import Settings, run
 
 CPU = {"use_cpu": True}
 SMALL = {
@@ -69,9 +70,11 @@ def source(tmp_path_factory) -> str:
 def done(tmp_path_factory, texts, source):
     folder = tmp_path_factory.mktemp("shear") / "out"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(shear_job, "SPEED_SECONDS", 0.1)
+        patch.setattr(measures, "SECONDS", 0.1)
         return run(
-            Job(model=source, output=folder, domains=texts, baselines=tuple(BASELINES), **SMALL)
+            Settings(
+                model=source, output=folder, domains=texts, baselines=tuple(BASELINES), **SMALL
+            )
         ), folder
 
 
@@ -160,21 +163,32 @@ def test_the_report_says_the_same_in_every_form(done):
 
 def test_a_killed_job_goes_on_and_ends_the_same(done, texts, source, tmp_path, monkeypatch):
     _, folder = done
-    job = Job(model=source, output=tmp_path / "out", domains=texts, **SMALL)
+    job = Settings(model=source, output=tmp_path / "out", domains=texts, **SMALL)
     monkeypatch.setattr(
-        shear_job, "continue_training", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt)
+        sheared, "continue_training", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt)
     )
     with pytest.raises(KeyboardInterrupt):
         run(job)
     assert not job.output.exists()
     monkeypatch.undo()
-    for slow in ("verify_plain", "_speed"):  # the first test of the job has them
-        monkeypatch.setattr(shear_job, slow, lambda *args: [])
+    for module, slow in ((verify, "verify_plain"), (measures, "speeds")):
+        # the first test of the job has them
+        monkeypatch.setattr(module, slow, lambda *args: [])
     with pytest.raises(ValueError, match=r"other settings \(start\)"):
-        run(Job(model=source, output=tmp_path / "out", domains=texts, start=1.0, **SMALL))
+        run(Settings(model=source, output=tmp_path / "out", domains=texts, start=1.0, **SMALL))
     run(job)
     ours, theirs = (dict(effattn.load(f).named_parameters()) for f in (folder, job.output))
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_defaults_are_those_of_the_library():
+    ours, stage = Settings(), mask_stage
+    assert (ours.mask_tokens, ours.warm_start) == (stage.MASK_TOKENS, stage.WARM_START)
+    assert (ours.recover_tokens, ours.continue_tokens) == (
+        sheared.RECOVER_TOKENS,
+        sheared.CONTINUE_TOKENS,
+    )
+    assert (ours.start, ours.ramp) == (masks.START, rates.RAMP)
 
 
 @pytest.mark.parametrize(
@@ -198,7 +212,7 @@ def test_a_killed_job_goes_on_and_ends_the_same(done, texts, source, tmp_path, m
 def test_bad_settings_are_one_clear_error(tmp_path, texts, source, change, message):
     settings = {**SMALL, "domains": texts, "mask_tokens": 4096} | change
     with pytest.raises(ValueError, match=message):
-        run(Job(model=source, output=tmp_path / "out", **settings))
+        run(Settings(model=source, output=tmp_path / "out", **settings))
     assert not any(tmp_path.iterdir())
 
 

@@ -14,8 +14,8 @@ from typer.testing import CliRunner
 
 import effattn
 from effattn.prune.structural.report import StructuredReport
-from effattn.prune.structured_job import Job, parse_amount, parse_criterion, run
 from effattn.recipes import cli
+from effattn.recipes.prune_structured import Settings, parse_amount, parse_criterion, run
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +30,7 @@ def checkpoint(tmp_path_factory):
     return folder
 
 
-def job(checkpoint, output, **changes) -> Job:
+def job(checkpoint, output, **changes) -> Settings:
     settings = dict(
         model=str(checkpoint),
         output=output,
@@ -43,7 +43,7 @@ def job(checkpoint, output, **changes) -> Job:
         decode_contexts=(16,),
         device="cpu",
     )
-    return Job(**(settings | changes))
+    return Settings(**(settings | changes))
 
 
 def test_the_whole_job(checkpoint, tmp_path):
