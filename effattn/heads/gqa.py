@@ -2,7 +2,10 @@
 
 Layer by layer, in order: the unmodified layer runs on the unmodified model's activations (its input
 moments, its attention outputs), its heads are merged, and the output projection is re-fitted on the
-activations of the model converted so far. One layer's statistics exist at a time."""
+activations of the model converted so far. One layer's statistics exist at a time.
+
+Baselines: Ainslie et al. 2023, arXiv:2305.13245. Alignment: Jin et al. 2024, arXiv:2412.20677. The
+best merge in closed form: `effattn.heads.methods.optimal`."""
 
 from __future__ import annotations
 
@@ -42,8 +45,10 @@ def convert_gqa(
     model: a transformers causal LM whose class honours num_key_value_heads. kv_heads: divides the
     present number; 1 is MQA; the present number changes nothing. calibration: int64 (N,), at least
     ten tokens per hidden dimension (50,000 are plenty); only `mean`, `first` and `random` with
-    `refit=False` do without. method: one of METHODS. refit: solve the output projections again by
-    least squares. grouping: "contiguous" or "similarity". length, batch: the calibration windows.
+    `refit=False` do without. method: "optimal" (the least squared error, in closed form), "aligned"
+    (arXiv:2412.20677), or the baselines "mean", "first" and "random" (arXiv:2305.13245). refit:
+    solve the output projections again by least squares. grouping: "contiguous" or "similarity".
+    length, batch: of the calibration windows, in tokens, and how many at a time. seed: of "random".
     progress: called with (layers done, layers). Afterwards `model.save_pretrained` writes a
     checkpoint that plain transformers loads.
 
