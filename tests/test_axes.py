@@ -66,7 +66,7 @@ APART = {
         "effattn/extending/rules.py": "a window with and without sinks is a row of the article",
         "effattn/linearizing/decay.py": "fits what `linear` alone has",
         "effattn/positions/ntk.py": "a variant of NTK is called fixed",
-        "effattn/profiling/cost.py": "a model's own layer: everything, or a window",
+        "effattn/profiling/operations.py": "a model's own layer: everything, or a window",
         "effattn/surgery/describing.py": "a model's own layer: everything, or a window",
         "effattn/swapping/patterns.py": "a window without its sinks stands beside it",
         "prune/shearing/batch_loading.py": "a rule of batch loading is called fixed",
