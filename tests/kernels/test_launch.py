@@ -11,7 +11,7 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
-triton = pytest.importorskip("triton")
+pytest.importorskip("triton")
 
 from triton.runtime.jit import KernelInterface
 
