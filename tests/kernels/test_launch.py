@@ -1,10 +1,16 @@
-"""Kernels can be launched."""
+"""Kernels can be launched: each with every option that its Python entry can pass, on four GPUs that
+are not there (`fake_gpu`). The cases are those of `launches`; each process here takes 10 to 30
+seconds on a quiet core, most of it in Triton's front end."""
 
 from __future__ import annotations
 
 import importlib
+import json
 import os
 import pkgutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -48,3 +54,38 @@ def test_no_argument_has_a_name_that_launches_use_themselves():
     assert len(found) > 60
     assert not {name: names for name, names in found.items() if names}
     assert not [f.fn.__name__ for f in jitted() if any(x[:8] == "default_" for x in f.arg_names)]
+
+
+# names of cases begin so; a process each
+PARTS = ("flash", "decode", "packed", "linear", "lsh,vq,linformer,monarch,2:4,bandwidth")
+
+
+def in_a_process(*command: str) -> dict:
+    """What a script of this folder prints, run where Triton compiles; its last line is JSON."""
+    variables = {x: os.environ[x] for x in os.environ if x != "TRITON_INTERPRET"}
+    run = subprocess.run(
+        [sys.executable, *command],
+        cwd=Path(__file__).parent,
+        env=variables,
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    return json.loads(run.stdout.splitlines()[-1])
+
+
+def test_a_gpu_that_is_not_there_finds_what_a_real_one_would():
+    assert in_a_process("faulty.py") == {}
+
+
+@pytest.mark.parametrize("parts", PARTS)
+def test_kernels_launch_on_every_gpu(parts):
+    found = in_a_process("launches.py", parts)
+    assert found["failed"] == {}
+    assert sum(found["launches"].values()) > 100
+
+
+def test_every_case_is_part_of_a_process():
+    from launches import CASES
+
+    assert not [x for x in CASES if not x.startswith(tuple(",".join(PARTS).split(",")))]
