@@ -37,7 +37,6 @@ class Kerple(Added):
         return torch.tensor([[self.r1, self.r2]], dtype=torch.float).repeat(trained.heads, 1)
 
     def bias(self, trained, tokens, learned):
-        most = torch.tensor(
-            [torch.inf, 2.0 if self.kind == "power" else torch.inf], device=learned.device
-        )
+        most = torch.tensor([torch.inf, 2.0 if self.kind == "power" else torch.inf])
+        most = most.to(learned.device, non_blocking=True)  # the host does not wait for it
         return Bias(f"kerple_{self.kind}", learned.clamp(min=LEAST).minimum(most))

@@ -48,8 +48,8 @@ DEPTHS = ("bind", "front", "machine")
 
 @dataclass
 class Seen:
-    """What happened on the device: launches by kernel, kernels compiled, and each time that the
-    host waited for it or copied to or from it."""
+    """What happened on the device: launches by kernel, kernels compiled, and copies that the host
+    waited for."""
 
     launches: Counter[str] = field(default_factory=Counter)
     compiled: Counter[str] = field(default_factory=Counter)
@@ -144,12 +144,17 @@ def tensors() -> Iterator[FakeTensorMode]:
     """All tensors made inside have no memory."""
     made = torch.tensor
 
-    def tensor(data, *, device=None, **options):  # torch's own copies to the device by itself
-        return made(data, **options).to(device or "cpu")
+    def tensor(data, *, device=None, **options):  # torch's own goes past the modes
+        x = made(data, **options)
+        if device is None or torch.device(device).type == "cpu":
+            return x
+        for seen in _watching:
+            seen.waits.append("torch.tensor: cpu cuda")
+        return torch.empty(x.shape, dtype=x.dtype, device=device)
 
     torch.tensor = tensor
     try:
-        with FakeTensorMode() as mode:
+        with FakeTensorMode(allow_non_fake_inputs=True) as mode:
             yield mode
     finally:
         torch.tensor = made
@@ -192,7 +197,9 @@ def backward(out: Tensor, grad: Tensor | None = None) -> None:
             continue
         wanted = [each for each in node.next_functions if each[0] is not None]
         for (following, place), x in zip(wanted, _call(node, given), strict=True):
-            if x is not None:
+            if x is not None:  # broadcast dimensions and dtypes are the engine's business
+                like = following._input_metadata[place]
+                x = x.sum_to_size(like.shape).to(like.dtype)
                 held = grads.setdefault(following, {})
                 held[place] = held[place] + x if place in held else x
             waiting[following] -= 1
@@ -218,19 +225,33 @@ def _call(node, given: dict[int, Tensor]) -> list[Tensor | None]:
 
 
 class _Watch(TorchDispatchMode):
-    """Notes copies between host and device. (Values that are asked for raise by themselves.)"""
+    """Notes copies that the host waits for. (Values that are asked for raise by themselves.)"""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        if func is torch.ops.aten._to_copy.default and _arrives(*args, **kwargs):
+            out = torch.empty(
+                args[0].shape, device=kwargs["device"], dtype=kwargs.get("dtype", args[0].dtype)
+            )
+        else:
+            out = func(*args, **kwargs)
         flat = [y for x in args for y in (x if isinstance(x, (list, tuple)) else (x,))]
         given = [x for x in (*flat, out) if isinstance(x, Tensor)]
-        # a number that lies on the host as a tensor travels with the launch
-        if "copy" not in str(func):
+        copy = func in (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default)
+        if not copy:  # a number that lies on the host as a tensor travels with the launch
             given = [x for x in given if x.dim() or x.is_cuda]
+        elif out.is_cuda and (kwargs.get("non_blocking") or args[2:] == (True,)):
+            given = []
         devices = [x.device.type for x in given]
         if _watching and len(set(devices)) > 1:
             _watching[-1].waits.append(f"{func}: {' '.join(devices)}")
         return out
+
+
+def _arrives(x: Tensor, *, device=None, **options) -> bool:
+    """Whether a copy goes from the host to a device. (Fake tensors that know their values would be
+    copied for real.)"""
+    return device is not None and device.type == "cuda" and x.device.type == "cpu"
 
 
 @contextlib.contextmanager

@@ -1,6 +1,6 @@
 """Kernels can be launched: each with every option that its Python entry can pass, on four GPUs that
-are not there (`fake_gpu`). The cases are those of `launches`; each process here takes 10 to 30
-seconds on a quiet core, most of it in Triton's front end."""
+are not there (`fake_gpu`); and what a user's calls launch. The cases are those of `launches` and
+`user_launches`; a process takes 10 to 40 seconds on a quiet core, mostly in Triton's front end."""
 
 from __future__ import annotations
 
@@ -57,7 +57,8 @@ def test_no_argument_has_a_name_that_launches_use_themselves():
 
 
 # names of cases begin so; a process each
-PARTS = ("flash", "decode", "packed", "linear", "lsh,vq,linformer,monarch,2:4,bandwidth")
+KERNELS = ("flash", "decode", "packed", "linear", "lsh,vq,linformer,monarch,2:4,bandwidth")
+CALLS = ("backend", "cache", "model")
 
 
 def in_a_process(*command: str) -> dict:
@@ -78,14 +79,26 @@ def test_a_gpu_that_is_not_there_finds_what_a_real_one_would():
     assert in_a_process("faulty.py") == {}
 
 
-@pytest.mark.parametrize("parts", PARTS)
+@pytest.mark.parametrize("parts", KERNELS)
 def test_kernels_launch_on_every_gpu(parts):
     found = in_a_process("launches.py", parts)
     assert found["failed"] == {}
     assert sum(found["launches"].values()) > 100
 
 
+@pytest.mark.parametrize("parts", CALLS)
+def test_what_a_user_calls_launches_and_steps_wait_for_nothing(parts):
+    """One GPU of each maker: the kernels are those of above."""
+    found = in_a_process("launches.py", parts, "front", "sm_90,gfx942")
+    assert found["failed"] == {}
+    assert sum(found["launches"].values()) > 100
+
+
 def test_every_case_is_part_of_a_process():
+    import user_launches  # adds cases
     from launches import CASES
 
-    assert not [x for x in CASES if not x.startswith(tuple(",".join(PARTS).split(",")))]
+    assert user_launches
+    assert not [
+        x for x in CASES if not x.startswith(tuple(",".join((*KERNELS, *CALLS)).split(",")))
+    ]
