@@ -258,7 +258,7 @@ class Backend(nn.Module):
             rules = {"far": placed.far, "turn": placed.turn, "bias": placed.bias}
         elif rotary is not None:
             q, k, q_first = self._rotate(rotary, q, k, layout)
-            rules = {"turn": turn_of(rotary)} if packed else {}
+            rules = {"turn": turn_of(rotary, q.device)} if packed else {}
         k = given if packed else k  # a packed state turns them itself, with `Call.turn`
         if state is not None and state.read_by_method:
             rules |= {"state": state, "padding_mask": padding_mask}

@@ -155,6 +155,8 @@ def attention(
         key, value = cached.take(key)
     if layer.checks_positions and is_tracing():
         _assert_consecutive(layer, query.shape[2], attention_mask, kwargs.get("position_ids"))
+    elif layer.checks_positions and layer.default_positions:
+        layer.default_positions = False  # said of this call; a look would wait for the device
     elif layer.checks_positions:
         tokens = key.shape[2] + (0 if cached is None else int(cached.get_seq_length()))
         position_ids.check(

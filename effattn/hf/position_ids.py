@@ -37,9 +37,23 @@ def check_call(checkers: list[SwappedLayer], args: tuple, kwargs: dict) -> None:
         total = new + (0 if held is None else int(held.get_seq_length()))
         if mask is not None and mask.shape != (batch, total):
             return  # which is an error of its own
-        by_default = torch.arange(total - new, total, device=given.device)[None]
         cached = held if isinstance(held, StateLayer) else None
+        layer.default_positions = mask is None and ids is None and _goes_on(layer, cached, batch)
+        if layer.default_positions:
+            continue
+        by_default = torch.arange(total - new, total, device=given.device)[None]
         check(layer, cached, batch, total, mask, by_default if ids is None else ids)
+
+
+def _goes_on(layer: SwappedLayer, cached: StateLayer | None, batch: int) -> bool:
+    """Whether tokens without ids and padding fit, which is known without a look at the device."""
+    state = None if cached is None else cached.state
+    if not layer.own_positions or state is None:
+        return True
+    if state.shift not in (None, (0,) * batch):
+        return False
+    state.shift = (0,) * batch
+    return True
 
 
 def check(

@@ -316,7 +316,8 @@ class Linear(KernelBackend):
         else:
             values = self.decay if isinstance(self.decay, list) else [self.decay] * heads
         dtype = torch.float64 if k.dtype == torch.float64 else torch.float32
-        return {"decay": torch.tensor(values, dtype=torch.float64).to(k.device, dtype)}
+        decay = torch.tensor(values, dtype=torch.float64).to(dtype)
+        return {"decay": decay.to(k.device, non_blocking=True)}  # the host does not wait for it
 
 
 def _first_map(rows: int, dim: int) -> Tensor:

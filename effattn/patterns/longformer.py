@@ -53,18 +53,13 @@ class Longformer(ExactBackend):
         self.most = self.first if where is None else int(where.sum())
         # no position from here on is global
         self.last = self.first if where is None else len(where)
+        if where is not None:  # once, as each call signs its state: on a GPU it would wait there
+            chosen = where.nonzero()[:, 0].tolist()
+            self._signature = f"longformer(window={self.window}, global_tokens={chosen})"
 
     def extra_repr(self) -> str:
-        which = f"first {self.first}" if self.where is None else f"{int(self.where.sum())} chosen"
+        which = f"first {self.first}" if self.where is None else f"{self.most} chosen"
         return f"window={self.window}, global_tokens={which}, {super().extra_repr()}"
-
-    @property
-    def signature(self) -> str:
-        if self.where is None:
-            return super().signature
-        return (
-            f"longformer(window={self.window}, global_tokens={self.where.nonzero()[:, 0].tolist()})"
-        )
 
     def is_global(self, position: Tensor) -> Tensor:
         """bool, for int64 positions of any shape."""

@@ -102,17 +102,19 @@ class Positions(nn.Module):
         """Whether some part is defined for causal attention alone."""
         return any(part.causal_only for part in self.parts)
 
-    def rope(self, length: int | Tensor | None = None) -> Rope | None:
+    def rope(
+        self, length: int | Tensor | None = None, device: torch.device | None = None
+    ) -> Rope | None:
         """The rotation at this length (tokens of the sequence, or of every row (B,)); None without
         one.
         """
-        return self._rope(length, None) if self.turns else None
+        return self._rope(length, device) if self.turns else None
 
     def _rope(self, length: int | Tensor | None, device: torch.device | None) -> Rope:
         def make():
             inv_freq, scaling = self.rotation.frequencies(self.trained, length)
-            return Rope(
-                inv_freq if device is None else inv_freq.to(device),
+            return Rope(  # a copy at each step, where it varies, that the host does not wait for
+                inv_freq if device is None else inv_freq.to(device, non_blocking=True),
                 scaling,
                 None,
                 self.trained.interleaved,
@@ -132,8 +134,11 @@ class Positions(nn.Module):
         """q (B, Hq, Tq, D) and k (B, Hkv, Tk, D) as pairs below the window see each other.
         Positions (T,) or (B, T).
         """
-        length = k_positions.amax(dim=-1) + 1
-        length = length if length.ndim else int(length)
+        length = k.shape[2]
+        # the others ask for none, and an int is one that the host waits for
+        if self.turns and (self.rotation.varies or isinstance(self.rotation, XPos)):
+            length = k_positions.amax(dim=-1) + 1
+            length = length if length.ndim else int(length)
         placed = self.place(q, k, q_positions, k_positions, length, k.shape[2])
         return placed.q, placed.k
 
@@ -217,11 +222,11 @@ class Positions(nn.Module):
         return make() if self.learned is not None else self._keep("bias", (tokens, device), make)
 
 
-def turn_of(rotary: Callable | None) -> Turn | None:
-    """How a kernel that turns raw keys as it reads them does the same; None where nothing turns.
-    Unsupported for rules that are more than an angle a position."""
+def turn_of(rotary: Callable | None, device: torch.device | None = None) -> Turn | None:
+    """How a kernel on `device` that turns raw keys as it reads them does the same; None where
+    nothing turns. Unsupported for rules that are more than an angle a position."""
     if isinstance(rotary, Positions) and not (rotary.raw_keys or rotary.scores):
-        rotary = rotary.rope()
+        rotary = rotary.rope(device=device)
     if rotary is None:
         return None
     if not isinstance(rotary, Rope):

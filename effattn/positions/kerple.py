@@ -38,7 +38,6 @@ class Kerple(Added):
 
     def bias(self, trained, tokens, learned):
         # held where the kernels are conditionally positive definite, as in the paper's code
-        most = torch.tensor(
-            [torch.inf, 2.0 if self.kind == "power" else torch.inf], device=learned.device
-        )
+        most = torch.tensor([torch.inf, 2.0 if self.kind == "power" else torch.inf])
+        most = most.to(learned.device, non_blocking=True)  # the host does not wait for it
         return Bias(f"kerple_{self.kind}", learned.clamp(min=LEAST).minimum(most))

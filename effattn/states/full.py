@@ -286,7 +286,8 @@ class RingState(FullState):
                 )
                 for x in (self.k, self.v)
             )
-            self.slots_at = torch.tensor(list(positions), device=device)
+            # a copy that the host does not wait for
+            self.slots_at = torch.tensor(list(positions)).to(device, non_blocking=True)
             self.pending = True
 
     def _fill_slots(

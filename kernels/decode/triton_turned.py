@@ -83,7 +83,7 @@ def _over_tiles(
     seen,
     turn,
     units,
-    params,
+    bias,
     counts_ptr,
     slots_at_ptr,
     ring_ptr,
@@ -144,7 +144,7 @@ def _over_tiles(
             s = far if CLASS == DISTANT else tl.where(i - j >= window, far, s)
         s = tanh(s * inner) * outer if SOFTCAP else s * inner
         if BIAS is not None:
-            s += BIAS(tl.abs(i - j), *params) * LOG2E
+            s += BIAS(tl.abs(i - j), *bias) * LOG2E
         count = None
         if counts_ptr is not None:
             count = tl.load(
@@ -276,9 +276,9 @@ def attend_turned(
         counts_ptr += b * c_b + h_wide * c_h + t_wide * c_t
     if mask_ptr is not None:
         mask_ptr += b * mask_b
-    params = None
+    bias = None
     if BIAS is not None:
-        params = params_of(params_ptr, tl.minimum(h, heads - 1)[:, None], step, n_params)
+        bias = params_of(params_ptr, tl.minimum(h, heads - 1)[:, None], step, n_params)
     k_ptr += b * k_b + kv_head.to(tl.int64) * k_h
     v_ptr += b * v_b + kv_head.to(tl.int64) * v_h
     keys, held = (k_ptr, k_n, v_ptr, v_n, c_n), (origin, slots, tail, head, low, high)
@@ -304,7 +304,7 @@ def attend_turned(
             seen,
             turn,
             units,
-            params,
+            bias,
             counts_ptr,
             slots_at_ptr,
             ring_ptr,
@@ -340,7 +340,7 @@ def attend_turned(
             seen,
             turn,
             units,
-            params,
+            bias,
             counts_ptr,
             slots_at_ptr,
             ring_ptr,
@@ -376,7 +376,7 @@ def attend_turned(
         seen,
         turn,
         units,
-        params,
+        bias,
         counts_ptr,
         slots_at_ptr,
         ring_ptr,

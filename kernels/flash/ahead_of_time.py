@@ -25,7 +25,7 @@ _TYPES = (
         "start": "*i64",
         "scale": "fp32",
         "cap": "fp32",
-        "params": "*fp32",
+        "params_ptr": "*fp32",
         "dv_near": "*fp32",
     }
 )
@@ -79,7 +79,7 @@ def variant(
         ("q_first", "dq_first"): not fixed["PREFIX"] or call.window,
         ("mask", "start"): not call.masked,
         ("q_far", "k_far"): not call.window,
-        ("params",): not call.bias,
+        ("params_ptr",): not call.bias,
         ("dv_near",): part != FARTHER.value,
     }
     absent = [name for names, is_absent in absent.items() if is_absent for name in names]

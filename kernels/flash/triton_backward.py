@@ -103,7 +103,9 @@ def _query_gradient(
     BLOCK_D: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    """As `_attend`; dq and dother (the gradient of `other`) are not yet multiplied by scale."""
+    """As `_attend`; dq and dother (the gradient of `other`) are not yet multiplied by scale. dother
+    is a tensor without `other`, too: Triton 3.6 compiles no jitted function that returns None.
+    """
     key, k_t, value, v_t, k_len = keys
     scale, unit, cap = units
     for t in range(0, run[3]):
@@ -158,7 +160,7 @@ def backward_queries(
     q_first,
     mask,
     start,
-    params,
+    params_ptr,
     grad,
     lse2,
     delta,
@@ -226,7 +228,7 @@ def backward_queries(
     i = (i_low + tl.arange(0, BLOCK_M))[:, None]
     place, numbers = (slots, base, first, window), (heads, a, b, c)
     units = (scale, LOG2E if RULE is not None else scale * LOG2E, cap)
-    biases = biases_of(params, h, step, n_params, scale, BIAS, RULE)
+    biases = biases_of(params_ptr, h, step, n_params, scale, BIAS, RULE)
     bounds = bounds_of_queries(i, h, window, numbers, KEYS, CAUSAL, PART)
     first_run, edge_run, inner_run = keys_to_visit(
         i_low,
@@ -259,13 +261,13 @@ def backward_queries(
     if mask is not None:
         mask += tl.cast(row, tl.int64) * mask_b
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    dother = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     if PREFIX:
-        other, dother = None, None
+        other = None
         if q_first is not None:
             other = load_rows(
                 head_of(q_first, row, h, f_b, f_h), r, f_t, q_len, D, BLOCK_M, BLOCK_D, True
             )
-            dother = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
         acc, dother = _query_gradient(
             acc,
             dother,
@@ -308,7 +310,7 @@ def backward_queries(
             )
     acc, _ = _query_gradient(
         acc,
-        None,
+        dother,
         q_tile,
         None,
         g_tile,
@@ -337,7 +339,7 @@ def backward_queries(
     )
     acc, _ = _query_gradient(
         acc,
-        None,
+        dother,
         q_tile,
         None,
         g_tile,

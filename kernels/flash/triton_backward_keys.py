@@ -125,7 +125,7 @@ def backward_keys(
     q_first,
     mask,
     start,
-    params,
+    params_ptr,
     grad,
     lse2,
     delta,
@@ -218,7 +218,7 @@ def backward_keys(
             delta + at,
             q_len,
         )
-        biases = biases_of(params, h, step, n_params, scale, BIAS, RULE)
+        biases = biases_of(params_ptr, h, step, n_params, scale, BIAS, RULE)
         bounds = bounds_of_keys(j, h, i_zero + q_len, place, numbers, QUERIES, CAUSAL, PREFIX, PART)
         first_run, edge_run, inner_run = queries_to_visit(
             n,

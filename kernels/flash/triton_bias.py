@@ -17,27 +17,27 @@ from .rules import Bias
 
 
 @triton.jit
-def alibi(d, params, n, slope, _):
+def alibi(d, params_ptr, n, slope, _):
     """-m d (arXiv:2108.12409)."""
     return -slope * d.to(tl.float32)
 
 
 @triton.jit
-def kerple_log(d, params, n, r1, r2):
+def kerple_log(d, params_ptr, n, r1, r2):
     """-r1 log(1 + r2 d) (arXiv:2205.09921)."""
     return -r1 * tl.log(1 + r2 * d.to(tl.float32))
 
 
 @triton.jit
-def kerple_power(d, params, n, r1, r2):
+def kerple_power(d, params_ptr, n, r1, r2):
     """-r1 d^r2 (arXiv:2205.09921), 0 at d = 0."""
     return tl.where(d > 0, -r1 * tl.exp2(r2 * tl.log2(tl.maximum(d, 1).to(tl.float32))), 0.0)
 
 
 @triton.jit
-def table(d, params, n, first, second):
+def table(d, params_ptr, n, first, second):
     """A number for each distance, the last one from n - 1 on."""
-    return tl.load(params + tl.minimum(d, n - 1))
+    return tl.load(params_ptr + tl.minimum(d, n - 1))
 
 
 BIASES: dict[str | None, Any] = {
@@ -50,21 +50,21 @@ BIASES: dict[str | None, Any] = {
 
 
 @triton.jit
-def params_of(params, h, step, n):
+def params_of(params_ptr, h, step, n):
     """What a bias function takes besides distances, for head h: a scalar, or rows (M, 1)."""
-    params += h * step
-    return params, n, tl.load(params), tl.load(params + tl.minimum(n, 2) - 1)
+    params_ptr += h * step
+    return params_ptr, n, tl.load(params_ptr), tl.load(params_ptr + tl.minimum(n, 2) - 1)
 
 
 @triton.jit
-def biases_of(params, h, step, n, scale, BIAS: tl.constexpr, RULE: tl.constexpr):
-    """(`params_of` head h, what a bias is multiplied by to be in the unit of the scores), or
-    None.
+def biases_of(params_ptr, h, step, n, scale, BIAS: tl.constexpr, RULE: tl.constexpr):
+    """(`params_of` head h, what a bias is multiplied by to be in the unit of the scores). Without
+    BIAS something that nobody reads: Triton 3.6 compiles no jitted function that returns None.
     """
     if BIAS is None:
-        return None
+        return scale
     else:
-        return params_of(params, h, step, n), 1.0 if RULE is not None else 1 / scale
+        return params_of(params_ptr, h, step, n), 1.0 if RULE is not None else 1 / scale
 
 
 def arguments(bias: Bias | None) -> tuple[Tensor | None, int, int]:

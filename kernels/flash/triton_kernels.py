@@ -240,7 +240,7 @@ def forward(
     k_far,
     mask,
     start,
-    params,
+    params_ptr,
     out,
     lse,
     q_b,
@@ -307,7 +307,7 @@ def forward(
     i = (i_low + tl.arange(0, BLOCK_M))[:, None]
     place, numbers = (slots, base, first, window), (heads, a, b, c)
     units = (scale, LOG2E if RULE is not None else scale * LOG2E, cap)
-    biases = biases_of(params, h, step, n_params, scale, BIAS, RULE)
+    biases = biases_of(params_ptr, h, step, n_params, scale, BIAS, RULE)
     value = head_of(v, row, h // group, v_b, v_h)
     if mask is not None:
         mask += tl.cast(row, tl.int64) * mask_b

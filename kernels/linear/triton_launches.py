@@ -247,7 +247,7 @@ class Pass:
         )
         if not causal:
             (states, zs), chunks = self.common(d_sums, d_norms), 1
-            ends = None if ends is None else ends[..., [0, -1]].contiguous()
+            ends = None if ends is None else torch.stack((ends[..., 0], ends[..., -1]), dim=-1)
         dk, dv = self._key_gradients(weights, ends, states, zs, chunks, share, slope, grad)
         return dq, dk, dv, d_sums, d_norms
 
