@@ -1,17 +1,18 @@
 """The O re-fit: after merging, the output projection is solved again by least squares.
 
-O' minimises sum |O' z - y|^2 + lambda |O' - O_0|^2 over the calibration tokens, where z are the new
-model's o_proj inputs, y the old model's o_proj outputs (without bias) and O_0 the merged
-projection: O'^T = (Z^T Z + lambda I)^-1 (Z^T Y + lambda O_0^T). Since O_0 is one of the candidates,
-the error on the calibration tokens never rises."""
+O' minimises sum |O' z - y|^2 + lambda sum_j D_j |O'_j - O_0j|^2 over the calibration tokens, where z
+are the new model's o_proj inputs, D_j the sum of z_j^2, y the old model's o_proj outputs (without
+bias) and O_0 the merged projection: O'^T = (Z^T Z + lambda D)^-1 (Z^T Y + lambda D O_0^T). Since O_0
+is one of the candidates, the error on the calibration tokens never rises."""
 
 from __future__ import annotations
 
 import torch
 
+from effattn.calibration.hessian import damped
 from effattn.calibration.statistics import SecondMoment
 
-DAMPING = 1e-3  # lambda, as a share of the mean diagonal of Z^T Z
+DAMPING = 1e-3  # lambda
 
 
 class OutputRefit:
@@ -43,11 +44,9 @@ class OutputRefit:
         are not finite.
         """
         gram, start = self.gram.total, output.detach().double()
-        damping = DAMPING * gram.diagonal().mean()
         if not torch.isfinite(gram).all() or not torch.isfinite(self.cross.total).all():
             raise FloatingPointError("the calibration activations contain NaN or infinity")
-        if damping == 0:
-            return start
-        system = gram + damping * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+        system = damped(gram, DAMPING)
+        pull = system.diagonal() - gram.diagonal()  # 1 for an input that was always 0: it stays
         factor = torch.linalg.cholesky(system)
-        return torch.cholesky_solve(self.cross.total + damping * start.T, factor).T
+        return torch.cholesky_solve(self.cross.total + pull[:, None] * start.T, factor).T
