@@ -1,9 +1,9 @@
 """The O re-fit: after merging, the output projection is solved again by least squares.
 
-O' minimises sum |O' z - y|^2 + lambda sum_j D_j |O'_j - O_0j|^2 over the calibration tokens, where z
-are the new model's o_proj inputs, D_j the sum of z_j^2, y the old model's o_proj outputs (without
-bias) and O_0 the merged projection: O'^T = (Z^T Z + lambda D)^-1 (Z^T Y + lambda D O_0^T). Since O_0
-is one of the candidates, the error on the calibration tokens never rises."""
+O' minimises sum |O' z - y|^2 + lambda sum_j D_j |O'_j - O_0j|^2 over the calibration tokens, where
+z are the new model's o_proj inputs, D_j the sum of z_j^2, y the old model's o_proj outputs (without
+bias) and O_0 the merged projection: O'^T = (Z^T Z + lambda D)^-1 (Z^T Y + lambda D O_0^T). Since
+O_0 is one of the candidates, the error on the calibration tokens never rises."""
 
 from __future__ import annotations
 

@@ -5,9 +5,9 @@ Layer by layer, in order, the pruned model feeding its own next layers. Each out
 for what the whole layer would have given on the same input: with x the module's whole input, C =
 sum x x^T over the calibration tokens and S what stays, W' = W C[:, S] (C[S, S] + lambda D)^-1 with
 D the diagonal of C[S, S], in fp64 (the reconstruction of He et al., arXiv:1707.06168, and of
-SlimGPT, arXiv:2412.18110). lambda pulls towards W[:, S], so that the error on the calibration tokens never rises. A module with a bias
-gets a new one with it. The FFN's module is solved after o_proj is written, on what it then is
-given."""
+SlimGPT, arXiv:2412.18110). lambda pulls towards W[:, S], so that the error on the calibration
+tokens never rises. A module with a bias gets a new one with it. The FFN's module is solved after
+o_proj is written, on what it then is given."""
 
 from __future__ import annotations
 

@@ -213,6 +213,31 @@ def test_obs_takes_several_a_round_where_there_are_many(monkeypatch):
     assert sorted(order[:48]) == list(range(48))
 
 
+@pytest.mark.parametrize("size", [1, 4])
+@pytest.mark.parametrize("rounds", [10, 256])
+def test_obs_orders_no_more_than_are_removed(size, rounds, monkeypatch):
+    """The same order for those; the others follow, by what each would cost next."""
+    monkeypatch.setattr(obs, "ROUNDS", rounds)
+    draw = torch.Generator().manual_seed(0)
+    x, weight = (torch.randn(n, 96, dtype=torch.float64, generator=draw) for n in (200, 5))
+    gram, count = x.T @ x, 96 // size
+    whole = obs.removal_order(gram, weight, size).tolist()
+    for removed in (0, 1, 7, count // 4, count):
+        order = obs.removal_order(gram, weight, size, removed).tolist()
+        assert order[:removed] == whole[:removed]
+        assert sorted(order) == list(range(count))
+
+
+def test_a_pruning_asks_obs_for_what_it_removes(model, tokens, monkeypatch):
+    asked, order = [], obs.removal_order
+    monkeypatch.setattr(
+        obs, "removal_order", lambda *given: asked.append(given[2:]) or order(*given)
+    )
+    structured(model, tokens, heads=3, ffn=0.25, criterion="obs", length=LENGTH)
+    assert sorted(set(asked)) == [(1, 24), (16, 1)]
+    assert len(asked) == 4
+
+
 def test_block_influence_and_random(model, batches):
     parts, seen = hf.of(model), []
     with torch.no_grad():
