@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-DAMPING = 0.01  # share of the diagonal's mean that is added to the diagonal
+DAMPING = 0.01  # share of each diagonal entry that is added to it
 PANEL = 256  # columns of the triangular inverse that are solved for at a time
 
 
@@ -63,9 +63,22 @@ class Hessian:
             )
 
 
+def damped(moment: Tensor, share: float) -> Tensor:
+    """moment (d, d), sums or means of x x^T, with `share` of its diagonal added to the diagonal: a
+    copy. An input that was always 0 counts as 1.
+
+    Each input is damped by its own size. Scaling one, and its weights the other way, then changes
+    nothing; a share of the diagonal's mean would be that of the few massive inputs that trained
+    models have, and drown all others."""
+    moment = moment.clone()
+    diagonal = moment.diagonal()
+    diagonal.mul_(1 + share).masked_fill_(diagonal == 0, 1)
+    return moment
+
+
 @dataclass(frozen=True)
 class InverseHessian:
-    """`factor`: U, upper triangular (d, d), with U^T U = (H + damping * mean(diag H) I)^-1. `dead`
+    """`factor`: U, upper triangular (d, d), with U^T U = (H + damping * diag H)^-1. `dead`
     (d,) bool: inputs that were always 0, which count as 1 in H."""
 
     factor: Tensor
@@ -104,14 +117,14 @@ class InverseHessian:
 
 
 def inverse_factor(hessian: Tensor, damping: float) -> Tensor | None:
-    """U, upper triangular with U^T U = (H + damping * mean(diag H) I)^-1; None where that is not
-    positive definite.
+    """U, upper triangular with U^T U = (H + damping * diag H)^-1, damped as by `damped`; None where
+    that is not positive definite.
 
     The textbook way is three factorisations (H, its inverse, that one's upper factor). Here H is
     read backwards: J H J = L L^T for the reversal J gives H^-1 = (J L^-1 J)^T (J L^-1 J), one
     factorisation and one triangular inverse."""
     reverse = hessian.flip(0, 1)
-    reverse.diagonal().add_(damping * hessian.diagonal().mean())
+    reverse.diagonal().mul_(1 + damping)
     factor, failed = torch.linalg.cholesky_ex(reverse)
     del reverse  # at most three matrices of this size at once
     diagonal = factor.diagonal()

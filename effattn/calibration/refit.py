@@ -1,9 +1,9 @@
 """The O re-fit: after merging, the output projection is solved again by least squares.
 
-O' minimises sum |O' z - y|^2 + lambda |O' - O_0|^2 over the calibration tokens, where z are the new
-model's o_proj inputs, y the old model's o_proj outputs (without bias) and O_0 the merged
-projection: O'^T = (Z^T Z + lambda I)^-1 (Z^T Y + lambda O_0^T). Since O_0 is one of the candidates,
-the error on the calibration tokens never rises.
+O' minimises sum |O' z - y|^2 + lambda sum_j s_j |O'_j - O_0j|^2 over the calibration tokens, where
+z are the new model's o_proj inputs, s_j the sum of z_j^2, y the old model's o_proj outputs (without
+bias) and O_0 the merged projection: O'^T = (Z^T Z + lambda diag(s))^-1 (Z^T Y + lambda diag(s) O_0^T). Since
+O_0 is one of the candidates, the error on the calibration tokens never rises.
 
 H heads of size d, D hidden size; the sums over tokens Z^T Z (H·d, H·d) and Z^T Y (H·d, D) are all
 that is kept of them."""
@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import torch
 
+from effattn.calibration.hessian import damped
 from effattn.calibration.statistics import SecondMoment
 
-DAMPING = 1e-3  # lambda, as a share of the mean diagonal of Z^T Z
+DAMPING = 1e-3  # lambda
 
 
 class OutputRefit:
@@ -47,11 +48,9 @@ class OutputRefit:
         are not finite.
         """
         gram, start = self.gram.sum, output.detach().double()
-        damping = DAMPING * gram.diagonal().mean()
         if not torch.isfinite(gram).all() or not torch.isfinite(self.cross.sum).all():
             raise FloatingPointError("the calibration activations contain NaN or infinity")
-        if damping == 0:  # z is 0 on all tokens: any projection is as good
-            return start
-        system = gram + damping * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+        system = damped(gram, DAMPING)
+        pull = system.diagonal() - gram.diagonal()  # 1 for an input that was always 0: it stays
         factor = torch.linalg.cholesky(system)
-        return torch.cholesky_solve(self.cross.sum + damping * start.T, factor).T
+        return torch.cholesky_solve(self.cross.sum + pull[:, None] * start.T, factor).T

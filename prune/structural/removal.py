@@ -42,9 +42,10 @@ Amount = int | float | None
 @dataclass(frozen=True)
 class Plan:
     """What is to be done, checked: how many of each target stay (targets that lose nothing are
-    absent), and what ranks each."""
+    absent), how many of each go, and what ranks each."""
 
     keep: dict[str, int]
+    removed: dict[str, int]
     criteria: dict[str, str]
 
 
@@ -197,7 +198,8 @@ def plan_of(
                 "each target"
             )
     _check_shape(parts, keep)
-    return Plan(keep, {target: named[target] for target in keep})
+    removed = {target: sizes[target] - staying for target, staying in keep.items()}
+    return Plan(keep, removed, {target: named[target] for target in keep})
 
 
 def _staying(target: str, amount: Amount, size: int) -> int:
@@ -268,7 +270,7 @@ def score(parts: hf.Anatomy, batches: list[Tensor], plan: Plan, seed: int = 0) -
     found = Importance()
     for name in dict.fromkeys(plan.criteria.values()):
         targets = [target for target, one in plan.criteria.items() if one == name]
-        scores = criteria.measure(name, parts, batches, targets, seed)
+        scores = criteria.measure(name, parts, batches, targets, seed, plan.removed)
         for target in targets:
             setattr(found, target, getattr(scores, target))
     return found

@@ -33,6 +33,7 @@ from effattn.resuming import discard
 
 MANIFEST = "manifest.json"
 FACTS = "pruning.json"  # in the output: what was done
+TOLERANCE = 1e-4  # of hidden states that the saved files give, as a share of each
 OTHER_WEIGHTS = (
     ".safetensors",
     ".bin",
@@ -278,8 +279,12 @@ class _Run:
                     hidden = runner.call(index, hidden).cpu()
             layers.give_memory_back()
         expected = self._states("pruned", self.count)[0]
-        difference = float((hidden - expected).abs().max())
-        if not difference <= 1e-5 * float(expected.abs().max()):
+        differences, size = (hidden - expected).abs(), expected.abs()
+        difference = float(differences.max())
+        # Held to its own size and to what is usual of its token: trained models have a few massive
+        # values, thousands of times the rest, and a share of those would hide any fault.
+        usual = size.median(-1, keepdim=True).values
+        if not bool((differences <= TOLERANCE * (size + usual)).all()):
             raise RuntimeError(
                 "the saved checkpoint gives other hidden states (largest difference "
                 f"{difference:.3g})"

@@ -84,7 +84,7 @@ def make_plan(
         )
     if damping < 0:
         raise ValueError(
-            f"damping: got {damping}, valid is 0 or more (a share of the Hessian's mean diagonal)"
+            f"damping: got {damping}, valid is 0 or more (a share of the Hessian's diagonal)"
         )
     if block < 1:
         raise ValueError(f"block: got {block}, valid is a positive number of columns")

@@ -24,7 +24,7 @@ def sparsegpt_reference(
     """
     weight, sparsity = weight.clone(), Sparsity.parse(sparsity)
     columns = weight.shape[1]
-    damped = hessian + damping * hessian.diagonal().mean() * torch.eye(columns).to(hessian)
+    damped = hessian + damping * hessian.diagonal().diag()
     factor = torch.linalg.cholesky(
         torch.cholesky_inverse(torch.linalg.cholesky(damped)), upper=True
     )

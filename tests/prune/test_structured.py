@@ -175,7 +175,7 @@ def test_obs_removes_what_costs_least_once_the_rest_is_solved_again(size):
     torch.manual_seed(0)
     x = torch.randn(300, 12, dtype=torch.float64) @ torch.randn(12, 12, dtype=torch.float64)
     weight, gram = torch.randn(5, 12, dtype=torch.float64), x.T @ x
-    damped = gram + obs.DAMPING * gram.diagonal().mean() * torch.eye(12, dtype=torch.float64)
+    damped = gram + obs.DAMPING * gram.diagonal().diag()
 
     def error(gone: list[int]) -> float:
         kept = [i for i in range(12) if i // size not in gone]
@@ -211,6 +211,31 @@ def test_obs_takes_several_a_round_where_there_are_many(monkeypatch):
     order = obs.removal_order(x.T @ x, weight).tolist()
     assert sorted(order) == list(range(96))
     assert sorted(order[:48]) == list(range(48))
+
+
+@pytest.mark.parametrize("size", [1, 4])
+@pytest.mark.parametrize("rounds", [10, 256])
+def test_obs_orders_no_more_than_are_removed(size, rounds, monkeypatch):
+    """The same order for those; the others follow, by what each would cost next."""
+    monkeypatch.setattr(obs, "ROUNDS", rounds)
+    draw = torch.Generator().manual_seed(0)
+    x, weight = (torch.randn(n, 96, dtype=torch.float64, generator=draw) for n in (200, 5))
+    gram, count = x.T @ x, 96 // size
+    whole = obs.removal_order(gram, weight, size).tolist()
+    for removed in (0, 1, 7, count // 4, count):
+        order = obs.removal_order(gram, weight, size, removed).tolist()
+        assert order[:removed] == whole[:removed]
+        assert sorted(order) == list(range(count))
+
+
+def test_a_pruning_asks_obs_for_what_it_removes(model, tokens, monkeypatch):
+    asked, order = [], obs.removal_order
+    monkeypatch.setattr(
+        obs, "removal_order", lambda *given: asked.append(given[2:]) or order(*given)
+    )
+    structured(model, tokens, heads=2, ffn=0.25, criterion="obs", length=LENGTH)
+    assert sorted(set(asked)) == [(1, 24), (16, 2)]
+    assert len(asked) == 4
 
 
 def test_block_influence_and_random(model, batches):

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from torch import Tensor
 
@@ -44,16 +44,20 @@ def measure(
     batches: list[Tensor],
     targets: Iterable[str] = TARGETS,
     seed: int = 0,
+    removed: Mapping[str, int] | None = None,
 ) -> Importance:
     """The importance of every structure of `targets`, by one of `CRITERIA`. batches: int64 (batch,
-    length) each.
+    length) each. removed: target -> how many of a layer will go; a criterion that removes them one
+    after the other need go no further.
 
     Raises ValueError for names, Unsupported for a target that the criterion does not rank (naming
     those that do), and FloatingPointError, naming the layer, when activations are not finite."""
     targets = [check_choice("targets", target, TARGETS) for target in targets]
     for target in targets:
         check(criterion, target, parts)
-    found = find(criterion).score(parts, batches, targets, seed)
+    chosen = find(criterion)
+    more = {"removed": removed or {}} if chosen.stops else {}
+    found = chosen.score(parts, batches, targets, seed, **more)
     found.check()
     return found
 

@@ -41,34 +41,42 @@ class Importance:
                 )
 
 
-Score = Callable[[Anatomy, list[Tensor], list[str], int], Importance]
+Score = Callable[..., Importance]
 
 
 @dataclass(frozen=True)
 class Criterion:
     """`score(parts, batches, targets, seed)` ranks the structures of `targets`, some of those that
     it knows; batches: int64 (batch, length) each. needs_loss: whether it takes gradients of the
-    loss on next tokens. place: where it stands in lists, the lowest first."""
+    loss on next tokens. place: where it stands in lists, the lowest first. stops: it also takes
+    `removed`, target -> how many structures of a layer will go, and puts no more of them in order
+    than those."""
 
     name: str
     targets: tuple[str, ...]
     score: Score
     needs_loss: bool = False
     place: int = 80
+    stops: bool = False
 
 
 _CRITERIA: dict[str, Criterion] = {}
 
 
 def criterion(
-    name: str, targets: tuple[str, ...], *, needs_loss: bool = False, place: int = 80
+    name: str,
+    targets: tuple[str, ...],
+    *,
+    needs_loss: bool = False,
+    place: int = 80,
+    stops: bool = False,
 ) -> Callable[[Score], Score]:
     """Function decorator: makes a `score` known under `name`; see `Criterion`."""
 
     def add(score: Score) -> Score:
         if name in _CRITERIA:
             raise ValueError(f"criterion {name!r} is registered already")
-        _CRITERIA[name] = Criterion(name, targets, score, needs_loss, place)
+        _CRITERIA[name] = Criterion(name, targets, score, needs_loss, place, stops)
         return score
 
     return add
