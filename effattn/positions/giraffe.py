@@ -17,6 +17,8 @@ class Power(Rotation):
 
     kappa: float
 
+    stretches = True
+
     def __post_init__(self):
         check_number("power", "kappa", self.kappa)
 
@@ -35,6 +37,8 @@ class Truncated(Rotation):
     given."""
 
     length: int | None = None
+
+    stretches = True
 
     def __post_init__(self):
         if self.length is not None:
