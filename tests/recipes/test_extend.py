@@ -129,7 +129,7 @@ def test_the_plan_says_which_layers_a_rule_goes_to(kind, plain):
     data = {"kind": "extend", "settings": {"model": kind}, "plan": plan.to_dict(), "rule": rule}
     report = ExtendReport(data | {"quality": [], "tuning": None})
     assert "Rules go to layers 1 of 2;" in report._rules().note
-    assert ["layers that a rule goes to", "1 of 2"] in report._rotation().rows
+    assert ("layers that a rule goes to", "1 of 2") in report._rotation().rows
     everywhere = planner.make_plan(small(), 1024)
     assert everywhere.layers == [0, 1]
     told = ExtendReport(data | {"plan": everywhere.to_dict(), "quality": [], "tuning": None})
