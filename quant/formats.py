@@ -45,14 +45,15 @@ class Numbers:
 
     coding: what the kernels call it (`effattn.kernels.pack.KINDS`). group: numbers that share a
     scale. symmetric: without zero points. zeros: whether it can have zero points at all. bits: the
-    number that stands for it in `v=4` and `cache(bits=4)`. lacking: why a device cannot have it, ""
-    where it can."""
+    number that stands for it in `v=4` and `cache(bits=4)`. first: tokens at a row's start that stay
+    in full precision. lacking: why a device cannot have it, "" where it can."""
 
     coding: str
     group: int
     symmetric: bool = False
     zeros: bool = True
     bits: int | None = None
+    first: int = 0
     lacking: Callable[[torch.device], str] = lambda device: ""
 
 
@@ -61,7 +62,7 @@ class Numbers:
 FORMATS = {
     "int8": Numbers("int8", group=128, symmetric=True, bits=8),
     "int4": Numbers("int4", group=64, bits=4),
-    "int2": Numbers("int2", group=32, bits=2),
+    "int2": Numbers("int2", group=32, bits=2, first=4),
     "fp8": Numbers("fp8", group=128, symmetric=True, zeros=False, lacking=no_fp8),
 }
 BITS = {numbers.bits: name for name, numbers in FORMATS.items() if numbers.bits}
@@ -105,7 +106,7 @@ class Format:
         v: str | int | None = None,
         group: int | None = None,
         residual: int = 128,
-        first: int = 0,
+        first: int | None = None,
         k_axis: str = "channel",
         v_axis: str = "token",
         symmetric: bool | None = None,
@@ -115,7 +116,9 @@ class Format:
         """k: of the keys, one of `FORMATS`; v: of the values, or a number of bits (as the keys).
 
         group: 16 to 256, a power of two; by default 128 for int8 and fp8, 64 for int4 and 32 for
-        int2. symmetric: no zero points (by default for int8 only; fp8 never has them)."""
+        int2. first: by default 4 for int2, whose few levels a model's attention sinks would take
+        for themselves, and 0 for the others. symmetric: no zero points (by default for int8 only;
+        fp8 never has them)."""
         kinds = [
             check_choice("k", k, FORMATS),
             check_choice(f"{k}: v", f"int{v}" if type(v) is int else v or k, FORMATS),
@@ -124,6 +127,7 @@ class Format:
             raise ValueError(
                 f"{k}: group: got {group!r}{_nearest(group, GROUPS)}, valid are {_listed(GROUPS)}"
             )
+        first = FORMATS[k].first if first is None else first
         for option, number in (("residual", residual), ("first", first)):
             if type(number) is not int or number < 0:
                 raise ValueError(

@@ -9,12 +9,15 @@ import threading
 from collections.abc import Callable
 from contextlib import contextmanager
 from functools import wraps
+from time import monotonic
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from effattn.recipes.options import GOES_ON
+
+QUIET = 5.0  # seconds of a stage without a terminal before its progress is told
 
 console = Console()
 errors = Console(stderr=True)
@@ -104,8 +107,36 @@ def _stop(number: int, _frame) -> None:
     raise Signalled(number)
 
 
+class Lines:
+    """A stage's progress where there is no terminal: a line at each quarter, with how long it took
+    and what is left by that measure; none in a stage that has not lasted `QUIET` seconds."""
+
+    def __init__(self, text: str):
+        self.text, self.begun, self.said = text, monotonic(), 0
+
+    def __call__(self, done: int, total: int) -> None:
+        quarter = 4 * done // total if total else 0
+        if quarter <= self.said or quarter >= 4:
+            return
+        self.said, seconds = quarter, monotonic() - self.begun
+        if seconds >= QUIET:
+            left = seconds * (total - done) / done
+            errors.print(
+                f"{self.text}: {25 * quarter} % after {_clock(seconds)}, about {_clock(left)} left",
+                soft_wrap=True,
+                highlight=False,
+            )
+
+
+def _clock(seconds: float) -> str:
+    """ "0:42", "1:05:00"."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
 class Show:
-    """Stages with a progress bar on a terminal, and with a line each elsewhere."""
+    """Stages with a progress bar on a terminal, and with lines elsewhere."""
 
     @contextmanager
     def stage(self, text: str):
@@ -118,14 +149,19 @@ class Show:
         )
         if not errors.is_terminal:
             errors.print(f"{text} ...", soft_wrap=True)
-        with Progress(*columns, console=errors, disable=not errors.is_terminal) as bar:
+            yield Lines(text)
+            return
+        with Progress(*columns, console=errors) as bar:
             task = bar.add_task(text, total=None)
             yield lambda done, total: bar.update(task, completed=done, total=total)
             bar.update(task, total=1, completed=1)
 
 
 def quiet_libraries() -> None:
-    """Keeps the loading bars and notices of transformers out of our output."""
+    """Keeps the loading bars and notices of torch and transformers out of our output."""
+    # Read when torch is loaded. Its allocator warns, after memory was measured once, of every
+    # thousandth block that is older than the measurement.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     import transformers
 
     transformers.logging.set_verbosity_error()

@@ -12,7 +12,8 @@ r"""Convert a checkpoint's attention from MHA to GQA or MQA.
 Measure the parent, merge its key/value heads by what they do on some text, measure, distil on
 demand (uptraining), measure, time decoding, and save: the output has its name only when a fresh
 process has shown that plain transformers computes the same with it. `.<output>.partial` beside it
-holds the checkpoints of an unfinished uptraining; the same command goes on from there.
+holds what an unfinished run has measured, and the checkpoints of its uptraining; the same command
+goes on from there.
 
 Under torchrun or `accelerate launch` every process converts, all train together, and rank 0
 measures and writes.
@@ -30,6 +31,7 @@ import typer
 
 from effattn.recipes import flow, options
 from effattn.recipes.options import option, real, tokens, whole
+from effattn.resuming import Parts
 from effattn.stages import Quiet, main_process
 
 if TYPE_CHECKING:
@@ -104,11 +106,12 @@ def convert(settings: Settings, show: Quiet) -> ConversionReport:
     check(settings)
     parent, tokenizer, parts = load(settings, show)
     text, length = read(settings, show, tokenizer, parts)
+    kept = begin(settings, parent)
 
     quality: dict = {}
     if main:
-        with show.stage("measuring the parent") as progress:
-            quality = measure_parent(parent, text, length, progress)
+        said = "measuring the parent"
+        quality = flow.part(show, kept, said, "parent", measure_parent, parent, text, length)
 
     # What a group of old heads computes is approximated by one new head, layer by layer.
     student = copy.deepcopy(parent)
@@ -124,11 +127,10 @@ def convert(settings: Settings, show: Quiet) -> ConversionReport:
             seed=settings.seed,
             progress=progress,
         )
+    compared = (compare, parent, student, text.evaluation, length)
     if main:
-        with show.stage("measuring the conversion") as progress:
-            quality["converted"] = compare(
-                parent, student, text.evaluation, length, progress=progress
-            )
+        said = "measuring the conversion"
+        quality["converted"] = flow.part(show, kept, said, "converted", *compared)
     report.data["quality"] = quality or None  # and what is measured from here on
     report.data["settings"] |= asked_for(settings, text)
 
@@ -136,15 +138,14 @@ def convert(settings: Settings, show: Quiet) -> ConversionReport:
     if settings.uptrain_tokens:
         report.data["uptraining"] = distil(settings, show, student, parent, text, length)
         if main:
-            with show.stage("measuring the uptrained model") as progress:
-                quality["uptrained"] = compare(
-                    parent, student, text.evaluation, length, progress=progress
-                )
+            said = "measuring the uptrained model"
+            quality["uptrained"] = flow.part(show, kept, said, "uptrained", *compared)
 
     if main and settings.decode_contexts:
-        with show.stage("timing decode steps") as progress:
-            models = {"before": parent, "after": student}
-            report.data["decode"] = decode_by_context(models, settings.decode_contexts, progress)
+        contexts, models = settings.decode_contexts, {"before": parent, "after": student}
+        name = f"decode/{','.join(map(str, contexts))}"  # other contexts may go on from this run
+        timed = (decode_by_context, models, contexts)
+        report.data["decode"] = flow.part(show, kept, "timing decode steps", name, *timed)
     if main:
         with flow.saving(settings, show, plain=True) as folder:
             ids = text.evaluation[: min(64, length)]
@@ -152,6 +153,16 @@ def convert(settings: Settings, show: Quiet) -> ConversionReport:
             report.save(folder)
         flow.discard(settings.partial)
     return report
+
+
+def begin(settings: Settings, parent) -> Parts | None:
+    """What an earlier run has measured, and where this one keeps it; None in all processes but the
+    main one."""
+    flow.check_unfinished(settings, begin=True)
+    if not main_process():
+        return None
+    made_with = flow.made_with(parent, "torch", "transformers")
+    return Parts(settings.partial / "parts.json", settings.kept(), made_with, "convert-gqa")
 
 
 def check(settings: Settings) -> None:
@@ -217,7 +228,6 @@ def distil(
     from effattn import embedded
     from effattn.training.uptrain import uptrain
 
-    flow.check_unfinished(settings, begin=True)
     with show.stage(f"uptraining on {settings.uptrain_tokens:,} tokens") as progress:
         result = uptrain(
             student,

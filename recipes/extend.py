@@ -238,10 +238,12 @@ def training_window(settings: Settings, plan: Plan, spec: str, plain: bool) -> i
     if window > settings.to:
         raise ValueError(f"window: got {window}, valid is at most the target ({settings.to})")
     if settings.tune_tokens and not (plain or full):
+        # None where the config has one set of parameters for layers with and without a window
+        held = any(one.plain for one in plan.candidates if one.name != "rope")
+        other = ", or a rule that transformers has, such as yarn" if held else ""
         raise ValueError(
             f"sampling: got {settings.sampling!r}, and {spec!r} counts positions by itself; valid "
-            "is 'none' (windows of the target length), or a rule that transformers has, such as "
-            "yarn"
+            f"is 'none' (windows of the target length){other}"
         )
     return window
 

@@ -59,7 +59,7 @@ class Settings(options.Settings):
     model: str = options.model_name()
     output: Path | None = option(None, "new folder for the checkpoint and its report")
     keep_every: int = whole(0, "keep every n-th layer exact, as --keep says; 0: none", least=0)
-    keep: str = option("sliding(window=256)", "what those layers get")
+    keep: str = option("sliding(window=256, sinks=4)", "what those layers get")
     fit_decay: bool = option(True, "choose a decay for every head of a `linear` without one")
     text: Sequence[Path] = options.text_files("to train on")
     dataset: str | None = options.dataset_name()

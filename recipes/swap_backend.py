@@ -14,7 +14,8 @@ Try every pattern on a few tokens, measure the unchanged model, then each patter
 which is undone again. Two baselines make the numbers readable: the same windows without sinks, and
 the unchanged model in fresh windows, which says how hard the text is at every place. With an output
 the first pattern is swapped in and saved: the folder has its name only when the checkpoint, loaded
-again, gives the same logits.
+again, gives the same logits. What an unfinished run has measured is kept in
+`.<output>.partial.json` beside it; the same command goes on from there.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ import typer
 
 from effattn.recipes import flow, options
 from effattn.recipes.options import option, real, several, tokens, whole
+from effattn.resuming import Parts, kept_parts, partial_file, what_is_kept
 from effattn.stages import Quiet
 
 if TYPE_CHECKING:
@@ -75,8 +77,16 @@ class Settings(options.Settings):
     seed: int = options.random_seed("the generated text")
     device: str = options.device_name()
 
+    @property
+    def partial(self) -> Path | None:
+        """The file of finished measurements, beside the output."""
+        return None if self.output is None else partial_file(self.output)
+
     def stopped(self) -> str:
-        return "stopped; nothing was written"
+        """How many measurements are kept, and where."""
+        if not kept_parts(self.partial):
+            return "stopped; nothing was written"
+        return what_is_kept(self.partial)
 
 
 @dataclass(frozen=True)
@@ -108,7 +118,11 @@ def run(settings: Settings, show: Quiet | None = None) -> SwapReport:
 
     Raises ValueError (bad settings or input), RuntimeError (the saved checkpoint computes something
     else) and OSError (disk), each before anything appears under the output's name."""
-    with flow.output_of(settings):
+    from effattn.swapping.report import SwapReport
+
+    with flow.output_of(settings) as finished:
+        if finished:
+            return SwapReport.load(settings.output)
         return side_by_side(settings, show or Quiet())
 
 
@@ -126,11 +140,13 @@ def side_by_side(settings: Settings, show: Quiet) -> SwapReport:
     model, tokenizer, planned = load(settings, show, patterns)
     text = read(settings, show, model, tokenizer, planned)
 
-    runs = [measured(settings, show, one, model, tokenizer, text) for one in planned]
+    made_with = flow.made_with(model, "torch", "transformers")
+    kept = Parts(settings.partial, settings.kept(), made_with, "swap")
+    runs = [measured(settings, show, kept, one, model, tokenizer, text) for one in planned]
     window = min(text.trained or measure.MOST_REFERENCE, measure.MOST_REFERENCE)
-    with show.stage(f"the reference: fresh windows of {window:,}") as progress:
-        stream = text.tokens[: settings.stream_tokens + 1]
-        reference = measure.reference(model, stream, window, text.edges, text.bucket, progress)
+    said, stream = f"the reference: fresh windows of {window:,}", text.tokens
+    given = (model, stream[: settings.stream_tokens + 1], window, text.edges, text.bucket)
+    reference = flow.part(show, kept, said, "reference", measure.reference, *given)
 
     report = SwapReport(
         {
@@ -149,6 +165,7 @@ def side_by_side(settings: Settings, show: Quiet) -> SwapReport:
     )
     if settings.output is not None:
         save(settings, show, report, model, tokenizer, patterns[0], text.tokens)
+    kept.discard()
     return report
 
 
@@ -267,7 +284,9 @@ def read(settings: Settings, show: Quiet, model, tokenizer, planned: list[Run]) 
     return Text(found, source, prompt, edges, -(-streamed // BUCKETS), trained)
 
 
-def measured(settings: Settings, show: Quiet, one: Run, model, tokenizer, text: Text) -> dict:
+def measured(
+    settings: Settings, show: Quiet, kept: Parts, one: Run, model, tokenizer, text: Text
+) -> dict:
     """A run's part of the report: the three measurements after its swap, which is undone."""
     from effattn.surgery.describing import describe
     from effattn.surgery.swapping import restore, swap
@@ -278,31 +297,30 @@ def measured(settings: Settings, show: Quiet, one: Run, model, tokenizer, text: 
     found = {"label": one.label, "role": one.role, "pattern": one.pattern}
     found["layers"] = [layer["pattern"] for layer in describe(model).layers]
 
-    with show.stage(f"perplexity by context: {one.label}") as progress:
-        found["contexts"] = measure.by_context(
-            model, text.tokens, settings.contexts, settings.evaluation_tokens, progress
-        )
+    said, name = f"perplexity by context: {one.label}", f"{one.label}/contexts"
+    given = (model, text.tokens, settings.contexts, settings.evaluation_tokens)
+    found["contexts"] = flow.part(show, kept, said, name, measure.by_context, *given)
 
     # Its own attention is slower with every token, and is lost soon after the trained length.
     length = settings.stream_tokens
     if one.role == "before":
         length = min(settings.dense_stream_tokens, length)
-    with show.stage(f"streaming {length:,} tokens: {one.label}") as progress:
-        found["stream"] = measure.stream(
-            model, text.tokens[: length + 1], settings.chunk, text.edges, text.bucket, progress
-        )
+    said, name = f"streaming {length:,} tokens: {one.label}", f"{one.label}/stream"
+    given = (model, text.tokens[: length + 1], settings.chunk, text.edges, text.bucket)
+    found["stream"] = flow.part(show, kept, said, name, measure.stream, *given)
 
     if settings.generate_tokens and one.role != "baseline":
+        given = (
+            model,
+            tokenizer,
+            text.prompt,
+            settings.generate_tokens,
+            settings.temperature,
+            settings.seed,
+            text.trained,
+        )
         with show.stage(f"generating {settings.generate_tokens:,} tokens: {one.label}"):
-            found["text"] = measure.generate(
-                model,
-                tokenizer,
-                text.prompt,
-                settings.generate_tokens,
-                settings.temperature,
-                settings.seed,
-                text.trained,
-            )
+            found["text"] = kept.once(f"{one.label}/text", lambda: measure.generate(*given))
     restore(model)
     return found
 

@@ -2,8 +2,8 @@
 
 O' minimises sum |O' z - y|^2 + lambda sum_j s_j |O'_j - O_0j|^2 over the calibration tokens, where
 z are the new model's o_proj inputs, s_j the sum of z_j^2, y the old model's o_proj outputs (without
-bias) and O_0 the merged projection: O'^T = (Z^T Z + lambda diag(s))^-1 (Z^T Y + lambda diag(s) O_0^T). Since
-O_0 is one of the candidates, the error on the calibration tokens never rises.
+bias) and O_0 the merged projection: O'^T = (Z^T Z + lambda S)^-1 (Z^T Y + lambda S O_0^T), where
+S = diag(s). Since O_0 is one of the candidates, the error on the calibration tokens never rises.
 
 H heads of size d, D hidden size; the sums over tokens Z^T Z (H·d, H·d) and Z^T Y (H·d, D) are all
 that is kept of them."""

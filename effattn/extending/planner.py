@@ -48,11 +48,15 @@ class Candidate:
 class Plan:
     """trained, target: tokens. dims of a head turn, with theta_i = base^(-2i/dims); the first
     `turned` of them make a whole turn within the trained length (the critical dimension).
-    wavelengths: tokens, one for each pair. length_law: how far the law of RoPE extrapolation
-    promises to go without a rule. own: transformers' name of the model's rule."""
+    layers: those that a rule goes to, of `depth`; the others keep the model's own positions, within
+    a window of their own, or without a rotation. wavelengths: tokens, one for each pair.
+    length_law: how far the law of RoPE extrapolation promises to go without a rule. own:
+    transformers' name of the model's rule."""
 
     trained: int
     target: int
+    layers: list[int]
+    depth: int
     base: float
     dims: int
     own: str
@@ -96,6 +100,8 @@ def make_plan(model: nn.Module, target: int, tuned: bool = False) -> Plan:
     return Plan(
         trained.length,
         target,
+        positions.reached(parts, parse(f"ntk(length={target})")),
+        len(parts.layers),
         trained.base,
         trained.dims,
         trained.kind,
@@ -262,11 +268,12 @@ def _recommend(
     """The rule to take, and why."""
     by_name = {one.name: one for one in candidates if not one.refused}
     if tuned and "yarn" in by_name:
-        return by_name["yarn"], (
-            "with fine-tuning, YaRN reaches long lengths after the fewest tokens "
-            "(arXiv:2309.00071), and the "
-            "checkpoint is plain transformers"
+        why = (
+            "with fine-tuning, YaRN reaches long lengths after the fewest tokens (arXiv:2309.00071)"
         )
+        if by_name["yarn"].plain:
+            return by_name["yarn"], why + ", and the checkpoint is plain transformers"
+        return by_name["yarn"], why
     if "rerope" in by_name:
         why = "without fine-tuning, only a clipped distance meets nothing that was never trained"
         if trained.kind not in ("default", "dynamic"):
@@ -274,9 +281,10 @@ def _recommend(
                 f"; the model's rotation is changed already ({trained.kind}), so no other rule "
                 "of angles fits on it"
             )
-        return by_name[
-            "rerope"
-        ], why + "; the checkpoint needs effattn.load (yarn, and --tune-tokens, give a plain one)"
+        why += "; the checkpoint needs effattn.load"
+        if "yarn" not in by_name or by_name["yarn"].plain:
+            why += " (yarn, and --tune-tokens, give a plain one)"
+        return by_name["rerope"], why
     raise Unsupported(
         f"model: no rule takes it to {target:,} tokens: "
         + "; ".join(one.refused for one in candidates if one.refused)

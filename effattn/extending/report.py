@@ -119,16 +119,19 @@ class ExtendReport(Document):
                 ]
             )
         note = f"Recommended: {self.plan['recommended']['spec']}: {self.plan['reason']}."
+        if where := layers_reached(self.plan):
+            note += f" Rules go to layers {where}; the others keep the model's own positions."
         return Table(PLAN, ("Rule", "Fine-tuning", "Checkpoint", "What it promises"), rows, note)
 
     def _rotation(self) -> Table:
-        plan = self.plan
+        plan, where = self.plan, layers_reached(self.plan)
         return pairs(
             ROTATION,
             {
                 "trained_length": plan["trained"],
                 "target": plan["target"],
                 "factor": f"{plan['factor']:g}x",
+                **({"layers that a rule goes to": where} if where else {}),
                 "rule of the model": plan["own"],
                 "base": plan["base"],
                 "dimensions that turn": plan["dims"],
@@ -204,3 +207,11 @@ class ExtendReport(Document):
             )
             found[TUNING] = [line_plot("Tuning", [curve], "tokens", "nats a token")]
         return found
+
+
+def layers_reached(plan: dict) -> str:
+    """ "5, 11, 17 of 18": the layers that a plan's rules go to; "" where those are all."""
+    reached, depth = plan.get("layers"), plan.get("depth")
+    if reached is None or len(reached) == depth:
+        return ""
+    return f"{', '.join(map(str, reached))} of {depth}"

@@ -174,9 +174,10 @@ def check_swapped(parts: hf.Anatomy, grouping: str) -> None:
 
 
 def describe_size(parts: hf.Anatomy) -> dict:
-    """KV heads, parameters, and bytes of KV cache a token takes in the model's dtype."""
+    """KV heads, parameters, and the bytes in the model's dtype that the KV cache grows by with a
+    token: layers with a window of their own, whose rings do not grow, do not count."""
     return {
         "kv_heads": parts.kv_heads,
         "parameters": sum(p.numel() for p in parts.model.parameters()),
-        "kv_bytes": sum(layer.kv_bytes_per_token for layer in parts),
+        "kv_bytes": sum(layer.kv_bytes_per_token for layer in parts if layer.window is None),
     }

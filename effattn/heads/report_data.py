@@ -66,7 +66,7 @@ class ConversionData(Document):
 
     @property
     def kv_bytes_per_token(self) -> dict:
-        """Bytes before and after, over all layers."""
+        """Bytes before and after, over all layers whose caches grow."""
         return self.part("kv_bytes_per_token")
 
     @property
@@ -86,8 +86,11 @@ class ConversionData(Document):
 
     @property
     def kv_ratio(self) -> float | None:
-        """How many times smaller the KV cache of a token is."""
+        """How many times smaller the KV cache of a token is: by its heads where all caches are
+        rings, which do not grow."""
         before, after = self.kv_bytes_per_token.get("before"), self.kv_bytes_per_token.get("after")
+        if before == after == 0:
+            before, after = (self.model.get(f"kv_heads_{when}") for when in ("before", "after"))
         return before / after if before and after else None
 
     def measured(self, stage: str, name: str = "perplexity") -> float | None:

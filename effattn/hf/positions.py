@@ -5,7 +5,10 @@ A rule that transformers has itself, the same in all layers that turn, is writte
 and into the rotary module, and nothing else changes: the model stays a plain one. Any other rule
 belongs to its layers' swapped attention (`effattn.hf.live`): a hook gives each layer the angles of
 its rule, or none where keys must stay raw, and the backend does the rest. A new request replaces
-the rules of the layers that it names; "rope" takes them back."""
+the rules of the layers that it names; "rope" takes them back.
+
+A rule for longer sequences that names no layers goes to those with full attention, where some have
+a window of their own (Gemma 2 and 3): no distance in a window is longer than what was trained."""
 
 from __future__ import annotations
 
@@ -27,6 +30,7 @@ from effattn.specs import parse_layers
 ATTRIBUTE = "_effattn_positions"  # on a model: its `PositionSwap`
 # rotary frequencies that change with the sequence's length
 LENGTH_DEPENDENT = ("dynamic", "longrope")
+ORIGINAL = "original_max_position_embeddings"  # in rope_parameters: the length before the rule
 
 
 @dataclass
@@ -119,10 +123,8 @@ def make(parts: anatomy.Anatomy, positions: str | dict[str | int, str]) -> Posit
     named = isinstance(positions, dict)
     asked = parse_layers(positions, len(parts.layers), "positions") if named else {}
     if not named:
-        rules = parse(positions)
-        needs = any(part.slot == "far" or getattr(part, "turns", False) for part in rules)
-        can = [layer.index for layer in parts.layers if layer.rotary_dims or not needs]
-        asked = dict.fromkeys(can or [0], positions)  # without any, the first layer says why not
+        # without any, the first layer says why not
+        asked = dict.fromkeys(reached(parts, parse(positions)) or [0], positions)
     # 2. Beside it stays what other layers have; a rule that has learned something is kept as it is
     done = active(parts.model)
     specs = ({} if done is None else done.specs) | asked
@@ -134,7 +136,7 @@ def make(parts: anatomy.Anatomy, positions: str | dict[str | int, str]) -> Posit
     # 3. Plain, if transformers has the rule and all layers that turn have the same; else layer by
     #    layer
     plan = PositionPlan({index: specs[index] for index in bound}, dict.fromkeys(specs))
-    if bound and (plain := _plain(parts, bound)) is not None:
+    if bound and (plain := _plain(parts, bound, done)) is not None:
         plan.config, plan.rotary = plain
         return plan
     shared: dict[tuple, list] = {}
@@ -143,6 +145,16 @@ def make(parts: anatomy.Anatomy, positions: str | dict[str | int, str]) -> Posit
         last = shared.setdefault((specs[index], None if own is None else own.layer_type), [])
         plan.layers[index] = LayerPositions(rule, own, last=last)
     return plan
+
+
+def reached(parts: anatomy.Anatomy, rule: tuple[Part, ...]) -> list[int]:
+    """The layers that a rule goes to when none are named: those that it makes sense in."""
+    turns = any(part.slot == "far" or getattr(part, "turns", False) for part in rule)
+    can = [layer for layer in parts.layers if layer.rotary_dims or not turns]
+    full = [layer for layer in can if layer.own_window is None]
+    if full and any(part.stretches for part in rule):
+        can = full
+    return [layer.index for layer in can]
 
 
 def held_by(layer: anatomy.Layer) -> LayerPositions | None:
@@ -201,7 +213,8 @@ def saved(model: nn.Module) -> tuple[dict, dict]:
         return {}, {}
     ours: dict = {"positions": {str(index): spec for index, spec in sorted(record.specs.items())}}
     parts = anatomy.of(model)
-    plain = _plain(parts, {i: held_by(parts.layers[i]).rule for i in record.specs}, varying=True)
+    held = {i: held_by(parts.layers[i]).rule for i in record.specs}
+    plain = _plain(parts, held, record, varying=True)
     if plain is None:
         return ours, {}
     config, _ = plain
@@ -216,8 +229,13 @@ def _trained(parts: anatomy.Anatomy, layer: anatomy.Layer, done: PositionSwap | 
     if rotary is None:
         return Trained(length, layer.heads, layer.head_dim, 0)
     rope = before.get("rope_parameters", getattr(parts.config, "rope_parameters", None) or {})
+    others = [one for one in rope.values() if isinstance(one, dict)]
     rope = rope.get(rotary.layer_type, rope)
     kind, inv_freq, scaling = rope.get("rope_type", "default"), None, 1.0
+    # What the config says is how far the model goes with another type's rule; this type has none.
+    originals = [one[ORIGINAL] for one in others if ORIGINAL in one]
+    if kind == "default" and originals:
+        length = min(originals)
     if not before:
         own = rotary.rope()
         inv_freq, scaling = None if own.inv_freq.is_meta else own.inv_freq, own.attention_scaling
@@ -255,13 +273,16 @@ def _bind(
 
 
 def _plain(
-    parts: anatomy.Anatomy, bound: dict[int, Positions], varying: bool = False
+    parts: anatomy.Anatomy,
+    bound: dict[int, Positions],
+    done: PositionSwap | None,
+    varying: bool = False,
 ) -> tuple[dict, nn.Module] | None:
     """(config fields, rotary module) with which plain transformers turns every layer as these rules
-    do; None where it has no such rule, or turns otherwise. varying: rules that vary with the
-    length, too."""
+    do, and those without one as before `done`; None where it has no such rule, or turns otherwise.
+    varying: rules that vary with the length, too."""
     turning = [layer for layer in parts.layers if layer.rotary_dims]
-    if not turning or {layer.index for layer in turning} - bound.keys():
+    if not turning:
         return None
     kinds: dict[str, dict] = {}
     for index, rule in bound.items():
@@ -274,9 +295,14 @@ def _plain(
             return None
         if kinds.setdefault(parts.layers[index].rotary.layer_type, new) != new:
             return None
+    # A layer that keeps the model's own needs parameters of its own: those of its type.
+    if any(layer.rotary.layer_type in kinds for layer in turning if layer.index not in bound):
+        return None
     # The rule in transformers' own words, in a copy of the config, and the rotary module that its
     # class makes of it: only if that turns as our rule does, is the model plain.
     config = copy.deepcopy(parts.config)
+    for name, value in ((done and done.config) or {}).items():
+        setattr(config, name, copy.deepcopy(value))
     old = config.rope_parameters
     for kind, new in kinds.items():
         kept = old.get(kind, old).get("partial_rotary_factor")
@@ -288,8 +314,8 @@ def _plain(
         length = max(rule.rotation.reach(rule.trained) for rule in bound.values())
         changed["max_position_embeddings"] = length
     # Phi-3: it goes before what rope_parameters say
-    if hasattr(config, "original_max_position_embeddings"):
-        changed["original_max_position_embeddings"] = next(iter(bound.values())).trained.length
+    if hasattr(config, ORIGINAL):
+        changed[ORIGINAL] = next(iter(bound.values())).trained.length
     for name, value in changed.items():
         setattr(config, name, copy.deepcopy(value))
     rotary = type(parts.layers[0].rotary_module)(config)

@@ -19,6 +19,8 @@ class AdjustedBase(Rotation):
     base: float
     length: int | None = None
 
+    stretches = True
+
     def __post_init__(self):
         check_number("abf", "base", self.base, least=1.0, above=True)
         if self.length is not None:

@@ -68,6 +68,10 @@ class Part:
     name: ClassVar[str]  # set by `register`
     slot: ClassVar[str]
     causal_only: ClassVar[bool] = False
+    # It is made for sequences beyond the trained length. Layers whose own window lets no distance
+    # grow that far are better off without it: yarn(factor=4) costs Gemma 3 270M .102 nats a token
+    # in all layers, .018 in those with full attention.
+    stretches: ClassVar[bool] = False
 
     @property
     def options(self) -> dict:
@@ -132,6 +136,8 @@ class Scaled(Rotation):
 
     factor: float | None = None
     length: int | None = None
+
+    stretches = True
 
     def __post_init__(self):
         if (self.factor is None) == (self.length is None):

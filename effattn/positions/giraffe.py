@@ -18,6 +18,8 @@ class Power(Rotation):
 
     kappa: float
 
+    stretches = True
+
     def __post_init__(self):
         check_number("power", "kappa", self.kappa)
 
@@ -36,6 +38,8 @@ class Truncated(Rotation):
     given."""
 
     length: int | None = None
+
+    stretches = True
 
     def __post_init__(self):
         if self.length is not None:

@@ -27,6 +27,7 @@ class LogN(Part):
 
     slot = "scale"
     causal_only = True
+    stretches = True
 
     def __post_init__(self):
         if type(self.trained) is not bool:

@@ -65,6 +65,8 @@ class DynamicNtk(Rotation):
     hidden states. A row's length counts from its first real token."""
 
     factor: float
+
+    stretches = True
     varies = True
 
     def __post_init__(self):

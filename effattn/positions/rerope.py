@@ -30,6 +30,7 @@ class Far(Part):
 
     slot = "far"
     causal_only = True
+    stretches = True
     slow: ClassVar[float] = math.inf  # how many times slower distances grow there
 
     def __post_init__(self):

@@ -21,12 +21,14 @@ from effattn.specs import format_spec
 from effattn.surgery.replace import spec_of
 
 AXES = ("projections", "heads", "positions", "pattern", "cache")
+GROW = ("full", "summaries", "slots")  # in the name of a state that holds more with every token
 
 
 @dataclass(frozen=True)
 class Description:
-    """`layers`: per layer its index, the five choices, parameters (attention, ffn, norms) and
-    kv_bytes_per_token.
+    """`layers`: per layer its index, the five choices, parameters (attention, ffn, norms),
+    kv_bytes_per_token (of a token that its cache holds) and grows (whether the cache holds more
+    with every token; rings and sums do not).
 
     `parameters`: embeddings, attention, ffn, norms, head, other and total, each weight counted
     once; `shares` are their parts of the total."""
@@ -45,10 +47,10 @@ class Description:
 
     @property
     def kv_bytes_per_token(self) -> int | float:
-        """Bytes that all layers' caches grow by with each token (until a window is full). Of packed
-        caches, scales and zeros included, once tokens leave the residual; exact, and not whole
-        where tokens share bytes."""
-        return sum(layer["kv_bytes_per_token"] for layer in self.layers)
+        """Bytes that all layers' caches grow by with each token, however many there are: rings,
+        which stop when their window is full, do not count. Of packed caches, scales and zeros
+        included, once tokens leave the residual; exact, and not whole where tokens share bytes."""
+        return sum(layer["kv_bytes_per_token"] for layer in self.layers if layer["grows"])
 
     def to_dict(self) -> dict:
         """Plain numbers, strings, lists and dicts, for JSON."""
@@ -64,9 +66,8 @@ class Description:
         for first, last, row in _runs(self.layers):
             name = f"{first}" if first == last else f"{first}-{last}"
             count = f"{sum(row['parameters'].values()):,}"
-            table.add_row(
-                name, *(row[axis] for axis in AXES), count, f"{row['kv_bytes_per_token']:,}"
-            )
+            token = f"{row['kv_bytes_per_token']:,}" + ("" if row["grows"] else ", bounded")
+            table.add_row(name, *(row[axis] for axis in AXES), count, token)
         parts = ", ".join(
             f"{part} {count:,} ({self.shares[part]:.1%})"
             for part, count in self.parameters.items()
@@ -81,8 +82,15 @@ class Description:
             table,
             total,
             f"inside the layers: {inside}",
-            f"KV bytes per token, all layers: {self.kv_bytes_per_token:,}",
+            f"KV bytes per token, {self._growing}: {self.kv_bytes_per_token:,}",
         )
+
+    @property
+    def _growing(self) -> str:
+        bounded = sum(not layer["grows"] for layer in self.layers)
+        if not bounded:
+            return "all layers"
+        return f"{len(self.layers) - bounded} layers that grow ({bounded} hold a bounded number)"
 
     def __str__(self) -> str:
         text = io.StringIO()
@@ -131,6 +139,7 @@ def _layer(layer: anatomy.Layer, config) -> dict:
         pattern, cache = _own_pattern(layer), "full" if layer.window is None else "ring"
     else:
         pattern, cache = swapped.pattern, swapped.backend.traits.state
+    grows = layer.causal and any(word in cache for word in GROW)
     token = layer.kv_bytes_per_token if layer.causal else 0
     if swapped is not None and swapped.cache is not None:
         cache = str(swapped.cache) if cache == "full" else f"{swapped.cache}, {cache}"
@@ -148,6 +157,7 @@ def _layer(layer: anatomy.Layer, config) -> dict:
             "norms": sum(map(numbers, norms)),
         },
         "kv_bytes_per_token": token,
+        "grows": grows,
     }
 
 

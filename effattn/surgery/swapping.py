@@ -60,8 +60,9 @@ def swap(
 
     positions: a rule of `effattn.positions.rules()` for all layers that it makes sense in, or a
     dict as for patterns: "yarn(factor=8)", "rerope(window=256)+logn"; "rope" is the model's own. A
-    rule that transformers has is written into the config, and the model stays plain; any other
-    needs swapped attention, "dense" where no pattern is named.
+    rule for longer sequences makes sense in layers with full attention, where others have a window
+    of their own. A rule that transformers has is written into the config, and the model stays
+    plain; any other needs swapped attention, "dense" where no pattern is named.
 
     cache: "int8", "int4", "int2" or "fp8", with the options of `effattn.quant.Format.options`, such
     as "int4(group=64, residual=128)", or a dict as for patterns; "full" is the pattern's own.

@@ -3,8 +3,9 @@ what they have left.
 
 Layer by layer, in order, the pruned model feeding its own next layers. Each output module is solved
 for what the whole layer would have given on the same input: with x the module's whole input, C =
-sum x x^T over the calibration tokens and S what stays, W' = W C[:, S] (C[S, S] + lambda diag(C[S, S]))^-1, in fp64 (the reconstruction of He et al., arXiv:1707.06168, and of
-SlimGPT, arXiv:2412.18110). lambda pulls towards W[:, S], so that the error on the calibration
+sum x x^T over the calibration tokens, S what stays and V the diagonal of C[S, S],
+W' = W C[:, S] (C[S, S] + lambda V)^-1, in fp64 (the reconstruction of He et al., arXiv:1707.06168,
+and of SlimGPT, arXiv:2412.18110). lambda pulls towards W[:, S], so that the error on the calibration
 tokens never rises. A module with a bias gets a new one with it. The FFN's module is solved after
 o_proj is written, on what it then is given.
 

@@ -91,12 +91,14 @@ def predicted_bytes(
     parts: anatomy.Anatomy, formats: Sequence[Format | None], tokens: int, batch: int = 1
 ) -> int:
     """Of all layers' keys and values after `tokens` tokens in each of `batch` rows, as the formats
-    say.
+    say; rings of the model's own windows hold no more than those.
     """
     total = 0
     for layer, format in zip(parts.layers, formats, strict=True):
         if format is None:
-            total += batch * tokens * layer.kv_bytes_per_token
+            # transformers' own ring leaves out the query's own token
+            count = tokens if layer.window is None else min(tokens, layer.window - 1)
+            total += batch * count * layer.kv_bytes_per_token
         else:
             total += format.nbytes(
                 tokens, layer.kv_heads, layer.head_dim, layer.value_dim, layer.dtype.itemsize, batch

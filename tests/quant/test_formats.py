@@ -19,6 +19,9 @@ def test_defaults_are_kivi():
     )
     assert Format.parse("int8").k == Coding("int8", "channel", 128, symmetric=True)
     assert Format.parse("int2").v.group == 32
+    # two bits cannot hold attention sinks beside other tokens
+    firsts = {"int2": 4, "int2(v=8)": 4, "int2(first=0)": 0, "int4(v=2)": 0, "int8": 0, "fp8": 0}
+    assert {spec: Format.parse(spec).first for spec in firsts} == firsts
 
 
 def test_options():

@@ -255,3 +255,20 @@ def test_no_step_unpacks_the_cache():
         with PeakMemory("cpu") as peak:
             attn(q, *new, state=state)
         assert state.nbytes + peak.bytes < 0.5 * (k.nbytes + v.nbytes)
+
+
+@torch.no_grad()
+def test_the_default_int2_survives_attention_sinks():
+    """A real model's first keys are long in few channels; packed, they take a group's levels."""
+    draw, attn = torch.Generator().manual_seed(3), backend("dense")
+    q, k, v = qkv(2, 300, draw)
+    k[:, :, :4, :3] *= 40
+    v[:, :, :4] *= 0.05  # and what they say hardly counts
+    exact = attn(q[:, :, -8:], k, v)
+    errors = {}
+    for spec in ("int2", "int2(first=0)"):
+        state = state_of(spec)
+        attn(q[:, :, :-8], k[:, :, :-8], v[:, :, :-8], state=state)
+        out = attn(q[:, :, -8:], k[:, :, -8:], v[:, :, -8:], state=state)
+        errors[spec] = float((out - exact).square().mean())
+    assert errors["int2"] < 0.7 * errors["int2(first=0)"]

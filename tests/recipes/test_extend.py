@@ -114,6 +114,28 @@ def test_every_candidate_is_a_rule_that_the_model_takes(tokens):
     assert 32 + (1024 - 32) / k <= 64 < 32 + (1024 - 32) / (k / 2)
 
 
+@pytest.mark.parametrize(("kind", "plain"), [("gemma3_text", True), ("gemma2", False)])
+def test_the_plan_says_which_layers_a_rule_goes_to(kind, plain):
+    model = tiny(kind)  # layer 0 has a window of its own
+    plan = planner.make_plan(model, 1024, tuned=True)
+    assert (plan.layers, plan.depth) == ([1], 2)
+    assert plan.candidate("yarn").plain == plain  # gemma2: one set of parameters for all layers
+    assert plan.reason.endswith("the checkpoint is plain transformers") == plain
+    rule = {"spec": "yarn(length=1024)", "plain": plain}
+    settings = Settings(to=1024, tune_tokens=1024, output="unused")
+    if not plain:
+        with pytest.raises(ValueError, match=r"valid is 'none' \(windows of the target length\)$"):
+            jobs.training_window(settings, plan, **rule)
+    data = {"kind": "extend", "settings": {"model": kind}, "plan": plan.to_dict(), "rule": rule}
+    report = ExtendReport(data | {"quality": [], "tuning": None})
+    assert "Rules go to layers 1 of 2;" in report._rules().note
+    assert ("layers that a rule goes to", "1 of 2") in report._rotation().rows
+    everywhere = planner.make_plan(small(), 1024)
+    assert everywhere.layers == [0, 1]
+    told = ExtendReport(data | {"plan": everywhere.to_dict(), "quality": [], "tuning": None})
+    assert "Rules go to" not in told._rules().note
+
+
 def test_a_model_with_a_rule_already_can_only_clip():
     plan = planner.make_plan(effattn.swap(small(), positions="yarn(factor=2)"), 1024)
     assert plan.trained == 128, (

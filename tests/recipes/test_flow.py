@@ -11,6 +11,7 @@ import typer
 from typer.testing import CliRunner
 
 from effattn.recipes import flow, options
+from effattn.recipes.console import Show
 from effattn.recipes.options import contexts, names, option, or_none, several, tokens, whole
 
 pytestmark = pytest.mark.quick
@@ -132,6 +133,23 @@ def test_the_main_process_alone_says_something(monkeypatch):
     code, printed, _ = called(*NEEDED, run=show_nothing)
     assert code == 0
     assert printed == ""
+
+
+def test_without_a_terminal_quarters_are_lines(capsys, monkeypatch):
+    now = iter([0.0, 60.0, 120.0, 180.0, 0.0, 1.0])
+    monkeypatch.setattr("effattn.recipes.console.monotonic", lambda: next(now))
+    with Show().stage("measuring") as progress:
+        for done in range(1, 13):
+            progress(done, 12)
+    with Show().stage("quick") as progress:  # told only that it begins
+        progress(3, 4)
+    assert capsys.readouterr().err.splitlines() == [
+        "measuring ...",
+        "measuring: 25 % after 1:00, about 3:00 left",
+        "measuring: 50 % after 2:00, about 2:00 left",
+        "measuring: 75 % after 3:00, about 1:00 left",
+        "quick ...",
+    ]
 
 
 def test_what_two_runs_have_in_common():

@@ -261,7 +261,7 @@ def test_bad_input_is_one_line_and_nothing_written(case, message, parent, text, 
     assert not output.exists()
 
 
-def test_a_full_disk_leaves_nothing(parent, text, tmp_path, monkeypatch):
+def test_a_full_disk_leaves_what_was_measured(parent, text, tmp_path, monkeypatch):
     def full(self, folder, *args, **kwargs):
         (Path(folder) / "model.safetensors").write_bytes(b"half")
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -274,7 +274,7 @@ def test_a_full_disk_leaves_nothing(parent, text, tmp_path, monkeypatch):
     )
     assert code == 2
     assert "No space left on device" in printed
-    assert list(tmp_path.iterdir()) == []
+    assert [one.name for one in tmp_path.iterdir()] == [".out.partial"]  # what was measured
 
 
 def test_a_checkpoint_that_reloads_differently_is_not_delivered(
@@ -296,7 +296,7 @@ def test_a_checkpoint_that_reloads_differently_is_not_delivered(
     )
     assert code == 2
     assert "gives other logits" in printed
-    assert list(tmp_path.iterdir()) == []
+    assert [one.name for one in tmp_path.iterdir()] == [".out.partial"]  # what was measured
 
 
 def test_a_kill_half_way_resumes_and_other_settings_are_refused(
@@ -356,3 +356,35 @@ def test_token_counts_are_read_as_people_write_them(text_value):
     from effattn.recipes.options import count_of
 
     assert count_of(text_value) == 50_000
+
+
+def test_what_was_measured_before_a_kill_is_gone_on_from(parent, text, tmp_path):
+    output, partial = tmp_path / "out", tmp_path / ".out.partial"
+    job = dict(model=str(parent), kv_heads=2, text=(text,), calibration_tokens=2000)
+    job |= dict(evaluation_tokens=600, length=64, decode_contexts=(), output=output)
+
+    class Stages(jobs.Quiet):
+        def __init__(self, dies=""):
+            self.dies, self.steps = dies, {}
+
+        def stage(self, name):
+            from contextlib import nullcontext
+
+            if name == self.dies:
+                raise KeyboardInterrupt
+            return nullcontext(lambda done, total: self.steps.setdefault(name, done))
+
+    with pytest.raises(KeyboardInterrupt):
+        jobs.run(jobs.Settings(**job), Stages("saving, and loading again without effattn"))
+    assert list(json.loads((partial / "parts.json").read_text())["parts"]) == [
+        "parent",
+        "converted",
+    ]
+    with pytest.raises(ValueError, match=r"unfinished run with other settings \(kv_heads\)"):
+        jobs.run(jobs.Settings(**{**job, "kv_heads": 1}))
+    again = Stages()
+    resumed = jobs.run(jobs.Settings(**job), again)
+    assert not [name for name in again.steps if name.startswith("measuring")]
+    assert not partial.exists()
+    whole = jobs.run(jobs.Settings(**{**job, "output": tmp_path / "whole"}))
+    assert resumed.data["quality"] == whole.data["quality"]

@@ -4,12 +4,14 @@ with nothing written."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import subprocess
 import sys
 from contextlib import nullcontext
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
@@ -422,20 +424,46 @@ def small(parent, text, **more) -> jobs.Settings:
     )
 
 
-def test_ctrl_c_leaves_nothing(parent, text, tmp_path, monkeypatch):
+def test_ctrl_c_leaves_what_was_measured(parent, text, tmp_path, monkeypatch):
     monkeypatch.setattr(
         SwapReport, "save", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt())
     )
     with pytest.raises(KeyboardInterrupt):
         jobs.run(small(parent, text, output=tmp_path / "out"))
-    assert list(tmp_path.iterdir()) == []
+    assert [one.name for one in tmp_path.iterdir()] == [".out.partial.json"]
     monkeypatch.setattr("effattn.recipes.flow.Show", lambda: Stops("streaming"))
     code, printed = invoke(
         {"--model": parent, "--text": text, "--pattern": SINKS, "--output": tmp_path / "o", **FAST}
     )
     assert code == 130
-    assert "stopped; nothing was written" in printed
-    assert list(tmp_path.iterdir()) == []
+    kept = ".o.partial.json"
+    assert "stopped; 1 finished parts are kept in" in printed
+    assert kept in printed
+    assert sorted(one.name for one in tmp_path.iterdir()) == [kept, ".out.partial.json"]
+
+
+def test_what_was_measured_before_a_kill_is_gone_on_from(parent, text, tmp_path):
+    asked = small(parent, text, output=tmp_path / "out")
+    with pytest.raises(KeyboardInterrupt):
+        jobs.run(asked, Stops("the reference"))
+    done = json.loads((tmp_path / ".out.partial.json").read_text())["parts"]
+    assert {name.rpartition("/")[2] for name in done} == {"contexts", "stream"}
+    with pytest.raises(ValueError, match=r"of a run with other settings \(chunk\)"):
+        jobs.run(dataclasses.replace(asked, chunk=25))
+
+    class Counts(Quiet):
+        steps: ClassVar = []
+
+        def stage(self, text):
+            return nullcontext(lambda done, total: self.steps.append(text))
+
+    report = jobs.run(asked, Counts())
+    assert {text.partition(":")[0] for text in Counts.steps} == {"the reference"}
+    assert [one.name for one in tmp_path.iterdir()] == ["out"]
+    whole = jobs.run(dataclasses.replace(asked, output=None))
+    for resumed, new in zip(report.runs, whole.runs, strict=True):
+        ours, theirs = (dict(run["stream"], seconds=0) for run in (resumed, new))
+        assert ours == theirs
 
 
 def test_a_checkpoint_that_reloads_differently_is_not_delivered(
@@ -453,7 +481,7 @@ def test_a_checkpoint_that_reloads_differently_is_not_delivered(
     monkeypatch.setattr(PreTrainedModel, "save_pretrained", tampered)
     with pytest.raises(RuntimeError, match="gives other logits"):
         jobs.run(small(parent, text, output=tmp_path / "out"))
-    assert list(tmp_path.iterdir()) == []
+    assert [one.name for one in tmp_path.iterdir()] == [".out.partial.json"]
 
 
 # ---- the report

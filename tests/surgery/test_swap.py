@@ -15,7 +15,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from effattn import registry
 from effattn.errors import Unsupported
-from effattn.hf import live
+from effattn.hf import anatomy, live
 from effattn.hf.cache import new_cache
 from effattn.hf.state_layer import StateLayer
 from effattn.patterns.dense import Dense
@@ -425,7 +425,12 @@ def test_describe(name):
     assert sum(description.shares.values()) == pytest.approx(2)  # the parts and the total
     cache = model(**batch(False, rows=1, length=4)).past_key_values
     held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
-    assert description.kv_bytes_per_token == held / 4
+    assert sum(layer["kv_bytes_per_token"] for layer in description.layers) == held / 4
+    full = [window is None for window in windows(name)]
+    assert [layer["grows"] for layer in description.layers] == full
+    grown = sum(layer.kv_bytes_per_token for layer in anatomy.of(model) if layer.window is None)
+    assert description.kv_bytes_per_token == grown
+    assert ("hold a bounded number" in str(description)) == (not all(full))
     layer = description.layers[0]
     assert layer["heads"] == (
         "gqa(kv_heads=2)" if "num_key_value_heads" in CONFIGS[name][1] else "mha"

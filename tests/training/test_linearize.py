@@ -157,7 +157,7 @@ def test_the_job_saves_a_checkpoint_that_loads_with_its_learned_maps(done):
     assert verified["max_logit_difference"] == 0
     model = effattn.load(folder)
     patterns = [layer["pattern"] for layer in effattn.describe(model).layers]
-    assert patterns[3] == "sliding(window=256)"
+    assert patterns[3] == "sliding(window=256, sinks=4)"
     assert all("hedgehog" in pattern and "decay=[" in pattern for pattern in patterns[:3])
     assert not folder.with_name(".out.partial").exists()
     again = LinearizeReport.load(folder)
