@@ -14,6 +14,7 @@ from functools import partial
 import torch
 from torch import nn
 
+from effattn.encoding import begun
 from effattn.hf.anatomy import Anatomy
 from effattn.hf.placement import input_device
 
@@ -22,11 +23,14 @@ class _Stop(Exception):
     pass
 
 
-def windows(tokens: torch.Tensor, length: int, batch: int) -> list[torch.Tensor]:
-    """Cuts tokens (N,) into batches of windows (batch, length), the rest dropped; N >= length."""
+def windows(
+    tokens: torch.Tensor, length: int, batch: int, bos: int | None = None
+) -> list[torch.Tensor]:
+    """Cuts tokens (N,) into batches of windows (batch, length), the rest dropped; N >= length. bos:
+    the token that takes the place of each one's first."""
     count = len(tokens) // length
     rows = tokens[: count * length].view(count, length)
-    return list(rows.split(batch))
+    return list(begun(rows, bos).split(batch))
 
 
 class LayerRunner:

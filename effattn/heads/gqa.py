@@ -20,6 +20,7 @@ from effattn.heads.undo import all_or_nothing
 from effattn.hf import anatomy as hf
 from effattn.hf import hooks
 from effattn.hf.adapters import require_own_weights
+from effattn.hf.beginning import bos_of
 from effattn.hf.placement import check_finite, require_here
 from effattn.profiling.environment import environment
 
@@ -35,6 +36,7 @@ def convert_gqa(
     length: int = 512,
     batch: int = 8,
     seed: int = 0,
+    bos: bool | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> ConversionReport:
     """Gives `model`, in place, `kv_heads` key/value heads in every layer; returns a report.
@@ -44,7 +46,8 @@ def convert_gqa(
     ten tokens per hidden dimension (50,000 are plenty); only `mean`, `first` and `random` with
     `refit=False` do without. method: one of METHODS. refit: solve the output projections again by
     least squares. grouping: "contiguous" or "similarity". length, batch: the calibration windows.
-    progress: called with (layers done, layers). Afterwards `model.save_pretrained` writes a
+    bos: whether BOS takes the place of each one's first token (None: as the model's tokenizer does
+    it). progress: called with (layers done, layers). Afterwards `model.save_pretrained` writes a
     checkpoint that plain transformers loads.
 
     Raises ValueError for bad arguments and effattn.errors.Unsupported for classes that cannot hold
@@ -64,7 +67,17 @@ def convert_gqa(
     check_swapped(parts, grouping)
     check_finite(model)
 
-    asked = Conversion(kv_heads, calibration, METHODS[method], refit, grouping, length, batch, seed)
+    asked = Conversion(
+        kv_heads,
+        calibration,
+        METHODS[method],
+        refit,
+        grouping,
+        length,
+        batch,
+        seed,
+        bos_of(model, bos),
+    )
     before = describe_size(parts)
     layers: list[dict] = []
     if kv_heads != parts.kv_heads:
@@ -96,6 +109,7 @@ def _report(
             "calibration_tokens": 0 if calibration is None else len(calibration),
             "calibration_source": None,
             "calibration_length": None if calibration is None else asked.length,
+            "bos": asked.bos is not None,
             "uptrain_tokens": 0,
             "seed": asked.seed,
         },

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from effattn.calibration.layerwise import windows
 from effattn.errors import Unsupported
 from effattn.hf.anatomy import Anatomy
+from effattn.hf.beginning import bos_of
 from effattn.hf.placement import device_of, input_device
 from effattn.surgery import plan as planning
 from effattn.surgery.attaching import active, attach, detach
@@ -74,7 +75,7 @@ def fit(model: nn.Module, parts: Anatomy, plans: dict[int, LayerPlan], tokens: T
     attach(model, parts, recording)
     try:
         with torch.no_grad():
-            for batch in windows(tokens[: max(rows, length)], length, BATCH):
+            for batch in windows(tokens[: max(rows, length)], length, BATCH, bos_of(model)):
                 model.eval()(input_ids=batch.to(device))
     finally:
         detach(model)

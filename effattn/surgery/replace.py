@@ -211,12 +211,15 @@ def _fit_outputs(asked: Replacement) -> dict[str, nn.Module]:
     """Those of method="data": the inputs of one layer at a time, on the unmodified model."""
     from effattn.calibration.layerwise import LayerRunner, watch, windows
     from effattn.calibration.statistics import SecondMoment
+    from effattn.hf.beginning import bos_of
 
     new, model = {}, asked.parts.model
     training = model.training
     model.eval()
     try:
-        runner = LayerRunner(asked.parts, windows(asked.calibration, asked.length, BATCH))
+        runner = LayerRunner(
+            asked.parts, windows(asked.calibration, asked.length, BATCH, bos_of(model))
+        )
         hidden = runner.embed()
         for index in range(len(asked.parts.layers)):
             wanted = [m for m in asked.matrices if m.layer == index and m.from_data]
