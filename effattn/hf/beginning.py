@@ -11,6 +11,8 @@ first token (`effattn.encoding.begun`), and it is never scored."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 
@@ -25,6 +27,21 @@ def settle(model, bos: bool | None = None, tokenizer=None) -> None:
     where one is given. Copies of the model have it, too. Raises ValueError as `bos_of`."""
     token = bos_of(model, bos) if tokenizer is None else beginning(tokenizer, bos)
     setattr(model, SETTLED, False if token is None else token)
+
+
+@contextmanager
+def settled(model, bos: bool | None) -> Iterator[None]:
+    """While open, `model` is settled on `bos`, or as it is where that is None."""
+    before = getattr(model, SETTLED, None)
+    if bos is not None:
+        settle(model, bos)
+    try:
+        yield
+    finally:
+        if bos is not None:
+            delattr(model, SETTLED)
+            if before is not None:
+                setattr(model, SETTLED, before)
 
 
 def bos_of(model, bos: bool | None = None) -> int | None:

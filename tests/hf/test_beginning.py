@@ -215,7 +215,9 @@ def test_methods_are_calibrated_as_the_model_is_used(saved, bos, tokens, monkeyp
         assert told["settings"]["bos"] == (expected is not None)
 
     def structured():
-        effattn.prune.structured(effattn.load(folder), tokens, ffn=0.5, length=64, bos=bos)
+        model = effattn.load(folder)
+        _, report = effattn.prune.structured(model, tokens, ffn=0.5, length=64, bos=bos)
+        assert report.data["settings"]["bos"] == (expected is not None)
 
     for run in (convert, oneshot, files, structured):
         assert seen_by(monkeypatch, run) == {expected}, run.__name__
@@ -224,11 +226,18 @@ def test_methods_are_calibrated_as_the_model_is_used(saved, bos, tokens, monkeyp
 def test_swaps_are_calibrated_so_too(saved, tokens, monkeypatch):
     folder, own = saved
 
-    def swap():
-        model = effattn.load(folder)
-        effattn.swap(model, "vq(codes=8)", calibration=tokens)
+    for bos, expected in ((None, own), (True, BOS), (False, None)):
 
-    assert seen_by(monkeypatch, swap) == {own}
+        def swap(bos=bos):
+            effattn.swap(effattn.load(folder), "vq(codes=8)", calibration=tokens, bos=bos)
+            given = "monarch(blocks=4, method='data')"
+            effattn.swap(effattn.load(folder), projections=given, calibration=tokens, bos=bos)
+            effattn.swap(effattn.load(folder), heads="mqa", calibration=tokens, bos=bos)
+
+        assert seen_by(monkeypatch, swap) == {expected}
+    model = effattn.load(folder)
+    effattn.swap(model, "sliding", window=8, bos=not own)
+    assert bos_of(model) == own
 
 
 def test_retrieval_begins_with_it(saved, monkeypatch):
@@ -247,3 +256,36 @@ def test_retrieval_begins_with_it(saved, monkeypatch):
         retrieval.answer(model, prompts, chunk=8, bos=bos)
         assert first == [expected, 7, 7, 9]
     handle.remove()
+
+
+def test_recipes_say_and_do_it(saved, tmp_path):
+    """convert-gqa from a file: measured, calibrated and trained with BOS, on text held out of it,
+    and the report says so."""
+    from effattn.recipes.convert_gqa import Settings, run
+
+    folder, own = saved
+    text = tmp_path / "text.txt"
+    text.write_text(" ".join(f"w{3 + i * i % 90}" for i in range(3000)))
+    report = run(
+        Settings(
+            kv_heads=1,
+            model=str(folder),
+            output=tmp_path / "out",
+            text=[text],
+            calibration_tokens=1000,
+            evaluation_tokens=700,
+            uptrain_tokens=256,
+            length=64,
+            decode_contexts=(),
+            overrides={"bf16": False},
+        )
+    )
+    assert report.quality["tokens"] == 700
+    assert report.settings["bos"] == report.quality["bos"] == (own is not None)
+    assert report.settings["calibration_source"] == str(text)
+    assert report.settings["evaluation_source"] == f"{text}, held out" == report.quality["source"]
+    said = "each begun with BOS" in (tmp_path / "out" / "report.md").read_text()
+    assert said == (own is not None)
+    ids = encoding.encode([text.read_text()], words(False), 1700)[-700:]
+    expected = effattn.perplexity(effattn.load(folder), ids, 64)
+    assert report.measured("before") == pytest.approx(expected, rel=1e-4)
