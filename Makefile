@@ -1,5 +1,6 @@
 # make demo   sets up .venv, then converts the embedded model from 8 to 2 KV heads and reports
 # make test   sets up .venv, then runs the tests
+# make quick  a part of every folder of tests, in under two minutes
 # make lint   ruff and mypy, as CI runs them
 # make kernels   compiles the Triton kernels for four GPUs, none of which need be here
 # make bench   attention against its peers on this CPU, about 14 minutes, to results/<device>/bench.json
@@ -15,7 +16,7 @@ DOCS   := $(VENV)/.docs-installed
 PART   ?= 1/1
 DEMO   ?= runs/demo
 
-.PHONY: demo test bench bench-gpu docs pages readme-figures lint kernels setup clean
+.PHONY: demo test quick bench bench-gpu docs pages readme-figures lint kernels setup clean
 
 setup: $(STAMP)
 
@@ -39,6 +40,9 @@ $(PEERS) $(GPU) $(DOCS): $(STAMP)
 $(PEERS): EXTRA = bench
 $(GPU): EXTRA = bench-gpu
 $(DOCS): EXTRA = docs
+
+quick: $(STAMP)
+	$(BIN)/python -m pytest -m quick -n auto --dist worksteal
 
 bench: $(PEERS)
 	$(BIN)/python recipes/bench.py --device cpu

@@ -14,11 +14,18 @@ import importlib
 import inspect
 import pkgutil
 from collections.abc import Callable, Mapping
-from typing import Generic, TypeVar
+from typing import ClassVar, Generic, Protocol, TypeVar
 
 from effattn.errors import check_choice
 
-Member = TypeVar("Member")
+
+class Named(Protocol):
+    """A member of an axis: a class that knows its name."""
+
+    name: ClassVar[str]
+
+
+Member = TypeVar("Member", bound=Named)
 
 
 class Axis(Generic[Member]):
@@ -48,6 +55,7 @@ class Axis(Generic[Member]):
 
     def members(self) -> dict[str, type[Member]]:
         """name -> class, of every member in this version, by name."""
+        # A member is known once its file has been imported: all of them, when somebody first asks
         if not self._complete:
             package = importlib.import_module(self.package)
             for file in pkgutil.iter_modules(package.__path__):

@@ -1,4 +1,7 @@
-"""Checks of what a call of a backend says: one line each, before any work is done."""
+"""Checks of what a call of a backend says, before any work is done. Each raises what is wrong, with
+what was got and what is valid.
+
+q (B, Hq, Tq, D), k (B, Hkv, Tk, D), v (B, Hkv, Tk, Dv), mask (B, tokens so far) bool."""
 
 from __future__ import annotations
 
@@ -19,11 +22,30 @@ from effattn.traits import Traits
 class Checked(Protocol):
     """What the checks read of a backend (`effattn.interface.Backend`)."""
 
-    name: str
-    traits: Traits
-    signature: str
-    farthest: int | None
-    score_rules: bool
+    @property
+    def name(self) -> str:
+        """What it is called."""
+        ...
+
+    @property
+    def traits(self) -> Traits:
+        """What it says of itself."""
+        ...
+
+    @property
+    def signature(self) -> str:
+        """Its name and options."""
+        ...
+
+    @property
+    def farthest(self) -> int | None:
+        """Where first keys see a query at most; None: where it is."""
+        ...
+
+    @property
+    def score_rules(self) -> bool:
+        """Whether it honours rules that decide scores pair by pair."""
+        ...
 
     def new_state(self) -> State:
         """An empty state."""
@@ -83,7 +105,9 @@ def check_state(backend: Checked, state: State | None, k: Tensor, v: Tensor) -> 
         fits = (
             keep is None or (needs is not None and needs <= keep) if state.packed else keep == needs
         )
-        whole = type(state) is FullState  # which serves every method
+        # A state that holds everything serves every method; one of another kind has to be of the
+        # backend's own class and size, or packed with a window that is large enough.
+        whole = type(state) is FullState
         if not whole and (not fits or not (state.packed or type(state) is type(own))):
             raise ValueError(
                 f"state: got a {type(state).__name__} that {backend.signature} cannot use; valid "
@@ -130,6 +154,7 @@ def check_rules(scale, rotary) -> None:
     """ValueError for a scale that is no finite number above 0, and for a rotary rule that cannot be
     called.
     """
+    # a compiled graph cannot ask what a number is
     if scale is not None and not torch.compiler.is_compiling():
         check_positive("scale", scale)
     if rotary is not None and not callable(rotary):
@@ -143,9 +168,11 @@ def check_positions(
     keys.
     """
     if state is not None and state.packed:
-        biased = rule.bias is not None and state.static  # tables are as long as the sequence
+        # A bias' table is as long as the sequence, and angles may follow its length: neither can be
+        # read in place where the length is a tensor or differs by row.
+        biased = rule.bias is not None and state.static
         if biased or not rule.turnable(one_length=mask is None and not state.static):
-            varies = rule.turns and rule.rotation.varies
+            varies = rule.turns and rule.rotation is not None and rule.rotation.varies
             where = " where rows are padded, or their length is a tensor" if varies else ""
             where = " whose length is a tensor" if biased else where
             raise Unsupported(

@@ -44,11 +44,14 @@ Rotary = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 @dataclass(frozen=True)
 class Call:
-    """What a call says beside q, k and v, checked. `layout`: where the keys lie; `q_first`: the
-    queries as the keys at positions below `Backend.first_keys` see them, None when they see them as
-    all others do. A position rule's: `far`, what distant pairs use instead of q and k; `turn`, with
-    which k is raw, and turned when it is read; `bias`. `state`: where the method has to read more
-    than k and v (`State.read_by_method`); with it `padding_mask` (B, tokens so far)."""
+    """What a call says beside q, k and v, checked.
+
+    causal, scale (a number), softcap (a number), sink_logits (Hq,), global_qkv: as in
+    `Backend.forward`. layout: where the keys lie. q_first (B, Hq, Tq, D): the queries as the first
+    keys (sinks) see them, None when those see them as all others do. A position rule's: `far`, what
+    distant pairs use instead of q and k; `turn`, with which k is raw, and turned when it is read;
+    `bias`, what is added to scores. state: where the method has to read more than k and v
+    (`State.read_by_method`); with it padding_mask (B, tokens so far) bool, padding on the left."""
 
     causal: bool
     layout: Layout
@@ -79,10 +82,12 @@ def _signed(new_state: Callable[[Backend], State]) -> Callable[[Backend], State]
 class Backend(nn.Module):
     """Base class: checks the arguments, keeps the state, rotates, then calls the subclass's
     `attend`.
-    """
+
+    impl: "auto" chooses by device, and `chosen_impl` says what; "torch", "triton" and "reference"
+    run or raise Unsupported. ValueError for any other."""
 
     name: ClassVar[str]  # set by `registry.register`
-    traits: ClassVar[Traits]
+    traits: Traits  # of the class; of one backend where an option decides what it learns
     implementations: ClassVar[tuple[str, ...]] = ("auto", "torch", "reference")
     plain: ClassVar[bool] = False  # the same function as the attention that plain transformers runs
     # which of softcap, sink_logits and global_qkv the method can honour
@@ -93,15 +98,11 @@ class Backend(nn.Module):
     tied: tuple[str, ...] = ()
     # which of q, k and v have gradients that are not the function's slopes
     straight_through: tuple[str, ...] = ()
-    farthest: int | None = (
-        None  # first keys see a query at this position at most (sinks); None: where it is
-    )
-    score_rules: bool = (
-        False  # whether `attend` honours a position rule that decides scores pair by pair
-    )
+    # first keys see a query at this position at most (sinks); None: where it is
+    farthest: int | None = None
     _signature: str | None = None
-    # whether `attend` lets a state of packed keys attend by itself
-    packable: bool = False
+    # what transformers reads of a module when it saves: of tied parameters, name -> name
+    _tied_weights_keys: dict[str, str]
 
     def __init__(self, impl: str = "auto"):
         """`impl`: "auto" chooses, and `chosen_impl` says what; any other one runs or raises."""
@@ -124,21 +125,33 @@ class Backend(nn.Module):
         raise NotImplementedError
 
     def cost(self, shape: Shape) -> Cost:
-        """The fewest operations and bytes that a call of this shape needs; of its backward pass
-        alone if `shape.backward`, which has no state."""
+        """The fewest operations and bytes that a call of this shape needs (`Cost`, whose units are
+        operations and bytes, of all rows and heads); of its backward pass alone if
+        `shape.backward`, which has no state."""
         raise NotImplementedError
 
     @_signed
     def new_state(self) -> State:
         """An empty state, for one batch of sequences. It belongs to this backend's class and
-        options (`signature`).
+        options (`signature`). Unsupported where the method cannot decode.
         """
         return FullState()
 
     def __init_subclass__(cls, **options) -> None:
+        # a subclass' `new_state` signs too, without having to know of it
         super().__init_subclass__(**options)
         if "new_state" in vars(cls):
-            cls.new_state = _signed(cls.new_state)
+            cls.new_state = _signed(cls.new_state)  # type: ignore[method-assign]
+
+    @property
+    def score_rules(self) -> bool:
+        """Whether `attend` honours a position rule that decides scores pair by pair."""
+        return False
+
+    @property
+    def packable(self) -> bool:
+        """Whether `attend` lets a state of packed keys attend by itself."""
+        return False
 
     @property
     def signature(self) -> str:
@@ -203,7 +216,8 @@ class Backend(nn.Module):
         if state is not None:
             state.ready(learning=self._learning(q, k, v))
         unpadded = padding_mask is None and (state is None or state.real is None)
-        # dense attention has no positions
+        # Padding is moved to where the method can have it, or not at all: plain attention has no
+        # positions, so that a mask alone is right wherever the padding lies.
         if unpadded or (state is None and self.plain and rotary is None):
             out = run(q, k, v, padding_mask, state, extras)
         else:
@@ -235,6 +249,8 @@ class Backend(nn.Module):
             layout = state.layout(padding_mask)
         else:
             k, v, layout = state.append(k, v, padding_mask)
+        # A rule of ours may do more than turn q and k; where sinks are at their place in the cache,
+        # or the caller brings a function of its own, q and k are turned and that is all.
         q_first, rules, given = None, {}, k
         if isinstance(rotary, Positions) and self.farthest is None:
             placed = self._place(rotary, q, k, v, layout, packed)
@@ -243,11 +259,12 @@ class Backend(nn.Module):
         elif rotary is not None:
             q, k, q_first = self._rotate(rotary, q, k, layout)
             rules = {"turn": turn_of(rotary)} if packed else {}
-        k = given if packed else k
+        k = given if packed else k  # a packed state turns them itself, with `Call.turn`
         if state is not None and state.read_by_method:
             rules |= {"state": state, "padding_mask": padding_mask}
         scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-        # the inputs' dtype is what the caller asked for
+        # autocast would compute scores in half precision, and the inputs' dtype is what was asked
+        # for
         with torch.autocast(q.device.type, enabled=False):
             return self.attend(
                 q, k, v, Call(causal, layout, scale, q_first=q_first, **rules, **extras)
@@ -283,6 +300,8 @@ class Backend(nn.Module):
         self, rule: Positions, q: Tensor, k: Tensor, v: Tensor, layout: Layout, packed: bool
     ) -> Placed:
         """q and k where a position rule puts them; packed: k only when it is read."""
+        # Where k is turned as it is read, its positions need not be made. Without padding all rows
+        # have the same ones, and how many tokens there are is known without asking the device.
         few, tokens = packed or self.turns_keys(q, k, v, layout), layout.tokens(k.shape[2])
         at_q = layout.query_positions(q.shape[2], k.shape[2], q.device)
         if layout.start is None:
@@ -312,5 +331,6 @@ class Backend(nn.Module):
                 )
         if self.farthest is None or layout.tokens(k.shape[2]) <= self.farthest + 1:
             return *rotated, None
+        # one key, since a rotary rule takes both; what it gives for it is not used
         q_first, _ = rotary(q, k[:, :, :1], at_q.clamp(max=self.farthest), at_k[..., :1])
         return *rotated, q_first

@@ -1,4 +1,6 @@
-"""k-means with k-means++ seeding (Arthur & Vassilvitskii 2007), for several heads at once."""
+"""k-means with k-means++ seeding (Arthur & Vassilvitskii 2007), for several heads at once.
+
+H: heads, each with its own centres; N: rows; D: their size."""
 
 from __future__ import annotations
 
@@ -13,8 +15,8 @@ SEEDING = 16  # rows per centre that seeding looks at: it takes one pass for eac
 def kmeans(
     rows: Tensor, centres: int, iterations: int, draw: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """rows (H, N, D) -> centres (H, centres, D) and how many rows each one has, (H, centres); N >=
-    centres.
+    """rows (H, N, D) float -> centres (H, centres, D) and how many rows each one has, (H, centres),
+    in the rows' dtype; N >= centres.
 
     `draw` is a CPU generator; the result depends on nothing else. A centre that loses its rows
     stays where it is."""

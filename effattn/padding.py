@@ -8,7 +8,10 @@ back to where its queries were. Padding gives 0 then.
 
 A state holds its rows in the same way. New tokens of which some are padding would have to push the
 old ones of their row aside; states that cannot do that hold each row by itself from then on
-(`State.rows`), which is as right and slower."""
+(`State.rows`), which is as right and slower.
+
+B: rows; H, Hq: heads; T: tokens, Tq: queries, the last of all tokens; D, Dv: of a key, of a
+value."""
 
 from __future__ import annotations
 
@@ -36,6 +39,7 @@ class Mask:
         self._moved: Tensor | None = None
         if torch.compiler.is_compiling():  # nothing may be asked of it in a compiled graph
             return
+        # three questions in one answer: each would make a GPU wait
         later, earlier = mask[:, 1:], mask[:, :-1]
         left = (later | ~earlier).all()
         begins = (later & ~earlier).sum(dim=1) + mask[:, 0]
@@ -59,9 +63,9 @@ class Mask:
         return self._compared[1]
 
 
-_last: tuple[weakref.ref, int, int, Mask] | None = (
-    None  # all layers of a model ask about the same mask
-)
+# All layers of a model ask about the same mask, and looking at it makes a GPU wait: the last answer
+# is kept. The mask is known again by its identity and by torch's count of writes to it.
+_last: tuple[weakref.ref, int, int, Mask] | None = None
 
 
 def known(mask: Tensor, tokens: int) -> Mask:
@@ -95,9 +99,11 @@ def attend(
             if seen.holes
             else run(q, k, v, mask, None, extras)
         )
+    # With a state, from the cheapest way to the dearest:
     past = int(state.seq_len)
     total = past + k.shape[2]
     seen = _checked(mask, state, past, total, q.device)
+    # 1. all padding is on the left, as it came
     if state.rows is None and seen.left:
         out = run(q, k, v, None if mask is None else mask[:, :total], state, extras)
     elif q.shape[2] > k.shape[2]:
@@ -105,14 +111,18 @@ def attend(
             f"q: got {q.shape[2]} tokens, with padding that is not on the left valid are at most "
             f"the {k.shape[2]} new"
         )
+    # 2. nothing is held yet: what comes is moved
     elif state.rows is None and past == 0:
         out = _moved(run, q, k, v, seen, state, extras)
         state.moved = True
+    # 3. what is held was moved, and no new token is padding: a decoding step after a padded prompt
     elif state.rows is None and seen.real[:, past:].all():
         out = run(q, k, v, seen.moved, state, extras)
         state.moved = True
+    # 4. new padding in some rows, and a state that can move its tokens up
     elif state.rows is None and state.in_order:
         out = _pushed(run, q, k, v, seen, state, extras)
+    # 5. new padding, and a state that cannot: each row by itself, from now on
     else:
         out = _row_by_row(run, q, k, v, seen.real, state, extras)
     state.real = seen.real
@@ -166,6 +176,8 @@ def _pushed(
     run: Run, q: Tensor, k: Tensor, v: Tensor, seen: Mask, state: FullState, extras: dict
 ) -> Tensor:
     """A state that holds everything in order: old tokens and new ones are moved as one sequence."""
+    # held tokens already lie with their padding on the left, whatever the mask says of them: hence
+    # sorted, and the new ones as they come
     past, real = state.seq_len, seen.real
     before = state.k, state.v
     order = order_of(torch.cat([real[:, :past].sort(dim=1).values, real[:, past:]], dim=1))
@@ -193,6 +205,7 @@ def _row_by_row(
     past = int(state.seq_len)
     rows = state.rows or state.split()
     new, asked = real[:, past:], real[:, real.shape[1] - q.shape[2] :]
+    # of the tokens that may be taken back, a row's share is those that are real in it
     last = (
         real[:, real.shape[1] - state.candidates :].sum(dim=1).tolist()
         if state.candidates
@@ -242,6 +255,7 @@ def _compiled(run: Run, q, k, v, mask: Tensor, state: State | None, extras: dict
         return _moved(run, q, k, v, Mask(mask), None, extras)
     if mask is None:
         return run(q, k, v, None, state, extras)
+    # a static cache's mask is as long as its room; lengths are tensors, and nothing is cut
     there = torch.arange(mask.shape[1], device=mask.device) < state.seq_len + k.shape[2]
     total = there.sum()
     mask = mask & there

@@ -13,6 +13,7 @@ import ast
 import keyword
 import math
 import re
+from typing import NoReturn
 
 
 def parse_spec(text: str) -> tuple[str, dict]:
@@ -26,9 +27,10 @@ def parse_spec(text: str) -> tuple[str, dict]:
             "'name(arg=value)'"
         )
 
-    def refuse(why: str):
+    def refuse(why: str) -> NoReturn:
         raise ValueError(f"spec {text!r}: {why}; valid is name or name(arg=value, ...)") from None
 
+    # Python's own grammar, of which only literals are evaluated: specs come from files of others
     try:
         tree = ast.parse(text.strip(), mode="eval").body
     except (SyntaxError, ValueError, RecursionError, MemoryError):
@@ -64,6 +66,7 @@ def format_spec(name: str, options: dict) -> str:
     for word in (name, *options):
         if not (word.isascii() and word.isidentifier()) or keyword.iskeyword(word):
             raise ValueError(f"spec: {word!r} is not a plain ASCII identifier")
+    # inf and nan have no literal in Python
     for option, value in options.items():
         if not _is_literal(value):
             raise ValueError(
@@ -76,16 +79,20 @@ def format_spec(name: str, options: dict) -> str:
 
 
 def split_parts(spec: str) -> list[str]:
-    """The parts of "a(x=1)+b" as specs of their own."""
+    """The parts of "a(x=1)+b" as specs of their own, in order. What cannot be parsed is one part,
+    which `parse_spec` will refuse with its own words."""
+    # parsed, since a "+" may stand within an option's string
     try:
         tree = ast.parse(spec.strip(), mode="eval").body if isinstance(spec, str) else None
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         tree = None
-    found = []
+    found: list[str] = []
     while isinstance(tree, ast.BinOp) and isinstance(tree.op, ast.Add):
         found.append(ast.unparse(tree.right))
         tree = tree.left
-    return [*reversed([*found, ast.unparse(tree)])] if found else [spec]
+    if tree is None or not found:
+        return [spec]
+    return [*reversed([*found, ast.unparse(tree)])]
 
 
 def parse_layers(
@@ -98,7 +105,8 @@ def parse_layers(
         raise ValueError(
             f'{argument}: got an empty dict, valid is for example {{"0-3": "dense", "4-": "dense"}}'
         )
-    chosen, owner = {}, {}
+    chosen: dict[int, str] = {}
+    owner: dict[int, str | int] = {}
     for key, spec in pattern.items():
         for part in str(key).split(","):
             match = re.fullmatch(r"\s*(\d+)\s*(-\s*(\d+)?)?\s*", part)
@@ -107,6 +115,7 @@ def parse_layers(
                     f'{argument}: got layers {key!r}, valid are "3", "0-3", "4-" and lists: "0-2,5"'
                 )
             first = int(match[1])
+            # "3", "0-3" or "4-", which ends with the model
             last = first if not match[2] else int(match[3]) if match[3] else layers - 1
             if first >= layers or last >= layers or last < first:
                 raise ValueError(
@@ -133,6 +142,7 @@ def by_layer(
 def _is_literal(value) -> bool:
     if type(value) in (list, tuple):
         return all(map(_is_literal, value))
+    # exact types: a numpy number or a subclass would be written as something else
     return type(value) in (int, str, bool, type(None)) or (
         type(value) is float and math.isfinite(value)
     )

@@ -8,9 +8,11 @@ from dataclasses import astuple, dataclass
 
 @dataclass(frozen=True)
 class Traits:
-    """What a backend is. `exact`: equals softmax attention over the keys it may see; `state`: what
-    it remembers.
-    """
+    """What a backend is.
+
+    exact: equals softmax attention over the keys it may see. causal, bidirectional: the directions
+    that it has. learned: whether it has parameters to train, or a codebook to calibrate. state:
+    what it remembers while decoding, in words."""
 
     exact: bool
     causal: bool
@@ -21,8 +23,11 @@ class Traits:
 
 @dataclass(frozen=True)
 class Shape:
-    """The sizes of one call, as `cost` needs them. `itemsize` is bytes per element; `value_dim`
-    defaults to D.
+    """The sizes of one call, as `cost` needs them.
+
+    batch: rows; heads, kv_heads: of queries, of keys and values; queries, keys: tokens, the queries
+    being the last of the keys; head_dim, value_dim: of a key, of a value (head_dim by default);
+    itemsize: bytes of an element; causal: whether later keys are hidden.
 
     backward: the backward pass of that call, alone, instead of the forward pass; a training step is
     the sum of both."""
@@ -73,9 +78,10 @@ class Shape:
 
 @dataclass(frozen=True)
 class Cost:
-    """The fewest a call must do: operations (a multiply-add is 2), bytes moved, and bytes
-    remembered afterwards.
-    """
+    """The fewest a call must do, of all rows and heads.
+
+    flops: operations in matrix products (a multiply-add is 2). read_bytes, write_bytes: moved from
+    and to memory, each tensor once. state_bytes: remembered afterwards. Costs add up."""
 
     flops: int = 0
     read_bytes: int = 0

@@ -1,9 +1,9 @@
 """Packing 2:4 sparse weights: the linear layers become really smaller, and faster where memory is
 the limit.
 
-effattn.prune.oneshot(model, tokens, method="sparsegpt", sparsity="2:4")
-report = effattn.prune.pack(model)           # in place
-effattn.save(model, "out")                   # stays packed; effattn.load("out")
+    effattn.prune.oneshot(model, tokens, method="sparsegpt", sparsity="2:4")
+    report = effattn.prune.pack(model)           # in place
+    effattn.save(model, "out")                   # stays packed; effattn.load("out")
 """
 
 from __future__ import annotations
@@ -49,7 +49,9 @@ def pack(model: nn.Module, *, impl: str = "auto", large: str = "unpack") -> Pack
     Others stay.
 
     impl and large: see `PackedLinear`. Packed layers compute the same and do not train; hooks of
-    the linears are gone. Raises ValueError, changing nothing, where no layer is 2:4 sparse."""
+    the linears are gone. Returns a `PackReport`: what was packed, what was not and why, and the
+    bytes before and after. Raises ValueError, changing nothing, where no layer is 2:4 sparse, and
+    Unsupported for weights that are not the model's own, or elsewhere."""
     require_own_weights(model)
     parts = anatomy.of(model)
     require_here(model, "prune.pack")

@@ -147,7 +147,8 @@ class Format:
             size = group or numbers.group
             codings.append(Coding(numbers.coding, axis, size, plain or not numbers.zeros))
         rotate = "kv" if rotate is True else rotate or ""
-        return cls(*codings, residual, first, bool(pre_rope), rotate)
+        keys, values = codings
+        return cls(keys, values, residual, first, bool(pre_rope), rotate)
 
     def __str__(self) -> str:
         return self.spec
@@ -159,16 +160,17 @@ class Format:
     def flush(self) -> int:
         """So many tokens are packed at a time: whole groups where a group is along time, and never
         only a few, since a cache that grows is copied in part."""
-        return max(32, self.k.unit, self.v.unit)  # powers of two
+        return max(32, self.k.unit, self.v.unit)  # powers of two: the largest is a multiple of all
 
     def fit(self, head_dim: int, value_dim: int | None = None) -> tuple[Format, str]:
-        """This format for heads of that size, and what is different about it, "" if nothing is.
+        """This format for heads of that size (value_dim: of values, head_dim by default), and what
+        is different about it in words, "" if nothing is.
 
         Groups along the head dimension become the largest that fit in it. ValueError where the bits
         do not fit, with those that would."""
         found, said = {}, []
-        for side, coding, dim in (("k", self.k, head_dim), ("v", self.v, value_dim or head_dim)):
-            name = {"k": "keys", "v": "values"}[side]
+        for which, coding, dim in (("k", self.k, head_dim), ("v", self.v, value_dim or head_dim)):
+            name = {"k": "keys", "v": "values"}[which]
             if dim % coding.planes:
                 fitting = [
                     kind
@@ -180,6 +182,8 @@ class Format:
                     "does not fit head "
                     f"dimension {dim}; valid there are {_listed(fitting)}"
                 )
+            # the largest group that divides the head dimension, but none below 16 numbers if there
+            # is a larger one: a scale and a zero for so few cost as much as the numbers
             if not coding.fits(dim):
                 fitting = coding.groups(dim)
                 fair = [g for g in fitting if min(16, dim) <= g <= coding.group]
@@ -189,7 +193,7 @@ class Format:
                     f"dimension {dim}"
                 )
                 coding = replace(coding, group=group)
-            found[side] = coding
+            found[which] = coding
         return replace(self, **found), "; ".join(said)
 
     def lacking(self, device: torch.device) -> str:

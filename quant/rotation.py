@@ -33,12 +33,12 @@ def block_of(dim: int) -> int:
 
 def hadamard(x: Tensor) -> Tensor:
     """The normalised Walsh-Hadamard transform of the last dimension, in blocks of `block_of`
-    dimensions; its own inverse. Any shape (..., D), returned in x's dtype; computed in at least
-    fp32."""
+    dimensions; its own inverse (QuaRot, arXiv:2404.00456). Any shape (..., D), returned in x's
+    dtype; computed in at least fp32. ValueError for an odd D."""
     block = block_of(x.shape[-1])
     work = torch.promote_types(x.dtype, torch.float32)
     rows = x.to(work).unflatten(-1, (-1, block))
-    # graphs keep constants themselves
+    # a graph keeps constants itself, and cannot trace the cache
     matrix = _matrix.__wrapped__ if torch.compiler.is_compiling() else _matrix
     return (rows @ matrix(block, work, x.device)).flatten(-2).to(x.dtype)
 
@@ -67,13 +67,14 @@ def fold_values(model: nn.Module) -> nn.Module:
     `effattn.restore` does not undo it, a second call does. A cache needs to rotate the keys only:
     "int4(rotate='k')". Returns the model.
 
-    Raises Unsupported, before anything is changed, where something stands between v_proj and
-    o_proj."""
+    Raises, before anything is changed, Unsupported where something stands between v_proj and
+    o_proj, and ValueError for an odd head dimension. Source: QuaRot, arXiv:2404.00456."""
     from effattn.hf import anatomy, hooks
     from effattn.hf.adapters import require_own_weights
 
     require_own_weights(model)
     parts = anatomy.of(model)
+    # all checks of all layers first: a model is changed as a whole or not at all
     for layer in parts.layers:
         block_of(layer.head_dim)
         if layer.clip is not None:

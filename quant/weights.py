@@ -29,7 +29,8 @@ KINDS = ("nf4", "int8")
 @torch.no_grad()
 def quantize_weights(model: nn.Module, kind: str = "nf4") -> nn.Module:
     """Replaces the linears of every layer's attention and FFN, in place, where the model is.
-    Returns the model.
+    Returns the model. kind: "nf4" (QLoRA, arXiv:2305.14314) or "int8" (LLM.int8(),
+    arXiv:2208.07339).
 
     They are new modules, without the hooks that the old ones had; they do not train. The model is
     then what transformers makes of `quantization_config`: it saves and loads as such. Raises
@@ -92,7 +93,7 @@ def _bitsandbytes():
         raise Unsupported(
             f"weights: bitsandbytes cannot be imported ({error}); pip install bitsandbytes"
         ) from None
-    # a warning a call about fp16
+    # which warns at each call that activations are cast to fp16
     logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
     return bitsandbytes
 
@@ -131,7 +132,7 @@ def _linears(parts: anatomy.Anatomy) -> list[nn.Linear]:
                     "bitsandbytes does not quantize"
                 )
             found += [one for one in module.modules() if is_plain(one)]
-    return list(dict.fromkeys(found))
+    return list(dict.fromkeys(found))  # once each: layers may share modules
 
 
 def _packed(bnb, old: nn.Linear, kind: str, dtype: torch.dtype) -> nn.Module:
@@ -141,6 +142,7 @@ def _packed(bnb, old: nn.Linear, kind: str, dtype: torch.dtype) -> nn.Module:
         old.bias is not None,
         old.weight.device,
     )
+    # made without memory for weights, which would be full precision ones for a moment
     with torch.device("meta"):
         if kind == "nf4":
             new = bnb.nn.Linear4bit(

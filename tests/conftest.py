@@ -94,6 +94,41 @@ EXTRA: dict[str, dict] = {
 }
 
 
+# What `pytest -m quick` runs, beside single tests that carry the mark: whole files, by folder. All
+# of it takes two minutes of one core. tests/test_quick.py says that every folder has a part.
+QUICK = {
+    "bench": ["test_benchmark_results"],
+    "calibration": ["test_attended"],
+    "evaluate": ["test_evaluate"],
+    "heads": ["test_heads"],
+    "hf": ["test_anatomy", "test_own_windows", "test_refusals"],
+    "kernels": ["test_flash_torch", "test_pack", "test_sparse24"],
+    "measuring": ["test_compare"],
+    "patterns": ["test_dense", "test_interface", "test_patterns", "test_registry"],
+    "positions": ["test_position_ids", "test_position_rules"],
+    "profiling": ["test_cost", "test_device", "test_timing"],
+    "projections": ["test_monarch"],
+    "prune": ["test_criteria_rows", "test_one_shot_methods", "test_slicing", "test_sparsegpt"],
+    "quant": ["test_formats", "test_quant_state"],
+    "recipes": ["test_bounds", "test_flow", "test_outputs", "test_resuming"],
+    "reports": ["test_reports"],
+    "states": ["test_caches", "test_state_owner", "test_states"],
+    "surgery": ["test_checkpoint", "test_swap"],
+    "training": ["test_position_collator"],
+}
+
+
+@pytest.hookimpl(tryfirst=True)  # before tests are chosen by their marks
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks what `QUICK` names; skips what is marked `gpu` where there is none."""
+    without = pytest.mark.skip(reason="needs a GPU")
+    for item in items:
+        if item.path.stem in QUICK.get(item.path.parent.name, ()):
+            item.add_marker("quick")
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(without)
+
+
 class Oracle:
     """What retrieval tasks ask of a model, for tests that say themselves what it answers. It
     remembers through its cache, so that a context that comes in pieces is one context."""

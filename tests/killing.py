@@ -4,10 +4,11 @@ lines of JSON.
 The server imports everything once and forks a child for each run. A child counts what it does to
 the disk under FOLDER (audit events: opening to write, renaming, removing, making folders, linking),
 and at the n-th such moment sends itself a signal; or the n-th file of tensors that it writes is cut
-in half, and then it dies."""
+in half, and then it dies; or the disk has no room for a report; or no proof holds."""
 
 from __future__ import annotations
 
+import errno
 import json
 import mmap
 import os
@@ -16,167 +17,9 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from flows import run_small
+
 EVENTS = ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.link", "os.truncate")
-CPU = {"use_cpu": True, "bf16": False}  # the same arithmetic everywhere
-TRAINED = dict(length=32, evaluation_tokens=128, overrides=CPU, seed=1)
-
-
-def convert(model, text, out):
-    from effattn.recipes.convert_gqa import Settings, run
-
-    return run(
-        Settings(
-            2,
-            out,
-            model,
-            text=(text,),
-            calibration_tokens=640,
-            uptrain_tokens=4 * 64,
-            batch=2,
-            decode_contexts=(),
-            **TRAINED,
-        )
-    )
-
-
-def linearize(model, text, out):
-    from effattn.recipes.linearize import Settings, run
-
-    return run(
-        Settings(
-            "performer(features=8)",
-            model=model,
-            output=out,
-            text=(text,),
-            transfer_tokens=3 * 32,
-            distil_tokens=3 * 32,
-            **TRAINED,
-        )
-    )
-
-
-def extend(model, text, out):
-    from effattn.recipes.extend import Settings, run
-
-    return run(
-        Settings(
-            256,
-            model,
-            "yarn(length=256)",
-            out,
-            tune_tokens=3 * 32,
-            window=32,
-            sequences=0,
-            text=(text,),
-            seed=1,
-            overrides=CPU,
-        )
-    )
-
-
-def shear(model, text, out):
-    from effattn.recipes.shear import Settings, run
-
-    return run(
-        Settings(
-            model,
-            out,
-            heads=4,
-            ffn=48,
-            domains=(text,),
-            mask_tokens=3 * 64,
-            recover_tokens=3 * 64,
-            batch=2,
-            decode_contexts=(),
-            warm_start=None,
-            **TRAINED,
-        )
-    )
-
-
-def oneshot(model, text, out):
-    from effattn.recipes.prune_oneshot import Settings, run
-
-    return run(
-        Settings(
-            out,
-            model,
-            methods=("wanda",),
-            text=(text,),
-            calibration_tokens=256,
-            evaluation_tokens=128,
-            length=32,
-            measure="no",
-        )
-    )
-
-
-def structured(model, text, out):
-    from effattn.recipes.prune_structured import Settings, run
-
-    return run(
-        Settings(
-            out,
-            model,
-            ffn=48,
-            criteria=("random",),
-            compensate=False,
-            text=(text,),
-            calibration_tokens=256,
-            evaluation_tokens=128,
-            length=32,
-            decode_contexts=(),
-        )
-    )
-
-
-def swap(model, text, out):
-    from effattn.recipes.swap_backend import Settings, run
-
-    return run(
-        Settings(
-            model=model,
-            patterns=("linear(feature_map='hedgehog')",),
-            output=out,
-            text=(text,),
-            contexts=(16,),
-            evaluation_tokens=16,
-            stream_tokens=64,
-            dense_stream_tokens=32,
-            prompt_tokens=8,
-            generate_tokens=0,
-        )
-    )
-
-
-def quantize(model, text, out):
-    from effattn.recipes.quantize_kv import Settings, run
-
-    return run(
-        Settings(
-            model=model,
-            formats=("int8(group=16, residual=16)",),
-            output=out,
-            text=(text,),
-            evaluation_tokens=400,
-            sensitivity_tokens=32,
-            length=32,
-            retrieval_trials=0,
-            decode_contexts=(),
-        )
-    )
-
-
-def measure(model, text, out):
-    from effattn.recipes.measure import Settings, run
-
-    return run(Settings(model, contexts=(16, 24), steps=1, seconds=0.01, output=out))
-
-
-FLOWS: dict[str, Callable] = {
-    each.__name__: each
-    for each in (convert, linearize, extend, shear, oneshot, structured, swap, quantize, measure)
-}
 
 
 def quick_parts() -> None:
@@ -248,6 +91,33 @@ def cut_in_half(kind: str, at: int) -> None:
         )
 
 
+def full_disk(root: str) -> None:
+    """The disk has no room for the files of a report below `root`, which are written last."""
+
+    def refuse(event: str, args: tuple) -> None:
+        if event == "open" and str(args[0]).startswith(root) and "report." in str(args[0]):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    sys.addaudithook(refuse)
+
+
+def no_proof() -> None:
+    """Whatever is saved turns out to be another model when it is loaded again."""
+
+    def fail(*_) -> None:
+        raise RuntimeError("the saved checkpoint gives other logits")
+
+    import effattn.hf.verify
+    import effattn.prune.unstructured.from_files
+    import effattn.quant.sensitivity.verify
+    import effattn.surgery.checkpoint
+
+    effattn.hf.verify.verify_plain = fail
+    effattn.surgery.checkpoint.load_again = fail
+    effattn.quant.sensitivity.verify.verify = fail
+    effattn.prune.unstructured.from_files._Run.verify = fail
+
+
 def child(request: dict, counted: mmap.mmap) -> int:
     """One run; its exit code."""
     import typer
@@ -260,11 +130,13 @@ def child(request: dict, counted: mmap.mmap) -> int:
     if request.get("cut"):
         cut_in_half(request["cut"], request["at"])
         request["at"] = 0
+    if request.get("full"):
+        full_disk(request["root"])
+    if request.get("unproven"):
+        no_proof()
     sys.addaudithook(Moments(request["root"], request["at"], request.get("signal", 9), counted))
-    run = FLOWS[request["flow"]]
-    command = one_line_errors(
-        lambda: run(request["model"], Path(request["text"]), Path(request["out"]))
-    )
+    flow, files = request["flow"], [Path(request[name]) for name in ("text", "out")]
+    command = one_line_errors(lambda: run_small(flow, request["model"], *files))
     try:
         command()
     except typer.Exit as end:

@@ -2,7 +2,9 @@
 
 A turn or a scale that is folded into a projection is undone on the other side only where nothing
 stands between the projection and attention. Where a norm or a clip does, what comes of it is
-computed here, so that it can be measured."""
+computed here, so that it can be measured.
+
+N: tokens; D: hidden size; heads, d: of q, k or v, and the size of one."""
 
 from __future__ import annotations
 

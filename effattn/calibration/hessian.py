@@ -1,7 +1,11 @@
 """The Hessian of a linear layer's squared output error, H = mean over tokens of 2 x x^T, and the
 factor of its inverse.
 
-One matrix serves every linear layer that sees the same input (q, k and v; gate and up).
+One matrix serves every linear layer that sees the same input (q, k and v; gate and up). The factor
+is what GPTQ (arXiv:2210.17323, step 3) and SparseGPT (arXiv:2301.00774) read row by
+row, so that no inverse is ever updated.
+
+d: inputs of the layer; all matrices (d, d).
 """
 
 from __future__ import annotations
@@ -23,12 +27,14 @@ class Hessian:
     """
 
     def __init__(self, diagonal_only: bool = False):
-        self.diagonal_only, self.mean, self.tokens = diagonal_only, None, 0
+        self.diagonal_only, self.tokens = diagonal_only, 0
+        self.mean: Tensor | None = None
 
     def add(self, x: Tensor) -> None:
         """x (..., inputs): one row a token."""
         x = x.detach().flatten(0, -2)
         x = x if x.dtype == torch.float64 else x.float()
+        # a running mean, not a sum: it stays of the size of one token's, and fp32 is enough
         old = self.tokens
         self.tokens += len(x)
         if self.mean is None:
@@ -41,7 +47,8 @@ class Hessian:
 
     @property
     def diagonal(self) -> Tensor:
-        """(inputs,): the mean of 2 x_j^2."""
+        """(inputs,): the mean of 2 x_j^2, once something was added."""
+        assert self.mean is not None
         return self.mean if self.diagonal_only else self.mean.diagonal()
 
     def check(self, name: str) -> None:
@@ -72,6 +79,8 @@ class InverseHessian:
         """For hessian (d, d), which is left as it is. Raises LinAlgError that names the layer where
         H is not positive definite; with `raise_damping` only when it is not with ten times the
         damping either, and so on up to 1."""
+        # An input that is always 0 has a row and a column of zeros, for which there is no inverse.
+        # Its weights change nothing; 1 on the diagonal keeps it apart from all others.
         dead = hessian.diagonal() == 0
         if bool(dead.any()):
             hessian = hessian.clone()

@@ -3,7 +3,9 @@
 A method that works layer by layer needs the inputs of one layer at a time: the hidden states of the
 whole set are kept at the layer boundary (N x hidden, in the model's dtype, on the CPU), and only
 one layer's statistics exist at any moment. The layer's other arguments (rotary embeddings, mask)
-are recorded from the model's own forward, so nothing here knows an architecture."""
+are recorded from the model's own forward, so nothing here knows an architecture.
+
+N: tokens of the set, in rows of `length`, `batch` of them at a time; D: hidden size."""
 
 from __future__ import annotations
 
@@ -20,7 +22,7 @@ from effattn.hf.placement import input_device
 
 
 class _Stop(Exception):
-    pass
+    """Ends a forward pass of the model where the rest of it is not needed."""
 
 
 def windows(
@@ -42,6 +44,7 @@ class LayerRunner:
     def __init__(self, anatomy: Anatomy, batches: list[torch.Tensor]):
         self.anatomy, self.batches = anatomy, batches
         self.device = input_device(anatomy.model)
+        # masks and positions depend on the number of rows, and the last batch may have fewer
         self._arguments = {size: self._record(size) for size in {len(batch) for batch in batches}}
 
     @torch.no_grad()

@@ -1,4 +1,7 @@
-"""Second moments of attention, streamed: what head conversion knows about its data."""
+"""Second moments of attention, streamed: what head conversion knows about its data.
+
+D: hidden size; K: key/value heads; r: query heads of each; G: any heads; d: size of a head. A map
+(d, D + 1) is a projection with its bias as last column, and acts on (x, 1)."""
 
 from __future__ import annotations
 
@@ -15,7 +18,8 @@ class SecondMoment:
     which carries the biases."""
 
     def __init__(self, ones: bool = False):
-        self.ones, self.total, self.rows = ones, None, 0
+        self.ones, self.rows = ones, 0
+        self.total: torch.Tensor | None = None
 
     def add(self, a: torch.Tensor, b: torch.Tensor | None = None) -> None:
         """Adds rows a (N, d) and b (N, d'), None for a itself, to the sum of a^T b."""
@@ -30,8 +34,14 @@ class SecondMoment:
 
     @property
     def mean(self) -> torch.Tensor:
-        """E[a^T b] over the rows so far, fp64."""
-        return self.total / self.rows
+        """E[a^T b] over the rows so far, fp64; there has to be one."""
+        return self.sum / self.rows
+
+    @property
+    def sum(self) -> torch.Tensor:
+        """The sum of a^T b over the rows so far, fp64; there has to be one."""
+        assert self.total is not None
+        return self.total
 
 
 def head_covariance(weights: torch.Tensor, moment: torch.Tensor) -> torch.Tensor:
@@ -43,6 +53,7 @@ def head_covariance(weights: torch.Tensor, moment: torch.Tensor) -> torch.Tensor
 
 
 def query_energy(layer: Layer, moment: torch.Tensor) -> torch.Tensor:
-    """E[q q^T] summed over the query heads that share a KV head: (K, d, d)."""
+    """E[q q^T] summed over the query heads that share a KV head: (K, d, d), before RoPE. moment
+    (D + 1, D + 1): of the attention module's inputs with a 1 behind them."""
     q = layer.q.with_bias.view(layer.kv_heads, -1, layer.head_dim, moment.shape[0])
     return torch.einsum("krdi,ij,krej->kde", q, moment, q)

@@ -6,7 +6,7 @@ import torch
 
 from effattn.hf import anatomy as hf
 
-TOKENS_PER_DIMENSION = 10
+TOKENS_PER_DIMENSION = 10  # with fewer, moments are of the sample rather than of the text
 
 
 def tokens_needed(parts: hf.Anatomy) -> int:
@@ -17,7 +17,9 @@ def tokens_needed(parts: hf.Anatomy) -> int:
 
 
 def check_calibration(tokens: torch.Tensor, parts: hf.Anatomy, length: int) -> int:
-    """Raises ValueError for unusable calibration tokens; returns the window length to use."""
+    """Raises ValueError for unusable calibration tokens (valid: int64 (N,), of the model's
+    vocabulary, enough of them); returns the window length to use, in tokens: `length`, or what the
+    model was trained at if that is less."""
     if not isinstance(tokens, torch.Tensor) or tokens.dtype != torch.int64 or tokens.dim() != 1:
         got = (
             f"{tokens.dtype} {tuple(tokens.shape)}"

@@ -18,7 +18,7 @@ SLACK = {torch.float64: 1e-12, torch.float32: 2e-6, torch.float16: 1e-3, torch.b
 
 
 class Violation(AssertionError):
-    """A property that the backend does not have."""
+    """A property that the backend does not have: which, in what setting, by how much."""
 
 
 @dataclass
@@ -85,7 +85,7 @@ class Case:
         return inputs(tokens, self.dtype, self.device, self.seed + tokens, self.sizes)
 
     def run(self, q, k, v, mask=None, **options) -> Tensor:
-        """The backend's output (B, Hq, T, D)."""
+        """The backend's output (B, Hq, Tq, D), in the case's dtype."""
         return self.backend(q, k, v, causal=self.causal, padding_mask=mask, **options)
 
     def reference(self, q, k, v, mask=None) -> Tensor:

@@ -1,7 +1,9 @@
 """Perplexity by position: how well tokens are predicted the further a sequence goes.
 
-found = effattn.evaluate.by_position(model, sequences)          # int64 (n, T + 1)
-[(row["last"], row["perplexity"]) for row in found["rows"]]
+    found = effattn.evaluate.by_position(model, sequences)      # int64 (n, T + 1)
+    [(row["last"], row["perplexity"]) for row in found["rows"]]
+
+n: sequences; T: predictions in each, of T + 1 tokens; V: the vocabulary.
 """
 
 from __future__ import annotations
@@ -52,6 +54,7 @@ def token_scores(
     try:
         for start in range(0, len(sequences), batch):
             ids = sequences[start : start + batch].to(device)
+            # the model without its head; the head then gets a chunk of positions at a time
             given = begun(ids[:, :-1], beginning)
             hidden = model.base_model(input_ids=given, use_cache=False)[0]
             for at in range(0, hidden.shape[1], CHUNK):
@@ -79,13 +82,14 @@ def by_position(
     progress: Progress | None = None,
 ) -> dict:
     """Cross-entropy, perplexity and next-token accuracy by how many tokens a prediction has behind
-    it.
+    it. Cross-entropies are in nats a token.
 
-    sequences: int64 (n, T + 1). edges: where the stretches of positions begin and end, ascending
-    from 0 to T; None: 0, 16, 32, ..., doubling. Returns {"sequences", "tokens" (T),
-    "cross_entropy", "perplexity", "accuracy", "rows"}; a row is of the positions first to last - 1:
-    {"first", "last", "cross_entropy", "perplexity", "accuracy"}. Position p predicts from p + 1
-    tokens. bos: as in `token_scores`. Raises ValueError for edges that are none."""
+    sequences: int64 (n, T + 1), `batch` of them at a time. edges: where the stretches of positions
+    begin and end, ascending from 0 to T; None: 0, 16, 32, ..., doubling. Returns {"sequences",
+    "tokens" (T), "cross_entropy", "perplexity", "accuracy", "rows"}; a row is of the positions
+    first to last - 1: {"first", "last", "cross_entropy", "perplexity", "accuracy"}. Position p
+    predicts from p + 1 tokens. bos: as in `token_scores`. Raises ValueError for edges that are
+    none."""
     _check(model, sequences)
     length = sequences.shape[1] - 1
     edges = doubling(length) if edges is None else [*edges]

@@ -108,6 +108,7 @@ def harness_tasks(
     Raises Unsupported where lm_eval is not installed, ValueError for unknown names.
     """
     names = list(TASKS) if tasks is None else [check_choice("task", name, TASKS) for name in tasks]
+    # optional: nothing else here needs it
     try:
         from lm_eval.api.task import ConfigurableTask
     except ImportError:
@@ -155,6 +156,8 @@ def config_of(name: str, dataset: Callable[..., dict], choices: bool) -> dict:
 def _documents(tokenizer, prompts: retrieval.Prompts, depth: float) -> Iterator[dict]:
     """One document for every run of answer tokens in a prompt's question."""
     asked = prompts.asked.tolist()
+    # a question may ask several times (associative recall): each is a document, with the true
+    # answers of those before it in its prompt
     starts = [at for at, here in enumerate(asked) if here and not (at and asked[at - 1])]
     for row, (context, question) in enumerate(
         zip(prompts.context.tolist(), prompts.question.tolist(), strict=True)

@@ -73,7 +73,7 @@ def line_prompts(
     batch: int = 1,
     seed: int,
 ) -> Callable[[float], retrieval.Prompts]:
-    """depth -> the prompts of `line_retrieval`."""
+    """depth -> the prompts of `line_retrieval`, whose arguments and errors these are."""
     ask, value, end = STYLES[check_choice("style", style, STYLES)]
     retrieval.check_settings(
         depths, length=(length, 64), trials=(trials, 1), digits=(digits, 1), batch=(batch, 1)
@@ -92,7 +92,8 @@ def line_prompts(
                         tokenizer, ask.format(name=name) + value.format(value=names[name]) + end
                     )
                 )
-        # how many of the last lines are there whole, a question beside
+        # The prompt is cut at its start: lines may be asked for that are whole behind the cut, with
+        # room for the question (16 tokens are more than it takes).
         room, whole = (length - len(lines[0]) - 16, 0)
         while whole < len(lines) and sum(map(len, lines[-whole - 1 :])) <= room:
             whole += 1
@@ -108,6 +109,7 @@ def line_prompts(
 
 def split(tokenizer, question: str, answer: str) -> tuple[list[int], list[int]]:
     """A question and its answer in tokens, as they are when both stand together."""
+    # tokenizers merge over the border, so that the answer alone would be other tokens
     whole, alone = (
         retrieval.encode(tokenizer, question + answer),
         retrieval.encode(tokenizer, question),
@@ -127,6 +129,7 @@ def uniform(
     """`trials` drawn prompts of `length` tokens each, the answer included, cut at the start; all
     answers have one number of tokens, as a batch needs: others are drawn again. ValueError where
     that does not come about."""
+    # cut at the start, which is the oldest text; a batch needs answers of one size
     by_size: dict[int, list[tuple[list[int], list[int]]]] = {}
     for _ in range(64 * trials):
         before, answer = draw(chance)

@@ -108,7 +108,7 @@ def listops_prompts(
     batch: int = 1,
     seed: int,
 ) -> Callable[[int], retrieval.Prompts]:
-    """nesting depth -> the prompts of `listops`."""
+    """nesting depth -> the prompts of `listops`, whose arguments and errors these are."""
     if not depths or any(type(depth) is not int or depth < 1 for depth in depths):
         raise ValueError(f"depths: got {list(depths)}, valid are whole numbers of at least 1")
     retrieval.check_settings(
@@ -149,6 +149,7 @@ def _expression(chance: random.Random, depth: int, arguments: int) -> tuple[str,
     """An operation that nests exactly `depth` deep, as text, and its value."""
     name = chance.choice(list(OPERATIONS))
     count = chance.randint(2, arguments)
+    # one argument nests as deep as it must, so that the depth is exact; others may nest less
     deepest, parts = chance.randrange(count), []
     for place in range(count):
         if depth > 1 and (place == deepest or chance.random() < NESTED):

@@ -7,6 +7,9 @@ of them in fp32.
 
 Where all of a batch fit into `BYTES`, they are the model's own; a larger batch keeps the final
 norm's output, which is hundreds of times smaller, and multiplies it with the head piece by piece.
+
+B: windows; T: tokens of each; N: positions in all; n: of a piece; V: the vocabulary; D: hidden
+size.
 """
 
 from __future__ import annotations
@@ -32,6 +35,7 @@ class Scores:
     def __init__(self, model: nn.Module, ids: Tensor, first: int = 0):
         vocabulary = model.get_input_embeddings().weight.shape[0]
         self.count = ids.shape[0] * (ids.shape[1] - first)
+        # one piece: the model's own logits; more: its final hidden states, and the head by pieces
         self.chunk = max(1, BYTES // (4 * vocabulary))
         self._parts = _known(model) if ids.numel() > self.chunk else None
         whole = self._parts is None

@@ -1,4 +1,6 @@
-"""Cross-entropy, perplexity and KL of causal LMs over a long token stream, by a sliding context."""
+"""Cross-entropy, perplexity and KL of causal LMs over a long token stream, by a sliding context.
+
+N: tokens of the stream; M: positions; V: the vocabulary. All losses are in nats a token."""
 
 from __future__ import annotations
 
@@ -71,6 +73,7 @@ def _windows(
     """Groups of windows as (starts, width, first position whose prediction counts). Positions 0 ..
     n - 2 each predict the next token and count exactly once; windows of one group have the same
     width."""
+    # with overlap, a window's first predictions were made by the one before, with more context
     rows, done, start = [], 0, 0
     while done < n - 1:
         width = min(context, n - 1 - start)
@@ -139,9 +142,13 @@ def perplexity_of(cross_entropy: float) -> float:
 def perplexity(
     model, tokens: torch.Tensor, context: int, stride: int | None = None, **kwargs
 ) -> float:
-    """exp of the mean of `token_losses`: tokens (N,) int64, see there for `context`, `stride` and
-    `bos`.
-    """
+    """exp of the mean cross-entropy of tokens[1:], each predicted once (`token_losses`).
+
+    model: a causal LM, which is run in eval mode. tokens: int64 (N,). context: tokens of a window.
+    stride: from one window's start to the next (None: context, no overlap); smaller ones give each
+    prediction more context, at more cost. bos: whether BOS takes the place of each window's first
+    token, see `token_losses`. Infinite where it is beyond a float. ValueError for anything else,
+    Unsupported for a model that does not predict next tokens."""
     training = model.training
     model.eval()
     try:
@@ -158,6 +165,7 @@ def kl_chunked(
     """KL(teacher || student) in nats at every position, (M,), from logits (M, V): fp32 copies of
     only `chunk` positions exist at a time."""
     parts = []
+    # fp32: log-probabilities of a large vocabulary differ in digits that half precision has not
     for t, s in zip(teacher_logits.split(chunk), student_logits.split(chunk), strict=True):
         t, s = t.float().log_softmax(-1), s.float().log_softmax(-1)
         parts.append(F.kl_div(s, t, log_target=True, reduction="none").sum(-1))

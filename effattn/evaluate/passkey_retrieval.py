@@ -1,8 +1,8 @@
 """Passkey retrieval: a number hidden in a long text is asked for at its end (arXiv:2305.16300,
 section 4.2).
 
-effattn.evaluate.passkey(model, tokenizer, length=4096)      # for models of English
-effattn.evaluate.passkey(model, tokenizer, style="code")     # for models of source code
+    effattn.evaluate.passkey(model, tokenizer, length=4096)      # for models of English
+    effattn.evaluate.passkey(model, tokenizer, style="code")     # for models of source code
 """
 
 from __future__ import annotations
@@ -63,10 +63,11 @@ def passkey(
     """How often a model finds a hidden number, by the depth where it is hidden (0: at the start, 1:
     at the end).
 
-    length: tokens of a prompt, the answer included. trials: prompts at each depth, each with a key
-    and filler of its own; `batch` of them at a time. style: "text" or "code". filler: tokens int64
-    (N,) to hide the key in; None: the style's own (the paper's sentences, or the embedded corpus).
-    The same seed gives the same prompts. bos: as in `effattn.perplexity`.
+    length: tokens of a prompt, the answer included. digits: of a key. trials: prompts at each
+    depth, each with a key and filler of its own; `batch` of them at a time. style: "text" or
+    "code". filler: tokens int64 (N,) to hide the key in; None: the style's own (the paper's
+    sentences, or the embedded corpus). The same seed gives the same prompts. bos: as in
+    `effattn.perplexity`.
 
     The context goes through the cache that `generate()` would use, the question and the answer
     (teacher-forced) a token at a time. Returns a dict of `effattn.evaluate.retrieval.by_depth`:
@@ -106,11 +107,12 @@ def passkey_prompts(
     batch: int = 1,
     seed: int,
 ) -> Callable[[float], retrieval.Prompts]:
-    """depth -> the prompts of `passkey`."""
+    """depth -> the prompts of `passkey`, whose arguments and errors these are."""
     look = STYLES[check_choice("style", style, STYLES)]
     retrieval.check_settings(
         depths, length=(length, 1), trials=(trials, 1), digits=(digits, 1), batch=(batch, 1)
     )
+    # Needles may differ in tokens, prompts may not: the filler gets what a needle leaves.
     keys = _keys(tokenizer, look, digits, trials, seed)
     longest = max(len(needle) for needle, _, _ in keys)
     rest = length - longest - len(keys[0][1]) - len(keys[0][2])
@@ -146,12 +148,14 @@ def _keys(
     question = retrieval.encode(tokenizer, look.question)
     for _ in range(64 * trials):
         key = str(draw.randrange(10 ** (digits - 1), 10**digits))
+        # the answer as it is behind its question, since tokenizers merge over the border
         whole = retrieval.encode(tokenizer, look.question + look.answer.format(key=key))
         shared = next(
             (i for i, (a, b) in enumerate(zip(whole, question, strict=False)) if a != b),
             len(question),
         )
         needle = retrieval.encode(tokenizer, look.needle.format(key=key))
+        # the first group that is full is the usual way of writing a number
         same = groups[shared, len(whole)]
         same.append((needle, whole[:shared], whole[shared:]))
         if len(same) == trials:
@@ -166,5 +170,6 @@ def _filler(tokenizer, look: Style, length: int) -> Tensor:
         from effattn import embedded
 
         return embedded.tokens("validation", 8 * length + 4096, tokenizer=tokenizer)
+    # twice the length: every prompt begins somewhere else in it
     once = retrieval.encode(tokenizer, look.filler)
     return torch.tensor(once * (2 * length // len(once) + 2))

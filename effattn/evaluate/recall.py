@@ -82,7 +82,7 @@ def recall_prompts(
     batch: int = 1,
     seed: int,
 ) -> Callable[[float], retrieval.Prompts]:
-    """depth -> the prompts of `associative_recall`."""
+    """depth -> the prompts of `associative_recall`, whose arguments and errors these are."""
     retrieval.check_settings(
         depths,
         length=(length, 1),
@@ -95,6 +95,7 @@ def recall_prompts(
         raise ValueError(
             f"queries: got {queries}, valid is at most pairs ({pairs}): each is asked for once"
         )
+    # words of one token each: a question is then two tokens, and the answer one
     words, end = _words(tokenizer), retrieval.encode(tokenizer, "\n")
     if len(words) < 2 * pairs:
         raise ValueError(
@@ -113,13 +114,14 @@ def recall_prompts(
     hay = retrieval.stretches(filler, rest, trials, torch.Generator().manual_seed(seed))
     ends = retrieval.line_ends(tokenizer, filler)
     draw = random.Random(seed)
+    # of each prompt: the first half of its words asks for the second
     drawn = [draw.sample(words, 2 * pairs) for _ in range(trials)]
     orders = [draw.sample(range(pairs), queries) for _ in range(trials)]
     new_line, asked = (
         torch.tensor(end, dtype=torch.long),
         torch.zeros(queries * line, dtype=torch.bool),
     )
-    asked[1::line] = True
+    asked[1::line] = True  # of "word partner newline", the partner
 
     def make(depth: float) -> retrieval.Prompts:
         contexts, questions = [], []

@@ -69,12 +69,16 @@ def answer(
             context = begun(prompts.context[rows], beginning).to(device)
             question = prompts.question[rows].to(device)
             choices = None if prompts.choices is None else prompts.choices[rows].to(device)
+            # the context in chunks, so that its attention needs memory for one of them; `logits` is
+            # always of the next token to come
             cache = new_cache(model)
             for piece in context.split(chunk, dim=1):
                 logits = model(input_ids=piece, past_key_values=cache, use_cache=True).logits[:, -1]
             judged = []
             for place, asked in enumerate(prompts.asked.tolist()):
                 truth = question[:, place]
+                # judged before the true token goes in: teacher forcing, so that one wrong token of
+                # an answer does not spoil the others
                 if asked:
                     judged.append(_judge(logits.float(), truth, choices))
                 logits = model(
@@ -176,6 +180,7 @@ def hide(filler: Tensor, needle: Tensor, depth: float, line_ends: Tensor) -> Ten
     """`needle` inside `filler` (N,), at `depth` of it, behind the nearest line's end before that if
     one is near.
     """
+    # behind a line's end a needle is a line of its own, as it would be in a real text
     cut = round(depth * len(filler))
     near = filler[max(0, cut - LINES) : cut]
     ends = torch.isin(near, line_ends).nonzero().flatten()

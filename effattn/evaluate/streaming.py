@@ -58,6 +58,7 @@ def stream_losses(
                 .logits[0]
                 .float()
             )
+            # logits at a token are of the next one: `ids` has one token more than goes in
             losses[start : start + chunk] = F.cross_entropy(logits, ids[1:], reduction="none").cpu()
             held.append(cache_bytes(cache))
             if progress:
@@ -73,6 +74,8 @@ def cache_bytes(cache) -> int:
 
     Storages count, once and whole: a small view that keeps a large tensor alive costs the large
     one."""
+    # whatever a cache is made of: attributes, slots, containers and tensors, but no modules or
+    # classes, which it only refers to
     seen: set[int] = set()
     storages: dict[tuple, int] = {}
     waiting = [cache]

@@ -104,7 +104,7 @@ def tracking_prompts(
     batch: int = 1,
     seed: int,
 ) -> Callable[[float], retrieval.Prompts]:
-    """depth -> the prompts of `variable_tracking`."""
+    """depth -> the prompts of `variable_tracking`, whose arguments and errors these are."""
     first, then, ask = STYLES[check_choice("style", style, STYLES)]
     retrieval.check_settings(
         depths,
@@ -147,10 +147,12 @@ def tracking_prompts(
                 f"length: got {length}, the chains and the question alone take {length - rest} "
                 "tokens"
             )
+        # filler from a line's end on, of the length that is left
         start = int(ends[chance.randrange(max(1, int((ends < len(filler) - rest).sum())))])
         hay = filler[start : start + rest]
         # where lines may stand
         cuts = [0, *(ends[(ends > start) & (ends < start + rest)] - start).tolist()]
+        # the first line of the asked chain at the depth, the others in order anywhere behind it
         placed: list[tuple[int, list[int]]] = []
         for number, chain in enumerate(lines):
             low = cuts[round((depth if number == 0 else chance.random()) * (len(cuts) - 1))]

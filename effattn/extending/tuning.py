@@ -71,6 +71,8 @@ def tune(
         save_every=save_every or max(1, min(100, steps // 3)),
         **({"weight_decay": 0.0} | settings),
     )
+    count = steps * batch * arguments.world_size
+    windows = training.TokenWindows(tokens, window, count, seed, bos_of(model, bos))
     collator = {} if sampling is None else {"data_collator": SampledPositions(target, sampling)}
     start = time.perf_counter()
     low_rank = adapters(model, lora) if lora else contextlib.nullcontext()
@@ -81,16 +83,7 @@ def tune(
             model=model,
             args=arguments,
             callbacks=[Steps(progress)] if progress else [],
-            train_dataset=_windows(
-                training.TokenWindows(
-                    tokens,
-                    window,
-                    steps * batch * arguments.world_size,
-                    seed,
-                    bos_of(model, bos),
-                ),
-                sampling is not None,
-            ),
+            train_dataset=windows if sampling is None else Numbered(windows, seed),
             **collator,
         )
         trainer.remove_callback(PrinterCallback)  # progress is the caller's
@@ -127,7 +120,3 @@ class Numbered(Dataset):
 
     def __getitem__(self, index: int) -> dict:
         return {**self.rows[index], "draw": self.first + index}
-
-
-def _windows(rows: training.TokenWindows, numbered: bool) -> Dataset:
-    return Numbered(rows, rows.seed) if numbered else rows

@@ -58,11 +58,13 @@ def convert(
         student = [states.clone() for states in teacher]
     rows = []
     for number, layer in enumerate(parts.layers):
+        # 1. What the old layer gets and gives, on the old model's activations
         moment, targets, inputs = None, [], None
         if runner:
             moment, targets, inputs = _observe(runner, layer, teacher)
         heads = _heads(layer, moment, asked.seed + APART * number)
-        # behind a norm of gain 0 nothing tells one head from another
+        # 2. Its heads, and which of them become one. Behind a norm of gain 0 no input comes
+        #    through, and data says nothing about the heads: then the weights do.
         if moment is not None and not moment[:-1, :-1].any():
             heads = _heads(layer, None, asked.seed + APART * number)
         groups = contiguous(layer.kv_heads, asked.kv_heads)
@@ -75,12 +77,15 @@ def convert(
             "attention_error_merged": None,
             "attention_error": None,
         }
+        # 3. The merge; what was there is remembered before anything is written
         merged, facts = _merge(layer, heads, groups, asked.method, moment, inputs)
         row |= facts if runner else {"key_method": asked.method.name}
         if asked.grouping == "similarity":
             row["groups"] = groups
         undo.remember(layer)
         write(layer, groups, merged)
+        # 4. The output projection again, for what the new heads give on the converted model's
+        #    activations: it makes up for errors of the layers before as well
         if runner:
             row |= _refit(runner, layer, student, targets, asked.refit)
         rows.append(row)
@@ -98,7 +103,7 @@ def _observe(runner: LayerRunner, layer: Layer, teacher: list[torch.Tensor]):
 
     def see(x: torch.Tensor, _: torch.Tensor) -> None:
         moment.add(x)
-        if not is_linear(layer):
+        if not is_linear(layer):  # then errors are measured on tokens (`effattn.heads.judged`)
             inputs.append(x[::every].clone())
 
     with (
@@ -175,6 +180,7 @@ def _heads(layer: Layer, moment: torch.Tensor | None, seed: int) -> Heads:
 
 def _merge_errors(heads: Heads, groups: list[list[int]], merged: list[Merged], moment) -> dict:
     """The layer's key and value errors: one merge of all groups, weighted by their energy."""
+    # relative errors of groups weighted by what they are relative to: the layer's as a whole
     heads = replace(heads, moment=heads.moment if moment is None else moment)
     lost = [
         relative_errors(heads.select(group), part)
@@ -208,6 +214,8 @@ def write(layer: Layer, groups: list[list[int]], merged: list[Merged]) -> None:
     value_maps = (
         torch.cat([part.value_maps for part in merged]).repeat_interleave(share, 0).to(device)
     )
+    # q.(A k') = (A^T q).k' and O (B v') = (O B) v': what stands in for a head goes into the query
+    # and the output projection of the same head, exactly
     q = key_maps.transpose(1, 2) @ layer.q.with_bias[queries]
     o = layer.o.by_head.double()[queries] @ value_maps
     key, value = (

@@ -2,7 +2,10 @@
 
 Layer by layer, in order: the unmodified layer runs on the unmodified model's activations (its input
 moments, its attention outputs), its heads are merged, and the output projection is re-fitted on the
-activations of the model converted so far. One layer's statistics exist at a time."""
+activations of the model converted so far. One layer's statistics exist at a time.
+
+Baselines: Ainslie et al. 2023, arXiv:2305.13245. Alignment: Jin et al. 2024, arXiv:2412.20677. The
+best merge in closed form: `effattn.heads.methods.optimal`."""
 
 from __future__ import annotations
 
@@ -44,10 +47,13 @@ def convert_gqa(
     model: a transformers causal LM whose class honours num_key_value_heads. kv_heads: divides the
     present number; 1 is MQA; the present number changes nothing. calibration: int64 (N,), at least
     ten tokens per hidden dimension (50,000 are plenty); only `mean`, `first` and `random` with
-    `refit=False` do without. method: one of METHODS. refit: solve the output projections again by
-    least squares. grouping: "contiguous" or "similarity". length, batch: the calibration windows.
+    `refit=False` do without. method: "optimal" (the least squared error, in closed form), "aligned"
+    (arXiv:2412.20677), or the baselines "mean", "first" and "random" (arXiv:2305.13245). refit:
+    solve the output projections again by least squares. grouping: "contiguous" or "similarity".
+    length, batch: of the calibration windows, in tokens, and how many at a time. seed: of "random".
     bos: whether BOS takes the place of each one's first token (None: as the model's tokenizer does
-    it). progress: called with (layers done, layers). Afterwards `model.save_pretrained` writes a
+    it).
+    progress: called with (layers done, layers). Afterwards `model.save_pretrained` writes a
     checkpoint that plain transformers loads.
 
     Raises ValueError for bad arguments and effattn.errors.Unsupported for classes that cannot hold
@@ -154,10 +160,10 @@ def _check_no_data_needed(parts: hf.Anatomy, method: str, refit: bool, grouping:
     what = (
         f"method {method!r}" if needs_data else "refit=True" if refit else "grouping by similarity"
     )
+    *most, last = (name for name, one in METHODS.items() if not one.needs_data)
     raise ValueError(
-        f"calibration: got None, {what} needs tokens (int64, at least "
-        f"{tokens_needed(parts):,}); "
-        "mean, first and random with refit=False do without"
+        f"calibration: got None, {what} needs tokens (int64, at least {tokens_needed(parts):,}); "
+        f"{', '.join(most)} and {last} with refit=False do without"
     )
 
 

@@ -73,6 +73,7 @@ def _swapped(groups: list[list[int]], loss: torch.Tensor) -> list[list[int]]:
             ga, gb = result[group_of[a]], result[group_of[b]]
             if ga is gb:
                 continue
+            # only pairs with a or b change, so that a swap is judged by those
             others_a, others_b = [h for h in ga if h != a], [h for h in gb if h != b]
             before = loss[a, others_a].sum() + loss[b, others_b].sum()
             after = loss[b, others_a].sum() + loss[a, others_b].sum()

@@ -4,7 +4,9 @@ measured.
 Behind a q/k norm with gains, or a clip, a merge that turns or scales heads is no longer undone by
 the query or the output projection, and second moments of the input do not tell its error. Each
 candidate is written into a copy of the attention module, and its error is taken from what attention
-gets before and after."""
+gets before and after.
+
+N: tokens; D: hidden size; H: query heads; d: size of a head."""
 
 from __future__ import annotations
 
@@ -54,6 +56,7 @@ def judge(
         write(copied, groups, merged)
         key_name = one.key_name(layer.k_norm is not None)
         tried.append((key_name, merged, errors(layer, copied, groups, inputs)))
+    # keys and values are merged apart, so that each may come from another method
     key_method, keys, (k_error, _) = min(tried, key=lambda one: one[2][0])
     _, values, (_, v_error) = min(tried, key=lambda one: one[2][1])
     both = [
@@ -71,10 +74,14 @@ def errors(
     Over the query heads and over pairs of independent tokens, E(q k - q' k')^2 / E(q k)^2, and over
     tokens E|O v - O' v'|^2 / E|O v|^2: what `relative_errors` is where the projections are all
     there is."""
+    # Heads may have moved: query head n of the new layer is `queries[n]` of the old one, whose key
+    # and value head is `keys[n]`.
     share = old.heads // old.kv_heads
     kept = torch.tensor([head for group in groups for head in group])
     queries = (kept[:, None] * share + torch.arange(share)).flatten()
     keys, new_keys = queries // share, torch.arange(old.heads) // (old.heads // new.kv_heads)
+    # q k - q' k' = (q, q').(k, -k'): of independent tokens, its mean square is the sum over the
+    # products of two second moments
     q, k, v = (_Moments(old.head_dim) for _ in range(3))
     for x in inputs.to(old.q.like.device).double().split(512):
         q.add(attended(old, "q", x)[:, queries], attended(new, "q", x))
@@ -89,7 +96,8 @@ class _Moments:
     """Sums of (a, b)(a, b)^T by head, (H, 2d, 2d), over tokens."""
 
     def __init__(self, head_dim: int):
-        self.head_dim, self.total = head_dim, 0
+        self.head_dim = head_dim
+        self.total: Tensor | float = 0.0
 
     def add(self, a: Tensor, b: Tensor) -> None:
         """a and b (N, H, d)."""
@@ -99,5 +107,5 @@ class _Moments:
     def shares(self, other: _Moments) -> float:
         """E((a, b) . (c, d))^2 over E(a . c)^2, for (a, b) and (c, d) drawn independently."""
         d = self.head_dim
-        products = self.total * other.total
+        products = torch.as_tensor(self.total * other.total)
         return float(products.sum().clamp_min(0) / products[:, :d, :d].sum().clamp_min(1e-300))

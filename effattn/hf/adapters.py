@@ -84,6 +84,7 @@ def _parametrization(module: nn.Module) -> str | None:
         name = next(iter(module.parametrizations))
         remedy = f"torch.nn.utils.parametrize.remove_parametrizations(module, {name!r})"
         return f"has a parametrized {name}, valid is one of its own: {remedy}"
+    # torch's older ways keep a weight's parts under its name and a suffix
     own = module._parameters
     for name in {name.rpartition("_")[0] for name in own} - own.keys():
         if f"{name}_orig" in own and f"{name}_mask" in module._buffers:
@@ -109,6 +110,8 @@ def merge(model: nn.Module) -> nn.Module:
     PeftModel, `merge_and_unload` does this. Unsupported, before anything is changed, for adapters
     that no weight can hold; ValueError when a merged weight is not finite in its dtype. Returns the
     model."""
+    # all checks first; then what wraps another wrapped module is merged after it, and the outermost
+    # is replaced by what is inside it
     require_unwrapped(model)
     found = {name: module for name, module in model.named_modules() if is_adapted(module)}
     for name, module in found.items():

@@ -13,9 +13,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from effattn.errors import Unsupported
 from effattn.hf import refusals
@@ -36,11 +38,11 @@ class Anatomy:
     input's.
     """
 
-    model: nn.Module
-    config: object
+    model: PreTrainedModel
+    config: Any
     family: str
     layers: list[Layer]
-    embeddings: nn.Module
+    embeddings: nn.Embedding
     head: nn.Module | None
     final_norm: nn.Module | None
     positions: nn.Module | None = None  # the table of learned positions
@@ -85,7 +87,8 @@ class Anatomy:
         """Logits (..., V) from the final norm's output (..., D): the head and what the class does
         after it.
         """
-        # by its own code: the weight may be packed, or elsewhere
+        # the head by its own code: its weight may be packed, or elsewhere; then what the classes do
+        # in their own forward, which has no name of its own
         head = self.model.get_output_embeddings()
         logits = (
             nn.functional.linear(hidden, self.embeddings.weight) if head is None else head(hidden)
@@ -136,7 +139,7 @@ def of(model: nn.Module) -> Anatomy:
         layers.append(Layer(index, block, attention, ffn, heads, head_dim, family, config, rotary))
     embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
     tied = head is None or head.weight is embeddings.weight
-    steady(model)
+    steady(model)  # from here on bitsandbytes rearranges no weight that is read
     final_norm, positions = (get(model, path) for path in (family.final_norm, family.positions))
     return Anatomy(
         model,

@@ -36,7 +36,7 @@ def new_cache(model: nn.Module) -> DynamicCache:
     parts = anatomy.of(model)
     if not parts.causal:
         raise Unsupported(f"{type(model).__name__} has no cache: it is not causal")
-    cache = DynamicCache(config=model.config)
+    cache = DynamicCache(config=parts.model.config)
     for layer in parts.layers:
         swapped = getattr(layer.attention, ATTRIBUTE, None)
         if swapped is not None and swapped.backend is not None:
@@ -66,6 +66,7 @@ def place(cache: Cache, swapped: SwappedLayer) -> None:
     layer = layers[index]
     where = f"past_key_values: layer {index} ({words_of(swapped.holds, swapped.cache)})"
     empty = "start with an empty cache (effattn.new_cache(model))"
+    # 1. One of ours: for this layer, and made for the same pattern, or empty and remade
     if isinstance(layer, StateLayer):
         if layer.index != index or sum(one is layer for one in layers) > 1:
             raise Unsupported(
@@ -77,6 +78,8 @@ def place(cache: Cache, swapped: SwappedLayer) -> None:
                 filled = f"the cache was {'made for' if layer.given else 'filled by'} {layer.words}"
                 raise Unsupported(f"{where}: {filled}; effattn.new_cache(model) is empty")
             layers[index] = new_layer(swapped, layer.record_past)
+    # 2. transformers' own: an empty one is replaced where it would not do, one with tokens has to
+    #    do
     elif isinstance(layer, StaticLayer):
         raise Unsupported(
             f"{where}: static cache: it has no place for a backend's own state; after a swap, use "
@@ -116,6 +119,7 @@ def new_layer(swapped: SwappedLayer, record_past: bool = False) -> CacheLayerMix
     otherwise.
     """
     state = swapped.new_state()
+    # all keys, rotated: transformers' own layer is as good, and what else reads a cache knows it
     if type(state) is FullState and not swapped.raw_keys:
         return DynamicLayer()
     layer = StateLayer(swapped.index, swapped.holds, state, swapped.cache)

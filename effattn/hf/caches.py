@@ -37,5 +37,5 @@ def obstacle(layer: Layer, backend: Backend, cache: LayerCache) -> str | None:
     """Why this layer cannot have such a cache; None when nothing is known against it."""
     if not layer.causal:
         return f"cache {cache.spec!r}: an encoder remembers nothing"
-    rotary, device = layer.family.rotary, device_of(layer.k.module)
+    rotary, device = bool(layer.family.rotary), device_of(layer.k.module)
     return cache.refuses(backend, rotary=rotary, device=device)

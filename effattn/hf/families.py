@@ -66,41 +66,33 @@ class Family:
     attention: str = "self_attn"
     ffn: tuple[str, ...] = ("mlp",)
     # paths from the layer; empty: a mixture of experts
-    ffn_in: tuple[str, ...] = (
-        "mlp.gate_proj",
-        "mlp.up_proj",
-    )
+    ffn_in: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")
     ffn_out: str = "mlp.down_proj"
     ffn_size: str = "intermediate_size"  # the config's name of the FFN's inner size
     q: str = "q_proj"
     k: str = "k_proj"
     v: str = "v_proj"
     o: str = "o_proj"
-    fused: str | None = (
-        None  # one module holds q, k and v: "stacked" rows (Phi-3) or "per_head" (GPT-NeoX)
-    )
+    # one module holds q, k and v: "stacked" rows (Phi-3) or "per_head" (GPT-NeoX)
+    fused: str | None = None
     q_norm: str = "q_norm"
     k_norm: str = "k_norm"
     final_norm: str = "model.norm"
     interleaved: bool = False  # rotary pairs are (2i, 2i+1) instead of (i, i + R/2)
     gqa: str = ""  # why `num_key_value_heads` cannot be reduced; empty: it can
-    rotary: str = (
-        "model.rotary_emb"  # the module that holds the frequencies; empty: no rotary embedding
-    )
+    # the module that holds the frequencies; empty: no rotary embedding
+    rotary: str = "model.rotary_emb"
     positions: str = ""  # the table of learned positions, from the model
     # the config's names of the width of the residual stream
     hidden_size: tuple[str, ...] = ("hidden_size",)
-    explicit_head_dim: bool = (
-        True  # the class reads head_dim from its config, so that heads can be any number
-    )
-    scaled_embeddings: bool = (
-        False  # embeddings are multiplied by sqrt(hidden_size), and norms by 1 + their weight
-    )
+    # the class reads head_dim from its config, so that heads can be any number
+    explicit_head_dim: bool = True
+    # embeddings are multiplied by sqrt(hidden_size), and norms by 1 + their weight
+    scaled_embeddings: bool = False
     # which layers obey config.sliding_window: none, "all", or those that "layer_types" names
     windows: str = ""
-    encoder: bool = (
-        False  # its classes have several heads, or none, and nothing to do with generation
-    )
+    # its classes have several heads, or none, and nothing to do with generation
+    encoder: bool = False
 
 
 # Fields of a config that give o_proj and the FFN's output module biases (and the other projections

@@ -72,6 +72,9 @@ class GlobalProjections(nn.Module):
     def forward(self, args: tuple, kwargs: dict) -> tuple[Tensor, Tensor, Tensor]:
         """q, k and v that the attention module makes with these weights from its own arguments: by
         its own code, so that norms, rotations and fused projections are right."""
+        # A shallow twin of the attention module, with these projections in the places of its own,
+        # is run until it calls our attention function, which hands out q, k and v instead of
+        # attending. The module itself is not touched.
         args, kwargs = placement.taken(self._attention[0], args, kwargs)
         twin = placement.bare(self._attention[0])
         for path, names in self.names.items():
@@ -154,6 +157,7 @@ def before_model(module: nn.Module, args: tuple, kwargs: dict) -> None:
     Assisted decoding asks for the logits of its candidates and of one token more, plain decoding
     for one."""
     position_ids.check_call(getattr(module, ATTRIBUTE).checkers, args, kwargs)
+    # of the last tokens all but one are candidates: it is their logits that decide about them
     cache, kept = kwargs.get("past_key_values"), kwargs.get("logits_to_keep")
     candidates = kept - 1 if isinstance(kept, int) and kept > 1 else 0
     if isinstance(cache, Cache) and candidates != getattr(cache, CANDIDATES, 0):

@@ -6,6 +6,7 @@ Shapes: D hidden size, H query heads, K key/value heads, d head size, R rotary d
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from einops import rearrange
@@ -55,6 +56,8 @@ class Rotary:
         """cos and sin as the model's own module would make them with the frequencies of `rope`, in
         `like`'s dtype.
         """
+        # The model's own module on other frequencies: how cos and sin are laid out is its business.
+        # A twin, whose rule is none, or it would put its own frequencies back.
         module = bare(self.module)
         module._buffers[f"{self.prefix}inv_freq"] = rope.inv_freq.to(like.device)
         setattr(module, f"{self.prefix}attention_scaling", rope.attention_scaling)
@@ -81,12 +84,13 @@ class Layer:
     heads: int
     head_dim: int
     family: Family = field(repr=False)
-    config: object = field(repr=False)
+    config: Any = field(repr=False)
     rotary_module: nn.Module | None = field(default=None, repr=False)
 
     @property
     def kv_heads(self) -> int:
         """Key/value heads."""
+        # classes that know no GQA have no such attribute
         groups = getattr(self.attention, "num_key_value_groups", 1)
         return self.heads // groups
 
@@ -119,6 +123,7 @@ class Layer:
             return Projection(
                 module, heads, self.head_dim, order * self.head_dim, 3 * self.head_dim
             )
+        # fused and stacked: the rows of q, then of k, then of v
         start = (
             [0, self.heads, self.heads + self.kv_heads][order] * self.head_dim
             if self.family.fused

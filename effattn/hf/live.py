@@ -1,4 +1,11 @@
-"""Inside a live model: the attention and mask functions that transformers calls after a swap."""
+"""Inside a live model: the attention and mask functions that transformers calls after a swap.
+
+A call of a swapped model: `hooks.before_model` looks at position_ids, transformers asks `mask` once
+for the padding, and in each layer `hooks.before_attention` sees to its cache and positions before
+the layer's own code projects, rotates (or passes on) and calls `attention`, which gives all to the
+layer's backend.
+
+B: rows; Hq, Hkv: query and key/value heads; Tq, T: new tokens; D, Dv: of a key, of a value."""
 
 from __future__ import annotations
 
@@ -62,15 +69,17 @@ def mask(
     each layer's own."""
     from transformers.masking_utils import bidirectional_mask_function
 
-    # which never allows that skip
+    # transformers allows to skip its mask where a plain causal one would do; a bidirectional mask
+    # function never allows that skip, and is plain all the same
     plain = allow_is_causal_skip or mask_function is bidirectional_mask_function
     if q_length > 1 and not (plain and allow_is_bidirectional_skip):
         if not is_tracing():
             raise Unsupported(PACKED)
-        # a graph has a rule for packed documents whether there are any or not
+        # a graph has a rule for packed documents whether there are any or not: it is asked when it
+        # runs (a window of 1, where no token sees the one before it, tells nothing)
         if kwargs.get("local_size") != 1:
             _assert_one_document(mask_function, batch_size, q_length, kwargs.get("device"))
-    # static: numbers on the device, not asked for
+    # a static cache in a graph: lengths are numbers on the device, which are not asked for
     if isinstance(q_offset, Tensor) and torch.compiler.is_compiling():
         return attention_mask
     seen = (int(q_offset) if isinstance(q_offset, Tensor) else q_offset) + q_length
@@ -171,7 +180,7 @@ def attention(
         if cached is not None:
             out = cached.attend(layer.backend, query, key, value, attention_mask, **call)
         else:
-            # a windowed layer's last tokens
+            # transformers' own cache of a windowed layer has the last tokens only
             if attention_mask is not None and attention_mask.shape[1] != key.shape[2]:
                 attention_mask = attention_mask[:, -key.shape[2] :]
             out = layer.backend(query, key, value, padding_mask=attention_mask, **call)
@@ -272,6 +281,7 @@ def _keep(module, query, key, value, padding_mask, scaling, dropout, original: s
         device=query.device,
         config=module.config,
     )
+    # "eager" is in no table: each model's file has its own
     eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
     run = ALL_ATTENTION_FUNCTIONS.get_interface(original, eager)
     return run(module, query, key, value, own_mask, scaling=scaling, dropout=dropout, **kwargs)

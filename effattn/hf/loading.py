@@ -107,11 +107,13 @@ def build(
             f"model: {name!r} cannot be loaded as {cls.__name__}: {one_line(error)}"
         ) from error
     _check_report(found, config.model_type, learned)
-    model.__class__ = cls
+    model.__class__ = cls  # it was a subclass while it was built, which nobody should see
     return model.eval()
 
 
 def _shaped(cls: type[nn.Module], shape: Callable[[nn.Module], None]) -> type[nn.Module]:
+    """`cls`, whose new models pass through `shape` before their weights are read."""
+
     class Shaped(cls):
         def __init__(self, config):
             super().__init__(config)

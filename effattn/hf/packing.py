@@ -77,7 +77,8 @@ def steady(model: nn.Module) -> nn.Module:
             state = getattr(module.weight, "quant_state", None)
             if getattr(state, "packing_format_for_cpu", False):
                 _codes_back(module.weight, state)
-            if state is not None and state.absmax.dim() == 2:  # (blocks of a row, rows), bf16
+            # the scales, which were transposed to (blocks of a row, rows) and rounded to bf16
+            if state is not None and state.absmax.dim() == 2:
                 state.absmax = state.absmax.T.reshape(-1).float()
     if conversions := getattr(model, CONVERSIONS, None):
         packed = getattr(model, "hf_quantizer", None) is not None

@@ -127,6 +127,7 @@ def require_own(model: nn.Module, what: str, embedding: bool = False) -> None:
     """Unsupported where two modules have one weight that the model does not tie by itself: what is
     done to one would be done to the other, and a checkpoint would lose it. embedding: the output
     embedding may be the input's."""
+    # transformers' own ties are known to it, and saved once; any other sharing is somebody's own
     ties = getattr(model, "all_tied_weights_keys", None) or {}
     known, first = {*ties, *ties.values()}, {}
     if embedding:

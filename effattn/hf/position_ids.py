@@ -62,6 +62,8 @@ def check(
         padded = False
     else:
         mask, padded = mask.bool(), True
+    # How much is added to each real token's own count; it has to be one number a row, in this call
+    # and the same as in those before. Padding may say anything.
     real, before = mask[:, -new:], mask[:, : mask.shape[1] - new].any(dim=1)
     added = ids - (mask.long().cumsum(dim=1) - 1)[:, -new:]
     # of each row that has a real token here
@@ -74,9 +76,9 @@ def check(
     state, seen = None if cached is None else cached.state, real.any(dim=1)
     if state is not None and state.shift is not None:
         known = torch.tensor(state.shift, device=ids.device)
-    # a plain cache tells nothing: ids that count padding on the left too are what a model makes by
-    # default
     else:
+        # a plain cache tells nothing: ids that count padding on the left too are what a model makes
+        # by default
         default = mask.int().argmax(dim=1)
         known = torch.where(shift == default, default, 0)
     if (before & seen & (shift != known)).any():

@@ -71,6 +71,8 @@ class LayerPositions:
             )
         if torch.compiler.is_compiling() or position_ids.is_inference():
             return self.own.embeddings(cos, position_ids, self.rule.rope())
+        # All layers with this rule ask for the same angles in a call: the first one makes them.
+        # Known again by the tensor itself, and by torch's count of writes to it.
         key = (cos.dtype, position_ids._version)
         if not self.last or self.last[0] is not position_ids or self.last[1] != key:
             self.last[:] = [
@@ -113,6 +115,7 @@ def active(model: nn.Module) -> PositionSwap | None:
 def make(parts: anatomy.Anatomy, positions: str | dict[str | int, str]) -> PositionPlan:
     """Checks a request, and what it comes to in this model. ValueError for what means nothing,
     Unsupported for what the model cannot have; nothing is changed."""
+    # 1. What is asked for, layer by layer. A rule for all means: for those that can have it.
     named = isinstance(positions, dict)
     asked = parse_layers(positions, len(parts.layers), "positions") if named else {}
     if not named:
@@ -120,6 +123,7 @@ def make(parts: anatomy.Anatomy, positions: str | dict[str | int, str]) -> Posit
         needs = any(part.slot == "far" or getattr(part, "turns", False) for part in rules)
         can = [layer.index for layer in parts.layers if layer.rotary_dims or not needs]
         asked = dict.fromkeys(can or [0], positions)  # without any, the first layer says why not
+    # 2. Beside it stays what other layers have; a rule that has learned something is kept as it is
     done = active(parts.model)
     specs = ({} if done is None else done.specs) | asked
     rules, bound = {spec: parse(spec) for spec in dict.fromkeys(specs.values())}, {}
@@ -127,6 +131,8 @@ def make(parts: anatomy.Anatomy, positions: str | dict[str | int, str]) -> Posit
         if [part.name for part in rules[spec]] != ["rope"]:
             held = None if index in asked else held_by(parts.layers[index])
             bound[index] = _bind(parts, index, rules[spec], done) if held is None else held.rule
+    # 3. Plain, if transformers has the rule and all layers that turn have the same; else layer by
+    #    layer
     plan = PositionPlan({index: specs[index] for index in bound}, dict.fromkeys(specs))
     if bound and (plain := _plain(parts, bound)) is not None:
         plan.config, plan.rotary = plain
@@ -268,6 +274,8 @@ def _plain(
             return None
         if kinds.setdefault(parts.layers[index].rotary.layer_type, new) != new:
             return None
+    # The rule in transformers' own words, in a copy of the config, and the rotary module that its
+    # class makes of it: only if that turns as our rule does, is the model plain.
     config = copy.deepcopy(parts.config)
     old = config.rope_parameters
     for kind, new in kinds.items():

@@ -1,5 +1,7 @@
 """q, k, v or o of one attention layer, by head: views of the model's own weights, also where they
 are fused.
+
+D: the hidden size; d: of a head; heads: of this projection.
 """
 
 from __future__ import annotations

@@ -165,6 +165,9 @@ class StateLayer(CacheLayerMixin):
         """`backend` over the past and the new tokens k, v, which the state then holds. mask: (B,
         all tokens) bool.
         """
+        # More of the last tokens may be taken back than the state keeps by itself: a copy from
+        # before them. Not while training, where nobody takes tokens back, nor in a graph, which
+        # could not copy.
         self._undo = None
         if self.device != k.device:
             self._move(k.device)
@@ -231,6 +234,8 @@ class StateLayer(CacheLayerMixin):
         undo, self._undo = self._undo, None
         if tokens_to_remove == 0 or not self.is_initialized:
             return
+        # few tokens back, or none recorded: the state does it; else the copy, and of the tokens
+        # after it those that stay once more
         left = self.state.seq_len + tokens_to_remove
         if undo is None or left < undo.state.seq_len or -tokens_to_remove <= ROLLBACK:
             self.state.crop(left)

@@ -19,6 +19,7 @@ from effattn.states.sizes import NoSuchRow
 
 def bind(cache: Cache) -> None:
     """From now on this cache checks lengths and rows in all layers before any of them changes."""
+    # on the one object, so that other caches of its class stay as they are; once
     if "crop" in vars(cache) or torch.compiler.is_compiling():
         return
     for operation in (crop, reorder_cache, batch_select_indices, batch_repeat_interleave):

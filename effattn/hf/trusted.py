@@ -54,6 +54,8 @@ def check_config(config: dict) -> None:
             _check_attention(where, value, config)
         elif name.endswith("_implementation") and isinstance(value, str) and "/" in value:
             raise ValueError(f"{where}: got {value!r}; code from the hub is never run")
+        # transformers sets what a config.json names as attributes: no method or private one of its
+        # class
         taken = name.startswith("_") and name not in PRIVATE and hasattr(PreTrainedConfig, name)
         if taken or callable(getattr(PreTrainedConfig, name, None)):
             raise ValueError(f"{where}: {name!r} is no setting of a model")
@@ -220,6 +222,7 @@ def _check_pattern(spec: str, bound: int) -> None:
                 raise ValueError(
                     f"{name}: {option}: got {one!r:.40}, valid here is up to {bound:,}"
                 )
+    # two sizes together make a weight (linformer's k x max_length), a third is of something else
     sizes = sorted(
         value for option, value in options.items() if type(value) is int and option != "seed"
     )[-2:]

@@ -48,6 +48,7 @@ def verify_plain(folder: Path, model, tokens: torch.Tensor) -> dict:
     ids = tokens[None]
     device = input_device(model)
     expected = model(input_ids=ids.to(device), use_cache=False).logits.float().cpu()
+    # a process of its own: what this one has imported and patched proves nothing
     with tempfile.TemporaryDirectory() as scratch:
         given, answer = Path(scratch) / "ids.safetensors", Path(scratch) / "logits.safetensors"
         save_file({"ids": ids.contiguous()}, given)

@@ -117,10 +117,8 @@ def measure_approximation(
     for projection in (getattr(layer, name) for layer in chosen for name in "qkvo"):
         projection.by_head  # noqa: B018 - raises where there are no numbers to read
     earlier = tokens[: (len(tokens) - length) // length * length].view(-1, length)[:8]
-    fitted, measured = (
-        projections_of(model, begun(rows, bos_of(model)), layers)
-        for rows in (earlier, tokens[None, -length:])
-    )
+    windows = [begun(one, bos_of(model)) for one in (earlier, tokens[None, -length:])]
+    fitted, measured = (projections_of(model, one, layers) for one in windows)
     given = {f"layer {index}": (fitted[index], measured[index]) for index in layers}
     given[NORMAL] = tuple(
         _normal(one[layers[0]], seed + part) for part, one in enumerate((fitted, measured))

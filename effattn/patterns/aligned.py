@@ -1,5 +1,8 @@
 """For patterns laid out on a grid of positions: rows moved so that each one's first real token
 comes first.
+
+q (B, Hq, Tq, D), k (B, Hkv, Tk, D), v (B, Hkv, Tk, Dv); out (B, Hq, Tq, Dv), and its log-sum-exps
+`sums` (B, Hq, Tq).
 """
 
 from __future__ import annotations
@@ -41,14 +44,18 @@ def aligned(
         return x.gather(2, at[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
 
     mask = layout.mask.gather(1, there)
-    out, sums = run(*(move(x, there) for x in (q, k, v)), Layout(mask=mask))
+    q, k, v = (move(x, there) for x in (q, k, v))
+    out, sums = run(q, k, v, Layout(mask=mask))
     out, sums = move(out, back), move(sums[..., None], back)[..., 0]
     seen = (places >= layout.start[:, None])[:, None]  # padding on the left sees nothing
     return torch.where(seen[..., None], out, 0.0), torch.where(seen, sums, -torch.inf)
 
 
 def in_pieces(backend, q: Tensor, k: Tensor, v: Tensor, call: Call, impl: str, lse: bool):
-    """A chunk after an evicted past, through the decode kernels, 16 queries at a time."""
+    """A chunk after an evicted past, through the decode kernels, 16 queries at a time.
+
+    Grids need whole sequences, and here the past lies in a ring and slots; the decode kernels take
+    a table of who sees whom (`counts`), of any layout. Such chunks are rare and short."""
     if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
         impl = "torch"  # the Triton decode kernel has no backward
     counts = backend.counts(q, k, call)

@@ -1,7 +1,10 @@
 """What the exact patterns share: softmax attention over the keys that a predicate shows, by the
 flash and decode kernels. A pattern file says who sees whom (`sees`, the definition), how a kernel
-does it (`pattern` or `attend`), what must be remembered (`new_state`), and how many pairs there are
-(`pairs`)."""
+does it (`pattern` or `attend_many`), what must be remembered (`new_state`), and how many pairs
+there are (`pairs`).
+
+B: rows; Hq, Hkv: query and key/value heads; Tq, Tk: queries, the last of all tokens, and keys; D,
+Dv: of a key, of a value. i, j: positions of queries and keys; h: a query head."""
 
 from __future__ import annotations
 
@@ -112,10 +115,12 @@ class ExactBackend(Backend):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
         self.chosen_impl = impl = flash.choose(self.impl, q.device)
-        packed = call.state is not None and call.state.packed
-        if impl == "reference" and not packed:
+        packed = call.state if call.state is not None and call.state.packed else None
+        if impl == "reference" and packed is None:
             out, lse = self._reference(q, k, v, call)
             return out
+        # The Triton kernels have no gradient for a bias' parameters. "auto" may take torch then; an
+        # explicit impl runs or raises.
         if (
             impl == "triton"
             and call.bias is not None
@@ -130,15 +135,17 @@ class ExactBackend(Backend):
             self.chosen_impl = impl = "torch"
         needs_lse = call.sink_logits is not None
         learning = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
-        if packed:  # only the state can read what it holds, and k, v are the new tokens
-            out = call.state.attend(q, k, v, self.pattern(call.causal), call, impl, needs_lse)
+        if packed is not None:  # only it can read what it holds, and k, v are the new tokens
+            out = packed.attend(q, k, v, self.pattern(call.causal), call, impl, needs_lse)
         elif self._few(q, k, v, call.layout):
             out = self.attend_few(q, k, v, call, "torch" if learning else impl, needs_lse)
         else:
             out = self.attend_many(q, k, v, call, impl, needs_lse)
-        if not needs_lse:
+        if call.sink_logits is None:
             return out
-        out, lse = out  # a logit in the denominator only: out * Z / (Z + exp(logit))
+        # A logit in the denominator only: out * Z / (Z + exp(logit)), and Z = exp(lse). The kernels
+        # need not know of it, and its gradient is the sigmoid's.
+        out, lse = out
         share = torch.sigmoid(lse - call.sink_logits.to(lse.dtype)[None, :, None])
         return (out.to(lse.dtype) * share[..., None]).to(out.dtype)
 
@@ -197,9 +204,9 @@ class ExactBackend(Backend):
 
         i = call.layout.query_positions(q.shape[2], k.shape[2], q.device)[:, :, None]
         j = call.layout.key_positions(k.shape[2], k.device)[:, None, :]
-        first = None
-        if call.q_first is not None:
-            first = ((j >= 0) & (j < self.pattern(call.causal).first))[:, 0]
+        first, pattern = None, self.pattern(call.causal)
+        if call.q_first is not None and pattern is not None:
+            first = ((j >= 0) & (j < pattern.first))[:, 0]
         return attention(
             q,
             k,
@@ -214,6 +221,12 @@ class ExactBackend(Backend):
             bias=call.bias,
             distance=i - j,
         )
+
+
+def keys_back(window: int, causal: bool) -> int:
+    """How many keys of a window lie at a query's own position or before it: all when causal, else
+    (window + 1) / 2 of an odd one, and as many ahead."""
+    return window if causal else (window + 1) // 2
 
 
 def check_size(backend: str, argument: str, value: int, least: int = 1) -> int:

@@ -1,5 +1,7 @@
 """The fixed pattern of the Sparse Transformer (arXiv:1904.10509): own block, and the last positions
 of earlier ones.
+
+q (B, Hq, T, D), k (B, Hkv, T, D), v (B, Hkv, T, Dv); i, j: positions of queries and keys.
 """
 
 from __future__ import annotations
@@ -62,12 +64,15 @@ class Fixed(ExactBackend):
         """Positions are token numbers here. Queries of one block see the same summaries, so that
         they can stand side by side as heads, one step of time a block; each of the `summary` places
         in a block is a sequence of its own."""
+        # Own blocks and summaries of earlier ones are disjoint sets of keys, so that their
+        # softmaxes merge exactly by log-sum-exp.
         options = dict(scale=call.scale, softcap=call.softcap, impl=impl, lse=True)
         parts = [flash.attention(q, k, v, Blocks(size=self.stride), layout, **options)]
         batch, heads, tokens, _ = q.shape
         blocks = -(-tokens // self.stride)
         if blocks == 1:
             return parts[0]
+        # (B, Hq stride, blocks, D): a causal attention over blocks, `stride` queries a block
         rows = pad(q, (0, 0, 0, blocks * self.stride - tokens)).unflatten(2, (blocks, self.stride))
         rows = rows.transpose(2, 3).reshape(batch, heads * self.stride, blocks, -1)
         for place in range(self.stride - self.summary, self.stride):

@@ -5,7 +5,10 @@ fixed size.
 
 Katharopoulos et al., arXiv:2006.16236. With decay it is what RetNet (arXiv:2307.08621) and
 Lightning attention (arXiv:2401.04658) compute, normalised or not. A learned map is Hedgehog's
-(arXiv:2402.04347)."""
+(arXiv:2402.04347).
+
+B: rows; Hq, Hkv: query and key/value heads; T: tokens; D, Dv: of a key, of a value; F: features of
+a head."""
 
 from __future__ import annotations
 
@@ -27,7 +30,13 @@ from effattn.states.full import FullState
 from effattn.states.recurrent import RecurrentState, folded
 
 LEARNED = ("hedgehog", "exp")
-MAPS = ("elu", "relu", "relu2", "softmax", *LEARNED, "identity")
+_FIXED = [(one.signed, name) for name, one in linear.MAPS.items() if not one.directed]
+# those that can be normalised first
+MAPS = (
+    *(name for signed, name in _FIXED if not signed),
+    *LEARNED,
+    *(name for signed, name in _FIXED if signed),
+)
 # of a key's exponents in the map "exp": no maximum is taken off, since their size weighs the keys
 MOST = 8.0
 
@@ -57,7 +66,7 @@ class KernelBackend(Backend):
         return 0
 
     def mapped(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        """q and k as the kernel's feature map gets them."""
+        """q (B, Hq, Tq, D) and k (B, Hkv, Tk, D) as the kernel's feature map gets them."""
         return q, k
 
     def kernel_options(self, k: Tensor) -> dict:
@@ -99,14 +108,17 @@ class KernelBackend(Backend):
 
             return attention(q, k, v, self.feature_map, mask=mask, causal=call.causal, **options)
         options |= {"feature_map": self.feature_map, "impl": impl}
-        state: RecurrentState | None = call.state
-        if state is None:
+        state = call.state
+        if not isinstance(state, RecurrentState):  # none: a whole sequence
             return linear.attention(q, k, v, mask=mask, causal=call.causal, **options)[0]
+        # k and v are what the sums do not hold: some tokens of the past, and the new ones from
+        # `first` on. Those before `cut` are due to go into the sums in this call.
         cut, first = state.due, k.shape[2] - q.shape[2]
         tokens = [slice(None, cut), slice(cut, None)]
         masks = [None if mask is None else mask[:, part] for part in tokens]
         (k_old, k_new), (v_old, v_new) = ([x[:, :, part] for part in tokens] for x in (k, v))
-        # some of the queries see no further than what goes into the sums
+        # Where queries lie on both sides of the cut (a long prompt), the earlier ones must not see
+        # sums over later keys: two calls, and the first one's sums are those that are kept.
         if call.causal and cut > first:
             before, memory = linear.attention(
                 q[:, :, : cut - first],
@@ -122,6 +134,8 @@ class KernelBackend(Backend):
             )
             state.fold(cut, memory)
             return torch.cat([before, after], dim=2)
+        # A decoding step: all is read first, then the oldest tokens move; one step in `ROLLBACK`
+        # does.
         out, _ = linear.attention(
             q, k, v, mask=mask, causal=call.causal, memory=state.memory, **options
         )
@@ -150,6 +164,7 @@ class KernelBackend(Backend):
         pairs = shape.heads * (
             shape.queries * (shape.queries + 1) // 2 if shape.causal else shape.queries * shape.keys
         )
+        # short sequences need less by the T x T matrix of weights than by sums of F x Dv numbers
         one = 2 * pairs * (features + shape.value_dim)
         token = shape.kv_bytes // shape.keys
         if shape.backward:
@@ -179,7 +194,7 @@ class KernelBackend(Backend):
 
     def memory_bytes(self, shape: Shape) -> int:
         """Bytes of the sums, fp32 or better."""
-        columns = shape.value_dim + self.normalize
+        columns = shape.value_dim + self.normalize  # the normaliser is one more value, always 1
         each = self.feature_count(shape.head_dim) * columns + linear.MAPS[self.feature_map].weighs
         return shape.batch * shape.kv_heads * each * max(4, shape.itemsize)
 
@@ -257,6 +272,7 @@ class Linear(KernelBackend):
             ("q", self.map_q, q.shape[1]),
             ("k", self.map_k, k.shape[1]),
         ):
+            # "exp" starts from exp(q.k / sqrt(D)), so each side has the fourth root
             if is_lazy(parameter):
                 parameter.materialize((heads, rows, dim), device=q.device, dtype=torch.float32)
                 with torch.no_grad():
@@ -271,6 +287,7 @@ class Linear(KernelBackend):
                 )
 
     def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
+        # What is made at the first call has to be there before it can be loaded.
         for name in ("map_q", "map_k"):
             given, own = state_dict.get(prefix + name), getattr(self, name)
             if given is not None and own is not None and is_lazy(own):
@@ -294,7 +311,7 @@ class Linear(KernelBackend):
         if self.decay is None:
             return {}
         heads = k.shape[1]
-        if self.decay == "retnet":
+        if self.decay == "retnet":  # eq. 8 of arXiv:2307.08621
             values = [1 - 2.0 ** (-5 - h) for h in range(heads)]
         else:
             values = self.decay if isinstance(self.decay, list) else [self.decay] * heads

@@ -1,5 +1,8 @@
 """Linformer (arXiv:2006.04768): keys and values are projected along time to a fixed number of
 slots.
+
+q (B, Hq, Tq, D), k (B, Hkv, Tk, D), v (B, Hkv, Tk, Dv); E, F (Hkv or 1, K, tokens): the projections
+of keys and of values to K slots.
 """
 
 from __future__ import annotations
@@ -75,6 +78,8 @@ class Projected(Backend):
         if self.init == "pool":
             weight = pooling(self.slots, self.tokens).expand(heads, -1, -1).clone()
         else:
+            # N(0, 1/k), as in the paper's proofs; E and F are drawn apart, of seeds that no two
+            # share
             draw = torch.Generator().manual_seed(self.seed * 2 + (name == "F"))
             weight = torch.randn(heads, self.slots, self.tokens, generator=draw) * self.slots**-0.5
         return nn.Parameter(weight)
@@ -89,6 +94,7 @@ class Projected(Backend):
             raise ValueError(f"k: expected {len(self.E)} heads, as many as E has, got {heads}")
 
     def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
+        # What is made at the first call has to be there before it can be loaded.
         for name in ("E", "F"):
             given, own = state_dict.get(prefix + name), self._parameters.get(name)
             if given is not None and own is not None and is_lazy(own):
@@ -149,6 +155,7 @@ class Linformer(Projected):
         return f"k={self.k}, max_length={self.max_length}, {super().extra_repr()}"
 
     def _check(self, q, k, v, causal, *others):
+        # before the general check, which could not say what to use instead
         if causal:
             raise Unsupported(
                 "linformer: causal=True is not possible, E mixes future tokens into every slot; "
@@ -237,15 +244,18 @@ def check_slots(backend: str, k: int, max_length: int) -> tuple[int, int]:
 @torch.no_grad()
 def fed_slots(E: Tensor, tokens: int, start: Tensor | None, mask: Tensor | None) -> Tensor | None:
     """(1 or B, K) bool: slots with a weight other than 0 for one of the row's real tokens, in any
-    head. None: all.
+    head. None: all. E (Hkv or 1, K, at least `tokens`); start (B,), mask (B, tokens): as in
+    `Layout`.
     """
     if mask is None:
         columns = E[:, :, :tokens]
-        # 5x as fast as any()
+        # a slot that no token feeds is a key of zeros, which would take its share of the softmax;
+        # two reductions are 5x as fast as != 0 and any()
         fed = ((columns.amax(dim=-1) > 0) | (columns.amin(dim=-1) < 0)).any(dim=0)[None]
         # elsewhere, looking means waiting
         known = fed.device.type == "cpu" and not torch.compiler.is_compiling()
         return None if known and fed.all() else fed
+    # column p of E belongs to position p, so a row's mask is looked up at start + p
     number = torch.arange(tokens, device=mask.device) + (0 if start is None else start[:, None])
     real = mask.gather(1, number.clamp(max=tokens - 1).expand_as(mask)) & (number < tokens)
     weighs = (E[:, :, :tokens] != 0).any(dim=0)

@@ -1,5 +1,8 @@
 """A causal Linformer: finished blocks are projected to a few slots each, the one being written is
 attended exactly.
+
+B: rows; Hq, Hkv: query and key/value heads; Tq, Tk: queries, the last of all tokens, and keys; D,
+Dv: of a key, of a value; S: slots of all blocks so far, `slots` of each.
 """
 
 from __future__ import annotations
@@ -95,6 +98,8 @@ class LinformerBlockwise(Projected):
             impl=impl,
             lse=True,
         )
+        # A slot stands for block / slots tokens: that factor on its weight is a constant on the
+        # log-sum-exp of all slots, so the kernels need not know of it.
         return merge([own, (out, lse + math.log(self.block / self.slots))])[0]
 
     def _many(
@@ -158,6 +163,7 @@ class LinformerBlockwise(Projected):
         self, x, weight, old: Tensor | None, layout: Layout, past: int, total: int, impl: str
     ) -> Tensor:
         """Appends the slots of the blocks that ended in this call; all rows are alike."""
+        # `old` may reach further: after a crop its last blocks are no longer finished
         done, now = past // self.block, total // self.block
         parts = [] if old is None else [old[:, :, : done * self.slots]]
         if now > done or old is None:
@@ -177,7 +183,8 @@ class LinformerBlockwise(Projected):
         blocks = total // self.block
         candidates = min((total - past) // self.block + 1, blocks)
         start = layout.start[:, None]
-        # (B, candidates)
+        # (B, candidates): which blocks of its own each row may have finished in this call; the
+        # shapes must not depend on how many it has, or every call would wait for the device
         which = (past - start).clamp(min=0) // self.block + torch.arange(
             candidates, device=x.device
         )
@@ -187,7 +194,7 @@ class LinformerBlockwise(Projected):
         there = layout.mask.gather(1, at) & ended.repeat_interleave(self.block, dim=1)
         x = x.gather(2, at[:, None, :, None].expand(-1, heads, -1, dim))
         new = self._project(torch.where(there[:, None, :, None], x, 0.0), weight, impl)
-        # one block more for what has not ended
+        # one block more, cut off at the end, where `scatter` puts what has not ended
         room = new.new_zeros(batch, heads, (blocks + 1) * self.slots, dim)
         if old is not None:
             kept = min(old.shape[2], blocks * self.slots)

@@ -1,5 +1,9 @@
 """Longformer (arXiv:2004.05150): a sliding window, and global tokens that see all and are seen by
 all.
+
+B: rows; Hq, Hkv: query and key/value heads; Tq, Tk: queries, the last of all tokens, and keys; D,
+Dv: of a key, of a value; g: the most global tokens that a row can have. i, j: positions of queries
+and keys.
 """
 
 from __future__ import annotations
@@ -13,7 +17,7 @@ from effattn.interface import Call, Traits
 from effattn.kernels import decode, flash
 from effattn.kernels.flash.pattern import Layout, Window, first_real, layout_of
 from effattn.kernels.merge import merge
-from effattn.patterns.exact import ExactBackend, check_size
+from effattn.patterns.exact import ExactBackend, check_size, keys_back
 from effattn.registry import register
 from effattn.states.full import ROLLBACK, FullState, RingState, first_positions
 
@@ -36,6 +40,7 @@ class Longformer(ExactBackend):
         exact=True, causal=True, bidirectional=True, learned=True, state="ring, global tokens"
     )
     extras = ("softcap", "global_qkv")
+    where: Tensor | None  # a buffer
 
     def __init__(
         self, window: int, global_tokens: int | list[int] | Tensor = 1, impl: str = "auto"
@@ -107,8 +112,8 @@ class Longformer(ExactBackend):
         }
 
     def sees(self, i, j, h, heads, causal):
-        side = self.window if causal else (self.window + 1) // 2
-        near = (i - j < side) & (j - i < side)
+        back = keys_back(self.window, causal)
+        near = (i - j < back) & (j - i < back)
         visible = near | self.is_global(j) | self.is_global(i)
         return visible & (j <= i) if causal else visible
 
@@ -120,9 +125,9 @@ class Longformer(ExactBackend):
         return out if call.global_qkv is None else self._global_rows(q, k, v, call, out)
 
     def attend_many(self, q, k, v, call: Call, impl: str, lse: bool):
-        side = self.window if call.causal else (self.window + 1) // 2
+        back = keys_back(self.window, call.causal)
         options = dict(causal=call.causal, scale=call.scale, softcap=call.softcap, impl=impl)
-        window = Window(first=self.first, back=side, ahead=1 if call.causal else side)
+        window = Window(first=self.first, back=back, ahead=1 if call.causal else back)
         if self.where is None:
             out = flash.attention(q, k, v, window, call.layout, **options)
         else:
@@ -134,6 +139,7 @@ class Longformer(ExactBackend):
         sets.
         """
         layout = call.layout
+        # chosen positions are anywhere, so rows with padding have them at different keys
         at = layout.key_positions(k.shape[2], k.device).expand(q.shape[0], -1)
         columns = self.is_global(at)
         others = ~columns if layout.mask is None else layout.mask & ~columns
@@ -152,6 +158,7 @@ class Longformer(ExactBackend):
         at_q = call.layout.query_positions(q.shape[2], k.shape[2], q.device)
         if call.global_qkv is not None:
             q, k, v, at_k = call.global_qkv
+        # no query is at a global position: known without looking only where rows are not padded
         elif call.layout.start is None and call.layout.tokens(k.shape[2]) - q.shape[2] >= self.last:
             return out
         else:
@@ -163,7 +170,7 @@ class Longformer(ExactBackend):
         at = torch.where(real, index, out.shape[2])[:, None, :, None].expand(
             -1, out.shape[1], -1, out.shape[3]
         )
-        # rows with fewer global tokens write the rest to one more place
+        # rows with fewer global tokens write the rest to one more place, which is cut off
         room = torch.cat([out, out[:, :, :1]], dim=2)
         return room.scatter(2, at, rows)[:, :, :-1]
 
@@ -171,6 +178,7 @@ class Longformer(ExactBackend):
         """Where (B, T) bool is true: index (B, g), and which of the entries are meant, g as large
         as it can be.
         """
+        # False sorts first; the number of columns is known from `most`, without asking the device
         index = (~chosen).int().argsort(dim=1, stable=True)[:, : min(self.most, chosen.shape[1])]
         return index, chosen.gather(1, index)
 
@@ -178,10 +186,10 @@ class Longformer(ExactBackend):
         chosen = self.is_global(torch.arange(shape.keys))
         # global tokens below each position
         before = torch.cat([torch.zeros(1, dtype=torch.long), chosen.cumsum(0)])
-        side = self.window if shape.causal else (self.window + 1) // 2
+        back = keys_back(self.window, shape.causal)
         low, high = (
-            (i - side + 1).clamp(min=0),
-            (i + (1 if shape.causal else side)).clamp(max=shape.keys),
+            (i - back + 1).clamp(min=0),
+            (i + (1 if shape.causal else back)).clamp(max=shape.keys),
         )
         end = i + 1 if shape.causal else torch.full_like(i, shape.keys)
         near = high - low + before[low] + before[end] - before[high]
@@ -253,6 +261,7 @@ class GlobalRing(RingState):
             return None, None
         k, v, _ = self.twin.append(k, v)
         least = self.first + (0 if start is None else int(start.max()))
+        # every row's first tokens have come, and a rollback cannot take them back
         if k.shape[2] >= least + ROLLBACK:
             self.twin, self.least = None, least
         return k, v

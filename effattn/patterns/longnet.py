@@ -1,5 +1,7 @@
 """LongNet's dilated attention (arXiv:2307.02486): segments of several lengths, each thinned by its
 own dilation.
+
+q (B, Hq, T, D), k (B, Hkv, T, D), v (B, Hkv, T, Dv). Of a branch: w, its segment; r, its dilation.
 """
 
 from __future__ import annotations
@@ -105,6 +107,7 @@ class LongNet(ExactBackend):
         """Segments become rows of a batch; of their w positions, the heads of each offset keep
         their own w / r.
         """
+        # a segment longer than the sequence is the sequence; it stays a multiple of r
         batch, heads, tokens, _ = q.shape
         w = min(w, -(-tokens // r) * r)
         end = -(-tokens // w) * w
@@ -114,14 +117,18 @@ class LongNet(ExactBackend):
             real = torch.ones(batch, tokens, dtype=torch.bool, device=q.device)
         if real is not None:
             real = pad(real, (0, end - tokens), value=False)
+        # (B, H, segments, places, offsets, D): token number w s + r p + o at [s, p, o]
         q, k, v = (
             pad(x, (0, 0, 0, end - tokens)).unflatten(2, (end // w, w // r, r)) for x in (q, k, v)
         )
+        # what no head of this branch keeps has no keys: 0, and a log-sum-exp of -inf
         out = q.new_zeros(*q.shape[:-1], v.shape[-1])
         sums = q.new_full(
             q.shape[:-1], -torch.inf, dtype=torch.promote_types(q.dtype, torch.float32)
         )
         for offset in range(min(r, heads)):
+            # the heads h with h % r == offset, and the K/V heads that they read (with r > 1 a
+            # group's heads have different offsets, so each brings its own copy)
             own = torch.arange(offset, heads, r, device=q.device)
             shared = own // group if r > 1 else torch.arange(k.shape[1], device=q.device)
             rows = (

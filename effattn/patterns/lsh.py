@@ -1,5 +1,8 @@
 """Reformer's LSH attention (arXiv:2001.04451), made causal-safe: chunks are counted inside of fixed
 buckets.
+
+q (B, Hq, Tq, D), k (B, Hkv, Tk, D), v (B, Hkv, Tk, Dv); R: rounds; bucket (B, H, R, T) int64,
+`code` (B, Hkv, R, T): a key's bucket and rank there in one number.
 """
 
 from __future__ import annotations
@@ -96,10 +99,11 @@ class LSH(Backend):
         if self.rotations is None:
             shape = (self.rule.rounds, dim, self.rule.buckets // 2)
             drawn = torch.randn(shape, generator=torch.Generator().manual_seed(self.seed))
-            # the same numbers in all of them
+            # numbers that fp32, fp16 and bf16 hold alike: a cast of the model moves no bucket
             self.rotations = drawn.half().bfloat16().float().to(device)
 
     def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
+        # What is made at the first call has to be there before it can be loaded.
         given = state_dict.get(prefix + "rotations")
         if given is not None and self.rotations is None:
             self.rotations = torch.empty_like(given)
@@ -155,6 +159,7 @@ class LSH(Backend):
         if impl == "reference":
             from effattn.kernels.lsh.reference import attention
 
+            # the reference takes as many queries as keys; what is put before is not read
             query_bucket = torch.nn.functional.pad(query_bucket, (bucket.shape[3] - queries, 0))
             return attention(
                 q, k, v, rule, query_bucket, bucket, causal=call.causal, scale=call.scale, real=real
@@ -173,6 +178,7 @@ class LSH(Backend):
         in the exact patterns, no hashing."""
         rule, new = self.rule, shape.queries if shape.causal else shape.keys
         i = torch.arange(shape.keys - shape.queries, shape.keys)
+        # a bucket of n keys shows its last chunk, full or not, and the one before
         if shape.causal:
             filled = i // rule.buckets + 1
             seen = filled - ((filled - 1) // rule.chunk - 1).clamp(min=0) * rule.chunk

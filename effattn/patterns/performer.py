@@ -7,6 +7,8 @@ linear cost.
 Choromanski et al., arXiv:2009.14794, lemma 1. The error falls like 1 / sqrt(features), and grows
 exponentially with |q'|^2 and |k'|^2: for inputs of unit variance it is large at any number of
 features that pays.
+
+B: rows; H: heads; T: tokens; D: of a key; F: `features` random directions.
 """
 
 from __future__ import annotations
@@ -79,11 +81,12 @@ class Performer(KernelBackend):
             )
 
     def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
+        # What is made at the first call has to be there before it can be loaded.
         given = state_dict.get(prefix + "directions")
         if given is not None:
             if self.directions is None and given.shape[0] == self.features:
                 self.directions = torch.empty_like(given)
-            self.draws += 1
+            self.draws += 1  # sums that a state made with the old directions are void
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def feature_count(self, head_dim: int) -> int:
@@ -102,6 +105,7 @@ def draw(features: int, dim: int, seed: int) -> Tensor:
 
     The QR decomposition of a normal matrix, with the signs that make it unique, is uniform over the
     rotations; lengths are those of independent normal vectors."""
+    # in fp64 on the CPU, so that a seed means the same directions on every device
     generator = torch.Generator().manual_seed(seed)
     blocks = -(-features // dim)
     q, r = torch.linalg.qr(torch.randn(blocks, dim, dim, generator=generator, dtype=torch.float64))

@@ -2,7 +2,10 @@
 long.
 
 (i - j) % d == 0 depends on differences only, so it does not matter from where tokens are counted:
-padding needs no alignment, and a window of w keys d apart is a window of w neighbours."""
+padding needs no alignment, and a window of w keys d apart is a window of w neighbours.
+
+B: rows; H, Hq, Hkv: heads; Tq, Tk: queries, the last of all tokens, and keys; D, Dv: of a key, of a
+value; d: the dilation."""
 
 from __future__ import annotations
 
@@ -54,6 +57,8 @@ def by_residue(
             pieces.append(by_residue(d, *some, part, run, lse=True, strict=strict))
         out, sums = (torch.cat(each, dim=2) for each in zip(*pieces, strict=True))
         return (out, sums) if lse else out
+    # Token number t goes to row t % d, place t // d. Both ends are filled up to whole multiples of
+    # d, from `first_k` and `first_q` to `end`, so that this is a view; what fills is masked out.
     total, queries = layout.tokens(k.shape[2]), q.shape[2]
     first_k, first_q = layout.tail // d * d, (total - queries) // d * d
     end = -(-total // d) * d
@@ -69,6 +74,7 @@ def by_residue(
     parts_q = split(q, total - queries, first_q)
     parts_k, parts_v = (split(x, layout.tail, first_k) for x in (k, v))
     mask = layout.mask
+    # none is needed where nothing was filled in, and the kernels are faster without
     if mask is None and (layout.tail > first_k or end > total or strict):
         mask = torch.ones(1, k.shape[2], dtype=torch.bool, device=k.device)
     if mask is not None:

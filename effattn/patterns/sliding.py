@@ -2,7 +2,10 @@
 
 `sinks=s` (StreamingLLM, arXiv:2309.17453): the first s keys stay visible, at their place in the
 cache. `sink_logits=True` (gpt-oss): a learned logit per head stands in the softmax's denominator,
-and holds no key."""
+and holds no key.
+
+q (B, Hq, Tq, D), k (B, Hkv, Tk, D), v (B, Hkv, Tk, Dv); i, j: positions of queries and keys; h: a
+query head."""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ from effattn.errors import Unsupported
 from effattn.interface import Call, Traits
 from effattn.kernels import flash
 from effattn.kernels.flash.pattern import Window
-from effattn.patterns.exact import ExactBackend, check_size
+from effattn.patterns.exact import ExactBackend, check_size, keys_back
 from effattn.patterns.residues import by_residue
 from effattn.registry import register
 from effattn.states.full import RingState, first_positions
@@ -52,6 +55,8 @@ class Sliding(ExactBackend):
             raise Unsupported(
                 "sliding: sinks and dilation cannot be combined; valid is one of them"
             )
+        # StreamingLLM's section 3.2: positions count within the cache of sinks and window, so that
+        # a query is never further from a sink than when the cache first was full
         self.farthest = window + sinks - 1 if sinks else None
         self.sink_logits = None
         if sink_logits:
@@ -94,34 +99,35 @@ class Sliding(ExactBackend):
             extras["sink_logits"] = logits
 
     def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
+        # What is made at the first call has to be there before it can be loaded.
         given = state_dict.get(prefix + "sink_logits")
         if given is not None and self.sink_logits is not None and is_lazy(self.sink_logits):
             self.sink_logits.materialize(given.shape, device=given.device, dtype=given.dtype)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def sees(self, i, j, h, heads, causal):
-        side = self.window if causal else (self.window + 1) // 2
-        near = (i - j < side * self.dilation) & (j - i < (1 if causal else side * self.dilation))
+        back = keys_back(self.window, causal)
+        near = (i - j < back * self.dilation) & (j - i < (1 if causal else back * self.dilation))
         near = near & ((i - j) % self.dilation == 0)
         return near | ((j < self.sinks) & (j <= i)) if self.sinks else near
 
     def pattern(self, causal):
         if self.dilation > 1:
             return None
-        side = self.window if causal else (self.window + 1) // 2
-        return Window(first=self.sinks, back=side, ahead=1 if causal else side)
+        back = keys_back(self.window, causal)
+        return Window(first=self.sinks, back=back, ahead=1 if causal else back)
 
     def attend_many(self, q: Tensor, k: Tensor, v: Tensor, call: Call, impl: str, lse: bool):
         if self.dilation == 1:
             return super().attend_many(q, k, v, call, impl, lse)
-        side = self.window if call.causal else (self.window + 1) // 2
+        back = keys_back(self.window, call.causal)
 
         def run(q, k, v, layout):
             return flash.attention(
                 q,
                 k,
                 v,
-                Window(back=side, ahead=1 if call.causal else side),
+                Window(back=back, ahead=1 if call.causal else back),
                 layout,
                 causal=call.causal,
                 scale=call.scale,
@@ -130,9 +136,10 @@ class Sliding(ExactBackend):
                 lse=True,
             )
 
+        # without gradients a long sequence is taken in pieces, each with the keys that it sees
         learning = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
-        back = (self.window - 1) * self.dilation if call.causal and not learning else None
-        return by_residue(self.dilation, q, k, v, call.layout, run, back=back, lse=lse)
+        reach = (self.window - 1) * self.dilation if call.causal and not learning else None
+        return by_residue(self.dilation, q, k, v, call.layout, run, back=reach, lse=lse)
 
     def new_state(self) -> RingState:
         return RingState(
@@ -140,15 +147,16 @@ class Sliding(ExactBackend):
         )
 
     def pairs(self, i, shape):
-        side = self.window if shape.causal else (self.window + 1) // 2
-        near = (i // self.dilation + 1).clamp(max=side)
+        back = keys_back(self.window, shape.causal)
+        near = (i // self.dilation + 1).clamp(max=back)
         if not shape.causal:
-            near = near + ((shape.keys - 1 - i) // self.dilation).clamp(max=side - 1)
+            near = near + ((shape.keys - 1 - i) // self.dilation).clamp(max=back - 1)
+        # sinks that are not in the window anyway
         return shape.heads * (near + (i - self.window + 1).clamp(0, self.sinks))
 
     def still_seen(self, j, shape):
         first = shape.keys - shape.queries
-        # the first one a multiple of the dilation away
+        # the first query that is a multiple of the dilation away
         next_query = first + (j - first) % self.dilation
         near = (next_query < shape.keys) & (next_query - j <= (self.window - 1) * self.dilation)
         return near | (j < self.sinks)

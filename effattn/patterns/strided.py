@@ -47,6 +47,9 @@ class Strided(ExactBackend):
                 lse=True,
             )
 
+        # The neighbours, and the column of keys a multiple of the stride away. The query's own key
+        # is in both sets: `strict` leaves it out of the column, so that they are disjoint and
+        # merge.
         row = run(Window(back=self.stride))(q, k, v, call.layout)
         column = by_residue(
             self.stride, q, k, v, call.layout, run(Pattern()), lse=True, strict=True

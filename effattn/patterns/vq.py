@@ -1,6 +1,12 @@
 """Transformer-VQ (arXiv:2309.16354): keys become words of a codebook, attention to them is exact
 and linear in time.
-"""
+
+B: rows; Hq, Hkv: query and key/value heads; T, Tq: tokens, queries; D, Dv: of a key, of a value; C:
+`codes` words of a codebook; N: blocks of queries.
+
+    sum_j exp(q.w(k_j)) v_j  =  sum_c exp(q.w_c) sums_c,  sums_c = sum over j with code c of v_j
+
+what is near is read token by token, so that keys get gradients, the rest code by code."""
 
 from __future__ import annotations
 
@@ -78,6 +84,7 @@ class VQ(Backend):
             )
 
     def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
+        # What is made at the first call has to be there before it can be loaded.
         for name in self.per_kv_head:
             given = state_dict.get(prefix + name)
             if given is not None and getattr(self, name) is None:
@@ -150,6 +157,7 @@ class VQ(Backend):
         if impl == "reference":
             return self._reference(q, k, v, call)
         codes = vq.nearest(k, self.codebook, impl)
+        # the straight-through estimator: the word's value, the key's gradient
         words = self._words(codes, k)
         words = words + (k - k.detach()) if k.requires_grad else words
         state, first = call.state, total - q.shape[2]
@@ -165,9 +173,9 @@ class VQ(Backend):
         if few:  # all that is held, and the codes of the rest
             near = decode.attention(q, words, v, Pattern(), layout, **options)
             behind, size = (state.sums[:, :, None], state.counts[:, :, None]), None
-        # blocks by tokens' numbers, padding counted: they decide nothing but where k's gradients
-        # come from
         else:
+            # blocks by tokens' numbers, padding counted: they decide nothing but where k's
+            # gradients come from
             blocks = Blocks(size=self.block, look_back=int(call.causal))
             near = flash.attention(
                 q, words, v, blocks, Layout(tail=layout.tail, mask=layout.mask), **options
@@ -213,7 +221,9 @@ class VQ(Backend):
         found = []
         for x, more in zip(parts, old, strict=True):
             same = [0, 0] * (x.ndim - 3)
-            if causal:  # a query sees its own block and the one before
+            # A running sum over blocks: causal, of all but the last two (a query sees its own block
+            # and the one before directly); else of all before and all after.
+            if causal:
                 behind = pad(
                     x[:, :, : max(x.shape[2] - 2, 0)], [*same, min(x.shape[2], 2), 0]
                 ).cumsum_(dim=2)

@@ -1,9 +1,9 @@
 """Rules that turn positions into rotations and scores: what `swap(positions=...)` and a backend's
 `rotary=` take.
 
-effattn.positions.rules()                                        # name -> class; fields are options
-rule = effattn.positions.rule("rerope(window=256)+logn", length=512, head_dim=64, heads=8)
-y = attn(q, k, v, rotary=rule)                                   # q, k raw
+    effattn.positions.rules()                                    # name -> class; fields are options
+    rule = effattn.positions.rule("rerope(window=256)+logn", length=512, head_dim=64, heads=8)
+    y = attn(q, k, v, rotary=rule)                               # q, k raw
 """
 
 from __future__ import annotations

@@ -12,8 +12,8 @@ from effattn.positions.base import Rotation, check_count, check_number, register
 @register("abf")
 @dataclass(frozen=True)
 class AdjustedBase(Rotation):
-    """theta_i = base^(-2i/R). length: the tokens that it is made for, if that is to be written
-    down.
+    """ABF (arXiv:2309.16039): theta_i = base^(-2i/R). length: the tokens that it is made for, if
+    that is to be written down.
     """
 
     base: float

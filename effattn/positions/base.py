@@ -3,11 +3,14 @@
 A part is a small frozen dataclass; its fields are its options. It belongs to one of four slots, and
 a rule, such as "yarn(factor=8)+rerope(window=256)+logn", has at most one part in each:
 
-slot        what it decides                                   parts
-"rotation"  the angles that queries and keys turn by          rope, pi, ntk, yarn, ..., xpos, nope
-"far"       what pairs beyond a window see of each other      rerope, leaky_rerope
-"scale"     a number that every query is multiplied by        logn
-"bias"      what is added to a pair's score, by its distance  alibi, kerple, sandwich, t5
+    slot        what it decides                                   parts "rotation"  the angles that
+    queries and keys turn by          rope, pi, ntk, yarn, xpos, nope, ... "far"       what pairs
+    beyond a window see of each other      rerope, leaky_rerope "scale"     a number that every
+    query is multiplied by        logn "bias"      what is added to a pair's score, by its distance
+    alibi, kerple, sandwich, t5
+
+T: the trained length in tokens; R: the dimensions of a head that turn; theta_i: the angle of pair i
+a token, i = 0 .. R/2 - 1; s: how many times longer than T.
 """
 
 from __future__ import annotations
@@ -49,6 +52,7 @@ class Trained:
     def thetas(self, base: float | Tensor | None = None) -> Tensor:
         """b^(-2i/R), (R/2,) float32, in transformers' own operations: the same bits. base: another
         one, or one a row (B,), for (B, R/2)."""
+        # int64, then float: the order of operations decides the last bit
         exponents = torch.arange(0, self.dims, 2, dtype=torch.int64).to(torch.float) / self.dims
         base = self.base if base is None else base
         if isinstance(base, Tensor):
@@ -85,12 +89,13 @@ class Rotation(Part):
 
     slot = "rotation"
     turns: ClassVar[bool] = True  # queries and keys, at all
-    varies: ClassVar[bool] = (
-        False  # with the length of the sequence, so that cached keys must be raw
-    )
+    # with the length of the sequence, so that cached keys must be raw
+    varies: ClassVar[bool] = False
     from_plain: ClassVar[bool] = True  # it changes the plain rotation, not whatever the model has
+    by_distance: ClassVar[bool] = True  # what a pair sees of each other is a turn by its distance
 
     def check(self, trained):
+        # rules on top of another rule (YaRN on a Llama 3.1) would mean nothing that a paper says
         if self.turns and not trained.dims:
             raise Unsupported(f"positions: {self.name!r} turns queries and keys, {NO_ROTARY}")
         if self.turns and self.from_plain and trained.kind not in PLAIN_KINDS:

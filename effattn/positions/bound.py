@@ -1,7 +1,9 @@
 """Position rules bound to a model's rotation: what `rotary=` of a backend's call takes.
 
 `effattn.positions.rule` makes one by hand, `effattn.swap(positions=...)` one for each layer. A
-backend calls `place` with raw queries and keys, and gets what its kernels take."""
+backend calls `place` with raw queries and keys, and gets what its kernels take.
+
+B: rows; Hq, Hkv: query and key/value heads; Tq, Tk: queries and keys; D: size of a head."""
 
 from __future__ import annotations
 
@@ -23,7 +25,9 @@ from effattn.positions.xpos import XPos
 
 @dataclass(frozen=True, eq=False)
 class Placed:
-    """Queries and keys where a rule puts them. With `turn`, the keys are as they came: raw."""
+    """Queries and keys where a rule puts them, and what the kernels are to do beside: `far`, what
+    distant pairs score with instead; `turn`, with which keys are as they came (raw) and turned as
+    they are read; `bias`, what is added to scores."""
 
     q: Tensor
     k: Tensor
@@ -42,7 +46,8 @@ class Positions(nn.Module):
     to be done."""
 
     def __init__(self, parts: tuple[Part, ...], trained: Trained):
-        """Raises ValueError or Unsupported for what this model cannot have."""
+        """parts: of `parse`. trained: what the model was trained with. Raises ValueError or
+        Unsupported for what this model cannot have."""
         super().__init__()
         slots = {part.slot: part for part in parts}
         self.far: Clipped | None = slots.get("far")
@@ -158,6 +163,9 @@ class Positions(nn.Module):
             )
             turn = Turn(rope.inv_freq, rope.interleaved, rope.attention_scaling, **clipped)
             return Placed(near_q, k, turn=turn, bias=bias)
+        # xPOS fades queries and keys from a centre on, in opposite directions: the products depend
+        # on the distance alone, and neither side overflows. In a decoding step the query is the
+        # centre.
         near_k, far = rope.turn(k, at_k), None
         if isinstance(self.rotation, XPos):
             centre = (
@@ -183,6 +191,7 @@ class Positions(nn.Module):
         """q as near keys see it and as far ones do, turned and scaled."""
         if self.far is None:
             return self._scaled(rope.turn(q, at_q), at_q), None
+        # both in one call: two small launches less in a step
         where = torch.cat([at_q, self.far.query_positions(at_q)], dim=-1)
         both = self._scaled(
             rope.turn(torch.cat([q, q], dim=2), where), torch.cat([at_q, at_q], dim=-1)

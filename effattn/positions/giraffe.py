@@ -13,7 +13,8 @@ from effattn.positions.base import Rotation, check_count, check_number, register
 @register("power")
 @dataclass(frozen=True)
 class Power(Rotation):
-    """theta_i (1 - 2i/R)^kappa: low frequencies fall towards 0, high ones hardly change."""
+    """Giraffe's power scaling (arXiv:2308.10882): theta_i (1 - 2i/R)^kappa. Low frequencies fall
+    towards 0, high ones hardly change. Needs fine-tuning."""
 
     kappa: float
 
@@ -28,8 +29,8 @@ class Power(Rotation):
 @register("truncated")
 @dataclass(frozen=True)
 class Truncated(Rotation):
-    """With t = 2 pi / length: frequencies of at least t stay, those below t become t/16, those
-    below t/8 become 0.
+    """Giraffe's truncated basis (arXiv:2308.10882): with t = 2 pi / length: frequencies of at least
+    t stay, those below t become t/16, those below t/8 become 0.
 
     length: the wavelength in tokens from which on frequencies are cut; the trained length if not
     given."""
@@ -41,5 +42,7 @@ class Truncated(Rotation):
             check_count("truncated", "length", self.length)
 
     def frequencies(self, trained, length=None):
+        # frequencies that turn once or more within the length have been seen whole; of the others
+        # some turn slowly, and the slowest not at all
         thetas, t = trained.thetas(), 2 * math.pi / (self.length or trained.length)
         return torch.where(thetas < t / 8, 0.0, torch.where(thetas < t, t / 16, thetas)), 1.0

@@ -18,8 +18,8 @@ LEAST = 1e-2  # of both numbers, as in the paper's code
 @register("kerple")
 @dataclass(frozen=True)
 class Kerple(Added):
-    """-r1 log(1 + r2 |i - j|), or -r1 |i - j|^r2 with kind="power" and r2 <= 2. r1, r2 > 0: where
-    each head starts.
+    """KERPLE (arXiv:2205.09921): -r1 log(1 + r2 |i - j|), or -r1 |i - j|^r2 with kind="power" and
+    r2 <= 2. r1, r2 > 0: where each head starts.
     """
 
     kind: str = "log"
@@ -37,6 +37,7 @@ class Kerple(Added):
         return torch.tensor([[self.r1, self.r2]], dtype=torch.float).repeat(trained.heads, 1)
 
     def bias(self, trained, tokens, learned):
+        # held where the kernels are conditionally positive definite, as in the paper's code
         most = torch.tensor(
             [torch.inf, 2.0 if self.kind == "power" else torch.inf], device=learned.device
         )

@@ -35,6 +35,7 @@ class LogN(Part):
             check_count("logn", "length", self.length, least=2)
 
     def factors(self, positions: Tensor, trained: Trained) -> Tensor:
-        """What queries at `positions` are multiplied by, float64, of the same shape."""
+        """What queries at `positions`, int64 (T,) or (B, T), are multiplied by: float64, of the
+        same shape."""
         factors = torch.log(positions.double() + 1) / math.log(self.length or trained.length)
         return factors if self.trained else factors.clamp(min=1.0)

@@ -14,9 +14,9 @@ from effattn.positions.base import Scaled, check_number, register
 @register("longrope")
 @dataclass(frozen=True)
 class LongRope(Scaled):
-    """theta_i / long_i for sequences beyond the trained length T, theta_i / short_i up to it; cos
-    and sin times sqrt(1 + ln s / ln T). long_factor, short_factor: R/2 numbers each; short_factor:
-    ones if not given.
+    """LongRoPE (arXiv:2402.13753): theta_i / long_i for sequences beyond the trained length T,
+    theta_i / short_i up to it; cos and sin times sqrt(1 + ln s / ln T). long_factor, short_factor:
+    R/2 numbers each; short_factor: ones if not given.
 
     As with `dynamic_ntk`, the length so far decides for all keys, and cached keys are raw.
     """
@@ -48,6 +48,7 @@ class LongRope(Scaled):
     def frequencies(self, trained, length=None):
         long = torch.tensor(self.long_factor, dtype=torch.float)
         short = torch.tensor(self.short_factor or [1.0] * len(long), dtype=torch.float)
+        # one set for all of a sequence, by its length so far; rows may differ
         if isinstance(length, torch.Tensor):
             use_long = (length > trained.length)[:, None]
             factors = torch.where(use_long, long.to(length.device), short.to(length.device))

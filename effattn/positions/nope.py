@@ -15,9 +15,11 @@ from effattn.positions.base import Rotation, register
 @register("nope")
 @dataclass(frozen=True)
 class NoPositions(Rotation):
-    """Queries and keys are not turned."""
+    """NoPE (arXiv:2305.19466): queries and keys are not turned. Unsupported for layers that have no
+    rotary positions to leave out."""
 
     turns = False
+    by_distance = False
 
     def check(self, trained):
         if not trained.dims:

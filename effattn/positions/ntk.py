@@ -21,8 +21,8 @@ VARIANTS = ("old", "fixed", "mixed")
 @register("ntk")
 @dataclass(frozen=True)
 class Ntk(Scaled):
-    """theta_0 hardly changes and the last theta is divided by the factor. power: p of the mixed
-    variant.
+    """NTK-aware scaling (https://kexue.fm/archives/9706): theta_0 hardly changes and the last theta
+    is divided by the factor. power: p of the mixed variant.
     """
 
     variant: str = "old"
@@ -42,11 +42,13 @@ class Ntk(Scaled):
         if self.variant == "old":
             return trained.thetas(_base(trained, scale)), 1.0
         pairs, power = trained.dims // 2, 1.0 if self.variant == "fixed" else self.power
+        # such that the last frequency, m = d/2, is divided by s exactly
         a = math.log(scale) / pairs**power
         m = torch.arange(1, pairs + 1, dtype=torch.float64)
         return (trained.thetas().double() * torch.exp(-a * m**power)).float(), 1.0
 
     def parameters(self, trained):
+        # a change of base is all that "old" is; the others scale each frequency by itself
         if self.variant != "old":
             return None
         return {"rope_type": "default", "rope_theta": _base(trained, self.scale(trained))}
@@ -55,8 +57,8 @@ class Ntk(Scaled):
 @register("dynamic_ntk")
 @dataclass(frozen=True)
 class DynamicNtk(Rotation):
-    """The base of a sequence of L tokens is b (s L/T - (s - 1))^(d/(d-2)), and b up to the trained
-    length T.
+    """Dynamic NTK (emozilla): the base of a sequence of L tokens is b (s L/T - (s - 1))^(d/(d-2)),
+    and b up to the trained length T.
 
     The length so far decides, for all keys: they are kept raw and turned when they are read. So a
     step at length L is what a fresh prefill of those L tokens gives its newest token, from the same
@@ -75,6 +77,7 @@ class DynamicNtk(Rotation):
     def frequencies(self, trained, length=None):
         if length is None:
             return trained.thetas(), 1.0
+        # up to T the factor below is 1, so that nothing changes there
         rows = isinstance(length, torch.Tensor)
         past = length.clamp(min=trained.length).double() if rows else max(length, trained.length)
         return trained.thetas(

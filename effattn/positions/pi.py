@@ -10,8 +10,8 @@ from effattn.positions.base import Scaled, register
 @register("pi")
 @dataclass(frozen=True)
 class Interpolation(Scaled):
-    """Positions are divided by the factor: theta_i / s. Made for fine-tuning; without it, quality
-    drops.
+    """PI (arXiv:2306.15595): positions are divided by the factor: theta_i / s. Made for
+    fine-tuning; without it, quality drops.
     """
 
     def frequencies(self, trained, length=None):

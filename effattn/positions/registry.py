@@ -1,7 +1,7 @@
 """Position rules by name, and their spec strings: parts joined by "+".
 
-parse("rerope(window=256)+logn")                            # the parts, checked by themselves
-rule("rerope(window=256)", length=512, head_dim=64)         # what `rotary=` of a backend call takes
+parse("rerope(window=256)+logn")                        # the parts, checked by themselves
+rule("rerope(window=256)", length=512, head_dim=64)     # what `rotary=` of a backend call takes
 """
 
 from __future__ import annotations
@@ -13,7 +13,10 @@ from effattn.specs import parse_spec, split_parts
 
 
 def rules() -> dict[str, type[Part]]:
-    """name -> class, of every position rule in this version. A class's fields are its options."""
+    """name -> class, of every position rule in this version, sorted by name.
+
+    A class is a frozen dataclass whose fields are the options of its specs; its docstring says what
+    it computes, and its source."""
     return RULES.members()
 
 
@@ -49,7 +52,12 @@ def rule(
     """A rule as `rotary=` of a backend's call takes it, for a model that was trained at `length`
     tokens.
 
-    heads: the query heads (what biases need). dims: how many dimensions of a head turn (None: all).
+    spec: as for `parse`. length: in tokens. heads: the query heads (what biases need). head_dim:
+    the size of a head. dims: how many of its dimensions turn (None: all). base: b in the
+    frequencies theta_i = b^(-2i/dims). interleaved: pairs are (2i, 2i + 1) instead of (i, i +
+    dims/2). Returns a module that turns q (B, Hq, Tq, D) and k (B, Hkv, Tk, D), and learns what
+    kerple and t5 learn.
+
     Raises ValueError for what means nothing, Unsupported for what cannot be combined."""
     dims = head_dim if dims is None else dims
     if dims % 2 or not 0 <= dims <= head_dim:
@@ -64,11 +72,7 @@ def _refuse_meaningless(spec: str, parts: dict[str, Part]) -> None:
             f"positions: {spec!r}: {far.name} and {bias.name} both decide what far pairs see; "
             "valid is one of them"
         )
-    if (
-        far is not None
-        and rotation is not None
-        and (rotation.varies or rotation.name in ("nope", "xpos"))
-    ):
+    if far is not None and rotation is not None and (rotation.varies or not rotation.by_distance):
         why = (
             "changes with the length"
             if rotation.varies

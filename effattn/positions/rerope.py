@@ -52,13 +52,16 @@ class Far(Part):
             )
 
     def query_positions(self, positions: Tensor) -> Tensor:
-        """Where a query at `positions` stands for far keys."""
+        """Where a query at `positions`, int64 (T,) or (B, T), stands for far keys: in tokens,
+        float64 where distances grow slowly."""
+        # Against a key at j/k: (i - w)/k + w - j/k = w + (i - j - w)/k, the distance wanted. ReRoPE
+        # is k = infinity: the query stands at w, all keys at 0.
         if math.isinf(self.slow):
             return positions.new_full(positions.shape, self.window)
         return (positions - self.window).double() / self.slow + self.window
 
     def key_positions(self, positions: Tensor) -> Tensor:
-        """Where a key at `positions` stands for far queries."""
+        """Where a key at `positions` stands for far queries: as `query_positions`."""
         return (
             positions.new_zeros(positions.shape)
             if math.isinf(self.slow)
@@ -69,14 +72,15 @@ class Far(Part):
 @register("rerope")
 @dataclass(frozen=True)
 class ReRope(Far):
-    """Distances are clipped at `window` tokens."""
+    """ReRoPE (https://kexue.fm/archives/9708): distances are clipped at `window` tokens. Causal
+    only."""
 
 
 @register("leaky_rerope")
 @dataclass(frozen=True)
 class LeakyReRope(Far):
-    """Beyond `window` tokens, distances grow `k` times more slowly. Usable while window + (L -
-    window)/k stays below the trained length."""
+    """Leaky ReRoPE (https://kexue.fm/archives/9731): beyond `window` tokens, distances grow `k`
+    times more slowly. Usable while window + (L - window)/k stays below the trained length."""
 
     k: float
 

@@ -1,9 +1,9 @@
 """Rotary position embedding (RoPE, arXiv:2104.09864) as a rule that a backend calls on raw queries
 and keys.
 
-rope = Rope(inv_freq)                               # (R/2,), R = the dimensions of a head that turn
-y = attn(q, k, v, rotary=rope)                      # q, k raw
-q, k = rope(q, k, q_positions, k_positions)         # what the backend does with it
+    rope = Rope(inv_freq)                           # (R/2,), R = the dimensions of a head that turn
+    y = attn(q, k, v, rotary=rope)                  # q, k raw
+    q, k = rope(q, k, q_positions, k_positions)     # what the backend does with it
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from effattn.positions.base import Rotation, register
 
 @dataclass(frozen=True, eq=False)
 class Rope:
-    """Turns the first `dims` dimensions of every head; pair i by the angle position * inv_freq[i].
+    """RoPE (arXiv:2104.09864): turns the first `dims` dimensions of every head, pair i by the angle
+    position * inv_freq[i].
 
     inv_freq (dims/2,), or (B, dims/2) where rows differ. attention_scaling multiplies what is
     turned (YaRN's temperature). Pairs are (i, i + dims/2), or (2i, 2i + 1) when `interleaved` (GLM,
@@ -46,13 +47,15 @@ class Rope:
         return self.turn(q, q_positions), self.turn(k, k_positions)
 
     def turn(self, x: Tensor, positions: Tensor) -> Tensor:
-        """x (B, H, T, D) at positions (T,) or (B, T), which need not be whole numbers."""
+        """x (B, H, T, D) at positions (T,) or (B, T), which need not be whole numbers; returned in
+        x's shape and dtype."""
+        # in half precision, positions above 256 (bf16) would share angles
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
         inv_freq = self.inv_freq.to(x.device, dtype)
         angle = positions[..., None].to(dtype) * (
             inv_freq if inv_freq.ndim == 1 else inv_freq[:, None]
         )
-        if angle.ndim == 3:
+        if angle.ndim == 3:  # a row's own positions or frequencies: the same for all of its heads
             angle = angle[:, None]
         cos, sin = angle.cos() * self.attention_scaling, angle.sin() * self.attention_scaling
         part, rest = x[..., : self.dims].to(dtype), x[..., self.dims :]

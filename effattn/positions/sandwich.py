@@ -15,8 +15,8 @@ from effattn.positions.base import Added, check_count, register
 @register("sandwich")
 @dataclass(frozen=True)
 class Sandwich(Added):
-    """lambda_h sum_i cos(D b^(-2i/dims)), i = 0 .. dims/2 - 1, with lambda_h = H/(8h), h = 1 .. H,
-    and b = 10000.
+    """Sandwich (arXiv:2212.10356): lambda_h sum_i cos(D b^(-2i/dims)), i = 0 .. dims/2 - 1, with
+    lambda_h = H/(8h), h = 1 .. H, and b = 10000.
     """
 
     dims: int = 128
@@ -25,6 +25,7 @@ class Sandwich(Added):
         check_count("sandwich", "dims", self.dims, least=2)
 
     def bias(self, trained, tokens, learned):
+        # a table by distance, made in fp64: cosines of large angles lose their digits
         thetas = 10000.0 ** (-torch.arange(0, self.dims, 2, dtype=torch.float64) / self.dims)
         sums = sum((torch.arange(tokens, dtype=torch.float64) * theta).cos() for theta in thetas)
         heads = torch.arange(1, trained.heads + 1, dtype=torch.float64)

@@ -14,8 +14,8 @@ from effattn.positions.rope import OwnRope
 @register("xpos")
 @dataclass(frozen=True)
 class XPos(OwnRope):
-    """The model's rotation, with a pair of dimensions multiplied by zeta_i^(D/scale) at distance D,
-    where zeta_i = (2i + gamma R)/((1 + gamma) R), gamma = 0.4.
+    """xPOS (arXiv:2212.10554): the model's rotation, with a pair of dimensions multiplied by
+    zeta_i^(D/scale) at distance D, where zeta_i = (2i + gamma R)/((1 + gamma) R), gamma = 0.4.
 
     Queries hold zeta^((n - c)/scale), keys zeta^((c - n)/scale), around a centre c of the sequence
     that keeps both finite: it moves as the sequence grows, so cached keys are raw, and every step
@@ -25,6 +25,7 @@ class XPos(OwnRope):
     gamma: float = 0.4
 
     causal_only = True
+    by_distance = False
 
     def __post_init__(self):
         check_number("xpos", "scale", self.scale, above=True)
@@ -40,6 +41,7 @@ class XPos(OwnRope):
         dims = trained.dims
         pair = torch.arange(0, dims, 2, dtype=torch.float64, device=x.device)
         log_zeta = ((pair + self.gamma * dims) / ((1 + self.gamma) * dims)).log()
+        # both dimensions of a pair fade alike; those that do not turn do not fade
         log_zeta = log_zeta.repeat_interleave(2) if trained.interleaved else log_zeta.repeat(2)
         log_zeta = torch.cat([log_zeta, log_zeta.new_zeros(x.shape[-1] - dims)])
         power = (positions.double() - centre) / self.scale

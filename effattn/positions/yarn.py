@@ -49,6 +49,8 @@ class Yarn(_Ramp):
     """
 
     def frequencies(self, trained, length=None):
+        # The index at which a frequency makes so many turns within T: T b^(-2i/R) / (2 pi) = turns,
+        # solved for i. Rounded outwards, as in the released code.
         low, high = (
             trained.dims
             * math.log(trained.length / (turns * 2 * math.pi))
@@ -56,6 +58,8 @@ class Yarn(_Ramp):
             for turns in (self.fast, self.slow)
         )
         low, high = max(math.floor(low), 0), min(math.ceil(high), trained.dims - 1)
+        # 0 below `low`, where frequencies stay, 1 above `high`, where they are interpolated; both
+        # borders may round to one index
         ramp = (torch.arange(trained.dims // 2, dtype=torch.float) - low) / (high - low or 0.001)
         return self.mixed(trained, 1 - ramp.clamp(0, 1)), temperature(self.scale(trained))
 
@@ -82,6 +86,7 @@ class NtkByParts(_Ramp):
         return self.mixed(trained, self.by_turns(trained)), scaling
 
     def parameters(self, trained):
+        # transformers' "llama3" is the same ramp, and has no temperature
         return (
             None
             if self.temperature

@@ -89,6 +89,7 @@ class _Pass:
         """What all layers share: position ids, RoPE's cosines and sines, and the masks, one for
         each kind of layer.
         """
+        # layers of the same kind share one mask, which transformers makes once
         rotary = max(layer.rotary_dims for layer in self.parts.layers)
         masks = {
             layer.window: self._mask(layer) for layer in self.parts.layers if not _swapped(layer)
@@ -194,9 +195,9 @@ class _Pass:
         two are released.
         """
         experts = [p for p in layer.ffn.parameters() if p.dim() == 3]
-        # a copy of x for each chosen expert, with gate and up in one, activation and product; or 4
-        # of x
         if experts:
+            # a copy of x for each chosen expert, with gate and up in one, activation and product;
+            # or 4 of x
             wide = min(p.numel() // p.shape[0] for p in experts) // self.parts.config.hidden_size
             pairs = self.rows * layer.config.num_experts_per_tok
             return (

@@ -189,6 +189,8 @@ class Counted(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        # below torch's own attention, products are its implementation's: they are counted by
+        # definition
         operation = func.overloadpacket
         if operation in PRODUCTS and not self._attention.inside:
             self.flops += PRODUCTS[operation](*args, **kwargs)
@@ -204,9 +206,9 @@ class Counted(TorchDispatchMode):
                 if not isinstance(one, Tensor) or (name := self._name(one)) is None:
                     continue
                 seen = _marks(self._written[name] if written else self._read[name], one)
-                at, mark = LOOKUPS.get(func.overloadpacket, (None, None))
-                if number == at:
-                    mark(seen, *args, **kwargs)
+                lookup = LOOKUPS.get(func.overloadpacket)
+                if lookup is not None and number == lookup[0]:
+                    lookup[1](seen, *args, **kwargs)
                 else:
                     seen.fill_(True)
 

@@ -17,9 +17,8 @@ from effattn.hf.placement import input_device
 from effattn.profiling.memory import available_bytes
 
 PLAIN_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer)
-MEMORY_SHARE = (
-    0.9  # of the available memory may be filled; the rest is for logits, activations and others
-)
+# of the available memory may be filled; the rest is for logits, activations and others
+MEMORY_SHARE = 0.9
 
 
 def kv_bytes(cache: Cache) -> int:
@@ -54,6 +53,7 @@ def _needs(cache: Cache, context: int) -> tuple[int, int]:
     """(KV bytes at `context` tokens, bytes a step needs) from a one-token cache. A step holds
     copies of one layer.
     """
+    # transformers' ring holds a token less than the window
     layers = [
         _layer_bytes(layer) * min(context, getattr(layer, "sliding_window", context + 1) - 1)
         for layer in cache.layers

@@ -136,14 +136,16 @@ def check_device(device: torch.device | str) -> torch.device:
 
 
 def cache_folder() -> Path:
-    """Where effattn keeps what it can measure again."""
+    """Where effattn keeps what it can measure again: $EFFATTN_CACHE, $XDG_CACHE_HOME/effattn or
+    ~/.cache/effattn."""
     if given := os.environ.get("EFFATTN_CACHE"):
         return Path(given)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "effattn"
 
 
 def measure(device: torch.device, progress: Callable[[str], None] | None = None) -> Peaks:
-    """The peaks, measured now."""
+    """The peaks of `device`, measured now: bandwidths, matrix products by dtype, launches; in
+    bytes, operations and seconds. progress: called with the name of what is measured next."""
     tell = progress or (lambda name: None)
     clock = Clock(device)
     rates = {}
@@ -175,7 +177,7 @@ def measure(device: torch.device, progress: Callable[[str], None] | None = None)
     )
 
 
-def _kind(device: torch.device) -> str:
+def _kind(device: torch.device) -> Literal["cpu", "cuda", "rocm"]:
     return "cpu" if device.type == "cpu" else "rocm" if torch.version.hip else "cuda"
 
 
@@ -228,6 +230,7 @@ def _matmul(dtype: torch.dtype, clock: Clock) -> float | None:
     settings = torch.backends.cuda.matmul
     precision, settings.fp32_precision = settings.fp32_precision, "ieee"  # float32 means float32
     try:
+        # the first size may take long, since a library loads its kernels for it
         while product is not None and size <= 16384:
             a, b = (torch.ones(size, size, device=clock.device).to(dtype) for _ in range(2))
             seconds = clock(lambda: product(a, b))  # noqa: B023  called at once

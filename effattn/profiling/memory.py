@@ -1,10 +1,10 @@
 """Memory: what is free, what a stretch of code needs at most, and whether the cost model foresaw
 it.
 
-with PeakMemory("cpu") as peak:
-    model(tokens)
-peak.bytes
-check_prediction(model, batch=1, tokens=4096)
+    with PeakMemory("cpu") as peak:
+        model(tokens)
+    peak.bytes
+    check_prediction(model, batch=1, tokens=4096)
 """
 
 from __future__ import annotations

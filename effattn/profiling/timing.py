@@ -126,7 +126,8 @@ def alternate(
 
 
 def turn(names: list[str], number: int) -> list[str]:
-    """The order of round `number`."""
+    """The order of round `number`: every two rounds an order and its reverse, then rotated by
+    one."""
     first = number // 2 % len(names)
     order = names[first:] + names[:first]
     return order[::-1] if number % 2 else order

@@ -6,7 +6,7 @@ A member of the axis, such as `MonarchLinear`, is one file of this package: a su
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -19,7 +19,8 @@ FITTED = ("spec", "error", "output_error")  # what a checkpoint says of every on
 
 
 class StructuredLinear(nn.Module):
-    """Takes the place of an nn.Linear. `spec`: how it is described."""
+    """Takes the place of an nn.Linear: x (..., in_features) -> (..., out_features). `spec`: how it
+    is described."""
 
     spec: str
     in_features: int
@@ -30,7 +31,7 @@ class StructuredLinear(nn.Module):
         raise NotImplementedError
 
     def to_linear(self) -> nn.Linear:
-        """The nn.Linear that computes the same."""
+        """A new nn.Linear that computes the same, in the same dtype and on the same device."""
         raise NotImplementedError
 
 
@@ -48,22 +49,22 @@ class ProjectedLinear(StructuredLinear):
     output_error: float | None
 
     @classmethod
-    def options(cls, **given) -> dict:
+    def options(cls, *args: Any, **given: Any) -> dict:
         """The options of a spec, checked as far as no weight is needed: `method`, `ffn` (the
         linears of the FFN too), and those that `check_sizes` and `from_linear` take."""
         raise NotImplementedError
 
     @classmethod
-    def check_sizes(cls, in_features: int, out_features: int, *, where: str, **options) -> None:
+    def check_sizes(
+        cls, in_features: int, out_features: int, *, where: str, **options: Any
+    ) -> None:
         """ValueError, beginning with `where`, for options that such a weight cannot have."""
         raise NotImplementedError
 
     @classmethod
-    def from_linear(
-        cls, linear: nn.Linear, *, moment: Tensor | None = None, **options
-    ) -> ProjectedLinear:
-        """The layer closest to `linear`: in its weights, or in its outputs for inputs of second
-        moment `moment`, (in_features, in_features)."""
+    def from_linear(cls, linear: nn.Linear, *args: Any, **options: Any) -> ProjectedLinear:
+        """The layer closest to `linear`: in its weights, or with `moment=`, (in_features,
+        in_features), in its outputs for inputs of that second moment."""
         raise NotImplementedError
 
     @property
@@ -96,7 +97,7 @@ def recorded_kind(entry: object) -> type[ProjectedLinear]:
     names; Monarch, which was the only one once, where it names none."""
     spec = entry.get("spec") if isinstance(entry, dict) else None
     try:
-        name = parse_spec(spec)[0]
+        name = parse_spec(spec)[0] if isinstance(spec, str) else ""
     except ValueError:
         name = ""
     known = PROJECTIONS.members()

@@ -7,7 +7,7 @@ permutations, which `effattn.kernels.monarch` defines."""
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -32,12 +32,12 @@ class Sizes:
 
     @property
     def p(self) -> int:
-        """Inputs of a block."""
+        """Inputs of a block, the last one's padding included."""
         return -(-self.in_features // self.blocks)
 
     @property
     def s(self) -> int:
-        """Outputs of a block."""
+        """Outputs of a block, the last one's padding included."""
         return -(-self.out_features // self.blocks)
 
     @property
@@ -114,6 +114,7 @@ def sizes(
 @register("monarch")
 class MonarchLinear(ProjectedLinear):
     """y = W x + bias with W = P L P' R, for x (..., in_features); takes the place of an nn.Linear.
+    Source: Monarch, arXiv:2204.00595.
 
     right: parameter (blocks, blocks·rank, p), the blocks of R        p = padded_in / blocks
     left:  parameter (blocks, s, blocks·rank), the blocks of L        s = padded_out / blocks
@@ -130,6 +131,7 @@ class MonarchLinear(ProjectedLinear):
     raises."""
 
     EXAMPLE = "monarch(blocks=16)"
+    bias: nn.Parameter | None
     SIZES: ClassVar[dict] = {"blocks": (int,), "rank": (int, type(None))}
 
     def __init__(
@@ -157,11 +159,13 @@ class MonarchLinear(ProjectedLinear):
         self.impl = impl
         self.error: float | None = None
         self.output_error: float | None = None
+        # the rank is part of the spec only where it is not what `blocks` alone comes to
         usual = sizes(in_features, out_features, blocks).rank == self.rank
         self.spec = format_spec(
             "monarch", {"blocks": blocks} if usual else {"blocks": blocks, "rank": self.rank}
         )
-        inner, like = self.blocks * self.rank, dict(device=device, dtype=dtype)
+        inner = self.blocks * self.rank
+        like: dict[str, Any] = dict(device=device, dtype=dtype)
         self.right = nn.Parameter(torch.empty(self.blocks, inner, self.sizes.p, **like))
         self.left = nn.Parameter(torch.empty(self.blocks, self.sizes.s, inner, **like))
         self.register_parameter(
@@ -210,6 +214,8 @@ class MonarchLinear(ProjectedLinear):
         """Uniform; the variance of outputs is a new nn.Linear's, a third of the mean square of the
         inputs.
         """
+        # uniform on (-a, a) has variance a^2/3: R's rows of p inputs keep the variance of x, and
+        # L's rows of blocks x rank numbers give a third of it
         nn.init.uniform_(self.right, -((3 / self.sizes.p) ** 0.5), (3 / self.sizes.p) ** 0.5)
         nn.init.uniform_(
             self.left, -((self.blocks * self.rank) ** -0.5), (self.blocks * self.rank) ** -0.5
@@ -258,7 +264,7 @@ class MonarchLinear(ProjectedLinear):
         new.error = relative_error(weight, new.dense())
         if moment is not None:
             new.output_error = relative_error(weight, new.dense(), moment)
-        if linear.bias is not None:
+        if new.bias is not None:
             new.bias.copy_(linear.bias)
         for name, like in (("right", weight), ("left", weight), ("bias", linear.bias)):
             if like is not None:
@@ -266,7 +272,7 @@ class MonarchLinear(ProjectedLinear):
         return new.train(linear.training)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (..., in_features) -> (..., out_features)."""
+        """x (..., in_features) -> (..., out_features), in x's dtype; with gradients."""
         return kernel.linear(
             x, self.right, self.left, self.bias, out_features=self.out_features, impl=self.impl
         )
@@ -305,7 +311,7 @@ class MonarchLinear(ProjectedLinear):
         gradients: the intermediate numbers again, and two products for each factor."""
         size, factors = self.left.element_size(), self.sizes.parameters
         x, y = rows * self.in_features * size, rows * self.out_features * size
-        flops = 2 * rows * factors
+        flops = 2 * rows * factors  # a multiply-add for each number of the factors
         if backward:
             again = 2 * rows * self.right.numel()
             return Cost(2 * flops + again, x + y + factors * size, x + self.nbytes)

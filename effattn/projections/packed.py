@@ -6,6 +6,7 @@ into a model."""
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +27,7 @@ class PackedLinear(StructuredLinear):
     in_features: a multiple of 8
     values:      parameter (out_features, 2, in_features / 4), which needs no gradient
     indices:     buffer (out_features, in_features / 8) uint8
-    bias:    parameter (out_features,), or None
+    bias:        parameter (out_features,), or None
 
     Gradients of x and of the bias are there. impl: "auto" (triton on a GPU for up to 16 rows, else
     torch), "torch", "triton" or "reference". large: what more than 16 rows do on a GPU: "unpack" a
@@ -35,6 +36,8 @@ class PackedLinear(StructuredLinear):
     such call and kept beside ours: `nbytes` counts it."""
 
     spec = "2:4"
+    indices: Tensor
+    bias: nn.Parameter | None
 
     def __init__(
         self,
@@ -56,7 +59,7 @@ class PackedLinear(StructuredLinear):
         sparse24.choose(impl)
         self.impl, self.large = impl, check_choice("large", large, LARGE)
         self.in_features, self.out_features = in_features, out_features
-        like = dict(device=device, dtype=dtype)
+        like: dict[str, Any] = dict(device=device, dtype=dtype)
         values = torch.zeros(out_features, 2, in_features // 4, **like)
         self.values = nn.Parameter(values, requires_grad=False)
         indices = torch.full(
@@ -121,13 +124,15 @@ class PackedLinear(StructuredLinear):
     def to_linear(self) -> nn.Linear:
         """The nn.Linear that computes the same."""
         new = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
-        new.weight, new.bias = nn.Parameter(self.dense()), self.bias
+        new.weight = nn.Parameter(self.dense())
+        new.register_parameter("bias", self.bias)
         return new.train(self.training)
 
     @property
     def nbytes(self) -> int:
         """Of values, positions and bias, and of torch's own form where it was made."""
         own = self.packed.nbytes + (0 if self.bias is None else self.bias.nbytes)
+        # torch's form: the values again, of 16 bits each, and 2 bits of position beside each
         return own if self._semi_structured is None else own + 9 * self.values.nbytes // 8
 
     def cost(self, rows: int, backward: bool = False) -> Cost:

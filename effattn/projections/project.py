@@ -38,6 +38,7 @@ def project(
     out, inside = _truncated(w, rank)
     if moment is None:
         return _factors(out, inside)
+    # Closest in its outputs: E|(W - M) x|^2 = tr((W - M) S (W - M)^T), S the second moment.
     p = w.shape[3]
     missing = blocks * p - len(moment)
     ridge = RIDGE * moment.diagonal().double().mean().item() or 1.0
@@ -52,9 +53,10 @@ def project(
     for _ in range(sweeps):
         for i in range(blocks):
             at = slice(i * p, (i + 1) * p)
+            # What the other input blocks leave of W is fitted by this one. Of any rank the best is
+            # (rows - m) S[:, i] S[i, i]^-1; of rank r, its truncation in the metric of its inputs,
+            # S[i, i]^(1/2), which is taken off again behind.
             m[..., at] = 0
-            # of any rank, the best is (rows - m) moment[:, i] moment[i, i]^-1: truncated in the
-            # metric of its inputs
             out[:, i], inside[:, i] = _truncated((rows - m) @ moment[:, at] @ whiten[i], rank)
             inside[:, i] = inside[:, i] @ whiten[i]
             m[..., at] = out[:, i] @ inside[:, i]

@@ -137,12 +137,14 @@ class State:
         return self._bytes() if self.rows is None else sum(row.nbytes for row in self.rows)
 
     def reorder(self, index: Tensor) -> None:
-        """Row i becomes the old row index[i] (beam search): index has the batch's length."""
+        """Row i becomes the old row index[i] (beam search): index (B,) int64. ValueError for
+        another length, and for rows that are not there."""
         self.check_index(index, whole=True)
         self._take_rows(index, self._reorder)
 
     def select(self, index: Tensor) -> None:
-        """Keeps the rows of `index`. ValueError for rows that are not there."""
+        """Keeps the rows of `index`, int64 (N,), in its order. ValueError for rows that are not
+        there."""
         self.check_index(index)
         self._take_rows(index, self._select)
 
@@ -150,6 +152,7 @@ class State:
         if self.batch is None:
             return
         self._thaw()
+        # `alone` copies: a row that is taken twice must not be one object, which would append twice
         if self.rows is not None:
             self.rows = [self.rows[row].alone(0) for row in index.tolist()]
         else:
@@ -157,7 +160,7 @@ class State:
         self._now(len(index), lambda x: x.index_select(0, index.to(x.device)))
 
     def repeat(self, n: int) -> None:
-        """Each row n times, next to each other."""
+        """Each row n times, next to each other. ValueError unless n is an int of at least 1."""
         if type(n) is not int or n < 1:
             raise ValueError(f"repeat: got {n!r}, valid is a whole number of at least 1")
         batch = self.batch
@@ -179,6 +182,7 @@ class State:
         if n == 0:
             self.reset()
         elif n < int(self.seq_len):
+            # the last tokens are real in some rows and padding in others: each row loses its own
             if self._apart(n):
                 rows = self._cut(n)
                 self._release()
@@ -205,13 +209,13 @@ class State:
             row.check_crop(left)
 
     def reset(self) -> None:
-        """Forgets everything."""
+        """Forgets everything: the next call begins a new batch of sequences."""
         self.real = self.rows = self.sizes = self.shift = None
         self.moved = False
         self._reset()
 
     def move(self, device: torch.device | str) -> None:
-        """To another device."""
+        """To another device, with all it holds."""
         self.change(lambda x: x.to(device, non_blocking=True))
         if self.sizes is not None:
             self.sizes = self.sizes._replace(device=torch.empty(0, device=device).device)
@@ -298,7 +302,7 @@ class State:
     def alone(self, row: int) -> State:
         """A copy of one row."""
         one = self.shallow()
-        # False comes first
+        # what is held has its padding on the left, whatever came: sorted, False comes first
         real = None if self.real is None else self.real[row : row + 1].sort(dim=1).values
         one._select(torch.tensor([row], device=next(self.tensors()).device))
         one.real, one.moved = real, False

@@ -6,7 +6,14 @@ keys.
 
 Keys and values are held once, in order, with a table of which tokens lie in the rings, until the
 rings themselves would take no more: from then on every ring holds its own, and memory does not
-grow."""
+grow.
+
+B: rows; H, Hkv: key/value heads; T: new tokens; D, Dv: of a key, of a value; R: rounds of hashing;
+N: rows of the store, tokens or slots; S: slots of one round, buckets x ring + 1; M: buckets.
+
+Three numberings meet here. A token's *number* is its place in the sequence; a *slot* is a place of
+one round's rings; a *row* is a place of the store, where k, v and code lie. `position` leads from a
+slot to a number, `_rows` from a slot to a row."""
 
 from __future__ import annotations
 
@@ -40,9 +47,9 @@ class Hashed(Layout):
 
 
 class BucketState(FullState):
-    """k (B, Hkv, rows, D), v (B, Hkv, rows, Dv), the rows' places `code` (B, Hkv, R, rows) int32;
-    `position` (B, Hkv, R, slots) int32, which token lies in each slot of the rings (-1: none);
-    `count` (B, Hkv, R, buckets) int32 of the tokens so far.
+    """k (B, Hkv, N, D), v (B, Hkv, N, Dv), the rows' places `code` (B, Hkv, R, N) int32; `position`
+    (B, Hkv, R, S) int32, which token lies in each slot of the rings (-1: none); `count` (B, Hkv, R,
+    M) int32 of the tokens so far.
 
     The key of rank x in bucket b lies in slot b ring + x % ring; one more slot in each round takes
     what goes nowhere. Rows are the tokens in order at first, with room for a few more; and the
@@ -81,6 +88,9 @@ class BucketState(FullState):
         if self.k is None:
             self._start(k, v)
         check_fits(self.k, self.v, k, v)
+        # 1. Where the new keys belong: their buckets, their ranks there (how many older keys each
+        #    has), and so their slots. Padding goes to a bucket of its own, which no
+        #    query looks at.
         bucket, new = self.hash(k), k.shape[2]
         mask = None if padding_mask is None else padding_mask[:, self.total :]
         if mask is not None:
@@ -92,15 +102,22 @@ class BucketState(FullState):
         learning = torch.is_grad_enabled() and (
             k.requires_grad or v.requires_grad or self.k.requires_grad
         )
+        # 2. What the queries will look at. A few find their keys slot by slot (`Seen`), after the
+        #    new ones are in their places. Many sort all keys by bucket, and need those of the past
+        #    as they are now, before the new ones push some out.
         few = new <= ROLLBACK and not (learning or self.learning)
         past = self._past() if self.total and not few else None
         rows = self._rows()
 
+        # 3. The new keys into their slots
         position = torch.arange(self.total, self.total + new, device=k.device)
         self.position = self.position.scatter(3, slot, position.int().expand(slot.shape))
         held = self.k.shape[2] if self.wrapped else self.total
         self.count, self.total = count.int(), self.total + new
         self.newest = max(self.newest, self.total)
+        # 4. The new keys into the store: over the rows of their slots, into the room behind the
+        #    others, or with the others into a new store, which is what is attended over then even
+        #    where less of it is kept.
         if few and self.wrapped:
             self._overwrite(k, v, code, slot)
             store, own = (self.k, self.v, self.code), slot[:, :, 0]
@@ -151,7 +168,7 @@ class BucketState(FullState):
 
     def _slots(self, bucket: Tensor, rank: Tensor, count: Tensor) -> Tensor:
         """Where new keys go, (B, Hkv, R, T): the last slot for padding, and for those that even
-        newer ones push out.
+        newer ones push out (two keys of a `scatter` must not meet in one slot).
         """
         count = torch.cat([count, torch.zeros_like(count[..., :1])], dim=-1).gather(-1, bucket)
         stays = (bucket < self.rule.buckets) & (rank >= count - self.ring)
@@ -161,6 +178,8 @@ class BucketState(FullState):
 
     def _past(self) -> Past:
         """All that lies in the rings, the oldest first."""
+        # of every bucket the `ring` newest ranks: those below 0 were never there, and those whose
+        # slot is -1 were taken back
         count = self.count.long()[..., None]
         rank = count - self.ring + torch.arange(self.ring, device=count.device)
         buckets = torch.arange(self.rule.buckets, device=count.device)[:, None]
@@ -211,6 +230,7 @@ class BucketState(FullState):
 
     def _crop(self, n: int) -> None:
         if not self.wrapped:
+            # all tokens are still there: the rings of the first n are filled anew from their codes
             k, v, code = (
                 self.k[:, :, :n].contiguous(),
                 self.v[:, :, :n].contiguous(),
@@ -231,6 +251,8 @@ class BucketState(FullState):
                 n,
             )
         else:
+            # Emptying the slots of the tokens that go is enough: a ring holds `ROLLBACK` keys more
+            # than a query sees, so what those had overwritten is out of sight.
             slots = self.position[..., :-1].unflatten(3, (self.rule.buckets, self.ring))
             gone = slots >= n
             self.count = self.count - gone.sum(dim=-1, dtype=torch.int32)

@@ -29,18 +29,44 @@ HOMES = ("effattn.states", "effattn.quant.packed.kind")
 class Heads(Protocol):
     """The sizes of a layer's keys and values, such as a live model's layer has them."""
 
-    kv_heads: int
-    head_dim: int
-    value_dim: int
+    @property
+    def kv_heads(self) -> int:
+        """Key/value heads."""
+        ...
+
+    @property
+    def head_dim(self) -> int:
+        """Size of a key."""
+        ...
+
+    @property
+    def value_dim(self) -> int:
+        """Size of a value."""
+        ...
 
 
 class Holder(Protocol):
     """What a kind reads of the backend that it holds the past of (`effattn.interface.Backend`)."""
 
-    name: str
-    traits: Traits
-    signature: str
-    packable: bool
+    @property
+    def name(self) -> str:
+        """What it is called."""
+        ...
+
+    @property
+    def traits(self) -> Traits:
+        """What it says of itself."""
+        ...
+
+    @property
+    def signature(self) -> str:
+        """Its name and options."""
+        ...
+
+    @property
+    def packable(self) -> bool:
+        """Whether it lets a state of packed keys attend by itself."""
+        ...
 
     def new_state(self) -> State:
         """An empty state."""

@@ -4,7 +4,11 @@ few first tokens.
     state = attn.new_state()
     y = attn(q, k, v, state=state)        # k, v: the new tokens
 
-Tokens are numbered from 0, padding included; sizes are in tokens.
+Tokens are numbered from 0, padding included; a row's positions count from its first real token.
+All sizes are in tokens.
+
+B: rows; Hkv: key/value heads; T: new tokens; D, Dv: of a key, of a value; S: slots, places of
+tokens that outlive the ring; W: places of the ring, `keep` + `ROLLBACK`.
 """
 
 from __future__ import annotations
@@ -28,15 +32,14 @@ __all__ = [
 ]
 
 ROOM = 64  # tokens that memory which grows has room for
-ROLLBACK = (
-    16  # tokens that a ring keeps beyond its need, so that speculative decoding can take them back
-)
+# tokens that a ring keeps beyond its need, so that speculative decoding can take them back
+ROLLBACK = 16
 
 
 def first_positions(count: int, n: int) -> list[int]:
-    """Slot positions of a `RingState` that keeps the first `count` tokens. A list, since
-    torch.compile traces it.
-    """
+    """`slot_positions` of a `RingState` that keeps the first `count` tokens (sinks): those below n.
+
+    A list, since torch.compile traces it."""
     return [p for p in range(count) if p < n]
 
 
@@ -73,7 +76,8 @@ class FullState(State):
     def append(
         self, k: Tensor, v: Tensor, padding_mask: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Layout]:
-        """Returns all keys and values, (B, Hkv, seq_len, D) and (B, Hkv, seq_len, Dv)."""
+        """Returns all keys and values, (B, Hkv, seq_len, D) and (B, Hkv, seq_len, Dv), in the new
+        ones' dtype. ValueError for new ones that do not fit those that are held."""
         if self.k is None:
             self.k, self.v = k, v
         else:
@@ -83,12 +87,14 @@ class FullState(State):
 
     def _grown(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """All keys and values with the new ones."""
+        # Room is written in place, which autograd would take for a change of what it has saved, and
+        # which a compiled graph would have to be guarded against. Both get new tensors.
         learning = torch.is_grad_enabled() and any(x.requires_grad for x in (k, v, self.k, self.v))
-        # nothing may be written in place
         if learning or self.learning or torch.compiler.is_compiling():
             self.rooms = None
             return torch.cat([self.k, k], dim=2), torch.cat([self.v, v], dim=2)
         past, total = self._seen(), self._seen() + k.shape[2]
+        # tensors made under inference_mode refuse to be written outside of it
         sealed = (
             self.rooms is not None
             and self.rooms[0].is_inference()
@@ -132,10 +138,13 @@ class RingState(FullState):
     before it.
 
     Until keep + ROLLBACK tokens have come, all are held in order. From then on k and v are one
-    buffer (B, Hkv, slots + ring, D): token t lies at slots + t % ring, a decoding step overwrites
-    in place, nothing is moved. `slot_positions(n)`: the positions below n that must outlive the
-    ring, ascending; what it gives for a smaller n is a prefix. A row's positions count from its
-    first real token."""
+    buffer (B, Hkv, S + W, D): token t lies at S + t % W, a decoding step overwrites in place,
+    nothing is moved. `slot_positions(n)`: the positions below n that must outlive the ring (sinks,
+    global tokens), ascending; what it gives for a smaller n is a prefix.
+
+    A slot is filled when its token is about to leave the ring, and never before: until then the
+    token is read from the ring, and must not be scored twice. Rows with padding on the left reach a
+    position later than others, so that a slot can be there for one row and pending for another."""
 
     evicts = True
 
@@ -191,6 +200,7 @@ class RingState(FullState):
     def _few(self, k, v, total, start, padding_mask) -> tuple[Tensor, Tensor, Layout]:
         """Overwrites the ring's oldest tokens in place."""
         before = self.oldest
+        # Slots first: the new tokens are about to overwrite what they have to copy.
         self._grow_slots(max(before, total - self.ring), k.device)
         slots = self.slots
         self._fill_slots(self.k, self.v, before, self.total, start, ring=True)
@@ -198,8 +208,10 @@ class RingState(FullState):
         self.k.index_copy_(2, at, k)
         self.v.index_copy_(2, at, v)
         self.total, self.oldest = total, max(before, total - self.ring)
+        # The ring goes out as it lies, and `number` says which token is at each place: the newest t
+        # below `total` with t % ring == place. One older than `oldest` is not there: a crop took
+        # back what had overwritten it.
         places = torch.arange(self.ring, device=k.device)
-        # the newest token that lies at each place
         number = total - 1 - (total - 1 - places) % self.ring
         number = torch.where(number >= self.oldest, number, -1)
         mask = None
@@ -210,6 +222,7 @@ class RingState(FullState):
 
     def _many(self, k, v, total, start, padding_mask) -> tuple[Tensor, Tensor, Layout]:
         """Puts the past and the new tokens in order, and keeps the end of them as the ring."""
+        # k and v become all tokens [low, total) in order: what is held, then the new ones
         low, past = self.oldest, self.total
         if self.k is not None:
             at = torch.arange(low, past, device=k.device)
@@ -221,6 +234,7 @@ class RingState(FullState):
             if self.wrapped
             else (k[:, :, :0], v[:, :, :0])
         )
+        # new memory, not the old one overwritten: gradients may flow through what was there
         self.oldest, self.total = max(low, total - self.ring), total
         at = torch.arange(self.oldest, total, device=k.device)
         rings = (x.new_zeros(*x.shape[:2], self.ring, x.shape[3]) for x in (k, v))
@@ -232,7 +246,8 @@ class RingState(FullState):
         self.wrapped = True
         self._grow_slots(self.oldest, k.device)
         self._fill_slots(k, v, low, total, start, ring=False)
-        # the new tokens need no more, the slots hold the rest
+        # What is attended over: the first of the new tokens, number `past`, sees back to
+        # past - keep + 1, and no other sees further. What lies before is in the slots.
         tail = max(low, min(past - self.keep + 1, self.oldest))
         if tail == 0:
             return k, v, layout_of(padding_mask)
@@ -252,7 +267,7 @@ class RingState(FullState):
     def _places(self, slots: int) -> Tensor | None:
         """The slots' positions for a `Layout`; None when they are 0, 1, 2, ..."""
         positions = self.slot_positions(self.oldest)
-        # ascending, so the others follow
+        # they ascend from 0 or more: if the last is where it would be counted, all are
         in_order = slots == 0 or positions[slots - 1] == slots - 1
         return None if in_order else self.slots_at[:slots]
 
@@ -282,6 +297,7 @@ class RingState(FullState):
         """
         if not self.pending or not self.slots:
             return
+        # (B or 1, S): the number of the token that each row wants in each slot
         number = self.slots_at[None] if start is None else start[:, None] + self.slots_at
         there = ((number >= low) & (number < high))[:, None, :, None]
         at = (self.slots + number % self.ring if ring else (number - low).clamp(0, high - low - 1))[
@@ -290,6 +306,7 @@ class RingState(FullState):
         for held, source in ((self.k, k), (self.v, v)):
             found = source.gather(2, at.expand(*source.shape[:2], -1, source.shape[3]))
             held[:, :, : self.slots] = torch.where(there, found, held[:, :, : self.slots])
+        # without padding all rows are done at once; asking the device would be a sync a step
         self.pending = start is not None and bool((number >= high).any())
 
     def _outlived(self, slots: int, limit: int, start: Tensor) -> Tensor:
@@ -303,6 +320,7 @@ class RingState(FullState):
         )
 
     def _check_crop(self, n: int) -> None:
+        # the window of the token that comes next after a crop to n begins at n + 1 - keep
         least = self.oldest + self.keep - 1
         if self.wrapped and self.oldest and n < least:
             raise ValueError(
@@ -314,4 +332,6 @@ class RingState(FullState):
     def _crop(self, n: int) -> None:
         if not self.wrapped:
             super()._crop(n)
+        # `oldest` stays: what the ring has lost is lost. Slots may hold tokens that were taken
+        # back.
         self.total, self.pending = n, True

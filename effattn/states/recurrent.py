@@ -4,7 +4,10 @@
     y = attn(q, k, v, state=state)        # k, v: the new tokens
 
 Its size does not depend on the sequence's length. A sum cannot take a token back, so the newest
-ones stay outside of it, at least `ROLLBACK` and less than twice as many."""
+ones stay outside of it, at least `ROLLBACK` and less than twice as many.
+
+B: rows; Hkv: key/value heads; T: new tokens; R: tokens that are not in the sums; D, Dv: of a key,
+of a value; F: features of a key."""
 
 from __future__ import annotations
 
@@ -26,11 +29,14 @@ def folded(tokens: int) -> int:
 
 
 class RecurrentState(State):
-    """Sums (a `kernels.linear.Memory`) over the first `base` tokens, and k (B, Hkv, total - base,
-    D), v of the others.
+    """Sums (a `kernels.linear.Memory`) over the first `base` tokens, and k (B, Hkv, R, D), v (B,
+    Hkv, R, Dv) of the others, in the inputs' dtype.
+
+    sums (B, Hkv, F, Dv) of features times values, norms (B, Hkv, F) of features, top (B, Hkv): what
+    the features were scaled by, for those that grow exponentially; all in fp32 or better.
 
     The backend that attends calls `fold` with the new sums. `draw`: the random features that the
-    sums were made with."""
+    sums were made with; sums of two draws cannot be added."""
 
     def __init__(self):
         self.reset()

@@ -2,7 +2,10 @@
 older ones.
 
 `append` gives out everything held with the new tokens; the backend's `attend`, which gets the state
-too (`Call.state`), brings the summary up to date and lets go of the oldest tokens."""
+too (`Call.state`), brings the summary up to date and lets go of the oldest tokens.
+
+B: rows; Hkv: key/value heads; T: new tokens; D, Dv: of a key, of a value; S: slots, the summaries
+of finished blocks; C: codes of a codebook."""
 
 from __future__ import annotations
 
@@ -77,6 +80,8 @@ class SummaryState(FullState):
             setattr(self, name, x.repeat_interleave(n, dim=0))
 
     def _check_crop(self, n: int) -> None:
+        # A summary cannot give a token back; of those that are held, the last `keep` before the
+        # next token have to be there as they came.
         least = self.oldest + self.keep if self.oldest else 0
         if n < least:
             raise ValueError(
@@ -101,8 +106,8 @@ class SlotState(SummaryState):
 
 
 class CodeState(SummaryState):
-    """`counts` (B, Hkv, codes) int32 and `sums` (B, Hkv, codes, Dv) float32 or better: of the
-    tokens that were let go, how many have each code, and the sum of their values."""
+    """`counts` (B, Hkv, C) int32 and `sums` (B, Hkv, C, Dv) float32 or better: of the tokens that
+    were let go, how many have each code, and the sum of their values."""
 
     summary = ("counts", "sums")
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
 
 from effattn.errors import Unsupported
 from effattn.hf import anatomy, hooks, live
@@ -32,9 +33,9 @@ class Swap:
     checkers: list[live.LayerSwap] = field(default_factory=list, compare=False)
 
 
-def attach(model: nn.Module, parts: anatomy.Anatomy, plans: dict[int, LayerPlan]) -> None:
+def attach(model: PreTrainedModel, parts: anatomy.Anatomy, plans: dict[int, LayerPlan]) -> None:
     """Carries out the plans: the implementation, and on each attention module what it needs."""
-    # the only part that needs memory comes first
+    # The only part that can fail comes first: copies of projections, which need memory.
     new = {
         index: hooks.GlobalProjections(parts.layers[index].attention, parts.layers[index].qkv_paths)
         for index, plan in plans.items()
@@ -51,6 +52,7 @@ def attach(model: nn.Module, parts: anatomy.Anatomy, plans: dict[int, LayerPlan]
     for layer in parts.layers:
         module, plan = layer.attention, plans.get(layer.index)
         if plan is not None:
+            # a kept pattern keeps its hook and what it has learned; only the rest is said anew
             module._modules.pop(hooks.POSITIONS, None)
             if not plan.kept:
                 _detach(module)
@@ -78,6 +80,7 @@ def attach(model: nn.Module, parts: anatomy.Anatomy, plans: dict[int, LayerPlan]
                 module.add_module(hooks.PATTERN, plan.backend)
             if layer.index in new:
                 module.add_module(hooks.GLOBAL, new[layer.index])
+        # layers that keep what they have go through our function too, which passes them on
         elif not hasattr(module, hooks.ATTRIBUTE):
             setattr(module, hooks.ATTRIBUTE, live.LayerSwap(layer.index, done.original))
     done.checkers = _choose_checkers(
@@ -93,12 +96,13 @@ def detach(model: nn.Module) -> None:
     """Undoes what was done to the attention modules; what is written in the config stays."""
     done = active(model)
     if done is not None:
-        for layer in anatomy.of(model).layers:
+        parts = anatomy.of(model)
+        for layer in parts.layers:
             _detach(layer.attention)
         _unhook(model)
         model.__dict__.pop(BATCHING, None)
         delattr(model, hooks.ATTRIBUTE)
-        model.set_attn_implementation(done.original)
+        parts.model.set_attn_implementation(done.original)
 
 
 def active(model: nn.Module) -> Swap | None:
@@ -114,7 +118,7 @@ def require_own_attention(model: nn.Module, name: str) -> None:
         )
 
 
-def _own_implementation(model: nn.Module) -> str:
+def _own_implementation(model: PreTrainedModel) -> str:
     """What the model computes attention with; transformers' choice for one built from a swapped
     model's config.
     """

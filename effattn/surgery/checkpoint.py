@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from effattn.hf import loading, packing, placement
 from effattn.hf.adapters import require_own_weights
@@ -32,12 +33,14 @@ from effattn.surgery import record, replace, swapping
 from effattn.surgery.record import LEARNED
 
 
-def save(model: nn.Module, path: str | Path, tokenizer=None) -> Path:
+def save(model: PreTrainedModel, path: str | Path, tokenizer=None) -> Path:
     """Writes the model (and its tokenizer) to the new folder `path`, which it returns.
 
-    Raises ValueError for a folder that is not empty and for weights with NaN or Inf, and
-    Unsupported for adapters that are not merged, which the checkpoint would lose (peft saves them
-    by itself). If anything fails, nothing is left behind."""
+    Weights are written as safetensors in their own dtypes. Raises ValueError for a folder that is
+    not empty and for weights with NaN or Inf, and Unsupported for adapters that are not merged,
+    which the checkpoint would lose (peft saves them by itself). If anything fails, nothing is left
+    behind."""
+    # All checks before the folder: it appears with everything in it, or not at all.
     packing.steady(model)
     require_own_weights(model)
     placement.require_own(model, "save")
@@ -60,7 +63,7 @@ def save(model: nn.Module, path: str | Path, tokenizer=None) -> Path:
 
 def load(path: str | Path, dtype: torch.dtype | str = "auto") -> nn.Module:
     """The model of a checkpoint (folder, hub name or "embedded"), with its swap applied again, in
-    eval mode.
+    eval mode. dtype: of the weights, a torch dtype or its name; "auto": as stored.
 
     Its class is the one that was saved. ValueError for weights that are missing, unexpected or of
     another shape, for learned weights that do not fit the swap, and for a class that transformers
@@ -69,8 +72,9 @@ def load(path: str | Path, dtype: torch.dtype | str = "auto") -> nn.Module:
     dtype = dtype_of(dtype)
     config = read_config(name, path)
     packing.check_format(config, path)
+    # What the config says of the swap is taken off it: first a plain model is built, then swapped.
+    # "trained" is the model before its rule was written in plain terms.
     again = config.__dict__.pop(KEY, {})
-    # the model before its rule was written in plain terms
     for field, value in again.get("trained", {}).items():
         setattr(config, field, value)
     axes = {axis: again[axis] for axis in ("pattern", "positions", "cache") if axis in again}
@@ -119,7 +123,9 @@ def load_model(name: str | Path, dtype: torch.dtype | str = "auto", *, bos: bool
     if str(name) == "embedded":
         from effattn import embedded
 
-        model, tokenizer = embedded.load() if dtype == "auto" else embedded.load(dtype)
+        model, tokenizer = (
+            embedded.load(dtype) if isinstance(dtype, torch.dtype) else embedded.load()
+        )
         check_finite(model)
         settle(model, bos, tokenizer)
         return model, tokenizer

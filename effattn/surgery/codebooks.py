@@ -6,14 +6,18 @@ attention sees them, rotated. The model is swapped meanwhile, and as it was afte
 
 from __future__ import annotations
 
+from typing import Protocol, cast
+
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from effattn.calibration.layerwise import windows
 from effattn.errors import Unsupported
 from effattn.hf.anatomy import Anatomy
 from effattn.hf.beginning import bos_of
 from effattn.hf.placement import device_of, input_device
+from effattn.hf.positions import LayerPositions
 from effattn.surgery import plan as planning
 from effattn.surgery.attaching import active, attach, detach
 from effattn.surgery.plan import LayerPlan
@@ -21,6 +25,21 @@ from effattn.surgery.plan import LayerPlan
 WINDOW = 512  # tokens of a row
 BATCH = 4  # rows at a time
 PER_CODE = 32  # keys that k-means looks at for each code
+
+
+class Coded(Protocol):
+    """A backend with a codebook: how many words it has, and how they are fitted to keys."""
+
+    codes: int
+
+    def calibrate(self, keys: Tensor) -> None:
+        """keys (B, Hkv, T, D)."""
+        ...
+
+
+def _coded(plan: LayerPlan) -> Coded:
+    """The backend of a plan that is `wanting`."""
+    return cast(Coded, plan.backend)
 
 
 def wanting(plans: dict[int, LayerPlan]) -> dict[int, LayerPlan]:
@@ -44,9 +63,9 @@ def check(parts: Anatomy, plans: dict[int, LayerPlan], tokens: Tensor | None) ->
     length = _row(parts, tokens)
     count = len(tokens) // length * length if length else 0
     for index, plan in wanting(plans).items():
-        if count < plan.backend.codes:
+        if count < _coded(plan).codes:
             raise ValueError(
-                f"calibration: layer {index}: {plan.backend.codes} codes, but {count} tokens in "
+                f"calibration: layer {index}: {_coded(plan).codes} codes, but {count} tokens in "
                 f"rows of {length}: the "
                 f"codebook is larger than the data; valid are more tokens or codes <= {count}"
             )
@@ -57,20 +76,26 @@ def _row(parts: Anatomy, tokens: Tensor) -> int:
     return min(WINDOW, len(tokens), parts.trained_length or WINDOW)
 
 
-def fit(model: nn.Module, parts: Anatomy, plans: dict[int, LayerPlan], tokens: Tensor) -> None:
+def fit(
+    model: PreTrainedModel, parts: Anatomy, plans: dict[int, LayerPlan], tokens: Tensor
+) -> None:
     """Calibrates the backends of `plans` that have a codebook on tokens (N,), of which the first
     ones may suffice.
     """
-    rules = {index: plan.positions for index, plan in plans.items() if plan.positions is not None}
+    # The model is run with "dense" in these layers, whose `attend` writes down the keys: by then
+    # they are rotated by the rule that the layer will have.
+    rules: dict[int, LayerPositions | None] = {
+        index: plan.positions for index, plan in plans.items() if plan.positions is not None
+    }
     plans = wanting(plans)
     if active(model) is not None:
         raise Unsupported("calibration: the model is swapped already; effattn.restore(model) first")
     recording = planning.make(parts, dict.fromkeys(map(str, plans), "dense"), {}, rules)
     keys: dict[int, list[Tensor]] = {index: [] for index in plans}
     for index in plans:
-        recording[index].backend.attend = _recorder(recording[index].backend, keys[index])
+        vars(recording[index].backend)["attend"] = _recorder(recording[index].backend, keys[index])
     length = _row(parts, tokens)
-    rows = max(plan.backend.codes for plan in plans.values()) * PER_CODE
+    rows = max(_coded(plan).codes for plan in plans.values()) * PER_CODE
     training, device = model.training, input_device(parts.model)
     attach(model, parts, recording)
     try:
@@ -81,7 +106,7 @@ def fit(model: nn.Module, parts: Anatomy, plans: dict[int, LayerPlan], tokens: T
         detach(model)
         model.train(training)
     for index, plan in plans.items():
-        plan.backend.calibrate(torch.cat(keys[index]).to(device_of(parts.layers[index].k.module)))
+        _coded(plan).calibrate(torch.cat(keys[index]).to(device_of(parts.layers[index].k.module)))
 
 
 def _recorder(backend, keys: list[Tensor]):

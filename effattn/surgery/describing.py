@@ -1,8 +1,8 @@
 """What a model's attention is made of, layer by layer: the five choices, parameters and KV bytes
 per token.
 
-print(effattn.describe(model))
-effattn.describe(model).to_dict()
+    print(effattn.describe(model))
+    effattn.describe(model).to_dict()
 """
 
 from __future__ import annotations
@@ -85,20 +85,22 @@ class Description:
         )
 
     def __str__(self) -> str:
-        console = Console(file=io.StringIO(), width=140, color_system=None)
-        console.print(self)
-        return "\n".join(line.rstrip() for line in console.file.getvalue().rstrip().splitlines())
+        text = io.StringIO()
+        Console(file=text, width=140, color_system=None).print(self)
+        return "\n".join(line.rstrip() for line in text.getvalue().rstrip().splitlines())
 
 
 def describe(model: nn.Module) -> Description:
-    """Describes a transformers causal LM or encoder, swapped or not. Raises Unsupported for unknown
-    architectures.
+    """Describes a transformers causal LM or encoder, swapped or not: for each layer the five
+    choices, its parameters and the bytes a token adds to its cache; of the whole, parameters by
+    part (`Description`). Changes nothing. Raises Unsupported for unknown architectures.
     """
     parts = anatomy.of(model)
     layers = [_layer(layer, parts.config) for layer in parts.layers]
     done = positions.active(model)
-    for layer in layers if done is not None else []:
-        layer["positions"] = _new_positions(layer["positions"], done.specs.get(layer["index"]))
+    specs = {} if done is None else done.specs
+    for layer in layers if specs else []:
+        layer["positions"] = _new_positions(layer["positions"], specs.get(layer["index"]))
     counts = {
         "embeddings": _count([parts.embeddings]),
         **{
@@ -109,6 +111,7 @@ def describe(model: nn.Module) -> Description:
     }
     counts["norms"] += _count([parts.final_norm])
     total = _count([model])
+    # what is in no part (learned positions, a second head), so that the parts add up
     counts["other"] = total - sum(counts.values())
     dtype = str(layers and parts.layers[0].dtype).removeprefix("torch.")
     return Description(
@@ -117,6 +120,7 @@ def describe(model: nn.Module) -> Description:
 
 
 def _layer(layer: anatomy.Layer, config) -> dict:
+    # a norm inside the attention (of queries, of keys) counts as a norm
     norms = set(_parameters(layer.norms))
     attention = set(_parameters([layer.attention, layer.o.module])) - norms
     ffn = set(_parameters([layer.ffn])) - norms

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,7 +26,12 @@ TRIED = 4  # tokens of a trial
 
 @dataclass
 class LayerPlan:
-    """One layer's new pattern. `spec`: as asked for; `pattern`: what it comes to in this layer."""
+    """One layer's new pattern.
+
+    spec: as asked for. pattern: what it comes to in this layer. raw_keys: whether the backend gets
+    q and k before their rotation, and rotary: by what it then rotates them. own_window: the window
+    of the layer's own attention, where the backend does the same. own_global, positions, kept,
+    cache: see below."""
 
     spec: str
     pattern: str
@@ -58,6 +64,7 @@ def make(
         )
     options = {name: _literal(value) for name, value in options.items()}
     chosen = {} if pattern is None else by_layer(pattern, len(parts.layers))
+    # 1. The layers that a pattern is named for, and those whose rule or cache changes
     plans = {index: _plan(parts.layers[index], spec, options) for index, spec in chosen.items()}
     positions, cache = positions or {}, cache or {}
     formats = {index: caches.fit(parts.layers[index], spec) for index, spec in cache.items()}
@@ -67,6 +74,9 @@ def make(
             plans[index] = _keep(parts, index, held)
         elif index not in plans and rule is not None:
             plans[index] = _plan(parts.layers[index], "dense", {})
+    # 2. What each of them gets beside its pattern: as asked, or as it was. Who needs raw keys
+    #    (sinks, a packed cache before its rotation, a position rule) takes over the model's
+    #    rotation.
     for index, plan in plans.items():
         held = getattr(parts.layers[index].attention, hooks.ATTRIBUTE, None)
         plan.cache = formats[index] if index in formats else getattr(held, "cache", None)
@@ -77,6 +87,7 @@ def make(
         if rule is not None:
             plan.positions = rule.fitted(plan.raw_keys)
             plan.raw_keys, plan.rotary = plan.positions.raw, None
+    # 3. Whether it can be: what is known to be impossible, for all layers at once; then a trial
     _refuse_impossible(parts, plans)
     for index, plan in plans.items():
         _try(parts.layers[index], plan)
@@ -152,6 +163,7 @@ def _refuse_impossible(parts: anatomy.Anatomy, plans: dict[int, LayerPlan]) -> N
 
 def _obstacle(layer: anatomy.Layer, plan: LayerPlan) -> str | None:
     """Why the plan cannot be carried out; None when nothing is known against it."""
+    # a class that computes attention by itself would go on doing so: its code tells
     code = inspect.unwrap(type(layer.attention).forward).__code__
     if "ALL_ATTENTION_FUNCTIONS" not in code.co_names:
         return (
@@ -218,10 +230,11 @@ def _try(layer: anatomy.Layer, plan: LayerPlan) -> None:
     afterwards.
     """
     device, dtype = placement.device_of(layer.k.module), layer.dtype
+    # on the meta device nothing can be computed: the sizes are tried on the CPU
     device = torch.device("cpu") if device.type == "meta" else device
     heads = (layer.heads, layer.kv_heads, layer.kv_heads)
     q, k, v = (torch.zeros(1, h, TRIED, layer.head_dim, dtype=dtype, device=device) for h in heads)
-    extras = {}
+    extras: dict[str, Any] = {}
     if layer.softcap is not None:
         extras["softcap"] = layer.softcap
     if layer.learned_sinks:

@@ -105,6 +105,7 @@ def _shared(tensors: dict[str, Tensor]) -> list[list[str]]:
     """The names of each tensor."""
     groups: dict[tuple, list[str]] = {}
     for name, tensor in tensors.items():
+        # two views of one memory of the same shape are one tensor (a tied parameter)
         groups.setdefault((tensor.data_ptr(), tensor.shape), []).append(name)
     return list(groups.values())
 
@@ -160,4 +161,6 @@ def _folder(name: str) -> Path:
     from transformers.utils import cached_file
 
     cached_file(name, LEARNED, _raise_exceptions_for_missing_entries=False)
-    return Path(cached_file(name, "config.json")).parent
+    config = cached_file(name, "config.json")
+    assert config is not None  # it was read before
+    return Path(config).parent

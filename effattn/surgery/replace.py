@@ -10,16 +10,20 @@ The modules are the record: what a model's projections are is read from its `Pro
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 
 from effattn.axes import options_of
+from effattn.calibration.layerwise import LayerRunner, watch, windows
+from effattn.calibration.statistics import SecondMoment
 from effattn.calibration.tokens import check_calibration
 from effattn.errors import Unsupported, check_choice
 from effattn.hf import anatomy, hooks, placement
+from effattn.hf.beginning import bos_of
 from effattn.hf.weights import is_packed, is_plain
 from effattn.projections.base import (
     FITTED,
@@ -40,7 +44,7 @@ class Matrix:
 
     name: str  # its path in the model
     layer: int
-    module: nn.Module
+    module: nn.Linear | StructuredLinear
     spec: str
     kind: type[ProjectedLinear] | None
     options: dict | None
@@ -53,6 +57,8 @@ class Matrix:
     def fitted(self, moment: Tensor | None) -> ProjectedLinear:
         """What takes its place: closest in its outputs with a second moment, else in its
         weights."""
+        assert self.kind is not None  # "dense" is made, not fitted
+        assert self.options is not None
         module = self.module
         linear = module if isinstance(module, nn.Linear) else module.to_linear()
         try:
@@ -65,7 +71,8 @@ class Matrix:
 
 @dataclass(frozen=True)
 class Replacement:
-    """What a swap of projections is going to do."""
+    """What a swap of projections is going to do, checked: which matrices, and the calibration
+    tokens (N,) int64 in windows of `length`, where some are fitted to data."""
 
     parts: anatomy.Anatomy
     matrices: tuple[Matrix, ...]
@@ -86,9 +93,10 @@ def make(
     repatterned: layers whose pattern is swapped in the same call. ValueError and Unsupported as for
     `effattn.swap`."""
     chosen = by_layer(projections, len(parts.layers), "projections")
+    # every matrix of every layer is checked here; `fit` and `replace` then have nothing to refuse
     names = {module: name for name, module in parts.model.named_modules()}
     placement.require_here(parts.model, "projections")
-    matrices = []
+    matrices: list[Matrix] = []
     for index, spec in chosen.items():
         layer, (kind, options) = parts.layers[index], _read(spec)
         if options is not None and options["method"] == "data" and calibration is None:
@@ -111,7 +119,7 @@ def make(
             _check(matrix, _outputs(layer, module, kv_heads))
             matrices.append(matrix)
     length = LENGTH
-    if any(matrix.from_data for matrix in matrices):
+    if calibration is not None and any(matrix.from_data for matrix in matrices):
         length = check_calibration(calibration, parts, LENGTH)
     return Replacement(parts, tuple(matrices), calibration, length)
 
@@ -142,7 +150,7 @@ def sizing(options: dict) -> dict:
     return {name: value for name, value in options.items() if name not in ("ffn", "method")}
 
 
-def _linears(layer: anatomy.Layer, ffn: bool) -> list[nn.Module]:
+def _linears(layer: anatomy.Layer, ffn: bool) -> list[Any]:
     """q, k, v and o (a fused one once), and on request the linears of the FFN."""
     found = layer.qkv_modules
     if ffn:
@@ -167,7 +175,9 @@ def own(module: nn.Module) -> list[nn.Parameter]:
     return list(module.parameters(recurse=False))
 
 
-def _outputs(layer: anatomy.Layer, module: nn.Module, kv_heads: int | None) -> int:
+def _outputs(
+    layer: anatomy.Layer, module: nn.Linear | StructuredLinear, kv_heads: int | None
+) -> int:
     """The outputs that `module` will have when the layer has `kv_heads` (None: stays as it is)."""
     fewer = 0 if kv_heads is None else (layer.kv_heads - kv_heads) * layer.head_dim
     return module.out_features - fewer * sum(
@@ -187,7 +197,7 @@ def _check(matrix: Matrix, outputs: int) -> None:
         )
     if not is_plain(module) and not isinstance(module, StructuredLinear):
         raise Unsupported(f"projections: {name} is a {type(module).__name__}, valid is a Linear")
-    if matrix.kind is not None:
+    if matrix.kind is not None and matrix.options is not None:
         sizes = sizing(matrix.options)
         matrix.kind.check_sizes(module.in_features, outputs, **sizes, where=name)
 
@@ -198,7 +208,7 @@ def fit(asked: Replacement) -> dict[str, nn.Module]:
     """
     new: dict[str, nn.Module] = {}
     for matrix in asked.matrices:
-        if matrix.options is None:
+        if isinstance(matrix.module, StructuredLinear) and matrix.options is None:
             new[matrix.name] = matrix.module.to_linear()
         elif not matrix.from_data:
             new[matrix.name] = matrix.fitted(None)
@@ -209,26 +219,23 @@ def fit(asked: Replacement) -> dict[str, nn.Module]:
 
 def _fit_outputs(asked: Replacement) -> dict[str, nn.Module]:
     """Those of method="data": the inputs of one layer at a time, on the unmodified model."""
-    from effattn.calibration.layerwise import LayerRunner, watch, windows
-    from effattn.calibration.statistics import SecondMoment
-    from effattn.hf.beginning import bos_of
-
-    new, model = {}, asked.parts.model
+    assert asked.calibration is not None  # `make` has refused it otherwise
+    new: dict[str, nn.Module] = {}
+    model = asked.parts.model
     training = model.training
     model.eval()
     try:
-        runner = LayerRunner(
-            asked.parts, windows(asked.calibration, asked.length, BATCH, bos_of(model))
-        )
+        # Layer by layer, so that hidden states of one layer are held and not of all. The layers
+        # before are not replaced yet: each matrix is fitted to what the unmodified model feeds it.
+        batches = windows(asked.calibration, asked.length, BATCH, bos_of(model))
+        runner = LayerRunner(asked.parts, batches)
         hidden = runner.embed()
         for index in range(len(asked.parts.layers)):
             wanted = [m for m in asked.matrices if m.layer == index and m.from_data]
             moments = [SecondMoment() for _ in wanted]
             with ExitStack() as stack:
                 for matrix, moment in zip(wanted, moments, strict=True):
-                    stack.enter_context(
-                        watch(matrix.module, lambda x, _, moment=moment: moment.add(x))
-                    )
+                    stack.enter_context(watch(matrix.module, _adding_to(moment)))
                 for number, states in runner.run(index, hidden):
                     hidden[number] = states
             for matrix, moment in zip(wanted, moments, strict=True):
@@ -238,8 +245,12 @@ def _fit_outputs(asked: Replacement) -> dict[str, nn.Module]:
     return new
 
 
+def _adding_to(moment: SecondMoment) -> Callable[[Tensor, Tensor], None]:
+    return lambda x, _: moment.add(x)
+
+
 def replace(model: nn.Module, new: dict[str, nn.Module]) -> None:
-    """Puts the modules in their places."""
+    """Puts the modules, by their paths in `new`, in their places in the model."""
     for name, module in new.items():
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, module)
@@ -302,7 +313,7 @@ def rebuild(model: nn.Module, recorded: dict[str, dict]) -> None:
     linears = {
         name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)
     }
-    new = {}
+    new: dict[str, nn.Module] = {}
     for name, entry in recorded.items():
         linear, kind = linears.get(name), recorded_kind(entry)
         if linear is None or not isinstance(entry, dict) or entry.keys() != set(kind.saved()):

@@ -48,6 +48,8 @@ def swap(
 ) -> nn.Module:
     """Replaces parts of the model's attention, in place. Returns the model.
 
+    model: a transformers causal LM, or an encoder for bidirectional patterns.
+
     pattern: a backend's name or spec for all layers (`options` go to it), or a dict from layers
     ("3", "0-3", "4-", "0-2,5") to specs; layers that no key names keep what they have. "dense"
     computes what plain transformers does: in a layer that the model itself restricts to a window it
@@ -89,6 +91,8 @@ def swap(
         )
     if pattern is None and options:
         raise ValueError(f"swap: {', '.join(options)} given without a pattern")
+    # Plans first, which refuse; then what rewrites weights, undone where a part of it fails; then
+    # what is hung on the model.
     require_unwrapped(model)
     if heads is not None or projections is not None:
         require_own_weights(model)
@@ -99,7 +103,7 @@ def swap(
         planning.make,
         pattern=pattern,
         options=options,
-        positions=placed and placed.layers,
+        positions=None if placed is None else placed.layers,
         cache=cached,
     )
     plans = plan(parts)
@@ -161,7 +165,7 @@ def _rewrite(
     parts: anatomy.Anatomy, merging: dict | None, projected: replace.Replacement | None, calibration
 ) -> None:
     """Changes heads, and then projections: both, or where one fails neither."""
-    # its report brings what draws plots
+    # at its use: what it imports is heavy, and most swaps have nothing to do with heads
     from effattn.heads.gqa import convert_gqa
     from effattn.heads.undo import all_or_nothing
 

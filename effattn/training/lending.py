@@ -52,13 +52,15 @@ class TokenWindows(Dataset):
             )
         self.tokens, self.length, self.count, self.seed = tokens, length, count, seed
         self.bos = bos
-        self.per_pass = len(tokens) // length - 1
+        self.per_pass = len(tokens) // length - 1  # one less: the offset takes up to a window
         self._order: tuple[int, int, torch.Tensor] | None = None
 
     def __len__(self) -> int:
         return self.count
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        # nothing but the index and the seed decides, so that a resumed run, or one on other
+        # processes, sees the same windows; the order of the present pass is kept
         epoch, place = divmod(index, self.per_pass)
         if self._order is None or self._order[0] != epoch:
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
@@ -190,7 +192,8 @@ class Loan:
 
     def begin(self) -> None:
         """Makes the masters. It may run out of memory half-way, after which `end` is right, too."""
-        # adapters cast what they get: frozen bf16 can stay beneath
+        # `data` is replaced and the parameters stay the same objects: optimizers, ties and hooks
+        # hold them. Adapters cast what they get, so that frozen bf16 can stay beneath.
         low_rank = hasattr(self.model, "peft_config")
         for parameter, dtype in self.dtypes.items():
             parameter.grad = None
@@ -226,6 +229,7 @@ class Loan:
     def end(self) -> str | None:
         """Puts everything back; returns what is wrong with the weights, if anything."""
         wrong = self._wrong()
+        # embeddings that were made to ask for gradients have a hook for it
         for module in self.model.modules():
             new = "_require_grads_hooks" not in self.before.modules.get(module, ())
             for handle in vars(module).get("_require_grads_hooks", ()) if new else ():

@@ -4,7 +4,9 @@ The first stage of LoLCATs (arXiv:2410.10254, section 3.1), for any backend and 
 projections: the parent runs over the text, each of its attention modules' inputs also go through
 the student's, and the loss is how far the two outputs are apart. Layers do not see each other's
 errors and can all learn at once, in one pass of the parent; no logits are made. Training is the HF
-Trainer, so that `accelerate launch` spreads it and a killed run goes on."""
+Trainer, so that `accelerate launch` spreads it and a killed run goes on.
+
+B: rows; T: tokens; L: layers; D: hidden size."""
 
 from __future__ import annotations
 
@@ -63,9 +65,9 @@ class AttentionTransfer(nn.Module):
         for layer, ours in zip(self._teacher[0], self.attention, strict=True):
 
             def compare(module, args, kwargs, output, ours=ours):
-                # of masters, the teacher may be in half precision
+                # The student is lent, so in fp32, where the teacher may be in half precision. The
+                # mask is the teacher's implementation's; windows are not padded, so none is needed.
                 own = next(ours.parameters()).dtype
-                # windows are not padded
                 args, kwargs = _in_dtype((args, {**kwargs, "attention_mask": None}), own)
                 with torch.set_grad_enabled(self.training):
                     got = ours(*args, **kwargs)
@@ -152,6 +154,7 @@ def transfer(
     chosen = learnable(student, layers, trainable)
     settings = {"disable_tqdm": True, "logging_strategy": "no", "seed": seed}
     settings |= training.placed(student) | (overrides or {})
+    # how many processes there are, only the Trainer's settings know; steps follow from that
     probe = training.arguments(
         folder, steps=1, batch=batch, lr=1.0, warmup=0, save_every=1, **settings
     )

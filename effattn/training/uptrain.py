@@ -56,7 +56,8 @@ def distillation_loss(
     ce_weight: float = CE_WEIGHT,
     chunk: int = CHUNK,
 ) -> torch.Tensor:
-    """Mean over positions of KL(teacher || student) + ce_weight · cross-entropy.
+    """Mean over positions of KL(teacher || student) + ce_weight · cross-entropy, in nats: a 0-d
+    float32 tensor.
 
     hidden, teacher_hidden (B, T, D): outputs of the final norms; labels (B, T) int64, the input
     tokens (shifted here). Logits of at most `chunk` positions exist at a time, forward and
@@ -71,6 +72,8 @@ def distillation_loss(
         kl = kl_chunked(reference, logits, chunk).sum()
         return kl + ce_weight * F.cross_entropy(logits, target, reduction="sum")
 
+    # Checkpointed: a chunk's logits are made again in the backward pass. They are the largest
+    # tensors of the step by far (a vocabulary each), and all else about them is cheap.
     total = hidden.new_zeros((), dtype=torch.float32)
     for s, t, target in zip(
         student.split(chunk), teacher.split(chunk), targets.split(chunk), strict=True
@@ -178,6 +181,7 @@ class Curve(TrainerCallback):
         if not state.is_world_process_zero:
             return
         done = state.global_step * self.tokens_per_step
+        # a run that goes on from an earlier checkpoint measures some points again
         self.points = [p for p in self.points if p["tokens"] < done] + [
             {"tokens": done, **self.measure()}
         ]
@@ -232,6 +236,7 @@ def uptrain(
     hidden = student.get_input_embeddings().weight.shape[1]
     settings = {"disable_tqdm": True, "logging_strategy": "no", "seed": seed}
     settings |= training.placed(student) | (overrides or {})
+    # how many processes there are, only the Trainer's settings know; steps follow from that
     probe = training.arguments(
         folder, steps=1, batch=batch, lr=1.0, warmup=0, save_every=1, **settings
     )

@@ -2,7 +2,9 @@
 
 Algorithm 1 of Sheared LLaMA (arXiv:2310.06694), section 2.2, over any named streams of tokens.
 Every window is a pure function of its number and of the weights' history, whatever process asks for
-it, so that a killed run goes on exactly."""
+it, so that a killed run goes on exactly.
+
+K: domains; U: updates of their weights; B: windows."""
 
 from __future__ import annotations
 
@@ -33,6 +35,8 @@ def update(weights: Tensor, losses: Tensor, references: Tensor, rule: str = "cla
         return weights
     excess = losses - references
     excess = excess.clamp_min(0) if rule == "clamped" else excess
+    # w exp(eta d), normalised; a domain whose weight came to 0 would never be read again, hence a
+    # floor
     weights = torch.softmax(weights.log() + RATE * excess, -1)
     return (1 - FLOOR) * weights + FLOOR / len(weights)
 
@@ -118,6 +122,9 @@ class LoadingWeights(nn.Module):
     """The history of the domain weights, as buffers, so that checkpoints have it: `history` (U + 1,
     K) fp64, row 0 the start's, and `done`, the number of updates so far of U = `updates`."""
 
+    history: Tensor
+    done: Tensor
+
     def __init__(self, start: Tensor, updates: int):
         super().__init__()
         self.register_buffer(
@@ -175,6 +182,9 @@ class DomainWindows(Dataset):
         return self.count
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
+        # A segment is the steps between two updates, drawn by the weights in force. Segments are
+        # made in order, since each has to know how many windows of a domain came before it; an
+        # earlier one is asked for only when a run begins again.
         segment = max(0, index // self.per_step - AHEAD) // self.every
         if segment < self._segment:
             self._segment, self._before, self._drawn = (
@@ -198,6 +208,8 @@ class DomainWindows(Dataset):
         self._segment += 1
         size = self._start(self._segment + 1) - self._start(self._segment)
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self._segment)
+        # the inverse of the distribution function at uniform numbers; rounding may end past the
+        # last
         drawn = torch.searchsorted(
             edges, torch.rand(size, generator=generator, dtype=torch.float64) * edges[-1]
         )

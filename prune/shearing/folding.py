@@ -21,6 +21,7 @@ def fold(parts: hf.Anatomy, values: Values) -> None:
     projections and biases too. The head reads gated hidden states: tied to the embedding it has the
     gates by that, untied it gets them here."""
     for layer in parts:
+        # inputs of o_proj and down_proj first (their columns), then what both write into the stream
         o = layer.o.module
         if (z := values.get("heads")) is not None:
             o.weight.mul_(

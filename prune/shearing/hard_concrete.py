@@ -22,13 +22,15 @@ def sample(log_alpha: Tensor, uniform: Tensor) -> Tensor:
     """Gates z in [0, 1] of log_alpha's shape and dtype, from uniform noise in [0, 1] of the same
     shape.
     """
+    # equations 10 to 12: a concrete variable, stretched to (LOW, HIGH), clipped to [0, 1]; the
+    # logit of 0 or 1 would be infinite
     tiny = torch.finfo(uniform.dtype).eps
     noise = uniform.clamp(tiny, 1 - tiny).logit()
     return (torch.sigmoid((noise + log_alpha) / BETA) * (HIGH - LOW) + LOW).clamp(0, 1)
 
 
 def open_probability(log_alpha: Tensor) -> Tensor:
-    """P(z > 0), of log_alpha's shape: what an L0 penalty counts."""
+    """P(z > 0), of log_alpha's shape: what an L0 penalty counts (equation 12)."""
     return torch.sigmoid(log_alpha - BETA * math.log(-LOW / HIGH))
 
 

@@ -43,6 +43,7 @@ class Lagrangian(nn.Module):
     def forward(self, removed: dict[str, Tensor], step: int) -> Tensor:
         """The penalty, a 0-d tensor, of `Masks.removed` at a step."""
         total = 0.0
+        # squares as well: a linear term alone pushes past its target before its multiplier turns
         for axis, target in self.targets(step).items():
             gap = removed[axis] - target
             total = (

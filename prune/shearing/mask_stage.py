@@ -79,7 +79,7 @@ def learn_masks(
     parts, smaller = _checked(model, target, warm_start, ramp)
     dtype = model.dtype
     with training.lent(model):  # to the end: what is folded and solved for is in fp32, too
-        references = reference_losses(model, domains)
+        references = reference_losses(model, domains)  # before anything is changed
         parent = None
         if distill or compensate:
             parent = copy.deepcopy(model).eval().requires_grad_(False)

@@ -19,7 +19,9 @@ output:
 
 A norm over the hidden dimensions takes its mean square over those that are kept: the others are 0
 in the residual stream, so x sqrt(D / kept) goes in and the result is scaled back, which is the
-same, epsilon included."""
+same, epsilon included.
+
+L: layers; K: key/value groups; F: inner dimensions of the FFN; D: hidden size."""
 
 from __future__ import annotations
 
@@ -223,6 +225,8 @@ def check_axes(parts: hf.Anatomy, axes: list[str]) -> None:
     reasons: dict[str, str] = {}
     if not parts.layers[0].family.ffn_in:
         reasons |= dict.fromkeys(("hidden", "ffn", "layers"), "its FFN is a mixture of experts")
+    # Tried instead of told by class: a norm that subtracts a mean makes 0 of a flat vector, and one
+    # with a bias is no odd function.
     weight = parts.embeddings.weight
     flat = torch.ones(1, 1, weight.shape[1], dtype=weight.dtype, device=weight.device)
     if any(
@@ -253,6 +257,8 @@ def _undone(parts: hf.Anatomy) -> bool:
     def note(_, __, output):
         seen.append((output[0] if isinstance(output, tuple) else output).float())
 
+    # with half of what they write, and with nothing: if halving hardly differs from the whole, next
+    # to what nothing changes, a norm behind has undone it
     writers = (layer.o.module, layer.feed_forward.output)
     handle = layer.block.register_forward_hook(note)
     for factor in (1.0, 0.5, 0.0):

@@ -15,6 +15,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -57,7 +58,7 @@ def shear(
     **masking,
 ) -> nn.Module:
     """Shears a causal LM to `target`: returns a new, smaller, plain model in eval mode. `model` is
-    used up.
+    used up. Source: Sheared LLaMA, arXiv:2310.06694.
 
     data: int64 tokens (N,), or a dict of them by domain, or `Domains`. mask_tokens, recover_tokens,
     continue_tokens: budgets of the stages: learning masks, and after cutting, learning the
@@ -75,7 +76,7 @@ def shear(
     domains = data
     if not isinstance(data, Domains):
         domains = Domains(data, length, bos=bos_of(model, bos))
-    shared = dict(batch=batch, loading=loading, seed=seed, overrides=overrides)
+    shared: dict[str, Any] = dict(batch=batch, loading=loading, seed=seed, overrides=overrides)
     folders = {
         name: None if folder is None else Path(folder) / name
         for name in ("masks", "recovered", "continued")

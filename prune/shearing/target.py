@@ -21,8 +21,11 @@ NAMES = {
 
 @dataclass(frozen=True)
 class Target:
-    """How much of each axis stays; None leaves it as it is. heads: key/value groups a layer, with
-    all their query heads (for multi-head attention a group is a head)."""
+    """How much of each axis stays; None leaves it as it is.
+
+    hidden: dimensions of the residual stream. heads: key/value groups a layer, with all their query
+    heads (for multi-head attention a group is a head). ffn: inner dimensions a layer. layers: how
+    many. Whether a model can become that, `of` checks (ValueError, Unsupported)."""
 
     hidden: int | None = None
     heads: int | None = None

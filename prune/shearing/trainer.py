@@ -64,6 +64,8 @@ class ShearTrainer(Trainer):
                 share = (step - warmup) / max(1, num_training_steps - warmup)
                 return 0.5 + 0.5 * math.cos(math.pi * share)
 
+            # masks and multipliers keep their rates: they have to arrive at the target, not to
+            # settle
             rules = [weights, weights] + [lambda step: 1.0] * (len(optimizer.param_groups) - 2)
             self.lr_scheduler, self._created_lr_scheduler = LambdaLR(optimizer, rules), True
         return self.lr_scheduler

@@ -62,6 +62,7 @@ class Shearing(nn.Module):
         """input_ids (B, T) int64. "loss": cross-entropy in nats a token; while training with the
         penalty, and with a teacher KL(teacher || model) in its place."""
         if self.masks is not None:
+            # one draw for all windows of a step, of every process: see the module's docstring
             if self.training:
                 generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.step)
                 self.masks.values = self.masks.draw(generator)

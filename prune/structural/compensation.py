@@ -7,7 +7,9 @@ sum x x^T over the calibration tokens and S what stays, W' = W C[:, S] (C[S, S] 
 fp64 (the reconstruction of He et al., arXiv:1707.06168, and of SlimGPT, arXiv:2412.18110). lambda
 pulls towards W[:, S], so that the error on the calibration tokens never rises. A module with a bias
 gets a new one with it. The FFN's module is solved after o_proj is written, on what it then is
-given."""
+given.
+
+D: hidden size; n: inputs of an output module that stay."""
 
 from __future__ import annotations
 
@@ -123,7 +125,8 @@ def _write(module: nn.Linear, fit: OutputRefit, weights: bool) -> None:
         if module.bias is not None:
             module.bias.copy_(solved[:, -1])
         return
-    # sums over tokens; of the last input, their number
+    # FLAP's correction: the bias makes up for the mean of what went. Sums over tokens; of the last
+    # input, which is 1, their number.
     inputs, outputs = (fit.gram.total[-1], fit.cross.total[-1])
     if not torch.isfinite(inputs).all() or not torch.isfinite(outputs).all():
         raise FloatingPointError("the calibration activations contain NaN or infinity")

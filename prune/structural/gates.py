@@ -29,18 +29,18 @@ def gated(
     (F,) or (B, F). Gradients flow into them. What is given for the wrong number of layers or of
     heads is a ValueError."""
     handles = []
-    for name, given in (("heads", heads), ("ffn", ffn)):
-        if given is not None and len(given) != len(parts.layers):
+    for name, gates in (("heads", heads), ("ffn", ffn)):
+        if gates is not None and len(gates) != len(parts.layers):
             raise ValueError(
-                f"{name}: got gates for {len(given)} layers, the model has {len(parts.layers)}"
+                f"{name}: got gates for {len(gates)} layers, the model has {len(parts.layers)}"
             )
     try:
         for layer in parts:
-            if heads is not None and heads[layer.index] is not None:
-                gate = _check("heads", heads[layer.index], layer.heads)
+            if heads is not None and (given := heads[layer.index]) is not None:
+                gate = _check("heads", given, layer.heads)
                 handles.append(_multiply(layer.o.module, gate, layer.head_dim))
-            if ffn is not None and ffn[layer.index] is not None:
-                gate = _check("ffn", ffn[layer.index], layer.feed_forward.size)
+            if ffn is not None and (given := ffn[layer.index]) is not None:
+                gate = _check("ffn", given, layer.feed_forward.size)
                 handles.append(_multiply(layer.feed_forward.output, gate, 1))
         yield
     finally:
@@ -62,6 +62,7 @@ def _multiply(module: nn.Module, gate: Tensor, width: int):
     def hook(_, args):
         x = args[0]
         factor = gate.to(x).repeat_interleave(width, -1)
+        # (width x gates,) for all rows alike, or a row of factors for each row of the batch
         if gate.dim() == 1:
             return (x * factor, *args[1:])
         rows = x.reshape(len(gate), -1, x.shape[-1])  # OPT's FFN takes (B·T, F)

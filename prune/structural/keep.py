@@ -57,7 +57,7 @@ def checked(parts: hf.Anatomy, keep: Keep) -> Keep:
     layers = _indices("keep.layers", keep.layers, count)
     staying = range(count) if layers is None else layers.tolist()
     hidden = _indices("keep.hidden", keep.hidden, Sizes.of(parts.config).hidden)
-    found = {}
+    found: dict[str, list[Tensor] | None] = {}
     for name in ("heads", "ffn"):
         given = getattr(keep, name)
         if given is None:
@@ -72,8 +72,8 @@ def checked(parts: hf.Anatomy, keep: Keep) -> Keep:
             parts.layers[i].kv_heads if name == "heads" else parts.layers[i].feed_forward.size
             for i in staying
         ]
-        found[name] = [_indices(f"keep.{name}[{i}]", one, size[i]) for i, one in enumerate(given)]
-        counts = sorted({len(one) for one in found[name]})
+        rows = [_checked(f"keep.{name}[{i}]", one, size[i]) for i, one in enumerate(given)]
+        found[name], counts = rows, sorted({len(one) for one in rows})
         if len(counts) > 1:
             raise ValueError(
                 f"keep.{name}: got {', '.join(map(str, counts))} by layer; a config holds one "
@@ -83,8 +83,11 @@ def checked(parts: hf.Anatomy, keep: Keep) -> Keep:
 
 
 def _indices(argument: str, got: Tensor | None, size: int) -> Tensor | None:
-    if got is None:
-        return None
+    return None if got is None else _checked(argument, got, size)
+
+
+def _checked(argument: str, got: Tensor, size: int) -> Tensor:
+    """Indices below `size`, sorted and on the CPU. ValueError, naming the argument, for others."""
     if not isinstance(got, Tensor) or got.dtype != torch.int64 or got.dim() != 1 or not len(got):
         told = f"{got.dtype} {tuple(got.shape)}" if isinstance(got, Tensor) else type(got).__name__
         raise ValueError(

@@ -78,6 +78,10 @@ def structured(
     the random criterion. bos: whether BOS takes the place of each window's first token (None: as
     the model's tokenizer does it). progress: called with (steps done, steps).
 
+    Sources of the criteria: Taylor (LLM-Pruner, arXiv:2305.11627), obs (ZipLM, arXiv:2302.04089),
+    michel (arXiv:1905.10650), activation (Minitron, arXiv:2407.14679), flap (arXiv:2312.11983),
+    wanda_sum (arXiv:2306.11695), block_influence (ShortGPT, arXiv:2403.03853).
+
     Raises ValueError for bad arguments and Unsupported for what the class cannot hold, naming what
     it can; and FloatingPointError, naming the layer, for activations that are not finite."""
     check_plain(model)
@@ -96,6 +100,7 @@ def structured(
     steps = 2 + (plan.keep.get("layers", len(parts.layers)) if solve else 0)
     tell = progress or (lambda done, total: None)
 
+    # scored and solved in eval mode on the whole model, which is only read
     training = model.training
     model.eval()
     try:
@@ -246,6 +251,8 @@ def _check_shape(parts: hf.Anatomy, keep: dict[str, int]) -> None:
 
 
 def _check_enough(parts: hf.Anatomy, plan: Plan, tokens: Tensor) -> None:
+    # an output module is solved from second moments of its inputs: fewer tokens than inputs fit
+    # noise
     inputs = [
         plan.keep.get("heads", 0) * (parts.heads // parts.kv_heads) * parts.head_dim,
         plan.keep.get("ffn", 0),
@@ -280,6 +287,8 @@ def choose(parts: hf.Anatomy, importance: Importance, plan: Plan) -> Keep:
     def best(scores: Tensor, count: int) -> Tensor:
         return scores.sort(descending=True, stable=True).indices[:count].sort().values
 
+    # what goes with a layer need not be chosen; inside, each layer keeps its own best, since a
+    # config says one number for all
     staying = torch.arange(len(parts.layers))
     if "layers" in plan.keep:
         staying = best(importance.layers, plan.keep["layers"])
@@ -308,6 +317,7 @@ def _scores(importance: Importance) -> dict:
     found = {
         target: value for target in TARGETS if (value := getattr(importance, target)) is not None
     }
+    # thousands a layer: their distribution is what a report can show
     if "ffn" in found:
         found["ffn"] = torch.quantile(
             found["ffn"], torch.linspace(0, 1, 101, dtype=torch.float64), dim=1

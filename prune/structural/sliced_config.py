@@ -34,10 +34,12 @@ def reachable_heads(config, keep: Keep | None = None) -> list[int]:
     be cut to, the rest of its shape as `keep` leaves it."""
     keep = keep or Keep()
     sizes = Sizes.of(config)
+    # 1. Classes whose head size follows from hidden size and heads: one number of heads fits
     if _derives_head_dim(config):
         hidden = sizes.hidden if keep.hidden is None else len(keep.hidden)
         wanted, rest = divmod(hidden, sizes.head_dim * (sizes.heads // sizes.kv_heads))
         return [] if rest or wanted > sizes.kv_heads else [wanted]
+    # 2. The others: whatever transformers takes; it is asked, since each version has its own checks
     one = torch.arange(sizes.kv_heads)
     layers = sizes.layers if keep.layers is None else len(keep.layers)
     options = {n: replace(keep, heads=[one[:n]] * layers) for n in range(1, sizes.kv_heads + 1)}
@@ -76,7 +78,7 @@ def _with_sizes(config, keep: Keep):
     new = copy.deepcopy(config)
     text, sizes = new.get_text_config(), Sizes.of(config)
     family = (FAMILIES | ENCODERS)[text.model_type]
-    changes = {}
+    changes: dict[str, object] = {}
     if keep.hidden is not None:
         changes |= {name: len(keep.hidden) for name in family.hidden_size}
     if keep.heads is not None:
@@ -86,6 +88,7 @@ def _with_sizes(config, keep: Keep):
             changes["num_key_value_heads"] = groups
     if keep.ffn is not None:
         changes[family.ffn_size] = len(keep.ffn[0])
+    # said explicitly: by default it is hidden size over heads, of which one has changed
     if (keep.heads is not None or keep.hidden is not None) and family.explicit_head_dim:
         changes["head_dim"] = sizes.head_dim
     if keep.layers is not None:

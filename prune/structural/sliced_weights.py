@@ -49,11 +49,14 @@ def sliced_state(parts: hf.Anatomy, keep: Keep) -> dict[str, Tensor]:
             cuts.add(getattr(table, "bias", None))
     for parameter in () if parts.final_norm is None else parts.final_norm.parameters():
         cuts.add(parameter, (0, keep.hidden))
+    # Cuts are noted by parameter, so that a tied or fused one is cut once and as a whole; names
+    # change where layers (or norms that are a module a head) get new numbers.
     names = {id(module): name for name, module in parts.model.named_modules()}
     renamed: dict[str, str | None] = {}  # prefixes; None: what goes
     staying = range(len(parts.layers)) if keep.layers is None else keep.layers.tolist()
     for layer in parts:
         path = names[id(layer.block)]
+        # a layer goes with all its names; one that stays gets its new number in them
         if layer.index not in staying:
             renamed[path] = None
             continue
@@ -95,7 +98,8 @@ def _cut_attention(cuts: _Cuts, layer: hf.Layer, groups: Tensor | None, hidden: 
         rows.setdefault(projection.module, []).extend(
             [] if heads is None else [projection.rows(heads)]
         )
-    # fused ones keep their layout, since what stays keeps its order
+    # A fused module is cut by the rows of all its parts at once. Sorted, since what stays keeps its
+    # order: the layout of q, k and v in it stays what it was.
     for module, some in rows.items():
         cuts.linear(module, torch.cat(some).sort().values if some else None, hidden)
     cuts.linear(layer.o.module, hidden, None if queries is None else layer.o.rows(queries))

@@ -41,6 +41,7 @@ def slice_model(model: nn.Module, keep: Keep) -> nn.Module:
     keep = checked(parts, keep)
     config = sliced_config(model.config, keep)
     state = sliced_state(parts, keep)
+    # what the class would make of the config, without memory: any other shape is ours to explain
     with torch.device("meta"):
         wanted = {
             name: tensor.shape

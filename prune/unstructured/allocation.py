@@ -52,6 +52,7 @@ def outliers(runner: layers.Runner, layer: hf.Layer, modules: str, source, sink)
 def allocate(plan: Plan, measured: Sequence[float]) -> Plan:
     """Shares that fall with a layer's `outliers`, within `SPREAD` of the mean, which stays (layers
     count alike). ValueError where a share would leave 0 to 1."""
+    # OWL's equation for a layer's share: outlier ratios mapped to 0 to 2 lambda, less their mean
     low, high = min(measured), max(measured)
     scaled = [2 * SPREAD * (one - low) / (high - low) if high > low else 0.0 for one in measured]
     mean = sum(scaled) / len(scaled)

@@ -103,6 +103,7 @@ def prune_files(
     beginning = bos_of(parts.model)
     settings = plan.settings(length, tokens) | {"bos": beginning is not None}
     wanted = {**settings, **shards.fingerprint(checkpoint, tokens)}
+    # the output is ours until we are done: a second process with the same output is refused
     with claim("output", output):
         state = resume(work / MANIFEST, wanted) or {"measured": [], "layers": []}
         if not finished:
@@ -181,6 +182,8 @@ class _Run:
                     states[number] = self.runner.embed_batch(batch)
         for index in range(len(done), self.count):
             source, sink = self._states(which, index), self._states(which, index + 1)
+            # A step is complete once the manifest says so, and only then its inputs go: a run that
+            # is killed anywhere before finds them, and does the step again.
             with self.model.layer(index) as layer:
                 done.append(step(layer, source, sink))
             layers.give_memory_back()

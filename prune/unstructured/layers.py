@@ -111,7 +111,7 @@ def input_groups(
 
 
 class _Stop(Exception):
-    pass
+    """Ends a layer's forward pass once the wanted input was seen."""
 
 
 def feed(

@@ -1,10 +1,12 @@
 """How many weights go, and which of them are the lowest: exact counts, unstructured or N of every
 M.
 
-# half of the weights of every matrix, exactly
-Sparsity.parse(0.5)
-# 2 of every 4 consecutive inputs of an output, as sparse tensor cores want them
-Sparsity.parse("2:4")
+    # half of the weights of every matrix, exactly
+    Sparsity.parse(0.5)
+    # 2 of every 4 consecutive inputs of an output, as sparse tensor cores want them
+    Sparsity.parse("2:4")
+
+R: rows, outputs of a weight; C, n: entries of a row, inputs; m: entries of a group.
 """
 
 from __future__ import annotations
@@ -88,6 +90,8 @@ def lowest(scores: Tensor, count: int) -> Tensor:
         return torch.zeros_like(scores, dtype=torch.bool)
     if count == scores.shape[-1]:
         return torch.ones_like(scores, dtype=torch.bool)
+    # everything up to the count-th lowest, and only where several are equal to it, the first of
+    # those
     threshold = _kth_lowest(scores, count)
     mask = scores <= threshold
     if bool((mask.sum(-1) > count).any()):  # several at the threshold
@@ -159,9 +163,10 @@ def lowest_per_row(scores: Tensor, sparsity: Sparsity) -> Tensor:
 
     Rows get equally many, or one more, so that the whole matrix has exactly `sparsity.count(R *
     C)`."""
-    if sparsity.m is not None:
+    if sparsity.n is not None and sparsity.m is not None:
         return lowest_of_groups(scores, sparsity.n, sparsity.m)
     rows, columns = scores.shape
+    # whole numbers that add up: row r gets what lies between r and r + 1 shares of the whole
     ends = torch.arange(rows + 1) * sparsity.count(rows * columns) // rows
     counts = ends.diff()
     mask = torch.empty(scores.shape, dtype=torch.bool, device=scores.device)

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +30,7 @@ from effattn.prune.unstructured.plan import Plan, make_plan
 from effattn.prune.unstructured.report import LayerFacts, OneShotReport
 from effattn.surgery.checkpoint import check_finite
 
-States = list[Tensor] | SpilledStates  # hidden states (batch, length, D), by batch
+States: TypeAlias = list[Tensor] | SpilledStates  # hidden states (batch, length, D), by batch
 
 
 def oneshot(
@@ -66,6 +67,8 @@ def oneshot(
     see what the pruned layers before them give. Replaced weights are kept on the CPU until the end,
     so that an error leaves the model as it was; for a model that does not fit twice,
     `recipes/prune_oneshot.py` works from file to file.
+
+    Returns an `OneShotReport`: what went, layer by layer, and its error.
 
     Raises ValueError (arguments, non-finite weights), Unsupported (model), FloatingPointError
     (non-finite activations) and torch.linalg.LinAlgError (a Hessian that is not positive definite),
@@ -113,7 +116,8 @@ def oneshot(
 def _all_or_nothing(model: nn.Module) -> Iterator[dict[nn.Linear, Tensor]]:
     """While open, `model` is in eval mode. An error that leaves it puts back every weight that was
     noted in the dict which this yields."""
-    training, before = model.training, {}
+    training = model.training
+    before: dict[nn.Linear, Tensor] = {}
     model.eval()
     try:
         yield before
@@ -177,8 +181,10 @@ def prune_layer(
     dtype = found[next(iter(found))].weight.dtype if runner is None else runner.dtype
     with layers.working(layer.block, dtype) as stored:
         groups, dense = [list(found)], None
-        if runner is not None:
+        if runner is not None and source is not None:
             groups, dense = layers.input_groups(found, lambda: runner.call(layer.index, source[0]))
+        # one group at a time, in the order of the forward pass: its inputs come from matrices that
+        # are pruned already, and its Hessian is gone before the next one is made
         for group in groups if sparsity.share else ():
             statistics = _statistics(runner, layer, name, source, found[group[0]], group, plan)
             for path in group:
@@ -188,10 +194,10 @@ def prune_layer(
                 del pruned  # as large as the weight, and not needed while the next Hessian is made
                 zeros = int((weight == 0).sum())
                 rows.append({"name": path, "shape": list(weight.shape), "zeros": zeros, **facts})
-        if runner is not None:
+        if runner is not None and source is not None and sink is not None:
             for number, states in enumerate(source):
                 output = runner.call(layer.index, states)
-                if number == 0:
+                if number == 0 and dense is not None:
                     error = _relative_error(output, dense)
                 sink[number] = output.cpu()
     weights = [linear.weight for linear in found.values()]

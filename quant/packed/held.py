@@ -33,11 +33,11 @@ class Held(State):
     keep so many first tokens if the format does not.
 
     Tokens are numbered from 0, padding included. Held are
-        firsts  (B, Hkv, S, D) and (.., Dv): each row's first real tokens, by position
-        pages   packed, tokens number S to `stored`
-        rest    (B, Hkv, R, D) and (.., Dv): tokens `begin` to `total` in full precision; begin =
-                stored, or less while tokens may be taken back, so that what was packed with them
-                can be packed again
+        first_kv  (B, Hkv, S, D) and (.., Dv): each row's first real tokens, by position
+        pages     packed, tokens number S to `stored`
+        rest      (B, Hkv, R, D) and (.., Dv): tokens `begin` to `total` in full precision; begin =
+                  stored, or less while tokens may be taken back, so that what was packed with them
+                  can be packed again
     and no tensor has room for more. `format.nbytes` says in advance how many bytes that are, for
     rows without padding.
     """
@@ -52,7 +52,7 @@ class Held(State):
     def _reset(self) -> None:
         self.pages: list[tuple[Codes, Codes]] = []
         self.rest: tuple[Tensor, Tensor] | None = None
-        self.firsts: tuple[Tensor, Tensor] | None = None
+        self.first_kv: tuple[Tensor, Tensor] | None = None
         self.total = self.stored = self.begin = 0
         self.pending = True  # whether some row waits for some of its first tokens
         self.candidates = 0  # so many tokens at the end of the next call may be taken back
@@ -94,7 +94,7 @@ class Held(State):
         return None if self.rest is None else self.rest[0].device
 
     def tensors(self) -> Iterator[Tensor]:
-        for pair in (self.rest, self.firsts):
+        for pair in (self.rest, self.first_kv):
             yield from pair or ()
         for page in self.pages:
             for codes in page:
@@ -138,6 +138,7 @@ class Held(State):
         they lie. Raises what `new` does."""
         layout = self.layout(padding_mask)
         new = self.new(k, v, layout.start, padding_mask)
+        # what may be taken back stays in full precision, beyond the residual if need be
         last = min(self.candidates, k.shape[2] - 1)
         if last:
             self.take(new)
@@ -149,7 +150,7 @@ class Held(State):
 
     def take(self, new: New) -> None:
         """Holds a few new tokens in full precision, behind the others."""
-        self._fill_firsts(new)
+        self._fill_first(new)
         sources, self.total = self._sources(new), new.end
         self.begin = min(self.begin, self.total)
         self._hold(sources, max(self.begin, min(self.format.first, self.total)))
@@ -159,7 +160,7 @@ class Held(State):
         """Holds many new tokens: what is not among the newest afterwards is packed, a tile at a
         time.
         """
-        self._fill_firsts(new)
+        self._fill_first(new)
         sources, self.total = self._sources(new), new.end
         border = self.border(self.total)
         self._pack(border, sources, new)
@@ -177,11 +178,11 @@ class Held(State):
 
     def _sources(self, new: New) -> list[tuple[int, Tensor, Tensor]]:
         """Runs of tokens in full precision: the number of the first, keys and values."""
-        return [*([(self.begin, *self.rest)] if self.rest else []), (new.first, new.k, new.v)]
+        return [*([(self.begin, *self.rest)] if self.rest else []), (new.begin, new.k, new.v)]
 
     def _hold(self, sources: list[tuple[int, Tensor, Tensor]], begin: int) -> None:
         """Makes the tokens from number `begin` on the rest, in memory of their own."""
-        # one part: a copy
+        # `cat` copies even one part: a view would keep all of the call's keys in memory
         self.rest = tuple(torch.cat(parts, dim=2) for parts in cuts(sources, begin, self.total))
         self.begin = begin
 
@@ -195,6 +196,7 @@ class Held(State):
         """The tokens below `border` that are not packed yet, tile by tile: the first one's number,
         keys and values.
         """
+        # whole flushes, so that groups along time never reach over a tile's end
         tile = max(1, TILE // self.format.flush) * self.format.flush
         codings = self.format.k, self.format.v
         for at in range(self._worth_packing(border), border, tile):
@@ -218,37 +220,42 @@ class Held(State):
         """Keeps packed tokens, from number `at` on. Only the last page grows, one tensor after the
         other.
         """
+        # A page grows by being copied. Small ones bound that copy; large ones let one launch read
+        # much: on a GPU the second weighs more, on a CPU the first.
         page = LARGE_PAGE
         if k.device.type == "cpu":
             page = max(FEWEST, PAGE // (k.shape[0] * k.shape[1] * k.dim))
         if not self.pages or self.pages[-1][0].tokens + k.tokens > page:
             self.pages.append((k, v))
             return
+        # popped first, so that the old keys' memory is free before the values are copied
         k_page, v_page = self.pages.pop()
         k_page = concatenate([k_page, k])
         self.pages.append((k_page, concatenate([v_page, v])))
 
-    def _fill_firsts(self, new: New) -> None:
+    def _fill_first(self, new: New) -> None:
         """Puts those of the new tokens that are a row's first real ones to their positions."""
-        low, high = new.first, new.end
+        low, high = new.begin, new.end
         if not self.format.first or not self.pending:
             return
-        slots = min(self.format.first, high)
-        number = torch.arange(slots, device=new.k.device)[None]
+        count = min(self.format.first, high)
+        # (B or 1, count): the number of the token that stands at each first position of a row
+        number = torch.arange(count, device=new.k.device)[None]
         number = number if new.start is None else number + new.start[:, None]
         there = ((number >= low) & (number < high))[:, None, :, None]
         at = (number - low).clamp(0, high - low - 1)[:, None, :, None]
-        firsts = []
-        for held, x in zip(self.firsts or (None, None), (new.k, new.v), strict=True):
-            old = x.new_zeros(*x.shape[:2], slots, x.shape[3])
+        filled = []
+        for held, x in zip(self.first_kv or (None, None), (new.k, new.v), strict=True):
+            old = x.new_zeros(*x.shape[:2], count, x.shape[3])
             if held is not None:
                 old[:, :, : held.shape[2]] = held
-            firsts.append(
+            filled.append(
                 torch.where(there, x.gather(2, at.expand(*x.shape[:2], -1, x.shape[3])), old)
             )
-        self.firsts = tuple(firsts)
+        self.first_kv = tuple(filled)
         last = self.format.first if new.start is None else int(new.start.max()) + self.format.first
-        self.pending = high < last  # not only of the slots there are by now: a short prompt has few
+        # of all places, not only of those there are by now: a short prompt has few
+        self.pending = high < last
 
     # Changing what is held
     # ---------------------------------------------------------------------------------------
@@ -263,21 +270,22 @@ class Held(State):
             )
 
     def _crop(self, n: int) -> None:
+        # packed tokens go only where their full precision is still there (`begin` is before them)
         rest = tuple(x[:, :, : max(0, n - self.begin)].clone() for x in self.rest)
-        firsts = self.firsts and tuple(x[:, :, :n].clone() for x in self.firsts)
+        first_kv = self.first_kv and tuple(x[:, :, :n].clone() for x in self.first_kv)
         stored = max(self.begin, min(self.stored, self.border(n)))
-        self._rewind(n, min(stored, n), min(self.begin, n), rest, firsts)
+        self._rewind(n, min(stored, n), min(self.begin, n), rest, first_kv)
 
     def _least(self) -> int:
-        """The fewest tokens but 0 that `crop` can go back to."""
+        """The fewest tokens but 0 that `crop` can go back to: any, while nothing is packed."""
         return self.begin if self.stored > self.format.first else 1
 
-    def _rewind(self, total: int, stored: int, begin: int, rest, firsts) -> None:
-        self.total, self.begin, self.rest, self.firsts, self.pending = (
+    def _rewind(self, total: int, stored: int, begin: int, rest, first_kv) -> None:
+        self.total, self.begin, self.rest, self.first_kv, self.pending = (
             total,
             begin,
             rest,
-            firsts,
+            first_kv,
             True,
         )
         if stored < self.stored:
@@ -304,7 +312,7 @@ class Held(State):
     def _change(self, how: Callable[[Tensor], Tensor]) -> None:
         """Changes every tensor, page by page, so that one page at most is there twice. What `how`
         refuses, it refuses before anything has changed."""
-        rest, firsts = (pair and tuple(map(how, pair)) for pair in (self.rest, self.firsts))
-        self.rest, self.firsts = rest, firsts
+        rest, first_kv = (pair and tuple(map(how, pair)) for pair in (self.rest, self.first_kv))
+        self.rest, self.first_kv = rest, first_kv
         for index, page in enumerate(self.pages):
             self.pages[index] = tuple(codes.map(how) for codes in page)

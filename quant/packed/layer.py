@@ -42,8 +42,9 @@ def cache(
 
     Packed keys can only be read by effattn's attention: a model that is not swapped is swapped to
     "dense" here, which computes what it computed before, with caches as before; `effattn.restore`
-    undoes it. Raises ValueError and Unsupported as `swap(cache=...)` does, before anything is
-    changed."""
+    undoes it. Returns transformers' DynamicCache, with one of our layers for each one that is
+    packed. Raises ValueError and Unsupported as `swap(cache=...)` does, before anything is changed.
+    Source: KIVI, arXiv:2402.02750."""
     parts = anatomy.of(model)
     spec = _spec(spec, bits, options)
     asked = caches.parse(spec, len(parts.layers))

@@ -22,13 +22,13 @@ from effattn.quant.rotation import hadamard
 
 @dataclass(frozen=True)
 class New:
-    """A call's tokens as they are held, from number `first` on. `start` and `mask` (of all tokens):
+    """A call's tokens as they are held, from number `begin` on. `start` and `mask` (of all tokens):
     as in `Layout`.
     """
 
     k: Tensor
     v: Tensor
-    first: int
+    begin: int
     start: Tensor | None = None
     mask: Tensor | None = None
 
@@ -38,26 +38,26 @@ class New:
         format: Format,
         k: Tensor,
         v: Tensor,
-        first: int,
+        begin: int,
         start: Tensor | None,
         mask: Tensor | None,
     ) -> New:
         """k (B, Hkv, T, D) and v (B, Hkv, T, Dv) as they came, rotated if the format says so."""
         k = hadamard(k) if "k" in format.rotate else k
         v = hadamard(v) if "v" in format.rotate else v
-        return cls(k, v, first, start, mask)
+        return cls(k, v, begin, start, mask)
 
     @property
     def end(self) -> int:
         """Number of the first token after them."""
-        return self.first + self.k.shape[2]
+        return self.begin + self.k.shape[2]
 
     def cut(self, low: int, high: int) -> New:
         """Its tokens [low, high)."""
         if (low, high) == (0, self.k.shape[2]):
             return self
         return replace(
-            self, k=self.k[:, :, low:high], v=self.v[:, :, low:high], first=self.first + low
+            self, k=self.k[:, :, low:high], v=self.v[:, :, low:high], begin=self.begin + low
         )
 
 
@@ -88,8 +88,8 @@ def among(
     new: New, k: Tensor, q: Tensor, pattern: Pattern, call: Call, impl: str, **far
 ) -> tuple[Tensor, Tensor]:
     """Attention of the new tokens over themselves. k: their keys as they are to be scored."""
-    real = None if new.mask is None else new.mask[:, new.first : new.end]
-    layout = Layout(tail=new.first, start=new.start, mask=real)
+    real = None if new.mask is None else new.mask[:, new.begin : new.end]
+    layout = Layout(tail=new.begin, start=new.start, mask=real)
     return flash.attention(
         q,
         k,
@@ -111,8 +111,11 @@ def neutral(x: Tensor, coding: Coding, number: Tensor, new: New, first: int) -> 
     """x (B, H, N, D), tokens of these numbers (N,), where those that are never read from there have
     a neighbour's values: padding, and the rows' first tokens, must not widen the range of a
     channel's group."""
+    # a token's own group has no neighbours to harm, and without padding the first tokens lie
+    # together
     if coding.axis == "token" or new.start is None:
         return x
+    # any real token of the row will do: its values are in the group's range already
     there = number.clamp(0, new.mask.shape[1] - 1)
     read = (number - new.start[:, None] >= first) & new.mask[:, there] & (number == there)
     neighbour = read.int().argmax(dim=1)[:, None, None, None].expand(-1, x.shape[1], -1, x.shape[3])

@@ -2,7 +2,10 @@
 
 What a window can still see of the packed tokens lies in a ring of whole groups, which new groups
 overwrite in place; nothing is moved. Sinks stay in full precision, and so do the newest tokens, as
-in `PackedState`."""
+in `PackedState`.
+
+B: rows; Hkv: key/value heads; T: new tokens; D, Dv: of a key, of a value; S: first tokens (sinks);
+`size`: places of the ring."""
 
 from __future__ import annotations
 
@@ -29,6 +32,7 @@ class PackedRing(PackedState):
     evicts = True
 
     def __init__(self, format: Format, keep: int, first: int = 0):
+        # what a window cannot see need not be in full precision
         self.keep = keep
         super().__init__(replace(format, residual=min(format.residual, keep + ROLLBACK)), first)
         self.size = (
@@ -54,8 +58,9 @@ class PackedRing(PackedState):
 
     def runs(self) -> Iterator[tuple[Codes, Codes, Tensor]]:
         for k, v in self.pages:
+            # the number of the newest token that was ever packed at each place, counted back from
+            # the newest of all; after a crop some are not there any more (`stored`)
             place = torch.arange(self.size, device=k.device)
-            # of the newest token that has ever been packed
             behind = self.newest - 1 - self.format.first
             number = self.newest - 1 - (behind - place) % self.size
             real = (number >= self.format.first) & (number < self.stored)
@@ -65,7 +70,7 @@ class PackedRing(PackedState):
         return max(super()._worth_packing(border), border - self.size)
 
     def _pack(self, border: int, sources: list, new: New) -> None:
-        # all of them, before anything is overwritten
+        # all of them before anything is overwritten: packing may fail, storing cannot
         for at, k, v in list(self._packed(border, sources, new)):
             self._store(at, k, v)
         self.stored = max(self.stored, border)
@@ -91,9 +96,10 @@ class PackedRing(PackedState):
         gone = self.newest - self.size  # the oldest token in the ring, if it is full
         return max(super()._least(), gone + self.keep - 1 if gone > self.format.first else 1)
 
-    def _rewind(self, total: int, stored: int, begin: int, rest, firsts) -> None:
-        super()._rewind(total, stored, begin, rest, firsts)
-        # what was overwritten since cannot be brought back: better nothing at all
+    def _rewind(self, total: int, stored: int, begin: int, rest, first_kv) -> None:
+        super()._rewind(total, stored, begin, rest, first_kv)
+        # a call failed half way, and what it overwrote cannot be brought back: better nothing at
+        # all
         if total < self._least() and total:
             self.reset()
 

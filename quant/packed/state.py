@@ -53,7 +53,9 @@ class PackedState(Held):
         """As `State.attend`: the new tokens are taken in piece by piece, and each piece is read.
         With `call.turn`, keys are held raw."""
         new = self.new(k, v, call.layout.start, call.padding_mask)
-        before = (self.total, self.stored, self.begin, self.rest, self.firsts)
+        # tensors are replaced, not written to (a ring's places are: see `PackedRing._rewind`), so
+        # that keeping the old ones undoes everything
+        before = (self.total, self.stored, self.begin, self.rest, self.first_kv)
         try:
             out, sums = self._attend(new, q, pattern, call, impl, lse)
         except BaseException:
@@ -69,6 +71,7 @@ class PackedState(Held):
         check(self.format, new, q, call, impl)
         rotate, tokens = self.format.rotate, q.shape[2]
         last = min(self.candidates, tokens - 1)
+        # the first token that has to stay in full precision if all `last` were taken back
         floor = self.border(new.end - last)
         q = hadamard(q) if "k" in rotate else q
         parts = []
@@ -88,9 +91,9 @@ class PackedState(Held):
         low = tokens - last
         yield 0, low
         while low < tokens:
-            high, border = low + 1, self.border(new.first + low)
+            high, border = low + 1, self.border(new.begin + low)
             while (
-                high < min(tokens, low + MOST_QUERIES) and self.border(new.first + high) == border
+                high < min(tokens, low + MOST_QUERIES) and self.border(new.begin + high) == border
             ):
                 high += 1
             yield low, high
@@ -105,8 +108,9 @@ class PackedState(Held):
         """The new tokens among themselves and over what is held. Then they are taken in."""
         k, far = new.k, {}
         if call.turn is not None:
-            at = torch.arange(new.first, new.end, device=k.device)[None]
+            at = torch.arange(new.begin, new.end, device=k.device)[None]
             at = (at if new.start is None else at - new.start[:, None]).clamp(min=0)
+            # keys are held raw, and turned here to where they stand by the rule
             k = call.turn.keys(new.k, at)
             if call.turn.window is not None:
                 far = {
@@ -115,13 +119,15 @@ class PackedState(Held):
                     )
                 }
         out = among(new, k, q, pattern, call, impl, **far)
-        if new.first:
+        if new.begin:
+            # On a CPU a block's scores over the cache stay in its caches, and the kernel skips what
+            # a block's window cannot see. One launch does all of it on a GPU.
             block = q.shape[2] if flash.choose(impl, q.device) == "triton" else BLOCK
             for low in range(0, q.shape[2], block):
                 high = min(low + block, q.shape[2])
                 some = slice(None), slice(None), slice(low, high)
                 seen = self._read(
-                    new, q[some], new.first + high, pattern, _cut(call, low, high), impl, True
+                    new, q[some], new.begin + high, pattern, _cut(call, low, high), impl, True
                 )
                 out[0][some], out[1][some] = merge([(out[0][some], out[1][some]), seen])
         self.absorb(new)
@@ -141,6 +147,7 @@ class PackedState(Held):
         caches = list(self._caches(new, total, together=flash.choose(impl, q.device) == "torch"))
         parts = []
         for cache in caches:
+            # the first tokens lie beside one page only: with the others, nothing is a sink
             first = min(pattern.first, cache.slots)
             part = packed.attention(
                 q,
@@ -169,7 +176,7 @@ class PackedState(Held):
             is_first, is_last = index == 0, index == len(runs) - 1
             numbers = where if isinstance(where, Tensor) else None
             k_rest, v_rest = rest if is_last else [x[:, :, :0] for x in rest]
-            k_first, v_first = self.firsts if is_first and self.firsts else (None, None)
+            k_first, v_first = self.first_kv if is_first and self.first_kv else (None, None)
             mask = None
             if new.mask is not None:
                 mask = self._mask(
@@ -197,9 +204,10 @@ class PackedState(Held):
                 else torch.arange(self.stored, self.stored + k_rest.shape[2], device=k.device),
             )
 
-    def _mask(self, new: New, firsts: int, where: int | Tensor, tokens: int, rest: int) -> Tensor:
-        """(B, firsts + tokens + rest) bool: which of one `PackedCache`'s keys are real, there, and
-        held nowhere else.
+    def _mask(self, new: New, count: int, where: int | Tensor, tokens: int, rest: int) -> Tensor:
+        """(B, count + tokens + rest) bool: which of one `PackedCache`'s keys are real, there, and
+        held nowhere else. count: of the first tokens in full precision that are beside it; where:
+        as in `runs`.
         """
         device, start = new.k.device, new.start[:, None]
         if isinstance(where, Tensor):
@@ -213,9 +221,9 @@ class PackedState(Held):
         number = torch.cat([number, newest])
         real = torch.cat([real, new.mask[:, self.stored : self.stored + rest]], dim=1)
         # the kernel skips those only where it is given the first tokens
-        if self.firsts and not firsts:
+        if self.first_kv and not count:
             real = real & (number - start >= self.format.first)
-        there = start + torch.arange(firsts, device=device) < self.total
+        there = start + torch.arange(count, device=device) < self.total
         return torch.cat([there, real], dim=1)
 
     def _nothing(self) -> tuple[Codes, Codes]:

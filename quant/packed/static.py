@@ -7,7 +7,10 @@ without a sync.
 
 All room is allocated at the first call. Lengths are tensors. Every step writes its token into a
 ring of the newest ones, and packs the group that was the last to become due once more: to the same
-bits in the same place, so that no branch has to ask whether there is one."""
+bits in the same place, so that no branch has to ask whether there is one.
+
+B: rows; Hq, Hkv: query and key/value heads; T: new tokens; D, Dv: of a key, of a value; S: first
+tokens in full precision; W: `size`, places of the ring; N: `room`, places for packed tokens."""
 
 from __future__ import annotations
 
@@ -42,13 +45,14 @@ class StaticState(State):
     def __init__(self, format: Format, length: int):
         self.format, self.length = format, length
         flush = format.flush
-        # so that the last group to be packed is in the ring still
+        # the residual, up to one group that is not due yet, and the last one that was: a step packs
+        # it again, so it has to be in the ring still
         self.size = format.residual + 2 * flush
-        # one for nothing
+        # one group more, in which a step packs while none is due yet
         self.room = -(-max(0, length - format.first - format.residual) // flush) * flush + flush
         self.codes: tuple[Codes, Codes] | None = None
         self.rest: tuple[Tensor, Tensor] | None = None
-        self.firsts: tuple[Tensor, Tensor] | None = None
+        self.first_kv: tuple[Tensor, Tensor] | None = None
         self.total: Tensor | None = None  # 0-d int64
 
     def _seen(self) -> int | Tensor:
@@ -67,7 +71,7 @@ class StaticState(State):
         for codes in self.codes or ():
             yield from codes.tensors()
         yield from self.rest or ()
-        yield from self.firsts or ()
+        yield from self.first_kv or ()
 
     def everything(self) -> Iterator[Tensor]:
         yield from super().everything()
@@ -97,7 +101,7 @@ class StaticState(State):
         `_new` does."""
         new = self._new(k, v, padding_mask)
         self._allocate(new)
-        self._store(replace(new, first=int(self.total)))
+        self._store(replace(new, begin=int(self.total)))
         return new.k, new.v, Layout()
 
     def attend(
@@ -137,14 +141,17 @@ class StaticState(State):
         self, new: New, q: Tensor, pattern: Pattern, call: Call, impl: str
     ) -> tuple[Tensor, Tensor]:
         """One token: nothing here asks the device for a number."""
+        # a copy: `total` is written in place, since a compiled step knows it by its address
         past = self.total.clone()
         for held, x in zip(self.rest, (new.k, new.v), strict=True):
             held.index_copy_(2, (past % self.size)[None], x)
-        self._fill_firsts(new, past, past + 1)
+        self._fill_first(new, past, past + 1)
         self.total.add_(1)
         out = self._read(
             q, self._cache(new, self.border(past), past + 1, past + 1), pattern, call, impl
         )
+        # The last group that is due, whether or not it became so by this token. Where none is, the
+        # spare room at the end takes whatever the ring has: nothing reads it.
         border, flush = self.border(past + 1), self.format.flush
         due = border - flush + torch.arange(flush, device=q.device)
         place = torch.where(
@@ -162,7 +169,7 @@ class StaticState(State):
     ) -> tuple[Tensor, Tensor]:
         """A prompt, or a part of one: its own tokens in full precision, and what is held."""
         past = int(self.total)
-        new = replace(new, first=past)
+        new = replace(new, begin=past)
         out = among(new, new.k, q, pattern, call, impl)
         if past:
             held = self._cache(new, self.border(past), past, new.end)
@@ -172,12 +179,14 @@ class StaticState(State):
 
     def _store(self, new: New) -> None:
         """Holds new tokens: the newest in the ring, and packed what is due by now."""
-        past, first = new.first, self.format.first
-        self._fill_firsts(new, past, new.end)
+        past, first = new.begin, self.format.first
+        self._fill_first(new, past, new.end)
         low, high = self.border(past), self.border(new.end)
         oldest = max(0, past - self.size)  # that lies in the ring
         order = torch.arange(oldest, past, device=new.k.device) % self.size
         for held, x, codes in zip(self.rest, (new.k, new.v), self.codes, strict=True):
+            # all tokens [oldest, end) in order: groups are cut from here, since a long prompt
+            # passes through the ring without ever lying in it as a whole
             known = torch.cat([held.index_select(2, order), x], dim=2)
             if low < high:
                 number = torch.arange(low, high, device=x.device)
@@ -198,6 +207,9 @@ class StaticState(State):
 
     def _cache(self, new: New, border, held, total) -> PackedCache:
         """Packed tokens below `border`, and the others below `held`, in full precision."""
+        # Places without a token are -1, so that shapes do not depend on how many there are. The
+        # ring has the newest `size` tokens below `held`: the newest number with number % size ==
+        # place.
         device = new.k.device
         at = torch.arange(self.room, device=device) + self.format.first
         number = held - 1 - (held - 1 - torch.arange(self.size, device=device)) % self.size
@@ -205,22 +217,22 @@ class StaticState(State):
             torch.where(at < border, at, -1),
             torch.where(number >= border, number, -1),
         )
-        slots = self.format.first if isinstance(held, Tensor) else min(self.format.first, held)
+        count = self.format.first if isinstance(held, Tensor) else min(self.format.first, held)
         mask = None
         if new.mask is not None:
             number = torch.cat([packed_numbers, rest_numbers])
             width = new.mask.shape[1]
             mask = new.mask[:, number.clamp(0, width - 1)] & (number < width)
-            first = torch.arange(slots, device=device) + new.start[:, None]
+            first = torch.arange(count, device=device) + new.start[:, None]
             mask = torch.cat([first < held, mask], dim=1)
-        firsts = self.firsts or (None, None)
-        if slots != self.format.first:
-            firsts = [x[:, :, :slots] for x in firsts]
+        first_kv = self.first_kv or (None, None)
+        if count != self.format.first:
+            first_kv = [x[:, :, :count] for x in first_kv]
         return PackedCache(
             *self.codes,
             *self.rest,
             torch.as_tensor(total, device=device),
-            *firsts,
+            *first_kv,
             packed_numbers=packed_numbers,
             rest_numbers=rest_numbers,
             start=new.start,
@@ -247,19 +259,21 @@ class StaticState(State):
                     x.new_zeros(*rows, self.format.first, x.shape[3]),
                 )
             )
-        self.codes, self.rest, firsts = zip(*made, strict=True)
-        self.firsts = firsts if self.format.first else None
+        self.codes, self.rest, first_kv = zip(*made, strict=True)
+        self.first_kv = first_kv if self.format.first else None
         self.total = torch.zeros((), dtype=torch.int64, device=new.k.device)
         self._stay()
 
-    def _fill_firsts(self, new: New, low, high) -> None:
-        if self.firsts is None:
+    def _fill_first(self, new: New, low, high) -> None:
+        """Puts those of the new tokens, numbers [low, high), that are a row's first real ones to
+        their positions; low and high may be 0-d tensors."""
+        if self.first_kv is None:
             return
         number = torch.arange(self.format.first, device=new.k.device)[None]
         number = number if new.start is None else number + new.start[:, None]
         there = ((number >= low) & (number < high))[:, None, :, None]
         at = (number - low).clamp(0, new.k.shape[2] - 1)[:, None, :, None]
-        for held, x in zip(self.firsts, (new.k, new.v), strict=True):
+        for held, x in zip(self.first_kv, (new.k, new.v), strict=True):
             found = x.gather(2, at.expand(*x.shape[:2], -1, x.shape[3]))
             held.copy_(torch.where(there, found, held))
 
@@ -284,7 +298,7 @@ class StaticState(State):
             self.total.zero_()
 
     def _release(self) -> None:
-        self.codes = self.rest = self.firsts = self.total = None
+        self.codes = self.rest = self.first_kv = self.total = None
 
     def _reorder(self, index: Tensor) -> None:
         for x in self.tensors():  # in place: a compiled step knows where they lie

@@ -15,6 +15,7 @@ from effattn.recipes.pretrain_embedded import Settings
 from effattn.training.lending import TokenWindows
 
 
+@pytest.mark.quick
 def test_the_model_is_the_multi_head_llama_of_its_card():
     model, tokenizer = effattn.embedded.load()
     config, card = model.config, effattn.embedded.card()
@@ -53,6 +54,7 @@ def test_it_beats_xz_on_the_same_bytes():
     assert abs(bits - card["bits_per_byte"]) < 0.4  # the card is about this model
 
 
+@pytest.mark.quick
 def test_the_tokenizer_is_lossless():
     _, tokenizer = effattn.embedded.load()
     for text in (
@@ -66,6 +68,7 @@ def test_the_tokenizer_is_lossless():
         )
 
 
+@pytest.mark.quick
 def test_tokens_are_whole_files_end_to_end():
     _, tokenizer = effattn.embedded.load()
     ids = effattn.embedded.tokens("validation", 20_000)
@@ -92,6 +95,7 @@ def test_bad_requests(arguments, message):
         effattn.embedded.tokens(*arguments)
 
 
+@pytest.mark.quick
 def test_splits_do_not_share_text():
     train, held_out = (corpus.documents(split) for split in corpus.SPLITS)
     assert not {name for name, _ in train} & {name for name, _ in held_out}
@@ -104,6 +108,7 @@ def test_splits_do_not_share_text():
         assert "/data/" not in name
 
 
+@pytest.mark.quick
 def test_a_file_keeps_its_side_in_every_python():
     """The split is a function of the path alone: pinned here for a few files of the library."""
     names = {name: split for split in corpus.SPLITS for name, _ in corpus.documents(split)}
@@ -111,6 +116,7 @@ def test_a_file_keeps_its_side_in_every_python():
     assert names["argparse.py"] == names["json/decoder.py"] == "train"
 
 
+@pytest.mark.quick
 def test_training_windows_visit_everything_once_a_pass():
     tokens = torch.arange(1000)
     data = TokenWindows(tokens, 10, 250, seed=3)

@@ -189,6 +189,7 @@ def seen_by(monkeypatch, run):
         "effattn.heads.converting",
         "effattn.prune.unstructured.calibration",
         "effattn.surgery.codebooks",
+        "effattn.surgery.replace",
         "effattn.calibration.layerwise",
         "effattn.training.transfer",
     ):

@@ -52,6 +52,7 @@ def test_product(impl, dtype, monkeypatch):
     """Odd sizes, one split and several, with and without a bias, against the definition in fp64."""
     from effattn.kernels.sparse24 import torch_impl, triton_impl
 
+    torch.manual_seed(0)  # at these sizes twice plain torch's error is not far for bf16
     monkeypatch.setitem(torch_impl.BLOCK, "cpu", 500)
     for rows, outputs, inputs, waves in (
         (1, 37, 264, 4),

@@ -87,8 +87,17 @@ def test_every_backend_has_a_row():
     assert set(ROWS) == set(effattn.backends())
 
 
+SLICE = [next(case for case in CASES if case[0] == name) for name in ROWS]  # of the quick tests
+
+
+def run(*values):
+    *case, impl, dtype = values
+    quick = tuple(case) in SLICE and (impl, dtype) == ("torch", torch.float32)
+    return pytest.param(*values, marks=[pytest.mark.quick] if quick else [])
+
+
 RUNS = [
-    (*case, impl, dtype)
+    run(*case, impl, dtype)
     for dtype in (torch.float32, torch.bfloat16, torch.float16)
     for impl in ("torch", "triton")
     for case in CASES

@@ -156,7 +156,7 @@ def test_from_dict_says_what_is_wrong():
         Peaks.from_dict(values)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 def test_peaks_of_a_gpu(monkeypatch, tmp_path):
     monkeypatch.setenv("EFFATTN_CACHE", str(tmp_path))
     found = peaks("cuda")

@@ -112,7 +112,8 @@ def test_attention_over_what_is_stored(spec, pattern, moves, seed):
                 past = [x[:, :, :n] for x in past]
                 assert state.stored == max(before, state.border(n))
         elif move == "crop":
-            n = max(state.begin, state.seq_len - n)
+            # a ring brings back no more than what it keeps beyond its window
+            n = max(state.begin, state._least(), state.seq_len - n)
             state.crop(n)
             past = [x[:, :, :n] for x in past]
         elif move == "rows":
@@ -137,7 +138,7 @@ def test_bytes_allocated_are_bytes_predicted(spec):
             assert state.nbytes == state.format.nbytes(state.seq_len, HKV, D, itemsize=4, batch=3)
             assert sum(k.tokens for k, _ in state.pages) == coded
             assert state.rest[0].shape[2] == rest
-            assert (state.firsts[0].shape[2] if state.firsts else 0) == first
+            assert (state.first_kv[0].shape[2] if state.first_kv else 0) == first
     state, more = state_of(spec), state_of(spec)
     step = state.format.flush
     attn(*qkv(3, 5 * step, draw), state=state)

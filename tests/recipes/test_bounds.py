@@ -5,13 +5,13 @@ line alike.
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import json
 import math
 from pathlib import Path
 
 import pytest
 import typer
+from flows import COMMANDS, FLOWS, module_of
 from typer.testing import CliRunner
 
 from effattn.evaluate.loss import perplexity_of
@@ -20,42 +20,17 @@ from effattn.recipes.cli import app
 from effattn.recipes.options import contexts_of, count_of, real, whole
 from effattn.reports.files import finite
 
-JOBS = {
-    "effattn.recipes.convert_gqa": {"model": "m", "kv_heads": 2, "output": Path("out")},
-    "effattn.recipes.linearize": {},
-    "effattn.recipes.extend": {"to": 4096},
-    "effattn.recipes.extend_context": {},
-    "effattn.recipes.swap_backend": {},
-    "effattn.recipes.measure": {},
-    "effattn.recipes.shear": {},
-    "effattn.recipes.prune_oneshot": {"output": Path("out")},
-    "effattn.recipes.prune_structured": {"output": Path("out")},
-    "effattn.recipes.pretrain_embedded": {"output": Path("out")},
-    "effattn.recipes.quantize_kv": {},
-}
-# Checked by the job with words of their own: against the model, as a share or a number, as names.
-ELSEWHERE = {("effattn.recipes.extend", "to"), ("effattn.recipes.quantize_kv", "bits")} | {
-    ("effattn.recipes.prune_structured", name) for name in ("heads", "ffn", "layers")
-}
-
-
-def settings_of(module: str) -> type:
-    found = importlib.import_module(module)
-    return found.Settings if module.startswith("effattn.recipes.") else found.Job
-
-
 NUMBERS = [
-    pytest.param(module, field.name, id=f"{module.removeprefix('effattn.')}-{field.name}")
-    for module in JOBS
-    for field in dataclasses.fields(settings_of(module))
-    if any(kind in str(field.type) for kind in ("int", "float"))
-    and (module, field.name) not in ELSEWHERE
+    pytest.param(name, field.name, id=f"{name}-{field.name}")
+    for name, flow in FLOWS.items()
+    for field in dataclasses.fields(module_of(name).Settings)
+    if any(kind in str(field.type) for kind in ("int", "float")) and field.name not in flow.checked
 ]
 
 
-@pytest.mark.parametrize(("module", "name"), NUMBERS)
-def test_no_number_of_a_job_is_without_bounds(module, name):
-    job = settings_of(module)
+@pytest.mark.parametrize(("flow", "name"), NUMBERS)
+def test_no_number_of_a_job_is_without_bounds(flow, name):
+    job, needed = module_of(flow).Settings, {"output": Path("out"), **FLOWS[flow].needs}
     field = next(one for one in dataclasses.fields(job) if one.name == name)
     bounds = field.metadata["bounds"]
     bad = [math.nan, math.inf, -math.inf, True, "4", 10**30]
@@ -66,13 +41,13 @@ def test_no_number_of_a_job_is_without_bounds(module, name):
     for value in bad:
         for given in ([value], (8, value)) if many else (value,):
             with pytest.raises(ValueError, match=rf"^{name}: got .*, valid is ") as caught:
-                job(**{**JOBS[module], name: given})
+                job(**{**needed, name: given})
             assert "\n" not in str(caught.value)
     if field.default is None:
-        job(**JOBS[module], **{name: None})
+        job(**{**needed, name: None})
     else:
         with pytest.raises(ValueError, match=rf"^{name}: got None"):
-            job(**{**JOBS[module], name: None})
+            job(**{**needed, name: None})
 
 
 @pytest.mark.parametrize("amount", [-1, 0, math.nan, math.inf, 1.5, -0.25, True])
@@ -103,19 +78,6 @@ def test_the_words_of_bounds():
         with pytest.raises(ValueError, match=rf"^{given}: got nan, valid is {said}$"):
             Job(**{given: math.nan})
     assert Job(lr=1, share=1, start=-5, seed=2**32 - 1).lr == 1
-
-
-COMMANDS = {
-    "convert-gqa": ["--kv-heads", "2", "--output", "out"],
-    "linearize": ["--output", "out"],
-    "extend": ["--to", "4k", "--output", "out"],
-    "shear": ["--ffn", "48", "--output", "out"],
-    "swap": ["--output", "out"],
-    "measure": ["--output", "out"],
-    "quantize-kv": ["--output", "out"],
-    "prune oneshot": ["--output", "out"],
-    "prune structured": ["--ffn", "25%", "--output", "out"],
-}
 
 
 @pytest.mark.parametrize(
@@ -155,7 +117,8 @@ COMMANDS = {
 def test_bad_numbers_are_one_line_before_any_work(option, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     *command, name, value = option.split()
-    done = CliRunner().invoke(app, [*command, *COMMANDS[" ".join(command)], name, value])
+    needed = [*COMMANDS[" ".join(command)], "--output", "out"]
+    done = CliRunner().invoke(app, [*command, *needed, name, value])
     assert done.exit_code == 2
     lines = [line for line in done.output.splitlines() if line.strip()]
     assert len(lines) == 1
@@ -172,7 +135,8 @@ def test_counts_that_are_none(value):
     with pytest.raises(typer.BadParameter, match="valid is like 50000"):
         count_of(value)
     done = CliRunner().invoke(
-        app, ["convert-gqa", *COMMANDS["convert-gqa"], "--calibration-tokens", value]
+        app,
+        ["convert-gqa", "--kv-heads", "2", "--output", "out", "--calibration-tokens", value],
     )
     assert done.exit_code == 2
     assert done.exception is None or isinstance(done.exception, SystemExit)

@@ -18,14 +18,13 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import tiny
-from killing import FLOWS
+from flows import FLOWS, KILLED
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 ROOT = Path(__file__).parents[2]
 TIMES = {"seconds", "environment", "decode", "speed", "ms", "rows", "output", "peaks"}
-TRAINING = ("convert", "linearize", "extend", "shear")
-QUICK = ("oneshot", "convert", "swap")  # flows of each kind: file to file, trained, and in one go
+TRAINING = [name for name in KILLED if "overrides" in FLOWS[name].small]
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 
@@ -147,31 +146,31 @@ def moments_of(server: Server, flow: str, count: int, seed: int = 0) -> list[int
 
 def test_a_oneshot_job_is_killed_at_its_end(server, tmp_path):
     """The stage that puts what was pruned in its place: killed at three moments of it."""
-    total = server.whole("oneshot")[1]
+    total = server.whole("prune_oneshot")[1]
     for at in range(total - 13, total + 1, 5):
         folder = tmp_path / str(at)
         folder.mkdir()
-        killed(server, "oneshot", folder / "out", at)
+        killed(server, "prune_oneshot", folder / "out", at)
 
 
 @pytest.mark.parametrize(("cut", "at"), [("torch", 1), ("torch", 5), ("safetensors", 2)])
 def test_half_a_trainer_checkpoint_is_not_gone_on_from(server, tmp_path, cut, at):
     """Optimizer of the first checkpoint, scheduler of the second, weights of the second."""
-    killed(server, "convert", tmp_path / "out", at, cut=cut)
+    killed(server, "convert_gqa", tmp_path / "out", at, cut=cut)
 
 
 def test_a_kill_in_one_go(server, tmp_path):
-    total = server.whole("swap")[1]
+    total = server.whole("swap_backend")[1]
     for at in (total // 3, total - 1):
         shutil.rmtree(tmp_path / "out", ignore_errors=True)
-        killed(server, "swap", tmp_path / "out", at)
+        killed(server, "swap_backend", tmp_path / "out", at)
 
 
 @pytest.mark.parametrize(
     ("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)]
 )
 def test_a_stopped_run_cleans_up(server, tmp_path, number, code):
-    flow = "oneshot" if number == signal.SIGTERM else "swap"
+    flow = "prune_oneshot" if number == signal.SIGTERM else "swap_backend"
     total = server.whole(flow)[1]
     got, _, said = server.run(flow, tmp_path / "out", total - 5, signal=int(number))
     assert got == code, said
@@ -181,8 +180,33 @@ def test_a_stopped_run_cleans_up(server, tmp_path, number, code):
     finish(server, flow, tmp_path / "out")
 
 
+def refused(flow: str, code: int, said: str, folder: Path) -> None:
+    """Nothing was delivered, and one line says why; what a run goes on from may stay."""
+    assert not (folder / "out" / "report.json").exists()
+    assert code == 2, said
+    assert len([line for line in said.splitlines() if line.startswith("error: ")]) == 1, said
+    assert "Traceback" not in said
+    left = {one.name for one in folder.iterdir()} - ({"out"} if not FLOWS[flow].saves else set())
+    assert left <= {".out.partial", ".out.partial.json"}
+
+
+@pytest.mark.parametrize("flow", KILLED)
+def test_a_disk_without_room_for_the_report(server, tmp_path, flow):
+    """It is written last: then there is no output, and what was said is one line."""
+    code, _, said = server.run(flow, tmp_path / "out", full=True)
+    refused(flow, code, said, tmp_path)
+    assert "No space left on device" in said
+
+
+@pytest.mark.parametrize("flow", [name for name in KILLED if FLOWS[name].saves])
+def test_what_is_not_proven_is_not_delivered(server, tmp_path, flow):
+    code, _, said = server.run(flow, tmp_path / "out", unproven=True)
+    refused(flow, code, said, tmp_path)
+    assert "gives other logits" in said
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("flow", FLOWS)
+@pytest.mark.parametrize("flow", KILLED)
 def test_any_moment(server, tmp_path, flow):
     for at in moments_of(server, flow, 12):
         folder = tmp_path / str(at)
@@ -207,7 +231,7 @@ def test_any_half_file(server, tmp_path, flow, cut):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-@pytest.mark.parametrize("flow", FLOWS)
+@pytest.mark.parametrize("flow", KILLED)
 def test_stopped_at_any_moment(server, tmp_path, flow, number):
     for at in moments_of(server, flow, 4, seed=int(number)):
         folder = tmp_path / str(at)

@@ -12,7 +12,7 @@ import threading
 from pathlib import Path
 
 import pytest
-from test_bounds import COMMANDS
+from flows import COMMANDS
 from typer.testing import CliRunner
 
 from effattn import outputs
@@ -265,9 +265,8 @@ def test_every_command_says_first_what_cannot_be_written(command, tmp_path, monk
     (tmp_path / "file").write_text("mine")
     (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
     before = sorted(tmp_path.rglob("*"))
-    options = [word for word in COMMANDS[command] if word not in ("--output", "out")]
     for output in ("file/out", "dangling", "~/out", "n" * 300, "dangling/out", "a/" + "n" * 260):
-        done = CliRunner().invoke(app, [*command.split(), *options, "--output", output])
+        done = CliRunner().invoke(app, [*command.split(), *COMMANDS[command], "--output", output])
         lines = [line for line in done.output.splitlines() if line.strip()]
         assert done.exit_code == 2, done.output
         assert len(lines) == 1, done.output

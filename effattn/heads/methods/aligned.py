@@ -4,7 +4,10 @@ norms.
 Generalised Procrustes on activations. For rotary dimensions only a phase per head and frequency
 commutes with RoPE; for values, and for dimensions without RoPE, any rotation does. After Jin et al.
 2024, "Align Attention Heads Before Merging Them" (arXiv:2412.20677), with the phase restriction
-made exact."""
+made exact.
+
+n: heads of the group; d: size of a head; R: dimensions that RoPE turns; F = R/2: frequencies; D1:
+hidden size + 1, the bias."""
 
 from __future__ import annotations
 
@@ -43,6 +46,8 @@ def aligned(heads: Heads) -> Merged:
     if heads.normed == "layer":
         real, imaginary, rest = real[:0], imaginary[:0], torch.arange(d)
     if len(real):
+        # a pair of rows that RoPE turns by one angle is one complex number, and RoPE is a
+        # multiplication
         z = torch.complex(heads.keys[:, real], heads.keys[:, imaginary])  # (n, R/2, D1)
         # (R/2, n)
         turns = _phases(torch.einsum("afi,ij,bfj->fab", z, heads.moment.to(z), z.conj()))
@@ -98,6 +103,8 @@ def _rotations(maps: torch.Tensor, moment: torch.Tensor) -> torch.Tensor:
     """Orthogonal turns (n, r, r) of maps (n, r, D1) towards their common mean; head 0 is the
     start.
     """
+    # each round solves orthogonal Procrustes (the SVD of the cross moment) for every head, against
+    # the mean of the last one
     target = maps[0]
     for _ in range(ROUNDS):
         u, _, v = torch.linalg.svd(torch.einsum("di,ij,hej->hde", target, moment, maps))
@@ -112,6 +119,7 @@ def _restore(
     """The factor that gives the mean of `old` (n, r, D1) their average energy: a scalar, or one a
     row (r, 1).
     """
+    # the mean of heads that differ is shorter than they are, and scores would flatten
     moment = moment.to(old)
     before = torch.einsum("hri,ij,hrj->hr", old, moment, old.conj()).real.mean(0)
     after = torch.einsum("ri,ij,rj->r", mean, moment, mean.conj()).real

@@ -7,7 +7,10 @@ sum_h conj(u_h) sqrt(w_h) z_h and a_h = u_h / sqrt(w_h).
 
 Values, and key dimensions without RoPE. Any matrix is undone in the output (the query): the same
 with matrices. With M = blockdiag(O_h^T O_h) and E the d leading eigenvectors of M^(1/2) C M^(1/2):
-v' = E^T M^(1/2) [v_h] and v_h ~ M_h^(-1/2) E_h v'."""
+v' = E^T M^(1/2) [v_h] and v_h ~ M_h^(-1/2) E_h v'.
+
+n: heads of the group; d: size of a head; F: frequencies; r: rows of a head that are merged as
+matrices; D1: hidden size + 1, the bias."""
 
 from __future__ import annotations
 

@@ -40,6 +40,8 @@ def score(parts: Anatomy, batches: list[Tensor], targets: list[str], seed: int) 
                     if target == "heads"
                     else x.abs()
                 )
+                # mean over the window's tokens, then squares over windows: the root is taken at the
+                # end
                 sums.add(target, layer.index, x.mean(1).square().sum(0))
             seen.clear()
     sums.total = {key: squares.sqrt() for key, squares in sums.total.items()}

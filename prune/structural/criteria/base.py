@@ -7,10 +7,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from effattn.hf.anatomy import Anatomy, Layer
 
@@ -30,11 +32,9 @@ class Importance:
         """FloatingPointError naming the first layer with a score that is no number."""
         for name in TARGETS:
             found = getattr(self, name)
-            bad = (
-                []
-                if found is None
-                else (~torch.isfinite(found.view(len(found), -1))).any(1).nonzero().flatten()
-            )
+            if found is None:
+                continue
+            bad = (~torch.isfinite(found.view(len(found), -1))).any(1).nonzero().flatten()
             if len(bad):
                 raise FloatingPointError(
                     f"layer {int(bad[0])}: the importance of its {name} is NaN or infinity"
@@ -83,7 +83,8 @@ class Sums:
     """Sums over calibration windows, by target and layer."""
 
     def __init__(self, parts: Anatomy):
-        self.parts, self.total = parts, {}
+        self.parts = parts
+        self.total: dict[tuple[str, int], Tensor] = {}
 
     def add(self, target: str, layer: int, values: Tensor) -> None:
         """values (n,), or () for a layer."""
@@ -190,8 +191,9 @@ def gradients(parts: Anatomy) -> Iterator[None]:
             parameter.requires_grad_(state)
 
 
-def losses(model: nn.Module, batch: Tensor) -> Tensor:
+def losses(model: PreTrainedModel, batch: Tensor) -> Tensor:
     """Mean cross-entropy of each window in nats a token, (B,), with gradients."""
-    ids = batch.to(model.get_input_embeddings().weight.device)
+    table = cast(nn.Embedding, model.get_input_embeddings())
+    ids = batch.to(table.weight.device)
     logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
     return F.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none").mean(1)

@@ -29,6 +29,7 @@ def score(parts: Anatomy, batches: list[Tensor], targets: list[str], seed: int) 
     def see(target: str, layer: Layer, x: Tensor) -> None:
         if target in targets:
             x = x.detach().flatten(0, -2).double()
+            # counts, sums and sums of squares in one tensor, since `Sums` adds up one by one
             rows = x.new_full((x.shape[-1],), len(x))
             sums.add(target, layer.index, torch.stack([rows, x.sum(0), x.square().sum(0)]))
 

@@ -28,17 +28,19 @@ def score(parts: Anatomy, batches: list[Tensor], targets: list[str], seed: int) 
     sums = Sums(parts)
     device = parts.embeddings.weight.device
     for batch in batches:
-        gates = {target: [] for target in targets}
+        gates: dict[str, list[Tensor]] = {target: [] for target in targets}
         for layer in parts:
             for target in targets:
                 size = layer.heads if target == "heads" else layer.feed_forward.size
                 gates[target].append(
                     torch.ones(len(batch), size, device=device, requires_grad=True)
                 )
+        # the sum over windows has each window's own gradient at its own gates
         with gradients(parts), watching_blocks(parts), gated(parts, **gates):
             losses(parts.model, batch).sum().backward()
         for target, of_layers in gates.items():
             for index, gate in enumerate(of_layers):
+                assert gate.grad is not None  # every gate is a factor of the loss
                 sums.add(target, index, gate.grad.abs().sum(0))
     found = sums.importance(by_group)
     for target in targets:

@@ -62,11 +62,13 @@ def removal_order(gram: Tensor, weight: Tensor, size: int = 1) -> Tensor:
     inverse = torch.linalg.inv(
         gram + (DAMPING * gram.diagonal().mean() + 1e-300) * torch.eye(len(gram)).to(gram)
     )
-    weight, alive, order = weight.clone(), torch.ones(count, dtype=torch.bool), []
+    weight, alive = weight.clone(), torch.ones(count, dtype=torch.bool)
+    order: list[int] = []
     while len(order) < count:
         cost = _costs(inverse, weight, size).masked_fill_(~alive, torch.inf)
         gone = cost.sort(stable=True).indices[: min(many, count - len(order))]
         columns = (gone[:, None] * size + torch.arange(size)).flatten()
+        # W - W_g I_gg^-1 I_g, and the inverse of what is left: I - I_:g I_gg^-1 I_g: (equation 4)
         shared = torch.linalg.solve(inverse[columns][:, columns], inverse[columns])  # I_gg^-1 I_g
         weight -= weight[:, columns] @ shared
         inverse -= inverse[:, columns] @ shared

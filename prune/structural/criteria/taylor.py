@@ -53,7 +53,8 @@ class _Signed:
     """
 
     def __init__(self, samples: int):
-        self.samples, self.total = samples, {}
+        self.samples = samples
+        self.total: dict[tuple[str, int], Tensor] = {}
 
     def add(self, target: str, layer: int, values: Tensor) -> None:
         key = (target, layer)
@@ -80,6 +81,7 @@ class _Signed:
             value = tensor.detach()
 
             def arrived(gradient: Tensor) -> None:
+                # signed sums over the tokens of a window: what cancels cancels
                 product = by_sample((gradient * value).float(), self.samples).sum(1)
                 if projection is None:
                     self.add(

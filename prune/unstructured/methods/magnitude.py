@@ -25,6 +25,6 @@ def magnitude_mask(weight: Tensor, sparsity: Sparsity) -> Tensor:
     of every m.
     """
     scores = weight.abs()
-    if sparsity.m is not None:
+    if sparsity.n is not None and sparsity.m is not None:
         return lowest_of_groups(scores, sparsity.n, sparsity.m)
     return lowest(scores.view(1, -1), sparsity.count(weight.numel())).view(weight.shape)

@@ -4,7 +4,10 @@ Optimal Brain Surgeon for every output at once, column by column in a fixed orde
 outputs share the inverse Hessians (Frantar and Alistarh, arXiv:2301.00774, algorithm 1). Work is on
 the transposed weights: a column is then contiguous in memory. Updates are lazy twice: within
 `PANEL` columns they are products of a column and a row, within a block and beyond it products of
-matrices."""
+matrices.
+
+c: columns of a block; U: the upper Cholesky factor of the damped inverse Hessian. Pruning column i
+of W costs (w_i / U_ii)^2 an output and changes the columns j > i by -(w_i / U_ii) U_ij."""
 
 from __future__ import annotations
 
@@ -29,6 +32,7 @@ class SparseGPT(Method):
     source = "arXiv:2301.00774"
 
     def prepare(self, seen: Hessian, name: str, options: Options) -> InverseHessian:
+        assert seen.mean is not None  # a layer that saw nothing has been refused
         return InverseHessian.of(seen.mean, options.damping, name, options.raise_damping)
 
     def prune(
@@ -99,6 +103,7 @@ def prune_columns(
     if sparsity.m is not None:
         block = max(1, block // sparsity.m) * sparsity.m  # a group is never cut
     mask = torch.empty(columns.shape, dtype=torch.bool, device=columns.device)
+    # 1 / U_ii^2; an input that was always 0 costs nothing, so that its weights go first
     importance = factor.diagonal().pow(-2).masked_fill_(dead, 0)[:, None]
     loss = columns.new_zeros((), dtype=torch.float64)
     done = 0

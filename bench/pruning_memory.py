@@ -2,7 +2,7 @@
 recipe on it.
 
     # in a temporary folder; prints the peak
-    python -m effattn.prune.shearing.synthetic --gigabytes 2
+    python -m bench.pruning_memory --gigabytes 2
 
 The checkpoint is written layer by layer, too, so that this process stays as small as the one it
 measures."""
