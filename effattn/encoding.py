@@ -13,6 +13,8 @@ import torch
 
 PIECE = 1 << 19  # characters at once; documents that are no longer are not cut
 OVERLAP = 2048  # characters that two pieces share; in the middle half of them they must agree
+TRIES = 4  # places where two pieces may be joined, before the whole document is taken at once
+CHARACTERS = 6  # of a token, about and rather too many: a piece that holds what is asked for
 
 
 def encode(documents: Iterable[str], tokenizer, limit: int | None = None) -> torch.Tensor:
@@ -49,10 +51,11 @@ def _without_ends(ids: list[int], end: int | None) -> list[int]:
 def token_ids(document: str, tokenizer, limit: int | None = None) -> list[int]:
     """The document's tokens without special ones; of a long document at least the first `limit`
     that are no end-of-text, if there are as many."""
-    if len(document) <= PIECE or not getattr(tokenizer, "is_fast", False):
+    size = PIECE if limit is None else min(PIECE, max(8 * OVERLAP, CHARACTERS * limit))
+    if len(document) <= size or not getattr(tokenizer, "is_fast", False):
         return _whole(document, tokenizer)
     ids, counted = [], 0
-    for piece in _pieces(document, tokenizer):
+    for piece in _pieces(document, tokenizer, size):
         if piece is None:
             return _whole(document, tokenizer)
         ids += piece
@@ -66,23 +69,28 @@ def _whole(document: str, tokenizer) -> list[int]:
     return tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]
 
 
-def _pieces(document: str, tokenizer) -> Iterator[list[int] | None]:
-    """Token ids of one piece after the other; None where a piece does not agree with the one
-    before.
+def _pieces(document: str, tokenizer, size: int | None = None) -> Iterator[list[int] | None]:
+    """Token ids of one piece of `size` characters (default: `PIECE`) after the other; None where a
+    piece agrees with the one before at none of `TRIES` places: in a long run of blanks, say.
     """
-    step = PIECE - OVERLAP
-    ids, begins = _encoded(document[:PIECE], tokenizer)
-    given = 0  # how many of the piece's tokens the piece before has given
-    for start in range(step, len(document) - OVERLAP, step):
-        next_ids, next_begins = _encoded(document[start : start + PIECE], tokenizer)
-        here = _between(begins, step + OVERLAP // 4, step + 3 * OVERLAP // 4)
-        there = _between(next_begins, OVERLAP // 4, 3 * OVERLAP // 4)
-        places = [[begin - step for begin in begins[here]], next_begins[there]]
-        if not ids[here] or ids[here] != next_ids[there] or places[0] != places[1]:
+    size = PIECE if size is None else size
+    ids, begins = _encoded(document[:size], tokenizer)
+    origin = given = 0  # where the piece begins; how many of its tokens the piece before has given
+    while origin + size < len(document):
+        for shared in range(OVERLAP, min(TRIES * OVERLAP, size - 1) + 1, OVERLAP):
+            step = size - shared
+            start = origin + step
+            next_ids, next_begins = _encoded(document[start : start + size], tokenizer)
+            here = _between(begins, step + OVERLAP // 4, step + 3 * OVERLAP // 4)
+            there = _between(next_begins, OVERLAP // 4, 3 * OVERLAP // 4)
+            places = [[begin - step for begin in begins[here]], next_begins[there]]
+            if ids[here] and ids[here] == next_ids[there] and places[0] == places[1]:
+                break
+        else:
             yield None
             return
         yield ids[given : here.start]
-        ids, begins, given = next_ids, next_begins, there.start
+        ids, begins, origin, given = next_ids, next_begins, start, there.start
     yield ids[given:]
 
 
@@ -96,3 +104,40 @@ def _between(begins: list[int], first: int, last: int) -> slice:
     """The tokens that begin at characters from `first` up to `last`."""
     inside = [number for number, begin in enumerate(begins) if first <= begin < last]
     return slice(inside[0], inside[-1] + 1) if inside else slice(0, 0)
+
+
+# The beginning of a text
+# -------------------------------------------------------------------------------------------------
+
+
+def beginning(tokenizer, bos: bool | None = None) -> int | None:
+    """The token (BOS) that windows of this tokenizer's texts begin with; None: no such one.
+
+    bos None: what the tokenizer itself puts before an encoded text, if that is its BOS. True: its
+    BOS in any case, ValueError where it has none. False: None."""
+    check_bos(bos)
+    token = getattr(tokenizer, "bos_token_id", None)
+    if bos and token is None:
+        raise ValueError("bos: got True, the tokenizer has no BOS token; valid is False")
+    if bos is None and token is not None:
+        bos = list(tokenizer("a", verbose=False)["input_ids"])[:1] == [token]
+    return token if bos else None
+
+
+def check_bos(bos: bool | None) -> None:
+    """ValueError for anything but True, False or None."""
+    if bos is not None and not isinstance(bos, bool):
+        raise ValueError(
+            f"bos: got {bos!r}, valid is True, False or None (as the tokenizer does it)"
+        )
+
+
+def begun(ids: torch.Tensor, bos: int | None) -> torch.Tensor:
+    """Windows of token ids (..., T) that begin with `bos`: it takes the place of the first token,
+    so that windows stay as long as they are, and one that begins with it already stays as it is.
+    `ids` itself where it is None."""
+    if bos is None:
+        return ids
+    ids = ids.clone()
+    ids[..., 0] = bos
+    return ids

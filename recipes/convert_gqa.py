@@ -55,6 +55,8 @@ class Settings(options.Settings):
     text: Sequence[Path] = options.text_files("to calibrate on")
     dataset: str | None = options.dataset_name()
     column: str | None = options.text_column()
+    evaluation_text: Sequence[Path] = options.evaluation_files()
+    bos: bool | None = options.begins_with_bos()
     calibration_tokens: int = tokens(50_000, "to take second moments of", least=1)
     evaluation_tokens: int = tokens(32_768, "held out, to measure on", least=2)
     uptrain_tokens: int = tokens(0, "to distil on after converting; 0: none")
@@ -132,7 +134,7 @@ def convert(settings: Settings, show: Quiet) -> ConversionReport:
         said = "measuring the conversion"
         quality["converted"] = flow.part(show, kept, said, "converted", *compared)
     report.data["quality"] = quality or None  # and what is measured from here on
-    report.data["settings"] |= asked_for(settings, text)
+    report.data["settings"] |= asked_for(settings, text) | flow.fed(text, parent)
 
     # The parent teaches what the conversion has lost.
     if settings.uptrain_tokens:
@@ -190,7 +192,7 @@ def load(settings: Settings, show: Quiet) -> tuple:
     from effattn.surgery.checkpoint import load_model
 
     with show.stage("loading the model"):
-        parent, tokenizer = load_model(settings.model)
+        parent, tokenizer = load_model(settings.model, bos=settings.bos)
         parent.to(flow.device(settings.device))
         parts = anatomy.of(parent)
         parts.require_gqa()
@@ -213,6 +215,7 @@ def read(settings: Settings, show: Quiet, tokenizer, parts: Anatomy) -> tuple[St
             text=settings.text,
             dataset=settings.dataset,
             column=settings.column,
+            evaluation_text=settings.evaluation_text,
         )
         calibration = text.train[: settings.calibration_tokens]
         length = check_calibration(calibration, parts, settings.length)

@@ -88,6 +88,8 @@ class Settings(options.Settings):
     text: Sequence[Path] = options.text_files("to tune and measure on", "more")
     dataset: str | None = options.dataset_name()
     column: str | None = options.text_column()
+    evaluation_text: Sequence[Path] = options.evaluation_files()
+    bos: bool | None = options.begins_with_bos()
     seed: int = options.random_seed("the data's order and the positions")
     device: str = options.device_name()
     overrides: dict = field(default_factory=dict)  # for TrainingArguments, from Python alone
@@ -143,7 +145,7 @@ def extend(settings: Settings, show: Quiet) -> ExtendReport:
     report = ExtendReport(
         {
             "kind": "extend",
-            "settings": asked_for(settings, text),
+            "settings": asked_for(settings, model, text),
             "plan": plan.to_dict(),
             "rule": rule,
             "model": {
@@ -200,7 +202,7 @@ def load(settings: Settings, show: Quiet) -> tuple:
     from effattn.training import lending
 
     with show.stage("loading the model"):
-        model, tokenizer = load_model(settings.model)
+        model, tokenizer = load_model(settings.model, bos=settings.bos)
         model.to(flow.device(settings.device))
         require_own_attention(model, settings.model)
         if settings.output is not None:
@@ -263,12 +265,7 @@ def read(settings: Settings, show: Quiet, tokenizer, window: int) -> Streams | N
             text=settings.text,
             dataset=settings.dataset,
             column=settings.column,
-        )
-    if len(text.evaluation) < settings.sequences * settings.to + 1:
-        raise ValueError(
-            f"sequences: {settings.sequences} of {settings.to:,} tokens are asked for, "
-            f"{text.source} holds out {len(text.evaluation):,} tokens; ask for fewer (0: none), or "
-            "give more text"
+            evaluation_text=settings.evaluation_text,
         )
     if settings.tune_tokens and len(text.train) < 2 * window:
         raise ValueError(
@@ -343,10 +340,11 @@ def save(
         report.save(folder)
 
 
-def asked_for(settings: Settings, text: Streams | None) -> dict[str, object]:
+def asked_for(settings: Settings, model, text: Streams | None) -> dict[str, object]:
     """What the report says of the settings, the model first."""
     asked = {"model": settings.model} | as_json(asdict(settings))
-    return asked | {"source": text.source if text else None}
+    told = {"source": None} if text is None else {"source": text.source} | flow.fed(text, model)
+    return asked | told
 
 
 command = flow.command(Settings, run)

@@ -80,6 +80,7 @@ class Settings(options.Settings):
     text: Sequence[Path] = several((), "UTF-8 documents to measure on; repeat for more")
     dataset: str | None = options.dataset_name()
     column: str | None = options.text_column()
+    bos: bool | None = options.begins_with_bos()
     output: Path | None = option(None, "folder for report.{html,md,json}; a killed run resumes")
     json: Path | None = option(None, "file for the results alone; a killed run resumes")
     seed: int = options.random_seed("the prompts")
@@ -118,6 +119,7 @@ def side_by_side(settings: Settings, show: Quiet) -> ArticleReport:
     from effattn.extending import copying
     from effattn.extending.article_report import ArticleReport
     from effattn.extending.rule_losses import measured
+    from effattn.hf.beginning import bos_of
     from effattn.profiling.environment import environment
     from effattn.reports.files import numbers
 
@@ -149,7 +151,12 @@ def side_by_side(settings: Settings, show: Quiet) -> ArticleReport:
                 answers = flow.part(show, kept, stage, name, copying.ask, task, model, **how)
         rows.append(row | {"retrieval": answers})
 
-    prompts = {"source": source, "retrieval_length": at, "style": asking["style"]}
+    prompts = {
+        "source": source,
+        "bos": bos_of(model) is not None,
+        "retrieval_length": at,
+        "style": asking["style"],
+    }
     data = {
         "kind": "extend_context",
         "settings": resolved | prompts,
@@ -198,7 +205,7 @@ def load(settings: Settings, show: Quiet) -> tuple:
     from effattn.surgery.checkpoint import load_model
 
     with show.stage("loading the model"):
-        model, tokenizer = load_model(settings.model)
+        model, tokenizer = load_model(settings.model, bos=settings.bos)
         model.to(flow.device(settings.device))
         trained = trained_length(model, settings.model)
         lengths = check_lengths(settings, trained)

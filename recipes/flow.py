@@ -58,6 +58,7 @@ __all__ = [
     "command",
     "device",
     "discard",
+    "fed",
     "made_with",
     "main_process",
     "output_of",
@@ -156,6 +157,15 @@ def part(show: Quiet, kept: Parts, stage: str, name: str, make: Callable, *given
     `stage` is shown."""
     with show.stage(stage) as progress:
         return kept.once(name, lambda: make(*given, progress=progress, **options))
+
+
+def fed(text, model) -> dict[str, object]:
+    """What a report says of what was read, beside where the text to calibrate on comes from: where
+    that to measure on does, and whether windows begin with the model's BOS. text: `Streams`, or the
+    like."""
+    from effattn.hf.beginning import bos_of
+
+    return {"evaluation_source": text.evaluation_source, "bos": bos_of(model) is not None}
 
 
 # The end

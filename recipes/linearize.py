@@ -64,6 +64,8 @@ class Settings(options.Settings):
     text: Sequence[Path] = options.text_files("to train on")
     dataset: str | None = options.dataset_name()
     column: str | None = options.text_column()
+    evaluation_text: Sequence[Path] = options.evaluation_files()
+    bos: bool | None = options.begins_with_bos()
     transfer_tokens: int = tokens(150_000, "of attention transfer; 0: none")
     distil_tokens: int = tokens(450_000, "of distillation; 0: none")
     evaluation_tokens: int = tokens(32_768, "held out, to measure on", least=16)
@@ -197,7 +199,7 @@ def load(settings: Settings, show: Quiet) -> tuple:
     from effattn.surgery.checkpoint import load_model
 
     with show.stage("loading the model"):
-        parent, tokenizer = load_model(settings.model)
+        parent, tokenizer = load_model(settings.model, bos=settings.bos)
         parent.to(flow.device(settings.device))
         require_own_attention(parent, settings.model)
         require_own_weights(parent)
@@ -225,6 +227,7 @@ def read(settings: Settings, show: Quiet, tokenizer) -> tuple[Streams, int]:
             text=settings.text,
             dataset=settings.dataset,
             column=settings.column,
+            evaluation_text=settings.evaluation_text,
         )
         for name, count in trained.items():
             text.check_passes(name, count, ", or ask for less")
@@ -351,7 +354,7 @@ def begun(settings: Settings, parent, student, text: Streams) -> LinearizeReport
     return LinearizeReport(
         {
             "kind": "linearize",
-            "settings": as_json(asked) | {"source": text.source},
+            "settings": as_json(asked) | {"source": text.source} | flow.fed(text, parent),
             "model": {
                 "class": told.model,
                 "parameters_before": describe(parent).parameters["total"],

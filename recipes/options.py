@@ -147,6 +147,16 @@ def text_files(purpose: str, more: str = "more files"):
     return several((), f"UTF-8 text {purpose}; repeat for {more}")
 
 
+def evaluation_files():
+    """Files of text apart from the others, to measure on."""
+    return several((), "UTF-8 text to measure on instead of what is held out; repeat for more")
+
+
+def begins_with_bos():
+    """Whether windows begin with BOS."""
+    return option(None, "windows of text begin with BOS (default: as the tokenizer does it)")
+
+
 def dataset_name():
     """A dataset in the place of files."""
     return option(None, "a `datasets` name (or NAME:CONFIG) or folder, streamed")

@@ -84,6 +84,8 @@ class Settings(options.Settings):
     text: Sequence[Path] = options.text_files("to calibrate on")
     dataset: str | None = options.dataset_name()
     column: str | None = options.text_column()
+    evaluation_text: Sequence[Path] = options.evaluation_files()
+    bos: bool | None = options.begins_with_bos()
     calibration_tokens: int = tokens(65_536, "to take Hessians of", least=1)
     evaluation_tokens: int = tokens(32_768, "held out, to measure on", least=16)
     length: int | None = options.window_length()
@@ -111,7 +113,7 @@ class Settings(options.Settings):
     def pruning(self) -> dict[str, object]:
         """What does not differ between the runs that are compared, as `oneshot` and `prune_files`
         call it."""
-        same = ("modules", "allocation", "damping", "raise_damping", "length")
+        same = ("modules", "allocation", "damping", "raise_damping", "length", "bos")
         return {name: getattr(self, name) for name in same}
 
 
@@ -211,6 +213,7 @@ def read(settings: Settings, show: Quiet) -> tuple:
             text=settings.text,
             dataset=settings.dataset,
             column=settings.column,
+            evaluation_text=settings.evaluation_text,
         )
         text.check_passes("distill_tokens", settings.distill_tokens)
     return source, tokenizer, text
@@ -248,7 +251,8 @@ def prune_files(
     while not pruned.exists():
         time.sleep(0.5)
     facts = json.loads((pruned / from_files.FACTS).read_text(encoding="utf-8"))
-    facts["settings"] = kept | facts["settings"] | {"source": text.source}
+    told = {"source": text.source, "evaluation_source": text.evaluation_source}
+    facts["settings"] = kept | facts["settings"] | told
     return pruned, OneShotReport.of_files(facts, file_bytes(source))
 
 
@@ -279,7 +283,9 @@ def load_both(settings: Settings, show: Quiet, source: Path, pruned: Path) -> tu
 
     place = flow.device(settings.device)
     with show.stage("loading both models"):
-        return tuple(load_model(folder)[0].to(place) for folder in (source, pruned))
+        return tuple(
+            load_model(folder, bos=settings.bos)[0].to(place) for folder in (source, pruned)
+        )
 
 
 def measure(

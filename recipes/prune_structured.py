@@ -90,6 +90,8 @@ class Settings(options.Settings):
     text: Sequence[Path] = options.text_files("to calibrate on")
     dataset: str | None = options.dataset_name()
     column: str | None = options.text_column()
+    evaluation_text: Sequence[Path] = options.evaluation_files()
+    bos: bool | None = options.begins_with_bos()
     calibration_tokens: int = tokens(65_536, "to score and solve on", least=1)
     evaluation_tokens: int = tokens(32_768, "held out, to measure on", least=16)
     length: int | None = options.window_length()
@@ -161,6 +163,7 @@ def prune(settings: Settings, show: Quiet) -> StructuredReport:
     report.data["quality"] = quality
     report.data["runs"] = runs
     report.data["settings"] |= {"model": settings.model, "source": text.source}
+    report.data["settings"] |= flow.fed(text, model)
 
     if settings.decode_contexts:
         with show.stage("timing decode steps") as progress:
@@ -232,7 +235,7 @@ def load(settings: Settings, show: Quiet, named: Sequence[Criterion]) -> tuple:
     from effattn.surgery.checkpoint import load_model
 
     with show.stage("loading the model"):
-        model, tokenizer = load_model(settings.model)
+        model, tokenizer = load_model(settings.model, bos=settings.bos)
         model.to(flow.device(settings.device))
         for criterion in named:
             plan_of(anatomy.of(model), settings.amounts, criterion)
@@ -251,6 +254,7 @@ def read(settings: Settings, show: Quiet, tokenizer) -> Streams:
             text=settings.text,
             dataset=settings.dataset,
             column=settings.column,
+            evaluation_text=settings.evaluation_text,
         )
 
 

@@ -72,6 +72,7 @@ class Settings(options.Settings):
     text: Sequence[Path] = options.text_files("to measure on")
     dataset: str | None = options.dataset_name()
     column: str | None = options.text_column()
+    bos: bool | None = options.begins_with_bos()
     evaluation_tokens: int = tokens(8192, "to measure each format on, a step each", least=1)
     sensitivity_tokens: int = tokens(2048, "to measure each layer and format on", least=1)
     length: int = whole(512, "window length in tokens", least=1)
@@ -171,7 +172,7 @@ def quantize(settings: Settings, show: Quiet) -> QuantizeReport:
     report = QuantizeReport(
         {
             "kind": "quantize_kv",
-            "settings": settings.kept() | {"source": text.source} | prompts,
+            "settings": settings.kept() | {"source": text.source} | flow.fed(text, model) | prompts,
             "model": facts,
             "formats": rows,
             "sensitivity": alone,
@@ -240,7 +241,7 @@ def load(settings: Settings, show: Quiet) -> tuple:
     from effattn.surgery.checkpoint import load_model
 
     with show.stage("loading the model"):
-        model, tokenizer = load_model(settings.model)
+        model, tokenizer = load_model(settings.model, bos=settings.bos)
         model.to(flow.device(settings.device))
         require_own_attention(model, settings.model)
         if settings.weights is not None:

@@ -65,6 +65,8 @@ class Settings(options.Settings):
     )
     dataset: str | None = option(None, "a `datasets` name, NAME:CONFIG or folder, as one domain")
     column: str | None = options.text_column()
+    evaluation_text: Sequence[Path] = options.evaluation_files()
+    bos: bool | None = options.begins_with_bos()
     mask_tokens: int = tokens(60_000, "to learn masks on", least=1)
     recover_tokens: int = tokens(
         1_140_000, "to learn the parent's predictions on after cutting; 0: none"
@@ -164,7 +166,7 @@ def shear(settings: Settings, show: Quiet) -> ShearReport:
     main = main_process()
     check(settings)
     parent, tokenizer = load(settings, show)
-    text, domains = read(settings, show, tokenizer)
+    text, domains = read(settings, show, parent, tokenizer)
     flow.check_unfinished(settings, begin=True)
     length = min(settings.length, len(text.evaluation) - 1)
     quality: dict = {}
@@ -212,7 +214,13 @@ def shear(settings: Settings, show: Quiet) -> ShearReport:
     baselines = compete(settings, show, parent, small, text, trained, measured)
 
     report = ShearReport.of(
-        parent, small, length, stages, quality=quality, baselines=baselines, **facts(settings, text)
+        parent,
+        small,
+        length,
+        stages,
+        quality=quality,
+        baselines=baselines,
+        **facts(settings, text, parent),
     )
     if main:
         with show.stage("timing") as progress:
@@ -258,7 +266,7 @@ def load(settings: Settings, show: Quiet) -> tuple:
     from effattn.surgery.swapping import active
 
     with show.stage("loading the model"):
-        parent, tokenizer = load_model(settings.model)
+        parent, tokenizer = load_model(settings.model, bos=settings.bos)
         parent.to(flow.device(settings.device))
         check_finite(parent)
         if active(parent) is not None:
@@ -275,8 +283,9 @@ def load(settings: Settings, show: Quiet) -> tuple:
     return parent, tokenizer
 
 
-def read(settings: Settings, show: Quiet, tokenizer) -> tuple[DomainText, Domains]:
+def read(settings: Settings, show: Quiet, parent, tokenizer) -> tuple[DomainText, Domains]:
     """The text by domain, held-out text of all of them, and windows of the first."""
+    from effattn.hf.beginning import bos_of
     from effattn.prune.shearing.batch_loading import Domains
     from effattn.prune.shearing.data import domain_text
 
@@ -288,8 +297,11 @@ def read(settings: Settings, show: Quiet, tokenizer) -> tuple[DomainText, Domain
             domains=settings.domains,
             dataset=settings.dataset,
             column=settings.column,
+            evaluation_text=settings.evaluation_text,
         )
-        return text, Domains(text.train, settings.length, proportions=text.proportions)
+        return text, Domains(
+            text.train, settings.length, proportions=text.proportions, bos=bos_of(parent)
+        )
 
 
 # Training
@@ -383,7 +395,7 @@ def compete(
 # -------------------------------------------------------------------------------------------------
 
 
-def facts(settings: Settings, text: DomainText) -> dict[str, object]:
+def facts(settings: Settings, text: DomainText, parent) -> dict[str, object]:
     """What the report says beside what was done and measured."""
     from effattn import embedded
     from effattn.hf.source import resolve
@@ -391,7 +403,7 @@ def facts(settings: Settings, text: DomainText) -> dict[str, object]:
     from effattn.resuming import as_json
 
     return {
-        "settings": as_json(asdict(settings)) | {"source": text.source},
+        "settings": as_json(asdict(settings)) | {"source": text.source} | flow.fed(text, parent),
         "file_bytes": file_bytes(resolve(settings.model)),
         "pretraining_tokens": embedded.card()["train_tokens"]
         if settings.model == embedded.NAME

@@ -59,6 +59,7 @@ class Settings(options.Settings):
     text: Sequence[Path] = options.text_files("to measure on")
     dataset: str | None = options.dataset_name()
     column: str | None = options.text_column()
+    bos: bool | None = options.begins_with_bos()
     contexts: Sequence[int] = options.contexts(
         (128, 256, 512, 1024, 2048, 4096),
         "contexts to measure perplexity at, or none",
@@ -132,6 +133,7 @@ def run(settings: Settings, show: Quiet | None = None) -> SwapReport:
 
 def side_by_side(settings: Settings, show: Quiet) -> SwapReport:
     """The comparison, step by step."""
+    from effattn.hf.beginning import bos_of
     from effattn.profiling.environment import environment
     from effattn.swapping import measure
     from effattn.swapping.report import SwapReport
@@ -151,7 +153,8 @@ def side_by_side(settings: Settings, show: Quiet) -> SwapReport:
     report = SwapReport(
         {
             "kind": "swap_backend",
-            "settings": asked_for(settings, patterns, text.source),
+            "settings": asked_for(settings, patterns, text.source)
+            | {"bos": bos_of(model) is not None},
             "model": measure.model_facts(model),
             "runs": runs,
             "reference": reference,
@@ -195,7 +198,7 @@ def load(settings: Settings, show: Quiet, patterns: list[Pattern]) -> tuple:
     from effattn.surgery.swapping import restore
 
     with show.stage("loading the model"):
-        model, tokenizer = load_model(settings.model)
+        model, tokenizer = load_model(settings.model, bos=settings.bos)
         # "before" is the model's own attention, also of a swapped checkpoint
         restore(model).to(flow.device(settings.device))
         parts = anatomy.of(model)
@@ -244,12 +247,11 @@ def check_positions(settings: Settings, parts: Anatomy) -> None:
 def read(settings: Settings, show: Quiet, model, tokenizer, planned: list[Run]) -> Text:
     """The held-out text. Every pattern is tried on a few tokens of it: what a model or backend
     cannot do is said before anything is measured. ValueError for too little text."""
-    from effattn.encoding import encode
     from effattn.evaluate.streaming import stream_losses
     from effattn.hf import anatomy
     from effattn.surgery.swapping import restore, swap
     from effattn.swapping import measure
-    from effattn.textdata import held_out
+    from effattn.textdata import measured_on
 
     streamed, prompted = settings.stream_tokens, settings.prompt_tokens
     wanted = {
@@ -260,8 +262,10 @@ def read(settings: Settings, show: Quiet, model, tokenizer, planned: list[Run]) 
         "prompt_tokens": prompted,
     }
     with show.stage("reading text"):
-        documents, source = held_out(settings.text, settings.dataset, settings.column)
-        found = encode(documents, tokenizer, max(wanted.values()))
+        most = max(wanted.values())
+        found, source = measured_on(
+            tokenizer, most, settings.text, settings.dataset, settings.column
+        )
         for name, count in wanted.items():
             if count > len(found):
                 raise ValueError(

@@ -111,7 +111,10 @@ def without_training(settings: Settings, show: Quiet) -> list[ConversionReport]:
                 progress=progress,
             )
             converted = compare(parent, student, text.evaluation, settings.length)
-        report.data["settings"] |= {"model": settings.model, "calibration_source": text.source}
+        report.data["settings"] |= {
+            "model": settings.model,
+            "calibration_source": text.source,
+        } | flow.fed(text, parent)
         report.data["quality"] = {**before, "converted": converted}
         reports.append(report)
         write(output, reports)

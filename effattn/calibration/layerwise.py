@@ -16,6 +16,7 @@ from functools import partial
 import torch
 from torch import nn
 
+from effattn.encoding import begun
 from effattn.hf.anatomy import Anatomy
 from effattn.hf.placement import input_device
 
@@ -24,11 +25,14 @@ class _Stop(Exception):
     """Ends a forward pass of the model where the rest of it is not needed."""
 
 
-def windows(tokens: torch.Tensor, length: int, batch: int) -> list[torch.Tensor]:
-    """Cuts tokens (N,) into batches of windows (batch, length), the rest dropped; N >= length."""
+def windows(
+    tokens: torch.Tensor, length: int, batch: int, bos: int | None = None
+) -> list[torch.Tensor]:
+    """Cuts tokens (N,) into batches of windows (batch, length), the rest dropped; N >= length. bos:
+    the token that takes the place of each one's first."""
     count = len(tokens) // length
     rows = tokens[: count * length].view(count, length)
-    return list(rows.split(batch))
+    return list(begun(rows, bos).split(batch))
 
 
 class LayerRunner:

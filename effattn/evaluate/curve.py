@@ -15,9 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from effattn.encoding import begun
 from effattn.errors import Unsupported
 from effattn.evaluate.loss import Progress, perplexity_of
 from effattn.hf import anatomy
+from effattn.hf.beginning import bos_of
 from effattn.hf.placement import input_device
 
 CHUNK = 1024  # positions whose logits exist at a time
@@ -25,21 +27,27 @@ CHUNK = 1024  # positions whose logits exist at a time
 
 @torch.no_grad()
 def token_scores(
-    model, sequences: Tensor, *, batch: int = 1, progress: Progress | None = None
+    model,
+    sequences: Tensor,
+    *,
+    batch: int = 1,
+    bos: bool | None = None,
+    progress: Progress | None = None,
 ) -> tuple[Tensor, Tensor]:
     """For every token but the first of each sequence: its cross-entropy in nats, float32 (n, T),
     and whether it was the most likely one, bool (n, T).
 
     sequences: int64 (n, T + 1), each read whole and without a cache, `batch` at a time. Logits
-    exist for `CHUNK` positions at a time. progress(sequences done, all of them). Raises ValueError
-    for anything but such sequences."""
+    exist for `CHUNK` positions at a time. bos: whether BOS takes the place of each one's first
+    token (None: as the model's tokenizer does it). progress(sequences done, all of them). Raises
+    ValueError for anything but such sequences."""
     _check(model, sequences)
     if type(batch) is not int or batch < 1:
         raise ValueError(f"batch: got {batch!r}, valid is a whole number of at least 1")
     parts, training = anatomy.of(model), model.training
     if not parts.causal:
         raise Unsupported(f"{type(model).__name__} predicts no next tokens: it is not causal")
-    device = input_device(model)
+    device, beginning = input_device(model), bos_of(model, bos)
     nats = torch.empty(len(sequences), sequences.shape[1] - 1)
     right = torch.empty(nats.shape, dtype=torch.bool)
     model.eval()
@@ -47,7 +55,8 @@ def token_scores(
         for start in range(0, len(sequences), batch):
             ids = sequences[start : start + batch].to(device)
             # the model without its head; the head then gets a chunk of positions at a time
-            hidden = model.base_model(input_ids=ids[:, :-1], use_cache=False)[0]
+            given = begun(ids[:, :-1], beginning)
+            hidden = model.base_model(input_ids=given, use_cache=False)[0]
             for at in range(0, hidden.shape[1], CHUNK):
                 place = (slice(start, start + batch), slice(at, at + CHUNK))
                 logits, truth = (
@@ -69,6 +78,7 @@ def by_position(
     edges: Sequence[int] | None = None,
     *,
     batch: int = 1,
+    bos: bool | None = None,
     progress: Progress | None = None,
 ) -> dict:
     """Cross-entropy, perplexity and next-token accuracy by how many tokens a prediction has behind
@@ -78,7 +88,8 @@ def by_position(
     begin and end, ascending from 0 to T; None: 0, 16, 32, ..., doubling. Returns {"sequences",
     "tokens" (T), "cross_entropy", "perplexity", "accuracy", "rows"}; a row is of the positions
     first to last - 1: {"first", "last", "cross_entropy", "perplexity", "accuracy"}. Position p
-    predicts from p + 1 tokens. Raises ValueError for edges that are none."""
+    predicts from p + 1 tokens. bos: as in `token_scores`. Raises ValueError for edges that are
+    none."""
     _check(model, sequences)
     length = sequences.shape[1] - 1
     edges = doubling(length) if edges is None else [*edges]
@@ -89,7 +100,7 @@ def by_position(
         or any(b <= a for a, b in pairwise(edges))
     ):
         raise ValueError(f"edges: got {edges}, valid are ascending positions from 0 to {length}")
-    nats, right = token_scores(model, sequences, batch=batch, progress=progress)
+    nats, right = token_scores(model, sequences, batch=batch, bos=bos, progress=progress)
     rows = [
         {"first": a, "last": b, **scores(nats[:, a:b], right[:, a:b])} for a, b in pairwise(edges)
     ]

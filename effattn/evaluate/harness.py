@@ -4,7 +4,8 @@
     lm = HFLM(pretrained=model, tokenizer=tokenizer)
     lm_eval.simple_evaluate(model=lm, tasks=list(tasks.values()))
 
-The prompts are those of `effattn.evaluate`, as text. Where a task offers choices it is
+The prompts are those of `effattn.evaluate`, as text; BOS is lm_eval's business
+(`HFLM(add_bos_token=...)`). Where a task offers choices it is
 "multiple_choice" (metric acc), elsewhere "loglikelihood" (acc: every token of the answer is the
 most likely one; perplexity)."""
 

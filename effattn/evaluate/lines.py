@@ -36,6 +36,7 @@ def line_retrieval(
     style: str = "text",
     batch: int = 8,
     seed: int = 0,
+    bos: bool | None = None,
     progress: Progress | None = None,
 ) -> dict:
     """How often a model gives the number of a line, by the line's depth (0: the first, 1: the
@@ -43,13 +44,14 @@ def line_retrieval(
 
     length: tokens of a prompt, the answer included: as many lines as that takes, the first one cut.
     trials: prompts at each depth, `batch` of them at a time. digits: of a number. style: "text"
-    (LongChat's lines) or "code". The same seed gives the same prompts. Returns a dict of
+    (LongChat's lines) or "code". The same seed gives the same prompts. bos: as in
+    `effattn.perplexity`. Returns a dict of
     `effattn.evaluate.retrieval.by_depth`: "exact" needs every token of the number. Raises
     ValueError for settings that mean nothing."""
     make = line_prompts(
         tokenizer, length, depths, trials=trials, digits=digits, style=style, batch=batch, seed=seed
     )
-    run = functools.partial(retrieval.answer, model, batch=batch)
+    run = functools.partial(retrieval.answer, model, batch=batch, bos=bos)
     found = retrieval.by_depth("line retrieval", depths, make, run, chance=0.0, progress=progress)
     return found | {
         "length": length,

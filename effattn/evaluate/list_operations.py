@@ -78,6 +78,7 @@ def listops(
     trials: int = 16,
     batch: int = 8,
     seed: int = 0,
+    bos: bool | None = None,
     progress: Progress | None = None,
 ) -> dict:
     """How often a language model gives an expression's value, by how deep the expression nests.
@@ -85,12 +86,13 @@ def listops(
     A prompt is `length` tokens of solved expressions of the same depth, the first one cut, and one
     to solve: "[MAX 2 9 [MIN 4 7 ] 0 ] = 9". A row's "choice" is the share of prompts where the
     right digit is the most likely of the ten (guessing: 1 in 10); see
-    `effattn.evaluate.retrieval.by_depth`, whose depth is the nesting here. Raises ValueError for
+    `effattn.evaluate.retrieval.by_depth`, whose depth is the nesting here. bos: as in
+    `effattn.perplexity`. Raises ValueError for
     settings that mean nothing, and for a tokenizer that needs several tokens for a digit."""
     make = listops_prompts(
         tokenizer, length, depths, arguments=arguments, trials=trials, batch=batch, seed=seed
     )
-    run = functools.partial(retrieval.answer, model, batch=batch)
+    run = functools.partial(retrieval.answer, model, batch=batch, bos=bos)
     # a nesting depth is a whole number, where the other tasks have a share of the text
     found = retrieval.by_depth("listops", depths, make, run, chance=0.1, progress=progress)  # type: ignore[arg-type]
     return found | {"length": length, "trials": trials, "arguments": arguments, "seed": seed}

@@ -10,8 +10,10 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
+from effattn.encoding import begun
 from effattn.errors import Unsupported
 from effattn.evaluate.logits import Scores
+from effattn.hf.beginning import bos_of
 from effattn.hf.families import ENCODERS
 from effattn.hf.packing import steady
 from effattn.hf.placement import input_device
@@ -95,6 +97,7 @@ def token_losses(
     context: int,
     stride: int | None = None,
     *,
+    bos: bool | None = None,
     batch_tokens: int = 4096,
     progress: Progress | None = None,
 ) -> torch.Tensor:
@@ -102,9 +105,11 @@ def token_losses(
 
     tokens: int64 (N,). Windows of `context` input tokens start every `stride` (default: `context`,
     no overlap); a window scores only what no earlier one did, so with a smaller stride every
-    prediction but the first window's sees at least `context - stride` tokens before it. At most 256
-    MiB of logits exist at a time."""
+    prediction but the first window's sees at least `context - stride` tokens before it. bos:
+    whether BOS takes the place of each window's first token (None: as the model's tokenizer does
+    it, see `effattn.hf.beginning`). At most 256 MiB of logits exist at a time."""
     stride = check_stream(model, tokens, context, stride)
+    beginning = bos_of(model, bos)
     if isinstance(model, torch.nn.Module):
         steady(model)
     device = input_device(model)
@@ -112,7 +117,8 @@ def token_losses(
     groups = _windows(len(tokens), context, stride, batch_tokens)
     for number, (starts, width, first) in enumerate(groups):
         ids = torch.stack([tokens[start : start + width + 1] for start in starts]).to(device)
-        scores, targets = Scores(model, ids[:, :-1], first), ids[:, 1 + first :].flatten()
+        scores = Scores(model, begun(ids[:, :-1], beginning), first)
+        targets = ids[:, 1 + first :].flatten()
         found = torch.empty(len(targets))
         for at in scores.pieces():
             found[at] = F.cross_entropy(scores.logits(at), targets[at], reduction="none")
@@ -140,8 +146,9 @@ def perplexity(
 
     model: a causal LM, which is run in eval mode. tokens: int64 (N,). context: tokens of a window.
     stride: from one window's start to the next (None: context, no overlap); smaller ones give each
-    prediction more context, at more cost. Infinite where it is beyond a float. ValueError for
-    anything else, Unsupported for a model that does not predict next tokens."""
+    prediction more context, at more cost. bos: whether BOS takes the place of each window's first
+    token, see `token_losses`. Infinite where it is beyond a float. ValueError for anything else,
+    Unsupported for a model that does not predict next tokens."""
     training = model.training
     model.eval()
     try:
@@ -172,18 +179,22 @@ def compare(
     tokens: torch.Tensor,
     context: int,
     *,
+    bos: bool | None = None,
     batch_tokens: int = 4096,
     progress: Progress | None = None,
 ) -> dict[str, float]:
     """Both models over tokens (N,) in windows of `context`: the student's cross-entropy and
-    perplexity, and the mean forward KL (nats a token) from the teacher, in one pass."""
+    perplexity, and the mean forward KL (nats a token) from the teacher, in one pass. bos: as in
+    `token_losses`, by the teacher."""
     check_stream(student, tokens, context, None)
+    beginning = bos_of(teacher, bos)
     device = input_device(student)
     loss = divergence = 0.0
     groups = _windows(len(tokens), context, context, batch_tokens)
     for number, (starts, width, _) in enumerate(groups):
         ids = torch.stack([tokens[start : start + width + 1] for start in starts]).to(device)
-        ours, theirs = (Scores(model, ids[:, :-1]) for model in (student, teacher))
+        given = begun(ids[:, :-1], beginning)
+        ours, theirs = (Scores(model, given) for model in (student, teacher))
         targets = ids[:, 1:].flatten()
         for at in ours.pieces():
             logits = ours.logits(at)
@@ -202,11 +213,13 @@ def compare(
 def measure_parent(parent, data: Streams, length: int, progress: Progress | None = None) -> dict:
     """The start of a report's "quality": what was measured on, and the parent there, before it is
     changed. length: tokens of a window."""
-    loss = float(token_losses(parent, data.evaluation, length, progress=progress).double().mean())
+    losses = token_losses(parent, data.evaluation, length, progress=progress)
+    loss = float(losses.double().mean())
     return {
         "tokens": len(data.evaluation),
         "context": length,
-        "source": data.source,
+        "source": data.evaluation_source,
+        "bos": bos_of(parent) is not None,
         "before": {"perplexity": perplexity_of(loss), "cross_entropy": loss},
         "uptrained": None,
     }

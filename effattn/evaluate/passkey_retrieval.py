@@ -57,6 +57,7 @@ def passkey(
     filler: Tensor | None = None,
     batch: int = 8,
     seed: int = 0,
+    bos: bool | None = None,
     progress: Progress | None = None,
 ) -> dict:
     """How often a model finds a hidden number, by the depth where it is hidden (0: at the start, 1:
@@ -65,7 +66,8 @@ def passkey(
     length: tokens of a prompt, the answer included. digits: of a key. trials: prompts at each
     depth, each with a key and filler of its own; `batch` of them at a time. style: "text" or
     "code". filler: tokens int64 (N,) to hide the key in; None: the style's own (the paper's
-    sentences, or the embedded corpus). The same seed gives the same prompts.
+    sentences, or the embedded corpus). The same seed gives the same prompts. bos: as in
+    `effattn.perplexity`.
 
     The context goes through the cache that `generate()` would use, the question and the answer
     (teacher-forced) a token at a time. Returns a dict of `effattn.evaluate.retrieval.by_depth`:
@@ -82,7 +84,7 @@ def passkey(
         batch=batch,
         seed=seed,
     )
-    run = functools.partial(retrieval.answer, model, batch=batch)
+    run = functools.partial(retrieval.answer, model, batch=batch, bos=bos)
     found = retrieval.by_depth("passkey", depths, make, run, chance=0.0, progress=progress)
     return found | {
         "length": length,

@@ -31,13 +31,15 @@ def associative_recall(
     filler: Tensor | None = None,
     batch: int = 8,
     seed: int = 0,
+    bos: bool | None = None,
     progress: Progress | None = None,
 ) -> dict:
     """How often a model gives the right partner, by the depth at which the pairs lie in the text.
 
     length: tokens of a prompt, questions included. pairs: lines of two words, each one token, all
     different; `queries` of them (default: all) are asked for in another order, each with the true
-    answers before it. trials, filler (None: the embedded corpus), batch, seed: as for `passkey`.
+    answers before it. trials, filler (None: the embedded corpus), batch, seed, bos: as for
+    `passkey`.
 
     A row's "choice" is the share of questions where the right word is the most likely of the
     `pairs` on offer (guessing reaches 1 / pairs), "token_accuracy" where it is the most likely of
@@ -55,7 +57,7 @@ def associative_recall(
         batch=batch,
         seed=seed,
     )
-    run = functools.partial(retrieval.answer, model, batch=batch)
+    run = functools.partial(retrieval.answer, model, batch=batch, bos=bos)
     found = retrieval.by_depth(
         "associative recall", depths, make, run, chance=1 / pairs, progress=progress
     )

@@ -13,8 +13,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from effattn.encoding import begun
 from effattn.evaluate import DEPTHS as DEPTHS
 from effattn.evaluate.loss import Progress
+from effattn.hf.beginning import bos_of
 from effattn.hf.cache import new_cache
 from effattn.hf.placement import input_device
 
@@ -46,17 +48,26 @@ class Answers:
 
 @torch.no_grad()
 def answer(
-    model, prompts: Prompts, *, batch: int = 8, chunk: int = 512, progress: Progress | None = None
+    model,
+    prompts: Prompts,
+    *,
+    batch: int = 8,
+    chunk: int = 512,
+    bos: bool | None = None,
+    progress: Progress | None = None,
 ) -> Answers:
     """Feeds `batch` prompts at a time through the cache that `generate()` would use: the context in
-    chunks, then the question token by token."""
+    chunks, then the question token by token. bos: whether BOS takes the place of its first token
+    (None: as the model's tokenizer does it)."""
+    beginning = bos_of(model, bos)
     device, training = input_device(model), model.training
     found: list[tuple[Tensor, ...]] = []  # of each batch
     model.eval()
     try:
         for start in range(0, len(prompts.context), batch):
             rows = slice(start, start + batch)
-            context, question = prompts.context[rows].to(device), prompts.question[rows].to(device)
+            context = begun(prompts.context[rows], beginning).to(device)
+            question = prompts.question[rows].to(device)
             choices = None if prompts.choices is None else prompts.choices[rows].to(device)
             # the context in chunks, so that its attention needs memory for one of them; `logits` is
             # always of the next token to come

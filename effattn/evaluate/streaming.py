@@ -16,13 +16,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from effattn.encoding import begun
 from effattn.evaluate.loss import Progress, check_stream
+from effattn.hf.beginning import bos_of
 from effattn.hf.placement import input_device
 
 
 @torch.no_grad()
 def stream_losses(
-    model, tokens: Tensor, chunk: int = 128, cache=None, progress: Progress | None = None
+    model,
+    tokens: Tensor,
+    chunk: int = 128,
+    cache=None,
+    progress: Progress | None = None,
+    *,
+    bos: bool | None = None,
 ) -> tuple[Tensor, list[int]]:
     """Cross-entropy in nats of tokens[1:], float32 (N - 1,), and the cache's bytes after every
     chunk.
@@ -30,13 +38,15 @@ def stream_losses(
     tokens: int64 (N,). `chunk` tokens go in at a time; the result is that of one token at a time,
     only sooner, since a cache's prefill, chunked prefill and decoding are the same function. cache:
     default a new one, which is what `generate()` uses on this model; one that holds a past goes on
-    from there. progress(tokens done, all of them)."""
+    from there, and gets no BOS. bos: whether BOS takes the place of the first token (None: as the
+    model's tokenizer does it). progress(tokens done, all of them)."""
     from effattn.hf.cache import new_cache
 
     check_stream(model, tokens, 1, None)
     if type(chunk) is not int or chunk < 1:
         raise ValueError(f"chunk: got {chunk!r}, valid is a positive number of tokens")
-    cache = new_cache(model) if cache is None else cache
+    if cache is None:
+        cache, tokens = new_cache(model), begun(tokens, bos_of(model, bos))
     device = input_device(model)
     losses, held, training = torch.empty(len(tokens) - 1), [], model.training
     model.eval()

@@ -50,6 +50,7 @@ def variable_tracking(
     filler: Tensor | None = None,
     batch: int = 8,
     seed: int = 0,
+    bos: bool | None = None,
     progress: Progress | None = None,
 ) -> dict:
     """How often a model names all variables of a chain, in their order, by where the chain starts.
@@ -57,7 +58,7 @@ def variable_tracking(
     length: tokens of a prompt, the answer included. A chain is one line that gives a variable a
     number and `hops` lines that hand it on, the first at the depth, the others anywhere behind it;
     `chains` of them, of which one is asked for. Names have `letters` capital letters. style: "text"
-    or "code". trials, filler (None: the embedded corpus), batch, seed: as for
+    or "code". trials, filler (None: the embedded corpus), batch, seed, bos: as for
     `effattn.evaluate.passkey`. Returns a dict of `effattn.evaluate.retrieval.by_depth`: "exact"
     needs every token of every name. Raises ValueError for settings that mean nothing, and for a
     length that is too short."""
@@ -74,7 +75,7 @@ def variable_tracking(
         batch=batch,
         seed=seed,
     )
-    run = functools.partial(retrieval.answer, model, batch=batch)
+    run = functools.partial(retrieval.answer, model, batch=batch, bos=bos)
     found = retrieval.by_depth(
         "variable tracking", depths, make, run, chance=0.0, progress=progress
     )

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from markupsafe import Markup
 
 from effattn.extending.planner import NEEDED
-from effattn.reports.common import about
+from effattn.reports.common import about, begun_with
 from effattn.reports.document import Document
 from effattn.reports.plots import AFTER, NEUTRAL, UPTRAINED, Series, line_plot
 from effattn.reports.tables import Table, number, pairs
@@ -178,10 +178,12 @@ class ExtendReport(Document):
             ]
             for row in self.data["quality"]
         ]
+        settings = self.data["settings"]
+        source = settings.get("evaluation_source", settings["source"])
         note = (
             "Cross-entropy in nats a token and, in brackets, next-token accuracy, on the same "
-            "held-out tokens "
-            f"({self.data['settings']['source']}) in windows of each length."
+            f"held-out tokens ({source}) in windows of each length"
+            f"{begun_with(settings)}."
         )
         return [
             Table(QUALITY, ("Stage", *(f"{length:,} tokens" for length in lengths)), rows, note)

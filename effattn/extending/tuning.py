@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PrinterCallback, Trainer
 
+from effattn.hf.beginning import bos_of
 from effattn.position_sampling import SampledPositions
 from effattn.training import lending as training
 from effattn.training.lora import adapters
@@ -36,6 +37,7 @@ def tune(
     lr: float | None = None,
     lora: int = 0,
     seed: int = 0,
+    bos: bool | None = None,
     save_every: int | None = None,
     progress: Callable[[int, int], None] | None = None,
     overrides: dict | None = None,
@@ -48,8 +50,10 @@ def tune(
     (`SampledPositions`; the model's rule must be in its config), or None: positions count from 0,
     and windows should be as long as the target. train_tokens: the budget over all processes. lora:
     rank of adapters on the attention projections (needs peft), merged afterwards; 0 trains all
-    weights. folder: checkpoints, from which the same call goes on. overrides: passed to
-    TrainingArguments. A model in half precision is in fp32 while it trains, see `training.lent`.
+    weights. folder: checkpoints, from which the same call goes on. bos: whether BOS takes
+    the place of each window's first token (None: as the model's tokenizer does it). overrides:
+    passed to TrainingArguments. A model in half precision is in fp32 while it trains, see
+    `training.lent`.
     """
     settings = {"disable_tqdm": True, "seed": seed} | training.placed(model) | (overrides or {})
     probe = training.arguments(
@@ -67,6 +71,8 @@ def tune(
         save_every=save_every or max(1, min(100, steps // 3)),
         **({"weight_decay": 0.0} | settings),
     )
+    count = steps * batch * arguments.world_size
+    windows = training.TokenWindows(tokens, window, count, seed, bos_of(model, bos))
     collator = {} if sampling is None else {"data_collator": SampledPositions(target, sampling)}
     start = time.perf_counter()
     low_rank = adapters(model, lora) if lora else contextlib.nullcontext()
@@ -77,9 +83,7 @@ def tune(
             model=model,
             args=arguments,
             callbacks=[Steps(progress)] if progress else [],
-            train_dataset=_windows(
-                tokens, window, steps * batch * arguments.world_size, seed, sampling is not None
-            ),
+            train_dataset=windows if sampling is None else Numbered(windows, seed),
             **collator,
         )
         trainer.remove_callback(PrinterCallback)  # progress is the caller's
@@ -116,8 +120,3 @@ class Numbered(Dataset):
 
     def __getitem__(self, index: int) -> dict:
         return {**self.rows[index], "draw": self.first + index}
-
-
-def _windows(tokens: Tensor, window: int, count: int, seed: int, numbered: bool) -> Dataset:
-    rows = training.TokenWindows(tokens, window, count, seed)
-    return Numbered(rows, seed) if numbered else rows

@@ -25,7 +25,8 @@ APART = 1000  # seeds of neighbouring layers; a layer's heads add their own
 
 @dataclass(frozen=True)
 class Conversion:
-    """What is asked of a conversion, checked; the names are `convert_gqa`'s."""
+    """What is asked of a conversion, checked; the names are `convert_gqa`'s; bos is the
+    token itself."""
 
     kv_heads: int
     calibration: torch.Tensor | None
@@ -35,6 +36,7 @@ class Conversion:
     length: int
     batch: int
     seed: int
+    bos: int | None = None
 
 
 def convert(
@@ -50,7 +52,8 @@ def convert(
     output projection is re-fitted."""
     runner = teacher = student = None
     if asked.calibration is not None:
-        runner = LayerRunner(parts, windows(asked.calibration, asked.length, asked.batch))
+        batches = windows(asked.calibration, asked.length, asked.batch, asked.bos)
+        runner = LayerRunner(parts, batches)
         teacher = runner.embed()
         student = [states.clone() for states in teacher]
     rows = []

@@ -23,6 +23,7 @@ from effattn.heads.undo import all_or_nothing
 from effattn.hf import anatomy as hf
 from effattn.hf import hooks
 from effattn.hf.adapters import require_own_weights
+from effattn.hf.beginning import bos_of
 from effattn.hf.placement import check_finite, require_here
 from effattn.profiling.environment import environment
 
@@ -38,6 +39,7 @@ def convert_gqa(
     length: int = 512,
     batch: int = 8,
     seed: int = 0,
+    bos: bool | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> ConversionReport:
     """Gives `model`, in place, `kv_heads` key/value heads in every layer; returns a report.
@@ -49,6 +51,8 @@ def convert_gqa(
     (arXiv:2412.20677), or the baselines "mean", "first" and "random" (arXiv:2305.13245). refit:
     solve the output projections again by least squares. grouping: "contiguous" or "similarity".
     length, batch: of the calibration windows, in tokens, and how many at a time. seed: of "random".
+    bos: whether BOS takes the place of each one's first token (None: as the model's tokenizer does
+    it).
     progress: called with (layers done, layers). Afterwards `model.save_pretrained` writes a
     checkpoint that plain transformers loads.
 
@@ -69,7 +73,17 @@ def convert_gqa(
     check_swapped(parts, grouping)
     check_finite(model)
 
-    asked = Conversion(kv_heads, calibration, METHODS[method], refit, grouping, length, batch, seed)
+    asked = Conversion(
+        kv_heads,
+        calibration,
+        METHODS[method],
+        refit,
+        grouping,
+        length,
+        batch,
+        seed,
+        bos_of(model, bos),
+    )
     before = describe_size(parts)
     layers: list[dict] = []
     if kv_heads != parts.kv_heads:
@@ -101,6 +115,7 @@ def _report(
             "calibration_tokens": 0 if calibration is None else len(calibration),
             "calibration_source": None,
             "calibration_length": None if calibration is None else asked.length,
+            "bos": asked.bos is not None,
             "uptrain_tokens": 0,
             "seed": asked.seed,
         },

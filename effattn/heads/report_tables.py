@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from effattn.heads.report_data import ConversionData
 from effattn.heads.report_plots import ERRORS
-from effattn.reports.common import curve_table, decode_table
+from effattn.reports.common import begun_with, curve_table, decode_table
 from effattn.reports.tables import UNKNOWN, Table, number, pairs, percent
 
 DECODE_NOTE = (
@@ -47,7 +47,7 @@ def _quality_table(report: ConversionData) -> Table:
     note = (
         f"On {number(quality.get('tokens'))} held-out tokens "
         f"({quality.get('source') or 'unnamed source'}) "
-        f"in windows of {number(quality.get('context'))}."
+        f"in windows of {number(quality.get('context'))}{begun_with(quality)}."
     )
     header = ("", "Before", "After conversion", "After uptraining")
     return Table("Before and after", header, rows, note if quality else "")

@@ -17,8 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from effattn import registry
+from effattn.encoding import begun
 from effattn.errors import check_choice
 from effattn.hf import anatomy as hf
+from effattn.hf.beginning import bos_of
 from effattn.hf.placement import present
 from effattn.interface import Shape
 from effattn.linearizing.inputs import exact, projections_of
@@ -115,8 +117,8 @@ def measure_approximation(
     for projection in (getattr(layer, name) for layer in chosen for name in "qkvo"):
         projection.by_head  # noqa: B018 - raises where there are no numbers to read
     earlier = tokens[: (len(tokens) - length) // length * length].view(-1, length)[:8]
-    fitted = projections_of(model, earlier, layers)
-    measured = projections_of(model, tokens[None, -length:], layers)
+    windows = [begun(one, bos_of(model)) for one in (earlier, tokens[None, -length:])]
+    fitted, measured = (projections_of(model, one, layers) for one in windows)
     given = {f"layer {index}": (fitted[index], measured[index]) for index in layers}
     given[NORMAL] = tuple(
         _normal(one[layers[0]], seed + part) for part, one in enumerate((fitted, measured))

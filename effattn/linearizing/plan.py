@@ -7,8 +7,10 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from effattn import registry
+from effattn.encoding import begun
 from effattn.hf import anatomy as hf
 from effattn.hf import hooks
+from effattn.hf.beginning import bos_of
 from effattn.interface import Shape
 from effattn.linearizing.decay import fit_decays
 from effattn.linearizing.inputs import projections_of
@@ -65,6 +67,7 @@ def apply(
         if len(sample) < LENGTH
         else sample[: len(sample) // LENGTH * LENGTH].view(-1, LENGTH)
     )
+    sample = begun(sample, bos_of(model))
     learns = [
         i
         for i, spec in specs.items()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NotRequired, TypedDict
 
 from effattn.reports.tables import UNKNOWN, Table, data_size, number, pairs
@@ -31,6 +31,7 @@ class MeasuredOn(TypedDict):
     tokens: int
     context: int  # tokens of a window
     source: str
+    bos: NotRequired[bool]  # whether each begins with it; reports of earlier versions do not say
 
 
 class Timed(TypedDict, total=False):
@@ -101,8 +102,13 @@ def measured_on(quality: MeasuredOn) -> str:
     """What the qualities of a report were measured on, in a sentence."""
     return (
         f"On {quality['tokens']:,} held-out tokens ({quality['source']}) in windows of "
-        f"{quality['context']:,}."
+        f"{quality['context']:,}{begun_with(quality)}."
     )
+
+
+def begun_with(told: Mapping) -> str:
+    """What is said behind windows that begin with BOS, by a report's part that has "bos"."""
+    return ", each begun with BOS" if told.get("bos") else ""
 
 
 def listed(settings: dict) -> dict:

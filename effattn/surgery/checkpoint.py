@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 
 from effattn.hf import loading, packing, placement
 from effattn.hf.adapters import require_own_weights
+from effattn.hf.beginning import settle
 from effattn.hf.placement import check_finite
 from effattn.hf.source import DTYPES as DTYPES
 from effattn.hf.source import KEY, dtype_of, load_tokenizer, read_config, resolve
@@ -113,9 +114,10 @@ def load_again(folder: str | Path, model: nn.Module, tokens: Tensor) -> tuple[nn
     return again, {"max_logit_difference": difference, "tokens": ids.shape[1]}
 
 
-def load_model(name: str | Path, dtype: torch.dtype | str = "auto"):
-    """(causal LM in eval mode, tokenizer) of "embedded", a folder or a hub name. ValueError when it
-    is none of them.
+def load_model(name: str | Path, dtype: torch.dtype | str = "auto", *, bos: bool | None = None):
+    """(causal LM in eval mode, tokenizer) of "embedded", a folder or a hub name, which settles
+    its BOS (`effattn.hf.beginning`; None: as the tokenizer does it). ValueError when it is none of
+    them.
     """
     dtype = dtype_of(dtype)
     if str(name) == "embedded":
@@ -125,7 +127,10 @@ def load_model(name: str | Path, dtype: torch.dtype | str = "auto"):
             embedded.load(dtype) if isinstance(dtype, torch.dtype) else embedded.load()
         )
         check_finite(model)
+        settle(model, bos, tokenizer)
         return model, tokenizer
     folder = resolve(name)
     loading.check_causal(read_config(folder, name), name)
-    return load(name, dtype), load_tokenizer(folder)
+    model, tokenizer = load(name, dtype), load_tokenizer(folder)
+    settle(model, bos, tokenizer)
+    return model, tokenizer

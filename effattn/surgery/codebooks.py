@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from effattn.calibration.layerwise import windows
 from effattn.errors import Unsupported
 from effattn.hf.anatomy import Anatomy
+from effattn.hf.beginning import bos_of
 from effattn.hf.placement import device_of, input_device
 from effattn.hf.positions import LayerPositions
 from effattn.surgery import plan as planning
@@ -99,7 +100,7 @@ def fit(
     attach(model, parts, recording)
     try:
         with torch.no_grad():
-            for batch in windows(tokens[: max(rows, length)], length, BATCH):
+            for batch in windows(tokens[: max(rows, length)], length, BATCH, bos_of(model)):
                 model.eval()(input_ids=batch.to(device))
     finally:
         detach(model)

@@ -23,6 +23,7 @@ from effattn.calibration.statistics import SecondMoment
 from effattn.calibration.tokens import check_calibration
 from effattn.errors import Unsupported, check_choice
 from effattn.hf import anatomy, hooks, placement
+from effattn.hf.beginning import bos_of
 from effattn.hf.weights import is_packed, is_plain
 from effattn.projections.base import (
     FITTED,
@@ -226,7 +227,8 @@ def _fit_outputs(asked: Replacement) -> dict[str, nn.Module]:
     try:
         # Layer by layer, so that hidden states of one layer are held and not of all. The layers
         # before are not replaced yet: each matrix is fitted to what the unmodified model feeds it.
-        runner = LayerRunner(asked.parts, windows(asked.calibration, asked.length, BATCH))
+        batches = windows(asked.calibration, asked.length, BATCH, bos_of(model))
+        runner = LayerRunner(asked.parts, batches)
         hidden = runner.embed()
         for index in range(len(asked.parts.layers)):
             wanted = [m for m in asked.matrices if m.layer == index and m.from_data]

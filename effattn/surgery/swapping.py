@@ -21,6 +21,7 @@ from effattn.errors import Unsupported, check_choice
 from effattn.hf import anatomy, caches
 from effattn.hf import positions as positioning
 from effattn.hf.adapters import require_own_weights, require_unwrapped
+from effattn.hf.beginning import settled
 from effattn.specs import parse_spec
 from effattn.surgery import codebooks, replace
 from effattn.surgery import plan as planning
@@ -42,6 +43,7 @@ def swap(
     heads: str | None = None,
     projections: str | dict[str | int, str] | None = None,
     calibration: Tensor | None = None,
+    bos: bool | None = None,
     **options,
 ) -> nn.Module:
     """Replaces parts of the model's attention, in place. Returns the model.
@@ -77,6 +79,9 @@ def swap(
     had. "dense" multiplies them out. Heads are changed first, so that both may be asked for in one
     call.
 
+    bos: whether BOS takes the place of the first token of each window of `calibration` (None: as
+    the model's tokenizer does it).
+
     `restore` undoes neither heads nor projections: their old weights are gone.
     Raises ValueError for arguments that mean nothing, Unsupported for what this model or version
     cannot do."""
@@ -111,11 +116,12 @@ def swap(
     projected = None
     if projections is not None:
         projected = replace.make(parts, projections, calibration, kv_heads, plans)
-    if merging is not None or projected is not None:
-        _rewrite(parts, merging, projected, calibration)
-    if merging is not None and plans:  # some backends hold something for each K/V head
-        plans = plan(anatomy.of(model))
-    _carry_out(parts, placed, plan, plans, calibration)
+    with settled(model, bos):
+        if merging is not None or projected is not None:
+            _rewrite(parts, merging, projected, calibration)
+        if merging is not None and plans:  # some backends hold something for each K/V head
+            plans = plan(anatomy.of(model))
+        _carry_out(parts, placed, plan, plans, calibration)
     mark(model)
     return model
 
@@ -197,7 +203,7 @@ def _merging(parts: anatomy.Anatomy, spec: str) -> dict | None:
     valid = [
         o
         for o in inspect.signature(convert_gqa).parameters
-        if o not in ("model", "calibration", "progress")
+        if o not in ("model", "calibration", "bos", "progress")
     ]
     for option in options:
         check_choice(f"heads: {name}: option", option, valid)

@@ -12,9 +12,11 @@ from itertools import pairwise
 
 import torch
 
+from effattn.encoding import begun
 from effattn.evaluate.loss import Progress, perplexity_of, token_losses
 from effattn.evaluate.streaming import stream_losses
 from effattn.hf import anatomy
+from effattn.hf.beginning import bos_of
 from effattn.hf.placement import device_of, input_device
 from effattn.surgery.describing import describe
 
@@ -54,13 +56,14 @@ def by_context(
     contexts: Sequence[int],
     scored: int,
     progress: Progress | None = None,
+    bos: bool | None = None,
 ) -> list[dict]:
     """Perplexity of the same `scored` tokens at every context c: each is predicted from c/2 to c
     tokens before it.
 
     The windows of a context overlap by half, and the tokens lie behind the longest context, so that
     no context has the advantage of other tokens or the handicap of a first window. tokens: int64,
-    at least `context_tokens` of them."""
+    at least `context_tokens` of them. bos: as in `token_losses`, here and below."""
     longest, rows = max(contexts, default=0), []
     for number, context in enumerate(contexts):
         stride = context // 2
@@ -72,7 +75,7 @@ def by_context(
 
         start = time.perf_counter()
         part = tokens[longest - overlap : longest + scored + 1]
-        losses = token_losses(model, part, context, stride, progress=inside)[overlap:]
+        losses = token_losses(model, part, context, stride, bos=bos, progress=inside)[overlap:]
         seconds = time.perf_counter() - start
         rows.append(
             {
@@ -92,6 +95,7 @@ def stream(
     edges: Sequence[int],
     bucket: int,
     progress: Progress | None = None,
+    bos: bool | None = None,
 ) -> dict:
     """Streams `tokens` through the model's own cache: perplexity per bucket and between `edges`,
     bytes held.
@@ -99,7 +103,7 @@ def stream(
     edges: token counts, ascending from 0; a span that the stream does not reach is left out.
     """
     start = time.perf_counter()
-    losses, held = stream_losses(model, tokens, chunk, progress=progress)
+    losses, held = stream_losses(model, tokens, chunk, progress=progress, bos=bos)
     return {
         "tokens": len(losses),
         "spans": spans(losses, edges),
@@ -110,13 +114,19 @@ def stream(
 
 
 def reference(
-    model, tokens: torch.Tensor, context: int, edges, bucket: int, progress: Progress | None = None
+    model,
+    tokens: torch.Tensor,
+    context: int,
+    edges,
+    bucket: int,
+    progress: Progress | None = None,
+    bos: bool | None = None,
 ) -> dict:
     """What the unchanged model makes of the same stream when it may start afresh: windows of
     `context` tokens that overlap by half, without a cache. It says how hard the text is at every
     place; its cost is a window a half."""
     start = time.perf_counter()
-    losses = token_losses(model, tokens, context, max(1, context // 2), progress=progress)
+    losses = token_losses(model, tokens, context, max(1, context // 2), bos=bos, progress=progress)
     return {
         "context": context,
         "tokens": len(losses),
@@ -151,6 +161,7 @@ def generate(
     temperature: float,
     seed: int,
     trained: int | None,
+    bos: bool | None = None,
 ) -> dict:
     """`new` tokens after `prompt` (N,) by `model.generate`: the text within the trained length and
     the text past it.
@@ -162,7 +173,7 @@ def generate(
     start = time.perf_counter()
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
-        ids = prompt[None].to(device)
+        ids = begun(prompt, bos_of(model, bos))[None].to(device)
         out = model.generate(
             ids,
             attention_mask=torch.ones_like(ids),

@@ -24,6 +24,7 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 
+from effattn.encoding import begun
 from effattn.resuming import newest_complete
 
 if TYPE_CHECKING:  # at its first use otherwise: it takes 150 MB
@@ -35,14 +36,22 @@ class TokenWindows(Dataset):
 
     Window i is a pure function of (i, seed): pass e over the stream uses its own random offset and
     its own order, so every token is seen once before any is seen twice, whatever process asks for
-    it."""
+    it. bos: the token that takes the place of each one's first."""
 
-    def __init__(self, tokens: torch.Tensor, length: int, count: int, seed: int = 0):
+    def __init__(
+        self,
+        tokens: torch.Tensor,
+        length: int,
+        count: int,
+        seed: int = 0,
+        bos: int | None = None,
+    ):
         if len(tokens) < 2 * length:
             raise ValueError(
                 f"tokens: got {len(tokens):,}, windows of {length} need at least {2 * length:,}"
             )
         self.tokens, self.length, self.count, self.seed = tokens, length, count, seed
+        self.bos = bos
         self.per_pass = len(tokens) // length - 1  # one less: the offset takes up to a window
         self._order: tuple[int, int, torch.Tensor] | None = None
 
@@ -59,7 +68,7 @@ class TokenWindows(Dataset):
             self._order = (epoch, offset, torch.randperm(self.per_pass, generator=generator))
         _, offset, order = self._order
         start = offset + int(order[place]) * self.length
-        window = self.tokens[start : start + self.length]
+        window = begun(self.tokens[start : start + self.length], self.bos)
         return {"input_ids": window, "labels": window}
 
 

@@ -19,9 +19,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer
 
+from effattn.calibration.layerwise import windows
 from effattn.errors import check_choice
 from effattn.hf import anatomy as hf
 from effattn.hf import hooks
+from effattn.hf.beginning import bos_of
 from effattn.hf.placement import input_device, require_here
 from effattn.training import lending as training
 from effattn.training.uptrain import Steps
@@ -138,6 +140,7 @@ def transfer(
     lr: float = 3e-3,
     trainable: str = "attention",
     seed: int = 0,
+    bos: bool | None = None,
     progress: Callable[[int, int], None] | None = None,
     overrides: dict | None = None,
 ) -> dict:
@@ -145,8 +148,8 @@ def transfer(
     "before", "after"}, where the last two are each layer's `output_distance` on the first windows
     of `tokens` (N,) int64.
 
-    folder: checkpoints; a folder with some makes the run go on from there. Raises ValueError for
-    bad settings."""
+    folder: checkpoints; a folder with some makes the run go on from there. bos: as for
+    `uptrain`. Raises ValueError for bad settings."""
     require_here(student, "transfer")
     chosen = learnable(student, layers, trainable)
     settings = {"disable_tqdm": True, "logging_strategy": "no", "seed": seed}
@@ -166,7 +169,8 @@ def transfer(
         save_every=max(1, min(100, steps // 3)),
         **({"weight_decay": 0.0} | settings),
     )
-    sample = list(tokens[: 4 * length].view(-1, length).split(2))
+    beginning = bos_of(teacher, bos)
+    sample = windows(tokens[: 4 * length], length, 2, beginning)
     before = distances(student, teacher.to(arguments.device), sample)
     attention = nn.ModuleList(layer.attention for layer in hf.of(student))
     with training.lent(attention, teacher) as loan:
@@ -176,7 +180,7 @@ def transfer(
             args=arguments,
             callbacks=[Steps(progress)] if progress else [],
             train_dataset=training.TokenWindows(
-                tokens, length, steps * batch * arguments.world_size, seed
+                tokens, length, steps * batch * arguments.world_size, seed, beginning
             ),
         )
         trainer.model_accepts_loss_kwargs = False

@@ -29,6 +29,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback
 from effattn.errors import check_choice
 from effattn.evaluate.loss import compare, kl_chunked, perplexity
 from effattn.hf import anatomy as hf
+from effattn.hf.beginning import bos_of
 from effattn.hf.placement import require_here
 from effattn.reports.files import write_text_atomic
 from effattn.training import lending as training
@@ -213,6 +214,7 @@ def uptrain(
     trainable: str | Sequence[nn.Parameter] = "attention",
     points: int = 5,
     seed: int = 0,
+    bos: bool | None = None,
     save_every: int | None = None,
     progress: Callable[[int, int], None] | None = None,
     overrides: dict | None = None,
@@ -224,9 +226,10 @@ def uptrain(
     train_tokens: the budget over all processes. folder: checkpoints; a folder with some makes the
     run go on from there. evaluation (M,) int64: what the curve is measured on, at `points` places.
     batch: windows of `length` a step and process. trainable: "attention" (what the conversion
-    changed), "all", or the parameters themselves. overrides: passed to TrainingArguments. Both
-    models come back as `training.lent` says: while it trains, a student in half precision is in
-    fp32, and is measured and given back in its own dtype."""
+    changed), "all", or the parameters themselves. bos: whether BOS takes the place of each window's
+    first token (None: as the teacher's tokenizer does it). overrides: passed to TrainingArguments.
+    Both models come back as `training.lent` says: while it trains, a student in half precision is
+    in fp32, and is measured and given back in its own dtype."""
     require_here(student, "uptrain")
     if isinstance(trainable, str):
         check_choice("trainable", trainable, TRAINABLE)
@@ -259,7 +262,7 @@ def uptrain(
 
             def measure() -> dict:
                 with loan.as_saved():
-                    return compare(teacher, student, evaluation, length)
+                    return compare(teacher, student, evaluation, length, bos=bos)
 
             curve = Curve(
                 Path(folder) / "curve.json", -(-steps // points), tokens_per_step, measure
@@ -273,14 +276,20 @@ def uptrain(
             layer_weight=layer_weight,
             callbacks=callbacks,
             train_dataset=training.TokenWindows(
-                tokens, length, steps * batch * arguments.world_size, seed
+                tokens,
+                length,
+                steps * batch * arguments.world_size,
+                seed,
+                bos_of(teacher, bos),
             ),
         )
         trainer.remove_callback(PrinterCallback)  # progress is the caller's
         start = time.perf_counter()
         training.train(trainer)
         seconds = time.perf_counter() - start
-        parent = {"perplexity": perplexity(teacher, evaluation, length)} if curve else None
+        parent = None
+        if curve:
+            parent = {"perplexity": perplexity(teacher, evaluation, length, bos=bos)}
     return {
         "tokens": steps * tokens_per_step,
         "seconds": seconds,

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from effattn.encoding import begun
 from effattn.errors import check_choice
 from effattn.training.lending import TokenWindows
 
@@ -45,8 +46,9 @@ class Domains:
     measure losses on, and how often each domain is read at the start.
 
     streams: name -> tokens, or one tensor. length: tokens of a window. held_out: windows kept from
-    the end of each stream. proportions: name -> share at the start; None: by length. Raises
-    ValueError naming a domain that is too short, empty names, and proportions that do not fit."""
+    the end of each stream. proportions: name -> share at the start; None: by length. bos: the token
+    that takes the place of each window's first. Raises ValueError naming a domain that is too
+    short, empty names, and proportions that do not fit."""
 
     def __init__(
         self,
@@ -55,6 +57,7 @@ class Domains:
         *,
         held_out: int = 2,
         proportions: Mapping[str, float] | None = None,
+        bos: int | None = None,
     ):
         streams = {"text": streams} if isinstance(streams, Tensor) else dict(streams)
         if not streams:
@@ -80,12 +83,12 @@ class Domains:
                     f"at least {least:,} "
                     f"({held_out} windows are held out): give it more text, or shorter windows"
                 )
-        self.length = length
+        self.length, self.bos = length, bos
         self.train = {
             name: tokens[: len(tokens) - held_out * length] for name, tokens in streams.items()
         }
         self.held_out = {
-            name: tokens[-held_out * length :].view(held_out, length)
+            name: begun(tokens[-held_out * length :].view(held_out, length), bos)
             for name, tokens in streams.items()
         }
         if proportions is None:
@@ -167,7 +170,7 @@ class DomainWindows(Dataset):
         self.count = steps * per_step
         self.weights, self.per_step, self.every, self.seed = weights, per_step, every, seed
         self.streams = [
-            TokenWindows(tokens, domains.length, self.count, seed + index)
+            TokenWindows(tokens, domains.length, self.count, seed + index, domains.bos)
             for index, tokens in enumerate(domains.train.values())
         ]
         self._segment = -1

@@ -6,10 +6,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
-from effattn.textdata import HELD_OUT, encode, read_dataset, read_files
+from effattn.dataset_rows import read_dataset
+from effattn.encoding import encode
+from effattn.textdata import (
+    EMBEDDED,
+    check_held_out,
+    interleaved,
+    read_files,
+    said_of,
+    separate,
+)
 
 TESTS = {"test", "tests", "idle_test"}
 TOOLS = {
@@ -28,12 +36,13 @@ NETWORK = {"asyncio", "email", "html", "http", "urllib", "wsgiref", "xml", "xmlr
 @dataclass
 class DomainText:
     """Training tokens by domain, each domain's share of the text (in bytes, before any limit),
-    held-out tokens of all together (M,) and where they come from."""
+    held-out tokens of all together (M,), and where both come from."""
 
     train: dict[str, Tensor]
     proportions: dict[str, float]
     evaluation: Tensor
     source: str
+    evaluation_source: str
 
 
 def stdlib_domain(path: str) -> str:
@@ -55,24 +64,29 @@ def domain_text(
     domains: Sequence[Path] = (),
     dataset: str | None = None,
     column: str | None = None,
+    evaluation_text: Sequence[Path] = (),
 ) -> DomainText:
     """Up to `train` tokens of every domain and `evaluation` held-out ones: of the files or folders
     (all .txt, .md and .py files in them) in `domains`, each a domain called by its stem; of a
-    `dataset`, one domain; or else of the embedded corpus. Raises ValueError for what is missing,
-    empty, not UTF-8 or called alike."""
+    `dataset`, one domain; or else of the embedded corpus. Held out is the last part of what is read
+    of each domain, or with `evaluation_text` the first part of those files. Raises ValueError for
+    what is missing, empty, not UTF-8 or called alike, and for too little text to hold out."""
     if domains and dataset:
         raise ValueError(
             "domain and dataset: got both, valid is one of them (or neither: the embedded corpus)"
         )
+    if evaluation_text:
+        apart = separate(evaluation_text, tokenizer, evaluation)
+        evaluation = 0
     if dataset:
-        return _split(
+        found = _split(
             {"dataset": read_dataset(dataset, column)},
             tokenizer,
             train,
             evaluation,
-            f"dataset {dataset}",
+            said_of(dataset),
         )
-    if domains:
+    elif domains:
         texts: dict[str, list[str]] = {}
         for path in map(Path, domains):
             if path.stem in texts:
@@ -81,11 +95,22 @@ def domain_text(
                     "different names"
                 )
             texts[path.stem] = read_files(_files(path))
-        return _split(texts, tokenizer, train, evaluation, ", ".join(map(str, domains)))
+        source = ", ".join(map(str, domains))
+        found = _split(texts, tokenizer, train, evaluation, source)
+    else:
+        found = _embedded(tokenizer, train, evaluation)
+    if evaluation_text:
+        found.evaluation, found.evaluation_source = apart
+    return found
+
+
+def _embedded(tokenizer, train: int, evaluation: int) -> DomainText:
+    """The training files of the embedded corpus by their place in the library, and its validation
+    files."""
     from effattn import embedded
     from effattn.embedded import corpus
 
-    texts = {}
+    texts: dict[str, list[str]] = {}
     for name, text in corpus.documents("train"):
         texts.setdefault(stdlib_domain(name), []).append(text)
     texts = dict(sorted(texts.items()))
@@ -95,8 +120,9 @@ def domain_text(
             name: float(sum(len(text.encode()) for text in documents))
             for name, documents in texts.items()
         },
-        embedded.tokens("validation", evaluation, tokenizer=tokenizer),
-        "embedded corpus (Python standard library)",
+        embedded.tokens("validation", max(1, evaluation), tokenizer=tokenizer),
+        EMBEDDED,
+        EMBEDDED,
     )
 
 
@@ -112,15 +138,16 @@ def _files(path: Path) -> list[Path]:
 
 
 def _split(texts: dict, tokenizer, train: int, evaluation: int, source: str) -> DomainText:
-    """Every domain's last tenth is held out, and of those as many tokens are taken as its share of
-    `evaluation`.
-    """
+    """The last part of what is read of every domain is held out: as many tokens of each, together
+    `evaluation`. ValueError, naming the domain, for one that is too short."""
     kept, held_out, shares = {}, [], {}
     for name, documents in texts.items():
-        tokens = encode(documents, tokenizer, int((train + evaluation) / (1 - HELD_OUT)) + 1)
+        last = evaluation // len(texts) + (len(kept) < evaluation % len(texts))
+        tokens = encode(documents, tokenizer, train + last)
         if len(tokens) < 2:
             raise ValueError(f"domain: {name!r} holds no text")
-        cut = len(tokens) - min(-(-evaluation // len(texts)), max(1, int(len(tokens) * HELD_OUT)))
+        check_held_out(len(tokens) - 1, last, f"the domain {name!r}", "domain")
+        cut = len(tokens) - last
         kept[name], shares[name] = tokens[:cut][:train], float(cut)
         held_out.append(tokens[cut:])
-    return DomainText(kept, shares, torch.cat(held_out), source)
+    return DomainText(kept, shares, interleaved(held_out), source, f"{source}, held out")

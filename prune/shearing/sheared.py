@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from effattn.hf.beginning import bos_of
 from effattn.hf.placement import require_here
 from effattn.prune.shearing.batch_loading import Domains
 from effattn.prune.shearing.mask_stage import MASK_TOKENS, learn_masks
@@ -51,6 +52,7 @@ def shear(
     continue_lr: float | None = None,
     loading: str = "clamped",
     seed: int = 0,
+    bos: bool | None = None,
     progress: Callable[[int, int], None] | None = None,
     overrides: dict | None = None,
     **masking,
@@ -64,12 +66,16 @@ def shear(
     which the same call goes on after a kill. length, batch: tokens of a window, windows a step and
     process. lr, recover_lr, continue_lr: peak learning rates of the weights in each stage, which
     has a warm-up and a cosine to 0 (None: by width). loading: "clamped" (the paper's rule),
-    "signed" (the released code's) or "fixed". masking: see `learn_masks`.
+    "signed" (the released code's) or "fixed". bos: whether BOS takes the place of each window's
+    first token (None: as the model's tokenizer does it); `Domains` have their own. masking: see
+    `learn_masks`.
 
     Raises ValueError for a target, data or settings that cannot be, Unsupported for models and
     axes, all before anything is changed; FloatingPointError when training diverges."""
     require_here(model, "shear")
-    domains = data if isinstance(data, Domains) else Domains(data, length)
+    domains = data
+    if not isinstance(data, Domains):
+        domains = Domains(data, length, bos=bos_of(model, bos))
     shared: dict[str, Any] = dict(batch=batch, loading=loading, seed=seed, overrides=overrides)
     folders = {
         name: None if folder is None else Path(folder) / name

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from effattn.errors import Unsupported, check_choice
 from effattn.hf import anatomy as hf
+from effattn.hf.beginning import bos_of
 from effattn.hf.placement import check_finite
 from effattn.profiling.environment import environment
 from effattn.prune.structural import criteria
@@ -61,6 +62,7 @@ def structured(
     bias: bool = False,
     length: int | None = None,
     seed: int = 0,
+    bos: bool | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> tuple[nn.Module, StructuredReport]:
     """A new, smaller model of the same class, in eval mode, and a report; `model` is not changed.
@@ -74,7 +76,8 @@ def structured(
     squares for o_proj and the FFN's output module (and their biases, if the model has any). bias:
     gives these modules biases where the class's config can say so (Llama's attention_bias and
     mlp_bias); with compensate=False they alone are solved for, which is FLAP's correction. seed: of
-    the random criterion. progress: called with (steps done, steps).
+    the random criterion. bos: whether BOS takes the place of each window's first token (None: as
+    the model's tokenizer does it). progress: called with (steps done, steps).
 
     Sources of the criteria: Taylor (LLM-Pruner, arXiv:2305.11627), obs (ZipLM, arXiv:2302.04089),
     michel (arXiv:1905.10650), activation (Minitron, arXiv:2407.14679), flap (arXiv:2312.11983),
@@ -92,7 +95,8 @@ def structured(
     biased = [target for target in ("heads", "ffn") if bias and target in plan.keep]
     check_biases(parts, biased)
     check_finite(model)
-    batches = calibration.batches_of(tokens, length)
+    beginning = bos_of(model, bos)
+    batches = calibration.batches_of(tokens, length, beginning)
     solve = (compensate or bias) and set(plan.keep) != {"layers"}
     steps = 2 + (plan.keep.get("layers", len(parts.layers)) if solve else 0)
     tell = progress or (lambda done, total: None)
@@ -126,6 +130,7 @@ def structured(
         "calibration_tokens": len(tokens),
         "length": length,
         "seed": seed,
+        "bos": beginning is not None,
     }
     return small, _report(model, small, plan, asked, keep, importance, rows)
 

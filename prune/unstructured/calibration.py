@@ -51,9 +51,10 @@ def window_length(config, length: int | None) -> int:
     return length
 
 
-def batches_of(tokens: Tensor, length: int) -> list[Tensor]:
-    """Windows of `length` tokens, a few at a time: (batch, length) each."""
-    return windows(tokens, length, max(1, BATCH_TOKENS // length))
+def batches_of(tokens: Tensor, length: int, bos: int | None = None) -> list[Tensor]:
+    """Windows of `length` tokens, a few at a time: (batch, length) each. bos: the token that takes
+    the place of each one's first."""
+    return windows(tokens, length, max(1, BATCH_TOKENS // length), bos)
 
 
 class SpilledStates:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from effattn.calibration.hessian import DAMPING
+from effattn.hf.beginning import bos_of, settle, tokenizer_in
 from effattn.hf.weight_files import INDEX
 from effattn.outputs import check_new_folder, claim
 from effattn.permissions import follow_umask
@@ -62,6 +63,7 @@ def prune_files(
     damping: float = DAMPING,
     raise_damping: bool = False,
     block: int = BLOCK,
+    bos: bool | None = None,
     device: torch.device | str = "cpu",
     work: str | Path | None = None,
     progress: Callable[[int, int], None] | None = None,
@@ -97,15 +99,17 @@ def prune_files(
     )
     length = calibration.window_length(parts.config, length)
     calibration.check_tokens(tokens, parts.embeddings.weight.shape[0], length)
-    settings = plan.settings(length, tokens)
+    # the shell of a model knows no place that it comes from
+    settle(parts.model, bos, tokenizer_in(source))
+    beginning = bos_of(parts.model)
+    settings = plan.settings(length, tokens) | {"bos": beginning is not None}
     wanted = {**settings, **shards.fingerprint(checkpoint, tokens)}
     # the output is ours until we are done: a second process with the same output is refused
     with claim("output", output):
         state = resume(work / MANIFEST, wanted) or {"measured": [], "layers": []}
         if not finished:
-            run = _Run(
-                model, plan, work, work / MANIFEST, state, calibration.batches_of(tokens, length)
-            )
+            batches = calibration.batches_of(tokens, length, beginning)
+            run = _Run(model, plan, work, work / MANIFEST, state, batches)
             run.finish(settings, output, progress)
         discard(work, MANIFEST)
     return json.loads((output / FACTS).read_text(encoding="utf-8"))

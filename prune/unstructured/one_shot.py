@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from effattn.calibration.hessian import DAMPING, Hessian
 from effattn.hf import anatomy as hf
 from effattn.hf.adapters import require_own_weights
+from effattn.hf.beginning import bos_of
 from effattn.hf.placement import require_here
 from effattn.prune.unstructured import calibration, layers
 from effattn.prune.unstructured.allocation import allocate, outliers
@@ -44,6 +45,7 @@ def oneshot(
     damping: float = DAMPING,
     raise_damping: bool = False,
     block: int = BLOCK,
+    bos: bool | None = None,
     spill: str | Path | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> OneShotReport:
@@ -57,8 +59,9 @@ def oneshot(
     one for each decoder layer. modules: "all", "attention" or "ffn". allocation: "uniform", or
     "sensitivity": layers with more outlying weights keep more of them, up to 0.08 from the mean
     (OWL, arXiv:2310.05175). damping, raise_damping, block: of SparseGPT; see `InverseHessian` and
-    `sparsegpt`. spill: a folder for the hidden states of the calibration text, which otherwise stay
-    in memory.
+    `sparsegpt`. bos: whether BOS takes the place of each window's first token (None: as the model's
+    tokenizer does it). spill: a folder for the hidden states of the calibration text, which
+    otherwise stay in memory.
 
     One layer's Hessians exist at a time, one for all linear layers that see the same input. Layers
     see what the pruned layers before them give. Replaced weights are kept on the CPU until the end,
@@ -90,20 +93,23 @@ def oneshot(
     length = calibration.window_length(parts.config, length)
     if tokens is not None:
         calibration.check_tokens(tokens, parts.embeddings.weight.shape[0], length)
+    beginning = bos_of(model, bos)
     check_finite(model)
     names = {module: name for name, module in model.named_modules()}
     facts = []
     with _all_or_nothing(model) as replaced:
         runner = states = None
         if tokens is not None:
-            runner, states, plan = _calibrated(parts, tokens, length, plan, spill)
+            runner, states, plan = _calibrated(parts, tokens, length, plan, spill, beginning)
         for layer in parts:
             for linear in layers.linears(layer, modules).values():
                 replaced[linear] = linear.weight.detach().to("cpu", copy=True)
             facts.append(prune_layer(runner, layer, names[layer.block], states, states, plan))
             if progress:
                 progress(layer.index + 1, len(parts.layers))
-    return OneShotReport.of(model, facts, plan.settings(length, tokens))
+    return OneShotReport.of(
+        model, facts, plan.settings(length, tokens) | {"bos": beginning is not None}
+    )
 
 
 @contextmanager
@@ -125,11 +131,16 @@ def _all_or_nothing(model: nn.Module) -> Iterator[dict[nn.Linear, Tensor]]:
 
 
 def _calibrated(
-    parts: hf.Anatomy, tokens: Tensor, length: int, plan: Plan, spill: str | Path | None
+    parts: hf.Anatomy,
+    tokens: Tensor,
+    length: int,
+    plan: Plan,
+    spill: str | Path | None,
+    bos: int | None,
 ) -> tuple[layers.Runner, States, Plan]:
     """What runs the layers, the inputs of the first one, and the plan with its shares settled."""
     dtype = layers.working_dtype(parts.model.dtype, parts.embeddings.weight.device)
-    runner = layers.Runner(parts, calibration.batches_of(tokens, length), dtype)
+    runner = layers.Runner(parts, calibration.batches_of(tokens, length, bos), dtype)
     states = embed(runner, spill)
     if plan.by_sensitivity:
         plan = allocate(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from effattn.evaluate.retrieval import score
 from effattn.quant.sensitivity.report_data import QuantizeData, change
-from effattn.reports.common import about
+from effattn.reports.common import about, begun_with
 from effattn.reports.plots import short_count
 from effattn.reports.tables import UNKNOWN, Table, data_size, number, pairs
 
@@ -77,7 +77,8 @@ def _quality(report: QuantizeData) -> Table:
     )
     quality = report.full["quality"]
     note = (
-        f"{quality['tokens']:,} held-out tokens in windows of {quality['length']:,}, each token a "
+        f"{quality['tokens']:,} held-out tokens in windows of {quality['length']:,}"
+        f"{begun_with(report.data['settings'])}, each token a "
         "decoding step that "
         "reads the packed cache. Bytes are those of a packed token in all layers, scales "
         "included; the newest tokens "

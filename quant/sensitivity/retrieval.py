@@ -24,6 +24,7 @@ def ask(
     trials: int,
     style: str,
     seed: int,
+    bos: bool | None = None,
     progress: Progress | None = None,
 ) -> dict:
     """One of `TASKS` at `length` tokens: a dict of `effattn.evaluate.retrieval.by_depth`. Where the
@@ -38,6 +39,7 @@ def ask(
             depths,
             trials=trials,
             seed=seed,
+            bos=bos,
             progress=progress,
             **styled,
         )

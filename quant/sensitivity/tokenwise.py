@@ -16,8 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from effattn.encoding import begun
 from effattn.evaluate.loss import Progress, check_stream, kl_chunked
 from effattn.evaluate.streaming import cache_bytes
+from effattn.hf.beginning import bos_of
 from effattn.hf.cache import new_cache
 from effattn.hf.placement import input_device
 
@@ -44,12 +46,14 @@ def tokenwise(
     length: int,
     *,
     batch: int = 16,
+    bos: bool | None = None,
     progress: Progress | None = None,
 ) -> dict[str, float | int]:
     """Both models over tokens (N,) int64 in windows of `length`, `batch` of them side by side.
 
     The student takes one token a step through the cache that it makes itself. The parent, whose
-    cache is exact, is given blocks. Returns, over all predicted tokens:
+    cache is exact, is given blocks. bos: whether BOS takes the place of each window's first token
+    (None: as the parent's tokenizer does it). Returns, over all predicted tokens:
 
     - cross_entropy (nats), perplexity; parent_cross_entropy, parent_perplexity; and loss_error, the
       standard error of the mean difference of the two losses, which are paired token by token;
@@ -59,7 +63,7 @@ def tokenwise(
       rows of a batch."""
     check_stream(student, tokens, length, None)
     rows = windows(tokens, length)
-    device = input_device(student)
+    device, beginning = input_device(student), bos_of(parent, bos)
     vocabulary = student.get_input_embeddings().weight.shape[0]
     losses, differences, divergences, same = [], [], [], []
     held_tokens = held_bytes = done = 0
@@ -69,16 +73,17 @@ def tokenwise(
     try:
         for some in rows.split(batch):
             ids = some.to(device)
+            given = begun(ids, beginning)
             theirs, ours = new_cache(parent), new_cache(student)
             block = max(1, min(length, PARENT_LOGITS // (len(ids) * vocabulary)))
             for start in range(0, length, block):
                 stop = min(start + block, length)
                 expected = parent(
-                    input_ids=ids[:, start:stop], past_key_values=theirs, use_cache=True
+                    input_ids=given[:, start:stop], past_key_values=theirs, use_cache=True
                 ).logits
                 steps = [
                     student(
-                        input_ids=ids[:, at : at + 1], past_key_values=ours, use_cache=True
+                        input_ids=given[:, at : at + 1], past_key_values=ours, use_cache=True
                     ).logits
                     for at in range(start, stop)
                 ]

@@ -260,3 +260,170 @@ def test_what_is_not_there_is_one_line(tmp_path):
     with pytest.raises(ValueError, match=r"dataset: .*nothing.* could not be loaded") as told:
         list(read_dataset(str(tmp_path / "nothing")))
     assert "\n" not in str(told.value)
+
+
+# ---- what is held out
+# -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def books(tmp_path_factory):
+    """Two files, one three times as long, whose words tell them apart."""
+    place = tmp_path_factory.mktemp("books")
+    for name, count in (("long", 9000), ("short", 3000)):
+        (place / f"{name}.txt").write_text(" ".join(f"{name}{i}" for i in range(count)))
+    return place
+
+
+def test_what_was_asked_for_is_held_out(books, tokenizer):
+    """A tenth of what is read was the most before."""
+    whole = encode([(books / "long.txt").read_text()], tokenizer)
+    for train, evaluation in ((1000, 5000), (1, 2000), (10, 1)):
+        found = streams(
+            tokenizer,
+            train=train,
+            evaluation=evaluation,
+            text=[books / "long.txt"],
+        )
+        assert torch.equal(torch.cat([found.train, found.evaluation]), whole[: train + evaluation])
+        assert len(found.evaluation) == evaluation
+    assert found.source == str(books / "long.txt")
+    assert found.evaluation_source == f"{found.source}, held out"
+    # as much as there is: the last part of the file
+    found = streams(
+        tokenizer,
+        train=10**7,
+        evaluation=500,
+        text=[books / "long.txt"],
+    )
+    assert torch.equal(found.evaluation, whole[-500:])
+    assert torch.equal(found.train, whole[:-500])
+
+
+def test_too_little_text_is_one_line(books, tokenizer, tmp_path):
+    count = len(encode([(books / "short.txt").read_text()], tokenizer))
+    with pytest.raises(ValueError, match="are to be held out to measure on") as told:
+        streams(
+            tokenizer,
+            train=10,
+            evaluation=count,
+            text=[books / "short.txt"],
+        )
+    assert f"{count:,}" in str(told.value)
+    assert f"{count - 1:,}" in str(told.value)
+    assert "\n" not in str(told.value)
+    apart = [books / "short.txt"]
+    with pytest.raises(ValueError, match=r"evaluation_text: .* are to be held out"):
+        streams(
+            tokenizer,
+            train=10,
+            evaluation=10**6,
+            evaluation_text=apart,
+        )
+    name = folder(tmp_path / "d", [{"text": "one two three"}])
+    with pytest.raises(ValueError, match="dataset: 1,000 tokens are to be held out"):
+        streams(
+            tokenizer,
+            train=10,
+            evaluation=1000,
+            dataset=name,
+        )
+
+
+def test_files_are_taken_in_proportion(books, tokenizer):
+    paths = [books / "long.txt", books / "short.txt"]
+    both = streams(
+        tokenizer,
+        train=8000,
+        evaluation=2000,
+        text=paths,
+    )
+    assert len(both.train) == 8000
+    assert len(both.evaluation) == 2000
+    assert both.source == ", ".join(map(str, paths))
+    sizes = [path.stat().st_size for path in paths]
+    assert "short" in tokenizer.decode(both.train[:5000].tolist())
+    for part in (both.train, both.evaluation):
+        said = tokenizer.decode(part.tolist())
+        share = said.count("long") / (said.count("long") + said.count("short"))
+        assert abs(share - sizes[0] / sum(sizes)) < 0.1
+    alone = streams(
+        tokenizer,
+        train=10,
+        evaluation=10,
+        text=paths,
+    )
+    assert len(alone.train) == len(alone.evaluation) == 10
+    assert alone.source == str(paths[0])  # the other one would be a few tokens
+
+
+def test_what_one_file_lacks_others_give(tmp_path, tokenizer):
+    """Tokens of a file are not as many as its characters say."""
+    (tmp_path / "blank.txt").write_text("x" + "\n" * 40_000 + "y")
+    (tmp_path / "dense.txt").write_text("q9 " * 20_000)
+    paths = [tmp_path / "blank.txt", tmp_path / "dense.txt"]
+    found = streams(
+        tokenizer,
+        train=20_000,
+        evaluation=1000,
+        text=paths,
+    )
+    assert len(found.train) == 20_000
+    assert len(found.evaluation) == 1000
+
+
+def test_evaluation_text_is_apart(books, tokenizer):
+    long, short = books / "long.txt", books / "short.txt"
+    found = streams(
+        tokenizer,
+        train=10**7,
+        evaluation=700,
+        text=[long],
+        evaluation_text=[short],
+    )
+    assert torch.equal(found.train, encode([long.read_text()], tokenizer))
+    assert torch.equal(found.evaluation, encode([short.read_text()], tokenizer)[:700])
+    assert (found.source, found.evaluation_source) == (str(long), str(short))
+    # beside the embedded corpus, too
+    found = streams(
+        tokenizer,
+        train=100,
+        evaluation=700,
+        evaluation_text=[short],
+    )
+    assert torch.equal(found.train, embedded.tokens("train", 100))
+    assert found.evaluation_source == str(short)
+
+
+def test_no_more_is_read_than_is_asked_for(tmp_path, tokenizer):
+    """Of a long file a little more than those tokens, not all of it, nor `PIECE`."""
+    path, seen = tmp_path / "long.txt", []
+    path.write_text(LINE * 60_000)
+
+    class Counting:
+        is_fast, eos_token_id, bos_token_id = True, tokenizer.eos_token_id, None
+
+        def __call__(self, text, **more):
+            seen.append(len(text))
+            return tokenizer(text, **more)
+
+    found = streams(
+        Counting(),
+        train=1000,
+        evaluation=500,
+        text=[path],
+    )
+    assert len(found.train) + len(found.evaluation) == 1500
+    assert sum(seen) < 100_000 < path.stat().st_size / 10
+
+
+def test_a_long_run_of_blanks_costs_no_whole_document(tokenizer, monkeypatch):
+    """Pieces are joined at another place then."""
+    monkeypatch.setattr(encoding, "OVERLAP", 400)
+    monkeypatch.setattr(encoding, "PIECE", 4000)
+    document = words(600)[:3500] + " " * 450 + words(3000, seed=4)
+    assert None not in list(encoding._pieces(document, tokenizer))
+    assert (
+        encoding.token_ids(document, tokenizer)
+        == tokenizer(document, add_special_tokens=False)["input_ids"]
+    )

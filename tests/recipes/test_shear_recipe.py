@@ -102,6 +102,25 @@ def test_files_and_folders_are_domains_with_text_held_out(texts):
     for name, text in (("prose", PROSE), ("code", CODE)):
         assert text.startswith(tokenizer.decode(found.train[name])[:200])
     assert len(found.evaluation) == 100
+    assert found.evaluation_source == f"{found.source}, held out"
+
+
+def test_domains_hold_out_what_was_asked_for(texts):
+    tokenizer, name = effattn.embedded.tokenizer(), "prose"
+    whole = {
+        n: len(t)
+        for n, t in domain_text(tokenizer, train=10**7, evaluation=0, domains=texts).train.items()
+    }
+    found = domain_text(tokenizer, train=100, evaluation=400, domains=texts)
+    assert len(found.evaluation) == 400
+    with pytest.raises(ValueError, match=r"domain: .* are to be held out to measure on"):
+        domain_text(tokenizer, train=100, evaluation=2 * whole[name] + 2, domains=texts)
+    apart = domain_text(
+        tokenizer, train=10**7, evaluation=50, domains=texts[1:], evaluation_text=texts[:1]
+    )
+    assert len(apart.train["code"]) == whole["code"]
+    assert PROSE.startswith(tokenizer.decode(apart.evaluation)[:100])
+    assert apart.evaluation_source == str(texts[0])
 
 
 def test_the_job_saves_a_plain_checkpoint_of_the_shape(done):
