@@ -111,8 +111,7 @@ def check_state(backend: Checked, state: State | None, k: Tensor, v: Tensor) -> 
         if not whole and (not fits or not (state.packed or type(state) is type(own))):
             raise ValueError(
                 f"state: got a {type(state).__name__} that {backend.signature} cannot use; valid "
-                "is one from its "
-                "new_state()"
+                "is one from its new_state()"
             )
     elif state.owner != backend.signature:
         raise ValueError(
@@ -183,20 +182,18 @@ def check_positions(
     if rule.raw_keys and state is not None and not backend.traits.exact:
         raise Unsupported(
             f"rotary: {rule.spec!r} turns old keys anew as a sequence grows, and {backend.name} "
-            "remembers no raw "
-            f"keys, but {backend.traits.state}; valid are exact patterns, or no state"
+            f"remembers no raw keys, but {backend.traits.state}; valid are exact patterns, or no "
+            "state"
         )
     if rule.scores and not backend.score_rules:
         raise Unsupported(
             f"rotary: {rule.spec!r} decides scores pair by pair, which {backend.name} does not "
-            "compute here; valid "
-            "are dense, block, sliding without dilation, and s2"
+            "compute here; valid are dense, block, sliding without dilation, and s2"
         )
     if backend.farthest is not None and (rule.raw_keys or rule.scores):
         raise Unsupported(
             f"rotary: {rule.spec!r} with sinks, which count positions by their place in the "
-            "cache; valid are rules "
-            "that only turn by fixed angles, and logn"
+            "cache; valid are rules that only turn by fixed angles, and logn"
         )
 
 

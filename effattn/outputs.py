@@ -155,8 +155,7 @@ def _check_parents(argument: str, target: Path) -> None:
         if len(os.fsencode(part)) > limit - LONGEST:
             raise ValueError(
                 f"{argument}: the name {part[:24]!r}... has {len(os.fsencode(part))} bytes, valid "
-                "is at most "
-                f"{limit - LONGEST}"
+                f"is at most {limit - LONGEST}"
             )
     if not os.access(parent, os.W_OK | os.X_OK):
         raise OSError(

@@ -135,16 +135,14 @@ def _checked(mask: Tensor | None, state: State, past: int, total: int, device) -
         if not state.real.all():
             raise ValueError(
                 f"padding_mask: got None, but some of the state's {past} tokens are padding; "
-                "valid is a mask of all "
-                f"{total} tokens"
+                f"valid is a mask of all {total} tokens"
             )
         mask = torch.ones(len(state.real), total, dtype=torch.bool, device=device)
     seen = known(mask, total)
     if past and not seen.agrees(state.real, past):
         raise ValueError(
             f"padding_mask: it says otherwise of the state's {past} tokens than the calls before "
-            "did; valid is the "
-            "same mask, and that of the new tokens behind it"
+            "did; valid is the same mask, and that of the new tokens behind it"
         )
     return seen
 

@@ -35,8 +35,7 @@ class PackReport:
     def __str__(self) -> str:
         text = (
             f"{len(self.packed)} linear layers packed, {self.bytes_before:,} -> "
-            f"{self.bytes_after:,} bytes "
-            f"({self.bytes_after / self.bytes_before:.3f}x)"
+            f"{self.bytes_after:,} bytes ({self.bytes_after / self.bytes_before:.3f}x)"
         )
         if self.dense:
             name, why = next(iter(self.dense.items()))

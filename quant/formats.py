@@ -183,8 +183,7 @@ class Format:
                 ]
                 raise ValueError(
                     f"cache {coding.kind}, {name}: {coding.planes} numbers share a byte, which "
-                    "does not fit head "
-                    f"dimension {dim}; valid there are {_listed(fitting)}"
+                    f"does not fit head dimension {dim}; valid there are {_listed(fitting)}"
                 )
             # the largest group that divides the head dimension, but none below 16 numbers if there
             # is a larger one: a scale and a zero for so few cost as much as the numbers

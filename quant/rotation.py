@@ -80,14 +80,14 @@ def fold_values(model: nn.Module) -> nn.Module:
         if layer.clip is not None:
             raise Unsupported(
                 f"{type(model).__name__}: layer {layer.index} clips its values (clip_qkv), which "
-                "a rotation in the "
-                "weights would change; valid is rotate=True, which rotates as it stores"
+                "a rotation in the weights would change; valid is rotate=True, which rotates as "
+                "it stores"
             )
         if hooks.GLOBAL in layer.attention._modules:
             raise Unsupported(
                 f"{type(model).__name__}: layer {layer.index} has global projections beside its "
-                "own, whose values "
-                "would not be rotated; valid is effattn.restore(model) first, or rotate=True"
+                "own, whose values would not be rotated; valid is effattn.restore(model) first, "
+                "or rotate=True"
             )
         for projection in (layer.v, layer.o):
             projection.by_head  # noqa: B018 - raises where there are no rows by head

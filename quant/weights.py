@@ -116,8 +116,7 @@ def _linears(parts: anatomy.Anatomy) -> list[nn.Linear]:
             if not is_plain(projection):
                 raise Unsupported(
                     f"weights: layer {layer.index}: {type(projection).__name__} is no plain "
-                    "linear; quantize the "
-                    "model's own weights"
+                    "linear; quantize the model's own weights"
                 )
         for module in (layer.attention, layer.o.module, layer.ffn):
             if (odd := not_plain(module)) is not None:
@@ -128,8 +127,7 @@ def _linears(parts: anatomy.Anatomy) -> list[nn.Linear]:
             if any(p.dim() > 2 for p in module.parameters()):
                 raise Unsupported(
                     f"weights: layer {layer.index} ({type(module).__name__}) stacks experts in "
-                    "one parameter, which "
-                    "bitsandbytes does not quantize"
+                    "one parameter, which bitsandbytes does not quantize"
                 )
             found += [one for one in module.modules() if is_plain(one)]
     return list(dict.fromkeys(found))  # once each: layers may share modules

@@ -43,8 +43,8 @@ class Settings(options.Settings):
     cache: str | None = option(None, "a cache format; with --pattern, one variant together")
     variants: Sequence[str] = several(
         (),
-        "name=spec, repeated: a backend, plain, or axes such as "
-        "'heads=gqa(kv_heads=2); pattern=dense'",
+        "name=spec, repeated: a backend, plain, or axes such as 'heads=gqa(kv_heads=2); "
+        "pattern=dense'",
         name="--variant",
     )
     contexts: Sequence[int] = options.contexts(CONTEXTS, "tokens of the prompt")

@@ -37,8 +37,7 @@ def check_calibration(tokens: torch.Tensor, parts: hf.Anatomy, length: int) -> i
     if int(tokens.min()) < 0 or int(tokens.max()) >= vocabulary:
         raise ValueError(
             f"calibration: token ids run from {int(tokens.min())} to {int(tokens.max())}, the "
-            "model's vocabulary "
-            f"is 0 to {vocabulary - 1}: was it made with another tokenizer?"
+            f"model's vocabulary is 0 to {vocabulary - 1}: was it made with another tokenizer?"
         )
     if isinstance(length, bool) or not isinstance(length, int) or length < 1:
         raise ValueError(f"length: got {length!r}, valid is a number of tokens, at least 1")

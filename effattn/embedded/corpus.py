@@ -87,8 +87,7 @@ def _splits() -> dict[str, list[tuple[str, str]]]:
     if not splits["train"] or not splits["validation"]:
         raise FileNotFoundError(
             f"no usable Python source under {root}: this Python ships its standard library "
-            "without sources, "
-            "so the embedded corpus is not available; pass text files instead"
+            "without sources, so the embedded corpus is not available; pass text files instead"
         )
     return splits
 

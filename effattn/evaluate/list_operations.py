@@ -63,8 +63,7 @@ def listops_examples(
                 return found
     raise ValueError(
         f"least, most: got {least} and {most}, expressions of depth {depth} hardly ever have so "
-        "many "
-        "symbols"
+        "many symbols"
     )
 
 

@@ -51,11 +51,10 @@ def _texts(report: ArticleData, title: str, write) -> Table:
     settings = report.data["settings"]
     note = (
         f"{settings['sequences']} stretches of {report.longest:,} tokens, each within one "
-        "document. Natural: the same "
-        "tokens at every length, in windows of that length. Repeated: their first "
-        f"{settings['period']:,} tokens over and over; copies: the tokens behind the first "
-        f"{settings['period']:,}. "
-        "Log-n is the test-time form, without effect within the trained length."
+        "document. Natural: the same tokens at every length, in windows of that length. Repeated: "
+        f"their first {settings['period']:,} tokens over and over; copies: the tokens behind the "
+        f"first {settings['period']:,}. Log-n is the test-time form, without effect within the "
+        "trained length."
     )
     return Table(title, header, rows, note)
 
@@ -75,8 +74,7 @@ def _retrieval(report: ArticleData) -> list[Table]:
     note = (
         f"Text that repeats every {copy['period']:,} tokens, within the trained length: accuracy "
         f"{100 * copy['first']:.1f} % on the first copy, {100 * copy['later']:.1f} % on later "
-        f"ones ({100 * gone:.0f} % "
-        f"of the errors are gone): the model {said}."
+        f"ones ({100 * gone:.0f} % of the errors are gone): the model {said}."
     )
     if not asked:
         return [
@@ -99,11 +97,9 @@ def _retrieval(report: ArticleData) -> list[Table]:
     chance = within["chance"]
     note += (
         f" {data['task'].capitalize()} at {data['settings']['retrieval_length']:,} tokens (first "
-        "row: "
-        f"{within['length']:,}), {data['settings']['retrieval_trials']} prompts a depth: share of "
-        "right answers "
-        f"(guessing: {100 * chance:g} %) and, in brackets, nats of an answer token. Depth 0 is "
-        "the start."
+        f"row: {within['length']:,}), {data['settings']['retrieval_trials']} prompts a depth: "
+        f"share of right answers (guessing: {100 * chance:g} %) and, in brackets, nats of an "
+        "answer token. Depth 0 is the start."
     )
     if not data["task_learned"]:
         note += (

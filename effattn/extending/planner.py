@@ -125,8 +125,7 @@ def of_model(model: nn.Module) -> Trained:
     if not parts.causal or not turning:
         raise Unsupported(
             f"model: {type(model).__name__} has no rotary positions to extend; valid is a causal "
-            "model "
-            "with them, such as 'embedded'"
+            "model with them, such as 'embedded'"
         )
     layer = next((one for one in turning if one.window is None), turning[0])
     return positions.make(parts, {str(layer.index): "logn"}).layers[layer.index].rule.trained
@@ -152,8 +151,7 @@ def _candidates(trained: Trained, target: int, turned: int) -> list[Candidate]:
     reach = extrapolation_limit(trained.base, trained.dims, trained.length, base, trained.length)
     law = (
         f"base {trained.base:,.0f} -> {base:,.0f}: with the critical dimension {turned} of "
-        f"{trained.dims}, tuning at "
-        f"{trained.length:,} tokens then holds to {reach:,.0f}"
+        f"{trained.dims}, tuning at {trained.length:,} tokens then holds to {reach:,.0f}"
     )
     return [
         Candidate(
@@ -181,16 +179,15 @@ def _candidates(trained: Trained, target: int, turned: int) -> list[Candidate]:
             "ntk-mixed",
             f"ntk({length}, variant='mixed')",
             HELPS,
-            "as ntk, with the division spread so that "
-            "theta_m falls by exp(-a m^0.625), a = "
+            "as ntk, with the division spread so that theta_m falls by exp(-a m^0.625), a = "
             f"{math.log(s) / (trained.dims / 2) ** 0.625:.3f}",
         ),
         Candidate(
             "dynamic_ntk",
             "dynamic_ntk(factor=1.0)",
             NO,
-            "the base grows with the sequence, unchanged up to "
-            f"{trained.length:,} tokens; at the target as ntk",
+            f"the base grows with the sequence, unchanged up to {trained.length:,} tokens; at the "
+            "target as ntk",
         ),
         Candidate(
             "yarn",
@@ -209,16 +206,15 @@ def _candidates(trained: Trained, target: int, turned: int) -> list[Candidate]:
             "rerope",
             f"rerope(window={window})",
             NO,
-            f"no distance above {window:,}, so nothing untrained at "
-            "any length; far keys lose their order",
+            f"no distance above {window:,}, so nothing untrained at any length; far keys lose "
+            "their order",
         ),
         Candidate(
             "leaky_rerope",
             f"leaky_rerope(window={trained.length // 4}, k={k})",
             NO,
-            "distances at the target "
-            f"up to {_farthest(trained.length, target, k):,.0f} of {trained.length:,}: far keys "
-            "keep an order",
+            f"distances at the target up to {_farthest(trained.length, target, k):,.0f} of "
+            f"{trained.length:,}: far keys keep an order",
         ),
     ]
 

@@ -62,8 +62,8 @@ class ExtendReport(Document):
             fresh = first["lengths"][0]["cross_entropy"]
             text = (
                 f"{spec}: at {self.plan['target']:,} tokens the loss is {after:.3f} nats a token "
-                f"{last['stage']}, "
-                f"{before:.3f} before; in windows of {self.plan['trained']:,} it was {fresh:.3f}"
+                f"{last['stage']}, {before:.3f} before; in windows of {self.plan['trained']:,} it "
+                f"was {fresh:.3f}"
             )
         return f"{text}. {self.tuning_note}"
 
@@ -182,8 +182,7 @@ class ExtendReport(Document):
         source = settings.get("evaluation_source", settings["source"])
         note = (
             "Cross-entropy in nats a token and, in brackets, next-token accuracy, on the same "
-            f"held-out tokens ({source}) in windows of each length"
-            f"{begun_with(settings)}."
+            f"held-out tokens ({source}) in windows of each length{begun_with(settings)}."
         )
         return [
             Table(QUALITY, ("Stage", *(f"{length:,} tokens" for length in lengths)), rows, note)

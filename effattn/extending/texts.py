@@ -27,8 +27,7 @@ def long_sequences(texts: Iterable[str], tokenizer, count: int, length: int) -> 
     if len(found) < count:
         raise ValueError(
             f"sequences: got {count} of {length:,} tokens, the text has documents for "
-            f"{len(found)}; ask for fewer or "
-            "shorter ones, or give more text"
+            f"{len(found)}; ask for fewer or shorter ones, or give more text"
         )
     return torch.stack(found[:count])
 

@@ -46,8 +46,8 @@ def _quality_table(report: ConversionData) -> Table:
     quality = report.quality
     note = (
         f"On {number(quality.get('tokens'))} held-out tokens "
-        f"({quality.get('source') or 'unnamed source'}) "
-        f"in windows of {number(quality.get('context'))}{begun_with(quality)}."
+        f"({quality.get('source') or 'unnamed source'}) in windows of "
+        f"{number(quality.get('context'))}{begun_with(quality)}."
     )
     header = ("", "Before", "After conversion", "After uptraining")
     return Table("Before and after", header, rows, note if quality else "")

@@ -38,9 +38,8 @@ def require_unwrapped(model: nn.Module) -> None:
     if hasattr(model, "peft_type") and hasattr(model, "get_base_model"):
         raise Unsupported(
             f"model: got {kind} (peft), valid is the transformers model inside: "
-            "model.merge_and_unload(), which merges "
-            "its adapters; or, to swap patterns, positions or caches below them, "
-            "model.get_base_model()"
+            "model.merge_and_unload(), which merges its adapters; or, to swap patterns, positions "
+            "or caches below them, model.get_base_model()"
         )
     if isinstance(getattr(model, "_orig_mod", None), nn.Module):
         raise Unsupported(

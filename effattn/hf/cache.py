@@ -83,8 +83,7 @@ def place(cache: Cache, swapped: SwappedLayer) -> None:
     elif isinstance(layer, StaticLayer):
         raise Unsupported(
             f"{where}: static cache: it has no place for a backend's own state; after a swap, use "
-            "the default cache "
-            "(effattn.new_cache(model))"
+            "the default cache (effattn.new_cache(model))"
         )
     elif type(layer) in PLAIN and not layer.get_seq_length():
         new = new_layer(swapped, getattr(layer, "record_past", False))
@@ -97,8 +96,7 @@ def place(cache: Cache, swapped: SwappedLayer) -> None:
     elif swapped.raw_keys:
         raise Unsupported(
             f"{where}: the {type(layer).__name__} holds rotated keys, and this pattern rotates "
-            "them itself, by their "
-            f"place in the cache; {empty}"
+            f"them itself, by their place in the cache; {empty}"
         )
     elif (
         isinstance(layer, DynamicSlidingWindowLayer) and swapped.own_window != layer.sliding_window

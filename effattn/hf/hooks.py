@@ -130,9 +130,8 @@ def before_attention(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tupl
     if given != NAME:
         raise Unsupported(
             f"layer {layer.index}: the attention implementation was set to {given!r}, which "
-            "cannot compute the swapped "
-            f"{layer.pattern}; effattn.restore(model) first, or keep the swap: "
-            f"model.set_attn_implementation({NAME!r})"
+            f"cannot compute the swapped {layer.pattern}; effattn.restore(model) first, or keep "
+            f"the swap: model.set_attn_implementation({NAME!r})"
         )
     for name in _cache_names(kwargs):
         if kwargs[name] is not None:
@@ -170,6 +169,6 @@ def refuse_continuous_batching(*args, **kwargs) -> None:
     """
     raise Unsupported(
         "continuous batching (generate_batch): it has a paged cache of its own, which swapped "
-        "attention cannot read; "
-        "effattn.restore(model) first, or model.generate(...) on a padded batch"
+        "attention cannot read; effattn.restore(model) first, or model.generate(...) on a padded "
+        "batch"
     )

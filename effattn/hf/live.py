@@ -26,8 +26,8 @@ from effattn.hf.swapped_layer import SwappedLayer
 
 PACKED = (
     "packed documents (position_ids that restart) or an extra mask function: after a swap, "
-    "documents would see each "
-    "other; give one document a row, padded with attention_mask, or effattn.restore(model)"
+    "documents would see each other; give one document a row, padded with attention_mask, or "
+    "effattn.restore(model)"
 )
 # what a model passes: what a backend calls it
 EXTRAS = {"softcap": "softcap", "s_aux": "sink_logits"}
@@ -88,14 +88,12 @@ def mask(
     ):
         raise Unsupported(
             f"static cache: it holds {kv_length} keys for {seen} tokens; after a swap, use the "
-            "default cache "
-            "(effattn.new_cache(model))"
+            "default cache (effattn.new_cache(model))"
         )
     if attention_mask is not None and attention_mask.shape[-1] != seen:
         raise ValueError(
             f"attention_mask: expected (batch, {seen}), the tokens in the cache and the "
-            f"{q_length} new ones, "
-            f"got {tuple(attention_mask.shape)}"
+            f"{q_length} new ones, got {tuple(attention_mask.shape)}"
         )
     if attention_mask is None or (not torch.compiler.is_compiling() and attention_mask.all()):
         return None
@@ -134,16 +132,13 @@ def attention(
     if layer is None:
         raise Unsupported(
             f"attn_implementation={NAME!r} is set by effattn.swap(model, ...), not by hand and "
-            "not by the config of "
-            "another model that was swapped; a swap that was saved is loaded by "
-            "effattn.load(folder), and "
-            "model.set_attn_implementation('sdpa') is plain attention"
+            "not by the config of another model that was swapped; a swap that was saved is loaded "
+            "by effattn.load(folder), and model.set_attn_implementation('sdpa') is plain attention"
         )
     if attention_mask is not None and attention_mask.ndim != 2:
         raise Unsupported(
             f"layer {layer.index}: expected attention_mask (batch, tokens), got "
-            f"{tuple(attention_mask.shape)}; "
-            "custom masks cannot be combined with a swap"
+            f"{tuple(attention_mask.shape)}; custom masks cannot be combined with a swap"
         )
     if layer.backend is None:
         return _keep(
@@ -217,9 +212,8 @@ def _refuse(
     if dropout:
         raise Unsupported(
             f"{where}attention dropout {dropout} while training; {_dropout(module, dropout)} = "
-            "0.0 on every "
-            f"{type(module).__name__} of the model turns it off (the config is read only when a "
-            "model is built)"
+            f"0.0 on every {type(module).__name__} of the model turns it off (the config is read "
+            "only when a model is built)"
         )
     if kwargs.get("output_attentions"):
         raise Unsupported(

@@ -67,8 +67,7 @@ def check_causal(config, name: str | Path) -> None:
     if cls not in valid:
         raise Unsupported(
             f"model: {str(name)!r} is a {cls}, and no causal language model; valid here is a "
-            "class that predicts the "
-            "next token of a text (...ForCausalLM)"
+            "class that predicts the next token of a text (...ForCausalLM)"
         )
 
 

@@ -62,10 +62,9 @@ def require_plain_files(config, path: str | Path, what: str) -> None:
     if kind is not None:
         raise Unsupported(
             f"model: {str(path)!r}: its weights are stored as {kind!r}, and {what} reads plain "
-            "numbers; valid is a "
-            "checkpoint without quantization_config, such as effattn.save(effattn.load(...), ...) "
-            "makes where the "
-            "weights are unpacked as they are loaded"
+            "numbers; valid is a checkpoint without quantization_config, such as "
+            "effattn.save(effattn.load(...), ...) makes where the weights are unpacked as they "
+            "are loaded"
         )
 
 

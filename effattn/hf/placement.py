@@ -117,8 +117,8 @@ def require_here(model: nn.Module, what: str) -> None:
     if where is not None:
         raise Unsupported(
             f"{what}: the weights of {where} are elsewhere (device_map or offloading), and it "
-            "changes weights; load "
-            "the model without device_map, or with one that puts every layer on a device"
+            "changes weights; load the model without device_map, or with one that puts every "
+            "layer on a device"
         )
     require_own(model, what, embedding=True)
 
@@ -143,9 +143,8 @@ def require_own(model: nn.Module, what: str, embedding: bool = False) -> None:
         if (other := first.setdefault(id(weight), name)) != name:
             raise Unsupported(
                 f"{what}: {other} and {name} are one weight, which {type(model).__name__} does "
-                "not tie; give each its "
-                "own: module.weight = torch.nn.Parameter(module.weight.detach().clone()); an "
-                "output embedding that is "
+                "not tie; give each its own: module.weight = "
+                "torch.nn.Parameter(module.weight.detach().clone()); an output embedding that is "
                 "the input's needs config.tie_word_embeddings=True when the model is made"
             )
 

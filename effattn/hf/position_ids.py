@@ -99,9 +99,8 @@ def check(
         row = int((before & seen & (shift != known)).nonzero()[0])
         raise Unsupported(
             f"layer {layer.index}: position_ids: row {row} goes on at a number that is "
-            f"{int(shift[row])} more than its "
-            f"real tokens, got {int(known[row])} more before; {layer.pattern} counts them itself "
-            f"({VALID})"
+            f"{int(shift[row])} more than its real tokens, got {int(known[row])} more before; "
+            f"{layer.pattern} counts them itself ({VALID})"
         )
     if state is not None:
         state.shift = tuple(torch.where(seen, shift, torch.where(before, known, 0)).tolist())
@@ -114,11 +113,9 @@ def _refuse_jumps(layer: SwappedLayer, documents: bool) -> None:
     if documents:
         raise Unsupported(
             f"layer {layer.index}: packed documents: position_ids restart, and nothing else tells "
-            "the documents apart; "
-            "give one document a row, padded with attention_mask"
+            "the documents apart; give one document a row, padded with attention_mask"
         )
     raise Unsupported(
         f"layer {layer.index}: position_ids leave out numbers, and {layer.pattern} counts a row's "
-        "real tokens itself "
-        f"({VALID})"
+        f"real tokens itself ({VALID})"
     )

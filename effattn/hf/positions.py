@@ -264,10 +264,8 @@ def _bind(
     if bound.raw_keys and isinstance(bound.rotation, OwnRope) and trained.kind in LENGTH_DEPENDENT:
         raise Unsupported(
             f"layer {index}: positions: {bound.spec!r} turns keys when they are read, and the "
-            "model's rotary rule "
-            f"{trained.kind!r} depends on the sequence's length; valid beside it is a rotation of "
-            "its own, such as "
-            "ntk(factor=...)+rerope(window=...)"
+            f"model's rotary rule {trained.kind!r} depends on the sequence's length; valid beside "
+            "it is a rotation of its own, such as ntk(factor=...)+rerope(window=...)"
         )
     return bound
 

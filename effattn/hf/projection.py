@@ -49,20 +49,18 @@ class Projection:
         if is_packed(self.module):
             raise Unsupported(
                 "projections: the weights are packed in 4 or 8 bits, there are no numbers to read "
-                "or write; do this to "
-                "the model's own weights, before they are quantized"
+                "or write; do this to the model's own weights, before they are quantized"
             )
         if isinstance(self.module, StructuredLinear):
             raise Unsupported(
                 f"projections: {self.module.spec} has no weight by heads; change heads before "
-                "projections are replaced "
-                "or packed, or effattn.swap(model, projections='dense') first"
+                "projections are replaced or packed, or effattn.swap(model, projections='dense') "
+                "first"
             )
         if not is_plain(self.module):
             raise Unsupported(
                 f"projections: {type(self.module).__name__} is no plain linear layer, its weight "
-                "is not all that it "
-                "computes with; do this to the model's own weights"
+                "is not all that it computes with; do this to the model's own weights"
             )
         if self.output:
             return self.module.weight.detach().view(-1, self.heads, self.head_dim).transpose(0, 1)

@@ -54,10 +54,8 @@ def headless(model: PreTrainedModel, config) -> Unsupported:
     )
     return Unsupported(
         f"model: got {name}, {why}, valid is a causal LM (AutoModelForCausalLM); made of the same "
-        "modules: "
-        f"lm = transformers.AutoModelForCausalLM.from_config({its_config}); "
-        f"lm.{_prefix(model, config)} = {part}"
-        f"{head}; effattn.swap(lm, ...) changes {name} too"
+        f"modules: lm = transformers.AutoModelForCausalLM.from_config({its_config}); "
+        f"lm.{_prefix(model, config)} = {part}{head}; effattn.swap(lm, ...) changes {name} too"
     )
 
 

@@ -40,8 +40,7 @@ def resolve(name: str | Path) -> str:
         if (Path(name) / "adapter_config.json").is_file():
             raise ValueError(
                 f"model: the folder {str(name)!r} holds an adapter (adapter_config.json); valid "
-                "is the whole model, "
-                "saved after peft's merge_and_unload()"
+                "is the whole model, saved after peft's merge_and_unload()"
             )
         if not (Path(name) / "config.json").is_file():
             raise ValueError(

@@ -45,8 +45,8 @@ class Handle:
 
 _STRANGER = (
     "cache: this layer was made by effattn.swap for its own attention, and another attention "
-    "function reads it; give a "
-    "model that is not swapped a cache of its own, such as transformers.DynamicCache()"
+    "function reads it; give a model that is not swapped a cache of its own, such as "
+    "transformers.DynamicCache()"
 )
 
 
@@ -110,9 +110,8 @@ class StateLayer(CacheLayerMixin):
     def keys(self, new) -> None:
         raise Unsupported(
             f"cache: layer {self.index} ({self.words}) holds its own state, in which keys and "
-            "values cannot be "
-            "cut or replaced; hooks that do so need plain 'dense' layers without cache=, or "
-            "effattn.restore(model)"
+            "values cannot be cut or replaced; hooks that do so need plain 'dense' layers without "
+            "cache=, or effattn.restore(model)"
         )
 
     @property
@@ -143,8 +142,7 @@ class StateLayer(CacheLayerMixin):
         if self._waiting:
             raise Unsupported(
                 f"cache: layer {self.index} ({self.words}) was updated twice without attention in "
-                "between; only a "
-                "model that effattn.swap has changed can use it"
+                "between; only a model that effattn.swap has changed can use it"
             )
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)

@@ -82,8 +82,7 @@ def _check_window(index: int, layer: DynamicSlidingWindowLayer, tokens: int, see
     if seen >= layer.sliding_window and not getattr(layer, "record_past", False):
         raise ValueError(
             f"crop: got {-tokens}, but layer {index} has let go of what a window of "
-            f"{layer.sliding_window} tokens "
-            "ending there needs; valid is 0"
+            f"{layer.sliding_window} tokens ending there needs; valid is 0"
         )
 
 

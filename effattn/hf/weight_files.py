@@ -180,8 +180,7 @@ def _no_weights(folder: Path) -> str:
     if others:
         return (
             f"weights: {str(folder)!r} has {shortened(others)} and no {SINGLE}: pickled weights "
-            "can run code and are "
-            "never read; valid is a safetensors checkpoint"
+            "can run code and are never read; valid is a safetensors checkpoint"
         )
     return (
         f"weights: {str(folder)!r} has neither {INDEX} nor {SINGLE}; valid is a safetensors "

@@ -271,10 +271,9 @@ def _check_model(parts: anatomy.Anatomy, contexts: Sequence[int], steps: int) ->
     )
     raise ValueError(
         f"contexts: got {max(contexts):,}, {type(parts.model).__name__} has {limit:,} learned "
-        "positions, of which "
-        f"decoding takes {steps + BESIDE_STEPS}; {valid}. A learned table is extended by training "
-        "a longer one; models "
-        "with rotary positions can be measured at any context"
+        f"positions, of which decoding takes {steps + BESIDE_STEPS}; {valid}. A learned table is "
+        "extended by training a longer one; models with rotary positions can be measured at any "
+        "context"
     )
 
 
@@ -288,8 +287,7 @@ def _check_room(model: nn.Module, variants: list[Variant], device: torch.device)
     if free is not None and needed > MEMORY_SHARE * free:
         raise ValueError(
             f"variants: those with other heads need {needed / 2**30:.1f} GiB for weights of their "
-            "own, "
-            f"{free / 2**30:.1f} GiB are available; measure them one at a time"
+            f"own, {free / 2**30:.1f} GiB are available; measure them one at a time"
         )
 
 

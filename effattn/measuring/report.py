@@ -272,10 +272,9 @@ def _alone(row: dict) -> str:
     reached = "" if share is None else f", {100 * share:.0f} % of the read bandwidth measured here"
     return (
         f"Decode at {_where(row)}: {row['variant']} makes {row['decode']['tokens_per_s']:,.1f} "
-        "tokens/s over "
-        f"{data_size(row['kv_bytes_held'])} of KV cache ({row['decode']['bytes_per_s'] / 1e9:.1f} "
-        f"GB/s{reached}); its "
-        f"first token comes after {_time(row['prefill'])}"
+        f"tokens/s over {data_size(row['kv_bytes_held'])} of KV cache "
+        f"({row['decode']['bytes_per_s'] / 1e9:.1f} GB/s{reached}); its first token comes after "
+        f"{_time(row['prefill'])}"
     )
 
 

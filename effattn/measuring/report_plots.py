@@ -19,13 +19,12 @@ from effattn.reports.plots import (
 
 ROOFLINE_NOTE = (
     "Work per byte moved at least (the cost model), and the speed reached; the roof is what this "
-    "device was measured "
-    "to do. Under the slope memory is the limit, under the flat part arithmetic is."
+    "device was measured to do. Under the slope memory is the limit, under the flat part "
+    "arithmetic is."
 )
 SHARES_NOTE = (
     "Bytes: the least that one decode step must move, and what is held at the peak of a prefill, "
-    "by the cost model. "
-    "Time: medians by operation, all layers."
+    "by the cost model. Time: medians by operation, all layers."
 )
 MIB = 2**20
 

@@ -19,9 +19,8 @@ from effattn.reports.tables import Table, data_size, pairs
 
 MEMORY_NOTE = (
     "Peaks are the most memory at once: weights, cache and activations. Predicted by the cost "
-    "model from shapes alone; "
-    "measured is what torch's allocator gave out. KV bytes are those of the whole batch after the "
-    "prefill."
+    "model from shapes alone; measured is what torch's allocator gave out. KV bytes are those of "
+    "the whole batch after the prefill."
 )
 
 
@@ -65,8 +64,7 @@ def main_table(report) -> Table:
         rows.append([*start, *cells])
     note = (
         "Medians. GB/s: weights, cache and activations that a decode step must move at least, "
-        "over its time; of peak: "
-        "of the read bandwidth measured on this device."
+        "over its time; of peak: of the read bandwidth measured on this device."
     )
     if several:
         note += f" The last columns are ratios of speed: above 1x is faster than {first}."
@@ -175,9 +173,9 @@ def operation_table(report) -> Table:
         if any(cell != "-" for cell in cells):
             rows.append([name, *cells])
     note = (
-        f"At {shown_place(report)}. Medians of passes of their own with forward hooks, summed over "
-        "the layers; attention "
-        "includes rotation and the cache's update, other is what runs between the modules."
+        f"At {shown_place(report)}. Medians of passes of their own with forward hooks, summed "
+        "over the layers; attention includes rotation and the cache's update, other is what runs "
+        "between the modules."
     )
     return Table("Time by operation", ("ms (share)", *columns), rows, note)
 
@@ -259,14 +257,12 @@ def notes(report) -> list[str]:
     if trained and max(report.settings["contexts"]) > trained:
         found.append(
             f"The model was trained at {trained:,} tokens: times and memory do not depend on "
-            "that, what it says past "
-            "it does. A sliding window with sinks goes on past it."
+            "that, what it says past it does. A sliding window with sinks goes on past it."
         )
     if any("heads" in variant["axes"] for variant in report.settings["variants"]):
         found.append(
             "Variants with other heads were converted without data (method first): the speed is "
-            "that of any "
-            "conversion, the text is not. effattn convert-gqa makes a good one."
+            "that of any conversion, the text is not. effattn convert-gqa makes a good one."
         )
     if (
         any(row["status"] == MEASURED and not row["alternated"] for row in report.rows)

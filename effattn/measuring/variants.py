@@ -29,8 +29,7 @@ PLAIN = "plain"
 UNCHANGED = (PLAIN, "dense")  # what "the model as transformers runs it" may be called
 GRAMMAR = (
     "valid is name=spec, where spec is 'plain', a backend such as 'sliding(window=512)', or axes "
-    "such as "
-    "'pattern=sliding(window=512); heads=gqa(kv_heads=2)'"
+    "such as 'pattern=sliding(window=512); heads=gqa(kv_heads=2)'"
 )
 
 

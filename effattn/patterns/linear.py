@@ -87,8 +87,7 @@ class KernelBackend(Backend):
             if state.draw not in (None, self.draws):
                 raise ValueError(
                     f"{self.name}: state: its sums were made before redraw(), their features are "
-                    "gone; finish the "
-                    "sequence first, or start again with state.reset()"
+                    "gone; finish the sequence first, or start again with state.reset()"
                 )
             state.draw = self.draws
         return extras
@@ -232,8 +231,7 @@ class Linear(KernelBackend):
         if feature_map == "identity" and normalize:
             raise ValueError(
                 "linear: feature_map='identity' has weights of either sign, which no denominator "
-                "can normalise; valid "
-                "is normalize=False with it"
+                "can normalise; valid is normalize=False with it"
             )
         if features is not None and feature_map not in LEARNED:
             raise ValueError(
@@ -282,8 +280,7 @@ class Linear(KernelBackend):
             if parameter.shape != (heads, rows, dim):
                 raise ValueError(
                     f"{name}: expected {parameter.shape[0]} heads of {parameter.shape[2]}, as "
-                    f"map_{name} has learned, "
-                    f"got {heads} of {dim}"
+                    f"map_{name} has learned, got {heads} of {dim}"
                 )
 
     def _load_from_state_dict(self, state_dict, prefix, *args) -> None:

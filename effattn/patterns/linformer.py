@@ -159,8 +159,8 @@ class Linformer(Projected):
         if causal:
             raise Unsupported(
                 "linformer: causal=True is not possible, E mixes future tokens into every slot; "
-                "valid are causal=False "
-                "and the backend 'linformer_blockwise', which projects finished blocks only"
+                "valid are causal=False and the backend 'linformer_blockwise', which projects "
+                "finished blocks only"
             )
         super()._check(q, k, v, causal, *others)
 

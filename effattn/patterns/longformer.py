@@ -336,6 +336,5 @@ def _read_global(tokens: int | list[int] | Tensor) -> tuple[int, Tensor | None]:
     got = f"{tokens.dtype} {tuple(tokens.shape)}" if isinstance(tokens, Tensor) else repr(tokens)
     raise ValueError(
         f"longformer: global_tokens: got {got}, valid is a number of first tokens, a list of "
-        "positions, or a bool mask "
-        "(T,) with a True"
+        "positions, or a bool mask (T,) with a True"
     )

@@ -83,15 +83,14 @@ class LSH(Backend):
         if self.rule.shared_qk and q.shape[1] != k.shape[1]:
             raise Unsupported(
                 f"lsh: shared_qk=True needs a key for every query, got {q.shape[1]} heads of q "
-                f"and {k.shape[1]} of k; "
-                "valid is shared_qk=False"
+                f"and {k.shape[1]} of k; valid is shared_qk=False"
             )
         self._draw(q.shape[3], q.device)
         if self.rotations.shape[1] != q.shape[3]:
             raise ValueError(
                 f"q: got heads of {q.shape[3]}, lsh's rotations are for "
-                f"{self.rotations.shape[1]}, as in its first "
-                "call; valid is a backend for each size"
+                f"{self.rotations.shape[1]}, as in its first call; valid is a backend for each "
+                "size"
             )
 
     @torch.no_grad()

@@ -102,8 +102,7 @@ class VQ(Backend):
         if rows.shape[1] < self.codes:
             raise ValueError(
                 f"vq: codes: got {self.codes} for {rows.shape[1]} keys, the codebook is larger "
-                "than the data; valid "
-                f"are more keys or codes <= {rows.shape[1]}"
+                f"than the data; valid are more keys or codes <= {rows.shape[1]}"
             )
         self._prepare(keys)
         words, usage = kmeans(

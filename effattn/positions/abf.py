@@ -31,8 +31,7 @@ class AdjustedBase(Rotation):
         if self.length is not None and self.length < trained.length:
             raise ValueError(
                 f"abf: length: got {self.length}, shorter than the {trained.length} tokens that "
-                "the model was trained "
-                f"with; valid is at least {trained.length}"
+                f"the model was trained with; valid is at least {trained.length}"
             )
 
     def frequencies(self, trained, length=None):

@@ -105,10 +105,8 @@ class Rotation(Part):
         if self.turns and self.from_plain and trained.kind not in PLAIN_KINDS:
             raise Unsupported(
                 f"positions: {self.name!r} changes a model's plain rotation, and this model's is "
-                "changed already, by "
-                f"{trained.kind!r}; valid on top of it are rerope, leaky_rerope and logn, or "
-                f"{self.name!r} on the "
-                "checkpoint that it was made from"
+                f"changed already, by {trained.kind!r}; valid on top of it are rerope, "
+                f"leaky_rerope and logn, or {self.name!r} on the checkpoint that it was made from"
             )
 
     def frequencies(
@@ -155,8 +153,7 @@ class Scaled(Rotation):
         if self.length is not None and self.length < trained.length:
             raise ValueError(
                 f"{self.name}: length: got {self.length}, shorter than the {trained.length} "
-                "tokens that the model was "
-                f"trained with; valid is at least {trained.length}"
+                f"tokens that the model was trained with; valid is at least {trained.length}"
             )
 
     def scale(self, trained: Trained) -> float:

@@ -232,7 +232,6 @@ def turn_of(rotary: Callable | None, device: torch.device | None = None) -> Turn
     if not isinstance(rotary, Rope):
         raise Unsupported(
             f"rotary: got {type(rotary).__name__}, by which packed keys cannot be turned as they "
-            "are read; valid are "
-            "Rope and position rules that turn by fixed angles"
+            "are read; valid are Rope and position rules that turn by fixed angles"
         )
     return Turn(rotary.inv_freq, rotary.interleaved, rotary.attention_scaling)

@@ -25,8 +25,7 @@ class NoPositions(Rotation):
         if not trained.dims:
             raise Unsupported(
                 "positions: 'nope' leaves out rotary positions, and these layers have none to "
-                "leave out: learned "
-                "positions are added to the hidden states, before any layer"
+                "leave out: learned positions are added to the hidden states, before any layer"
             )
 
     def frequencies(self, trained, length=None):

@@ -44,11 +44,9 @@ class Far(Part):
         if self.window >= trained.length:
             warnings.warn(
                 f"{self.name}: window={self.window} is not below the {trained.length} tokens that "
-                "the model was "
-                "trained with: distances up to it, which it has never seen, stay as they are, so "
-                "nothing is gained; a "
-                f"quarter to a half of the trained length works best, {trained.length // 4} to "
-                f"{trained.length // 2}",
+                "the model was trained with: distances up to it, which it has never seen, stay as "
+                "they are, so nothing is gained; a quarter to a half of the trained length works "
+                f"best, {trained.length // 4} to {trained.length // 2}",
                 stacklevel=2,
             )
 

@@ -42,9 +42,8 @@ def one_token_cache(model, batch: int) -> Cache:
     for index, layer in enumerate(getattr(cache, "layers", None) or [cache]):
         if type(layer) not in PLAIN_LAYERS:
             raise Unsupported(
-                f"decode_speed: the cache of layer {index} is a {type(layer).__name__}; "
-                "it knows how to fill and rewind "
-                f"{' and '.join(kind.__name__ for kind in PLAIN_LAYERS)}"
+                f"decode_speed: the cache of layer {index} is a {type(layer).__name__}; it knows "
+                f"how to fill and rewind {' and '.join(kind.__name__ for kind in PLAIN_LAYERS)}"
             )
     return cache
 

@@ -198,8 +198,7 @@ class Operations:
             ), weight_bytes(module)
         raise Unsupported(
             f"cost: {type(module).__name__} is not a Linear and does not say what it costs; it "
-            "needs a method "
-            "cost(rows, backward=False) -> Cost"
+            "needs a method cost(rows, backward=False) -> Cost"
         )
 
     def _packed_linear(self, module: nn.Linear, rows: int) -> tuple[Cost, int]:

@@ -77,8 +77,7 @@ def sizes(
         )
         raise ValueError(
             f"{where}monarch: blocks: {blocks} does not divide a weight of {out_features} x "
-            f"{in_features}; these do: "
-            f"{both}; or give pad=True, which adds zero rows and columns"
+            f"{in_features}; these do: {both}; or give pad=True, which adds zero rows and columns"
         )
     found = Sizes(in_features, out_features, blocks, 1)
     most = min(found.p, found.s)
@@ -95,9 +94,8 @@ def sizes(
         if ratio < least:
             raise ValueError(
                 f"{where}monarch: ratio: got {ratio}, rank 1 has {least:.4g} of the parameters of "
-                "a weight of "
-                f"{out_features} x {in_features} with {blocks} blocks; give at least that, or "
-                "fewer blocks"
+                f"a weight of {out_features} x {in_features} with {blocks} blocks; give at least "
+                "that, or fewer blocks"
             )
         rank = min(most, int(ratio * in_features * out_features) // found.parameters)
     if rank is None:
@@ -105,8 +103,7 @@ def sizes(
     if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= most:
         raise ValueError(
             f"{where}monarch: rank: got {rank!r}, valid are 1 to {most} (the smaller side of a "
-            "block of "
-            f"{found.s} x {found.p})"
+            f"block of {found.s} x {found.p})"
         )
     return Sizes(in_features, out_features, blocks, rank)
 
@@ -323,8 +320,7 @@ class MonarchLinear(ProjectedLinear):
             padding = f", padded_in={self.padded_in}, padded_out={self.padded_out}"
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "
-            f"blocks={self.blocks}, "
-            f"rank={self.rank}, bias={self.bias is not None}{padding}"
+            f"blocks={self.blocks}, rank={self.rank}, bias={self.bias is not None}{padding}"
         )
 
 

@@ -224,8 +224,7 @@ class BucketState(FullState):
         if self.wrapped and n < least:
             raise ValueError(
                 f"crop: got {n}, but tokens that are seen from there were overwritten; valid are "
-                f"0 and {least} to "
-                f"{self.total}"
+                f"0 and {least} to {self.total}"
             )
 
     def _crop(self, n: int) -> None:

@@ -326,8 +326,7 @@ class RingState(FullState):
         if self.wrapped and self.oldest and n < least:
             raise ValueError(
                 f"crop: got {n}, but the tokens that a window ending there needs were evicted; "
-                "valid are 0 and "
-                f"{least} to {self.total}"
+                f"valid are 0 and {least} to {self.total}"
             )
 
     def _crop(self, n: int) -> None:

@@ -95,8 +95,7 @@ class RecurrentState(State):
         if n < self.base:
             raise ValueError(
                 f"crop: got {n}, but the first {self.base} tokens are in the sums, which cannot "
-                "take them back; valid "
-                f"are 0 and {self.base} to {self.seq_len}"
+                f"take them back; valid are 0 and {self.base} to {self.seq_len}"
             )
 
     def _crop(self, n: int) -> None:

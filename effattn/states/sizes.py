@@ -58,8 +58,7 @@ def check_sizes(sizes: Sizes, tokens: int, k: Tensor, v: Tensor) -> None:
         if (old[:2], dim, sizes.dtype) != (given.shape[:2], given.shape[3], new.dtype):
             raise ValueError(
                 f"{which}: the state holds {old} {sizes.dtype}, got new tokens "
-                f"{tuple(given.shape)} {new.dtype}; only "
-                "the number of tokens may differ"
+                f"{tuple(given.shape)} {new.dtype}; only the number of tokens may differ"
             )
     if new.device != sizes.device:
         raise ValueError(

@@ -66,8 +66,8 @@ def check(parts: Anatomy, plans: dict[int, LayerPlan], tokens: Tensor | None) ->
         if count < _coded(plan).codes:
             raise ValueError(
                 f"calibration: layer {index}: {_coded(plan).codes} codes, but {count} tokens in "
-                f"rows of {length}: the "
-                f"codebook is larger than the data; valid are more tokens or codes <= {count}"
+                f"rows of {length}: the codebook is larger than the data; valid are more tokens "
+                f"or codes <= {count}"
             )
 
 

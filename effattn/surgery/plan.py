@@ -184,8 +184,8 @@ def _obstacle(layer: anatomy.Layer, plan: LayerPlan) -> str | None:
     if layer.own_window is None and layer.causal and _cache_forgets(layer):
         return (
             f"it has config.sliding_window={layer.config.sliding_window}, which its class leaves "
-            "out without a cache "
-            "and transformers' cache obeys; model.config.sliding_window = None is full attention"
+            "out without a cache and transformers' cache obeys; model.config.sliding_window = "
+            "None is full attention"
         )
     if getattr(layer.config, "use_bidirectional_attention", False):
         return "its attention is bidirectional (use_bidirectional_attention)"

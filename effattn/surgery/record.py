@@ -148,8 +148,7 @@ def _learned_files(folder: Path) -> dict[str, Stored]:
         other = next(iter(inside.values())).file
         raise ValueError(
             f"weights: {str(folder)!r} holds what a swap added in {LEARNED} and in {other}: one "
-            "of them is of another "
-            "save; delete it"
+            "of them is of another save; delete it"
         )
     return inside or beside
 

@@ -107,8 +107,8 @@ def make(
         if hooks.GLOBAL in layer.attention._modules and index not in set(repatterned):
             raise Unsupported(
                 f"projections: layer {index} has global projections beside its own, made for its "
-                "present pattern; "
-                "effattn.restore the model, or swap pattern and projections in one call"
+                "present pattern; effattn.restore the model, or swap pattern and projections in "
+                "one call"
             )
         for module in _linears(layer, options is None or options["ffn"]):
             if options is None and not isinstance(module, StructuredLinear):
@@ -162,8 +162,8 @@ def _linears(layer: anatomy.Layer, ffn: bool) -> list[Any]:
         ):
             raise Unsupported(
                 f"projections: the experts of layer {layer.index} ({type(layer.ffn).__name__}) "
-                "are stacked in one "
-                "parameter and no linear layers; without ffn=True, q, k, v and o are replaced"
+                "are stacked in one parameter and no linear layers; without ffn=True, q, k, v and "
+                "o are replaced"
             )
         # what is no linear is refused later
         found = found + [m for m in layer.ffn.modules() if hasattr(m, "in_features")]
@@ -192,8 +192,7 @@ def _check(matrix: Matrix, outputs: int) -> None:
     if is_packed(module):
         raise Unsupported(
             f"projections: {name} is a {type(module).__name__} of {module.weight.dtype}; a "
-            "quantized weight "
-            "cannot be projected: load the model in a float dtype"
+            "quantized weight cannot be projected: load the model in a float dtype"
         )
     if not is_plain(module) and not isinstance(module, StructuredLinear):
         raise Unsupported(f"projections: {name} is a {type(module).__name__}, valid is a Linear")

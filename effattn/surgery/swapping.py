@@ -85,13 +85,7 @@ def swap(
     `restore` undoes neither heads nor projections: their old weights are gone.
     Raises ValueError for arguments that mean nothing, Unsupported for what this model or version
     cannot do."""
-    if all(axis is None for axis in (pattern, positions, cache, heads, projections)):
-        raise ValueError(
-            f"swap: nothing to do; give pattern (one of {', '.join(registry.backends())}), "
-            "positions, cache, heads or projections"
-        )
-    if pattern is None and options:
-        raise ValueError(f"swap: {', '.join(options)} given without a pattern")
+    _check_asked(pattern, options, (positions, cache, heads, projections))
     # Plans first, which refuse; then what rewrites weights, undone where a part of it fails; then
     # what is hung on the model.
     require_unwrapped(model)
@@ -124,6 +118,17 @@ def swap(
         _carry_out(parts, placed, plan, plans, calibration)
     mark(model)
     return model
+
+
+def _check_asked(pattern, options: dict, others: tuple) -> None:
+    """ValueError for a call that asks for nothing, and for options that belong to no pattern."""
+    if pattern is None and all(axis is None for axis in others):
+        raise ValueError(
+            f"swap: nothing to do; give pattern (one of {', '.join(registry.backends())}), "
+            "positions, cache, heads or projections"
+        )
+    if pattern is None and options:
+        raise ValueError(f"swap: {', '.join(options)} given without a pattern")
 
 
 def _carry_out(

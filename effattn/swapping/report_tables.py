@@ -113,10 +113,9 @@ def stream_note(report: SwapData) -> str:
     settings, fresh = report.settings, report.reference
     text = (
         f"One text, fed through the cache in chunks of {settings['chunk']:,}; every token is "
-        "predicted from all that "
-        "the cache still holds. Reference: the unchanged model without a cache, in windows of "
-        f"{fresh['context']:,} "
-        "that overlap by half; it shows how hard the text itself is at each place."
+        "predicted from all that the cache still holds. Reference: the unchanged model without a "
+        f"cache, in windows of {fresh['context']:,} that overlap by half; it shows how hard the "
+        "text itself is at each place."
     )
     before = next(run for run in report.runs if run["role"] == "before")
     if before["stream"]["tokens"] < settings["stream_tokens"]:
@@ -135,8 +134,7 @@ def stream_note(report: SwapData) -> str:
         if abs(bare / ours - 1) < SAME:
             text += (
                 f" Here the sinks change little ({number(ours)} with them, {number(bare)} "
-                "without): this model leans "
-                "little on its first tokens."
+                "without): this model leans little on its first tokens."
             )
     return text
 

@@ -259,8 +259,8 @@ def unfit(name: str, values: torch.Tensor, dtype: torch.dtype) -> str | None:
     if dtype in HALF and not torch.isfinite(values.to(dtype)).all():
         return (
             f"training: {name} has come to {float(values.abs().max()):.3g}, beyond {dtype}, which "
-            "holds up to "
-            f"{torch.finfo(dtype).max:.3g}; lower the learning rate, or load the model in float32"
+            f"holds up to {torch.finfo(dtype).max:.3g}; lower the learning rate, or load the "
+            "model in float32"
         )
     return None
 

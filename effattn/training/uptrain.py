@@ -198,6 +198,24 @@ class Steps(TrainerCallback):
         self.progress(state.global_step, state.max_steps)
 
 
+def _schedule(
+    folder: Path, train_tokens: int, tokens: int, *, save_every: int | None, **settings
+) -> tuple:
+    """(TrainingArguments, tokens a step) for a budget over all processes, each of which takes
+    `tokens` a step. How many processes there are, only the Trainer's settings know."""
+    probe = training.arguments(folder, steps=1, warmup=0, save_every=1, **settings)
+    tokens_per_step = tokens * probe.world_size
+    steps = max(1, train_tokens // tokens_per_step)
+    arguments = training.arguments(
+        folder,
+        steps=steps,
+        warmup=min(steps, max(10, steps // 10)),
+        save_every=save_every or max(1, min(100, steps // 3)),
+        **({"weight_decay": 0.01} | settings),
+    )
+    return arguments, tokens_per_step
+
+
 def uptrain(
     student,
     teacher,
@@ -233,24 +251,13 @@ def uptrain(
     require_here(student, "uptrain")
     if isinstance(trainable, str):
         check_choice("trainable", trainable, TRAINABLE)
-    hidden = student.get_input_embeddings().weight.shape[1]
     settings = {"disable_tqdm": True, "logging_strategy": "no", "seed": seed}
     settings |= training.placed(student) | (overrides or {})
-    # how many processes there are, only the Trainer's settings know; steps follow from that
-    probe = training.arguments(
-        folder, steps=1, batch=batch, lr=1.0, warmup=0, save_every=1, **settings
+    lr = lr or default_lr(student.get_input_embeddings().weight.shape[1])
+    arguments, tokens_per_step = _schedule(
+        folder, train_tokens, batch * length, batch=batch, lr=lr, save_every=save_every, **settings
     )
-    tokens_per_step = batch * length * probe.world_size
-    steps = max(1, train_tokens // tokens_per_step)
-    arguments = training.arguments(
-        folder,
-        steps=steps,
-        batch=batch,
-        lr=lr or default_lr(hidden),
-        warmup=min(steps, max(10, steps // 10)),
-        save_every=save_every or max(1, min(100, steps // 3)),
-        **({"weight_decay": 0.01} | settings),
-    )
+    steps = arguments.max_steps
     if trainable == "attention":
         trainable = [p for layer in hf.of(student) for p in layer.attention.parameters()]
     callbacks = [Steps(progress)] if progress else []

@@ -51,8 +51,7 @@ def attention(
     if q_first is not None and pattern.first > cache.slots:
         raise ValueError(
             f"q_first: got pattern.first = {pattern.first}, but the cache holds {cache.slots} "
-            "first tokens in full "
-            f"precision; valid is at most {cache.slots}"
+            f"first tokens in full precision; valid is at most {cache.slots}"
         )
     check_rules(None, bias, q, q, pattern, Layout(), causal, q_first)
     # first queries are slots here, which see no far keys

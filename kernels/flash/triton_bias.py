@@ -76,8 +76,7 @@ def arguments(bias: Bias | None) -> tuple[Tensor | None, int, int]:
     if torch.is_grad_enabled() and bias.params.requires_grad:
         raise ValueError(
             "bias.params: the Triton kernels have no gradient for it; valid are a detached tensor "
-            "and "
-            "impl='torch'"
+            "and impl='torch'"
         )
     params = bias.params.float().contiguous()
     return params, params.shape[1] if params.shape[0] > 1 else 0, params.shape[1]

@@ -38,8 +38,7 @@ def linear(
     if len({each.dtype for each in tensors}) > 1 or x.dtype not in DTYPES:
         raise ValueError(
             f"monarch: got {', '.join(str(each.dtype) for each in tensors)}; the Triton kernels "
-            "take one of float16, "
-            "bfloat16 and float32; impl='torch' takes float64 too"
+            "take one of float16, bfloat16 and float32; impl='torch' takes float64 too"
         )
     return _Linear.apply(x, right, left, dense_rows(bias), out_features)
 

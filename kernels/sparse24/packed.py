@@ -42,8 +42,7 @@ def pack(weight: Tensor) -> Packed:
     if weight.ndim != 2 or weight.shape[1] % 8 or not weight.is_floating_point():
         raise ValueError(
             f"weight: got {tuple(weight.shape)} {weight.dtype}, valid is a float matrix (outputs, "
-            "inputs) with a "
-            "multiple of 8 inputs"
+            "inputs) with a multiple of 8 inputs"
         )
     groups = weight.unflatten(1, (-1, 4))
     kept = groups != 0
@@ -52,8 +51,8 @@ def pack(weight: Tensor) -> Packed:
         row, group = over.nonzero()[0].tolist()
         raise ValueError(
             f"weight: it is not 2:4 sparse: {int(over.sum())} of {over.numel()} groups of four "
-            "have more than two "
-            f"non-zeros, the first in row {row} at columns {4 * group} to {4 * group + 3}"
+            f"have more than two non-zeros, the first in row {row} at columns {4 * group} to "
+            f"{4 * group + 3}"
         )
     # non-zeros first, then free places
     at = (~kept).byte().argsort(dim=2, stable=True)[..., :2].sort(dim=2).values

@@ -80,8 +80,8 @@ class Domains:
             if len(tokens) < least:
                 raise ValueError(
                     f"data: domain {name!r} has {len(tokens):,} tokens; windows of {length} need "
-                    f"at least {least:,} "
-                    f"({held_out} windows are held out): give it more text, or shorter windows"
+                    f"at least {least:,} ({held_out} windows are held out): give it more text, or "
+                    "shorter windows"
                 )
         self.length, self.bos = length, bos
         self.train = {

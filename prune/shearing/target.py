@@ -43,16 +43,14 @@ class Target:
             if type(value) is not int or not 1 <= value <= sizes[axis]:
                 raise ValueError(
                     f"target: {axis}: got {value!r}, the model has {sizes[axis]} {NAMES[axis]}; "
-                    "valid is "
-                    f"1 to {sizes[axis]}"
+                    f"valid is 1 to {sizes[axis]}"
                 )
         smaller = {axis: value for axis, value in wanted.items() if value < sizes[axis]}
         if not smaller:
             has = ", ".join(f"{axis} {size}" for axis, size in sizes.items())
             raise ValueError(
                 f"target: got {wanted or 'nothing'}, which removes nothing from a model of {has}; "
-                "valid "
-                "is less of at least one"
+                "valid is less of at least one"
             )
         check_axes(parts, list(smaller))
         sliced_config(parts.model.config, _first(sizes, smaller))  # refuses what it cannot say

@@ -4,8 +4,8 @@ what they have left.
 Layer by layer, in order, the pruned model feeding its own next layers. Each output module is solved
 for what the whole layer would have given on the same input: with x the module's whole input, C =
 sum x x^T over the calibration tokens, S what stays and V the diagonal of C[S, S],
-W' = W C[:, S] (C[S, S] + lambda V)^-1, in fp64 (the reconstruction of He et al., arXiv:1707.06168,
-and of SlimGPT, arXiv:2412.18110). lambda pulls towards W[:, S], so that the error on the calibration
+W' = W C[:, S] (C[S, S] + lambda V)^-1, in fp64 (He et al.'s reconstruction, arXiv:1707.06168, and
+of SlimGPT, arXiv:2412.18110). lambda pulls towards W[:, S], so that the error on the calibration
 tokens never rises. A module with a bias gets a new one with it. The FFN's module is solved after
 o_proj is written, on what it then is given.
 
@@ -182,7 +182,6 @@ def _with_fields(parts: hf.Anatomy, targets: list[str]) -> tuple[object, dict[st
             what = "o_proj" if target == "heads" else "its FFN's output module"
             raise Unsupported(
                 f"bias: {type(model).__name__} cannot have a bias in {what}: its config has no "
-                f"{BIASES[target]}; valid "
-                "is bias=False"
+                f"{BIASES[target]}; valid is bias=False"
             )
     return config, {name: tensor.shape for name, tensor in shell.state_dict().items()}

@@ -189,8 +189,7 @@ def plan_of(
         got = ", ".join(str(amounts.get(target)) for target in TARGETS)
         raise ValueError(
             f"heads, ffn, layers: got {got}, which removes nothing; valid is at least one of "
-            "them: an int (how many "
-            "stay) or a float in (0, 1) (the share that is removed)"
+            "them: an int (how many stay) or a float in (0, 1) (the share that is removed)"
         )
     named = dict.fromkeys(keep, criterion) if isinstance(criterion, str) else dict(criterion)
     for target, name in named.items():
@@ -263,8 +262,7 @@ def _check_enough(parts: hf.Anatomy, plan: Plan, tokens: Tensor) -> None:
     if len(tokens) < needed:
         raise ValueError(
             f"tokens: got {len(tokens):,}, at least {needed:,} are needed to solve for output "
-            "modules with "
-            f"{max(inputs):,} inputs; give more text, or compensate=False"
+            f"modules with {max(inputs):,} inputs; give more text, or compensate=False"
         )
 
 

@@ -67,9 +67,8 @@ def _check_explicit_heads(config, keep: Keep) -> None:
     if hidden != heads * sizes.head_dim:
         raise Unsupported(
             f"{type(config).__name__} cannot hold {heads} heads of {sizes.head_dim} with hidden "
-            f"size {hidden}: in "
-            f"this class the heads make up the hidden size; with {heads} heads, hidden has to be "
-            f"{heads * sizes.head_dim}"
+            f"size {hidden}: in this class the heads make up the hidden size; with {heads} heads, "
+            f"hidden has to be {heads * sizes.head_dim}"
         )
 
 

@@ -73,9 +73,8 @@ def _check_kinds(old: hf.Anatomy, new: hf.Anatomy, keep: Keep) -> None:
             if getattr(before, what) != getattr(after, what):
                 raise Unsupported(
                     f"layers: layer {index} of {type(old.model).__name__} has {what} "
-                    f"{getattr(before, what)}, as layer "
-                    f"{after.index} it gets {getattr(after, what)}: its config says it by its "
-                    "number"
+                    f"{getattr(before, what)}, as layer {after.index} it gets "
+                    f"{getattr(after, what)}: its config says it by its number"
                 )
 
 

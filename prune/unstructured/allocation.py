@@ -60,7 +60,6 @@ def allocate(plan: Plan, measured: Sequence[float]) -> Plan:
     if min(wanted) < 0 or max(wanted) > 1:
         raise ValueError(
             f"sparsity: got {plan.sparsities[0]} with 'sensitivity', which varies it by up to "
-            f"{SPREAD}; valid is "
-            f"{SPREAD} to {1 - SPREAD:g}"
+            f"{SPREAD}; valid is {SPREAD} to {1 - SPREAD:g}"
         )
     return replace(plan, sparsities=tuple(Sparsity(share) for share in wanted))

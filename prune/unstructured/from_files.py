@@ -128,8 +128,7 @@ def resume(file: Path, settings: dict) -> dict | None:
         if changed:
             raise ValueError(
                 f"{file.parent} holds an unfinished run with another {', '.join(changed)}: repeat "
-                "it with the same to "
-                "go on, or delete that folder to start again"
+                "it with the same to go on, or delete that folder to start again"
             )
         return old.get("state")
     file.parent.mkdir(parents=True, exist_ok=True)

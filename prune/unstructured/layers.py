@@ -49,8 +49,8 @@ def linears(layer: hf.Layer, modules: str = "all") -> dict[str, nn.Linear]:
         if hasattr(module, "in_features") and not list(module.parameters(recurse=False)):
             raise Unsupported(
                 f"modules: {modules!r} of layer {layer.index} includes {path} "
-                f"({type(module).__name__}), whose weight "
-                "is codes in buffers; valid are models whose weights are all nn.Linear"
+                f"({type(module).__name__}), whose weight is codes in buffers; valid are models "
+                "whose weights are all nn.Linear"
             )
         for name, weight in module.named_parameters(recurse=False):
             if weight.dim() < 2:
@@ -63,10 +63,9 @@ def linears(layer: hf.Layer, modules: str = "all") -> dict[str, nn.Linear]:
                 )
                 raise Unsupported(
                     f"modules: {modules!r} of layer {layer.index} includes {path}.{name} "
-                    f"({type(module).__name__}, "
-                    f"{str(weight.dtype).removeprefix('torch.')} {tuple(weight.shape)}), which is "
-                    "no plain linear "
-                    f"layer; valid are models whose {modules} weights are all nn.Linear{others}"
+                    f"({type(module).__name__}, {str(weight.dtype).removeprefix('torch.')} "
+                    f"{tuple(weight.shape)}), which is no plain linear layer; valid are models "
+                    f"whose {modules} weights are all nn.Linear{others}"
                 )
             found[path] = module
     return found

@@ -54,8 +54,8 @@ class StreamedModel:
         if hasattr(config, KEY):
             raise Unsupported(
                 f"model: {str(checkpoint.folder)!r} is a swapped checkpoint, which is not pruned "
-                "from file to file; "
-                "valid is effattn.load, effattn.prune.oneshot on the model, and effattn.save"
+                "from file to file; valid is effattn.load, effattn.prune.oneshot on the model, "
+                "and effattn.save"
             )
         loading.check_causal(config, checkpoint.folder)
         require_plain_files(config, checkpoint.folder, "pruning from files")
@@ -84,8 +84,7 @@ class StreamedModel:
         if missing:
             raise Unsupported(
                 f"model: {checkpoint.folder} has no {missing[0]!r} ({len(missing)} of the names "
-                "that "
-                f"{type(model).__name__} has are missing); save it once with this version of "
+                f"that {type(model).__name__} has are missing); save it once with this version of "
                 "transformers"
             )
 

@@ -265,8 +265,8 @@ class Held(State):
         if n < least:
             raise ValueError(
                 f"crop: got {n}, but the tokens before number {least} are packed for good; valid "
-                f"are 0 and {least} to "
-                f"{self.total} ({self.format} takes back what is in full precision)"
+                f"are 0 and {least} to {self.total} ({self.format} takes back what is in full "
+                "precision)"
             )
 
     def _crop(self, n: int) -> None:

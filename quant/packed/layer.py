@@ -61,9 +61,8 @@ def cache(
         if one is not None and one.raw_keys and not raw and parts.layers[index].rotary is not None:
             raise Unsupported(
                 f"cache: layer {index}: pre_rope=True needs a model that hands over its keys "
-                "before their rotation; "
-                f"valid is effattn.swap(model, cache={spec!r}), after which generate() makes such "
-                "caches by itself"
+                f"before their rotation; valid is effattn.swap(model, cache={spec!r}), after "
+                "which generate() makes such caches by itself"
             )
     if max_length is not None:
         _check_static(parts, formats, held, max_length)
@@ -100,8 +99,8 @@ def _check_static(parts: anatomy.Anatomy, formats: dict, held: dict, max_length:
             pattern = f"sliding(window={layer.own_window})" if own else swapped.pattern
             raise Unsupported(
                 f"cache: layer {layer.index} ({pattern}) forgets tokens, and a static cache is "
-                "for layers that see "
-                "everything; leave out max_length: rings have a bounded size anyway"
+                "for layers that see everything; leave out max_length: rings have a bounded size "
+                "anyway"
             )
         if format.static_state(max_length) is None:
             raise Unsupported(

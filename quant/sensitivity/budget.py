@@ -82,8 +82,7 @@ def check_budget(budget: float, least: float) -> None:
     if budget < least:
         raise ValueError(
             f"budget_bytes_per_token: got {budget:,g}, the least possible with these formats is "
-            f"{least:,g} bytes a "
-            "token; give more, or a format with fewer bits"
+            f"{least:,g} bytes a token; give more, or a format with fewer bits"
         )
 
 

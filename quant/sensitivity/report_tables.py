@@ -76,14 +76,11 @@ def _quality(report: QuantizeData) -> Table:
         "Same top token",
     )
     quality = report.full["quality"]
+    begun = begun_with(report.data["settings"])
     note = (
-        f"{quality['tokens']:,} held-out tokens in windows of {quality['length']:,}"
-        f"{begun_with(report.data['settings'])}, each token a "
-        "decoding step that "
-        "reads the packed cache. Bytes are those of a packed token in all layers, scales "
-        "included; the newest tokens "
-        "(residual) stay in full precision. ± is the standard error of the change, tokens being "
-        "paired."
+        f"{quality['tokens']:,} held-out tokens in windows of {quality['length']:,}{begun}, each "
+        "token a decoding step that reads the packed cache. Bytes are those of a packed token in all layers, scales included; the newest tokens (residual) stay in full "
+        "precision. ± is the standard error of the change, tokens being paired."
     )
     adapted = [f"{row['name']}: {row['adapted']}" for row in report.rows if row["adapted"]]
     note += f" Adapted: {'; '.join(adapted)}." if adapted else ""
@@ -122,8 +119,7 @@ def _plan(report: QuantizeData) -> list[Table]:
     ]
     note = (
         f"The least sum of KLs within {plan['budget']:,g} bytes a token: it takes "
-        f"{whole(plan['bytes_per_token'])}, "
-        f"sums to {number(plan['kl'])}; measured as a whole: "
+        f"{whole(plan['bytes_per_token'])}, sums to {number(plan['kl'])}; measured as a whole: "
         f"{number(report.rows[-1]['quality']['kl'])}."
     )
     return [Table(PLAN_TITLE, ("", "Cache", f"KL alone ({NATS})"), rows, note)]
@@ -152,13 +148,10 @@ def _retrieval(report: QuantizeData) -> list[Table]:
     guessing = 100 * max(row["chance"] for row in found)
     note = (
         f"In {report.data['settings']['retrieval_length']:,} tokens. Share of right answers and, "
-        "in brackets, nats of "
-        "an answer token; passkey: every token of the key is the most likely one; recall: the "
-        "right word is the most "
-        f"likely of those on offer (guessing: {guessing:g} %). Depth 0 is the start, 1 right "
-        "before the question. "
-        "Tokens packed at the end: "
-        f"{', '.join(f'{name} {count:,}' for name, count in packed.items())}."
+        "in brackets, nats of an answer token; passkey: every token of the key is the most likely "
+        "one; recall: the right word is the most likely of those on offer (guessing: "
+        f"{guessing:g} %). Depth 0 is the start, 1 right before the question. Tokens packed at "
+        f"the end: {', '.join(f'{name} {count:,}' for name, count in packed.items())}."
     )
     if unlearned:
         note += (
@@ -186,8 +179,7 @@ def _memory(report: QuantizeData) -> Table:
     contexts = [f"{short_count(one['context'])} tokens" for one in report.full["memory"]]
     note = (
         f"One sequence: weights ({report.data['model']['weights']}, {data_size(weights)}) and "
-        "cache together, in "
-        "brackets the cache alone, residual included; as predicted."
+        "cache together, in brackets the cache alone, residual included; as predicted."
     )
     return Table(MEMORY, ("Cache", *contexts), rows, note)
 

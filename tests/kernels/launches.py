@@ -92,8 +92,9 @@ def _flash_cases() -> None:
         case(f"flash {queries} of {keys}", sizes=dict(queries=queries, keys=keys))(flash)
     case("flash one head", sizes=dict(heads=(1, 1)))(flash)
     case("flash softcap", softcap=30.0)(flash)
-    case("flash softcap sinks padded", patterns["sinks"], lambda: layout_of(padding()),
-         softcap=30.0)(flash)  # fmt: skip
+    case(
+        "flash softcap sinks padded", patterns["sinks"], lambda: layout_of(padding()), softcap=30.0
+    )(flash)
     case("flash slots", patterns["sinks"], lambda: Layout(slots=4, tail=50))(flash)
 
     def first(q, k):
@@ -205,8 +206,21 @@ def _decode_cases() -> None:
 # ---- packed caches
 
 
-def packed(k_coding, v_coding, pattern=None, *, queries=1, slots=0, dim=64, dtype=BF16,
-           ring=False, static=False, padded=False, rules=None, **options) -> None:  # fmt: skip
+def packed(
+    k_coding,
+    v_coding,
+    pattern=None,
+    *,
+    queries=1,
+    slots=0,
+    dim=64,
+    dtype=BF16,
+    ring=False,
+    static=False,
+    padded=False,
+    rules=None,
+    **options,
+) -> None:
     """One call over a packed cache, which is packed here."""
     from effattn.kernels.decode.packed import PackedCache, attention
     from effattn.kernels.pack import pack, unpack
@@ -267,8 +281,18 @@ def _packed_cases() -> None:
 # ---- the other kernels
 
 
-def linear(feature_map, *, sizes=None, directed=False, padded=False, decayed=False, before=False,
-           backward=True, few=False, **options) -> None:  # fmt: skip
+def linear(
+    feature_map,
+    *,
+    sizes=None,
+    directed=False,
+    padded=False,
+    decayed=False,
+    before=False,
+    backward=True,
+    few=False,
+    **options,
+) -> None:
     """One call of linear attention and its backward pass, or few queries over a state."""
     from fake_gpu import backward as run_backward
 
@@ -461,8 +485,17 @@ def main(parts: str = "", depth: str = "front", arches: str = "") -> None:
                                 error = error.__cause__
                             failed[f"{name}, {arch}"] = f"{type(error).__name__}: {error}"[-600:]
     seconds = round(time.perf_counter() - begin, 1)
-    print(json.dumps({"cases": count, "failed": failed, "seconds": seconds,
-                      "launches": seen.launches, "compiled": seen.compiled}))  # fmt: skip
+    print(
+        json.dumps(
+            {
+                "cases": count,
+                "failed": failed,
+                "seconds": seconds,
+                "launches": seen.launches,
+                "compiled": seen.compiled,
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

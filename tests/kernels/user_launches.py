@@ -190,8 +190,9 @@ def model(kind: str = "llama", **options):
         made = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
         if options:
             options = dict(options)
-            effattn.swap(made.eval(), *[options.pop(x) for x in ("pattern",) if x in options],
-                         **options)  # fmt: skip
+            effattn.swap(
+                made.eval(), *[options.pop(x) for x in ("pattern",) if x in options], **options
+            )
             for layer in made.modules():
                 if isinstance(layer, effattn.interface.Backend):
                     layer.impl = "triton"

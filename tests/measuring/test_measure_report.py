@@ -142,8 +142,7 @@ def with_row(new: dict) -> dict:
 def test_the_finding_is_the_longest_context_beside_the_first_variant():
     assert Report(data()).headline == (
         "Decode at 16k: window reads 31x fewer KV bytes and is 9.1x faster than plain (1.75 ms "
-        "against 16 ms a token); "
-        "its first token comes 2.0x sooner (8.19 s against 16.4 s)."
+        "against 16 ms a token); its first token comes 2.0x sooner (8.19 s against 16.4 s)."
     )
 
 
@@ -154,8 +153,7 @@ def test_the_finding_is_the_longest_context_beside_the_first_variant():
             32.0,
             32768.0,
             "fewer KV bytes but is 2.0x slower than plain (32 ms against 16 ms a token); its "
-            "first token comes "
-            "2.0x later (32.8 s against 16.4 s).",
+            "first token comes 2.0x later (32.8 s against 16.4 s).",
         ),
         (
             16.1,

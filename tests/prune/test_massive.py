@@ -32,10 +32,33 @@ def layer(outputs: int = 48, inputs: int = 64, tokens: int = 640):
     """Weights (outputs, inputs), and calibration and held-out inputs (tokens, inputs): correlated,
     and of sizes that differ by a few times."""
     draw = torch.Generator().manual_seed(0)
-    weight = torch.randn(outputs, inputs, generator=draw, dtype=torch.float64)
-    mix = 2 * torch.randn(inputs, inputs, generator=draw, dtype=torch.float64) / inputs**0.5
-    sizes = torch.randn(inputs, generator=draw, dtype=torch.float64).exp()
-    x = torch.randn(2 * tokens, inputs, generator=draw, dtype=torch.float64)
+    weight = torch.randn(
+        outputs,
+        inputs,
+        generator=draw,
+        dtype=torch.float64,
+    )
+    mix = (
+        2
+        * torch.randn(
+            inputs,
+            inputs,
+            generator=draw,
+            dtype=torch.float64,
+        )
+        / inputs**0.5
+    )
+    sizes = torch.randn(
+        inputs,
+        generator=draw,
+        dtype=torch.float64,
+    ).exp()
+    x = torch.randn(
+        2 * tokens,
+        inputs,
+        generator=draw,
+        dtype=torch.float64,
+    )
     return weight, *((x @ (mix + torch.eye(inputs).double()) * sizes).split(tokens))
 
 
@@ -56,8 +79,19 @@ def test_sparsegpt_beats_wanda_beside_a_massive_channel(sparsity, dtype):
     mask = wanda_mask(weight, hessian.diagonal(), what)
     wanda = lost(weight, weight.masked_fill(mask, 0), held_out)
     mean = hessian + DAMPING * hessian.diagonal().mean() * torch.eye(64, dtype=torch.float64)
-    assert lost(weight, sparsegpt(weight, mean, what, damping=0).weight, held_out) > wanda
-    ours = sparsegpt(weight.to(dtype), hessian, what).weight.double()
+    assert (
+        lost(
+            weight,
+            sparsegpt(weight, mean, what, damping=0).weight,
+            held_out,
+        )
+        > wanda
+    )
+    ours = sparsegpt(
+        weight.to(dtype),
+        hessian,
+        what,
+    ).weight.double()
     assert lost(weight, ours, held_out) < 0.9 * wanda
 
 
@@ -71,7 +105,11 @@ def test_no_method_depends_on_the_size_of_a_channel(channel, scale):
 
     pruned, same = (
         sparsegpt(weight, gram, 0.5),
-        sparsegpt(weight / by, gram * by * by[:, None], 0.5),
+        sparsegpt(
+            weight / by,
+            gram * by * by[:, None],
+            0.5,
+        ),
     )
     assert torch.equal(pruned.mask, same.mask)
     torch.testing.assert_close(pruned.weight, same.weight * by)
@@ -80,7 +118,11 @@ def test_no_method_depends_on_the_size_of_a_channel(channel, scale):
     assert torch.equal(order, obs.removal_order(gram * by * by[:, None], weight / by))
 
     fits = OutputRefit(), OutputRefit()
-    for fit, z in zip(fits, (x, x * by), strict=True):
+    for fit, z in zip(
+        fits,
+        (x, x * by),
+        strict=True,
+    ):
         fit.add(z, target)
     torch.testing.assert_close(fits[0].solve(weight), fits[1].solve(weight / by) * by)
 
@@ -94,13 +136,25 @@ def test_a_pruned_model_does_not_depend_on_the_size_of_a_channel(scale, tokens):
         layer.feed_forward.inputs[-1].weight.data[7] *= scale  # up_proj, which is linear in it
         layer.feed_forward.output.weight.data[:, 7] /= scale
     found = [
-        structured(one, tokens, ffn=0.5, criterion="obs", length=64) for one in (plain, scaled)
+        structured(
+            one,
+            tokens,
+            ffn=0.5,
+            criterion="obs",
+            length=64,
+        )
+        for one in (plain, scaled)
     ]
     (one, report), (other, again) = found
     assert report.data["kept"] == again.data["kept"]
     ids = tokens[None, :32]
     with torch.no_grad():
-        torch.testing.assert_close(one(ids).logits, other(ids).logits, rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(
+            one(ids).logits,
+            other(ids).logits,
+            rtol=1e-5,
+            atol=1e-7,
+        )
 
 
 def test_an_input_that_was_always_zero_keeps_its_weights_in_a_refit():

@@ -29,10 +29,18 @@ def problem(
     """Weights (outputs, inputs) and correlated inputs (tokens, inputs)."""
     draw = torch.Generator().manual_seed(seed)
     weight = torch.randn(outputs, inputs, generator=draw, dtype=dtype)
-    mix = torch.randn(inputs, inputs, generator=draw, dtype=dtype) / inputs**0.5 + 0.5 * torch.eye(
-        inputs, dtype=dtype
-    )
-    return weight, torch.randn(tokens, inputs, generator=draw, dtype=dtype) @ mix
+    mix = torch.randn(
+        inputs,
+        inputs,
+        generator=draw,
+        dtype=dtype,
+    ) / inputs**0.5 + 0.5 * torch.eye(inputs, dtype=dtype)
+    return weight, torch.randn(
+        tokens,
+        inputs,
+        generator=draw,
+        dtype=dtype,
+    ) @ mix
 
 
 def output_error(weight, pruned, x) -> float:
@@ -51,27 +59,47 @@ def test_1_removing_one_weight_equals_least_squares():
     ours = w - w[q] / inverse[q, q] * inverse[:, q]
     keep = torch.arange(12) != q
     best = torch.linalg.lstsq(x[:, keep], x @ w).solution
-    torch.testing.assert_close(ours[keep], best, rtol=0, atol=1e-10)
+    torch.testing.assert_close(
+        ours[keep],
+        best,
+        rtol=0,
+        atol=1e-10,
+    )
     # The method itself: columns before the one that goes are final, those after it make up for it.
     done = sparsegpt(weight, hessian, 1 / 12, damping=0)
     (gone,) = done.mask[0].nonzero().flatten().tolist()
     assert gone < 11
     keep = torch.arange(12) > gone
     best = torch.linalg.lstsq(x[:, keep], x[:, gone:] @ w[gone:]).solution
-    torch.testing.assert_close(done.weight[0, keep], best, rtol=0, atol=1e-10)
+    torch.testing.assert_close(
+        done.weight[0, keep],
+        best,
+        rtol=0,
+        atol=1e-10,
+    )
 
 
 def test_2_the_factor_has_every_later_inverse_on_its_diagonal():
     _, x = problem()
     hessian = x.T @ x
     factor = inverse_factor(hessian, 0.0)
-    torch.testing.assert_close(factor, factor.triu(), rtol=0, atol=0)
+    torch.testing.assert_close(
+        factor,
+        factor.triu(),
+        rtol=0,
+        atol=0,
+    )
     torch.testing.assert_close(factor.T @ factor, hessian.inverse())
     torch.testing.assert_close(factor, torch.linalg.cholesky(hessian.inverse(), upper=True))
     for i in (0, 1, 30, 62, 63):
         assert factor[i, i] ** 2 == pytest.approx(float(hessian[i:, i:].inverse()[0, 0]), rel=1e-9)
     # several panels
-    wide = torch.randn(700, 700, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    wide = torch.randn(
+        700,
+        700,
+        dtype=torch.float64,
+        generator=torch.Generator().manual_seed(1),
+    )
     wide = wide @ wide.T + 50 * torch.eye(700)
     torch.testing.assert_close(
         inverse_factor(wide, 0.0), torch.linalg.cholesky(wide.inverse(), upper=True)
@@ -92,7 +120,14 @@ def test_3_the_loss_is_the_output_error(sparsity, damping):
     expected = float((difference @ damped * difference).sum())
     assert done.loss == pytest.approx(expected, rel=1e-8)
     if damping == 0:
-        assert done.loss == pytest.approx(output_error(weight, done.weight, x), rel=1e-8)
+        assert done.loss == pytest.approx(
+            output_error(
+                weight,
+                done.weight,
+                x,
+            ),
+            rel=1e-8,
+        )
 
 
 @pytest.mark.parametrize("sparsity", [0.5, 0.7, "2:4", "4:8"])
@@ -101,17 +136,41 @@ def test_4_the_output_error_is_the_lowest(sparsity):
     weight, x = problem(96, 256, 1024)
     hessian, what = x.T @ x, Sparsity.parse(sparsity)
     ours = output_error(weight, sparsegpt(weight, hessian, sparsity).weight, x)
-    for mask in (magnitude_mask(weight, what), wanda_mask(weight, hessian.diagonal(), what)):
-        assert ours < 0.9 * output_error(weight, weight.masked_fill(mask, 0), x)
+    for mask in (
+        magnitude_mask(weight, what),
+        wanda_mask(
+            weight,
+            hessian.diagonal(),
+            what,
+        ),
+    ):
+        assert ours < 0.9 * output_error(
+            weight,
+            weight.masked_fill(mask, 0),
+            x,
+        )
 
 
 def test_5_groups_do_not_depend_on_the_block():
     weight, x = problem(32, 96)
     hessian = x.T @ x
-    results = [sparsegpt(weight, hessian, "2:4", block=block) for block in (4, 8, 32, 96, 128)]
+    results = [
+        sparsegpt(
+            weight,
+            hessian,
+            "2:4",
+            block=block,
+        )
+        for block in (4, 8, 32, 96, 128)
+    ]
     for other in results[1:]:
         assert torch.equal(other.mask, results[0].mask)
-        torch.testing.assert_close(other.weight, results[0].weight, rtol=0, atol=1e-12)
+        torch.testing.assert_close(
+            other.weight,
+            results[0].weight,
+            rtol=0,
+            atol=1e-12,
+        )
 
 
 @settings(max_examples=25, deadline=None)
@@ -129,7 +188,15 @@ def test_6_exactly_k_weights_go(outputs, inputs, share, block, repeated):
         weight = weight.round()
     what, count = Sparsity(share), int(share * outputs * inputs + 0.5)
     done = sparsegpt(weight, x.T @ x, what, block=block)
-    masks = [done.mask, magnitude_mask(weight, what), wanda_mask(weight, x.square().mean(0), what)]
+    masks = [
+        done.mask,
+        magnitude_mask(weight, what),
+        wanda_mask(
+            weight,
+            x.square().mean(0),
+            what,
+        ),
+    ]
     assert [int(mask.sum()) for mask in masks] == [count] * 3
     rows = masks[2].sum(1)
     assert int(rows.max() - rows.min()) <= 1  # Wanda compares within an output
@@ -188,7 +255,12 @@ def test_8_a_failed_factorisation_names_the_layer_and_the_damping():
     with pytest.raises(
         torch.linalg.LinAlgError, match=r"damping 0\.01 to 1; give more calibration tokens"
     ):
-        sparsegpt(weight, -torch.eye(64).double(), 0.5, raise_damping=True)
+        sparsegpt(
+            weight,
+            -torch.eye(64).double(),
+            0.5,
+            raise_damping=True,
+        )
 
 
 # ---- more
@@ -201,7 +273,15 @@ def test_the_lazy_updates_change_nothing(sparsity):
     hessian = x.T @ x
     ours = sparsegpt(weight, hessian, sparsity, block=64).weight
     torch.testing.assert_close(
-        ours, sparsegpt_reference(weight, hessian, sparsity, block=64), rtol=1e-9, atol=1e-10
+        ours,
+        sparsegpt_reference(
+            weight,
+            hessian,
+            sparsity,
+            block=64,
+        ),
+        rtol=1e-9,
+        atol=1e-10,
     )
 
 
@@ -211,9 +291,25 @@ def test_an_input_that_is_always_zero_goes_first():
     done = sparsegpt(100 * weight, x.T @ x, 0.25)
     assert bool(done.mask[:, [4, 20]].all())
     assert int(done.mask.sum()) == 64
-    for kept in (sparsegpt(weight, x.T @ x, 0.0), sparsegpt(weight, x.T @ x, "0:4")):
-        torch.testing.assert_close(kept.weight, weight, rtol=0, atol=0)
-    assert not sparsegpt(weight, x.T @ x, 1.0).weight.any()
+    for kept in (
+        sparsegpt(weight, x.T @ x, 0.0),
+        sparsegpt(
+            weight,
+            x.T @ x,
+            "0:4",
+        ),
+    ):
+        torch.testing.assert_close(
+            kept.weight,
+            weight,
+            rtol=0,
+            atol=0,
+        )
+    assert not sparsegpt(
+        weight,
+        x.T @ x,
+        1.0,
+    ).weight.any()
 
 
 def test_hessians_are_running_means_and_serve_several_layers():
@@ -230,13 +326,30 @@ def test_hessians_are_running_means_and_serve_several_layers():
         rtol=1e-4,
         atol=1e-5,
     )
-    torch.testing.assert_close(pieces.mean, whole.mean, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(diagonal.diagonal, whole.diagonal, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        pieces.mean,
+        whole.mean,
+        rtol=1e-4,
+        atol=1e-5,
+    )
+    torch.testing.assert_close(
+        diagonal.diagonal,
+        whole.diagonal,
+        rtol=1e-4,
+        atol=1e-5,
+    )
     before = whole.mean.clone()
     shared = InverseHessian.of(whole.mean, 0.01, "q")
     for scale in (1, 2):
         once = sparsegpt(scale * weight, shared, 0.5).weight
-        assert torch.equal(once, sparsegpt(scale * weight, whole.mean, 0.5).weight)
+        assert torch.equal(
+            once,
+            sparsegpt(
+                scale * weight,
+                whole.mean,
+                0.5,
+            ).weight,
+        )
     assert torch.equal(whole.mean, before)
     bfloat = Hessian()
     bfloat.add(x.bfloat16())
@@ -252,11 +365,19 @@ def test_hessians_are_running_means_and_serve_several_layers():
 def test_the_lowest_with_ties_takes_the_first():
     scores = torch.tensor([[1.0, 0, 1, 0, 1, 0], [2, 2, 2, 2, 2, 2]])
     assert lowest(scores, 4).int().tolist() == [[1, 1, 0, 1, 0, 1], [1, 1, 1, 1, 0, 0]]
-    groups = lowest_of_groups(torch.tensor([[3.0, 1, 2, 0, 5, 5, 5, 5]]), 2, 4)
+    groups = lowest_of_groups(
+        torch.tensor([[3.0, 1, 2, 0, 5, 5, 5, 5]]),
+        2,
+        4,
+    )
     assert groups.int().tolist() == [[0, 1, 0, 1, 1, 1, 0, 0]]
     draw = torch.Generator().manual_seed(0)
     for m in (1, 2, 7, 16, 17, 40):
-        many = torch.randint(4, (m, 200), generator=draw).float()
+        many = torch.randint(
+            4,
+            (m, 200),
+            generator=draw,
+        ).float()
         for n in (0, 1, m // 2, m):
             expected = torch.zeros(m, 200, dtype=torch.bool).scatter_(
                 0, many.argsort(dim=0, stable=True)[:n], True

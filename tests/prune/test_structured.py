@@ -54,7 +54,13 @@ def inputs_of(module, model, batches):
 @pytest.mark.parametrize("kind", ["llama", "phi3", "opt"])
 def test_taylor_is_the_sum_of_weight_times_gradient_of_each_window(kind, tokens):
     model = (
-        tiny(kind, num_key_value_heads=4, ffn_dim=96) if kind != "opt" else tiny(kind, ffn_dim=96)
+        tiny(
+            kind,
+            num_key_value_heads=4,
+            ffn_dim=96,
+        )
+        if kind != "opt"
+        else tiny(kind, ffn_dim=96)
     )
     parts = hf.of(model)
     rows = windows(tokens[: 3 * LENGTH], LENGTH, 1)
@@ -83,10 +89,27 @@ def test_taylor_is_the_sum_of_weight_times_gradient_of_each_window(kind, tokens)
             ffn[layer.index] += total.abs()
     wanted = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     found = criteria.measure(
-        "taylor", parts, windows(tokens[: 3 * LENGTH], LENGTH, 3), ["heads", "ffn", "layers"]
+        "taylor",
+        parts,
+        windows(
+            tokens[: 3 * LENGTH],
+            LENGTH,
+            3,
+        ),
+        ["heads", "ffn", "layers"],
     )
-    torch.testing.assert_close(found.heads, heads.double(), rtol=1e-4, atol=1e-7)
-    torch.testing.assert_close(found.ffn, ffn.double(), rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(
+        found.heads,
+        heads.double(),
+        rtol=1e-4,
+        atol=1e-7,
+    )
+    torch.testing.assert_close(
+        found.ffn,
+        ffn.double(),
+        rtol=1e-4,
+        atol=1e-7,
+    )
     assert found.layers.shape == (2,)
     assert wanted == {name: parameter.requires_grad for name, parameter in model.named_parameters()}
 
@@ -122,8 +145,18 @@ def test_gates_multiply_and_their_gradients_are_michels(model, batches, tokens):
                         loss.append(losses(model.double(), window[None]).item())
                 expected[layer, head // 2] += abs(loss[0] - loss[1]) / (2 * step)
     expected /= expected.norm(dim=1, keepdim=True)
-    found = criteria.measure("michel", parts, batches[:1], ["heads", "ffn"])
-    torch.testing.assert_close(found.heads, expected.double(), rtol=0.05, atol=5e-3)
+    found = criteria.measure(
+        "michel",
+        parts,
+        batches[:1],
+        ["heads", "ffn"],
+    )
+    torch.testing.assert_close(
+        found.heads,
+        expected.double(),
+        rtol=0.05,
+        atol=5e-3,
+    )
     torch.testing.assert_close(found.ffn.norm(dim=1), torch.ones(2, dtype=torch.float64))
     few = [torch.ones(4)] * 2
     with (
@@ -142,7 +175,14 @@ def test_the_criteria_that_only_look(model, batches):
     parts = hf.of(model)
     layer = parts.layers[1]
     down = layer.feed_forward.output
-    x, z = (inputs_of(module, model, batches) for module in (down, layer.o.module))
+    x, z = (
+        inputs_of(
+            module,
+            model,
+            batches,
+        )
+        for module in (down, layer.o.module)
+    )
     w, o = down.weight.detach(), layer.o.module.weight.detach()
     wanted = {
         "flap": (
@@ -156,14 +196,33 @@ def test_the_criteria_that_only_look(model, batches):
         torch.testing.assert_close(found.ffn[1], ffn)
         torch.testing.assert_close(found.heads[1], heads.view(4, -1).sum(1))
     found = criteria.measure("activation", parts, batches, ["heads", "ffn"])
-    per_window = x.float().view(6, LENGTH, 96).abs().mean(1)
+    per_window = (
+        x.float()
+        .view(
+            6,
+            LENGTH,
+            96,
+        )
+        .abs()
+        .mean(1)
+    )
     torch.testing.assert_close(
         found.ffn[1],
         per_window.norm(dim=0).double(),
         rtol=1e-5,
         atol=1e-6,
     )
-    per_window = z.float().view(6, LENGTH, 8, 8).norm(dim=-1).mean(1)
+    per_window = (
+        z.float()
+        .view(
+            6,
+            LENGTH,
+            8,
+            8,
+        )
+        .norm(dim=-1)
+        .mean(1)
+    )
     torch.testing.assert_close(
         found.heads[1], per_window.norm(dim=0).view(4, 2).sum(1).double(), rtol=1e-5, atol=1e-6
     )
@@ -173,8 +232,19 @@ def test_the_criteria_that_only_look(model, batches):
 def test_obs_removes_what_costs_least_once_the_rest_is_solved_again(size):
     """Against trying every structure in every round, with a least-squares solution for each."""
     torch.manual_seed(0)
-    x = torch.randn(300, 12, dtype=torch.float64) @ torch.randn(12, 12, dtype=torch.float64)
-    weight, gram = torch.randn(5, 12, dtype=torch.float64), x.T @ x
+    x = torch.randn(
+        300,
+        12,
+        dtype=torch.float64,
+    ) @ torch.randn(12, 12, dtype=torch.float64)
+    weight, gram = (
+        torch.randn(
+            5,
+            12,
+            dtype=torch.float64,
+        ),
+        x.T @ x,
+    )
     damped = gram + obs.DAMPING * gram.diagonal().diag()
 
     def error(gone: list[int]) -> float:
@@ -206,7 +276,14 @@ def test_obs_keeps_one_of_two_that_say_the_same(model, batches):
 
 def test_obs_takes_several_a_round_where_there_are_many(monkeypatch):
     monkeypatch.setattr(obs, "ROUNDS", 10)
-    x, weight = torch.randn(100, 96, dtype=torch.float64), torch.rand(5, 96, dtype=torch.float64)
+    x, weight = (
+        torch.randn(
+            100,
+            96,
+            dtype=torch.float64,
+        ),
+        torch.rand(5, 96, dtype=torch.float64),
+    )
     weight[:, :48] /= 1e3
     order = obs.removal_order(x.T @ x, weight).tolist()
     assert sorted(order) == list(range(96))
@@ -219,7 +296,15 @@ def test_obs_orders_no_more_than_are_removed(size, rounds, monkeypatch):
     """The same order for those; the others follow, by what each would cost next."""
     monkeypatch.setattr(obs, "ROUNDS", rounds)
     draw = torch.Generator().manual_seed(0)
-    x, weight = (torch.randn(n, 96, dtype=torch.float64, generator=draw) for n in (200, 5))
+    x, weight = (
+        torch.randn(
+            n,
+            96,
+            dtype=torch.float64,
+            generator=draw,
+        )
+        for n in (200, 5)
+    )
     gram, count = x.T @ x, 96 // size
     whole = obs.removal_order(gram, weight, size).tolist()
     for removed in (0, 1, 7, count // 4, count):
@@ -233,7 +318,14 @@ def test_a_pruning_asks_obs_for_what_it_removes(model, tokens, monkeypatch):
     monkeypatch.setattr(
         obs, "removal_order", lambda *given: asked.append(given[2:]) or order(*given)
     )
-    structured(model, tokens, heads=2, ffn=0.25, criterion="obs", length=LENGTH)
+    structured(
+        model,
+        tokens,
+        heads=2,
+        ffn=0.25,
+        criterion="obs",
+        length=LENGTH,
+    )
     assert sorted(set(asked)) == [(1, 24), (16, 2)]
     assert len(asked) == 4
 
@@ -244,10 +336,25 @@ def test_block_influence_and_random(model, batches):
         for batch in batches:
             seen.append(model(input_ids=batch, output_hidden_states=True).hidden_states)
     first, second = (torch.cat([states[i] for states in seen]) for i in (0, 1))
-    wanted = 1 - torch.cosine_similarity(first, second, dim=-1).mean()
+    wanted = (
+        1
+        - torch.cosine_similarity(
+            first,
+            second,
+            dim=-1,
+        ).mean()
+    )
     found = criteria.measure("block_influence", parts, batches, ["layers"])
     torch.testing.assert_close(found.layers[0], wanted.double())
-    shuffled = [criteria.measure("random", parts, batches, seed=seed) for seed in (0, 0, 1)]
+    shuffled = [
+        criteria.measure(
+            "random",
+            parts,
+            batches,
+            seed=seed,
+        )
+        for seed in (0, 0, 1)
+    ]
     assert torch.equal(shuffled[0].ffn, shuffled[1].ffn)
     assert not torch.equal(shuffled[0].ffn, shuffled[2].ffn)
     with pytest.raises(
@@ -306,7 +413,13 @@ def test_biases_take_the_mean_of_what_went(tokens):
     with pytest.raises(
         Unsupported, match=r"MistralForCausalLM cannot have a bias in o_proj.*attention_bias"
     ):
-        structured(tiny("mistral"), tokens, heads=4, bias=True, length=64)
+        structured(
+            tiny("mistral"),
+            tokens,
+            heads=4,
+            bias=True,
+            length=64,
+        )
 
 
 @pytest.mark.parametrize("kind", ["gemma2", "opt", "mixtral", "phi"])
@@ -318,7 +431,11 @@ def test_other_classes(kind, tokens):
         model, amounts = tiny(kind, dtype=torch.float32), {"heads": 4}
     else:
         model, amounts = (
-            tiny(kind, dtype=torch.float32, **({"ffn_dim": 96} if kind == "opt" else {})),
+            tiny(
+                kind,
+                dtype=torch.float32,
+                **({"ffn_dim": 96} if kind == "opt" else {}),
+            ),
             {"ffn": 0.5},
         )
     small, report = structured(model, tokens, **amounts, length=64)
@@ -371,7 +488,12 @@ def test_it_composes_with_gqa_a_pattern_and_decoding(tokens):
     effattn.swap(small, "sliding(window=16, sinks=2)")
     with pytest.raises(Unsupported, match="is swapped"):
         structured(small, tokens, ffn=0.5, length=64)
-    out = small.generate(tokens[None, :40], min_new_tokens=24, max_new_tokens=24, do_sample=False)
+    out = small.generate(
+        tokens[None, :40],
+        min_new_tokens=24,
+        max_new_tokens=24,
+        do_sample=False,
+    )
     assert out.shape == (1, 64)
 
 

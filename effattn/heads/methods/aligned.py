@@ -23,9 +23,18 @@ def _unturned(heads: Heads) -> Merged:
     a turn nor a scale of a head can be undone elsewhere, because a norm with gains or a clip stands
     behind the projection."""
     n, d, _ = heads.keys.shape
-    same = torch.eye(d, dtype=heads.keys.dtype).expand(n, d, d)
+    same = torch.eye(d, dtype=heads.keys.dtype).expand(
+        n,
+        d,
+        d,
+    )
     key, value = (
-        maps.mean(0) * _restore(maps, maps.mean(0), heads.moment)
+        maps.mean(0)
+        * _restore(
+            maps,
+            maps.mean(0),
+            heads.moment,
+        )
         for maps in (heads.keys, heads.values)
     )
     return Merged(key, same, value, same)
@@ -35,11 +44,22 @@ def _unturned(heads: Heads) -> Merged:
 unturned = Method("mean", _unturned)
 
 
-@register(rank=1, needs_data=True, instead=(unturned,))
+@register(
+    rank=1,
+    needs_data=True,
+    instead=(unturned,),
+)
 def aligned(heads: Heads) -> Merged:
     """Key phases and value rotations against the group's mean; see the module's docstring."""
     n, d, _ = heads.keys.shape
-    key, key_maps = torch.empty_like(heads.keys[0]), heads.keys.new_zeros(n, d, d)
+    key, key_maps = (
+        torch.empty_like(heads.keys[0]),
+        heads.keys.new_zeros(
+            n,
+            d,
+            d,
+        ),
+    )
     real, imaginary = heads.pairs
     rest = heads.rest
     # LayerNorm subtracts a mean over the head: no rotation commutes with it
@@ -50,23 +70,64 @@ def aligned(heads: Heads) -> Merged:
         # multiplication
         z = torch.complex(heads.keys[:, real], heads.keys[:, imaginary])  # (n, R/2, D1)
         # (R/2, n)
-        turns = _phases(torch.einsum("afi,ij,bfj->fab", z, heads.moment.to(z), z.conj()))
-        mean = torch.einsum("fa,afi->fi", turns, z) / n
-        mean = mean * _restore(z, mean, heads.moment, per_row=True)
+        turns = _phases(
+            torch.einsum(
+                "afi,ij,bfj->fab",
+                z,
+                heads.moment.to(z),
+                z.conj(),
+            )
+        )
+        mean = (
+            torch.einsum(
+                "fa,afi->fi",
+                turns,
+                z,
+            )
+            / n
+        )
+        mean = mean * _restore(
+            z,
+            mean,
+            heads.moment,
+            per_row=True,
+        )
         key[real], key[imaginary] = mean.real, mean.imag
-        write_complex(key_maps, turns.conj().T, real, imaginary)  # k_h ~ conj(turn_h) k'
+        write_complex(
+            key_maps,
+            turns.conj().T,
+            real,
+            imaginary,
+        )  # k_h ~ conj(turn_h) k'
     if len(rest):
         maps = heads.keys[:, rest]
-        turns = torch.eye(len(rest), dtype=maps.dtype).expand(n, -1, -1)
+        turns = torch.eye(len(rest), dtype=maps.dtype).expand(
+            n,
+            -1,
+            -1,
+        )
         if heads.normed != "layer":
             turns = _rotations(maps, heads.moment)
         mean = (turns @ maps).mean(0)
-        key[rest] = mean * _restore(maps, mean, heads.moment)
+        key[rest] = mean * _restore(
+            maps,
+            mean,
+            heads.moment,
+        )
         key_maps[:, rest[:, None], rest] = turns.transpose(1, 2)
     turns = _rotations(heads.values, heads.moment)
     value = (turns @ heads.values).mean(0)
-    value = value * _restore(heads.values, value, heads.moment)
-    return Merged(key, key_maps, value, turns.transpose(1, 2).contiguous())
+    value = value * _restore(
+        heads.values,
+        value,
+        heads.moment,
+    )
+    return Merged(
+        key,
+        key_maps,
+        value,
+        turns.transpose(1, 2).contiguous(),
+    )
 
 
 def write_complex(
@@ -89,14 +150,24 @@ def _phases(covariance: torch.Tensor) -> torch.Tensor:
     turns = _unit(torch.linalg.eigh(covariance).eigenvectors[..., -1].conj())
     turns = turns * turns[:, :1].conj()  # the common phase is free: keep head 0 where it is
     for _ in range(ROUNDS):
-        turns = _unit(torch.einsum("fa,fab->fb", turns, covariance))
+        turns = _unit(
+            torch.einsum(
+                "fa,fab->fb",
+                turns,
+                covariance,
+            )
+        )
         turns = turns * turns[:, :1].conj()
     return turns
 
 
 def _unit(z: torch.Tensor) -> torch.Tensor:
     size = z.abs()
-    return torch.where(size > 0, z / size.clamp_min(1e-300), torch.ones_like(z))
+    return torch.where(
+        size > 0,
+        z / size.clamp_min(1e-300),
+        torch.ones_like(z),
+    )
 
 
 def _rotations(maps: torch.Tensor, moment: torch.Tensor) -> torch.Tensor:
@@ -107,7 +178,14 @@ def _rotations(maps: torch.Tensor, moment: torch.Tensor) -> torch.Tensor:
     # the mean of the last one
     target = maps[0]
     for _ in range(ROUNDS):
-        u, _, v = torch.linalg.svd(torch.einsum("di,ij,hej->hde", target, moment, maps))
+        u, _, v = torch.linalg.svd(
+            torch.einsum(
+                "di,ij,hej->hde",
+                target,
+                moment,
+                maps,
+            )
+        )
         turns = u @ v
         target = (turns @ maps).mean(0)
     return turns
@@ -121,9 +199,23 @@ def _restore(
     """
     # the mean of heads that differ is shorter than they are, and scores would flatten
     moment = moment.to(old)
-    before = torch.einsum("hri,ij,hrj->hr", old, moment, old.conj()).real.mean(0)
-    after = torch.einsum("ri,ij,rj->r", mean, moment, mean.conj()).real
+    before = torch.einsum(
+        "hri,ij,hrj->hr",
+        old,
+        moment,
+        old.conj(),
+    ).real.mean(0)
+    after = torch.einsum(
+        "ri,ij,rj->r",
+        mean,
+        moment,
+        mean.conj(),
+    ).real
     if not per_row:
         before, after = before.sum(), after.sum()
     factor = (before / after.clamp_min(1e-300)).sqrt()
-    return torch.where(after > 0, factor, torch.ones_like(factor)).reshape(-1, 1)
+    return torch.where(
+        after > 0,
+        factor,
+        torch.ones_like(factor),
+    ).reshape(-1, 1)

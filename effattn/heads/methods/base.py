@@ -59,7 +59,12 @@ class Heads:
 
     def covariance(self, maps: torch.Tensor) -> torch.Tensor:
         """E[(w_a x)(w_b x)^T] between all heads of maps (n, d, D1): (n, d, n, d)."""
-        return torch.einsum("adi,ij,bej->adbe", maps, self.moment, maps)
+        return torch.einsum(
+            "adi,ij,bej->adbe",
+            maps,
+            self.moment,
+            maps,
+        )
 
 
 @dataclass
@@ -105,7 +110,11 @@ def register(**facts) -> Callable[[Callable[[Heads], Merged]], Method]:
     def add(merge: Callable[[Heads], Merged]) -> Method:
         if merge.__name__ in REGISTERED:
             raise ValueError(f"head method {merge.__name__!r} is registered already")
-        method = REGISTERED[merge.__name__] = Method(merge.__name__, merge, **facts)
+        method = REGISTERED[merge.__name__] = Method(
+            merge.__name__,
+            merge,
+            **facts,
+        )
         return method
 
     return add
@@ -118,11 +127,31 @@ def relative_errors(heads: Heads, merged: Merged) -> tuple[float, float]:
 
     def share(maps, new, stand_ins, weight):
         lost = maps - stand_ins @ new
-        inner = torch.einsum("hdi,ij,hej->hde", lost, heads.moment, lost)
-        whole = torch.einsum("hdi,ij,hej->hde", maps, heads.moment, maps)
+        inner = torch.einsum(
+            "hdi,ij,hej->hde",
+            lost,
+            heads.moment,
+            lost,
+        )
+        whole = torch.einsum(
+            "hdi,ij,hej->hde",
+            maps,
+            heads.moment,
+            maps,
+        )
         return float((inner * weight).sum() / (whole * weight).sum().clamp_min(1e-300))
 
     return (
-        share(heads.keys, merged.key, merged.key_maps, heads.query),
-        share(heads.values, merged.value, merged.value_maps, heads.output),
+        share(
+            heads.keys,
+            merged.key,
+            merged.key_maps,
+            heads.query,
+        ),
+        share(
+            heads.values,
+            merged.value,
+            merged.value_maps,
+            heads.output,
+        ),
     )

@@ -24,21 +24,46 @@ from effattn.heads.methods.base import Heads, Merged, register
 FLOOR = 1e-14
 
 
-@register(rank=0, needs_data=True, normed="aligned", instead=(aligned, unturned))
+@register(
+    rank=0,
+    needs_data=True,
+    normed="aligned",
+    instead=(aligned, unturned),
+)
 def optimal(heads: Heads) -> Merged:
     """The merge of least squared error; keys behind a q/k norm fall back to `aligned` (the norm is
     not linear, and only turns may be folded into the queries)."""
-    value, value_maps = _low_rank(heads.values, heads.output, heads.moment)
+    value, value_maps = _low_rank(
+        heads.values,
+        heads.output,
+        heads.moment,
+    )
     if heads.normed:
         turned = aligned(heads)
-        return Merged(turned.key, turned.key_maps, value, value_maps)
+        return Merged(
+            turned.key,
+            turned.key_maps,
+            value,
+            value_maps,
+        )
     n, d, _ = heads.keys.shape
-    key, key_maps = torch.empty_like(heads.keys[0]), heads.keys.new_zeros(n, d, d)
+    key, key_maps = (
+        torch.empty_like(heads.keys[0]),
+        heads.keys.new_zeros(
+            n,
+            d,
+            d,
+        ),
+    )
     real, imaginary = heads.pairs
     if len(real):
         energy = heads.query.diagonal(dim1=1, dim2=2)
         z = torch.complex(heads.keys[:, real], heads.keys[:, imaginary])
-        best, factors = _complex_rank_one(z, energy[:, real] + energy[:, imaginary], heads.moment)
+        best, factors = _complex_rank_one(
+            z,
+            energy[:, real] + energy[:, imaginary],
+            heads.moment,
+        )
         key[real], key[imaginary] = best.real, best.imag
         write_complex(key_maps, factors, real, imaginary)
     rest = heads.rest
@@ -58,17 +83,31 @@ def _complex_rank_one(
         weights = torch.ones_like(weights)
     weights = weights.clamp_min(FLOOR * weights.amax())
     root = weights.sqrt().T  # (F, n)
-    covariance = torch.einsum("afi,ij,bfj->fab", z, moment.to(z), z.conj())
+    covariance = torch.einsum(
+        "afi,ij,bfj->fab",
+        z,
+        moment.to(z),
+        z.conj(),
+    )
     # (F, n)
     u = torch.linalg.eigh(root[:, :, None] * covariance * root[:, None, :]).eigenvectors[..., -1]
     # The eigenvector's phase is arbitrary: make its largest entry real, so that k' leans on a real
     # head.
     lead = u.gather(1, u.abs().argmax(1, keepdim=True))
     u = u * (lead.conj() / lead.abs())
-    best = torch.einsum("fa,afi->fi", u.conj() * root, z)
+    best = torch.einsum(
+        "fa,afi->fi",
+        u.conj() * root,
+        z,
+    )
     factors = (u / root).T
     # So is the scale: give k' the energy of an average head, as norms, bf16 and quantizers expect.
-    energy = torch.einsum("fi,ij,fj->f", best, moment.to(z), best.conj()).real
+    energy = torch.einsum(
+        "fi,ij,fj->f",
+        best,
+        moment.to(z),
+        best.conj(),
+    ).real
     old = covariance.diagonal(dim1=1, dim2=2).real.mean(1)
     size = torch.where(
         (energy > 0) & (old > 0), (old / energy.clamp_min(1e-300)).sqrt(), torch.ones_like(energy)
@@ -84,19 +123,40 @@ def _low_rank(
     """
     n, r, width = maps.shape
     if not weight.any():
-        weight = torch.eye(r, dtype=weight.dtype).expand(n, r, r)
+        weight = torch.eye(r, dtype=weight.dtype).expand(
+            n,
+            r,
+            r,
+        )
     root, inverse = _roots(weight)
     scaled = (root @ maps).reshape(n * r, width)
     vectors = torch.linalg.eigh(scaled @ moment @ scaled.T).eigenvectors[:, -r:]  # (n·r, r)
     common = vectors.T @ scaled
-    stand_ins = inverse @ vectors.view(n, r, r)
+    stand_ins = inverse @ vectors.view(
+        n,
+        r,
+        r,
+    )
     # Any invertible r x r matrix is free here. Take the rotation and the scale that bring the
     # result closest to the first head, so that fine-tuning and quantizers meet weights of the usual
     # shape.
     u, _, v = torch.linalg.svd(maps[0] @ moment @ common.T)
     turn = u @ v
-    energy = torch.einsum("ri,ij,rj->", common, moment, common)
-    old = torch.einsum("hri,ij,hrj->", maps, moment, maps) / n
+    energy = torch.einsum(
+        "ri,ij,rj->",
+        common,
+        moment,
+        common,
+    )
+    old = (
+        torch.einsum(
+            "hri,ij,hrj->",
+            maps,
+            moment,
+            maps,
+        )
+        / n
+    )
     size = (old / energy).sqrt() if energy > 0 and old > 0 else torch.ones(())
     return size * turn @ common, stand_ins @ turn.T / size
 
@@ -105,8 +165,16 @@ def _roots(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Square roots and (pseudo-)inverse square roots of symmetric positive matrices (n, r, r)."""
     values, vectors = torch.linalg.eigh(weight)
     keep = values > FLOOR * values.amax().clamp_min(1e-300)
-    root = torch.where(keep, values, torch.zeros_like(values)).sqrt()
-    inverse = torch.where(keep, values.clamp_min(1e-300).rsqrt(), torch.zeros_like(values))
+    root = torch.where(
+        keep,
+        values,
+        torch.zeros_like(values),
+    ).sqrt()
+    inverse = torch.where(
+        keep,
+        values.clamp_min(1e-300).rsqrt(),
+        torch.zeros_like(values),
+    )
     return (vectors * root[:, None]) @ vectors.transpose(1, 2), (
         vectors * inverse[:, None]
     ) @ vectors.transpose(1, 2)

@@ -74,6 +74,6 @@ def check(criterion: str, target: str, parts: Anatomy) -> None:
         free = ", ".join(repr(one.name) for one in others if not one.needs_loss)
         raise Unsupported(
             f"criterion: {criterion!r} needs the loss on next tokens, which "
-            f"{type(parts.model).__name__} does not "
-            f"predict; valid for {target} without a loss are {free}"
+            f"{type(parts.model).__name__} does not predict; valid for {target} without a loss "
+            f"are {free}"
         )
