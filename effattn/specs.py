@@ -47,6 +47,11 @@ def parse_spec(text: str) -> tuple[str, dict]:
             refuse("** is not allowed")
         if item.arg in options:
             refuse(f"{item.arg} is given twice")
+        if isinstance(item.value, ast.Name):  # shells take quotes away
+            refuse(
+                f"{item.arg} is not a literal value; text wants quotes, in a shell around all of "
+                f'it too: "{_with_quotes(tree)}"'
+            )
         try:
             options[item.arg] = ast.literal_eval(item.value)
         except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
@@ -57,6 +62,14 @@ def parse_spec(text: str) -> tuple[str, dict]:
                 "None, list or tuple"
             )
     return tree.func.id, options
+
+
+def _with_quotes(call: ast.Call) -> str:
+    """The spec with quotes around bare words."""
+    for item in call.keywords:
+        if isinstance(item.value, ast.Name):
+            item.value = ast.Constant(item.value.id)
+    return ast.unparse(call)
 
 
 def format_spec(name: str, options: dict) -> str:

@@ -78,6 +78,13 @@ def test_parse_refuses(text):
         parse_spec(text)
 
 
+def test_a_bare_word_is_answered_with_the_spec_in_quotes():
+    with pytest.raises(
+        ValueError, match=r"rotate is not a literal value.*\"int4\(rotate='kv', v=2\)\""
+    ):
+        parse_spec("int4(rotate=kv, v=2)")
+
+
 @pytest.mark.parametrize(
     ("name", "options"),
     [

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Sequence
 from dataclasses import InitVar, dataclass, field, fields
 from pathlib import Path
@@ -156,3 +158,21 @@ def test_what_two_runs_have_in_common():
     kept = Settings(heads=2, to=4096, output=Path("here"), overrides={"bf16": True}).kept()
     assert not {"output", "overrides", "device"} & set(kept)
     assert kept["heads"] == 2
+
+
+FREES = """
+from effattn.recipes.console import quiet_libraries
+quiet_libraries()
+import torch
+from effattn.profiling.memory import PeakMemory
+old = [torch.ones(1000) for _ in range(3000)]
+with PeakMemory("cpu"):
+    torch.ones(10)
+    del old
+"""
+
+
+def test_measuring_memory_makes_no_library_talk():
+    """torch warns of blocks that are older than the measurement, which nobody can change."""
+    done = subprocess.run([sys.executable, "-c", FREES], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")

@@ -172,11 +172,11 @@ def test_a_kill_in_one_go(server, tmp_path):
 def test_a_stopped_run_cleans_up(server, tmp_path, number, code):
     flow = "prune_oneshot" if number == signal.SIGTERM else "swap_backend"
     total = server.whole(flow)[1]
-    got, _, said = server.run(flow, tmp_path / "out", total - 5, signal=int(number))
+    got, _, said = server.run(flow, tmp_path / "out", total - 7, signal=int(number))
     assert got == code, said
     assert "stopped; run the same command again" in said
     assert "Traceback" not in said
-    assert {one.name for one in tmp_path.iterdir()} <= {".out.partial"}
+    assert {one.name for one in tmp_path.iterdir()} <= {".out.partial", ".out.partial.json"}
     finish(server, flow, tmp_path / "out")
 
 
