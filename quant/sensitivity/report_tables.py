@@ -80,7 +80,8 @@ def _quality(report: QuantizeData) -> Table:
     note = (
         f"{quality['tokens']:,} held-out tokens in windows of {quality['length']:,}{begun}, each "
         "token a decoding step that reads the packed cache. Bytes are those of a packed token in "
-        "all layers, scales included; the newest tokens (residual) stay in full precision. ± is the standard error of the change, tokens being paired."
+        "all layers, scales included; the newest tokens (residual) stay in full precision. "
+        "± is the standard error of the change, tokens being paired."
     )
     adapted = [f"{row['name']}: {row['adapted']}" for row in report.rows if row["adapted"]]
     note += f" Adapted: {'; '.join(adapted)}." if adapted else ""

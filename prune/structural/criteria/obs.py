@@ -82,7 +82,8 @@ def removal_order(
     columns = weight.T.masked_fill((gram.diagonal() == 0)[:, None], 0).contiguous()
     own = _own_blocks(inverse, size)
     rows, done = inverse.new_empty(removed * size, len(gram)), 0  # V
-    alive, order = torch.ones(count, dtype=torch.bool), []
+    alive = torch.ones(count, dtype=torch.bool)
+    order: list[int] = []
     while len(order) < removed:
         gone = _cheapest(own, columns, alive)[: min(many, removed - len(order))]
         at = (gone[:, None] * size + torch.arange(size)).flatten()
