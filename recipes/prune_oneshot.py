@@ -77,7 +77,7 @@ class Settings(options.Settings):
     )
     modules: str = option("all", "all, attention or ffn")
     allocation: str = option("uniform", "shares by layer: uniform, or sensitivity")
-    damping: float = real(0.01, "added to the Hessian's diagonal, as a share of it", above=0)
+    damping: float = real(0.1, "added to the Hessian's diagonal, as a share of it", above=0)
     raise_damping: bool = option(
         False, "where a factorisation fails, go on with more", name="--raise-damping"
     )

@@ -15,7 +15,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-DAMPING = 0.01  # share of each diagonal entry that is added to it
+# Share of each diagonal entry that is added to it. Half of the weights gone: SmolLM2 on 8,192
+# tokens loses 0.521 nats at 0.01, 0.508 at 0.1; the embedded model on 32,768, 0.064 and 0.062.
+DAMPING = 0.1
 PANEL = 256  # columns of the triangular inverse that are solved for at a time
 
 

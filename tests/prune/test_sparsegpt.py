@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from effattn.calibration.hessian import Hessian, InverseHessian, inverse_factor
+from effattn.calibration.hessian import DAMPING, Hessian, InverseHessian, inverse_factor
 from effattn.prune.unstructured.methods.magnitude import magnitude_mask
 from effattn.prune.unstructured.methods.sparsegpt import sparsegpt
 from effattn.prune.unstructured.methods.wanda import wanda_mask
@@ -244,23 +244,18 @@ def test_8_a_failed_factorisation_names_the_layer_and_the_damping():
         torch.linalg.LinAlgError,
         match=r"layers\.3\.up: .* fails with damping 0\.01; give more damping",
     ):
-        sparsegpt(weight, broken, 0.5, name="layers.3.up")
+        sparsegpt(weight, broken, 0.5, damping=0.01, name="layers.3.up")
     singular = torch.ones(64, 64, dtype=torch.float64)
     singular[0, 1] = singular[1, 0] = 1.05  # slightly indefinite: more damping heals it
     with pytest.raises(torch.linalg.LinAlgError, match="raise_damping=True"):
-        sparsegpt(weight, singular, 0.5)
-    healed = sparsegpt(weight, singular, 0.5, raise_damping=True)
+        sparsegpt(weight, singular, 0.5, damping=0.01)
+    healed = sparsegpt(weight, singular, 0.5, damping=0.01, raise_damping=True)
     assert healed.damping == pytest.approx(0.1)
     assert int(healed.mask.sum()) == weight.numel() // 2
     with pytest.raises(
         torch.linalg.LinAlgError, match=r"damping 0\.01 to 1; give more calibration tokens"
     ):
-        sparsegpt(
-            weight,
-            -torch.eye(64).double(),
-            0.5,
-            raise_damping=True,
-        )
+        sparsegpt(weight, -torch.eye(64).double(), 0.5, damping=0.01, raise_damping=True)
 
 
 # ---- more
@@ -339,7 +334,7 @@ def test_hessians_are_running_means_and_serve_several_layers():
         atol=1e-5,
     )
     before = whole.mean.clone()
-    shared = InverseHessian.of(whole.mean, 0.01, "q")
+    shared = InverseHessian.of(whole.mean, DAMPING, "q")
     for scale in (1, 2):
         once = sparsegpt(scale * weight, shared, 0.5).weight
         assert torch.equal(
