@@ -86,12 +86,13 @@ def test_kernels_launch_on_every_gpu(parts):
     assert sum(found["launches"].values()) > 100
 
 
+@pytest.mark.parametrize("gpu", ["sm_90", pytest.param("gfx942", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("parts", CALLS)
-def test_what_a_user_calls_launches_and_steps_wait_for_nothing(parts):
-    """One GPU of each maker: the kernels are those of above."""
-    found = in_a_process("launches.py", parts, "front", "sm_90,gfx942")
+def test_what_a_user_calls_launches_and_steps_wait_for_nothing(parts, gpu):
+    """One GPU of each maker: the kernels are those of above, which are launched on all four."""
+    found = in_a_process("launches.py", parts, "front", gpu)
     assert found["failed"] == {}
-    assert sum(found["launches"].values()) > 100
+    assert sum(found["launches"].values()) > 50
 
 
 def test_every_case_is_part_of_a_process():
