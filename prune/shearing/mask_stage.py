@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from effattn.errors import Unsupported, check_choice
+from effattn.evaluate.logits import training_loss
 from effattn.hf import anatomy as hf
 from effattn.hf.adapters import require_own_weights
 from effattn.hf.placement import require_here
@@ -196,9 +197,7 @@ def reference_losses(model: nn.Module, domains: Domains) -> Tensor:
     FloatingPointError naming the domain when one is not finite."""
     model.eval()
     device = model.get_input_embeddings().weight.device
-    found = domains.losses(
-        lambda ids: model(input_ids=ids, labels=ids, use_cache=False).loss, device
-    )
+    found = domains.losses(lambda ids: training_loss(model, ids), device)
     for name, loss in zip(domains.names, found.tolist(), strict=True):
         if loss != loss or abs(loss) == float("inf"):
             raise FloatingPointError(

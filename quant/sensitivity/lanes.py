@@ -17,8 +17,8 @@ from effattn.evaluate.loss import Progress
 from effattn.evaluate.streaming import cache_bytes
 from effattn.hf import anatomy
 from effattn.hf.cache import new_cache
+from effattn.hf.last_logits import last_only
 from effattn.hf.placement import input_device
-from effattn.measuring.lanes import takes_logits_to_keep
 from effattn.measuring.measurement import MEMORY_SHARE
 from effattn.measuring.variants import Variant, build
 from effattn.profiling.memory import available_bytes
@@ -109,7 +109,7 @@ def predicted_bytes(
 @torch.no_grad()
 def prefilled(model: nn.Module, ids: torch.Tensor):
     """A new cache of `model` that holds ids (B, T), fed in chunks of `PREFILL` tokens."""
-    cache, last = new_cache(model), {"logits_to_keep": 1} if takes_logits_to_keep(model) else {}
+    cache, last = new_cache(model), last_only(model)
     for piece in ids.split(PREFILL, dim=1):
         model(input_ids=piece, past_key_values=cache, use_cache=True, **last)
     return cache

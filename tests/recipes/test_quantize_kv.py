@@ -80,7 +80,7 @@ def test_a_full_cache_token_by_token_is_one_forward(tokens):
 
 def test_the_quantized_cache_is_what_generate_uses(text, monkeypatch):
     # blocks of seven tokens
-    monkeypatch.setattr("effattn.quant.sensitivity.tokenwise.PARENT_LOGITS", 3 * 7 * 3072)
+    monkeypatch.setattr("effattn.evaluate.logits.BYTES", 4 * 3 * 7 * 3072)
     model = small()
     lane = Lane(INT2, INT2).of(model)
     found = tokenwise(model, lane.model, text[:241], 80, batch=3)
