@@ -37,7 +37,6 @@ FAMILIES = {
     "gpt_neox": {},
     "opt": {},
     "phi": {},  # its head has a bias
-    "qwen3_moe": {},
 }
 
 
