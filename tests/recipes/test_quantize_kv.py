@@ -318,6 +318,15 @@ def test_the_report_says_what_was_measured(finished):
             ["--budget-bytes-per-token", "500"],
             "the least possible with these formats is 1,024 bytes a token",
         ),
+        (
+            ["--budget-bytes-per-token", "5000", "--sensitivity-tokens", "0"],
+            "sensitivity_tokens: got 0, and a plan for budget_bytes_per_token is made of what each "
+            "layer loses alone; valid is at least length",
+        ),
+        (
+            ["--sensitivity-tokens", "3"],
+            "sensitivity_tokens: got 3, valid is at least length",
+        ),
         (["--formats", "int5"], "did you mean"),
         (["--formats", "full"], "full"),
         (["--formats", "int4(grup=32)"], "did you mean 'group'"),

@@ -88,6 +88,19 @@ def registered() -> dict[str, Criterion]:
     return dict(sorted(_CRITERIA.items(), key=lambda item: (item[1].place, item[0])))
 
 
+class Told(list[Tensor]):
+    """Batches that tell how many of them a pass is through with: (done, all)."""
+
+    def __init__(self, batches: list[Tensor], progress: Callable[[int, int], None]):
+        super().__init__(batches)
+        self.progress = progress
+
+    def __iter__(self) -> Iterator[Tensor]:
+        for number, batch in enumerate(super().__iter__()):
+            yield batch
+            self.progress(number + 1, len(self))  # the next one is asked for
+
+
 class Sums:
     """Sums over calibration windows, by target and layer."""
 
