@@ -10,8 +10,6 @@ what is near is read token by token, so that keys get gradients, the rest code b
 
 from __future__ import annotations
 
-import warnings
-
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
@@ -38,8 +36,9 @@ class VQ(Backend):
     O(codes), and so does the state.
 
     Codebook: a buffer (Hkv, codes, D) float32, made at the first call of random N(0, 1) words, by a
-    generator of its own (`seed`), with a warning: that is of use for keys that look so only.
-    `calibrate(keys)` fits it, and `effattn.swap(model, "vq", calibration=tokens)` does that for every layer.
+    generator of its own (`seed`). That is of use for keys that look so only: `calibrate(keys)` fits
+    it, and `effattn.swap(model, "vq", calibration=tokens)` does that for every layer (a swap that
+    does not warns).
     `update(keys)` moves it as training goes on; it is never changed otherwise. Gradients: q's and
     v's are exact. k's go straight through the quantization, from the queries of a key's own block
     of `block` tokens and the next one (bidirectional: of its own); behind, only the codes connect
@@ -69,12 +68,6 @@ class VQ(Backend):
     # ---- the codebook
 
     def check_call(self, q, k, v, causal, extras):
-        if self.codebook is None and not torch.compiler.is_compiling():
-            warnings.warn(
-                "vq: attends with a random codebook, which fits no trained model's keys; fit it "
-                "with swap(model, 'vq', calibration=tokens) or the backend's calibrate(keys)",
-                stacklevel=2,
-            )
         self._prepare(k)
 
     def _prepare(self, k: Tensor) -> None:
