@@ -4,11 +4,10 @@ launcher would.
 
 from __future__ import annotations
 
-from .triton_impl import EXPAND, FEW_ROWS, tile
+from .triton_impl import EXPAND, FEW_ROWS, align, tile
 from .triton_kernels import expand, product
 
 POINTERS = {"masks_ptr": "*u8", "starts_ptr": "*i32"}
-ODD = ("rows", "segments", "segments_a_split")  # integers that are seldom multiples of 16
 
 
 def variants(arch: str) -> list[dict]:
@@ -17,12 +16,12 @@ def variants(arch: str) -> list[dict]:
         *(_product(kind, rows) for kind in ("bf16", "fp16") for rows in (1, 16, FEW_ROWS)),
         _product("bf16", 1, splits=True),
         _product("bf16", 16, splits=True),
-        _variant("expand bf16", expand, dict(EXPAND), {}, dots=False),
+        _variant("expand bf16", expand, EXPAND | {"ALIGN": align(512)}, {}, dots=False),
     ]
 
 
 def _product(kind: str, rows: int, splits: bool = False) -> dict:
-    sizes = dict(tile(rows, 4096, 8, 132))
+    sizes = dict(tile(rows, 4096, 512, 132))
     sizes.pop("splits")
     pointers = {"out_ptr": "*fp32"} if splits else {}
     constexprs = {"bias_ptr": None} if splits else {}
@@ -44,8 +43,7 @@ def _variant(
     pointers = POINTERS | (pointers or {})
     signature = {}
     for argument in kernel.arg_names:
-        usual = pointers.get(argument, f"*{kind}") if argument.endswith("_ptr") else "i32:16"
-        usual = "i32" if argument in ODD else usual
+        usual = pointers.get(argument, f"*{kind}") if argument.endswith("_ptr") else "i32"
         signature[argument] = "constexpr" if argument in constexprs else usual
     return dict(
         name=name,

@@ -2,17 +2,19 @@
 zero.
 
     N outputs  K inputs, a multiple of 8      B = K / 8 bytes of mask a row      V non-zeros
-    masks  (N, B) uint8  bit c of byte b stands for column c B + b: each plane of columns with the
-                         same c is contiguous, so a kernel takes bit after bit of a tile of bytes
-                         with x's planes, and moves nothing
-    values (V,)          what the set bits stand for: row by row, byte by byte, from the lowest bit
-                         on; one 0 where the whole matrix is zero
-    starts (N, S) int32  where in `values` the first weight of each SEGMENT of 64 bytes (512 weights
-                         of a row) is: nobody has to read the row before it; S = B / 64, rounded up
+    values (V,)          the non-zeros as they lie in the matrix, row by row; one 0 where there are
+                         none
+    masks  (N, B) uint8  a SEGMENT of 64 bytes stands for 512 columns of a row: bit c of its byte b
+                         for column 64 c + b of them. Bit c of all 64 bytes is a plane of columns
+                         beside each other, which go with numbers of x and values that lie so, too.
+                         The last segment has B % 64 bytes where that is not 0, its planes are as
+                         wide
+    starts (N, S) int32  where in `values` the first one of each segment is, so that nobody has to
+                         read the row before it; S = B / 64, rounded up
 
 In 16 bits half of the weights take 9/16 of the dense bytes, as 2:4 does, and the starts 1/256.
-The order is that of SpInfer's bitmaps (Fan et al. 2025, EuroSys), a row instead of 8 x 8 weights at
-a time. Packing and unpacking are exact, but for -0.0, which comes back as 0.0."""
+SpInfer (Fan et al. 2025, EuroSys) has bitmaps of 8 x 8 weights for the same end; rows fit any
+number of outputs. Packing and unpacking are exact, but for -0.0, which comes back as 0.0."""
 
 from __future__ import annotations
 
@@ -23,7 +25,8 @@ from torch import Tensor
 
 SEGMENT = 64  # bytes of mask
 LARGEST = 2**31 - 1  # values that `starts` can count
-BITS = (torch.arange(256, dtype=torch.uint8)[:, None] >> torch.arange(8).byte() & 1).bool()
+PLACES = 1 << torch.arange(8)  # of the bits in a byte
+COUNTS = (torch.arange(256)[:, None] & PLACES).ne(0).sum(dim=1)  # set bits of each byte
 
 
 class Packed(NamedTuple):
@@ -63,14 +66,13 @@ def pack(weight: Tensor) -> Packed:
             f"weight: got {tuple(weight.shape)} {weight.dtype}, valid is a float matrix (outputs, "
             "inputs) with a multiple of 8 inputs"
         )
-    stored = in_order(weight)
-    kept = stored != 0
+    kept = weight != 0
     nonzeros = int(kept.sum())
     _check_pays(weight, nonzeros)
-    places = torch.arange(8, dtype=torch.uint8, device=weight.device)
-    masks = (kept.byte() << places).sum(dim=2, dtype=torch.uint8)
-    values = stored[kept] if nonzeros else weight.new_zeros(1)
-    return Packed(values, masks, starts_of(masks))
+    places = PLACES.to(weight.device, torch.uint8)[:, None]
+    planes = (part.unflatten(2, (8, -1)) for part in _parts(kept, 8 * SEGMENT))
+    masks = torch.cat([(one * places).sum(2, dtype=torch.uint8).flatten(1) for one in planes], 1)
+    return Packed(weight[kept] if nonzeros else weight.new_zeros(1), masks, starts_of(masks))
 
 
 def _check_pays(weight: Tensor, nonzeros: int) -> None:
@@ -89,25 +91,23 @@ def _check_pays(weight: Tensor, nonzeros: int) -> None:
 
 def unpack(packed: Packed) -> Tensor:
     """The matrix (N, K)."""
-    outputs, inputs = packed.shape
-    kept = bits(packed.masks).flatten(1)
-    dense = packed.values.new_zeros(outputs, inputs).masked_scatter_(kept, packed.values)
-    return from_order(dense)
-
-
-def in_order(x: Tensor) -> Tensor:
-    """x (R, K) as rows of weights lie: a view (R, B, 8) of bytes and their bits."""
-    return x.unflatten(1, (8, -1)).mT
-
-
-def from_order(x: Tensor) -> Tensor:
-    """x (R, K) in the order of the bits -> (R, K) in that of the columns."""
-    return x.unflatten(1, (-1, 8)).mT.flatten(1)
+    kept = bits(packed.masks)
+    return packed.values.new_zeros(kept.shape).masked_scatter_(kept, packed.values)
 
 
 def bits(masks: Tensor) -> Tensor:
-    """masks (N, B) -> (N, B, 8) bool, bit 0 first."""
-    return BITS.to(masks.device)[masks.int()]
+    """masks (N, B) -> which weights are kept, (N, K) bool."""
+    places = PLACES.to(masks.device, torch.uint8)[:, None]
+    parts = _parts(masks, SEGMENT)
+    return torch.cat([(one[:, :, None] & places).ne(0).flatten(1) for one in parts], dim=1)
+
+
+def _parts(x: Tensor, size: int) -> list[Tensor]:
+    """x (N, X) in whole segments of `size`, (N, X / size, size), and the shorter last one, (N, 1,
+    X % size); either may be missing."""
+    whole = x.shape[1] // size * size
+    parts = x[:, :whole].unflatten(1, (-1, size)), x[:, None, whole:]
+    return [one for one in parts if one.numel()]
 
 
 def starts_of(masks: Tensor) -> Tensor:
@@ -115,8 +115,7 @@ def starts_of(masks: Tensor) -> Tensor:
     outputs, width = masks.shape
     count = torch.zeros(outputs, segments(8 * width), dtype=torch.int64, device=masks.device)
     segment = torch.arange(width, device=masks.device).div(SEGMENT, rounding_mode="floor")
-    table = BITS.sum(dim=1).to(masks.device)
-    count.index_add_(1, segment, table[masks.int()])
+    count.index_add_(1, segment, COUNTS.to(masks.device)[masks.int()])
     total = count.flatten().cumsum(0)
     return (total.view_as(count) - count).int()
 
@@ -126,7 +125,7 @@ def check(packed: Packed) -> None:
     starts say."""
     expected = starts_of(packed.masks)
     last = packed.masks[-1:, (expected.shape[1] - 1) * SEGMENT :]
-    total = int(expected[-1, -1]) + int(bits(last).sum())
+    total = int(expected[-1, -1]) + int(COUNTS.to(last.device)[last.int()].sum())
     if not torch.equal(packed.starts, expected):
         raise ValueError("starts: they do not fit the masks")
     if len(packed.values) != max(total, 1):

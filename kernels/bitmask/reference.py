@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .packed import SEGMENT
+
 
 def linear(x: Tensor, packed, bias: Tensor | None) -> Tensor:
     """x (M, K) -> (M, N), one weight after the other, in fp64."""
@@ -13,9 +15,12 @@ def linear(x: Tensor, packed, bias: Tensor | None) -> Tensor:
     y = torch.zeros(len(x), outputs, dtype=torch.float64, device=x.device)
     place = 0
     for n in range(outputs):
-        for b in range(width):
+        for segment in range(0, width, SEGMENT):
+            wide = min(SEGMENT, width - segment)  # bytes, and columns of a plane
             for c in range(8):
-                if int(masks[n, b]) >> c & 1:
-                    y[:, n] += values[place].double() * x[:, c * width + b].double()
-                    place += 1
+                for b in range(wide):
+                    if int(masks[n, segment + b]) >> c & 1:
+                        column = 8 * segment + c * wide + b
+                        y[:, n] += values[place].double() * x[:, column].double()
+                        place += 1
     return (y if bias is None else y + bias.double()).to(x.dtype)

@@ -1,6 +1,5 @@
 """In plain torch: blocks of outputs are unpacked, multiplied and forgotten, so that the dense
-weight never exists. x goes into the order of the bits, which is less work than to take each block
-out of it.
+weight never exists.
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor
 
-from .packed import Packed, bits, from_order, in_order
+from .packed import Packed, bits
 
 BLOCK = {"cpu": 1 << 18, "cuda": 1 << 24}  # weights unpacked at a time
 
@@ -33,15 +32,15 @@ def steps(packed: Packed) -> Iterator[slice]:
 
 
 def blocks(packed: Packed) -> Blocks:
-    """Blocks of W, their columns in the order of the bits."""
+    """Blocks of W, one after the other."""
     for rows in steps(packed):
         yield rows, block(packed, rows)
 
 
 def block(packed: Packed, rows: slice) -> Tensor:
-    """Rows of W (n, K), columns in the order of the bits."""
+    """Rows of W, (n, K)."""
     values, masks, starts = packed
-    kept = bits(masks[rows]).flatten(1)
+    kept = bits(masks[rows])
     if values.device.type == "cpu" and not torch.compiler.is_compiling():
         first = int(starts[rows.start, 0])
         return values.new_zeros(kept.shape).masked_scatter_(kept, values[first:])
@@ -71,7 +70,7 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, values, masks, starts):
         ctx.packed = Packed(values, masks, starts)
-        return product(in_order(x).flatten(1), blocks(ctx.packed), len(masks))
+        return product(x, blocks(ctx.packed), len(masks))
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -79,4 +78,4 @@ class _Product(torch.autograd.Function):
         if not ctx.needs_input_grad[0]:
             return None, None, None, None
         dx = gradient(dy, blocks(ctx.packed), ctx.packed.shape[1])
-        return from_order(dx), None, None, None
+        return dx, None, None, None

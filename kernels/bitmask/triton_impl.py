@@ -36,7 +36,8 @@ def forward(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
         y = torch_impl.product(x, blocks(packed), packed.shape[0])
         return y if bias is None else y + bias
     outputs, segments = packed.starts.shape
-    sizes = dict(tile(len(x), outputs, segments, processors(x.device)))
+    width = packed.masks.shape[1]
+    sizes = dict(tile(len(x), outputs, width, processors(x.device)))
     splits = sizes.pop("splits")
     out = x.new_empty(len(x), outputs)
     parts = out if splits == 1 else x.new_empty(splits, *out.shape, dtype=torch.float32)
@@ -48,7 +49,7 @@ def forward(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
             parts,
             len(x),
             outputs,
-            packed.masks.shape[1],
+            width,
             segments,
             triton.cdiv(segments, splits),
             **sizes,
@@ -60,24 +61,30 @@ def forward(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
 
 
 @lru_cache
-def tile(rows: int, outputs: int, segments: int, processors: int) -> dict[str, int]:
+def tile(rows: int, outputs: int, width: int, processors: int) -> dict[str, int]:
     """Keyword arguments of `product`, and into how many `splits` the segments of a row go.
 
-    One row of x: each thread has 8 bytes, whose next weights it asks for together. More: what is
-    unpacked goes through shared memory to the matrix unit, in tiles of 32 outputs.
+    In a tile of 32 outputs each thread asks for 16 weights of every plane together. Several rows of
+    x go to the matrix unit; 64 of them twice would be more than shared memory holds.
     """
-    block_n = 16 if rows == 1 or triton.knobs.runtime.interpret else 32
-    block_m = 1 if rows == 1 else max(16, triton.next_power_of_2(rows))
+    block_n = 16 if triton.knobs.runtime.interpret else 32  # small tests have several tiles
+    segments = triton.cdiv(width, SEGMENT)
     splits = max(1, min(segments, WAVES * processors // triton.cdiv(outputs, block_n)))
     splits = triton.cdiv(segments, triton.cdiv(segments, splits))  # none is empty
     return dict(
         splits=splits,
-        BLOCK_M=block_m,
+        BLOCK_M=1 if rows == 1 else max(16, triton.next_power_of_2(rows)),
         BLOCK_N=block_n,
         SEGMENT=SEGMENT,
+        ALIGN=align(width),
         num_warps=4,
-        num_stages=2,
+        num_stages=2 if rows <= 16 else 1,
     )
+
+
+def align(width: int) -> int:
+    """How many bytes of a mask a thread may have beside each other."""
+    return 4 if width % 4 == 0 else 1
 
 
 EXPAND = dict(BLOCK_N=16, SEGMENT=SEGMENT, num_warps=4, num_stages=1)
@@ -101,6 +108,7 @@ def blocks(packed: Packed) -> torch_impl.Blocks:
                 count,
                 masks.shape[1],
                 starts.shape[1],
+                ALIGN=align(masks.shape[1]),
                 **EXPAND,
             )
         yield rows, dense[:count]

@@ -1,9 +1,9 @@
 """Products with a bitmask's matrix in Triton: masks and values are read once, as they lie.
 
 Letters as in `effattn.kernels.bitmask.packed`. A tile is BLOCK_N rows of one segment, 64 bytes
-each. Where a byte's weights begin is the segment's start and the bits of the bytes before; from
-there each byte counts its own: bit c of all bytes is a matrix (BLOCK_N, 64) that goes with plane c
-of x."""
+each. Bit c of its bytes is a plane (BLOCK_N, 64) of weights, which goes with 64 numbers of x. Where
+a kept weight is in the values: behind the segment's start, the planes before, and the set bits of
+its plane to the left."""
 
 from __future__ import annotations
 
@@ -12,24 +12,53 @@ import triton.language as tl
 
 from ..decode.triton_kernels import dot, narrow
 
-
-@triton.jit
-def bytes_of(masks_ptr, starts_ptr, n, b, s, outputs, width, segments):
-    """Of rows n and the bytes b of segment s: the bytes (N, 64), and where in the values each one's
-    first weight is. Rows and bytes that are not there have no bits."""
-    there = (n < outputs)[:, None] & (b < width)[None, :]
-    n_wide = n.to(tl.int64)
-    byte = tl.load(masks_ptr + n_wide[:, None] * width + b[None, :], mask=there, other=0)
-    byte = byte.to(tl.int32)
-    start = tl.load(starts_ptr + n_wide * segments + s, mask=n < outputs, other=0)
-    # the bits of a byte, by adding neighbours: of 1, of 2, of 4 bits
-    count = byte - ((byte >> 1) & 0x55)
-    count = (count & 0x33) + ((count >> 2) & 0x33)
-    count = (count + (count >> 4)) & 0x0F
-    return byte, start[:, None] + tl.cumsum(count, axis=1) - count
+SIZES = ("rows", "outputs", "width", "segments", "segments_a_split")
 
 
 @triton.jit
+def spread(x):
+    """The low four bits of x, each in a byte of its own: no two partial products meet in a bit."""
+    return (x * 0x00204081) & 0x01010101
+
+
+@triton.jit
+def segment_of(
+    masks_ptr,
+    starts_ptr,
+    n,
+    s,
+    outputs,
+    width,
+    segments,
+    SEGMENT: tl.constexpr,
+    ALIGN: tl.constexpr,
+):
+    """Segment s of rows n: its bytes (N, 64), its starts (N), and how many columns a plane has.
+    Rows and bytes that are not there have no bits. ALIGN: 4 where it divides the width, else 1.
+
+    A thread is to have four bytes beside each other, no more: what it loads of a plane then lies
+    beside what its neighbours load. So many Triton gives it where it knows of that alignment
+    alone; of 16 bytes (a width that it specialises on) a warp's weights would be on as many lines
+    as it has threads."""
+    b = tl.arange(0, SEGMENT)
+    wide = tl.multiple_of(tl.minimum(width - s * SEGMENT, SEGMENT), ALIGN)
+    there = (n < outputs)[:, None] & (b < wide)[None, :]
+    row = n.to(tl.int64)
+    first = tl.multiple_of(row[:, None] * width + s * SEGMENT, [ALIGN, ALIGN])
+    byte = tl.load(masks_ptr + first + b[None, :], mask=there, other=0)
+    start = tl.load(starts_ptr + row * segments + s, mask=n < outputs, other=0)
+    return byte.to(tl.int32), start, wide
+
+
+@triton.jit
+def plane(values_ptr, byte, before, start, c: tl.constexpr):
+    """Plane c of a segment (N, 64), 0 where nothing is kept. before: how many are kept to the left
+    in planes 0 to 3, or 4 to 7, a byte for each plane; start (N): of the plane's values."""
+    at = values_ptr + start[:, None] + ((before >> (8 * (c % 4))) & 0xFF)
+    return tl.load(at, mask=(byte & (1 << c)) != 0, other=0.0)
+
+
+@triton.jit(do_not_specialize=SIZES)
 def product(
     x_ptr,
     values_ptr,
@@ -45,6 +74,7 @@ def product(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     SEGMENT: tl.constexpr,
+    ALIGN: tl.constexpr,
 ):
     """out ([splits,] M, N): one block of outputs over one split of the segments, for the M <=
     BLOCK_M rows of x. Grid (blocks of N, splits).
@@ -54,29 +84,32 @@ def product(
     split = tl.program_id(1)
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     m = tl.arange(0, BLOCK_M)
-    x_row = x_ptr + m.to(tl.int64)[:, None] * (8 * width)
+    x_row = x_ptr + tl.multiple_of(m.to(tl.int64)[:, None] * (8 * width), [ALIGN, ALIGN])
     if BLOCK_M == 1:
         acc = tl.zeros([BLOCK_N, SEGMENT], tl.float32)
     else:
         acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    last = min((split + 1) * segments_a_split, segments)
+    b = tl.arange(0, SEGMENT)
+    last = tl.minimum((split + 1) * segments_a_split, segments)
     for s in range(split * segments_a_split, last):
-        b = s * SEGMENT + tl.arange(0, SEGMENT)
-        byte, place = bytes_of(masks_ptr, starts_ptr, n, b, s, outputs, width, segments)
+        byte, start, wide = segment_of(
+            masks_ptr, starts_ptr, n, s, outputs, width, segments, SEGMENT, ALIGN
+        )
+        first = 8 * SEGMENT * s
+        x_mask = (m < rows)[:, None] & (b < wide)[None, :]
         for c in tl.static_range(8):
-            kept = (byte >> c) & 1
-            w = tl.load(values_ptr + place, mask=kept != 0, other=0.0)
-            place += kept
-            x_mask = (m < rows)[:, None] & (b < width)[None, :]
-            x = tl.load(x_row + (c * width + b)[None, :], mask=x_mask, other=0.0)
+            if c % 4 == 0:  # four planes are counted at once, none has more than 64
+                bits = spread((byte >> c) & 15)
+                before = tl.cumsum(bits, axis=1) - bits
+                count = tl.sum(bits, axis=1)
+            w = plane(values_ptr, byte, before, start, c)
+            start += (count >> (8 * (c % 4))) & 0xFF
+            x = tl.load(x_row + (first + c * wide + b)[None, :], mask=x_mask, other=0.0)
             if BLOCK_M == 1:
                 acc += w.to(tl.float32) * x.to(tl.float32)
             else:
                 acc = dot(x, tl.trans(w), acc)
-    if BLOCK_M == 1:
-        y = tl.sum(acc, axis=1)[None, :]
-    else:
-        y = acc
+    y = tl.sum(acc, axis=1)[None, :] if BLOCK_M == 1 else acc
     if bias_ptr is not None:
         y += tl.load(bias_ptr + n, mask=n < outputs, other=0.0).to(tl.float32)[None, :]
     out = out_ptr + (split * rows + m)[:, None].to(tl.int64) * outputs + n[None, :]
@@ -84,7 +117,7 @@ def product(
     tl.store(out, narrow(y, out_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def expand(
     values_ptr,
     masks_ptr,
@@ -95,17 +128,22 @@ def expand(
     segments,
     BLOCK_N: tl.constexpr,
     SEGMENT: tl.constexpr,
+    ALIGN: tl.constexpr,
 ):
     """out (outputs, K): that many rows of W, zeros among them. masks and starts are those rows',
     values all. Grid (blocks of rows, segments)."""
     s = tl.program_id(1)
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    b = s * SEGMENT + tl.arange(0, SEGMENT)
-    byte, place = bytes_of(masks_ptr, starts_ptr, n, b, s, outputs, width, segments)
-    there = (n < outputs)[:, None] & (b < width)[None, :]
-    out = out_ptr + n.to(tl.int64)[:, None] * (8 * width) + b[None, :]
+    b = tl.arange(0, SEGMENT)
+    byte, start, wide = segment_of(
+        masks_ptr, starts_ptr, n, s, outputs, width, segments, SEGMENT, ALIGN
+    )
+    there = (n < outputs)[:, None] & (b < wide)[None, :]
+    out = out_ptr + n.to(tl.int64)[:, None] * (8 * width) + (8 * SEGMENT * s + b)[None, :]
     for c in tl.static_range(8):
-        kept = (byte >> c) & 1
-        w = tl.load(values_ptr + place, mask=kept != 0, other=0.0)
-        place += kept
-        tl.store(out + c * width, w, mask=there)
+        if c % 4 == 0:
+            bits = spread((byte >> c) & 15)
+            before = tl.cumsum(bits, axis=1) - bits
+            count = tl.sum(bits, axis=1)
+        tl.store(out + c * wide, plane(values_ptr, byte, before, start, c), mask=there)
+        start += (count >> (8 * (c % 4))) & 0xFF
