@@ -1,8 +1,8 @@
-"""Packing 2:4 sparse weights: the linear layers become really smaller, and faster where memory is
+"""Packing weights with zeros: the linear layers become really smaller, and faster where memory is
 the limit.
 
-    effattn.prune.oneshot(model, tokens, method="sparsegpt", sparsity="2:4")
-    report = effattn.prune.pack(model)           # in place
+    effattn.prune.oneshot(model, tokens, method="sparsegpt", sparsity=0.5)
+    report = effattn.prune.pack(model, format="bitmask")           # in place
     effattn.save(model, "out")                   # stays packed; effattn.load("out")
 """
 
@@ -12,13 +12,11 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from effattn.errors import check_choice
 from effattn.hf import anatomy
 from effattn.hf.adapters import require_own_weights
 from effattn.hf.placement import require_here
 from effattn.hf.weights import is_plain
-from effattn.kernels import sparse24
-from effattn.projections.packed import LARGE, PackedLinear
+from effattn.projections.packed import FORMATS, PackedWeight
 from effattn.surgery.record import mark
 
 
@@ -43,41 +41,47 @@ class PackReport:
         return text
 
 
-def pack(model: nn.Module, *, impl: str = "auto", large: str = "unpack") -> PackReport:
-    """Replaces the 2:4 sparse linear layers inside the model's layers by `PackedLinear`s, in place.
-    Others stay.
+def pack(
+    model: nn.Module, *, format: str = "2:4", impl: str = "auto", large: str = "unpack"
+) -> PackReport:
+    """Replaces the linear layers inside the model's layers whose zeros fit `format` by packed ones,
+    in place. Others stay.
 
-    impl and large: see `PackedLinear`. Packed layers compute the same and do not train; hooks of
-    the linears are gone. Returns a `PackReport`: what was packed, what was not and why, and the
-    bytes before and after. Raises ValueError, changing nothing, where no layer is 2:4 sparse, and
-    Unsupported for weights that are not the model's own, or elsewhere."""
+    format: "2:4" takes weights that are 2:4 sparse; "bitmask" zeros anywhere, where they are enough
+    that the layer becomes smaller. impl and large: see `PackedWeight`; large="semi_structured" is
+    2:4's. Packed layers compute the same and do not train; hooks of the linears are gone. Those
+    that are packed already stay as they are. Returns a `PackReport`: what was packed, what was not
+    and why, and the bytes before and after. Raises ValueError, changing nothing, where no layer
+    fits, and Unsupported for weights that are not the model's own, or elsewhere."""
+    kind = FORMATS.find(format)
+    kind.check_options(impl, large)
     require_own_weights(model)
     parts = anatomy.of(model)
     require_here(model, "prune.pack")
-    sparse24.choose(impl)
-    check_choice("large", large, LARGE)
     inside = {module for layer in parts.layers for module in layer.block.modules()}
     found = {
         name: m
         for name, m in model.named_modules()
-        if m in inside and isinstance(m, nn.Linear | PackedLinear)
+        if m in inside and isinstance(m, nn.Linear | PackedWeight)
     }
     new, dense = {}, {}
     for name, module in found.items():
-        if isinstance(module, PackedLinear):
+        if isinstance(module, PackedWeight):
             continue
         if not is_plain(module):
             dense[name] = f"{type(module).__name__} is no plain linear layer"
             continue
         try:
-            new[name] = PackedLinear.from_linear(module, impl=impl, large=large)
+            new[name] = kind.from_linear(module, impl=impl, large=large)
         except ValueError as error:
             dense[name] = str(error)
-    if not new and not any(isinstance(m, PackedLinear) for m in found.values()):
+    if not new and not any(isinstance(m, PackedWeight) for m in found.values()):
         name, why = next(iter(dense.items()))
+        others = ", ".join(repr(one) for one in FORMATS.members() if one != format)
         raise ValueError(
-            f"model: none of its {len(dense)} linear layers is 2:4 sparse ({name}: {why}); "
-            "effattn.prune.oneshot(model, tokens, sparsity='2:4') makes them so"
+            f"model: none of its {len(dense)} linear layers {kind.FITS} ({name}: {why}); "
+            f"effattn.prune.oneshot(model, tokens, {kind.MADE}) makes them so; other formats are "
+            f"{others}"
         )
     before = sum(_nbytes(module) for module in found.values())
     for name, module in new.items():

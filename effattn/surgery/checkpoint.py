@@ -83,6 +83,7 @@ def load(path: str | Path, dtype: torch.dtype | str = "auto") -> nn.Module:
         shape = partial(_rebuild, again)
     model = loading.build(name, config, dtype, shape, learned=bool(axes))
     check_finite(packing.steady(model))
+    packed.check(model)
     if axes:
         swapping.swap(model, **axes)
     # what was learned for a swap that config.json does not have is refused, too
@@ -95,7 +96,7 @@ def load(path: str | Path, dtype: torch.dtype | str = "auto") -> nn.Module:
 def _rebuild(again: dict, model: nn.Module) -> None:
     """Makes a new model's projections what the checkpoint holds; their weights mean nothing yet."""
     replace.rebuild(model, again.get("projections", {}))
-    packed.rebuild(model, again.get("packed", []))
+    packed.rebuild(model, again.get("packed", {}))
 
 
 @torch.no_grad()

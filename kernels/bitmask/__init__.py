@@ -11,7 +11,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..flash import IMPLEMENTATIONS, choose
-from .packed import SEGMENT, Packed, check, nbytes, pack, segments, unpack
+from .packed import SEGMENT, Packed, check, pack, packed_bytes, segments, unpack
 
 __all__ = [
     "IMPLEMENTATIONS",
@@ -20,8 +20,8 @@ __all__ = [
     "check",
     "choose",
     "linear",
-    "nbytes",
     "pack",
+    "packed_bytes",
     "segments",
     "unpack",
 ]

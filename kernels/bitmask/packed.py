@@ -53,7 +53,7 @@ def segments(inputs: int) -> int:
     return -(-inputs // (8 * SEGMENT))
 
 
-def nbytes(outputs: int, inputs: int, nonzeros: int, itemsize: int) -> int:
+def packed_bytes(outputs: int, inputs: int, nonzeros: int, itemsize: int) -> int:
     """Bytes of a packed matrix with so many non-zeros."""
     return max(nonzeros, 1) * itemsize + outputs * (inputs // 8 + 4 * segments(inputs))
 
@@ -80,9 +80,10 @@ def _check_pays(weight: Tensor, nonzeros: int) -> None:
     numbers, size = weight.numel(), weight.element_size()
     if nonzeros > LARGEST:
         raise ValueError(f"weight: got {nonzeros:,} non-zeros, a bitmask holds up to {LARGEST:,}")
-    taken = nbytes(*weight.shape, nonzeros, size)
+    outputs, inputs = weight.shape
+    taken = packed_bytes(outputs, inputs, nonzeros, size)
     if taken >= weight.nbytes:
-        needed = (nbytes(*weight.shape, 1, size) - size) / max(weight.nbytes, 1)
+        needed = (packed_bytes(outputs, inputs, 1, size) - size) / max(weight.nbytes, 1)
         raise ValueError(
             f"weight: with a bitmask it takes {taken:,} bytes, dense {weight.nbytes:,}: "
             f"{1 - nonzeros / max(numbers, 1):.1%} of it are zeros, above {needed:.1%} pay"

@@ -77,7 +77,7 @@ def tile(rows: int, outputs: int, width: int, processors: int) -> dict[str, int]
         BLOCK_N=block_n,
         SEGMENT=SEGMENT,
         ALIGN=align(width),
-        num_warps=4,
+        num_warps=4 if rows <= 16 else 8,
         num_stages=2 if rows <= 16 else 1,
     )
 
