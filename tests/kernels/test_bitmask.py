@@ -175,5 +175,5 @@ def test_parts_that_do_not_fit_are_found(part):
         "masks": packed.masks ^ (torch.arange(8, device=DEVICE) == 3).byte()[:, None],
         "values": packed.values[:-1],
     }
-    with pytest.raises(ValueError, match="starts: they do not fit|values: got"):
+    with pytest.raises(ValueError, match=r"starts: they do not fit|values: got"):
         bitmask.check(packed._replace(**{part: wrong[part]}))

@@ -15,11 +15,13 @@ from effattn.projections.packed.base import (
     record,
     register,
 )
+from effattn.projections.packed.bitmask import BitmaskLinear
 from effattn.projections.packed.sparse24 import LARGE, PackedLinear
 
 __all__ = [
     "FORMATS",
     "LARGE",
+    "BitmaskLinear",
     "PackedLinear",
     "PackedWeight",
     "check",
