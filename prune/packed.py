@@ -9,14 +9,19 @@ the limit.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
-from torch import nn
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 
+from effattn.errors import check_choice
 from effattn.hf import anatomy
 from effattn.hf.adapters import require_own_weights
 from effattn.hf.placement import require_here
 from effattn.hf.weights import is_plain
 from effattn.projections.packed import FORMATS, PackedWeight
+from effattn.prune.unstructured.nm import Sparsity
+from effattn.surgery import checkpoint
 from effattn.surgery.record import mark
 
 
@@ -39,6 +44,31 @@ class PackReport:
             name, why = next(iter(self.dense.items()))
             text += f"; {len(self.dense)} stay dense and save nothing, {name} for one: {why}"
         return text
+
+    def facts(self, format: str) -> dict[str, str | int]:
+        """For a report: numbers of layers, and bytes."""
+        return {
+            "format": format,
+            "packed_layers": len(self.packed),
+            "dense_layers": len(self.dense),
+            "bytes_before": self.bytes_before,
+            "bytes_after": self.bytes_after,
+        }
+
+
+def check_format(argument: str, format: str, *sparsities: str | float) -> None:
+    """ValueError, beginning with `argument`, for an unknown format, and for one that weights of
+    these sparsities ("0.5", "2:4") do not fit."""
+    kind = FORMATS.members()[check_choice(argument, format, FORMATS.members())]
+    for one in map(Sparsity.parse, sparsities):
+        if not kind.takes(one.share, one.m):
+            valid = [
+                name for name, kind in FORMATS.members().items() if kind.takes(one.share, one.m)
+            ]
+            raise ValueError(
+                f"{argument}: {format!r} cannot hold weights of sparsity {one}; valid for them are "
+                f"{', '.join(map(repr, valid)) or 'none'}"
+            )
 
 
 def pack(
@@ -94,3 +124,14 @@ def pack(
 
 def _nbytes(module: nn.Module) -> int:
     return sum(one.nbytes for one in (*module.parameters(), *module.buffers()))
+
+
+def save_packed(model: PreTrainedModel, format: str, folder: Path, tokenizer, ids: Tensor) -> dict:
+    """Packs the model, in place, saves it in `folder` with its tokenizer, and loads it again. ids:
+    (T,) int64 to compare logits on. Returns {"packing": `PackReport.facts`, "verification"}; raises
+    RuntimeError when another model comes back, and what `pack` does."""
+    facts = pack(model, format=format).facts(format)
+    model.config.use_cache = True
+    checkpoint.save(model, folder, tokenizer)
+    _, proof = checkpoint.load_again(folder, model, ids)
+    return {"packing": facts, "verification": proof}

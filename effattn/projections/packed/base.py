@@ -64,6 +64,12 @@ class PackedWeight(StructuredLinear):
         self.register_parameter("bias", added if bias else None)
 
     @classmethod
+    def takes(cls, share: float, group: int | None) -> bool:
+        """Whether weights fit of which this share is zero: in every `group` of inputs, or (None)
+        anywhere."""
+        raise NotImplementedError
+
+    @classmethod
     def check_options(cls, impl: str, large: str) -> None:
         """ValueError, naming the nearest valid one, for options that this format does not have."""
         cls.kernel.choose(impl)

@@ -41,6 +41,11 @@ class BitmaskLinear(PackedWeight):
         self._room = nonzeros
         super().__init__(in_features, out_features, bias, **more)
 
+    @classmethod
+    def takes(cls, share, group):
+        """Any that outweigh the bits: 1 of 16 in 16 bits, and the starts."""
+        return share > 1 / 8
+
     def zeros(self, device, dtype):
         """A matrix of zeros. Its masks have no bits, whatever room there is for values."""
         rows, inputs = self.out_features, self.in_features

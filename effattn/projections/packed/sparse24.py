@@ -36,6 +36,11 @@ class PackedLinear(PackedWeight):
     indices: Tensor
     _semi_structured: Tensor | None = None
 
+    @classmethod
+    def takes(cls, share, group):
+        """Half of every four at least, or of every two."""
+        return share == 1 or (group in (2, 4) and share >= 0.5)
+
     def zeros(self, device, dtype):
         """A matrix of zeros, which it keeps at the first two positions."""
         shape = self.out_features, 2, self.in_features // 4
