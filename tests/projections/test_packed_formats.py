@@ -173,13 +173,34 @@ def test_a_save_from_before_there_were_formats_loads(tmp_path, tokens):
 
 
 ENTRIES = [
-    ({"format": "bitmap", "nonzeros": 9}, "did you mean 'bitmask'"),
-    ({"format": "bitmask"}, "valid is format, nonzeros"),
-    ({"format": "bitmask", "nonzeros": 2.5}, "valid is format, nonzeros"),
-    ({"format": "bitmask", "nonzeros": 10**15}, "valid for 64 x 64 weights is 1 to 4,096"),
-    ({"format": "bitmask", "nonzeros": 5}, "values"),
-    ({"format": "2:4", "nonzeros": 5}, "valid is format"),
-    ("bitmask", "an object with a format"),
+    (
+        {"format": "bitmap", "nonzeros": 9},
+        "did you mean 'bitmask'",
+    ),
+    (
+        {"format": "bitmask"},
+        "valid is format, nonzeros",
+    ),
+    (
+        {"format": "bitmask", "nonzeros": 2.5},
+        "valid is format, nonzeros",
+    ),
+    (
+        {"format": "bitmask", "nonzeros": 10**15},
+        "valid for 64 x 64 weights is 1 to 4,096",
+    ),
+    (
+        {"format": "bitmask", "nonzeros": 5},
+        "values",
+    ),
+    (
+        {"format": "2:4", "nonzeros": 5},
+        "valid is format",
+    ),
+    (
+        "bitmask",
+        "an object with a format",
+    ),
 ]
 
 
