@@ -1,9 +1,10 @@
 """How much of its limit a kernel's inner loop may reach on an H200, told from its machine code: a
 model of issue slots, pipes, latencies and bandwidth. A prediction, to choose between two versions
-of a kernel where there is no such GPU; it says nothing of launches, tails, caches or bank conflicts.
+of a kernel where there is no such GPU; of launches, tails, caches and bank conflicts it says
+nothing.
 
-The limit of a loop is the longer of its bytes at full memory bandwidth and its products at the full
-rate of wgmma. What it takes is the longest of
+The limit of a loop is the longer of its bytes at full memory bandwidth and its products at the
+full rate of wgmma. What it takes is the longest of
 
     memory   its bytes, or where they are read again by other blocks (more than `REREAD` products a
              byte: they come from the cache) the bytes at the cache's bandwidth
@@ -35,7 +36,7 @@ CACHE = 48.0  # the same from the second-level cache
 TENSOR = 989e12 / PROCESSORS / CLOCK  # FLOP a clock, wgmma: 4270
 SYNC = 0.62  # of it, mma.sync
 TRIP = 800  # clocks to memory and back
-REREAD = 64  # FLOP a byte
+REREAD = 120  # FLOP a byte; those of tiles with few rows, filled up to 16, are below
 SCHEDULERS = 4
 
 # name: (pipe, clocks of the pipe a warp, clocks until the result can be read); the first that fits

@@ -1,10 +1,10 @@
 """Reads a kernel's machine code: its innermost loops, how wide it loads, which matrix unit it uses.
 
     instructions = read(sass, "sass")
-    for loop in innermost(instructions): count(loop, "sass")
+    for loop in innermost(instructions, "sass"): count(loop)
 
-Three dialects: `sass` (cuobjdump -sass), `amdgcn` (the assembler's text), and `ptx`, which stands in
-where nothing disassembles: its instructions are close to those of the machine, not equal to them."""
+Three dialects: `sass` (cuobjdump -sass), `amdgcn` (the assembler's text), and `ptx`, which stands
+in where nothing disassembles: its instructions are near to those of the machine, not equal."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ prediction is `hopper`'s. Numbers that cannot be known are None, and `unknown` s
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from . import aot, hopper, listing, work
 
@@ -32,11 +32,6 @@ class LoopReport:
     bound_by: str | None = None
     clocks: dict[str, float] | None = None
 
-    def per(self, what: str, warps: int) -> float | None:
-        """Instructions of all warps a byte, or a FLOP."""
-        done = getattr(self, what)
-        return self.instructions * warps / done if done else None
-
 
 @dataclass(frozen=True)
 class Report:
@@ -50,10 +45,15 @@ class Report:
 
     @property
     def main(self) -> LoopReport | None:
-        """The loop to look at: the first of those that move or multiply most instructions' worth,
-        which in kernels with a loop for whole tiles and one for masked ones is the whole ones'."""
+        """The loop to look at: the first that moves or multiplies anything. Kernels go through
+        packed tokens, or whole tiles, before the rest."""
         busy = [loop for loop in self.loops if loop.bytes or loop.flops]
-        return (busy or self.loops or [None])[0]
+        return next(iter(busy or self.loops), None)
+
+    def to_dict(self) -> dict:
+        """Plain data, for JSON; the result's fields beside the others."""
+        plain = asdict(self)
+        return plain.pop("result") | plain
 
 
 def report_all(
