@@ -28,7 +28,10 @@ from .packed_pieces import (
     packed_scores,
     peak,
     pieces_of,
+    side_by_side,
+    strided_pieces,
     turned_scores,
+    within,
 )
 from .triton_pieces import LN2, LOG2E, narrow, sees, tanh
 
@@ -164,6 +167,9 @@ def attend_packed(
     b = tl.program_id(2).to(tl.int64)
     heads = tl.num_programs(1) * group
     dtype: tl.constexpr = q_ptr.dtype.element_ty
+    # bf16 has too few digits for 8-bit codes to be made cheaply
+    K_DTYPE: tl.constexpr = tl.float16 if K_CODE[0] == 8 and dtype == tl.bfloat16 else dtype
+    V_DTYPE: tl.constexpr = tl.float16 if V_CODE[0] == 8 and dtype == tl.bfloat16 else dtype
     KW: tl.constexpr = K_CODE[5]
     BLOCK_KW: tl.constexpr = K_CODE[6]
     KP: tl.constexpr = K_CODE[7]
@@ -181,8 +187,14 @@ def attend_packed(
     i = (total - queries + t - origin)[:, None]
 
     exists, h_wide, t_wide = is_row[:, None], h.to(tl.int64)[:, None], t.to(tl.int64)[:, None]
-    q = pieces_of(q_ptr + b * q_b + h_wide * q_h + t_wide * q_t, exists, KW, BLOCK_KW, KP)
+    q_ptr += b * q_b + h_wide * q_h + t_wide * q_t
     q_first, q_far = None, None
+    if TURN is None:
+        q_packed = strided_pieces(q_ptr, exists, K_CODE)
+        if K_DTYPE != dtype:
+            q_packed, most = within(q_packed, K_DTYPE, KP * K_CODE[8])
+    else:
+        q = pieces_of(q_ptr, exists, KW, BLOCK_KW, KP)
     if q_first_ptr is not None:
         q_first = pieces_of(
             q_first_ptr + b * f_b + h_wide * f_h + t_wide * f_t, exists, KW, BLOCK_KW, KP
@@ -210,8 +222,8 @@ def attend_packed(
     highest = tl.full([BLOCK_M], float("-inf"), tl.float32)
     weight = tl.zeros([BLOCK_M], tl.float32)
     acc = ()
-    for _ in tl.static_range(VP):
-        acc += (tl.zeros([BLOCK_M, BLOCK_VW], tl.float32),)
+    for _ in tl.static_range(VP * V_CODE[8]):
+        acc += (tl.zeros([BLOCK_M, BLOCK_VW // V_CODE[8]], tl.float32),)
     begin, end = split * tiles_a_split, tl.minimum((split + 1) * tiles_a_split, tiles)
 
     for tile in range(begin, tl.minimum(end, packed_tiles)):
@@ -227,10 +239,12 @@ def attend_packed(
             j = tl.where(tl.load(mask_ptr + slots + n, mask=there, other=0) != 0, j, -1)
         j = j[None, :]
         if TURN is None:
-            s = packed_scores(q, k, n0, there, dtype, K_CODE)
+            s = packed_scores(q_packed, k, n0, there, K_DTYPE, K_CODE)
+            if K_DTYPE != dtype:
+                s *= most
         else:
             s = turned_scores(
-                q, q_far, packed_keys(k, n0, there, dtype, K_CODE), i, j, turn, dtype, K_CODE, TURN
+                q, q_far, packed_keys(k, n0, there, K_CODE), i, j, turn, dtype, K_CODE, TURN
             )
         s = tanh(s * inner) * outer if SOFTCAP else s * inner
         if BIAS is not None:
@@ -238,8 +252,11 @@ def attend_packed(
         visible = sees(i, j, h[:, None], heads, there, first, near_a, near_b, near_c, NEAR, CAUSAL)
         p, fade, highest = peak(tl.where(visible, s, float("-inf")), highest)
         weight = weight * fade + tl.sum(p, axis=1)
-        acc = add_packed(acc, p, fade, v, n0, there, dtype, V_CODE)
+        acc = add_packed(acc, p, fade, v, n0, there, V_DTYPE, V_CODE)
 
+    acc = side_by_side(acc, V_CODE)
+    if TURN is None:  # as whole blocks, and not held meanwhile
+        q = pieces_of(q_ptr, exists, KW, BLOCK_KW, KP)
     k_rest_ptr += b * kr_b + kv * kr_h
     v_rest_ptr += b * vr_b + kv * vr_h
     if SLOTS:

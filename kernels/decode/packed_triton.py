@@ -34,6 +34,7 @@ from .triton_impl import (
 from .turn import Turn
 
 MOST_PIECES = 8
+PAIRS = torch.version.hip is None and not triton.knobs.runtime.interpret
 LONGEST = 128  # keys of a tile
 CODES_AT_ONCE = 2**13  # numbers of K, and of V, in a tile
 
@@ -108,7 +109,7 @@ def _check(q: Tensor, cache: PackedCache, turn: Turn | None) -> None:
             "impl='torch' takes all"
         )
     for side, x in (("k", cache.k), ("v", cache.v)):
-        pieces = code(x.coding, x.dim, _half(turn) if side == "k" else None)[-1]
+        pieces = code(x.coding, x.dim, _half(turn) if side == "k" else None)[7]
         if pieces > MOST_PIECES or (x.coding.axis == "channel" and x.coding.group % 16):
             raise ValueError(
                 f"packed attention: {side} has groups of {x.coding.group} per {x.coding.axis} at "
@@ -141,17 +142,22 @@ def _half(turn: Turn | None) -> int | None:
 
 
 @lru_cache
-def code(coding: Coding, dim: int, half: int | None = None) -> tuple:
-    """A `CODE` of the kernel: pieces are as wide as one plane and one group of channels, and as
-    `half`, those that turn."""
+def code(coding: Coding, dim: int, half: int | None = None, pairs: bool = PAIRS) -> tuple:
+    """A `CODE` of the kernel: blocks of channels are as wide as one plane and one group, and as
+    `half`, those that turn. Two bytes at once where blocks are wide enough for matrix units then;
+    pairs: whether registers are shifted two at once."""
     width = dim // coding.planes
     if coding.axis == "token":
         width = math.gcd(width, coding.group)
     if half is not None:
         width = math.gcd(width, half)
     block = max(16, triton.next_power_of_2(width))
+    step = 2 if half is None and width % 2 == 0 and block >= 32 else 1
     fp8, channel = coding.kind == "fp8", coding.axis == "channel"
-    return coding.bits, fp8, coding.has_zero, channel, coding.group, width, block, dim // width
+    return (
+        *(coding.bits, fp8, coding.has_zero, channel, coding.group),
+        *(width, block, dim // width, step, pairs),
+    )
 
 
 def turned(turn: Turn | None) -> tuple | None:
@@ -160,11 +166,20 @@ def turned(turn: Turn | None) -> tuple | None:
 
 
 def codes_and_scales(x: Codes) -> tuple[Tensor, Tensor, Tensor | None]:
-    """As the kernel reads them: zeros lie as scales do."""
-    codes, scale, zero = dense_rows(x.codes), dense_rows(x.scale), dense_rows(x.zero)
+    """As the kernel reads them: zeros lie as scales do, and whole words begin where it takes two
+    numbers at once."""
+    codes, scale, zero = (_even(dense_rows(y)) for y in (x.codes, x.scale, x.zero))
     if zero is not None and zero.stride() != scale.stride():
         scale, zero = scale.contiguous(), zero.contiguous()
     return codes, scale, zero
+
+
+def _even(x: Tensor | None) -> Tensor | None:
+    """x, or a copy of it if pairs of its numbers do not begin at multiples of their size."""
+    if x is None or x.shape[-1] % 2 or x.numel() == 0:
+        return x
+    aligned = x.data_ptr() % (2 * x.element_size()) == 0
+    return x if aligned and not any(s % 2 for s in x.stride()[:-1]) else x.clone()
 
 
 def worth_reading(
