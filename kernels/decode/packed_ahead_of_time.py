@@ -10,7 +10,7 @@ from ..aot import ARCHES
 from ..flash.triton_bias import alibi
 from ..pack.codes import Coding
 from .packed_kernels import attend_packed
-from .packed_triton import code, tile, turned
+from .packed_triton import code, tile, turned, whole
 from .triton_pieces import in_window
 from .turn import Turn
 
@@ -84,8 +84,8 @@ def _attend(
     sizes = dict(tile(k, v, dim, dim, 2, lines, shared, 2 * everything + (turn is not None)))
     warps, stages = sizes.pop("num_warps"), sizes.pop("num_stages")
     constexprs = dict(
-        K_CODE=code(k, dim, len(turn.inv_freq) if turn else None, pairs),
-        V_CODE=code(v, dim, None, pairs),
+        K_CODE=code(k, dim, len(turn.inv_freq) if turn else None, whole(k, v), pairs),
+        V_CODE=code(v, dim, None, whole(k, v), pairs),
         TURN=turned(turn),
         NEAR=in_window if everything else None,
         CAUSAL=True,

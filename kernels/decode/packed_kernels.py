@@ -191,7 +191,7 @@ def attend_packed(
     q_first, q_far = None, None
     if TURN is None:
         q_packed = strided_pieces(q_ptr, exists, K_CODE)
-        if K_DTYPE != dtype:
+        if dtype != K_DTYPE:
             q_packed, most = within(q_packed, K_DTYPE, KP * K_CODE[8])
     else:
         q = pieces_of(q_ptr, exists, KW, BLOCK_KW, KP)
@@ -227,9 +227,10 @@ def attend_packed(
     begin, end = split * tiles_a_split, tl.minimum((split + 1) * tiles_a_split, tiles)
 
     for tile in range(begin, tl.minimum(end, packed_tiles)):
-        n0 = low + tile * BLOCK_N
+        n0 = tl.multiple_of(low + tile * BLOCK_N, BLOCK_N)
         n = n0 + tl.arange(0, BLOCK_N)
-        there = n < packed
+        # where groups are of tokens, they are whole, and so are tiles
+        there = tl.full([BLOCK_N], True, tl.int1) if K_CODE[3] or V_CODE[3] else n < packed
         number = n + packed_from
         if packed_numbers_ptr is not None:
             number = tl.load(packed_numbers_ptr + n, mask=there, other=-1).to(tl.int32)
@@ -240,7 +241,7 @@ def attend_packed(
         j = j[None, :]
         if TURN is None:
             s = packed_scores(q_packed, k, n0, there, K_DTYPE, K_CODE)
-            if K_DTYPE != dtype:
+            if dtype != K_DTYPE:
                 s *= most
         else:
             s = turned_scores(
@@ -249,7 +250,12 @@ def attend_packed(
         s = tanh(s * inner) * outer if SOFTCAP else s * inner
         if BIAS is not None:
             s += BIAS(tl.abs(i - j), *params) * LOG2E
-        visible = sees(i, j, h[:, None], heads, there, first, near_a, near_b, near_c, NEAR, CAUSAL)
+        if NEAR is None and CAUSAL:  # one comparison: what is not there lies behind every query
+            visible = tl.where(there[None, :] & (j >= 0), j, 2**31 - 1) <= i
+        else:
+            visible = sees(
+                i, j, h[:, None], heads, there, first, near_a, near_b, near_c, NEAR, CAUSAL
+            )
         p, fade, highest = peak(tl.where(visible, s, float("-inf")), highest)
         weight = weight * fade + tl.sum(p, axis=1)
         acc = add_packed(acc, p, fade, v, n0, there, V_DTYPE, V_CODE)

@@ -74,7 +74,8 @@ def codes_of(pointer, n0, n_step, there, dtype: tl.constexpr, CODE: tl.constexpr
 def scales_of(pointers, n0, n_step, there, CODE: tl.constexpr):
     """The scales or zeros of all pieces, as they are read: (BLOCK_W / STEP,) of the group that the
     keys from n0 on are in, for each block of channels; or (N,) for each group of channels. Two lie
-    in one uint32 where STEP is 2, or groups are even in number."""
+    in one uint32 where STEP is 2, or groups are even in number; or those of two tokens, (N / 2,),
+    where there is one group."""
     STEP: tl.constexpr = CODE[8]
     W: tl.constexpr = CODE[5]
     GROUPS: tl.constexpr = W * CODE[7] // CODE[4]
@@ -86,6 +87,9 @@ def scales_of(pointers, n0, n_step, there, CODE: tl.constexpr):
             at = at.to(tl.pointer_type(tl.uint32))
         for block in tl.static_range(CODE[7]):
             out += (tl.load(at + block * (W // STEP) + w, mask=w < W // STEP, other=0),)
+    elif CODE[10]:
+        at = (pointers + n0.to(tl.int64)).to(tl.pointer_type(tl.uint32))
+        out += (tl.load(at + tl.arange(0, there.shape[0] // 2)),)
     else:
         at = pointers + (n0 + tl.arange(0, there.shape[0])).to(tl.int64) * n_step
         if GROUPS % 2 == 0:
@@ -103,6 +107,8 @@ def of_piece(read, p: tl.constexpr, kind: tl.constexpr, CODE: tl.constexpr):
     W: tl.constexpr = CODE[5]
     if CODE[3]:
         return half_of(read[p // STEP], p % STEP, kind)[None, :]
+    elif CODE[10]:
+        return tl.interleave(half_of(read[0], 0, kind), half_of(read[0], 1, kind))[:, None]
     else:
         g: tl.constexpr = p // STEP * W // CODE[4]
         if W * CODE[7] // CODE[4] % 2 == 0:
@@ -164,11 +170,12 @@ def packed_scores(q, k, n0, there, dtype: tl.constexpr, CODE: tl.constexpr):
     s = tl.zeros([q[0].shape[0], there.shape[0]], tl.float32)
     if WITHIN:
         most = largest(scales, CODE)
+        less = 1.0 / most
     for p in tl.static_range(PIECES):
         scale = of_piece(scales, p, tl.bfloat16, CODE)
         zero = of_piece(zeros, p, tl.float16, CODE) if ZERO else None
         if CHANNEL:
-            scale = scale / most if WITHIN else scale
+            scale = scale * less if WITHIN else scale
             key = times(codes[p], scale, zero, CODE[1], dtype)
             s = dot(q[p], tl.trans(key), s)
         else:
@@ -181,11 +188,14 @@ def packed_scores(q, k, n0, there, dtype: tl.constexpr, CODE: tl.constexpr):
 
 @triton.jit
 def largest(scales, CODE: tl.constexpr):
-    """The largest of all that `scales_of` read; 1 where all are 0."""
-    PIECES: tl.constexpr = CODE[7] * CODE[8]
-    most = tl.max(of_piece(scales, 0, tl.bfloat16, CODE))
-    for p in tl.static_range(1, PIECES):
-        most = tl.maximum(most, tl.max(of_piece(scales, p, tl.bfloat16, CODE)))
+    """The largest of all that `scales_of` read, which are not negative; 1 where all are 0."""
+    most = half_of(scales[0], 0, tl.bfloat16)
+    for n in tl.static_range(len(scales)):
+        if n > 0:
+            most = tl.maximum(most, half_of(scales[n], 0, tl.bfloat16))
+        if scales[n].dtype == tl.uint32:
+            most = tl.maximum(most, half_of(scales[n], 1, tl.bfloat16))
+    most = tl.max(most, axis=0)
     return tl.where(most == 0, 1.0, most)
 
 
@@ -222,6 +232,7 @@ def add_packed(acc, p, fade, v, n0, there, dtype: tl.constexpr, CODE: tl.constex
     WHOLE: tl.constexpr = CODE[0] < 8
     if not WHOLE and not CHANNEL:
         most = largest(scales, CODE)
+        less = 1.0 / most
     weights = narrow(p, dtype)
     out = ()
     for part in tl.static_range(CODE[7] * CODE[8]):
@@ -236,7 +247,7 @@ def add_packed(acc, p, fade, v, n0, there, dtype: tl.constexpr, CODE: tl.constex
                 product += tl.sum(p, axis=1)[:, None] * zero
             faded += product * (scale * FP8 if IS_FP8 else scale)
         else:
-            weighed = p * tl.trans(scale / most)
+            weighed = p * tl.trans(scale * less)
             product = dot(narrow(weighed, dtype), codes[part], None)
             if ZERO:
                 product += tl.sum(weighed * tl.trans(zero), axis=1)[:, None]

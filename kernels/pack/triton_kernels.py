@@ -60,12 +60,13 @@ def numbers(
                 tl.float16, bitcast=True
             )
             return (x - less).to(dtype)
-        elif dtype == tl.bfloat16 and KIND_BITS < 8 and not EMULATED:
+        elif dtype == tl.bfloat16 and KIND_BITS < 8:
             code = moved(codes.to(tl.uint16), SHIFT - (7 - KIND_BITS), PAIRS)
-            x = ((code & (ones << (7 - KIND_BITS))) ^ ((255 + 2 * KIND_BITS) << 6)).to(
-                tl.bfloat16, bitcast=True
-            )
-            return (x - less).to(dtype)
+            x = (code & (ones << (7 - KIND_BITS))) ^ ((255 + 2 * KIND_BITS) << 6)
+            if EMULATED:  # bf16's arithmetic is not its own there
+                return ((x.to(tl.uint32) << 16).to(tl.float32, bitcast=True) - less).to(dtype)
+            else:
+                return x.to(tl.bfloat16, bitcast=True) - less
         else:
             code = (codes >> SHIFT).to(tl.uint32) & ones
             x = ((code << (23 - KIND_BITS)) ^ ((255 + 2 * KIND_BITS) << 22)).to(
