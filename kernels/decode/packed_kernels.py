@@ -3,15 +3,22 @@ those in full precision.
 
 M, N, i, j, h: `triton_pieces`. K and V come in pieces of channels that lie in one plane and share
 scales (`pack.codes`), so each piece is a product of its own with its part of the queries, or into
-its part of the output; tuples hold them.
+its part of the output; tuples hold them. A code stands for itself plus 1 / 2.
 
     by           scale (1, .)
-    k channel    W of a group  s = sum over pieces of (q scale) code + q . (scale zero)
+    k channel    W of a group  s = sum over pieces of q ((code + zero) scale)
     k token      N             s = sum over pieces of (q code + (sum of q) zero) scale
+    v, below 8 bits            acc += p ((code + zero) scale)
     v token      N             acc += (p scale) code + sum over n of p scale zero
     v channel    W of a group  acc += (p code + (sum of p) zero) scale
 
-where a code stands for itself plus 1 / 2.
+Bound by instructions, not bytes, unless these are few. Two bytes of neighbouring channels are one
+element, STEP = 2: matrix units want pairs of keys (of V) in a register, which the hardware brings
+together for elements of 16 bits only. Channels of a piece are then STEP apart. Below 8 bits bf16
+holds codes, and values are made whole; in 8 bits products are in fp16, with scales and queries made
+1 at most, as bf16 would need a conversion a number. Scales are read as pairs, 4 bytes at least:
+narrower ones would not be fetched ahead. Two warps: scales are in each warp's registers, so that
+four would unpack them twice as often.
 """
 
 from __future__ import annotations
@@ -160,8 +167,8 @@ def attend_packed(
     Grid (splits * row_tiles, Hkv, B). Pointers that are None are absent. Scores in bits are q k *
     inner, or with SOFTCAP tanh(q k * inner) * outer; BIAS, with n_params numbers a head, is added.
     Tiles: `packed_tiles` of BLOCK_N packed keys, [low, packed), then those of BLOCK_F keys among
-    the slots and the newest, [rest_low, slots + rest). CODE: (bits, is fp8, has zeros, per channel,
-    group, W, BLOCK_W, pieces). TURN: None, or (frequencies, far keys turn too)."""
+    the slots and the newest, [rest_low, slots + rest). CODE: `packed_triton.code`. TURN: None, or
+    (frequencies, far keys turn too)."""
     split = tl.program_id(0) // row_tiles
     kv_head = tl.program_id(1)
     b = tl.program_id(2).to(tl.int64)

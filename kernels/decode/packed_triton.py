@@ -146,9 +146,12 @@ def _half(turn: Turn | None) -> int | None:
 def code(
     coding: Coding, dim: int, half: int | None = None, whole: bool = False, pairs: bool = PAIRS
 ) -> tuple:
-    """A `CODE` of the kernel: blocks of channels are as wide as one plane and one group, and as
-    `half`, those that turn. Two bytes at once where blocks are wide enough for matrix units then;
-    whole: tiles of keys are never cut; pairs: whether registers are shifted two at once."""
+    """A `CODE` of the kernel: (bits, is fp8, has zeros, per channel, group, W, BLOCK_W, blocks,
+    STEP, pairs, scales of two tokens at once).
+
+    Blocks of channels are as wide as one plane and one group, and as `half`, those that turn. STEP:
+    bytes at once, two where blocks are wide enough for matrix units then. whole: tiles of keys are
+    never cut. pairs: registers are shifted two words at once."""
     width = dim // coding.planes
     if coding.axis == "token":
         width = math.gcd(width, coding.group)
