@@ -89,8 +89,7 @@ def table(root: Path = ROOT) -> str:
 
 def _row(each: Mapping, measured: Mapping[str, float]) -> list[str]:
     name = f"{each['folder']} {each['name']}"
-    loops = [loop for loop in each["loops"] if loop["bytes"] or loop["flops"]]
-    loop = next(iter(loops or each["loops"]), {})
+    loop = each["main"] or {}
     share, got = loop.get("fraction"), measured.get(name)
     cells = [name, each["registers"], each["blocks"], loop.get("instructions"), loop.get("bytes")]
     cells += [loop.get("matrix"), None if share is None else f"{share:.0%} of {loop['limit']}"]

@@ -16,6 +16,7 @@ Each kernel folder lists what it ships in `ahead_of_time.py`: `variants(arch) ->
     forward     whether it must not spill registers
     dots        whether it has matrix products, which must become matrix-unit instructions in 16-bit
                 types
+    loop        if it is not the first, which of the inner loops most of the time goes to
 
 Needs triton, but no GPU and no driver; not in a process with TRITON_INTERPRET set, which compiles
 nothing."""

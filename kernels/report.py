@@ -42,18 +42,19 @@ class Report:
     source: str  # what was read: sass, ptx or amdgcn
     loops: list[LoopReport]
     unknown: str | None = None  # why numbers are missing
+    loop: int = 0  # the variant's: which of the loops that move or multiply is to be looked at
 
     @property
     def main(self) -> LoopReport | None:
-        """The loop to look at: the first that moves or multiplies anything. Kernels go through
-        packed tokens, or whole tiles, before the rest."""
-        busy = [loop for loop in self.loops if loop.bytes or loop.flops]
-        return next(iter(busy or self.loops), None)
+        """The loop to look at."""
+        busy = [loop for loop in self.loops if loop.bytes or loop.flops] or self.loops
+        return busy[self.loop] if busy else None
 
     def to_dict(self) -> dict:
         """Plain data, for JSON; the result's fields beside the others."""
         plain = asdict(self)
-        return plain.pop("result") | plain
+        main = self.main
+        return plain.pop("result") | plain | {"main": None if main is None else asdict(main)}
 
 
 def report_all(
@@ -77,13 +78,15 @@ def report(variant: dict, arch: str, folder: str = "") -> Report:
     warps = variant["num_warps"]
     if result.registers is None and (result.problem or "").startswith("does not compile"):
         return Report(result, warps, "", [], result.problem)
+    which = variant.get("loop", 0)
     asm = aot.build(variant, aot.ARCHES[arch].target).asm
     text, dialect = machine_code(asm)
     found = listing.innermost(listing.read(text, dialect), dialect)
     done = work.innermost(asm["ttgir"])
     if len(found) != len(done):
         reason = f"the compiler made {len(found)} inner loops of {len(done)}"
-        return Report(result, warps, dialect, [_loop(each) for each in found], reason)
+        loops = [_loop(each) for each in found]
+        return Report(result, warps, dialect, loops, reason, which)
     reason = None
     if arch != PREDICTED or dialect != "sass":
         reason = f"no prediction: it is for {PREDICTED}'s machine code, this is {arch}'s {dialect}"
@@ -93,7 +96,7 @@ def report(variant: dict, arch: str, folder: str = "") -> Report:
         if reason is None:
             guess = hopper.predict(instructions, each, warps, result.blocks or 0)
         loops.append(_loop(instructions, each, guess))
-    return Report(result, warps, dialect, loops, reason)
+    return Report(result, warps, dialect, loops, reason, which)
 
 
 def machine_code(asm: dict) -> tuple[str, str]:

@@ -52,8 +52,8 @@ def test_a_measurement_stands_beside_its_prediction(tmp_path):
     predicted = {
         "environment": dict(triton="3.9", date="2026-01-02T03:04:05"),
         "kernels": [
-            each | dict(name="known", loops=[dict(bytes=0, flops=0), loop | guessed]),
-            each | dict(name="unknown", loops=[]),
+            each | dict(name="known", main=loop | guessed),
+            each | dict(name="unknown", main=None),
         ],
     }
     for path, plain in (

@@ -195,6 +195,7 @@ def test_what_cannot_be_known_says_so(monkeypatch):
     assert "no prediction" in found.unknown
     monkeypatch.setattr(report.aot, "cuobjdump", lambda *_: SASS)
     assert report.report(each, "sm_90").main.fraction is not None
+    assert report.report(each | dict(loop=-1), "sm_90").to_dict()["main"]["bytes"] == 1024
     asm["ttgir"] = TTGIR
     found = report.report(each, "sm_90")
     assert found.unknown == "the compiler made 1 inner loops of 2"
