@@ -13,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from bench import compatibility, pages
+from bench import compatibility, kernels, pages
 from effattn.reports.files import write_text_atomic
 from effattn.reports.tables import Table
 
@@ -27,6 +27,7 @@ SUBJECTS = {
     "bench_sparsegpt": ("SparseGPT against llmcompressor", "recipes/bench.py --only SparseGPT"),
     "convert_gqa": ("Fewer KV heads: methods, uptraining curves", "recipes/sweep_gqa.py"),
     "extend_context": ("Position rules past the trained length", "recipes/extend_context.py"),
+    "kernels": ("Kernels' predicted share of an H200's limits", "python -m bench.kernels"),
     "linearize_all": ("Every layer linear", "effattn linearize"),
     "linearize_hybrid": ("Linear, every fourth a window", "effattn linearize --keep-every 4"),
     "linearize_monarch": ("Monarch projections", "effattn linearize --projections"),
@@ -65,7 +66,7 @@ def wanted(root: Path) -> dict[Path, str]:
     for page in sorted((root / "docs").rglob("*.md")):
         old = page.read_text(encoding="utf-8")
         text, figures = pages.update(old, root)
-        found[page] = compatibility.update(text)
+        found[page] = kernels.update(compatibility.update(text), root)
         found |= {root / path: svg for path, svg in figures.items()}
     for folder in sorted(path for path in (root / "results").iterdir() if path.is_dir()):
         found[folder / "README.md"] = index(folder)
