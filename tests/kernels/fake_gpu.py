@@ -29,6 +29,7 @@ from types import SimpleNamespace
 import torch
 import triton
 from torch import Tensor
+from torch._subclasses import fake_tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton._C.libtriton import ir
@@ -76,6 +77,9 @@ def install(depth: str = "front") -> None:
     JITFunction._do_compile = _compiler(depth)
     _register_device()
     cuda = torch.cuda
+    # a torch that was built with CUDA would look for a driver
+    fake_tensor.init_gpu_context = lambda device: None
+    cuda._lazy_init = lambda: None
     cuda.is_available = lambda: True
     cuda.device_count = lambda: len(DEVICES)
     cuda.current_device = lambda: _current
