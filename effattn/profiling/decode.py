@@ -184,9 +184,9 @@ def decode_speed(
     a CPU, the device's own time on a GPU (`timing.Clock`); the cache is then cropped, so every step
     starts from exactly `context` tokens. The models take turns step by step, so slow drift (clock,
     temperature, other jobs) hits all alike; each also finds the processor's caches as the other
-    left them. `repeats` rounds of one warm-up and `steps` timed steps; percentiles are over all of them.
-    Transformers' DynamicCache copies a layer's keys and values at every step, as in `generate()`:
-    that is included.
+    left them. `repeats` rounds of one warm-up and `steps` timed steps; percentiles are over all of
+    them. Transformers' DynamicCache copies a layer's keys and values at every step, as in
+    `generate()`: that is included.
 
     Rows, by context and then in the models' order: {"context", "batch", "model", "ms_p20",
     "ms_p50", "ms_p80" (milliseconds a step), "host_ms" (of a GPU's steps: what launching one takes
