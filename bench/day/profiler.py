@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 
+from bench.day import ratios
 from bench.day.settings import ROOT, Day
 
 SECTIONS = (
@@ -32,8 +33,6 @@ def names(day: Day) -> list[str]:
 def worst(day: Day) -> tuple[str, str, list[str]] | None:
     """(case, contender, kernels) of the headline with the least of its target; None where none was
     measured."""
-    from bench.day import headlines
-
     file = day.output / "headlines.json"
     if not file.exists():
         return None
@@ -41,7 +40,7 @@ def worst(day: Day) -> tuple[str, str, list[str]] | None:
     found = {name: row for name, job in jobs.items() for row in job["results"]}
     reached = [
         (value / one.target, one)
-        for one in headlines.HEADLINES
+        for one in ratios.HEADLINES
         if (value := one.value({"cases": found})) is not None
     ]
     if not reached:

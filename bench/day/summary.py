@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-from bench.day import headlines
+from bench.day import ratios
 from bench.day.jobs import DONE
 from effattn.reports.tables import Table
 
@@ -73,7 +73,7 @@ def headlines_table(found: Mapping) -> Table:
     """A line a headline: measured, target, predicted; its times, and the device's limit."""
     cases = {"cases": {row["name"]: row for _, row in rows(found, "headlines")}}
     lines = []
-    for one in headlines.HEADLINES:
+    for one in ratios.HEADLINES:
         row = cases["cases"].get(one.case, {}).get("contenders", {}).get(one.of, {})
         value = one.value(cases)
         verdict = "" if value is None else "yes" if value >= one.target else "no"

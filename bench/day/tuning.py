@@ -10,7 +10,7 @@ from itertools import product
 import torch
 
 from bench.case import Case, Contender
-from bench.day import headlines, launching
+from bench.day import headlines, launching, ratios
 from bench.day.jobs import alone
 from bench.day.settings import Day
 from effattn.profiling.timing import Clock, alternate, percentiles
@@ -19,14 +19,14 @@ GRID = [{"num_warps": warps, "num_stages": stages} for warps, stages in product(
 SECONDS = 0.25  # of timing one choice beside the usual one
 ERROR = 0.02  # relative, between two choices in bf16: sums are made in another order
 TUNED = {
-    "decode": (headlines.DECODE, headlines.DENSELY),
-    "decode int8": (headlines.PACKED, "effattn int8"),
-    "decode int4": (headlines.PACKED, "effattn int4"),
-    "window": (headlines.FORWARD, headlines.OURS),
-    "window, training": (headlines.TRAINING, headlines.OURS),
-    "dense": (headlines.DENSE, headlines.DENSELY),
-    "2:4": (headlines.SPARSE, "effattn packed 2:4"),
-    "linear": (headlines.LINEAR, "effattn linear"),
+    "decode": (ratios.DECODE, ratios.DENSELY),
+    "decode int8": (ratios.PACKED, "effattn int8"),
+    "decode int4": (ratios.PACKED, "effattn int4"),
+    "window": (ratios.FORWARD, ratios.OURS),
+    "window, training": (ratios.TRAINING, ratios.OURS),
+    "dense": (ratios.DENSE, ratios.DENSELY),
+    "2:4": (ratios.SPARSE, "effattn packed 2:4"),
+    "linear": (ratios.LINEAR, "effattn linear"),
 }
 
 

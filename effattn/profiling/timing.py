@@ -59,11 +59,16 @@ class Taken(float):
 
 
 class Event(Protocol):
-    """A place in a device's queue, as torch's events are. `elapsed_time`: milliseconds."""
+    """A place in a device's queue, as torch's events are."""
 
-    def query(self) -> bool: ...
-    def synchronize(self) -> None: ...
-    def elapsed_time(self, end_event: Any) -> float: ...
+    def query(self) -> bool:
+        """Whether the device has come to it."""
+
+    def synchronize(self) -> None:
+        """Waits until it has."""
+
+    def elapsed_time(self, end_event: Any) -> float:
+        """Milliseconds between the device's being here and there."""
 
 
 class Gpu:

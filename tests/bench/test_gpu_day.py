@@ -13,7 +13,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench.day import carried, correctness, headlines, jobs, profiler, steps, summary, tuning
+from bench.day import (
+    carried,
+    correctness,
+    headlines,
+    jobs,
+    page,
+    profiler,
+    ratios,
+    steps,
+    summary,
+    tuning,
+)
 from bench.day.jobs import DONE, FAILED, LATE, WAITING, Job
 from bench.day.settings import Day
 
@@ -217,7 +228,7 @@ def test_checks_run_in_the_interpreter(group):
 
 
 def test_every_headline_is_a_row_of_the_benchmark():
-    for one in headlines.HEADLINES:
+    for one in ratios.HEADLINES:
         case = headlines.cases()[one.case]
         names = {each.name for each in case.contenders}
         assert {one.of, one.over} - {""} <= names
@@ -229,7 +240,7 @@ def test_every_headline_is_a_row_of_the_benchmark():
 
 def results(ms: dict[str, float], **more) -> dict:
     """headlines.json of one case."""
-    one = headlines.HEADLINES[2]
+    one = ratios.HEADLINES[2]
     rows = {who: {"ours": True, "ms_p50": value, **more} for who, value in ms.items()}
     row = {"name": one.case, "contenders": rows, "kernels": {"attend": 3}, "found": 2}
     row["compiled"] = {"combine": 1}
@@ -237,12 +248,12 @@ def results(ms: dict[str, float], **more) -> dict:
 
 
 def test_ratios_are_of_speed_and_the_worst_is_profiled(tmp_path):
-    share, _, against = headlines.HEADLINES[:3]
+    share, _, against = ratios.HEADLINES[:3]
     found = results({against.of: 2.0, against.over: 3.0}, read_share=0.4)
     cases = {"cases": {name: x["results"][0] for name, x in found["jobs"].items()}}
     assert against.value(cases) == 1.5
     assert share.value(cases) == 0.4
-    assert headlines.HEADLINES[3].value(cases) is None
+    assert ratios.HEADLINES[3].value(cases) is None
     day = Day("cuda", False, tmp_path)
     assert profiler.worst(day) is None
     (tmp_path / "headlines.json").write_text(json.dumps(found))
@@ -250,7 +261,7 @@ def test_ratios_are_of_speed_and_the_worst_is_profiled(tmp_path):
 
 
 def test_tables_say_what_is_known_and_what_is_not():
-    against = headlines.HEADLINES[2]
+    against = ratios.HEADLINES[2]
     found = {"headlines": results({against.of: 2.0, against.over: 3.0}, host_ms=0.1)}
     line = next(x for x in summary.headlines_table(found).rows if x[0] == against.what)
     assert line[1:5] == ["1.50", "1.00", "yes", "-"]
@@ -269,6 +280,28 @@ def test_tables_say_what_is_known_and_what_is_not():
     assert "2 found in the cache, 1 compiled" in text
     assert len(text) <= summary.LONGEST
     assert "kernels of the headlines: 0 found" in summary.text({})
+
+
+def test_the_documentation_shows_predictions_without_results_and_both_with_them(tmp_path):
+    text = "a\n<!-- day:some-gpu -->\nold\n<!-- /day -->\nb\n"
+    empty = page.update(text, tmp_path)
+    assert "*Not measured yet: `make gpu-day`" in empty
+    assert "| decode int8 against bf16 | - | 1.70 |  | 0.90 to 1.30 |" in empty
+    assert page.update(empty, tmp_path) == empty
+    folder = tmp_path / "results" / "some-gpu" / "gpu_day"
+    folder.mkdir(parents=True)
+    against = ratios.HEADLINES[2]
+    measured = results({against.of: 2.0, against.over: 3.0}, limit_ms=1.0)
+    (folder / "headlines.json").write_text(json.dumps(measured))
+    where = {"device": "Some GPU", "torch": "2", "triton": "3", "date": "2026-12-01T10:00"}
+    told = {"jobs": {"versions": {"results": [{"python": "3"}, {"environment": where}]}}}
+    (folder / "versions.json").write_text(json.dumps(told))
+    full = page.update(empty, tmp_path)
+    assert f"| {against.what} | 1.50 | 1.00 | yes | - | 2 | 1 | - |" in full
+    assert "<sub>Some GPU; torch 2, triton 3; 2026-12-01; `results/some-gpu/gpu_day`</sub>" in full
+    assert "Not measured yet" not in full
+    with pytest.raises(ValueError, match="marker"):
+        page.update("<!-- day:some-gpu -->", tmp_path)
 
 
 def test_a_long_report_is_cut():

@@ -21,6 +21,7 @@ class Checkout(importlib.abc.MetaPathFinder):
         self.folders = {name: root / folder for name, folder in folders.items() if "." in name}
 
     def find_spec(self, name, path=None, target=None):
+        """Of such a package; None for all others."""
         if (folder := self.folders.get(name)) is None:
             return None
         return importlib.util.spec_from_file_location(
