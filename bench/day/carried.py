@@ -25,6 +25,7 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from unittest import mock
 
@@ -39,6 +40,7 @@ KEPT = (".cubin", ".json")  # what a launch reads; an entry's other files are fo
 STEPS = ("versions", "ceilings", "correctness", "headlines", "tuning")
 
 
+@cache
 def versions() -> dict[str, str]:
     """What decides whether a cache fits, beside the kernels' own sources."""
     import triton

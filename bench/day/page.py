@@ -1,5 +1,5 @@
-"""A day's headlines in the documentation: between `<!-- day:FOLDER -->` and `<!-- /day -->` of a page
-stands what results/FOLDER/gpu_day/ says, beside what was predicted. Without results it says so."""
+"""A day's headlines in the documentation: between `<!-- day:FOLDER -->` and `<!-- /day -->` stands
+what results/FOLDER/gpu_day/ says, beside what was predicted. Without results it says so."""
 
 from __future__ import annotations
 

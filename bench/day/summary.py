@@ -77,14 +77,13 @@ def headlines_table(found: Mapping) -> Table:
         row = cases["cases"].get(one.case, {}).get("contenders", {}).get(one.of, {})
         value = one.value(cases)
         verdict = "" if value is None else "yes" if value >= one.target else "no"
-        said = "{:.2f} to {:.2f}".format(*one.predicted) if one.predicted else "-"
         lines.append(
             [
                 one.what,
                 row.get("failed", row.get("wrong", "-"))[:60] if value is None else f"{value:.2f}",
                 f"{one.target:.2f}",
                 verdict,
-                said,
+                one.predicted,
                 _number(row, "ms_p50"),
                 _number(row, "limit_ms"),
                 _number(row, "host_ms"),
