@@ -14,6 +14,7 @@ from typing import Annotated
 import typer
 
 from bench import compatibility, kernels, pages
+from bench.day import page as day
 from effattn.reports.files import write_text_atomic
 from effattn.reports.tables import Table
 
@@ -66,7 +67,8 @@ def wanted(root: Path) -> dict[Path, str]:
     for page in sorted((root / "docs").rglob("*.md")):
         old = page.read_text(encoding="utf-8")
         text, figures = pages.update(old, root)
-        found[page] = kernels.update(compatibility.update(text), root)
+        text = kernels.update(compatibility.update(text), root)
+        found[page] = day.update(text, root)
         found |= {root / path: svg for path, svg in figures.items()}
     for folder in sorted(path for path in (root / "results").iterdir() if path.is_dir()):
         found[folder / "README.md"] = index(folder)
