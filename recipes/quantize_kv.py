@@ -74,7 +74,7 @@ class Settings(options.Settings):
     column: str | None = options.text_column()
     bos: bool | None = options.begins_with_bos()
     evaluation_tokens: int = tokens(8192, "to measure each format on, a step each", least=1)
-    sensitivity_tokens: int = tokens(2048, "to measure each layer and format on", least=1)
+    sensitivity_tokens: int = tokens(2048, "to measure each layer and format on; 0: none")
     length: int = whole(512, "window length in tokens", least=1)
     batch: int = whole(16, "windows that are decoded side by side", least=1)
     retrieval_length: int | None = whole(
@@ -160,7 +160,7 @@ def quantize(settings: Settings, show: Quiet) -> QuantizeReport:
     # A format for each layer: full precision, which harms nothing, is a choice everywhere. That
     # the harm of layers adds up is a model, so the chosen plan is measured as a whole, too.
     sizes = {lane.name: lane.layer_bytes() for lane in made}
-    front, plan = budget.plans(sizes, alone, facts["layers"]), None
+    front, plan = budget.plans(sizes, alone, facts["layers"]) if alone else [], None
     if settings.budget is not None:
         plan = budget.as_told(budget.best(front, settings.budget), settings.budget)
         made.append(Lane(PLAN, plan["cache"]).of(model))
@@ -216,11 +216,16 @@ def check(settings: Settings) -> None:
     if settings.retrieval_style is not None:
         check_choice("retrieval_style", settings.retrieval_style, STYLES)
     check_source(settings.text, settings.dataset)
+    if settings.budget is not None and not settings.sensitivity_tokens:
+        raise ValueError(
+            "sensitivity_tokens: got 0 with a budget; a plan needs each layer measured alone, valid "
+            f"is at least length ({settings.length})"
+        )
     for name in ("evaluation_tokens", "sensitivity_tokens"):
-        if getattr(settings, name) < settings.length:
+        count = getattr(settings, name)
+        if count < settings.length and (name, count) != ("sensitivity_tokens", 0):
             raise ValueError(
-                f"{name}: got {getattr(settings, name)}, valid is at least length "
-                f"({settings.length}): one window"
+                f"{name}: got {count}, valid is at least length ({settings.length}): one window"
             )
     if settings.sensitivity_tokens > settings.evaluation_tokens:
         raise ValueError(
@@ -297,6 +302,8 @@ def layer_by_layer(
     from effattn.quant.sensitivity.lanes import Lane
     from effattn.quant.sensitivity.tokenwise import tokenwise
 
+    if not settings.sensitivity_tokens:
+        return []
     rows, tokens = [], text.evaluation[: settings.sensitivity_tokens + 1]
     for layer in anatomy.of(full.model).layers:
         for spec in settings.specs:
