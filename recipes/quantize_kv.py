@@ -218,8 +218,8 @@ def check(settings: Settings) -> None:
     check_source(settings.text, settings.dataset)
     if settings.budget is not None and not settings.sensitivity_tokens:
         raise ValueError(
-            "sensitivity_tokens: got 0 with a budget; a plan needs each layer measured alone, valid "
-            f"is at least length ({settings.length})"
+            "sensitivity_tokens: got 0 with a budget; a plan needs each layer measured alone, "
+            f"valid is at least length ({settings.length})"
         )
     for name in ("evaluation_tokens", "sensitivity_tokens"):
         count = getattr(settings, name)

@@ -1,6 +1,6 @@
 """The command behind `make real`.
 
-python -m bench.real                               # all of it, hours; what is done is not done again
+python -m bench.real                               # all of it, hours; nothing is done twice
 python -m bench.real --only caches                 # a subject, or "caches/int4", a step
 python -m bench.real --tokens small                # an eighth of the tokens: that all runs
 python -m bench.real --model DIR --text FILE       # instead of SmolLM2 and the handbook

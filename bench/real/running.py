@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import effattn
@@ -71,7 +72,7 @@ def run(
     job: Job,
     steps: Sequence[tuple[str, Step]],
     kept: Callable[[str, str, dict], None],
-    say: Callable[[str], None] = print,
+    say: Callable[[str], None] = partial(print, flush=True),
 ) -> list[str]:
     """Runs (subject, step) after (subject, step) where it is not done; kept(subject, step's name,
     row) is called for each that is. Returns the names of those that failed: the others run on."""

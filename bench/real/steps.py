@@ -15,7 +15,8 @@ from typing import Any
 from effattn.errors import check_choice
 
 SMALL = 8  # by so much `--tokens small` divides what a step reads
-LEAST = 512  # tokens that a step still reads then: a window
+LEAST = {"calibration_tokens": 12_288}  # that a step still reads then: ten for each input solved
+WINDOW = 512  # and of other tokens
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class Step:
         found = dict(self.settings)
         for name, value in found.items():
             if small and name.endswith("tokens"):
-                found[name] = min(value, max(LEAST, value // SMALL))
+                found[name] = min(value, max(LEAST.get(name, WINDOW), value // SMALL))
         return found
 
 
@@ -106,7 +107,7 @@ def recipe(name: str, take: Callable[[dict], dict], **fixed) -> Callable[..., di
         if "evaluation_text" in known:
             given |= {"text": list(place.text), "evaluation_text": [place.held_out]}
         if "output" in known:
-            given["output"] = place.output
+            given.setdefault("output", place.output)
         given = {key: value for key, value in given.items() if key in known}
         return plain(take(code.run(code.Settings(**given)).data))
 

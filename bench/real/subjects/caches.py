@@ -6,7 +6,7 @@ from bench.real.numbers import QUALITY, relative
 from bench.real.steps import Step, Subject, Target, recipe
 
 ORDER = 2
-READ = {"evaluation_tokens": 6144, "length": 768, "batch": 8}
+READ = {"evaluation_tokens": 6144, "length": 512, "batch": 12}
 
 
 def take(data: dict) -> dict:
@@ -30,7 +30,9 @@ def cost(found: dict) -> str:
     return f"{relative(found):+.2%} ± {found['standard_error']:.2%}"
 
 
-QUANTIZE = recipe("quantize_kv", take, retrieval_trials=0, decode_contexts=(), sensitivity_tokens=0)
+QUANTIZE = recipe(
+    "quantize_kv", take, retrieval_trials=0, decode_contexts=(), sensitivity_tokens=0, output=None
+)
 FORMATS = (
     "int8",
     "int4",

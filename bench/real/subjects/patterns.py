@@ -7,11 +7,10 @@ from bench.real.steps import Step, Subject, Target, recipe
 from effattn.evaluate.loss import perplexity_of
 
 ORDER = 5
-SINKS, BARE = "sliding(window=512, sinks=4)", "sliding(window=512)"
+SINKS = "sliding(window=512, sinks=4)"
 READ = {"stream_tokens": 8192}
 PATTERNS = (
     SINKS,
-    BARE,
     "block(block=512, look_back=1)",
     "longformer(window=512, global_tokens=4)",
     "strided(stride=128)",
@@ -20,22 +19,31 @@ PATTERNS = (
 
 
 def take(data: dict) -> dict:
-    """Of the pattern that was asked for: its stream beside the model's own in fresh windows."""
-    (run,) = [one for one in data["runs"] if one["role"] == "pattern"]
-    spans = {"pattern": run["stream"]["spans"], "fresh": data["reference"]["spans"]}
-    means = {
-        name: sum(one["cross_entropy"] * (one["last"] - one["first"]) for one in rows)
-        / sum(one["last"] - one["first"] for one in rows)
-        for name, rows in spans.items()
-    }
+    """Of the pattern that was asked for: its stream beside the model's own in fresh windows, and
+    beside the same pattern without its sinks where it has any."""
+    streams = {one["role"]: one["stream"] for one in data["runs"]}
+    run = streams["pattern"]
+    bare = mean(streams["baseline"]) if "baseline" in streams else None
     return {
-        "tokens": run["stream"]["tokens"],
+        "tokens": run["tokens"],
         "window": data["reference"]["context"],
         "bos": data["settings"]["bos"],
-        "before": means["fresh"],
-        "after": means["pattern"],
-        "held_bytes": run["stream"]["cache_bytes"][-1][1],
+        "before": mean(data["reference"]),
+        "after": mean(run),
+        "without_sinks": bare,
+        "held_bytes": run["cache_bytes"][-1][1],
     }
+
+
+def mean(stream: dict) -> float:
+    """The cross-entropy of all of a stream, which the report has by spans."""
+    counts = [(one["last"] - one["first"], one["cross_entropy"]) for one in stream["spans"]]
+    return sum(count * nats for count, nats in counts) / sum(count for count, _ in counts)
+
+
+def bare(found: dict) -> str:
+    """A cell."""
+    return "" if found["without_sinks"] is None else shown(found["without_sinks"])
 
 
 SWAP = recipe(
@@ -61,6 +69,7 @@ SUBJECT = Subject(
     {
         "tokens": lambda found: f"{found['tokens']:,}",
         "perplexity": lambda found: shown(found["after"]),
+        "without sinks": bare,
         "fresh windows": lambda found: shown(found["before"]),
         "ratio": lambda found: f"{ratio(found):.2f}",
         "cache at the end, MB": lambda found: f"{found['held_bytes'] / 1e6:.1f}",

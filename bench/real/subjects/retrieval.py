@@ -40,19 +40,20 @@ def _mean(found: dict, measure: str) -> float:
     return sum(row[measure] for row in found["rows"]) / len(found["rows"])
 
 
-def step(name: str, length: int) -> Step:
-    """A swap at a length of prompts."""
-    return Step(f"{name}, {length:,}", asked, {"axes": AXES[name], "length": length, "trials": 4})
+def step(name: str, length: int, trials: int) -> Step:
+    """A swap at a length of prompts, `trials` at each depth."""
+    settings = {"axes": AXES[name], "length": length, "trials": trials}
+    return Step(f"{name}, {length:,}", asked, settings)
 
 
 SUBJECT = Subject(
     "Retrieval from a prompt",
     [
-        step("as it is", 1024),
-        step("int4 cache", 1024),
-        step("int2 cache", 1024),
-        step("sliding(window=512, sinks=4)", 1024),
-        step("as it is", 4096),
+        step("as it is", 1024, trials=4),
+        step("int4 cache", 1024, trials=4),
+        step("int2 cache", 1024, trials=4),
+        step("sliding(window=512, sinks=4)", 1024, trials=4),
+        step("as it is", 4096, trials=1),
     ],
     {
         "prompts a task": lambda found: str(found["trials"]),

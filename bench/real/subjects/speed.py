@@ -30,7 +30,7 @@ def pair(entry: str, scale: float, digits: int):
     return cell
 
 
-MEASURE = recipe("measure", take, contexts=(4096,), batches=(1,), seconds=10.0)
+MEASURE = recipe("measure", take, contexts=(4096,), batches=(1,), seconds=10.0, output=None)
 
 SUBJECT = Subject(
     "Decoding after 4,096 tokens, one sequence",
