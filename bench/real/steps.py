@@ -99,8 +99,6 @@ def recipe(name: str, take: Callable[[dict], dict], **fixed) -> Callable[..., di
     `evaluation_text`, or where it calibrates nothing the latter from `text`."""
 
     def run(place: Place, **settings) -> dict:
-        from bench.real.process import plain
-
         code = importlib.import_module(f"effattn.recipes.{name}")
         known = code.Settings.__dataclass_fields__
         given = {"model": place.model, "text": [place.held_out]} | fixed | settings
@@ -109,6 +107,6 @@ def recipe(name: str, take: Callable[[dict], dict], **fixed) -> Callable[..., di
         if "output" in known:
             given.setdefault("output", place.output)
         given = {key: value for key, value in given.items() if key in known}
-        return plain(take(code.run(code.Settings(**given)).data))
+        return take(code.run(code.Settings(**given)).data)
 
     return run

@@ -94,7 +94,7 @@ def contents(deb: bytes) -> bytes:
     raise ValueError("text: the package is no Debian package with a data.tar")
 
 
-class Text(HTMLParser):
+class _Text(HTMLParser):
     """What a reader sees of a page, a line a block."""
 
     def __init__(self):
@@ -119,7 +119,7 @@ class Text(HTMLParser):
 
 def stripped(page: str) -> str:
     """The text of an HTML page: lines without empty ones, spaces as one."""
-    reader = Text()
+    reader = _Text()
     reader.feed(page)
     lines = (" ".join(line.split()) for line in "".join(reader.pieces).splitlines())
     return "\n".join(filter(None, lines))
