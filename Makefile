@@ -5,6 +5,7 @@
 # make kernels   compiles the Triton kernels for four GPUs, none of which need be here
 # make bench   attention against its peers on this CPU, about 14 minutes, to results/<device>/bench.json
 # make bench-gpu PART=1/3   the same on a GPU, its kernels' tests first; parts take under nine minutes
+# make real   what the documentation claims, on SmolLM2-135M and English text, which it fetches: hours; goes on after a stop
 # make docs   the documentation as a site, to site/; make pages: its tables and figures, from results/ and the code
 PYTHON ?= python3
 VENV   ?= .venv
@@ -13,10 +14,11 @@ STAMP  := $(VENV)/.installed
 PEERS  := $(VENV)/.peers-installed
 GPU    := $(VENV)/.gpu-peers-installed
 DOCS   := $(VENV)/.docs-installed
+REAL   := $(VENV)/.gguf-installed
 PART   ?= 1/1
 DEMO   ?= runs/demo
 
-.PHONY: demo test quick bench bench-gpu docs pages readme-figures lint kernels setup clean
+.PHONY: demo test quick bench bench-gpu real docs pages readme-figures lint kernels setup clean
 
 setup: $(STAMP)
 
@@ -33,13 +35,14 @@ demo: $(STAMP)
 test: $(STAMP)
 	$(BIN)/python -m pytest -n auto --dist worksteal
 
-$(PEERS) $(GPU) $(DOCS): $(STAMP)
+$(PEERS) $(GPU) $(DOCS) $(REAL): $(STAMP)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[$(EXTRA)]"
 	touch $@
 
 $(PEERS): EXTRA = bench
 $(GPU): EXTRA = bench-gpu
 $(DOCS): EXTRA = docs
+$(REAL): EXTRA = gguf
 
 quick: $(STAMP)
 	$(BIN)/python -m pytest -m quick -n auto --dist worksteal
@@ -49,6 +52,10 @@ bench: $(PEERS)
 
 bench-gpu: $(GPU)
 	$(BIN)/python recipes/bench.py --device cuda --part $(PART)
+
+# ARGS="--only caches --model M --text FILE", and so on; at low priority, since it takes hours.
+real: $(REAL)
+	nice $(BIN)/python -m bench.real $(ARGS)
 
 # Strict: a broken link or a name that is not there fails.
 docs: $(DOCS)

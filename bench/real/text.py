@@ -118,7 +118,7 @@ class _Text(HTMLParser):
 
 
 def stripped(page: str) -> str:
-    """The text of an HTML page: lines without empty ones, spaces as one."""
+    """The text of an HTML page: a line a block, and where its source has one; spaces as one."""
     reader = _Text()
     reader.feed(page)
     lines = (" ".join(line.split()) for line in "".join(reader.pieces).splitlines())
