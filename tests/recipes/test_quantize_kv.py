@@ -294,6 +294,15 @@ def test_the_report_says_what_was_measured(finished):
     assert UNKNOWN not in tables
 
 
+def test_no_layer_alone_where_none_is_asked_for(finished):
+    wanted, _, before = finished
+    less = {"sensitivity_tokens": 0, "budget": None, "retrieval_trials": 0, "output": None}
+    report = quantize_kv.run(dataclasses.replace(wanted, decode_contexts=(), **less))
+    assert report.data["sensitivity"] == report.data["frontier"] == []
+    assert report.data["formats"] == before.data["formats"][:-1]  # but for the plan
+    assert "Each layer alone" not in report.to_markdown() + report.to_html()
+
+
 @pytest.mark.parametrize(
     ("given", "error"),
     [
@@ -309,6 +318,14 @@ def test_the_report_says_what_was_measured(finished):
         (
             ["--length", "4096", "--evaluation-tokens", "1000"],
             "evaluation_tokens: got 1000, valid is at least length",
+        ),
+        (
+            ["--sensitivity-tokens", "100"],
+            "sensitivity_tokens: got 100, valid is at least length (512)",
+        ),
+        (
+            ["--sensitivity-tokens", "0", "--budget-bytes-per-token", "5000"],
+            "sensitivity_tokens: got 0 with a budget",
         ),
         (["--decode-batches", "0,1,-2"], "decode_batches: got"),
         (["--retrieval-trials", "-1"], "retrieval_trials: got -1"),
