@@ -85,7 +85,7 @@ def run(
         said = f"{number}/{len(steps)}  {name}"
         if row.get("digest") != wanted:
             say(f"{said} ...")
-            row = once(job, subject, step)
+            row = once(job, subject, step, wanted)
             if "error" in row:
                 failed.append(name)
                 say(f"{said}  FAILED: {row['error']}")
@@ -98,13 +98,14 @@ def run(
     return failed
 
 
-def once(job: Job, subject: str, step: Step) -> dict:
+def once(job: Job, subject: str, step: Step, wanted: str) -> dict:
     """One step in a new process: what it found, CPU seconds (its children's among them), wall
-    seconds, and the most memory that one of these processes held; or {"error"}."""
+    seconds, and the most memory that one of these processes held; or {"error"}. wanted: its digest;
+    what an unfinished run of the same left is gone on from, as far as its recipe can."""
     folder = job.work / "running" / subject / _slug(step.name)
-    folder.mkdir(parents=True, exist_ok=True)
     asked, found, log = folder / "job.json", folder / "found.json", folder / "log.txt"
     given = {
+        "digest": wanted,
         "subject": subject,
         "step": step.name,
         "model": job.model,
@@ -113,11 +114,15 @@ def once(job: Job, subject: str, step: Step) -> dict:
         "output": folder / "output",
         "small": job.small,
     }
-    write_text_atomic(asked, json.dumps(plain(given)))
+    said = json.dumps(plain(given))
+    if folder.exists() and not (asked.is_file() and asked.read_text(encoding="utf-8") == said):
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text_atomic(asked, said)
     start = time.perf_counter()
-    with log.open("wb") as said:
+    with log.open("wb") as lines:
         command = [sys.executable, "-m", "bench.real.process", str(asked), str(found)]
-        child = subprocess.Popen(command, stdout=said, stderr=said)
+        child = subprocess.Popen(command, stdout=lines, stderr=lines)
         _, status, used = os.wait4(child.pid, 0)
         child.returncode = os.waitstatus_to_exitcode(status)
     if child.returncode:

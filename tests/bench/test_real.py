@@ -179,7 +179,28 @@ def test_a_step_is_run_once_in_a_process_of_its_own(job, tmp_path, monkeypatch):
 def test_a_step_that_fails_says_why(job):
     broken = replace(job, held_out=job.work / "nothing.txt", model="embedded")
     (step,) = [step for _, step in command.chosen([f"patterns/{PATTERN}"])]
-    assert "does not exist" in running.once(broken, "patterns", step)["error"]
+    assert "does not exist" in running.once(broken, "patterns", step, "a digest")["error"]
+
+
+def test_an_unfinished_step_goes_on_and_another_starts_anew(job, monkeypatch):
+    class Killed:
+        """A process that leaves half of its work."""
+
+        pid = 0
+
+        def __init__(self, command, **_):
+            (Path(command[3]).parent / "half").touch()
+
+    (step,) = [step for _, step in command.chosen([f"patterns/{PATTERN}"])]
+    folder = job.work / "running" / "patterns" / "block-block-512--look-back-1"
+    monkeypatch.setattr(running.subprocess, "Popen", Killed)
+    monkeypatch.setattr(running.os, "wait4", lambda *_: (0, 9, None))
+    running.once(job, "patterns", step, "one")
+    (folder / "before").touch()
+    running.once(job, "patterns", step, "one")
+    assert (folder / "before").exists()
+    assert running.once(job, "patterns", step, "two") == {"error": "exit code -9"}
+    assert not (folder / "before").exists()
 
 
 # The page
