@@ -272,7 +272,7 @@ class _Run:
         for name in chain.from_iterable(self.rest):  # one at a time: some are large
             copied, source = (one.checkpoint.read([name])[name] for one in (again, self.model))
             if not torch.equal(copied, source):
-                raise RuntimeError(f"the saved checkpoint gives other numbers than the source for {name}")
+                raise RuntimeError(f"the saved checkpoint gives other numbers for {name}")
         with again.around():
             runner = Runner(again.parts, self.batches[:1], self.runner.dtype)
             hidden = runner.embed_batch(self.batches[0])
