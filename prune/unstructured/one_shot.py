@@ -3,7 +3,7 @@
     report = effattn.prune.oneshot(model, tokens, method="sparsegpt", sparsity="2:4")
 
 Zeros stay where they are: the weights are as large as before, in memory and on disk, and dense
-products take as long. `effattn.prune.pack` turns 2:4 zeros into memory and time."""
+products take as long. `effattn.prune.pack` turns zeros into memory and time."""
 
 from __future__ import annotations
 

@@ -58,7 +58,7 @@ def test_no_argument_has_a_name_that_launches_use_themselves():
 
 
 # names of cases begin so; a process each
-KERNELS = ("flash", "decode", "packed", "linear", "lsh,vq,linformer,monarch,2:4,bandwidth")
+KERNELS = ("flash", "decode", "packed", "linear", "lsh,vq,linformer,monarch,2:4,bitmask,bandwidth")
 CALLS = ("backend", "cache", "model")
 
 

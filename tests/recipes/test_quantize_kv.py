@@ -330,6 +330,15 @@ def test_the_report_says_what_was_measured(finished):
     assert UNKNOWN not in tables
 
 
+def test_no_layer_alone_where_none_is_asked_for(finished):
+    wanted, _, before = finished
+    less = {"sensitivity_tokens": 0, "budget": None, "retrieval_trials": 0, "output": None}
+    report = quantize_kv.run(dataclasses.replace(wanted, decode_contexts=(), **less))
+    assert report.data["sensitivity"] == report.data["frontier"] == []
+    assert report.data["formats"] == before.data["formats"][:-1]  # but for the plan
+    assert "Each layer alone" not in report.to_markdown() + report.to_html()
+
+
 @pytest.mark.parametrize(
     ("given", "error"),
     [
