@@ -36,6 +36,8 @@ from effattn.kernels.flash.rules import Bias, Far
 from effattn.positions.bound import Placed, Positions, turn_of
 from effattn.states.base import State
 from effattn.states.full import FullState
+from effattn.states.static import Static
+from effattn.states.static_sums import static_form
 from effattn.traits import Cost, Shape, Traits
 
 IMPLEMENTATIONS = ("auto", "torch", "triton", "reference")
@@ -136,6 +138,21 @@ class Backend(nn.Module):
         options (`signature`). Unsupported where the method cannot decode.
         """
         return FullState()
+
+    def static_state(self, length: int) -> Static:
+        """An empty state with room for `length` tokens, whose tensors keep their shapes and places,
+        so that a decoding step is one graph. ValueError for another length than a whole number of
+        at least 1, Unsupported where what the method remembers has no such form."""
+        if type(length) is not int or length < 1:
+            raise ValueError(f"max_length: got {length!r}, valid is a whole number of at least 1")
+        state = static_form(self.new_state(), length)
+        if state is None or (not self.traits.exact and not state.read_by_method):
+            raise Unsupported(
+                f"max_length: {self.name} remembers {self.traits.state}, which has no static form; "
+                "valid is its own growing state"
+            )
+        state.owner = self.signature
+        return state
 
     def __init_subclass__(cls, **options) -> None:
         # a subclass' `new_state` signs too, without having to know of it

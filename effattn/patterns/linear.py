@@ -22,12 +22,14 @@ from torch.nn.parameter import UninitializedParameter, is_lazy
 from effattn.errors import Unsupported, check_choice
 from effattn.interface import Backend, Call, Cost, Shape, Traits
 from effattn.kernels import linear
+from effattn.kernels.linear import step
 from effattn.kernels.linear.features import LOWEST, normalized
 from effattn.patterns.exact import check_size
 from effattn.registry import register
 from effattn.states.base import State
-from effattn.states.full import FullState
+from effattn.states.full import ROLLBACK, FullState
 from effattn.states.recurrent import RecurrentState, folded
+from effattn.states.static_sums import StaticSums
 
 LEARNED = ("hedgehog", "exp")
 _FIXED = [(one.signed, name) for name, one in linear.MAPS.items() if not one.directed]
@@ -78,7 +80,7 @@ class KernelBackend(Backend):
         return FullState() if self.impl == "reference" else RecurrentState()
 
     def extend(self, extras, state, padding_mask, rotary):
-        if isinstance(state, RecurrentState):
+        if isinstance(state, (RecurrentState, StaticSums)):
             if self.impl == "reference":
                 raise ValueError(
                     f"{self.name}: state: impl='reference' needs every key; valid is its own "
@@ -108,8 +110,16 @@ class KernelBackend(Backend):
             return attention(q, k, v, self.feature_map, mask=mask, causal=call.causal, **options)
         options |= {"feature_map": self.feature_map, "impl": impl}
         state = call.state
+        if isinstance(state, StaticSums):
+            return self._attend_static(q, k, v, call, state, mask, options)
         if not isinstance(state, RecurrentState):  # none: a whole sequence
             return linear.attention(q, k, v, mask=mask, causal=call.causal, **options)[0]
+        return self._attend_state(q, k, v, call, state, mask, options)
+
+    def _attend_state(
+        self, q, k, v, call: Call, state: RecurrentState, mask: Tensor | None, options: dict
+    ) -> Tensor:
+        """A call that goes on from sums, which then hold what is due by now."""
         # k and v are what the sums do not hold: some tokens of the past, and the new ones from
         # `first` on. Those before `cut` are due to go into the sums in this call.
         cut, first = state.due, k.shape[2] - q.shape[2]
@@ -142,6 +152,36 @@ class KernelBackend(Backend):
             state.fold(
                 cut, linear.fold(k_old, v_old, mask=masks[0], memory=state.memory, **options)
             )
+        return out
+
+    def _attend_static(
+        self, q, k, v, call: Call, state: StaticSums, mask: Tensor | None, options: dict
+    ) -> Tensor:
+        """The same of a static state: a step in operations whose sizes do not change."""
+        directions = options.get("directions")
+        wide = torch.float64 if k.dtype == torch.float64 else torch.float32
+        features = linear.width(
+            self.feature_map, k.shape[3], 0 if directions is None else len(directions)
+        )
+        weighs = linear.MAPS[self.feature_map].weighs
+        memory = state.allocate(features, self.normalize, weighs, wide)
+        if state.growing is not None:
+            out = self._attend_state(q, k, v, call, state.growing, mask, options)
+            state.settle()
+            return out
+        how = step.Options(
+            self.feature_map, directions, options.get("decay"), self.normalize, call.scale
+        )
+        number, total = call.layout.ring, call.layout.total
+        out = step.read(q, k, v, memory, mask, total - 1 - number, total - state.base, how).to(
+            q.dtype
+        )
+        # The oldest tokens, whether or not they are due: where they are not, nothing is added.
+        places = (state.base + torch.arange(ROLLBACK, device=k.device)) % k.shape[2]
+        due = state.due
+        old = (x.index_select(2, places) for x in (k, v))
+        step.fold(*old, memory, mask.index_select(1, places), due, how)
+        state.base.add_(torch.where(due, ROLLBACK, 0))
         return out
 
     def cost(self, shape: Shape) -> Cost:

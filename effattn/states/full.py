@@ -307,8 +307,13 @@ class RingState(FullState):
         for held, source in ((self.k, k), (self.v, v)):
             found = source.gather(2, at.expand(*source.shape[:2], -1, source.shape[3]))
             held[:, :, : self.slots] = torch.where(there, found, held[:, :, : self.slots])
-        # without padding all rows are done at once; asking the device would be a sync a step
-        self.pending = start is not None and bool((number >= high).any())
+        # without padding all rows are done at once; with it, a row is when its last one has come
+        if start is None:
+            self.pending = False
+        elif self.late is not None:
+            self.pending = self.late + self.slot_positions(high)[self.slots - 1] >= high
+        else:
+            self.pending = bool((number >= high).any())
 
     def _outlived(self, slots: int, limit: int, start: Tensor) -> Tensor:
         """(B, slots): which slots hold a token older than `limit`, so that it is not in the ring as
