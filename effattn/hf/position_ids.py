@@ -82,7 +82,9 @@ def check_call(checkers: list[SwappedLayer], given: dict, rotary: bool) -> dict:
             own = check(layer, one, batch, total, mask if padded else None, shown)
             shift = own if shift is None else shift
     carried = {"position_ids": _mark(shown, shift)} if rotary or ids is not None else {}
-    notes = Followed(total, None if ids is None else ids[:, -1:], shift)
+    # from the number of a token that is padding, nothing goes on
+    known = total if seen is None or seen.ends < total else -1
+    notes = Followed(known, None if ids is None else ids[:, -1:], shift)
     if mask is None:
         _caches[cache] = notes
     else:

@@ -202,7 +202,7 @@ class Held(State):
         for at in range(self._worth_packing(border), border, tile):
             pair = cuts(sources, at, min(at + tile, border))
             pair = [parts[0] if len(parts) == 1 else torch.cat(parts, dim=2) for parts in pair]
-            number = torch.arange(at, at + pair[0].shape[2], device=self.device)
+            number = torch.arange(at, at + pair[0].shape[2], device=new.k.device)
             first = self.format.first
             yield (
                 at,

@@ -56,12 +56,16 @@ def looks(monkeypatch):
 @pytest.mark.parametrize("where", ["nowhere", *PADDED])
 @pytest.mark.parametrize("name", SWAPS)
 def test_a_generation_looks_once(name, where, looks):
+    if where == "right" and name in ("sinks", "alibi"):
+        pytest.skip("generate() goes on from the position_ids of padding, which is refused")
     model, options = model_of(name), dict(max_new_tokens=5, do_sample=False, eos_token_id=None)
     for more in ({}, {"num_beams": 2}):
         looks.clear()
         got = model.generate(IDS, attention_mask=mask_of(where), **options, **more)
         assert looks.count("mask") <= 1
-        assert looks.count("ids") <= 1
+        assert looks.count("ids") <= 1 + (where == "right")  # whose last token has no number
+        if where == "right":  # where generate() itself numbers tokens otherwise without a cache
+            continue
         plain = model.generate(IDS, attention_mask=mask_of(where), **options, **more, use_cache=False)
         assert torch.equal(got, plain)
 
@@ -85,13 +89,14 @@ def test_a_mask_that_was_written_to_is_looked_at_again(looks):
 @torch.no_grad()
 def test_a_step_of_ones_own_is_looked_at(looks):
     """A mask that `generate` did not make may say anything of the tokens before."""
-    model, mask = model_of(), mask_of("left")
+    model, mask = model_of("sums"), mask_of("left")
     cache = new_cache(model)
     model(IDS, attention_mask=mask, past_key_values=cache)
     longer = torch.cat([mask, torch.tensor([[1], [0]])], dim=1)
     model(IDS[:, :1], attention_mask=longer, past_key_values=cache)
     assert looks.count("mask") == 2
     wrong = torch.ones(2, 14, dtype=torch.int64)
+    wrong[0, 2] = 0
     with pytest.raises(ValueError, match="it says otherwise of the state's 13 tokens"):
         model(IDS[:, :1], attention_mask=wrong, past_key_values=cache)
 
@@ -99,18 +104,20 @@ def test_a_step_of_ones_own_is_looked_at(looks):
 @torch.no_grad()
 def test_a_grown_mask_of_another_call_is_refused():
     """Between two steps of `generate`, rows change places that are padded differently."""
-    model, mask = model_of(), mask_of("left")
-    cache = new_cache(model)
-    out = model(IDS, attention_mask=mask, past_key_values=cache)
-    given = {"attention_mask": mask, "past_key_values": cache}
-    given = getattr(model, UPDATE)(out, given)
-    cache.reorder_cache(torch.tensor([1, 0]))
-    with pytest.raises(ValueError, match="it says otherwise of the state's 12 tokens"):
-        model(IDS[:, :1], **given)
-    with pytest.raises(Unsupported, match="position_ids"):
-        ids = torch.tensor([[40], [40]])
+    mask = mask_of("left")
+    for name in ("sums", "sinks"):
+        model = model_of(name)
+        cache, ids = new_cache(model), (mask.cumsum(-1) - 1).clamp(min=0)
+        given = {"attention_mask": mask, "position_ids": ids, "past_key_values": cache}
+        given = getattr(model, UPDATE)(model(IDS, **given), given)
+        ids = given.pop("position_ids")[:, -1:]
         cache.reorder_cache(torch.tensor([1, 0]))
-        model(IDS[:, :1], position_ids=ids, **given)
+        with pytest.raises(ValueError, match="it says otherwise of the state's 12 tokens"):
+            model(IDS[:, :1], position_ids=ids, **given)
+        cache.layers[0]._waiting = False
+        cache.reorder_cache(torch.tensor([1, 0]))
+    with pytest.raises(Unsupported, match="goes on at a number that is 2 more"):
+        model(IDS[:, :1], position_ids=ids + 2, **given)
 
 
 @torch.no_grad()
