@@ -346,7 +346,9 @@ class Backend(nn.Module):
                 raise ValueError(
                     f"rotary: returned {which} {tuple(after.shape)}, expected {tuple(before.shape)}"
                 )
-        if self.farthest is None or layout.tokens(k.shape[2]) <= self.farthest + 1:
+        tokens = layout.tokens(k.shape[2])
+        # a number on the device is not asked for: the clamp changes nothing while there are few
+        if self.farthest is None or (type(tokens) is int and tokens <= self.farthest + 1):
             return *rotated, None
         # one key, since a rotary rule takes both; what it gives for it is not used
         q_first, _ = rotary(q, k[:, :, :1], at_q.clamp(max=self.farthest), at_k[..., :1])

@@ -159,7 +159,9 @@ def before_model(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, d
     Assisted decoding asks for the logits of its candidates and of one token more, plain decoding
     for one."""
     swap = getattr(module, ATTRIBUTE)
-    given = kwargs if not args else dict(zip(_names(type(module)), args)) | kwargs  # noqa: B905
+    given = kwargs
+    if args and not torch.compiler.is_compiling():
+        given = dict(zip(_names(type(module)), args)) | kwargs  # noqa: B905
     carried = position_ids.check_call(swap.checkers, given, swap.rotary)
     # of the last tokens all but one are candidates: it is their logits that decide about them
     cache, kept = given.get("past_key_values"), given.get("logits_to_keep")
