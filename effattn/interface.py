@@ -103,6 +103,8 @@ class Backend(nn.Module):
     # first keys see a query at this position at most (sinks); None: where it is
     farthest: int | None = None
     _signature: str | None = None
+    # sizes, dtypes and devices of the last call that was checked
+    _fits: tuple = ()
     # what transformers reads of a module when it saves: of tied parameters, name -> name
     _tied_weights_keys: dict[str, str]
 
@@ -280,12 +282,13 @@ class Backend(nn.Module):
         if state is not None and state.read_by_method:
             rules |= {"state": state, "padding_mask": padding_mask}
         scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+        call = Call(causal, layout, scale, q_first=q_first, **rules, **extras)
+        if not torch.is_autocast_enabled(q.device.type):
+            return self.attend(q, k, v, call)
         # autocast would compute scores in half precision, and the inputs' dtype is what was asked
         # for
         with torch.autocast(q.device.type, enabled=False):
-            return self.attend(
-                q, k, v, Call(causal, layout, scale, q_first=q_first, **rules, **extras)
-            )
+            return self.attend(q, k, v, call)
 
     def check_call(self, q: Tensor, k: Tensor, v: Tensor, causal: bool, extras: dict) -> None:
         """A subclass's own checks of a call, before anything is appended to a state."""
@@ -308,7 +311,14 @@ class Backend(nn.Module):
 
     def _check(self, q, k, v, causal, padding_mask, state, scale, rotary) -> None:
         """Raises for what does not fit together (`effattn.checks`)."""
-        check_tensors(self, q, k, v, causal)
+        sizes = None
+        if type(q) is type(k) is type(v) is Tensor and not torch.compiler.is_compiling():
+            sizes = (q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype, causal)
+            sizes += (q.device, k.device, v.device)
+        if sizes is None or sizes != self._fits:  # steps look alike
+            check_tensors(self, q, k, v, causal)
+            if sizes is not None:
+                self._fits = sizes
         check_state(self, state, k, v)
         check_tokens(q, k, padding_mask, state)
         check_rules(scale, rotary)

@@ -170,7 +170,13 @@ class KernelBackend(Backend):
             state.settle()
             return out
         how = step.Options(
-            self.feature_map, directions, options.get("decay"), self.normalize, call.scale
+            self.feature_map,
+            directions,
+            options.get("decay"),
+            self.normalize,
+            linear.factors_of(self.feature_map, call.scale),
+            call.scale,
+            wide,
         )
         number, total = call.layout.ring, call.layout.total
         out = step.read(q, k, v, memory, mask, total - 1 - number, total - state.base, how).to(
@@ -281,6 +287,7 @@ class Linear(KernelBackend):
         self.features = None if features is None else check_size("linear", "features", features)
         self.decay, self.normalize = _check_decay(decay), normalize
         self.feature_map = "identity" if feature_map in LEARNED else feature_map
+        self._rates: tuple = (None, None)  # of the last call: for what, and the numbers
         self.map_q = self.map_k = None
         if feature_map in LEARNED:
             self.traits = replace(type(self).traits, learned=True)
@@ -348,13 +355,18 @@ class Linear(KernelBackend):
         if self.decay is None:
             return {}
         heads = k.shape[1]
+        dtype = torch.float64 if k.dtype == torch.float64 else torch.float32
+        key = (heads, dtype, k.device)
+        if not torch.compiler.is_compiling() and self._rates[0] == key:
+            return {"decay": self._rates[1]}
         if self.decay == "retnet":  # eq. 8 of arXiv:2307.08621
             values = [1 - 2.0 ** (-5 - h) for h in range(heads)]
         else:
             values = self.decay if isinstance(self.decay, list) else [self.decay] * heads
-        dtype = torch.float64 if k.dtype == torch.float64 else torch.float32
         decay = torch.tensor(values, dtype=torch.float64).to(dtype)
-        return {"decay": decay.to(k.device, non_blocking=True)}  # the host does not wait for it
+        decay = decay.to(k.device, non_blocking=True)  # the host does not wait for it
+        self._rates = key, decay
+        return {"decay": decay}
 
 
 def _first_map(rows: int, dim: int) -> Tensor:

@@ -21,8 +21,8 @@ NEWEST = 2 * ROLLBACK  # tokens that are not in the sums, at most, in a call of 
 
 
 class StaticSums(Static):
-    """What a `RecurrentState` holds: `memory`, the sums over the first `base` tokens, and k (B, Hkv,
-    NEWEST, D), v (B, Hkv, NEWEST, Dv), in which token t lies at t % NEWEST. base: 0-d int64.
+    """What a `RecurrentState` holds: `memory`, the sums over the first `base` tokens, and k (B,
+    Hkv, NEWEST, D), v (B, Hkv, NEWEST, Dv), in which token t lies at t % NEWEST. base: 0-d int64.
 
     The backend that attends calls `allocate` before it reads the memory, which it folds tokens into
     after a step; after a longer call, for which there is a `growing` form, it calls `settle`."""

@@ -66,7 +66,9 @@ def test_a_generation_looks_once(name, where, looks):
         assert looks.count("ids") <= 1 + (where == "right")  # whose last token has no number
         if where == "right":  # where generate() itself numbers tokens otherwise without a cache
             continue
-        plain = model.generate(IDS, attention_mask=mask_of(where), **options, **more, use_cache=False)
+        plain = model.generate(
+            IDS, attention_mask=mask_of(where), **options, **more, use_cache=False
+        )
         assert torch.equal(got, plain)
 
 
@@ -133,8 +135,8 @@ def test_a_call_that_fails_leaves_no_check_out(monkeypatch):
     with pytest.raises(Unsupported, match="goes on at a number that is 40 more"):
         model(IDS[:, :1], position_ids=torch.tensor([[52], [52]]), past_key_values=cache)
     # past the model's own hook, attention looks by itself
+    ids = torch.tensor([[52], [52]])
     with pytest.raises(Unsupported, match="goes on at a number that is 40 more"):
-        ids = torch.tensor([[52], [52]])
         model.model(input_ids=IDS[:, :1], position_ids=ids, past_key_values=cache)
     jumps = torch.arange(12)[None].clone()
     jumps[0, 6:] -= 6

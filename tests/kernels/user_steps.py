@@ -9,9 +9,8 @@ import contextlib
 
 import pytest
 import torch
-from launches import case, padding, qkv, where
-from torch.utils._python_dispatch import _disable_current_modes
-from user_launches import made, model, one_document
+from launches import case, where
+from user_launches import model, one_document
 
 import effattn
 

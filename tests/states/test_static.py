@@ -151,7 +151,7 @@ USUAL = ("ring", "by layer", "sums")  # the others take long
     "name", [x if x in USUAL else pytest.param(x, marks=pytest.mark.slow) for x in SWAPS]
 )
 def test_a_step_of_a_model_is_one_graph(name):
-    """256 steps, through every state that a ring or sums can be in, and nothing is compiled anew."""
+    """256 steps, in which rings turn and sums grow: nothing is compiled anew."""
     torch._dynamo.reset()
     size = dict(num_hidden_layers=1 + (name == "by layer"), max_position_embeddings=512)
     model, graphs = swap(tiny("llama", **size), **SWAPS[name]), []
