@@ -2,7 +2,7 @@
 # make test   sets up .venv, then runs the tests
 # make quick  a part of every folder of tests, in under two minutes
 # make lint   ruff and mypy, as CI runs them
-# make kernels   compiles the Triton kernels for four GPUs, none of which need be here
+# make kernels   launches and compiles the Triton kernels for four GPUs, none of which need be here
 # make bench   attention against its peers on this CPU, about 14 minutes, to results/<device>/bench.json
 # make bench-gpu PART=1/3   the same on a GPU, its kernels' tests first; parts take under nine minutes
 # make docs   the documentation as a site, to site/; make pages: its tables and figures, from results/ and the code
@@ -63,6 +63,7 @@ lint: $(STAMP)
 	$(BIN)/mypy
 
 kernels: $(STAMP)
+	$(BIN)/python -m pytest -m 'launch and not slow' -n auto --dist worksteal tests/kernels
 	$(BIN)/effattn kernels
 
 clean:

@@ -6,7 +6,6 @@ are random; times do not depend on them."""
 
 from __future__ import annotations
 
-import inspect
 import time
 from collections.abc import Callable, Sequence
 
@@ -15,6 +14,7 @@ from torch import nn
 
 from effattn.evaluate.streaming import cache_bytes
 from effattn.hf.cache import new_cache
+from effattn.hf.last_logits import last_only
 from effattn.measuring.operations import Key, OperationTimer
 from effattn.profiling.memory import PeakMemory
 from effattn.profiling.timing import Clock, alternate
@@ -30,7 +30,7 @@ class Lane:
     def __init__(self, name: str, model: nn.Module, ids: torch.Tensor):
         self.name, self.model, self.ids = name, model, ids
         self.cache, self.token = None, ids[:, :1]
-        self.last_only = {"logits_to_keep": 1} if takes_logits_to_keep(model) else {}
+        self.last_only = last_only(model)
 
     def prefill(self) -> None:
         """From the prompt to the first token. The cache that it leaves holds `context` tokens."""
@@ -51,11 +51,6 @@ class Lane:
     def forget(self) -> None:
         """Lets the cache go."""
         self.cache = None
-
-
-def takes_logits_to_keep(model: nn.Module) -> bool:
-    """Whether the class can compute the last token's logits alone, as `generate()` asks it to."""
-    return "logits_to_keep" in inspect.signature(model.forward).parameters
 
 
 def warm_up(lanes: Sequence[Lane]) -> None:

@@ -101,7 +101,7 @@ class Static(State):
 class StaticRing(Static):
     """What a `RingState` or a `FullState` holds, `own`: k (B, Hkv, S + W + 1, D) and v alike:
     slots, then token t at S + t % W, then a place for what goes nowhere. W is `length` where
-    everything is kept. `least`: the oldest token that lies in the ring, 0-d int64, as `RingState.oldest`."""
+    everything is kept. `least`: the oldest token in the ring, 0-d int64, as `RingState.oldest`."""
 
     read_by_method = False
 

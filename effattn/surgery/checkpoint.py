@@ -29,7 +29,7 @@ from effattn.hf.source import DTYPES as DTYPES
 from effattn.hf.source import KEY, dtype_of, load_tokenizer, read_config, resolve
 from effattn.outputs import atomic_folder
 from effattn.projections import packed
-from effattn.surgery import record, replace, swapping
+from effattn.surgery import codebooks, record, replace, swapping
 from effattn.surgery.record import LEARNED
 
 
@@ -83,8 +83,10 @@ def load(path: str | Path, dtype: torch.dtype | str = "auto") -> nn.Module:
         shape = partial(_rebuild, again)
     model = loading.build(name, config, dtype, shape, learned=bool(axes))
     check_finite(packing.steady(model))
+    packed.check(model)
     if axes:
-        swapping.swap(model, **axes)
+        with codebooks.filled_later():
+            swapping.swap(model, **axes)
     # what was learned for a swap that config.json does not have is refused, too
     if axes or Path(name).is_dir():
         record.load_learned(model, name)
@@ -95,7 +97,7 @@ def load(path: str | Path, dtype: torch.dtype | str = "auto") -> nn.Module:
 def _rebuild(again: dict, model: nn.Module) -> None:
     """Makes a new model's projections what the checkpoint holds; their weights mean nothing yet."""
     replace.rebuild(model, again.get("projections", {}))
-    packed.rebuild(model, again.get("packed", []))
+    packed.rebuild(model, again.get("packed", {}))
 
 
 @torch.no_grad()

@@ -59,7 +59,10 @@ def speeds(
         {"what": f"reading {length} tokens"}
         | {name: length / percentiles(seconds)["p50"] for name, seconds in times.items()}
     ]
-    for row in decode_by_context(models, contexts, progress) if contexts else ():
+    steps, tell = 1 + len(contexts), progress or (lambda done, total: None)
+    tell(1, steps)
+    decoded = (models, contexts, lambda done, _: tell(1 + done, steps))
+    for row in decode_by_context(*decoded) if contexts else ():
         speed = {name: row[name].get("tokens_per_s") for name in models}
         rows.append({"what": f"decoding at {row['context']:,} tokens"} | speed)
     return rows

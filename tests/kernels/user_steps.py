@@ -9,8 +9,9 @@ import contextlib
 
 import pytest
 import torch
-from launches import case, where
-from user_launches import model, one_document
+from launches import case, qkv, where
+from torch.utils._python_dispatch import _disable_current_modes
+from user_launches import MODEL, made, model, one_document
 
 import effattn
 
@@ -49,8 +50,8 @@ def generated(kind: str, padded: bool, beams: bool = False, masked: bool = True,
     tokens."""
     from fake_gpu import watch
 
-    made = model(kind, **options)
-    device, cache = where[-1], effattn.new_cache(made)
+    swapped = model(kind, **options)
+    device, cache = where[-1], effattn.new_cache(swapped)
     ids = torch.zeros(2, PROMPT, dtype=torch.int64, device=device)
     given = {"past_key_values": cache, "position_ids": torch.zeros_like(ids), "use_cache": True}
     if masked:
@@ -59,8 +60,8 @@ def generated(kind: str, padded: bool, beams: bool = False, masked: bool = True,
 
     def step(tokens: int) -> None:
         nonlocal given
-        inputs = made.prepare_inputs_for_generation(ids, next_sequence_length=tokens, **given)
-        given = getattr(made, UPDATE)(made(**inputs), given)
+        inputs = swapped.prepare_inputs_for_generation(ids, next_sequence_length=tokens, **given)
+        given = getattr(swapped, UPDATE)(swapped(**inputs), given)
         if beams:
             cache.reorder_cache(order)
 
@@ -73,6 +74,61 @@ def generated(kind: str, padded: bool, beams: bool = False, masked: bool = True,
                 step(1)
     if seen.waits:
         raise RuntimeError(f"a step waits: {seen.waits[:4]}")
+
+
+@torch.no_grad()
+def padded_steps(spec: str) -> None:
+    """A padded prompt, and steps whose mask is known."""
+    from fake_gpu import watch
+
+    from effattn import padding
+
+    attn = made(spec)
+    state = attn.new_state()
+
+    def step(tokens: int, seen: padding.Mask) -> None:
+        padding.tell(seen.real, seen, own=True)
+        attn(*qkv(tokens, tokens), state=state, padding_mask=seen.real)
+
+    with answered(padded=True):
+        seen = padding.Mask.of(torch.ones(2, PROMPT, dtype=torch.bool, device=where[-1]))
+    step(PROMPT, seen)
+    for watched in (False, True):
+        with watch() if watched else contextlib.nullcontext() as noted:
+            for _ in range(STEPS):
+                longer = torch.cat([seen.real, seen.real.new_ones(2, 1)], dim=1)
+                seen = seen.grown(longer)
+                step(1, seen)
+    if noted.waits:
+        raise RuntimeError(f"a step waits: {noted.waits[:4]}")
+
+
+@torch.no_grad()
+def whole(kind: str = "llama", packed: str | None = None, auto=None, **options) -> None:
+    """One call of a model whose projections are swapped, or of another class."""
+    import transformers
+    from fake_gpu import moved
+
+    from effattn import prune
+
+    if packed is None and auto is None:
+        swapped = model(kind, **options)
+    else:
+        with _disable_current_modes():
+            config = transformers.AutoConfig.for_model(kind, **MODEL)
+            swapped = getattr(transformers, auto or "AutoModelForCausalLM").from_config(config)
+            swapped = swapped.to(torch.bfloat16).eval()
+            if packed is not None:
+                ids = torch.arange(256) % 100
+                prune.oneshot(swapped, ids, method="magnitude", sparsity=packed)
+                prune.pack(swapped, format=packed)
+            if options:
+                effattn.swap(swapped, **options)
+        swapped = moved(swapped, where[-1])
+    ids = torch.zeros(2, PROMPT, dtype=torch.int64, device=where[-1])
+    with one_document():
+        swapped(input_ids=ids)
+        swapped(input_ids=ids[:, :1])
 
 
 SWAPS = {
@@ -93,6 +149,19 @@ MORE = {
     "alibi": dict(positions="alibi"),
     "int4 ring": dict(pattern="sliding", window=48, cache="int4(group=32, residual=32)"),
 }
+# backends by themselves, with padding on the left
+PADDED = (
+    "dense",
+    "block(block=24, look_back=2)",
+    "sliding(window=48, sinks=4)",
+    "longformer(window=33, global_tokens=3)",
+    "fixed(stride=16, summary=2)",
+    "vq(codes=48, block=32)",
+    "linformer_blockwise(k=32, max_length=512, block=64)",
+    "lsh(rounds=2, buckets=8, chunk=16)",
+    "linear(feature_map='hedgehog', decay=0.9)",
+    "performer(features=64)",
+)
 KINDS = ("gpt_neox", "gemma2", "gemma3_text", "qwen3")
 
 
@@ -103,6 +172,16 @@ def _cases() -> None:
     case("generate sinks without a mask", "llama", False, masked=False, **SWAPS["sinks"])(generated)
     for name, options in MORE.items():
         case(f"generate {name} padded", "llama", True, **options)(generated)
+    for spec in PADDED:
+        case(f"more {spec} padded", spec)(padded_steps)
+    case("more monarch", projections="monarch(blocks=8)")(whole)
+    case("more monarch sinks", projections="monarch(blocks=8)", **SWAPS["sinks"])(whole)
+    case("more 2:4", packed="2:4")(whole)
+    case("more 2:4 linear", packed="2:4", pattern="linear(feature_map='hedgehog')")(whole)
+    bert = dict(kind="bert", auto="AutoModelForMaskedLM", pattern="sliding(window=33)")
+    case("more bert", **bert)(whole)
+    linearized = dict(pattern="linear", feature_map="hedgehog")
+    case("generate linearized padded", "llama", True, **linearized)(generated)
     for kind in KINDS:
         case(f"generate {kind} sinks padded", kind, True, **SWAPS["sinks"])(generated)
 
