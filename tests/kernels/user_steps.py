@@ -119,7 +119,7 @@ def whole(kind: str = "llama", packed: str | None = None, auto=None, **options) 
             swapped = getattr(transformers, auto or "AutoModelForCausalLM").from_config(config)
             swapped = swapped.to(torch.bfloat16).eval()
             if packed is not None:
-                ids = torch.arange(256) % 100
+                ids = torch.arange(1024) % 100
                 prune.oneshot(swapped, ids, method="magnitude", sparsity=packed)
                 prune.pack(swapped, format=packed)
             if options:

@@ -125,6 +125,11 @@ def test_what_is_refused():
         attn(*new(1, draw), state=state)
     with pytest.raises(Unsupported, match="a static one has no gradients"), torch.enable_grad():
         attn(*(x.requires_grad_() for x in new(1, draw)), state=attn.static_state(9))
+    for spec in ("dense", "linear"):  # the interpreter's, here
+        attn = effattn.backend(spec, impl="triton")
+        with pytest.raises(Unsupported, match="impl: 'triton' takes lengths from the host"):
+            attn(*(x.float() for x in new(1, draw)), state=attn.static_state(9))
+    attn = made("dense")
     with pytest.raises(ValueError, match="max_length: got 0, valid is a whole number"):
         attn.static_state(0)
     for name, spec in ROWS.items():
