@@ -311,13 +311,13 @@ class Backend(nn.Module):
 
     def _check(self, q, k, v, causal, padding_mask, state, scale, rotary) -> None:
         """Raises for what does not fit together (`effattn.checks`)."""
-        sizes = None
+        sizes: tuple = ()
         if type(q) is type(k) is type(v) is Tensor and not torch.compiler.is_compiling():
-            sizes = (q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype, causal)
-            sizes += (q.device, k.device, v.device)
-        if sizes is None or sizes != self._fits:  # steps look alike
+            sizes = q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype, causal
+            sizes += q.device, k.device, v.device
+        if not sizes or sizes != self._fits:  # steps look alike
             check_tensors(self, q, k, v, causal)
-            if sizes is not None:
+            if sizes:
                 self._fits = sizes
         check_state(self, state, k, v)
         check_tokens(q, k, padding_mask, state)

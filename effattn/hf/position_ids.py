@@ -8,7 +8,9 @@ layer's state, and later calls have to add the same."""
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -85,9 +87,9 @@ def check_call(checkers: list[SwappedLayer], given: dict, rotary: bool) -> dict:
     # from the number of a token that is padding, nothing goes on
     known = total if seen is None or seen.ends < total else -1
     notes = Followed(known, None if ids is None else ids[:, -1:], shift)
-    if mask is None:
+    if mask is None and cache is not NO_CACHE:
         _caches[cache] = notes
-    else:
+    elif mask is not None:
         _masks[mask] = notes
         padding.tell(seen.real, seen, own=True)
         carried["attention_mask"] = seen.real
@@ -133,8 +135,10 @@ class Following:
     """What a swapped model has in place of transformers' method with which `generate` puts real
     tokens behind its mask: the same, and the new mask carries on what is known of the old one."""
 
-    def __init__(self, model: GenerationMixin):
-        self.model = weakref.ref(model)  # a model that nobody needs is gone at once
+    def __init__(self, model: Any):
+        self.model: Callable[[], Any] = weakref.ref(
+            model
+        )  # a model that nobody needs is gone at once
 
     def __reduce__(self):
         return Following, (self.model(),)

@@ -157,6 +157,11 @@ class KernelBackend(Backend):
             wide,
         )
         number, total = call.layout.ring, call.layout.total
+        # a step's layout has all of it
+        assert number is not None
+        assert total is not None
+        assert mask is not None
+        assert state.base is not None
         out = step.read(q, k, v, memory, mask, total - 1 - number, total - state.base, how).to(
             q.dtype
         )

@@ -56,7 +56,7 @@ class Static(State):
         can be known."""
         if self.learning or (torch.is_grad_enabled() and (k.requires_grad or v.requires_grad)):
             raise Unsupported("cache: a static one has no gradients; valid is torch.no_grad()")
-        if torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing():
+        if torch.compiler.is_compiling():
             return
         past = int(self.seq_len)
         if past + k.shape[2] > self.length:
