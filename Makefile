@@ -5,6 +5,9 @@
 # make kernels   launches and compiles the Triton kernels for four GPUs, none of which need be here
 # make bench   attention against its peers on this CPU, about 14 minutes, to results/<device>/bench.json
 # make bench-gpu PART=1/3   the same on a GPU, its kernels' tests first; parts take under nine minutes
+# make gpu-day   what is worth knowing of a GPU, in nine minutes, without an install
+# make gpu-cache   its kernels, compiled here for ARCH=sm_90 to runs/gpu-cache.zip, by GPU_PYTHON's Triton
+# make gpu-versions   .venv-gpu-versions: the oldest torch, Triton and transformers, and the tests that need them
 # make real   what the documentation claims, on SmolLM2-135M and English text, which it fetches: hours; goes on after a stop
 # make docs   the documentation as a site, to site/; make pages: its tables and figures, from results/ and the code
 PYTHON ?= python3
@@ -17,8 +20,16 @@ DOCS   := $(VENV)/.docs-installed
 REAL   := $(VENV)/.gguf-installed
 PART   ?= 1/1
 DEMO   ?= runs/demo
+DAY    ?=
+ARCH   ?= sm_90
+GPU_PYTHON   ?= $(PYTHON)
+GPU_VENV     ?= .venv-gpu-versions
+GPU_VERSIONS := $(GPU_VENV)/.installed
+# what the oldest versions have to pass: kernels interpreted and launched, swaps, generation, packed caches, conformance
+GPU_TESTS    ?= tests/kernels tests/surgery/test_swap.py tests/quant/test_quant_generate.py tests/patterns/test_conformance.py
 
-.PHONY: demo test quick bench bench-gpu real docs pages readme-figures lint kernels setup clean
+.PHONY: demo test quick bench bench-gpu gpu-day gpu-cache gpu-versions real docs pages readme-figures lint kernels setup \
+	clean
 
 setup: $(STAMP)
 
@@ -52,6 +63,21 @@ bench: $(PEERS)
 
 bench-gpu: $(GPU)
 	$(BIN)/python recipes/bench.py --device cuda --part $(PART)
+
+gpu-day:
+	$(PYTHON) recipes/gpu_day.py $(DAY)
+
+gpu-cache: $(GPU_VERSIONS)
+	$(GPU_VENV)/bin/python recipes/gpu_day.py --build-cache runs/gpu-cache.zip --arch $(ARCH)
+
+$(GPU_VERSIONS): pyproject.toml .ci/gpu-versions.txt
+	test -x $(GPU_VENV)/bin/python || $(GPU_PYTHON) -m venv $(GPU_VENV)
+	$(GPU_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r .ci/gpu-versions.txt
+	$(GPU_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	touch $@
+
+gpu-versions: $(GPU_VERSIONS)
+	$(GPU_VENV)/bin/python -m pytest -m 'not slow' -n auto --dist worksteal $(GPU_TESTS)
 
 # ARGS="--only caches --model M --text FILE", and so on; at low priority, since it takes hours.
 real: $(REAL)

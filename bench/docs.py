@@ -13,7 +13,8 @@ from typing import Annotated
 
 import typer
 
-from bench import compatibility, pages
+from bench import compatibility, kernels, pages
+from bench.day import page as day
 from bench.real import page as real
 from bench.real.steps import subjects
 from effattn.reports.files import write_text_atomic
@@ -30,6 +31,7 @@ SUBJECTS = {
     "bench_sparsegpt": ("SparseGPT against llmcompressor", "recipes/bench.py --only SparseGPT"),
     "convert_gqa": ("Fewer KV heads: methods, uptraining curves", "recipes/sweep_gqa.py"),
     "extend_context": ("Position rules past the trained length", "recipes/extend_context.py"),
+    "kernels": ("Kernels' predicted share of an H200's limits", "python -m bench.kernels"),
     "linearize_all": ("Every layer linear", "effattn linearize"),
     "linearize_hybrid": ("Linear, every fourth a window", "effattn linearize --keep-every 4"),
     "linearize_monarch": ("Monarch projections", "effattn linearize --projections"),
@@ -77,7 +79,10 @@ def wanted(root: Path) -> dict[Path, str]:
     for page in sorted((root / "docs").rglob("*.md")):
         old = page.read_text(encoding="utf-8")
         text, figures = pages.update(old, root)
-        found[page] = compatibility.update(real.update(text, root))
+        text = compatibility.update(text)
+        for made in (real, kernels, day):
+            text = made.update(text, root)
+        found[page] = text
         found |= {root / path: svg for path, svg in figures.items()}
     for folder in sorted(path for path in (root / "results").iterdir() if path.is_dir()):
         for one in (folder, folder / REAL):

@@ -10,7 +10,7 @@ from torch import nn
 from effattn.hf import anatomy as hf
 from effattn.profiling.cost import model_cost
 from effattn.profiling.decode import decode_by_context
-from effattn.profiling.timing import Clock, alternate, percentiles
+from effattn.profiling.timing import Clock, alternate, pace, percentiles
 from effattn.prune.shearing.masks import shapes
 from effattn.surgery.describing import describe
 
@@ -57,7 +57,7 @@ def speeds(
     times = alternate(calls, Clock(parent.device), seconds=SECONDS)
     rows = [
         {"what": f"reading {length} tokens"}
-        | {name: length / percentiles(seconds)["p50"] for name, seconds in times.items()}
+        | {name: length / pace(percentiles(seconds)) for name, seconds in times.items()}
     ]
     steps, tell = 1 + len(contexts), progress or (lambda done, total: None)
     tell(1, steps)

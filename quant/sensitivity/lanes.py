@@ -22,7 +22,7 @@ from effattn.hf.placement import input_device
 from effattn.measuring.measurement import MEMORY_SHARE
 from effattn.measuring.variants import Variant, build
 from effattn.profiling.memory import available_bytes
-from effattn.profiling.timing import Clock, alternate, percentiles
+from effattn.profiling.timing import Clock, alternate, pace, percentiles
 from effattn.quant.formats import Format
 from effattn.quant.packed.ring import PackedRing
 from effattn.quant.packed.state import PackedState
@@ -206,7 +206,7 @@ def decode_speed(
                     "ms_p20": 1000 * found["p20"],
                     "ms_p80": 1000 * found["p80"],
                     "rounds": found["rounds"],
-                    "tokens_per_s": batch / found["p50"],
+                    "tokens_per_s": batch / pace(found),
                     "kv_bytes": cache_bytes(run.cache),
                 }
             )
