@@ -92,15 +92,10 @@ class LowRankLinear(ProjectedLinear):
 
     @classmethod
     def check_sizes(
-        cls,
-        in_features: int,
-        out_features: int,
-        *,
-        where: str,
-        rank: int | None = None,
-        ratio: float | None = None,
+        cls, in_features: int, out_features: int, *, where: str, **options: Any
     ) -> None:
         whole, each = in_features * out_features, in_features + out_features
+        rank, ratio = options.get("rank"), options.get("ratio")
         if rank is not None:
             _check_rank(rank, max(1, (whole - 1) // each), f"{where}: lowrank: ", whole)
         elif ratio is not None and ratio * whole < each:
@@ -110,7 +105,8 @@ class LowRankLinear(ProjectedLinear):
             )
 
     @classmethod
-    def shared(cls, rank: int | None = None, ratio: float | None = None) -> Together | None:
+    def shared(cls, **options: Any) -> Together | None:
+        ratio = options.get("ratio")
         return None if ratio is None else Together(ratio)
 
     @classmethod
