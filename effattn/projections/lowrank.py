@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear as product
 
-from effattn.calibration.hessian import DAMPING, damped
+from effattn.damping import damped
 from effattn.interface import Cost
 from effattn.projections.base import ProjectedLinear, check_common, register
 from effattn.projections.budget import Spectrum, ranks
@@ -232,7 +232,7 @@ def _scaled(weight: Tensor, moment: Tensor | None) -> Tensor:
     weight = weight.detach().double()
     if moment is None:
         return weight
-    return weight @ torch.linalg.cholesky(damped(moment.to(weight), DAMPING))
+    return weight @ torch.linalg.cholesky(damped(moment.to(weight)))
 
 
 def _check_rank(rank: object, most: int, where: str, whole: int | None = None) -> None:

@@ -12,7 +12,7 @@ from conftest import tiny
 from torch import nn
 
 import effattn
-from effattn.calibration.hessian import DAMPING
+from effattn.damping import DAMPING
 from effattn.errors import Unsupported
 from effattn.projections import LowRankLinear, errors
 from effattn.projections.budget import Spectrum, ranks

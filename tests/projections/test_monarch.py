@@ -14,11 +14,12 @@ from torch import nn
 from transformers import AutoModelForCausalLM, BertConfig, BertForMaskedLM
 
 import effattn
+from effattn.damping import DAMPING
 from effattn.errors import Unsupported
 from effattn.projections import MonarchLinear, errors
 from effattn.projections.base import relative_error
 from effattn.projections.monarch import sizes
-from effattn.projections.project import RIDGE, project
+from effattn.projections.project import project
 from effattn.surgery.replace import matrices_of
 
 IDS = torch.randint(1, 96, (2, 12), generator=torch.Generator().manual_seed(0))
@@ -134,7 +135,7 @@ def test_a_fit_to_data_is_closer_in_outputs():
     assert plain.output_error is None
     assert plain.error < fitted.error
     # what is minimised: never up, sweep by sweep
-    noisy = moment + RIDGE * moment.diagonal().diag()
+    noisy = moment + DAMPING * moment.diagonal().diag()
     costs = []
     for sweeps in (0, 1, 2, 4, 8):
         right, left = project(linear.weight.detach(), 4, 2, moment, sweeps=sweeps)
