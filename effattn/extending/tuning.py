@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PrinterCallback, Trainer
 
+from effattn.evaluate.logits import training_loss
 from effattn.hf.beginning import bos_of
 from effattn.position_sampling import SampledPositions
 from effattn.training import lending as training
@@ -82,7 +83,7 @@ def tune(
     with low_rank as parameters, training.lent(model) as loan:
         if parameters is not None:
             loan.train_only(parameters)
-        trainer = Trainer(
+        trainer = NextTokenTrainer(
             model=model,
             args=arguments,
             callbacks=[Steps(progress)] if progress else [],
@@ -106,6 +107,22 @@ def tune(
         "learning_rate": arguments.learning_rate,
         "losses": losses,
     }
+
+
+class NextTokenTrainer(Trainer):
+    """A Trainer whose loss is the model's own, with the logits of long windows in pieces."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.model_accepts_loss_kwargs = False
+        # sharded, the head has its weights only in the model's own forward
+        self.sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        if self.sharded or return_outputs:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        given = {name: value for name, value in inputs.items() if name != "labels"}
+        return training_loss(self.model, given.pop("input_ids"), called=model, **given)
 
 
 class Numbered(Dataset):

@@ -48,7 +48,7 @@ def of(model: nn.Module) -> dict:
         for axis, specs in found.items()
         if specs
     }
-    others = {"projections": replace.record(model), "packed": list(packed.layers_of(model))}
+    others = {"projections": replace.record(model), "packed": packed.record(model)}
     return found | {name: entry for name, entry in others.items() if entry}
 
 

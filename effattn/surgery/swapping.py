@@ -57,8 +57,8 @@ def swap(
     that fit (`effattn.new_cache`); encoders are swapped with causal=False.
 
     Patterns that quantize keys ("vq") fit their codebooks to the keys that the model makes of
-    `calibration` (tokens, int64 (N,)); without it codebooks are random, until the backends' own
-    `calibrate` or a checkpoint fills them.
+    `calibration` (tokens, int64 (N,)); without it codebooks are random, which a warning says, until
+    the backends' own `calibrate` fills them.
 
     positions: a rule of `effattn.positions.rules()` for all layers that it makes sense in, or a
     dict as for patterns: "yarn(factor=8)", "rerope(window=256)+logn"; "rope" is the model's own. A
@@ -116,6 +116,7 @@ def swap(
             plans = plan(anatomy.of(model))
         _carry_out(parts, placed, plan, plans, calibration)
     mark(model)
+    codebooks.warn_of_random(plans, calibration)
     return model
 
 

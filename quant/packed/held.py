@@ -76,10 +76,17 @@ class Held(State):
         return sum(storages.values())
 
     def predicted_bytes(
-        self, tokens: int, batch: int, kv_heads: int, head_dim: int, itemsize: int
+        self,
+        tokens: int,
+        batch: int,
+        kv_heads: int,
+        head_dim: int,
+        itemsize: int,
+        value_dim: int | None = None,
     ) -> int:
-        """`nbytes` after `tokens` tokens, exactly, unless some may be taken back still."""
-        return self.format.nbytes(tokens, kv_heads, head_dim, itemsize=itemsize, batch=batch)
+        """`nbytes` after `tokens` tokens, exactly, unless some may be taken back still. value_dim:
+        of values, head_dim by default."""
+        return self.format.nbytes(tokens, kv_heads, head_dim, value_dim, itemsize, batch)
 
     def border(self, tokens: int) -> int:
         """The number of the first of `tokens` tokens that is not packed (but for the first

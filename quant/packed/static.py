@@ -59,12 +59,14 @@ class StaticState(State):
         """Tokens so far, a 0-d int64 tensor as in transformers' StaticLayer; 0 before the first."""
         return 0 if self.total is None else self.total
 
-    def predicted_bytes(self, batch: int, kv_heads: int, head_dim: int, itemsize: int) -> int:
+    def predicted_bytes(
+        self, batch: int, kv_heads: int, head_dim: int, itemsize: int, value_dim: int | None = None
+    ) -> int:
         """`nbytes` from the first call on, but for 8 bytes of length."""
-        full = 2 * (self.size + self.format.first) * head_dim * itemsize
-        coded = self.format.k.nbytes(self.room, head_dim) + self.format.v.nbytes(
-            self.room, head_dim
-        )
+        value_dim = value_dim or head_dim
+        full = (self.size + self.format.first) * (head_dim + value_dim) * itemsize
+        k, v = self.format.k.nbytes(self.room, head_dim), self.format.v.nbytes(self.room, value_dim)
+        coded = k + v
         return batch * kv_heads * (full + coded)
 
     def tensors(self) -> Iterator[Tensor]:
