@@ -42,7 +42,7 @@ LAYERS = [
         "positions",
         "patterns",
     ],
-    ["projections"],
+    ["damping", "projections"],
     # text
     ["embedded", "encoding", "dataset_rows", "textdata", "position_sampling"],
     # a live transformers model, and its files

@@ -73,11 +73,10 @@ def swap(
     heads: "mha", "mqa" or "gqa(kv_heads=...)", which `convert_gqa` does with `calibration` (tokens,
     int64 (N,)).
 
-    projections: "monarch(blocks=16)" for all layers, or a dict as for patterns; options (rank,
-    ratio, ffn, method, pad) and what they mean are those of `MonarchLinear.options`. q, k, v and o
-    become new modules (`effattn.projections.MonarchLinear`), without the hooks that the linears
-    had. "dense" multiplies them out. Heads are changed first, so that both may be asked for in one
-    call.
+    projections: "lowrank(ratio=0.75)" or "monarch(blocks=16)" for all layers, or a dict as for
+    patterns; options are those of `LowRankLinear.options` and `MonarchLinear.options`. q, k, v and
+    o become new modules (`effattn.projections`), without the hooks that the linears had. "dense"
+    multiplies them out. Heads are changed first, so that both may be asked for in one call.
 
     bos: whether BOS takes the place of the first token of each window of `calibration` (None: as
     the model's tokenizer does it).
