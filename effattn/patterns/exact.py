@@ -24,7 +24,7 @@ class ExactBackend(Backend):
     """
 
     implementations = flash.IMPLEMENTATIONS
-    extras = ("softcap", "sink_logits")
+    extras = ("softcap", "sink_logits", "latent")
 
     def __init__(self, impl: str = "auto"):
         super().__init__(impl)
