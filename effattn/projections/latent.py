@@ -108,7 +108,10 @@ class LatentMemory(nn.Module):
 
 def check_spec(where: str, spec: object, largest: int) -> int:
     """The rank of a recorded spec. ValueError, beginning with `where`, for any other."""
-    name, options = parse_spec(spec) if isinstance(spec, str) else ("", {})
+    try:
+        name, options = parse_spec(spec) if isinstance(spec, str) else ("", {})
+    except ValueError:
+        name, options = "", {}
     rank = options.get("rank")
     if name != LATENT_HEADS or options.keys() != {"rank"} or type(rank) is not int:
         raise ValueError(f"{where}: got {spec!r:.80}, valid is {LATENT_HEADS}(rank=...)")
