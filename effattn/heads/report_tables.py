@@ -78,10 +78,13 @@ def _verification_table(report: ConversionData) -> Table:
 
 
 def _layer_table(report: ConversionData) -> Table:
+    # keys and values have errors of their own where heads were merged
+    known = [key for key in ERRORS if any(key in row for row in report.layers)]
     rows = [
-        [number(row["layer"]), *(number(row.get(key)) for key in ERRORS)] for row in report.layers
+        [number(row["layer"]), *(number(row.get(key)) for key in known)] for row in report.layers
     ]
-    header = ("Layer", *(label[0].upper() + label[1:] for label, _ in ERRORS.values()))
+    labels = [ERRORS[key][0] for key in known]
+    header = ("Layer", *(label[0].upper() + label[1:] for label in labels))
     note = "Squared norm of the difference to the parent over the squared norm of the parent's."
     return Table("Relative error by layer", header, rows, note, folded=True)
 

@@ -43,6 +43,21 @@ class LatentState(State):
     def _bytes(self) -> int:
         return self.own.nbytes
 
+    def fill(self, tokens: int, generator: torch.Generator) -> None:
+        """Replaces what is held by so many random latents: what a step takes does not depend on
+        their values."""
+        like = self.own.k
+        if like is None:
+            raise ValueError("state: it holds nothing yet, valid is one that has seen a token")
+        new = torch.randn(
+            (like.shape[0], 1, tokens, like.shape[3]),
+            generator=generator,
+            device=like.device,
+            dtype=like.dtype,
+        )
+        self.own.reset()
+        self.own.append(new, new[..., :0])
+
     def layout(self, padding_mask: Tensor | None = None) -> Layout:
         if padding_mask is None:
             return Layout(tail=self.own.seq_len)

@@ -160,7 +160,9 @@ def test_a_checkpoint_brings_it_back(pattern, tmp_path):
         AutoModelForCausalLM.from_pretrained(tmp_path / "out")
 
 
-@pytest.mark.parametrize("spec", ["latent(rank=0)", "latent", "gqa(kv_heads=2)", 12, "latent(rank="])
+@pytest.mark.parametrize(
+    "spec", ["latent(rank=0)", "latent", "gqa(kv_heads=2)", 12, "latent(rank="]
+)
 def test_records_that_no_swap_writes_are_refused(spec, tmp_path):
     import json
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 
-from effattn.heads.gqa import check_kv_heads, convert_gqa
+from effattn.heads import gqa
 from effattn.heads.kinds.base import Change, Kind, check_options, register
 
 APART = ("model", "calibration", "bos", "progress")
@@ -24,10 +24,10 @@ class Gqa(Kind):
             raise ValueError(f"heads: got {spec!r}, {cls.name} takes no kv_heads")
         if cls.name == "mha" and parts.kv_heads == parts.heads:
             return None
-        check_options(cls.name, options, convert_gqa, *APART)
+        check_options(cls.name, options, gqa.convert_gqa, *APART)
         given = {"kv_heads": 1 if cls.name == "mqa" else parts.heads, **options}
-        check_kv_heads(given["kv_heads"], parts.kv_heads)
-        return Change(partial(convert_gqa, **given), kv_heads=given["kv_heads"])
+        gqa.check_kv_heads(given["kv_heads"], parts.kv_heads)
+        return Change(partial(gqa.convert_gqa, **given), kv_heads=given["kv_heads"])
 
 
 @register("mqa")

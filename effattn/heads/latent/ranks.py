@@ -30,8 +30,9 @@ class Size:
     ratio: float | None = None
     energy: float | None = None
 
-    def check(self, parts: Anatomy) -> None:
-        """ValueError for what means nothing in this model, naming what is valid."""
+    def check_given(self) -> tuple[str, float]:
+        """The name and the value of what is given. ValueError unless it is one number of its
+        kind."""
         given = {name: getattr(self, name) for name in SIZES}
         given = {name: value for name, value in given.items() if value is not None}
         if len(given) != 1:
@@ -44,6 +45,11 @@ class Size:
         if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)):
             kind = "a whole number" if whole else "a number"
             raise ValueError(f"latent: {name}: got {value!r}, valid is {kind}")
+        return name, value
+
+    def check(self, parts: Anatomy) -> None:
+        """ValueError for what means nothing in this model, naming what is valid."""
+        name, value = self.check_given()
         low, high = self._bounds(name, parts)
         if not low <= value <= high:
             raise ValueError(f"latent: {name}: got {value}, valid is {low:g} to {high:g}")
