@@ -17,6 +17,7 @@ class LatentReport(ConversionReport):
     layers have `rank` and `lost`, the share of weighed energy that the latent leaves out."""
 
     kind = "convert_latent"
+    plain = False
 
     @property
     def ranks(self) -> list[int]:
