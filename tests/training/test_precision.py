@@ -98,6 +98,9 @@ class Latent(Conversion):
     def prepare(self):
         effattn.convert_latent(self.model, self.tokens, rank=12, length=64)
 
+    def run(self):
+        self.uptrain(lr=2e-4, layer_weight=0.0)
+
 
 class Recovery(Conversion):
     """What one-shot pruning does after it: all weights of the layers, zeros kept."""
