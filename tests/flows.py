@@ -49,7 +49,6 @@ FLOWS = {
         {"ratio": 0.5},
         dict(calibration_tokens=640, uptrain_tokens=4 * 64, batch=2, decode_contexts=(), **TRAINED),
         trains=("Latent",),
-        checked=("ratio", "energy"),  # shares, against the model
     ),
     "linearize": Flow(
         "linearize",
