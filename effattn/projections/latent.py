@@ -29,21 +29,16 @@ class LatentLinear(StructuredLinear):
 
     def __init__(self, down: nn.Linear, rows: int):
         super().__init__()
+        self.spec = format_spec(LATENT_HEADS, {"rank": down.out_features})
         self._down = (down,)  # in a tuple: no child, so that it is saved once
-        like = {"device": down.weight.device, "dtype": down.weight.dtype}
         self.in_features, self.out_features = down.in_features, rows
-        self.weight = nn.Parameter(torch.zeros(rows, down.out_features, **like))
-        self.bias = nn.Parameter(torch.zeros(rows, **like))
+        self.weight = nn.Parameter(down.weight.new_zeros(rows, down.out_features))
+        self.bias = nn.Parameter(down.weight.new_zeros(rows))
 
     @property
     def down(self) -> nn.Linear:
         """W_D."""
         return self._down[0]
-
-    @property
-    def spec(self) -> str:
-        """How it is described."""
-        return format_spec(LATENT_HEADS, {"rank": self.down.out_features})
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., D) -> (..., rows)."""

@@ -8,6 +8,7 @@ The weights are `effattn.heads.latent`'s business, the cache that of the swap.""
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -52,7 +53,7 @@ def convert_latent(
     activations that are not finite. All or nothing."""
     require_own_weights(model)
     parts = anatomy.of(model)
-    size = {"rank": rank, "bytes": bytes, "ratio": ratio, "energy": energy}
+    size: dict[str, Any] = {"rank": rank, "bytes": bytes, "ratio": ratio, "energy": energy}
     check_latent(parts, **size)
     planning.make(parts, None, {}, latent=True)
     before = describe_size(parts)

@@ -20,6 +20,7 @@ from effattn.hf import anatomy, caches, hooks, placement
 from effattn.hf.positions import LENGTH_DEPENDENT, LayerPositions
 from effattn.hf.swapped_layer import state_of
 from effattn.interface import Backend
+from effattn.kernels.latent import Latent, Maps
 from effattn.specs import by_layer, format_spec, parse_spec
 
 TRIED = 4  # tokens of a trial
@@ -264,11 +265,9 @@ def _try(layer: anatomy.Layer, plan: LayerPlan) -> None:
     state = None
     if layer.causal:
         state = state_of(backend, plan.cache, plan.latent is not None)
-    if plan.latent is not None and layer.latent is None:
-        return  # its latents are yet to be made: the sizes of one that remembers them are unknown
-    if plan.latent is not None:
-        hidden = layer.latent.down.weight
-        extras["latent"] = layer.latent(hidden.new_zeros(1, TRIED, hidden.shape[1]))
+    if plan.latent is not None:  # of one number: the layer's own may be yet to be made
+        maps = (k.new_zeros(layer.kv_heads, layer.head_dim, 1) for _ in "kv")
+        extras["latent"] = Latent(k.new_zeros(1, 1, TRIED, 1), Maps(*maps))
     try:
         with torch.no_grad():
             backend(q, k, v, causal=layer.causal, state=state, **extras)

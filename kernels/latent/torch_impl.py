@@ -23,7 +23,7 @@ from ..flash.pattern import Layout, Pattern
 from ..flash.rules import Bias
 from ..merge import merge
 
-TILE = 2**18  # numbers of keys that are made at a time
+TILE = 2**19  # numbers of keys that are made at a time
 _kept = threading.local()
 
 
