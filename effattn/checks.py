@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from effattn.errors import Unsupported
+from effattn.kernels.latent import Latent
 from effattn.positions.bound import Positions
 from effattn.states.base import State
 from effattn.states.full import FullState
@@ -210,7 +211,7 @@ def check_positive(argument: str, value) -> None:
         raise ValueError(f"{argument}: expected a number above 0, got {float(value)}")
 
 
-def check_extras(q: Tensor, softcap=None, sink_logits=None, global_qkv=None) -> None:
+def check_extras(q: Tensor, softcap=None, sink_logits=None, global_qkv=None, latent=None) -> None:
     """ValueError for extras that do not fit q; what their shapes have to be beyond that, a backend
     checks.
     """
@@ -235,6 +236,10 @@ def check_extras(q: Tensor, softcap=None, sink_logits=None, global_qkv=None) -> 
         if any(x.device != q.device for x in global_qkv):
             got = ", ".join(str(x.device) for x in global_qkv)
             raise ValueError(f"global_qkv: expected tensors on {q.device}, got {got}")
+    if latent is not None and not isinstance(latent, Latent):
+        raise ValueError(
+            f"latent: expected an effattn.kernels.latent.Latent, got {_described(latent)}"
+        )
 
 
 def _described(x) -> str:

@@ -16,6 +16,8 @@ value."""
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -150,8 +152,8 @@ def attend(
     extras: dict,
 ) -> Tensor:
     """`run` with the padding where it can have it. mask: (B, Tk) bool, the state's tokens included,
-    or None; extras: arguments beside, of which `global_qkv` has tokens too. Raises ValueError for a
-    mask that is not of the state."""
+    or None; extras: arguments beside, some of which have tokens too (`of_tokens`). Raises
+    ValueError for a mask that is not of the state."""
     if torch.compiler.is_compiling():
         return _compiled(run, q, k, v, mask, state, extras)
     if state is None:
@@ -220,15 +222,30 @@ def take(x: Tensor, order: Tensor) -> Tensor:
     return x.gather(2, order[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
 
 
+def of_tokens(
+    extras: dict, on_q: Callable[[Tensor], Tensor], on_k: Callable[[Tensor], Tensor]
+) -> dict:
+    """The arguments beside q, k and v, with what they hold of tokens, (B, H, T, D), changed as
+    those are: of queries by `on_q`, of keys by `on_k`."""
+    changed = {}
+    if (second := extras.get("global_qkv")) is not None:
+        changed["global_qkv"] = (on_q(second[0]), *map(on_k, second[1:]))
+    if (latent := extras.get("latent")) is not None:
+        changed["latent"] = replace(latent, c=on_k(latent.c))
+    return extras | changed
+
+
+def _of_row(row: slice, at: Tensor, x: Tensor) -> Tensor:
+    return x[row].index_select(2, at)
+
+
 def _moved(
     run: Run, q: Tensor, k: Tensor, v: Tensor, seen: Mask, state: State | None, extras: dict
 ) -> Tensor:
     """All tokens moved; a state, if there is one, holds nothing yet."""
     asked = seen.real[:, seen.real.shape[1] - q.shape[2] :]
     order_k, order_q = order_of(seen.real), order_of(asked)
-    if extras.get("global_qkv") is not None:
-        own = zip(extras["global_qkv"], (order_q, order_k, order_k), strict=True)
-        extras = {**extras, "global_qkv": tuple(take(x, order) for x, order in own)}
+    extras = of_tokens(extras, lambda x: take(x, order_q), lambda x: take(x, order_k))
     out = run(take(q, order_q), take(k, order_k), take(v, order_k), seen.moved, state, extras)
     return torch.where(asked[:, None, :, None], take(out, order_q.argsort(dim=1)), 0.0)
 
@@ -285,17 +302,9 @@ def _row_by_row(
             # the row has to take its tokens in all the same
             some = queries if len(queries) else queries.new_zeros(1)
             one = slice(index, index + 1)
-            own = [
-                x[one].index_select(2, at)
-                for x, at in zip((q, k, v), (some, keys, keys), strict=True)
-            ]
-            more = extras
-            if extras.get("global_qkv") is not None:
-                parts = zip(extras["global_qkv"], (some, keys, keys), strict=True)
-                more = {
-                    **extras,
-                    "global_qkv": tuple(x[one].index_select(2, at) for x, at in parts),
-                }
+            on_q, on_k = (partial(_of_row, one, at) for at in (some, keys))
+            own = [on_q(q), on_k(k), on_k(v)]
+            more = of_tokens(extras, on_q, on_k)
             mask = None
             if row.real is not None:
                 mask = torch.cat([row.real, row.real.new_ones(1, len(keys))], dim=1)

@@ -116,10 +116,9 @@ def place(cache: Cache, swapped: SwappedLayer) -> None:
         new = new_layer(swapped, getattr(layer, "record_past", False))
         if type(new) is not type(layer):
             layers[index] = new
-    elif swapped.cache is not None:
-        raise Unsupported(
-            f"{where}: the {type(layer).__name__} holds tokens in full precision; {empty}"
-        )
+    elif swapped.cache is not None or swapped.latent is not None:
+        held = "tokens in full precision" if swapped.latent is None else "keys and values"
+        raise Unsupported(f"{where}: the {type(layer).__name__} holds {held}; {empty}")
     elif swapped.raw_keys:
         raise Unsupported(
             f"{where}: the {type(layer).__name__} holds rotated keys, and this pattern rotates "

@@ -22,6 +22,7 @@ from effattn.hf.names import (
     CAPTURE,
     GLOBAL,
     HANDLE,
+    LATENT,
     LEARNED_PARTS,
     NAME,
     PATTERN,
@@ -34,6 +35,7 @@ __all__ = [
     "CAPTURE",
     "GLOBAL",
     "HANDLE",
+    "LATENT",
     "LEARNED_PARTS",
     "NAME",
     "PATTERN",
@@ -136,10 +138,13 @@ def before_attention(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tupl
             f"cannot compute the swapped {layer.pattern}; effattn.restore(model) first, or keep "
             f"the swap: model.set_attn_implementation({NAME!r})"
         )
+    changed = {}
     for name in _cache_names(kwargs):
         if kwargs[name] is not None:
             place(kwargs[name], layer)
-    changed = {}
+            if layer.latent is not None:
+                given_states = args[0] if args else kwargs["hidden_states"]
+                changed[LATENT] = module._modules[LATENT](given_states)
     if layer.positions is not None and layer.positions.own is not None:
         given, position_ids = kwargs["position_embeddings"], kwargs.get("position_ids")
         changed["position_embeddings"] = layer.positions.embeddings(given, position_ids)

@@ -21,9 +21,10 @@ from effattn import padding
 from effattn.errors import Unsupported
 from effattn.hf import position_ids
 from effattn.hf.families import sliding_window
-from effattn.hf.names import ATTRIBUTE, CAPTURE, GLOBAL, NAME
+from effattn.hf.names import ATTRIBUTE, CAPTURE, GLOBAL, LATENT, NAME
 from effattn.hf.state_layer import Handle
 from effattn.hf.swapped_layer import SwappedLayer
+from effattn.padding import of_tokens
 
 PACKED = (
     "packed documents (position_ids that restart) or an extra mask function: after a swap, "
@@ -161,6 +162,8 @@ def attention(
     call = {name: kwargs[given] for given, name in EXTRAS.items() if kwargs.get(given) is not None}
     if GLOBAL in kwargs:
         call["global_qkv"] = kwargs[GLOBAL]
+    if LATENT in kwargs:
+        call["latent"] = kwargs[LATENT]
     call |= {"causal": is_causal(module, kwargs), "scale": scaling}
     if layer.positions is not None and layer.positions.in_call is not None:
         call["rotary"] = layer.positions.in_call
@@ -171,8 +174,7 @@ def attention(
         # cast as torch does for its own attention, which leaves fp64 as it is; inside, nothing is
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-        if "global_qkv" in call:
-            call["global_qkv"] = tuple(x.to(dtype) for x in call["global_qkv"])
+        call = of_tokens(call, *[lambda x: x.to(dtype)] * 2)
         precision = torch.autocast(query.device.type, enabled=False)
     with precision:
         if cached is not None:

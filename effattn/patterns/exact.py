@@ -8,6 +8,8 @@ Dv: of a key, of a value. i, j: positions of queries and keys; h: a query head."
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
@@ -24,7 +26,7 @@ class ExactBackend(Backend):
     """
 
     implementations = flash.IMPLEMENTATIONS
-    extras = ("softcap", "sink_logits")
+    extras: ClassVar[tuple[str, ...]] = ("softcap", "sink_logits", "latent")
 
     def __init__(self, impl: str = "auto"):
         super().__init__(impl)

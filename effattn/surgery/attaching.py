@@ -75,6 +75,7 @@ def attach(model: PreTrainedModel, parts: anatomy.Anatomy, plans: dict[int, Laye
                     own_window=plan.own_window,
                     positions=plan.positions,
                     cache=plan.cache,
+                    latent=plan.latent,
                 ),
             )
             if plan.positions is not None and plan.positions.rule.learned is not None:
