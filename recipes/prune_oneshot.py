@@ -100,7 +100,7 @@ class Settings(options.Settings):
     )
     distill_tokens: int = tokens(0, "to distil on after pruning, zeros kept; 0: none")
     batch: int = whole(2, "distillation windows a step and process", least=1)
-    lr: float | None = real(None, "peak learning rate (default: by width, 1e-3 at 256)", above=0)
+    lr: float | None = real(None, "peak learning rate (default: by width and depth)", above=0)
     ce_weight: float = real(0.05, "weight of cross-entropy beside the KL", least=0)
     layer_weight: float = real(30.0, "weight of the distance to the dense layers' outputs", least=0)
     decode_contexts: Sequence[int] = options.decode_contexts((512, 4096))
@@ -356,7 +356,7 @@ def distil(
     from effattn.prune.unstructured.zeros import keep_zeros
     from effattn.training.uptrain import default_lr, uptrain
 
-    hidden = student.get_input_embeddings().weight.shape[1]
+    parts = anatomy.of(student)
     said = f"distilling on {settings.distill_tokens:,} tokens, zeros kept"
     with show.stage(said) as progress, keep_zeros(student):
         report.data["distillation"] = uptrain(
@@ -368,12 +368,12 @@ def distil(
             evaluation=text.evaluation[:8_192],
             length=length,
             batch=settings.batch,
-            lr=settings.lr or LR * default_lr(hidden),
+            lr=settings.lr or LR * default_lr(parts),
             ce_weight=settings.ce_weight,
             layer_weight=settings.layer_weight,
             seed=settings.seed,
             progress=progress,
-            trainable=[p for layer in anatomy.of(student) for p in layer.block.parameters()],
+            trainable=[p for layer in parts for p in layer.block.parameters()],
             overrides={"use_cpu": student.device.type == "cpu"} | settings.overrides,
         )
     if main_process():

@@ -50,7 +50,8 @@ class LayerRunner:
         # masks and positions depend on the number of rows, and the last batch may have fewer
         self._arguments = {size: self._record(size) for size in {len(batch) for batch in batches}}
         # by layer, once it has run: how many values its attention returns behind the output
-        # projection's own (-1: it returns that alone), None where it returns something else
+        # projection's own, such as its probabilities, which no layer reads (-1: it returns that
+        # alone); None where it returns something else
         self._behind: dict[int, int | None] = {}
 
     @torch.no_grad()
@@ -186,9 +187,8 @@ class LayerRunner:
         def note(_, args, output):
             first, *rest = output if isinstance(output, tuple) else (output,)
             same = [(x.data_ptr(), x.numel()) for x in given] == [(first.data_ptr(), first.numel())]
-            alone = same and not any(isinstance(x, torch.Tensor) for x in rest)
             count = len(rest) if isinstance(output, tuple) else -1
-            self._behind[layer.index] = count if alone else None
+            self._behind[layer.index] = count if same else None
 
         handles = [
             layer.o.module.register_forward_hook(lambda _, __, output: given.append(output)),

@@ -20,9 +20,12 @@ from effattn.hf.beginning import bos_of
 from effattn.position_sampling import SampledPositions
 from effattn.training import lending as training
 from effattn.training.lora import adapters
-from effattn.training.uptrain import Steps, default_lr
+from effattn.training.uptrain import Steps
 
-LR = 0.2  # of what suits uptraining: 6e-4 at width 256, 2e-5 (YaRN's) at 4096
+
+def default_lr(width: int) -> float:
+    """Peak learning rate by width: 6e-4 up to 256, 2e-5 (YaRN's) at 4096."""
+    return 6e-4 * min(1.0, 256 / width) ** 1.25
 
 
 def tune(
@@ -67,7 +70,7 @@ def tune(
         folder,
         steps=steps,
         batch=batch,
-        lr=lr or LR * default_lr(width),
+        lr=lr or default_lr(width),
         warmup=steps // 20,
         save_every=save_every or max(1, min(100, steps // 3)),
         **({"weight_decay": 0.0} | settings),

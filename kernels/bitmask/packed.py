@@ -25,8 +25,7 @@ from torch import Tensor
 
 SEGMENT = 64  # bytes of mask
 LARGEST = 2**31 - 1  # values that `starts` can count
-PLACES = 1 << torch.arange(8)  # of the bits in a byte
-COUNTS = (torch.arange(256)[:, None] & PLACES).ne(0).sum(dim=1)  # set bits of each byte
+COUNTS = (torch.arange(256)[:, None] >> torch.arange(8) & 1).sum(dim=1)  # set bits of each byte
 
 
 class Packed(NamedTuple):
@@ -69,7 +68,7 @@ def pack(weight: Tensor) -> Packed:
     kept = weight != 0
     nonzeros = int(kept.sum())
     _check_pays(weight, nonzeros)
-    places = PLACES.to(weight.device, torch.uint8)[:, None]
+    places = _places(weight.device)
     planes = (part.unflatten(2, (8, -1)) for part in _parts(kept, 8 * SEGMENT))
     masks = torch.cat([(one * places).sum(2, dtype=torch.uint8).flatten(1) for one in planes], 1)
     return Packed(weight[kept] if nonzeros else weight.new_zeros(1), masks, starts_of(masks))
@@ -98,9 +97,15 @@ def unpack(packed: Packed) -> Tensor:
 
 def bits(masks: Tensor) -> Tensor:
     """masks (N, B) -> which weights are kept, (N, K) bool."""
-    places = PLACES.to(masks.device, torch.uint8)[:, None]
+    places = _places(masks.device)
     parts = _parts(masks, SEGMENT)
     return torch.cat([(one[:, :, None] & places).ne(0).flatten(1) for one in parts], dim=1)
+
+
+def _places(device: torch.device) -> Tensor:
+    """The bits of a byte, (8, 1) uint8; made where they are wanted, since a copy would be waited
+    for."""
+    return (1 << torch.arange(8, device=device)).byte()[:, None]
 
 
 def _parts(x: Tensor, size: int) -> list[Tensor]:
