@@ -13,6 +13,7 @@ _FUNCTIONS = {
     "backend": "effattn.registry",
     "backends": "effattn.registry",
     "convert_gqa": "effattn.heads.gqa",
+    "convert_latent": "effattn.surgery.latents",
     "describe": "effattn.surgery.describing",
     "load": "effattn.surgery.checkpoint",
     "measure": "effattn.measuring.measurement",

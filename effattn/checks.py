@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from effattn.errors import Unsupported
+from effattn.kernels.latent import Latent
 from effattn.positions.bound import Positions
 from effattn.states.base import State
 from effattn.states.full import FullState
@@ -166,7 +167,7 @@ def check_positions(
     """Raises Unsupported for a position rule that this method cannot have, or not with packed
     keys.
     """
-    if state is not None and state.packed:
+    if state is not None and (state.packed or state.static):
         # A bias' table is as long as the sequence, and angles may follow its length: neither can be
         # read in place where the length is a tensor or differs by row.
         biased = rule.bias is not None and state.static
@@ -174,8 +175,9 @@ def check_positions(
             varies = rule.turns and rule.rotation is not None and rule.rotation.varies
             where = " where rows are padded, or their length is a tensor" if varies else ""
             where = " whose length is a tensor" if biased else where
+            keys = "packed keys" if state.packed else "a static cache"
             raise Unsupported(
-                f"rotary: {rule.spec!r} cannot go with packed keys{where}; valid is a full cache"
+                f"rotary: {rule.spec!r} cannot go with {keys}{where}; valid is a full cache"
             )
     if rule.causal_only and not causal:
         raise Unsupported(f"rotary: {rule.spec!r} needs causal=True")
@@ -209,7 +211,7 @@ def check_positive(argument: str, value) -> None:
         raise ValueError(f"{argument}: expected a number above 0, got {float(value)}")
 
 
-def check_extras(q: Tensor, softcap=None, sink_logits=None, global_qkv=None) -> None:
+def check_extras(q: Tensor, softcap=None, sink_logits=None, global_qkv=None, latent=None) -> None:
     """ValueError for extras that do not fit q; what their shapes have to be beyond that, a backend
     checks.
     """
@@ -234,6 +236,10 @@ def check_extras(q: Tensor, softcap=None, sink_logits=None, global_qkv=None) -> 
         if any(x.device != q.device for x in global_qkv):
             got = ", ".join(str(x.device) for x in global_qkv)
             raise ValueError(f"global_qkv: expected tensors on {q.device}, got {got}")
+    if latent is not None and not isinstance(latent, Latent):
+        raise ValueError(
+            f"latent: expected an effattn.kernels.latent.Latent, got {_described(latent)}"
+        )
 
 
 def _described(x) -> str:

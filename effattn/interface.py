@@ -33,9 +33,12 @@ from effattn.errors import Unsupported, check_choice
 from effattn.kernels.decode.turn import Turn
 from effattn.kernels.flash.pattern import Layout, layout_of
 from effattn.kernels.flash.rules import Bias, Far
+from effattn.kernels.latent import Latent
 from effattn.positions.bound import Placed, Positions, turn_of
 from effattn.states.base import State
 from effattn.states.full import FullState
+from effattn.states.static import Static
+from effattn.states.static_sums import static_form
 from effattn.traits import Cost, Shape, Traits
 
 IMPLEMENTATIONS = ("auto", "torch", "triton", "reference")
@@ -46,7 +49,7 @@ Rotary = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 class Call:
     """What a call says beside q, k and v, checked.
 
-    causal, scale (a number), softcap (a number), sink_logits (Hq,), global_qkv: as in
+    causal, scale (a number), softcap (a number), sink_logits (Hq,), global_qkv, latent: as in
     `Backend.forward`. layout: where the keys lie. q_first (B, Hq, Tq, D): the queries as the first
     keys (sinks) see them, None when those see them as all others do. A position rule's: `far`, what
     distant pairs use instead of q and k; `turn`, with which k is raw, and turned when it is read;
@@ -63,6 +66,7 @@ class Call:
     turn: Turn | None = None
     bias: Bias | None = None
     global_qkv: tuple[Tensor, ...] | None = None
+    latent: Latent | None = None
     state: State | None = None
     padding_mask: Tensor | None = None
 
@@ -90,7 +94,7 @@ class Backend(nn.Module):
     traits: Traits  # of the class; of one backend where an option decides what it learns
     implementations: ClassVar[tuple[str, ...]] = ("auto", "torch", "reference")
     plain: ClassVar[bool] = False  # the same function as the attention that plain transformers runs
-    # which of softcap, sink_logits and global_qkv the method can honour
+    # which of softcap, sink_logits, global_qkv and latent the method can honour
     extras: ClassVar[tuple[str, ...]] = ()
     # names of parameters and buffers whose first size is the number of K/V heads
     per_kv_head: tuple[str, ...] = ()
@@ -101,6 +105,8 @@ class Backend(nn.Module):
     # first keys see a query at this position at most (sinks); None: where it is
     farthest: int | None = None
     _signature: str | None = None
+    # sizes, dtypes and devices of the last call that was checked
+    _fits: tuple = ()
     # what transformers reads of a module when it saves: of tied parameters, name -> name
     _tied_weights_keys: dict[str, str]
 
@@ -136,6 +142,21 @@ class Backend(nn.Module):
         options (`signature`). Unsupported where the method cannot decode.
         """
         return FullState()
+
+    def static_state(self, length: int) -> Static:
+        """An empty state with room for `length` tokens, whose tensors keep their shapes and places,
+        so that a decoding step is one graph. ValueError for another length than a whole number of
+        at least 1, Unsupported where what the method remembers has no such form."""
+        if type(length) is not int or length < 1:
+            raise ValueError(f"max_length: got {length!r}, valid is a whole number of at least 1")
+        state = static_form(self.new_state(), length)
+        if state is None or (not self.traits.exact and not state.read_by_method):
+            raise Unsupported(
+                f"max_length: {self.name} remembers {self.traits.state}, which has no static form; "
+                "valid is its own growing state"
+            )
+        state.owner = self.signature
+        return state
 
     def __init_subclass__(cls, **options) -> None:
         # a subclass' `new_state` signs too, without having to know of it
@@ -194,7 +215,8 @@ class Backend(nn.Module):
         extras: what some models add, where the backend's `extras` name it: `softcap` (a score s
         becomes softcap tanh(s / softcap), Gemma 2), `sink_logits` (Hq,) (a learned logit per head
         in the denominator, gpt-oss), `global_qkv` (Longformer's second projections, q, k and v of
-        the new tokens).
+        the new tokens), `latent` (what a `LatentState` remembers of the new tokens instead of k and
+        v).
 
         Raises ValueError for shapes, dtypes or devices that do not fit together, Unsupported for
         what the backend's traits exclude; nothing is appended to the state then."""
@@ -263,12 +285,13 @@ class Backend(nn.Module):
         if state is not None and state.read_by_method:
             rules |= {"state": state, "padding_mask": padding_mask}
         scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+        call = Call(causal, layout, scale, q_first=q_first, **rules, **extras)
+        if not torch.is_autocast_enabled(q.device.type):
+            return self.attend(q, k, v, call)
         # autocast would compute scores in half precision, and the inputs' dtype is what was asked
         # for
         with torch.autocast(q.device.type, enabled=False):
-            return self.attend(
-                q, k, v, Call(causal, layout, scale, q_first=q_first, **rules, **extras)
-            )
+            return self.attend(q, k, v, call)
 
     def check_call(self, q: Tensor, k: Tensor, v: Tensor, causal: bool, extras: dict) -> None:
         """A subclass's own checks of a call, before anything is appended to a state."""
@@ -291,7 +314,14 @@ class Backend(nn.Module):
 
     def _check(self, q, k, v, causal, padding_mask, state, scale, rotary) -> None:
         """Raises for what does not fit together (`effattn.checks`)."""
-        check_tensors(self, q, k, v, causal)
+        sizes: tuple = ()
+        if type(q) is type(k) is type(v) is Tensor and not torch.compiler.is_compiling():
+            sizes = q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype, causal
+            sizes += q.device, k.device, v.device
+        if not sizes or sizes != self._fits:  # steps look alike
+            check_tensors(self, q, k, v, causal)
+            if sizes:
+                self._fits = sizes
         check_state(self, state, k, v)
         check_tokens(q, k, padding_mask, state)
         check_rules(scale, rotary)
@@ -329,7 +359,9 @@ class Backend(nn.Module):
                 raise ValueError(
                     f"rotary: returned {which} {tuple(after.shape)}, expected {tuple(before.shape)}"
                 )
-        if self.farthest is None or layout.tokens(k.shape[2]) <= self.farthest + 1:
+        tokens = layout.tokens(k.shape[2])
+        # a number on the device is not asked for: the clamp changes nothing while there are few
+        if self.farthest is None or (type(tokens) is int and tokens <= self.farthest + 1):
             return *rotated, None
         # one key, since a rotary rule takes both; what it gives for it is not used
         q_first, _ = rotary(q, k[:, :, :1], at_q.clamp(max=self.farthest), at_k[..., :1])

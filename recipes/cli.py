@@ -18,6 +18,7 @@ from rich.table import Table
 
 from effattn.recipes import (
     convert_gqa,
+    convert_latent,
     extend,
     linearize,
     measure,
@@ -72,6 +73,7 @@ def backends(as_json: Annotated[bool, typer.Option("--json", help="print JSON")]
 
 
 app.command("convert-gqa")(convert_gqa.command)
+app.command("convert-latent")(convert_latent.command)
 app.command("swap")(swap_backend.command)
 app.command("measure")(measure.command)
 

@@ -108,7 +108,7 @@ def convert(settings: Settings, show: Quiet) -> ConversionReport:
     check(settings)
     parent, tokenizer, parts = load(settings, show)
     text, length = read(settings, show, tokenizer, parts)
-    kept = begin(settings, parent)
+    kept = begin(settings, parent, "convert-gqa")
 
     quality: dict = {}
     if main:
@@ -157,14 +157,14 @@ def convert(settings: Settings, show: Quiet) -> ConversionReport:
     return report
 
 
-def begin(settings: Settings, parent) -> Parts | None:
+def begin(settings: options.Settings, parent, flow_name: str) -> Parts | None:
     """What an earlier run has measured, and where this one keeps it; None in all processes but the
     main one."""
     flow.check_unfinished(settings, begin=True)
     if not main_process():
         return None
     made_with = flow.made_with(parent, "torch", "transformers")
-    return Parts(settings.partial / "parts.json", settings.kept(), made_with, "convert-gqa")
+    return Parts(settings.partial / "parts.json", settings.kept(), made_with, flow_name)
 
 
 def check(settings: Settings) -> None:

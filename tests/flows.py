@@ -44,6 +44,12 @@ FLOWS = {
         dict(calibration_tokens=640, uptrain_tokens=4 * 64, batch=2, decode_contexts=(), **TRAINED),
         trains=("Conversion",),
     ),
+    "convert_latent": Flow(
+        "convert-latent",
+        {"ratio": 0.5},
+        dict(calibration_tokens=640, uptrain_tokens=4 * 64, batch=2, decode_contexts=(), **TRAINED),
+        trains=("Latent",),
+    ),
     "linearize": Flow(
         "linearize",
         small=dict(

@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 
 from bench.day.settings import ROOT, Day
-from effattn.kernels import sparse24
+from effattn.kernels import bitmask, sparse24
 
 MANIFEST, GROUP = "manifest.json", "__grp__"
 KEPT = (".cubin", ".json")  # what a launch reads; an entry's other files are for people
@@ -80,6 +80,7 @@ def rehearse(arch: str, depth: str, only: tuple[str, ...], tiny: bool, few: int 
         fake_gpu.on(arch) as device,
         fake_gpu.undriven(),
         mock.patch.object(sparse24, "pack", _packed),
+        mock.patch.object(bitmask, "pack", _masked),
         launching.watched() as seen,
     ):
         day = Day(str(device), tiny)
@@ -98,6 +99,17 @@ def _packed(weight: Tensor) -> sparse24.Packed:
     outputs, inputs = weight.shape
     indices = torch.empty(outputs, inputs // 8, dtype=torch.uint8, device=weight.device)
     return sparse24.Packed(weight.new_empty(outputs, 2, inputs // 4), indices)
+
+
+def _masked(weight: Tensor) -> bitmask.Packed:
+    """The same of `bitmask.pack`, half of the weight being zero."""
+    outputs, inputs = weight.shape
+    like = {"device": weight.device}
+    return bitmask.Packed(
+        weight.new_empty(outputs * inputs // 2),
+        torch.empty(outputs, inputs // 8, dtype=torch.uint8, **like),
+        torch.empty(outputs, bitmask.segments(inputs), dtype=torch.int32, **like),
+    )
 
 
 def entries(folder: Path) -> Iterator[Path]:

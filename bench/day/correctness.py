@@ -15,7 +15,18 @@ from torch import Tensor
 from torch.utils import deterministic
 
 from bench.day.settings import Day
-from effattn.kernels import decode, flash, linear, linformer, lsh, monarch, pack, sparse24, vq
+from effattn.kernels import (
+    bitmask,
+    decode,
+    flash,
+    linear,
+    linformer,
+    lsh,
+    monarch,
+    pack,
+    sparse24,
+    vq,
+)
 from effattn.kernels.decode import packed
 from effattn.kernels.flash.pattern import layout_of
 from effattn.kernels.flash.rules import Bias, Far
@@ -239,6 +250,13 @@ def _sparse(impl, x):
     return {"out": sparse24.linear(x["x"], kept, x["bias"], impl=impl)}
 
 
+def _bitmask(impl, x):
+    # half of the weights, wherever they are, by their numbers: the same in every dtype
+    smallest = x["w"].float().abs().argsort(dim=1)[:, : x["w"].shape[1] // 2]
+    kept = bitmask.pack(x["w"].scatter(1, smallest, 0.0))
+    return {"out": bitmask.linear(x["x"], kept, x["bias"], impl=impl)}
+
+
 def _product_checks(tokens: int) -> Iterator[tuple[str, Check]]:
     for rows in (1, tokens):
         sizes = {"x": (rows, 512), "right": (16, 16, 32), "left": (16, 48, 16), "bias": (768,)}
@@ -246,6 +264,7 @@ def _product_checks(tokens: int) -> Iterator[tuple[str, Check]]:
     for rows in (1, 16):
         sizes = {"x": (rows, 512), "w": (256, 512), "bias": (256,)}
         yield f"2:4, {rows} rows", Check(_sparse, sizes)
+        yield f"bitmask, {rows} rows", Check(_bitmask, sizes)
 
 
 GROUPS: dict[str, Callable[[int], Iterator[tuple[str, Check]]]] = {

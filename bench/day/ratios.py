@@ -81,6 +81,7 @@ HEADLINES = (
         1.4,
         "0.60 to 0.90",
     ),
+    Headline("bitmask against dense, one row", SPARSE, "effattn bitmask", "torch dense", 1.4),
     Headline(
         "ReRoPE against our dense",
         REROPE,

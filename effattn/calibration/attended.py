@@ -11,9 +11,10 @@ from __future__ import annotations
 import copy
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from effattn.hf.anatomy import Layer
+from effattn.hf.norms import normalised
 
 
 def is_linear(layer: Layer) -> bool:
@@ -32,19 +33,6 @@ def attended(layer: Layer, name: str, x: Tensor) -> Tensor:
         states = states + projection.bias_by_head.to(x)
     norm = {"q": layer.q_norm, "k": layer.k_norm}.get(name)
     if norm is not None:
-        states = _normalised(norm, states)
+        norm = copy.deepcopy(norm).to(states)
+        states = normalised(norm, states.transpose(0, 1)[None])[0].transpose(0, 1)
     return states if layer.clip is None else states.clamp(-layer.clip, layer.clip)
-
-
-def _normalised(norm: nn.Module, states: Tensor) -> Tensor:
-    """states (N, heads, d) through a q or k norm: over each head, with gains for each or shared, or
-    over all heads.
-    """
-    norm = copy.deepcopy(norm).to(states)
-    if hasattr(norm, "norms"):  # one module a head (StableLM), which takes (B, heads, N, d)
-        return norm(states.transpose(0, 1)[None])[0].transpose(0, 1)
-    whole = states.flatten(1)
-    gain = getattr(norm, "weight", None)
-    if gain is not None and gain.shape == whole.shape[1:]:  # over all heads (OLMo 2)
-        return norm(whole).view_as(states)
-    return norm(states)

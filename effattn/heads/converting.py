@@ -61,7 +61,7 @@ def convert(
         # 1. What the old layer gets and gives, on the old model's activations
         moment, targets, inputs = None, [], None
         if runner:
-            moment, targets, inputs = _observe(runner, layer, teacher)
+            moment, targets, inputs = observe(runner, layer, teacher)
         heads = _heads(layer, moment, asked.seed + APART * number)
         # 2. Its heads, and which of them become one. Behind a norm of gain 0 no input comes
         #    through, and data says nothing about the heads: then the weights do.
@@ -87,14 +87,14 @@ def convert(
         # 4. The output projection again, for what the new heads give on the converted model's
         #    activations: it makes up for errors of the layers before as well
         if runner:
-            row |= _refit(runner, layer, student, targets, asked.refit)
+            row |= measure_and_refit(runner, layer, student, targets, asked.refit)
         rows.append(row)
         if progress:
             progress(number + 1, len(parts.layers))
     return rows
 
 
-def _observe(runner: LayerRunner, layer: Layer, teacher: list[torch.Tensor]):
+def observe(runner: LayerRunner, layer: Layer, teacher: list[torch.Tensor]):
     """Runs the old layer: its input moment, its attention outputs a batch, and where that moment
     does not tell all some of its inputs (N, D), otherwise None; moves `teacher` one layer on."""
     moment, targets, inputs = SecondMoment(ones=True), [], []
@@ -122,7 +122,7 @@ def _observe(runner: LayerRunner, layer: Layer, teacher: list[torch.Tensor]):
 def _merge(
     layer: Layer, heads: Heads, groups: list[list[int]], method: Method, moment, inputs
 ) -> tuple[list[Merged], dict]:
-    """The merge of every group, and the row's facts about it. moment, inputs: what `_observe`
+    """The merge of every group, and the row's facts about it. moment, inputs: what `observe`
     gives.
     """
 
@@ -140,8 +140,8 @@ def _merge(
     }
 
 
-def _refit(runner: LayerRunner, layer: Layer, student, targets, refit: bool) -> dict:
-    """Measures the merged layer, re-fits its output projection if asked, and moves `student` one
+def measure_and_refit(runner: LayerRunner, layer: Layer, student, targets, refit: bool) -> dict:
+    """Measures the changed layer, re-fits its output projection if asked, and moves `student` one
     layer on.
     """
     fit, heads = OutputRefit(), []

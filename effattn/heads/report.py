@@ -27,12 +27,17 @@ class ConversionReport(ConversionData):
 
     @property
     def title(self) -> str:
-        return f"{self.settings.get('model', 'model')}: {self.heads_text} KV heads"
+        return f"{self.settings.get('model', 'model')}: {self.change}"
+
+    @property
+    def change(self) -> str:
+        """What became of the heads, in words."""
+        return f"{self.heads_text} KV heads"
 
     @property
     def headline(self) -> str:
         """The result in one sentence of plain words."""
-        parts = [f"{self.heads_text} KV heads"]
+        parts = [self.change]
         if self.kv_ratio:
             parts[0] += f": the KV cache is {self.kv_ratio:.1f}x smaller"
         before, converted, uptrained = (

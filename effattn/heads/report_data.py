@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TypedDict
+from typing import ClassVar, TypedDict
 
 from effattn.reports.common import DecodeRow, Quality
 from effattn.reports.document import Document
@@ -38,6 +38,7 @@ class ConversionData(Document):
     data: dict
     kind = "convert_gqa"
     named = "a conversion report"
+    plain: ClassVar[bool] = True  # what was saved is proven to need nothing of effattn
 
     @property
     def settings(self) -> dict:

@@ -72,16 +72,20 @@ def _verification_table(report: ConversionData) -> Table:
         "cache_shape": "Cache shape of a layer",
         "class": "Class it loads as",
     }
-    facts = {**dict.fromkeys(list(names)[:4]), **report.verification}
+    expected = list(names)[:4] if report.plain else []
+    facts = {**dict.fromkeys(expected), **report.verification}
     rows = [(names.get(key, key), number(value)) for key, value in facts.items()]
     return Table("Verification", ("Check", "Result"), rows, facts=True)
 
 
 def _layer_table(report: ConversionData) -> Table:
+    # keys and values have errors of their own where heads were merged
+    known = [key for key in ERRORS if any(key in row for row in report.layers)]
     rows = [
-        [number(row["layer"]), *(number(row.get(key)) for key in ERRORS)] for row in report.layers
+        [number(row["layer"]), *(number(row.get(key)) for key in known)] for row in report.layers
     ]
-    header = ("Layer", *(label[0].upper() + label[1:] for label, _ in ERRORS.values()))
+    labels = [ERRORS[key][0] for key in known]
+    header = ("Layer", *(label[0].upper() + label[1:] for label in labels))
     note = "Squared norm of the difference to the parent over the squared norm of the parent's."
     return Table("Relative error by layer", header, rows, note, folded=True)
 

@@ -61,7 +61,7 @@ def converted(file: str | Path, dtype: torch.dtype | str = "auto") -> Path:
     broken, and for an architecture that transformers does not read."""
     file = Path(file).resolve()
     check(file)
-    stored = torch.bfloat16 if dtype == "auto" else dtype
+    stored = dtype if isinstance(dtype, torch.dtype) else torch.bfloat16
     facts = file.stat()
     key = f"{file}\0{facts.st_size}\0{facts.st_mtime_ns}\0{stored}"
     name = f"{file.stem}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
@@ -92,7 +92,7 @@ def _convert(file: Path, folder: Path, dtype: torch.dtype) -> None:
     import transformers
 
     options = {"gguf_file": file.name, "trust_remote_code": False}
-    plain = {}
+    plain: dict[str, object] = {}
     if hasattr(transformers, "GgufConfig"):  # older versions dequantize by themselves
         plain["quantization_config"] = transformers.GgufConfig(dequantize=True)
     try:
@@ -105,7 +105,7 @@ def _convert(file: Path, folder: Path, dtype: torch.dtype) -> None:
     except Exception as error:  # each reader has its own way of saying that a file is broken
         raise ValueError(f"model: {str(file)!r} cannot be read: {one_line(error)}") from error
     # Its weights are plain from here on, and what it says of the file would be wrong.
-    model.hf_quantizer = None
+    vars(model).pop("hf_quantizer", None)
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     with atomic_folder(folder) as unfinished:

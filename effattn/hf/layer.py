@@ -15,9 +15,11 @@ from torch import nn
 from effattn.errors import Unsupported
 from effattn.hf.families import Family, no_rope, rope_factor, sliding_window, trained_length
 from effattn.hf.feedforward import FeedForward
+from effattn.hf.names import LATENT
 from effattn.hf.placement import bare
 from effattn.hf.projection import Projection, set_linear
 from effattn.positions.rope import Rope
+from effattn.projections.latent import LatentMemory
 
 
 @dataclass(frozen=True)
@@ -101,8 +103,17 @@ class Layer:
 
     @property
     def kv_bytes_per_token(self) -> int:
-        """Bytes that this layer's keys and values of one token take, in the model's dtype."""
+        """Bytes that this layer's keys and values of one token take, in the model's dtype; or what
+        is remembered instead of them.
+        """
+        if self.latent is not None:
+            return self.latent.rank * self.dtype.itemsize
         return self.kv_heads * (self.head_dim + self.value_dim) * self.dtype.itemsize
+
+    @property
+    def latent(self) -> LatentMemory | None:
+        """What makes the latents that are remembered instead of keys and values; None without."""
+        return self.attention._modules.get(LATENT)
 
     @property
     def dtype(self) -> torch.dtype:

@@ -14,4 +14,6 @@ POSITIONS = "effattn_positions"
 GLOBAL = "effattn_global"
 # the argument that tells our attention function to hand out q, k and v, and stop there
 CAPTURE = "effattn_capture"
+# the submodule of latent keys and values, and the argument that carries a call's latents
+LATENT = "effattn_latent"
 LEARNED_PARTS = {PATTERN, POSITIONS, GLOBAL}

@@ -53,7 +53,7 @@ def resolve(name: str | Path, dtype: torch.dtype | str = "auto") -> str:
         from effattn.hf import gguf_files, smollm2
 
         file = smollm2.gguf() if str(name) == SMOLLM2 else name
-        return str(gguf_files.converted(file, dtype))
+        return str(gguf_files.converted(file, dtype_of(dtype)))
     if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", str(name)):
         raise ValueError(
             _not_found(name, "it is no folder, and no hub name (owner/name) looks like that")

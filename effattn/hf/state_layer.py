@@ -18,6 +18,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from effattn.errors import Unsupported
 from effattn.interface import Backend
+from effattn.padding import of_tokens
 from effattn.states.base import State
 from effattn.states.caches import LayerCache
 from effattn.states.full import ROLLBACK
@@ -194,12 +195,7 @@ class StateLayer(CacheLayerMixin):
         def run(state: State, start: int, stop: int) -> Tensor:
             some = [x[:, :, start:stop] for x in (q, k, v)]
             seen = None if mask is None else mask[:, : total - k.shape[2] + stop]
-            extras = call
-            if call.get("global_qkv") is not None:
-                extras = {
-                    **call,
-                    "global_qkv": tuple(x[:, :, start:stop] for x in call["global_qkv"]),
-                }
+            extras = of_tokens(call, *[lambda x: x[:, :, start:stop]] * 2)
             return backend(*some, padding_mask=seen, state=state, **extras)
 
         stay = k.shape[2] - last

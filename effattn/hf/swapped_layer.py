@@ -9,6 +9,7 @@ from effattn.hf.positions import LayerPositions
 from effattn.interface import Backend
 from effattn.states.base import State
 from effattn.states.caches import LayerCache
+from effattn.states.latent import LatentState
 
 
 @dataclass
@@ -20,8 +21,6 @@ class SwappedLayer:
     index: int
     original: str
     checks_positions: bool = False  # looks for packed documents, on behalf of other layers
-    # ... which this call has none of: the caller gave neither position_ids nor padding
-    default_positions: bool = False
     backend: Backend | None = None
     pattern: str = ""  # the backend's full spec
     raw_keys: bool = False  # the backend's positions are its own: it gets q and k before rotation
@@ -30,6 +29,7 @@ class SwappedLayer:
     own_window: int | None = None  # the backend does what the model's own windowed layer did
     positions: LayerPositions | None = None  # a position rule instead of the model's own
     cache: LayerCache | None = None  # another cache instead of the backend's own state
+    latent: int | None = None  # numbers that are remembered of a token instead of keys and values
 
     @property
     def own_positions(self) -> bool:
@@ -43,10 +43,20 @@ class SwappedLayer:
         """
         own_raw = self.positions is not None and self.positions.raw and self.rotary is None
         pre_rope = self.rotary is not None and self.backend.farthest is None
-        return f"{self.pattern}, raw keys" if own_raw or pre_rope else self.pattern
+        raw = own_raw or pre_rope
+        if self.latent is not None:
+            return f"{self.pattern}, latents of {self.latent}"
+        return f"{self.pattern}, raw keys" if raw else self.pattern
 
     def new_state(self) -> State:
         """An empty state, for one batch of sequences."""
-        return (
-            self.backend.new_state() if self.cache is None else self.cache.new_state(self.backend)
-        )
+        return state_of(self.backend, self.cache, self.latent is not None)
+
+
+def state_of(backend: Backend, cache: LayerCache | None, latent: bool) -> State:
+    """An empty state of a layer with these choices."""
+    if not latent:
+        return backend.new_state() if cache is None else cache.new_state(backend)
+    state = LatentState(backend.new_state())
+    state.owner = backend.signature
+    return state

@@ -20,12 +20,22 @@ from effattn.hf.weight_files import one_line
 from effattn.positions.registry import parse as parse_positions
 from effattn.projections import packed
 from effattn.projections.base import recorded_kind
+from effattn.projections.latent import check_spec
 from effattn.registry import BACKENDS
 from effattn.specs import parse_spec
 
 # in config.json, and its attn_implementation where plain transformers must not load it
 KEY = "effattn"
-FIELDS = ("pattern", "positions", "cache", "trained", "model_type", "projections", "packed")
+FIELDS = (
+    "pattern",
+    "positions",
+    "cache",
+    "trained",
+    "model_type",
+    "heads",
+    "projections",
+    "packed",
+)
 TRAINED = ("rope_parameters", "max_position_embeddings", "original_max_position_embeddings")
 ATTENTION = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
 PRIVATE = ("_name_or_path", "_commit_hash", "_attn_implementation")
@@ -151,6 +161,10 @@ def check_record(record, config: dict) -> None:
     for axis in ("pattern", "positions", "cache"):
         if axis in record:
             _check_specs(f"{where}: {axis}", axis, record[axis], layers, _bound(config))
+    heads = record.get("heads", {})
+    for index, spec in _object(f"{where}: heads", heads).items():
+        _check_layer(f"{where}: heads", index, layers)
+        check_spec(f"{where}: heads: {index}", spec, _bound(config))
     if "trained" in record:
         _check_trained(f"{where}: trained", record["trained"])
     if ("model_type" in record) != (config.get("model_type") == KEY):
@@ -184,15 +198,18 @@ def _bound(config: dict) -> int:
     return max(SIZE, *(value for value in own if type(value) is int), 0)
 
 
+def _check_layer(where: str, index: str, layers: int) -> None:
+    if not re.fullmatch(r"\d{1,5}", index) or int(index) >= layers:
+        raise ValueError(
+            f"{where}: got layer {index!r:.80}, valid are those of the model, '0' to '{layers - 1}'"
+        )
+
+
 def _check_specs(where: str, axis: str, specs, layers: int, bound: int) -> None:
     if not _object(where, specs):
         raise ValueError(f"{where}: got no layers")
     for index, spec in specs.items():
-        if not re.fullmatch(r"\d{1,5}", index) or int(index) >= layers:
-            raise ValueError(
-                f"{where}: got layer {index!r:.80}, valid are those of the model, '0' to "
-                f"'{layers - 1}'"
-            )
+        _check_layer(where, index, layers)
         if not isinstance(spec, str) or len(spec) > SPEC:
             raise ValueError(
                 f"{where}: {index}: got {spec!r:.80}, valid is a spec such as 'name(option=1)'"

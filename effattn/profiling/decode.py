@@ -13,8 +13,10 @@ from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLa
 from effattn.errors import Unsupported
 from effattn.hf.families import trained_length
 from effattn.hf.placement import input_device
+from effattn.hf.state_layer import StateLayer
 from effattn.profiling.memory import available_bytes
 from effattn.profiling.timing import Clock, pace, percentiles
+from effattn.states.latent import LatentState
 
 PLAIN_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer)
 # of the available memory may be filled; the rest is for logits, activations and others
@@ -27,6 +29,8 @@ def kv_bytes(cache: Cache) -> int:
 
 
 def _layer_bytes(layer) -> int:
+    if isinstance(layer, StateLayer):
+        return layer.nbytes
     return 0 if layer.keys is None else layer.keys.nbytes + layer.values.nbytes
 
 
@@ -40,7 +44,8 @@ def one_token_cache(model, batch: int) -> Cache:
         input_ids=torch.zeros(batch, 1, dtype=torch.long, device=device), use_cache=True
     ).past_key_values
     for index, layer in enumerate(getattr(cache, "layers", None) or [cache]):
-        if type(layer) not in PLAIN_LAYERS:
+        latent = isinstance(layer, StateLayer) and type(layer.state) is LatentState
+        if type(layer) not in PLAIN_LAYERS and not (latent and not layer.state.evicts):
             raise Unsupported(
                 f"decode_speed: the cache of layer {index} is a {type(layer).__name__}; it knows "
                 f"how to fill and rewind {' and '.join(kind.__name__ for kind in PLAIN_LAYERS)}"
@@ -65,6 +70,9 @@ def fill(cache: Cache, context: int, generator: torch.Generator) -> None:
     by layer.
     """
     for layer in cache.layers:
+        if isinstance(layer, StateLayer):  # latents
+            layer.state.fill(context, generator)
+            continue
         if layer.keys is None:  # shares another layer's keys and values
             continue
         new = []
@@ -91,6 +99,8 @@ class _Lane:
         longest = trained_length(model.config) or context + 1
         self.position = torch.full_like(self.token, min(context, longest - 1))
         self.clock = Clock(self.device)
+        if any(isinstance(layer, StateLayer) for layer in self.cache.layers):
+            self.position = None  # its own attention counts, and would miss the tokens left out
         self.seconds: list[float] = []
 
     def step(self) -> float:
@@ -112,7 +122,7 @@ class _Lane:
 
         seconds = self.clock(self._forward, undo=put_back)
         put_back()
-        lengths = {layer.get_seq_length() for layer in self.cache.layers if layer.keys is not None}
+        lengths = {layer.get_seq_length() for layer in self.cache.layers if _layer_bytes(layer)}
         if lengths != {self.context}:
             raise RuntimeError(f"the cache holds {lengths} tokens after a step, not {self.context}")
         return seconds

@@ -162,6 +162,8 @@ def _layer(layer: anatomy.Layer, config) -> dict:
 
 
 def _heads(layer: anatomy.Layer) -> str:
+    if layer.latent is not None:
+        return layer.latent.spec
     if layer.kv_heads == layer.heads:
         return "mha"
     return "mqa" if layer.kv_heads == 1 else f"gqa(kv_heads={layer.kv_heads})"

@@ -18,7 +18,9 @@ from effattn import registry
 from effattn.errors import Unsupported
 from effattn.hf import anatomy, caches, hooks, placement
 from effattn.hf.positions import LENGTH_DEPENDENT, LayerPositions
+from effattn.hf.swapped_layer import state_of
 from effattn.interface import Backend
+from effattn.kernels.latent import Latent, Maps
 from effattn.specs import by_layer, format_spec, parse_spec
 
 TRIED = 4  # tokens of a trial
@@ -44,6 +46,7 @@ class LayerPlan:
     # the pattern is what the layer has already: the backend stays, and what it has learned
     kept: bool = False
     cache: caches.LayerCache | None = None  # None: what the pattern itself remembers
+    latent: int | None = None  # rank of what is remembered instead of keys and values
 
 
 def make(
@@ -52,12 +55,14 @@ def make(
     options: dict,
     positions: dict[int, LayerPositions | None] | None = None,
     cache: dict[int, str] | None = None,
+    latent: bool = False,
 ) -> dict[int, LayerPlan]:
     """layer -> its plan. ValueError for what means nothing, Unsupported for what this model or a
     method cannot do.
 
     positions, cache: the layers whose rule or cache changes. Those that no pattern is named for
-    keep the one they have."""
+    keep the one they have. latent: keys and values are latents by the time this is carried out, in
+    all layers, and need a swap for their cache."""
     if isinstance(pattern, dict) and options:
         raise ValueError(
             f"swap: {', '.join(options)} given beside a dict of layers; write them into its specs"
@@ -68,7 +73,8 @@ def make(
     plans = {index: _plan(parts.layers[index], spec, options) for index, spec in chosen.items()}
     positions, cache = positions or {}, cache or {}
     formats = {index: caches.fit(parts.layers[index], spec) for index, spec in cache.items()}
-    for index, rule in [*positions.items(), *formats.items()]:
+    latents = {layer.index: True for layer in parts if latent}
+    for index, rule in [*positions.items(), *formats.items(), *latents.items()]:
         held = getattr(parts.layers[index].attention, hooks.ATTRIBUTE, None)
         if index not in plans and held is not None and held.backend is not None:
             plans[index] = _keep(parts, index, held)
@@ -80,8 +86,11 @@ def make(
     for index, plan in plans.items():
         held = getattr(parts.layers[index].attention, hooks.ATTRIBUTE, None)
         plan.cache = formats[index] if index in formats else getattr(held, "cache", None)
-        rotary = parts.layers[index].rotary
-        if plan.cache is not None and plan.cache.raw_keys and rotary is not None:
+        rotary, memory = parts.layers[index].rotary, parts.layers[index].latent
+        plan.latent = memory.rank if memory is not None else 0 if latent else None
+        # of latents keys are made, and turned, when they are read
+        needs_raw = plan.latent is not None or (plan.cache is not None and plan.cache.raw_keys)
+        if needs_raw and rotary is not None:
             plan.raw_keys, plan.rotary = True, rotary
         rule = positions[index] if index in positions else getattr(held, "positions", None)
         if rule is not None:
@@ -194,6 +203,14 @@ def _obstacle(layer: anatomy.Layer, plan: LayerPlan) -> str | None:
             f"the forward of {path} was replaced, which {plan.backend.name}'s second "
             "projections would not have"
         )
+    if plan.latent is not None and not plan.backend.packable:
+        return (
+            f"its keys and values are latents, and what {plan.backend.name} remembers is "
+            f"{plan.backend.traits.state}; latent heads go with exact patterns of one predicate, "
+            "such as dense"
+        )
+    if plan.latent is not None and plan.cache is not None:
+        return f"its keys and values are latents, which cache {plan.cache.spec!r} cannot hold"
     if plan.cache is not None and (reason := caches.obstacle(layer, plan.backend, plan.cache)):
         return reason
     asked = None if plan.positions is None else plan.positions.in_call
@@ -245,13 +262,12 @@ def _try(layer: anatomy.Layer, plan: LayerPlan) -> None:
     elif plan.rotary is not None:
         extras["rotary"] = plan.rotary.rope()
     backend = plan.backend.to(device).eval()
-    state = (
-        None
-        if not layer.causal
-        else backend.new_state()
-        if plan.cache is None
-        else plan.cache.new_state(backend)
-    )
+    state = None
+    if layer.causal:
+        state = state_of(backend, plan.cache, plan.latent is not None)
+    if plan.latent is not None:  # of one number: the layer's own may be yet to be made
+        maps = (k.new_zeros(layer.kv_heads, layer.head_dim, 1) for _ in "kv")
+        extras["latent"] = Latent(k.new_zeros(1, 1, TRIED, 1), Maps(*maps))
     try:
         with torch.no_grad():
             backend(q, k, v, causal=layer.causal, state=state, **extras)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from effattn import registry
-from effattn.hf import hooks, placement, positions
+from effattn.hf import hooks, latents, placement, positions
 from effattn.hf.trusted import KEY
 from effattn.hf.weight_files import Stored, header, read, shortened, stored
 from effattn.projections import packed
@@ -48,7 +48,11 @@ def of(model: nn.Module) -> dict:
         for axis, specs in found.items()
         if specs
     }
-    others = {"projections": replace.record(model), "packed": packed.record(model)}
+    others = {
+        "heads": latents.record(model),
+        "projections": replace.record(model),
+        "packed": packed.record(model),
+    }
     return found | {name: entry for name, entry in others.items() if entry}
 
 
@@ -77,7 +81,7 @@ def write(model: nn.Module, file: Path) -> None:
     ours, plain = positions.saved(model)
     found |= ours
     config |= plain
-    if found.keys() & {"projections", "packed"}:
+    if found.keys() & {"heads", "projections", "packed"}:
         found["model_type"] = config["model_type"]
         config["model_type"] = KEY
     if found:

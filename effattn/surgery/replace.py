@@ -33,6 +33,7 @@ from effattn.projections.base import (
     StructuredLinear,
     recorded_kind,
 )
+from effattn.projections.latent import LatentLinear
 from effattn.specs import by_layer, format_spec, parse_spec
 
 DENSE = "dense"  # an nn.Linear
@@ -117,6 +118,8 @@ def make(
             )
         for module in _linears(layer, options is None or options["ffn"]):
             if options is None and not isinstance(module, StructuredLinear):
+                continue
+            if isinstance(module, LatentLinear):  # what makes keys and values of latents stays
                 continue
             if any(module is matrix.module for matrix in matrices):
                 raise Unsupported(f"projections: {names[module]} is used by more than one layer")

@@ -10,14 +10,14 @@ weights instead, which is not undone (`effattn.heads.gqa`, `effattn.surgery.repl
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from functools import partial
 
 from torch import Tensor, nn
 
 from effattn import registry
-from effattn.errors import Unsupported, check_choice
+from effattn.errors import Unsupported
+from effattn.heads.kinds.base import KINDS, Change
 from effattn.hf import anatomy, caches
 from effattn.hf import positions as positioning
 from effattn.hf.adapters import require_own_weights, require_unwrapped
@@ -31,7 +31,7 @@ from effattn.surgery.record import mark
 
 __all__ = ["active", "restore", "swap"]
 
-HEADS = ("mha", "gqa", "mqa", "mla")
+PLANNED = "mla"  # heads that are not in this version
 
 
 def swap(
@@ -71,12 +71,16 @@ def swap(
     Layers without a pattern get "dense" for it.
 
     heads: "mha", "mqa" or "gqa(kv_heads=...)", which `convert_gqa` does with `calibration` (tokens,
-    int64 (N,)).
+    int64 (N,)); or "latent(ratio=0.5)", with which r numbers are remembered of a token, in every
+    layer: `rank`, `bytes` (a token, in all layers), `ratio` (of what the cache takes now) or
+    `energy`, and the other options of `convert_latent`. Layers without a pattern get "dense" for
+    it.
 
     projections: "lowrank(ratio=0.75)" or "monarch(blocks=16)" for all layers, or a dict as for
     patterns; options are those of `LowRankLinear.options` and `MonarchLinear.options`. q, k, v and
-    o become new modules (`effattn.projections`), without the hooks that the linears had. "dense"
-    multiplies them out. Heads are changed first, so that both may be asked for in one call.
+    o become new modules (`effattn.projections`), without the hooks that the linears had; keys and
+    values that are latents stay. "dense" multiplies them out. Heads are changed first, so that both
+    may be asked for in one call.
 
     bos: whether BOS takes the place of the first token of each window of `calibration` (None: as
     the model's tokenizer does it).
@@ -93,26 +97,31 @@ def swap(
     parts = anatomy.of(model)
     placed = None if positions is None else positioning.make(parts, positions)
     cached = None if cache is None else caches.parse(cache, len(parts.layers))
+    change = None if heads is None else _change(parts, heads)
     plan = partial(
         planning.make,
         pattern=pattern,
         options=options,
         positions=None if placed is None else placed.layers,
         cache=cached,
+        latent=change is not None and change.latent,
     )
     plans = plan(parts)
     if any(one.own_global for one in plans.values()):  # which start as copies of the first
         require_own_weights(model)
     codebooks.check(parts, plans, calibration)
-    merging = None if heads is None else _merging(parts, heads)
-    kv_heads = None if merging is None else merging["kv_heads"]
     projected = None
     if projections is not None:
+        if change is not None and change.latent:
+            raise Unsupported(
+                "swap: got latent heads and projections, valid is one call for each, heads first"
+            )
+        kv_heads = None if change is None else change.kv_heads
         projected = replace.make(parts, projections, calibration, kv_heads, plans)
     with settled(model, bos):
-        if merging is not None or projected is not None:
-            _rewrite(parts, merging, projected, calibration)
-        if merging is not None and plans:  # some backends hold something for each K/V head
+        if change is not None or projected is not None:
+            _rewrite(parts, change, projected, calibration)
+        if change is not None and plans:  # some backends hold something for each K/V head
             plans = plan(anatomy.of(model))
         _carry_out(parts, placed, plan, plans, calibration)
     mark(model)
@@ -157,6 +166,16 @@ def _carry_out(
         raise
 
 
+def remember_latents(model: nn.Module) -> nn.Module:
+    """Gives a model whose keys and values are latents the cache that holds them, in each layer
+    beside the pattern that it has. Returns the model. Raises Unsupported for patterns that remember
+    something else."""
+    parts = anatomy.of(model)
+    attach(parts.model, parts, planning.make(parts, None, {}, latent=True))
+    mark(model)
+    return model
+
+
 def restore(model: nn.Module) -> nn.Module:
     """Undoes every swap of patterns, positions and caches: attention implementation and config are
     what they were. Returns the model, swapped or not."""
@@ -168,50 +187,28 @@ def restore(model: nn.Module) -> nn.Module:
 
 
 def _rewrite(
-    parts: anatomy.Anatomy, merging: dict | None, projected: replace.Replacement | None, calibration
+    parts: anatomy.Anatomy,
+    change: Change | None,
+    projected: replace.Replacement | None,
+    calibration,
 ) -> None:
     """Changes heads, and then projections: both, or where one fails neither."""
     # at its use: what it imports is heavy, and most swaps have nothing to do with heads
-    from effattn.heads.gqa import convert_gqa
     from effattn.heads.undo import all_or_nothing
 
     with all_or_nothing(parts) as undo:
-        for layer in parts if merging is not None and projected is not None else ():
+        for layer in parts if change is not None and projected is not None else ():
             undo.remember(layer)
-        if merging is not None:
-            convert_gqa(parts.model, calibration=calibration, **merging)
+        if change is not None:
+            change.convert(parts.model, calibration=calibration)
         if projected is not None:
             replace.replace(parts.model, replace.fit(projected))
 
 
-def _merging(parts: anatomy.Anatomy, spec: str) -> dict | None:
-    """The arguments of `convert_gqa` that a spec of heads comes to; None when there is nothing to
-    do.
-    """
-    from effattn.heads.gqa import check_kv_heads, convert_gqa
-
+def _change(parts: anatomy.Anatomy, spec: str) -> Change | None:
+    """What a spec of heads comes to; None when there is nothing to do."""
     name, options = parse_spec(spec)
-    check_choice("heads", name, HEADS)
-    if name == "mla":
-        raise Unsupported(
-            "heads: 'mla' is planned, not in this version; valid are 'mha', 'gqa(kv_heads=...)', "
-            "'mqa'"
-        )
-    if name == "gqa" and "kv_heads" not in options:
-        raise ValueError(
-            f"heads: got {spec!r}, kv_heads must be given, for example gqa(kv_heads=2)"
-        )
-    if name != "gqa" and "kv_heads" in options:
-        raise ValueError(f"heads: got {spec!r}, {name} takes no kv_heads")
-    if name == "mha" and parts.kv_heads == parts.heads:
-        return None
-    valid = [
-        o
-        for o in inspect.signature(convert_gqa).parameters
-        if o not in ("model", "calibration", "bos", "progress")
-    ]
-    for option in options:
-        check_choice(f"heads: {name}: option", option, valid)
-    arguments = {"kv_heads": 1 if name == "mqa" else parts.heads, **options}
-    check_kv_heads(arguments["kv_heads"], parts.kv_heads)
-    return arguments
+    if name == PLANNED:
+        valid = ", ".join(f"{kind!r}" for kind in KINDS.members())
+        raise Unsupported(f"heads: {name!r} is planned, not in this version; valid are {valid}")
+    return KINDS.find(name).change(parts, spec, options)

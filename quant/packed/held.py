@@ -209,7 +209,7 @@ class Held(State):
         for at in range(self._worth_packing(border), border, tile):
             pair = cuts(sources, at, min(at + tile, border))
             pair = [parts[0] if len(parts) == 1 else torch.cat(parts, dim=2) for parts in pair]
-            number = torch.arange(at, at + pair[0].shape[2], device=self.device)
+            number = torch.arange(at, at + pair[0].shape[2], device=new.k.device)
             first = self.format.first
             yield (
                 at,
@@ -260,7 +260,10 @@ class Held(State):
                 torch.where(there, x.gather(2, at.expand(*x.shape[:2], -1, x.shape[3])), old)
             )
         self.first_kv = tuple(filled)
-        last = self.format.first if new.start is None else int(new.start.max()) + self.format.first
+        late = 0
+        if new.start is not None:
+            late = int(new.start.max()) if self.late is None else self.late
+        last = late + self.format.first
         # of all places, not only of those there are by now: a short prompt has few
         self.pending = high < last
 

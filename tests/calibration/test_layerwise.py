@@ -15,7 +15,17 @@ from effattn.hf import anatomy as hf
 from effattn.prune.unstructured import calibration
 
 LENGTH = 32
-KINDS = ["llama", "gemma2", "olmo2", "phi", "phi3", "gpt_neox", "opt", "cohere", "stablelm"]
+KINDS = [
+    "llama",
+    "gemma2",
+    "olmo2",
+    "phi",
+    "phi3",
+    "gpt_neox",
+    "opt",
+    "cohere",
+    "stablelm",
+]
 
 
 def runner_of(model, tokens):
@@ -69,7 +79,15 @@ def test_a_module_stops_its_layer(tokens):
     assert calls == [1]
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        torch.bfloat16,
+        torch.float16,
+        torch.float32,
+        torch.float64,
+    ],
+)
 @pytest.mark.parametrize("ones", [False, True])
 def test_moments_are_those_in_fp64(dtype, ones):
     draw = torch.Generator().manual_seed(0)
@@ -122,19 +140,49 @@ def moments(tokens, *sizes: tuple[int, int]) -> int:
 
 
 def converted(tokens):
-    effattn.convert_gqa(model_of(), kv_heads=2, calibration=tokens, length=LENGTH)
+    effattn.convert_gqa(
+        model_of(),
+        kv_heads=2,
+        calibration=tokens,
+        length=LENGTH,
+    )
 
 
 def pruned(tokens, method):
-    effattn.prune.oneshot(model_of(), tokens, method=method, length=LENGTH)
+    effattn.prune.oneshot(
+        model_of(),
+        tokens,
+        method=method,
+        length=LENGTH,
+    )
 
 
-ALL_INPUTS = ((64, 64), (64, 64), (64, 64), (96, 96))  # of q k v, of o, of gate and up, of down
+ALL_INPUTS = (
+    (64, 64),  # of q, k and v
+    (64, 64),  # of o
+    (64, 64),  # of gate and up
+    (96, 96),  # of down
+)
 ROWS = {
     # the old model and the new one; inputs with a 1, what o_proj gets, and that with its targets
-    "convert_gqa": (converted, [8, 2], ((65, 65), (64, 64), (64, 64)), 1.1),
-    "sparsegpt": (lambda tokens: pruned(tokens, "sparsegpt"), [8], ALL_INPUTS, 1.4),
-    "wanda": (lambda tokens: pruned(tokens, "wanda"), [8], (), 1.7),
+    "convert_gqa": (
+        converted,
+        [8, 2],
+        ((65, 65), (64, 64), (64, 64)),
+        1.1,
+    ),
+    "sparsegpt": (
+        lambda tokens: pruned(tokens, "sparsegpt"),
+        [8],
+        ALL_INPUTS,
+        1.4,
+    ),
+    "wanda": (
+        lambda tokens: pruned(tokens, "wanda"),
+        [8],
+        (),
+        1.7,
+    ),
 }
 
 

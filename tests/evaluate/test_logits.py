@@ -147,34 +147,82 @@ def large(seed: int = 0):
 
 
 def distilled(text, folder, **settings):
-    steps = dict(train_tokens=LENGTH * BATCH, folder=folder, length=LENGTH, batch=BATCH)
-    uptrain(large(), large(1), text, **steps, **settings)
+    steps = dict(
+        train_tokens=LENGTH * BATCH,
+        folder=folder,
+        length=LENGTH,
+        batch=BATCH,
+    )
+    uptrain(
+        large(),
+        large(1),
+        text,
+        **steps,
+        **settings,
+    )
 
 
 def tuned(text, folder, **settings):
-    steps = dict(train_tokens=LENGTH * BATCH, folder=folder, window=LENGTH, batch=BATCH)
-    tune(large(), text, target=64, **steps, **settings)
+    steps = dict(
+        train_tokens=LENGTH * BATCH,
+        folder=folder,
+        window=LENGTH,
+        batch=BATCH,
+    )
+    tune(
+        large(),
+        text,
+        target=64,
+        **steps,
+        **settings,
+    )
 
 
 def transferred(text, folder):
-    steps = dict(train_tokens=LENGTH * BATCH, folder=folder, length=LENGTH, batch=BATCH)
+    steps = dict(
+        train_tokens=LENGTH * BATCH,
+        folder=folder,
+        length=LENGTH,
+        batch=BATCH,
+    )
     transfer(large(), large(1), text, layers=[0, 1], **steps)
 
 
 def sheared(text, folder, **settings):
     domains, tokens = Domains(text, LENGTH, held_out=2), LENGTH * BATCH
-    budgets = dict(mask_tokens=tokens, recover_tokens=tokens, continue_tokens=tokens)
+    budgets = dict(
+        mask_tokens=tokens,
+        recover_tokens=tokens,
+        continue_tokens=tokens,
+    )
     small = effattn.prune.Target(ffn=8)
-    effattn.prune.shear(large(), small, domains, **budgets, batch=BATCH, **settings)
+    effattn.prune.shear(
+        large(),
+        small,
+        domains,
+        **budgets,
+        batch=BATCH,
+        **settings,
+    )
 
 
 def pruned(text, criterion):
     target = {"layers": 1} if criterion == "block_influence" else {"ffn": 8}
-    effattn.prune.structured(large(), text[:256], **target, length=64, criterion=criterion)
+    effattn.prune.structured(
+        large(),
+        text[:256],
+        **target,
+        length=64,
+        criterion=criterion,
+    )
 
 
 def asked(text):
-    prompts = Prompts(text[:192].view(2, 96), text[:8].view(2, 4), torch.ones(4, dtype=torch.bool))
+    prompts = Prompts(
+        text[:192].view(2, 96),
+        text[:8].view(2, 4),
+        torch.ones(4, dtype=torch.bool),
+    )
     answer(large(), prompts, batch=2)
 
 

@@ -489,8 +489,10 @@ def main(parts: str = "", depth: str = "front", arches: str = "") -> None:
     """Runs the cases whose names begin with one of `parts`; prints what came of it as JSON."""
     import fake_gpu
     import user_launches  # adds cases
+    import user_steps
 
     assert user_launches
+    assert user_steps
     fake_gpu.install(depth)
     begin, failed, count = time.perf_counter(), {}, 0
     with fake_gpu.tensors(), fake_gpu.watch() as seen:

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import tiny
+from flows import run_small, save_small
 from outliers import plant_outliers
 from typer.testing import CliRunner
 
@@ -259,6 +260,24 @@ def test_rings_of_a_models_own_windows_do_not_grow(kind, spec):
     assert late[1] - late[0] == 2**15 * per_token
 
 
+def test_each_layer_alone_can_be_left_out_and_the_report_says_so(tmp_path, monkeypatch):
+    save_small(tmp_path)
+    told = []
+    keep = quantize_kv.flow.parts
+    monkeypatch.setattr(quantize_kv.flow, "parts", lambda *a: told.append(a[2]) or keep(*a))
+    place = (str(tmp_path / "model"), tmp_path / "text.txt")
+    with_it = run_small("quantize_kv", *place, tmp_path / "with")
+    without = run_small("quantize_kv", *place, tmp_path / "without", sensitivity_tokens=0)
+    assert told == ["each layer alone: 2 layers, 1 formats"]
+    assert len(with_it.data["sensitivity"]) == 2
+    assert UNKNOWN not in with_it.to_markdown()
+    assert without.data["sensitivity"] == without.data["frontier"] == []
+    assert without.data["formats"][1]["quality"] == with_it.data["formats"][1]["quality"]
+    for page in (without.to_markdown(), without.to_html()):
+        assert "sensitivity_tokens is 0" in page
+        assert UNKNOWN in page
+
+
 def test_the_checkpoint_has_the_plan(finished, text):
     wanted, _, report = finished
     plan = report.data["plan"]
@@ -317,7 +336,6 @@ def test_no_layer_alone_where_none_is_asked_for(finished):
     report = quantize_kv.run(dataclasses.replace(wanted, decode_contexts=(), **less))
     assert report.data["sensitivity"] == report.data["frontier"] == []
     assert report.data["formats"] == before.data["formats"][:-1]  # but for the plan
-    assert "Each layer alone" not in report.to_markdown() + report.to_html()
 
 
 @pytest.mark.parametrize(

@@ -92,6 +92,16 @@ class Conversion(Flow):
         self.uptrain(lr=1e-3, layer_weight=0.0)
 
 
+class Latent(Conversion):
+    """Keys and values of latents."""
+
+    def prepare(self):
+        effattn.convert_latent(self.model, self.tokens, rank=12, length=64)
+
+    def run(self):
+        self.uptrain(lr=2e-4, layer_weight=0.0)
+
+
 class Recovery(Conversion):
     """What one-shot pruning does after it: all weights of the layers, zeros kept."""
 
@@ -216,6 +226,7 @@ class Shearing(Flow):
 
 FLOWS = [
     Conversion,
+    Latent,
     Recovery,
     Transfer,
     Distillation,

@@ -18,10 +18,7 @@ import torch
 
 from effattn.heads.methods.aligned import aligned, unturned, write_complex
 from effattn.heads.methods.base import Heads, Merged, register
-
-# Weights below this share of the largest count as zero: that head's queries never look along the
-# direction.
-FLOOR = 1e-14
+from effattn.heads.roots import FLOOR, roots
 
 
 @register(
@@ -128,7 +125,7 @@ def _low_rank(
             r,
             r,
         )
-    root, inverse = _roots(weight)
+    root, inverse = roots(weight)
     scaled = (root @ maps).reshape(n * r, width)
     vectors = torch.linalg.eigh(scaled @ moment @ scaled.T).eigenvectors[:, -r:]  # (n·r, r)
     common = vectors.T @ scaled
@@ -159,22 +156,3 @@ def _low_rank(
     )
     size = (old / energy).sqrt() if energy > 0 and old > 0 else torch.ones(())
     return size * turn @ common, stand_ins @ turn.T / size
-
-
-def _roots(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Square roots and (pseudo-)inverse square roots of symmetric positive matrices (n, r, r)."""
-    values, vectors = torch.linalg.eigh(weight)
-    keep = values > FLOOR * values.amax().clamp_min(1e-300)
-    root = torch.where(
-        keep,
-        values,
-        torch.zeros_like(values),
-    ).sqrt()
-    inverse = torch.where(
-        keep,
-        values.clamp_min(1e-300).rsqrt(),
-        torch.zeros_like(values),
-    )
-    return (vectors * root[:, None]) @ vectors.transpose(1, 2), (
-        vectors * inverse[:, None]
-    ) @ vectors.transpose(1, 2)

@@ -1,0 +1,1 @@
+"""What is remembered of keys and values: the members of `swap(heads=...)`, one file each."""

@@ -1,0 +1,21 @@
+"""`latent(rank=...)`: of a token, r numbers are remembered, of which keys and values come."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from effattn.heads.kinds.base import Change, Kind, check_options, register
+from effattn.heads.latent.convert import check_latent, convert_weights
+
+APART = ("model", "calibration", "bos", "progress")
+
+
+@register("latent")
+class LatentHeads(Kind):
+    """`rank`, `bytes`, `ratio` or `energy` says how much is remembered."""
+
+    @classmethod
+    def change(cls, parts, spec, options):
+        check_options(cls.name, options, convert_weights, *APART)
+        check_latent(parts, **options)
+        return Change(partial(convert_weights, **options), latent=True)

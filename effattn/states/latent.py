@@ -1,0 +1,119 @@
+"""What is remembered of keys and values as latents: r numbers a token, of which both are made.
+
+    state = LatentState(backend.new_state())
+    y = backend(q, k, v, state=state, latent=Latent(c, maps))     # c: of the new tokens
+
+The state behind `swap(heads="latent(...)")`. Which tokens are held, and where, is another state's
+business, whose "keys" are the latents and whose values have no size: everything, or a ring.
+
+B: rows; Hq, Hkv: query and key/value heads; T: new tokens; D, Dv: of a key, of a value; r: of a
+latent."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from effattn.errors import Unsupported
+from effattn.kernels import flash, latent
+from effattn.kernels.decode import MOST_QUERIES
+from effattn.kernels.flash.pattern import Layout, Pattern, first_real
+from effattn.kernels.flash.rules import Far
+from effattn.states.base import State
+from effattn.states.full import FullState
+
+
+class LatentState(State):
+    """Latents (B, 1, T, r) in `own`, a backend's own state. It attends by itself: keys are made of
+    latents as they are read, values are not made at all while decoding."""
+
+    packed = True
+
+    def __init__(self, own: FullState):
+        self.own = own
+
+    @property
+    def evicts(self) -> bool:
+        """Whether tokens are forgotten."""
+        return self.own.evicts
+
+    def _seen(self) -> int:
+        return self.own.seq_len
+
+    def _bytes(self) -> int:
+        return self.own.nbytes
+
+    def fill(self, tokens: int, generator: torch.Generator) -> None:
+        """Replaces what is held by so many random latents: what a step takes does not depend on
+        their values."""
+        like = self.own.k
+        if like is None:
+            raise ValueError("state: it holds nothing yet, valid is one that has seen a token")
+        new = torch.randn(
+            (like.shape[0], 1, tokens, like.shape[3]),
+            generator=generator,
+            device=like.device,
+            dtype=like.dtype,
+        )
+        self.own.reset()
+        self.own.append(new, new[..., :0])
+
+    def layout(self, padding_mask: Tensor | None = None) -> Layout:
+        if padding_mask is None:
+            return Layout(tail=self.own.seq_len)
+        mask = padding_mask[:, self.own.seq_len :]
+        return Layout(tail=self.own.seq_len, start=first_real(padding_mask), mask=mask)
+
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, call, impl: str, lse: bool
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        if call.latent is None:
+            raise ValueError(
+                "latent: got None, valid with a latent state is that of the new tokens"
+            )
+        if not call.causal:
+            raise Unsupported("latent: causal=False, valid is causal=True: it remembers the past")
+        c, maps, past = call.latent.c, call.latent.maps, self.own.seq_len
+        held, _, layout = self.own.append(c, c[..., :0], call.padding_mask)
+        learning = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, held))
+        common = dict(scale=call.scale, softcap=call.softcap, q_first=call.q_first, impl=impl)
+        if layout.ring is not None or (q.shape[2] <= MOST_QUERIES and not learning):
+            return latent.attention(
+                q,
+                held[:, 0],
+                maps,
+                pattern,
+                layout,
+                turn=call.turn,
+                bias=call.bias,
+                lse=lse,
+                **common,
+            )
+        # Many queries read each key often: all that is held is expanded, for one call of one layer
+        if past:
+            k, v = maps.keys(held[:, 0]), maps.values(held[:, 0])
+        far = None
+        if call.turn is not None:
+            at = layout.key_positions(k.shape[2], k.device).clamp(min=0)
+            if call.turn.window is not None:
+                turned = call.turn.keys(k, at, far=True)
+                far = Far(call.turn.q_far, turned, call.turn.window)
+            k = call.turn.keys(k, at)
+        return flash.attention(
+            q, k, v, pattern, layout, causal=True, bias=call.bias, far=far, lse=lse, **common
+        )
+
+    def _select(self, index: Tensor) -> None:
+        self.own.select(index)
+
+    def _repeat(self, n: int) -> None:
+        self.own.repeat(n)
+
+    def _check_crop(self, n: int) -> None:
+        self.own.check_crop(n)
+
+    def _crop(self, n: int) -> None:
+        self.own.crop(n)
+
+    def _reset(self) -> None:
+        self.own.reset()

@@ -1,0 +1,192 @@
+r"""Give a checkpoint latent keys and values: r numbers a token are remembered, of which both come.
+
+    python recipes/convert_latent.py --model embedded --ratio 0.25 --output runs/latent
+    python recipes/convert_latent.py --model M --bytes 16384 --uptrain-tokens 50M --output DIR
+
+`--help` lists every option; the same command is `effattn convert-latent`. From Python:
+
+    from effattn.recipes.convert_latent import Settings, run
+    report = run(Settings(model="embedded", ratio=0.25, output=Path("runs/latent")))
+
+Measure the parent, find each layer's best latents on some text, measure, distil on demand
+(uptraining), measure, time decoding, and save: the output has its name only when what was saved
+gives the same logits. `effattn.load` reads it. `.<output>.partial` beside it holds what an
+unfinished run has measured; the same command goes on from there.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
+
+import typer
+
+from effattn.recipes import convert_gqa, flow, options
+from effattn.recipes.options import option, real, tokens, whole
+from effattn.stages import Quiet, main_process
+
+if TYPE_CHECKING:
+    from effattn.heads.latent.report import LatentReport
+
+
+@dataclass
+class Settings(options.Settings):
+    """Give a checkpoint latent keys and values: a smaller cache, loaded by effattn."""
+
+    output: Path = option(help="new folder for the checkpoint and its report")
+    rank: int | None = whole(None, "numbers a token, in every layer", least=1)
+    bytes: int | None = whole(None, "bytes a token, in all layers together", least=1)
+    ratio: float | None = real(None, "share of the bytes that the cache takes now", above=0)
+    energy: float | None = real(None, "share of the weighed energy that layers keep", above=0)
+    model: str = options.model_name()
+    refit: bool = option(True, "solve the output projections again by least squares")
+    text: Sequence[Path] = options.text_files("to calibrate on")
+    dataset: str | None = options.dataset_name()
+    column: str | None = options.text_column()
+    evaluation_text: Sequence[Path] = options.evaluation_files()
+    bos: bool | None = options.begins_with_bos()
+    calibration_tokens: int = tokens(50_000, "to take second moments of", least=1)
+    evaluation_tokens: int = tokens(32_768, "held out, to measure on", least=2)
+    uptrain_tokens: int = tokens(0, "to distil on after converting; 0: none")
+    length: int = whole(512, "window length in tokens", least=8, unit="tokens")
+    batch: int = whole(2, "uptraining windows a step and process", least=1)
+    lr: float | None = real(None, "peak learning rate (default: by width, 3e-3 at 256)", above=0)
+    ce_weight: float = real(0.05, "weight of cross-entropy beside the KL", least=0)
+    layer_weight: float = real(
+        30.0, "weight of the distance to the parent's layer outputs", least=0
+    )
+    trainable: str = option("attention", "what uptraining trains: attention, or all")
+    seed: int = options.random_seed("data order")
+    device: str = options.device_name()
+    decode_contexts: Sequence[int] = options.decode_contexts((512, 4096, 16384))
+    overrides: dict = field(default_factory=dict)  # for TrainingArguments, from Python alone
+
+    APART: ClassVar = ("decode_contexts",)
+
+    @property
+    def partial(self) -> Path:
+        return flow.partial_folder(self.output)
+
+    @property
+    def size(self) -> dict:
+        """How large latents are to be, as `convert_latent` takes it."""
+        return {name: getattr(self, name) for name in ("rank", "bytes", "ratio", "energy")}
+
+
+def run(settings: Settings, show: Quiet | None = None) -> LatentReport:
+    """Converts; returns the report, which also lies in the output folder as report.{json,md,html}.
+
+    Raises ValueError (bad settings or input), FloatingPointError, RuntimeError (the saved
+    checkpoint is another model) and OSError (disk), each before anything appears under the
+    output's name."""
+    from effattn.heads.latent.report import LatentReport
+
+    with flow.output_of(settings) as finished:
+        if finished:
+            return LatentReport.load(settings.output)
+        return convert(settings, show or Quiet())
+
+
+# The steps
+# -------------------------------------------------------------------------------------------------
+
+
+def convert(settings: Settings, show: Quiet) -> LatentReport:
+    """The conversion, step by step."""
+    from effattn.evaluate.loss import compare, measure_parent
+    from effattn.profiling.decode import decode_by_context
+    from effattn.surgery.checkpoint import load_again, save
+    from effattn.surgery.latents import convert_latent
+
+    main = main_process()
+    check(settings)
+    parent, tokenizer, parts = load(settings, show)
+    text, length = convert_gqa.read(settings, show, tokenizer, parts)
+    kept = convert_gqa.begin(settings, parent, "convert-latent")
+
+    quality: dict = {}
+    if main:
+        said = "measuring the parent"
+        quality = flow.part(show, kept, said, "parent", measure_parent, parent, text, length)
+
+    # The best latents of each layer in closed form, of ranks that together are as asked.
+    student = copy.deepcopy(parent)
+    with show.stage("converting to latent keys and values") as progress:
+        report = convert_latent(
+            student,
+            text.train[: settings.calibration_tokens],
+            **settings.size,
+            refit=settings.refit,
+            length=length,
+            progress=progress,
+        )
+    compared = (compare, parent, student, text.evaluation, length)
+    if main:
+        said = "measuring the conversion"
+        quality["converted"] = flow.part(show, kept, said, "converted", *compared)
+    report.data["quality"] = quality or None  # and what is measured from here on
+    report.data["settings"] |= convert_gqa.asked_for(settings, text) | flow.fed(text, parent)
+
+    # The parent teaches what the conversion has lost.
+    if settings.uptrain_tokens:
+        report.data["uptraining"] = convert_gqa.distil(
+            settings, show, student, parent, text, length
+        )
+        if main:
+            said = "measuring the uptrained model"
+            quality["uptrained"] = flow.part(show, kept, said, "uptrained", *compared)
+
+    if main and settings.decode_contexts:
+        contexts, models = settings.decode_contexts, {"before": parent, "after": student}
+        name = f"decode/{','.join(map(str, contexts))}"  # other contexts may go on from this run
+        timed = (decode_by_context, models, contexts)
+        report.data["decode"] = flow.part(show, kept, "timing decode steps", name, *timed)
+    if main:
+        with flow.saving(settings, show) as folder:
+            student.config.use_cache = True
+            save(student, folder, tokenizer)
+            ids = text.evaluation[: min(64, length)]
+            _, report.data["verification"] = load_again(folder, student, ids)
+            report.save(folder)
+        flow.discard(settings.partial)
+    return report
+
+
+def check(settings: Settings) -> None:
+    """Everything that can be known to be wrong before a model is loaded. Raises ValueError."""
+    from effattn.errors import check_choice
+    from effattn.heads.latent.ranks import Size
+    from effattn.outputs import check_new_folder
+    from effattn.training.uptrain import TRAINABLE
+
+    Size(**settings.size).check_given()
+    check_choice("trainable", settings.trainable, TRAINABLE)
+    flow.device(settings.device)
+    check_new_folder("output", settings.output)
+    flow.check_unfinished(settings, begin=False)
+
+
+def load(settings: Settings, show: Quiet) -> tuple:
+    """The parent on its device, its tokenizer, and its anatomy."""
+    from effattn.heads.latent.convert import check_latent
+    from effattn.hf import anatomy
+    from effattn.hf.weights import weight_bytes
+    from effattn.outputs import check_room
+    from effattn.surgery.checkpoint import load_model
+
+    with show.stage("loading the model"):
+        parent, tokenizer = load_model(settings.model, bos=settings.bos)
+        parent.to(flow.device(settings.device))
+        parts = anatomy.of(parent)
+        check_latent(parts, **settings.size)
+        check_room("output", settings.output, weight_bytes(parent) // 2)
+    return parent, tokenizer, parts
+
+
+command = flow.command(Settings, run)
+
+if __name__ == "__main__":
+    typer.run(command)
