@@ -155,6 +155,14 @@ def plain(table: Table) -> str:
     return "\n".join(filter(None, [table.title, *map(str.rstrip, padded), table.note]))
 
 
+def where(found: Mapping) -> str:
+    """On what it was measured, in a line."""
+    told = [row["environment"] for _, row in rows(found, "versions") if "environment" in row]
+    device = told[0].get("device") if told else "a device that was not asked for its name"
+    tiny = any(step.get("key", {}).get("tiny") for step in found.values())
+    return f"on {device}" + (", tiny sizes: its numbers say nothing" if tiny else "")
+
+
 def text(found: Mapping) -> str:
     """All tables, at most `LONGEST` characters."""
     parts = [steps_table(found)]
@@ -165,5 +173,5 @@ def text(found: Mapping) -> str:
         "tests": tests_table,
     }
     parts += [table(found) for name, table in made.items() if found.get(name, {}).get("jobs")]
-    said = "\n\n".join([*map(plain, parts), launched(found)])
+    said = "\n\n".join([where(found), *map(plain, parts), launched(found)])
     return said if len(said) <= LONGEST else said[: LONGEST - 4] + " ..."

@@ -229,7 +229,8 @@ def attend_packed(
     highest = tl.full([BLOCK_M], float("-inf"), tl.float32)
     weight = tl.zeros([BLOCK_M], tl.float32)
     acc = ()
-    for _ in tl.static_range(VP * V_CODE[8]):
+    V_PIECES: tl.constexpr = VP * V_CODE[8]
+    for _ in tl.static_range(V_PIECES):
         acc += (tl.zeros([BLOCK_M, BLOCK_VW // V_CODE[8]], tl.float32),)
     begin, end = split * tiles_a_split, tl.minimum((split + 1) * tiles_a_split, tiles)
 

@@ -30,7 +30,8 @@ def strided_pieces(pointers, there, CODE: tl.constexpr):
     BLOCK_W: tl.constexpr = CODE[6] // STEP
     d = tl.arange(0, BLOCK_W)[None, :]
     out = ()
-    for p in tl.static_range(CODE[7] * STEP):
+    PIECES: tl.constexpr = CODE[7] * STEP
+    for p in tl.static_range(PIECES):
         at = p // STEP * (W * STEP) + p % STEP + d * STEP
         out += (tl.load(pointers + at, mask=there & (d < W), other=0.0),)
     return out
@@ -55,7 +56,8 @@ def codes_of(pointer, n0, n_step, there, dtype: tl.constexpr, CODE: tl.constexpr
         at = at.to(tl.pointer_type(tl.uint16))
     rows = pieces_of(at, there[:, None], W, BLOCK_W, CHUNKS)
     out = ()
-    for p in tl.static_range(CODE[7] * STEP):
+    PIECES: tl.constexpr = CODE[7] * STEP
+    for p in tl.static_range(PIECES):
         # (only written so are they constants)
         out += (
             numbers(
@@ -78,14 +80,15 @@ def scales_of(pointers, n0, n_step, there, CODE: tl.constexpr):
     where there is one group."""
     STEP: tl.constexpr = CODE[8]
     W: tl.constexpr = CODE[5]
-    GROUPS: tl.constexpr = W * CODE[7] // CODE[4]
+    BLOCKS: tl.constexpr = CODE[7]
+    GROUPS: tl.constexpr = W * BLOCKS // CODE[4]
     out = ()
     if CODE[3]:
         w = tl.arange(0, CODE[6] // STEP)
         at = pointers + (n0 // CODE[4]).to(tl.int64) * n_step
         if STEP == 2:
             at = at.to(tl.pointer_type(tl.uint32))
-        for block in tl.static_range(CODE[7]):
+        for block in tl.static_range(BLOCKS):
             out += (tl.load(at + block * (W // STEP) + w, mask=w < W // STEP, other=0),)
     elif CODE[10]:
         at = (pointers + n0.to(tl.int64)).to(tl.pointer_type(tl.uint32))
@@ -209,7 +212,8 @@ def packed_keys(k, n0, there, CODE: tl.constexpr):
     scales = scales_of(scale_ptr, n0, scale_n, there, CODE)
     zeros = scales_of(zero_ptr, n0, scale_n, there, CODE) if ZERO else None
     out = ()
-    for p in tl.static_range(CODE[7]):
+    BLOCKS: tl.constexpr = CODE[7]
+    for p in tl.static_range(BLOCKS):
         zero = of_piece(zeros, p, tl.float16, CODE) if ZERO else None
         scale = of_piece(scales, p, tl.bfloat16, CODE)
         out += (times(codes[p], scale, zero, CODE[1], tl.float32),)
@@ -235,7 +239,8 @@ def add_packed(acc, p, fade, v, n0, there, dtype: tl.constexpr, CODE: tl.constex
         less = 1.0 / most
     weights = narrow(p, dtype)
     out = ()
-    for part in tl.static_range(CODE[7] * CODE[8]):
+    PIECES: tl.constexpr = CODE[7] * CODE[8]
+    for part in tl.static_range(PIECES):
         scale = of_piece(scales, part, tl.bfloat16, CODE)
         zero = of_piece(zeros, part, tl.float16, CODE) if ZERO else None
         faded = acc[part] * fade[:, None]
@@ -260,7 +265,8 @@ def add_packed(acc, p, fade, v, n0, there, dtype: tl.constexpr, CODE: tl.constex
 def side_by_side(acc, CODE: tl.constexpr):
     """Sums by piece (M, BLOCK_W / STEP) -> by block of channels (M, BLOCK_W)."""
     out = ()
-    for block in tl.static_range(CODE[7]):
+    BLOCKS: tl.constexpr = CODE[7]
+    for block in tl.static_range(BLOCKS):
         if CODE[8] == 1:
             out += (acc[block],)
         else:

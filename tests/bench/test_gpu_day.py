@@ -274,6 +274,11 @@ def test_tables_say_what_is_known_and_what_is_not():
     found["correctness"] = {"jobs": {"flash": {"status": LATE, "seconds": 2.0, "results": checks}}}
     text = summary.text(found)
     assert "flash out of time" in text
+    assert text.startswith("on a device that was not asked for its name\n")
+    row = {"environment": {"device": "Some GPU"}}
+    found["versions"] = {"jobs": {"versions": {"status": DONE, "seconds": 1, "results": [row]}}}
+    found["versions"]["key"] = {"tiny": True}
+    assert summary.text(found).startswith("on Some GPU, tiny sizes: its numbers say nothing\n")
     assert "1 of 3" in text
     assert "flash: full: out 3.0e-01 (plain torch 1.0e-03)" in text
     assert "flash: window: RuntimeError: x" in text

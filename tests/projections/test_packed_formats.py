@@ -28,8 +28,18 @@ def two_of_four(weight):
 
 def anywhere(weight):
     """Two thirds gone; rows of all lengths, one of them whole."""
-    order = weight.abs() * torch.linspace(0.1, 3, len(weight))[:, None]
-    return weight.masked_fill(order < order.quantile(2 / 3), 0.0)
+    order = (
+        weight.abs()
+        * torch.linspace(
+            0.1,
+            3,
+            len(weight),
+        )[:, None]
+    )
+    return weight.masked_fill(
+        order < order.quantile(2 / 3),
+        0.0,
+    )
 
 
 # format -> what makes a weight fit it, and bytes of a packed one in fp32: (weight) -> int
@@ -75,12 +85,37 @@ def test_a_layer_computes_the_same(name):
             layer = FORMATS.find(name).from_linear(linear)
             assert torch.equal(layer.dense(), linear.weight)
             assert torch.equal(layer.to_linear().weight, linear.weight)
-            x = torch.randn(3, 2, 40).to(dtype).requires_grad_()
+            x = (
+                torch.randn(
+                    3,
+                    2,
+                    40,
+                )
+                .to(dtype)
+                .requires_grad_()
+            )
             g = torch.randn(3, 2, 24).to(dtype)
             budget = 4 * torch.finfo(dtype).eps
-            torch.testing.assert_close(layer(x), linear(x), rtol=budget, atol=budget)
-            ours, true = (torch.autograd.grad(one(x), x, g)[0] for one in (layer, linear))
-            torch.testing.assert_close(ours, true, rtol=budget, atol=4 * budget)
+            torch.testing.assert_close(
+                layer(x),
+                linear(x),
+                rtol=budget,
+                atol=budget,
+            )
+            ours, true = (
+                torch.autograd.grad(
+                    one(x),
+                    x,
+                    g,
+                )[0]
+                for one in (layer, linear)
+            )
+            torch.testing.assert_close(
+                ours,
+                true,
+                rtol=budget,
+                atol=4 * budget,
+            )
             assert not layer.values.requires_grad
             assert name in repr(layer)
 
@@ -96,13 +131,32 @@ def test_bytes_and_costs_are_those_of_the_parts(name):
     assert cost.flops == 2 * 3 * layer.values.numel()
     assert cost.read_bytes == held + 3 * 1032 * 4
     assert cost.write_bytes == 3 * 16 * 4
-    assert layer.cost(3, backward=True).read_bytes == held + cost.write_bytes
+    assert (
+        layer.cost(
+            3,
+            backward=True,
+        ).read_bytes
+        == held + cost.write_bytes
+    )
 
 
 @pytest.mark.parametrize("name", ROWS)
 def test_a_model_is_packed_saved_and_loaded(name, tmp_path, tokens):
-    model, ids = pruned(name, num_key_value_heads=2), tokens[:40][None]
-    before, dense = model(ids).logits, model_cost(model, 1, 1)
+    model, ids = (
+        pruned(
+            name,
+            num_key_value_heads=2,
+        ),
+        tokens[:40][None],
+    )
+    before, dense = (
+        model(ids).logits,
+        model_cost(
+            model,
+            1,
+            1,
+        ),
+    )
     expected = sum(ROWS[name][1](one.weight) for one in linears_of(model).values())
     report = pack(model, format=name)
     assert len(report.packed) == 14
@@ -120,7 +174,10 @@ def test_a_model_is_packed_saved_and_loaded(name, tmp_path, tokens):
 
     effattn.save(model, tmp_path / "packed")
     again = effattn.load(tmp_path / "packed")
-    assert torch.equal(again(ids).logits, model(ids).logits)
+    assert torch.equal(
+        again(ids).logits,
+        model(ids).logits,
+    )
     assert again.config.effattn == model.config.effattn
     half = effattn.load(tmp_path / "packed", dtype=torch.bfloat16)
     assert next(iter(half.model.layers[0].mlp.up_proj.parameters())).dtype == torch.bfloat16
@@ -128,10 +185,16 @@ def test_a_model_is_packed_saved_and_loaded(name, tmp_path, tokens):
     with pytest.raises(ValueError, match="effattn"):
         AutoModelForCausalLM.from_pretrained(tmp_path / "packed")
     model.save_pretrained(tmp_path / "theirs")
-    assert torch.equal(effattn.load(tmp_path / "theirs")(ids).logits, model(ids).logits)
+    assert torch.equal(
+        effattn.load(tmp_path / "theirs")(ids).logits,
+        model(ids).logits,
+    )
 
     effattn.swap(again, projections={"0": "dense"})
-    assert isinstance(again.model.layers[0].self_attn.q_proj, nn.Linear)
+    assert isinstance(
+        again.model.layers[0].self_attn.q_proj,
+        nn.Linear,
+    )
     torch.testing.assert_close(again(ids).logits, before)
 
 
@@ -153,9 +216,15 @@ def test_a_fresh_process_computes_the_same(tmp_path):
     model.model.layers[1] = twin.model.layers[1]
     effattn.save(model, tmp_path / "packed")
     answer = tmp_path / "logits.safetensors"
-    subprocess.run([sys.executable, "-c", FRESH, tmp_path / "packed", answer], check=True)
+    subprocess.run(
+        [sys.executable, "-c", FRESH, tmp_path / "packed", answer],
+        check=True,
+    )
     ids = torch.arange(24)[None]
-    assert torch.equal(load_file(answer)["logits"], model(ids).logits)
+    assert torch.equal(
+        load_file(answer)["logits"],
+        model(ids).logits,
+    )
     kinds = [type(layer.mlp.up_proj) for layer in effattn.load(tmp_path / "packed").model.layers]
     assert kinds == [PackedLinear, BitmaskLinear]
 
@@ -169,7 +238,10 @@ def test_a_save_from_before_there_were_formats_loads(tmp_path, tokens):
     config["effattn"]["packed"] = list(config["effattn"]["packed"])
     file.write_text(json.dumps(config))
     ids = tokens[:24][None]
-    assert torch.equal(effattn.load(tmp_path / "old")(ids).logits, model(ids).logits)
+    assert torch.equal(
+        effattn.load(tmp_path / "old")(ids).logits,
+        model(ids).logits,
+    )
 
 
 ENTRIES = [
@@ -204,7 +276,11 @@ ENTRIES = [
 ]
 
 
-@pytest.mark.parametrize(("entry", "said"), ENTRIES, ids=[said for _, said in ENTRIES])
+@pytest.mark.parametrize(
+    ("entry", "said"),
+    ENTRIES,
+    ids=[said for _, said in ENTRIES],
+)
 def test_records_are_checked(entry, said, tmp_path):
     model = pruned("bitmask")
     pack(model, format="bitmask")
@@ -265,7 +341,12 @@ def test_autocast_and_casts():
     with torch.autocast("cpu", torch.bfloat16):
         y = layer(x)
     assert y.dtype == torch.bfloat16
-    torch.testing.assert_close(y.float(), linear(x), rtol=0.05, atol=0.05)
+    torch.testing.assert_close(
+        y.float(),
+        linear(x),
+        rtol=0.05,
+        atol=0.05,
+    )
 
 
 def test_torch_compiles_a_layer_in_one_graph():
