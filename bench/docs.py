@@ -1,5 +1,5 @@
-"""Everything in the documentation that is made by code: the benchmark's tables and figures, what
-goes with what, and the index of each folder of results.
+"""Everything in the documentation that is made by code: the benchmark's tables and figures, those
+of a real model, what goes with what, and the index of each folder of results.
 
 python -m bench.docs             # `make pages`
 python -m bench.docs --check     # changes nothing, and fails if something is out of date
@@ -13,11 +13,15 @@ from typing import Annotated
 
 import typer
 
-from bench import compatibility, pages
+from bench import compatibility, kernels, pages
+from bench.day import page as day
+from bench.real import page as real
+from bench.real.steps import subjects
 from effattn.reports.files import write_text_atomic
 from effattn.reports.tables import Table
 
 ROOT = Path(__file__).parents[1]
+REAL = "real"  # the folder of what `make real` found, in that of a device
 # What each file of a folder of results is about, and what makes it again.
 SUBJECTS = {
     "approximation": ("Error of the approximate patterns", "effattn.measure_approximation"),
@@ -27,6 +31,7 @@ SUBJECTS = {
     "bench_sparsegpt": ("SparseGPT against llmcompressor", "recipes/bench.py --only SparseGPT"),
     "convert_gqa": ("Fewer KV heads: methods, uptraining curves", "recipes/sweep_gqa.py"),
     "extend_context": ("Position rules past the trained length", "recipes/extend_context.py"),
+    "kernels": ("Kernels' predicted share of an H200's limits", "python -m bench.kernels"),
     "linearize_all": ("Every layer linear", "effattn linearize"),
     "linearize_hybrid": ("Linear, every fourth a window", "effattn linearize --keep-every 4"),
     "linearize_monarch": ("Monarch projections", "effattn linearize --projections"),
@@ -38,15 +43,24 @@ SUBJECTS = {
 }
 
 
+def of_a_real_model() -> dict[str, tuple[str, str]]:
+    """`SUBJECTS` of results/<device>/real."""
+    return {
+        name: (one.title, f"python -m bench.real --only {name}") for name, one in subjects().items()
+    }
+
+
 def index(folder: Path) -> str:
     """The README.md of a folder of results: a line a file. ValueError for a file without a
     subject.
     """
-    lines = []
+    name, known, lines = folder.name, SUBJECTS, []
+    if folder.name == REAL:
+        name, known = f"{folder.parent.name}: a real model", of_a_real_model()
     for file in sorted(folder.glob("*.json")):
-        if file.stem not in SUBJECTS:
+        if file.stem not in known:
             raise ValueError(f"{file}: not in SUBJECTS of bench/docs.py; add what it is about")
-        subject, command = SUBJECTS[file.stem]
+        subject, command = known[file.stem]
         found = json.loads(file.read_text(encoding="utf-8"))
         where = found.get("environment", {}) if isinstance(found, dict) else found[0]["environment"]
         on = "{device}, threads: {threads}, torch {torch}".format(**where)
@@ -55,7 +69,7 @@ def index(folder: Path) -> str:
         )
     table = Table("", ["file", "subject", "made by", "on", "date"], lines)
     text = table.markdown().partition("\n\n")[2].partition("\n\n")[0].replace("---:", "---")
-    head = f"# Results on {folder.name}\n\nMade by `make pages`. One current file a subject."
+    head = f"# Results on {name}\n\nMade by `make pages`. One current file a subject."
     return f"{head}\n\n{text}\n"
 
 
@@ -65,10 +79,15 @@ def wanted(root: Path) -> dict[Path, str]:
     for page in sorted((root / "docs").rglob("*.md")):
         old = page.read_text(encoding="utf-8")
         text, figures = pages.update(old, root)
-        found[page] = compatibility.update(text)
+        text = compatibility.update(text)
+        for made in (real, kernels, day):
+            text = made.update(text, root)
+        found[page] = text
         found |= {root / path: svg for path, svg in figures.items()}
     for folder in sorted(path for path in (root / "results").iterdir() if path.is_dir()):
-        found[folder / "README.md"] = index(folder)
+        for one in (folder, folder / REAL):
+            if one.is_dir():
+                found[one / "README.md"] = index(one)
     return found
 
 

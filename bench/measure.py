@@ -24,7 +24,8 @@ CALL = 1e-3  # seconds that plans expect of the shortest call
 def measure(case: Case, device: torch.device, seconds: float, peaks: Peaks | None = None) -> dict:
     """{"case": its settings, "contenders": {name: row}}. A row has "ours" and either "absent", why
     it cannot run, or "wrong", how its answer is, or "ms_p20", "ms_p50", "ms_p80", "rounds", "error"
-    and "peak_bytes". For the rounds see `rounds`.
+    and "peak_bytes"; of a GPU's times also "host_ms", what launching took the host, and "covered",
+    whether none of that is in them (`timing.Taken`). For the rounds see `rounds`.
 
     peak_bytes: the most that one call allocates beyond its inputs. Where the cost is known, also
     "flops", "read_bytes", "write_bytes", "state_bytes" (the fewest possible), "read_gb_per_s", and
@@ -59,6 +60,8 @@ def measure(case: Case, device: torch.device, seconds: float, peaks: Peaks | Non
         rows[name] |= {f"ms_{p}": 1000 * found[p] for p in ("p20", "p50", "p80")} | {
             "rounds": found["rounds"]
         }
+        if "host_p50" in found:
+            rows[name] |= {"host_ms": 1000 * found["host_p50"], "covered": found["covered"]}
         with PeakMemory(device) as peak:
             call()
         rows[name]["peak_bytes"] = peak.bytes

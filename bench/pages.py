@@ -58,7 +58,7 @@ def group_table(group: str) -> Callable[[Mapping], str]:
             ]
             lines.append([f"{case['case']['tokens']:,}", *cells])
         absent = dict.fromkeys(line for case in cases for line in missing(case["contenders"]))
-        return _table(Table("", ["tokens", *names], lines)) + _notes(absent)
+        return plain_table(Table("", ["tokens", *names], lines)) + _notes(absent)
 
     return block
 
@@ -89,7 +89,7 @@ def steps_table(results: Mapping) -> str:
         "read GB/s",
         "of the read peak",
     ]
-    return _table(Table("", header, lines))
+    return plain_table(Table("", header, lines))
 
 
 def targets_block(results: Mapping, source: str = "") -> str:
@@ -97,13 +97,13 @@ def targets_block(results: Mapping, source: str = "") -> str:
     table = targets_table(
         {**results, "checks": [x for x in results["checks"] if x["source"].startswith(source)]}
     )
-    return _table(Table("", ["", *table.header[1:4]], [row[:4] for row in table.rows]))
+    return plain_table(Table("", ["", *table.header[1:4]], [row[:4] for row in table.rows]))
 
 
 def growth_block(results: Mapping) -> str:
     """The table of growth with its note, in Markdown."""
     table = growth_table(results)
-    return _table(table) + f"\n{markdown_text(table.note)}\n"
+    return plain_table(table) + f"\n{markdown_text(table.note)}\n"
 
 
 def figure(group: str) -> Callable[[Mapping], str]:
@@ -190,7 +190,8 @@ def caption(results: Mapping, file: Path) -> str:
     )
 
 
-def _table(table: Table) -> str:
+def plain_table(table: Table) -> str:
+    """A table in Markdown, without its title."""
     return table.markdown().partition("\n\n")[2].partition("\n\n")[0] + "\n"
 
 

@@ -20,10 +20,12 @@ def case_table(name: str, results: Mapping) -> Table:
     rows = results["cases"][name]["contenders"]
     timed = {who: row for who, row in rows.items() if "ms_p50" in row}
     base = next((row["ms_p50"] for row in timed.values() if row["ours"]), None)
+    launched = timed and all("host_ms" in row for row in timed.values())
     columns = {
         "p20 ms": lambda row: milliseconds(row["ms_p20"]),
         "p50 ms": lambda row: milliseconds(row["ms_p50"]),
         "p80 ms": lambda row: milliseconds(row["ms_p80"]),
+        **({"host ms": lambda row: milliseconds(row["host_ms"])} if launched else {}),
         "over ours": lambda row: f"{row['ms_p50'] / base:.2f}x" if base else "-",
         "peak memory": lambda row: data_size(row["peak_bytes"]),
     }
@@ -68,6 +70,8 @@ def missing(rows: Mapping) -> Iterator[str]:
             yield f"{who}: absent, {row['absent']}"
         elif "wrong" in row:
             yield f"{who}: wrong, {row['wrong']}"
+        elif not row.get("covered", True):
+            yield f"{who}: its time has launches in it, since it waits for the device itself"
 
 
 def targets_table(results: Mapping) -> Table:

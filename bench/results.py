@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from types import ModuleType
 
 import torch
 
@@ -26,9 +27,14 @@ CASES = "bench/rows"
 
 def sources() -> str:
     """A digest of the package's sources: results of other code are not added to."""
+    return digest_of((effattn, effattn.kernels, effattn.prune, effattn.quant, bench))
+
+
+def digest_of(packages: Iterable[ModuleType]) -> str:
+    """Of the sources of these packages, which are folders beside each other in a checkout; `CASES`
+    do not count."""
     found: dict[str, bytes] = {}
-    # folders beside each other in a checkout
-    for package in (effattn, effattn.kernels, effattn.prune, effattn.quant, bench):
+    for package in packages:
         root = Path(package.__file__).parent
         for file in root.rglob("*.py"):
             found[f"{package.__name__}/{file.relative_to(root).as_posix()}".replace(".", "/")] = (

@@ -5,8 +5,8 @@ from __future__ import annotations
 import importlib
 import os
 import pkgutil
-import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterable
 from itertools import chain
 from pathlib import Path
@@ -16,6 +16,7 @@ import torch
 
 from bench import rows
 from bench.case import Case, Target
+from bench.day import jobs
 from bench.growth import fits
 from bench.measure import estimate, measure
 from bench.peers import roster
@@ -24,6 +25,7 @@ from effattn.profiling.device import Peaks
 from effattn.profiling.environment import environment
 
 PART = 540.0  # seconds that one part of a run may take
+TESTED = 240.0  # and the kernels' tests before it
 
 
 def parts_of_rows() -> list[ModuleType]:
@@ -39,6 +41,8 @@ def all_cases(device: str, quick: bool = False) -> list[Case]:
     everything runs.
     """
     found = list(chain.from_iterable(module.cases(device, quick) for module in parts_of_rows()))
+    if device == "cuda":  # growth is worth the least of a machine that is lent for minutes
+        found.sort(key=lambda case: case.declared is not None)
     names = [case.name for case in found]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(f"rows: two cases have the same name: {', '.join(twice)}")
@@ -100,17 +104,20 @@ def say(planned: dict[str, float], kept: int) -> str:
     return f"{len(planned)} cases{before}: about {total / 60:.0f} min {total % 60:.0f} s{split}"
 
 
-def run_tests(files: list[Path]) -> None:
-    """The kernels' tests on this device. RuntimeError if one fails."""
+def run_tests(files: list[Path], seconds: float = TESTED) -> None:
+    """The kernels' tests on this device, a file a process, all to their end. RuntimeError if one
+    fails, with all that do."""
     missing = [str(file) for file in files if not file.is_file()]
     if missing or not files:
         raise RuntimeError(f"tests: {', '.join(missing) or 'none'} not found; run from a checkout")
-    command = [sys.executable, "-m", "pytest", "-q", "-x", *map(str, files)]
+    command = (sys.executable, "-m", "pytest", "-q", "--tb=line")
+    tests = [jobs.Job(file.stem, (*command, str(file)), seconds) for file in files]
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run(command, capture_output=True, text=True, env=env)
-    if done.returncode:
-        last = [line for line in done.stdout.splitlines() if line.strip()][-3:]
-        raise RuntimeError(f"tests: they fail here, nothing is timed: {'; '.join(last)[-500:]}")
+    workers, until = min(len(files), os.cpu_count() or 1), time.monotonic() + seconds
+    bad = [one for one in jobs.run(tests, workers, until, env) if one.status != jobs.DONE]
+    if bad:
+        said = "; ".join(f"{x.name} {x.status} {' '.join(x.tail.split())[-150:]}" for x in bad)
+        raise RuntimeError(f"tests: they fail here, nothing is timed: {said}")
 
 
 def run(

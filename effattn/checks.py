@@ -167,7 +167,7 @@ def check_positions(
     """Raises Unsupported for a position rule that this method cannot have, or not with packed
     keys.
     """
-    if state is not None and state.packed:
+    if state is not None and (state.packed or state.static):
         # A bias' table is as long as the sequence, and angles may follow its length: neither can be
         # read in place where the length is a tensor or differs by row.
         biased = rule.bias is not None and state.static
@@ -175,8 +175,9 @@ def check_positions(
             varies = rule.turns and rule.rotation is not None and rule.rotation.varies
             where = " where rows are padded, or their length is a tensor" if varies else ""
             where = " whose length is a tensor" if biased else where
+            keys = "packed keys" if state.packed else "a static cache"
             raise Unsupported(
-                f"rotary: {rule.spec!r} cannot go with packed keys{where}; valid is a full cache"
+                f"rotary: {rule.spec!r} cannot go with {keys}{where}; valid is a full cache"
             )
     if rule.causal_only and not causal:
         raise Unsupported(f"rotary: {rule.spec!r} needs causal=True")

@@ -37,6 +37,8 @@ from effattn.kernels.latent import Latent
 from effattn.positions.bound import Placed, Positions, turn_of
 from effattn.states.base import State
 from effattn.states.full import FullState
+from effattn.states.static import Static
+from effattn.states.static_sums import static_form
 from effattn.traits import Cost, Shape, Traits
 
 IMPLEMENTATIONS = ("auto", "torch", "triton", "reference")
@@ -103,6 +105,8 @@ class Backend(nn.Module):
     # first keys see a query at this position at most (sinks); None: where it is
     farthest: int | None = None
     _signature: str | None = None
+    # sizes, dtypes and devices of the last call that was checked
+    _fits: tuple = ()
     # what transformers reads of a module when it saves: of tied parameters, name -> name
     _tied_weights_keys: dict[str, str]
 
@@ -138,6 +142,21 @@ class Backend(nn.Module):
         options (`signature`). Unsupported where the method cannot decode.
         """
         return FullState()
+
+    def static_state(self, length: int) -> Static:
+        """An empty state with room for `length` tokens, whose tensors keep their shapes and places,
+        so that a decoding step is one graph. ValueError for another length than a whole number of
+        at least 1, Unsupported where what the method remembers has no such form."""
+        if type(length) is not int or length < 1:
+            raise ValueError(f"max_length: got {length!r}, valid is a whole number of at least 1")
+        state = static_form(self.new_state(), length)
+        if state is None or (not self.traits.exact and not state.read_by_method):
+            raise Unsupported(
+                f"max_length: {self.name} remembers {self.traits.state}, which has no static form; "
+                "valid is its own growing state"
+            )
+        state.owner = self.signature
+        return state
 
     def __init_subclass__(cls, **options) -> None:
         # a subclass' `new_state` signs too, without having to know of it
@@ -266,12 +285,13 @@ class Backend(nn.Module):
         if state is not None and state.read_by_method:
             rules |= {"state": state, "padding_mask": padding_mask}
         scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+        call = Call(causal, layout, scale, q_first=q_first, **rules, **extras)
+        if not torch.is_autocast_enabled(q.device.type):
+            return self.attend(q, k, v, call)
         # autocast would compute scores in half precision, and the inputs' dtype is what was asked
         # for
         with torch.autocast(q.device.type, enabled=False):
-            return self.attend(
-                q, k, v, Call(causal, layout, scale, q_first=q_first, **rules, **extras)
-            )
+            return self.attend(q, k, v, call)
 
     def check_call(self, q: Tensor, k: Tensor, v: Tensor, causal: bool, extras: dict) -> None:
         """A subclass's own checks of a call, before anything is appended to a state."""
@@ -294,7 +314,14 @@ class Backend(nn.Module):
 
     def _check(self, q, k, v, causal, padding_mask, state, scale, rotary) -> None:
         """Raises for what does not fit together (`effattn.checks`)."""
-        check_tensors(self, q, k, v, causal)
+        sizes: tuple = ()
+        if type(q) is type(k) is type(v) is Tensor and not torch.compiler.is_compiling():
+            sizes = q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype, causal
+            sizes += q.device, k.device, v.device
+        if not sizes or sizes != self._fits:  # steps look alike
+            check_tensors(self, q, k, v, causal)
+            if sizes:
+                self._fits = sizes
         check_state(self, state, k, v)
         check_tokens(q, k, padding_mask, state)
         check_rules(scale, rotary)
@@ -332,7 +359,9 @@ class Backend(nn.Module):
                 raise ValueError(
                     f"rotary: returned {which} {tuple(after.shape)}, expected {tuple(before.shape)}"
                 )
-        if self.farthest is None or layout.tokens(k.shape[2]) <= self.farthest + 1:
+        tokens = layout.tokens(k.shape[2])
+        # a number on the device is not asked for: the clamp changes nothing while there are few
+        if self.farthest is None or (type(tokens) is int and tokens <= self.farthest + 1):
             return *rotated, None
         # one key, since a rotary rule takes both; what it gives for it is not used
         q_first, _ = rotary(q, k[:, :, :1], at_q.clamp(max=self.farthest), at_k[..., :1])

@@ -15,13 +15,13 @@ value."""
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from effattn.states.base import State
 from effattn.states.full import FullState
@@ -31,23 +31,58 @@ Run = Callable[..., Tensor]
 
 
 class Mask:
-    """A padding mask (B, T) bool, and what is asked of it: `whole`: no padding; `left`: on the left
-    only, which a method's state needs; `holes`: between real tokens. `real`: a copy, which the
-    caller cannot change."""
+    """A padding mask (B, T) bool, and what is asked of it. Everything is read at once, since each
+    look makes a GPU wait; what has `grown` from a mask that is known is not read at all.
 
-    def __init__(self, mask: Tensor):
-        self.real = mask.clone()
+    real: a copy, which the caller cannot change. whole: no padding; left: on the left only, which a
+    method's state needs; holes: between real tokens. ends: the number of tokens up to the last one
+    that is padding in some row; late: by this number of tokens every row has a real one, once its
+    padding has been moved to the left; begun: every row has one. moved: the mask once it has."""
+
+    left = whole = holes = begun = False
+    ends = late = 0
+
+    def __init__(self, real: Tensor):
+        """real: (B, T) bool, which stays as it is."""
+        self.real = real
+        self.earlier: Tensor | None = None  # the mask that it has grown from
         self._compared: tuple[Tensor | None, bool] | None = None
         self._moved: Tensor | None = None
+
+    @classmethod
+    def of(cls, mask: Tensor) -> Mask:
+        """Of a mask that is read: (B, T), bool or a number that is not 0 for a real token."""
+        # `clone` where nothing is converted: the caller's own may be written to
+        seen = cls(mask.clone() if mask.dtype == torch.bool else mask.bool())
+        real, tokens = seen.real, mask.shape[1]
         if torch.compiler.is_compiling():  # nothing may be asked of it in a compiled graph
-            return
-        # three questions in one answer: each would make a GPU wait
-        later, earlier = mask[:, 1:], mask[:, :-1]
-        left = (later | ~earlier).all()
-        begins = (later & ~earlier).sum(dim=1) + mask[:, 0]
-        self.whole, self.left, self.holes = torch.stack(
-            [mask.all(), left, (begins > 1).any()]
-        ).tolist()
+            return seen
+        later, earlier = real[:, 1:], real[:, :-1]
+        begins = (later & ~earlier).sum(dim=1) + real[:, 0]
+        padding = torch.arange(1, tokens + 1, device=mask.device).masked_fill(real.all(dim=0), 0)
+        found = (
+            (later | ~earlier).all(),
+            (begins > 1).any(),
+            (begins > 0).all(),
+            padding.amax(),
+            torch.nn.functional.pad((~real).sum(dim=1), (0, 1)).amax(),  # of no rows: 0
+        )
+        left, holes, begun, seen.ends, seen.late = torch.stack(found).tolist()
+        seen.left, seen.holes, seen.begun = bool(left), bool(holes), bool(begun)
+        seen.whole = not seen.ends
+        return seen
+
+    def grown(self, mask: Tensor) -> Mask:
+        """Of `mask`, which is this one and real tokens behind it. Every row has `begun`."""
+        seen = Mask(mask.clone() if mask.dtype == torch.bool else mask.bool())
+        seen.left, seen.whole, seen.begun = self.left, self.whole, True
+        seen.ends, seen.late = self.ends, self.late
+        seen.holes = not self.left  # what was on the right lies between real tokens now
+        seen.earlier = self.real
+        if self._moved is not None:
+            more = mask.shape[1] - self.real.shape[1]
+            seen._moved = torch.nn.functional.pad(self._moved, (0, more), value=True)
+        return seen
 
     @property
     def moved(self) -> Tensor:
@@ -58,26 +93,53 @@ class Mask:
 
     def agrees(self, real: Tensor | None, past: int) -> bool:
         """Whether its first `past` tokens are real where `real` (None: everywhere) says so."""
+        if real is None:
+            return self.whole or bool(self.real[:, :past].all())
+        if real is self.earlier:
+            return True
         if self._compared is None or self._compared[0] is not real:
-            own = self.real[:, :past]
-            same = bool(own.all()) if real is None else torch.equal(own, real)
-            self._compared = real, same
+            self._compared = real, self._compare(real, past)
         return self._compared[1]
 
+    def _compare(self, real: Tensor, past: int) -> bool:
+        own = self.real[:, :past]
+        if self.earlier is None or own.device.type == "cpu":
+            return torch.equal(own, real)
+        # `generate` goes on with its own mask, and rows have changed places (beams). Beams of one
+        # prompt have the same padding; if these have not, the device stops.
+        torch._assert_async((own == real).all(), _OTHERWISE)
+        return True
 
-# All layers of a model ask about the same mask, and looking at it makes a GPU wait: the last answer
-# is kept. The mask is known again by its identity and by torch's count of writes to it.
-_last: tuple[weakref.ref, int, int, Mask] | None = None
+
+_OTHERWISE = "padding_mask: rows with other padding than before have changed places"
+
+# What is known of masks, by themselves: all layers of a model ask about the same one. `version`:
+# torch's count of writes to it, None where there is none (under inference_mode), and then only
+# masks that nobody else can write to are known again.
+_known: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def told(mask: Tensor, kept: bool = False) -> Mask | None:
+    """What is known of a mask without looking at it; None: nothing. kept: nobody has written to it,
+    as far as the caller knows."""
+    version, own, seen = _known.get(mask, (None, False, None))
+    if mask.is_inference():
+        return seen if own or kept else None
+    return seen if version == mask._version else None
+
+
+def tell(mask: Tensor, seen: Mask, own: bool = False) -> None:
+    """From now on `told(mask)` is `seen`. own: nobody else can write to this mask."""
+    _known[mask] = (None if mask.is_inference() else mask._version, own, seen)
 
 
 def known(mask: Tensor, tokens: int) -> Mask:
-    """What is known of the mask's first `tokens` tokens."""
-    global _last
-    if mask.is_inference():  # nothing tells whether it has been written to
-        return Mask(mask[:, :tokens])
-    if _last is None or _last[0]() is not mask or _last[1:3] != (mask._version, tokens):
-        _last = weakref.ref(mask), mask._version, tokens, Mask(mask[:, :tokens])
-    return _last[3]
+    """What is known of the mask's first `tokens` tokens, which are looked at if nothing is."""
+    seen = told(mask)
+    if seen is None or seen.real.shape[1] != tokens:
+        seen = Mask.of(mask[:, :tokens])
+        tell(mask, seen)
+    return seen
 
 
 def attend(
@@ -105,6 +167,7 @@ def attend(
     past = int(state.seq_len)
     total = past + k.shape[2]
     seen = _checked(mask, state, past, total, q.device)
+    state.late = seen.late
     # 1. all padding is on the left, as it came
     if state.rows is None and seen.left:
         out = run(q, k, v, None if mask is None else mask[:, :total], state, extras)
@@ -118,7 +181,7 @@ def attend(
         out = _moved(run, q, k, v, seen, state, extras)
         state.moved = True
     # 3. what is held was moved, and no new token is padding: a decoding step after a padded prompt
-    elif state.rows is None and seen.real[:, past:].all():
+    elif state.rows is None and seen.ends <= past:
         out = run(q, k, v, seen.moved, state, extras)
         state.moved = True
     # 4. new padding in some rows, and a state that can move its tokens up
@@ -126,7 +189,7 @@ def attend(
         out = _pushed(run, q, k, v, seen, state, extras)
     # 5. new padding, and a state that cannot: each row by itself, from now on
     else:
-        out = _row_by_row(run, q, k, v, seen.real, state, extras)
+        out = _row_by_row(run, q, k, v, seen, state, extras)
     state.real = seen.real
     return out
 
@@ -214,10 +277,10 @@ def _pushed(
 
 
 def _row_by_row(
-    run: Run, q: Tensor, k: Tensor, v: Tensor, real: Tensor, state: State, extras: dict
+    run: Run, q: Tensor, k: Tensor, v: Tensor, seen: Mask, state: State, extras: dict
 ) -> Tensor:
     """Each row without its new padding, with a state of its own."""
-    past = int(state.seq_len)
+    past, real = int(state.seq_len), seen.real
     rows = state.rows or state.split()
     new, asked = real[:, past:], real[:, real.shape[1] - q.shape[2] :]
     # of the tokens that may be taken back, a row's share is those that are real in it
@@ -229,7 +292,12 @@ def _row_by_row(
     outs = []
     for index, row in enumerate(rows):
         out = q.new_zeros(1, *q.shape[1:3], v.shape[3])
-        keys, queries = new[index].nonzero()[:, 0], asked[index].nonzero()[:, 0]
+        keys, queries = (
+            torch.arange(x.shape[1], device=x.device)  # which is known, where `nonzero` waits
+            if seen.ends <= past
+            else x[index].nonzero()[:, 0]
+            for x in (new, asked)
+        )
         if len(keys):
             # the row has to take its tokens in all the same
             some = queries if len(queries) else queries.new_zeros(1)
@@ -240,7 +308,7 @@ def _row_by_row(
             mask = None
             if row.real is not None:
                 mask = torch.cat([row.real, row.real.new_ones(1, len(keys))], dim=1)
-            row.candidates, row.learning = last[index], state.learning
+            row.candidates, row.learning, row.late = last[index], state.learning, seen.late
             got = run(*own, mask, row, more)
             row.real = mask
             row.note(state.owner, *own[1:])
@@ -259,7 +327,7 @@ def _compiled(run: Run, q, k, v, mask: Tensor, state: State | None, extras: dict
     moved, whatever it says; with one, new tokens must be real where the old ones were not on the
     left."""
     if state is None:
-        return _moved(run, q, k, v, Mask(mask), None, extras)
+        return _moved(run, q, k, v, Mask.of(mask), None, extras)
     if mask is None:
         return run(q, k, v, None, state, extras)
     # a static cache's mask is as long as its room; lengths are tensors, and nothing is cut

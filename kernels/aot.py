@@ -16,14 +16,18 @@ Each kernel folder lists what it ships in `ahead_of_time.py`: `variants(arch) ->
     forward     whether it must not spill registers
     dots        whether it has matrix products, which must become matrix-unit instructions in 16-bit
                 types
+    loop        if it is not the first, which of the inner loops most of the time goes to
 
 Needs triton, but no GPU and no driver; not in a process with TRITON_INTERPRET set, which compiles
 nothing."""
 
 from __future__ import annotations
 
+import difflib
+import hashlib
 import importlib
 import importlib.util
+import json
 import math
 import multiprocessing
 import os
@@ -32,14 +36,16 @@ import re
 import subprocess
 import tempfile
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.runtime.cache import get_cache_manager
 
 from effattn.kernels.errors import check_choice
 
@@ -111,30 +117,55 @@ def variants(arch: str) -> list[tuple[str, dict]]:
     return found
 
 
+def chosen(arch: str, only: str | None = None) -> list[int]:
+    """The numbers among the `variants` of those whose "folder name" has `only` in it; ValueError if
+    none has."""
+    names = [f"{folder} {variant['name']}" for folder, variant in variants(arch)]
+    kept = [index for index, name in enumerate(names) if not only or only in name]
+    if not kept:
+        nearest = difflib.get_close_matches(only or "", names, 1, 0.0)
+        raise ValueError(
+            f"only: got {only!r} (did you mean {nearest[0]!r}?), valid is a part of a kernel's "
+            "folder and a variant's name, as the table shows them"
+        )
+    return kept
+
+
 def check_all(
     arches: Iterable[str] = tuple(ARCHES),
     progress: Callable[[int, int], None] = lambda done, total: None,
+    only: str | None = None,
 ) -> list[Result]:
-    """Compiles every variant for each architecture, in as many processes as there are
-    processors.
+    """Compiles every variant for each architecture, in as many processes as there are processors,
+    and judges it; `only` those that `chosen` keeps.
     """
-    tasks = [(arch, index) for arch in arches for index in range(len(variants(arch)))]
+    return in_processes(_check_one, arches, progress, only)
+
+
+def in_processes(
+    work: Callable[[tuple[str, int]], Any],
+    arches: Iterable[str],
+    progress: Callable[[int, int], None],
+    only: str | None,
+) -> list:
+    """`work` of each (arch, number among its `variants`): jitted functions do not travel between
+    processes."""
+    tasks = [(arch, index) for arch in arches for index in chosen(arch, only)]
     workers = min(os.cpu_count() or 1, len(tasks))
-    results = []
     if workers < 2:
-        for task in tasks:
-            results.append(_check_one(task))
-            progress(len(results), len(tasks))
-        return results
+        results = map(work, tasks)
+        return list(_counted(results, len(tasks), progress))
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
-        for result in pool.map(_check_one, tasks):
-            results.append(result)
-            progress(len(results), len(tasks))
-    return results
+        return list(_counted(pool.map(work, tasks), len(tasks), progress))
+
+
+def _counted(results: Iterable, total: int, progress: Callable[[int, int], None]) -> Iterator:
+    for done, result in enumerate(results, 1):
+        progress(done, total)
+        yield result
 
 
 def _check_one(task: tuple[str, int]) -> Result:
-    """A variant by its number: jitted functions do not travel between processes."""
     arch, index = task
     folder, variant = variants(arch)[index]
     return check(variant, arch, folder)
@@ -148,8 +179,13 @@ def check(variant: dict, arch: str, folder: str = "") -> Result:
     except Exception as error:  # the compiler's own, of any kind: a finding about this variant
         reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
         return Result(folder, variant["name"], arch, problem=f"does not compile: {reason}")
-    read = read_amdgcn if limits.target.backend == "hip" else read_cubin
-    registers, spills, instructions = read(compiled.asm)
+    return judge(compiled, variant, arch, folder)
+
+
+def judge(compiled, variant: dict, arch: str, folder: str = "") -> Result:
+    """What the machine code needs, and whether that may be."""
+    limits = ARCHES[arch]
+    registers, spills, instructions = _read_once(compiled, limits.target.backend)
     shared = compiled.metadata.shared
     blocks = blocks_at_once(limits, registers, shared, variant["num_warps"])
     problems = []
@@ -204,21 +240,39 @@ def blocks_at_once(limits: Arch, registers: int | None, shared: int, num_warps: 
     )
 
 
-def read_cubin(asm: dict) -> tuple[int | None, int | None, dict[str, int] | None]:
-    """Registers, spilled bytes and matrix instructions of an NVIDIA kernel, by the tools that come
-    with triton.
+def _read_once(compiled, backend: str) -> tuple[int | None, int | None, dict[str, int] | None]:
+    """What the readers below find, kept in triton's cache by what was compiled and what reads it:
+    disassembling takes a third of a compilation.
     """
+    reader = Path(__file__).read_bytes()
+    key = hashlib.sha256(compiled.hash.encode() + reader).hexdigest()
+    kept = get_cache_manager(key)
+    if file := kept.get_file("usage.json"):
+        return tuple(json.loads(Path(file).read_text(encoding="utf-8")))
+    found = (read_amdgcn if backend == "hip" else read_cubin)(compiled.asm)
+    kept.put(json.dumps(found), "usage.json", binary=False)
+    return found
+
+
+def read_cubin(asm: dict) -> tuple[int | None, int | None, dict[str, int] | None]:
+    """Registers, spilled bytes and matrix instructions of an NVIDIA kernel."""
+    usage = cuobjdump(asm["cubin"], "-res-usage")
+    if usage is None:
+        return None, None, None
+    if "tt.dot" not in asm["ttgir"] and "_dot" not in asm["ttgir"] and "mma" not in asm["ttgir"]:
+        return *parse_usage(usage), {}  # nothing to look for: no product was asked for
+    return *parse_usage(usage), count_instructions(cuobjdump(asm["cubin"], "-sass") or "")
+
+
+def cuobjdump(cubin: bytes, option: str) -> str | None:
+    """What the tool that comes with triton says; None where it does not come."""
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     if not tool.exists():
-        return None, None, None
+        return None
     with tempfile.TemporaryDirectory() as folder:
-        cubin = Path(folder) / "kernel.cubin"
-        cubin.write_bytes(asm["cubin"])
-        usage, sass = (
-            subprocess.run([tool, option, cubin], capture_output=True, text=True).stdout
-            for option in ("-res-usage", "-sass")
-        )
-    return *parse_usage(usage), count_instructions(sass)
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(cubin)
+        return subprocess.run([tool, option, path], capture_output=True, text=True).stdout
 
 
 def parse_usage(usage: str) -> tuple[int | None, int | None]:

@@ -1,5 +1,5 @@
-"""Pruning: single weights in one shot, whole heads, FFN dimensions and layers, and packed 2:4
-weights.
+"""Pruning: single weights in one shot, whole heads, FFN dimensions and layers, and weights packed
+without their zeros.
 
     report = effattn.prune.oneshot(model, tokens, method="sparsegpt", sparsity="2:4")     # in place
 

@@ -29,6 +29,7 @@ from effattn.recipes import (
     swap_backend,
 )
 from effattn.recipes.console import Show, console, one_line_errors
+from effattn.reports.files import write_text_atomic
 
 app = typer.Typer(
     help="Swap, shrink and measure attention in Hugging Face models.",
@@ -107,39 +108,60 @@ app.command("quantize-kv")(quantize_kv.command)
 @one_line_errors
 def kernels(
     arch: Annotated[
-        list[str] | None, typer.Option(help="sm_80, sm_90, sm_100 or gfx942; repeat for more")
+        list[str] | None,
+        typer.Option("--arch", "--target", help="sm_80, sm_90, sm_100 or gfx942; repeat for more"),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+    only: Annotated[
+        str | None, typer.Option(help="only kernels with this in their folder and name")
+    ] = None,
+    report: Annotated[
+        bool, typer.Option(help="read the inner loops too, and predict an H200 (sm_90 by default)")
+    ] = False,
+    output: Annotated[Path | None, typer.Option(help="a file for the JSON")] = None,
 ) -> None:
     """Compile every Triton kernel for GPUs that need not be here: registers, spills, shared memory,
-    matrix units.
+    matrix units; with --report what their inner loops cost.
     """
     try:
         from effattn.errors import check_choice
         from effattn.kernels import aot
+        from effattn.kernels import report as reporting
     except ImportError:
         raise ValueError("kernels: triton is not installed (it exists for Linux)") from None
 
-    arches = [check_choice("arch", name, aot.ARCHES) for name in arch or aot.ARCHES]
+    default = [reporting.PREDICTED] if report else aot.ARCHES
+    arches = [check_choice("arch", name, aot.ARCHES) for name in arch or default]
+    for name in arches:
+        aot.chosen(name, only)  # an unknown one is said before anything is compiled
     if "TRITON_INTERPRET" in os.environ:  # triton read it on import: only a new process can compile
-        again = [
-            sys.executable,
-            "-m",
-            "effattn.recipes.cli",
-            "kernels",
-            *(f"--arch={name}" for name in arches),
-        ]
+        again = [sys.executable, "-m", "effattn.recipes.cli", "kernels"]
+        again += [f"--arch={name}" for name in arches] + ["--json"] * as_json
+        again += [f"--only={only}"] * bool(only) + ["--report"] * report
+        again += [f"--output={output}"] * (output is not None)
         rest = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-        sys.exit(subprocess.run(again + ["--json"] * as_json, env=rest).returncode)
+        sys.exit(subprocess.run(again, env=rest).returncode)
     with Show().stage("compiling") as progress:
-        results = aot.check_all(arches, progress)
+        if report:
+            reports = reporting.report_all(arches, progress, only)
+            results, plain = [each.result for each in reports], [each.to_dict() for each in reports]
+        else:
+            results = aot.check_all(arches, progress, only)
+            plain = [vars(result) for result in results]
+    if output is not None:
+        write_text_atomic(output, json.dumps(plain, indent=1) + "\n")
     failed = [result for result in results if result.problem]
     if as_json:
-        print(json.dumps([vars(result) for result in results]))
+        print(json.dumps(plain))
     else:
         wide = console if console.is_terminal else Console(width=160)  # a log's lines may be long
         for name in arches:
-            wide.print(_kernel_table(name, [result for result in results if result.arch == name]))
+            if report:
+                wide.print(
+                    _loop_table(name, [each for each in reports if each.result.arch == name])
+                )
+            else:
+                wide.print(_kernel_table(name, [each for each in results if each.arch == name]))
         console.print(f"{len(results)} variants, {len(failed)} failed", highlight=False)
     if failed:
         sys.exit(1)
@@ -169,6 +191,40 @@ def _kernel_table(arch: str, results: list) -> Table:
             style="bold red" if result.problem else None,
         )
     return table
+
+
+def _loop_table(arch: str, reports: list) -> Table:
+    table = Table("kernel", "variant", title=arch, title_justify="left")
+    headings = "registers", "spills B", "shared B", "blocks", "instructions", "a byte", "a kFLOP"
+    for heading in headings:
+        table.add_column(heading, justify="right")
+    for heading in ("global bits", "shared bits", "matrix unit", "of the limit"):
+        table.add_column(heading, overflow="fold")
+    for each in reports:
+        result, loop = each.result, each.main
+        cells = [result.registers, result.spills, result.shared, result.blocks]
+        if loop is not None:
+            issued = loop.instructions * each.warps
+            cells += [
+                loop.instructions,
+                f"{issued / loop.bytes:.2f}" if loop.bytes else None,
+                f"{issued * 1000 / loop.flops:.2f}" if loop.flops else None,
+                _widths(loop.global_widths),
+                _widths(loop.shared_widths),
+                loop.matrix,
+                each.unknown
+                if loop.fraction is None
+                else f"{loop.fraction:.0%} of {loop.limit}, by {loop.bound_by}",
+            ]
+        else:
+            cells += [None] * 6 + [each.unknown]
+        shown = ("?" if cell is None else str(cell) for cell in cells)
+        table.add_row(result.folder, result.name, *shown)
+    return table
+
+
+def _widths(counts: dict[int, int]) -> str:
+    return ", ".join(f"{n} x {bits}" for bits, n in sorted(counts.items(), reverse=True)) or "-"
 
 
 if __name__ == "__main__":

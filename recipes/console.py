@@ -18,6 +18,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from effattn.recipes.options import GOES_ON
 
 QUIET = 5.0  # seconds of a stage without a terminal before its progress is told
+LONG = 30.0  # seconds that a stage will take, by its first step, for that to be told at once
 
 console = Console()
 errors = Console(stderr=True)
@@ -108,24 +109,26 @@ def _stop(number: int, _frame) -> None:
 
 
 class Lines:
-    """A stage's progress where there is no terminal: a line at each quarter, with how long it took
-    and what is left by that measure; none in a stage that has not lasted `QUIET` seconds."""
+    """A stage's progress where there is no terminal: an estimate after its first step, if that says
+    `LONG` or more, and a line at each quarter, with how long it took and what is left by that
+    measure; none in a stage that has not lasted `QUIET` seconds."""
 
     def __init__(self, text: str):
-        self.text, self.begun, self.said = text, monotonic(), 0
+        self.text, self.begun, self.said = text, monotonic(), -1
 
     def __call__(self, done: int, total: int) -> None:
         quarter = 4 * done // total if total else 0
-        if quarter <= self.said or quarter >= 4:
+        if quarter <= self.said or quarter >= 4 or not done:
             return
-        self.said, seconds = quarter, monotonic() - self.begun
-        if seconds >= QUIET:
-            left = seconds * (total - done) / done
-            errors.print(
-                f"{self.text}: {25 * quarter} % after {_clock(seconds)}, about {_clock(left)} left",
-                soft_wrap=True,
-                highlight=False,
-            )
+        first, self.said, seconds = self.said < 0, quarter, monotonic() - self.begun
+        left = seconds * (total - done) / done
+        if quarter and seconds >= QUIET:
+            self._say(f"{25 * quarter} % after {_clock(seconds)}, about {_clock(left)} left")
+        elif first and left >= LONG:
+            self._say(f"about {_clock(left)} left, by the first {100 * done / total:.2g} %")
+
+    def _say(self, what: str) -> None:
+        errors.print(f"{self.text}: {what}", soft_wrap=True, highlight=False)
 
 
 def _clock(seconds: float) -> str:

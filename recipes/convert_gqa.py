@@ -62,7 +62,7 @@ class Settings(options.Settings):
     uptrain_tokens: int = tokens(0, "to distil on after converting; 0: none")
     length: int = whole(512, "window length in tokens", least=8, unit="tokens")
     batch: int = whole(2, "uptraining windows a step and process", least=1)
-    lr: float | None = real(None, "peak learning rate (default: by width, 3e-3 at 256)", above=0)
+    lr: float | None = real(None, "peak learning rate (default: by width and depth)", above=0)
     ce_weight: float = real(0.05, "weight of cross-entropy beside the KL", least=0)
     layer_weight: float = real(
         30.0, "weight of the distance to the parent's layer outputs", least=0

@@ -21,8 +21,9 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -65,12 +66,14 @@ __all__ = [
     "part",
     "partial_file",
     "partial_folder",
+    "parts",
     "save_plain",
     "saving",
     "tell",
     "tell_report",
 ]
 
+Progress = Callable[[int, int], None]
 REPORT = "report.json"  # written last: with it an output is complete
 
 
@@ -157,6 +160,24 @@ def part(show: Quiet, kept: Parts, stage: str, name: str, make: Callable, *given
     `stage` is shown."""
     with show.stage(stage) as progress:
         return kept.once(name, lambda: make(*given, progress=progress, **options))
+
+
+def parts(
+    show: Quiet, kept: Parts, stage: str, jobs: Mapping[str, Callable[[Progress], Any]]
+) -> list:
+    """`part` for each of `jobs`, which take about as long: their names, and what makes them with a
+    progress. They are one stage, whose progress is of all that are not there yet."""
+    waiting = [name for name in jobs if name not in kept.done]
+    found = []
+    with show.stage(stage) as progress:
+        for name, make in jobs.items():
+            before = waiting.index(name) if name in waiting else 0
+
+            def inside(done: int, total: int, before: int = before) -> None:
+                progress(before * total + done, len(waiting) * total)
+
+            found.append(kept.once(name, partial(make, inside)))
+    return found
 
 
 def fed(text, model) -> dict[str, object]:

@@ -73,7 +73,7 @@ class Settings(options.Settings):
     batch: int = whole(1, "windows a step and process", least=1)
     transfer_lr: float = real(3e-3, "peak learning rate of the transfer", above=0)
     lr: float | None = real(
-        None, "peak learning rate of the distillation (default: by width)", above=0
+        None, "peak learning rate of the distillation (default: by size)", above=0
     )
     transfer_trainable: str = option("attention", "what transfer trains: attention, or maps")
     trainable: str = option("attention", "what distillation trains: attention, or all")
@@ -268,7 +268,7 @@ def errors_by_budget(
 
     used = {parse_spec(specs[layer])[0] for layer in plan.approximate(specs)}
     if settings.projections:
-        used.add("monarch")
+        used.add(parse_spec(settings.projections)[0])
     length = min(plan.LENGTH, len(text.train) // 4)
     return measure_approximation(
         parent,
@@ -310,10 +310,11 @@ def distil(
 ) -> dict[str, object]:
     """Trains `student` towards the predictions of `parent`: its own weights, or with `lora`
     adapters that are merged into them afterwards."""
+    from effattn.hf import anatomy
     from effattn.training.lora import adapters
     from effattn.training.uptrain import default_lr, uptrain
 
-    hidden = student.get_input_embeddings().weight.shape[1]
+    lr = settings.lr or LR * default_lr(anatomy.of(student))
 
     def train(trainable) -> dict:
         return uptrain(
@@ -325,7 +326,7 @@ def distil(
             evaluation=text.evaluation[:8_192],
             length=length,
             batch=settings.batch,
-            lr=settings.lr or LR * default_lr(hidden),
+            lr=lr,
             ce_weight=settings.ce_weight,
             layer_weight=settings.layer_weight,
             trainable=trainable,

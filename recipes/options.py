@@ -139,7 +139,8 @@ def or_none(default: str, help: str):
 
 def model_name():
     """The model that a recipe starts from."""
-    return option("embedded", '"embedded", a folder, or a hub name')
+    said = '"embedded", "smollm2" (fetched), a folder, a GGUF file, or a hub name'
+    return option("embedded", said)
 
 
 def text_files(purpose: str, more: str = "more files"):

@@ -11,8 +11,8 @@ N:M.
     from effattn.recipes.prune_oneshot import Settings, run
     report = run(Settings(output=Path("runs/sparse24"), sparsities=("2:4",)))
 
-Zeros are stored like other weights and save no memory by themselves; effattn.prune.pack turns 2:4
-zeros into bytes.
+Zeros are stored like other weights and save no memory by themselves; `--pack bitmask`, or for 2:4
+zeros `--pack 2:4`, keeps the weights without them, in a checkpoint that effattn.load reads.
 
 Prune from file to file, one decoder layer in memory at a time. Then, where the model fits into
 memory three times: measure it before and after, prune by the other methods and sparsities to
@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from effattn.textdata import Streams
 
 MEASURE = ("auto", "yes", "no")
+NOT_PACKED = "no"
 # What measuring needs room for, in models: the dense one, the pruned one, and one to compare with.
 COPIES = 3
 LR = 1 / 3  # of what suits uptraining after a head conversion, which breaks more
@@ -60,8 +61,8 @@ class Settings(options.Settings):
     """Prune linear layers in one shot (SparseGPT, Wanda, magnitude), unstructured or N:M, layer by
     layer.
 
-    Zeros are stored like other weights: a pruned checkpoint saves no memory by itself.
-    effattn.prune.pack turns 2:4 zeros into bytes and time."""
+    Zeros are stored like other weights: a pruned checkpoint saves no memory by itself. --pack keeps
+    the weights without them."""
 
     output: Path = option(help="new folder for the checkpoint and its report")
     model: str = options.model_name()
@@ -76,6 +77,11 @@ class Settings(options.Settings):
         ("sparsegpt", "wanda", "magnitude"), "to compare, the first one is saved"
     )
     modules: str = option("all", "all, attention or ffn")
+    pack: str = option(
+        NOT_PACKED,
+        "save the weights without zeros, for effattn.load: bitmask, 2:4; no: as plain transformers "
+        "loads them",
+    )
     allocation: str = option("uniform", "shares by layer: uniform, or sensitivity")
     damping: float = real(0.1, "added to the Hessian's diagonal, as a share of it", above=0)
     raise_damping: bool = option(
@@ -94,7 +100,7 @@ class Settings(options.Settings):
     )
     distill_tokens: int = tokens(0, "to distil on after pruning, zeros kept; 0: none")
     batch: int = whole(2, "distillation windows a step and process", least=1)
-    lr: float | None = real(None, "peak learning rate (default: by width, 1e-3 at 256)", above=0)
+    lr: float | None = real(None, "peak learning rate (default: by width and depth)", above=0)
     ce_weight: float = real(0.05, "weight of cross-entropy beside the KL", least=0)
     layer_weight: float = real(30.0, "weight of the distance to the dense layers' outputs", least=0)
     decode_contexts: Sequence[int] = options.decode_contexts((512, 4096))
@@ -102,7 +108,7 @@ class Settings(options.Settings):
     device: str = options.device_name()
     overrides: dict = field(default_factory=dict)  # for TrainingArguments, from Python alone
 
-    APART: ClassVar = ("measure",)
+    APART: ClassVar = ("measure", "pack")
 
     @property
     def partial(self) -> Path:
@@ -169,15 +175,18 @@ def check(settings: Settings) -> None:
     """Everything that can be known to be wrong before a model is looked at. Raises ValueError."""
     from effattn.errors import check_choice
     from effattn.outputs import check_new_folder
+    from effattn.prune.packed import check_format
     from effattn.prune.unstructured.layers import MODULES
     from effattn.prune.unstructured.nm import Sparsity
     from effattn.prune.unstructured.plan import ALLOCATIONS, METHODS
 
     for method in settings.methods:
         check_choice("methods", method, METHODS)
-    for sparsity in settings.sparsities:
-        for one in [sparsity] if isinstance(sparsity, str) else sparsity:
-            Sparsity.parse(one)
+    asked = [[one] if isinstance(one, str) else one for one in settings.sparsities]
+    for sparsity in (one for together in asked for one in together):
+        Sparsity.parse(sparsity)
+    if asked and settings.pack != NOT_PACKED:
+        check_format("pack", settings.pack, *asked[0])
     if not settings.methods or not settings.sparsities:
         raise ValueError("methods, sparsities: got none, valid is at least one of each")
     check_choice("modules", settings.modules, MODULES)
@@ -347,7 +356,7 @@ def distil(
     from effattn.prune.unstructured.zeros import keep_zeros
     from effattn.training.uptrain import default_lr, uptrain
 
-    hidden = student.get_input_embeddings().weight.shape[1]
+    parts = anatomy.of(student)
     said = f"distilling on {settings.distill_tokens:,} tokens, zeros kept"
     with show.stage(said) as progress, keep_zeros(student):
         report.data["distillation"] = uptrain(
@@ -359,12 +368,12 @@ def distil(
             evaluation=text.evaluation[:8_192],
             length=length,
             batch=settings.batch,
-            lr=settings.lr or LR * default_lr(hidden),
+            lr=settings.lr or LR * default_lr(parts),
             ce_weight=settings.ce_weight,
             layer_weight=settings.layer_weight,
             seed=settings.seed,
             progress=progress,
-            trainable=[p for layer in anatomy.of(student) for p in layer.block.parameters()],
+            trainable=[p for layer in parts for p in layer.block.parameters()],
             overrides={"use_cpu": student.device.type == "cpu"} | settings.overrides,
         )
     if main_process():
@@ -382,16 +391,24 @@ def distil(
 def save(
     settings: Settings, show: Quiet, student, tokenizer, pruned: Path, text: Streams, report
 ) -> None:
-    """What was distilled, or else the pruned files as they are. student: None where no model is in
-    memory to compare with; the files were checked layer by layer then."""
+    """What was distilled, or else the pruned files as they are; or the model packed. student: None
+    where no model is in memory to compare with; the files were checked layer by layer then."""
     from effattn.hf import verify
     from effattn.hf.weight_files import file_bytes
+    from effattn.hf.weights import weight_bytes
     from effattn.outputs import link_or_copy
+    from effattn.prune.packed import save_packed
     from effattn.prune.unstructured.from_files import FACTS
+    from effattn.surgery.checkpoint import load
 
-    with flow.saving(settings, show, plain=True) as folder:
+    plain = settings.pack == NOT_PACKED
+    with flow.saving(settings, show, plain) as folder:
         ids = text.evaluation[:64]
-        if settings.distill_tokens:
+        if not plain:
+            student = load(pruned) if student is None else student
+            report.data |= save_packed(student, settings.pack, folder, tokenizer, ids)
+            report.data["sizes"]["after"]["weight_bytes"] = weight_bytes(student)
+        elif settings.distill_tokens:
             report.data["verification"] = flow.save_plain(folder, student, tokenizer, ids)
         else:
             for file in pruned.iterdir():

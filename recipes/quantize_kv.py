@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
@@ -74,7 +75,9 @@ class Settings(options.Settings):
     column: str | None = options.text_column()
     bos: bool | None = options.begins_with_bos()
     evaluation_tokens: int = tokens(8192, "to measure each format on, a step each", least=1)
-    sensitivity_tokens: int = tokens(2048, "to measure each layer and format on", least=1)
+    sensitivity_tokens: int = tokens(
+        2048, "to measure each layer and format on, a pass each; 0: not measured", least=0
+    )
     length: int = whole(512, "window length in tokens", least=1)
     batch: int = whole(16, "windows that are decoded side by side", least=1)
     retrieval_length: int | None = whole(
@@ -160,7 +163,8 @@ def quantize(settings: Settings, show: Quiet) -> QuantizeReport:
     # A format for each layer: full precision, which harms nothing, is a choice everywhere. That
     # the harm of layers adds up is a model, so the chosen plan is measured as a whole, too.
     sizes = {lane.name: lane.layer_bytes() for lane in made}
-    front, plan = budget.plans(sizes, alone, facts["layers"]), None
+    front = budget.plans(sizes, alone, facts["layers"]) if alone else []
+    plan = None
     if settings.budget is not None:
         plan = budget.as_told(budget.best(front, settings.budget), settings.budget)
         made.append(Lane(PLAN, plan["cache"]).of(model))
@@ -216,7 +220,13 @@ def check(settings: Settings) -> None:
     if settings.retrieval_style is not None:
         check_choice("retrieval_style", settings.retrieval_style, STYLES)
     check_source(settings.text, settings.dataset)
-    for name in ("evaluation_tokens", "sensitivity_tokens"):
+    if settings.budget is not None and not settings.sensitivity_tokens:
+        raise ValueError(
+            "sensitivity_tokens: got 0, and a plan for budget_bytes_per_token is made of what each "
+            f"layer loses alone; valid is at least length ({settings.length})"
+        )
+    measured = ("evaluation_tokens", "sensitivity_tokens")
+    for name in measured if settings.sensitivity_tokens else measured[:1]:
         if getattr(settings, name) < settings.length:
             raise ValueError(
                 f"{name}: got {getattr(settings, name)}, valid is at least length "
@@ -292,21 +302,31 @@ def token_by_token(
 def layer_by_layer(
     settings: Settings, show: Quiet, kept: Parts, full: Lane, text: Streams
 ) -> list[dict]:
-    """Each format in each layer alone: {layer, spec, kl, perplexity, agreement}."""
+    """Each format in each layer alone: {layer, spec, kl, perplexity, agreement}; none of them where
+    there are no tokens to measure on."""
     from effattn.hf import anatomy
     from effattn.quant.sensitivity.lanes import Lane
     from effattn.quant.sensitivity.tokenwise import tokenwise
 
-    rows, tokens = [], text.evaluation[: settings.sensitivity_tokens + 1]
-    for layer in anatomy.of(full.model).layers:
-        for spec in settings.specs:
-            said, name = f"layer {layer.index} alone: {spec}", f"layer/{layer.index}/{spec}"
-            lane = Lane(spec, {str(layer.index): spec}).of(full.model)
-            how = (full.model, lane.model, tokens, settings.length)
-            found = flow.part(show, kept, said, name, tokenwise, *how, batch=settings.batch)
-            measured = {key: found[key] for key in ("kl", "perplexity", "agreement")}
-            rows.append({"layer": layer.index, "spec": spec} | measured)
-    return rows
+    if not settings.sensitivity_tokens:
+        return []
+    tokens = text.evaluation[: settings.sensitivity_tokens + 1]
+    layers = [layer.index for layer in anatomy.of(full.model)]
+    pairs = [(layer, spec) for layer in layers for spec in settings.specs]
+
+    def measure(layer: int, spec: str, progress) -> dict:
+        lane = Lane(spec, {str(layer): spec}).of(full.model)
+        how = (full.model, lane.model, tokens, settings.length)
+        return tokenwise(*how, batch=settings.batch, progress=progress)
+
+    said = f"each layer alone: {len(layers)} layers, {len(settings.specs)} formats"
+    jobs = {f"layer/{layer}/{spec}": partial(measure, layer, spec) for layer, spec in pairs}
+    found = flow.parts(show, kept, said, jobs)
+    told = ("kl", "perplexity", "agreement")
+    return [
+        {"layer": layer, "spec": spec} | {key: one[key] for key in told}
+        for (layer, spec), one in zip(pairs, found, strict=True)
+    ]
 
 
 def retrieval_prompts(settings: Settings, facts: dict) -> dict:

@@ -376,11 +376,12 @@ def compete(
     found: dict[str, dict] = {}
     for name in [name for name in plans if name in settings.baselines]:
         said, random = f"baseline: {name}", name == "scratch"
-        with show.stage(said):
+        with show.stage(said) as progress:
             if random:
                 model = from_scratch(small, settings.seed)
             else:
-                model = cut_at_once(parent, wanted, criterion, text.train, settings.length)
+                how = (criterion, text.train, settings.length, progress)
+                model = cut_at_once(parent, wanted, *how)
         row = {"cut": measured(model)}
         for kind, budget, rate, teacher in plans[name]:
             if budget:

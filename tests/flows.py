@@ -157,8 +157,29 @@ def module_of(name: str) -> ModuleType:
     return importlib.import_module(f"effattn.recipes.{name}")
 
 
-def run_small(name: str, model: str, text: Path, out: Path):
+def run_small(name: str, model: str, text: Path, out: Path, show=None, **more):
     """The flow on a tiny checkpoint and a file of text."""
     flow, recipe = FLOWS[name], module_of(name)
-    given = flow.needs | flow.small | {"model": model, "output": out}
-    return recipe.run(recipe.Settings(**given, **({flow.reads: (text,)} if flow.reads else {})))
+    given = flow.needs | flow.small | {"model": model, "output": out} | more
+    texts = {flow.reads: (text,)} if flow.reads else {}
+    return recipe.run(recipe.Settings(**given, **texts), show)
+
+
+def save_small(root: Path) -> None:
+    """The tiny checkpoint, whose tokens are bytes, as root/model, and root/text.txt."""
+    import torch
+    from conftest import tiny
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer, bpe.decoder = (
+        pre_tokenizers.ByteLevel(add_prefix_space=False),
+        decoders.ByteLevel(),
+    )
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    settings = dict(vocab_size=257, special_tokens=["<e>"], initial_alphabet=alphabet)
+    bpe.train_from_iterator([""], trainers.BpeTrainer(**settings))
+    PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<e>").save_pretrained(root / "model")
+    tiny("llama", dtype=torch.float32, vocab_size=257).save_pretrained(root / "model")
+    (root / "text.txt").write_text("".join(f"{n} times {n} is {n * n}, " for n in range(3000)))

@@ -4,7 +4,8 @@ lines of JSON.
 The server imports everything once and forks a child for each run. A child counts what it does to
 the disk under FOLDER (audit events: opening to write, renaming, removing, making folders, linking),
 and at the n-th such moment sends itself a signal; or the n-th file of tensors that it writes is cut
-in half, and then it dies; or the disk has no room for a report; or no proof holds."""
+in half, and then it dies; or the disk has no room for a report; or what was saved is tampered with
+before its proof."""
 
 from __future__ import annotations
 
@@ -19,7 +20,12 @@ from pathlib import Path
 
 from flows import run_small
 
+import effattn.hf.verify
+
 EVENTS = ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.link", "os.truncate")
+
+
+VERIFY_PLAIN = effattn.hf.verify.verify_plain  # which `quick_parts` takes away
 
 
 def quick_parts() -> None:
@@ -101,21 +107,39 @@ def full_disk(root: str) -> None:
     sys.addaudithook(refuse)
 
 
-def no_proof() -> None:
-    """Whatever is saved turns out to be another model when it is loaded again."""
-
-    def fail(*_) -> None:
-        raise RuntimeError("the saved checkpoint gives other logits")
-
+def tampered() -> None:
+    """What was saved is another model's by the time that its proof reads it."""
     import effattn.hf.verify
     import effattn.prune.unstructured.from_files
     import effattn.quant.sensitivity.verify
     import effattn.surgery.checkpoint
 
-    effattn.hf.verify.verify_plain = fail
-    effattn.surgery.checkpoint.load_again = fail
-    effattn.quant.sensitivity.verify.verify = fail
-    effattn.prune.unstructured.from_files._Run.verify = fail
+    def first(prove: Callable, folder_of: Callable) -> Callable:
+        def proven(one, *rest):
+            damage(folder_of(one))
+            return prove(one, *rest)
+
+        return proven
+
+    verify, checkpoint = effattn.hf.verify, effattn.surgery.checkpoint
+    cache, files = effattn.quant.sensitivity.verify, effattn.prune.unstructured.from_files
+    verify.verify_plain = first(VERIFY_PLAIN, Path)
+    checkpoint.load_again = first(checkpoint.load_again, Path)
+    cache.verify = first(cache.verify, Path)
+    files._Run.verify = first(files._Run.verify, lambda run: run.out)
+
+
+def damage(folder: Path) -> None:
+    """The largest weight of the checkpoint in `folder`, 5 % larger."""
+    from safetensors.torch import load_file, save_file
+
+    found = {file: load_file(file) for file in folder.glob("*.safetensors")}
+    assert found, folder
+    sizes = {file: max(x.numel() for x in tensors.values()) for file, tensors in found.items()}
+    file = max(sizes, key=lambda one: sizes[one])
+    name = max(found[file], key=lambda one: found[file][one].numel())
+    found[file][name] = found[file][name] * 1.05
+    save_file(found[file], file, {"format": "pt"})
 
 
 def child(request: dict, counted: mmap.mmap) -> int:
@@ -132,8 +156,8 @@ def child(request: dict, counted: mmap.mmap) -> int:
         request["at"] = 0
     if request.get("full"):
         full_disk(request["root"])
-    if request.get("unproven"):
-        no_proof()
+    if request.get("tampered"):
+        tampered()
     sys.addaudithook(Moments(request["root"], request["at"], request.get("signal", 9), counted))
     flow, files = request["flow"], [Path(request[name]) for name in ("text", "out")]
     command = one_line_errors(lambda: run_small(flow, request["model"], *files))

@@ -23,6 +23,7 @@ from effattn.kernels.linear import MAPS
 from effattn.patterns.linear import MAPS as LINEAR_MAPS
 from effattn.positions.registry import rules
 from effattn.projections.base import PROJECTIONS
+from effattn.projections.packed import FORMATS as PACKED_FORMATS
 from effattn.prune.structural.criteria import criteria
 from effattn.prune.unstructured.methods import methods
 from effattn.quant.formats import FORMATS
@@ -53,6 +54,7 @@ AXES = {
     "cache kind": files_of({kind.__name__: kind for kind in caches.kinds().values()}),
     "head method": files_of({name: one.merge for name, one in METHODS.items()}),
     "projection": files_of(PROJECTIONS.members()),
+    "packed format": files_of(PACKED_FORMATS.members()),
     "one-shot method": files_of({name: type(one) for name, one in methods().items()}),
     "criterion": files_of({name: one.score for name, one in criteria().items()}),
     "feature map": dict.fromkeys(MAPS, "kernels/linear/features.py")
@@ -89,6 +91,9 @@ APART = {
     "head method": {
         "effattn/position_sampling.py": "a method of sampling positions is called random",
         "kernels/monarch/ahead_of_time.py": "an argument of a kernel is called first",
+    },
+    "packed format": {
+        "prune/unstructured/report.py": "a sparsity is called 2:4",
     },
     "criterion": {
         "effattn/position_sampling.py": "a method of sampling positions is called random",

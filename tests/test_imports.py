@@ -42,7 +42,7 @@ LAYERS = [
         "positions",
         "patterns",
     ],
-    ["projections"],
+    ["damping", "projections"],
     # text
     ["embedded", "encoding", "dataset_rows", "textdata", "position_sampling"],
     # a live transformers model, and its files
@@ -60,6 +60,8 @@ LAYERS = [
     # not in the wheel: a user of the package, by its public names
     ["bench"],
     ["recipes"],
+    # what runs all recipes on a real model, and the pages that show it
+    ["bench.real", "bench.docs"],
 ]
 
 
@@ -101,10 +103,11 @@ def arrows(name: str) -> list[tuple[str, str, int]]:
 
 def layer(name: str) -> int:
     """The row of a module; the package itself is above everything."""
-    part = name.removeprefix("effattn.").split(".")[0]
+    first, _, rest = name.removeprefix("effattn.").partition(".")
     if name == "effattn":
         return len(LAYERS)
-    return next(row for row, names in enumerate(LAYERS) if part in names)
+    rows = {part: row for row, names in enumerate(LAYERS) for part in names}
+    return rows.get(f"{first}.{rest.partition('.')[0]}", rows[first])
 
 
 @pytest.mark.quick

@@ -93,21 +93,33 @@ def format_of(spec: str, dim: int) -> Format:
 def packed_cache(spec: str, k: torch.Tensor, v: torch.Tensor) -> PackedCache:
     """k, v (B, Hkv, T, D) as a cache of that format holds them."""
     format = format_of(spec, k.shape[3])
-    packed = format.held(k.shape[2])[1]
+    first, packed, rest = format.held(k.shape[2])
+    k, v = (x.split([first, packed, rest], dim=2) for x in (k, v))
     return PackedCache(
-        pack(k[:, :, :packed], format.k),
-        pack(v[:, :, :packed], format.v),
-        k[:, :, packed:].clone(),
-        v[:, :, packed:].clone(),
-        k.shape[2],
+        pack(k[1], format.k),
+        pack(v[1], format.v),
+        k[2].clone(),
+        v[2].clone(),
+        total=first + packed + rest,
+        k_first=k[0].clone() if first else None,
+        v_first=v[0].clone() if first else None,
+        packed_from=first,
     )
 
 
 def meant(cache: PackedCache) -> tuple[torch.Tensor, torch.Tensor]:
     """K and V in fp64, as the bytes mean them."""
-    pairs = (cache.k, cache.k_rest), (cache.v, cache.v_rest)
+    parts = (cache.k_first, cache.k, cache.k_rest), (cache.v_first, cache.v, cache.v_rest)
     return tuple(
-        torch.cat([unpack(codes, torch.float64), rest.double()], dim=2) for codes, rest in pairs
+        torch.cat(
+            [
+                *([] if first is None else [first.double()]),
+                unpack(codes, torch.float64),
+                rest.double(),
+            ],
+            dim=2,
+        )
+        for first, codes, rest in parts
     )
 
 

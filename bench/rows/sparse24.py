@@ -1,5 +1,5 @@
-"""Packed 2:4 weights at few rows, where a linear layer is as fast as its weight can be read: time,
-and bytes.
+"""Weights packed as 2:4 and with a bitmask at few rows, where a linear layer is as fast as its
+weight can be read: time, and bytes.
 
 The processor's caches are emptied before every timed call (`effattn.profiling.timing`): weights
 come from memory."""
@@ -13,9 +13,10 @@ from torch import Tensor
 
 from bench.case import Absent, Case, Contender, Ratio, Target
 from effattn.interface import Cost
-from effattn.kernels import sparse24
+from effattn.kernels import bitmask, sparse24
 
 DENSE, SEMI, OURS = "torch dense", "torch semi-structured", "effattn packed 2:4"
+BITMASK = "effattn bitmask"
 SIZES = ((4096, 4096), (4096, 14336), (14336, 4096), (8192, 28672))  # outputs, inputs
 ROWS = (1, 4, 16)
 LEAST = 1.4  # times the dense product; the limit is 16/9
@@ -48,7 +49,8 @@ class Product(Case):
             return Cost(
                 2 * self.tokens * numbers, numbers * size + self.tokens * self.inner * size, 0
             )
-        return Cost(self.tokens * numbers, numbers * size // 2 + numbers // 8 + moved, 0)
+        starts = 4 * self.outputs * bitmask.segments(self.inner) if contender.name == BITMASK else 0
+        return Cost(self.tokens * numbers, numbers * size // 2 + numbers // 8 + starts + moved, 0)
 
 
 def _sparse(weight: Tensor) -> Tensor:
@@ -67,6 +69,11 @@ def _packed(case, inputs):
     return lambda x, _: sparse24.linear(x, packed)
 
 
+def _bitmask(case, inputs):
+    packed = bitmask.pack(inputs[1])
+    return lambda x, _: bitmask.linear(x, packed)
+
+
 def _semi_structured(case, inputs):
     if inputs[1].device.type != "cuda":
         raise Absent("it needs a GPU")
@@ -83,6 +90,7 @@ def _race(outputs, inner, rows, device):
         Contender(DENSE, _dense, _truth),
         Contender(SEMI, _semi_structured, _truth),
         Contender(OURS, _packed, _truth, ours=True, spec="2:4"),
+        Contender(BITMASK, _bitmask, _truth, ours=True, spec="bitmask"),
     )
     return Product(
         "2:4 product",
@@ -104,7 +112,7 @@ def _shapes(device, quick):
 
 
 def cases(device, quick):
-    """Packed 2:4 products against dense ones."""
+    """Packed products against dense ones."""
     for shape in _shapes(device, quick):
         yield _race(*shape, device)
 

@@ -15,9 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# Share of each diagonal entry that is added to it. Half of the weights gone: SmolLM2 on 8,192
-# tokens loses 0.521 nats at 0.01, 0.508 at 0.1; the embedded model on 32,768, 0.064 and 0.062.
-DAMPING = 0.1
+from effattn.damping import DAMPING
+
 PANEL = 256  # columns of the triangular inverse that are solved for at a time
 
 
@@ -63,19 +62,6 @@ class Hessian:
                 f"activations: the inputs of {name} hold NaN or Inf in {bad} of "
                 f"{len(self.diagonal)} features"
             )
-
-
-def damped(moment: Tensor, share: float) -> Tensor:
-    """moment (d, d), sums or means of x x^T, with `share` of its diagonal added to the diagonal: a
-    copy. An input that was always 0 counts as 1.
-
-    Each input is damped by its own size. Scaling one, and its weights the other way, then changes
-    nothing; a share of the diagonal's mean would be that of the few massive inputs that trained
-    models have, and drown all others."""
-    moment = moment.clone()
-    diagonal = moment.diagonal()
-    diagonal.mul_(1 + share).masked_fill_(diagonal == 0, 1)
-    return moment
 
 
 @dataclass(frozen=True)

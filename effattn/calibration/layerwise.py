@@ -5,11 +5,14 @@ whole set are kept at the layer boundary (N x hidden, in the model's dtype, on t
 one layer's statistics exist at any moment. The layer's other arguments (rotary embeddings, mask)
 are recorded from the model's own forward, so nothing here knows an architecture.
 
+A layer is run no further than asked, and what its heads gave may be kept, so that what follows
+them is computed again (its weights have changed) and attention is not.
+
 N: tokens of the set, in rows of `length`, `batch` of them at a time; D: hidden size."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 
@@ -17,7 +20,7 @@ import torch
 from torch import nn
 
 from effattn.encoding import begun
-from effattn.hf.anatomy import Anatomy
+from effattn.hf.anatomy import Anatomy, Layer
 from effattn.hf.placement import input_device
 
 
@@ -39,13 +42,17 @@ class LayerRunner:
     """The calibration set of token batches, seen layer by layer.
 
     runner.embed() -> the first layer's inputs; runner.run(layer, hidden) -> the next layer's
-    inputs."""
+    inputs; runner.until(layer, hidden, module) -> what a module of the layer gets."""
 
     def __init__(self, anatomy: Anatomy, batches: list[torch.Tensor]):
         self.anatomy, self.batches = anatomy, batches
         self.device = input_device(anatomy.model)
         # masks and positions depend on the number of rows, and the last batch may have fewer
         self._arguments = {size: self._record(size) for size in {len(batch) for batch in batches}}
+        # by layer, once it has run: how many values its attention returns behind the output
+        # projection's own, such as its probabilities, which no layer reads (-1: it returns that
+        # alone); None where it returns something else
+        self._behind: dict[int, int | None] = {}
 
     @torch.no_grad()
     def _record(self, size: int) -> list[tuple[tuple, dict]]:
@@ -107,11 +114,91 @@ class LayerRunner:
         for number, states in enumerate(hidden):
             yield number, self.call(index, states).cpu()
 
-    def call(self, index: int, states: torch.Tensor) -> torch.Tensor:
-        """The output of layer `index` for one batch of hidden states, on the layer's device."""
+    @torch.no_grad()
+    def until(
+        self,
+        index: int,
+        hidden: Iterable[torch.Tensor],
+        module: nn.Module,
+        heads: Sequence[torch.Tensor] = (),
+    ) -> Iterator[torch.Tensor]:
+        """What `module`, a part of layer `index`, gets for each batch of `hidden`, on the layer's
+        device; the rest of the layer is not run. heads: as for `call`, by batch."""
+        seen: list[torch.Tensor] = []
+
+        def stop(_, args):
+            seen.append(args[0])
+            raise _Stop
+
+        handle = module.register_forward_pre_hook(stop)
+        try:
+            for number, states in enumerate(hidden):
+                with suppress(_Stop):
+                    self.call(index, states, heads[number] if heads else None)
+                yield seen.pop()
+        finally:
+            handle.remove()
+
+    def call(
+        self, index: int, states: torch.Tensor, heads: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """The output of layer `index` for one batch of hidden states, on the layer's device. heads:
+        what its output projection got for them (from `until`), if nothing before that has changed:
+        attention is not computed again."""
         args, kwargs = self._arguments[len(states)][index]
-        output = self.anatomy.layers[index].block(states.to(self.device), *args, **kwargs)
+        layer = self.anatomy.layers[index]
+        behind = self._behind.get(index)
+        if heads is None or behind is None:
+            how = self._learning(layer)
+        else:
+            how = self._given(layer, heads, behind)
+        with how:
+            output = layer.block(states.to(self.device), *args, **kwargs)
         return output[0] if isinstance(output, tuple) else output
+
+    @contextmanager
+    def _given(self, layer: Layer, heads: torch.Tensor, behind: int) -> Iterator[None]:
+        """While open, the layer's attention gives its output projection of `heads`, and `behind`
+        times None after it."""
+        attention = layer.attention
+        own = vars(attention).get("forward")
+
+        def forward(*args, **kwargs):
+            output = layer.o.module(heads.to(self.device))
+            return output if behind < 0 else (output, *[None] * behind)
+
+        attention.forward = forward
+        try:
+            yield
+        finally:
+            del attention.forward
+            if own is not None:
+                attention.forward = own
+
+    @contextmanager
+    def _learning(self, layer: Layer) -> Iterator[None]:
+        """While open, a first run of the layer tells whether what its attention returns is what
+        the output projection gave, and nothing is done to it in between."""
+        if layer.index in self._behind:
+            yield
+            return
+        given: list[torch.Tensor] = []
+
+        def note(_, args, output):
+            first, *rest = output if isinstance(output, tuple) else (output,)
+            same = [(x.data_ptr(), x.numel()) for x in given] == [(first.data_ptr(), first.numel())]
+            count = len(rest) if isinstance(output, tuple) else -1
+            self._behind[layer.index] = count if same else None
+
+        handles = [
+            layer.o.module.register_forward_hook(lambda _, __, output: given.append(output)),
+            layer.attention.register_forward_hook(note),
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
 
 
 @contextmanager

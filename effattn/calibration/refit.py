@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import torch
 
-from effattn.calibration.hessian import damped
 from effattn.calibration.statistics import SecondMoment
+from effattn.damping import damped
 
 DAMPING = 1e-3  # lambda
 

@@ -17,12 +17,11 @@ from torch import Tensor
 
 from effattn.encoding import begun
 from effattn.errors import Unsupported
+from effattn.evaluate.logits import Scores
 from effattn.evaluate.loss import Progress, perplexity_of
 from effattn.hf import anatomy
 from effattn.hf.beginning import bos_of
 from effattn.hf.placement import input_device
-
-CHUNK = 1024  # positions whose logits exist at a time
 
 
 @torch.no_grad()
@@ -37,15 +36,15 @@ def token_scores(
     """For every token but the first of each sequence: its cross-entropy in nats, float32 (n, T),
     and whether it was the most likely one, bool (n, T).
 
-    sequences: int64 (n, T + 1), each read whole and without a cache, `batch` at a time. Logits
-    exist for `CHUNK` positions at a time. bos: whether BOS takes the place of each one's first
+    sequences: int64 (n, T + 1), each read whole and without a cache, `batch` at a time. At
+    most 256 MiB of logits exist at a time. bos: whether BOS takes the place of each one's first
     token (None: as the model's tokenizer does it). progress(sequences done, all of them). Raises
     ValueError for anything but such sequences."""
     _check(model, sequences)
     if type(batch) is not int or batch < 1:
         raise ValueError(f"batch: got {batch!r}, valid is a whole number of at least 1")
-    parts, training = anatomy.of(model), model.training
-    if not parts.causal:
+    training = model.training
+    if not anatomy.of(model).causal:
         raise Unsupported(f"{type(model).__name__} predicts no next tokens: it is not causal")
     device, beginning = input_device(model), bos_of(model, bos)
     nats = torch.empty(len(sequences), sequences.shape[1] - 1)
@@ -54,17 +53,13 @@ def token_scores(
     try:
         for start in range(0, len(sequences), batch):
             ids = sequences[start : start + batch].to(device)
-            # the model without its head; the head then gets a chunk of positions at a time
-            given = begun(ids[:, :-1], beginning)
-            hidden = model.base_model(input_ids=given, use_cache=False)[0]
-            for at in range(0, hidden.shape[1], CHUNK):
-                place = (slice(start, start + batch), slice(at, at + CHUNK))
-                logits, truth = (
-                    parts.logits(hidden[:, at : at + CHUNK]).float(),
-                    ids[:, 1 + at : 1 + at + CHUNK],
-                )
-                nats[place] = F.cross_entropy(logits.transpose(1, 2), truth, reduction="none").cpu()
-                right[place] = (logits.argmax(-1) == truth).cpu()
+            found = Scores.of(model, begun(ids[:, :-1], beginning))
+            truth = ids[:, 1:].flatten()
+            rows = [one[start : start + batch].view(-1) for one in (nats, right)]
+            for at in found.pieces():
+                logits = found.logits(at)
+                rows[0][at] = F.cross_entropy(logits, truth[at], reduction="none").cpu()
+                rows[1][at] = (logits.argmax(-1) == truth[at]).cpu()
             if progress:
                 progress(min(start + batch, len(sequences)), len(sequences))
     finally:

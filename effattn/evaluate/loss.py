@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from effattn.encoding import begun
 from effattn.errors import Unsupported
-from effattn.evaluate.logits import Scores
+from effattn.evaluate.logits import Scores, positions_at_a_time
 from effattn.hf.beginning import bos_of
 from effattn.hf.families import ENCODERS
 from effattn.hf.packing import steady
@@ -117,7 +117,7 @@ def token_losses(
     groups = _windows(len(tokens), context, stride, batch_tokens)
     for number, (starts, width, first) in enumerate(groups):
         ids = torch.stack([tokens[start : start + width + 1] for start in starts]).to(device)
-        scores = Scores(model, begun(ids[:, :-1], beginning), first)
+        scores = Scores.of(model, begun(ids[:, :-1], beginning), slice(first, None))
         targets = ids[:, 1 + first :].flatten()
         found = torch.empty(len(targets))
         for at in scores.pieces():
@@ -160,14 +160,16 @@ def perplexity(
 
 
 def kl_chunked(
-    teacher_logits: torch.Tensor, student_logits: torch.Tensor, chunk: int = 1024
+    teacher_logits: torch.Tensor, student_logits: torch.Tensor, chunk: int | None = None
 ) -> torch.Tensor:
     """KL(teacher || student) in nats at every position, (M,), from logits (M, V): fp32 copies of
-    only `chunk` positions exist at a time."""
-    parts = []
+    only `chunk` positions exist at a time (None: what fits into `effattn.evaluate.logits.BYTES`).
+    """
+    parts, chunk = [], chunk or positions_at_a_time(student_logits.shape[-1])
     # fp32: log-probabilities of a large vocabulary differ in digits that half precision has not
+    dtype = torch.promote_types(student_logits.dtype, torch.float32)
     for t, s in zip(teacher_logits.split(chunk), student_logits.split(chunk), strict=True):
-        t, s = t.float().log_softmax(-1), s.float().log_softmax(-1)
+        t, s = t.to(dtype).log_softmax(-1), s.to(dtype).log_softmax(-1)
         parts.append(F.kl_div(s, t, log_target=True, reduction="none").sum(-1))
     return torch.cat(parts)
 
@@ -194,7 +196,7 @@ def compare(
     for number, (starts, width, _) in enumerate(groups):
         ids = torch.stack([tokens[start : start + width + 1] for start in starts]).to(device)
         given = begun(ids[:, :-1], beginning)
-        ours, theirs = (Scores(model, given) for model in (student, teacher))
+        ours, theirs = (Scores.of(model, given) for model in (student, teacher))
         targets = ids[:, 1:].flatten()
         for at in ours.pieces():
             logits = ours.logits(at)

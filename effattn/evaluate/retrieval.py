@@ -18,6 +18,7 @@ from effattn.evaluate import DEPTHS as DEPTHS
 from effattn.evaluate.loss import Progress
 from effattn.hf.beginning import bos_of
 from effattn.hf.cache import new_cache
+from effattn.hf.last_logits import last_only
 from effattn.hf.placement import input_device
 
 LINES = 64  # tokens that a needle may move back for a line's end
@@ -60,7 +61,7 @@ def answer(
     chunks, then the question token by token. bos: whether BOS takes the place of its first token
     (None: as the model's tokenizer does it)."""
     beginning = bos_of(model, bos)
-    device, training = input_device(model), model.training
+    device, training, last = input_device(model), model.training, last_only(model)
     found: list[tuple[Tensor, ...]] = []  # of each batch
     model.eval()
     try:
@@ -73,7 +74,9 @@ def answer(
             # always of the next token to come
             cache = new_cache(model)
             for piece in context.split(chunk, dim=1):
-                logits = model(input_ids=piece, past_key_values=cache, use_cache=True).logits[:, -1]
+                logits = model(
+                    input_ids=piece, past_key_values=cache, use_cache=True, **last
+                ).logits[:, -1]
             judged = []
             for place, asked in enumerate(prompts.asked.tolist()):
                 truth = question[:, place]

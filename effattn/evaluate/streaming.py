@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from effattn.encoding import begun
+from effattn.evaluate.logits import Scores
 from effattn.evaluate.loss import Progress, check_stream
 from effattn.hf.beginning import bos_of
 from effattn.hf.placement import input_device
@@ -53,13 +54,11 @@ def stream_losses(
     try:
         for start in range(0, len(losses), chunk):
             ids = tokens[start : start + chunk + 1].to(device)
-            logits = (
-                model(input_ids=ids[None, :-1], past_key_values=cache, use_cache=True)
-                .logits[0]
-                .float()
-            )
             # logits at a token are of the next one: `ids` has one token more than goes in
-            losses[start : start + chunk] = F.cross_entropy(logits, ids[1:], reduction="none").cpu()
+            scores = Scores.of(model, ids[None, :-1], past_key_values=cache, use_cache=True)
+            rows, truth = losses[start : start + chunk], ids[1:]
+            for at in scores.pieces():
+                rows[at] = F.cross_entropy(scores.logits(at), truth[at], reduction="none").cpu()
             held.append(cache_bytes(cache))
             if progress:
                 progress(min(start + chunk, len(losses)), len(losses))

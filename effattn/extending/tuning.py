@@ -15,13 +15,17 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PrinterCallback, Trainer
 
+from effattn.evaluate.logits import training_loss
 from effattn.hf.beginning import bos_of
 from effattn.position_sampling import SampledPositions
 from effattn.training import lending as training
 from effattn.training.lora import adapters
-from effattn.training.uptrain import Steps, default_lr
+from effattn.training.uptrain import Steps
 
-LR = 0.2  # of what suits uptraining: 6e-4 at width 256, 2e-5 (YaRN's) at 4096
+
+def default_lr(width: int) -> float:
+    """Peak learning rate by width: 6e-4 up to 256, 2e-5 (YaRN's) at 4096."""
+    return 6e-4 * min(1.0, 256 / width) ** 1.25
 
 
 def tune(
@@ -66,7 +70,7 @@ def tune(
         folder,
         steps=steps,
         batch=batch,
-        lr=lr or LR * default_lr(width),
+        lr=lr or default_lr(width),
         warmup=steps // 20,
         save_every=save_every or max(1, min(100, steps // 3)),
         **({"weight_decay": 0.0} | settings),
@@ -79,7 +83,7 @@ def tune(
     with low_rank as parameters, training.lent(model) as loan:
         if parameters is not None:
             loan.train_only(parameters)
-        trainer = Trainer(
+        trainer = NextTokenTrainer(
             model=model,
             args=arguments,
             callbacks=[Steps(progress)] if progress else [],
@@ -103,6 +107,22 @@ def tune(
         "learning_rate": arguments.learning_rate,
         "losses": losses,
     }
+
+
+class NextTokenTrainer(Trainer):
+    """A Trainer whose loss is the model's own, with the logits of long windows in pieces."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.model_accepts_loss_kwargs = False
+        # sharded, the head has its weights only in the model's own forward
+        self.sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        if self.sharded or return_outputs:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        given = {name: value for name, value in inputs.items() if name != "labels"}
+        return training_loss(self.model, given.pop("input_ids"), called=model, **given)
 
 
 class Numbered(Dataset):

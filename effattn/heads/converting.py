@@ -144,17 +144,19 @@ def measure_and_refit(runner: LayerRunner, layer: Layer, student, targets, refit
     """Measures the changed layer, re-fits its output projection if asked, and moves `student` one
     layer on.
     """
-    fit, batches = OutputRefit(), iter(targets)
-    with watch(layer.o.module, lambda z, _: fit.add(z, next(batches).to(z.device))):
-        outputs = [output for _, output in runner.run(layer.index, student)]
+    fit, heads = OutputRefit(), []
+    for z, y in zip(runner.until(layer.index, student, layer.o.module), targets, strict=True):
+        fit.add(z.flatten(0, -2), y.to(z.device))
+        heads.append(z.cpu())
     weight = layer.o.module.weight
     row = {"attention_error_merged": fit.error(weight), "attention_error": None}
     if refit:
         with torch.no_grad():
             weight.copy_(fit.solve(weight))
         row["attention_error"] = fit.error(weight)
-        outputs = [output for _, output in runner.run(layer.index, student)]
-    student[:] = outputs
+    with torch.no_grad():
+        for number, z in enumerate(heads):
+            student[number] = runner.call(layer.index, student[number], z).cpu()
     return row
 
 

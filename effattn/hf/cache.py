@@ -17,7 +17,7 @@ from transformers.cache_utils import (
 from effattn.errors import Unsupported
 from effattn.hf import anatomy, together
 from effattn.hf.names import ATTRIBUTE
-from effattn.hf.state_layer import StateLayer, words_of
+from effattn.hf.state_layer import FixedLayer, StateLayer, words_of
 from effattn.hf.swapped_layer import SwappedLayer
 from effattn.states.full import FullState
 
@@ -28,20 +28,47 @@ CANDIDATES = "_effattn_candidates"
 UNKNOWN_CANDIDATES = 64
 
 
-def new_cache(model: nn.Module) -> DynamicCache:
+def new_cache(model: nn.Module, max_length: int | None = None) -> DynamicCache:
     """An empty cache for one batch. Layers whose pattern remembers less than everything, or
     something else, have a `StateLayer`; the others have transformers' own. `generate` and
     `model(...)` make the same by themselves: a plain empty cache becomes this one at its first
-    use."""
+    use.
+
+    max_length: tokens in all. A static cache then: all room is allocated at the first call, and a
+    decoding step compiles as one graph (`torch.compile(model, fullgraph=True)`, CUDA graphs). All
+    layers must be swapped. Raises Unsupported for what has no static form, ValueError for another
+    number than a whole one of at least 1."""
     parts = anatomy.of(model)
     if not parts.causal:
         raise Unsupported(f"{type(model).__name__} has no cache: it is not causal")
     cache = DynamicCache(config=parts.model.config)
-    for layer in parts.layers:
-        swapped = getattr(layer.attention, ATTRIBUTE, None)
+    held = [getattr(layer.attention, ATTRIBUTE, None) for layer in parts.layers]
+    if max_length is not None:
+        cache.layers = [_fixed(index, one, max_length) for index, one in enumerate(held)]
+        return cache
+    for swapped in held:
         if swapped is not None and swapped.backend is not None:
             place(cache, swapped)
     return cache
+
+
+def _fixed(index: int, swapped: SwappedLayer | None, max_length: int) -> FixedLayer:
+    """A layer of a static cache. Raises what `new_cache` does."""
+    if swapped is None or swapped.backend is None:
+        raise Unsupported(
+            f"max_length: layer {index} is not swapped; valid is a model with a pattern in every "
+            f'layer, such as effattn.swap(model, {{"{index}": "dense"}}) here'
+        )
+    if swapped.cache is None:
+        state = swapped.backend.static_state(max_length)
+    else:
+        state = swapped.cache.static_state(max_length, swapped.backend)
+    if state is None:
+        raise Unsupported(
+            f"max_length: layer {index}: {swapped.cache.spec!r} has no static form with "
+            f"{swapped.pattern}; valid is a cache without max_length"
+        )
+    return FixedLayer(index, swapped.holds, state, swapped.cache, given=True)
 
 
 def place(cache: Cache, swapped: SwappedLayer) -> None:

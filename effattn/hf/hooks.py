@@ -7,6 +7,9 @@ functions without state of their own: copies and pickles of a model keep them.""
 
 from __future__ import annotations
 
+import inspect
+from functools import lru_cache
+
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
@@ -153,19 +156,31 @@ def before_attention(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tupl
     return (args, {**kwargs, **changed}) if changed else None
 
 
-def before_model(module: nn.Module, args: tuple, kwargs: dict) -> None:
+def before_model(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
     """Forward pre-hook of a swapped model: refuses position_ids that its layers cannot honour,
     before any of them has changed, and writes down on the cache how many tokens may be taken back
-    after the call.
+    after the call. Padding and positions go on with what is known of them (`position_ids`).
 
     Assisted decoding asks for the logits of its candidates and of one token more, plain decoding
     for one."""
-    position_ids.check_call(getattr(module, ATTRIBUTE).checkers, args, kwargs)
+    swap = getattr(module, ATTRIBUTE)
+    given = kwargs
+    if args and not torch.compiler.is_compiling():
+        given = dict(zip(_names(type(module)), args)) | kwargs  # noqa: B905
+    carried = position_ids.check_call(swap.checkers, given, swap.rotary)
     # of the last tokens all but one are candidates: it is their logits that decide about them
-    cache, kept = kwargs.get("past_key_values"), kwargs.get("logits_to_keep")
+    cache, kept = given.get("past_key_values"), given.get("logits_to_keep")
     candidates = kept - 1 if isinstance(kept, int) and kept > 1 else 0
     if isinstance(cache, Cache) and candidates != getattr(cache, CANDIDATES, 0):
         setattr(cache, CANDIDATES, candidates)
+    return ((), given | carried) if carried else None
+
+
+@lru_cache
+def _names(kind: type[nn.Module]) -> tuple[str, ...]:
+    """What a class' forward calls its positional arguments."""
+    parameters = inspect.signature(kind.forward).parameters.values()
+    return tuple(one.name for one in parameters if one.kind is one.POSITIONAL_OR_KEYWORD)[1:]
 
 
 def refuse_continuous_batching(*args, **kwargs) -> None:

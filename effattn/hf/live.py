@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers.utils.import_utils import is_tracing
 
+from effattn import padding
 from effattn.errors import Unsupported
 from effattn.hf import position_ids
 from effattn.hf.families import sliding_window
@@ -96,9 +97,9 @@ def mask(
             f"attention_mask: expected (batch, {seen}), the tokens in the cache and the "
             f"{q_length} new ones, got {tuple(attention_mask.shape)}"
         )
-    if attention_mask is None or (not torch.compiler.is_compiling() and attention_mask.all()):
-        return None
-    return attention_mask
+    if attention_mask is None or torch.compiler.is_compiling():
+        return attention_mask
+    return None if padding.known(attention_mask, seen).whole else attention_mask
 
 
 def _assert_one_document(mask_function, rows: int, tokens: int, device) -> None:
@@ -151,9 +152,9 @@ def attention(
         key, value = cached.take(key)
     if layer.checks_positions and is_tracing():
         _assert_consecutive(layer, query.shape[2], attention_mask, kwargs.get("position_ids"))
-    elif layer.checks_positions and layer.default_positions:
-        layer.default_positions = False  # said of this call; a look would wait for the device
-    elif layer.checks_positions:
+    elif layer.checks_positions and not position_ids.was_checked(
+        layer, cached, kwargs.get("position_ids")
+    ):
         tokens = key.shape[2] + (0 if cached is None else int(cached.get_seq_length()))
         position_ids.check(
             layer, cached, query.shape[0], tokens, attention_mask, kwargs.get("position_ids")
@@ -273,7 +274,8 @@ def _keep(module, query, key, value, padding_mask, scaling, dropout, original: s
         kv_offset=seen - keys,
         mask_function=rule,
         attention_mask=padding_mask,
-        allow_is_causal_skip=causal,
+        # a look at the mask, which would make a GPU wait
+        allow_is_causal_skip=causal and (padding_mask is None or query.device.type == "cpu"),
         local_size=window,
         dtype=query.dtype,
         device=query.device,

@@ -15,6 +15,7 @@ from effattn.hf import trusted
 from effattn.hf.trusted import KEY
 from effattn.hf.weight_files import one_line, read_json
 
+SMOLLM2, GGUF = "smollm2", ".gguf"  # names of models that become folders
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -26,11 +27,12 @@ CHECKPOINT_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]  #
 VOCABULARY = re.compile(r"(tokenizer\.json|tekken\.json|vocab\..*|.*\.(model|tiktoken))")
 
 
-def resolve(name: str | Path) -> str:
-    """What transformers loads `name` from: a folder ("embedded" has one too), or else a hub name as
-    it is.
+def resolve(name: str | Path, dtype: torch.dtype | str = "auto") -> str:
+    """What transformers loads `name` from: a folder ("embedded" and "smollm2" have one too, and a
+    GGUF file becomes one), or else a hub name as it is.
 
-    ValueError, without touching the network, for what can be neither.
+    dtype: that a GGUF file is dequantized to (`effattn.hf.gguf_files`). ValueError, without
+    touching the network but for "smollm2", for what can be neither.
     """
     if str(name) == "embedded":
         from effattn import embedded
@@ -47,11 +49,21 @@ def resolve(name: str | Path) -> str:
                 f"model: the folder {str(name)!r} has no config.json, it is not a checkpoint"
             )
         return str(name)
+    if str(name) == SMOLLM2 or is_gguf(name):
+        from effattn.hf import gguf_files, smollm2
+
+        file = smollm2.gguf() if str(name) == SMOLLM2 else name
+        return str(gguf_files.converted(file, dtype_of(dtype)))
     if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", str(name)):
         raise ValueError(
             _not_found(name, "it is no folder, and no hub name (owner/name) looks like that")
         )
     return str(name)
+
+
+def is_gguf(name: str | Path) -> bool:
+    """Whether `name` is that of a GGUF file, and no folder."""
+    return Path(name).suffix.lower() == GGUF and not Path(name).is_dir()
 
 
 def folder_of(name: str | Path) -> Path:
@@ -110,11 +122,13 @@ def read_config(name: str, asked: str | Path):
 
 
 def load_tokenizer(name: str | Path):
-    """The tokenizer of the checkpoint `name` (a folder or hub name). ValueError, naming the file,
-    for a broken one.
+    """The tokenizer of the checkpoint `name` (a folder, a GGUF file or a hub name). ValueError,
+    naming the file, for a broken one.
     """
     from transformers import AutoTokenizer
 
+    if is_gguf(name):
+        name = resolve(name)
     folder = Path(name)
     if folder.is_dir():
         for file in TOKENIZER_FILES:
@@ -140,11 +154,8 @@ def _vocabularies(folder: Path) -> list[Path]:
 
 
 def _not_found(name: str | Path, why: str) -> str:
-    hint = (
-        " (did you mean 'embedded'?)"
-        if difflib.get_close_matches(str(name), ["embedded"], cutoff=0.8)
-        else ""
-    )
+    near = difflib.get_close_matches(str(name), ["embedded", SMOLLM2], cutoff=0.8)
+    hint = f" (did you mean {near[0]!r}?)" if near else ""
     return (
         f"model: got {str(name)!r}{hint}, which is not 'embedded', not an existing folder, "
         f"and not found as a hub name: {why}"

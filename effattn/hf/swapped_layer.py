@@ -21,8 +21,6 @@ class SwappedLayer:
     index: int
     original: str
     checks_positions: bool = False  # looks for packed documents, on behalf of other layers
-    # ... which this call has none of: the caller gave neither position_ids nor padding
-    default_positions: bool = False
     backend: Backend | None = None
     pattern: str = ""  # the backend's full spec
     raw_keys: bool = False  # the backend's positions are its own: it gets q and k before rotation

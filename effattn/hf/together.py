@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicSlidingWindowLayer
 
-from effattn.states.sizes import NoSuchRow
+from effattn.states.sizes import check_rows
 
 
 def bind(cache: Cache) -> None:
@@ -43,8 +43,7 @@ def reorder_cache(self: Cache, beam_idx: Tensor) -> None:
     """Row i becomes the old row beam_idx[i]. ValueError unless it names a row for each one there
     is.
     """
-    for layer in self.layers:
-        _check_rows(layer, beam_idx, whole=True)
+    _check_rows(self, beam_idx, whole=True)
     type(self).reorder_cache(self, beam_idx)
 
 
@@ -52,8 +51,7 @@ def batch_select_indices(self: Cache, indices: Tensor) -> None:
     """Keeps these rows; `indices`: numbers, or a bool mask over the rows. ValueError for rows that
     are not there.
     """
-    for layer in self.layers:
-        _check_rows(layer, indices)
+    _check_rows(self, indices)
     type(self).batch_select_indices(self, indices)
 
 
@@ -86,21 +84,23 @@ def _check_window(index: int, layer: DynamicSlidingWindowLayer, tokens: int, see
         )
 
 
-def _check_rows(layer: CacheLayerMixin, index: Tensor, whole: bool = False) -> None:
-    """ValueError unless `index` names rows of the layer's batch, `whole`: as many as there are."""
+def _check_rows(cache: Cache, index: Tensor, whole: bool = False) -> None:
+    """ValueError unless `index` names rows of each layer's batch, `whole`: as many as there are."""
+    for batch in {_batch(layer) for layer in cache.layers} - {None}:
+        if index.dtype == torch.bool:
+            if index.shape != (batch,):
+                raise ValueError(
+                    f"indices: expected a mask over {batch} rows, got {tuple(index.shape)}"
+                )
+            continue
+        if whole and len(index) != batch:
+            raise ValueError(f"beam_idx: expected {batch} rows, got {len(index)}")
+        check_rows("indices", index, batch)
+
+
+def _batch(layer: CacheLayerMixin) -> int | None:
+    """How many rows a layer holds; None while it holds nothing."""
     if not layer.is_initialized:
-        return
+        return None
     state = getattr(layer, "state", None)
-    batch = state.batch if state is not None else layer.keys.shape[0]
-    if batch is None:
-        return
-    if index.dtype == torch.bool:
-        if index.shape != (batch,):
-            raise ValueError(
-                f"indices: expected a mask over {batch} rows, got {tuple(index.shape)}"
-            )
-        return
-    if whole and len(index) != batch:
-        raise ValueError(f"beam_idx: expected {batch} rows, got {len(index)}")
-    if len(index) and not 0 <= int(index.min()) <= int(index.max()) < batch:
-        raise NoSuchRow(f"indices: got rows {index.tolist()}, valid are 0 to {batch - 1}")
+    return state.batch if state is not None else layer.keys.shape[0]

@@ -18,6 +18,7 @@ from effattn.errors import check_choice
 from effattn.hf import caches
 from effattn.hf.weight_files import one_line
 from effattn.positions.registry import parse as parse_positions
+from effattn.projections import packed
 from effattn.projections.base import recorded_kind
 from effattn.projections.latent import check_spec
 from effattn.registry import BACKENDS
@@ -174,11 +175,7 @@ def check_record(record, config: dict) -> None:
         _check_types({"model_type": None if record["model_type"] == KEY else record["model_type"]})
     for name, entry in _object(f"{where}: projections", record.get("projections", {})).items():
         _check_projection(f"{where}: projections: {name:.80}", entry)
-    packed = record.get("packed", [])
-    if not isinstance(packed, list) or not all(isinstance(name, str) for name in packed):
-        raise ValueError(
-            f"{where}: packed: got {packed!r:.80}, valid is a list of paths of linear layers"
-        )
+    packed.check_recorded(f"{where}: packed", record.get("packed", {}))
 
 
 def _object(where: str, value) -> dict:

@@ -6,7 +6,6 @@ are random; times do not depend on them."""
 
 from __future__ import annotations
 
-import inspect
 import time
 from collections.abc import Callable, Sequence
 
@@ -15,6 +14,7 @@ from torch import nn
 
 from effattn.evaluate.streaming import cache_bytes
 from effattn.hf.cache import new_cache
+from effattn.hf.last_logits import last_only
 from effattn.measuring.operations import Key, OperationTimer
 from effattn.profiling.memory import PeakMemory
 from effattn.profiling.timing import Clock, alternate
@@ -29,16 +29,18 @@ class Lane:
 
     def __init__(self, name: str, model: nn.Module, ids: torch.Tensor):
         self.name, self.model, self.ids = name, model, ids
-        self.cache, self.token = None, ids[:, :1]
-        self.last_only = {"logits_to_keep": 1} if takes_logits_to_keep(model) else {}
+        self.cache, self.token, self.steps = None, ids[:, :1], 0
+        self.last_only = last_only(model)
 
     def prefill(self) -> None:
         """From the prompt to the first token. The cache that it leaves holds `context` tokens."""
-        self.cache = new_cache(self.model)
+        self.forget()  # before there is another one
+        self.cache, self.steps = new_cache(self.model), 0
         self._forward(self.ids)
 
     def step(self) -> None:
         """One more token from everything in the cache, which then holds it too."""
+        self.steps += 1
         self._forward(self.token)
 
     @torch.no_grad()
@@ -51,11 +53,6 @@ class Lane:
     def forget(self) -> None:
         """Lets the cache go."""
         self.cache = None
-
-
-def takes_logits_to_keep(model: nn.Module) -> bool:
-    """Whether the class can compute the last token's logits alone, as `generate()` asks it to."""
-    return "logits_to_keep" in inspect.signature(model.forward).parameters
 
 
 def warm_up(lanes: Sequence[Lane]) -> None:
@@ -83,7 +80,7 @@ def measure_together(
     clock = Clock(lanes[0].ids.device)
     found = {lane.name: {} for lane in lanes}
     for lane in lanes:
-        found[lane.name]["prefill"] = _instrumented(lane, lane.prefill, seconds / 4, tick)
+        found[lane.name]["prefill"] = _instrumented(lane, clock, seconds / 4, tick)
         lane.forget()
     times = alternate(
         {lane.name: lane.prefill for lane in lanes},
@@ -100,14 +97,14 @@ def measure_together(
     )
     tick("decode", 1.0)
     for lane in lanes:
-        rounds, context = len(times[lane.name]), lane.ids.shape[1]
+        rounds, held = len(times[lane.name]), lane.ids.shape[1] + lane.steps
         with OperationTimer(lane.model) as timer:
-            passes = [_one(lane.step, timer) for _ in range(INSTRUMENTED)]
+            passes = [_one(lane.step, clock, timer) for _ in range(INSTRUMENTED)]
         found[lane.name]["decode"] = {
             "seconds": times[lane.name],
             "peak": peaks[lane.name],
             "operations": _columns(passes),
-            "past": context + 3 + (rounds - 1) / 2,
+            "past": held - (rounds + 1) / 2,
         }
         lane.forget()
     return found
@@ -137,19 +134,19 @@ class _Turns:
         return took
 
 
-def _instrumented(lane: Lane, call: Callable[[], None], seconds: float, tick) -> dict:
-    """Passes with hooks: one with the peak of memory; more, without that first one, as long as
+def _instrumented(lane: Lane, clock: Clock, seconds: float, tick) -> dict:
+    """Prefills with hooks: one with the peak of memory; more, without that first one, as long as
     `seconds` last.
     """
     start = time.perf_counter()
     with OperationTimer(lane.model) as timer, PeakMemory(lane.ids.device) as peak:
-        passes = [_one(call, timer)]
+        passes = [_one(lane.prefill, clock, timer)]
     tick("prefill", 0.0)
     took = time.perf_counter() - start
     more = min(INSTRUMENTED, int(seconds / max(took, 1e-9)))
     if more >= 2:
         with OperationTimer(lane.model) as timer:
-            passes = [_one(call, timer) for _ in range(more)]
+            passes = [_one(lane.prefill, clock, timer) for _ in range(more)]
     return {"peak": _peak(peak), "operations": _columns(passes)}
 
 
@@ -164,8 +161,8 @@ def _step_peak(lane: Lane) -> dict:
     return {**_peak(peak), "held": held}
 
 
-def _one(call: Callable[[], None], timer: OperationTimer) -> dict[Key, float]:
-    call()
+def _one(call: Callable[[], None], clock: Clock, timer: OperationTimer) -> dict[Key, float]:
+    clock(call, undo=timer.clear)
     return timer.read()
 
 

@@ -19,16 +19,11 @@ from torch import nn
 from effattn.bounds import Bounds
 from effattn.errors import Unsupported
 from effattn.hf import anatomy
+from effattn.hf.last_logits import takes_logits_to_keep
 from effattn.hf.placement import input_device
 from effattn.hf.weights import numbers, weight_bytes
 from effattn.measuring import BATCHES, CONTEXTS, SECONDS, STEPS, progress
-from effattn.measuring.lanes import (
-    BESIDE_STEPS,
-    Lane,
-    measure_together,
-    takes_logits_to_keep,
-    warm_up,
-)
+from effattn.measuring.lanes import BESIDE_STEPS, Lane, measure_together, warm_up
 from effattn.measuring.report import KIND, VERSION, Report
 from effattn.measuring.rows import does_not_fit, measured_row
 from effattn.measuring.variants import Variant, build, own_bytes, parse_all

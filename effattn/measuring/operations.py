@@ -86,17 +86,18 @@ def merged_name(parts: anatomy.Anatomy, operation: str) -> str:
 
 
 class OperationTimer:
-    """Context manager that hooks a model's operations. Wall clock on a CPU, events on a GPU (no
-    synchronisation between operations, so that gaps in which the GPU waits for Python belong to the
-    operation that they delay)."""
+    """Context manager that hooks a model's operations. Wall clock on a CPU, events on a GPU, and
+    no synchronisation between operations: gaps in which the GPU waits for Python belong to the
+    operation that they delay, and there are none when the calls are a `Clock`'s."""
 
     def __init__(self, model: nn.Module):
         self.modules = modules_of(anatomy.of(model))
         self.gpu = input_device(model).type == "cuda"
         self._handles: list = []
-        self._clear()
+        self.clear()
 
-    def _clear(self) -> None:
+    def clear(self) -> None:
+        """Forgets what was timed since the last reading."""
         self._open: list[tuple[Key, object, int]] = []  # started and not ended: key, start, number
         # ... end, number, number of the parent
         self._closed: list[tuple[Key, object, object, int, int | None]] = []
@@ -146,5 +147,5 @@ class OperationTimer:
             seconds[key] += took
             if parent is not None:
                 seconds[owners[parent]] -= took
-        self._clear()
+        self.clear()
         return dict(seconds)

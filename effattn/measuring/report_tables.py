@@ -28,12 +28,14 @@ def main_table(report) -> Table:
     """The headline table: a line for each row, those that do not fit included."""
     batches, first = several_batches(report), report.variants[0]
     several = len(report.variants) > 1
+    launched = any("host_ms" in row["decode"] for row in measured_rows(report))
     header = [
         "Variant",
         "Context",
         *(["Batch"] if batches else []),
         "First token (ms)",
         "ms/token",
+        *(["Host (ms)"] if launched else []),
         "Tokens/s",
         "Peak memory",
         "KV cache",
@@ -52,6 +54,7 @@ def main_table(report) -> Table:
         cells = [
             short(row["prefill"]["ms_p50"]),
             short(decode["ms_p50"]),
+            *([short(decode["host_ms"])] if launched else []),
             f"{decode['tokens_per_s']:,.1f}",
             data_size(peak(row)),
             data_size(row["kv_bytes_held"]),
@@ -66,6 +69,11 @@ def main_table(report) -> Table:
         "Medians. GB/s: weights, cache and activations that a decode step must move at least, "
         "over its time; of peak: of the read bandwidth measured on this device."
     )
+    if launched:
+        note += (
+            " ms/token is the GPU's own time; the host launches the next token meanwhile, and "
+            "tokens/s are those of the slower of the two."
+        )
     if several:
         note += f" The last columns are ratios of speed: above 1x is faster than {first}."
     return Table("Time and memory", header, rows, note)

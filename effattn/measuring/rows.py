@@ -12,7 +12,7 @@ from effattn.hf import anatomy
 from effattn.measuring.operations import Key, merged_name
 from effattn.profiling.cost import ModelCost
 from effattn.profiling.device import Peaks
-from effattn.profiling.timing import percentiles
+from effattn.profiling.timing import pace, percentiles
 
 MEASURED, TOO_LARGE = "measured", "does not fit"
 
@@ -46,7 +46,8 @@ def measured_row(
 ) -> dict:
     """JSON-able. `found` is what `lanes.measure_together` saw of this variant, `prefill` and `step`
     are what the cost model says of both (the step is the middle one of those timed). Times in ms,
-    sizes in bytes of the whole batch."""
+    on the device; a GPU's phases have the host's beside them, and tokens per second are those of
+    the slower of the two. Sizes in bytes of the whole batch."""
     parts = anatomy.of(model)
     dtype = str(parts.layers[0].dtype).removeprefix("torch.")
     held = found["kv_bytes_held"]
@@ -55,10 +56,11 @@ def measured_row(
         "decode": _phase(parts, found["decode"], step, limits, dtype),
     }
     phases["decode"] |= {
-        "tokens_per_s": 1000 * batch / phases["decode"]["ms_p50"],
+        "tokens_per_s": batch / pace(percentiles(found["decode"]["seconds"])),
         "past": found["decode"]["past"],
     }
-    phases["prefill"]["tokens_per_s"] = 1000 * batch * context / phases["prefill"]["ms_p50"]
+    prefills = percentiles(found["prefill"]["seconds"])
+    phases["prefill"]["tokens_per_s"] = batch * context / pace(prefills)
     return {
         "variant": name,
         "context": context,
@@ -134,9 +136,9 @@ def _operations(parts, found: dict[Key, list[float]], cost: ModelCost) -> list[d
 
 def _ms(seconds: Sequence[float]) -> dict:
     found = percentiles(seconds)
-    return {f"ms_{key}": 1000 * found[key] for key in ("p20", "p50", "p80")} | {
-        "rounds": found["rounds"]
-    }
+    times = {f"ms_{key}": 1000 * found[key] for key in ("p20", "p50", "p80")}
+    host = {"host_ms": 1000 * found["host_p50"]} if "host_p50" in found else {}
+    return times | {"rounds": found["rounds"]} | host
 
 
 def _share(reached: float, limit: float | None) -> float | None:

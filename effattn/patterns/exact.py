@@ -117,6 +117,8 @@ class ExactBackend(Backend):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
         self.chosen_impl = impl = flash.choose(self.impl, q.device)
+        if isinstance(call.layout.total, Tensor) and impl == "triton":
+            self.chosen_impl = impl = torch_only(self.impl)
         packed = call.state if call.state is not None and call.state.packed else None
         if impl == "reference" and packed is None:
             out, lse = self._reference(q, k, v, call)
@@ -223,6 +225,17 @@ class ExactBackend(Backend):
             bias=call.bias,
             distance=i - j,
         )
+
+
+def torch_only(impl: str) -> str:
+    """ "torch", for a static state, whose length the Triton kernels cannot read. Unsupported where
+    "triton" was asked for."""
+    if impl == "triton":
+        raise Unsupported(
+            "impl: 'triton' takes lengths from the host, and a static state's is on the device; "
+            "valid with it are 'auto' and 'torch'"
+        )
+    return "torch"
 
 
 def keys_back(window: int, causal: bool) -> int:

@@ -20,14 +20,12 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter, is_lazy
 
 from effattn.errors import Unsupported, check_choice
-from effattn.interface import Backend, Call, Cost, Shape, Traits
+from effattn.interface import Traits
 from effattn.kernels import linear
 from effattn.kernels.linear.features import LOWEST, normalized
 from effattn.patterns.exact import check_size
+from effattn.patterns.feature_maps import KernelBackend
 from effattn.registry import register
-from effattn.states.base import State
-from effattn.states.full import FullState
-from effattn.states.recurrent import RecurrentState, folded
 
 LEARNED = ("hedgehog", "exp")
 _FIXED = [(one.signed, name) for name, one in linear.MAPS.items() if not one.directed]
@@ -39,163 +37,6 @@ MAPS = (
 )
 # of a key's exponents in the map "exp": no maximum is taken off, since their size weighs the keys
 MOST = 8.0
-
-
-class KernelBackend(Backend):
-    """Base of the methods that attend by a feature map: subclasses set `feature_map` and say how
-    many features it has.
-
-    They may map q and k first (`mapped`), and give `directions` and `decays`.
-    """
-
-    implementations = linear.IMPLEMENTATIONS
-    feature_map: str  # a name in kernels.linear.MAPS
-    normalize = True
-    draws = 0  # how often random directions were drawn
-
-    def __init__(self, impl: str = "auto"):
-        super().__init__(impl)
-        self.chosen_impl = linear.choose(impl)
-
-    def feature_count(self, head_dim: int) -> int:
-        """F, the number of features per head."""
-        raise NotImplementedError
-
-    def feature_flops(self, head_dim: int) -> int:
-        """Operations in matrix products for the features of one token of one head."""
-        return 0
-
-    def mapped(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        """q (B, Hq, Tq, D) and k (B, Hkv, Tk, D) as the kernel's feature map gets them."""
-        return q, k
-
-    def kernel_options(self, k: Tensor) -> dict:
-        """directions (F, D) and decay (Hkv,), where there are any."""
-        return {}
-
-    def new_state(self) -> State:
-        """Sums and the newest tokens; the reference keeps everything."""
-        return FullState() if self.impl == "reference" else RecurrentState()
-
-    def extend(self, extras, state, padding_mask, rotary):
-        if isinstance(state, RecurrentState):
-            if self.impl == "reference":
-                raise ValueError(
-                    f"{self.name}: state: impl='reference' needs every key; valid is its own "
-                    "new_state()"
-                )
-            if state.draw not in (None, self.draws):
-                raise ValueError(
-                    f"{self.name}: state: its sums were made before redraw(), their features are "
-                    "gone; finish the sequence first, or start again with state.reset()"
-                )
-            state.draw = self.draws
-        return extras
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
-        self.chosen_impl = impl = linear.choose(self.impl, q.device)
-        dtype = q.dtype
-        q, k = self.mapped(q, k)
-        return self._attend(q, k, v.to(k.dtype), call, impl).to(dtype)
-
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, call: Call, impl: str) -> Tensor:
-        """`attend`, of mapped q and k."""
-        mask = call.layout.mask
-        options = {"scale": call.scale, "normalize": self.normalize, **self.kernel_options(k)}
-        if impl == "reference":
-            from effattn.kernels.linear.reference import attention
-
-            return attention(q, k, v, self.feature_map, mask=mask, causal=call.causal, **options)
-        options |= {"feature_map": self.feature_map, "impl": impl}
-        state = call.state
-        if not isinstance(state, RecurrentState):  # none: a whole sequence
-            return linear.attention(q, k, v, mask=mask, causal=call.causal, **options)[0]
-        # k and v are what the sums do not hold: some tokens of the past, and the new ones from
-        # `first` on. Those before `cut` are due to go into the sums in this call.
-        cut, first = state.due, k.shape[2] - q.shape[2]
-        tokens = [slice(None, cut), slice(cut, None)]
-        masks = [None if mask is None else mask[:, part] for part in tokens]
-        (k_old, k_new), (v_old, v_new) = ([x[:, :, part] for part in tokens] for x in (k, v))
-        # Where queries lie on both sides of the cut (a long prompt), the earlier ones must not see
-        # sums over later keys: two calls, and the first one's sums are those that are kept.
-        if call.causal and cut > first:
-            before, memory = linear.attention(
-                q[:, :, : cut - first],
-                k_old,
-                v_old,
-                mask=masks[0],
-                memory=state.memory,
-                keep=True,
-                **options,
-            )
-            after, _ = linear.attention(
-                q[:, :, cut - first :], k_new, v_new, mask=masks[1], memory=memory, **options
-            )
-            state.fold(cut, memory)
-            return torch.cat([before, after], dim=2)
-        # A decoding step: all is read first, then the oldest tokens move; one step in `ROLLBACK`
-        # does.
-        out, _ = linear.attention(
-            q, k, v, mask=mask, causal=call.causal, memory=state.memory, **options
-        )
-        if cut:
-            state.fold(
-                cut, linear.fold(k_old, v_old, mask=masks[0], memory=state.memory, **options)
-            )
-        return out
-
-    def cost(self, shape: Shape) -> Cost:
-        """A multiply-add per feature and value, for each key into the sums and for each query out
-        of them (or, where that is less, the products of all pairs), and the features' own products;
-        q, k, v and the output moved once. A call that continues reads the state, and writes the
-        sums when tokens go into them. Elementwise work and the normaliser, which is one more column
-        of the values, are not counted.
-
-        Backward: twice per query (dq, the sums' gradient) and three times per key (the sums again,
-        dk, dv)."""
-        features = self.feature_count(shape.head_dim)
-        row = 2 * features * shape.value_dim
-        new, past = shape.queries, shape.keys - shape.queries
-        if not shape.causal:
-            new, past = shape.keys, 0
-        tokens = shape.heads * shape.queries + shape.kv_heads * new
-        maps = tokens * self.feature_flops(shape.head_dim)
-        pairs = shape.heads * (
-            shape.queries * (shape.queries + 1) // 2 if shape.causal else shape.queries * shape.keys
-        )
-        # short sequences need less by the T x T matrix of weights than by sums of F x Dv numbers
-        one = 2 * pairs * (features + shape.value_dim)
-        token = shape.kv_bytes // shape.keys
-        if shape.backward:
-            sums = min(
-                row * (2 * shape.heads * shape.queries + 3 * shape.kv_heads * new), one * 5 // 2
-            )
-            return Cost(
-                flops=shape.batch * (sums + 2 * maps),
-                read_bytes=shape.query_bytes + new * token + 2 * shape.output_bytes,
-                write_bytes=shape.query_bytes + new * token,
-            )
-        sums = row * tokens
-        sums = min(sums, one + row * shape.heads * shape.queries * bool(past))
-        held = self.held_bytes(shape, past)
-        rewritten = self.memory_bytes(shape) if past and folded(shape.keys) > folded(past) else 0
-        return Cost(
-            flops=shape.batch * (sums + maps),
-            read_bytes=shape.query_bytes + new * token + held,
-            write_bytes=shape.output_bytes + rewritten,
-            state_bytes=self.held_bytes(shape, shape.keys),
-        )
-
-    def held_bytes(self, shape: Shape, tokens: int) -> int:
-        """Bytes of a state after `tokens`."""
-        newest = (tokens - folded(tokens)) * (shape.kv_bytes // shape.keys)
-        return newest + (self.memory_bytes(shape) if folded(tokens) else 0)
-
-    def memory_bytes(self, shape: Shape) -> int:
-        """Bytes of the sums, fp32 or better."""
-        columns = shape.value_dim + self.normalize  # the normaliser is one more value, always 1
-        each = self.feature_count(shape.head_dim) * columns + linear.MAPS[self.feature_map].weighs
-        return shape.batch * shape.kv_heads * each * max(4, shape.itemsize)
 
 
 @register("linear")
@@ -241,6 +82,7 @@ class Linear(KernelBackend):
         self.features = None if features is None else check_size("linear", "features", features)
         self.decay, self.normalize = _check_decay(decay), normalize
         self.feature_map = "identity" if feature_map in LEARNED else feature_map
+        self._rates: tuple = (None, None)  # of the last call: for what, and the numbers
         self.map_q = self.map_k = None
         if feature_map in LEARNED:
             self.traits = replace(type(self).traits, learned=True)
@@ -308,13 +150,18 @@ class Linear(KernelBackend):
         if self.decay is None:
             return {}
         heads = k.shape[1]
+        dtype = torch.float64 if k.dtype == torch.float64 else torch.float32
+        key = (heads, dtype, k.device)
+        if not torch.compiler.is_compiling() and self._rates[0] == key:
+            return {"decay": self._rates[1]}
         if self.decay == "retnet":  # eq. 8 of arXiv:2307.08621
             values = [1 - 2.0 ** (-5 - h) for h in range(heads)]
         else:
             values = self.decay if isinstance(self.decay, list) else [self.decay] * heads
-        dtype = torch.float64 if k.dtype == torch.float64 else torch.float32
         decay = torch.tensor(values, dtype=torch.float64).to(dtype)
-        return {"decay": decay.to(k.device, non_blocking=True)}  # the host does not wait for it
+        decay = decay.to(k.device, non_blocking=True)  # the host does not wait for it
+        self._rates = key, decay
+        return {"decay": decay}
 
 
 def _first_map(rows: int, dim: int) -> Tensor:

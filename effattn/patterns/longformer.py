@@ -255,7 +255,10 @@ class GlobalRing(RingState):
         if self.twin is None:
             return None, None
         k, v, _ = self.twin.append(k, v)
-        least = self.first + (0 if start is None else int(start.max()))
+        late = 0
+        if start is not None:
+            late = int(start.max()) if self.late is None else self.late
+        least = self.first + late
         # every row's first tokens have come, and a rollback cannot take them back
         if k.shape[2] >= least + ROLLBACK:
             self.twin, self.least = None, least

@@ -19,7 +19,7 @@ from torch import Tensor
 from effattn.errors import check_choice
 from effattn.interface import Traits
 from effattn.patterns.exact import check_size
-from effattn.patterns.linear import KernelBackend
+from effattn.patterns.feature_maps import KernelBackend
 from effattn.registry import register
 
 KERNELS = {"softmax": "favor", "relu": "favor_relu"}

@@ -37,7 +37,8 @@ class VQ(Backend):
 
     Codebook: a buffer (Hkv, codes, D) float32, made at the first call of random N(0, 1) words, by a
     generator of its own (`seed`). That is of use for keys that look so only: `calibrate(keys)` fits
-    it, and `effattn.swap(model, "vq", calibration=tokens)` does that for every layer.
+    it, and `effattn.swap(model, "vq", calibration=tokens)` does that for every layer (a swap that
+    does not warns).
     `update(keys)` moves it as training goes on; it is never changed otherwise. Gradients: q's and
     v's are exact. k's go straight through the quantization, from the queries of a key's own block
     of `block` tokens and the next one (bidirectional: of its own); behind, only the codes connect

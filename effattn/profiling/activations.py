@@ -20,6 +20,7 @@ from torch import nn
 
 from effattn.hf import anatomy, hooks
 from effattn.hf.families import sliding_window
+from effattn.projections.base import StructuredLinear
 from effattn.states.full import FullState
 
 FLOAT = 4  # bytes: transformers' RMSNorm computes in float32, SDPA keeps its log-sum-exps in it
@@ -194,7 +195,10 @@ class _Pass:
         """The widest moment of the FFN: activation(gate), up and their product, before the first
         two are released.
         """
-        experts = [p for p in layer.ffn.parameters() if p.dim() == 3]
+        linears = [m for m in layer.ffn.modules() if isinstance(m, nn.Linear | StructuredLinear)]
+        # a packed weight and a Monarch matrix have parameters of three dimensions, too
+        own = {p for m in linears for p in m.parameters()}
+        experts = [p for p in layer.ffn.parameters() if p.dim() == 3 and p not in own]
         if experts:
             # a copy of x for each chosen expert, with gate and up in one, activation and product;
             # or 4 of x
@@ -205,7 +209,6 @@ class _Pass:
                 * self.itemsize
                 * max(self.parts.config.hidden_size + 4 * wide, 4 * self.parts.config.hidden_size)
             )
-        linears = [m for m in layer.ffn.modules() if isinstance(m, nn.Linear)]
         if not linears:
             return 0
         wide, first = linears[-1].in_features, linears[0].out_features

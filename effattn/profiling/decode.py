@@ -4,7 +4,6 @@ side.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
@@ -16,6 +15,7 @@ from effattn.hf.families import trained_length
 from effattn.hf.placement import input_device
 from effattn.hf.state_layer import StateLayer
 from effattn.profiling.memory import available_bytes
+from effattn.profiling.timing import Clock, pace, percentiles
 from effattn.states.latent import LatentState
 
 PLAIN_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer)
@@ -98,6 +98,7 @@ class _Lane:
         # looked up.
         longest = trained_length(model.config) or context + 1
         self.position = torch.full_like(self.token, min(context, longest - 1))
+        self.clock = Clock(self.device)
         if any(isinstance(layer, StateLayer) for layer in self.cache.layers):
             self.position = None  # its own attention counts, and would miss the tokens left out
         self.seconds: list[float] = []
@@ -111,8 +112,22 @@ class _Lane:
         held = [
             (layer, layer.keys, layer.values) for layer in self.cache.layers if layer.is_sliding
         ]
-        self._synchronize()
-        start = time.perf_counter()
+
+        def put_back() -> None:
+            for layer, keys, values in held:
+                layer.keys, layer.values, layer.cumulative_length = keys, values, self.context
+            for layer in self.cache.layers:
+                if not layer.is_sliding:
+                    layer.crop(-1)
+
+        seconds = self.clock(self._forward, undo=put_back)
+        put_back()
+        lengths = {layer.get_seq_length() for layer in self.cache.layers if _layer_bytes(layer)}
+        if lengths != {self.context}:
+            raise RuntimeError(f"the cache holds {lengths} tokens after a step, not {self.context}")
+        return seconds
+
+    def _forward(self) -> None:
         logits = self.model(
             input_ids=self.token,
             position_ids=self.position,
@@ -120,33 +135,17 @@ class _Lane:
             use_cache=True,
         ).logits
         self.token = logits[:, -1:].argmax(-1)
-        self._synchronize()
-        seconds = time.perf_counter() - start
-        for layer, keys, values in held:
-            layer.keys, layer.values, layer.cumulative_length = keys, values, self.context
-        for layer in self.cache.layers:
-            if not layer.is_sliding:
-                layer.crop(-1)
-        lengths = {layer.get_seq_length() for layer in self.cache.layers if _layer_bytes(layer)}
-        if lengths != {self.context}:
-            raise RuntimeError(f"the cache holds {lengths} tokens after a step, not {self.context}")
-        return seconds
-
-    def _synchronize(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
 
     def row(self) -> dict:
         """p20, p50 and p80 in milliseconds over all timed steps; tokens/s of the whole batch at the
-        median.
+        median; the host's milliseconds where there is a GPU.
         """
-        times = 1000 * torch.tensor(self.seconds, dtype=torch.float64)
-        p20, p50, p80 = torch.quantile(times, torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64))
+        found = percentiles(self.seconds)
+        host = {"host_ms": 1000 * found["host_p50"]} if "host_p50" in found else {}
         return {
-            "ms_p20": float(p20),
-            "ms_p50": float(p50),
-            "ms_p80": float(p80),
-            "tokens_per_s": 1000 * len(self.token) / float(p50),
+            **{f"ms_{key}": 1000 * found[key] for key in ("p20", "p50", "p80")},
+            **host,
+            "tokens_per_s": len(self.token) / pace(found),
             "kv_bytes": self.bytes,
         }
 
@@ -191,20 +190,21 @@ def decode_speed(
 
     How it is timed: the cache the model itself makes is filled with `context` random keys and
     values (no prefill: the time does not depend on the values; lengths beyond the trained positions
-    are fine). A timed step is one eager forward of one token per row plus its argmax, wall clock,
-    with the GPU synchronised before and after; the cache is then cropped, so every step starts from
-    exactly `context` tokens. The models take turns step by step, so slow drift (clock, temperature,
-    other jobs) hits all alike; each also finds the processor's caches as the other left them.
-    `repeats` rounds of one warm-up and `steps` timed steps; percentiles are over all of them.
-    Transformers' DynamicCache copies a layer's keys and values at every step, as in `generate()`:
-    that is included.
+    are fine). A timed step is one eager forward of one token per row plus its argmax, wall clock on
+    a CPU, the device's own time on a GPU (`timing.Clock`); the cache is then cropped, so every step
+    starts from exactly `context` tokens. The models take turns step by step, so slow drift (clock,
+    temperature, other jobs) hits all alike; each also finds the processor's caches as the other
+    left them. `repeats` rounds of one warm-up and `steps` timed steps; percentiles are over all of
+    them. Transformers' DynamicCache copies a layer's keys and values at every step, as in
+    `generate()`: that is included.
 
     Rows, by context and then in the models' order: {"context", "batch", "model", "ms_p20",
-    "ms_p50", "ms_p80" (milliseconds a step), "tokens_per_s" (of the whole batch, at the median),
-    "kv_bytes" (of the whole batch, at `context` tokens), "alternated"}. "alternated" is False if
-    the models' caches fit only one at a time. A row whose cache does not fit at all is {"context",
-    "batch", "model", "kv_bytes", "does_not_fit": bytes it would need}. `progress` is called with
-    (contexts done, contexts)."""
+    "ms_p50", "ms_p80" (milliseconds a step), "host_ms" (of a GPU's steps: what launching one takes
+    the host), "tokens_per_s" (of the whole batch, at the median of the slower of both), "kv_bytes"
+    (of the whole batch, at `context` tokens), "alternated"}. "alternated" is False if the models'
+    caches fit only one at a time. A row whose cache does not fit at all is {"context", "batch",
+    "model", "kv_bytes", "does_not_fit": bytes it would need}. `progress` is called with (contexts
+    done, contexts)."""
     if not models:
         raise ValueError("models: got none, give at least one as {name: model}")
     for argument, value in [

@@ -135,7 +135,7 @@ class Operations:
         )
         # packed: what it held before is read, and the new tokens in full precision as they come
         if hasattr(state, "predicted_bytes"):
-            sizes = (self.batch, layer.kv_heads, layer.head_dim, self.itemsize)
+            sizes = (self.batch, layer.kv_heads, layer.head_dim, self.itemsize, layer.value_dim)
             before, after = (
                 state.predicted_bytes(count, *sizes) if count else 0 for count in (self.past, keys)
             )

@@ -1,6 +1,7 @@
 """Structured projections: how hidden states become q, k, v and back with fewer parameters.
 
 # q, k, v, o of every layer; ffn=True for the FFN too
+effattn.swap(model, projections="lowrank(ratio=0.75)", calibration=tokens)
 effattn.swap(model, projections="monarch(blocks=16)")
 # how far each matrix is from the one it replaced
 effattn.projections.errors(model)
@@ -13,6 +14,7 @@ from __future__ import annotations
 import importlib
 
 _FUNCTIONS = {
+    "LowRankLinear": "effattn.projections.lowrank",
     "MonarchLinear": "effattn.projections.monarch",
     "errors": "effattn.surgery.replace",
 }

@@ -6,8 +6,9 @@ A member of the axis, such as `MonarchLinear`, is one file of this package: a su
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol, Self
 
+import torch
 from torch import Tensor, nn
 
 from effattn.axes import Axis
@@ -35,9 +36,23 @@ class StructuredLinear(nn.Module):
         raise NotImplementedError
 
 
+class Shared(Protocol):
+    """One budget for all matrices of a spec: it is shown each of them, and then says what each
+    gets."""
+
+    def add(self, name: str, linear: nn.Linear, moment: Tensor | None) -> None:
+        """The matrix at path `name`; moment as for `ProjectedLinear.from_linear`."""
+        ...
+
+    def sizes(self) -> dict[str, dict | None]:
+        """By path, the options that `from_linear` then takes; None: it stays the linear that it
+        is."""
+        ...
+
+
 class ProjectedLinear(StructuredLinear):
     """One that approximates the linear layer that it was made of; made anew with its sizes as
-    keyword arguments.
+    keyword arguments. Its weight is a product of two parameters, `left` and `right`.
 
     error: |W - its original| / |its original| (Frobenius) when it was projected; None for a new
     layer. output_error: the same of the outputs, where it was projected with a second moment."""
@@ -45,6 +60,9 @@ class ProjectedLinear(StructuredLinear):
     name: ClassVar[str]  # set by `register`
     EXAMPLE: ClassVar[str]  # a spec
     SIZES: ClassVar[Mapping[str, tuple[type, ...]]]  # what a checkpoint must know, and its types
+    left: nn.Parameter
+    right: nn.Parameter
+    bias: nn.Parameter | None
     error: float | None
     output_error: float | None
 
@@ -62,10 +80,48 @@ class ProjectedLinear(StructuredLinear):
         raise NotImplementedError
 
     @classmethod
+    def shared(cls, **options: Any) -> Shared | None:
+        """What decides the sizes of all matrices of one spec together; None: each is by itself."""
+        return None
+
+    @classmethod
     def from_linear(cls, linear: nn.Linear, *args: Any, **options: Any) -> ProjectedLinear:
         """The layer closest to `linear`: in its weights, or with `moment=`, (in_features,
         in_features), in its outputs for inputs of that second moment."""
         raise NotImplementedError
+
+    @torch.no_grad()
+    def take(self, linear: nn.Linear, right: Tensor, left: Tensor, moment: Tensor | None) -> Self:
+        """These factors for the weight of `linear`; its bias and its flags; and notes the
+        errors."""
+        self.right.copy_(right)
+        self.left.copy_(left)
+        self.error = relative_error(linear.weight, self.dense())
+        if moment is not None:
+            self.output_error = relative_error(linear.weight, self.dense(), moment)
+        self.right.requires_grad_(linear.weight.requires_grad)
+        self.left.requires_grad_(linear.weight.requires_grad)
+        if self.bias is not None:
+            self.bias.copy_(linear.bias)
+            self.bias.requires_grad_(linear.bias.requires_grad)
+        return self.train(linear.training)
+
+    @torch.no_grad()
+    def to_linear(self) -> nn.Linear:
+        """The nn.Linear that computes the same."""
+        like: dict[str, Any] = dict(device=self.left.device, dtype=self.left.dtype)
+        new = nn.Linear(self.in_features, self.out_features, self.bias is not None, **like)
+        new.weight.copy_(self.dense())
+        new.weight.requires_grad_(self.left.requires_grad)
+        if self.bias is not None:
+            new.bias.copy_(self.bias)
+            new.bias.requires_grad_(self.bias.requires_grad)
+        return new.train(self.training)
+
+    @property
+    def nbytes(self) -> int:
+        """Of all parameters, padding included."""
+        return sum(p.numel() * p.element_size() for p in self.parameters())
 
     @property
     def weight_parameters(self) -> int:
@@ -102,3 +158,18 @@ def recorded_kind(entry: object) -> type[ProjectedLinear]:
         name = ""
     known = PROJECTIONS.members()
     return known.get(name, known["monarch"])
+
+
+def relative_error(original: Tensor, weight: Tensor, moment: Tensor | None = None) -> float:
+    """|weight - original| / |original|, Frobenius; of the outputs for inputs of second moment
+    `moment`, if it is given.
+
+    For a zero original, the distance itself.
+    """
+
+    def norm(w: Tensor) -> float:
+        square = (w * w).sum() if moment is None else ((w @ moment.to(w)) * w).sum()
+        return max(square.item(), 0.0) ** 0.5
+
+    distance, size = norm(original.double() - weight.double()), norm(original.double())
+    return distance / size if size else distance

@@ -128,7 +128,6 @@ class MonarchLinear(ProjectedLinear):
     raises."""
 
     EXAMPLE = "monarch(blocks=16)"
-    bias: nn.Parameter | None
     SIZES: ClassVar[dict] = {"blocks": (int,), "rank": (int, type(None))}
 
     def __init__(
@@ -256,17 +255,7 @@ class MonarchLinear(ProjectedLinear):
         if not torch.isfinite(weight).all():
             raise ValueError("monarch: the weight holds NaN or Inf")
         right, left = project(weight, blocks, new.rank, moment)
-        new.right.copy_(right)
-        new.left.copy_(left)
-        new.error = relative_error(weight, new.dense())
-        if moment is not None:
-            new.output_error = relative_error(weight, new.dense(), moment)
-        if new.bias is not None:
-            new.bias.copy_(linear.bias)
-        for name, like in (("right", weight), ("left", weight), ("bias", linear.bias)):
-            if like is not None:
-                getattr(new, name).requires_grad_(like.requires_grad)
-        return new.train(linear.training)
+        return new.take(linear, right, left, moment)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in_features) -> (..., out_features), in x's dtype; with gradients."""
@@ -282,23 +271,6 @@ class MonarchLinear(ProjectedLinear):
         return weight.reshape(self.padded_out, self.padded_in)[
             : self.out_features, : self.in_features
         ]
-
-    @torch.no_grad()
-    def to_linear(self) -> nn.Linear:
-        """The nn.Linear that computes the same."""
-        like = dict(device=self.left.device, dtype=self.left.dtype)
-        new = nn.Linear(self.in_features, self.out_features, self.bias is not None, **like)
-        new.weight.copy_(self.dense())
-        new.weight.requires_grad_(self.left.requires_grad)
-        if self.bias is not None:
-            new.bias.copy_(self.bias)
-            new.bias.requires_grad_(self.bias.requires_grad)
-        return new.train(self.training)
-
-    @property
-    def nbytes(self) -> int:
-        """Of all parameters, padding included."""
-        return sum(p.numel() * p.element_size() for p in self.parameters())
 
     def cost(self, rows: int, backward: bool = False) -> Cost:
         """The fewest operations and bytes for x (rows, in_features): intermediate numbers never
@@ -322,18 +294,3 @@ class MonarchLinear(ProjectedLinear):
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"blocks={self.blocks}, rank={self.rank}, bias={self.bias is not None}{padding}"
         )
-
-
-def relative_error(original: Tensor, weight: Tensor, moment: Tensor | None = None) -> float:
-    """|weight - original| / |original|, Frobenius; of the outputs for inputs of second moment
-    `moment`, if it is given.
-
-    For a zero original, the distance itself.
-    """
-
-    def norm(w: Tensor) -> float:
-        square = (w * w).sum() if moment is None else ((w @ moment.to(w)) * w).sum()
-        return max(square.item(), 0.0) ** 0.5
-
-    distance, size = norm(original.double() - weight.double()), norm(original.double())
-    return distance / size if size else distance

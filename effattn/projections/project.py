@@ -17,11 +17,9 @@ from einops import rearrange
 from torch import Tensor
 from torch.nn.functional import pad
 
+from effattn.damping import damped
+
 SWEEPS = 4  # over all input blocks; the error never grows, and little is left to gain after a few
-# Noise on the inputs, in mean variances. They are not those of the calibration once other layers
-# are projected too, and without it directions that hardly vary get huge weights (embedded model, 8
-# blocks: perplexity 47 at 1e-6, 21 at 1).
-RIDGE = 0.5
 
 
 @torch.no_grad()
@@ -31,8 +29,8 @@ def project(
     """right (b, b·r, p) and left (b, s, b·r) of the Monarch matrix closest to weight (out, in), in
     fp64.
 
-    moment (in, in): second moment of the inputs, E[x x^T], to which RIDGE is added; None: closest
-    in the Frobenius norm, which is also where the other begins. Both factors get the roots of the
+    moment (in, in): second moment of the inputs, E[x x^T], `damped`; None: closest in
+    the Frobenius norm, which is also where the other begins. Both factors get the roots of the
     singular values. Padding of the weight is zero rows and columns."""
     w = _blocks(weight.double(), blocks)
     out, inside = _truncated(w, rank)
@@ -41,8 +39,11 @@ def project(
     # Closest in its outputs: E|(W - M) x|^2 = tr((W - M) S (W - M)^T), S the second moment.
     p = w.shape[3]
     missing = blocks * p - len(moment)
-    ridge = RIDGE * moment.diagonal().double().mean().item() or 1.0
-    moment = pad(moment.to(w), (0, missing, 0, missing)) + ridge * torch.eye(blocks * p).to(w)
+    # Damped as noise on the inputs would: they are not those of the calibration once other layers
+    # are projected too, and without it directions that hardly vary get huge weights (embedded
+    # model, 8 blocks, 32,768 tokens: perplexity 47 without, 19.7 at 0.1, 20.4 at 0.5). Padding
+    # counts as 1.
+    moment = damped(pad(moment.to(w), (0, missing, 0, missing)))
     values, vectors = torch.linalg.eigh(
         moment.view(blocks, p, blocks, p).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
     )

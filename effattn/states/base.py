@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from effattn.kernels.flash.pattern import Layout, Pattern
-from effattn.states.sizes import NoSuchRow, Sizes
+from effattn.states.sizes import Sizes, check_rows
 
 BESIDE = ("real", "rows", "shift", "sizes")  # attributes that are not what is held of the tokens
 
@@ -35,8 +35,9 @@ class State:
     `owner`: the backend that it belongs to, in words; `sizes`: what it began with; `learning`:
     whether gradients may flow through the present call, so that nothing is written in place. `real`
     (B, seq_len) bool: which tokens were real, None where all were; `moved`: whether they lie
-    elsewhere than they came; `rows`: one state for each row. `shift`: what position_ids had added
-    to each row's positions, which all calls have to do alike."""
+    elsewhere than they came; `rows`: one state for each row; `late`: told before a padded call, by
+    which number of tokens every row has a real one (None: nobody knows). `shift`: what position_ids
+    had added to each row's positions, which all calls have to do alike."""
 
     evicts = True
     read_by_method = True
@@ -49,6 +50,7 @@ class State:
     learning = False
     real: Tensor | None = None
     moved = False
+    late: int | None = None
     rows: list[State] | None = None
     shift: tuple[int, ...] | None = None
 
@@ -260,8 +262,7 @@ class State:
             raise ValueError(
                 f"index: expected {batch} rows, got {len(index)}; select() changes the batch"
             )
-        if len(index) and not 0 <= int(index.min()) <= int(index.max()) < batch:
-            raise NoSuchRow(f"index: got rows {index.tolist()}, valid are 0 to {batch - 1}")
+        check_rows("index", index, batch)
 
     def ready(self, learning: bool) -> None:
         """Before a call: `learning` says whether gradients may flow."""
@@ -284,7 +285,7 @@ class State:
 
     def note(self, owner: str, k: Tensor, v: Tensor) -> None:
         """After a call of `owner` with the new tokens k and v."""
-        self.owner, self.learning = owner, False
+        self.owner, self.learning, self.late = owner, False, None
         if self.sizes is None:
             self.sizes = Sizes.of(k, v)
 
@@ -333,9 +334,10 @@ class State:
     def _now(self, batch: int, change: Callable[[Tensor], Tensor]) -> None:
         """What goes with rows that have changed."""
         self.real = None if self.real is None else change(self.real)
-        self.shift = (
-            None if self.shift is None else tuple(change(torch.tensor(self.shift)).tolist())
-        )
+        if self.shift is not None and len(set(self.shift)) == 1:  # and who is whose is not asked
+            self.shift = self.shift[:1] * batch
+        elif self.shift is not None:
+            self.shift = tuple(change(torch.tensor(self.shift)).tolist())
         self.sizes = None if self.sizes is None else self.sizes._replace(batch=batch)
 
 

@@ -114,9 +114,9 @@ class LayerCache:
         """An empty state that remembers what `own` would, the backend's own state."""
         raise NotImplementedError
 
-    def static_state(self, length: int) -> State | None:
-        """An empty state with room for `length` tokens, whose tensors never change their shapes;
-        None where there is no such form.
+    def static_state(self, length: int, backend: Holder | None = None) -> State | None:
+        """An empty state with room for `length` tokens, whose tensors never change their shapes,
+        for a backend that sees everything, or for `backend`; None where there is no such form.
         """
         return None
 

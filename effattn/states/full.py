@@ -108,8 +108,8 @@ class FullState(State):
                 room[:, :, :past] = x
             self.rooms = rooms
         for room, x in zip(self.rooms, (k, v), strict=True):
-            room[:, :, past:total] = x
-        return tuple(room[:, :, :total] for room in self.rooms)
+            room.narrow(2, past, total - past).copy_(x)
+        return tuple(room.narrow(2, 0, total) for room in self.rooms)
 
     def _select(self, index: Tensor) -> None:
         if self.k is not None:
@@ -154,7 +154,7 @@ class RingState(FullState):
         self.reset()
 
     def _reset(self) -> None:
-        self.k = self.v = self.slots_at = None
+        self.k = self.v = self.slots_at = self.behind = None
         self.total = 0  # tokens seen
         self.oldest = 0  # the oldest token that is held in the ring
         self.wrapped = False  # whether k and v are slots and a ring by now
@@ -189,6 +189,9 @@ class RingState(FullState):
             self.v = v if self.v is None else torch.cat([self.v, v], dim=2)
             self.total = total
             return self.k, self.v, layout_of(padding_mask)
+        simple = self.wrapped and k.shape[2] == 1 and padding_mask is None and not self.pending
+        if simple and (found := self._one(k, v)):
+            return found
         start = None if padding_mask is None else first_real(padding_mask)
         learning = torch.is_grad_enabled() and any(
             x.requires_grad for x in (k, v, self.k, self.v) if x is not None
@@ -196,6 +199,28 @@ class RingState(FullState):
         if self.wrapped and k.shape[2] <= ROLLBACK and not (learning or self.learning):
             return self._few(k, v, total, start, padding_mask)
         return self._many(k, v, total, start, padding_mask)
+
+    def _one(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Layout] | None:
+        """One token where the host knows where all lie: no slot waits for one, and nothing is
+        padding. None where it becomes more: a slot is due, or gradients flow."""
+        total, oldest = self.total + 1, max(self.oldest, self.total + 1 - self.ring)
+        learning = torch.is_grad_enabled() and (k.requires_grad or self.k.requires_grad)
+        if learning or self.learning or torch.compiler.is_compiling():
+            return None
+        slots = self.slots
+        if oldest > self.oldest and len(self.slot_positions(oldest)) > slots:
+            return None
+        place = self.total % self.ring
+        self.k.narrow(2, slots + place, 1).copy_(k)
+        self.v.narrow(2, slots + place, 1).copy_(v)
+        self.total, self.oldest = total, oldest
+        # how far before the newest token the one at each place is: a part of one and the same table
+        if self.behind is None or self.behind.device != k.device:
+            self.behind = -torch.arange(2 * self.ring, device=k.device) % self.ring
+        number = self.total - 1 - self.behind.narrow(0, self.ring - place, self.ring)
+        if oldest != total - self.ring:
+            number = torch.where(number >= oldest, number, -1)
+        return self.k, self.v, Layout(slots, 0, None, None, self._places(slots), number, total)
 
     def _few(self, k, v, total, start, padding_mask) -> tuple[Tensor, Tensor, Layout]:
         """Overwrites the ring's oldest tokens in place."""
@@ -307,8 +332,13 @@ class RingState(FullState):
         for held, source in ((self.k, k), (self.v, v)):
             found = source.gather(2, at.expand(*source.shape[:2], -1, source.shape[3]))
             held[:, :, : self.slots] = torch.where(there, found, held[:, :, : self.slots])
-        # without padding all rows are done at once; asking the device would be a sync a step
-        self.pending = start is not None and bool((number >= high).any())
+        # without padding all rows are done at once; with it, a row is when its last one has come
+        if start is None:
+            self.pending = False
+        elif self.late is not None:
+            self.pending = self.late + self.slot_positions(high)[self.slots - 1] >= high
+        else:
+            self.pending = bool((number >= high).any())
 
     def _outlived(self, slots: int, limit: int, start: Tensor) -> Tensor:
         """(B, slots): which slots hold a token older than `limit`, so that it is not in the ring as

@@ -15,6 +15,19 @@ class NoSuchRow(ValueError, IndexError):
     """A row of the batch that is not there."""
 
 
+def check_rows(argument: str, index: Tensor, batch: int) -> None:
+    """NoSuchRow unless `index` (N,) int64 names rows of a batch. On a device that the host would
+    have to wait for, it is the device that stops."""
+    if not len(index):
+        return
+    if index.device.type != "cpu":
+        torch._assert_async(
+            ((index >= 0) & (index < batch)).all(), f"{argument}: valid are rows 0 to {batch - 1}"
+        )
+    elif not 0 <= int(index.min()) <= int(index.max()) < batch:
+        raise NoSuchRow(f"{argument}: got rows {index.tolist()}, valid are 0 to {batch - 1}")
+
+
 class Sizes(NamedTuple):
     """What the first keys and values of a state were like; only the number of tokens may differ
     afterwards.

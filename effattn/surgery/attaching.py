@@ -10,14 +10,17 @@ from dataclasses import dataclass, field
 
 from torch import nn
 from torch.utils.hooks import RemovableHandle
-from transformers import PreTrainedModel
+from transformers import GenerationMixin, PreTrainedModel
 
 from effattn.errors import Unsupported
 from effattn.hf import anatomy, hooks, live
+from effattn.hf.position_ids import Following
 from effattn.surgery.plan import LayerPlan
 
 # transformers' way into continuous batching, which is closed while swapped
 BATCHING = "init_continuous_batching"
+# ... and what `generate` calls between two steps
+UPDATE = "_update_model_kwargs_for_generation"
 
 
 @dataclass
@@ -31,6 +34,8 @@ class Swap:
     # The layers that look at position_ids for all: parts of the model, which no two swaps have in
     # common.
     checkers: list[live.LayerSwap] = field(default_factory=list, compare=False)
+    # whether tokens without position_ids are numbered as they come, padding too
+    rotary: bool = field(default=False, compare=False)
 
 
 def attach(model: PreTrainedModel, parts: anatomy.Anatomy, plans: dict[int, LayerPlan]) -> None:
@@ -84,6 +89,7 @@ def attach(model: PreTrainedModel, parts: anatomy.Anatomy, plans: dict[int, Laye
         # layers that keep what they have go through our function too, which passes them on
         elif not hasattr(module, hooks.ATTRIBUTE):
             setattr(module, hooks.ATTRIBUTE, live.LayerSwap(layer.index, done.original))
+    done.rotary = bool(parts.layers[0].family.rotary)
     done.checkers = _choose_checkers(
         [getattr(layer.attention, hooks.ATTRIBUTE) for layer in parts.layers]
     )
@@ -91,6 +97,9 @@ def attach(model: PreTrainedModel, parts: anatomy.Anatomy, plans: dict[int, Laye
         setattr(model, hooks.ATTRIBUTE, done)
         _hook(model, hooks.before_model)
         model.__dict__[BATCHING] = hooks.refuse_continuous_batching
+        # what a class does instead, nobody knows
+        if getattr(type(model), UPDATE, None) is getattr(GenerationMixin, UPDATE):
+            model.__dict__[UPDATE] = Following(model)
 
 
 def detach(model: nn.Module) -> None:
@@ -101,7 +110,8 @@ def detach(model: nn.Module) -> None:
         for layer in parts.layers:
             _detach(layer.attention)
         _unhook(model)
-        model.__dict__.pop(BATCHING, None)
+        for name in (BATCHING, UPDATE):
+            model.__dict__.pop(name, None)
         delattr(model, hooks.ATTRIBUTE)
         parts.model.set_attn_implementation(done.original)
 

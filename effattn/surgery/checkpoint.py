@@ -29,7 +29,7 @@ from effattn.hf.source import DTYPES as DTYPES
 from effattn.hf.source import KEY, dtype_of, load_tokenizer, read_config, resolve
 from effattn.outputs import atomic_folder
 from effattn.projections import packed
-from effattn.surgery import record, replace, swapping
+from effattn.surgery import codebooks, record, replace, swapping
 from effattn.surgery.record import LEARNED
 
 
@@ -62,14 +62,15 @@ def save(model: PreTrainedModel, path: str | Path, tokenizer=None) -> Path:
 
 
 def load(path: str | Path, dtype: torch.dtype | str = "auto") -> nn.Module:
-    """The model of a checkpoint (folder, hub name or "embedded"), with its swap applied again, in
-    eval mode. dtype: of the weights, a torch dtype or its name; "auto": as stored.
+    """The model of a checkpoint (folder, GGUF file, hub name, "embedded" or "smollm2"), with its
+    swap applied again, in eval mode. dtype: of the weights, a torch dtype or its name; "auto": as
+    stored, bfloat16 of a GGUF file.
 
     Its class is the one that was saved. ValueError for weights that are missing, unexpected or of
     another shape, for learned weights that do not fit the swap, and for a class that transformers
     does not have."""
-    name = resolve(path)
     dtype = dtype_of(dtype)
+    name = resolve(path, dtype)
     config = read_config(name, path)
     packing.check_format(config, path)
     # What the config says of the swap is taken off it: first a plain model is built, then swapped.
@@ -83,8 +84,10 @@ def load(path: str | Path, dtype: torch.dtype | str = "auto") -> nn.Module:
         shape = partial(_rebuild, again)
     model = loading.build(name, config, dtype, shape, learned=bool(axes))
     check_finite(packing.steady(model))
+    packed.check(model)
     if axes:
-        swapping.swap(model, **axes)
+        with codebooks.filled_later():
+            swapping.swap(model, **axes)
     if "heads" in again:
         swapping.remember_latents(model)
     # what was learned for a swap that config.json does not have is refused, too
@@ -98,7 +101,7 @@ def _rebuild(again: dict, model: nn.Module) -> None:
     """Makes a new model's projections what the checkpoint holds; their weights mean nothing yet."""
     latents.rebuild(model, again.get("heads", {}))
     replace.rebuild(model, again.get("projections", {}))
-    packed.rebuild(model, again.get("packed", []))
+    packed.rebuild(model, again.get("packed", {}))
 
 
 @torch.no_grad()
@@ -118,10 +121,8 @@ def load_again(folder: str | Path, model: nn.Module, tokens: Tensor) -> tuple[nn
 
 
 def load_model(name: str | Path, dtype: torch.dtype | str = "auto", *, bos: bool | None = None):
-    """(causal LM in eval mode, tokenizer) of "embedded", a folder or a hub name, which settles
-    its BOS (`effattn.hf.beginning`; None: as the tokenizer does it). ValueError when it is none of
-    them.
-    """
+    """(causal LM in eval mode, tokenizer) of what `load` takes, which settles its BOS
+    (`effattn.hf.beginning`; None: as the tokenizer does it). ValueError when it is none of them."""
     dtype = dtype_of(dtype)
     if str(name) == "embedded":
         from effattn import embedded
@@ -132,7 +133,7 @@ def load_model(name: str | Path, dtype: torch.dtype | str = "auto", *, bos: bool
         check_finite(model)
         settle(model, bos, tokenizer)
         return model, tokenizer
-    folder = resolve(name)
+    folder = resolve(name, dtype)
     loading.check_causal(read_config(folder, name), name)
     model, tokenizer = load(name, dtype), load_tokenizer(folder)
     settle(model, bos, tokenizer)

@@ -6,6 +6,10 @@ attention sees them, rotated. The model is swapped meanwhile, and as it was afte
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Protocol, cast
 
 import torch
@@ -45,6 +49,30 @@ def _coded(plan: LayerPlan) -> Coded:
 def wanting(plans: dict[int, LayerPlan]) -> dict[int, LayerPlan]:
     """The plans whose backend has a codebook to fit."""
     return {index: plan for index, plan in plans.items() if hasattr(plan.backend, "calibrate")}
+
+
+_filled_later: ContextVar[bool] = ContextVar("_filled_later", default=False)
+
+
+@contextmanager
+def filled_later() -> Iterator[None]:
+    """A swap in the body gets its codebooks from a checkpoint."""
+    before = _filled_later.set(True)
+    try:
+        yield
+    finally:
+        _filled_later.reset(before)
+
+
+def warn_of_random(plans: dict[int, LayerPlan], tokens: Tensor | None) -> None:
+    """A warning for codebooks that nothing has fitted: random words fit no trained model's keys."""
+    random = [index for index, plan in wanting(plans).items() if not plan.kept]
+    if random and tokens is None and not _filled_later.get():
+        warnings.warn(
+            f"swap: calibration: got none, so the codebooks of {len(random)} layers are random and "
+            "the model's output means little; give tokens, or call each backend's calibrate(keys)",
+            stacklevel=3,
+        )
 
 
 def check(parts: Anatomy, plans: dict[int, LayerPlan], tokens: Tensor | None) -> None:

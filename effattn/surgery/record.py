@@ -51,7 +51,7 @@ def of(model: nn.Module) -> dict:
     others = {
         "heads": latents.record(model),
         "projections": replace.record(model),
-        "packed": list(packed.layers_of(model)),
+        "packed": packed.record(model),
     }
     return found | {name: entry for name, entry in others.items() if entry}
 

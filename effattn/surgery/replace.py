@@ -10,7 +10,7 @@ The modules are the record: what a model's projections are is read from its `Pro
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -29,6 +29,7 @@ from effattn.projections.base import (
     FITTED,
     PROJECTIONS,
     ProjectedLinear,
+    Shared,
     StructuredLinear,
     recorded_kind,
 )
@@ -55,15 +56,19 @@ class Matrix:
         """Whether the method needs calibration."""
         return self.options is not None and self.options["method"] == "data"
 
-    def fitted(self, moment: Tensor | None) -> ProjectedLinear:
-        """What takes its place: closest in its outputs with a second moment, else in its
-        weights."""
+    @property
+    def linear(self) -> nn.Linear:
+        """What is replaced, multiplied out where it is structured."""
+        return self.module if isinstance(self.module, nn.Linear) else self.module.to_linear()
+
+    def fitted(self, moment: Tensor | None, sizes: dict | None = None) -> ProjectedLinear:
+        """What takes its place: closest in its outputs with a second moment, else in its weights.
+        sizes: what a shared budget has given it, instead of its spec's."""
         assert self.kind is not None  # "dense" is made, not fitted
         assert self.options is not None
-        module = self.module
-        linear = module if isinstance(module, nn.Linear) else module.to_linear()
+        sizes = sizes or sizing(self.options)
         try:
-            new = self.kind.from_linear(linear, **sizing(self.options), moment=moment)
+            new = self.kind.from_linear(self.linear, **sizes, moment=moment)
         except ValueError as error:
             raise type(error)(f"{self.name}: {error}") from error
         new.spec = format_spec(*parse_spec(self.spec))
@@ -205,24 +210,51 @@ def _check(matrix: Matrix, outputs: int) -> None:
 
 
 def fit(asked: Replacement) -> dict[str, nn.Module]:
-    """name -> the module that will take its place. Changes nothing; "data" runs the model layer by
-    layer.
+    """name -> the module that will take its place; what a shared budget leaves dense has none.
+    Changes nothing; "data" runs the model layer by layer.
     """
     new: dict[str, nn.Module] = {}
     for matrix in asked.matrices:
         if isinstance(matrix.module, StructuredLinear) and matrix.options is None:
             new[matrix.name] = matrix.module.to_linear()
-        elif not matrix.from_data:
-            new[matrix.name] = matrix.fitted(None)
-    if len(new) < len(asked.matrices):
-        new |= _fit_outputs(asked)
+    wanted = [matrix for matrix in asked.matrices if matrix.options is not None]
+    sizes = _share_out(asked, wanted)
+    for matrix, moment in _with_moments(
+        asked, [m for m in wanted if sizes.get(m.name, {}) is not None]
+    ):
+        new[matrix.name] = matrix.fitted(moment, sizes.get(matrix.name))
+    for name in (name for name, size in sizes.items() if size is None):
+        module = asked.parts.model.get_submodule(name)
+        if isinstance(module, StructuredLinear):
+            new[name] = module.to_linear()
     return new
 
 
-def _fit_outputs(asked: Replacement) -> dict[str, nn.Module]:
-    """Those of method="data": the inputs of one layer at a time, on the unmodified model."""
+def _share_out(asked: Replacement, matrices: list[Matrix]) -> dict[str, dict | None]:
+    """By path, what `Shared.sizes` says of those matrices whose sizes are decided together: all of
+    one spec."""
+    budgets: dict[str, Shared] = {}
+    for matrix in matrices:
+        assert matrix.kind is not None
+        assert matrix.options is not None
+        budget = matrix.kind.shared(**sizing(matrix.options))
+        if budget is not None:
+            budgets.setdefault(matrix.spec, budget)
+    for matrix, moment in _with_moments(asked, [m for m in matrices if m.spec in budgets]):
+        budgets[matrix.spec].add(matrix.name, matrix.linear, moment)
+    return {name: size for one in budgets.values() for name, size in one.sizes().items()}
+
+
+def _with_moments(
+    asked: Replacement, matrices: list[Matrix]
+) -> Iterator[tuple[Matrix, Tensor | None]]:
+    """Each matrix, and for method="data" the second moment of its inputs, of the unmodified
+    model."""
+    yield from ((matrix, None) for matrix in matrices if not matrix.from_data)
+    from_data = [matrix for matrix in matrices if matrix.from_data]
+    if not from_data:
+        return
     assert asked.calibration is not None  # `make` has refused it otherwise
-    new: dict[str, nn.Module] = {}
     model = asked.parts.model
     training = model.training
     model.eval()
@@ -232,19 +264,17 @@ def _fit_outputs(asked: Replacement) -> dict[str, nn.Module]:
         batches = windows(asked.calibration, asked.length, BATCH, bos_of(model))
         runner = LayerRunner(asked.parts, batches)
         hidden = runner.embed()
-        for index in range(len(asked.parts.layers)):
-            wanted = [m for m in asked.matrices if m.layer == index and m.from_data]
-            moments = [SecondMoment() for _ in wanted]
+        for index in range(1 + max(matrix.layer for matrix in from_data)):
+            here = [matrix for matrix in from_data if matrix.layer == index]
+            moments = [SecondMoment() for _ in here]
             with ExitStack() as stack:
-                for matrix, moment in zip(wanted, moments, strict=True):
+                for matrix, moment in zip(here, moments, strict=True):
                     stack.enter_context(watch(matrix.module, _adding_to(moment)))
                 for number, states in runner.run(index, hidden):
                     hidden[number] = states
-            for matrix, moment in zip(wanted, moments, strict=True):
-                new[matrix.name] = matrix.fitted(moment.mean)
+            yield from ((matrix, moment.mean) for matrix, moment in zip(here, moments, strict=True))
     finally:
         model.train(training)
-    return new
 
 
 def _adding_to(moment: SecondMoment) -> Callable[[Tensor, Tensor], None]:

@@ -57,8 +57,8 @@ def swap(
     that fit (`effattn.new_cache`); encoders are swapped with causal=False.
 
     Patterns that quantize keys ("vq") fit their codebooks to the keys that the model makes of
-    `calibration` (tokens, int64 (N,)); without it codebooks are random, until the backends' own
-    `calibrate` or a checkpoint fills them.
+    `calibration` (tokens, int64 (N,)); without it codebooks are random, which a warning says, until
+    the backends' own `calibrate` fills them.
 
     positions: a rule of `effattn.positions.rules()` for all layers that it makes sense in, or a
     dict as for patterns: "yarn(factor=8)", "rerope(window=256)+logn"; "rope" is the model's own. A
@@ -76,11 +76,11 @@ def swap(
     `energy`, and the other options of `convert_latent`. Layers without a pattern get "dense" for
     it.
 
-    projections: "monarch(blocks=16)" for all layers, or a dict as for patterns; options (rank,
-    ratio, ffn, method, pad) and what they mean are those of `MonarchLinear.options`. q, k, v and o
-    become new modules (`effattn.projections.MonarchLinear`), without the hooks that the linears
-    had; keys and values that are latents stay. "dense" multiplies them out. Heads are changed
-    first, so that both may be asked for in one call.
+    projections: "lowrank(ratio=0.75)" or "monarch(blocks=16)" for all layers, or a dict as for
+    patterns; options are those of `LowRankLinear.options` and `MonarchLinear.options`. q, k, v and
+    o become new modules (`effattn.projections`), without the hooks that the linears had; keys and
+    values that are latents stay. "dense" multiplies them out. Heads are changed first, so that both
+    may be asked for in one call.
 
     bos: whether BOS takes the place of the first token of each window of `calibration` (None: as
     the model's tokenizer does it).
@@ -125,6 +125,7 @@ def swap(
             plans = plan(anatomy.of(model))
         _carry_out(parts, placed, plan, plans, calibration)
     mark(model)
+    codebooks.warn_of_random(plans, calibration)
     return model
 
 

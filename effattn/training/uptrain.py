@@ -23,10 +23,10 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 from transformers import PrinterCallback, Trainer, TrainerCallback
 
 from effattn.errors import check_choice
+from effattn.evaluate.logits import Scores, positions_at_a_time
 from effattn.evaluate.loss import compare, kl_chunked, perplexity
 from effattn.hf import anatomy as hf
 from effattn.hf.beginning import bos_of
@@ -34,17 +34,21 @@ from effattn.hf.placement import require_here
 from effattn.reports.files import write_text_atomic
 from effattn.training import lending as training
 
-CHUNK = 1024  # positions whose logits exist at a time
 CE_WEIGHT = 0.05
 LAYER_WEIGHT = 30.0  # 10 to 60 were alike
 TRAINABLE = ("attention", "all")
 
 
-def default_lr(hidden: int) -> float:
-    """Peak learning rate by width: 3e-3 up to 256 (measured on the embedded model), 9e-5 at 4096 (a
-    guess).
-    """
-    return 3e-3 * min(1.0, 256 / hidden) ** 1.25
+def default_lr(parts: hf.Anatomy) -> float:
+    """Peak learning rate by width and depth: 3e-3 for the embedded model (256 wide, 4 layers), less
+    for wider and for deeper ones.
+
+    Adam moves every weight by the rate, and an output by the rate times the width; what the layers
+    do adds up. SmolLM2 (576 wide, 30 layers: 1.8e-4), 3 -> 1 heads, cross-entropy 4.67 before and
+    after 4,096 tokens: 4.52 at 2e-4, 4.73 at 5e-4. 4096 wide, 32 layers: 2.3e-5, near the 2e-5 that
+    is usual there."""
+    width, layers = parts.embeddings.weight.shape[1], len(parts.layers)
+    return 3e-3 * min(1.0, 256 / width) * min(1.0, 4 / layers)
 
 
 def distillation_loss(
@@ -54,31 +58,28 @@ def distillation_loss(
     teacher_hidden: torch.Tensor,
     labels: torch.Tensor,
     ce_weight: float = CE_WEIGHT,
-    chunk: int = CHUNK,
+    chunk: int | None = None,
 ) -> torch.Tensor:
     """Mean over positions of KL(teacher || student) + ce_weight · cross-entropy, in nats: a 0-d
     float32 tensor.
 
     hidden, teacher_hidden (B, T, D): outputs of the final norms; labels (B, T) int64, the input
-    tokens (shifted here). Logits of at most `chunk` positions exist at a time, forward and
-    backward."""
-    student, teacher = (x[:, :-1].flatten(0, 1) for x in (hidden, teacher_hidden))
+    tokens (shifted here). Logits of at most `chunk` positions exist at a time (None: what fits
+    into `effattn.evaluate.logits.BYTES`), forward and backward."""
+    chunk = chunk or positions_at_a_time(parts.embeddings.weight.shape[0])
+    student = Scores(parts, hidden[:, :-1], chunk)
+    teacher = Scores(teacher_parts, teacher_hidden[:, :-1], chunk)
     targets = labels[:, 1:].flatten()
 
-    def part(s: torch.Tensor, t: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        logits = parts.logits(s).float()
+    def part(logits: torch.Tensor, at: slice) -> torch.Tensor:
         with torch.no_grad():
-            reference = teacher_parts.logits(t)
-        kl = kl_chunked(reference, logits, chunk).sum()
-        return kl + ce_weight * F.cross_entropy(logits, target, reduction="sum")
+            reference = teacher.logits(at)
+        kl = kl_chunked(reference, logits).sum()
+        return kl + ce_weight * F.cross_entropy(logits, targets[at], reduction="sum")
 
-    # Checkpointed: a chunk's logits are made again in the backward pass. They are the largest
-    # tensors of the step by far (a vocabulary each), and all else about them is cheap.
     total = hidden.new_zeros((), dtype=torch.float32)
-    for s, t, target in zip(
-        student.split(chunk), teacher.split(chunk), targets.split(chunk), strict=True
-    ):
-        total = total + checkpoint(part, s, t, target, use_reentrant=False)
+    for loss in student.each(part):
+        total = total + loss
     return total / len(targets)
 
 
@@ -253,7 +254,7 @@ def uptrain(
         check_choice("trainable", trainable, TRAINABLE)
     settings = {"disable_tqdm": True, "logging_strategy": "no", "seed": seed}
     settings |= training.placed(student) | (overrides or {})
-    lr = lr or default_lr(student.get_input_embeddings().weight.shape[1])
+    lr = lr or default_lr(hf.of(student))
     arguments, tokens_per_step = _schedule(
         folder, train_tokens, batch * length, batch=batch, lr=lr, save_every=save_every, **settings
     )

@@ -10,7 +10,7 @@ from ..aot import ARCHES
 from ..flash.triton_bias import alibi
 from ..pack.codes import Coding
 from .packed_kernels import attend_packed
-from .packed_triton import code, tile, turned
+from .packed_triton import code, tile, turned, whole
 from .triton_pieces import in_window
 from .turn import Turn
 
@@ -48,25 +48,26 @@ UNEVEN = ("mask_b",)  # strides that may be no multiple of 16
 
 def variants(arch: str) -> list[dict]:
     """Every kind of codes with one query, several queries, everything on, and keys that turn."""
-    shared = ARCHES[arch].shared_block
+    limits = ARCHES[arch]
+    on = limits.shared_block, limits.target.backend == "cuda"
     rerope = Turn(torch.ones(64), window=512, q_far=torch.empty(0))
     return [
-        _attend(shared, "int8 d128 g4", "int8", 128),
-        _attend(shared, "int8 d64 g1", "int8", 64, lines=1),
-        _attend(shared, "int4 d128 g4", "int4", 64),
-        _attend(shared, "int4 d128 group 32 g4", "int4", 32),
-        _attend(shared, "int4 d64 g4", "int4", 64, dim=64),
-        _attend(shared, "int2 d128 g4", "int2", 32),
-        _attend(shared, "fp8 d128 g4", "fp8", 128),
-        _attend(shared, "int4 d128 g4 16 queries", "int4", 64, lines=64),
-        _attend(shared, "int4 all on d128 g4", "int4", 64, everything=True),
-        _attend(shared, "int4 rope d128 g4", "int4", 64, turn=Turn(torch.ones(64))),
-        _attend(shared, "int4 rerope d128 g4", "int4", 64, turn=rerope),
+        _attend(on, "int8 d128 g4", "int8", 128),
+        _attend(on, "int8 d64 g1", "int8", 64, lines=1),
+        _attend(on, "int4 d128 g4", "int4", 64),
+        _attend(on, "int4 d128 group 32 g4", "int4", 32),
+        _attend(on, "int4 d64 g4", "int4", 64, dim=64),
+        _attend(on, "int2 d128 g4", "int2", 32),
+        _attend(on, "fp8 d128 g4", "fp8", 128),
+        _attend(on, "int4 d128 g4 16 queries", "int4", 64, lines=64),
+        _attend(on, "int4 all on d128 g4", "int4", 64, everything=True),
+        _attend(on, "int4 rope d128 g4", "int4", 64, turn=Turn(torch.ones(64))),
+        _attend(on, "int4 rerope d128 g4", "int4", 64, turn=rerope),
     ]
 
 
 def _attend(
-    shared: int,
+    on: tuple[int, bool],
     name: str,
     kind: str,
     group: int,
@@ -79,11 +80,12 @@ def _attend(
         Coding(kind, axis, min(group, dim) if axis == "token" else group, kind in ("int8", "fp8"))
         for axis in ("channel", "token")
     )
+    shared, pairs = on
     sizes = dict(tile(k, v, dim, dim, 2, lines, shared, 2 * everything + (turn is not None)))
     warps, stages = sizes.pop("num_warps"), sizes.pop("num_stages")
     constexprs = dict(
-        K_CODE=code(k, dim, len(turn.inv_freq) if turn else None),
-        V_CODE=code(v, dim),
+        K_CODE=code(k, dim, len(turn.inv_freq) if turn else None, whole(k, v), pairs),
+        V_CODE=code(v, dim, None, whole(k, v), pairs),
         TURN=turned(turn),
         NEAR=in_window if everything else None,
         CAUSAL=True,
@@ -95,6 +97,8 @@ def _attend(
     )
     if not k.has_zero:
         constexprs |= dict.fromkeys(("kz_ptr", "vz_ptr"))
+    if v.group == dim:
+        constexprs["vs_n"] = 1  # the launcher makes a constant of 1
     if not everything:
         constexprs |= dict.fromkeys(OPTIONAL)
     if turn is None:

@@ -3,15 +3,22 @@ those in full precision.
 
 M, N, i, j, h: `triton_pieces`. K and V come in pieces of channels that lie in one plane and share
 scales (`pack.codes`), so each piece is a product of its own with its part of the queries, or into
-its part of the output; tuples hold them.
+its part of the output; tuples hold them. A code stands for itself plus 1 / 2.
 
     by           scale (1, .)
-    k channel    W of a group  s = sum over pieces of (q scale) code + q . (scale zero)
+    k channel    W of a group  s = sum over pieces of q ((code + zero) scale)
     k token      N             s = sum over pieces of (q code + (sum of q) zero) scale
+    v, below 8 bits            acc += p ((code + zero) scale)
     v token      N             acc += (p scale) code + sum over n of p scale zero
     v channel    W of a group  acc += (p code + (sum of p) zero) scale
 
-where a code stands for itself plus 1 / 2.
+Bound by instructions, not bytes, unless these are few. Two bytes of neighbouring channels are one
+element, STEP = 2: matrix units want pairs of keys (of V) in a register, which the hardware brings
+together for elements of 16 bits only. Channels of a piece are then STEP apart. Below 8 bits bf16
+holds codes, and values are made whole; in 8 bits products are in fp16, with scales and queries made
+1 at most, as bf16 would need a conversion a number. Scales are read as pairs, 4 bytes at least:
+narrower ones would not be fetched ahead. Two warps: scales are in each warp's registers, so that
+four would unpack them twice as often.
 """
 
 from __future__ import annotations
@@ -28,7 +35,10 @@ from .packed_pieces import (
     packed_scores,
     peak,
     pieces_of,
+    side_by_side,
+    strided_pieces,
     turned_scores,
+    within,
 )
 from .triton_pieces import LN2, LOG2E, narrow, sees, tanh
 
@@ -157,13 +167,16 @@ def attend_packed(
     Grid (splits * row_tiles, Hkv, B). Pointers that are None are absent. Scores in bits are q k *
     inner, or with SOFTCAP tanh(q k * inner) * outer; BIAS, with n_params numbers a head, is added.
     Tiles: `packed_tiles` of BLOCK_N packed keys, [low, packed), then those of BLOCK_F keys among
-    the slots and the newest, [rest_low, slots + rest). CODE: (bits, is fp8, has zeros, per channel,
-    group, W, BLOCK_W, pieces). TURN: None, or (frequencies, far keys turn too)."""
+    the slots and the newest, [rest_low, slots + rest). CODE: `packed_triton.code`. TURN: None, or
+    (frequencies, far keys turn too)."""
     split = tl.program_id(0) // row_tiles
     kv_head = tl.program_id(1)
     b = tl.program_id(2).to(tl.int64)
     heads = tl.num_programs(1) * group
     dtype: tl.constexpr = q_ptr.dtype.element_ty
+    # bf16 has too few digits for 8-bit codes to be made cheaply
+    K_DTYPE: tl.constexpr = tl.float16 if K_CODE[0] == 8 and dtype == tl.bfloat16 else dtype
+    V_DTYPE: tl.constexpr = tl.float16 if V_CODE[0] == 8 and dtype == tl.bfloat16 else dtype
     KW: tl.constexpr = K_CODE[5]
     BLOCK_KW: tl.constexpr = K_CODE[6]
     KP: tl.constexpr = K_CODE[7]
@@ -181,8 +194,14 @@ def attend_packed(
     i = (total - queries + t - origin)[:, None]
 
     exists, h_wide, t_wide = is_row[:, None], h.to(tl.int64)[:, None], t.to(tl.int64)[:, None]
-    q = pieces_of(q_ptr + b * q_b + h_wide * q_h + t_wide * q_t, exists, KW, BLOCK_KW, KP)
+    q_ptr += b * q_b + h_wide * q_h + t_wide * q_t
     q_first, q_far = None, None
+    if TURN is None:
+        q_packed = strided_pieces(q_ptr, exists, K_CODE)
+        if dtype != K_DTYPE:
+            q_packed, most = within(q_packed, K_DTYPE, KP * K_CODE[8])
+    else:
+        q = pieces_of(q_ptr, exists, KW, BLOCK_KW, KP)
     if q_first_ptr is not None:
         q_first = pieces_of(
             q_first_ptr + b * f_b + h_wide * f_h + t_wide * f_t, exists, KW, BLOCK_KW, KP
@@ -210,14 +229,15 @@ def attend_packed(
     highest = tl.full([BLOCK_M], float("-inf"), tl.float32)
     weight = tl.zeros([BLOCK_M], tl.float32)
     acc = ()
-    for _ in tl.static_range(VP):
-        acc += (tl.zeros([BLOCK_M, BLOCK_VW], tl.float32),)
+    for _ in tl.static_range(VP * V_CODE[8]):
+        acc += (tl.zeros([BLOCK_M, BLOCK_VW // V_CODE[8]], tl.float32),)
     begin, end = split * tiles_a_split, tl.minimum((split + 1) * tiles_a_split, tiles)
 
     for tile in range(begin, tl.minimum(end, packed_tiles)):
-        n0 = low + tile * BLOCK_N
+        n0 = tl.multiple_of(low + tile * BLOCK_N, BLOCK_N)
         n = n0 + tl.arange(0, BLOCK_N)
-        there = n < packed
+        # where groups are of tokens, they are whole, and so are tiles
+        there = tl.full([BLOCK_N], True, tl.int1) if K_CODE[3] or V_CODE[3] else n < packed
         number = n + packed_from
         if packed_numbers_ptr is not None:
             number = tl.load(packed_numbers_ptr + n, mask=there, other=-1).to(tl.int32)
@@ -227,19 +247,29 @@ def attend_packed(
             j = tl.where(tl.load(mask_ptr + slots + n, mask=there, other=0) != 0, j, -1)
         j = j[None, :]
         if TURN is None:
-            s = packed_scores(q, k, n0, there, dtype, K_CODE)
+            s = packed_scores(q_packed, k, n0, there, K_DTYPE, K_CODE)
+            if dtype != K_DTYPE:
+                s *= most
         else:
             s = turned_scores(
-                q, q_far, packed_keys(k, n0, there, dtype, K_CODE), i, j, turn, dtype, K_CODE, TURN
+                q, q_far, packed_keys(k, n0, there, K_CODE), i, j, turn, dtype, K_CODE, TURN
             )
         s = tanh(s * inner) * outer if SOFTCAP else s * inner
         if BIAS is not None:
             s += BIAS(tl.abs(i - j), *params) * LOG2E
-        visible = sees(i, j, h[:, None], heads, there, first, near_a, near_b, near_c, NEAR, CAUSAL)
+        if NEAR is None and CAUSAL:  # one comparison: what is not there lies behind every query
+            visible = tl.where(there[None, :] & (j >= 0), j, 2**31 - 1) <= i
+        else:
+            visible = sees(
+                i, j, h[:, None], heads, there, first, near_a, near_b, near_c, NEAR, CAUSAL
+            )
         p, fade, highest = peak(tl.where(visible, s, float("-inf")), highest)
         weight = weight * fade + tl.sum(p, axis=1)
-        acc = add_packed(acc, p, fade, v, n0, there, dtype, V_CODE)
+        acc = add_packed(acc, p, fade, v, n0, there, V_DTYPE, V_CODE)
 
+    acc = side_by_side(acc, V_CODE)
+    if TURN is None:  # as whole blocks, and not held meanwhile
+        q = pieces_of(q_ptr, exists, KW, BLOCK_KW, KP)
     k_rest_ptr += b * kr_b + kv * kr_h
     v_rest_ptr += b * vr_b + kv * vr_h
     if SLOTS:

@@ -34,6 +34,7 @@ from .triton_impl import (
 from .turn import Turn
 
 MOST_PIECES = 8
+PAIRS = torch.version.hip is None and not triton.knobs.runtime.interpret
 LONGEST = 128  # keys of a tile
 CODES_AT_ONCE = 2**13  # numbers of K, and of V, in a tile
 
@@ -59,8 +60,9 @@ def attention(
     kv_heads, value_dim = cache.v.shape[1], cache.v.dim
     near, *numbers = predicate(pattern)
     group = heads // kv_heads
-    k_code = code(cache.k.coding, cache.k.dim, _half(turn))
-    v_code = code(cache.v.coding, cache.v.dim, None)
+    tiles_fit = whole(cache.k.coding, cache.v.coding)
+    k_code = code(cache.k.coding, cache.k.dim, _half(turn), tiles_fit)
+    v_code = code(cache.v.coding, cache.v.dim, None, tiles_fit)
     more = sum(x is not None for x in (q_first, turn, bias))
     lines, shared, itemsize = group * queries, shared_memory(q.device), q.element_size()
     sizes = tile(cache.k.coding, cache.v.coding, dim, value_dim, itemsize, lines, shared, more)
@@ -75,7 +77,7 @@ def attention(
     total, total_at = (0, cache.total) if isinstance(cache.total, Tensor) else (cache.total, None)
 
     q, q_first, q_far = dense_rows(q), dense_rows(q_first), dense_rows(turn.q_far if turn else None)
-    k, v = codes_and_scales(cache.k), codes_and_scales(cache.v)
+    k, v = codes_and_scales(cache.k, k_code[-1]), codes_and_scales(cache.v, v_code[-1])
     full = [dense_rows(x) for x in (cache.k_rest, cache.v_rest, cache.k_first, cache.v_first)]
     mask = dense_rows(cache.mask)
     mask_b = 0 if mask is None or len(mask) == 1 else mask.stride(0)
@@ -108,7 +110,7 @@ def _check(q: Tensor, cache: PackedCache, turn: Turn | None) -> None:
             "impl='torch' takes all"
         )
     for side, x in (("k", cache.k), ("v", cache.v)):
-        pieces = code(x.coding, x.dim, _half(turn) if side == "k" else None)[-1]
+        pieces = code(x.coding, x.dim, _half(turn) if side == "k" else None)[7]
         if pieces > MOST_PIECES or (x.coding.axis == "channel" and x.coding.group % 16):
             raise ValueError(
                 f"packed attention: {side} has groups of {x.coding.group} per {x.coding.axis} at "
@@ -141,17 +143,33 @@ def _half(turn: Turn | None) -> int | None:
 
 
 @lru_cache
-def code(coding: Coding, dim: int, half: int | None = None) -> tuple:
-    """A `CODE` of the kernel: pieces are as wide as one plane and one group of channels, and as
-    `half`, those that turn."""
+def code(
+    coding: Coding, dim: int, half: int | None = None, whole: bool = False, pairs: bool = PAIRS
+) -> tuple:
+    """A `CODE` of the kernel: (bits, is fp8, has zeros, per channel, group, W, BLOCK_W, blocks,
+    STEP, pairs, scales of two tokens at once).
+
+    Blocks of channels are as wide as one plane and one group, and as `half`, those that turn. STEP:
+    bytes at once, two where blocks are wide enough for matrix units then. whole: tiles of keys are
+    never cut. pairs: registers are shifted two words at once."""
     width = dim // coding.planes
     if coding.axis == "token":
         width = math.gcd(width, coding.group)
     if half is not None:
         width = math.gcd(width, half)
     block = max(16, triton.next_power_of_2(width))
+    step = 2 if half is None and width % 2 == 0 and block >= 32 else 1
     fp8, channel = coding.kind == "fp8", coding.axis == "channel"
-    return coding.bits, fp8, coding.has_zero, channel, coding.group, width, block, dim // width
+    return (
+        *(coding.bits, fp8, coding.has_zero, channel, coding.group),
+        *(width, block, dim // width, step, pairs),
+        whole and not channel and coding.group == dim,
+    )
+
+
+def whole(k: Coding, v: Coding) -> bool:
+    """Whether packed tokens are a whole number of tiles, as tiles lie in one group."""
+    return "channel" in (k.axis, v.axis)
 
 
 def turned(turn: Turn | None) -> tuple | None:
@@ -159,12 +177,29 @@ def turned(turn: Turn | None) -> tuple | None:
     return None if turn is None else (len(turn.inv_freq), not math.isinf(turn.slow))
 
 
-def codes_and_scales(x: Codes) -> tuple[Tensor, Tensor, Tensor | None]:
-    """As the kernel reads them: zeros lie as scales do."""
-    codes, scale, zero = dense_rows(x.codes), dense_rows(x.scale), dense_rows(x.zero)
+def codes_and_scales(x: Codes, by_two: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+    """As the kernel reads them: zeros lie as scales do, and pairs of what it takes two at once
+    begin at multiples of their size. by_two: scales of two tokens are a pair."""
+    codes, scale, zero = (_even(dense_rows(y), by_two) for y in (x.codes, x.scale, x.zero))
     if zero is not None and zero.stride() != scale.stride():
         scale, zero = scale.contiguous(), zero.contiguous()
     return codes, scale, zero
+
+
+def _even(x: Tensor | None, by_two: bool) -> Tensor | None:
+    """x (B, H, N, W), or a copy if its pairs begin elsewhere."""
+    if x is None or not x.numel() or (x.shape[-1] % 2 and not (by_two and x.shape[-1] == 1)):
+        return x
+    dense = x.shape[-1] > 1 or x.stride(2) == 1
+    apart = [
+        step
+        for size, step in zip(x.shape[:3], x.stride(), strict=False)
+        if size > 1 and step > 1  # neighbouring tokens are the pair
+    ]
+    begins = x.data_ptr() % (2 * x.element_size()) == 0
+    if dense and begins and not any(step % 2 for step in apart):
+        return x
+    return x.clone(memory_format=torch.contiguous_format)
 
 
 def worth_reading(
@@ -219,6 +254,11 @@ def tile(
     along = [x.group & -x.group for x in (k, v) if x.axis == "channel"]
     block_n = max(16, min([longest, *along]))
     block_f = max(16, min(longest, 64) // (2 if width > 128 else 1))
+    warps = 4
+    if itemsize == 2 and block_m == 16 and not (more or small):
+        # scales are in every warp's registers: two warps unpack half as many for each key
+        warps, block_f = 2, min(block_f, 32)
+    stages = 2 if small else 3
     return dict(
-        BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_F=block_f, num_warps=4, num_stages=2 if small else 3
+        BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_F=block_f, num_warps=warps, num_stages=stages
     )

@@ -62,6 +62,13 @@ def attention(
         and bias is None
     )
     if counts is None:
+        if (
+            plain
+            and queries == 1
+            and q.dtype not in HALVES
+            and (low := _known(pattern, layout)) is not None
+        ):
+            return _over_ring(q, k, v, layout, low, scale), None
         if queries == 1 and type(pattern) is Pattern and _in_order(layout) and plain:
             return one_query(q, k, v, padding_mask(layout, k), scale), None
         mask = _mask(q, k, pattern, layout, causal)
@@ -103,6 +110,33 @@ def _in_order(layout: Layout) -> bool:
 def _in_order_behind(layout: Layout, mask: Tensor | None) -> bool:
     """The last keys are the newest ones, and all heads see the same."""
     return layout.ring is None and not layout.slots and (mask is None or mask.shape[1] == 1)
+
+
+def _known(pattern: Pattern, layout: Layout) -> int | None:
+    """Of an unpadded ring: from which token on the newest query sees all that the ring holds, the
+    slots being seen anyway. None where more decides."""
+    if layout.ring is None or layout.start is not None or layout.mask is not None:
+        return None
+    total, plain = layout.total, type(pattern) is Pattern
+    if type(total) is not int or layout.slots_at is not None or layout.slots > pattern.first:
+        return None
+    if not plain and (
+        not isinstance(pattern, (Window, Blocks)) or getattr(pattern, "shifted", False)
+    ):
+        return None
+    low = 0 if plain else max(0, pattern.span(total - 1, total)[0])
+    return low if not low or layout.slots == pattern.first else None
+
+
+def _over_ring(q: Tensor, k: Tensor, v: Tensor, layout: Layout, low: int, scale: float) -> Tensor:
+    """One query over the slots of a ring, and its tokens from number `low` on."""
+    batch, heads, _, _ = q.shape
+    seen = layout.ring >= low
+    if layout.slots:
+        seen = torch.cat([seen.new_ones(layout.slots), seen])
+    scores = _pack(q, k.shape[1]) @ k.mT * scale
+    shares = torch.where(seen, scores, -torch.inf).softmax(dim=-1)
+    return (shares @ v).reshape(batch, heads, 1, v.shape[-1])
 
 
 def _visible_range(k: Tensor, v: Tensor, pattern: Pattern, layout: Layout, queries: int):

@@ -88,6 +88,7 @@ def variant(
         kernel=jitted,
         forward=kernel == "forward",
         dots=True,
+        loop=-1,
         **options,
         **_typed(jitted, kind, fixed | {x: None for x in absent if x in jitted.arg_names}),
     )

@@ -97,7 +97,7 @@ class Layout:
     `start` (B,) int64: the number of each row's first real token (None: 0); `mask` (B, Tk) bool:
     which of the given keys are real and not given twice (None: all). `ring` (Tk - slots,) int64:
     instead of that order, the number of each key after the slots (-1: empty), and `total` tokens in
-    all. Rings and `slots_at` are for the decode kernels only."""
+    all, an int or a 0-d int64 tensor. Rings and `slots_at` are for the decode kernels only."""
 
     slots: int = 0
     tail: int = 0
@@ -105,9 +105,9 @@ class Layout:
     mask: Tensor | None = None
     slots_at: Tensor | None = None
     ring: Tensor | None = None
-    total: int | None = None
+    total: int | Tensor | None = None
 
-    def tokens(self, keys: int) -> int:
+    def tokens(self, keys: int) -> int | Tensor:
         """How many tokens there are so far, held or not."""
         return self.tail + keys - self.slots if self.total is None else self.total
 
@@ -129,7 +129,10 @@ class Layout:
     def query_positions(self, queries: int, keys: int, device) -> Tensor:
         """int64 (1 or B, Tq); negative for padding on the left."""
         total = self.tokens(keys)
-        number = torch.arange(total - queries, total, device=device)[None]
+        if isinstance(total, Tensor):  # of a static state: a number that nobody asks for
+            number = (total - queries + torch.arange(queries, device=device))[None]
+        else:
+            number = torch.arange(total - queries, total, device=device)[None]
         return number if self.start is None else number - self.start[:, None]
 
 

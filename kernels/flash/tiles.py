@@ -47,7 +47,7 @@ TILES: dict[str, dict[str, dict[int, Tile]]] = {
             256: Tile(64, 16, 16, 4, 2),
         },
         "sm_90": {
-            64: Tile(128, 64, 32, 4, 3),
+            64: Tile(128, 128, 32, 4, 3),
             128: Tile(128, 64, 64, 8, 3),
             256: Tile(128, 64, 32, 8, 2),
         },
@@ -123,7 +123,11 @@ TILES: dict[str, dict[str, dict[int, Tile]]] = {
 HEAVY: dict[str, dict[str, dict[int, Tile]]] = {
     "forward": {
         "sm_80": {128: Tile(128, 32, 32, 8, 3), 256: Tile(64, 64, 32, 8, 1)},
-        "sm_90": {128: Tile(128, 64, 32, 8, 3), 256: Tile(128, 32, 16, 8, 2)},
+        "sm_90": {
+            64: Tile(128, 64, 32, 4, 3),
+            128: Tile(128, 64, 32, 8, 3),
+            256: Tile(128, 32, 16, 8, 2),
+        },
         "sm_100": {256: Tile(64, 32, 32, 8, 2)},
     },
     "backward_queries": {

@@ -65,7 +65,9 @@ def backward_rows(
     dx = load_rows(head_of(grad, row, h, g_b, g_h), r, g_t, q_len, V, BLOCK_M, BLOCK_V, True).to(
         tl.float32
     )
+    # the softmax's Jacobian: sum_j p_j (do . v_j) = do . out, without visiting a key
     shared = tl.sum(x * dx, 1)
+    # d lse / d score is the weight itself, so its gradient joins the shared part
     if grad_lse is not None:
         shared -= tl.load(grad_lse + at, mask=exists, other=0.0)
     blind = found == float("-inf")
@@ -110,12 +112,14 @@ def _query_gradient(
     scale, unit, cap = units
     for t in range(0, run[3]):
         n = next_tile(t, run, KIND, BLOCK_N)
+        # inner tiles lie whole inside the keys and are seen by all queries: no bounds, no predicate
         k = load_rows(key, n, k_t, k_len, D, BLOCK_N, BLOCK_D, KIND != INNER)
         v = load_rows(value, n, v_t, k_len, V, BLOCK_N, BLOCK_V, KIND != INNER)
         j = positions(n, mask, k_len, place, KIND, BLOCK_N)[None, :]
         if KIND == INNER and mask is not None:
             real = (tl.load(mask + n + tl.arange(0, BLOCK_N)) != 0)[None, :]
         s = dot(q, tl.trans(k), None)
+        # the first tokens are scored by a query of their own (sinks that stand at fixed positions)
         if KIND == FIRST and other is not None:
             s = tl.where(j < place[2], dot(other, tl.trans(k), None), s)
         if RULE is not None:
@@ -123,6 +127,7 @@ def _query_gradient(
         biased = s
         if BIAS is not None:
             biased = s + BIAS(tl.abs(i - j), *biases[0]) * biases[1]
+        # the forward's weights again, from its log-sum-exp: none was stored
         p = tl.exp2(biased * unit - lse2)
         if KIND != INNER:
             p = tl.where(visible(i, j, h, bounds, place, numbers, NEAR, KIND == FIRST), p, 0.0)
@@ -131,6 +136,7 @@ def _query_gradient(
         ds = p * (dot(grad, tl.trans(v), None) - delta)
         if RULE is not None:
             ds = ds * SLOPE(s, i, j, h, cap)
+        # each pair's gradient goes to the query that scored it
         if KIND == FIRST and other is not None:
             dother = dot(narrow(tl.where(j < place[2], ds, 0.0), k.dtype), k, dother)
             ds = tl.where(j < place[2], 0.0, ds)
@@ -221,6 +227,7 @@ def backward_queries(
     """
     tiles = tl.cdiv(q_len, BLOCK_M)
     program = tl.program_id(0)
+    # causal: the last tiles see most keys and begin first, so that no long one is left at the end
     r = (tiles - 1 - program % tiles) * BLOCK_M
     h, row = program // tiles % heads, program // tiles // heads
     base = tail - start_of(start, row)

@@ -20,7 +20,16 @@ from torch import Tensor
 from ..flash import IMPLEMENTATIONS, choose
 from .features import MAPS
 
-__all__ = ["IMPLEMENTATIONS", "MAPS", "Memory", "attention", "choose", "fold", "width"]
+__all__ = [
+    "IMPLEMENTATIONS",
+    "MAPS",
+    "Memory",
+    "attention",
+    "choose",
+    "factors_of",
+    "fold",
+    "width",
+]
 
 
 class Memory(NamedTuple):
@@ -69,8 +78,6 @@ def attention(
         from .triton_impl import attention as run
     else:
         from .torch_impl import attention as run
-    directed = MAPS[feature_map].directed
-    root = abs(scale) ** 0.5
     out, *after = run(
         q,
         k,
@@ -81,7 +88,7 @@ def attention(
         decay=decay,
         normalize=normalize,
         causal=causal,
-        factors=(root if scale >= 0 else -root, root) if directed else (1.0, 1.0),
+        factors=factors_of(feature_map, scale),
         gain=1.0 if normalize else scale,
         memory=memory,
         keep=keep,
@@ -107,7 +114,6 @@ def fold(
         from .triton_impl import attention as run
     else:
         from .torch_impl import attention as run
-    factor = abs(scale) ** 0.5 if MAPS[feature_map].directed else 1.0
     _, *after = run(
         None,
         k,
@@ -118,12 +124,20 @@ def fold(
         decay=decay,
         normalize=normalize,
         causal=True,
-        factors=(1.0, factor),
+        factors=(1.0, factors_of(feature_map, scale)[1]),
         gain=1.0,
         memory=memory,
         keep=True,
     )
     return Memory(*after)
+
+
+def factors_of(feature_map: str, scale: float) -> tuple[float, float]:
+    """What q and k are multiplied by before the feature map."""
+    if not MAPS[feature_map].directed:
+        return 1.0, 1.0
+    root = abs(scale) ** 0.5
+    return (root if scale >= 0 else -root), root
 
 
 def width(feature_map: str, head_dim: int, directions: int = 0) -> int:

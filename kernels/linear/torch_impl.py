@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import torch_bidirectional, torch_causal
+from . import step, torch_bidirectional, torch_causal
 from .torch_parts import Spec, Sums
 
 CHUNK = 64
@@ -36,8 +36,23 @@ def attention(
     """`effattn.kernels.linear.attention` and `fold` (q None): out, and with `keep` the memory's
     sums, norms and top.
     """
+    if causal and q is not None and q.shape[2] == 1 and not keep and k.shape[2] <= CHUNK:
+        given = (q, k, v, *(memory or ()))
+        if not torch.is_grad_enabled() or not any(x is not None and x.requires_grad for x in given):
+            return _step(
+                q, k, v, memory, directions, mask, decay, normalize, factors, gain, feature_map
+            )
     spec = Spec(feature_map, factors, normalize, causal, gain, keep, CHUNK)
     return _Attention.apply(q, k, v, *(memory or (None, None, None)), directions, mask, decay, spec)
+
+
+def _step(q, k, v, memory, directions, mask, decay, normalize, factors, gain, feature_map):
+    """One query over a memory and a few keys."""
+    dtype = torch.float64 if k.dtype == torch.float64 else torch.float32
+    keys = k.shape[2]
+    age = None if decay is None else torch.arange(keys - 1, -1, -1, device=k.device)
+    options = step.Options(feature_map, directions, decay, normalize, factors, gain, dtype)
+    return step.read(q, k, v, memory, mask, age, keys, options), None, None, None
 
 
 class _Attention(torch.autograd.Function):

@@ -69,6 +69,7 @@ def backward_own(
     dk_sum, dv_sum = tl.zeros([BLOCK, BLOCK_D], tl.float32), tl.zeros([BLOCK, BLOCK_V], tl.float32)
     line = tl.cast(p, tl.int64) * rows
     for g in range(0, group):
+        # the heads of a group read the same keys: summed here, without atomics
         m = t * group + g
         query = gather_queries(
             head_at(q, p, heads, q_b, group * q_h), m, q_h, q_t, group, there, D, BLOCK_D
@@ -81,6 +82,7 @@ def backward_own(
             head_at(out, p, heads, o_b, group * o_h), m, o_h, o_t, group, there, V, BLOCK_V
         )
         do = do.to(tl.float32)
+        # the softmax's Jacobian needs sum_j p_j (do . v_j), which is do . out: no keys needed
         d = tl.sum(o.to(tl.float32) * do, 1)
         tl.store(delta + line + m, d, mask=there)
         weight = tl.exp2(
@@ -89,6 +91,8 @@ def backward_own(
         )
         dv_sum += weight[:, None] * do
         ds = weight * (tl.sum(do * value, 1) - d) * scale
+        # with queries as keys a token's own score is masked to a constant: it has a weight (of the
+        # value), but no slope
         if SHARED:
             ds = ds * 0
         dk_sum += ds[:, None] * query
@@ -150,6 +154,7 @@ def backward_queries(
     program = tl.program_id(0)
     r, p = program // tiles % ROUNDS, program // tiles // ROUNDS
     line = tl.cast(p * ROUNDS + r, tl.int64)
+    # the tile's queries are neighbours in the round's order, and so are the keys that they see
     i = tl.load(begin + program) + tl.arange(0, BLOCK_M)
     there = i < tl.load(end + program)
     m = tl.load(query_order + line * rows + i, mask=there, other=0)
@@ -194,10 +199,13 @@ def backward_queries(
             numbers,
             CAUSAL,
         )
+        # lse joins all rounds and the own key, so these are the final weights, not the round's
         weight = tl.exp2(tl.where(seen, s * unit - m_lse[:, None], float("-inf")))
         dp = dot(do, tl.trans(gather(value, n, v_t, inside, V, BLOCK_V)), None)
         ds = weight * (dp - m_delta[:, None])
         acc = dot(narrow(ds, k_tile.dtype), k_tile, acc)
+    # one result a round, which torch adds up: rounds sort differently, so adding here would be
+    # atomic
     at = tl.cast(r * (tl.num_programs(0) // (tiles * ROUNDS)) + p, tl.int64) * rows
     scatter(acc * scale, dq + at * D, m, D, there, D, BLOCK_D)
 
@@ -256,6 +264,7 @@ def backward_keys(
     program = tl.program_id(0)
     r, p = program // tiles % ROUNDS, program // tiles // ROUNDS
     line = tl.cast(p * ROUNDS + r, tl.int64)
+    # keys are the tile here: each one's gradient has one writer a round
     x = program % tiles * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = x < length
     n = tl.load(order + line * length + x, mask=inside, other=0)

@@ -80,6 +80,7 @@ def forward(
     m = tl.load(query_order + line * rows + i, mask=there, other=0)
     m_low = tl.load(low + line * rows + m, mask=there, other=0)
     m_high = tl.load(high + line * rows + m, mask=there, other=0)
+    # what any of the tile's queries sees is one stretch of sorted keys; `counted` masks the rest
     first = tl.min(tl.where(there, m_low, length), 0)
     last = tl.max(m_high, 0)
     query = gather_queries(
@@ -115,6 +116,7 @@ def forward(
             CAUSAL,
         )
         s = tl.where(seen, s * unit, float("-inf"))
+        # online softmax: earlier sums are faded when a higher score comes
         higher = tl.maximum(top, tl.max(s, 1))
         safe = tl.where(higher == float("-inf"), 0.0, higher)  # -inf minus -inf would be NaN
         weight = tl.exp2(s - safe[:, None])
@@ -123,6 +125,7 @@ def forward(
         found = gather(value, n, v_t, inside, V, BLOCK_V)
         acc = dot(narrow(weight, found.dtype), found, acc * fade[:, None])
         top = higher
+    # in this round such a query sees nobody: weight 0 when the rounds are joined
     blind = total == 0
     total = tl.where(blind, 1.0, total)
     # parts and sums have rounds first
@@ -175,6 +178,7 @@ def combine(
         head_at(q, p, heads, q_b, group * q_h), m, q_h, q_t, group, there, D, BLOCK_D
     )
     key = gather(head_at(k, p, heads, k_b, k_h), mine, k_t, there, D, BLOCK_D)
+    # the own key starts the sum with weight 1: every row has seen something, total is never 0
     top = own_scores(query, key, unit, SHARED, BLOCK)
     total = tl.full([BLOCK], 1.0, tl.float32)
     acc = gather(head_at(v, p, heads, v_b, v_h), mine, v_t, there, V, BLOCK_V).to(tl.float32)

@@ -17,33 +17,59 @@ ROUND = tl.constexpr(1.5 * 2.0**23)
 
 
 @triton.jit
+def moved(words, by: tl.constexpr, PAIRS: tl.constexpr):
+    """Bits moved down by `by`, up where it is negative; what comes in from outside is not to be
+    looked at. PAIRS: two 16-bit words lie in a register and are moved at once, which no shift of
+    NVIDIA's compiler does."""
+    if by == 0:
+        return words
+    elif PAIRS and words.dtype == tl.uint16:
+        down: tl.constexpr = f"shr.b32 $0, $1, {by};"
+        up: tl.constexpr = f"shl.b32 $0, $1, {-by};"
+        asm: tl.constexpr = down if by > 0 else up
+        return tl.inline_asm_elementwise(asm, "=r,r", [words], tl.uint16, is_pure=True, pack=2)
+    else:
+        return words >> by if by > 0 else words << -by
+
+
+@triton.jit
 def numbers(
-    codes, PLANE: tl.constexpr, KIND_BITS: tl.constexpr, IS_FP8: tl.constexpr, dtype: tl.constexpr
+    codes,
+    SHIFT: tl.constexpr,
+    KIND_BITS: tl.constexpr,
+    IS_FP8: tl.constexpr,
+    dtype: tl.constexpr,
+    PAIRS: tl.constexpr = False,
 ):
-    """uint8 -> the codes of one plane plus 1 / 2, of fp8 the numbers over `FP8`; exact in any float
-    dtype.
+    """uint8 or uint16 -> the codes that begin at bit SHIFT plus 1 / 2, of fp8 the numbers over
+    `FP8`; exact in any float dtype, but for 8 bits in bf16.
 
     The bits go into the mantissa of 2^b, which is then subtracted: an integer's conversion is eight
     times slower. Their sign is flipped on the way, for code + 2^(b - 1)."""
     if IS_FP8:
         wide = codes.to(tl.uint16)
-        x = (((wide & 0x80) << 8) | ((wide & 0x7F) << 7)).to(tl.float16, bitcast=True)
+        sign = moved(wide, SHIFT - 8, PAIRS) & 0x8000
+        x = (sign | (moved(wide, SHIFT - 7, PAIRS) & 0x3F80)).to(tl.float16, bitcast=True)
         return x if dtype == tl.float16 else x.to(tl.float32).to(dtype)
     else:
-        code = (codes >> (PLANE * KIND_BITS)) & ((1 << KIND_BITS) - 1) if KIND_BITS < 8 else codes
         less: tl.constexpr = 2.0**KIND_BITS + (2**KIND_BITS - 1) / 2
+        ones: tl.constexpr = (1 << KIND_BITS) - 1
         if dtype == tl.float16:
-            x = ((code.to(tl.uint16) << (10 - KIND_BITS)) ^ ((31 + 2 * KIND_BITS) << 9)).to(
+            code = moved(codes.to(tl.uint16), SHIFT - (10 - KIND_BITS), PAIRS)
+            x = ((code & (ones << (10 - KIND_BITS))) ^ ((31 + 2 * KIND_BITS) << 9)).to(
                 tl.float16, bitcast=True
             )
             return (x - less).to(dtype)
-        elif dtype == tl.bfloat16 and KIND_BITS < 8 and not EMULATED:
-            x = ((code.to(tl.uint16) << (7 - KIND_BITS)) ^ ((255 + 2 * KIND_BITS) << 6)).to(
-                tl.bfloat16, bitcast=True
-            )
-            return (x - less).to(dtype)
+        elif dtype == tl.bfloat16 and KIND_BITS < 8:
+            code = moved(codes.to(tl.uint16), SHIFT - (7 - KIND_BITS), PAIRS)
+            x = (code & (ones << (7 - KIND_BITS))) ^ ((255 + 2 * KIND_BITS) << 6)
+            if EMULATED:  # bf16's arithmetic is not its own there
+                return ((x.to(tl.uint32) << 16).to(tl.float32, bitcast=True) - less).to(dtype)
+            else:
+                return x.to(tl.bfloat16, bitcast=True) - less
         else:
-            x = ((code.to(tl.uint32) << (23 - KIND_BITS)) ^ ((255 + 2 * KIND_BITS) << 22)).to(
+            code = (codes >> SHIFT).to(tl.uint32) & ones
+            x = ((code << (23 - KIND_BITS)) ^ ((255 + 2 * KIND_BITS) << 22)).to(
                 tl.float32, bitcast=True
             )
             return (x - less).to(dtype)
@@ -223,7 +249,7 @@ def unpack_tokens(
             + (n // group * s_n + channel if CHANNEL else n * s_n + channel // group)
         )
         scale = tl.load(scale_ptr + at, mask=there, other=0.0).to(tl.float32)
-        x = numbers(codes, plane, BITS, IS_FP8, tl.float32)
+        x = numbers(codes, plane * BITS, BITS, IS_FP8, tl.float32)
         if HAS_ZERO:
             x += tl.load(zero_ptr + at, mask=there, other=0.0).to(tl.float32)
         x = x * (scale * FP8 if IS_FP8 else scale)

@@ -45,6 +45,7 @@ def nearest(
     program = tl.program_id(0)
     t, h, b = program % tiles * BLOCK_M, program // tiles % heads, program // tiles // heads
     tile = load_rows(head_of(k, b, h, k_b, k_h), t, k_t, tokens, D, BLOCK_M, BLOCK_D, True)
+    # a running argmax over tiles of words: the (keys, words) scores never exist as a whole
     best = tl.full([BLOCK_M], float("-inf"), tl.float32)
     found = tl.zeros([BLOCK_M], tl.int32)
     for w in range(0, count, BLOCK_W):
@@ -59,6 +60,7 @@ def nearest(
             offsets + tl.cast(h, tl.int64) * count + at, mask=at < count, other=float("inf")
         )[None, :]
         top, which = tl.max(score, 1, return_indices=True, return_indices_tie_break_left=True)
+        # > and not >=: among equal words the first wins, whatever the tile
         found = tl.where(top > best, w + which, found)
         best = tl.maximum(best, top)
     rows = t + tl.arange(0, BLOCK_M)
@@ -95,6 +97,7 @@ def summarise(
     program = tl.program_id(0)
     w, n = program % tiles * BLOCK_W, program // tiles % blocks
     h, b = program // tiles // blocks % heads, program // tiles // blocks // heads
+    # blocks are counted from the sequence's start, not from this call's first token
     border = (first // size + n) * size - first
     low, high = tl.maximum(border, 0), tl.minimum(border + size, tokens)
     v = head_of(v, b, h, v_b, v_h)
@@ -109,7 +112,10 @@ def summarise(
             there = there & (
                 tl.load(real + tl.cast(b, tl.int64) * real_b + rows, mask=there, other=0) != 0
             )
+        # -1 is nobody's code: tokens outside, and padding, fall into no row of `hot`
         code = tl.load(codes + rows, mask=there, other=-1).to(tl.int32)
+        # a scatter by code would need atomics; as a product with 0 and 1 it runs on tensor cores,
+        # and adds in a fixed order
         hot = word[:, None] == code[None, :]
         d = tl.arange(0, BLOCK_V)[None, :]
         values = tl.load(
@@ -203,6 +209,7 @@ def forward(
         means, number, _ = _means(
             sums + own * V, counts + own, w, count, V, query.dtype, BLOCK_W, BLOCK_V
         )
+        # a code that n tokens share weighs n exp(s) = exp2(s + log2 n)
         s += number[None, :]
         higher = tl.maximum(top, tl.max(s, 1))
         safe = tl.where(higher == float("-inf"), 0.0, higher)
@@ -211,6 +218,7 @@ def forward(
         total = total * fade + tl.sum(p, 1)
         acc = dot(narrow(p, query.dtype), means, acc * fade[:, None])
         top = higher
+    # such queries see no finished block: out 0 and lse -inf, which a merge leaves out
     blind = total == 0
     total = tl.where(blind, 1.0, total)
     row = tl.cast(b * heads + h, tl.int64) * tokens
@@ -273,6 +281,7 @@ def query_gradient(
             sums + own * V, counts + own, w, count, V, query.dtype, BLOCK_W, BLOCK_V
         )
         p = tl.exp2(dot(query, tl.trans(word), None) * unit + number[None, :] - sums_of)
+        # by the softmax's Jacobian; `delta` is what all of a row's codes share
         slope = p * (dot(do, tl.trans(means), None) - shared)
         acc = dot(narrow(slope, query.dtype), word, acc)
     save_rows(acc * scale, dq + row * D, r, D, end, D, BLOCK_M, BLOCK_D)
@@ -327,6 +336,7 @@ def sum_gradient(
     border = (first // size + n) * size - first
     low, high = tl.maximum(border, 0), tl.minimum(border + size, tokens)
     acc = tl.zeros([BLOCK_W, BLOCK_V], tl.float32)
+    # the query heads of a group read the same sums: one writer, no atomics
     for g in range(0, group):
         h = kv_head * group + g
         query, do_head = head_of(q, b, h, q_b, q_h), head_of(grad, b, h, g_b, g_h)

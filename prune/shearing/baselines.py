@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -26,13 +27,15 @@ def cut_at_once(
     criterion: dict[str, str],
     texts: dict[str, Tensor],
     length: int,
+    progress: Callable[[int, int], None] | None = None,
 ) -> nn.Module:
     """`parent` cut by structured pruning, and its output modules solved again. wanted: axis -> what
     stays; criterion: axis -> what ranks it; texts: int64 tokens by domain, of which as many windows
     of `length` are looked at as the masks' ranking looks at."""
     windows = -(-WINDOWS // len(texts))
     calibration = torch.cat([tokens[: windows * length] for tokens in texts.values()])
-    return structured(parent, calibration, criterion=criterion, length=length, **wanted)[0]
+    how = {"criterion": criterion, "length": length, "progress": progress}
+    return structured(parent, calibration, **how, **wanted)[0]
 
 
 def joined(before: dict | None, facts: dict) -> dict:

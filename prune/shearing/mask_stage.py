@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from effattn.errors import Unsupported, check_choice
+from effattn.evaluate.logits import positions_at_a_time, training_loss
 from effattn.hf import anatomy as hf
 from effattn.hf.adapters import require_own_weights
 from effattn.hf.placement import require_here
@@ -109,7 +110,8 @@ def learn_masks(
             overrides=overrides,
             **rates,
         )
-        small, difference = cut(module, next(iter(domains.held_out.values()))[:1, :128])
+        compared = min(128, positions_at_a_time(parts.embeddings.weight.shape[0]))
+        small, difference = cut(module, next(iter(domains.held_out.values()))[:1, :compared])
         fitted = _solve_again(small, parent, module.masks, smaller, domains) if compensate else []
     _narrow(small, dtype)
     return small, facts | rates | {
@@ -196,9 +198,7 @@ def reference_losses(model: nn.Module, domains: Domains) -> Tensor:
     FloatingPointError naming the domain when one is not finite."""
     model.eval()
     device = model.get_input_embeddings().weight.device
-    found = domains.losses(
-        lambda ids: model(input_ids=ids, labels=ids, use_cache=False).loss, device
-    )
+    found = domains.losses(lambda ids: training_loss(model, ids), device)
     for name, loss in zip(domains.names, found.tolist(), strict=True):
         if loss != loss or abs(loss) == float("inf"):
             raise FloatingPointError(

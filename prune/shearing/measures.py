@@ -10,7 +10,7 @@ from torch import nn
 from effattn.hf import anatomy as hf
 from effattn.profiling.cost import model_cost
 from effattn.profiling.decode import decode_by_context
-from effattn.profiling.timing import Clock, alternate, percentiles
+from effattn.profiling.timing import Clock, alternate, pace, percentiles
 from effattn.prune.shearing.masks import shapes
 from effattn.surgery.describing import describe
 
@@ -57,9 +57,12 @@ def speeds(
     times = alternate(calls, Clock(parent.device), seconds=SECONDS)
     rows = [
         {"what": f"reading {length} tokens"}
-        | {name: length / percentiles(seconds)["p50"] for name, seconds in times.items()}
+        | {name: length / pace(percentiles(seconds)) for name, seconds in times.items()}
     ]
-    for row in decode_by_context(models, contexts, progress) if contexts else ():
+    steps, tell = 1 + len(contexts), progress or (lambda done, total: None)
+    tell(1, steps)
+    decoded = (models, contexts, lambda done, _: tell(1 + done, steps))
+    for row in decode_by_context(*decoded) if contexts else ():
         speed = {name: row[name].get("tokens_per_s") for name in models}
         rows.append({"what": f"decoding at {row['context']:,} tokens"} | speed)
     return rows

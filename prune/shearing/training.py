@@ -15,11 +15,12 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PrinterCallback
 
 from effattn.errors import check_choice
+from effattn.evaluate.logits import PREDICTING, Scores, training_loss
+from effattn.evaluate.loss import kl_chunked
 from effattn.hf import anatomy as hf
 from effattn.prune.shearing import batch_loading
 from effattn.prune.shearing.batch_loading import Domains, DomainWindows, LoadingWeights
@@ -75,18 +76,17 @@ class Shearing(nn.Module):
 
     def _loss(self, ids: Tensor) -> Tensor:
         if not (self.teachers and self.training):
-            return self.model(input_ids=ids, labels=ids, use_cache=False).loss
+            return training_loss(self.model, ids)
         with torch.no_grad():
-            taught = (
-                self.teachers[0](input_ids=ids, use_cache=False)
-                .logits[:, :-1]
-                .float()
-                .log_softmax(-1)
-            )
-        learned = self.model(input_ids=ids, use_cache=False).logits[:, :-1].float().log_softmax(-1)
-        return F.kl_div(
-            learned.flatten(0, 1), taught.flatten(0, 1), reduction="batchmean", log_target=True
-        )
+            theirs = Scores.of(self.teachers[0], ids, PREDICTING)
+        ours = Scores.of(self.model, ids, PREDICTING)
+
+        def divergence(logits: Tensor, at: slice) -> Tensor:
+            with torch.no_grad():
+                taught = theirs.logits(at)
+            return kl_chunked(taught, logits)
+
+        return torch.cat([*ours.each(divergence)]).mean()
 
 
 def _each_tensor_once(module: nn.Module, state: dict[str, Tensor], prefix: str, _) -> None:

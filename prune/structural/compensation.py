@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from contextlib import ExitStack
 
 import torch
 from torch import Tensor, nn
@@ -56,7 +57,7 @@ def compensate(
         }
         # What the whole layer makes of the pruned model's hidden states: before anything in this
         # layer is written.
-        outputs = {target: _outputs(teacher, index, hidden, target) for target in cut}
+        outputs = _outputs(teacher, index, hidden, cut)
         for target in cut:
             module = output_module(new.layers[place], target)
             fit = _fit(student, place, hidden, module, outputs.pop(target))
@@ -79,13 +80,17 @@ def output_module(layer: hf.Layer, target: str) -> nn.Linear:
     return layer.o.module if target == "heads" else layer.feed_forward.output
 
 
-def _outputs(teacher: LayerRunner, index: int, hidden: list[Tensor], target: str) -> list[Tensor]:
-    """What the whole layer's output module gives on each batch, (tokens, D) on the CPU."""
-    found: list[Tensor] = []
-    with watch(
-        output_module(teacher.anatomy.layers[index], target), lambda _, y: found.append(y.cpu())
-    ):
-        for states in hidden:
+def _outputs(
+    teacher: LayerRunner, index: int, hidden: list[Tensor], cut: list[str]
+) -> dict[str, list[Tensor]]:
+    """What the whole layer's output modules give on each batch, (tokens, D) on the CPU."""
+    found: dict[str, list[Tensor]] = {target: [] for target in cut}
+    with ExitStack() as open:
+        for target, outputs in found.items():
+            module = output_module(teacher.anatomy.layers[index], target)
+            see = lambda _, y, outputs=outputs: outputs.append(y.cpu())  # noqa: E731
+            open.enter_context(watch(module, see))
+        for states in hidden if cut else ():
             teacher.call(index, states)
     return found
 
@@ -96,16 +101,12 @@ def _fit(
     """Sums over all tokens of what the pruned layer's module takes (with a 1 for its bias), and
     what it should give.
     """
-    fit, batches = OutputRefit(), iter(outputs)
-
-    def see(z: Tensor, _: Tensor) -> None:
+    fit = OutputRefit()
+    for x, y in zip(student.until(place, hidden, module), outputs, strict=True):
+        z = x.flatten(0, -2)
         if module.bias is not None:
             z = torch.cat([z, z.new_ones(len(z), 1)], dim=1)
-        fit.add(z, next(batches).to(z.device))
-
-    with watch(module, see):
-        for states in hidden:
-            student.call(place, states)
+        fit.add(z, y.to(z.device))
     return fit
 
 

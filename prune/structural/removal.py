@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -98,20 +99,19 @@ def structured(
     beginning = bos_of(model, bos)
     batches = calibration.batches_of(tokens, length, beginning)
     solve = (compensate or bias) and set(plan.keep) != {"layers"}
-    steps = 2 + (plan.keep.get("layers", len(parts.layers)) if solve else 0)
-    tell = progress or (lambda done, total: None)
+    solved = plan.keep.get("layers", len(parts.layers)) if solve else 0
+    tell = steps_of(progress, len(batches) * len(set(plan.criteria.values())), 1, solved)
 
     # scored and solved in eval mode on the whole model, which is only read
     training = model.training
     model.eval()
     try:
-        importance = score(parts, batches, plan, seed)
-        tell(1, steps)
+        importance = score(parts, batches, plan, seed, tell[0])
         keep = choose(parts, importance, plan)
         small = slice_model(model, keep)
         if biased:
             small = with_biases(small, biased)
-        tell(2, steps)
+        tell[1](1, 1)
         rows = []
         if solve:
             rows = fit_outputs(
@@ -120,7 +120,7 @@ def structured(
                 keep,
                 batches,
                 weights=compensate,
-                progress=lambda done, total: tell(2 + done, steps),
+                progress=tell[2],
             )
     finally:
         model.train(training)
@@ -266,14 +266,33 @@ def _check_enough(parts: hf.Anatomy, plan: Plan, tokens: Tensor) -> None:
         )
 
 
-def score(parts: hf.Anatomy, batches: list[Tensor], plan: Plan, seed: int = 0) -> Importance:
+def steps_of(
+    progress: Callable[[int, int], None] | None, *parts: int
+) -> list[Callable[[int, int], None]]:
+    """A progress for each part of a work that come one after the other, in so many steps each."""
+
+    def from_start(start: int, done: int, _: int) -> None:
+        if progress is not None:
+            progress(start + done, sum(parts))
+
+    return [partial(from_start, sum(parts[:number])) for number in range(len(parts))]
+
+
+def score(
+    parts: hf.Anatomy,
+    batches: list[Tensor],
+    plan: Plan,
+    seed: int = 0,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Importance:
     """The importance of every target of the plan, each by its criterion; one pass over the data a
     criterion.
     """
-    found = Importance()
-    for name in dict.fromkeys(plan.criteria.values()):
+    found, names = Importance(), dict.fromkeys(plan.criteria.values())
+    for name, tell in zip(names, steps_of(progress, *[len(batches)] * len(names)), strict=True):
         targets = [target for target, one in plan.criteria.items() if one == name]
-        scores = criteria.measure(name, parts, batches, targets, seed, plan.removed)
+        scores = criteria.measure(name, parts, batches, targets, seed, plan.removed, tell)
+        tell(len(batches), len(batches))  # also where a criterion reads no text
         for target in targets:
             setattr(found, target, getattr(scores, target))
     return found

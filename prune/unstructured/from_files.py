@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Sequence
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -261,13 +262,17 @@ class _Run:
     @torch.no_grad()
     def verify(self) -> dict:
         """Loads the new files layer by layer: names, shapes, zeros, and the hidden states they give
-        for one batch.
+        for one batch; what lies around the layers is the source's, number for number.
         """
         again = StreamedModel(Checkpoint(self.out), self.model.device)
         if again.checkpoint.shapes() != self.model.checkpoint.shapes():
             raise RuntimeError(
                 "the saved checkpoint has other names, shapes or dtypes than the source"
             )
+        for name in chain.from_iterable(self.rest):  # one at a time: some are large
+            copied, source = (one.checkpoint.read([name])[name] for one in (again, self.model))
+            if not torch.equal(copied, source):
+                raise RuntimeError(f"the saved checkpoint gives other numbers for {name}")
         with again.around():
             runner = Runner(again.parts, self.batches[:1], self.runner.dtype)
             hidden = runner.embed_batch(self.batches[0])

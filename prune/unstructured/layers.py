@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -107,36 +107,6 @@ def input_groups(
                 f"{path}: called {called.count(path)} times in a forward pass, valid is once"
             )
     return [names for _, names in groups], output
-
-
-class _Stop(Exception):
-    """Ends a layer's forward pass once the wanted input was seen."""
-
-
-def feed(
-    runner: LayerRunner,
-    index: int,
-    hidden: Iterable[Tensor],
-    linear: nn.Linear,
-    see: Callable[[Tensor], None],
-):
-    """Runs layer `index` on every batch of `hidden`, no further than to `linear`; calls `see` with
-    what it gets.
-    """
-
-    def hook(_, args):
-        see(args[0])
-        raise _Stop
-
-    handle = linear.register_forward_pre_hook(hook)
-    try:
-        for states in hidden:
-            try:
-                runner.call(index, states)
-            except _Stop:
-                continue
-    finally:
-        handle.remove()
 
 
 # ---- precision

@@ -3,7 +3,7 @@
     report = effattn.prune.oneshot(model, tokens, method="sparsegpt", sparsity="2:4")
 
 Zeros stay where they are: the weights are as large as before, in memory and on disk, and dense
-products take as long. `effattn.prune.pack` turns 2:4 zeros into memory and time."""
+products take as long. `effattn.prune.pack` turns zeros into memory and time."""
 
 from __future__ import annotations
 
@@ -185,8 +185,9 @@ def prune_layer(
             groups, dense = layers.input_groups(found, lambda: runner.call(layer.index, source[0]))
         # one group at a time, in the order of the forward pass: its inputs come from matrices that
         # are pruned already, and its Hessian is gone before the next one is made
+        heads: list[Tensor] = []  # what o_proj gets, so that attention runs once
         for group in groups if sparsity.share else ():
-            statistics = _statistics(runner, layer, name, source, found[group[0]], group, plan)
+            statistics = _statistics(runner, layer, name, source, heads, found, group, plan)
             for path in group:
                 weight, where = found[path].weight, f"{name}.{path}"
                 pruned, facts = way.prune(weight, statistics, sparsity, where, plan.options)
@@ -196,7 +197,7 @@ def prune_layer(
                 rows.append({"name": path, "shape": list(weight.shape), "zeros": zeros, **facts})
         if runner is not None and source is not None and sink is not None:
             for number, states in enumerate(source):
-                output = runner.call(layer.index, states)
+                output = runner.call(layer.index, states, heads[number] if heads else None)
                 if number == 0 and dense is not None:
                     error = _relative_error(output, dense)
                 sink[number] = output.cpu()
@@ -222,16 +223,23 @@ def _statistics(
     layer: hf.Layer,
     name: str,
     source: States | None,
-    linear: nn.Linear,
+    heads: list[Tensor],
+    found: dict[str, nn.Linear],
     group: list[str],
     plan: Plan,
 ):
-    """What the method takes of the input of a group of linear layers, of which `linear` is the
-    first; None where it needs nothing."""
-    if plan.way.needs is Needs.NOTHING:
+    """What the method takes of the input of a `group` of the linear layers `found`; None where it
+    needs nothing. heads: gets what o_proj got, once it has been its turn, where hidden states are
+    in memory as well."""
+    if plan.way.needs is Needs.NOTHING or runner is None or source is None:
         return None
     seen = Hessian(diagonal_only=plan.way.needs is Needs.NORMS)
-    layers.feed(runner, layer.index, source, linear, seen.add)
+    linear, kept = found[group[0]], []
+    for x in runner.until(layer.index, source, linear, heads):
+        seen.add(x)
+        if linear is layer.o.module and isinstance(source, list):
+            kept.append(x.cpu())
+    heads += kept
     names = f"{name}.{group[0]}" + "".join(f", {path.rpartition('.')[2]}" for path in group[1:])
     seen.check(names)
     if plan.way.needs is Needs.MOMENTS:

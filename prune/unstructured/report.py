@@ -50,9 +50,9 @@ PACK = (
     "effattn.prune.pack(model) stores 2:4 weights in 9/16 of the bytes (bf16) and multiplies "
     "by them as they are."
 )
-NOT_PACKED = (
-    "Only 2:4 zeros can be turned into memory and time, by effattn.prune.pack: prune "
-    "with sparsity 2:4 for that."
+BITMASK = (
+    "effattn.prune.pack(model, format='bitmask') stores the others and a bit for each weight, half "
+    "of the weights in 9/16 of the bytes (bf16), and multiplies by them as they are."
 )
 
 
@@ -109,7 +109,8 @@ class OneShotReport(Document):
 
     settings, model (class, dtype), layers (of `prune_layer`), sizes ({"before", "after"}: see
     `counts`), quality (what was measured on, "before" and the stages), runs (methods compared),
-    distillation, decode, verification, environment. What was not measured is None or absent."""
+    distillation, decode, packing (`PackReport.facts`), verification, environment. What was not
+    measured, or done, is None or absent."""
 
     data: dict
     kind = KIND
@@ -179,8 +180,20 @@ class OneShotReport(Document):
 
     @property
     def packs(self) -> bool:
-        """Whether all matrices are 2:4, so that `effattn.prune.pack` takes them."""
+        """Whether all matrices are 2:4, so that `effattn.prune.pack` takes them as that."""
         return all(one["sparsity"] == "2:4" for one in self.layers)
+
+    @property
+    def saves(self) -> str:
+        """What became of the zeros: nothing, and what can; or the bytes of the packed layers."""
+        packing = self.part("packing")
+        if not packing:
+            return SAVES_NOTHING + (PACK if self.packs else BITMASK)
+        before, after = packing["bytes_before"], packing["bytes_after"]
+        return (
+            f"Packed ({packing['format']}), the linear layers take {after:,} of {before:,} bytes "
+            f"({after / before:.3f}x); effattn.load reads them."
+        )
 
     @property
     def headline(self) -> str:
@@ -202,7 +215,7 @@ class OneShotReport(Document):
                     f" after distillation on {self.data['distillation']['tokens']:,} tokens "
                     f"({first:.2f} before it)"
                 )
-        return f"{text}. {SAVES_NOTHING}{PACK if self.packs else NOT_PACKED}"
+        return f"{text}. {self.saves}"
 
     def excess(self, stage: str) -> float | None:
         """Cross-entropy over the dense model's, nats a token, at "pruned" or "distilled"."""
@@ -221,6 +234,8 @@ class OneShotReport(Document):
             tables.append(self._methods())
         if data.get("decode"):
             tables.append(decode_table(data["decode"], DECODE_NOTE))
+        if data.get("packing"):
+            tables.append(pairs("Packed", data["packing"]))
         if data.get("verification"):
             tables.append(pairs("Verification", data["verification"]))
         if learned := data.get("distillation"):
@@ -276,7 +291,7 @@ class OneShotReport(Document):
             if after is not None:
                 rows.append([label, number(before), *[number(after)] * len(stages)])
         header = ("", "Before", *(STAGES[stage] for stage in stages))
-        note = SAVES_NOTHING + (PACK if self.packs else NOT_PACKED)
+        note = self.saves
         if quality:
             note = f"{measured_on(quality)} {note}"
         return Table(QUALITY, header, rows, note)

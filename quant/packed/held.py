@@ -76,10 +76,17 @@ class Held(State):
         return sum(storages.values())
 
     def predicted_bytes(
-        self, tokens: int, batch: int, kv_heads: int, head_dim: int, itemsize: int
+        self,
+        tokens: int,
+        batch: int,
+        kv_heads: int,
+        head_dim: int,
+        itemsize: int,
+        value_dim: int | None = None,
     ) -> int:
-        """`nbytes` after `tokens` tokens, exactly, unless some may be taken back still."""
-        return self.format.nbytes(tokens, kv_heads, head_dim, itemsize=itemsize, batch=batch)
+        """`nbytes` after `tokens` tokens, exactly, unless some may be taken back still. value_dim:
+        of values, head_dim by default."""
+        return self.format.nbytes(tokens, kv_heads, head_dim, value_dim, itemsize, batch)
 
     def border(self, tokens: int) -> int:
         """The number of the first of `tokens` tokens that is not packed (but for the first
@@ -202,7 +209,7 @@ class Held(State):
         for at in range(self._worth_packing(border), border, tile):
             pair = cuts(sources, at, min(at + tile, border))
             pair = [parts[0] if len(parts) == 1 else torch.cat(parts, dim=2) for parts in pair]
-            number = torch.arange(at, at + pair[0].shape[2], device=self.device)
+            number = torch.arange(at, at + pair[0].shape[2], device=new.k.device)
             first = self.format.first
             yield (
                 at,
@@ -253,7 +260,10 @@ class Held(State):
                 torch.where(there, x.gather(2, at.expand(*x.shape[:2], -1, x.shape[3])), old)
             )
         self.first_kv = tuple(filled)
-        last = self.format.first if new.start is None else int(new.start.max()) + self.format.first
+        late = 0
+        if new.start is not None:
+            late = int(new.start.max()) if self.late is None else self.late
+        last = late + self.format.first
         # of all places, not only of those there are by now: a short prompt has few
         self.pending = high < last
 

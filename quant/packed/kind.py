@@ -61,8 +61,12 @@ class Packed(LayerCache):
             return PackedRing(self.format, own.keep, first=backend.pattern(causal=True).first)
         return PackedState(self.format)
 
-    def static_state(self, length: int) -> StaticState:
-        return StaticState(self.format, length)
+    def static_state(self, length: int, backend: Holder | None = None) -> StaticState | None:
+        if backend is not None and (backend.new_state().evicts or self.raw_keys):
+            return None
+        state = StaticState(self.format, length)
+        state.owner = None if backend is None else backend.signature
+        return state
 
     def bytes_per_token(self, heads: Heads) -> int | float:
         """Of a packed token, scales and zeros included; exact."""

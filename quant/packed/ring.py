@@ -45,16 +45,19 @@ class PackedRing(PackedState):
         self.newest = 0
 
     def predicted_bytes(
-        self, tokens: int, batch: int, kv_heads: int, head_dim: int, itemsize: int
+        self,
+        tokens: int,
+        batch: int,
+        kv_heads: int,
+        head_dim: int,
+        itemsize: int,
+        value_dim: int | None = None,
     ) -> int:
         first, packed, rest = self.format.held(tokens)
-        full = 2 * (first + rest) * head_dim * itemsize
-        ring = (
-            self.format.k.nbytes(self.size, head_dim) + self.format.v.nbytes(self.size, head_dim)
-            if packed
-            else 0
-        )
-        return batch * kv_heads * (full + ring)
+        value_dim = value_dim or head_dim
+        places = self.size if packed else 0  # all of them are made with the first that is taken
+        ring = self.format.k.nbytes(places, head_dim) + self.format.v.nbytes(places, value_dim)
+        return batch * kv_heads * ((first + rest) * (head_dim + value_dim) * itemsize + ring)
 
     def runs(self) -> Iterator[tuple[Codes, Codes, Tensor]]:
         for k, v in self.pages:

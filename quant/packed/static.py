@@ -14,7 +14,7 @@ tokens in full precision; W: `size`, places of the ring; N: `room`, places for p
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
@@ -30,20 +30,21 @@ from effattn.kernels.pack import Codes, pack
 from effattn.quant.formats import Format
 from effattn.quant.packed.new import New, among, check, neutral
 from effattn.quant.rotation import hadamard
-from effattn.states.base import State
 from effattn.states.sizes import check_fits
+from effattn.states.static import Static
 
 
-class StaticState(State):
+class StaticState(Static):
     """What `PackedState` holds, in room for `length` tokens: packed tokens number S on, a ring of
     the newest tokens, in which token t lies at t % size, and the first S tokens by position. For
     patterns that see everything."""
 
     evicts = False
-    packed = static = True
+    packed = True
 
     def __init__(self, format: Format, length: int):
-        self.format, self.length = format, length
+        super().__init__(length)
+        self.format = format
         flush = format.flush
         # the residual, up to one group that is not due yet, and the last one that was: a step packs
         # it again, so it has to be in the ring still
@@ -53,18 +54,15 @@ class StaticState(State):
         self.codes: tuple[Codes, Codes] | None = None
         self.rest: tuple[Tensor, Tensor] | None = None
         self.first_kv: tuple[Tensor, Tensor] | None = None
-        self.total: Tensor | None = None  # 0-d int64
 
-    def _seen(self) -> int | Tensor:
-        """Tokens so far, a 0-d int64 tensor as in transformers' StaticLayer; 0 before the first."""
-        return 0 if self.total is None else self.total
-
-    def predicted_bytes(self, batch: int, kv_heads: int, head_dim: int, itemsize: int) -> int:
+    def predicted_bytes(
+        self, batch: int, kv_heads: int, head_dim: int, itemsize: int, value_dim: int | None = None
+    ) -> int:
         """`nbytes` from the first call on, but for 8 bytes of length."""
-        full = 2 * (self.size + self.format.first) * head_dim * itemsize
-        coded = self.format.k.nbytes(self.room, head_dim) + self.format.v.nbytes(
-            self.room, head_dim
-        )
+        value_dim = value_dim or head_dim
+        full = (self.size + self.format.first) * (head_dim + value_dim) * itemsize
+        k, v = self.format.k.nbytes(self.room, head_dim), self.format.v.nbytes(self.room, value_dim)
+        coded = k + v
         return batch * kv_heads * (full + coded)
 
     def tensors(self) -> Iterator[Tensor]:
@@ -72,21 +70,6 @@ class StaticState(State):
             yield from codes.tensors()
         yield from self.rest or ()
         yield from self.first_kv or ()
-
-    def everything(self) -> Iterator[Tensor]:
-        yield from super().everything()
-        if self.total is not None:
-            yield self.total
-
-    def _change(self, how: Callable[[Tensor], Tensor]) -> None:
-        super()._change(how)
-        self._stay()
-
-    def _stay(self) -> None:
-        """Tells compiled steps that the tensors stay where they are."""
-        if not torch.compiler.is_compiling():
-            for x in self.everything():
-                torch._dynamo.mark_static_address(x)
 
     # Attending
     # ----------------------------------------------------------------------------------------------
@@ -262,7 +245,7 @@ class StaticState(State):
         self.codes, self.rest, first_kv = zip(*made, strict=True)
         self.first_kv = first_kv if self.format.first else None
         self.total = torch.zeros((), dtype=torch.int64, device=new.k.device)
-        self._stay()
+        self.stay()
 
     def _fill_first(self, new: New, low, high) -> None:
         """Puts those of the new tokens, numbers [low, high), that are a row's first real ones to
@@ -292,26 +275,5 @@ class StaticState(State):
     def _crop(self, n: int) -> None:
         self.total.fill_(n)
 
-    def _reset(self) -> None:
-        if self.total is not None:
-            self._thaw()
-            self.total.zero_()
-
     def _release(self) -> None:
         self.codes = self.rest = self.first_kv = self.total = None
-
-    def _reorder(self, index: Tensor) -> None:
-        for x in self.tensors():  # in place: a compiled step knows where they lie
-            x.copy_(x.index_select(0, index.to(x.device)))
-
-    def _select(self, index: Tensor) -> None:
-        self._change_batch(lambda x: x.index_select(0, index.to(x.device)))
-
-    def _repeat(self, n: int) -> None:
-        self._change_batch(lambda x: x.repeat_interleave(n, dim=0))
-
-    def _change_batch(self, how: Callable[[Tensor], Tensor]) -> None:
-        total, self.total = self.total, None
-        self._change(how)
-        # of its own, where this is one row's copy
-        self.total = None if total is None else total.clone()

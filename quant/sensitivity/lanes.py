@@ -17,13 +17,15 @@ from effattn.evaluate.loss import Progress
 from effattn.evaluate.streaming import cache_bytes
 from effattn.hf import anatomy
 from effattn.hf.cache import new_cache
+from effattn.hf.last_logits import last_only
 from effattn.hf.placement import input_device
-from effattn.measuring.lanes import takes_logits_to_keep
 from effattn.measuring.measurement import MEMORY_SHARE
 from effattn.measuring.variants import Variant, build
 from effattn.profiling.memory import available_bytes
-from effattn.profiling.timing import Clock, alternate, percentiles
+from effattn.profiling.timing import Clock, alternate, pace, percentiles
 from effattn.quant.formats import Format
+from effattn.quant.packed.ring import PackedRing
+from effattn.quant.packed.state import PackedState
 from effattn.specs import parse_layers
 
 FULL, PLAN = "full", "plan"
@@ -68,10 +70,14 @@ class Lane:
         return found
 
     def layer_bytes(self) -> list[float]:
-        """Bytes of a packed token in each layer. ValueError where a format does not fit."""
+        """Bytes that each layer's cache grows by with a token: 0 for rings of the model's own
+        windows; where all are rings, those of a token that they hold. ValueError where a format
+        does not fit."""
         parts = anatomy.of(self.model)
-        pairs = zip(parts.layers, self.formats(parts), strict=True)
-        return [bytes_per_token(layer, format) for layer, format in pairs]
+        sizes = [bytes_per_token(*pair) for pair in zip(parts, self.formats(parts), strict=True)]
+        grow = [layer.window is None for layer in parts]
+        pairs = zip(sizes, grow, strict=True)
+        return [size if grows or not any(grow) else 0.0 for size, grows in pairs]
 
 
 def adapted(parts: anatomy.Anatomy, spec: str) -> str:
@@ -100,16 +106,17 @@ def predicted_bytes(
             count = tokens if layer.window is None else min(tokens, layer.window - 1)
             total += batch * count * layer.kv_bytes_per_token
         else:
-            total += format.nbytes(
-                tokens, layer.kv_heads, layer.head_dim, layer.value_dim, layer.dtype.itemsize, batch
-            )
+            own = layer.window
+            state = PackedState(format) if own is None else PackedRing(format, own)
+            sizes = (layer.kv_heads, layer.head_dim, layer.dtype.itemsize, layer.value_dim)
+            total += state.predicted_bytes(tokens, batch, *sizes)
     return total
 
 
 @torch.no_grad()
 def prefilled(model: nn.Module, ids: torch.Tensor):
     """A new cache of `model` that holds ids (B, T), fed in chunks of `PREFILL` tokens."""
-    cache, last = new_cache(model), {"logits_to_keep": 1} if takes_logits_to_keep(model) else {}
+    cache, last = new_cache(model), last_only(model)
     for piece in ids.split(PREFILL, dim=1):
         model(input_ids=piece, past_key_values=cache, use_cache=True, **last)
     return cache
@@ -199,7 +206,7 @@ def decode_speed(
                     "ms_p20": 1000 * found["p20"],
                     "ms_p80": 1000 * found["p80"],
                     "rounds": found["rounds"],
-                    "tokens_per_s": batch / found["p50"],
+                    "tokens_per_s": batch / pace(found),
                     "kv_bytes": cache_bytes(run.cache),
                 }
             )

@@ -91,6 +91,10 @@ def _quality(report: QuantizeData) -> Table:
 def _layers(report: QuantizeData) -> list[Table]:
     """KL of each format in each layer alone."""
     alone = report.data["sensitivity"]
+    if not alone and not report.data["settings"].get("sensitivity_tokens", 1):
+        names = [row["name"] for row in report.rows[1:]]
+        note = "Left out: sensitivity_tokens is 0. Without it there is no plan."
+        return [Table(LAYERS, ("Layer", *names), [["each", *(UNKNOWN for _ in names)]], note)]
     if not alone:
         return []
     specs = list(dict.fromkeys(row["spec"] for row in alone))

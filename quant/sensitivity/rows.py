@@ -42,14 +42,6 @@ def held(lane: Lane, length: int, seed: int) -> list[dict]:
     return lanes.allocated(lane, [length, length + 2 * flush], seed)
 
 
-def grown(lane: Lane, parts: anatomy.Anatomy) -> float:
-    """Bytes that all caches grow by with a token: rings of a model's own windows do not. Where all
-    are rings, those of a token that they hold."""
-    sizes = lane.layer_bytes()
-    pairs = zip(sizes, parts.layers, strict=True)
-    return sum(size for size, layer in pairs if layer.window is None) or sum(sizes)
-
-
 def format_row(lane: Lane, quality: dict, held: list[dict]) -> dict:
     """One of the report's "formats": quality as `tokenwise` gives it, held as `held` does."""
     parts = anatomy.of(lane.model)
@@ -59,7 +51,7 @@ def format_row(lane: Lane, quality: dict, held: list[dict]) -> dict:
         "cache": lane.cache,
         "quality": quality,
         "adapted": lanes.adapted(parts, lane.cache) if isinstance(lane.cache, str) else "",
-        "bytes_per_token": grown(lane, parts),
+        "bytes_per_token": sum(lane.layer_bytes()),
         "held": held,
         "memory": [
             {"context": tokens, "bytes": lanes.predicted_bytes(parts, formats, tokens)}

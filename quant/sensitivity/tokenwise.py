@@ -17,13 +17,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from effattn.encoding import begun
+from effattn.evaluate.logits import positions_at_a_time
 from effattn.evaluate.loss import Progress, check_stream, kl_chunked
 from effattn.evaluate.streaming import cache_bytes
 from effattn.hf.beginning import bos_of
 from effattn.hf.cache import new_cache
 from effattn.hf.placement import input_device
-
-PARENT_LOGITS = 64 * 2**20  # numbers in the parent's logits that wait for the student: 256 MiB
 
 
 def windows(tokens: Tensor, length: int) -> Tensor:
@@ -75,7 +74,8 @@ def tokenwise(
             ids = some.to(device)
             given = begun(ids, beginning)
             theirs, ours = new_cache(parent), new_cache(student)
-            block = max(1, min(length, PARENT_LOGITS // (len(ids) * vocabulary)))
+            # tokens whose logits of the parent wait for the student
+            block = max(1, min(length, positions_at_a_time(vocabulary) // len(ids)))
             for start in range(0, length, block):
                 stop = min(start + block, length)
                 expected = parent(

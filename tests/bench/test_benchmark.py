@@ -15,7 +15,7 @@ from bench import attention, growth, measure, page, report, results, run
 from bench.attention import ours, peer, race
 from bench.case import Absent, Contender, Defined, Entry, Ratio, Target
 from bench.peers import PEERS
-from bench.rows import monarch
+from bench.rows import monarch, packed_decode, whole_steps
 from effattn.profiling.device import Peaks
 from recipes.bench import main
 
@@ -102,6 +102,18 @@ def test_a_wrong_gradient_has_no_time():
     case = small("forward+backward", contenders=(replace(ours(WINDOW), build=build),))
     with pytest.raises(ArithmeticError, match="dv: relative error"):
         measure.prepare(case.contenders[0], case, case.inputs(100, CPU))
+
+
+@pytest.mark.parametrize("rows", [packed_decode, whole_steps])
+@pytest.mark.parametrize("spec", packed_decode.FORMATS)
+def test_every_packed_format_is_right(rows, spec):
+    """Also those that keep first tokens in full precision by default."""
+    case = next(case for case in rows.cases("cpu", quick=True) if case.title == "packed")
+    ours = next(one for one in case.contenders if one.name == f"effattn {spec}")
+    inputs = case.inputs(case.tokens, CPU)
+    call = ours.build(case, inputs)
+    right = ours.truth(case, inputs, call)["output"]
+    assert (call(*inputs) - right).norm() < 1e-4 * right.norm()
 
 
 def test_an_answer_that_is_not_finite_is_wrong():

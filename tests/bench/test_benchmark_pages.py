@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import compatibility, docs, pages, results, run
+from bench import compatibility, docs, kernels, pages, results, run
 from bench.attention import growth, ours, peer, race
 from bench.docs import main
 from effattn.profiling.device import Peaks
@@ -39,12 +39,46 @@ def test_the_page_of_what_goes_with_what_is_what_the_code_does():
         assert said in text
 
 
+def test_the_kernels_page_has_the_predictions_of_the_results():
+    text = (ROOT / "docs" / "kernels.md").read_text(encoding="utf-8")
+    assert kernels.update(text, ROOT) == text, "docs/kernels.md: run `make pages`"
+    assert all(f"| {name} |" in text for name in kernels.HEADLINES)
+
+
+def test_a_measurement_stands_beside_its_prediction(tmp_path):
+    loop = dict(instructions=100, bytes=4096, flops=0, matrix="none")
+    guessed = dict(fraction=0.8, limit="memory", bound_by="issue")
+    each = dict(folder="decode", registers=32, blocks=4)
+    predicted = {
+        "environment": dict(triton="3.9", date="2026-01-02T03:04:05"),
+        "kernels": [
+            each | dict(name="known", main=loop | guessed),
+            each | dict(name="unknown", main=None),
+        ],
+    }
+    for path, plain in (
+        (kernels.PREDICTED, predicted),
+        (kernels.MEASURED, {"measured": {"decode known": 0.75}}),
+    ):
+        (tmp_path / path).parent.mkdir(parents=True)
+        (tmp_path / path).write_text(json.dumps(plain))
+    table = kernels.table(tmp_path)
+    assert "| decode known | 32 | 4 | 100 | 4096 | none | 80% of memory | issue | 75% |" in table
+    assert "| decode unknown | 32 | 4 | ? | ? | ? | ? | ? |  |" in table
+    assert kernels.update("<!-- kernels:predicted -->\nold<!-- /kernels -->", tmp_path) == (
+        f"<!-- kernels:predicted -->\n{table}<!-- /kernels -->"
+    )
+    with pytest.raises(ValueError, match="a marker is not"):
+        kernels.update("<!-- kernels:predicted -->", tmp_path)
+
+
 def test_every_folder_of_results_has_an_index():
-    for folder in (path for path in (ROOT / "results").iterdir() if path.is_dir()):
+    for folder in (path for path in (ROOT / "results").rglob("*") if path.is_dir()):
         text = (folder / "README.md").read_text(encoding="utf-8")
         assert text == docs.index(folder), f"{folder}: run `make pages`"
         for file in folder.iterdir():
-            assert file.name in (*re.findall(r"\]\((.*?)\)", text), "README.md")
+            known = (*re.findall(r"\]\((.*?)\)", text), "README.md", docs.REAL)
+            assert file.name in known
 
 
 @pytest.fixture

@@ -107,7 +107,7 @@ def lists(monkeypatch):
 
 
 def test_scores_are_those_of_one_forward_pass(tokens, monkeypatch):
-    monkeypatch.setattr("effattn.evaluate.curve.CHUNK", 7)
+    monkeypatch.setattr("effattn.evaluate.logits.BYTES", 7 * 4 * 96)
     model, sequences = tiny("llama"), tokens[:123].view(3, 41)
     nats, right = token_scores(model, sequences, batch=2)
     assert nats.shape == right.shape == (3, 40)

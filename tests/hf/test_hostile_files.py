@@ -47,6 +47,7 @@ def nested(depth: int, leaf=1):
     return leaf
 
 
+LOW_RANK = {"rank": 8, "spec": "lowrank(rank=8)", "error": 0.1, "output_error": None}
 MONARCH = {"blocks": 8, "rank": 2, "spec": "monarch(blocks=8)", "error": 0.1, "output_error": None}
 
 RECORDS = [
@@ -102,6 +103,11 @@ RECORDS = [
         "blocks: got 1000000000000000",
     ),
     ({"projections": {"model.layers.0.mlp.up_proj": MONARCH | {"blocks": "8"}}}, "blocks: got '8'"),
+    (
+        {"projections": {"model.layers.0.mlp.up_proj": LOW_RANK | {"rank": 10**15}}},
+        "rank: got 1000000000000000",
+    ),
+    ({"projections": {"model.layers.0.mlp.up_proj": LOW_RANK | {"rank": None}}}, "rank: got None"),
     (
         {"projections": {"model.layers.0.mlp.up_proj": MONARCH | {"error": float("inf")}}},
         "error: got inf",

@@ -50,6 +50,7 @@ SWAPS = {
         "cache": {"1": "int8(group=16)"},
     },
     "projections": {"projections": "monarch(blocks=8, rank=4)"},
+    "low rank": {"projections": "lowrank(rank=8, method='svd')"},
     "projections and pattern": {
         "projections": {"1": "monarch(blocks=8, rank=4)"},
         "pattern": "sliding(window=4)",

@@ -25,15 +25,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import torch
 import triton
 from torch import Tensor
+from torch._subclasses import fake_tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton._C.libtriton import ir
 from triton.compiler import ASTSource
-from triton.compiler import compile as to_machine_code
 from triton.compiler.compiler import make_backend
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
@@ -76,6 +77,9 @@ def install(depth: str = "front") -> None:
     JITFunction._do_compile = _compiler(depth)
     _register_device()
     cuda = torch.cuda
+    # a torch that was built with CUDA would look for a driver
+    fake_tensor.init_gpu_context = lambda device: None
+    cuda._lazy_init = lambda: None
     cuda.is_available = lambda: True
     cuda.device_count = lambda: len(DEVICES)
     cuda.current_device = lambda: _current
@@ -207,6 +211,34 @@ def backward(out: Tensor, grad: Tensor | None = None) -> None:
                 ready.append(following)
 
 
+@contextlib.contextmanager
+def undriven() -> Iterator[None]:
+    """`torch.autograd.grad` and `torch.Generator` do without a driver inside."""
+
+    def grad(outputs, inputs, grad_outputs=None, **options):
+        outputs = [outputs] if isinstance(outputs, Tensor) else list(outputs)
+        above = [None] * len(outputs) if grad_outputs is None else grad_outputs
+        above = [above] if isinstance(above, Tensor) else above
+        for x in inputs:
+            x.grad = None
+        for out, one in zip(outputs, above, strict=True):
+            backward(out, one)
+        return [torch.zeros_like(x) if x.grad is None else x.grad for x in inputs]
+
+    class Generator:
+        def __init__(self, device=None):
+            pass
+
+        def manual_seed(self, seed: int) -> None:
+            """None, which torch takes for its own generator."""
+
+    with (
+        mock.patch.object(torch.autograd, "grad", grad),
+        mock.patch.object(torch, "Generator", Generator),
+    ):
+        yield
+
+
 def _call(node, given: dict[int, Tensor]) -> list[Tensor | None]:
     """What an autograd node makes of its outputs' gradients, for the inputs that have one."""
     needed = [each[0] is not None for each in node.next_functions]
@@ -314,14 +346,14 @@ class _Kernel:
 
 def _compiler(depth: str):
     """In the place of `JITFunction._do_compile`, which is called once for each kind of launch."""
-    done = set()
+    done, whole = set(), JITFunction._do_compile
 
     def compile(self, key, signature, device, constexprs, options, attrs, warmup):
         target = ARCHES[DEVICES[device]].target
         source = ASTSource(self, signature, constexprs, attrs)
         code = (target.backend, self.cache_key, str((signature, constexprs, attrs)))
-        if depth == "machine":
-            to_machine_code(source, target=target, options=options.__dict__)
+        if depth == "machine":  # all of what Triton itself does, its cache on disk included
+            whole(self, key, signature, device, constexprs, options, attrs, warmup)
         elif depth == "front" and code not in done:
             _front(source, target, options)
             done.add(code)

@@ -421,6 +421,23 @@ def sparse(rows=1, bias=True, dtype=BF16, sizes=(512, 256)) -> None:
     run_backward(linear(x, packed, added, impl="triton"))
 
 
+def bitmask(rows=1, bias=True, dtype=BF16, sizes=(512, 256)) -> None:
+    """A bitmask's product and its backward pass."""
+    from fake_gpu import backward as run_backward
+
+    from effattn.kernels.bitmask import Packed, linear, segments
+
+    outputs, inputs = sizes
+    packed = Packed(
+        tensor(outputs * inputs // 2, dtype=dtype),
+        tensor(outputs, inputs // 8, dtype=torch.uint8),
+        tensor(outputs, segments(inputs), dtype=torch.int32),
+    )
+    x = tensor(rows, inputs, dtype=dtype, grad=True)
+    added = tensor(outputs, dtype=dtype, grad=True) if bias else None
+    run_backward(linear(x, packed, added, impl="triton"))
+
+
 def bandwidth(elements: int) -> None:
     """The yardsticks."""
     from effattn.kernels import bandwidth as kernel
@@ -452,6 +469,11 @@ def _other_cases() -> None:
     for dtype, rows in product((BF16, FP16, FP32), (1, 16)):
         case(f"2:4 {NAMES[dtype]} {rows}", rows, dtype=dtype)(sparse)
     case("2:4 without bias", bias=False)(sparse)
+    for dtype, rows in product((BF16, FP16, FP32), (1, 16, 40, 100)):
+        case(f"bitmask {NAMES[dtype]} {rows}", rows, dtype=dtype)(bitmask)
+    case("bitmask without bias", bias=False)(bitmask)
+    case("bitmask of odd sizes", sizes=(77, 1048))(bitmask)
+    case("bitmask wide", sizes=(1024, 14336))(bitmask)
     for elements in (1, 1000, 2**28):
         case(f"bandwidth {elements}", elements)(bandwidth)
 
@@ -467,8 +489,10 @@ def main(parts: str = "", depth: str = "front", arches: str = "") -> None:
     """Runs the cases whose names begin with one of `parts`; prints what came of it as JSON."""
     import fake_gpu
     import user_launches  # adds cases
+    import user_steps
 
     assert user_launches
+    assert user_steps
     fake_gpu.install(depth)
     begin, failed, count = time.perf_counter(), {}, 0
     with fake_gpu.tensors(), fake_gpu.watch() as seen:

@@ -10,6 +10,7 @@ import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -146,7 +147,7 @@ def test_every_kernel_folder_ships_variants_of_the_right_form(run):
         names = [(folder, variant["name"]) for folder, variant in shipped]
         assert len(set(names)) == len(names)
         for _, variant in shipped:
-            assert set(variant) == {
+            assert set(variant) - {"loop"} == {
                 "name",
                 "signature",
                 "num_warps",
@@ -176,13 +177,44 @@ def test_an_interpreting_process_starts_another(monkeypatch):
     ((command, env),) = started
     assert command[1:] == ["-m", "effattn.recipes.cli", "kernels", "--arch=sm_90", "--json"]
     assert "TRITON_INTERPRET" not in env
-    result = CliRunner().invoke(cli.app, ["kernels", "--arch", "sm_91"])
-    assert result.exit_code == 2
+    for wrong, said in ((["--arch", "sm_91"], "sm_90"), (["--only", "pakced"], "a part of")):
+        result = CliRunner().invoke(cli.app, ["kernels", *wrong])
+        assert result.exit_code == 2
+        assert "did you mean '" in result.output
+        assert said in result.output
     assert len(started) == 1
+    report = ["kernels", "--report", "--only", "packed int4", "--output", "r.json"]
+    assert CliRunner().invoke(cli.app, report).exit_code == 1
+    assert started[1][0][4:] == [
+        "--arch=sm_90",
+        "--only=packed int4",
+        "--report",
+        "--output=r.json",
+    ]
     with pytest.raises(
         ValueError, match=r"arch: got 'sm_91' \(did you mean 'sm_90'\?\), valid are 'sm_80'"
     ):
         aot.variants("sm_91")
+
+
+def test_a_judged_kernel_is_not_disassembled_again(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    calls = []
+
+    def read(asm):
+        calls.append(asm)
+        return 32, 0, {"v_mfma": 2}
+
+    monkeypatch.setattr(aot, "read_amdgcn", read)
+    kernel = SimpleNamespace(hash="ab12", asm={}, metadata=SimpleNamespace(shared=1024))
+    variant = dict(name="x", num_warps=4, forward=True, dots=True, signature={"x": "*bf16"})
+    kernel.asm["ttgir"] = ""
+    first = aot.judge(kernel, variant, "gfx942")
+    assert aot.judge(kernel, variant, "gfx942") == first
+    assert (first.registers, first.instructions, len(calls)) == (32, {"v_mfma": 2}, 1)
+    kernel.hash = "cd34"  # another kernel
+    aot.judge(kernel, variant, "gfx942")
+    assert len(calls) == 2
 
 
 def test_reading_what_the_tools_print():

@@ -3,7 +3,9 @@ torch, and the Triton kernel in the interpreter, or on the GPU where there is on
 
 from __future__ import annotations
 
+import functools
 import itertools
+import re
 from dataclasses import replace
 
 import pytest
@@ -245,6 +247,7 @@ def test_a_compiled_step_is_one_graph():
     assert len(graphs) == 1
 
 
+# the last ones are wide enough for two bytes at once, with one, two and four groups a token
 TRITON = [
     dict(k=INT4, v=INT2),
     dict(k=Coding("int8", "token", 16, True), v=Coding("fp8", "channel", 32)),
@@ -255,6 +258,17 @@ TRITON = [
         dim=24,
         rest=1,
     ),
+    dict(k=Coding("int8", "channel", 32, True), v=Coding("int8", "token", 64, True), value_dim=64),
+    dict(k=Coding("int4", "channel", 32), v=Coding("int4", "token", 64), dim=128, value_dim=128),
+    dict(k=Coding("int2", "token", 64), v=Coding("int2", "token", 32), dim=128, value_dim=128),
+    dict(
+        k=Coding("fp8", "token", 64),
+        v=Coding("fp8", "token", 128),
+        dim=128,
+        packed=51,
+        value_dim=128,
+    ),
+    dict(k=Coding("int4", "token", 40), v=Coding("int4", "channel", 64), dim=80, value_dim=80),
 ]
 
 
@@ -262,6 +276,66 @@ TRITON = [
 def test_the_kernel_reads_every_coding(settings):
     pytest.importorskip("triton")
     check(*made(**settings), impl="triton")
+
+
+def shifted_in_pairs(asm, constraints, args, dtype, is_pure, pack):
+    """What the kernel's two instructions do to two 16-bit words that share a register."""
+    import numpy
+    import triton.language as tl
+    from triton.runtime.interpreter import TensorHandle
+
+    assert (constraints, dtype, pack) == ("=r,r", tl.uint16, 2)
+    name, by = re.fullmatch(r"(shr|shl)\.b32 \$0, \$1, \D*(\d+)\D*;", asm).groups()
+    words = numpy.ascontiguousarray(args[0].handle.data)
+    pairs = words.reshape(-1).view(numpy.uint32)
+    moved = pairs >> int(by) if name == "shr" else pairs << int(by)
+    data = moved.view(numpy.uint16).reshape(words.shape)
+    return tl.tensor(TensorHandle(data, dtype), args[0].type)
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="the instructions themselves run there")
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_registers_that_are_shifted_two_words_at_once(kind, dtype, monkeypatch):
+    """As on an NVIDIA GPU, with the instructions acted out: what comes in from the neighbour is
+    masked. The same numbers as without."""
+    pytest.importorskip("triton")
+    import triton.language as tl
+
+    from effattn.kernels.decode import packed_triton
+
+    k, v = Coding(kind, "channel", 32, kind == "int8"), Coding(kind, "token", 64, kind == "int8")
+    q, cache = made(k, v, dim=128, value_dim=128, dtype=dtype)
+    want = attention(q, cache, impl="triton")
+    calls = []
+
+    def acted(*args, **options):
+        calls.append(args[0])
+        return shifted_in_pairs(*args, **options)
+
+    monkeypatch.setattr(tl, "inline_asm_elementwise", acted)
+    in_pairs = functools.partial(packed_triton.code, pairs=True)
+    monkeypatch.setattr(packed_triton, "code", in_pairs)
+    assert torch.equal(attention(q, cache, impl="triton"), want)
+    assert calls
+
+
+@pytest.mark.parametrize("kind", ["int8", "fp8"])
+@pytest.mark.parametrize("size", [2.0**-40, 2.0**40])
+def test_eight_bits_of_any_size_in_bfloat16(kind, size):
+    """They are multiplied in fp16, which cannot hold such numbers: scales are made 1 at most."""
+    pytest.importorskip("triton")
+    symmetric = kind == "int8"
+    k, v = Coding(kind, "channel", 32, symmetric), Coding(kind, "token", 64, symmetric)
+    q, cache = made(k, v, dim=64, value_dim=64, rest=1, dtype=torch.bfloat16)
+    want = attention(q, cache, impl="triton").double()
+    cache.k.scale *= size
+    cache.k_rest *= size
+    cache.v.scale *= size
+    cache.v_rest *= size
+    q /= size
+    out = attention(q, cache, impl="triton").double() / size
+    assert error(out, want) < 1e-6
 
 
 BIASES = {

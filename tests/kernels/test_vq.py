@@ -162,6 +162,15 @@ def test_calibration_makes_quantization_better_and_leaves_the_global_generator_a
     assert again.usage.sum(-1).tolist() == [500.0] * 3
 
 
+def test_only_codebooks_that_nobody_fitted_are_warned_of(tokens, tmp_path, recwarn):
+    from conftest import tiny
+
+    model = swap(tiny("llama"), "vq(codes=16)", calibration=tokens)
+    swap(model, cache="full")  # the patterns stay as they are
+    effattn.load(effattn.save(model, tmp_path / "saved"))
+    assert not [str(one.message) for one in recwarn.list if "codebook" in str(one.message)]
+
+
 def test_exact_with_a_word_for_every_key():
     q, k, v = inputs(20, torch.float64)
     attn = effattn.backend("vq", codes=60, block=8)
@@ -243,7 +252,8 @@ def test_swap_calibrates_each_layer(tokens):
     books = [module.effattn_pattern.codebook for module in attention]
     assert not torch.equal(*books)
     close = (model(tokens[None, :64]).logits - plain).norm() / plain.norm()
-    swap(effattn.restore(model), "vq", codes=16, block=16)
+    with pytest.warns(UserWarning, match="calibration: got none, so the codebooks of 2 layers"):
+        swap(effattn.restore(model), "vq", codes=16, block=16)
     random = (model(tokens[None, :64]).logits - plain).norm() / plain.norm()
     assert close < 0.8 * random
     assert torch.equal(effattn.restore(model)(tokens[None, :64]).logits, plain)

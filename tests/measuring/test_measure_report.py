@@ -229,6 +229,17 @@ def test_tables_show_ratios_shares_and_what_was_foreseen():
     assert operations == {"attention": "6,554 (40%)", "ffn": "6,554 (40%)", "other": "3,277 (20%)"}
 
 
+def test_what_launching_takes_stands_beside_a_gpus_time():
+    new = data()
+    for one in new["rows"]:
+        if "decode" in one:
+            one["decode"]["host_ms"] = 7.5
+    table = main_table(Report(new))
+    assert table.header[table.header.index("ms/token") + 1] == "Host (ms)"
+    assert {line[table.header.index("Host (ms)")] for line in table.rows} == {"7.50"}
+    assert "slower of the two" in table.note
+
+
 def test_unknown_peaks_are_unknown_and_nothing_is_drawn_for_them():
     made = data()
     made["peaks"] |= {"read_bytes_per_s": None, "matmul_flops": {}}

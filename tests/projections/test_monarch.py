@@ -14,10 +14,12 @@ from torch import nn
 from transformers import AutoModelForCausalLM, BertConfig, BertForMaskedLM
 
 import effattn
+from effattn.damping import DAMPING
 from effattn.errors import Unsupported
 from effattn.projections import MonarchLinear, errors
-from effattn.projections.monarch import relative_error, sizes
-from effattn.projections.project import RIDGE, project
+from effattn.projections.base import relative_error
+from effattn.projections.monarch import sizes
+from effattn.projections.project import project
 from effattn.surgery.replace import matrices_of
 
 IDS = torch.randint(1, 96, (2, 12), generator=torch.Generator().manual_seed(0))
@@ -133,7 +135,7 @@ def test_a_fit_to_data_is_closer_in_outputs():
     assert plain.output_error is None
     assert plain.error < fitted.error
     # what is minimised: never up, sweep by sweep
-    noisy = moment + RIDGE * moment.diagonal().mean() * torch.eye(48)
+    noisy = moment + DAMPING * moment.diagonal().diag()
     costs = []
     for sweeps in (0, 1, 2, 4, 8):
         right, left = project(linear.weight.detach(), 4, 2, moment, sweeps=sweeps)
@@ -148,6 +150,26 @@ def test_a_fit_to_data_is_closer_in_outputs():
     assert torch.isfinite(
         MonarchLinear.from_linear(linear, 4, rank=2, moment=singular).dense()
     ).all()
+
+
+@pytest.mark.parametrize(("blocks", "rank", "apart"), [(1, 6, 1e-9), (4, 2, 0.1)])
+def test_a_massive_input_does_not_drown_the_others(blocks, rank, apart):
+    """Scaling an input and its column the other way changes nothing but where the sweeps begin."""
+    g = torch.Generator().manual_seed(0)
+    linear = nn.Linear(24, 24, bias=False, dtype=torch.float64)
+    x = torch.randn(500, 24, generator=g, dtype=torch.float64)
+    x = x @ torch.randn(24, 24, generator=g, dtype=torch.float64)
+    found = []
+    for scale in (1.0, 1000.0):
+        y, weight = x.clone(), linear.weight.detach().clone()
+        y[:, 3] *= scale
+        weight[:, 3] /= scale
+        right, left = project(weight, blocks, rank, y.T @ y / len(y), sweeps=12)
+        layer = random_layer(24, 24, blocks, rank)
+        layer.right.data, layer.left.data = right, left
+        missed = y @ (layer.dense().detach() - weight).T
+        found.append((missed.norm() / (y @ weight.T).norm()).item())
+    assert math.isclose(*found, rel_tol=apart)
 
 
 def test_padding_is_visible_counted_and_stays_zero():

@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from effattn.calibration.hessian import DAMPING, damped
 from effattn.calibration.refit import OutputRefit
+from effattn.damping import DAMPING, damped
 from effattn.hf import anatomy as hf
 from effattn.prune import structured
 from effattn.prune.structural.criteria import obs

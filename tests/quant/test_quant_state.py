@@ -161,6 +161,32 @@ def test_a_ring_is_bounded_and_never_moved(pattern):
     assert state.size <= state.keep + ROLLBACK + state.format.flush
 
 
+LONG = "int8(group=128, residual=512)"  # longer than any of the windows
+RINGS = [(1, 0), (7, 0), (16, 2), (40, 0), (64, 5), (130, 0)]  # windows and sinks
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("value_dim", [D, D // 2])
+@pytest.mark.parametrize(("window", "sinks"), RINGS)
+@pytest.mark.parametrize("spec", [*FORMATS, "int4", "int2(first=0)", LONG])
+def test_bytes_of_a_ring_are_those_predicted(spec, window, sinks, value_dim):
+    format = Format.parse(spec).fit(D, value_dim)[0]
+    name = f"sliding(window={window}, sinks={sinks})" if sinks else f"sliding(window={window})"
+    state, draw = Packed(spec, format).new_state(backend(name)), torch.Generator().manual_seed(0)
+    seen = set()
+    for size in (1, 3, 29, 64, 1, 200, *[1] * 33, 90, 500):
+        k, v = (torch.randn(2, HKV, size, dim, generator=draw) for dim in (D, value_dim))
+        state.append(k, v)
+        assert state.nbytes == state.predicted_bytes(state.seq_len, 2, HKV, D, 4, value_dim)
+        seen.add(state.nbytes)
+    # and it is full: more tokens take no more
+    later, much_later = (
+        max(state.predicted_bytes(n + i, 2, HKV, D, 4, value_dim) for i in range(256))
+        for n in (2048, 2**20)
+    )
+    assert max(seen) <= later == much_later
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("pattern", PATTERNS[:3])
 def test_padding_changes_nothing(pattern):

@@ -138,19 +138,26 @@ def test_the_main_process_alone_says_something(monkeypatch):
 
 
 def test_without_a_terminal_quarters_are_lines(capsys, monkeypatch):
-    now = iter([0.0, 60.0, 120.0, 180.0, 0.0, 1.0])
+    now = iter([0.0, 20.0, 60.0, 120.0, 180.0, 0.0, 1.0, 0.0, 0.1, 10.0])
     monkeypatch.setattr("effattn.recipes.console.monotonic", lambda: next(now))
     with Show().stage("measuring") as progress:
         for done in range(1, 13):
             progress(done, 12)
     with Show().stage("quick") as progress:  # told only that it begins
         progress(3, 4)
+    with Show().stage("as quick as it began") as progress:
+        progress(0, 100)
+        progress(1, 100)
+        progress(60, 100)
     assert capsys.readouterr().err.splitlines() == [
         "measuring ...",
+        "measuring: about 3:40 left, by the first 8.3 %",
         "measuring: 25 % after 1:00, about 3:00 left",
         "measuring: 50 % after 2:00, about 2:00 left",
         "measuring: 75 % after 3:00, about 1:00 left",
         "quick ...",
+        "as quick as it began ...",
+        "as quick as it began: 50 % after 0:10, about 0:07 left",
     ]
 
 

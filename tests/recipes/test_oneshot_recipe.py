@@ -153,6 +153,36 @@ def test_large_models_are_not_loaded_and_come_out_the_same(source, text, tmp_pat
         assert torch.equal(ours, theirs)
 
 
+def test_what_is_saved_can_be_packed(source, text, tmp_path):
+    """Without a model in memory before; and what cannot be is refused before any work."""
+    given = ("--model", source, "--text", text, "--measure", "no", *FAST, "--methods", "magnitude")
+    code, output = invoke(*given, "--output", tmp_path / "out", "--pack", "bitmask")
+    assert code == 0, output
+    assert "Packed (bitmask), the linear layers take" in output
+    report = OneShotReport.load(tmp_path / "out")
+    facts = report.data["packing"]
+    assert facts["packed_layers"] == 14
+    assert facts["bytes_after"] < 0.55 * facts["bytes_before"]
+    assert report.data["verification"]["max_logit_difference"] == 0
+    before, after = (report.data["sizes"][when]["file_bytes"] for when in ("before", "after"))
+    assert after == file_bytes(tmp_path / "out") < before
+    model = AutoModelForCausalLM.from_pretrained(source)
+    effattn.prune.oneshot(model, method="magnitude", sparsity=0.5)
+    again = effattn.load(tmp_path / "out")
+    ids = torch.arange(30)[None]
+    torch.testing.assert_close(again(ids).logits, model(ids).logits)
+    assert "| packed layers | 14 |" in report.to_markdown()
+
+    for pack, said in (
+        ("2:4", "pack: '2:4' cannot hold weights of sparsity 0.5; valid for them are 'bitmask'"),
+        ("bitmasks", "did you mean 'bitmask'"),
+    ):
+        code, output = invoke(*given, "--output", tmp_path / "other", "--pack", pack)
+        assert code == 2, output
+        assert said in output
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
 def test_an_unfinished_run_refuses_other_settings(source, text, tmp_path, monkeypatch):
     def killed(*arguments, **options):
         raise KeyboardInterrupt

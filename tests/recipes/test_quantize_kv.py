@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import tiny
+from flows import run_small, save_small
 from outliers import plant_outliers
 from typer.testing import CliRunner
 
@@ -80,7 +81,7 @@ def test_a_full_cache_token_by_token_is_one_forward(tokens):
 
 def test_the_quantized_cache_is_what_generate_uses(text, monkeypatch):
     # blocks of seven tokens
-    monkeypatch.setattr("effattn.quant.sensitivity.tokenwise.PARENT_LOGITS", 3 * 7 * 3072)
+    monkeypatch.setattr("effattn.evaluate.logits.BYTES", 4 * 3 * 7 * 3072)
     model = small()
     lane = Lane(INT2, INT2).of(model)
     found = tokenwise(model, lane.model, text[:241], 80, batch=3)
@@ -242,6 +243,41 @@ def test_a_killed_run_goes_on_and_leaves_nothing_behind(finished):
     assert sorted(path.name for path in wanted.output.parent.iterdir()) == ["model", "out"]
 
 
+@pytest.mark.parametrize("spec", [INT4, INT2, "int8(residual=64)"])
+@pytest.mark.parametrize("kind", ["gemma2", "mistral", "llama"])
+def test_rings_of_a_models_own_windows_do_not_grow(kind, spec):
+    more = {"sliding_window": 32} if kind == "mistral" else {}
+    model = tiny(kind, dtype=torch.float32, num_key_value_heads=2, **more)
+    lane, full = (Lane(one or "full", one).of(model) for one in (spec, None))
+    for row in lanes.allocated(lane, [20, 90, 128], seed=0):
+        assert row["predicted"] == row["held"] == row["allocated"]
+    grow = {"gemma2": [False, True], "mistral": [True, True], "llama": [True, True]}[kind]
+    for one in (lane, full):  # where all are rings: of a token that they hold
+        assert [size > 0 for size in one.layer_bytes()] == grow
+    parts = anatomy.of(model)
+    late = [lanes.predicted_bytes(parts, lane.formats(parts), n) for n in (2**15, 2**16)]
+    per_token = 0 if kind == "mistral" else sum(lane.layer_bytes())
+    assert late[1] - late[0] == 2**15 * per_token
+
+
+def test_each_layer_alone_can_be_left_out_and_the_report_says_so(tmp_path, monkeypatch):
+    save_small(tmp_path)
+    told = []
+    keep = quantize_kv.flow.parts
+    monkeypatch.setattr(quantize_kv.flow, "parts", lambda *a: told.append(a[2]) or keep(*a))
+    place = (str(tmp_path / "model"), tmp_path / "text.txt")
+    with_it = run_small("quantize_kv", *place, tmp_path / "with")
+    without = run_small("quantize_kv", *place, tmp_path / "without", sensitivity_tokens=0)
+    assert told == ["each layer alone: 2 layers, 1 formats"]
+    assert len(with_it.data["sensitivity"]) == 2
+    assert UNKNOWN not in with_it.to_markdown()
+    assert without.data["sensitivity"] == without.data["frontier"] == []
+    assert without.data["formats"][1]["quality"] == with_it.data["formats"][1]["quality"]
+    for page in (without.to_markdown(), without.to_html()):
+        assert "sensitivity_tokens is 0" in page
+        assert UNKNOWN in page
+
+
 def test_the_checkpoint_has_the_plan(finished, text):
     wanted, _, report = finished
     plan = report.data["plan"]
@@ -294,12 +330,29 @@ def test_the_report_says_what_was_measured(finished):
     assert UNKNOWN not in tables
 
 
+def test_no_layer_alone_where_none_is_asked_for(finished):
+    wanted, _, before = finished
+    less = {"sensitivity_tokens": 0, "budget": None, "retrieval_trials": 0, "output": None}
+    report = quantize_kv.run(dataclasses.replace(wanted, decode_contexts=(), **less))
+    assert report.data["sensitivity"] == report.data["frontier"] == []
+    assert report.data["formats"] == before.data["formats"][:-1]  # but for the plan
+
+
 @pytest.mark.parametrize(
     ("given", "error"),
     [
         (
             ["--budget-bytes-per-token", "500"],
             "the least possible with these formats is 1,024 bytes a token",
+        ),
+        (
+            ["--budget-bytes-per-token", "5000", "--sensitivity-tokens", "0"],
+            "sensitivity_tokens: got 0, and a plan for budget_bytes_per_token is made of what each "
+            "layer loses alone; valid is at least length",
+        ),
+        (
+            ["--sensitivity-tokens", "3"],
+            "sensitivity_tokens: got 3, valid is at least length",
         ),
         (["--formats", "int5"], "did you mean"),
         (["--formats", "full"], "full"),

@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from effattn.heads.gqa import convert_gqa
 from effattn.hf import anatomy as hf
-from effattn.training.uptrain import distillation_loss, layer_distance, uptrain
+from effattn.training.uptrain import default_lr, distillation_loss, layer_distance, uptrain
 
 
 def pair(tokens, dtype=torch.float32):
@@ -123,6 +123,21 @@ def test_only_attention_is_trained_by_default(tokens, tmp_path):
         assert parameter.requires_grad
     with pytest.raises(ValueError, match=r"trainable: got 'attn'.*'attention'"):
         uptrain(student, teacher, tokens, train_tokens=128, folder=tmp_path, trainable="attn")
+
+
+def test_the_default_rate_falls_with_width_and_depth():
+    parts = hf.of(tiny("llama"))
+    layers = list(parts.layers)
+
+    def rate(width, depth):
+        parts.embeddings.weight = torch.nn.Parameter(torch.empty(1, width, device="meta"))
+        parts.layers[:] = (layers * depth)[:depth]
+        return default_lr(parts)
+
+    assert rate(64, 2) == rate(256, 4) == 3e-3  # the embedded model's size, and below it
+    assert rate(576, 30) == pytest.approx(1.78e-4, rel=0.01)  # SmolLM2
+    assert rate(4096, 32) == pytest.approx(2.3e-5, rel=0.02)
+    assert rate(256, 8) == rate(512, 4) == 1.5e-3
 
 
 def test_layer_distance_is_relative_to_each_position():

@@ -14,13 +14,19 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 from torch import Tensor
 
 from effattn.errors import Unsupported, check_choice
 from effattn.hf.anatomy import Anatomy
-from effattn.prune.structural.criteria.base import TARGETS, Criterion, Importance, registered
+from effattn.prune.structural.criteria.base import (
+    TARGETS,
+    Criterion,
+    Importance,
+    Told,
+    registered,
+)
 
 
 def criteria() -> dict[str, Criterion]:
@@ -45,10 +51,11 @@ def measure(
     targets: Iterable[str] = TARGETS,
     seed: int = 0,
     removed: Mapping[str, int] | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Importance:
     """The importance of every structure of `targets`, by one of `CRITERIA`. batches: int64 (batch,
     length) each. removed: target -> how many of a layer will go; a criterion that removes them one
-    after the other need go no further.
+    after the other need go no further. progress: called with (batches done, batches).
 
     Raises ValueError for names, Unsupported for a target that the criterion does not rank (naming
     those that do), and FloatingPointError, naming the layer, when activations are not finite."""
@@ -57,7 +64,8 @@ def measure(
         check(criterion, target, parts)
     chosen = find(criterion)
     more = {"removed": removed or {}} if chosen.stops else {}
-    found = chosen.score(parts, batches, targets, seed, **more)
+    told = batches if progress is None else Told(batches, progress)
+    found = chosen.score(parts, told, targets, seed, **more)
     found.check()
     return found
 

@@ -10,11 +10,12 @@ from dataclasses import dataclass
 from typing import cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from effattn.evaluate.logits import next_token_losses
 from effattn.hf.anatomy import Anatomy, Layer
+from effattn.hf.last_logits import last_only
 
 TARGETS = ("heads", "ffn", "layers")
 
@@ -85,6 +86,19 @@ def criterion(
 def registered() -> dict[str, Criterion]:
     """name -> criterion, of those whose files were imported, in their places and then by name."""
     return dict(sorted(_CRITERIA.items(), key=lambda item: (item[1].place, item[0])))
+
+
+class Told(list[Tensor]):
+    """Batches that tell how many of them a pass is through with: (done, all)."""
+
+    def __init__(self, batches: list[Tensor], progress: Callable[[int, int], None]):
+        super().__init__(batches)
+        self.progress = progress
+
+    def __iter__(self) -> Iterator[Tensor]:
+        for number, batch in enumerate(super().__iter__()):
+            yield batch
+            self.progress(number + 1, len(self))  # the next one is asked for
 
 
 class Sums:
@@ -177,8 +191,10 @@ def forward(parts: Anatomy, batches: list[Tensor]) -> Iterator[int]:
     """Runs the model on each batch; yields how many windows it had, after the hooks have seen
     it.
     """
+    last = last_only(parts.model)  # nobody reads them
     for batch in batches:
-        parts.model(input_ids=batch.to(parts.embeddings.weight.device), use_cache=False)
+        ids = batch.to(parts.embeddings.weight.device)
+        parts.model(input_ids=ids, use_cache=False, **last)
         yield len(batch)
 
 
@@ -203,5 +219,4 @@ def losses(model: PreTrainedModel, batch: Tensor) -> Tensor:
     """Mean cross-entropy of each window in nats a token, (B,), with gradients."""
     table = cast(nn.Embedding, model.get_input_embeddings())
     ids = batch.to(table.weight.device)
-    logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
-    return F.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none").mean(1)
+    return next_token_losses(model, ids).mean(1)

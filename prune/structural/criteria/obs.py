@@ -21,7 +21,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from effattn.calibration.hessian import damped
+from effattn.damping import damped
 from effattn.hf.anatomy import Anatomy, Layer
 from effattn.prune.structural.criteria.base import (
     Importance,

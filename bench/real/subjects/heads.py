@@ -1,0 +1,51 @@
+"""Three K/V heads become one, by every method, without any training."""
+
+from __future__ import annotations
+
+from bench.real.numbers import QUALITY, quality, ratio
+from bench.real.steps import Step, Subject, Target, recipe
+
+ORDER = 1
+READ = {"calibration_tokens": 16384, "evaluation_tokens": 4096}
+BY_WEIGHTS = ("mean", "first", "random")  # they look at no text
+
+
+def take(data: dict) -> dict:
+    """Of the report."""
+    shape = {key: data["model"][key] for key in ("kv_heads_before", "kv_heads_after")}
+    return quality(data, "converted") | shape
+
+
+CONVERT = recipe("convert_gqa", take, kv_heads=1, decode_contexts=())
+
+
+def method(name: str, refit: bool) -> Step:
+    """One of the methods, with or without solving O again."""
+    said = f"{name}, O re-fit" if refit else name
+    how = {"method": name, "refit": refit}
+    if name in BY_WEIGHTS and not refit:
+        how["calibration_tokens"] = 8192  # which only the report's errors by layer are of
+    return Step(said, CONVERT, READ | how)
+
+
+SUBJECT = Subject(
+    "Three K/V heads to one, untrained",
+    [
+        method("optimal", refit=True),
+        method("mean", refit=False),
+        method("optimal", refit=False),
+        method("mean", refit=True),
+        method("aligned", refit=True),
+        method("first", refit=False),
+        method("random", refit=False),
+    ],
+    QUALITY,
+    [
+        Target(
+            "`optimal` with re-fit over `mean`, excess nats",
+            0.12,
+            lambda steps: ratio(steps, "optimal, O re-fit", "mean"),
+        )
+    ],
+    note="These heads are grouped already (9 query heads share 3), and share little more.",
+)
