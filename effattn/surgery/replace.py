@@ -290,7 +290,8 @@ def replace(model: nn.Module, new: dict[str, nn.Module]) -> None:
 
 def spec_of(layer: anatomy.Layer) -> str:
     """The layer's projections, as `describe` shows them; several kinds are separated by commas."""
-    modules = layer.qkv_modules
+    # what makes keys and values of latents is the heads' business
+    modules = [m for m in layer.qkv_modules if not isinstance(m, LatentLinear)]
     kinds = dict.fromkeys(m.spec if isinstance(m, StructuredLinear) else "dense" for m in modules)
     inside = (m for m in layer.ffn.modules() if isinstance(m, StructuredLinear))
     beside = [m for m in inside if m.spec not in kinds]

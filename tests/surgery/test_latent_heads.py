@@ -93,6 +93,7 @@ def test_bytes_are_counted():
     for layer, row in zip(cache.layers, rows, strict=True):
         rank = row["kv_bytes_per_token"] // 4
         assert row["heads"] == f"latent(rank={rank})"
+        assert row["projections"] == "dense"
         assert isinstance(layer.state, LatentState)
         assert layer.nbytes == 2 * 40 * rank * 4  # rows x tokens x rank x itemsize
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from functools import partial
 
-from effattn.heads import gqa
 from effattn.heads.kinds.base import Change, Kind, check_options, register
 
 APART = ("model", "calibration", "bos", "progress")
@@ -16,6 +15,9 @@ class Gqa(Kind):
 
     @classmethod
     def change(cls, parts, spec, options):
+        # at its use: what it imports is heavy, and most swaps have nothing to do with heads
+        from effattn.heads.gqa import check_kv_heads, convert_gqa
+
         if cls.name == "gqa" and "kv_heads" not in options:
             raise ValueError(
                 f"heads: got {spec!r}, kv_heads must be given, for example gqa(kv_heads=2)"
@@ -24,10 +26,10 @@ class Gqa(Kind):
             raise ValueError(f"heads: got {spec!r}, {cls.name} takes no kv_heads")
         if cls.name == "mha" and parts.kv_heads == parts.heads:
             return None
-        check_options(cls.name, options, gqa.convert_gqa, *APART)
+        check_options(cls.name, options, convert_gqa, *APART)
         given = {"kv_heads": 1 if cls.name == "mqa" else parts.heads, **options}
-        gqa.check_kv_heads(given["kv_heads"], parts.kv_heads)
-        return Change(partial(gqa.convert_gqa, **given), kv_heads=given["kv_heads"])
+        check_kv_heads(given["kv_heads"], parts.kv_heads)
+        return Change(partial(convert_gqa, **given), kv_heads=given["kv_heads"])
 
 
 @register("mqa")

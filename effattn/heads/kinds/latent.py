@@ -5,7 +5,6 @@ from __future__ import annotations
 from functools import partial
 
 from effattn.heads.kinds.base import Change, Kind, check_options, register
-from effattn.heads.latent.convert import check_latent, convert_weights
 
 APART = ("model", "calibration", "bos", "progress")
 
@@ -16,6 +15,9 @@ class LatentHeads(Kind):
 
     @classmethod
     def change(cls, parts, spec, options):
+        # at its use: what it imports is heavy, and most swaps have nothing to do with heads
+        from effattn.heads.latent.convert import check_latent, convert_weights
+
         check_options(cls.name, options, convert_weights, *APART)
         check_latent(parts, **options)
         return Change(partial(convert_weights, **options), latent=True)
