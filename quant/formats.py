@@ -61,7 +61,7 @@ class Numbers:
 # the tests.
 FORMATS = {
     "int8": Numbers("int8", group=128, symmetric=True, bits=8),
-    "int4": Numbers("int4", group=64, bits=4),
+    "int4": Numbers("int4", group=64, bits=4, first=4),
     "int2": Numbers("int2", group=32, bits=2, first=4),
     "fp8": Numbers("fp8", group=128, symmetric=True, zeros=False, lacking=no_fp8),
 }
@@ -116,9 +116,9 @@ class Format:
         """k: of the keys, one of `FORMATS`; v: of the values, or a number of bits (as the keys).
 
         group: 16 to 256, a power of two; by default 128 for int8 and fp8, 64 for int4 and 32 for
-        int2. first: by default 4 for int2, whose few levels a model's attention sinks would take
-        for themselves, and 0 for the others. symmetric: no zero points (by default for int8 only;
-        fp8 never has them)."""
+        int2. first: by default 4 for int4 and int2, whose few levels a model's attention sinks
+        would take for themselves, and 0 for the others. symmetric: no zero points (by default for
+        int8 only; fp8 never has them)."""
         kinds = [
             check_choice("k", k, FORMATS),
             check_choice(f"{k}: v", f"int{v}" if type(v) is int else v or k, FORMATS),

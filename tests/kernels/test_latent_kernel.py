@@ -138,3 +138,10 @@ def test_ranks_that_do_not_fit_are_refused():
     (q, c), maps = inputs(1), maps_of()
     with pytest.raises(ValueError, match=r"c: got \(2, 300, 7\), valid is \(rows, tokens, 11\)"):
         latent.attention(q, c[..., :7], maps)
+
+
+@pytest.mark.parametrize("impl", ["triton", "reference"])
+def test_there_is_no_triton_kernel(impl):
+    (q, c), maps = inputs(1), maps_of()
+    with pytest.raises(ValueError, match=f"impl: got '{impl}', valid are 'auto', 'torch'"):
+        latent.attention(q, c, maps, impl=impl)

@@ -12,15 +12,15 @@ def test_defaults_are_kivi():
     assert format.v == Coding("int4", "token", 64)
     assert (format.residual, format.first, format.pre_rope, format.rotate, format.flush) == (
         128,
-        0,
+        4,
         False,
         "",
         64,
     )
     assert Format.parse("int8").k == Coding("int8", "channel", 128, symmetric=True)
     assert Format.parse("int2").v.group == 32
-    # two bits cannot hold attention sinks beside other tokens
-    firsts = {"int2": 4, "int2(v=8)": 4, "int2(first=0)": 0, "int4(v=2)": 0, "int8": 0, "fp8": 0}
+    # few bits cannot hold attention sinks beside other tokens
+    firsts = {"int2": 4, "int2(v=8)": 4, "int2(first=0)": 0, "int4(v=2)": 4, "int8": 0, "fp8": 0}
     assert {spec: Format.parse(spec).first for spec in firsts} == firsts
 
 

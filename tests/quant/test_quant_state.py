@@ -212,7 +212,7 @@ def test_padding_changes_nothing(pattern):
 @torch.no_grad()
 def test_what_was_refused_changed_nothing(monkeypatch):
     attn, draw = backend("dense", impl="torch"), torch.Generator().manual_seed(0)
-    state = state_of("int4(residual=0, group=32)")
+    state = state_of("int4(residual=0, group=32, first=0)")
     attn(*qkv(2, 70, draw), state=state)
     before, more = copy.deepcopy(state), qkv(2, 70, draw)
     with pytest.raises(
