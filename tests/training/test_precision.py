@@ -93,13 +93,10 @@ class Conversion(Flow):
 
 
 class Latent(Conversion):
-    """Keys and values of latents."""
+    """Keys and values of latents; without the re-fit, so that few steps have something to heal."""
 
     def prepare(self):
-        effattn.convert_latent(self.model, self.tokens, rank=12, length=64)
-
-    def run(self):
-        self.uptrain(lr=2e-4, layer_weight=0.0)
+        effattn.convert_latent(self.model, self.tokens, rank=12, length=64, refit=False)
 
 
 class Recovery(Conversion):
