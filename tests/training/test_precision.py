@@ -61,13 +61,13 @@ class Flow:
         model.load_state_dict(self.result.state_dict())
         return model.eval()
 
-    def uptrain(self, **given) -> None:
+    def uptrain(self, steps: int = STEPS, **given) -> None:
         evaluation = self.tokens[:129]
         found = uptrain(
             self.model,
             self.parent,
             self.tokens,
-            train_tokens=STEPS * 2 * LENGTH,
+            train_tokens=steps * 2 * LENGTH,
             length=LENGTH,
             folder=self.folder,
             evaluation=evaluation,
@@ -93,10 +93,13 @@ class Conversion(Flow):
 
 
 class Latent(Conversion):
-    """Keys and values of latents; without the re-fit, so that few steps have something to heal."""
+    """Keys and values of latents, for so many steps that the loss falls in every dtype."""
 
     def prepare(self):
         effattn.convert_latent(self.model, self.tokens, rank=12, length=64, refit=False)
+
+    def run(self):
+        self.uptrain(steps=40, lr=1e-3, layer_weight=0.0)
 
 
 class Recovery(Conversion):
