@@ -96,7 +96,8 @@ lint: $(STAMP)
 	$(BIN)/mypy
 
 kernels: $(STAMP)
-	$(BIN)/python -m pytest -m 'launch and not slow' -n auto --dist worksteal tests/kernels
+	$(BIN)/python -m pytest -m 'launch and not slow' -n auto --dist worksteal \
+		tests/kernels tests/bench/test_gpu_day.py
 	$(BIN)/effattn kernels
 
 clean:

@@ -332,6 +332,7 @@ def elsewhere(code: str, **env: str) -> dict:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.launch
 def test_all_that_a_day_launches_can_be_launched():
     """Every check, headline and choice of tuning, at its own sizes, through Triton's launcher."""
     found = elsewhere(

@@ -87,13 +87,18 @@ def test_every_backend_has_a_row():
     assert set(ROWS) == set(effattn.backends())
 
 
-SLICE = [next(case for case in CASES if case[0] == name) for name in ROWS]  # of the quick tests
+SLICE = [next(case for case in CASES if case[0] == name) for name in ROWS]  # one a backend
 
 
 def run(*values):
+    """quick: one case a backend, in torch. slow: in Triton's interpreter, which takes seconds a
+    case, the other options of a backend; tests/kernels has the options of each kernel."""
     *case, impl, dtype = values
-    quick = tuple(case) in SLICE and (impl, dtype) == ("torch", torch.float32)
-    return pytest.param(*values, marks=[pytest.mark.quick] if quick else [])
+    one = tuple(case) in SLICE
+    quick = one and (impl, dtype) == ("torch", torch.float32)
+    slow = not one and impl == "triton" and DEVICE == "cpu"
+    marks = [pytest.mark.quick] * quick + [pytest.mark.slow] * slow
+    return pytest.param(*values, marks=marks)
 
 
 RUNS = [
