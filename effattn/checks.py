@@ -15,28 +15,13 @@ from effattn.errors import Unsupported
 from effattn.kernels.latent import Latent
 from effattn.positions.bound import Positions
 from effattn.states.base import State
+from effattn.states.caches import Described
 from effattn.states.full import FullState
 from effattn.states.sizes import check_sizes
-from effattn.traits import Traits
 
 
-class Checked(Protocol):
-    """What the checks read of a backend (`effattn.interface.Backend`)."""
-
-    @property
-    def name(self) -> str:
-        """What it is called."""
-        ...
-
-    @property
-    def traits(self) -> Traits:
-        """What it says of itself."""
-        ...
-
-    @property
-    def signature(self) -> str:
-        """Its name and options."""
-        ...
+class Checked(Described, Protocol):
+    """What the checks read of a backend."""
 
     @property
     def farthest(self) -> int | None:
@@ -46,10 +31,6 @@ class Checked(Protocol):
     @property
     def score_rules(self) -> bool:
         """Whether it honours rules that decide scores pair by pair."""
-        ...
-
-    def new_state(self) -> State:
-        """An empty state."""
         ...
 
 

@@ -136,9 +136,8 @@ class Following:
     tokens behind its mask: the same, and the new mask carries on what is known of the old one."""
 
     def __init__(self, model: Any):
-        self.model: Callable[[], Any] = weakref.ref(
-            model
-        )  # a model that nobody needs is gone at once
+        # a model that nobody needs is gone at once
+        self.model: Callable[[], Any] = weakref.ref(model)
 
     def __reduce__(self):
         return Following, (self.model(),)

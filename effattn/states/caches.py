@@ -45,8 +45,9 @@ class Heads(Protocol):
         ...
 
 
-class Holder(Protocol):
-    """What a kind reads of the backend that it holds the past of (`effattn.interface.Backend`)."""
+class Described(Protocol):
+    """What both the checks of a call and the kinds of cache read of a backend
+    (`effattn.interface.Backend`)."""
 
     @property
     def name(self) -> str:
@@ -63,13 +64,17 @@ class Holder(Protocol):
         """Its name and options."""
         ...
 
+    def new_state(self) -> State:
+        """An empty state."""
+        ...
+
+
+class Holder(Described, Protocol):
+    """What a kind reads of the backend that it holds the past of."""
+
     @property
     def packable(self) -> bool:
         """Whether it lets a state of packed keys attend by itself."""
-        ...
-
-    def new_state(self) -> State:
-        """An empty state."""
         ...
 
 
