@@ -102,7 +102,6 @@ def convert(settings: Settings, show: Quiet) -> ConversionReport:
     """The conversion, step by step."""
     from effattn.evaluate.loss import compare, measure_parent
     from effattn.heads import gqa
-    from effattn.profiling.decode import decode_by_context
 
     main = main_process()
     check(settings)
@@ -144,10 +143,7 @@ def convert(settings: Settings, show: Quiet) -> ConversionReport:
             quality["uptrained"] = flow.part(show, kept, said, "uptrained", *compared)
 
     if main and settings.decode_contexts:
-        contexts, models = settings.decode_contexts, {"before": parent, "after": student}
-        name = f"decode/{','.join(map(str, contexts))}"  # other contexts may go on from this run
-        timed = (decode_by_context, models, contexts)
-        report.data["decode"] = flow.part(show, kept, "timing decode steps", name, *timed)
+        report.data["decode"] = decode_speed(settings, show, kept, parent, student)
     if main:
         with flow.saving(settings, show, plain=True) as folder:
             ids = text.evaluation[: min(64, length)]
@@ -252,6 +248,16 @@ def distil(
     pretraining = embedded.card()["train_tokens"] if settings.model == embedded.NAME else None
     result["share_of_pretraining"] = result["tokens"] / pretraining if pretraining else None
     return result
+
+
+def decode_speed(settings: Settings, show: Quiet, kept: Parts, parent, student) -> list[dict]:
+    """Both models' decoding steps at each context."""
+    from effattn.profiling.decode import decode_by_context
+
+    contexts, models = settings.decode_contexts, {"before": parent, "after": student}
+    name = f"decode/{','.join(map(str, contexts))}"  # other contexts may go on from this run
+    timed = (decode_by_context, models, contexts)
+    return flow.part(show, kept, "timing decode steps", name, *timed)
 
 
 def asked_for(settings: Settings, text: Streams) -> dict[str, object]:

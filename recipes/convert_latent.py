@@ -97,7 +97,6 @@ def run(settings: Settings, show: Quiet | None = None) -> LatentReport:
 def convert(settings: Settings, show: Quiet) -> LatentReport:
     """The conversion, step by step."""
     from effattn.evaluate.loss import compare, measure_parent
-    from effattn.profiling.decode import decode_by_context
     from effattn.surgery.checkpoint import load_again, save
     from effattn.surgery.latents import convert_latent
 
@@ -140,10 +139,7 @@ def convert(settings: Settings, show: Quiet) -> LatentReport:
             quality["uptrained"] = flow.part(show, kept, said, "uptrained", *compared)
 
     if main and settings.decode_contexts:
-        contexts, models = settings.decode_contexts, {"before": parent, "after": student}
-        name = f"decode/{','.join(map(str, contexts))}"  # other contexts may go on from this run
-        timed = (decode_by_context, models, contexts)
-        report.data["decode"] = flow.part(show, kept, "timing decode steps", name, *timed)
+        report.data["decode"] = convert_gqa.decode_speed(settings, show, kept, parent, student)
     if main:
         with flow.saving(settings, show) as folder:
             student.config.use_cache = True
