@@ -32,6 +32,7 @@ LAYERS = [
     [
         "specs",
         "axes",
+        "left_out",
         "traits",
         "registry",
         "interface",
