@@ -62,8 +62,11 @@ class Maps:
         """Weighted sums of latents (B, Hq, Tq, r), weights that sum to 1 -> the same sums of values
         (B, Hq, Tq, Dv)."""
         kv_heads, dim, rank = self.value.shape
-        rows = sums.reshape(sums.shape[0], kv_heads, -1, rank)
-        out = rows @ self.value.to(sums).transpose(1, 2)
+        value = self.value.to(sums).transpose(1, 2)
+        if len(sums) == 1:
+            out = torch.bmm(sums.reshape(kv_heads, -1, rank), value)
+        else:
+            out = sums.reshape(len(sums), kv_heads, -1, rank) @ value
         if self.value_bias is not None:
             out = out + self.value_bias.to(sums)[:, None]
         return out.reshape(*sums.shape[:3], dim)
@@ -129,5 +132,6 @@ def attention(
         q_first=q_first,
         turn=turn,
         bias=bias,
+        need_lse=lse,
     )
-    return (out, sums) if lse else out
+    return (out, sums) if lse else out  # type: ignore[return-value]  # with `lse`, sums are there

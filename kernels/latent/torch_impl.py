@@ -2,7 +2,8 @@
 leaves the processor's cache, and nothing as large as the past is ever made.
 
 Keys of a tile are one product for all heads, with the dimensions that turn together beside each
-other: as complex numbers they turn in one multiplication. Where nothing turns (NoPE, and ReRoPE's
+other: as complex numbers they turn in one multiplication. Few tokens are one tile, which is done in
+as few calls as can be: there a step is what the host does. Where nothing turns (NoPE, and ReRoPE's
 far pairs) keys are not made either: W_UK goes into the query, and only latents are read.
 
 B: rows; Hq, Hkv: query and key/value heads; T: tokens held; D, Dv: of a key, of a value; r: of a
@@ -39,8 +40,9 @@ def attention(
     q_first: Tensor | None,
     turn: Turn | None,
     bias: Bias | None,
-) -> tuple[Tensor, Tensor]:
-    """(B, Hq, Tq, Dv) in q's dtype, and the log-sum-exp (B, Hq, Tq)."""
+    need_lse: bool = True,
+) -> tuple[Tensor, Tensor | None]:
+    """(B, Hq, Tq, Dv) in q's dtype, and if needed the log-sum-exp (B, Hq, Tq)."""
     tensors = (q, c, maps.key, maps.value)
     learning = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
     in_order = layout.ring is None and not layout.slots
@@ -49,6 +51,8 @@ def attention(
     if q_first is not None or bias is not None or learning or torch.compiler.is_compiling():
         parts = [_whole(q, c, maps, pattern, layout, common, q_first, turn, bias)]
     elif not far:
+        if c.shape[1] <= _tile(maps):
+            return _at_once(q, c, maps, pattern, layout, turn, need_lse=need_lse, **common)
         parts = [_tiles(q, c, maps, pattern, layout, turn, **common)]
     elif q.shape[2] == 1 and in_order and math.isinf(turn.slow) and turn.scaling == 1:
         new = max(c.shape[1] - turn.window, 0)
@@ -84,6 +88,88 @@ def _whole(q, c, maps, pattern, layout, common, q_first, turn, bias) -> tuple[Te
     )
 
 
+def _tile(maps) -> int:
+    """Tokens of a tile."""
+    kv_heads, size, _ = maps.key.shape
+    return max(64, TILE // (kv_heads * size))
+
+
+def _at_once(
+    q: Tensor,
+    c: Tensor,
+    maps,
+    pattern: Pattern,
+    layout: Layout,
+    turn: Turn | None,
+    *,
+    scale: float,
+    softcap: float | None,
+    need_lse: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """`attention` of so few tokens that they are one tile."""
+    batch, heads, queries, size = q.shape
+    work = torch.promote_types(q.dtype, torch.float32)
+    kv_heads = maps.key.shape[0]
+    rows = (q.to(work) * scale).view(batch, kv_heads, -1, size)
+    if turn is None and maps.key_norm is None:
+        key = maps.key.to(work)
+        scores = (rows @ key).view(batch, heads * queries, -1).to(c.dtype) @ c.transpose(1, 2)
+        if maps.key_bias is not None:
+            added = (rows * maps.key_bias.to(work)[:, None]).sum(dim=-1)
+            scores = scores + added.view(batch, -1, 1)
+    else:
+        k = maps.keys(c).transpose(1, 2).to(work)
+        if turn is not None:
+            half = len(turn.inv_freq)
+            turns = _turns_of(turn, layout, c.shape[1], work, c.device)
+            k, rows = _paired_keys(k, turn, turns), _paired(rows, half, turn.interleaved)
+        scores = _products(rows, k.permute(0, 2, 3, 1)).view(batch, heads * queries, -1)
+    scores = scores.to(work)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    hidden = None
+    if not _sees_all(q, pattern, layout):
+        position = layout.key_positions(c.shape[1], c.device)
+        hidden = _hidden(q, position, pattern, layout)
+        by_head = scores.view(batch, heads, queries, -1)
+        scores = by_head.masked_fill(hidden, -torch.inf).flatten(1, 2)
+    weights = scores.softmax(dim=-1)
+    if hidden is not None:  # a query that sees nothing
+        weights = weights.nan_to_num(0.0)
+    sums = (weights.to(c.dtype) @ c).to(work).view(batch, heads, queries, -1)
+    out = maps.absorbed(sums)
+    if hidden is None and not need_lse:
+        return out.to(q.dtype), None
+    lse = scores.logsumexp(dim=-1).view(batch, heads, queries)
+    # it gives 0, and not the bias of values
+    return torch.where(lse[..., None] == -torch.inf, 0.0, out).to(q.dtype), lse
+
+
+def _products(rows: Tensor, k: Tensor) -> Tensor:
+    """rows (B, Hkv, N, D) times k (B, Hkv, D, n); one row of a batch without torch's own checks."""
+    return torch.bmm(rows[0], k[0]) if len(rows) == 1 else rows @ k
+
+
+def _paired(x: Tensor, half: int, interleaved: bool) -> Tensor:
+    """x (..., D) with the dimensions that turn together beside each other."""
+    if interleaved:
+        return x
+    pairs = x[..., : 2 * half].unflatten(-1, (2, half)).transpose(-1, -2).flatten(-2)
+    return pairs if 2 * half == x.shape[-1] else torch.cat([pairs, x[..., 2 * half :]], dim=-1)
+
+
+def _paired_keys(k: Tensor, turn: Turn, turns: Tensor) -> Tensor:
+    """k (B, n, Hkv, D), turned by `turns` (1 or B, n, R/2), in pairs."""
+    half = len(turn.inv_freq)
+    if turn.interleaved:
+        pairs = torch.view_as_complex(k[..., : 2 * half].unflatten(-1, (half, 2)).contiguous())
+    else:
+        pairs = torch.complex(k[..., :half], k[..., half : 2 * half])
+    turned = torch.view_as_real(pairs * turns[:, :, None]).flatten(-2)
+    rest = k[..., 2 * half :]
+    return torch.cat([turned, rest], dim=-1) if rest.shape[-1] else turned
+
+
 def _tiles(
     q: Tensor,
     c: Tensor,
@@ -101,9 +187,9 @@ def _tiles(
     the log-sum-exps (B, Hq, Tq)."""
     batch, heads, queries, _ = q.shape
     work = torch.promote_types(q.dtype, torch.float32)
-    kv_heads, size, rank = maps.key.shape
+    rank = maps.rank
     scored = _Scores(q.to(work) * scale, maps, turn, c.dtype)
-    tile = max(64, TILE // (kv_heads * size))
+    tile = _tile(maps)
     position = layout.key_positions(c.shape[1], c.device)
     hidden = _hidden(q, position, pattern, layout)
     highest = q.new_full((batch, heads * queries, 1), torch.finfo(work).min, dtype=work)
@@ -130,11 +216,20 @@ def _tiles(
     return (sums / total).view(batch, heads, queries, rank), lse.view(batch, heads, queries)
 
 
+def _in_order(layout: Layout) -> bool:
+    """Whether the key c is the token tail + c, and real, in every row."""
+    padded = layout.start is not None or layout.mask is not None
+    return layout.ring is None and not layout.slots and not padded
+
+
+def _sees_all(q: Tensor, pattern: Pattern, layout: Layout) -> bool:
+    """Whether every query sees every key."""
+    return q.shape[2] == 1 and type(pattern) is Pattern and _in_order(layout)
+
+
 def _hidden(q: Tensor, position: Tensor, pattern: Pattern, layout: Layout) -> Tensor | None:
     """(1 or B, 1 or Hq, Tq, T): the keys that a query does not see; None where it sees all."""
-    padded = layout.start is not None or layout.mask is not None
-    whole = layout.ring is None and not layout.slots and not padded
-    if whole and type(pattern) is Pattern and q.shape[2] == 1:
+    if _sees_all(q, pattern, layout):
         return None
     i = layout.query_positions(q.shape[2], position.shape[1], q.device)[:, None, :, None]
     heads = torch.arange(q.shape[1], device=q.device)[None, :, None, None]
@@ -196,18 +291,33 @@ def _turned(k: Tensor, turn: Turn, position: Tensor) -> Tensor:
     return k
 
 
+def _turns_of(
+    turn: Turn, layout: Layout, tokens: int, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """`_turns` of all tokens of a layout; of tokens in order, a part of the table as it lies."""
+    if not _in_order(layout):
+        return _turns(turn, layout.key_positions(tokens, device), dtype)
+    end = layout.tail + tokens
+    return _table(turn, end, dtype, device)[None, layout.tail : end]
+
+
 def _turns(turn: Turn, position: Tensor, dtype: torch.dtype) -> Tensor:
-    """By which keys turn, complex (1 or B, n, R/2). All layers of a model and all steps ask for the
+    """By which keys turn, complex (1 or B, n, R/2)."""
+    table = _table(turn, int(position.amax()) + 1, dtype, position.device)
+    return table[position.clamp(min=0)]
+
+
+def _table(turn: Turn, most: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """By which keys at positions up to `most` turn. All layers of a model and all steps ask for the
     same: a table is kept, and made anew, twice as long, when it is too short."""
-    held, asked = getattr(_kept, "table", None), (dtype, turn.scaling, position.device)
-    most = int(position.amax()) + 1
+    held, asked = getattr(_kept, "table", None), (dtype, turn.scaling, device)
     if held is None or held[0] != asked or len(held[2]) < most or _differ(held[1], turn.inv_freq):
         size = 1 << max(most - 1, 1023).bit_length()
         with torch.inference_mode(False), torch.no_grad():
-            at = torch.arange(size, device=position.device)[None]
+            at = torch.arange(size, device=device)[None]
             table = torch.complex(*turn.cos_sin(at, dtype))[0]
             held = _kept.table = asked, turn.inv_freq.clone(), table
-    return held[2][position.clamp(min=0)]
+    return held[2]
 
 
 def _differ(a: Tensor, b: Tensor) -> bool:

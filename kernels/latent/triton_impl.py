@@ -55,8 +55,9 @@ def attention(
     q_first: Tensor | None,
     turn: Turn | None,
     bias: Bias | None,
+    need_lse: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """(B, Hq, Tq, Dv) in q's dtype, and the log-sum-exps (B, Hq, Tq)."""
+    """(B, Hq, Tq, Dv) in q's dtype, and, needed or not, the log-sum-exps (B, Hq, Tq)."""
     _check(q, c, maps)
     common = dict(scale=scale, softcap=softcap)
     in_order = layout.ring is None and not layout.slots and layout.start is None

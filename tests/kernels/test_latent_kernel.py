@@ -67,9 +67,10 @@ TURNS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def small_tiles(monkeypatch):
-    monkeypatch.setattr(torch_impl, "TILE", 64 * KV_HEADS * SIZE)
+@pytest.fixture(autouse=True, params=["many tiles", "one tile"])
+def tiles(request, monkeypatch):
+    if request.param == "many tiles":
+        monkeypatch.setattr(torch_impl, "TILE", 64 * KV_HEADS * SIZE)
 
 
 @pytest.mark.parametrize("turn", TURNS)
