@@ -76,7 +76,8 @@ class LatentState(State):
         c, maps, past = call.latent.c, call.latent.maps, self.own.seq_len
         held, _, layout = self.own.append(c, c[..., :0], call.padding_mask)
         learning = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, held))
-        common = dict(scale=call.scale, softcap=call.softcap, q_first=call.q_first, impl=impl)
+        few = "torch" if learning else impl  # of the kernels for few queries, torch has gradients
+        common = dict(scale=call.scale, softcap=call.softcap, q_first=call.q_first)
         if layout.ring is not None or (q.shape[2] <= MOST_QUERIES and not learning):
             return latent.attention(
                 q,
@@ -86,6 +87,7 @@ class LatentState(State):
                 layout,
                 turn=call.turn,
                 bias=call.bias,
+                impl=few,
                 lse=lse,
                 **common,
             )
@@ -100,7 +102,17 @@ class LatentState(State):
                 far = Far(call.turn.q_far, turned, call.turn.window)
             k = call.turn.keys(k, at)
         return flash.attention(
-            q, k, v, pattern, layout, causal=True, bias=call.bias, far=far, lse=lse, **common
+            q,
+            k,
+            v,
+            pattern,
+            layout,
+            causal=True,
+            bias=call.bias,
+            far=far,
+            impl=impl,
+            lse=lse,
+            **common,
         )
 
     def _select(self, index: Tensor) -> None:

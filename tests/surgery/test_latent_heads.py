@@ -236,3 +236,49 @@ def test_what_cannot_be_is_refused():
         restore(copy.deepcopy(model))(input_ids=IDS, past_key_values=cache)
     with pytest.raises(Unsupported, match="holds keys and values; start with an empty cache"):
         model(input_ids=IDS, past_key_values=cache)
+
+
+def test_a_step_makes_latents_once(monkeypatch):
+    """Its memory, its keys and its values come of the same ones; and of new weights, anew."""
+    model, made = latent_model(), []
+    down = model.model.layers[0].self_attn.effattn_latent.down
+    linear = torch.nn.functional.linear
+    monkeypatch.setattr(
+        "effattn.projections.latent.linear",
+        lambda x, weight, *bias: made.append(weight) or linear(x, weight, *bias),
+    )
+    cache = new_cache(model)
+    with torch.no_grad():
+        model(input_ids=IDS[:, :30], past_key_values=cache)
+        made.clear()
+        model(input_ids=IDS[:, 30:31], past_key_values=cache)
+        assert sum(weight is down.weight for weight in made) == 1
+        x = torch.randn(1, 3, 64, dtype=torch.float64)
+        attention = model.model.layers[0].self_attn
+        attention.effattn_latent(x)
+        down.weight.mul_(2)
+        key = attention.k_proj(x)
+        assert torch.equal(key, attention.k_proj(x.clone()))
+
+
+def test_no_more_is_done_in_a_step_than_must_be():
+    """Calls into torch, of a step over few tokens, beside plain transformers'."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Count(TorchDispatchMode):
+        calls = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            self.calls += 1
+            return function(*args, **(kwargs or {}))
+
+    def calls(model) -> int:
+        with torch.no_grad():
+            cache = model(input_ids=IDS[:1], use_cache=True).past_key_values
+            model(input_ids=IDS[:1, :1], past_key_values=cache)
+            with Count() as count:
+                model(input_ids=IDS[:1, :1], past_key_values=cache)
+        return count.calls
+
+    extra = calls(latent_model()) - calls(tiny("llama"))
+    assert 0 < extra <= 2 * 90  # two layers; it was 152 each
