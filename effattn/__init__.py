@@ -12,6 +12,7 @@ _FUNCTIONS = {
     "Shape": "effattn.interface",
     "backend": "effattn.registry",
     "backends": "effattn.registry",
+    "convert_files": "effattn.surgery.from_files",
     "convert_gqa": "effattn.heads.gqa",
     "convert_latent": "effattn.surgery.latents",
     "describe": "effattn.surgery.describing",

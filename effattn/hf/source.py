@@ -121,6 +121,13 @@ def read_config(name: str, asked: str | Path):
     return config
 
 
+def unplain(config: dict, found: dict) -> dict:
+    """A config.json whose weights are not what its class expects: plain transformers refuses it.
+    found: what the entry "effattn" says of them."""
+    kind = config["model_type"]
+    return config | {KEY: {**found, "model_type": kind}, "model_type": KEY}
+
+
 def load_tokenizer(name: str | Path):
     """The tokenizer of the checkpoint `name` (a folder, a GGUF file or a hub name). ValueError,
     naming the file, for a broken one.

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from effattn.hf import latents, loading, packing, placement
+from effattn.hf import loading, packing, placement
 from effattn.hf.adapters import require_own_weights
 from effattn.hf.beginning import settle
 from effattn.hf.placement import check_finite
@@ -29,7 +29,7 @@ from effattn.hf.source import DTYPES as DTYPES
 from effattn.hf.source import KEY, dtype_of, load_tokenizer, read_config, resolve
 from effattn.outputs import atomic_folder
 from effattn.projections import packed
-from effattn.surgery import codebooks, record, replace, swapping
+from effattn.surgery import codebooks, from_files, record, swapping
 from effattn.surgery.record import LEARNED
 
 
@@ -99,8 +99,7 @@ def load(path: str | Path, dtype: torch.dtype | str = "auto") -> nn.Module:
 
 def _rebuild(again: dict, model: nn.Module) -> None:
     """Makes a new model's projections what the checkpoint holds; their weights mean nothing yet."""
-    latents.rebuild(model, again.get("heads", {}))
-    replace.rebuild(model, again.get("projections", {}))
+    from_files.shaped(again, model)
     packed.rebuild(model, again.get("packed", {}))
 
 
