@@ -37,6 +37,7 @@ LAYERS = [
         "interface",
         "checks",
         "padding",
+        "documents",
         "kmeans",
         "states",
         "positions",
