@@ -66,7 +66,8 @@ class Documents:
 
     def split(self, x: Tensor) -> list[Tensor]:
         """x (B, H, T, D) -> of each group (n, H, L, D)."""
-        # one split: its gradient is one concatenation, where that of slices is as many whole tensors
+        # One split: its gradient is one concatenation. That of slices would be a tensor of all
+        # tokens for each.
         parts = self.gathered(x).split([count * length for count, length in self.groups])
         return [
             part.unflatten(0, group).transpose(1, 2)

@@ -214,9 +214,9 @@ class Backend(nn.Module):
         rotated when they are read. Or a rule from `effattn.positions.rule`, which may decide scores
         pair by pair as well (ReRoPE, ALiBi).
 
-        documents: (B, T) int, which document of its row each token is of, negative for padding: tokens
-        see their own document only, as if each were a row of its own (`effattn.documents`). For
-        whole sequences, without a state.
+        documents: (B, T) int, which document of its row each token is of, negative for padding:
+        tokens see their own document only, as if it were a row of its own (`effattn.documents`).
+        For whole sequences, without a state.
 
         extras: what some models add, where the backend's `extras` name it: `softcap` (a score s
         becomes softcap tanh(s / softcap), Gemma 2), `sink_logits` (Hq,) (a learned logit per head
