@@ -38,6 +38,7 @@ LAYERS = [
         "interface",
         "checks",
         "padding",
+        "documents",
         "kmeans",
         "states",
         "positions",
