@@ -13,7 +13,8 @@ from effattn.errors import Unsupported
 from effattn.hf import anatomy as hf
 from effattn.hf import loading, weight_files
 from effattn.hf.packing import require_plain_files
-from effattn.hf.source import KEY, read_config
+from effattn.hf.source import read_config
+from effattn.hf.trusted import KEY
 
 
 class Checkpoint:

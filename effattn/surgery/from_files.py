@@ -19,15 +19,15 @@ from torch import Tensor, nn
 from effattn.calibration.from_files import MANIFEST, FileWalk
 from effattn.errors import Unsupported
 from effattn.heads.kinds.base import KINDS, Job
-from effattn.hf import latents, shards
+from effattn.hf import shards
 from effattn.hf.anatomy import Anatomy
 from effattn.hf.beginning import bos_of, settle, tokenizer_in
-from effattn.hf.source import KEY
+from effattn.hf.trusted import KEY
 from effattn.hf.streamed import Checkpoint, StreamedModel
 from effattn.outputs import check_new_folder, claim
 from effattn.resuming import discard
 from effattn.specs import parse_spec
-from effattn.surgery import projecting, replace
+from effattn.surgery import projecting, replace, restoring
 
 FACTS = "conversion.json"  # in the output: what was done
 
@@ -85,7 +85,7 @@ def convert_files(
                 return FACTS, {"settings": asked, "layers": rows, "verification": verification}
 
             config = job.config(before, rows)
-            shape = partial(shaped, config[KEY]) if KEY in config else None
+            shape = partial(restoring.shape, config[KEY]) if KEY in config else None
             walk.finish(output, facts, config=config, shape=shape)
         discard(work, MANIFEST)
     return report_of(output, model.parts, job)
@@ -114,18 +114,11 @@ def job_of(
     return change.job(parts, calibration, bos_of(parts.model))
 
 
-def shaped(again: dict, model: nn.Module) -> None:
-    """Makes a new model's projections what the entry "effattn" of a config.json says; their weights
-    mean nothing yet."""
-    latents.rebuild(model, again.get("heads", {}))
-    replace.rebuild(model, again.get("projections", {}))
-
-
 def report_of(output: Path, old: Anatomy, job: Job) -> Any:
     """What is known of a conversion that is complete."""
     told = json.loads((output / FACTS).read_text(encoding="utf-8"))
     config = json.loads((output / "config.json").read_text(encoding="utf-8"))
-    shape = partial(shaped, config[KEY]) if KEY in config else None
+    shape = partial(restoring.shape, config[KEY]) if KEY in config else None
     new = StreamedModel(Checkpoint(output), shape=shape).parts
     report = job.report(old, new, told["layers"])
     if hasattr(report, "data"):
