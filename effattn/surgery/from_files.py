@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from effattn.calibration.from_files import MANIFEST, FileWalk
 from effattn.errors import Unsupported
@@ -22,8 +22,8 @@ from effattn.heads.kinds.base import KINDS, Job
 from effattn.hf import shards
 from effattn.hf.anatomy import Anatomy
 from effattn.hf.beginning import bos_of, settle, tokenizer_in
-from effattn.hf.trusted import KEY
 from effattn.hf.streamed import Checkpoint, StreamedModel
+from effattn.hf.trusted import KEY
 from effattn.outputs import check_new_folder, claim
 from effattn.resuming import discard
 from effattn.specs import parse_spec
