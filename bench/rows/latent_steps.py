@@ -144,8 +144,8 @@ def targets(device):
             continue
         for name in RULES:
             yield Target(
-                f"time of a step's attention, {name} of half the bytes, {case.dtype}, {case.shape}, "
-                "over plain transformers'",
+                f"time of a step's attention, {name} of half the bytes, {case.dtype}, "
+                f"{case.shape}, over plain transformers'",
                 Ratio((case.name, f"effattn {name}"), (case.name, PLAIN)),
                 "latent keys and values: whole steps on a CPU",
                 most=1.0 if RULES[name] == "rope" else 0.6,
