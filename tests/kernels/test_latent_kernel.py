@@ -283,7 +283,7 @@ def test_unknown_implementations_are_refused():
 def test_packed_latents_are_what_their_bytes_mean(turn, kind, rank):
     """Rows of bytes as a state holds them, read a tile at a time."""
     symmetric = kind != "int4"
-    coding = Coding(kind, "token", 8, symmetric)
+    coding = Coding(kind, "token", 8 if symmetric else 4, symmetric)
     maps = Maps(
         draw(KV_HEADS, SIZE, rank, seed=1) / 3,
         draw(KV_HEADS, 5, rank, seed=2) / 3,
