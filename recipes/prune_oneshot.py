@@ -205,9 +205,9 @@ def read(settings: Settings, show: Quiet) -> tuple:
     """The checkpoint's folder, its tokenizer, and the text to calibrate, distil and measure on. A
     model that cannot be pruned, or for whose copy there is no room, is refused first."""
     from effattn.hf.source import folder_of, load_tokenizer
+    from effattn.hf.streamed import Checkpoint, StreamedModel
     from effattn.hf.weight_files import file_bytes
     from effattn.outputs import check_room
-    from effattn.prune.unstructured.streamed import Checkpoint, StreamedModel
     from effattn.textdata import streams
 
     source = folder_of(settings.model)

@@ -32,11 +32,13 @@ LAYERS = [
     [
         "specs",
         "axes",
+        "left_out",
         "traits",
         "registry",
         "interface",
         "checks",
         "padding",
+        "documents",
         "kmeans",
         "states",
         "positions",
@@ -54,6 +56,8 @@ LAYERS = [
     ["heads"],
     # what changes a live model: above heads and projections
     ["surgery"],
+    # what transformers is told by `import effattn`
+    ["plugin"],
     ["conformance", "measuring", "swapping", "linearizing", "extending"],
     ["quant"],
     ["prune"],

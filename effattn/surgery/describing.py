@@ -148,7 +148,7 @@ def _layer(layer: anatomy.Layer, config) -> dict:
             token = swapped.cache.bytes_per_token(layer)
         else:
             token = swapped.cache.latent_bytes(memory.rank)
-    return {
+    row = {
         "index": layer.index,
         "projections": ", ".join([spec_of(layer), *more]),
         "heads": _heads(layer),
@@ -163,6 +163,7 @@ def _layer(layer: anatomy.Layer, config) -> dict:
         "kv_bytes_per_token": token,
         "grows": grows,
     }
+    return row if layer.attends else row | dict.fromkeys(AXES[1:], "none") | {"grows": False}
 
 
 def _heads(layer: anatomy.Layer) -> str:
