@@ -64,7 +64,7 @@ def layer_backend(layer: anatomy.Layer) -> Backend:
     )
 
 
-def turns(layer: anatomy.Layer, swapped: SwappedLayer) -> bool:
+def turns(swapped: SwappedLayer) -> bool:
     """Whether a swapped layer's keys turn as they are read."""
     if swapped.positions is not None:
         return swapped.positions.rule.turns
@@ -142,7 +142,7 @@ class Operations:
         token = shape.kv_bytes // keys
         swapped = getattr(layer.attention, hooks.ATTRIBUTE, None)
         if layer.latent is not None and swapped is not None and swapped.latent is not None:
-            yield from self._over_latents(layer, shape, cost, turns(layer, swapped))
+            yield from self._over_latents(layer, shape, cost, swapped)
             return
         state = (
             backend.new_state()
@@ -182,13 +182,16 @@ class Operations:
         yield Operation(layer.index, "cache", Cost(0, written, written), kv_bytes=written)
 
     def _over_latents(
-        self, layer: anatomy.Layer, shape: Shape, cost: Cost, turned: bool
+        self, layer: anatomy.Layer, shape: Shape, cost: Cost, swapped: SwappedLayer
     ) -> Iterator[Operation]:
         """Attention that costs `cost` over plain keys and values, over latents: of each token, r
         numbers are read. Few queries make keys of them, if these turn, and sum latents; many make
         both of what was before."""
-        rank, kv_heads = layer.latent.rank, layer.kv_heads
-        plain, latent = shape.kv_bytes // shape.keys, self.batch * rank * self.itemsize
+        rank, kv_heads, turned = layer.latent.rank, layer.kv_heads, turns(swapped)
+        token = rank * self.itemsize
+        if swapped.cache is not None:
+            token = swapped.cache.latent_bytes(rank)
+        plain, latent = shape.kv_bytes // shape.keys, self.batch * token
         seen = (cost.read_bytes - shape.query_bytes) // plain
         expanded = 2 * self.batch * rank * kv_heads * seen
         if self.tokens <= MOST_QUERIES:

@@ -24,8 +24,9 @@ from ..flash import choose
 from ..flash.pattern import Layout, Pattern
 from ..flash.rules import Bias
 from ..rows import dense_rows
+from .packed import PackedLatents, dense
 
-__all__ = ["IMPLEMENTATIONS", "Latent", "Maps", "attention"]
+__all__ = ["IMPLEMENTATIONS", "Latent", "Maps", "PackedLatents", "attention"]
 
 IMPLEMENTATIONS = ("auto", "torch", "triton")
 
@@ -90,7 +91,7 @@ def _expand(c: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def attention(
     q: Tensor,
-    c: Tensor,
+    c: Tensor | PackedLatents,
     maps: Maps,
     pattern: Pattern | None = None,
     layout: Layout | None = None,
@@ -106,19 +107,23 @@ def attention(
     """Causal attention of q (B, Hq, Tq, D), Tq <= 16, over the tokens whose latents are c (B, T,
     r): (B, Hq, Tq, Dv) in q's dtype, with `lse` also the log-sum-exps (B, Hq, Tq).
 
-    The others are those of `effattn.kernels.decode.attention`. Queries that see no key give 0.
+    Packed latents are unpacked a tile at a time in plain torch, all at once for Triton. The others
+    are those of `effattn.kernels.decode.attention`. Queries that see no key give 0.
     impl: "auto", "torch" or "triton". ValueError for latents of another rank than the maps', for
     rules that exclude each other, and for dtypes and gradients that the Triton kernels lack."""
     if c.ndim != 3 or c.shape[-1] != maps.rank:
         raise ValueError(f"c: got {tuple(c.shape)}, valid is (rows, tokens, {maps.rank})")
     pattern, layout = pattern or Pattern(), layout or Layout()
-    q, c, q_first = dense_rows(q), dense_rows(c), dense_rows(q_first)
+    q, q_first = dense_rows(q), dense_rows(q_first)
+    c = c if isinstance(c, PackedLatents) else dense_rows(c)
     check_turn(turn, bias, q, pattern, True, q_first)
     if impl not in IMPLEMENTATIONS:
         valid = ", ".join(map(repr, IMPLEMENTATIONS))
         raise ValueError(f"latent: impl: got {impl!r}, valid are {valid}")
     if choose(impl, q.device) == "triton":
         from .triton_impl import attention as run
+
+        c = dense(c)
     else:
         from .torch_impl import attention as run
     out, sums = run(

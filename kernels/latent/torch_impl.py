@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 import threading
+from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
@@ -23,6 +24,7 @@ from .. import decode
 from ..decode.turn import Turn
 from ..flash.pattern import Layout, Pattern
 from ..flash.rules import Bias
+from .packed import PackedLatents, dense
 
 TILE = 2**19  # numbers of keys that are made at a time
 _kept = threading.local()
@@ -30,7 +32,7 @@ _kept = threading.local()
 
 def attention(
     q: Tensor,
-    c: Tensor,
+    c: Tensor | PackedLatents,
     maps,
     pattern: Pattern,
     layout: Layout,
@@ -51,7 +53,7 @@ def attention(
     common = dict(scale=scale, softcap=softcap)
     unusual = q_first is not None or bias is not None or learning or not apart
     if unusual or torch.compiler.is_compiling():
-        sums, lse = _whole(q, c, maps, pattern, layout, common, q_first, turn, bias)
+        sums, lse = _whole(q, dense(c), maps, pattern, layout, common, q_first, turn, bias)
         return _values(sums, lse, maps, q.dtype), lse
     work = torch.promote_types(q.dtype, torch.float32)
     queries = q.to(work) * scale
@@ -74,7 +76,7 @@ def attention(
     weights = scores.softmax(dim=-1)
     if hidden is not None:  # a query that sees nothing
         weights = weights.nan_to_num(0.0)
-    sums = (weights.to(c.dtype) @ c).to(work).view(*q.shape[:3], -1)
+    sums = _weighed(weights.to(c.dtype), c).to(work).view(*q.shape[:3], -1)
     if hidden is None and not need_lse:
         return maps.absorbed(sums).to(q.dtype), None
     lse = scores.logsumexp(dim=-1).view(q.shape[:3])
@@ -107,32 +109,58 @@ def _whole(q, c, maps, pattern, layout, common, q_first, turn, bias) -> tuple[Te
     )
 
 
+def _pieces(c: Tensor | PackedLatents) -> Iterator[tuple[slice, Tensor]]:
+    """Runs of tokens, and their latents (B, n, r): all at once, but of packed ones a tile."""
+    if isinstance(c, Tensor):
+        yield slice(None), c
+        return
+    tile = max(64, TILE // c.rank)
+    for low in range(0, c.shape[1], tile):
+        at = slice(low, min(low + tile, c.shape[1]))
+        yield at, c[:, at].unpacked()
+
+
+def _weighed(weights: Tensor, c: Tensor | PackedLatents) -> Tensor:
+    """weights (B, N, T) times latents: (B, N, r), packed ones' in fp32 at least."""
+    if isinstance(c, Tensor):
+        return weights @ c
+    work = torch.promote_types(c.dtype, torch.float32)
+    return sum((weights[..., at] @ some).to(work) for at, some in _pieces(c))
+
+
 # Scores of queries (B, Hq, Tq, D), scaled, with all tokens: (B, N, T) in the queries' dtype
 # -------------------------------------------------------------------------------------------------
 
 
-def _absorbed(q: Tensor, c: Tensor, maps) -> Tensor:
+def _absorbed(q: Tensor, c: Tensor | PackedLatents, maps) -> Tensor:
     """By queries that W_UK goes into."""
     batch, kv_heads = len(q), maps.key.shape[0]
     rows = q.reshape(batch, kv_heads, -1, q.shape[3])
     own = (rows @ maps.key.to(q)).flatten(1, 2).to(c.dtype)
-    scores = (c @ own.transpose(1, 2)).transpose(1, 2).to(q.dtype)
+    parts = [some @ own.transpose(1, 2) for _, some in _pieces(c)]
+    scores = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+    scores = scores.transpose(1, 2).to(q.dtype)
     if maps.key_bias is None:
         return scores
     added = (rows * maps.key_bias.to(q)[:, None]).sum(dim=-1)
     return scores + added.view(batch, -1, 1)
 
 
-def _far(q: Tensor, c: Tensor, maps) -> Tensor:
+def _far(q: Tensor, c: Tensor | PackedLatents, maps) -> Tensor:
     """Of ReRoPE's far pairs, whose keys do not turn."""
     if maps.key_norm is None:
         return _absorbed(q, c, maps)
-    k, kv_heads = maps.keys(c).to(q), maps.key.shape[0]
+    k, kv_heads = maps.keys(dense(c)).to(q), maps.key.shape[0]
     return (q.reshape(len(q), kv_heads, -1, q.shape[3]) @ k.transpose(2, 3)).flatten(1, 2)
 
 
 def _expanded(
-    q: Tensor, c: Tensor, maps, turn: Turn | None, layout: Layout, first: int = 0
+    q: Tensor,
+    c: Tensor | PackedLatents,
+    maps,
+    turn: Turn | None,
+    layout: Layout,
+    first: int = 0,
 ) -> Tensor:
     """By keys that are made, and turned, a tile at a time, from the token `first` on."""
     kv_heads, size, _ = maps.key.shape
@@ -145,7 +173,7 @@ def _expanded(
     parts = []
     for low in range(first, tokens, tile):
         at = slice(low, min(low + tile, tokens))
-        k = keys(c[:, at], None if turns is None else turns[:, at])
+        k = keys(dense(c[:, at]), None if turns is None else turns[:, at])
         parts.append(_products(rows, k.permute(0, 2, 3, 1)).view(len(q), -1, k.shape[1]))
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
@@ -216,7 +244,7 @@ def _sees_all(q: Tensor, pattern: Pattern, layout: Layout) -> bool:
     return q.shape[2] == 1 and type(pattern) is Pattern and _in_order(layout)
 
 
-def _hidden(q: Tensor, c: Tensor, pattern: Pattern, layout: Layout) -> Tensor:
+def _hidden(q: Tensor, c: Tensor | PackedLatents, pattern: Pattern, layout: Layout) -> Tensor:
     """(1 or B, 1 or Hq, Tq, T): the keys that a query does not see."""
     position = layout.key_positions(c.shape[1], c.device)[:, None, None]
     i = layout.query_positions(q.shape[2], c.shape[1], q.device)[:, None, :, None]

@@ -10,7 +10,9 @@ from effattn.kernels import decode, latent
 from effattn.kernels.decode.turn import Turn
 from effattn.kernels.flash.pattern import Blocks, Layout, Pattern, Window
 from effattn.kernels.latent import Maps, torch_impl
+from effattn.kernels.latent.packed import PackedLatents, pack_rows, width
 from effattn.kernels.latent.reference import attention as reference
+from effattn.kernels.pack import Coding
 
 BATCH, HEADS, KV_HEADS, SIZE, RANK, TOKENS = 2, 6, 2, 8, 11, 300
 FREQUENCIES = torch.tensor([1.0, 0.3, 0.1, 0.01])
@@ -273,3 +275,42 @@ def test_unknown_implementations_are_refused():
             maps,
             impl="reference",
         )
+
+
+@pytest.mark.parametrize("turn", ["none", "halves"])
+@pytest.mark.parametrize("kind", ["int8", "int4", "fp8"])
+@pytest.mark.parametrize("rank", [8, 24])
+def test_packed_latents_are_what_their_bytes_mean(turn, kind, rank):
+    """Rows of bytes as a state holds them, read a tile at a time."""
+    symmetric = kind != "int4"
+    coding = Coding(kind, "token", 8 if symmetric else 4, symmetric)
+    maps = Maps(
+        draw(KV_HEADS, SIZE, rank, seed=1) / 3,
+        draw(KV_HEADS, 5, rank, seed=2) / 3,
+    )
+    q, c = draw(BATCH, HEADS, 1, SIZE, seed=5), draw(BATCH, TOKENS, rank, seed=6)
+    rows = pack_rows(c[:, None], coding)[:, 0]
+    assert rows.shape == (BATCH, TOKENS, width(coding, rank))
+    assert rows.dtype == torch.uint8
+    packed = PackedLatents(rows, rank, coding, c.dtype)
+    meant = packed.unpacked()
+    assert 0 < (meant - c).norm() < (0.02 if kind == "int8" else 0.2) * c.norm()
+    given = dict(turn=TURNS[turn], layout=padded())
+    found = latent.attention(q, packed, maps, **given)
+    torch.testing.assert_close(found, latent.attention(q, meant, maps, **given))
+
+
+def test_no_step_unpacks_all_latents(monkeypatch):
+    monkeypatch.setattr(torch_impl, "TILE", 64 * KV_HEADS * SIZE)
+    coding, unpacked = Coding("int8", "token", 8, True), []
+    packed = PackedLatents(pack_rows(draw(1, 1, 3000, 8), coding)[:, 0], 8, coding, torch.float64)
+    plain = PackedLatents.unpacked
+    monkeypatch.setattr(
+        PackedLatents,
+        "unpacked",
+        lambda self: unpacked.append(self.shape[1]) or plain(self),
+    )
+    maps = Maps(draw(KV_HEADS, SIZE, 8), draw(KV_HEADS, SIZE, 8))
+    for turn in (None, TURNS["halves"]):
+        latent.attention(draw(1, HEADS, 1, SIZE), packed, maps, turn=turn)
+    assert max(unpacked) <= 128
