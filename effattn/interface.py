@@ -100,6 +100,9 @@ class Backend(nn.Module):
     extras: ClassVar[tuple[str, ...]] = ()
     # names of parameters and buffers whose first size is the number of K/V heads
     per_kv_head: tuple[str, ...] = ()
+    # whether the query heads of a group decide together what they see, so that each of them gets
+    # something else than it would alone
+    group_decides: ClassVar[bool] = False
     # names of parameters that `effattn.swap` makes one for all layers of the same pattern
     tied: tuple[str, ...] = ()
     # which of q, k and v have gradients that are not the function's slopes

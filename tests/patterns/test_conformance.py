@@ -47,6 +47,11 @@ ROWS = {
         ({"feature_map": "exp", "features": 24}, False),
         ({"feature_map": "identity", "decay": 0.8, "normalize": False}, False),
     ],
+    "topk": [
+        ({"window": 5, "sinks": 2, "block": 3, "blocks": 2}, False),
+        ({"window": 2, "block": 1, "blocks": 3, "summary": "minmax"}, False),
+        ({"window": 3, "block": 2, "blocks": 3, "summary": "learned"}, False),
+    ],
     "lsh": [
         ({"rounds": 2, "buckets": 4, "chunk": 2}, True),
         ({"rounds": 3, "buckets": 2, "chunk": 3, "seed": 1}, False),
