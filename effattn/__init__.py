@@ -19,6 +19,7 @@ _FUNCTIONS = {
     "convert_gqa": "effattn.heads.gqa",
     "convert_latent": "effattn.surgery.latents",
     "describe": "effattn.surgery.describing",
+    "export": "effattn.exporting.export",
     "load": "effattn.surgery.checkpoint",
     "measure": "effattn.measuring.measurement",
     "measure_approximation": "effattn.linearizing.approximation",

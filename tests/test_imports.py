@@ -58,7 +58,7 @@ LAYERS = [
     ["surgery"],
     # what transformers is told by `import effattn`
     ["plugin"],
-    ["conformance", "measuring", "swapping", "linearizing", "extending"],
+    ["conformance", "exporting", "measuring", "swapping", "linearizing", "extending"],
     ["quant"],
     ["prune"],
     # not in the wheel: a user of the package, by its public names
