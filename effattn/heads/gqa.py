@@ -19,6 +19,7 @@ from effattn.calibration.walk import Walk
 from effattn.errors import Unsupported, check_choice
 from effattn.heads.converting import Conversion, convert
 from effattn.heads.grouping import GROUPINGS
+from effattn.heads.kinds.base import Job
 from effattn.heads.methods import METHODS
 from effattn.heads.report import ConversionReport
 from effattn.heads.undo import all_or_nothing
@@ -121,15 +122,15 @@ def checked(
     )
 
 
-def job(parts: hf.Anatomy, calibration: torch.Tensor, bos: int | None, **given) -> Job:
+def job(parts: hf.Anatomy, calibration: torch.Tensor, bos: int | None, **given) -> GqaJob:
     """`convert_gqa` with the options `given`, on a walk. Raises as it does."""
     parts.require_gqa()
-    return Job(checked(parts, calibration, bos, **given), describe_size(parts))
+    return GqaJob(checked(parts, calibration, bos, **given), describe_size(parts))
 
 
 @dataclass(frozen=True)
-class Job:
-    """What a walk carries out; see `effattn.heads.kinds.base.Job`. before: of `describe_size`."""
+class GqaJob(Job):
+    """The conversion on a walk. before: of `describe_size`."""
 
     asked: Conversion
     before: dict
