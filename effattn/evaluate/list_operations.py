@@ -106,7 +106,7 @@ def listops_prompts(
     trials: int,
     batch: int = 1,
     seed: int,
-) -> Callable[[float], retrieval.Prompts]:
+) -> Callable[[int], retrieval.Prompts]:
     """nesting depth -> the prompts of `listops`, whose arguments and errors these are."""
     if not depths or any(type(depth) is not int or depth < 1 for depth in depths):
         raise ValueError(f"depths: got {list(depths)}, valid are whole numbers of at least 1")
@@ -120,7 +120,7 @@ def listops_prompts(
         )
     choices = torch.tensor([one[0] for one in digits])
 
-    def make(depth: float) -> retrieval.Prompts:
+    def make(depth: int) -> retrieval.Prompts:
         chance, contexts, answers = random.Random(f"{seed} {depth}"), [], []
         for _ in range(trials):
             text, value = _expression(chance, depth, arguments)
