@@ -55,12 +55,13 @@ def _answer(question: dict) -> dict:
     tokens it was, and the log-probability of the likeliest next one. speeds: tokens a second while
     decoding after each of `contexts`, the median of `repeats`."""
     server = _server(question)
-    new, full = question["new"], question["full"]
+    new, full, size = question["new"], question["full"], question["vocabulary"]
     tokens, logprobs = [], []
     for prompt in question["prompts"]:
-        tokens.append([one["id"] for one in _complete(server, prompt, new, 1)[0]])
-        places = _complete(server, prompt, full, question["vocabulary"])[0] if full else []
-        logprobs.append([_row(place, question["vocabulary"]) for place in places])
+        tokens.append(_greedy(server, prompt, new))
+        known = [[*prompt, *tokens[-1][:more]] for more in range(min(full, len(tokens[-1])))]
+        places = [_complete(server, one, 1, size, cached=True)[0] for one in known]
+        logprobs.append([_row(place[0], size) for place in places])
     texts = []
     for text in question.get("texts", ()):
         places, answer = _complete(server, text, 1, 1)
@@ -86,7 +87,24 @@ def _server(question: dict):
     return xllamacpp.Server(options)
 
 
-def _complete(server, prompt, new: int, probabilities: int) -> tuple[list[dict], dict]:
+def _greedy(server, prompt: list[int], new: int) -> list[int]:
+    """Up to `new` tokens; fewer where one of them ends the text, or is not told."""
+    places, answer = _complete(server, prompt, new, 1)
+    if len(places) == answer["usage"]["completion_tokens"]:
+        return [one["id"] for one in places]
+    # It does not tell tokens that are a part of a character: one by one, up to the first of them.
+    found: list[int] = []
+    while len(found) < new:
+        places, _ = _complete(server, [*prompt, *found], 1, 1, cached=True)
+        if not places:
+            break
+        found.append(places[0]["id"])
+    return found
+
+
+def _complete(
+    server, prompt, new: int, probabilities: int, cached: bool = False
+) -> tuple[list[dict], dict]:
     """What follows a prompt, greedily: an entry for each new token; and the whole answer."""
     answer = server.handle_completions(
         {
@@ -94,12 +112,12 @@ def _complete(server, prompt, new: int, probabilities: int) -> tuple[list[dict],
             "max_tokens": new,
             "temperature": 0.0,
             "logprobs": probabilities,
-            "cache_prompt": False,
+            "cache_prompt": cached,
         }
     )
     if "choices" not in answer:
         raise RuntimeError(f"Error: {answer}")
-    return answer["choices"][0]["logprobs"]["content"], answer
+    return (answer["choices"][0]["logprobs"] or {}).get("content") or [], answer
 
 
 def _row(place: dict, vocabulary: int) -> list[float]:

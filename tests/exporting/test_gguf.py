@@ -43,7 +43,7 @@ KINDS = {
     ),
     "biased": ("Llama", {"attention_bias": True}),
     "qwen2": ("Qwen2", {}),
-    "qwen3": ("Qwen3", {}),
+    "qwen3": ("Qwen3", {"head_dim": 128}),  # what transformers' reader takes it for
     "tied": ("Llama", {"tie_word_embeddings": True}),
 }
 
