@@ -54,7 +54,7 @@ LAYERS = [
     ["heads"],
     # what changes a live model: above heads and projections
     ["surgery"],
-    ["conformance", "measuring", "swapping", "linearizing", "extending"],
+    ["conformance", "measuring", "swapping", "linearizing", "extending", "rehosting"],
     ["quant"],
     ["prune"],
     # not in the wheel: a user of the package, by its public names
