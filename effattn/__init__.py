@@ -25,6 +25,7 @@ _FUNCTIONS = {
     "measure_approximation": "effattn.linearizing.approximation",
     "new_cache": "effattn.hf.cache",
     "perplexity": "effattn.evaluate.loss",
+    "rehost": "effattn.rehosting.rehosted",
     "restore": "effattn.surgery.swapping",
     "save": "effattn.surgery.checkpoint",
     "swap": "effattn.surgery.swapping",

@@ -200,6 +200,7 @@ def load(settings: Settings, show: Quiet) -> tuple:
         parts = anatomy.of(parent)
         parts.require_gqa()
         check_kv_heads(settings.kv_heads, parts.kv_heads)
+        parts.check_kv_heads(settings.kv_heads)
         # no more than half of the weights is keys and values
         check_room("output", settings.output, weight_bytes(parent) // 2)
     return parent, tokenizer, parts

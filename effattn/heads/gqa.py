@@ -113,6 +113,7 @@ def checked(
     check_choice("method", method, METHODS)
     check_choice("grouping", grouping, GROUPINGS)
     check_kv_heads(kv_heads, parts.kv_heads)
+    parts.check_kv_heads(kv_heads)
     if calibration is None:
         _check_no_data_needed(parts, method, refit, grouping)
     else:
@@ -125,7 +126,8 @@ def checked(
 def job(parts: hf.Anatomy, calibration: torch.Tensor, bos: int | None, **given) -> GqaJob:
     """`convert_gqa` with the options `given`, on a walk. Raises as it does."""
     parts.require_gqa()
-    return GqaJob(checked(parts, calibration, bos, **given), describe_size(parts))
+    asked = checked(parts, calibration, bos, **given)
+    return GqaJob(asked, describe_size(parts), parts.kv_fields(asked.kv_heads))
 
 
 @dataclass(frozen=True)
@@ -134,6 +136,7 @@ class GqaJob(Job):
 
     asked: Conversion
     before: dict
+    fields: dict  # of the new config
 
     @property
     def batches(self) -> list[torch.Tensor] | None:
@@ -157,8 +160,7 @@ class GqaJob(Job):
         return convert(walk, self.asked, progress)
 
     def config(self, config: dict, rows: list[dict]) -> dict:
-        head_dim = self.before["head_dim"]
-        return config | {"num_key_value_heads": self.asked.kv_heads, "head_dim": head_dim}
+        return config | self.fields
 
     def report(self, old: hf.Anatomy, new: hf.Anatomy, rows: list[dict]) -> ConversionReport:
         return ConversionReport(_report(new, self.asked, self.before, describe_size(new), rows))
@@ -260,7 +262,6 @@ def describe_size(parts: hf.Anatomy) -> dict:
     token: layers with a window of their own, whose rings do not grow, do not count."""
     return {
         "kv_heads": parts.kv_heads,
-        "head_dim": parts.head_dim,
         "parameters": sum(p.numel() for p in parts.model.parameters()),
         "kv_bytes": sum(layer.kv_bytes_per_token for layer in parts if layer.window is None),
     }
