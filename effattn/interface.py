@@ -21,6 +21,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from effattn import documents as packing
 from effattn import padding
 from effattn.checks import (
     check_extras,
@@ -36,6 +37,7 @@ from effattn.kernels.flash.pattern import Layout, layout_of
 from effattn.kernels.flash.rules import Bias, Far
 from effattn.kernels.latent import Latent
 from effattn.positions.bound import Placed, Positions, turn_of
+from effattn.positions.rope import Rope
 from effattn.states.base import State
 from effattn.states.full import FullState
 from effattn.states.static import Static
@@ -213,6 +215,7 @@ class Backend(nn.Module):
         state: State | None = None,
         scale: float | None = None,
         rotary: Rotary | None = None,
+        documents: Tensor | None = None,
         **extras,
     ) -> Tensor:
         """Attention of q over k and v, (B, Hq, Tq, Dv) in q's dtype. A query that may see no key
@@ -230,6 +233,10 @@ class Backend(nn.Module):
         rotated when they are read. Or a rule from `effattn.positions.rule`, which may decide scores
         pair by pair as well (ReRoPE, ALiBi).
 
+        documents: (B, T) int, which document of its row each token is of, negative for padding:
+        tokens see their own document only, as if it were a row of its own (`effattn.documents`).
+        For whole sequences, without a state.
+
         extras: what some models add, where the backend's `extras` name it: `softcap` (a score s
         becomes softcap tanh(s / softcap), Gemma 2), `sink_logits` (Hq,) (a learned logit per head
         in the denominator, gpt-oss), `global_qkv` (Longformer's second projections, q, k and v of
@@ -245,6 +252,8 @@ class Backend(nn.Module):
                 f"state: {self.name} cannot read packed keys; valid are dense, block and sliding"
             )
         self._check(q, k, v, causal, padding_mask, state, scale, rotary)
+        if documents is not None:
+            packing.check(documents, q, k, state)
         check_extras(q, **extras)
         self.check_call(q, k, v, causal, extras)
         if isinstance(rotary, Positions):
@@ -253,15 +262,20 @@ class Backend(nn.Module):
         def run(q, k, v, mask, state, extras) -> Tensor:
             return self.run(q, k, v, causal, mask, state, scale, rotary, extras)
 
+        def run_rows(q, k, v, mask, extras) -> Tensor:
+            unpadded = mask is None and (state is None or state.real is None)
+            # Padding is moved to where the method can have it, or not at all: plain attention has
+            # no positions, so that a mask alone is right wherever the padding lies.
+            if unpadded or (state is None and self.plain and rotary is None):
+                return run(q, k, v, mask, state, extras)
+            return padding.attend(run, q, k, v, mask, state, extras)
+
         if state is not None:
             state.ready(learning=self._learning(q, k, v))
-        unpadded = padding_mask is None and (state is None or state.real is None)
-        # Padding is moved to where the method can have it, or not at all: plain attention has no
-        # positions, so that a mask alone is right wherever the padding lies.
-        if unpadded or (state is None and self.plain and rotary is None):
-            out = run(q, k, v, padding_mask, state, extras)
+        if documents is None:
+            out = run_rows(q, k, v, padding_mask, extras)
         else:
-            out = padding.attend(run, q, k, v, padding_mask, state, extras)
+            out = packing.attend(run_rows, q, k, v, documents, padding_mask, extras)
         if state is not None:
             state.note(self.signature, k, v)
         return out
@@ -297,7 +311,7 @@ class Backend(nn.Module):
             q, k = placed.q, placed.k
             rules = {"far": placed.far, "turn": placed.turn, "bias": placed.bias}
         elif rotary is not None:
-            q, k, q_first = self._rotate(rotary, q, k, layout)
+            q, k, q_first = self._rotate(rotary, q, k, layout, packed)
             rules = {"turn": turn_of(rotary, q.device)} if packed else {}
         k = given if packed else k  # a packed state turns them itself, with `Call.turn`
         if state is not None and state.read_by_method:
@@ -362,12 +376,14 @@ class Backend(nn.Module):
         return rule.place(q, k, at_q, at_k, length, tokens, few=few)
 
     def _rotate(
-        self, rotary: Rotary, q: Tensor, k: Tensor, layout: Layout
+        self, rotary: Rotary, q: Tensor, k: Tensor, layout: Layout, packed: bool
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """q and k rotated, and q as the first keys see it: from `farthest` at most, their place in
-        the cache.
+        the cache. packed: k need not be.
         """
         at_q = layout.query_positions(q.shape[2], k.shape[2], q.device).clamp(min=0)
+        if packed and isinstance(rotary, Rope) and self.farthest is None:
+            return rotary.turn(q, at_q if layout.start is not None else at_q[0]), k, None
         at_k = layout.key_positions(k.shape[2], k.device).clamp(min=0)
         if layout.start is None:
             at_q, at_k = at_q[0], at_k[0]

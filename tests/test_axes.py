@@ -66,6 +66,7 @@ AXES = {
 APART = {
     "pattern": {
         "effattn/extending/rules.py": "a window with and without sinks is a row of the article",
+        "effattn/left_out.py": "what to take instead of a method that is not here",
         "effattn/linearizing/decay.py": "fits what `linear` alone has",
         "effattn/positions/ntk.py": "a variant of NTK is called fixed",
         "effattn/profiling/operations.py": "a model's own layer: everything, or a window",

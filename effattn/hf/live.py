@@ -19,7 +19,7 @@ from transformers.utils.import_utils import is_tracing
 
 from effattn import padding
 from effattn.errors import Unsupported
-from effattn.hf import position_ids
+from effattn.hf import packed_rows, position_ids
 from effattn.hf.families import sliding_window
 from effattn.hf.names import ATTRIBUTE, CAPTURE, GLOBAL, LATENT, NAME
 from effattn.hf.state_layer import Handle
@@ -27,9 +27,9 @@ from effattn.hf.swapped_layer import SwappedLayer
 from effattn.padding import of_tokens
 
 PACKED = (
-    "packed documents (position_ids that restart) or an extra mask function: after a swap, "
-    "documents would see each other; give one document a row, padded with attention_mask, or "
-    "effattn.restore(model)"
+    "packed documents (position_ids that restart) in a graph, or an extra mask function: documents "
+    "would see each other; call the model outside of a graph, or give one document a row, padded "
+    "with attention_mask"
 )
 # what a model passes: what a backend calls it
 EXTRAS = {"softcap": "softcap", "s_aux": "sink_logits"}
@@ -142,16 +142,33 @@ def attention(
             f"layer {layer.index}: expected attention_mask (batch, tokens), got "
             f"{tuple(attention_mask.shape)}; custom masks cannot be combined with a swap"
         )
+    documents = packed_rows.of_layer(kwargs, attention_mask, query.shape[0], query.shape[2])
     if layer.backend is None:
         return _keep(
-            module, query, key, value, attention_mask, scaling, dropout, layer.original, kwargs
+            module,
+            query,
+            key,
+            value,
+            (attention_mask, documents),
+            scaling,
+            dropout,
+            layer.original,
+            kwargs,
         )
     _refuse(module, layer, query, attention_mask, dropout, kwargs)
     cached = key.layer if isinstance(key, Handle) else None
     if cached is not None:
         key, value = cached.take(key)
+    call = {name: kwargs[given] for given, name in EXTRAS.items() if kwargs.get(given) is not None}
     if layer.checks_positions and is_tracing():
         _assert_consecutive(layer, query.shape[2], attention_mask, kwargs.get("position_ids"))
+    elif documents is not None:
+        if cached is not None:
+            raise Unsupported(
+                f"layer {layer.index}: packed documents: a cache holds one document a row; valid "
+                "is use_cache=False"
+            )
+        call["documents"] = documents
     elif layer.checks_positions and not position_ids.was_checked(
         layer, cached, kwargs.get("position_ids")
     ):
@@ -159,7 +176,6 @@ def attention(
         position_ids.check(
             layer, cached, query.shape[0], tokens, attention_mask, kwargs.get("position_ids")
         )
-    call = {name: kwargs[given] for given, name in EXTRAS.items() if kwargs.get(given) is not None}
     if GLOBAL in kwargs:
         call["global_qkv"] = kwargs[GLOBAL]
     if LATENT in kwargs:
@@ -206,7 +222,7 @@ def _refuse(
     """What the model asks of its attention and a backend does not do is an error, never ignored."""
     where = f"layer {layer.index}: "
     missing = [name for name, extra in EXTRAS.items() if extra not in layer.backend.extras]
-    for name in (*missing, "position_bias", "cache", "cu_seq_lens_q"):
+    for name in (*missing, "position_bias", "cache"):
         if kwargs.get(name) is not None:
             raise Unsupported(
                 f"{where}the model passes {name}, which backend {layer.backend.name!r} does not "
@@ -249,10 +265,11 @@ def _dropout(module: nn.Module, rate: float) -> str:
     return (own + inner + ["attention_dropout"])[0]
 
 
-def _keep(module, query, key, value, padding_mask, scaling, dropout, original: str, kwargs: dict):
+def _keep(module, query, key, value, masks, scaling, dropout, original: str, kwargs: dict):
     """What an unswapped layer had: its own implementation, with the mask that it would have been
-    given.
+    given. masks: of padding, and the numbers of documents.
     """
+    padding_mask, documents = masks
     from transformers import masking_utils
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -266,6 +283,9 @@ def _keep(module, query, key, value, padding_mask, scaling, dropout, original: s
         rule = masking_utils.causal_mask_function
     else:
         rule = masking_utils.sliding_window_causal_mask_function(window)
+    if documents is not None:
+        apart = masking_utils.packed_sequence_mask_function(documents)
+        rule = masking_utils.and_masks(apart, rule)
     own_mask = masking_utils.ALL_MASK_ATTENTION_FUNCTIONS[original](
         batch_size=query.shape[0],
         q_length=queries,
@@ -275,7 +295,9 @@ def _keep(module, query, key, value, padding_mask, scaling, dropout, original: s
         mask_function=rule,
         attention_mask=padding_mask,
         # a look at the mask, which would make a GPU wait
-        allow_is_causal_skip=causal and (padding_mask is None or query.device.type == "cpu"),
+        allow_is_causal_skip=causal
+        and documents is None
+        and (padding_mask is None or query.device.type == "cpu"),
         local_size=window,
         dtype=query.dtype,
         device=query.device,

@@ -146,8 +146,12 @@ def _layer(layer: anatomy.Layer, config) -> dict:
         token = _growth(layer, swapped.backend)
     if swapped is not None and swapped.cache is not None:
         cache = str(swapped.cache) if cache == "full" else f"{swapped.cache}, {cache}"
-        token = swapped.cache.bytes_per_token(layer)
-    return {
+        memory = layer.latent
+        if memory is None:
+            token = swapped.cache.bytes_per_token(layer)
+        else:
+            token = swapped.cache.latent_bytes(memory.rank)
+    row = {
         "index": layer.index,
         "projections": ", ".join([spec_of(layer), *more]),
         "heads": _heads(layer),
@@ -162,6 +166,7 @@ def _layer(layer: anatomy.Layer, config) -> dict:
         "kv_bytes_per_token": token,
         "grows": grows,
     }
+    return row if layer.attends else row | dict.fromkeys(AXES[1:], "none") | {"grows": False}
 
 
 def _growth(layer: anatomy.Layer, backend: Backend) -> int | float:

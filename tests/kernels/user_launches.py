@@ -48,6 +48,7 @@ EXACT = ("dense", "block(block=32, look_back=1)", "sliding(window=48)")
 RULES = (
     "pi(factor=4)",
     "dynamic_ntk(factor=4)",
+    "dynamic_yarn",
     "yarn(factor=4)",
     "rerope(window=64)",
     "leaky_rerope(window=64, k=8)",

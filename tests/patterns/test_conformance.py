@@ -96,13 +96,16 @@ SLICE = [next(case for case in CASES if case[0] == name) for name in ROWS]  # on
 
 
 def run(*values):
-    """quick: one case a backend, in torch. slow: in Triton's interpreter, which takes seconds a
-    case, the other options of a backend; tests/kernels has the options of each kernel."""
+    """quick: one case a backend, in torch. Triton's interpreter takes seconds a case: one of each
+    backend is tried with the kernels (`make kernels`), the others are slow; tests/kernels has the
+    options of each kernel."""
     *case, impl, dtype = values
     one = tuple(case) in SLICE
+    interpreted = impl == "triton" and DEVICE == "cpu"
     quick = one and (impl, dtype) == ("torch", torch.float32)
-    slow = not one and impl == "triton" and DEVICE == "cpu"
+    slow = not one and interpreted
     marks = [pytest.mark.quick] * quick + [pytest.mark.slow] * slow
+    marks += [pytest.mark.interpreted] * interpreted
     return pytest.param(*values, marks=marks)
 
 
