@@ -15,6 +15,7 @@ _FUNCTIONS = {
     "convert_gqa": "effattn.heads.gqa",
     "convert_latent": "effattn.surgery.latents",
     "describe": "effattn.surgery.describing",
+    "flex_attention": "effattn.kernels.flex",
     "load": "effattn.surgery.checkpoint",
     "measure": "effattn.measuring.measurement",
     "measure_approximation": "effattn.linearizing.approximation",
