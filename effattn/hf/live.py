@@ -34,7 +34,11 @@ PACKED = (
 )
 MOST_WEIGHTS = 2048  # tokens of which output_attentions makes the weights of every pair
 # what a model passes: what a backend calls it
-EXTRAS = {"softcap": "softcap", "s_aux": "sink_logits"}
+EXTRAS = {
+    "softcap": "softcap",
+    "s_aux": "sink_logits",
+    "global_attention_mask": "global_mask",
+}
 
 
 @dataclass
@@ -162,6 +166,8 @@ def attention(
     if cached is not None:
         key, value = cached.take(key)
     call = {name: kwargs[given] for given, name in EXTRAS.items() if kwargs.get(given) is not None}
+    if "global_mask" in call:  # transformers' Longformer has it as 0 and 1
+        call["global_mask"] = call["global_mask"].bool()
     if layer.checks_positions and is_tracing():
         _assert_consecutive(layer, query.shape[2], attention_mask, kwargs.get("position_ids"))
     elif documents is not None:
