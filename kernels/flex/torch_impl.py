@@ -15,7 +15,7 @@ from torch import Tensor
 from ..overlapping import add_overlapping, computable, every
 from ..rows import dense_rows
 from . import torch_scores
-from .additive import is_additive
+from .probes import by_distance, is_additive
 from .tables import Tables, Tile, on_tiles
 
 ROOM = 4 * 2**20  # elements of masks, or of gradients that are still to be added up, at a time
@@ -122,6 +122,7 @@ def _parts(
     """(rows of the batch, query heads, their key heads, (first query, S, tiles, tokens from one to
     the next), the first tile, what to add to its scores) of tiles that look alike."""
     batch, heads, groups = len(q), q.shape[1], q.shape[1] // k.shape[1]
+    same = by_distance(tables.mask_mod, q) and by_distance(score_mod, q, score=True)
     apart = len(tables.tiles) > 1 or score_mod is not None  # the rows of the batch
     for row in range(batch if apart else 1):
         rows = range(row, row + 1) if apart else range(batch)
@@ -131,13 +132,18 @@ def _parts(
             of_q = slice(0, heads) if whole else slice(h, h + 1)
             of_kv = slice(0, k.shape[1]) if whole else slice(h // groups, h // groups + 1)
             many = of_q.stop - of_q.start
-            width = max(many * q.shape[3] * gradients, many * (score_mod is not None), 1)
+            # of what there is room for: gradients of a tile's keys, or masks
+            width = many * q.shape[3] * gradients
+            masks = 0 if same else many if score_mod is not None else 1
             for tile, tiles, stride in tables.series(b, h):
                 size = tile.b - tile.a
-                most = max(1, ROOM // (max(size, width) * tile.keys))
+                most = max(1, ROOM // (max(size * masks, width, 1) * tile.keys))
+                mask = None
                 for done in range(0, tiles, most):
                     at = tile.a + done * stride, size, min(most, tiles - done), stride
-                    mask = _added(tables, score_mod, (b, h, row, of_q), tile, at, q)
+                    if mask is None or not same:
+                        look = at[0], size, 1 if same else at[2], stride
+                        mask = _added(tables, score_mod, (b, h, row, of_q), tile, look, q)
                     yield rows, of_q, of_kv, at, tile, mask
 
 

@@ -23,7 +23,7 @@ def eager(kind="llama"):
 @pytest.mark.parametrize("kind", ["llama", "gpt_neox"])
 def test_dense_weights_are_those_of_plain_transformers(kind):
     mask = torch.ones_like(IDS)
-    mask[1, :4] = 0
+    mask[1, 10:] = 0  # on the right: with none to see, eager gives NaN
     given = dict(attention_mask=mask, output_attentions=True)
     plain, model = eager(kind), swap(tiny(kind), "dense")
     model.load_state_dict(plain.state_dict())
@@ -49,7 +49,7 @@ def test_weights_of_a_pattern_give_its_output(pattern):
     other = module.v_proj.register_forward_hook(lambda _, __, out: values.append(out))
     weights = model(IDS, output_attentions=True).attentions[1]
     handle.remove(), other.remove()
-    torch.testing.assert_close(weights.sum(dim=-1), torch.ones(2, weights.shape[1], 14))
+    torch.testing.assert_close(weights.sum(dim=-1), torch.ones_like(weights[..., 0]))
     assert not weights.triu(1).any()
     if "longformer" not in pattern:
         i = torch.arange(14)

@@ -11,7 +11,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from torch.nn.attention.flex_attention import flex_attention as torch_flex
 
 import effattn
-from effattn.kernels.flex.additive import is_additive
+from effattn.kernels.flex.probes import by_distance, is_additive
 from effattn.kernels.flex.reference import flex_attention as reference
 
 TOKENS, BATCH, HEADS, KV_HEADS, DIM = 150, 2, 4, 2, 8
@@ -283,6 +283,33 @@ def test_what_only_adds_is_known():
     assert not any(is_additive(mod, q) for mod in others)
 
 
+def test_what_goes_by_the_distance_is_known():
+    """Else one tile's mask would be taken for another's."""
+    q = torch.zeros(())
+    alike = (
+        causal,
+        sliding,
+        lambda b, h, q, k: (k - q > -7) | (h == 1),
+        lambda b, h, q, k: q == k,
+    )
+    others = (
+        document,
+        prefix,
+        every_other_block,
+        by_row_and_head,
+        some_see_nothing,
+        lambda b, h, q, k: q - 1 >= k,
+        lambda b, h, q, k: q >= 0,
+        lambda b, h, q, k: torch.ge(q, k),
+        lambda b, h, q, k: q - q >= k - k,
+        lambda b, h, q, k: q if q > 3 else k,
+    )
+    assert all(by_distance(mod, q) for mod in alike)
+    assert not any(by_distance(mod, q) for mod in others)
+    assert all(by_distance(mod, q, score=True) for mod in (alibi, relative, causal_score))
+    assert not by_distance(lambda s, b, h, q, k: s + q / 5, q, score=True)
+
+
 def test_what_does_not_fit():
     q, k, v = inputs()
     mask = mask_of("causal")
@@ -290,7 +317,7 @@ def test_what_does_not_fit():
         ((q[0], k, v), {}, r"query: expected \(batch, heads, tokens, head_dim\)"),
         ((q, k.float(), v), {}, "expected one float dtype"),
         ((q, k, v[:, :1]), {}, r"value: expected \(2, 2, 150, value_dim\)"),
-        ((q, k[..., :4], v), {}, r"key: expected \(2, kv_heads, 150, 8\)"),
+        ((q, k[..., :4], v), {}, r"key: expected \(2, kv_heads, keys, 8\)"),
         ((q, k, v), {}, "query: got 4 heads for 2 of key, valid is 2, or enable_gqa=True"),
         ((q[:, :, :99], k, v), {"block_mask": mask, "enable_gqa": True}, "block_mask: got one of"),
         ((q, k, v), {"block_mask": causal, "enable_gqa": True}, "block_mask: got function"),
