@@ -1,26 +1,32 @@
 """effattn swaps, shrinks and measures attention in Hugging Face models.
 
-Importing it patches nothing and loads no model code; every public name is imported at its first
-use."""
+Importing it loads no model code; every public name is imported at its first use. transformers
+learns to load what `effattn.save` writes, and the names "effattn:..." of attentions
+(`effattn.plugin`); nothing else of it changes."""
 
 from __future__ import annotations
 
 import importlib
 from importlib.metadata import PackageNotFoundError, version
 
+from effattn.plugin import importing
+
 _FUNCTIONS = {
     "Shape": "effattn.interface",
     "backend": "effattn.registry",
     "backends": "effattn.registry",
+    "convert_files": "effattn.surgery.from_files",
     "convert_gqa": "effattn.heads.gqa",
     "convert_latent": "effattn.surgery.latents",
     "describe": "effattn.surgery.describing",
+    "export": "effattn.exporting.export",
     "flex_attention": "effattn.kernels.flex",
     "load": "effattn.surgery.checkpoint",
     "measure": "effattn.measuring.measurement",
     "measure_approximation": "effattn.linearizing.approximation",
     "new_cache": "effattn.hf.cache",
     "perplexity": "effattn.evaluate.loss",
+    "rehost": "effattn.rehosting.rehosted",
     "restore": "effattn.surgery.swapping",
     "save": "effattn.surgery.checkpoint",
     "swap": "effattn.surgery.swapping",
@@ -33,6 +39,8 @@ try:
     __version__ = version("effattn")
 except PackageNotFoundError:  # a source tree that was never installed
     __version__ = "0+unknown"
+
+importing.install()
 
 
 def __getattr__(name: str):

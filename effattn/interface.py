@@ -36,6 +36,7 @@ from effattn.kernels.flash.pattern import Layout, layout_of
 from effattn.kernels.flash.rules import Bias, Far
 from effattn.kernels.latent import Latent
 from effattn.positions.bound import Placed, Positions, turn_of
+from effattn.positions.rope import Rope
 from effattn.states.base import State
 from effattn.states.full import FullState
 from effattn.states.static import Static
@@ -101,6 +102,9 @@ class Backend(nn.Module):
     extras: ClassVar[tuple[str, ...]] = ()
     # names of parameters and buffers whose first size is the number of K/V heads
     per_kv_head: tuple[str, ...] = ()
+    # whether the query heads of a group decide together what they see, so that each of them gets
+    # something else than it would alone
+    group_decides: ClassVar[bool] = False
     # names of parameters that `effattn.swap` makes one for all layers of the same pattern
     tied: tuple[str, ...] = ()
     # which of q, k and v have gradients that are not the function's slopes
@@ -295,7 +299,7 @@ class Backend(nn.Module):
             q, k = placed.q, placed.k
             rules = {"far": placed.far, "turn": placed.turn, "bias": placed.bias}
         elif rotary is not None:
-            q, k, q_first = self._rotate(rotary, q, k, layout)
+            q, k, q_first = self._rotate(rotary, q, k, layout, packed)
             rules = {"turn": turn_of(rotary, q.device)} if packed else {}
         k = given if packed else k  # a packed state turns them itself, with `Call.turn`
         if state is not None and state.read_by_method:
@@ -360,12 +364,14 @@ class Backend(nn.Module):
         return rule.place(q, k, at_q, at_k, length, tokens, few=few)
 
     def _rotate(
-        self, rotary: Rotary, q: Tensor, k: Tensor, layout: Layout
+        self, rotary: Rotary, q: Tensor, k: Tensor, layout: Layout, packed: bool
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """q and k rotated, and q as the first keys see it: from `farthest` at most, their place in
-        the cache.
+        the cache. packed: k need not be.
         """
         at_q = layout.query_positions(q.shape[2], k.shape[2], q.device).clamp(min=0)
+        if packed and isinstance(rotary, Rope) and self.farthest is None:
+            return rotary.turn(q, at_q if layout.start is not None else at_q[0]), k, None
         at_k = layout.key_positions(k.shape[2], k.device).clamp(min=0)
         if layout.start is None:
             at_q, at_k = at_q[0], at_k[0]

@@ -32,6 +32,7 @@ LAYERS = [
     [
         "specs",
         "axes",
+        "left_out",
         "traits",
         "registry",
         "interface",
@@ -55,7 +56,17 @@ LAYERS = [
     ["heads"],
     # what changes a live model: above heads and projections
     ["surgery"],
-    ["conformance", "measuring", "swapping", "linearizing", "extending"],
+    # what transformers is told by `import effattn`
+    ["plugin"],
+    [
+        "conformance",
+        "exporting",
+        "measuring",
+        "swapping",
+        "linearizing",
+        "extending",
+        "rehosting",
+    ],
     ["quant"],
     ["prune"],
     # not in the wheel: a user of the package, by its public names

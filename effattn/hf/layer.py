@@ -97,6 +97,11 @@ class Layer:
         return self.heads // groups
 
     @property
+    def attends(self) -> bool:
+        """Whether it has an attention at all (`effattn.hf.uneven`)."""
+        return self.heads > 0
+
+    @property
     def value_dim(self) -> int:
         """Size of a head's values."""
         return self.head_dim
@@ -130,17 +135,22 @@ class Layer:
 
     def _projection(self, name: str, heads: int, order: int) -> Projection:
         module = self._module(name)
-        if self.family.fused == "per_head":
+        if self.fused == "per_head":
             return Projection(
                 module, heads, self.head_dim, order * self.head_dim, 3 * self.head_dim
             )
         # fused and stacked: the rows of q, then of k, then of v
         start = (
-            [0, self.heads, self.heads + self.kv_heads][order] * self.head_dim
-            if self.family.fused
-            else 0
+            [0, self.heads, self.heads + self.kv_heads][order] * self.head_dim if self.fused else 0
         )
         return Projection(module, heads, self.head_dim, start)
+
+    @property
+    def fused(self) -> str | None:
+        """How one module holds q, k and v, "stacked" or "per_head"; None where each has its own."""
+        if self.family.fused == "multi_query":
+            return "stacked" if self.attention.multi_query else "per_head"
+        return self.family.fused
 
     @property
     def q(self) -> Projection:
@@ -175,7 +185,9 @@ class Layer:
 
     @property
     def qkv_modules(self) -> list[nn.Module]:
-        """The modules that hold q, k, v and o, each once."""
+        """The modules that hold q, k, v and o, each once; of a layer without attention none."""
+        if not self.attends:
+            return []
         return list(dict.fromkeys(self._module(name) for name in "qkvo"))
 
     @property
@@ -252,7 +264,7 @@ class Layer:
     @property
     def rotary_dims(self) -> int:
         """How many of a head's dimensions RoPE turns; 0 in layers without RoPE."""
-        if not self.family.rotary or no_rope(self.config, self.attention):
+        if not self.attends or not self.family.rotary or no_rope(self.config, self.attention):
             return 0
         return int(self.head_dim * rope_factor(self.config, self.attention))
 
@@ -286,6 +298,10 @@ class Layer:
         if self.family.fused == "per_head":
             raise Unsupported(f"{self.config.model_type}: {self.family.gqa}")
         kv_heads = k.shape[0]
+        if self.family.fused == "multi_query":
+            assert kv_heads == 1  # `Anatomy.check_kv_heads` has refused others
+            size = {"multi_query": True, "kv_heads": 1, "kv_dim": self.head_dim}
+            vars(self.attention).update(size)
         new = {"q": q, "k": k, "v": v}
         if self.family.fused:
             set_linear(

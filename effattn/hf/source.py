@@ -12,6 +12,7 @@ import torch
 
 from effattn.errors import check_choice
 from effattn.hf import trusted
+from effattn.hf.names import METHOD
 from effattn.hf.trusted import KEY
 from effattn.hf.weight_files import one_line, read_json
 
@@ -116,9 +117,18 @@ def read_config(name: str, asked: str | Path):
         raise ValueError(
             f"model: {str(asked)!r}: config.json cannot be read: {one_line(error)}"
         ) from error
+    if getattr(config, "quantization_config", None) == METHOD:  # for transformers: here it is known
+        del config.quantization_config
     if config._attn_implementation == KEY:  # a mark for plain transformers, which must not load it
         config._attn_implementation = None
     return config
+
+
+def unplain(config: dict, found: dict) -> dict:
+    """A config.json whose weights are not what its class expects: plain transformers refuses it,
+    or asks `effattn.plugin` for it. found: what the entry "effattn" says of them."""
+    ours = {KEY: {**found, "model_type": config["model_type"]}, "model_type": KEY}
+    return {"quantization_config": dict(METHOD)} | config | ours
 
 
 def load_tokenizer(name: str | Path):

@@ -16,6 +16,7 @@ import torch
 from effattn.axes import options_of
 from effattn.errors import check_choice
 from effattn.hf import caches
+from effattn.hf.names import METHOD
 from effattn.hf.weight_files import one_line
 from effattn.positions.registry import parse as parse_positions
 from effattn.projections import packed
@@ -41,6 +42,10 @@ ATTENTION = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_at
 PRIVATE = ("_name_or_path", "_commit_hash", "_attn_implementation")
 LAYERS, LABELS = 10_000, 1_000_000  # more than any model has; a configuration makes lists of them
 DEPTH = 32
+NO_RECORD = (
+    f"config.json: quantization_config: quant_method is {KEY!r}, and the entry {KEY!r} that says "
+    "what is to be restored is missing"
+)
 COUNTED = re.compile(r"(^|_)(layers?|experts)$")
 SPEC = 10_000  # characters
 WEIGHT = 1 << 30  # entries of a weight that a pattern may have
@@ -82,6 +87,8 @@ def check_config(config: dict) -> None:
             f"config.json: model_type is {KEY!r}, and the entry {KEY!r} that belongs to it is "
             "missing"
         )
+    elif config.get("quantization_config") == METHOD and "per_layer_config" not in config:
+        raise ValueError(NO_RECORD)
 
 
 def _walk(value, where: str, depth: int = 0) -> Iterator[tuple[str, str, object]]:

@@ -143,8 +143,12 @@ def _layer(layer: anatomy.Layer, config) -> dict:
     token = layer.kv_bytes_per_token if layer.causal else 0
     if swapped is not None and swapped.cache is not None:
         cache = str(swapped.cache) if cache == "full" else f"{swapped.cache}, {cache}"
-        token = swapped.cache.bytes_per_token(layer)
-    return {
+        memory = layer.latent
+        if memory is None:
+            token = swapped.cache.bytes_per_token(layer)
+        else:
+            token = swapped.cache.latent_bytes(memory.rank)
+    row = {
         "index": layer.index,
         "projections": ", ".join([spec_of(layer), *more]),
         "heads": _heads(layer),
@@ -159,6 +163,7 @@ def _layer(layer: anatomy.Layer, config) -> dict:
         "kv_bytes_per_token": token,
         "grows": grows,
     }
+    return row if layer.attends else row | dict.fromkeys(AXES[1:], "none") | {"grows": False}
 
 
 def _heads(layer: anatomy.Layer) -> str:

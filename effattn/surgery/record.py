@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from effattn import registry
 from effattn.hf import hooks, latents, placement, positions
+from effattn.hf.names import METHOD
 from effattn.hf.trusted import KEY
 from effattn.hf.weight_files import Stored, header, read, shortened, stored
 from effattn.projections import packed
@@ -86,6 +87,9 @@ def write(model: nn.Module, file: Path) -> None:
         config["model_type"] = KEY
     if found:
         config[KEY] = found
+    if found or "per_layer_config" in config:
+        # after `import effattn`, transformers asks us to restore it; without, it warns by this name
+        config.setdefault("quantization_config", dict(METHOD))
     file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
