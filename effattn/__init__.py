@@ -18,6 +18,7 @@ _FUNCTIONS = {
     "convert_files": "effattn.surgery.from_files",
     "convert_gqa": "effattn.heads.gqa",
     "convert_latent": "effattn.surgery.latents",
+    "convert_mla": "effattn.heads.mla.convert",
     "describe": "effattn.surgery.describing",
     "export": "effattn.exporting.export",
     "fit_windows": "effattn.swapping.windows",
