@@ -13,7 +13,7 @@ from torch import nn
 from effattn.errors import Unsupported
 from effattn.hf import anatomy, hooks
 from effattn.hf.projection import Projection
-from effattn.hf.weights import is_packed, is_transposed, matrix, weight_bytes
+from effattn.hf.weights import is_packed, is_transposed, sizes, weight_bytes
 from effattn.interface import Backend, Cost, Shape
 from effattn.patterns.longformer import GlobalFull
 from effattn.registry import backend as make_backend
@@ -174,7 +174,7 @@ class Operations:
         if hooks.GLOBAL in layer.attention._modules and not projection.output:
             cost, weights = cost + cost, 2 * weights
         if layer.family.fused and not projection.output:
-            parts, whole = projection.heads * projection.head_dim, len(matrix(module))
+            parts, whole = projection.heads * projection.head_dim, sizes(module)[0]
             cost = Cost(
                 *(n * parts // whole for n in (cost.flops, cost.read_bytes, cost.write_bytes))
             )
@@ -188,7 +188,7 @@ class Operations:
         if is_packed(module) and isinstance(module, nn.Linear):
             return self._packed_linear(module, rows)
         if isinstance(module, nn.Linear) or is_transposed(module):
-            outputs, inputs = matrix(module).shape
+            outputs, inputs = sizes(module)
             return linear_cost(
                 rows,
                 inputs,
@@ -219,7 +219,7 @@ class Operations:
         rows for are read."""
         if module in norms:
             return Cost(), 0
-        if hasattr(module, "cost") or isinstance(module, nn.Linear):
+        if hasattr(module, "cost") or isinstance(module, nn.Linear) or is_transposed(module):
             return self._linear(module, self.rows)
         total, weights = Cost(), 0
         own = list(module.parameters(recurse=False))
