@@ -22,6 +22,7 @@ _FUNCTIONS = {
     "describe": "effattn.surgery.describing",
     "export": "effattn.exporting.export",
     "fit_windows": "effattn.swapping.windows",
+    "flex_attention": "effattn.kernels.flex",
     "load": "effattn.surgery.checkpoint",
     "measure": "effattn.measuring.measurement",
     "measure_approximation": "effattn.linearizing.approximation",

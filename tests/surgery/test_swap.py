@@ -381,7 +381,6 @@ def test_refused_while_running():
         ({"softcap": 30.0}, "softcap"),
         ({"s_aux": torch.ones(4)}, "s_aux"),
         ({"dropout": 0.1}, "dropout"),
-        ({"output_attentions": True}, "output_attentions"),
         ({"position_bias": torch.ones(1)}, "position_bias"),
     ],
 )
