@@ -19,6 +19,7 @@ from rich.table import Table
 from effattn.recipes import (
     convert_gqa,
     convert_latent,
+    export,
     extend,
     linearize,
     measure,
@@ -104,6 +105,7 @@ app.command("extend")(extend.command)
 app.command("shear")(shear.command)
 app.add_typer(prune, name="prune")
 app.command("quantize-kv")(quantize_kv.command)
+app.command("export")(export.command)
 
 
 @app.command()

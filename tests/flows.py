@@ -82,6 +82,7 @@ FLOWS = {
         checked=("to",),  # against the model
     ),
     "extend_context": Flow(None),
+    "export": Flow("export", {"to": "transformers"}, dict(to="transformers"), reads=None),
     "swap_backend": Flow(
         "swap",
         small=dict(
