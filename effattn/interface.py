@@ -12,6 +12,7 @@ positions."""
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -165,6 +166,15 @@ class Backend(nn.Module):
         state.owner = self.signature
         return state
 
+    def repeated(self, times: int) -> Backend:
+        """A copy for K/V heads of which each is there `times` times, side by side: what it has for
+        each of them is repeated with it."""
+        wide = copy.deepcopy(self)
+        for name in wide.per_kv_head:
+            tensor = getattr(wide, name)
+            tensor.data = tensor.data.repeat_interleave(times, 0)
+        return wide
+
     def __init_subclass__(cls, **options) -> None:
         # a subclass' `new_state` signs too, without having to know of it
         super().__init_subclass__(**options)
@@ -180,6 +190,11 @@ class Backend(nn.Module):
     def packable(self) -> bool:
         """Whether `attend` lets a state of packed keys attend by itself."""
         return False
+
+    def growth(self, shape: Shape) -> float:
+        """Bytes that the state of such a call grows by with each further token, where it grows at
+        all."""
+        return shape.kv_bytes / shape.keys
 
     @property
     def signature(self) -> str:

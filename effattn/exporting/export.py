@@ -26,7 +26,7 @@ from effattn.surgery.checkpoint import load_model
 from effattn.surgery.replace import replace
 
 TARGETS = tuple(target for target in capabilities.ENGINES if target != capabilities.EFFATTN)
-GGUF = "model.gguf"
+GGUF = Path("model.gguf")
 CONTEXTS = (512, 4096)  # of the speeds, in tokens
 
 

@@ -49,7 +49,7 @@ class TopK(Backend):
         causal=True,
         bidirectional=False,
         learned=False,
-        state="all tokens, a summary a block",
+        state="full, summaries of blocks",
     )
     implementations = topk.IMPLEMENTATIONS
     extras = ("sink_logits",)
@@ -114,6 +114,11 @@ class TopK(Backend):
         if given is not None and self.pool is not None and is_lazy(self.pool):
             self.pool.materialize(given.shape, device=given.device, dtype=given.dtype)
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def growth(self, shape: Shape) -> float:
+        width, size = self.rule.width(shape.head_dim), max(4, shape.itemsize)
+        summary = shape.batch * shape.kv_heads * width * size
+        return super().growth(shape) + summary / self.rule.block
 
     def summarise(self, k: Tensor) -> Tensor:
         """k (B, Hkv, T, D), from a block's beginning on -> (B, Hkv, T // block, W), float32 or

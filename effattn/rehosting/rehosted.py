@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,9 +11,11 @@ import transformers
 from torch import Tensor, nn
 
 from effattn.errors import Unsupported
+from effattn.evaluate.loss import kl_chunked
 from effattn.hf.adapters import require_own_weights, require_unwrapped
 from effattn.hf.beginning import SETTLED
-from effattn.hf.placement import check_finite, require_here
+from effattn.hf.placement import check_finite, input_device, require_here
+from effattn.hf.verify import TOLERANCE
 from effattn.hf.weights import packing
 from effattn.rehosting.base import COMMON, HOSTS, Host
 from effattn.surgery import swapping
@@ -90,3 +93,38 @@ def state_of(host: type[Host], model: Any) -> dict[str, Tensor]:
 def _said(host: type[Host], old: Any) -> dict:
     common = {name: getattr(old, name) for name in COMMON if hasattr(old, name)}
     return common | {"dtype": old.dtype} | host.config(old)
+
+
+@torch.no_grad()
+def compared(
+    old: nn.Module,
+    new: nn.Module,
+    tokens: Tensor,
+    length: int,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, float]:
+    """How far the logits of `new` are from those of `old` on tokens (N,) int64, in windows of
+    `length`: {"tokens", "max_difference", "max" (the largest of the old ones), "kl" (nats a
+    token)}.
+
+    RuntimeError when they are further apart than rounding in the weights' dtype explains."""
+    device, windows = input_device(new), tokens.split(length)
+    worst = largest = divergence = 0.0
+    for number, ids in enumerate(windows):
+        ours, theirs = (
+            one(input_ids=ids[None].to(device), use_cache=False).logits[0].double()
+            for one in (new, old)
+        )
+        worst = max(worst, float((ours - theirs).abs().max()))
+        largest = max(largest, float(theirs.abs().max()))
+        divergence += float(kl_chunked(theirs, ours).sum())
+        if progress:
+            progress(number + 1, len(windows))
+    limit = TOLERANCE[new.dtype.itemsize] * largest
+    if not worst <= limit:
+        raise RuntimeError(
+            f"rehost: the new model gives other logits (largest difference {worst:.3g} > "
+            f"{limit:.3g})"
+        )
+    kl = max(divergence / len(tokens), 0.0)
+    return {"tokens": len(tokens), "max_difference": worst, "max": largest, "kl": kl}
