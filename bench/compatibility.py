@@ -16,6 +16,7 @@ from torch import nn
 
 import effattn
 from effattn.errors import check_choice
+from effattn.exporting import capabilities
 from effattn.reports.tables import Table, markdown_text
 
 MARKER = re.compile(r"(<!-- code:(?P<block>\w+) -->\n).*?(<!-- /code -->)", re.DOTALL)
@@ -60,7 +61,17 @@ def caches_block() -> str:
     return _block(CACHES, "cache")
 
 
-BLOCKS: dict[str, Callable[[], str]] = {"positions": positions_block, "caches": caches_block}
+def capabilities_block() -> str:
+    """What of a result runs in which engine: the table that exports refuse by."""
+    table = Table("", ["part of a result", *capabilities.ENGINES.values()], capabilities.table())
+    return table.markdown().partition("\n\n")[2].replace("---:", "---") + "\n"
+
+
+BLOCKS: dict[str, Callable[[], str]] = {
+    "positions": positions_block,
+    "caches": caches_block,
+    "capabilities": capabilities_block,
+}
 
 
 def update(text: str) -> str:
