@@ -17,6 +17,7 @@ from torch import nn
 import effattn
 from effattn.errors import check_choice
 from effattn.exporting import capabilities
+from effattn.left_out import LEFT_OUT
 from effattn.reports.tables import Table, markdown_text
 
 MARKER = re.compile(r"(<!-- code:(?P<block>\w+) -->\n).*?(<!-- /code -->)", re.DOTALL)
@@ -67,10 +68,23 @@ def capabilities_block() -> str:
     return table.markdown().partition("\n\n")[2].replace("---:", "---") + "\n"
 
 
+def left_out_block() -> str:
+    """What is not here, and why, in Markdown."""
+    lines = [
+        [one.title, one.source, f"{one.reason}.", one.instead or "nothing"]
+        for members in LEFT_OUT.values()
+        for one in members.values()
+    ]
+    header = ["method", "paper", "why it is not here", "instead"]
+    table = Table("", header, lines).markdown().partition("\n\n")[2].partition("\n\n")[0]
+    return f"{table.replace('---:', '---')}\n"
+
+
 BLOCKS: dict[str, Callable[[], str]] = {
     "positions": positions_block,
     "caches": caches_block,
     "capabilities": capabilities_block,
+    "left_out": left_out_block,
 }
 
 

@@ -26,6 +26,7 @@ from effattn.recipes import (
     prune_oneshot,
     prune_structured,
     quantize_kv,
+    rehost,
     shear,
     swap_backend,
 )
@@ -75,6 +76,7 @@ def backends(as_json: Annotated[bool, typer.Option("--json", help="print JSON")]
 
 app.command("convert-gqa")(convert_gqa.command)
 app.command("convert-latent")(convert_latent.command)
+app.command("rehost")(rehost.command)
 app.command("swap")(swap_backend.command)
 app.command("measure")(measure.command)
 
