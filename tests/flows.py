@@ -82,7 +82,9 @@ FLOWS = {
         checked=("to",),  # against the model
     ),
     "extend_context": Flow(None),
-    "export": Flow("export", {"to": "transformers"}, dict(to="transformers"), reads=None),
+    "export": Flow(
+        "export", {"to": "transformers"}, dict(to="transformers", check=True), reads=None
+    ),
     "swap_backend": Flow(
         "swap",
         small=dict(
