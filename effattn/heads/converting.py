@@ -62,14 +62,7 @@ def convert(
         moment, targets, inputs = None, [], None
         if runner:
             moment, targets, inputs = observe(runner, layer, teacher)
-        heads = _heads(layer, moment, asked.seed + APART * number)
-        # 2. Its heads, and which of them become one. Behind a norm of gain 0 no input comes
-        #    through, and data says nothing about the heads: then the weights do.
-        if moment is not None and not moment[:-1, :-1].any():
-            heads = _heads(layer, None, asked.seed + APART * number)
-        groups = contiguous(layer.kv_heads, asked.kv_heads)
-        if asked.grouping == "similarity":
-            groups = by_similarity(heads, asked.kv_heads, asked.method)
+        # 2. Its heads become fewer; what was there is remembered before anything is written
         row = {
             "layer": number,
             "k_error": None,
@@ -77,14 +70,9 @@ def convert(
             "attention_error_merged": None,
             "attention_error": None,
         }
-        # 3. The merge; what was there is remembered before anything is written
-        merged, facts = _merge(layer, heads, groups, asked.method, moment, inputs)
-        row |= facts if runner else {"key_method": asked.method.name}
-        if asked.grouping == "similarity":
-            row["groups"] = groups
         undo.remember(layer)
-        write(layer, groups, merged)
-        # 4. The output projection again, for what the new heads give on the converted model's
+        row |= merge_heads(layer, asked, moment, inputs)
+        # 3. The output projection again, for what the new heads give on the converted model's
         #    activations: it makes up for errors of the layers before as well
         if runner:
             row |= measure_and_refit(runner, layer, student, targets, asked.refit)
@@ -92,6 +80,27 @@ def convert(
         if progress:
             progress(number + 1, len(parts.layers))
     return rows
+
+
+def merge_heads(layer: Layer, asked: Conversion, moment=None, inputs=None) -> dict:
+    """Gives one layer `asked.kv_heads` key/value heads, in place; returns the facts of its row: of
+    the errors what can be known, the method of its keys, and groups where they were looked for.
+    moment, inputs: what `observe` gives; without a moment the weights alone decide."""
+    seed = asked.seed + APART * layer.index
+    heads = _heads(layer, moment, seed)
+    # Behind a norm of gain 0 no input comes through, and data says nothing about the heads: then
+    # the weights do.
+    if moment is not None and not moment[:-1, :-1].any():
+        heads = _heads(layer, None, seed)
+    groups = contiguous(layer.kv_heads, asked.kv_heads)
+    if asked.grouping == "similarity":
+        groups = by_similarity(heads, asked.kv_heads, asked.method)
+    merged, facts = _merge(layer, heads, groups, asked.method, moment, inputs)
+    row = dict(facts) if moment is not None else {"key_method": asked.method.name}
+    if asked.grouping == "similarity":
+        row["groups"] = groups
+    write(layer, groups, merged)
+    return row
 
 
 def observe(runner: LayerRunner, layer: Layer, teacher: list[torch.Tensor]):

@@ -35,7 +35,9 @@ FIELDS = (
     "heads",
     "projections",
     "packed",
+    "layers",
 )
+SHAPES = ("kv_heads", "ffn")  # what may differ from layer to layer
 TRAINED = ("rope_parameters", "max_position_embeddings", "original_max_position_embeddings")
 ATTENTION = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
 PRIVATE = ("_name_or_path", "_commit_hash", "_attn_implementation")
@@ -165,6 +167,9 @@ def check_record(record, config: dict) -> None:
     for index, spec in _object(f"{where}: heads", heads).items():
         _check_layer(f"{where}: heads", index, layers)
         check_spec(f"{where}: heads: {index}", spec, _bound(config))
+    for index, entry in _object(f"{where}: layers", record.get("layers", {})).items():
+        _check_layer(f"{where}: layers", index, layers)
+        _check_sizes(f"{where}: layers: {index}", entry)
     if "trained" in record:
         _check_trained(f"{where}: trained", record["trained"])
     if ("model_type" in record) != (config.get("model_type") == KEY):
@@ -245,6 +250,13 @@ def _check_pattern(spec: str, bound: int) -> None:
             f"{spec}: too large together, a weight of {sizes[0]:,} x {sizes[1]:,} is above "
             f"{WEIGHT:,}"
         )
+
+
+def _check_sizes(where: str, entry) -> None:
+    for name, size in _object(where, entry).items():
+        check_choice(where, name, SHAPES)
+        if type(size) is not int or not 0 < size <= SIZE:
+            raise ValueError(f"{where}: {name}: got {size!r:.80}, valid is a whole number above 0")
 
 
 def _check_trained(where: str, trained) -> None:

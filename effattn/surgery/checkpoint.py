@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from effattn.hf import latents, loading, packing, placement
+from effattn.hf import latents, loading, packing, placement, shapes
 from effattn.hf.adapters import require_own_weights
 from effattn.hf.beginning import settle
 from effattn.hf.placement import check_finite
@@ -80,7 +80,7 @@ def load(path: str | Path, dtype: torch.dtype | str = "auto") -> nn.Module:
         setattr(config, field, value)
     axes = {axis: again[axis] for axis in ("pattern", "positions", "cache") if axis in again}
     shape = None
-    if again.keys() & {"heads", "projections", "packed"}:
+    if again.keys() & {"heads", "projections", "packed", "layers"}:
         shape = partial(_rebuild, again)
     model = loading.build(name, config, dtype, shape, learned=bool(axes))
     check_finite(packing.steady(model))
@@ -99,6 +99,7 @@ def load(path: str | Path, dtype: torch.dtype | str = "auto") -> nn.Module:
 
 def _rebuild(again: dict, model: nn.Module) -> None:
     """Makes a new model's projections what the checkpoint holds; their weights mean nothing yet."""
+    shapes.rebuild(model, again.get("layers", {}))
     latents.rebuild(model, again.get("heads", {}))
     replace.rebuild(model, again.get("projections", {}))
     packed.rebuild(model, again.get("packed", {}))

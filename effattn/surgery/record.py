@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from effattn import registry
-from effattn.hf import hooks, latents, placement, positions
+from effattn.hf import hooks, latents, placement, positions, shapes
 from effattn.hf.trusted import KEY
 from effattn.hf.weight_files import Stored, header, read, shortened, stored
 from effattn.projections import packed
@@ -52,6 +52,7 @@ def of(model: nn.Module) -> dict:
         "heads": latents.record(model),
         "projections": replace.record(model),
         "packed": packed.record(model),
+        "layers": shapes.record(model),
     }
     return found | {name: entry for name, entry in others.items() if entry}
 
@@ -81,7 +82,7 @@ def write(model: nn.Module, file: Path) -> None:
     ours, plain = positions.saved(model)
     found |= ours
     config |= plain
-    if found.keys() & {"heads", "projections", "packed"}:
+    if found.keys() & {"heads", "projections", "packed", "layers"}:
         found["model_type"] = config["model_type"]
         config["model_type"] = KEY
     if found:
