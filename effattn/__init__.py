@@ -9,12 +9,14 @@ import importlib
 from importlib.metadata import PackageNotFoundError, version
 
 _FUNCTIONS = {
+    "Budget": "effattn.fitting.budget",
     "Shape": "effattn.interface",
     "backend": "effattn.registry",
     "backends": "effattn.registry",
     "convert_gqa": "effattn.heads.gqa",
     "convert_latent": "effattn.surgery.latents",
     "describe": "effattn.surgery.describing",
+    "fit": "effattn.fitting.fit",
     "load": "effattn.surgery.checkpoint",
     "measure": "effattn.measuring.measurement",
     "measure_approximation": "effattn.linearizing.approximation",

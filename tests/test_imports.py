@@ -57,6 +57,8 @@ LAYERS = [
     ["conformance", "measuring", "swapping", "linearizing", "extending"],
     ["quant"],
     ["prune"],
+    # what chooses among all of them
+    ["fitting"],
     # not in the wheel: a user of the package, by its public names
     ["bench"],
     ["recipes"],
