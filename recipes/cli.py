@@ -20,6 +20,7 @@ from effattn.recipes import (
     convert_gqa,
     convert_latent,
     extend,
+    fit,
     linearize,
     measure,
     prune_oneshot,
@@ -97,6 +98,7 @@ def compare(
         raise SystemExit(1)
 
 
+app.command("fit")(fit.command)
 app.command("linearize")(linearize.command)
 app.command("extend")(extend.command)
 app.command("shear")(shear.command)
