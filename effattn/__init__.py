@@ -1,12 +1,15 @@
 """effattn swaps, shrinks and measures attention in Hugging Face models.
 
-Importing it patches nothing and loads no model code; every public name is imported at its first
-use."""
+Importing it loads no model code; every public name is imported at its first use. transformers
+learns to load what `effattn.save` writes, and the names "effattn:..." of attentions
+(`effattn.plugin`); nothing else of it changes."""
 
 from __future__ import annotations
 
 import importlib
 from importlib.metadata import PackageNotFoundError, version
+
+from effattn.plugin import importing
 
 _FUNCTIONS = {
     "Budget": "effattn.fitting.budget",
@@ -34,6 +37,8 @@ try:
     __version__ = version("effattn")
 except PackageNotFoundError:  # a source tree that was never installed
     __version__ = "0+unknown"
+
+importing.install()
 
 
 def __getattr__(name: str):

@@ -54,6 +54,8 @@ LAYERS = [
     ["heads"],
     # what changes a live model: above heads and projections
     ["surgery"],
+    # what transformers is told by `import effattn`
+    ["plugin"],
     ["conformance", "measuring", "swapping", "linearizing", "extending"],
     ["quant"],
     ["prune"],

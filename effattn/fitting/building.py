@@ -135,7 +135,6 @@ class Builder:
         if choice.kv_heads != layer.kv_heads:
             asked = replace(self.asked, kv_heads=choice.kv_heads)
             merge_heads(layer, asked, seen.moment, seen.inputs)
-            shapes.mark(layer)
             after = [states.clone() for states in student]
             measure_and_refit(runner, layer, after, seen.attention, refit=True)
             if choice.ffn == layer.feed_forward.size:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection
 
 from effattn.errors import Unsupported, check_choice
 from effattn.fitting.plan import AXES, LayerChoice
-from effattn.hf import anatomy
+from effattn.hf import anatomy, uneven
 from effattn.hf.layer import Layer
 from effattn.hf.weights import is_plain
 from effattn.states import caches
@@ -61,6 +61,7 @@ def kv_heads(layer: Layer, length: int) -> list[int]:
     """Every divisor of the present number."""
     if layer.family.gqa:
         raise Unsupported(layer.family.gqa)
+    uneven.check(layer.config, {})
     if layer.k_norm is not None and any(
         p.numel() != layer.head_dim for p in layer.k_norm.parameters()
     ):
@@ -72,6 +73,7 @@ def kv_heads(layer: Layer, length: int) -> list[int]:
 @offer("ffn")
 def ffn(layer: Layer, length: int) -> list[int]:
     """Multiples of 64 (of a sixteenth, where there are fewer than that)."""
+    uneven.check(layer.config, {})
     own = layer.feed_forward.size
     step = FFN_STEP if own > 2 * FFN_STEP else max(1, own // 16)
     widths = [int(own * share) // step * step for share in FFN_SHARES]

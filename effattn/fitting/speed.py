@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import nn
 
 from effattn.fitting.accounting import Ledger
@@ -15,7 +16,7 @@ from effattn.fitting.candidates import go_together
 from effattn.fitting.groups import Times
 from effattn.fitting.library import Ladders
 from effattn.fitting.plan import SHAPED, Plan
-from effattn.hf import shapes
+from effattn.hf import anatomy, shapes
 from effattn.profiling.decode import decode_speed
 
 PARENT = "parent"
@@ -23,12 +24,13 @@ PARENT = "parent"
 
 def mock(ledger: Ledger, plan: Plan) -> nn.Module:
     """A model of the plan's shapes whose weights mean nothing: what is timed of it is right."""
-    sizes: dict[str, dict[str, int]] = {}
-    for index, name, value in plan.changes(ledger.parent):
-        if name in SHAPED:
-            sizes.setdefault(str(index), {})[name] = int(str(value))
-    model = twin(ledger.parts, map(int, sizes))
-    shapes.rebuild(model, sizes)
+    changed = {index for index, name, _ in plan.changes(ledger.parent) if name in SHAPED}
+    model = twin(ledger.parts, changed)
+    layers = anatomy.of(model).layers
+    for index in changed:
+        shapes.keep_heads(layers[index], plan.layers[index].kv_heads)
+        shapes.keep_ffn(layers[index], torch.arange(plan.layers[index].ffn))
+    shapes.settle(model)
     return finish(model, plan, ledger.parent)
 
 

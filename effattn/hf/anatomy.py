@@ -104,6 +104,8 @@ class Anatomy:
         """Raises Unsupported unless plain transformers can hold fewer KV heads for this class, and
         its heads can be merged: they are rows of a weight."""
         reason = self.layers[0].family.gqa
+        if len({(layer.heads, layer.kv_heads) for layer in self.layers}) > 1:
+            reason = "its layers differ in theirs"
         if reason:
             raise Unsupported(f"{type(self.model).__name__} cannot have fewer KV heads: {reason}")
         for layer in self.layers:
@@ -131,7 +133,8 @@ def of(model: nn.Module) -> Anatomy:
     layers = []
     for index, block in enumerate(blocks):
         attention = inside(get(block, family.attention))
-        heads = config.num_attention_heads
+        # layers that differ have configs of their own
+        heads = getattr(attention, "config", config).num_attention_heads
         parts = [getattr(block, name) for name in family.ffn]
         ffn = parts[0] if len(parts) == 1 else nn.ModuleList(parts)
         names = ("head_dim", "head_size", "attention_head_size")

@@ -97,6 +97,11 @@ class Layer:
         return self.heads // groups
 
     @property
+    def attends(self) -> bool:
+        """Whether it has an attention at all (`effattn.hf.uneven`)."""
+        return self.heads > 0
+
+    @property
     def value_dim(self) -> int:
         """Size of a head's values."""
         return self.head_dim
@@ -175,7 +180,9 @@ class Layer:
 
     @property
     def qkv_modules(self) -> list[nn.Module]:
-        """The modules that hold q, k, v and o, each once."""
+        """The modules that hold q, k, v and o, each once; of a layer without attention none."""
+        if not self.attends:
+            return []
         return list(dict.fromkeys(self._module(name) for name in "qkvo"))
 
     @property
@@ -252,7 +259,7 @@ class Layer:
     @property
     def rotary_dims(self) -> int:
         """How many of a head's dimensions RoPE turns; 0 in layers without RoPE."""
-        if not self.family.rotary or no_rope(self.config, self.attention):
+        if not self.attends or not self.family.rotary or no_rope(self.config, self.attention):
             return 0
         return int(self.head_dim * rope_factor(self.config, self.attention))
 

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from effattn.errors import Unsupported
+from effattn.hf import uneven
 from effattn.hf.families import ENCODERS
 from effattn.hf.names import LEARNED_PARTS
 from effattn.hf.weight_files import Stored, one_line, shortened, stored
@@ -84,9 +85,8 @@ def build(
     shape: what makes the new, empty model's modules those of the checkpoint. learned: weights that
     a swap added may lie among the model's own. options: further ones of `from_pretrained`.
     ValueError when the weights are not exactly those that the class asks for."""
-    cls = built = class_of(config)
-    if shape is not None:
-        built = _shaped(cls, shape)
+    cls = class_of(config)
+    built = shaped(cls, config, shape)
     if Path(name).is_dir():
         _compare(name, built, config)
     try:
@@ -110,13 +110,35 @@ def build(
     return model.eval()
 
 
-def _shaped(cls: type[nn.Module], shape: Callable[[nn.Module], None]) -> type[nn.Module]:
-    """`cls`, whose new models pass through `shape` before their weights are read."""
+def from_state(cls: type[nn.Module], config, state: dict, dtype: torch.dtype) -> nn.Module:
+    """A new model of a class with these weights, in eval mode: no file is read."""
+    built = shaped(cls, config)
+    model = built.from_pretrained(None, config=config, state_dict=state, dtype=dtype)
+    model.__class__ = cls
+    return model
+
+
+def shell(cls: type[nn.Module], config) -> nn.Module:
+    """A model of a class without memory, which tells names and shapes."""
+    with torch.device("meta"):
+        return shaped(cls, config)(copy.deepcopy(config))
+
+
+def shaped(
+    cls: type[nn.Module], config, shape: Callable[[nn.Module], None] | None = None
+) -> type[nn.Module]:
+    """`cls`, whose new models have layers that differ where the config says so, and pass through
+    `shape`, before their weights are read; `cls` itself where there is neither."""
+    if shape is None and not uneven.overrides(config):
+        return cls
 
     class Shaped(cls):
         def __init__(self, config):
+            layers = uneven.taken(config)
             super().__init__(config)
-            shape(self)
+            uneven.rebuild(self, layers)
+            if shape is not None:
+                shape(self)
 
     for name in ("__name__", "__qualname__", "__module__"):  # transformers renames weights by them
         setattr(Shaped, name, getattr(cls, name))

@@ -2,6 +2,8 @@
 
 # the attention implementation, in transformers' two tables
 NAME = "effattn"
+# `quantization_config` in config.json: transformers asks `effattn.plugin` to restore the rest
+METHOD = {"quant_method": NAME}
 # where a swap is kept: a plain attribute, in no state_dict, copied by deepcopy
 ATTRIBUTE = "_effattn"
 # where the handle of the hook is kept

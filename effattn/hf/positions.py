@@ -125,6 +125,7 @@ def make(parts: anatomy.Anatomy, positions: str | dict[str | int, str]) -> Posit
     if not named:
         # without any, the first layer says why not
         asked = dict.fromkeys(reached(parts, parse(positions)) or [0], positions)
+    asked = {index: spec for index, spec in asked.items() if parts.layers[index].attends}
     # 2. Beside it stays what other layers have; a rule that has learned something is kept as it is
     done = active(parts.model)
     specs = ({} if done is None else done.specs) | asked
@@ -150,7 +151,8 @@ def make(parts: anatomy.Anatomy, positions: str | dict[str | int, str]) -> Posit
 def reached(parts: anatomy.Anatomy, rule: tuple[Part, ...]) -> list[int]:
     """The layers that a rule goes to when none are named: those that it makes sense in."""
     turns = any(part.slot == "far" or getattr(part, "turns", False) for part in rule)
-    can = [layer for layer in parts.layers if layer.rotary_dims or not turns]
+    attending = [layer for layer in parts.layers if layer.attends]
+    can = [layer for layer in attending if layer.rotary_dims or not turns]
     full = [layer for layer in can if layer.own_window is None]
     if full and any(part.stretches for part in rule):
         can = full

@@ -1,8 +1,5 @@
-"""Layers of one model that are not of one size: fewer key/value heads here, a narrower FFN there.
-
-A plain config says one number for all layers. Where all are the same `settle` writes it there, and
-the checkpoint stays plain; where they are not, a checkpoint has what `record` says, of which
-`rebuild` makes the empty modules before their weights are read.
+"""The sizes of a live model's layers, fewer key/value heads here and a narrower FFN there, and what
+its config then says (`effattn.hf.uneven`).
 
 F: inner dimensions of an FFN."""
 
@@ -11,21 +8,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from effattn.hf import anatomy
+from effattn.hf import anatomy, uneven
 from effattn.hf.layer import Layer
-from effattn.hf.trusted import SHAPES
-
-MARK = "effattn_shape"  # on a block whose sizes its config does not say
 
 
 def sizes(layer: Layer) -> dict[str, int]:
     """What the sizes of a layer are: key/value heads, and F."""
     return {"kv_heads": layer.kv_heads, "ffn": layer.feed_forward.size}
-
-
-def mark(layer: Layer) -> None:
-    """Says of a layer that its sizes may be others than its config's."""
-    setattr(layer.block, MARK, True)
 
 
 @torch.no_grad()
@@ -37,77 +26,45 @@ def keep_ffn(layer: Layer, dimensions: Tensor) -> None:
     for module in feed_forward.inputs:
         _set(module, module.weight[rows], None if module.bias is None else module.bias[rows])
     _set(feed_forward.output, feed_forward.output.weight[:, dimensions], feed_forward.output.bias)
-    mark(layer)
 
 
 def settle(model: nn.Module) -> None:
-    """Writes into the config what all layers have in common, and takes the marks off where that is
-    everything."""
+    """Writes the sizes that a model's layers now have into its config: once where all are alike, or
+    else for those that differ from it. Unsupported for a class that cannot say it."""
     parts = anatomy.of(model)
-    found = [sizes(layer) for layer in parts]
-    uniform = {name: len({one[name] for one in found}) == 1 for name in SHAPES}
-    if uniform["kv_heads"] and getattr(parts.config, "num_key_value_heads", None) is not None:
-        parts.set_kv_heads(found[0]["kv_heads"])
-    if uniform["ffn"]:
-        setattr(parts.config, parts.layers[0].family.ffn_size, found[0]["ffn"])
-    if all(uniform.values()):
-        for layer in parts:
-            vars(layer.block).pop(MARK, None)
-
-
-def record(model: nn.Module) -> dict[str, dict[str, int]]:
-    """Layer -> those of its sizes that the config does not say; {} for a model of one size."""
-    if not any(MARK in vars(module) for module in model.modules()):
-        return {}
-    parts = anatomy.of(model)
-    said = {
-        "kv_heads": getattr(parts.config, "num_key_value_heads", None) or parts.heads,
-        "ffn": getattr(parts.config, parts.layers[0].family.ffn_size),
+    config, found = parts.config, [sizes(layer) for layer in parts]
+    names = {
+        "kv_heads": uneven.KV_HEADS,
+        "ffn": parts.layers[0].family.ffn_size,
     }
-    found = {}
+    for name in names:
+        if len({one[name] for one in found}) == 1 and hasattr(config, names[name]):
+            setattr(config, names[name], found[0][name])
+    differ = {
+        layer.index: {
+            names[name]: size
+            for name, size in sizes(layer).items()
+            if hasattr(config, names[name]) and size != getattr(config, names[name])
+        }
+        for layer in parts
+    }
+    differ = {index: own for index, own in differ.items() if own}
+    if not differ:
+        return
+    config.head_dim = parts.head_dim
+    uneven.set_overrides(config, differ)
     for layer in parts:
-        own = {name: size for name, size in sizes(layer).items() if size != said[name]}
-        if own:
-            found[str(layer.index)] = own
-    return found
-
-
-def rebuild(model: nn.Module, recorded: dict[str, dict[str, int]]) -> None:
-    """Gives layers of a new model the recorded sizes; their weights mean nothing yet. ValueError
-    for records that do not fit the model."""
-    layers = {str(layer.index): layer for layer in anatomy.of(model)} if recorded else {}
-    for index, entry in recorded.items():
-        layer = layers.get(index)
-        if layer is None or not _fits(layer, entry):
-            raise ValueError(
-                f"config.json: effattn: layers: {index!r}: {entry!r} does not fit the model"
-            )
-        if "kv_heads" in entry:
-            _resize_heads(layer, entry["kv_heads"])
-        if "ffn" in entry:
-            keep_ffn(layer, torch.arange(entry["ffn"]))
-        mark(layer)
-
-
-def _fits(layer: Layer, entry: dict[str, int]) -> bool:
-    """Whether the model can have such a layer: it is only ever made smaller."""
-    own = sizes(layer)
-    heads = entry.get("kv_heads", own["kv_heads"])
-    return (
-        own["kv_heads"] % heads == 0
-        and entry.get("ffn", 1) <= own["ffn"]
-        and ("kv_heads" not in entry or not layer.family.gqa)
-    )
+        own = uneven.layer_config(config, layer.index)
+        for module in layer.block.modules():
+            if getattr(module, "config", None) is config:
+                module.config = own
 
 
 @torch.no_grad()
-def _resize_heads(layer: Layer, kv_heads: int) -> None:
-    if layer.family.fused is None:
-        modules = {layer.k.module: kv_heads, layer.v.module: kv_heads}
-    else:  # the rows of q, then of k, then of v
-        modules = {layer.q.module: layer.heads + 2 * kv_heads}
-    for module, heads in modules.items():
-        keep = heads * layer.head_dim
+def keep_heads(layer: Layer, kv_heads: int) -> None:
+    """Leaves a layer its first key/value heads, with new parameters in the same modules."""
+    for module in (layer.k.module, layer.v.module):
+        keep = kv_heads * layer.head_dim
         _set(module, module.weight[:keep], None if module.bias is None else module.bias[:keep])
     layer.attention.num_key_value_groups = layer.heads // kv_heads
     if hasattr(layer.attention, "num_key_value_heads"):

@@ -12,6 +12,7 @@ import torch
 
 from effattn.errors import check_choice
 from effattn.hf import trusted
+from effattn.hf.names import METHOD
 from effattn.hf.trusted import KEY
 from effattn.hf.weight_files import one_line, read_json
 
@@ -116,6 +117,8 @@ def read_config(name: str, asked: str | Path):
         raise ValueError(
             f"model: {str(asked)!r}: config.json cannot be read: {one_line(error)}"
         ) from error
+    if getattr(config, "quantization_config", None) == METHOD:  # for transformers: here it is known
+        del config.quantization_config
     if config._attn_implementation == KEY:  # a mark for plain transformers, which must not load it
         config._attn_implementation = None
     return config

@@ -16,6 +16,7 @@ import torch
 from effattn.axes import options_of
 from effattn.errors import check_choice
 from effattn.hf import caches
+from effattn.hf.names import METHOD
 from effattn.hf.weight_files import one_line
 from effattn.positions.registry import parse as parse_positions
 from effattn.projections import packed
@@ -35,14 +36,16 @@ FIELDS = (
     "heads",
     "projections",
     "packed",
-    "layers",
 )
-SHAPES = ("kv_heads", "ffn")  # what may differ from layer to layer
 TRAINED = ("rope_parameters", "max_position_embeddings", "original_max_position_embeddings")
 ATTENTION = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
 PRIVATE = ("_name_or_path", "_commit_hash", "_attn_implementation")
 LAYERS, LABELS = 10_000, 1_000_000  # more than any model has; a configuration makes lists of them
 DEPTH = 32
+NO_RECORD = (
+    f"config.json: quantization_config: quant_method is {KEY!r}, and the entry {KEY!r} that says "
+    "what is to be restored is missing"
+)
 COUNTED = re.compile(r"(^|_)(layers?|experts)$")
 SPEC = 10_000  # characters
 WEIGHT = 1 << 30  # entries of a weight that a pattern may have
@@ -84,6 +87,8 @@ def check_config(config: dict) -> None:
             f"config.json: model_type is {KEY!r}, and the entry {KEY!r} that belongs to it is "
             "missing"
         )
+    elif config.get("quantization_config") == METHOD and "per_layer_config" not in config:
+        raise ValueError(NO_RECORD)
 
 
 def _walk(value, where: str, depth: int = 0) -> Iterator[tuple[str, str, object]]:
@@ -167,9 +172,6 @@ def check_record(record, config: dict) -> None:
     for index, spec in _object(f"{where}: heads", heads).items():
         _check_layer(f"{where}: heads", index, layers)
         check_spec(f"{where}: heads: {index}", spec, _bound(config))
-    for index, entry in _object(f"{where}: layers", record.get("layers", {})).items():
-        _check_layer(f"{where}: layers", index, layers)
-        _check_sizes(f"{where}: layers: {index}", entry)
     if "trained" in record:
         _check_trained(f"{where}: trained", record["trained"])
     if ("model_type" in record) != (config.get("model_type") == KEY):
@@ -250,13 +252,6 @@ def _check_pattern(spec: str, bound: int) -> None:
             f"{spec}: too large together, a weight of {sizes[0]:,} x {sizes[1]:,} is above "
             f"{WEIGHT:,}"
         )
-
-
-def _check_sizes(where: str, entry) -> None:
-    for name, size in _object(where, entry).items():
-        check_choice(where, name, SHAPES)
-        if type(size) is not int or not 0 < size <= SIZE:
-            raise ValueError(f"{where}: {name}: got {size!r:.80}, valid is a whole number above 0")
 
 
 def _check_trained(where: str, trained) -> None:

@@ -21,15 +21,14 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from effattn.hf import latents, loading, packing, placement, shapes
+from effattn.hf import loading, packing, placement
 from effattn.hf.adapters import require_own_weights
 from effattn.hf.beginning import settle
 from effattn.hf.placement import check_finite
 from effattn.hf.source import DTYPES as DTYPES
-from effattn.hf.source import KEY, dtype_of, load_tokenizer, read_config, resolve
+from effattn.hf.source import dtype_of, load_tokenizer, read_config, resolve
 from effattn.outputs import atomic_folder
-from effattn.projections import packed
-from effattn.surgery import codebooks, record, replace, swapping
+from effattn.surgery import record, restoring
 from effattn.surgery.record import LEARNED
 
 
@@ -73,36 +72,15 @@ def load(path: str | Path, dtype: torch.dtype | str = "auto") -> nn.Module:
     name = resolve(path, dtype)
     config = read_config(name, path)
     packing.check_format(config, path)
-    # What the config says of the swap is taken off it: first a plain model is built, then swapped.
-    # "trained" is the model before its rule was written in plain terms.
-    again = config.__dict__.pop(KEY, {})
-    for field, value in again.get("trained", {}).items():
-        setattr(config, field, value)
-    axes = {axis: again[axis] for axis in ("pattern", "positions", "cache") if axis in again}
+    # First a plain model is built, then swapped.
+    again = restoring.take(config)
     shape = None
-    if again.keys() & {"heads", "projections", "packed", "layers"}:
-        shape = partial(_rebuild, again)
-    model = loading.build(name, config, dtype, shape, learned=bool(axes))
+    if again.keys() & set(restoring.SHAPES):
+        shape = partial(restoring.shape, again)
+    learned = bool(again.keys() & set(restoring.AXES))
+    model = loading.build(name, config, dtype, shape, learned=learned)
     check_finite(packing.steady(model))
-    packed.check(model)
-    if axes:
-        with codebooks.filled_later():
-            swapping.swap(model, **axes)
-    if "heads" in again:
-        swapping.remember_latents(model)
-    # what was learned for a swap that config.json does not have is refused, too
-    if axes or Path(name).is_dir():
-        record.load_learned(model, name)
-    record.mark(model)
-    return model
-
-
-def _rebuild(again: dict, model: nn.Module) -> None:
-    """Makes a new model's projections what the checkpoint holds; their weights mean nothing yet."""
-    shapes.rebuild(model, again.get("layers", {}))
-    latents.rebuild(model, again.get("heads", {}))
-    replace.rebuild(model, again.get("projections", {}))
-    packed.rebuild(model, again.get("packed", {}))
+    return restoring.finish(again, model, name)
 
 
 @torch.no_grad()

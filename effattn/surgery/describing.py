@@ -144,7 +144,7 @@ def _layer(layer: anatomy.Layer, config) -> dict:
     if swapped is not None and swapped.cache is not None:
         cache = str(swapped.cache) if cache == "full" else f"{swapped.cache}, {cache}"
         token = swapped.cache.bytes_per_token(layer)
-    return {
+    row = {
         "index": layer.index,
         "projections": ", ".join([spec_of(layer), *more]),
         "heads": _heads(layer),
@@ -159,6 +159,7 @@ def _layer(layer: anatomy.Layer, config) -> dict:
         "kv_bytes_per_token": token,
         "grows": grows,
     }
+    return row if layer.attends else row | dict.fromkeys(AXES[1:], "none") | {"grows": False}
 
 
 def _heads(layer: anatomy.Layer) -> str:

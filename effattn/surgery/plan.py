@@ -69,11 +69,12 @@ def make(
         )
     options = {name: _literal(value) for name, value in options.items()}
     chosen = {} if pattern is None else by_layer(pattern, len(parts.layers))
+    chosen = _attending(parts, chosen)
     # 1. The layers that a pattern is named for, and those whose rule or cache changes
     plans = {index: _plan(parts.layers[index], spec, options) for index, spec in chosen.items()}
-    positions, cache = positions or {}, cache or {}
+    positions, cache = _attending(parts, positions or {}), _attending(parts, cache or {})
     formats = {index: caches.fit(parts.layers[index], spec) for index, spec in cache.items()}
-    latents = {layer.index: True for layer in parts if latent}
+    latents = {layer.index: True for layer in parts if latent and layer.attends}
     for index, rule in [*positions.items(), *formats.items(), *latents.items()]:
         held = getattr(parts.layers[index].attention, hooks.ATTRIBUTE, None)
         if index not in plans and held is not None and held.backend is not None:
@@ -102,6 +103,11 @@ def make(
         _try(parts.layers[index], plan)
     _tie(plans)
     return plans
+
+
+def _attending(parts: anatomy.Anatomy, chosen: dict[int, Any]) -> dict[int, Any]:
+    """Without the layers that have no attention."""
+    return {index: one for index, one in chosen.items() if parts.layers[index].attends}
 
 
 def _tie(plans: dict[int, LayerPlan]) -> None:

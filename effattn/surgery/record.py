@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from effattn import registry
-from effattn.hf import hooks, latents, placement, positions, shapes
+from effattn.hf import hooks, latents, placement, positions
+from effattn.hf.names import METHOD
 from effattn.hf.trusted import KEY
 from effattn.hf.weight_files import Stored, header, read, shortened, stored
 from effattn.projections import packed
@@ -52,7 +53,6 @@ def of(model: nn.Module) -> dict:
         "heads": latents.record(model),
         "projections": replace.record(model),
         "packed": packed.record(model),
-        "layers": shapes.record(model),
     }
     return found | {name: entry for name, entry in others.items() if entry}
 
@@ -82,11 +82,14 @@ def write(model: nn.Module, file: Path) -> None:
     ours, plain = positions.saved(model)
     found |= ours
     config |= plain
-    if found.keys() & {"heads", "projections", "packed", "layers"}:
+    if found.keys() & {"heads", "projections", "packed"}:
         found["model_type"] = config["model_type"]
         config["model_type"] = KEY
     if found:
         config[KEY] = found
+    if found or "per_layer_config" in config:
+        # after `import effattn`, transformers asks us to restore it; without, it warns by this name
+        config.setdefault("quantization_config", dict(METHOD))
     file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 

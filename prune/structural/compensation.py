@@ -24,6 +24,7 @@ from effattn.calibration.layerwise import LayerRunner, watch
 from effattn.calibration.refit import OutputRefit
 from effattn.errors import Unsupported
 from effattn.hf import anatomy as hf
+from effattn.hf import loading
 from effattn.hf.families import BIASES
 from effattn.prune.structural.keep import Keep
 
@@ -57,8 +58,9 @@ def compensate(
         }
         # What the whole layer makes of the pruned model's hidden states: before anything in this
         # layer is written.
-        outputs = _outputs(teacher, index, hidden, cut)
-        for target in cut:
+        left = [t for t in cut if output_module(new.layers[place], t).in_features]
+        outputs = _outputs(teacher, index, hidden, left)
+        for target in left:
             module = output_module(new.layers[place], target)
             fit = _fit(student, place, hidden, module, outputs.pop(target))
             row[f"{target}_error_sliced"] = fit.error(_with_bias(module))
@@ -158,9 +160,7 @@ def with_biases(model: nn.Module, targets: list[str]) -> nn.Module:
     }
     if not missing:
         return model
-    new = type(model).from_pretrained(
-        None, config=config, state_dict=state | missing, dtype=model.dtype
-    )
+    new = loading.from_state(type(model), config, state | missing, model.dtype)
     new.generation_config = copy.deepcopy(model.generation_config)
     return new.to(model.device).train(model.training)
 
@@ -176,8 +176,7 @@ def _with_fields(parts: hf.Anatomy, targets: list[str]) -> tuple[object, dict[st
             config.get_text_config(), BIASES[target]
         ):
             setattr(config.get_text_config(), BIASES[target], True)
-    with torch.device("meta"):
-        shell = type(model)(copy.deepcopy(config))
+    shell = loading.shell(type(model), config)
     for target in targets:
         if output_module(hf.of(shell).layers[0], target).bias is None:
             what = "o_proj" if target == "heads" else "its FFN's output module"

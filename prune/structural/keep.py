@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from effattn.hf import anatomy as hf
+from effattn.hf.uneven import overrides
 
 
 @dataclass(frozen=True)
@@ -16,9 +17,10 @@ class Keep:
     """What stays, as int64 indices; None: everything.
 
     hidden: (D',) of the residual stream's dimensions. heads and ffn: a tensor for each layer that
-    stays, in order, of the same length: K/V groups (a K/V head with its query heads; in multi-head
-    attention a head), inner dimensions of the FFN. layers: (L',). Their order does not matter: what
-    stays keeps the model's."""
+    stays, in order: K/V groups (a K/V head with its query heads; in multi-head
+    attention a head), inner dimensions of the FFN. Of different lengths, layers differ
+    (`effattn.hf.uneven`); of length 0, the layer's attention or FFN is left out. layers: (L',).
+    Their order does not matter: what stays keeps the model's."""
 
     hidden: Tensor | None = None
     heads: Sequence[Tensor] | None = None
@@ -38,17 +40,18 @@ class Sizes:
 
     @classmethod
     def of(cls, config) -> Sizes:
-        """Of a config, an encoder's or a text model's."""
+        """Of a config, an encoder's or a text model's; of layers that differ, the first's."""
         config = config.get_text_config()
+        config = config.per_layer_config[0] if overrides(config) else config
         hidden, heads = config.hidden_size, config.num_attention_heads
         kv_heads = getattr(config, "num_key_value_heads", None) or heads
         head_dim = getattr(config, "head_dim", None) or hidden // heads
         return cls(hidden, heads, kv_heads, head_dim, config.num_hidden_layers)
 
 
-def checked(parts: hf.Anatomy, keep: Keep) -> Keep:
+def checked(parts: hf.Anatomy, keep: Keep, uniform: bool = True) -> Keep:
     """`keep` with its indices validated, sorted and on the CPU. ValueError, naming the index, for
-    what the model does not have."""
+    what the model does not have, and where `uniform` for layers that would differ."""
     if not isinstance(keep, Keep):
         raise ValueError(
             f"keep: got {type(keep).__name__}, valid is an effattn.prune.structural.slicing.Keep"
@@ -72,12 +75,15 @@ def checked(parts: hf.Anatomy, keep: Keep) -> Keep:
             parts.layers[i].kv_heads if name == "heads" else parts.layers[i].feed_forward.size
             for i in staying
         ]
-        rows = [_checked(f"keep.{name}[{i}]", one, size[i]) for i, one in enumerate(given)]
-        found[name], counts = rows, sorted({len(one) for one in rows})
-        if len(counts) > 1:
+        least = 1 if uniform else 0
+        found[name] = rows = [
+            _checked(f"keep.{name}[{i}]", one, size[i], least) for i, one in enumerate(given)
+        ]
+        counts = sorted({len(one) for one in rows})
+        if uniform and len(counts) > 1:
             raise ValueError(
                 f"keep.{name}: got {', '.join(map(str, counts))} by layer; a config holds one "
-                "number, the same for all"
+                "number, the same for all, unless uniform=False"
             )
     return Keep(hidden, found["heads"], found["ffn"], layers)
 
@@ -86,15 +92,17 @@ def _indices(argument: str, got: Tensor | None, size: int) -> Tensor | None:
     return None if got is None else _checked(argument, got, size)
 
 
-def _checked(argument: str, got: Tensor, size: int) -> Tensor:
-    """Indices below `size`, sorted and on the CPU. ValueError, naming the argument, for others."""
-    if not isinstance(got, Tensor) or got.dtype != torch.int64 or got.dim() != 1 or not len(got):
+def _checked(argument: str, got: Tensor, size: int, least: int = 1) -> Tensor:
+    """Indices below `size`, sorted and on the CPU; at least so many. ValueError, naming the
+    argument, for others."""
+    is_list = isinstance(got, Tensor) and got.dtype == torch.int64 and got.dim() == 1
+    if not is_list or len(got) < least:
         told = f"{got.dtype} {tuple(got.shape)}" if isinstance(got, Tensor) else type(got).__name__
         raise ValueError(
-            f"{argument}: got {told}, valid is an int64 tensor (n,) of indices, n at least 1"
+            f"{argument}: got {told}, valid is an int64 tensor (n,) of indices, n at least {least}"
         )
     got = got.detach().cpu().unique()  # sorted
-    if int(got[0]) < 0 or int(got[-1]) >= size:
+    if len(got) and (int(got[0]) < 0 or int(got[-1]) >= size):
         raise ValueError(
             f"{argument}: indices run from {int(got[0])} to {int(got[-1])}, valid are 0 to "
             f"{size - 1}"

@@ -9,7 +9,8 @@ plain model.
 Every structure is scored on the whole model by a criterion (`effattn.prune.structural.criteria`),
 the lowest ones are cut out of the weights (`effattn.prune.structural.slicing`), and the output
 modules are solved again for what is left (`effattn.prune.structural.compensation`). Each layer
-keeps as many: that is what a plain config can say."""
+keeps as many, which every config can say, or (`uniform=False`) as many as its structures are worth:
+`effattn.hf.uneven`."""
 
 from __future__ import annotations
 
@@ -22,10 +23,12 @@ from torch import Tensor, nn
 
 from effattn.errors import Unsupported, check_choice
 from effattn.hf import anatomy as hf
+from effattn.hf import uneven
 from effattn.hf.beginning import bos_of
 from effattn.hf.placement import check_finite
 from effattn.profiling.environment import environment
 from effattn.prune.structural import criteria
+from effattn.prune.structural.choosing import choose
 from effattn.prune.structural.compensation import check_biases, with_biases
 from effattn.prune.structural.compensation import compensate as fit_outputs
 from effattn.prune.structural.criteria.base import TARGETS, Importance
@@ -49,6 +52,12 @@ class Plan:
     keep: dict[str, int]
     removed: dict[str, int]
     criteria: dict[str, str]
+    uniform: bool = True  # whether each layer keeps as many, and not all of them on average
+
+    def most(self, target: str) -> int:
+        """How many a layer may keep; 0 for targets that lose nothing."""
+        kept = self.keep.get(target, 0)
+        return kept if self.uniform else kept + self.removed.get(target, 0)
 
 
 def structured(
@@ -61,6 +70,7 @@ def structured(
     criterion: str | Mapping[str, str] = "taylor",
     compensate: bool = True,
     bias: bool = False,
+    uniform: bool = True,
     length: int | None = None,
     seed: int = 0,
     bos: bool | None = None,
@@ -76,7 +86,10 @@ def structured(
     of `effattn.prune.structural.criteria.CRITERIA`, or a dict of them by target. compensate: least
     squares for o_proj and the FFN's output module (and their biases, if the model has any). bias:
     gives these modules biases where the class's config can say so (Llama's attention_bias and
-    mlp_bias); with compensate=False they alone are solved for, which is FLAP's correction. seed: of
+    mlp_bias); with compensate=False they alone are solved for, which is FLAP's correction.
+    uniform=False: how many stay is meant on average: each layer keeps as many heads and FFN
+    dimensions (in steps of 32) as are among the best of all layers, or none at all. What comes out
+    is saved and loaded by effattn, and by transformers after `import effattn`. seed: of
     the random criterion. bos: whether BOS takes the place of each window's first token (None: as
     the model's tokenizer does it). progress: called with (steps done, steps).
 
@@ -88,7 +101,7 @@ def structured(
     it can; and FloatingPointError, naming the layer, for activations that are not finite."""
     check_plain(model)
     parts = hf.of(model)
-    plan = plan_of(parts, {"heads": heads, "ffn": ffn, "layers": layers}, criterion)
+    plan = plan_of(parts, {"heads": heads, "ffn": ffn, "layers": layers}, criterion, uniform)
     length = calibration.window_length(parts.config, length)
     calibration.check_tokens(tokens, parts.embeddings.weight.shape[0], length)
     if compensate:
@@ -107,8 +120,8 @@ def structured(
     model.eval()
     try:
         importance = score(parts, batches, plan, seed, tell[0])
-        keep = choose(parts, importance, plan)
-        small = slice_model(model, keep)
+        keep = choose(len(parts.layers), importance, plan)
+        small = slice_model(model, keep, uniform=uniform)
         if biased:
             small = with_biases(small, biased)
         tell[1](1, 1)
@@ -131,7 +144,7 @@ def structured(
         "length": length,
         "seed": seed,
         "bos": beginning is not None,
-    }
+    } | ({} if uniform else {"uniform": False})
     return small, _report(model, small, plan, asked, keep, importance, rows)
 
 
@@ -171,11 +184,19 @@ def _report(
 
 
 def plan_of(
-    parts: hf.Anatomy, amounts: Mapping[str, Amount], criterion: str | Mapping[str, str]
+    parts: hf.Anatomy,
+    amounts: Mapping[str, Amount],
+    criterion: str | Mapping[str, str],
+    uniform: bool = True,
 ) -> Plan:
     """The plan behind `structured`'s arguments. ValueError and Unsupported, as there, before
     anything is computed.
     """
+    if uneven.overrides(parts.config):
+        raise Unsupported(
+            f"{type(parts.model).__name__}: its layers differ already, which no criterion ranks; "
+            "prune the model that they came from, or slice_model(..., uniform=False)"
+        )
     sizes = {"heads": parts.kv_heads, "layers": len(parts.layers)}
     if amounts.get("ffn") is not None:
         sizes["ffn"] = parts.layers[0].feed_forward.size
@@ -201,9 +222,12 @@ def plan_of(
                 f"criterion: got none for {target}, which is to be pruned; valid is a name for "
                 "each target"
             )
-    _check_shape(parts, keep)
+    if uniform:
+        _check_shape(parts, keep)
+    else:
+        _check_uneven(parts, named)
     removed = {target: sizes[target] - staying for target, staying in keep.items()}
-    return Plan(keep, removed, {target: named[target] for target in keep})
+    return Plan(keep, removed, {target: named[target] for target in keep}, uniform)
 
 
 def _staying(target: str, amount: Amount, size: int) -> int:
@@ -251,12 +275,23 @@ def _check_shape(parts: hf.Anatomy, keep: dict[str, int]) -> None:
     sliced_config(parts.model.config, Keep(**first, layers=torch.arange(staying)))
 
 
+def _check_uneven(parts: hf.Anatomy, named: Mapping[str, str]) -> None:
+    """ValueError and Unsupported where layers cannot differ."""
+    uneven.check(parts.config, {})
+    for target, name in named.items():
+        if target != "layers" and criteria.find(name).stops:
+            raise ValueError(
+                f"criterion: got {name!r} for {target} with uniform=False: it ranks what goes "
+                "within a layer, not across layers; valid is another, such as 'taylor'"
+            )
+
+
 def _check_enough(parts: hf.Anatomy, plan: Plan, tokens: Tensor) -> None:
     # an output module is solved from second moments of its inputs: fewer tokens than inputs fit
     # noise
     inputs = [
-        plan.keep.get("heads", 0) * (parts.heads // parts.kv_heads) * parts.head_dim,
-        plan.keep.get("ffn", 0),
+        plan.most("heads") * (parts.heads // parts.kv_heads) * parts.head_dim,
+        plan.most("ffn"),
     ]
     needed = TOKENS_PER_DIMENSION * max(inputs)
     if len(tokens) < needed:
@@ -296,30 +331,6 @@ def score(
         for target in targets:
             setattr(found, target, getattr(scores, target))
     return found
-
-
-def choose(parts: hf.Anatomy, importance: Importance, plan: Plan) -> Keep:
-    """The most important ones: layers first, then heads and FFN dimensions of the layers that
-    stay.
-    """
-
-    def best(scores: Tensor, count: int) -> Tensor:
-        return scores.sort(descending=True, stable=True).indices[:count].sort().values
-
-    # what goes with a layer need not be chosen; inside, each layer keeps its own best, since a
-    # config says one number for all
-    staying = torch.arange(len(parts.layers))
-    if "layers" in plan.keep:
-        staying = best(importance.layers, plan.keep["layers"])
-    inside = {
-        target: [
-            best(getattr(importance, target)[index], plan.keep[target])
-            for index in staying.tolist()
-        ]
-        for target in ("heads", "ffn")
-        if target in plan.keep
-    }
-    return Keep(**inside, layers=staying if "layers" in plan.keep else None)
 
 
 def _lists(keep: Keep) -> dict:

@@ -5,6 +5,7 @@ One JSON-able dict is the report; Markdown, HTML and the terminal show the same 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TypedDict
 
@@ -46,22 +47,30 @@ class LayerErrors(TypedDict):
     ffn_error: float | None
 
 
-def sizes_of(model: nn.Module) -> dict[str, int | None]:
+def sizes_of(model: nn.Module) -> dict[str, int | float | None]:
     """Shape and costs of a model. kv_bytes_per_token: of all layers; flops_per_token: of a decoding
-    step with an empty cache; ffn: inner dimensions, None for mixtures of experts."""
+    step with an empty cache; ffn: inner dimensions, None for mixtures of experts. Where layers
+    differ, heads, kv_heads and ffn are their means."""
     told, parts = describe(model), hf.of(model)
     first = parts.layers[0]
     return {
         "layers": len(parts.layers),
-        "heads": parts.heads,
-        "kv_heads": parts.kv_heads,
+        "heads": _mean(layer.heads for layer in parts),
+        "kv_heads": _mean(layer.kv_heads for layer in parts),
         "head_dim": parts.head_dim,
-        "ffn": first.feed_forward.size if first.family.ffn_in else None,
+        "ffn": _mean(layer.feed_forward.size for layer in parts) if first.family.ffn_in else None,
         "parameters": told.parameters["total"],
         "weight_bytes": sum(p.nbytes for p in dict.fromkeys(model.parameters())),
         "kv_bytes_per_token": told.kv_bytes_per_token,
         "flops_per_token": model_cost(model, 1, 1).total.flops,
     }
+
+
+def _mean(sizes: Iterable[int]) -> int | float:
+    """A whole number where it is one."""
+    found = list(sizes)
+    mean = sum(found) / len(found)
+    return int(mean) if mean.is_integer() else round(mean, 2)
 
 
 @dataclass

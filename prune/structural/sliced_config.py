@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from typing import Any
 
 import torch
 
 from effattn.errors import Unsupported
+from effattn.hf import uneven
 from effattn.hf.families import ENCODERS, FAMILIES, of_layers
 from effattn.prune.structural.keep import Keep, Sizes
 
@@ -16,7 +18,12 @@ def sliced_config(config, keep: Keep):
     """A copy of a transformers config with the shape that `keep` leaves. Raises Unsupported where
     transformers refuses such a config, naming the numbers of heads that it takes."""
     _check_explicit_heads(config, keep)
-    new = _with_sizes(config, keep)
+    layers = _differing(config, keep)
+    # of layers that differ the config as a whole keeps the sizes that it had
+    new = _with_sizes(config, replace(keep, heads=None, ffn=None) if layers else keep)
+    if layers:
+        new.get_text_config().head_dim = Sizes.of(config).head_dim
+        uneven.set_overrides(new.get_text_config(), layers)
     reason = _refusal(new)
     if reason:
         valid = reachable_heads(config, keep)
@@ -27,6 +34,28 @@ def sliced_config(config, keep: Keep):
         )
         raise Unsupported(f"{type(config).__name__} cannot hold this shape: {reason}{hint}")
     return new
+
+
+def _differing(config, keep: Keep) -> dict[int, dict[str, Any]]:
+    """What single layers of the new model have that the others have not."""
+    text, sizes = config.get_text_config(), Sizes.of(config)
+    family = (FAMILIES | ENCODERS)[text.model_type]
+    before, share = uneven.overrides(text), sizes.heads // sizes.kv_heads
+    staying = range(sizes.layers) if keep.layers is None else keep.layers.tolist()
+    found: dict[int, dict[str, Any]] = {}
+    for place, index in enumerate(staying):
+        own = dict(before.get(index, {}))
+        skip = set(own.pop("skip", ()))
+        if keep.heads is not None and not (groups := len(keep.heads[place])):
+            skip.add(uneven.ATTENTION)
+        elif keep.heads is not None:
+            own |= {uneven.HEADS: groups * share, uneven.KV_HEADS: groups}
+        if keep.ffn is not None and not (width := len(keep.ffn[place])):
+            skip.add(uneven.FFN)
+        elif keep.ffn is not None:
+            own[family.ffn_size] = width
+        found[place] = own | ({"skip": sorted(skip)} if skip else {})
+    return found if len({str(one) for one in found.values()}) > 1 else {}
 
 
 def reachable_heads(config, keep: Keep | None = None) -> list[int]:
@@ -75,6 +104,7 @@ def _check_explicit_heads(config, keep: Keep) -> None:
 def _with_sizes(config, keep: Keep):
     """A copy of the config with the new shape, not yet checked."""
     new = copy.deepcopy(config)
+    uneven.taken(new.get_text_config())
     text, sizes = new.get_text_config(), Sizes.of(config)
     family = (FAMILIES | ENCODERS)[text.model_type]
     changes: dict[str, object] = {}

@@ -7,13 +7,14 @@ fused projections and grouped heads by what `effattn.hf.anatomy` says are a head
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from effattn.errors import Unsupported
 from effattn.hf import anatomy as hf
+from effattn.hf.uneven import ATTENTION, FFN, NORMS
 from effattn.prune.structural.keep import Keep, Sizes
 
 
@@ -68,6 +69,9 @@ def sliced_state(parts: hf.Anatomy, keep: Keep) -> dict[str, Tensor]:
             renamed[path + own] = (
                 None if number is None else f"{renamed[path]}{own.rpartition('.')[0]}.{number}"
             )
+        for part, module in _left_out(layer, keep, place):
+            renamed[path + names[id(module)].removeprefix(path)] = None
+            renamed[f"{path}.{NORMS[part]}"] = None
         if keep.ffn is not None or keep.hidden is not None:
             inner = None if keep.ffn is None else keep.ffn[place]
             feed_forward = layer.feed_forward
@@ -86,6 +90,14 @@ def sliced_state(parts: hf.Anatomy, keep: Keep) -> dict[str, Tensor]:
             state[new_name] = cuts.apply(parameters.get(name, tensor))
             _rescale(parts, keep, parameters.get(name), state, new_name)
     return state
+
+
+def _left_out(layer: hf.Layer, keep: Keep, place: int) -> Iterator[tuple[str, nn.Module]]:
+    """What goes as a whole from a layer, and how transformers calls it."""
+    if keep.heads is not None and not len(keep.heads[place]):
+        yield ATTENTION, layer.attention
+    if keep.ffn is not None and not len(keep.ffn[place]):
+        yield FFN, layer.ffn
 
 
 def _cut_attention(cuts: _Cuts, layer: hf.Layer, groups: Tensor | None, hidden: Tensor | None):

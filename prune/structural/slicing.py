@@ -13,11 +13,11 @@ from __future__ import annotations
 
 import copy
 
-import torch
 from torch import nn
 
 from effattn.errors import Unsupported
 from effattn.hf import anatomy as hf
+from effattn.hf import loading
 from effattn.hf.adapters import require_own_weights
 from effattn.hf.placement import require_here
 from effattn.hf.weights import not_plain, packing
@@ -28,25 +28,24 @@ from effattn.surgery.replace import record
 from effattn.surgery.swapping import active
 
 
-def slice_model(model: nn.Module, keep: Keep) -> nn.Module:
+def slice_model(model: nn.Module, keep: Keep, *, uniform: bool = True) -> nn.Module:
     """A new model of the same class, with a config that says its smaller shape: `save_pretrained`
     writes a checkpoint that plain transformers loads. Same device, dtype, mode and generation
-    settings; `model` is not changed.
+    settings; `model` is not changed. uniform=False: layers may keep different numbers, or none, and
+    differ (`effattn.hf.uneven`): `effattn.save` writes a checkpoint that transformers loads after
+    `import effattn`.
 
     Raises ValueError for indices that are wrong, and Unsupported, naming the class and what it
     could hold, where its config cannot express the shape; or for a model that is swapped or whose
     weights are not plain."""
     check_plain(model)
     parts = hf.of(model)
-    keep = checked(parts, keep)
+    keep = checked(parts, keep, uniform)
     config = sliced_config(model.config, keep)
     state = sliced_state(parts, keep)
     # what the class would make of the config, without memory: any other shape is ours to explain
-    with torch.device("meta"):
-        wanted = {
-            name: tensor.shape
-            for name, tensor in type(model)(copy.deepcopy(config)).state_dict().items()
-        }
+    shell = loading.shell(type(model), config)
+    wanted = {name: tensor.shape for name, tensor in shell.state_dict().items()}
     for name in sorted(wanted.keys() | state.keys()):
         shape = state[name].shape if name in state else None
         if shape != wanted.get(name):
@@ -57,7 +56,7 @@ def slice_model(model: nn.Module, keep: Keep) -> nn.Module:
                 f"{type(model).__name__} cannot hold this shape: its config makes {name} {made}, "
                 f"what is kept is {kept}"
             )
-    new = type(model).from_pretrained(None, config=config, state_dict=state, dtype=model.dtype)
+    new = loading.from_state(type(model), config, state, model.dtype)
     _check_kinds(parts, hf.of(new), keep)
     if getattr(model, "generation_config", None) is not None:
         new.generation_config = copy.deepcopy(model.generation_config)
@@ -69,6 +68,8 @@ def _check_kinds(old: hf.Anatomy, new: hf.Anatomy, keep: Keep) -> None:
     staying = range(len(old.layers)) if keep.layers is None else keep.layers.tolist()
     for index, after in zip(staying, new, strict=True):
         before = old.layers[index]
+        if not after.heads:  # without attention it is of no kind
+            continue
         for what in ("window", "rotary_dims", "causal"):
             if getattr(before, what) != getattr(after, what):
                 raise Unsupported(

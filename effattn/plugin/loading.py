@@ -1,0 +1,74 @@
+"""`quant_method: "effattn"`: plain `from_pretrained` restores what `effattn.save` wrote.
+
+The quantizer gives the new, empty model its modules before the weights are read, and hangs pattern,
+positions and cache on it after; the parts are those of `effattn.load`. Nothing of it stays: the
+model that comes out is a swapped model like any other."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from transformers.quantizers import auto
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from effattn.hf.names import NAME as KEY
+
+
+class EffattnQuantizationConfig(QuantizationConfigMixin):
+    """What config.json says: that the entry "effattn" is to be restored."""
+
+    def __init__(self, quant_method: str = KEY, **kwargs):
+        self.quant_method = KEY
+        # transformers forgets the method once the model is loaded, as it does after dequantizing
+        self.dequantize = True
+
+
+class EffattnQuantizer(HfQuantizer):
+    """Restores a swapped model while transformers loads it."""
+
+    def update_attn_implementation(self, config):
+        """The configuration of the plain model that is built first. ValueError for a record that
+        no save writes."""
+        from effattn.hf import uneven
+        from effattn.surgery import restoring
+
+        self.record = restoring.take(config, checked=False)
+        self.layers = uneven.taken(config)
+        if config._attn_implementation == KEY:  # a mark for transformers without effattn
+            config._attn_implementation = None
+        return config
+
+    def _process_model_before_weight_loading(self, model, checkpoint_files=None, **kwargs):
+        from effattn.hf import uneven
+        from effattn.surgery import restoring
+
+        self.files = checkpoint_files
+        uneven.rebuild(model, self.layers)
+        restoring.shape(self.record, model)
+        return model
+
+    def _process_model_after_weight_loading(self, model, **kwargs):
+        from effattn.surgery import restoring
+
+        folder = str(Path(self.files[0]).parent) if self.files else None
+        return restoring.finish(self.record, model, folder)
+
+    def is_serializable(self) -> bool:
+        """Whether transformers may save the model: it is a model like any other."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Whether it may be trained."""
+        return True
+
+
+def register() -> None:
+    """Makes the method and the attention's names known to transformers."""
+    from effattn.plugin import names
+
+    if KEY not in auto.AUTO_QUANTIZER_MAPPING:
+        auto.register_quantization_config(KEY)(EffattnQuantizationConfig)
+        auto.register_quantizer(KEY)(EffattnQuantizer)
+    names.register()
