@@ -353,8 +353,7 @@ def retrieval(
         how = {"trials": settings.retrieval_trials, "style": style, "seed": settings.seed}
         asked = (task, Lane(name, None, model), tokenizer, length, DEPTHS)
         told = flow.part(show, kept, f"{task}: {name}", f"{task}/{key}", ask, *asked, **how)
-        rows = told["rows"]
-        found[column] = sum(row["accuracy"] for row in rows) / len(rows) if rows else None
+        found[column] = told.get("score")
     return found
 
 

@@ -145,17 +145,19 @@ def cache_bytes(layer: Layer, choice: LayerChoice, context: int, batch: int) -> 
     number = choice.kv_heads * (layer.head_dim + layer.value_dim) * itemsize
     bounded = choice.window is not None or layer.window is not None
     if choice.cache == FULL and choice.window is None:
-        # transformers' own ring leaves out the query's own token
-        held = context if layer.window is None else min(context, layer.window - 1)
-        return batch * held * number, 0 if bounded else number
+        if not bounded:
+            return batch * context * number, number
+        # transformers' own ring is a view of what the last step saw, and counts in a tensor
+        held = context if layer.window is None else min(context, layer.window)
+        return batch * held * number + 8, 0
     backend = registry.backend(pattern_of(layer, choice))
     kind = caches.parse(choice.cache)
     if kind is None:
         state = backend.new_state()
         assert isinstance(state, RingState)
-        # beside the ring lie the first tokens, and which ones they are
-        slots = 8 * SINKS if context > state.ring and choice.window is not None else 0
-        return batch * state.held(context) * number + slots, 0
+        # beside the ring lie which tokens are the first ones, and where each place's token is
+        tables = 8 * (SINKS + 2 * state.ring) if context > state.ring else 0
+        return batch * state.held(context) * number + tables, 0
     kind = kind.fit(heads)
     held = kind.new_state(backend).predicted_bytes(
         context, batch, choice.kv_heads, layer.head_dim, itemsize, layer.value_dim
@@ -163,12 +165,17 @@ def cache_bytes(layer: Layer, choice: LayerChoice, context: int, batch: int) -> 
     return held, 0 if bounded else kind.bytes_per_token(heads)
 
 
+@torch.no_grad()
 def counted(model: nn.Module, context: int, batch: int) -> dict[str, int]:
     """What a model takes that was built: bytes of its weights, and of the cache that `batch` rows
-    of `context` tokens leave, every storage that is kept alive."""
+    of `context` tokens leave, every storage that is kept alive. The last two tokens are decoded:
+    what a prompt leaves of transformers' own rings are views of all its tokens."""
     from effattn.evaluate.streaming import cache_bytes as held_by
     from effattn.quant.sensitivity.lanes import prefilled
 
     table = model.get_input_embeddings().weight
     ids = torch.zeros(batch, context, dtype=torch.long, device=table.device)
-    return {"weight_bytes": weight_bytes(model), "cache_bytes": held_by(prefilled(model, ids))}
+    cache = prefilled(model, ids[:, : max(1, context - 2)])
+    for at in range(max(1, context - 2), context):
+        model(input_ids=ids[:, at : at + 1], past_key_values=cache, use_cache=True)
+    return {"weight_bytes": weight_bytes(model), "cache_bytes": held_by(cache)}

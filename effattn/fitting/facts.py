@@ -20,6 +20,7 @@ from effattn.textdata import Streams
 
 __all__ = ["PARENT", "PLAN", "add_speed", "begin", "count", "lanes", "plan_of"]
 
+TIMED = 4096  # tokens of a prompt, at most, for the table's times
 Lanes = dict[str, tuple[Callable[[], nn.Module], dict]]
 
 
@@ -109,12 +110,13 @@ def _totals(ledger: Ledger, tried: Tried) -> dict:
 
 
 def add_speed(rows: list[dict], session: Session, models: dict[str, nn.Module], steps: int) -> None:
-    """Adds ms (of a step, the models taking turns) and tokens_per_s (of the batch) to the plans'
-    rows."""
-    batch = session.ledger.batch
-    found = speed.timed(models, session.ledger.context, batch, steps)
+    """Adds to the plans' rows ms (of a step, the models taking turns), tokens_per_s (of the batch)
+    and timed_at, the tokens in the cache: the budget's, but no more than `TIMED`."""
+    batch, context = session.ledger.batch, min(session.ledger.context, TIMED)
+    found = speed.timed(models, context, batch, steps)
     for row in rows:
         row["ms"] = found[row["name"]]
+        row["timed_at"] = context
         row["tokens_per_s"] = 1000 * batch / row["ms"]
 
 

@@ -126,6 +126,9 @@ class FitReport(Document):
             "them. Uniform plans: one axis, one value in all layers, the least harmful within the "
             "budget."
         )
+        timed = [row["timed_at"] for row in self.data["plans"] if row.get("timed_at")]
+        if timed:
+            note += f" Steps were timed at {timed[0]:,} tokens, the models taking turns."
         return Table(PLANS, header, rows, note)
 
     def _layers(self) -> Table:

@@ -17,9 +17,10 @@ from effattn.fitting.groups import Times
 from effattn.fitting.library import Ladders
 from effattn.fitting.plan import SHAPED, Plan
 from effattn.hf import anatomy, shapes
-from effattn.profiling.decode import decode_speed
+from effattn.quant.sensitivity.lanes import Lane, decode_speed
 
 PARENT = "parent"
+SECONDS = 2.0  # about so long for a pair of models
 
 
 def mock(ledger: Ledger, plan: Plan) -> nn.Module:
@@ -35,18 +36,24 @@ def mock(ledger: Ledger, plan: Plan) -> nn.Module:
 
 
 def timed(
-    models: dict[str, nn.Module], context: int, batch: int, steps: int, progress=None
+    models: dict[str, nn.Module],
+    context: int,
+    batch: int,
+    steps: int,
+    progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, float]:
-    """Name -> milliseconds of a step (median), the models taking turns. ValueError for caches that
-    do not fit into memory."""
-    rows = decode_speed(models, [context], batch, steps=steps, repeats=2, progress=progress)
+    """Name -> milliseconds of a step (median) after a prompt of `context` tokens, the models taking
+    turns. ValueError for caches that do not fit into memory."""
+    lanes = [Lane(name, None, model) for name, model in models.items()]
+    how = {"seconds": SECONDS, "steps": steps, "seed": 0, "progress": progress}
+    rows = decode_speed(lanes, context, [batch], **how)
     for row in rows:
         if "does_not_fit" in row:
             raise ValueError(
-                f"context: got {context:,} x {batch}, of which a cache takes "
+                f"context: got {context:,} x {batch}, of which caches take "
                 f"{row['does_not_fit']:,} bytes here, more than there are to time a step with"
             )
-    return {row["model"]: row["ms_p50"] for row in rows}
+    return {row["lane"]: row["ms"] for row in rows}
 
 
 def times(
