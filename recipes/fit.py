@@ -312,12 +312,14 @@ def recover(
     """(the shaped model, trained towards the parent; what was done). A plan that changes no heads
     and no widths has nothing that could be trained back."""
     from effattn.fitting.plan import SHAPED
+    from effattn.hf import anatomy
     from effattn.training.uptrain import uptrain
 
     parent = session.builder.parent
     if not any(name in SHAPED for _, name, _ in found.best.plan.changes(parent)):
         return shaped, {"tokens": 0, "reason": "the plan changes no heads and no FFN widths"}
     student = copy.deepcopy(shaped)  # it shares weights with its teacher otherwise
+    layers = [p for layer in anatomy.of(student) for p in layer.block.parameters()]
     with show.stage(f"distilling on {settings.recover_tokens:,} tokens") as progress:
         told = uptrain(
             student,
@@ -329,7 +331,7 @@ def recover(
             length=session.length,
             batch=settings.recover_batch,
             lr=settings.lr,
-            trainable="all",
+            trainable=layers,
             seed=settings.seed,
             progress=progress,
             overrides={"use_cpu": student.device.type == "cpu"} | settings.overrides,

@@ -15,6 +15,7 @@ from effattn.fitting.plan import AXES, LayerChoice
 from effattn.hf import anatomy, uneven
 from effattn.hf.layer import Layer
 from effattn.hf.weights import is_plain
+from effattn.quant.formats import Format
 from effattn.states import caches
 
 FFN_STEP = 64
@@ -23,6 +24,7 @@ FFN_SHARES = (0.95, 0.9, 0.8, 0.7, 0.6, 0.5, 0.375, 0.25)
 WINDOWS = (2, 4)  # of these shares of the length that harm is measured on
 FORMATS = (
     "int8(rotate='kv', group=16, symmetric=False)",
+    "int8(rotate='kv', group=32, symmetric=False)",
     "int8(rotate='kv')",
     "int8",
     "fp8",
@@ -33,10 +35,12 @@ FORMATS = (
     "int2(rotate='kv')",
     "int2",
 )
-# The same with more of the newest tokens in full precision, as a share of the measured length:
-# more would leave nothing that is measured.
-RESIDUAL = 2
-RESIDUALS = ("int8(rotate='kv', residual={})", "int4(rotate='kv', residual={})")
+# The same with fewer of the newest tokens in full precision, as a share of the measured length.
+RESIDUAL = 16
+RESIDUALS = ("int8(rotate='kv', group=16, residual={})", "int4(rotate='kv', group=32, residual={})")
+# Of the tokens before a query, the share that has to be packed on average over a window: what is
+# not packed while it is measured harms nothing there, and at the budget's context it does.
+VISIBLE = 0.2
 WEIGHTS = ("int8", "nf4")
 # what keeping the weights, or the cache, as they are forbids
 KEEP = {"weights": ("heads", "ffn", "weights"), "cache": ("heads", "cache", "window")}
@@ -82,19 +86,28 @@ def ffn(layer: Layer, length: int) -> list[int]:
 
 @offer("cache")
 def cache(layer: Layer, length: int) -> list[str]:
-    """Formats, from the best to the smallest."""
+    """Formats, from the best to the smallest, of which enough is packed in a window."""
     residual = max(1, length // RESIDUAL)
     found = []
     for spec in (*FORMATS, *(one.format(residual) for one in RESIDUALS)):
         try:
             kind = caches.parse(spec)
             assert kind is not None
-            kind.fit(layer)
+            format = kind.fit(layer).format
         except ValueError:  # its bits or its rotation do not go with this size of heads
             continue
-        if not kind.format.lacking(layer.q.like.device):
+        if not format.lacking(layer.q.like.device) and visible(format, length) >= VISIBLE:
             found.append(spec)
+    if not found:
+        raise Unsupported(
+            f"in windows of {length:,} tokens too few are packed for what that harms to be seen"
+        )
     return found
+
+
+def visible(format: Format, length: int) -> float:
+    """The share of a query's past that is packed, mean over a window of `length` tokens."""
+    return sum(format.held(seen)[1] / seen for seen in range(1, length + 1)) / length
 
 
 @offer("window")

@@ -13,10 +13,11 @@ from effattn.errors import Unsupported
 from effattn.fitting.accounting import Ledger, counted
 from effattn.fitting.budget import Budget, amount_of
 from effattn.fitting.building import finish, twin
-from effattn.fitting.candidates import axes_of, candidates, go_together
+from effattn.fitting.candidates import OFFERS, axes_of, candidates, go_together, visible
 from effattn.fitting.plan import LayerChoice, Plan
 from effattn.fitting.speed import mock
 from effattn.hf import anatomy
+from effattn.quant.formats import Format
 
 CONTEXT, BATCH = 96, 3
 
@@ -77,7 +78,7 @@ def test_a_budget_that_the_parent_meets():
 
 def plans(parts: anatomy.Anatomy, count: int = 1) -> dict[str, Plan]:
     """Some candidates of each field in the first layer alone, and a plan of many."""
-    ladders = candidates(parts, axes_of(None), 64)
+    ladders = candidates(parts, axes_of(None), 128)
     parent = Plan.of(parts)
     found = {
         f"{name} {value}": parent.with_field(name, value, [0])
@@ -157,8 +158,18 @@ def test_axes():
 def test_what_a_class_cannot_have():
     parts = anatomy.of(tiny("gpt_neox"))
     with pytest.raises(Unsupported, match=r"'heads': GPTNeoX.* cannot have it"):
-        candidates(parts, ["heads"], 64, named=True)
-    assert "kv_heads" not in candidates(parts, axes_of(None), 64)[0]
+        candidates(parts, ["heads"], 128, named=True)
+    assert "kv_heads" not in candidates(parts, axes_of(None), 128)[0]
+
+
+def test_formats_whose_harm_could_not_be_seen_are_left_out():
+    layer = anatomy.of(tiny("llama")).layers[0]
+    formats = OFFERS["cache"](layer, 512)
+    assert "int8" in formats
+    assert all(visible(Format.parse(one).fit(8)[0], 512) >= 0.2 for one in formats)
+    assert "int8" not in OFFERS["cache"](layer, 128)  # whose groups are of 128 tokens
+    with pytest.raises(Unsupported, match="windows of 32 tokens too few are packed"):
+        OFFERS["cache"](layer, 32)
 
 
 def test_rotated_formats_stay_apart_from_windows():

@@ -24,7 +24,7 @@ from effattn.measuring.variants import Variant, build
 from effattn.quant.sensitivity.tokenwise import tokenwise
 from effattn.resuming import Parts
 
-LENGTH, SCORED = 32, 128
+LENGTH, SCORED = 128, 256
 HOW = {"length": LENGTH, "score_tokens": SCORED}
 
 
@@ -35,7 +35,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def text(tokens):
-    return tokens[:1200]
+    return tokens[:1500]
 
 
 def session_of(model, text, *allow: str, **budget) -> Session:
@@ -50,15 +50,15 @@ def logits(model, text) -> torch.Tensor:
 
 def test_harm_is_the_kl_of_the_whole_model(model, text):
     other = tiny("llama", seed=1, dtype=torch.float32)
-    found = Judge(model, text[:129], LENGTH).of(other)
-    ids = text[:128].view(4, LENGTH)
+    found = Judge(model, text[:257], LENGTH).of(other)
+    ids = text[:256].view(2, LENGTH)
     with torch.no_grad():
         ours, theirs = (one(ids).logits.double().log_softmax(-1) for one in (other, model))
     kl = (theirs.exp() * (theirs - ours)).sum(-1).mean().item()
-    loss = -ours.flatten(0, 1).gather(1, text[1:129, None]).mean().item()
+    loss = -ours.flatten(0, 1).gather(1, text[1:257, None]).mean().item()
     assert found["kl"] == pytest.approx(kl, rel=1e-6)
     assert found["cross_entropy"] == pytest.approx(loss, rel=1e-6)
-    assert Judge(model, text[:129], LENGTH).of(model)["kl"] == 0
+    assert Judge(model, text[:257], LENGTH).of(model)["kl"] == 0
 
 
 def test_harm_of_a_packed_cache_is_that_of_decoding(model, text):
@@ -148,8 +148,8 @@ def test_nothing_uniform_is_better(model, text):
     assert all(row["kl"] <= row["best_uniform"] for row in curve if row["uniform"])
 
 
-def test_what_was_measured_is_not_measured_again(model, text, tmp_path, monkeypatch):
-    session = session_of(model, text, "cache", "ffn", bytes="60%", context=96)
+def test_what_was_measured_is_not_measured_again(model, text, tmp_path):
+    session = session_of(model, text, "cache", "ffn", bytes="70%", context=96, batch=4)
     file = tmp_path / "parts.json"
     done = []
 
@@ -179,7 +179,7 @@ def test_what_was_measured_is_not_measured_again(model, text, tmp_path, monkeypa
 
 
 @pytest.mark.parametrize(
-    "budget, said",
+    ("budget", "said"),
     [
         ({"bytes": 100}, "bytes: got 100 bytes of .* the least that a plan can have is"),
         ({"kv_bytes_per_token": 1}, "kv_bytes_per_token: got .* the least that a plan"),
@@ -203,7 +203,7 @@ def test_texts_and_models_that_cannot_be(model, text):
     with pytest.raises(ValueError, match="calibration: got"):
         effattn.fit(model, budget, text.float(), **HOW)
     swapped = effattn.swap(copy.deepcopy(model), "sliding", window=8)
-    with pytest.raises(Unsupported, match="is swapped; effattn.restore"):
+    with pytest.raises(Unsupported, match="is swapped"):
         effattn.fit(swapped, budget, text, **HOW)
     with pytest.raises(Unsupported, match="experts"):
         effattn.fit(tiny("mixtral", dtype=torch.float32), budget, text, **HOW)
