@@ -16,6 +16,7 @@ from torch import nn
 
 import effattn
 from effattn.errors import check_choice
+from effattn.left_out import LEFT_OUT
 from effattn.reports.tables import Table, markdown_text
 
 MARKER = re.compile(r"(<!-- code:(?P<block>\w+) -->\n).*?(<!-- /code -->)", re.DOTALL)
@@ -60,7 +61,23 @@ def caches_block() -> str:
     return _block(CACHES, "cache")
 
 
-BLOCKS: dict[str, Callable[[], str]] = {"positions": positions_block, "caches": caches_block}
+def left_out_block() -> str:
+    """What is not here, and why, in Markdown."""
+    lines = [
+        [one.title, one.source, f"{one.reason}.", one.instead or "nothing"]
+        for members in LEFT_OUT.values()
+        for one in members.values()
+    ]
+    header = ["method", "paper", "why it is not here", "instead"]
+    table = Table("", header, lines).markdown().partition("\n\n")[2].partition("\n\n")[0]
+    return f"{table.replace('---:', '---')}\n"
+
+
+BLOCKS: dict[str, Callable[[], str]] = {
+    "positions": positions_block,
+    "caches": caches_block,
+    "left_out": left_out_block,
+}
 
 
 def update(text: str) -> str:

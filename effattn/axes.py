@@ -16,7 +16,8 @@ import pkgutil
 from collections.abc import Callable, Mapping
 from typing import ClassVar, Generic, Protocol, TypeVar
 
-from effattn.errors import check_choice
+from effattn.errors import Unsupported, check_choice
+from effattn.left_out import left_out
 
 
 class Named(Protocol):
@@ -64,8 +65,11 @@ class Axis(Generic[Member]):
         return dict(sorted(self._known.items()))
 
     def find(self, name: str) -> type[Member]:
-        """The class of this name. ValueError, with the nearest valid one, for any other."""
+        """The class of this name. Unsupported, with the reason, for one that is left out on
+        purpose; ValueError, with the nearest valid one, for any other."""
         members = self.members()
+        if name not in members and (known := left_out(self.argument, name)) is not None:
+            raise Unsupported(f"{self.argument}: {known}")
         return members[check_choice(self.argument, name, members)]
 
     def new(self, name: str, options: dict) -> Member:

@@ -12,6 +12,7 @@ positions."""
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from effattn import documents as packing
 from effattn import padding
 from effattn.checks import (
     check_extras,
@@ -35,6 +37,7 @@ from effattn.kernels.flash.pattern import Layout, layout_of
 from effattn.kernels.flash.rules import Bias, Far
 from effattn.kernels.latent import Latent
 from effattn.positions.bound import Placed, Positions, turn_of
+from effattn.positions.rope import Rope
 from effattn.states.base import State
 from effattn.states.full import FullState
 from effattn.states.static import Static
@@ -49,12 +52,13 @@ Rotary = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 class Call:
     """What a call says beside q, k and v, checked.
 
-    causal, scale (a number), softcap (a number), sink_logits (Hq,), global_qkv, latent: as in
-    `Backend.forward`. layout: where the keys lie. q_first (B, Hq, Tq, D): the queries as the first
-    keys (sinks) see them, None when those see them as all others do. A position rule's: `far`, what
-    distant pairs use instead of q and k; `turn`, with which k is raw, and turned when it is read;
-    `bias`, what is added to scores. state: where the method has to read more than k and v
-    (`State.read_by_method`); with it padding_mask (B, tokens so far) bool, padding on the left."""
+    causal, scale (a number), softcap (a number), sink_logits (Hq,), global_qkv, global_mask (B,
+    Tk), latent: as in `Backend.forward`. layout: where the keys lie. q_first (B, Hq, Tq, D): the
+    queries as the first keys (sinks) see them, None when those see them as all others do. A
+    position rule's: `far`, what distant pairs use instead of q and k; `turn`, with which k is raw,
+    and turned when it is read; `bias`, what is added to scores. state: where the method has to read
+    more than k and v (`State.read_by_method`); with it padding_mask (B, tokens so far) bool,
+    padding on the left."""
 
     causal: bool
     layout: Layout
@@ -66,6 +70,7 @@ class Call:
     turn: Turn | None = None
     bias: Bias | None = None
     global_qkv: tuple[Tensor, ...] | None = None
+    global_mask: Tensor | None = None
     latent: Latent | None = None
     state: State | None = None
     padding_mask: Tensor | None = None
@@ -94,10 +99,13 @@ class Backend(nn.Module):
     traits: Traits  # of the class; of one backend where an option decides what it learns
     implementations: ClassVar[tuple[str, ...]] = ("auto", "torch", "reference")
     plain: ClassVar[bool] = False  # the same function as the attention that plain transformers runs
-    # which of softcap, sink_logits, global_qkv and latent the method can honour
+    # which of softcap, sink_logits, global_qkv, global_mask and latent the method can honour
     extras: ClassVar[tuple[str, ...]] = ()
     # names of parameters and buffers whose first size is the number of K/V heads
     per_kv_head: tuple[str, ...] = ()
+    # whether the query heads of a group decide together what they see, so that each of them gets
+    # something else than it would alone
+    group_decides: ClassVar[bool] = False
     # names of parameters that `effattn.swap` makes one for all layers of the same pattern
     tied: tuple[str, ...] = ()
     # which of q, k and v have gradients that are not the function's slopes
@@ -158,6 +166,15 @@ class Backend(nn.Module):
         state.owner = self.signature
         return state
 
+    def repeated(self, times: int) -> Backend:
+        """A copy for K/V heads of which each is there `times` times, side by side: what it has for
+        each of them is repeated with it."""
+        wide = copy.deepcopy(self)
+        for name in wide.per_kv_head:
+            tensor = getattr(wide, name)
+            tensor.data = tensor.data.repeat_interleave(times, 0)
+        return wide
+
     def __init_subclass__(cls, **options) -> None:
         # a subclass' `new_state` signs too, without having to know of it
         super().__init_subclass__(**options)
@@ -173,6 +190,11 @@ class Backend(nn.Module):
     def packable(self) -> bool:
         """Whether `attend` lets a state of packed keys attend by itself."""
         return False
+
+    def growth(self, shape: Shape) -> float:
+        """Bytes that the state of such a call grows by with each further token, where it grows at
+        all."""
+        return shape.kv_bytes / shape.keys
 
     @property
     def signature(self) -> str:
@@ -195,6 +217,7 @@ class Backend(nn.Module):
         state: State | None = None,
         scale: float | None = None,
         rotary: Rotary | None = None,
+        documents: Tensor | None = None,
         **extras,
     ) -> Tensor:
         """Attention of q over k and v, (B, Hq, Tq, Dv) in q's dtype. A query that may see no key
@@ -212,11 +235,16 @@ class Backend(nn.Module):
         rotated when they are read. Or a rule from `effattn.positions.rule`, which may decide scores
         pair by pair as well (ReRoPE, ALiBi).
 
+        documents: (B, T) int, which document of its row each token is of, negative for padding:
+        tokens see their own document only, as if it were a row of its own (`effattn.documents`).
+        For whole sequences, without a state.
+
         extras: what some models add, where the backend's `extras` name it: `softcap` (a score s
         becomes softcap tanh(s / softcap), Gemma 2), `sink_logits` (Hq,) (a learned logit per head
         in the denominator, gpt-oss), `global_qkv` (Longformer's second projections, q, k and v of
-        the new tokens), `latent` (what a `LatentState` remembers of the new tokens instead of k and
-        v).
+        the new tokens), `global_mask` (B, T) bool (the tokens that are global in each row, instead
+        of Longformer's own; whole sequences without a state), `latent` (what a `LatentState`
+        remembers of the new tokens instead of k and v).
 
         Raises ValueError for shapes, dtypes or devices that do not fit together, Unsupported for
         what the backend's traits exclude; nothing is appended to the state then."""
@@ -227,6 +255,8 @@ class Backend(nn.Module):
                 f"state: {self.name} cannot read packed keys; valid are dense, block and sliding"
             )
         self._check(q, k, v, causal, padding_mask, state, scale, rotary)
+        if documents is not None:
+            packing.check(documents, q, k, state)
         check_extras(q, **extras)
         self.check_call(q, k, v, causal, extras)
         if isinstance(rotary, Positions):
@@ -235,15 +265,20 @@ class Backend(nn.Module):
         def run(q, k, v, mask, state, extras) -> Tensor:
             return self.run(q, k, v, causal, mask, state, scale, rotary, extras)
 
+        def run_rows(q, k, v, mask, extras) -> Tensor:
+            unpadded = mask is None and (state is None or state.real is None)
+            # Padding is moved to where the method can have it, or not at all: plain attention has
+            # no positions, so that a mask alone is right wherever the padding lies.
+            if unpadded or (state is None and self.plain and rotary is None):
+                return run(q, k, v, mask, state, extras)
+            return padding.attend(run, q, k, v, mask, state, extras)
+
         if state is not None:
             state.ready(learning=self._learning(q, k, v))
-        unpadded = padding_mask is None and (state is None or state.real is None)
-        # Padding is moved to where the method can have it, or not at all: plain attention has no
-        # positions, so that a mask alone is right wherever the padding lies.
-        if unpadded or (state is None and self.plain and rotary is None):
-            out = run(q, k, v, padding_mask, state, extras)
+        if documents is None:
+            out = run_rows(q, k, v, padding_mask, extras)
         else:
-            out = padding.attend(run, q, k, v, padding_mask, state, extras)
+            out = packing.attend(run_rows, q, k, v, documents, padding_mask, extras)
         if state is not None:
             state.note(self.signature, k, v)
         return out
@@ -279,7 +314,7 @@ class Backend(nn.Module):
             q, k = placed.q, placed.k
             rules = {"far": placed.far, "turn": placed.turn, "bias": placed.bias}
         elif rotary is not None:
-            q, k, q_first = self._rotate(rotary, q, k, layout)
+            q, k, q_first = self._rotate(rotary, q, k, layout, packed)
             rules = {"turn": turn_of(rotary, q.device)} if packed else {}
         k = given if packed else k  # a packed state turns them itself, with `Call.turn`
         if state is not None and state.read_by_method:
@@ -344,12 +379,14 @@ class Backend(nn.Module):
         return rule.place(q, k, at_q, at_k, length, tokens, few=few)
 
     def _rotate(
-        self, rotary: Rotary, q: Tensor, k: Tensor, layout: Layout
+        self, rotary: Rotary, q: Tensor, k: Tensor, layout: Layout, packed: bool
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """q and k rotated, and q as the first keys see it: from `farthest` at most, their place in
-        the cache.
+        the cache. packed: k need not be.
         """
         at_q = layout.query_positions(q.shape[2], k.shape[2], q.device).clamp(min=0)
+        if packed and isinstance(rotary, Rope) and self.farthest is None:
+            return rotary.turn(q, at_q if layout.start is not None else at_q[0]), k, None
         at_k = layout.key_positions(k.shape[2], k.device).clamp(min=0)
         if layout.start is None:
             at_q, at_k = at_q[0], at_k[0]

@@ -19,6 +19,7 @@ from rich.table import Table
 from effattn.recipes import (
     convert_gqa,
     convert_latent,
+    export,
     extend,
     fit,
     linearize,
@@ -26,6 +27,7 @@ from effattn.recipes import (
     prune_oneshot,
     prune_structured,
     quantize_kv,
+    rehost,
     shear,
     swap_backend,
 )
@@ -75,6 +77,7 @@ def backends(as_json: Annotated[bool, typer.Option("--json", help="print JSON")]
 
 app.command("convert-gqa")(convert_gqa.command)
 app.command("convert-latent")(convert_latent.command)
+app.command("rehost")(rehost.command)
 app.command("swap")(swap_backend.command)
 app.command("measure")(measure.command)
 
@@ -104,6 +107,7 @@ app.command("extend")(extend.command)
 app.command("shear")(shear.command)
 app.add_typer(prune, name="prune")
 app.command("quantize-kv")(quantize_kv.command)
+app.command("export")(export.command)
 
 
 @app.command()

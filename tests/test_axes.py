@@ -66,6 +66,7 @@ AXES = {
 APART = {
     "pattern": {
         "effattn/extending/rules.py": "a window with and without sinks is a row of the article",
+        "effattn/left_out.py": "what to take instead of a method that is not here",
         "effattn/linearizing/decay.py": "fits what `linear` alone has",
         "effattn/positions/ntk.py": "a variant of NTK is called fixed",
         "effattn/profiling/operations.py": "a model's own layer: everything, or a window",
@@ -90,6 +91,8 @@ APART = {
     },
     "head method": {
         "effattn/position_sampling.py": "a method of sampling positions is called random",
+        "effattn/patterns/topk.py": "a summary of a block is its mean",
+        "kernels/topk/selection.py": "a summary of a block is its mean",
         "kernels/monarch/ahead_of_time.py": "an argument of a kernel is called first",
     },
     "packed format": {

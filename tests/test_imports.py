@@ -32,11 +32,13 @@ LAYERS = [
     [
         "specs",
         "axes",
+        "left_out",
         "traits",
         "registry",
         "interface",
         "checks",
         "padding",
+        "documents",
         "kmeans",
         "states",
         "positions",
@@ -56,7 +58,15 @@ LAYERS = [
     ["surgery"],
     # what transformers is told by `import effattn`
     ["plugin"],
-    ["conformance", "measuring", "swapping", "linearizing", "extending"],
+    [
+        "conformance",
+        "exporting",
+        "measuring",
+        "swapping",
+        "linearizing",
+        "extending",
+        "rehosting",
+    ],
     ["quant"],
     ["prune"],
     # what chooses among all of them

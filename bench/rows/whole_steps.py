@@ -81,7 +81,9 @@ class Layers:
 # -------------------------------------------------------------------------------------------------
 
 
-def _plain() -> Contender:
+def plain_step() -> Contender:
+    """Plain transformers: RoPE, DynamicCache and SDPA."""
+
     def build(case, inputs):
         make = find(WHO)
         return Layers(
@@ -156,7 +158,7 @@ def _truth(
 
 
 def _packed(dtype: str, tokens: int, **sizes) -> Step:
-    raced = [_plain(), _ours("full"), *(_ours(spec, spec) for spec in FORMATS)]
+    raced = [plain_step(), _ours("full"), *(_ours(spec, spec) for spec in FORMATS)]
     return Step("step", dtype, tokens, tuple(raced), title="packed", **sizes)
 
 
@@ -165,7 +167,7 @@ def _turned(dtype: str, tokens: int, **sizes) -> Step:
         "step",
         dtype,
         tokens,
-        (_plain(), _ours("full"), _ours(REROPE, window=WINDOW)),
+        (plain_step(), _ours("full"), _ours(REROPE, window=WINDOW)),
         title="ReRoPE",
         **sizes,
     )

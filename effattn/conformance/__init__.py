@@ -23,7 +23,7 @@ from effattn.errors import Unsupported, check_choice
 from effattn.interface import Backend
 from effattn.registry import backend as by_name
 
-from . import layouts, outputs, states
+from . import layouts, outputs, packed, states
 from .case import SIZES, Case, Report, Violation, inputs, relative
 
 __all__ = ["PROPERTIES", "Case", "Report", "Violation", "check", "inputs", "relative"]
@@ -45,6 +45,7 @@ PROPERTIES: dict[str, Callable[[Case], float | None]] = {
         states.state_dict,
         outputs.poisoned_memory,
         layouts.layouts,
+        packed.documents,
     )
 }
 

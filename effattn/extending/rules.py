@@ -71,6 +71,8 @@ def rules(trained: int, longest: int) -> list[Rule]:
             for kind in ("old", "fixed", "mixed")
         ),
         frequencies("dynamic-ntk", "dynamic_ntk(factor=1.0)", varies=True),
+        frequencies("dynamic-pi", "dynamic_pi", varies=True),
+        frequencies("dynamic-yarn", "dynamic_yarn", varies=True),
         frequencies("yarn", f"yarn(factor={factor})"),
         *(Rule(f"rerope-{w}", {"positions": f"rerope(window={w})"}, CLIPPED) for w in windows),
         *(

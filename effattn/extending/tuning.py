@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 from transformers import PrinterCallback, Trainer
 
 from effattn.evaluate.logits import training_loss
-from effattn.hf.beginning import bos_of
+from effattn.hf.beginning import bos_of, end_of
 from effattn.position_sampling import SampledPositions
 from effattn.training import lending as training
 from effattn.training.lora import adapters
@@ -76,7 +76,9 @@ def tune(
         **({"weight_decay": 0.0} | settings),
     )
     count = steps * batch * arguments.world_size
-    windows = training.TokenWindows(tokens, window, count, seed, bos_of(model, bos))
+    # sampled positions jump by themselves, and cannot tell documents apart
+    end = end_of(model) if sampling is None else None
+    windows = training.TokenWindows(tokens, window, count, seed, bos_of(model, bos), end)
     collator = {} if sampling is None else {"data_collator": SampledPositions(target, sampling)}
     start = time.perf_counter()
     low_rank = adapters(model, lora) if lora else contextlib.nullcontext()

@@ -17,12 +17,14 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from effattn.calibration.attended import is_linear
 from effattn.calibration.layerwise import LayerRunner, watch, windows
 from effattn.calibration.refit import OutputRefit
 from effattn.calibration.statistics import SecondMoment
 from effattn.fitting.accounting import pattern_of
 from effattn.fitting.plan import FULL, SHAPED, LayerChoice, Plan
-from effattn.heads.converting import Conversion, measure_and_refit, merge_heads, observe
+from effattn.heads.converting import Conversion, merge_heads
+from effattn.heads.judged import TOKENS
 from effattn.heads.methods import METHODS
 from effattn.hf import anatomy, placement, shapes
 from effattn.hf.layer import Layer
@@ -108,17 +110,46 @@ class Builder:
         return [output for _, output in self.teacher.run(index, hidden)]
 
     def see(self, index: int, hidden: list[Tensor]) -> Seen:
-        """Runs the parent's layer on `hidden`, which moves one layer on."""
-        layer, gram, outputs = self.parts.layers[index], SecondMoment(), []
-        bias = layer.feed_forward.output.bias
+        """Runs the parent's layer on `hidden`, which moves one layer on. FloatingPointError for
+        activations that are not finite."""
+        layer = self.parts.layers[index]
+        moment, gram = SecondMoment(ones=True), SecondMoment()
+        inputs: list[Tensor] = []
+        outputs: dict[nn.Module, list[Tensor]] = {
+            layer.o.module: [],
+            layer.feed_forward.output: [],
+        }
+        every = -(-sum(batch.numel() for batch in self.batches) // TOKENS)
 
-        def note(z: Tensor, y: Tensor) -> None:
+        def enter(x: Tensor, _: Tensor) -> None:
+            moment.add(x)
+            if not is_linear(layer):  # then heads are judged on tokens (`effattn.heads.judged`)
+                inputs.append(x[::every].clone())
+
+        def leave(module: nn.Module, y: Tensor) -> None:
+            outputs[module].append((y if module.bias is None else y - module.bias).cpu())
+
+        def inside(z: Tensor, y: Tensor) -> None:
             gram.add(z)
-            outputs.append((y if bias is None else y - bias).cpu())
+            leave(layer.feed_forward.output, y)
 
-        with watch(layer.feed_forward.output, note):
-            moment, attention, inputs = observe(self.teacher, layer, hidden)
-        return Seen(moment, inputs, attention, outputs, gram.sum)
+        with (
+            watch(layer.k.module, enter),
+            watch(layer.o.module, lambda _, y: leave(layer.o.module, y)),
+            watch(layer.feed_forward.output, inside),
+        ):
+            hidden[:] = self.forward(index, hidden)
+        if not torch.isfinite(moment.sum).all() or not torch.isfinite(gram.sum).all():
+            raise FloatingPointError(
+                f"layer {index}: the calibration activations contain NaN or infinity"
+            )
+        return Seen(
+            moment.mean.cpu(),
+            torch.cat(inputs) if inputs else None,
+            outputs[layer.o.module],
+            outputs[layer.feed_forward.output],
+            gram.sum,
+        )
 
     def change(
         self,
@@ -131,17 +162,14 @@ class Builder:
         """Gives the twin's layer its heads and its width, both re-fitted on `student`, the inputs
         that it gets. Returns what the layer then gives."""
         layer = runner.anatomy.layers[index]
-        before = [states.clone() for states in student]
         if choice.kv_heads != layer.kv_heads:
             asked = replace(self.asked, kv_heads=choice.kv_heads)
             merge_heads(layer, asked, seen.moment, seen.inputs)
-            after = [states.clone() for states in student]
-            measure_and_refit(runner, layer, after, seen.attention, refit=True)
-            if choice.ffn == layer.feed_forward.size:
-                return after
+            refit(runner, layer, layer.o.module, student, seen.attention)
         if choice.ffn != layer.feed_forward.size:
-            narrow(runner, layer, choice.ffn, seen, before)
-        return [output for _, output in runner.run(index, before)]
+            narrow(layer, choice.ffn, seen.gram)
+            refit(runner, layer, layer.feed_forward.output, student, seen.ffn)
+        return [output for _, output in runner.run(index, student)]
 
     @torch.no_grad()
     def alone(
@@ -159,21 +187,29 @@ class Builder:
 
 
 @torch.no_grad()
-def narrow(
-    runner: LayerRunner, layer: Layer, width: int, seen: Seen, student: list[Tensor]
-) -> None:
-    """Leaves an FFN its `width` dimensions that others cannot make up for, and solves its down
-    projection again."""
+def narrow(layer: Layer, width: int, gram: Tensor) -> None:
+    """Leaves an FFN the `width` dimensions that others cannot make up for. gram (F, F), fp64."""
     output = layer.feed_forward.output
     order = removal_order(
-        seen.gram.cpu(),
+        gram.cpu(),
         output.weight.detach().double().cpu(),
         removed=layer.feed_forward.size - width,
     )
     keep = order[len(order) - width :].sort().values
     shapes.keep_ffn(layer, keep.to(output.weight.device))
+
+
+@torch.no_grad()
+def refit(
+    runner: LayerRunner,
+    layer: Layer,
+    output: nn.Linear,
+    student: list[Tensor],
+    targets: list[Tensor],
+) -> None:
+    """Solves an output projection for `targets`, on what it gets when the layer gets `student`."""
     fit = OutputRefit()
-    for z, y in zip(runner.until(layer.index, student, output), seen.ffn, strict=True):
+    for z, y in zip(runner.until(layer.index, student, output), targets, strict=True):
         fit.add(z.flatten(0, -2), y.to(z.device))
     output.weight.copy_(fit.solve(output.weight))
 

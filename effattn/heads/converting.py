@@ -11,14 +11,14 @@ import torch
 from einops import rearrange
 
 from effattn.calibration.attended import is_linear
-from effattn.calibration.layerwise import LayerRunner, watch, windows
+from effattn.calibration.layerwise import watch, windows
 from effattn.calibration.refit import OutputRefit
 from effattn.calibration.statistics import SecondMoment, query_energy
+from effattn.calibration.walk import CHANGED, Stream, Walk
 from effattn.heads.grouping import by_similarity, contiguous
 from effattn.heads.judged import TOKENS, judge
 from effattn.heads.methods.base import Heads, Merged, Method, relative_errors
-from effattn.heads.undo import Undo
-from effattn.hf.anatomy import Anatomy, Layer
+from effattn.hf.anatomy import Layer
 
 APART = 1000  # seeds of neighbouring layers; a layer's heads add their own
 
@@ -38,60 +38,63 @@ class Conversion:
     seed: int
     bos: int | None = None
 
+    @property
+    def batches(self) -> list[torch.Tensor] | None:
+        """The calibration windows, int64 (batch, length) each; None without."""
+        if self.calibration is None:
+            return None
+        return windows(self.calibration, self.length, self.batch, self.bos)
+
 
 def convert(
-    parts: Anatomy,
-    asked: Conversion,
-    undo: Undo,
-    progress: Callable[[int, int], None] | None = None,
+    walk: Walk, asked: Conversion, progress: Callable[[int, int], None] | None = None
 ) -> list[dict]:
-    """Converts every layer, and returns a row of facts for each. `undo` remembers what they were.
+    """Converts every layer, and returns a row of facts for each.
 
     Two streams of activations walk through the calibration set: `teacher`, of the model as it was,
     which says what a layer should give, and `student`, of the model converted so far, on which the
     output projection is re-fitted."""
-    runner = teacher = student = None
-    if asked.calibration is not None:
-        batches = windows(asked.calibration, asked.length, asked.batch, asked.bos)
-        runner = LayerRunner(parts, batches)
-        teacher = runner.embed()
-        student = [states.clone() for states in teacher]
-    rows = []
-    for number, layer in enumerate(parts.layers):
-        # 1. What the old layer gets and gives, on the old model's activations
-        moment, targets, inputs = None, [], None
-        if runner:
-            moment, targets, inputs = observe(runner, layer, teacher)
-        # 2. Its heads become fewer; what was there is remembered before anything is written
-        row = {
-            "layer": number,
-            "k_error": None,
-            "v_error": None,
-            "attention_error_merged": None,
-            "attention_error": None,
-        }
-        undo.remember(layer)
-        row |= merge_heads(layer, asked, moment, inputs)
-        # 3. The output projection again, for what the new heads give on the converted model's
-        #    activations: it makes up for errors of the layers before as well
-        if runner:
-            row |= measure_and_refit(runner, layer, student, targets, asked.refit)
-        rows.append(row)
-        if progress:
-            progress(number + 1, len(parts.layers))
-    return rows
+
+    def step(layer: Layer, teacher: Stream | None = None, student: Stream | None = None) -> dict:
+        return _converted(walk, layer, asked, teacher, student)
+
+    streams = 2 if walk.runner else 0
+    return walk.over(CHANGED, step, streams=streams, changes=True, progress=progress)
+
+
+def _converted(
+    walk: Walk, layer: Layer, asked: Conversion, teacher: Stream | None, student: Stream | None
+) -> dict:
+    """Converts one layer; returns its row."""
+    moment = targets = inputs = None
+    # 1. What the old layer gets and gives, on the old model's activations
+    if teacher is not None:
+        moment, targets, inputs = observe(walk, layer, teacher)
+    # 2. Its heads become fewer
+    row = {
+        "layer": layer.index,
+        "k_error": None,
+        "v_error": None,
+        "attention_error_merged": None,
+        "attention_error": None,
+    }
+    row |= merge_heads(layer, asked, moment, inputs)
+    # 3. The output projection again, for what the new heads give on the converted model's
+    #    activations: it makes up for errors of the layers before as well
+    if student is not None:
+        row |= measure_and_refit(walk, layer, student, targets, asked.refit)
+    return row
 
 
 def merge_heads(layer: Layer, asked: Conversion, moment=None, inputs=None) -> dict:
-    """Gives one layer `asked.kv_heads` key/value heads, in place; returns the facts of its row: of
-    the errors what can be known, the method of its keys, and groups where they were looked for.
-    moment, inputs: what `observe` gives; without a moment the weights alone decide."""
-    seed = asked.seed + APART * layer.index
-    heads = _heads(layer, moment, seed)
+    """Gives one layer `asked.kv_heads` key/value heads, in place; returns facts of its row: the
+    errors that data tells, the method of its keys, and groups where they were looked for. moment,
+    inputs: what `observe` gives; without a moment the weights alone decide."""
+    heads = _heads(layer, moment, asked.seed + APART * layer.index)
     # Behind a norm of gain 0 no input comes through, and data says nothing about the heads: then
     # the weights do.
     if moment is not None and not moment[:-1, :-1].any():
-        heads = _heads(layer, None, seed)
+        heads = _heads(layer, None, asked.seed + APART * layer.index)
     groups = contiguous(layer.kv_heads, asked.kv_heads)
     if asked.grouping == "similarity":
         groups = by_similarity(heads, asked.kv_heads, asked.method)
@@ -103,10 +106,12 @@ def merge_heads(layer: Layer, asked: Conversion, moment=None, inputs=None) -> di
     return row
 
 
-def observe(runner: LayerRunner, layer: Layer, teacher: list[torch.Tensor]):
+def observe(walk: Walk, layer: Layer, teacher: Stream):
     """Runs the old layer: its input moment, its attention outputs a batch, and where that moment
     does not tell all some of its inputs (N, D), otherwise None; moves `teacher` one layer on."""
-    moment, targets, inputs = SecondMoment(ones=True), [], []
+    runner, targets = walk.runner, walk.pile("targets")
+    assert runner is not None
+    moment, inputs = SecondMoment(ones=True), []
     every = -(-sum(batch.numel() for batch in runner.batches) // TOKENS)
     bias = 0 if layer.o.bias is None else layer.o.bias
 
@@ -119,9 +124,9 @@ def observe(runner: LayerRunner, layer: Layer, teacher: list[torch.Tensor]):
         watch(layer.k.module, see),
         watch(layer.o.module, lambda _, y: targets.append((y - bias).cpu())),
     ):
-        for number, output in runner.run(layer.index, teacher):
-            teacher[number] = output
-    if not torch.isfinite(moment.total).all():
+        for number, output in runner.run(layer.index, teacher.source):
+            teacher.sink[number] = output
+    if not torch.isfinite(moment.sum).all():
         raise FloatingPointError(
             f"layer {layer.index}: the calibration activations contain NaN or infinity"
         )
@@ -149,12 +154,14 @@ def _merge(
     }
 
 
-def measure_and_refit(runner: LayerRunner, layer: Layer, student, targets, refit: bool) -> dict:
+def measure_and_refit(walk: Walk, layer: Layer, student: Stream, targets, refit: bool) -> dict:
     """Measures the changed layer, re-fits its output projection if asked, and moves `student` one
     layer on.
     """
-    fit, heads = OutputRefit(), []
-    for z, y in zip(runner.until(layer.index, student, layer.o.module), targets, strict=True):
+    fit, heads, runner = OutputRefit(), walk.pile("heads"), walk.runner
+    assert runner is not None
+    given = runner.until(layer.index, student.source, layer.o.module)
+    for z, y in zip(given, targets, strict=True):
         fit.add(z.flatten(0, -2), y.to(z.device))
         heads.append(z.cpu())
     weight = layer.o.module.weight
@@ -164,8 +171,8 @@ def measure_and_refit(runner: LayerRunner, layer: Layer, student, targets, refit
             weight.copy_(fit.solve(weight))
         row["attention_error"] = fit.error(weight)
     with torch.no_grad():
-        for number, z in enumerate(heads):
-            student[number] = runner.call(layer.index, student[number], z).cpu()
+        for number, (states, z) in enumerate(zip(student.source, heads, strict=True)):
+            student.sink[number] = runner.call(layer.index, states, z).cpu()
     return row
 
 

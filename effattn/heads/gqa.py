@@ -10,13 +10,16 @@ best merge in closed form: `effattn.heads.methods.optimal`."""
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 
 from effattn.calibration.tokens import check_calibration, tokens_needed
+from effattn.calibration.walk import Walk
 from effattn.errors import Unsupported, check_choice
 from effattn.heads.converting import Conversion, convert
 from effattn.heads.grouping import GROUPINGS
+from effattn.heads.kinds.base import Job
 from effattn.heads.methods import METHODS
 from effattn.heads.report import ConversionReport
 from effattn.heads.undo import all_or_nothing
@@ -63,27 +66,21 @@ def convert_gqa(
     parts = hf.of(model)
     require_here(model, "convert_gqa")
     parts.require_gqa()
-    check_choice("method", method, METHODS)
-    check_choice("grouping", grouping, GROUPINGS)
-    check_kv_heads(kv_heads, parts.kv_heads)
-    if calibration is None:
-        _check_no_data_needed(parts, method, refit, grouping)
-    else:
-        length = check_calibration(calibration, parts, length)
+    asked = checked(
+        parts,
+        calibration,
+        bos_of(model, bos),
+        kv_heads=kv_heads,
+        method=method,
+        refit=refit,
+        grouping=grouping,
+        length=length,
+        batch=batch,
+        seed=seed,
+    )
     check_swapped(parts, grouping)
     check_finite(model)
 
-    asked = Conversion(
-        kv_heads,
-        calibration,
-        METHODS[method],
-        refit,
-        grouping,
-        length,
-        batch,
-        seed,
-        bos_of(model, bos),
-    )
     before = describe_size(parts)
     layers: list[dict] = []
     if kv_heads != parts.kv_heads:
@@ -91,19 +88,91 @@ def convert_gqa(
         model.eval()
         try:
             with all_or_nothing(parts) as undo:
-                layers = convert(parts, asked, undo, progress)
+                layers = convert(Walk(parts, asked.batches, undo.remember), asked, progress)
                 parts.set_kv_heads(kv_heads)
         finally:
             model.train(training)
-    return ConversionReport(_report(model, parts, asked, before, describe_size(parts), layers))
+    return ConversionReport(_report(parts, asked, before, describe_size(parts), layers))
+
+
+def checked(
+    parts: hf.Anatomy,
+    calibration: torch.Tensor | None,
+    bos: int | None,
+    *,
+    kv_heads: int,
+    method: str = "optimal",
+    refit: bool = True,
+    grouping: str = "contiguous",
+    length: int = 512,
+    batch: int = 8,
+    seed: int = 0,
+) -> Conversion:
+    """What is asked of `convert_gqa`, as it says; bos: the token itself. ValueError for what cannot
+    be asked."""
+    check_choice("method", method, METHODS)
+    check_choice("grouping", grouping, GROUPINGS)
+    check_kv_heads(kv_heads, parts.kv_heads)
+    parts.check_kv_heads(kv_heads)
+    if calibration is None:
+        _check_no_data_needed(parts, method, refit, grouping)
+    else:
+        length = check_calibration(calibration, parts, length)
+    return Conversion(
+        kv_heads, calibration, METHODS[method], refit, grouping, length, batch, seed, bos
+    )
+
+
+def job(parts: hf.Anatomy, calibration: torch.Tensor, bos: int | None, **given) -> GqaJob:
+    """`convert_gqa` with the options `given`, on a walk. Raises as it does."""
+    parts.require_gqa()
+    asked = checked(parts, calibration, bos, **given)
+    return GqaJob(asked, describe_size(parts), parts.kv_fields(asked.kv_heads))
+
+
+@dataclass(frozen=True)
+class GqaJob(Job):
+    """The conversion on a walk. before: of `describe_size`."""
+
+    asked: Conversion
+    before: dict
+    fields: dict  # of the new config
+
+    @property
+    def batches(self) -> list[torch.Tensor] | None:
+        return self.asked.batches
+
+    @property
+    def settings(self) -> dict:
+        asked = self.asked
+        return {
+            "kv_heads": asked.kv_heads,
+            "method": asked.method.name,
+            "refit": asked.refit,
+            "grouping": asked.grouping,
+            "length": asked.length,
+            "batch": asked.batch,
+            "seed": asked.seed,
+            "bos": asked.bos,
+        }
+
+    def carry_out(self, walk: Walk, progress=None) -> list[dict]:
+        return convert(walk, self.asked, progress)
+
+    def config(self, config: dict, rows: list[dict]) -> dict:
+        return config | self.fields
+
+    def report(self, old: hf.Anatomy, new: hf.Anatomy, rows: list[dict]) -> ConversionReport:
+        return ConversionReport(_report(new, self.asked, self.before, describe_size(new), rows))
 
 
 def _report(
-    model, parts: hf.Anatomy, asked: Conversion, before: dict, after: dict, layers: list[dict]
+    parts: hf.Anatomy, asked: Conversion, before: dict, after: dict, layers: list[dict]
 ) -> dict:
     """What `ConversionReport` shows. before, after: as `describe_size`."""
-    calibration = asked.calibration
-    key_methods = dict.fromkeys(row.pop("key_method") for row in layers)
+    calibration, model = asked.calibration, parts.model
+    key_methods = dict.fromkeys(row["key_method"] for row in layers)
+    layers = [{key: row[key] for key in row if key != "key_method"} for row in layers]
     return {
         "kind": "convert_gqa",
         "settings": {

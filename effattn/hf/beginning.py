@@ -74,6 +74,13 @@ def bos_of(model, bos: bool | None = None) -> int | None:
     return token
 
 
+def end_of(model) -> int | None:
+    """The token that closes each document in a stream of tokens (`effattn.encoding.encode`), by the
+    tokenizer of the model's checkpoint; None where there is none on this machine."""
+    config = getattr(model, "config", None)
+    return getattr(tokenizer_in(getattr(config, "_name_or_path", None) or ""), "eos_token_id", None)
+
+
 def tokenizer_in(name: str | Path):
     """The tokenizer of a checkpoint (folder or hub name), None if there is none on this machine."""
     if not name:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from effattn.errors import Unsupported
-from effattn.hf import placement, position_ids
+from effattn.hf import packed_rows, placement, position_ids
 from effattn.hf.cache import CANDIDATES, place
 from effattn.hf.names import (
     ATTRIBUTE,
@@ -42,6 +42,7 @@ __all__ = [
     "POSITIONS",
     "GlobalProjections",
     "before_attention",
+    "before_body",
     "before_model",
     "refuse_continuous_batching",
 ]
@@ -164,9 +165,7 @@ def before_model(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, d
     Assisted decoding asks for the logits of its candidates and of one token more, plain decoding
     for one."""
     swap = getattr(module, ATTRIBUTE)
-    given = kwargs
-    if args and not torch.compiler.is_compiling():
-        given = dict(zip(_names(type(module)), args)) | kwargs  # noqa: B905
+    given = _by_name(module, args, kwargs)
     carried = position_ids.check_call(swap.checkers, given, swap.rotary)
     # of the last tokens all but one are candidates: it is their logits that decide about them
     cache, kept = given.get("past_key_values"), given.get("logits_to_keep")
@@ -174,6 +173,27 @@ def before_model(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, d
     if isinstance(cache, Cache) and candidates != getattr(cache, CANDIDATES, 0):
         setattr(cache, CANDIDATES, candidates)
     return ((), given | carried) if carried else None
+
+
+def before_body(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+    """Forward pre-hook of a swapped model without its head, for those that call it past
+    `before_model` (adapters do): packed documents are found, and transformers leaves them to us."""
+    given = _by_name(module, args, kwargs)
+    if torch.compiler.is_compiling() or packed_rows.is_told(given.get("position_ids")):
+        return None
+    numbers, carried = packed_rows.of_call(given)
+    if numbers is None:
+        return None
+    ids = carried["position_ids"].clone()  # the caller's own may come again, with other padding
+    packed_rows.tell(ids, numbers)
+    return (), given | carried | {"position_ids": ids}
+
+
+def _by_name(module: nn.Module, args: tuple, kwargs: dict) -> dict:
+    """All arguments of a call by name; in a graph only those that were given so."""
+    if not args or torch.compiler.is_compiling():
+        return kwargs
+    return dict(zip(_names(type(module)), args)) | kwargs  # noqa: B905
 
 
 @lru_cache

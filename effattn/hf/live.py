@@ -19,20 +19,26 @@ from transformers.utils.import_utils import is_tracing
 
 from effattn import padding
 from effattn.errors import Unsupported
-from effattn.hf import position_ids
+from effattn.hf import packed_rows, position_ids
 from effattn.hf.families import sliding_window
 from effattn.hf.names import ATTRIBUTE, CAPTURE, GLOBAL, LATENT, NAME
 from effattn.hf.state_layer import Handle
 from effattn.hf.swapped_layer import SwappedLayer
 from effattn.padding import of_tokens
+from effattn.patterns.exact import ExactBackend
 
 PACKED = (
-    "packed documents (position_ids that restart) or an extra mask function: after a swap, "
-    "documents would see each other; give one document a row, padded with attention_mask, or "
-    "effattn.restore(model)"
+    "packed documents (position_ids that restart) in a graph, or an extra mask function: documents "
+    "would see each other; call the model outside of a graph, or give one document a row, padded "
+    "with attention_mask"
 )
+MOST_WEIGHTS = 2048  # tokens of which output_attentions makes the weights of every pair
 # what a model passes: what a backend calls it
-EXTRAS = {"softcap": "softcap", "s_aux": "sink_logits"}
+EXTRAS = {
+    "softcap": "softcap",
+    "s_aux": "sink_logits",
+    "global_attention_mask": "global_mask",
+}
 
 
 @dataclass
@@ -121,9 +127,9 @@ def attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     **kwargs,
-) -> tuple[Tensor, None]:
-    """transformers' attention function: query (B, Hq, Tq, D) -> (B, Tq, Hq, Dv). attention_mask is
-    `mask`'s.
+) -> tuple[Tensor, Tensor | None]:
+    """transformers' attention function: query (B, Hq, Tq, D) -> (B, Tq, Hq, Dv), and with
+    `output_attentions` the weights (B, Hq, Tq, T). attention_mask is `mask`'s.
 
     key and value are handles of our own cache layers, or tensors with the past. They are rotated,
     unless the layer's backend does that itself."""
@@ -142,16 +148,35 @@ def attention(
             f"layer {layer.index}: expected attention_mask (batch, tokens), got "
             f"{tuple(attention_mask.shape)}; custom masks cannot be combined with a swap"
         )
+    documents = packed_rows.of_layer(kwargs, attention_mask, query.shape[0], query.shape[2])
     if layer.backend is None:
         return _keep(
-            module, query, key, value, attention_mask, scaling, dropout, layer.original, kwargs
+            module,
+            query,
+            key,
+            value,
+            (attention_mask, documents),
+            scaling,
+            dropout,
+            layer.original,
+            kwargs,
         )
-    _refuse(module, layer, query, attention_mask, dropout, kwargs)
+    _refuse(module, layer, query, key, dropout, kwargs)
     cached = key.layer if isinstance(key, Handle) else None
     if cached is not None:
         key, value = cached.take(key)
+    call = {name: kwargs[given] for given, name in EXTRAS.items() if kwargs.get(given) is not None}
+    if "global_mask" in call:  # transformers' Longformer has it as 0 and 1
+        call["global_mask"] = call["global_mask"].bool()
     if layer.checks_positions and is_tracing():
         _assert_consecutive(layer, query.shape[2], attention_mask, kwargs.get("position_ids"))
+    elif documents is not None:
+        if cached is not None:
+            raise Unsupported(
+                f"layer {layer.index}: packed documents: a cache holds one document a row; valid "
+                "is use_cache=False"
+            )
+        call["documents"] = documents
     elif layer.checks_positions and not position_ids.was_checked(
         layer, cached, kwargs.get("position_ids")
     ):
@@ -159,7 +184,6 @@ def attention(
         position_ids.check(
             layer, cached, query.shape[0], tokens, attention_mask, kwargs.get("position_ids")
         )
-    call = {name: kwargs[given] for given, name in EXTRAS.items() if kwargs.get(given) is not None}
     if GLOBAL in kwargs:
         call["global_qkv"] = kwargs[GLOBAL]
     if LATENT in kwargs:
@@ -184,7 +208,10 @@ def attention(
             if attention_mask is not None and attention_mask.shape[1] != key.shape[2]:
                 attention_mask = attention_mask[:, -key.shape[2] :]
             out = layer.backend(query, key, value, padding_mask=attention_mask, **call)
-    return out.transpose(1, 2).contiguous(), None
+        weights = None
+        if kwargs.get("output_attentions"):
+            weights = layer.backend.weights(query, key, padding_mask=attention_mask, **call)
+    return out.transpose(1, 2).contiguous(), weights
 
 
 def is_causal(module: nn.Module, kwargs: dict) -> bool:
@@ -199,14 +226,14 @@ def _refuse(
     module: nn.Module,
     layer: LayerSwap,
     query: Tensor,
-    mask: Tensor | None,
+    key: Tensor | Handle,
     dropout: float,
     kwargs: dict,
 ) -> None:
     """What the model asks of its attention and a backend does not do is an error, never ignored."""
     where = f"layer {layer.index}: "
     missing = [name for name, extra in EXTRAS.items() if extra not in layer.backend.extras]
-    for name in (*missing, "position_bias", "cache", "cu_seq_lens_q"):
+    for name in (*missing, "position_bias", "cache"):
         if kwargs.get(name) is not None:
             raise Unsupported(
                 f"{where}the model passes {name}, which backend {layer.backend.name!r} does not "
@@ -219,9 +246,24 @@ def _refuse(
             "only when a model is built)"
         )
     if kwargs.get("output_attentions"):
+        _refuse_weights(layer, query, key)
+
+
+def _refuse_weights(layer: LayerSwap, query: Tensor, key: Tensor | Handle) -> None:
+    """Weights are made for exact patterns, of whole sequences, short ones."""
+    where, valid = f"layer {layer.index}: output_attentions=True: ", "valid is "
+    past = key.layer.get_seq_length() if isinstance(key, Handle) else key.shape[2] - query.shape[2]
+    if not isinstance(layer.backend, ExactBackend):
+        raise Unsupported(f"{where}{layer.pattern} has no softmax weights; {valid}an exact pattern")
+    if past:
         raise Unsupported(
-            f"{where}output_attentions=True: no weights exist; effattn.restore(model), then use "
-            "'eager'"
+            f"{where}the cache holds {int(past)} tokens already; {valid}a call on the whole "
+            "sequence"
+        )
+    if query.shape[2] > MOST_WEIGHTS:
+        raise Unsupported(
+            f"{where}got {query.shape[2]} tokens; {valid}at most {MOST_WEIGHTS}, as weights are a "
+            "number for each pair"
         )
 
 
@@ -249,10 +291,11 @@ def _dropout(module: nn.Module, rate: float) -> str:
     return (own + inner + ["attention_dropout"])[0]
 
 
-def _keep(module, query, key, value, padding_mask, scaling, dropout, original: str, kwargs: dict):
+def _keep(module, query, key, value, masks, scaling, dropout, original: str, kwargs: dict):
     """What an unswapped layer had: its own implementation, with the mask that it would have been
-    given.
+    given. masks: of padding, and the numbers of documents.
     """
+    padding_mask, documents = masks
     from transformers import masking_utils
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -266,6 +309,9 @@ def _keep(module, query, key, value, padding_mask, scaling, dropout, original: s
         rule = masking_utils.causal_mask_function
     else:
         rule = masking_utils.sliding_window_causal_mask_function(window)
+    if documents is not None:
+        apart = masking_utils.packed_sequence_mask_function(documents)
+        rule = masking_utils.and_masks(apart, rule)
     own_mask = masking_utils.ALL_MASK_ATTENTION_FUNCTIONS[original](
         batch_size=query.shape[0],
         q_length=queries,
@@ -275,7 +321,9 @@ def _keep(module, query, key, value, padding_mask, scaling, dropout, original: s
         mask_function=rule,
         attention_mask=padding_mask,
         # a look at the mask, which would make a GPU wait
-        allow_is_causal_skip=causal and (padding_mask is None or query.device.type == "cpu"),
+        allow_is_causal_skip=causal
+        and documents is None
+        and (padding_mask is None or query.device.type == "cpu"),
         local_size=window,
         dtype=query.dtype,
         device=query.device,

@@ -21,6 +21,7 @@ from transformers.cache_utils import Cache
 
 from effattn import padding
 from effattn.errors import Unsupported
+from effattn.hf import packed_rows
 from effattn.hf.state_layer import StateLayer
 from effattn.hf.swapped_layer import SwappedLayer
 
@@ -60,6 +61,9 @@ def check_call(checkers: list[SwappedLayer], given: dict, rotary: bool) -> dict:
     tokens = given.get("inputs_embeds") if tokens is None else tokens
     if not isinstance(tokens, Tensor) or tokens.ndim < 2 or torch.compiler.is_compiling():
         return {}
+    numbers, carried = packed_rows.of_call(given)
+    if numbers is not None:
+        return carried | {"position_ids": _mark(carried["position_ids"], None, numbers)}
     batch, new = tokens.shape[:2]
     held = [_held(cache, layer.index) for layer in checkers]
     totals = {new + (0 if one is None else int(one.get_seq_length())) for one in held}
@@ -158,9 +162,10 @@ class Following:
         return model_kwargs
 
 
-def _mark(ids: Tensor, shift: tuple[int, ...] | None) -> Tensor:
-    """The same numbers, known as checked."""
+def _mark(ids: Tensor, shift: tuple[int, ...] | None, documents: Tensor | None = None) -> Tensor:
+    """The same numbers, known as checked, and as those of `documents`."""
     ids = ids.view_as(ids)  # the caller's own may come again, with other padding
+    packed_rows.tell(ids, documents)
     _checked[ids] = None if ids.is_inference() else ids._version, shift
     return ids
 
@@ -237,8 +242,9 @@ VALID = "valid are attention_mask.cumsum(-1) - 1, or the same number more for al
 def _refuse_jumps(layer: SwappedLayer, documents: bool) -> None:
     if documents:
         raise Unsupported(
-            f"layer {layer.index}: packed documents: position_ids restart, and nothing else tells "
-            "the documents apart; give one document a row, padded with attention_mask"
+            f"layer {layer.index}: packed documents: position_ids restart behind a cache, or leave "
+            "out numbers; valid are ids that restart at each document, in a call without a cache "
+            "(use_cache=False)"
         )
     raise Unsupported(
         f"layer {layer.index}: position_ids leave out numbers, and {layer.pattern} counts a row's "

@@ -124,6 +124,13 @@ def read_config(name: str, asked: str | Path):
     return config
 
 
+def unplain(config: dict, found: dict) -> dict:
+    """A config.json whose weights are not what its class expects: plain transformers refuses it,
+    or asks `effattn.plugin` for it. found: what the entry "effattn" says of them."""
+    ours = {KEY: {**found, "model_type": config["model_type"]}, "model_type": KEY}
+    return {"quantization_config": dict(METHOD)} | config | ours
+
+
 def load_tokenizer(name: str | Path):
     """The tokenizer of the checkpoint `name` (a folder, a GGUF file or a hub name). ValueError,
     naming the file, for a broken one.

@@ -57,6 +57,6 @@ def state_of(backend: Backend, cache: LayerCache | None, latent: bool) -> State:
     """An empty state of a layer with these choices."""
     if not latent:
         return backend.new_state() if cache is None else cache.new_state(backend)
-    state = LatentState(backend.new_state())
+    state = LatentState(backend.new_state(), cache)
     state.owner = backend.signature
     return state

@@ -111,10 +111,10 @@ class Rotation(Part):
 
     def frequencies(
         self, trained: Trained, length: int | Tensor | None = None
-    ) -> tuple[Tensor, float]:
+    ) -> tuple[Tensor, float | Tensor]:
         """(inv_freq (R/2,) float32, what cos and sin are multiplied by). length: tokens of the
-        sequence, or of every row (B,), for (B, R/2), where the rule varies with it; None: up to the
-        trained length."""
+        sequence, or of every row (B,), for (B, R/2) and a number or (B,), where the rule varies
+        with it; None: up to the trained length."""
         raise NotImplementedError
 
     def parameters(self, trained: Trained) -> dict | None:

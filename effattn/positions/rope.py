@@ -22,12 +22,12 @@ class Rope:
     position * inv_freq[i].
 
     inv_freq (dims/2,), or (B, dims/2) where rows differ. attention_scaling multiplies what is
-    turned (YaRN's temperature). Pairs are (i, i + dims/2), or (2i, 2i + 1) when `interleaved` (GLM,
-    Cohere). Angles and products are fp32 (fp64 for fp64 inputs), the results have the inputs'
-    dtype."""
+    turned (YaRN's temperature), a number, or (B,) where rows differ. Pairs are (i, i + dims/2), or
+    (2i, 2i + 1) when `interleaved` (GLM, Cohere). Angles and products are fp32 (fp64 for fp64
+    inputs), the results have the inputs' dtype."""
 
     inv_freq: Tensor
-    attention_scaling: float = 1.0
+    attention_scaling: float | Tensor = 1.0
     dims: int | None = None
     interleaved: bool = False
 
@@ -57,7 +57,10 @@ class Rope:
         )
         if angle.ndim == 3:  # a row's own positions or frequencies: the same for all of its heads
             angle = angle[:, None]
-        cos, sin = angle.cos() * self.attention_scaling, angle.sin() * self.attention_scaling
+        scaling = self.attention_scaling
+        if isinstance(scaling, Tensor):
+            scaling = scaling.to(x.device, dtype)[:, None, None, None]
+        cos, sin = angle.cos() * scaling, angle.sin() * scaling
         part, rest = x[..., : self.dims].to(dtype), x[..., self.dims :]
         if self.interleaved:
             a, b = part[..., 0::2], part[..., 1::2]

@@ -32,8 +32,7 @@ class _Ramp(Scaled):
 
     def mixed(self, trained: Trained, keep: Tensor) -> Tensor:
         """(1 - keep) theta / s + keep theta."""
-        thetas = trained.thetas()
-        return thetas / self.scale(trained) * (1 - keep) + thetas * keep
+        return mixed(trained, keep, self.scale(trained))
 
     def by_turns(self, trained: Trained) -> Tensor:
         """clip((r - slow) / (fast - slow)), (R/2,): how much of each frequency stays."""
@@ -49,19 +48,8 @@ class Yarn(_Ramp):
     """
 
     def frequencies(self, trained, length=None):
-        # The index at which a frequency makes so many turns within T: T b^(-2i/R) / (2 pi) = turns,
-        # solved for i. Rounded outwards, as in the released code.
-        low, high = (
-            trained.dims
-            * math.log(trained.length / (turns * 2 * math.pi))
-            / (2 * math.log(trained.base))
-            for turns in (self.fast, self.slow)
-        )
-        low, high = max(math.floor(low), 0), min(math.ceil(high), trained.dims - 1)
-        # 0 below `low`, where frequencies stay, 1 above `high`, where they are interpolated; both
-        # borders may round to one index
-        ramp = (torch.arange(trained.dims // 2, dtype=torch.float) - low) / (high - low or 0.001)
-        return self.mixed(trained, 1 - ramp.clamp(0, 1)), temperature(self.scale(trained))
+        keep = kept_by_index(trained, self.fast, self.slow)
+        return self.mixed(trained, keep), temperature(self.scale(trained))
 
     def parameters(self, trained):
         borders = (
@@ -110,6 +98,32 @@ class Llama3(_Ramp):
         return _parameters(
             "llama3", self, trained, {"low_freq_factor": self.slow, "high_freq_factor": self.fast}
         )
+
+
+def kept_by_index(trained: Trained, fast: float, slow: float) -> Tensor:
+    """How much of each frequency stays, (R/2,): YaRN's ramp as the released code and transformers
+    have it, over the dimension's index."""
+    # The index at which a frequency makes so many turns within T: T b^(-2i/R) / (2 pi) = turns,
+    # solved for i. Rounded outwards, as in the released code.
+    low, high = (
+        trained.dims
+        * math.log(trained.length / (turns * 2 * math.pi))
+        / (2 * math.log(trained.base))
+        for turns in (fast, slow)
+    )
+    low, high = max(math.floor(low), 0), min(math.ceil(high), trained.dims - 1)
+    # 0 below `low`, where frequencies stay, 1 above `high`, where they are interpolated; both
+    # borders may round to one index
+    ramp = (torch.arange(trained.dims // 2, dtype=torch.float) - low) / (high - low or 0.001)
+    return 1 - ramp.clamp(0, 1)
+
+
+def mixed(trained: Trained, keep: Tensor, scale: float | Tensor) -> Tensor:
+    """(1 - keep) theta / s + keep theta, (R/2,), or (B, R/2) for a scale of every row (B, 1)."""
+    thetas = trained.thetas()
+    if isinstance(scale, Tensor):
+        thetas, keep = thetas.to(scale.device), keep.to(scale.device)
+    return thetas / scale * (1 - keep) + thetas * keep
 
 
 def temperature(scale: float) -> float:

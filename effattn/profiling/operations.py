@@ -13,8 +13,10 @@ from torch import nn
 from effattn.errors import Unsupported
 from effattn.hf import anatomy, hooks
 from effattn.hf.projection import Projection
-from effattn.hf.weights import is_packed, weight_bytes
+from effattn.hf.swapped_layer import SwappedLayer
+from effattn.hf.weights import is_packed, is_transposed, sizes, weight_bytes
 from effattn.interface import Backend, Cost, Shape
+from effattn.kernels.decode import MOST_QUERIES
 from effattn.patterns.longformer import GlobalFull
 from effattn.registry import backend as make_backend
 
@@ -23,9 +25,10 @@ from effattn.registry import backend as make_backend
 class Operation:
     """One kind of work in one layer (None: outside of the layers).
 
-    name: "q_proj", "k_proj", "v_proj", "o_proj", "attention", "cache" (storing the new keys and
-    values), "ffn", "norms", "embedding" or "head". weight_bytes: what `cost` reads of the weights;
-    kv_bytes: what attention reads of the state, or the cache writes into it."""
+    name: "q_proj", "latent_proj" (what is remembered instead of keys and values), "k_proj",
+    "v_proj", "o_proj", "attention", "cache" (storing the new keys and values), "ffn", "norms",
+    "embedding" or "head". weight_bytes: what `cost` reads of the weights; kv_bytes: what attention
+    reads of the state, or the cache writes into it."""
 
     layer: int | None
     name: str
@@ -61,6 +64,13 @@ def layer_backend(layer: anatomy.Layer) -> Backend:
     )
 
 
+def turns(swapped: SwappedLayer) -> bool:
+    """Whether a swapped layer's keys turn as they are read."""
+    if swapped.positions is not None:
+        return swapped.positions.rule.turns
+    return swapped.rotary is not None
+
+
 @dataclass(frozen=True)
 class Operations:
     """The operations of one call of a model: `tokens` new ones of each of `batch` rows after `past`
@@ -90,7 +100,10 @@ class Operations:
 
     def layer(self, layer: anatomy.Layer) -> Iterator[Operation]:
         """Those of one layer: projections, attention and its cache, FFN, norms."""
-        for name in ("q", "k", "v"):
+        yield self._projection(layer, "q_proj", layer.q)
+        if layer.latent is not None:
+            yield Operation(layer.index, "latent_proj", *self._linear(layer.latent.down, self.rows))
+        for name in ("k", "v"):
             yield self._projection(layer, f"{name}_proj", getattr(layer, name))
         yield from self._attention(layer)
         yield self._projection(layer, "o_proj", layer.o)
@@ -128,6 +141,9 @@ class Operations:
         # made of, it says itself where it is not plain keys and values.
         token = shape.kv_bytes // keys
         swapped = getattr(layer.attention, hooks.ATTRIBUTE, None)
+        if layer.latent is not None and swapped is not None and swapped.latent is not None:
+            yield from self._over_latents(layer, shape, cost, swapped)
+            return
         state = (
             backend.new_state()
             if swapped is None or swapped.backend is None
@@ -165,6 +181,37 @@ class Operations:
         )
         yield Operation(layer.index, "cache", Cost(0, written, written), kv_bytes=written)
 
+    def _over_latents(
+        self, layer: anatomy.Layer, shape: Shape, cost: Cost, swapped: SwappedLayer
+    ) -> Iterator[Operation]:
+        """Attention that costs `cost` over plain keys and values, over latents: of each token, r
+        numbers are read. Few queries make keys of them, if these turn, and sum latents; many make
+        both of what was before."""
+        rank, kv_heads, turned = layer.latent.rank, layer.kv_heads, turns(swapped)
+        token = rank * self.itemsize
+        if swapped.cache is not None:
+            token = swapped.cache.latent_bytes(rank)
+        plain, latent = shape.kv_bytes // shape.keys, self.batch * token
+        seen = (cost.read_bytes - shape.query_bytes) // plain
+        expanded = 2 * self.batch * rank * kv_heads * seen
+        if self.tokens <= MOST_QUERIES:
+            pairs = cost.flops // (shape.head_dim + shape.value_dim)  # twice, of all rows
+            absorbed = 2 * self.rows * shape.heads * rank
+            flops = pairs * (rank + (shape.head_dim if turned else rank))
+            flops += absorbed * shape.value_dim
+            flops += expanded * shape.head_dim if turned else absorbed * shape.head_dim
+        else:
+            before = seen - min(seen, self.tokens)
+            flops = cost.flops + expanded // max(seen, 1) * before * (
+                shape.head_dim + shape.value_dim
+            )
+        read, written = seen * latent, self.tokens * latent
+        held = cost.state_bytes // plain * latent
+        changed = replace(cost, flops=flops, read_bytes=shape.query_bytes + read, state_bytes=held)
+        yield Operation(layer.index, "attention", changed, kv_bytes=read)
+        written = min(written, held)
+        yield Operation(layer.index, "cache", Cost(0, written, written), kv_bytes=written)
+
     def _projection(self, layer: anatomy.Layer, name: str, projection: Projection) -> Operation:
         """q, k, v or o; of a fused module, the share of its outputs. Twice for a layer with second
         projections.
@@ -174,7 +221,7 @@ class Operations:
         if hooks.GLOBAL in layer.attention._modules and not projection.output:
             cost, weights = cost + cost, 2 * weights
         if layer.family.fused and not projection.output:
-            parts, whole = projection.heads * projection.head_dim, module.out_features
+            parts, whole = projection.heads * projection.head_dim, sizes(module)[0]
             cost = Cost(
                 *(n * parts // whole for n in (cost.flops, cost.read_bytes, cost.write_bytes))
             )
@@ -187,11 +234,12 @@ class Operations:
             return module.cost(rows, backward=self.backward), weight_bytes(module)
         if is_packed(module) and isinstance(module, nn.Linear):
             return self._packed_linear(module, rows)
-        if isinstance(module, nn.Linear):
+        if isinstance(module, nn.Linear) or is_transposed(module):
+            outputs, inputs = sizes(module)
             return linear_cost(
                 rows,
-                module.in_features,
-                module.out_features,
+                inputs,
+                outputs,
                 module.weight.element_size(),
                 module.bias is not None,
                 self.backward,
@@ -218,7 +266,7 @@ class Operations:
         rows for are read."""
         if module in norms:
             return Cost(), 0
-        if hasattr(module, "cost") or isinstance(module, nn.Linear):
+        if hasattr(module, "cost") or isinstance(module, nn.Linear) or is_transposed(module):
             return self._linear(module, self.rows)
         total, weights = Cost(), 0
         own = list(module.parameters(recurse=False))

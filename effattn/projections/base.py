@@ -37,11 +37,16 @@ class StructuredLinear(nn.Module):
 
 
 class Shared(Protocol):
-    """One budget for all matrices of a spec: it is shown each of them, and then says what each
-    gets."""
+    """One budget for all matrices of a spec: it looks at each of them, and says what each gets once
+    it knows all."""
 
-    def add(self, name: str, linear: nn.Linear, moment: Tensor | None) -> None:
-        """The matrix at path `name`; moment as for `ProjectedLinear.from_linear`."""
+    def look(self, linear: nn.Linear, moment: Tensor | None) -> Tensor:
+        """What it has to know of a matrix, (n,) fp64; moment as for
+        `ProjectedLinear.from_linear`."""
+        ...
+
+    def add(self, name: str, linear: nn.Linear | StructuredLinear, seen: Tensor) -> None:
+        """What `look` has said of the matrix at path `name`."""
         ...
 
     def sizes(self) -> dict[str, dict | None]:

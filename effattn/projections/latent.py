@@ -9,11 +9,14 @@ D: hidden size; Hkv: key/value heads; d: size of one; r: rank, numbers of a late
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from effattn.interface import Cost
 from effattn.kernels.latent import Latent, Maps
 from effattn.projections.base import StructuredLinear
 from effattn.specs import format_spec, parse_spec
@@ -44,6 +47,17 @@ class LatentLinear(StructuredLinear):
         """x (..., D) -> (..., rows)."""
         return linear(self.down(x), self.weight, self.bias)
 
+    def cost(self, rows: int, backward: bool = False) -> Cost:
+        """Of W_UK or W_UV for the latents of `rows` tokens; those are the memory's business.
+        backward: of the backward pass alone, two products."""
+        outputs, rank = self.weight.shape
+        size = self.weight.element_size()
+        c, y, flops = rows * rank * size, rows * outputs * size, 2 * rows * rank * outputs
+        weights = (rank + 1) * outputs * size
+        if backward:
+            return Cost(2 * flops, y + c + rank * outputs * size, c + weights)
+        return Cost(flops, c + weights, y)
+
     def dense(self) -> Tensor:
         """W, (rows, D), of rank r."""
         return self.weight @ self.down.weight
@@ -61,6 +75,48 @@ class LatentLinear(StructuredLinear):
         return f"in_features={self.in_features}, out_features={self.out_features}, rank={rank}"
 
 
+@dataclass
+class Shared:
+    """What a step's other modules get of the latents that its first one has made.
+
+    uses: how often the next outputs will be asked for again. kept: (inputs, what is known of them,
+    latents, uses left) of the last ones."""
+
+    uses: int = 0
+    kept: tuple | None = None
+
+    def __getstate__(self) -> dict:
+        return {}  # copies begin anew
+
+
+class Down(nn.Linear):
+    """W_D, whose outputs three modules ask for in a step: they are made once. Inputs are known
+    again by the tensor itself and by torch's counts of writes."""
+
+    def __init__(self, hidden: int, rank: int, **options: Any):
+        super().__init__(hidden, rank, bias=False, **options)
+        self.shared = Shared()  # not of this module: setting a module's attribute takes long
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., D) -> (..., r)."""
+        shared = self.shared
+        uses, shared.uses = shared.uses, 0
+        if uses:
+            c, shared.kept = linear(x, self.weight), None
+            counted = not (x.is_inference() or self.weight.is_inference())
+            if counted and not torch.compiler.is_compiling():
+                shared.kept = x, self._known(x), c, uses
+            return c
+        if shared.kept is None:
+            return linear(x, self.weight)
+        given, known, c, left = shared.kept
+        shared.kept = (given, known, c, left - 1) if left > 1 else None
+        return c if given is x and known == self._known(x) else linear(x, self.weight)
+
+    def _known(self, x: Tensor) -> tuple:
+        return x._version, self.weight._version, self.weight.data_ptr(), torch.is_grad_enabled()
+
+
 class LatentMemory(nn.Module):
     """What a layer remembers of its tokens: `memory(x)` for x (B, T, D) is the `Latent` that goes
     with a cached call.
@@ -69,7 +125,7 @@ class LatentMemory(nn.Module):
 
     def __init__(self, hidden: int, rank: int, device=None, dtype: torch.dtype | None = None):
         super().__init__()
-        self.down = nn.Linear(hidden, rank, bias=False, device=device, dtype=dtype)
+        self.down = Down(hidden, rank, device=device, dtype=dtype)
         self._ups: tuple[LatentLinear, ...] = ()
         self._norm: tuple[Callable[[Tensor], Tensor] | None] = (None,)
         self.kv_heads = 0
@@ -97,7 +153,11 @@ class LatentMemory(nn.Module):
         return Maps(*weights, *biases, key_norm=self._norm[0])
 
     def forward(self, x: Tensor) -> Latent:
-        """The latents c (B, 1, T, r) of x (B, T, D), with the maps."""
+        """The latents c (B, 1, T, r) of x (B, T, D), with the maps. Keys and values will be asked
+        for with the same x."""
+        shared = getattr(self.down, "shared", None)  # none: an adapter is around it
+        if shared is not None:
+            shared.uses = len(self._ups)
         return Latent(self.down(x)[:, None], self.maps)
 
 

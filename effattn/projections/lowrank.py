@@ -17,7 +17,7 @@ from torch.nn.functional import linear as product
 
 from effattn.damping import damped
 from effattn.interface import Cost
-from effattn.projections.base import ProjectedLinear, check_common, register
+from effattn.projections.base import ProjectedLinear, StructuredLinear, check_common, register
 from effattn.projections.budget import Spectrum, ranks
 from effattn.specs import format_spec
 
@@ -192,12 +192,13 @@ class Together:
         self.ratio = ratio
         self.spectra: dict[str, Spectrum] = {}
 
-    def add(self, name: str, linear: nn.Linear, moment: Tensor | None) -> None:
-        """Notes the singular values that decide what each rank loses."""
-        values = torch.linalg.svdvals(_scaled(linear.weight, moment))
-        self.spectra[name] = Spectrum(
-            linear.out_features, linear.in_features, values.square().cpu()
-        )
+    def look(self, linear: nn.Linear, moment: Tensor | None) -> Tensor:
+        """The squared singular values that decide what each rank loses, fp64 on the CPU."""
+        return torch.linalg.svdvals(_scaled(linear.weight, moment)).square().cpu()
+
+    def add(self, name: str, linear: nn.Linear | StructuredLinear, seen: Tensor) -> None:
+        """Notes what `look` has seen of the matrix of this name."""
+        self.spectra[name] = Spectrum(linear.out_features, linear.in_features, seen)
 
     def sizes(self) -> dict[str, dict | None]:
         """{"rank": …} for each, None for those that stay dense."""

@@ -17,6 +17,8 @@ from typing import ClassVar, Protocol, TypeVar
 import torch
 
 from effattn.errors import check_choice
+from effattn.kernels.latent.packed import width
+from effattn.kernels.pack import Coding
 from effattn.specs import parse_spec
 from effattn.states.base import State
 from effattn.traits import Traits
@@ -129,6 +131,15 @@ class LayerCache:
         """Of one more token that is held, keys and values of all heads; exact."""
         raise NotImplementedError
 
+    def refuses_latents(self) -> str | None:
+        """Why it cannot hold latents in place of keys and values; None where it can."""
+        return f"its keys and values are latents, which cache {self.spec!r} cannot hold"
+
+    def latent_coding(self, rank: int) -> Coding:
+        """How latents of `rank` numbers are packed, each token by itself. ValueError for ranks that
+        do not fit."""
+        raise NotImplementedError
+
     # What everyone calls
     # ---------------------------------------------------------------------------------------------
 
@@ -137,6 +148,10 @@ class LayerCache:
         state = self.hold(backend.new_state(), backend)
         state.owner = backend.signature
         return state
+
+    def latent_bytes(self, rank: int) -> int:
+        """Of one more token that is held, as a latent of `rank` numbers."""
+        return width(self.latent_coding(rank), rank)
 
     def __str__(self) -> str:
         return f"{self.spec} ({self.said})" if self.said else self.spec

@@ -96,6 +96,8 @@ def attach(model: PreTrainedModel, parts: anatomy.Anatomy, plans: dict[int, Laye
     if active(model) is None:
         setattr(model, hooks.ATTRIBUTE, done)
         _hook(model, hooks.before_model)
+        if model.base_model is not model:
+            _hook(model.base_model, hooks.before_body)
         model.__dict__[BATCHING] = hooks.refuse_continuous_batching
         # what a class does instead, nobody knows
         if getattr(type(model), UPDATE, None) is getattr(GenerationMixin, UPDATE):
@@ -110,6 +112,7 @@ def detach(model: nn.Module) -> None:
         for layer in parts.layers:
             _detach(layer.attention)
         _unhook(model)
+        _unhook(model.base_model)
         for name in (BATCHING, UPDATE):
             model.__dict__.pop(name, None)
         delattr(model, hooks.ATTRIBUTE)

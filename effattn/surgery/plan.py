@@ -24,6 +24,7 @@ from effattn.kernels.latent import Latent, Maps
 from effattn.specs import by_layer, format_spec, parse_spec
 
 TRIED = 4  # tokens of a trial
+TRIED_RANK = 64  # numbers of its latents, where nobody knows yet how many there will be
 
 
 @dataclass
@@ -215,8 +216,12 @@ def _obstacle(layer: anatomy.Layer, plan: LayerPlan) -> str | None:
             f"{plan.backend.traits.state}; latent heads go with exact patterns of one predicate, "
             "such as dense"
         )
-    if plan.latent is not None and plan.cache is not None:
-        return f"its keys and values are latents, which cache {plan.cache.spec!r} cannot hold"
+    if (
+        plan.latent is not None
+        and plan.cache is not None
+        and (reason := _latents_unheld(plan.cache, plan.latent))
+    ):
+        return reason
     if plan.cache is not None and (reason := caches.obstacle(layer, plan.backend, plan.cache)):
         return reason
     asked = None if plan.positions is None else plan.positions.in_call
@@ -248,6 +253,17 @@ def _cache_forgets(layer: anatomy.Layer) -> bool:
     return sliding and getattr(layer.config, "sliding_window", None) is not None
 
 
+def _latents_unheld(cache: caches.LayerCache, rank: int) -> str | None:
+    """Why a cache cannot hold latents of `rank` numbers (0: not known yet); None where it can."""
+    if reason := cache.refuses_latents():
+        return reason
+    try:
+        cache.latent_coding(rank or TRIED_RANK)
+    except ValueError as error:
+        return f"its keys and values are latents of {rank}: {error}"
+    return None
+
+
 def _try(layer: anatomy.Layer, plan: LayerPlan) -> None:
     """Runs the backend as this layer would. Parameters whose shape depends on the heads exist
     afterwards.
@@ -271,9 +287,10 @@ def _try(layer: anatomy.Layer, plan: LayerPlan) -> None:
     state = None
     if layer.causal:
         state = state_of(backend, plan.cache, plan.latent is not None)
-    if plan.latent is not None:  # of one number: the layer's own may be yet to be made
-        maps = (k.new_zeros(layer.kv_heads, layer.head_dim, 1) for _ in "kv")
-        extras["latent"] = Latent(k.new_zeros(1, 1, TRIED, 1), Maps(*maps))
+    if plan.latent is not None:  # of few numbers: the layer's own may be yet to be made
+        rank = plan.latent or TRIED_RANK
+        maps = (k.new_zeros(layer.kv_heads, layer.head_dim, rank) for _ in "kv")
+        extras["latent"] = Latent(k.new_zeros(1, 1, TRIED, rank), Maps(*maps))
     try:
         with torch.no_grad():
             backend(q, k, v, causal=layer.causal, state=state, **extras)

@@ -1,7 +1,7 @@
 """Structured projections in a live model: check all, fit all, and only then replace.
 
     asked = make(parts, "monarch(blocks=16, ratio=0.5)", calibration=None)  # refuses here, or never
-    replace(parts.model, fit(asked))
+    replace(parts.model, fit(asked))                  # `fit` is of effattn.surgery.projecting
     errors(model)                                                          # a dict for each matrix
 
 The modules are the record: what a model's projections are is read from its `ProjectedLinear`s, by
@@ -10,26 +10,23 @@ The modules are the record: what a model's projections are is read from its `Pro
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
 from effattn.axes import options_of
-from effattn.calibration.layerwise import LayerRunner, watch, windows
-from effattn.calibration.statistics import SecondMoment
+from effattn.calibration.layerwise import windows
 from effattn.calibration.tokens import check_calibration
 from effattn.errors import Unsupported, check_choice
-from effattn.hf import anatomy, hooks, placement
+from effattn.hf import anatomy, hooks
 from effattn.hf.beginning import bos_of
 from effattn.hf.weights import is_packed, is_plain
 from effattn.projections.base import (
     FITTED,
     PROJECTIONS,
     ProjectedLinear,
-    Shared,
     StructuredLinear,
     recorded_kind,
 )
@@ -85,6 +82,14 @@ class Replacement:
     calibration: Tensor | None
     length: int  # of calibration windows
 
+    @property
+    def batches(self) -> list[Tensor] | None:
+        """The calibration windows, int64 (batch, length) each; None where nothing is fitted to
+        data."""
+        if self.calibration is None or not any(matrix.from_data for matrix in self.matrices):
+            return None
+        return windows_of(self.calibration, self.parts, self.length)
+
 
 def make(
     parts: anatomy.Anatomy,
@@ -101,7 +106,6 @@ def make(
     chosen = by_layer(projections, len(parts.layers), "projections")
     # every matrix of every layer is checked here; `fit` and `replace` then have nothing to refuse
     names = {module: name for name, module in parts.model.named_modules()}
-    placement.require_here(parts.model, "projections")
     matrices: list[Matrix] = []
     for index, spec in chosen.items():
         layer, (kind, options) = parts.layers[index], _read(spec)
@@ -124,12 +128,21 @@ def make(
             if any(module is matrix.module for matrix in matrices):
                 raise Unsupported(f"projections: {names[module]} is used by more than one layer")
             matrix = Matrix(names[module], index, module, spec, kind, options)
-            _check(matrix, _outputs(layer, module, kv_heads))
+            _check_module(names[module], module)
+            _check_sizes(matrix, _outputs(layer, module, kv_heads))
             matrices.append(matrix)
     length = LENGTH
     if calibration is not None and any(matrix.from_data for matrix in matrices):
         length = check_calibration(calibration, parts, LENGTH)
     return Replacement(parts, tuple(matrices), calibration, length)
+
+
+def windows_of(
+    calibration: Tensor, parts: anatomy.Anatomy, length: int | None = None
+) -> list[Tensor]:
+    """Batches of windows, int64 (batch, length) each."""
+    length = check_calibration(calibration, parts, LENGTH) if length is None else length
+    return windows(calibration, length, BATCH, bos_of(parts.model))
 
 
 def _read(spec: str) -> tuple[type[ProjectedLinear] | None, dict | None]:
@@ -193,10 +206,8 @@ def _outputs(
     )
 
 
-def _check(matrix: Matrix, outputs: int) -> None:
-    """ValueError and Unsupported for a module that cannot be replaced so. outputs: its rows by
-    then."""
-    name, module = matrix.name, matrix.module
+def _check_module(name: str, module: nn.Module) -> None:
+    """Unsupported for a module that is no linear layer."""
     if is_packed(module):
         raise Unsupported(
             f"projections: {name} is a {type(module).__name__} of {module.weight.dtype}; a "
@@ -204,81 +215,14 @@ def _check(matrix: Matrix, outputs: int) -> None:
         )
     if not is_plain(module) and not isinstance(module, StructuredLinear):
         raise Unsupported(f"projections: {name} is a {type(module).__name__}, valid is a Linear")
+
+
+def _check_sizes(matrix: Matrix, outputs: int) -> None:
+    """ValueError for a module that cannot be replaced so. outputs: its rows by then."""
+    name, module = matrix.name, matrix.module
     if matrix.kind is not None and matrix.options is not None:
         sizes = sizing(matrix.options)
         matrix.kind.check_sizes(module.in_features, outputs, **sizes, where=name)
-
-
-def fit(asked: Replacement) -> dict[str, nn.Module]:
-    """name -> the module that will take its place; what a shared budget leaves dense has none.
-    Changes nothing; "data" runs the model layer by layer.
-    """
-    new: dict[str, nn.Module] = {}
-    for matrix in asked.matrices:
-        if isinstance(matrix.module, StructuredLinear) and matrix.options is None:
-            new[matrix.name] = matrix.module.to_linear()
-    wanted = [matrix for matrix in asked.matrices if matrix.options is not None]
-    sizes = _share_out(asked, wanted)
-    for matrix, moment in _with_moments(
-        asked, [m for m in wanted if sizes.get(m.name, {}) is not None]
-    ):
-        new[matrix.name] = matrix.fitted(moment, sizes.get(matrix.name))
-    for name in (name for name, size in sizes.items() if size is None):
-        module = asked.parts.model.get_submodule(name)
-        if isinstance(module, StructuredLinear):
-            new[name] = module.to_linear()
-    return new
-
-
-def _share_out(asked: Replacement, matrices: list[Matrix]) -> dict[str, dict | None]:
-    """By path, what `Shared.sizes` says of those matrices whose sizes are decided together: all of
-    one spec."""
-    budgets: dict[str, Shared] = {}
-    for matrix in matrices:
-        assert matrix.kind is not None
-        assert matrix.options is not None
-        budget = matrix.kind.shared(**sizing(matrix.options))
-        if budget is not None:
-            budgets.setdefault(matrix.spec, budget)
-    for matrix, moment in _with_moments(asked, [m for m in matrices if m.spec in budgets]):
-        budgets[matrix.spec].add(matrix.name, matrix.linear, moment)
-    return {name: size for one in budgets.values() for name, size in one.sizes().items()}
-
-
-def _with_moments(
-    asked: Replacement, matrices: list[Matrix]
-) -> Iterator[tuple[Matrix, Tensor | None]]:
-    """Each matrix, and for method="data" the second moment of its inputs, of the unmodified
-    model."""
-    yield from ((matrix, None) for matrix in matrices if not matrix.from_data)
-    from_data = [matrix for matrix in matrices if matrix.from_data]
-    if not from_data:
-        return
-    assert asked.calibration is not None  # `make` has refused it otherwise
-    model = asked.parts.model
-    training = model.training
-    model.eval()
-    try:
-        # Layer by layer, so that hidden states of one layer are held and not of all. The layers
-        # before are not replaced yet: each matrix is fitted to what the unmodified model feeds it.
-        batches = windows(asked.calibration, asked.length, BATCH, bos_of(model))
-        runner = LayerRunner(asked.parts, batches)
-        hidden = runner.embed()
-        for index in range(1 + max(matrix.layer for matrix in from_data)):
-            here = [matrix for matrix in from_data if matrix.layer == index]
-            moments = [SecondMoment() for _ in here]
-            with ExitStack() as stack:
-                for matrix, moment in zip(here, moments, strict=True):
-                    stack.enter_context(watch(matrix.module, _adding_to(moment)))
-                for number, states in runner.run(index, hidden):
-                    hidden[number] = states
-            yield from ((matrix, moment.mean) for matrix, moment in zip(here, moments, strict=True))
-    finally:
-        model.train(training)
-
-
-def _adding_to(moment: SecondMoment) -> Callable[[Tensor, Tensor], None]:
-    return lambda x, _: moment.add(x)
 
 
 def replace(model: nn.Module, new: dict[str, nn.Module]) -> None:

@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from effattn import registry
 from effattn.errors import Unsupported
 from effattn.heads.kinds.base import KINDS, Change
-from effattn.hf import anatomy, caches
+from effattn.hf import anatomy, caches, placement
 from effattn.hf import positions as positioning
 from effattn.hf.adapters import require_own_weights, require_unwrapped
 from effattn.hf.beginning import settled
 from effattn.specs import parse_spec
-from effattn.surgery import codebooks, replace
+from effattn.surgery import codebooks, projecting, replace
 from effattn.surgery import plan as planning
 from effattn.surgery.attaching import active, attach, detach
 from effattn.surgery.plan import LayerPlan
@@ -117,6 +117,7 @@ def swap(
                 "swap: got latent heads and projections, valid is one call for each, heads first"
             )
         kv_heads = None if change is None else change.kv_heads
+        placement.require_here(parts.model, "projections")
         projected = replace.make(parts, projections, calibration, kv_heads, plans)
     with settled(model, bos):
         if change is not None or projected is not None:
@@ -202,7 +203,7 @@ def _rewrite(
         if change is not None:
             change.convert(parts.model, calibration=calibration)
         if projected is not None:
-            replace.replace(parts.model, replace.fit(projected))
+            replace.replace(parts.model, projecting.fit(projected))
 
 
 def _change(parts: anatomy.Anatomy, spec: str) -> Change | None:

@@ -36,7 +36,9 @@ class TokenWindows(Dataset):
 
     Window i is a pure function of (i, seed): pass e over the stream uses its own random offset and
     its own order, so every token is seen once before any is seen twice, whatever process asks for
-    it. bos: the token that takes the place of each one's first."""
+    it. bos: the token that takes the place of each one's first. end: the token that closes a
+    document; windows then have "position_ids" that begin anew behind it, so that the documents in a
+    window do not see each other (None: a window is one text)."""
 
     def __init__(
         self,
@@ -45,13 +47,14 @@ class TokenWindows(Dataset):
         count: int,
         seed: int = 0,
         bos: int | None = None,
+        end: int | None = None,
     ):
         if len(tokens) < 2 * length:
             raise ValueError(
                 f"tokens: got {len(tokens):,}, windows of {length} need at least {2 * length:,}"
             )
         self.tokens, self.length, self.count, self.seed = tokens, length, count, seed
-        self.bos = bos
+        self.bos, self.end = bos, end
         self.per_pass = len(tokens) // length - 1  # one less: the offset takes up to a window
         self._order: tuple[int, int, torch.Tensor] | None = None
 
@@ -69,7 +72,17 @@ class TokenWindows(Dataset):
         _, offset, order = self._order
         start = offset + int(order[place]) * self.length
         window = begun(self.tokens[start : start + self.length], self.bos)
-        return {"input_ids": window, "labels": window}
+        batch = {"input_ids": window, "labels": window}
+        return batch if self.end is None else batch | {"position_ids": places(window, self.end)}
+
+
+def places(window: torch.Tensor, end: int) -> torch.Tensor:
+    """The position of each token of a window (T,) in its document, of which each but the last is
+    closed by `end`: int64 (T,)."""
+    at = torch.arange(len(window))
+    begins = torch.zeros_like(at)
+    begins[1:] = torch.where(window[:-1] == end, at[1:], 0)
+    return at - begins.cummax(0).values
 
 
 def bf16_pays(on_cpu: bool | None = None) -> bool:

@@ -23,7 +23,7 @@ from effattn.calibration.layerwise import windows
 from effattn.errors import check_choice
 from effattn.hf import anatomy as hf
 from effattn.hf import hooks
-from effattn.hf.beginning import bos_of
+from effattn.hf.beginning import bos_of, end_of
 from effattn.hf.placement import input_device, require_here
 from effattn.training import lending as training
 from effattn.training.uptrain import Steps
@@ -51,11 +51,19 @@ class AttentionTransfer(nn.Module):
         self.attention = nn.ModuleList(layer.attention for layer in hf.of(student))
         self._teacher = (hf.of(teacher.eval()),)  # in a tuple: not a part
 
-    def forward(self, input_ids: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
-        """input_ids (B, T) int64. "layers" (L,): `output_distance` by layer; "loss": their mean."""
+    def forward(
+        self,
+        input_ids: Tensor,
+        labels: Tensor | None = None,
+        position_ids: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """input_ids (B, T) int64; position_ids (B, T) restart where a document begins. "layers"
+        (L,): `output_distance` by layer; "loss": their mean."""
         found: list[Tensor] = []
         with self._compared(found), torch.no_grad():
-            self._teacher[0].model.base_model(input_ids=input_ids, use_cache=False)
+            self._teacher[0].model.base_model(
+                input_ids=input_ids, position_ids=position_ids, use_cache=False
+            )
         layers = torch.stack(found)
         return {"loss": layers.mean(), "layers": layers.detach()}
 
@@ -66,9 +74,12 @@ class AttentionTransfer(nn.Module):
 
             def compare(module, args, kwargs, output, ours=ours):
                 # The student is lent, so in fp32, where the teacher may be in half precision. The
-                # mask is the teacher's implementation's; windows are not padded, so none is needed.
-                own = next(ours.parameters()).dtype
-                args, kwargs = _in_dtype((args, {**kwargs, "attention_mask": None}), own)
+                # mask is the teacher's implementation's; windows are not padded, so that swapped
+                # attention, which tells documents by position_ids, needs none.
+                own, kwargs = next(ours.parameters()).dtype, dict(kwargs)
+                if ours.config._attn_implementation != module.config._attn_implementation:
+                    kwargs["attention_mask"] = None
+                args, kwargs = _in_dtype((args, kwargs), own)
                 with torch.set_grad_enabled(self.training):
                     got = ours(*args, **kwargs)
                     found.append(
@@ -180,7 +191,12 @@ def transfer(
             args=arguments,
             callbacks=[Steps(progress)] if progress else [],
             train_dataset=training.TokenWindows(
-                tokens, length, steps * batch * arguments.world_size, seed, beginning
+                tokens,
+                length,
+                steps * batch * arguments.world_size,
+                seed,
+                beginning,
+                end_of(teacher),
             ),
         )
         trainer.model_accepts_loss_kwargs = False

@@ -29,7 +29,7 @@ from effattn.errors import check_choice
 from effattn.evaluate.logits import Scores, positions_at_a_time
 from effattn.evaluate.loss import compare, kl_chunked, perplexity
 from effattn.hf import anatomy as hf
-from effattn.hf.beginning import bos_of
+from effattn.hf.beginning import bos_of, end_of
 from effattn.hf.placement import require_here
 from effattn.reports.files import write_text_atomic
 from effattn.training import lending as training
@@ -114,14 +114,14 @@ class DistillationTrainer(Trainer):
         self.parts = hf.of(self.model)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        ids = inputs["input_ids"]
+        given = {"input_ids": inputs["input_ids"], "position_ids": inputs.get("position_ids")}
         # The call goes through the (possibly wrapped) model, so that gradients are synchronised
         # between processes; its logits are asked for one position only, the loss makes its own from
         # the final norm.
         with _outputs(self.parts) as student:
-            model(input_ids=ids, use_cache=False, logits_to_keep=1)
+            model(**given, use_cache=False, logits_to_keep=1)
         with torch.no_grad(), _outputs(self.teacher_parts) as teacher:
-            self.teacher_parts.model.base_model(input_ids=ids, use_cache=False)
+            self.teacher_parts.model.base_model(**given, use_cache=False)
         loss = distillation_loss(
             self.parts,
             student.pop(),
@@ -246,7 +246,8 @@ def uptrain(
     run go on from there. evaluation (M,) int64: what the curve is measured on, at `points` places.
     batch: windows of `length` a step and process. trainable: "attention" (what the conversion
     changed), "all", or the parameters themselves. bos: whether BOS takes the place of each window's
-    first token (None: as the teacher's tokenizer does it). overrides: passed to TrainingArguments.
+    first token (None: as the teacher's tokenizer does it). Documents, which the tokenizer closes
+    with its end-of-text token, do not see each other. overrides: passed to TrainingArguments.
     Both models come back as `training.lent` says: while it trains, a student in half precision is
     in fp32, and is measured and given back in its own dtype."""
     require_here(student, "uptrain")
@@ -289,6 +290,7 @@ def uptrain(
                 steps * batch * arguments.world_size,
                 seed,
                 bos_of(teacher, bos),
+                end_of(teacher),
             ),
         )
         trainer.remove_callback(PrinterCallback)  # progress is the caller's

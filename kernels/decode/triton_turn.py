@@ -13,6 +13,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .triton_pieces import dot
+
 EMULATED = tl.constexpr(triton.knobs.runtime.interpret)  # the interpreter's fma rounds twice
 TWO_OVER_PI = tl.constexpr(0.6366197723675814)
 # pi / 2 in three parts of 24 bits: fp32 numbers, of which a multiple is taken away exactly by fma
@@ -52,3 +54,33 @@ def cos_sin(angle):
     swapped = (quarter & 1) == 1
     c, s = tl.where(swapped, sin, cos), tl.where(swapped, cos, sin)
     return tl.where((quarter == 1) | (quarter == 2), -c, c), tl.where(quarter >= 2, -s, s)
+
+
+@triton.jit
+def load_pairs(
+    pointers,
+    found,
+    R2: tl.constexpr,
+    REST: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+):
+    """Rows at `pointers` (X, 1), those `found`: both halves of the pairs (X, BLOCK_R), and if there
+    is a rest, that (X, BLOCK_P)."""
+    d, p = tl.arange(0, BLOCK_R)[None, :], tl.arange(0, BLOCK_P)[None, :]
+    step, apart = (2, 1) if INTERLEAVED else (1, R2)
+    there = found if R2 == BLOCK_R else found & (d < R2)
+    a = tl.load(pointers + d * step, mask=there, other=0.0)
+    b = tl.load(pointers + d * step + apart, mask=there, other=0.0)
+    if REST > 0:
+        return a, b, tl.load(pointers + 2 * R2 + p, mask=found & (p < REST), other=0.0)
+    else:
+        return a, b
+
+
+@triton.jit
+def pairs_product(q, k, scaling, REST: tl.constexpr):
+    """(M, N) in fp32, of queries and keys as `load_pairs` gives them."""
+    s = dot(q[1], tl.trans(k[1]), dot(q[0], tl.trans(k[0]), None)) * scaling
+    return dot(q[2], tl.trans(k[2]), s) if REST > 0 else s

@@ -19,40 +19,10 @@ import triton.language as tl
 
 from ..flash.triton_bias import params_of
 from .triton_kernels import CHANGING
-from .triton_pieces import LOG2E, dot, finish, key_positions, narrow, sees, soften, tanh, tile_keys
-from .triton_turn import angles, cos_sin
+from .triton_pieces import LOG2E, finish, key_positions, narrow, sees, soften, tanh, tile_keys
+from .triton_turn import angles, cos_sin, load_pairs, pairs_product
 
 CLOSE, DISTANT, EITHER = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
-
-
-@triton.jit
-def _load(
-    pointers,
-    found,
-    R2: tl.constexpr,
-    REST: tl.constexpr,
-    INTERLEAVED: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-):
-    """Rows at `pointers` (X, 1), those `found`: both halves of the pairs (X, BLOCK_R), and if there
-    is a rest, that (X, BLOCK_P)."""
-    d, p = tl.arange(0, BLOCK_R)[None, :], tl.arange(0, BLOCK_P)[None, :]
-    step, apart = (2, 1) if INTERLEAVED else (1, R2)
-    there = found if R2 == BLOCK_R else found & (d < R2)
-    a = tl.load(pointers + d * step, mask=there, other=0.0)
-    b = tl.load(pointers + d * step + apart, mask=there, other=0.0)
-    if REST > 0:
-        return a, b, tl.load(pointers + 2 * R2 + p, mask=found & (p < REST), other=0.0)
-    else:
-        return a, b
-
-
-@triton.jit
-def _product(q, k, scaling, REST: tl.constexpr):
-    """(M, N) in fp32, of queries and keys as `_load` gives them."""
-    s = dot(q[1], tl.trans(k[1]), dot(q[0], tl.trans(k[0]), None)) * scaling
-    return dot(q[2], tl.trans(k[2]), s) if REST > 0 else s
 
 
 @triton.jit
@@ -123,7 +93,9 @@ def _over_tiles(
             tile = u
         c, is_key = tile_keys(tile, origin, slots, tail, head, low, high, HEAD, BLOCK_N)
         c_wide = c.to(tl.int64)[:, None]
-        k = _load(k_ptr + c_wide * k_n, is_key[:, None], R2, REST, INTERLEAVED, BLOCK_R, BLOCK_P)
+        k = load_pairs(
+            k_ptr + c_wide * k_n, is_key[:, None], R2, REST, INTERLEAVED, BLOCK_R, BLOCK_P
+        )
         v_mask = is_key[:, None] if DV == BLOCK_DV else is_key[:, None] & (dv < DV)[None, :]
         v = tl.load(v_ptr + c_wide * v_n + dv[None, :], mask=v_mask, other=0.0)
         j = key_positions(c, is_key, origin, slots, tail, slots_at_ptr, ring_ptr, mask_ptr)
@@ -131,11 +103,13 @@ def _over_tiles(
 
         if CLASS != DISTANT:
             turned = _turned(k, at, inv_freq, 1.0, R2, REST, BLOCK_R)
-            s = _product(q, turned, scaling, REST)
+            s = pairs_product(q, turned, scaling, REST)
             if q_first is not None:
-                s = tl.where((j >= 0) & (j < first), _product(q_first, turned, scaling, REST), s)
+                s = tl.where(
+                    (j >= 0) & (j < first), pairs_product(q_first, turned, scaling, REST), s
+                )
         if CLASS != CLOSE:
-            far = _product(
+            far = pairs_product(
                 q_far,
                 _turned(k, at, inv_freq, slow, R2, REST, BLOCK_R) if SLOWED else k,
                 scaling,
@@ -255,7 +229,7 @@ def attend_turned(
     rows = ((total - queries + t - origin)[:, None], h[:, None], heads, is_row)
 
     h_wide, t_wide, exists = h.to(tl.int64)[:, None], t[:, None].to(tl.int64), is_row[:, None]
-    q = _load(
+    q = load_pairs(
         q_ptr + b * q_b + h_wide * q_h + t_wide * q_t,
         exists,
         R2,
@@ -267,11 +241,11 @@ def attend_turned(
     q_far = None
     if q_far_ptr is not None:
         at = q_far_ptr + b * r_b + h_wide * r_h + t_wide * r_t
-        q_far = _load(at, exists, R2, D - 2 * R2, INTERLEAVED, BLOCK_R, BLOCK_P)
+        q_far = load_pairs(at, exists, R2, D - 2 * R2, INTERLEAVED, BLOCK_R, BLOCK_P)
     q_first = None
     if q_first_ptr is not None:
         at = q_first_ptr + b * f_b + h_wide * f_h + t_wide * f_t
-        q_first = _load(at, exists, R2, D - 2 * R2, INTERLEAVED, BLOCK_R, BLOCK_P)
+        q_first = load_pairs(at, exists, R2, D - 2 * R2, INTERLEAVED, BLOCK_R, BLOCK_P)
     if counts_ptr is not None:
         counts_ptr += b * c_b + h_wide * c_h + t_wide * c_t
     if mask_ptr is not None:

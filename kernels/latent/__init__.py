@@ -20,13 +20,15 @@ from torch import Tensor
 
 from ..decode.turn import Turn
 from ..decode.turn import check as check_turn
+from ..flash import choose
 from ..flash.pattern import Layout, Pattern
 from ..flash.rules import Bias
 from ..rows import dense_rows
+from .packed import PackedLatents, dense
 
-__all__ = ["IMPLEMENTATIONS", "Latent", "Maps", "attention"]
+__all__ = ["IMPLEMENTATIONS", "Latent", "Maps", "PackedLatents", "attention"]
 
-IMPLEMENTATIONS = ("auto", "torch")
+IMPLEMENTATIONS = ("auto", "torch", "triton")
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,8 +63,11 @@ class Maps:
         """Weighted sums of latents (B, Hq, Tq, r), weights that sum to 1 -> the same sums of values
         (B, Hq, Tq, Dv)."""
         kv_heads, dim, rank = self.value.shape
-        rows = sums.reshape(sums.shape[0], kv_heads, -1, rank)
-        out = rows @ self.value.to(sums).transpose(1, 2)
+        value = self.value.to(sums).transpose(1, 2)
+        if len(sums) == 1:
+            out = torch.bmm(sums.reshape(kv_heads, -1, rank), value)
+        else:
+            out = sums.reshape(len(sums), kv_heads, -1, rank) @ value
         if self.value_bias is not None:
             out = out + self.value_bias.to(sums)[:, None]
         return out.reshape(*sums.shape[:3], dim)
@@ -86,7 +91,7 @@ def _expand(c: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def attention(
     q: Tensor,
-    c: Tensor,
+    c: Tensor | PackedLatents,
     maps: Maps,
     pattern: Pattern | None = None,
     layout: Layout | None = None,
@@ -102,21 +107,25 @@ def attention(
     """Causal attention of q (B, Hq, Tq, D), Tq <= 16, over the tokens whose latents are c (B, T,
     r): (B, Hq, Tq, Dv) in q's dtype, with `lse` also the log-sum-exps (B, Hq, Tq).
 
-    The others are those of `effattn.kernels.decode.attention`. Queries that see no key give 0.
-    impl: "auto" or "torch", which is plain torch on every device: there is no Triton kernel yet.
-    ValueError for latents of another rank than the maps', and for rules that exclude each other."""
+    Packed latents are unpacked a tile at a time in plain torch, all at once for Triton. The others
+    are those of `effattn.kernels.decode.attention`. Queries that see no key give 0.
+    impl: "auto", "torch" or "triton". ValueError for latents of another rank than the maps', for
+    rules that exclude each other, and for dtypes and gradients that the Triton kernels lack."""
     if c.ndim != 3 or c.shape[-1] != maps.rank:
         raise ValueError(f"c: got {tuple(c.shape)}, valid is (rows, tokens, {maps.rank})")
     pattern, layout = pattern or Pattern(), layout or Layout()
-    q, c, q_first = dense_rows(q), dense_rows(c), dense_rows(q_first)
+    q, q_first = dense_rows(q), dense_rows(q_first)
+    c = c if isinstance(c, PackedLatents) else dense_rows(c)
     check_turn(turn, bias, q, pattern, True, q_first)
     if impl not in IMPLEMENTATIONS:
         valid = ", ".join(map(repr, IMPLEMENTATIONS))
-        raise ValueError(
-            f"latent: impl: got {impl!r}, valid are {valid}: latents are decoded in plain torch"
-        )
-    from .torch_impl import attention as run
+        raise ValueError(f"latent: impl: got {impl!r}, valid are {valid}")
+    if choose(impl, q.device) == "triton":
+        from .triton_impl import attention as run
 
+        c = dense(c)
+    else:
+        from .torch_impl import attention as run
     out, sums = run(
         q,
         c,
@@ -128,5 +137,6 @@ def attention(
         q_first=q_first,
         turn=turn,
         bias=bias,
+        need_lse=lse,
     )
-    return (out, sums) if lse else out
+    return (out, sums) if lse else out  # type: ignore[return-value]  # with `lse`, sums are there

@@ -1,15 +1,8 @@
-"""What one-shot pruning is calibrated on: tokens cut into windows, and their hidden states at one
-layer boundary.
-"""
+"""What pruning is calibrated on: tokens cut into windows."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
-from pathlib import Path
-
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from effattn.calibration.layerwise import windows
@@ -55,33 +48,3 @@ def batches_of(tokens: Tensor, length: int, bos: int | None = None) -> list[Tens
     """Windows of `length` tokens, a few at a time: (batch, length) each. bos: the token that takes
     the place of each one's first."""
     return windows(tokens, length, max(1, BATCH_TOKENS // length), bos)
-
-
-class SpilledStates:
-    """Hidden states of every batch on disk, one safetensors file each: they are read one at a time.
-
-    Takes the place of a list of tensors (batch, length, D): indexed, assigned to, iterated over.
-    """
-
-    def __init__(self, folder: Path, count: int):
-        self.folder, self.count = Path(folder), count
-        self.folder.mkdir(parents=True, exist_ok=True)
-
-    def __len__(self) -> int:
-        return self.count
-
-    def __iter__(self) -> Iterator[Tensor]:
-        return (self[number] for number in range(self.count))
-
-    def _file(self, number: int) -> Path:
-        return self.folder / f"{number:05}.safetensors"
-
-    def __getitem__(self, number: int) -> Tensor:
-        return load_file(self._file(number))["hidden"].clone()  # what is read is a map of the file
-
-    def __setitem__(self, number: int, states: Tensor) -> None:
-        temporary = self._file(number).with_suffix(".tmp")
-        save_file({"hidden": states.contiguous()}, temporary)
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        temporary.replace(self._file(number))

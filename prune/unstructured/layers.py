@@ -6,8 +6,6 @@ architecture.
 
 from __future__ import annotations
 
-import ctypes
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -18,6 +16,7 @@ from effattn.calibration.layerwise import LayerRunner
 from effattn.errors import Unsupported, check_choice
 from effattn.hf import anatomy as hf
 from effattn.hf.weights import is_plain
+from effattn.profiling.memory import give_memory_back as give_memory_back
 from effattn.training import lending as training
 
 MODULES = ("all", "attention", "ffn")
@@ -135,14 +134,6 @@ def working(block: nn.Module, dtype: torch.dtype) -> Iterator[dict[nn.Parameter,
     finally:
         for parameter, own in stored.items():
             parameter.data = parameter.data.to(own)
-
-
-def give_memory_back() -> None:
-    """Returns freed memory to the system, where the C library can: it keeps hundreds of megabytes
-    between layers.
-    """
-    if sys.platform == "linux" and hasattr(library := ctypes.CDLL(None), "malloc_trim"):
-        library.malloc_trim(0)
 
 
 class Runner(LayerRunner):

@@ -11,26 +11,23 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from effattn.calibration.hessian import DAMPING, Hessian
+from effattn.calibration.spilled import SpilledStates, States
 from effattn.hf import anatomy as hf
 from effattn.hf.adapters import require_own_weights
 from effattn.hf.beginning import bos_of
 from effattn.hf.placement import require_here
 from effattn.prune.unstructured import calibration, layers
 from effattn.prune.unstructured.allocation import allocate, outliers
-from effattn.prune.unstructured.calibration import SpilledStates
 from effattn.prune.unstructured.methods.base import Needs
 from effattn.prune.unstructured.methods.sparsegpt import BLOCK
 from effattn.prune.unstructured.plan import Plan, make_plan
 from effattn.prune.unstructured.report import LayerFacts, OneShotReport
 from effattn.surgery.checkpoint import check_finite
-
-States: TypeAlias = list[Tensor] | SpilledStates  # hidden states (batch, length, D), by batch
 
 
 def oneshot(

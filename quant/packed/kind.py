@@ -9,13 +9,17 @@ from dataclasses import dataclass
 
 import torch
 
+from effattn.kernels.pack import Coding
 from effattn.quant.formats import FORMATS, Format
 from effattn.quant.packed.ring import PackedRing
 from effattn.quant.packed.state import PackedState
 from effattn.quant.packed.static import StaticState
+from effattn.specs import parse_spec
 from effattn.states.base import State
 from effattn.states.caches import Heads, Holder, LayerCache, register
 from effattn.states.full import RingState
+
+OF_LATENTS = ("group", "symmetric")  # options that mean something where keys and values are latents
 
 
 @register
@@ -67,6 +71,19 @@ class Packed(LayerCache):
         state = StaticState(self.format, length)
         state.owner = None if backend is None else backend.signature
         return state
+
+    def refuses_latents(self) -> str | None:
+        _, given = parse_spec(self.spec)
+        idle = [option for option in given if option not in OF_LATENTS]
+        if not idle:
+            return None
+        return (
+            f"cache {self.spec!r}: {idle[0]}: its keys and values are latents, which are packed "
+            f"each token by itself; valid there are {' and '.join(OF_LATENTS)}"
+        )
+
+    def latent_coding(self, rank: int) -> Coding:
+        return Format.parse(self.spec).fit(rank)[0].v
 
     def bytes_per_token(self, heads: Heads) -> int | float:
         """Of a packed token, scales and zeros included; exact."""

@@ -132,6 +132,21 @@ def test_training_windows_visit_everything_once_a_pass():
         TokenWindows(tokens, 1000, 1)
 
 
+def test_training_windows_of_documents():
+    """Positions begin anew behind each token that closes a document; windows stay the same."""
+    tokens = torch.arange(1000) % 7
+    plain, packed = (TokenWindows(tokens, 10, 250, seed=3, end=end) for end in (None, 4))
+    for n in (0, 120, 249):
+        window = packed[n]["input_ids"]
+        assert torch.equal(plain[n]["input_ids"], window)
+        assert "position_ids" not in plain[n]
+        expected, at = [], 0
+        for token in window.tolist():
+            expected.append(at)
+            at = 0 if token == 4 else at + 1
+        assert packed[n]["position_ids"].tolist() == expected
+
+
 def test_pretraining_makes_a_checkpoint_and_a_card(tmp_path, monkeypatch):
     """The whole recipe on three small documents, killed once and resumed to the same weights."""
     texts = {

@@ -88,7 +88,7 @@ PACKED = torch.cat([torch.arange(8), torch.arange(12)])[None].expand(2, -1)
 @pytest.mark.parametrize("kind", ["gemma2", "opt"])
 def test_graphs_notice_packed_documents_only_where_there_are_some(kind):
     """Compiled without a mask and a cache, transformers describes documents whether there are
-    several or one.
+    several or one. Where they begin, a graph cannot ask.
     """
     torch._dynamo.reset()
     model, tokens = swap(tiny(kind), "sliding(window=5)"), batch(2, 20)
@@ -96,8 +96,7 @@ def test_graphs_notice_packed_documents_only_where_there_are_some(kind):
     step = torch.compile(model, backend="eager", fullgraph=True)
     for given in ({}, {"position_ids": torch.arange(20).expand(2, -1)}):
         torch.testing.assert_close(step(tokens, use_cache=False, **given).logits, expected)
-    with pytest.raises(Unsupported, match="packed documents"):
-        model(tokens, use_cache=False, position_ids=PACKED)
+    assert not torch.allclose(model(tokens, use_cache=False, position_ids=PACKED).logits, expected)
     with pytest.raises(RuntimeError, match="packed documents"):
         step(tokens, use_cache=False, position_ids=PACKED)
 

@@ -203,6 +203,73 @@ def _decode_cases() -> None:
     case("decode turned q_first", patterns["sinks"], rules=both)(decode)
 
 
+# ---- latents
+
+
+def latent(
+    pattern=None,
+    layout=None,
+    *,
+    sizes=(8, 2, 64, 96),
+    dtype=BF16,
+    queries=1,
+    rules=None,
+    bias=True,
+    **options,
+) -> None:
+    """One call of the kernels over latents. sizes: Hq, Hkv, D, r."""
+    from effattn.kernels.latent import Maps, attention
+
+    heads, kv_heads, dim, rank = sizes
+    q = tensor(2, queries, heads, dim, dtype=dtype).transpose(1, 2)
+    c = tensor(2, 200, rank, dtype=dtype)
+    weights = [tensor(kv_heads, dim, rank, dtype=dtype) for _ in range(2)]
+    biases = [tensor(kv_heads, dim, dtype=dtype) for _ in range(2 * bias)]
+    options |= rules(q, None) if rules else {}
+    with torch.no_grad():
+        attention(
+            q, c, Maps(*weights, *biases), pattern, layout and layout(), impl="triton", **options
+        )
+
+
+def _latent_cases() -> None:
+    from effattn.kernels.flash import Bias, Blocks, Layout, Window
+    from effattn.kernels.flash.pattern import layout_of
+
+    def ring(slots: int = 4):
+        at = torch.arange(slots, device=where[-1])
+        return Layout(slots, 0, None, None, at, torch.arange(196, device=where[-1]), 5000)
+
+    def bias(q, k):
+        return {"bias": Bias("alibi", tensor(q.shape[1], 1, dtype=FP32))}
+
+    turn = lambda q, k: turned(q, False)  # noqa: E731
+    wide = dict(sizes=(8, 2, 64, 600))
+    for name, pattern, layout in (
+        ("full", None, None),
+        ("sinks", Window(back=32, first=4), None),
+        ("blocks padded", Blocks(size=32), lambda: layout_of(padding())),
+        ("ring", None, ring),
+    ):
+        case(f"latent {name}", pattern, layout, rules=turn)(latent)
+        case(f"latent {name} absorbed", pattern, layout)(latent)
+        case(f"latent {name} absorbed, wide", pattern, layout, **wide)(latent)
+    for dtype, dim in product((BF16, FP16, FP32), (16, 80, 128, 256)):
+        sizes = (32, 8, dim, 512)
+        case(f"latent {NAMES[dtype]} {dim}", sizes=sizes, dtype=dtype, rules=turn)(latent)
+    case("latent odd rank", sizes=(9, 3, 64, 11), rules=turn, bias=False)(latent)
+    case("latent 16 queries", queries=16, rules=turn, softcap=30.0)(latent)
+    case("latent 16 queries, wide", queries=16, **wide)(latent)
+    case("latent partial turn", rules=lambda q, k: turned(q[..., :32], False))(latent)
+    case("latent rerope", rules=lambda q, k: turned(q, True))(latent)
+    case("latent leaky rerope", rules=lambda q, k: turned(q, True, slow=8.0))(latent)
+    case("latent alibi", rules=bias)(latent)
+    case("latent alibi, wide", rules=bias, **wide)(latent)
+    case("latent alibi turned", rules=lambda q, k: bias(q, k) | turned(q, False))(latent)
+    first = lambda q, k: {"q_first": torch.empty_like(q)} | turned(q, False)  # noqa: E731
+    case("latent q_first", Window(back=32, first=4), rules=first)(latent)
+
+
 # ---- packed caches
 
 
@@ -357,6 +424,22 @@ def lsh(causal=True, shared=False, padded=False, sizes=None) -> None:
     run_backward(kernel.attention(q, k, v, places, impl="triton"))
 
 
+def topk(window=32, block=16, blocks=3, padded=False, sizes=None) -> None:
+    """Attention to chosen blocks and its backward pass."""
+    from fake_gpu import backward as run_backward
+
+    from effattn.kernels import topk as kernel
+
+    q, k, v = qkv(**(sizes or {}), grad=True)
+    rule = kernel.Rule(window=window, sinks=4, block=block, blocks=blocks)
+    at = torch.arange(k.shape[2] - q.shape[2], k.shape[2], device=q.device)[None]
+    at = at.repeat(2, 1) if padded else at
+    chosen = kernel.select(rule, q.detach(), kernel.summarise(rule, k.detach()), at)
+    out, lse = kernel.attention(q, k, v, rule, chosen, at, impl="triton")
+    run_backward(out)
+    run_backward(lse)
+
+
 def vq(size=None, dtype=BF16, dim=64, padded=False) -> None:
     """The three kernels of codebook attention, and their backward passes."""
     from fake_gpu import backward as run_backward
@@ -455,8 +538,14 @@ def _other_cases() -> None:
         case(name, causal, shared, padded)(lsh)
     for dtype, dim in product((BF16, FP16, FP32), (64, 128, 256)):
         case(f"lsh {NAMES[dtype]} {dim}", sizes=dict(dtype=dtype, dim=dim))(lsh)
+        case(f"topk {NAMES[dtype]} {dim}", sizes=dict(dtype=dtype, dim=dim))(topk)
         case(f"vq {NAMES[dtype]} {dim}", dtype=dtype, dim=dim)(vq)
         case(f"linformer {NAMES[dtype]} {dim}", dtype=dtype, dim=dim)(linformer)
+    for block in (1, 8, 64, 100):
+        case(f"topk blocks of {block}", block=block, padded=block == 8)(topk)
+    case("topk one head each", sizes=dict(heads=(2, 2)))(topk)
+    case("topk chunk", sizes=dict(queries=33, keys=200))(topk)
+    case("topk no block", block=300)(topk)
     case("vq blocks padded", 64, padded=True)(vq)
     for shared, padded in product((True, False), repeat=2):
         name = f"linformer{' shared' * shared}{' padded' * padded}"
@@ -480,6 +569,7 @@ def _other_cases() -> None:
 
 _flash_cases()
 _decode_cases()
+_latent_cases()
 _packed_cases()
 _linear_cases()
 _other_cases()

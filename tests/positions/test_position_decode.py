@@ -82,7 +82,13 @@ def test_token_by_token_equals_all_at_once(pattern, spec):
 
 
 @pytest.mark.parametrize(
-    "spec", ["dynamic_ntk(factor=3)", "longrope(factor=2, long_factor=[1, 2, 3])"]
+    "spec",
+    [
+        "dynamic_ntk(factor=3)",
+        "dynamic_pi",
+        "dynamic_yarn",
+        "longrope(factor=2, long_factor=[1, 2, 3])",
+    ],
 )
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_the_length_so_far_decides_for_all_keys(pattern, spec):
@@ -221,6 +227,8 @@ def test_gradients_through_rings_and_chunks():
         "leaky_rerope(window=6, k=2)+logn",
         "ntk(factor=2, variant='mixed')",
         "dynamic_ntk(factor=2)",
+        "dynamic_pi",
+        "dynamic_yarn",
         "alibi",
         "kerple",
     ],

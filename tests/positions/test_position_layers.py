@@ -32,6 +32,8 @@ STRETCHES = {
     "pi(factor=4)": True,
     "ntk(factor=4)": True,
     "dynamic_ntk(factor=4)": True,
+    "dynamic_pi": True,
+    "dynamic_yarn": True,
     "yarn(factor=4)": True,
     "ntk_by_parts(factor=4)": True,
     "llama3(factor=4)": True,

@@ -118,11 +118,33 @@ def test_frequencies_by_definition():
         (frequencies("yarn(factor=8)") / frequencies("ntk_by_parts(factor=8)")).log().abs().max()
     )
     assert 0.3 < apart < 1  # two ramps that are not the same
-    rows = rule("dynamic_ntk(factor=3)").rope(torch.tensor([T, 3 * T]))
-    for row, length in zip(rows.inv_freq, (T, 3 * T), strict=True):
-        torch.testing.assert_close(
-            row.double(), frequencies("dynamic_ntk(factor=3)", length), rtol=1e-6, atol=0
-        )
+
+
+@pytest.mark.parametrize("spec", ["dynamic_ntk(factor=3)", "dynamic_pi", "dynamic_yarn"])
+def test_rows_of_unlike_lengths_have_their_own_frequencies(spec):
+    lengths = (T // 2, T, 3 * T)
+    rows = rule(spec).rope(torch.tensor(lengths))
+    scaling = torch.as_tensor(rows.attention_scaling).broadcast_to(3)
+    for row, scaled, length in zip(rows.inv_freq, scaling, lengths, strict=True):
+        torch.testing.assert_close(row.double(), frequencies(spec, length), rtol=1e-6, atol=0)
+        assert float(scaled) == pytest.approx(rule(spec).rope(length).attention_scaling)
+
+
+@pytest.mark.parametrize("spec", ["pi", "yarn", "yarn(fast=16, slow=2)"])
+def test_a_dynamic_rule_is_the_fixed_one_at_every_length(spec):
+    """s = max(1, L / T), YaRN's paper, section 3.4; up to T nothing changes."""
+    dynamic = rule("dynamic_" + spec)
+    options = spec.partition("(")[2].rstrip(")")
+    for length in (None, 1, T, T + 1, 3 * T, 7 * T + 5):
+        found = dynamic.rope(length)
+        if length is None or length <= T:
+            torch.testing.assert_close(found.inv_freq.double(), THETA, rtol=1e-6, atol=0)
+            assert found.attention_scaling == 1
+            continue
+        given = f"length={length}" + (f", {options}" if options else "")
+        fixed = rule(f"{spec.partition('(')[0]}({given})").rope()
+        torch.testing.assert_close(found.inv_freq, fixed.inv_freq, rtol=1e-6, atol=0)
+        assert found.attention_scaling == pytest.approx(fixed.attention_scaling, rel=1e-12)
 
 
 def test_anchors_of_extrapolation():

@@ -25,9 +25,9 @@ T, B, H, K, D = 23, 2, 4, 2, 8
 SIZE = 8  # bytes of a float64
 
 
-# What they need depends on the data. Declared is the expectation, for buckets that fill evenly; a
-# call may need less.
-EXPECTED = {"lsh"}
+# What they need depends on the data. Declared is the expectation, for buckets that fill evenly, or
+# chosen blocks that lie apart from the window; a call may need less.
+EXPECTED = {"lsh", "topk"}
 
 
 def bounds(name: str) -> tuple[float, float]:
@@ -454,3 +454,39 @@ def test_hooks_are_documented():
     text = inspect.getdoc(cost)
     for hook in ("cost(rows, backward=False)", "cost(shape) -> Cost", "`Backend.cost`"):
         assert hook in text
+
+
+@pytest.mark.parametrize("positions", [None, "nope"])
+def test_latents(positions):
+    """Operations of a step as they are counted, and r numbers a token, where keys turn and where
+    they are absorbed; of a prefill, those of keys and values that are made once."""
+    model, tokens = tiny("llama", num_key_value_heads=4), 40
+    heads, calibration = "latent(rank=12)", torch.randint(0, 96, (1024,))
+    effattn.swap(model, heads=heads, calibration=calibration, positions=positions)
+    ids = torch.randperm(96)[:tokens][None]
+    with torch.no_grad():
+        with Counted(model=model) as counted:
+            cache = model(ids, use_cache=True, logits_to_keep=1).past_key_values
+        assert counted.flops == model_cost(model, 1, tokens).total.flops
+        held = sum(layer.nbytes for layer in cache.layers)
+        assert held == model_cost(model, 1, tokens).kv_bytes == 2 * tokens * 12 * 8
+        with Counted(model=model) as counted:
+            model(ids[:, :1], past_key_values=cache, logits_to_keep=1)
+    cost = model_cost(model, 1, 1, tokens)
+    # the new token's key and value are made too, which nobody reads
+    assert counted.flops == cost.total.flops
+    step = [one for one in cost.operations if one.name == "attention"]
+    assert [one.kv_bytes for one in step] == 2 * [(tokens + 1) * 12 * 8]
+    weights = sum(operation.weight_bytes for operation in cost.operations)
+    assert weights <= cost.weight_bytes + rows_again(model, 1)
+
+
+def test_a_ring_of_latents_costs_what_it_holds():
+    model = tiny("llama", num_key_value_heads=4)
+    heads, calibration = "latent(rank=12)", torch.randint(0, 96, (1024,))
+    effattn.swap(model, "sliding(window=5, sinks=3)", heads=heads, calibration=calibration)
+    with torch.no_grad():
+        cache = model(torch.arange(60)[None], use_cache=True).past_key_values
+    assert model_cost(model, 1, 60).kv_bytes == sum(layer.nbytes for layer in cache.layers)
+    step = model_cost(model, 1, 1, 60).operations
+    assert {one.kv_bytes for one in step if one.name == "attention"} == {8 * 12 * 8}

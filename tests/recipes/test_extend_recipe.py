@@ -33,6 +33,8 @@ NAMES = [
     "ntk-fixed",
     "ntk-mixed",
     "dynamic-ntk",
+    "dynamic-pi",
+    "dynamic-yarn",
     "yarn",
     "rerope-64",
     "rerope-128",
@@ -181,7 +183,11 @@ def test_the_table_is_the_articles():
     assert specs["ntk-mixed"] == "ntk(factor=8.0, variant='mixed')"
     assert specs["leaky-16"] == "leaky_rerope(window=128, k=16)"
     assert specs["sliding-256"] == "sliding(window=256, sinks=4)"
-    assert [rule.name for rule in found if rule.varies] == ["dynamic-ntk"]
+    assert [rule.name for rule in found if rule.varies] == [
+        "dynamic-ntk",
+        "dynamic-pi",
+        "dynamic-yarn",
+    ]
     both = chosen(found, ["rerope", "pi"], logn=True)
     assert [rule.name for rule in both][:5] == [
         "baseline",

@@ -37,8 +37,10 @@ def logits(model, **options):
     return model(input_ids=IDS, **options).logits
 
 
-def assert_steps_are_prefill(model, pieces=(11, 1, 1, 20, 1, 6)):
-    whole, cache = logits(model, use_cache=False), new_cache(model)
+def assert_steps_are_prefill(model, pieces=(11, 1, 1, 20, 1, 6), packed=False):
+    """packed: of a prefill that sees what a cache holds."""
+    given = {"past_key_values": new_cache(model)} if packed else {"use_cache": False}
+    whole, cache = logits(model, **given), new_cache(model)
     with torch.no_grad():
         parts = [
             model(input_ids=some, past_key_values=cache).logits for some in IDS.split(pieces, 1)
@@ -203,6 +205,90 @@ def test_patterns_change_and_restore_keeps_the_heads():
     assert_steps_are_prefill(model)
 
 
+@pytest.mark.parametrize(
+    ("kind", "pattern"),
+    [
+        ("llama", None),
+        ("qwen3", "block(block=4, look_back=1)"),
+        ("llama", "sliding(window=5, sinks=3)"),
+    ],
+)
+@pytest.mark.parametrize("cache", ["int8", "int4(group=16)", "fp8"])
+def test_packed_latents(kind, pattern, cache):
+    """Each token by itself: every way of decoding is that of recomputing, rings and beams too."""
+    model, inputs = latent_model(kind, pattern, cache=cache), batch()
+    found = assert_steps_are_prefill(model, packed=True)
+    assert isinstance(found.layers[0].state, LatentState)
+    for way, options in WAYS.items():
+        tokens = generate(model, inputs, 12, **options)
+        assert torch.equal(tokens, _over_packed(model, inputs, 12, options)), way
+
+
+def _over_packed(model, inputs, tokens: int, options: dict) -> torch.Tensor:
+    """As `recomputed`, but by calls that see what a cache would hold, packed."""
+    forward = model.forward
+
+    def packed(*args, use_cache=False, past_key_values=None, **given):
+        cache = new_cache(model)
+        return forward(*args, past_key_values=cache, use_cache=True, **given)
+
+    model.forward = packed
+    try:
+        return recomputed(model, inputs, tokens, **options)
+    finally:
+        del model.forward
+
+
+def test_packed_latents_are_few_bytes(tmp_path):
+    model = latent_model(heads="latent(rank=16)", cache="int4")
+    cache = assert_steps_are_prefill(model, packed=True)
+    # a group of 16: a scale and a zero of two bytes, and half a byte a number
+    assert cache.layers[0].nbytes == 2 * 40 * (4 + 8)
+    row = describe(model).layers[0]
+    assert (row["heads"], row["kv_bytes_per_token"]) == ("latent(rank=16)", 12)
+    assert row["cache"].startswith("int4")
+    save(model, tmp_path / "out")
+    again = load(tmp_path / "out")
+    assert describe(again).layers == describe(model).layers
+    with torch.no_grad():
+        found = again(input_ids=IDS, past_key_values=new_cache(again)).logits
+        mine = model(input_ids=IDS, past_key_values=new_cache(model)).logits
+    assert torch.equal(found, mine)
+
+
+def test_errors_of_packed_latents_are_small():
+    model = latent_model()
+    exact = logits(model)
+    for cache, most in (("int8", 0.01), ("int4(group=16)", 0.15)):
+        swap(model, cache=cache)
+        error = logits(model, past_key_values=new_cache(model)) - exact
+        assert 0 < error.norm() < most * exact.norm()
+    swap(model, cache="full")
+    assert torch.equal(logits(model), exact)
+
+
+@pytest.mark.parametrize(
+    ("cache", "message"),
+    [
+        ("int8(residual=64)", "residual: .* each token by itself; valid there are group and"),
+        ("int4(pre_rope=True)", "pre_rope: "),
+        ("int2(v=4)", "v: "),
+    ],
+)
+def test_options_that_mean_nothing_of_latents_are_refused(cache, message):
+    model = tiny("llama")
+    before = logits(model)
+    with pytest.raises(Unsupported, match=message):
+        swap(model, heads="latent(rank=12)", calibration=TOKENS, cache=cache)
+    assert torch.equal(logits(model), before)
+
+
+def test_ranks_that_cannot_be_packed_are_refused():
+    model = latent_model(heads="latent(rank=11)")
+    with pytest.raises(Unsupported, match=r"latents of 11.*share a byte"):
+        swap(model, cache="int4")
+
+
 def test_projections_leave_keys_and_values():
     model = latent_model()
     swap(model, projections="monarch(blocks=4)")
@@ -222,7 +308,7 @@ def test_what_cannot_be_is_refused():
     before = logits(model)
     for pattern, options, message in (
         ("lsh(buckets=4)", {}, "its keys and values are latents, and what lsh remembers is"),
-        (None, {"cache": "int8(group=16)"}, "are latents, which cache 'int8"),
+        (None, {"cache": "int8(residual=16)"}, "are latents, which are packed each token by"),
         (None, {"projections": "monarch(blocks=4)"}, "valid is one call for each, heads first"),
     ):
         with pytest.raises(Unsupported, match=message):
@@ -236,3 +322,49 @@ def test_what_cannot_be_is_refused():
         restore(copy.deepcopy(model))(input_ids=IDS, past_key_values=cache)
     with pytest.raises(Unsupported, match="holds keys and values; start with an empty cache"):
         model(input_ids=IDS, past_key_values=cache)
+
+
+def test_a_step_makes_latents_once(monkeypatch):
+    """Its memory, its keys and its values come of the same ones; and of new weights, anew."""
+    model, made = latent_model(), []
+    down = model.model.layers[0].self_attn.effattn_latent.down
+    linear = torch.nn.functional.linear
+    monkeypatch.setattr(
+        "effattn.projections.latent.linear",
+        lambda x, weight, *bias: made.append(weight) or linear(x, weight, *bias),
+    )
+    cache = new_cache(model)
+    with torch.no_grad():
+        model(input_ids=IDS[:, :30], past_key_values=cache)
+        made.clear()
+        model(input_ids=IDS[:, 30:31], past_key_values=cache)
+        assert sum(weight is down.weight for weight in made) == 1
+        x = torch.randn(1, 3, 64, dtype=torch.float64)
+        attention = model.model.layers[0].self_attn
+        attention.effattn_latent(x)
+        down.weight.mul_(2)
+        key = attention.k_proj(x)
+        assert torch.equal(key, attention.k_proj(x.clone()))
+
+
+def test_no_more_is_done_in_a_step_than_must_be():
+    """Calls into torch, of a step over few tokens, beside plain transformers'."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Count(TorchDispatchMode):
+        calls = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            self.calls += 1
+            return function(*args, **(kwargs or {}))
+
+    def calls(model) -> int:
+        with torch.no_grad():
+            cache = model(input_ids=IDS[:1], use_cache=True).past_key_values
+            model(input_ids=IDS[:1, :1], past_key_values=cache)
+            with Count() as count:
+                model(input_ids=IDS[:1, :1], past_key_values=cache)
+        return count.calls
+
+    extra = calls(latent_model()) - calls(tiny("llama"))
+    assert 0 < extra <= 2 * 90  # two layers; it was 152 each

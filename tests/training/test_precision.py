@@ -7,6 +7,7 @@ Which of the two a machine prefers (`training.bf16_pays`) decides nothing here: 
 from __future__ import annotations
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -255,6 +256,21 @@ FLOWS = [
 ]
 
 
+def cases(dtypes, modes, usual) -> list:
+    """Each flow in each dtype and mode. Slow are the dtypes beside the `usual` ones, since one
+    mechanism serves all flows there: a single flow, that which needs least, always tries them."""
+    return [
+        pytest.param(
+            flow,
+            dtype,
+            bf16,
+            id=f"{'autocast' if bf16 else 'plain'}-{dtype}-{flow.__name__}",
+            marks=() if dtype in usual or flow is Distillation else pytest.mark.slow,
+        )
+        for bf16, dtype, flow in itertools.product(modes, dtypes, FLOWS)
+    ]
+
+
 def ready(flow, *given, **named) -> Flow:
     made = flow(*given, **named)
     made.prepare()
@@ -277,9 +293,7 @@ def flags(model: nn.Module) -> dict:
     }
 
 
-@pytest.mark.parametrize("flow", FLOWS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("bf16", [True, False], ids=["autocast", "plain"])
+@pytest.mark.parametrize(("flow", "dtype", "bf16"), cases(DTYPES, (True, False), usual=DTYPES[:2]))
 def test_a_trained_model_is_its_own(flow, dtype, bf16, tokens, tmp_path):
     made = ready(flow, tokens, tmp_path, dtype, bf16)
     parent, student = flags(made.parent), flags(made.model)
@@ -307,13 +321,12 @@ class Stop(BaseException):
     """As Ctrl-C is."""
 
 
-@pytest.mark.parametrize("flow", FLOWS)
-@pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)
-def test_an_interrupted_model_is_its_own(flow, dtype, tokens, tmp_path):
+@pytest.mark.parametrize(("flow", "dtype", "bf16"), cases(DTYPES[:3], (True,), usual=DTYPES[1:2]))
+def test_an_interrupted_model_is_its_own(flow, dtype, bf16, tokens, tmp_path):
     def stop(done, total):
         raise Stop
 
-    made = ready(flow, tokens, tmp_path, dtype, True, progress=stop)
+    made = ready(flow, tokens, tmp_path, dtype, bf16, progress=stop)
     parent, student = flags(made.parent), flags(made.model)
     with pytest.raises(Stop):
         made.run()

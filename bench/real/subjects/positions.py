@@ -11,6 +11,8 @@ RULES = {
     "as it is": None,
     "yarn": "yarn(factor=2.0)",
     "dynamic NTK": "dynamic_ntk(factor=1.0)",
+    "dynamic PI": "dynamic_pi",
+    "dynamic YaRN": "dynamic_yarn",
     "NTK": "ntk(factor=2.0)",
     "ReRoPE": "rerope(window=2048)",
     "interpolation": "pi(factor=2.0)",

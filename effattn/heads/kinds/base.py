@@ -12,19 +12,51 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from torch import Tensor
+
 from effattn.axes import Axis
+from effattn.calibration.walk import Progress, Walk
 from effattn.errors import check_choice
 from effattn.hf.anatomy import Anatomy
+
+
+class Job:
+    """A conversion with its calibration, checked, which a walk carries out."""
+
+    @property
+    def batches(self) -> list[Tensor] | None:
+        """The windows that hidden states are made of, int64 (batch, length) each; None: none are
+        needed."""
+        raise NotImplementedError
+
+    @property
+    def settings(self) -> dict:
+        """What an unfinished run must have in common with one that goes on from it."""
+        raise NotImplementedError
+
+    def carry_out(self, walk: Walk, progress: Progress | None = None) -> list[dict]:
+        """Changes every layer; returns a row of facts, JSON, for each."""
+        raise NotImplementedError
+
+    def config(self, config: dict, rows: list[dict]) -> dict:
+        """config.json of what comes out, made of the parent's."""
+        raise NotImplementedError
+
+    def report(self, old: Anatomy, new: Anatomy, rows: list[dict]) -> Any:
+        """What the function on a live model returns."""
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)
 class Change:
     """What a spec comes to in one model, checked as far as that needs no calibration.
 
-    convert(model, calibration) rewrites the model, all or nothing. kv_heads: key/value heads by
-    then, None for as many as there are. latent: whether keys and values are latents by then."""
+    convert(model, calibration) rewrites the model, all or nothing; job(parts, calibration, bos) is
+    what does the same on a walk, bos the token itself. kv_heads: key/value heads by then, None for
+    as many as there are. latent: whether keys and values are latents by then."""
 
     convert: Callable[..., Any]
+    job: Callable[..., Job]
     kv_heads: int | None = None
     latent: bool = False
 

@@ -16,7 +16,7 @@ class Gqa(Kind):
     @classmethod
     def change(cls, parts, spec, options):
         # at its use: what it imports is heavy, and most swaps have nothing to do with heads
-        from effattn.heads.gqa import check_kv_heads, convert_gqa
+        from effattn.heads.gqa import check_kv_heads, convert_gqa, job
 
         if cls.name == "gqa" and "kv_heads" not in options:
             raise ValueError(
@@ -29,7 +29,9 @@ class Gqa(Kind):
         check_options(cls.name, options, convert_gqa, *APART)
         given = {"kv_heads": 1 if cls.name == "mqa" else parts.heads, **options}
         check_kv_heads(given["kv_heads"], parts.kv_heads)
-        return Change(partial(convert_gqa, **given), kv_heads=given["kv_heads"])
+        parts.check_kv_heads(given["kv_heads"])
+        convert, walked = partial(convert_gqa, **given), partial(job, **given)
+        return Change(convert, walked, kv_heads=given["kv_heads"])
 
 
 @register("mqa")

@@ -16,8 +16,9 @@ class LatentHeads(Kind):
     @classmethod
     def change(cls, parts, spec, options):
         # at its use: what it imports is heavy, and most swaps have nothing to do with heads
-        from effattn.heads.latent.convert import check_latent, convert_weights
+        from effattn.heads.latent.convert import check_latent, convert_weights, job
 
         check_options(cls.name, options, convert_weights, *APART)
         check_latent(parts, **options)
-        return Change(partial(convert_weights, **options), latent=True)
+        convert, walked = partial(convert_weights, **options), partial(job, **options)
+        return Change(convert, walked, latent=True)

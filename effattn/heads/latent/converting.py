@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 
 from effattn.calibration.attended import is_linear
-from effattn.calibration.layerwise import LayerRunner, windows
+from effattn.calibration.layerwise import windows
+from effattn.calibration.spilled import States
+from effattn.calibration.walk import CHANGED, Stream, Walk
 from effattn.errors import Unsupported
 from effattn.heads.converting import measure_and_refit, observe
 from effattn.heads.latent.ranks import Size
 from effattn.heads.latent.spectrum import Factors, Spectrum, spectrum
-from effattn.heads.undo import Undo
 from effattn.hf import latents
 from effattn.hf.anatomy import Anatomy, Layer
 
@@ -36,6 +37,11 @@ class Conversion:
     length: int
     batch: int
     bos: int | None = None
+
+    @property
+    def batches(self) -> list[Tensor]:
+        """The calibration windows, int64 (batch, length) each."""
+        return windows(self.calibration, self.length, self.batch, self.bos)
 
 
 def check_layers(parts: Anatomy) -> None:
@@ -60,47 +66,40 @@ def check_layers(parts: Anatomy) -> None:
             projection.by_head  # noqa: B018 - raises where there is none
 
 
-def convert(
-    parts: Anatomy, asked: Conversion, undo: Undo, progress: Progress | None = None
-) -> list[dict]:
-    """Converts every layer, and returns a row of facts for each. `undo` remembers what they were.
+def convert(walk: Walk, asked: Conversion, progress: Progress | None = None) -> list[dict]:
+    """Converts every layer, and returns a row of facts for each.
 
     `teacher` are the activations of the model as it was, `student` those of the model converted so
     far."""
-    batches = windows(asked.calibration, asked.length, asked.batch, asked.bos)
-    runner = LayerRunner(parts, batches)
     chosen = asked.size.rank is None
-    counted = Counted(progress, len(parts.layers) * (2 if chosen else 1))
-    shares = spectra(runner, counted.one_more) if chosen else None
-    ranks = asked.size.choose(parts, shares)
-    teacher = runner.embed()
-    student = [states.clone() for states in teacher]
-    rows = []
-    for layer, rank in zip(parts, ranks, strict=True):
-        found, targets = _observed(runner, layer, teacher)
-        undo.remember(layer)
+    counted = Counted(progress, len(walk.parts.layers) * (2 if chosen else 1))
+    shares = spectra(walk, counted.one_more) if chosen else None
+    ranks = asked.size.choose(walk.parts, shares)
+
+    def step(layer: Layer, teacher: Stream, student: Stream) -> dict:
+        found, targets = _observed(walk, layer, teacher)
+        rank = ranks[layer.index]
         install(layer, found.factors(rank))
         row = {"layer": layer.index, "rank": rank, "lost": float(found.shares[rank:].sum())}
-        rows.append(row | measure_and_refit(runner, layer, student, targets, asked.refit))
-        counted.one_more()
-    return rows
+        return row | measure_and_refit(walk, layer, student, targets, asked.refit)
+
+    return walk.over(CHANGED, step, streams=2, changes=True, progress=counted.one_more)
 
 
-def spectra(runner: LayerRunner, tell: Callable[[], None] = lambda: None) -> list[Tensor]:
+def spectra(walk: Walk, tell: Progress = lambda done, total: None) -> list[Tensor]:
     """Each layer's spectrum as shares of its energy, (n,) fp64, descending."""
-    teacher, found = runner.embed(), []
-    for layer in runner.anatomy:
-        found.append(_observed(runner, layer, teacher)[0].shares)
-        tell()
-    return found
+
+    def step(layer: Layer, teacher: Stream) -> list[float]:
+        return _observed(walk, layer, teacher)[0].shares.tolist()
+
+    found = walk.over("spectra", step, progress=tell)
+    return [torch.tensor(one, dtype=torch.float64) for one in found]
 
 
-def _observed(
-    runner: LayerRunner, layer: Layer, teacher: list[Tensor]
-) -> tuple[Spectrum, list[Tensor]]:
+def _observed(walk: Walk, layer: Layer, teacher: Stream) -> tuple[Spectrum, States]:
     """The spectrum of an old layer, and what its attention gives, batch by batch; moves `teacher`
     one layer on."""
-    moment, targets, inputs = observe(runner, layer, teacher)
+    moment, targets, inputs = observe(walk, layer, teacher)
     inputs = None if is_linear(layer) else inputs
     return spectrum(layer, moment.to(layer.k.like.device), inputs), targets
 
@@ -122,7 +121,7 @@ class Counted:
     def __init__(self, progress: Progress | None, total: int):
         self.progress, self.done, self.total = progress, 0, total
 
-    def one_more(self) -> None:
+    def one_more(self, *_: int) -> None:
         """A step is done."""
         self.done += 1
         if self.progress:

@@ -1,4 +1,4 @@
-"""The safetensors files of a checkpoint that is pruned from file to file."""
+"""The safetensors files of a checkpoint that is changed from file to file."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch import Tensor
 
-from effattn.prune.unstructured.streamed import Checkpoint, StreamedModel
+from effattn.hf.streamed import Checkpoint, StreamedModel
 
 BYTES = {  # of one number, by safetensors' names
     "F64": 8,

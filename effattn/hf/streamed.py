@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -13,7 +13,8 @@ from effattn.errors import Unsupported
 from effattn.hf import anatomy as hf
 from effattn.hf import loading, weight_files
 from effattn.hf.packing import require_plain_files
-from effattn.hf.source import KEY, read_config
+from effattn.hf.source import read_config
+from effattn.hf.trusted import KEY
 
 
 class Checkpoint:
@@ -46,19 +47,27 @@ class StreamedModel:
     and emptied again.
     """
 
-    def __init__(self, checkpoint: Checkpoint, device: torch.device | None = None):
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        device: torch.device | None = None,
+        shape: Callable[[nn.Module], None] | None = None,
+    ):
+        """shape: what makes the new model's modules those of a checkpoint that plain transformers
+        does not know."""
         from accelerate import init_empty_weights
 
         self.checkpoint, self.device = checkpoint, device or torch.device("cpu")
         config = read_config(str(checkpoint.folder), checkpoint.folder)
-        if hasattr(config, KEY):
+        if hasattr(config, KEY) and shape is None:
             raise Unsupported(
-                f"model: {str(checkpoint.folder)!r} is a swapped checkpoint, which is not pruned "
-                "from file to file; valid is effattn.load, effattn.prune.oneshot on the model, "
-                "and effattn.save"
+                f"model: {str(checkpoint.folder)!r} is a swapped checkpoint, which is not read "
+                "layer by layer; valid is effattn.load, the same on the model (such as "
+                "effattn.prune.oneshot), and effattn.save"
             )
+        config.__dict__.pop(KEY, None)
         loading.check_causal(config, checkpoint.folder)
-        require_plain_files(config, checkpoint.folder, "pruning from files")
+        require_plain_files(config, checkpoint.folder, "working from file to file")
         # rotary frequencies are computed, not stored
         with init_empty_weights(include_buffers=False):
             model = (
@@ -66,6 +75,8 @@ class StreamedModel:
                 ._from_config(config, dtype=config.dtype or torch.float32)
                 .eval()
             )
+            if shape is not None:
+                shape(model)
         model.tie_weights()
         for module in model.modules():  # what is not stored
             for name in module._non_persistent_buffers_set:
@@ -89,9 +100,11 @@ class StreamedModel:
             )
 
         loading.check_shapes(model, checkpoint.stored, self.stored)
-        own = model.state_dict()
+        self.own = set(model.state_dict())
         if unknown := [
-            here for here in self.stored if here not in own and not loading.left_out(model, here)
+            here
+            for here in self.stored
+            if here not in self.own and not loading.left_out(model, here)
         ]:
             loading.refuse("unexpected keys", unknown)
 
@@ -114,8 +127,12 @@ class StreamedModel:
     @contextmanager
     def layer(self, index: int) -> Iterator[hf.Layer]:
         """While open, decoder layer `index` has its weights."""
-        with self._filled(self.parts.layers[index].block, self.prefixes[index]):
-            yield self.parts.layers[index]
+        block = self.parts.layers[index].block
+        with self._filled(block, self.prefixes[index]):
+            try:
+                yield self.parts.layers[index]
+            finally:
+                _empty(block)  # which may have other modules by now
 
     @contextmanager
     def around(self) -> Iterator[None]:
@@ -146,6 +163,13 @@ class StreamedModel:
         finally:
             for module, name in wanted.values():
                 _set(module, name, getattr(module, name).to("meta"))
+
+
+def _empty(root: nn.Module) -> None:
+    """Puts everything in `root` that is in a checkpoint onto the meta device."""
+    for module in root.modules():
+        for name in _stored(module):
+            _set(module, name, getattr(module, name).to("meta"))
 
 
 def _stored_names(model: nn.Module, files: Iterable[str]) -> dict[str, str]:
