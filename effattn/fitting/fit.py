@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -73,7 +74,15 @@ def fit(
     model.eval()
     try:
         session = Session(model, budget, calibration, asked)
-        settings = {"budget": str(budget), "asked": str(asked), "tokens": len(calibration)}
+        # what was measured serves other budgets of the same model, text and windows
+        digest = hashlib.sha256(calibration.cpu().numpy().tobytes()).hexdigest()
+        settings = {
+            "model": getattr(model.config, "_name_or_path", "") or type(model).__name__,
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "asked": str(asked),
+            "length": session.length,
+            "tokens": digest,
+        }
         kept = Parts(None if resume is None else Path(resume), settings, {}, KIND)
         space = session.space(kept, progress)
         if STEP in budget.given:
