@@ -148,9 +148,9 @@ def fit(settings: Settings, show: Quiet) -> FitReport:
     budget = check(settings)
     parent, tokenizer = load(settings, show)
     text = read(settings, show, tokenizer)
-    with show.stage("reading the model"):
+    with show.stage("measuring the parent") as progress:
         calibration = text.train[: settings.calibration_tokens + settings.score_tokens]
-        session = Session(parent, budget, calibration, settings.asked)
+        session = Session(parent, budget, calibration, settings.asked, progress)
     flow.check_unfinished(settings, begin=True)
     made_with = flow.made_with(parent, "torch", "transformers")
     kept = Parts(settings.partial / "parts.json", settings.kept(), made_with, "fit")
@@ -281,29 +281,31 @@ def finish(
     from effattn.fitting.building import finish as carry_out
     from effattn.fitting.harm import Judge
 
-    with show.stage("building the plan"):
-        shaped = session.builder.shaped(found.best.plan)
+    with show.stage("building the plan") as progress:
+        shaped = session.builder.shaped(found.best.plan, progress)
     if settings.recover_tokens:
         shaped, report.data["recovery"] = recover(settings, show, session, shaped, found, text)
     report.built = carry_out(shaped, found.best.plan, session.builder.parent)
 
-    judge = Judge(session.parts.model, text.evaluation, session.length, settings.bos)
+    with show.stage("measuring the parent on other text") as progress:
+        held_out = (text.evaluation, session.length, settings.bos)
+        judge = Judge(session.parts.model, *held_out, progress)
     lanes = facts.lanes(session, found, report.built)
     rows = report.data["plans"]
     for name, (made, totals) in lanes.items():
         model = made()
         again = "recovered/" if settings.recover_tokens and name == facts.PLAN else ""
         key = f"{again}{totals['key']}"
-        with show.stage(f"measuring {name}"):
-            quality = kept.once(f"quality/{key}", lambda model=model: judge.of(model, piece=1))
+        stage, part = f"measuring {name}", f"quality/{key}"
+        quality = flow.part(show, kept, stage, part, judge.of, model, piece=1)
         row = {"name": name, "bytes": totals["bytes"], **quality}
         if settings.retrieval_trials and name in (facts.PARENT, facts.PLAN):
             row |= retrieval(settings, show, kept, session, model, name, key, tokenizer)
         rows.append(row)
     if settings.decode_steps:
-        with show.stage("timing decoding steps"):
+        with show.stage("timing decoding steps") as progress:
             models = {name: made() for name, (made, _) in lanes.items()}
-            facts.add_speed(rows, session, models, settings.decode_steps)
+            facts.add_speed(rows, session, models, settings.decode_steps, progress)
 
 
 def recover(

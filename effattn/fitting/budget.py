@@ -104,12 +104,14 @@ def amount_of(name: str, amount: Amount, whole: float | None) -> float:
     )
     if isinstance(amount, bool) or not isinstance(amount, int | float | str):
         raise ValueError(f"{name}: got {amount!r}, {valid}")
-    number, unit = amount, None
+    unit: str | None = None
     if isinstance(amount, str):
         match = AMOUNT.fullmatch(amount)
         if match is None:
             raise ValueError(f"{name}: got {amount!r}, {valid}")
         number, unit = float(match[1].replace(",", "").replace("_", "")), match[2]
+    else:
+        number = float(amount)
     if not math.isfinite(number) or number <= 0:
         raise ValueError(f"{name}: got {amount!r}, {valid}")
     if unit == "%":

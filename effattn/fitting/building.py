@@ -22,6 +22,7 @@ from effattn.calibration.layerwise import LayerRunner, watch, windows
 from effattn.calibration.refit import OutputRefit
 from effattn.calibration.statistics import SecondMoment
 from effattn.fitting.accounting import pattern_of
+from effattn.fitting.harm import Progress, untold
 from effattn.fitting.plan import FULL, SHAPED, LayerChoice, Plan
 from effattn.heads.converting import Conversion, merge_heads
 from effattn.heads.judged import TOKENS
@@ -80,17 +81,20 @@ class Builder:
         """The parent as the plan has it, in eval mode."""
         return finish(self.shaped(plan), plan, self.parent)
 
-    def shaped(self, plan: Plan) -> nn.Module:
-        """The parent with the plan's heads and widths, and nothing else of it."""
+    def shaped(self, plan: Plan, progress: Progress = untold) -> nn.Module:
+        """The parent with the plan's heads and widths, and nothing else of it. progress: called
+        with (layers done, layers)."""
         changed = [i for i, name, _ in plan.changes(self.parent) if name in SHAPED]
         model = twin(self.parts, set(changed))
         if not changed:
+            progress(1, 1)
             return model
         runner = LayerRunner(anatomy.of(model), self.batches)
         teacher = self.teacher.embed()
         student = [states.clone() for states in teacher]
         for index in range(min(changed)):  # both are the same so far
             student = teacher = self.forward(index, teacher)
+            progress(index + 1, max(changed) + 1)
         teacher = [states.clone() for states in student]
         for index in range(min(changed), max(changed) + 1):
             if index in changed:
@@ -99,6 +103,7 @@ class Builder:
             else:
                 teacher = self.forward(index, teacher)
                 student = [output for _, output in runner.run(index, student)]
+            progress(index + 1, max(changed) + 1)
         shapes.settle(model)
         return model
 

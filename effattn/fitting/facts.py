@@ -10,6 +10,7 @@ from torch import nn
 from effattn.fitting import speed
 from effattn.fitting.accounting import Ledger, counted
 from effattn.fitting.groups import Space
+from effattn.fitting.harm import Progress, untold
 from effattn.fitting.plan import Plan
 from effattn.fitting.report import PARENT, PLAN, FitReport
 from effattn.fitting.search import Found, Tried
@@ -109,11 +110,17 @@ def _totals(ledger: Ledger, tried: Tried) -> dict:
     return {**ledger.totals(tried.plan), "key": tried.plan.key()}
 
 
-def add_speed(rows: list[dict], session: Session, models: dict[str, nn.Module], steps: int) -> None:
+def add_speed(
+    rows: list[dict],
+    session: Session,
+    models: dict[str, nn.Module],
+    steps: int,
+    progress: Progress = untold,
+) -> None:
     """Adds to the plans' rows ms (of a step, the models taking turns), tokens_per_s (of the batch)
     and timed_at, the tokens in the cache: the budget's, but no more than `TIMED`."""
     batch, context = session.ledger.batch, min(session.ledger.context, TIMED)
-    found = speed.timed(models, context, batch, steps)
+    found = speed.timed(models, context, batch, steps, progress)
     for row in rows:
         row["ms"] = found[row["name"]]
         row["timed_at"] = context

@@ -10,6 +10,7 @@ is given whole windows, which is the same and quicker."""
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -23,15 +24,27 @@ from effattn.hf.beginning import bos_of
 from effattn.hf.cache import new_cache
 from effattn.hf.placement import input_device
 
+Progress = Callable[[int, int], None]
 PIECE = 16  # tokens at a time through a packed cache
 BATCH = 4096  # tokens at a time otherwise
+
+
+def untold(done: int, total: int) -> None:
+    """A progress that nobody is told of."""
 
 
 class Judge:
     """Windows of tokens (N,) int64 and what the parent says of them. length: of a window."""
 
     @torch.no_grad()
-    def __init__(self, parent: nn.Module, tokens: Tensor, length: int, bos: bool | None = None):
+    def __init__(
+        self,
+        parent: nn.Module,
+        tokens: Tensor,
+        length: int,
+        bos: bool | None = None,
+        progress: Progress = untold,
+    ):
         self.parts, self.length = anatomy.of(parent), length
         if self.parts.final_norm is None:
             raise Unsupported(f"{type(parent).__name__} has no final norm that could be watched")
@@ -46,7 +59,11 @@ class Judge:
         self.given = begun(rows[:, :-1], bos_of(parent, bos)).to(device)
         self.truth = rows[:, 1:].to(device)
         self.batch = max(1, BATCH // length)
-        self.wanted = [self._final(parent, some) for some in self.given.split(self.batch)]
+        self.wanted: list[Tensor] = []
+        batches = self.given.split(self.batch)
+        for some in batches:
+            self.wanted.append(self._final(parent, some))
+            progress(len(self.wanted), len(batches))
         self.tokens = rows[:, 1:].numel()
 
     def _final(self, model: nn.Module, ids: Tensor, **call) -> Tensor:
@@ -62,7 +79,9 @@ class Judge:
         return seen.pop()
 
     @torch.no_grad()
-    def of(self, student: nn.Module, piece: int = PIECE) -> dict[str, float]:
+    def of(
+        self, student: nn.Module, piece: int = PIECE, progress: Progress = untold
+    ) -> dict[str, float]:
         """{kl, cross_entropy, perplexity, agreement} of a model in eval mode: KL(parent || student)
         and the student's own loss, means over all tokens; the share of tokens that both find most
         likely. piece: tokens at a time through packed caches, of which 1 is decoding itself."""
@@ -72,7 +91,7 @@ class Judge:
             self.given.split(self.batch), self.truth.split(self.batch), self.wanted, strict=True
         )
         parts = anatomy.of(student)
-        for ids, truth, wanted in groups:
+        for number, (ids, truth, wanted) in enumerate(groups):
             if packed:
                 cache = new_cache(student)
                 found = torch.cat(
@@ -85,6 +104,7 @@ class Judge:
             else:
                 found = self._final(student, ids)
             self._add(sums, parts, found.flatten(0, 1), wanted.flatten(0, 1), truth.flatten())
+            progress(number + 1, len(self.wanted))
         told = {name: value / self.tokens for name, value in sums.items()}
         loss = told["cross_entropy"]
         return told | {"perplexity": math.exp(loss) if loss < 700 else math.inf}

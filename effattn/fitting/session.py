@@ -8,7 +8,7 @@ N: tokens of the calibration text."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
@@ -22,7 +22,7 @@ from effattn.fitting.budget import Budget
 from effattn.fitting.building import Builder
 from effattn.fitting.candidates import axes_of, candidates
 from effattn.fitting.groups import STEP, Space
-from effattn.fitting.harm import Judge
+from effattn.fitting.harm import Judge, Progress, untold
 from effattn.fitting.plan import Plan
 from effattn.fitting.search import Measure
 from effattn.hf import anatomy
@@ -33,7 +33,6 @@ from effattn.resuming import Parts
 from effattn.surgery.swapping import active
 
 TOKENS_PER_DIMENSION = 10  # of an FFN whose down projection is solved again
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -56,7 +55,14 @@ class Session:
     model: a transformers causal LM, in eval mode and unswapped. tokens: int64 (N,). ValueError and
     Unsupported as `effattn.fit`."""
 
-    def __init__(self, model: nn.Module, budget: Budget, tokens: Tensor, asked: Asked):
+    def __init__(
+        self,
+        model: nn.Module,
+        budget: Budget,
+        tokens: Tensor,
+        asked: Asked,
+        progress: Progress = untold,
+    ):
         self.budget, self.asked = budget, asked
         self.axes = axes_of(asked.allow, asked.forbid, asked.keep)
         self.parts = check_model(model)
@@ -71,7 +77,7 @@ class Session:
             empty = library.Library([])
             Space(self.ledger, self.ladders, empty).check_least(limits)
         self.builder = Builder(self.parts, fitted, length=self.length, bos=bos_of(model, asked.bos))
-        self.judge = Judge(model, scored, self.length, asked.bos)
+        self.judge = Judge(model, scored, self.length, asked.bos, progress)
 
     def _split(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """(what is fitted to, what harm is measured on)."""
