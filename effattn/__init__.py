@@ -12,15 +12,19 @@ from importlib.metadata import PackageNotFoundError, version
 from effattn.plugin import importing
 
 _FUNCTIONS = {
+    "Budget": "effattn.fitting.budget",
     "Shape": "effattn.interface",
     "backend": "effattn.registry",
     "backends": "effattn.registry",
     "convert_files": "effattn.surgery.from_files",
     "convert_gqa": "effattn.heads.gqa",
     "convert_latent": "effattn.surgery.latents",
+    "convert_mla": "effattn.heads.mla.convert",
     "describe": "effattn.surgery.describing",
     "export": "effattn.exporting.export",
+    "fit": "effattn.fitting.fit",
     "fit_windows": "effattn.swapping.windows",
+    "flex_attention": "effattn.kernels.flex",
     "load": "effattn.surgery.checkpoint",
     "measure": "effattn.measuring.measurement",
     "measure_approximation": "effattn.linearizing.approximation",

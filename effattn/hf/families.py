@@ -130,7 +130,7 @@ _IGNORED = "transformers ignores num_key_value_heads in this class"
 _REHOST = f"{_IGNORED}; effattn.rehost(model) is the same model as"
 
 _LLAMA_LIKE = ("llama", "olmo", "olmo2", "granite", "seed_oss")
-_LAYERWISE = ("qwen2", "qwen3", "olmo3", "smollm3", "exaone4")
+_LAYERWISE = ("qwen2", "qwen3", "ministral", "olmo3", "smollm3", "exaone4")
 _GATE_UP = ("mlp.gate_up_proj",)  # one module, the gate's rows first
 
 FAMILIES: dict[str, Family] = {

@@ -57,6 +57,14 @@ def matrix(module: nn.Module) -> Tensor:
     return weight.T if is_transposed(module) else weight
 
 
+def sizes(module: nn.Module) -> tuple[int, int]:
+    """(outputs, inputs) of a linear-like module."""
+    if is_transposed(module):
+        outputs, inputs = matrix(module).shape
+        return outputs, inputs
+    return module.out_features, module.in_features
+
+
 def not_plain(root: nn.Module) -> str | None:
     """The path in `root` and the class of the first linear-like module that is no plain one; None
     where all are.

@@ -45,7 +45,12 @@ class LatentReport(ConversionReport):
 
 
 def report_of(
-    parts: Anatomy, settings: dict, before: dict, after: dict, rows: list
+    parts: Anatomy,
+    settings: dict,
+    before: dict,
+    after: dict,
+    rows: list,
+    kind: type[LatentReport] = LatentReport,
 ) -> LatentReport:
     """settings: what was asked. before, after: of `effattn.heads.gqa.describe_size`. rows: of
     `effattn.heads.latent.convert.convert_weights`."""
@@ -61,9 +66,9 @@ def report_of(
         "dtype": str(parts.embeddings.weight.dtype).removeprefix("torch."),
     }
     name = getattr(parts.config, "_name_or_path", "") or type(parts.model).__name__
-    return LatentReport(
+    return kind(
         {
-            "kind": LatentReport.kind,
+            "kind": kind.kind,
             "settings": {"model": name, **settings},
             "model": model,
             "quality": None,

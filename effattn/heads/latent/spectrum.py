@@ -92,10 +92,16 @@ def spectrum(layer: Layer, moment: Tensor, inputs: Tensor | None = None) -> Spec
 
     inputs (N, D): some of them, where q or k go through a norm, whose effect a moment does not
     tell: then keys are weighed by what the norm makes of them in the mean, which is approximate."""
-    key, value = layer.k.with_bias.to(moment), layer.v.with_bias.to(moment)
-    weights = torch.stack(
-        [KEY_SHARE * key_weight(layer, moment, inputs), value_weight(layer).to(moment)]
-    )
+    weights = key_weight(layer, moment, inputs), value_weight(layer).to(moment)
+    return joint(layer.k.with_bias.to(moment), layer.v.with_bias.to(moment), *weights, moment)
+
+
+def joint(
+    key: Tensor, value: Tensor, key_weights: Tensor, value_weights: Tensor, moment: Tensor
+) -> Spectrum:
+    """Of keys and values that are these of (x, 1), (K, d, D1) both, whose errors weigh (K, d, d)
+    each, keys' by `KEY_SHARE` beside values'."""
+    weights = torch.stack([KEY_SHARE * key_weights, value_weights])
     # keys and values each by itself: a weight counts as zero beside its like
     pairs = [roots(weight) for weight in weights]
     root, inverse = (torch.stack(each) for each in zip(*pairs, strict=True))
