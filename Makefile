@@ -94,10 +94,11 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/mypy
 
 kernels: $(STAMP)
-	$(BIN)/python -m pytest -m 'launch and not slow' -n auto --dist worksteal \
-		tests/kernels tests/bench/test_gpu_day.py
+	$(BIN)/python -m pytest -m '(launch or interpreted) and not slow' -n auto --dist worksteal \
+		tests/kernels tests/patterns/test_conformance.py tests/bench/test_gpu_day.py
 	$(BIN)/effattn kernels
 
 clean:

@@ -30,7 +30,7 @@ STEPS = 64  # more than a case of steps makes: they stay within a block that end
 COLD = 2**30  # bytes of caches that take turns on a GPU
 # Which share of the device's peak plans expect, by backend: exponentials, sorting and gathering are
 # no operations.
-EFFICIENCY = {"linear": 0.14, "performer": 0.3, "lsh": 0.1, "linformer": 0.6}
+EFFICIENCY = {"linear": 0.14, "performer": 0.3, "lsh": 0.1, "topk": 0.2, "linformer": 0.6}
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 from effattn.plugin import importing
 
 _FUNCTIONS = {
+    "Budget": "effattn.fitting.budget",
     "Shape": "effattn.interface",
     "backend": "effattn.registry",
     "backends": "effattn.registry",
@@ -20,11 +21,16 @@ _FUNCTIONS = {
     "convert_latent": "effattn.surgery.latents",
     "convert_mla": "effattn.heads.mla.convert",
     "describe": "effattn.surgery.describing",
+    "export": "effattn.exporting.export",
+    "fit": "effattn.fitting.fit",
+    "fit_windows": "effattn.swapping.windows",
+    "flex_attention": "effattn.kernels.flex",
     "load": "effattn.surgery.checkpoint",
     "measure": "effattn.measuring.measurement",
     "measure_approximation": "effattn.linearizing.approximation",
     "new_cache": "effattn.hf.cache",
     "perplexity": "effattn.evaluate.loss",
+    "rehost": "effattn.rehosting.rehosted",
     "restore": "effattn.surgery.swapping",
     "save": "effattn.surgery.checkpoint",
     "swap": "effattn.surgery.swapping",

@@ -192,7 +192,9 @@ def check_positive(argument: str, value) -> None:
         raise ValueError(f"{argument}: expected a number above 0, got {float(value)}")
 
 
-def check_extras(q: Tensor, softcap=None, sink_logits=None, global_qkv=None, latent=None) -> None:
+def check_extras(
+    q: Tensor, softcap=None, sink_logits=None, global_qkv=None, global_mask=None, latent=None
+) -> None:
     """ValueError for extras that do not fit q; what their shapes have to be beyond that, a backend
     checks.
     """
@@ -217,6 +219,11 @@ def check_extras(q: Tensor, softcap=None, sink_logits=None, global_qkv=None, lat
         if any(x.device != q.device for x in global_qkv):
             got = ", ".join(str(x.device) for x in global_qkv)
             raise ValueError(f"global_qkv: expected tensors on {q.device}, got {got}")
+    if global_mask is not None:
+        valid = f"torch.bool ({q.shape[0]}, {q.shape[2]}) on {q.device}, of a whole sequence"
+        fits = isinstance(global_mask, Tensor) and global_mask.shape == (q.shape[0], q.shape[2])
+        if not fits or global_mask.dtype != torch.bool or global_mask.device != q.device:
+            raise ValueError(f"global_mask: expected {valid}, got {_described(global_mask)}")
     if latent is not None and not isinstance(latent, Latent):
         raise ValueError(
             f"latent: expected an effattn.kernels.latent.Latent, got {_described(latent)}"

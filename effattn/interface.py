@@ -12,6 +12,7 @@ positions."""
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -51,12 +52,13 @@ Rotary = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 class Call:
     """What a call says beside q, k and v, checked.
 
-    causal, scale (a number), softcap (a number), sink_logits (Hq,), global_qkv, latent: as in
-    `Backend.forward`. layout: where the keys lie. q_first (B, Hq, Tq, D): the queries as the first
-    keys (sinks) see them, None when those see them as all others do. A position rule's: `far`, what
-    distant pairs use instead of q and k; `turn`, with which k is raw, and turned when it is read;
-    `bias`, what is added to scores. state: where the method has to read more than k and v
-    (`State.read_by_method`); with it padding_mask (B, tokens so far) bool, padding on the left."""
+    causal, scale (a number), softcap (a number), sink_logits (Hq,), global_qkv, global_mask (B,
+    Tk), latent: as in `Backend.forward`. layout: where the keys lie. q_first (B, Hq, Tq, D): the
+    queries as the first keys (sinks) see them, None when those see them as all others do. A
+    position rule's: `far`, what distant pairs use instead of q and k; `turn`, with which k is raw,
+    and turned when it is read; `bias`, what is added to scores. state: where the method has to read
+    more than k and v (`State.read_by_method`); with it padding_mask (B, tokens so far) bool,
+    padding on the left."""
 
     causal: bool
     layout: Layout
@@ -68,6 +70,7 @@ class Call:
     turn: Turn | None = None
     bias: Bias | None = None
     global_qkv: tuple[Tensor, ...] | None = None
+    global_mask: Tensor | None = None
     latent: Latent | None = None
     state: State | None = None
     padding_mask: Tensor | None = None
@@ -96,10 +99,13 @@ class Backend(nn.Module):
     traits: Traits  # of the class; of one backend where an option decides what it learns
     implementations: ClassVar[tuple[str, ...]] = ("auto", "torch", "reference")
     plain: ClassVar[bool] = False  # the same function as the attention that plain transformers runs
-    # which of softcap, sink_logits, global_qkv and latent the method can honour
+    # which of softcap, sink_logits, global_qkv, global_mask and latent the method can honour
     extras: ClassVar[tuple[str, ...]] = ()
     # names of parameters and buffers whose first size is the number of K/V heads
     per_kv_head: tuple[str, ...] = ()
+    # whether the query heads of a group decide together what they see, so that each of them gets
+    # something else than it would alone
+    group_decides: ClassVar[bool] = False
     # names of parameters that `effattn.swap` makes one for all layers of the same pattern
     tied: tuple[str, ...] = ()
     # which of q, k and v have gradients that are not the function's slopes
@@ -160,6 +166,15 @@ class Backend(nn.Module):
         state.owner = self.signature
         return state
 
+    def repeated(self, times: int) -> Backend:
+        """A copy for K/V heads of which each is there `times` times, side by side: what it has for
+        each of them is repeated with it."""
+        wide = copy.deepcopy(self)
+        for name in wide.per_kv_head:
+            tensor = getattr(wide, name)
+            tensor.data = tensor.data.repeat_interleave(times, 0)
+        return wide
+
     def __init_subclass__(cls, **options) -> None:
         # a subclass' `new_state` signs too, without having to know of it
         super().__init_subclass__(**options)
@@ -175,6 +190,11 @@ class Backend(nn.Module):
     def packable(self) -> bool:
         """Whether `attend` lets a state of packed keys attend by itself."""
         return False
+
+    def growth(self, shape: Shape) -> float:
+        """Bytes that the state of such a call grows by with each further token, where it grows at
+        all."""
+        return shape.kv_bytes / shape.keys
 
     @property
     def signature(self) -> str:
@@ -222,8 +242,9 @@ class Backend(nn.Module):
         extras: what some models add, where the backend's `extras` name it: `softcap` (a score s
         becomes softcap tanh(s / softcap), Gemma 2), `sink_logits` (Hq,) (a learned logit per head
         in the denominator, gpt-oss), `global_qkv` (Longformer's second projections, q, k and v of
-        the new tokens), `latent` (what a `LatentState` remembers of the new tokens instead of k and
-        v).
+        the new tokens), `global_mask` (B, T) bool (the tokens that are global in each row, instead
+        of Longformer's own; whole sequences without a state), `latent` (what a `LatentState`
+        remembers of the new tokens instead of k and v).
 
         Raises ValueError for shapes, dtypes or devices that do not fit together, Unsupported for
         what the backend's traits exclude; nothing is appended to the state then."""

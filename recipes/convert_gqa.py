@@ -13,7 +13,8 @@ Measure the parent, merge its key/value heads by what they do on some text, meas
 demand (uptraining), measure, time decoding, and save: the output has its name only when a fresh
 process has shown that plain transformers computes the same with it. `.<output>.partial` beside it
 holds what an unfinished run has measured, and the checkpoints of its uptraining; the same command
-goes on from there.
+goes on from there. A model that does not fit into memory is converted from file to file, one layer
+in memory, and not measured (`--measure`).
 
 Under torchrun or `accelerate launch` every process converts, all train together, and rank 0
 measures and writes.
@@ -29,7 +30,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 import typer
 
-from effattn.recipes import converting, flow, options
+from effattn.recipes import converting, flow, layerwise, options
 from effattn.recipes.options import option, real, tokens, whole
 from effattn.stages import Quiet, main_process
 
@@ -69,9 +70,10 @@ class Settings(options.Settings):
     seed: int = options.random_seed("data order and random heads")
     device: str = options.device_name()
     decode_contexts: Sequence[int] = options.decode_contexts((512, 4096, 16384))
+    measure: str = layerwise.measure_option()
     overrides: dict = field(default_factory=dict)  # for TrainingArguments, from Python alone
 
-    APART: ClassVar = ("decode_contexts",)
+    APART: ClassVar = ("decode_contexts", "measure")
 
     @property
     def partial(self) -> Path:
@@ -89,7 +91,12 @@ def run(settings: Settings, show: Quiet | None = None) -> ConversionReport:
     with flow.output_of(settings) as finished:
         if finished:
             return ConversionReport.load(settings.output)
-        return convert(settings, show or Quiet())
+        check(settings)
+        if layerwise.fits(settings, "uptrain_tokens"):
+            return convert(settings, show or Quiet())
+        named = ("kv_heads", "method", "refit", "grouping", "length", "seed")
+        heads = layerwise.spec("gqa", settings, *named)
+        return layerwise.convert(settings, show or Quiet(), heads)
 
 
 # The steps
@@ -101,11 +108,10 @@ def convert(settings: Settings, show: Quiet) -> ConversionReport:
     from effattn.heads import gqa
     from effattn.heads.gqa import check_kv_heads
 
-    check(settings)
-
     def fits(parts: Anatomy) -> None:
         parts.require_gqa()
         check_kv_heads(settings.kv_heads, parts.kv_heads)
+        parts.check_kv_heads(settings.kv_heads)
 
     parent, tokenizer, parts = converting.load(settings, show, fits)
     going = converting.begin(settings, show, parent, tokenizer, parts, "convert-gqa")
@@ -144,6 +150,7 @@ def check(settings: Settings) -> None:
 
     check_choice("method", settings.method, METHODS)
     check_choice("grouping", settings.grouping, GROUPINGS)
+    layerwise.check(settings, "uptrain_tokens")
     converting.check(settings)
 
 

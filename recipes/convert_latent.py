@@ -11,7 +11,8 @@ r"""Give a checkpoint latent keys and values: r numbers a token are remembered, 
 Measure the parent, find each layer's best latents on some text, measure, distil on demand
 (uptraining), measure, time decoding, and save: the output has its name only when what was saved
 gives the same logits. `effattn.load` reads it. `.<output>.partial` beside it holds what an
-unfinished run has measured; the same command goes on from there.
+unfinished run has measured; the same command goes on from there. A model that does not fit into
+memory is converted from file to file, one layer in memory, and not measured (`--measure`).
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 import typer
 
-from effattn.recipes import converting, flow, options
+from effattn.recipes import converting, flow, layerwise, options
 from effattn.recipes.options import option, real, tokens, whole
 from effattn.stages import Quiet, main_process
 
@@ -62,9 +63,10 @@ class Settings(options.Settings):
     seed: int = options.random_seed("data order")
     device: str = options.device_name()
     decode_contexts: Sequence[int] = options.decode_contexts((512, 4096, 16384))
+    measure: str = layerwise.measure_option()
     overrides: dict = field(default_factory=dict)  # for TrainingArguments, from Python alone
 
-    APART: ClassVar = ("decode_contexts",)
+    APART: ClassVar = ("decode_contexts", "measure")
 
     @property
     def partial(self) -> Path:
@@ -87,7 +89,12 @@ def run(settings: Settings, show: Quiet | None = None) -> LatentReport:
     with flow.output_of(settings) as finished:
         if finished:
             return LatentReport.load(settings.output)
-        return convert(settings, show or Quiet())
+        check(settings)
+        if layerwise.fits(settings, "uptrain_tokens"):
+            return convert(settings, show or Quiet())
+        named = (*settings.size, "refit", "length")
+        heads = layerwise.spec("latent", settings, *named)
+        return layerwise.convert(settings, show or Quiet(), heads)
 
 
 # The steps
@@ -100,7 +107,6 @@ def convert(settings: Settings, show: Quiet) -> LatentReport:
     from effattn.surgery.checkpoint import load_again, save
     from effattn.surgery.latents import convert_latent
 
-    check(settings)
     parent, tokenizer, parts = converting.load(
         settings, show, lambda parts: check_latent(parts, **settings.size)
     )
@@ -136,6 +142,7 @@ def check(settings: Settings) -> None:
     from effattn.heads.latent.ranks import Size
 
     Size(**settings.size).check_given()
+    layerwise.check(settings, "uptrain_tokens")
     converting.check(settings)
 
 

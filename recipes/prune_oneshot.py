@@ -36,7 +36,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 import typer
 
-from effattn.recipes import flow, options
+from effattn.recipes import flow, layerwise, options
 from effattn.recipes.options import names, option, real, several, tokens, whole
 from effattn.stages import Quiet, main_process
 
@@ -44,10 +44,7 @@ if TYPE_CHECKING:
     from effattn.prune.unstructured.report import OneShotReport
     from effattn.textdata import Streams
 
-MEASURE = ("auto", "yes", "no")
 NOT_PACKED = "no"
-# What measuring needs room for, in models: the dense one, the pruned one, and one to compare with.
-COPIES = 3
 LR = 1 / 3  # of what suits uptraining after a head conversion, which breaks more
 
 
@@ -151,7 +148,7 @@ def prune(settings: Settings, show: Quiet) -> OneShotReport:
     pruned, report = prune_files(settings, show, source, text)
 
     student = None
-    if fits(settings, source):
+    if layerwise.fits(settings, "distill_tokens", source):
         parent, student = load_both(settings, show, source, pruned)
         length = min(report.data["settings"]["length"], len(text.evaluation) - 1)
         if main:
@@ -164,7 +161,7 @@ def prune(settings: Settings, show: Quiet) -> OneShotReport:
                 models = {"before": parent, "after": student}
                 report.data["decode"] = rows_by_context(models, settings.decode_contexts, progress)
     else:
-        report.data["settings"]["measure"] = "no: the model does not fit into memory three times"
+        report.data["settings"]["measure"] = layerwise.TOO_LARGE
     if main:
         save(settings, show, student, tokenizer, pruned, text, report)
         flow.discard(settings.partial)
@@ -191,14 +188,9 @@ def check(settings: Settings) -> None:
         raise ValueError("methods, sparsities: got none, valid is at least one of each")
     check_choice("modules", settings.modules, MODULES)
     check_choice("allocation", settings.allocation, ALLOCATIONS)
-    check_choice("measure", settings.measure, MEASURE)
     flow.device(settings.device)
     check_new_folder("output", settings.output)
-    if settings.distill_tokens and settings.measure == "no":
-        raise ValueError(
-            "distill_tokens: got some with measure 'no'; distillation needs the whole model in "
-            "memory"
-        )
+    layerwise.check(settings, "distill_tokens")
 
 
 def read(settings: Settings, show: Quiet) -> tuple:
@@ -267,23 +259,6 @@ def prune_files(
 
 # Where the model fits into memory three times
 # -------------------------------------------------------------------------------------------------
-
-
-def fits(settings: Settings, source: Path) -> bool:
-    """Whether the model is measured in memory. ValueError where it should be and does not fit."""
-    from effattn.hf.weight_files import file_bytes
-    from effattn.profiling.memory import available_bytes
-
-    if settings.measure == "no":
-        return False
-    free, needed = available_bytes(flow.device(settings.device)), COPIES * file_bytes(source)
-    room = free is None or needed < 0.8 * free
-    if not room and (settings.measure == "yes" or settings.distill_tokens):
-        raise ValueError(
-            f"measure: comparing and distilling need about {needed:,} bytes of memory, {free:,} "
-            "are free; valid is 'no'"
-        )
-    return room
 
 
 def load_both(settings: Settings, show: Quiet, source: Path, pruned: Path) -> tuple:

@@ -91,6 +91,14 @@ EXTRA: dict[str, dict] = {
     "helium": {"head_dim": 8},
     "seed_oss": {"head_dim": 8},
     "arcee": {"head_dim": 8},
+    "gpt_bigcode": {
+        "multi_query": False,
+        "n_inner": 96,
+        "attn_pdrop": 0.0,
+        "embd_pdrop": 0.0,
+        "resid_pdrop": 0.0,
+    },
+    "gpt2": {"n_inner": 96, "attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0},
 }
 
 
@@ -100,6 +108,7 @@ QUICK = {
     "bench": ["test_benchmark_results"],
     "calibration": ["test_attended"],
     "evaluate": ["test_evaluate"],
+    "fitting": ["test_solver"],
     "heads": ["test_heads"],
     "hf": ["test_anatomy", "test_own_windows", "test_refusals"],
     "kernels": ["test_flash_torch", "test_pack", "test_sparse24"],

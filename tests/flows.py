@@ -21,6 +21,7 @@ class Flow:
     model; None where nothing can be killed. reads: the setting that takes files of text. saves: a
     checkpoint, which is proven. trains: the classes of tests/training/test_precision.py that train
     as it does, in every precision. checked: numbers that it checks itself, with words of its own.
+    model: the folder in the tiny checkpoint's that has the one it takes, where it is another.
     """
 
     command: str | None
@@ -30,6 +31,11 @@ class Flow:
     saves: bool = True
     trains: tuple[str, ...] = ()
     checked: tuple[str, ...] = ()
+    model: str | None = None
+
+    def of(self, model: str) -> str:
+        """The model of its small run."""
+        return model if self.model is None else str(Path(model) / self.model)
 
     def words(self) -> list[str]:
         """What must be on the command line, the output excepted."""
@@ -54,6 +60,24 @@ FLOWS = {
         "convert-mla",
         {"rank": 8},
         dict(calibration_tokens=640, evaluation_tokens=128, length=32, decode_contexts=()),
+    ),
+    "fit": Flow(
+        "fit",
+        {"weight_bytes": "80%"},
+        dict(
+            weight_bytes="80%",
+            allow=("ffn",),
+            calibration_tokens=1024,
+            score_tokens=64,
+            rounds=1,
+            recover_tokens=3 * 64,
+            retrieval_trials=0,
+            decode_steps=0,
+            **TRAINED,
+        ),
+        trains=("Fitting",),
+        # amounts with units
+        checked=("bytes", "kv_bytes_per_token", "weight_bytes", "parameters", "tokens_per_s"),
     ),
     "linearize": Flow(
         "linearize",
@@ -81,6 +105,9 @@ FLOWS = {
         checked=("to",),  # against the model
     ),
     "extend_context": Flow(None),
+    "export": Flow(
+        "export", {"to": "transformers"}, dict(to="transformers", check=True), reads=None
+    ),
     "swap_backend": Flow(
         "swap",
         small=dict(
@@ -133,6 +160,7 @@ FLOWS = {
         ),
         checked=("heads", "ffn", "layers"),  # shares or numbers
     ),
+    "rehost": Flow("rehost", small=dict(evaluation_tokens=128, length=32), model="gpt_neox"),
     "shear": Flow(
         "shear",
         {"ffn": 48},
@@ -165,7 +193,7 @@ def module_of(name: str) -> ModuleType:
 def run_small(name: str, model: str, text: Path, out: Path, show=None, **more):
     """The flow on a tiny checkpoint and a file of text."""
     flow, recipe = FLOWS[name], module_of(name)
-    given = flow.needs | flow.small | {"model": model, "output": out} | more
+    given = flow.needs | flow.small | {"model": flow.of(model), "output": out} | more
     texts = {flow.reads: (text,)} if flow.reads else {}
     return recipe.run(recipe.Settings(**given, **texts), show)
 
@@ -187,4 +215,8 @@ def save_small(root: Path) -> None:
     bpe.train_from_iterator([""], trainers.BpeTrainer(**settings))
     PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<e>").save_pretrained(root / "model")
     tiny("llama", dtype=torch.float32, vocab_size=257).save_pretrained(root / "model")
+    # the parent of flows that take another class
+    other = root / "model" / "gpt_neox"
+    tiny("gpt_neox", dtype=torch.float32, vocab_size=257).save_pretrained(other)
+    PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<e>").save_pretrained(other)
     (root / "text.txt").write_text("".join(f"{n} times {n} is {n * n}, " for n in range(3000)))

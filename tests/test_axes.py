@@ -91,6 +91,8 @@ APART = {
     },
     "head method": {
         "effattn/position_sampling.py": "a method of sampling positions is called random",
+        "effattn/patterns/topk.py": "a summary of a block is its mean",
+        "kernels/topk/selection.py": "a summary of a block is its mean",
         "kernels/monarch/ahead_of_time.py": "an argument of a kernel is called first",
     },
     "packed format": {

@@ -58,9 +58,19 @@ LAYERS = [
     ["surgery"],
     # what transformers is told by `import effattn`
     ["plugin"],
-    ["conformance", "measuring", "swapping", "linearizing", "extending"],
+    [
+        "conformance",
+        "exporting",
+        "measuring",
+        "swapping",
+        "linearizing",
+        "extending",
+        "rehosting",
+    ],
     ["quant"],
     ["prune"],
+    # what chooses among all of them
+    ["fitting"],
     # not in the wheel: a user of the package, by its public names
     ["bench"],
     ["recipes"],

@@ -25,6 +25,7 @@ from effattn.kernels import (
     monarch,
     pack,
     sparse24,
+    topk,
     vq,
 )
 from effattn.kernels.decode import packed
@@ -228,11 +229,22 @@ def _lsh(causal, impl, x):
     return {"out": lsh.attention(x["q"], x["k"], x["v"], places, impl=impl)}
 
 
+def _topk(impl, x):
+    # chosen by the rounded inputs, so that all dtypes read the same blocks
+    rule = topk.Rule(window=32, block=16, blocks=3)
+    at = torch.arange(x["q"].shape[2], device=x["q"].device)[None]
+    summaries = topk.summarise(rule, x["k"].bfloat16().float())
+    chosen = topk.select(rule, x["q"].bfloat16().float(), summaries, at)
+    out, lse = topk.attention(x["q"], x["k"], x["v"], rule, chosen, at, impl=impl)
+    return {"out": out, "lse": torch.where(lse.isfinite(), lse, 0.0)}
+
+
 def _method_checks(tokens: int) -> Iterator[tuple[str, Check]]:
     sizes = {"x": (2, 2, tokens, 64), "w": (2, 32, 2 * tokens)}
     yield "linformer", Check(_linformer, sizes, "x w")
     sizes = _qkv(tokens) | {"codebook": (2, 48, 64)}
     yield "vq", Check(_vq, sizes, "q v")
+    yield "topk", Check(_topk, _qkv(tokens), "q k v")
     for causal in (True, False):
         sizes = _qkv(tokens) | {"rotations": (2, 64, 4)}
         yield f"lsh{' both ways' * (not causal)}", Check(partial(_lsh, causal), sizes, "q k v")

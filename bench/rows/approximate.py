@@ -9,11 +9,12 @@ from bench.attention import growth, length_name, ours, peer, race
 from bench.case import Ratio, Target
 
 TOKENS = 16384
-LINEAR, PERFORMER, VQ, LSH = (
+LINEAR, PERFORMER, VQ, LSH, TOPK = (
     "linear",
     "performer(features=256)",
     "vq(codes=512)",
     "lsh(rounds=4, chunk=64)",
+    "topk(window=512, block=64, blocks=8)",
 )
 BLOCKWISE = "linformer_blockwise(k=256)"
 FEW, MANY = 1024, 65536  # tokens before a step
@@ -34,11 +35,20 @@ AGAINST_SDPA = (
     (LINEAR, True, 20),
     (PERFORMER, True, 5),
     (LSH, True, 3),
+    (TOPK, True, 6),
     (LINFORMER(TOKENS), False, 12),
 )
 # (spec, time at 32768 over time at 8192 tokens that it may take); 4 is linear
-GROWN = ((LINEAR, 4.6), (PERFORMER, 4.6), (VQ, 4.6), (LINFORMER, 4.6), (LSH, 5), (BLOCKWISE, None))
-STEPS = (LINEAR, PERFORMER, VQ, LSH)
+GROWN = (
+    (LINEAR, 4.6),
+    (PERFORMER, 4.6),
+    (VQ, 4.6),
+    (LINFORMER, 4.6),
+    (LSH, 5),
+    (BLOCKWISE, None),
+    (TOPK, 4.9),
+)
+STEPS = (LINEAR, PERFORMER, VQ, LSH, TOPK)
 FLAT = STEPS[:2]
 
 

@@ -74,6 +74,8 @@ class FileWalk(Walk):
     the output (`finish`). settings: with which alone an unfinished run goes on. What steps give is
     kept in the manifest, so that it has to be JSON."""
 
+    runner: LayerRunner
+
     def __init__(
         self, model: StreamedModel, work: Path, batches: list[Tensor], settings: dict
     ) -> None:
@@ -119,8 +121,8 @@ class FileWalk(Walk):
                     self._write(layer)
             give_memory_back()
             self._note()
-            for stream in given:
-                shutil.rmtree(stream.source.folder)
+            for number in range(streams):
+                shutil.rmtree(self._states(name, number, index).folder)
             shutil.rmtree(self.work / "piles", ignore_errors=True)
             if progress:
                 progress(index + 1, self.count)

@@ -107,7 +107,7 @@ class LayerRunner:
         return hidden.pop()
 
     @torch.no_grad()
-    def run(self, index: int, hidden: list[torch.Tensor]) -> Iterator[tuple[int, torch.Tensor]]:
+    def run(self, index: int, hidden: Iterable[torch.Tensor]) -> Iterator[tuple[int, torch.Tensor]]:
         """Runs layer `index` on each batch of `hidden`; yields (batch number, its output on the
         CPU).
         """

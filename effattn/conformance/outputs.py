@@ -99,13 +99,14 @@ def batch(case: Case) -> float:
 
 
 def grouped_heads(case: Case) -> float:
-    """GQA is the same as repeating each key/value head for its group."""
+    """GQA is the same as repeating each key/value head for its group; where a group decides
+    together, if all its query heads are the same one."""
     q, k, v = case.inputs(case.long)
     groups = q.shape[1] // k.shape[1]
-    wide = copy.deepcopy(case)
-    for name in wide.backend.per_kv_head:  # what is learned for each K/V head is repeated with it
-        tensor = getattr(wide.backend, name)
-        tensor.data = tensor.data.repeat_interleave(groups, 0)
+    if case.backend.group_decides:
+        q = q[:, ::groups].repeat_interleave(groups, 1)
+    wide = copy.copy(case)
+    wide.backend = case.backend.repeated(groups)
     repeated = wide.run(q, k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1))
     return case.close(case.run(q, k, v), repeated, "repeated heads")
 

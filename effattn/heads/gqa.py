@@ -19,6 +19,7 @@ from effattn.calibration.walk import Walk
 from effattn.errors import Unsupported, check_choice
 from effattn.heads.converting import Conversion, convert
 from effattn.heads.grouping import GROUPINGS
+from effattn.heads.kinds.base import Job
 from effattn.heads.methods import METHODS
 from effattn.heads.report import ConversionReport
 from effattn.heads.undo import all_or_nothing
@@ -112,6 +113,7 @@ def checked(
     check_choice("method", method, METHODS)
     check_choice("grouping", grouping, GROUPINGS)
     check_kv_heads(kv_heads, parts.kv_heads)
+    parts.check_kv_heads(kv_heads)
     if calibration is None:
         _check_no_data_needed(parts, method, refit, grouping)
     else:
@@ -121,18 +123,20 @@ def checked(
     )
 
 
-def job(parts: hf.Anatomy, calibration: torch.Tensor, bos: int | None, **given) -> Job:
+def job(parts: hf.Anatomy, calibration: torch.Tensor, bos: int | None, **given) -> GqaJob:
     """`convert_gqa` with the options `given`, on a walk. Raises as it does."""
     parts.require_gqa()
-    return Job(checked(parts, calibration, bos, **given), describe_size(parts))
+    asked = checked(parts, calibration, bos, **given)
+    return GqaJob(asked, describe_size(parts), parts.kv_fields(asked.kv_heads))
 
 
 @dataclass(frozen=True)
-class Job:
-    """What a walk carries out; see `effattn.heads.kinds.base.Job`. before: of `describe_size`."""
+class GqaJob(Job):
+    """The conversion on a walk. before: of `describe_size`."""
 
     asked: Conversion
     before: dict
+    fields: dict  # of the new config
 
     @property
     def batches(self) -> list[torch.Tensor] | None:
@@ -156,8 +160,7 @@ class Job:
         return convert(walk, self.asked, progress)
 
     def config(self, config: dict, rows: list[dict]) -> dict:
-        head_dim = self.before["head_dim"]
-        return config | {"num_key_value_heads": self.asked.kv_heads, "head_dim": head_dim}
+        return config | self.fields
 
     def report(self, old: hf.Anatomy, new: hf.Anatomy, rows: list[dict]) -> ConversionReport:
         return ConversionReport(_report(new, self.asked, self.before, describe_size(new), rows))
@@ -259,7 +262,6 @@ def describe_size(parts: hf.Anatomy) -> dict:
     token: layers with a window of their own, whose rings do not grow, do not count."""
     return {
         "kv_heads": parts.kv_heads,
-        "head_dim": parts.head_dim,
         "parameters": sum(p.numel() for p in parts.model.parameters()),
         "kv_bytes": sum(layer.kv_bytes_per_token for layer in parts if layer.window is None),
     }

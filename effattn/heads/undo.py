@@ -19,7 +19,7 @@ def all_or_nothing(parts: Anatomy) -> Iterator[Undo]:
     config's heads.
     """
     undo = Undo()
-    config, fields = parts.config, ("num_key_value_heads", "head_dim")
+    config, fields = parts.config, ("num_key_value_heads", "head_dim", "multi_query")
     had = {name: vars(config)[name] for name in fields if name in vars(config)}
     try:
         yield undo

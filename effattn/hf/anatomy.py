@@ -112,10 +112,24 @@ class Anatomy:
             for projection in (layer.q, layer.k, layer.v, layer.o):
                 projection.by_head  # noqa: B018 - raises where there is none
 
+    def check_kv_heads(self, kv_heads: int) -> None:
+        """Raises Unsupported for a number of KV heads that the class cannot hold."""
+        if self.layers[0].family.fused == "multi_query" and kv_heads not in (1, self.kv_heads):
+            raise Unsupported(
+                f"{type(self.model).__name__} cannot have {kv_heads} KV heads: it holds all "
+                f"{self.heads}, or one (multi_query); valid is 1"
+            )
+
+    def kv_fields(self, kv_heads: int) -> dict[str, object]:
+        """What a config says of KV heads, and of the head size, explicitly."""
+        if self.layers[0].family.fused == "multi_query":
+            return {"multi_query": kv_heads == 1, "num_key_value_heads": kv_heads}
+        return {"num_key_value_heads": kv_heads, "head_dim": self.head_dim}
+
     def set_kv_heads(self, kv_heads: int) -> None:
-        """Writes the KV heads and the head size into the config, explicitly."""
-        self.config.num_key_value_heads = kv_heads
-        self.config.head_dim = self.head_dim
+        """Writes the KV heads into the config."""
+        for name, value in self.kv_fields(kv_heads).items():
+            setattr(self.config, name, value)
 
 
 def of(model: nn.Module) -> Anatomy:

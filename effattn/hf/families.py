@@ -73,7 +73,8 @@ class Family:
     k: str = "k_proj"
     v: str = "v_proj"
     o: str = "o_proj"
-    # one module holds q, k and v: "stacked" rows (Phi-3) or "per_head" (GPT-NeoX)
+    # one module holds q, k and v: "stacked" rows (Phi-3), "per_head" (GPT-NeoX), or "multi_query",
+    # stacked where all query heads share one key/value head and per head otherwise (GPTBigCode)
     fused: str | None = None
     q_norm: str = "q_norm"
     k_norm: str = "k_norm"
@@ -126,9 +127,10 @@ def of_layers(config, kept: list[int]) -> dict[str, object]:
 
 
 _IGNORED = "transformers ignores num_key_value_heads in this class"
+_REHOST = f"{_IGNORED}; effattn.rehost(model) is the same model as"
 
 _LLAMA_LIKE = ("llama", "olmo", "olmo2", "granite", "seed_oss")
-_LAYERWISE = ("qwen2", "qwen3", "olmo3", "smollm3", "exaone4")
+_LAYERWISE = ("qwen2", "qwen3", "ministral", "olmo3", "smollm3", "exaone4")
 _GATE_UP = ("mlp.gate_up_proj",)  # one module, the gate's rows first
 
 FAMILIES: dict[str, Family] = {
@@ -169,7 +171,7 @@ FAMILIES: dict[str, Family] = {
         o="dense",
         fused="per_head",
         final_norm="gpt_neox.final_layer_norm",
-        gqa=_IGNORED,
+        gqa=f"{_REHOST} Phi, which can",
         rotary="gpt_neox.rotary_emb",
         ffn_in=("mlp.dense_h_to_4h",),
         ffn_out="mlp.dense_4h_to_h",
@@ -185,13 +187,46 @@ FAMILIES: dict[str, Family] = {
         ffn=("fc1", "fc2"),
         o="out_proj",
         final_norm="model.decoder.final_layer_norm",
-        gqa=_IGNORED,
+        gqa=f"{_REHOST} GPTBigCode, which can have one",
         rotary="",
         ffn_in=("fc1",),
         ffn_out="fc2",
         ffn_size="ffn_dim",
         positions="model.decoder.embed_positions",
         hidden_size=("hidden_size", "word_embed_proj_dim"),
+        explicit_head_dim=False,
+    ),
+    "gpt2": Family(
+        layers="transformer.h",
+        attention="attn",
+        q="c_attn",
+        k="c_attn",
+        v="c_attn",
+        o="c_proj",
+        fused="stacked",
+        final_norm="transformer.ln_f",
+        gqa=f"{_REHOST} GPTBigCode, which can have one",
+        rotary="",
+        positions="transformer.wpe",
+        ffn_in=("mlp.c_fc",),
+        ffn_out="mlp.c_proj",
+        ffn_size="n_inner",
+        explicit_head_dim=False,
+    ),
+    "gpt_bigcode": Family(
+        layers="transformer.h",
+        attention="attn",
+        q="c_attn",
+        k="c_attn",
+        v="c_attn",
+        o="c_proj",
+        fused="multi_query",
+        final_norm="transformer.ln_f",
+        rotary="",
+        positions="transformer.wpe",
+        ffn_in=("mlp.c_fc",),
+        ffn_out="mlp.c_proj",
+        ffn_size="n_inner",
         explicit_head_dim=False,
     ),
 }
@@ -240,11 +275,8 @@ _BY_ITSELF = (
     "its class computes attention by itself, not through transformers' ALL_ATTENTION_FUNCTIONS"
 )
 REFUSED = {
-    **dict.fromkeys(("gptj", "gpt_neo", "bloom", "mpt", "codegen", "xglm"), _BY_ITSELF),
-    "gpt2": f"its q, k and v are a Conv1D, effattn reads nn.Linear (and {_IGNORED}, which "
-    "converting heads needs)",
+    "gptj": f"{_BY_ITSELF}; effattn.rehost(model) is the same model as Phi, whose class does",
+    **dict.fromkeys(("gpt_neo", "bloom", "mpt", "codegen", "xglm"), _BY_ITSELF),
     "biogpt": f"effattn has no description of its layers (and {_IGNORED})",
-    "gpt_bigcode": "its q, k and v are one module for multi-query heads, which effattn does not "
-    "read",
     "falcon": f"{_BY_ITSELF}, and its cache keeps all heads whatever num_kv_heads says",
 }

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from effattn.hf.weights import sizes
+
 
 @dataclass(frozen=True)
 class FeedForward:
@@ -22,11 +24,11 @@ class FeedForward:
     @property
     def size(self) -> int:
         """F."""
-        return self.output.in_features
+        return sizes(self.output)[1]
 
     def rows(self, dimensions: torch.Tensor) -> torch.Tensor:
         """Which rows of an input's weight belong to these inner dimensions (n,): int64 (n,), or
         fused (2n,).
         """
-        stacked = torch.arange(self.inputs[0].out_features).view(-1, self.size)
+        stacked = torch.arange(sizes(self.inputs[0])[0]).view(-1, self.size)
         return stacked[:, dimensions].flatten()

@@ -135,17 +135,22 @@ class Layer:
 
     def _projection(self, name: str, heads: int, order: int) -> Projection:
         module = self._module(name)
-        if self.family.fused == "per_head":
+        if self.fused == "per_head":
             return Projection(
                 module, heads, self.head_dim, order * self.head_dim, 3 * self.head_dim
             )
         # fused and stacked: the rows of q, then of k, then of v
         start = (
-            [0, self.heads, self.heads + self.kv_heads][order] * self.head_dim
-            if self.family.fused
-            else 0
+            [0, self.heads, self.heads + self.kv_heads][order] * self.head_dim if self.fused else 0
         )
         return Projection(module, heads, self.head_dim, start)
+
+    @property
+    def fused(self) -> str | None:
+        """How one module holds q, k and v, "stacked" or "per_head"; None where each has its own."""
+        if self.family.fused == "multi_query":
+            return "stacked" if self.attention.multi_query else "per_head"
+        return self.family.fused
 
     @property
     def q(self) -> Projection:
@@ -293,6 +298,10 @@ class Layer:
         if self.family.fused == "per_head":
             raise Unsupported(f"{self.config.model_type}: {self.family.gqa}")
         kv_heads = k.shape[0]
+        if self.family.fused == "multi_query":
+            assert kv_heads == 1  # `Anatomy.check_kv_heads` has refused others
+            size = {"multi_query": True, "kv_heads": 1, "kv_dim": self.head_dim}
+            vars(self.attention).update(size)
         new = {"q": q, "k": k, "v": v}
         if self.family.fused:
             set_linear(

@@ -25,14 +25,20 @@ from effattn.hf.names import ATTRIBUTE, CAPTURE, GLOBAL, LATENT, NAME
 from effattn.hf.state_layer import Handle
 from effattn.hf.swapped_layer import SwappedLayer
 from effattn.padding import of_tokens
+from effattn.patterns.exact import ExactBackend
 
 PACKED = (
     "packed documents (position_ids that restart) in a graph, or an extra mask function: documents "
     "would see each other; call the model outside of a graph, or give one document a row, padded "
     "with attention_mask"
 )
+MOST_WEIGHTS = 2048  # tokens of which output_attentions makes the weights of every pair
 # what a model passes: what a backend calls it
-EXTRAS = {"softcap": "softcap", "s_aux": "sink_logits"}
+EXTRAS = {
+    "softcap": "softcap",
+    "s_aux": "sink_logits",
+    "global_attention_mask": "global_mask",
+}
 
 
 @dataclass
@@ -121,9 +127,9 @@ def attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     **kwargs,
-) -> tuple[Tensor, None]:
-    """transformers' attention function: query (B, Hq, Tq, D) -> (B, Tq, Hq, Dv). attention_mask is
-    `mask`'s.
+) -> tuple[Tensor, Tensor | None]:
+    """transformers' attention function: query (B, Hq, Tq, D) -> (B, Tq, Hq, Dv), and with
+    `output_attentions` the weights (B, Hq, Tq, T). attention_mask is `mask`'s.
 
     key and value are handles of our own cache layers, or tensors with the past. They are rotated,
     unless the layer's backend does that itself."""
@@ -155,11 +161,11 @@ def attention(
             layer.original,
             kwargs,
         )
-    _refuse(module, layer, query, attention_mask, dropout, kwargs)
+    _refuse(module, layer, query, key, dropout, kwargs)
     cached = key.layer if isinstance(key, Handle) else None
     if cached is not None:
         key, value = cached.take(key)
-    call = {name: kwargs[given] for given, name in EXTRAS.items() if kwargs.get(given) is not None}
+    call = _asked(module, layer, kwargs) | {"scale": scaling}
     if layer.checks_positions and is_tracing():
         _assert_consecutive(layer, query.shape[2], attention_mask, kwargs.get("position_ids"))
     elif documents is not None:
@@ -176,15 +182,6 @@ def attention(
         position_ids.check(
             layer, cached, query.shape[0], tokens, attention_mask, kwargs.get("position_ids")
         )
-    if GLOBAL in kwargs:
-        call["global_qkv"] = kwargs[GLOBAL]
-    if LATENT in kwargs:
-        call["latent"] = kwargs[LATENT]
-    call |= {"causal": is_causal(module, kwargs), "scale": scaling}
-    if layer.positions is not None and layer.positions.in_call is not None:
-        call["rotary"] = layer.positions.in_call
-    elif layer.rotary is not None:
-        call["rotary"] = layer.rotary.rope()
     precision = contextlib.nullcontext()
     if torch.is_autocast_enabled(query.device.type) and query.dtype != torch.float64:
         # cast as torch does for its own attention, which leaves fp64 as it is; inside, nothing is
@@ -200,7 +197,26 @@ def attention(
             if attention_mask is not None and attention_mask.shape[1] != key.shape[2]:
                 attention_mask = attention_mask[:, -key.shape[2] :]
             out = layer.backend(query, key, value, padding_mask=attention_mask, **call)
-    return out.transpose(1, 2).contiguous(), None
+        weights = None
+        if kwargs.get("output_attentions"):
+            weights = layer.backend.weights(query, key, padding_mask=attention_mask, **call)
+    return out.transpose(1, 2).contiguous(), weights
+
+
+def _asked(module: nn.Module, layer: LayerSwap, kwargs: dict) -> dict:
+    """What the model and the swap ask of a backend's call, by the backend's names."""
+    call = {name: kwargs[given] for given, name in EXTRAS.items() if kwargs.get(given) is not None}
+    if "global_mask" in call:  # transformers' Longformer has it as 0 and 1
+        call["global_mask"] = call["global_mask"].bool()
+    if GLOBAL in kwargs:
+        call["global_qkv"] = kwargs[GLOBAL]
+    if LATENT in kwargs:
+        call["latent"] = kwargs[LATENT]
+    if layer.positions is not None and layer.positions.in_call is not None:
+        call["rotary"] = layer.positions.in_call
+    elif layer.rotary is not None:
+        call["rotary"] = layer.rotary.rope()
+    return call | {"causal": is_causal(module, kwargs)}
 
 
 def is_causal(module: nn.Module, kwargs: dict) -> bool:
@@ -215,7 +231,7 @@ def _refuse(
     module: nn.Module,
     layer: LayerSwap,
     query: Tensor,
-    mask: Tensor | None,
+    key: Tensor | Handle,
     dropout: float,
     kwargs: dict,
 ) -> None:
@@ -235,9 +251,24 @@ def _refuse(
             "only when a model is built)"
         )
     if kwargs.get("output_attentions"):
+        _refuse_weights(layer, query, key)
+
+
+def _refuse_weights(layer: LayerSwap, query: Tensor, key: Tensor | Handle) -> None:
+    """Weights are made for exact patterns, of whole sequences, short ones."""
+    where, valid = f"layer {layer.index}: output_attentions=True: ", "valid is "
+    past = key.layer.get_seq_length() if isinstance(key, Handle) else key.shape[2] - query.shape[2]
+    if not isinstance(layer.backend, ExactBackend):
+        raise Unsupported(f"{where}{layer.pattern} has no softmax weights; {valid}an exact pattern")
+    if past:
         raise Unsupported(
-            f"{where}output_attentions=True: no weights exist; effattn.restore(model), then use "
-            "'eager'"
+            f"{where}the cache holds {int(past)} tokens already; {valid}a call on the whole "
+            "sequence"
+        )
+    if query.shape[2] > MOST_WEIGHTS:
+        raise Unsupported(
+            f"{where}got {query.shape[2]} tokens; {valid}at most {MOST_WEIGHTS}, as weights are a "
+            "number for each pair"
         )
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from effattn.errors import Unsupported
-from effattn.hf.weights import is_packed, is_plain
+from effattn.hf.weights import is_packed, is_plain, is_transposed, matrix
 from effattn.projections.base import StructuredLinear
 
 
@@ -57,14 +57,14 @@ class Projection:
                 "projections are replaced or packed, or effattn.swap(model, projections='dense') "
                 "first"
             )
-        if not is_plain(self.module):
+        if not is_plain(self.module) and not is_transposed(self.module):
             raise Unsupported(
                 f"projections: {type(self.module).__name__} is no plain linear layer, its weight "
                 "is not all that it computes with; do this to the model's own weights"
             )
         if self.output:
-            return self.module.weight.detach().view(-1, self.heads, self.head_dim).transpose(0, 1)
-        return self._rows(self.module.weight.detach())
+            return matrix(self.module).view(-1, self.heads, self.head_dim).transpose(0, 1)
+        return self._rows(matrix(self.module))
 
     def rows(self, heads: torch.Tensor) -> torch.Tensor:
         """Which rows of the module's weight (columns, for o) belong to these heads (n,): int64
@@ -73,7 +73,7 @@ class Projection:
         Unsupported for structured projections, which have no such weight.
         """
         self.by_head  # noqa: B018 - raises where there is none
-        rows = torch.arange(self.module.in_features if self.output else self.module.out_features)
+        rows = torch.arange(matrix(self.module).shape[1 if self.output else 0])
         by_head = rows.view(self.heads, self.head_dim) if self.output else self._rows(rows)
         return by_head[heads].flatten()
 
@@ -87,7 +87,7 @@ class Projection:
             )
         if self.output:
             self.by_head  # noqa: B018 - raises where there is none
-            return self.module.weight.detach()
+            return matrix(self.module)
         return self.by_head.reshape(self.heads * self.head_dim, -1)
 
     @property

@@ -26,6 +26,11 @@ def family_of(model: nn.Module) -> tuple[object, Family]:
             f"{name} ({kind}) is not supported: it is an encoder-decoder model, valid are causal "
             "LMs and encoders"
         )
+    if kind in FAMILIES and getattr(config, "add_cross_attention", False):
+        raise Unsupported(
+            f"{name} ({kind}) is not supported: it attends to an encoder (add_cross_attention), "
+            "valid are causal LMs by themselves"
+        )
     if kind in REFUSED:
         raise Unsupported(f"{name} ({kind}) is not supported: {REFUSED[kind]}")
     known = FAMILIES | ENCODERS

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from transformers.pytorch_utils import Conv1D
 
 
 def weight_bytes(module: nn.Module) -> int:
@@ -44,11 +45,33 @@ def is_plain(module: nn.Module) -> bool:
     )
 
 
+def is_transposed(module: nn.Module) -> bool:
+    """Whether a module is GPT-2's kind of linear layer, whose weight is (inputs, outputs)."""
+    return isinstance(module, Conv1D)
+
+
+def matrix(module: nn.Module) -> Tensor:
+    """The weight (outputs, inputs) of a linear layer or a transposed one, without gradients: a
+    view, so that writing into it changes the module."""
+    weight = module.weight.detach()
+    return weight.T if is_transposed(module) else weight
+
+
+def sizes(module: nn.Module) -> tuple[int, int]:
+    """(outputs, inputs) of a linear-like module."""
+    if is_transposed(module):
+        outputs, inputs = matrix(module).shape
+        return outputs, inputs
+    return module.out_features, module.in_features
+
+
 def not_plain(root: nn.Module) -> str | None:
     """The path in `root` and the class of the first linear-like module that is no plain one; None
     where all are.
     """
     for path, module in root.named_modules():
+        if is_transposed(module):
+            return f"{path or 'it'} (Conv1D, of which effattn.rehost makes a linear layer)"
         if hasattr(module, "in_features") and not is_plain(module):
             return f"{path or 'it'} ({type(module).__name__})"
     return None

@@ -45,6 +45,7 @@ class Sweep:
 SWEEPS = {
     "sliding": Sweep("window", (16, 32, 64, 128, 256), "sliding(window={})"),
     "block": Sweep("block", (16, 32, 64, 128, 256), "block(block={}, look_back=1)"),
+    "topk": Sweep("blocks", (1, 2, 4, 8, 16), "topk(window=64, block=16, blocks={})"),
     "lsh": Sweep("rounds", (1, 2, 4, 8, 16), "lsh(rounds={}, buckets=16, chunk=16)"),
     "linformer": Sweep(
         "k", (16, 32, 64, 128, 256), "linformer(k={}, max_length=512)", causal=False

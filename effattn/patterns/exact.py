@@ -8,6 +8,7 @@ Dv: of a key, of a value. i, j: positions of queries and keys; h: a query head."
 
 from __future__ import annotations
 
+import copy
 from typing import ClassVar
 
 import torch
@@ -193,6 +194,19 @@ class ExactBackend(Backend):
             impl=impl,
             lse=lse,
         )
+
+    def weights(self, q: Tensor, k: Tensor, **call) -> Tensor:
+        """How much of each value an output holds, (B, Hq, Tq, Tk) in q's dtype: what the reference
+        gives for the values of the identity. Memory and time are those of every pair, and more.
+
+        call: as for `forward`; `global_qkv` without a state."""
+        keys = k.shape[2]
+        eye = torch.eye(keys, dtype=k.dtype, device=k.device).expand(*k.shape[:2], -1, -1)
+        if call.get("global_qkv") is not None:
+            call["global_qkv"] = (*call["global_qkv"][:2], eye)
+        own = copy.copy(self)  # the same parameters
+        own.impl = own.chosen_impl = "reference"
+        return own(q, k, eye, **call)
 
     def counts(self, q: Tensor, k: Tensor, call: Call) -> Tensor:
         """`sees` of every query and key of a call, (1 or B, Hq, Tq, Tk); padding sees and shows

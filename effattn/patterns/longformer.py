@@ -13,6 +13,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from effattn.errors import Unsupported
 from effattn.interface import Call, Traits
 from effattn.kernels import decode, flash
 from effattn.kernels.flash.pattern import Layout, Window, first_real, layout_of
@@ -28,10 +29,12 @@ class Longformer(ExactBackend):
     tokens see everything.
 
     global_tokens: a number n (the first n tokens), a list of positions, or a bool mask (T,) over
-    positions. Positions count from a row's first real token; none beyond a mask's end is global.
-    With `causal=True` nobody sees what is later. Global rows use `global_qkv` (projections of their
-    own, from the hidden states) where it is given, for their queries and for all keys and values
-    they see; local queries see global keys by the local projections, once.
+    positions. Positions count from a row's first real token; none beyond a mask's end is global. A
+    call's `global_mask` (B, T) says it for each row instead, by token, as transformers'
+    global_attention_mask does. With `causal=True` nobody sees what is later. Global rows use
+    `global_qkv` (projections of their own, from the hidden states) where it is given, for their
+    queries and for all keys and values they see; local queries see global keys by the local
+    projections, once.
 
     The state holds everything, unless the global tokens are the first n: then a ring and those.
     """
@@ -39,7 +42,7 @@ class Longformer(ExactBackend):
     traits = Traits(
         exact=True, causal=True, bidirectional=True, learned=True, state="ring, global tokens"
     )
-    extras = ("softcap", "global_qkv")
+    extras = ("softcap", "global_qkv", "global_mask")
     where: Tensor | None  # a buffer
 
     def __init__(
@@ -75,6 +78,11 @@ class Longformer(ExactBackend):
                 f"longformer: window: got {self.window}, a bidirectional window is odd; valid is "
                 f"{near}"
             )
+        if extras.get("global_mask") is not None and q.shape[2] != k.shape[2]:
+            raise Unsupported(
+                f"global_mask: got {q.shape[2]} queries and {k.shape[2]} keys, valid are whole "
+                "sequences"
+            )
         for which, x, like in zip("qkv", extras.get("global_qkv") or (), (q, k, v), strict=False):
             if x.shape != like.shape or x.dtype != like.dtype:
                 raise ValueError(
@@ -85,6 +93,11 @@ class Longformer(ExactBackend):
     def extend(self, extras, state, padding_mask, rotary):
         """global_qkv of the new tokens -> (q, k, v, positions of k), rotated, with the past's keys
         and values; None once no global row can come any more."""
+        if extras.get("global_mask") is not None and state is not None:
+            raise Unsupported(
+                "global_mask: got a state too, which remembers the pattern's own global tokens; "
+                "valid is a call without"
+            )
         if extras.get("global_qkv") is None:
             return extras
         q, k, v = extras["global_qkv"]
@@ -115,6 +128,17 @@ class Longformer(ExactBackend):
     def new_state(self):
         return GlobalRing(self.window, self.first) if self.where is None else GlobalFull()
 
+    def counts(self, q, k, call):
+        """As `sees` has it, or for the global tokens of this call."""
+        if call.global_mask is None:
+            return super().counts(q, k, call)
+        i = call.layout.query_positions(q.shape[2], k.shape[2], q.device)[:, None, :, None]
+        j = call.layout.key_positions(k.shape[2], k.device)[:, None, None, :]
+        back, chosen = keys_back(self.window, call.causal), call.global_mask[:, None]
+        near = (i - j < back) & (j - i < back)
+        visible = (near | chosen[:, :, None] | chosen[..., None]) & (i >= 0) & (j >= 0)
+        return visible & (j <= i) if call.causal else visible
+
     def attend_few(self, q, k, v, call: Call, impl: str, lse: bool):
         out = super().attend_few(q, k, v, call, impl, lse)  # by `sees`, global rows as well
         return out if call.global_qkv is None else self._global_rows(q, k, v, call, out)
@@ -122,8 +146,9 @@ class Longformer(ExactBackend):
     def attend_many(self, q, k, v, call: Call, impl: str, lse: bool):
         back = keys_back(self.window, call.causal)
         options = dict(causal=call.causal, scale=call.scale, softcap=call.softcap, impl=impl)
-        window = Window(first=self.first, back=back, ahead=1 if call.causal else back)
-        if self.where is None:
+        first = self.first if call.global_mask is None else 0
+        window = Window(first=first, back=back, ahead=1 if call.causal else back)
+        if self.where is None and call.global_mask is None:
             out = flash.attention(q, k, v, window, call.layout, **options)
         else:
             out = self._window_and_columns(q, k, v, window, call, options)
@@ -136,12 +161,12 @@ class Longformer(ExactBackend):
         layout = call.layout
         # chosen positions are anywhere, so rows with padding have them at different keys
         at = layout.key_positions(k.shape[2], k.device).expand(q.shape[0], -1)
-        columns = self.is_global(at)
+        columns = self.is_global(at) if call.global_mask is None else call.global_mask & (at >= 0)
         others = ~columns if layout.mask is None else layout.mask & ~columns
         near = flash.attention(
             q, k, v, window, Layout(0, layout.tail, layout.start, others), **options, lse=True
         )
-        index, real = self._places(columns)
+        index, real = self._places(columns, call)
         i = layout.query_positions(q.shape[2], k.shape[2], q.device)
         counts = _visible(i, torch.where(real, at.gather(1, index), -1), call.causal)
         return merge([near, _few(q, _take(k, index), _take(v, index), counts, call)])[0]
@@ -154,12 +179,19 @@ class Longformer(ExactBackend):
         if call.global_qkv is not None:
             q, k, v, at_k = call.global_qkv
         # no query is at a global position: known without looking only where rows are not padded
-        elif call.layout.start is None and call.layout.tokens(k.shape[2]) - q.shape[2] >= self.last:
+        elif (
+            call.global_mask is None
+            and call.layout.start is None
+            and call.layout.tokens(k.shape[2]) - q.shape[2] >= self.last
+        ):
             return out
         else:
             at_k = call.layout.key_positions(k.shape[2], k.device)
         at_q = at_q.expand(q.shape[0], -1)
-        index, real = self._places(self.is_global(at_q))
+        chosen = (
+            self.is_global(at_q) if call.global_mask is None else call.global_mask & (at_q >= 0)
+        )
+        index, real = self._places(chosen, call)
         counts = _visible(torch.where(real, at_q.gather(1, index), -1), at_k, call.causal)
         rows, _ = _few(_take(q, index), k, v, counts, call)
         at = torch.where(real, index, out.shape[2])[:, None, :, None].expand(
@@ -169,12 +201,14 @@ class Longformer(ExactBackend):
         room = torch.cat([out, out[:, :, :1]], dim=2)
         return room.scatter(2, at, rows)[:, :, :-1]
 
-    def _places(self, chosen: Tensor) -> tuple[Tensor, Tensor]:
+    def _places(self, chosen: Tensor, call: Call) -> tuple[Tensor, Tensor]:
         """Where (B, T) bool is true: index (B, g), and which of the entries are meant, g as large
         as it can be.
         """
-        # False sorts first; the number of columns is known from `most`, without asking the device
-        index = (~chosen).int().argsort(dim=1, stable=True)[:, : min(self.most, chosen.shape[1])]
+        # False sorts first; the number of columns is known from `most`, without asking the device,
+        # but where a call brings its own
+        most = self.most if call.global_mask is None else max(1, int(chosen.sum(dim=1).amax()))
+        index = (~chosen).int().argsort(dim=1, stable=True)[:, : min(most, chosen.shape[1])]
         return index, chosen.gather(1, index)
 
     def pairs(self, i, shape):

@@ -9,6 +9,8 @@ query head."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -16,13 +18,18 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter, is_lazy
 
 from effattn.errors import Unsupported
-from effattn.interface import Call, Traits
+from effattn.interface import Call, Cost, Shape, Traits
 from effattn.kernels import flash
 from effattn.kernels.flash.pattern import Window
+from effattn.patterns.by_head import ByHead
+from effattn.patterns.dense import Dense
 from effattn.patterns.exact import ExactBackend, check_size, keys_back
 from effattn.patterns.residues import by_residue
 from effattn.registry import register
+from effattn.states.base import State
 from effattn.states.full import RingState, first_positions
+
+EVERYTHING = 2**40  # keys of a window that has no end
 
 
 @register("sliding")
@@ -34,13 +41,17 @@ class Sliding(ExactBackend):
     dilation). sinks s: the first s keys too. With a rotary rule their distance is min(i - j, window
     + s - 1 - j): keys are kept raw, and the query stands at position window + s - 1 of a cache at
     most. sink_logits: one learned logit a head, zero at first; its parameter is made at the first
-    call, or at once when `heads` is given."""
+    call, or at once when `heads` is given.
+
+    window a list: one for each K/V head, None for a head that sees everything (DuoAttention,
+    arXiv:2410.10819; `effattn.fit_windows` finds one). The state is a ring for each group of heads
+    with the same window."""
 
     traits = Traits(exact=True, causal=True, bidirectional=True, learned=False, state="ring")
 
     def __init__(
         self,
-        window: int,
+        window: int | Sequence[int | None],
         sinks: int = 0,
         dilation: int = 1,
         sink_logits: bool = False,
@@ -48,7 +59,13 @@ class Sliding(ExactBackend):
         impl: str = "auto",
     ):
         super().__init__(impl)
-        self.window = check_size("sliding", "window", window)
+        # by K/V head, None where all heads have the same; `window` is the widest of them then
+        self.windows: tuple[int | None, ...] | None = None
+        if isinstance(window, int):
+            self.window = check_size("sliding", "window", window)
+        else:
+            self.windows = check_windows(window)
+            self.window = max(map(_width, self.windows))
         self.sinks = check_size("sliding", "sinks", sinks, least=0)
         self.dilation = check_size("sliding", "dilation", dilation)
         if sinks and dilation > 1:
@@ -57,7 +74,13 @@ class Sliding(ExactBackend):
             )
         # StreamingLLM's section 3.2: positions count within the cache of sinks and window, so that
         # a query is never further from a sink than when the cache first was full
-        self.farthest = window + sinks - 1 if sinks else None
+        self.farthest = self.window + sinks - 1 if sinks else None
+        self.by_head = None
+        if self.windows is not None:
+            self.by_head = self._by_head(self.windows)
+            whole = self.windows.count(None)
+            every = f", full in {whole} of {len(self.windows)} heads" if whole else ""
+            self.traits = replace(self.traits, state=f"rings by head{every}")
         self.sink_logits = None
         if sink_logits:
             self.sink_logits = (
@@ -65,23 +88,66 @@ class Sliding(ExactBackend):
             )
 
     def extra_repr(self) -> str:
-        parts = [f"window={self.window}"]
+        parts = [f"window={self.window if self.windows is None else [*self.windows]}"]
         parts += [f"{name}={getattr(self, name)}" for name in ("sinks",) if getattr(self, name)]
         parts += [f"dilation={self.dilation}"] if self.dilation > 1 else []
         parts += ["sink_logits=True"] if self.sink_logits is not None else []
         return ", ".join([*parts, super().extra_repr()])
 
+    def _by_head(self, windows: tuple[int | None, ...]) -> ByHead:
+        """A backend for each window, and the heads that have it."""
+        different = sorted(set(windows), key=_width)
+
+        def made(window: int | None) -> ExactBackend:
+            if window is None:
+                return Dense(impl=self.impl)
+            return Sliding(window, self.sinks, self.dilation, impl=self.impl)
+
+        return ByHead(
+            [made(window) for window in different],
+            [[head for head, own in enumerate(windows) if own == one] for one in different],
+        )
+
+    def repeated(self, times: int) -> Sliding:
+        wide = super().repeated(times)
+        assert isinstance(wide, Sliding)
+        if wide.windows is not None:
+            wide.windows = tuple(one for one in wide.windows for _ in range(times))
+            wide.by_head = wide._by_head(wide.windows)
+        return wide
+
+    def run(self, q, k, v, causal, padding_mask, state, scale, rotary, extras):
+        """As `Backend.run`; where windows differ by head, group by group."""
+        defined = self.impl == "reference" and state is None and rotary is None
+        if self.by_head is None or defined:
+            return super().run(q, k, v, causal, padding_mask, state, scale, rotary, extras)
+        for one in self.by_head.backends:
+            one.impl = self.impl
+        out = self.by_head.run(q, k, v, causal, padding_mask, state, scale, rotary, extras)
+        self.chosen_impl = self.by_head.backends[0].chosen_impl
+        return out
+
     def check_call(self, q, k, v, causal, extras):
+        if self.windows is not None and k.shape[1] != len(self.windows):
+            raise ValueError(
+                f"sliding: window: got {len(self.windows)} windows, valid is one for each of k's "
+                f"{k.shape[1]} heads, or a single number"
+            )
+        if self.by_head is not None and extras.get("latent") is not None:
+            raise Unsupported(
+                "sliding: windows by head and keys that are latents, which all heads share; valid "
+                "is one window"
+            )
         if not causal and self.sinks:
             raise Unsupported(
                 "sliding: sinks need causal=True; for a bidirectional model use longformer's "
                 "global tokens"
             )
-        if not causal and self.window % 2 == 0:
-            near = f"{self.window - 1} or {self.window + 1}"
+        even = [one for one in self.windows or (self.window,) if one is not None and one % 2 == 0]
+        if not causal and even:
+            near = f"{even[0] - 1} or {even[0] + 1}"
             raise ValueError(
-                f"sliding: window: got {self.window}, a bidirectional window is odd; valid is "
-                f"{near}"
+                f"sliding: window: got {even[0]}, a bidirectional window is odd; valid is {near}"
             )
         logits = self.sink_logits
         if logits is not None:
@@ -106,13 +172,20 @@ class Sliding(ExactBackend):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def sees(self, i, j, h, heads, causal):
-        back = keys_back(self.window, causal)
+        back = self._back(h, heads, causal)
         near = (i - j < back * self.dilation) & (j - i < (1 if causal else back * self.dilation))
         near = near & ((i - j) % self.dilation == 0)
         return near | ((j < self.sinks) & (j <= i)) if self.sinks else near
 
+    def _back(self, h: Tensor, heads: int, causal: bool) -> Tensor | int:
+        """How many keys of head h's window lie at a query's own position or before it."""
+        if self.windows is None:
+            return keys_back(self.window, causal)
+        back = [keys_back(_width(one), causal) for one in self.windows]
+        return torch.tensor(back, device=h.device)[h // (heads // len(back))]
+
     def pattern(self, causal):
-        if self.dilation > 1:
+        if self.dilation > 1 or self.by_head is not None:
             return None
         back = keys_back(self.window, causal)
         return Window(first=self.sinks, back=back, ahead=1 if causal else back)
@@ -141,10 +214,20 @@ class Sliding(ExactBackend):
         reach = (self.window - 1) * self.dilation if call.causal and not learning else None
         return by_residue(self.dilation, q, k, v, call.layout, run, back=reach, lse=lse)
 
-    def new_state(self) -> RingState:
+    def growth(self, shape):
+        if self.windows is None:
+            return super().growth(shape)
+        return super().growth(shape) * self.windows.count(None) / len(self.windows)
+
+    def new_state(self) -> State:
+        if self.by_head is not None:
+            return self.by_head.new_state()
         return RingState(
             (self.window - 1) * self.dilation + 1, partial(first_positions, self.sinks)
         )
+
+    def cost(self, shape: Shape) -> Cost:
+        return super().cost(shape) if self.by_head is None else self.by_head.cost(shape)
 
     def pairs(self, i, shape):
         back = keys_back(self.window, shape.causal)
@@ -160,3 +243,17 @@ class Sliding(ExactBackend):
         next_query = first + (j - first) % self.dilation
         near = (next_query < shape.keys) & (next_query - j <= (self.window - 1) * self.dilation)
         return near | (j < self.sinks)
+
+
+def _width(window: int | None) -> int:
+    return EVERYTHING if window is None else window
+
+
+def check_windows(windows: Sequence[int | None]) -> tuple[int | None, ...]:
+    """One for each K/V head, as a tuple. ValueError for anything else."""
+    if not isinstance(windows, (list, tuple)) or not windows:
+        raise ValueError(
+            f"sliding: window: got {windows!r}, valid is a whole number of at least 1, or a list "
+            "with one for each K/V head"
+        )
+    return tuple(one if one is None else check_size("sliding", "window", one) for one in windows)

@@ -20,6 +20,7 @@ from torch import nn
 
 from effattn.hf import anatomy, hooks
 from effattn.hf.families import sliding_window
+from effattn.hf.weights import is_transposed, sizes
 from effattn.projections.base import StructuredLinear
 from effattn.states.full import FullState
 
@@ -195,7 +196,11 @@ class _Pass:
         """The widest moment of the FFN: activation(gate), up and their product, before the first
         two are released.
         """
-        linears = [m for m in layer.ffn.modules() if isinstance(m, nn.Linear | StructuredLinear)]
+        linears = [
+            m
+            for m in layer.ffn.modules()
+            if isinstance(m, nn.Linear | StructuredLinear) or is_transposed(m)
+        ]
         # a packed weight and a Monarch matrix have parameters of three dimensions, too
         own = {p for m in linears for p in m.parameters()}
         experts = [p for p in layer.ffn.parameters() if p.dim() == 3 and p not in own]
@@ -211,7 +216,7 @@ class _Pass:
             )
         if not linears:
             return 0
-        wide, first = linears[-1].in_features, linears[0].out_features
+        wide, first = sizes(linears[-1])[1], sizes(linears[0])[0]
         tensors = 2 if len(linears) == 2 else 3  # without a gate: before and after the activation
         if len(linears) == 2 and first == 2 * wide:
             tensors = 4  # gate and up are two halves of one tensor, which stays whole

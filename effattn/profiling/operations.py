@@ -14,7 +14,7 @@ from effattn.errors import Unsupported
 from effattn.hf import anatomy, hooks
 from effattn.hf.projection import Projection
 from effattn.hf.swapped_layer import SwappedLayer
-from effattn.hf.weights import is_packed, weight_bytes
+from effattn.hf.weights import is_packed, is_transposed, sizes, weight_bytes
 from effattn.interface import Backend, Cost, Shape
 from effattn.kernels.decode import MOST_QUERIES
 from effattn.patterns.longformer import GlobalFull
@@ -221,7 +221,7 @@ class Operations:
         if hooks.GLOBAL in layer.attention._modules and not projection.output:
             cost, weights = cost + cost, 2 * weights
         if layer.family.fused and not projection.output:
-            parts, whole = projection.heads * projection.head_dim, module.out_features
+            parts, whole = projection.heads * projection.head_dim, sizes(module)[0]
             cost = Cost(
                 *(n * parts // whole for n in (cost.flops, cost.read_bytes, cost.write_bytes))
             )
@@ -234,11 +234,12 @@ class Operations:
             return module.cost(rows, backward=self.backward), weight_bytes(module)
         if is_packed(module) and isinstance(module, nn.Linear):
             return self._packed_linear(module, rows)
-        if isinstance(module, nn.Linear):
+        if isinstance(module, nn.Linear) or is_transposed(module):
+            outputs, inputs = sizes(module)
             return linear_cost(
                 rows,
-                module.in_features,
-                module.out_features,
+                inputs,
+                outputs,
                 module.weight.element_size(),
                 module.bias is not None,
                 self.backward,
@@ -265,7 +266,7 @@ class Operations:
         rows for are read."""
         if module in norms:
             return Cost(), 0
-        if hasattr(module, "cost") or isinstance(module, nn.Linear):
+        if hasattr(module, "cost") or isinstance(module, nn.Linear) or is_transposed(module):
             return self._linear(module, self.rows)
         total, weights = Cost(), 0
         own = list(module.parameters(recurse=False))

@@ -17,6 +17,7 @@ from torch import nn
 
 from effattn.hf import anatomy, hooks, positions
 from effattn.hf.weights import numbers, packing
+from effattn.interface import Backend, Shape
 from effattn.specs import format_spec
 from effattn.surgery.replace import spec_of
 
@@ -140,7 +141,9 @@ def _layer(layer: anatomy.Layer, config) -> dict:
     else:
         pattern, cache = swapped.pattern, swapped.backend.traits.state
     grows = layer.causal and any(word in cache for word in GROW)
-    token = layer.kv_bytes_per_token if layer.causal else 0
+    token: int | float = layer.kv_bytes_per_token if layer.causal else 0
+    if swapped is not None and swapped.backend is not None and grows and layer.latent is None:
+        token = _growth(layer, swapped.backend)
     if swapped is not None and swapped.cache is not None:
         cache = str(swapped.cache) if cache == "full" else f"{swapped.cache}, {cache}"
         memory = layer.latent
@@ -164,6 +167,12 @@ def _layer(layer: anatomy.Layer, config) -> dict:
         "grows": grows,
     }
     return row if layer.attends else row | dict.fromkeys(AXES[1:], "none") | {"grows": False}
+
+
+def _growth(layer: anatomy.Layer, backend: Backend) -> int | float:
+    heads, size = (layer.heads, layer.kv_heads), layer.k.like.element_size()
+    bytes_ = backend.growth(Shape(1, *heads, 1, 1, layer.head_dim, layer.value_dim, size))
+    return int(bytes_) if bytes_ == int(bytes_) else bytes_
 
 
 def _heads(layer: anatomy.Layer) -> str:

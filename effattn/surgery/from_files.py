@@ -106,7 +106,7 @@ def job_of(
     if calibration is None:
         raise ValueError("calibration: got None, valid is an int64 tensor (N,) of token ids")
     if projections is not None:
-        return projecting.Job(replace.make(parts, projections, calibration), projections)
+        return projecting.ProjectingJob(replace.make(parts, projections, calibration), projections)
     name, options = parse_spec(str(heads))
     change = KINDS.find(name).change(parts, str(heads), options)
     if change is None or change.kv_heads == parts.kv_heads:

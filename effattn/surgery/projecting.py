@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from effattn.calibration.layerwise import watch
 from effattn.calibration.statistics import SecondMoment
 from effattn.calibration.walk import CHANGED, Progress, Stream, Walk
+from effattn.heads.kinds.base import Job
 from effattn.hf.anatomy import Anatomy, Layer
 from effattn.hf.source import unplain
 from effattn.projections.base import Shared, StructuredLinear
@@ -155,9 +156,8 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 
 @dataclass(frozen=True)
-class Job:
-    """What a walk carries out; see `effattn.heads.kinds.base.Job`. specs: as they were asked
-    for."""
+class ProjectingJob(Job):
+    """The replacement on a walk. specs: as they were asked for."""
 
     asked: Replacement
     specs: str | dict

@@ -128,7 +128,8 @@ def make(
             if any(module is matrix.module for matrix in matrices):
                 raise Unsupported(f"projections: {names[module]} is used by more than one layer")
             matrix = Matrix(names[module], index, module, spec, kind, options)
-            _check(matrix, _outputs(layer, module, kv_heads))
+            _check_module(names[module], module)
+            _check_sizes(matrix, _outputs(layer, module, kv_heads))
             matrices.append(matrix)
     length = LENGTH
     if calibration is not None and any(matrix.from_data for matrix in matrices):
@@ -205,10 +206,8 @@ def _outputs(
     )
 
 
-def _check(matrix: Matrix, outputs: int) -> None:
-    """ValueError and Unsupported for a module that cannot be replaced so. outputs: its rows by
-    then."""
-    name, module = matrix.name, matrix.module
+def _check_module(name: str, module: nn.Module) -> None:
+    """Unsupported for a module that is no linear layer."""
     if is_packed(module):
         raise Unsupported(
             f"projections: {name} is a {type(module).__name__} of {module.weight.dtype}; a "
@@ -216,6 +215,11 @@ def _check(matrix: Matrix, outputs: int) -> None:
         )
     if not is_plain(module) and not isinstance(module, StructuredLinear):
         raise Unsupported(f"projections: {name} is a {type(module).__name__}, valid is a Linear")
+
+
+def _check_sizes(matrix: Matrix, outputs: int) -> None:
+    """ValueError for a module that cannot be replaced so. outputs: its rows by then."""
+    name, module = matrix.name, matrix.module
     if matrix.kind is not None and matrix.options is not None:
         sizes = sizing(matrix.options)
         matrix.kind.check_sizes(module.in_features, outputs, **sizes, where=name)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from ..overlapping import add_overlapping, computable, every
 from ..rows import dense_rows
 from .pattern import Blocks, Pattern
 from .torch_blocks import Problem
@@ -44,7 +45,7 @@ def forward(problem: Problem, *tensors: Tensor | None) -> tuple[Tensor, Tensor]:
     """q, k, v, q_first, k_side, v_side -> out (B, Hq, Tq, D) and the log-sum-exp (B, Hq, Tq), both
     fp32 (fp64 for fp64 inputs); 0 and -inf for queries that see no key."""
     work = torch.float64 if tensors[0].dtype == torch.float64 else torch.float32
-    q, k, v, q_first, k_side, v_side = _computable(tensors)
+    q, k, v, q_first, k_side, v_side = computable(tensors)
     out, lse = (_whole if _at_once(problem) else _in_batches)(problem, q, k, v, work)
     for at, queries, cut, mask in _side_parts(problem, q, q_first, k_side):
         got, sums = _run(
@@ -81,15 +82,15 @@ def _in_batches(
     out, lse = q.new_empty(q.shape, dtype=work), q.new_empty(q.shape[:3], dtype=work)
     for row in range(q.shape[0]):
         for at, keys, mask, blind in _batches(problem, row, FORWARD, q):
-            outs, sums = _every(out[row], *at), _every(lse[row, ..., None], *at)
+            outs, sums = every(out[row], *at), every(lse[row, ..., None], *at)
             if mask is None:
                 outs.fill_(0), sums.fill_(-torch.inf)
                 continue
             got = _run(
                 problem,
-                _every(q[row], *at),
-                _every(k[row], *keys),
-                _every(v[row], *keys),
+                every(q[row], *at),
+                every(k[row], *keys),
+                every(v[row], *keys),
                 mask=mask,
             )
             outs.copy_(got[0])
@@ -106,7 +107,7 @@ def backward(
     """Gradients of q, k, v, q_first, k_side, v_side, fp32 or fp64."""
     dim = tensors[0].shape[-1]
     shapes = [None if x is None else x.shape for x in tensors]
-    q, k, v, q_first, k_side, v_side = _computable(tensors)
+    q, k, v, q_first, k_side, v_side = computable(tensors)
     lse = torch.where(lse == -torch.inf, BLIND, lse)
     if d_lse is not None:
         # The kernel subtracts rowsum(d_out * out) from d_out v^T; the gradient of the log-sum-exp
@@ -134,14 +135,14 @@ def backward(
             for at, keys, mask, _ in _batches(problem, row, BACKWARD, q, gradients=True):
                 if mask is None:
                     continue
-                mine = [_every(x[row], *at) for x in (d_out, q, out, lse[..., None])]
-                others = [_every(x[row], *keys) for x in (k, v)]
+                mine = [every(x[row], *at) for x in (d_out, q, out, lse[..., None])]
+                others = [every(x[row], *keys) for x in (k, v)]
                 got = _run_back(
                     problem, mine[0], mine[1], *others, mine[2], mine[3][..., 0], mask=mask
                 )
-                _every(dq[row], *at).copy_(got[0])
-                _add_overlapping(dk[row], got[1], *keys)
-                _add_overlapping(dv[row], got[2], *keys)
+                every(dq[row], *at).copy_(got[0])
+                add_overlapping(dk[row], got[1], *keys)
+                add_overlapping(dv[row], got[2], *keys)
     for at, queries, cut, mask in _side_parts(problem, q, q_first, k_side):
         inputs = (
             queries[:, :, at],
@@ -163,15 +164,6 @@ def backward(
 
 # The kernel
 # -------------------------------------------------------------------------------------------------
-
-
-def _computable(tensors) -> list[Tensor | None]:
-    """As the kernel reads them, which asks nothing: with dense rows. In fp32 where the CPU has no
-    units for half precision: emulated, the kernel is twice as slow in it."""
-    dtype = tensors[0].dtype
-    units = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
-    emulated = dtype == torch.float16 or (dtype == torch.bfloat16 and not units)
-    return [dense_rows(x.float() if emulated and x is not None else x) for x in tensors]
 
 
 # These are what `scaled_dot_product_attention` runs on a CPU; they alone return and take the
@@ -228,7 +220,7 @@ def _one_mask(problem: Problem, like: Tensor) -> tuple[bool, Tensor | None, Tens
 def _batches(
     problem: Problem, row: int, step: int, like: Tensor, gradients: bool = False
 ) -> Iterator[tuple]:
-    """For one row of the batch: where `_every` finds the tiles' queries, where their keys, the mask
+    """For one row of the batch: where `every` finds the tiles' queries, where their keys, the mask
     (1 or count, 1, S, L) or None where no key is in reach, and the queries that see none (count, 1,
     S, 1) or None."""
     pattern, hidden = problem.pattern, problem.hidden
@@ -257,7 +249,7 @@ def _batches(
             keys = k0 + ahead, k1 - k0, count, stride
             mask, blind = strips, None
             if bias is not None:
-                mask = strips + _every(bias, *keys).transpose(-1, -2)
+                mask = strips + every(bias, *keys).transpose(-1, -2)
             # not even itself
             if bias is not None or problem.lag or problem.first_query < problem.first_key:
                 blind = mask.amax(dim=-1, keepdim=True) == -torch.inf
@@ -277,28 +269,6 @@ def _series(tiles: list[tuple[int, int, int, int]], pattern: Pattern) -> Iterato
             yield from ((tile, 1, 0) for tile in same)
         else:
             yield same[0], len(same), strides.pop() if strides else 0
-
-
-def _every(x: Tensor, at: int, size: int, count: int, stride: int) -> Tensor:
-    """(H, T, D) -> (count, H, size, D): `size` tokens from `at`, from at + stride, ..."""
-    head, token, one = x.stride()
-    return x.as_strided(
-        (count, x.shape[0], size, x.shape[2]),
-        (stride * token, head, token, one),
-        x.storage_offset() + at * token,
-    )
-
-
-def _add_overlapping(
-    total: Tensor, parts: Tensor, at: int, size: int, count: int, stride: int
-) -> None:
-    """Adds parts (count, H, size, D) where `_every` of `total` took them from: pieces that do not
-    overlap in turn.
-    """
-    piece = stride or size
-    for begin in range(0, size, piece):
-        end = min(begin + piece, size)
-        _every(total, at + begin, end - begin, count, stride).add_(parts[:, :, begin:end])
 
 
 def _side_parts(

@@ -154,7 +154,10 @@ def test_logits_from_the_final_norm(kind, tokens):
     torch.testing.assert_close(parts.logits(seen["hidden"]).detach(), expected)
 
 
-@pytest.mark.parametrize("kind", [k for k in KINDS if not hf.FAMILIES[k].gqa])
+GROUPED = [k for k in KINDS if not (hf.FAMILIES[k].gqa or hf.FAMILIES[k].fused == "multi_query")]
+
+
+@pytest.mark.parametrize("kind", GROUPED)
 def test_an_existing_gqa_model_is_read_right(kind):
     layer = hf.of(model_of(kind, num_key_value_heads=2)).layers[0]
     assert (layer.heads, layer.kv_heads) == (8, 2)
@@ -192,11 +195,11 @@ def test_windows():
 
 
 def test_unsupported_models_are_refused_by_name():
-    gpt2 = transformers.GPT2LMHeadModel(
-        transformers.GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=32)
+    gptj = transformers.GPTJForCausalLM(
+        transformers.GPTJConfig(n_embd=32, n_layer=1, n_head=2, rotary_dim=8, vocab_size=32)
     )
-    with pytest.raises(Unsupported, match=r"GPT2LMHeadModel.*num_key_value_heads"):
-        hf.of(gpt2)
+    with pytest.raises(Unsupported, match=r"GPTJForCausalLM.*effattn\.rehost"):
+        hf.of(gptj)
     with pytest.raises(Unsupported, match="Linear"):
         hf.of(torch.nn.Linear(2, 2))
     falcon = transformers.FalconForCausalLM(
@@ -206,8 +209,8 @@ def test_unsupported_models_are_refused_by_name():
     )
     with pytest.raises(Unsupported, match=r"Falcon.*cache"):
         hf.of(falcon)
-    for kind in ("gpt_neox", "opt"):
-        with pytest.raises(Unsupported, match="ignores num_key_value_heads"):
+    for kind in ("gpt_neox", "opt", "gpt2"):
+        with pytest.raises(Unsupported, match=r"ignores num_key_value_heads.*effattn\.rehost"):
             hf.of(model_of(kind)).require_gqa()
     with pytest.raises(Unsupported, match="causal LM"):
         hf.of(transformers.LlamaModel(transformers.LlamaConfig(**SMALL)))

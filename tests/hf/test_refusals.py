@@ -97,13 +97,15 @@ def test_a_model_that_is_no_causal_lm_can_be_put_into_one(name):
 
 def test_true_reasons():
     gpt2 = transformers.GPT2LMHeadModel(
-        transformers.GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=32)
+        transformers.GPT2Config(
+            n_embd=32, n_layer=1, n_head=2, vocab_size=32, add_cross_attention=True
+        )
     )
     t5 = transformers.T5ForConditionalGeneration(
         transformers.T5Config(d_model=32, d_ff=32, num_layers=1, num_heads=2, vocab_size=32)
     )
     for model, reason in (
-        (gpt2, "are a Conv1D"),
+        (gpt2, "attends to an encoder"),
         (t5, "encoder-decoder"),
         (nn.Linear(2, 2), "valid is a transformers causal LM"),
         ("embedded", "effattn.load"),

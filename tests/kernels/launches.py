@@ -424,6 +424,22 @@ def lsh(causal=True, shared=False, padded=False, sizes=None) -> None:
     run_backward(kernel.attention(q, k, v, places, impl="triton"))
 
 
+def topk(window=32, block=16, blocks=3, padded=False, sizes=None) -> None:
+    """Attention to chosen blocks and its backward pass."""
+    from fake_gpu import backward as run_backward
+
+    from effattn.kernels import topk as kernel
+
+    q, k, v = qkv(**(sizes or {}), grad=True)
+    rule = kernel.Rule(window=window, sinks=4, block=block, blocks=blocks)
+    at = torch.arange(k.shape[2] - q.shape[2], k.shape[2], device=q.device)[None]
+    at = at.repeat(2, 1) if padded else at
+    chosen = kernel.select(rule, q.detach(), kernel.summarise(rule, k.detach()), at)
+    out, lse = kernel.attention(q, k, v, rule, chosen, at, impl="triton")
+    run_backward(out)
+    run_backward(lse)
+
+
 def vq(size=None, dtype=BF16, dim=64, padded=False) -> None:
     """The three kernels of codebook attention, and their backward passes."""
     from fake_gpu import backward as run_backward
@@ -522,8 +538,14 @@ def _other_cases() -> None:
         case(name, causal, shared, padded)(lsh)
     for dtype, dim in product((BF16, FP16, FP32), (64, 128, 256)):
         case(f"lsh {NAMES[dtype]} {dim}", sizes=dict(dtype=dtype, dim=dim))(lsh)
+        case(f"topk {NAMES[dtype]} {dim}", sizes=dict(dtype=dtype, dim=dim))(topk)
         case(f"vq {NAMES[dtype]} {dim}", dtype=dtype, dim=dim)(vq)
         case(f"linformer {NAMES[dtype]} {dim}", dtype=dtype, dim=dim)(linformer)
+    for block in (1, 8, 64, 100):
+        case(f"topk blocks of {block}", block=block, padded=block == 8)(topk)
+    case("topk one head each", sizes=dict(heads=(2, 2)))(topk)
+    case("topk chunk", sizes=dict(queries=33, keys=200))(topk)
+    case("topk no block", block=300)(topk)
     case("vq blocks padded", 64, padded=True)(vq)
     for shared, padded in product((True, False), repeat=2):
         name = f"linformer{' shared' * shared}{' padded' * padded}"

@@ -33,6 +33,7 @@ SOFTMAX = (
     "linformer(k=4, max_length=64)",
     "linformer_blockwise(k=16, max_length=64, block=8)",
     "lsh(chunk=4, buckets=4)",
+    "topk(window=4, block=4, blocks=2)",
     "vq(codes=8, block=8)",
 )
 SIZES = (1e-30, 1e-12, 1e-7, 1.0, 16.0, 100.0, 1000.0)

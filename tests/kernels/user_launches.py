@@ -39,6 +39,8 @@ BACKENDS = (
     "linear(feature_map='hedgehog')",
     "linear(feature_map='identity', decay=0.8, normalize=False)",
     "lsh(rounds=2, buckets=8, chunk=16)",
+    "topk(window=32, sinks=4, block=16, blocks=3)",
+    "topk(window=32, block=1, blocks=16, summary='minmax')",
     "performer(features=64)",
     "performer(features=64, kernel='relu')",
 )
@@ -171,6 +173,7 @@ SWAPS = {
     "linear": dict(pattern="linear"),
     "performer": dict(pattern="performer", features=64),
     "lsh": dict(pattern="lsh", rounds=2, buckets=8, chunk=16),
+    "topk": dict(pattern="topk", window=32, block=16, blocks=3),
     "vq": dict(pattern="vq", codes=48, block=32),
     "rerope": dict(positions="rerope(window=64)"),
     "yarn": dict(pattern="dense", positions="yarn(factor=4)"),

@@ -143,6 +143,7 @@ MORE = {
     "block": dict(pattern="block", block=32),
     "performer": dict(pattern="performer", features=64),
     "lsh": dict(pattern="lsh", rounds=2, buckets=8, chunk=16),
+    "topk": dict(pattern="topk", window=32, block=16, blocks=3),
     "vq": dict(pattern="vq", codes=48, block=32),
     "strided": dict(pattern="strided", stride=16),
     "longformer": dict(pattern="longformer", window=33, global_tokens=3),
@@ -159,6 +160,7 @@ PADDED = (
     "vq(codes=48, block=32)",
     "linformer_blockwise(k=32, max_length=512, block=64)",
     "lsh(rounds=2, buckets=8, chunk=16)",
+    "topk(window=32, sinks=4, block=16, blocks=3)",
     "linear(feature_map='hedgehog', decay=0.9)",
     "performer(features=64)",
 )

@@ -47,6 +47,11 @@ ROWS = {
         ({"feature_map": "exp", "features": 24}, False),
         ({"feature_map": "identity", "decay": 0.8, "normalize": False}, False),
     ],
+    "topk": [
+        ({"window": 5, "sinks": 2, "block": 3, "blocks": 2}, False),
+        ({"window": 2, "block": 1, "blocks": 3, "summary": "minmax"}, False),
+        ({"window": 3, "block": 2, "blocks": 3, "summary": "learned"}, False),
+    ],
     "lsh": [
         ({"rounds": 2, "buckets": 4, "chunk": 2}, True),
         ({"rounds": 3, "buckets": 2, "chunk": 3, "seed": 1}, False),
@@ -91,13 +96,16 @@ SLICE = [next(case for case in CASES if case[0] == name) for name in ROWS]  # on
 
 
 def run(*values):
-    """quick: one case a backend, in torch. slow: in Triton's interpreter, which takes seconds a
-    case, the other options of a backend; tests/kernels has the options of each kernel."""
+    """quick: one case a backend, in torch. Triton's interpreter takes seconds a case: one of each
+    backend is tried with the kernels (`make kernels`), the others are slow; tests/kernels has the
+    options of each kernel."""
     *case, impl, dtype = values
     one = tuple(case) in SLICE
+    interpreted = impl == "triton" and DEVICE == "cpu"
     quick = one and (impl, dtype) == ("torch", torch.float32)
-    slow = not one and impl == "triton" and DEVICE == "cpu"
+    slow = not one and interpreted
     marks = [pytest.mark.quick] * quick + [pytest.mark.slow] * slow
+    marks += [pytest.mark.interpreted] * interpreted
     return pytest.param(*values, marks=marks)
 
 

@@ -19,6 +19,7 @@ AXES = {
     "first tokens": {"pattern": "longformer(window=5, global_tokens=2)"},
     "sums": {"pattern": "linear"},
     "buckets": {"pattern": "lsh(rounds=2, buckets=4, chunk=4)"},
+    "blocks": {"pattern": "topk(window=5, block=4, blocks=2)"},
     "rerope": {"positions": "rerope(window=8)"},
     "leaky": {"positions": "leaky_rerope(window=8, k=4)"},
     "logn": {"positions": "logn"},

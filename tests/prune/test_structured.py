@@ -547,3 +547,34 @@ def test_numbers_that_are_not_finite_name_the_place(criterion, tokens):
         FloatingPointError, match="layer 1: the calibration activations contain NaN or infinity"
     ):
         structured(model, tokens, ffn=48, criterion=criterion, length=64)
+
+
+# ---- layers that differ
+# -------------------------------------------------------------------------------------------------
+
+
+def test_the_best_of_all_layers_stay(model, tokens):
+    """As many on average, every layer its own best, and nothing else by the scores."""
+    small, report = structured(model, tokens[:2048], heads=2, ffn=64, uniform=False, length=LENGTH)
+    kept, importance = report.data["kept"], report.data["importance"]
+    assert sum(map(len, kept["heads"])) == 4
+    scores = torch.tensor(importance["heads"])
+    order = scores.flatten().sort(descending=True).indices[:4].tolist()
+    assert sorted(order) == [4 * i + j for i, row in enumerate(kept["heads"]) for j in row]
+    assert sum(map(len, kept["ffn"])) == 128
+    assert all(len(row) % 32 == 0 for row in kept["ffn"])
+    assert [layer.kv_heads for layer in hf.of(small)] == [len(row) for row in kept["heads"]]
+    assert report.data["sizes"]["after"]["kv_heads"] == 2
+    assert torch.isfinite(logits(small, tokens)).all()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"ffn": 32, "criterion": "obs"}, "criterion: got 'obs' for ffn with uniform=False"),
+        ({"heads": 9}, "the model has 4 key/value heads a layer"),
+    ],
+)
+def test_layers_that_cannot_differ_so_are_refused(model, tokens, options, message):
+    with pytest.raises(ValueError, match=message):
+        structured(model, tokens[:2048], uniform=False, **options)

@@ -200,7 +200,7 @@ def broken(parent: Path, tmp_path: Path, name: str) -> Path:
         ("text and dataset", "valid is one of them"),
         ("contexts", "decode_contexts: got 'abc'"),
         ("class that ignores the field", "GPTNeoXForCausalLM cannot have fewer KV heads"),
-        ("refused class", "GPT2LMHeadModel .gpt2. is not supported"),
+        ("refused class", "BloomForCausalLM .bloom. is not supported"),
         ("missing dataset", "could not be loaded"),
     ],
 )
@@ -231,11 +231,10 @@ def test_bad_input_is_one_line_and_nothing_written(case, message, parent, text, 
         del arguments["--text"]
     elif "class" in case:
         if case.startswith("refused"):
-            from transformers import GPT2Config, GPT2LMHeadModel
+            from transformers import BloomConfig, BloomForCausalLM
 
-            GPT2LMHeadModel(
-                GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=257)
-            ).save_pretrained(files)
+            config = BloomConfig(hidden_size=32, n_layer=1, n_head=2, vocab_size=257)
+            BloomForCausalLM(config).save_pretrained(files)
         else:
             tiny("gpt_neox", dtype=torch.float32, vocab_size=257).save_pretrained(files)
         AutoTokenizer.from_pretrained(parent).save_pretrained(files)

@@ -41,6 +41,8 @@ KINDS = {
     "fading sums": ("linear(decay='retnet')", None),
     "random features": ("performer(features=32)", ROPE),
     "buckets": ("lsh(rounds=2, buckets=4, chunk=4)", ROPE),
+    "blocks": ("topk(window=4, sinks=2, block=3, blocks=2)", ROPE),
+    "blocks of one": ("topk(window=2, block=1, blocks=3, summary='minmax')", None),
     "codes": ("vq(codes=8, block=5)", None),
     "slots": ("linformer_blockwise(k=8, max_length=32, block=8)", None),
 }

@@ -41,6 +41,9 @@ SPECS = [
     "performer(features=16, kernel='relu')",
     "lsh(rounds=2, buckets=4, chunk=4)",
     "lsh(rounds=2, buckets=4, chunk=4, seed=1)",
+    "topk(window=6, block=4, blocks=2)",
+    "topk(window=6, block=4, blocks=3)",
+    "topk(window=6, block=4, blocks=2, summary='minmax')",
     "vq(codes=8, block=5)",
     "vq(codes=4, block=5)",
     "linformer_blockwise(k=8, max_length=32, block=8)",
@@ -134,7 +137,7 @@ LEARNING = (
     "dense", "sliding(window=6)", "sliding(window=6, sinks=2)", "fixed(stride=6)",
     "longformer(window=6, global_tokens=2)",
     "linear(decay=0.9)", "performer(features=16)", "lsh(rounds=2, buckets=4, chunk=4)",
-    "linformer_blockwise(k=8, max_length=32, block=8)",
+    "topk(window=6, block=4, blocks=2)", "linformer_blockwise(k=8, max_length=32, block=8)",
 )  # fmt: skip
 
 
@@ -223,6 +226,7 @@ def test_a_layer_that_serves_two():
         {"pattern": "sliding(window=5, sinks=2)"},
         {"pattern": "linear(decay='retnet')"},
         {"pattern": "lsh(rounds=2, buckets=4, chunk=4)"},
+        {"pattern": "topk(window=6, block=4, blocks=2)"},
         {"pattern": "fixed(stride=8)"},
         {"positions": "rerope(window=8)"},
         {"pattern": "sliding(window=24)", "cache": "int8(residual=16, group=16)"},

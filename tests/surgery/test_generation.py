@@ -311,8 +311,10 @@ def test_positions_owned_by_the_layer_are_the_models(kind):
         "attention_mask": torch.cat([inputs["attention_mask"], real[:, -1:]], 1),
     }
     tokens = torch.cat([inputs["input_ids"], step["input_ids"]], dim=1)
-    whole = model(tokens, attention_mask=step["attention_mask"], use_cache=False).logits[:, -1:]
     step["position_ids"] = positions[:, -1:] + 1
+    places = torch.cat([positions, step["position_ids"]], dim=1)
+    given = {"attention_mask": step["attention_mask"], "position_ids": places}
+    whole = model(tokens, **given, use_cache=False).logits[:, -1:]
     torch.testing.assert_close(
         model(**step, past_key_values=out.past_key_values).logits, whole, rtol=1e-4, atol=1e-4
     )

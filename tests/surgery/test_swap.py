@@ -299,7 +299,9 @@ class OwnAttention(nn.Module):
 
 def test_refused_by_name_before_anything_is_changed(monkeypatch):
     bloom = transformers.BloomConfig(hidden_size=32, n_layer=2, n_head=4, vocab_size=97)
-    gpt2 = transformers.GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=97)
+    gptj = transformers.GPTJConfig(
+        n_embd=32, n_layer=2, n_head=4, rotary_dim=4, vocab_size=97, bos_token_id=0
+    )
     dynamic = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
     for config, spec, message in (
         (
@@ -314,7 +316,7 @@ def test_refused_by_name_before_anything_is_changed(monkeypatch):
             "rotary rule 'dynamic' depends on the sequence's length",
         ),
         (bloom, "dense", "BloomForCausalLM"),
-        (gpt2, "dense", "GPT2LMHeadModel"),
+        (gptj, "dense", "GPTJForCausalLM"),
     ):
         with monkeypatch.context() as patch:
             patch.setattr(registry.BACKENDS, "_known", dict(registry.backends()))
@@ -379,7 +381,6 @@ def test_refused_while_running():
         ({"softcap": 30.0}, "softcap"),
         ({"s_aux": torch.ones(4)}, "s_aux"),
         ({"dropout": 0.1}, "dropout"),
-        ({"output_attentions": True}, "output_attentions"),
         ({"position_bias": torch.ones(1)}, "position_bias"),
     ],
 )

@@ -15,6 +15,7 @@ PATTERNS = (
     "longformer(window=512, global_tokens=4)",
     "strided(stride=128)",
     "lsh(rounds=4)",
+    "topk(window=256, sinks=4, block=32, blocks=16)",
 )
 
 

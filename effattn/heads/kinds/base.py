@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -20,30 +20,31 @@ from effattn.errors import check_choice
 from effattn.hf.anatomy import Anatomy
 
 
-class Job(Protocol):
-    """A conversion with its calibration, checked, which a walk carries out.
-
-    batches: the windows that hidden states are made of, int64 (batch, length) each."""
+class Job:
+    """A conversion with its calibration, checked, which a walk carries out."""
 
     @property
-    def batches(self) -> list[Tensor] | None: ...
+    def batches(self) -> list[Tensor] | None:
+        """The windows that hidden states are made of, int64 (batch, length) each; None: none are
+        needed."""
+        raise NotImplementedError
 
     @property
     def settings(self) -> dict:
         """What an unfinished run must have in common with one that goes on from it."""
-        ...
+        raise NotImplementedError
 
     def carry_out(self, walk: Walk, progress: Progress | None = None) -> list[dict]:
         """Changes every layer; returns a row of facts, JSON, for each."""
-        ...
+        raise NotImplementedError
 
     def config(self, config: dict, rows: list[dict]) -> dict:
         """config.json of what comes out, made of the parent's."""
-        ...
+        raise NotImplementedError
 
     def report(self, old: Anatomy, new: Anatomy, rows: list[dict]) -> Any:
         """What the function on a live model returns."""
-        ...
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,7 @@ class Gqa(Kind):
         check_options(cls.name, options, convert_gqa, *APART)
         given = {"kv_heads": 1 if cls.name == "mqa" else parts.heads, **options}
         check_kv_heads(given["kv_heads"], parts.kv_heads)
+        parts.check_kv_heads(given["kv_heads"])
         convert, walked = partial(convert_gqa, **given), partial(job, **given)
         return Change(convert, walked, kv_heads=given["kv_heads"])
 

@@ -11,6 +11,7 @@ import torch
 from effattn.calibration.tokens import check_calibration, tokens_needed
 from effattn.calibration.walk import Walk
 from effattn.heads.gqa import check_swapped, describe_size
+from effattn.heads.kinds.base import Job
 from effattn.heads.latent.converting import Conversion, check_layers, convert
 from effattn.heads.latent.ranks import SIZES, Size
 from effattn.heads.latent.report import LatentReport, report_of
@@ -96,14 +97,14 @@ def checked(
     return Conversion(Size(**size), calibration, refit, length, batch, bos)
 
 
-def job(parts: hf.Anatomy, calibration: torch.Tensor, bos: int | None, **given) -> Job:
+def job(parts: hf.Anatomy, calibration: torch.Tensor, bos: int | None, **given) -> LatentJob:
     """`convert_weights` with the options `given`, on a walk. Raises as it does."""
-    return Job(checked(parts, calibration, bos, **given), describe_size(parts))
+    return LatentJob(checked(parts, calibration, bos, **given), describe_size(parts))
 
 
 @dataclass(frozen=True)
-class Job:
-    """What a walk carries out; see `effattn.heads.kinds.base.Job`. before: of `describe_size`."""
+class LatentJob(Job):
+    """The conversion on a walk. before: of `describe_size`."""
 
     asked: Conversion
     before: dict

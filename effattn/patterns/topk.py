@@ -1,0 +1,278 @@
+"""Attention that selects: a window, sinks, and the blocks of keys that suit the query best.
+
+Blocks chosen by a summary: Landmark attention (arXiv:2305.16300), Quest (arXiv:2406.10774), MoBA
+(arXiv:2502.13189) and NSA (arXiv:2502.11089); with blocks of one key it is the exact kNN attention
+of Memorizing Transformers (arXiv:2203.08913).
+
+q (B, Hq, Tq, D), k (B, Hkv, Tk, D), v (B, Hkv, Tk, Dv); i, j: positions of queries and keys; N:
+finished blocks; n: blocks that a query reads; W: numbers of a summary."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter, is_lazy
+
+from effattn.errors import check_choice
+from effattn.interface import Backend, Call, Cost, Shape, Traits
+from effattn.kernels import decode, flash, topk
+from effattn.kernels.flash.pattern import Layout, Window, layout_of
+from effattn.kernels.merge import merge
+from effattn.patterns.exact import check_size
+from effattn.registry import register
+from effattn.states.blocks import BlockState
+from effattn.states.full import FullState
+
+
+@register("topk")
+class TopK(Backend):
+    """A query sees its `window` newest keys, itself included, the `sinks` first ones, and all keys
+    of the `blocks` best blocks of `block` keys; one softmax over all of them, each key once.
+
+    Blocks begin at multiples of `block`, and a query chooses among those that are finished (their
+    last key is not later than the query) and that are not seen anyway, by its score against a
+    summary of the block's keys. summary: "mean", the mean key; "minmax", the most that a key
+    between the block's smallest and largest numbers could score (Quest); "learned", a mean weighted
+    by softmax(pool . k) with a parameter `pool` (Hkv, D), zero at first, when it is "mean". The
+    query heads of a group choose together, by the sum of their scores.
+
+    block=1 is exact kNN attention; blocks that cover everything are dense attention, with window >=
+    block (a block that is not finished is seen through the window only). Choosing has no gradient:
+    q, k and v learn through what was chosen, and `pool` from a loss of its own, how far the scores
+    are from the attention that blocks have, whenever a call with gradients trains it. A step of
+    decoding reads window + sinks + blocks * block tokens and one summary a block."""
+
+    traits = Traits(
+        exact=False,
+        causal=True,
+        bidirectional=False,
+        learned=False,
+        state="full, summaries of blocks",
+    )
+    implementations = topk.IMPLEMENTATIONS
+    extras = ("sink_logits",)
+    group_decides = True
+
+    def __init__(
+        self,
+        window: int,
+        sinks: int = 0,
+        block: int = 16,
+        blocks: int = 8,
+        summary: str = "mean",
+        kv_heads: int | None = None,
+        head_dim: int | None = None,
+        impl: str = "auto",
+    ):
+        """kv_heads, head_dim: of a learned summary's parameter, which is made at the first call
+        where they are not given."""
+        super().__init__(impl)
+        self.chosen_impl = topk.choose(impl)
+        check_choice("topk: summary", summary, topk.SUMMARIES)
+        self.rule = topk.Rule(
+            check_size("topk", "window", window),
+            check_size("topk", "sinks", sinks, least=0),
+            check_size("topk", "block", block),
+            check_size("topk", "blocks", blocks),
+            summary,
+        )
+        self.pool = None
+        if summary == "learned":
+            self.traits = replace(self.traits, learned=True)
+            self.per_kv_head = ("pool",)
+            given = kv_heads is not None and head_dim is not None
+            self.pool = (
+                nn.Parameter(torch.zeros(kv_heads, head_dim)) if given else UninitializedParameter()
+            )
+
+    def extra_repr(self) -> str:
+        rule = self.rule
+        parts = [f"window={rule.window}"]
+        parts += [f"sinks={rule.sinks}"] if rule.sinks else []
+        parts += [f"block={rule.block}, blocks={rule.blocks}"]
+        parts += [f"summary={rule.summary!r}"] if rule.summary != "mean" else []
+        return ", ".join([*parts, super().extra_repr()])
+
+    def check_call(self, q, k, v, causal, extras):
+        if self.pool is None:
+            return
+        if is_lazy(self.pool):
+            self.pool.materialize((k.shape[1], k.shape[3]), device=k.device, dtype=torch.float32)
+            nn.init.zeros_(self.pool)
+        if self.pool.shape != (k.shape[1], k.shape[3]):
+            heads, dim = self.pool.shape
+            raise ValueError(
+                f"k: expected {heads} heads of size {dim}, as topk's pool has, got {k.shape[1]} of "
+                f"size {k.shape[3]}"
+            )
+
+    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
+        # What is made at the first call has to be there before it can be loaded.
+        given = state_dict.get(prefix + "pool")
+        if given is not None and self.pool is not None and is_lazy(self.pool):
+            self.pool.materialize(given.shape, device=given.device, dtype=given.dtype)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def growth(self, shape: Shape) -> float:
+        width, size = self.rule.width(shape.head_dim), max(4, shape.itemsize)
+        summary = shape.batch * shape.kv_heads * width * size
+        return super().growth(shape) + summary / self.rule.block
+
+    def summarise(self, k: Tensor) -> Tensor:
+        """k (B, Hkv, T, D), from a block's beginning on -> (B, Hkv, T // block, W), float32 or
+        better."""
+        return topk.summarise(self.rule, k, self.pool)
+
+    def new_state(self) -> FullState:
+        plain = self.impl == "reference"
+        return FullState() if plain else BlockState(self.rule.block, self.summarise)
+
+    def run(self, q, k, v, causal, padding_mask, state, scale, rotary, extras):
+        """As `Backend.run`; but a state holds rotated keys, since their summaries are made of
+        those."""
+        if isinstance(state, BlockState) and rotary is not None:
+            total, layout = state.seq_len + k.shape[2], layout_of(padding_mask)
+            at = (layout.query_positions(x.shape[2], total, x.device).clamp(min=0) for x in (q, k))
+            q, k = rotary(q, k, *(x if padding_mask is not None else x[0] for x in at))
+            rotary = None
+        return super().run(q, k, v, causal, padding_mask, state, scale, rotary, extras)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
+        self.chosen_impl = impl = topk.choose(self.impl, q.device)
+        layout = call.layout
+        if impl == "reference":
+            return self._reference(q, k, v, call)
+        at = self._positions(q, k, layout)
+        learning = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+        few = q.shape[2] <= decode.MOST_QUERIES and not (learning or self._trains)
+        keys = k if few and call.state is not None else _from_start(k, layout.start)
+        summaries = (
+            call.state.summaries
+            if isinstance(call.state, BlockState)
+            else self.summarise(keys.detach())
+        )
+        chosen = topk.select(self.rule, q.detach(), summaries.detach(), at)
+        if few:
+            parts = self._few(q, k, v, chosen, at, call, impl)
+        else:
+            values = _from_start(v, layout.start)
+            parts = self._many(q, k, v, keys, values, chosen, at, call, impl)
+        out, lse = merge(parts)
+        if call.sink_logits is not None:
+            # a logit in the denominator only: out * Z / (Z + exp(logit)), and Z = exp(lse)
+            share = torch.sigmoid(lse - call.sink_logits.to(lse.dtype)[None, :, None])
+            out = (out.to(lse.dtype) * share[..., None]).to(out.dtype)
+        return self._learning_from(out, q, keys, call)
+
+    @property
+    def _trains(self) -> bool:
+        """Whether the present call trains the summaries."""
+        return self.pool is not None and self.pool.requires_grad and torch.is_grad_enabled()
+
+    def _learning_from(self, out: Tensor, q: Tensor, keys: Tensor, call: Call) -> Tensor:
+        """`out`, from which the summaries learn where they do. keys: from each row's start on."""
+        if not self._trains:
+            return out
+        at = self._positions(q, keys, call.layout)
+        return topk.with_pool_loss(out, q, keys, self.rule, self.pool, at, scale=call.scale)
+
+    def _positions(self, q: Tensor, k: Tensor, layout: Layout) -> Tensor:
+        """Of queries, (1 or B, Tq); negative for padding, which may lie on the right too."""
+        queries, tokens = q.shape[2], k.shape[2]
+        at = layout.query_positions(queries, tokens, q.device)
+        return (
+            at if layout.mask is None else torch.where(layout.mask[:, tokens - queries :], at, -1)
+        )
+
+    def _few(self, q, k, v, chosen, at, call: Call, impl: str):
+        """The window, and what is gathered for each query: sinks and chosen blocks."""
+        low = max(0, k.shape[2] - self.rule.window - q.shape[2] + 1)
+        layout = call.layout
+        mask = None if layout.mask is None else layout.mask[:, low:]
+        near = decode.attention(
+            q,
+            k[:, :, low:],
+            v[:, :, low:],
+            Window(back=self.rule.window),
+            Layout(tail=low, start=layout.start, mask=mask),
+            scale=call.scale,
+            impl=impl,
+            lse=True,
+        )
+        far = topk.attention_few(
+            q, k, v, self.rule, chosen, at, layout.start, scale=call.scale, impl=impl
+        )
+        return [near, far]
+
+    def _many(self, q, k, v, keys, values, chosen, at, call: Call, impl: str):
+        """The window and the sinks, and the blocks of keys and values from each row's start on."""
+        near = flash.attention(
+            q,
+            k,
+            v,
+            Window(first=self.rule.sinks, back=self.rule.window),
+            call.layout,
+            scale=call.scale,
+            impl=impl,
+            lse=True,
+        )
+        far = topk.attention(q, keys, values, self.rule, chosen, at, scale=call.scale, impl=impl)
+        return [near, far]
+
+    def _reference(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
+        from effattn.kernels.topk.reference import attention
+
+        real = call.layout.mask
+        if real is None:
+            real = torch.ones(k.shape[0], k.shape[2], dtype=torch.bool, device=k.device)
+        given = {"scale": call.scale, "pool": self.pool, "sink_logits": call.sink_logits}
+        out = attention(q, k, v, self.rule, real, **given)
+        return self._learning_from(out, q, _from_start(k, call.layout.start), call)
+
+    def cost(self, shape: Shape) -> Cost:
+        """Two products over the pairs that see each other, and one of each query (of a group, once)
+        with the summaries of its candidates, which grows with T^2 / block. Counted is a query whose
+        chosen blocks lie outside of the window and the sinks. Keys that a cached call may read: the
+        window's, the sinks and those that were chosen, and the summaries. Backward: five products,
+        as in the exact patterns; nothing is chosen again."""
+        rule = self.rule
+        i = torch.arange(shape.keys - shape.queries, shape.keys)
+        near = (i + 1).clamp(max=rule.window) + (i + 1 - rule.window).clamp(0, rule.sinks)
+        far = ((i + 1) // rule.block * rule.block - near).clamp(min=0)
+        seen = near + far.clamp(max=rule.blocks * rule.block)
+        pairs = shape.batch * shape.heads * int(seen.sum())
+        candidates = ((i + 1 - rule.window).clamp(min=0) // rule.block).sum()
+        token = shape.kv_bytes // shape.keys
+        read = min(shape.keys, int(seen.sum()))  # what no two queries read together
+        if shape.backward:
+            return Cost(
+                flops=2 * pairs * (3 * shape.head_dim + 2 * shape.value_dim),
+                read_bytes=shape.query_bytes
+                + read * token
+                + 2 * shape.output_bytes
+                + shape.lse_bytes,
+                write_bytes=shape.query_bytes + shape.kv_bytes,
+            )
+        lines, width = shape.batch * shape.kv_heads, rule.width(shape.head_dim)
+        summary = lines * width * max(4, shape.itemsize)
+        blocks = shape.keys // rule.block
+        past = blocks if shape.keys > shape.queries else 0
+        return Cost(
+            flops=2 * pairs * (shape.head_dim + shape.value_dim)
+            + 2 * lines * width * int(candidates),
+            read_bytes=shape.query_bytes + read * token + past * summary,
+            write_bytes=shape.output_bytes,
+            state_bytes=shape.kv_bytes + blocks * summary,
+        )
+
+
+def _from_start(x: Tensor, start: Tensor | None) -> Tensor:
+    """x (B, H, T, D) with each row from its first real token on; what is behind its last one is the
+    last one again."""
+    if start is None:
+        return x
+    at = start[:, None] + torch.arange(x.shape[2], device=x.device)
+    at = at.clamp(max=x.shape[2] - 1)[:, None, :, None]
+    return x.gather(2, at.expand(-1, x.shape[1], -1, x.shape[3]))

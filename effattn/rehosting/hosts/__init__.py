@@ -1,0 +1,1 @@
+"""What a model type becomes: one file each, found by itself."""

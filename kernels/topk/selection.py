@@ -1,0 +1,129 @@
+"""Which blocks each query reads: summaries of blocks of keys, and the best of them for a query.
+
+B: rows; H: key/value heads, G query heads each; T: keys; Tq: queries; N: blocks of `block` keys,
+counted from each row's first real token; W: numbers of a summary; n: blocks that a query reads at
+most. Positions count from each row's first real token too.
+
+Everything is computed in float32 (float64 for float64 inputs), whatever the keys' dtype, so that
+prefill and decoding choose alike."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+SUMMARIES = ("mean", "minmax", "learned")
+SCORES = 2**22  # scores of queries and blocks at a time
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A query sees its `window` newest keys, the `sinks` first ones, and the `blocks` best blocks
+    of `block` keys. summary: of `SUMMARIES`."""
+
+    window: int
+    sinks: int = 0
+    block: int = 16
+    blocks: int = 8
+    summary: str = "mean"
+
+    def width(self, dim: int) -> int:
+        """Numbers of a summary of keys of `dim`."""
+        return 2 * dim if self.summary == "minmax" else dim
+
+    def candidates(self, at: Tensor, block: Tensor) -> Tensor:
+        """Whether the query at position `at` may choose a block: it is finished, and has keys that
+        are neither in the window nor sinks. Broadcast; negative positions are padding."""
+        first, last = block * self.block, (block + 1) * self.block - 1
+        far = torch.minimum(last, at - self.window) >= first.clamp(min=self.sinks)
+        return far & (last <= at)
+
+
+def work_dtype(x: Tensor) -> torch.dtype:
+    """float32, or float64 for float64."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def summarise(
+    rule: Rule,
+    k: Tensor,
+    pool: Tensor | None = None,
+) -> Tensor:
+    """k (B, H, T, D), from a block's beginning on -> summaries (B, H, T // block, W) of its whole
+    blocks.
+
+    "mean": the mean key. "minmax": the largest and the smallest of each number, side by side
+    (Quest, arXiv:2406.10774). "learned": a mean with weights softmax(pool . k), pool (H, D)."""
+    count = k.shape[2] // rule.block
+    keys = k[:, :, : count * rule.block].unflatten(2, (count, rule.block)).to(work_dtype(k))
+    if rule.summary == "mean":
+        return keys.mean(dim=3)
+    if rule.summary == "minmax":
+        return torch.cat([keys.amax(dim=3), keys.amin(dim=3)], dim=3)
+    logits = (keys * pool.to(keys.dtype)[:, None, None]).sum(dim=4, keepdim=True)
+    return (torch.softmax(logits, dim=3) * keys).sum(dim=3)
+
+
+def probes(
+    rule: Rule,
+    q: Tensor,
+    kv_heads: int,
+) -> Tensor:
+    """What summaries are multiplied with, (B, H, Tq, W): the product is the sum of the group's
+    scores, so that its heads share a selection.
+
+    q . mean for "mean" and "learned". For "minmax" the largest score that a key between the two
+    could have: a positive number of q meets the largest, a negative one the smallest."""
+    group = q.unflatten(1, (kv_heads, -1)).to(work_dtype(q))
+    if rule.summary != "minmax":
+        return group.sum(dim=2)
+    return torch.cat([group.clamp(min=0).sum(dim=2), group.clamp(max=0).sum(dim=2)], dim=3)
+
+
+@torch.no_grad()
+def select(
+    rule: Rule,
+    q: Tensor,
+    summaries: Tensor,
+    at: Tensor,
+) -> Tensor:
+    """The best candidates of each query, int64 (B, H, Tq, n), in no order; -1 where there are
+    fewer.
+
+    q (B, Hq, Tq, D); summaries (B, H, N, W); at (1 or B, Tq) int64 positions, negative for padding.
+    A query's choice depends on no later token."""
+    batch, heads, blocks = summaries.shape[:3]
+    most = min(rule.blocks, blocks)
+    found = at.new_full((batch, heads, q.shape[2], most), -1)
+    if not most:
+        return found
+    probe, number = probes(rule, q, heads), torch.arange(blocks, device=q.device)
+    step = max(1, SCORES // (batch * heads * blocks))
+    for low in range(0, q.shape[2], step):
+        part = slice(low, low + step)
+        # on a CPU, only blocks that one of these queries can have finished
+        known = q.device.type == "cpu"
+        finished = (int(at[:, part].max()) + 1) // rule.block if known else blocks
+        if not finished:
+            continue
+        scores = probe[:, :, part] @ summaries[:, :, :finished].mT
+        may = rule.candidates(at[:, part, None], number[:finished])[:, None]
+        scores.masked_fill_(~may, -torch.inf)
+        best = scores.topk(min(most, finished), dim=3, sorted=False)
+        chosen = torch.where(best.values > -torch.inf, best.indices, -1)
+        found[:, :, part, : chosen.shape[3]] = chosen
+    return found
+
+
+def far_keys(
+    rule: Rule,
+    at: Tensor,
+    chosen: Tensor,
+) -> Tensor:
+    """Whether the query at position `at` sees each key of the chosen blocks because of them, (...,
+    n, block) bool, for at (...) and chosen (..., n): it is neither in the window nor a sink."""
+    key = chosen[..., None] * rule.block + torch.arange(rule.block, device=chosen.device)
+    near = (at[..., None, None] - key < rule.window) | (key < rule.sinks)
+    return (chosen >= 0)[..., None] & ~near

@@ -1,0 +1,129 @@
+"""Conversions that need not have the whole model in memory: what their recipes share.
+
+`--measure` says which way they go: with the model in memory, which is then measured and may be
+trained, or from file to file, one decoder layer in memory at a time
+(`effattn.surgery.from_files`), with the same weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from effattn.recipes import flow, options
+from effattn.recipes.options import option
+from effattn.stages import Quiet, main_process
+
+if TYPE_CHECKING:
+    import torch
+
+MEASURE = ("auto", "yes", "no")
+# What measuring needs room for, in models: the parent, what comes of it, and what undoes a
+# conversion, or another one to compare with.
+COPIES = 3
+TOO_LARGE = "no: the model does not fit into memory three times"
+
+
+def measure_option() -> Any:
+    """The field of a recipe's settings."""
+    return option(
+        "auto",
+        "whole models in memory, measured before and after: auto (if they fit), yes; no: from file "
+        "to file, one layer in memory",
+    )
+
+
+def check(settings: Any, trains: str) -> None:
+    """ValueError for a word that `--measure` has not, and for training (a number of tokens, in the
+    setting called `trains`) without a model in memory."""
+    from effattn.errors import check_choice
+
+    check_choice("measure", settings.measure, MEASURE)
+    if getattr(settings, trains) and settings.measure == "no":
+        raise ValueError(
+            f"{trains}: got some with measure 'no'; training needs the whole model in memory"
+        )
+
+
+def fits(settings: Any, trains: str, source: Path | None = None) -> bool:
+    """Whether models are in memory. source: the checkpoint's folder, where it is known. ValueError
+    where they should be and do not fit."""
+    from effattn.hf.source import resolve
+    from effattn.hf.weight_files import file_bytes
+    from effattn.profiling.memory import available_bytes
+
+    if settings.measure == "no":
+        return False
+    free = available_bytes(flow.device(settings.device))
+    # nothing is known of a hub name before it is loaded
+    needed = COPIES * (file_bytes(source or resolve(settings.model)) or 0)
+    room = free is None or needed < 0.8 * free
+    if not room and (settings.measure == "yes" or getattr(settings, trains)):
+        raise ValueError(
+            f"measure: comparing and training need about {needed:,} bytes of memory, {free:,} are "
+            "free; valid is 'no'"
+        )
+    return room
+
+
+def convert(settings: Any, show: Quiet, heads: str) -> Any:
+    """Gives the checkpoint `heads`, a spec, from file to file; returns the report, which is in the
+    output as well. Where an earlier run stopped, this one goes on. Only the main process works.
+
+    Raises as `effattn.convert_files`."""
+    from effattn.hf.source import folder_of, load_tokenizer
+    from effattn.hf.weight_files import file_bytes
+    from effattn.outputs import check_room, link_or_copy
+    from effattn.surgery.from_files import FACTS, convert_files
+
+    if not main_process():
+        return None
+    flow.check_unfinished(settings, begin=True)
+    source, converted = folder_of(settings.model), settings.partial / "converted"
+    check_room("output", settings.output, file_bytes(source))
+    with show.stage("reading text"):
+        text, told = read(settings, load_tokenizer(source))
+    with show.stage(f"converting from file to file, layer by layer, to {heads}") as progress:
+        report = convert_files(
+            source,
+            converted,
+            text,
+            heads=heads,
+            bos=settings.bos,
+            device=flow.device(settings.device),
+            work=settings.partial / "layers",
+            progress=progress,
+        )
+    report.data["settings"] |= told | {"model": settings.model}
+    report.data["settings"]["measure"] = "no" if settings.measure == "no" else TOO_LARGE
+    with flow.saving(settings, show) as folder:
+        for file in Path(converted).iterdir():
+            if file.name != FACTS:  # the report has them
+                link_or_copy(file, folder / file.name)
+        report.save(folder)
+    flow.discard(settings.partial)
+    return report
+
+
+def read(settings: Any, tokenizer: Any) -> tuple[torch.Tensor, dict]:
+    """The calibration tokens, (N,) int64, and what a report says of them."""
+    from effattn.textdata import streams
+
+    text = streams(
+        tokenizer,
+        train=settings.calibration_tokens,
+        evaluation=settings.evaluation_tokens,
+        text=settings.text,
+        dataset=settings.dataset,
+        column=settings.column,
+        evaluation_text=settings.evaluation_text,
+    )
+    told = {"calibration_source": text.source, "evaluation_source": text.evaluation_source}
+    return text.train[: settings.calibration_tokens], told
+
+
+def spec(name: str, settings: options.Settings, *names: str) -> str:
+    """`name(option=value, ...)` of those of these settings that are not None."""
+    from effattn.specs import format_spec
+
+    given = {one: getattr(settings, one) for one in names}
+    return format_spec(name, {one: value for one, value in given.items() if value is not None})

@@ -1,0 +1,182 @@
+"""sliding(window=[...]): a window for each K/V head, and the plan that finds them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import tiny
+
+import effattn
+from effattn.conformance import check, inputs
+from effattn.errors import Unsupported
+from effattn.hf.cache import new_cache
+from effattn.positions import rule
+from effattn.states.full import ROLLBACK
+from effattn.surgery.checkpoint import load_model
+
+SPECS = (
+    "sliding(window=[5, None], impl='{}')",
+    "sliding(window=[5, 3], sinks=2, impl='{}')",
+    "sliding(window=[3, 3], dilation=2, impl='{}')",
+    "sliding(window=[4, 2], sink_logits=True, impl='{}')",
+)
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_it_keeps_to_the_contract(spec):
+    check(spec.format("torch"), lengths=(1, 4, 5, 6, 37))
+
+
+def test_both_ways_it_keeps_to_the_contract():
+    check("sliding(window=[3, 5], impl='torch')", causal=False, lengths=(1, 5, 21))
+
+
+def test_triton_keeps_to_the_contract():
+    some = ("accuracy", "gradients")
+    check(SPECS[1].format("triton"), properties=some, lengths=(9,), sizes=(2, 2, 2, 16))
+
+
+def test_each_head_sees_its_own_window():
+    q, k, v = inputs(40, torch.float64, sizes=(2, 6, 3, 8))
+    got = effattn.backend("sliding", window=[8, None, 3], sinks=1)(q, k, v)
+    for head, window in enumerate((8, None, 3)):
+        name = "dense" if window is None else f"sliding(window={window}, sinks=1)"
+        own = slice(2 * head, 2 * head + 2)
+        expected = effattn.backend(name)(q[:, own], k[:, [head]], v[:, [head]])
+        torch.testing.assert_close(got[:, own], expected)
+
+
+def test_the_state_is_a_ring_a_window_and_its_bytes_are_their_sum():
+    attn = effattn.backend("sliding", window=[8, None, 3, 8])
+    q, k, v = inputs(90, sizes=(2, 4, 4, 16))
+    state = attn.new_state()
+    attn(q, k, v, state=state)
+    assert len(state.parts) == 3
+    token = 2 * 2 * 16 * 4
+    held = 2 * (8 + ROLLBACK) + 90 + 3 + ROLLBACK
+    assert (
+        state.nbytes
+        == held * token
+        == attn.cost(effattn.Shape(2, 4, 4, 90, 90, 16)).state_bytes * 2
+    )
+
+
+def test_sinks_stand_at_their_place_in_each_ring():
+    q, k, v = inputs(30, torch.float64, sizes=(1, 2, 2, 8))
+    rope = rule("rope", length=64, head_dim=8)
+    attn = effattn.backend("sliding", window=[4, 9], sinks=2)
+    got = attn(q, k, v, rotary=rope)
+    for head, window in enumerate((4, 9)):
+        one = effattn.backend("sliding", window=window, sinks=2)
+        expected = one(q[:, [head]], k[:, [head]], v[:, [head]], rotary=rope)
+        torch.testing.assert_close(got[:, [head]], expected)
+    state, steps = attn.new_state(), []
+    for at in range(30):
+        some = (x[:, :, at : at + 1] for x in (q, k, v))
+        steps.append(attn(*some, state=state, rotary=rope))
+    torch.testing.assert_close(torch.cat(steps, dim=2), got)
+
+
+@pytest.mark.parametrize(
+    ("window", "message"),
+    [
+        ([], "window: got \\[\\], valid is .* a list with one for each K/V head"),
+        ([4, 0], "sliding: window: got 0"),
+        ("4", "window: got '4'"),
+        ([4, 2.5], "sliding: window: got 2.5"),
+    ],
+)
+def test_bad_windows_are_refused(window, message):
+    with pytest.raises(ValueError, match=message):
+        effattn.backend("sliding", window=window)
+
+
+def test_what_it_cannot_do_is_refused():
+    q, k, v = inputs(9)
+    attn = effattn.backend("sliding", window=[4, 2])
+    with pytest.raises(ValueError, match="got 3 windows, valid is one for each of k's 2 heads"):
+        effattn.backend("sliding", window=[4, 2, 2])(q, k, v)
+    with pytest.raises(ValueError, match="window: got 4, a bidirectional window is odd"):
+        attn(q, k, v, causal=False)
+    with pytest.raises(Unsupported, match="pair by pair"):
+        attn(q, k, v, rotary=rule("rerope(window=3)", length=16, head_dim=16, heads=4))
+    with pytest.raises(Unsupported, match="no static form"):
+        attn.static_state(16)
+
+
+def test_it_lives_in_a_model():
+    """Greedy, beams, a batch with padding, and a checkpoint's spec."""
+    model = tiny("llama")
+    heads = model.config.num_key_value_heads
+    effattn.swap(model, "sliding", window=[6, None] * (heads // 2), sinks=1)
+    ids = torch.randint(3, 60, (2, 40), generator=torch.Generator().manual_seed(0))
+    options = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
+    mask = torch.ones_like(ids)
+    mask[1, :9] = 0
+    both = model.generate(ids, attention_mask=mask, **options)
+    alone = model.generate(ids[1:, 9:], **options)
+    assert torch.equal(both[1, 9:], alone[0])
+    model.generate(ids, num_beams=3, **options)
+    layer = effattn.describe(model).layers[0]
+    assert layer["pattern"].startswith("sliding(window=[6, None")
+    assert layer["grows"]
+    dense = effattn.describe(effattn.restore(model)).layers[0]
+    assert 2 * layer["kv_bytes_per_token"] == dense["kv_bytes_per_token"]
+
+
+# The plan
+# --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def embedded():
+    return load_model("embedded")
+
+
+def test_a_plan_keeps_its_bound_and_saves_bytes(embedded):
+    model, tokenizer = embedded
+    ids = effattn.embedded.tokens("train", 2048, tokenizer=tokenizer)
+    held = effattn.embedded.tokens("validation", 1024, tokenizer=tokenizer)
+    dense = effattn.perplexity(model, held, context=512)
+    plans = [effattn.fit_windows(model, ids, error=e, length=512) for e in (0.02, 0.1)]
+    for plan, bound in zip(plans, (0.02, 0.1), strict=True):
+        assert max(plan.errors) <= bound
+        assert sorted(plan) == ["0", "1", "2", "3"]
+    found = []
+    for plan in plans:
+        effattn.swap(model, plan)
+        cache = new_cache(model)
+        with torch.no_grad():
+            model(held[None, :512], past_key_values=cache)
+        perplexity = effattn.perplexity(model, held, context=512)
+        found.append((sum(layer.nbytes for layer in cache.layers), perplexity))
+        effattn.restore(model)
+    whole = 4 * 512 * 2 * 8 * 32 * 4
+    assert found[1][0] < found[0][0] < whole
+    assert found[1][0] < whole / 3
+    assert found[0][1] < 1.005 * dense
+    assert found[1][1] < 1.03 * dense
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"error": 0}, "error: got 0, valid is a number between 0 and 1"),
+        ({"error": True}, "error: got True"),
+        ({"sinks": -1}, "sinks: got -1"),
+        ({"length": 10}, "length: got 10"),
+    ],
+)
+def test_bad_arguments_of_a_plan_are_refused(embedded, options, message):
+    with pytest.raises(ValueError, match=message):
+        effattn.fit_windows(embedded[0], torch.arange(2048) % 99, **options)
+
+
+def test_calibration_that_is_no_text_is_refused(embedded):
+    for given, message in (
+        (torch.ones(9), "float32 .9,."),
+        (torch.arange(99), "got 99 tokens, valid are at least length=2,048"),
+        ([1, 2], "calibration: got .1, 2."),
+    ):
+        with pytest.raises(ValueError, match=message):
+            effattn.fit_windows(embedded[0], given)
