@@ -21,6 +21,7 @@ from effattn.recipes import (
     convert_latent,
     export,
     extend,
+    fit,
     linearize,
     measure,
     prune_oneshot,
@@ -100,6 +101,7 @@ def compare(
         raise SystemExit(1)
 
 
+app.command("fit")(fit.command)
 app.command("linearize")(linearize.command)
 app.command("extend")(extend.command)
 app.command("shear")(shear.command)

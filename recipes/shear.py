@@ -285,7 +285,7 @@ def load(settings: Settings, show: Quiet) -> tuple:
 
 def read(settings: Settings, show: Quiet, parent, tokenizer) -> tuple[DomainText, Domains]:
     """The text by domain, held-out text of all of them, and windows of the first."""
-    from effattn.hf.beginning import bos_of
+    from effattn.hf.beginning import bos_of, end_of
     from effattn.prune.shearing.batch_loading import Domains
     from effattn.prune.shearing.data import domain_text
 
@@ -299,9 +299,8 @@ def read(settings: Settings, show: Quiet, parent, tokenizer) -> tuple[DomainText
             column=settings.column,
             evaluation_text=settings.evaluation_text,
         )
-        return text, Domains(
-            text.train, settings.length, proportions=text.proportions, bos=bos_of(parent)
-        )
+        ends = {"bos": bos_of(parent), "end": end_of(parent)}
+        return text, Domains(text.train, settings.length, proportions=text.proportions, **ends)
 
 
 # Training

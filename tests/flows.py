@@ -56,6 +56,24 @@ FLOWS = {
         dict(calibration_tokens=640, uptrain_tokens=4 * 64, batch=2, decode_contexts=(), **TRAINED),
         trains=("Latent",),
     ),
+    "fit": Flow(
+        "fit",
+        {"weight_bytes": "80%"},
+        dict(
+            weight_bytes="80%",
+            allow=("ffn",),
+            calibration_tokens=1024,
+            score_tokens=64,
+            rounds=1,
+            recover_tokens=3 * 64,
+            retrieval_trials=0,
+            decode_steps=0,
+            **TRAINED,
+        ),
+        trains=("Fitting",),
+        # amounts with units
+        checked=("bytes", "kv_bytes_per_token", "weight_bytes", "parameters", "tokens_per_s"),
+    ),
     "linearize": Flow(
         "linearize",
         small=dict(

@@ -45,8 +45,8 @@ def _numbers(case: Case) -> Tensor:
     found = []
     for row in range(case.rows):
         lengths = [*case.lengths[row:], *case.lengths[:row]]
-        numbers = [n for n, length in enumerate(lengths * case.long) for _ in range(length)]
-        found.append(numbers[: case.long])
+        tokens = [n for n, length in enumerate(lengths * case.long) for _ in range(length)]
+        found.append(tokens[: case.long])
     numbers = torch.tensor(found, device=case.device)
     numbers[-1, case.long - case.long // 5 :] = -1
     return numbers
@@ -67,6 +67,7 @@ def _both_ways(
     *leaves, grad = given
     leaves = [x.detach().clone().requires_grad_() for x in leaves]
     with torch.enable_grad():
-        out = case.run(*leaves, mask, documents=numbers)
+        q, k, v = leaves
+        out = case.run(q, k, v, mask, documents=numbers)
         found = torch.autograd.grad(out, leaves, grad, materialize_grads=True)
     return [out.detach(), *found]

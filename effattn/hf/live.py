@@ -165,9 +165,7 @@ def attention(
     cached = key.layer if isinstance(key, Handle) else None
     if cached is not None:
         key, value = cached.take(key)
-    call = {name: kwargs[given] for given, name in EXTRAS.items() if kwargs.get(given) is not None}
-    if "global_mask" in call:  # transformers' Longformer has it as 0 and 1
-        call["global_mask"] = call["global_mask"].bool()
+    call = _asked(module, layer, kwargs) | {"scale": scaling}
     if layer.checks_positions and is_tracing():
         _assert_consecutive(layer, query.shape[2], attention_mask, kwargs.get("position_ids"))
     elif documents is not None:
@@ -184,15 +182,6 @@ def attention(
         position_ids.check(
             layer, cached, query.shape[0], tokens, attention_mask, kwargs.get("position_ids")
         )
-    if GLOBAL in kwargs:
-        call["global_qkv"] = kwargs[GLOBAL]
-    if LATENT in kwargs:
-        call["latent"] = kwargs[LATENT]
-    call |= {"causal": is_causal(module, kwargs), "scale": scaling}
-    if layer.positions is not None and layer.positions.in_call is not None:
-        call["rotary"] = layer.positions.in_call
-    elif layer.rotary is not None:
-        call["rotary"] = layer.rotary.rope()
     precision = contextlib.nullcontext()
     if torch.is_autocast_enabled(query.device.type) and query.dtype != torch.float64:
         # cast as torch does for its own attention, which leaves fp64 as it is; inside, nothing is
@@ -212,6 +201,22 @@ def attention(
         if kwargs.get("output_attentions"):
             weights = layer.backend.weights(query, key, padding_mask=attention_mask, **call)
     return out.transpose(1, 2).contiguous(), weights
+
+
+def _asked(module: nn.Module, layer: LayerSwap, kwargs: dict) -> dict:
+    """What the model and the swap ask of a backend's call, by the backend's names."""
+    call = {name: kwargs[given] for given, name in EXTRAS.items() if kwargs.get(given) is not None}
+    if "global_mask" in call:  # transformers' Longformer has it as 0 and 1
+        call["global_mask"] = call["global_mask"].bool()
+    if GLOBAL in kwargs:
+        call["global_qkv"] = kwargs[GLOBAL]
+    if LATENT in kwargs:
+        call["latent"] = kwargs[LATENT]
+    if layer.positions is not None and layer.positions.in_call is not None:
+        call["rotary"] = layer.positions.in_call
+    elif layer.rotary is not None:
+        call["rotary"] = layer.rotary.rope()
+    return call | {"causal": is_causal(module, kwargs)}
 
 
 def is_causal(module: nn.Module, kwargs: dict) -> bool:

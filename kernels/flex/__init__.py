@@ -54,7 +54,13 @@ def flex_attention(
     Gradients flow to query, key and value, and to tensors that score_mod takes from around it and
     that ask for them. ValueError for what does not fit, and for a score_mod that has such tensors
     where nobody finds them."""
-    _check(query, key, value, block_mask, enable_gqa)
+    _check(
+        query,
+        key,
+        value,
+        block_mask,
+        enable_gqa,
+    )
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
     learned = captured(score_mod, query) if torch.is_grad_enabled() else []
     tables = tables_of(block_mask, query.shape[2], key.shape[2])
@@ -63,12 +69,26 @@ def flex_attention(
     q, k, v = (
         x if x.shape[-1] == width else pad(x, (0, width - x.shape[-1])) for x in (query, key, value)
     )
-    out, lse = Flex.apply(tables, score_mod, scale, q, k, v, *learned)
+    out, lse = Flex.apply(
+        tables,
+        score_mod,
+        scale,
+        q,
+        k,
+        v,
+        *learned,
+    )
     out = out[..., : value.shape[-1]]
     return (out, lse) if return_lse else out
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, block_mask, enable_gqa: bool) -> None:
+def _check(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block_mask,
+    enable_gqa: bool,
+) -> None:
     """ValueError for tensors and masks that do not fit together."""
     for name, x in (("query", q), ("key", k), ("value", v)):
         if not isinstance(x, Tensor) or x.ndim != 4 or 0 in x.shape:

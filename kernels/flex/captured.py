@@ -31,7 +31,11 @@ def captured(score_mod: Callable | None, like: Tensor) -> list[Tensor]:
     return list(found.values())
 
 
-def _walk(thing, found: dict[int, Tensor], seen: set[int]) -> None:
+def _walk(
+    thing,
+    found: dict[int, Tensor],
+    seen: set[int],
+) -> None:
     """Adds the tensors that are reached from `thing`."""
     if id(thing) in seen:
         return

@@ -25,7 +25,11 @@ def is_additive(score_mod: Callable, like: Tensor) -> bool:
         return False
 
 
-def by_distance(mod: Callable | None, like: Tensor, score: bool = False) -> bool:
+def by_distance(
+    mod: Callable | None,
+    like: Tensor,
+    score: bool = False,
+) -> bool:
     """Whether a mask_mod (with `score`: a score_mod) asks of the positions of query and key no more
     than how they differ, and which is larger."""
     if mod is None:
@@ -33,7 +37,13 @@ def by_distance(mod: Callable | None, like: Tensor, score: bool = False) -> bool
     zero = torch.zeros((), dtype=torch.int64, device=like.device)
     given = (torch.zeros((), device=like.device),) if score else ()
     try:
-        mod(*given, zero, zero, _Place(True, zero), _Place(False, zero))
+        mod(
+            *given,
+            zero,
+            zero,
+            _Place(True, zero),
+            _Place(False, zero),
+        )
     except Exception:  # whatever else it does with a place
         return False
     return True
@@ -42,10 +52,18 @@ def by_distance(mod: Callable | None, like: Tensor, score: bool = False) -> bool
 class _Place:
     """The position of a query or a key, of which only the difference to the other one is told."""
 
-    def __init__(self, query: bool, zero: Tensor):
+    def __init__(
+        self,
+        query: bool,
+        zero: Tensor,
+    ):
         self.query, self.zero = query, zero
 
-    def _beside(self, other, result: Callable) -> Tensor:
+    def _beside(
+        self,
+        other,
+        result: Callable,
+    ) -> Tensor:
         if not isinstance(other, _Place) or other.query == self.query:
             raise TypeError("a place is asked for its value")
         return result(self.zero, self.zero)
@@ -77,7 +95,13 @@ class _Place:
         raise TypeError("a place is asked for its value")
 
     @classmethod
-    def __torch_function__(cls, function, types, args=(), kwargs=None):
+    def __torch_function__(
+        cls,
+        function,
+        types,
+        args=(),
+        kwargs=None,
+    ):
         raise TypeError("a place is asked for its value")
 
 
@@ -97,7 +121,13 @@ class _Score:
         raise TypeError("a score is asked for its value")
 
     @classmethod
-    def __torch_function__(cls, function, types, args=(), kwargs=None):
+    def __torch_function__(
+        cls,
+        function,
+        types,
+        args=(),
+        kwargs=None,
+    ):
         name, first = getattr(function, "__name__", ""), args[0] if args else None
         alone = [isinstance(x, cls) for x in args]
         added = name in ADD or (name in SUBTRACT and isinstance(first, cls))

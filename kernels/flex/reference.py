@@ -29,9 +29,24 @@ def flex_attention(
         for place, size in enumerate(scores.shape)
     )
     if score_mod is not None:
-        scores = score_mod(scores, b, h, i, j)
+        scores = score_mod(
+            scores,
+            b,
+            h,
+            i,
+            j,
+        )
     if mask_mod is not None:
-        scores = torch.where(mask_mod(b, h, i, j), scores, -torch.inf)
+        scores = torch.where(
+            mask_mod(
+                b,
+                h,
+                i,
+                j,
+            ),
+            scores,
+            -torch.inf,
+        )
     blind = scores.amax(dim=-1, keepdim=True) == -torch.inf
     # a blind row's softmax would be NaN, and so would its gradients
     safe = torch.where(blind, 0.0, scores)

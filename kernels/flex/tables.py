@@ -48,7 +48,11 @@ class Tables:
     mask_mod: Callable | None
     series_made: dict = field(default_factory=dict)
 
-    def series(self, b: int, h: int) -> list[tuple[Tile, int, int]]:
+    def series(
+        self,
+        b: int,
+        h: int,
+    ) -> list[tuple[Tile, int, int]]:
         """(first tile, how many, tokens from one to the next) of tiles that look alike, for row b
         and head h of the mask."""
         if (b, h) not in self.series_made:
@@ -68,7 +72,11 @@ def _series(tiles: list[Tile]) -> Iterator[tuple[Tile, int, int]]:
             yield same[0], len(same), strides.pop() if strides else 0
 
 
-def tables_of(block_mask, queries: int, keys: int) -> Tables:
+def tables_of(
+    block_mask,
+    queries: int,
+    keys: int,
+) -> Tables:
     """Of a BlockMask for so many tokens; None: every query sees every key."""
     if block_mask is None:
         ends = [*range(0, queries, QUERIES), queries]
@@ -107,7 +115,11 @@ def _lists(counts: Tensor, indices: Tensor) -> list:
     ]
 
 
-def _runs(blocks: list[tuple[int, bool]], size: int, keys: int) -> tuple:
+def _runs(
+    blocks: list[tuple[int, bool]],
+    size: int,
+    keys: int,
+) -> tuple:
     """Blocks of keys as runs; neighbours of the same kind are one."""
     runs: list[tuple[int, int, bool]] = []
     for number, asked in blocks:
@@ -119,16 +131,35 @@ def _runs(blocks: list[tuple[int, bool]], size: int, keys: int) -> tuple:
     return tuple(runs)
 
 
-def on_tile(mod: Callable, score: Tensor | None, b: int, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+def on_tile(
+    mod: Callable,
+    score: Tensor | None,
+    b: int,
+    h: Tensor,
+    i: Tensor,
+    j: Tensor,
+) -> Tensor:
     """A function of scalars on a tile: mod(b, h, i, j), or mod(score, b, h, i, j) with score (H, S,
     L); h (H,), i (S,), j (L,) int64. Returns (H, S, L), maybe expanded."""
     given = () if score is None else (score,)
     for dims in ((None, None, None, 0), (None, None, 0, None), (None, 0, None, None)):
         mod = torch.vmap(mod, in_dims=(0,) * len(given) + dims)
-    return mod(*given, torch.tensor(b, device=i.device), h, i, j)
+    return mod(
+        *given,
+        torch.tensor(b, device=i.device),
+        h,
+        i,
+        j,
+    )
 
 
-def on_tiles(mod: Callable, b: int, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+def on_tiles(
+    mod: Callable,
+    b: int,
+    h: Tensor,
+    i: Tensor,
+    j: Tensor,
+) -> Tensor:
     """A function of scalars on tiles, mod(b, h, i, j): h (H,), i (n, S), j (n, L) int64 -> (n, H,
     S, L), maybe expanded."""
     for dims in (
@@ -138,4 +169,9 @@ def on_tiles(mod: Callable, b: int, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         (None, None, 0, 0),
     ):
         mod = torch.vmap(mod, in_dims=dims)
-    return mod(torch.tensor(b, device=i.device), h, i, j)
+    return mod(
+        torch.tensor(b, device=i.device),
+        h,
+        i,
+        j,
+    )

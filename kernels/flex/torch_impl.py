@@ -30,17 +30,42 @@ class Flex(torch.autograd.Function):
         added = score_mod is None or (not learned and is_additive(score_mod, q))
         fused = added and q.device.type == "cpu"
         if fused:
-            out, lse = _forward(tables, score_mod, scale, q, k, v)
+            out, lse = _forward(
+                tables,
+                score_mod,
+                scale,
+                q,
+                k,
+                v,
+            )
         else:
-            out, lse = torch_scores.forward(tables, score_mod, scale, q, k, v)
+            out, lse = torch_scores.forward(
+                tables,
+                score_mod,
+                scale,
+                q,
+                k,
+                v,
+            )
         ctx.call = tables, score_mod, scale, fused
-        ctx.save_for_backward(q, k, v, *learned, out, lse)
+        ctx.save_for_backward(
+            q,
+            k,
+            v,
+            *learned,
+            out,
+            lse,
+        )
         ctx.set_materialize_grads(False)
         return out.to(q.dtype), lse
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, d_out, d_lse):
+    def backward(
+        ctx,
+        d_out,
+        d_lse,
+    ):
         tables, score_mod, scale, fused = ctx.call
         q, k, v, *learned, out, lse = ctx.saved_tensors
         d_out = torch.zeros_like(out) if d_out is None else d_out.to(out.dtype)
@@ -53,13 +78,24 @@ class Flex(torch.autograd.Function):
         return None, None, None, *grads, *learned
 
 
-def _forward(tables: Tables, score_mod, scale: float, q, k, v) -> tuple[Tensor, Tensor]:
+def _forward(
+    tables: Tables,
+    score_mod,
+    scale: float,
+    q,
+    k,
+    v,
+) -> tuple[Tensor, Tensor]:
     work = torch.float64 if q.dtype == torch.float64 else torch.float32
     out = torch.zeros(q.shape, dtype=work)
     lse = torch.full(q.shape[:3], -torch.inf, dtype=work)
     q, k, v = computable((q, k, v))
     for rows, heads, of_kv, (a, size, count, stride), tile, mask in _parts(
-        tables, score_mod, q, k, False
+        tables,
+        score_mod,
+        q,
+        k,
+        False,
     ):
         at = a, size, count, stride
         for b in rows:
@@ -83,7 +119,16 @@ def _forward(tables: Tables, score_mod, scale: float, q, k, v) -> tuple[Tensor, 
 
 
 def _backward(
-    tables: Tables, score_mod, scale: float, q, k, v, out, lse, d_out, d_lse
+    tables: Tables,
+    score_mod,
+    scale: float,
+    q,
+    k,
+    v,
+    out,
+    lse,
+    d_out,
+    d_lse,
 ) -> list[Tensor]:
     work, dim = lse.dtype, q.shape[-1]
     q, k, v = computable((q, k, v))
@@ -96,7 +141,13 @@ def _backward(
     lse = torch.where(lse == -torch.inf, BLIND, lse)
     d_out, out = (dense_rows(x.to(q.dtype)) for x in (d_out, out))
     dq, dk, dv = (torch.zeros(x.shape, dtype=work) for x in (q, k, v))
-    for rows, heads, of_kv, at, tile, mask in _parts(tables, score_mod, q, k, True):
+    for rows, heads, of_kv, at, tile, mask in _parts(
+        tables,
+        score_mod,
+        q,
+        k,
+        True,
+    ):
         for b in rows:
             got = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
                 every(d_out[b, heads], *at),
@@ -111,13 +162,27 @@ def _backward(
                 scale=scale,
             )
             every(dq[b, heads], *at).copy_(got[0])
-            _add_keys(dk[b, of_kv], got[1], tile, at)
-            _add_keys(dv[b, of_kv], got[2], tile, at)
+            _add_keys(
+                dk[b, of_kv],
+                got[1],
+                tile,
+                at,
+            )
+            _add_keys(
+                dv[b, of_kv],
+                got[2],
+                tile,
+                at,
+            )
     return [x[..., :dim] for x in (dq, dk, dv)]
 
 
 def _parts(
-    tables: Tables, score_mod: Callable | None, q: Tensor, k: Tensor, gradients: bool
+    tables: Tables,
+    score_mod: Callable | None,
+    q: Tensor,
+    k: Tensor,
+    gradients: bool,
 ) -> Iterator[tuple]:
     """(rows of the batch, query heads, their key heads, (first query, S, tiles, tokens from one to
     the next), the first tile, what to add to its scores) of tiles that look alike."""
@@ -143,12 +208,24 @@ def _parts(
                     at = tile.a + done * stride, size, min(most, tiles - done), stride
                     if mask is None or not same:
                         look = at[0], size, 1 if same else at[2], stride
-                        mask = _added(tables, score_mod, (b, h, row, of_q), tile, look, q)
+                        mask = _added(
+                            tables,
+                            score_mod,
+                            (b, h, row, of_q),
+                            tile,
+                            look,
+                            q,
+                        )
                     yield rows, of_q, of_kv, at, tile, mask
 
 
 def _added(
-    tables: Tables, score_mod: Callable | None, where: tuple, tile: Tile, at: tuple, like: Tensor
+    tables: Tables,
+    score_mod: Callable | None,
+    where: tuple,
+    tile: Tile,
+    at: tuple,
+    like: Tensor,
 ) -> Tensor | None:
     """What to add to the scores of tiles, (n, 1 or heads, S, L); None: nothing. where: row and head
     of the mask, row and query heads of the call."""
@@ -163,30 +240,70 @@ def _added(
         j = first + torch.arange(low - tile.a, end - tile.a)
         # what is added is larger than half precision can tell apart
         work = torch.promote_types(like.dtype, torch.float32)
-        added = torch.zeros(count, 1, size, end - low, dtype=work)
+        added = torch.zeros(
+            count,
+            1,
+            size,
+            end - low,
+            dtype=work,
+        )
         if score_mod is not None:
             zero, heads = added.new_zeros(()), torch.arange(of_q.start, of_q.stop)
-            added = on_tiles(partial(score_mod, zero), row, heads, i, j).to(work)
+            added = on_tiles(
+                partial(score_mod, zero),
+                row,
+                heads,
+                i,
+                j,
+            ).to(work)
         if asked:
-            sees = on_tiles(tables.mask_mod, b, torch.tensor([h]), i, j)
+            sees = on_tiles(
+                tables.mask_mod,
+                b,
+                torch.tensor([h]),
+                i,
+                j,
+            )
             added = added.masked_fill(~sees, -torch.inf)
         parts.append(added)
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=3)
 
 
-def _keys(x: Tensor, tile: Tile, at: tuple) -> Tensor:
+def _keys(
+    x: Tensor,
+    tile: Tile,
+    at: tuple,
+) -> Tensor:
     """x (H, T, D) -> the keys of tiles, (n, H, L, D): views where they lie in one piece."""
     a, _, count, stride = at
     if tile.joined:
-        return every(x, tile.runs[0][0] + a - tile.a, tile.keys, count, stride)
+        return every(
+            x,
+            tile.runs[0][0] + a - tile.a,
+            tile.keys,
+            count,
+            stride,
+        )
     return torch.cat([x[:, first:end] for first, end, _ in tile.runs], dim=1)[None]
 
 
-def _add_keys(total: Tensor, parts: Tensor, tile: Tile, at: tuple) -> None:
+def _add_keys(
+    total: Tensor,
+    parts: Tensor,
+    tile: Tile,
+    at: tuple,
+) -> None:
     """Adds parts (n, H, L, D) where `_keys` of `total` took them from."""
     a, _, count, stride = at
     if tile.joined:
-        return add_overlapping(total, parts, tile.runs[0][0] + a - tile.a, tile.keys, count, stride)
+        return add_overlapping(
+            total,
+            parts,
+            tile.runs[0][0] + a - tile.a,
+            tile.keys,
+            count,
+            stride,
+        )
     c = 0
     for first, end, _ in tile.runs:
         total[:, first:end] += parts[0, :, c : c + end - first]

@@ -43,13 +43,26 @@ class Part(NamedTuple):
         return h, i, torch.cat(j)
 
 
-def forward(tables: Tables, score_mod: Callable | None, scale: float, q, k, v):
+def forward(
+    tables: Tables,
+    score_mod: Callable | None,
+    scale: float,
+    q,
+    k,
+    v,
+):
     """-> out (B, Hq, Tq, D) and the log-sum-exp, fp32 or fp64: 0 and -inf where nothing is seen."""
     work = torch.promote_types(q.dtype, torch.float32)
     out = q.new_zeros(q.shape, dtype=work)
     lse = q.new_full(q.shape[:3], -torch.inf, dtype=work)
     for part in _parts(tables, q, k):
-        s, _ = _products(part, q, k, work, scale)
+        s, _ = _products(
+            part,
+            q,
+            k,
+            work,
+            scale,
+        )
         s = _hidden(tables, part, _modified(score_mod, part, s)).view_as(s)
         top = s.amax(dim=-1, keepdim=True).clamp_(min=torch.finfo(work).min)
         p = (s - top).exp_()
@@ -62,14 +75,30 @@ def forward(tables: Tables, score_mod: Callable | None, scale: float, q, k, v):
 
 
 def backward(
-    tables: Tables, score_mod, scale: float, q, k, v, out, lse, d_out, d_lse, learned: list[Tensor]
+    tables: Tables,
+    score_mod,
+    scale: float,
+    q,
+    k,
+    v,
+    out,
+    lse,
+    d_out,
+    d_lse,
+    learned: list[Tensor],
 ) -> tuple[list[Tensor], list[Tensor | None]]:
     """Gradients of q, k, v, fp32 or fp64, and of what the score_mod has `learned`."""
     work = lse.dtype
     dq, dk, dv = (torch.zeros(x.shape, dtype=work, device=x.device) for x in (q, k, v))
     sums: list[Tensor | None] = [None] * len(learned)
     for part in _parts(tables, q, k):
-        s, keys = _products(part, q, k, work, scale)
+        s, keys = _products(
+            part,
+            q,
+            k,
+            work,
+            scale,
+        )
         rows, d_rows = part.queries(q).to(work), part.queries(d_out)
         seen = part.queries(lse)[..., None]
         delta = (d_rows * part.queries(out)).sum(dim=-1, keepdim=True)
@@ -86,7 +115,11 @@ def backward(
         _add(part, dv, p.flatten(1, 2).mT @ d_rows.flatten(1, 2))
         if scores is not given:
             ds, *more = torch.autograd.grad(
-                scores, [given, *learned], ds, allow_unused=True, materialize_grads=True
+                scores,
+                [given, *learned],
+                ds,
+                allow_unused=True,
+                materialize_grads=True,
             )
             sums = [b if a is None else a + b for a, b in zip(sums, more, strict=True)]
         ds = ds.view_as(s).flatten(1, 2)
@@ -95,7 +128,11 @@ def backward(
     return [dq, dk, dv], sums
 
 
-def _parts(tables: Tables, q: Tensor, k: Tensor) -> Iterator[Part]:
+def _parts(
+    tables: Tables,
+    q: Tensor,
+    k: Tensor,
+) -> Iterator[Part]:
     """All tiles, with as many K/V heads of one row as `ROOM` holds; one query head where tables
     differ by head."""
     room, groups = ROOM if q.device.type == "cpu" else ROOM_GPU, q.shape[1] // k.shape[1]
@@ -105,47 +142,95 @@ def _parts(tables: Tables, q: Tensor, k: Tensor) -> Iterator[Part]:
             for tile in tiles:
                 if len(by_head) > 1:
                     kv = h // groups
-                    yield Part(b, slice(h, h + 1), slice(kv, kv + 1), tile)
+                    yield Part(
+                        b,
+                        slice(h, h + 1),
+                        slice(kv, kv + 1),
+                        tile,
+                    )
                     continue
                 most = max(1, room // (groups * (tile.b - tile.a) * tile.keys))
                 for first in range(0, k.shape[1], most):
                     end = min(first + most, k.shape[1])
-                    yield Part(b, slice(first * groups, end * groups), slice(first, end), tile)
+                    yield Part(
+                        b,
+                        slice(first * groups, end * groups),
+                        slice(first, end),
+                        tile,
+                    )
 
 
-def _products(part: Part, q: Tensor, k: Tensor, work, scale: float) -> tuple[Tensor, Tensor]:
+def _products(
+    part: Part,
+    q: Tensor,
+    k: Tensor,
+    work,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
     """Scores before the score_mod, (n, G, S, L), and the keys (n, L, D), in `work`."""
     rows, keys = part.queries(q).to(work), part.keys(k).to(work)
     s = (rows.flatten(1, 2) @ keys.mT).mul_(scale)
     return s.view(*rows.shape[:3], -1), keys
 
 
-def _modified(score_mod: Callable | None, part: Part, s: Tensor) -> Tensor:
+def _modified(
+    score_mod: Callable | None,
+    part: Part,
+    s: Tensor,
+) -> Tensor:
     """score_mod's scores, (n G, S, L), of s (n, G, S, L); s itself without one."""
     if score_mod is None:
         return s
     h, i, j = part.places(s.device)
-    return on_tile(score_mod, s.flatten(0, 1), part.b, h, i, j).to(s.dtype)
+    return on_tile(
+        score_mod,
+        s.flatten(0, 1),
+        part.b,
+        h,
+        i,
+        j,
+    ).to(s.dtype)
 
 
-def _hidden(tables: Tables, part: Part, scores: Tensor) -> Tensor:
+def _hidden(
+    tables: Tables,
+    part: Part,
+    scores: Tensor,
+) -> Tensor:
     """-inf for pairs that the mask hides; scores: (n G, S, L), or (n, G, S, L)."""
     if not any(asked for *_, asked in part.tile.runs):
         return scores
     h, i, j = part.places(scores.device)
     b = part.b if len(tables.tiles) > 1 else 0
     heads = h if len(tables.tiles[b]) > 1 else h[:1] * 0
-    sees = torch.ones(len(heads), len(i), len(j), dtype=torch.bool, device=i.device)
+    sees = torch.ones(
+        len(heads),
+        len(i),
+        len(j),
+        dtype=torch.bool,
+        device=i.device,
+    )
     c = 0
     for low, end, asked in part.tile.runs:
         at = slice(c, c + end - low)
         if asked:
-            sees[..., at] = on_tile(tables.mask_mod, None, b, heads, i, j[at])
+            sees[..., at] = on_tile(
+                tables.mask_mod,
+                None,
+                b,
+                heads,
+                i,
+                j[at],
+            )
         c += end - low
     return scores.masked_fill(~sees, -torch.inf)
 
 
-def _add(part: Part, total: Tensor, grad: Tensor) -> None:
+def _add(
+    part: Part,
+    total: Tensor,
+    grad: Tensor,
+) -> None:
     """Adds the gradient of a part's keys (n, L, D) to that of all (B, Hkv, Tk, D)."""
     c = 0
     for first, end, _ in part.tile.runs:

@@ -45,10 +45,11 @@ class Domains:
     """Named token streams (int64, one-dimensional), the windows of each that are held out to
     measure losses on, and how often each domain is read at the start.
 
-    streams: name -> tokens, or one tensor. length: tokens of a window. held_out: windows kept from
-    the end of each stream. proportions: name -> share at the start; None: by length. bos: the token
-    that takes the place of each window's first. Raises ValueError naming a domain that is too
-    short, empty names, and proportions that do not fit."""
+    streams: name -> tokens, or one tensor. length: tokens of a window. held_out: windows kept
+    from the end of each stream. proportions: name -> share at the start; None: by length. bos:
+    the token that takes the place of each window's first. end: the token that closes a document,
+    so that those in a training window do not see each other (`TokenWindows`). Raises ValueError
+    naming a domain that is too short, empty names, and proportions that do not fit."""
 
     def __init__(
         self,
@@ -58,6 +59,7 @@ class Domains:
         held_out: int = 2,
         proportions: Mapping[str, float] | None = None,
         bos: int | None = None,
+        end: int | None = None,
     ):
         streams = {"text": streams} if isinstance(streams, Tensor) else dict(streams)
         if not streams:
@@ -83,7 +85,7 @@ class Domains:
                     f"at least {least:,} ({held_out} windows are held out): give it more text, or "
                     "shorter windows"
                 )
-        self.length, self.bos = length, bos
+        self.length, self.bos, self.end = length, bos, end
         self.train = {
             name: tokens[: len(tokens) - held_out * length] for name, tokens in streams.items()
         }
@@ -170,7 +172,7 @@ class DomainWindows(Dataset):
         self.count = steps * per_step
         self.weights, self.per_step, self.every, self.seed = weights, per_step, every, seed
         self.streams = [
-            TokenWindows(tokens, domains.length, self.count, seed + index, domains.bos)
+            TokenWindows(tokens, domains.length, self.count, seed + index, domains.bos, domains.end)
             for index, tokens in enumerate(domains.train.values())
         ]
         self._segment = -1

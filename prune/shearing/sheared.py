@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from effattn.hf.beginning import bos_of
+from effattn.hf.beginning import bos_of, end_of
 from effattn.hf.placement import require_here
 from effattn.prune.shearing.batch_loading import Domains
 from effattn.prune.shearing.mask_stage import MASK_TOKENS, learn_masks
@@ -75,7 +75,7 @@ def shear(
     require_here(model, "shear")
     domains = data
     if not isinstance(data, Domains):
-        domains = Domains(data, length, bos=bos_of(model, bos))
+        domains = Domains(data, length, bos=bos_of(model, bos), end=end_of(model))
     shared: dict[str, Any] = dict(batch=batch, loading=loading, seed=seed, overrides=overrides)
     folders = {
         name: None if folder is None else Path(folder) / name

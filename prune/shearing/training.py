@@ -59,9 +59,15 @@ class Shearing(nn.Module):
             masks.attach(hf.of(model))
         self.register_state_dict_post_hook(_each_tensor_once)
 
-    def forward(self, input_ids: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
-        """input_ids (B, T) int64. "loss": cross-entropy in nats a token; while training with the
-        penalty, and with a teacher KL(teacher || model) in its place."""
+    def forward(
+        self,
+        input_ids: Tensor,
+        labels: Tensor | None = None,
+        position_ids: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """input_ids, position_ids (B, T) int64; these restart where a document begins. "loss":
+        cross-entropy in nats a token; while training with the penalty, and with a teacher
+        KL(teacher || model) in its place."""
         if self.masks is not None:
             # one draw for all windows of a step, of every process: see the module's docstring
             if self.training:
@@ -69,17 +75,18 @@ class Shearing(nn.Module):
                 self.masks.values = self.masks.draw(generator)
             else:
                 self.masks.values = self.masks.settled()
-        loss = self._loss(input_ids)
+        loss = self._loss(input_ids, position_ids)
         if self.constraints is not None and self.training:
             loss = loss + self.constraints(self.masks.removed(), self.step)
         return {"loss": loss}
 
-    def _loss(self, ids: Tensor) -> Tensor:
+    def _loss(self, ids: Tensor, places: Tensor | None) -> Tensor:
+        call = {} if places is None else {"position_ids": places}
         if not (self.teachers and self.training):
-            return training_loss(self.model, ids)
+            return training_loss(self.model, ids, **call)
         with torch.no_grad():
-            theirs = Scores.of(self.teachers[0], ids, PREDICTING)
-        ours = Scores.of(self.model, ids, PREDICTING)
+            theirs = Scores.of(self.teachers[0], ids, PREDICTING, **call)
+        ours = Scores.of(self.model, ids, PREDICTING, **call)
 
         def divergence(logits: Tensor, at: slice) -> Tensor:
             with torch.no_grad():

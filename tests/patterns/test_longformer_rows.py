@@ -20,7 +20,12 @@ CHOSEN[0, [0, 5, 23]] = CHOSEN[1, 11] = True  # and none in the last row
 def both_ways(attn, given, **call):
     leaves = [x.detach().clone().requires_grad_() for x in given]
     out = attn(*leaves, **call)
-    weight = torch.linspace(-1, 1, out.shape[2] * out.shape[3], dtype=out.dtype)
+    weight = torch.linspace(
+        -1,
+        1,
+        out.shape[2] * out.shape[3],
+        dtype=out.dtype,
+    )
     grads = torch.autograd.grad((out * weight.view(out.shape[2:])).sum(), leaves)
     return [out.detach(), *grads]
 
@@ -31,9 +36,22 @@ def test_rows_by_themselves(causal, tokens):
     given = inputs(tokens, torch.float64)
     attn = effattn.backend("longformer(window=5)")
     chosen = CHOSEN[:, :tokens]
-    got = both_ways(attn, given, causal=causal, global_mask=chosen)
+    got = both_ways(
+        attn,
+        given,
+        causal=causal,
+        global_mask=chosen,
+    )
     reference = effattn.backend("longformer(window=5, impl='reference')")
-    torch.testing.assert_close(got, both_ways(reference, given, causal=causal, global_mask=chosen))
+    torch.testing.assert_close(
+        got,
+        both_ways(
+            reference,
+            given,
+            causal=causal,
+            global_mask=chosen,
+        ),
+    )
     for row, own in enumerate(chosen):
         one = [x[row : row + 1] for x in given]
         name = f"longformer(window=5, global_tokens={own.nonzero()[:, 0].tolist()})"
@@ -47,7 +65,12 @@ def test_padding_anywhere_and_documents():
     mask = torch.ones_like(CHOSEN)
     mask[0, :3] = mask[1, 8:10] = mask[2, 20:] = False
     mask[0, 5] = True
-    out = attn(*given, padding_mask=mask, global_mask=CHOSEN, causal=False)
+    out = attn(
+        *given,
+        padding_mask=mask,
+        global_mask=CHOSEN,
+        causal=False,
+    )
     for row in range(3):
         one = [x[row : row + 1, :, mask[row]] for x in given]
         alone = attn(*one, global_mask=CHOSEN[row : row + 1, mask[row]], causal=False)
@@ -62,7 +85,12 @@ def test_padding_anywhere_and_documents():
 
 @torch.no_grad()
 def test_in_a_live_model_as_transformers_calls_it():
-    ids = torch.randint(3, 96, (3, TOKENS), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(
+        3,
+        96,
+        (3, TOKENS),
+        generator=torch.Generator().manual_seed(0),
+    )
     model = swap(tiny("llama"), "longformer(window=5)")
     got = model(ids, global_attention_mask=CHOSEN.long(), use_cache=False).logits
     for row in (0, 1):
@@ -70,7 +98,15 @@ def test_in_a_live_model_as_transformers_calls_it():
         alone = swap(tiny("llama"), f"longformer(window=5, global_tokens={own})")
         alone.load_state_dict(model.state_dict())
         want = alone(ids[row : row + 1], use_cache=False).logits
-        torch.testing.assert_close(got[row : row + 1], want, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            got[row : row + 1],
+            want,
+            rtol=1e-4,
+            atol=1e-4,
+        )
+    with torch.autocast("cpu", torch.bfloat16):
+        half = model(ids, global_attention_mask=CHOSEN.long(), use_cache=False).logits
+    assert (half - got).norm() < 0.1 * got.norm()
     with pytest.raises(Unsupported, match="global_attention_mask"):
         swap(tiny("llama"), "dense")(ids, global_attention_mask=CHOSEN.long())
 

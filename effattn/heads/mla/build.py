@@ -101,7 +101,7 @@ def empty(parts: Anatomy, rank: int, rope_dim: int, inv_freq: Tensor) -> Deepsee
     if missing or found.unexpected_keys:
         names = ", ".join([*missing, *found.unexpected_keys][:3])
         raise Unsupported(f"{type(parts.model).__name__}: DeepSeek's class lacks or misses {names}")
-    model.config.torch_dtype = one.dtype
+    model.config.dtype = one.dtype
     model.generation_config = parts.model.generation_config
     return model.to(one.k.like.device).eval()
 
