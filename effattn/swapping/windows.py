@@ -111,7 +111,8 @@ def _fit(
         left = (_projected(change, weight).square().sum() / whole).sqrt().item()
         if left <= error or all(place == len(ladder) for place in places):
             return spec, left
-        worst = max(range(kv_heads), key=lambda head: float(costs[head, places[head]]))
+        some = [head for head in range(kv_heads) if places[head] < len(ladder)]
+        worst = max(some, key=lambda head: float(costs[head, places[head]]))
         places[worst] += 1
 
 
