@@ -74,6 +74,7 @@ APART = {
         "effattn/exporting/plain.py": "the window that plain transformers has",
         "effattn/swapping/patterns.py": "a window without its sinks stands beside it",
         "prune/shearing/batch_loading.py": "a rule of batch loading is called fixed",
+        "effattn/fitting/accounting.py": "a layer is dense, or has the window of a budget's axis",
         "quant/packed/layer.py": "a layer without a pattern of its own is dense",
     },
     "position rule": {
@@ -87,6 +88,7 @@ APART = {
         "recipes/extend_context.py": "examples in --help",
     },
     "cache format": {
+        "effattn/fitting/accounting.py": "a dtype of packed weights",
         "effattn/hf/weights.py": "a dtype of packed weights",
         "kernels/decode/packed_ahead_of_time.py": "variants to compile",
         "quant/weights.py": "a dtype of packed weights",
@@ -124,6 +126,9 @@ AGREE = {
     },
     # Triton has no objects: a coding that is no integer is a branch in each kernel
     "cache format": {
+        "effattn/fitting/candidates.py": "which formats, with which options, a budget's search tries",
+    }
+    | {
         f"kernels/{file}": "a coding is a branch in each kernel"
         for file in (
             "decode/packed_tiles.py",
