@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import operator
+import warnings
 from typing import Any
 
 import torch
@@ -67,8 +68,9 @@ def _empty(hidden: int, names: tuple[str, ...]) -> dict[str, nn.Linear]:
     """Linears by these names, the last of them from nothing to the hidden size, the others the
     other way."""
     sizes = {name: (0, hidden) if name == names[-1] else (hidden, 0) for name in names}
-    make = functools.partial(nn.utils.skip_init, nn.Linear, bias=False)
-    return {name: make(*size) for name, size in sizes.items()}
+    with warnings.catch_warnings():  # that there is nothing to draw
+        warnings.simplefilter("ignore", UserWarning)
+        return {name: nn.Linear(*size, bias=False) for name, size in sizes.items()}
 
 
 def overrides(config) -> dict[int, dict[str, Any]]:

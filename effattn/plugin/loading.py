@@ -51,8 +51,23 @@ class EffattnQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model, **kwargs):
         from effattn.surgery import restoring
 
-        folder = str(Path(self.files[0]).parent) if self.files else None
-        return restoring.finish(self.record, model, folder)
+        return restoring.finish(self.record, model, self._folder(model))
+
+    def _folder(self, model) -> str | None:
+        """Where the checkpoint's files are; what a swap learned, transformers has not fetched."""
+        if not self.files:
+            return None
+        folder, name = Path(self.files[0]).parent, model.config.name_or_path
+        if self.record and not Path(name).is_dir():
+            from transformers.utils import cached_file
+
+            from effattn.surgery.record import LEARNED
+
+            revision = getattr(model.config, "_commit_hash", None)
+            cached_file(
+                name, LEARNED, revision=revision, _raise_exceptions_for_missing_entries=False
+            )
+        return str(folder)
 
     def is_serializable(self) -> bool:
         """Whether transformers may save the model: it is a model like any other."""

@@ -219,6 +219,11 @@ def test_a_config_that_no_model_can_be_made_of(tmp_path):
         effattn.load(tmp_path / "out")
 
 
+def test_latents_are_for_layers_that_attend():
+    with pytest.raises(Unsupported, match="layers 2 have no attention"):
+        effattn.convert_latent(cut().float(), torch.arange(90).repeat(20), ratio=0.5)
+
+
 def test_fewer_kv_heads_are_for_layers_that_are_alike():
     with pytest.raises(Unsupported, match="its layers differ in theirs"):
         effattn.convert_gqa(cut().float(), kv_heads=1, calibration=torch.arange(90).repeat(20))

@@ -10,6 +10,7 @@ import torch
 
 from effattn.calibration.tokens import check_calibration, tokens_needed
 from effattn.calibration.walk import Walk
+from effattn.errors import Unsupported
 from effattn.heads.gqa import check_swapped, describe_size
 from effattn.heads.kinds.base import Job
 from effattn.heads.latent.converting import Conversion, check_layers, convert
@@ -27,6 +28,11 @@ from effattn.specs import format_spec
 def check_latent(parts: hf.Anatomy, **options) -> None:
     """Everything about a conversion that can be known to be wrong without calibration tokens.
     Raises what `convert_weights` does."""
+    if without := [str(layer.index) for layer in parts if not layer.attends]:
+        raise Unsupported(
+            f"heads: layers {', '.join(without)} have no attention, nor keys for latents; "
+            "valid is a model whose layers all attend"
+        )
     check_layers(parts)
     Size(**{name: options.get(name) for name in SIZES}).check(parts)
 
