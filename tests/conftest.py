@@ -74,6 +74,11 @@ EXTRA: dict[str, dict] = {
     },
     "mixtral": {"num_local_experts": 4},
     "olmoe": {"num_experts": 4, "num_experts_per_tok": 2},
+    "ministral": {
+        "head_dim": 8,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "sliding_window": 32,
+    },
     "olmo3": {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 32},
     "cohere2": {
         "layer_types": ["sliding_attention", "full_attention"],

@@ -3,6 +3,7 @@ layer."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 from effattn.fitting.plan import AXES, FULL
@@ -111,8 +112,9 @@ def _strength(name: str, choice: dict, own: dict) -> float:
     """Between .25 and 1."""
     if name in ("kv_heads", "ffn"):
         return 1 - 0.75 * choice[name] / own[name]
-    bits = {"int8": 0.4, "fp8": 0.4, "int4": 0.65, "nf4": 0.65, "int2": 0.9}
-    return next((value for key, value in bits.items() if str(choice[name]).startswith(key)), 0.6)
+    bits = re.search(r"\d+", str(choice[name]))
+    strengths = {8: 0.4, 4: 0.65, 2: 0.9}
+    return strengths.get(int(bits[0]), 0.6) if bits else 0.6
 
 
 def _short(value) -> str:

@@ -26,10 +26,9 @@ TOTALS = {
 CHANGED = OWN | {"cache": "int4(rotate='kv')", "ffn": 512, "ffn_weights": "nf4"}
 
 
-def data() -> dict:
-    """Made-up values of a plan of four layers, and of a curve."""
-    smaller = {name: value // 2 for name, value in TOTALS.items()}
-    candidates = [
+def candidates() -> list[dict]:
+    """Three of each of four layers."""
+    return [
         {
             "layer": layer,
             "field": field,
@@ -46,31 +45,39 @@ def data() -> dict:
         )
     ]
 
-    def plan(name: str, share: float, kl: float, ms: float) -> dict:
-        return {
-            "name": name,
-            "bytes": TOTALS["bytes"] * share,
-            "kl": kl,
-            "perplexity": 9.1 + kl,
-            "cross_entropy": 2.2,
-            "agreement": 1 - kl,
-            "passkey": 0.9,
-            "recall": None,
-            "ms": ms,
-            "tokens_per_s": 4000 / ms,
-            "timed_at": 2048,
-        }
 
-    def tried(name: str, kl: float) -> dict:
-        return {
-            "name": name,
-            "round": None if name else 0,
-            "bytes": 40_000_000,
-            "additive": 0.9 * kl,
-            "expected": 0.95 * kl,
-            "kl": kl,
-        }
+def plan(name: str, share: float, kl: float, ms: float) -> dict:
+    """A plan on held-out text."""
+    return {
+        "name": name,
+        "bytes": TOTALS["bytes"] * share,
+        "kl": kl,
+        "perplexity": 9.1 + kl,
+        "cross_entropy": 2.2,
+        "agreement": 1 - kl,
+        "passkey": 0.9,
+        "recall": None,
+        "ms": ms,
+        "tokens_per_s": 4000 / ms,
+        "timed_at": 2048,
+    }
 
+
+def tried(name: str, kl: float) -> dict:
+    """A plan of the search."""
+    return {
+        "name": name,
+        "round": None if name else 0,
+        "bytes": 40_000_000,
+        "additive": 0.9 * kl,
+        "expected": 0.95 * kl,
+        "kl": kl,
+    }
+
+
+def data() -> dict:
+    """Made-up values of a plan of four layers, and of a curve."""
+    smaller = {name: value // 2 for name, value in TOTALS.items()}
     return {
         "kind": "fit",
         "settings": {"model": "embedded", "axes": ["heads", "cache"], "keep": None},
@@ -82,7 +89,7 @@ def data() -> dict:
         },
         "parent": TOTALS,
         "own": [OWN] * 4,
-        "candidates": candidates,
+        "candidates": candidates(),
         "plan": {
             "layers": ["", "cache int4(rotate='kv'), ffn 512, ffn in nf4", "", ""],
             "harm": [0.0, 0.01, 0.0, 0.0],
