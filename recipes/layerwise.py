@@ -73,7 +73,7 @@ def convert(settings: Any, show: Quiet, heads: str) -> Any:
     from effattn.hf.source import folder_of, load_tokenizer
     from effattn.hf.weight_files import file_bytes
     from effattn.outputs import check_room, link_or_copy
-    from effattn.surgery.from_files import FACTS, convert_files
+    from effattn.surgery.from_files import FACTS, convert_files, report_of_files
 
     if not main_process():
         return None
@@ -82,17 +82,14 @@ def convert(settings: Any, show: Quiet, heads: str) -> Any:
     check_room("output", settings.output, file_bytes(source))
     with show.stage("reading text"):
         text, told = read(settings, load_tokenizer(source))
-    with show.stage(f"converting from file to file, layer by layer, to {heads}") as progress:
-        report = convert_files(
-            source,
-            converted,
-            text,
-            heads=heads,
-            bos=settings.bos,
-            device=flow.device(settings.device),
-            work=settings.partial / "layers",
-            progress=progress,
-        )
+    given, work = (source, converted, text), settings.partial / "layers"
+    how = {"heads": heads, "bos": settings.bos}
+    if (converted / FACTS).is_file() and not work.exists():  # of a run that was killed as it saved
+        report = report_of_files(*given, **how)
+    else:
+        where = {"device": flow.device(settings.device), "work": work}
+        with show.stage(f"converting from file to file, layer by layer, to {heads}") as progress:
+            report = convert_files(*given, **how, **where, progress=progress)
     report.data["settings"] |= told | {"model": settings.model}
     report.data["settings"]["measure"] = "no" if settings.measure == "no" else TOO_LARGE
     with flow.saving(settings, show) as folder:

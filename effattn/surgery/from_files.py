@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from effattn.calibration.from_files import MANIFEST, FileWalk
+from effattn.calibration.from_files import MANIFEST, FileWalk, resume
 from effattn.errors import Unsupported
 from effattn.heads.kinds.base import KINDS, Job
 from effattn.hf import shards
@@ -66,17 +66,15 @@ def convert_files(
     finished = (work / MANIFEST).is_file() and (output / FACTS).is_file()
     if not finished:
         check_new_folder("output", output)
-    checkpoint = Checkpoint(source)
-    model = StreamedModel(checkpoint, torch.device(device))
-    # the shell of a model knows no place that it comes from
-    settle(model.parts.model, bos, tokenizer_in(source))
-    job = job_of(model.parts, calibration, heads, projections)
+    model, job = _opened(source, calibration, heads, projections, bos, device)
     asked = {"heads": heads, "projections": projections, **job.settings}
-    wanted = asked | shards.fingerprint(checkpoint, calibration)
+    wanted = asked | shards.fingerprint(model.checkpoint, calibration)
     before = json.loads((source / "config.json").read_text(encoding="utf-8"))
     # the output is ours until we are done: a second process with the same output is refused
     with claim("output", output):
-        if not finished:
+        if finished:
+            resume(work / MANIFEST, wanted)
+        else:
             batches = job.batches or replace.windows_of(calibration, model.parts)
             walk = FileWalk(model, work, batches, wanted)
             rows = job.carry_out(walk, progress)
@@ -89,6 +87,35 @@ def convert_files(
             walk.finish(output, facts, config=config, shape=shape)
         discard(work, MANIFEST)
     return report_of(output, model.parts, job)
+
+
+def report_of_files(
+    source: str | Path,
+    output: str | Path,
+    calibration: Tensor,
+    *,
+    heads: str | None = None,
+    projections: str | dict[str | int, str] | None = None,
+    bos: bool | None = None,
+) -> Any:
+    """What `convert_files` has returned for an output that is complete."""
+    model, job = _opened(Path(source), calibration, heads, projections, bos, "cpu")
+    return report_of(Path(output), model.parts, job)
+
+
+def _opened(
+    source: Path,
+    calibration: Tensor,
+    heads: str | None,
+    projections: str | dict[str | int, str] | None,
+    bos: bool | None,
+    device: torch.device | str,
+) -> tuple[StreamedModel, Job]:
+    """The source, no layer of it in memory, and what is to be done to it, checked."""
+    model = StreamedModel(Checkpoint(source), torch.device(device))
+    # the shell of a model knows no place that it comes from
+    settle(model.parts.model, bos, tokenizer_in(source))
+    return model, job_of(model.parts, calibration, heads, projections)
 
 
 def job_of(

@@ -9,47 +9,82 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import effattn
+from effattn import outputs
 from effattn.profiling import memory
 from effattn.recipes import convert_gqa, convert_latent
 from effattn.recipes.layerwise import TOO_LARGE
+from effattn.surgery import from_files
+from tests.flows import save_small
 
-SMALL = dict(calibration_tokens=2560, evaluation_tokens=256, length=128, decode_contexts=())
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    root = tmp_path_factory.mktemp("layerwise")
+    save_small(root)
+    return root
 
 
-def test_from_file_to_file_is_what_memory_gives(tmp_path):
-    settings = convert_gqa.Settings(
-        kv_heads=2, output=tmp_path / "out", measure="no", refit=False, **SMALL
-    )
-    report = convert_gqa.run(settings)
+def small(place, output, **more):
+    given = dict(calibration_tokens=640, evaluation_tokens=128, length=32, decode_contexts=())
+    given["measure"] = "no"
+    files = dict(model=str(place / "model"), text=(place / "text.txt",), output=output)
+    return convert_gqa.Settings(kv_heads=2, **{**given, **files, **more})
+
+
+def test_from_file_to_file_is_what_memory_gives(place, tmp_path):
+    report = convert_gqa.run(small(place, tmp_path / "out"))
     assert report.data["settings"]["measure"] == "no"
     assert report.data["quality"] is None
     assert json.loads((tmp_path / "out" / "report.json").read_text())["verification"]
     assert [one.name for one in tmp_path.iterdir()] == ["out"]
-    ours = AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()
-    settings = convert_gqa.Settings(
-        kv_heads=2, output=tmp_path / "memory", measure="yes", refit=False, **SMALL
+    convert_gqa.run(small(place, tmp_path / "memory", measure="yes"))
+    ours, theirs = (
+        AutoModelForCausalLM.from_pretrained(tmp_path / name).state_dict()
+        for name in ("out", "memory")
     )
-    convert_gqa.run(settings)
-    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "memory").state_dict()
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
 
 
-def test_what_does_not_fit_goes_from_file_to_file_and_says_so(tmp_path, monkeypatch):
+def test_a_run_that_is_stopped_as_it_saves_goes_on(place, tmp_path, monkeypatch):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(outputs, "link_or_copy", stop)
+        with pytest.raises(KeyboardInterrupt):
+            convert_gqa.run(small(place, tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+    # nothing is converted again
+    monkeypatch.setattr(from_files, "convert_files", stop)
+    report = convert_gqa.run(small(place, tmp_path / "out"))
+    assert report.data["verification"]["tokens"]
+    assert [one.name for one in tmp_path.iterdir()] == ["out"]
+
+
+def test_what_does_not_fit_goes_from_file_to_file_and_says_so(place, tmp_path, monkeypatch):
+    given = dict(
+        calibration_tokens=640,
+        evaluation_tokens=128,
+        length=32,
+        decode_contexts=(),
+        model=str(place / "model"),
+        text=(place / "text.txt",),
+    )
     monkeypatch.setattr(memory, "available_bytes", lambda device: 1 << 20)
     output = tmp_path / "out"
-    settings = convert_latent.Settings(rank=64, output=output, refit=False, **SMALL)
+    settings = convert_latent.Settings(rank=8, output=output, refit=False, **given)
     report = convert_latent.run(settings)
     assert report.data["settings"]["measure"] == TOO_LARGE
     assert TOO_LARGE in (output / "report.md").read_text()
     model = effattn.load(output)
-    assert {layer["heads"] for layer in effattn.describe(model).layers} == {"latent(rank=64)"}
-    for given in ({"measure": "yes"}, {"uptrain_tokens": 512}):
-        settings = convert_latent.Settings(rank=64, output=tmp_path / "other", **SMALL, **given)
+    assert {layer["heads"] for layer in effattn.describe(model).layers} == {"latent(rank=8)"}
+    for more in ({"measure": "yes"}, {"uptrain_tokens": 512}):
+        settings = convert_latent.Settings(rank=8, output=tmp_path / "other", **given, **more)
         with pytest.raises(ValueError, match="measure: comparing and training need about"):
             convert_latent.run(settings)
     settings = convert_latent.Settings(
-        rank=64, output=tmp_path / "other", measure="no", uptrain_tokens=512, **SMALL
+        rank=8, output=tmp_path / "other", measure="no", uptrain_tokens=512, **given
     )
     with pytest.raises(ValueError, match="uptrain_tokens: got some with measure 'no'"):
         convert_latent.run(settings)

@@ -81,7 +81,6 @@ def large(tmp_path_factory):
     [
         ("heads", "gqa(kv_heads=2, length=128, batch=2)"),
         ("heads", "latent(ratio=0.5, length=128, batch=2)"),
-        ("projections", "lowrank(ratio=0.75)"),
     ],
 )
 def test_memory_is_of_layers_not_of_the_model(axis, spec, large, tmp_path):
