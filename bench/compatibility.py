@@ -16,6 +16,7 @@ from torch import nn
 
 import effattn
 from effattn.errors import check_choice
+from effattn.exporting import capabilities
 from effattn.left_out import LEFT_OUT
 from effattn.reports.tables import Table, markdown_text
 
@@ -61,6 +62,12 @@ def caches_block() -> str:
     return _block(CACHES, "cache")
 
 
+def capabilities_block() -> str:
+    """What of a result runs in which engine: the table that exports refuse by."""
+    table = Table("", ["part of a result", *capabilities.ENGINES.values()], capabilities.table())
+    return table.markdown().partition("\n\n")[2].replace("---:", "---") + "\n"
+
+
 def left_out_block() -> str:
     """What is not here, and why, in Markdown."""
     lines = [
@@ -76,6 +83,7 @@ def left_out_block() -> str:
 BLOCKS: dict[str, Callable[[], str]] = {
     "positions": positions_block,
     "caches": caches_block,
+    "capabilities": capabilities_block,
     "left_out": left_out_block,
 }
 

@@ -12,6 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 from effattn.plugin import importing
 
 _FUNCTIONS = {
+    "Budget": "effattn.fitting.budget",
     "Shape": "effattn.interface",
     "backend": "effattn.registry",
     "backends": "effattn.registry",
@@ -21,6 +22,7 @@ _FUNCTIONS = {
     "convert_mla": "effattn.heads.mla.convert",
     "describe": "effattn.surgery.describing",
     "export": "effattn.exporting.export",
+    "fit": "effattn.fitting.fit",
     "fit_windows": "effattn.swapping.windows",
     "flex_attention": "effattn.kernels.flex",
     "load": "effattn.surgery.checkpoint",

@@ -13,6 +13,7 @@ precision (LLM.int8(), arXiv:2208.07339)."""
 from __future__ import annotations
 
 import logging
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
@@ -27,10 +28,12 @@ KINDS = ("nf4", "int8")
 
 
 @torch.no_grad()
-def quantize_weights(model: nn.Module, kind: str = "nf4") -> nn.Module:
+def quantize_weights(
+    model: nn.Module, kind: str = "nf4", only: Collection[nn.Module] | None = None
+) -> nn.Module:
     """Replaces the linears of every layer's attention and FFN, in place, where the model is.
     Returns the model. kind: "nf4" (QLoRA, arXiv:2305.14314) or "int8" (LLM.int8(),
-    arXiv:2208.07339).
+    arXiv:2208.07339). only: those of these linears; the config then names the others.
 
     They are new modules, without the hooks that the old ones had; they do not train. The model is
     then what transformers makes of `quantization_config`: it saves and loads as such. Raises
@@ -44,14 +47,16 @@ def quantize_weights(model: nn.Module, kind: str = "nf4") -> nn.Module:
     parts = anatomy.of(model)
     if getattr(model, "hf_quantizer", None) is not None:
         raise Unsupported(f"{type(model).__name__}: its weights are quantized already")
-    linears = _linears(parts)
+    every = _linears(parts)
+    linears = every if only is None else [one for one in every if one in set(only)]
     dtype, names = (
         parts.embeddings.weight.dtype,
         {module: name for name, module in model.named_modules()},
     )
     for old in linears:
         model.set_submodule(names[old], _packed(bnb, old, kind, dtype))
-    config = _config(kind, dtype)
+    left = [names[one] for one in every if one not in set(linears)]
+    config = _config(kind, dtype, _left_out(model, left) if left else None)
     from transformers.quantizers import AutoHfQuantizer
 
     model.hf_quantizer = AutoHfQuantizer.from_config(config, pre_quantized=False)
@@ -98,13 +103,23 @@ def _bitsandbytes():
     return bitsandbytes
 
 
-def _config(kind: str, dtype: torch.dtype):
+def _left_out(model: nn.Module, linears: list[str]) -> list[str]:
+    """What a config must name so that these linears stay: they, and the head, which transformers
+    leaves by itself only where nothing is named."""
+    head = model.get_output_embeddings()
+    return [*(name for name, one in model.named_modules() if one is head), *linears]
+
+
+def _config(kind: str, dtype: torch.dtype, left_out: list[str] | None = None):
     from transformers import BitsAndBytesConfig
 
     if kind == "int8":
-        return BitsAndBytesConfig(load_in_8bit=True)
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=left_out)
     return BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=dtype,
+        llm_int8_skip_modules=left_out,
     )
 
 

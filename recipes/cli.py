@@ -19,8 +19,10 @@ from rich.table import Table
 from effattn.recipes import (
     convert_gqa,
     convert_latent,
+    convert_mla,
     export,
     extend,
+    fit,
     linearize,
     measure,
     prune_oneshot,
@@ -76,6 +78,7 @@ def backends(as_json: Annotated[bool, typer.Option("--json", help="print JSON")]
 
 app.command("convert-gqa")(convert_gqa.command)
 app.command("convert-latent")(convert_latent.command)
+app.command("convert-mla")(convert_mla.command)
 app.command("rehost")(rehost.command)
 app.command("swap")(swap_backend.command)
 app.command("measure")(measure.command)
@@ -100,6 +103,7 @@ def compare(
         raise SystemExit(1)
 
 
+app.command("fit")(fit.command)
 app.command("linearize")(linearize.command)
 app.command("extend")(extend.command)
 app.command("shear")(shear.command)

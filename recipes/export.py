@@ -62,7 +62,7 @@ def run(settings: Settings, show: Quiet | None = None) -> ExportReport:
 
     one_file = settings.output.suffix == GGUF.suffix
     held = nullcontext() if one_file else flow.output_of(settings)
-    with held, (show or Quiet()).stage("exporting"):
+    with held, (show or Quiet()).stage("exporting") as progress:
         return export(
             settings.model,
             settings.to,
@@ -70,6 +70,7 @@ def run(settings: Settings, show: Quiet | None = None) -> ExportReport:
             format=settings.format,
             check=settings.check,
             before=settings.before,
+            progress=progress,
         )
 
 

@@ -90,8 +90,8 @@ def rehost(settings: Settings, show: Quiet) -> RehostReport:
         )
         ids = text[:wanted]
 
-    with show.stage("rearranging the weights"):
-        new = rehosted(old)
+    with show.stage("rearranging the weights") as progress:
+        new = rehosted(old, progress)
     with show.stage("comparing logits") as progress:
         found = compared(old, new, ids, settings.length, progress)
     asked = {"model": settings.model, "source": source, "evaluation_tokens": len(ids)}

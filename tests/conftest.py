@@ -108,6 +108,7 @@ QUICK = {
     "bench": ["test_benchmark_results"],
     "calibration": ["test_attended"],
     "evaluate": ["test_evaluate"],
+    "fitting": ["test_solver"],
     "heads": ["test_heads"],
     "hf": ["test_anatomy", "test_own_windows", "test_refusals"],
     "kernels": ["test_flash_torch", "test_pack", "test_sparse24"],

@@ -56,6 +56,29 @@ FLOWS = {
         dict(calibration_tokens=640, uptrain_tokens=4 * 64, batch=2, decode_contexts=(), **TRAINED),
         trains=("Latent",),
     ),
+    "convert_mla": Flow(
+        "convert-mla",
+        {"rank": 8},
+        dict(calibration_tokens=640, evaluation_tokens=128, length=32, decode_contexts=()),
+    ),
+    "fit": Flow(
+        "fit",
+        {"weight_bytes": "80%"},
+        dict(
+            weight_bytes="80%",
+            allow=("ffn",),
+            calibration_tokens=1024,
+            score_tokens=64,
+            rounds=1,
+            recover_tokens=3 * 64,
+            retrieval_trials=0,
+            decode_steps=0,
+            **TRAINED,
+        ),
+        trains=("Fitting",),
+        # amounts with units
+        checked=("bytes", "kv_bytes_per_token", "weight_bytes", "parameters", "tokens_per_s"),
+    ),
     "linearize": Flow(
         "linearize",
         small=dict(
@@ -82,7 +105,9 @@ FLOWS = {
         checked=("to",),  # against the model
     ),
     "extend_context": Flow(None),
-    "export": Flow("export", {"to": "transformers"}, dict(to="transformers"), reads=None),
+    "export": Flow(
+        "export", {"to": "transformers"}, dict(to="transformers", check=True), reads=None
+    ),
     "swap_backend": Flow(
         "swap",
         small=dict(

@@ -8,11 +8,13 @@ from collections.abc import Callable
 
 from test_conversion_report import data as conversion_data
 from test_extend_recipe import data as article_data
+from test_fit_report import data as fit_data
 from test_measure_report import data as measure_data
 from test_quantize_report import data as quantize_data
 
 from effattn.extending.article_report import ArticleReport
 from effattn.extending.report import ExtendReport
+from effattn.fitting.report import FitReport
 from effattn.heads.report import ConversionReport, compare_html
 from effattn.linearizing.approximation_report import ApproximationReport
 from effattn.linearizing.report import LinearizeReport
@@ -48,6 +50,10 @@ def sweep() -> str:
             for method in ("mean", "first")
         ]
     )
+
+
+def fit() -> str:
+    return FitReport(fit_data()).to_html()
 
 
 def swap() -> str:
@@ -510,6 +516,7 @@ def plots() -> str:
 PAGES: dict[str, tuple[Callable[[], str], int]] = {
     "prune_oneshot": (prune_oneshot, 3),
     "conversion": (conversion, 5),
+    "fit": (fit, 6),
     "sweep": (sweep, 4),
     "swap": (swap, 3),
     "plots": (plots, 3),

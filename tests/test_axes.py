@@ -71,13 +71,16 @@ APART = {
         "effattn/positions/ntk.py": "a variant of NTK is called fixed",
         "effattn/profiling/operations.py": "a model's own layer: everything, or a window",
         "effattn/surgery/describing.py": "a model's own layer: everything, or a window",
+        "effattn/exporting/plain.py": "the window that plain transformers has",
         "effattn/swapping/patterns.py": "a window without its sinks stands beside it",
         "prune/shearing/batch_loading.py": "a rule of batch loading is called fixed",
+        "effattn/fitting/accounting.py": "a layer is dense, or has the window of a budget's axis",
         "quant/packed/layer.py": "a layer without a pattern of its own is dense",
     },
     "position rule": {
         "effattn/extending/article_plots.py": "two rules are drawn first",
         "effattn/hf/positions.py": "rope is what the model has already",
+        "effattn/exporting/gguf_file.py": "what llama.cpp has of transformers' rules",
         "effattn/positions/kerple.py": "a kind of KERPLE is called power",
         "kernels/decode/ahead_of_time.py": "variants to compile",
         "kernels/flash/rules.py": "a kind of bias, which is the kernel's",
@@ -85,6 +88,7 @@ APART = {
         "recipes/extend_context.py": "examples in --help",
     },
     "cache format": {
+        "effattn/fitting/accounting.py": "a dtype of packed weights",
         "effattn/hf/weights.py": "a dtype of packed weights",
         "kernels/decode/packed_ahead_of_time.py": "variants to compile",
         "quant/weights.py": "a dtype of packed weights",
@@ -122,6 +126,9 @@ AGREE = {
     },
     # Triton has no objects: a coding that is no integer is a branch in each kernel
     "cache format": {
+        "effattn/fitting/candidates.py": "which formats, with which options, a budget's search tries",
+    }
+    | {
         f"kernels/{file}": "a coding is a branch in each kernel"
         for file in (
             "decode/packed_tiles.py",

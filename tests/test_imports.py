@@ -69,6 +69,8 @@ LAYERS = [
     ],
     ["quant"],
     ["prune"],
+    # what chooses among all of them
+    ["fitting"],
     # not in the wheel: a user of the package, by its public names
     ["bench"],
     ["recipes"],

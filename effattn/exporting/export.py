@@ -27,6 +27,7 @@ from effattn.surgery.replace import replace
 
 TARGETS = tuple(target for target in capabilities.ENGINES if target != capabilities.EFFATTN)
 GGUF = Path("model.gguf")
+STEPS = 3  # loaded, written, checked
 CONTEXTS = (512, 4096)  # of the speeds, in tokens
 
 
@@ -49,7 +50,7 @@ def export(
     format: str | None = None,
     check: bool = False,
     before: str | Path | None = None,
-    progress: Callable[[str], None] = lambda stage: None,
+    progress: Callable[[int, int], None] = lambda done, steps: None,
 ) -> ExportReport:
     """Writes the checkpoint `model` (what `effattn.load` takes) for another engine into the new
     folder `output`, with a report; returns the report.
@@ -60,16 +61,16 @@ def export(
     check: run the export, in llama.cpp (`pip install 'effattn[llama-cpp]'`) or in a fresh process
     with transformers, and compare logits and greedy tokens with ours; vLLM is not run. before: the
     checkpoint that this one was made of, whose speed is measured beside it. progress: called with
-    what is done next.
+    (steps done, steps).
 
     Packed zeros become dense. Raises ValueError for bad arguments and a missing package,
     Unsupported, naming the parts and what would be lost, for what the engine cannot express, and
     RuntimeError when the engine computes something else: all before the output is there."""
     output = Path(output)
     kind = _check(to, output, format, check, before)
-    progress("loading")
     source = _source(model, to)
     _prepare(source, to, kind)
+    progress(1, STEPS)
     if output.suffix == gguf_file.SUFFIX:
         with _one_file(output) as folder:
             return _written(source, to, kind, folder, check, before, progress)
@@ -143,20 +144,20 @@ def _written(
     folder: Path,
     check: bool,
     before: str | Path | None,
-    progress: Callable[[str], None],
+    progress: Callable[[int, int], None],
 ) -> ExportReport:
     """Writes the export into `folder`, checks it, and says what it is."""
-    progress("writing")
     found, speeds = None, []
     if to == "gguf":
         assert kind is not None
         file = folder / GGUF
         _write_gguf(source, file, kind)
+        progress(2, STEPS)
         if check:
-            progress("running it in llama.cpp")
             found, speeds = _in_llama_cpp(source, file, kind, before)
     else:
         found = plain.write(source.model, source.tokenizer, folder, check)
+    progress(STEPS, STEPS)
     files = {one.name: one.stat().st_size for one in sorted(folder.iterdir()) if one.is_file()}
     return ExportReport(
         {

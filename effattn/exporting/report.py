@@ -40,7 +40,7 @@ class ExportReport(Document):
         if "kl" in check:
             tokens = f"{check['equal_tokens']} of {check['tokens']} greedy tokens equal"
             return f"{said}; {check['engine']}: {tokens}, KL {number(check['kl'])} nats a token."
-        far = number(check["largest_difference_of_logits"])
+        far = number(check.get("max_logit_difference"))
         return f"{said}; {check['engine']}: logits differ by {far} at most."
 
     def tables(self) -> list[Table]:

@@ -70,14 +70,7 @@ def _converted(
     # 1. What the old layer gets and gives, on the old model's activations
     if teacher is not None:
         moment, targets, inputs = observe(walk, layer, teacher)
-    heads = _heads(layer, moment, asked.seed + APART * layer.index)
-    # 2. Its heads, and which of them become one. Behind a norm of gain 0 no input comes
-    #    through, and data says nothing about the heads: then the weights do.
-    if moment is not None and not moment[:-1, :-1].any():
-        heads = _heads(layer, None, asked.seed + APART * layer.index)
-    groups = contiguous(layer.kv_heads, asked.kv_heads)
-    if asked.grouping == "similarity":
-        groups = by_similarity(heads, asked.kv_heads, asked.method)
+    # 2. Its heads become fewer
     row = {
         "layer": layer.index,
         "k_error": None,
@@ -85,16 +78,31 @@ def _converted(
         "attention_error_merged": None,
         "attention_error": None,
     }
-    # 3. The merge
-    merged, facts = _merge(layer, heads, groups, asked.method, moment, inputs)
-    row |= facts if teacher is not None else {"key_method": asked.method.name}
-    if asked.grouping == "similarity":
-        row["groups"] = groups
-    write(layer, groups, merged)
-    # 4. The output projection again, for what the new heads give on the converted model's
+    row |= merge_heads(layer, asked, moment, inputs)
+    # 3. The output projection again, for what the new heads give on the converted model's
     #    activations: it makes up for errors of the layers before as well
     if student is not None:
         row |= measure_and_refit(walk, layer, student, targets, asked.refit)
+    return row
+
+
+def merge_heads(layer: Layer, asked: Conversion, moment=None, inputs=None) -> dict:
+    """Gives one layer `asked.kv_heads` key/value heads, in place; returns facts of its row: the
+    errors that data tells, the method of its keys, and groups where they were looked for. moment,
+    inputs: what `observe` gives; without a moment the weights alone decide."""
+    heads = _heads(layer, moment, asked.seed + APART * layer.index)
+    # Behind a norm of gain 0 no input comes through, and data says nothing about the heads: then
+    # the weights do.
+    if moment is not None and not moment[:-1, :-1].any():
+        heads = _heads(layer, None, asked.seed + APART * layer.index)
+    groups = contiguous(layer.kv_heads, asked.kv_heads)
+    if asked.grouping == "similarity":
+        groups = by_similarity(heads, asked.kv_heads, asked.method)
+    merged, facts = _merge(layer, heads, groups, asked.method, moment, inputs)
+    row = dict(facts) if moment is not None else {"key_method": asked.method.name}
+    if asked.grouping == "similarity":
+        row["groups"] = groups
+    write(layer, groups, merged)
     return row
 
 

@@ -22,13 +22,14 @@ from effattn.surgery import swapping
 
 
 @torch.no_grad()
-def rehost(model: nn.Module) -> nn.Module:
+def rehost(model: nn.Module, progress: Callable[[int, int], None] | None = None) -> nn.Module:
     """A new model of a class that can hold fewer key/value heads, with the logits of `model`, which
     is not changed: GPT-NeoX (Pythia) and GPT-J become Phi, OPT and GPT-2 become GPTBigCode.
 
     Same dtype, device, mode and generation settings. fp64 and fp32 weights give the same logits but
     for rounding; where norms' gains go into weights of half precision (GPT-NeoX), these are rounded
     once more. Padding on the left needs position_ids with GPTBigCode, which `generate()` gives.
+    progress: called with (layers done, layers).
 
     Raises Unsupported, naming the reason and what can be re-hosted, for all other models; for one
     that is swapped, whose weights are packed or not all here, and for settings that the other class
@@ -42,7 +43,7 @@ def rehost(model: nn.Module) -> nn.Module:
     config: Any = transformers.AutoConfig.for_model(host.to, **_said(host, old))
     cls: Any = transformers.AutoModelForCausalLM._model_mapping[type(config)]
     config.architectures = [cls.__name__]
-    state = state_of(host, model)
+    state = state_of(host, model, progress)
     new = cls.from_pretrained(
         None, config=config, state_dict=state, dtype=model.dtype, ignore_mismatched_sizes=False
     )
@@ -76,13 +77,17 @@ def host_of(model: nn.Module) -> type[Host]:
     return hosts[kind]
 
 
-def state_of(host: type[Host], model: Any) -> dict[str, Tensor]:
+def state_of(
+    host: type[Host], model: Any, progress: Callable[[int, int], None] | None = None
+) -> dict[str, Tensor]:
     """The new model's state_dict."""
     blocks = model.get_submodule(host.layers)
     state = dict(host.outside(model))
     for index, block in enumerate(blocks):
         found = host.layer(block, model.config)
         state |= {f"{host.to_layers}.{index}.{name}": tensor for name, tensor in found.items()}
+        if progress:
+            progress(index + 1, len(blocks))
     # of its own memory each: views of the old model's would be written into with it
     own = {name: tensor.detach().clone().contiguous() for name, tensor in state.items()}
     if model.config.tie_word_embeddings:

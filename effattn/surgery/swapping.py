@@ -31,7 +31,7 @@ from effattn.surgery.record import mark
 
 __all__ = ["active", "restore", "swap"]
 
-PLANNED = "mla"  # heads that are not in this version
+ANOTHER_CLASS = "mla"  # heads that need a model of another class, which no swap can make
 
 
 def swap(
@@ -209,7 +209,11 @@ def _rewrite(
 def _change(parts: anatomy.Anatomy, spec: str) -> Change | None:
     """What a spec of heads comes to; None when there is nothing to do."""
     name, options = parse_spec(spec)
-    if name == PLANNED:
+    if name == ANOTHER_CLASS:
         valid = ", ".join(f"{kind!r}" for kind in KINDS.members())
-        raise Unsupported(f"heads: {name!r} is planned, not in this version; valid are {valid}")
+        raise Unsupported(
+            f"heads: {name!r} needs a model of another class, which a swap cannot make in place; "
+            "effattn.convert_mla(model, tokens, rank=..., rope_dim=...) returns one; valid here "
+            f"are {valid}"
+        )
     return KINDS.find(name).change(parts, spec, options)

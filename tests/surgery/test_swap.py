@@ -237,7 +237,7 @@ MISTAKES = [
     ),
     (("dense",), {"cache": "int44(group=64)"}, "cache: got 'int44' .did you mean 'int4'"),
     (("dense",), {"projections": "monach(blocks=16)"}, "did you mean 'monarch'"),
-    (("dense",), {"heads": "mla"}, "heads: 'mla' is planned"),
+    (("dense",), {"heads": "mla"}, "heads: 'mla' needs a model of another class"),
     (("dense",), {"heads": "gqa"}, "kv_heads must be given"),
     (("dense",), {"heads": "mqa(kv_heads=2)"}, "mqa takes no kv_heads"),
     (("dense",), {"heads": "gqa(kv_heads=1, methd='mean')"}, "did you mean 'method'"),

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, Trainer
 import effattn
 from effattn.evaluate.loss import compare
 from effattn.extending.tuning import tune
+from effattn.fitting.building import Builder
 from effattn.heads.gqa import convert_gqa
 from effattn.hf import anatomy as hf
 from effattn.prune.shearing.batch_loading import Domains
@@ -117,6 +118,21 @@ class Recovery(Conversion):
             )
         for name, parameter in self.model.named_parameters():
             assert not parameter[self.zeros[name]].any(), name
+
+
+class Fitting(Recovery):
+    """What a budget search does after it: all weights of layers of unlike sizes."""
+
+    def prepare(self):
+        parts = hf.of(self.model)
+        builder = Builder(parts, self.tokens, length=64)
+        plan = builder.parent.with_field("kv_heads", 2, [0]).with_field("ffn", 48, [1])
+        self.model = copy.deepcopy(builder.shaped(plan))
+        self.zeros = {}
+
+    def run(self):
+        layers = [p for layer in hf.of(self.model) for p in layer.block.parameters()]
+        self.uptrain(lr=1e-3, layer_weight=0.0, trainable=layers)
 
 
 class Transfer(Flow):
@@ -229,6 +245,7 @@ FLOWS = [
     Conversion,
     Latent,
     Recovery,
+    Fitting,
     Transfer,
     Distillation,
     LowRank,

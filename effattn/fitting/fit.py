@@ -1,0 +1,118 @@
+"""`effattn.fit`: a model made to fit a budget, in place."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from effattn.fitting.budget import Budget
+from effattn.fitting.building import finish
+from effattn.fitting.frontier import points
+from effattn.fitting.groups import STEP
+from effattn.fitting.plan import SHAPED, Plan
+from effattn.fitting.search import Found, search
+from effattn.fitting.session import Asked, Session
+from effattn.hf import anatomy, shapes
+from effattn.hf.weights import weight_bytes
+from effattn.resuming import Parts
+
+KIND = "fit"
+
+
+@dataclass(frozen=True)
+class Result:
+    """What `fit` did. plan: for each layer what it became, in words; lines: the same as calls;
+    bytes: of weights, cache and a step's activations together, those of the weights counted on the
+    model; kl: of the whole, nats a token, on the text that plans were chosen on; frontier: rows of
+    {limit, bytes, kl, best_uniform}."""
+
+    plan: list[str]
+    lines: list[str]
+    bytes: int
+    kl: float
+    frontier: list[dict] = field(repr=False)
+    found: Found = field(repr=False)
+
+
+def fit(
+    model: nn.Module,
+    budget: Budget,
+    calibration: Tensor,
+    *,
+    allow: Collection[str] | None = None,
+    forbid: Collection[str] = (),
+    keep: str | None = None,
+    length: int = 512,
+    score_tokens: int = 4096,
+    bos: bool | None = None,
+    frontier: int = 0,
+    resume: Path | str | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Result:
+    """Makes `model`, in place, what harms it least within `budget`: in each layer fewer K/V heads,
+    another cache, a window, a narrower FFN, packed weights, or nothing of these.
+
+    model: a transformers causal LM, unswapped. calibration: int64 (N,); its last `score_tokens` are
+    measured on, the others fitted to. allow, forbid: axes ("heads", "cache", "window", "ffn",
+    "weights"); keep: "weights" or "cache" as they are. length: tokens of a window. frontier: so
+    many budgets from the smallest plan to the parent are searched, too. resume: a file for what is
+    measured, which the same call goes on from. progress: called with (candidates done, all).
+
+    Every candidate is measured in its layer alone (KL of the whole model), the plan is solved for
+    exactly (HiGHS), measured as a whole, and solved for again. Sources of the parts: those of
+    `effattn.convert_gqa`, `effattn.prune.structured`, `effattn.quant`.
+
+    ValueError for a budget that no plan meets, with the nearest that one does, for one that the
+    parent meets, for unknown units and axes and for too little text; Unsupported for what the class
+    cannot have. Nothing is changed then."""
+    asked = Asked(allow, tuple(forbid), keep, length, score_tokens, bos)
+    training = model.training
+    model.eval()
+    try:
+        session = Session(model, budget, calibration, asked)
+        # what was measured serves other budgets of the same model, text and windows
+        digest = hashlib.sha256(calibration.cpu().numpy().tobytes()).hexdigest()
+        settings = {
+            "model": getattr(model.config, "_name_or_path", "") or type(model).__name__,
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "asked": str(asked),
+            "length": session.length,
+            "tokens": digest,
+        }
+        kept = Parts(None if resume is None else Path(resume), settings, {}, KIND)
+        space = session.space(kept, progress)
+        if STEP in budget.given:
+            session.time(space, kept)
+        measure = session.measure(kept)
+        found = search(space, session.limits(space), measure)
+        curve = points(space, measure, frontier) if frontier else []
+        plan = found.best.plan
+        apply(model, session.builder.shaped(plan), plan, space.parent)
+    finally:
+        model.train(training)
+    kept.discard()
+    totals = space.ledger.totals(plan)
+    taken = int(totals["bytes"] - totals["weight_bytes"]) + weight_bytes(model)
+    words = [one.words(own) for one, own in zip(plan.layers, space.parent.layers, strict=True)]
+    return Result(words, plan.lines(space.parent), taken, found.best.kl, curve, found)
+
+
+def apply(model: nn.Module, shaped: nn.Module, plan: Plan, parent: Plan) -> nn.Module:
+    """Makes the model itself what its shaped twin is, and then the plan; module objects stay where
+    they are, but for those whose weights are packed."""
+    changed = {index for index, name, _ in plan.changes(parent) if name in SHAPED}
+    pairs = zip(anatomy.of(model), anatomy.of(shaped), strict=True)
+    for own, other in pairs:
+        if own.index not in changed:
+            continue
+        for module, new in zip(own.block.modules(), other.block.modules(), strict=True):
+            module._parameters.update(new._parameters)
+            numbers = {k: v for k, v in vars(new).items() if type(v) in (int, bool)}
+            vars(module).update(numbers | {"training": module.training})
+    if changed:
+        shapes.settle(model)
+    return finish(model, plan, parent)

@@ -1,0 +1,184 @@
+"""A model's choices as the solver takes them: for each layer's attention and FFN, every combination
+of what their fields may be."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from effattn.fitting.accounting import Ledger
+from effattn.fitting.budget import SAID
+from effattn.fitting.candidates import go_together
+from effattn.fitting.library import Ladders, Library
+from effattn.fitting.plan import AXES, BLOCKS, LayerChoice, Plan
+from effattn.fitting.solver import Option, Problem, solve, undominated
+
+WEIGHTS = ("attention_weights", "ffn_weights")
+STEP = "tokens_per_s"  # whose row is milliseconds of a step
+
+
+@dataclass(frozen=True)
+class Times:
+    """Of a decoding step: the parent's milliseconds, and what one layer adds for each (field,
+    value)."""
+
+    parent: float
+    added: Mapping[tuple[str, object], float]
+
+
+@dataclass
+class Space:
+    """All plans for one model. ladders: by layer, what each field may be beside what it is; times:
+    where speed is a limit."""
+
+    ledger: Ledger
+    ladders: Ladders
+    library: Library
+    times: Times | None = None
+    _found: dict = field(default_factory=dict, repr=False)
+
+    @property
+    def parent(self) -> Plan:
+        """The plan that changes nothing."""
+        return self.ledger.parent
+
+    def groups(
+        self, rows: Sequence[str], weights: Mapping[str, float], kind: str | None
+    ) -> list[list[Option]]:
+        """A group a block, attention and FFN of each layer in order; values are (layer, block,
+        choice). weights: axis -> what its harm is multiplied by. kind: the one format that packed
+        weights have, which a config can say."""
+        key = (tuple(rows), tuple(sorted(weights.items())), kind)
+        if key not in self._found:
+            self._found[key] = [
+                undominated(list(self._options(index, block, rows, weights, kind)))
+                for index in range(len(self.ladders))
+                for block in BLOCKS
+            ]
+        return self._found[key]
+
+    def _choices(self, index: int, block: str, kind: str | None) -> Iterator[LayerChoice]:
+        """Every combination of what a block's fields may be."""
+        own, ladder = self.parent.layers[index], self.ladders[index]
+        values = []
+        for name in BLOCKS[block]:
+            more = ladder.get(name, [])
+            more = [one for one in more if one == kind] if name in WEIGHTS else more
+            values.append([getattr(own, name), *more])
+        for combination in itertools.product(*values):
+            choice = replace(own, **dict(zip(BLOCKS[block], combination, strict=True)))
+            if go_together(choice):
+                yield choice
+
+    def _options(self, index: int, block: str, rows, weights, kind) -> Iterator[Option]:
+        own, harm = self.parent.layers[index], self.library.harm
+        for choice in self._choices(index, block, kind):
+            changed = choice.changes(own)
+            total = sum(weights[AXES[n]] * harm[index, n, v] for n, v in changed.items())
+            yield Option(total, self._costs(index, block, choice, rows), (index, block, choice))
+
+    def _costs(self, index: int, block: str, choice: LayerChoice, rows) -> dict[str, float]:
+        costs = self.ledger.block(index, block, choice)
+        found = {row: costs[row] for row in rows if row != STEP}
+        if STEP in rows:
+            changed = choice.changes(self.parent.layers[index])
+            found[STEP] = sum(self._times.added[pair] for pair in changed.items())
+        return found
+
+    @property
+    def _times(self) -> Times:
+        assert self.times is not None  # whoever limits speed has measured it
+        return self.times
+
+    def left(self, limits: Mapping[str, float]) -> dict[str, float]:
+        """Row -> what the groups together may take."""
+        fixed = self.ledger.fixed()
+        found = {row: limit - fixed[row] for row, limit in limits.items() if row != STEP}
+        if STEP in limits:
+            found[STEP] = 1000 * self.ledger.batch / limits[STEP] - self._times.parent
+        return found
+
+    def step_ms(self, plan: Plan) -> float:
+        """Milliseconds of a decoding step, as the times add up."""
+        added = (self._times.added[name, value] for _, name, value in plan.changes(self.parent))
+        return self._times.parent + sum(added)
+
+    def plan_of(self, groups: Sequence[Sequence[Option]], picks: Sequence[int]) -> Plan:
+        """The plan that those picks are."""
+        layers = list(self.parent.layers)
+        for group, pick in zip(groups, picks, strict=True):
+            index, block, choice = group[pick].value
+            changed = {name: getattr(choice, name) for name in BLOCKS[block]}
+            layers[index] = replace(layers[index], **changed)
+        return Plan(tuple(layers))
+
+    def picks_of(self, groups: Sequence[Sequence[Option]], plan: Plan) -> tuple[int, ...] | None:
+        """Where a plan's choices are in the groups; None where one of them is beaten by another."""
+        places = []
+        for group in groups:
+            index, block, _ = group[0].value
+            wanted = [getattr(plan.layers[index], name) for name in BLOCKS[block]]
+            place = next(
+                (
+                    number
+                    for number, one in enumerate(group)
+                    if [getattr(one.value[2], name) for name in BLOCKS[block]] == wanted
+                ),
+                None,
+            )
+            if place is None:
+                return None
+            places.append(place)
+        return tuple(places)
+
+    def kinds(self) -> list[str | None]:
+        """The formats that packed weights may have, one of them in a plan; [None] for none."""
+        found = {v: 0 for one in self.ladders for name in WEIGHTS for v in one.get(name, [])}
+        return list(found) or [None]
+
+    def least(self, row: str) -> float:
+        """The least that any plan takes of a row, or milliseconds of the fastest step."""
+        totals = []
+        for kind in self.kinds():
+            totals.append(sum(self._least(index, row, kind) for index in range(len(self.ladders))))
+        if row == STEP:
+            return self._times.parent + min(totals)
+        return self.ledger.fixed()[row] + min(totals)
+
+    def _least(self, index: int, row: str, kind: str | None) -> float:
+        """The least that a layer's attention and FFN take."""
+        return sum(
+            min(
+                self._costs(index, block, choice, [row])[row]
+                for choice in self._choices(index, block, kind)
+            )
+            for block in BLOCKS
+        )
+
+    def check_least(self, limits: Mapping[str, float]) -> None:
+        """ValueError for a limit below the smallest plan, with what that takes. Needs no harm."""
+        for row, limit in limits.items():
+            least = self.least(row)
+            nearest = 1000 * self.ledger.batch / least if row == STEP else least
+            if (nearest < limit) if row == STEP else (nearest > limit):
+                word = "most" if row == STEP else "least"
+                raise ValueError(
+                    f"{row}: got {limit:,.0f} {SAID[row]}; the {word} that a plan can have is "
+                    f"{nearest:,.0f}"
+                )
+
+    def check(self, limits: Mapping[str, float]) -> None:
+        """ValueError for limits that no plan is within, each alone or all together."""
+        self.check_least(limits)
+        ones = dict.fromkeys(AXES.values(), 1.0)
+        rows = list(limits)
+        found = (
+            solve(Problem(self.groups(rows, ones, kind), self.left(limits)))
+            for kind in self.kinds()
+        )
+        if all(one is None for one in found):
+            raise ValueError(
+                f"budget: {', '.join(limits)} cannot be met together, each of them alone can; "
+                "give more of one of them"
+            )

@@ -1,0 +1,148 @@
+"""What each layer becomes: a plan, in fields that are chosen apart from each other.
+
+    choice = LayerChoice(kv_heads=4, ffn=512, cache="int8", ffn_weights="nf4")
+
+A layer has two blocks, attention and FFN, which cost apart from each other: what one becomes
+changes no bytes of the other."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+
+from effattn.hf import anatomy
+
+FULL = "full"
+SINKS = 4  # first tokens that a window keeps
+
+# field -> the axis that `allow` and `forbid` name
+AXES = {
+    "kv_heads": "heads",
+    "cache": "cache",
+    "window": "window",
+    "attention_weights": "weights",
+    "ffn": "ffn",
+    "ffn_weights": "weights",
+}
+BLOCKS = {
+    "attention": ("kv_heads", "cache", "window", "attention_weights"),
+    "ffn": ("ffn", "ffn_weights"),
+}
+# fields whose change needs calibration
+SHAPED = ("kv_heads", "ffn")
+
+
+@dataclass(frozen=True)
+class LayerChoice:
+    """One layer. kv_heads: key/value heads; cache: a spec of `swap(cache=...)`; window: tokens that
+    a query sees beside the first ones, None as the model has it; ffn: inner dimensions;
+    attention_weights, ffn_weights: "nf4", "int8", or None for their own dtype."""
+
+    kv_heads: int
+    ffn: int
+    cache: str = FULL
+    window: int | None = None
+    attention_weights: str | None = None
+    ffn_weights: str | None = None
+
+    @classmethod
+    def of(cls, layer: anatomy.Layer) -> LayerChoice:
+        """A layer as it is."""
+        return cls(layer.kv_heads, layer.feed_forward.size)
+
+    def changes(self, parent: LayerChoice) -> dict[str, object]:
+        """The fields that differ from the parent's."""
+        own, other = asdict(self), asdict(parent)
+        return {name: value for name, value in own.items() if value != other[name]}
+
+    def words(self, parent: LayerChoice) -> str:
+        """What is different, in words."""
+        told = {
+            "kv_heads": "gqa(kv_heads={})",
+            "cache": "cache {}",
+            "window": f"sliding(window={{}}, sinks={SINKS})",
+            "attention_weights": "attention in {}",
+            "ffn": "ffn {}",
+            "ffn_weights": "ffn in {}",
+        }
+        changed = self.changes(parent)
+        return ", ".join(told[name].format(changed[name]) for name in told if name in changed)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A choice for every layer, in order."""
+
+    layers: tuple[LayerChoice, ...]
+
+    @classmethod
+    def of(cls, parts: anatomy.Anatomy) -> Plan:
+        """A model as it is."""
+        return cls(tuple(LayerChoice.of(layer) for layer in parts))
+
+    @classmethod
+    def from_dicts(cls, rows: Sequence[dict]) -> Plan:
+        """What `to_dicts` gave."""
+        return cls(tuple(LayerChoice(**row) for row in rows))
+
+    def to_dicts(self) -> list[dict]:
+        """For JSON."""
+        return [asdict(layer) for layer in self.layers]
+
+    def with_field(self, name: str, value, layers: Sequence[int] | None = None) -> Plan:
+        """The same with one field of some layers (None: all) set."""
+        some = range(len(self.layers)) if layers is None else layers
+        new = [replace(one, **{name: value}) if i in some else one for i, one in self._each()]
+        return Plan(tuple(new))
+
+    def changes(self, parent: Plan) -> Iterator[tuple[int, str, object]]:
+        """(layer, field, value) of everything that differs from the parent's."""
+        for index, own in self._each():
+            for name, value in own.changes(parent.layers[index]).items():
+                yield index, name, value
+
+    def key(self) -> str:
+        """A text that is equal for equal plans."""
+        return "; ".join(
+            ",".join(f"{value}" for value in asdict(layer).values()) for layer in self.layers
+        )
+
+    def specs(self, name: str, parent: Plan) -> dict[str, object]:
+        """Runs of layers -> a changed field's value, as `swap` takes layers: {"0-3": 4}."""
+        found: dict[str, object] = {}
+        start = 0
+        values = [getattr(one, name) for one in self.layers]
+        for index in range(1, len(values) + 1):
+            if index == len(values) or values[index] != values[start]:
+                own = {getattr(one, name) for one in parent.layers[start:index]}
+                if own != {values[start]}:
+                    layers = f"{start}" if index - 1 == start else f"{start}-{index - 1}"
+                    found[layers] = values[start]
+                start = index
+        return found
+
+    def lines(self, parent: Plan) -> list[str]:
+        """The plan as what one would write in Python, for each kind of change."""
+        told = []
+        heads, ffn = self.specs("kv_heads", parent), self.specs("ffn", parent)
+        told += [f"heads by layer: {heads}"] if heads else []
+        told += [f"FFN dimensions by layer: {ffn}"] if ffn else []
+        for name in ("attention_weights", "ffn_weights"):
+            weights = self.specs(name, parent)
+            told += [f"{name.replace('_', ' ')}: {weights}"] if weights else []
+        windows = {
+            layers: f"sliding(window={window}, sinks={SINKS})"
+            for layers, window in self.specs("window", parent).items()
+        }
+        told += [f"effattn.swap(model, {windows})"] if windows else []
+        cache = self.specs("cache", parent)
+        told += [f"effattn.swap(model, cache={cache})"] if cache else []
+        return told
+
+    def _each(self) -> Iterator[tuple[int, LayerChoice]]:
+        return iter(enumerate(self.layers))
+
+
+def field_names() -> list[str]:
+    """The fields of a choice."""
+    return [field.name for field in fields(LayerChoice)]

@@ -1,0 +1,190 @@
+"""A budget as people write it, and plans accounted for to the byte."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+
+import pytest
+import torch
+from conftest import tiny
+
+from effattn.errors import Unsupported
+from effattn.fitting.accounting import Ledger, counted
+from effattn.fitting.budget import Budget, amount_of
+from effattn.fitting.building import finish, twin
+from effattn.fitting.candidates import OFFERS, axes_of, candidates, go_together, visible
+from effattn.fitting.plan import LayerChoice, Plan
+from effattn.fitting.speed import mock
+from effattn.hf import anatomy
+from effattn.quant.formats import Format
+
+CONTEXT, BATCH = 96, 3
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "number"),
+    [
+        ("bytes", "6GiB", 6 * 2**30),
+        ("bytes", "6 GB", 6 * 10**9),
+        ("bytes", "1.5 MiB", 3 * 2**19),
+        ("bytes", 4096, 4096),
+        ("bytes", "4_096", 4096),
+        ("bytes", "60%", 600),
+        ("kv_bytes_per_token", "8KiB", 8192),
+        ("weight_bytes", "12.5%", 125),
+        ("parameters", "1.5B", 1_500_000_000),
+        ("parameters", "100M", 100_000_000),
+        ("tokens_per_s", "40", 40),
+        ("tokens_per_s", "120%", 1200),
+    ],
+)
+def test_amounts(name, given, number):
+    assert amount_of(name, given, 1000) == number
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"bytes": "6 gigs"}, "bytes: unit: got 'gigs'"),
+        ({"bytes": "6Gib"}, "did you mean 'GiB'|nearest"),
+        ({"bytes": "six"}, "bytes: got 'six', valid is a positive number of bytes"),
+        ({"bytes": -1}, "bytes: got -1"),
+        ({"bytes": "0%"}, "bytes: got '0%'"),
+        ({"bytes": True}, "bytes: got True"),
+        ({"bytes": float("nan")}, "bytes: got nan"),
+        ({"parameters": "3GiB"}, "parameters: unit: got 'GiB'"),
+        ({"tokens_per_s": "40k"}, "tokens_per_s: unit: got 'k'"),
+        ({}, "budget: got no limit"),
+        ({"bytes": "50%", "context": 0}, "context: got 0"),
+        ({"bytes": "50%", "batch": 1.5}, "batch: got 1.5"),
+    ],
+)
+def test_bad_amounts(given, said):
+    with pytest.raises(ValueError, match=said):
+        Budget(**given)
+
+
+def test_a_budget_that_the_parent_meets():
+    budget = Budget(bytes="100%", parameters=2000)
+    with pytest.raises(ValueError, match="nothing to do"):
+        budget.limits({"bytes": 10.0, "parameters": 1000.0})
+    limits = Budget(bytes="50%", parameters=2000).limits({"bytes": 10.0, "parameters": 1000.0})
+    assert limits == {"bytes": 5, "parameters": 2000}
+    with pytest.raises(ValueError, match="nothing to do"):
+        Budget(tokens_per_s=5).limits({"tokens_per_s": 6.0})
+    assert Budget(tokens_per_s=7).limits({"tokens_per_s": 6.0}) == {"tokens_per_s": 7}
+
+
+def plans(parts: anatomy.Anatomy, count: int = 1) -> dict[str, Plan]:
+    """Some candidates of each field in the first layer alone, and a plan of many."""
+    ladders = candidates(parts, axes_of(None), 128)
+    parent = Plan.of(parts)
+    found = {
+        f"{name} {value}": parent.with_field(name, value, [0])
+        for name, values in ladders[0].items()
+        for value in values[-count:]  # the smallest
+    }
+    own = parent.layers[0]
+    heads, width = ladders[0]["kv_heads"][0], ladders[0]["ffn"][0]
+    found["many"] = Plan(
+        (
+            LayerChoice(heads, width, "int8(group=16)", None, None, "nf4"),
+            LayerChoice(own.kv_heads, own.ffn, "int8(group=16, residual=16)", 32, "nf4", None),
+        )
+    )
+    return found
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "gemma2"])
+def test_what_is_predicted_is_counted(kind):
+    model = tiny(kind, dtype=torch.float32)
+    parts = anatomy.of(model)
+    ledger = Ledger(parts, CONTEXT, BATCH)
+    for name, plan in {
+        "parent": ledger.parent,
+        **plans(parts, 3 if kind == "llama" else 1),
+    }.items():
+        made = mock(ledger, plan)
+        predicted = ledger.totals(plan)
+        for what, count in counted(made, CONTEXT, BATCH).items():
+            assert predicted[what] == count, (name, what)
+        if all(one.attention_weights is one.ffn_weights is None for one in plan.layers):
+            assert predicted["parameters"] == sum(p.numel() for p in made.parameters()), name
+        tokens = sum(row["kv_bytes_per_token"] for row in described(made).layers if row["grows"])
+        assert predicted["kv_bytes_per_token"] == tokens, name
+
+
+def described(model):
+    from effattn.surgery.describing import describe
+
+    return describe(model)
+
+
+def test_fixed_and_blocks_are_the_total():
+    parts = anatomy.of(tiny("llama", dtype=torch.bfloat16))
+    ledger = Ledger(parts, 40, 1)
+    for plan in (ledger.parent, *plans(parts).values()):
+        fixed, totals = ledger.fixed(), ledger.totals(plan)
+        blocks = itertools.product(enumerate(plan.layers), ("attention", "ffn"))
+        for (index, choice), block in blocks:
+            for row in fixed:
+                fixed[row] += ledger.block(index, block, choice)[row]
+        assert fixed == {row: totals[row] for row in fixed}
+
+
+def test_the_parent_keeps_its_weights():
+    model = tiny("llama", dtype=torch.float32)
+    before = copy.deepcopy(model.state_dict())
+    parts = anatomy.of(model)
+    ledger = Ledger(parts, 8, 1)
+    plan = plans(parts)["many"]
+    mock(ledger, plan)
+    finish(twin(parts, ()), ledger.parent.with_field("cache", "int8(group=16)"), ledger.parent)
+    assert all(torch.equal(one, before[name]) for name, one in model.state_dict().items())
+
+
+def test_axes():
+    assert axes_of(None, keep="weights") == ["cache", "window"]
+    assert axes_of(("heads", "ffn"), forbid=("ffn",)) == ["heads"]
+    with pytest.raises(ValueError, match=r"allow: got 'head'.*heads"):
+        axes_of(("head",))
+    with pytest.raises(ValueError, match="keep: got 'all'"):
+        axes_of(None, keep="all")
+    with pytest.raises(ValueError, match="no axis is left"):
+        axes_of(("cache",), keep="cache")
+
+
+def test_what_a_class_cannot_have():
+    parts = anatomy.of(tiny("gpt_neox"))
+    with pytest.raises(Unsupported, match=r"'heads': GPTNeoX.* cannot have it"):
+        candidates(parts, ["heads"], 128, named=True)
+    assert "kv_heads" not in candidates(parts, axes_of(None), 128)[0]
+
+
+def test_formats_whose_harm_could_not_be_seen_are_left_out():
+    layer = anatomy.of(tiny("llama")).layers[0]
+    formats = OFFERS["cache"](layer, 512)
+    assert "int8" in formats
+    assert all(visible(Format.parse(one).fit(8)[0], 512) >= 0.2 for one in formats)
+    assert "int8" not in OFFERS["cache"](layer, 128)  # whose groups are of 128 tokens
+    with pytest.raises(Unsupported, match="windows of 32 tokens too few are packed"):
+        OFFERS["cache"](layer, 32)
+
+
+def test_rotated_formats_stay_apart_from_windows():
+    choice = LayerChoice(8, 96, "int8(rotate='kv')", 32)
+    assert not go_together(choice)
+    assert go_together(LayerChoice(8, 96, "int8", 32))
+
+
+def test_plans_in_words():
+    parent = Plan((LayerChoice(8, 96),) * 4)
+    plan = parent.with_field("cache", "int8", [1, 2]).with_field("kv_heads", 2, [3])
+    assert plan.specs("cache", parent) == {"1-2": "int8"}
+    assert plan.lines(parent) == [
+        "heads by layer: {'3': 2}",
+        "effattn.swap(model, cache={'1-2': 'int8'})",
+    ]
+    assert Plan.from_dicts(plan.to_dicts()) == plan
+    assert plan.layers[3].words(parent.layers[3]) == "gqa(kv_heads=2)"

@@ -1,0 +1,214 @@
+"""The search from end to end, on tiny models."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from conftest import tiny
+
+import effattn
+from effattn.errors import Unsupported
+from effattn.fitting.accounting import counted
+from effattn.fitting.building import Builder
+from effattn.fitting.frontier import points
+from effattn.fitting.harm import Judge
+from effattn.fitting.library import Library, measure
+from effattn.fitting.plan import Plan
+from effattn.fitting.search import every_uniform, search, within
+from effattn.fitting.session import Asked, Session
+from effattn.heads.gqa import convert_gqa
+from effattn.hf import anatomy
+from effattn.measuring.variants import Variant, build
+from effattn.quant.sensitivity.tokenwise import tokenwise
+from effattn.resuming import Parts
+
+LENGTH, SCORED = 128, 256
+HOW = {"length": LENGTH, "score_tokens": SCORED}
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny("llama", dtype=torch.float32)
+
+
+@pytest.fixture(scope="module")
+def text(tokens):
+    return tokens[:1500]
+
+
+def session_of(model, text, *allow: str, **budget) -> Session:
+    asked = Asked(allow=allow or None, **HOW)
+    return Session(model, effattn.Budget(**budget), text, asked)
+
+
+@torch.no_grad()
+def logits(model, text) -> torch.Tensor:
+    return model(text[None, :LENGTH]).logits
+
+
+def test_harm_is_the_kl_of_the_whole_model(model, text):
+    other = tiny("llama", seed=1, dtype=torch.float32)
+    found = Judge(model, text[:257], LENGTH).of(other)
+    ids = text[:256].view(2, LENGTH)
+    with torch.no_grad():
+        ours, theirs = (one(ids).logits.double().log_softmax(-1) for one in (other, model))
+    kl = (theirs.exp() * (theirs - ours)).sum(-1).mean().item()
+    loss = -ours.flatten(0, 1).gather(1, text[1:257, None]).mean().item()
+    assert found["kl"] == pytest.approx(kl, rel=1e-6)
+    assert found["cross_entropy"] == pytest.approx(loss, rel=1e-6)
+    assert Judge(model, text[:257], LENGTH).of(model)["kl"] == 0
+
+
+def test_harm_of_a_packed_cache_is_that_of_decoding(model, text):
+    packed = build(model, Variant("x", {"cache": "int4(group=16, residual=0, first=0)"}))
+    decoded = tokenwise(model, packed, text[:257], 64)["kl"]
+    judge = Judge(model, text[:257], 64)
+    assert judge.of(packed, piece=1)["kl"] == pytest.approx(decoded, rel=1e-3)
+    assert judge.of(packed, piece=8)["kl"] == pytest.approx(decoded, rel=0.5)
+
+
+def test_heads_of_all_layers_are_what_a_conversion_makes(model, text):
+    """The builder walks layer by layer as `convert_gqa` does."""
+    parts = anatomy.of(model)
+    builder = Builder(parts, text, length=LENGTH)
+    made = builder.build(builder.parent.with_field("kv_heads", 2))
+    converted = copy.deepcopy(model)
+    convert_gqa(converted, 2, text, length=LENGTH)
+    torch.testing.assert_close(logits(made, text), logits(converted, text))
+    assert made.config.num_key_value_heads == 2  # alike: plain
+
+
+def test_a_narrower_ffn_is_fitted(model, text):
+    """The down projection is solved for what is left: no other is closer on the same text."""
+    parts = anatomy.of(model)
+    builder = Builder(parts, text, length=LENGTH)
+    made = builder.build(builder.parent.with_field("ffn", 48, [0]))
+    plain = copy.deepcopy(made)
+    own = anatomy.of(made).layers[0].feed_forward
+    assert own.size == 48
+    inputs, wanted = [], []
+
+    def note(_, args, output):
+        inputs.append(args[0].flatten(0, -2))
+
+    handle = own.output.register_forward_hook(note)
+    whole = parts.layers[0].feed_forward.output.register_forward_hook(
+        lambda _, __, output: wanted.append(output.flatten(0, -2))
+    )
+    ids = text[: len(text) // LENGTH * LENGTH].view(-1, LENGTH)
+    with torch.no_grad():
+        made(ids), model(ids)
+    handle.remove(), whole.remove()
+    x, y = inputs[0].double(), wanted[0].double()
+    best = torch.linalg.lstsq(x, y).solution.T
+    error, least = (
+        (x @ weight.T - y).square().sum() for weight in (own.output.weight.double(), best)
+    )
+    assert error <= 1.01 * least
+    assert plain.config.per_layer_config[0].intermediate_size == 48
+
+
+def test_a_plan_is_found_measured_and_applied(model, text, tmp_path):
+    twin = copy.deepcopy(model)
+    hooks = []
+    twin.model.layers[0].mlp.down_proj.register_forward_hook(lambda *_: hooks.append(1))
+    budget = effattn.Budget(bytes="70%", context=96, batch=4)
+    result = effattn.fit(twin, budget, text, allow=("heads", "cache", "ffn"), **HOW)
+    totals = counted(twin, 96, 4)
+    parent = counted(model, 96, 4)
+    assert sum(totals.values()) < 0.7 * sum(parent.values()) + 10_000
+    assert result.bytes <= 0.7 * (result.bytes + sum(parent.values()) - sum(totals.values())) + 1
+    assert result.kl == pytest.approx(result.found.best.kl)
+    assert not twin.training
+    assert hooks  # the modules stayed
+    again = effattn.load(effattn.save(twin, tmp_path / "out"))
+    assert torch.equal(logits(again, text), logits(twin, text))
+    assert counted(again, 96, 4) == totals
+
+
+def test_nothing_uniform_is_better(model, text):
+    """The plan is at least as good as every uniform one that was measured within the budget."""
+    session = session_of(model, text, "heads", "cache", "ffn", bytes="60%", context=96, batch=4)
+    kept = Parts(None, {}, {}, "fit")
+    space = session.space(kept)
+    limits = session.limits(space)
+    found = search(space, limits, session.measure(kept))
+    assert found.baselines
+    assert all(found.best.kl <= one.kl for one in found.tried)
+    assert within(space, found.best.plan, limits)
+    assert found.gap == 0
+    for _, _, plan in every_uniform(space):
+        assert isinstance(plan, Plan)
+    curve = points(space, session.measure(kept), 4, rounds=1)
+    harms = [row["kl"] for row in curve]
+    assert harms == sorted(harms, reverse=True)
+    assert all(row["taken"] <= row["limit"] for row in curve)
+    assert all(row["kl"] <= row["best_uniform"] for row in curve if row["uniform"])
+
+
+def test_what_was_measured_is_not_measured_again(model, text, tmp_path):
+    session = session_of(model, text, "cache", "ffn", bytes="70%", context=96, batch=4)
+    file = tmp_path / "parts.json"
+    done = []
+
+    class Stop(Exception):
+        pass
+
+    def progress(number, total):
+        done.append((number, total))
+        if number == 5:
+            raise Stop
+
+    builder, judge = session.builder, session.judge
+    with pytest.raises(Stop):
+        measure(builder, judge, session.ladders, Parts(file, {}, {}, "fit"), progress)
+    rest = []
+    first = measure(
+        builder,
+        judge,
+        session.ladders,
+        Parts(file, {}, {}, "fit"),
+        lambda number, total: rest.append((number, total)),
+    )
+    assert rest[-1] == (done[0][1] - 5, done[0][1] - 5)
+    whole = measure(builder, judge, session.ladders, Parts(None, {}, {}, "fit"))
+    for one, other in zip(first.rows, whole.rows, strict=True):
+        assert one == pytest.approx(other, rel=1e-6, abs=1e-12) or one == other
+
+
+@pytest.mark.parametrize(
+    ("budget", "said"),
+    [
+        ({"bytes": 100}, "bytes: got 100 bytes of .* the least that a plan can have is"),
+        ({"kv_bytes_per_token": 1}, "kv_bytes_per_token: got .* the least that a plan"),
+        ({"parameters": 10}, "parameters: got 10 parameters; the least"),
+        ({"bytes": "1TiB"}, "budget: there is nothing to do"),
+    ],
+)
+def test_budgets_that_cannot_be(model, text, budget, said):
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match=said):
+        effattn.fit(model, effattn.Budget(**budget), text, forbid=("window",), **HOW)
+    assert all(torch.equal(one, before[name]) for name, one in model.state_dict().items())
+
+
+def test_texts_and_models_that_cannot_be(model, text):
+    budget = effattn.Budget(bytes="60%")
+    with pytest.raises(ValueError, match="calibration: got 300 tokens, at least"):
+        effattn.fit(model, budget, text[:300], **HOW)
+    with pytest.raises(ValueError, match="score_tokens: got 8"):
+        effattn.fit(model, budget, text, length=LENGTH, score_tokens=8)
+    with pytest.raises(ValueError, match="calibration: got"):
+        effattn.fit(model, budget, text.float(), **HOW)
+    swapped = effattn.swap(copy.deepcopy(model), "sliding", window=8)
+    with pytest.raises(Unsupported, match="is swapped"):
+        effattn.fit(swapped, budget, text, **HOW)
+    with pytest.raises(Unsupported, match="experts"):
+        effattn.fit(tiny("mixtral", dtype=torch.float32), budget, text, **HOW)
+
+
+def test_harm_below_zero_is_none(model):
+    rows = [{"layer": 0, "field": "cache", "value": "int8", "kl": -1e-9}]
+    assert Library(rows).harm == {(0, "cache", "int8"): 0.0}
