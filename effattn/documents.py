@@ -111,7 +111,9 @@ def known(numbers: Tensor) -> Documents:
 
 def check(numbers, q: Tensor, k: Tensor, state) -> None:
     """ValueError for numbers that are not those of q's tokens (B, T), Unsupported for a call that
-    is no whole sequence: q (B, Hq, T, D), k (B, Hkv, T, D)."""
+    is no whole sequence: q (B, Hq, T, D), k (B, Hkv, T, D). None is no documents."""
+    if numbers is None:
+        return
     if not isinstance(numbers, Tensor):
         raise ValueError(
             f"documents: expected an int tensor {_shape(q)}, got {type(numbers).__name__}"
@@ -146,15 +148,18 @@ def attend(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    numbers: Tensor,
+    numbers: Tensor | None,
     mask: Tensor | None,
     extras: dict,
 ) -> Tensor:
-    """`run(q, k, v, padding_mask, extras)` over the documents, (B, Hq, T, Dv); 0 for padding.
+    """`run(q, k, v, padding_mask, extras)` over the documents, (B, Hq, T, Dv), 0 for padding; over
+    the rows as they are where there are no `numbers`.
 
     q (B, Hq, T, D), k (B, Hkv, T, D), v (B, Hkv, T, Dv); numbers: as `Documents.of` takes them;
     mask (B, T) bool: real tokens, None: all. extras: arguments beside, some of which have tokens
     too (`padding.of_tokens`)."""
+    if numbers is None:
+        return run(q, k, v, mask, extras)
     found = known(numbers) if mask is None else Documents.of(numbers.masked_fill(~mask, -1))
     if not found.groups:
         return run(q, k, v, torch.zeros_like(numbers, dtype=torch.bool), extras)

@@ -235,9 +235,8 @@ class Backend(nn.Module):
         rotated when they are read. Or a rule from `effattn.positions.rule`, which may decide scores
         pair by pair as well (ReRoPE, ALiBi).
 
-        documents: (B, T) int, which document of its row each token is of, negative for padding:
-        tokens see their own document only, as if it were a row of its own (`effattn.documents`).
-        For whole sequences, without a state.
+        documents: (B, T) int, of whole sequences: tokens see their own document only, as if it were
+        a row of its own (`effattn.documents`); negative for padding.
 
         extras: what some models add, where the backend's `extras` name it: `softcap` (a score s
         becomes softcap tanh(s / softcap), Gemma 2), `sink_logits` (Hq,) (a learned logit per head
@@ -255,8 +254,7 @@ class Backend(nn.Module):
                 f"state: {self.name} cannot read packed keys; valid are dense, block and sliding"
             )
         self._check(q, k, v, causal, padding_mask, state, scale, rotary)
-        if documents is not None:
-            packing.check(documents, q, k, state)
+        packing.check(documents, q, k, state)
         check_extras(q, **extras)
         self.check_call(q, k, v, causal, extras)
         if isinstance(rotary, Positions):
@@ -275,10 +273,7 @@ class Backend(nn.Module):
 
         if state is not None:
             state.ready(learning=self._learning(q, k, v))
-        if documents is None:
-            out = run_rows(q, k, v, padding_mask, extras)
-        else:
-            out = packing.attend(run_rows, q, k, v, documents, padding_mask, extras)
+        out = packing.attend(run_rows, q, k, v, documents, padding_mask, extras)
         if state is not None:
             state.note(self.signature, k, v)
         return out
