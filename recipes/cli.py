@@ -19,6 +19,7 @@ from rich.table import Table
 from effattn.recipes import (
     convert_gqa,
     convert_latent,
+    convert_mla,
     export,
     extend,
     fit,
@@ -77,6 +78,7 @@ def backends(as_json: Annotated[bool, typer.Option("--json", help="print JSON")]
 
 app.command("convert-gqa")(convert_gqa.command)
 app.command("convert-latent")(convert_latent.command)
+app.command("convert-mla")(convert_mla.command)
 app.command("rehost")(rehost.command)
 app.command("swap")(swap_backend.command)
 app.command("measure")(measure.command)

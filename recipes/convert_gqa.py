@@ -30,15 +30,13 @@ from typing import TYPE_CHECKING, ClassVar
 
 import typer
 
-from effattn.recipes import flow, layerwise, options
+from effattn.recipes import converting, flow, layerwise, options
 from effattn.recipes.options import option, real, tokens, whole
-from effattn.resuming import Parts
 from effattn.stages import Quiet, main_process
 
 if TYPE_CHECKING:
     from effattn.heads.report import ConversionReport
     from effattn.hf.anatomy import Anatomy
-    from effattn.textdata import Streams
 
 
 @dataclass
@@ -107,18 +105,16 @@ def run(settings: Settings, show: Quiet | None = None) -> ConversionReport:
 
 def convert(settings: Settings, show: Quiet) -> ConversionReport:
     """The conversion, step by step."""
-    from effattn.evaluate.loss import compare, measure_parent
     from effattn.heads import gqa
+    from effattn.heads.gqa import check_kv_heads
 
-    main = main_process()
-    parent, tokenizer, parts = load(settings, show)
-    text, length = read(settings, show, tokenizer, parts)
-    kept = begin(settings, parent, "convert-gqa")
+    def fits(parts: Anatomy) -> None:
+        parts.require_gqa()
+        check_kv_heads(settings.kv_heads, parts.kv_heads)
+        parts.check_kv_heads(settings.kv_heads)
 
-    quality: dict = {}
-    if main:
-        said = "measuring the parent"
-        quality = flow.part(show, kept, said, "parent", measure_parent, parent, text, length)
+    parent, tokenizer, parts = converting.load(settings, show, fits)
+    going = converting.begin(settings, show, parent, tokenizer, parts, "convert-gqa")
 
     # What a group of old heads computes is approximated by one new head, layer by layer.
     student = copy.deepcopy(parent)
@@ -126,47 +122,24 @@ def convert(settings: Settings, show: Quiet) -> ConversionReport:
         report = gqa.convert_gqa(
             student,
             settings.kv_heads,
-            text.train[: settings.calibration_tokens],
+            going.calibration,
             method=settings.method,
             refit=settings.refit,
             grouping=settings.grouping,
-            length=length,
+            length=going.length,
             seed=settings.seed,
             progress=progress,
         )
-    compared = (compare, parent, student, text.evaluation, length)
-    if main:
-        said = "measuring the conversion"
-        quality["converted"] = flow.part(show, kept, said, "converted", *compared)
-    report.data["quality"] = quality or None  # and what is measured from here on
-    report.data["settings"] |= asked_for(settings, text) | flow.fed(text, parent)
+    # The parent teaches what the conversion has lost, if that was asked for.
+    converting.measure(going, student, report)
 
-    # The parent teaches what the conversion has lost.
-    if settings.uptrain_tokens:
-        report.data["uptraining"] = distil(settings, show, student, parent, text, length)
-        if main:
-            said = "measuring the uptrained model"
-            quality["uptrained"] = flow.part(show, kept, said, "uptrained", *compared)
-
-    if main and settings.decode_contexts:
-        report.data["decode"] = decode_speed(settings, show, kept, parent, student)
-    if main:
+    if main_process():
         with flow.saving(settings, show, plain=True) as folder:
-            ids = text.evaluation[: min(64, length)]
+            ids = going.text.evaluation[: min(64, going.length)]
             report.data["verification"] = flow.save_plain(folder, student, tokenizer, ids)
             report.save(folder)
         flow.discard(settings.partial)
     return report
-
-
-def begin(settings: options.Settings, parent, flow_name: str) -> Parts | None:
-    """What an earlier run has measured, and where this one keeps it; None in all processes but the
-    main one."""
-    flow.check_unfinished(settings, begin=True)
-    if not main_process():
-        return None
-    made_with = flow.made_with(parent, "torch", "transformers")
-    return Parts(settings.partial / "parts.json", settings.kept(), made_with, flow_name)
 
 
 def check(settings: Settings) -> None:
@@ -174,111 +147,11 @@ def check(settings: Settings) -> None:
     from effattn.errors import check_choice
     from effattn.heads.gqa import METHODS
     from effattn.heads.grouping import GROUPINGS
-    from effattn.outputs import check_new_folder
-    from effattn.training.uptrain import TRAINABLE
 
     check_choice("method", settings.method, METHODS)
     check_choice("grouping", settings.grouping, GROUPINGS)
-    check_choice("trainable", settings.trainable, TRAINABLE)
     layerwise.check(settings, "uptrain_tokens")
-    flow.device(settings.device)
-    check_new_folder("output", settings.output)
-    flow.check_unfinished(settings, begin=False)
-
-
-def load(settings: Settings, show: Quiet) -> tuple:
-    """The parent on its device, its tokenizer, and its anatomy."""
-    from effattn.heads.gqa import check_kv_heads
-    from effattn.hf import anatomy
-    from effattn.hf.weights import weight_bytes
-    from effattn.outputs import check_room
-    from effattn.surgery.checkpoint import load_model
-
-    with show.stage("loading the model"):
-        parent, tokenizer = load_model(settings.model, bos=settings.bos)
-        parent.to(flow.device(settings.device))
-        parts = anatomy.of(parent)
-        parts.require_gqa()
-        check_kv_heads(settings.kv_heads, parts.kv_heads)
-        parts.check_kv_heads(settings.kv_heads)
-        # no more than half of the weights is keys and values
-        check_room("output", settings.output, weight_bytes(parent) // 2)
-    return parent, tokenizer, parts
-
-
-def read(settings: Settings, show: Quiet, tokenizer, parts: Anatomy) -> tuple[Streams, int]:
-    """The text to calibrate, train and measure on, and the tokens of a window of it."""
-    from effattn.heads.gqa import check_calibration
-    from effattn.textdata import streams
-
-    with show.stage("reading text"):
-        text = streams(
-            tokenizer,
-            train=max(settings.calibration_tokens, settings.uptrain_tokens),
-            evaluation=settings.evaluation_tokens,
-            text=settings.text,
-            dataset=settings.dataset,
-            column=settings.column,
-            evaluation_text=settings.evaluation_text,
-        )
-        calibration = text.train[: settings.calibration_tokens]
-        length = check_calibration(calibration, parts, settings.length)
-        text.check_passes("uptrain_tokens", settings.uptrain_tokens)
-    return text, length
-
-
-def distil(
-    settings: Settings, show: Quiet, student, parent, text: Streams, length: int
-) -> dict[str, object]:
-    """Trains `student` towards `parent`, from the last checkpoint of an unfinished run if there is
-    one."""
-    from effattn import embedded
-    from effattn.training.uptrain import uptrain
-
-    with show.stage(f"uptraining on {settings.uptrain_tokens:,} tokens") as progress:
-        result = uptrain(
-            student,
-            parent,
-            text.train,
-            train_tokens=settings.uptrain_tokens,
-            folder=settings.partial / "uptrain",
-            evaluation=text.evaluation[:8_192],
-            length=length,
-            batch=settings.batch,
-            lr=settings.lr,
-            ce_weight=settings.ce_weight,
-            layer_weight=settings.layer_weight,
-            trainable=settings.trainable,
-            seed=settings.seed,
-            progress=progress,
-            overrides={"use_cpu": student.device.type == "cpu"} | settings.overrides,
-        )
-    pretraining = embedded.card()["train_tokens"] if settings.model == embedded.NAME else None
-    result["share_of_pretraining"] = result["tokens"] / pretraining if pretraining else None
-    return result
-
-
-def decode_speed(settings: Settings, show: Quiet, kept: Parts, parent, student) -> list[dict]:
-    """Both models' decoding steps at each context."""
-    from effattn.profiling.decode import decode_by_context
-
-    contexts, models = settings.decode_contexts, {"before": parent, "after": student}
-    name = f"decode/{','.join(map(str, contexts))}"  # other contexts may go on from this run
-    timed = (decode_by_context, models, contexts)
-    return flow.part(show, kept, "timing decode steps", name, *timed)
-
-
-def asked_for(settings: Settings, text: Streams) -> dict[str, object]:
-    """What the report says of the settings beside those of the conversion itself."""
-    return {
-        "model": settings.model,
-        "calibration_source": text.source,
-        "uptrain_tokens": settings.uptrain_tokens,
-        "uptrain_batch": settings.batch,
-        "ce_weight": settings.ce_weight,
-        "layer_weight": settings.layer_weight,
-        "trainable": settings.trainable,
-    }
+    converting.check(settings)
 
 
 command = flow.command(Settings, run)

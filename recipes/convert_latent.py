@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 import typer
 
-from effattn.recipes import convert_gqa, flow, layerwise, options
+from effattn.recipes import converting, flow, layerwise, options
 from effattn.recipes.options import option, real, tokens, whole
 from effattn.stages import Quiet, main_process
 
@@ -103,54 +103,34 @@ def run(settings: Settings, show: Quiet | None = None) -> LatentReport:
 
 def convert(settings: Settings, show: Quiet) -> LatentReport:
     """The conversion, step by step."""
-    from effattn.evaluate.loss import compare, measure_parent
+    from effattn.heads.latent.convert import check_latent
     from effattn.surgery.checkpoint import load_again, save
     from effattn.surgery.latents import convert_latent
 
-    main = main_process()
-    parent, tokenizer, parts = load(settings, show)
-    text, length = convert_gqa.read(settings, show, tokenizer, parts)
-    kept = convert_gqa.begin(settings, parent, "convert-latent")
-
-    quality: dict = {}
-    if main:
-        said = "measuring the parent"
-        quality = flow.part(show, kept, said, "parent", measure_parent, parent, text, length)
+    parent, tokenizer, parts = converting.load(
+        settings, show, lambda parts: check_latent(parts, **settings.size)
+    )
+    going = converting.begin(settings, show, parent, tokenizer, parts, "convert-latent")
 
     # The best latents of each layer in closed form, of ranks that together are as asked.
     student = copy.deepcopy(parent)
     with show.stage("converting to latent keys and values") as progress:
         report = convert_latent(
             student,
-            text.train[: settings.calibration_tokens],
+            going.calibration,
             **settings.size,
             refit=settings.refit,
-            length=length,
+            length=going.length,
             progress=progress,
         )
-    compared = (compare, parent, student, text.evaluation, length)
-    if main:
-        said = "measuring the conversion"
-        quality["converted"] = flow.part(show, kept, said, "converted", *compared)
-    report.data["quality"] = quality or None  # and what is measured from here on
-    report.data["settings"] |= convert_gqa.asked_for(settings, text) | flow.fed(text, parent)
+    # The parent teaches what the conversion has lost, if that was asked for.
+    converting.measure(going, student, report)
 
-    # The parent teaches what the conversion has lost.
-    if settings.uptrain_tokens:
-        report.data["uptraining"] = convert_gqa.distil(
-            settings, show, student, parent, text, length
-        )
-        if main:
-            said = "measuring the uptrained model"
-            quality["uptrained"] = flow.part(show, kept, said, "uptrained", *compared)
-
-    if main and settings.decode_contexts:
-        report.data["decode"] = convert_gqa.decode_speed(settings, show, kept, parent, student)
-    if main:
+    if main_process():
         with flow.saving(settings, show) as folder:
             student.config.use_cache = True
             save(student, folder, tokenizer)
-            ids = text.evaluation[: min(64, length)]
+            ids = going.text.evaluation[: min(64, going.length)]
             _, report.data["verification"] = load_again(folder, student, ids)
             report.save(folder)
         flow.discard(settings.partial)
@@ -159,34 +139,11 @@ def convert(settings: Settings, show: Quiet) -> LatentReport:
 
 def check(settings: Settings) -> None:
     """Everything that can be known to be wrong before a model is loaded. Raises ValueError."""
-    from effattn.errors import check_choice
     from effattn.heads.latent.ranks import Size
-    from effattn.outputs import check_new_folder
-    from effattn.training.uptrain import TRAINABLE
 
     Size(**settings.size).check_given()
-    check_choice("trainable", settings.trainable, TRAINABLE)
     layerwise.check(settings, "uptrain_tokens")
-    flow.device(settings.device)
-    check_new_folder("output", settings.output)
-    flow.check_unfinished(settings, begin=False)
-
-
-def load(settings: Settings, show: Quiet) -> tuple:
-    """The parent on its device, its tokenizer, and its anatomy."""
-    from effattn.heads.latent.convert import check_latent
-    from effattn.hf import anatomy
-    from effattn.hf.weights import weight_bytes
-    from effattn.outputs import check_room
-    from effattn.surgery.checkpoint import load_model
-
-    with show.stage("loading the model"):
-        parent, tokenizer = load_model(settings.model, bos=settings.bos)
-        parent.to(flow.device(settings.device))
-        parts = anatomy.of(parent)
-        check_latent(parts, **settings.size)
-        check_room("output", settings.output, weight_bytes(parent) // 2)
-    return parent, tokenizer, parts
+    converting.check(settings)
 
 
 command = flow.command(Settings, run)

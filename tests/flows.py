@@ -56,6 +56,11 @@ FLOWS = {
         dict(calibration_tokens=640, uptrain_tokens=4 * 64, batch=2, decode_contexts=(), **TRAINED),
         trains=("Latent",),
     ),
+    "convert_mla": Flow(
+        "convert-mla",
+        {"rank": 8},
+        dict(calibration_tokens=640, evaluation_tokens=128, length=32, decode_contexts=()),
+    ),
     "fit": Flow(
         "fit",
         {"weight_bytes": "80%"},

@@ -71,6 +71,7 @@ APART = {
         "effattn/positions/ntk.py": "a variant of NTK is called fixed",
         "effattn/profiling/operations.py": "a model's own layer: everything, or a window",
         "effattn/surgery/describing.py": "a model's own layer: everything, or a window",
+        "effattn/exporting/plain.py": "the window that plain transformers has",
         "effattn/swapping/patterns.py": "a window without its sinks stands beside it",
         "prune/shearing/batch_loading.py": "a rule of batch loading is called fixed",
         "effattn/fitting/accounting.py": "a layer is dense, or has the window of a budget's axis",
@@ -79,6 +80,7 @@ APART = {
     "position rule": {
         "effattn/extending/article_plots.py": "two rules are drawn first",
         "effattn/hf/positions.py": "rope is what the model has already",
+        "effattn/exporting/gguf_file.py": "what llama.cpp has of transformers' rules",
         "effattn/positions/kerple.py": "a kind of KERPLE is called power",
         "kernels/decode/ahead_of_time.py": "variants to compile",
         "kernels/flash/rules.py": "a kind of bias, which is the kernel's",

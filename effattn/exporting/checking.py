@@ -38,6 +38,7 @@ def compare(
         "full": FULL,
         "vocabulary": size,
         "texts": [said],
+        "exact": True,
         "threads": llama_cpp.cores(),
     }
     answer = llama_cpp.ask(file, question)
@@ -58,6 +59,7 @@ def compare(
         far = max(far, float((ours - theirs)[likely].abs().max()))
     found = {
         "engine": f"llama.cpp ({llama_cpp.version()})",
+        "cache": "float32",
         "tokens": total,
         "equal_tokens": equal,
         "kl": sum(kl) / len(kl),

@@ -112,7 +112,7 @@ def detach(model: nn.Module) -> None:
         for layer in parts.layers:
             _detach(layer.attention)
         _unhook(model)
-        _unhook(model.base_model)
+        _unhook(parts.model.base_model)
         for name in (BATCHING, UPDATE):
             model.__dict__.pop(name, None)
         delattr(model, hooks.ATTRIBUTE)

@@ -18,7 +18,7 @@ def visible(
 ) -> Tensor:
     """Which keys each query sees, bool (B, Hq, Tq, T). q (B, Hq, Tq, D), the last of T tokens; k
     (B, H, T, D); real (B, T) bool: tokens that are not padding, side by side in each row."""
-    ((batch, heads, queries, _), (kv_heads, tokens)) = q.shape, k.shape[1:3]
+    (batch, heads, queries, _), (kv_heads, tokens) = q.shape, k.shape[1:3]
     number = torch.arange(tokens, device=q.device)
     seen = torch.zeros(
         batch,

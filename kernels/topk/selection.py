@@ -15,7 +15,10 @@ import torch
 from torch import Tensor
 
 SUMMARIES = ("mean", "minmax", "learned")
-SCORES = 2**22  # scores of queries and blocks at a time
+# scores of queries and blocks at a time: on a CPU few, since only blocks that are finished then are
+# looked at
+SCORES = {"cpu": 2**19}
+MOST_SCORES = 2**25
 
 
 @dataclass(frozen=True)
@@ -33,12 +36,21 @@ class Rule:
         """Numbers of a summary of keys of `dim`."""
         return 2 * dim if self.summary == "minmax" else dim
 
+    @property
+    def first(self) -> int:
+        """The first block that is not sinks alone."""
+        return self.sinks // self.block
+
+    def end(self, at: Tensor) -> Tensor:
+        """Behind the last block that queries at positions `at` may choose: finished, and with keys
+        that are neither in the window nor sinks. Negative positions are padding."""
+        beyond = at - self.window  # the newest key behind the window
+        last = torch.minimum((at + 1) // self.block, beyond // self.block + 1)
+        return torch.where(beyond >= self.sinks, last, 0).clamp(min=0)
+
     def candidates(self, at: Tensor, block: Tensor) -> Tensor:
-        """Whether the query at position `at` may choose a block: it is finished, and has keys that
-        are neither in the window nor sinks. Broadcast; negative positions are padding."""
-        first, last = block * self.block, (block + 1) * self.block - 1
-        far = torch.minimum(last, at - self.window) >= first.clamp(min=self.sinks)
-        return far & (last <= at)
+        """Whether the query at position `at` may choose a block, broadcast."""
+        return (block >= self.first) & (block < self.end(at))
 
 
 def work_dtype(x: Tensor) -> torch.dtype:
@@ -100,17 +112,17 @@ def select(
     if not most:
         return found
     probe, number = probes(rule, q, heads), torch.arange(blocks, device=q.device)
-    step = max(1, SCORES // (batch * heads * blocks))
+    most_scores = SCORES.get(q.device.type, MOST_SCORES)
+    step = max(1, most_scores // (batch * heads * blocks))
     for low in range(0, q.shape[2], step):
         part = slice(low, low + step)
-        # on a CPU, only blocks that one of these queries can have finished
-        known = q.device.type == "cpu"
-        finished = (int(at[:, part].max()) + 1) // rule.block if known else blocks
-        if not finished:
+        end = rule.end(at[:, part, None])[:, None]
+        finished = int(end.max()) if q.device.type == "cpu" else blocks
+        if finished <= rule.first:
             continue
         scores = probe[:, :, part] @ summaries[:, :, :finished].mT
-        may = rule.candidates(at[:, part, None], number[:finished])[:, None]
-        scores.masked_fill_(~may, -torch.inf)
+        scores.masked_fill_(number[:finished] >= end, -torch.inf)
+        scores[..., : rule.first] = -torch.inf
         best = scores.topk(min(most, finished), dim=3, sorted=False)
         chosen = torch.where(best.values > -torch.inf, best.indices, -1)
         found[:, :, part, : chosen.shape[3]] = chosen

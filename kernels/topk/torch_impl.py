@@ -20,9 +20,9 @@ from torch import Tensor
 from .selection import Rule, far_keys, work_dtype
 
 LOG2E = math.log2(math.e)
-QUERIES = 128  # tokens of a tile at most
+QUERIES = 64  # tokens of a tile at most
 WORK = 2**20  # bytes of scores that a thread has at a time, to stay in its cache
-PAIRS = 2**24  # numbers of pairs' outputs at a time
+PAIRS = 2**22  # numbers of pairs' outputs at a time
 
 
 def attention(
@@ -33,7 +33,8 @@ def attention(
     nothing was chosen."""
     (batch, heads), queries = k.shape[:2], q.shape[2]
     count = k.shape[2] // rule.block
-    rows = q.unflatten(1, (heads, -1)).transpose(2, 3).flatten(0, 1)
+    # the queries of a token side by side, so that a tile takes one row for all of them
+    rows = q.unflatten(1, (heads, -1)).transpose(2, 3).flatten(0, 1).contiguous()
     blocks = (
         x[:, :, : count * rule.block].unflatten(2, (count, rule.block)).flatten(0, 2)
         for x in (k, v)
@@ -70,23 +71,12 @@ class _Attention(torch.autograd.Function):
         work = work_dtype(q)
         out = q.new_zeros((*q.shape[:3], v.shape[2]), dtype=work)
         lse = q.new_full(q.shape[:3], -torch.inf, dtype=work)
-        for part in _parts(
-            rule,
-            chosen,
-            at,
-            len(k),
-            q.shape[2],
-            v.shape[2],
-        ):
-            _forward(
-                part,
-                scale,
-                q,
-                k,
-                v,
-                out.flatten(0, 1),
-                lse.flatten(0, 1),
-            )
+        room = None
+        for part in _parts(rule, chosen, at, len(k), q.shape[2], v.shape[2]):
+            if room is None:  # the first part is the largest
+                room = out.new_empty((part.chosen.numel() + 1, *out.shape[2:]))
+            rows = out.flatten(0, 1), lse.flatten(0, 1)
+            _forward(part, scale, q, k, v, *rows, room)
         ctx.given = rule, scale, chosen, at
         ctx.save_for_backward(q, k, v, out, lse)
         return out, lse / LOG2E
@@ -100,23 +90,8 @@ class _Attention(torch.autograd.Function):
         # what all slopes of a row share: the softmax's, and the log-sum-exp's own
         share = (d_out * out).sum(dim=3) - d_lse
         rows = [x.flatten(0, 1) for x in (lse, share, d_out.contiguous())]
-        for part in _parts(
-            rule,
-            chosen,
-            at,
-            len(k),
-            q.shape[2],
-            v.shape[2],
-        ):
-            _backward(
-                part,
-                scale,
-                q,
-                k,
-                v,
-                *rows,
-                *grads,
-            )
+        for part in _parts(rule, chosen, at, len(k), q.shape[2], v.shape[2]):
+            _backward(part, scale, q, k, v, *rows, *grads)
         given = (grad.to(x.dtype) for grad, x in zip(grads, (q, k, v), strict=True))
         return None, None, None, None, *given
 
@@ -131,6 +106,7 @@ class Part:
     own: Tensor  # (M, n): the same, in a token's own head
     at: Tensor  # (M,): positions
     group: int  # query heads of a key/value head
+    size: int  # tokens of a tile
 
 
 @dataclass(frozen=True)
@@ -154,7 +130,11 @@ def _parts(
     first = torch.arange(heads, device=at.device)[:, None, None] * (blocks // heads)
     everywhere = torch.where(chosen >= 0, chosen + first, -1).flatten(0, 1)
     chosen, at = chosen.flatten(0, 1), at.reshape(-1)
-    step = max(1, PAIRS // (most * group * dim))
+    step = min(max(1, PAIRS // (most * group * dim)), heads * queries)
+    # how many tokens read a block of a part, if all are read alike: tiles are no longer than that.
+    # Told from sizes alone, so that no token decides in which tiles another one is computed.
+    mean = step * most // (-(-step // queries) * (blocks // heads))
+    size = min(QUERIES, max(16, 1 << mean.bit_length()))
     for low in range(0, heads * queries, step):
         rows = torch.arange(low, min(low + step, heads * queries), device=at.device)
         part = slice(low, low + step)
@@ -165,6 +145,7 @@ def _parts(
             chosen[part],
             at[part],
             group,
+            size,
         )
 
 
@@ -174,7 +155,7 @@ def _tiles(part: Part, itemsize: int) -> Iterator[Tiles]:
     rule, most = part.rule, part.chosen.shape[1]
     near = part.at[:, None] - rule.block * (part.own + 1) + 1 < rule.window
     near |= part.own * rule.block < rule.sinks
-    size = _tokens(part)
+    size = part.size
     threads = torch.get_num_threads() if part.at.device.type == "cpu" else 256
     count = max(1, threads * WORK // (size * part.group * rule.block * itemsize))
     for masked in (False, True):
@@ -182,7 +163,7 @@ def _tiles(part: Part, itemsize: int) -> Iterator[Tiles]:
         pair = there.flatten().nonzero()[:, 0]
         if not len(pair):
             continue
-        block, order = part.chosen.flatten()[pair].sort(stable=True)
+        block, order = part.chosen.flatten()[pair].int().sort(stable=True)
         pair = pair[order]
         tile, blocks = _cut(pair, block, size, part.chosen.numel())
         for low in range(0, len(tile), count):
@@ -193,13 +174,6 @@ def _tiles(part: Part, itemsize: int) -> Iterator[Tiles]:
                 own = part.own.flatten()[pairs.clamp(max=part.own.numel() - 1)]
                 seen = far_keys(rule, part.at[token], own[..., None])[:, :, 0]
             yield Tiles(pairs, part.rows[token], some, seen)
-
-
-def _tokens(part: Part) -> int:
-    """How many tokens a tile has: few where few choose the same block."""
-    blocks = int(part.chosen.max()) + 1 - max(0, int(part.chosen.clamp(min=0).min()))
-    mean = part.chosen.numel() // max(1, blocks)
-    return min(QUERIES, max(16, 1 << mean.bit_length()))
 
 
 def _cut(
@@ -249,12 +223,15 @@ def _forward(
     v,
     out,
     lse,
+    room: Tensor,
 ) -> None:
-    """Writes out (P Tq, G, Dv) and the log-sum-exp in base 2 (P Tq, G) of a part's tokens."""
-    ((tokens, most), (_, _, group, _)) = part.chosen.shape, q.shape
+    """Writes out (P Tq, G, Dv) and the log-sum-exp in base 2 (P Tq, G) of a part's tokens. room
+    (pairs + 1 or more, G, Dv): memory for what pairs give."""
+    (tokens, most), (_, _, group, _) = part.chosen.shape, q.shape
     pairs = tokens * most
-    # one more, for what is no pair
-    parts = out.new_zeros((pairs + 1, group, out.shape[2]))
+    # one more, for what is no pair; where nothing is written is nothing chosen
+    parts = room[: pairs + 1]
+    parts.index_fill_(0, (part.chosen < 0).flatten().nonzero()[:, 0], 0)
     sums = out.new_full((pairs + 1, group), -torch.inf)
     for tiles in _tiles(part, out.element_size()):
         _, _, s = _scores(tiles, scale * LOG2E, q, k)
@@ -273,7 +250,10 @@ def _forward(
     total = weights.sum(dim=1, keepdim=True)
     seen = total > 0
     weights.div_(torch.where(seen, total, 1.0))
-    found = torch.einsum("tng,tngd->tgd", weights, parts[:-1].view(tokens, most, group, -1))
+    parts = parts[:-1].view(tokens, most, group, -1)
+    found = parts[:, 0] * weights[:, 0, :, None]
+    for place in range(1, most):  # in place: a product of all of them is as large as they are
+        found.addcmul_(parts[:, place], weights[:, place, :, None])
     out.index_copy_(0, part.rows, found)
     lse.index_copy_(0, part.rows, torch.where(seen, top + total.log2_(), -torch.inf)[:, 0])
 

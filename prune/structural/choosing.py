@@ -3,7 +3,7 @@ the most important of all layers together."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -11,29 +11,27 @@ from torch import Tensor
 from effattn.prune.structural.criteria.base import Importance
 from effattn.prune.structural.keep import Keep
 
-if TYPE_CHECKING:
-    from effattn.prune.structural.removal import Plan
-
 FFN_STEP = 32  # FFN dimensions that stay or go together: what q8_0 and tensor cores take at a time
 
 
-def choose(parts_layers: int, importance: Importance, plan: Plan) -> Keep:
+def choose(layers: int, importance: Importance, keep: Mapping[str, int], uniform: bool) -> Keep:
     """The most important ones: layers first, then heads and FFN dimensions of the layers that
-    stay. parts_layers: how many the model has."""
+    stay. layers: how many the model has. keep: how many of each target stay. uniform: in each
+    layer, else on average."""
     # what goes with a layer need not be chosen
-    staying = torch.arange(parts_layers)
-    if "layers" in plan.keep:
-        staying = best(importance.layers, plan.keep["layers"])
+    staying = torch.arange(layers)
+    if "layers" in keep:
+        staying = best(importance.layers, keep["layers"])
     inside = {}
     for target in ("heads", "ffn"):
-        if target in plan.keep:
+        if target in keep:
             scores = getattr(importance, target)[staying]
             inside[target] = (
-                alike(scores, plan.keep[target])
-                if plan.uniform
-                else freely(scores, plan.keep[target], first=target == "heads")
+                alike(scores, keep[target])
+                if uniform
+                else freely(scores, keep[target], first=target == "heads")
             )
-    return Keep(**inside, layers=staying if "layers" in plan.keep else None)
+    return Keep(**inside, layers=staying if "layers" in keep else None)
 
 
 def best(scores: Tensor, count: int) -> Tensor:

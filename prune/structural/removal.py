@@ -120,7 +120,7 @@ def structured(
     model.eval()
     try:
         importance = score(parts, batches, plan, seed, tell[0])
-        keep = choose(len(parts.layers), importance, plan)
+        keep = choose(len(parts.layers), importance, plan.keep, uniform)
         small = slice_model(model, keep, uniform=uniform)
         if biased:
             small = with_biases(small, biased)

@@ -56,6 +56,8 @@ def test_full_rank_with_every_dimension_turning_is_the_model(refit):
     assert difference(model, new) < 1e-5
     assert all(torch.equal(model.state_dict()[name], held) for name, held in before.items())
     assert report.data["kv_bytes_per_token"] == {"before": 2 * 32 * 8, "after": 2 * 49 * 8}
+    # what remains of the norm, by layer
+    assert all(0 < row["norm_remains"] < 1e-8 for row in report.data["layers"])
 
 
 def test_biases_go_with_the_constant():

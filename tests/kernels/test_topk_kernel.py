@@ -8,7 +8,7 @@ import torch
 
 from effattn.conformance import inputs, relative
 from effattn.kernels import topk
-from effattn.kernels.topk import reference, torch_impl
+from effattn.kernels.topk import reference, selection, torch_impl
 from effattn.kernels.topk.learning import pool_loss
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -96,7 +96,7 @@ def test_minmax_bounds_every_key_of_its_block():
 def test_the_choice_is_the_same_in_parts(monkeypatch):
     rule = RULES[0]
     q, k, _, chosen, at = setting(rule, 60, 60)
-    monkeypatch.setattr("effattn.kernels.topk.selection.SCORES", 500)
+    monkeypatch.setitem(selection.SCORES, DEVICE, 500)
     again = topk.select(rule, q, topk.summarise(rule, k), at)
     assert torch.equal(again.sort(dim=3).values, chosen.sort(dim=3).values)
 

@@ -134,8 +134,11 @@ class Attention:
 
 
 @torch.no_grad()
-def write(module: nn.Module, layer: Layer, made: Attention) -> None:
-    """Writes a layer's attention into the new module, whose output projection is the old one."""
+def write(module: nn.Module, layer: Layer, made: Attention, moment: Tensor) -> float:
+    """Writes a layer's attention into the new module, whose output projection is the old one.
+
+    moment (D1, D1): E[(x, 1)(x, 1)^T] of the inputs. Returns by what share its norm scales a
+    token's latent otherwise than it should, in the mean."""
     shared, factors = made.shared, made.factors
     rank, pairs = module.kv_lora_rank, len(shared.inv_freq)
     small = SMALL[layer.dtype.itemsize] * CONSTANT
@@ -165,6 +168,8 @@ def write(module: nn.Module, layer: Layer, made: Attention) -> None:
     module.o_proj.bias.zero_()
     if layer.o.bias is not None:
         _put(module.o_proj.bias, layer.o.bias)
+    size = torch.einsum("ri,ij,rj->", down, moment[:-1, :-1].to(down), down)
+    return float(size / (2 * rank * divided**2))
 
 
 def _queries(module: nn.Module, layer: Layer, made: Attention, pairs: int) -> Tensor:

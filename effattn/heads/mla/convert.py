@@ -113,7 +113,8 @@ class Asked:
 def _convert(
     parts: hf.Anatomy, batches: list[Tensor], asked: Asked, progress: Progress | None
 ) -> tuple[nn.Module, list[dict]]:
-    """The new model, and a row of facts for each layer."""
+    """The new model, and a row of facts for each layer: those of a conversion to latents, and
+    norm_remains, by what share the latent's norm scales tokens otherwise than it should."""
     walk, kept = Walk(parts, batches), asked.kept
     rope = parts.layers[0].rotary.rope()
     inv_freq = rope.inv_freq[:: kept.fold].repeat_interleave(kept.each)
@@ -127,9 +128,9 @@ def _convert(
         factors = found.factors(min(asked.rank - 1, len(found.energy)))
         block = new.model.layers[layer.index]
         made = build.Attention(turning, factors, layer.rotary.rope())
-        build.write(block.self_attn, layer, made)
+        remains = build.write(block.self_attn, layer, made, moment)
         lost = float(found.shares[asked.rank - 1 :].sum())
-        row = {"layer": layer.index, "rank": asked.rank, "lost": lost}
+        row = {"layer": layer.index, "rank": asked.rank, "lost": lost, "norm_remains": remains}
         return row | _refit(new, layer.index, student, targets, asked.refit)
 
     return new, walk.over("mla", step, streams=2, progress=progress)
