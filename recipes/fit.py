@@ -63,7 +63,7 @@ class Settings(options.Settings):
         None,
         "tokens in the cache, 32k for example (default: as trained)",
         least=1,
-        read=lambda name, text: contexts_of(str(text), name)[0],
+        read=lambda name, text: next(iter(contexts_of(str(text), name)), None),
     )
     batch: int = whole(1, "sequences in the cache", least=1)
     frontier: bool = option(False, f"search {POINTS} budgets instead, and save no checkpoint")
