@@ -59,10 +59,11 @@ class Settings(options.Settings):
     weight_bytes: str | None = option(None, "of the weights: 4GiB or 50%")
     parameters: str | None = option(None, "at most: 100M, 1.5B or 80%")
     tokens_per_s: str | None = option(None, "decoded by the batch here, at least: 40 or 120%")
-    context: int | None = option(
+    context: int | None = whole(
         None,
         "tokens in the cache, 32k for example (default: as trained)",
-        read=lambda name, text: contexts_of(str(text), name)[0],
+        least=1,
+        read=lambda name, text: next(iter(contexts_of(str(text), name)), None),
     )
     batch: int = whole(1, "sequences in the cache", least=1)
     frontier: bool = option(False, f"search {POINTS} budgets instead, and save no checkpoint")

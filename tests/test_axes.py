@@ -126,7 +126,7 @@ AGREE = {
     },
     # Triton has no objects: a coding that is no integer is a branch in each kernel
     "cache format": {
-        "effattn/fitting/candidates.py": "which formats, and options, a budget tries",
+        "effattn/fitting/candidates.py": "which formats, and how, a budget is searched with",
     }
     | {
         f"kernels/{file}": "a coding is a branch in each kernel"

@@ -168,8 +168,8 @@ class FitReport(Document):
     def _curve(self) -> Table:
         rows = [
             (
-                number(row["limit"]),
-                number(row["taken"]),
+                f"{row['limit']:,.0f}",
+                f"{row['taken']:,.0f}",
                 number(row["kl"]),
                 number(row["perplexity"]),
                 row["uniform"] or "none fits",

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -29,7 +30,7 @@ class Option:
 
     harm: float
     costs: Mapping[str, float]
-    value: object = None
+    value: Any = None
 
 
 @dataclass(frozen=True)
