@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 
 from effattn.fitting.plan import AXES, FULL
-from effattn.reports.figures import empty_axes, svg
+from effattn.reports.figures import INK, empty_axes, svg
 from effattn.reports.plots import AFTER, BEFORE, NEUTRAL, PALETTE, UPTRAINED, Series, line_plot
 
 MIB = 2**20
@@ -79,7 +79,9 @@ def strip(choices: Sequence[dict], own: Sequence[dict]):
             look["alpha"] = _strength(name, choice, before) if changed else 0.15
             axes.add_patch(Rectangle((index - 0.46, line - 0.42), 0.92, 0.84, **look))
             if changed and len(choices) <= 16:
-                axes.text(index, line, _short(choice[name]), ha="center", va="center", fontsize=8.5)
+                short = _short(choice[name])
+                centre = {"ha": "center", "va": "center"}
+                axes.text(index, line, short, color=INK, fontsize=10, **centre)
     axes.set_xlim(-0.6, len(choices) - 0.4)
     axes.set_ylim(len(rows) - 0.4, -0.6)
     axes.set_yticks(range(len(rows)), [ROWS[name] for name in rows])
@@ -109,12 +111,12 @@ def harm(data: dict) -> list:
 
 
 def _strength(name: str, choice: dict, own: dict) -> float:
-    """Between .25 and 1."""
+    """Between .15 and .6, over which the page's ink can be read."""
     if name in ("kv_heads", "ffn"):
-        return 1 - 0.75 * choice[name] / own[name]
+        return 0.6 - 0.45 * choice[name] / own[name]
     bits = re.search(r"\d+", str(choice[name]))
-    strengths = {8: 0.4, 4: 0.65, 2: 0.9}
-    return strengths.get(int(bits[0]), 0.6) if bits else 0.6
+    strengths = {8: 0.25, 4: 0.4, 2: 0.55}
+    return strengths.get(int(bits[0]), 0.35) if bits else 0.35
 
 
 def _short(value) -> str:

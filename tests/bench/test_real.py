@@ -99,7 +99,7 @@ def test_every_step_is_one_that_its_recipe_takes(tmp_path, monkeypatch):
 
         return run
 
-    def load_model(name):
+    def load_model(name, **options):
         raise Reached
 
     for name in RECIPES:

@@ -13,7 +13,7 @@ from effattn.errors import Unsupported
 from effattn.heads.gqa import convert_gqa
 from effattn.hf import anatomy as hf
 from effattn.quant.rotation import fold_values
-from effattn.surgery import replace
+from effattn.surgery import projecting
 from effattn.surgery.swapping import restore, swap
 
 KINDS = sorted(kind for kind, family in hf.FAMILIES.items() if not family.gqa)
@@ -177,7 +177,7 @@ def test_heads_and_projections_are_changed_both_or_neither(tokens, monkeypatch):
         "projections": "monarch(blocks=4)",
         "calibration": tokens,
     }
-    monkeypatch.setattr(replace, "fit", stop)
+    monkeypatch.setattr(projecting, "fit", stop)
     with pytest.raises(KeyboardInterrupt):
         swap(model, **change)
     monkeypatch.undo()

@@ -7,6 +7,7 @@ from __future__ import annotations
 import copy
 import json
 import pickle
+import shutil
 
 import pytest
 import torch
@@ -161,7 +162,14 @@ def test_rules_that_vary_are_saved_in_both_terms(spec, tmp_path):
     swap(model, positions=spec)
     long = batch(60, padded=False)
     effattn.save(model, tmp_path / "out")
-    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float64)
+    # as transformers reads it without effattn
+    shutil.copytree(tmp_path / "out", tmp_path / "plain")
+    file = tmp_path / "plain" / "config.json"
+    said = json.loads(file.read_text())
+    for name in ("effattn", "quantization_config"):
+        del said[name]
+    file.write_text(json.dumps(said))
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "plain", dtype=torch.float64)
     assert theirs.config.rope_parameters["rope_type"] == spec.partition("_")[0].partition("(")[0]
     torch.testing.assert_close(
         logits(theirs, long, use_cache=False), logits(model, long), rtol=1e-4, atol=1e-4

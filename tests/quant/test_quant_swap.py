@@ -75,9 +75,9 @@ def test_layer_by_layer_and_back_to_the_same_bits(tmp_path):
         m.generate(IDS, max_new_tokens=4, do_sample=False, pad_token_id=0) for m in (model, again)
     ]
     assert torch.equal(*generated)
-    assert transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")(IDS).logits.equal(
-        before
-    )
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert specs(theirs) == specs(model)
+    assert torch.equal(restore(theirs)(IDS).logits, before)
     copied = copy.deepcopy(model)
     assert specs(copied) == specs(model)
     restore(model)

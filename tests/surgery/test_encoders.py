@@ -165,7 +165,7 @@ def test_other_refusals():
     with pytest.raises(Unsupported, match="BertForMaskedLM cannot have fewer KV heads"):
         convert_gqa(model, kv_heads=2, calibration=torch.arange(3, 90))
     with pytest.raises(Unsupported, match="output_attentions"):
-        model(**batch(), output_attentions=True)
+        swap(tiny(), "linear")(**batch(), output_attentions=True)
     config = transformers.BertConfig(**SIZES, is_decoder=True, add_cross_attention=True)
     with pytest.raises(Unsupported, match="cross-attention"):
         swap(transformers.BertLMHeadModel(config), "dense")

@@ -333,16 +333,17 @@ def test_sinks_stand_at_their_place_in_the_cache():
 
 
 @torch.no_grad()
-def test_sinks_refuse_positions_that_restart():
+def test_sinks_begin_anew_where_positions_restart():
     model = model_of(pattern="sliding(window=6, sinks=3)")
     tokens, positions = (
         batch(2, 6)["input_ids"],
         torch.tensor([[0, 1, 2, 0, 1, 2], [0, 0, 1, 2, 3, 4]]),
     )
     mask = torch.tensor([[1] * 6, [0] + [1] * 5])
-    with pytest.raises(Unsupported, match="position_ids restart"):
-        model(tokens, attention_mask=mask, position_ids=positions)
-    model(tokens[1:], attention_mask=torch.tensor([[0] + [1] * 5]), position_ids=positions[1:])
+    found = model(tokens, attention_mask=mask, position_ids=positions).logits
+    alone = [model(one).logits[0] for one in (tokens[:1, :3], tokens[:1, 3:], tokens[1:, 1:])]
+    torch.testing.assert_close(found[0], torch.cat(alone[:2]))
+    torch.testing.assert_close(found[1, 1:], alone[2])
 
 
 COMPILED = [("dense", "eager"), ("sliding(window=4)", "aot_eager")]

@@ -156,11 +156,11 @@ def test_a_checkpoint_brings_it_back(pattern, tmp_path):
     assert_steps_are_prefill(again)
     names = {name for name in again.state_dict() if "layers.0.self_attn" in name}
     assert "model.layers.0.self_attn.effattn_latent.down.weight" in names
-    # plain transformers must not load it as a model with other weights
+    # after `import effattn` plain transformers knows what its weights are
     from transformers import AutoModelForCausalLM
 
-    with pytest.raises((ValueError, KeyError)):
-        AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert torch.equal(logits(theirs, use_cache=False), logits(model, use_cache=False))
 
 
 @pytest.mark.parametrize(

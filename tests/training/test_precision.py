@@ -127,7 +127,7 @@ class Fitting(Recovery):
         parts = hf.of(self.model)
         builder = Builder(parts, self.tokens, length=64)
         plan = builder.parent.with_field("kv_heads", 2, [0]).with_field("ffn", 48, [1])
-        self.model = copy.deepcopy(builder.shaped(plan))
+        self.model = self.result = copy.deepcopy(builder.shaped(plan))
         self.zeros = {}
 
     def run(self):
