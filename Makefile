@@ -2,7 +2,7 @@
 # make test   sets up .venv, then runs the tests
 # make quick  a part of every folder of tests, in under two minutes
 # make lint   ruff and mypy, as CI runs them
-# make kernels   launches and compiles the Triton kernels for four GPUs, none of which need be here
+# make kernels   the Triton kernels: values in the interpreter; launched and compiled for four GPUs, none of which need be here
 # make bench   attention against its peers on this CPU, about 14 minutes, to results/<device>/bench.json
 # make bench-gpu PART=1/3   the same on a GPU, its kernels' tests first; parts take under nine minutes
 # make gpu-day   what is worth knowing of a GPU, in nine minutes, without an install

@@ -134,11 +134,18 @@ QUICK = {
 
 @pytest.hookimpl(tryfirst=True)  # before tests are chosen by their marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Marks what `QUICK` names; skips what is marked `gpu` where there is none."""
+    """Marks what `QUICK` names, and the values of kernels in Triton's interpreter, which `make
+    kernels` runs; skips what is marked `gpu` where there is none."""
     without = pytest.mark.skip(reason="needs a GPU")
     for item in items:
         if item.path.stem in QUICK.get(item.path.parent.name, ()):
             item.add_marker("quick")
+        elif (
+            item.path.parent.name == "kernels"
+            and "triton" in f"{item.path.name}::{item.name}"
+            and not torch.cuda.is_available()
+        ):
+            item.add_marker("interpreted")
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(without)
 

@@ -54,7 +54,10 @@ def logits(model) -> torch.Tensor:
 
 @pytest.mark.parametrize(
     "pattern",
-    ["sliding(window=4)", {"1": "sliding(window=8)"}],
+    [
+        pytest.param("sliding(window=4)", marks=pytest.mark.slow),
+        {"1": "sliding(window=8)"},
+    ],
     ids=str,
 )
 @pytest.mark.parametrize(

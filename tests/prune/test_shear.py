@@ -360,6 +360,7 @@ def save_sheared(batch: int, out: str) -> None:
         save_model(small, out)
 
 
+@pytest.mark.slow  # processes share their work by the Trainer, as in uptraining, which always runs
 def test_two_processes_shear_like_one(tmp_path):
     """torchrun with gloo: the same gates in both, half the windows in each."""
     one, two, script = tmp_path / "1.safetensors", tmp_path / "2.safetensors", tmp_path / "shear.py"

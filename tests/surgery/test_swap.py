@@ -273,7 +273,7 @@ def test_heads_go_to_convert_gqa(monkeypatch):
         calls.append((kv_heads, calibration, method))
 
     sys.modules["effattn.heads.gqa"].convert_gqa = convert_gqa
-    sys.modules["effattn.heads.gqa"].job = None
+    sys.modules["effattn.heads.gqa"].job = convert_gqa
     sys.modules["effattn.heads.gqa"].check_kv_heads = lambda wanted, present: None
     tokens = torch.arange(9)
     swap(tiny(), heads="gqa(kv_heads=1, method='mean')", calibration=tokens)
