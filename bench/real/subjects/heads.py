@@ -6,7 +6,7 @@ from bench.real.numbers import QUALITY, quality, ratio
 from bench.real.steps import Step, Subject, Target, recipe
 
 ORDER = 1
-READ = {"calibration_tokens": 16384, "evaluation_tokens": 4096}
+READ = {"calibration_tokens": 32768, "evaluation_tokens": 4096}
 BY_WEIGHTS = ("mean", "first", "random")  # they look at no text
 
 
