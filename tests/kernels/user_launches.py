@@ -205,16 +205,17 @@ def model(kind: str = "llama", **options):
 
 @contextlib.contextmanager
 def one_document():
-    """Answers what transformers asks of a whole sequence's position_ids, which have no values here:
-    they are those of one document."""
+    """Answers what transformers and we ask of a whole sequence's position_ids, which have no values
+    here: they are those of one document."""
     from transformers import masking_utils
 
-    from effattn.hf import live
+    from effattn.hf import live, packed_rows
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(masking_utils, "find_packed_sequence_indices", lambda position_ids: None)
         patch.setattr(masking_utils, "is_tracing", lambda *args: False)
         patch.setattr(live, "is_tracing", lambda *args: False)
+        patch.setattr(packed_rows, "find", lambda *args: None)
         yield
 
 
