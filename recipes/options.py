@@ -115,12 +115,13 @@ def contexts(default: Sequence[int] | None, help: str, *, least: int = 1, unit: 
 
 
 def names(default: Sequence[str], help: str):
-    """Several names, with commas between them."""
+    """Several names, with commas between them, or one each time that the option is given."""
 
-    def read(_: str, text: str) -> tuple[str, ...]:
-        return tuple(filter(None, map(str.strip, text.split(","))))
+    def read(_: str, texts: Sequence[str]) -> tuple[str, ...]:
+        return tuple(filter(None, map(str.strip, ",".join(texts).split(","))))
 
-    return option(default, help, read=read, shown=",".join(default))
+    told = f"{help} (default: {','.join(default)})" if default else help
+    return option(default, told, read=read, repeated=True)
 
 
 def several(default: Sequence, help: str, **how):

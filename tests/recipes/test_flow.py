@@ -76,7 +76,18 @@ def test_defaults_are_those_of_the_fields():
 def test_every_kind_of_option(tmp_path):
     code, printed, got = called(
         *NEEDED,
-        *("--pattern", "x", "--pattern", "y", "--text", "t.txt", "--methods", "c, d,"),
+        *(
+            "--pattern",
+            "x",
+            "--pattern",
+            "y",
+            "--text",
+            "t.txt",
+            "--methods",
+            "c, d,",
+            "--methods",
+            "e",
+        ),
         *("--spec", "none", "--share", "25", "--train-tokens", "1.5M", "--lengths", "none"),
         *("--bias", "--every", "--output", str(tmp_path)),
     )
@@ -88,6 +99,12 @@ def test_every_kind_of_option(tmp_path):
     assert got.bias
     assert f"checkpoint  {tmp_path}" in printed
     assert str(tmp_path / "report.html") in printed
+
+
+def test_names_that_are_given_twice_are_all_asked_for():
+    code, printed, got = called(*NEEDED, "--methods", "c, d,", "--methods", "e")
+    assert code == 0, printed
+    assert got.methods == ("c", "d", "e")
 
 
 def test_help_says_what_the_fields_say(monkeypatch):
