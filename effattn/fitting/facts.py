@@ -46,7 +46,7 @@ def begin(settings: dict, session: Session, space: Space, text: Streams) -> dict
         },
         "parent": session.ledger.totals(space.parent),
         "own": space.parent.to_dicts(),
-        "candidates": space.library.rows,
+        "candidates": space.catalog.rows,
         "plan": None,
         "tried": [],
         "plans": [],
@@ -59,7 +59,7 @@ def begin(settings: dict, session: Session, space: Space, text: Streams) -> dict
 
 def plan_of(session: Session, space: Space, found: Found) -> dict:
     """What the search found: the report's plan, and all that was measured on the way."""
-    best, harm = found.best, space.library.harm
+    best, harm = found.best, space.catalog.harm
     alone = [0.0] * len(best.plan.layers)
     for change in best.plan.changes(space.parent):
         alone[change[0]] += harm[change]

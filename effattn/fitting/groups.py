@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from effattn.fitting.accounting import Ledger
 from effattn.fitting.budget import SAID
 from effattn.fitting.candidates import go_together
-from effattn.fitting.library import Ladders, Library
+from effattn.fitting.catalog import Catalog, Ladders
 from effattn.fitting.plan import AXES, BLOCKS, LayerChoice, Plan
 from effattn.fitting.solver import Option, Problem, solve, undominated
 
@@ -34,7 +34,7 @@ class Space:
 
     ledger: Ledger
     ladders: Ladders
-    library: Library
+    catalog: Catalog
     times: Times | None = None
     _found: dict = field(default_factory=dict, repr=False)
 
@@ -72,7 +72,7 @@ class Space:
                 yield choice
 
     def _options(self, index: int, block: str, rows, weights, kind) -> Iterator[Option]:
-        own, harm = self.parent.layers[index], self.library.harm
+        own, harm = self.parent.layers[index], self.catalog.harm
         for choice in self._choices(index, block, kind):
             changed = choice.changes(own)
             total = sum(weights[AXES[n]] * harm[index, n, v] for n, v in changed.items())

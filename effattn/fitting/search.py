@@ -115,12 +115,12 @@ class Factors:
 
     def expected(self, plan: Plan) -> float:
         """The harm of a plan as the factors have it, nats a token."""
-        parts = self.space.library.by_axis(plan, self.space.parent)
+        parts = self.space.catalog.by_axis(plan, self.space.parent)
         return sum(self.factors[axis] * harm for axis, harm in parts.items())
 
     def add(self, plan: Plan, kl: float, name: str = "") -> Tried:
         """A plan that was measured."""
-        parts = self.space.library.by_axis(plan, self.space.parent)
+        parts = self.space.catalog.by_axis(plan, self.space.parent)
         tried = Tried(plan, kl, sum(parts.values()), self.expected(plan), name)
         if kl > 0 and tried.additive > 0:
             self._measured.append((parts, kl))
@@ -146,7 +146,7 @@ def uniform(space: Space, limits: Mapping[str, float]) -> dict[str, Plan]:
     best: dict[str, tuple[float, str, Plan]] = {}
     for axis, name, plan in every_uniform(space):
         if within(space, plan, limits):
-            harm = sum(space.library.by_axis(plan, space.parent).values())
+            harm = sum(space.catalog.by_axis(plan, space.parent).values())
             if axis not in best or harm < best[axis][0]:
                 best[axis] = (harm, name, plan)
     return {name: plan for _, name, plan in best.values()}

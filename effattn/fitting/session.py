@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from effattn.calibration.tokens import check_calibration
 from effattn.errors import Unsupported
-from effattn.fitting import library, speed
+from effattn.fitting import catalog, speed
 from effattn.fitting.accounting import Ledger
 from effattn.fitting.budget import Budget
 from effattn.fitting.building import Builder
@@ -74,7 +74,7 @@ class Session:
         self.ladders = candidates(self.parts, self.axes, self.length, named)
         if STEP not in budget.given:  # before anything is measured: whether there is such a plan
             limits = self.limits(None)
-            empty = library.Library([])
+            empty = catalog.Catalog([])
             Space(self.ledger, self.ladders, empty).check_least(limits)
         self.builder = Builder(self.parts, fitted, length=self.length, bos=bos_of(model, asked.bos))
         self.judge = Judge(model, scored, self.length, asked.bos, progress)
@@ -110,7 +110,7 @@ class Session:
 
     def space(self, kept: Parts, progress: Progress | None = None) -> Space:
         """Every candidate, measured."""
-        found = library.measure(self.builder, self.judge, self.ladders, kept, progress)
+        found = catalog.measure(self.builder, self.judge, self.ladders, kept, progress)
         return Space(self.ledger, self.ladders, found)
 
     def time(self, space: Space, kept: Parts, progress: Progress | None = None) -> Space:

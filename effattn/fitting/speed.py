@@ -13,8 +13,8 @@ from torch import nn
 from effattn.fitting.accounting import Ledger
 from effattn.fitting.building import finish, twin
 from effattn.fitting.candidates import go_together
+from effattn.fitting.catalog import Ladders
 from effattn.fitting.groups import Times
-from effattn.fitting.library import Ladders
 from effattn.fitting.plan import SHAPED, Plan
 from effattn.hf import anatomy, shapes
 from effattn.quant.sensitivity.lanes import Lane, decode_speed

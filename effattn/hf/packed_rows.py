@@ -43,9 +43,11 @@ def of_layer(kwargs: dict, mask: Tensor | None, rows: int, tokens: int) -> Tenso
     """The numbers of the documents that an attention module's call is about, None where a row is
     one. kwargs: what transformers passes to attention; mask (B, tokens) bool; rows, tokens: of the
     queries."""
+    if tokens == 1 or is_tracing():  # first: every layer of every step of decoding comes by here
+        return None
     ids, borders = kwargs.get("position_ids"), _borders(kwargs)
     known = isinstance(ids, Tensor) and ids.ndim == 2
-    if tokens == 1 or is_tracing() or (not known and borders is None):
+    if not known and borders is None:
         return None
     if mask is not None and mask.shape[1] != tokens:  # goes on from a cache
         return None

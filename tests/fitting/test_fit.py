@@ -12,9 +12,9 @@ import effattn
 from effattn.errors import Unsupported
 from effattn.fitting.accounting import counted
 from effattn.fitting.building import Builder
+from effattn.fitting.catalog import Catalog, measure
 from effattn.fitting.frontier import points
 from effattn.fitting.harm import Judge
-from effattn.fitting.library import Library, measure
 from effattn.fitting.plan import Plan
 from effattn.fitting.search import every_uniform, search, within
 from effattn.fitting.session import Asked, Session
@@ -210,4 +210,4 @@ def test_texts_and_models_that_cannot_be(model, text):
 
 def test_harm_below_zero_is_none(model):
     rows = [{"layer": 0, "field": "cache", "value": "int8", "kl": -1e-9}]
-    assert Library(rows).harm == {(0, "cache", "int8"): 0.0}
+    assert Catalog(rows).harm == {(0, "cache", "int8"): 0.0}

@@ -16,7 +16,7 @@ MEASURED = ("kl", "perplexity", "agreement")
 
 
 @dataclass
-class Library:
+class Catalog:
     """rows: {layer, field, value, kl, perplexity, agreement} of each candidate."""
 
     rows: list[dict]
@@ -42,7 +42,7 @@ def measure(
     ladders: Ladders,
     kept: Parts,
     progress: Callable[[int, int], None] | None = None,
-) -> Library:
+) -> Catalog:
     """Builds each candidate in its layer, the others as they are, re-fits it, and measures it; what
     `kept` has is not done again. One layer's statistics are held at a time."""
     names = list(_named(ladders))
@@ -73,7 +73,7 @@ def measure(
             done += fresh
             if progress and fresh:
                 progress(done, waiting)
-    return Library(rows)
+    return Catalog(rows)
 
 
 def _named(ladders: Ladders) -> Iterator[tuple[int, str, object, str]]:
