@@ -48,6 +48,7 @@ CACHES = (
     "int4(pre_rope=True)",
     "int4(rotate='v')",
     "int4(rotate='k')",
+    "paged(page=16)",
 )
 
 

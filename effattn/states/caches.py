@@ -47,6 +47,13 @@ class Heads(Protocol):
         ...
 
 
+def full_bytes(heads: Heads) -> int:
+    """Of a token in full precision, keys and values of all heads: in the layer's dtype, or fp32 for
+    sizes that come without one."""
+    numbers = heads.kv_heads * (heads.head_dim + heads.value_dim)
+    return getattr(heads, "kv_bytes_per_token", 4 * numbers)
+
+
 class Described(Protocol):
     """What both the checks of a call and the kinds of cache read of a backend
     (`effattn.interface.Backend`)."""
