@@ -49,6 +49,7 @@ CACHES = (
     "int4(rotate='v')",
     "int4(rotate='k')",
     "paged(page=16)",
+    "evict(policy='snapkv', keep=0.5, recent=8)",
 )
 
 

@@ -124,6 +124,10 @@ class LayerCache:
         """
         return None
 
+    def refuses_rule(self, rule: str) -> str | None:
+        """Why it cannot go with a position rule instead of the model's own; None where it can."""
+        return None
+
     def hold(self, own: State, backend: Holder) -> State:
         """An empty state that remembers what `own` would, the backend's own state."""
         raise NotImplementedError
@@ -159,6 +163,16 @@ class LayerCache:
     def latent_bytes(self, rank: int) -> int:
         """Of one more token that is held, as a latent of `rank` numbers."""
         return width(self.latent_coding(rank), rank)
+
+    @property
+    def asks(self) -> bool:
+        """Whether its states are to be told what their attention module is called with."""
+        return False
+
+    @property
+    def bounded(self) -> bool:
+        """Whether the number of tokens that it holds is, of a pattern that would hold all."""
+        return False
 
     def __str__(self) -> str:
         return f"{self.spec} ({self.said})" if self.said else self.spec

@@ -34,6 +34,7 @@ NAMES = [
 
 # name -> a spec of it, and whether it has a static form
 ROWS = {
+    "evict": ("evict(policy='norm', keep=24, recent=8)", False),
     "paged": ("paged(page=16)", False),
     "int8": ("int8(group=16, residual=16)", True),
     "int4": ("int4(group=16, residual=16)", True),
@@ -156,7 +157,7 @@ def test_a_format_is_one_entry(int8_small):
 def test_both_are_gone():
     assert [caches.FULL, *caches.kinds()] == NAMES
     with pytest.raises(
-        ValueError, match="valid are 'full', 'paged', 'int8', 'int4', 'int2', 'fp8'"
+        ValueError, match="valid are 'full', 'evict', 'paged', 'int8', 'int4', 'int2', 'fp8'"
     ):
         swap(model_of(), cache="newest(keep=8)")
 
