@@ -9,10 +9,9 @@ from __future__ import annotations
 from effattn.hf.anatomy import Layer
 from effattn.hf.placement import device_of
 from effattn.interface import Backend
-from effattn.specs import by_layer
+from effattn.specs import parse_layers
 from effattn.states import caches
 from effattn.states.caches import LayerCache
-
 
 # a spec, or a cache that was made of an object, for which there is none
 Asked = str | LayerCache
@@ -21,7 +20,11 @@ Asked = str | LayerCache
 def parse(cache: Asked | dict[str | int, Asked], layers: int) -> dict[int, Asked]:
     """layer -> what was asked for. ValueError for what means nothing, with the nearest valid
     name."""
-    asked = by_layer(cache, layers, "cache")
+    asked: dict[int, Asked] = (
+        parse_layers(cache, layers, "cache")
+        if isinstance(cache, dict)
+        else dict.fromkeys(range(layers), cache)
+    )
     for one in dict.fromkeys(asked.values()):
         if not isinstance(one, LayerCache):
             caches.parse(one)

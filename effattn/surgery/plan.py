@@ -8,6 +8,7 @@ names the layer."""
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,7 +56,7 @@ def make(
     pattern: str | dict[str | int, str] | None,
     options: dict,
     positions: dict[int, LayerPositions | None] | None = None,
-    cache: dict[int, str] | None = None,
+    cache: Mapping[int, str | caches.LayerCache] | None = None,
     latent: bool = False,
 ) -> dict[int, LayerPlan]:
     """layer -> its plan. ValueError for what means nothing, Unsupported for what this model or a
@@ -106,7 +107,7 @@ def make(
     return plans
 
 
-def _attending(parts: anatomy.Anatomy, chosen: dict[int, Any]) -> dict[int, Any]:
+def _attending(parts: anatomy.Anatomy, chosen: Mapping[int, Any]) -> dict[int, Any]:
     """Without the layers that have no attention."""
     return {index: one for index, one in chosen.items() if parts.layers[index].attends}
 
