@@ -13,6 +13,7 @@ import ast
 import re
 import sys
 from collections.abc import Iterable, Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -199,11 +200,14 @@ def statements(tree: ast.Module) -> list[tuple[list[str], list[str]]]:
     return [one for one in found if one[0]]
 
 
-STATEMENTS = {
-    shown(path): statements(ast.parse(path.read_text(encoding="utf-8")))
-    for folder in FOLDERS
-    for path in sorted((ROOT / folder).rglob("*.py"))
-}
+@cache  # by the first test that asks: every worker of a parallel run imports this file
+def library() -> dict[str, list[tuple[list[str], list[str]]]]:
+    """file -> its statements."""
+    return {
+        shown(path): statements(ast.parse(path.read_text(encoding="utf-8")))
+        for folder in FOLDERS
+        for path in sorted((ROOT / folder).rglob("*.py"))
+    }
 
 
 def named(text: str, names: set[str]) -> set[str]:
@@ -242,7 +246,7 @@ def test_what_is_read(source, found):
 def test_a_member_is_named_in_its_own_file_alone(axis):
     members = AXES[axis]
     found = {}
-    for file, read in STATEMENTS.items():
+    for file, read in library().items():
         foreign = {name for name, own in members.items() if own != file}
         if agreed := agreeing(read, foreign):
             found[file] = sorted(agreed)
