@@ -52,6 +52,8 @@ class RecurrentMemory(nn.Module):
     a segment with its memory is longer than the positions that a model has learned; Unsupported
     for a model that is no causal LM."""
 
+    _keys_to_ignore_on_save = None  # which a Trainer asks of what it loads again
+
     def __init__(
         self, model: nn.Module, memory: int = 8, segment: int = 256, through: int = 2, seed: int = 0
     ):

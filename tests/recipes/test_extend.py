@@ -296,6 +296,7 @@ def test_rules_that_count_by_themselves_are_tuned_on_whole_windows_by_lora(folde
     assert all("_proj" in name and "mlp" not in name for name in changed)
 
 
+@pytest.mark.slow
 def test_tuning_in_segments_that_remember(folder, tmp_path):
     """Transformer-XL's way: the pattern is gone afterwards, the rule stays, and so does the memory
     of no training."""
@@ -315,6 +316,18 @@ def test_tuning_in_segments_that_remember(folder, tmp_path):
     assert "effattn" not in json.loads((tmp_path / "tuned" / "config.json").read_text())
     before = small().state_dict()
     assert all(not torch.equal(before[name], now) for name, now in model.state_dict().items())
+
+
+def test_what_no_memory_is_tuned_with(folder, tmp_path):
+    job = Settings(
+        model=str(folder),
+        to=256,
+        memory="block(block=32, look_back=1)",
+        sampling="none",
+        tune_tokens=256,
+        sequences=0,
+        output=tmp_path / "refused",
+    )
     mistakes = {
         "memory: got 'dense', which remembers every token": {"memory": "dense"},
         "with sampling='pose', and its positions count on": {"sampling": "pose"},
@@ -323,7 +336,7 @@ def test_tuning_in_segments_that_remember(folder, tmp_path):
     }
     for message, change in mistakes.items():
         with pytest.raises(ValueError, match=message):
-            jobs.run(dataclasses.replace(job, output=tmp_path / "refused", **change))
+            jobs.run(dataclasses.replace(job, **change))
 
 
 def test_what_cannot_be_tuned_is_refused_before_anything_is_measured(tmp_path, monkeypatch):

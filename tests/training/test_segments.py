@@ -22,6 +22,10 @@ LENGTH, ROWS, STEPS = 8, 2, 4
 BLOCK = "block(block=8, look_back=1)"
 
 
+def slow(spec):
+    return pytest.param(spec, marks=pytest.mark.slow)
+
+
 def segments(tokens, **options):
     return Segments(tokens, **({"length": LENGTH, "rows": ROWS, "steps": STEPS} | options))
 
@@ -53,7 +57,9 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("spec", CASES)
+@pytest.mark.parametrize(
+    "spec", [BLOCK, None, *(slow(spec) for spec in CASES if spec not in (BLOCK, None))]
+)
 def test_gradients_are_those_of_one_call_cut_at_the_borders(spec, tokens):
     model = tiny("llama", num_key_value_heads=2).train()
     whole = copy.deepcopy(model)
@@ -125,6 +131,7 @@ def trained(folder, tokens, spec="sliding(window=12, sinks=2)", kill=None, **opt
     return model
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_exactly(tokens, tmp_path):
     whole = trained(tmp_path / "whole", tokens)
     with pytest.raises(Killed):
@@ -143,7 +150,7 @@ def test_a_killed_run_goes_on_exactly(tokens, tmp_path):
     assert left == ["memory-2-0.safetensors", "memory-4-0.safetensors"]
 
 
-@pytest.mark.parametrize("spec", [None, "sliding(window=6, sinks=2)", "linear()"])
+@pytest.mark.parametrize("spec", ["sliding(window=6, sinks=2)", slow(None), slow("linear()")])
 def test_a_cache_in_a_file(spec, tokens, tmp_path):
     model = tiny("llama") if spec else tiny("mistral", sliding_window=6)
     if spec:
