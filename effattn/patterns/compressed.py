@@ -95,7 +95,7 @@ class Compressed:
             out, lse = call.far(q, *some, rotary, few, how)
             parts.append((out, lse + math.log(self.group)))
         if state is not None:
-            state.finish(*means, first)
+            state.finish(*means, first, call.padded)
         return merge(parts) if len(parts) > 1 else parts[0]
 
     def _near(self, q, k, v, layout: Layout, state, rotary, few: bool, how: dict):

@@ -172,6 +172,7 @@ class Sliding(ExactBackend):
             "scale": q.shape[-1] ** -0.5 if scale is None else float(scale),
             "softcap": extras.get("softcap"),
         }
+        assert self.compressed is not None
         with torch.autocast(q.device.type, enabled=False):
             out, lse = self.compressed.run(q, k, v, mask, state, rotary, impl, **how)
         if extras.get("sink_logits") is None:

@@ -51,14 +51,15 @@ class CompressedState(SummaryState):
         at = at.clamp(min=0)
         return taken(self.means_k, at), taken(self.means_v, at)
 
-    def finish(self, means_k: Tensor, means_v: Tensor, first: Tensor) -> None:
+    def finish(self, means_k: Tensor, means_v: Tensor, first: Tensor, padded: bool) -> None:
         """After a call: keeps the last of means (B, Hkv, N + new, D) that have left the window, and
-        the first tokens; lets go of tokens that are older than the window."""
+        the first tokens; lets go of tokens that are older than the window. padded: whether rows may
+        begin elsewhere than at the first token."""
         left = (self.total - first) // self.group - (self.past - first) // self.group
         at = torch.arange(self.places, device=first.device) + left[:, None]
         self.means_k, self.means_v = taken(means_k, at), taken(means_v, at)
         self.noted = self.total
-        if (self.sinks and self.oldest < self.sinks) or first.numel() > 1:
+        if padded or self.oldest < self.sinks:
             number = first[:, None] + torch.arange(self.sinks, device=first.device)
             there = (number >= self.oldest) & (number < self.total)
             at = (number - self.oldest).clamp(0, self.k.shape[2] - 1)

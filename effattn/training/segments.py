@@ -50,10 +50,11 @@ class Segments(Dataset):
     tokens (N,) int64, cut into `rows` stretches of equal length; item i is segment i // rows of
     stretch i % rows, so that items have to be taken in order. Each has `length` tokens under
     "input_ids" and "labels", of which the first is read and not predicted, and its number under
-    "segment". rows: of a batch, over all processes and accumulated steps apart. steps: batches in
-    all; beyond the stretches' end they are read again. carry: the memory is forgotten after so many
-    segments (None: at a stretch's end only). bos: takes the place of the first token where there is
-    no memory. Documents of a stretch are one text, as in the paper.
+    "segment". rows: of a batch, those of all processes together; a step that accumulates takes
+    several batches. steps: batches in all; beyond the stretches' end they are read again. carry:
+    the memory is forgotten after so many segments (None: at a stretch's end only). bos: takes the
+    place of the first token where there is no memory. Documents of a stretch are one text, as in
+    the paper.
 
     ValueError for sizes that mean nothing, and for too few tokens."""
 

@@ -94,6 +94,20 @@ def test_memory_is_bounded_and_rolls_back():
         state.crop(20)
 
 
+def test_one_row_that_begins_late():
+    """Its sinks come when the state lets go of padding already."""
+    attn = effattn.backend(SPEC)
+    q, k, v = inputs(70, torch.float64, sizes=(1, 2, 2, SIZE))
+    mask = torch.arange(70)[None] >= 33
+    own = [x[:, :, 33:] for x in (q, k, v)]
+    whole = attn(*own, rotary=rule())
+    state, found = attn.new_state(), []
+    for low, high in [(0, 30), *((at, at + 1) for at in range(30, 50)), (50, 70)]:
+        some = (x[:, :, low:high] for x in (q, k, v))
+        found.append(attn(*some, rotary=rule(), padding_mask=mask[:, :high], state=state))
+    torch.testing.assert_close(torch.cat(found, dim=2)[:, :, 33:], whole)
+
+
 def test_gradients_of_places():
     q, k, v = (x.requires_grad_() for x in inputs(T, torch.float64, sizes=(2, 4, 2, SIZE)))
     mask = torch.ones(2, T, dtype=torch.bool)
