@@ -10,10 +10,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from effattn.errors import Unsupported
-from effattn.exporting import checking
 from effattn.hf import anatomy, loading, verify
 from effattn.specs import parse_spec
 from effattn.surgery import record
@@ -97,15 +96,16 @@ def notes_for_vllm(parts: anatomy.Anatomy) -> list[str]:
     return said
 
 
-def write(model: nn.Module, tokenizer, folder: Path, check: bool) -> dict[str, object] | None:
-    """Writes the checkpoint as transformers does; with `check` a fresh process without effattn
-    loads it, and RuntimeError says where it computes something else."""
+def write(model: nn.Module, tokenizer, folder: Path) -> None:
+    """Writes the checkpoint as transformers does."""
     restore(model)  # what is left of a swap is what the model has by itself
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    if not check:
-        return None
-    text, _ = checking.prompts(tokenizer)
+
+
+def check(model: nn.Module, folder: Path, text: Tensor) -> dict[str, object]:
+    """A fresh process without effattn loads the checkpoint; RuntimeError says where it computes
+    something else."""
     facts = verify.verify_plain(folder, model, text[:VERIFIED])
     engine = f"transformers without effattn, {type(model).__name__}"
     return {"engine": engine, "tokens": VERIFIED} | facts
