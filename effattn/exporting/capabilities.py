@@ -55,7 +55,7 @@ PARTS = (
         NO + ", until its classes build them",
         "of Llama, as `deci`",
         YES,
-        NO + ": effattn does not write DeciLM's configs",
+        "of Llama, as `block_configs` of AnyModel and DeciLM",
     ),
     _part("packed", "zeros, packed 2:4 or bitmask", YES, ZEROS, ZEROS, ZEROS, ZEROS),
     _part(
@@ -65,7 +65,7 @@ PARTS = (
         "as `ministral`, of Llama without biases; Qwen 2 and 3 as they are",
         NO,
         "as transformers, in the mask",
-        NO,
+        "as `ministral`, of Llama without biases, by its Transformers backend",
     ),
     _part("pattern", "another pattern (sinks, LSH, linear, ...)", YES, NO, NO, NO, NO),
     _part("positions", "rules that transformers has not (ReRoPE, ALiBi, ...)", YES, NO, NO, NO, NO),

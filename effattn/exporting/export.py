@@ -8,10 +8,13 @@ only when the check has passed."""
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+from torch import Tensor
 
 from effattn.errors import Unsupported, check_choice
 from effattn.exporting import capabilities, checking, gguf_file, llama_cpp
@@ -35,12 +38,13 @@ CONTEXTS = (512, 4096)  # of the speeds, in tokens
 @dataclass(frozen=True)
 class Asked:
     """What an export was asked for: its target, the format (None where it has none), whether to
-    check, and the parent."""
+    check, the parent, and what `Source` has of a cache."""
 
     target: type[Target]
     format: str | None
     check: bool
     before: str | Path | None
+    cache: dict[str, Any]
 
 
 def export(
@@ -51,6 +55,9 @@ def export(
     format: str | None = None,
     check: bool = False,
     before: str | Path | None = None,
+    kv_cache: str | None = None,
+    kv_skip: Sequence[int] = (),
+    calibration: Tensor | Callable[[Any], Tensor] | None = None,
     progress: Callable[[int, int], None] = lambda done, steps: None,
 ) -> ExportReport:
     """Writes the checkpoint `model` (what `effattn.load` takes) for another engine into the new
@@ -63,13 +70,16 @@ def export(
     beside it. check: run the export, in llama.cpp (`pip install 'effattn[llama-cpp]'`), in OpenVINO
     (`pip install 'effattn[openvino]'`) or in a fresh process with transformers, and compare logits
     and greedy tokens with ours; vLLM is not run. before: the checkpoint that this one was made of,
-    whose speed is measured beside it. progress: called with (steps done, steps).
+    whose speed is measured beside it. kv_cache: "fp8", for vLLM: scales of keys and values are
+    written, of all layers but those in `kv_skip`, so that the largest of `calibration` is the
+    largest code (int64 (N,), or a function of the tokenizer; None: a text of the package's). progress: called with (steps done, steps).
 
     Packed zeros become dense. Raises ValueError for bad arguments and a missing package,
     Unsupported, naming the parts and what would be lost, for what the engine cannot express, and
     RuntimeError when the engine computes something else: all before the output is there."""
     output = Path(output)
-    asked = _check(to, output, format, check, before)
+    cache = {"kv_cache": kv_cache, "kv_skip": tuple(kv_skip), "calibration": calibration}
+    asked = _check(to, output, format, check, before, cache)
     source = _source(model, asked)
     progress(1, STEPS)
     if output.suffix == gguf_file.SUFFIX:
@@ -81,7 +91,9 @@ def export(
     return report
 
 
-def _check(to: str, output: Path, format: str | None, check: bool, before) -> Asked:
+def _check(
+    to: str, output: Path, format: str | None, check: bool, before, cache: dict[str, Any]
+) -> Asked:
     """What can be known to be wrong before a model is loaded."""
     target = AXIS.find(check_choice("to", to, TARGETS))
     if format is not None and not target.formats:
@@ -98,6 +110,7 @@ def _check(to: str, output: Path, format: str | None, check: bool, before) -> As
             "before: its speed is measured in llama.cpp or OpenVINO, with to='gguf' and check=True "
             "or to='openvino' and check=True"
         )
+    _check_cache(to, target, **cache)
     target.require(check)
     if output.suffix == gguf_file.SUFFIX:
         if to != "gguf":
@@ -106,7 +119,19 @@ def _check(to: str, output: Path, format: str | None, check: bool, before) -> As
             raise ValueError(f"output: {str(output)!r} exists; nothing was written")
     else:
         check_new_folder("output", output)
-    return Asked(target, kind, check, before)
+    return Asked(target, kind, check, before, cache)
+
+
+def _check_cache(to: str, target: type[Target], kv_cache, kv_skip, calibration) -> None:
+    """ValueError for scales of a cache that this target does not read."""
+    if kv_cache is None:
+        if kv_skip or calibration is not None:
+            name = "kv_skip" if kv_skip else "calibration"
+            raise ValueError(f"{name}: it is of kv_cache, which was not asked for")
+    elif not target.caches:
+        raise ValueError(f"kv_cache: got {kv_cache!r} with to={to!r}, it is of to='vllm'")
+    else:
+        check_choice("kv_cache", kv_cache, target.caches)
 
 
 def _source(name: str | Path, asked: Asked) -> Source:
@@ -124,7 +149,7 @@ def _source(name: str | Path, asked: Asked) -> Source:
     if zeros := packed.layers_of(model):
         replace(model, {path: layer.to_linear() for path, layer in zeros.items()})
         notes.append(f"{len(zeros)} packed matrices are dense, with their zeros")
-    source = Source(str(name), model, tokenizer, notes, file_bytes(name) or size)
+    source = Source(str(name), model, tokenizer, notes, file_bytes(name) or size, **asked.cache)
     target.refuse(source, asked.format)
     return source
 
@@ -152,6 +177,8 @@ def _written(
                 "to": target.name,
                 "format": asked.format,
                 "before": None if asked.before is None else str(asked.before),
+                "kv_cache": asked.cache["kv_cache"],
+                "kv_skip": list(asked.cache["kv_skip"]),
             },
             "files": files,
             "weight_bytes": source.weight_bytes,

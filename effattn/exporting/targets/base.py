@@ -20,13 +20,19 @@ from effattn.exporting.checking import Engine
 
 @dataclass
 class Source:
-    """A checkpoint that is exported: its model, and what was done so that the target has it."""
+    """A checkpoint that is exported: its model, and what was done so that the target has it.
+
+    kv_cache: a format whose scales are written, of all layers but `kv_skip`, measured on the tokens
+    `calibration` (or a function of the tokenizer; None: a text of the package's)."""
 
     name: str
     model: nn.Module
     tokenizer: Any
     notes: list[str]
     weight_bytes: int
+    kv_cache: str | None = None
+    kv_skip: tuple[int, ...] = ()
+    calibration: Tensor | Callable[[Any], Tensor] | None = None
 
 
 class Target:
@@ -35,6 +41,7 @@ class Target:
 
     name: ClassVar[str]  # set by `register`
     formats: ClassVar[tuple[str, ...]] = ()
+    caches: ClassVar[tuple[str, ...]] = ()  # formats of a cache that a checkpoint has scales for
     engine: ClassVar[Engine | None] = None  # that runs it here, and measures its speed
 
     @classmethod
