@@ -31,10 +31,10 @@ if TYPE_CHECKING:
     from effattn.exporting.report import ExportReport
 
 
-def _layers(name: str, text: str) -> tuple[int, ...]:
+def _layers(name: str, text: str | None) -> tuple[int, ...]:
     """Numbers of layers, with commas between them."""
     try:
-        return tuple(int(one) for one in text.split(",") if one.strip())
+        return tuple(int(one) for one in (text or "").split(",") if one.strip())
     except ValueError:
         raise ValueError(f"{name}: got {text!r}, valid is like 0,1") from None
 
@@ -53,7 +53,7 @@ class Settings(options.Settings):
     )
     check: bool = option(
         False,
-        "run it there (llama.cpp; OpenVINO; a fresh process with transformers) and compare with ours",
+        "run it there (transformers: in a fresh process) and compare with ours",
         name="--check",
     )
     before: str | None = option(

@@ -72,7 +72,8 @@ def export(
     and greedy tokens with ours; vLLM is not run. before: the checkpoint that this one was made of,
     whose speed is measured beside it. kv_cache: "fp8", for vLLM: scales of keys and values are
     written, of all layers but those in `kv_skip`, so that the largest of `calibration` is the
-    largest code (int64 (N,), or a function of the tokenizer; None: a text of the package's). progress: called with (steps done, steps).
+    largest code (int64 (N,), or a function of the tokenizer; None: a text of the package's).
+    progress: called with (steps done, steps).
 
     Packed zeros become dense. Raises ValueError for bad arguments and a missing package,
     Unsupported, naming the parts and what would be lost, for what the engine cannot express, and
