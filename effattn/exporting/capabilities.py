@@ -78,6 +78,15 @@ PARTS = (
         NO + ": its own formats, by its options",
         NO,
     ),
+    _part(
+        "mla",
+        "MLA, of `convert-mla`",
+        AS_IS,
+        AS_IS,
+        NO + ": effattn writes no such file",
+        NO + ": effattn writes no such model",
+        "as is, which effattn need not export",
+    ),
     _part("heads", "latent keys and values", YES, NO, NO, NO, NO),
     _part("projections", "Monarch or low-rank projections", YES, *[DENSE] * 4),
 )
