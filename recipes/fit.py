@@ -18,7 +18,6 @@ command goes on from there, also with another budget.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -312,34 +311,29 @@ def finish(
 def recover(
     settings: Settings, show: Quiet, session: Session, shaped, found: Found, text: Streams
 ) -> tuple:
-    """(the shaped model, trained towards the parent; what was done). A plan that changes no heads
-    and no widths has nothing that could be trained back."""
-    from effattn.fitting.plan import SHAPED
-    from effattn.hf import anatomy
+    """(the shaped model, trained towards the parent; what was done)."""
+    from effattn.fitting import recovery
     from effattn.training.uptrain import uptrain
 
-    parent = session.builder.parent
-    if not any(name in SHAPED for _, name, _ in found.best.plan.changes(parent)):
-        return shaped, {"tokens": 0, "reason": "the plan changes no heads and no FFN widths"}
-    student = copy.deepcopy(shaped)  # it shares weights with its teacher otherwise
-    layers = [p for layer in anatomy.of(student) for p in layer.block.parameters()]
-    with show.stage(f"distilling on {settings.recover_tokens:,} tokens") as progress:
-        told = uptrain(
-            student,
-            session.parts.model,
-            text.train,
-            train_tokens=settings.recover_tokens,
-            folder=settings.partial / "recover",
-            evaluation=text.evaluation[: settings.evaluation_tokens],
-            length=session.length,
-            batch=settings.recover_batch,
-            lr=settings.lr,
-            trainable=layers,
-            seed=settings.seed,
-            progress=progress,
-            overrides={"use_cpu": student.device.type == "cpu"} | settings.overrides,
-        )
-    return student, told
+    def train(student, layers) -> dict:
+        with show.stage(f"distilling on {settings.recover_tokens:,} tokens") as progress:
+            return uptrain(
+                student,
+                session.parts.model,
+                text.train,
+                train_tokens=settings.recover_tokens,
+                folder=settings.partial / "recover",
+                evaluation=text.evaluation[: settings.evaluation_tokens],
+                length=session.length,
+                batch=settings.recover_batch,
+                lr=settings.lr,
+                trainable=layers,
+                seed=settings.seed,
+                progress=progress,
+                overrides={"use_cpu": student.device.type == "cpu"} | settings.overrides,
+            )
+
+    return recovery.recover(shaped, found.best.plan, session.builder.parent, train)
 
 
 def retrieval(

@@ -13,7 +13,7 @@ from effattn.fitting.budget import Budget
 from effattn.fitting.building import finish
 from effattn.fitting.frontier import points
 from effattn.fitting.groups import STEP
-from effattn.fitting.plan import SHAPED, Plan
+from effattn.fitting.plan import Plan
 from effattn.fitting.search import Found, search
 from effattn.fitting.session import Asked, Session
 from effattn.hf import anatomy, shapes
@@ -53,14 +53,16 @@ def fit(
     resume: Path | str | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Result:
-    """Makes `model`, in place, what harms it least within `budget`: in each layer fewer K/V heads,
-    another cache, a window, a narrower FFN, packed weights, or nothing of these.
+    """Makes `model`, in place, what harms it least within `budget`: in each layer fewer K/V heads
+    or latents, another cache, a window, a narrower FFN, no attention or FFN at all, packed, low
+    rank or sparse weights, or nothing of these.
 
     model: a transformers causal LM, unswapped. calibration: int64 (N,); its last `score_tokens` are
-    measured on, the others fitted to. allow, forbid: axes ("heads", "cache", "window", "ffn",
-    "weights"); keep: "weights" or "cache" as they are. length: tokens of a window. frontier: so
-    many budgets from the smallest plan to the parent are searched, too. resume: a file for what is
-    measured, which the same call goes on from. progress: called with (candidates done, all).
+    measured on, the others fitted to. allow, forbid: axes ("heads", "latent", "skip", "cache",
+    "window", "ffn", "weights", "projections", "sparsity"); keep: "weights" or "cache" as they are.
+    length: tokens of a window. frontier: so many budgets from the smallest plan to the parent are
+    searched, too. resume: a file for what is measured, which the same call goes on from. progress:
+    called with (candidates done, all).
 
     Every candidate is measured in its layer alone (KL of the whole model), the plan is solved for
     exactly (HiGHS), measured as a whole, and solved for again. Sources of the parts: those of
@@ -104,15 +106,26 @@ def fit(
 def apply(model: nn.Module, shaped: nn.Module, plan: Plan, parent: Plan) -> nn.Module:
     """Makes the model itself what its shaped twin is, and then the plan; module objects stay where
     they are, but for those whose weights are packed."""
-    changed = {index for index, name, _ in plan.changes(parent) if name in SHAPED}
-    pairs = zip(anatomy.of(model), anatomy.of(shaped), strict=True)
-    for own, other in pairs:
-        if own.index not in changed:
-            continue
-        for module, new in zip(own.block.modules(), other.block.modules(), strict=True):
-            module._parameters.update(new._parameters)
-            numbers = {k: v for k, v in vars(new).items() if type(v) in (int, bool)}
-            vars(module).update(numbers | {"training": module.training})
+    changed = plan.shaped(parent)
+    for own, other in zip(anatomy.of(model), anatomy.of(shaped), strict=True):
+        if own.index in changed:
+            _graft(own.block, other.block, shaped.config, model.config)
     if changed:
         shapes.settle(model)
     return finish(model, plan, parent)
+
+
+def _graft(own: nn.Module, other: nn.Module, old_config, config) -> None:
+    """Gives a module the parameters and the sizes of its twin, and takes over what has no like."""
+    own._parameters.update(other._parameters)
+    numbers = {k: v for k, v in vars(other).items() if type(v) in (int, bool)}
+    vars(own).update(numbers | {"training": own.training})
+    for name, child in list(other.named_children()):
+        same = own._modules.get(name)
+        if type(same) is type(child):
+            _graft(same, child, old_config, config)
+            continue
+        own.add_module(name, child.train(own.training))
+        for module in child.modules():
+            if getattr(module, "config", None) is old_config:
+                module.config = config

@@ -3,7 +3,6 @@ of what their fields may be."""
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -11,11 +10,20 @@ from effattn.fitting.accounting import Ledger
 from effattn.fitting.budget import SAID
 from effattn.fitting.candidates import go_together
 from effattn.fitting.catalog import Catalog, Ladders
-from effattn.fitting.plan import AXES, BLOCKS, LayerChoice, Plan
+from effattn.fitting.plan import AXES, BLOCKS, WEIGHTS, LayerChoice, Plan, axis_of, is_structured
 from effattn.fitting.solver import Option, Problem, solve, undominated
 
-WEIGHTS = ("attention_weights", "ffn_weights")
 STEP = "tokens_per_s"  # whose row is milliseconds of a step
+
+
+WEIGHTS_AXIS = "weights"  # of bitsandbytes' formats
+
+
+def _in(kind: str | None, name: str, value: object) -> bool:
+    """Whether a value may be in a plan whose weights are of this kind (`Space.kinds`)."""
+    if axis_of(name, value) == WEIGHTS_AXIS:
+        return value == kind
+    return kind is None or not is_structured(name, value)
 
 
 @dataclass(frozen=True)
@@ -61,21 +69,19 @@ class Space:
     def _choices(self, index: int, block: str, kind: str | None) -> Iterator[LayerChoice]:
         """Every combination of what a block's fields may be."""
         own, ladder = self.parent.layers[index], self.ladders[index]
-        values = []
+        found = [own]
         for name in BLOCKS[block]:
-            more = ladder.get(name, [])
-            more = [one for one in more if one == kind] if name in WEIGHTS else more
-            values.append([getattr(own, name), *more])
-        for combination in itertools.product(*values):
-            choice = replace(own, **dict(zip(BLOCKS[block], combination, strict=True)))
-            if go_together(choice):
-                yield choice
+            values = [value for value in ladder.get(name, []) if _in(kind, name, value)]
+            more = [replace(one, **{name: value}) for value in values for one in found]
+            # what two fields cannot have together, no third one mends
+            found += [one for one in more if go_together(one, own)]
+        yield from found
 
     def _options(self, index: int, block: str, rows, weights, kind) -> Iterator[Option]:
         own, harm = self.parent.layers[index], self.catalog.harm
         for choice in self._choices(index, block, kind):
             changed = choice.changes(own)
-            total = sum(weights[AXES[n]] * harm[index, n, v] for n, v in changed.items())
+            total = sum(weights[axis_of(n, v)] * harm[index, n, v] for n, v in changed.items())
             yield Option(total, self._costs(index, block, choice, rows), (index, block, choice))
 
     def _costs(self, index: int, block: str, choice: LayerChoice, rows) -> dict[str, float]:
@@ -133,9 +139,13 @@ class Space:
         return tuple(places)
 
     def kinds(self) -> list[str | None]:
-        """The formats that packed weights may have, one of them in a plan; [None] for none."""
-        found = {v: 0 for one in self.ladders for name in WEIGHTS for v in one.get(name, [])}
-        return list(found) or [None]
+        """What all weights of a plan may be beside plain: one format of bitsandbytes, which a
+        config can say once and which packs plain linears alone, or (None) what is structured."""
+        values = [(n, v) for ladder in self.ladders for n in ladder for v in ladder[n]]
+        packed = [v for n, v in values if n in WEIGHTS and axis_of(n, v) == WEIGHTS_AXIS]
+        structured = any(is_structured(*one) for one in values)
+        found = list(dict.fromkeys(packed))
+        return [*found, None] if structured or not found else found
 
     def least(self, row: str) -> float:
         """The least that any plan takes of a row, or milliseconds of the fastest step."""
@@ -171,7 +181,7 @@ class Space:
     def check(self, limits: Mapping[str, float]) -> None:
         """ValueError for limits that no plan is within, each alone or all together."""
         self.check_least(limits)
-        ones = dict.fromkeys(AXES.values(), 1.0)
+        ones = dict.fromkeys(AXES, 1.0)
         rows = list(limits)
         found = (
             solve(Problem(self.groups(rows, ones, kind), self.left(limits)))

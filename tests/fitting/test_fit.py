@@ -10,9 +10,10 @@ from conftest import tiny
 
 import effattn
 from effattn.errors import Unsupported
-from effattn.fitting.accounting import counted
+from effattn.fitting.accounting import Ledger, counted
 from effattn.fitting.building import Builder
 from effattn.fitting.catalog import Catalog, measure
+from effattn.fitting.fit import apply
 from effattn.fitting.frontier import points
 from effattn.fitting.harm import Judge
 from effattn.fitting.plan import Plan
@@ -211,3 +212,47 @@ def test_texts_and_models_that_cannot_be(model, text):
 def test_harm_below_zero_is_none(model):
     rows = [{"layer": 0, "field": "cache", "value": "int8", "kl": -1e-9}]
     assert Catalog(rows).harm == {(0, "cache", "int8"): 0.0}
+
+
+def choices(name: str, value) -> dict:
+    """Fields of a plan: a form of weights is of both blocks."""
+    forms = ("attention_weights", "ffn_weights")
+    return dict.fromkeys(forms, value) if name == "weights" else {name: value}
+
+
+CHANGES = [
+    [("latent", 24), ("ffn", 48)],
+    [("ffn", 0), ("kv_heads", 0)],
+    [("cache", "int4(group=16, residual=16)"), ("weights", "lowrank(ratio=0.5)")],
+    [("latent", 16), ("weights", "2:4")],
+    [("kv_heads", 4), ("weights", "monarch(blocks=4, ratio=0.5)")],
+    [("weights", "bitmask(sparsity=0.7)"), ("kv_heads", 0)],
+    [("weights", "nf4"), ("kv_heads", 0)],
+    [("weights", "int8"), ("ffn", 0)],
+]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "cases"), [(torch.float32, CHANGES), (torch.bfloat16, CHANGES[3:4])]
+)
+def test_every_change_is_built_applied_saved_and_counted(text, tmp_path, dtype, cases):
+    """The first layer becomes one thing, the second another."""
+    parent = tiny("llama", dtype=dtype)
+    builder = Builder(anatomy.of(parent), text, length=LENGTH)
+    ledger = Ledger(builder.parts, 96, 2)
+    for number, changes in enumerate(cases):
+        plan = builder.parent
+        for layer, (name, value) in enumerate(changes):
+            for field, one in choices(name, value).items():
+                plan = plan.with_field(field, one, [layer])
+        applied = copy.deepcopy(parent)
+        apply(applied, builder.shaped(plan), plan, builder.parent)
+        built = builder.build(plan)
+        assert torch.equal(logits(applied, text), logits(built, text)), changes
+        again = effattn.load(effattn.save(applied, tmp_path / str(number)))
+        assert torch.equal(logits(again, text), logits(built, text)), changes
+        totals = ledger.totals(plan)
+        for what, count in counted(again, 96, 2).items():
+            assert totals[what] == count, (changes, what)
+        out = again.generate(text[None, :40], max_new_tokens=4, do_sample=False)
+        assert out.shape == (1, 44)
