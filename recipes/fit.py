@@ -67,7 +67,9 @@ class Settings(options.Settings):
     batch: int = whole(1, "sequences in the cache", least=1)
     frontier: bool = option(False, f"search {POINTS} budgets instead, and save no checkpoint")
     allow: Sequence[str] = names(
-        (), "axes to search: heads,cache,window,ffn,weights (default: all)"
+        (),
+        "axes to search: heads,latent,skip,cache,window,ffn,weights,projections,sparsity "
+        "(default: all)",
     )
     forbid: Sequence[str] = names((), "axes to leave out")
     keep: str | None = option(None, "what stays as it is: weights, or cache")
@@ -155,14 +157,14 @@ def fit(settings: Settings, show: Quiet) -> FitReport:
     made_with = flow.made_with(parent, "torch", "transformers")
     kept = Parts(settings.partial / "parts.json", settings.kept(), made_with, "fit")
 
-    # Every candidate alone in its layer, re-fitted: what it harms, and where that is a limit what
-    # it takes of a step's time.
+    # What each candidate takes of a step's time, where that is a limit; then what it harms, alone
+    # in its layer and re-fitted.
+    if STEP in budget.given:
+        with show.stage("timing candidates") as progress:
+            session.time(kept, progress)
     count = sum(len(values) for ladder in session.ladders for values in ladder.values())
     with show.stage(f"measuring {count} candidates") as progress:
         space = session.space(kept, progress)
-    if STEP in budget.given:
-        with show.stage("timing candidates") as progress:
-            session.time(space, kept, progress)
 
     report = FitReport(facts.begin(settings.kept(), session, space, text))
     if settings.frontier:
@@ -247,7 +249,7 @@ def plan(settings: Settings, show: Quiet, kept: Parts, session: Session, space: 
     with show.stage("solving, and measuring whole plans") as progress:
         return search(
             space,
-            session.limits(space),
+            session.limits(),
             session.measure(kept),
             rounds=settings.rounds,
             progress=progress,

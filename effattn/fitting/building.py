@@ -180,6 +180,34 @@ def twin(parts: anatomy.Anatomy, changed: Iterable[int]) -> nn.Module:
     return copy.deepcopy(parts.model, shared).eval()
 
 
+def apply(model: nn.Module, shaped: nn.Module, plan: Plan, parent: Plan) -> nn.Module:
+    """Makes the model itself what its shaped twin is, and then the plan; module objects stay where
+    they are, but for those whose weights are packed."""
+    changed = plan.shaped(parent)
+    for own, other in zip(anatomy.of(model), anatomy.of(shaped), strict=True):
+        if own.index in changed:
+            _graft(own.block, other.block, shaped.config, model.config)
+    if changed:
+        shapes.settle(model)
+    return finish(model, plan, parent)
+
+
+def _graft(own: nn.Module, other: nn.Module, old_config, config) -> None:
+    """Gives a module the parameters and the sizes of its twin, and takes over what has no like."""
+    own._parameters.update(other._parameters)
+    numbers = {k: v for k, v in vars(other).items() if type(v) in (int, bool)}
+    vars(own).update(numbers | {"training": own.training})
+    for name, child in list(other.named_children()):
+        same = own._modules.get(name)
+        if type(same) is type(child):
+            _graft(same, child, old_config, config)
+            continue
+        own.add_module(name, child.train(own.training))
+        for module in child.modules():
+            if getattr(module, "config", None) is old_config:
+                module.config = config
+
+
 def finish(model: nn.Module, plan: Plan, parent: Plan) -> nn.Module:
     """Packs a shaped model's weights, and gives it the plan's windows and caches, in place."""
     pack(model, plan)

@@ -48,6 +48,7 @@ RESIDUALS = ("int8(rotate='kv', group=16, residual={})", "int4(rotate='kv', grou
 # Of the tokens before a query, the share that has to be packed on average over a window: what is
 # not packed while it is measured harms nothing there, and at the budget's context it does.
 VISIBLE = 0.2
+LENGTH = 512  # tokens of a window, where it decides nothing
 WEIGHTS = ("int8", "nf4")
 # Ranks of latents on their ladder, as shares of the rank with which nothing is lost.
 LATENT_SHARES = (1.0, 0.75, 0.5, 0.375, 0.25, 0.125)
@@ -284,6 +285,15 @@ def candidates(
             f"{type(parts.model).__name__}: nothing of {', '.join(axes)} can be changed in it"
         )
     return found
+
+
+def values_of(parts: anatomy.Anatomy, index: int, axis: str, name: str) -> list:
+    """What is offered of an axis for a field of one layer. Unsupported where its class has none."""
+    layer = parts.layers[index]
+    _check_plain(layer)
+    if axis == "latent" and (reason := _unheld(parts)) is not None:
+        raise reason
+    return OFFERS[axis, name](layer, max(LENGTH, parts.trained_length or 0))
 
 
 def _unheld(parts: anatomy.Anatomy) -> Unsupported | None:

@@ -10,13 +10,11 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from effattn.fitting.budget import Budget
-from effattn.fitting.building import finish
+from effattn.fitting.building import apply
 from effattn.fitting.frontier import points
 from effattn.fitting.groups import STEP
-from effattn.fitting.plan import Plan
 from effattn.fitting.search import Found, search
 from effattn.fitting.session import Asked, Session
-from effattn.hf import anatomy, shapes
 from effattn.hf.weights import weight_bytes
 from effattn.resuming import Parts
 
@@ -86,11 +84,11 @@ def fit(
             "tokens": digest,
         }
         kept = Parts(None if resume is None else Path(resume), settings, {}, KIND)
-        space = session.space(kept, progress)
         if STEP in budget.given:
-            session.time(space, kept)
+            session.time(kept)
+        space = session.space(kept, progress)
         measure = session.measure(kept)
-        found = search(space, session.limits(space), measure)
+        found = search(space, session.limits(), measure)
         curve = points(space, measure, frontier) if frontier else []
         plan = found.best.plan
         apply(model, session.builder.shaped(plan), plan, space.parent)
@@ -100,32 +98,4 @@ def fit(
     totals = space.ledger.totals(plan)
     taken = int(totals["bytes"] - totals["weight_bytes"]) + weight_bytes(model)
     words = [one.words(own) for one, own in zip(plan.layers, space.parent.layers, strict=True)]
-    return Result(words, plan.lines(space.parent), taken, found.best.kl, curve, found)
-
-
-def apply(model: nn.Module, shaped: nn.Module, plan: Plan, parent: Plan) -> nn.Module:
-    """Makes the model itself what its shaped twin is, and then the plan; module objects stay where
-    they are, but for those whose weights are packed."""
-    changed = plan.shaped(parent)
-    for own, other in zip(anatomy.of(model), anatomy.of(shaped), strict=True):
-        if own.index in changed:
-            _graft(own.block, other.block, shaped.config, model.config)
-    if changed:
-        shapes.settle(model)
-    return finish(model, plan, parent)
-
-
-def _graft(own: nn.Module, other: nn.Module, old_config, config) -> None:
-    """Gives a module the parameters and the sizes of its twin, and takes over what has no like."""
-    own._parameters.update(other._parameters)
-    numbers = {k: v for k, v in vars(other).items() if type(v) in (int, bool)}
-    vars(own).update(numbers | {"training": own.training})
-    for name, child in list(other.named_children()):
-        same = own._modules.get(name)
-        if type(same) is type(child):
-            _graft(same, child, old_config, config)
-            continue
-        own.add_module(name, child.train(own.training))
-        for module in child.modules():
-            if getattr(module, "config", None) is old_config:
-                module.config = config
+    return Result(words, session.lines(plan), taken, found.best.kl, curve, found)

@@ -8,20 +8,43 @@ bitsandbytes' formats are none of these: a whole model is packed by them at its 
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch
 from torch import Tensor, nn
 
 from effattn.axes import options_of
+from effattn.errors import check_choice
 from effattn.projections.base import PROJECTIONS, StructuredLinear
 from effattn.projections.packed import FORMATS
 from effattn.prune.unstructured.methods.sparsegpt import sparsegpt
 from effattn.prune.unstructured.nm import Sparsity
+from effattn.quant.weights import KINDS
 from effattn.specs import parse_spec
 
 
 def _read(form: str) -> tuple[str, dict]:
     """The name of a form, and its options."""
     return (form, {}) if form in FORMATS.members() else parse_spec(form)
+
+
+def check(where: str, form: object, linears: Collection[nn.Linear]) -> None:
+    """ValueError, beginning with `where`, for a form that these linears cannot have."""
+    if not isinstance(form, str):
+        raise ValueError(f"{where}: got {form!r}, valid is a form such as 'nf4'")
+    name = form if form in FORMATS.members() else parse_spec(form)[0]
+    check_choice(where, name, (*KINDS, *PROJECTIONS.members(), *FORMATS.members()))
+    if name in KINDS:
+        if form != name:
+            raise ValueError(f"{where}: got {form!r}, {name} takes no options")
+        return
+    for linear in linears:
+        try:
+            empty(form, linear, linear.out_features, linear.in_features, "meta")
+        except (TypeError, KeyError) as error:
+            raise ValueError(f"{where}: got {form!r}: {error}") from None
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from None
 
 
 def empty(

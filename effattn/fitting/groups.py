@@ -3,14 +3,16 @@ of what their fields may be."""
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from effattn.fitting.accounting import Ledger
-from effattn.fitting.budget import SAID
+from effattn.fitting.budget import SAID, meets
 from effattn.fitting.candidates import go_together
 from effattn.fitting.catalog import Catalog, Ladders
-from effattn.fitting.plan import AXES, BLOCKS, WEIGHTS, LayerChoice, Plan, axis_of, is_structured
+from effattn.fitting.plan import BLOCKS, WEIGHTS, LayerChoice, Plan, axis_of, is_structured
 from effattn.fitting.solver import Option, Problem, solve, undominated
 
 STEP = "tokens_per_s"  # whose row is milliseconds of a step
@@ -170,6 +172,8 @@ class Space:
         """ValueError for a limit below the smallest plan, with what that takes. Needs no harm."""
         for row, limit in limits.items():
             least = self.least(row)
+            if row == STEP and least <= 0:  # savings that overlap: their sum bounds nothing
+                continue
             nearest = 1000 * self.ledger.batch / least if row == STEP else least
             if (nearest < limit) if row == STEP else (nearest > limit):
                 word = "most" if row == STEP else "least"
@@ -179,16 +183,40 @@ class Space:
                 )
 
     def check(self, limits: Mapping[str, float]) -> None:
-        """ValueError for limits that no plan is within, each alone or all together."""
+        """ValueError for limits that no plan is within, each alone or all together, with the
+        nearest that one is within. Needs no harm."""
         self.check_least(limits)
-        ones = dict.fromkeys(AXES, 1.0)
-        rows = list(limits)
-        found = (
-            solve(Problem(self.groups(rows, ones, kind), self.left(limits)))
-            for kind in self.kinds()
+        if len(limits) == 1:
+            return
+        nearest: dict[str, float] = {}
+        for row, limit in limits.items():
+            nearest[row] = self._nearest(row, limits)
+            if meets(row, nearest[row], limit):
+                return
+        told = ", ".join(
+            f"{'at most' if row == STEP else 'at least'} {value:,.0f} {row}"
+            for row, value in nearest.items()
         )
-        if all(one is None for one in found):
-            raise ValueError(
-                f"budget: {', '.join(limits)} cannot be met together, each of them alone can; "
-                "give more of one of them"
-            )
+        raise ValueError(
+            f"budget: {', '.join(limits)} cannot be met together, each of them alone can; with the "
+            f"others as they are, one of these can: {told}"
+        )
+
+    def _nearest(self, row: str, limits: Mapping[str, float]) -> float:
+        """The best value of a row among plans within all other limits."""
+        others = {name: limit for name, limit in limits.items() if name != row}
+        least = math.inf
+        for kind in self.kinds():
+            groups = []
+            for index, block in itertools.product(range(len(self.ladders)), BLOCKS):
+                costs = (
+                    self._costs(index, block, choice, [*others, row])
+                    for choice in self._choices(index, block, kind)
+                )
+                groups.append(undominated([Option(one.pop(row), one) for one in costs]))
+            found = solve(Problem(groups, self.left(others)))
+            least = min(least, math.inf if found is None else found.harm)
+        if row == STEP:
+            step = self._times.parent + least
+            return 1000 * self.ledger.batch / step if step > 0 else math.inf
+        return self.ledger.fixed()[row] + least

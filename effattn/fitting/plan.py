@@ -162,22 +162,24 @@ class Plan:
                 start = index
         return found
 
-    def lines(self, parent: Plan) -> list[str]:
-        """The plan as what one would write in Python, for each kind of change."""
-        told = []
-        heads, ffn = self.specs("kv_heads", parent), self.specs("ffn", parent)
-        told += [f"heads by layer: {heads}"] if heads else []
-        told += [f"FFN dimensions by layer: {ffn}"] if ffn else []
-        for name in ("attention_weights", "ffn_weights"):
-            weights = self.specs(name, parent)
-            told += [f"{name.replace('_', ' ')}: {weights}"] if weights else []
+    def lines(self, parent: Plan, how: str) -> list[str]:
+        """The plan as calls that make it of the parent, in order. how: the arguments that say what
+        weights are fitted to."""
+        fields = {name: self.specs(name, parent) for name in FIELDS}
         windows = {
             layers: f"sliding(window={window}, sinks={SINKS})"
-            for layers, window in self.specs("window", parent).items()
+            for layers, window in fields.pop("window").items()
         }
-        told += [f"effattn.swap(model, {windows})"] if windows else []
-        cache = self.specs("cache", parent)
-        told += [f"effattn.swap(model, cache={cache})"] if cache else []
+        caches = fields.pop("cache")
+        told = []
+        given = [f"{name}={value}" for name, value in fields.items() if value]
+        if given:
+            fitted = [how] if self.shaped(parent) else []
+            told.append(f"effattn.shrink({', '.join(['model', *given, *fitted])})")
+        swapped = [f"{windows}"] if windows else []
+        swapped += [f"cache={caches}"] if caches else []
+        if swapped:
+            told.append(f"effattn.swap({', '.join(['model', *swapped])})")
         return told
 
     def _each(self) -> Iterator[tuple[int, LayerChoice]]:

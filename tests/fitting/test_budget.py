@@ -242,9 +242,14 @@ def test_plans_in_words():
     parent = Plan((LayerChoice(8, 96),) * 4)
     plan = parent.with_field("cache", "int8", [1, 2]).with_field("kv_heads", 2, [3])
     assert plan.specs("cache", parent) == {"1-2": "int8"}
-    assert plan.lines(parent) == [
-        "heads by layer: {'3': 2}",
+    assert plan.lines(parent, "calibration=tokens") == [
+        "effattn.shrink(model, kv_heads={'3': 2}, calibration=tokens)",
         "effattn.swap(model, cache={'1-2': 'int8'})",
+    ]
+    packed = parent.with_field("ffn_weights", "nf4").with_field("window", 64, [0])
+    assert packed.lines(parent, "calibration=tokens") == [
+        "effattn.shrink(model, ffn_weights={'0-3': 'nf4'})",
+        "effattn.swap(model, {'0': 'sliding(window=64, sinks=4)'})",
     ]
     assert Plan.from_dicts(plan.to_dicts()) == plan
     assert plan.layers[3].words(parent.layers[3]) == "gqa(kv_heads=2)"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 
 import pytest
 import torch
@@ -10,10 +11,10 @@ from conftest import tiny
 
 import effattn
 from effattn.errors import Unsupported
+from effattn.fitting import speed
 from effattn.fitting.accounting import Ledger, counted
-from effattn.fitting.building import Builder
+from effattn.fitting.building import Builder, apply
 from effattn.fitting.catalog import Catalog, measure
-from effattn.fitting.fit import apply
 from effattn.fitting.frontier import points
 from effattn.fitting.harm import Judge
 from effattn.fitting.plan import Plan
@@ -21,6 +22,7 @@ from effattn.fitting.search import every_uniform, search, within
 from effattn.fitting.session import Asked, Session
 from effattn.heads.gqa import convert_gqa
 from effattn.hf import anatomy
+from effattn.hf.weights import weight_bytes
 from effattn.measuring.variants import Variant, build
 from effattn.quant.sensitivity.tokenwise import tokenwise
 from effattn.resuming import Parts
@@ -124,6 +126,11 @@ def test_a_plan_is_found_measured_and_applied(model, text, tmp_path):
     assert result.kl == pytest.approx(result.found.best.kl)
     assert not twin.training
     assert hooks  # the modules stayed
+    copied = copy.deepcopy(model)  # the plan in words makes the same of the parent
+    for line in result.lines:
+        exec(line, {"effattn": effattn, "model": copied, "tokens": text})
+    assert result.lines
+    assert torch.equal(logits(copied, text), logits(twin, text))
     again = effattn.load(effattn.save(twin, tmp_path / "out"))
     assert torch.equal(logits(again, text), logits(twin, text))
     assert counted(again, 96, 4) == totals
@@ -134,7 +141,7 @@ def test_nothing_uniform_is_better(model, text):
     session = session_of(model, text, "heads", "cache", "ffn", bytes="60%", context=96, batch=4)
     kept = Parts(None, {}, {}, "fit")
     space = session.space(kept)
-    limits = session.limits(space)
+    limits = session.limits()
     found = search(space, limits, session.measure(kept))
     assert found.baselines
     assert all(found.best.kl <= one.kl for one in found.tried)
@@ -192,6 +199,72 @@ def test_budgets_that_cannot_be(model, text, budget, said):
     with pytest.raises(ValueError, match=said):
         effattn.fit(model, effattn.Budget(**budget), text, forbid=("window",), **HOW)
     assert all(torch.equal(one, before[name]) for name, one in model.state_dict().items())
+
+
+def test_budgets_are_refused_before_anything_is_measured(model, text, monkeypatch):
+    """With several limits, too; the nearest that can be is named, and can be."""
+
+    def never(*_, **__):
+        raise AssertionError("measured")
+
+    monkeypatch.setattr(Judge, "__init__", never)
+    ask = ("heads", "window", "weights")
+    with pytest.raises(ValueError, match=r"weight_bytes: got .* the least that a plan can have is"):
+        session_of(model, text, *ask, weight_bytes="1%", tokens_per_s=1e9)
+    apart = {"kv_bytes_per_token": "12%", "parameters": "99%"}
+    with pytest.raises(ValueError, match="bytes: got 9 bytes"):
+        session_of(model, text, *ask, **apart, bytes=9)
+    latent = ("latent", "weights")  # latents need plain weights, which are larger
+    both = {"kv_bytes_per_token": "20%", "weight_bytes": "60%", "context": 96}
+    with pytest.raises(
+        ValueError, match=r"cannot be met together.* of these can: at least"
+    ) as told:
+        session_of(model, text, *latent, **both)
+    for row in ("kv_bytes_per_token", "weight_bytes"):
+        nearest = re.search(rf"at least ([\d,]+) {row}", str(told.value))[1]
+        with pytest.raises(AssertionError, match="measured"):  # it gets so far
+            session_of(model, text, *latent, **both | {row: nearest})
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Steps that take as long as the bytes of their weights say: a nanosecond each."""
+
+    def timed(models, *_, **__):
+        return {name: weight_bytes(one) * 1e-6 for name, one in models.items()}
+
+    monkeypatch.setattr(speed, "timed", timed)
+
+
+@pytest.mark.usefixtures("clock")
+def test_a_speed_is_reached(model, text):
+    """Of decoding, as it is timed: here 110 % of the parent's with fewer bytes of weights."""
+    session = session_of(model, text, "ffn", tokens_per_s="110%", context=96, batch=2)
+    kept = Parts(None, {}, {}, "fit")
+    session.time(kept)
+    space = session.space(kept)
+    found = search(space, session.limits(), session.measure(kept), rounds=2)
+    parent = space.ledger.weights * 1e-6
+    assert session.limits() == {"tokens_per_s": pytest.approx(1.1 * 2000 / parent)}
+    built = session.builder.build(found.best.plan)
+    assert weight_bytes(built) * 1e-6 <= parent / 1.1 * 1.001
+    assert space.step_ms(found.best.plan) == pytest.approx(weight_bytes(built) * 1e-6, rel=1e-3)
+
+
+@pytest.mark.usefixtures("clock")
+@pytest.mark.parametrize(
+    ("speed", "said"),
+    [
+        ("900%", "tokens_per_s: got .* decoded tokens a second; the most that a plan can have is"),
+        ("50%", "budget: there is nothing to do"),
+        ("fast", "tokens_per_s: got 'fast', valid is a positive number"),
+        ("40x", "tokens_per_s: unit: got 'x'"),
+        (0, "tokens_per_s: got 0"),
+    ],
+)
+def test_speeds_that_cannot_be(model, text, speed, said):
+    with pytest.raises(ValueError, match=said):
+        session_of(model, text, "ffn", tokens_per_s=speed).time(Parts(None, {}, {}, "fit"))
 
 
 def test_texts_and_models_that_cannot_be(model, text):
