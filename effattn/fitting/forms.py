@@ -40,6 +40,8 @@ def check(where: str, form: object, linears: Collection[nn.Linear]) -> None:
         return
     for linear in linears:
         try:
+            if name in PROJECTIONS.members():
+                PROJECTIONS.find(name).options(**parse_spec(form)[1])
             empty(form, linear, linear.out_features, linear.in_features, "meta")
         except (TypeError, KeyError) as error:
             raise ValueError(f"{where}: got {form!r}: {error}") from None
