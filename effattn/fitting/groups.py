@@ -47,6 +47,7 @@ class Space:
     catalog: Catalog
     times: Times | None = None
     _found: dict = field(default_factory=dict, repr=False)
+    _combined: dict = field(default_factory=dict, repr=False)
 
     @property
     def parent(self) -> Plan:
@@ -68,8 +69,14 @@ class Space:
             ]
         return self._found[key]
 
-    def _choices(self, index: int, block: str, kind: str | None) -> Iterator[LayerChoice]:
+    def _choices(self, index: int, block: str, kind: str | None) -> list[LayerChoice]:
         """Every combination of what a block's fields may be."""
+        key = (index, block, kind)
+        if key not in self._combined:
+            self._combined[key] = self._combinations(index, block, kind)
+        return self._combined[key]
+
+    def _combinations(self, index: int, block: str, kind: str | None) -> list[LayerChoice]:
         own, ladder = self.parent.layers[index], self.ladders[index]
         found = [own]
         for name in BLOCKS[block]:
@@ -77,7 +84,7 @@ class Space:
             more = [replace(one, **{name: value}) for value in values for one in found]
             # what two fields cannot have together, no third one mends
             found += [one for one in more if go_together(one, own)]
-        yield from found
+        return found
 
     def _options(self, index: int, block: str, rows, weights, kind) -> Iterator[Option]:
         own, harm = self.parent.layers[index], self.catalog.harm

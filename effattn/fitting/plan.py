@@ -84,7 +84,7 @@ class LayerChoice:
 
     def changes(self, parent: LayerChoice) -> dict[str, object]:
         """The fields that differ from the parent's."""
-        own, other = asdict(self), asdict(parent)
+        own, other = vars(self), vars(parent)
         return {name: value for name, value in own.items() if value != other[name]}
 
     def words(self, parent: LayerChoice) -> str:

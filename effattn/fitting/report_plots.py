@@ -122,7 +122,7 @@ def _strength(name: str, choice: dict, own: dict) -> float:
 
 def _short(value) -> str:
     """A spec without the names of its options."""
-    text = str(value)
+    text = str(value) if value != 0 else "none"
     if text == FULL or "(" not in text:
         return text
     name, _, rest = text.partition("(")

@@ -23,7 +23,7 @@ from effattn.fitting.building import Builder
 from effattn.fitting.candidates import axes_of, candidates
 from effattn.fitting.groups import STEP, Space, Times
 from effattn.fitting.harm import Judge, Progress, untold
-from effattn.fitting.plan import Plan
+from effattn.fitting.plan import PROJECTED, SKIP, SPARSE, Plan
 from effattn.fitting.search import Measure
 from effattn.hf import anatomy
 from effattn.hf.adapters import require_own_weights
@@ -90,7 +90,8 @@ class Session:
             check_calibration(tokens, self.parts, self.length)
         fitted = tokens[: max(0, len(tokens) - scored)]
         widest = max(layer.feed_forward.size for layer in self.parts)
-        needed = TOKENS_PER_DIMENSION * widest if "ffn" in self.axes else self.length
+        solved = {"ffn", SKIP, PROJECTED, SPARSE} & set(self.axes)
+        needed = TOKENS_PER_DIMENSION * widest if solved else self.length
         if len(fitted) < max(needed, self.length):
             raise ValueError(
                 f"calibration: got {len(tokens):,} tokens, at least {needed + scored:,} are needed "

@@ -327,5 +327,16 @@ def test_every_change_is_built_applied_saved_and_counted(text, tmp_path, dtype, 
         totals = ledger.totals(plan)
         for what, count in counted(again, 96, 2).items():
             assert totals[what] == count, (changes, what)
-        out = again.generate(text[None, :40], max_new_tokens=4, do_sample=False)
-        assert out.shape == (1, 44)
+        check_padding(again, text)
+
+
+def check_padding(model, text):
+    """Two rows of other lengths decode as each does alone."""
+    rows = [text[:40], text[50:82]]
+    ids = torch.stack([torch.cat([one.new_zeros(40 - len(one)), one]) for one in rows])
+    mask = torch.stack([torch.arange(40) >= 40 - len(one) for one in rows])
+    told = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    together = model.generate(ids, attention_mask=mask.long(), **told)
+    for row, one in zip(together, rows, strict=True):
+        alone = model.generate(one[None], attention_mask=torch.ones(1, len(one)), **told)
+        assert torch.equal(row[40:], alone[0, len(one) :])
