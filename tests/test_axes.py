@@ -89,7 +89,6 @@ APART = {
         "recipes/extend_context.py": "examples in --help",
     },
     "cache format": {
-        "effattn/fitting/accounting.py": "a dtype of packed weights",
         "effattn/hf/weights.py": "a dtype of packed weights",
         "kernels/decode/packed_ahead_of_time.py": "variants to compile",
         "quant/weights.py": "a dtype of packed weights",
@@ -141,7 +140,11 @@ AGREE = {
         )
     },
     "projection": {
+        "effattn/fitting/candidates.py": "which projections a budget is searched with",
         "effattn/linearizing/approximation.py": "how far a projection's option is swept",
+    },
+    "packed format": {
+        "effattn/fitting/candidates.py": "which sparsities a budget is searched with",
     },
     "feature map": {
         "effattn/linearizing/approximation.py": "the maps that the sweep of `linear` compares",
