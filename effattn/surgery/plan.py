@@ -229,6 +229,12 @@ def _obstacle(layer: anatomy.Layer, plan: LayerPlan) -> str | None:
         return reason
     if plan.cache is not None and (reason := caches.obstacle(layer, plan.backend, plan.cache)):
         return reason
+    if (
+        plan.cache is not None
+        and plan.positions is not None
+        and (reason := plan.cache.refuses_rule(plan.positions.rule.spec))
+    ):
+        return reason
     asked = None if plan.positions is None else plan.positions.in_call
     if asked is not None and not plan.backend.traits.exact:
         return f"positions {asked.spec!r} need an exact pattern, which {plan.backend.name} is not"
