@@ -92,11 +92,10 @@ def convert(settings: Any, show: Quiet, heads: str) -> Any:
             report = convert_files(*given, **how, **where, progress=progress)
     report.data["settings"] |= told | {"model": settings.model}
     report.data["settings"]["measure"] = "no" if settings.measure == "no" else TOO_LARGE
-    with flow.saving(settings, show) as folder:
+    with flow.saving(settings, show, report) as folder:
         for file in Path(converted).iterdir():
             if file.name != FACTS:  # the report has them
                 link_or_copy(file, folder / file.name)
-        report.save(folder)
     flow.discard(settings.partial)
     return report
 

@@ -62,16 +62,19 @@ class Document:
         """Section -> its figures."""
         return {}
 
+    def shown(self) -> list[Table]:
+        """The tables that a person wants on the terminal."""
+        return [table for table in self.tables() if table.title in self.terminal]
+
     def table(self):
         """What a person wants on the terminal, as one rich renderable."""
         from rich.console import Group
         from rich.text import Text
 
-        shown = [table.rich() for table in self.tables() if table.title in self.terminal]
         return Group(
             Text(self.title, style="bold"),
             Text(self.headline),
-            *(part for one in shown for part in ("", one)),
+            *(part for one in self.shown() for part in ("", one.rich())),
         )
 
     def __rich__(self):
