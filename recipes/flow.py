@@ -204,14 +204,14 @@ def fed(text, model) -> dict[str, object]:
 @contextmanager
 def saving(settings: Saving, show: Quiet, report: Document, plain: bool = False) -> Iterator[Path]:
     """Yields the folder that becomes the output when the body is through: what fails in it, the
-    proof among it, leaves nothing. After the body come the model card and, last, the report;
-    the output is sent to the hub when it has its name. plain: what is saved needs nothing of
-    effattn, and the stage says so."""
+    proof among it, leaves nothing. After the body come lm-evaluation-harness, the model card and,
+    last, the report; the output is sent to the hub when it has its name. plain: what is saved needs
+    nothing of effattn, and the stage says so."""
     said = "saving, and loading again" + (" without effattn" if plain else "")
     with atomic_folder(settings.output) as folder:
         with show.stage(said):
             yield folder
-        publishing.finish(settings, folder, report)
+        publishing.finish(settings, show, folder, report)
         report.save(folder)
     publishing.push(settings, show)
 

@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 from typing import ClassVar, Self
 
+from effattn.reports.common import HARNESS
 from effattn.reports.files import finite, numbers, write_all_atomic
 from effattn.reports.page import Section, markdown_text, page
 from effattn.reports.tables import Table
@@ -64,7 +65,8 @@ class Document:
 
     def shown(self) -> list[Table]:
         """The tables that a person wants on the terminal."""
-        return [table for table in self.tables() if table.title in self.terminal]
+        wanted = (*self.terminal, HARNESS)
+        return [table for table in self.tables() if table.title in wanted]
 
     def table(self):
         """What a person wants on the terminal, as one rich renderable."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from effattn.reports.common import HARNESS
 from effattn.reports.page import Section, markdown_text, page
 from effattn.reports.tables import Table, data_size
 from effattn.swapping import report_plots as plots
@@ -114,6 +115,7 @@ class SwapReport(SwapData):
             ),
             section("Generated text", [], passages=passages, note=tables.text_note(self)),
             section("Checkpoint", [], "Checkpoint"),
+            section(HARNESS, [], HARNESS),
             section("Settings", [], "Settings", "Model", "Patterns by layer"),
             section("Environment", [], "Environment"),
         ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import sys
 from types import SimpleNamespace
 
 import huggingface_hub
@@ -11,10 +12,13 @@ import pytest
 import typer
 from flows import FLOWS, module_of, run_small, save_small
 from huggingface_hub import ModelCard
+from report_pages import PAGES
 from test_flows import commands
 
-from effattn.recipes import options, publishing
+from effattn.recipes import layerwise, options, publishing
 from effattn.recipes.cli import app
+from effattn.reports.common import HARNESS
+from effattn.reports.document import Document
 
 SAVING = [name for name in FLOWS if issubclass(module_of(name).Settings, options.Saving)]
 
@@ -113,6 +117,94 @@ def test_no_card_where_no_checkpoint_is_and_nothing_is_sent(small, tmp_path, hub
     names = {file.name for file in (tmp_path / "out").iterdir()}
     assert names == {"report.json", "report.md", "report.html"}
     assert hub == []
+
+
+# ---- lm-evaluation-harness
+
+
+@pytest.fixture
+def judge(monkeypatch):
+    """The harness as it is here: what it is asked is noted, and then it may stop."""
+    asked = []
+
+    def scores(model, tokenizer, tasks, *, limit, length, progress):
+        asked.append((tuple(tasks), model.config.num_key_value_heads, limit, length))
+        if len(asked) == judge.stops:
+            raise KeyboardInterrupt
+        return {tasks[0]: {"metrics": {"acc": len(asked) / 8}, "errors": {}, "samples": limit}}
+
+    judge = SimpleNamespace(asked=asked, stops=None)
+    monkeypatch.setattr("effattn.evaluate.harness_runs.check_harness", lambda tasks: None)
+    monkeypatch.setattr("effattn.evaluate.harness_runs.harness_scores", scores)
+    monkeypatch.setattr("effattn.profiling.environment.package_version", lambda name: "1")
+    return judge
+
+
+def test_both_models_are_judged_and_a_stopped_run_goes_on(small, tmp_path, judge, monkeypatch):
+    monkeypatch.setattr("effattn.hf.verify.verify_plain", lambda *given: {"fresh_process": True})
+    out, model, text = tmp_path / "out", str(small / "model"), small / "text.txt"
+    how = {"lm_eval": ("one", "two"), "lm_eval_limit": 3, "kv_heads": 1, "uptrain_tokens": 0}
+    judge.stops = 4
+    with pytest.raises(KeyboardInterrupt):
+        run_small("convert_gqa", model, text, out, **how)
+    names = {file.name for file in tmp_path.iterdir()}
+    assert names == {".out.partial", ".out.lm-eval.json"}
+    judge.stops = None
+    report = run_small("convert_gqa", model, text, out, **how)
+    heads = [8, 8, 1, 1, 1]  # of the parent twice, of the result once before it was stopped
+    assert [of for _, of, _, _ in judge.asked] == heads
+    assert [tasks[0] for tasks, *_ in judge.asked] == ["one", "two", "one", "two", "two"]
+    assert {(limit, length) for *_, limit, length in judge.asked} == {(3, judge.asked[0][3])}
+    found = report.data["lm_eval"]
+    assert found["before"]["two"]["metrics"] == {"acc": 2 / 8}
+    assert found["after"]["one"]["metrics"] == {"acc": 3 / 8}
+    assert found["after"]["two"]["metrics"] == {"acc": 5 / 8}
+    row = "| one | acc | 3 | 0.1250 | 0.3750 | +0.2500 |"
+    assert row in (out / "report.md").read_text()
+    assert row in (out / "README.md").read_text()
+    assert "+0.2500" in (out / "report.html").read_text()
+    assert [file.name for file in tmp_path.iterdir()] == ["out"], "nothing stays"
+
+
+REPORTS = ["prune_oneshot", "conversion", "swap", "linearize", "shear", "extend"]
+# their plots take their time
+REPORTS += [
+    pytest.param(name, marks=pytest.mark.slow) for name in ("fit", "quantize", "structured")
+]
+
+
+@pytest.mark.parametrize("kind", REPORTS)
+def test_every_report_shows_what_was_judged(kind, monkeypatch):
+    """On its page, in its Markdown, and on the terminal."""
+    told = {"metrics": {"acc": 0.5}, "errors": {}, "samples": 3}
+    found = {"before": {"judged": told}, "after": {"judged": told}, "limit": 3, "version": "1"}
+    made = []
+
+    def with_it(report) -> None:
+        report.data["lm_eval"] = found
+        made.append(report)
+
+    monkeypatch.setattr(Document, "__post_init__", with_it)
+    assert "judged</t" in PAGES[kind][0]()
+    assert "| judged | acc | 3 | 0.5000 | 0.5000 | +0.0000 |" in made[-1].to_markdown()
+    assert HARNESS in [table.title for table in made[-1].shown()]
+
+
+def test_the_harness_is_asked_for_before_any_work(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    given = {"model": "nowhere", "output": tmp_path / "out"}
+    for more, message in (
+        ({"lm_eval": ("arc_easy",)}, "lm-evaluation-harness is not installed; pip install"),
+        ({"lm_eval_limit": 3}, "lm_eval_limit: there are no examples without lm_eval"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            module_of("rehost").run(settings_of("rehost", **given, **more))
+    with pytest.raises(ValueError, match="this run saves no checkpoint"):
+        module_of("fit").run(settings_of("fit", frontier=True, **given, lm_eval=("a",)))
+    from_files = settings_of("convert_gqa", **given, lm_eval=("a",), measure="no")
+    with pytest.raises(ValueError, match="lm_eval: got some with measure 'no'"):
+        layerwise.check(from_files, "uptrain_tokens")
+    assert list(tmp_path.iterdir()) == []
 
 
 # ---- the hub
