@@ -12,6 +12,7 @@ from test_fit_report import data as fit_data
 from test_measure_report import data as measure_data
 from test_quantize_report import data as quantize_data
 
+from effattn.arena.report import ArenaReport
 from effattn.exporting.report import ExportReport
 from effattn.extending.article_report import ArticleReport
 from effattn.extending.report import ExtendReport
@@ -546,6 +547,37 @@ def rehost() -> str:
     return RehostReport(data).to_html()
 
 
+def arena() -> str:
+    rows = [
+        {
+            "task": task,
+            "pattern": pattern,
+            "pretraining": before,
+            "accuracy": 0.3 + place / 10,
+            "error": 0.01,
+            "loss": 1.5,
+            "majority": 0.2,
+            "parameters": 100_000,
+            "seconds": 10.0 + place,
+            "ms": 30.0 + place,
+            "peak_bytes": (20 + place) << 20,
+            "tokens": 144,
+        }
+        for task in ("listops", "pathfinder_images")
+        for place, (pattern, before) in enumerate(
+            [("linear", 0), ("dense", 0), ("sliding(window=17)", 0), ("linear", 100)]
+        )
+    ]
+    data = {
+        "kind": "lra",
+        "settings": {"steps": 100, "batch": 32},
+        "model": {"width": 64, "layers": 2, "heads": 4},
+        "rows": rows,
+        "environment": {"device": "a CPU", "threads": 1},
+    }
+    return ArenaReport(data).to_html()
+
+
 # name -> (maker of the HTML, its number of plots)
 PAGES: dict[str, tuple[Callable[[], str], int]] = {
     "prune_oneshot": (prune_oneshot, 3),
@@ -564,4 +596,5 @@ PAGES: dict[str, tuple[Callable[[], str], int]] = {
     "extend_context": (extend_context, 4),
     "export": (export, 0),
     "rehost": (rehost, 0),
+    "arena": (arena, 4),
 }

@@ -60,6 +60,7 @@ LAYERS = [
     # what transformers is told by `import effattn`
     ["plugin"],
     [
+        "arena",
         "conformance",
         "exporting",
         "measuring",

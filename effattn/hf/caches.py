@@ -13,7 +13,6 @@ from effattn.specs import by_layer
 from effattn.states import caches
 from effattn.states.caches import LayerCache
 
-
 # a spec, or a cache that was made of an object, for which there is none
 Asked = str | LayerCache
 

@@ -37,9 +37,7 @@ def attention(
             f"takes float16, bfloat16 and float32 with at most {WIDEST}, impl='torch' takes all"
         )
     kept, group = kept.unpacked(), heads // kv_heads
-    sizes = tile(
-        dim, value_dim, q.element_size(), group * queries, shared_memory(q.device), False
-    )
+    sizes = tile(dim, value_dim, q.element_size(), group * queries, shared_memory(q.device), False)
     tiles = triton.cdiv(kept.most, sizes["BLOCK_N"])
     row_tiles = triton.cdiv(group * queries, sizes["BLOCK_M"])
     splits = split(tiles, batch * kv_heads * row_tiles, processors(q.device))

@@ -36,7 +36,8 @@ class Oracle:
         """q (H, T, D), k, v (HKV, T, D) -> (H, T, D); then tokens go."""
         new = q.shape[1]
         self.q, self.k, self.v = (
-            torch.cat([old, x], dim=1) for old, x in zip((self.q, self.k, self.v), (q, k, v))  # noqa: B905
+            torch.cat([old, x], dim=1)
+            for old, x in zip((self.q, self.k, self.v), (q, k, v))  # noqa: B905
         )
         out = torch.zeros(H, new, D).double()
         for t in range(new):
@@ -67,7 +68,7 @@ class Oracle:
             scores = self.scores(head, own, queries)
             old = [t for t in own if t not in newest]
             sinks = old[: rule.sinks]
-            order = sorted(old, key=lambda t: (t not in sinks, -scores[t], t))  # noqa: B023
+            order = sorted(old, key=lambda t: (t not in sinks, -scores[t], t))
             sure = order[: int((most - len(newest)) * rule.floor)] if rule.adaptive else []
             ranked += [
                 ((t in sinks or t in sure, scores[t]), head, t, at) for at, t in enumerate(order)
@@ -119,9 +120,7 @@ def numbers(kept, state):
     newest = state.newest.k.shape[2]
     if kept is None:
         return [[newest] * HKV] * len(state.newest.k)
-    return [
-        [newest + n for n in kept.lengths[row * HKV : (row + 1) * HKV]] for row in kept.rows
-    ]
+    return [[newest + n for n in kept.lengths[row * HKV : (row + 1) * HKV]] for row in kept.rows]
 
 
 RULES = [
@@ -406,7 +405,10 @@ def test_gradients_and_directions_are_refused():
         ("evict(policy='snap')", "did you mean 'snapkv'"),
         ("evict(policy=3)", "policy: got 3, valid is a name in quotes"),
         ("evict(policy='snapkv(windw=3)')", "did you mean 'window'"),
-        ("evict(policy='snapkv(window=0)')", "window: got 0, valid is a whole number of at least 1"),
+        (
+            "evict(policy='snapkv(window=0)')",
+            "window: got 0, valid is a whole number of at least 1",
+        ),
         ("evict(every=0)", "every: got 0, valid is None, or a whole number of at least 1"),
         ("evict(sinks=-1)", "sinks: got -1, valid is a whole number of at least 0"),
         ("evict(adaptive=1)", "adaptive: got 1, valid is True or False"),
