@@ -47,6 +47,14 @@ ROWS = {
         ({"feature_map": "exp", "features": 24}, False),
         ({"feature_map": "identity", "decay": 0.8, "normalize": False}, False),
     ],
+    "gated": [
+        ({}, False),
+        ({"gate": "feature", "feature_map": "exp", "features": 12}, False),
+        ({"delta": True}, False),
+        ({"delta": True, "gate": "feature", "decay": 0.7}, False),
+        ({"delta": True, "gate": None, "feature_map": "identity"}, False),
+        ({"feature_map": "identity", "normalize": False, "decay": 0.8}, False),
+    ],
     "topk": [
         ({"window": 5, "sinks": 2, "block": 3, "blocks": 2}, False),
         ({"window": 2, "block": 1, "blocks": 3, "summary": "minmax"}, False),

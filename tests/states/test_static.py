@@ -31,6 +31,7 @@ ROWS = {
     "vq": None,
     "linear": "linear(feature_map='softmax', decay=0.9)",
     "performer": "performer(features=32)",
+    "gated": "gated(decay=0.9)",
 }
 MORE = (
     "sliding(window=8, dilation=3)",
@@ -40,6 +41,7 @@ MORE = (
     "linear(feature_map='hedgehog')",
     "linear(feature_map='identity', decay=0.01, normalize=False)",
     "performer(features=32, kernel='relu')",
+    "gated(delta=True, gate='feature', decay=0.5)",
 )
 SPECS = [name if spec is True else spec for name, spec in ROWS.items() if spec] + list(MORE)
 NEEDS = {
