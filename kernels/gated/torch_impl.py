@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from ..linear.torch_parts import NOTHING, joined
-from .gates import BY_FEATURE, CHUNK
+from .gates import BY_FEATURE, CHUNK, HALF
 
 # Of a long sequence so many tokens' products are there at a time. With gradients they are made
 # again.
@@ -166,10 +166,9 @@ def _pair_decays(near: Tensor) -> Tensor:
 
 
 def _halves(near: Tensor) -> tuple[Tensor, Tensor]:
-    """e^(G_i - M) and e^(M - G_j), M the middle of the chunk, (..., C, F) each: their product is
-    the decay between two tokens, and neither leaves fp32."""
-    middle = near[..., near.shape[-2] // 2, None, :]
-    return (near - middle).exp(), (middle - near).exp()
+    """e^G_i and e^-G_j, (..., C, F) each, times a power of two that is in neither's product: that
+    is the decay between two tokens, and no factor leaves fp32's range."""
+    return near.exp() * HALF, (-near).exp() / HALF
 
 
 def _scores(x: Tensor, k: Tensor, left, right, pair: Tensor | None) -> Tensor:

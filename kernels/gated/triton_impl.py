@@ -14,7 +14,7 @@ from ..flash.tiles import architecture, padded
 from ..flash.triton_impl import DTYPES
 from ..rows import dense_rows
 from . import torch_impl, triton_kernels
-from .gates import BY_FEATURE
+from .gates import BY_FEATURE, HALF
 
 MOST = 512  # features of a head
 
@@ -27,10 +27,10 @@ def constants(
     block_f = padded(features)
     if block_f > MOST:
         raise ValueError(f"features: got {features} of a head, valid are 1 to {MOST}")
-    # the sums lie in registers: 64 numbers a thread
-    block_v = min(padded(value_dim), 64 if block_f <= 64 else 32 if block_f <= 256 else 16)
+    # the sums lie in registers, beside a chunk of keys, whose decays differ by feature
+    block_v = min(padded(value_dim), 64 if block_f <= 64 else 32 if block_f <= 128 else 16)
     fixed = dict(F=features, V=value_dim, NORMALIZE=normalize, BY_FEATURE=by_feature)
-    fixed |= dict(C=BY_FEATURE, BLOCK_F=block_f, BLOCK_V=block_v)
+    fixed |= dict(HALF=HALF, C=BY_FEATURE, BLOCK_F=block_f, BLOCK_V=block_v)
     if arch == "interpreted":
         return fixed | dict(num_warps=1, num_stages=1)
     return fixed | dict(num_warps=4 if block_f <= 128 else 8, num_stages=1)

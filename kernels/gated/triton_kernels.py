@@ -68,6 +68,7 @@ def forward(
     V: tl.constexpr,
     NORMALIZE: tl.constexpr,
     BY_FEATURE: tl.constexpr,
+    HALF: tl.constexpr,
     C: tl.constexpr,
     BLOCK_F: tl.constexpr,
     BLOCK_V: tl.constexpr,
@@ -111,12 +112,11 @@ def forward(
             else:
                 near = tl.load(gate + line * tokens + at, mask=real[:, None], other=0.0)
             near = tl.cumsum(near, 0)
-        # around the middle, so that neither factor leaves the range (`gates`)
-        middle, end = _row(near, C // 2, C), _row(near, C - 1, C)
-        right = tl.trans(_typed(key * tl.exp(middle - near), dtype))
+        end = _row(near, C - 1, C)
+        right = tl.trans(_typed(key * (tl.exp(-near) / HALF), dtype))
         if beta is not None:
             share = tl.load(beta + line * tokens + t, mask=real, other=0.0)[:, None]
-            left = _typed(key * tl.exp(near - middle), dtype)
+            left = _typed(key * (tl.exp(near) * HALF), dtype)
             zero = tl.zeros([C, C], tl.float32)
             lower = tl.where(i[:, None] > i[None, :], dot(left, right, zero) * share, 0.0)
             known = tl.zeros([C, BLOCK_V], tl.float32)
@@ -135,11 +135,10 @@ def forward(
             ] * q_t
             query = tl.load(rows + f[None, :], mask=asked[:, None] & in_f[None, :], other=0.0)
             query = query.to(tl.float32)
-            score = dot(
-                _typed(query * tl.exp(near - middle), dtype), right, tl.zeros([C, C], tl.float32)
-            )
+            raised = query * (tl.exp(near) * HALF)
+            score = dot(_typed(raised, dtype), right, tl.zeros([C, C], tl.float32))
             score = tl.where(i[:, None] >= i[None, :], score, 0.0)
-            grown = query * tl.exp(near)
+            grown = raised / HALF
             got = dot(_typed(score, dtype), written, tl.zeros([C, BLOCK_V], tl.float32))
             got = dot(_typed(grown, dtype), _typed(sums, dtype), got)
             if NORMALIZE:
