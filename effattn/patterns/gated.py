@@ -32,7 +32,7 @@ from effattn.states.full import ROLLBACK
 from effattn.states.static_sums import StaticSums
 
 GATES = ("head", "feature")
-# share of the strongest decay that a gate begins with, at least and at most: from where it can learn
+# shares of the strongest decay that a gate begins with at least and at most: it learns from there
 SHARES = (2.0**-16, 1 - 2.0**-6)
 
 
@@ -134,8 +134,8 @@ class Gated(Linear):
                         parameter.copy_(_first_bias(self.decays(heads))[:, None])
             if parameter.shape != size:
                 raise ValueError(
-                    f"v: {name} has learned {tuple(parameter.shape)}, which {heads} key/value heads "
-                    f"of {v.shape[-1]} do not fit"
+                    f"v: {name} has learned {tuple(parameter.shape)}, which {heads} key/value "
+                    f"heads of {v.shape[-1]} do not fit"
                 )
 
     def gates(self, v: Tensor) -> dict[str, Tensor | None]:

@@ -68,9 +68,7 @@ class Linear(KernelBackend):
         super().__init__(impl)
         self.map = check_choice(f"{self.name}: feature_map", feature_map, MAPS)
         if type(normalize) is not bool:
-            raise ValueError(
-                f"{self.name}: normalize: got {normalize!r}, valid are True and False"
-            )
+            raise ValueError(f"{self.name}: normalize: got {normalize!r}, valid are True and False")
         if feature_map == "identity" and normalize:
             raise ValueError(
                 f"{self.name}: feature_map='identity' has weights of either sign, which no "

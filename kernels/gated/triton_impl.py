@@ -1,5 +1,4 @@
-"""Gated linear attention and the gated delta rule on Triton: the launch, and the tiles it runs with.
-The backward pass is that of the torch path, which makes its products again."""
+"""Gated linear attention and the gated delta rule on Triton: the launch, and its tiles. The backward pass is that of the torch path, which makes its products again."""
 
 from __future__ import annotations
 

@@ -130,9 +130,10 @@ def forward(
         place = t - (tokens - queries)
         asked = (place >= 0) & (t < tokens)
         for member in range(group):
-            rows = head_of(q, b, h * group + member, q_b, q_h) + tl.cast(place, tl.int64)[
-                :, None
-            ] * q_t
+            rows = (
+                head_of(q, b, h * group + member, q_b, q_h)
+                + tl.cast(place, tl.int64)[:, None] * q_t
+            )
             query = tl.load(rows + f[None, :], mask=asked[:, None] & in_f[None, :], other=0.0)
             query = query.to(tl.float32)
             raised = query * (tl.exp(near) * HALF)

@@ -43,7 +43,10 @@ def on_device(tensors, options):
 @pytest.mark.parametrize(("queries", "tokens"), [(150, 150), (3, 150), (1, 31), (5, 5), (70, 70)])
 def test_chunks_are_the_definition_forward_and_backward(gate, delta, queries, tokens):
     tensors, options = given(gate, delta, tokens, queries)
-    leaves = [*tensors, *(x for x in options.values() if torch.is_tensor(x) and x.is_floating_point())]
+    leaves = [
+        *tensors,
+        *(x for x in options.values() if torch.is_tensor(x) and x.is_floating_point()),
+    ]
     for x in leaves:
         x.requires_grad_()
     got, _ = gated.attention(*tensors, impl="torch", **options)
@@ -82,9 +85,9 @@ def test_a_memory_goes_on_at_any_cut(gate, delta):
     for size in (1, 15, 17, 7):
         part = slice(at, at + size)
         at += size
-        own = {
-            name: x[:, :, part] if torch.is_tensor(x) else x for name, x in options.items()
-        } | {"mask": mask[:, part]}
+        own = {name: x[:, :, part] if torch.is_tensor(x) else x for name, x in options.items()} | {
+            "mask": mask[:, part]
+        }
         out, memory = gated.attention(
             q[:, :, part],
             k[:, :, part],
@@ -99,7 +102,9 @@ def test_a_memory_goes_on_at_any_cut(gate, delta):
     torch.testing.assert_close(memory.sums, last.sums, rtol=1e-11, atol=1e-12)
 
 
-@pytest.mark.parametrize(("gate", "delta"), [("head", False), ("feature", False), ("feature", True)])
+@pytest.mark.parametrize(
+    ("gate", "delta"), [("head", False), ("feature", False), ("feature", True)]
+)
 @pytest.mark.parametrize("strength", [0.0, 1e4])
 def test_the_strongest_gates_stay_finite_and_right(gate, delta, strength):
     """Every step keeps e^-5 or all; features of a thousand, in fp32."""

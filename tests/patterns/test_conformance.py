@@ -49,10 +49,7 @@ ROWS = {
     ],
     "gated": [
         ({}, False),
-        ({"gate": "feature", "feature_map": "exp", "features": 12}, False),
-        ({"delta": True}, False),
         ({"delta": True, "gate": "feature", "decay": 0.7}, False),
-        ({"delta": True, "gate": None, "feature_map": "identity"}, False),
         ({"feature_map": "identity", "normalize": False, "decay": 0.8}, False),
     ],
     "topk": [
