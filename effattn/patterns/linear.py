@@ -148,7 +148,10 @@ class Linear(KernelBackend):
         if self.map_q is None:
             return q, k
         if self.map == "exp":
-            return _exponential(q, self.map_q, query=True), _exponential(k, self.map_k, query=False)
+            return (
+                exponential(q, self.map_q, query=True)[0],
+                exponential(k, self.map_k, query=False)[0],
+            )
         return _hedgehog(q, self.map_q), _hedgehog(k, self.map_k)
 
     def decays(self, heads: int) -> list[float]:
@@ -181,14 +184,18 @@ def _first_map(rows: int, dim: int) -> Tensor:
     return torch.cat(blocks)[:rows]
 
 
-def _exponential(x: Tensor, weight: nn.Parameter, query: bool) -> Tensor:
+def exponential(x: Tensor, weight: Tensor, query: bool) -> tuple[Tensor, Tensor | None]:
     """exp([W x, -W x]) per head: (B, H, T, D) -> (B, H, T, 2 F). A query's largest exponent is
-    taken off, which cancels in the quotient; a key's exponents end at `MOST`. Both end at `LOWEST`
-    below."""
+    taken off, which cancels in the quotient, and comes with it (B, H, T); a key's exponents end at
+    `MOST`. Both end at `LOWEST` below."""
     y = _both_signs(x, weight)
-    wide = y.to(torch.promote_types(y.dtype, torch.float32))
-    wide = wide - wide.amax(dim=-1, keepdim=True).detach() if query else wide.clamp(max=MOST)
-    return wide.clamp(min=LOWEST).exp().to(y.dtype)
+    wide, top = y.to(torch.promote_types(y.dtype, torch.float32)), None
+    if query:
+        top = wide.amax(dim=-1).detach()
+        wide = wide - top[..., None]
+    else:
+        wide = wide.clamp(max=MOST)
+    return wide.clamp(min=LOWEST).exp().to(y.dtype), top
 
 
 def _hedgehog(x: Tensor, weight: nn.Parameter) -> Tensor:
@@ -198,7 +205,7 @@ def _hedgehog(x: Tensor, weight: nn.Parameter) -> Tensor:
     return normalized(_both_signs(x, weight))
 
 
-def _both_signs(x: Tensor, weight: nn.Parameter) -> Tensor:
+def _both_signs(x: Tensor, weight: Tensor) -> Tensor:
     """[W x, -W x], in x's dtype; fp16 in fp32, since the gradient of a feature is as large as the
     feature is small.
     """

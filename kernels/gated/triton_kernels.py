@@ -101,7 +101,8 @@ def forward(
         if mask is not None:
             real = real & tl.load(mask + t, mask=real, other=False).to(tl.int1)
         at = tl.cast(t, tl.int64)[:, None]
-        key = tl.load(k + at * k_t + f[None, :], mask=real[:, None] & in_f[None, :], other=0.0)
+        there = real[:, None] & in_f[None, :]
+        key = tl.load(k + at * k_t + f[None, :], mask=there, other=0.0)
         value = tl.load(v + at * v_t + d_v[None, :], mask=real[:, None] & in_v[None, :], other=0.0)
         key = key.to(tl.float32)
         near = tl.zeros([C, 1], tl.float32)
@@ -154,7 +155,9 @@ def forward(
                 narrow(got, out.dtype.element_ty),
                 mask=asked[:, None] & in_v[None, :],
             )
-        kept = key * tl.exp(end - near)
+        # read again, which is cheaper than registers for them while the queries are there
+        key = tl.load(k + at * k_t + f[None, :], mask=there, other=0.0)
+        kept = key.to(tl.float32) * tl.exp(end - near)
         decay = tl.trans(tl.exp(end))
         sums = dot(tl.trans(_typed(kept, dtype)), written, sums * decay)
         if NORMALIZE:

@@ -28,6 +28,7 @@ ROWS = {
     "linformer_blockwise": None,
     "lsh": None,
     "topk": None,
+    "hybrid": None,
     "vq": None,
     "linear": "linear(feature_map='softmax', decay=0.9)",
     "performer": "performer(features=32)",
@@ -49,6 +50,7 @@ NEEDS = {
     "linformer": {"k": 8, "max_length": 64},
     "linformer_blockwise": {"k": 8, "max_length": 64, "block": 8},
     "vq": {"codes": 8, "block": 8},
+    "hybrid": {"window": 4},
     "topk": {"window": 4, "block": 4, "blocks": 2},
     "lsh": {"rounds": 2, "buckets": 4, "chunk": 4},
 }
