@@ -101,8 +101,7 @@ def forward(
         if mask is not None:
             real = real & tl.load(mask + t, mask=real, other=False).to(tl.int1)
         at = tl.cast(t, tl.int64)[:, None]
-        there = real[:, None] & in_f[None, :]
-        key = tl.load(k + at * k_t + f[None, :], mask=there, other=0.0)
+        key = tl.load(k + at * k_t + f[None, :], mask=real[:, None] & in_f[None, :], other=0.0)
         value = tl.load(v + at * v_t + d_v[None, :], mask=real[:, None] & in_v[None, :], other=0.0)
         key = key.to(tl.float32)
         near = tl.zeros([C, 1], tl.float32)
@@ -120,8 +119,7 @@ def forward(
             left = _typed(key * (tl.exp(near) * HALF), dtype)
             zero = tl.zeros([C, C], tl.float32)
             lower = tl.where(i[:, None] > i[None, :], dot(left, right, zero) * share, 0.0)
-            known = tl.zeros([C, BLOCK_V], tl.float32)
-            known = dot(_typed(key * tl.exp(near), dtype), _typed(sums, dtype), known)
+            known = dot(left, _typed(sums, dtype), tl.zeros([C, BLOCK_V], tl.float32)) / HALF
             rest = share * (value.to(tl.float32) - known)
             written = tl.zeros([C, BLOCK_V], tl.float32)
             written = dot(_typed(_inverse(lower, C), dtype), _typed(rest, dtype), written)
@@ -138,13 +136,13 @@ def forward(
             query = tl.load(rows + f[None, :], mask=asked[:, None] & in_f[None, :], other=0.0)
             query = query.to(tl.float32)
             raised = query * (tl.exp(near) * HALF)
-            score = dot(_typed(raised, dtype), right, tl.zeros([C, C], tl.float32))
+            typed = _typed(raised, dtype)
+            score = dot(typed, right, tl.zeros([C, C], tl.float32))
             score = tl.where(i[:, None] >= i[None, :], score, 0.0)
-            grown = raised / HALF
-            got = dot(_typed(score, dtype), written, tl.zeros([C, BLOCK_V], tl.float32))
-            got = dot(_typed(grown, dtype), _typed(sums, dtype), got)
+            got = dot(typed, _typed(sums, dtype), tl.zeros([C, BLOCK_V], tl.float32)) / HALF
+            got = dot(_typed(score, dtype), written, got)
             if NORMALIZE:
-                total = tl.sum(score, 1) + tl.sum(grown * norms[None, :], 1)
+                total = tl.sum(score, 1) + tl.sum(raised * norms[None, :], 1) / HALF
                 nothing = tl.abs(total) < 1e-30
                 got = tl.where(nothing[:, None], 0.0, got / tl.where(nothing, 1.0, total)[:, None])
             else:
@@ -155,13 +153,13 @@ def forward(
                 narrow(got, out.dtype.element_ty),
                 mask=asked[:, None] & in_v[None, :],
             )
-        # read again, which is cheaper than registers for them while the queries are there
-        key = tl.load(k + at * k_t + f[None, :], mask=there, other=0.0)
-        kept = key.to(tl.float32) * tl.exp(end - near)
+        # what is left of each key at the chunk's end: e^-G_j, times e^G of all
         decay = tl.trans(tl.exp(end))
-        sums = dot(tl.trans(_typed(kept, dtype)), written, sums * decay)
+        added = dot(right, written, tl.zeros([BLOCK_F, BLOCK_V], tl.float32))
+        sums = sums * decay + added * (decay * HALF)
         if NORMALIZE:
-            norms = norms * tl.sum(decay, 1) + tl.sum(kept, 0)
+            kept = tl.sum(right.to(tl.float32) * (decay * HALF), 1)
+            norms = norms * tl.sum(decay, 1) + kept
     if last is not None:
         tl.store(last + held, sums, mask=inside)
         if NORMALIZE and block == 0:
