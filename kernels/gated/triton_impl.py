@@ -28,7 +28,8 @@ def constants(
     if block_f > MOST:
         raise ValueError(f"features: got {features} of a head, valid are 1 to {MOST}")
     # the sums lie in registers, beside a chunk of keys, whose decays differ by feature
-    block_v = min(padded(value_dim), 64 if block_f <= 64 else 32 if block_f <= 256 else 16)
+    room = 16 if block_f > (128 if arch == "gfx942" else 256) else 32 if block_f > 64 else 64
+    block_v = min(padded(value_dim), room)
     fixed = dict(F=features, V=value_dim, NORMALIZE=normalize, BY_FEATURE=by_feature)
     fixed |= dict(HALF=HALF, C=BY_FEATURE, BLOCK_F=block_f, BLOCK_V=block_v)
     if arch == "interpreted":
