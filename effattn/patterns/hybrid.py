@@ -27,7 +27,7 @@ from effattn.kernels.flash.pattern import Layout, Window
 from effattn.kernels.linear.features import mapped
 from effattn.kernels.merge import merge
 from effattn.patterns.exact import check_size
-from effattn.patterns.linear import Linear, exponential
+from effattn.patterns.linear import Linear
 from effattn.registry import register
 from effattn.states.base import State
 from effattn.states.full import FullState
@@ -75,20 +75,13 @@ class Hybrid(Linear):
         if is_lazy(self.balance):
             self.balance.materialize((heads,), device=q.device, dtype=torch.float32)
             with torch.no_grad():
-                self.balance.fill_(self._first_balance(q.shape[-1]))
+                # so that phi(0).phi(0) counts as e^0
+                zero = self.product_at_zero(q.shape[-1])
+                self.balance.fill_(-math.log(zero) if zero else 0.0)
         if self.balance.shape != (heads,):
             raise ValueError(
                 f"q: expected {len(self.balance)} heads, as balance has learned, got {heads}"
             )
-
-    def _first_balance(self, dim: int) -> float:
-        """-log phi(0).phi(0), so that it counts as e^0."""
-        zero = torch.zeros(1, dim)
-        if self.map in linear.MAPS:
-            total = float(mapped(zero, self.map).square().sum())
-            return -math.log(total) if total else 0.0
-        features = self.feature_count(dim)
-        return math.log(features) * (1 if self.map == "hedgehog" else -1)
 
     def new_state(self) -> State:
         return FullState() if self.impl == "reference" else HybridState(self.window, self.sinks)
@@ -129,11 +122,7 @@ class Hybrid(Linear):
         """q and k as the kernel's map gets them, in fp32 or better, and what a query's largest
         exponent was."""
         wide = torch.promote_types(q.dtype, torch.float32)
-        q, k = q.to(wide), k.to(wide)
-        if self.map == "exp":
-            query, top = exponential(q, self.map_q, query=True)
-            return query, exponential(k, self.map_k, query=False)[0], top
-        return *self.mapped(q, k), None
+        return self.mapped_and_top(q.to(wide), k.to(wide))
 
     def _far(
         self, q: Tensor, k: Tensor, v: Tensor, layout: Layout, state: HybridState | None, impl: str
@@ -227,17 +216,19 @@ class Hybrid(Linear):
         first = shape.keys - shape.queries
         at = torch.arange(first, shape.keys)
         near = (at + 1).clamp(max=self.window) + (at - self.window + 1).clamp(0, self.sinks)
-        pairs = shape.heads * int(near.sum())
+        pairs, apart = (shape.heads * int(x.sum()) for x in (near, at + 1 - near))
         asking = min(shape.queries, max(0, shape.keys - self.window))
-        gone = asking if first else max(0, shape.keys - self.window)
-        row = 2 * self.feature_count(shape.head_dim) * (shape.value_dim + 1)
+        features, columns = self.feature_count(shape.head_dim), shape.value_dim + 1
+        queries, keys = shape.heads * asking, shape.kv_heads * asking
+        maps = (queries + keys) * self.feature_flops(shape.head_dim) if apart else 0
         token = shape.kv_bytes // shape.keys
-        queries, keys = shape.heads * asking, shape.kv_heads * gone
-        maps = (queries + keys) * self.feature_flops(shape.head_dim)
+        # a few keys need less pair by pair than by sums
+        one = 2 * apart * (features + columns)
         if shape.backward:
             products = 2 * pairs * (3 * shape.head_dim + 2 * shape.value_dim)
+            far = min(2 * features * columns * (2 * queries + 3 * keys), one * 5 // 2)
             return Cost(
-                flops=shape.batch * (products + row * (2 * queries + 3 * keys) + 2 * maps),
+                flops=shape.batch * (products + far + 2 * maps),
                 read_bytes=shape.query_bytes
                 + shape.kv_bytes
                 + 2 * shape.output_bytes
@@ -245,9 +236,10 @@ class Hybrid(Linear):
                 write_bytes=shape.query_bytes + shape.kv_bytes,
             )
         products = 2 * pairs * (shape.head_dim + shape.value_dim)
+        far = min(2 * features * columns * (queries + keys), one)
         moved = self._folded(shape.keys) > self._folded(first)
         return Cost(
-            flops=shape.batch * (products + row * (queries + keys) + maps),
+            flops=shape.batch * (products + far + maps),
             read_bytes=shape.query_bytes
             + shape.queries * token
             + (self.held_bytes(shape, first) if first else 0),

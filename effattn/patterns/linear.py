@@ -22,7 +22,7 @@ from torch.nn.parameter import UninitializedParameter, is_lazy
 from effattn.errors import Unsupported, check_choice
 from effattn.interface import Traits
 from effattn.kernels import linear
-from effattn.kernels.linear.features import LOWEST, normalized
+from effattn.kernels.linear.features import LOWEST, mapped, normalized
 from effattn.patterns.exact import check_size
 from effattn.patterns.feature_maps import KernelBackend
 from effattn.registry import register
@@ -145,14 +145,26 @@ class Linear(KernelBackend):
         return head_dim * self.feature_count(head_dim) if self.map in LEARNED else 0
 
     def mapped(self, q, k):
+        return self.mapped_and_top(q, k)[:2]
+
+    def mapped_and_top(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """`mapped`, and what a query's largest exponent was (B, Hq, T), where that was taken off
+        its features."""
         if self.map_q is None:
-            return q, k
+            return q, k, None
         if self.map == "exp":
-            return (
-                exponential(q, self.map_q, query=True)[0],
-                exponential(k, self.map_k, query=False)[0],
-            )
-        return _hedgehog(q, self.map_q), _hedgehog(k, self.map_k)
+            query, top = _exponential(q, self.map_q, query=True)
+            return query, _exponential(k, self.map_k, query=False)[0], top
+        return _hedgehog(q, self.map_q), _hedgehog(k, self.map_k), None
+
+    def product_at_zero(self, dim: int) -> float:
+        """phi(0) . phi(0) for heads of `dim`, whatever the learned maps are."""
+        count = self.feature_count(dim)
+        if self.map == "exp":
+            return float(count)
+        if self.map in LEARNED:  # they sum up to 1
+            return 1 / count
+        return float(mapped(torch.zeros(1, dim), self.map).square().sum())
 
     def decays(self, heads: int) -> list[float]:
         """Of each of `heads` key/value heads, for a decay that is not None."""
@@ -184,7 +196,7 @@ def _first_map(rows: int, dim: int) -> Tensor:
     return torch.cat(blocks)[:rows]
 
 
-def exponential(x: Tensor, weight: Tensor, query: bool) -> tuple[Tensor, Tensor | None]:
+def _exponential(x: Tensor, weight: Tensor, query: bool) -> tuple[Tensor, Tensor | None]:
     """exp([W x, -W x]) per head: (B, H, T, D) -> (B, H, T, 2 F). A query's largest exponent is
     taken off, which cancels in the quotient, and comes with it (B, H, T); a key's exponents end at
     `MOST`. Both end at `LOWEST` below."""

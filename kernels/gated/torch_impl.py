@@ -57,7 +57,9 @@ def attention(
     out = out.flatten(1, 2).to(q.dtype)
     if not keep:
         return out, None, None
-    return (out, sums[..., :-1], sums[..., -1]) if normalize else (out, sums, None)
+    if not normalize:
+        return out, sums, None
+    return out, sums[..., :-1].contiguous(), sums[..., -1].contiguous()
 
 
 def _shared(out: Tensor) -> Tensor:

@@ -117,7 +117,8 @@ def steps(backend, state, rotary: str | None = None, prompt: int = 130) -> None:
             backend(*qkv(1, 1), state=state, **rule)
     if seen.waits:
         raise RuntimeError(f"a step waits: {seen.waits[:4]}")
-    if sum(seen.compiled.values()) > 2:  # a cache that fills up may need one more of each kind
+    # a cache that fills up may need one more of each kind; hybrid has kernels of three
+    if sum(seen.compiled.values()) > (3 if backend.name == "hybrid" else 2):
         raise RuntimeError(f"steps compile {seen.compiled}")
 
 

@@ -36,45 +36,104 @@ def by_hand(attn, q, k, v, window, sinks):
 @pytest.mark.parametrize(("window", "sinks"), [(4, 0), (4, 3), (1, 1)])
 @pytest.mark.parametrize("impl", ["torch", "reference"])
 def test_it_is_one_sum_over_near_and_far_keys(window, sinks, impl):
-    q, k, v = inputs(23, torch.float64)
-    attn = effattn.backend("hybrid", window=window, sinks=sinks, feature_map="elu", impl=impl)
-    got = attn(q, k, v)
+    q, k, v = inputs(
+        23,
+        torch.float64,
+    )
+    attn = effattn.backend(
+        "hybrid",
+        window=window,
+        sinks=sinks,
+        feature_map="elu",
+        impl=impl,
+    )
+    got = attn(
+        q,
+        k,
+        v,
+    )
     with torch.no_grad():
-        attn.balance.copy_(torch.tensor([-3.0, 0.0, 1.0, -1.0]))
+        attn.balance.copy_(
+            torch.tensor([-3.0, 0.0, 1.0, -1.0]),
+        )
     assert not torch.allclose(attn(q, k, v), got)
-    expected = by_hand(attn, q, k, v, window, sinks)
-    torch.testing.assert_close(attn(q, k, v), expected, rtol=1e-6, atol=1e-7)
+    expected = by_hand(
+        attn,
+        q,
+        k,
+        v,
+        window,
+        sinks,
+    )
+    torch.testing.assert_close(
+        attn(q, k, v),
+        expected,
+        rtol=1e-6,
+        atol=1e-7,
+    )
 
 
 @pytest.mark.parametrize("feature_map", MAPS)
 def test_a_window_of_everything_is_dense(feature_map):
-    q, k, v = inputs(40, torch.float64)
+    q, k, v = inputs(
+        40,
+        torch.float64,
+    )
     expected = effattn.backend("dense")(q, k, v)
     for window in (40, 99):
-        attn = effattn.backend("hybrid", window=window, feature_map=feature_map)
-        torch.testing.assert_close(attn(q, k, v), expected)
+        attn = effattn.backend(
+            "hybrid",
+            window=window,
+            feature_map=feature_map,
+        )
+        torch.testing.assert_close(
+            attn(q, k, v),
+            expected,
+        )
 
 
 @pytest.mark.parametrize("feature_map", MAPS)
 def test_keys_of_zero_count_the_same_near_and_far(feature_map):
     """At first: what is known of nothing is the mean."""
-    q, k, v = inputs(30, torch.float64)
-    attn = effattn.backend("hybrid", window=4, feature_map=feature_map)
+    q, k, v = inputs(
+        30,
+        torch.float64,
+    )
+    attn = effattn.backend(
+        "hybrid",
+        window=4,
+        feature_map=feature_map,
+    )
     got = attn(0 * q, 0 * k, v)[:, :2, -1]
     expected = (v if feature_map != "relu2" else v[:, :, -4:]).mean(2)[:, [0, 0]]
-    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        got,
+        expected,
+        rtol=1e-5,
+        atol=1e-6,
+    )
 
 
 @pytest.mark.parametrize("spec", ["hybrid(window=20, sinks=3)", "hybrid(window=7, features=5)"])
 def test_long_sequences_and_learned_weights(spec):
     """What leaves the window goes into the sums in every kind of call."""
-    attn = effattn.backend(spec, impl="torch")
+    attn = effattn.backend(
+        spec,
+        impl="torch",
+    )
     attn(*inputs(5))
     with torch.no_grad():
         for parameter in attn.parameters():
-            parameter.add_(torch.randn_like(parameter), alpha=0.3)
+            parameter.add_(
+                torch.randn_like(parameter),
+                alpha=0.3,
+            )
     some = ("accuracy", "padding", "decode", "gradients", "state_bytes", "state_moves", "documents")
-    check(attn, properties=some, lengths=(1, 33, 90))
+    check(
+        attn,
+        properties=some,
+        lengths=(1, 33, 90),
+    )
 
 
 def test_the_state_does_not_grow_and_gives_few_tokens_back():
@@ -88,17 +147,32 @@ def test_the_state_does_not_grow_and_gives_few_tokens_back():
     with pytest.raises(ValueError, match="crop: got 100, but the first 160 tokens are in the sums"):
         state.crop(100)
     got = attn(*(x[:, :, 190:] for x in (q, k, v)), state=state)
-    torch.testing.assert_close(got, attn(q, k, v)[:, :, 190:], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        got,
+        attn(q, k, v)[:, :, 190:],
+        rtol=1e-4,
+        atol=1e-5,
+    )
 
 
 @pytest.mark.interpreted
 def test_triton_runs_both_parts():
     q, k, v = inputs(40)
-    attn = effattn.backend("hybrid", window=8, sinks=2, impl="triton")
+    attn = effattn.backend(
+        "hybrid",
+        window=8,
+        sinks=2,
+        impl="triton",
+    )
     state = attn.new_state()
     got = [attn(*(x[:, :, part] for x in (q, k, v)), state=state) for part in PARTS]
     attn.impl = "torch"
-    torch.testing.assert_close(torch.cat(got, dim=2), attn(q, k, v), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        torch.cat(got, dim=2),
+        attn(q, k, v),
+        rtol=1e-4,
+        atol=1e-5,
+    )
 
 
 PARTS = (slice(0, 37), slice(37, 38), slice(38, 40))
@@ -106,12 +180,25 @@ PARTS = (slice(0, 37), slice(37, 38), slice(38, 40))
 
 def test_generation_in_a_model(tokens):
     """Greedy and left padding with a cache give what the whole sequence gives."""
-    model = effattn.swap(tiny("llama"), "hybrid(window=9, sinks=2)")
+    model = effattn.swap(
+        tiny("llama"),
+        "hybrid(window=9, sinks=2)",
+    )
     prompt = tokens[:42].clamp(min=1).view(1, 42)
-    options = dict(max_new_tokens=12, do_sample=False, eos_token_id=None)
-    cached = model.generate(prompt, **options)
+    options = dict(
+        max_new_tokens=12,
+        do_sample=False,
+        eos_token_id=None,
+    )
+    cached = model.generate(
+        prompt,
+        **options,
+    )
     assert torch.equal(cached, model.generate(prompt, **options, use_cache=False))
-    padded = torch.cat([torch.zeros(1, 9, dtype=torch.long), prompt], dim=1)
+    padded = torch.cat(
+        [torch.zeros(1, 9, dtype=torch.long), prompt],
+        dim=1,
+    )
     mask = (torch.arange(51) >= 9).long()[None]
     assert torch.equal(model.generate(padded, attention_mask=mask, **options)[:, 9:], cached)
 
@@ -128,7 +215,10 @@ def test_checkpoints_and_training(tokens, tmp_path):
     with torch.no_grad():
         for parameter in learned.values():
             parameter.add_(torch.randn_like(parameter))
-    effattn.save(model.eval(), tmp_path / "out")
+    effattn.save(
+        model.eval(),
+        tmp_path / "out",
+    )
     again = effattn.load(tmp_path / "out")
     assert torch.equal(again(tokens[None, :30]).logits, model(tokens[None, :30]).logits)
 
@@ -152,7 +242,15 @@ def test_bad_calls():
     q, k, v = inputs(6)
     with pytest.raises(Unsupported, match="causal=False"):
         effattn.backend("hybrid", window=3)(q, k, v, causal=False)
-    attn = effattn.backend("hybrid", window=3, feature_map="elu")
+    attn = effattn.backend(
+        "hybrid",
+        window=3,
+        feature_map="elu",
+    )
     attn(q, k, v)
     with pytest.raises(ValueError, match="q: expected 4 heads, as balance has learned, got 2"):
-        attn(q[:, :2], k, v)
+        attn(
+            q[:, :2],
+            k,
+            v,
+        )
