@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from effattn.errors import Unsupported
+from effattn.kernels.flash.dropout import check_rate
 from effattn.kernels.latent import Latent
 from effattn.positions.bound import Positions
 from effattn.states.base import State
@@ -31,6 +32,11 @@ class Checked(Described, Protocol):
     @property
     def score_rules(self) -> bool:
         """Whether it honours rules that decide scores pair by pair."""
+        ...
+
+    @property
+    def extras(self) -> tuple[str, ...]:
+        """Which of a call's further arguments it honours."""
         ...
 
 
@@ -180,6 +186,26 @@ def check_positions(
         )
 
 
+def check_dropout(backend: Checked, extras: dict, state: State | None) -> None:
+    """Takes a rate of 0 out of `extras`. ValueError for what is no rate, Unsupported for a method
+    or a state without weights that could be dropped."""
+    if "dropout" not in extras:
+        return
+    check_rate(extras["dropout"])
+    if not extras["dropout"]:
+        del extras["dropout"]
+    elif "dropout" not in backend.extras:
+        raise Unsupported(
+            f"dropout: {backend.name} has no weights of pairs that are dropped one by one; valid "
+            "is 0.0, or an exact pattern"
+        )
+    elif state is not None and state.packed:
+        raise Unsupported(
+            f"dropout: got {extras['dropout']} and packed keys, which are attended to in their "
+            "codes; valid is a full cache, or none"
+        )
+
+
 def check_positive(argument: str, value) -> None:
     """ValueError unless `value` is a finite number above 0."""
     if isinstance(value, bool) or not isinstance(value, (int, float, Tensor)):
@@ -193,7 +219,13 @@ def check_positive(argument: str, value) -> None:
 
 
 def check_extras(
-    q: Tensor, softcap=None, sink_logits=None, global_qkv=None, global_mask=None, latent=None
+    q: Tensor,
+    softcap=None,
+    sink_logits=None,
+    global_qkv=None,
+    global_mask=None,
+    latent=None,
+    dropout=None,
 ) -> None:
     """ValueError for extras that do not fit q; what their shapes have to be beyond that, a backend
     checks.

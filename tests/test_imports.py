@@ -35,6 +35,7 @@ LAYERS = [
         "left_out",
         "traits",
         "registry",
+        "calls",
         "interface",
         "checks",
         "padding",

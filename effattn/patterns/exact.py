@@ -9,6 +9,7 @@ Dv: of a key, of a value. i, j: positions of queries and keys; h: a query head."
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import ClassVar
 
 import torch
@@ -17,7 +18,9 @@ from torch import Tensor
 from effattn.errors import Unsupported
 from effattn.interface import Backend, Call, Cost, Shape
 from effattn.kernels import decode, flash
+from effattn.kernels.flash.dropout import Dropout
 from effattn.kernels.flash.pattern import Layout, Pattern
+from effattn.patterns.defined import by_definition
 from effattn.states.full import RingState
 
 
@@ -27,7 +30,7 @@ class ExactBackend(Backend):
     """
 
     implementations = flash.IMPLEMENTATIONS
-    extras: ClassVar[tuple[str, ...]] = ("softcap", "sink_logits", "latent")
+    extras: ClassVar[tuple[str, ...]] = ("softcap", "sink_logits", "latent", "dropout")
 
     def __init__(self, impl: str = "auto"):
         super().__init__(impl)
@@ -121,6 +124,8 @@ class ExactBackend(Backend):
         if isinstance(call.layout.total, Tensor) and impl == "triton":
             self.chosen_impl = impl = torch_only(self.impl)
         packed = call.state if call.state is not None and call.state.packed else None
+        if call.dropout:
+            call = replace(call, drop=self._drawn(q, k, call))
         if impl == "reference" and packed is None:
             out, lse = self._reference(q, k, v, call)
             return out
@@ -140,7 +145,9 @@ class ExactBackend(Backend):
             self.chosen_impl = impl = "torch"
         needs_lse = call.sink_logits is not None
         learning = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
-        if packed is not None:  # only it can read what it holds, and k, v are the new tokens
+        if call.drop is not None:
+            out = self._with_dropout(q, k, v, call, impl, needs_lse)
+        elif packed is not None:  # only it can read what it holds, and k, v are the new tokens
             out = packed.attend(q, k, v, self.pattern(call.causal), call, impl, needs_lse)
         elif self._few(q, k, v, call.layout):
             out = self.attend_few(q, k, v, call, "torch" if learning else impl, needs_lse)
@@ -153,6 +160,27 @@ class ExactBackend(Backend):
         out, lse = out
         share = torch.sigmoid(lse - call.sink_logits.to(lse.dtype)[None, :, None])
         return (out.to(lse.dtype) * share[..., None]).to(out.dtype)
+
+    def _drawn(self, q: Tensor, k: Tensor, call: Call) -> Dropout:
+        """Which weights of a call are dropped: by positions, so that padding changes nothing."""
+        at_q = call.layout.query_positions(q.shape[2], k.shape[2], q.device)
+        at_k = call.layout.key_positions(k.shape[2], k.device)
+        return Dropout.drawn(call.dropout, at_q, at_k, q.shape[0], q.shape[1])
+
+    def _with_dropout(self, q, k, v, call: Call, impl: str, lse: bool):
+        """One predicate over keys in their order goes to the flash kernels; parts, rings and keys
+        that are turned as they are read go to plain torch."""
+        layout, pattern = call.layout, self.pattern(call.causal)
+        plain = layout.ring is None and layout.slots_at is None and layout.total is None
+        if plain and call.turn is None and pattern is not None:
+            return self.attend_many(q, k, v, call, impl, lse)
+        if self.impl == "triton":
+            raise Unsupported(
+                f"impl: 'triton' has no dropout for this call of {self.name}; valid are 'auto' and "
+                "'torch'"
+            )
+        self.chosen_impl = "torch"
+        return by_definition(self.counts, pattern, q, k, v, call, lse)
 
     def attend_few(self, q, k, v, call: Call, impl: str, lse: bool):
         """Up to 16 new tokens over any layout, without gradients."""
@@ -191,6 +219,7 @@ class ExactBackend(Backend):
             q_first=call.q_first,
             far=call.far,
             bias=call.bias,
+            drop=call.drop,
             impl=impl,
             lse=lse,
         )
@@ -238,6 +267,7 @@ class ExactBackend(Backend):
             far=call.far,
             bias=call.bias,
             distance=i - j,
+            drop=call.drop,
         )
 
 

@@ -8,6 +8,7 @@ and keys.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -42,7 +43,7 @@ class Longformer(ExactBackend):
     traits = Traits(
         exact=True, causal=True, bidirectional=True, learned=True, state="ring, global tokens"
     )
-    extras = ("softcap", "global_qkv", "global_mask")
+    extras = ("softcap", "global_qkv", "global_mask", "dropout")
     where: Tensor | None  # a buffer
 
     def __init__(
@@ -139,6 +140,10 @@ class Longformer(ExactBackend):
         visible = (near | chosen[:, :, None] | chosen[..., None]) & (i >= 0) & (j >= 0)
         return visible & (j <= i) if call.causal else visible
 
+    def _with_dropout(self, q, k, v, call: Call, impl: str, lse: bool):
+        out = super()._with_dropout(q, k, v, call, impl, lse)
+        return out if call.global_qkv is None else self._global_rows(q, k, v, call, out)
+
     def attend_few(self, q, k, v, call: Call, impl: str, lse: bool):
         out = super().attend_few(q, k, v, call, impl, lse)  # by `sees`, global rows as well
         return out if call.global_qkv is None else self._global_rows(q, k, v, call, out)
@@ -193,6 +198,9 @@ class Longformer(ExactBackend):
         )
         index, real = self._places(chosen, call)
         counts = _visible(torch.where(real, at_q.gather(1, index), -1), at_k, call.causal)
+        if call.drop is not None:
+            numbers = _take(call.drop.q[..., None], index)[..., 0]
+            call = replace(call, drop=replace(call.drop, q=numbers))
         rows, _ = _few(_take(q, index), k, v, counts, call)
         at = torch.where(real, index, out.shape[2])[:, None, :, None].expand(
             -1, out.shape[1], -1, out.shape[3]
@@ -339,7 +347,7 @@ def _few(q: Tensor, k: Tensor, v: Tensor, counts: Tensor, call: Call) -> tuple[T
     length.
     """
     options = dict(scale=call.scale, softcap=call.softcap, counts=counts, impl="torch", lse=True)
-    return decode.attention(q, k, v, None, Layout(), **options)
+    return decode.attention(q, k, v, None, Layout(), **options, drop=call.drop)
 
 
 def _read_global(tokens: int | list[int] | Tensor) -> tuple[int, Tensor | None]:

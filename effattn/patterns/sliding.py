@@ -118,7 +118,9 @@ class Sliding(ExactBackend):
 
     def run(self, q, k, v, causal, padding_mask, state, scale, rotary, extras):
         """As `Backend.run`; where windows differ by head, group by group."""
-        defined = self.impl == "reference" and state is None and rotary is None
+        # which weights are dropped is drawn by each group of heads
+        whole = state is None and rotary is None and not extras.get("dropout")
+        defined = self.impl == "reference" and whole
         if self.by_head is None or defined:
             return super().run(q, k, v, causal, padding_mask, state, scale, rotary, extras)
         for one in self.by_head.backends:

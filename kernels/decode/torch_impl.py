@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from effattn.kernels.flash.dropout import Dropout
 from effattn.kernels.flash.pattern import Blocks, Layout, Pattern, Window
 from effattn.kernels.flash.rules import Bias, Far
 from effattn.kernels.flash.torch_dense import one_query, padding_mask
@@ -44,14 +45,15 @@ def attention(
     turn: Turn | None = None,
     far: Far | None = None,
     bias: Bias | None = None,
+    drop: Dropout | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """(B, Hq, Tq, Dv) in q's dtype, and the log-sum-exp (B, Hq, Tq). Queries that see no key give 0
     and -inf.
 
-    far: as for flash attention, which hands its calls over to be traced.
+    far, drop: as for flash attention, which hands its calls over to be traced.
     """
     queries = q.shape[2]
-    if counts is None and far is None:
+    if counts is None and far is None and drop is None:
         k, v, layout = _visible_range(k, v, pattern, layout, queries)
     plain = (
         softcap is None
@@ -60,6 +62,7 @@ def attention(
         and turn is None
         and far is None
         and bias is None
+        and drop is None
     )
     if counts is None:
         if (
@@ -81,6 +84,7 @@ def attention(
         turn is not None
         and queries == 1
         and softcap is None
+        and drop is None
         and not repeated
         and _in_order_behind(layout, mask)
     ):
@@ -95,7 +99,7 @@ def attention(
     if bias is not None:
         distance = _distance(layout, queries, k.shape[2], q.device)
         scores = scores + _pack_mask(bias.values(distance).transpose(0, 1), q.shape[1], k.shape[1])
-    out, lse = _softmax(scores, v, mask, counts if repeated else None, q)
+    out, lse = _softmax(scores, v, mask, counts if repeated else None, q, drop)
     return out, lse if need_lse else None
 
 
@@ -322,7 +326,9 @@ def _near_and_far(q, q_far, k, turn: Turn, layout: Layout, position: Tensor) -> 
     )
 
 
-def _softmax(scores: Tensor, v: Tensor, mask, counts, q: Tensor) -> tuple[Tensor, Tensor]:
+def _softmax(
+    scores: Tensor, v: Tensor, mask, counts, q: Tensor, drop: Dropout | None
+) -> tuple[Tensor, Tensor]:
     """scores (B, Hkv, R, Tk) -> out (B, Hq, Tq, Dv) in q's dtype and the log-sum-exp (B, Hq,
     Tq).
     """
@@ -337,6 +343,9 @@ def _softmax(scores: Tensor, v: Tensor, mask, counts, q: Tensor) -> tuple[Tensor
     total = weights.sum(dim=-1, keepdim=True)
     seen = total > 0
     total = torch.where(seen, total, 1.0)
-    out = (weights / total) @ v.to(work)
+    weights = weights / total
+    if drop is not None:
+        weights = weights * _pack_mask(drop.factors(work), q.shape[1], kv_heads)
+    out = weights @ v.to(work)
     lse = torch.where(seen, highest + total.log(), -torch.inf)
     return out.to(q.dtype).reshape(*q.shape[:3], v.shape[-1]), lse.reshape(q.shape[:3])
