@@ -226,6 +226,7 @@ def check_extras(
     global_mask=None,
     latent=None,
     dropout=None,
+    prefix=None,
 ) -> None:
     """ValueError for extras that do not fit q; what their shapes have to be beyond that, a backend
     checks.

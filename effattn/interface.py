@@ -214,7 +214,8 @@ class Backend(nn.Module):
         the new tokens), `global_mask` (B, T) bool (the tokens that are global in each row, instead
         of Longformer's own; whole sequences without a state), `latent` (what a `LatentState`
         remembers of the new tokens instead of k and v), `dropout` (a rate: weights that are 0 while
-        training, those that are left divided by 1 - rate; `torch.manual_seed` decides which).
+        training, those that are left divided by 1 - rate; `torch.manual_seed` decides which),
+        `prefix` (dense: each row's first tokens that see each other in both directions).
 
         Raises ValueError for shapes, dtypes or devices that do not fit together, Unsupported for
         what the backend's traits exclude; nothing is appended to the state then."""

@@ -38,6 +38,7 @@ EXTRAS = {
     "softcap": "softcap",
     "s_aux": "sink_logits",
     "global_attention_mask": "global_mask",
+    "prefix_lengths": "prefix",
 }
 
 
@@ -150,6 +151,8 @@ def attention(
         )
     documents = packed_rows.of_layer(kwargs, attention_mask, query.shape[0], query.shape[2])
     if layer.backend is None:
+        if kwargs.get("prefix_lengths") is not None:
+            raise Unsupported(f"layer {layer.index}: prefix_lengths: valid in layers of 'dense'")
         return _keep(
             module,
             query,
