@@ -13,6 +13,7 @@ from effattn.kernels.flash.dropout import Dropout
 from effattn.kernels.flash.pattern import Layout
 from effattn.kernels.flash.rules import Bias, Far
 from effattn.kernels.latent import Latent
+from effattn.sinks import Sinks
 from effattn.states.base import State
 
 
@@ -26,7 +27,8 @@ class Call:
     position rule's: `far`, what distant pairs use instead of q and k; `turn`, with which k is raw,
     and turned when it is read; `bias`, what is added to scores. state: where the method has to read
     more than k and v (`State.read_by_method`); with it padding_mask (B, tokens so far) bool,
-    padding on the left. prefix (B, Tk) bool. dropout: the rate of
+    padding on the left. prefix (B, Tk) bool; sinks: what is scored apart.
+    dropout: the rate of
     weights that are 0, and `drop` which ones."""
 
     causal: bool
@@ -46,3 +48,4 @@ class Call:
     dropout: float = 0.0
     drop: Dropout | None = None
     prefix: Tensor | None = None
+    sinks: Sinks | None = None

@@ -177,12 +177,14 @@ def check_positions(
     if rule.scores and not backend.score_rules:
         raise Unsupported(
             f"rotary: {rule.spec!r} decides scores pair by pair, which {backend.name} does not "
-            "compute here; valid are dense, block, sliding without dilation, and s2"
+            "compute; valid are exact patterns"
         )
-    if backend.farthest is not None and (rule.raw_keys or rule.scores):
+    held = state is not None and (state.packed or state.static)
+    if held and backend.farthest is not None and (rule.raw_keys or rule.scores):
         raise Unsupported(
-            f"rotary: {rule.spec!r} with sinks, which count positions by their place in the "
-            "cache; valid are rules that only turn by fixed angles, and logn"
+            f"rotary: {rule.spec!r} with sinks, which it scores apart, cannot go with packed keys "
+            "or a static cache; valid are a full cache, or rules that only turn by fixed angles, "
+            "and logn"
         )
 
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from effattn import documents as packing
-from effattn import padding
+from effattn import padding, sinks
 from effattn.calls import Call
 from effattn.checks import (
     check_dropout,
@@ -82,6 +82,7 @@ class Backend(nn.Module):
     straight_through: tuple[str, ...] = ()
     # first keys see a query at this position at most (sinks); None: where it is
     farthest: int | None = None
+    first_keys: int = 0  # how many those are
     _signature: str | None = None
     # sizes, dtypes and devices of the last call that was checked
     _fits: tuple = ()
@@ -278,10 +279,14 @@ class Backend(nn.Module):
         # or the caller brings a function of its own, q and k are turned and that is all.
         q_first, given = None, k
         rules: dict[str, Any] = {}
-        if isinstance(rotary, Positions) and self.farthest is None:
+        apart = sinks.needs(rotary, self.farthest)
+        if isinstance(rotary, Positions) and (self.farthest is None or apart):
             placed = self._place(rotary, q, k, v, layout, packed)
+            if apart:
+                first = sinks.Sinks.of(rotary, q, k, v, layout, self.first_keys, self.farthest)
+                rules = {"sinks": first}
             q, k = placed.q, placed.k
-            rules = {"far": placed.far, "turn": placed.turn, "bias": placed.bias}
+            rules |= {"far": placed.far, "turn": placed.turn, "bias": placed.bias}
         elif rotary is not None:
             q, k, q_first = self._rotate(rotary, q, k, layout, packed)
             rules = {"turn": turn_of(rotary, q.device)} if packed else {}
@@ -345,6 +350,8 @@ class Backend(nn.Module):
         else:
             at_q, at_k = at_q.clamp(min=0), layout.key_positions(k.shape[2], k.device).clamp(min=0)
             length = at_k.amax(dim=-1) + 1
+        if self.farthest is not None:
+            length = sinks.cached_length(length, self.farthest)
         return rule.place(q, k, at_q, at_k, length, tokens, few=few)
 
     def _rotate(

@@ -36,6 +36,7 @@ LAYERS = [
         "traits",
         "registry",
         "calls",
+        "sinks",
         "interface",
         "checks",
         "padding",

@@ -20,6 +20,7 @@ from effattn.kernels import decode, flash
 from effattn.kernels.flash.pattern import Layout, Window, first_real, layout_of
 from effattn.kernels.merge import merge
 from effattn.patterns.exact import ExactBackend, check_size, keys_back
+from effattn.positions.bound import Positions
 from effattn.registry import register
 from effattn.states.full import ROLLBACK, FullState, RingState, first_positions
 
@@ -101,6 +102,11 @@ class Longformer(ExactBackend):
             )
         if extras.get("global_qkv") is None:
             return extras
+        if isinstance(rotary, Positions) and rotary.scores:
+            raise Unsupported(
+                f"global_qkv: got positions {rotary.spec!r} too, which decide scores pair by pair; "
+                "valid are rules that turn q and k"
+            )
         q, k, v = extras["global_qkv"]
         past = 0 if state is None else state.seq_len
         start = None if padding_mask is None else first_real(padding_mask)
@@ -140,8 +146,8 @@ class Longformer(ExactBackend):
         visible = (near | chosen[:, :, None] | chosen[..., None]) & (i >= 0) & (j >= 0)
         return visible & (j <= i) if call.causal else visible
 
-    def _with_dropout(self, q, k, v, call: Call, impl: str, lse: bool):
-        out = super()._with_dropout(q, k, v, call, impl, lse)
+    def _by_definition(self, q, k, v, call: Call, lse: bool):
+        out = super()._by_definition(q, k, v, call, lse)
         return out if call.global_qkv is None else self._global_rows(q, k, v, call, out)
 
     def attend_few(self, q, k, v, call: Call, impl: str, lse: bool):

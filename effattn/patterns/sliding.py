@@ -21,6 +21,7 @@ from effattn.errors import Unsupported
 from effattn.interface import Call, Cost, Shape, Traits
 from effattn.kernels import flash
 from effattn.kernels.flash.pattern import Window
+from effattn.kernels.merge import merge
 from effattn.patterns.by_head import ByHead
 from effattn.patterns.dense import Dense
 from effattn.patterns.exact import ExactBackend, check_size, keys_back
@@ -75,6 +76,7 @@ class Sliding(ExactBackend):
         # StreamingLLM's section 3.2: positions count within the cache of sinks and window, so that
         # a query is never further from a sink than when the cache first was full
         self.farthest = self.window + sinks - 1 if sinks else None
+        self.first_keys = sinks
         self.by_head = None
         if self.windows is not None:
             self.by_head = self._by_head(self.windows)
@@ -191,6 +193,16 @@ class Sliding(ExactBackend):
             return None
         back = keys_back(self.window, causal)
         return Window(first=self.sinks, back=back, ahead=1 if causal else back)
+
+    def attended(self, q: Tensor, k: Tensor, v: Tensor, call: Call, lse: bool):
+        if call.sinks is None:
+            return super().attended(q, k, v, call, lse)
+        alone = Sliding(self.window, impl=self.impl)
+        near = alone.attended(q, k, v, replace(call, sinks=None), True)
+        self.chosen_impl = alone.chosen_impl
+        first = call.sinks.attention(call.scale, call.softcap, call.drop)
+        out, sums = merge([near, first])
+        return (out, sums) if lse else out
 
     def attend_many(self, q: Tensor, k: Tensor, v: Tensor, call: Call, impl: str, lse: bool):
         if self.dilation == 1:

@@ -46,11 +46,13 @@ def attention(
     far: Far | None = None,
     bias: Bias | None = None,
     drop: Dropout | None = None,
+    distance: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """(B, Hq, Tq, Dv) in q's dtype, and the log-sum-exp (B, Hq, Tq). Queries that see no key give 0
     and -inf.
 
-    far, drop: as for flash attention, which hands its calls over to be traced.
+    far, drop: as for flash attention, which hands its calls over to be traced. distance (1 or B,
+    Tq, Tk): of pairs, for far and bias; None: by the layout.
     """
     queries = q.shape[2]
     if counts is None and far is None and drop is None:
@@ -93,11 +95,12 @@ def attention(
             rows_far = _pack(turn.q_far, k.shape[1])
             out, lse = torch_turn.rerope(rows, rows_far, k, v, turn, layout, scale, mask, need_lse)
             return out.reshape(q.shape), lse.reshape(q.shape[:3]) if need_lse else None
-    scores = _scores(q, k, pattern, layout, q_first, turn, far) * scale
+    if distance is None and (far is not None or bias is not None):
+        distance = _distance(layout, queries, k.shape[2], q.device)
+    scores = _scores(q, k, pattern, layout, q_first, turn, far, distance) * scale
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     if bias is not None:
-        distance = _distance(layout, queries, k.shape[2], q.device)
         scores = scores + _pack_mask(bias.values(distance).transpose(0, 1), q.shape[1], k.shape[1])
     out, lse = _softmax(scores, v, mask, counts if repeated else None, q, drop)
     return out, lse if need_lse else None
@@ -260,7 +263,7 @@ def _fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -
 # -------------------------------------------------------------------------------------------------
 
 
-def _scores(q, k, pattern, layout, q_first, turn, far) -> Tensor:
+def _scores(q, k, pattern, layout, q_first, turn, far, distance) -> Tensor:
     """Products of rows and keys in at least fp32, (B, Hkv, R, Tk)."""
     work, kv_heads = torch.promote_types(q.dtype, torch.float32), k.shape[1]
     q, q_first = (None if x is None else _pack(x, kv_heads).to(work) for x in (q, q_first))
@@ -280,8 +283,7 @@ def _scores(q, k, pattern, layout, q_first, turn, far) -> Tensor:
         first = (position >= 0) & (position < pattern.first)
         scores = torch.where(first[:, None, None, :], scored(q_first), scores)
     if far is not None:
-        queries = far.q.shape[2]
-        is_far = _distance(layout, queries, k.shape[2], k.device)[:, None] >= far.window
+        is_far = distance[:, None] >= far.window
         other = _pack(far.q, kv_heads).to(work) @ far.k.to(work).transpose(-1, -2)
         scores = torch.where(_pack_mask(is_far, far.q.shape[1], kv_heads), other, scores)
     return scores
