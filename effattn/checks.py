@@ -34,6 +34,10 @@ class Checked(Described, Protocol):
         """Whether it honours rules that decide scores pair by pair."""
         ...
 
+    def places(self, rule: Positions) -> bool:
+        """Whether a method that is not exact honours this rule."""
+        ...
+
     @property
     def extras(self) -> tuple[str, ...]:
         """Which of a call's further arguments it honours."""
@@ -168,6 +172,8 @@ def check_positions(
             )
     if rule.causal_only and not causal:
         raise Unsupported(f"rotary: {rule.spec!r} needs causal=True")
+    if backend.places(rule):
+        return
     if rule.raw_keys and state is not None and not backend.traits.exact:
         raise Unsupported(
             f"rotary: {rule.spec!r} turns old keys anew as a sequence grows, and {backend.name} "
@@ -177,7 +183,7 @@ def check_positions(
     if rule.scores and not backend.score_rules:
         raise Unsupported(
             f"rotary: {rule.spec!r} decides scores pair by pair, which {backend.name} does not "
-            "compute; valid are exact patterns"
+            "compute; valid are exact patterns (with topk rerope too, clipped within its window)"
         )
     held = state is not None and (state.packed or state.static)
     if held and backend.farthest is not None and (rule.raw_keys or rule.scores):

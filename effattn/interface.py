@@ -282,7 +282,7 @@ class Backend(nn.Module):
         apart = sinks.needs(rotary, self.farthest)
         if isinstance(rotary, Positions) and (self.farthest is None or apart):
             placed = self._place(rotary, q, k, v, layout, packed)
-            if apart:
+            if apart and self.farthest is not None:
                 first = sinks.Sinks.of(rotary, q, k, v, layout, self.first_keys, self.farthest)
                 rules = {"sinks": first}
             q, k = placed.q, placed.k
@@ -317,8 +317,12 @@ class Backend(nn.Module):
             x.requires_grad for x in (*inputs, *self.parameters())
         )
 
-    def turns_keys(self, q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> bool:
+    def turns_keys(self, q: Tensor, k: Tensor, v: Tensor, layout: Layout, rule: Positions) -> bool:
         """Whether `attend` would turn raw keys by itself in this call (`Call.turn`)."""
+        return False
+
+    def places(self, rule: Positions) -> bool:
+        """Whether a method that is not exact honours this rule, beyond turning q and k."""
         return False
 
     def _check(self, q, k, v, causal, padding_mask, state, scale, rotary) -> None:
@@ -341,7 +345,7 @@ class Backend(nn.Module):
         """q and k where a position rule puts them; packed: k only when it is read."""
         # Where k is turned as it is read, its positions need not be made. Without padding all rows
         # have the same ones, and how many tokens there are is known without asking the device.
-        few, tokens = packed or self.turns_keys(q, k, v, layout), layout.tokens(k.shape[2])
+        few, tokens = packed or self.turns_keys(q, k, v, layout, rule), layout.tokens(k.shape[2])
         at_q = layout.query_positions(q.shape[2], k.shape[2], q.device)
         if layout.start is None:
             at_q, at_k, length = at_q[0], None, tokens

@@ -109,7 +109,7 @@ class ExactBackend(Backend):
             and "global_qkv" not in self.extras
         )
 
-    def turns_keys(self, q, k, v, layout):
+    def turns_keys(self, q, k, v, layout, rule):
         return self.impl != "reference" and self._few(q, k, v, layout)
 
     def _few(self, q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> bool:
