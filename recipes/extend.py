@@ -228,7 +228,7 @@ def load(settings: Settings, show: Quiet) -> tuple:
         plan = planner.make_plan(model, settings.to, tuned=bool(settings.tune_tokens))
         rule = chosen(settings, model, plan)
         window = training_window(settings, plan, **rule)
-        # attention with a rule of its own, which refuses dropout, say
+        # attention with a rule of its own, which may refuse what the model asks of it
         if settings.tune_tokens and (settings.memory or not rule["plain"]):
             own = {} if rule["plain"] else {"positions": rule["spec"]}
             swap(model, settings.memory, **own)

@@ -36,6 +36,8 @@ LAYERS = [
         "left_out",
         "traits",
         "registry",
+        "calls",
+        "sinks",
         "interface",
         "checks",
         "padding",

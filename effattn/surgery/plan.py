@@ -236,7 +236,7 @@ def _obstacle(layer: anatomy.Layer, plan: LayerPlan) -> str | None:
     ):
         return reason
     asked = None if plan.positions is None else plan.positions.in_call
-    if asked is not None and not plan.backend.traits.exact:
+    if asked is not None and not (plan.backend.traits.exact or plan.backend.places(asked)):
         return f"positions {asked.spec!r} need an exact pattern, which {plan.backend.name} is not"
     if asked is not None and "global_qkv" in plan.backend.extras:
         return (

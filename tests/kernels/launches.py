@@ -67,7 +67,7 @@ def flash(pattern=None, layout=None, *, backward=True, sizes=None, rules=None, *
 
 
 def _flash_cases() -> None:
-    from effattn.kernels.flash import Bias, Blocks, Far, Layout, Pattern, Window
+    from effattn.kernels.flash import Bias, Blocks, Dropout, Far, Layout, Pattern, Window
     from effattn.kernels.flash.pattern import layout_of
 
     patterns = {
@@ -107,6 +107,12 @@ def _flash_cases() -> None:
         def far(q, k):
             return {"far": Far(torch.empty_like(q), torch.empty_like(k), window=48)}
 
+        def drop(q, k, rows=2 if layout else 1):
+            numbers = torch.zeros(rows, k.shape[2], dtype=torch.int32, device=k.device)
+            return {"drop": Dropout(0.1, numbers.new_zeros(q.shape[:3]), numbers)}
+
+        case(f"flash dropout{layout}", layout=held, rules=drop)(flash)
+        case(f"flash dropout sinks{layout}", patterns["sinks"], held, rules=drop)(flash)
         case(f"flash far{layout}", layout=held, rules=far)(flash)
         case(f"flash far window{layout}", Window(back=100), held, rules=far)(flash)
         for kind, numbers in (("alibi", 1), ("kerple_log", 2), ("kerple_power", 2), ("table", 9)):
