@@ -20,7 +20,7 @@ from effattn.hf.beginning import bos_of, end_of
 from effattn.position_sampling import SampledPositions
 from effattn.training import lending as training
 from effattn.training.lora import adapters
-from effattn.training.uptrain import Steps
+from effattn.training.uptrain import Curve, Steps
 
 
 def default_lr(width: int) -> float:
@@ -43,12 +43,16 @@ def tune(
     seed: int = 0,
     bos: bool | None = None,
     save_every: int | None = None,
+    evaluate: Callable[[], dict] | None = None,
+    points: int = 6,
     progress: Callable[[int, int], None] | None = None,
     overrides: dict | None = None,
 ) -> dict:
     """Trains `model` in place on next tokens of `tokens` (N,) int64; returns {"tokens", "steps",
     "seconds", "learning_rate", "window", "sampling", "lora", "losses" (a number of steps and the
-    mean loss up to it)}.
+    mean loss up to it)}, and with `evaluate` "curve": what it says of the model as it would be
+    saved, before the first step and at `points` places on the way, {"tokens", ...} each; its time
+    is not in the seconds.
 
     sampling: how a window of `window` tokens gets positions below `target`: "pose", "random"
     (`SampledPositions`; the model's rule must be in its config), or None: positions count from 0,
@@ -80,15 +84,19 @@ def tune(
     end = end_of(model) if sampling is None else None
     windows = training.TokenWindows(tokens, window, count, seed, bos_of(model, bos), end)
     collator = {} if sampling is None else {"data_collator": SampledPositions(target, sampling)}
-    start = time.perf_counter()
+    start, callbacks = time.perf_counter(), [Steps(progress)] if progress else []
     low_rank = adapters(model, lora) if lora else contextlib.nullcontext()
     with low_rank as parameters, training.lent(model) as loan:
         if parameters is not None:
             loan.train_only(parameters)
+        curve = None
+        if evaluate is not None:
+            curve = Measured(Path(folder), -(-steps // points), per_step, loan, evaluate)
+            callbacks.append(curve)
         trainer = NextTokenTrainer(
             model=model,
             args=arguments,
-            callbacks=[Steps(progress)] if progress else [],
+            callbacks=callbacks,
             train_dataset=windows if sampling is None else Numbered(windows, seed),
             **collator,
         )
@@ -99,16 +107,32 @@ def tune(
         for row in trainer.state.log_history
         if "loss" in row
     ]
-    return {
+    found = {} if curve is None else {"curve": curve.points}
+    return found | {
         "tokens": steps * per_step,
         "steps": steps,
-        "seconds": time.perf_counter() - start,
+        "seconds": time.perf_counter() - start - (curve.seconds if curve else 0.0),
         "window": window,
         "sampling": sampling,
         "lora": lora,
         "learning_rate": arguments.learning_rate,
         "losses": losses,
     }
+
+
+class Measured(Curve):
+    """A curve of what `evaluate` says of the lent model as it will be saved; `seconds` of it."""
+
+    def __init__(self, folder: Path, every: int, tokens_per_step: int, loan, evaluate):
+        super().__init__(folder / "curve.json", every, tokens_per_step, self.as_saved)
+        self.loan, self.evaluate, self.seconds = loan, evaluate, 0.0
+
+    def as_saved(self) -> dict:
+        start = time.perf_counter()
+        with self.loan.as_saved():
+            found = self.evaluate()
+        self.seconds += time.perf_counter() - start
+        return found
 
 
 class NextTokenTrainer(Trainer):
