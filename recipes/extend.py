@@ -72,6 +72,11 @@ class Settings(options.Settings):
         "pose",
         "positions while tuning: pose, random, or none (windows as long as the target)",
     )
+    train_pattern: str | None = option(
+        None,
+        'an exact pattern to tune with, such as "s2(block=1024)", LongLoRA\'s; the checkpoint has '
+        "the model's own attention (with --sampling none)",
+    )
     window: int | None = whole(
         None,
         "tokens of a training window (default: the trained length; without sampling the target)",
@@ -79,6 +84,9 @@ class Settings(options.Settings):
     )
     lora: int = whole(
         0, "rank of LoRA adapters to tune instead (needs peft); 0: all weights", least=0
+    )
+    lora_plus: bool = option(
+        False, "with --lora, train the norms and embeddings, too", name="--lora-plus"
     )
     batch: int = whole(1, "windows a step and process", least=1)
     lr: float | None = real(None, "peak learning rate (default: by width)", above=0)
@@ -138,7 +146,7 @@ def extend(settings: Settings, show: Quiet) -> ExtendReport:
         swap(model, positions=rule["spec"])
         quality += measured(settings, show, "with the rule", model, text, plan)
         if settings.tune_tokens:
-            tuned = fine_tune(settings, show, model, text, window)
+            tuned = fine_tune(settings, show, model, text, window, plan, rule)
             quality += measured(settings, show, "after tuning", model, text, plan)
 
     told = describe(model)
@@ -180,6 +188,10 @@ def check(settings: Settings) -> None:
         raise ValueError(
             f"lora: got {settings.lora} without tune_tokens; valid is 0, or a budget to train on"
         )
+    if settings.lora_plus and not settings.lora:
+        raise ValueError("lora_plus: given without lora; valid is beside a rank, such as lora=8")
+    if settings.train_pattern is not None:
+        check_train_pattern(settings)
     if settings.tune_tokens and settings.output is None:
         raise ValueError(
             "tune_tokens: given without output; name the folder for the tuned checkpoint"
@@ -188,6 +200,21 @@ def check(settings: Settings) -> None:
         check_peft()
     if settings.output is not None:
         check_new_folder("output", settings.output)
+
+
+def check_train_pattern(settings: Settings) -> None:
+    """ValueError for a pattern that cannot be trained with here."""
+    from effattn.extending.tuning import check_pattern
+
+    given = settings.train_pattern
+    check_pattern("train_pattern", given)
+    if not settings.tune_tokens:
+        raise ValueError(f"train_pattern: got {given!r} without tune_tokens, a budget to train on")
+    if settings.sampling != WHOLE:
+        raise ValueError(
+            f"sampling: got {settings.sampling!r} with train_pattern, whose attention counts "
+            f"positions by itself; valid is {WHOLE!r} (windows of the target length)"
+        )
 
 
 def load(settings: Settings, show: Quiet) -> tuple:
@@ -210,9 +237,9 @@ def load(settings: Settings, show: Quiet) -> tuple:
         plan = planner.make_plan(model, settings.to, tuned=bool(settings.tune_tokens))
         rule = chosen(settings, model, plan)
         window = training_window(settings, plan, **rule)
-        # attention with a rule of its own, which refuses dropout, say
-        if settings.tune_tokens and not rule["plain"]:
-            swap(model, positions=rule["spec"])
+        # attention with a rule or a pattern of its own, which refuses dropout, say
+        if settings.tune_tokens and not (rule["plain"] and settings.train_pattern is None):
+            swap(model, training_pattern(settings, plan), positions=rule["spec"])
             try:
                 lending.rehearse(model)
             finally:
@@ -231,6 +258,14 @@ def chosen(settings: Settings, model, plan: Plan) -> dict[str, object]:
     parse(spec)
     order = positions.make(anatomy.of(model), spec)
     return {"spec": spec, "plain": spec == "rope" or order.config is not None}
+
+
+def training_pattern(settings: Settings, plan: Plan) -> dict[str, str] | None:
+    """What `swap` takes: the pattern in the layers that a rule goes to, since others have a window
+    of their own, which is short already."""
+    if settings.train_pattern is None:
+        return None
+    return {",".join(map(str, plan.layers)): settings.train_pattern}
 
 
 def training_window(settings: Settings, plan: Plan, spec: str, plain: bool) -> int:
@@ -297,13 +332,19 @@ def measured(
     return [{"stage": stage, "lengths": found}]
 
 
-def fine_tune(settings: Settings, show: Quiet, model, text: Streams, window: int) -> dict:
+def fine_tune(
+    settings: Settings, show: Quiet, model, text: Streams, window: int, plan: Plan, rule: dict
+) -> dict:
     """Trains the model with its rule, from the last checkpoint of an unfinished run if there is
     one."""
     from effattn.extending.tuning import tune
+    from effattn.surgery.swapping import restore, swap
 
+    pattern = training_pattern(settings, plan)
+    if pattern is not None:
+        swap(model, pattern)
     with show.stage(f"tuning on {settings.tune_tokens:,} tokens") as progress:
-        return tune(
+        found = tune(
             model,
             text.train,
             target=settings.to,
@@ -314,10 +355,14 @@ def fine_tune(settings: Settings, show: Quiet, model, text: Streams, window: int
             batch=settings.batch,
             lr=settings.lr,
             lora=settings.lora,
+            lora_plus=settings.lora_plus,
             seed=settings.seed,
             progress=progress,
             overrides={"use_cpu": model.device.type == "cpu"} | settings.overrides,
         )
+    if pattern is not None:  # what was learned so is used by the model's own attention
+        swap(restore(model), positions=rule["spec"])
+    return found | {"lora_plus": settings.lora_plus, "train_pattern": settings.train_pattern}
 
 
 def save(

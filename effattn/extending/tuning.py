@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PrinterCallback, Trainer
 
+from effattn import registry
 from effattn.evaluate.logits import training_loss
 from effattn.hf.beginning import bos_of, end_of
 from effattn.position_sampling import SampledPositions
@@ -26,6 +27,18 @@ from effattn.training.uptrain import Curve, Steps
 def default_lr(width: int) -> float:
     """Peak learning rate by width: 6e-4 up to 256, 2e-5 (YaRN's) at 4096."""
     return 6e-4 * min(1.0, 256 / width) ** 1.25
+
+
+def check_pattern(argument: str, spec: str) -> None:
+    """ValueError for a pattern that dense attention cannot take over from, once it was trained
+    with."""
+    backend = registry.backend(spec)
+    traits, learns = backend.traits, any(True for _ in backend.parameters())
+    if not (traits.exact and traits.causal) or traits.learned or learns:
+        raise ValueError(
+            f"{argument}: got {spec!r}, and dense attention is to take over; valid is a pattern "
+            "that is exact, causal and has nothing to learn, such as 's2(block=1024)'"
+        )
 
 
 def tune(
@@ -40,6 +53,7 @@ def tune(
     batch: int = 1,
     lr: float | None = None,
     lora: int = 0,
+    lora_plus: bool = False,
     seed: int = 0,
     bos: bool | None = None,
     save_every: int | None = None,
@@ -49,19 +63,19 @@ def tune(
     overrides: dict | None = None,
 ) -> dict:
     """Trains `model` in place on next tokens of `tokens` (N,) int64; returns {"tokens", "steps",
-    "seconds", "learning_rate", "window", "sampling", "lora", "losses" (a number of steps and the
-    mean loss up to it)}, and with `evaluate` "curve": what it says of the model as it would be
-    saved, before the first step and at `points` places on the way, {"tokens", ...} each; its time
-    is not in the seconds.
+    "seconds", "cpu_seconds" (of this process), "learning_rate", "window", "sampling", "lora",
+    "losses" (a number of steps and the mean loss up to it)}, and with `evaluate` "curve": what it
+    says of the model as it would be saved, before the first step and at `points` places on the way,
+    {"tokens", ...} each; its time is not in the seconds.
 
     sampling: how a window of `window` tokens gets positions below `target`: "pose", "random"
     (`SampledPositions`; the model's rule must be in its config), or None: positions count from 0,
     and windows should be as long as the target. train_tokens: the budget over all processes. lora:
     rank of adapters on the attention projections (needs peft), merged afterwards; 0 trains all
-    weights. folder: checkpoints, from which the same call goes on. bos: whether BOS takes
-    the place of each window's first token (None: as the model's tokenizer does it). overrides:
-    passed to TrainingArguments. A model in half precision is in fp32 while it trains, see
-    `training.lent`.
+    weights. lora_plus: beside the adapters, norms and embeddings are trained. folder: checkpoints,
+    from which the same call goes on. bos: whether BOS takes the place of each window's first token
+    (None: as the model's tokenizer does it). overrides: passed to TrainingArguments. A model in
+    half precision is in fp32 while it trains, see `training.lent`.
     """
     settings = {"disable_tqdm": True, "seed": seed} | training.placed(model) | (overrides or {})
     probe = training.arguments(
@@ -84,14 +98,15 @@ def tune(
     end = end_of(model) if sampling is None else None
     windows = training.TokenWindows(tokens, window, count, seed, bos_of(model, bos), end)
     collator = {} if sampling is None else {"data_collator": SampledPositions(target, sampling)}
-    start, callbacks = time.perf_counter(), [Steps(progress)] if progress else []
-    low_rank = adapters(model, lora) if lora else contextlib.nullcontext()
-    with low_rank as parameters, training.lent(model) as loan:
+    clock, callbacks = Clock(), [Steps(progress)] if progress else []
+    low_rank = adapters(model, lora, lora_plus) if lora else contextlib.nullcontext()
+    with low_rank as parameters, training.lent(model, frozen_stays=not lora_plus) as loan:
         if parameters is not None:
             loan.train_only(parameters)
         curve = None
         if evaluate is not None:
-            curve = Measured(Path(folder), -(-steps // points), per_step, loan, evaluate)
+            every = -(-steps // points)
+            curve = Measured(Path(folder), every, per_step, loan, evaluate, clock)
             callbacks.append(curve)
         trainer = NextTokenTrainer(
             model=model,
@@ -111,7 +126,7 @@ def tune(
     return found | {
         "tokens": steps * per_step,
         "steps": steps,
-        "seconds": time.perf_counter() - start - (curve.seconds if curve else 0.0),
+        **clock.read(),
         "window": window,
         "sampling": sampling,
         "lora": lora,
@@ -120,19 +135,46 @@ def tune(
     }
 
 
-class Measured(Curve):
-    """A curve of what `evaluate` says of the lent model as it will be saved; `seconds` of it."""
+class Clock:
+    """The seconds that pass, on the wall and of this process's processors, less what is paused."""
 
-    def __init__(self, folder: Path, every: int, tokens_per_step: int, loan, evaluate):
+    def __init__(self):
+        self.begun = self._now()
+
+    def _now(self) -> tuple[float, float]:
+        return time.perf_counter(), time.process_time()
+
+    def read(self) -> dict[str, float]:
+        """{"seconds", "cpu_seconds"} so far."""
+        names = ("seconds", "cpu_seconds")
+        return {
+            name: now - begun
+            for name, now, begun in zip(names, self._now(), self.begun, strict=True)
+        }
+
+    @contextlib.contextmanager
+    def paused(self):
+        """What is inside does not count."""
+        before = self._now()
+        yield
+        self.begun = tuple(
+            begun + now - then
+            for begun, now, then in zip(self.begun, self._now(), before, strict=True)
+        )
+
+
+class Measured(Curve):
+    """A curve of what `evaluate` says of the lent model as it will be saved, the clock paused."""
+
+    def __init__(
+        self, folder: Path, every: int, tokens_per_step: int, loan, evaluate, clock: Clock
+    ):
         super().__init__(folder / "curve.json", every, tokens_per_step, self.as_saved)
-        self.loan, self.evaluate, self.seconds = loan, evaluate, 0.0
+        self.loan, self.evaluate, self.clock = loan, evaluate, clock
 
     def as_saved(self) -> dict:
-        start = time.perf_counter()
-        with self.loan.as_saved():
-            found = self.evaluate()
-        self.seconds += time.perf_counter() - start
-        return found
+        with self.clock.paused(), self.loan.as_saved():
+            return self.evaluate()
 
 
 class NextTokenTrainer(Trainer):
