@@ -173,6 +173,7 @@ class Measured(Curve):
         self.loan, self.evaluate, self.clock = loan, evaluate, clock
 
     def as_saved(self) -> dict:
+        """A point's values."""
         with self.clock.paused(), self.loan.as_saved():
             return self.evaluate()
 

@@ -62,10 +62,9 @@ def adapters(model: nn.Module, rank: int, plus: bool = False):
 
 def norms_and_embeddings(model: nn.Module) -> list[nn.Parameter]:
     """What LoRA+ trains beside the adapters: the norms' gains and biases, the token embeddings."""
-    embeddings = model.get_input_embeddings()
+    norms = [one for one in model.modules() if "norm" in type(one).__name__.lower()]
     return [
         parameter
-        for module in model.modules()
-        if module is embeddings or "norm" in type(module).__name__.lower()
+        for module in (*norms, hf.of(model).embeddings)
         for parameter in module.parameters(recurse=False)
     ]
