@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 from test_conversion_report import data as conversion_data
 from test_extend_recipe import data as article_data
+from test_tuned_rules import made
 from test_fit_report import data as fit_data
 from test_measure_report import data as measure_data
 from test_quantize_report import data as quantize_data
@@ -391,7 +392,8 @@ def extend() -> str:
 
 
 def extend_context() -> str:
-    return ArticleReport(article_data()).to_html()
+    tuned = {"tokens": 200, "rules": made(pi=(4.0, 3.0, 2.5), ntk=(3.0, 2.9, 2.8)), "reach": []}
+    return ArticleReport(article_data() | {"tuned": tuned}).to_html()
 
 
 def structured() -> str:
@@ -527,5 +529,5 @@ PAGES: dict[str, tuple[Callable[[], str], int]] = {
     "shear": (shear, 5),
     "structured": (structured, 5),
     "extend": (extend, 2),
-    "extend_context": (extend_context, 4),
+    "extend_context": (extend_context, 6),
 }
