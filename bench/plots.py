@@ -20,7 +20,7 @@ from effattn.errors import check_choice
 from effattn.extending import tuned_report
 
 MARKER = re.compile(
-    r"(<!-- plot:(?P<folder>[\w.-]+)/(?P<name>\w+)/(?P<place>\d+) -->\n).*?(<!-- /plot -->)",
+    r"(<!-- plot:(?P<folder>[\w.-]+)/(?P<name>\w+)/(?P<place>\d+) -->\n).*?(?P<end><!-- /plot -->)",
     re.DOTALL,
 )
 PLOTS: dict[str, Callable[[Mapping], Sequence[Markup]]] = {
@@ -44,7 +44,7 @@ def update(text: str, root: Path, page: Path) -> tuple[str, dict[Path, str]]:
         figures[path] = standalone(drawn, data)
         title = re.search(r'aria-label="([^"]*)"', drawn)
         link = os.path.relpath(path, page.parent)
-        return f"{found[1]}![{title[1] if title else name}]({link})\n{found[4]}"
+        return f"{found[1]}![{title[1] if title else name}]({link})\n{found['end']}"
 
     return MARKER.sub(fill, text), figures
 

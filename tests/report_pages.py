@@ -8,10 +8,10 @@ from collections.abc import Callable
 
 from test_conversion_report import data as conversion_data
 from test_extend_recipe import data as article_data
-from test_tuned_rules import made
 from test_fit_report import data as fit_data
 from test_measure_report import data as measure_data
 from test_quantize_report import data as quantize_data
+from test_tuned_rules import made
 
 from effattn.extending.article_report import ArticleReport
 from effattn.extending.report import ExtendReport
