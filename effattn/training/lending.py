@@ -30,6 +30,9 @@ from effattn.resuming import newest_complete
 if TYPE_CHECKING:  # at its first use otherwise: it takes 150 MB
     from transformers import Trainer, TrainingArguments
 
+# what `uptrain` trains, by name; here, so that a wrong one is refused before the Trainer is loaded
+TRAINABLE = ("attention", "all")
+
 
 class TokenWindows(Dataset):
     """`count` training windows of `length` tokens from `tokens` (N,) int64, packed end to end.
