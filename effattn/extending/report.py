@@ -94,11 +94,8 @@ class ExtendReport(Document):
         if data["rule"].get("search"):
             found.append(self._search(data["rule"]["search"]))
         if data["tuning"]:
-            found.append(
-                pairs(
-                    TUNING, {key: value for key, value in data["tuning"].items() if key != "losses"}
-                )
-            )
+            told = {name: it for name, it in data["tuning"].items() if name != "losses"}
+            found.append(pairs(TUNING, told | told.pop("speed", {})))
         if data["verification"]:
             found.append(pairs("Checkpoint, loaded again", data["verification"]))
         return [*found, *about(data)]

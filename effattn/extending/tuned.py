@@ -85,9 +85,9 @@ def tuned(
     folder: Path,
     progress: Progress | None = None,
 ) -> dict:
-    """One rule's curve: {"name", "axes", "target", "tokens", "steps", "seconds", "learning_rate",
-    "curve"}; a point of the curve is {"tokens", "lengths": [{"length", "cross_entropy",
-    "perplexity", "accuracy"}]}.
+    """One rule's curve: {"name", "axes", "target", "tokens", "steps", "seconds", "speed",
+    "learning_rate", "curve"}; a point of the curve is {"tokens", "lengths": [{"length",
+    "cross_entropy", "perplexity", "accuracy"}]}.
 
     sequences: int64 (n, T + 1), T a multiple of each of `lengths`: the same held-out tokens are
     read in windows of each. The model itself stays as it is. folder: the tuning's checkpoints, from
@@ -102,7 +102,7 @@ def tuned(
 
     with rule.on(copy.deepcopy(model)) as learner:
         told = tuning.run(learner, target, folder, evaluate=measured, progress=progress)
-    names = ("tokens", "steps", "seconds", "learning_rate", "curve")
+    names = ("tokens", "steps", "seconds", "speed", "learning_rate", "curve")
     return {
         "name": rule.name,
         "axes": rule.axes,

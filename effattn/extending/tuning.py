@@ -63,8 +63,8 @@ def tune(
     overrides: dict | None = None,
 ) -> dict:
     """Trains `model` in place on next tokens of `tokens` (N,) int64; returns {"tokens", "steps",
-    "seconds", "cpu_seconds" (of this process), "learning_rate", "window", "sampling", "lora",
-    "losses" (a number of steps and the mean loss up to it)}, and with `evaluate` "curve": what it
+    "seconds", "speed" ({"cpu_seconds"} of this process), "learning_rate", "window", "sampling",
+    "lora", "losses" (a number of steps and the mean loss up to it)}, and with `evaluate` "curve": what it
     says of the model as it would be saved, before the first step and at `points` places on the way,
     {"tokens", ...} each; its time is not in the seconds.
 
@@ -144,13 +144,10 @@ class Clock:
     def _now(self) -> tuple[float, float]:
         return time.perf_counter(), time.process_time()
 
-    def read(self) -> dict[str, float]:
-        """{"seconds", "cpu_seconds"} so far."""
-        names = ("seconds", "cpu_seconds")
-        return {
-            name: now - begun
-            for name, now, begun in zip(names, self._now(), self.begun, strict=True)
-        }
+    def read(self) -> dict:
+        """{"seconds", "speed": {"cpu_seconds"}} so far."""
+        wall, cpu = (now - begun for now, begun in zip(self._now(), self.begun, strict=True))
+        return {"seconds": wall, "speed": {"cpu_seconds": cpu}}
 
     @contextlib.contextmanager
     def paused(self):

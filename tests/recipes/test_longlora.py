@@ -61,7 +61,7 @@ def test_the_pattern_is_there_while_it_trains_and_gone_afterwards(folder, tmp_pa
     report = extend.run(job(folder, tmp_path / "far"))
     assert seen == [{BLOCK}] * 2
     assert report.data["tuning"]["train_pattern"] == BLOCK
-    assert report.data["tuning"]["cpu_seconds"] > 0
+    assert report.data["tuning"]["speed"]["cpu_seconds"] > 0
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "far")
     assert model.config.rope_parameters["rope_type"] == "linear"
     assert not hasattr(model.config, "effattn")
