@@ -64,9 +64,9 @@ def tune(
 ) -> dict:
     """Trains `model` in place on next tokens of `tokens` (N,) int64; returns {"tokens", "steps",
     "seconds", "speed" ({"cpu_seconds"} of this process), "learning_rate", "window", "sampling",
-    "lora", "losses" (a number of steps and the mean loss up to it)}, and with `evaluate` "curve": what it
-    says of the model as it would be saved, before the first step and at `points` places on the way,
-    {"tokens", ...} each; its time is not in the seconds.
+    "lora", "losses" (a number of steps and the mean loss up to it)}, and with `evaluate` "curve":
+    what it says of the model as it would be saved, before the first step and at `points` places on
+    the way, {"tokens", ...} each; its time is not in the seconds.
 
     sampling: how a window of `window` tokens gets positions below `target`: "pose", "random"
     (`SampledPositions`; the model's rule must be in its config), or None: positions count from 0,
