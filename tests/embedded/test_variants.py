@@ -45,7 +45,7 @@ def test_windows_reach_three_quarters_of_the_training_length():
     assert making.axes_of("hwfa", 4, 512, 64)["pattern"] == {"0-2": "sliding(window=64)"}
 
 
-@pytest.mark.parametrize("variant", ["logn", "hwfa"])
+@pytest.mark.parametrize("variant", [pytest.param("logn", marks=pytest.mark.slow), "hwfa"])
 def test_a_variant_is_trained_saved_and_loaded_as_what_it_is(texts, tmp_path, variant):
     card = pretrain_embedded.run(Settings(tmp_path / "out", variant=variant, **SMALL))
     assert card["variant"] == variant

@@ -154,9 +154,10 @@ def test_extend_searches_goes_on_after_a_stop_and_saves_what_it_found(
     report = extend.run(settings)
     assert len(more) == 10 - 8 + 2, "and two rules on other prompts"
     assert not settings.partial.exists()
-    whole = extend.run(job(folder, tmp_path / "whole"))
-    assert report.data["rule"] == whole.data["rule"]
-    found = report.data["rule"]["search"]
+    found, own_model = report.data["rule"]["search"], effattn.load(folder)
+    tokenizer = effattn.embedded.tokenizer()
+    assert longrope.find(own_model, tokenizer, settings.rule, 256) == found, "without a stop"
+    assert active(own_model) is None
     assert found["candidates"] == 10
     assert found["nats"] == min(found["generations"]) <= min(found["starts"].values())
     model = effattn.load(tmp_path / "far")

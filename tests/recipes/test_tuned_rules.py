@@ -180,6 +180,7 @@ class Stop(TrainerCallback):
             raise KeyboardInterrupt
 
 
+@pytest.mark.slow
 def test_the_whole_job_goes_on_with_the_same_numbers(folder, text, tmp_path, monkeypatch):
     def told(report) -> dict:
         found = copy.deepcopy(report.data["tuned"])
