@@ -34,6 +34,7 @@ _FUNCTIONS = {
     "rehost": "effattn.rehosting.rehosted",
     "restore": "effattn.surgery.swapping",
     "save": "effattn.surgery.checkpoint",
+    "shrink": "effattn.fitting.shrinking",
     "swap": "effattn.surgery.swapping",
 }
 _MODULES = ("conformance", "embedded", "evaluate", "kernels", "positions", "prune", "quant")

@@ -15,7 +15,7 @@ import math
 import re
 from typing import NoReturn, TypeVar
 
-Spec = TypeVar("Spec")  # what is said of a layer
+Spec = TypeVar("Spec")  # a string, or what a caller made of one
 
 
 def parse_spec(text: str) -> tuple[str, dict]:
@@ -146,8 +146,8 @@ def parse_layers(
 
 
 def by_layer(
-    asked: str | dict[str | int, str], layers: int, argument: str = "pattern"
-) -> dict[int, str]:
+    asked: Spec | dict[str | int, Spec], layers: int, argument: str = "pattern"
+) -> dict[int, Spec]:
     """layer -> spec of one spec for all layers, or of a dict as for `parse_layers`."""
     if isinstance(asked, dict):
         return parse_layers(asked, layers, argument)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from effattn.hf.anatomy import Layer
 from effattn.hf.placement import device_of
 from effattn.interface import Backend
-from effattn.specs import parse_layers
+from effattn.specs import by_layer
 from effattn.states import caches
 from effattn.states.caches import LayerCache
 
@@ -20,11 +20,7 @@ Asked = str | LayerCache
 def parse(cache: Asked | dict[str | int, Asked], layers: int) -> dict[int, Asked]:
     """layer -> what was asked for. ValueError for what means nothing, with the nearest valid
     name."""
-    asked: dict[int, Asked] = (
-        parse_layers(cache, layers, "cache")
-        if isinstance(cache, dict)
-        else dict.fromkeys(range(layers), cache)
-    )
+    asked: dict[int, Asked] = by_layer(cache, layers, "cache")
     for one in dict.fromkeys(asked.values()):
         if not isinstance(one, LayerCache):
             caches.parse(one)

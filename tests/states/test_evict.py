@@ -315,7 +315,7 @@ def test_in_a_model(tmp_path):
     spec = "evict(policy='expected', keep=0.5, sinks=2, recent=8)"
     swap(model, cache={"0": spec, "1": "evict(policy='norm', keep=24, recent=8)"})
     told = describe(model).layers
-    assert next(layer["cache"] for layer in told) == spec
+    assert told[0]["cache"] == spec
     assert [layer["grows"] for layer in told] == [True, False]
     assert told[0]["kv_bytes_per_token"] * 2 == told[1]["kv_bytes_per_token"]
     assert torch.allclose(model(IDS).logits, plain, atol=1e-5)  # a prompt sees all of itself

@@ -94,6 +94,7 @@ class Subject:
                 self.rotary = self.rotary if turned else None
         elif kind in CACHES:
             self.state = caches.parse(CACHES[kind][1]).new_state(self.backend)
+            self.rotary = None if self.state.packed else ROPE  # evict: rotated already
         else:
             self.state = self.backend.new_state()
         some = [torch.randn(1, heads, 3, self.dim, dtype=self.dtype) for heads in (H, HKV, HKV)]
