@@ -22,7 +22,7 @@ and writes. `recipes/extend_context.py` sets all rules side by side.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
@@ -52,7 +52,7 @@ def one_length(name: str, text: str) -> int:
 
 
 @dataclass
-class Settings(options.Settings):
+class Settings(options.Saving):
     """Plan a longer context: what each position rule promises, which to take, and the checkpoint,
     tuned if need be.
     """
@@ -99,6 +99,7 @@ class Settings(options.Settings):
     device: str = options.device_name()
     overrides: dict = field(default_factory=dict)  # for TrainingArguments, from Python alone
 
+    COMMAND: ClassVar = "extend"
     WIDTH: ClassVar = 160
 
     @property
@@ -227,7 +228,7 @@ def load(settings: Settings, show: Quiet) -> tuple:
         plan = planner.make_plan(model, settings.to, tuned=bool(settings.tune_tokens))
         rule = chosen(settings, model, plan)
         window = training_window(settings, plan, **rule)
-        # attention with a rule of its own, which refuses dropout, say
+        # attention with a rule of its own, which may refuse what the model asks of it
         if settings.tune_tokens and (settings.memory or not rule["plain"]):
             own = {} if rule["plain"] else {"positions": rule["spec"]}
             swap(model, settings.memory, **own)
@@ -353,7 +354,7 @@ def save(
 
     from effattn.surgery import checkpoint
 
-    with flow.saving(settings, show) as folder:
+    with flow.saving(settings, show, report) as folder:
         model.config.use_cache = True
         checkpoint.save(model, folder, tokenizer)
         vocabulary = model.get_input_embeddings().weight.shape[0]
@@ -361,12 +362,11 @@ def save(
         _, found = checkpoint.load_again(folder, model, ids)
         files = sorted(file.name for file in folder.iterdir())
         report.data["verification"] = found | {"files": ", ".join(files)}
-        report.save(folder)
 
 
 def asked_for(settings: Settings, model, text: Streams | None) -> dict[str, object]:
     """What the report says of the settings, the model first."""
-    asked = {"model": settings.model} | as_json(asdict(settings))
+    asked = {"model": settings.model} | as_json(settings.told())
     told = {"source": None} if text is None else {"source": text.source} | flow.fed(text, model)
     return asked | told
 

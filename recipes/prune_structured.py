@@ -25,7 +25,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import typer
 
@@ -58,7 +58,7 @@ def parse_amount(name: str, text: str | None) -> int | float | None:
 
 
 @dataclass
-class Settings(options.Settings):
+class Settings(options.Saving):
     """Cut whole heads, FFN dimensions and layers out: a smaller plain checkpoint, and what that
     cost and saved.
     """
@@ -104,6 +104,8 @@ class Settings(options.Settings):
     decode_contexts: Sequence[int] = options.decode_contexts((512, 4096))
     seed: int = options.random_seed("the random criterion")
     device: str = options.device_name()
+
+    COMMAND: ClassVar = "prune structured"
 
     @property
     def amounts(self) -> dict[str, int | float | None]:
@@ -175,11 +177,10 @@ def prune(settings: Settings, show: Quiet) -> StructuredReport:
         with show.stage("timing decode steps") as progress:
             models = {"before": model, "after": small}
             report.data["decode"] = rows_by_context(models, settings.decode_contexts, progress)
-    with flow.saving(settings, show, plain=not settings.uneven) as folder:
+    with flow.saving(settings, show, report, plain=not settings.uneven) as folder:
         ids = text.evaluation[: min(64, length)]
         report.data["verification"] = save(settings, folder, small, tokenizer, ids)
         weigh(settings, folder, report.data["sizes"])
-        report.save(folder)
     return report
 
 

@@ -21,6 +21,7 @@ from effattn.errors import Unsupported
 from effattn.interface import Call, Cost, Shape, Traits
 from effattn.kernels import flash
 from effattn.kernels.flash.pattern import Window
+from effattn.kernels.merge import merge
 from effattn.patterns.by_head import ByHead
 from effattn.patterns.compressed import Compressed
 from effattn.patterns.dense import Dense
@@ -84,10 +85,12 @@ class Sliding(ExactBackend):
         # StreamingLLM's section 3.2: positions count within the cache of sinks and window, so that
         # a query is never further from a sink than when the cache first was full
         self.farthest = self.window + sinks - 1 if sinks else None
+        self.first_keys = sinks
         self.compressed = None
         if compress is not None or means is not None:
             self.compressed = self._compressed(compress, means)
             self.farthest = self.compressed.farthest
+            self.extras = tuple(name for name in self.extras if name != "dropout")
             self.traits = replace(
                 self.traits, exact=False, bidirectional=False, state="ring, means of what left it"
             )
@@ -157,7 +160,9 @@ class Sliding(ExactBackend):
         """As `Backend.run`; where windows differ by head, group by group."""
         if self.compressed is not None:
             return self._run_compressed(q, k, v, padding_mask, state, scale, rotary, extras)
-        defined = self.impl == "reference" and state is None and rotary is None
+        # which weights are dropped is drawn by each group of heads
+        whole = state is None and rotary is None and not extras.get("dropout")
+        defined = self.impl == "reference" and whole
         if self.by_head is None or defined:
             return super().run(q, k, v, causal, padding_mask, state, scale, rotary, extras)
         for one in self.by_head.backends:
@@ -246,6 +251,16 @@ class Sliding(ExactBackend):
             return None
         back = keys_back(self.window, causal)
         return Window(first=self.sinks, back=back, ahead=1 if causal else back)
+
+    def attended(self, q: Tensor, k: Tensor, v: Tensor, call: Call, lse: bool):
+        if call.sinks is None:
+            return super().attended(q, k, v, call, lse)
+        alone = Sliding(self.window, impl=self.impl)
+        near = alone.attended(q, k, v, replace(call, sinks=None), True)
+        self.chosen_impl = alone.chosen_impl
+        first = call.sinks.attention(call.scale, call.softcap, call.drop)
+        out, sums = merge([near, first])
+        return (out, sums) if lse else out
 
     def attend_many(self, q: Tensor, k: Tensor, v: Tensor, call: Call, impl: str, lse: bool):
         if self.dilation == 1:
