@@ -11,6 +11,7 @@ from test_extend_recipe import data as article_data
 from test_fit_report import data as fit_data
 from test_measure_report import data as measure_data
 from test_quantize_report import data as quantize_data
+from test_tuned_rules import made
 
 from effattn.arena.report import ArenaReport
 from effattn.exporting.report import ExportReport
@@ -394,7 +395,8 @@ def extend() -> str:
 
 
 def extend_context() -> str:
-    return ArticleReport(article_data()).to_html()
+    tuned = {"tokens": 200, "rules": made(pi=(4.0, 3.0, 2.5), ntk=(3.0, 2.9, 2.8)), "reach": []}
+    return ArticleReport(article_data() | {"tuned": tuned}).to_html()
 
 
 def structured() -> str:
@@ -593,7 +595,7 @@ PAGES: dict[str, tuple[Callable[[], str], int]] = {
     "shear": (shear, 5),
     "structured": (structured, 5),
     "extend": (extend, 2),
-    "extend_context": (extend_context, 4),
+    "extend_context": (extend_context, 6),
     "export": (export, 0),
     "rehost": (rehost, 0),
     "arena": (arena, 4),

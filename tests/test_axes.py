@@ -68,6 +68,7 @@ APART = {
     "pattern": {
         "effattn/extending/rules.py": "a window with and without sinks is a row of the article",
         "effattn/left_out.py": "what to take instead of a method that is not here",
+        "effattn/extending/tuning.py": "an example in an error",
         "effattn/linearizing/decay.py": "fits what `linear` and `gated` alone have",
         "effattn/positions/ntk.py": "a variant of NTK is called fixed",
         "effattn/profiling/operations.py": "a model's own layer: everything, or a window",
@@ -80,6 +81,7 @@ APART = {
     },
     "position rule": {
         "effattn/extending/article_plots.py": "two rules are drawn first",
+        "effattn/extending/tuned_report.py": "what is claimed of some rules",
         "effattn/hf/positions.py": "rope is what the model has already",
         "effattn/exporting/gguf_file.py": "what llama.cpp has of transformers' rules",
         "effattn/positions/kerple.py": "a kind of KERPLE is called power",
@@ -122,6 +124,7 @@ AGREE = {
     "position rule": {
         "effattn/extending/planner.py": "what the planner may advise, each with its own reason",
         "effattn/extending/rules.py": "the rules that the article compares",
+        "effattn/extending/tuned.py": "the rules that are made for fine-tuning",
         "effattn/positions/base.py": "an error names the rules for models without rotary positions",
     },
     # Triton has no objects: a coding that is no integer is a branch in each kernel
