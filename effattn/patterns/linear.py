@@ -16,7 +16,7 @@ import math
 from dataclasses import replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.parameter import UninitializedParameter, is_lazy
 
 from effattn.errors import Unsupported, check_choice
