@@ -28,6 +28,8 @@ ROWS = {
         ({"window": 5, "sinks": 2}, False),
         ({"window": 3, "dilation": 2}, True),
         ({"window": 5, "sink_logits": True}, True),
+        ({"window": 6, "sinks": 2, "compress": 2, "means": 3}, False),
+        ({"window": 4, "compress": 4, "means": 2}, False),
     ],
     "longformer": [
         ({"window": 5, "global_tokens": 2}, True),
