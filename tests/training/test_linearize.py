@@ -129,7 +129,13 @@ def test_transfer_trains_what_it_says_and_brings_layers_closer(tokens, tmp_path,
     assert distances(student, parent, [tokens[:64].view(2, 32)])
 
 
-@pytest.mark.parametrize("spec", ["gated(delta=True, gate='feature')", "hybrid(window=8, sinks=1)"])
+@pytest.mark.parametrize(
+    "spec",
+    [
+        "gated(delta=True, gate='feature')",
+        pytest.param("hybrid(window=8, sinks=1)", marks=pytest.mark.slow),
+    ],
+)
 def test_gates_and_balances_learn_in_the_transfer(spec, tokens, tmp_path):
     parent, student = swapped(spec)
     parameters = dict(hf.of(student).layers[1].attention.effattn_pattern.named_parameters())
