@@ -72,7 +72,8 @@ def _evaluated(settings: Saving, show: Quiet, folder: Path) -> dict:
         said = "the parent" if side == "before" else "the result"
         with show.stage(f"loading {said} for lm-evaluation-harness"):
             model, tokenizer = load_model(name, bos=getattr(settings, "bos", None))
-            model.to(flow.device(settings.device))
+            if (place := flow.device(settings.device)).type != model.device.type:
+                model.to(place)
         length = length or prompt_length(model)
         found[side] = {}
         for task in settings.lm_eval:
