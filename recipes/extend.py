@@ -72,6 +72,11 @@ class Settings(options.Saving):
         "pose",
         "positions while tuning: pose, random, or none (windows as long as the target)",
     )
+    memory: str | None = option(
+        None,
+        "pattern of a tuning in windows that follow each other, each with the memory of those "
+        "before, such as 'block(block=512, look_back=1)'; without sampling",
+    )
     window: int | None = whole(
         None,
         "tokens of a training window (default: the trained length; without sampling the target)",
@@ -169,6 +174,7 @@ def extend(settings: Settings, show: Quiet) -> ExtendReport:
 def check(settings: Settings) -> None:
     """Everything that can be known to be wrong before a model is loaded. Raises ValueError."""
     from effattn.errors import check_choice
+    from effattn.extending.tuning import check_memory
     from effattn.outputs import check_new_folder
     from effattn.position_sampling import METHODS
     from effattn.training.lora import check_peft
@@ -185,10 +191,21 @@ def check(settings: Settings) -> None:
         raise ValueError(
             "tune_tokens: given without output; name the folder for the tuned checkpoint"
         )
+    if settings.memory is not None:
+        check_memory(settings.memory, sampling_of(settings))
+        if not settings.tune_tokens:
+            raise ValueError(
+                f"memory: got {settings.memory!r} without tune_tokens; valid is a budget to tune on"
+            )
     if settings.lora:
         check_peft()
     if settings.output is not None:
         check_new_folder("output", settings.output)
+
+
+def sampling_of(settings: Settings) -> str | None:
+    """How `tune` is told of the sampling."""
+    return None if settings.sampling == WHOLE else settings.sampling
 
 
 def load(settings: Settings, show: Quiet) -> tuple:
@@ -211,9 +228,10 @@ def load(settings: Settings, show: Quiet) -> tuple:
         plan = planner.make_plan(model, settings.to, tuned=bool(settings.tune_tokens))
         rule = chosen(settings, model, plan)
         window = training_window(settings, plan, **rule)
-        # attention with a rule of its own, which refuses dropout, say
-        if settings.tune_tokens and not rule["plain"]:
-            swap(model, positions=rule["spec"])
+        # attention with a rule of its own, which may refuse what the model asks of it
+        if settings.tune_tokens and (settings.memory or not rule["plain"]):
+            own = {} if rule["plain"] else {"positions": rule["spec"]}
+            swap(model, settings.memory, **own)
             try:
                 lending.rehearse(model)
             finally:
@@ -236,7 +254,12 @@ def chosen(settings: Settings, model, plan: Plan) -> dict[str, object]:
 
 def training_window(settings: Settings, plan: Plan, spec: str, plain: bool) -> int:
     """Tokens of a training window. ValueError for what cannot be trained so."""
-    full = settings.sampling == WHOLE
+    if settings.memory is not None and not plain:
+        raise ValueError(
+            f"memory: got {settings.memory!r} with {spec!r}, which counts positions by itself; "
+            "valid is a rule that transformers has, such as yarn"
+        )
+    full = settings.sampling == WHOLE and settings.memory is None
     window = settings.window or (settings.to if full else plan.trained)
     if window > settings.to:
         raise ValueError(f"window: got {window}, valid is at most the target ({settings.to})")
@@ -311,7 +334,8 @@ def fine_tune(settings: Settings, show: Quiet, model, text: Streams, window: int
             window=window,
             train_tokens=settings.tune_tokens,
             folder=settings.partial / "tuning",
-            sampling=None if settings.sampling == WHOLE else settings.sampling,
+            sampling=sampling_of(settings),
+            memory=settings.memory,
             batch=settings.batch,
             lr=settings.lr,
             lora=settings.lora,

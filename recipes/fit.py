@@ -18,7 +18,6 @@ command goes on from there, also with another budget.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -68,7 +67,9 @@ class Settings(options.Saving):
     batch: int = whole(1, "sequences in the cache", least=1)
     frontier: bool = option(False, f"search {POINTS} budgets instead, and save no checkpoint")
     allow: Sequence[str] = names(
-        (), "axes to search: heads,cache,window,ffn,weights (default: all)"
+        (),
+        "axes to search: heads,latent,skip,cache,window,ffn,weights,projections,sparsity "
+        "(default: all)",
     )
     forbid: Sequence[str] = names((), "axes to leave out")
     keep: str | None = option(None, "what stays as it is: weights, or cache")
@@ -162,14 +163,14 @@ def fit(settings: Settings, show: Quiet) -> FitReport:
     made_with = flow.made_with(parent, "torch", "transformers")
     kept = Parts(settings.partial / "parts.json", settings.kept(), made_with, "fit")
 
-    # Every candidate alone in its layer, re-fitted: what it harms, and where that is a limit what
-    # it takes of a step's time.
+    # What each candidate takes of a step's time, where that is a limit; then what it harms, alone
+    # in its layer and re-fitted.
+    if STEP in budget.given:
+        with show.stage("timing candidates") as progress:
+            session.time(kept, progress)
     count = sum(len(values) for ladder in session.ladders for values in ladder.values())
     with show.stage(f"measuring {count} candidates") as progress:
         space = session.space(kept, progress)
-    if STEP in budget.given:
-        with show.stage("timing candidates") as progress:
-            session.time(space, kept, progress)
 
     report = FitReport(facts.begin(settings.kept(), session, space, text))
     if settings.frontier:
@@ -253,7 +254,7 @@ def plan(settings: Settings, show: Quiet, kept: Parts, session: Session, space: 
     with show.stage("solving, and measuring whole plans") as progress:
         return search(
             space,
-            session.limits(space),
+            session.limits(),
             session.measure(kept),
             rounds=settings.rounds,
             progress=progress,
@@ -317,34 +318,29 @@ def finish(
 def recover(
     settings: Settings, show: Quiet, session: Session, shaped, found: Found, text: Streams
 ) -> tuple:
-    """(the shaped model, trained towards the parent; what was done). A plan that changes no heads
-    and no widths has nothing that could be trained back."""
-    from effattn.fitting.plan import SHAPED
-    from effattn.hf import anatomy
+    """(the shaped model, trained towards the parent; what was done)."""
+    from effattn.fitting import recovery
     from effattn.training.uptrain import uptrain
 
-    parent = session.builder.parent
-    if not any(name in SHAPED for _, name, _ in found.best.plan.changes(parent)):
-        return shaped, {"tokens": 0, "reason": "the plan changes no heads and no FFN widths"}
-    student = copy.deepcopy(shaped)  # it shares weights with its teacher otherwise
-    layers = [p for layer in anatomy.of(student) for p in layer.block.parameters()]
-    with show.stage(f"distilling on {settings.recover_tokens:,} tokens") as progress:
-        told = uptrain(
-            student,
-            session.parts.model,
-            text.train,
-            train_tokens=settings.recover_tokens,
-            folder=settings.partial / "recover",
-            evaluation=text.evaluation[: settings.evaluation_tokens],
-            length=session.length,
-            batch=settings.recover_batch,
-            lr=settings.lr,
-            trainable=layers,
-            seed=settings.seed,
-            progress=progress,
-            overrides={"use_cpu": student.device.type == "cpu"} | settings.overrides,
-        )
-    return student, told
+    def train(student, layers) -> dict:
+        with show.stage(f"distilling on {settings.recover_tokens:,} tokens") as progress:
+            return uptrain(
+                student,
+                session.parts.model,
+                text.train,
+                train_tokens=settings.recover_tokens,
+                folder=settings.partial / "recover",
+                evaluation=text.evaluation[: settings.evaluation_tokens],
+                length=session.length,
+                batch=settings.recover_batch,
+                lr=settings.lr,
+                trainable=layers,
+                seed=settings.seed,
+                progress=progress,
+                overrides={"use_cpu": student.device.type == "cpu"} | settings.overrides,
+            )
+
+    return recovery.recover(shaped, found.best.plan, session.builder.parent, train)
 
 
 def retrieval(

@@ -74,6 +74,12 @@ class Settings(options.Saving):
     )
     ffn: int | float | None = option(None, "FFN dimensions: the same", read=parse_amount)
     layers: int | float | None = option(None, "layers: the same", read=parse_amount)
+    uneven: bool = option(
+        False,
+        "how many stay is meant on average: each layer keeps what is among the best of all layers; "
+        "what comes out needs effattn to load",
+        name="--uneven",
+    )
     criteria: Sequence[str] = several(
         ("taylor",),
         "taylor (default), obs, michel, activation, flap, wanda_sum, block_influence or random, or "
@@ -171,9 +177,9 @@ def prune(settings: Settings, show: Quiet) -> StructuredReport:
         with show.stage("timing decode steps") as progress:
             models = {"before": model, "after": small}
             report.data["decode"] = rows_by_context(models, settings.decode_contexts, progress)
-    with flow.saving(settings, show, report, plain=True) as folder:
+    with flow.saving(settings, show, report, plain=not settings.uneven) as folder:
         ids = text.evaluation[: min(64, length)]
-        report.data["verification"] = flow.save_plain(folder, small, tokenizer, ids)
+        report.data["verification"] = save(settings, folder, small, tokenizer, ids)
         weigh(settings, folder, report.data["sizes"])
     return report
 
@@ -239,7 +245,7 @@ def load(settings: Settings, show: Quiet, named: Sequence[Criterion]) -> tuple:
         model, tokenizer = load_model(settings.model, bos=settings.bos)
         model.to(flow.device(settings.device))
         for criterion in named:
-            plan_of(anatomy.of(model), settings.amounts, criterion)
+            plan_of(anatomy.of(model), settings.amounts, criterion, not settings.uneven)
     return model, tokenizer
 
 
@@ -279,6 +285,7 @@ def pruned(
         criterion=criterion,
         compensate=settings.compensate and solve,
         bias=settings.bias and solve,
+        uniform=not settings.uneven,
         length=settings.length,
         seed=settings.seed,
         progress=progress,
@@ -293,6 +300,19 @@ def measured(row: dict, show: Quiet, model, cut, text: Streams, length: int) -> 
     what = f"measuring {row['criterion']}, solved again: {row['compensation']}"
     with show.stage(what) as progress:
         return row | compare(model, cut, text.evaluation, length, progress=progress)
+
+
+def save(settings: Settings, folder: Path, small, tokenizer, ids) -> dict:
+    """Writes the checkpoint, and proves that it gives the same logits when it is loaded again: by
+    transformers alone in a fresh process, or where layers differ by effattn. RuntimeError
+    otherwise."""
+    from effattn.surgery import checkpoint
+
+    if not settings.uneven:
+        return flow.save_plain(folder, small, tokenizer, ids)
+    small.config.use_cache = True
+    checkpoint.save(small, folder, tokenizer)
+    return checkpoint.load_again(folder, small, ids)[1]
 
 
 def weigh(settings: Settings, folder: Path, sizes: dict) -> None:

@@ -38,13 +38,14 @@ def save(model: PreTrainedModel, path: str | Path, tokenizer=None) -> Path:
 
     Weights are written as safetensors in their own dtypes. Raises ValueError for a folder that is
     not empty and for weights with NaN or Inf, and Unsupported for adapters that are not merged,
-    which the checkpoint would lose (peft saves them by itself). If anything fails, nothing is left
-    behind."""
+    which the checkpoint would lose (peft saves them by itself), and for caches that were made of
+    objects (`effattn.kvpress`). If anything fails, nothing is left behind."""
     # All checks before the folder: it appears with everything in it, or not at all.
     packing.steady(model)
     require_own_weights(model)
     placement.require_own(model, "save")
     check_finite(model)
+    record.check_caches(model)
     with atomic_folder(path) as folder, placement.saving(model):
         learned = record.learned(model)
         plain = {name: tensor for name, tensor in model.state_dict().items() if name not in learned}
