@@ -32,6 +32,7 @@ SUBJECTS = {
     "convert_gqa": ("Fewer KV heads: methods, uptraining curves", "recipes/sweep_gqa.py"),
     "extend_context": ("Position rules past the trained length", "recipes/extend_context.py"),
     "kernels": ("Kernels' predicted share of an H200's limits", "python -m bench.kernels"),
+    "loading": ("from_pretrained after import effattn", "python -m bench.loading"),
     "linearize_all": ("Every layer linear", "effattn linearize"),
     "linearize_hybrid": ("Linear, every fourth a window", "effattn linearize --keep-every 4"),
     "linearize_monarch": ("Monarch projections", "effattn linearize --projections"),
