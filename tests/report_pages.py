@@ -11,7 +11,9 @@ from test_extend_recipe import data as article_data
 from test_fit_report import data as fit_data
 from test_measure_report import data as measure_data
 from test_quantize_report import data as quantize_data
+from test_tuned_rules import made
 
+from effattn.arena.report import ArenaReport
 from effattn.exporting.report import ExportReport
 from effattn.extending.article_report import ArticleReport
 from effattn.extending.report import ExtendReport
@@ -393,7 +395,8 @@ def extend() -> str:
 
 
 def extend_context() -> str:
-    return ArticleReport(article_data()).to_html()
+    tuned = {"tokens": 200, "rules": made(pi=(4.0, 3.0, 2.5), ntk=(3.0, 2.9, 2.8)), "reach": []}
+    return ArticleReport(article_data() | {"tuned": tuned}).to_html()
 
 
 def structured() -> str:
@@ -546,6 +549,37 @@ def rehost() -> str:
     return RehostReport(data).to_html()
 
 
+def arena() -> str:
+    rows = [
+        {
+            "task": task,
+            "pattern": pattern,
+            "pretraining": before,
+            "accuracy": 0.3 + place / 10,
+            "error": 0.01,
+            "loss": 1.5,
+            "majority": 0.2,
+            "parameters": 100_000,
+            "seconds": 10.0 + place,
+            "ms": 30.0 + place,
+            "peak_bytes": (20 + place) << 20,
+            "tokens": 144,
+        }
+        for task in ("listops", "pathfinder_images")
+        for place, (pattern, before) in enumerate(
+            [("linear", 0), ("dense", 0), ("sliding(window=17)", 0), ("linear", 100)]
+        )
+    ]
+    data = {
+        "kind": "lra",
+        "settings": {"steps": 100, "batch": 32},
+        "model": {"width": 64, "layers": 2, "heads": 4},
+        "rows": rows,
+        "environment": {"device": "a CPU", "threads": 1},
+    }
+    return ArenaReport(data).to_html()
+
+
 # name -> (maker of the HTML, its number of plots)
 PAGES: dict[str, tuple[Callable[[], str], int]] = {
     "prune_oneshot": (prune_oneshot, 3),
@@ -561,7 +595,8 @@ PAGES: dict[str, tuple[Callable[[], str], int]] = {
     "shear": (shear, 5),
     "structured": (structured, 5),
     "extend": (extend, 2),
-    "extend_context": (extend_context, 4),
+    "extend_context": (extend_context, 6),
     "export": (export, 0),
     "rehost": (rehost, 0),
+    "arena": (arena, 4),
 }
