@@ -9,7 +9,7 @@
 # make gpu-cache   its kernels, compiled here for ARCH=sm_90 to runs/gpu-cache.zip, by GPU_PYTHON's Triton
 # make gpu-versions   .venv-gpu-versions: the oldest torch, Triton and transformers, and the tests that need them
 # make real   what the documentation claims, on SmolLM2-135M and English text, which it fetches: hours; goes on after a stop
-# make docs   the documentation as a site, to site/; make pages: its tables and figures, from results/ and the code
+# make docs   runs the documentation's examples and builds it as a site, to site/; make pages: its tables and figures, from results/ and the code
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
@@ -85,6 +85,7 @@ real: $(REAL)
 
 # Strict: a broken link or a name that is not there fails.
 docs: $(DOCS)
+	$(BIN)/python -m pytest -m example -n auto tests/docs
 	$(BIN)/mkdocs build --strict --quiet
 
 pages readme-figures: $(STAMP)
@@ -98,7 +99,7 @@ lint: $(STAMP)
 
 kernels: $(STAMP)
 	$(BIN)/python -m pytest -m '(launch or interpreted) and not slow' -n auto --dist worksteal \
-		tests/kernels tests/patterns/test_conformance.py tests/bench/test_gpu_day.py
+		tests/kernels tests/patterns tests/bench/test_gpu_day.py
 	$(BIN)/effattn kernels
 
 clean:

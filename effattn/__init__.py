@@ -25,6 +25,7 @@ _FUNCTIONS = {
     "fit": "effattn.fitting.fit",
     "fit_windows": "effattn.swapping.windows",
     "flex_attention": "effattn.kernels.flex",
+    "kvpress": "effattn.hf.presses",
     "load": "effattn.surgery.checkpoint",
     "measure": "effattn.measuring.measurement",
     "measure_approximation": "effattn.linearizing.approximation",

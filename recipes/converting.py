@@ -49,7 +49,7 @@ def check(settings) -> None:
     ValueError."""
     from effattn.errors import check_choice
     from effattn.outputs import check_new_folder
-    from effattn.training.uptrain import TRAINABLE
+    from effattn.training.lending import TRAINABLE
 
     if hasattr(settings, "trainable"):
         check_choice("trainable", settings.trainable, TRAINABLE)

@@ -44,7 +44,7 @@ DEPTHS = (0.1, 0.5, 0.9)
 
 
 @dataclass
-class Settings(options.Settings):
+class Settings(options.Saving):
     """Fit a checkpoint to a budget: bytes, cache, parameters or speed; each layer becomes what
     harms the whole least.
     """
@@ -92,6 +92,7 @@ class Settings(options.Settings):
     device: str = options.device_name()
     overrides: dict = field(default_factory=dict)  # for TrainingArguments, from Python alone
 
+    COMMAND: ClassVar = "fit"
     LIMITS: ClassVar = (
         "bytes",
         "kv_bytes_per_token",
@@ -106,6 +107,11 @@ class Settings(options.Settings):
     @property
     def partial(self) -> Path:
         return flow.partial_folder(self.output)
+
+    @property
+    def saves(self) -> bool:
+        """Whether one plan is built."""
+        return not self.frontier
 
     @property
     def asked(self) -> Asked:
@@ -173,10 +179,9 @@ def fit(settings: Settings, show: Quiet) -> FitReport:
         found = plan(settings, show, kept, session, space)
         report.data |= facts.plan_of(session, space, found)
         finish(settings, show, kept, report, session, found, tokenizer, text)
-    with flow.saving(settings, show) as folder:
+    with flow.saving(settings, show, report) as folder:
         if not settings.frontier:
             save(settings, folder, report, session, tokenizer, text)
-        report.save(folder)
     flow.discard(settings.partial)
     return report
 

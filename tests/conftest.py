@@ -141,7 +141,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if item.path.stem in QUICK.get(item.path.parent.name, ()):
             item.add_marker("quick")
         elif (
-            item.path.parent.name == "kernels"
+            item.path.parent.name in ("kernels", "patterns")
             and "triton" in f"{item.path.name}::{item.name}"
             and not torch.cuda.is_available()
         ):

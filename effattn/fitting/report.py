@@ -12,6 +12,7 @@ from torch import nn
 
 from effattn.fitting import report_plots as plots
 from effattn.fitting.budget import SAID
+from effattn.reports.common import harness_tables
 from effattn.reports.document import Document
 from effattn.reports.page import Passage, Section, markdown_text, page
 from effattn.reports.tables import Table, data_size, number, pairs
@@ -230,7 +231,7 @@ class FitReport(Document):
 
     def _about(self) -> list[Table]:
         facts = {key: self._said(value) for key, value in self.data["settings"].items()}
-        found = [pairs("Settings", facts)]
+        found = [*harness_tables(self.data), pairs("Settings", facts)]
         for title, name in (("Recovery", "recovery"), ("Proof", "verification")):
             if own := self.part(name):
                 plain = {k: v for k, v in own.items() if not isinstance(v, list | dict)}

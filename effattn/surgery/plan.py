@@ -55,7 +55,7 @@ def make(
     pattern: str | dict[str | int, str] | None,
     options: dict,
     positions: dict[int, LayerPositions | None] | None = None,
-    cache: dict[int, str] | None = None,
+    cache: dict[int, str | caches.LayerCache] | None = None,
     latent: bool = False,
 ) -> dict[int, LayerPlan]:
     """layer -> its plan. ValueError for what means nothing, Unsupported for what this model or a
@@ -229,8 +229,14 @@ def _obstacle(layer: anatomy.Layer, plan: LayerPlan) -> str | None:
         return reason
     if plan.cache is not None and (reason := caches.obstacle(layer, plan.backend, plan.cache)):
         return reason
+    if (
+        plan.cache is not None
+        and plan.positions is not None
+        and (reason := plan.cache.refuses_rule(plan.positions.rule.spec))
+    ):
+        return reason
     asked = None if plan.positions is None else plan.positions.in_call
-    if asked is not None and not plan.backend.traits.exact:
+    if asked is not None and not (plan.backend.traits.exact or plan.backend.places(asked)):
         return f"positions {asked.spec!r} need an exact pattern, which {plan.backend.name} is not"
     if asked is not None and "global_qkv" in plan.backend.extras:
         return (

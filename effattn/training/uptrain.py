@@ -36,7 +36,7 @@ from effattn.training import lending as training
 
 CE_WEIGHT = 0.05
 LAYER_WEIGHT = 30.0  # 10 to 60 were alike
-TRAINABLE = ("attention", "all")
+TRAINABLE = training.TRAINABLE
 
 
 def default_lr(parts: hf.Anatomy) -> float:

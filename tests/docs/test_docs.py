@@ -107,6 +107,7 @@ def command(group: typer.Typer, words: list[str]) -> set[str]:
     return {name for p in found.params for name in (*p.opts, *p.secondary_opts)}
 
 
+@pytest.mark.example
 def test_the_front_page_runs(tmp_path):
     """The Python of the README, on the embedded model, on less text so that it stays quick."""
     (code,) = blocks(ROOT / "README.md", "python")
@@ -117,6 +118,7 @@ def test_the_front_page_runs(tmp_path):
     assert (tmp_path / "runs" / "gqa2" / "config.json").is_file()
 
 
+@pytest.mark.example
 @pytest.mark.parametrize(
     "script",
     EXAMPLES,
