@@ -131,6 +131,7 @@ AGREE = {
     # Triton has no objects: a coding that is no integer is a branch in each kernel
     "cache format": {
         "effattn/fitting/candidates.py": "which formats, and how, a budget is searched with",
+        "effattn/states/evict.py": "which formats pack a token by itself, and in what groups",
     }
     | {
         f"kernels/{file}": "a coding is a branch in each kernel"
