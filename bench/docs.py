@@ -13,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from bench import compatibility, kernels, pages
+from bench import compatibility, kernels, pages, plots
 from bench.day import page as day
 from bench.real import page as real
 from bench.real.steps import subjects
@@ -31,10 +31,14 @@ SUBJECTS = {
     "bench_sparsegpt": ("SparseGPT against llmcompressor", "recipes/bench.py --only SparseGPT"),
     "convert_gqa": ("Fewer KV heads: methods, uptraining curves", "recipes/sweep_gqa.py"),
     "extend_context": ("Position rules past the trained length", "recipes/extend_context.py"),
+    "extend_context_tuned": ("Rules tuned to 2,048 tokens", "extend_context.py --tune-tokens 100k"),
+    "extend_longlora": ("LongLoRA beside whole attention", "effattn extend --train-pattern"),
+    "extend_longrope": ("Factors of longrope, searched for", "effattn extend --rule longrope(...)"),
     "kernels": ("Kernels' predicted share of an H200's limits", "python -m bench.kernels"),
     "linearize_all": ("Every layer linear", "effattn linearize"),
     "linearize_hybrid": ("Linear, every fourth a window", "effattn linearize --keep-every 4"),
     "linearize_monarch": ("Monarch projections", "effattn linearize --projections"),
+    "lra": ("A small encoder with every pattern on ListOps", "recipes/lra.py --tasks listops"),
     "prune_oneshot": ("SparseGPT, Wanda, magnitude", "effattn prune oneshot"),
     "prune_structured": ("A quarter of the FFN away", "effattn prune structured"),
     "shear": ("Sheared, gates by Taylor, all baselines", "effattn shear --compare"),
@@ -82,8 +86,9 @@ def wanted(root: Path) -> dict[Path, str]:
         text = compatibility.update(text)
         for made in (real, kernels, day):
             text = made.update(text, root)
+        text, drawn = plots.update(text, root, page.relative_to(root))
         found[page] = text
-        found |= {root / path: svg for path, svg in figures.items()}
+        found |= {root / path: svg for path, svg in (figures | drawn).items()}
     for folder in sorted(path for path in (root / "results").iterdir() if path.is_dir()):
         for one in (folder, folder / REAL):
             if one.is_dir():

@@ -22,23 +22,22 @@ and writes. `recipes/extend_context.py` sets all rules side by side.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 import typer
 
-from effattn.recipes import flow, options
+from effattn.recipes import extend_tuning, flow, options
+from effattn.recipes.extend_tuning import fine_tune, training_pattern, training_window
 from effattn.recipes.options import contexts_of, option, real, tokens, whole
-from effattn.resuming import as_json
+from effattn.resuming import Parts, as_json
 from effattn.stages import Quiet, main_process
 
 if TYPE_CHECKING:
     from effattn.extending.planner import Plan
     from effattn.extending.report import ExtendReport
     from effattn.textdata import Streams
-
-WHOLE = "none"  # as a sampling: windows as long as the target
 
 
 def one_length(name: str, text: str) -> int:
@@ -52,7 +51,7 @@ def one_length(name: str, text: str) -> int:
 
 
 @dataclass
-class Settings(options.Settings):
+class Settings(options.Saving):
     """Plan a longer context: what each position rule promises, which to take, and the checkpoint,
     tuned if need be.
     """
@@ -61,8 +60,8 @@ class Settings(options.Settings):
     model: str = options.model_name()
     rule: str | None = option(
         None,
-        'a rule such as "yarn(length=4096)" or "rerope(window=192)+logn", or a name from the plan '
-        "(default: the recommended one)",
+        'a rule such as "yarn(length=4096)", "rerope(window=192)+logn" or "longrope(length=4096, '
+        'search=40)", or a name from the plan (default: the recommended one)',
     )
     output: Path | None = option(
         None, "new folder for the checkpoint and its report; without it, only the plan is printed"
@@ -72,6 +71,16 @@ class Settings(options.Settings):
         "pose",
         "positions while tuning: pose, random, or none (windows as long as the target)",
     )
+    memory: str | None = option(
+        None,
+        "pattern of a tuning in windows that follow each other, each with the memory of those "
+        "before, such as 'block(block=512, look_back=1)'; without sampling",
+    )
+    train_pattern: str | None = option(
+        None,
+        'an exact pattern to tune with, such as "s2(block=1024)", LongLoRA\'s; the checkpoint has '
+        "the model's own attention (with --sampling none)",
+    )
     window: int | None = whole(
         None,
         "tokens of a training window (default: the trained length; without sampling the target)",
@@ -79,6 +88,9 @@ class Settings(options.Settings):
     )
     lora: int = whole(
         0, "rank of LoRA adapters to tune instead (needs peft); 0: all weights", least=0
+    )
+    lora_plus: bool = option(
+        False, "with --lora, train the norms and embeddings, too", name="--lora-plus"
     )
     batch: int = whole(1, "windows a step and process", least=1)
     lr: float | None = real(None, "peak learning rate (default: by width)", above=0)
@@ -94,6 +106,7 @@ class Settings(options.Settings):
     device: str = options.device_name()
     overrides: dict = field(default_factory=dict)  # for TrainingArguments, from Python alone
 
+    COMMAND: ClassVar = "extend"
     WIDTH: ClassVar = 160
 
     @property
@@ -138,7 +151,7 @@ def extend(settings: Settings, show: Quiet) -> ExtendReport:
         swap(model, positions=rule["spec"])
         quality += measured(settings, show, "with the rule", model, text, plan)
         if settings.tune_tokens:
-            tuned = fine_tune(settings, show, model, text, window)
+            tuned = fine_tune(settings, show, model, text, window, plan, rule)
             quality += measured(settings, show, "after tuning", model, text, plan)
 
     told = describe(model)
@@ -167,25 +180,15 @@ def extend(settings: Settings, show: Quiet) -> ExtendReport:
 
 def check(settings: Settings) -> None:
     """Everything that can be known to be wrong before a model is loaded. Raises ValueError."""
-    from effattn.errors import check_choice
+    from effattn.extending import longrope
     from effattn.outputs import check_new_folder
-    from effattn.position_sampling import METHODS
-    from effattn.training.lora import check_peft
 
     flow.device(settings.device)
-    check_choice("sampling", settings.sampling, (*METHODS, WHOLE))
+    extend_tuning.check(settings)
     if type(settings.to) is not int or settings.to < 1:
         raise ValueError(f"to: got {settings.to}, valid is a whole number of at least 1")
-    if settings.lora and not settings.tune_tokens:
-        raise ValueError(
-            f"lora: got {settings.lora} without tune_tokens; valid is 0, or a budget to train on"
-        )
-    if settings.tune_tokens and settings.output is None:
-        raise ValueError(
-            "tune_tokens: given without output; name the folder for the tuned checkpoint"
-        )
-    if settings.lora:
-        check_peft()
+    if settings.output is None and longrope.candidates_of(settings.rule):
+        raise ValueError("rule: longrope(search=...) without output, where what it tried is kept")
     if settings.output is not None:
         check_new_folder("output", settings.output)
 
@@ -209,45 +212,61 @@ def load(settings: Settings, show: Quiet) -> tuple:
             check_room("output", settings.output, weight_bytes(model))
         plan = planner.make_plan(model, settings.to, tuned=bool(settings.tune_tokens))
         rule = chosen(settings, model, plan)
-        window = training_window(settings, plan, **rule)
-        # attention with a rule of its own, which may refuse what the model asks of it
-        if settings.tune_tokens and not rule["plain"]:
-            swap(model, positions=rule["spec"])
+        window = training_window(settings, plan, rule["spec"], rule["plain"])
+        # attention with a rule or a pattern of its own, which refuses dropout, say
+        own = settings.memory or training_pattern(settings, plan)
+        if settings.tune_tokens and not (rule["plain"] and own is None):
+            rules = {} if settings.memory else {"positions": rule["spec"]}
+            swap(model, own, **rules)
             try:
                 lending.rehearse(model)
             finally:
                 restore(model)
+    if (found := search(settings, show, model, tokenizer)) is not None:
+        rule |= {"spec": found["spec"], "search": found}
     return model, tokenizer, plan, rule, window
 
 
-def chosen(settings: Settings, model, plan: Plan) -> dict[str, object]:
-    """{"spec": what to apply, "plain": whether plain transformers computes it}. Raises what the
-    rule's parts raise."""
+def search(settings: Settings, show: Quiet, model, tokenizer) -> dict | None:
+    """The factors of longrope(search=...), from where an unfinished run stopped; None for other
+    rules."""
+    from effattn import embedded
+    from effattn.extending import longrope
+
+    if not longrope.candidates_of(settings.rule):
+        return None
+    flow.check_unfinished(settings, begin=True)
+    file = settings.partial / "search.json" if main_process() else None
+    made_with = flow.made_with(model, "device", "torch", "transformers")
+    kept = Parts(file, as_json(settings.kept()), made_with, "extend")
+    how = {"style": "code" if str(settings.model) == embedded.NAME else "text"}
+    with show.stage("searching the factors of longrope") as progress:
+        return longrope.find(
+            model,
+            tokenizer,
+            settings.rule,
+            settings.to,
+            seed=settings.seed,
+            once=kept.once,
+            progress=progress,
+            **how,
+        )
+
+
+def chosen(settings: Settings, model, plan: Plan) -> dict:
+    """{"spec": what to apply, "plain": whether plain transformers computes it}; of what is searched
+    for, where that begins. Raises what the rule's parts raise."""
+    from effattn.extending import longrope
     from effattn.hf import anatomy, positions
     from effattn.positions.registry import parse
 
     named = plan.candidate(settings.rule) if settings.rule else plan.recommended
     spec = settings.rule if named is None else named.spec
+    if longrope.candidates_of(spec):
+        spec = longrope.first_spec(model, spec, settings.to)
     parse(spec)
     order = positions.make(anatomy.of(model), spec)
     return {"spec": spec, "plain": spec == "rope" or order.config is not None}
-
-
-def training_window(settings: Settings, plan: Plan, spec: str, plain: bool) -> int:
-    """Tokens of a training window. ValueError for what cannot be trained so."""
-    full = settings.sampling == WHOLE
-    window = settings.window or (settings.to if full else plan.trained)
-    if window > settings.to:
-        raise ValueError(f"window: got {window}, valid is at most the target ({settings.to})")
-    if settings.tune_tokens and not (plain or full):
-        # None where the config has one set of parameters for layers with and without a window
-        held = any(one.plain for one in plan.candidates if one.name != "rope")
-        other = ", or a rule that transformers has, such as yarn" if held else ""
-        raise ValueError(
-            f"sampling: got {settings.sampling!r}, and {spec!r} counts positions by itself; valid "
-            f"is 'none' (windows of the target length){other}"
-        )
-    return window
 
 
 def read(settings: Settings, show: Quiet, tokenizer, window: int) -> Streams | None:
@@ -297,29 +316,6 @@ def measured(
     return [{"stage": stage, "lengths": found}]
 
 
-def fine_tune(settings: Settings, show: Quiet, model, text: Streams, window: int) -> dict:
-    """Trains the model with its rule, from the last checkpoint of an unfinished run if there is
-    one."""
-    from effattn.extending.tuning import tune
-
-    with show.stage(f"tuning on {settings.tune_tokens:,} tokens") as progress:
-        return tune(
-            model,
-            text.train,
-            target=settings.to,
-            window=window,
-            train_tokens=settings.tune_tokens,
-            folder=settings.partial / "tuning",
-            sampling=None if settings.sampling == WHOLE else settings.sampling,
-            batch=settings.batch,
-            lr=settings.lr,
-            lora=settings.lora,
-            seed=settings.seed,
-            progress=progress,
-            overrides={"use_cpu": model.device.type == "cpu"} | settings.overrides,
-        )
-
-
 def save(
     settings: Settings, show: Quiet, report: ExtendReport, model, tokenizer, plan: Plan
 ) -> None:
@@ -329,7 +325,7 @@ def save(
 
     from effattn.surgery import checkpoint
 
-    with flow.saving(settings, show) as folder:
+    with flow.saving(settings, show, report) as folder:
         model.config.use_cache = True
         checkpoint.save(model, folder, tokenizer)
         vocabulary = model.get_input_embeddings().weight.shape[0]
@@ -337,12 +333,11 @@ def save(
         _, found = checkpoint.load_again(folder, model, ids)
         files = sorted(file.name for file in folder.iterdir())
         report.data["verification"] = found | {"files": ", ".join(files)}
-        report.save(folder)
 
 
 def asked_for(settings: Settings, model, text: Streams | None) -> dict[str, object]:
     """What the report says of the settings, the model first."""
-    asked = {"model": settings.model} | as_json(asdict(settings))
+    asked = {"model": settings.model} | as_json(settings.told())
     told = {"source": None} if text is None else {"source": text.source} | flow.fed(text, model)
     return asked | told
 

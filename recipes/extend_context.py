@@ -4,6 +4,8 @@ any checkpoint.
     python recipes/extend_context.py --output runs/positions
     python recipes/extend_context.py --rules rerope,yarn --sequences 4 \
         --lengths 512,4k --output runs/few
+    python recipes/extend_context.py --rules baseline --tune-tokens 300k \
+        --lengths 512,2k --output runs/tuned
 
 `--help` lists every option. From Python:
 
@@ -14,8 +16,10 @@ To choose a rule for a checkpoint and write it: `effattn extend`.
 
 Each rule reads the same tokens in windows of every length, so that a longer window differs in
 nothing but what it can see; the same text repeated, so that copying from far back pays; and prompts
-whose answer lies far back. Every finished part is kept in `.<output>.partial.json` beside the
-output: the same command goes on from there.
+whose answer lies far back. With `--tune-tokens` the rules that are made for fine-tuning are tuned
+to each longer length, and their losses stand against the tokens tuned on. Every finished part is
+kept in `.<output>.partial.json` beside the output, and an unfinished tuning's checkpoints in
+`.<output>.partial`: the same command goes on from there.
 """
 
 from __future__ import annotations
@@ -29,9 +33,18 @@ import typer
 
 from effattn.evaluate import DEPTHS
 from effattn.outputs import check_file, claim_all, sweep
-from effattn.recipes import flow, options
+from effattn.recipes import flow, options, tuned_rules
 from effattn.recipes.console import console, console_of
-from effattn.recipes.options import contexts, contexts_of, names, option, real, several, whole
+from effattn.recipes.options import (
+    contexts,
+    contexts_of,
+    names,
+    option,
+    real,
+    several,
+    tokens,
+    whole,
+)
 from effattn.resuming import Parts, as_json, partial_file, what_is_kept
 from effattn.stages import Quiet
 
@@ -77,6 +90,18 @@ class Settings(options.Settings):
     retrieval_style: str | None = option(
         None, "of the passkey: text, or code (default: code for the embedded model)"
     )
+    tune_tokens: int = tokens(0, "to fine-tune each rule of --tune-rules on; 0: none")
+    tune_rules: Sequence[str] = names(
+        (), "of none, pi, ntk, yarn, abf: those to tune, to each longer length (default: all)"
+    )
+    tune_lr: float | None = real(None, "constant learning rate (default: by width)", above=0)
+    tune_text: Sequence[Path] = several((), "UTF-8 text to tune on, apart from what is measured on")
+    reach: Sequence[int] = contexts(
+        (2, 4, 8),
+        "with --tune-tokens: trained lengths that the scaling law promises bases for, which are "
+        "tuned at the trained length and measured; or none",
+        least=2,
+    )
     text: Sequence[Path] = several((), "UTF-8 documents to measure on; repeat for more")
     dataset: str | None = options.dataset_name()
     column: str | None = options.text_column()
@@ -86,7 +111,8 @@ class Settings(options.Settings):
     seed: int = options.random_seed("the prompts")
     device: str = options.device_name()
 
-    APART: ClassVar = ("json", "rules", "logn")  # a rule's part is the same beside others
+    # a rule's part is the same beside others
+    APART: ClassVar = ("json", "rules", "logn", "tune_rules", "reach")
     WIDTH: ClassVar = 160
 
     @property
@@ -94,6 +120,12 @@ class Settings(options.Settings):
         """None when nothing is written at all."""
         target = self.output or self.json
         return None if target is None else partial_file(target)
+
+    @property
+    def training(self) -> Path | None:
+        """Where an unfinished tuning keeps its checkpoints."""
+        target = self.output or self.json
+        return None if target is None else flow.partial_folder(target)
 
     def stopped(self) -> str:
         """How many finished parts are kept, and where."""
@@ -125,6 +157,7 @@ def side_by_side(settings: Settings, show: Quiet) -> ArticleReport:
 
     model, tokenizer, trained, lengths, rules = load(settings, show)
     sequences, source = read(settings, show, tokenizer, lengths)
+    tuning = tuned_rules.read(settings, show, tokenizer)
     period = settings.period or 3 * trained // 2
     resolved = as_json(settings.kept() | {"lengths": lengths, "period": period})
     made_with = flow.made_with(model, "device", "torch", "transformers")
@@ -150,6 +183,11 @@ def side_by_side(settings: Settings, show: Quiet) -> ArticleReport:
             with rule.on(model):
                 answers = flow.part(show, kept, stage, name, copying.ask, task, model, **how)
         rows.append(row | {"retrieval": answers})
+    tuned = None
+    if tuning is not None:
+        longest = lengths[0] * 2 * max(settings.reach, default=1)
+        far, _ = read(settings, show, tokenizer, [longest])
+        tuned = tuned_rules.tune(settings, show, kept, model, tuning, sequences, lengths, far)
 
     prompts = {
         "source": source,
@@ -166,6 +204,7 @@ def side_by_side(settings: Settings, show: Quiet) -> ArticleReport:
         "task_learned": learned,
         "within": within,
         "rules": rows,
+        "tuned": tuned,
         "environment": environment(),
     }
     report = ArticleReport(numbers(data))
@@ -173,6 +212,8 @@ def side_by_side(settings: Settings, show: Quiet) -> ArticleReport:
         report.save(settings.output)
     if settings.json is not None:
         report.save_json(settings.json)
+    if settings.training is not None:
+        flow.discard(settings.training)
     kept.discard()
     return report
 
@@ -189,6 +230,7 @@ def check(settings: Settings) -> None:
     if settings.retrieval_style is not None:
         check_choice("retrieval_style", settings.retrieval_style, STYLES)
     check_source(settings.text, settings.dataset)
+    tuned_rules.check(settings)
     written = settings.output and Path(settings.output) / flow.REPORT
     for argument, file in (("output", written), ("json", settings.json)):
         if file is not None:

@@ -1,6 +1,7 @@
 """Pretrain the embedded model: a small multi-head Llama on the source of Python's standard library.
 
     python recipes/pretrain_embedded.py --output runs/embedded --tokens 12_000_000
+    python recipes/pretrain_embedded.py --output runs/logn --variant logn
 
 Run it again to go on after a kill. With more than one GPU: `accelerate launch
 recipes/pretrain_embedded.py ...`. From Python:
@@ -28,6 +29,7 @@ import typer
 
 from effattn.recipes import flow, options
 from effattn.recipes.options import option, real, whole
+from effattn.resuming import check_settings
 from effattn.stages import Quiet, main_process
 
 if TYPE_CHECKING:
@@ -46,6 +48,16 @@ class Settings(options.Settings):
     length: int = whole(512, "training length in tokens", least=8)
     batch: int = whole(4, "windows a step and a process", least=1)
     lr: float = real(2e-3, "peak learning rate", above=0)
+    variant: str = option(
+        "dense",
+        "dense; logn: queries times log n / log T; hwfa: windows in all layers but the last, which "
+        "has no positions and log n",
+    )
+    window: int | None = whole(
+        None,
+        "of hwfa, in tokens (default: all together reach three quarters of the length)",
+        least=2,
+    )
     compile: bool = option(False, "torch.compile the model")
     overrides: dict = field(default_factory=dict)  # for TrainingArguments, from Python alone
 
@@ -57,6 +69,7 @@ def run(settings: Settings, show: Quiet | None = None) -> dict:
     from effattn.outputs import check_writable, claim
 
     output = Path(settings.output)
+    check(settings)
     check_writable("output", output)
     # Rank 0 writes. What is written lies in a staging folder until it is whole.
     with claim("output", output) if main_process() else nullcontext() as staging:
@@ -71,6 +84,28 @@ def run(settings: Settings, show: Quiet | None = None) -> dict:
 
 # The steps
 # -------------------------------------------------------------------------------------------------
+
+
+def check(settings: Settings) -> None:
+    """ValueError for a variant that is none, or that an unfinished run in the output is not."""
+    from effattn.embedded.making import VARIANTS
+    from effattn.errors import check_choice
+
+    check_choice("variant", settings.variant, VARIANTS)
+    if settings.variant == "hwfa" and settings.layers < 2:
+        raise ValueError(
+            f"layers: got {settings.layers}, valid for hwfa is at least 2: its last one is full"
+        )
+    if settings.window is not None and settings.variant != "hwfa":
+        raise ValueError(
+            f"window: got {settings.window} with variant {settings.variant!r}; valid is with 'hwfa'"
+        )
+    check_settings(Path(settings.output) / "run", variant_of(settings), write=False)
+
+
+def variant_of(settings: Settings) -> dict[str, object]:
+    """What says of a run which model it trains."""
+    return {"variant": settings.variant, "window": settings.window}
 
 
 def tokenizer_of(settings: Settings, output: Path, staging: Path | None) -> PreTrainedTokenizerFast:
@@ -89,14 +124,18 @@ def tokenizer_of(settings: Settings, output: Path, staging: Path | None) -> PreT
 
 
 def model_of(settings: Settings, tokenizer) -> LlamaForCausalLM:
-    """Random weights from a fixed seed."""
+    """Random weights from a fixed seed, and the variant's attention."""
     import torch
     from transformers import LlamaForCausalLM
 
-    from effattn.embedded.making import config
+    from effattn.embedded.making import axes_of, config
+    from effattn.surgery.swapping import swap
 
     torch.manual_seed(0)
-    return LlamaForCausalLM(config(tokenizer, settings.hidden, settings.layers, settings.length))
+    size = (settings.layers, settings.length)
+    model = LlamaForCausalLM(config(tokenizer, settings.hidden, *size))
+    axes = axes_of(settings.variant, *size, settings.window)
+    return swap(model, **axes) if axes else model
 
 
 def train(
@@ -128,6 +167,7 @@ def train(
         # the Trainer's own bar: it takes an hour
         **({"disable_tqdm": False} | settings.overrides),
     )
+    check_settings(folder, variant_of(settings), write=main_process())
     windows = steps * batch * arguments.world_size
     trainer = Trainer(
         model=model,
@@ -145,6 +185,7 @@ def train(
         "length": length,
         "batch_tokens": batch * length * arguments.world_size,
         "learning_rate": settings.lr,
+        **({} if settings.variant == "dense" else variant_of(settings)),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "date": time.strftime("%Y-%m-%d"),
@@ -183,8 +224,12 @@ def held_out(model, tokenizer, length: int) -> dict[str, float]:
 def save(output: Path, staging: Path, model, card: dict) -> None:
     """Writes the model and, last, its card."""
     from effattn.permissions import follow_umask
+    from effattn.surgery import checkpoint
 
-    model.save_pretrained(staging)
+    whole = checkpoint.save(model, staging / "model")  # of a variant, what it is made of, too
+    for file in whole.iterdir():
+        os.replace(file, staging / file.name)
+    whole.rmdir()
     (staging / "card.json").write_text(json.dumps(card, indent=1) + "\n")
     follow_umask(staging)
     put(staging, output, "card.json")

@@ -9,6 +9,7 @@ from transformers import LlamaConfig, PreTrainedTokenizerFast
 from effattn.embedded import corpus
 
 END = "<|endoftext|>"
+VARIANTS = ("dense", "logn", "hwfa")
 
 
 def train_tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
@@ -46,3 +47,28 @@ def config(tokenizer, hidden: int, layers: int, length: int) -> LlamaConfig:
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
+
+
+def window_of(layers: int, length: int) -> int:
+    """The window of `hwfa`: what all layers but the last reach together is three quarters of the
+    training length, (w - 1)(layers - 1) + 1 = 3/4 length. A window of the whole length is none."""
+    return max(2, (3 * length // 4 - 1) // (layers - 1) + 1)
+
+
+def axes_of(variant: str, layers: int, length: int, window: int | None = None) -> dict:
+    """What `effattn.swap` takes for one of `VARIANTS` of a model of so many layers, trained at
+    `length` tokens, before it is trained. Nothing for "dense".
+
+    "logn": queries times log n / log T (https://kexue.fm/archives/8823). "hwfa", hybrid
+    window-full attention (https://kexue.fm/archives/9603): windows in all layers but the last,
+    which sees everything, without positions and with log n."""
+    scaled = "logn(trained=True)"
+    if variant == "logn":
+        return {"positions": scaled}
+    if variant == "hwfa":
+        last, size = layers - 1, window or window_of(layers, length)
+        return {
+            "pattern": {f"0-{last - 1}": f"sliding(window={size})"},
+            "positions": {str(last): f"nope+{scaled}"},
+        }
+    return {}

@@ -10,6 +10,7 @@ from markupsafe import Markup
 
 from effattn.evaluate.retrieval import score
 from effattn.extending import article_tables as tables
+from effattn.extending import tuned_report
 from effattn.extending.article_data import ArticleData
 from effattn.extending.rules import CLIPPED, FREQUENCIES, WINDOW
 from effattn.reports.figures import AFTER, CARD, INK, empty_axes, plain, svg
@@ -28,6 +29,7 @@ def plots(report: ArticleData) -> dict[str, list[Markup]]:
             _curve(report, "repeated", "Repeated text"),
         ],
         tables.RETRIEVAL: _retrieval(report),
+        **tuned_report.plots(report.data.get("tuned")),
     }
 
 

@@ -5,15 +5,16 @@ article's claims hold.
 from __future__ import annotations
 
 from effattn.evaluate.retrieval import score
+from effattn.extending import tuned_report
 from effattn.extending.article_data import ArticleData
-from effattn.extending.claims import claims
+from effattn.extending.claims import claims, said
 from effattn.extending.copying import errors_gone
 from effattn.reports.common import about
-from effattn.reports.tables import UNKNOWN, Table, number
+from effattn.reports.tables import Table, number
 
 LOSS, ACCURACY = "Cross-entropy (nats a token)", "Next-token accuracy (%)"
 RETRIEVAL, CLAIMS, CURVES = "Retrieval", "What holds here", "Loss by position"
-TERMINAL = (ACCURACY, LOSS, RETRIEVAL, CLAIMS)
+TERMINAL = (ACCURACY, LOSS, RETRIEVAL, CLAIMS, *tuned_report.TERMINAL)
 
 
 def tables(report: ArticleData) -> list[Table]:
@@ -23,6 +24,7 @@ def tables(report: ArticleData) -> list[Table]:
         _texts(report, LOSS, lambda cell: number(cell["cross_entropy"])),
         *_retrieval(report),
         _claims(report),
+        *tuned_report.tables(report.data.get("tuned")),
         _curves(report),
         _specs(report),
         *about(report.data),
@@ -119,8 +121,7 @@ def _mean(found: dict) -> str:
 
 
 def _claims(report: ArticleData) -> Table:
-    words = {True: "holds", False: "does not hold", None: UNKNOWN}
-    rows = [[claim.text, words[claim.holds], claim.numbers] for claim in claims(report)]
+    rows = [[claim.text, said(claim), claim.numbers] for claim in claims(report)]
     note = (
         f"Losses in nats a token at {report.longest:,} tokens of natural text where nothing "
         "else is said."

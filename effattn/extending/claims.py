@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from effattn.extending.article_data import ArticleData, Rule
 from effattn.extending.rules import CLIPPED, FREQUENCIES, LOGN, WINDOW
+from effattn.reports.tables import UNKNOWN
 
 ALIKE = 0.02  # nats a token between losses that are called alike
 
@@ -18,6 +19,11 @@ class Claim:
     text: str
     holds: bool | None
     numbers: str
+
+
+def said(claim: Claim) -> str:
+    """Whether it holds, in words."""
+    return {True: "holds", False: "does not hold", None: UNKNOWN}[claim.holds]
 
 
 @dataclass(frozen=True)

@@ -16,11 +16,12 @@ from effattn.reports.plots import AFTER, NEUTRAL, UPTRAINED, Series, line_plot
 from effattn.reports.tables import Table, number, pairs
 
 KIND = "extend"
-PLAN, ROTATION, QUALITY, TUNING = (
+PLAN, ROTATION, QUALITY, TUNING, SEARCH = (
     "What each rule promises",
     "The model's rotation",
     "Quality",
     "Tuning",
+    "Search for factors",
 )
 
 
@@ -34,7 +35,7 @@ class ExtendReport(Document):
     data: dict
     kind = KIND
     named = "a report of extend"
-    terminal = (PLAN, ROTATION, QUALITY)
+    terminal = (PLAN, ROTATION, SEARCH, QUALITY)
 
     @property
     def plan(self) -> dict:
@@ -90,12 +91,11 @@ class ExtendReport(Document):
         """Every table, the plan first."""
         data = self.data
         found = [self._rules(), self._rotation(), self._wavelengths(), *self._quality()]
+        if data["rule"].get("search"):
+            found.append(self._search(data["rule"]["search"]))
         if data["tuning"]:
-            found.append(
-                pairs(
-                    TUNING, {key: value for key, value in data["tuning"].items() if key != "losses"}
-                )
-            )
+            told = {name: it for name, it in data["tuning"].items() if name != "losses"}
+            found.append(pairs(TUNING, told | told.pop("speed", {})))
         if data["verification"]:
             found.append(pairs("Checkpoint, loaded again", data["verification"]))
         return [*found, *about(data)]
@@ -187,6 +187,19 @@ class ExtendReport(Document):
         return [
             Table(QUALITY, ("Stage", *(f"{length:,} tokens" for length in lengths)), rows, note)
         ]
+
+    def _search(self, found: dict) -> Table:
+        """Where the search began, what it found, and both on prompts that it did not see."""
+        rows = [[f"begun at {name}", number(nats), ""] for name, nats in found["starts"].items()]
+        fresh = {name: number(nats) for name, nats in found["fresh"].items()}
+        rows.append([f"found: {found['factors']}", number(found["nats"]), fresh["found"]])
+        rows.append([f"yarn(length={self.plan['target']})", "", fresh["yarn"]])
+        note = (
+            f"Nats of an answer's token, {found['candidates']} candidates judged; factors that a "
+            "search begins at have longrope's temperature, not their own. Other prompts: with what "
+            "no candidate was judged by."
+        )
+        return Table(SEARCH, ("Factors", "Judged by", "Other prompts"), rows, note)
 
     def plots(self) -> dict[str, list[Markup]]:
         """Section -> its figures."""

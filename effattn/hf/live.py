@@ -55,9 +55,13 @@ def register() -> None:
     """Makes both functions known to transformers. Called by swaps and by what is read of a swapped
     model: importing effattn patches nothing."""
     from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     AttentionInterface.register(NAME, attention)
     AttentionMaskInterface.register(NAME, mask)
+    # kvpress wraps what it finds there when it is imported, and asks keys for their shape
+    if ALL_ATTENTION_FUNCTIONS[NAME] is not attention:
+        ALL_ATTENTION_FUNCTIONS[NAME] = attention
 
 
 def mask(

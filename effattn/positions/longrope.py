@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from effattn.positions.base import Scaled, check_number, register
+from effattn.positions.base import Scaled, check_count, check_number, register
 
 
 @register("longrope")
@@ -19,17 +19,25 @@ class LongRope(Scaled):
     R/2 numbers each; short_factor: ones if not given.
 
     As with `dynamic_ntk`, the length so far decides for all keys, and cached keys are raw.
+
+    search: that many candidates are to be tried for long_factor, which `effattn extend` does; what
+    it finds stands in its place, and a model is given that.
     """
 
     long_factor: tuple[float, ...] | list[float] = ()
     short_factor: tuple[float, ...] | list[float] = ()
+    search: int = 0
     varies = True
 
     def __post_init__(self):
         super().__post_init__()
+        check_count("longrope", "search", self.search, least=0)
+        if self.search and self.long_factor:
+            raise ValueError("longrope: got long_factor and search, which is to find it; give one")
         for option in ("long_factor", "short_factor"):
             value = getattr(self, option)
-            if not isinstance(value, list | tuple) or (option == "long_factor" and not value):
+            needed = option == "long_factor" and not self.search
+            if not isinstance(value, list | tuple) or (needed and not value):
                 raise ValueError(
                     f"longrope: {option}: got {value!r}, valid is a list of numbers, one for each "
                     "frequency"
@@ -39,6 +47,12 @@ class LongRope(Scaled):
 
     def check(self, trained):
         super().check(trained)
+        if self.search:
+            raise ValueError(
+                f"longrope: search: got {self.search}, and no factors are found yet; "
+                f"`effattn extend --rule 'longrope(length=..., search={self.search})'` finds them; "
+                "valid here is long_factor=[...]"
+            )
         for option in ("long_factor", "short_factor"):
             if len(value := getattr(self, option)) not in ({trained.dims // 2, 0}):
                 raise ValueError(

@@ -173,7 +173,9 @@ ON_CONFIGS = ("use_cache", "dtype")
 
 
 @contextmanager
-def lent(model: nn.Module, *teachers: nn.Module | None) -> Iterator[Loan]:
+def lent(
+    model: nn.Module, *teachers: nn.Module | None, frozen_stays: bool = True
+) -> Iterator[Loan]:
     """Everything that trains `model` does it inside: afterwards, also after an error or Ctrl-C,
     `model` and `teachers` have their own `forward`, flags (training, requires_grad), settings and
     dtypes again, and no gradients.
@@ -181,11 +183,13 @@ def lent(model: nn.Module, *teachers: nn.Module | None) -> Iterator[Loan]:
     fp16 and bf16 weights are fp32 while lent, since steps are too small for them and Adam's epsilon
     is 0 in fp16: the whole of `model` takes 4 bytes a weight, besides what the optimizer needs;
     teachers stay as they are. With LoRA, what is frozen in bf16 stays so (fp16 has too little range
-    for gradients).
+    for gradients), unless `frozen_stays` is False: where embeddings or norms are trained beneath,
+    what is between them has to take their dtype.
 
     Raises FloatingPointError, naming a parameter, when training ends with weights that are not
     finite, or that the dtype they came in cannot hold: they are left in fp32 then."""
-    loan = Loan(model, [teacher for teacher in teachers if teacher is not None])
+    others = [teacher for teacher in teachers if teacher is not None]
+    loan = Loan(model, others, frozen_stays)
     try:
         loan.begin()
         yield loan
@@ -201,8 +205,8 @@ class Loan:
     `end`.
     """
 
-    def __init__(self, model: nn.Module, teachers: list[nn.Module]):
-        self.model = model
+    def __init__(self, model: nn.Module, teachers: list[nn.Module], frozen_stays: bool = True):
+        self.model, self.frozen_stays = model, frozen_stays
         self.before = Settings(model, *teachers)
         self.dtypes = {parameter: parameter.dtype for parameter in model.parameters()}
 
@@ -210,7 +214,7 @@ class Loan:
         """Makes the masters. It may run out of memory half-way, after which `end` is right, too."""
         # `data` is replaced and the parameters stay the same objects: optimizers, ties and hooks
         # hold them. Adapters cast what they get, so that frozen bf16 can stay beneath.
-        low_rank = hasattr(self.model, "peft_config")
+        low_rank = self.frozen_stays and hasattr(self.model, "peft_config")
         for parameter, dtype in self.dtypes.items():
             parameter.grad = None
             stays = low_rank and dtype == torch.bfloat16 and not parameter.requires_grad
