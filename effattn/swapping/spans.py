@@ -6,7 +6,8 @@
 Each K/V head has a span z, a number of tokens that is learned: a key at distance d counts by
 m(d) = min(max((R + z - d) / R, 0), 1), a ramp of R tokens through which z has a gradient, and
 weights are m exp(score) over their sum. Here the spans alone are learned, one layer at a time,
-so that the layer's output stays what it is while spans cost something; then each becomes a plain window.
+so that the layer's output stays what it is while spans cost something; then each becomes a
+plain window.
 
 B: rows; T: tokens; Hq, Hkv: query and key/value heads; D: of a key, Dv: of a value."""
 
@@ -83,8 +84,9 @@ def learn_windows(
     the output projection) + penalty * the mean span in shares of `length`, the paper's loss with
     the layer's own output as the target: a larger penalty gives smaller windows. The model itself
     does not learn, and is as before afterwards. calibration: token ids (N,) int64, of which up to
-    four windows of `length` are read, one a step. ramp: R in tokens. `errors` of the plan are those of
-    the windows that came of it, on all that was read. Raises ValueError for bad arguments."""
+    four windows of `length` are read, one a step. ramp: R in tokens. `errors` of the plan are
+    those of the windows that came of it, on all that was read. Raises ValueError for bad
+    arguments."""
     check_positive("penalty", penalty)
     least = {"ramp": 1, "sinks": 0, "length": 4 * LEAST, "steps": 1}
     given = {"ramp": ramp, "sinks": sinks, "length": length, "steps": steps}
