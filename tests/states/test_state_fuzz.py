@@ -40,6 +40,8 @@ KINDS = {
     "chosen tokens": ("longformer(window=5, global_tokens=[1, 9])", ROPE),
     "sums": ("linear", ROPE),
     "fading sums": ("linear(decay='retnet')", None),
+    "gated sums": ("gated(delta=True)", ROPE),
+    "window and sums": ("hybrid(window=4, sinks=2)", ROPE),
     "random features": ("performer(features=32)", ROPE),
     "buckets": ("lsh(rounds=2, buckets=4, chunk=4)", ROPE),
     "blocks": ("topk(window=4, sinks=2, block=3, blocks=2)", ROPE),
