@@ -48,6 +48,8 @@ CACHES = (
     "int4(pre_rope=True)",
     "int4(rotate='v')",
     "int4(rotate='k')",
+    "paged(page=16)",
+    "evict(policy='snapkv', keep=0.5, recent=8)",
 )
 
 

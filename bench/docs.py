@@ -38,6 +38,7 @@ SUBJECTS = {
     "linearize_all": ("Every layer linear", "effattn linearize"),
     "linearize_hybrid": ("Linear, every fourth a window", "effattn linearize --keep-every 4"),
     "linearize_monarch": ("Monarch projections", "effattn linearize --projections"),
+    "lra": ("A small encoder with every pattern on ListOps", "recipes/lra.py --tasks listops"),
     "prune_oneshot": ("SparseGPT, Wanda, magnitude", "effattn prune oneshot"),
     "prune_structured": ("A quarter of the FFN away", "effattn prune structured"),
     "shear": ("Sheared, gates by Taylor, all baselines", "effattn shear --compare"),

@@ -25,6 +25,7 @@ _FUNCTIONS = {
     "fit": "effattn.fitting.fit",
     "fit_windows": "effattn.swapping.windows",
     "flex_attention": "effattn.kernels.flex",
+    "kvpress": "effattn.hf.presses",
     "load": "effattn.surgery.checkpoint",
     "measure": "effattn.measuring.measurement",
     "measure_approximation": "effattn.linearizing.approximation",
@@ -33,6 +34,7 @@ _FUNCTIONS = {
     "rehost": "effattn.rehosting.rehosted",
     "restore": "effattn.surgery.swapping",
     "save": "effattn.surgery.checkpoint",
+    "shrink": "effattn.fitting.shrinking",
     "swap": "effattn.surgery.swapping",
 }
 _MODULES = ("conformance", "embedded", "evaluate", "kernels", "positions", "prune", "quant")

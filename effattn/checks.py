@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from effattn.errors import Unsupported
+from effattn.kernels.flash.dropout import check_rate
 from effattn.kernels.latent import Latent
 from effattn.positions.bound import Positions
 from effattn.states.base import State
@@ -31,6 +32,15 @@ class Checked(Described, Protocol):
     @property
     def score_rules(self) -> bool:
         """Whether it honours rules that decide scores pair by pair."""
+        ...
+
+    def places(self, rule: Positions) -> bool:
+        """Whether a method that is not exact honours this rule."""
+        ...
+
+    @property
+    def extras(self) -> tuple[str, ...]:
+        """Which of a call's further arguments it honours."""
         ...
 
 
@@ -162,6 +172,8 @@ def check_positions(
             )
     if rule.causal_only and not causal:
         raise Unsupported(f"rotary: {rule.spec!r} needs causal=True")
+    if backend.places(rule):
+        return
     if rule.raw_keys and state is not None and not backend.traits.exact:
         raise Unsupported(
             f"rotary: {rule.spec!r} turns old keys anew as a sequence grows, and {backend.name} "
@@ -171,12 +183,34 @@ def check_positions(
     if rule.scores and not backend.score_rules:
         raise Unsupported(
             f"rotary: {rule.spec!r} decides scores pair by pair, which {backend.name} does not "
-            "compute here; valid are dense, block, sliding without dilation, and s2"
+            "compute; valid are exact patterns (with topk rerope too, clipped within its window)"
         )
-    if backend.farthest is not None and (rule.raw_keys or rule.scores):
+    held = state is not None and (state.packed or state.static)
+    if held and backend.farthest is not None and (rule.raw_keys or rule.scores):
         raise Unsupported(
-            f"rotary: {rule.spec!r} with sinks, which count positions by their place in the "
-            "cache; valid are rules that only turn by fixed angles, and logn"
+            f"rotary: {rule.spec!r} with sinks, which it scores apart, cannot go with packed keys "
+            "or a static cache; valid are a full cache, or rules that only turn by fixed angles, "
+            "and logn"
+        )
+
+
+def check_dropout(backend: Checked, extras: dict, state: State | None) -> None:
+    """Takes a rate of 0 out of `extras`. ValueError for what is no rate, Unsupported for a method
+    or a state without weights that could be dropped."""
+    if "dropout" not in extras:
+        return
+    check_rate(extras["dropout"])
+    if not extras["dropout"]:
+        del extras["dropout"]
+    elif "dropout" not in backend.extras:
+        raise Unsupported(
+            f"dropout: {backend.name} has no weights of pairs that are dropped one by one; valid "
+            "is 0.0, or an exact pattern"
+        )
+    elif state is not None and state.packed:
+        raise Unsupported(
+            f"dropout: got {extras['dropout']} and packed keys, which are attended to in their "
+            "codes; valid is a full cache, or none"
         )
 
 
@@ -193,7 +227,14 @@ def check_positive(argument: str, value) -> None:
 
 
 def check_extras(
-    q: Tensor, softcap=None, sink_logits=None, global_qkv=None, global_mask=None, latent=None
+    q: Tensor,
+    softcap=None,
+    sink_logits=None,
+    global_qkv=None,
+    global_mask=None,
+    latent=None,
+    dropout=None,
+    prefix=None,
 ) -> None:
     """ValueError for extras that do not fit q; what their shapes have to be beyond that, a backend
     checks.

@@ -15,15 +15,16 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from effattn import documents as packing
-from effattn import padding
+from effattn import padding, sinks
+from effattn.calls import Call
 from effattn.checks import (
+    check_dropout,
     check_extras,
     check_positions,
     check_rules,
@@ -32,10 +33,7 @@ from effattn.checks import (
     check_tokens,
 )
 from effattn.errors import Unsupported, check_choice
-from effattn.kernels.decode.turn import Turn
 from effattn.kernels.flash.pattern import Layout, layout_of
-from effattn.kernels.flash.rules import Bias, Far
-from effattn.kernels.latent import Latent
 from effattn.positions.bound import Placed, Positions, turn_of
 from effattn.positions.rope import Rope
 from effattn.states.base import State
@@ -46,34 +44,6 @@ from effattn.traits import Cost, Shape, Traits
 
 IMPLEMENTATIONS = ("auto", "torch", "triton", "reference")
 Rotary = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
-
-
-@dataclass(frozen=True)
-class Call:
-    """What a call says beside q, k and v, checked.
-
-    causal, scale (a number), softcap (a number), sink_logits (Hq,), global_qkv, global_mask (B,
-    Tk), latent: as in `Backend.forward`. layout: where the keys lie. q_first (B, Hq, Tq, D): the
-    queries as the first keys (sinks) see them, None when those see them as all others do. A
-    position rule's: `far`, what distant pairs use instead of q and k; `turn`, with which k is raw,
-    and turned when it is read; `bias`, what is added to scores. state: where the method has to read
-    more than k and v (`State.read_by_method`); with it padding_mask (B, tokens so far) bool,
-    padding on the left."""
-
-    causal: bool
-    layout: Layout
-    scale: float
-    softcap: float | None = None
-    sink_logits: Tensor | None = None
-    q_first: Tensor | None = None
-    far: Far | None = None
-    turn: Turn | None = None
-    bias: Bias | None = None
-    global_qkv: tuple[Tensor, ...] | None = None
-    global_mask: Tensor | None = None
-    latent: Latent | None = None
-    state: State | None = None
-    padding_mask: Tensor | None = None
 
 
 def _signed(new_state: Callable[[Backend], State]) -> Callable[[Backend], State]:
@@ -112,6 +82,7 @@ class Backend(nn.Module):
     straight_through: tuple[str, ...] = ()
     # first keys see a query at this position at most (sinks); None: where it is
     farthest: int | None = None
+    first_keys: int = 0  # how many those are
     _signature: str | None = None
     # sizes, dtypes and devices of the last call that was checked
     _fits: tuple = ()
@@ -243,10 +214,13 @@ class Backend(nn.Module):
         in the denominator, gpt-oss), `global_qkv` (Longformer's second projections, q, k and v of
         the new tokens), `global_mask` (B, T) bool (the tokens that are global in each row, instead
         of Longformer's own; whole sequences without a state), `latent` (what a `LatentState`
-        remembers of the new tokens instead of k and v).
+        remembers of the new tokens instead of k and v), `dropout` (a rate: weights that are 0 while
+        training, those that are left divided by 1 - rate; `torch.manual_seed` decides which),
+        `prefix` (dense: each row's first tokens that see each other in both directions).
 
         Raises ValueError for shapes, dtypes or devices that do not fit together, Unsupported for
         what the backend's traits exclude; nothing is appended to the state then."""
+        check_dropout(self, extras, state)
         for extra in extras:
             check_choice(f"{self.name}: argument", extra, self.extras)
         if isinstance(state, State) and state.packed and not self.packable:
@@ -303,11 +277,16 @@ class Backend(nn.Module):
             k, v, layout = state.append(k, v, padding_mask)
         # A rule of ours may do more than turn q and k; where sinks are at their place in the cache,
         # or the caller brings a function of its own, q and k are turned and that is all.
-        q_first, rules, given = None, {}, k
-        if isinstance(rotary, Positions) and self.farthest is None:
+        q_first, given = None, k
+        rules: dict[str, Any] = {}
+        apart = sinks.needs(rotary, self.farthest)
+        if isinstance(rotary, Positions) and (self.farthest is None or apart):
             placed = self._place(rotary, q, k, v, layout, packed)
+            if apart and self.farthest is not None:
+                first = sinks.Sinks.of(rotary, q, k, v, layout, self.first_keys, self.farthest)
+                rules = {"sinks": first}
             q, k = placed.q, placed.k
-            rules = {"far": placed.far, "turn": placed.turn, "bias": placed.bias}
+            rules |= {"far": placed.far, "turn": placed.turn, "bias": placed.bias}
         elif rotary is not None:
             q, k, q_first = self._rotate(rotary, q, k, layout, packed)
             rules = {"turn": turn_of(rotary, q.device)} if packed else {}
@@ -338,8 +317,12 @@ class Backend(nn.Module):
             x.requires_grad for x in (*inputs, *self.parameters())
         )
 
-    def turns_keys(self, q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> bool:
+    def turns_keys(self, q: Tensor, k: Tensor, v: Tensor, layout: Layout, rule: Positions) -> bool:
         """Whether `attend` would turn raw keys by itself in this call (`Call.turn`)."""
+        return False
+
+    def places(self, rule: Positions) -> bool:
+        """Whether a method that is not exact honours this rule, beyond turning q and k."""
         return False
 
     def _check(self, q, k, v, causal, padding_mask, state, scale, rotary) -> None:
@@ -362,7 +345,7 @@ class Backend(nn.Module):
         """q and k where a position rule puts them; packed: k only when it is read."""
         # Where k is turned as it is read, its positions need not be made. Without padding all rows
         # have the same ones, and how many tokens there are is known without asking the device.
-        few, tokens = packed or self.turns_keys(q, k, v, layout), layout.tokens(k.shape[2])
+        few, tokens = packed or self.turns_keys(q, k, v, layout, rule), layout.tokens(k.shape[2])
         at_q = layout.query_positions(q.shape[2], k.shape[2], q.device)
         if layout.start is None:
             at_q, at_k, length = at_q[0], None, tokens
@@ -371,6 +354,8 @@ class Backend(nn.Module):
         else:
             at_q, at_k = at_q.clamp(min=0), layout.key_positions(k.shape[2], k.device).clamp(min=0)
             length = at_k.amax(dim=-1) + 1
+        if self.farthest is not None:
+            length = sinks.cached_length(length, self.farthest)
         return rule.place(q, k, at_q, at_k, length, tokens, few=few)
 
     def _rotate(

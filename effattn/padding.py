@@ -230,8 +230,9 @@ def of_tokens(
     changed = {}
     if (second := extras.get("global_qkv")) is not None:
         changed["global_qkv"] = (on_q(second[0]), *map(on_k, second[1:]))
-    if (chosen := extras.get("global_mask")) is not None:
-        changed["global_mask"] = on_k(chosen[:, None, :, None])[:, 0, :, 0].bool()
+    for name in ("global_mask", "prefix"):
+        if (chosen := extras.get(name)) is not None:
+            changed[name] = on_k(chosen[:, None, :, None])[:, 0, :, 0].bool()
     if (latent := extras.get("latent")) is not None:
         changed["latent"] = replace(latent, c=on_k(latent.c))
     return extras | changed

@@ -144,7 +144,8 @@ def _linears(parts: anatomy.Anatomy) -> list[nn.Linear]:
                     f"weights: layer {layer.index} ({type(module).__name__}) stacks experts in "
                     "one parameter, which bitsandbytes does not quantize"
                 )
-            found += [one for one in module.modules() if is_plain(one)]
+            # a part that a layer has not answers with linears of no numbers
+            found += [one for one in module.modules() if is_plain(one) and one.weight.numel()]
     return list(dict.fromkeys(found))  # once each: layers may share modules
 
 

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class Settings(options.Settings):
+class Settings(options.Saving):
     """Give a checkpoint fewer key/value heads: MHA to GQA or MQA, loadable by plain
     transformers.
     """
@@ -73,6 +73,7 @@ class Settings(options.Settings):
     measure: str = layerwise.measure_option()
     overrides: dict = field(default_factory=dict)  # for TrainingArguments, from Python alone
 
+    COMMAND: ClassVar = "convert-gqa"
     APART: ClassVar = ("decode_contexts", "measure")
 
     @property
@@ -134,10 +135,9 @@ def convert(settings: Settings, show: Quiet) -> ConversionReport:
     converting.measure(going, student, report)
 
     if main_process():
-        with flow.saving(settings, show, plain=True) as folder:
+        with flow.saving(settings, show, report, plain=True) as folder:
             ids = going.text.evaluation[: min(64, going.length)]
             report.data["verification"] = flow.save_plain(folder, student, tokenizer, ids)
-            report.save(folder)
         flow.discard(settings.partial)
     return report
 

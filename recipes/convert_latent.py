@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class Settings(options.Settings):
+class Settings(options.Saving):
     """Give a checkpoint latent keys and values: a smaller cache, loaded by effattn."""
 
     output: Path = option(help="new folder for the checkpoint and its report")
@@ -66,6 +66,7 @@ class Settings(options.Settings):
     measure: str = layerwise.measure_option()
     overrides: dict = field(default_factory=dict)  # for TrainingArguments, from Python alone
 
+    COMMAND: ClassVar = "convert-latent"
     APART: ClassVar = ("decode_contexts", "measure")
 
     @property
@@ -127,12 +128,11 @@ def convert(settings: Settings, show: Quiet) -> LatentReport:
     converting.measure(going, student, report)
 
     if main_process():
-        with flow.saving(settings, show) as folder:
+        with flow.saving(settings, show, report) as folder:
             student.config.use_cache = True
             save(student, folder, tokenizer)
             ids = going.text.evaluation[: min(64, going.length)]
             _, report.data["verification"] = load_again(folder, student, ids)
-            report.save(folder)
         flow.discard(settings.partial)
     return report
 

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class Settings(options.Settings):
+class Settings(options.Saving):
     """Give a checkpoint multi-head latent attention: plain, of the DeepSeek-V3 class."""
 
     rank: int = whole(help="numbers a token of the latent, one of them a constant", least=2)
@@ -53,6 +53,7 @@ class Settings(options.Settings):
     device: str = options.device_name()
     decode_contexts: Sequence[int] = options.decode_contexts((512, 4096, 16384))
 
+    COMMAND: ClassVar = "convert-mla"
     APART: ClassVar = ("decode_contexts",)
 
     @property
@@ -102,10 +103,9 @@ def convert(settings: Settings, show: Quiet) -> MlaReport:
     converting.measure(going, student, report)
 
     if main_process():
-        with flow.saving(settings, show, plain=True) as folder:
+        with flow.saving(settings, show, report, plain=True) as folder:
             ids = going.text.evaluation[: min(64, going.length)]
             report.data["verification"] = flow.save_plain(folder, student, tokenizer, ids)
-            report.save(folder)
         flow.discard(settings.partial)
     return report
 

@@ -15,6 +15,7 @@ disk, tokens a second, and what else runs where.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,24 +31,43 @@ if TYPE_CHECKING:
     from effattn.exporting.report import ExportReport
 
 
+def _layers(name: str, text: str | None) -> tuple[int, ...]:
+    """Numbers of layers, with commas between them."""
+    try:
+        return tuple(int(one) for one in (text or "").split(",") if one.strip())
+    except ValueError:
+        raise ValueError(f"{name}: got {text!r}, valid is like 0,1") from None
+
+
 @dataclass
 class Settings(options.Settings):
-    """Write a checkpoint for another engine (llama.cpp, plain transformers, vLLM), and check it
-    there.
+    """Write a checkpoint for another engine (llama.cpp, OpenVINO, plain transformers, vLLM), and
+    check it there.
     """
 
-    to: str = option(help="gguf (llama.cpp), transformers (without effattn) or vllm")
+    to: str = option(help="gguf (llama.cpp), openvino, transformers (without effattn) or vllm")
     output: Path = option(help="new folder for the export and its report; or a new .gguf file")
     model: str = options.model_name()
-    format: str | None = option(None, "of a GGUF file: f16 (default), q8_0, bf16 or f32")
+    format: str | None = option(
+        None, "of a GGUF file: f16 (default), q8_0, bf16 or f32; of OpenVINO: f16 or f32"
+    )
     check: bool = option(
         False,
-        "run it there (llama.cpp; a fresh process with transformers) and compare with ours",
+        "run it there (transformers: in a fresh process) and compare with ours",
         name="--check",
     )
     before: str | None = option(
         None, "the checkpoint that this one was made of, whose speed is measured beside it"
     )
+    kv_cache: str | None = option(
+        None, "for vLLM: fp8, with scales of keys and values that a text is read for"
+    )
+    kv_skip: Sequence[int] = option(
+        (),
+        "layers that are cached as they are: 0,1",
+        read=_layers,
+    )
+    text: Sequence[Path] = options.text_files("to measure these scales on", "more")
 
     def stopped(self) -> str:
         """That nothing is kept."""
@@ -70,8 +90,31 @@ def run(settings: Settings, show: Quiet | None = None) -> ExportReport:
             format=settings.format,
             check=settings.check,
             before=settings.before,
+            kv_cache=settings.kv_cache,
+            kv_skip=settings.kv_skip,
+            calibration=_text(settings),
             progress=progress,
         )
+
+
+def _text(settings: Settings) -> Callable | None:
+    """tokenizer -> tokens of the text files, as many as scales take; None where there are none.
+    Raises what is wrong with them at once."""
+    if not settings.text:
+        return None
+    if settings.kv_cache is None:
+        raise ValueError("text: it is of kv_cache, which was not asked for")
+    from effattn.exporting.kv_scales import TOKENS
+    from effattn.textdata import from_files, read_files
+
+    read_files(settings.text)
+
+    def tokens(tokenizer):
+        import torch
+
+        return torch.cat(from_files(settings.text, tokenizer, TOKENS)[0])[:TOKENS]
+
+    return tokens
 
 
 def tell(settings: Settings, report: ExportReport) -> None:

@@ -22,7 +22,7 @@ and writes. `recipes/extend_context.py` sets all rules side by side.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
@@ -51,7 +51,7 @@ def one_length(name: str, text: str) -> int:
 
 
 @dataclass
-class Settings(options.Settings):
+class Settings(options.Saving):
     """Plan a longer context: what each position rule promises, which to take, and the checkpoint,
     tuned if need be.
     """
@@ -75,6 +75,11 @@ class Settings(options.Settings):
         None,
         'an exact pattern to tune with, such as "s2(block=1024)", LongLoRA\'s; the checkpoint has '
         "the model's own attention (with --sampling none)",
+    )
+    memory: str | None = option(
+        None,
+        "pattern of a tuning in windows that follow each other, each with the memory of those "
+        "before, such as 'block(block=512, look_back=1)'; without sampling",
     )
     window: int | None = whole(
         None,
@@ -101,6 +106,7 @@ class Settings(options.Settings):
     device: str = options.device_name()
     overrides: dict = field(default_factory=dict)  # for TrainingArguments, from Python alone
 
+    COMMAND: ClassVar = "extend"
     WIDTH: ClassVar = 160
 
     @property
@@ -207,9 +213,11 @@ def load(settings: Settings, show: Quiet) -> tuple:
         plan = planner.make_plan(model, settings.to, tuned=bool(settings.tune_tokens))
         rule = chosen(settings, model, plan)
         window = training_window(settings, plan, rule["spec"], rule["plain"])
-        # attention with a rule or a pattern of its own, which refuses dropout, say
-        if settings.tune_tokens and not (rule["plain"] and settings.train_pattern is None):
-            swap(model, training_pattern(settings, plan), positions=rule["spec"])
+        # attention with a rule or a pattern of its own, which may refuse what the model asks of it
+        pattern = settings.memory or training_pattern(settings, plan)
+        if settings.tune_tokens and (pattern or not rule["plain"]):
+            own = {} if rule["plain"] else {"positions": rule["spec"]}
+            swap(model, pattern, **own)
             try:
                 lending.rehearse(model)
             finally:
@@ -317,7 +325,7 @@ def save(
 
     from effattn.surgery import checkpoint
 
-    with flow.saving(settings, show) as folder:
+    with flow.saving(settings, show, report) as folder:
         model.config.use_cache = True
         checkpoint.save(model, folder, tokenizer)
         vocabulary = model.get_input_embeddings().weight.shape[0]
@@ -325,12 +333,11 @@ def save(
         _, found = checkpoint.load_again(folder, model, ids)
         files = sorted(file.name for file in folder.iterdir())
         report.data["verification"] = found | {"files": ", ".join(files)}
-        report.save(folder)
 
 
 def asked_for(settings: Settings, model, text: Streams | None) -> dict[str, object]:
     """What the report says of the settings, the model first."""
-    asked = {"model": settings.model} | as_json(asdict(settings))
+    asked = {"model": settings.model} | as_json(settings.told())
     told = {"source": None} if text is None else {"source": text.source} | flow.fed(text, model)
     return asked | told
 

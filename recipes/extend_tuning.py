@@ -16,6 +16,7 @@ WHOLE = "none"  # as a sampling: windows as long as the target
 def check(settings: Any) -> None:
     """What can be known to be wrong before a model is loaded. Raises ValueError."""
     from effattn.errors import check_choice
+    from effattn.extending.tuning import check_memory
     from effattn.position_sampling import METHODS
     from effattn.training.lora import check_peft
 
@@ -32,8 +33,24 @@ def check(settings: Any) -> None:
         raise ValueError(
             "tune_tokens: given without output; name the folder for the tuned checkpoint"
         )
+    if settings.memory is not None:
+        check_memory(settings.memory, sampling_of(settings))
+        if not settings.tune_tokens:
+            raise ValueError(
+                f"memory: got {settings.memory!r} without tune_tokens; valid is a budget to tune on"
+            )
+        if settings.train_pattern is not None:
+            raise ValueError(
+                f"memory: got {settings.memory!r} and train_pattern {settings.train_pattern!r}, "
+                "both of which say whom a token sees while it trains; valid is one"
+            )
     if settings.lora:
         check_peft()
+
+
+def sampling_of(settings: Any) -> str | None:
+    """How `tune` is told of the sampling."""
+    return None if settings.sampling == WHOLE else settings.sampling
 
 
 def check_train_pattern(settings: Any) -> None:
@@ -61,7 +78,12 @@ def training_pattern(settings: Any, plan: Plan) -> dict[str, str] | None:
 
 def training_window(settings: Any, plan: Plan, spec: str, plain: bool) -> int:
     """Tokens of a training window. ValueError for what cannot be trained so."""
-    full = settings.sampling == WHOLE
+    if settings.memory is not None and not plain:
+        raise ValueError(
+            f"memory: got {settings.memory!r} with {spec!r}, which counts positions by itself; "
+            "valid is a rule that transformers has, such as yarn"
+        )
+    full = settings.sampling == WHOLE and settings.memory is None
     window = settings.window or (settings.to if full else plan.trained)
     if window > settings.to:
         raise ValueError(f"window: got {window}, valid is at most the target ({settings.to})")
@@ -95,7 +117,8 @@ def fine_tune(
             window=window,
             train_tokens=settings.tune_tokens,
             folder=settings.partial / "tuning",
-            sampling=None if settings.sampling == WHOLE else settings.sampling,
+            sampling=sampling_of(settings),
+            memory=settings.memory,
             batch=settings.batch,
             lr=settings.lr,
             lora=settings.lora,

@@ -18,7 +18,6 @@ command goes on from there, also with another budget.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -45,7 +44,7 @@ DEPTHS = (0.1, 0.5, 0.9)
 
 
 @dataclass
-class Settings(options.Settings):
+class Settings(options.Saving):
     """Fit a checkpoint to a budget: bytes, cache, parameters or speed; each layer becomes what
     harms the whole least.
     """
@@ -68,7 +67,9 @@ class Settings(options.Settings):
     batch: int = whole(1, "sequences in the cache", least=1)
     frontier: bool = option(False, f"search {POINTS} budgets instead, and save no checkpoint")
     allow: Sequence[str] = names(
-        (), "axes to search: heads,cache,window,ffn,weights (default: all)"
+        (),
+        "axes to search: heads,latent,skip,cache,window,ffn,weights,projections,sparsity "
+        "(default: all)",
     )
     forbid: Sequence[str] = names((), "axes to leave out")
     keep: str | None = option(None, "what stays as it is: weights, or cache")
@@ -91,6 +92,7 @@ class Settings(options.Settings):
     device: str = options.device_name()
     overrides: dict = field(default_factory=dict)  # for TrainingArguments, from Python alone
 
+    COMMAND: ClassVar = "fit"
     LIMITS: ClassVar = (
         "bytes",
         "kv_bytes_per_token",
@@ -105,6 +107,11 @@ class Settings(options.Settings):
     @property
     def partial(self) -> Path:
         return flow.partial_folder(self.output)
+
+    @property
+    def saves(self) -> bool:
+        """Whether one plan is built."""
+        return not self.frontier
 
     @property
     def asked(self) -> Asked:
@@ -156,14 +163,14 @@ def fit(settings: Settings, show: Quiet) -> FitReport:
     made_with = flow.made_with(parent, "torch", "transformers")
     kept = Parts(settings.partial / "parts.json", settings.kept(), made_with, "fit")
 
-    # Every candidate alone in its layer, re-fitted: what it harms, and where that is a limit what
-    # it takes of a step's time.
+    # What each candidate takes of a step's time, where that is a limit; then what it harms, alone
+    # in its layer and re-fitted.
+    if STEP in budget.given:
+        with show.stage("timing candidates") as progress:
+            session.time(kept, progress)
     count = sum(len(values) for ladder in session.ladders for values in ladder.values())
     with show.stage(f"measuring {count} candidates") as progress:
         space = session.space(kept, progress)
-    if STEP in budget.given:
-        with show.stage("timing candidates") as progress:
-            session.time(space, kept, progress)
 
     report = FitReport(facts.begin(settings.kept(), session, space, text))
     if settings.frontier:
@@ -172,10 +179,9 @@ def fit(settings: Settings, show: Quiet) -> FitReport:
         found = plan(settings, show, kept, session, space)
         report.data |= facts.plan_of(session, space, found)
         finish(settings, show, kept, report, session, found, tokenizer, text)
-    with flow.saving(settings, show) as folder:
+    with flow.saving(settings, show, report) as folder:
         if not settings.frontier:
             save(settings, folder, report, session, tokenizer, text)
-        report.save(folder)
     flow.discard(settings.partial)
     return report
 
@@ -248,7 +254,7 @@ def plan(settings: Settings, show: Quiet, kept: Parts, session: Session, space: 
     with show.stage("solving, and measuring whole plans") as progress:
         return search(
             space,
-            session.limits(space),
+            session.limits(),
             session.measure(kept),
             rounds=settings.rounds,
             progress=progress,
@@ -312,34 +318,29 @@ def finish(
 def recover(
     settings: Settings, show: Quiet, session: Session, shaped, found: Found, text: Streams
 ) -> tuple:
-    """(the shaped model, trained towards the parent; what was done). A plan that changes no heads
-    and no widths has nothing that could be trained back."""
-    from effattn.fitting.plan import SHAPED
-    from effattn.hf import anatomy
+    """(the shaped model, trained towards the parent; what was done)."""
+    from effattn.fitting import recovery
     from effattn.training.uptrain import uptrain
 
-    parent = session.builder.parent
-    if not any(name in SHAPED for _, name, _ in found.best.plan.changes(parent)):
-        return shaped, {"tokens": 0, "reason": "the plan changes no heads and no FFN widths"}
-    student = copy.deepcopy(shaped)  # it shares weights with its teacher otherwise
-    layers = [p for layer in anatomy.of(student) for p in layer.block.parameters()]
-    with show.stage(f"distilling on {settings.recover_tokens:,} tokens") as progress:
-        told = uptrain(
-            student,
-            session.parts.model,
-            text.train,
-            train_tokens=settings.recover_tokens,
-            folder=settings.partial / "recover",
-            evaluation=text.evaluation[: settings.evaluation_tokens],
-            length=session.length,
-            batch=settings.recover_batch,
-            lr=settings.lr,
-            trainable=layers,
-            seed=settings.seed,
-            progress=progress,
-            overrides={"use_cpu": student.device.type == "cpu"} | settings.overrides,
-        )
-    return student, told
+    def train(student, layers) -> dict:
+        with show.stage(f"distilling on {settings.recover_tokens:,} tokens") as progress:
+            return uptrain(
+                student,
+                session.parts.model,
+                text.train,
+                train_tokens=settings.recover_tokens,
+                folder=settings.partial / "recover",
+                evaluation=text.evaluation[: settings.evaluation_tokens],
+                length=session.length,
+                batch=settings.recover_batch,
+                lr=settings.lr,
+                trainable=layers,
+                seed=settings.seed,
+                progress=progress,
+                overrides={"use_cpu": student.device.type == "cpu"} | settings.overrides,
+            )
+
+    return recovery.recover(shaped, found.best.plan, session.builder.parent, train)
 
 
 def retrieval(

@@ -4,7 +4,7 @@ unfinished run goes on from, a checkpoint that is proven before it is there, and
 A recipe is a file with three things, and nothing else shared to know of:
 
     @dataclass
-    class Settings(options.Settings):       # declared once, see recipes/options.py
+    class Settings(options.Saving):         # declared once, see recipes/options.py
         ...
 
     def run(settings, show=None):           # what Python calls
@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Any
 
 from effattn.errors import check_choice
 from effattn.outputs import atomic_folder, check_new_folder, claim
+from effattn.recipes import publishing
 from effattn.recipes.console import (
     Show,
     console,
@@ -37,7 +38,7 @@ from effattn.recipes.console import (
     quiet_libraries,
     when_stopped,
 )
-from effattn.recipes.options import Settings, parameters
+from effattn.recipes.options import Saving, Settings, parameters
 from effattn.resuming import (
     Parts,
     as_json,
@@ -51,6 +52,8 @@ from effattn.stages import Quiet, main_process
 
 if TYPE_CHECKING:
     import torch
+
+    from effattn.reports.document import Document
 
 __all__ = [
     "REPORT",
@@ -70,6 +73,7 @@ __all__ = [
     "save_plain",
     "saving",
     "tell",
+    "tell_hub",
     "tell_report",
 ]
 
@@ -104,6 +108,8 @@ def output_of(settings: Settings, default: str | None = None) -> Iterator[bool]:
     Yields whether the output is there already: from a run of these settings that was killed after
     its output was complete, and before it had removed what it went on from; that is removed now.
     Raises what `check_new_folder` and `claim` do."""
+    if isinstance(settings, Saving):
+        publishing.check(settings)
     output, named = settings.output, settings.output or default
     if not main_process() or named is None:
         yield False
@@ -117,6 +123,8 @@ def output_of(settings: Settings, default: str | None = None) -> Iterator[bool]:
             finished = _finished(settings)
             if not finished:
                 check_new_folder("output", output)
+            elif isinstance(settings, Saving):  # killed before, or while, it was sent
+                publishing.push(settings, Quiet())
             yield finished
 
 
@@ -194,13 +202,18 @@ def fed(text, model) -> dict[str, object]:
 
 
 @contextmanager
-def saving(settings: Settings, show: Quiet, plain: bool = False) -> Iterator[Path]:
+def saving(settings: Saving, show: Quiet, report: Document, plain: bool = False) -> Iterator[Path]:
     """Yields the folder that becomes the output when the body is through: what fails in it, the
-    proof among it, leaves nothing. The report is what a recipe writes there last. plain: what is
-    saved needs nothing of effattn, and the stage says so."""
+    proof among it, leaves nothing. After the body come lm-evaluation-harness, the model card and,
+    last, the report; the output is sent to the hub when it has its name. plain: what is saved needs
+    nothing of effattn, and the stage says so."""
     said = "saving, and loading again" + (" without effattn" if plain else "")
-    with show.stage(said), atomic_folder(settings.output) as folder:
-        yield folder
+    with atomic_folder(settings.output) as folder:
+        with show.stage(said):
+            yield folder
+        publishing.finish(settings, show, folder, report)
+        report.save(folder)
+    publishing.push(settings, show)
 
 
 def save_plain(folder: Path, model, tokenizer, ids: torch.Tensor) -> dict:
@@ -225,12 +238,19 @@ def tell(settings: Settings, report) -> None:
     if settings.output is not None:
         console.print(f"\ncheckpoint  {settings.output}", soft_wrap=True, highlight=False)
         tell_report(settings.output)
+    tell_hub(settings)
 
 
 def tell_report(output: Path, before: str = "") -> None:
     """Says where the report is."""
     page = (Path(output) / "report.html").absolute()
     console.print(f"{before}report      {page}", soft_wrap=True, highlight=False)
+
+
+def tell_hub(settings: Settings) -> None:
+    """Says where the output was sent."""
+    if getattr(settings, "push_to_hub", None):
+        console.print(f"hub         {settings.push_to_hub}", soft_wrap=True, highlight=False)
 
 
 def command(settings: type[Settings], run: Callable, tell: Callable = tell) -> Callable:

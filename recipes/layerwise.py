@@ -42,6 +42,8 @@ def check(settings: Any, trains: str) -> None:
         raise ValueError(
             f"{trains}: got some with measure 'no'; training needs the whole model in memory"
         )
+    if settings.lm_eval and settings.measure == "no":
+        raise ValueError("lm_eval: got some with measure 'no'; it needs the whole model in memory")
 
 
 def fits(settings: Any, trains: str, source: Path | None = None) -> bool:
@@ -57,7 +59,7 @@ def fits(settings: Any, trains: str, source: Path | None = None) -> bool:
     # nothing is known of a hub name before it is loaded
     needed = COPIES * (file_bytes(source or resolve(settings.model)) or 0)
     room = free is None or needed < 0.8 * free
-    if not room and (settings.measure == "yes" or getattr(settings, trains)):
+    if not room and (settings.measure == "yes" or getattr(settings, trains) or settings.lm_eval):
         raise ValueError(
             f"measure: comparing and training need about {needed:,} bytes of memory, {free:,} are "
             "free; valid is 'no'"
@@ -92,11 +94,10 @@ def convert(settings: Any, show: Quiet, heads: str) -> Any:
             report = convert_files(*given, **how, **where, progress=progress)
     report.data["settings"] |= told | {"model": settings.model}
     report.data["settings"]["measure"] = "no" if settings.measure == "no" else TOO_LARGE
-    with flow.saving(settings, show) as folder:
+    with flow.saving(settings, show, report) as folder:
         for file in Path(converted).iterdir():
             if file.name != FACTS:  # the report has them
                 link_or_copy(file, folder / file.name)
-        report.save(folder)
     flow.discard(settings.partial)
     return report
 

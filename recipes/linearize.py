@@ -25,9 +25,9 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import typer
 
@@ -46,7 +46,7 @@ LR = 2 / 3  # of what suits uptraining with twice the windows a step
 
 
 @dataclass
-class Settings(options.Settings):
+class Settings(options.Saving):
     """Replace softmax attention by an approximate backend, and bring the quality back: transfer,
     then distillation.
     """
@@ -83,6 +83,8 @@ class Settings(options.Settings):
     seed: int = options.random_seed("the data's order")
     device: str = options.device_name()
     overrides: dict = field(default_factory=dict)  # for TrainingArguments, from Python alone
+
+    COMMAND: ClassVar = "linearize"
 
     @property
     def partial(self) -> Path:
@@ -154,12 +156,11 @@ def linearize(settings: Settings, show: Quiet) -> LinearizeReport:
         measured("distillation")
 
     if main and settings.output is not None:
-        with flow.saving(settings, show) as folder:
+        with flow.saving(settings, show, report) as folder:
             student.config.use_cache = True
             save(student, folder, tokenizer)
             ids = text.evaluation[: min(64, length)]
             _, report.data["verification"] = load_again(folder, student, ids)
-            report.save(folder)
     if main:
         flow.discard(settings.partial)
     return report
@@ -351,7 +352,7 @@ def begun(settings: Settings, parent, student, text: Streams) -> LinearizeReport
     from effattn.surgery.describing import describe
 
     told, is_embedded = describe(student), settings.model == embedded.NAME
-    asked = {"model": settings.model, "output": settings.output} | asdict(settings)
+    asked = {"model": settings.model, "output": settings.output} | settings.told()
     return LinearizeReport(
         {
             "kind": "linearize",

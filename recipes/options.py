@@ -202,6 +202,7 @@ class Settings:
     """Base of a recipe's dataclass of settings."""
 
     APART: ClassVar[tuple[str, ...]] = ()  # what a run that goes on may have otherwise
+    AFTER: ClassVar[tuple[str, ...]] = ()  # what comes after the work, and changes nothing of it
     output: Path | None  # where the result is written; every recipe declares it in its place
     WIDTH: ClassVar[int | None] = None  # of the printed report where no terminal says: a log's
 
@@ -227,7 +228,11 @@ class Settings:
     def kept(self) -> dict:
         """What two runs must have in common for one to go on from the other."""
         apart = {"output", "device", "overrides", *self.APART}
-        return {key: value for key, value in asdict(self).items() if key not in apart}
+        return {key: value for key, value in self.told().items() if key not in apart}
+
+    def told(self) -> dict:
+        """What a report may say of what was asked for."""
+        return {key: value for key, value in asdict(self).items() if key not in self.AFTER}
 
     @classmethod
     def from_options(cls, given: dict[str, Any]) -> Self:
@@ -242,10 +247,38 @@ class Settings:
         return cls(**chosen)
 
 
+@dataclass(kw_only=True)
+class Saving(Settings):
+    """Base of those of a recipe that saves a checkpoint: what may come after the work
+    (`effattn.recipes.publishing`). These options are a command's last ones."""
+
+    lm_eval: Sequence[str] = names(
+        (), "tasks of lm-evaluation-harness, for the parent and the result, with commas between"
+    )
+    lm_eval_limit: int | None = whole(
+        None, "examples of each of these tasks (default: all)", least=1
+    )
+    push_to_hub: str | None = option(
+        None, "send the output there at the end: a hub repository, owner/name"
+    )
+    push_private: bool = option(
+        False, "a repository that this makes is private", name="--push-private"
+    )
+
+    AFTER: ClassVar = ("lm_eval", "lm_eval_limit", "push_to_hub", "push_private")
+    COMMAND: ClassVar[str]  # as one types it, behind "effattn"
+
+    @property
+    def saves(self) -> bool:
+        """Whether this run will save a checkpoint."""
+        return self.output is not None
+
+
 def declared(settings: type[Settings]) -> list[Field]:
     """The fields that are options: those with a help. An `InitVar` is one that is no setting."""
     every = settings.__dataclass_fields__.values()  # `fields` leaves InitVars out
-    return [one for one in every if "option" in one.metadata]
+    found = [one for one in every if "option" in one.metadata]
+    return sorted(found, key=lambda one: one.kw_only)  # those of a base come first there
 
 
 def parameters(settings: type[Settings]) -> list[inspect.Parameter]:

@@ -54,7 +54,7 @@ def shares(_: str, given: Sequence[str]) -> tuple[str | tuple[str, ...], ...]:
 
 
 @dataclass
-class Settings(options.Settings):
+class Settings(options.Saving):
     """Prune linear layers in one shot (SparseGPT, Wanda, magnitude), unstructured or N:M, layer by
     layer.
 
@@ -105,6 +105,7 @@ class Settings(options.Settings):
     device: str = options.device_name()
     overrides: dict = field(default_factory=dict)  # for TrainingArguments, from Python alone
 
+    COMMAND: ClassVar = "prune oneshot"
     APART: ClassVar = ("measure", "pack")
 
     @property
@@ -377,7 +378,7 @@ def save(
     from effattn.surgery.checkpoint import load
 
     plain = settings.pack == NOT_PACKED
-    with flow.saving(settings, show, plain) as folder:
+    with flow.saving(settings, show, report, plain) as folder:
         ids = text.evaluation[:64]
         if not plain:
             student = load(pruned) if student is None else student
@@ -392,7 +393,6 @@ def save(
             if student is not None:
                 report.data["verification"] = verify.verify_plain(folder, student, ids)
         report.data["sizes"]["after"]["file_bytes"] = file_bytes(folder)
-        report.save(folder)
 
 
 command = flow.command(Settings, run)

@@ -25,7 +25,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import typer
 
@@ -58,7 +58,7 @@ def parse_amount(name: str, text: str | None) -> int | float | None:
 
 
 @dataclass
-class Settings(options.Settings):
+class Settings(options.Saving):
     """Cut whole heads, FFN dimensions and layers out: a smaller plain checkpoint, and what that
     cost and saved.
     """
@@ -74,6 +74,12 @@ class Settings(options.Settings):
     )
     ffn: int | float | None = option(None, "FFN dimensions: the same", read=parse_amount)
     layers: int | float | None = option(None, "layers: the same", read=parse_amount)
+    uneven: bool = option(
+        False,
+        "how many stay is meant on average: each layer keeps what is among the best of all layers; "
+        "what comes out needs effattn to load",
+        name="--uneven",
+    )
     criteria: Sequence[str] = several(
         ("taylor",),
         "taylor (default), obs, michel, activation, flap, wanda_sum, block_influence or random, or "
@@ -98,6 +104,8 @@ class Settings(options.Settings):
     decode_contexts: Sequence[int] = options.decode_contexts((512, 4096))
     seed: int = options.random_seed("the random criterion")
     device: str = options.device_name()
+
+    COMMAND: ClassVar = "prune structured"
 
     @property
     def amounts(self) -> dict[str, int | float | None]:
@@ -169,11 +177,10 @@ def prune(settings: Settings, show: Quiet) -> StructuredReport:
         with show.stage("timing decode steps") as progress:
             models = {"before": model, "after": small}
             report.data["decode"] = rows_by_context(models, settings.decode_contexts, progress)
-    with flow.saving(settings, show, plain=True) as folder:
+    with flow.saving(settings, show, report, plain=not settings.uneven) as folder:
         ids = text.evaluation[: min(64, length)]
-        report.data["verification"] = flow.save_plain(folder, small, tokenizer, ids)
+        report.data["verification"] = save(settings, folder, small, tokenizer, ids)
         weigh(settings, folder, report.data["sizes"])
-        report.save(folder)
     return report
 
 
@@ -238,7 +245,7 @@ def load(settings: Settings, show: Quiet, named: Sequence[Criterion]) -> tuple:
         model, tokenizer = load_model(settings.model, bos=settings.bos)
         model.to(flow.device(settings.device))
         for criterion in named:
-            plan_of(anatomy.of(model), settings.amounts, criterion)
+            plan_of(anatomy.of(model), settings.amounts, criterion, not settings.uneven)
     return model, tokenizer
 
 
@@ -278,6 +285,7 @@ def pruned(
         criterion=criterion,
         compensate=settings.compensate and solve,
         bias=settings.bias and solve,
+        uniform=not settings.uneven,
         length=settings.length,
         seed=settings.seed,
         progress=progress,
@@ -292,6 +300,19 @@ def measured(row: dict, show: Quiet, model, cut, text: Streams, length: int) -> 
     what = f"measuring {row['criterion']}, solved again: {row['compensation']}"
     with show.stage(what) as progress:
         return row | compare(model, cut, text.evaluation, length, progress=progress)
+
+
+def save(settings: Settings, folder: Path, small, tokenizer, ids) -> dict:
+    """Writes the checkpoint, and proves that it gives the same logits when it is loaded again: by
+    transformers alone in a fresh process, or where layers differ by effattn. RuntimeError
+    otherwise."""
+    from effattn.surgery import checkpoint
+
+    if not settings.uneven:
+        return flow.save_plain(folder, small, tokenizer, ids)
+    small.config.use_cache = True
+    checkpoint.save(small, folder, tokenizer)
+    return checkpoint.load_again(folder, small, ids)[1]
 
 
 def weigh(settings: Settings, folder: Path, sizes: dict) -> None:

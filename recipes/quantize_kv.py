@@ -42,7 +42,7 @@ MOST_RETRIEVAL = 4096  # tokens of a retrieval prompt, by default at most
 
 
 @dataclass
-class Settings(options.Settings):
+class Settings(options.Saving):
     """Quantize the key/value cache: quality token by token, bytes, speed, and which layer should
     get how many bits.
     """
@@ -98,6 +98,7 @@ class Settings(options.Settings):
     seed: int = options.random_seed("prompts and random tokens")
     device: str = options.device_name()
 
+    COMMAND: ClassVar = "quantize-kv"
     APART: ClassVar = ("bits",)  # which are formats
     WIDTH: ClassVar = 140
 
@@ -116,6 +117,12 @@ class Settings(options.Settings):
     def kept(self) -> dict:
         """As texts, for the file of finished parts and for the report."""
         return as_json({"model": self.model} | super().kept() | {"formats": self.specs})
+
+    @property
+    def saves(self) -> bool:
+        """Whether there is one cache to save."""
+        one = self.budget is not None or len(self.specs) == 1
+        return one and self.output is not None
 
     def stopped(self) -> str:
         """How many finished parts are kept, and where."""
@@ -391,13 +398,12 @@ def save(
 
     only = settings.specs[0] if len(settings.specs) == 1 else None
     cache = report.data["plan"]["cache"] if report.data["plan"] else only
-    with flow.saving(settings, show) as folder:
+    with flow.saving(settings, show, report) as folder:
         if cache is not None:
             swap(model, cache=cache)
             checkpoint.save(model, folder, tokenizer)
             tokens = text.evaluation[: min(256, settings.length)]
             report.data |= {"saved": cache, "verification": verify(folder, model, tokens)}
-        report.save(folder)
 
 
 def tell(settings: Settings, report: QuantizeReport) -> None:
@@ -407,6 +413,7 @@ def tell(settings: Settings, report: QuantizeReport) -> None:
         if report.data["saved"] is not None:
             console.print(f"\ncheckpoint  {settings.output}", soft_wrap=True, highlight=False)
         flow.tell_report(settings.output)
+    flow.tell_hub(settings)
 
 
 command = flow.command(Settings, run, tell)

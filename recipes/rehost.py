@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import typer
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class Settings(options.Settings):
+class Settings(options.Saving):
     """Make a checkpoint one of a class that can hold fewer key/value heads: GPT-NeoX (Pythia) and
     GPT-J become Phi, OPT and GPT-2 GPTBigCode, with the same logits.
     """
@@ -43,6 +43,8 @@ class Settings(options.Settings):
     evaluation_tokens: int = tokens(4096, "held out, to compare logits on", least=2)
     length: int = whole(512, "window length in tokens", least=2, unit="tokens")
     device: str = options.device_name()
+
+    COMMAND: ClassVar = "rehost"
 
     def stopped(self) -> str:
         """That nothing is kept."""
@@ -96,10 +98,9 @@ def rehost(settings: Settings, show: Quiet) -> RehostReport:
         found = compared(old, new, ids, settings.length, progress)
     asked = {"model": settings.model, "source": source, "evaluation_tokens": len(ids)}
     report = RehostReport.of(old, new, asked | {"length": settings.length}, found)
-    with flow.saving(settings, show, plain=True) as folder:
+    with flow.saving(settings, show, report, plain=True) as folder:
         kept = ids[: min(64, settings.length)]
         report.data["verification"] = flow.save_plain(folder, new, tokenizer, kept)
-        report.save(folder)
     return report
 
 

@@ -27,7 +27,7 @@ import copy
 from collections.abc import Callable, Sequence
 from dataclasses import InitVar, asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import typer
 
@@ -47,7 +47,7 @@ DEFAULT = "runs/shear"  # where a run without an output trains
 
 
 @dataclass
-class Settings(options.Settings):
+class Settings(options.Saving):
     """Shear a model to an exact smaller shape: learned L0 masks, cut, and trained on (Sheared
     LLaMA).
     """
@@ -109,6 +109,8 @@ class Settings(options.Settings):
     seed: int = options.random_seed("data order and gates")
     device: str = options.device_name()
     overrides: dict = field(default_factory=dict)  # for TrainingArguments, from Python alone
+
+    COMMAND: ClassVar = "shear"
 
     def __post_init__(self, compare: bool) -> None:
         super().__post_init__()
@@ -403,7 +405,7 @@ def facts(settings: Settings, text: DomainText, parent) -> dict[str, object]:
     from effattn.resuming import as_json
 
     return {
-        "settings": as_json(asdict(settings)) | {"source": text.source} | flow.fed(text, parent),
+        "settings": as_json(settings.told()) | {"source": text.source} | flow.fed(text, parent),
         "file_bytes": file_bytes(resolve(settings.model)),
         "pretraining_tokens": embedded.card()["train_tokens"]
         if settings.model == embedded.NAME
@@ -415,10 +417,9 @@ def save(settings: Settings, show: Quiet, small, tokenizer, ids: torch.Tensor, r
     """Writes the small model and, last, the report. ids: (T,) int64 to compare logits on."""
     from effattn.hf.weight_files import file_bytes
 
-    with flow.saving(settings, show, plain=True) as folder:
+    with flow.saving(settings, show, report, plain=True) as folder:
         report.data["verification"] = flow.save_plain(folder, small, tokenizer, ids)
         report.data["size"]["after"]["file_bytes"] = file_bytes(folder)
-        report.save(folder)
 
 
 command = flow.command(Settings, run)

@@ -23,7 +23,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import typer
 
@@ -43,7 +43,7 @@ BUCKETS = 40  # of a stream, about
 
 
 @dataclass
-class Settings(options.Settings):
+class Settings(options.Saving):
     """Swap the attention pattern: perplexity by context, a long stream, and generated text, before
     and after.
     """
@@ -77,6 +77,8 @@ class Settings(options.Settings):
     temperature: float = real(0.8, "of the generated text; 0 is greedy", least=0)
     seed: int = options.random_seed("the generated text")
     device: str = options.device_name()
+
+    COMMAND: ClassVar = "swap"
 
     @property
     def partial(self) -> Path | None:
@@ -344,7 +346,7 @@ def save(
     from effattn.surgery.describing import describe
     from effattn.surgery.swapping import swap
 
-    with flow.saving(settings, show) as folder:
+    with flow.saving(settings, show, report) as folder:
         swap(model, pattern)
         checkpoint.save(model, folder, tokenizer)
         again, found = checkpoint.load_again(folder, model, tokens[: 2 * settings.chunk])
@@ -352,7 +354,6 @@ def save(
             **found,
             "patterns_after_loading": [layer["pattern"] for layer in describe(again).layers],
         }
-        report.save(folder)
 
 
 def asked_for(settings: Settings, patterns: list[Pattern], source: str) -> dict[str, object]:

@@ -105,6 +105,7 @@ FLOWS = {
         checked=("to",),  # against the model
     ),
     "extend_context": Flow(None),
+    "lra": Flow(None),
     "export": Flow(
         "export", {"to": "transformers"}, dict(to="transformers", check=True), reads=None
     ),

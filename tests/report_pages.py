@@ -13,6 +13,8 @@ from test_measure_report import data as measure_data
 from test_quantize_report import data as quantize_data
 from test_tuned_rules import made
 
+from effattn.arena.report import ArenaReport
+from effattn.exporting.report import ExportReport
 from effattn.extending.article_report import ArticleReport
 from effattn.extending.report import ExtendReport
 from effattn.fitting.report import FitReport
@@ -24,6 +26,7 @@ from effattn.prune.shearing.report import ShearReport
 from effattn.prune.structural.report import StructuredReport
 from effattn.prune.unstructured.report import OneShotReport
 from effattn.quant.sensitivity.report import QuantizeReport
+from effattn.rehosting.report import RehostReport
 from effattn.reports.page import Section, page
 from effattn.reports.plots import (
     AFTER,
@@ -514,6 +517,69 @@ def plots() -> str:
     )
 
 
+def export() -> str:
+    check = {"engine": "llama.cpp (xllamacpp 1.0)", "tokens": 320, "equal_tokens": 319, "kl": 1e-5}
+    speeds = [{"context": context, "before": 5.4, "after": 6.9} for context in (512, 4096)]
+    data = {
+        "kind": "export",
+        "settings": {"model": "runs/gqa2", "to": "gguf", "format": "f16", "before": "embedded"},
+        "files": {"model.gguf": 8 << 20, "tokenizer_config.json": 272},
+        "weight_bytes": 9 << 20,
+        "notes": ["30 packed matrices are dense, with their zeros"],
+        "check": check,
+        "speeds": speeds,
+        "environment": {"device": "CPU"},
+    }
+    return ExportReport(data).to_html()
+
+
+def rehost() -> str:
+    sides = {
+        side: {"class": f"{name}ForCausalLM", "model_type": name.lower(), "parameters": 10**6}
+        for side, name in (("before", "GPTNeoX"), ("after", "Llama"))
+    }
+    data = {
+        "kind": "rehost",
+        "settings": {"model": "runs/neox"},
+        "model": sides | {"dtype": "float32"},
+        "logits": {"max_difference": 1e-5, "max": 12.0, "kl": 1e-9, "tokens": 512},
+        "verification": None,
+        "environment": {"device": "CPU"},
+    }
+    return RehostReport(data).to_html()
+
+
+def arena() -> str:
+    rows = [
+        {
+            "task": task,
+            "pattern": pattern,
+            "pretraining": before,
+            "accuracy": 0.3 + place / 10,
+            "error": 0.01,
+            "loss": 1.5,
+            "majority": 0.2,
+            "parameters": 100_000,
+            "seconds": 10.0 + place,
+            "ms": 30.0 + place,
+            "peak_bytes": (20 + place) << 20,
+            "tokens": 144,
+        }
+        for task in ("listops", "pathfinder_images")
+        for place, (pattern, before) in enumerate(
+            [("linear", 0), ("dense", 0), ("sliding(window=17)", 0), ("linear", 100)]
+        )
+    ]
+    data = {
+        "kind": "lra",
+        "settings": {"steps": 100, "batch": 32},
+        "model": {"width": 64, "layers": 2, "heads": 4},
+        "rows": rows,
+        "environment": {"device": "a CPU", "threads": 1},
+    }
+    return ArenaReport(data).to_html()
+
+
 # name -> (maker of the HTML, its number of plots)
 PAGES: dict[str, tuple[Callable[[], str], int]] = {
     "prune_oneshot": (prune_oneshot, 3),
@@ -530,4 +596,7 @@ PAGES: dict[str, tuple[Callable[[], str], int]] = {
     "structured": (structured, 5),
     "extend": (extend, 2),
     "extend_context": (extend_context, 6),
+    "export": (export, 0),
+    "rehost": (rehost, 0),
+    "arena": (arena, 4),
 }

@@ -13,6 +13,7 @@ import ast
 import re
 import sys
 from collections.abc import Iterable, Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -68,7 +69,7 @@ APART = {
         "effattn/extending/rules.py": "a window with and without sinks is a row of the article",
         "effattn/left_out.py": "what to take instead of a method that is not here",
         "effattn/extending/tuning.py": "an example in an error",
-        "effattn/linearizing/decay.py": "fits what `linear` alone has",
+        "effattn/linearizing/decay.py": "fits what `linear` and `gated` alone have",
         "effattn/positions/ntk.py": "a variant of NTK is called fixed",
         "effattn/profiling/operations.py": "a model's own layer: everything, or a window",
         "effattn/surgery/describing.py": "a model's own layer: everything, or a window",
@@ -90,7 +91,6 @@ APART = {
         "recipes/extend_context.py": "examples in --help",
     },
     "cache format": {
-        "effattn/fitting/accounting.py": "a dtype of packed weights",
         "effattn/hf/weights.py": "a dtype of packed weights",
         "kernels/decode/packed_ahead_of_time.py": "variants to compile",
         "quant/weights.py": "a dtype of packed weights",
@@ -143,7 +143,11 @@ AGREE = {
         )
     },
     "projection": {
+        "effattn/fitting/candidates.py": "which projections a budget is searched with",
         "effattn/linearizing/approximation.py": "how far a projection's option is swept",
+    },
+    "packed format": {
+        "effattn/fitting/candidates.py": "which sparsities a budget is searched with",
     },
     "feature map": {
         "effattn/linearizing/approximation.py": "the maps that the sweep of `linear` compares",
@@ -202,11 +206,14 @@ def statements(tree: ast.Module) -> list[tuple[list[str], list[str]]]:
     return [one for one in found if one[0]]
 
 
-STATEMENTS = {
-    shown(path): statements(ast.parse(path.read_text(encoding="utf-8")))
-    for folder in FOLDERS
-    for path in sorted((ROOT / folder).rglob("*.py"))
-}
+@cache  # by the first test that asks: every worker of a parallel run imports this file
+def library() -> dict[str, list[tuple[list[str], list[str]]]]:
+    """file -> its statements."""
+    return {
+        shown(path): statements(ast.parse(path.read_text(encoding="utf-8")))
+        for folder in FOLDERS
+        for path in sorted((ROOT / folder).rglob("*.py"))
+    }
 
 
 def named(text: str, names: set[str]) -> set[str]:
@@ -245,7 +252,7 @@ def test_what_is_read(source, found):
 def test_a_member_is_named_in_its_own_file_alone(axis):
     members = AXES[axis]
     found = {}
-    for file, read in STATEMENTS.items():
+    for file, read in library().items():
         foreign = {name for name, own in members.items() if own != file}
         if agreed := agreeing(read, foreign):
             found[file] = sorted(agreed)

@@ -10,6 +10,7 @@ Facades do not count: a package whose `__getattr__` finds public names by a tabl
 from __future__ import annotations
 
 import ast
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,8 @@ LAYERS = [
         "left_out",
         "traits",
         "registry",
+        "calls",
+        "sinks",
         "interface",
         "checks",
         "padding",
@@ -59,6 +62,7 @@ LAYERS = [
     # what transformers is told by `import effattn`
     ["plugin"],
     [
+        "arena",
         "conformance",
         "exporting",
         "measuring",
@@ -93,6 +97,7 @@ def modules() -> dict[str, Path]:
 MODULES = modules()
 
 
+@cache
 def arrows(name: str) -> list[tuple[str, str, int]]:
     """(module, name taken from it or "", line) of every import in a module, wherever it stands."""
     path, found = MODULES[name], []

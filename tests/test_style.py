@@ -13,6 +13,7 @@ import statistics
 import tokenize
 from collections import Counter
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -33,8 +34,13 @@ RECIPE = 430  # lines: a whole flow on one page, of which up to 100 are settings
 
 FILES = sorted(path for folder in (*FOLDERS, "tests") for path in (ROOT / folder).rglob("*.py"))
 SHIPPED = [path for path in FILES if path.relative_to(ROOT).parts[0] != "tests"]
-TREES = {path: ast.parse(path.read_text(encoding="utf-8")) for path in FILES}
 DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
+
+
+@cache
+def tree_of(path: Path) -> ast.Module:
+    """A file, parsed."""
+    return ast.parse(path.read_text(encoding="utf-8"))
 
 
 def shown(path: Path) -> str:
@@ -97,7 +103,7 @@ def test_the_formatter_skips_only_tables_and_launches():
             for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
             if line.endswith(("  # fmt: " + "skip", "# fmt: " + "off"))
         }
-        for node in ast.walk(TREES[path]):
+        for node in ast.walk(tree_of(path)):
             value = getattr(node, "value", None)
             table = isinstance(value, (ast.List, ast.Tuple, ast.Set, ast.Dict)) and literal(value)
             if isinstance(node, ast.stmt) and (table or launch(value)):
@@ -125,7 +131,7 @@ def test_functions_are_short():
     long = {
         f"{shown(path)} {node.name}": lines(node)
         for path in FILES
-        for node in ast.walk(TREES[path])
+        for node in ast.walk(tree_of(path))
         if isinstance(node, DEFINITIONS) and not jitted(node)
     }
     assert {name: n for name, n in long.items() if n > FUNCTION} == {}
@@ -175,7 +181,7 @@ def inherited(path: Path, name: str) -> bool:
 def test_everything_public_is_documented():
     bare = []
     for path in SHIPPED:
-        tree = TREES[path]
+        tree = tree_of(path)
         if tree.body and not ast.get_docstring(tree):
             bare.append(shown(path))
         bare += [

@@ -16,6 +16,7 @@ LINEAR, PERFORMER, VQ, LSH, TOPK = (
     "lsh(rounds=4, chunk=64)",
     "topk(window=512, block=64, blocks=8)",
 )
+GATED, DELTA = "gated", "gated(delta=True)"
 BLOCKWISE = "linformer_blockwise(k=256)"
 FEW, MANY = 1024, 65536  # tokens before a step
 SOURCE = "approximate backends on a CPU, B1 H8 D64, fp32"
@@ -47,6 +48,8 @@ GROWN = (
     (LSH, 5),
     (BLOCKWISE, None),
     (TOPK, 4.9),
+    (GATED, 4.6),
+    (DELTA, 4.6),
 )
 STEPS = (LINEAR, PERFORMER, VQ, LSH, TOPK)
 FLAT = STEPS[:2]

@@ -93,10 +93,10 @@ class Case:
         return self.truth(q.double(), k.double(), v.double(), causal=self.causal, padding_mask=mask)
 
     def plain(self, q, k, v, mask=None) -> Tensor | None:
-        """The definition in plain torch operations and this dtype; None for backends that say no
-        `counts`.
+        """The definition in plain torch operations and this dtype; None for what is not exact,
+        and for backends that say no `counts`.
         """
-        if not hasattr(self.backend, "counts"):
+        if not (self.backend.traits.exact and hasattr(self.backend, "counts")):
             return None
         from effattn.interface import Call
 

@@ -13,11 +13,13 @@ DEPTHS = (0.1, 0.3, 0.5, 0.7, 0.9)  # of what is asked for: shares of a prompt's
 _FUNCTIONS = {
     "associative_recall": "effattn.evaluate.recall",
     "by_position": "effattn.evaluate.curve",
+    "harness_scores": "effattn.evaluate.harness_runs",
     "harness_tasks": "effattn.evaluate.harness",
     "line_retrieval": "effattn.evaluate.lines",
     "listops": "effattn.evaluate.list_operations",
     "listops_examples": "effattn.evaluate.list_operations",
     "passkey": "effattn.evaluate.passkey_retrieval",
+    "topic_retrieval": "effattn.evaluate.topics",
     "variable_tracking": "effattn.evaluate.tracking",
 }
 

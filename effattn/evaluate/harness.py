@@ -1,4 +1,5 @@
-"""The generated tasks for lm-evaluation-harness, for those who have it (`pip install lm_eval`).
+"""The generated tasks for lm-evaluation-harness, for those who have it (`pip install
+'effattn[eval]'`).
 
     tasks = effattn.evaluate.harness_tasks(tokenizer, ["passkey", "line_retrieval"], length=4096)
     lm = HFLM(pretrained=model, tokenizer=tokenizer)
@@ -19,8 +20,10 @@ from effattn.evaluate.lines import line_prompts
 from effattn.evaluate.list_operations import listops_prompts
 from effattn.evaluate.passkey_retrieval import passkey_prompts
 from effattn.evaluate.recall import recall_prompts
+from effattn.evaluate.topics import topic_prompts
 from effattn.evaluate.tracking import tracking_prompts
 
+OURS = "effattn_"  # before the names of our tasks there
 NESTING = (1, 2, 3)
 _Make = Callable[[float], retrieval.Prompts]
 TASKS: dict[str, Callable[..., tuple[Sequence[float], _Make]]] = {}
@@ -67,6 +70,11 @@ def _variable_tracking(tokenizer, length, depths, trials, seed):
         seed=seed,
     )
     return depths, made
+
+
+@_task
+def _topic_retrieval(tokenizer, length, depths, trials, seed):
+    return depths, topic_prompts(tokenizer, length, depths, topics=5, trials=trials, seed=seed)
 
 
 @_task
@@ -123,7 +131,7 @@ def harness_tasks(
         documents = harness_documents(
             name, tokenizer, length=length, depths=depths, trials=trials, seed=seed
         )
-        made[f"effattn_{name}"] = ConfigurableTask(
+        made[OURS + name] = ConfigurableTask(
             config=config_of(
                 name,
                 lambda documents=documents, **_: {"test": datasets.Dataset.from_list(documents)},
@@ -141,7 +149,7 @@ def config_of(name: str, dataset: Callable[..., dict], choices: bool) -> dict:
         else {"output_type": "loglikelihood", "doc_to_target": "answer"}
     )
     return {
-        "task": f"effattn_{name}",
+        "task": OURS + name,
         "custom_dataset": dataset,
         "test_split": "test",
         "doc_to_text": "prompt",

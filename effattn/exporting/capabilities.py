@@ -19,6 +19,7 @@ ENGINES = {
     EFFATTN: "transformers after `import effattn`",
     "transformers": "transformers",
     "gguf": "llama.cpp",
+    "openvino": "OpenVINO",
     "vllm": "vLLM",
 }
 
@@ -45,30 +46,49 @@ def _part(name: str, said: str, *runs: str) -> Part:
 
 DENSE = NO + ': projections="dense" multiplies them out'
 PARTS = (
-    _part("plain", "fewer KV heads, smaller FFNs, fewer layers, alike in all", *[AS_IS] * 4),
-    _part("rope", "YaRN, linear and Llama 3's scaling, another base", *[AS_IS] * 4),
+    _part("plain", "fewer KV heads, smaller FFNs, fewer layers, alike in all", *[AS_IS] * 5),
+    _part("rope", "YaRN, linear and Llama 3's scaling, another base", *[AS_IS] * 5),
     _part(
         "layers",
         "layers that differ: heads, FFN width, no attention or FFN",
         YES,
         NO + ", until its classes build them",
         "of Llama, as `deci`",
-        NO + ": effattn does not write DeciLM's configs",
+        YES,
+        "of Llama, as `block_configs` of AnyModel and DeciLM",
     ),
-    _part("packed", "zeros, packed 2:4 or bitmask", YES, ZEROS, ZEROS, ZEROS),
+    _part("packed", "zeros, packed 2:4 or bitmask", YES, ZEROS, ZEROS, ZEROS, ZEROS),
     _part(
         "windows",
         "`sliding` without sinks",
         YES,
         "as `ministral`, of Llama without biases; Qwen 2 and 3 as they are",
         NO,
+        "as transformers, in the mask",
+        "as `ministral`, of Llama without biases, by its Transformers backend",
+    ),
+    _part("pattern", "another pattern (sinks, LSH, linear, ...)", YES, NO, NO, NO, NO),
+    _part("positions", "rules that transformers has not (ReRoPE, ALiBi, ...)", YES, NO, NO, NO, NO),
+    _part(
+        "cache",
+        "a packed cache",
+        YES,
+        NO,
+        NO + ": its own formats, by its flags",
+        NO + ": its own formats, by its options",
         NO,
     ),
-    _part("pattern", "another pattern (sinks, LSH, linear, ...)", YES, NO, NO, NO),
-    _part("positions", "rules that transformers has not (ReRoPE, ALiBi, ...)", YES, NO, NO, NO),
-    _part("cache", "a packed cache", YES, NO, NO + ": its own formats, by its flags", NO),
-    _part("heads", "latent keys and values", YES, NO, NO, NO),
-    _part("projections", "Monarch or low-rank projections", YES, DENSE, DENSE, DENSE),
+    _part(
+        "mla",
+        "MLA, of `convert-mla`",
+        AS_IS,
+        AS_IS,
+        NO + ": effattn writes no such file",
+        NO + ": effattn writes no such model",
+        "as is, which effattn need not export",
+    ),
+    _part("heads", "latent keys and values", YES, NO, NO, NO, NO),
+    _part("projections", "Monarch or low-rank projections", YES, *[DENSE] * 4),
 )
 
 

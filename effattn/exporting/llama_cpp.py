@@ -1,7 +1,7 @@
 """llama.cpp on this machine's processors, in a process of its own: what it makes of a file.
 
     require()                                    # ValueError, saying what to install
-    ask("model.gguf", {"prompts": [[1, 2, 3]], "new": 64, "full": 4, "vocabulary": 49152})
+    ask(folder, {"prompts": [[1, 2, 3]], "new": 64, "full": 4, "vocabulary": 49152})
 
 The package `xllamacpp` has it whole, in a wheel. A file that it cannot read may end the process it
 runs in, so that is never ours; it is asked through JSON, on one thread for each core."""
@@ -18,7 +18,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-PACKAGE = "xllamacpp"
+NAME, PACKAGE = "llama.cpp", "xllamacpp"
+FILE = "model.gguf"  # in the folder of an export
 INSTALL = "pip install 'effattn[llama-cpp]'"
 SPARE = 512  # tokens of context beyond what is asked for: a text, and steps that are timed
 
@@ -34,11 +35,12 @@ def version() -> str:
     return f"{PACKAGE} {importlib.metadata.version(PACKAGE)}"
 
 
-def ask(file: Path, question: dict) -> dict:
-    """The answer of `_answer` to a question. "exact" in it: with a float32 cache, so that what
-    is compared is the file; llama.cpp's own is float16. RuntimeError, with its last words, when it
-    cannot read the file."""
+def ask(folder: Path, question: dict) -> dict:
+    """The answer of `_answer` to a question about the file in a folder, or about a file. "exact" in
+    it: with a float32 cache, so that what is compared is the file; llama.cpp's own is float16.
+    RuntimeError, with its last words, when it cannot read the file."""
     require()
+    file = folder / FILE if folder.is_dir() else folder
     with tempfile.TemporaryDirectory() as folder:
         given, answer = Path(folder) / "question.json", Path(folder) / "answer.json"
         given.write_text(json.dumps(question | {"file": str(file)}), encoding="utf-8")
@@ -71,7 +73,14 @@ def _answer(question: dict) -> dict:
         str(context): _speed(server, question["prompts"][0], context, question["repeats"])
         for context in question.get("contexts", ())
     }
-    return {"tokens": tokens, "logprobs": logprobs, "texts": texts, "speeds": speeds}
+    cache = "float32" if question.get("exact") else "float16"
+    return {
+        "tokens": tokens,
+        "logprobs": logprobs,
+        "texts": texts,
+        "speeds": speeds,
+        "numbers": f"cache {cache}",
+    }
 
 
 def _server(question: dict):

@@ -7,13 +7,14 @@ becomes a Ministral, which has the same weights and honours it. (A Llama whose c
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from huggingface_hub import save_torch_state_dict
+from torch import Tensor, nn
 
 from effattn.errors import Unsupported
-from effattn.exporting import checking
 from effattn.hf import anatomy, loading, verify
 from effattn.specs import parse_spec
 from effattn.surgery import record
@@ -23,7 +24,18 @@ FULL, SLIDING = "full_attention", "sliding_attention"
 # who honours `layer_types`: itself, or the class that has the same weights
 HONOURS = {"llama": "ministral", "qwen2": "qwen2", "qwen3": "qwen3"}
 # what vLLM's own classes read, as its sources list them
-SERVED = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi3", "olmo2")
+SERVED = (
+    "llama",
+    "mistral",
+    "ministral",
+    "qwen2",
+    "qwen3",
+    "gemma",
+    "gemma2",
+    "gemma3_text",
+    "phi3",
+    "olmo2",
+)
 SERVED += ("granite", "stablelm", "starcoder2", "phi", "gpt_neox", "opt", "mixtral", "qwen3_moe")
 TILE = 256  # FFN dimensions that servers' kernels take at a time
 VERIFIED = 64  # tokens whose logits are compared
@@ -92,20 +104,48 @@ def notes_for_vllm(parts: anatomy.Anatomy) -> list[str]:
     said = ["no server was run: what vLLM makes of it is read from its sources"]
     heads = parts.kv_heads
     said.append(f"tensor parallelism: a size that divides {heads} K/V heads, or is a multiple")
+    if parts.family == "ministral":
+        said.append("vLLM's Transformers backend serves it, whose masks follow layer_types")
     if parts.layers[0].family.ffn_in and parts.layers[0].feed_forward.size % TILE:
         said.append(f"its FFN is no multiple of {TILE}, which kernels are slower for")
     return said
 
 
-def write(model: nn.Module, tokenizer, folder: Path, check: bool) -> dict[str, object] | None:
-    """Writes the checkpoint as transformers does; with `check` a fresh process without effattn
-    loads it, and RuntimeError says where it computes something else."""
+def write(
+    model: nn.Module,
+    tokenizer,
+    folder: Path,
+    config: dict[str, Any] | None = None,
+    state: dict[str, Tensor] | None = None,
+    added: dict[str, Tensor] | None = None,
+) -> None:
+    """Writes the checkpoint as transformers does. config, state: other settings and weights than
+    the model's own. added: tensors beside the weights."""
     restore(model)  # what is left of a swap is what the model has by itself
-    model.save_pretrained(folder)
+    state = model.state_dict() if state is None and added else state
+    if state is None:
+        model.save_pretrained(folder)
+    else:
+        _write_weights(model, state | (added or {}), folder)
+    if config is not None:
+        text = json.dumps(config, indent=2, default=str)
+        (folder / "config.json").write_text(text + "\n", encoding="utf-8")
     tokenizer.save_pretrained(folder)
-    if not check:
-        return None
-    text, _ = checking.prompts(tokenizer)
+
+
+def _write_weights(model: nn.Module, state: dict[str, Tensor], folder: Path) -> None:
+    """Settings, and these weights; of tied ones the first name."""
+    tied = set(model.all_tied_weights_keys) if model.config.tie_word_embeddings else set()
+    kept = {name: tensor for name, tensor in state.items() if name not in tied}
+    model.config.save_pretrained(folder)
+    if (generation := getattr(model, "generation_config", None)) is not None:
+        generation.save_pretrained(folder)
+    save_torch_state_dict(kept, folder)
+
+
+def check(model: nn.Module, folder: Path, text: Tensor) -> dict[str, object]:
+    """A fresh process without effattn loads the checkpoint; RuntimeError says where it computes
+    something else."""
     facts = verify.verify_plain(folder, model, text[:VERIFIED])
     engine = f"transformers without effattn, {type(model).__name__}"
     return {"engine": engine, "tokens": VERIFIED} | facts

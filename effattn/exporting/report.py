@@ -45,10 +45,11 @@ class ExportReport(Document):
 
     def tables(self) -> list[Table]:
         """What was written, what the engine makes of it, how fast, and what runs where."""
-        written = {name: data_size(size) for name, size in self.data["files"].items()}
-        written["weights before"] = data_size(self.data["weight_bytes"])
-        written |= {f"note {place}": note for place, note in enumerate(self.data["notes"], 1)}
-        found = [pairs("Written", written)]
+        # names of files are as they are, which `pairs` would not leave them
+        written = [(name, data_size(size)) for name, size in self.data["files"].items()]
+        written.append(("weights before", data_size(self.data["weight_bytes"])))
+        written += [(f"note {place}", note) for place, note in enumerate(self.data["notes"], 1)]
+        found = [Table("Written", ("Name", "Value"), written, facts=True)]
         if self.data["check"] is not None:
             found.append(pairs(CHECK, self.data["check"]))
         if self.data["speeds"]:

@@ -2,25 +2,30 @@
 
 By default windows are no longer than the trained length and their positions are drawn from the
 target's (PoSE), so that tuning for 32k tokens costs what tuning at the trained length costs; or
-whole windows of the target length."""
+whole windows of the target length; or segments that follow each other, with a memory of those
+before (`effattn.training.segments`)."""
 
 from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from torch import Tensor
 from torch.utils.data import Dataset
-from transformers import PrinterCallback, Trainer
+from transformers import PrinterCallback, Trainer, TrainerCallback
 
-from effattn import registry
 from effattn.evaluate.logits import training_loss
 from effattn.hf.beginning import bos_of, end_of
 from effattn.position_sampling import SampledPositions
+from effattn.registry import backend
+from effattn.surgery.attaching import detach, require_own_attention
+from effattn.surgery.record import mark
+from effattn.surgery.swapping import swap
 from effattn.training import lending as training
 from effattn.training.lora import adapters
+from effattn.training.segments import CarriedMemory, Segments, stacked
 from effattn.training.uptrain import Curve, Steps
 
 
@@ -32,8 +37,8 @@ def default_lr(width: int) -> float:
 def check_pattern(argument: str, spec: str) -> None:
     """ValueError for a pattern that dense attention cannot take over from, once it was trained
     with."""
-    backend = registry.backend(spec)
-    traits, learns = backend.traits, any(True for _ in backend.parameters())
+    attention = backend(spec)
+    traits, learns = attention.traits, any(True for _ in attention.parameters())
     if not (traits.exact and traits.causal) or traits.learned or learns:
         raise ValueError(
             f"{argument}: got {spec!r}, and dense attention is to take over; valid is a pattern "
@@ -50,6 +55,7 @@ def tune(
     train_tokens: int,
     folder: Path,
     sampling: str | None = "pose",
+    memory: str | None = None,
     batch: int = 1,
     lr: float | None = None,
     lora: int = 0,
@@ -70,13 +76,19 @@ def tune(
 
     sampling: how a window of `window` tokens gets positions below `target`: "pose", "random"
     (`SampledPositions`; the model's rule must be in its config), or None: positions count from 0,
-    and windows should be as long as the target. train_tokens: the budget over all processes. lora:
-    rank of adapters on the attention projections (needs peft), merged afterwards; 0 trains all
-    weights. lora_plus: beside the adapters, norms and embeddings are trained. folder: checkpoints,
-    from which the same call goes on. bos: whether BOS takes the place of each window's first token
-    (None: as the model's tokenizer does it). overrides: passed to TrainingArguments. A model in
-    half precision is in fp32 while it trains, see `training.lent`.
+    and windows should be as long as the target. memory: a bounded pattern, such as
+    "block(block=512, look_back=1)", that the model has while it trains: windows follow each other
+    then, and each remembers those before it (Transformer-XL); without sampling. train_tokens: the
+    budget over all processes. lora: rank of adapters on the attention projections (needs peft),
+    merged afterwards; 0 trains all weights. lora_plus: beside the adapters, norms and embeddings
+    are trained. folder: checkpoints, from which the same call goes on. bos: whether BOS takes the
+    place of each window's first token (None: as the model's tokenizer does it). overrides: passed
+    to TrainingArguments. A model in half precision is in fp32 while it trains, see
+    `training.lent`.
     """
+    if memory is not None:
+        check_memory(memory, sampling)
+        require_own_attention(model, "with a memory to train")
     settings = {"disable_tqdm": True, "seed": seed} | training.placed(model) | (overrides or {})
     probe = training.arguments(
         folder, steps=1, batch=batch, lr=1.0, warmup=0, save_every=1, **settings
@@ -94,16 +106,17 @@ def tune(
         **({"weight_decay": 0.0} | settings),
     )
     count = steps * batch * arguments.world_size
-    # sampled positions jump by themselves, and cannot tell documents apart
-    end = end_of(model) if sampling is None else None
-    windows = training.TokenWindows(tokens, window, count, seed, bos_of(model, bos), end)
-    collator = {} if sampling is None else {"data_collator": SampledPositions(target, sampling)}
-    clock, callbacks = Clock(), [Steps(progress)] if progress else []
+    rows = _rows(model, tokens, window, count, seed, bos, sampling, memory, arguments)
+    clock = Clock()
     low_rank = adapters(model, lora, lora_plus) if lora else contextlib.nullcontext()
-    with low_rank as parameters, training.lent(model, frozen_stays=not lora_plus) as loan:
+    with (
+        remembering(model, memory, rows) as carried,
+        low_rank as parameters,
+        training.lent(model, frozen_stays=not lora_plus) as loan,
+    ):
         if parameters is not None:
             loan.train_only(parameters)
-        curve = None
+        curve, callbacks = None, [*carried, *([Steps(progress)] if progress else [])]
         if evaluate is not None:
             every = -(-steps // points)
             curve = Measured(Path(folder), every, per_step, loan, evaluate, clock)
@@ -112,8 +125,8 @@ def tune(
             model=model,
             args=arguments,
             callbacks=callbacks,
-            train_dataset=windows if sampling is None else Numbered(windows, seed),
-            **collator,
+            train_dataset=rows,
+            data_collator=_collator(target, sampling, memory),
         )
         trainer.remove_callback(PrinterCallback)  # progress is the caller's
         training.train(trainer)
@@ -129,6 +142,7 @@ def tune(
         **clock.read(),
         "window": window,
         "sampling": sampling,
+        "memory": memory,
         "lora": lora,
         "learning_rate": arguments.learning_rate,
         "losses": losses,
@@ -173,6 +187,58 @@ class Measured(Curve):
         """A point's values."""
         with self.clock.paused(), self.loan.as_saved():
             return self.evaluate()
+
+
+def check_memory(memory: str, sampling: str | None) -> None:
+    """ValueError for a pattern that remembers everything, and for positions that are drawn."""
+    if sampling is not None:
+        raise ValueError(
+            f"memory: got {memory!r} with sampling={sampling!r}, and its positions count on from "
+            "window to window; valid is no sampling"
+        )
+    if not backend(memory).new_state().evicts:
+        raise ValueError(
+            f"memory: got {memory!r}, which remembers every token; valid is a bounded pattern, "
+            "such as 'block(block=512, look_back=1)' or 'sliding(window=512)'"
+        )
+
+
+@contextlib.contextmanager
+def remembering(model, memory: str | None, rows: Dataset) -> Iterator[list[TrainerCallback]]:
+    """Gives the model the pattern `memory` while it trains on `rows`, and yields what carries it;
+    a rule in its config stays."""
+    if memory is None:
+        yield []
+        return
+    assert isinstance(rows, Segments)
+    swap(model, memory)
+    carried = None
+    try:
+        carried = CarriedMemory(model, rows)
+        yield [carried]
+    finally:
+        if carried is not None:
+            carried.end()
+        detach(model)
+        mark(model)
+
+
+def _rows(model, tokens, window, count, seed, bos, sampling, memory, arguments) -> Dataset:
+    """What is trained on: `count` windows."""
+    first = bos_of(model, bos)
+    if memory is not None:
+        side_by_side = arguments.per_device_train_batch_size * arguments.world_size
+        return Segments(tokens, window, side_by_side, count // side_by_side, bos=first)
+    # sampled positions jump by themselves, and cannot tell documents apart
+    end = end_of(model) if sampling is None else None
+    windows = training.TokenWindows(tokens, window, count, seed, first, end)
+    return windows if sampling is None else Numbered(windows, seed)
+
+
+def _collator(target: int, sampling: str | None, memory: str | None):
+    if memory is not None:
+        return stacked
+    return None if sampling is None else SampledPositions(target, sampling)
 
 
 class NextTokenTrainer(Trainer):

@@ -8,33 +8,55 @@ cache) is the same number; a test holds the one against the other."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
 from torch import nn
 
 from effattn import registry
-from effattn.fitting.plan import BLOCKS, FULL, SINKS, LayerChoice, Plan
-from effattn.hf import anatomy
+from effattn.fitting import forms
+from effattn.fitting.plan import BLOCKS, FULL, SINKS, LayerChoice, Plan, is_structured
+from effattn.hf import anatomy, uneven
 from effattn.hf.layer import Layer
 from effattn.hf.weights import numbers, weight_bytes
 from effattn.profiling.cost import model_cost
 from effattn.states import caches
-from effattn.states.full import RingState
+from effattn.states.full import ROOM, RingState
 
 BLOCK = 64  # numbers that share a scale in nf4
 CODE_BOOK = 16 * 4  # bytes of nf4's levels, which each module has
 ROWS = ("bytes", "kv_bytes_per_token", "weight_bytes", "parameters")
 
 
-def linear_bytes(outputs: int, inputs: int, bias: bool, itemsize: int, kind: str | None) -> int:
-    """Bytes of a linear layer's weights. kind: "nf4" (two numbers a byte, a scale in fp32 for each
-    64), "int8" (a scale in fp32 for each row), or None: `itemsize` a number."""
-    count = outputs * inputs
-    own = outputs * itemsize if bias else 0
-    if kind == "nf4":
-        return own + -(-count // 2) + 4 * -(-count // BLOCK) + CODE_BOOK
-    return own + (count + 4 * outputs if kind == "int8" else count * itemsize)
+@dataclass(frozen=True)
+class Matrix:
+    """One linear of a layer, as a choice has it: of these sizes, in a form (None: as `like` is)."""
+
+    like: nn.Linear
+    outputs: int
+    inputs: int
+    bias: bool
+    form: str | None = None
+
+    @classmethod
+    def of(cls, like: nn.Linear, outputs: int, inputs: int, form: str | None) -> Matrix:
+        """With the bias that it has."""
+        return cls(like, outputs, inputs, like.bias is not None, form)
+
+    def cost(self) -> tuple[int, int]:
+        """(bytes, parameters). bitsandbytes: nf4 has two numbers a byte, a scale in fp32 for each
+        64 and its levels; int8 a scale in fp32 for each row."""
+        count, itemsize = self.outputs * self.inputs, self.like.weight.itemsize
+        own, added = (self.outputs * itemsize, self.outputs) if self.bias else (0, 0)
+        if self.form is None:
+            return own + count * itemsize, count + added
+        if is_structured("ffn_weights", self.form):
+            made = forms.empty(self.form, self.like, self.outputs, self.inputs, "meta")
+            return weight_bytes(made), sum(map(numbers, made.parameters()))
+        if self.form == "nf4":
+            return own + -(-count // 2) + 4 * -(-count // BLOCK) + CODE_BOOK, count + added
+        return own + count + 4 * self.outputs, count + added
 
 
 class Ledger:
@@ -49,6 +71,7 @@ class Ledger:
         step = model_cost(parts.model, batch, 1, context)
         self.activations = step.activation_bytes or 0
         self.block = lru_cache(maxsize=None)(self._block)
+        self.cost = lru_cache(maxsize=None)(Matrix.cost)
 
     def totals(self, plan: Plan) -> dict[str, float]:
         """Everything that a budget may limit, but speed: as `ROWS`, and cache_bytes."""
@@ -82,45 +105,71 @@ class Ledger:
     def _block(self, index: int, block: str, choice: LayerChoice) -> dict[str, float]:
         layer = self.parts.layers[index]
         attention = block == "attention"
-        linears = _attention(layer, choice) if attention else _ffn(layer, choice)
-        kind = choice.attention_weights if attention else choice.ffn_weights
+        linears = (_attention if attention else _ffn)(layer, choice)
+        costs = [self.cost(one) for one in linears]
+        if linears:
+            costs.append(_beside(layer, attention))
+        weights, parameters = map(sum, zip((0, 0), *costs, strict=True))
         cache, token = cache_bytes(layer, choice, self.context, self.batch) if attention else (0, 0)
-        weights = sum(
-            linear_bytes(rows, columns, module.bias is not None, module.weight.itemsize, kind)
-            for module, rows, columns in linears
-        )
-        biased = [rows for module, rows, _ in linears if module.bias is not None]
         return {
             "weight_bytes": weights,
-            "parameters": sum(rows * columns for _, rows, columns in linears) + sum(biased),
+            "parameters": parameters,
             "cache_bytes": cache,
             "kv_bytes_per_token": token,
             "bytes": weights + cache,
         }
 
 
-def _attention(layer: Layer, choice: LayerChoice) -> list[tuple[nn.Linear, int, int]]:
-    """(module, outputs, inputs) of the attention's linears."""
+def _beside(layer: Layer, attention: bool) -> tuple[int, int]:
+    """(bytes, parameters) of what a block has beside its linears, and loses when it is left out:
+    norms of queries and keys, and the one before it."""
+    name = uneven.NORMS[uneven.ATTENTION if attention else uneven.FFN]
+    before = getattr(layer.block, name, None)
+    roots = [layer.attention if attention else layer.ffn, *([before] if before else [])]
+    linears = _linears(layer, attention)
+    own = {id(one) for linear in linears for one in linear.parameters()}
+    found = {id(one): one for root in roots for one in (*root.parameters(), *root.buffers())}
+    rest = [one for key, one in found.items() if key not in own]
+    parameters = [one for one in rest if isinstance(one, nn.Parameter)]
+    return sum(one.nbytes for one in rest), sum(map(numbers, parameters))
+
+
+def _linears(layer: Layer, attention: bool) -> list[nn.Module]:
+    """The modules of a block that a choice is about."""
+    if attention:
+        return layer.qkv_modules
+    return [*layer.feed_forward.inputs, layer.feed_forward.output]
+
+
+def _attention(layer: Layer, choice: LayerChoice) -> list[Matrix]:
+    """The attention's linears."""
+    if choice.kv_heads == 0:
+        return []
+    form = choice.attention_weights
     hidden = layer.q.module.in_features
     q, kv = layer.heads * layer.head_dim, choice.kv_heads * layer.head_dim
-    o = (layer.o.module, layer.o.module.out_features, q)
+    o = Matrix.of(layer.o.module, layer.o.module.out_features, q, form)
     if layer.family.fused is not None:
-        return [(layer.q.module, q + 2 * kv, hidden), o]
-    return [
-        (layer.q.module, q, hidden),
-        (layer.k.module, kv, hidden),
-        (layer.v.module, kv, hidden),
-        o,
-    ]
+        return [Matrix.of(layer.q.module, q + 2 * kv, hidden, form), o]
+    both = [layer.k.module, layer.v.module]
+    if choice.latent is not None:
+        down = Matrix(layer.k.module, choice.latent, hidden, bias=False)
+        memory = [down, *(Matrix(one, kv, choice.latent, bias=True) for one in both)]
+    else:
+        memory = [Matrix.of(one, kv, hidden, form) for one in both]
+    return [Matrix.of(layer.q.module, q, hidden, form), *memory, o]
 
 
-def _ffn(layer: Layer, choice: LayerChoice) -> list[tuple[nn.Linear, int, int]]:
+def _ffn(layer: Layer, choice: LayerChoice) -> list[Matrix]:
     """The same of the FFN's."""
-    own = layer.feed_forward
+    if choice.ffn == 0:
+        return []
+    own, form = layer.feed_forward, choice.ffn_weights
     inputs = [
-        (one, one.out_features // own.size * choice.ffn, one.in_features) for one in own.inputs
+        Matrix.of(one, one.out_features // own.size * choice.ffn, one.in_features, form)
+        for one in own.inputs
     ]
-    return [*inputs, (own.output, own.output.out_features, choice.ffn)]
+    return [*inputs, Matrix.of(own.output, own.output.out_features, choice.ffn, form)]
 
 
 class _Heads:
@@ -140,16 +189,22 @@ def pattern_of(layer: Layer, choice: LayerChoice) -> str:
 def cache_bytes(layer: Layer, choice: LayerChoice, context: int, batch: int) -> tuple[int, float]:
     """(bytes of the layer's cache after `context` tokens of `batch` rows, bytes that it grows by
     with each further token: 0 where its number of tokens is bounded)."""
-    heads = _Heads(layer, choice.kv_heads)
     itemsize = layer.dtype.itemsize
+    if choice.kv_heads == 0:
+        return 0, 0
+    if choice.latent is not None:
+        # memory that grows has room for some tokens more, since the last but one
+        held = context if context < 2 else max(2, context - 1) + ROOM
+        return batch * held * choice.latent * itemsize, choice.latent * itemsize
+    heads = _Heads(layer, choice.kv_heads)
     number = choice.kv_heads * (layer.head_dim + layer.value_dim) * itemsize
     bounded = choice.window is not None or layer.window is not None
     if choice.cache == FULL and choice.window is None:
-        if not bounded:
+        if layer.own_window is None:
             return batch * context * number, number
         # transformers' own ring is a view of what the last step saw, and counts in a tensor
-        held = context if layer.window is None else min(context, layer.window)
-        return batch * held * number + 8, 0
+        held = min(context, layer.own_window)
+        return batch * held * number + 8, 0 if bounded else number
     backend = registry.backend(pattern_of(layer, choice))
     kind = caches.parse(choice.cache)
     if kind is None:

@@ -74,12 +74,16 @@ class Budget:
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         return {name: values[name] for name in UNITS if values[name] is not None}
 
+    def numbers(self, parent: Mapping[str, float]) -> dict[str, float]:
+        """Limit -> its number, for a parent that takes so much."""
+        return {
+            name: amount_of(name, amount, parent.get(name)) for name, amount in self.given.items()
+        }
+
     def limits(self, parent: Mapping[str, float]) -> dict[str, float]:
         """Limit -> its number, for a parent that takes so much. ValueError for a budget that the
         parent meets as it is."""
-        found = {
-            name: amount_of(name, amount, parent.get(name)) for name, amount in self.given.items()
-        }
+        found = self.numbers(parent)
         if all(meets(name, parent[name], limit) for name, limit in found.items()):
             told = ", ".join(
                 f"{name}: got {self.given[name]}, the parent has {parent[name]:,.0f}"

@@ -1,50 +1,33 @@
 """A plan carried out: a twin of the parent, which shares the weights that stay.
 
 Layer by layer, two streams of activations walk through the calibration set: `teacher`, of the
-parent, which says what a layer should give, and `student`, of the twin so far. Heads are merged in
-closed form (`effattn.heads`), an FFN's dimensions go in the order in which others make up for them
-(ZipLM, arXiv:2302.04089), and the output and the down projection are solved again by least squares
-on what the twin feeds them. Then weights are packed, and windows and caches swapped in.
+parent, which says what a layer should give, and `student`, of the twin so far. What changes a
+layer's weights is fitted there (`effattn.fitting.shaping`); then weights are packed, and windows
+and caches swapped in.
 
-N: calibration tokens; D: hidden size; F: inner dimensions of an FFN."""
+N: calibration tokens; D: hidden size."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from effattn.calibration.attended import is_linear
 from effattn.calibration.layerwise import LayerRunner, watch, windows
-from effattn.calibration.refit import OutputRefit
 from effattn.calibration.statistics import SecondMoment
 from effattn.fitting.accounting import pattern_of
 from effattn.fitting.harm import Progress, untold
-from effattn.fitting.plan import FULL, SHAPED, LayerChoice, Plan
-from effattn.heads.converting import Conversion, merge_heads
+from effattn.fitting.plan import FULL, LayerChoice, Plan, is_shaped
+from effattn.fitting.shaping import Seen, Shaping, structured
+from effattn.heads.converting import Conversion
 from effattn.heads.judged import TOKENS
 from effattn.heads.methods import METHODS
 from effattn.hf import anatomy, placement, shapes
-from effattn.hf.layer import Layer
-from effattn.prune.structural.criteria.obs import removal_order
 from effattn.quant.weights import quantize_weights
 from effattn.surgery.swapping import swap
-
-
-@dataclass
-class Seen:
-    """What the parent's layer gets and gives: the moment of its attention's inputs and some of them
-    (`effattn.heads.converting.observe`), what its output projections give without their biases
-    (N, D), and the sum of z z^T of the FFN's inner dimensions (F, F) in fp64."""
-
-    moment: Tensor
-    inputs: Tensor | None
-    attention: list[Tensor]
-    ffn: list[Tensor]
-    gram: Tensor
 
 
 class Builder:
@@ -84,7 +67,7 @@ class Builder:
     def shaped(self, plan: Plan, progress: Progress = untold) -> nn.Module:
         """The parent with the plan's heads and widths, and nothing else of it. progress: called
         with (layers done, layers)."""
-        changed = [i for i, name, _ in plan.changes(self.parent) if name in SHAPED]
+        changed = plan.shaped(self.parent)
         model = twin(self.parts, set(changed))
         if not changed:
             progress(1, 1)
@@ -118,7 +101,7 @@ class Builder:
         """Runs the parent's layer on `hidden`, which moves one layer on. FloatingPointError for
         activations that are not finite."""
         layer = self.parts.layers[index]
-        moment, gram = SecondMoment(ones=True), SecondMoment()
+        moment, within, gram = SecondMoment(ones=True), SecondMoment(), SecondMoment()
         inputs: list[Tensor] = []
         outputs: dict[nn.Module, list[Tensor]] = {
             layer.o.module: [],
@@ -141,6 +124,7 @@ class Builder:
         with (
             watch(layer.k.module, enter),
             watch(layer.o.module, lambda _, y: leave(layer.o.module, y)),
+            watch(layer.feed_forward.inputs[0], lambda x, _: within.add(x)),
             watch(layer.feed_forward.output, inside),
         ):
             hidden[:] = self.forward(index, hidden)
@@ -153,6 +137,7 @@ class Builder:
             torch.cat(inputs) if inputs else None,
             outputs[layer.o.module],
             outputs[layer.feed_forward.output],
+            within.mean.cpu(),
             gram.sum,
         )
 
@@ -167,13 +152,8 @@ class Builder:
         """Gives the twin's layer its heads and its width, both re-fitted on `student`, the inputs
         that it gets. Returns what the layer then gives."""
         layer = runner.anatomy.layers[index]
-        if choice.kv_heads != layer.kv_heads:
-            asked = replace(self.asked, kv_heads=choice.kv_heads)
-            merge_heads(layer, asked, seen.moment, seen.inputs)
-            refit(runner, layer, layer.o.module, student, seen.attention)
-        if choice.ffn != layer.feed_forward.size:
-            narrow(layer, choice.ffn, seen.gram)
-            refit(runner, layer, layer.feed_forward.output, student, seen.ffn)
+        own = self.parent.layers[index]
+        Shaping(runner, layer, own, seen, student, self.asked).carry_out(choice)
         return [output for _, output in runner.run(index, student)]
 
     @torch.no_grad()
@@ -182,41 +162,14 @@ class Builder:
     ) -> nn.Module:
         """The parent with one candidate in one layer, which gets `hidden`."""
         plan = self.parent.with_field(name, value, [index])
-        model = twin(self.parts, {index} if name in SHAPED else set())
-        if name in SHAPED:
-            assert seen is not None
-            runner = LayerRunner(anatomy.of(model), self.batches)
-            self.change(runner, index, plan.layers[index], seen, list(hidden))
-            return model
-        return finish(model, plan, self.parent)
-
-
-@torch.no_grad()
-def narrow(layer: Layer, width: int, gram: Tensor) -> None:
-    """Leaves an FFN the `width` dimensions that others cannot make up for. gram (F, F), fp64."""
-    output = layer.feed_forward.output
-    order = removal_order(
-        gram.cpu(),
-        output.weight.detach().double().cpu(),
-        removed=layer.feed_forward.size - width,
-    )
-    keep = order[len(order) - width :].sort().values
-    shapes.keep_ffn(layer, keep.to(output.weight.device))
-
-
-@torch.no_grad()
-def refit(
-    runner: LayerRunner,
-    layer: Layer,
-    output: nn.Linear,
-    student: list[Tensor],
-    targets: list[Tensor],
-) -> None:
-    """Solves an output projection for `targets`, on what it gets when the layer gets `student`."""
-    fit = OutputRefit()
-    for z, y in zip(runner.until(layer.index, student, output), targets, strict=True):
-        fit.add(z.flatten(0, -2), y.to(z.device))
-    output.weight.copy_(fit.solve(output.weight))
+        if not is_shaped(name, value):
+            return finish(twin(self.parts, ()), plan, self.parent)
+        assert seen is not None
+        model = twin(self.parts, {index})
+        runner = LayerRunner(anatomy.of(model), self.batches)
+        self.change(runner, index, plan.layers[index], seen, list(hidden))
+        shapes.settle(model)
+        return model
 
 
 def twin(parts: anatomy.Anatomy, changed: Iterable[int]) -> nn.Module:
@@ -227,21 +180,60 @@ def twin(parts: anatomy.Anatomy, changed: Iterable[int]) -> nn.Module:
     return copy.deepcopy(parts.model, shared).eval()
 
 
+def apply(model: nn.Module, shaped: nn.Module, plan: Plan, parent: Plan) -> nn.Module:
+    """Makes the model itself what its shaped twin is, and then the plan; module objects stay where
+    they are, but for those whose weights are packed."""
+    changed = plan.shaped(parent)
+    for own, other in zip(anatomy.of(model), anatomy.of(shaped), strict=True):
+        if own.index in changed:
+            _graft(own.block, other.block, shaped.config, model.config)
+    if changed:
+        shapes.settle(model)
+    return finish(model, plan, parent)
+
+
+def _graft(own: nn.Module, other: nn.Module, old_config, config) -> None:
+    """Gives a module the parameters and the sizes of its twin, and takes over what has no like."""
+    own._parameters.update(other._parameters)
+    numbers = {k: v for k, v in vars(other).items() if type(v) in (int, bool)}
+    vars(own).update(numbers | {"training": own.training})
+    for name, child in list(other.named_children()):
+        same = own._modules.get(name)
+        if type(same) is type(child):
+            _graft(same, child, old_config, config)
+            continue
+        own.add_module(name, child.train(own.training))
+        for module in child.modules():
+            if getattr(module, "config", None) is old_config:
+                module.config = config
+
+
 def finish(model: nn.Module, plan: Plan, parent: Plan) -> nn.Module:
     """Packs a shaped model's weights, and gives it the plan's windows and caches, in place."""
     pack(model, plan)
-    parts = anatomy.of(model)
-    changed = {(index, name) for index, name, _ in plan.changes(parent)}
-    swapped = [i for i, _ in enumerate(plan.layers) if {(i, "cache"), (i, "window")} & changed]
-    if not swapped:
-        return model
+    return put_memories(model, plan, parent, {"cache", "window", "latent"})
+
+
+def put_memories(model: nn.Module, plan: Plan, parent: Plan, fields: Collection[str]) -> nn.Module:
+    """Gives a model what the plan says of these fields: windows, caches, and caches of latents."""
+    patterns, caches = memories(plan, parent, anatomy.of(model), fields)
+    return swap(model, patterns, cache=caches or None) if patterns else model
+
+
+def memories(
+    plan: Plan, parent: Plan, parts: anatomy.Anatomy, fields: Collection[str]
+) -> tuple[dict[str | int, str], dict[str | int, str]]:
+    """(patterns, caches) by layer, as `swap` takes them."""
+    swapped = dict.fromkeys(i for i, name, _ in plan.changes(parent) if name in fields)
     patterns: dict[str | int, str] = {
         str(i): pattern_of(parts.layers[i], plan.layers[i]) for i in swapped
     }
     caches: dict[str | int, str] = {
-        str(i): plan.layers[i].cache for i in swapped if plan.layers[i].cache != FULL
+        str(i): plan.layers[i].cache
+        for i in swapped
+        if "cache" in fields and plan.layers[i].cache != FULL
     }
-    return swap(model, patterns, cache=caches or None)
+    return patterns, caches
 
 
 def pack(model: nn.Module, plan: Plan) -> None:
@@ -249,12 +241,15 @@ def pack(model: nn.Module, plan: Plan) -> None:
     parts, chosen = anatomy.of(model), []
     for layer, choice in zip(parts, plan.layers, strict=True):
         own = layer.feed_forward
-        if choice.attention_weights:
+        if _packed(choice.attention_weights):
             chosen += layer.qkv_modules
-        if choice.ffn_weights:
+        if _packed(choice.ffn_weights):
             chosen += [*own.inputs, own.output]
     kinds = {
-        kind for one in plan.layers for kind in (one.attention_weights, one.ffn_weights) if kind
+        kind
+        for one in plan.layers
+        for kind in (one.attention_weights, one.ffn_weights)
+        if _packed(kind)
     }
     if len(kinds) > 1:
         raise ValueError(
@@ -263,3 +258,8 @@ def pack(model: nn.Module, plan: Plan) -> None:
         )
     for kind in kinds:
         quantize_weights(model, kind, only=chosen)
+
+
+def _packed(form: str | None) -> bool:
+    """Whether weights of this form are packed by bitsandbytes, at the end."""
+    return form is not None and structured(form) is None

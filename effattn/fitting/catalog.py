@@ -8,7 +8,7 @@ from functools import cached_property
 
 from effattn.fitting.building import Builder
 from effattn.fitting.harm import Judge
-from effattn.fitting.plan import AXES, SHAPED, Plan
+from effattn.fitting.plan import AXES, Plan, axis_of, is_shaped
 from effattn.resuming import Parts
 
 Ladders = Sequence[Mapping[str, list]]
@@ -30,9 +30,9 @@ class Catalog:
 
     def by_axis(self, plan: Plan, parent: Plan) -> dict[str, float]:
         """Axis -> the sum of its candidates' harm in a plan."""
-        harm, found = self.harm, dict.fromkeys(AXES.values(), 0.0)
+        harm, found = self.harm, dict.fromkeys(AXES, 0.0)
         for change in plan.changes(parent):
-            found[AXES[change[1]]] += harm[change]
+            found[axis_of(*change[1:])] += harm[change]
         return found
 
 
@@ -47,13 +47,14 @@ def measure(
     `kept` has is not done again. One layer's statistics are held at a time."""
     names = list(_named(ladders))
     waiting = sum(name not in kept.done for _, _, _, name in names)
-    last = max((i for i, f, _, name in names if f in SHAPED and name not in kept.done), default=-1)
+    waiting_shaped = (i for i, f, v, name in names if is_shaped(f, v) and name not in kept.done)
+    last = max(waiting_shaped, default=-1)
     done, rows, hidden = 0, [], []
     if last >= 0:
         hidden = builder.teacher.embed()
     for index in range(len(ladders)):
         own = [one for one in names if one[0] == index]
-        shaped = [one for one in own if one[1] in SHAPED and one[3] not in kept.done]
+        shaped = any(is_shaped(f, v) and name not in kept.done for _, f, v, name in own)
         seen, inputs = None, hidden
         if index <= last:
             hidden = [states.clone() for states in inputs]

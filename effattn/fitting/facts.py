@@ -40,7 +40,7 @@ def begin(settings: dict, session: Session, space: Space, text: Streams) -> dict
         },
         "budget": {
             "given": dict(budget.given),
-            "limits": session.limits(space),
+            "limits": session.limits(),
             "context": session.ledger.context,
             "batch": session.ledger.batch,
         },
@@ -67,7 +67,7 @@ def plan_of(session: Session, space: Space, found: Found) -> dict:
     plan = {
         "layers": [one.words(own) for one, own in pairs],
         "harm": alone,
-        "lines": best.plan.lines(space.parent),
+        "lines": session.lines(best.plan),
         "choices": best.plan.to_dicts(),
         "predicted": session.ledger.totals(best.plan),
         "counted": None,

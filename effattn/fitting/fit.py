@@ -10,13 +10,11 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from effattn.fitting.budget import Budget
-from effattn.fitting.building import finish
+from effattn.fitting.building import apply
 from effattn.fitting.frontier import points
 from effattn.fitting.groups import STEP
-from effattn.fitting.plan import SHAPED, Plan
 from effattn.fitting.search import Found, search
 from effattn.fitting.session import Asked, Session
-from effattn.hf import anatomy, shapes
 from effattn.hf.weights import weight_bytes
 from effattn.resuming import Parts
 
@@ -53,14 +51,16 @@ def fit(
     resume: Path | str | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Result:
-    """Makes `model`, in place, what harms it least within `budget`: in each layer fewer K/V heads,
-    another cache, a window, a narrower FFN, packed weights, or nothing of these.
+    """Makes `model`, in place, what harms it least within `budget`: in each layer fewer K/V heads
+    or latents, another cache, a window, a narrower FFN, no attention or FFN at all, packed, low
+    rank or sparse weights, or nothing of these.
 
     model: a transformers causal LM, unswapped. calibration: int64 (N,); its last `score_tokens` are
-    measured on, the others fitted to. allow, forbid: axes ("heads", "cache", "window", "ffn",
-    "weights"); keep: "weights" or "cache" as they are. length: tokens of a window. frontier: so
-    many budgets from the smallest plan to the parent are searched, too. resume: a file for what is
-    measured, which the same call goes on from. progress: called with (candidates done, all).
+    measured on, the others fitted to. allow, forbid: axes ("heads", "latent", "skip", "cache",
+    "window", "ffn", "weights", "projections", "sparsity"); keep: "weights" or "cache" as they are.
+    length: tokens of a window. frontier: so many budgets from the smallest plan to the parent are
+    searched, too. resume: a file for what is measured, which the same call goes on from. progress:
+    called with (candidates done, all).
 
     Every candidate is measured in its layer alone (KL of the whole model), the plan is solved for
     exactly (HiGHS), measured as a whole, and solved for again. Sources of the parts: those of
@@ -84,11 +84,11 @@ def fit(
             "tokens": digest,
         }
         kept = Parts(None if resume is None else Path(resume), settings, {}, KIND)
-        space = session.space(kept, progress)
         if STEP in budget.given:
-            session.time(space, kept)
+            session.time(kept)
+        space = session.space(kept, progress)
         measure = session.measure(kept)
-        found = search(space, session.limits(space), measure)
+        found = search(space, session.limits(), measure)
         curve = points(space, measure, frontier) if frontier else []
         plan = found.best.plan
         apply(model, session.builder.shaped(plan), plan, space.parent)
@@ -98,21 +98,4 @@ def fit(
     totals = space.ledger.totals(plan)
     taken = int(totals["bytes"] - totals["weight_bytes"]) + weight_bytes(model)
     words = [one.words(own) for one, own in zip(plan.layers, space.parent.layers, strict=True)]
-    return Result(words, plan.lines(space.parent), taken, found.best.kl, curve, found)
-
-
-def apply(model: nn.Module, shaped: nn.Module, plan: Plan, parent: Plan) -> nn.Module:
-    """Makes the model itself what its shaped twin is, and then the plan; module objects stay where
-    they are, but for those whose weights are packed."""
-    changed = {index for index, name, _ in plan.changes(parent) if name in SHAPED}
-    pairs = zip(anatomy.of(model), anatomy.of(shaped), strict=True)
-    for own, other in pairs:
-        if own.index not in changed:
-            continue
-        for module, new in zip(own.block.modules(), other.block.modules(), strict=True):
-            module._parameters.update(new._parameters)
-            numbers = {k: v for k, v in vars(new).items() if type(v) in (int, bool)}
-            vars(module).update(numbers | {"training": module.training})
-    if changed:
-        shapes.settle(model)
-    return finish(model, plan, parent)
+    return Result(words, session.lines(plan), taken, found.best.kl, curve, found)

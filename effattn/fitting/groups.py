@@ -4,18 +4,28 @@ of what their fields may be."""
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from effattn.fitting.accounting import Ledger
-from effattn.fitting.budget import SAID
+from effattn.fitting.budget import SAID, meets
 from effattn.fitting.candidates import go_together
 from effattn.fitting.catalog import Catalog, Ladders
-from effattn.fitting.plan import AXES, BLOCKS, LayerChoice, Plan
+from effattn.fitting.plan import BLOCKS, WEIGHTS, LayerChoice, Plan, axis_of, is_structured
 from effattn.fitting.solver import Option, Problem, solve, undominated
 
-WEIGHTS = ("attention_weights", "ffn_weights")
 STEP = "tokens_per_s"  # whose row is milliseconds of a step
+
+
+WEIGHTS_AXIS = "weights"  # of bitsandbytes' formats
+
+
+def _in(kind: str | None, name: str, value: object) -> bool:
+    """Whether a value may be in a plan whose weights are of this kind (`Space.kinds`)."""
+    if axis_of(name, value) == WEIGHTS_AXIS:
+        return value == kind
+    return kind is None or not is_structured(name, value)
 
 
 @dataclass(frozen=True)
@@ -37,6 +47,7 @@ class Space:
     catalog: Catalog
     times: Times | None = None
     _found: dict = field(default_factory=dict, repr=False)
+    _combined: dict = field(default_factory=dict, repr=False)
 
     @property
     def parent(self) -> Plan:
@@ -58,24 +69,28 @@ class Space:
             ]
         return self._found[key]
 
-    def _choices(self, index: int, block: str, kind: str | None) -> Iterator[LayerChoice]:
+    def _choices(self, index: int, block: str, kind: str | None) -> list[LayerChoice]:
         """Every combination of what a block's fields may be."""
+        key = (index, block, kind)
+        if key not in self._combined:
+            self._combined[key] = self._combinations(index, block, kind)
+        return self._combined[key]
+
+    def _combinations(self, index: int, block: str, kind: str | None) -> list[LayerChoice]:
         own, ladder = self.parent.layers[index], self.ladders[index]
-        values = []
+        found = [own]
         for name in BLOCKS[block]:
-            more = ladder.get(name, [])
-            more = [one for one in more if one == kind] if name in WEIGHTS else more
-            values.append([getattr(own, name), *more])
-        for combination in itertools.product(*values):
-            choice = replace(own, **dict(zip(BLOCKS[block], combination, strict=True)))
-            if go_together(choice):
-                yield choice
+            values = [value for value in ladder.get(name, []) if _in(kind, name, value)]
+            more = [replace(one, **{name: value}) for value in values for one in found]
+            # what two fields cannot have together, no third one mends
+            found += [one for one in more if go_together(one, own)]
+        return found
 
     def _options(self, index: int, block: str, rows, weights, kind) -> Iterator[Option]:
         own, harm = self.parent.layers[index], self.catalog.harm
         for choice in self._choices(index, block, kind):
             changed = choice.changes(own)
-            total = sum(weights[AXES[n]] * harm[index, n, v] for n, v in changed.items())
+            total = sum(weights[axis_of(n, v)] * harm[index, n, v] for n, v in changed.items())
             yield Option(total, self._costs(index, block, choice, rows), (index, block, choice))
 
     def _costs(self, index: int, block: str, choice: LayerChoice, rows) -> dict[str, float]:
@@ -133,9 +148,13 @@ class Space:
         return tuple(places)
 
     def kinds(self) -> list[str | None]:
-        """The formats that packed weights may have, one of them in a plan; [None] for none."""
-        found = {v: 0 for one in self.ladders for name in WEIGHTS for v in one.get(name, [])}
-        return list(found) or [None]
+        """What all weights of a plan may be beside plain: one format of bitsandbytes, which a
+        config can say once and which packs plain linears alone, or (None) what is structured."""
+        values = [(n, v) for ladder in self.ladders for n in ladder for v in ladder[n]]
+        packed = [v for n, v in values if n in WEIGHTS and axis_of(n, v) == WEIGHTS_AXIS]
+        structured = any(is_structured(*one) for one in values)
+        found = list(dict.fromkeys(packed))
+        return [*found, None] if structured or not found else found
 
     def least(self, row: str) -> float:
         """The least that any plan takes of a row, or milliseconds of the fastest step."""
@@ -160,6 +179,8 @@ class Space:
         """ValueError for a limit below the smallest plan, with what that takes. Needs no harm."""
         for row, limit in limits.items():
             least = self.least(row)
+            if row == STEP and least <= 0:  # savings that overlap: their sum bounds nothing
+                continue
             nearest = 1000 * self.ledger.batch / least if row == STEP else least
             if (nearest < limit) if row == STEP else (nearest > limit):
                 word = "most" if row == STEP else "least"
@@ -169,16 +190,40 @@ class Space:
                 )
 
     def check(self, limits: Mapping[str, float]) -> None:
-        """ValueError for limits that no plan is within, each alone or all together."""
+        """ValueError for limits that no plan is within, each alone or all together, with the
+        nearest that one is within. Needs no harm."""
         self.check_least(limits)
-        ones = dict.fromkeys(AXES.values(), 1.0)
-        rows = list(limits)
-        found = (
-            solve(Problem(self.groups(rows, ones, kind), self.left(limits)))
-            for kind in self.kinds()
+        if len(limits) == 1:
+            return
+        nearest: dict[str, float] = {}
+        for row, limit in limits.items():
+            nearest[row] = self._nearest(row, limits)
+            if meets(row, nearest[row], limit):
+                return
+        told = ", ".join(
+            f"{'at most' if row == STEP else 'at least'} {value:,.0f} {row}"
+            for row, value in nearest.items()
         )
-        if all(one is None for one in found):
-            raise ValueError(
-                f"budget: {', '.join(limits)} cannot be met together, each of them alone can; "
-                "give more of one of them"
-            )
+        raise ValueError(
+            f"budget: {', '.join(limits)} cannot be met together, each of them alone can; with the "
+            f"others as they are, one of these can: {told}"
+        )
+
+    def _nearest(self, row: str, limits: Mapping[str, float]) -> float:
+        """The best value of a row among plans within all other limits."""
+        others = {name: limit for name, limit in limits.items() if name != row}
+        least = math.inf
+        for kind in self.kinds():
+            groups = []
+            for index, block in itertools.product(range(len(self.ladders)), BLOCKS):
+                costs = (
+                    self._costs(index, block, choice, [*others, row])
+                    for choice in self._choices(index, block, kind)
+                )
+                groups.append(undominated([Option(one.pop(row), one) for one in costs]))
+            found = solve(Problem(groups, self.left(others)))
+            least = min(least, math.inf if found is None else found.harm)
+        if row == STEP:
+            step = self._times.parent + least
+            return 1000 * self.ledger.batch / step if step > 0 else math.inf
+        return self.ledger.fixed()[row] + least

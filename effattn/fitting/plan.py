@@ -11,32 +11,63 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 
 from effattn.hf import anatomy
+from effattn.projections.base import PROJECTIONS
+from effattn.projections.packed import FORMATS as PACKED
 
 FULL = "full"
 SINKS = 4  # first tokens that a window keeps
 
-# field -> the axis that `allow` and `forbid` name
-AXES = {
+# field -> the axis that `allow` and `forbid` name; what decides it further is `axis_of`
+FIELDS = {
     "kv_heads": "heads",
+    "latent": "latent",
     "cache": "cache",
     "window": "window",
     "attention_weights": "weights",
     "ffn": "ffn",
     "ffn_weights": "weights",
 }
+SKIP = "skip"  # the axis of what is left out: no K/V heads, no inner dimensions
+PROJECTED, SPARSE = "projections", "sparsity"  # axes of other forms of weights
+AXES = tuple(dict.fromkeys([*FIELDS.values(), SKIP, PROJECTED, SPARSE]))
 BLOCKS = {
-    "attention": ("kv_heads", "cache", "window", "attention_weights"),
+    "attention": ("kv_heads", "latent", "cache", "window", "attention_weights"),
     "ffn": ("ffn", "ffn_weights"),
 }
-# fields whose change needs calibration
-SHAPED = ("kv_heads", "ffn")
+WEIGHTS = ("attention_weights", "ffn_weights")
+
+
+def axis_of(field: str, value: object) -> str:
+    """The axis that a field's value belongs to."""
+    if field in WEIGHTS:
+        name = str(value).partition("(")[0]
+        if name in PROJECTIONS.members():
+            return PROJECTED
+        return SPARSE if name in PACKED.members() else FIELDS[field]
+    return SKIP if value == 0 else FIELDS[field]
+
+
+# axes whose values are fitted to calibration text
+SHAPED = ("heads", "latent", SKIP, "ffn", PROJECTED, SPARSE)
+
+
+def is_shaped(field: str, value: object) -> bool:
+    """Whether a field's value needs calibration, and makes other modules of it."""
+    return axis_of(field, value) in SHAPED
+
+
+def is_structured(field: str, value: object) -> bool:
+    """Whether a value's weights are no plain linears, which bitsandbytes does not pack."""
+    return axis_of(field, value) in ("latent", PROJECTED, SPARSE)
 
 
 @dataclass(frozen=True)
 class LayerChoice:
-    """One layer. kv_heads: key/value heads; cache: a spec of `swap(cache=...)`; window: tokens that
-    a query sees beside the first ones, None as the model has it; ffn: inner dimensions;
-    attention_weights, ffn_weights: "nf4", "int8", or None for their own dtype."""
+    """One layer. kv_heads: key/value heads, 0: no attention; cache: a spec of `swap(cache=...)`;
+    window: tokens that a query sees beside the first ones, None as the model has it; ffn: inner
+    dimensions, 0: no FFN; attention_weights, ffn_weights: a form of `effattn.fitting.forms`, or
+    None for what they are; latent: so many numbers are remembered of a token, None: its keys and
+    values."""
 
     kv_heads: int
     ffn: int
@@ -44,6 +75,7 @@ class LayerChoice:
     window: int | None = None
     attention_weights: str | None = None
     ffn_weights: str | None = None
+    latent: int | None = None
 
     @classmethod
     def of(cls, layer: anatomy.Layer) -> LayerChoice:
@@ -52,21 +84,25 @@ class LayerChoice:
 
     def changes(self, parent: LayerChoice) -> dict[str, object]:
         """The fields that differ from the parent's."""
-        own, other = asdict(self), asdict(parent)
+        own, other = vars(self), vars(parent)
         return {name: value for name, value in own.items() if value != other[name]}
 
     def words(self, parent: LayerChoice) -> str:
         """What is different, in words."""
         told = {
             "kv_heads": "gqa(kv_heads={})",
+            "latent": "latent(rank={})",
             "cache": "cache {}",
             "window": f"sliding(window={{}}, sinks={SINKS})",
             "attention_weights": "attention in {}",
             "ffn": "ffn {}",
             "ffn_weights": "ffn in {}",
         }
-        changed = self.changes(parent)
-        return ", ".join(told[name].format(changed[name]) for name in told if name in changed)
+        left_out = {"kv_heads": "no attention", "ffn": "no FFN"}
+        return ", ".join(
+            left_out[name] if value == 0 else told[name].format(value)
+            for name, value in self.changes(parent).items()
+        )
 
 
 @dataclass(frozen=True)
@@ -101,6 +137,11 @@ class Plan:
             for name, value in own.changes(parent.layers[index]).items():
                 yield index, name, value
 
+    def shaped(self, parent: Plan) -> list[int]:
+        """The layers in which something was fitted to calibration text."""
+        found = (i for i, name, value in self.changes(parent) if is_shaped(name, value))
+        return list(dict.fromkeys(found))
+
     def key(self) -> str:
         """A text that is equal for equal plans."""
         return "; ".join(
@@ -121,22 +162,24 @@ class Plan:
                 start = index
         return found
 
-    def lines(self, parent: Plan) -> list[str]:
-        """The plan as what one would write in Python, for each kind of change."""
-        told = []
-        heads, ffn = self.specs("kv_heads", parent), self.specs("ffn", parent)
-        told += [f"heads by layer: {heads}"] if heads else []
-        told += [f"FFN dimensions by layer: {ffn}"] if ffn else []
-        for name in ("attention_weights", "ffn_weights"):
-            weights = self.specs(name, parent)
-            told += [f"{name.replace('_', ' ')}: {weights}"] if weights else []
+    def lines(self, parent: Plan, how: str) -> list[str]:
+        """The plan as calls that make it of the parent, in order. how: the arguments that say what
+        weights are fitted to."""
+        fields = {name: self.specs(name, parent) for name in FIELDS}
         windows = {
             layers: f"sliding(window={window}, sinks={SINKS})"
-            for layers, window in self.specs("window", parent).items()
+            for layers, window in fields.pop("window").items()
         }
-        told += [f"effattn.swap(model, {windows})"] if windows else []
-        cache = self.specs("cache", parent)
-        told += [f"effattn.swap(model, cache={cache})"] if cache else []
+        caches = fields.pop("cache")
+        told = []
+        given = [f"{name}={value}" for name, value in fields.items() if value]
+        if given:
+            fitted = [how] if self.shaped(parent) else []
+            told.append(f"effattn.shrink({', '.join(['model', *given, *fitted])})")
+        swapped = [f"{windows}"] if windows else []
+        swapped += [f"cache={caches}"] if caches else []
+        if swapped:
+            told.append(f"effattn.swap({', '.join(['model', *swapped])})")
         return told
 
     def _each(self) -> Iterator[tuple[int, LayerChoice]]:

@@ -12,6 +12,7 @@ from torch import nn
 
 from effattn.fitting import report_plots as plots
 from effattn.fitting.budget import SAID
+from effattn.reports.common import harness_tables
 from effattn.reports.document import Document
 from effattn.reports.page import Passage, Section, markdown_text, page
 from effattn.reports.tables import Table, data_size, number, pairs
@@ -63,7 +64,21 @@ class FitReport(Document):
                 f", {self.plan['kl'] / best['kl']:.2f} of what {best['name']} has, the best "
                 "uniform plan within the budget"
             )
-        return f"{said}. {self.speed()}"
+        return " ".join(filter(None, (f"{said}.", self.recovered(), self.speed())))
+
+    def recovered(self) -> str:
+        """What distillation brought, or why there was none; "" where it was not asked for."""
+        told = self.part("recovery") or {}
+        if told.get("reason"):
+            return f"{told['reason'][0].upper()}{told['reason'][1:]}."
+        curve = told.get("curve")
+        if not curve:
+            return ""
+        first, last = (number(point["perplexity"]) for point in (curve[0], curve[-1]))
+        return (
+            f"Distilled on {told['tokens']:,} tokens: perplexity {first} to {last}, the parent's "
+            f"{number(told['parent']['perplexity'])}."
+        )
 
     def speed(self) -> str:
         """Whether it decodes faster, and why."""
@@ -138,8 +153,7 @@ class FitReport(Document):
                 zip(self.plan["layers"], self.plan["harm"], strict=True)
             )
         ]
-        note = "; ".join(self.plan["lines"])
-        return Table(LAYERS, ("Layer", "Became", "Harm alone (nats/token)"), rows, note)
+        return Table(LAYERS, ("Layer", "Became", "Harm alone (nats/token)"), rows)
 
     def _bytes(self) -> Table:
         parent, predicted = self.data["parent"], self.plan["predicted"]
@@ -217,7 +231,7 @@ class FitReport(Document):
 
     def _about(self) -> list[Table]:
         facts = {key: self._said(value) for key, value in self.data["settings"].items()}
-        found = [pairs("Settings", facts)]
+        found = [*harness_tables(self.data), pairs("Settings", facts)]
         for title, name in (("Recovery", "recovery"), ("Proof", "verification")):
             if own := self.part(name):
                 plain = {k: v for k, v in own.items() if not isinstance(v, list | dict)}
@@ -258,7 +272,10 @@ class FitReport(Document):
 
     def _passages(self) -> list[Passage]:
         lines = self.plan.get("lines") or []
-        return [Passage("The plan in words", "", "\n".join(lines))] if lines else []
+        said = "These calls make it of the parent; `tokens`: the text that was searched on."
+        if (self.part("recovery") or {}).get("tokens"):
+            said += " What was distilled afterwards is in the checkpoint alone."
+        return [Passage("The plan in words", said, "\n".join(lines))] if lines else []
 
 
 def _share(value: float | None) -> str:

@@ -6,13 +6,14 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from effattn.fitting.plan import AXES, FULL
+from effattn.fitting.plan import FIELDS, FULL
 from effattn.reports.figures import INK, empty_axes, svg
 from effattn.reports.plots import AFTER, BEFORE, NEUTRAL, PALETTE, UPTRAINED, Series, line_plot
 
 MIB = 2**20
 ROWS = {
     "kv_heads": "K/V heads",
+    "latent": "latents",
     "cache": "cache",
     "window": "window",
     "attention_weights": "attention weights",
@@ -94,7 +95,7 @@ def strip(choices: Sequence[dict], own: Sequence[dict]):
 def harm(data: dict) -> list:
     """A plot for each field: the KL of its values in each layer alone."""
     found = []
-    for name in AXES:
+    for name in FIELDS:
         rows = [row for row in data["candidates"] if row["field"] == name]
         values = list(dict.fromkeys(row["value"] for row in rows))
         values = values[:: -(-len(values) // SHOWN)] if values else []
@@ -121,7 +122,7 @@ def _strength(name: str, choice: dict, own: dict) -> float:
 
 def _short(value) -> str:
     """A spec without the names of its options."""
-    text = str(value)
+    text = str(value) if value != 0 else "none"
     if text == FULL or "(" not in text:
         return text
     name, _, rest = text.partition("(")

@@ -16,7 +16,7 @@ import numpy as np
 from effattn.fitting.budget import meets
 from effattn.fitting.candidates import FORMATS
 from effattn.fitting.groups import STEP, Space
-from effattn.fitting.plan import AXES, Plan
+from effattn.fitting.plan import AXES, FIELDS, WEIGHTS, Plan, axis_of
 from effattn.fitting.solver import Problem, solve
 
 ROUNDS = 8  # plans that are measured for one budget, at most
@@ -110,7 +110,7 @@ class Factors:
     """What each axis' harm is multiplied by, from all plans that were measured as wholes."""
 
     def __init__(self, space: Space):
-        self.space, self.factors = space, dict.fromkeys(AXES.values(), 1.0)
+        self.space, self.factors = space, dict.fromkeys(AXES, 1.0)
         self._measured: list[tuple[dict[str, float], float]] = []
 
     def expected(self, plan: Plan) -> float:
@@ -156,19 +156,22 @@ def every_uniform(space: Space):
     """(axis, name, plan) of what one would do without a search: one value in all layers, formats
     with their own options."""
     plain = [one for one in FORMATS if "(" not in one]
-    for name, axis in AXES.items():
+    told = {"kv_heads": "{} K/V heads", "ffn": "FFN {}", "latent": "latents of {}"}
+    told |= dict.fromkeys(WEIGHTS, "weights {}")
+    for name in FIELDS:
         if name == "attention_weights":
             continue
         ladders = [ladder.get(name, []) for ladder in space.ladders]
         for value in [one for one in ladders[0] if all(one in other for other in ladders)]:
-            if name == "cache" and value not in plain:
+            if value == 0 or (name == "cache" and value not in plain):
                 continue
             plan = space.parent.with_field(name, value)
             if name == "ffn_weights":
                 plan = plan.with_field("attention_weights", value)
-            told = {"kv_heads": f"{value} K/V heads", "ffn": f"FFN {value}"}
-            told |= {"window": f"window {value}", "cache": f"cache {value}"}
-            yield axis, f"uniform {told.get(name, f'weights {value}')}", plan
+            if any((i, n, v) not in space.catalog.harm for i, n, v in plan.changes(space.parent)):
+                continue  # a form that not all of its matrices can have
+            words = told.get(name, f"{name} {{}}").format(value)
+            yield axis_of(name, value), f"uniform {words}", plan
 
 
 def within(space: Space, plan: Plan, limits: Mapping[str, float]) -> bool:

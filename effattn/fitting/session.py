@@ -9,7 +9,7 @@ N: tokens of the calibration text."""
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -21,9 +21,9 @@ from effattn.fitting.accounting import Ledger
 from effattn.fitting.budget import Budget
 from effattn.fitting.building import Builder
 from effattn.fitting.candidates import axes_of, candidates
-from effattn.fitting.groups import STEP, Space
+from effattn.fitting.groups import STEP, Space, Times
 from effattn.fitting.harm import Judge, Progress, untold
-from effattn.fitting.plan import Plan
+from effattn.fitting.plan import PROJECTED, SKIP, SPARSE, Plan
 from effattn.fitting.search import Measure
 from effattn.hf import anatomy
 from effattn.hf.adapters import require_own_weights
@@ -72,10 +72,8 @@ class Session:
         self.ledger = Ledger(self.parts, context, budget.batch)
         named = asked.allow is not None
         self.ladders = candidates(self.parts, self.axes, self.length, named)
-        if STEP not in budget.given:  # before anything is measured: whether there is such a plan
-            limits = self.limits(None)
-            empty = catalog.Catalog([])
-            Space(self.ledger, self.ladders, empty).check_least(limits)
+        self.times: Times | None = None
+        self._check_bytes()
         self.builder = Builder(self.parts, fitted, length=self.length, bos=bos_of(model, asked.bos))
         self.judge = Judge(model, scored, self.length, asked.bos, progress)
 
@@ -92,7 +90,8 @@ class Session:
             check_calibration(tokens, self.parts, self.length)
         fitted = tokens[: max(0, len(tokens) - scored)]
         widest = max(layer.feed_forward.size for layer in self.parts)
-        needed = TOKENS_PER_DIMENSION * widest if "ffn" in self.axes else self.length
+        solved = {"ffn", SKIP, PROJECTED, SPARSE} & set(self.axes)
+        needed = TOKENS_PER_DIMENSION * widest if solved else self.length
         if len(fitted) < max(needed, self.length):
             raise ValueError(
                 f"calibration: got {len(tokens):,} tokens, at least {needed + scored:,} are needed "
@@ -101,24 +100,47 @@ class Session:
         check_calibration(fitted, self.parts, self.length)
         return fitted, tokens[len(tokens) - scored :]
 
-    def limits(self, space: Space | None) -> dict[str, float]:
-        """Row -> limit. ValueError for a budget that the parent meets."""
+    def _check_bytes(self) -> None:
+        """ValueError for a budget that no plan meets, as far as that is known before anything is
+        measured, and for one that the parent meets."""
+        if STEP not in self.budget.given:
+            return self._unmeasured.check(self.limits())
+        rows = [row for row in self.budget.given if row != STEP]
+        if rows:
+            bytes_alone = replace(self.budget, **{STEP: None})
+            parent = self.ledger.totals(self.ledger.parent)
+            self._unmeasured.check(bytes_alone.numbers(parent))
+
+    @property
+    def _unmeasured(self) -> Space:
+        """All plans, of which no harm is known."""
+        return Space(self.ledger, self.ladders, catalog.Catalog([]), self.times)
+
+    def limits(self) -> dict[str, float]:
+        """Row -> limit, once what is limited has been timed. ValueError for a budget that the
+        parent meets."""
         parent = self.ledger.totals(self.ledger.parent)
-        if space is not None and space.times is not None:
-            parent[STEP] = 1000 * self.ledger.batch / space.times.parent
+        if self.times is not None:
+            parent[STEP] = 1000 * self.ledger.batch / self.times.parent
         return self.budget.limits(parent)
 
     def space(self, kept: Parts, progress: Progress | None = None) -> Space:
         """Every candidate, measured."""
         found = catalog.measure(self.builder, self.judge, self.ladders, kept, progress)
-        return Space(self.ledger, self.ladders, found)
+        return Space(self.ledger, self.ladders, found, self.times)
 
-    def time(self, space: Space, kept: Parts, progress: Progress | None = None) -> Space:
-        """The same with every candidate timed."""
+    def time(self, kept: Parts, progress: Progress | None = None) -> None:
+        """Times every candidate. ValueError for a speed that no plan reaches."""
         name = f"times/{self.ledger.context}/{self.ledger.batch}"
         found = kept.once(name, lambda: speed.times(self.ledger, self.ladders, progress=progress))
-        space.times = speed.times_of(found)
-        return space
+        self.times = speed.times_of(found)
+        self._unmeasured.check(self.limits())
+
+    def lines(self, plan: Plan) -> list[str]:
+        """Calls that make the plan of the parent; `tokens`: those that this session was given."""
+        how = f"calibration=tokens[:-{self.asked.score_tokens + 1}], length={self.length}"
+        how += "" if self.asked.bos is None else f", bos={self.asked.bos}"
+        return plan.lines(self.ledger.parent, how)
 
     def measure(self, kept: Parts) -> Measure:
         """What measures a plan as a whole, once."""
@@ -132,21 +154,28 @@ class Session:
         return measured
 
 
-def check_model(model: nn.Module) -> anatomy.Anatomy:
-    """Its parts. Unsupported for a model that is swapped, has weights elsewhere, quantized weights,
-    or predicts no next token."""
+def check_model(model: nn.Module, what: str = "fit") -> anatomy.Anatomy:
+    """Its parts. Unsupported, beginning with `what` is to be done, for a model that is swapped, has
+    weights elsewhere, quantized weights or layers without attention or FFN, or predicts no next
+    token."""
     require_own_weights(model)
     parts = anatomy.of(model)
-    require_here(model, "fit")
+    require_here(model, what)
     if active(model) is not None:
-        raise Unsupported(f"fit: {type(model).__name__} is swapped; effattn.restore(model) first")
+        raise Unsupported(
+            f"{what}: {type(model).__name__} is swapped; effattn.restore(model) first"
+        )
     if getattr(model, "is_quantized", False):
         raise Unsupported(
-            f"fit: {type(model).__name__} has quantized weights; give the model's own"
+            f"{what}: {type(model).__name__} has quantized weights; give the model's own"
         )
     if not parts.predicts_next:
-        raise Unsupported(f"fit: {type(model).__name__} predicts no next token")
+        raise Unsupported(f"{what}: {type(model).__name__} predicts no next token")
     for layer in parts:
-        layer.feed_forward  # noqa: B018 - raises for a mixture of experts
+        if not layer.attends or not layer.feed_forward.size:  # raises for a mixture of experts
+            raise Unsupported(
+                f"{what}: layer {layer.index} has no attention or no FFN; valid is the model that "
+                "it came from"
+            )
     check_finite(model)
     return parts

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
 from torch import nn
 
 from effattn.fitting.accounting import Ledger
@@ -15,7 +14,8 @@ from effattn.fitting.building import finish, twin
 from effattn.fitting.candidates import go_together
 from effattn.fitting.catalog import Ladders
 from effattn.fitting.groups import Times
-from effattn.fitting.plan import SHAPED, Plan
+from effattn.fitting.plan import Plan
+from effattn.fitting.shaping import hollow
 from effattn.hf import anatomy, shapes
 from effattn.quant.sensitivity.lanes import Lane, decode_speed
 
@@ -25,12 +25,11 @@ SECONDS = 2.0  # about so long for a pair of models
 
 def mock(ledger: Ledger, plan: Plan) -> nn.Module:
     """A model of the plan's shapes whose weights mean nothing: what is timed of it is right."""
-    changed = {index for index, name, _ in plan.changes(ledger.parent) if name in SHAPED}
+    changed = plan.shaped(ledger.parent)
     model = twin(ledger.parts, changed)
     layers = anatomy.of(model).layers
     for index in changed:
-        shapes.keep_heads(layers[index], plan.layers[index].kv_heads)
-        shapes.keep_ffn(layers[index], torch.arange(plan.layers[index].ffn))
+        hollow(layers[index], plan.layers[index], ledger.parent.layers[index])
     shapes.settle(model)
     return finish(model, plan, ledger.parent)
 
@@ -69,7 +68,7 @@ def times(
     for number, (name, value) in enumerate(pairs):
         layers = [i for i, ladder in enumerate(ladders) if value in ladder.get(name, [])]
         plan = ledger.parent.with_field(name, value, layers)
-        assert all(map(go_together, plan.layers))
+        assert all(map(go_together, plan.layers, ledger.parent.layers))
         models = {PARENT: ledger.parts.model, "candidate": mock(ledger, plan)}
         found = timed(models, context, batch, steps)
         parents.append(found[PARENT])

@@ -12,7 +12,7 @@ from effattn.heads import report_plots
 from effattn.heads.report_compare import compare_html
 from effattn.heads.report_data import ConversionData
 from effattn.heads.report_tables import tables
-from effattn.reports.common import speed_ratio
+from effattn.reports.common import HARNESS, speed_ratio
 from effattn.reports.page import Section, page
 from effattn.reports.tables import Table, number, percent
 
@@ -91,6 +91,7 @@ class ConversionReport(ConversionData):
             section("KV cache and decoding", speed, "Decoding", "Time of a decoding step"),
             section("Error by layer", report_plots.layers(self), "Relative error by layer"),
             section("Verification", [], "Verification"),
+            section(HARNESS, [], HARNESS),
             section("Settings", [], "Settings", "Model"),
             section("Environment", [], "Environment"),
         ]

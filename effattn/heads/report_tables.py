@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from effattn.heads.report_data import ConversionData
 from effattn.heads.report_plots import ERRORS
-from effattn.reports.common import begun_with, curve_table, decode_table
+from effattn.reports.common import begun_with, curve_table, decode_table, harness_tables
 from effattn.reports.tables import UNKNOWN, Table, number, pairs, percent
 
 DECODE_NOTE = (
@@ -112,6 +112,7 @@ def tables(report: ConversionData) -> list[Table]:
         tables.append(curve_table("Uptraining curve", "Uptraining tokens", report.curve))
     tables += [_layer_table(report)] if report.layers else []
     names = {"settings": "Settings", "model": "Model", "environment": "Environment"}
+    tables += harness_tables(report.data)
     return tables + [
         pairs(title, report.part(name)) for name, title in names.items() if report.part(name)
     ]

@@ -13,21 +13,26 @@ from effattn.specs import by_layer
 from effattn.states import caches
 from effattn.states.caches import LayerCache
 
+# a spec, or a cache that was made of an object, for which there is none
+Asked = str | LayerCache
 
-def parse(cache: str | dict[str | int, str], layers: int) -> dict[int, str]:
-    """layer -> spec. ValueError for what means nothing, with the nearest valid name."""
+
+def parse(cache: Asked | dict[str | int, Asked], layers: int) -> dict[int, Asked]:
+    """layer -> what was asked for. ValueError for what means nothing, with the nearest valid
+    name."""
     asked = by_layer(cache, layers, "cache")
-    for spec in dict.fromkeys(asked.values()):
-        caches.parse(spec)
+    for one in dict.fromkeys(asked.values()):
+        if not isinstance(one, LayerCache):
+            caches.parse(one)
     return asked
 
 
-def fit(layer: Layer, spec: str) -> LayerCache | None:
+def fit(layer: Layer, spec: Asked) -> LayerCache | None:
     """The cache for this layer's heads; None for "full". ValueError, naming the layer, where it
     does not fit.
     """
     try:
-        cache = caches.parse(spec)
+        cache = spec if isinstance(spec, LayerCache) else caches.parse(spec)
         return None if cache is None else cache.fit(layer)
     except ValueError as error:
         raise type(error)(f"layer {layer.index}: {error}") from error

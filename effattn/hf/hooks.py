@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from effattn.errors import Unsupported
-from effattn.hf import packed_rows, placement, position_ids
+from effattn.hf import packed_rows, placement, position_ids, presses
 from effattn.hf.cache import CANDIDATES, place
 from effattn.hf.names import (
     ATTRIBUTE,
@@ -143,6 +143,9 @@ def before_attention(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tupl
     for name in _cache_names(kwargs):
         if kwargs[name] is not None:
             place(kwargs[name], layer)
+            if layer.cache is not None and layer.cache.asks:
+                state = kwargs[name].layers[layer.index].state
+                presses.ask(state, module, args, kwargs, layer.cache.rotary)
             if layer.latent is not None:
                 given_states = args[0] if args else kwargs["hidden_states"]
                 changed[LATENT] = module._modules[LATENT](given_states)

@@ -38,6 +38,7 @@ EXTRAS = {
     "softcap": "softcap",
     "s_aux": "sink_logits",
     "global_attention_mask": "global_mask",
+    "prefix_lengths": "prefix",
 }
 
 
@@ -54,9 +55,13 @@ def register() -> None:
     """Makes both functions known to transformers. Called by swaps and by what is read of a swapped
     model: importing effattn patches nothing."""
     from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     AttentionInterface.register(NAME, attention)
     AttentionMaskInterface.register(NAME, mask)
+    # kvpress wraps what it finds there when it is imported, and asks keys for their shape
+    if ALL_ATTENTION_FUNCTIONS[NAME] is not attention:
+        ALL_ATTENTION_FUNCTIONS[NAME] = attention
 
 
 def mask(
@@ -150,6 +155,8 @@ def attention(
         )
     documents = packed_rows.of_layer(kwargs, attention_mask, query.shape[0], query.shape[2])
     if layer.backend is None:
+        if kwargs.get("prefix_lengths") is not None:
+            raise Unsupported(f"layer {layer.index}: prefix_lengths: valid in layers of 'dense'")
         return _keep(
             module,
             query,
@@ -166,6 +173,7 @@ def attention(
     if cached is not None:
         key, value = cached.take(key)
     call = _asked(module, layer, kwargs) | {"scale": scaling}
+    drops = {"dropout": dropout} if dropout else {}  # the model's own rate, while it trains
     if layer.checks_positions and is_tracing():
         _assert_consecutive(layer, query.shape[2], attention_mask, kwargs.get("position_ids"))
     elif documents is not None:
@@ -191,12 +199,12 @@ def attention(
         precision = torch.autocast(query.device.type, enabled=False)
     with precision:
         if cached is not None:
-            out = cached.attend(layer.backend, query, key, value, attention_mask, **call)
+            out = cached.attend(layer.backend, query, key, value, attention_mask, **call, **drops)
         else:
             # transformers' own cache of a windowed layer has the last tokens only
             if attention_mask is not None and attention_mask.shape[1] != key.shape[2]:
                 attention_mask = attention_mask[:, -key.shape[2] :]
-            out = layer.backend(query, key, value, padding_mask=attention_mask, **call)
+            out = layer.backend(query, key, value, padding_mask=attention_mask, **call, **drops)
         weights = None
         if kwargs.get("output_attentions"):
             weights = layer.backend.weights(query, key, padding_mask=attention_mask, **call)
@@ -244,11 +252,12 @@ def _refuse(
                 f"{where}the model passes {name}, which backend {layer.backend.name!r} does not "
                 "support"
             )
-    if dropout:
+    if dropout and "dropout" not in layer.backend.extras:
         raise Unsupported(
             f"{where}attention dropout {dropout} while training; {_dropout(module, dropout)} = "
             f"0.0 on every {type(module).__name__} of the model turns it off (the config is read "
-            "only when a model is built)"
+            f"only when a model is built); {layer.backend.name} has no weights of pairs to drop, "
+            "exact patterns have"
         )
     if kwargs.get("output_attentions"):
         _refuse_weights(layer, query, key)

@@ -1,9 +1,11 @@
-"""The sizes of a live model's layers, fewer key/value heads here and a narrower FFN there, and what
-its config then says (`effattn.hf.uneven`).
+"""The sizes of a live model's layers, fewer key/value heads here, a narrower FFN or none there, and
+what its config then says (`effattn.hf.uneven`).
 
 F: inner dimensions of an FFN."""
 
 from __future__ import annotations
+
+import copy
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +15,7 @@ from effattn.hf.layer import Layer
 
 
 def sizes(layer: Layer) -> dict[str, int]:
-    """What the sizes of a layer are: key/value heads, and F."""
+    """What the sizes of a layer are: key/value heads, and F; 0 for a part that is left out."""
     return {"kv_heads": layer.kv_heads, "ffn": layer.feed_forward.size}
 
 
@@ -38,16 +40,10 @@ def settle(model: nn.Module) -> None:
         "ffn": parts.layers[0].family.ffn_size,
     }
     for name in names:
-        if len({one[name] for one in found}) == 1 and hasattr(config, names[name]):
-            setattr(config, names[name], found[0][name])
-    differ = {
-        layer.index: {
-            names[name]: size
-            for name, size in sizes(layer).items()
-            if hasattr(config, names[name]) and size != getattr(config, names[name])
-        }
-        for layer in parts
-    }
+        alike = {one[name] for one in found if one[name]}
+        if len(alike) == 1 and hasattr(config, names[name]):
+            setattr(config, names[name], alike.pop())
+    differ = {index: _differs(config, names, own) for index, own in enumerate(found)}
     differ = {index: own for index, own in differ.items() if own}
     if not differ:
         return
@@ -56,8 +52,33 @@ def settle(model: nn.Module) -> None:
     for layer in parts:
         own = uneven.layer_config(config, layer.index)
         for module in layer.block.modules():
-            if getattr(module, "config", None) is config:
+            if isinstance(module, uneven.NoAttention):
                 module.config = own
+                vars(own)[uneven.HEADS] = 0
+            elif getattr(module, "config", None) is config:
+                module.config = own
+
+
+def _differs(config, names: dict[str, str], own: dict[str, int]) -> dict:
+    """What a config must say of a layer of these sizes: those that are not the model's, and the
+    parts that it has not."""
+    parts = {"kv_heads": uneven.ATTENTION, "ffn": uneven.FFN}
+    skip = [part for name, part in parts.items() if not own[name]]
+    said: dict = {
+        names[name]: size
+        for name, size in own.items()
+        if size and hasattr(config, names[name]) and size != getattr(config, names[name])
+    }
+    return said | ({"skip": skip} if skip else {})
+
+
+@torch.no_grad()
+def leave_out(layer: Layer, part: str) -> None:
+    """Takes the attention (`uneven.ATTENTION`) or the FFN (`uneven.FFN`) out of a layer, with the
+    norm before it. The model is asked anew (`anatomy.of`) what it then is, and `settle` writes its
+    config."""
+    own = copy.copy(layer.config)  # until the layer has a config of its own
+    uneven.leave_out(layer.block, part, own, layer.index, layer.family)
 
 
 @torch.no_grad()

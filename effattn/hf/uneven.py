@@ -153,26 +153,35 @@ def rebuild(model: nn.Module, layers: dict[int, dict[str, Any]]) -> None:
 
 def _built(kind: type[nn.Module], config, index: int, family) -> nn.Module:
     """One layer of a class, by its own config."""
-    skip = set(config.skip)
     block = kind(config, index)
-    if skip and set(NORMS.values()) != {
-        name for name, _ in block.named_children() if "norm" in name
-    }:
+    for part in set(config.skip):
+        leave_out(block, part, config, index, family)
+    return block
+
+
+def check_norms(block: nn.Module, index: int) -> None:
+    """Unsupported for a layer of which no part can be left out."""
+    norms = {name for name, _ in block.named_children() if "norm" in name}
+    if norms != set(NORMS.values()):
         raise Unsupported(
-            f"layer {index}: a {kind.__name__} has other norms than one before each part, none can "
-            "be left out"
+            f"layer {index}: a {type(block).__name__} has other norms than one before each part, "
+            "none can be left out"
         )
-    if ATTENTION in skip:
+
+
+def leave_out(block: nn.Module, part: str, config, index: int, family) -> None:
+    """Takes the attention or the FFN out of a layer, with the norm before it. config: of this layer
+    alone. Unsupported for a class that has other norms."""
+    check_norms(block, index)
+    if part == ATTENTION:
         names = (family.q, family.k, family.v, family.o)
         setattr(block, family.attention, NoAttention(config, index, names))
         vars(config)[HEADS] = 0
-    if FFN in skip:
+    else:
         parent = family.ffn[0]
         names = tuple(path.removeprefix(f"{parent}.") for path in (*family.ffn_in, family.ffn_out))
         setattr(block, parent, NoFeedForward(config, names))
-    for part in skip:
-        setattr(block, NORMS[part], nn.Identity())
-    return block
+    setattr(block, NORMS[part], nn.Identity())
 
 
 def layer_config(config, index: int):

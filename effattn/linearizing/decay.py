@@ -14,6 +14,7 @@ from effattn import registry
 from effattn.linearizing.inputs import exact, projections_of
 from effattn.specs import format_spec, parse_spec
 
+DECAYING = ("linear", "gated")
 GRID = (1.0, *(1 - 2.0**-n for n in range(8, 0, -1)), 0.25)
 
 
@@ -21,23 +22,23 @@ GRID = (1.0, *(1 - 2.0**-n for n in range(8, 0, -1)), 0.25)
 def fit_decays(
     model: nn.Module, specs: dict[int, str], tokens: Tensor, grid: tuple[float, ...] = GRID
 ) -> dict[int, str]:
-    """`specs` (layer -> spec) with a decay per key/value head of each `linear` layer that names
-    none: the value of `grid` with which the untrained layer comes closest to the exact attention of
-    `model`, on tokens (B, T) int64."""
+    """`specs` (layer -> spec) with a decay per key/value head of each `linear` or `gated` layer
+    that names none: the value of `grid` with which the untrained layer comes closest to the exact
+    attention of `model`, on tokens (B, T) int64. It is what a gate then begins with."""
     wanted = {}
     for index, spec in specs.items():
         name, options = parse_spec(spec)
-        if name == "linear" and "decay" not in options:
-            wanted[index] = options
+        if name in DECAYING and "decay" not in options:
+            wanted[index] = name, options
     if not wanted:
         return specs
     fitted = dict(specs)
     for index, (q, k, v) in projections_of(model, tokens, list(wanted)).items():
-        truth, errors = exact(q, k, v), []
+        (name, options), truth, errors = wanted[index], exact(q, k, v), []
         for decay in grid:
-            backend = registry.backend("linear", decay=decay, **wanted[index]).to(q.device)
+            backend = registry.backend(name, decay=decay, **options).to(q.device)
             groups = (backend(q, k, v) - truth).square().unflatten(1, (k.shape[1], -1))
             errors.append(groups.sum(dim=(0, 2, 3, 4)))
         best = torch.stack(errors).argmin(dim=0).tolist()
-        fitted[index] = format_spec("linear", wanted[index] | {"decay": [grid[i] for i in best]})
+        fitted[index] = format_spec(name, options | {"decay": [grid[i] for i in best]})
     return fitted

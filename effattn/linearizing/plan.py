@@ -88,8 +88,7 @@ def apply(
 def check_trains(model: nn.Module, specs: dict[int, str]) -> None:
     """Unsupported when attention swapped as `specs` cannot be trained in this model, as with
     attention dropout, before anything is fitted or measured. The model is as before afterwards."""
-    # what is refused is the same for every backend
-    swap(model, {str(index): "dense" for index in specs})
+    swap(model, {str(index): spec for index, spec in specs.items()})
     try:
         training.rehearse(model)
     finally:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from effattn.interface import Backend, Cost, Shape
+from effattn.positions.bound import Positions
 from effattn.states.by_head import HeadStates
 
 
@@ -54,7 +55,11 @@ class ByHead(nn.Module):
             beside = dict(extras)
             if beside.get("sink_logits") is not None:
                 beside["sink_logits"] = self._of(beside["sink_logits"][None], own)[0]
-            found.append(backend.run(*some, causal, mask, part, scale, rotary, beside))
+            rule = rotary
+            if isinstance(rotary, Positions) and rotary.bias is not None:
+                group = q.shape[1] // self.kv_heads
+                rule = rotary.of_heads([h * group + n for h in own for n in range(group)])
+            found.append(backend.run(*some, causal, mask, part, scale, rule, beside))
         if self.back == [*range(self.kv_heads)]:
             return torch.cat(found, dim=1)
         return self._of(torch.cat(found, dim=1), self.back)

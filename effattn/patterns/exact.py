@@ -9,6 +9,7 @@ Dv: of a key, of a value. i, j: positions of queries and keys; h: a query head."
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import ClassVar
 
 import torch
@@ -17,7 +18,9 @@ from torch import Tensor
 from effattn.errors import Unsupported
 from effattn.interface import Backend, Call, Cost, Shape
 from effattn.kernels import decode, flash
+from effattn.kernels.flash.dropout import Dropout
 from effattn.kernels.flash.pattern import Layout, Pattern
+from effattn.patterns.defined import by_definition
 from effattn.states.full import RingState
 
 
@@ -27,7 +30,7 @@ class ExactBackend(Backend):
     """
 
     implementations = flash.IMPLEMENTATIONS
-    extras: ClassVar[tuple[str, ...]] = ("softcap", "sink_logits", "latent")
+    extras: ClassVar[tuple[str, ...]] = ("softcap", "sink_logits", "latent", "dropout")
 
     def __init__(self, impl: str = "auto"):
         super().__init__(impl)
@@ -40,7 +43,7 @@ class ExactBackend(Backend):
 
     @property
     def score_rules(self) -> bool:
-        return self.pattern(causal=True) is not None
+        return True
 
     def pattern(self, causal: bool) -> Pattern | None:
         """The predicate as the kernels take it; None when the subclass writes `attend_many`
@@ -106,7 +109,7 @@ class ExactBackend(Backend):
             and "global_qkv" not in self.extras
         )
 
-    def turns_keys(self, q, k, v, layout):
+    def turns_keys(self, q, k, v, layout, rule):
         return self.impl != "reference" and self._few(q, k, v, layout)
 
     def _few(self, q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> bool:
@@ -117,13 +120,26 @@ class ExactBackend(Backend):
         return layout.ring is not None or (q.shape[2] <= decode.MOST_QUERIES and not learning)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
+        if call.dropout:
+            call = replace(call, drop=self._drawn(q, k, call))
+        if call.sink_logits is None:
+            return self.attended(q, k, v, call, False)
+        # A logit in the denominator only: out * Z / (Z + exp(logit)), and Z = exp(lse). The kernels
+        # need not know of it, and its gradient is the sigmoid's.
+        out, lse = self.attended(q, k, v, call, True)
+        share = torch.sigmoid(lse - call.sink_logits.to(lse.dtype)[None, :, None])
+        return (out.to(lse.dtype) * share[..., None]).to(out.dtype)
+
+    def attended(self, q: Tensor, k: Tensor, v: Tensor, call: Call, lse: bool):
+        """`attend` without `call.sink_logits`: out (B, Hq, Tq, Dv), and with `lse` the log-sum-exp
+        (B, Hq, Tq)."""
         self.chosen_impl = impl = flash.choose(self.impl, q.device)
         if isinstance(call.layout.total, Tensor) and impl == "triton":
             self.chosen_impl = impl = torch_only(self.impl)
         packed = call.state if call.state is not None and call.state.packed else None
         if impl == "reference" and packed is None:
-            out, lse = self._reference(q, k, v, call)
-            return out
+            out, sums = self._reference(q, k, v, call)
+            return (out, sums) if lse else out
         # The Triton kernels have no gradient for a bias' parameters. "auto" may take torch then; an
         # explicit impl runs or raises.
         if (
@@ -138,21 +154,40 @@ class ExactBackend(Backend):
                     "'torch'"
                 )
             self.chosen_impl = impl = "torch"
-        needs_lse = call.sink_logits is not None
-        learning = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
         if packed is not None:  # only it can read what it holds, and k, v are the new tokens
-            out = packed.attend(q, k, v, self.pattern(call.causal), call, impl, needs_lse)
-        elif self._few(q, k, v, call.layout):
-            out = self.attend_few(q, k, v, call, "torch" if learning else impl, needs_lse)
-        else:
-            out = self.attend_many(q, k, v, call, impl, needs_lse)
-        if call.sink_logits is None:
-            return out
-        # A logit in the denominator only: out * Z / (Z + exp(logit)), and Z = exp(lse). The kernels
-        # need not know of it, and its gradient is the sigmoid's.
-        out, lse = out
-        share = torch.sigmoid(lse - call.sink_logits.to(lse.dtype)[None, :, None])
-        return (out.to(lse.dtype) * share[..., None]).to(out.dtype)
+            return packed.attend(q, k, v, self.pattern(call.causal), call, impl, lse)
+        if self._undefined(call):
+            return self._by_definition(q, k, v, call, lse)
+        learning = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+        if call.drop is None and self._few(q, k, v, call.layout):
+            return self.attend_few(q, k, v, call, "torch" if learning else impl, lse)
+        return self.attend_many(q, k, v, call, impl, lse)
+
+    def _undefined(self, call: Call) -> bool:
+        """Whether no kernel has what a call asks for: dropout over a ring, and dropout or scores
+        pair by pair in a pattern that is made of several parts."""
+        layout, in_parts = call.layout, self.pattern(call.causal) is None
+        far = call.far is not None or (call.turn is not None and call.turn.window is not None)
+        if call.drop is None:
+            return in_parts and (far or call.bias is not None)
+        ordered = layout.ring is None and layout.slots_at is None and layout.total is None
+        return in_parts or not ordered or call.turn is not None
+
+    def _by_definition(self, q, k, v, call: Call, lse: bool):
+        if self.impl == "triton":
+            asked = "dropout" if call.drop is not None else "scores pair by pair"
+            raise Unsupported(
+                f"impl: 'triton' has no {asked} for this call of {self.name}; valid are 'auto' and "
+                "'torch'"
+            )
+        self.chosen_impl = "torch"
+        return by_definition(self.counts, self.pattern(call.causal), q, k, v, call, lse)
+
+    def _drawn(self, q: Tensor, k: Tensor, call: Call) -> Dropout:
+        """Which weights of a call are dropped: by positions, so that padding changes nothing."""
+        at_q = call.layout.query_positions(q.shape[2], k.shape[2], q.device)
+        at_k = call.layout.key_positions(k.shape[2], k.device)
+        return Dropout.drawn(call.dropout, at_q, at_k, q.shape[0], q.shape[1])
 
     def attend_few(self, q, k, v, call: Call, impl: str, lse: bool):
         """Up to 16 new tokens over any layout, without gradients."""
@@ -191,6 +226,7 @@ class ExactBackend(Backend):
             q_first=call.q_first,
             far=call.far,
             bias=call.bias,
+            drop=call.drop,
             impl=impl,
             lse=lse,
         )
@@ -232,12 +268,12 @@ class ExactBackend(Backend):
             self.counts(q, k, call),
             scale=call.scale,
             softcap=call.softcap,
-            sink_logits=call.sink_logits,
             q_first=call.q_first,
             first=first,
             far=call.far,
             bias=call.bias,
             distance=i - j,
+            drop=call.drop,
         )
 
 

@@ -81,16 +81,42 @@ class KernelBackend(Backend):
         mask = call.layout.mask
         options = {"scale": call.scale, "normalize": self.normalize, **self.kernel_options(k)}
         if impl == "reference":
-            from effattn.kernels.linear.reference import attention
-
-            return attention(q, k, v, self.feature_map, mask=mask, causal=call.causal, **options)
+            return self.definition(q, k, v, mask, call.causal, options)
         options |= {"feature_map": self.feature_map, "impl": impl}
         state = call.state
         if isinstance(state, StaticSums):
             return self._attend_static(q, k, v, call, state, mask, options, impl)
         if not isinstance(state, RecurrentState):  # none: a whole sequence
-            return linear.attention(q, k, v, mask=mask, causal=call.causal, **options)[0]
+            return self.over_sums(q, k, v, mask, None, options, causal=call.causal)[0]
         return self._attend_state(q, k, v, call, state, mask, options)
+
+    def definition(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, options: dict
+    ) -> Tensor:
+        """The method as the paper has it, slow and obvious."""
+        from effattn.kernels.linear.reference import attention
+
+        return attention(q, k, v, self.feature_map, mask=mask, causal=causal, **options)
+
+    def over_sums(
+        self,
+        q: Tensor | None,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | None,
+        memory: linear.Memory | None,
+        options: dict,
+        *,
+        causal: bool = True,
+        keep: bool = False,
+    ) -> tuple[Tensor | None, linear.Memory | None]:
+        """The method over a memory and keys behind it: the output (None without queries), and with
+        `keep` the memory that holds these keys too."""
+        if q is None:
+            return None, linear.fold(k, v, mask=mask, memory=memory, **options)
+        return linear.attention(
+            q, k, v, mask=mask, memory=memory, causal=causal, keep=keep, **options
+        )
 
     def _attend_state(
         self, q, k, v, call: Call, state: RecurrentState, mask: Tensor | None, options: dict
@@ -105,29 +131,20 @@ class KernelBackend(Backend):
         # Where queries lie on both sides of the cut (a long prompt), the earlier ones must not see
         # sums over later keys: two calls, and the first one's sums are those that are kept.
         if call.causal and cut > first:
-            before, memory = linear.attention(
-                q[:, :, : cut - first],
-                k_old,
-                v_old,
-                mask=masks[0],
-                memory=state.memory,
-                keep=True,
-                **options,
+            before, memory = self.over_sums(
+                q[:, :, : cut - first], k_old, v_old, masks[0], state.memory, options, keep=True
             )
-            after, _ = linear.attention(
-                q[:, :, cut - first :], k_new, v_new, mask=masks[1], memory=memory, **options
+            after, _ = self.over_sums(
+                q[:, :, cut - first :], k_new, v_new, masks[1], memory, options
             )
             state.fold(cut, memory)
             return torch.cat([before, after], dim=2)
         # A decoding step: all is read first, then the oldest tokens move; one step in `ROLLBACK`
         # does.
-        out, _ = linear.attention(
-            q, k, v, mask=mask, causal=call.causal, memory=state.memory, **options
-        )
+        out, _ = self.over_sums(q, k, v, mask, state.memory, options, causal=call.causal)
         if cut:
-            state.fold(
-                cut, linear.fold(k_old, v_old, mask=masks[0], memory=state.memory, **options)
-            )
+            _, memory = self.over_sums(None, k_old, v_old, masks[0], state.memory, options)
+            state.fold(cut, memory)
         return out
 
     def _attend_static(

@@ -22,7 +22,7 @@ from torch.nn.parameter import UninitializedParameter, is_lazy
 from effattn.errors import Unsupported, check_choice
 from effattn.interface import Traits
 from effattn.kernels import linear
-from effattn.kernels.linear.features import LOWEST, normalized
+from effattn.kernels.linear.features import LOWEST, mapped, normalized
 from effattn.patterns.exact import check_size
 from effattn.patterns.feature_maps import KernelBackend
 from effattn.registry import register
@@ -66,21 +66,21 @@ class Linear(KernelBackend):
         impl: str = "auto",
     ):
         super().__init__(impl)
-        self.map = check_choice("linear: feature_map", feature_map, MAPS)
+        self.map = check_choice(f"{self.name}: feature_map", feature_map, MAPS)
         if type(normalize) is not bool:
-            raise ValueError(f"linear: normalize: got {normalize!r}, valid are True and False")
+            raise ValueError(f"{self.name}: normalize: got {normalize!r}, valid are True and False")
         if feature_map == "identity" and normalize:
             raise ValueError(
-                "linear: feature_map='identity' has weights of either sign, which no denominator "
-                "can normalise; valid is normalize=False with it"
+                f"{self.name}: feature_map='identity' has weights of either sign, which no "
+                "denominator can normalise; valid is normalize=False with it"
             )
         if features is not None and feature_map not in LEARNED:
             raise ValueError(
-                f"linear: features: only a learned map has them, feature_map={feature_map!r} is "
-                "fixed"
+                f"{self.name}: features: only a learned map has them, feature_map={feature_map!r} "
+                "is fixed"
             )
-        self.features = None if features is None else check_size("linear", "features", features)
-        self.decay, self.normalize = _check_decay(decay), normalize
+        self.features = None if features is None else check_size(self.name, "features", features)
+        self.decay, self.normalize = check_decay(self.name, decay), normalize
         self.feature_map = "identity" if feature_map in LEARNED else feature_map
         self._rates: tuple = (None, None)  # of the last call: for what, and the numbers
         self.map_q = self.map_k = None
@@ -99,14 +99,19 @@ class Linear(KernelBackend):
     def check_call(self, q, k, v, causal, extras):
         if self.decay is not None and not causal:
             raise Unsupported(
-                "linear: decay counts from the past on; causal=False is valid without decay only"
+                f"{self.name}: decay counts from the past on; causal=False is valid without decay "
+                "only"
             )
         if isinstance(self.decay, list) and len(self.decay) != k.shape[1]:
             raise ValueError(
-                f"linear: decay: got {len(self.decay)} values, k has {k.shape[1]} key/value heads"
+                f"{self.name}: decay: got {len(self.decay)} values, k has {k.shape[1]} key/value "
+                "heads"
             )
-        if self.map_q is None:
-            return
+        if self.map_q is not None:
+            self._check_maps(q, k)
+
+    def _check_maps(self, q: Tensor, k: Tensor) -> None:
+        """The learned maps, which exist from the first call on. ValueError for other heads."""
         dim, rows = q.shape[-1], self.features or q.shape[-1]
         for name, parameter, heads in (
             ("q", self.map_q, q.shape[1]),
@@ -127,8 +132,8 @@ class Linear(KernelBackend):
 
     def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
         # What is made at the first call has to be there before it can be loaded.
-        for name in ("map_q", "map_k"):
-            given, own = state_dict.get(prefix + name), getattr(self, name)
+        for name, own in self._parameters.items():
+            given = state_dict.get(prefix + name)
             if given is not None and own is not None and is_lazy(own):
                 own.materialize(given.shape, device=given.device, dtype=given.dtype)
         super()._load_from_state_dict(state_dict, prefix, *args)
@@ -140,11 +145,33 @@ class Linear(KernelBackend):
         return head_dim * self.feature_count(head_dim) if self.map in LEARNED else 0
 
     def mapped(self, q, k):
+        return self.mapped_and_top(q, k)[:2]
+
+    def mapped_and_top(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """`mapped`, and what a query's largest exponent was (B, Hq, T), where that was taken off
+        its features."""
         if self.map_q is None:
-            return q, k
+            return q, k, None
         if self.map == "exp":
-            return _exponential(q, self.map_q, query=True), _exponential(k, self.map_k, query=False)
-        return _hedgehog(q, self.map_q), _hedgehog(k, self.map_k)
+            query, top = _exponential(q, self.map_q, query=True)
+            return query, _exponential(k, self.map_k, query=False)[0], top
+        return _hedgehog(q, self.map_q), _hedgehog(k, self.map_k), None
+
+    def product_at_zero(self, dim: int) -> float:
+        """phi(0) . phi(0) for heads of `dim`, whatever the learned maps are."""
+        count = self.feature_count(dim)
+        if self.map == "exp":
+            return float(count)
+        if self.map in LEARNED:  # they sum up to 1
+            return 1 / count
+        return float(mapped(torch.zeros(1, dim), self.map).square().sum())
+
+    def decays(self, heads: int) -> list[float]:
+        """Of each of `heads` key/value heads, for a decay that is not None."""
+        assert self.decay is not None
+        if isinstance(self.decay, str):  # "retnet": eq. 8 of arXiv:2307.08621
+            return [1 - 2.0 ** (-5 - h) for h in range(heads)]
+        return self.decay if isinstance(self.decay, list) else [self.decay] * heads
 
     def kernel_options(self, k):
         if self.decay is None:
@@ -154,11 +181,7 @@ class Linear(KernelBackend):
         key = (heads, dtype, k.device)
         if not torch.compiler.is_compiling() and self._rates[0] == key:
             return {"decay": self._rates[1]}
-        if self.decay == "retnet":  # eq. 8 of arXiv:2307.08621
-            values = [1 - 2.0 ** (-5 - h) for h in range(heads)]
-        else:
-            values = self.decay if isinstance(self.decay, list) else [self.decay] * heads
-        decay = torch.tensor(values, dtype=torch.float64).to(dtype)
+        decay = torch.tensor(self.decays(heads), dtype=torch.float64).to(dtype)
         decay = decay.to(k.device, non_blocking=True)  # the host does not wait for it
         self._rates = key, decay
         return {"decay": decay}
@@ -173,14 +196,18 @@ def _first_map(rows: int, dim: int) -> Tensor:
     return torch.cat(blocks)[:rows]
 
 
-def _exponential(x: Tensor, weight: nn.Parameter, query: bool) -> Tensor:
+def _exponential(x: Tensor, weight: Tensor, query: bool) -> tuple[Tensor, Tensor | None]:
     """exp([W x, -W x]) per head: (B, H, T, D) -> (B, H, T, 2 F). A query's largest exponent is
-    taken off, which cancels in the quotient; a key's exponents end at `MOST`. Both end at `LOWEST`
-    below."""
+    taken off, which cancels in the quotient, and comes with it (B, H, T); a key's exponents end at
+    `MOST`. Both end at `LOWEST` below."""
     y = _both_signs(x, weight)
-    wide = y.to(torch.promote_types(y.dtype, torch.float32))
-    wide = wide - wide.amax(dim=-1, keepdim=True).detach() if query else wide.clamp(max=MOST)
-    return wide.clamp(min=LOWEST).exp().to(y.dtype)
+    wide, top = y.to(torch.promote_types(y.dtype, torch.float32)), None
+    if query:
+        top = wide.amax(dim=-1).detach()
+        wide = wide - top[..., None]
+    else:
+        wide = wide.clamp(max=MOST)
+    return wide.clamp(min=LOWEST).exp().to(y.dtype), top
 
 
 def _hedgehog(x: Tensor, weight: nn.Parameter) -> Tensor:
@@ -190,7 +217,7 @@ def _hedgehog(x: Tensor, weight: nn.Parameter) -> Tensor:
     return normalized(_both_signs(x, weight))
 
 
-def _both_signs(x: Tensor, weight: nn.Parameter) -> Tensor:
+def _both_signs(x: Tensor, weight: Tensor) -> Tensor:
     """[W x, -W x], in x's dtype; fp16 in fp32, since the gradient of a feature is as large as the
     feature is small.
     """
@@ -199,7 +226,7 @@ def _both_signs(x: Tensor, weight: nn.Parameter) -> Tensor:
     return torch.cat([y, -y], dim=-1)
 
 
-def _check_decay(decay) -> float | str | list[float] | None:
+def check_decay(name: str, decay) -> float | str | list[float] | None:
     """`decay` if it means something. ValueError otherwise."""
     if decay is None or decay == "retnet":
         return decay
@@ -207,9 +234,11 @@ def _check_decay(decay) -> float | str | list[float] | None:
     for value in values:
         if type(value) not in (int, float) or not (math.isfinite(value) and 0 < value <= 1):
             raise ValueError(
-                f"linear: decay: got {value!r}, valid are None, 'retnet', a number in (0, 1] or a "
+                f"{name}: decay: got {value!r}, valid are None, 'retnet', a number in (0, 1] or a "
                 "list of them"
             )
     if not values:
-        raise ValueError("linear: decay: got an empty list, valid is one number per key/value head")
+        raise ValueError(
+            f"{name}: decay: got an empty list, valid is one number per key/value head"
+        )
     return values if isinstance(decay, (list, tuple)) else decay

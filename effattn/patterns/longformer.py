@@ -8,6 +8,7 @@ and keys.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -19,6 +20,7 @@ from effattn.kernels import decode, flash
 from effattn.kernels.flash.pattern import Layout, Window, first_real, layout_of
 from effattn.kernels.merge import merge
 from effattn.patterns.exact import ExactBackend, check_size, keys_back
+from effattn.positions.bound import Positions
 from effattn.registry import register
 from effattn.states.full import ROLLBACK, FullState, RingState, first_positions
 
@@ -42,7 +44,7 @@ class Longformer(ExactBackend):
     traits = Traits(
         exact=True, causal=True, bidirectional=True, learned=True, state="ring, global tokens"
     )
-    extras = ("softcap", "global_qkv", "global_mask")
+    extras = ("softcap", "global_qkv", "global_mask", "dropout")
     where: Tensor | None  # a buffer
 
     def __init__(
@@ -100,6 +102,11 @@ class Longformer(ExactBackend):
             )
         if extras.get("global_qkv") is None:
             return extras
+        if isinstance(rotary, Positions) and rotary.scores:
+            raise Unsupported(
+                f"global_qkv: got positions {rotary.spec!r} too, which decide scores pair by pair; "
+                "valid are rules that turn q and k"
+            )
         q, k, v = extras["global_qkv"]
         past = 0 if state is None else state.seq_len
         start = None if padding_mask is None else first_real(padding_mask)
@@ -138,6 +145,10 @@ class Longformer(ExactBackend):
         near = (i - j < back) & (j - i < back)
         visible = (near | chosen[:, :, None] | chosen[..., None]) & (i >= 0) & (j >= 0)
         return visible & (j <= i) if call.causal else visible
+
+    def _by_definition(self, q, k, v, call: Call, lse: bool):
+        out = super()._by_definition(q, k, v, call, lse)
+        return out if call.global_qkv is None else self._global_rows(q, k, v, call, out)
 
     def attend_few(self, q, k, v, call: Call, impl: str, lse: bool):
         out = super().attend_few(q, k, v, call, impl, lse)  # by `sees`, global rows as well
@@ -193,6 +204,9 @@ class Longformer(ExactBackend):
         )
         index, real = self._places(chosen, call)
         counts = _visible(torch.where(real, at_q.gather(1, index), -1), at_k, call.causal)
+        if call.drop is not None:
+            numbers = _take(call.drop.q[..., None], index)[..., 0]
+            call = replace(call, drop=replace(call.drop, q=numbers))
         rows, _ = _few(_take(q, index), k, v, counts, call)
         at = torch.where(real, index, out.shape[2])[:, None, :, None].expand(
             -1, out.shape[1], -1, out.shape[3]
@@ -339,7 +353,7 @@ def _few(q: Tensor, k: Tensor, v: Tensor, counts: Tensor, call: Call) -> tuple[T
     length.
     """
     options = dict(scale=call.scale, softcap=call.softcap, counts=counts, impl="torch", lse=True)
-    return decode.attention(q, k, v, None, Layout(), **options)
+    return decode.attention(q, k, v, None, Layout(), **options, drop=call.drop)
 
 
 def _read_global(tokens: int | list[int] | Tensor) -> tuple[int, Tensor | None]:

@@ -21,7 +21,9 @@ from effattn.errors import Unsupported
 from effattn.interface import Call, Cost, Shape, Traits
 from effattn.kernels import flash
 from effattn.kernels.flash.pattern import Window
+from effattn.kernels.merge import merge
 from effattn.patterns.by_head import ByHead
+from effattn.patterns.compressed import Compressed
 from effattn.patterns.dense import Dense
 from effattn.patterns.exact import ExactBackend, check_size, keys_back
 from effattn.patterns.residues import by_residue
@@ -45,7 +47,13 @@ class Sliding(ExactBackend):
 
     window a list: one for each K/V head, None for a head that sees everything (DuoAttention,
     arXiv:2410.10819; `effattn.fit_windows` finds one). The state is a ring for each group of heads
-    with the same window."""
+    with the same window.
+
+    compress c: what the window evicts is kept as means of c keys and values, each for c tokens, and
+    of these the newest `means` (Compressive Transformer; None: as many as the window has tokens).
+    window and sinks are multiples of c: a query sees the whole groups of its window, and of its own
+    what is not later. Positions are places in the cache then, sinks or not, and a mean takes
+    one."""
 
     traits = Traits(exact=True, causal=True, bidirectional=True, learned=False, state="ring")
 
@@ -56,6 +64,8 @@ class Sliding(ExactBackend):
         dilation: int = 1,
         sink_logits: bool = False,
         heads: int | None = None,
+        compress: int | None = None,
+        means: int | None = None,
         impl: str = "auto",
     ):
         super().__init__(impl)
@@ -75,6 +85,15 @@ class Sliding(ExactBackend):
         # StreamingLLM's section 3.2: positions count within the cache of sinks and window, so that
         # a query is never further from a sink than when the cache first was full
         self.farthest = self.window + sinks - 1 if sinks else None
+        self.first_keys = sinks
+        self.compressed = None
+        if compress is not None or means is not None:
+            self.compressed = self._compressed(compress, means)
+            self.farthest = self.compressed.farthest
+            self.extras = tuple(name for name in self.extras if name != "dropout")
+            self.traits = replace(
+                self.traits, exact=False, bidirectional=False, state="ring, means of what left it"
+            )
         self.by_head = None
         if self.windows is not None:
             self.by_head = self._by_head(self.windows)
@@ -91,6 +110,8 @@ class Sliding(ExactBackend):
         parts = [f"window={self.window if self.windows is None else [*self.windows]}"]
         parts += [f"{name}={getattr(self, name)}" for name in ("sinks",) if getattr(self, name)]
         parts += [f"dilation={self.dilation}"] if self.dilation > 1 else []
+        if self.compressed is not None:
+            parts += [f"compress={self.compressed.group}, means={self.compressed.means}"]
         parts += ["sink_logits=True"] if self.sink_logits is not None else []
         return ", ".join([*parts, super().extra_repr()])
 
@@ -108,6 +129,25 @@ class Sliding(ExactBackend):
             [[head for head, own in enumerate(windows) if own == one] for one in different],
         )
 
+    def _compressed(self, compress: int | None, means: int | None) -> Compressed:
+        """What is kept of evicted tokens. Raises what the constructor does."""
+        if compress is None:
+            raise ValueError(f"sliding: means: got {means!r} without compress; valid is None")
+        check_size("sliding", "compress", compress, least=2)
+        if self.windows is not None or self.dilation > 1:
+            raise Unsupported(
+                "sliding: compress goes with one window for all heads, and no dilation"
+            )
+        for name, size in (("window", self.window), ("sinks", self.sinks)):
+            if size % compress:
+                near = size + compress - size % compress
+                raise ValueError(
+                    f"sliding: {name}: got {size} with compress={compress}, valid is a multiple of "
+                    f"it, such as {near}"
+                )
+        count = self.window if means is None else check_size("sliding", "means", means)
+        return Compressed(self.window, self.sinks, compress, count)
+
     def repeated(self, times: int) -> Sliding:
         wide = super().repeated(times)
         assert isinstance(wide, Sliding)
@@ -118,7 +158,11 @@ class Sliding(ExactBackend):
 
     def run(self, q, k, v, causal, padding_mask, state, scale, rotary, extras):
         """As `Backend.run`; where windows differ by head, group by group."""
-        defined = self.impl == "reference" and state is None and rotary is None
+        if self.compressed is not None:
+            return self._run_compressed(q, k, v, padding_mask, state, scale, rotary, extras)
+        # which weights are dropped is drawn by each group of heads
+        whole = state is None and rotary is None and not extras.get("dropout")
+        defined = self.impl == "reference" and whole
         if self.by_head is None or defined:
             return super().run(q, k, v, causal, padding_mask, state, scale, rotary, extras)
         for one in self.by_head.backends:
@@ -126,6 +170,20 @@ class Sliding(ExactBackend):
         out = self.by_head.run(q, k, v, causal, padding_mask, state, scale, rotary, extras)
         self.chosen_impl = self.by_head.backends[0].chosen_impl
         return out
+
+    def _run_compressed(self, q, k, v, mask, state, scale, rotary, extras) -> Tensor:
+        self.chosen_impl = impl = flash.choose(self.impl, q.device)
+        how = {
+            "scale": q.shape[-1] ** -0.5 if scale is None else float(scale),
+            "softcap": extras.get("softcap"),
+        }
+        assert self.compressed is not None
+        with torch.autocast(q.device.type, enabled=False):
+            out, lse = self.compressed.run(q, k, v, mask, state, rotary, impl, **how)
+        if extras.get("sink_logits") is None:
+            return out
+        share = torch.sigmoid(lse - extras["sink_logits"].to(lse.dtype)[None, :, None])
+        return (out.to(lse.dtype) * share[..., None]).to(out.dtype)
 
     def check_call(self, q, k, v, causal, extras):
         if self.windows is not None and k.shape[1] != len(self.windows):
@@ -137,6 +195,10 @@ class Sliding(ExactBackend):
             raise Unsupported(
                 "sliding: windows by head and keys that are latents, which all heads share; valid "
                 "is one window"
+            )
+        if self.compressed is not None and extras.get("latent") is not None:
+            raise Unsupported(
+                "sliding: compress and keys that are latents; valid is sliding without compress"
             )
         if not causal and self.sinks:
             raise Unsupported(
@@ -185,10 +247,20 @@ class Sliding(ExactBackend):
         return torch.tensor(back, device=h.device)[h // (heads // len(back))]
 
     def pattern(self, causal):
-        if self.dilation > 1 or self.by_head is not None:
+        if self.dilation > 1 or self.by_head is not None or self.compressed is not None:
             return None
         back = keys_back(self.window, causal)
         return Window(first=self.sinks, back=back, ahead=1 if causal else back)
+
+    def attended(self, q: Tensor, k: Tensor, v: Tensor, call: Call, lse: bool):
+        if call.sinks is None:
+            return super().attended(q, k, v, call, lse)
+        alone = Sliding(self.window, impl=self.impl)
+        near = alone.attended(q, k, v, replace(call, sinks=None), True)
+        self.chosen_impl = alone.chosen_impl
+        first = call.sinks.attention(call.scale, call.softcap, call.drop)
+        out, sums = merge([near, first])
+        return (out, sums) if lse else out
 
     def attend_many(self, q: Tensor, k: Tensor, v: Tensor, call: Call, impl: str, lse: bool):
         if self.dilation == 1:
@@ -222,11 +294,18 @@ class Sliding(ExactBackend):
     def new_state(self) -> State:
         if self.by_head is not None:
             return self.by_head.new_state()
+        if self.compressed is not None:
+            return self.compressed.new_state(self.impl)
         return RingState(
             (self.window - 1) * self.dilation + 1, partial(first_positions, self.sinks)
         )
 
+    def held(self, tokens: int) -> int:
+        return super().held(tokens) if self.compressed is None else self.compressed.held(tokens)
+
     def cost(self, shape: Shape) -> Cost:
+        if self.compressed is not None:
+            return self.compressed.cost(shape)
         return super().cost(shape) if self.by_head is None else self.by_head.cost(shape)
 
     def pairs(self, i, shape):

@@ -9,6 +9,7 @@ finished blocks; n: blocks that a query reads; W: numbers of a summary."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import torch
@@ -21,6 +22,7 @@ from effattn.kernels import decode, flash, topk
 from effattn.kernels.flash.pattern import Layout, Window, layout_of
 from effattn.kernels.merge import merge
 from effattn.patterns.exact import check_size
+from effattn.positions.bound import Positions
 from effattn.registry import register
 from effattn.states.blocks import BlockState
 from effattn.states.full import FullState
@@ -129,10 +131,26 @@ class TopK(Backend):
         plain = self.impl == "reference"
         return FullState() if plain else BlockState(self.rule.block, self.summarise)
 
+    def places(self, rule: Positions) -> bool:
+        """ReRoPE clipped within the window: all keys behind it stand at one position (LongLLaMA,
+        arXiv:2307.03170), and blocks are chosen by their keys as they came."""
+        clips = rule.far is not None and math.isinf(rule.far.slow)
+        return clips and rule.bias is None and rule.far.window <= self.rule.window
+
+    def turns_keys(self, q, k, v, layout, rule):
+        # what is read of the past is turned when it is read, if it is in the window
+        return rule.far is not None and self.impl != "reference" and self._read_few(q, k, v)
+
+    def _read_few(self, q: Tensor, k: Tensor, v: Tensor) -> bool:
+        """Whether keys are gathered for each query: without gradients."""
+        learning = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+        return q.shape[2] <= decode.MOST_QUERIES and not (learning or self._trains)
+
     def run(self, q, k, v, causal, padding_mask, state, scale, rotary, extras):
         """As `Backend.run`; but a state holds rotated keys, since their summaries are made of
-        those."""
-        if isinstance(state, BlockState) and rotary is not None:
+        those, unless far keys are not to be rotated."""
+        clipped = isinstance(rotary, Positions) and rotary.far is not None
+        if isinstance(state, BlockState) and rotary is not None and not clipped:
             total, layout = state.seq_len + k.shape[2], layout_of(padding_mask)
             at = (layout.query_positions(x.shape[2], total, x.device).clamp(min=0) for x in (q, k))
             q, k = rotary(q, k, *(x if padding_mask is not None else x[0] for x in at))
@@ -145,26 +163,31 @@ class TopK(Backend):
         if impl == "reference":
             return self._reference(q, k, v, call)
         at = self._positions(q, k, layout)
-        learning = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
-        few = q.shape[2] <= decode.MOST_QUERIES and not (learning or self._trains)
-        keys = k if few and call.state is not None else _from_start(k, layout.start)
+        few = self._read_few(q, k, v) and call.far is None
+        # as what is behind the window sees each other
+        far_q, far_k = q, k
+        if call.turn is not None:
+            far_q = call.turn.q_far * call.turn.scaling
+        elif call.far is not None:
+            far_q, far_k = call.far.q, call.far.k
+        keys = far_k if few and call.state is not None else _from_start(far_k, layout.start)
         summaries = (
             call.state.summaries
             if isinstance(call.state, BlockState)
             else self.summarise(keys.detach())
         )
-        chosen = topk.select(self.rule, q.detach(), summaries.detach(), at)
+        chosen = topk.select(self.rule, far_q.detach(), summaries.detach(), at)
         if few:
-            parts = self._few(q, k, v, chosen, at, call, impl)
+            parts = self._few(q, far_q, k, v, chosen, at, call, impl)
         else:
             values = _from_start(v, layout.start)
-            parts = self._many(q, k, v, keys, values, chosen, at, call, impl)
+            parts = self._many(q, far_q, k, v, keys, values, chosen, at, call, impl)
         out, lse = merge(parts)
         if call.sink_logits is not None:
             # a logit in the denominator only: out * Z / (Z + exp(logit)), and Z = exp(lse)
             share = torch.sigmoid(lse - call.sink_logits.to(lse.dtype)[None, :, None])
             out = (out.to(lse.dtype) * share[..., None]).to(out.dtype)
-        return self._learning_from(out, q, keys, call)
+        return self._learning_from(out, far_q, keys, call)
 
     @property
     def _trains(self) -> bool:
@@ -186,7 +209,7 @@ class TopK(Backend):
             at if layout.mask is None else torch.where(layout.mask[:, tokens - queries :], at, -1)
         )
 
-    def _few(self, q, k, v, chosen, at, call: Call, impl: str):
+    def _few(self, q, far_q, k, v, chosen, at, call: Call, impl: str):
         """The window, and what is gathered for each query: sinks and chosen blocks."""
         low = max(0, k.shape[2] - self.rule.window - q.shape[2] + 1)
         layout = call.layout
@@ -198,15 +221,16 @@ class TopK(Backend):
             Window(back=self.rule.window),
             Layout(tail=low, start=layout.start, mask=mask),
             scale=call.scale,
+            turn=call.turn,
             impl=impl,
             lse=True,
         )
         far = topk.attention_few(
-            q, k, v, self.rule, chosen, at, layout.start, scale=call.scale, impl=impl
+            far_q, k, v, self.rule, chosen, at, layout.start, scale=call.scale, impl=impl
         )
         return [near, far]
 
-    def _many(self, q, k, v, keys, values, chosen, at, call: Call, impl: str):
+    def _many(self, q, far_q, k, v, keys, values, chosen, at, call: Call, impl: str):
         """The window and the sinks, and the blocks of keys and values from each row's start on."""
         near = flash.attention(
             q,
@@ -215,10 +239,13 @@ class TopK(Backend):
             Window(first=self.rule.sinks, back=self.rule.window),
             call.layout,
             scale=call.scale,
+            far=call.far,
             impl=impl,
             lse=True,
         )
-        far = topk.attention(q, keys, values, self.rule, chosen, at, scale=call.scale, impl=impl)
+        far = topk.attention(
+            far_q, keys, values, self.rule, chosen, at, scale=call.scale, impl=impl
+        )
         return [near, far]
 
     def _reference(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
@@ -228,7 +255,9 @@ class TopK(Backend):
         if real is None:
             real = torch.ones(k.shape[0], k.shape[2], dtype=torch.bool, device=k.device)
         given = {"scale": call.scale, "pool": self.pool, "sink_logits": call.sink_logits}
-        out = attention(q, k, v, self.rule, real, **given)
+        out = attention(q, k, v, self.rule, real, **given, far=call.far)
+        if call.far is not None:
+            q, k = call.far.q, call.far.k
         return self._learning_from(out, q, _from_start(k, call.layout.start), call)
 
     def cost(self, shape: Shape) -> Cost:

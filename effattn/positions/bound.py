@@ -7,7 +7,8 @@ B: rows; Hq, Hkv: query and key/value heads; Tq, Tk: queries and keys; D: size o
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -62,11 +63,18 @@ class Positions(nn.Module):
         learned = None if self.bias is None else self.bias.new_parameters(trained)
         self.learned = None if learned is None else nn.Parameter(learned)
         self.rotates = True
+        self.heads: tuple[int, ...] | None = None  # those of the biases that are meant; None: all
         # what does not change from call to call
         self._kept: dict[str, tuple[tuple, Rope | Bias]] = {}
 
     def extra_repr(self) -> str:
         return self.spec
+
+    def of_heads(self, heads: Sequence[int]) -> Positions:
+        """The same rule, and parameters, for some of the query heads."""
+        some = copy.copy(self)
+        some.heads = tuple(heads)
+        return some
 
     @property
     def spec(self) -> str:
@@ -156,6 +164,8 @@ class Positions(nn.Module):
         `length` tokens, an int or (B,), `tokens` at most with padding. few: keys stay as they are,
         for a kernel that turns them itself, where `turnable` says so; `at_k` is not needed then."""
         bias = None if self.bias is None else self._bias(tokens, q.device)
+        if bias is not None and self.heads is not None and len(bias.params) > 1:
+            bias = Bias(bias.kind, bias.params[list(self.heads)])
         if not (self.rotates and self.turns):
             return Placed(self._scaled(q, at_q), k, bias=bias)
         rope = self._rope(length, q.device)

@@ -13,6 +13,7 @@ QUALITY_NAMES = ("perplexity", "cross_entropy", "kl")
 QUALITY_HEADER = ("Perplexity", "Cross-entropy (nats/token)", "KL to the parent (nats/token)")
 
 
+HARNESS = "lm-evaluation-harness"
 EXCESS = "Excess (nats/token)"  # of cross-entropy, over the parent's
 TURNS = "Context in tokens; greedy single-token steps, the models taking turns."
 
@@ -120,9 +121,47 @@ def listed(settings: dict) -> dict:
     }
 
 
+def harness_tables(data: dict) -> list[Table]:
+    """What both models reached in lm-evaluation-harness, where that was asked for; else none.
+    data: a report's, with "lm_eval": "before" and "after" {task: `harness_scores`}."""
+    found = data.get("lm_eval")
+    if not found:
+        return []
+    before, after = found["before"], found["after"]
+    rows = [
+        [
+            task,
+            metric,
+            number(told["samples"]),
+            _with_error(told, metric),
+            _with_error(after.get(task), metric),
+            _change(told["metrics"][metric], (after.get(task) or told)["metrics"].get(metric)),
+        ]
+        for task, told in before.items()
+        for metric in told["metrics"]
+    ]
+    header = ("Task", "Metric", "Examples", "Before", "After", "Change")
+    first = found["limit"]
+    note = f"lm_eval {found['version']}, no few-shot examples but a task's own; "
+    note += "every example" if first is None else f"the first {first:,} examples of each task"
+    return [Table(HARNESS, header, rows, f"{note}; ± is the standard error.")]
+
+
+def _with_error(told: dict | None, metric: str) -> str:
+    value = None if told is None else told["metrics"].get(metric)
+    error = None if told is None else told["errors"].get(metric)
+    return number(value) + (f" ± {number(error)}" if error is not None else "")
+
+
+def _change(before: float | None, after: float | None) -> str:
+    return UNKNOWN if before is None or after is None else f"{after - before:+.4f}"
+
+
 def about(data: dict) -> list[Table]:
-    """The last tables of most reports: what was asked for, of what model, on what machine."""
+    """The last tables of most reports: what both models reached in lm-evaluation-harness, if that
+    was asked for; what was asked for, of what model, on what machine."""
     return [
+        *harness_tables(data),
         pairs("Settings", listed(data["settings"])),
         pairs("Model", data["model"]),
         pairs("Environment", data["environment"]),

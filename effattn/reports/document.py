@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 from typing import ClassVar, Self
 
+from effattn.reports.common import HARNESS
 from effattn.reports.files import finite, numbers, write_all_atomic
 from effattn.reports.page import Section, markdown_text, page
 from effattn.reports.tables import Table
@@ -62,16 +63,20 @@ class Document:
         """Section -> its figures."""
         return {}
 
+    def shown(self) -> list[Table]:
+        """The tables that a person wants on the terminal."""
+        wanted = (*self.terminal, HARNESS)
+        return [table for table in self.tables() if table.title in wanted]
+
     def table(self):
         """What a person wants on the terminal, as one rich renderable."""
         from rich.console import Group
         from rich.text import Text
 
-        shown = [table.rich() for table in self.tables() if table.title in self.terminal]
         return Group(
             Text(self.title, style="bold"),
             Text(self.headline),
-            *(part for one in shown for part in ("", one)),
+            *(part for one in self.shown() for part in ("", one.rich())),
         )
 
     def __rich__(self):

@@ -47,6 +47,13 @@ class Heads(Protocol):
         ...
 
 
+def full_bytes(heads: Heads) -> int:
+    """Of a token in full precision, keys and values of all heads: in the layer's dtype, or fp32 for
+    sizes that come without one."""
+    numbers = heads.kv_heads * (heads.head_dim + heads.value_dim)
+    return getattr(heads, "kv_bytes_per_token", 4 * numbers)
+
+
 class Described(Protocol):
     """What both the checks of a call and the kinds of cache read of a backend
     (`effattn.interface.Backend`)."""
@@ -117,6 +124,10 @@ class LayerCache:
         """
         return None
 
+    def refuses_rule(self, rule: str) -> str | None:
+        """Why it cannot go with a position rule instead of the model's own; None where it can."""
+        return None
+
     def hold(self, own: State, backend: Holder) -> State:
         """An empty state that remembers what `own` would, the backend's own state."""
         raise NotImplementedError
@@ -152,6 +163,16 @@ class LayerCache:
     def latent_bytes(self, rank: int) -> int:
         """Of one more token that is held, as a latent of `rank` numbers."""
         return width(self.latent_coding(rank), rank)
+
+    @property
+    def asks(self) -> bool:
+        """Whether its states are to be told what their attention module is called with."""
+        return False
+
+    @property
+    def bounded(self) -> bool:
+        """Whether the number of tokens that it holds is, of a pattern that would hold all."""
+        return False
 
     def __str__(self) -> str:
         return f"{self.spec} ({self.said})" if self.said else self.spec

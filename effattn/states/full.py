@@ -50,12 +50,13 @@ def no_positions(n: int) -> tuple[int, ...]:
 
 class FullState(State):
     """Every key and value, as they came. `rooms`: the memory that k and v are views of once they
-    have grown; there is room for up to `ROOM` tokens more, so that a step writes its own token and
-    copies the others every `ROOM` steps."""
+    have grown; there is room for up to `room` tokens more, so that a step writes its own token and
+    copies the others every `room` steps."""
 
     evicts = False
     read_by_method = False
     rooms: tuple[Tensor, Tensor] | None = None
+    room = ROOM  # tokens that new memory has room for
 
     def __init__(self):
         self.k: Tensor | None = None
@@ -102,7 +103,7 @@ class FullState(State):
         )
         if self.rooms is None or sealed or self.rooms[0].shape[2] < total:
             rooms = tuple(
-                x.new_empty(*x.shape[:2], total + ROOM, x.shape[3]) for x in (self.k, self.v)
+                x.new_empty(*x.shape[:2], total + self.room, x.shape[3]) for x in (self.k, self.v)
             )
             for room, x in zip(rooms, (self.k, self.v), strict=True):
                 room[:, :, :past] = x

@@ -21,29 +21,31 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from effattn.hf import loading, packing, placement
+from effattn.hf import loading, packing, parentage, placement
 from effattn.hf.adapters import require_own_weights
 from effattn.hf.beginning import settle
 from effattn.hf.placement import check_finite
 from effattn.hf.source import DTYPES as DTYPES
 from effattn.hf.source import dtype_of, load_tokenizer, read_config, resolve
 from effattn.outputs import atomic_folder
-from effattn.surgery import record, restoring
+from effattn.surgery import card, record, restoring
 from effattn.surgery.record import LEARNED
 
 
 def save(model: PreTrainedModel, path: str | Path, tokenizer=None) -> Path:
-    """Writes the model (and its tokenizer) to the new folder `path`, which it returns.
+    """Writes the model (and its tokenizer) to the new folder `path`, which it returns, with a model
+    card (README.md).
 
     Weights are written as safetensors in their own dtypes. Raises ValueError for a folder that is
     not empty and for weights with NaN or Inf, and Unsupported for adapters that are not merged,
-    which the checkpoint would lose (peft saves them by itself). If anything fails, nothing is left
-    behind."""
+    which the checkpoint would lose (peft saves them by itself), and for caches that were made of
+    objects (`effattn.kvpress`). If anything fails, nothing is left behind."""
     # All checks before the folder: it appears with everything in it, or not at all.
     packing.steady(model)
     require_own_weights(model)
     placement.require_own(model, "save")
     check_finite(model)
+    record.check_caches(model)
     with atomic_folder(path) as folder, placement.saving(model):
         learned = record.learned(model)
         plain = {name: tensor for name, tensor in model.state_dict().items() if name not in learned}
@@ -57,6 +59,7 @@ def save(model: PreTrainedModel, path: str | Path, tokenizer=None) -> Path:
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
         record.write(model, folder / "config.json")
+        card.write(folder, parentage.of_model(model))
     return Path(path)
 
 

@@ -146,6 +146,7 @@ def _layer(layer: anatomy.Layer, config) -> dict:
         token = _growth(layer, swapped.backend)
     if swapped is not None and swapped.cache is not None:
         cache = str(swapped.cache) if cache == "full" else f"{swapped.cache}, {cache}"
+        grows = grows and not swapped.cache.bounded
         memory = layer.latent
         if memory is None:
             token = swapped.cache.bytes_per_token(layer)

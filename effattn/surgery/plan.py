@@ -63,7 +63,7 @@ def make(
 
     positions, cache: the layers whose rule or cache changes. Those that no pattern is named for
     keep the one they have. latent: keys and values are latents by the time this is carried out, in
-    all layers, and need a swap for their cache."""
+    all layers unless some have them already, and need a swap for their cache."""
     if isinstance(pattern, dict) and options:
         raise ValueError(
             f"swap: {', '.join(options)} given beside a dict of layers; write them into its specs"
@@ -75,7 +75,12 @@ def make(
     plans = {index: _plan(parts.layers[index], spec, options) for index, spec in chosen.items()}
     positions, cache = _attending(parts, positions or {}), _attending(parts, cache or {})
     formats = {index: caches.fit(parts.layers[index], spec) for index, spec in cache.items()}
-    latents = {layer.index: True for layer in parts if latent and layer.attends}
+    made = any(layer.latent is not None for layer in parts)  # already, perhaps not everywhere
+    latents = {
+        layer.index: True
+        for layer in parts
+        if latent and layer.attends and (layer.latent is not None or not made)
+    }
     for index, rule in [*positions.items(), *formats.items(), *latents.items()]:
         held = getattr(parts.layers[index].attention, hooks.ATTRIBUTE, None)
         if index not in plans and held is not None and held.backend is not None:
@@ -89,7 +94,7 @@ def make(
         held = getattr(parts.layers[index].attention, hooks.ATTRIBUTE, None)
         plan.cache = formats[index] if index in formats else getattr(held, "cache", None)
         rotary, memory = parts.layers[index].rotary, parts.layers[index].latent
-        plan.latent = memory.rank if memory is not None else 0 if latent else None
+        plan.latent = memory.rank if memory is not None else 0 if latent and not made else None
         # of latents keys are made, and turned, when they are read
         needs_raw = plan.latent is not None or (plan.cache is not None and plan.cache.raw_keys)
         if needs_raw and rotary is not None:
@@ -224,8 +229,14 @@ def _obstacle(layer: anatomy.Layer, plan: LayerPlan) -> str | None:
         return reason
     if plan.cache is not None and (reason := caches.obstacle(layer, plan.backend, plan.cache)):
         return reason
+    if (
+        plan.cache is not None
+        and plan.positions is not None
+        and (reason := plan.cache.refuses_rule(plan.positions.rule.spec))
+    ):
+        return reason
     asked = None if plan.positions is None else plan.positions.in_call
-    if asked is not None and not plan.backend.traits.exact:
+    if asked is not None and not (plan.backend.traits.exact or plan.backend.places(asked)):
         return f"positions {asked.spec!r} need an exact pattern, which {plan.backend.name} is not"
     if asked is not None and "global_qkv" in plan.backend.extras:
         return (

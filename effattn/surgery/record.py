@@ -16,12 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from effattn import registry
+from effattn.errors import Unsupported
 from effattn.hf import hooks, latents, placement, positions
 from effattn.hf.names import METHOD
 from effattn.hf.trusted import KEY
 from effattn.hf.weight_files import Stored, header, read, shortened, stored
 from effattn.projections import packed
 from effattn.specs import parse_spec
+from effattn.states import caches
 from effattn.surgery import replace
 
 LEARNED = "effattn.safetensors"  # the weights that plain transformers does not know
@@ -55,6 +57,17 @@ def of(model: nn.Module) -> dict:
         "packed": packed.record(model),
     }
     return found | {name: entry for name, entry in others.items() if entry}
+
+
+def check_caches(model: nn.Module) -> None:
+    """Unsupported for a cache that no spec says, so that nobody could read it back."""
+    done = getattr(model, hooks.ATTRIBUTE, None)
+    for index, spec in ({} if done is None else done.caches).items():
+        if spec.partition("(")[0] not in caches.kinds():
+            raise Unsupported(
+                f"save: layer {index}: cache {spec} was made of an object, which no file holds; "
+                "valid is one with a spec, such as swap(model, cache='full')"
+            )
 
 
 def mark(model: nn.Module) -> None:

@@ -39,7 +39,7 @@ def swap(
     pattern: str | dict[str | int, str] | None = None,
     *,
     positions: str | dict[str | int, str] | None = None,
-    cache: str | dict[str | int, str] | None = None,
+    cache: caches.Asked | dict[str | int, caches.Asked] | None = None,
     heads: str | None = None,
     projections: str | dict[str | int, str] | None = None,
     calibration: Tensor | None = None,
@@ -67,8 +67,9 @@ def swap(
     plain; any other needs swapped attention, "dense" where no pattern is named.
 
     cache: "int8", "int4", "int2" or "fp8", with the options of `effattn.quant.Format.options`, such
-    as "int4(group=64, residual=128)", or a dict as for patterns; "full" is the pattern's own.
-    Layers without a pattern get "dense" for it.
+    as "int4(group=64, residual=128)"; "paged(page=16)"; "evict(policy='snapkv', keep=0.5)", or what
+    `effattn.kvpress(press)` gives; or a dict as for patterns. "full" is the pattern's own. Layers
+    without a pattern get "dense" for it.
 
     heads: "mha", "mqa" or "gqa(kv_heads=...)", which `convert_gqa` does with `calibration` (tokens,
     int64 (N,)); or "latent(ratio=0.5)", with which r numbers are remembered of a token, in every

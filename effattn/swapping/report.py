@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from effattn.reports.common import HARNESS
 from effattn.reports.page import Section, markdown_text, page
-from effattn.reports.tables import data_size
+from effattn.reports.tables import Table, data_size
 from effattn.swapping import report_plots as plots
 from effattn.swapping import report_tables as tables
 from effattn.swapping.report_data import SwapData, number, past
@@ -54,6 +55,10 @@ class SwapReport(SwapData):
                 parted.append(f"{run['label']}, without sinks, is at {number(found)}")
         return "; ".join(parted) + "."
 
+    def shown(self) -> list[Table]:
+        found = tables.tables(self)
+        return [one for one in found if not one.folded and one.title in tables.TERMINAL]
+
     def table(self):
         """What a person wants on the terminal: the finding, both tables, and the text past the
         trained length.
@@ -61,15 +66,10 @@ class SwapReport(SwapData):
         from rich.console import Group
         from rich.text import Text
 
-        shown = [
-            table.rich()
-            for table in tables.tables(self)
-            if not table.folded and table.title in tables.TERMINAL
-        ]
         lines = [
             Text(self.title, style="bold"),
             Text(self.headline),
-            *(part for one in shown for part in ("", one)),
+            *(part for one in self.shown() for part in ("", one.rich())),
         ]
         for passage in tables.passages(self, given=0):
             lines += [
@@ -115,6 +115,7 @@ class SwapReport(SwapData):
             ),
             section("Generated text", [], passages=passages, note=tables.text_note(self)),
             section("Checkpoint", [], "Checkpoint"),
+            section(HARNESS, [], HARNESS),
             section("Settings", [], "Settings", "Model", "Patterns by layer"),
             section("Environment", [], "Environment"),
         ]

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from effattn.reports.common import about
+from effattn.reports.common import HARNESS, about
 from effattn.reports.page import Passage
 from effattn.reports.tables import Table, data_size, pairs
 from effattn.swapping.patterns import without_sinks
 from effattn.swapping.report_data import SwapData, number, past
 
 CONTEXTS, STREAM = "Perplexity by context", "One long stream"
-TERMINAL = (STREAM, CONTEXTS, "Checkpoint")
+TERMINAL = (STREAM, CONTEXTS, "Checkpoint", HARNESS)
 SAME = 0.02  # relative difference of two perplexities that the report calls little
 SHOWN_PROMPT = 240  # characters of the prompt's end
 
@@ -31,10 +31,10 @@ def tables(report: SwapData) -> list[Table]:
         [f"{index}", *cells]
         for index, cells in enumerate(zip(*(one[1:] for one in layers), strict=True))
     ]
-    settings, model, environment = about(report.data)
+    *evaluated, settings, model, environment = about(report.data)
     header = ("Layer", *(one[0] for one in layers))
     by_layer = Table("Patterns by layer", header, rows, folded=True)
-    return [*found, settings, model, by_layer, environment]
+    return [*found, *evaluated, settings, model, by_layer, environment]
 
 
 def _stream_table(report: SwapData) -> Table:

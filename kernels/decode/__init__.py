@@ -13,6 +13,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..flash import IMPLEMENTATIONS, choose
+from ..flash.dropout import Dropout
 from ..flash.pattern import Layout, Pattern
 from ..flash.rules import Bias
 from ..flash.rules import check as check_rules
@@ -38,6 +39,7 @@ def attention(
     counts: Tensor | None = None,
     turn: Turn | None = None,
     bias: Bias | None = None,
+    drop: Dropout | None = None,
     impl: str = "auto",
     lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -45,14 +47,18 @@ def attention(
 
     counts, (1 or B, 1 or Hq, Tq, Tk) bool or integer: how often each query sees each key, instead
     of the pattern and causality (padding included); for patterns that have no predicate. turn: k is
-    as it was before its rotation. bias: as there. ValueError for what they do not go with (a turn
-    with a window: no q_first or bias, only `causal`)."""
+    as it was before its rotation. bias, drop: as there; the
+    latter in torch alone. ValueError for what they do not go with (a turn with a window: no q_first
+    or bias, only `causal`)."""
     pattern, layout = pattern or Pattern(), layout or Layout()
     q, k, v = dense_rows(q), dense_rows(k), dense_rows(v)
     q_first = dense_rows(q_first)
     check_rules(None, bias, q, k, pattern, layout, causal, q_first)
     check(turn, bias, q, pattern, causal, q_first)
+    rules = {} if drop is None else {"drop": drop}
     if choose(impl, q.device) == "triton":
+        if drop is not None:
+            raise ValueError("drop: the Triton decode kernel has no dropout; valid is impl='torch'")
         from .triton_impl import attention as run
     else:
         from .torch_impl import attention as run
@@ -70,6 +76,7 @@ def attention(
         need_lse=lse,
         turn=turn,
         bias=bias,
+        **rules,
     )
     # with `lse`, sums are there
     return (out, sums) if lse else out  # type: ignore[return-value]

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from effattn.kernels.flash.dropout import Dropout
 from effattn.kernels.flash.pattern import Blocks, Layout, Pattern, Window
 from effattn.kernels.flash.rules import Bias, Far
 from effattn.kernels.flash.torch_dense import one_query, padding_mask
@@ -44,14 +45,17 @@ def attention(
     turn: Turn | None = None,
     far: Far | None = None,
     bias: Bias | None = None,
+    drop: Dropout | None = None,
+    distance: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """(B, Hq, Tq, Dv) in q's dtype, and the log-sum-exp (B, Hq, Tq). Queries that see no key give 0
     and -inf.
 
-    far: as for flash attention, which hands its calls over to be traced.
+    far, drop: as for flash attention, which hands its calls over to be traced. distance (1 or B,
+    Tq, Tk): of pairs, for far and bias; None: by the layout.
     """
     queries = q.shape[2]
-    if counts is None and far is None:
+    if counts is None and far is None and drop is None:
         k, v, layout = _visible_range(k, v, pattern, layout, queries)
     plain = (
         softcap is None
@@ -60,6 +64,7 @@ def attention(
         and turn is None
         and far is None
         and bias is None
+        and drop is None
     )
     if counts is None:
         if (
@@ -81,6 +86,7 @@ def attention(
         turn is not None
         and queries == 1
         and softcap is None
+        and drop is None
         and not repeated
         and _in_order_behind(layout, mask)
     ):
@@ -89,13 +95,14 @@ def attention(
             rows_far = _pack(turn.q_far, k.shape[1])
             out, lse = torch_turn.rerope(rows, rows_far, k, v, turn, layout, scale, mask, need_lse)
             return out.reshape(q.shape), lse.reshape(q.shape[:3]) if need_lse else None
-    scores = _scores(q, k, pattern, layout, q_first, turn, far) * scale
+    if distance is None and (far is not None or bias is not None):
+        distance = _distance(layout, queries, k.shape[2], q.device)
+    scores = _scores(q, k, pattern, layout, q_first, turn, far, distance) * scale
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     if bias is not None:
-        distance = _distance(layout, queries, k.shape[2], q.device)
         scores = scores + _pack_mask(bias.values(distance).transpose(0, 1), q.shape[1], k.shape[1])
-    out, lse = _softmax(scores, v, mask, counts if repeated else None, q)
+    out, lse = _softmax(scores, v, mask, counts if repeated else None, q, drop)
     return out, lse if need_lse else None
 
 
@@ -256,7 +263,7 @@ def _fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -
 # -------------------------------------------------------------------------------------------------
 
 
-def _scores(q, k, pattern, layout, q_first, turn, far) -> Tensor:
+def _scores(q, k, pattern, layout, q_first, turn, far, distance) -> Tensor:
     """Products of rows and keys in at least fp32, (B, Hkv, R, Tk)."""
     work, kv_heads = torch.promote_types(q.dtype, torch.float32), k.shape[1]
     q, q_first = (None if x is None else _pack(x, kv_heads).to(work) for x in (q, q_first))
@@ -276,8 +283,7 @@ def _scores(q, k, pattern, layout, q_first, turn, far) -> Tensor:
         first = (position >= 0) & (position < pattern.first)
         scores = torch.where(first[:, None, None, :], scored(q_first), scores)
     if far is not None:
-        queries = far.q.shape[2]
-        is_far = _distance(layout, queries, k.shape[2], k.device)[:, None] >= far.window
+        is_far = distance[:, None] >= far.window
         other = _pack(far.q, kv_heads).to(work) @ far.k.to(work).transpose(-1, -2)
         scores = torch.where(_pack_mask(is_far, far.q.shape[1], kv_heads), other, scores)
     return scores
@@ -322,7 +328,9 @@ def _near_and_far(q, q_far, k, turn: Turn, layout: Layout, position: Tensor) -> 
     )
 
 
-def _softmax(scores: Tensor, v: Tensor, mask, counts, q: Tensor) -> tuple[Tensor, Tensor]:
+def _softmax(
+    scores: Tensor, v: Tensor, mask, counts, q: Tensor, drop: Dropout | None
+) -> tuple[Tensor, Tensor]:
     """scores (B, Hkv, R, Tk) -> out (B, Hq, Tq, Dv) in q's dtype and the log-sum-exp (B, Hq,
     Tq).
     """
@@ -337,6 +345,9 @@ def _softmax(scores: Tensor, v: Tensor, mask, counts, q: Tensor) -> tuple[Tensor
     total = weights.sum(dim=-1, keepdim=True)
     seen = total > 0
     total = torch.where(seen, total, 1.0)
-    out = (weights / total) @ v.to(work)
+    weights = weights / total
+    if drop is not None:
+        weights = weights * _pack_mask(drop.factors(work), q.shape[1], kv_heads)
+    out = weights @ v.to(work)
     lse = torch.where(seen, highest + total.log(), -torch.inf)
     return out.to(q.dtype).reshape(*q.shape[:3], v.shape[-1]), lse.reshape(q.shape[:3])

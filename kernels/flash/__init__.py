@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..rows import dense_rows
+from .dropout import Dropout
 from .pattern import Blocks, Layout, Pattern, Window
 from .rules import Bias, Far, check
 
@@ -23,6 +24,7 @@ __all__ = [
     "IMPLEMENTATIONS",
     "Bias",
     "Blocks",
+    "Dropout",
     "Far",
     "Layout",
     "Pattern",
@@ -68,6 +70,7 @@ def attention(
     q_first: Tensor | None = None,
     far: Far | None = None,
     bias: Bias | None = None,
+    drop: Dropout | None = None,
     impl: str = "auto",
     lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -78,8 +81,9 @@ def attention(
     to D^-0.5; softcap c makes each score c tanh(score / c); q_first (B, Hq, Tq, D) are the queries
     as keys at positions below `pattern.first` see them; `far` has other queries and keys for
     distant pairs, `bias` adds to scores by distance: ValueError for what they do not go with (far:
-    no `causal`, q_first or bias). Returns out (B, Hq, Tq, Dv) in q's dtype, and with `lse` the
-    log-sum-exp of each query's scores (B, Hq, Tq), fp32 (fp64 for fp64 inputs). A query that sees
+    no `causal`, q_first or bias); `drop`, with numbers of these queries and keys, says which
+    weights are 0. Returns out (B, Hq, Tq, Dv) in q's dtype, and with `lse` the log-sum-exp of each
+    query's scores (B, Hq, Tq), fp32 (fp64 for fp64 inputs). A query that sees
     nothing gives 0 and -inf."""
     pattern, layout = pattern or Pattern(), layout or Layout()
     # neither kernels nor torch's own take all strides
@@ -103,6 +107,7 @@ def attention(
         need_lse=lse,
         far=far,
         bias=bias,
+        drop=drop,
     )
     # with `lse`, sums are there
     return (out, sums) if lse else out  # type: ignore[return-value]

@@ -19,6 +19,8 @@ _TYPES = (
         ("heads", "group", "q_len", "k_len", "slots", "tail", "first", "window", "a", "b", "c"),
         "i32",
     )
+    | dict.fromkeys(("drop_b", "least"), "i32")
+    | dict.fromkeys(("q_drop", "k_drop"), "*i32")
     | dict.fromkeys(("step", "n_params"), "i32")
     | {
         "mask": "*i1",
@@ -62,7 +64,10 @@ def variants(arch: str) -> list[dict]:
         for kernel, part in product(("backward_queries", "backward_keys"), (NEARER, FARTHER)):
             name = "near_part" if part is NEARER else "far_part"
             found.append(variant(arch, kernel, size, "*bf16", far, name, part.value))
-    found += [variant(arch, kernel, 128, "*bf16", alibi, "alibi") for kernel in kernels]
+    dropped = full._replace(least=1 << 20)
+    for kernel in kernels:
+        found.append(variant(arch, kernel, 128, "*bf16", alibi, "alibi"))
+        found.append(variant(arch, kernel, 128, "*bf16", dropped, "dropout"))
     return [*found, _rows(128, "*bf16")]
 
 
@@ -80,6 +85,7 @@ def variant(
         ("mask", "start"): not call.masked,
         ("q_far", "k_far"): not call.window,
         ("params_ptr",): not call.bias,
+        ("q_drop", "k_drop"): not call.least,
         ("dv_near",): part != FARTHER.value,
     }
     absent = [name for names, is_absent in absent.items() if is_absent for name in names]

@@ -9,6 +9,7 @@ import math
 import torch
 from torch import Tensor
 
+from .dropout import Dropout
 from .rules import Bias, Far
 
 
@@ -26,6 +27,7 @@ def attention(
     far: Far | None = None,
     bias: Bias | None = None,
     distance: Tensor | None = None,
+    drop: Dropout | None = None,
 ) -> tuple[Tensor, Tensor]:
     """q (B, Hq, Tq, D), k (B, Hkv, Tk, D), v (B, Hkv, Tk, Dv) -> out (B, Hq, Tq, Dv) and the
     log-sum-exp (B, Hq, Tq).
@@ -35,7 +37,8 @@ def attention(
     sink_logits (Hq,): one more logit per head, in the denominator only (gpt-oss). q_first: the
     queries as the keys marked by `first` (B or 1, Tk) bool see them. far, bias: other scores for
     distant pairs, and what distances add to scores; `distance` (1 or B, Tq, Tk) is i - j of each
-    pair, for those two. fp64 throughout; out is in q's dtype."""
+    pair, for those two. drop: weights that
+    are 0, the log-sum-exp being that of all. fp64 throughout; out is in q's dtype."""
     groups = q.shape[1] // k.shape[1]
     keys = k.double().repeat_interleave(groups, dim=1)
     values = v.double().repeat_interleave(groups, dim=1)
@@ -64,7 +67,10 @@ def attention(
     lse = torch.where(seen, highest + torch.where(seen, total, 1.0).log(), -torch.inf)[..., 0]
     if sink_logits is not None:
         total = total + torch.exp(sink_logits.double()[None, :, None, None] - highest)
-    out = (weights / torch.where(total > 0, total, 1.0)) @ values
+    weights = weights / torch.where(total > 0, total, 1.0)
+    if drop is not None:
+        weights = weights * drop.factors(weights.dtype)
+    out = weights @ values
     return out.to(q.dtype), lse
 
 

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from .pattern import Blocks, Pattern, Window
 from .torch_bias import BiasTiles, Share
+from .torch_dropped import Dropped
 
 # Measured on 2 AVX2 cores with 512 KiB of L2 each, window 512, 8 heads of 64, 16384 tokens.
 QUERIES = 64  # of a tile: 32 and 128 are 5 to 15 % slower
@@ -74,6 +75,7 @@ class Problem:
     side: Side | None = None
     lag: int = 0
     reach: int | None = None
+    drop: Dropped | None = None
     strips_made: dict = field(default_factory=dict)
 
     @property
@@ -297,14 +299,14 @@ def forward(problem: Problem, q, k, v, q_first, k_side, v_side, table) -> tuple[
             if top is not None:
                 highest = torch.maximum(top, highest)
             s.sub_(highest).exp2_()
+            sums = s.sum(dim=-1, keepdim=True)  # of all weights, dropped ones too
+            if problem.drop is not None:
+                s.mul_(problem.drop.factors(s, part, heads, a, b))
             if top is None:
-                total, got = (
-                    s.sum(dim=-1, keepdim=True),
-                    torch.bmm(s, values, out=space("out", n, size, value_dim)),
-                )
+                total, got = sums, torch.bmm(s, values, out=space("out", n, size, value_dim))
             else:
                 keep = top.sub_(highest).exp2_()
-                total = total.mul_(keep).add_(s.sum(dim=-1, keepdim=True))
+                total = total.mul_(keep).add_(sums)
                 torch.baddbmm(got.mul_(keep), s, values, out=got)
             top = highest
         lse[heads, :, a:b] = (top + total.log2()).mul_(1 / LOG2E).view(n, groups, b - a)
@@ -372,8 +374,11 @@ def backward(
             s = _score(problem, space("scores", n, size, part.k1 - part.k0), queries, keys)
             slope = None if problem.softcap is None else 1 - s.square()  # of the soft cap
             _finish(problem, s, part, groups, _biases(bias, part, heads, a, b)).sub_(sums).exp2_()
-            torch.baddbmm(d_values, s.transpose(1, 2), d_rows, out=d_values)
+            factors = problem.drop and problem.drop.factors(s, part, heads, a, b)
+            weights = s if factors is None else s * factors
+            torch.baddbmm(d_values, weights.transpose(1, 2), d_rows, out=d_values)
             ds = torch.bmm(d_rows, values.transpose(1, 2), out=space("gradients", *s.shape))
+            ds = ds if factors is None else ds.mul_(factors)
             ds.sub_(delta).mul_(s)
             if learned:
                 add = bias.add_side if part.side else bias.add_main

@@ -36,7 +36,8 @@ BLIND = 1e30  # the log-sum-exp that makes all weights 0
 
 def fits(problem: Problem, q: Tensor, v: Tensor) -> bool:
     """Whether `forward` and `backward` can do it."""
-    if q.device.type != "cpu" or problem.softcap is not None or q.shape[-1] != v.shape[-1]:
+    unlike = problem.softcap is not None or problem.drop is not None
+    if q.device.type != "cpu" or unlike or q.shape[-1] != v.shape[-1]:
         return False
     return not problem.dense or problem.queries <= SHORT or _unmasked(problem)
 

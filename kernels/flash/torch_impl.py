@@ -16,10 +16,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .dropout import Dropout
 from .pattern import Blocks, Layout, Pattern, Window
 from .rules import Bias, Far
 from .torch_blocks import Problem, Side
 from .torch_dense import dense
+from .torch_dropped import Dropped
 from .torch_solve import Piece, solve
 
 
@@ -37,6 +39,7 @@ def attention(
     need_lse: bool,
     far: Far | None = None,
     bias: Bias | None = None,
+    drop: Dropout | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """q (B, Hq, Tq, D), k (B, Hkv, Tk, D), v (B, Hkv, Tk, Dv) -> (B, Hq, Tq, Dv) in q's dtype, and
     the log-sum-exp.
@@ -44,7 +47,7 @@ def attention(
     A query that may see no key gives 0, and so do its gradients.
     """
     pattern = _simplest(pattern, layout.tokens(k.shape[2]), causal)
-    ruled = softcap is not None or far is not None or bias is not None
+    ruled = any(x is not None for x in (softcap, far, bias, drop))
     special = ruled or (q_first is not None and pattern.first > 0) or need_lse
     if type(pattern) is Pattern and not special and not layout.slots and not layout.tail:
         return dense(q, k, v, causal, layout, scale), None
@@ -66,13 +69,14 @@ def attention(
             need_lse=need_lse,
             far=far,
             bias=bias,
+            drop=drop,
         )
     table = (
         None
         if bias is None
         else bias.values(torch.arange(layout.tokens(k.shape[2]), device=q.device))
     )
-    inputs = _Inputs(q, k, v, q_first, far and far.q, far and far.k, table)
+    inputs = _Inputs(q, k, v, q_first, far and far.q, far and far.k, table, drop)
     return _in_tiles(
         inputs, pattern, layout, (causal, scale, softcap), far and far.window, need_lse
     )
@@ -99,16 +103,21 @@ class _Inputs(NamedTuple):
     q_far: Tensor | None
     k_far: Tensor | None
     table: Tensor | None  # of biases by distance, (Hq or 1, tokens)
+    drop: Dropout | None
 
     def part(self, rows: Tensor | None, of_q: slice, of_k: slice) -> _Inputs:
         """Some rows of the batch, and some query heads with their K/V heads."""
         heads = (of_q, of_k, of_k, of_q, of_q, of_k)
         tensors = (
             x if x is None else x[:, h] if rows is None else x[rows][:, h]
-            for x, h in zip(self[:-1], heads, strict=True)
+            for x, h in zip(self[:-2], heads, strict=True)
         )
-        table = self.table
-        return _Inputs(*tensors, table if table is None or len(table) == 1 else table[of_q])
+        table, drop = self.table, self.drop
+        if drop is not None:
+            own = slice(None) if rows is None else rows
+            keys = drop.k if len(drop.k) == 1 else drop.k[own]
+            drop = replace(drop, q=drop.q[own][:, of_q], k=keys)
+        return _Inputs(*tensors, table if table is None or len(table) == 1 else table[of_q], drop)
 
 
 def _in_tiles(inputs, pattern, layout, settings, window, need_lse) -> tuple[Tensor, Tensor | None]:
@@ -192,19 +201,18 @@ def _pieces(inputs, pattern, layout, settings, window, residue, shift) -> list[P
     """One problem; or the near pairs, at distances below `window`, and the far ones, by their own
     queries and keys.
     """
-    q, k, v, q_first, q_far, k_far, table = inputs
+    q, k, v, q_first, q_far, k_far, table, drop = inputs
     place = pattern, layout, settings, shift - residue, shift
     if window is None:
-        return [_piece(q, k, v, q_first, table, *place)]
-    near = _piece(q, k, v, None, None, *place, reach=window)
+        return [_piece(q, k, v, q_first, table, *place, drop=drop)]
+    near = _piece(q, k, v, None, None, *place, reach=window, drop=drop)
     # the first queries have no far key
     skipped = min(max(window - near.problem.first_query, 0), q.shape[2])
     if skipped == q.shape[2]:
         return [near]
-    return [
-        near,
-        *_without_mask(_piece(q_far[:, :, skipped:], k_far, v, None, None, *place, lag=window)),
-    ]
+    drop = drop and replace(drop, q=drop.q[:, :, skipped:])
+    far = _piece(q_far[:, :, skipped:], k_far, v, None, None, *place, lag=window, drop=drop)
+    return [near, *_without_mask(far)]
 
 
 def _without_mask(piece: Piece) -> list[Piece]:
@@ -217,6 +225,7 @@ def _without_mask(piece: Piece) -> list[Piece]:
         not problem.dense
         or problem.hidden is not None
         or problem.side is not None
+        or problem.drop is not None
         or not square
         or before <= 0
     ):
@@ -238,7 +247,7 @@ def _without_mask(piece: Piece) -> list[Piece]:
 
 
 def _piece(
-    q, k, v, q_first, table, pattern, layout, settings, phase, shift, reach=None, lag=0
+    q, k, v, q_first, table, pattern, layout, settings, phase, shift, reach=None, lag=0, drop=None
 ) -> Piece:
     """Layouts' padding becomes `hidden` keys."""
     queries, keys = q.shape[2], k.shape[2]
@@ -261,8 +270,12 @@ def _piece(
     side, k_side, v_side, position = None, None, None, None
     if layout.start is not None or layout.mask is not None or sinks:
         position = layout.key_positions(keys, q.device)
+    numbers = drop and drop.k[:, None, :, None].expand(q.shape[0], -1, -1, -1)
+    side_numbers = None
     if sinks:
-        side, k_side, v_side = _gather_side(k, v, position, sinks, pattern.first, shift)
+        side, k_side, v_side, side_numbers = _gather_side(
+            (k, v, numbers), position, sinks, pattern.first, shift
+        )
     k0, k1 = problem.key_range(0, queries)
     k, v = (x[:, :, layout.slots + k0 : layout.slots + k1] for x in (k, v))
     hidden = (
@@ -271,16 +284,25 @@ def _piece(
     if hidden is not None and not hidden.any():
         hidden = None
     problem = replace(problem, keys=k1 - k0, first_key=layout.tail + k0, hidden=hidden, side=side)
+    if drop is not None:
+        numbers = numbers[:, :, layout.slots + k0 : layout.slots + k1]
+        dropped = Dropped.of(drop, numbers, side_numbers, k.shape[1])
+        problem = replace(problem, drop=dropped)
     return Piece(problem, (q, k, v, q_first if sinks else None, k_side, v_side, table))
 
 
-def _gather_side(k: Tensor, v: Tensor, position: Tensor, sinks: int, first: int, shift: int):
-    """The keys at positions below `sinks`, row by row, wherever they lie."""
-    keys = k.shape[2]
+def _gather_side(tensors, position: Tensor, sinks: int, first: int, shift: int):
+    """The keys at positions below `sinks`, row by row, wherever they lie; of each of `tensors` (B,
+    H, T, D).
+    """
+    k, keys = tensors[0], tensors[0].shape[2]
     inside = (position >= 0) & (position < sinks)
     at = torch.full((position.shape[0], sinks + 1), -1, device=k.device)
     numbers = torch.arange(keys, device=k.device).expand_as(position)
     at = at.scatter(1, torch.where(inside, position, sinks), numbers)[:, :sinks]
-    index = at.clamp(min=0)[:, None, :, None].expand(k.shape[0], k.shape[1], -1, 1)
-    gathered = (x.gather(2, index.expand(-1, -1, -1, x.shape[-1])) for x in (k, v))
+    index = at.clamp(min=0)[:, None, :, None].expand(k.shape[0], 1, -1, 1)
+    gathered = (
+        x if x is None else x.gather(2, index.expand(-1, x.shape[1], -1, x.shape[-1]))
+        for x in tensors
+    )
     return Side(at >= 0, first, shift), *gathered

@@ -13,8 +13,11 @@ from .triton_pieces import (
     FIRST,
     INNER,
     LOG2E,
+    VARYING,
     bounds_of_queries,
     dot,
+    drop_factor,
+    dropped_by_keys,
     head_of,
     keys_to_visit,
     load_rows,
@@ -109,7 +112,7 @@ def _query_gradient(
     is a tensor without `other`, too: Triton 3.6 compiles no jitted function that returns None.
     """
     key, k_t, value, v_t, k_len = keys
-    scale, unit, cap = units
+    scale, unit, cap, drop = units
     for t in range(0, run[3]):
         n = next_tile(t, run, KIND, BLOCK_N)
         # inner tiles lie whole inside the keys and are seen by all queries: no bounds, no predicate
@@ -133,7 +136,10 @@ def _query_gradient(
             p = tl.where(visible(i, j, h, bounds, place, numbers, NEAR, KIND == FIRST), p, 0.0)
         elif mask is not None:
             p = tl.where(real, p, 0.0)
-        ds = p * (dot(grad, tl.trans(v), None) - delta)
+        dp = dot(grad, tl.trans(v), None)
+        if len(drop) == 3:
+            dp = dropped_by_keys(dp, drop, n, k_len, BLOCK_N) * drop_factor(drop[2])
+        ds = p * (dp - delta)
         if RULE is not None:
             ds = ds * SLOPE(s, i, j, h, cap)
         # each pair's gradient goes to the query that scored it
@@ -144,21 +150,7 @@ def _query_gradient(
     return dq, dother
 
 
-@triton.jit(
-    do_not_specialize=[
-        "q_len",
-        "k_len",
-        "slots",
-        "tail",
-        "first",
-        "window",
-        "a",
-        "b",
-        "c",
-        "step",
-        "n_params",
-    ]
-)
+@triton.jit(do_not_specialize=VARYING)
 def backward_queries(
     q,
     k,
@@ -167,6 +159,8 @@ def backward_queries(
     mask,
     start,
     params_ptr,
+    q_drop,
+    k_drop,
     grad,
     lse2,
     delta,
@@ -191,6 +185,8 @@ def backward_queries(
     dq_h,
     dq_t,
     mask_b,
+    drop_b,
+    least,
     scale,
     cap,
     step,
@@ -234,7 +230,14 @@ def backward_queries(
     i_low = base + k_len - slots - q_len + r
     i = (i_low + tl.arange(0, BLOCK_M))[:, None]
     place, numbers = (slots, base, first, window), (heads, a, b, c)
-    units = (scale, LOG2E if RULE is not None else scale * LOG2E, cap)
+    rows = r + tl.arange(0, BLOCK_M)
+    at = tl.cast(row * heads + h, tl.int64) * q_len + rows
+    drop = (least,)
+    if q_drop is not None:
+        of_q = tl.load(q_drop + at, mask=rows < q_len, other=0)[:, None]
+        drop = (of_q, k_drop + tl.cast(row, tl.int64) * drop_b, least)
+    unit = LOG2E if RULE is not None else scale * LOG2E
+    units = (scale, unit, cap, drop)
     biases = biases_of(params_ptr, h, step, n_params, scale, BIAS, RULE)
     bounds = bounds_of_queries(i, h, window, numbers, KEYS, CAUSAL, PART)
     first_run, edge_run, inner_run = keys_to_visit(
@@ -254,8 +257,6 @@ def backward_queries(
     )
     q_tile = load_rows(head_of(q, row, h, q_b, q_h), r, q_t, q_len, D, BLOCK_M, BLOCK_D, True)
     g_tile = load_rows(head_of(grad, row, h, g_b, g_h), r, g_t, q_len, V, BLOCK_M, BLOCK_V, True)
-    rows = r + tl.arange(0, BLOCK_M)
-    at = tl.cast(row * heads + h, tl.int64) * q_len + rows
     l_tile = tl.load(lse2 + at, mask=rows < q_len, other=float("inf"))[:, None]
     d_tile = tl.load(delta + at, mask=rows < q_len, other=0.0)[:, None]
     keys = (

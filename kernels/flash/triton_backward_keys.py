@@ -11,8 +11,11 @@ from .triton_pieces import (
     FIRST,
     INNER,
     LOG2E,
+    VARYING,
     bounds_of_keys,
     dot,
+    drop_factor,
+    dropped_by_queries,
     head_of,
     load_rows,
     narrow,
@@ -57,7 +60,7 @@ def _key_gradients(
     """
     dk, dv = sums
     query, q_t, grad, g_t, lse2, delta, q_len = queries
-    scale, unit, cap = units
+    scale, unit, cap, drop = units
     j_low, j_high = bounds
     for t in range(0, run[3]):
         r = next_tile(t, run, KIND, BLOCK_M)
@@ -92,8 +95,13 @@ def _key_gradients(
             if NEAR is not None:
                 near = near & (NEAR(i, j, h, *numbers) | (j < place[2]))
             p = tl.where(near, p, 0.0)
-        dv = dot(narrow(p, do.dtype), do, dv)
-        ds = p * (dot(v, tl.trans(do), None) - d)
+        weights = p
+        dp = dot(v, tl.trans(do), None)
+        if len(drop) == 3:
+            weights = dropped_by_queries(p, drop, rows, q_len) * drop_factor(drop[2])
+            dp = dropped_by_queries(dp, drop, rows, q_len) * drop_factor(drop[2])
+        dv = dot(narrow(weights, do.dtype), do, dv)
+        ds = p * (dp - d)
         if RULE is not None:
             ds = ds * SLOPE(s, i, j, h, cap)
         if KIND == FIRST:
@@ -103,21 +111,7 @@ def _key_gradients(
     return dk, dv
 
 
-@triton.jit(
-    do_not_specialize=[
-        "q_len",
-        "k_len",
-        "slots",
-        "tail",
-        "first",
-        "window",
-        "a",
-        "b",
-        "c",
-        "step",
-        "n_params",
-    ]
-)
+@triton.jit(do_not_specialize=VARYING)
 def backward_keys(
     q,
     k,
@@ -126,6 +120,8 @@ def backward_keys(
     mask,
     start,
     params_ptr,
+    q_drop,
+    k_drop,
     grad,
     lse2,
     delta,
@@ -154,6 +150,8 @@ def backward_keys(
     dv_h,
     dv_t,
     mask_b,
+    drop_b,
+    least,
     scale,
     cap,
     step,
@@ -198,7 +196,6 @@ def backward_keys(
     base = tail - start_of(start, row)
     i_zero = base + k_len - slots - q_len  # position of the first row of queries
     place, numbers = (slots, base, first, window), (heads, a, b, c)
-    units = (scale, LOG2E if RULE is not None else scale * LOG2E, cap)
     if mask is not None:
         mask += tl.cast(row, tl.int64) * mask_b
     k_tile = load_rows(head_of(k, row, kv_head, k_b, k_h), n, k_t, k_len, D, BLOCK_N, BLOCK_D, True)
@@ -206,9 +203,16 @@ def backward_keys(
     j = positions(n, mask, k_len, place, FIRST if PREFIX else EDGE, BLOCK_N)[:, None]
     dk_acc = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv_acc = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
+    unit = LOG2E if RULE is not None else scale * LOG2E
     for g in range(0, group):
         h = kv_head * group + g
         at = tl.cast(row * heads + h, tl.int64) * q_len
+        drop = (least,)
+        if q_drop is not None:
+            keys = n + tl.arange(0, BLOCK_N)
+            of_k = k_drop + tl.cast(row, tl.int64) * drop_b + keys
+            drop = (q_drop + at, tl.load(of_k, mask=keys < k_len, other=0)[:, None], least)
+        units = (scale, unit, cap, drop)
         queries = (
             head_of(q, row, h, q_b, q_h),
             q_t,

@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from ..rows import dense_rows
 from . import tiles
+from .dropout import Dropout
 from .pattern import Layout, Pattern
 from .rules import Bias, Far
 from .triton_backward import backward_queries, backward_rows
@@ -51,6 +52,8 @@ class Call(NamedTuple):
     bias: str | None = None
     params_step: int = 0  # from one head's parameters of the bias to the next one's
     params: int = 0  # of a head
+    drop_step: int = 0  # from one row's numbers of keys to the next one's
+    least: int = 0
 
 
 def constants(
@@ -119,7 +122,7 @@ def _launch(kernel: str, programs: int, *arguments, **fixed) -> None:
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, q_first, q_far, k_far, mask, start, params, call):
+    def forward(ctx, q, k, v, q_first, q_far, k_far, mask, start, params, q_drop, k_drop, call):
         batch, heads, queries, dim = q.shape
         out = _like(q, v.shape[-1])
         lse = torch.empty((batch, heads, queries), dtype=torch.float32, device=q.device)
@@ -127,12 +130,13 @@ class _Attention(torch.autograd.Function):
         with torch.cuda.device_of(q):
             _launch(
                 "forward", batch * heads * triton.cdiv(queries, fixed["BLOCK_M"]),
-                q, k, v, q_first, q_far, k_far, mask, start, params, out, lse,
+                q, k, v, q_first, q_far, k_far, mask, start, params, q_drop, k_drop, out, lse,
                 *_strides(q, k, v, q_first, q_far, k_far, out),
                 *_numbers(q, k, mask, call),
                 **fixed,
             )  # fmt: skip
-        ctx.save_for_backward(q, k, v, q_first, q_far, k_far, mask, start, params, out, lse)
+        more = (mask, start, params, q_drop, k_drop)
+        ctx.save_for_backward(q, k, v, q_first, q_far, k_far, *more, out, lse)
         ctx.call = call
         ctx.set_materialize_grads(False)
         return out, lse
@@ -141,14 +145,14 @@ class _Attention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad, grad_lse):
         if grad is None and grad_lse is None:
-            return (None,) * 10
-        q, k, v, q_first, q_far, k_far, mask, start, params, out, lse = ctx.saved_tensors
+            return (None,) * 12
+        q, k, v, q_first, q_far, k_far, *more, out, lse = ctx.saved_tensors
         batch, heads, queries, value_dim = out.shape
         needs_q, needs_k, needs_v, needs_first, needs_q_far, needs_k_far, *_ = ctx.needs_input_grad
         grad = torch.zeros_like(out) if grad is None else dense_rows(grad)
         delta, lse2 = torch.empty_like(lse), torch.empty_like(lse)
         rows = tiles.ROWS
-        more = (mask, start, params, grad, lse2, delta)
+        more = (*more, grad, lse2, delta)
         dq = dk = dv = dq_first = dq_far = dk_far = None
         with torch.cuda.device_of(q):
             _launch(
@@ -170,13 +174,15 @@ class _Attention(torch.autograd.Function):
                 dk_far, dv = _key_gradients(
                     ctx.call, FARTHER.value, q_far, k_far, v, None, *more, dv, v.dtype
                 )
-        return dq, dk, dv, dq_first, dq_far, dk_far, None, None, None, None
+        return dq, dk, dv, dq_first, dq_far, dk_far, *(None,) * 6
 
 
 def _query_gradients(
     call: Call, part: int, q, k, v, q_first, *more: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    """dq and dq_first of a part of the pairs. more: mask, start, params, grad, lse2, delta."""
+    """dq and dq_first of a part of the pairs. more: mask, start, params, q_drop, k_drop, grad,
+    lse2, delta.
+    """
     batch, heads, queries, dim = q.shape
     dq, dq_first = _like(q, dim), None if q_first is None else _like(q, dim)
     fixed = constants(
@@ -185,7 +191,7 @@ def _query_gradients(
     _launch(
         "backward_queries", batch * heads * triton.cdiv(queries, fixed["BLOCK_M"]),
         q, k, v, q_first, *more, dq, dq_first,
-        *_strides(q, k, v, q_first, more[3], dq),
+        *_strides(q, k, v, q_first, more[5], dq),
         *_numbers(q, k, more[0], call),
         **fixed,
     )  # fmt: skip
@@ -202,6 +208,8 @@ def _key_gradients(
     mask,
     start,
     params,
+    q_drop,
+    k_drop,
     grad,
     lse2,
     delta,
@@ -218,7 +226,7 @@ def _key_gradients(
     )
     _launch(
         "backward_keys", batch * kv_heads * triton.cdiv(keys, fixed["BLOCK_N"]),
-        q, k, v, q_first, mask, start, params, grad, lse2, delta, dk, dv, dv_near,
+        q, k, v, q_first, mask, start, params, q_drop, k_drop, grad, lse2, delta, dk, dv, dv_near,
         *_strides(q, k, v, q_first, grad, dk, dv),
         *_numbers(q, k, mask, call),
         **fixed,
@@ -230,6 +238,8 @@ def _numbers(q: Tensor, k: Tensor, mask: Tensor | None, call: Call) -> tuple[flo
     """What the kernels over pairs take behind the strides of the other tensors, in their order."""
     return (
         0 if mask is None else mask.stride(0),
+        call.drop_step,
+        call.least,
         call.scale,
         call.cap,
         call.params_step,
@@ -260,6 +270,7 @@ def attention(
     need_lse: bool,
     far: Far | None = None,
     bias: Bias | None = None,
+    drop: Dropout | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """As `effattn.kernels.flash.attention`; (out, lse or None). fp16, bf16 or fp32, heads up to 256
     wide.
@@ -306,6 +317,8 @@ def attention(
         bias=bias and bias.kind,
         params_step=params_step,
         params=numbers,
+        drop_step=0 if drop is None or len(drop.k) == 1 else k.shape[2],
+        least=0 if drop is None else drop.least,
     )
     mask, start = layout.mask, layout.start
     if mask is not None:
@@ -313,5 +326,6 @@ def attention(
     if start is not None:
         start = start.expand(q.shape[0]).contiguous()
     tensors = (q, k, v, q_first if first else None, far and far.q, far and far.k)
-    out, lse = _Attention.apply(*map(dense_rows, tensors), mask, start, params, call)
+    numbers_of = (None, None) if drop is None else (drop.q.contiguous(), drop.k.contiguous())
+    out, lse = _Attention.apply(*map(dense_rows, tensors), mask, start, params, *numbers_of, call)
     return out, lse if need_lse else None

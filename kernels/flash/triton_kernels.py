@@ -27,8 +27,11 @@ from .triton_pieces import (
     LN2,
     LOG2E,
     NEARER,
+    VARYING,
     bounds_of_queries,
     dot,
+    drop_factor,
+    dropped_by_keys,
     head_of,
     keys_to_visit,
     load_rows,
@@ -71,7 +74,7 @@ def _attend(
     """
     acc, top, total = sums
     key, k_t, value, v_t, k_len = keys
-    scale, unit, cap = units
+    scale, unit, cap, drop = units
     for t in range(0, run[3]):
         n = next_tile(t, run, KIND, BLOCK_N)
         k = load_rows(key, n, k_t, k_len, D, BLOCK_N, BLOCK_D, KIND != INNER)
@@ -101,6 +104,8 @@ def _attend(
         p = tl.exp2(s * unit - safe[:, None])
         fade = tl.exp2(top - safe)
         total = total * fade + tl.sum(p, 1)
+        if len(drop) == 3:
+            p = dropped_by_keys(p, drop, n, k_len, BLOCK_N)
         v = load_rows(value, n, v_t, k_len, V, BLOCK_N, BLOCK_V, KIND != INNER)
         acc = dot(narrow(p, v.dtype), v, acc * fade[:, None])
         top = higher
@@ -216,21 +221,7 @@ def _attend_part(
     )
 
 
-@triton.jit(
-    do_not_specialize=[
-        "q_len",
-        "k_len",
-        "slots",
-        "tail",
-        "first",
-        "window",
-        "a",
-        "b",
-        "c",
-        "step",
-        "n_params",
-    ]
-)
+@triton.jit(do_not_specialize=VARYING)
 def forward(
     q,
     k,
@@ -241,6 +232,8 @@ def forward(
     mask,
     start,
     params_ptr,
+    q_drop,
+    k_drop,
     out,
     lse,
     q_b,
@@ -265,6 +258,8 @@ def forward(
     o_h,
     o_t,
     mask_b,
+    drop_b,
+    least,
     scale,
     cap,
     step,
@@ -306,7 +301,14 @@ def forward(
     i_last = i_low + tl.minimum(BLOCK_M, q_len - r) - 1
     i = (i_low + tl.arange(0, BLOCK_M))[:, None]
     place, numbers = (slots, base, first, window), (heads, a, b, c)
-    units = (scale, LOG2E if RULE is not None else scale * LOG2E, cap)
+    rows = r + tl.arange(0, BLOCK_M)
+    at = tl.cast(row * heads + h, tl.int64) * q_len + rows
+    drop = (least,)
+    if q_drop is not None:
+        of_q = tl.load(q_drop + at, mask=rows < q_len, other=0)[:, None]
+        drop = (of_q, k_drop + tl.cast(row, tl.int64) * drop_b, least)
+    unit = LOG2E if RULE is not None else scale * LOG2E
+    units = (scale, unit, cap, drop)
     biases = biases_of(params_ptr, h, step, n_params, scale, BIAS, RULE)
     value = head_of(v, row, h // group, v_b, v_h)
     if mask is not None:
@@ -384,9 +386,10 @@ def forward(
     )
     blind = total == 0
     total = tl.where(blind, 1.0, total)
+    if q_drop is not None:
+        acc = acc * drop_factor(least)
     save_rows(
         acc / total[:, None], head_of(out, row, h, o_b, o_h), r, o_t, q_len, V, BLOCK_M, BLOCK_V
     )
-    rows = r + tl.arange(0, BLOCK_M)
     found = tl.where(blind, float("-inf"), (top + tl.log2(total)) * LN2)
-    tl.store(lse + tl.cast(row * heads + h, tl.int64) * q_len + rows, found, mask=rows < q_len)
+    tl.store(lse + at, found, mask=rows < q_len)

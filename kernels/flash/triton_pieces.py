@@ -21,15 +21,23 @@ predicates need the registers. Legend, for the kernels too:
              ones
     numbers  (heads, a, b, c), a to c the pattern's integers
     FAR      beyond every position
+    drop     (numbers of queries, numbers of keys, least), the ones a tile's and the others behind a
+             pointer: which weights are 0 (`dropout`). Of one element: none is
 """
 
 import triton
 import triton.language as tl
 
+from . import dropout
+
 INNER, EDGE, FIRST = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 ALL, NEARER, FARTHER = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 FAR = tl.constexpr(1 << 28)  # sums of a few of these fit in int32
 LOG2E, LN2 = tl.constexpr(1.4426950408889634), tl.constexpr(0.6931471805599453)
+# numbers of a launch that are not worth machine code of their own
+VARYING = ["q_len", "k_len", "slots", "tail", "first", "window", "a", "b", "c", "step", "n_params"]
+VARYING += ["least", "drop_b"]
+STEPS = tl.constexpr(dropout.STEPS)
 # the interpreter's bf16 needs help in `narrow` and `dot`
 EMULATED = tl.constexpr(triton.knobs.runtime.interpret)
 
@@ -338,3 +346,36 @@ def bounds_of_keys(
     elif PART == FARTHER:
         low = tl.maximum(low, j + window)
     return tl.maximum(low, 0), tl.where(j < 0, 0, tl.minimum(high, end))
+
+
+# ---- dropout
+
+
+@triton.jit
+def _kept(q, k, least):
+    """Which pairs of queries and keys with these numbers are kept: `dropout.Dropout.kept`."""
+    x = (q ^ k).to(tl.uint32, bitcast=True)
+    x = (x ^ (x >> 16)) * tl.full([1, 1], 0x7FEB352D, tl.uint32)
+    x = (x ^ (x >> 15)) * tl.full([1, 1], 0x846CA68B, tl.uint32)
+    return ((x ^ (x >> 16)) >> 8).to(tl.int32) >= least
+
+
+@triton.jit
+def drop_factor(least):
+    """What weights that are kept are multiplied by."""
+    return 1 / (1 - tl.cast(least, tl.float32) / STEPS)
+
+
+@triton.jit
+def dropped_by_keys(p, drop, n, k_len, BLOCK: tl.constexpr):
+    """p (M, BLOCK) of a tile of queries and the keys from n on, 0 where it is dropped."""
+    keys = n + tl.arange(0, BLOCK)
+    numbers = tl.load(drop[1] + keys, mask=keys < k_len, other=0)[None, :]
+    return tl.where(_kept(drop[0], numbers, drop[2]), p, 0.0)
+
+
+@triton.jit
+def dropped_by_queries(p, drop, rows, q_len):
+    """p (N, M) of a tile of keys and these rows of queries, 0 where it is dropped."""
+    numbers = tl.load(drop[0] + rows, mask=rows < q_len, other=0)[None, :]
+    return tl.where(_kept(numbers, drop[1], drop[2]), p, 0.0)

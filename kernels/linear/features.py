@@ -104,3 +104,23 @@ MAPS: dict[str, FeatureMap] = {
         directed=True,
     ),
 }
+
+
+class _Mapped(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, name: str) -> Tensor:
+        phi, _ = MAPS[name].forward(x, None)
+        ctx.name = name
+        ctx.save_for_backward(x, phi)
+        return phi
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        x, phi = ctx.saved_tensors
+        return MAPS[ctx.name].backward(x, None, phi, grad.clone()), None
+
+
+def mapped(x: Tensor, name: str) -> Tensor:
+    """phi (..., F) of x (..., D) by the map `name`, which has no directions and no log weights;
+    forward and backward."""
+    return x if name == "identity" else _Mapped.apply(x, name)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..flash.rules import Far
 from .selection import Rule, probes, summarise
 
 
@@ -69,21 +70,24 @@ def attention(
     scale: float,
     pool: Tensor | None = None,
     sink_logits: Tensor | None = None,
+    far: Far | None = None,
 ) -> Tensor:
     """q (B, Hq, Tq, D), the last of T tokens; k (B, H, T, D), v (B, H, T, Dv) -> (B, Hq, Tq, Dv) in
     q's dtype.
 
-    sink_logits (Hq,): a logit a head that stands in the denominator only."""
-    seen = visible(
-        rule,
-        q.detach(),
-        k.detach(),
-        real,
-        pool,
-    )
+    sink_logits (Hq,): a logit a head that stands in the denominator only. far: blocks are chosen,
+    and pairs at a distance of `far.window` or more are scored, by its queries and keys."""
+    by_q, by_k = (q, k) if far is None else (far.q, far.k)
+    seen = visible(rule, by_q.detach(), by_k.detach(), real, pool)
     group = q.shape[1] // k.shape[1]
     keys, values = (x.double().repeat_interleave(group, dim=1) for x in (k, v))
-    scores = (q.double() @ keys.mT * scale).masked_fill(~seen, torch.finfo(torch.float64).min)
+    scores = q.double() @ keys.mT
+    if far is not None:
+        other = far.q.double() @ far.k.double().repeat_interleave(group, dim=1).mT
+        number = torch.arange(k.shape[2], device=q.device)
+        distance = number[-q.shape[2] :, None] - number
+        scores = torch.where(distance >= far.window, other, scores)
+    scores = (scores * scale).masked_fill(~seen, torch.finfo(torch.float64).min)
     if sink_logits is not None:
         extra = sink_logits.double()[:, None, None].expand(*scores.shape[:3], 1)
         scores = torch.cat([scores, extra], dim=3)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -71,12 +72,8 @@ class _Attention(torch.autograd.Function):
         work = work_dtype(q)
         out = q.new_zeros((*q.shape[:3], v.shape[2]), dtype=work)
         lse = q.new_full(q.shape[:3], -torch.inf, dtype=work)
-        room = None
         for part in _parts(rule, chosen, at, len(k), q.shape[2], v.shape[2]):
-            if room is None:  # the first part is the largest
-                room = out.new_empty((part.chosen.numel() + 1, *out.shape[2:]))
-            rows = out.flatten(0, 1), lse.flatten(0, 1)
-            _forward(part, scale, q, k, v, *rows, room)
+            _forward(part, scale, q, k, v, out.flatten(0, 1), lse.flatten(0, 1))
         ctx.given = rule, scale, chosen, at
         ctx.save_for_backward(q, k, v, out, lse)
         return out, lse / LOG2E
@@ -149,23 +146,37 @@ def _parts(
         )
 
 
-def _tiles(part: Part, itemsize: int) -> Iterator[Tiles]:
-    """All pairs of a part in tiles, those without a mask first. A group's size does not depend on
+class Table(NamedTuple):
+    """All tiles of a part with a mask, or all without: pairs (m, S) and blocks (m,)."""
+
+    pairs: Tensor
+    blocks: Tensor
+    masked: bool
+
+
+def _tables(part: Part) -> list[Table]:
+    """All pairs of a part in tiles, those without a mask first. A tile's size does not depend on
     what is in it, so that the last bits of a row's result do not depend on other rows."""
-    rule, most = part.rule, part.chosen.shape[1]
+    rule = part.rule
     near = part.at[:, None] - rule.block * (part.own + 1) + 1 < rule.window
     near |= part.own * rule.block < rule.sinks
-    size = part.size
-    threads = torch.get_num_threads() if part.at.device.type == "cpu" else 256
-    count = max(1, threads * WORK // (size * part.group * rule.block * itemsize))
+    found = []
     for masked in (False, True):
         there = (part.chosen >= 0) & (near == masked)
         pair = there.flatten().nonzero()[:, 0]
-        if not len(pair):
-            continue
-        block, order = part.chosen.flatten()[pair].int().sort(stable=True)
-        pair = pair[order]
-        tile, blocks = _cut(pair, block, size, part.chosen.numel())
+        if len(pair):
+            block, order = part.chosen.flatten()[pair].int().sort(stable=True)
+            cut = _cut(pair[order], block, part.size, part.chosen.numel())
+            found.append(Table(*cut, masked))
+    return found
+
+
+def _tiles(part: Part, tables: list[Table], itemsize: int) -> Iterator[Tiles]:
+    """The tiles of tables in their order, as many at a time as stay in a cache."""
+    rule, most = part.rule, part.chosen.shape[1]
+    threads = torch.get_num_threads() if part.at.device.type == "cpu" else 256
+    count = max(1, threads * WORK // (part.size * part.group * rule.block * itemsize))
+    for tile, blocks, masked in tables:
         for low in range(0, len(tile), count):
             pairs, some = tile[low : low + count], blocks[low : low + count]
             token = (pairs // most).clamp(max=len(part.rows) - 1)
@@ -215,46 +226,48 @@ def _scores(
     return queries, keys, s
 
 
-def _forward(
-    part: Part,
-    scale: float,
-    q,
-    k,
-    v,
-    out,
-    lse,
-    room: Tensor,
-) -> None:
-    """Writes out (P Tq, G, Dv) and the log-sum-exp in base 2 (P Tq, G) of a part's tokens. room
-    (pairs + 1 or more, G, Dv): memory for what pairs give."""
-    (tokens, most), (_, _, group, _) = part.chosen.shape, q.shape
-    pairs = tokens * most
-    # one more, for what is no pair; where nothing is written is nothing chosen
-    parts = room[: pairs + 1]
-    parts.index_fill_(0, (part.chosen < 0).flatten().nonzero()[:, 0], 0)
-    sums = out.new_full((pairs + 1, group), -torch.inf)
-    for tiles in _tiles(part, out.element_size()):
+def _forward(part: Part, scale: float, q, k, v, out, lse) -> None:
+    """Writes out (P Tq, G, Dv) and the log-sum-exp in base 2 (P Tq, G) of a part's tokens.
+
+    What pairs give stays where their tiles lie, and a token collects its own from there: one pass
+    over it, where putting each to its token first took four times as long."""
+    (tokens, most), group, dim = part.chosen.shape, q.shape[2], v.shape[2]
+    tables = _tables(part)
+    places = sum(table.pairs.numel() for table in tables)
+    # one more, for what is no pair
+    parts = out.new_empty((places + 1, group, dim))
+    sums = out.new_empty((places + 1, group))
+    parts[-1], sums[-1] = 0, -torch.inf
+    place = part.rows.new_full((tokens * most + 1,), places)
+    low = 0
+    for tiles in _tiles(part, tables, out.element_size()):
+        high = low + tiles.pairs.numel()
         _, _, s = _scores(tiles, scale * LOG2E, q, k)
         top = s.amax(dim=2, keepdim=True)
         s.sub_(top).exp2_()
         total = s.sum(dim=2, keepdim=True)
         values = v.index_select(0, tiles.blocks).to(s.dtype)
-        found = torch.bmm(s, values).div_(total)
-        at = tiles.pairs.flatten()
-        parts.index_copy_(0, at, found.view(len(at), group, -1))
-        sums.index_copy_(0, at, top.add_(total.log2_()).view(len(at), group))
-    sums = sums[:-1].view(tokens, most, group)
-    top = sums.amax(dim=1, keepdim=True)
+        found = torch.bmm(s, values, out=parts[low:high].view(*s.shape[:2], dim))
+        found.div_(total)
+        sums[low:high] = top.add_(total.log2_()).view(-1, group)
+        place[tiles.pairs.flatten()] = torch.arange(low, high, device=place.device)
+        low = high
+    place = place[:-1].view(tokens, most)
+    weights = sums[place]
+    top = weights.amax(dim=1, keepdim=True)
     top = torch.where(top > -torch.inf, top, 0.0)
-    weights = (sums - top).exp2_()
+    weights.sub_(top).exp2_()
     total = weights.sum(dim=1, keepdim=True)
     seen = total > 0
     weights.div_(torch.where(seen, total, 1.0))
-    parts = parts[:-1].view(tokens, most, group, -1)
-    found = parts[:, 0] * weights[:, 0, :, None]
-    for place in range(1, most):  # in place: a product of all of them is as large as they are
-        found.addcmul_(parts[:, place], weights[:, place, :, None])
-    out.index_copy_(0, part.rows, found)
+    heads = torch.arange(group, device=place.device)[:, None]
+    found = torch.nn.functional.embedding_bag(
+        (place[:, None] * group + heads).flatten(0, 1),
+        parts.flatten(0, 1),
+        per_sample_weights=weights.mT.flatten(0, 1),
+        mode="sum",
+    )
+    out.index_copy_(0, part.rows, found.view(tokens, group, dim))
     lse.index_copy_(0, part.rows, torch.where(seen, top + total.log2_(), -torch.inf)[:, 0])
 
 
@@ -274,7 +287,7 @@ def _backward(
     """Adds to the gradients dq (P, Tq, G, D), dk (P N, block, D), dv (P N, block, Dv)."""
     none, group = part.chosen.numel(), q.shape[2]
     dq = dq.flatten(0, 1).flatten(1)
-    for tiles in _tiles(part, 2 * lse.element_size()):
+    for tiles in _tiles(part, _tables(part), 2 * lse.element_size()):
         queries, keys, s = _scores(tiles, scale, q, k)
         rows = tiles.rows.flatten()
         g, m = len(keys), queries.shape[1]

@@ -49,11 +49,10 @@ class QuantizeReport(QuantizeData):
         from rich.console import Group
         from rich.text import Text
 
-        shown = [table.rich() for table in self.tables() if table.title in tables.TERMINAL]
         parts = [
             Text(self.title, style="bold"),
             Text(self.headline),
-            *(part for one in shown for part in ("", one)),
+            *(part for one in self.shown() for part in ("", one.rich())),
         ]
         return Group(*parts, *(["", Text(self.swap_call)] if self.swap_call else []))
 

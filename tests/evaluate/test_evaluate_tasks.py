@@ -18,12 +18,14 @@ from effattn.evaluate import (
     listops,
     listops_examples,
     retrieval,
+    topic_retrieval,
     variable_tracking,
 )
 from effattn.evaluate.curve import doubling, token_scores
 from effattn.evaluate.harness import TASKS, config_of, harness_documents, harness_tasks
 from effattn.evaluate.list_operations import OPERATIONS
 from effattn.evaluate.loss import token_losses
+from effattn.evaluate.topics import ORDINALS
 
 TOKENIZER = effattn.embedded.tokenizer()
 
@@ -56,6 +58,17 @@ def register(text: str) -> str:
         if line.startswith(start):
             return line[len(start) :]
     return ""
+
+
+def discussed(text: str) -> str:
+    """The name of the topic asked for, as far as it is not said yet."""
+    record, asked, question = text.rpartition("USER: What is the ")
+    names = [part.partition(".\n")[0] for part in record.split("I would like to discuss ")[1:]]
+    said = question.partition("topic was")
+    if not asked or not said[1]:
+        return ""
+    whole = f" {names[ORDINALS.index(question.split()[0])]}"
+    return whole[len(said[2]) :] if whole.startswith(said[2]) else ""
 
 
 def tracked(text: str) -> str:
@@ -171,6 +184,7 @@ def test_encoders_have_no_next_tokens(tokens):
     ("task", "solve", "options"),
     [
         (line_retrieval, register, {}),
+        (topic_retrieval, discussed, {"topics": 3}),
         (variable_tracking, tracked, {"hops": 1, "chains": 2, "letters": 3}),
         (listops, calculated, {"depths": (1, 2)}),
     ],
@@ -201,6 +215,16 @@ def test_a_line_is_asked_for_at_its_depth():
         assert places == [len(lines) - 1 if place else pytest.approx(0, abs=2)]
 
 
+@pytest.mark.usefixtures("lists")
+def test_a_topic_is_asked_for_by_its_place():
+    seen = Solver(discussed)
+    for depth, ordinal in ((0.0, "first"), (0.5, "third"), (1.0, "fifth")):
+        topic_retrieval(seen, TOKENIZER, 300, (depth,), trials=1)
+        assert f"What is the {ordinal} topic" in seen.last
+        assert seen.last.startswith("A record of a conversation"), "nothing is cut off"
+        assert seen.last.count("I would like to discuss") == 5
+
+
 def test_expressions_are_what_they_say():
     found = listops_examples(40, depth=4, arguments=3, seed=3)
     assert found == listops_examples(40, depth=4, arguments=3, seed=3)
@@ -226,6 +250,9 @@ def test_expressions_are_what_they_say():
             lambda: line_retrieval(None, TOKENIZER, 30),
             "length: got 30, valid is a whole number of at least 64",
         ),
+        (lambda: topic_retrieval(None, TOKENIZER, topics=1), "topics: got 1, valid is a whole"),
+        (lambda: topic_retrieval(None, TOKENIZER, topics=17), "topics: got 17, valid is at most"),
+        (lambda: topic_retrieval(None, TOKENIZER, 99), "the topics and the question alone take"),
         (lambda: line_retrieval(None, TOKENIZER, style="texts"), "did you mean 'text'"),
         (lambda: line_retrieval(None, TOKENIZER, depths=(2,)), "depths: got"),
         (

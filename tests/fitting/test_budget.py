@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import itertools
 
 import pytest
@@ -14,7 +15,9 @@ from effattn.fitting.accounting import Ledger, counted
 from effattn.fitting.budget import Budget, amount_of
 from effattn.fitting.building import finish, twin
 from effattn.fitting.candidates import OFFERS, axes_of, candidates, go_together, visible
-from effattn.fitting.plan import LayerChoice, Plan
+from effattn.fitting.catalog import Catalog
+from effattn.fitting.groups import Space
+from effattn.fitting.plan import AXES, LayerChoice, Plan
 from effattn.fitting.speed import mock
 from effattn.hf import anatomy
 from effattn.quant.formats import Format
@@ -85,6 +88,14 @@ def plans(parts: anatomy.Anatomy, count: int = 1) -> dict[str, Plan]:
         for name, values in ladders[0].items()
         for value in values[-count:]  # the smallest
     }
+    # one of each form of weights, and what is left out of the last layer
+    forms = [one for one in ladders[1].get("ffn_weights", []) if "(" in one or ":" in one]
+    for form in forms:
+        for name in ("attention_weights", "ffn_weights"):
+            found[f"{name} {form}"] = parent.with_field(name, form, [1])
+    for name in ("kv_heads", "ffn"):
+        if 0 in ladders[1].get(name, []):
+            found[f"no {name}"] = parent.with_field(name, 0, [1])
     own = parent.layers[0]
     heads, width = ladders[0]["kv_heads"][0], ladders[0]["ffn"][0]
     found["many"] = Plan(
@@ -109,7 +120,7 @@ def test_what_is_predicted_is_counted(kind):
         predicted = ledger.totals(plan)
         for what, count in counted(made, CONTEXT, BATCH).items():
             assert predicted[what] == count, (name, what)
-        if all(one.attention_weights is one.ffn_weights is None for one in plan.layers):
+        if not any(one in ("int8", "nf4") for row in plan.to_dicts() for one in row.values()):
             assert predicted["parameters"] == sum(p.numel() for p in made.parameters()), name
         tokens = sum(row["kv_bytes_per_token"] for row in described(made).layers if row["grows"])
         assert predicted["kv_bytes_per_token"] == tokens, name
@@ -162,29 +173,83 @@ def test_what_a_class_cannot_have():
     assert "kv_heads" not in candidates(parts, axes_of(None), 128)[0]
 
 
+def test_packed_and_structured_weights_are_in_no_plan_together():
+    """A config says one format of bitsandbytes, whose loader takes plain linears alone."""
+    parts = anatomy.of(tiny("llama"))
+    ladders = [
+        {"latent": [8], "attention_weights": ["int8", "nf4", "2:4"], "ffn_weights": ["nf4", "2:4"]}
+    ] * 2
+    rows = [
+        {"layer": i, "field": name, "value": value, "kl": 1e-3}
+        for i, ladder in enumerate(ladders)
+        for name, values in ladder.items()
+        for value in values
+    ]
+    space = Space(Ledger(parts, 40, 1), ladders, Catalog(rows))
+    assert space.kinds() == ["int8", "nf4", None]
+    for kind in space.kinds():
+        groups = space.groups(["bytes"], dict.fromkeys(AXES, 1.0), kind)
+        chosen = [one.value[2].changes(space.parent.layers[0]) for g in groups for one in g]
+        forms = {
+            value if name != "latent" else name for own in chosen for name, value in own.items()
+        }
+        assert forms <= ({"latent", "2:4"} if kind is None else {kind}), kind
+        assert forms
+
+
 def test_formats_whose_harm_could_not_be_seen_are_left_out():
     layer = anatomy.of(tiny("llama")).layers[0]
-    formats = OFFERS["cache"](layer, 512)
+    formats = OFFERS["cache", "cache"](layer, 512)
     assert "int8" in formats
     assert all(visible(Format.parse(one).fit(8)[0], 512) >= 0.2 for one in formats)
-    assert "int8" not in OFFERS["cache"](layer, 128)  # whose groups are of 128 tokens
+    assert "int8" not in OFFERS["cache", "cache"](layer, 128)  # whose groups are of 128 tokens
     with pytest.raises(Unsupported, match="windows of 32 tokens too few are packed"):
-        OFFERS["cache"](layer, 32)
+        OFFERS["cache", "cache"](layer, 32)
 
 
 def test_rotated_formats_stay_apart_from_windows():
-    choice = LayerChoice(8, 96, "int8(rotate='kv')", 32)
-    assert not go_together(choice)
-    assert go_together(LayerChoice(8, 96, "int8", 32))
+    own = LayerChoice(8, 96)
+    assert not go_together(LayerChoice(8, 96, "int8(rotate='kv')", 32), own)
+    assert go_together(LayerChoice(8, 96, "int8", 32), own)
+
+
+@pytest.mark.parametrize(
+    ("fields", "together"),
+    [
+        ({"latent": 8}, True),
+        ({"latent": 8, "kv_heads": 4}, False),
+        ({"latent": 8, "cache": "int8"}, False),
+        ({"latent": 8, "window": 16}, False),
+        ({"latent": 8, "attention_weights": "nf4"}, False),
+        ({"latent": 8, "ffn": 0}, True),
+        ({"kv_heads": 0}, True),
+        ({"kv_heads": 0, "ffn": 0}, True),
+        ({"kv_heads": 0, "cache": "int8"}, False),
+        ({"kv_heads": 0, "attention_weights": "nf4"}, False),
+        ({"ffn": 0, "ffn_weights": "nf4"}, False),
+        ({"ffn": 64, "ffn_weights": "nf4"}, True),
+        ({"ffn": 64, "ffn_weights": "lowrank(ratio=0.5)"}, False),
+        ({"kv_heads": 4, "attention_weights": "2:4"}, False),
+        ({"kv_heads": 4, "ffn_weights": "2:4", "cache": "int8"}, True),
+    ],
+)
+def test_what_a_layer_can_have_at_once(fields, together):
+    own = LayerChoice(8, 96)
+    assert go_together(dataclasses.replace(own, **fields), own) is together
 
 
 def test_plans_in_words():
     parent = Plan((LayerChoice(8, 96),) * 4)
     plan = parent.with_field("cache", "int8", [1, 2]).with_field("kv_heads", 2, [3])
     assert plan.specs("cache", parent) == {"1-2": "int8"}
-    assert plan.lines(parent) == [
-        "heads by layer: {'3': 2}",
+    assert plan.lines(parent, "calibration=tokens") == [
+        "effattn.shrink(model, kv_heads={'3': 2}, calibration=tokens)",
         "effattn.swap(model, cache={'1-2': 'int8'})",
+    ]
+    packed = parent.with_field("ffn_weights", "nf4").with_field("window", 64, [0])
+    assert packed.lines(parent, "calibration=tokens") == [
+        "effattn.shrink(model, ffn_weights={'0-3': 'nf4'})",
+        "effattn.swap(model, {'0': 'sliding(window=64, sinks=4)'})",
     ]
     assert Plan.from_dicts(plan.to_dicts()) == plan
     assert plan.layers[3].words(parent.layers[3]) == "gqa(kv_heads=2)"

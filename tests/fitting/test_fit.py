@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 
 import pytest
 import torch
@@ -10,8 +11,9 @@ from conftest import tiny
 
 import effattn
 from effattn.errors import Unsupported
-from effattn.fitting.accounting import counted
-from effattn.fitting.building import Builder
+from effattn.fitting import speed
+from effattn.fitting.accounting import Ledger, counted
+from effattn.fitting.building import Builder, apply
 from effattn.fitting.catalog import Catalog, measure
 from effattn.fitting.frontier import points
 from effattn.fitting.harm import Judge
@@ -20,6 +22,7 @@ from effattn.fitting.search import every_uniform, search, within
 from effattn.fitting.session import Asked, Session
 from effattn.heads.gqa import convert_gqa
 from effattn.hf import anatomy
+from effattn.hf.weights import weight_bytes
 from effattn.measuring.variants import Variant, build
 from effattn.quant.sensitivity.tokenwise import tokenwise
 from effattn.resuming import Parts
@@ -123,6 +126,11 @@ def test_a_plan_is_found_measured_and_applied(model, text, tmp_path):
     assert result.kl == pytest.approx(result.found.best.kl)
     assert not twin.training
     assert hooks  # the modules stayed
+    copied = copy.deepcopy(model)  # the plan in words makes the same of the parent
+    for line in result.lines:
+        exec(line, {"effattn": effattn, "model": copied, "tokens": text})
+    assert result.lines
+    assert torch.equal(logits(copied, text), logits(twin, text))
     again = effattn.load(effattn.save(twin, tmp_path / "out"))
     assert torch.equal(logits(again, text), logits(twin, text))
     assert counted(again, 96, 4) == totals
@@ -133,7 +141,7 @@ def test_nothing_uniform_is_better(model, text):
     session = session_of(model, text, "heads", "cache", "ffn", bytes="60%", context=96, batch=4)
     kept = Parts(None, {}, {}, "fit")
     space = session.space(kept)
-    limits = session.limits(space)
+    limits = session.limits()
     found = search(space, limits, session.measure(kept))
     assert found.baselines
     assert all(found.best.kl <= one.kl for one in found.tried)
@@ -193,6 +201,72 @@ def test_budgets_that_cannot_be(model, text, budget, said):
     assert all(torch.equal(one, before[name]) for name, one in model.state_dict().items())
 
 
+def test_budgets_are_refused_before_anything_is_measured(model, text, monkeypatch):
+    """With several limits, too; the nearest that can be is named, and can be."""
+
+    def never(*_, **__):
+        raise AssertionError("measured")
+
+    monkeypatch.setattr(Judge, "__init__", never)
+    ask = ("heads", "window", "weights")
+    with pytest.raises(ValueError, match=r"weight_bytes: got .* the least that a plan can have is"):
+        session_of(model, text, *ask, weight_bytes="1%", tokens_per_s=1e9)
+    apart = {"kv_bytes_per_token": "12%", "parameters": "99%"}
+    with pytest.raises(ValueError, match="bytes: got 9 bytes"):
+        session_of(model, text, *ask, **apart, bytes=9)
+    latent = ("latent", "weights")  # latents need plain weights, which are larger
+    both = {"kv_bytes_per_token": "20%", "weight_bytes": "60%", "context": 96}
+    with pytest.raises(
+        ValueError, match=r"cannot be met together.* of these can: at least"
+    ) as told:
+        session_of(model, text, *latent, **both)
+    for row in ("kv_bytes_per_token", "weight_bytes"):
+        nearest = re.search(rf"at least ([\d,]+) {row}", str(told.value))[1]
+        with pytest.raises(AssertionError, match="measured"):  # it gets so far
+            session_of(model, text, *latent, **both | {row: nearest})
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Steps that take as long as the bytes of their weights say: a nanosecond each."""
+
+    def timed(models, *_, **__):
+        return {name: weight_bytes(one) * 1e-6 for name, one in models.items()}
+
+    monkeypatch.setattr(speed, "timed", timed)
+
+
+@pytest.mark.usefixtures("clock")
+def test_a_speed_is_reached(model, text):
+    """Of decoding, as it is timed: here 110 % of the parent's with fewer bytes of weights."""
+    session = session_of(model, text, "ffn", tokens_per_s="110%", context=96, batch=2)
+    kept = Parts(None, {}, {}, "fit")
+    session.time(kept)
+    space = session.space(kept)
+    found = search(space, session.limits(), session.measure(kept), rounds=2)
+    parent = space.ledger.weights * 1e-6
+    assert session.limits() == {"tokens_per_s": pytest.approx(1.1 * 2000 / parent)}
+    built = session.builder.build(found.best.plan)
+    assert weight_bytes(built) * 1e-6 <= parent / 1.1 * 1.001
+    assert space.step_ms(found.best.plan) == pytest.approx(weight_bytes(built) * 1e-6, rel=1e-3)
+
+
+@pytest.mark.usefixtures("clock")
+@pytest.mark.parametrize(
+    ("speed", "said"),
+    [
+        ("900%", "tokens_per_s: got .* decoded tokens a second; the most that a plan can have is"),
+        ("50%", "budget: there is nothing to do"),
+        ("fast", "tokens_per_s: got 'fast', valid is a positive number"),
+        ("40x", "tokens_per_s: unit: got 'x'"),
+        (0, "tokens_per_s: got 0"),
+    ],
+)
+def test_speeds_that_cannot_be(model, text, speed, said):
+    with pytest.raises(ValueError, match=said):
+        session_of(model, text, "ffn", tokens_per_s=speed).time(Parts(None, {}, {}, "fit"))
+
+
 def test_texts_and_models_that_cannot_be(model, text):
     budget = effattn.Budget(bytes="60%")
     with pytest.raises(ValueError, match="calibration: got 300 tokens, at least"):
@@ -211,3 +285,58 @@ def test_texts_and_models_that_cannot_be(model, text):
 def test_harm_below_zero_is_none(model):
     rows = [{"layer": 0, "field": "cache", "value": "int8", "kl": -1e-9}]
     assert Catalog(rows).harm == {(0, "cache", "int8"): 0.0}
+
+
+def choices(name: str, value) -> dict:
+    """Fields of a plan: a form of weights is of both blocks."""
+    forms = ("attention_weights", "ffn_weights")
+    return dict.fromkeys(forms, value) if name == "weights" else {name: value}
+
+
+CHANGES = [
+    [("latent", 24), ("ffn", 48)],
+    [("ffn", 0), ("kv_heads", 0)],
+    [("cache", "int4(group=16, residual=16)"), ("weights", "lowrank(ratio=0.5)")],
+    [("latent", 16), ("weights", "2:4")],
+    [("kv_heads", 4), ("weights", "monarch(blocks=4, ratio=0.5)")],
+    [("weights", "bitmask(sparsity=0.7)"), ("kv_heads", 0)],
+    [("weights", "nf4"), ("kv_heads", 0)],
+    [("weights", "int8"), ("ffn", 0)],
+]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "cases"), [(torch.float32, CHANGES), (torch.bfloat16, CHANGES[3:4])]
+)
+def test_every_change_is_built_applied_saved_and_counted(text, tmp_path, dtype, cases):
+    """The first layer becomes one thing, the second another."""
+    parent = tiny("llama", dtype=dtype)
+    builder = Builder(anatomy.of(parent), text, length=LENGTH)
+    ledger = Ledger(builder.parts, 96, 2)
+    for number, changes in enumerate(cases):
+        plan = builder.parent
+        for layer, (name, value) in enumerate(changes):
+            for field, one in choices(name, value).items():
+                plan = plan.with_field(field, one, [layer])
+        applied = copy.deepcopy(parent)
+        apply(applied, builder.shaped(plan), plan, builder.parent)
+        built = builder.build(plan)
+        assert torch.equal(logits(applied, text), logits(built, text)), changes
+        again = effattn.load(effattn.save(applied, tmp_path / str(number)))
+        assert torch.equal(logits(again, text), logits(built, text)), changes
+        totals = ledger.totals(plan)
+        for what, count in counted(again, 96, 2).items():
+            assert totals[what] == count, (changes, what)
+        check_padding(again, text)
+
+
+def check_padding(model, text):
+    """Two rows of other lengths decode as each does alone."""
+    rows = [text[:40], text[50:82]]
+    ids = torch.stack([torch.cat([one.new_zeros(40 - len(one)), one]) for one in rows])
+    mask = torch.stack([torch.arange(40) >= 40 - len(one) for one in rows])
+    told = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    together = model.generate(ids, attention_mask=mask.long(), **told)
+    for row, one in zip(together, rows, strict=True):
+        alone = model.generate(one[None], attention_mask=torch.ones(1, len(one)), **told)
+        assert torch.equal(row[40:], alone[0, len(one) :])

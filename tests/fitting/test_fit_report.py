@@ -6,6 +6,7 @@ import copy
 
 import pytest
 
+from effattn.fitting.recovery import NOTHING
 from effattn.fitting.report import CURVE, LAYERS, PLANS, SEARCH, FitReport
 
 OWN = {
@@ -144,6 +145,22 @@ def test_the_headline_says_what_is_lost_and_whether_it_is_faster():
     unknown = data()
     del unknown["plans"][-1]["ms"]
     assert "Its speed was not measured." in FitReport(unknown).headline
+
+
+def test_the_headline_says_what_was_recovered():
+    told = data()
+    told["recovery"] = {"tokens": 0, "reason": NOTHING}
+    assert "There is nothing to recover: the plan changes only" in FitReport(told).headline
+    told["recovery"] = {
+        "tokens": 120_000,
+        "curve": [{"tokens": 0, "perplexity": 12.0}, {"tokens": 120_000, "perplexity": 9.5}],
+        "parent": {"perplexity": 9.25},
+    }
+    report = FitReport(told)
+    assert (
+        "on 120,000 tokens: perplexity 12.0000 to 9.5000, the parent's 9.2500." in report.headline
+    )
+    assert "distilled afterwards" in report.to_markdown()
 
 
 def test_tables():

@@ -204,8 +204,70 @@ DROPPING = {
 
 
 @pytest.mark.parametrize("kind", DROPPING)
+def test_attention_drops_weights_while_training_alone(kind):
+    model, tokens = swap(DROPPING[kind](), "dense"), batch()
+    plain = model.eval()(tokens)[0]
+    for module in model.modules():  # other dropout, of hidden states
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.25 if "attention" in type(module).__name__.lower() else module.p
+    model.train()
+    outs = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        outs.append(model(tokens)[0])
+    assert torch.equal(outs[0], outs[1])
+    assert not torch.equal(outs[0], outs[2])
+    assert not torch.allclose(outs[0], plain)
+    assert torch.equal(model.eval()(tokens)[0], plain)
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_gradient_checkpointing_drops_the_same_weights(use_reentrant):
+    tokens, found = batch(), []
+    for checkpointing in (False, True):
+        model = swap(tiny("llama", attention_dropout=0.25), "sliding(window=9)").train()
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+        torch.manual_seed(3)
+        model(tokens, labels=tokens, use_cache=False).loss.backward()
+        found.append({name: x.grad for name, x in model.named_parameters()})
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(found[1][name], gradient)
+
+
+def test_dropout_has_the_mean_of_transformers_own():
+    """Means over draws of ours and of eager attention, which drops weights in the same way."""
+    tokens, means = batch(1, 12).expand(64, -1), []
+    model = tiny("llama", attention_dropout=0.5, num_hidden_layers=1)
+    for own in (False, True):
+        if own:
+            swap(model, "dense")
+        else:
+            model.set_attn_implementation("eager")
+        torch.manual_seed(0)
+        with torch.no_grad():
+            outs = torch.cat([model.train()(tokens).logits for _ in range(8)])
+        means.append((outs.mean(dim=0), outs.var(dim=0) / len(outs)))
+    (one, spread), (other, more) = means
+    assert ((one - other).abs() < 6 * (spread + more).sqrt() + 1e-6).all()
+    assert 0.7 < more.mean() / spread.mean() < 1.4
+
+
+@pytest.mark.parametrize(
+    "pattern", ["linear", "performer(features=16)", "topk(window=4, blocks=1)"]
+)
+def test_approximate_patterns_refuse_attention_dropout(pattern):
+    model = swap(tiny("llama", attention_dropout=0.25), pattern).train()
+    with pytest.raises(
+        Unsupported, match=r"attention dropout 0\.25 .*has no weights of pairs to drop"
+    ):
+        model(batch())
+    model.eval()(batch())
+
+
+@pytest.mark.parametrize("kind", DROPPING)
 def test_the_advice_on_dropout_works(kind):
-    model, tokens = swap(DROPPING[kind](), "sliding(window=5)").train(), batch()
+    model, tokens = swap(DROPPING[kind](), "linear").train(), batch()
     with pytest.raises(Unsupported, match="attention dropout") as refusal:
         model(tokens)
     place, _, names = (

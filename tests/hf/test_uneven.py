@@ -88,6 +88,8 @@ def test_a_checkpoint_is_what_transformers_has_settled_and_loads_both_ways(tied,
         assert loaded.config.per_layer_config[1].num_key_value_heads == 1
     effattn.save(loaded, tmp_path / "again")
     for file in (tmp_path / "out").iterdir():
+        if file.name == "README.md":  # of which it says what it was made of
+            continue
         assert (tmp_path / "again" / file.name).read_bytes() == file.read_bytes()
 
 

@@ -67,7 +67,7 @@ def flash(pattern=None, layout=None, *, backward=True, sizes=None, rules=None, *
 
 
 def _flash_cases() -> None:
-    from effattn.kernels.flash import Bias, Blocks, Far, Layout, Pattern, Window
+    from effattn.kernels.flash import Bias, Blocks, Dropout, Far, Layout, Pattern, Window
     from effattn.kernels.flash.pattern import layout_of
 
     patterns = {
@@ -107,6 +107,12 @@ def _flash_cases() -> None:
         def far(q, k):
             return {"far": Far(torch.empty_like(q), torch.empty_like(k), window=48)}
 
+        def drop(q, k, rows=2 if layout else 1):
+            numbers = torch.zeros(rows, k.shape[2], dtype=torch.int32, device=k.device)
+            return {"drop": Dropout(0.1, numbers.new_zeros(q.shape[:3]), numbers)}
+
+        case(f"flash dropout{layout}", layout=held, rules=drop)(flash)
+        case(f"flash dropout sinks{layout}", patterns["sinks"], held, rules=drop)(flash)
         case(f"flash far{layout}", layout=held, rules=far)(flash)
         case(f"flash far window{layout}", Window(back=100), held, rules=far)(flash)
         for kind, numbers in (("alibi", 1), ("kerple_log", 2), ("kerple_power", 2), ("table", 9)):
@@ -424,6 +430,19 @@ def lsh(causal=True, shared=False, padded=False, sizes=None) -> None:
     run_backward(kernel.attention(q, k, v, places, impl="triton"))
 
 
+def ragged(counts=(200, 3, 0, 50), queries=1, dim=64, dtype=BF16, **options):
+    """Two stored rows of two heads, each of which two rows have."""
+    from effattn.kernels import ragged as kernel
+
+    k, v = (tensor(sum(counts), dim, dtype=dtype) for _ in "kv")
+    begin = torch.tensor([0, *counts], device=where[-1]).cumsum(0)
+    of = torch.tensor([0, 1], device=where[-1])
+    kept = kernel.Ragged(k, v, begin, of, counts, (0, 1), (dim, dim), dtype).repeat(2)
+    q = tensor(4, queries, 8, dim, dtype=dtype).transpose(1, 2)
+    with torch.no_grad():
+        kernel.attention(q, kept, scale=0.1, impl="triton", **options)
+
+
 def topk(window=32, block=16, blocks=3, padded=False, sizes=None) -> None:
     """Attention to chosen blocks and its backward pass."""
     from fake_gpu import backward as run_backward
@@ -438,6 +457,23 @@ def topk(window=32, block=16, blocks=3, padded=False, sizes=None) -> None:
     out, lse = kernel.attention(q, k, v, rule, chosen, at, impl="triton")
     run_backward(out)
     run_backward(lse)
+
+
+def gated(gate="head", delta=False, padded=False, memory=False, sizes=None) -> None:
+    """Gated linear attention, with what follows of its sums."""
+    from effattn.kernels import gated as kernel
+
+    q, k, v = qkv(**(sizes or {}))
+    width = {"head": 1, "feature": k.shape[3], None: 0}[gate]
+    options = dict(
+        log_decay=tensor(*k.shape[:3], width, dtype=torch.float32) if gate else None,
+        beta=tensor(*k.shape[:3], dtype=torch.float32) if delta else None,
+        normalize=not delta,
+        mask=padding(k.shape[2]) if padded else None,
+        impl="triton",
+    )
+    held = kernel.fold(k, v, **options) if memory else None
+    kernel.attention(q, k, v, memory=held, keep=memory, **options)
 
 
 def vq(size=None, dtype=BF16, dim=64, padded=False) -> None:
@@ -543,6 +579,19 @@ def _other_cases() -> None:
         case(f"linformer {NAMES[dtype]} {dim}", dtype=dtype, dim=dim)(linformer)
     for block in (1, 8, 64, 100):
         case(f"topk blocks of {block}", block=block, padded=block == 8)(topk)
+    for dtype, dim in product((BF16, FP16, FP32), (16, 64, 80, 128, 256)):
+        case(f"ragged {NAMES[dtype]} {dim}", dim=dim, dtype=dtype)(ragged)
+    for queries in (7, 40):
+        case(f"ragged {queries}", queries=queries)(ragged)
+    case("ragged softcap", softcap=30.0)(ragged)
+    case("ragged nothing", (0, 0, 0, 0))(ragged)
+    for dtype, dim in ((BF16, 128), (torch.float16, 64), (torch.float32, 64)):
+        for gate, delta in (("head", False), ("feature", True)):
+            sizes = dict(dtype=dtype, dim=dim)
+            case(f"gated {NAMES[dtype]} {dim} {gate}", gate=gate, delta=delta, sizes=sizes)(gated)
+    case("gated wide", gate="feature", memory=True, sizes=dict(dim=256))(gated)
+    case("gated no gate", gate=None, delta=True, padded=True)(gated)
+    case("gated step", delta=True, memory=True, sizes=dict(queries=1, keys=31))(gated)
     case("topk one head each", sizes=dict(heads=(2, 2)))(topk)
     case("topk chunk", sizes=dict(queries=33, keys=200))(topk)
     case("topk no block", block=300)(topk)

@@ -71,7 +71,7 @@ def test_loops_that_are_unrolled_are_counted_by_names():
 
 
 # names of cases begin so; a process each
-OTHERS = "lsh,topk,vq,linformer,monarch,2:4,bitmask,bandwidth"
+OTHERS = "lsh,topk,gated,ragged,vq,linformer,monarch,2:4,bitmask,bandwidth"
 KERNELS = ("flash", "decode", "latent", "packed", "linear", OTHERS)
 CALLS = ("backend", "cache", "model", "generate", "more")
 

@@ -163,6 +163,8 @@ PADDED = (
     "topk(window=32, sinks=4, block=16, blocks=3)",
     "linear(feature_map='hedgehog', decay=0.9)",
     "performer(features=64)",
+    "gated(delta=True, gate='feature')",
+    "hybrid(window=32, sinks=2)",
 )
 KINDS = ("gpt_neox", "gemma2", "gemma3_text", "qwen3")
 

@@ -118,7 +118,7 @@ def test_svd():
     torch.testing.assert_close(found, best)
 
 
-SPEC = re.compile(r"`((?:topk|block|linformer_blockwise|lowrank)\([^`]*\))`")
+SPEC = re.compile(r"`((?:topk|block|sliding|linformer_blockwise|lowrank)\([^`]*\))`")
 
 
 @pytest.mark.parametrize("spec", sorted(set(SPEC.findall(PAGE.read_text(encoding="utf-8")))))

@@ -28,6 +28,8 @@ ROWS = {
         ({"window": 5, "sinks": 2}, False),
         ({"window": 3, "dilation": 2}, True),
         ({"window": 5, "sink_logits": True}, True),
+        ({"window": 6, "sinks": 2, "compress": 2, "means": 3}, False),
+        ({"window": 4, "compress": 4, "means": 2}, False),
     ],
     "longformer": [
         ({"window": 5, "global_tokens": 2}, True),
@@ -46,6 +48,15 @@ ROWS = {
         ({"feature_map": "hedgehog"}, False),
         ({"feature_map": "exp", "features": 24}, False),
         ({"feature_map": "identity", "decay": 0.8, "normalize": False}, False),
+    ],
+    "gated": [
+        ({}, False),
+        ({"delta": True, "gate": "feature", "decay": 0.7}, False),
+        ({"feature_map": "identity", "normalize": False, "decay": 0.8}, False),
+    ],
+    "hybrid": [
+        ({"window": 5, "sinks": 2}, False),
+        ({"window": 3, "feature_map": "hedgehog", "features": 6}, False),
     ],
     "topk": [
         ({"window": 5, "sinks": 2, "block": 3, "blocks": 2}, False),

@@ -12,7 +12,9 @@ from effattn.conformance import check, inputs, relative
 from effattn.errors import Unsupported
 from effattn.evaluate import passkey
 from effattn.hf.cache import new_cache
+from effattn.kernels.flash.reference import rotary_scores
 from effattn.linearizing.inputs import exact, projections_of
+from effattn.positions.registry import rule
 from effattn.states.blocks import BlockState
 from effattn.surgery.checkpoint import load_model
 
@@ -237,3 +239,103 @@ def test_a_passkey_beyond_the_window_is_known_almost_as_well_as_to_dense_attenti
         effattn.restore(model)
     assert found["topk"] < found["dense"] + 0.4
     assert found["sliding"] > found["dense"] + 1.5
+
+
+# ---- far keys at one position
+
+
+def clipped(spec="rerope(window=6)"):
+    return rule(spec, head_dim=16, heads=4, length=32)
+
+
+def clipped_by_hand(q, k, v, window, sinks, block, blocks, near):
+    """Pair by pair: RoPE below `near`, from there on the query at position `near` and the key at 0;
+    blocks by the mean of raw keys against that query, summed over a group."""
+    made, tokens, group = clipped(), q.shape[2], q.shape[1] // k.shape[1]
+    angles, _ = made.rotation.frequencies(made.trained)
+    at = torch.full((tokens,), near)
+    far = made.rope().turn(q, at)
+    keys = k.repeat_interleave(group, dim=1)
+    i, j = torch.arange(tokens)[:, None], torch.arange(tokens)
+    scores = rotary_scores(q, keys, i - j, angles, window=near)
+    seen = ((i - j < window) & (j <= i)) | ((j < sinks) & (j <= i))
+    seen = seen.expand(*q.shape[:2], -1, -1).clone()
+    means = k[:, :, : tokens // block * block].unflatten(2, (-1, block)).mean(3)
+    for row in range(q.shape[0]):
+        for head in range(k.shape[1]):
+            own = slice(head * group, (head + 1) * group)
+            for t in range(tokens):
+                free = [
+                    n
+                    for n in range((t + 1) // block)
+                    if not seen[row, head * group, t, n * block : (n + 1) * block].all()
+                ]
+                marks = [(far[row, own, t].sum(0) @ means[row, head, n]).item() for n in free]
+                for n in sorted(free, key=lambda n: -marks[free.index(n)])[:blocks]:
+                    seen[row, own, t, n * block : (n + 1) * block] = True
+    weights = (scores * q.shape[3] ** -0.5).masked_fill(~seen, -torch.inf).softmax(-1)
+    return weights @ v.repeat_interleave(group, dim=1)
+
+
+CLIPPED = {"window": 9, "sinks": 2, "block": 4, "blocks": 2}
+
+
+@pytest.mark.parametrize("impl", ["torch", "reference"])
+def test_far_keys_stand_at_one_position(impl):
+    q, k, v = inputs(50, torch.float64, sizes=(2, 4, 2, 16))
+    true = clipped_by_hand(q, k, v, *CLIPPED.values(), near=6)
+    attn = effattn.backend("topk", **CLIPPED, impl=impl)
+    assert relative(attn(q, k, v, rotary=clipped()), true) < 1e-6
+    grads = []
+    for run in (
+        lambda *x: attn(*x, rotary=clipped()),
+        lambda *x: clipped_by_hand(*x, *CLIPPED.values(), near=6),
+    ):
+        given = [x.clone().requires_grad_() for x in (q, k, v)]
+        grads.append(torch.autograd.grad(run(*given).square().sum(), given))
+    for got, expected in zip(*grads, strict=True):
+        assert relative(got, expected) < 1e-5
+    # what covers everything is ReRoPE
+    everything = effattn.backend("topk", window=9, block=4, blocks=50, impl=impl)
+    dense = effattn.backend("dense")(q, k, v, rotary=clipped())
+    assert relative(everything(q, k, v, rotary=clipped()), dense) < 1e-6
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "spec", ["rerope(window=6)", "rerope(window=9)+logn", "yarn(factor=4)+rerope(window=4)"]
+)
+@pytest.mark.parametrize("summary", ["mean", "minmax", "learned"])
+def test_far_keys_in_steps_chunks_and_padding(spec, summary):
+    q, k, v = inputs(50, torch.float64, sizes=(2, 4, 2, 16))
+    attn = effattn.backend("topk", **CLIPPED, summary=summary)
+    whole = attn(q, k, v, rotary=clipped(spec))
+    for cuts in ((30, 31, 32, 50), (1, 20, 45, 50)):
+        state, low, outs = attn.new_state(), 0, []
+        for high in cuts:
+            part = (x[:, :, low:high] for x in (q, k, v))
+            outs.append(attn(*part, state=state, rotary=clipped(spec)))
+            low = high
+        assert relative(torch.cat(outs, dim=2), whole) < 1e-6
+    for low, high in ((0, 7), (44, 50)):
+        mask = torch.ones(2, 50, dtype=torch.bool)
+        mask[0, low:high] = False
+        padded = attn(q, k, v, rotary=clipped(spec), padding_mask=mask)
+        alone = attn(*(x[:1, :, mask[0]] for x in (q, k, v)), rotary=clipped(spec))
+        assert relative(padded[:1, :, mask[0]], alone) < 1e-6
+        assert relative(padded[1:], whole[1:]) < 1e-6
+
+
+@torch.no_grad()
+def test_far_keys_in_a_live_model_and_what_is_refused():
+    tokens = torch.randint(1, 96, (2, 40), generator=torch.Generator().manual_seed(3))
+    spec = "topk(window=9, sinks=2, block=4, blocks=2)"
+    model = effattn.swap(tiny("llama"), spec, positions="rerope(window=6)").eval()
+    got = model.generate(tokens, max_new_tokens=6, do_sample=False)
+    again = model(got[:, :-1], use_cache=False).logits.argmax(-1)
+    assert torch.equal(again[:, 39:], got[:, 40:])
+    for positions in ("rerope(window=10)", "leaky_rerope(window=6, k=2)", "alibi"):
+        with pytest.raises(Unsupported, match="need an exact pattern, which topk is not"):
+            effattn.swap(tiny("llama"), spec, positions=positions)
+    with pytest.raises(Unsupported, match="with topk rerope too, clipped within its window"):
+        effattn.backend(spec)(*inputs(20), rotary=clipped("rerope(window=10)"))

@@ -98,8 +98,6 @@ def test_what_it_cannot_do_is_refused():
         effattn.backend("sliding", window=[4, 2, 2])(q, k, v)
     with pytest.raises(ValueError, match="window: got 4, a bidirectional window is odd"):
         attn(q, k, v, causal=False)
-    with pytest.raises(Unsupported, match="pair by pair"):
-        attn(q, k, v, rotary=rule("rerope(window=3)", length=16, head_dim=16, heads=4))
     with pytest.raises(Unsupported, match="no static form"):
         attn.static_state(16)
 

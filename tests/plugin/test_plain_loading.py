@@ -137,6 +137,8 @@ def test_plain_loading_restores_what_was_saved(name, tied, tmp_path):
     # and saved again it is the same, byte for byte
     effattn.save(loaded, tmp_path / "again")
     for file in (tmp_path / "out").iterdir():
+        if file.name == "README.md":  # of which it says what it was made of
+            continue
         assert (tmp_path / "again" / file.name).read_bytes() == file.read_bytes(), file.name
 
 

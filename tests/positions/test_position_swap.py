@@ -315,8 +315,6 @@ def test_what_cannot_be_combined_is_refused_by_name():
     for pattern, spec, message in (
         ("lsh", "rerope(window=8)", "'rerope.window=8.' need an exact pattern, which lsh is not"),
         ("lsh", "logn", "positions 'logn' need an exact pattern"),
-        ("sliding(window=8, sinks=2)", "rerope(window=4)", "layer 0: rotary: .* with sinks"),
-        ("sliding(window=8, dilation=2)", "rerope(window=4)", "which sliding does not compute"),
         ("longformer(window=5, global_tokens=2)", "logn", "second projections"),
     ):
         with pytest.raises(Unsupported, match=message):

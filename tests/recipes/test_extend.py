@@ -19,6 +19,7 @@ from effattn.errors import Unsupported
 from effattn.extending import planner
 from effattn.extending.report import ExtendReport
 from effattn.hf import anatomy
+from effattn.patterns.exact import ExactBackend
 from effattn.positions.extrapolation import critical_dimension, extrapolation_limit
 from effattn.recipes import extend as jobs
 from effattn.recipes.cli import app
@@ -296,9 +297,54 @@ def test_rules_that_count_by_themselves_are_tuned_on_whole_windows_by_lora(folde
     assert all("_proj" in name and "mlp" not in name for name in changed)
 
 
+@pytest.mark.slow
+def test_tuning_in_segments_that_remember(folder, tmp_path):
+    """Transformer-XL's way: the pattern is gone afterwards, the rule stays, and so does the memory
+    of no training."""
+    job = Settings(
+        model=str(folder),
+        to=256,
+        output=tmp_path / "tuned",
+        memory="block(block=32, look_back=1)",
+        sampling="none",
+        window=32,
+        tune_tokens=256,
+        sequences=0,
+    )
+    found = jobs.run(job).data["tuning"]
+    assert (found["window"], found["steps"], found["memory"]) == (32, 8, job.memory)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "tuned")
+    assert "effattn" not in json.loads((tmp_path / "tuned" / "config.json").read_text())
+    before = small().state_dict()
+    assert all(not torch.equal(before[name], now) for name, now in model.state_dict().items())
+
+
+def test_what_no_memory_is_tuned_with(folder, tmp_path):
+    job = Settings(
+        model=str(folder),
+        to=256,
+        memory="block(block=32, look_back=1)",
+        sampling="none",
+        tune_tokens=256,
+        sequences=0,
+        output=tmp_path / "refused",
+    )
+    mistakes = {
+        "memory: got 'dense', which remembers every token": {"memory": "dense"},
+        "with sampling='pose', and its positions count on": {"sampling": "pose"},
+        "without tune_tokens; valid is a budget": {"tune_tokens": 0},
+        "which counts positions by itself; valid is a rule": {"rule": "rerope(window=8)"},
+    }
+    for message, change in mistakes.items():
+        with pytest.raises(ValueError, match=message):
+            jobs.run(dataclasses.replace(job, **change))
+
+
 def test_what_cannot_be_tuned_is_refused_before_anything_is_measured(tmp_path, monkeypatch):
     effattn.save(small(attention_dropout=0.25), tmp_path / "dropout", effattn.embedded.tokenizer())
     monkeypatch.setattr(jobs, "measured", None)
+    # attention that has no weights to drop, as that of a method of one's own
+    monkeypatch.setattr(ExactBackend, "extras", ())
     job = Settings(
         model=str(tmp_path / "dropout"),
         to=256,

@@ -7,6 +7,7 @@ be written) and test_kills.py (kills, stops, a full disk, a proof that fails).""
 from __future__ import annotations
 
 import dataclasses
+import re
 import runpy
 import sys
 from pathlib import Path
@@ -43,7 +44,10 @@ def test_every_recipe_has_a_row():
     declared = {
         file.stem
         for file in (ROOT / "recipes").glob("*.py")
-        if "\n@dataclass\nclass Settings(options.Settings)" in file.read_text(encoding="utf-8")
+        if re.search(
+            r"\n@dataclass\nclass Settings\(options\.(Settings|Saving)\)",
+            file.read_text(encoding="utf-8"),
+        )
     }
     assert declared == set(FLOWS)
 

@@ -46,6 +46,29 @@ def job(checkpoint, output, **changes) -> Settings:
     return Settings(**(settings | changes))
 
 
+def test_layers_that_differ(checkpoint, tmp_path):
+    report = run(
+        job(
+            checkpoint,
+            tmp_path / "out",
+            uneven=True,
+            heads=2,
+            ffn=None,
+            criteria=("random",),
+            seed=3,
+        )
+    )
+    kept = [len(heads) for heads in report.data["kept"]["heads"]]
+    assert sum(kept) == 4
+    assert len(set(kept)) == 2
+    assert report.data["settings"]["uniform"] is False
+    assert report.data["verification"]["max_logit_difference"] < 1e-4
+    model = effattn.load(tmp_path / "out")
+    assert "per_layer_config" in json.loads((tmp_path / "out" / "config.json").read_text())
+    found = effattn.perplexity(model, effattn.embedded.tokens("validation", 256), 64)
+    assert report.data["quality"]["pruned"]["perplexity"] == pytest.approx(found, rel=1e-4)
+
+
 def test_the_whole_job(checkpoint, tmp_path):
     before = {file.name: file.read_bytes() for file in checkpoint.iterdir()}
     report = run(job(checkpoint, tmp_path / "out"))

@@ -23,10 +23,19 @@ from effattn.surgery.describing import describe
 from effattn.surgery.swapping import active, restore, swap
 
 IDS = torch.randint(3, 96, (2, 40), generator=torch.Generator().manual_seed(0))
-NAMES = ["full", "int8", "int4", "int2", "fp8"]  # every cache of this version: a row for each
+NAMES = [
+    "full",
+    "paged",
+    "int8",
+    "int4",
+    "int2",
+    "fp8",
+]  # every cache of this version: a row for each
 
 # name -> a spec of it, and whether it has a static form
 ROWS = {
+    "evict": ("evict(policy='norm', keep=24, recent=8)", False),
+    "paged": ("paged(page=16)", False),
     "int8": ("int8(group=16, residual=16)", True),
     "int4": ("int4(group=16, residual=16)", True),
     "int2": ("int2(group=16, residual=16)", True),
@@ -147,7 +156,9 @@ def test_a_format_is_one_entry(int8_small):
 
 def test_both_are_gone():
     assert [caches.FULL, *caches.kinds()] == NAMES
-    with pytest.raises(ValueError, match="valid are 'full', 'int8', 'int4', 'int2', 'fp8'"):
+    with pytest.raises(
+        ValueError, match="valid are 'full', 'evict', 'paged', 'int8', 'int4', 'int2', 'fp8'"
+    ):
         swap(model_of(), cache="newest(keep=8)")
 
 

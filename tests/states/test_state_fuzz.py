@@ -19,6 +19,7 @@ from effattn.quant.formats import Format
 from effattn.quant.packed.kind import Packed
 from effattn.quant.packed.static import StaticState
 from effattn.registry import backend
+from effattn.states import caches
 from effattn.states.full import ROLLBACK
 
 H, HKV, D = 4, 2, 8
@@ -61,7 +62,12 @@ PACKED = {
     "static": ("dense", "int8(residual=16, group=16)"),
     "static, first tokens": ("dense", "int8(residual=0, group=16, first=5)"),
 }
-QUICK, SLOW = 7, 70  # cases of each kind; with 28 kinds about 200 and 2,000
+# other caches of what these patterns see: exact, where they forget nothing
+CACHES = {
+    "paged": ("dense", "paged(page=4)"),
+    "paged strides": ("strided(stride=3)", "paged(page=16)"),
+}
+QUICK, SLOW = 7, 70  # cases of each kind; with 32 kinds about 220 and 2,200
 # of int8 keys and values: a step is 2 max|x| / 255, about 0.03; one key too many or too few gives
 # 0.1
 BUDGET = 0.06
@@ -71,7 +77,7 @@ class Subject:
     """A backend with its state, and its oracle."""
 
     def __init__(self, kind: str):
-        spec, self.rotary = KINDS.get(kind) or (PACKED[kind][0], ROPE)
+        spec, self.rotary = KINDS.get(kind) or ((PACKED | CACHES)[kind][0], ROPE)
         self.packed = kind in PACKED
         self.backend = backend(spec)
         self.dtype = torch.float32 if self.packed else torch.float64
@@ -85,6 +91,8 @@ class Subject:
                 self.state = Packed(PACKED[kind][1], format).new_state(self.backend)
                 turned = format.pre_rope or self.backend.farthest is not None
                 self.rotary = self.rotary if turned else None
+        elif kind in CACHES:
+            self.state = caches.parse(CACHES[kind][1]).new_state(self.backend)
         else:
             self.state = self.backend.new_state()
         some = [torch.randn(1, heads, 3, self.dim, dtype=self.dtype) for heads in (H, HKV, HKV)]
@@ -225,12 +233,12 @@ def cases(kind: str, seeds: range) -> None:
             raise AssertionError(f"{kind}, seed {seed}: {error}") from error
 
 
-@pytest.mark.parametrize("kind", [*KINDS, *PACKED])
+@pytest.mark.parametrize("kind", [*KINDS, *PACKED, *CACHES])
 def test_a_row_is_what_it_is_alone(kind):
     cases(kind, range(QUICK))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", [*KINDS, *PACKED])
+@pytest.mark.parametrize("kind", [*KINDS, *PACKED, *CACHES])
 def test_many_rows_are_what_they_are_alone(kind):
     cases(kind, range(QUICK, QUICK + SLOW))

@@ -28,9 +28,11 @@ ROWS = {
     "linformer_blockwise": None,
     "lsh": None,
     "topk": None,
+    "hybrid": None,
     "vq": None,
     "linear": "linear(feature_map='softmax', decay=0.9)",
     "performer": "performer(features=32)",
+    "gated": "gated(decay=0.9)",
 }
 MORE = (
     "sliding(window=8, dilation=3)",
@@ -40,6 +42,7 @@ MORE = (
     "linear(feature_map='hedgehog')",
     "linear(feature_map='identity', decay=0.01, normalize=False)",
     "performer(features=32, kernel='relu')",
+    "gated(delta=True, gate='feature', decay=0.5)",
 )
 SPECS = [name if spec is True else spec for name, spec in ROWS.items() if spec] + list(MORE)
 NEEDS = {
@@ -47,6 +50,7 @@ NEEDS = {
     "linformer": {"k": 8, "max_length": 64},
     "linformer_blockwise": {"k": 8, "max_length": 64, "block": 8},
     "vq": {"codes": 8, "block": 8},
+    "hybrid": {"window": 4},
     "topk": {"window": 4, "block": 4, "blocks": 2},
     "lsh": {"rounds": 2, "buckets": 4, "chunk": 4},
 }

@@ -187,3 +187,32 @@ def test_refusals_name_it():
             effattn.convert_gqa(tiny(kind, **options), 1)
     with pytest.raises(Unsupported, match=r"effattn\.rehost\(model\) is the same model as Phi"):
         effattn.swap(tiny("gptj", rotary_dim=4), "dense")
+
+
+@pytest.mark.parametrize("case", ["pythia", "gptj"])
+def test_latents_of_what_is_hosted(case, ids):
+    """Of as many numbers as the hidden size has, nothing is lost; half of them decode as they
+    prefill."""
+    new = effattn.rehost(model_of(case))
+    plain = logits(new, ids)
+    tokens = torch.randint(1, 96, (1024,), generator=torch.Generator().manual_seed(6))
+    effattn.swap(new, heads="latent(ratio=0.5, length=64)", calibration=tokens)
+    torch.testing.assert_close(logits(new, ids), plain, rtol=0, atol=1e-6)
+    half = effattn.rehost(model_of(case))
+    effattn.swap(half, heads="latent(ratio=0.25, length=64)", calibration=tokens)
+    found = logits(half, ids)
+    assert not torch.allclose(found, plain, atol=1e-3)
+    cache = effattn.new_cache(half)
+    with torch.no_grad():
+        pieces = [half(part, past_key_values=cache).logits for part in ids.split([30, 1, 9], dim=1)]
+    torch.testing.assert_close(torch.cat(pieces, dim=1), found)
+
+
+@pytest.mark.parametrize("case", ["opt", "gpt2"])
+def test_latents_of_fused_hosts_are_refused_by_name(case, ids):
+    new = effattn.rehost(model_of(case))
+    plain = logits(new, ids)
+    tokens = torch.randint(1, 96, (1024,), generator=torch.Generator().manual_seed(6))
+    with pytest.raises(Unsupported, match=r"GPTBigCodeForCausalLM .* one module \(c_attn\), valid"):
+        effattn.swap(new, heads="latent(ratio=0.25, length=64)", calibration=tokens)
+    assert torch.equal(logits(new, ids), plain)

@@ -71,6 +71,8 @@ def test_fitted_decays_are_the_best_of_the_grid(tokens):
     ids = tokens[:64].view(2, 32)
     fitted = fit_decays(model, {0: "linear", 1: "linear(decay=0.5)"}, ids)
     assert fitted[1] == "linear(decay=0.5)", "what the user said stays"
+    same = fit_decays(model, {0: "gated(feature_map='elu')"}, ids)[0]
+    assert parse_spec(same)[1]["decay"] == parse_spec(fitted[0])[1]["decay"], "gates begin there"
     chosen = parse_spec(fitted[0])[1]["decay"]
     q, k, v = projections_of(model, ids)[0]
     truth = exact(q, k, v)
@@ -125,6 +127,29 @@ def test_transfer_trains_what_it_says_and_brings_layers_closer(tokens, tmp_path,
     assert found["after"][0] == found["before"][0]
     assert all(p.requires_grad for p in student.parameters()), "as before"
     assert distances(student, parent, [tokens[:64].view(2, 32)])
+
+
+@pytest.mark.parametrize(
+    "spec", ["gated(delta=True, gate='feature')", "gated", "hybrid(window=8, sinks=1)"]
+)
+def test_gates_and_balances_learn_in_the_transfer(spec, tokens, tmp_path):
+    parent, student = swapped(spec)
+    parameters = dict(hf.of(student).layers[1].attention.effattn_pattern.named_parameters())
+    before = {name: p.clone() for name, p in parameters.items()}
+    found = transfer(
+        student,
+        parent,
+        tokens,
+        layers=[1],
+        train_tokens=2048,
+        folder=tmp_path / "t",
+        length=32,
+        lr=1e-3,
+        trainable="maps",
+        overrides=CPU,
+    )
+    assert found["after"][1] < found["before"][1]
+    assert all(not torch.equal(p, before[name]) for name, p in parameters.items())
 
 
 def test_maps_that_do_not_exist_are_refused():

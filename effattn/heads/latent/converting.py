@@ -46,24 +46,28 @@ class Conversion:
 
 def check_layers(parts: Anatomy) -> None:
     """Unsupported, naming the reason, for a model whose keys and values cannot be latents."""
-    kind = type(parts.model).__name__
     for layer in parts:
-        where = f"{kind} cannot have latent keys and values: layer {layer.index}"
-        if not layer.causal:
-            raise Unsupported(f"{where} is bidirectional, and an encoder remembers nothing")
-        if layer.latent is not None:
-            rank = layer.latent.rank
-            raise Unsupported(f"{where} has them already, of rank {rank}; valid is its parent")
-        if layer.family.fused:
-            path = layer.family.k
-            raise Unsupported(f"{where} makes q, k and v by one module ({path}), valid are three")
-        if layer.clip is not None:
-            raise Unsupported(
-                f"{where} clips keys and values (clip_qkv={layer.clip}), after which a latent's "
-                "weighted sum is no longer the values'"
-            )
-        for projection in (layer.q, layer.k, layer.v, layer.o):
-            projection.by_head  # noqa: B018 - raises where there is none
+        check_layer(type(parts.model).__name__, layer)
+
+
+def check_layer(kind: str, layer: Layer) -> None:
+    """The same for one layer; kind: what it is a part of, in words."""
+    where = f"{kind} cannot have latent keys and values: layer {layer.index}"
+    if not layer.causal:
+        raise Unsupported(f"{where} is bidirectional, and an encoder remembers nothing")
+    if layer.latent is not None:
+        rank = layer.latent.rank
+        raise Unsupported(f"{where} has them already, of rank {rank}; valid is its parent")
+    if layer.family.fused:
+        path = layer.family.k
+        raise Unsupported(f"{where} makes q, k and v by one module ({path}), valid are three")
+    if layer.clip is not None:
+        raise Unsupported(
+            f"{where} clips keys and values (clip_qkv={layer.clip}), after which a latent's "
+            "weighted sum is no longer the values'"
+        )
+    for projection in (layer.q, layer.k, layer.v, layer.o):
+        projection.by_head  # noqa: B018 - raises where there is none
 
 
 def convert(walk: Walk, asked: Conversion, progress: Progress | None = None) -> list[dict]:

@@ -1,0 +1,1 @@
+"""What an export is for: one file each, found by itself."""
