@@ -16,7 +16,6 @@ WHOLE = "none"  # as a sampling: windows as long as the target
 def check(settings: Any) -> None:
     """What can be known to be wrong before a model is loaded. Raises ValueError."""
     from effattn.errors import check_choice
-    from effattn.extending.tuning import check_memory
     from effattn.position_sampling import METHODS
     from effattn.training.lora import check_peft
 
@@ -34,6 +33,8 @@ def check(settings: Any) -> None:
             "tune_tokens: given without output; name the folder for the tuned checkpoint"
         )
     if settings.memory is not None:
+        from effattn.extending.tuning import check_memory  # and with it the Trainer
+
         check_memory(settings.memory, sampling_of(settings))
         if not settings.tune_tokens:
             raise ValueError(
