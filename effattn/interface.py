@@ -70,7 +70,7 @@ class Backend(nn.Module):
     implementations: ClassVar[tuple[str, ...]] = ("auto", "torch", "reference")
     plain: ClassVar[bool] = False  # the same function as the attention that plain transformers runs
     # which of softcap, sink_logits, global_qkv, global_mask and latent the method can honour
-    extras: ClassVar[tuple[str, ...]] = ()
+    extras: tuple[str, ...] = ()
     # names of parameters and buffers whose first size is the number of K/V heads
     per_kv_head: tuple[str, ...] = ()
     # whether the query heads of a group decide together what they see, so that each of them gets

@@ -13,7 +13,9 @@ import ast
 import keyword
 import math
 import re
-from typing import NoReturn
+from typing import NoReturn, TypeVar
+
+Spec = TypeVar("Spec")  # a string, or what a caller made of one
 
 
 def parse_spec(text: str) -> tuple[str, dict]:
@@ -109,8 +111,8 @@ def split_parts(spec: str) -> list[str]:
 
 
 def parse_layers(
-    pattern: dict[str | int, str], layers: int, argument: str = "pattern"
-) -> dict[int, str]:
+    pattern: dict[str | int, Spec], layers: int, argument: str = "pattern"
+) -> dict[int, Spec]:
     """{"0-3": a, "6-": b} -> {0: a, ..., 6: b, ...}. ValueError for overlaps and layers that do not
     exist.
     """
@@ -118,7 +120,7 @@ def parse_layers(
         raise ValueError(
             f'{argument}: got an empty dict, valid is for example {{"0-3": "dense", "4-": "dense"}}'
         )
-    chosen: dict[int, str] = {}
+    chosen: dict[int, Spec] = {}
     owner: dict[int, str | int] = {}
     for key, spec in pattern.items():
         for part in str(key).split(","):
@@ -144,8 +146,8 @@ def parse_layers(
 
 
 def by_layer(
-    asked: str | dict[str | int, str], layers: int, argument: str = "pattern"
-) -> dict[int, str]:
+    asked: Spec | dict[str | int, Spec], layers: int, argument: str = "pattern"
+) -> dict[int, Spec]:
     """layer -> spec of one spec for all layers, or of a dict as for `parse_layers`."""
     if isinstance(asked, dict):
         return parse_layers(asked, layers, argument)

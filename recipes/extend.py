@@ -71,15 +71,15 @@ class Settings(options.Saving):
         "pose",
         "positions while tuning: pose, random, or none (windows as long as the target)",
     )
-    train_pattern: str | None = option(
-        None,
-        'an exact pattern to tune with, such as "s2(block=1024)", LongLoRA\'s; the checkpoint has '
-        "the model's own attention (with --sampling none)",
-    )
     memory: str | None = option(
         None,
         "pattern of a tuning in windows that follow each other, each with the memory of those "
         "before, such as 'block(block=512, look_back=1)'; without sampling",
+    )
+    train_pattern: str | None = option(
+        None,
+        'an exact pattern to tune with, such as "s2(block=1024)", LongLoRA\'s; the checkpoint has '
+        "the model's own attention (with --sampling none)",
     )
     window: int | None = whole(
         None,
@@ -213,11 +213,11 @@ def load(settings: Settings, show: Quiet) -> tuple:
         plan = planner.make_plan(model, settings.to, tuned=bool(settings.tune_tokens))
         rule = chosen(settings, model, plan)
         window = training_window(settings, plan, rule["spec"], rule["plain"])
-        # attention with a rule or a pattern of its own, which may refuse what the model asks of it
-        pattern = settings.memory or training_pattern(settings, plan)
-        if settings.tune_tokens and (pattern or not rule["plain"]):
-            own = {} if rule["plain"] else {"positions": rule["spec"]}
-            swap(model, pattern, **own)
+        # attention with a rule or a pattern of its own, which refuses dropout, say
+        own = settings.memory or training_pattern(settings, plan)
+        if settings.tune_tokens and not (rule["plain"] and own is None):
+            rules = {} if settings.memory else {"positions": rule["spec"]}
+            swap(model, own, **rules)
             try:
                 lending.rehearse(model)
             finally:

@@ -28,30 +28,14 @@ def check(settings: Any) -> None:
         raise ValueError("lora_plus: given without lora; valid is beside a rank, such as lora=8")
     if settings.train_pattern is not None:
         check_train_pattern(settings)
+    if settings.memory is not None:
+        check_memory(settings)
     if settings.tune_tokens and settings.output is None:
         raise ValueError(
             "tune_tokens: given without output; name the folder for the tuned checkpoint"
         )
-    if settings.memory is not None:
-        from effattn.extending.tuning import check_memory  # and with it the Trainer
-
-        check_memory(settings.memory, sampling_of(settings))
-        if not settings.tune_tokens:
-            raise ValueError(
-                f"memory: got {settings.memory!r} without tune_tokens; valid is a budget to tune on"
-            )
-        if settings.train_pattern is not None:
-            raise ValueError(
-                f"memory: got {settings.memory!r} and train_pattern {settings.train_pattern!r}, "
-                "both of which say whom a token sees while it trains; valid is one"
-            )
     if settings.lora:
         check_peft()
-
-
-def sampling_of(settings: Any) -> str | None:
-    """How `tune` is told of the sampling."""
-    return None if settings.sampling == WHOLE else settings.sampling
 
 
 def check_train_pattern(settings: Any) -> None:
@@ -67,6 +51,27 @@ def check_train_pattern(settings: Any) -> None:
             f"sampling: got {settings.sampling!r} with train_pattern, whose attention counts "
             f"positions by itself; valid is {WHOLE!r} (windows of the target length)"
         )
+
+
+def check_memory(settings: Any) -> None:
+    """ValueError for a memory that cannot be trained with here."""
+    from effattn.extending import tuning
+
+    tuning.check_memory(settings.memory, sampling_of(settings))
+    if not settings.tune_tokens:
+        raise ValueError(
+            f"memory: got {settings.memory!r} without tune_tokens; valid is a budget to tune on"
+        )
+    if settings.train_pattern is not None:
+        raise ValueError(
+            f"memory: got {settings.memory!r} with train_pattern={settings.train_pattern!r}; valid "
+            "is one of them, since both are patterns to train with"
+        )
+
+
+def sampling_of(settings: Any) -> str | None:
+    """As `tune` takes it."""
+    return None if settings.sampling == WHOLE else settings.sampling
 
 
 def training_pattern(settings: Any, plan: Plan) -> dict[str, str] | None:

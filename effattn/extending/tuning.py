@@ -16,10 +16,10 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PrinterCallback, Trainer, TrainerCallback
 
+from effattn import registry
 from effattn.evaluate.logits import training_loss
 from effattn.hf.beginning import bos_of, end_of
 from effattn.position_sampling import SampledPositions
-from effattn.registry import backend
 from effattn.surgery.attaching import detach, require_own_attention
 from effattn.surgery.record import mark
 from effattn.surgery.swapping import swap
@@ -37,8 +37,8 @@ def default_lr(width: int) -> float:
 def check_pattern(argument: str, spec: str) -> None:
     """ValueError for a pattern that dense attention cannot take over from, once it was trained
     with."""
-    attention = backend(spec)
-    traits, learns = attention.traits, any(True for _ in attention.parameters())
+    backend = registry.backend(spec)
+    traits, learns = backend.traits, any(True for _ in backend.parameters())
     if not (traits.exact and traits.causal) or traits.learned or learns:
         raise ValueError(
             f"{argument}: got {spec!r}, and dense attention is to take over; valid is a pattern "
@@ -83,8 +83,7 @@ def tune(
     merged afterwards; 0 trains all weights. lora_plus: beside the adapters, norms and embeddings
     are trained. folder: checkpoints, from which the same call goes on. bos: whether BOS takes the
     place of each window's first token (None: as the model's tokenizer does it). overrides: passed
-    to TrainingArguments. A model in half precision is in fp32 while it trains, see
-    `training.lent`.
+    to TrainingArguments. A model in half precision is in fp32 while it trains, see `training.lent`.
     """
     if memory is not None:
         check_memory(memory, sampling)
@@ -114,9 +113,10 @@ def tune(
         low_rank as parameters,
         training.lent(model, frozen_stays=not lora_plus) as loan,
     ):
+        callbacks = [*carried, *([Steps(progress)] if progress else [])]
         if parameters is not None:
             loan.train_only(parameters)
-        curve, callbacks = None, [*carried, *([Steps(progress)] if progress else [])]
+        curve = None
         if evaluate is not None:
             every = -(-steps // points)
             curve = Measured(Path(folder), every, per_step, loan, evaluate, clock)
@@ -149,46 +149,6 @@ def tune(
     }
 
 
-class Clock:
-    """The seconds that pass, on the wall and of this process's processors, less what is paused."""
-
-    def __init__(self):
-        self.begun = self._now()
-
-    def _now(self) -> tuple[float, float]:
-        return time.perf_counter(), time.process_time()
-
-    def read(self) -> dict:
-        """{"seconds", "speed": {"cpu_seconds"}} so far."""
-        wall, cpu = (now - begun for now, begun in zip(self._now(), self.begun, strict=True))
-        return {"seconds": wall, "speed": {"cpu_seconds": cpu}}
-
-    @contextlib.contextmanager
-    def paused(self):
-        """What is inside does not count."""
-        before = self._now()
-        yield
-        self.begun = tuple(
-            begun + now - then
-            for begun, now, then in zip(self.begun, self._now(), before, strict=True)
-        )
-
-
-class Measured(Curve):
-    """A curve of what `evaluate` says of the lent model as it will be saved, the clock paused."""
-
-    def __init__(
-        self, folder: Path, every: int, tokens_per_step: int, loan, evaluate, clock: Clock
-    ):
-        super().__init__(folder / "curve.json", every, tokens_per_step, self.as_saved)
-        self.loan, self.evaluate, self.clock = loan, evaluate, clock
-
-    def as_saved(self) -> dict:
-        """A point's values."""
-        with self.clock.paused(), self.loan.as_saved():
-            return self.evaluate()
-
-
 def check_memory(memory: str, sampling: str | None) -> None:
     """ValueError for a pattern that remembers everything, and for positions that are drawn."""
     if sampling is not None:
@@ -196,7 +156,7 @@ def check_memory(memory: str, sampling: str | None) -> None:
             f"memory: got {memory!r} with sampling={sampling!r}, and its positions count on from "
             "window to window; valid is no sampling"
         )
-    if not backend(memory).new_state().evicts:
+    if not registry.backend(memory).new_state().evicts:
         raise ValueError(
             f"memory: got {memory!r}, which remembers every token; valid is a bounded pattern, "
             "such as 'block(block=512, look_back=1)' or 'sliding(window=512)'"
@@ -239,6 +199,46 @@ def _collator(target: int, sampling: str | None, memory: str | None):
     if memory is not None:
         return stacked
     return None if sampling is None else SampledPositions(target, sampling)
+
+
+class Clock:
+    """The seconds that pass, on the wall and of this process's processors, less what is paused."""
+
+    def __init__(self):
+        self.begun = self._now()
+
+    def _now(self) -> tuple[float, float]:
+        return time.perf_counter(), time.process_time()
+
+    def read(self) -> dict:
+        """{"seconds", "speed": {"cpu_seconds"}} so far."""
+        wall, cpu = (now - begun for now, begun in zip(self._now(), self.begun, strict=True))
+        return {"seconds": wall, "speed": {"cpu_seconds": cpu}}
+
+    @contextlib.contextmanager
+    def paused(self):
+        """What is inside does not count."""
+        before = self._now()
+        yield
+        self.begun = tuple(
+            begun + now - then
+            for begun, now, then in zip(self.begun, self._now(), before, strict=True)
+        )
+
+
+class Measured(Curve):
+    """A curve of what `evaluate` says of the lent model as it will be saved, the clock paused."""
+
+    def __init__(
+        self, folder: Path, every: int, tokens_per_step: int, loan, evaluate, clock: Clock
+    ):
+        super().__init__(folder / "curve.json", every, tokens_per_step, self.as_saved)
+        self.loan, self.evaluate, self.clock = loan, evaluate, clock
+
+    def as_saved(self) -> dict:
+        """A point's values."""
+        with self.clock.paused(), self.loan.as_saved():
+            return self.evaluate()
 
 
 class NextTokenTrainer(Trainer):

@@ -20,7 +20,7 @@ Asked = str | LayerCache
 def parse(cache: Asked | dict[str | int, Asked], layers: int) -> dict[int, Asked]:
     """layer -> what was asked for. ValueError for what means nothing, with the nearest valid
     name."""
-    asked = by_layer(cache, layers, "cache")
+    asked: dict[int, Asked] = by_layer(cache, layers, "cache")
     for one in dict.fromkeys(asked.values()):
         if not isinstance(one, LayerCache):
             caches.parse(one)

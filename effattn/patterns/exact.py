@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -30,7 +29,7 @@ class ExactBackend(Backend):
     """
 
     implementations = flash.IMPLEMENTATIONS
-    extras: ClassVar[tuple[str, ...]] = ("softcap", "sink_logits", "latent", "dropout")
+    extras: tuple[str, ...] = ("softcap", "sink_logits", "latent", "dropout")
 
     def __init__(self, impl: str = "auto"):
         super().__init__(impl)

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -83,7 +84,9 @@ class Linear(KernelBackend):
         self.decay, self.normalize = check_decay(self.name, decay), normalize
         self.feature_map = "identity" if feature_map in LEARNED else feature_map
         self._rates: tuple = (None, None)  # of the last call: for what, and the numbers
-        self.map_q = self.map_k = None
+        # of an unmade size until the first call, None where the map is fixed
+        self.map_q: Any = None
+        self.map_k: Any = None
         if feature_map in LEARNED:
             self.traits = replace(type(self).traits, learned=True)
             self.map_q, self.map_k = UninitializedParameter(), UninitializedParameter()

@@ -55,7 +55,7 @@ def make(
     pattern: str | dict[str | int, str] | None,
     options: dict,
     positions: dict[int, LayerPositions | None] | None = None,
-    cache: dict[int, str] | None = None,
+    cache: dict[int, str | caches.LayerCache] | None = None,
     latent: bool = False,
 ) -> dict[int, LayerPlan]:
     """layer -> its plan. ValueError for what means nothing, Unsupported for what this model or a
