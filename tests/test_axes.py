@@ -81,7 +81,10 @@ APART = {
     },
     "position rule": {
         "effattn/extending/article_plots.py": "two rules are drawn first",
+        "effattn/embedded/making.py": "a variant of the embedded model is called logn",
+        "effattn/extending/longrope.py": "the rules that a search for factors starts from",
         "effattn/extending/tuned_report.py": "what is claimed of some rules",
+        "recipes/extend_tuning.py": "rope is what the model has already",
         "effattn/hf/positions.py": "rope is what the model has already",
         "effattn/exporting/gguf_file.py": "what llama.cpp has of transformers' rules",
         "effattn/positions/kerple.py": "a kind of KERPLE is called power",
