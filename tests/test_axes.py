@@ -78,6 +78,7 @@ APART = {
         "prune/shearing/batch_loading.py": "a rule of batch loading is called fixed",
         "effattn/fitting/accounting.py": "a layer is dense, or has the window of a budget's axis",
         "quant/packed/layer.py": "a layer without a pattern of its own is dense",
+        "recipes/pretrain_embedded.py": "a variant of the embedded model is called dense",
     },
     "position rule": {
         "effattn/extending/article_plots.py": "two rules are drawn first",
