@@ -121,7 +121,8 @@ APART = {
 # What must be looked at when a member comes, by axis: the fewer, the better.
 AGREE = {
     "pattern": {
-        "effattn/checks.py": "an error names the patterns that an option goes with",
+        "effattn/arena/widths.py": "which patterns compete, at one reach",
+        "recipes/lra.py": "the patterns that are pretrained, unless others are asked for",
         "effattn/interface.py": "an error names the patterns that packed caches go with",
         "quant/packed/kind.py": "an error names the patterns that packed caches go with",
         "effattn/linearizing/approximation.py": "which option of a pattern is swept, and how far",
