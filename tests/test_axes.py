@@ -88,6 +88,7 @@ APART = {
         "recipes/extend_tuning.py": "rope is what the model has already",
         "effattn/hf/positions.py": "rope is what the model has already",
         "effattn/exporting/gguf_file.py": "what llama.cpp has of transformers' rules",
+        "effattn/exporting/openvino_model.py": "which of transformers' rules are numbers",
         "effattn/positions/kerple.py": "a kind of KERPLE is called power",
         "kernels/decode/ahead_of_time.py": "variants to compile",
         "kernels/flash/rules.py": "a kind of bias, which is the kernel's",
@@ -134,6 +135,7 @@ AGREE = {
     # Triton has no objects: a coding that is no integer is a branch in each kernel
     "cache format": {
         "effattn/fitting/candidates.py": "which formats, and how, a budget is searched with",
+        "effattn/states/evict.py": "which formats pack a token by itself, and in what groups",
     }
     | {
         f"kernels/{file}": "a coding is a branch in each kernel"

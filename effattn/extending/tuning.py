@@ -144,13 +144,10 @@ def tune(
     }
 
 
-def _losses(trainer: Trainer, per_step: int) -> list[dict[str, float]]:
-    """What was logged, by tokens."""
-    return [
-        {"tokens": row["step"] * per_step, "loss": row["loss"]}
-        for row in trainer.state.log_history
-        if "loss" in row
-    ]
+def _losses(trainer: Trainer, per_step: int) -> list[dict]:
+    """What the trainer has logged: a number of tokens, and the mean loss up to it."""
+    logged = (row for row in trainer.state.log_history if "loss" in row)
+    return [{"tokens": row["step"] * per_step, "loss": row["loss"]} for row in logged]
 
 
 def check_memory(memory: str, sampling: str | None) -> None:

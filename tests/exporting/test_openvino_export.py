@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import sys
 
@@ -238,6 +239,16 @@ def test_a_broken_file_is_one_line(engine, tmp_path):
     with pytest.raises(RuntimeError, match="OpenVINO cannot run") as raised:
         openvino_cpu.ask(tmp_path, {"threads": 1})
     assert "\n" not in str(raised.value)
+
+
+def test_a_full_disk_is_one_line(engine, tmp_path):
+    with openvino_cpu.runtime() as openvino:
+        ops = importlib.import_module("openvino.opset14")
+        given = ops.parameter([1, 8], np.float32)
+        made = openvino.Model([ops.matmul(given, np.eye(8, dtype="f4"), False, False)], [given])
+        (tmp_path / "m.bin").mkdir()  # where its weights would be
+        with pytest.raises(OSError, match=r"^output: m.xml cannot be written \(.*\)$"):
+            openvino_model.save(openvino, made, tmp_path / "m.xml")
 
 
 def test_nobody_is_told(engine, monkeypatch):
