@@ -70,8 +70,9 @@ class HybridState(RecurrentState):
         self.fold(tokens, memory)
 
     def _check_crop(self, n: int) -> None:
-        # the window of the token that comes next begins at n + 1 - window
-        least = self.base + self.window - 1
+        # the sums are read beside far keys that are outside of them: the token that comes next has
+        # to have left token n - window behind
+        least = self.base + self.window
         if self.base and n < least:
             raise ValueError(
                 f"crop: got {n}, but the first {self.base} tokens are in the sums, which cannot "

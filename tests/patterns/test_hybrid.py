@@ -161,6 +161,26 @@ def test_the_state_does_not_grow_and_gives_few_tokens_back():
     )
 
 
+@torch.no_grad()
+def test_every_crop_that_is_allowed_goes_on_as_before():
+    """As far back as there is: the next token's far keys may all be in the sums."""
+    attn, (q, k, v) = effattn.backend("hybrid(window=8, sinks=2)"), inputs(64)
+    expected = attn(q, k, v)
+    for n in range(1, 46):
+        state = attn.new_state()
+        attn(*(x[:, :, :46] for x in (q, k, v)), state=state)
+        try:
+            state.crop(n)
+        except ValueError:
+            assert n < 46 - 16  # that many can always be taken back
+            continue
+        for high in (n + 1, 64):
+            new = (x[:, :, state.seq_len : high] for x in (q, k, v))
+            low = state.seq_len
+            got = attn(*new, state=state)
+            torch.testing.assert_close(got, expected[:, :, low:high], rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.interpreted
 def test_triton_runs_both_parts():
     q, k, v = inputs(40)
