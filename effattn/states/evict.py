@@ -148,7 +148,7 @@ class Evict(LayerCache):
             dim * itemsize if coding is None else width(coding, dim)
             for dim, coding in zip((heads.head_dim, heads.value_dim), self.codings, strict=True)
         )
-        exact = token if self.bounded else token * self.keep
+        exact = token if type(self.keep) is int else token * self.keep
         return int(exact) if exact == int(exact) else exact
 
     @property

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -199,6 +200,15 @@ class Sizes:
     """Of a layer's keys and values."""
 
     kv_heads, head_dim, value_dim = 3, 64, 64
+
+
+def test_bytes_of_one_more_token():
+    """Of a number of tokens those of one, whether or not tokens go while decoding."""
+    sizes, whole = SimpleNamespace(kv_heads=HKV, head_dim=D, value_dim=D), 4 * HKV * 2 * D
+    shares = {"keep=128": 1, "keep=128, every=None": 1, "keep=0.5, every=None": 0.5}
+    for spec, share in shares.items():
+        found = parse(f"evict({spec})").fit(sizes).bytes_per_token(sizes)
+        assert found == whole * share
 
 
 @torch.no_grad()
