@@ -108,6 +108,7 @@ def kvpress(
             f"kvpress: compression_ratio of {kind}: got {ratio!r}, valid is a share above 0 and "
             "below 1"
         )
+    ratio = float(ratio)  # numpy's float64 is a float too
     made = Evict(
         f"kvpress({kind}, compression_ratio={ratio!r})",
         Press(press),

@@ -6,6 +6,7 @@ from __future__ import annotations
 import importlib
 from dataclasses import dataclass
 
+import numpy as np
 import pytest
 import torch
 from conftest import tiny
@@ -166,6 +167,12 @@ def test_generate_and_what_is_refused(tmp_path):
     for bad in (dict(attention_mask=mask), dict(prefill_chunk_size=40)):
         with pytest.raises(Unsupported, match="kvpress: presses score prompts in one piece"):
             model.generate(IDS, **how, **bad)
+
+
+def test_a_ratio_of_numpy():
+    made = effattn.kvpress(Stub(np.float64(0.25)))
+    assert (made.keep, type(made.keep)) == (0.75, float)
+    assert made.spec == "kvpress(Stub, compression_ratio=0.25)"
 
 
 def test_it_is_not_imported():
