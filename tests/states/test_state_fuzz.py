@@ -67,9 +67,10 @@ PACKED = {
 # other caches of what these patterns see: exact, where they forget nothing
 CACHES = {
     "paged": ("dense", "paged(page=4)"),
+    "evict, before any goes": ("dense", "evict(policy='norm', keep=999)"),
     "paged strides": ("strided(stride=3)", "paged(page=16)"),
 }
-QUICK, SLOW = 7, 70  # cases of each kind; with 32 kinds about 220 and 2,200
+QUICK, SLOW = 7, 70  # cases of each kind; with 33 kinds about 230 and 2,200
 # of int8 keys and values: a step is 2 max|x| / 255, about 0.03; one key too many or too few gives
 # 0.1
 BUDGET = 0.06
@@ -95,6 +96,7 @@ class Subject:
                 self.rotary = self.rotary if turned else None
         elif kind in CACHES:
             self.state = caches.parse(CACHES[kind][1]).new_state(self.backend)
+            self.rotary = None if self.state.packed else ROPE  # evict: rotated already
         else:
             self.state = self.backend.new_state()
         some = [torch.randn(1, heads, 3, self.dim, dtype=self.dtype) for heads in (H, HKV, HKV)]
