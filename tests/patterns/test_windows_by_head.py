@@ -285,4 +285,5 @@ def test_a_scale_and_windows_of_the_models_own(plan_of):
     assert abs(change - plan.errors[0]) < 0.01 * change
     # a window of the model's own is no wider for it
     plan = plan_of(tiny("mistral", sliding_window=16), ids, length=64, **how)
-    assert set(plan.values()) == {"dense"} and set(plan.errors) == {0.0}
+    assert set(plan.values()) == {"dense"}
+    assert set(plan.errors) == {0.0}

@@ -185,7 +185,7 @@ def test_a_cache_that_no_file_takes_is_refused(kind, tokens, tmp_path):
     cache = new_cache(model)
     with torch.no_grad():
         model(tokens[:180].view(2, 90), past_key_values=cache, use_cache=True)
-    with pytest.raises(Unsupported, match="cache: layer 0 holds a .*; valid are full"):
+    with pytest.raises(Unsupported, match=r"cache: layer 0 holds a .*; valid are full"):
         cache_files.write(cache, tmp_path / "cache.safetensors", {})
     assert not [*tmp_path.iterdir()]
 
