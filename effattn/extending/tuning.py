@@ -151,12 +151,14 @@ def _losses(trainer: Trainer, per_step: int) -> list[dict]:
 
 
 def check_memory(memory: str, sampling: str | None) -> None:
-    """ValueError for a pattern that remembers everything, and for positions that are drawn."""
+    """ValueError for a pattern that remembers everything or that dense attention cannot take over
+    from, and for positions that are drawn."""
     if sampling is not None:
         raise ValueError(
             f"memory: got {memory!r} with sampling={sampling!r}, and its positions count on from "
             "window to window; valid is no sampling"
         )
+    check_pattern("memory", memory)
     if not registry.backend(memory).new_state().evicts:
         raise ValueError(
             f"memory: got {memory!r}, which remembers every token; valid is a bounded pattern, "

@@ -67,9 +67,25 @@ def detach(cache: DynamicCache) -> None:
             holder.keys, holder.values = holder.keys.detach(), holder.values.detach()
 
 
+def _check_whole(cache: DynamicCache) -> None:
+    """Unsupported where a state has tensors that are not its attributes: codes, pages, tokens by
+    head. A file without them would be read as another memory."""
+    for name, holder in holders(cache):
+        if isinstance(holder, State):
+            own = {id(x) for _, one in _states(name, holder) for x in vars(one).values()}
+            if any(id(x) not in own for x in holder.tensors()):
+                raise Unsupported(
+                    f"cache: layer {name.split('.')[0]} holds a {type(holder).__name__}, which no "
+                    "file takes; valid are full caches and those of bounded patterns, in the "
+                    "model's dtype"
+                )
+
+
 def write(cache: DynamicCache, file: Path, told: dict) -> None:
     """Writes what the cache holds, and `told` (JSON), whole or not at all. Unsupported for a layer
-    that `holders` does not know; OSError where it cannot be written."""
+    that `holders` does not know, or whose state is in codes or pages or evicts by head; OSError
+    where it cannot be written."""
+    _check_whole(cache)
     tensors: dict[str, Tensor] = {}
     numbers: dict[str, object] = {}
     for name, holder in holders(cache):
@@ -136,7 +152,7 @@ def _fill(holder, kept: dict, file: Path, device: torch.device) -> None:
     if not isinstance(holder, State):
         if kept:
             holder.lazy_initialization(kept["keys"], kept["values"])
-    elif SIZES in kept:
+    elif kept.get(SIZES) is not None:  # the parts of a state by head have none
         *counts, dtype = kept.pop(SIZES)
         # a place without a number, "cuda", is that of the tensors
         kept[SIZES] = Sizes(*counts, getattr(torch, dtype), torch.empty(0, device=device).device)

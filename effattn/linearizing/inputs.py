@@ -18,12 +18,16 @@ from effattn.surgery.swapping import active, restore, swap
 
 @torch.no_grad()
 def projections_of(
-    model: nn.Module, tokens: Tensor, layers: Sequence[int] | None = None
+    model: nn.Module,
+    tokens: Tensor,
+    layers: Sequence[int] | None = None,
+    scaled: bool = False,
 ) -> dict[int, tuple[Tensor, Tensor, Tensor]]:
     """layer -> q (B, Hq, T, D), k and v (B, Hkv, T, D) as its attention gets them, for token ids
     (B, T) int64.
 
-    The model must not be swapped (ValueError), and is as before afterwards.
+    scaled: q such that `exact` is the layer's attention where the model has a scale of its own
+    (Granite, Gemma). The model must not be swapped (ValueError), and is as before afterwards.
     """
     if active(model) is not None:
         raise ValueError(
@@ -37,10 +41,13 @@ def projections_of(
             if layers is None or layer.index in layers:
                 backend = getattr(layer.attention, hooks.ATTRIBUTE).backend
 
-                def note(_, args, index=layer.index):
-                    found[index] = args[:3]
+                def note(_, args, kwargs, index=layer.index):
+                    q, k, v = args[:3]
+                    if scaled and kwargs.get("scale") is not None:
+                        q = q * (kwargs["scale"] * q.shape[-1] ** 0.5)
+                    found[index] = (q, k, v)
 
-                handles.append(backend.register_forward_pre_hook(note))
+                handles.append(backend.register_forward_pre_hook(note, with_kwargs=True))
         model.base_model(input_ids=tokens.to(input_device(model)), use_cache=False)
         for handle in handles:
             handle.remove()

@@ -23,7 +23,14 @@ from effattn.hf import anatomy as hf
 from effattn.hf.beginning import bos_of
 from effattn.hf.placement import present
 from effattn.linearizing.inputs import exact, projections_of
-from effattn.swapping.windows import LEAST, WindowPlan, check_calibration, projected, spec_of
+from effattn.swapping.windows import (
+    LEAST,
+    WindowPlan,
+    check_calibration,
+    forgets,
+    projected,
+    spec_of,
+)
 
 ROWS = 4  # windows of text at most
 RATE = 0.03  # of Adam, in lengths of a window of text
@@ -85,7 +92,8 @@ def learn_windows(
     the layer's own output as the target: a larger penalty gives smaller windows. The model itself
     does not learn, and is as before afterwards. calibration: token ids (N,) int64, of which up to
     four windows of `length` are read, one a step. ramp: R in tokens. `errors` of the plan are
-    those of the windows that came of it, on all that was read. Raises ValueError for bad
+    those of the windows that came of it, on all that was read. A layer with a shorter window of
+    its own keeps it ("dense"). Raises ValueError for bad
     arguments."""
     check_positive("penalty", penalty)
     least = {"ramp": 1, "sinks": 0, "length": 4 * LEAST, "steps": 1}
@@ -99,13 +107,18 @@ def learn_windows(
     some = windows(calibration[: ROWS * length], length, ROWS, bos_of(model))[0]
     specs, errors = {}, []
     for layer in parts.layers:
+        if forgets(layer, length):
+            specs[str(layer.index)] = "dense"
+            errors.append(0.0)
+            continue
         with torch.no_grad():
-            found = projections_of(model, some, [layer.index])[layer.index]
+            found = projections_of(model, some, [layer.index], scaled=True)[layer.index]
             with present(layer.o.module):
                 weight = layer.o.by_head.detach().float()
-        q, k, v = (x.detach().float() for x in found)
-        spans = AdaptiveSpan(k.shape[1], q.shape[2], ramp, sinks).to(q.device)
-        with torch.enable_grad():
+        # under inference_mode nothing could learn
+        with torch.inference_mode(False), torch.enable_grad():
+            q, k, v, weight = (x.detach().clone().float() for x in (*found, weight))
+            spans = AdaptiveSpan(k.shape[1], q.shape[2], ramp, sinks).to(q.device)
             _learn(spans, (q, k, v), weight, penalty, steps)
         chosen = spans.windows()
         specs[str(layer.index)] = spec = spec_of(chosen, [*range(len(chosen))], sinks)

@@ -54,7 +54,8 @@ def fit_windows(
     int64, of which up to four windows of `length` tokens are read: windows of half of that and more
     are not distinguished from None. sinks: first tokens that all heads see, measured where they are
     in the text, not at their place in the cache. A layer in which no
-    head can spare a token gets "dense". Raises ValueError for bad arguments, Unsupported for a
+    head can spare a token gets "dense", as one with a shorter window of its own does, which it
+    keeps. Raises ValueError for bad arguments, Unsupported for a
     model whose projections have no numbers to read."""
     if isinstance(error, bool) or not isinstance(error, (int, float)) or not 0 < error < 1:
         raise ValueError(f"error: got {error!r}, valid is a number between 0 and 1")
@@ -67,14 +68,24 @@ def fit_windows(
     specs, errors = {}, []
     for first in range(0, len(parts.layers), LAYERS):
         chosen = parts.layers[first : first + LAYERS]
-        found = projections_of(model, some, [layer.index for layer in chosen])
+        found = projections_of(model, some, [layer.index for layer in chosen], scaled=True)
         for layer in chosen:
+            if forgets(layer, length):
+                specs[str(layer.index)] = "dense"
+                errors.append(0.0)
+                continue
             with present(layer.o.module):
                 weight = layer.o.by_head.float()
             spec, left = _fit(found[layer.index], weight, error, sinks)
             specs[str(layer.index)] = spec
             errors.append(left)
     return WindowPlan(specs, errors)
+
+
+def forgets(layer, length: int) -> bool:
+    """Whether a layer of the anatomy has a window of its own, shorter than `length`: what it sees
+    is no more than that, and it stays ("dense" is its own attention)."""
+    return layer.own_window is not None and layer.own_window < length
 
 
 def check_calibration(tokens: Tensor, length: int) -> None:

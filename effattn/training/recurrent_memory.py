@@ -141,6 +141,8 @@ class RecurrentMemory(nn.Module):
         for name in ("num_beams", "num_return_sequences"):
             if options.get(name, 1) != 1:
                 raise Unsupported(f"{name}: got {options[name]}, valid is 1")
+        if options.get("return_dict_in_generate"):
+            raise Unsupported("return_dict_in_generate: got True, valid is False: ids alone")
         if type(max_new_tokens) is not int or max_new_tokens < 1:
             raise ValueError(
                 f"max_new_tokens: got {max_new_tokens!r}, valid is a whole number of at least 1"
@@ -257,6 +259,9 @@ def train_memory(
     while it trains, see `training.lent`. Raises ValueError for bad settings."""
     require_here(reader.model, "train_memory")
     check_choice("trainable", trainable, TRAINABLE)
+    for name, value in (("segments", segments), ("batch", batch)):
+        if type(value) is not int or value < 1:
+            raise ValueError(f"{name}: got {value!r}, valid is a whole number of at least 1")
     settings = {"disable_tqdm": True, "seed": seed} | training.placed(reader) | (overrides or {})
     length = segments * reader.segment
     steps = max(1, train_tokens // (batch * length))

@@ -258,3 +258,32 @@ def test_learned_windows_are_better_than_one_for_all_heads(embedded):
 def test_bad_arguments_of_learning_are_refused(embedded, options, message):
     with pytest.raises(ValueError, match=message):
         effattn.learn_windows(embedded[0], torch.arange(2048) % 99, **options)
+
+
+@pytest.mark.parametrize("plan_of", [effattn.fit_windows, effattn.learn_windows])
+def test_a_scale_and_windows_of_the_models_own(plan_of):
+    how = {"error": 0.3} if plan_of is effattn.fit_windows else {"penalty": 1.0, "ramp": 8}
+    ids = torch.randint(1, 96, (256,), generator=torch.Generator().manual_seed(0))
+    model = tiny("granite", attention_multiplier=0.02).eval()
+    layer = model.model.layers[0].self_attn
+    layer.q_proj.weight.data *= 400
+
+    def output():
+        seen = []
+        hook = layer.register_forward_hook(lambda _, given, out: seen.append(out[0]))
+        with torch.no_grad():
+            model(ids.view(4, 64), use_cache=False)
+        hook.remove()
+        return seen[0]
+
+    with torch.inference_mode():
+        plan = plan_of(model, ids, length=64, sinks=0, **how)
+    assert plan["0"] != "dense"
+    before = output()
+    effattn.swap(model, plan)
+    change = (output() - before).norm() / before.norm()
+    assert abs(change - plan.errors[0]) < 0.01 * change
+    # a window of the model's own is no wider for it
+    plan = plan_of(tiny("mistral", sliding_window=16), ids, length=64, **how)
+    assert set(plan.values()) == {"dense"}
+    assert set(plan.errors) == {0.0}

@@ -187,3 +187,9 @@ def test_only_layers_with_full_attention_are_blocked(tmp_path):
         extend.Quiet(),
     )[2]
     assert extend.training_pattern(job("", None), plan) == {"1": BLOCK}
+
+
+@pytest.mark.parametrize("spec", ["linear", "sliding(window=8, sink_logits=True)"])
+def test_a_memory_is_of_what_dense_attention_takes_over(spec):
+    with pytest.raises(ValueError, match=r"memory: got .*, and dense attention is to take over"):
+        tuning.check_memory(spec, None)

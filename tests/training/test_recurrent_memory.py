@@ -151,3 +151,12 @@ def test_mistakes(tokens, tmp_path):
         own.generate(tokens[:8][None], 0)
     with pytest.raises(ValueError, match="did you mean 'memory'"):
         trained(own, tokens, tmp_path, trainable="memories")
+
+
+@pytest.mark.parametrize("given", [{"segments": 0}, {"batch": 0}])
+def test_sizes_of_a_training_that_mean_nothing(given, tmp_path):
+    reader, ids = RecurrentMemory(tiny("llama"), 2, 8), torch.arange(90)
+    with pytest.raises(ValueError, match=f"{next(iter(given))}: got 0, valid is a whole"):
+        train_memory(reader, ids, train_tokens=64, folder=tmp_path, **given)
+    with pytest.raises(ValueError, match="return_dict_in_generate: got True"):
+        reader.generate(ids[None, :9], 2, return_dict_in_generate=True)

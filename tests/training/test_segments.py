@@ -13,6 +13,7 @@ from conftest import tiny
 from transformers import AttentionInterface, Trainer, TrainerCallback
 
 import effattn
+from effattn.errors import Unsupported
 from effattn.hf import cache_files
 from effattn.hf.cache import new_cache
 from effattn.training.lending import arguments, train
@@ -150,7 +151,15 @@ def test_a_killed_run_goes_on_exactly(tokens, tmp_path):
     assert left == ["memory-2-0.safetensors", "memory-4-0.safetensors"]
 
 
-@pytest.mark.parametrize("spec", ["sliding(window=6, sinks=2)", slow(None), slow("linear()")])
+@pytest.mark.parametrize(
+    "spec",
+    [
+        "sliding(window=6, sinks=2)",
+        "sliding(window=[6, 3, 6, 3, 6, 3, 6, 3], sinks=2)",
+        slow(None),
+        slow("linear()"),
+    ],
+)
 def test_a_cache_in_a_file(spec, tokens, tmp_path):
     model = tiny("llama") if spec else tiny("mistral", sliding_window=6)
     if spec:
@@ -168,6 +177,17 @@ def test_a_cache_in_a_file(spec, tokens, tmp_path):
             )
             assert torch.equal(ours, theirs)
     assert [file.name for file in tmp_path.iterdir()] == ["cache.safetensors"]
+
+
+@pytest.mark.parametrize("kind", ["int8", "paged(page=4)", "evict(policy='snapkv', keep=80)"])
+def test_a_cache_that_no_file_takes_is_refused(kind, tokens, tmp_path):
+    model = effattn.swap(tiny("llama"), "dense", cache=kind)
+    cache = new_cache(model)
+    with torch.no_grad():
+        model(tokens[:180].view(2, 90), past_key_values=cache, use_cache=True)
+    with pytest.raises(Unsupported, match=r"cache: layer 0 holds a .*; valid are full"):
+        cache_files.write(cache, tmp_path / "cache.safetensors", {})
+    assert not [*tmp_path.iterdir()]
 
 
 def test_what_is_refused(tokens):
