@@ -27,6 +27,8 @@ from effattn.hf.placement import input_device
 Progress = Callable[[int, int], None]
 PIECE = 16  # tokens at a time through a packed cache
 BATCH = 4096  # tokens at a time otherwise
+# fp32 logits that the sums take the room of: of both models logits and log-probabilities in fp64
+TEMPORARIES = 8
 
 
 def untold(done: int, total: int) -> None:
@@ -111,6 +113,7 @@ class Judge:
 
     def _add(self, sums: dict, parts, found: Tensor, wanted: Tensor, truth: Tensor) -> None:
         chunk = positions_at_a_time(self.parts.embeddings.weight.shape[0])
+        chunk = max(1, chunk // TEMPORARIES)
         for ours, theirs, next_ones in zip(
             found.split(chunk), wanted.split(chunk), truth.split(chunk), strict=True
         ):
