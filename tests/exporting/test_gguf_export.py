@@ -165,9 +165,10 @@ def test_layers_that_differ_are_deci(tmp_path):
     assert fields["general.architecture"] == "deci"
     assert fields["deci.attention.head_count"] == [4, 2, 0, 4]
     assert fields["deci.attention.head_count_kv"] == [2, 1, 0, 2]
-    assert fields["deci.feed_forward_length"] == [96, 32, 64, 0]
+    assert fields["deci.feed_forward_length"] == [96, 32, 64, 32]
     assert not [name for name in tensors if name.startswith("blk.2.attn")]
-    assert not [name for name in tensors if name.startswith("blk.3.ffn")]
+    for name in ("gate", "up", "down"):  # llama.cpp leaves out all of a layer without an FFN
+        assert not tensors[f"blk.3.ffn_{name}.weight"].any()
     assert torch.equal(
         tensors["blk.1.ffn_down.weight"],
         model.model.layers[1].mlp.down_proj.weight,
@@ -577,6 +578,18 @@ def test_llama_cpp_knows_every_family(kind, engine, tmp_path):
         check=True,
     )
     assert report.data["check"]["kl"] < 1e-5
+@pytest.mark.parametrize("widths", [(96, 0, 64), (96, 96, 0)])
+@pytest.mark.parametrize("heads", [(2, 1, 2), (2, 1, 0)])
+def test_layers_without_an_ffn_keep_their_attention_there(heads, widths, engine, tmp_path):
+    keep = Keep(heads=[*map(torch.arange, heads)], ffn=[*map(torch.arange, widths)])
+    folder = saved(
+        slice_model(tiny("llama", num_hidden_layers=3), keep, uniform=False), tmp_path / "model"
+    )
+    report = effattn.export(folder, to="gguf", output=tmp_path / "out", format="f32", check=True)
+    assert report.data["check"]["kl"] < 1e-6
+    assert "1 layers without an FFN have one of zeros" in report.data["notes"]
+
+
 
 
 def test_a_file_of_another_model_does_not_pass(engine, tmp_path, monkeypatch):
