@@ -228,6 +228,7 @@ def _scaling(parts: anatomy.Anatomy) -> dict[str, Any]:
     if kind in ("default", "llama3"):
         return {}
     own = [name for name in ("attention_factor", "mscale", "mscale_all_dim") if rope.get(name)]
+    own += ["truncate=False"] if rope.get("truncate") is False else []
     if kind not in SCALINGS or own:
         raise Unsupported(
             f"gguf: positions are scaled by {kind!r}{' with ' + own[0] if own else ''}; valid "

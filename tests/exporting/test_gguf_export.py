@@ -410,6 +410,10 @@ def test_bad_arguments_are_refused_before_a_model_is_loaded(arguments, message, 
     ("settings", "message"),
     [
         ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "scaled by 'dynamic'"),
+        (
+            {"rope_parameters": {"rope_type": "yarn", "factor": 2.0, "truncate": False}},
+            "'yarn' with truncate=False",
+        ),
         ({"hidden_act": "gelu"}, "activation is 'gelu'"),
     ],
 )
