@@ -513,6 +513,19 @@ def test_an_output_that_exists_is_left_alone(tmp_path):
     assert file.read_text() == "mine"
 
 
+@pytest.mark.parametrize("name", ["~/m.gguf", "file/m.gguf", "link.gguf", "m.gguf"])
+def test_a_file_that_cannot_be_is_refused_before_a_model_is_loaded(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    (tmp_path / "link.gguf").symlink_to("nowhere")
+    (tmp_path / "m.gguf.parts").mkdir()
+    (tmp_path / "m.gguf.parts" / "mine").touch()
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(ValueError, match=r"^output: "):
+        effattn.export("no/such/model", to="gguf", output=name)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
 # ---- in llama.cpp
 # -------------------------------------------------------------------------------------------------
 
@@ -565,6 +578,18 @@ def test_llama_cpp_computes_the_same(make, engine, tmp_path):
     assert json.loads((tmp_path / "out" / "report.json").read_text())["check"] == check
 
 
+@pytest.mark.parametrize("widths", [(96, 0, 64), (96, 96, 0)])
+@pytest.mark.parametrize("heads", [(2, 1, 2), (2, 1, 0)])
+def test_layers_without_an_ffn_keep_their_attention_there(heads, widths, engine, tmp_path):
+    keep = Keep(heads=[*map(torch.arange, heads)], ffn=[*map(torch.arange, widths)])
+    folder = saved(
+        slice_model(tiny("llama", num_hidden_layers=3), keep, uniform=False), tmp_path / "model"
+    )
+    report = effattn.export(folder, to="gguf", output=tmp_path / "out", format="f32", check=True)
+    assert report.data["check"]["kl"] < 1e-6
+    assert "1 layers without an FFN have one of zeros" in report.data["notes"]
+
+
 @pytest.mark.parametrize(
     "kind",
     ["llama3", "biased", "qwen2", "qwen3"],
@@ -582,18 +607,6 @@ def test_llama_cpp_knows_every_family(kind, engine, tmp_path):
         check=True,
     )
     assert report.data["check"]["kl"] < 1e-5
-@pytest.mark.parametrize("widths", [(96, 0, 64), (96, 96, 0)])
-@pytest.mark.parametrize("heads", [(2, 1, 2), (2, 1, 0)])
-def test_layers_without_an_ffn_keep_their_attention_there(heads, widths, engine, tmp_path):
-    keep = Keep(heads=[*map(torch.arange, heads)], ffn=[*map(torch.arange, widths)])
-    folder = saved(
-        slice_model(tiny("llama", num_hidden_layers=3), keep, uniform=False), tmp_path / "model"
-    )
-    report = effattn.export(folder, to="gguf", output=tmp_path / "out", format="f32", check=True)
-    assert report.data["check"]["kl"] < 1e-6
-    assert "1 layers without an FFN have one of zeros" in report.data["notes"]
-
-
 
 
 def test_a_file_of_another_model_does_not_pass(engine, tmp_path, monkeypatch):
@@ -621,3 +634,13 @@ def test_a_broken_file_is_one_line(engine, tmp_path):
     ) as raised:
         llama_cpp.ask(tmp_path / "m.gguf", question)
     assert "\n" not in str(raised.value)
+
+
+def test_a_parent_that_is_not_there_is_said_before_any_work(engine, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(gguf_file, "write", None)
+    with pytest.raises(ValueError, match=r"^before: got '\./nowhere'"):
+        effattn.export(
+            "embedded", to="gguf", output=tmp_path / "out", check=True, before="./nowhere"
+        )
+    assert not list(tmp_path.iterdir())
