@@ -83,7 +83,7 @@ def write(
         # "/out" is no part of "me/outer", nor of "/outer" or "/out.txt"
         whole = rf"(?<![\w.-]){re.escape(markdown_text(path))}(?![\w-]|\.\w)"
         last = markdown_text(Path(path).name)
-        text = re.sub(whole, lambda _, last=last: last, text)
+        text = re.sub(whole, last.replace("\\", r"\\"), text)
     write_text_atomic(folder / CARD, text + "\n")
 
 
