@@ -123,8 +123,10 @@ def output_of(settings: Settings, default: str | None = None) -> Iterator[bool]:
             finished = _finished(settings)
             if not finished:
                 check_new_folder("output", output)
-            elif isinstance(settings, Saving):  # killed before, or while, it was sent
-                publishing.push(settings, Quiet())
+            else:
+                if isinstance(settings, Saving):  # killed before, or while, it was sent
+                    publishing.push(settings, Quiet())
+                discard(settings.partial)  # last: where sending fails, the command does it again
             yield finished
 
 
@@ -138,10 +140,7 @@ def _finished(settings: Settings) -> bool:
         return False
     if partial.is_dir() and not any(partial.iterdir()):  # all but the last step of `discard`
         partial.rmdir()
-    if not is_of(partial, as_json(settings.kept())):
-        return False
-    discard(partial)
-    return True
+    return is_of(partial, as_json(settings.kept()))
 
 
 def check_unfinished(settings: Settings, begin: bool) -> None:

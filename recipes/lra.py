@@ -151,10 +151,11 @@ def check(settings: Settings) -> list[tuple[str, str, int]]:
     for spec in patterns:
         if not backend(spec).traits.bidirectional:
             raise ValueError(f"patterns: got {spec!r}, which is causal only")
-    known = {parse_spec(spec)[0]: spec for spec in patterns}
-    for name in settings.pretrained if not settings.patterns else ():
-        check_choice("pretrained", name, known)
-    before = [spec for name, spec in known.items() if name in settings.pretrained]
+    known = {spec: parse_spec(spec)[0] for spec in patterns}  # several may be of one name
+    given = Settings.pretrained if settings.patterns else ()  # the default is of other patterns
+    for name in settings.pretrained:
+        check_choice("pretrained", name, sorted({*known.values(), *given}))
+    before = [spec for spec, name in known.items() if name in settings.pretrained]
     return [
         (task, spec, steps)
         for task in settings.tasks

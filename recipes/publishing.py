@@ -163,6 +163,8 @@ def push(settings: Saving, show: Quiet) -> None:
     if name is None:
         return
     api, private = HfApi(), settings.push_private or None  # None: as the owner's default is
+    again = ["hf", "upload", name, str(settings.output)] + ["--private"] * settings.push_private
+    complete = f"the output is complete, send it with: {shlex.join(again)}"
     with show.stage(f"sending to the hub, as {name}"):
         try:
             made = api.create_repo(name, private=private, exist_ok=True)
@@ -173,11 +175,12 @@ def push(settings: Saving, show: Quiet) -> None:
             )
         except Exception as error:  # the hub library's, of many kinds
             reason = (str(error).splitlines() or [type(error).__name__])[0]
-            again = shlex.join(["hf", "upload", name, str(settings.output)])
             raise RuntimeError(
-                f"push_to_hub: {name} did not get all of it ({reason}); the output is complete, "
-                f"send it with: {again}"
+                f"push_to_hub: {name} did not get all of it ({reason}); {complete}"
             ) from error
+        except KeyboardInterrupt as stop:  # what a recipe says when it is stopped is of its work
+            stop.add_note(f"stopped; {name} may not have all of it; {complete}")
+            raise
 
 
 # The command

@@ -7,6 +7,7 @@ only when the check has passed."""
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -23,7 +24,7 @@ from effattn.exporting.targets.base import TARGETS as AXIS
 from effattn.exporting.targets.base import Source, Target
 from effattn.hf import anatomy
 from effattn.hf.weight_files import file_bytes
-from effattn.outputs import atomic_folder, check_new_folder
+from effattn.outputs import atomic_folder, check_file, check_new_folder
 from effattn.profiling.environment import environment
 from effattn.projections import packed
 from effattn.surgery.checkpoint import load_model
@@ -81,6 +82,8 @@ def export(
     output = Path(output)
     cache = {"kv_cache": kv_cache, "kv_skip": tuple(kv_skip), "calibration": calibration}
     asked = _check(to, output, format, check, before, cache)
+    if before is not None:
+        _parent(asked)  # it is written last: what is wrong with it is said first
     source = _source(model, asked)
     progress(1, STEPS)
     if output.suffix == gguf_file.SUFFIX:
@@ -116,8 +119,10 @@ def _check(
     if output.suffix == gguf_file.SUFFIX:
         if to != "gguf":
             raise ValueError(f"output: got {str(output)!r} with to={to!r}, valid is a new folder")
-        if output.exists():
+        if os.path.lexists(output):
             raise ValueError(f"output: {str(output)!r} exists; nothing was written")
+        check_file("output", output)
+        check_new_folder("output", _parts_of(output))
     else:
         check_new_folder("output", output)
     return Asked(target, kind, check, before, cache)
@@ -153,6 +158,15 @@ def _source(name: str | Path, asked: Asked) -> Source:
     source = Source(str(name), model, tokenizer, notes, file_bytes(name) or size, **asked.cache)
     target.refuse(source, asked.format)
     return source
+
+
+def _parent(asked: Asked) -> Source:
+    """The model named `before`. Raises what `_source` does, of that argument."""
+    assert asked.before is not None
+    try:
+        return _source(asked.before, asked)
+    except ValueError as error:
+        raise type(error)(f"before: {str(error).removeprefix('model: ')}") from error
 
 
 def _written(
@@ -202,7 +216,7 @@ def _speeds(source: Source, asked: Asked, folder: Path, text) -> list[dict]:
         if asked.before is not None:
             parent = folder / ".before"
             parent.mkdir()
-            target.write(_source(asked.before, asked), parent, asked.format)
+            target.write(_parent(asked), parent, asked.format)
         return checking.speeds(target.engine, folder, parent, text, contexts)
     finally:
         if parent is not None:
@@ -212,9 +226,13 @@ def _speeds(source: Source, asked: Asked, folder: Path, text) -> list[dict]:
 @contextmanager
 def _one_file(output: Path) -> Iterator[Path]:
     """A folder whose one file becomes `output` at the end."""
-    with atomic_folder(output.with_name(f"{output.name}.parts")) as folder:
+    with atomic_folder(_parts_of(output)) as folder:
         yield folder
         made = folder / GGUF
         if made.is_file():
             made.replace(output)
-    output.with_name(f"{output.name}.parts").rmdir()
+    _parts_of(output).rmdir()
+
+
+def _parts_of(output: Path) -> Path:
+    return output.with_name(f"{output.name}.parts")

@@ -3,8 +3,9 @@
     write(model, tokenizer, "model.gguf", "q8_0")
 
 Models whose layers are alike have their own architecture there; those whose layers differ are
-"deci", which has a number of heads and an FFN width for each layer, 0 for what is left out. Tensors
-are converted and written one by one."""
+"deci", which has a number of heads and an FFN width for each layer, 0 heads where attention is left
+out. A layer that has no FFN gets one of zeros: llama.cpp leaves out its attention too, or cannot
+run the file. Tensors are converted and written one by one."""
 
 from __future__ import annotations
 
@@ -32,6 +33,7 @@ UNEVEN = "deci"
 INTERLEAVED = ("llama", UNEVEN)
 SCALINGS = {"linear": "linear", "yarn": "yarn"}  # transformers' rules that it has as numbers
 FLOAT16 = 65504.0
+ZEROS = 32  # width of an FFN of zeros: a block of q8_0
 FILE_TYPES = {"f16": "MOSTLY_F16", "q8_0": "MOSTLY_Q8_0", "bf16": "MOSTLY_BF16", "f32": "ALL_F32"}
 
 
@@ -128,8 +130,23 @@ def _tensors(gguf, parts: anatomy.Anatomy, arch: str) -> Iterator[tuple[str, _Te
         if named is None:
             raise Unsupported(f"gguf: {name}: architecture {arch!r} has no such weight there")
         yield named, _Tensor(tensor, turned.get(owner))
+    embedded = parts.embeddings.weight
+    size = embedded.shape[1]
+    for index in without_ffn(parts):
+        yield f"blk.{index}.ffn_norm.weight", _Tensor(embedded.new_ones(size))
+        for name, shape in {
+            "gate": (ZEROS, size),
+            "up": (ZEROS, size),
+            "down": (size, ZEROS),
+        }.items():
+            yield f"blk.{index}.ffn_{name}.weight", _Tensor(embedded.new_zeros(shape))
     if _rope(parts).get("rope_type") == "llama3":
         yield "rope_freqs.weight", _Tensor(_factors(parts))
+
+
+def without_ffn(parts: anatomy.Anatomy) -> list[int]:
+    """Layers that have none."""
+    return [layer.index for layer in parts.layers if not layer.feed_forward.size]
 
 
 def _factors(parts: anatomy.Anatomy) -> Tensor:
@@ -171,7 +188,7 @@ def _describe(gguf, writer, parts: anatomy.Anatomy, kind: str) -> None:
     counts: dict[str, Any] = {
         "head_count": [layer.heads for layer in layers],
         "head_count_kv": [layer.kv_heads for layer in layers],
-        "feed_forward_length": [layer.feed_forward.size for layer in layers],
+        "feed_forward_length": [layer.feed_forward.size or ZEROS for layer in layers],
     }
     for name, values in counts.items():
         alike = len(set(values)) == 1 and not uneven.overrides(config)
@@ -211,6 +228,7 @@ def _scaling(parts: anatomy.Anatomy) -> dict[str, Any]:
     if kind in ("default", "llama3"):
         return {}
     own = [name for name in ("attention_factor", "mscale", "mscale_all_dim") if rope.get(name)]
+    own += ["truncate=False"] if rope.get("truncate") is False else []
     if kind not in SCALINGS or own:
         raise Unsupported(
             f"gguf: positions are scaled by {kind!r}{' with ' + own[0] if own else ''}; valid "

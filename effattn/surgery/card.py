@@ -80,7 +80,10 @@ def write(
     blocks += ["## What it is", _table(_facts(folder, config, parent))]
     text = "\n\n".join([*blocks, *_made(made, report)])
     for path in sorted(paths, key=len, reverse=True):
-        text = text.replace(markdown_text(path), markdown_text(Path(path).name))
+        # "/out" is no part of "me/outer", nor of "/outer" or "/out.txt"
+        whole = rf"(?<![\w.-]){re.escape(markdown_text(path))}(?![\w-]|\.\w)"
+        last = markdown_text(Path(path).name)
+        text = re.sub(whole, last.replace("\\", r"\\"), text)
     write_text_atomic(folder / CARD, text + "\n")
 
 

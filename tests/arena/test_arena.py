@@ -318,6 +318,7 @@ def test_the_recipe_goes_on_and_reports(tmp_path, monkeypatch):
             },
             "pretrained: got 'topk'",
         ),
+        ({"patterns": ("dense",), "pretrained": ("dens",)}, "pretrained: got 'dens'"),
         ({"length": 143}, "length: got 143, pathfinder_images takes at least 144 tokens"),
         ({"heads": 3}, "heads: got 3 for a width of 16"),
         (
@@ -341,3 +342,10 @@ def test_settings_that_mean_nothing_are_refused_before_any_work(given, message, 
             )
         )
     assert list(tmp_path.iterdir()) == []
+
+
+def test_every_pattern_of_a_name_is_pretrained(tmp_path):
+    patterns = ("performer(features=8)", "performer(features=16)", "vq(codes=8)")
+    given = {"tasks": ("listops",), "patterns": patterns, "pretrained": ("performer",)}
+    rows = lra.check(settings(tmp_path / "out", **given))
+    assert [spec for _, spec, before in rows if before] == list(patterns[:2])

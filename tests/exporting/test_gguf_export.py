@@ -165,9 +165,10 @@ def test_layers_that_differ_are_deci(tmp_path):
     assert fields["general.architecture"] == "deci"
     assert fields["deci.attention.head_count"] == [4, 2, 0, 4]
     assert fields["deci.attention.head_count_kv"] == [2, 1, 0, 2]
-    assert fields["deci.feed_forward_length"] == [96, 32, 64, 0]
+    assert fields["deci.feed_forward_length"] == [96, 32, 64, 32]
     assert not [name for name in tensors if name.startswith("blk.2.attn")]
-    assert not [name for name in tensors if name.startswith("blk.3.ffn")]
+    for name in ("gate", "up", "down"):  # llama.cpp leaves out all of a layer without an FFN
+        assert not tensors[f"blk.3.ffn_{name}.weight"].any()
     assert torch.equal(
         tensors["blk.1.ffn_down.weight"],
         model.model.layers[1].mlp.down_proj.weight,
@@ -409,6 +410,10 @@ def test_bad_arguments_are_refused_before_a_model_is_loaded(arguments, message, 
     ("settings", "message"),
     [
         ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "scaled by 'dynamic'"),
+        (
+            {"rope_parameters": {"rope_type": "yarn", "factor": 2.0, "truncate": False}},
+            "'yarn' with truncate=False",
+        ),
         ({"hidden_act": "gelu"}, "activation is 'gelu'"),
     ],
 )
@@ -508,6 +513,19 @@ def test_an_output_that_exists_is_left_alone(tmp_path):
     assert file.read_text() == "mine"
 
 
+@pytest.mark.parametrize("name", ["~/m.gguf", "file/m.gguf", "link.gguf", "m.gguf"])
+def test_a_file_that_cannot_be_is_refused_before_a_model_is_loaded(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    (tmp_path / "link.gguf").symlink_to("nowhere")
+    (tmp_path / "m.gguf.parts").mkdir()
+    (tmp_path / "m.gguf.parts" / "mine").touch()
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(ValueError, match=r"^output: "):
+        effattn.export("no/such/model", to="gguf", output=name)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
 # ---- in llama.cpp
 # -------------------------------------------------------------------------------------------------
 
@@ -560,6 +578,18 @@ def test_llama_cpp_computes_the_same(make, engine, tmp_path):
     assert json.loads((tmp_path / "out" / "report.json").read_text())["check"] == check
 
 
+@pytest.mark.parametrize("widths", [(96, 0, 64), (96, 96, 0)])
+@pytest.mark.parametrize("heads", [(2, 1, 2), (2, 1, 0)])
+def test_layers_without_an_ffn_keep_their_attention_there(heads, widths, engine, tmp_path):
+    keep = Keep(heads=[*map(torch.arange, heads)], ffn=[*map(torch.arange, widths)])
+    folder = saved(
+        slice_model(tiny("llama", num_hidden_layers=3), keep, uniform=False), tmp_path / "model"
+    )
+    report = effattn.export(folder, to="gguf", output=tmp_path / "out", format="f32", check=True)
+    assert report.data["check"]["kl"] < 1e-6
+    assert "1 layers without an FFN have one of zeros" in report.data["notes"]
+
+
 @pytest.mark.parametrize(
     "kind",
     ["llama3", "biased", "qwen2", "qwen3"],
@@ -604,3 +634,13 @@ def test_a_broken_file_is_one_line(engine, tmp_path):
     ) as raised:
         llama_cpp.ask(tmp_path / "m.gguf", question)
     assert "\n" not in str(raised.value)
+
+
+def test_a_parent_that_is_not_there_is_said_before_any_work(engine, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(gguf_file, "write", None)
+    with pytest.raises(ValueError, match=r"^before: got '\./nowhere'"):
+        effattn.export(
+            "embedded", to="gguf", output=tmp_path / "out", check=True, before="./nowhere"
+        )
+    assert not list(tmp_path.iterdir())

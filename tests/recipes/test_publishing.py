@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import sys
 from types import SimpleNamespace
@@ -246,6 +247,27 @@ def test_it_is_sent_when_all_is_done_and_again_where_that_failed(small, tmp_path
     assert "| Perplexity |" in found.text
     assert report.data["environment"]["device"] in found.text
     assert str(small) not in found.text, "where files lie is nobody else's business"
+
+
+def test_it_can_be_stopped_several_times_while_it_is_sent(small, tmp_path, hub, monkeypatch):
+    """The same command sends it, until it is there; who has no same command gets one."""
+    upload = huggingface_hub.HfApi.upload_folder
+
+    def stops(self, **how):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "upload_folder", stops)
+    given = (str(small / "model"), small / "text.txt", tmp_path / "out")
+    how = {"push_to_hub": "name", "push_private": True}
+    for _ in range(3):
+        with pytest.raises(KeyboardInterrupt) as stopped:
+            run_small("convert_latent", *given, **how)
+        said = f"stopped; name may not have all of it; the output is complete, .*{tmp_path}/out"
+        assert re.match(f"{said} --private$", stopped.value.__notes__[0])
+    monkeypatch.setattr(huggingface_hub.HfApi, "upload_folder", upload)
+    run_small("convert_latent", *given, **how)
+    assert hub[-1][0] == "upload"
+    assert [file.name for file in tmp_path.iterdir()] == ["out"]
 
 
 def test_the_hub_makes_no_other_run():

@@ -112,6 +112,16 @@ def test_names_of_others_stay_text(tmp_path, name):
     assert "license: mit" not in prose.replace(lines[0], "").replace(lines[1], "")
 
 
+def test_a_path_is_shortened_where_it_is_one_alone(tmp_path):
+    """In a container paths are short, and parts of other names."""
+    parent = Parent("model", ("meta/model-1",))
+    made = "see /model, /model/x, /model.txt, /models and meta/model-1."
+    found = write(tmp_path / "out", parent=parent, made=made, hub="me/model", paths=["/model"])
+    assert found.data.base_model == "meta/model-1"
+    assert 'from_pretrained("me/model")' in found.text
+    assert "see model, model/x, /model.txt, /models and meta/model-1." in found.text
+
+
 # ---- of what it was made
 
 

@@ -29,6 +29,8 @@ class Gguf(Target):
         assert format is not None
         parts = anatomy.of(source.model)
         gguf_file.check(parts, format)
+        if none := gguf_file.without_ffn(parts):
+            source.notes.append(f"{len(none)} layers without an FFN have one of zeros")
         gguf_tokenizer.of(source.tokenizer, parts.embeddings.weight.shape[0])
 
     @classmethod
