@@ -35,6 +35,7 @@ SUBJECTS = {
     "extend_longlora": ("LongLoRA beside whole attention", "effattn extend --train-pattern"),
     "extend_longrope": ("Factors of longrope, searched for", "effattn extend --rule longrope(...)"),
     "kernels": ("Kernels' predicted share of an H200's limits", "python -m bench.kernels"),
+    "loading": ("from_pretrained after import effattn", "python -m bench.loading"),
     "linearize_all": ("Every layer linear", "effattn linearize"),
     "linearize_hybrid": ("Linear, every fourth a window", "effattn linearize --keep-every 4"),
     "linearize_monarch": ("Monarch projections", "effattn linearize --projections"),

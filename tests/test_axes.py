@@ -84,6 +84,7 @@ APART = {
         "effattn/extending/tuned_report.py": "what is claimed of some rules",
         "effattn/hf/positions.py": "rope is what the model has already",
         "effattn/exporting/gguf_file.py": "what llama.cpp has of transformers' rules",
+        "effattn/exporting/openvino_model.py": "which of transformers' rules are numbers",
         "effattn/positions/kerple.py": "a kind of KERPLE is called power",
         "kernels/decode/ahead_of_time.py": "variants to compile",
         "kernels/flash/rules.py": "a kind of bias, which is the kernel's",

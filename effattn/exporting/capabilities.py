@@ -16,7 +16,7 @@ AS_IS, ZEROS, NO, YES = "as is", "dense, with zeros", "no", "yes"
 EFFATTN = "effattn"  # transformers after `import effattn`; no export, but what effattn.save writes
 # target of an export -> the engine that reads it
 ENGINES = {
-    EFFATTN: "transformers after `import effattn`",
+    EFFATTN: "after `import effattn`",
     "transformers": "transformers",
     "gguf": "llama.cpp",
     "openvino": "OpenVINO",

@@ -31,10 +31,20 @@ class Engine(Protocol):
 
     NAME: str
 
-    def require(self) -> None: ...
-    def version(self) -> str: ...
-    def ask(self, folder: Path, question: dict[str, Any]) -> dict[str, Any]: ...
-    def cores(self) -> int: ...
+    def require(self) -> None:
+        """ValueError, saying what to install, where it is not there."""
+
+    def version(self) -> str:
+        """Of the package that has it."""
+        ...
+
+    def ask(self, folder: Path, question: dict[str, Any]) -> dict[str, Any]:
+        """The answer; RuntimeError, in one line, where it cannot run the export."""
+        ...
+
+    def cores(self) -> int:
+        """How many processors it may use."""
+        ...
 
 
 def compare(

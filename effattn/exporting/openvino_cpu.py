@@ -27,6 +27,7 @@ NAME, PACKAGE = "OpenVINO", "openvino"
 INSTALL = "pip install 'effattn[openvino]'"
 FILE = "openvino_model.xml"  # in the folder of an export
 TELLS = "openvino_telemetry"
+NUMBERS = ("INFERENCE_PRECISION_HINT", "KV_CACHE_PRECISION")  # what it computes and caches in
 STEPS, CHUNK = 32, 512  # tokens that are timed, and tokens of a text that are read at once
 
 
@@ -84,8 +85,8 @@ class _Reader:
 
     def __init__(self, compiled: Any):
         self.request = compiled.create_infer_request()
-        said = [compiled.get_property(f"{of}_PRECISION{hint}") for of, hint in PRECISIONS]
-        self.numbers = "{}, cache {}".format(*(one.get_type_name() for one in said))
+        said = [compiled.get_property(name).get_type_name() for name in NUMBERS]
+        self.numbers = ", cache ".join(said)
         self.length = 0
 
     def forget(self) -> None:
@@ -107,9 +108,6 @@ class _Reader:
         )
         self.length = new
         return answer["logits"][0, -1]
-
-
-PRECISIONS = (("INFERENCE", "_HINT"), ("KV_CACHE", ""))
 
 
 def _answer(reader: _Reader, question: dict) -> dict:

@@ -79,7 +79,16 @@ def write(model: nn.Module, folder: Path, format: str) -> None:
         about = made.get_rt_info()
         if "runtime_options" in about:
             del about["runtime_options"]
-        openvino.save_model(made, str(folder / openvino_cpu.FILE), compress_to_fp16=False)
+        save(openvino, made, folder / openvino_cpu.FILE)
+
+
+def save(openvino: Any, made: Any, file: Path) -> None:
+    """Writes the file, and its weights beside it. OSError where the disk takes no more of them."""
+    try:
+        openvino.save_model(made, str(file), compress_to_fp16=False)
+    except RuntimeError as error:  # all that is said is "iostream error"
+        words = str(error).strip().splitlines() or [""]
+        raise OSError(f"output: {file.name} cannot be written ({words[-1]:.200})") from error
 
 
 @torch.no_grad()
