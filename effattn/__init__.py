@@ -24,6 +24,7 @@ _FUNCTIONS = {
     "export": "effattn.exporting.export",
     "fit": "effattn.fitting.fit",
     "fit_windows": "effattn.swapping.windows",
+    "learn_windows": "effattn.swapping.spans",
     "flex_attention": "effattn.kernels.flex",
     "kvpress": "effattn.hf.presses",
     "load": "effattn.surgery.checkpoint",

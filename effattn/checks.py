@@ -185,8 +185,14 @@ def check_positions(
             f"rotary: {rule.spec!r} decides scores pair by pair, which {backend.name} does not "
             "compute; valid are exact patterns (with topk rerope too, clipped within its window)"
         )
+    apart = backend.farthest is not None and (rule.raw_keys or rule.scores)
+    if apart and not backend.traits.exact:
+        raise Unsupported(
+            f"rotary: {rule.spec!r}, where {backend.name} counts positions by their place in the "
+            "cache; valid are rules that only turn by fixed angles, and logn"
+        )
     held = state is not None and (state.packed or state.static)
-    if held and backend.farthest is not None and (rule.raw_keys or rule.scores):
+    if held and apart:
         raise Unsupported(
             f"rotary: {rule.spec!r} with sinks, which it scores apart, cannot go with packed keys "
             "or a static cache; valid are a full cache, or rules that only turn by fixed angles, "

@@ -211,7 +211,7 @@ def saving(settings: Saving, show: Quiet, report: Document, plain: bool = False)
     with atomic_folder(settings.output) as folder:
         with show.stage(said):
             yield folder
-        publishing.finish(settings, show, folder, report)
+        publishing.finish(settings, show, folder, report, device)
         report.save(folder)
     publishing.push(settings, show)
 

@@ -163,7 +163,13 @@ def check(settings: Settings) -> list[tuple[str, str, int]]:
     ]
 
 
-command = flow.command(Settings, run)
+def tell(settings: Settings, report: ArenaReport) -> None:
+    """The report's tables, and where it lies: there is no checkpoint."""
+    flow.console_of(settings.WIDTH).print(report)
+    flow.tell_report(settings.output)
+
+
+command = flow.command(Settings, run, tell)
 
 if __name__ == "__main__":
     typer.run(command)

@@ -9,15 +9,19 @@ from __future__ import annotations
 import hashlib
 import json
 import shlex
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import MISSING, Field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from effattn.recipes.options import Option, Saving, declared
 from effattn.reports.document import Document
 from effattn.resuming import Parts
 from effattn.stages import Quiet, main_process
+
+if TYPE_CHECKING:
+    import torch
 
 
 def check(settings: Saving) -> None:
@@ -37,15 +41,21 @@ def check(settings: Saving) -> None:
         check_harness(settings.lm_eval)
 
 
-def finish(settings: Saving, show: Quiet, folder: Path, report: Document) -> None:
+def finish(
+    settings: Saving,
+    show: Quiet,
+    folder: Path,
+    report: Document,
+    device: Callable[[str], torch.device],
+) -> None:
     """Evaluates the checkpoint in `folder`, if there is one and it was asked for, and writes its
-    card."""
+    card. device: what the setting of that name means."""
     from effattn.hf import parentage
     from effattn.surgery import card
 
     if (folder / "config.json").is_file():
         if settings.lm_eval:
-            report.data["lm_eval"] = _evaluated(settings, show, folder)
+            report.data["lm_eval"] = _evaluated(settings, show, folder, device(settings.device))
         made = command_line(settings)
         parent, hub = parentage.of(settings.model), settings.push_to_hub
         paths = [str(path) for path in _paths(settings)]
@@ -56,12 +66,11 @@ def finish(settings: Saving, show: Quiet, folder: Path, report: Document) -> Non
 # -------------------------------------------------------------------------------------------------
 
 
-def _evaluated(settings: Saving, show: Quiet, folder: Path) -> dict:
+def _evaluated(settings: Saving, show: Quiet, folder: Path, device: torch.device) -> dict:
     """What the parent and the checkpoint reach, task by task: for a report's "lm_eval". What is
     finished of it is kept beside the output, and the same command goes on from there."""
     from effattn.evaluate.harness_runs import harness_scores, prompt_length
     from effattn.profiling.environment import package_version
-    from effattn.recipes import flow
     from effattn.surgery.checkpoint import load_model
 
     kept = _kept(settings)
@@ -72,15 +81,16 @@ def _evaluated(settings: Saving, show: Quiet, folder: Path) -> dict:
         said = "the parent" if side == "before" else "the result"
         with show.stage(f"loading {said} for lm-evaluation-harness"):
             model, tokenizer = load_model(name, bos=getattr(settings, "bos", None))
-            model.to(flow.device(settings.device))
+            if device.type != model.device.type:
+                model.to(device)
         length = length or prompt_length(model)
         found[side] = {}
         for task in settings.lm_eval:
             key = json.dumps([of, task, settings.lm_eval_limit, length])
             how = {"limit": settings.lm_eval_limit, "length": length}
-            given = (model, tokenizer, [task])
-            stage = f"lm-evaluation-harness, {task}: {said}"
-            found[side] |= flow.part(show, kept, stage, key, harness_scores, *given, **how)
+            with show.stage(f"lm-evaluation-harness, {task}: {said}") as progress:
+                scored = partial(harness_scores, model, tokenizer, [task], progress=progress, **how)
+                found[side] |= kept.once(key, scored)
         del model
     return {
         "tasks": list(settings.lm_eval),

@@ -110,6 +110,7 @@ EXTRA: dict[str, dict] = {
 # What `pytest -m quick` runs, beside single tests that carry the mark: whole files, by folder. All
 # of it takes two minutes of one core. tests/test_quick.py says that every folder has a part.
 QUICK = {
+    "arena": ["test_tasks"],
     "bench": ["test_benchmark_results"],
     "calibration": ["test_attended"],
     "evaluate": ["test_evaluate"],

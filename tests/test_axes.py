@@ -78,10 +78,14 @@ APART = {
         "prune/shearing/batch_loading.py": "a rule of batch loading is called fixed",
         "effattn/fitting/accounting.py": "a layer is dense, or has the window of a budget's axis",
         "quant/packed/layer.py": "a layer without a pattern of its own is dense",
+        "recipes/pretrain_embedded.py": "a variant of the embedded model is called dense",
     },
     "position rule": {
         "effattn/extending/article_plots.py": "two rules are drawn first",
+        "effattn/embedded/making.py": "a variant of the embedded model is called logn",
+        "effattn/extending/longrope.py": "the rules that a search for factors starts from",
         "effattn/extending/tuned_report.py": "what is claimed of some rules",
+        "recipes/extend_tuning.py": "rope is what the model has already",
         "effattn/hf/positions.py": "rope is what the model has already",
         "effattn/exporting/gguf_file.py": "what llama.cpp has of transformers' rules",
         "effattn/exporting/openvino_model.py": "which of transformers' rules are numbers",
@@ -117,7 +121,8 @@ APART = {
 # What must be looked at when a member comes, by axis: the fewer, the better.
 AGREE = {
     "pattern": {
-        "effattn/checks.py": "an error names the patterns that an option goes with",
+        "effattn/arena/widths.py": "which patterns compete, at one reach",
+        "recipes/lra.py": "the patterns that are pretrained, unless others are asked for",
         "effattn/interface.py": "an error names the patterns that packed caches go with",
         "quant/packed/kind.py": "an error names the patterns that packed caches go with",
         "effattn/linearizing/approximation.py": "which option of a pattern is swept, and how far",
@@ -131,6 +136,7 @@ AGREE = {
     # Triton has no objects: a coding that is no integer is a branch in each kernel
     "cache format": {
         "effattn/fitting/candidates.py": "which formats, and how, a budget is searched with",
+        "effattn/states/evict.py": "which formats pack a token by itself, and in what groups",
     }
     | {
         f"kernels/{file}": "a coding is a branch in each kernel"

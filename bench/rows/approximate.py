@@ -17,6 +17,7 @@ LINEAR, PERFORMER, VQ, LSH, TOPK = (
     "topk(window=512, block=64, blocks=8)",
 )
 GATED, DELTA = "gated", "gated(delta=True)"
+HYBRID = "hybrid(window=512)"
 BLOCKWISE = "linformer_blockwise(k=256)"
 FEW, MANY = 1024, 65536  # tokens before a step
 SOURCE = "approximate backends on a CPU, B1 H8 D64, fp32"
@@ -50,6 +51,7 @@ GROWN = (
     (TOPK, 4.9),
     (GATED, 4.6),
     (DELTA, 4.6),
+    (HYBRID, 4.6),
 )
 STEPS = (LINEAR, PERFORMER, VQ, LSH, TOPK)
 FLAT = STEPS[:2]

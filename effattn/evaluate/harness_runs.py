@@ -10,7 +10,9 @@ are fetched by `datasets`; a YAML file may name Python functions beside it, whic
 from __future__ import annotations
 
 import contextlib
+import copy
 import difflib
+import functools
 import logging
 import random
 from collections.abc import Iterator, Sequence
@@ -65,9 +67,12 @@ def harness_scores(
     limit: the first examples of each task. length: tokens of our own prompts (None: as much as the
     model was trained for, at most 4096). batch: sequences at a time. Raises what `check_harness`
     does."""
+    if not tasks:
+        raise ValueError("tasks: got none, valid is at least one name")
+    check_harness(tasks)
     import lm_eval
 
-    check_harness(tasks)
+    training = model.training
     ours = [name.removeprefix(OURS) for name in tasks if name.startswith(OURS)]
     theirs = [name for name in tasks if not name.startswith(OURS)]
     with _quiet(), _same_chance():
@@ -75,14 +80,18 @@ def harness_scores(
         if ours:
             length = length or prompt_length(model)
             made += harness_tasks(tokenizer, ours, length=length).values()
-        found = lm_eval.simple_evaluate(
-            model=_told(model, tokenizer, batch, progress),
-            tasks=made,
-            limit=limit,
-            bootstrap_iters=BOOTSTRAPPED,
-            log_samples=False,
-            task_manager=_manager(theirs),
-        )
+        try:
+            found = lm_eval.simple_evaluate(
+                # it gives the tokenizer a token for padding
+                model=_told(model, copy.deepcopy(tokenizer), batch, progress),
+                tasks=made,
+                limit=limit,
+                bootstrap_iters=BOOTSTRAPPED,
+                log_samples=False,
+                task_manager=_manager(theirs),
+            )
+        finally:
+            model.train(training)
     return {name: _scores(name, found) for name in found["results"]}
 
 
@@ -95,9 +104,14 @@ def prompt_length(model) -> int:
 def _manager(names: Sequence[str]):
     """What finds tasks by name. Reading the harness's 14,000 takes seconds, which files need
     not."""
+    return _index(not all(map(_is_file, names)))
+
+
+@functools.lru_cache(maxsize=2)
+def _index(theirs: bool):
     from lm_eval.tasks import TaskManager
 
-    return TaskManager(include_defaults=not all(map(_is_file, names)))
+    return TaskManager(include_defaults=theirs)
 
 
 def _is_file(name: str) -> bool:

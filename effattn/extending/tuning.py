@@ -130,11 +130,6 @@ def tune(
         )
         trainer.remove_callback(PrinterCallback)  # progress is the caller's
         training.train(trainer)
-    losses = [
-        {"tokens": row["step"] * per_step, "loss": row["loss"]}
-        for row in trainer.state.log_history
-        if "loss" in row
-    ]
     found = {} if curve is None else {"curve": curve.points}
     return found | {
         "tokens": steps * per_step,
@@ -145,8 +140,14 @@ def tune(
         "memory": memory,
         "lora": lora,
         "learning_rate": arguments.learning_rate,
-        "losses": losses,
+        "losses": _losses(trainer, per_step),
     }
+
+
+def _losses(trainer: Trainer, per_step: int) -> list[dict]:
+    """What the trainer has logged: a number of tokens, and the mean loss up to it."""
+    logged = (row for row in trainer.state.log_history if "loss" in row)
+    return [{"tokens": row["step"] * per_step, "loss": row["loss"]} for row in logged]
 
 
 def check_memory(memory: str, sampling: str | None) -> None:

@@ -155,8 +155,6 @@ def attention(
         )
     documents = packed_rows.of_layer(kwargs, attention_mask, query.shape[0], query.shape[2])
     if layer.backend is None:
-        if kwargs.get("prefix_lengths") is not None:
-            raise Unsupported(f"layer {layer.index}: prefix_lengths: valid in layers of 'dense'")
         return _keep(
             module,
             query,
@@ -310,6 +308,9 @@ def _keep(module, query, key, value, masks, scaling, dropout, original: str, kwa
     given. masks: of padding, and the numbers of documents.
     """
     padding_mask, documents = masks
+    if kwargs.get("prefix_lengths") is not None:
+        index = getattr(module, ATTRIBUTE).index
+        raise Unsupported(f"layer {index}: prefix_lengths: valid in layers of 'dense'")
     from transformers import masking_utils
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 

@@ -17,7 +17,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.parameter import UninitializedParameter, is_lazy
 
 from effattn.errors import Unsupported, check_choice
@@ -120,6 +120,7 @@ class Linear(KernelBackend):
             ("q", self.map_q, q.shape[1]),
             ("k", self.map_k, k.shape[1]),
         ):
+            assert parameter is not None
             # "exp" starts from exp(q.k / sqrt(D)), so each side has the fourth root
             if is_lazy(parameter):
                 parameter.materialize((heads, rows, dim), device=q.device, dtype=torch.float32)
@@ -153,7 +154,7 @@ class Linear(KernelBackend):
     def mapped_and_top(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """`mapped`, and what a query's largest exponent was (B, Hq, T), where that was taken off
         its features."""
-        if self.map_q is None:
+        if self.map_q is None or self.map_k is None:
             return q, k, None
         if self.map == "exp":
             query, top = _exponential(q, self.map_q, query=True)
@@ -213,7 +214,7 @@ def _exponential(x: Tensor, weight: Tensor, query: bool) -> tuple[Tensor, Tensor
     return wide.clamp(min=LOWEST).exp().to(y.dtype), top
 
 
-def _hedgehog(x: Tensor, weight: nn.Parameter) -> Tensor:
+def _hedgehog(x: Tensor, weight: Tensor) -> Tensor:
     """softmax([W x, -W x]) per head: (B, H, T, D) -> (B, H, T, 2 D). Equation 6 of
     arXiv:2402.04347.
     """

@@ -27,6 +27,7 @@ from effattn.patterns.compressed import Compressed
 from effattn.patterns.dense import Dense
 from effattn.patterns.exact import ExactBackend, check_size, keys_back
 from effattn.patterns.residues import by_residue
+from effattn.positions.bound import Positions
 from effattn.registry import register
 from effattn.states.base import State
 from effattn.states.full import RingState, first_positions
@@ -171,7 +172,16 @@ class Sliding(ExactBackend):
         self.chosen_impl = self.by_head.backends[0].chosen_impl
         return out
 
+    @property
+    def score_rules(self) -> bool:
+        return self.compressed is None and super().score_rules
+
     def _run_compressed(self, q, k, v, mask, state, scale, rotary, extras) -> Tensor:
+        if isinstance(rotary, Positions) and not rotary.only_turns:
+            raise Unsupported(
+                f"rotary: {rotary.spec!r} with compress, whose positions are places in the cache; "
+                "valid are rules that only turn by fixed angles"
+            )
         self.chosen_impl = impl = flash.choose(self.impl, q.device)
         how = {
             "scale": q.shape[-1] ** -0.5 if scale is None else float(scale),

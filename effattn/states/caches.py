@@ -195,12 +195,19 @@ def kinds() -> dict[str, type[LayerCache]]:
         for file in pkgutil.iter_modules(getattr(package, "__path__", ())):
             importlib.import_module(f"{home}.{file.name}")
     found: dict[str, type[LayerCache]] = {}
-    for kind in _KINDS:
+    for kind in sorted(_KINDS, key=_place):  # whatever was imported first
         for name in kind.names():
             if name in found or name == FULL:
                 raise ValueError(f"cache {name!r} is registered already")
             found[name] = kind
     return found
+
+
+def _place(kind: type[LayerCache]) -> tuple[int, str]:
+    """Where a kind stands among others: its home's place in `HOMES`, and its file."""
+    file = kind.__module__
+    homes = [place for place, home in enumerate(HOMES) if file.startswith(home)]
+    return (homes or [len(HOMES)])[0], file
 
 
 def parse(spec: str) -> LayerCache | None:

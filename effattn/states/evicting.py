@@ -15,7 +15,7 @@ that are held, the older ones in as many places as the head has that keeps the m
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -243,7 +243,7 @@ class EvictingState(State):
             return
         keys, values = k, v
         if stored is not None:
-            numbers = replace(self.kept.unpacked()).padded()
+            numbers = self.kept.unpacked().padded() if self.kept.packed else stored
             keys, values = (torch.cat([a, b], dim=2) for a, b in zip(numbers, (k, v)))  # noqa: B905
         q = k[:, :, :0] if q is None else q
         rope = None if self.rope is None else self.rope()

@@ -62,7 +62,7 @@ def fit_windows(
         if type(value) is not int or value < least:
             raise ValueError(f"{name}: got {value!r}, valid is a whole number of at least {least}")
     parts = hf.of(model)
-    _check_calibration(calibration, length)
+    check_calibration(calibration, length)
     some = windows(calibration[: ROWS * length], length, ROWS, bos_of(model))[0]
     specs, errors = {}, []
     for first in range(0, len(parts.layers), LAYERS):
@@ -77,7 +77,8 @@ def fit_windows(
     return WindowPlan(specs, errors)
 
 
-def _check_calibration(tokens: Tensor, length: int) -> None:
+def check_calibration(tokens: Tensor, length: int) -> None:
+    """ValueError for what is no token ids (N,), or fewer than `length`."""
     if not isinstance(tokens, Tensor) or tokens.dtype != torch.int64 or tokens.ndim != 1:
         got = f"{tokens.dtype} {tuple(tokens.shape)}" if isinstance(tokens, Tensor) else tokens
         raise ValueError(f"calibration: got {got}, valid is an int64 tensor (N,) of token ids")
@@ -94,7 +95,7 @@ def _fit(
     q, k, v = (x.float() for x in qkv)
     kv_heads, tokens = k.shape[1:3]
     truth = exact(q, k, v)
-    whole = _projected(truth, weight).square().sum()
+    whole = projected(truth, weight).square().sum()
     ladder = [2**power for power in range(int(math.log2(LEAST)), int(math.log2(tokens)))]
     # squared errors (Hkv, windows), in the output's space; 0 behind the largest window: everything
     costs = torch.zeros(kv_heads, len(ladder) + 1, dtype=torch.float64)
@@ -106,9 +107,9 @@ def _fit(
     places = _shrink(costs, [*ladder, tokens], error**2)
     # heads' errors add up as numbers with signs do, so that their sum may be more than each says
     while True:
-        spec = _spec([*ladder, None], places, sinks)
+        spec = spec_of([*ladder, None], places, sinks)
         change = registry.backend(spec)(q, k, v) - truth
-        left = (_projected(change, weight).square().sum() / whole).sqrt().item()
+        left = (projected(change, weight).square().sum() / whole).sqrt().item()
         if left <= error or all(place == len(ladder) for place in places):
             return spec, left
         some = [head for head in range(kv_heads) if places[head] < len(ladder)]
@@ -116,7 +117,7 @@ def _fit(
         places[worst] += 1
 
 
-def _projected(x: Tensor, weight: Tensor) -> Tensor:
+def projected(x: Tensor, weight: Tensor) -> Tensor:
     """x (B, Hq, T, Dv) through the output projection: (B, T, D)."""
     return torch.einsum("bhtv,hDv->btD", x, weight)
 
@@ -124,7 +125,7 @@ def _projected(x: Tensor, weight: Tensor) -> Tensor:
 def _by_group(change: Tensor, weight: Tensor, kv_heads: int) -> Tensor:
     """Squares of what the heads of each K/V head change in the output, (Hkv,) float64."""
     groups = zip(change.chunk(kv_heads, dim=1), weight.chunk(kv_heads), strict=True)
-    found = [_projected(own, part).square().sum().double() for own, part in groups]
+    found = [projected(own, part).square().sum().double() for own, part in groups]
     return torch.stack(found).cpu()
 
 
@@ -147,7 +148,8 @@ def _shrink(costs: Tensor, sizes: list[int], most: float) -> list[int]:
         spent += best[2]
 
 
-def _spec(ladder: list[int | None], places: list[int], sinks: int) -> str:
+def spec_of(ladder: list[int | None], places: list[int], sinks: int) -> str:
+    """The spec of heads that have these places of the ladder."""
     chosen = [ladder[place] for place in places]
     if all(one is None for one in chosen):
         return "dense"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import Ragged
+from .kept import Ragged
 
 
 def attention(

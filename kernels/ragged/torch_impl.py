@@ -7,7 +7,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import Ragged
+from .kept import Ragged
 
 MOST = 1024  # queries whose scores of one head are there at once
 

@@ -20,7 +20,7 @@ from ..decode.triton_impl import (
     strides,
     tile,
 )
-from . import Ragged
+from .kept import Ragged
 from .triton_kernels import attend
 
 

@@ -18,15 +18,34 @@ def connected(image: torch.Tensor) -> bool:
     reached, edge = {first}, [first]
     while edge:
         y, x = edge.pop()
-        near = {(a, b) for a, b in lit - reached if max(abs(a - y), abs(b - x)) < APART}
+        near = {
+            (a, b)
+            for a, b in lit - reached
+            if max(
+                abs(a - y),
+                abs(b - x),
+            )
+            < APART
+        }
         reached |= near
         edge += near
     return last in reached
 
 
-@pytest.mark.parametrize("side", [12, 16, 24])
+@pytest.mark.parametrize(
+    "side",
+    [
+        12,
+        16,
+        24,
+    ],
+)
 def test_who_follows_the_path_is_right(side):
-    images, labels = pathfinder.draw(24, side=side, seed=side)
+    images, labels = pathfinder.draw(
+        24,
+        side=side,
+        seed=side,
+    )
     assert images.shape == (24, side, side)
     assert [connected(image) for image in images] == labels.bool().tolist()
     assert 4 < labels.sum() < 20
@@ -37,19 +56,49 @@ def test_who_follows_the_path_is_right(side):
 
 
 def test_images_come_from_seeds():
-    first, again, other = (pathfinder.draw(4, side=16, seed=seed) for seed in (1, 1, 2))
-    assert torch.equal(first[0], again[0])
-    assert not torch.equal(first[0], other[0])
-    with pytest.raises(ValueError, match="side: got 11, valid is a whole number of at least 12"):
-        pathfinder.draw(1, side=11)
+    first, again, other = (
+        pathfinder.draw(
+            4,
+            side=16,
+            seed=seed,
+        )
+        for seed in (1, 1, 2)
+    )
+    assert torch.equal(
+        first[0],
+        again[0],
+    )
+    assert not torch.equal(
+        first[0],
+        other[0],
+    )
+    with pytest.raises(
+        ValueError,
+        match="side: got 11, valid is a whole number of at least 12",
+    ):
+        pathfinder.draw(
+            1,
+            side=11,
+        )
 
 
 def test_expressions_have_the_value_that_their_label_says():
     symbols = {number: symbol for symbol, number in IDS.items()}
-    found = TASKS["listops"].make(40, 64, 3)
+    found = TASKS["listops"].make(
+        40,
+        64,
+        3,
+    )
     assert found.tokens.shape == found.real.shape == (40, 64)
-    assert torch.equal(found.real, found.tokens != PAD)
-    for row, label in zip(found.tokens.tolist(), found.labels.tolist(), strict=True):
+    assert torch.equal(
+        found.real,
+        found.tokens != PAD,
+    )
+    for row, label in zip(
+        found.tokens.tolist(),
+        found.labels.tolist(),
+        strict=True,
+    ):
         stack: list[list] = [[]]
         for symbol in (symbols[number] for number in row if number != PAD):
             if symbol.startswith("["):
@@ -62,12 +111,42 @@ def test_expressions_have_the_value_that_their_label_says():
         assert stack == [[label]]
 
 
-@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize(
+    "name",
+    TASKS,
+)
 def test_tokens_and_labels_are_within_what_a_task_says(name):
     task = TASKS[name]
-    found = task.make(16, max(task.least, 64), 0)
+    found = task.make(
+        16,
+        max(
+            task.least,
+            64,
+        ),
+        0,
+    )
     assert found.tokens.max() < task.vocabulary
     assert 0 <= found.labels.min() <= found.labels.max() < task.classes
-    again = task.make.__wrapped__(16, max(task.least, 64), 0)
-    assert torch.equal(found.tokens, again.tokens)
-    assert not torch.equal(found.tokens, task.make(16, max(task.least, 64), 1).tokens)
+    again = task.make.__wrapped__(
+        16,
+        max(
+            task.least,
+            64,
+        ),
+        0,
+    )
+    assert torch.equal(
+        found.tokens,
+        again.tokens,
+    )
+    assert not torch.equal(
+        found.tokens,
+        task.make(
+            16,
+            max(
+                task.least,
+                64,
+            ),
+            1,
+        ).tokens,
+    )

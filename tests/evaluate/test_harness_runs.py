@@ -73,9 +73,14 @@ def test_a_task_of_ones_own_has_the_score_that_the_logits_say(harness, own):
     model, seen = small(), []
     torch.manual_seed(3), random.seed(3), numpy.random.seed(3)
     chance = torch.get_rng_state(), random.getstate(), numpy.random.get_state()[1].tolist()
+    model.train()
+    pad = TOKENIZER.pad_token
     found = harness_scores(
         model, TOKENIZER, [own], limit=5, progress=lambda *done: seen.append(done)
     )
+    assert model.training
+    assert TOKENIZER.pad_token == pad
+    model.eval()
     assert list(found) == ["own_choice"]
     told = found["own_choice"]
     assert told["metrics"] == {"acc": pytest.approx(score_of_choices(model))}
@@ -149,6 +154,8 @@ def test_without_the_package_one_line_says_what_to_install(monkeypatch):
 
 
 def test_names_that_are_none(harness, tmp_path, own):
+    with pytest.raises(ValueError, match="tasks: got none"):
+        harness_scores(None, TOKENIZER, [])
     with pytest.raises(ValueError, match="did you mean 'effattn_passkey'"):
         check_harness(["effattn_paskey"])
     with pytest.raises(ValueError, match="there is no such file"):

@@ -20,6 +20,8 @@ FEATURES = (
     "linear(feature_map='exp')",
     "linear(feature_map='softmax', decay=0.5)",
     "performer(features=32)",
+    "gated(feature_map='exp', decay=0.9)",
+    "hybrid(window=4, sinks=1)",
     "performer(features=32, kernel='relu')",
 )
 MAY_SEE_NOTHING = ("linear(feature_map='relu')", "linear(feature_map='relu2')")

@@ -158,9 +158,10 @@ def test_what_does_not_go_with_it():
     q, k, v = inputs(9, torch.float32, sizes=(1, 2, 2, SIZE))
     with pytest.raises(Unsupported, match="causal"):
         effattn.backend(SPEC)(q, k, v, causal=False)
-    alibi = positions.rule("alibi", length=64, head_dim=SIZE, heads=2)
-    with pytest.raises(Unsupported, match="alibi"):
-        effattn.backend(SPEC)(q, k, v, rotary=alibi)
+    for spec in ("alibi", "logn", "xpos", "rerope(window=4)", "dynamic_yarn", "rope+alibi"):
+        rule = positions.rule(spec, length=16, head_dim=SIZE, heads=2)
+        with pytest.raises(Unsupported, match=r"rotary: '"):
+            effattn.backend(SPEC)(q, k, v, rotary=rule)
     model = tiny("llama")
     for axis in ({"cache": "int8"}, {"heads": "latent(rank=16)"}):
         with pytest.raises((Unsupported, ValueError), match=r"compress|ring, means"):

@@ -49,15 +49,8 @@ ROWS = {
         ({"feature_map": "exp", "features": 24}, False),
         ({"feature_map": "identity", "decay": 0.8, "normalize": False}, False),
     ],
-    "gated": [
-        ({}, False),
-        ({"delta": True, "gate": "feature", "decay": 0.7}, False),
-        ({"feature_map": "identity", "normalize": False, "decay": 0.8}, False),
-    ],
-    "hybrid": [
-        ({"window": 5, "sinks": 2}, False),
-        ({"window": 3, "feature_map": "hedgehog", "features": 6}, False),
-    ],
+    "gated": [({"delta": True, "gate": "feature", "decay": 0.7}, False)],
+    "hybrid": [({"window": 5, "sinks": 2}, False)],
     "topk": [
         ({"window": 5, "sinks": 2, "block": 3, "blocks": 2}, False),
         ({"window": 2, "block": 1, "blocks": 3, "summary": "minmax"}, False),

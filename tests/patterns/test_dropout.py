@@ -16,6 +16,7 @@ EXACT = [
     if effattn.backends()[name].traits.exact
     for options, both in [*rows, *([({"window": [3, None]}, False)] if name == "sliding" else [])]
     for causal in ((True, False) if both else (True,))
+    if effattn.backend(name, **options).traits.exact
 ]
 T = 26
 

@@ -13,6 +13,7 @@ from effattn.hf.cache import new_cache
 from effattn.positions import rule
 from effattn.states.full import ROLLBACK
 from effattn.surgery.checkpoint import load_model
+from effattn.swapping.spans import AdaptiveSpan
 
 SPECS = (
     "sliding(window=[5, None], impl='{}')",
@@ -178,3 +179,82 @@ def test_calibration_that_is_no_text_is_refused(embedded):
     ):
         with pytest.raises(ValueError, match=message):
             effattn.fit_windows(embedded[0], given)
+
+
+# ---- learned
+
+
+def test_the_soft_mask_is_the_papers_and_has_a_gradient():
+    q, k, v = (x[:1] for x in inputs(20, torch.float64, sizes=(2, 4, 2, 8)))
+    spans = AdaptiveSpan(2, 20, ramp=4, sinks=1).double()
+    with torch.no_grad():
+        spans.spans.copy_(torch.tensor([0.26, 0.61]))
+    out = torch.zeros_like(q)
+    for head in range(4):
+        z = 20 * spans.spans[head // 2].item()
+        for i in range(20):
+            keys = k[0, head // 2, : i + 1]
+            m = torch.tensor([min(max((4 + z - (i - j)) / 4, 0), 1) for j in range(i + 1)])
+            m[0] = 1
+            weights = (keys @ q[0, head, i] * 8**-0.5).exp() * m
+            out[0, head, i] = weights @ v[0, head // 2, : i + 1] / weights.sum()
+    torch.testing.assert_close(spans(q, k, v), out)
+    assert spans.windows() == [10, 17]
+    loss = spans(q, k, v).square().sum()
+    (slope,) = torch.autograd.grad(loss, [spans.spans])
+    for head in range(2):
+        step = torch.zeros(2).double()
+        step[head] = 1e-6
+        with torch.no_grad():
+            spans.spans.add_(step)
+            high = spans(q, k, v).square().sum()
+            spans.spans.sub_(2 * step)
+            low = spans(q, k, v).square().sum()
+            spans.spans.add_(step)
+        assert ((high - low) / 2e-6 - slope[head]).abs() < 1e-4 * slope.abs().max()
+
+
+def test_learned_windows_are_better_than_one_for_all_heads(embedded):
+    model, tokenizer = embedded
+    before = {name: x.clone() for name, x in model.state_dict().items()}
+    ids = effattn.embedded.tokens("train", 768, tokenizer=tokenizer)
+    small, large = (
+        effattn.learn_windows(model, ids, penalty=p, length=256, ramp=16, steps=40)
+        for p in (0.03, 0.003)
+    )
+    assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
+
+    def keys(plan):
+        made = [effattn.backend(spec) for spec in plan.values() if spec != "dense"]
+        dense = 8 * 256 * (len(plan) - len(made))
+        return dense + sum(one or 256 for each in made for one in each.windows)
+
+    whole = 4 * 8 * 256
+    assert keys(small) < keys(large) < whole
+    assert keys(small) < whole / 3
+    assert sum(small.errors) > sum(large.errors)
+    held = effattn.embedded.tokens("validation", 1024, tokenizer=tokenizer)
+    dense = effattn.perplexity(model, held, context=256)
+    effattn.swap(model, small)
+    learned = effattn.perplexity(model, held, context=256)
+    effattn.restore(model)
+    effattn.swap(model, "sliding", window=keys(small) // 32, sinks=4)
+    uniform = effattn.perplexity(model, held, context=256)
+    effattn.restore(model)
+    assert learned < 1.005 * dense
+    assert learned < 0.97 * uniform
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"penalty": 0}, "penalty: expected a number above 0"),
+        ({"penalty": float("nan")}, "penalty: expected a finite"),
+        ({"ramp": 0}, "ramp: got 0"),
+        ({"steps": 1.5}, "steps: got 1.5"),
+        ({"length": 10}, "length: got 10"),
+    ],
+)
+def test_bad_arguments_of_learning_are_refused(embedded, options, message):
+    with pytest.raises(ValueError, match=message):
+        effattn.learn_windows(embedded[0], torch.arange(2048) % 99, **options)

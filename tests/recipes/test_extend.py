@@ -19,7 +19,7 @@ from effattn.errors import Unsupported
 from effattn.extending import planner
 from effattn.extending.report import ExtendReport
 from effattn.hf import anatomy
-from effattn.patterns.exact import ExactBackend
+from effattn.patterns.dense import Dense
 from effattn.positions.extrapolation import critical_dimension, extrapolation_limit
 from effattn.recipes import extend as jobs
 from effattn.recipes.cli import app
@@ -344,7 +344,7 @@ def test_what_cannot_be_tuned_is_refused_before_anything_is_measured(tmp_path, m
     effattn.save(small(attention_dropout=0.25), tmp_path / "dropout", effattn.embedded.tokenizer())
     monkeypatch.setattr(jobs, "measured", None)
     # attention that has no weights to drop, as that of a method of one's own
-    monkeypatch.setattr(ExactBackend, "extras", ())
+    monkeypatch.setattr(Dense, "extras", ())
     job = Settings(
         model=str(tmp_path / "dropout"),
         to=256,

@@ -169,6 +169,7 @@ def test_norms_are_found_in_every_architecture(kind):
         ({"sampling": "pose"}, "sampling: got 'pose' with train_pattern"),
         ({"tune_tokens": 0}, "train_pattern: got 's2.block=32.' without tune_tokens"),
         ({"lora_plus": True}, "lora_plus: given without lora"),
+        ({"memory": "block(block=32)"}, "memory: got 'block.block=32.' with train_pattern="),
     ],
 )
 def test_what_cannot_be_trained_so_is_refused_before_anything(folder, tmp_path, change, message):

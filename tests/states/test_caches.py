@@ -25,6 +25,7 @@ from effattn.surgery.swapping import active, restore, swap
 IDS = torch.randint(3, 96, (2, 40), generator=torch.Generator().manual_seed(0))
 NAMES = [
     "full",
+    "evict",
     "paged",
     "int8",
     "int4",

@@ -40,6 +40,8 @@ KINDS = {
     "chosen tokens": ("longformer(window=5, global_tokens=[1, 9])", ROPE),
     "sums": ("linear", ROPE),
     "fading sums": ("linear(decay='retnet')", None),
+    "gated sums": ("gated(delta=True)", ROPE),
+    "window and sums": ("hybrid(window=4, sinks=2)", ROPE),
     "random features": ("performer(features=32)", ROPE),
     "buckets": ("lsh(rounds=2, buckets=4, chunk=4)", ROPE),
     "blocks": ("topk(window=4, sinks=2, block=3, blocks=2)", ROPE),
@@ -65,9 +67,10 @@ PACKED = {
 # other caches of what these patterns see: exact, where they forget nothing
 CACHES = {
     "paged": ("dense", "paged(page=4)"),
+    "evict, before any goes": ("dense", "evict(policy='norm', keep=999)"),
     "paged strides": ("strided(stride=3)", "paged(page=16)"),
 }
-QUICK, SLOW = 7, 70  # cases of each kind; with 32 kinds about 220 and 2,200
+QUICK, SLOW = 7, 70  # cases of each kind; with 33 kinds about 230 and 2,200
 # of int8 keys and values: a step is 2 max|x| / 255, about 0.03; one key too many or too few gives
 # 0.1
 BUDGET = 0.06
@@ -93,6 +96,7 @@ class Subject:
                 self.rotary = self.rotary if turned else None
         elif kind in CACHES:
             self.state = caches.parse(CACHES[kind][1]).new_state(self.backend)
+            self.rotary = None if self.state.packed else ROPE  # evict: rotated already
         else:
             self.state = self.backend.new_state()
         some = [torch.randn(1, heads, 3, self.dim, dtype=self.dtype) for heads in (H, HKV, HKV)]

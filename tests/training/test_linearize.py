@@ -130,7 +130,11 @@ def test_transfer_trains_what_it_says_and_brings_layers_closer(tokens, tmp_path,
 
 
 @pytest.mark.parametrize(
-    "spec", ["gated(delta=True, gate='feature')", "gated", "hybrid(window=8, sinks=1)"]
+    "spec",
+    [
+        "gated(delta=True, gate='feature')",
+        pytest.param("hybrid(window=8, sinks=1)", marks=pytest.mark.slow),
+    ],
 )
 def test_gates_and_balances_learn_in_the_transfer(spec, tokens, tmp_path):
     parent, student = swapped(spec)
