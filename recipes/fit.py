@@ -18,6 +18,7 @@ command goes on from there, also with another budget.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -322,6 +323,9 @@ def recover(
     from effattn.fitting import recovery
     from effattn.training.uptrain import uptrain
 
+    # of this plan alone: a run that was killed may be gone on with under another budget
+    key = hashlib.sha256(found.best.plan.key().encode()).hexdigest()[:16]
+
     def train(student, layers) -> dict:
         with show.stage(f"distilling on {settings.recover_tokens:,} tokens") as progress:
             return uptrain(
@@ -329,7 +333,7 @@ def recover(
                 session.parts.model,
                 text.train,
                 train_tokens=settings.recover_tokens,
-                folder=settings.partial / "recover",
+                folder=settings.partial / f"recover-{key}",
                 evaluation=text.evaluation[: settings.evaluation_tokens],
                 length=session.length,
                 batch=settings.recover_batch,

@@ -184,10 +184,10 @@ def apply(model: nn.Module, shaped: nn.Module, plan: Plan, parent: Plan) -> nn.M
     """Makes the model itself what its shaped twin is, and then the plan; module objects stay where
     they are, but for those whose weights are packed."""
     changed = plan.shaped(parent)
-    for own, other in zip(anatomy.of(model), anatomy.of(shaped), strict=True):
-        if own.index in changed:
-            _graft(own.block, other.block, shaped.config, model.config)
-    if changed:
+    if changed:  # otherwise the twin is the model, or nothing at all
+        for own, other in zip(anatomy.of(model), anatomy.of(shaped), strict=True):
+            if own.index in changed:
+                _graft(own.block, other.block, shaped.config, model.config)
         shapes.settle(model)
     return finish(model, plan, parent)
 

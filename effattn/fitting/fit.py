@@ -91,11 +91,11 @@ def fit(
         found = search(space, session.limits(), measure)
         curve = points(space, measure, frontier) if frontier else []
         plan = found.best.plan
+        totals = space.ledger.totals(plan)  # of the parent's modules, which are changed below
         apply(model, session.builder.shaped(plan), plan, space.parent)
     finally:
         model.train(training)
     kept.discard()
-    totals = space.ledger.totals(plan)
     taken = int(totals["bytes"] - totals["weight_bytes"]) + weight_bytes(model)
     words = [one.words(own) for one, own in zip(plan.layers, space.parent.layers, strict=True)]
     return Result(words, session.lines(plan), taken, found.best.kl, curve, found)

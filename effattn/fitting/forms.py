@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from effattn.axes import options_of
 from effattn.errors import check_choice
+from effattn.hf.weights import weight_bytes
 from effattn.projections.base import PROJECTIONS, StructuredLinear
 from effattn.projections.packed import FORMATS
 from effattn.prune.unstructured.methods.sparsegpt import sparsegpt
@@ -38,15 +39,34 @@ def check(where: str, form: object, linears: Collection[nn.Linear]) -> None:
         if form != name:
             raise ValueError(f"{where}: got {form!r}, {name} takes no options")
         return
+    _check_options(where, form, name)
     for linear in linears:
         try:
             if name in PROJECTIONS.members():
-                PROJECTIONS.find(name).options(**parse_spec(form)[1])
-            empty(form, linear, linear.out_features, linear.in_features, "meta")
-        except (TypeError, KeyError) as error:
+                PROJECTIONS.find(name).options(**_read(form)[1])
+            made = empty(form, linear, linear.out_features, linear.in_features, "meta")
+            if name in FORMATS.members() and weight_bytes(made) >= weight_bytes(linear):
+                raise ValueError(
+                    f"got {form!r}, which takes {weight_bytes(made):,} bytes for weights of "
+                    f"{weight_bytes(linear):,}; valid is a higher sparsity"
+                )
+        except TypeError as error:
             raise ValueError(f"{where}: got {form!r}: {error}") from None
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from None
+
+
+def _check_options(where: str, form: str, name: str) -> None:
+    """ValueError for options that this form does not have, or lacks."""
+    given = _read(form)[1]
+    if name in PROJECTIONS.members():  # which linears, and how, is decided here
+        if others := [option for option in given if option in ("ffn", "method")]:
+            raise ValueError(f"{where}: got {form!r}, {name} takes no {others[0]} here")
+        return
+    valid = ["sparsity"] if FORMATS.find(name).SIZES else []
+    if list(given) != valid:
+        example = f"{name}(sparsity=0.5)" if valid else name
+        raise ValueError(f"{where}: got {form!r}, valid is for example {example!r}")
 
 
 def empty(
@@ -65,7 +85,9 @@ def empty(
         return kind(inputs, outputs, **sizes)
     kind = PROJECTIONS.find(name)
     kind.check_sizes(inputs, outputs, where=form, **options)
-    if "ratio" not in options_of(kind):  # a budget of its own, as `from_linear` has it
+    if "ratio" in options and "ratio" not in options_of(
+        kind
+    ):  # a budget of its own, as `from_linear` has it
         options = {"rank": int(options["ratio"] * outputs * inputs) // (outputs + inputs)}
     return kind(inputs, outputs, **options, **sizes)
 

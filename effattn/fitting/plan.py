@@ -152,13 +152,15 @@ class Plan:
         """Runs of layers -> a changed field's value, as `swap` takes layers: {"0-3": 4}."""
         found: dict[str, object] = {}
         start = 0
-        values = [getattr(one, name) for one in self.layers]
+        # a layer that stays is in no run, also where its neighbours become what it is
+        pairs = zip(self.layers, parent.layers, strict=True)
+        values = [(getattr(a, name), getattr(a, name) != getattr(b, name)) for a, b in pairs]
         for index in range(1, len(values) + 1):
             if index == len(values) or values[index] != values[start]:
-                own = {getattr(one, name) for one in parent.layers[start:index]}
-                if own != {values[start]}:
+                value, changed = values[start]
+                if changed:
                     layers = f"{start}" if index - 1 == start else f"{start}-{index - 1}"
-                    found[layers] = values[start]
+                    found[layers] = value
                 start = index
         return found
 

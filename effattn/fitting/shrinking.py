@@ -64,7 +64,8 @@ def shrink(
     parts = check_model(model, "shrink")
     parent = plan = Plan.of(parts)
     for name, given in asked.items():
-        chosen = by_layer(dict(given) if isinstance(given, Mapping) else given, len(parts.layers))
+        given = dict(given) if isinstance(given, Mapping) else given
+        chosen = by_layer(given, len(parts.layers), name)
         for index, value in chosen.items():
             check_value(parts, index, name, value)
             plan = plan.with_field(name, value, [index])

@@ -39,23 +39,33 @@ def settle(model: nn.Module) -> None:
         "kv_heads": uneven.KV_HEADS,
         "ffn": parts.layers[0].family.ffn_size,
     }
+    # What differed before is said anew, beside what is no size of these (query heads).
+    head_dim, before = parts.head_dim, uneven.taken(config)
+    said = {*names.values(), "skip"}
+    kept = {
+        index: {name: value for name, value in own.items() if name not in said}
+        for index, own in before.items()
+    }
     for name in names:
         alike = {one[name] for one in found if one[name]}
         if len(alike) == 1 and hasattr(config, names[name]):
             setattr(config, names[name], alike.pop())
-    differ = {index: _differs(config, names, own) for index, own in enumerate(found)}
+    differ = {
+        index: kept.get(index, {}) | _differs(config, names, own) for index, own in enumerate(found)
+    }
     differ = {index: own for index, own in differ.items() if own}
-    if not differ:
+    if not differ and not before:
         return
-    config.head_dim = parts.head_dim
-    uneven.set_overrides(config, differ)
+    if differ:
+        config.head_dim = head_dim
+        uneven.set_overrides(config, differ)
     for layer in parts:
-        own = uneven.layer_config(config, layer.index)
+        own = uneven.layer_config(config, layer.index) if differ else config
         for module in layer.block.modules():
             if isinstance(module, uneven.NoAttention):
                 module.config = own
                 vars(own)[uneven.HEADS] = 0
-            elif getattr(module, "config", None) is config:
+            elif uneven.is_of(getattr(module, "config", None), config):
                 module.config = own
 
 

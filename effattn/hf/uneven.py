@@ -194,6 +194,11 @@ def layer_config(config, index: int):
     return own
 
 
+def is_of(own, config) -> bool:
+    """Whether a module's config is that of its model, or what `layer_config` made of it."""
+    return own is config or (own is not None and vars(own).get("_whole") is config)
+
+
 @functools.cache
 def _following(kind: type) -> type:
     """A class of configs whose attention's implementation is that of the whole model's, where

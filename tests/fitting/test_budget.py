@@ -253,3 +253,10 @@ def test_plans_in_words():
     ]
     assert Plan.from_dicts(plan.to_dicts()) == plan
     assert plan.layers[3].words(parent.layers[3]) == "gqa(kv_heads=2)"
+
+
+def test_lines_name_only_what_changes():
+    """A layer that is already what its neighbours become cannot be made that again."""
+    parent = Plan((LayerChoice(8, 96), LayerChoice(2, 96), LayerChoice(8, 96)))
+    plan = parent.with_field("kv_heads", 2)
+    assert plan.specs("kv_heads", parent) == {"0": 2, "2": 2}

@@ -136,6 +136,15 @@ def test_a_plan_is_found_measured_and_applied(model, text, tmp_path):
     assert counted(again, 96, 4) == totals
 
 
+def test_what_sparse_weights_take_is_told_once_they_are_there(model, text):
+    twin = copy.deepcopy(model)
+    budget = effattn.Budget(weight_bytes="75%", context=96)
+    result = effattn.fit(twin, budget, text, allow=("sparsity", "heads"), **HOW)
+    assert any("ffn in" in one for one in result.plan)
+    assert weight_bytes(twin) <= 0.75 * weight_bytes(model)
+    assert result.bytes > weight_bytes(twin)
+
+
 def test_nothing_uniform_is_better(model, text):
     """The plan is at least as good as every uniform one that was measured within the budget."""
     session = session_of(model, text, "heads", "cache", "ffn", bytes="60%", context=96, batch=4)

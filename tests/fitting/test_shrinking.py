@@ -10,6 +10,7 @@ from conftest import tiny
 
 import effattn
 from effattn.errors import Unsupported
+from effattn.hf import anatomy
 
 LENGTH = 128
 
@@ -41,7 +42,7 @@ def test_layers_become_what_they_are_named(model, text, tmp_path):
     [
         ({}, "shrink: nothing to do; give kv_heads"),
         ({"kv_heads": 3}, "kv_heads: layer 0: got 3, valid is 0 or a divisor of 8 below it"),
-        ({"kv_heads": {"9": 2}}, "got layers '9', the model has layers 0 to 1"),
+        ({"kv_heads": {"9": 2}}, "kv_heads: got layers '9', the model has layers 0 to 1"),
         ({"kv_heads": 0}, "kv_heads: layer 0: got 0, which this layer cannot have"),
         ({"ffn": 96}, "ffn: layer 0: got 96, valid is a whole number from 0 to 95"),
         ({"ffn": True}, "ffn: layer 0: got True"),
@@ -51,6 +52,10 @@ def test_layers_become_what_they_are_named(model, text, tmp_path):
         ({"ffn_weights": "lowrank(ratio=2)"}, "ffn_weights: layer 0: .*ratio"),
         ({"ffn_weights": "monarch(blokcs=4)"}, "ffn_weights: layer 0: "),
         ({"ffn_weights": "bitmask(sparsity=2)"}, "ffn_weights: layer 0: .*got 2"),
+        ({"ffn_weights": "bitmask"}, "got 'bitmask', valid is for example 'bitmask.sparsity=0.5"),
+        ({"ffn_weights": "bitmask(sparsity=0.5, x=1)"}, "got 'bitmask.*x=1.*, valid is for"),
+        ({"ffn_weights": "bitmask(sparsity=0)"}, "layer 0: got .*valid is a higher sparsity"),
+        ({"ffn_weights": "lowrank(ratio=0.5, ffn=True)"}, "lowrank takes no ffn here"),
         ({"ffn_weights": 4}, "ffn_weights: layer 0: got 4, valid is a form"),
         ({"ffn": 48}, "calibration: got None"),
         ({"latent": 8, "kv_heads": 2}, "layer 0: got kv_heads=2, latent=8, which one layer"),
@@ -69,3 +74,32 @@ def test_models_that_cannot_be(model, text):
         effattn.shrink(effattn.swap(copy.deepcopy(model), "sliding", window=8), ffn=48)
     with pytest.raises(Unsupported, match="cannot have latent keys"):
         effattn.shrink(tiny("phi3"), latent=8, calibration=text)
+
+
+def test_weights_are_packed_alone(model):
+    pytest.importorskip("bitsandbytes")
+    small = effattn.shrink(copy.deepcopy(model), ffn_weights="int8")
+    with torch.no_grad():
+        assert small(torch.arange(8)[None]).logits.isfinite().all()
+
+
+def test_a_low_rank_of_ones_own(model, text):
+    weights = {0: "lowrank(rank=8)"}
+    small = effattn.shrink(
+        copy.deepcopy(model), ffn_weights=weights, calibration=text, length=LENGTH
+    )
+    assert small.model.layers[0].mlp.up_proj.rank == 8
+
+
+@pytest.mark.parametrize("then", [{"kv_heads": {0: 2}}, {"kv_heads": {1: 0}, "ffn": {0: 48}}])
+def test_what_is_uneven_is_shrunk_again(model, text, tmp_path, then):
+    small = copy.deepcopy(model)
+    for given in ({"kv_heads": {1: 2}, "ffn": {1: 48}}, then):
+        effattn.shrink(small, **given, calibration=text, length=LENGTH)
+    again = effattn.load(effattn.save(small, tmp_path / "out"))
+    assert [one.kv_heads for one in anatomy.of(again)] == [
+        one.kv_heads for one in anatomy.of(small)
+    ]
+    with torch.no_grad():
+        ids = text[None, :40]
+        assert torch.equal(again(ids).logits, small(ids).logits)
