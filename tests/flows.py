@@ -107,7 +107,11 @@ FLOWS = {
     "extend_context": Flow(None),
     "lra": Flow(None),
     "export": Flow(
-        "export", {"to": "transformers"}, dict(to="transformers", check=True), reads=None
+        "export",
+        {"to": "transformers"},
+        dict(to="transformers", check=True),
+        reads=None,
+        checked=("kv_skip",),  # against the model's layers
     ),
     "swap_backend": Flow(
         "swap",

@@ -65,17 +65,17 @@ def pareto(data: dict, plan: str) -> list:
 
 def strip(choices: Sequence[dict], own: Sequence[dict]):
     """A column for each layer, a row for each field: filled where it became something else."""
-    rows = [
-        name for name in ROWS if any(c[name] != o[name] for c, o in zip(choices, own, strict=True))
-    ]
+    # reports of before some axes were searched do not have them
+    pairs = list(zip(choices, own, strict=True))
+    rows = [name for name in ROWS if any(c.get(name) != o.get(name) for c, o in pairs)]
     rows = rows or list(ROWS)[:1]
     wide = max(5.2, 0.55 * len(choices) + 1.6) if len(choices) <= 16 else 10.4
     figure, axes = empty_axes(wide, 0.42 * len(rows) + 1.0, "layer", "", grid="x")
     from matplotlib.patches import Rectangle
 
     for line, name in enumerate(rows):
-        for index, (choice, before) in enumerate(zip(choices, own, strict=True)):
-            changed = choice[name] != before[name]
+        for index, (choice, before) in enumerate(pairs):
+            changed = choice.get(name) != before.get(name)
             look = {"facecolor": COLORS[name] if changed else NEUTRAL}
             look["alpha"] = _strength(name, choice, before) if changed else 0.15
             axes.add_patch(Rectangle((index - 0.46, line - 0.42), 0.92, 0.84, **look))

@@ -369,6 +369,7 @@ print(json.dumps([first, count, said, launched(folder / "there"), kept]))
 """
 
 
+@pytest.mark.launch
 def test_kernels_that_were_compiled_here_are_found_there(tmp_path):
     """A cache in another folder: the same launches compile nothing."""
     (first, count, said, there, kept) = elsewhere(CARRIED, FOLDER=str(tmp_path))
@@ -396,6 +397,7 @@ def script(*given: str) -> subprocess.CompletedProcess:
     )
 
 
+@pytest.mark.launch
 def test_the_script_runs_from_a_checkout(tmp_path):
     """End to end, of one step: what is there."""
     done = script("--device", "cpu", "--tiny", "--steps", "versions", "--output", str(tmp_path))

@@ -112,6 +112,7 @@ def same_everywhere(model, folder) -> None:
     torch.testing.assert_close(found[1, 7:], model(IDS[1:, 7:]).logits[0], atol=2e-4, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_layers_that_differ_compute_the_same_there(engine, tmp_path):
     model = uneven(2, 1)
     report = exported(model, tmp_path, check=True)

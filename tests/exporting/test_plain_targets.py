@@ -65,7 +65,12 @@ def logits(model) -> torch.Tensor:
     ids=str,
 )
 @pytest.mark.parametrize(
-    ("kind", "becomes"), [("Llama", "Ministral"), ("Qwen2", "Qwen2"), ("Qwen3", "Qwen3")]
+    ("kind", "becomes"),
+    [
+        ("Llama", "Ministral"),
+        pytest.param("Qwen2", "Qwen2", marks=pytest.mark.slow),
+        pytest.param("Qwen3", "Qwen3", marks=pytest.mark.slow),
+    ],
 )
 def test_windows_are_a_classs_own(kind, becomes, pattern, tmp_path):
     model = effattn.swap(

@@ -104,6 +104,7 @@ def run(tmp_path_factory):
     return json.loads(done.stdout)
 
 
+@pytest.mark.launch
 def test_each_fault_is_found_and_nothing_else(run):
     found = {(each["arch"], each["name"]): each for each in run["results"]}
     problems = {name: each["problem"] for (arch, name), each in found.items() if arch == "sm_90"}
@@ -121,6 +122,7 @@ def test_each_fault_is_found_and_nothing_else(run):
     assert found["gfx942", "small"]["problem"] is None
 
 
+@pytest.mark.launch
 def test_the_numbers_are_the_kernels(run):
     found = {(each["arch"], each["name"]): each for each in run["results"]}
     small, spills = found["sm_90", "small"], found["sm_90", "spills"]
@@ -135,12 +137,14 @@ def test_the_numbers_are_the_kernels(run):
     assert found["sm_90", "none wanted"]["instructions"] == {}
 
 
+@pytest.mark.launch
 def test_the_table_says_which_instruction(run):
     assert run["table_code"] == 0
     assert "HMMA" in run["table"]
     assert "1 variants, 0 failed" in run["table"]
 
 
+@pytest.mark.launch
 def test_every_kernel_folder_ships_variants_of_the_right_form(run):
     for shipped in run["shipped"].values():
         assert {"decode", "flash"} <= {folder for folder, _ in shipped}

@@ -90,6 +90,7 @@ def in_a_process(*command: str) -> dict:
     return json.loads(run.stdout.splitlines()[-1])
 
 
+@pytest.mark.launch
 def test_a_gpu_that_is_not_there_finds_what_a_real_one_would():
     assert in_a_process("faulty.py") == {}
 

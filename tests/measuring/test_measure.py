@@ -326,7 +326,7 @@ def test_variants_that_only_fit_one_by_one_are_measured_one_by_one(model, monkey
     "error",
     [
         torch.OutOfMemoryError("no"),
-        MemoryError(),
+        pytest.param(MemoryError(), marks=pytest.mark.slow),
         RuntimeError("DefaultCPUAllocator: can't allocate memory"),
     ],
 )
