@@ -74,7 +74,9 @@ def _evaluated(settings: Saving, show: Quiet, folder: Path, device: torch.device
     from effattn.surgery.checkpoint import load_model
 
     kept = _kept(settings)
-    names = {"before": (settings.model, settings.model), "after": (folder, fingerprint(folder))}
+    own = Path(settings.model)
+    parent = fingerprint(own) if own.is_dir() else settings.model
+    names = {"before": (settings.model, parent), "after": (folder, fingerprint(folder))}
     found: dict[str, dict] = {}
     length = None  # of our own prompts: the same for both, as the parent was trained
     for side, (name, of) in names.items():

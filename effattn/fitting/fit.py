@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 from effattn.fitting.budget import Budget
@@ -34,6 +35,15 @@ class Result:
     kl: float
     frontier: list[dict] = field(repr=False)
     found: Found = field(repr=False)
+
+
+def weights_digest(model: nn.Module) -> str:
+    """SHA-256 of all parameters, of their names and dtypes, in hexadecimal."""
+    found = hashlib.sha256()
+    for name, one in model.named_parameters():
+        found.update(f"{name} {one.dtype} {tuple(one.shape)}".encode())
+        found.update(one.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return found.hexdigest()
 
 
 def fit(
@@ -78,7 +88,7 @@ def fit(
         digest = hashlib.sha256(calibration.cpu().numpy().tobytes()).hexdigest()
         settings = {
             "model": getattr(model.config, "_name_or_path", "") or type(model).__name__,
-            "parameters": sum(p.numel() for p in model.parameters()),
+            "weights": None if resume is None else weights_digest(model),
             "asked": str(asked),
             "length": session.length,
             "tokens": digest,

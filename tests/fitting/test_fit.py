@@ -145,6 +145,30 @@ def test_what_sparse_weights_take_is_told_once_they_are_there(model, text):
     assert result.bytes > weight_bytes(twin)
 
 
+def test_what_was_measured_of_other_weights_is_not_gone_on_from(model, text, tmp_path):
+    file = tmp_path / "kept.json"
+    calls = []
+
+    def stop(done, total):
+        calls.append(done)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+
+    how = {"allow": ("cache",), "resume": file, **HOW}
+    budget = effattn.Budget(bytes="90%", context=96, batch=4)
+    with pytest.raises(KeyboardInterrupt):
+        effattn.fit(copy.deepcopy(model), budget, text, progress=stop, **how)
+    assert file.exists()
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        other.model.layers[1].mlp.down_proj.weight[3, 3] += 1e-3
+    for changed in (other, copy.deepcopy(model).to(torch.bfloat16)):
+        with pytest.raises(ValueError, match=r"with other settings \(weights\)"):
+            effattn.fit(changed, budget, text, **how)
+    effattn.fit(copy.deepcopy(model), budget, text, **how)
+    assert not file.exists()
+
+
 def test_nothing_uniform_is_better(model, text):
     """The plan is at least as good as every uniform one that was measured within the budget."""
     session = session_of(model, text, "heads", "cache", "ffn", bytes="60%", context=96, batch=4)

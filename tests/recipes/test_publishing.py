@@ -150,6 +150,9 @@ def test_both_models_are_judged_and_a_stopped_run_goes_on(small, tmp_path, judge
         run_small("convert_gqa", model, text, out, **how)
     names = {file.name for file in tmp_path.iterdir()}
     assert names == {".out.partial", ".out.lm-eval.json"}
+    kept = json.loads((tmp_path / ".out.lm-eval.json").read_text())["parts"]
+    of_parent = [one for one in kept if publishing.fingerprint(small / "model") in one]
+    assert len(of_parent) == 2, "of another parent in that folder it would be nothing"
     judge.stops = None
     report = run_small("convert_gqa", model, text, out, **how)
     heads = [8, 8, 1, 1, 1]  # of the parent twice, of the result once before it was stopped
