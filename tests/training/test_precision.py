@@ -121,7 +121,8 @@ class Recovery(Conversion):
 
 
 class Fitting(Recovery):
-    """What a budget search does after it: all weights of layers of unlike sizes."""
+    """What a budget search does after it: all weights of layers of unlike sizes, for so many steps
+    that the loss falls in every dtype."""
 
     def prepare(self):
         parts = hf.of(self.model)
@@ -132,7 +133,7 @@ class Fitting(Recovery):
 
     def run(self):
         layers = [p for layer in hf.of(self.model) for p in layer.block.parameters()]
-        self.uptrain(lr=1e-3, layer_weight=0.0, trainable=layers)
+        self.uptrain(steps=40, lr=1e-3, layer_weight=0.0, trainable=layers)
 
 
 class Transfer(Flow):
