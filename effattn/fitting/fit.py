@@ -42,7 +42,7 @@ def weights_digest(model: nn.Module) -> str:
     found = hashlib.sha256()
     for name, one in model.named_parameters():
         found.update(f"{name} {one.dtype} {tuple(one.shape)}".encode())
-        found.update(one.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        found.update(one.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return found.hexdigest()
 
 
