@@ -27,9 +27,8 @@ class Call:
     position rule's: `far`, what distant pairs use instead of q and k; `turn`, with which k is raw,
     and turned when it is read; `bias`, what is added to scores. state: where the method has to read
     more than k and v (`State.read_by_method`); with it padding_mask (B, tokens so far) bool,
-    padding on the left. prefix (B, Tk) bool; sinks: what is scored apart.
-    dropout: the rate of
-    weights that are 0, and `drop` which ones."""
+    padding on the left. prefix (B, Tk) bool. dropout: the rate of weights that are 0, and `drop`
+    which ones. sinks: what is scored apart."""
 
     causal: bool
     layout: Layout

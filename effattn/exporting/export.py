@@ -104,11 +104,9 @@ def _check(
         raise ValueError(
             f"format: got {format!r} with to={to!r}, it is of GGUF files and OpenVINO models"
         )
-    kind = (
-        check_choice("format", format or target.formats[0], target.formats)
-        if (target.formats)
-        else None
-    )
+    kind = None
+    if target.formats:
+        kind = check_choice("format", format or target.formats[0], target.formats)
     if before is not None and not (check and target.engine is not None):
         raise ValueError(
             "before: its speed is measured in llama.cpp or OpenVINO, with to='gguf' and check=True "

@@ -38,7 +38,7 @@ def test_save_writes_one_that_the_hub_understands(tmp_path):
     model = tiny("llama", dtype=torch.float32)
     checkpoint.save(model, tmp_path / "out")
     found = ModelCard.load(tmp_path / "out" / "README.md")
-    assert found.data.library_name == "transformers"
+    assert found.data.to_dict()["library_name"] == "transformers"
     assert found.data.pipeline_tag == "text-generation"
     assert found.data.tags == ["effattn"]
     assert found.data.base_model is None
