@@ -272,9 +272,10 @@ class FitReport(Document):
 
     def _passages(self) -> list[Passage]:
         lines = self.plan.get("lines") or []
-        said = "These calls make it of the parent; `tokens`: the text that was searched on."
+        # comments, so that the whole can be copied and run
+        said = "# These calls make it of the parent; `tokens`: the text that was searched on.\n"
         if (self.part("recovery") or {}).get("tokens"):
-            said += " What was distilled afterwards is in the checkpoint alone."
+            said += "# What was distilled afterwards is in the checkpoint alone.\n"
         return [Passage("The plan in words", said, "\n".join(lines))] if lines else []
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import copy
 
 import pytest
@@ -172,6 +173,14 @@ def test_tables():
     assert "off by 5%" in tables[SEARCH].note
     assert tables[CURVE].rows[0][4] == "none fits"
     assert "predicted 1,000" in report.to_markdown()
+
+
+def test_the_plan_in_words_is_code_as_it_stands():
+    text = FitReport(data()).to_markdown()
+    shown = text.split("**The plan in words**\n\n```text\n")[1].split("\n```")[0]
+    calls = [ast.unparse(one.value.func) for one in ast.parse(shown).body]
+    assert calls
+    assert set(calls) <= {"effattn.swap", "effattn.shrink"}
 
 
 def test_a_curve_alone():
