@@ -156,6 +156,27 @@ class LayerRunner:
             output = layer.block(states.to(self.device), *args, **kwargs)
         return output[0] if isinstance(output, tuple) else output
 
+    @torch.no_grad()
+    def adds(self, index: int, states: torch.Tensor) -> bool:
+        """Whether what the output projection gives is added to the hidden states as it is, by what
+        the layer's next part gets: not scaled, normed, or added later. states: one batch."""
+        layer, given, got = self.anatomy.layers[index], [], []
+        parts = [part for part in layer.block.children() if part is not layer.attention]
+
+        def note(_, args, kwargs):
+            got.extend(args[:1] or list(kwargs.values())[:1])
+
+        handles = [part.register_forward_pre_hook(note, with_kwargs=True) for part in parts]
+        handles.append(layer.o.module.register_forward_hook(lambda _, __, y: given.append(y)))
+        try:
+            self.call(index, states)
+        finally:
+            for handle in handles:
+                handle.remove()
+        total = states.to(self.device) + given[0].view(states.shape)
+        flat = total.flatten()  # OPT's next part gets tokens without rows
+        return any(torch.is_tensor(x) and torch.equal(x.flatten(), flat) for x in got)
+
     @contextmanager
     def _given(self, layer: Layer, heads: torch.Tensor, behind: int) -> Iterator[None]:
         """While open, the layer's attention gives its output projection of `heads`, and `behind`

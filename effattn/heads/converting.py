@@ -13,6 +13,7 @@ from einops import rearrange
 from effattn.calibration.attended import is_linear
 from effattn.calibration.layerwise import watch, windows
 from effattn.calibration.refit import OutputRefit
+from effattn.calibration.spilled import States
 from effattn.calibration.statistics import SecondMoment, query_energy
 from effattn.calibration.walk import CHANGED, Stream, Walk
 from effattn.heads.grouping import by_similarity, contiguous
@@ -66,10 +67,11 @@ def _converted(
     walk: Walk, layer: Layer, asked: Conversion, teacher: Stream | None, student: Stream | None
 ) -> dict:
     """Converts one layer; returns its row."""
-    moment = targets = inputs = None
+    moment = inputs = seen = None
     # 1. What the old layer gets and gives, on the old model's activations
     if teacher is not None:
-        moment, targets, inputs = observe(walk, layer, teacher)
+        seen = observe(walk, layer, teacher)
+        moment, inputs = seen.moment, seen.inputs
     # 2. Its heads become fewer
     row = {
         "layer": layer.index,
@@ -81,8 +83,8 @@ def _converted(
     row |= merge_heads(layer, asked, moment, inputs)
     # 3. The output projection again, for what the new heads give on the converted model's
     #    activations: it makes up for errors of the layers before as well
-    if student is not None:
-        row |= measure_and_refit(walk, layer, student, targets, asked.refit)
+    if student is not None and seen is not None:
+        row |= measure_and_refit(walk, layer, student, seen, asked.refit)
     return row
 
 
@@ -106,14 +108,41 @@ def merge_heads(layer: Layer, asked: Conversion, moment=None, inputs=None) -> di
     return row
 
 
-def observe(walk: Walk, layer: Layer, teacher: Stream):
-    """Runs the old layer: its input moment, its attention outputs a batch, and where that moment
-    does not tell all some of its inputs (N, D), otherwise None; moves `teacher` one layer on."""
+@dataclass(frozen=True)
+class Observed:
+    """What an old layer gets and gives on the old model's activations.
+
+    moment: E[(x, 1)(x, 1)^T] of attention's inputs, (D + 1, D + 1) fp64. targets: what its output
+    projection gives without the bias, (n, D) a batch. inputs: some of the inputs (N, D), where the
+    moment does not tell all. stream: the hidden states that the layer got, by batch, where what
+    attention gives is added to them as it is; None where it is not."""
+
+    moment: torch.Tensor
+    targets: States
+    inputs: torch.Tensor | None
+    stream: States | None
+
+    def wanted(self, number: int, hidden: torch.Tensor) -> torch.Tensor:
+        """What the new layer's output projection should give for batch `number`, (n, D): what the
+        old one gave, and what lies between the old model's hidden states and `hidden`, the new
+        one's at this layer, so that behind attention the two agree."""
+        y = self.targets[number]
+        if self.stream is None:
+            return y
+        # in fp32: beside a few massive values half precision would round the difference away
+        lag = self.stream[number].float() - hidden.float()
+        return y.float() + lag.flatten(0, -2)
+
+
+def observe(walk: Walk, layer: Layer, teacher: Stream) -> Observed:
+    """Runs the old layer; moves `teacher` one layer on."""
     runner, targets = walk.runner, walk.pile("targets")
     assert runner is not None
     moment, inputs = SecondMoment(ones=True), []
     every = -(-sum(batch.numel() for batch in runner.batches) // TOKENS)
     bias = 0 if layer.o.bias is None else layer.o.bias
+    stream = teacher.kept()
+    added = runner.adds(layer.index, stream[0])
 
     def see(x: torch.Tensor, _: torch.Tensor) -> None:
         moment.add(x)
@@ -130,7 +159,8 @@ def observe(walk: Walk, layer: Layer, teacher: Stream):
         raise FloatingPointError(
             f"layer {layer.index}: the calibration activations contain NaN or infinity"
         )
-    return moment.mean.cpu(), targets, torch.cat(inputs) if inputs else None
+    some = torch.cat(inputs) if inputs else None
+    return Observed(moment.mean.cpu(), targets, some, stream if added else None)
 
 
 def _merge(
@@ -154,15 +184,17 @@ def _merge(
     }
 
 
-def measure_and_refit(walk: Walk, layer: Layer, student: Stream, targets, refit: bool) -> dict:
+def measure_and_refit(
+    walk: Walk, layer: Layer, student: Stream, seen: Observed, refit: bool
+) -> dict:
     """Measures the changed layer, re-fits its output projection if asked, and moves `student` one
-    layer on.
-    """
+    layer on."""
     fit, heads, runner = OutputRefit(), walk.pile("heads"), walk.runner
     assert runner is not None
     given = runner.until(layer.index, student.source, layer.o.module)
-    for z, y in zip(given, targets, strict=True):
-        fit.add(z.flatten(0, -2), y.to(z.device))
+    for number, z in enumerate(given):
+        wanted = seen.wanted(number, student.source[number])
+        fit.add(z.flatten(0, -2), wanted.to(z.device))
         heads.append(z.cpu())
     weight = layer.o.module.weight
     row = {"attention_error_merged": fit.error(weight), "attention_error": None}

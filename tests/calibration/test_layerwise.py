@@ -27,6 +27,8 @@ KINDS = [
     "stablelm",
 ]
 
+ADDED = ("llama", "phi3", "opt", "stablelm")
+
 
 def runner_of(model, tokens):
     parts = hf.of(model)
@@ -202,3 +204,19 @@ def test_what_is_computed_for_a_token_is_near_the_least(name, tokens, monkeypatc
     taken = counted(lambda: work(many)) - counted(lambda: work(few))
     ratio = taken / (least(many) - least(few))
     assert 1 <= ratio <= most, ratio
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_whether_attention_is_added_as_it_is(kind, tokens):
+    """Not where a norm is in between (gemma2, olmo2), nor where the FFN stands beside it."""
+    parts, runner = runner_of(tiny(kind), tokens)
+    hidden = runner.embed()[0]
+    for layer in parts:
+        assert runner.adds(layer.index, hidden) == (kind in ADDED)
+
+
+@torch.no_grad()
+def test_attention_that_is_scaled_is_not_added_as_it_is(tokens):
+    _, runner = runner_of(tiny("granite", residual_multiplier=0.5), tokens)
+    assert not runner.adds(0, runner.embed()[0])
