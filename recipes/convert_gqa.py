@@ -50,6 +50,7 @@ class Settings(options.Saving):
     model: str = options.model_name()
     method: str = option("optimal", "optimal, aligned, mean, first or random")
     refit: bool = option(True, "solve the output projections again by least squares")
+    refit_ffn: bool = option(False, "those of the FFNs as well, to what leaves each layer")
     grouping: str = option("contiguous", "contiguous, or similarity")
     text: Sequence[Path] = options.text_files("to calibrate on")
     dataset: str | None = options.dataset_name()
@@ -95,7 +96,7 @@ def run(settings: Settings, show: Quiet | None = None) -> ConversionReport:
         check(settings)
         if layerwise.fits(settings, "uptrain_tokens"):
             return convert(settings, show or Quiet())
-        named = ("kv_heads", "method", "refit", "grouping", "length", "seed")
+        named = ("kv_heads", "method", "refit", "refit_ffn", "grouping", "length", "seed")
         heads = layerwise.spec("gqa", settings, *named)
         return layerwise.convert(settings, show or Quiet(), heads)
 
@@ -126,6 +127,7 @@ def convert(settings: Settings, show: Quiet) -> ConversionReport:
             going.calibration,
             method=settings.method,
             refit=settings.refit,
+            refit_ffn=settings.refit_ffn,
             grouping=settings.grouping,
             length=going.length,
             seed=settings.seed,

@@ -177,6 +177,25 @@ class LayerRunner:
         flat = total.flatten()  # OPT's next part gets tokens without rows
         return any(torch.is_tensor(x) and torch.equal(x.flatten(), flat) for x in got)
 
+    @torch.no_grad()
+    def ends_in(self, index: int, states: torch.Tensor, module: nn.Module) -> bool:
+        """Whether the last that a layer does is to add what `module` gives. states: one batch."""
+        given: list[torch.Tensor] = []
+
+        def nothing(_, __, y):
+            given.append(y)
+            return torch.zeros_like(y)
+
+        handle = module.register_forward_hook(nothing)
+        try:
+            without = self.call(index, states)
+        finally:
+            handle.remove()
+        added, whole = given[0].view_as(without), self.call(index, states)
+        # to rounding: where the FFN stands beside attention, there are three to add, in any order
+        few = 4 * torch.finfo(whole.dtype).eps * (without.abs() + added.abs() + whole.abs())
+        return bool(((without + added - whole).abs() <= few).all())
+
     @contextmanager
     def _given(self, layer: Layer, heads: torch.Tensor, behind: int) -> Iterator[None]:
         """While open, the layer's attention gives its output projection of `heads`, and `behind`

@@ -11,11 +11,12 @@ import torch
 from einops import rearrange
 
 from effattn.calibration.attended import is_linear
-from effattn.calibration.layerwise import watch, windows
+from effattn.calibration.layerwise import LayerRunner, watch, windows
 from effattn.calibration.refit import OutputRefit
 from effattn.calibration.spilled import States
 from effattn.calibration.statistics import SecondMoment, query_energy
 from effattn.calibration.walk import CHANGED, Stream, Walk
+from effattn.errors import Unsupported
 from effattn.heads.grouping import by_similarity, contiguous
 from effattn.heads.judged import TOKENS, judge
 from effattn.heads.methods.base import Heads, Merged, Method, relative_errors
@@ -38,6 +39,7 @@ class Conversion:
     batch: int
     seed: int
     bos: int | None = None
+    refit_ffn: bool = False
 
     @property
     def batches(self) -> list[torch.Tensor] | None:
@@ -84,7 +86,8 @@ def _converted(
     # 3. The output projection again, for what the new heads give on the converted model's
     #    activations: it makes up for errors of the layers before as well
     if student is not None and seen is not None:
-        row |= measure_and_refit(walk, layer, student, seen, asked.refit)
+        ffn = teacher if asked.refit_ffn else None
+        row |= measure_and_refit(walk, layer, student, seen, asked.refit, ffn)
     return row
 
 
@@ -185,10 +188,15 @@ def _merge(
 
 
 def measure_and_refit(
-    walk: Walk, layer: Layer, student: Stream, seen: Observed, refit: bool
+    walk: Walk,
+    layer: Layer,
+    student: Stream,
+    seen: Observed,
+    refit: bool,
+    teacher: Stream | None = None,
 ) -> dict:
     """Measures the changed layer, re-fits its output projection if asked, and moves `student` one
-    layer on."""
+    layer on. teacher: the FFN's is re-fitted, too, to what leaves the old layer."""
     fit, heads, runner = OutputRefit(), walk.pile("heads"), walk.runner
     assert runner is not None
     given = runner.until(layer.index, student.source, layer.o.module)
@@ -202,10 +210,36 @@ def measure_and_refit(
         with torch.no_grad():
             weight.copy_(fit.solve(weight))
         row["attention_error"] = fit.error(weight)
+    if teacher is not None:
+        row["ffn_error"] = refit_feed_forward(runner, layer, student, teacher, heads)
     with torch.no_grad():
         for number, (states, z) in enumerate(zip(student.source, heads, strict=True)):
             student.sink[number] = runner.call(layer.index, states, z).cpu()
     return row
+
+
+@torch.no_grad()
+def refit_feed_forward(
+    runner: LayerRunner, layer: Layer, student: Stream, teacher: Stream, heads: States
+) -> float:
+    """Solves the FFN's output projection, so that what leaves the layer is what left the old one;
+    returns the share of the squares that is left. heads: what the output projection got."""
+    module, fit, given = layer.feed_forward.output, OutputRefit(), []
+    bias = 0 if module.bias is None else module.bias
+    if not runner.ends_in(layer.index, student.source[0], module):
+        raise Unsupported(
+            f"refit_ffn: layer {layer.index} does not add what its FFN gives as it is (it is "
+            "scaled, or goes through a norm); valid is False"
+        )
+    with watch(module, lambda x, y: given.append((x, y - bias))):
+        for number, (states, z) in enumerate(zip(student.source, heads, strict=True)):
+            output = runner.call(layer.index, states, z)
+            x, y = given.pop()
+            # in fp32, as `Observed.wanted`
+            lag = teacher.sink[number].to(output.device).float() - output.float()
+            fit.add(x, y.float() + lag.flatten(0, -2))
+    module.weight.copy_(fit.solve(module.weight))
+    return fit.error(module.weight)
 
 
 def _heads(layer: Layer, moment: torch.Tensor | None, seed: int) -> Heads:

@@ -214,9 +214,13 @@ def test_whether_attention_is_added_as_it_is(kind, tokens):
     hidden = runner.embed()[0]
     for layer in parts:
         assert runner.adds(layer.index, hidden) == (kind in ADDED)
+        ends = runner.ends_in(layer.index, hidden, layer.feed_forward.output)
+        assert ends == (kind not in ("gemma2", "olmo2"))
 
 
 @torch.no_grad()
 def test_attention_that_is_scaled_is_not_added_as_it_is(tokens):
-    _, runner = runner_of(tiny("granite", residual_multiplier=0.5), tokens)
-    assert not runner.adds(0, runner.embed()[0])
+    parts, runner = runner_of(tiny("granite", residual_multiplier=0.5), tokens)
+    states = runner.embed()[0]
+    assert not runner.adds(0, states)
+    assert not runner.ends_in(0, states, parts.layers[0].feed_forward.output)
