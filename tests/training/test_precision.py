@@ -17,6 +17,10 @@ from torch import nn
 from transformers import AutoModelForCausalLM, Trainer
 
 import effattn
+from effattn.arena.encoder import Encoder
+from effattn.arena.tasks import TASKS
+from effattn.arena.training import Budget, train
+from effattn.arena.widths import eighths
 from effattn.evaluate.curve import token_scores
 from effattn.evaluate.loss import compare
 from effattn.extending.tuned import Tuning
@@ -581,3 +585,20 @@ def test_bf16_is_asked_of_the_device_that_trains(monkeypatch):
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
     assert bf16_pays()
     assert not bf16_pays(on_cpu=True)
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [pytest.param(one, marks=() if one == "dense" else pytest.mark.slow) for one in eighths(32)],
+)
+def test_the_arena_learns_in_autocast_as_in_fp32(pattern, monkeypatch):
+    """Every bidirectional pattern, trained from scratch; its encoder's weights stay in fp32."""
+    budget = Budget(length=32, width=16, heads=2, examples=200, tested=50, steps=40, lr=3e-3)
+    losses, forward = [], Encoder.forward
+    for bf16 in (False, True):  # around the forward call alone, as a Trainer has it
+        inside = torch.autocast("cpu", torch.bfloat16, enabled=bf16)(forward)
+        monkeypatch.setattr(Encoder, "forward", inside)
+        losses.append(train(TASKS["listops"], pattern, budget, lambda done, total: None)["loss"])
+    assert losses[0] == pytest.approx(losses[1], abs=0.05)
+    assert losses[0] != losses[1]
+    assert losses[0] < 2.30, "less than one who knows nothing of ten classes"
