@@ -99,6 +99,8 @@ def _check(
     to: str, output: Path, format: str | None, check: bool, before, cache: dict[str, Any]
 ) -> Asked:
     """What can be known to be wrong before a model is loaded."""
+    if to in capabilities.NOT_HERE:
+        raise Unsupported(f"to: got {to!r}, which is not here: {capabilities.NOT_HERE[to]}")
     target = AXIS.find(check_choice("to", to, TARGETS))
     if format is not None and not target.formats:
         raise ValueError(
@@ -144,12 +146,14 @@ def _source(name: str | Path, asked: Asked, load: Callable) -> Source:
     target = asked.target
     model, tokenizer = load(name)
     size = sum(p.nbytes for p in dict.fromkeys([*model.parameters(), *model.buffers()]))
-    model, notes = target.adapt(model)
+    notes = capabilities.unpaged(model)
+    model, adapted = target.adapt(model)
+    notes += adapted
     if parts := capabilities.lost(model, target.name):
         engine = capabilities.ENGINES[target.name]
         raise Unsupported(
             f"model: {str(name)!r} has parts that {engine} cannot express, and would compute "
-            f"something else without: {'; '.join(parts.values())}"
+            f"something else without: {'; '.join(parts)}"
         )
     if zeros := packed.layers_of(model):
         replace(model, {path: layer.to_linear() for path, layer in zeros.items()})

@@ -33,7 +33,7 @@ def outlined(model, folder):
         one, tokenizer = load(folder)
         one, notes = plain.windows(one)
         shapes = {name: tuple(tensor.shape) for name, tensor in one.state_dict().items()}
-        found.append((type(one), notes, capabilities.found_in(one), shapes, len(tokenizer)))
+        found.append((type(one), notes, [*capabilities.parts_of(one)], shapes, len(tokenizer)))
     return found
 
 
