@@ -244,7 +244,7 @@ def test_every_recipe_goes_on_with_its_own_report(name, monkeypatch):
     assert isinstance(given["show"], Quiet)
 
 
-REPORTS = ["prune_oneshot", "conversion", "swap", "linearize", "shear", "extend"]
+REPORTS = ["prune_oneshot", "conversion", "mla", "swap", "linearize", "shear", "extend"]
 # their plots take their time
 REPORTS += [
     pytest.param(name, marks=pytest.mark.slow) for name in ("fit", "quantize", "structured")
