@@ -153,6 +153,8 @@ def shaped(
         return cls
 
     class Shaped(cls):
+        builds_layers = True
+
         def __init__(self, config):
             layers = uneven.taken(config)
             super().__init__(config)
