@@ -88,7 +88,7 @@ def run(settings: Settings, show: Quiet | None = None) -> ConversionReport:
     output's name."""
     from effattn.heads.report import ConversionReport
 
-    with flow.output_of(settings) as finished:
+    with flow.output_of(settings, ConversionReport, show) as finished:
         if finished:
             return ConversionReport.load(settings.output)
         check(settings)

@@ -85,7 +85,7 @@ def run(settings: Settings, show: Quiet | None = None) -> LatentReport:
     output's name."""
     from effattn.heads.latent.report import LatentReport
 
-    with flow.output_of(settings) as finished:
+    with flow.output_of(settings, LatentReport, show) as finished:
         if finished:
             return LatentReport.load(settings.output)
         check(settings)

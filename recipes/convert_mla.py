@@ -69,7 +69,7 @@ def run(settings: Settings, show: Quiet | None = None) -> MlaReport:
     output's name."""
     from effattn.heads.mla.report import MlaReport
 
-    with flow.output_of(settings) as finished:
+    with flow.output_of(settings, MlaReport, show) as finished:
         if finished:
             return MlaReport.load(settings.output)
         return convert(settings, show or Quiet())

@@ -137,7 +137,7 @@ def run(settings: Settings, show: Quiet | None = None) -> FitReport:
     anything appears under the output's name."""
     from effattn.fitting.report import FitReport
 
-    with flow.output_of(settings) as finished:
+    with flow.output_of(settings, FitReport, show) as finished:
         if finished:
             return FitReport.load(settings.output)
         return fit(settings, show or Quiet())

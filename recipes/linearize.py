@@ -106,7 +106,7 @@ def run(settings: Settings, show: Quiet | None = None) -> LinearizeReport:
     output's name."""
     from effattn.linearizing.report import LinearizeReport
 
-    with flow.output_of(settings, DEFAULT) as finished:
+    with flow.output_of(settings, LinearizeReport, show, DEFAULT) as finished:
         if finished:
             return LinearizeReport.load(settings.output)
         return linearize(settings, show or Quiet())

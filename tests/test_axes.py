@@ -73,6 +73,7 @@ APART = {
         "effattn/positions/ntk.py": "a variant of NTK is called fixed",
         "effattn/profiling/operations.py": "a model's own layer: everything, or a window",
         "effattn/surgery/describing.py": "a model's own layer: everything, or a window",
+        "effattn/exporting/capabilities.py": "what engines make of single patterns",
         "effattn/exporting/plain.py": "the window that plain transformers has",
         "effattn/swapping/patterns.py": "a window without its sinks stands beside it",
         "prune/shearing/batch_loading.py": "a rule of batch loading is called fixed",
