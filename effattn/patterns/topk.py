@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter, is_lazy
 
-from effattn.errors import check_choice
+from effattn.errors import Unsupported, check_choice
 from effattn.interface import Backend, Call, Cost, Shape, Traits
 from effattn.kernels import decode, flash, topk
 from effattn.kernels.flash.pattern import Layout, Window, layout_of
@@ -24,6 +24,7 @@ from effattn.kernels.merge import merge
 from effattn.patterns.exact import check_size
 from effattn.positions.bound import Positions
 from effattn.registry import register
+from effattn.states.base import State
 from effattn.states.blocks import BlockState
 from effattn.states.full import FullState
 
@@ -131,6 +132,9 @@ class TopK(Backend):
         plain = self.impl == "reference"
         return FullState() if plain else BlockState(self.rule.block, self.summarise)
 
+    def reads(self, state: State) -> bool:
+        return getattr(state, "rule", None) == self.rule
+
     def places(self, rule: Positions) -> bool:
         """ReRoPE clipped within the window: all keys behind it stand at one position (LongLLaMA,
         arXiv:2307.03170), and blocks are chosen by their keys as they came."""
@@ -150,7 +154,13 @@ class TopK(Backend):
         """As `Backend.run`; but a state holds rotated keys, since their summaries are made of
         those, unless far keys are not to be rotated."""
         clipped = isinstance(rotary, Positions) and rotary.far is not None
-        if isinstance(state, BlockState) and rotary is not None and not clipped:
+        packed = state is not None and state.packed
+        if packed and clipped:
+            raise Unsupported(
+                f"rotary: {rotary.spec!r} reads far keys as they came, and packed ones are as "
+                "their blocks were summarised; valid is a full cache"
+            )
+        if (packed or isinstance(state, BlockState)) and rotary is not None and not clipped:
             total, layout = state.seq_len + k.shape[2], layout_of(padding_mask)
             at = (layout.query_positions(x.shape[2], total, x.device).clamp(min=0) for x in (q, k))
             q, k = rotary(q, k, *(x if padding_mask is not None else x[0] for x in at))
@@ -162,6 +172,9 @@ class TopK(Backend):
         layout = call.layout
         if impl == "reference":
             return self._reference(q, k, v, call)
+        if call.state is not None and call.state.packed:
+            near = Window(first=self.rule.sinks, back=self.rule.window)
+            return self._beside(*call.state.attend(q, k, v, near, call, impl, True), call)
         at = self._positions(q, k, layout)
         few = self._read_few(q, k, v) and call.far is None
         # as what is behind the window sees each other
@@ -182,12 +195,15 @@ class TopK(Backend):
         else:
             values = _from_start(v, layout.start)
             parts = self._many(q, far_q, k, v, keys, values, chosen, at, call, impl)
-        out, lse = merge(parts)
-        if call.sink_logits is not None:
-            # a logit in the denominator only: out * Z / (Z + exp(logit)), and Z = exp(lse)
-            share = torch.sigmoid(lse - call.sink_logits.to(lse.dtype)[None, :, None])
-            out = (out.to(lse.dtype) * share[..., None]).to(out.dtype)
-        return self._learning_from(out, far_q, keys, call)
+        return self._learning_from(self._beside(*merge(parts), call), far_q, keys, call)
+
+    def _beside(self, out: Tensor, lse: Tensor, call: Call) -> Tensor:
+        """`out` with `call.sink_logits`, a logit in the denominator only: out * Z / (Z +
+        exp(logit)), and Z = exp(lse)."""
+        if call.sink_logits is None:
+            return out
+        share = torch.sigmoid(lse - call.sink_logits.to(lse.dtype)[None, :, None])
+        return (out.to(lse.dtype) * share[..., None]).to(out.dtype)
 
     @property
     def _trains(self) -> bool:
@@ -226,7 +242,14 @@ class TopK(Backend):
             lse=True,
         )
         far = topk.attention_few(
-            far_q, k, v, self.rule, chosen, at, layout.start, scale=call.scale, impl=impl
+            far_q,
+            topk.reader(k, v),
+            self.rule,
+            chosen,
+            at,
+            layout.start,
+            scale=call.scale,
+            impl=impl,
         )
         return [near, far]
 
