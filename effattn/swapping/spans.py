@@ -13,6 +13,8 @@ B: rows; T: tokens; Hq, Hkv: query and key/value heads; D: of a key, Dv: of a va
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -95,6 +97,7 @@ def learn_windows(
     sinks: int = 4,
     length: int = 512,
     steps: int = 60,
+    layers: Sequence[int] | None = None,
 ) -> WindowPlan:
     """A plan for `swap`, as `fit_windows` makes it, with windows of any length that are learned.
 
@@ -104,8 +107,8 @@ def learn_windows(
     does not learn, and is as before afterwards. calibration: token ids (N,) int64, of which up to
     four windows of `length` are read, one a step. ramp: R in tokens. `errors` of the plan are
     those of the windows that came of it, on all that was read. A layer with a shorter window of
-    its own keeps it ("dense"). Raises ValueError for bad
-    arguments."""
+    its own keeps it ("dense"). layers: those that learn, and are in the plan; default all. Raises
+    ValueError for bad arguments."""
     check_positive("penalty", penalty)
     least = {"ramp": 1, "sinks": 0, "length": 4 * LEAST, "steps": 1}
     given = {"ramp": ramp, "sinks": sinks, "length": length, "steps": steps}
@@ -114,10 +117,16 @@ def learn_windows(
             valid = f"a whole number of at least {least[name]}"
             raise ValueError(f"{name}: got {value!r}, valid is {valid}")
     parts = hf.of(model)
+    count = len(parts.layers)
+    for index in () if layers is None else layers:
+        if type(index) is not int or not 0 <= index < count:
+            raise ValueError(f"layers: got {index!r}, the model has layers 0 to {count - 1}")
     check_calibration(calibration, length)
     some = windows(calibration[: ROWS * length], length, ROWS, bos_of(model))[0]
     specs, errors = {}, []
     for layer in parts.layers:
+        if layers is not None and layer.index not in layers:
+            continue
         if forgets(layer, length):
             specs[str(layer.index)] = "dense"
             errors.append(0.0)
