@@ -5,17 +5,27 @@
 
 The parent is run once, and of it only what its final norm gives is kept. A model with a packed
 cache is fed a few tokens at a time, each of which sees the packed past, as in decoding; any other
-is given whole windows, which is the same and quicker."""
+is given whole windows, which is the same and quicker.
+
+A student that differs in one layer is the parent before that layer and after it:
+
+    inputs = judge.runner.embed()            # of layer 0; `judge.forward` gives the next one's
+    judge.alone(student, 0, inputs)["kl"]    # the same number, from one layer on
+
+B: windows; T: tokens of each; D: hidden size."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers.cache_utils import CacheLayerMixin
 
+from effattn.calibration.layerwise import LayerRunner, Stop, instead, passed
 from effattn.encoding import begun
 from effattn.errors import Unsupported
 from effattn.evaluate.logits import positions_at_a_time
@@ -63,6 +73,7 @@ class Judge:
         self.batch = max(1, BATCH // length)
         self.wanted: list[Tensor] = []
         batches = self.given.split(self.batch)
+        self.runner = LayerRunner(self.parts, list(batches))
         for some in batches:
             self.wanted.append(self._final(parent, some))
             progress(len(self.wanted), len(batches))
@@ -87,26 +98,48 @@ class Judge:
         """{kl, cross_entropy, perplexity, agreement} of a model in eval mode: KL(parent || student)
         and the student's own loss, means over all tokens; the share of tokens that both find most
         likely. piece: tokens at a time through packed caches, of which 1 is decoding itself."""
-        sums = {"kl": 0.0, "cross_entropy": 0.0, "agreement": 0.0}
-        packed = is_packed(student)
-        groups = zip(
-            self.given.split(self.batch), self.truth.split(self.batch), self.wanted, strict=True
-        )
-        parts = anatomy.of(student)
-        for number, (ids, truth, wanted) in enumerate(groups):
+        packed, found = is_packed(student), []
+        for number, ids in enumerate(self.given.split(self.batch)):
             if packed:
                 cache = new_cache(student)
-                found = torch.cat(
-                    [
-                        self._final(student, one, past_key_values=cache, use_cache=True)
-                        for one in ids.split(piece, dim=1)
-                    ],
-                    dim=1,
-                )
+                pieces = [
+                    self._final(student, one, past_key_values=cache, use_cache=True)
+                    for one in ids.split(piece, dim=1)
+                ]
+                found.append(torch.cat(pieces, dim=1))
             else:
-                found = self._final(student, ids)
-            self._add(sums, parts, found.flatten(0, 1), wanted.flatten(0, 1), truth.flatten())
+                found.append(self._final(student, ids))
             progress(number + 1, len(self.wanted))
+        return self._told(anatomy.of(student), found)
+
+    @torch.no_grad()
+    def forward(self, index: int, hidden: Sequence[Tensor]) -> list[Tensor]:
+        """What the parent's layer gives for its inputs, (B, T, D) by batch."""
+        return [output for _, output in self.runner.run(index, hidden)]
+
+    @torch.no_grad()
+    def alone(self, student: nn.Module, index: int, hidden: Sequence[Tensor]) -> dict[str, float]:
+        """What `of` gives for a student that is the parent but for layer `index`, whose inputs are
+        `hidden`: only that layer's cache, if it is packed, is fed a few tokens at a time."""
+        if is_packed(student):
+            batches = self.given.split(self.batch)
+            pairs = zip(batches, hidden, strict=True)
+            hidden = [through_cache(student, index, *pair, PIECE) for pair in pairs]
+        else:
+            runner = LayerRunner(anatomy.of(student), self.runner.batches)
+            hidden = [output for _, output in runner.run(index, hidden)]
+        for later in range(index + 1, len(self.parts.layers)):
+            hidden = self.forward(later, hidden)
+        device = self.given.device
+        found = [self.parts.final_norm(states.to(device)) for states in hidden]
+        return self._told(self.parts, found)
+
+    def _told(self, parts: anatomy.Anatomy, found: Sequence[Tensor]) -> dict[str, float]:
+        """The sums over all tokens, of what the student's final norm gave by batch."""
+        sums = {"kl": 0.0, "cross_entropy": 0.0, "agreement": 0.0}
+        truth = self.truth.split(self.batch)
+        for ours, theirs, next_ones in zip(found, self.wanted, truth, strict=True):
+            self._add(sums, parts, ours.flatten(0, 1), theirs.flatten(0, 1), next_ones.flatten())
         told = {name: value / self.tokens for name, value in sums.items()}
         loss = told["cross_entropy"]
         return told | {"perplexity": math.exp(loss) if loss < 700 else math.inf}
@@ -117,11 +150,12 @@ class Judge:
         for ours, theirs, next_ones in zip(
             found.split(chunk), wanted.split(chunk), truth.split(chunk), strict=True
         ):
-            # fp64: the KL of 8 bits is a millionth, which is what fp32 rounds to
-            student = parts.logits(ours).double().log_softmax(-1)
-            parent = self.parts.logits(theirs).double().log_softmax(-1)
-            kl = F.kl_div(student, parent, log_target=True, reduction="sum")
-            sums["kl"] += float(kl)
+            # in the next wider type: the KL of 8 bits is a millionth, which is what fp32 rounds to
+            logits = [parts.logits(ours), self.parts.logits(theirs)]
+            wide = torch.float32 if logits[0].itemsize < 4 else torch.float64
+            student, parent = (F.log_softmax(one, -1, dtype=wide) for one in logits)
+            kl = F.kl_div(student, parent, log_target=True, reduction="none").sum(-1)
+            sums["kl"] += float(kl.double().sum())
             sums["cross_entropy"] += float(F.nll_loss(student, next_ones, reduction="sum"))
             sums["agreement"] += float((student.argmax(-1) == parent.argmax(-1)).sum())
 
@@ -130,3 +164,52 @@ def is_packed(model: nn.Module) -> bool:
     """Whether some layer's cache is packed, so that a whole window would not read it."""
     held = [getattr(layer.attention, hooks.ATTRIBUTE, None) for layer in anatomy.of(model)]
     return any(one is not None and one.cache is not None for one in held)
+
+
+class _As:
+    """Stands in a cache for a layer that is not run, and says what another one says."""
+
+    def __init__(self, other: CacheLayerMixin):
+        self._other = other
+
+    def __getattr__(self, name: str):
+        return getattr(self._other, name)
+
+
+@torch.no_grad()
+def through_cache(model: nn.Module, index: int, ids: Tensor, hidden: Tensor, piece: int) -> Tensor:
+    """What layer `index` gives for its inputs `hidden` (B, T, D), `piece` tokens at a time, which
+    read of the past what its cache has kept. ids (B, T): the tokens; no other layer is run."""
+    layers, cache, seen = anatomy.of(model).layers, new_cache(model), []
+    own, held = layers[index].block, cache.layers[index]
+    # whichever is asked how long the past is
+    cache.layers = [held if number == index else _As(held) for number in range(len(layers))]
+
+    def enter(_, args, kwargs):
+        states = hidden[:, len(seen) * piece :][:, :piece].to(
+            args[0].device if args else ids.device
+        )
+        if args:
+            return (states, *args[1:]), kwargs
+        return args, kwargs | {"hidden_states": states}
+
+    def leave(_, __, output):
+        seen.append((output[0] if isinstance(output, tuple) else output).cpu())
+        raise Stop
+
+    def skip(_, *args, **kwargs):
+        return passed(args[0] if args else kwargs["hidden_states"])
+
+    handles = [
+        own.register_forward_pre_hook(enter, with_kwargs=True),
+        own.register_forward_hook(leave),
+    ]
+    try:
+        with instead((layer.block for layer in layers if layer.block is not own), skip):
+            for one in ids.split(piece, dim=1):
+                with suppress(Stop):
+                    model(input_ids=one, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return torch.cat(seen, dim=1)

@@ -72,6 +72,28 @@ def test_harm_of_a_packed_cache_is_that_of_decoding(model, text):
     assert judge.of(packed, piece=8)["kl"] == pytest.approx(decoded, rel=0.5)
 
 
+@pytest.mark.parametrize(
+    ("kind", "dtype"),
+    [("llama", torch.float32), ("gemma3_text", torch.float32), ("qwen3", torch.bfloat16)],
+)
+def test_harm_of_one_layer_is_the_same_from_that_layer_on(text, kind, dtype):
+    """Layers before it are not run again, those behind it take whole windows."""
+    parent = tiny(kind, dtype=dtype)
+    builder, judge = Builder(anatomy.of(parent), text, length=64), Judge(parent, text[:257], 64)
+    changes = [("cache", "int4(group=16, residual=8)"), ("window", 8), ("ffn_weights", "int8")]
+    changes += [("kv_heads", 2), ("ffn", 48)]
+    hidden, scored = builder.teacher.embed(), judge.runner.embed()
+    for index in range(2):
+        inputs = [states.clone() for states in hidden]
+        seen = builder.see(index, hidden)
+        for name, value in changes:
+            student = builder.alone(index, name, value, seen, inputs)
+            whole, alone = judge.of(student), judge.alone(student, index, scored)
+            assert whole["kl"] > 0
+            assert alone == pytest.approx(whole, rel=1e-4 if dtype == torch.float32 else 0.3)
+        scored = judge.forward(index, scored)
+
+
 def test_heads_of_all_layers_are_what_a_conversion_makes(model, text):
     """The builder walks layer by layer as `convert_gqa` does."""
     parts = anatomy.of(model)
