@@ -326,6 +326,12 @@ def test_texts_and_models_that_cannot_be(model, text):
     budget = effattn.Budget(bytes="60%")
     with pytest.raises(ValueError, match="calibration: got 300 tokens, at least"):
         effattn.fit(model, budget, text[:300], **HOW)
+    with pytest.raises(ValueError, match="calibration: got 600 tokens, at least"):
+        effattn.fit(model, budget, text[:600], allow=("cache", "heads"), **HOW)
+    unfitted = session_of(model, text[: SCORED + 1 + LENGTH], "cache", "weights", bytes="90%")
+    assert len(unfitted.builder.batches) == 1  # one window does where nothing is fitted to any
+    with pytest.raises(ValueError, match="calibration: got 384 tokens, at least 385"):
+        session_of(model, text[: SCORED + LENGTH], "cache", "weights", bytes="90%")
     with pytest.raises(ValueError, match="score_tokens: got 8"):
         effattn.fit(model, budget, text, length=LENGTH, score_tokens=8)
     with pytest.raises(ValueError, match="calibration: got"):
