@@ -178,7 +178,7 @@ def fit(settings: Settings, show: Quiet) -> FitReport:
         report.data["frontier"] = curve(settings, show, kept, session, space)
     else:
         found = plan(settings, show, kept, session, space)
-        report.data |= facts.plan_of(session, space, found)
+        report.data |= facts.plan_of(session, space, found, session.rounding(kept))
         finish(settings, show, kept, report, session, found, tokenizer, text)
     with flow.saving(settings, show, report) as folder:
         if not settings.frontier:

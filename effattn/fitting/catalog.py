@@ -55,7 +55,7 @@ def measure(
     last_shaped = max((i for i, f, v, _ in fresh if is_shaped(f, v)), default=-1)
     rows, done, waiting = [], 0, len(fresh)
     hidden = builder.teacher.embed() if last_shaped >= 0 else []
-    scored = judge.runner.embed() if last >= 0 else []
+    scored = judge.layers.embed() if last >= 0 else []
     for index in range(len(ladders)):
         seen, inputs = None, hidden
         if index <= last_shaped:
@@ -74,7 +74,7 @@ def measure(
             if progress and new:
                 progress(done, waiting)
         if index < last:
-            scored = judge.forward(index, scored)
+            scored = judge.layers.run(index, scored)
     return Catalog(rows)
 
 

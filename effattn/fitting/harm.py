@@ -3,13 +3,11 @@
     judge = Judge(parent, tokens, length=512)
     judge.of(student)["kl"]
 
-The parent is run once, and of it only what its final norm gives is kept. A model with a packed
-cache is fed a few tokens at a time, each of which sees the packed past, as in decoding; any other
-is given whole windows, which is the same and quicker.
+Both are run in fp32 at least, layer by layer (`effattn.fitting.layers`): what a change does is told
+apart from what rounding does. The parent is run once, and of it only what its final norm gives is
+kept. A student that differs in one layer is the parent before that layer and after it:
 
-A student that differs in one layer is the parent before that layer and after it:
-
-    inputs = judge.runner.embed()            # of layer 0; `judge.forward` gives the next one's
+    inputs = judge.layers.embed()            # of layer 0; `judge.layers.run` gives the next one's
     judge.alone(student, 0, inputs)["kl"]    # the same number, from one layer on
 
 B: windows; T: tokens of each; D: hidden size."""
@@ -18,27 +16,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.cache_utils import CacheLayerMixin
 
-from effattn.calibration.layerwise import LayerRunner, Stop, instead, passed
 from effattn.encoding import begun
 from effattn.errors import Unsupported
 from effattn.evaluate.logits import positions_at_a_time
-from effattn.hf import anatomy, hooks
+from effattn.fitting.layers import PIECE, Layers, tensors, widened
+from effattn.hf import anatomy
 from effattn.hf.beginning import bos_of
-from effattn.hf.cache import new_cache
 from effattn.hf.placement import input_device
 
 Progress = Callable[[int, int], None]
-PIECE = 16  # tokens at a time through a packed cache
-BATCH = 4096  # tokens at a time otherwise
-# fp32 logits that the sums take the room of: of both models logits and log-probabilities in fp64
-TEMPORARIES = 8
+BATCH = 4096  # tokens at a time
+TEMPORARIES = 8  # logits of as many chunks as the sums take the room of
+KEPT = 128 * 2**20  # bytes of the parent's logits that are kept, at most
+LARGE = 60.0  # of the difference of two logits in fp32
 
 
 def untold(done: int, total: int) -> None:
@@ -68,148 +63,87 @@ class Judge:
             )
         rows = torch.stack([tokens[i * length : (i + 1) * length + 1] for i in range(count)])
         device = input_device(parent)
-        self.given = begun(rows[:, :-1], bos_of(parent, bos)).to(device)
-        self.truth = rows[:, 1:].to(device)
-        self.batch = max(1, BATCH // length)
-        self.wanted: list[Tensor] = []
-        batches = self.given.split(self.batch)
-        self.runner = LayerRunner(self.parts, list(batches))
-        for some in batches:
-            self.wanted.append(self._final(parent, some))
-            progress(len(self.wanted), len(batches))
-        self.tokens = rows[:, 1:].numel()
+        self.truth = rows[:, 1:].flatten().to(device)
+        given = begun(rows[:, :-1], bos_of(parent, bos)).to(device)
+        batches = given.split(max(1, BATCH // length))
+        self.layers = Layers(parent, batches)
+        self._kept: dict[int, Tensor] = {}
+        self.wanted = self._final(self.layers, self.layers.embed(), 0, progress)
 
-    def _final(self, model: nn.Module, ids: Tensor, **call) -> Tensor:
-        """What the final norm of `model` gives, (B, T, D)."""
-        seen: list[Tensor] = []
-        handle = anatomy.of(model).final_norm.register_forward_hook(
-            lambda _, __, output: seen.append(output)
-        )
-        try:
-            model(**({"input_ids": ids, "use_cache": False, "logits_to_keep": 1} | call))
-        finally:
-            handle.remove()
-        return seen.pop()
-
-    @torch.no_grad()
     def of(
         self, student: nn.Module, piece: int = PIECE, progress: Progress = untold
     ) -> dict[str, float]:
         """{kl, cross_entropy, perplexity, agreement} of a model in eval mode: KL(parent || student)
         and the student's own loss, means over all tokens; the share of tokens that both find most
         likely. piece: tokens at a time through packed caches, of which 1 is decoding itself."""
-        packed, found = is_packed(student), []
-        for number, ids in enumerate(self.given.split(self.batch)):
-            if packed:
-                cache = new_cache(student)
-                pieces = [
-                    self._final(student, one, past_key_values=cache, use_cache=True)
-                    for one in ids.split(piece, dim=1)
-                ]
-                found.append(torch.cat(pieces, dim=1))
-            else:
-                found.append(self._final(student, ids))
-            progress(number + 1, len(self.wanted))
-        return self._told(anatomy.of(student), found)
+        layers = Layers(student, self.layers.batches, piece)
+        return self._told(layers.parts, self._final(layers, layers.embed(), 0, progress))
 
-    @torch.no_grad()
-    def forward(self, index: int, hidden: Sequence[Tensor]) -> list[Tensor]:
-        """What the parent's layer gives for its inputs, (B, T, D) by batch."""
-        return [output for _, output in self.runner.run(index, hidden)]
-
-    @torch.no_grad()
     def alone(self, student: nn.Module, index: int, hidden: Sequence[Tensor]) -> dict[str, float]:
         """What `of` gives for a student that is the parent but for layer `index`, whose inputs are
-        `hidden`: only that layer's cache, if it is packed, is fed a few tokens at a time."""
-        if is_packed(student):
-            batches = self.given.split(self.batch)
-            pairs = zip(batches, hidden, strict=True)
-            hidden = [through_cache(student, index, *pair, PIECE) for pair in pairs]
-        else:
-            runner = LayerRunner(anatomy.of(student), self.runner.batches)
-            hidden = [output for _, output in runner.run(index, hidden)]
-        for later in range(index + 1, len(self.parts.layers)):
-            hidden = self.forward(later, hidden)
-        device = self.given.device
-        found = [self.parts.final_norm(states.to(device)) for states in hidden]
-        return self._told(self.parts, found)
+        `hidden`, (B, T, D) by batch."""
+        hidden = Layers(student, self.layers.batches).run(index, hidden)
+        return self._told(self.parts, self._final(self.layers, hidden, index + 1))
 
+    def rounding(self) -> float:
+        """The KL of the parent against itself, each window in two pieces: what another order of the
+        same sums does. Whether a smaller harm is one, nobody could tell."""
+        half = -(-self.length // 2)
+        layers = Layers(self.parts.model, self.layers.batches, half, whole=False)
+        found = self._told(self.parts, self._final(layers, layers.embed(), 0))
+        return max(0.0, found["kl"])
+
+    def _final(
+        self, layers: Layers, hidden: Sequence[Tensor], start: int, progress: Progress = untold
+    ) -> list[Tensor]:
+        """What the final norm gives, (B, T, D) by batch, from the inputs of layer `start` on."""
+        for index in range(start, len(layers)):
+            hidden = layers.run(index, hidden)
+            progress(index + 1, len(layers))
+        return layers.finish(hidden)
+
+    @torch.no_grad()
     def _told(self, parts: anatomy.Anatomy, found: Sequence[Tensor]) -> dict[str, float]:
         """The sums over all tokens, of what the student's final norm gave by batch."""
         sums = {"kl": 0.0, "cross_entropy": 0.0, "agreement": 0.0}
-        truth = self.truth.split(self.batch)
-        for ours, theirs, next_ones in zip(found, self.wanted, truth, strict=True):
-            self._add(sums, parts, ours.flatten(0, 1), theirs.flatten(0, 1), next_ones.flatten())
-        told = {name: value / self.tokens for name, value in sums.items()}
+        heads = [one.head or one.embeddings for one in (parts, self.parts)]
+        ours, theirs = (torch.cat([x.flatten(0, 1) for x in one]) for one in (found, self.wanted))
+        with widened(x for head in dict.fromkeys(heads) for x in tensors(head)):
+            self._add(sums, parts, ours, theirs)
+        told = {name: value / len(self.truth) for name, value in sums.items()}
         loss = told["cross_entropy"]
         return told | {"perplexity": math.exp(loss) if loss < 700 else math.inf}
 
-    def _add(self, sums: dict, parts, found: Tensor, wanted: Tensor, truth: Tensor) -> None:
+    def _add(self, sums: dict, parts: anatomy.Anatomy, found: Tensor, wanted: Tensor) -> None:
         chunk = positions_at_a_time(self.parts.embeddings.weight.shape[0])
         chunk = max(1, chunk // TEMPORARIES)
-        for ours, theirs, next_ones in zip(
-            found.split(chunk), wanted.split(chunk), truth.split(chunk), strict=True
+        for number, (ours, next_ones) in enumerate(
+            zip(found.split(chunk), self.truth.split(chunk), strict=True)
         ):
-            # in the next wider type: the KL of 8 bits is a millionth, which is what fp32 rounds to
-            logits = [parts.logits(ours), self.parts.logits(theirs)]
-            wide = torch.float32 if logits[0].itemsize < 4 else torch.float64
-            student, parent = (F.log_softmax(one, -1, dtype=wide) for one in logits)
-            kl = F.kl_div(student, parent, log_target=True, reduction="none").sum(-1)
-            sums["kl"] += float(kl.double().sum())
-            sums["cross_entropy"] += float(F.nll_loss(student, next_ones, reduction="sum"))
+            student = parts.logits(ours)
+            parent = self._logits(number, wanted.split(chunk)[number])
+            told = student.gather(-1, next_ones[:, None]).squeeze(-1)
+            sums["kl"] += float(divergence(student, parent).double().sum())
+            sums["cross_entropy"] += float((student.logsumexp(-1) - told).double().sum())
             sums["agreement"] += float((student.argmax(-1) == parent.argmax(-1)).sum())
 
-
-def is_packed(model: nn.Module) -> bool:
-    """Whether some layer's cache is packed, so that a whole window would not read it."""
-    held = [getattr(layer.attention, hooks.ATTRIBUTE, None) for layer in anatomy.of(model)]
-    return any(one is not None and one.cache is not None for one in held)
-
-
-class _As:
-    """Stands in a cache for a layer that is not run, and says what another one says."""
-
-    def __init__(self, other: CacheLayerMixin):
-        self._other = other
-
-    def __getattr__(self, name: str):
-        return getattr(self._other, name)
+    def _logits(self, number: int, found: Tensor) -> Tensor:
+        """The parent's logits of a chunk of positions, which are made once where all are few."""
+        if number in self._kept:
+            return self._kept[number]
+        logits = self.parts.logits(found)
+        if logits.itemsize * logits.shape[-1] * len(self.truth) <= KEPT:
+            self._kept[number] = logits
+        return logits
 
 
-@torch.no_grad()
-def through_cache(model: nn.Module, index: int, ids: Tensor, hidden: Tensor, piece: int) -> Tensor:
-    """What layer `index` gives for its inputs `hidden` (B, T, D), `piece` tokens at a time, which
-    read of the past what its cache has kept. ids (B, T): the tokens; no other layer is run."""
-    layers, cache, seen = anatomy.of(model).layers, new_cache(model), []
-    own, held = layers[index].block, cache.layers[index]
-    # whichever is asked how long the past is
-    cache.layers = [held if number == index else _As(held) for number in range(len(layers))]
-
-    def enter(_, args, kwargs):
-        states = hidden[:, len(seen) * piece :][:, :piece].to(
-            args[0].device if args else ids.device
-        )
-        if args:
-            return (states, *args[1:]), kwargs
-        return args, kwargs | {"hidden_states": states}
-
-    def leave(_, __, output):
-        seen.append((output[0] if isinstance(output, tuple) else output).cpu())
-        raise Stop
-
-    def skip(_, *args, **kwargs):
-        return passed(args[0] if args else kwargs["hidden_states"])
-
-    handles = [
-        own.register_forward_pre_hook(enter, with_kwargs=True),
-        own.register_forward_hook(leave),
-    ]
-    try:
-        with instead((layer.block for layer in layers if layer.block is not own), skip):
-            for one in ids.split(piece, dim=1):
-                with suppress(Stop):
-                    model(input_ids=one, past_key_values=cache, use_cache=True, logits_to_keep=1)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return torch.cat(seen, dim=1)
+def divergence(student: Tensor, parent: Tensor) -> Tensor:
+    """KL(parent || student) at each position, nats (n,), of logits (n, V): log E[exp d] - E[d] under
+    the parent's probabilities, d being what the logits differ by. With d around its mean nothing is
+    lost to the difference of logarithms that are nearly equal: fp32 tells a KL of 1e-11."""
+    p, d = parent.softmax(-1), student - parent
+    d -= (p * d).sum(-1, keepdim=True)
+    if d.max() > LARGE:  # exp would overflow, and nothing is nearly equal
+        student, parent = (one.double().log_softmax(-1) for one in (student, parent))
+        return F.kl_div(student, parent, log_target=True, reduction="none").sum(-1)
+    return torch.log1p((p * (torch.expm1(d) - d)).sum(-1))

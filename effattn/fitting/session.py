@@ -142,6 +142,10 @@ class Session:
         self.times = speed.times_of(found)
         self._unmeasured.check(self.limits())
 
+    def rounding(self, kept: Parts) -> float:
+        """Harm that another order of the same sums does (`Judge.rounding`), nats a token."""
+        return kept.once("rounding", lambda: {"kl": self.judge.rounding()})["kl"]
+
     def lines(self, plan: Plan) -> list[str]:
         """Calls that make the plan of the parent; `tokens`: those that this session was given."""
         how = f"calibration=tokens[:-{self.asked.score_tokens + 1}], length={self.length}"
