@@ -138,8 +138,8 @@ class Judge:
 
 
 def divergence(student: Tensor, parent: Tensor) -> Tensor:
-    """KL(parent || student) at each position, nats (n,), of logits (n, V): log E[exp d] - E[d] under
-    the parent's probabilities, d being what the logits differ by. With d around its mean nothing is
+    """KL(parent || student) at each position, nats (n,), of logits (n, V): log E[exp d] - E[d]
+    under the parent's probabilities, d being what they differ by. With d around its mean nothing is
     lost to the difference of logarithms that are nearly equal: fp32 tells a KL of 1e-11."""
     p, d = parent.softmax(-1), student - parent
     d -= (p * d).sum(-1, keepdim=True)
