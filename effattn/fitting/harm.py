@@ -31,7 +31,7 @@ from effattn.hf.placement import input_device
 
 Progress = Callable[[int, int], None]
 BATCH = 4096  # tokens at a time
-TEMPORARIES = 8  # logits of as many chunks as the sums take the room of
+TEMPORARIES = 32  # chunks of logits in the room of one elsewhere: what is summed stays in caches
 KEPT = 128 * 2**20  # bytes of the parent's logits that are kept, at most
 LARGE = 60.0  # of the difference of two logits in fp32
 
