@@ -24,6 +24,7 @@ HARM = "Harm by layer"
 SEARCH = "Plans that were measured"
 CURVE = "The whole curve"
 AMOUNT = "Bytes, predicted and counted"
+ROUNDED = 10  # times what another order of the same sums does: harm up to there is rounding
 
 
 @dataclass
@@ -64,10 +65,10 @@ class FitReport(Document):
     def compared(self) -> str:
         """How the plan's harm compares to the best uniform plan's: what rounding does is none."""
         best, rounding = self._best_uniform(), self.plan.get("rounding") or 0.0
-        if self.plan["kl"] <= rounding:
-            same = best is not None and best["kl"] <= rounding
+        if self.plan["kl"] <= ROUNDED * rounding:
+            same = best is not None and best["kl"] <= ROUNDED * rounding
             also = f"; so is that of {best['name']}" if same else ""
-            return f", no more than rounding does ({number(rounding)}){also}"
+            return f", which is rounding ({number(rounding)} for another order of its sums){also}"
         if best is None or best["kl"] <= 0:
             return ""
         return (
