@@ -106,7 +106,8 @@ class Judge:
     def _told(self, parts: anatomy.Anatomy, found: Sequence[Tensor]) -> dict[str, float]:
         """The sums over all tokens, of what the student's final norm gave by batch."""
         sums = {"kl": 0.0, "cross_entropy": 0.0, "agreement": 0.0}
-        heads = [one.head or one.embeddings for one in (parts, self.parts)]
+        models = (parts, self.parts)
+        heads = [one.model.get_output_embeddings() or one.embeddings for one in models]
         ours, theirs = (torch.cat([x.flatten(0, 1) for x in one]) for one in (found, self.wanted))
         with widened(x for head in dict.fromkeys(heads) for x in tensors(head)):
             self._add(sums, parts, ours, theirs)

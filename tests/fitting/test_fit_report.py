@@ -153,7 +153,8 @@ def test_harm_that_rounding_does_is_compared_with_nothing():
     found["plan"]["rounding"] = 0.0002
     told = FitReport(found).headline
     assert (
-        "KL 0.0010 nats a token, which is rounding (0.0002 for another order of its sums)." in told
+        "KL 0.0010 nats a token, which is rounding (2.00e-04 for another order of its sums)."
+        in told
     )
     found["plan"]["rounding"] = 0.0005
     assert "order of its sums); so is that of uniform cache int8." in FitReport(found).headline
