@@ -46,14 +46,14 @@ class OutputRefit:
         )
         return float(squared.clamp_min(0) / max(self.energy, 1e-300))
 
-    def solve(self, output: torch.Tensor) -> torch.Tensor:
-        """The re-fitted projection (D, H·d), fp64. Raises FloatingPointError when the activations
-        are not finite.
+    def solve(self, output: torch.Tensor, damping: float = DAMPING) -> torch.Tensor:
+        """The re-fitted projection (D, H·d), fp64. damping: lambda. Raises FloatingPointError when
+        the activations are not finite.
         """
         gram, start = self.gram.sum, output.detach().double()
         if not torch.isfinite(gram).all() or not torch.isfinite(self.cross.sum).all():
             raise FloatingPointError("the calibration activations contain NaN or infinity")
-        system = damped(gram, DAMPING)
+        system = damped(gram, damping)
         pull = system.diagonal() - gram.diagonal()  # 1 for an input that was always 0: it stays
         factor = torch.linalg.cholesky(system)
         return torch.cholesky_solve(self.cross.sum + pull[:, None] * start.T, factor).T

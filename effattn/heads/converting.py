@@ -22,6 +22,9 @@ from effattn.heads.judged import TOKENS, judge
 from effattn.heads.methods.base import Heads, Merged, Method, relative_errors
 from effattn.hf.anatomy import Layer
 
+# lambda of the FFNs' re-fit. SmolLM2 from 3 K/V heads to 1 by 32,768 tokens loses 0.88 nats at 0.01,
+# 0.82 at 0.1.
+FFN_DAMPING = 0.1
 APART = 1000  # seeds of neighbouring layers; a layer's heads add their own
 
 
@@ -238,7 +241,7 @@ def refit_feed_forward(
             # in fp32, as `Observed.wanted`
             lag = teacher.sink[number].to(output.device).float() - output.float()
             fit.add(x, y.float() + lag.flatten(0, -2))
-    module.weight.copy_(fit.solve(module.weight))
+    module.weight.copy_(fit.solve(module.weight, FFN_DAMPING))
     return fit.error(module.weight)
 
 
