@@ -19,7 +19,8 @@ SYMBOLS = ["]", *map(str, range(10)), *(f"[{name}" for name in OPERATIONS)]
 IDS = {symbol: number for number, symbol in enumerate(SYMBOLS, 1)}
 NESTED = {64: 2, 256: 3, 1024: 5}  # symbols, at most -> how deep an expression nests
 DEEPEST = 10  # in Long Range Arena
-KEYS, VALUES = 8, 4  # of `recall`
+FILLER = 1  # of `recall`, where nothing is to be read
+KEYS, VALUES = 4, 4
 
 
 @dataclass(frozen=True)
@@ -72,22 +73,25 @@ def listops(count: int, length: int, seed: int) -> Examples:
     return Examples(tokens, tokens != PAD, torch.tensor([value for _, value in found]))
 
 
-@task(classes=VALUES, vocabulary=1 + KEYS + KEYS * VALUES, least=32)
+@task(classes=VALUES, vocabulary=2 + KEYS + KEYS * VALUES, least=32)
 def recall(count: int, length: int, seed: int) -> Examples:
-    """The value of a key: the first token names it, one of the others, anywhere, is that key with
-    its value, and all the rest are other keys with theirs. What cannot reach it has to guess."""
+    """The value of a key, which the first token names (as in MQAR, arXiv:2312.04927). The second
+    half of the input is tokens that are a key and its value, which is the same in all of an input;
+    between lies nothing to be read, so that a pattern that cannot reach over it has to guess."""
     chance = torch.Generator().manual_seed(seed)
+    half = length // 2
 
-    def drawn(most: int, *shape: int) -> Tensor:
-        return torch.randint(most, shape, generator=chance)
+    def shuffled(many: int, kinds: int) -> Tensor:
+        """(count, many): of each kind as many, so that no value is likelier than another."""
+        order = torch.rand(count, many, generator=chance).argsort(dim=1)
+        return (torch.arange(many) % kinds)[order]
 
-    asked, labels = drawn(KEYS, count, 1), drawn(VALUES, count, 1)
-    others = (asked + 1 + drawn(KEYS - 1, count, length)) % KEYS
-    tokens = 1 + KEYS + VALUES * others + drawn(VALUES, count, length)
-    place = 1 + drawn(length - 1, count, 1)
-    tokens.scatter_(1, place, 1 + KEYS + VALUES * asked + labels)
-    tokens[:, :1] = 1 + asked
-    return Examples(tokens, torch.ones_like(tokens, dtype=torch.bool), labels[:, 0])
+    asked = torch.randint(KEYS, (count, 1), generator=chance)
+    values, keys = shuffled(KEYS, VALUES), shuffled(length - half, KEYS)
+    tokens = torch.full((count, length), FILLER)
+    tokens[:, :1] = FILLER + 1 + asked
+    tokens[:, half:] = FILLER + 1 + KEYS + VALUES * keys + values.gather(1, keys)
+    return Examples(tokens, tokens != PAD, values.gather(1, asked)[:, 0])
 
 
 @task(classes=2, vocabulary=4, least=LEAST_SIDE**2)

@@ -7,7 +7,7 @@ import torch
 
 from effattn.arena import pathfinder
 from effattn.arena.pathfinder import APART, EMPTY, END
-from effattn.arena.tasks import IDS, PAD, TASKS
+from effattn.arena.tasks import FILLER, IDS, KEYS, PAD, TASKS, VALUES
 from effattn.evaluate.list_operations import OPERATIONS
 
 
@@ -109,6 +109,20 @@ def test_expressions_have_the_value_that_their_label_says():
             else:
                 stack[-1].append(int(symbol))
         assert stack == [[label]]
+
+
+def test_what_is_recalled_is_far_away_and_nothing_else_tells():
+    found = TASKS["recall"].make(200, 48, 3)
+    pairs = FILLER + 1 + KEYS  # the first of their tokens
+    for row, label in zip(found.tokens.tolist(), found.labels.tolist(), strict=True):
+        asked, empty, told = row[0] - FILLER - 1, row[1:24], row[24:]
+        assert 0 <= asked < KEYS
+        assert set(empty) == {FILLER}
+        said = [divmod(token - pairs, VALUES) for token in told]
+        assert {value for key, value in said if key == asked} == {label}
+        # as often as any other, so that no value is likelier without the question
+        assert [sum(value == one for _, value in said) for one in range(VALUES)] == [6] * VALUES
+    assert found.labels.bincount(minlength=VALUES).min() > 30
 
 
 @pytest.mark.parametrize(
