@@ -135,7 +135,8 @@ def _of(name: str, spec: str = "") -> Part:
     """The row of a spec's own, where it has one, or that of all others of its axis."""
     member = spec.partition("(")[0]
     rows = [part for part in PARTS if part.name == name]
-    return next((part for part in rows if member in part.members), rows[-1])
+    own = [part for part in rows if member in part.members]
+    return (own or [part for part in rows if not part.members])[0]
 
 
 def _specs(entry: dict[str, str]) -> str:

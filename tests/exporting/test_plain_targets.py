@@ -248,6 +248,8 @@ def test_forms_of_one_axis_are_told_apart():
     first, second = capabilities.lost(model, "gguf")
     assert first.startswith("topk(window=8) in layers 0 (`topk`")
     assert second.startswith("sliding(window=8, sinks=2) in layers 1 (another pattern")
+    (said,) = capabilities.lost(effattn.swap(tiny("Llama"), cache="int8(group=16)"), "gguf")
+    assert said.endswith("(a packed cache): no: its own formats, by its flags")
 
 
 @pytest.mark.parametrize("pattern", [None, {"1": "sliding(window=8)"}])
