@@ -51,7 +51,7 @@ def check_keep(keep_every: int, keep: str) -> None:
             "learn_windows: got a penalty, and keep_every=0 keeps no layer that could learn "
             "windows; valid is keep_every of at least 1"
         )
-    if parse_spec(keep)[0] != "sliding":
+    if not hasattr(registry.backend(keep), "windows"):
         raise ValueError(
             f"learn_windows: got a penalty and keep={keep!r}, which has no windows by head; valid "
             "is a sliding(...)"

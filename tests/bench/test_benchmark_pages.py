@@ -35,7 +35,11 @@ def test_the_page_of_what_goes_with_what_is_what_the_code_does():
     page = ROOT / "docs" / "compatibility.md"
     text = page.read_text(encoding="utf-8")
     assert compatibility.update(text) == text, f"{page}: run `make pages`"
-    for said in ("| dense | yes |", "no (1)", "packed caches go with dense, block and sliding"):
+    for said in (
+        "| dense | yes |",
+        "no (1)",
+        "packed caches go with dense, block, topk and sliding",
+    ):
         assert said in text
 
 
