@@ -231,7 +231,7 @@ def test_nothing_of_the_caches_size_is_made():
 @pytest.mark.parametrize("axis", ["channel", "token"])
 def test_codes_are_multiplied_as_they_are(axis):
     """Of a tile's size are the copy that makes numbers of codes, and products: no other pass. Keys
-    with a scale a token, which no format has, do take others."""
+    with a scale a token (k_axis="token") do take others."""
     q, cache = made(Coding("int8", axis, 32), Coding("int8", "token", 32), packed=1024)
     with torch.profiler.profile(record_shapes=True) as profile:
         attention(q, cache, impl="torch")
