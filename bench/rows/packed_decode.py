@@ -148,9 +148,10 @@ def _unpacked(spec, case, inputs):
     """Unpacks all of the cache, then attends: two more passes over K and V in full precision."""
 
     def use(q, cache):
+        parts = (cache.k_first, cache.k, cache.k_rest), (cache.v_first, cache.v, cache.v_rest)
         k, v = (
-            torch.cat([unpack(codes, q.dtype), rest], dim=2)
-            for codes, rest in ((cache.k, cache.k_rest), (cache.v, cache.v_rest))
+            torch.cat([*([] if first is None else [first]), unpack(codes, q.dtype), rest], dim=2)
+            for first, codes, rest in parts
         )
         return torch.nn.functional.scaled_dot_product_attention(q, k, v, enable_gqa=True)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 import re
 from dataclasses import replace
 
@@ -225,6 +226,22 @@ def test_nothing_of_the_caches_size_is_made():
     largest = max(event.cpu_memory_usage for event in profile.events())
     assert largest <= 4 * 2**17 * 4
     assert unpack(cache.k, impl="torch").nbytes == 2**23
+
+
+@pytest.mark.parametrize("axis", ["channel", "token"])
+def test_codes_are_multiplied_as_they_are(axis):
+    """Of a tile's size are the copy that makes numbers of codes, and products: no other pass. Keys
+    with a scale a token (k_axis="token") do take others."""
+    q, cache = made(Coding("int8", axis, 32), Coding("int8", "token", 32), packed=1024)
+    with torch.profiler.profile(record_shapes=True) as profile:
+        attention(q, cache, impl="torch")
+    over = [
+        event.name
+        for event in profile.events()
+        if event.name.rstrip("_") in ("aten::mul", "aten::add", "aten::addcmul", "aten::sum")
+        and any(math.prod(shape) >= 1024 * 32 for shape in event.input_shapes)
+    ]
+    assert bool(over) == (axis == "token")
 
 
 def test_a_compiled_step_is_one_graph():
