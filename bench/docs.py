@@ -36,6 +36,7 @@ SUBJECTS = {
     "extend_context_tuned": ("Rules tuned to longer contexts", "extend_context.py --tune-tokens"),
     "extend_longlora": ("LongLoRA beside whole attention", "effattn extend --train-pattern"),
     "extend_longrope": ("Factors of longrope, searched for", "effattn extend --rule longrope(...)"),
+    "fit": ("The embedded model within a budget, and the whole curve", "effattn fit --bytes 50%"),
     "kernels": ("Kernels' predicted share of an H200's limits", "python -m bench.kernels"),
     "loading": ("from_pretrained after import effattn", "python -m bench.loading"),
     "linearize_all": ("Every layer linear", "effattn linearize"),

@@ -102,6 +102,7 @@ class Builder:
         """Runs the parent's layer on `hidden`, which moves one layer on. FloatingPointError for
         activations that are not finite."""
         layer = self.parts.layers[index]
+        stream = list(hidden) if self.teacher.adds(index, hidden[0]) else None
         moment, within, gram = SecondMoment(ones=True), SecondMoment(), SecondMoment()
         inputs: list[Tensor] = []
         outputs: dict[nn.Module, list[Tensor]] = {
@@ -140,6 +141,7 @@ class Builder:
             outputs[layer.feed_forward.output],
             within.mean.cpu(),
             gram.sum,
+            stream,
         )
 
     def change(

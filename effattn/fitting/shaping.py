@@ -33,7 +33,8 @@ class Seen:
     """What the parent's layer gets and gives: the moment of its attention's inputs and some of them
     (`effattn.heads.converting.observe`), what its output projections give without their biases
     (N, D), the moment of its FFN's inputs (D, D), and the sum of z z^T of the inner dimensions
-    (F, F), both in fp64."""
+    (F, F), both in fp64. stream: the hidden states that it got, by batch, where what its attention
+    gives is added to them as it is; None where it is not."""
 
     moment: Tensor
     inputs: Tensor | None
@@ -41,6 +42,7 @@ class Seen:
     ffn: list[Tensor]
     ffn_moment: Tensor
     gram: Tensor
+    stream: list[Tensor] | None = None
 
 
 def structured(form: str | None) -> str | None:
@@ -89,7 +91,18 @@ class Shaping:
         elif choice.ffn:
             return
         targets = seen.attention if choice.ffn else self._both(self.layer.feed_forward.output)
-        self._refit(layer.o.module, targets, form)
+        self._refit(layer.o.module, self._caught_up(targets), form)
+
+    def _caught_up(self, targets: list[Tensor]) -> list[Tensor]:
+        """Targets with what lies between the parent's hidden states and the twin's at this layer,
+        so that behind attention the two agree."""
+        stream = self.seen.stream
+        if stream is None:
+            return targets
+        # in fp32: beside a few massive values half precision would round the difference away
+        pairs = zip(stream, self.student, strict=True)
+        lags = [(theirs.float() - ours.float()).flatten(0, -2) for theirs, ours in pairs]
+        return [y.float() + lag for y, lag in zip(targets, lags, strict=True)]
 
     def _ffn(self, choice: LayerChoice) -> None:
         layer, seen, own = self.layer, self.seen, self.layer.feed_forward
