@@ -35,7 +35,8 @@ HEADLINES = (
     "linear scan_bf16",
     "linear forward_128_bf16_elu",
     "monarch both 4096 b32 r4 bf16",
-    "sparse24 product bf16",
+    "sparse24 product bf16 of 1",
+    "sparse24 product bf16 of 16",
     "bandwidth copy",
 )
 HEADINGS = (

@@ -31,7 +31,7 @@ def forward(x: Tensor, values: Tensor, indices: Tensor, bias: Tensor | None) -> 
             f"x: got {x.dtype}; valid for impl='triton' are float16, bfloat16 and float32"
         )
     rows, (outputs, half) = len(x), indices.shape
-    sizes = dict(tile(x.element_size(), outputs, half, processors(x.device)))
+    sizes = dict(tile(rows, x.element_size(), outputs, half, processors(x.device)))
     splits = sizes.pop("splits")
     out = x.new_empty(rows, outputs)
     parts = out if splits == 1 else x.new_empty(splits, rows, outputs, dtype=torch.float32)
@@ -49,10 +49,11 @@ def forward(x: Tensor, values: Tensor, indices: Tensor, bias: Tensor | None) -> 
 
 
 @lru_cache
-def tile(itemsize: int, outputs: int, half: int, processors: int) -> dict[str, int]:
+def tile(rows: int, itemsize: int, outputs: int, half: int, processors: int) -> dict[str, int]:
     """Keyword arguments of `product`, and into how many `splits` the groups of a row go.
 
-    In 16 bits a tile of 32 outputs and 64 bytes of indices is 18 KiB of packed weights.
+    In 16 bits a tile of 32 outputs and 64 bytes of indices is 18 KiB of packed weights. One row of
+    x needs no matrix unit, whose tiles of 16 rows would be mostly empty.
     """
     small = triton.knobs.runtime.interpret  # small tests have several tiles
     block_n = 16 if small else 32
@@ -61,7 +62,12 @@ def tile(itemsize: int, outputs: int, half: int, processors: int) -> dict[str, i
     splits = max(1, min(tiles, WAVES * processors // cdiv(outputs, block_n)))
     splits = cdiv(tiles, cdiv(tiles, splits))  # none is empty
     return dict(
-        splits=splits, BLOCK_M=16, BLOCK_N=block_n, BLOCK_G=block_g, num_warps=4, num_stages=3
+        splits=splits,
+        BLOCK_M=1 if rows == 1 else 16,
+        BLOCK_N=block_n,
+        BLOCK_G=block_g,
+        num_warps=4,
+        num_stages=3,
     )
 
 
