@@ -37,6 +37,11 @@ HEADLINES = (
     "monarch both 4096 b32 r4 bf16",
     "sparse24 product bf16 of 1",
     "sparse24 product bf16 of 16",
+    "bitmask product bf16 of 1",
+    "ragged ragged d128 bf16 g4 q1",
+    "topk forward_128_bf16",
+    "gated forward_128_bf16_head",
+    "latent keys d128 bf16",
     "bandwidth copy",
 )
 HEADINGS = (

@@ -49,8 +49,9 @@ DIRECTED: dict[str, dict[int, Tile]] = {
     "backward_queries": {64: Tile(64, 64, 8, 2), 128: Tile(64, 32, 8, 2), 256: Tile(64, 32, 8, 1)},
     "backward_keys": {64: Tile(64, 64, 8, 2), 128: Tile(64, 32, 8, 2), 256: Tile(64, 32, 8, 1)},
 }
-DIRECTED_AMD: dict[str, dict[int, Tile]] = {
-    "forward": {64: Tile(64, 32, 8, 1), 128: Tile(64, 16, 8, 1)}
+DIRECTED_ON: dict[str, dict[str, dict[int, Tile]]] = {
+    "gfx942": {"forward": {64: Tile(64, 32, 8, 1), 128: Tile(64, 16, 8, 1)}},
+    "sm_100": {"forward": {128: Tile(64, 32, 8, 1)}},
 }
 # The widest heads of which two parts fit: into shared memory, or, on sm_80, into registers.
 SHALLOW = {"sm_86": 0, "gfx942": 0, "sm_80": 128}
@@ -69,10 +70,7 @@ def tile(kernel: str, arch: str, width: int, directed: bool = False) -> Tile:
         return INTERPRETED
     table = TILES[kernel]
     if directed:
-        table = (
-            table
-            | DIRECTED.get(kernel, {})
-            | (DIRECTED_AMD.get(kernel, {}) if arch == "gfx942" else {})
-        )
+        here = DIRECTED_ON.get(arch, {})
+        table = table | DIRECTED.get(kernel, {}) | here.get(kernel, {})
     found = table[min(size for size in table if width <= size)]
     return found if width <= SHALLOW.get(arch, WIDEST) else found._replace(stages=1)

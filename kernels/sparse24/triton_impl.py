@@ -53,10 +53,11 @@ def tile(rows: int, itemsize: int, outputs: int, half: int, processors: int) -> 
     """Keyword arguments of `product`, and into how many `splits` the groups of a row go.
 
     In 16 bits a tile of 32 outputs and 64 bytes of indices is 18 KiB of packed weights. One row of
-    x needs no matrix unit, whose tiles of 16 rows would be mostly empty.
+    x needs no matrix unit, whose tiles of 16 rows would be mostly empty, and more registers a
+    weight.
     """
     small = triton.knobs.runtime.interpret  # small tests have several tiles
-    block_n = 16 if small else 32
+    block_n = 16 if small or rows == 1 else 32
     block_g = 16 if small else 64 if itemsize == 2 else 32
     tiles = cdiv(half, block_g)
     splits = max(1, min(tiles, WAVES * processors // cdiv(outputs, block_n)))
