@@ -8,6 +8,7 @@ a dense one that is read at full bandwidth. What torch's flex_attention takes is
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -94,7 +95,7 @@ MARKS = (
     Mark("Monarch, of the limit", 0.65, ("monarch both 4096 b32 r4 bf16",), share),
 )
 # of these kinds of variants none is to spill
-_WHOLE = ("decode", "flash backward_keys_64_", "flash backward_keys_128_")
+_NONE = re.compile(r"decode |.* backward_keys_(64|128)_")
 
 
 def marks(reports: Iterable[Report]) -> list[Found]:
@@ -115,12 +116,12 @@ def marks(reports: Iterable[Report]) -> list[Found]:
 
 def _spills(by_name: Reports) -> list[Found]:
     """Bytes a thread that the worst variant spills, all in all and in its inner loops: a forward or
-    decode kernel's, or that of `backward_keys` at head sizes up to 128."""
+    decode kernel's, or of `backward_keys` at head sizes up to 128."""
     kept = [
         each
         for name, each in by_name.items()
         if each.result.spills is not None
-        and (name.startswith(_WHOLE) or (each.forward and "_256_" not in name))
+        and (_NONE.match(name) or (each.forward and "_256_" not in name))
     ]
     if not kept:
         return []
