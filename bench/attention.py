@@ -180,7 +180,7 @@ def peer(who: str, spec: str, **settings) -> Contender:
 
 
 def _contender(who: str, spec: str, build: Callable, **settings) -> Contender:
-    exact = effattn.backends()[effattn.backend(spec).name].traits.exact
+    exact = effattn.backend(spec).traits.exact
     settings = {"check_tokens": None if exact else CHECKED, **settings}
     build = partial(_ours, spec) if build is _ours else build
     return Contender(f"{who} {spec}", build, partial(truth, spec), spec=spec, **settings)

@@ -13,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from bench import compatibility, kernels, pages, plots
+from bench import compatibility, extending, kernels, pages, plots
 from bench.day import page as day
 from bench.real import page as real
 from bench.real.steps import subjects
@@ -31,7 +31,9 @@ SUBJECTS = {
     "bench_sparsegpt": ("SparseGPT against llmcompressor", "recipes/bench.py --only SparseGPT"),
     "convert_gqa": ("Fewer KV heads: methods, uptraining curves", "recipes/sweep_gqa.py"),
     "extend_context": ("Position rules past the trained length", "recipes/extend_context.py"),
-    "extend_context_tuned": ("Rules tuned to 2,048 tokens", "extend_context.py --tune-tokens 100k"),
+    "extend_context_hwfa": ("Windows, and a last layer without positions", "extend_context.py"),
+    "extend_context_logn": ("Position rules in a model trained with log-n", "extend_context.py"),
+    "extend_context_tuned": ("Rules tuned to longer contexts", "extend_context.py --tune-tokens"),
     "extend_longlora": ("LongLoRA beside whole attention", "effattn extend --train-pattern"),
     "extend_longrope": ("Factors of longrope, searched for", "effattn extend --rule longrope(...)"),
     "kernels": ("Kernels' predicted share of an H200's limits", "python -m bench.kernels"),
@@ -85,7 +87,7 @@ def wanted(root: Path) -> dict[Path, str]:
         old = page.read_text(encoding="utf-8")
         text, figures = pages.update(old, root)
         text = compatibility.update(text)
-        for made in (real, kernels, day):
+        for made in (real, kernels, day, extending):
             text = made.update(text, root)
         text, drawn = plots.update(text, root, page.relative_to(root))
         found[page] = text

@@ -170,6 +170,10 @@ class Backend(nn.Module):
         """Whether `attend` lets a state of packed keys attend by itself."""
         return False
 
+    def reads(self, state: State) -> bool:
+        """Whether `attend` lets this state of packed keys attend by itself."""
+        return self.packable
+
     def growth(self, shape: Shape) -> float:
         """Bytes that the state of such a call grows by with each further token, where it grows at
         all."""
@@ -231,7 +235,7 @@ class Backend(nn.Module):
         check_dropout(self, extras, state)
         for extra in extras:
             check_choice(f"{self.name}: argument", extra, self.extras)
-        if isinstance(state, State) and state.packed and not self.packable:
+        if isinstance(state, State) and state.packed and not self.reads(state):
             raise Unsupported(
                 f"state: {self.name} cannot read packed keys; valid are dense, block and sliding"
             )

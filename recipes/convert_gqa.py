@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING, ClassVar
 import typer
 
 from effattn.recipes import converting, flow, layerwise, options
-from effattn.recipes.options import option, real, tokens, whole
+from effattn.recipes.options import option, real, whole
 from effattn.stages import Quiet, main_process
 
 if TYPE_CHECKING:
@@ -49,27 +49,26 @@ class Settings(options.Saving):
     output: Path = option(help="new folder for the checkpoint and its report")
     model: str = options.model_name()
     method: str = option("optimal", "optimal, aligned, mean, first or random")
-    refit: bool = option(True, "solve the output projections again by least squares")
+    refit: bool = converting.refits()
+    refit_ffn: bool = option(False, "those of the FFNs as well, to what leaves each layer")
     grouping: str = option("contiguous", "contiguous, or similarity")
-    text: Sequence[Path] = options.text_files("to calibrate on")
+    text: Sequence[Path] = converting.text_files()
     dataset: str | None = options.dataset_name()
     column: str | None = options.text_column()
     evaluation_text: Sequence[Path] = options.evaluation_files()
     bos: bool | None = options.begins_with_bos()
-    calibration_tokens: int = tokens(50_000, "to take second moments of", least=1)
-    evaluation_tokens: int = tokens(32_768, "held out, to measure on", least=2)
-    uptrain_tokens: int = tokens(0, "to distil on after converting; 0: none")
-    length: int = whole(512, "window length in tokens", least=8, unit="tokens")
-    batch: int = whole(2, "uptraining windows a step and process", least=1)
+    calibration_tokens: int = converting.calibration_tokens()
+    evaluation_tokens: int = converting.evaluation_tokens()
+    uptrain_tokens: int = converting.uptrain_tokens()
+    length: int = converting.window_length()
+    batch: int = converting.uptrain_batch()
     lr: float | None = real(None, "peak learning rate (default: by width and depth)", above=0)
-    ce_weight: float = real(0.05, "weight of cross-entropy beside the KL", least=0)
-    layer_weight: float = real(
-        30.0, "weight of the distance to the parent's layer outputs", least=0
-    )
-    trainable: str = option("attention", "what uptraining trains: attention, or all")
+    ce_weight: float = converting.ce_weight()
+    layer_weight: float = converting.layer_weight()
+    trainable: str = converting.trainable()
     seed: int = options.random_seed("data order and random heads")
     device: str = options.device_name()
-    decode_contexts: Sequence[int] = options.decode_contexts((512, 4096, 16384))
+    decode_contexts: Sequence[int] = converting.decode_contexts()
     measure: str = layerwise.measure_option()
     overrides: dict = field(default_factory=dict)  # for TrainingArguments, from Python alone
 
@@ -89,13 +88,13 @@ def run(settings: Settings, show: Quiet | None = None) -> ConversionReport:
     output's name."""
     from effattn.heads.report import ConversionReport
 
-    with flow.output_of(settings) as finished:
+    with flow.output_of(settings, ConversionReport, show) as finished:
         if finished:
             return ConversionReport.load(settings.output)
         check(settings)
         if layerwise.fits(settings, "uptrain_tokens"):
             return convert(settings, show or Quiet())
-        named = ("kv_heads", "method", "refit", "grouping", "length", "seed")
+        named = ("kv_heads", "method", "refit", "refit_ffn", "grouping", "length", "seed")
         heads = layerwise.spec("gqa", settings, *named)
         return layerwise.convert(settings, show or Quiet(), heads)
 
@@ -126,6 +125,7 @@ def convert(settings: Settings, show: Quiet) -> ConversionReport:
             going.calibration,
             method=settings.method,
             refit=settings.refit,
+            refit_ffn=settings.refit_ffn,
             grouping=settings.grouping,
             length=going.length,
             seed=settings.seed,

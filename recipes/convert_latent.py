@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, ClassVar
 import typer
 
 from effattn.recipes import converting, flow, layerwise, options
-from effattn.recipes.options import option, real, tokens, whole
+from effattn.recipes.options import option, real, whole
 from effattn.stages import Quiet, main_process
 
 if TYPE_CHECKING:
@@ -43,26 +43,24 @@ class Settings(options.Saving):
     ratio: float | None = real(None, "share of the bytes that the cache takes now", above=0)
     energy: float | None = real(None, "share of the weighed energy that layers keep", above=0)
     model: str = options.model_name()
-    refit: bool = option(True, "solve the output projections again by least squares")
-    text: Sequence[Path] = options.text_files("to calibrate on")
+    refit: bool = converting.refits()
+    text: Sequence[Path] = converting.text_files()
     dataset: str | None = options.dataset_name()
     column: str | None = options.text_column()
     evaluation_text: Sequence[Path] = options.evaluation_files()
     bos: bool | None = options.begins_with_bos()
-    calibration_tokens: int = tokens(50_000, "to take second moments of", least=1)
-    evaluation_tokens: int = tokens(32_768, "held out, to measure on", least=2)
-    uptrain_tokens: int = tokens(0, "to distil on after converting; 0: none")
-    length: int = whole(512, "window length in tokens", least=8, unit="tokens")
-    batch: int = whole(2, "uptraining windows a step and process", least=1)
+    calibration_tokens: int = converting.calibration_tokens()
+    evaluation_tokens: int = converting.evaluation_tokens()
+    uptrain_tokens: int = converting.uptrain_tokens()
+    length: int = converting.window_length()
+    batch: int = converting.uptrain_batch()
     lr: float | None = real(None, "peak learning rate (default: by width, 3e-3 at 256)", above=0)
-    ce_weight: float = real(0.05, "weight of cross-entropy beside the KL", least=0)
-    layer_weight: float = real(
-        30.0, "weight of the distance to the parent's layer outputs", least=0
-    )
-    trainable: str = option("attention", "what uptraining trains: attention, or all")
+    ce_weight: float = converting.ce_weight()
+    layer_weight: float = converting.layer_weight()
+    trainable: str = converting.trainable()
     seed: int = options.random_seed("data order")
     device: str = options.device_name()
-    decode_contexts: Sequence[int] = options.decode_contexts((512, 4096, 16384))
+    decode_contexts: Sequence[int] = converting.decode_contexts()
     measure: str = layerwise.measure_option()
     overrides: dict = field(default_factory=dict)  # for TrainingArguments, from Python alone
 
@@ -87,7 +85,7 @@ def run(settings: Settings, show: Quiet | None = None) -> LatentReport:
     output's name."""
     from effattn.heads.latent.report import LatentReport
 
-    with flow.output_of(settings) as finished:
+    with flow.output_of(settings, LatentReport, show) as finished:
         if finished:
             return LatentReport.load(settings.output)
         check(settings)

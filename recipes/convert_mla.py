@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, ClassVar
 import typer
 
 from effattn.recipes import converting, flow, options
-from effattn.recipes.options import option, tokens, whole
+from effattn.recipes.options import option, whole
 from effattn.stages import Quiet, main_process
 
 if TYPE_CHECKING:
@@ -41,17 +41,17 @@ class Settings(options.Saving):
         None, "dimensions that keep their position, shared by all heads; a head's own", least=2
     )
     model: str = options.model_name()
-    refit: bool = option(True, "solve the output projections again by least squares")
-    text: Sequence[Path] = options.text_files("to calibrate on")
+    refit: bool = converting.refits()
+    text: Sequence[Path] = converting.text_files()
     dataset: str | None = options.dataset_name()
     column: str | None = options.text_column()
     evaluation_text: Sequence[Path] = options.evaluation_files()
     bos: bool | None = options.begins_with_bos()
-    calibration_tokens: int = tokens(50_000, "to take second moments of", least=1)
-    evaluation_tokens: int = tokens(32_768, "held out, to measure on", least=2)
-    length: int = whole(512, "window length in tokens", least=8, unit="tokens")
+    calibration_tokens: int = converting.calibration_tokens()
+    evaluation_tokens: int = converting.evaluation_tokens()
+    length: int = converting.window_length()
     device: str = options.device_name()
-    decode_contexts: Sequence[int] = options.decode_contexts((512, 4096, 16384))
+    decode_contexts: Sequence[int] = converting.decode_contexts()
 
     COMMAND: ClassVar = "convert-mla"
     APART: ClassVar = ("decode_contexts",)
@@ -69,7 +69,7 @@ def run(settings: Settings, show: Quiet | None = None) -> MlaReport:
     output's name."""
     from effattn.heads.mla.report import MlaReport
 
-    with flow.output_of(settings) as finished:
+    with flow.output_of(settings, MlaReport, show) as finished:
         if finished:
             return MlaReport.load(settings.output)
         return convert(settings, show or Quiet())

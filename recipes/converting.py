@@ -1,5 +1,7 @@
-"""What the conversions of heads have in common: their steps but for the conversion itself.
+"""What the conversions of heads have in common: settings, and their steps but for the conversion
+itself.
 
+refit: bool = converting.refits()             # a setting, in its place among a recipe's own
 parent, tokenizer, parts = converting.load(settings, show, lambda parts: ...)
 going = converting.begin(settings, show, parent, tokenizer, parts, "convert-gqa")
 student, report = ...                        # what a recipe is about
@@ -12,13 +14,77 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from effattn.recipes import flow
+from effattn.recipes import flow, options
+from effattn.recipes.options import option, real, tokens, whole
 from effattn.resuming import Parts
 from effattn.stages import Quiet, main_process
 
 if TYPE_CHECKING:
     from effattn.hf.anatomy import Anatomy
     from effattn.textdata import Streams
+
+
+# Settings, with the same words and defaults everywhere
+# -------------------------------------------------------------------------------------------------
+
+
+def refits():
+    """Whether outputs are fitted again."""
+    return option(True, "solve the output projections again by least squares")
+
+
+def text_files():
+    """Files to convert on."""
+    return options.text_files("to calibrate on")
+
+
+def calibration_tokens():
+    """How many of their tokens."""
+    return tokens(50_000, "to take second moments of", least=1)
+
+
+def evaluation_tokens():
+    """Tokens that nothing is fitted to."""
+    return tokens(32_768, "held out, to measure on", least=2)
+
+
+def uptrain_tokens():
+    """Tokens of the distillation."""
+    return tokens(0, "to distil on after converting; 0: none")
+
+
+def window_length():
+    """Tokens of a window, in everything that a conversion reads."""
+    return whole(512, "window length in tokens", least=8, unit="tokens")
+
+
+def uptrain_batch():
+    """Windows of a step of the distillation."""
+    return whole(2, "uptraining windows a step and process", least=1)
+
+
+def ce_weight():
+    """Of the text's own next tokens."""
+    return real(0.05, "weight of cross-entropy beside the KL", least=0)
+
+
+def layer_weight():
+    """Of what single layers give."""
+    return real(30.0, "weight of the distance to the parent's layer outputs", least=0)
+
+
+def trainable():
+    """The weights that the distillation changes."""
+    return option("attention", "what uptraining trains: attention, or all")
+
+
+def decode_contexts():
+    """Caches that steps are timed over."""
+    return options.decode_contexts((512, 4096, 16384))
+
+
+# Steps
+# -------------------------------------------------------------------------------------------------
 
 
 @dataclass

@@ -122,7 +122,7 @@ def run(settings: Settings, show: Quiet | None = None) -> ExtendReport:
     else), OSError (disk), each before anything appears under the output's name."""
     from effattn.extending.report import ExtendReport
 
-    with flow.output_of(settings) as finished:
+    with flow.output_of(settings, ExtendReport, show) as finished:
         if finished:
             return ExtendReport.load(settings.output)
         return extend(settings, show or Quiet())

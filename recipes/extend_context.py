@@ -68,7 +68,11 @@ class Settings(options.Settings):
         'names from the table, or what comes before their dash, such as "rerope,yarn,ntk-mixed"; '
         "the baseline is always there",
     )
-    logn: bool = option(True, "each position rule a second time, with test-time log-n")
+    logn: bool = option(
+        True,
+        "each position rule a second time, with test-time log-n, if the model was not trained with "
+        "it",
+    )
     lengths: Sequence[int] | None = contexts(
         None,
         "windows (default: 1, 4 and 8 times the trained length)",
@@ -155,7 +159,7 @@ def side_by_side(settings: Settings, show: Quiet) -> ArticleReport:
     from effattn.profiling.environment import environment
     from effattn.reports.files import numbers
 
-    model, tokenizer, trained, lengths, rules = load(settings, show)
+    model, tokenizer, trained, lengths, rules, own = load(settings, show)
     sequences, source = read(settings, show, tokenizer, lengths)
     tuning = tuned_rules.read(settings, show, tokenizer)
     period = settings.period or 3 * trained // 2
@@ -198,7 +202,7 @@ def side_by_side(settings: Settings, show: Quiet) -> ArticleReport:
     data = {
         "kind": "extend_context",
         "settings": resolved | prompts,
-        "model": model_facts(model, trained),
+        "model": model_facts(model, trained) | {"own": own},
         "copy": copy,
         "task": task,
         "task_learned": learned,
@@ -242,38 +246,50 @@ def check(settings: Settings) -> None:
 
 def load(settings: Settings, show: Quiet) -> tuple:
     """The model on its device, its tokenizer, the tokens that it was trained with, the lengths of
-    windows, and the rules. What the model cannot have is said before anything is measured."""
-    from effattn.extending.rules import chosen, rules
+    windows, the rules, and what `trained_with` gives. What the model cannot have is said before
+    anything is measured."""
+    from effattn.extending.rules import chosen, of_own, rules, trained_with
     from effattn.surgery.checkpoint import load_model
 
     with show.stage("loading the model"):
         model, tokenizer = load_model(settings.model, bos=settings.bos)
         model.to(flow.device(settings.device))
-        trained = trained_length(model, settings.model)
+        trained = trained_length(model)
+        own = trained_with(model, settings.model)
         lengths = check_lengths(settings, trained)
-        wanted = chosen(rules(trained, lengths[-1]), settings.rules, settings.logn)
+        every = rules(trained, lengths[-1])
+        if own:
+            tuned_rules.check_own(settings)
+            wanted = of_own(every, settings.rules, own, attending(model))
+        else:
+            wanted = chosen(every, settings.rules, settings.logn)
         for rule in wanted:
             with rule.on(model):
                 pass
-    return model, tokenizer, trained, lengths, wanted
+    return model, tokenizer, trained, lengths, wanted, own
 
 
-def trained_length(model, name: str) -> int:
+def trained_length(model) -> int:
     """The tokens that the model was trained with. Unsupported for models without plain rotary
     positions.
     """
     from effattn.errors import Unsupported
     from effattn.hf import anatomy
-    from effattn.surgery.attaching import require_own_attention
 
     parts = anatomy.of(model)
-    require_own_attention(model, name)
     if not parts.causal or not any(layer.rotary_dims for layer in parts.layers):
         raise Unsupported(
             f"model: {type(model).__name__} has no rotary positions to change; valid is a causal "
             "model with them, such as 'embedded'"
         )
     return int(parts.trained_length)
+
+
+def attending(model) -> int:
+    """How many layers attend."""
+    from effattn.hf import anatomy
+
+    return sum(layer.attends for layer in anatomy.of(model))
 
 
 def check_lengths(settings: Settings, trained: int) -> list[int]:

@@ -137,7 +137,7 @@ def run(settings: Settings, show: Quiet | None = None) -> FitReport:
     anything appears under the output's name."""
     from effattn.fitting.report import FitReport
 
-    with flow.output_of(settings) as finished:
+    with flow.output_of(settings, FitReport, show) as finished:
         if finished:
             return FitReport.load(settings.output)
         return fit(settings, show or Quiet())
@@ -178,7 +178,7 @@ def fit(settings: Settings, show: Quiet) -> FitReport:
         report.data["frontier"] = curve(settings, show, kept, session, space)
     else:
         found = plan(settings, show, kept, session, space)
-        report.data |= facts.plan_of(session, space, found)
+        report.data |= facts.plan_of(session, space, found, session.rounding(kept))
         finish(settings, show, kept, report, session, found, tokenizer, text)
     with flow.saving(settings, show, report) as folder:
         if not settings.frontier:
@@ -198,6 +198,8 @@ def check(settings: Settings):
     budget = Budget(**limits, context=settings.context, batch=settings.batch)
     axes_of(settings.asked.allow, settings.asked.forbid, settings.keep)
     flow.device(settings.device)
+    if settings.frontier:
+        check_curve(list(budget.given))
     if settings.frontier and settings.recover_tokens:
         raise ValueError(
             f"recover_tokens: got {settings.recover_tokens:,} with frontier, which builds no "
@@ -206,6 +208,17 @@ def check(settings: Settings):
     check_new_folder("output", settings.output)
     flow.check_unfinished(settings, begin=False)
     return budget
+
+
+def check_curve(limits: Sequence[str]) -> None:
+    """ValueError for limits that no curve can go along: several, or of speed, whose parts add up
+    too roughly for a grid."""
+    valid = [name for name in Settings.LIMITS if name != "tokens_per_s"]
+    if len(limits) > 1 or limits[0] not in valid:
+        raise ValueError(
+            f"frontier: got limits of {', '.join(limits)}; a curve goes along one, valid is one of "
+            f"{', '.join(valid)}"
+        )
 
 
 def load(settings: Settings, show: Quiet) -> tuple:

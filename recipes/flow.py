@@ -8,7 +8,7 @@ A recipe is a file with three things, and nothing else shared to know of:
         ...
 
     def run(settings, show=None):           # what Python calls
-        with output_of(settings) as finished:
+        with output_of(settings, Report, show) as finished:
             return Report.load(settings.output) if finished else steps(settings, show or Quiet())
 
     command = flow.command(Settings, run)   # what the command line calls: recipes/cli.py mounts it
@@ -100,14 +100,20 @@ def device(name: str) -> torch.device:
 
 
 @contextmanager
-def output_of(settings: Settings, default: str | None = None) -> Iterator[bool]:
+def output_of(
+    settings: Settings,
+    report: type[Document] | None = None,
+    show: Quiet | None = None,
+    default: str | None = None,
+) -> Iterator[bool]:
     """Holds the new folder `settings.output` while the body runs: no other run works on it, and
     what cannot be written is said before anything else. Without an output, `default` is what the
-    run goes by. Only the main process holds it.
+    run goes by. Only the main process holds it. report, show: of a recipe that saves a checkpoint,
+    the class of its report, and the stages.
 
-    Yields whether the output is there already: from a run of these settings that was killed after
-    its output was complete, and before it had removed what it went on from; that is removed now.
-    Raises what `check_new_folder` and `claim` do."""
+    Yields whether the output is there already: from a run of these settings that was stopped or
+    killed after its output was complete, and before lm-evaluation-harness was through, or what it
+    went on from was removed; that is done now. Raises what `check_new_folder` and `claim` do."""
     if isinstance(settings, Saving):
         publishing.check(settings)
     output, named = settings.output, settings.output or default
@@ -124,9 +130,11 @@ def output_of(settings: Settings, default: str | None = None) -> Iterator[bool]:
             if not finished:
                 check_new_folder("output", output)
             else:
-                if isinstance(settings, Saving):  # killed before, or while, it was sent
-                    publishing.push(settings, Quiet())
-                discard(settings.partial)  # last: where sending fails, the command does it again
+                if isinstance(settings, Saving) and report is not None:
+                    publishing.judge(settings, show or Quiet(), report.load(output), device)
+                    publishing.push(settings, show or Quiet())
+                if settings.partial is not None:  # last: where sending fails, it is done again
+                    discard(settings.partial)
             yield finished
 
 
@@ -136,7 +144,11 @@ def _complete(output: Path | str) -> bool:
 
 def _finished(settings: Settings) -> bool:
     partial = settings.partial
-    if partial is None or not _complete(settings.output):
+    if not _complete(settings.output):
+        return False
+    if isinstance(settings, Saving) and publishing.waits(settings):
+        return True
+    if partial is None:
         return False
     if partial.is_dir() and not any(partial.iterdir()):  # all but the last step of `discard`
         partial.rmdir()
@@ -203,15 +215,16 @@ def fed(text, model) -> dict[str, object]:
 @contextmanager
 def saving(settings: Saving, show: Quiet, report: Document, plain: bool = False) -> Iterator[Path]:
     """Yields the folder that becomes the output when the body is through: what fails in it, the
-    proof among it, leaves nothing. After the body come lm-evaluation-harness, the model card and,
-    last, the report; the output is sent to the hub when it has its name. plain: what is saved needs
-    nothing of effattn, and the stage says so."""
+    proof among it, leaves nothing. After the body come the model card and, last, the report. When
+    the output has its name, lm-evaluation-harness judges it, and it is sent to the hub. plain: what
+    is saved needs nothing of effattn, and the stage says so."""
     said = "saving, and loading again" + (" without effattn" if plain else "")
     with atomic_folder(settings.output) as folder:
         with show.stage(said):
             yield folder
-        publishing.finish(settings, show, folder, report, device)
+        publishing.finish(settings, folder, report)
         report.save(folder)
+    publishing.judge(settings, show, report, device)
     publishing.push(settings, show)
 
 

@@ -60,6 +60,12 @@ class Settings(options.Saving):
     output: Path | None = option(None, "new folder for the checkpoint and its report")
     keep_every: int = whole(0, "keep every n-th layer exact, as --keep says; 0: none", least=0)
     keep: str = option("sliding(window=256, sinks=4)", "what those layers get")
+    learn_windows: float = real(
+        0.0,
+        "what a token of a window costs the kept layers, which learn one for each K/V head; 0: as "
+        "--keep says",
+        least=0,
+    )
     fit_decay: bool = option(True, "choose a decay for every head of a `linear` without one")
     text: Sequence[Path] = options.text_files("to train on")
     dataset: str | None = options.dataset_name()
@@ -106,7 +112,7 @@ def run(settings: Settings, show: Quiet | None = None) -> LinearizeReport:
     output's name."""
     from effattn.linearizing.report import LinearizeReport
 
-    with flow.output_of(settings, DEFAULT) as finished:
+    with flow.output_of(settings, LinearizeReport, show, DEFAULT) as finished:
         if finished:
             return LinearizeReport.load(settings.output)
         return linearize(settings, show or Quiet())
@@ -169,6 +175,7 @@ def linearize(settings: Settings, show: Quiet) -> LinearizeReport:
 def check(settings: Settings) -> None:
     """Everything that can be known to be wrong before a model is loaded. Raises ValueError."""
     from effattn.errors import check_choice
+    from effattn.linearizing import plan
     from effattn.outputs import check_new_folder
     from effattn.training import transfer, uptrain
     from effattn.training.lora import check_peft
@@ -183,6 +190,8 @@ def check(settings: Settings) -> None:
             "pattern: got none and no projections either; valid is for example "
             "'performer(features=256)'"
         )
+    if settings.learn_windows:
+        plan.check_keep(settings.keep_every, settings.keep)
     if settings.lora and settings.distil_tokens:
         check_peft()
     if settings.trains:
@@ -243,6 +252,10 @@ def swap(settings: Settings, show: Quiet, parent, specs: dict[int, str], text: S
     from effattn.training.transfer import learnable
 
     student = copy.deepcopy(parent)
+    if settings.learn_windows:
+        with show.stage("learning windows by head"):
+            keeping = settings.keep_every, settings.keep, settings.learn_windows
+            specs = plan.learned(student, specs, *keeping, text.train)
     with show.stage("swapping"):
         specs = plan.apply(
             student, specs, settings.projections, text.train, fit_decay=settings.fit_decay

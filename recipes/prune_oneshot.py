@@ -129,7 +129,7 @@ def run(settings: Settings, show: Quiet | None = None) -> OneShotReport:
     appears under the output's name."""
     from effattn.prune.unstructured.report import OneShotReport
 
-    with flow.output_of(settings) as finished:
+    with flow.output_of(settings, OneShotReport, show) as finished:
         if finished:
             return OneShotReport.load(settings.output)
         return prune(settings, show or Quiet())

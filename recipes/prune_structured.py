@@ -131,7 +131,7 @@ def run(settings: Settings, show: Quiet | None = None) -> StructuredReport:
     (disk), each before anything appears under the output's name."""
     from effattn.prune.structural.report import StructuredReport
 
-    with flow.output_of(settings) as finished:
+    with flow.output_of(settings, StructuredReport, show) as finished:
         if finished:
             return StructuredReport.load(settings.output)
         return prune(settings, show or Quiet())

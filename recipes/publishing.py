@@ -1,8 +1,9 @@
 """What comes after the work of a recipe that saves a checkpoint: its model card and, where that was
 asked for, lm-evaluation-harness and the hub.
 
-`flow.saving` calls `finish` for the folder that becomes the output, and `push` when it has its
-name; `flow.output_of` calls `check` before anything else."""
+`flow.saving` calls `finish` for the folder that becomes the output, and `judge` and `push` when it
+has its name: what takes hours and reaches out risks nothing of the work. `flow.output_of` calls
+`check` before anything else, and `judge` and `push` for an output that waits for them."""
 
 from __future__ import annotations
 
@@ -17,11 +18,14 @@ from typing import TYPE_CHECKING, Any
 
 from effattn.recipes.options import Option, Saving, declared
 from effattn.reports.document import Document
-from effattn.resuming import Parts
+from effattn.reports.files import write_text_atomic
+from effattn.resuming import Parts, as_json, is_of
 from effattn.stages import Quiet, main_process
 
 if TYPE_CHECKING:
     import torch
+
+WAITS = ".lm-eval.json"  # in an output that is still to be judged: the settings that it is of
 
 
 def check(settings: Saving) -> None:
@@ -41,29 +45,62 @@ def check(settings: Saving) -> None:
         check_harness(settings.lm_eval)
 
 
-def finish(
-    settings: Saving,
-    show: Quiet,
-    folder: Path,
-    report: Document,
-    device: Callable[[str], torch.device],
-) -> None:
-    """Evaluates the checkpoint in `folder`, if there is one and it was asked for, and writes its
-    card. device: what the setting of that name means."""
+def finish(settings: Saving, folder: Path, report: Document) -> None:
+    """Writes the card of the checkpoint in `folder`, if there is one, and, where it is to be judged
+    when it has its name, whose it is."""
+    if (folder / "config.json").is_file():
+        _write_card(settings, folder, report)
+        if settings.lm_eval:
+            kept = {"settings": as_json(settings.kept())}
+            write_text_atomic(folder / WAITS, json.dumps(kept, indent=1) + "\n")
+
+
+def _write_card(settings: Saving, folder: Path, report: Document) -> None:
     from effattn.hf import parentage
     from effattn.surgery import card
 
-    if (folder / "config.json").is_file():
-        if settings.lm_eval:
-            report.data["lm_eval"] = _evaluated(settings, show, folder, device(settings.device))
-        made = command_line(settings)
-        parent, hub = parentage.of(settings.model), settings.push_to_hub
-        paths = [str(path) for path in _paths(settings)]
-        card.write(folder, parent, report, settings.COMMAND, made, hub, paths)
+    made = command_line(settings)
+    parent, hub = parentage.of(settings.model), settings.push_to_hub
+    paths = [str(path) for path in _paths(settings)]
+    card.write(folder, parent, report, settings.COMMAND, made, hub, paths)
 
 
 # lm-evaluation-harness
 # -------------------------------------------------------------------------------------------------
+
+
+def waits(settings: Saving) -> bool:
+    """Whether the output is of a run with these settings, and has not been judged."""
+    return is_of(Path(settings.output) / WAITS, as_json(settings.kept()))
+
+
+def judge(
+    settings: Saving, show: Quiet, report: Document, device: Callable[[str], torch.device]
+) -> None:
+    """Evaluates the finished output, where it waits for that, and writes its report and card anew.
+    The tasks are those that are asked for now; none: it waits no longer. device: what the setting
+    of that name means. RuntimeError in a line where a task fails: the output is complete without
+    it, and the same command goes on."""
+    folder = Path(settings.output)
+    if not (folder / WAITS).is_file():
+        return
+    done = report.part("lm_eval")
+    asked = {"tasks": list(settings.lm_eval), "limit": settings.lm_eval_limit}
+    if settings.lm_eval and asked != {name: done.get(name) for name in asked}:
+        there = f"{folder} is complete without lm-evaluation-harness, and the same command goes on"
+        try:
+            found = _evaluated(settings, show, folder, device(settings.device))
+        except Exception as error:  # the harness's, of many kinds
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise RuntimeError(f"lm_eval: {reason}; {there}") from error
+        except KeyboardInterrupt as stop:  # what a recipe says when it is stopped is of its work
+            stop.add_note(f"stopped; {there}")
+            raise
+        report.data["lm_eval"] = found
+        _write_card(settings, folder, report)
+        report.save(folder)
+    _store(settings).unlink(missing_ok=True)  # the report has it all
+    (folder / WAITS).unlink(missing_ok=True)
 
 
 def _evaluated(settings: Saving, show: Quiet, folder: Path, device: torch.device) -> dict:
@@ -160,8 +197,6 @@ def push(settings: Saving, show: Quiet) -> None:
     from huggingface_hub import HfApi
 
     name = settings.push_to_hub
-    if settings.lm_eval:
-        _store(settings).unlink(missing_ok=True)  # the report has it all
     if name is None:
         return
     api, private = HfApi(), settings.push_private or None  # None: as the owner's default is

@@ -138,7 +138,7 @@ def run(settings: Settings, show: Quiet | None = None) -> QuantizeReport:
     each before anything appears under the output's name."""
     from effattn.quant.sensitivity.report import QuantizeReport
 
-    with flow.output_of(settings) as finished:
+    with flow.output_of(settings, QuantizeReport, show) as finished:
         if finished:
             return QuantizeReport.load(settings.output)
         return quantize(settings, show or Quiet())

@@ -59,7 +59,7 @@ def run(settings: Settings, show: Quiet | None = None) -> RehostReport:
     name."""
     from effattn.rehosting.report import RehostReport
 
-    with flow.output_of(settings) as finished:
+    with flow.output_of(settings, RehostReport, show) as finished:
         if finished:
             return RehostReport.load(settings.output)
         return rehost(settings, show or Quiet())

@@ -146,7 +146,7 @@ def run(settings: Settings, show: Quiet | None = None) -> ShearReport:
     appears under the output's name."""
     from effattn.prune.shearing.report import ShearReport
 
-    with flow.output_of(settings, DEFAULT) as finished:
+    with flow.output_of(settings, ShearReport, show, DEFAULT) as finished:
         if finished:
             return ShearReport.load(settings.output)
         return shear(settings, show or Quiet())

@@ -123,7 +123,7 @@ def run(settings: Settings, show: Quiet | None = None) -> SwapReport:
     else) and OSError (disk), each before anything appears under the output's name."""
     from effattn.swapping.report import SwapReport
 
-    with flow.output_of(settings) as finished:
+    with flow.output_of(settings, SwapReport, show) as finished:
         if finished:
             return SwapReport.load(settings.output)
         return side_by_side(settings, show or Quiet())

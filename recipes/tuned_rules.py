@@ -35,6 +35,16 @@ def check(settings: Any) -> None:
         )
 
 
+def check_own(settings: Any) -> None:
+    """ValueError where a model with attention of its own is to be tuned: the rules that are tuned
+    are transformers', and would take it away."""
+    if settings.tune_tokens:
+        raise ValueError(
+            f"tune_tokens: got {settings.tune_tokens:,}, and {settings.model} was trained with "
+            "attention of its own, which a tuned rule would take away; valid is 0"
+        )
+
+
 def read(settings: Any, show: Quiet, tokenizer) -> Tuning | None:
     """The text to tune on, and how; None where nothing is tuned."""
     from effattn.extending.tuned import Tuning

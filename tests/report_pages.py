@@ -18,6 +18,7 @@ from effattn.exporting.report import ExportReport
 from effattn.extending.article_report import ArticleReport
 from effattn.extending.report import ExtendReport
 from effattn.fitting.report import FitReport
+from effattn.heads.mla.report import MlaReport
 from effattn.heads.report import ConversionReport, compare_html
 from effattn.linearizing.approximation_report import ApproximationReport
 from effattn.linearizing.report import LinearizeReport
@@ -54,6 +55,16 @@ def sweep() -> str:
             for method in ("mean", "first")
         ]
     )
+
+
+def mla() -> str:
+    """Whose report has the entries of a conversion to latents."""
+    made = conversion_data()
+    made["kind"] = MlaReport.kind
+    made["settings"] |= {"rank": 24, "rope_dim": 8}
+    for index, row in enumerate(made["layers"]):
+        row |= {"rank": 24, "lost": 0.01 * index}
+    return MlaReport(made).to_html()
 
 
 def fit() -> str:
@@ -584,6 +595,7 @@ def arena() -> str:
 PAGES: dict[str, tuple[Callable[[], str], int]] = {
     "prune_oneshot": (prune_oneshot, 3),
     "conversion": (conversion, 5),
+    "mla": (mla, 5),
     "fit": (fit, 6),
     "sweep": (sweep, 4),
     "swap": (swap, 3),

@@ -18,6 +18,7 @@ LINEAR, PERFORMER, VQ, LSH, TOPK = (
 )
 GATED, DELTA = "gated", "gated(delta=True)"
 HYBRID = "hybrid(window=512)"
+COMPRESSED = "sliding(window=512, compress=4)"
 BLOCKWISE = "linformer_blockwise(k=256)"
 FEW, MANY = 1024, 65536  # tokens before a step
 SOURCE = "approximate backends on a CPU, B1 H8 D64, fp32"
@@ -52,6 +53,7 @@ GROWN = (
     (GATED, 4.6),
     (DELTA, 4.6),
     (HYBRID, 4.6),
+    (COMPRESSED, 4.6),
 )
 STEPS = (LINEAR, PERFORMER, VQ, LSH, TOPK)
 FLAT = STEPS[:2]

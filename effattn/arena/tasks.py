@@ -19,6 +19,7 @@ SYMBOLS = ["]", *map(str, range(10)), *(f"[{name}" for name in OPERATIONS)]
 IDS = {symbol: number for number, symbol in enumerate(SYMBOLS, 1)}
 NESTED = {64: 2, 256: 3, 1024: 5}  # symbols, at most -> how deep an expression nests
 DEEPEST = 10  # in Long Range Arena
+KEYS, VALUES = 8, 4  # of `recall`
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,24 @@ def listops(count: int, length: int, seed: int) -> Examples:
         ids = [IDS[symbol] for symbol in text.split()]
         row[: len(ids)] = torch.tensor(ids)
     return Examples(tokens, tokens != PAD, torch.tensor([value for _, value in found]))
+
+
+@task(classes=VALUES, vocabulary=1 + KEYS + KEYS * VALUES, least=32)
+def recall(count: int, length: int, seed: int) -> Examples:
+    """The value of a key: the first token names it, one of the others, anywhere, is that key with
+    its value, and all the rest are other keys with theirs. What cannot reach it has to guess."""
+    chance = torch.Generator().manual_seed(seed)
+
+    def drawn(most: int, *shape: int) -> Tensor:
+        return torch.randint(most, shape, generator=chance)
+
+    asked, labels = drawn(KEYS, count, 1), drawn(VALUES, count, 1)
+    others = (asked + 1 + drawn(KEYS - 1, count, length)) % KEYS
+    tokens = 1 + KEYS + VALUES * others + drawn(VALUES, count, length)
+    place = 1 + drawn(length - 1, count, 1)
+    tokens.scatter_(1, place, 1 + KEYS + VALUES * asked + labels)
+    tokens[:, :1] = 1 + asked
+    return Examples(tokens, torch.ones_like(tokens, dtype=torch.bool), labels[:, 0])
 
 
 @task(classes=2, vocabulary=4, least=LEAST_SIDE**2)

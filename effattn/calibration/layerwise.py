@@ -24,8 +24,30 @@ from effattn.hf.anatomy import Anatomy, Layer
 from effattn.hf.placement import input_device
 
 
-class _Stop(Exception):
+class Stop(Exception):
     """Ends a forward pass of the model where the rest of it is not needed."""
+
+
+@contextmanager
+def instead(blocks: Iterable[nn.Module], forward: Callable) -> Iterator[None]:
+    """While open, `forward(block, ...)` is what these decoder layers do."""
+    blocks = list(blocks)
+    own = [vars(block).get("forward") for block in blocks]
+    try:
+        for block in blocks:
+            block.forward = partial(forward, block)
+        yield
+    finally:
+        for block, old in zip(blocks, own, strict=True):
+            del block.forward
+            if old is not None:
+                block.forward = old
+
+
+def passed(hidden: torch.Tensor) -> torch.Tensor:
+    """What a decoder layer that does nothing returns of its input, so that the next gets it:
+    whether a model takes the output itself or its [0], only what comes after sees."""
+    return hidden if hidden.dim() > 3 else hidden[None]
 
 
 def windows(
@@ -60,27 +82,17 @@ class LayerRunner:
         themselves are passed over, so their weights need not be there."""
         recorded: list[tuple[tuple, dict]] = []
         blocks = [layer.block for layer in self.anatomy]
-        own = [vars(block).get("forward") for block in blocks]
 
         def note(block, *args, **kwargs):
             hidden, args = (args[0], args[1:]) if args else (kwargs.pop("hidden_states"), args)
             recorded.append((args, kwargs))
             if block is blocks[-1]:
-                raise _Stop
-            # What the model makes of it, the output itself or its [0], only the next `note` sees.
-            return hidden if hidden.dim() > 3 else hidden[None]
+                raise Stop
+            return passed(hidden)
 
         batch = next(batch for batch in self.batches if len(batch) == size)
-        try:
-            for block in blocks:
-                block.forward = partial(note, block)
-            with suppress(_Stop):
-                self.anatomy.model(input_ids=batch.to(self.device), use_cache=False)
-        finally:
-            for block, forward in zip(blocks, own, strict=True):
-                del block.forward
-                if forward is not None:
-                    block.forward = forward
+        with instead(blocks, note), suppress(Stop):
+            self.anatomy.model(input_ids=batch.to(self.device), use_cache=False)
         return recorded
 
     def embed(self) -> list[torch.Tensor]:
@@ -96,11 +108,11 @@ class LayerRunner:
 
         def hook(module, args, kwargs):
             hidden.append((args[0] if args else kwargs["hidden_states"]).cpu())
-            raise _Stop
+            raise Stop
 
         handle = self.anatomy.layers[0].block.register_forward_pre_hook(hook, with_kwargs=True)
         try:
-            with suppress(_Stop):
+            with suppress(Stop):
                 self.anatomy.model(input_ids=batch.to(self.device), use_cache=False)
         finally:
             handle.remove()
@@ -128,12 +140,12 @@ class LayerRunner:
 
         def stop(_, args):
             seen.append(args[0])
-            raise _Stop
+            raise Stop
 
         handle = module.register_forward_pre_hook(stop)
         try:
             for number, states in enumerate(hidden):
-                with suppress(_Stop):
+                with suppress(Stop):
                     self.call(index, states, heads[number] if heads else None)
                 yield seen.pop()
         finally:
@@ -155,6 +167,46 @@ class LayerRunner:
         with how:
             output = layer.block(states.to(self.device), *args, **kwargs)
         return output[0] if isinstance(output, tuple) else output
+
+    @torch.no_grad()
+    def adds(self, index: int, states: torch.Tensor) -> bool:
+        """Whether what the output projection gives is added to the hidden states as it is, by what
+        the layer's next part gets: not scaled, normed, or added later. states: one batch."""
+        layer, given, got = self.anatomy.layers[index], [], []
+        parts = [part for part in layer.block.children() if part is not layer.attention]
+
+        def note(_, args, kwargs):
+            got.extend(args[:1] or list(kwargs.values())[:1])
+
+        handles = [part.register_forward_pre_hook(note, with_kwargs=True) for part in parts]
+        handles.append(layer.o.module.register_forward_hook(lambda _, __, y: given.append(y)))
+        try:
+            self.call(index, states)
+        finally:
+            for handle in handles:
+                handle.remove()
+        total = states.to(self.device) + given[0].view(states.shape)
+        flat = total.flatten()  # OPT's next part gets tokens without rows
+        return any(torch.is_tensor(x) and torch.equal(x.flatten(), flat) for x in got)
+
+    @torch.no_grad()
+    def ends_in(self, index: int, states: torch.Tensor, module: nn.Module) -> bool:
+        """Whether the last that a layer does is to add what `module` gives. states: one batch."""
+        given: list[torch.Tensor] = []
+
+        def nothing(_, __, y):
+            given.append(y)
+            return torch.zeros_like(y)
+
+        handle = module.register_forward_hook(nothing)
+        try:
+            without = self.call(index, states)
+        finally:
+            handle.remove()
+        added, whole = given[0].view_as(without), self.call(index, states)
+        # to rounding: where the FFN stands beside attention, there are three to add, in any order
+        few = 4 * torch.finfo(whole.dtype).eps * (without.abs() + added.abs() + whole.abs())
+        return bool(((without + added - whole).abs() <= few).all())
 
     @contextmanager
     def _given(self, layer: Layer, heads: torch.Tensor, behind: int) -> Iterator[None]:

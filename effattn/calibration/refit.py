@@ -2,7 +2,8 @@
 
 O' minimises sum |O' z - y|^2 + lambda sum_j s_j |O'_j - O_0j|^2 over the calibration tokens, where
 z are the new model's o_proj inputs, s_j the sum of z_j^2, y the old model's o_proj outputs (without
-bias) and O_0 the merged projection: O'^T = (Z^T Z + lambda S)^-1 (Z^T Y + lambda S O_0^T), where
+bias; where they are added to the hidden states, with what the new model's already lack of the old
+one's) and O_0 the merged projection: O'^T = (Z^T Z + lambda S)^-1 (Z^T Y + lambda S O_0^T), where
 S = diag(s). Since O_0 is one of the candidates, the error on the calibration tokens never rises.
 
 H heads of size d, D hidden size; the sums over tokens Z^T Z (H·d, H·d) and Z^T Y (H·d, D) are all
@@ -15,7 +16,9 @@ import torch
 from effattn.calibration.statistics import SecondMoment
 from effattn.damping import damped
 
-DAMPING = 1e-3  # lambda
+# lambda. SmolLM2 from 3 K/V heads to 1 by 16,384 tokens loses 1.33 nats at 0.001, 1.22 at 0.01; the
+# embedded model, whose layers have fewer inputs, the same at both.
+DAMPING = 1e-2
 
 
 class OutputRefit:

@@ -16,10 +16,12 @@ def tokens_needed(parts: hf.Anatomy) -> int:
     )
 
 
-def check_calibration(tokens: torch.Tensor, parts: hf.Anatomy, length: int) -> int:
+def check_calibration(
+    tokens: torch.Tensor, parts: hf.Anatomy, length: int, needed: int | None = None
+) -> int:
     """Raises ValueError for unusable calibration tokens (valid: int64 (N,), of the model's
-    vocabulary, enough of them); returns the window length to use, in tokens: `length`, or what the
-    model was trained at if that is less."""
+    vocabulary, enough of them: `needed`, None for what statistics of a layer take); returns the
+    window length to use, in tokens: `length`, or what the model was trained at if that is less."""
     if not isinstance(tokens, torch.Tensor) or tokens.dtype != torch.int64 or tokens.dim() != 1:
         got = (
             f"{tokens.dtype} {tuple(tokens.shape)}"
@@ -27,7 +29,7 @@ def check_calibration(tokens: torch.Tensor, parts: hf.Anatomy, length: int) -> i
             else type(tokens).__name__
         )
         raise ValueError(f"calibration: got {got}, valid is an int64 tensor (N,) of token ids")
-    needed = tokens_needed(parts)
+    needed = tokens_needed(parts) if needed is None else needed
     if len(tokens) < needed:
         raise ValueError(
             f"calibration: got {len(tokens):,} tokens, at least {needed:,} are needed "

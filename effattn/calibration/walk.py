@@ -34,6 +34,10 @@ class Stream:
     source: States
     sink: States
 
+    def kept(self) -> States:
+        """What the layer gets, to be read as long as the step lasts."""
+        return list(self.source) if self.source is self.sink else self.source
+
 
 class Walk:
     """Over a model in memory. batches: int64 (batch, length) each; None: no hidden states. before:

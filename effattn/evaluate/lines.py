@@ -8,7 +8,6 @@ Unlike a passkey, the line stands among lines just like it, so that finding it n
 
 from __future__ import annotations
 
-import functools
 import random
 from collections.abc import Callable, Sequence
 
@@ -51,8 +50,9 @@ def line_retrieval(
     make = line_prompts(
         tokenizer, length, depths, trials=trials, digits=digits, style=style, batch=batch, seed=seed
     )
-    run = functools.partial(retrieval.answer, model, batch=batch, bos=bos)
-    found = retrieval.by_depth("line retrieval", depths, make, run, chance=0.0, progress=progress)
+    found = retrieval.by_depth(
+        "line retrieval", model, depths, make, batch=batch, bos=bos, progress=progress
+    )
     return found | {
         "length": length,
         "trials": trials,

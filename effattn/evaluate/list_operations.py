@@ -11,7 +11,6 @@ MIN, MAX, MED (the median, rounded down) and SM (the sum modulo 10): "[MAX 2 9 [
 
 from __future__ import annotations
 
-import functools
 import random
 import statistics
 from collections.abc import Callable, Sequence
@@ -91,9 +90,9 @@ def listops(
     make = listops_prompts(
         tokenizer, length, depths, arguments=arguments, trials=trials, batch=batch, seed=seed
     )
-    run = functools.partial(retrieval.answer, model, batch=batch, bos=bos)
-    # a nesting depth is a whole number, where the other tasks have a share of the text
-    found = retrieval.by_depth("listops", depths, make, run, chance=0.1, progress=progress)  # type: ignore[arg-type]
+    found = retrieval.by_depth(
+        "listops", model, depths, make, chance=0.1, batch=batch, bos=bos, progress=progress
+    )
     return found | {"length": length, "trials": trials, "arguments": arguments, "seed": seed}
 
 

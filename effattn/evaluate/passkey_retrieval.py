@@ -8,7 +8,6 @@ section 4.2).
 from __future__ import annotations
 
 import collections
-import functools
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -84,8 +83,9 @@ def passkey(
         batch=batch,
         seed=seed,
     )
-    run = functools.partial(retrieval.answer, model, batch=batch, bos=bos)
-    found = retrieval.by_depth("passkey", depths, make, run, chance=0.0, progress=progress)
+    found = retrieval.by_depth(
+        "passkey", model, depths, make, batch=batch, bos=bos, progress=progress
+    )
     return found | {
         "length": length,
         "trials": trials,

@@ -7,7 +7,6 @@ language of its own).
 
 from __future__ import annotations
 
-import functools
 import keyword
 import random
 from collections.abc import Callable, Sequence
@@ -57,9 +56,15 @@ def associative_recall(
         batch=batch,
         seed=seed,
     )
-    run = functools.partial(retrieval.answer, model, batch=batch, bos=bos)
     found = retrieval.by_depth(
-        "associative recall", depths, make, run, chance=1 / pairs, progress=progress
+        "associative recall",
+        model,
+        depths,
+        make,
+        chance=1 / pairs,
+        batch=batch,
+        bos=bos,
+        progress=progress,
     )
     return found | {
         "length": length,

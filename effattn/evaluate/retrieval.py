@@ -1,14 +1,16 @@
 """What retrieval tasks share: a long context goes into a model's cache, then a question, one token
 at a time.
 
-A task makes `Prompts`, `answer` feeds them, `by_depth` turns what came out into rows. The
-question's tokens are decoding steps, so that a compressed cache is read as `generate()` reads it.
+A task makes `Prompts`, `answer` feeds them, `by_depth` asks for both and turns what came out into
+rows. The question's tokens are decoding steps, so that a compressed cache is read as `generate()`
+reads it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -21,6 +23,7 @@ from effattn.hf.cache import new_cache
 from effattn.hf.last_logits import last_only
 from effattn.hf.placement import input_device
 
+D = TypeVar("D", bound=float)  # a share of the text; a whole number where a task counts otherwise
 LINES = 64  # tokens that a needle may move back for a line's end
 
 
@@ -112,13 +115,17 @@ def _judge(logits: Tensor, truth: Tensor, choices: Tensor | None) -> tuple[Tenso
 
 def by_depth(
     task: str,
-    depths: Sequence[float],
-    make: Callable[[float], Prompts],
-    run: Callable[[Prompts], Answers],
-    chance: float,
+    model,
+    depths: Sequence[D],
+    make: Callable[[D], Prompts],
+    *,
+    chance: float = 0.0,
+    batch: int = 8,
+    bos: bool | None = None,
     progress: Progress | None = None,
 ) -> dict:
-    """The result of a task: a row for every depth, and whether the model can do it at all.
+    """The result of a task: a row for every depth, whose prompts `make` draws and `answer` feeds,
+    and whether the model can do it at all.
 
     Row: depth, trials, exact (share of prompts whose answers are all the most likely tokens),
     token_accuracy, choice (share of answers that beat the others on offer), nats (of an answer
@@ -126,7 +133,7 @@ def by_depth(
     to 1 where there is a choice, else half of the prompts."""
     rows = []
     for number, depth in enumerate(depths):
-        found = run(make(depth))
+        found = answer(model, make(depth), batch=batch, bos=bos)
         row = {
             "depth": depth,
             "trials": len(found.exact),

@@ -10,7 +10,6 @@ drawn from seeds, with stretches of a text as what is said of a topic.
 
 from __future__ import annotations
 
-import functools
 import itertools
 import random
 from collections.abc import Callable, Sequence
@@ -69,8 +68,9 @@ def topic_retrieval(
         batch=batch,
         seed=seed,
     )
-    run = functools.partial(retrieval.answer, model, batch=batch, bos=bos)
-    found = retrieval.by_depth("topic retrieval", depths, make, run, chance=0.0, progress=progress)
+    found = retrieval.by_depth(
+        "topic retrieval", model, depths, make, batch=batch, bos=bos, progress=progress
+    )
     return found | {"length": length, "trials": trials, "topics": topics, "seed": seed}
 
 

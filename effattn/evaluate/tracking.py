@@ -8,7 +8,6 @@ it defined."""
 
 from __future__ import annotations
 
-import functools
 import random
 import string
 from collections.abc import Callable, Sequence
@@ -75,9 +74,8 @@ def variable_tracking(
         batch=batch,
         seed=seed,
     )
-    run = functools.partial(retrieval.answer, model, batch=batch, bos=bos)
     found = retrieval.by_depth(
-        "variable tracking", depths, make, run, chance=0.0, progress=progress
+        "variable tracking", model, depths, make, batch=batch, bos=bos, progress=progress
     )
     more = {
         "length": length,

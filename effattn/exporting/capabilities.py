@@ -1,19 +1,22 @@
 """What of a result runs in which engine: the one table that exports refuse by, that their reports
 show, and that the documentation has.
 
-    lost(model, "gguf")        # {"pattern": "layers 0-29: sliding(window=512); no"}"""
+    lost(model, "gguf")        # ["topk(window=8) in layers 0, 1 (`topk`: the keys ...): no"]"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from torch import nn
 
 from effattn.hf import uneven
 from effattn.surgery import record
+from effattn.surgery.swapping import restore, swap
 
 AS_IS, ZEROS, NO, YES = "as is", "dense, with zeros", "no", "yes"
 EFFATTN = "effattn"  # transformers after `import effattn`; no export, but what effattn.save writes
+BY_LAYER = ("pattern", "positions", "cache", "heads")  # layer -> spec, in a record
 # target of an export -> the engine that reads it
 ENGINES = {
     EFFATTN: "after `import effattn`",
@@ -22,28 +25,36 @@ ENGINES = {
     "openvino": "OpenVINO",
     "vllm": "vLLM",
 }
+# what people ask for and is not here -> why, and what to take
+NOT_HERE = {
+    "onnx": "an ONNX graph is handed the whole cache at every step and hands it back, an OpenVINO "
+    "model keeps it; of transformers' exporters effattn takes that one: to='openvino'",
+}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Part:
     """A part of a model, and what each engine makes of it.
 
     name: in a checkpoint's record. said: in words. runs: target -> what its engine does with it;
-    NO, with a reason behind it or not: it cannot."""
+    NO, with a reason behind it or not: it cannot. members: of the axis of that name, those that
+    this is said of; empty: all of which nothing else is said."""
 
     name: str
     said: str
     runs: dict[str, str]
+    members: tuple[str, ...] = ()
 
     def lost_in(self, target: str) -> bool:
         """Whether this target's engine would compute something else."""
         return self.runs[target].startswith(NO)
 
 
-def _part(name: str, said: str, *runs: str) -> Part:
-    return Part(name, said, dict(zip(ENGINES, runs, strict=True)))
+def _part(name: str, said: str, *runs: str, of: tuple[str, ...] = ()) -> Part:
+    return Part(name, said, dict(zip(ENGINES, runs, strict=True)), of)
 
 
+PAGES = "as a full cache, which has the same bits"
 DENSE = NO + ': projections="dense" multiplies them out'
 PARTS = (
     _part("plain", "fewer KV heads, smaller FFNs, fewer layers, alike in all", *[AS_IS] * 5),
@@ -67,6 +78,9 @@ PARTS = (
         "as transformers, in the mask",
         "as `ministral`, of Llama without biases, by its Transformers backend",
     ),
+    _part("pattern", "`topk`: the keys that suit a query best", YES, *[NO] * 4, of=("topk",)),
+    _part("pattern", "`gated`: linear attention that forgets", YES, *[NO] * 4, of=("gated",)),
+    _part("pattern", "`hybrid`: a window, and sums beyond it", YES, *[NO] * 4, of=("hybrid",)),
     _part("pattern", "another pattern (sinks, LSH, linear, ...)", YES, NO, NO, NO, NO),
     _part("positions", "rules that transformers has not (ReRoPE, ALiBi, ...)", YES, NO, NO, NO, NO),
     _part(
@@ -77,6 +91,17 @@ PARTS = (
         NO + ": its own formats, by its flags",
         NO + ": its own formats, by its options",
         NO,
+    ),
+    _part("cache", "`paged`: pages that rows share", YES, *[PAGES] * 4, of=("paged",)),
+    _part(
+        "cache",
+        "`evict`: the tokens that matter most",
+        YES,
+        NO,
+        NO,
+        NO + ": its own rule, by options of OpenVINO GenAI",
+        NO,
+        of=("evict",),
     ),
     _part(
         "mla",
@@ -92,15 +117,25 @@ PARTS = (
 )
 
 
-def found_in(model: nn.Module) -> dict[str, str]:
-    """What of the table is in a model beside plain parts: name -> what it is, in words."""
-    said = {
-        name: _specs(entry) if name in ("pattern", "positions", "cache", "heads") else _count(entry)
-        for name, entry in record.of(model).items()
-    }
+def parts_of(model: nn.Module) -> Iterator[tuple[Part, str]]:
+    """What of the table is in a model beside plain parts, and where, in words."""
+    for name, entry in record.of(model).items():
+        if name in BY_LAYER:
+            by_part: dict[Part, dict[str, str]] = {}
+            for index, spec in entry.items():
+                by_part.setdefault(_of(name, spec), {})[index] = spec
+            yield from ((part, _specs(own)) for part, own in by_part.items())
+        else:
+            yield _of(name), f"{len(entry)} matrices"
     if layers := uneven.overrides(model.config):
-        said["layers"] = f"layers {', '.join(map(str, layers))}"
-    return said
+        yield _of("layers"), f"layers {', '.join(map(str, layers))}"
+
+
+def _of(name: str, spec: str = "") -> Part:
+    """The row of a spec's own, where it has one, or that of all others of its axis."""
+    member = spec.partition("(")[0]
+    rows = [part for part in PARTS if part.name == name]
+    return next((part for part in rows if member in part.members), rows[-1])
 
 
 def _specs(entry: dict[str, str]) -> str:
@@ -111,19 +146,30 @@ def _specs(entry: dict[str, str]) -> str:
     return "; ".join(f"{spec} in layers {', '.join(where)}" for spec, where in by_spec.items())
 
 
-def _count(entry: dict) -> str:
-    return f"{len(entry)} matrices"
+def lost(model: nn.Module, target: str) -> list[str]:
+    """What this target's engine cannot express of a model: what it is, and the engine's answer."""
+    return [
+        f"{said} ({part.said}): {part.runs[target]}"
+        for part, said in parts_of(model)
+        if part.lost_in(target)
+    ]
 
 
-def lost(model: nn.Module, target: str) -> dict[str, str]:
-    """What this target's engine cannot express of a model: name -> what it is, and the engine's
-    answer."""
-    parts = {part.name: part for part in PARTS}
-    return {
-        name: f"{said} ({parts[name].said}): {parts[name].runs[target]}"
-        for name, said in found_in(model).items()
-        if parts[name].lost_in(target)
+def unpaged(model: nn.Module) -> list[str]:
+    """Takes pages off a model: its own cache has the same bits, and so has the engine's. What was
+    done, in words."""
+    pages = [part for part in PARTS if part.name == "cache" and PAGES in part.runs.values()]
+    paged = {
+        index: "full"
+        for index, spec in record.of(model).get("cache", {}).items()
+        if _of("cache", spec) in pages
     }
+    if not paged:
+        return []
+    swap(model, cache=paged)
+    if not record.of(model):
+        restore(model)
+    return [f"pages in {len(paged)} layers are {PAGES}"]
 
 
 def table() -> list[list[str]]:

@@ -27,7 +27,7 @@ from effattn.hf.weight_files import file_bytes
 from effattn.outputs import atomic_folder, check_file, check_new_folder
 from effattn.profiling.environment import environment
 from effattn.projections import packed
-from effattn.surgery.checkpoint import load_model
+from effattn.surgery.checkpoint import load_model, outline
 from effattn.surgery.replace import replace
 
 TARGETS = tuple(target for target in capabilities.ENGINES if target != capabilities.EFFATTN)
@@ -83,8 +83,8 @@ def export(
     cache = {"kv_cache": kv_cache, "kv_skip": tuple(kv_skip), "calibration": calibration}
     asked = _check(to, output, format, check, before, cache)
     if before is not None:
-        _parent(asked)  # it is written last: what is wrong with it is said first
-    source = _source(model, asked)
+        _parent(asked, outline)  # it is written last: what is wrong with it is said first
+    source = _source(model, asked, load_model)
     progress(1, STEPS)
     if output.suffix == gguf_file.SUFFIX:
         with _one_file(output) as folder:
@@ -99,6 +99,8 @@ def _check(
     to: str, output: Path, format: str | None, check: bool, before, cache: dict[str, Any]
 ) -> Asked:
     """What can be known to be wrong before a model is loaded."""
+    if to in capabilities.NOT_HERE:
+        raise Unsupported(f"to: got {to!r}, which is not here: {capabilities.NOT_HERE[to]}")
     target = AXIS.find(check_choice("to", to, TARGETS))
     if format is not None and not target.formats:
         raise ValueError(
@@ -138,17 +140,20 @@ def _check_cache(to: str, target: type[Target], kv_cache, kv_skip, calibration) 
         check_choice("kv_cache", kv_cache, target.caches)
 
 
-def _source(name: str | Path, asked: Asked) -> Source:
-    """The model, with packed weights unpacked. Unsupported for what the target has not."""
+def _source(name: str | Path, asked: Asked, load: Callable) -> Source:
+    """The model, with packed weights unpacked. Unsupported for what the target has not. load:
+    `load_model`, or `outline`, of which there is no more to be had than whether it is refused."""
     target = asked.target
-    model, tokenizer = load_model(name)
+    model, tokenizer = load(name)
     size = sum(p.nbytes for p in dict.fromkeys([*model.parameters(), *model.buffers()]))
-    model, notes = target.adapt(model)
+    notes = capabilities.unpaged(model)
+    model, adapted = target.adapt(model)
+    notes += adapted
     if parts := capabilities.lost(model, target.name):
         engine = capabilities.ENGINES[target.name]
         raise Unsupported(
             f"model: {str(name)!r} has parts that {engine} cannot express, and would compute "
-            f"something else without: {'; '.join(parts.values())}"
+            f"something else without: {'; '.join(parts)}"
         )
     if zeros := packed.layers_of(model):
         replace(model, {path: layer.to_linear() for path, layer in zeros.items()})
@@ -158,11 +163,11 @@ def _source(name: str | Path, asked: Asked) -> Source:
     return source
 
 
-def _parent(asked: Asked) -> Source:
+def _parent(asked: Asked, load: Callable) -> Source:
     """The model named `before`. Raises what `_source` does, of that argument."""
     assert asked.before is not None
     try:
-        return _source(asked.before, asked)
+        return _source(asked.before, asked, load)
     except ValueError as error:
         raise type(error)(f"before: {str(error).removeprefix('model: ')}") from error
 
@@ -214,7 +219,7 @@ def _speeds(source: Source, asked: Asked, folder: Path, text) -> list[dict]:
         if asked.before is not None:
             parent = folder / ".before"
             parent.mkdir()
-            target.write(_parent(asked), parent, asked.format)
+            target.write(_parent(asked, load_model), parent, asked.format)
         return checking.speeds(target.engine, folder, parent, text, contexts)
     finally:
         if parent is not None:

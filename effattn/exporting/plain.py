@@ -85,6 +85,8 @@ def _built(model: nn.Module, kind: str, fields: dict[str, Any]) -> nn.Module:
     from transformers import CONFIG_MAPPING
 
     config = CONFIG_MAPPING[kind].from_dict(fields)
+    if model.get_input_embeddings().weight.is_meta:  # an outline has no numbers to take over
+        return loading.empty(config)
     new = loading.from_state(loading.class_of(config), config, model.state_dict(), model.dtype)
     new.generation_config = model.generation_config
     return new

@@ -67,6 +67,12 @@ class ArticleData(Document):
         """The model's trained length, in tokens."""
         return self.data["model"]["trained_length"]
 
+    @property
+    def own(self) -> dict[str, dict[str, str]]:
+        """The patterns and positions that the model was trained with, by axis and layer; {} for its
+        class's own."""
+        return self.data["model"].get("own") or {}
+
     def at(self, row: Rule, length: int | None = None) -> Scores:
         """A rule's cell for natural text at a length, the longest if none is given."""
         return next(cell for cell in row["natural"] if cell["length"] == (length or self.longest))

@@ -55,10 +55,21 @@ def _texts(report: ArticleData, title: str, write) -> Table:
         f"{settings['sequences']} stretches of {report.longest:,} tokens, each within one "
         "document. Natural: the same tokens at every length, in windows of that length. Repeated: "
         f"their first {settings['period']:,} tokens over and over; copies: the tokens behind the "
-        f"first {settings['period']:,}. Log-n is the test-time form, without effect within the "
-        "trained length."
+        f"first {settings['period']:,}. {_of_logn(report)}"
     )
     return Table(title, header, rows, note)
+
+
+def _of_logn(report: ArticleData) -> str:
+    """Which log-n the rows are about."""
+    if not report.own:
+        return "Log-n is the test-time form, without effect within the trained length."
+    kinds: dict[str, list[str]] = {}
+    for specs in report.own.values():
+        for layer, spec in specs.items():
+            kinds.setdefault(spec, []).append(layer)
+    had = "; ".join(f"{spec} in layers {', '.join(layers)}" for spec, layers in kinds.items())
+    return f"The model was trained with {had}, which every rule keeps."
 
 
 def _retrieval(report: ArticleData) -> list[Table]:

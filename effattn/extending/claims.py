@@ -73,9 +73,10 @@ def claims(report: ArticleData) -> list[Claim]:
 def _angles(report: ArticleData, found: Found) -> list[Claim]:
     """Rules that change the frequencies."""
     trained, loss, name = report.trained, found.loss, found.baseline["name"]
+    model = "The model as it was trained" if report.own else "RoPE"
     return [
         Claim(
-            f"RoPE fails beyond the {trained:,} tokens that it was trained with",
+            f"{model} fails beyond the {trained:,} tokens that it was trained with",
             loss[name] > found.fresh + ALIKE,
             f"{loss[name]:.3f}, fresh windows of {trained:,}: {found.fresh:.3f}",
         ),

@@ -2,22 +2,27 @@
 
 The selection, and the windows and factors in units of the trained length, are those of Su's
 articles on ReRoPE (https://kexue.fm/archives/9708, 9731); YaRN, dynamic NTK and the sliding windows
-are added."""
+are added. A checkpoint that was trained with log-n keeps it under every rule; one whose layers were
+trained with attention of their own (HWFA) is a row by itself."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import nn
 
-from effattn.errors import check_choice
-from effattn.surgery.swapping import restore, swap
+from effattn.errors import Unsupported, check_choice
+from effattn.positions.logn import LogN
+from effattn.positions.registry import parse
+from effattn.surgery import record
+from effattn.surgery.swapping import active, restore, swap
 
 FREQUENCIES, CLIPPED, WINDOW = "frequencies", "clipped", "window"
 LOGN = "+ log-n"  # what is added to a name
+LEAKS = (8, 16, 32, 64)  # k of Leaky ReRoPE, in windows of a quarter and of half the trained length
 
 
 @dataclass(frozen=True)
@@ -39,18 +44,47 @@ class Rule:
         axes = {**self.axes, "positions": f"{spec}+logn" if spec else "logn"}
         return Rule(f"{self.name} {LOGN}", axes, self.kind, self.varies, logn=True)
 
+    def beside(self, own: str) -> Rule:
+        """The same rule in a model that was trained with the positions `own`, such as log-n; as it
+        is, the model has them."""
+        if not self.axes:
+            return self
+        spec = self.axes.get("positions")
+        return replace(self, axes={**self.axes, "positions": f"{spec}+{own}" if spec else own})
+
     @contextmanager
     def on(self, model: nn.Module):
         """The model with the rule, and as it was afterwards."""
-        if self.axes:
-            with warnings.catch_warnings():
-                # it is what we show
-                warnings.filterwarnings("ignore", message=".*is not below the .* tokens.*")
-                swap(model, **self.axes)
+        own = _own(model) if self.axes else {}
         try:
+            if self.axes:
+                with warnings.catch_warnings():
+                    # it is what we show
+                    warnings.filterwarnings("ignore", message=".*is not below the .* tokens.*")
+                    swap(restore(model), **self.axes)
             yield model
         finally:
-            restore(model)
+            if self.axes:
+                restore(model)
+            if own:
+                swap(model, **own)
+
+
+def trained_with(model: nn.Module, name: str) -> dict[str, dict[str, str]]:
+    """What a checkpoint called `name` was trained with instead of its class's attention, as `swap`
+    takes it: {axis: {layer: spec}}, {} for most. Its trained log-n tells. Unsupported for one that
+    was swapped after its training."""
+    if active(model) is None:
+        return {}
+    found = record.of(model)
+    specs = found.get("positions", {}).values()
+    said = any(isinstance(part, LogN) and part.trained for one in specs for part in parse(one))
+    if not said or found.keys() - {"pattern", "positions"}:
+        raise Unsupported(
+            f"model: {name} is swapped already; valid is a checkpoint with its own attention, or "
+            "one that was trained with log-n"
+        )
+    return _own(model)
 
 
 def rules(trained: int, longest: int) -> list[Rule]:
@@ -79,7 +113,15 @@ def rules(trained: int, longest: int) -> list[Rule]:
             Rule(
                 f"leaky-{k}", {"positions": f"leaky_rerope(window={trained // 4}, k={k})"}, CLIPPED
             )
-            for k in (8, 16, 32, 64)
+            for k in LEAKS
+        ),
+        *(
+            Rule(
+                f"leaky-{trained // 2}-{k}",
+                {"positions": f"leaky_rerope(window={trained // 2}, k={k})"},
+                CLIPPED,
+            )
+            for k in LEAKS
         ),
         *(
             Rule(f"sliding-{w}", {"pattern": f"sliding(window={w}, sinks=4)"}, WINDOW)
@@ -106,3 +148,29 @@ def chosen(all_rules: Sequence[Rule], names: Sequence[str], logn: bool) -> list[
         for rule in wanted
         for one in ((rule, rule.with_logn()) if logn and rule.kind != WINDOW else (rule,))
     ]
+
+
+def of_own(
+    all_rules: Sequence[Rule], names: Sequence[str], own: dict[str, dict[str, str]], layers: int
+) -> list[Rule]:
+    """As `chosen`, for a model of so many layers with what `trained_with` gave: each rule beside
+    the log-n that it was trained with. ValueError for rules in a model whose layers differ."""
+    specs = own.get("positions", {})
+    if "pattern" not in own and len(specs) == layers and len({*specs.values()}) == 1:
+        (spec,) = {*specs.values()}
+        if [part.name for part in parse(spec)] == ["logn"]:
+            return [rule.beside(spec) for rule in chosen(all_rules, names, logn=False)]
+    wanted = chosen(all_rules, names, logn=False) if names else all_rules[:1]
+    if wanted[1:]:
+        has = ", ".join(f"{where}: {spec}" for one in own.values() for where, spec in one.items())
+        raise ValueError(
+            f"rules: got {wanted[1].name!r}, and the model was trained with attention of its own "
+            f"in its layers ({has}), which no rule goes beside; valid is {all_rules[0].name!r}"
+        )
+    return list(wanted)
+
+
+def _own(model: nn.Module) -> dict[str, dict[str, str]]:
+    """The patterns and positions that a model has beside its class's."""
+    found = record.of(model)
+    return {axis: found[axis] for axis in ("pattern", "positions") if axis in found}

@@ -42,7 +42,9 @@ class Tuning:
     lr: float | None = None
     seed: int = 0
 
-    def run(self, model: nn.Module, window: int, folder: Path, **more) -> dict:
+    def run(
+        self, model: nn.Module, window: int, folder: Path, overrides: dict | None = None, **more
+    ) -> dict:
         """`tune` at whole windows, which count their positions from 0."""
         width = model.get_input_embeddings().weight.shape[1]
         return tune(
@@ -55,7 +57,7 @@ class Tuning:
             sampling=None,
             lr=self.lr or SHARE * default_lr(width),
             seed=self.seed,
-            overrides=CONSTANT,
+            overrides=CONSTANT | (overrides or {}),
             **more,
         )
 

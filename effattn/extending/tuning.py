@@ -37,7 +37,10 @@ def default_lr(width: int) -> float:
 def check_pattern(argument: str, spec: str) -> None:
     """ValueError for a pattern that dense attention cannot take over from, once it was trained
     with."""
-    backend = registry.backend(spec)
+    try:
+        backend = registry.backend(spec)
+    except ValueError as error:
+        raise ValueError(f"{argument}: {error}") from None
     traits, learns = backend.traits, any(True for _ in backend.parameters())
     if not (traits.exact and traits.causal) or traits.learned or learns:
         raise ValueError(
@@ -153,12 +156,12 @@ def _losses(trainer: Trainer, per_step: int) -> list[dict]:
 def check_memory(memory: str, sampling: str | None) -> None:
     """ValueError for a pattern that remembers everything or that dense attention cannot take over
     from, and for positions that are drawn."""
+    check_pattern("memory", memory)
     if sampling is not None:
         raise ValueError(
             f"memory: got {memory!r} with sampling={sampling!r}, and its positions count on from "
             "window to window; valid is no sampling"
         )
-    check_pattern("memory", memory)
     if not registry.backend(memory).new_state().evicts:
         raise ValueError(
             f"memory: got {memory!r}, which remembers every token; valid is a bounded pattern, "

@@ -82,9 +82,10 @@ class Builder:
         for index in range(min(changed), max(changed) + 1):
             if index in changed:
                 seen = self.see(index, teacher)
-                student = self.change(runner, index, plan.layers[index], seen, student)
+                self.change(runner, index, plan.layers[index], seen, student)
             else:
                 teacher = self.forward(index, teacher)
+            if index < max(changed):
                 student = [output for _, output in runner.run(index, student)]
             progress(index + 1, max(changed) + 1)
         shapes.settle(model)
@@ -148,13 +149,12 @@ class Builder:
         choice: LayerChoice,
         seen: Seen,
         student: list[Tensor],
-    ) -> list[Tensor]:
+    ) -> None:
         """Gives the twin's layer its heads and its width, both re-fitted on `student`, the inputs
-        that it gets. Returns what the layer then gives."""
+        that it gets."""
         layer = runner.anatomy.layers[index]
         own = self.parent.layers[index]
         Shaping(runner, layer, own, seen, student, self.asked).carry_out(choice)
-        return [output for _, output in runner.run(index, student)]
 
     @torch.no_grad()
     def alone(

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
+
+from torch import Tensor
 
 from effattn.fitting.building import Builder
 from effattn.fitting.harm import Judge
 from effattn.fitting.plan import AXES, Plan, axis_of, is_shaped
+from effattn.fitting.shaping import Seen
 from effattn.resuming import Parts
 
 Ladders = Sequence[Mapping[str, list]]
@@ -44,37 +47,52 @@ def measure(
     progress: Callable[[int, int], None] | None = None,
 ) -> Catalog:
     """Builds each candidate in its layer, the others as they are, re-fits it, and measures it; what
-    `kept` has is not done again. One layer's statistics are held at a time."""
+    `kept` has is not done again. One layer's statistics are held at a time, and its inputs: what
+    comes before a candidate is the parent, and is not run for each."""
     names = list(_named(ladders))
-    waiting = sum(name not in kept.done for _, _, _, name in names)
-    waiting_shaped = (i for i, f, v, name in names if is_shaped(f, v) and name not in kept.done)
-    last = max(waiting_shaped, default=-1)
-    done, rows, hidden = 0, [], []
-    if last >= 0:
-        hidden = builder.teacher.embed()
+    fresh = [one for one in names if one[3] not in kept.done]
+    last = max((one[0] for one in fresh), default=-1)
+    last_shaped = max((i for i, f, v, _ in fresh if is_shaped(f, v)), default=-1)
+    rows, done, waiting = [], 0, len(fresh)
+    hidden = builder.teacher.embed() if last_shaped >= 0 else []
+    scored = judge.layers.embed() if last >= 0 else []
     for index in range(len(ladders)):
-        own = [one for one in names if one[0] == index]
-        shaped = any(is_shaped(f, v) and name not in kept.done for _, f, v, name in own)
         seen, inputs = None, hidden
-        if index <= last:
+        if index <= last_shaped:
             hidden = [states.clone() for states in inputs]
-            if shaped:
+            if any(i == index and is_shaped(f, v) for i, f, v, _ in fresh):
                 seen = builder.see(index, hidden)
             else:
                 hidden = builder.forward(index, hidden)
-        for _, field, value, name in own:
-            fresh = name not in kept.done
+        for _, field, value, name in (one for one in names if one[0] == index):
+            new = name not in kept.done
 
-            def make(field=field, value=value, index=index, seen=seen, inputs=inputs) -> dict:
-                found = judge.of(builder.alone(index, field, value, seen, inputs))
-                return {key: found[key] for key in MEASURED}
-
-            measured = kept.once(name, make)
-            rows.append({"layer": index, "field": field, "value": value} | dict(measured))
-            done += fresh
-            if progress and fresh:
+            what = {"layer": index, "field": field, "value": value}
+            make = partial(_one, builder, judge, index, field, value, seen, inputs, scored)
+            rows.append(what | dict(kept.once(name, make)))
+            done += new
+            if progress and new:
                 progress(done, waiting)
+        if index < last:
+            scored = judge.layers.run(index, scored)
     return Catalog(rows)
+
+
+def _one(
+    builder: Builder,
+    judge: Judge,
+    index: int,
+    field: str,
+    value,
+    seen: Seen | None,
+    inputs: Sequence[Tensor],
+    scored: Sequence[Tensor],
+) -> dict[str, float]:
+    """One candidate. inputs, scored: what the layer gets of the text that is fitted to, and of the
+    one that is measured on."""
+    student = builder.alone(index, field, value, seen, inputs)
+    found = judge.alone(student, index, scored)
+    return {key: found[key] for key in MEASURED}
 
 
 def _named(ladders: Ladders) -> Iterator[tuple[int, str, object, str]]:

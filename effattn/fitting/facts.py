@@ -57,8 +57,9 @@ def begin(settings: dict, session: Session, space: Space, text: Streams) -> dict
     }
 
 
-def plan_of(session: Session, space: Space, found: Found) -> dict:
-    """What the search found: the report's plan, and all that was measured on the way."""
+def plan_of(session: Session, space: Space, found: Found, rounding: float) -> dict:
+    """What the search found: the report's plan, and all that was measured on the way. rounding:
+    harm that is none, nats a token."""
     best, harm = found.best, space.catalog.harm
     alone = [0.0] * len(best.plan.layers)
     for change in best.plan.changes(space.parent):
@@ -74,6 +75,7 @@ def plan_of(session: Session, space: Space, found: Found) -> dict:
         "kl": best.kl,
         "additive": best.additive,
         "expected": best.expected,
+        "rounding": rounding,
         "gap": found.gap,
         "factors": found.factors,
     }

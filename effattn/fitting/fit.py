@@ -26,8 +26,8 @@ KIND = "fit"
 class Result:
     """What `fit` did. plan: for each layer what it became, in words; lines: the same as calls;
     bytes: of weights, cache and a step's activations together, those of the weights counted on the
-    model; kl: of the whole, nats a token, on the text that plans were chosen on; frontier: rows of
-    {limit, bytes, kl, best_uniform}."""
+    model; kl: of the whole, nats a token in fp32 arithmetic, on the text that plans were chosen on;
+    frontier: rows of {limit, taken, kl, perplexity, plan, uniform, best_uniform}."""
 
     plan: list[str]
     lines: list[str]

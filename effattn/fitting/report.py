@@ -24,13 +24,14 @@ HARM = "Harm by layer"
 SEARCH = "Plans that were measured"
 CURVE = "The whole curve"
 AMOUNT = "Bytes, predicted and counted"
+ROUNDED = 10  # times what another order of the same sums does: harm up to there is rounding
 
 
 @dataclass
 class FitReport(Document):
     """Wraps a dict of kind "fit": settings, model, budget {given, limits, context, batch},
     parent (totals), candidates, plan {layers, lines, predicted, counted, kl, additive, expected,
-    gap, factors}, tried, plans, frontier, recovery, verification, environment."""
+    gap, rounding, factors}, tried, plans, frontier, recovery, verification, environment."""
 
     data: dict
     built: nn.Module | None = field(default=None, repr=False)  # until it is saved
@@ -58,13 +59,22 @@ class FitReport(Document):
             f"{data_size(predicted)} of {data_size(parent)} ({predicted / parent:.0%}) for "
             f"weights, cache and a step: KL {number(self.plan['kl'])} nats a token"
         )
-        best = self._best_uniform()
-        if best is not None and best["kl"] > 0:
-            said += (
-                f", {self.plan['kl'] / best['kl']:.2f} of what {best['name']} has, the best "
-                "uniform plan within the budget"
-            )
-        return " ".join(filter(None, (f"{said}.", self.recovered(), self.speed())))
+        said = f"{said}{self.compared()}."
+        return " ".join(filter(None, (said, self.recovered(), self.speed())))
+
+    def compared(self) -> str:
+        """How the plan's harm compares to the best uniform plan's: what rounding does is none."""
+        best, rounding = self._best_uniform(), self.plan.get("rounding") or 0.0
+        if self.plan["kl"] <= ROUNDED * rounding:
+            same = best is not None and best["kl"] <= ROUNDED * rounding
+            also = f"; so is that of {best['name']}" if same else ""
+            return f", which is rounding ({number(rounding)} for another order of its sums){also}"
+        if best is None or best["kl"] <= 0:
+            return ""
+        return (
+            f", {self.plan['kl'] / best['kl']:.2f} of what {best['name']} has, the best uniform "
+            "plan within the budget"
+        )
 
     def recovered(self) -> str:
         """What distillation brought, or why there was none; "" where it was not asked for."""

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from effattn.calibration.tokens import check_calibration
+from effattn.calibration.tokens import TOKENS_PER_DIMENSION, check_calibration, tokens_needed
 from effattn.errors import Unsupported
 from effattn.fitting import catalog, speed
 from effattn.fitting.accounting import Ledger
@@ -23,7 +23,7 @@ from effattn.fitting.building import Builder
 from effattn.fitting.candidates import axes_of, candidates
 from effattn.fitting.groups import STEP, Space, Times
 from effattn.fitting.harm import Judge, Progress, untold
-from effattn.fitting.plan import PROJECTED, SKIP, SPARSE, Plan
+from effattn.fitting.plan import PROJECTED, SHAPED, SKIP, SPARSE, Plan
 from effattn.fitting.search import Measure
 from effattn.hf import anatomy
 from effattn.hf.adapters import require_own_weights
@@ -31,8 +31,6 @@ from effattn.hf.beginning import bos_of
 from effattn.hf.placement import check_finite, require_here
 from effattn.resuming import Parts
 from effattn.surgery.swapping import active
-
-TOKENS_PER_DIMENSION = 10  # of an FFN whose down projection is solved again
 
 
 @dataclass(frozen=True)
@@ -89,16 +87,24 @@ class Session:
         if not isinstance(tokens, Tensor) or tokens.dtype != torch.int64 or tokens.dim() != 1:
             check_calibration(tokens, self.parts, self.length)
         fitted = tokens[: max(0, len(tokens) - scored)]
-        widest = max(layer.feed_forward.size for layer in self.parts)
-        solved = {"ffn", SKIP, PROJECTED, SPARSE} & set(self.axes)
-        needed = TOKENS_PER_DIMENSION * widest if solved else self.length
-        if len(fitted) < max(needed, self.length):
+        needed = self._needed()
+        if len(fitted) < needed:
             raise ValueError(
                 f"calibration: got {len(tokens):,} tokens, at least {needed + scored:,} are needed "
                 f"({needed:,} to fit to, {scored:,} to measure harm on)"
             )
-        check_calibration(fitted, self.parts, self.length)
+        check_calibration(fitted, self.parts, self.length, needed)
         return fitted, tokens[len(tokens) - scored :]
+
+    def _needed(self) -> int:
+        """How many tokens are fitted to at least: a window, where nothing is fitted at all."""
+        needed = self.length
+        if set(SHAPED) & set(self.axes):
+            needed = max(needed, tokens_needed(self.parts))
+        if {"ffn", SKIP, PROJECTED, SPARSE} & set(self.axes):
+            widest = max(layer.feed_forward.size for layer in self.parts)
+            needed = max(needed, TOKENS_PER_DIMENSION * widest)
+        return needed
 
     def _check_bytes(self) -> None:
         """ValueError for a budget that no plan meets, as far as that is known before anything is
@@ -135,6 +141,10 @@ class Session:
         found = kept.once(name, lambda: speed.times(self.ledger, self.ladders, progress=progress))
         self.times = speed.times_of(found)
         self._unmeasured.check(self.limits())
+
+    def rounding(self, kept: Parts) -> float:
+        """Harm that another order of the same sums does (`Judge.rounding`), nats a token."""
+        return kept.once("rounding", lambda: {"kl": self.judge.rounding()})["kl"]
 
     def lines(self, plan: Plan) -> list[str]:
         """Calls that make the plan of the parent; `tokens`: those that this session was given."""

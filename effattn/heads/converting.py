@@ -11,10 +11,12 @@ import torch
 from einops import rearrange
 
 from effattn.calibration.attended import is_linear
-from effattn.calibration.layerwise import watch, windows
+from effattn.calibration.layerwise import LayerRunner, watch, windows
 from effattn.calibration.refit import OutputRefit
+from effattn.calibration.spilled import States
 from effattn.calibration.statistics import SecondMoment, query_energy
 from effattn.calibration.walk import CHANGED, Stream, Walk
+from effattn.errors import Unsupported
 from effattn.heads.grouping import by_similarity, contiguous
 from effattn.heads.judged import TOKENS, judge
 from effattn.heads.methods.base import Heads, Merged, Method, relative_errors
@@ -37,6 +39,7 @@ class Conversion:
     batch: int
     seed: int
     bos: int | None = None
+    refit_ffn: bool = False
 
     @property
     def batches(self) -> list[torch.Tensor] | None:
@@ -66,10 +69,11 @@ def _converted(
     walk: Walk, layer: Layer, asked: Conversion, teacher: Stream | None, student: Stream | None
 ) -> dict:
     """Converts one layer; returns its row."""
-    moment = targets = inputs = None
+    moment = inputs = seen = None
     # 1. What the old layer gets and gives, on the old model's activations
     if teacher is not None:
-        moment, targets, inputs = observe(walk, layer, teacher)
+        seen = observe(walk, layer, teacher)
+        moment, inputs = seen.moment, seen.inputs
     # 2. Its heads become fewer
     row = {
         "layer": layer.index,
@@ -81,8 +85,9 @@ def _converted(
     row |= merge_heads(layer, asked, moment, inputs)
     # 3. The output projection again, for what the new heads give on the converted model's
     #    activations: it makes up for errors of the layers before as well
-    if student is not None:
-        row |= measure_and_refit(walk, layer, student, targets, asked.refit)
+    if student is not None and seen is not None:
+        ffn = teacher if asked.refit_ffn else None
+        row |= measure_and_refit(walk, layer, student, seen, asked.refit, ffn)
     return row
 
 
@@ -106,14 +111,41 @@ def merge_heads(layer: Layer, asked: Conversion, moment=None, inputs=None) -> di
     return row
 
 
-def observe(walk: Walk, layer: Layer, teacher: Stream):
-    """Runs the old layer: its input moment, its attention outputs a batch, and where that moment
-    does not tell all some of its inputs (N, D), otherwise None; moves `teacher` one layer on."""
+@dataclass(frozen=True)
+class Observed:
+    """What an old layer gets and gives on the old model's activations.
+
+    moment: E[(x, 1)(x, 1)^T] of attention's inputs, (D + 1, D + 1) fp64. targets: what its output
+    projection gives without the bias, (n, D) a batch. inputs: some of the inputs (N, D), where the
+    moment does not tell all. stream: the hidden states that the layer got, by batch, where what
+    attention gives is added to them as it is; None where it is not."""
+
+    moment: torch.Tensor
+    targets: States
+    inputs: torch.Tensor | None
+    stream: States | None
+
+    def wanted(self, number: int, hidden: torch.Tensor) -> torch.Tensor:
+        """What the new layer's output projection should give for batch `number`, (n, D): what the
+        old one gave, and what lies between the old model's hidden states and `hidden`, the new
+        one's at this layer, so that behind attention the two agree."""
+        y = self.targets[number]
+        if self.stream is None:
+            return y
+        # in fp32: beside a few massive values half precision would round the difference away
+        lag = self.stream[number].float() - hidden.float()
+        return y.float() + lag.flatten(0, -2)
+
+
+def observe(walk: Walk, layer: Layer, teacher: Stream) -> Observed:
+    """Runs the old layer; moves `teacher` one layer on."""
     runner, targets = walk.runner, walk.pile("targets")
     assert runner is not None
     moment, inputs = SecondMoment(ones=True), []
     every = -(-sum(batch.numel() for batch in runner.batches) // TOKENS)
     bias = 0 if layer.o.bias is None else layer.o.bias
+    stream = teacher.kept()
+    added = runner.adds(layer.index, stream[0])
 
     def see(x: torch.Tensor, _: torch.Tensor) -> None:
         moment.add(x)
@@ -130,7 +162,8 @@ def observe(walk: Walk, layer: Layer, teacher: Stream):
         raise FloatingPointError(
             f"layer {layer.index}: the calibration activations contain NaN or infinity"
         )
-    return moment.mean.cpu(), targets, torch.cat(inputs) if inputs else None
+    some = torch.cat(inputs) if inputs else None
+    return Observed(moment.mean.cpu(), targets, some, stream if added else None)
 
 
 def _merge(
@@ -154,15 +187,22 @@ def _merge(
     }
 
 
-def measure_and_refit(walk: Walk, layer: Layer, student: Stream, targets, refit: bool) -> dict:
+def measure_and_refit(
+    walk: Walk,
+    layer: Layer,
+    student: Stream,
+    seen: Observed,
+    refit: bool,
+    teacher: Stream | None = None,
+) -> dict:
     """Measures the changed layer, re-fits its output projection if asked, and moves `student` one
-    layer on.
-    """
+    layer on. teacher: the FFN's is re-fitted, too, to what leaves the old layer."""
     fit, heads, runner = OutputRefit(), walk.pile("heads"), walk.runner
     assert runner is not None
     given = runner.until(layer.index, student.source, layer.o.module)
-    for z, y in zip(given, targets, strict=True):
-        fit.add(z.flatten(0, -2), y.to(z.device))
+    for number, z in enumerate(given):
+        wanted = seen.wanted(number, student.source[number])
+        fit.add(z.flatten(0, -2), wanted.to(z.device))
         heads.append(z.cpu())
     weight = layer.o.module.weight
     row = {"attention_error_merged": fit.error(weight), "attention_error": None}
@@ -170,10 +210,36 @@ def measure_and_refit(walk: Walk, layer: Layer, student: Stream, targets, refit:
         with torch.no_grad():
             weight.copy_(fit.solve(weight))
         row["attention_error"] = fit.error(weight)
+    if teacher is not None:
+        row["ffn_error"] = refit_feed_forward(runner, layer, student, teacher, heads)
     with torch.no_grad():
         for number, (states, z) in enumerate(zip(student.source, heads, strict=True)):
             student.sink[number] = runner.call(layer.index, states, z).cpu()
     return row
+
+
+@torch.no_grad()
+def refit_feed_forward(
+    runner: LayerRunner, layer: Layer, student: Stream, teacher: Stream, heads: States
+) -> float:
+    """Solves the FFN's output projection, so that what leaves the layer is what left the old one;
+    returns the share of the squares that is left. heads: what the output projection got."""
+    module, fit, given = layer.feed_forward.output, OutputRefit(), []
+    bias = 0 if module.bias is None else module.bias
+    if not runner.ends_in(layer.index, student.source[0], module):
+        raise Unsupported(
+            f"refit_ffn: layer {layer.index} does not add what its FFN gives as it is (it is "
+            "scaled, or goes through a norm); valid is False"
+        )
+    with watch(module, lambda x, y: given.append((x, y - bias))):
+        for number, (states, z) in enumerate(zip(student.source, heads, strict=True)):
+            output = runner.call(layer.index, states, z)
+            x, y = given.pop()
+            # in fp32, as `Observed.wanted`
+            lag = teacher.sink[number].to(output.device).float() - output.float()
+            fit.add(x, y.float() + lag.flatten(0, -2))
+    module.weight.copy_(fit.solve(module.weight))
+    return fit.error(module.weight)
 
 
 def _heads(layer: Layer, moment: torch.Tensor | None, seed: int) -> Heads:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -38,6 +39,7 @@ def convert_gqa(
     *,
     method: str = "optimal",
     refit: bool = True,
+    refit_ffn: bool = False,
     grouping: str = "contiguous",
     length: int = 512,
     batch: int = 8,
@@ -52,7 +54,8 @@ def convert_gqa(
     ten tokens per hidden dimension (50,000 are plenty); only `mean`, `first` and `random` with
     `refit=False` do without. method: "optimal" (the least squared error, in closed form), "aligned"
     (arXiv:2412.20677), or the baselines "mean", "first" and "random" (arXiv:2305.13245). refit:
-    solve the output projections again by least squares. grouping: "contiguous" or "similarity".
+    solve the output projections again by least squares. refit_ffn: those of the FFNs as well.
+    grouping: "contiguous" or "similarity".
     length, batch: of the calibration windows, in tokens, and how many at a time. seed: of "random".
     bos: whether BOS takes the place of each one's first token (None: as the model's tokenizer does
     it).
@@ -73,6 +76,7 @@ def convert_gqa(
         kv_heads=kv_heads,
         method=method,
         refit=refit,
+        refit_ffn=refit_ffn,
         grouping=grouping,
         length=length,
         batch=batch,
@@ -88,7 +92,8 @@ def convert_gqa(
         model.eval()
         try:
             with all_or_nothing(parts) as undo:
-                layers = convert(Walk(parts, asked.batches, undo.remember), asked, progress)
+                remember = partial(undo.remember, ffn=refit_ffn)
+                layers = convert(Walk(parts, asked.batches, remember), asked, progress)
                 parts.set_kv_heads(kv_heads)
         finally:
             model.train(training)
@@ -103,6 +108,7 @@ def checked(
     kv_heads: int,
     method: str = "optimal",
     refit: bool = True,
+    refit_ffn: bool = False,
     grouping: str = "contiguous",
     length: int = 512,
     batch: int = 8,
@@ -118,8 +124,10 @@ def checked(
         _check_no_data_needed(parts, method, refit, grouping)
     else:
         length = check_calibration(calibration, parts, length)
+    if refit_ffn:
+        _check_ffn(parts, refit, calibration)
     return Conversion(
-        kv_heads, calibration, METHODS[method], refit, grouping, length, batch, seed, bos
+        kv_heads, calibration, METHODS[method], refit, grouping, length, batch, seed, bos, refit_ffn
     )
 
 
@@ -149,6 +157,7 @@ class GqaJob(Job):
             "kv_heads": asked.kv_heads,
             "method": asked.method.name,
             "refit": asked.refit,
+            "refit_ffn": asked.refit_ffn,
             "grouping": asked.grouping,
             "length": asked.length,
             "batch": asked.batch,
@@ -180,6 +189,7 @@ def _report(
             "kv_heads": asked.kv_heads,
             "method": asked.method.name,
             "refit": asked.refit,
+            "refit_ffn": asked.refit_ffn,
             "grouping": asked.grouping,
             "calibration_tokens": 0 if calibration is None else len(calibration),
             "calibration_source": None,
@@ -219,6 +229,15 @@ def check_kv_heads(kv_heads: int, present: int) -> None:
             f"kv_heads: got {kv_heads!r}, the model has {present} KV heads; valid are the divisors "
             f"{', '.join(map(str, valid))}"
         )
+
+
+def _check_ffn(parts: hf.Anatomy, refit: bool, calibration: torch.Tensor | None) -> None:
+    if not refit:
+        raise ValueError("refit_ffn: got True with refit=False; valid is False, or refit=True")
+    if calibration is None:
+        raise ValueError("calibration: got None, refit_ffn=True needs tokens")
+    for layer in parts:
+        layer.feed_forward  # noqa: B018 - raises where there is none in common
 
 
 def _check_no_data_needed(parts: hf.Anatomy, method: str, refit: bool, grouping: str) -> None:

@@ -16,6 +16,7 @@ from effattn.reports.tables import UNKNOWN, Table, number, pairs
 VARIED = (
     "model",
     "refit",
+    "refit_ffn",
     "grouping",
     "calibration_source",
     "calibration_tokens",
@@ -38,6 +39,7 @@ def labels(reports: Sequence[ConversionData]) -> list[str]:
     for report in reports:
         text = str(report.settings.get("method", "unknown method"))
         text += " + O re-fit" if "refit" in differing and report.settings.get("refit") else ""
+        text += " + FFN re-fit" if report.settings.get("refit_ffn") else ""
         parts = [_told(name, report.settings.get(name)) for name in differing]
         text = ", ".join([text, *filter(None, parts)])
         key = (text, report.model.get("kv_heads_after"))
@@ -54,7 +56,7 @@ def _told(name: str, value: object) -> str:
         return number(value)
     if name == "uptrain_tokens":
         return f"uptrained on {number(value)} tokens" if value else ""
-    return "" if name == "refit" else f"{name.replace('_', ' ')} {number(value)}"
+    return "" if name in ("refit", "refit_ffn") else f"{name.replace('_', ' ')} {number(value)}"
 
 
 def compare_html(reports: Sequence[ConversionData]) -> str:

@@ -12,13 +12,16 @@ from effattn.reports.tables import number
 
 
 class LayerErrors(TypedDict, total=False):
-    """Squared norm of the difference to the parent over the squared norm of the parent's."""
+    """Squared norm of what is amiss over the squared norm of what is wanted: of keys and values the
+    parent's; of attention and the FFN what the parent's give, and where that is added to the hidden
+    states as it is, with what these lack of the parent's."""
 
     layer: int
     k_error: float
     v_error: float
     attention_error_merged: float  # before the output projection was solved again
     attention_error: float
+    ffn_error: float  # after its output projection was solved again; absent where it was not
 
 
 class CurvePoint(Quality):

@@ -38,15 +38,17 @@ class Undo:
         self._modules: list[tuple[nn.Module, dict, dict[str, dict]]] = []
         self._values: list[tuple[Tensor, Tensor]] = []
 
-    def remember(self, layer: Layer) -> None:
+    def remember(self, layer: Layer, ffn: bool = False) -> None:
         """Call before the layer's heads are written. What is written in place (o_proj, norms) is
-        copied to the CPU; q, k and v get new parameters, and the old ones are kept."""
+        copied to the CPU; q, k and v get new parameters, and the old ones are kept. ffn: its
+        output projection is written, too."""
         inside = dict.fromkeys([*layer.attention.modules(), *layer.qkv_modules])
         for module in inside:
             tables = {name: dict(vars(module)[name]) for name in _TABLES}
             self._modules.append((module, dict(vars(module)), tables))
         norms = [norm for norm in (layer.q_norm, layer.k_norm) if norm is not None]
-        for module in (layer.o.module, *norms):
+        feeding = [layer.feed_forward.output] if ffn else []
+        for module in (layer.o.module, *norms, *feeding):
             self._values += [(p, p.detach().to("cpu", copy=True)) for p in module.parameters()]
 
     @torch.no_grad()

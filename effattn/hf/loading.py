@@ -124,6 +124,26 @@ def shell(cls: type[nn.Module], config) -> nn.Module:
         return shaped(cls, config)(copy.deepcopy(config))
 
 
+def outline(name: str, config, shape: Callable[[nn.Module], None] | None = None) -> nn.Module:
+    """The model of the checkpoint `name` without its weights (`empty`). shape: as in `build`.
+    ValueError where the files' headers do not fit it."""
+    if Path(name).is_dir():
+        _compare(name, shaped(class_of(config), config, shape), config)
+    return empty(config, shape)
+
+
+def empty(config, shape: Callable[[nn.Module], None] | None = None) -> nn.Module:
+    """A new model without weights, in eval mode: on the meta device but for what is computed, such
+    as rotary frequencies. shape: as in `build`."""
+    from accelerate import init_empty_weights
+
+    cls = class_of(config)
+    with init_empty_weights(include_buffers=False):
+        model = shaped(cls, config, shape)(copy.deepcopy(config))
+    model.__class__ = cls
+    return model.eval()
+
+
 def shaped(
     cls: type[nn.Module], config, shape: Callable[[nn.Module], None] | None = None
 ) -> type[nn.Module]:
@@ -133,6 +153,8 @@ def shaped(
         return cls
 
     class Shaped(cls):
+        builds_layers = True
+
         def __init__(self, config):
             layers = uneven.taken(config)
             super().__init__(config)

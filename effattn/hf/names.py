@@ -4,6 +4,8 @@
 NAME = "effattn"
 # `quantization_config` in config.json: transformers asks `effattn.plugin` to restore the rest
 METHOD = {"quant_method": NAME}
+# where transformers keeps, on a config, what differs by layer
+DIFFER = "_heterogeneity_spec"
 # where a swap is kept: a plain attribute, in no state_dict, copied by deepcopy
 ATTRIBUTE = "_effattn"
 # where the handle of the hook is kept

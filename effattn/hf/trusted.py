@@ -215,8 +215,11 @@ def _check_layer(where: str, index: str, layers: int) -> None:
 def _check_specs(where: str, axis: str, specs, layers: int, bound: int) -> None:
     if not _object(where, specs):
         raise ValueError(f"{where}: got no layers")
+    known: set[str] = set()  # most layers have the same
     for index, spec in specs.items():
         _check_layer(where, index, layers)
+        if isinstance(spec, str) and spec in known:
+            continue
         if not isinstance(spec, str) or len(spec) > SPEC:
             raise ValueError(
                 f"{where}: {index}: got {spec!r:.80}, valid is a spec such as 'name(option=1)'"
@@ -230,6 +233,7 @@ def _check_specs(where: str, axis: str, specs, layers: int, bound: int) -> None:
                 _check_pattern(spec, bound)
         except ValueError as error:
             raise ValueError(f"{where}: {index}: {one_line(error)}") from error
+        known.add(spec)
 
 
 def _check_pattern(spec: str, bound: int) -> None:

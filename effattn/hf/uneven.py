@@ -22,8 +22,8 @@ from transformers import PreTrainedConfig
 
 from effattn.errors import Unsupported
 from effattn.hf.families import FAMILIES
+from effattn.hf.names import DIFFER
 
-SPEC = "_heterogeneity_spec"  # where transformers keeps what differs
 ATTENTION, FFN = "attention", "mlp"  # what `skip` calls them
 NORMS = {ATTENTION: "input_layernorm", FFN: "post_attention_layernorm"}
 GLOBAL = "allow_global_per_layer_attribute_access"
@@ -75,14 +75,14 @@ def _empty(hidden: int, names: tuple[str, ...]) -> dict[str, nn.Linear]:
 
 def overrides(config) -> dict[int, dict[str, Any]]:
     """What a config says of single layers; {} where all are alike."""
-    spec = vars(config).get(SPEC)
+    spec = vars(config).get(DIFFER)
     return {} if spec is None else spec.per_layer_overrides
 
 
 def taken(config) -> dict[int, dict[str, Any]]:
     """The same, taken off the config, which then is one of layers that are alike."""
     found = overrides(config)
-    for name in (SPEC, GLOBAL):
+    for name in (DIFFER, GLOBAL):
         vars(config).pop(name, None)
     return found
 

@@ -23,7 +23,7 @@ from effattn.hf import anatomy as hf
 from effattn.hf.beginning import bos_of
 from effattn.hf.placement import present
 from effattn.interface import Shape
-from effattn.linearizing.inputs import exact, projections_of
+from effattn.linearizing.inputs import exact, own_scores, projections_of
 from effattn.projections import MonarchLinear
 
 NORMAL = "N(0, 1)"
@@ -121,6 +121,7 @@ def measure_approximation(
     windows = [begun(one, bos_of(model)) for one in (earlier, tokens[None, -length:])]
     fitted, measured = (projections_of(model, one, layers) for one in windows)
     given = {f"layer {index}": (fitted[index], measured[index]) for index in layers}
+    own = {f"layer {index}": own_scores(parts.layers[index]) for index in layers}
     given[NORMAL] = tuple(
         _normal(one[layers[0]], seed + part) for part, one in enumerate((fitted, measured))
     )
@@ -136,7 +137,7 @@ def measure_approximation(
                         "budget": value,
                         "inputs": name,
                     }
-                    | _error(SWEEPS[method], value, calibration, inputs)
+                    | _error(SWEEPS[method], value, calibration, inputs, own.get(name, {}))
                 )
                 if progress:
                     progress(len(rows), total)
@@ -151,29 +152,33 @@ def _normal(like: tuple[Tensor, ...], seed: int) -> tuple[Tensor, ...]:
 
 
 def _error(
-    sweep: Sweep, value: int | str, calibration: tuple[Tensor, ...], inputs: tuple[Tensor, ...]
+    sweep: Sweep,
+    value: int | str,
+    calibration: tuple[Tensor, ...],
+    inputs: tuple[Tensor, ...],
+    own: dict[str, float | None],
 ) -> dict:
     """{"error", "flops", "dense_flops", "state_bytes", "dense_state_bytes"} of one backend on q, k,
-    v.
-    """
+    v. own: as of `own_scores`; a cap that the method has not is a part of its error."""
     q, k, v = inputs
     backend = registry.backend(sweep.spec.format(value)).to(q.device)
     if hasattr(backend, "calibrate"):
         backend.calibrate(calibration[1])
-    truth = exact(q, k, v, sweep.causal)
+    truth = exact(q, k, v, sweep.causal, **own)
+    ours = {name: x for name, x in own.items() if name == "scale" or name in backend.extras}
     error = (
-        backend(q, k, v, causal=sweep.causal) - truth
+        backend(q, k, v, causal=sweep.causal, **ours) - truth
     ).double().square().mean() / truth.double().square().mean()
     batch, heads, tokens, dim = q.shape
     shape = Shape(
         batch, heads, k.shape[1], tokens, tokens, dim, v.shape[3], q.element_size(), sweep.causal
     )
-    ours, dense = backend.cost(shape), registry.backend("dense").cost(shape)
+    cost, dense = backend.cost(shape), registry.backend("dense").cost(shape)
     return {
         "error": float(error.sqrt()),
-        "flops": ours.flops,
+        "flops": cost.flops,
         "dense_flops": dense.flops,
-        "state_bytes": ours.state_bytes if sweep.causal else None,
+        "state_bytes": cost.state_bytes if sweep.causal else None,
         "dense_state_bytes": dense.state_bytes,
     }
 

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from effattn import registry
-from effattn.linearizing.inputs import exact, projections_of
+from effattn.hf import anatomy as hf
+from effattn.linearizing.inputs import exact, own_scores, projections_of
 from effattn.specs import format_spec, parse_spec
 
 DECAYING = ("linear", "gated")
@@ -33,11 +34,17 @@ def fit_decays(
     if not wanted:
         return specs
     fitted = dict(specs)
+    layers = hf.of(model).layers
     for index, (q, k, v) in projections_of(model, tokens, list(wanted)).items():
-        (name, options), truth, errors = wanted[index], exact(q, k, v), []
+        own = own_scores(layers[index])
+        (name, options), truth, errors = wanted[index], exact(q, k, v, **own), []
         for decay in grid:
             backend = registry.backend(name, decay=decay, **options).to(q.device)
-            groups = (backend(q, k, v) - truth).square().unflatten(1, (k.shape[1], -1))
+            groups = (
+                (backend(q, k, v, scale=own["scale"]) - truth)
+                .square()
+                .unflatten(1, (k.shape[1], -1))
+            )
             errors.append(groups.sum(dim=(0, 2, 3, 4)))
         best = torch.stack(errors).argmin(dim=0).tolist()
         fitted[index] = format_spec(name, options | {"decay": [grid[i] for i in best]})

@@ -56,6 +56,19 @@ def projections_of(
     return dict(sorted(found.items()))
 
 
-def exact(q: Tensor, k: Tensor, v: Tensor, causal: bool = True) -> Tensor:
-    """Softmax attention, (B, Hq, T, Dv)."""
-    return flash.attention(q, k, v, causal=causal, scale=q.shape[-1] ** -0.5)
+def exact(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    causal: bool = True,
+    scale: float | None = None,
+    softcap: float | None = None,
+) -> Tensor:
+    """Softmax attention, (B, Hq, T, Dv). scale: D^-0.5 by default; softcap: Gemma 2's."""
+    return flash.attention(q, k, v, causal=causal, scale=scale, softcap=softcap)
+
+
+def own_scores(layer: hf.Layer) -> dict[str, float | None]:
+    """How a layer makes scores of q and k as it gets them, for `exact`: its scale and softcap, None
+    for what it has not of its own."""
+    return {"scale": getattr(layer.attention, "scaling", None), "softcap": layer.softcap}

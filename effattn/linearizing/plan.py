@@ -17,6 +17,7 @@ from effattn.linearizing.inputs import projections_of
 from effattn.specs import parse_layers, parse_spec
 from effattn.surgery.swapping import restore, swap
 from effattn.swapping.patterns import Pattern, parse_pattern
+from effattn.swapping.spans import learn_windows
 from effattn.training import lending as training
 
 WINDOWS, LENGTH = 4, 512  # of the text that decays and codebooks are fitted on
@@ -41,6 +42,37 @@ def layer_specs(
         keep = parse_pattern(keep)
         specs |= {index: keep for index in range(keep_every - 1, layers, keep_every)}
     return dict(sorted(specs.items()))
+
+
+def check_keep(keep_every: int, keep: str) -> None:
+    """ValueError unless there are kept layers, of a pattern that has windows by head."""
+    if not keep_every:
+        raise ValueError(
+            "learn_windows: got a penalty, and keep_every=0 keeps no layer that could learn "
+            "windows; valid is keep_every of at least 1"
+        )
+    if parse_spec(keep)[0] != "sliding":
+        raise ValueError(
+            f"learn_windows: got a penalty and keep={keep!r}, which has no windows by head; valid "
+            "is a sliding(...)"
+        )
+
+
+def learned(
+    model: nn.Module, specs: dict[int, str], keep_every: int, keep: str, penalty: float, tokens
+) -> dict[int, str]:
+    """`specs`, in which the kept layers of `model`, not swapped yet, have windows by head that were
+    learned on tokens (N,) int64, with the sinks of `keep` (`effattn.learn_windows`)."""
+    kept = range(keep_every - 1, len(hf.of(model).layers), keep_every)
+    found = learn_windows(
+        model,
+        tokens,
+        penalty=penalty,
+        sinks=parse_spec(keep)[1].get("sinks", 0),
+        length=min(LENGTH, len(tokens)),
+        layers=kept,
+    )
+    return specs | {index: found[str(index)] for index in kept}
 
 
 def approximate(specs: dict[int, str]) -> list[int]:

@@ -26,7 +26,7 @@ from effattn.errors import check_choice
 from effattn.interface import Call, Cost, Shape
 from effattn.kernels import gated, linear
 from effattn.kernels.linear.features import mapped
-from effattn.patterns.linear import Linear
+from effattn.patterns.linear import Linear, check_decay
 from effattn.registry import register
 from effattn.states.full import ROLLBACK
 from effattn.states.static_sums import StaticSums
@@ -78,6 +78,7 @@ class Gated(Linear):
                 "gated: decay: got None, valid is what the gates begin with: 'retnet', a number "
                 "in (0, 1] or a list of them"
             )
+        check_decay("gated", decay, none="")
         if delta and normalize:
             raise ValueError(
                 "gated: normalize: got True, but the delta rule has no denominator; valid with "

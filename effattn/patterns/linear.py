@@ -230,15 +230,17 @@ def _both_signs(x: Tensor, weight: Tensor) -> Tensor:
     return torch.cat([y, -y], dim=-1)
 
 
-def check_decay(name: str, decay) -> float | str | list[float] | None:
-    """`decay` if it means something. ValueError otherwise."""
+def check_decay(name: str, decay, none: str = "None, ") -> float | str | list[float] | None:
+    """`decay` if it means something. ValueError otherwise, which names None first unless a caller
+    that refuses it says so.
+    """
     if decay is None or decay == "retnet":
         return decay
     values = list(decay) if isinstance(decay, (list, tuple)) else [decay]
     for value in values:
         if type(value) not in (int, float) or not (math.isfinite(value) and 0 < value <= 1):
             raise ValueError(
-                f"{name}: decay: got {value!r}, valid are None, 'retnet', a number in (0, 1] or a "
+                f"{name}: decay: got {value!r}, valid are {none}'retnet', a number in (0, 1] or a "
                 "list of them"
             )
     if not values:

@@ -7,6 +7,8 @@ of keys and of values to K slots.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter, is_lazy
@@ -14,8 +16,9 @@ from torch.nn.parameter import UninitializedParameter, is_lazy
 from effattn.errors import Unsupported, check_choice
 from effattn.interface import Backend, Call, Cost, Shape, Traits
 from effattn.kernels import flash, linformer
-from effattn.kernels.flash.pattern import Layout, Pattern
-from effattn.patterns.exact import check_size
+from effattn.kernels.flash.pattern import Layout, Pattern, Window
+from effattn.kernels.merge import merge
+from effattn.patterns.exact import check_size, keys_back
 from effattn.registry import register
 
 SHARES = ("head", "layer", "kv", "across")
@@ -134,7 +137,12 @@ class Linformer(Projected):
     from noise. Pooled to k slots in max_length, T tokens feed about T k / max_length of them:
     choose max_length near the lengths you have. With fewer tokens than slots, nothing is saved.
     Scores: the mean of w keys has about w^-0.5 of their spread, so the softmax is flatter than the
-    parent's until E is trained; no temperature is added, since E can learn it."""
+    parent's until E is trained; no temperature is added, since E can learn it.
+
+    window: beside the slots each query sees so many keys around itself (odd), exactly, in one
+    softmax, where a slot counts as the max_length / k tokens that it stands for. With pooled slots
+    that is LongT5's transient global attention (arXiv:2112.07916, section 3.1), of means of keys
+    and values in the place of its normalised sums of tokens."""
 
     traits = Traits(exact=False, causal=False, bidirectional=True, learned=True, state="none")
 
@@ -147,12 +155,20 @@ class Linformer(Projected):
         seed: int = 0,
         kv_heads: int | None = None,
         impl: str = "auto",
+        window: int | None = None,
     ):
         self.k, self.max_length = check_slots("linformer", k, max_length)
         super().__init__(k, max_length, share, init, seed, kv_heads, impl)
+        self.window = None if window is None else check_size("linformer", "window", window)
+        if self.window is not None and self.window % 2 == 0:
+            raise ValueError(
+                f"linformer: window: got {window}, a bidirectional window is odd; valid is "
+                f"{self.window - 1} or {self.window + 1}"
+            )
 
     def extra_repr(self) -> str:
-        return f"k={self.k}, max_length={self.max_length}, {super().extra_repr()}"
+        window = "" if self.window is None else f"window={self.window}, "
+        return f"k={self.k}, max_length={self.max_length}, {window}{super().extra_repr()}"
 
     def _check(self, q, k, v, causal, *others):
         # before the general check, which could not say what to use instead
@@ -190,14 +206,20 @@ class Linformer(Projected):
                 if mask is None
                 else mask
             )
-            return by_definition(q, k, v, E, F, real, call.scale)
+            return by_definition(q, k, v, E, F, real, call.scale, self.window)
         slots_k, slots_v = (linformer.project(x, w, start, mask, impl) for x, w in ((k, E), (v, F)))
         fed = fed_slots(E, k.shape[2], start, mask)
         # Only the kernels' positions are concerned: every query comes at or after the first slot.
         layout = Layout(mask=fed, tail=max(0, q.shape[2] - self.k) if impl == "triton" else 0)
-        out = flash.attention(
-            q, slots_k, slots_v, Pattern(), layout, causal=False, scale=call.scale, impl=impl
-        )
+        how = {"causal": False, "scale": call.scale, "impl": impl}
+        if self.window is None:
+            out = flash.attention(q, slots_k, slots_v, Pattern(), layout, **how)
+        else:
+            far, lse = flash.attention(q, slots_k, slots_v, Pattern(), layout, lse=True, **how)
+            back = keys_back(self.window, causal=False)
+            near = Window(back=back, ahead=back)
+            own = flash.attention(q, k, v, near, call.layout, lse=True, **how)
+            out, _ = merge([own, (far, lse + math.log(self.max_length / self.k))])
         if start is None:
             return out
         real = call.layout.query_positions(q.shape[2], k.shape[2], q.device) >= 0
@@ -205,11 +227,13 @@ class Linformer(Projected):
 
     def cost(self, shape: Shape) -> Cost:
         """Two products with E and F, two with the slots (of pooled ones, those that so many tokens
-        feed at first); E and F are read in float32. Backward: those twice, and the scores again."""
+        feed at first) and the window; E and F are read in float32. Backward: those twice, and the
+        scores again."""
         both = shape.head_dim + shape.value_dim
         projecting = 2 * shape.batch * shape.kv_heads * self.k * shape.keys * both
         fed = self.k if self.init != "pool" else -(-shape.keys * self.k // self.max_length)
-        attending = 2 * shape.batch * shape.heads * shape.queries * fed
+        pairs = shape.queries * fed + (0 if self.window is None else self._near(shape))
+        attending = 2 * shape.batch * shape.heads * pairs
         weights = self.weight_bytes(shape.kv_heads, shape.keys)
         if shape.backward:
             slots = shape.kv_bytes // shape.keys * self.k
@@ -228,6 +252,12 @@ class Linformer(Projected):
             read_bytes=shape.query_bytes + shape.kv_bytes + weights,
             write_bytes=shape.output_bytes,
         )
+
+    def _near(self, shape: Shape) -> int:
+        """Pairs of a query and a key in its window, in a head."""
+        assert self.window is not None
+        i, half = torch.arange(shape.keys - shape.queries, shape.keys), self.window // 2
+        return int(((i + half).clamp(max=shape.keys - 1) - (i - half).clamp(min=0) + 1).sum())
 
 
 def check_slots(backend: str, k: int, max_length: int) -> tuple[int, int]:

@@ -16,16 +16,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter, is_lazy
 
-from effattn.errors import check_choice
+from effattn.errors import Unsupported, check_choice
 from effattn.interface import Backend, Call, Cost, Shape, Traits
 from effattn.kernels import decode, flash, topk
 from effattn.kernels.flash.pattern import Layout, Window, layout_of
 from effattn.kernels.merge import merge
-from effattn.patterns.exact import check_size
+from effattn.patterns.exact import check_size, torch_only
 from effattn.positions.bound import Positions
 from effattn.registry import register
+from effattn.states.base import State
 from effattn.states.blocks import BlockState
 from effattn.states.full import FullState
+from effattn.states.static_blocks import StaticBlocks
+
+SUMMARISED = (BlockState, StaticBlocks)  # states with summaries that are read here
 
 
 @register("topk")
@@ -36,7 +40,8 @@ class TopK(Backend):
     Blocks begin at multiples of `block`, and a query chooses among those that are finished (their
     last key is not later than the query) and that are not seen anyway, by its score against a
     summary of the block's keys. summary: "mean", the mean key; "minmax", the most that a key
-    between the block's smallest and largest numbers could score (Quest); "learned", a mean weighted
+    between the block's smallest and largest numbers could score (Quest); "spread", between the two:
+    the mean's score and half of what keys as far out as that could add; "learned", a mean weighted
     by softmax(pool . k) with a parameter `pool` (Hkv, D), zero at first, when it is "mean". The
     query heads of a group choose together, by the sum of their scores.
 
@@ -131,6 +136,9 @@ class TopK(Backend):
         plain = self.impl == "reference"
         return FullState() if plain else BlockState(self.rule.block, self.summarise)
 
+    def reads(self, state: State) -> bool:
+        return getattr(state, "rule", None) == self.rule
+
     def places(self, rule: Positions) -> bool:
         """ReRoPE clipped within the window: all keys behind it stand at one position (LongLLaMA,
         arXiv:2307.03170), and blocks are chosen by their keys as they came."""
@@ -150,7 +158,13 @@ class TopK(Backend):
         """As `Backend.run`; but a state holds rotated keys, since their summaries are made of
         those, unless far keys are not to be rotated."""
         clipped = isinstance(rotary, Positions) and rotary.far is not None
-        if isinstance(state, BlockState) and rotary is not None and not clipped:
+        packed = state is not None and state.packed
+        if clipped and (packed or isinstance(state, StaticBlocks)):
+            raise Unsupported(
+                f"rotary: {rotary.spec!r} turns keys as {self.name} reads them, which packed and "
+                "static caches do not go with here; valid is its own growing state"
+            )
+        if (packed or isinstance(state, SUMMARISED)) and rotary is not None and not clipped:
             total, layout = state.seq_len + k.shape[2], layout_of(padding_mask)
             at = (layout.query_positions(x.shape[2], total, x.device).clamp(min=0) for x in (q, k))
             q, k = rotary(q, k, *(x if padding_mask is not None else x[0] for x in at))
@@ -162,6 +176,11 @@ class TopK(Backend):
         layout = call.layout
         if impl == "reference":
             return self._reference(q, k, v, call)
+        if call.state is not None and call.state.packed:
+            near = Window(first=self.rule.sinks, back=self.rule.window)
+            return self._beside(*call.state.attend(q, k, v, near, call, impl, True), call)
+        if isinstance(layout.total, Tensor):
+            return self._step(q, k, v, call)
         at = self._positions(q, k, layout)
         few = self._read_few(q, k, v) and call.far is None
         # as what is behind the window sees each other
@@ -173,7 +192,7 @@ class TopK(Backend):
         keys = far_k if few and call.state is not None else _from_start(far_k, layout.start)
         summaries = (
             call.state.summaries
-            if isinstance(call.state, BlockState)
+            if isinstance(call.state, SUMMARISED)
             else self.summarise(keys.detach())
         )
         chosen = topk.select(self.rule, far_q.detach(), summaries.detach(), at)
@@ -182,12 +201,15 @@ class TopK(Backend):
         else:
             values = _from_start(v, layout.start)
             parts = self._many(q, far_q, k, v, keys, values, chosen, at, call, impl)
-        out, lse = merge(parts)
-        if call.sink_logits is not None:
-            # a logit in the denominator only: out * Z / (Z + exp(logit)), and Z = exp(lse)
-            share = torch.sigmoid(lse - call.sink_logits.to(lse.dtype)[None, :, None])
-            out = (out.to(lse.dtype) * share[..., None]).to(out.dtype)
-        return self._learning_from(out, far_q, keys, call)
+        return self._learning_from(self._beside(*merge(parts), call), far_q, keys, call)
+
+    def _beside(self, out: Tensor, lse: Tensor, call: Call) -> Tensor:
+        """`out` with `call.sink_logits`, a logit in the denominator only: out * Z / (Z +
+        exp(logit)), and Z = exp(lse)."""
+        if call.sink_logits is None:
+            return out
+        share = torch.sigmoid(lse - call.sink_logits.to(lse.dtype)[None, :, None])
+        return (out.to(lse.dtype) * share[..., None]).to(out.dtype)
 
     @property
     def _trains(self) -> bool:
@@ -226,9 +248,49 @@ class TopK(Backend):
             lse=True,
         )
         far = topk.attention_few(
-            far_q, k, v, self.rule, chosen, at, layout.start, scale=call.scale, impl=impl
+            far_q,
+            topk.reader(k, v),
+            self.rule,
+            chosen,
+            at,
+            layout.start,
+            scale=call.scale,
+            impl=impl,
         )
         return [near, far]
+
+    def _step(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
+        """One token over a static state, whose length is a tensor. k (B, Hkv, n, D), v: token t at
+        place t, and one place more."""
+        impl, layout, total = torch_only(self.impl), call.layout, call.layout.total
+        width = min(self.rule.window, k.shape[2] - 1)
+        number = total - width + torch.arange(width, device=q.device)  # the window's tokens
+        place = number.clamp(min=0)
+        real = layout.mask.index_select(1, place) & (number >= 0)
+        at = layout.query_positions(1, k.shape[2], q.device)
+        at = torch.where(layout.mask.index_select(1, (total - 1)[None]), at, -1)
+        near = decode.attention(
+            q,
+            k.index_select(2, place),
+            v.index_select(2, place),
+            Window(back=self.rule.window),
+            replace(layout, mask=real, ring=number),
+            scale=call.scale,
+            impl=impl,
+            lse=True,
+        )
+        chosen = topk.select(self.rule, q, call.state.summaries, at)
+        far = topk.attention_few(
+            q,
+            topk.reader(k, v),
+            self.rule,
+            chosen,
+            at,
+            layout.start,
+            scale=call.scale,
+            impl=impl,
+        )
+        return self._beside(*merge([near, far]), call)
 
     def _many(self, q, far_q, k, v, keys, values, chosen, at, call: Call, impl: str):
         """The window and the sinks, and the blocks of keys and values from each row's start on."""

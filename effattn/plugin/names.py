@@ -13,6 +13,8 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+from effattn.hf import names
+
 PREFIX = "effattn:"
 WRAPPED = "_effattn_wrapped"
 
@@ -45,6 +47,7 @@ def _loading(load):
         # an Auto class has put the name into the configuration that it has read
         if spec is None and (spec := spec_of(getattr(config, "_attn_implementation", None))):
             config._attn_implementation = None
+        _build_layers(cls, config)
         if spec is None:
             return load(cls, *args, **kwargs)
         kwargs.pop("attn_implementation", None)
@@ -54,6 +57,15 @@ def _loading(load):
         return found
 
     return from_pretrained
+
+
+def _build_layers(cls, config) -> None:
+    """Has layers that differ built by effattn where the config says so and nobody is named that
+    does it: transformers' own `save_pretrained` of such a model names no method."""
+    differ = getattr(config, "__dict__", {}).get(names.DIFFER)
+    method = getattr(config, "quantization_config", None)
+    if differ is not None and method is None and not hasattr(cls, "builds_layers"):
+        config.quantization_config = dict(names.METHOD)
 
 
 def _setting(set_implementation):

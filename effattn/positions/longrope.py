@@ -30,14 +30,19 @@ class LongRope(Scaled):
     varies = True
 
     def __post_init__(self):
-        super().__post_init__()
         check_count("longrope", "search", self.search, least=0)
+        super().__post_init__()
         if self.search and self.long_factor:
             raise ValueError("longrope: got long_factor and search, which is to find it; give one")
+        if self.long_factor in ((), []) and not self.search:
+            raise ValueError(
+                f"longrope: long_factor: got {self.long_factor!r} with search={self.search}; valid "
+                "is a list of numbers, one for each frequency, or a search of at least 1, which "
+                "finds them"
+            )
         for option in ("long_factor", "short_factor"):
             value = getattr(self, option)
-            needed = option == "long_factor" and not self.search
-            if not isinstance(value, list | tuple) or (needed and not value):
+            if not isinstance(value, list | tuple):
                 raise ValueError(
                     f"longrope: {option}: got {value!r}, valid is a list of numbers, one for each "
                     "frequency"

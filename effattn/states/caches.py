@@ -10,6 +10,7 @@ A kind is one file: a frozen dataclass under `LayerCache` with `@register`, in o
 
 from __future__ import annotations
 
+import functools
 import importlib
 import pkgutil
 from typing import ClassVar, Protocol, TypeVar
@@ -190,10 +191,7 @@ def register(kind: Kind) -> Kind:
 
 def kinds() -> dict[str, type[LayerCache]]:
     """name -> kind, of every kind in this version. "full", which is none, is not among them."""
-    for home in HOMES:
-        package = importlib.import_module(home)
-        for file in pkgutil.iter_modules(getattr(package, "__path__", ())):
-            importlib.import_module(f"{home}.{file.name}")
+    _read_homes()
     found: dict[str, type[LayerCache]] = {}
     for kind in sorted(_KINDS, key=_place):  # whatever was imported first
         for name in kind.names():
@@ -201,6 +199,15 @@ def kinds() -> dict[str, type[LayerCache]]:
                 raise ValueError(f"cache {name!r} is registered already")
             found[name] = kind
     return found
+
+
+@functools.cache
+def _read_homes() -> None:
+    """Imports whatever registers a kind; once, since folders are slow to list."""
+    for home in HOMES:
+        package = importlib.import_module(home)
+        for file in pkgutil.iter_modules(getattr(package, "__path__", ())):
+            importlib.import_module(f"{home}.{file.name}")
 
 
 def _place(kind: type[LayerCache]) -> tuple[int, str]:

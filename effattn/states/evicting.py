@@ -52,6 +52,11 @@ class Rule:
     floor: float = 0.2
     codings: tuple[Coding | None, Coding | None] = (None, None)
 
+    @property
+    def packs(self) -> bool:
+        """Whether older tokens are packed."""
+        return self.codings != (None, None)
+
     def budget(self, tokens: Tensor) -> Tensor:
         """Of rows with so many tokens (B,), how many each head keeps; with `adaptive`, on
         average."""
@@ -113,13 +118,14 @@ class EvictingState(State):
         dims = head_dim, head_dim if value_dim is None else value_dim
         rule, heads = self.rule, batch * kv_heads
         held = int(rule.budget(torch.tensor([tokens])))
-        if tokens <= MOST_QUERIES or held == tokens:
+        newest = min(rule.recent, tokens)
+        left = held < tokens or (rule.packs and newest < tokens)
+        if tokens <= MOST_QUERIES or not left:
             return heads * tokens * sum(dims) * itemsize
         stored = sum(
             dim * itemsize if coding is None else width(coding, dim)
             for dim, coding in zip(dims, rule.codings, strict=True)
         )
-        newest = min(rule.recent, tokens)
         tables = 8 * (heads + 1 + batch)
         return heads * (newest * sum(dims) * itemsize + (held - newest) * stored) + tables
 
@@ -239,18 +245,17 @@ class EvictingState(State):
         if self.kept is not None:
             stored = self.kept.padded()
             older = torch.cat([stored[2], real], dim=2)
-        if bool((older.sum(dim=(1, 2)) <= budget * heads).all()):
-            return
-        keys, values = k, v
-        if stored is not None:
-            numbers = self.kept.unpacked().padded() if self.kept.packed else stored
-            keys, values = (torch.cat([a, b], dim=2) for a, b in zip(numbers, (k, v)))  # noqa: B905
-        q = k[:, :, :0] if q is None else q
-        rope = None if self.rope is None else self.rope()
-        seen = Seen(q, keys, values, older, call.scale, rope, self.context)
         newest = min(max(rule.recent, self.candidates), tokens)
-        stays = chosen(rule, rule.policy.score(seen), older, budget, newest)
         old = tokens - newest
+        fits = bool((older.sum(dim=(1, 2)) <= budget * heads).all())
+        # what is older is packed even where all may stay: rows would depend on their neighbours
+        if fits and not (rule.packs and old):
+            return
+        if fits:
+            stays = older[..., : older.shape[2] - newest]
+        else:
+            scores = self._scores(q, k, v, older, stored, call)
+            stays = chosen(rule, scores, older, budget, newest)
         given = [
             ragged.encode(x[:, :, :old], coding)
             for x, coding in zip((k, v), rule.codings, strict=True)
@@ -261,6 +266,19 @@ class EvictingState(State):
         self.kept = Ragged.of_mask(*given, stays, dims, k.dtype, rule.codings)
         self.newest.k, self.newest.v = (x[:, :, old:].clone() for x in (k, v))
         self.newest.rooms = None
+
+    def _scores(self, q: Tensor | None, k: Tensor, v: Tensor, real: Tensor, stored, call) -> Tensor:
+        """(B, H, M): what the policy thinks of the tokens that are held: `stored`, what
+        `Ragged.padded` gives of the older ones, and k and v, the newest."""
+        keys, values = k, v
+        if stored is not None:
+            numbers = self.kept.unpacked().padded() if self.kept.packed else stored
+            keys, values = (torch.cat([a, b], dim=2) for a, b in zip(numbers, (k, v)))  # noqa: B905
+        q = k[:, :, :0] if q is None else q
+        rope = None if self.rope is None else self.rope()
+        return self.rule.policy.score(
+            Seen(q, keys, values, real, call.scale, rope, self.context),
+        )
 
     # Changing what is held
     # ---------------------------------------------------------------------------------------------

@@ -12,10 +12,12 @@ from torch import Tensor
 from effattn.kernels.flash.pattern import Layout, first_real
 from effattn.kernels.linear import Memory
 from effattn.states.base import State
+from effattn.states.blocks import BlockState
 from effattn.states.full import ROLLBACK, FullState, RingState
 from effattn.states.recurrent import RecurrentState
 from effattn.states.sizes import check_fits
 from effattn.states.static import Static, StaticRing
+from effattn.states.static_blocks import StaticBlocks
 
 NEWEST = 2 * ROLLBACK  # tokens that are not in the sums, at most, in a call of one
 
@@ -149,4 +151,6 @@ def static_form(own: State, length: int) -> Static | None:
     None where there is no such form."""
     if type(own) in (FullState, RingState):
         return StaticRing(own, length)
+    if type(own) is BlockState:
+        return StaticBlocks(own, length)
     return StaticSums(length) if type(own) is RecurrentState else None

@@ -13,8 +13,10 @@ these are not what the plain class expects (structured projections), config.json
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -77,13 +79,30 @@ def load(path: str | Path, dtype: torch.dtype | str = "auto") -> nn.Module:
     packing.check_format(config, path)
     # First a plain model is built, then swapped.
     again = restoring.take(config)
-    shape = None
-    if again.keys() & set(restoring.SHAPES):
-        shape = partial(restoring.shape, again)
+    shape = _shape(again)
     learned = bool(again.keys() & set(restoring.AXES))
     model = loading.build(name, config, dtype, shape, learned=learned)
     check_finite(packing.steady(model))
     return restoring.finish(again, model, name)
+
+
+def outline(name: str | Path) -> tuple[nn.Module, Any]:
+    """(the causal LM of what `load` takes without its weights, swapped as it was; its tokenizer):
+    what a checkpoint is, for as long as its configuration takes to read. It computes nothing.
+    Raises what `load_model` does, but for what is wrong with numbers."""
+    folder = resolve(name)
+    config = read_config(folder, name)
+    loading.check_causal(config, name)
+    packing.check_format(config, name)
+    again = restoring.take(config)
+    model = loading.outline(folder, config, _shape(again))
+    return restoring.hang(again, model), load_tokenizer(folder)
+
+
+def _shape(again: dict) -> Callable[[nn.Module], None] | None:
+    """What makes a plain model's modules those of a checkpoint; None where they are the same."""
+    changed = again.keys() & set(restoring.SHAPES)
+    return partial(restoring.shape, again) if changed else None
 
 
 @torch.no_grad()

@@ -149,7 +149,8 @@ def _layer(layer: anatomy.Layer, config) -> dict:
         grows = grows and not swapped.cache.bounded
         memory = layer.latent
         if memory is None:
-            token = swapped.cache.bytes_per_token(layer)
+            beside = _growth(layer, swapped.backend) - layer.kv_bytes_per_token if grows else 0
+            token = swapped.cache.bytes_per_token(layer) + max(0, beside)
         else:
             token = swapped.cache.latent_bytes(memory.rank)
     row = {

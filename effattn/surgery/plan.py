@@ -105,8 +105,9 @@ def make(
             plan.raw_keys, plan.rotary = plan.positions.raw, None
     # 3. Whether it can be: what is known to be impossible, for all layers at once; then a trial
     _refuse_impossible(parts, plans)
+    tried: list[tuple] = []
     for index, plan in plans.items():
-        _try(parts.layers[index], plan)
+        _try_once(parts.layers[index], plan, tried)
     _tie(plans)
     return plans
 
@@ -275,13 +276,35 @@ def _latents_unheld(cache: caches.LayerCache, rank: int) -> str | None:
     return None
 
 
-def _try(layer: anatomy.Layer, plan: LayerPlan) -> None:
+def _try_once(layer: anatomy.Layer, plan: LayerPlan, tried: list[tuple]) -> None:
+    """`_try`, where nothing alike was tried before: a model has many layers, of few kinds. tried:
+    those kinds, which this adds to."""
+    device = placement.device_of(layer.k.module)
+    # on the meta device nothing can be computed: the sizes are tried on the CPU
+    device = torch.device("cpu") if device.type == "meta" else device
+    if plan.positions is not None:
+        plan.positions.rule.to(device)
+    kind = (
+        (device, layer.dtype, layer.heads, layer.kv_heads, layer.head_dim, layer.causal),
+        (layer.softcap, layer.learned_sinks),
+        (plan.pattern, plan.raw_keys, plan.latent, plan.cache),
+        None if plan.positions is None else plan.positions.rule.spec,
+        None if plan.rotary is None else (plan.rotary.kind, plan.rotary.rope().dims),
+    )
+    if kind not in tried:
+        _try(layer, plan, device)
+        # what a method learns is made in the trial, for each layer its own
+        learned = [*plan.backend.parameters(), *plan.backend.buffers()]
+        if plan.backend.traits.exact and not learned:
+            tried.append(kind)
+    plan.backend.train(layer.attention.training)
+
+
+def _try(layer: anatomy.Layer, plan: LayerPlan, device: torch.device) -> None:
     """Runs the backend as this layer would. Parameters whose shape depends on the heads exist
     afterwards.
     """
-    device, dtype = placement.device_of(layer.k.module), layer.dtype
-    # on the meta device nothing can be computed: the sizes are tried on the CPU
-    device = torch.device("cpu") if device.type == "meta" else device
+    dtype = layer.dtype
     heads = (layer.heads, layer.kv_heads, layer.kv_heads)
     q, k, v = (torch.zeros(1, h, TRIED, layer.head_dim, dtype=dtype, device=device) for h in heads)
     extras: dict[str, Any] = {}
@@ -291,7 +314,6 @@ def _try(layer: anatomy.Layer, plan: LayerPlan) -> None:
         extras["sink_logits"] = torch.zeros(layer.heads, dtype=dtype, device=device)
     if plan.positions is not None:
         extras["rotary"] = plan.positions.in_call
-        plan.positions.rule.to(device)
     elif plan.rotary is not None:
         extras["rotary"] = plan.rotary.rope()
     backend = plan.backend.to(device).eval()
@@ -307,4 +329,3 @@ def _try(layer: anatomy.Layer, plan: LayerPlan) -> None:
             backend(q, k, v, causal=layer.causal, state=state, **extras)
     except ValueError as error:
         raise type(error)(f"layer {layer.index}: {error}") from error
-    backend.train(layer.attention.training)

@@ -49,14 +49,21 @@ def finish(again: dict, model: nn.Module, name: str | None) -> nn.Module:
     """Swaps the loaded model, and fills what its methods learned from the checkpoint `name` (a
     folder or hub name; None: there is no file). Returns the model."""
     packed.check(model)
+    hang(again, model)
+    # what was learned for a swap that config.json does not have is refused, too
+    if name is not None and (again.keys() & set(AXES) or Path(name).is_dir()):
+        record.load_learned(model, name)
+    record.mark(model)
+    return model
+
+
+def hang(again: dict, model: nn.Module) -> nn.Module:
+    """Puts pattern, positions and cache on a model; what its methods learned is filled later.
+    Returns the model."""
     axes = {axis: again[axis] for axis in AXES if axis in again}
     if axes:
         with codebooks.filled_later():
             swapping.swap(model, **axes)
     if "heads" in again:
         swapping.remember_latents(model)
-    # what was learned for a swap that config.json does not have is refused, too
-    if name is not None and (axes or Path(name).is_dir()):
-        record.load_learned(model, name)
-    record.mark(model)
     return model

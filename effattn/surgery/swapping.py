@@ -200,7 +200,7 @@ def _rewrite(
 
     with all_or_nothing(parts) as undo:
         for layer in parts if change is not None and projected is not None else ():
-            undo.remember(layer)
+            undo.remember(layer, ffn=bool(layer.family.ffn_in))
         if change is not None:
             change.convert(parts.model, calibration=calibration)
         if projected is not None:

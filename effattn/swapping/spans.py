@@ -13,6 +13,8 @@ B: rows; T: tokens; Hq, Hkv: query and key/value heads; D: of a key, Dv: of a va
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -40,10 +42,18 @@ class AdaptiveSpan(nn.Module):
     """Causal attention under the soft mask, by its definition: T x T scores, forward and backward.
 
     spans: the parameter, (Hkv,) float32, in shares of `length` tokens, so that it learns alike at
-    every length. The first `sinks` keys count in full."""
+    every length. The first `sinks` keys count in full. softcap: of scores, as Gemma 2's."""
 
-    def __init__(self, kv_heads: int, length: int, ramp: int = 32, sinks: int = 0):
+    def __init__(
+        self,
+        kv_heads: int,
+        length: int,
+        ramp: int = 32,
+        sinks: int = 0,
+        softcap: float | None = None,
+    ):
         super().__init__()
+        self.softcap = softcap
         self.length, self.ramp, self.sinks = length, ramp, sinks
         self.spans = nn.Parameter(torch.ones(kv_heads))
 
@@ -59,7 +69,10 @@ class AdaptiveSpan(nn.Module):
         distance = place[:, None] - place
         counts = self.mask(distance)
         counts = torch.where(place < self.sinks, 1.0, counts).repeat_interleave(group, dim=0)
-        scores = (q @ k.mT * q.shape[3] ** -0.5).masked_fill(distance < 0, -torch.inf)
+        scores = q @ k.mT * q.shape[3] ** -0.5
+        if self.softcap is not None:
+            scores = self.softcap * (scores / self.softcap).tanh()
+        scores = scores.masked_fill(distance < 0, -torch.inf)
         weights = scores.softmax(dim=3) * counts
         return weights / weights.sum(dim=3, keepdim=True) @ v
 
@@ -84,6 +97,7 @@ def learn_windows(
     sinks: int = 4,
     length: int = 512,
     steps: int = 60,
+    layers: Sequence[int] | None = None,
 ) -> WindowPlan:
     """A plan for `swap`, as `fit_windows` makes it, with windows of any length that are learned.
 
@@ -93,8 +107,8 @@ def learn_windows(
     does not learn, and is as before afterwards. calibration: token ids (N,) int64, of which up to
     four windows of `length` are read, one a step. ramp: R in tokens. `errors` of the plan are
     those of the windows that came of it, on all that was read. A layer with a shorter window of
-    its own keeps it ("dense"). Raises ValueError for bad
-    arguments."""
+    its own keeps it ("dense"). layers: those that learn, and are in the plan; default all. Raises
+    ValueError for bad arguments."""
     check_positive("penalty", penalty)
     least = {"ramp": 1, "sinks": 0, "length": 4 * LEAST, "steps": 1}
     given = {"ramp": ramp, "sinks": sinks, "length": length, "steps": steps}
@@ -103,10 +117,16 @@ def learn_windows(
             valid = f"a whole number of at least {least[name]}"
             raise ValueError(f"{name}: got {value!r}, valid is {valid}")
     parts = hf.of(model)
+    count = len(parts.layers)
+    for index in () if layers is None else layers:
+        if type(index) is not int or not 0 <= index < count:
+            raise ValueError(f"layers: got {index!r}, the model has layers 0 to {count - 1}")
     check_calibration(calibration, length)
     some = windows(calibration[: ROWS * length], length, ROWS, bos_of(model))[0]
     specs, errors = {}, []
     for layer in parts.layers:
+        if layers is not None and layer.index not in layers:
+            continue
         if forgets(layer, length):
             specs[str(layer.index)] = "dense"
             errors.append(0.0)
@@ -118,18 +138,19 @@ def learn_windows(
         # under inference_mode nothing could learn
         with torch.inference_mode(False), torch.enable_grad():
             q, k, v, weight = (x.detach().clone().float() for x in (*found, weight))
-            spans = AdaptiveSpan(k.shape[1], q.shape[2], ramp, sinks).to(q.device)
+            spans = AdaptiveSpan(k.shape[1], q.shape[2], ramp, sinks, layer.softcap).to(q.device)
             _learn(spans, (q, k, v), weight, penalty, steps)
         chosen = spans.windows()
         specs[str(layer.index)] = spec = spec_of(chosen, [*range(len(chosen))], sinks)
-        errors.append(_error(spec, q, k, v, weight))
+        errors.append(_error(spec, q, k, v, weight, layer.softcap))
     return WindowPlan(specs, errors)
 
 
 def _learn(spans: AdaptiveSpan, qkv, weight: Tensor, penalty: float, steps: int) -> None:
     """Adam on the spans, one row of text a step."""
     learner = torch.optim.Adam(spans.parameters(), lr=RATE)
-    truths = [projected(exact(*row), weight) for row in _rows(*qkv)]
+    cap = spans.softcap
+    truths = [projected(exact(*row, softcap=cap), weight) for row in _rows(*qkv)]
     for step in range(steps):
         place = step % len(truths)
         row, truth = _rows(*qkv)[place], truths[place]
@@ -147,8 +168,10 @@ def _rows(*tensors: Tensor) -> list[tuple[Tensor, ...]]:
 
 
 @torch.no_grad()
-def _error(spec: str, q: Tensor, k: Tensor, v: Tensor, weight: Tensor) -> float:
+def _error(
+    spec: str, q: Tensor, k: Tensor, v: Tensor, weight: Tensor, softcap: float | None
+) -> float:
     """RMS(change) / RMS(output) of a layer under `spec`."""
-    truth = exact(q, k, v)
-    change = projected(registry.backend(spec)(q, k, v) - truth, weight)
+    truth = exact(q, k, v, softcap=softcap)
+    change = projected(registry.backend(spec)(q, k, v, softcap=softcap) - truth, weight)
     return (change.square().sum() / projected(truth, weight).square().sum()).sqrt().item()

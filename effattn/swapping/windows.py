@@ -76,7 +76,7 @@ def fit_windows(
                 continue
             with present(layer.o.module):
                 weight = layer.o.by_head.float()
-            spec, left = _fit(found[layer.index], weight, error, sinks)
+            spec, left = _fit(found[layer.index], weight, error, sinks, layer.softcap)
             specs[str(layer.index)] = spec
             errors.append(left)
     return WindowPlan(specs, errors)
@@ -100,26 +100,31 @@ def check_calibration(tokens: Tensor, length: int) -> None:
 
 
 def _fit(
-    qkv: tuple[Tensor, Tensor, Tensor], weight: Tensor, error: float, sinks: int
+    qkv: tuple[Tensor, Tensor, Tensor],
+    weight: Tensor,
+    error: float,
+    sinks: int,
+    softcap: float | None,
 ) -> tuple[str, float]:
-    """The spec of one layer, and its error. weight (Hq, D, Dv): of the output projection."""
+    """The spec of one layer, and its error. weight (Hq, D, Dv): of the output projection; softcap:
+    of the layer's scores."""
     q, k, v = (x.float() for x in qkv)
     kv_heads, tokens = k.shape[1:3]
-    truth = exact(q, k, v)
+    truth = exact(q, k, v, softcap=softcap)
     whole = projected(truth, weight).square().sum()
     ladder = [2**power for power in range(int(math.log2(LEAST)), int(math.log2(tokens)))]
     # squared errors (Hkv, windows), in the output's space; 0 behind the largest window: everything
     costs = torch.zeros(kv_heads, len(ladder) + 1, dtype=torch.float64)
     for at, window in enumerate(ladder):
         backend = registry.backend("sliding", window=window, sinks=sinks)
-        change = backend(q, k, v) - truth
+        change = backend(q, k, v, softcap=softcap) - truth
         costs[:, at] = _by_group(change, weight, kv_heads) / whole
     costs = costs.flip(1).cummax(dim=1).values.flip(1)  # a larger window is never worse
     places = _shrink(costs, [*ladder, tokens], error**2)
     # heads' errors add up as numbers with signs do, so that their sum may be more than each says
     while True:
         spec = spec_of([*ladder, None], places, sinks)
-        change = registry.backend(spec)(q, k, v) - truth
+        change = registry.backend(spec)(q, k, v, softcap=softcap) - truth
         left = (projected(change, weight).square().sum() / whole).sqrt().item()
         if left <= error or all(place == len(ladder) for place in places):
             return spec, left

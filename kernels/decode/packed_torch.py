@@ -128,8 +128,13 @@ class Walk:
     @staticmethod
     def weighed(span: list[Stretch], p: Tensor) -> Tensor:
         """p v: (B, Hkv, R, n), n the keys of the span -> (B, Hkv, R, Dv)."""
+        if len(span) == 1:
+            return span[0].weigh(p)
         weights = p.split([part.keys for part in span], dim=-1)
-        return sum(part.weigh(w) for part, w in zip(span, weights, strict=True))
+        first, *others = (part.weigh(w) for part, w in zip(span, weights, strict=True))
+        for other in others:
+            first += other
+        return first
 
     # Which keys
     # ----------------------------------------------------------------------------------------------

@@ -74,7 +74,7 @@ def rerope(
     by log-sum-exp. mask (1 or B, 1, 1, T): True where a key is seen. Every call of torch counts
     here: over 512 keys they are the time."""
     new = max(k.shape[2] - turn.window, 0)
-    (k_far, k), (v_far, v) = (x.split([new, x.shape[2] - new], dim=2) for x in (k, v))
+    k_far, k, v_far, v = k[:, :, :new], k[:, :, new:], v[:, :, :new], v[:, :, new:]
     added = (
         None
         if mask is None
@@ -181,10 +181,9 @@ def _in_pairs(x: Tensor, turn: Turn) -> Tensor:
     """
     if turn.interleaved:
         return x
-    half = len(turn.inv_freq)
-    a, b, *rest = x.split([half, half, x.shape[-1] - 2 * half], dim=-1)
-    pairs = torch.stack([a, b], dim=-1).flatten(-2)
-    return torch.cat([pairs, *rest], dim=-1) if rest[0].shape[-1] else pairs
+    turning = 2 * turn.inv_freq.shape[0]
+    pairs = x[..., :turning].unflatten(-1, (2, -1)).mT.flatten(-2)
+    return torch.cat([pairs, x[..., turning:]], dim=-1) if turning < x.shape[-1] else pairs
 
 
 def _rotate(out: Tensor, k: Tensor, turns: Tensor, interleaved: bool) -> None:

@@ -11,9 +11,19 @@ from torch import Tensor
 
 
 def linformer(
-    q: Tensor, k: Tensor, v: Tensor, E: Tensor, F: Tensor, real: Tensor, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    E: Tensor,
+    F: Tensor,
+    real: Tensor,
+    scale: float,
+    window: int | None = None,
 ) -> Tensor:
     """softmax(scale q (E k)^T) (F v), arXiv:2006.04768 eq. 7, over the slots that some token feeds.
+
+    With `window`, which is odd, also over the keys of so many tokens around a query; a slot counts
+    as N / K tokens then (LongT5's transient global attention, arXiv:2112.07916, section 3.1).
 
     q (B, Hq, Tq, D), k (B, Hkv, T, D), v (B, Hkv, T, Dv); E, F (Hkv or 1, K, N >= T): column p is
     for the p-th token from the row's first real one; real (B, T) bool. Queries are the last tokens;
@@ -29,9 +39,16 @@ def linformer(
         slots_k = (of_k @ k[b].double()[:, here]).repeat_interleave(groups, 0)
         slots_v = (of_v @ v[b].double()[:, here]).repeat_interleave(groups, 0)
         fed = (of_k != 0).any(-1).any(0)
-        scores = (q[b].double() @ slots_k.mT * scale)[..., fed]
-        out = torch.softmax(scores, dim=-1) @ slots_v[:, fed]  # no slots: an empty sum, 0
-        rows.append(out * (number[tokens - q.shape[2] :] >= first)[:, None])
+        scores, values = (q[b].double() @ slots_k.mT * scale)[..., fed], slots_v[:, fed]
+        asking = number[tokens - q.shape[2] :]
+        if window is not None:
+            scores = scores + math.log(E.shape[2] / E.shape[1])
+            own_k, own_v = (x[b].double()[:, here].repeat_interleave(groups, 0) for x in (k, v))
+            near = (asking[:, None] - here).abs() <= window // 2
+            own = (q[b].double() @ own_k.mT * scale).masked_fill(~near, -torch.inf)
+            scores, values = torch.cat([scores, own], dim=-1), torch.cat([values, own_v], dim=1)
+        out = torch.softmax(scores, dim=-1) @ values  # no slots: an empty sum, 0
+        rows.append(out * (asking >= first)[:, None])
     return torch.stack(rows).to(q.dtype)
 
 

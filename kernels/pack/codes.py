@@ -33,7 +33,7 @@ nothing. A group with an infinity or a NaN is not finite when unpacked."""
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -234,6 +234,19 @@ class Codes:
             None if self.zero is None else self.zero.narrow(2, *cut),
             self.coding,
         )
+
+    def take(self, tokens: Tensor) -> Codes:
+        """Copies of single tokens, (B, H, n) int64 of them, each with scales of its own."""
+        along = self.coding.axis == "channel"
+        coding = replace(self.coding, group=1) if along else self.coding
+
+        def gathered(x: Tensor | None) -> Tensor | None:
+            if x is None:
+                return None
+            at = tokens // self.coding.group if along and x is not self.codes else tokens
+            return x.gather(2, at[..., None].expand(-1, -1, -1, x.shape[3]))
+
+        return Codes(*map(gathered, (self.codes, self.scale, self.zero)), coding)
 
     def put(self, first: int | Tensor, new: Codes) -> None:
         """Writes `new` in place over the tokens from number `first` on, a multiple of

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..flash import IMPLEMENTATIONS, choose
 from ..rows import dense_rows
-from .few import attention_few
+from .few import attention_few, reader
 from .learning import with_pool_loss
 from .selection import SUMMARIES, Rule, probes, select, summarise, work_dtype
 
@@ -26,6 +26,7 @@ __all__ = [
     "attention_few",
     "choose",
     "probes",
+    "reader",
     "select",
     "summarise",
     "with_pool_loss",

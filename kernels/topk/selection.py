@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-SUMMARIES = ("mean", "minmax", "learned")
+SUMMARIES = ("mean", "minmax", "spread", "learned")
 # scores of queries and blocks at a time: on a CPU few, since only blocks that are finished then are
 # looked at
 SCORES = {"cpu": 2**19}
@@ -34,7 +34,7 @@ class Rule:
 
     def width(self, dim: int) -> int:
         """Numbers of a summary of keys of `dim`."""
-        return 2 * dim if self.summary == "minmax" else dim
+        return 2 * dim if self.summary in ("minmax", "spread") else dim
 
     @property
     def first(self) -> int:
@@ -67,13 +67,16 @@ def summarise(
     blocks.
 
     "mean": the mean key. "minmax": the largest and the smallest of each number, side by side
-    (Quest, arXiv:2406.10774). "learned": a mean with weights softmax(pool . k), pool (H, D)."""
+    (Quest, arXiv:2406.10774). "spread": the mean key, and a quarter of the way from the smallest to
+    the largest of each number. "learned": a mean with weights softmax(pool . k), pool (H, D)."""
     count = k.shape[2] // rule.block
     keys = k[:, :, : count * rule.block].unflatten(2, (count, rule.block)).to(work_dtype(k))
     if rule.summary == "mean":
         return keys.mean(dim=3)
     if rule.summary == "minmax":
         return torch.cat([keys.amax(dim=3), keys.amin(dim=3)], dim=3)
+    if rule.summary == "spread":
+        return torch.cat([keys.mean(dim=3), (keys.amax(dim=3) - keys.amin(dim=3)) / 4], dim=3)
     logits = (keys * pool.to(keys.dtype)[:, None, None]).sum(dim=4, keepdim=True)
     return (torch.softmax(logits, dim=3) * keys).sum(dim=3)
 
@@ -87,8 +90,12 @@ def probes(
     scores, so that its heads share a selection.
 
     q . mean for "mean" and "learned". For "minmax" the largest score that a key between the two
-    could have: a positive number of q meets the largest, a negative one the smallest."""
+    could have: a positive number of q meets the largest, a negative one the smallest. For "spread"
+    q . mean and half of what "minmax" adds to the middle of its two: a block's attention is often
+    that of its furthest key, but none is as far out in all of its numbers at once."""
     group = q.unflatten(1, (kv_heads, -1)).to(work_dtype(q))
+    if rule.summary == "spread":
+        return torch.cat([group.sum(dim=2), group.abs().sum(dim=2)], dim=3)
     if rule.summary != "minmax":
         return group.sum(dim=2)
     return torch.cat([group.clamp(min=0).sum(dim=2), group.clamp(max=0).sum(dim=2)], dim=3)
@@ -117,7 +124,7 @@ def select(
     for low in range(0, q.shape[2], step):
         part = slice(low, low + step)
         end = rule.end(at[:, part, None])[:, None]
-        finished = int(end.max()) if q.device.type == "cpu" else blocks
+        finished = int(end.max()) if _asks(q) else blocks
         if finished <= rule.first:
             continue
         scores = probe[:, :, part] @ summaries[:, :, :finished].mT
@@ -127,6 +134,11 @@ def select(
         chosen = torch.where(best.values > -torch.inf, best.indices, -1)
         found[:, :, part, : chosen.shape[3]] = chosen
     return found
+
+
+def _asks(q: Tensor) -> bool:
+    """Whether a number may be asked for: on a CPU, and not of a graph that is being made."""
+    return q.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def far_keys(

@@ -11,11 +11,13 @@ import torch
 
 from effattn.kernels.pack import Coding
 from effattn.quant.formats import FORMATS, Format
+from effattn.quant.packed.blocks import PackedBlocks
 from effattn.quant.packed.ring import PackedRing
 from effattn.quant.packed.state import PackedState
 from effattn.quant.packed.static import StaticState
 from effattn.specs import parse_spec
 from effattn.states.base import State
+from effattn.states.blocks import BlockState
 from effattn.states.caches import Heads, Holder, LayerCache, register
 from effattn.states.full import RingState
 
@@ -47,11 +49,23 @@ class Packed(LayerCache):
         return Packed(self.spec, *self.format.fit(heads.head_dim, heads.value_dim))
 
     def refuses(self, backend: Holder, *, rotary: bool, device: torch.device) -> str | None:
-        if not backend.packable:
+        own = backend.new_state()
+        if not (backend.packable or isinstance(own, BlockState)):
             return (
                 f"cache {self.spec!r} holds packed keys and values, and what {backend.name} "
-                f"remembers is {backend.traits.state}; packed caches go with dense, block and "
-                "sliding without dilation"
+                f"remembers is {backend.traits.state}; packed caches go with dense, block, topk "
+                "and sliding without dilation"
+            )
+        if isinstance(own, BlockState) and self.raw_keys:
+            return (
+                f"cache {self.spec!r}: pre_rope=True, and {backend.name} chooses by keys as they "
+                "were rotated; valid is pre_rope=False"
+            )
+        if isinstance(own, BlockState) and own.block > self.format.residual + 1:
+            return (
+                f"cache {self.spec!r}: residual={self.format.residual}, and {backend.name} "
+                f"summarises blocks of {own.block} tokens before they are packed; valid is a "
+                f"residual of at least {own.block - 1}"
             )
         if self.raw_keys and not rotary:
             return f"cache {self.spec!r}: pre_rope=True, and the model has no rotary positions"
@@ -63,10 +77,13 @@ class Packed(LayerCache):
         if isinstance(own, RingState):
             # the pattern knows its sinks, which a ring has in slots
             return PackedRing(self.format, own.keep, first=backend.pattern(causal=True).first)
+        if isinstance(own, BlockState):
+            return PackedBlocks(self.format, backend.rule, own.summarise)
         return PackedState(self.format)
 
     def static_state(self, length: int, backend: Holder | None = None) -> StaticState | None:
-        if backend is not None and (backend.new_state().evicts or self.raw_keys):
+        own = None if backend is None else backend.new_state()
+        if own is not None and (own.evicts or self.raw_keys or isinstance(own, BlockState)):
             return None
         state = StaticState(self.format, length)
         state.owner = None if backend is None else backend.signature

@@ -27,6 +27,8 @@ KINDS = [
     "stablelm",
 ]
 
+ADDED = ("llama", "phi3", "opt", "stablelm")
+
 
 def runner_of(model, tokens):
     parts = hf.of(model)
@@ -202,3 +204,23 @@ def test_what_is_computed_for_a_token_is_near_the_least(name, tokens, monkeypatc
     taken = counted(lambda: work(many)) - counted(lambda: work(few))
     ratio = taken / (least(many) - least(few))
     assert 1 <= ratio <= most, ratio
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_whether_attention_is_added_as_it_is(kind, tokens):
+    """Not where a norm is in between (gemma2, olmo2), nor where the FFN stands beside it."""
+    parts, runner = runner_of(tiny(kind), tokens)
+    hidden = runner.embed()[0]
+    for layer in parts:
+        assert runner.adds(layer.index, hidden) == (kind in ADDED)
+        ends = runner.ends_in(layer.index, hidden, layer.feed_forward.output)
+        assert ends == (kind not in ("gemma2", "olmo2"))
+
+
+@torch.no_grad()
+def test_attention_that_is_scaled_is_not_added_as_it_is(tokens):
+    parts, runner = runner_of(tiny("granite", residual_multiplier=0.5), tokens)
+    states = runner.embed()[0]
+    assert not runner.adds(0, states)
+    assert not runner.ends_in(0, states, parts.layers[0].feed_forward.output)

@@ -17,6 +17,7 @@ from effattn.exporting import capabilities
 from effattn.hf import loading, uneven
 from effattn.prune.structural.keep import Keep
 from effattn.prune.structural.slicing import slice_model
+from effattn.states import caches
 
 IDS = torch.arange(3, 63).view(
     2,
@@ -210,6 +211,62 @@ def test_the_table_answers_for_every_engine_and_is_in_every_report(tmp_path):
     report = exported(tiny("Llama"), tmp_path)
     shown = report.to_markdown()
     assert all(part.said in shown for part in capabilities.PARTS)
+
+
+def test_rows_of_single_members_are_of_members_that_there_are():
+    members = {"pattern": effattn.backends(), "cache": caches.kinds()}
+    for part in capabilities.PARTS:
+        assert set(part.members) <= set(members.get(part.name, ()))
+
+
+SINGLE = {
+    "topk(window=8, blocks=2)": {"pattern": "topk(window=8, blocks=2)"},
+    "gated": {"pattern": "gated"},
+    "hybrid(window=8)": {"pattern": "hybrid(window=8)"},
+    "evict(policy='norm', keep=0.5)": {"cache": "evict(policy='norm', keep=0.5)"},
+}
+
+
+@pytest.mark.parametrize("spec", SINGLE)
+@pytest.mark.parametrize("to", ["transformers", "vllm", "openvino", "gguf"])
+def test_a_form_with_a_row_of_its_own_is_refused_by_it(spec, to):
+    model = effattn.swap(tiny("Llama"), **SINGLE[spec])
+    (said,) = capabilities.lost(model, to)
+    name = spec.partition("(")[0]
+    row = next(part for part in capabilities.PARTS if name in part.members)
+    assert said == f"{capabilities_specs(model)} ({row.said}): {row.runs[to]}"
+
+
+def capabilities_specs(model) -> str:
+    ((_, said),) = capabilities.parts_of(model)
+    assert said.endswith("in layers 0, 1")
+    return said
+
+
+def test_forms_of_one_axis_are_told_apart():
+    model = effattn.swap(tiny("Llama"), {"0": "topk(window=8)", "1": "sliding(window=8, sinks=2)"})
+    first, second = capabilities.lost(model, "gguf")
+    assert first.startswith("topk(window=8) in layers 0 (`topk`")
+    assert second.startswith("sliding(window=8, sinks=2) in layers 1 (another pattern")
+
+
+@pytest.mark.parametrize("pattern", [None, {"1": "sliding(window=8)"}])
+def test_pages_are_a_full_cache_elsewhere(pattern, tmp_path):
+    """Which has the same bits: nothing is lost, and it is said."""
+    model = tiny("Llama")
+    effattn.swap(model, **({"pattern": pattern} if pattern else {}), cache={"0": "paged(page=4)"})
+    report = exported(model, tmp_path)
+    assert torch.equal(logits(effattn.load(tmp_path / "out")), logits(model))
+    assert report.data["notes"][0] == f"pages in 1 layers are {capabilities.PAGES}"
+    said = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert said["model_type"] == ("llama" if pattern is None else "ministral")
+    assert "effattn" not in said
+
+
+def test_onnx_is_refused_with_what_to_take(tmp_path):
+    with pytest.raises(Unsupported, match=r"^to: got 'onnx', which is not here: .*to='openvino'$"):
+        effattn.export("embedded", to="onnx", output=tmp_path / "out")
+    assert not list(tmp_path.iterdir())
 
 
 # ---- vLLM's conventions

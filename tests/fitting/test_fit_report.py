@@ -148,6 +148,20 @@ def test_the_headline_says_what_is_lost_and_whether_it_is_faster():
     assert "Its speed was not measured." in FitReport(unknown).headline
 
 
+def test_harm_that_rounding_does_is_compared_with_nothing():
+    found = data()
+    found["plan"]["rounding"] = 0.0002
+    told = FitReport(found).headline
+    assert (
+        "KL 0.0010 nats a token, which is rounding (2.00e-04 for another order of its sums)."
+        in told
+    )
+    found["plan"]["rounding"] = 0.0005
+    assert "order of its sums); so is that of uniform cache int8." in FitReport(found).headline
+    found["plan"]["rounding"] = 0.00009
+    assert "0.25 of what uniform cache int8 has" in FitReport(found).headline
+
+
 def test_the_headline_says_what_was_recovered():
     told = data()
     told["recovery"] = {"tokens": 0, "reason": NOTHING}

@@ -91,6 +91,7 @@ def snapshot(model):
         ({"kv_heads": 0}, "valid are the divisors"),
         ({"kv_heads": 2.0}, "valid are the divisors"),
         ({"kv_heads": True}, "valid are the divisors"),
+        ({"refit_ffn": True, "refit": False}, "refit_ffn: got True with refit=False"),
         ({"method": "optimul"}, "method: got 'optimul' .did you mean 'optimal'"),
         ({"grouping": "similar"}, "did you mean 'similarity'"),
         ({"calibration": None}, "calibration: got None, method 'optimal' needs tokens"),

@@ -10,6 +10,7 @@ from conftest import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from effattn.errors import Unsupported
 from effattn.heads.gqa import METHODS, convert_gqa
 from effattn.heads.grouping import by_similarity, contiguous
 from effattn.heads.methods.base import Heads, relative_errors
@@ -164,6 +165,62 @@ def test_refit_never_raises_the_calibration_error(kind, method, tokens):
     report = convert_gqa(tiny(kind), 2, tokens, method=method, **CALIBRATION)
     for row in report.data["layers"]:
         assert 0 <= row["attention_error"] <= row["attention_error_merged"] * (1 + 1e-9)
+
+
+def behind(model, rows) -> torch.Tensor:
+    """The hidden states behind every layer, (layers, B, T, D)."""
+    return torch.stack(model.model(rows, output_hidden_states=True).hidden_states[1:-1])
+
+
+@torch.no_grad()
+def test_refits_bring_the_hidden_states_back(tokens):
+    """On the calibration tokens, each further step: the errors of the layers before are made up
+    for."""
+    rows = tokens[: len(tokens) // 64 * 64].view(-1, 64)
+    parent, lost = tiny("llama"), []
+    for more in ({"refit": False}, {}, {"refit_ffn": True}):
+        model = tiny("llama")
+        report = convert_gqa(model, 2, tokens, length=64, **more)
+        lost.append((behind(model, rows) - behind(parent, rows)).square().sum((1, 2, 3)))
+    assert (lost[1] < lost[0]).all()
+    assert (lost[2] < lost[1]).all()
+    # what is left behind the first layer is what its row says, of what the FFN should give
+    assert 0 < report.data["layers"][0]["ffn_error"] < 1
+
+
+@torch.no_grad()
+def test_a_refit_makes_up_for_the_layers_before(tokens):
+    """Against the normal equations: what is wanted of a layer is its old output and what the hidden
+    states lack."""
+    from effattn.calibration.layerwise import LayerRunner, windows
+    from effattn.hf import anatomy
+
+    model, parent = tiny("llama"), tiny("llama")
+    convert_gqa(model, 2, tokens, length=64)
+    batches = windows(tokens, 64, 8)
+    runs = [LayerRunner(anatomy.of(one), batches) for one in (parent, model)]
+    hidden = [run.embed() for run in runs]
+    hidden = [[y for _, y in run.run(0, states)] for run, states in zip(runs, hidden, strict=True)]
+    got = []
+    for one, run, states in zip((parent, model), runs, hidden, strict=True):
+        o = anatomy.of(one).layers[1].o.module
+        z = torch.cat([x.flatten(0, -2) for x in run.until(1, states, o)])
+        got.append((z, torch.cat(states).flatten(0, -2), o.weight))
+    (old, had, weight), (z, has, solved) = got
+    wanted = old @ weight.T + had - has
+    # at the least of |O z - wanted|^2 plus the damping: its gradient, against its parts
+    gradient = (z @ solved.T - wanted).T @ z
+    assert gradient.norm() < 0.1 * (wanted.T @ z).norm()
+    assert gradient.norm() < 0.1 * ((z @ solved.T - old @ weight.T).T @ z).norm()
+
+
+@pytest.mark.parametrize("kind", ["gemma2", "olmo2"])
+def test_a_layer_that_norms_what_its_ffn_gives_is_not_refitted(kind, tokens):
+    model = tiny(kind)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(Unsupported, match="refit_ffn: layer 0 does not add what its FFN gives"):
+        convert_gqa(model, 1, tokens, length=64, refit_ffn=True)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 def test_optimal_loses_least_by_its_own_measure(tokens):

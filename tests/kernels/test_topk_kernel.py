@@ -17,6 +17,7 @@ RULES = (
     topk.Rule(window=1, block=1, blocks=4, summary="minmax"),
     topk.Rule(window=9, sinks=11, block=7, blocks=2),
     topk.Rule(window=3, block=16, blocks=1, summary="minmax"),
+    topk.Rule(window=4, sinks=1, block=3, blocks=3, summary="spread"),
 )
 
 
@@ -91,6 +92,17 @@ def test_minmax_bounds_every_key_of_its_block():
     q, k, _ = inputs(64, torch.float64, sizes=(2, 2, 2, 16))
     bound = topk.probes(rule, q, 2) @ topk.summarise(rule, k).mT
     assert (bound[..., None] >= (q @ k.mT).unflatten(3, (8, 8)) - 1e-12).all()
+
+
+def test_spread_is_the_mean_and_half_of_what_the_furthest_keys_could_add():
+    q, k, _ = inputs(64, torch.float64, sizes=(2, 4, 2, 16))
+    rule = topk.Rule(window=1, block=8, summary="spread")
+    got = topk.probes(rule, q, 2) @ topk.summarise(rule, k).mT
+    keys, group = k.unflatten(2, (8, 8)), q.unflatten(1, (2, 2))
+    mean = group @ keys.mean(dim=3)[:, :, None].mT
+    half = (keys.amax(dim=3) - keys.amin(dim=3)) / 2
+    most = (group[..., None, :].abs() * half[:, :, None, None]).sum(dim=-1)
+    torch.testing.assert_close(got, (mean + most / 2).sum(dim=2))
 
 
 def test_the_choice_is_the_same_in_parts(monkeypatch):

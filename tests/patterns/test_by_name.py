@@ -107,6 +107,23 @@ def test_transient_global_tokens():
     torch.testing.assert_close(found, softmax_over(scores, seen, both_v), rtol=1e-6, atol=1e-6)
 
 
+def test_transient_global_tokens_of_an_encoder():
+    """LongT5 (arXiv:2112.07916, section 3.1): a query sees its neighbours, and a global token for
+    each block of all that there is, in one softmax."""
+    tokens, size, radius = 32, 4, 3
+    q, k, v = inputs(tokens, torch.float64, sizes=(1, 2, 2, SIZE))
+    k_mean, v_mean = (x.unflatten(2, (tokens // size, size)).mean(dim=3) for x in (k, v))
+    both_k, both_v = torch.cat([k, k_mean], dim=2), torch.cat([v, v_mean], dim=2)
+    scores = q @ both_k.mT * SIZE**-0.5
+    scores[..., tokens:] += math.log(size)
+    at = torch.arange(tokens)
+    near = (at[:, None] - at).abs() <= radius
+    seen = torch.cat([near, torch.ones(tokens, tokens // size, dtype=torch.bool)], dim=-1)
+    spec = f"linformer(k={tokens // size}, max_length={tokens}, window={2 * radius + 1})"
+    found = effattn.backend(spec)(q, k, v, causal=False)
+    torch.testing.assert_close(found, softmax_over(scores, seen, both_v), rtol=1e-6, atol=1e-6)
+
+
 def test_svd():
     """The closest matrix of a rank (Eckart and Young): the first singular vectors and values."""
     draw = torch.Generator().manual_seed(0)
@@ -118,7 +135,7 @@ def test_svd():
     torch.testing.assert_close(found, best)
 
 
-SPEC = re.compile(r"`((?:topk|block|sliding|linformer_blockwise|lowrank)\([^`]*\))`")
+SPEC = re.compile(r"`((?:topk|block|sliding|linformer|linformer_blockwise|lowrank)\([^`]*\))`")
 
 
 @pytest.mark.parametrize("spec", sorted(set(SPEC.findall(PAGE.read_text(encoding="utf-8")))))

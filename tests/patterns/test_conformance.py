@@ -39,7 +39,10 @@ ROWS = {
     "fixed": [({"stride": 4}, False), ({"stride": 5, "summary": 2}, False)],
     "longnet": [({"segments": [4, 12], "dilations": [1, 3]}, True)],
     "s2": [({"block": 4}, True)],
-    "linformer": [({"k": 4, "max_length": 40}, None)],
+    "linformer": [
+        ({"k": 4, "max_length": 40}, None),
+        ({"k": 5, "max_length": 40, "window": 5}, None),
+    ],
     "linformer_blockwise": [({"k": 16, "max_length": 32, "block": 6}, False)],
     "vq": [({"codes": 12, "block": 8}, True)],
     "linear": [

@@ -201,6 +201,7 @@ def test_twice_the_heads_are_the_same():
         ({"delta": True, "normalize": True}, "gated: normalize: got True"),
         ({"decay": None}, "gated: decay: got None"),
         ({"decay": 1.5}, "gated: decay: got 1.5"),
+        ({"decay": 0}, "gated: decay: got 0, valid are 'retnet', a number"),
         ({"feature_map": "identity"}, "gated: feature_map='identity' has weights of either sign"),
         ({"feature_map": "elu", "features": 3}, "gated: features: only a learned map"),
         ({"feature_map": "hedgehg"}, "gated: feature_map: .*did you mean 'hedgehog'"),

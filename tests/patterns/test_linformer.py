@@ -135,6 +135,10 @@ def test_cost():
     assert cost.flops == 2 * 2 * 2 * 4 * 32 * 32 + 2 * 2 * 4 * 32 * 2 * 32
     assert cost.read_bytes == shape.query_bytes + shape.kv_bytes + 2 * 2 * 4 * 32 * 4
     assert cost.state_bytes == 0
+    near = sum(abs(i - j) <= 2 for i in range(32) for j in range(32))
+    windowed = effattn.backend("linformer", k=4, max_length=64, window=5).cost(shape)
+    assert windowed.flops - cost.flops == 2 * 2 * 4 * near * 32
+    assert windowed.read_bytes == cost.read_bytes
 
 
 @pytest.mark.parametrize(
@@ -143,6 +147,8 @@ def test_cost():
         ({"k": 0}, "linformer: k: got 0"),
         ({"k": 9, "max_length": 8}, "k: got 9 slots for max_length=8 tokens; valid is 1 to 8"),
         ({"share": "heads"}, "share: got 'heads' \\(did you mean 'head'"),
+        ({"window": 4}, "linformer: window: got 4, a bidirectional window is odd; valid is 3 or 5"),
+        ({"window": 0}, "linformer: window: got 0"),
         ({"init": "pol"}, "init: got 'pol' \\(did you mean 'pool'"),
     ],
 )

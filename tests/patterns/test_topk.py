@@ -31,7 +31,7 @@ def test_a_block_of_one_is_exact_knn_attention():
     torch.testing.assert_close(got, expected)
 
 
-@pytest.mark.parametrize("summary", ["mean", "minmax", "learned"])
+@pytest.mark.parametrize("summary", ["mean", "minmax", "spread", "learned"])
 @pytest.mark.parametrize(("window", "sinks", "block"), [(8, 0, 8), (16, 3, 5), (1, 0, 1)])
 def test_blocks_that_cover_everything_are_dense(window, sinks, block, summary):
     q, k, v = inputs(61, torch.float64)
@@ -103,7 +103,7 @@ def test_the_state_says_what_it_holds():
     assert state.summaries.shape[2] == 2
 
 
-@pytest.mark.parametrize("summary", ["mean", "minmax", "learned"])
+@pytest.mark.parametrize("summary", ["mean", "minmax", "spread", "learned"])
 def test_prime_sizes_keep_to_the_contract(summary):
     check(
         f"topk(window=7, sinks=1, block=5, blocks=3, summary='{summary}', impl='torch')",
@@ -163,8 +163,9 @@ def test_what_it_cannot_do_is_refused():
         attn(q, k, v, causal=False)
     with pytest.raises(ValueError, match="softcap"):
         attn(q, k, v, softcap=30.0)
-    with pytest.raises(Unsupported, match="no static form"):
-        attn.static_state(16)
+    clipped = rule("rerope(window=3)", head_dim=16, heads=4, length=32)
+    with torch.no_grad(), pytest.raises(Unsupported, match="valid is its own growing state"):
+        attn(q, k, v, state=attn.static_state(16), rotary=clipped)
     learned = effattn.backend(
         "topk",
         window=4,

@@ -260,11 +260,16 @@ def test_bad_arguments_of_learning_are_refused(embedded, options, message):
         effattn.learn_windows(embedded[0], torch.arange(2048) % 99, **options)
 
 
+GRANITE = ("granite", {"attention_multiplier": 0.02})
+GEMMA2 = ("gemma2", {"attn_logit_softcapping": 2.0, "sliding_window": 4096})
+
+
+@pytest.mark.parametrize(("kind", "options"), [GRANITE, GEMMA2], ids=["scale", "softcap"])
 @pytest.mark.parametrize("plan_of", [effattn.fit_windows, effattn.learn_windows])
-def test_a_scale_and_windows_of_the_models_own(plan_of):
+def test_a_scale_a_cap_and_windows_of_the_models_own(plan_of, kind, options):
     how = {"error": 0.3} if plan_of is effattn.fit_windows else {"penalty": 1.0, "ramp": 8}
     ids = torch.randint(1, 96, (256,), generator=torch.Generator().manual_seed(0))
-    model = tiny("granite", attention_multiplier=0.02).eval()
+    model = tiny(kind, **options).eval()
     layer = model.model.layers[0].self_attn
     layer.q_proj.weight.data *= 400
 

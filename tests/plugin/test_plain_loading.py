@@ -14,6 +14,8 @@ from conftest import SMALL
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import effattn
+from effattn.prune.structural.keep import Keep
+from effattn.prune.structural.slicing import slice_model
 
 IDS = torch.arange(3, 23).view(
     2,
@@ -380,6 +382,19 @@ def test_an_attention_by_a_wrong_name_is_refused_before_anything_is_loaded(tmp_p
         logits(model),
         logits(llama()),
     )
+
+
+def test_layers_that_differ_load_as_save_pretrained_wrote_them(tmp_path):
+    """transformers' own saving names no method that would build them."""
+    keep = Keep(heads=[*map(torch.arange, (4, 2))], ffn=[*map(torch.arange, (64, 0))])
+    model = slice_model(llama(num_attention_heads=4, num_key_value_heads=4), keep, uniform=False)
+    model.save_pretrained(tmp_path / "model")
+    assert "quantization_config" not in json.loads((tmp_path / "model/config.json").read_text())
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "model", local_files_only=True)
+    assert torch.equal(logits(again), logits(model))
+    assert getattr(again.config, "quantization_config", None) is None
+    again.save_pretrained(tmp_path / "again")
+    assert torch.equal(logits(effattn.load(tmp_path / "again")), logits(model))
 
 
 def test_another_libraries_names_go_through(tmp_path):

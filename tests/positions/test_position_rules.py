@@ -337,6 +337,8 @@ MISTAKES = [
         "long_factor: got 2 numbers, valid is 64",
     ),
     ("longrope(factor=2)", ValueError, "longrope: long_factor: got"),
+    ("longrope(factor=2, search=0)", ValueError, r"got \(\) with search=0; valid is .* search of"),
+    ("longrope(search=-1)", ValueError, "longrope: search: got -1"),
     (
         "kerple(kind='power', r2=3)",
         ValueError,

@@ -20,7 +20,7 @@ from effattn.extending import copying, rule_losses, texts
 from effattn.extending.article_report import ArticleReport
 from effattn.extending.claims import claims
 from effattn.extending.rule_losses import measured
-from effattn.extending.rules import WINDOW, Rule, chosen, rules
+from effattn.extending.rules import WINDOW, Rule, chosen, of_own, rules, trained_with
 from effattn.recipes import extend_context
 from effattn.recipes.extend_context import Settings
 from effattn.surgery.describing import describe
@@ -46,6 +46,10 @@ NAMES = [
     "leaky-16",
     "leaky-32",
     "leaky-64",
+    "leaky-256-8",
+    "leaky-256-16",
+    "leaky-256-32",
+    "leaky-256-64",
     "sliding-256",
     "sliding-512",
 ]
@@ -218,6 +222,56 @@ def test_a_rule_is_on_while_it_is_measured_and_off_afterwards(recwarn):
     assert active(model) is None
 
 
+LOGN = "logn(trained=True)"
+
+
+def test_a_model_trained_with_logn_keeps_it_under_every_rule():
+    model = effattn.swap(small(), positions=LOGN)
+    ids = torch.arange(100)[None]
+    before = model(ids).logits
+    own = trained_with(model, "x")
+    assert own == {"positions": {"0": LOGN, "1": LOGN}}
+    found = of_own(rules(32, 64), ["pi", "sliding"], own, layers=2)
+    assert [rule.name for rule in found] == ["baseline", "pi", "sliding-16", "sliding-32"]
+    assert [rule.axes.get("positions") for rule in found] == [
+        None,
+        f"pi(factor=2.0)+{LOGN}",
+        LOGN,
+        LOGN,
+    ]
+    for rule in found:
+        with rule.on(model):
+            held = {row["positions"] for row in describe(model).layers}
+            assert held == {rule.axes.get("positions", LOGN)}
+        assert torch.equal(model(ids).logits, before)
+    with pytest.raises(KeyError), found[1].on(model):
+        raise KeyError
+    with pytest.raises(ValueError, match="codes"), Rule("x", {"pattern": "vq(codes=0)"}).on(model):
+        pass
+    assert torch.equal(model(ids).logits, before), "whatever happened"
+
+
+def test_layers_that_were_trained_with_unlike_attention_are_a_row_by_themselves():
+    model = effattn.swap(small(), {"0": "sliding(window=8)"}, positions={"1": f"nope+{LOGN}"})
+    own, every = trained_with(model, "x"), rules(32, 64)
+    assert [rule.axes for rule in of_own(every, (), own, layers=2)] == [{}]
+    assert of_own(every, ["baseline"], own, layers=2) == every[:1]
+    with pytest.raises(ValueError, match=r"rules: got 'pi', .* \(0: sliding\(window=8\), 1: nope"):
+        of_own(every, ["pi"], own, layers=2)
+    with pytest.raises(ValueError, match="did you mean 'pi'"):
+        of_own(every, ["pii"], own, layers=2)
+    some = effattn.swap(small(), positions={"0": LOGN})  # the same in some layers only
+    assert of_own(every, (), trained_with(some, "x"), layers=2) == every[:1]
+
+
+def test_what_was_swapped_after_training_is_refused():
+    for axes in ({"pattern": "sliding(window=8)"}, {"positions": "logn"}, {"cache": "int8"}):
+        with pytest.raises(Unsupported, match="model: x is swapped already; valid is"):
+            trained_with(effattn.swap(small(), **axes), "x")
+    plain = effattn.swap(small(), positions="pi(factor=2)")  # in transformers' own terms
+    assert trained_with(plain, "x") == trained_with(small(), "x") == {}
+
+
 # ---- the sequences
 # -------------------------------------------------------------------------------------------------
 
@@ -351,7 +405,7 @@ def test_bad_input_is_refused_before_anything(folder, story, tmp_path, change, m
 
 def test_models_without_rotary_positions_are_refused():
     with pytest.raises(Unsupported, match="has no rotary positions to change"):
-        extend_context.trained_length(tiny("opt"), "x")
+        extend_context.trained_length(tiny("opt"))
 
 
 def test_the_whole_job_and_going_on_after_a_stop(folder, story, tmp_path, monkeypatch):
@@ -416,6 +470,31 @@ def test_the_whole_job_and_going_on_after_a_stop(folder, story, tmp_path, monkey
     assert report.loss(baseline) != report.loss(logn)
     with pytest.raises(ValueError, match="holds a finished report"):
         extend_context.run(job)
+
+
+def test_a_trained_variant_is_measured_as_what_it_is(story, tmp_path):
+    model = effattn.swap(small(), positions=LOGN)
+    effattn.save(model, tmp_path / "logn", effattn.embedded.tokenizer())
+    job = Settings(
+        model=str(tmp_path / "logn"),
+        text=(story,),
+        json=tmp_path / "result.json",
+        sequences=1,
+        rules=("rerope-8",),
+        lengths=(32, 64),
+        retrieval="none",
+    )
+    with pytest.raises(ValueError, match=r"tune_tokens: got 64, .* which a tuned rule would take"):
+        extend_context.run(dataclasses.replace(job, tune_tokens=64, tune_text=(story,)))
+    report = extend_context.run(job)
+    assert [row["name"] for row in report.rules] == ["baseline", "rerope-8"]
+    assert report.own == {"positions": {"0": LOGN, "1": LOGN}}
+    sequences = texts.long_sequences([story.read_text()], effattn.embedded.tokenizer(), 1, 64)
+    nats, _ = token_scores(model, sequences)
+    assert report.loss(report.rules[0]) == pytest.approx(nats.double().mean().item(), rel=1e-5)
+    said = report.to_markdown()
+    assert f"trained with {LOGN} in layers 0, 1, which every rule keeps" in said
+    assert "The model as it was trained fails beyond" in said
 
 
 class _Asked:

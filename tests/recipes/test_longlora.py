@@ -163,7 +163,7 @@ def test_norms_are_found_in_every_architecture(kind):
     ("change", "message"),
     [
         ({"train_pattern": "blok(block=32)"}, "did you mean 'block'"),
-        ({"train_pattern": "s2(block=33)"}, "s2: block: got 33"),
+        ({"train_pattern": "s2(block=33)"}, "train_pattern: s2: block: got 33"),
         ({"train_pattern": "linear"}, "train_pattern: got 'linear', and dense attention is to"),
         ({"train_pattern": "sliding(window=32, sink_logits=True)"}, "train_pattern: got"),
         ({"sampling": "pose"}, "sampling: got 'pose' with train_pattern"),
@@ -193,3 +193,9 @@ def test_only_layers_with_full_attention_are_blocked(tmp_path):
 def test_a_memory_is_of_what_dense_attention_takes_over(spec):
     with pytest.raises(ValueError, match=r"memory: got .*, and dense attention is to take over"):
         tuning.check_memory(spec, None)
+
+
+@pytest.mark.parametrize("sampling", [None, "pose"])
+def test_a_memory_that_is_no_pattern_is_named(sampling):
+    with pytest.raises(ValueError, match=r"memory: backend: got 'slidin' .did you mean 'sliding'"):
+        tuning.check_memory("slidin", sampling)

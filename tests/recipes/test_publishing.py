@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import re
 import shlex
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import huggingface_hub
@@ -16,10 +19,12 @@ from huggingface_hub import ModelCard
 from report_pages import PAGES
 from test_flows import commands
 
-from effattn.recipes import layerwise, options, publishing
+import effattn
+from effattn.recipes import flow, layerwise, options, publishing
 from effattn.recipes.cli import app
 from effattn.reports.common import HARNESS
 from effattn.reports.document import Document
+from effattn.stages import Quiet
 
 SAVING = [name for name in FLOWS if issubclass(module_of(name).Settings, options.Saving)]
 
@@ -149,12 +154,14 @@ def test_both_models_are_judged_and_a_stopped_run_goes_on(small, tmp_path, judge
     with pytest.raises(KeyboardInterrupt):
         run_small("convert_gqa", model, text, out, **how)
     names = {file.name for file in tmp_path.iterdir()}
-    assert names == {".out.partial", ".out.lm-eval.json"}
+    assert names == {"out", ".out.partial", ".out.lm-eval.json"}
+    weights = (out / "model.safetensors").stat()
     kept = json.loads((tmp_path / ".out.lm-eval.json").read_text())["parts"]
     of_parent = [one for one in kept if publishing.fingerprint(small / "model") in one]
     assert len(of_parent) == 2, "of another parent in that folder it would be nothing"
     judge.stops = None
     report = run_small("convert_gqa", model, text, out, **how)
+    assert (out / "model.safetensors").stat() == weights
     heads = [8, 8, 1, 1, 1]  # of the parent twice, of the result once before it was stopped
     assert [of for _, of, _, _ in judge.asked] == heads
     assert [tasks[0] for tasks, *_ in judge.asked] == ["one", "two", "one", "two", "two"]
@@ -170,7 +177,74 @@ def test_both_models_are_judged_and_a_stopped_run_goes_on(small, tmp_path, judge
     assert [file.name for file in tmp_path.iterdir()] == ["out"], "nothing stays"
 
 
-REPORTS = ["prune_oneshot", "conversion", "swap", "linearize", "shear", "extend"]
+def test_what_keeps_nothing_else_keeps_its_output(small, tmp_path, judge, monkeypatch):
+    """A re-hosting has nothing to go on from but its output, which is there before it is judged."""
+    monkeypatch.setattr("effattn.hf.verify.verify_plain", lambda *given: {"fresh_process": True})
+    given = ("rehost", str(small / "model"), small / "text.txt", tmp_path / "out")
+    how = {"lm_eval": ("one",)}
+    judge.stops = 1
+    with pytest.raises(KeyboardInterrupt) as stopped:
+        run_small(*given, **how)
+    assert "is complete without lm-evaluation-harness" in stopped.value.__notes__[0]
+    out = tmp_path / "out"
+    assert {"config.json", "README.md", "report.json", publishing.WAITS} <= set(os.listdir(out))
+    effattn.load(out)
+    weights = (out / "model.safetensors").stat()
+
+    # other settings are another run's
+    with pytest.raises(ValueError, match="exists and is not an empty folder"):
+        run_small(*given, **how, length=16)
+
+    def fails(*given, **how):
+        raise ConnectionError("no route\nto host")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("effattn.evaluate.harness_runs.harness_scores", fails)
+        with pytest.raises(RuntimeError, match=r"^lm_eval: no route; .*the same command goes on$"):
+            run_small(*given, **how)
+
+    report = run_small(*given, **how)
+    assert report.data["lm_eval"]["after"]["one"]["samples"] is None
+    assert "| one | acc |" in (out / "README.md").read_text()
+    assert (out / "model.safetensors").stat() == weights
+    assert [file.name for file in tmp_path.iterdir()] == ["out"]
+    assert not (out / publishing.WAITS).exists()
+    with pytest.raises(ValueError, match="exists and is not an empty folder"):
+        run_small(*given, **how)
+
+
+def test_who_asks_no_longer_is_not_kept_waiting(small, tmp_path, judge, monkeypatch):
+    monkeypatch.setattr("effattn.hf.verify.verify_plain", lambda *given: {"fresh_process": True})
+    given = ("rehost", str(small / "model"), small / "text.txt", tmp_path / "out")
+    judge.stops = 2
+    with pytest.raises(KeyboardInterrupt):
+        run_small(*given, lm_eval=("one",))
+    report = run_small(*given)
+    assert len(judge.asked) == 2
+    assert report.data.get("lm_eval") is None
+    assert [file.name for file in tmp_path.iterdir()] == ["out"]
+    assert not (tmp_path / "out" / publishing.WAITS).exists()
+
+
+@pytest.mark.parametrize("name", SAVING)
+def test_every_recipe_goes_on_with_its_own_report(name, monkeypatch):
+    """It hands the class of its report to `output_of`, which judges an output that waits."""
+    given = {}
+
+    @contextlib.contextmanager
+    def output_of(settings, report=None, show=None, default=None):
+        given.update(report=report, show=show)
+        yield True
+
+    recipe = module_of(name)
+    monkeypatch.setattr(flow, "output_of", output_of)
+    with pytest.raises(FileNotFoundError):
+        recipe.run(settings_of(name, model="x", output=Path("/nowhere/out")), show=Quiet())
+    assert issubclass(given["report"], Document)
+    assert isinstance(given["show"], Quiet)
+
+
+REPORTS = ["prune_oneshot", "conversion", "mla", "swap", "linearize", "shear", "extend"]
 # their plots take their time
 REPORTS += [
     pytest.param(name, marks=pytest.mark.slow) for name in ("fit", "quantize", "structured")

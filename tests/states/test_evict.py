@@ -270,6 +270,27 @@ def test_packed_tokens():
     assert (outs["int4"] - outs[None]).norm() / size < 0.3
 
 
+@torch.no_grad()
+def test_what_is_packed_of_a_row_does_not_depend_on_its_neighbours():
+    """A row that may keep all, beside one of which tokens go: as it is alone."""
+    torch.manual_seed(0)
+    attn, tokens, own = backend("dense"), 200, 60
+    cache = parse("evict(policy='norm', keep=100, recent=8, every=24, format='int4')")
+    cache = cache.fit(type("S", (), dict(kv_heads=2, head_dim=32, value_dim=32)))
+    both, alone = cache.new_state(attn), cache.new_state(attn)
+    mask = torch.ones(2, tokens, dtype=torch.bool)
+    mask[1, :-own] = False
+    new = [torch.randn(2, h, tokens, 32) for h in (H, HKV, HKV)]
+    attn(*new, state=both, padding_mask=mask)
+    attn(*(x[1:, :, -own:] for x in new), state=alone)
+    assert alone.nbytes == alone.predicted_bytes(own, 1, HKV, 32, 4)
+    for _ in range(30):
+        new = [torch.randn(2, h, 1, 32) for h in (H, HKV, HKV)]
+        mask = torch.nn.functional.pad(mask, (0, 1), value=True)
+        got = attn(*new, state=both, padding_mask=mask)[1:]
+        torch.testing.assert_close(got, attn(*(x[1:] for x in new), state=alone))
+
+
 # In a model
 # -------------------------------------------------------------------------------------------------
 

@@ -27,7 +27,7 @@ ROWS = {
     "linformer": None,
     "linformer_blockwise": None,
     "lsh": None,
-    "topk": None,
+    "topk": "topk(window=9, sinks=2, block=4, blocks=3)",
     "hybrid": None,
     "vq": None,
     "linear": "linear(feature_map='softmax', decay=0.9)",
@@ -43,6 +43,8 @@ MORE = (
     "linear(feature_map='identity', decay=0.01, normalize=False)",
     "performer(features=32, kernel='relu')",
     "gated(delta=True, gate='feature', decay=0.5)",
+    "topk(window=3, block=7, blocks=2, summary='minmax')",
+    "topk(window=200, block=170, blocks=2)",
 )
 SPECS = [name if spec is True else spec for name, spec in ROWS.items() if spec] + list(MORE)
 NEEDS = {
@@ -51,7 +53,6 @@ NEEDS = {
     "linformer_blockwise": {"k": 8, "max_length": 64, "block": 8},
     "vq": {"codes": 8, "block": 8},
     "hybrid": {"window": 4},
-    "topk": {"window": 4, "block": 4, "blocks": 2},
     "lsh": {"rounds": 2, "buckets": 4, "chunk": 4},
 }
 
@@ -149,12 +150,13 @@ SWAPS = {
     "ring": {"pattern": "sliding(window=20, sinks=3)"},
     "sums": {"pattern": "linear(decay=0.9)"},
     "by layer": {"pattern": {"0": "dense", "1": "block(block=8)"}},
+    "blocks": {"pattern": "topk(window=9, sinks=2, block=4, blocks=3)"},
     "rerope": {"positions": "rerope(window=24)"},
     "packed": {"cache": "int8(group=16, residual=16, first=2)"},
 }
 
 
-USUAL = ("ring", "by layer", "sums")  # the others take long
+USUAL = ("ring", "by layer", "sums", "blocks")  # the others take long
 
 
 @torch.no_grad()

@@ -58,6 +58,7 @@ def assert_same(ours: Path, theirs: Path) -> None:
 
 CASES = {
     "optimal": ("llama", {"heads": "gqa(kv_heads=2, length=64)"}),
+    "ffn re-fit": ("llama", {"heads": "gqa(kv_heads=1, length=64, refit_ffn=True)"}),
     "few at a time": ("llama", {"heads": "gqa(kv_heads=1, length=64, batch=3, refit=False)"}),
     "similar, with norms": (
         "qwen3",

@@ -18,7 +18,7 @@ from effattn.hf import anatomy as hf
 from effattn.hf import hooks
 from effattn.linearizing import plan
 from effattn.linearizing.decay import GRID, fit_decays
-from effattn.linearizing.inputs import exact, projections_of
+from effattn.linearizing.inputs import exact, own_scores, projections_of
 from effattn.linearizing.report import LinearizeReport
 from effattn.recipes import linearize
 from effattn.recipes.linearize import Settings, run
@@ -47,8 +47,40 @@ def test_every_nth_layer_is_kept_the_last_of_each_group():
         plan.layer_specs(parts, "liner", 0, "dense")
 
 
-def test_projections_are_what_the_attention_gets(tokens):
+def test_kept_layers_learn_windows_by_head(tokens):
     model = tiny("llama")
+    parts, keep = hf.of(model), "sliding(window=8, sinks=1)"
+    specs = plan.layer_specs(parts, "linear", 2, keep)
+    found = plan.learned(model, specs, 2, keep, 5.0, tokens[:256])
+    assert found[0] == "linear"
+    name, options = parse_spec(found[1])
+    assert name == "sliding"
+    assert len(options["window"]) == parts.layers[1].kv_heads
+    assert options["sinks"] == 1
+    wanted = effattn.learn_windows(
+        model, tokens[:256], penalty=5.0, sinks=1, length=256, layers=[1]
+    )
+    assert wanted == {"1": found[1]}
+    with pytest.raises(ValueError, match="layers: got 7, the model has layers 0 to 1"):
+        effattn.learn_windows(model, tokens[:256], length=256, layers=[7])
+    for options, message in (
+        ({}, "keep_every=0 keeps no layer"),
+        ({"keep_every": 2, "keep": "block(block=8)"}, "has no windows by head"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            linearize.check(Settings(pattern="linear", learn_windows=0.1, **options))
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("llama", {}),
+        ("granite", {"attention_multiplier": 0.05}),
+        ("gemma2", {"attn_logit_softcapping": 1.0}),
+    ],
+)
+def test_projections_are_what_the_attention_gets(tokens, kind, options):
+    model = tiny(kind, **options)
     ids = tokens[:48].view(2, 24)
     q, k, v = projections_of(model, ids)[1]
     layer = hf.of(model).layers[1]
@@ -57,9 +89,8 @@ def test_projections_are_what_the_attention_gets(tokens):
     with torch.no_grad():
         model(input_ids=ids)
     handle.remove()
-    torch.testing.assert_close(
-        exact(q, k, v).transpose(1, 2).flatten(2), seen[0], rtol=1e-4, atol=1e-5
-    )
+    got = exact(q, k, v, **own_scores(layer)).transpose(1, 2).flatten(2)
+    torch.testing.assert_close(got, seen[0], rtol=1e-4, atol=1e-5)
     assert not hasattr(layer.attention, hooks.ATTRIBUTE), "the model is as it was"
     effattn.swap(model, "dense")
     with pytest.raises(ValueError, match="restore"):

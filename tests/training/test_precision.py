@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+from typing import ClassVar
 
 import pytest
 import torch
@@ -16,7 +17,13 @@ from torch import nn
 from transformers import AutoModelForCausalLM, Trainer
 
 import effattn
+from effattn.arena.encoder import Encoder
+from effattn.arena.tasks import TASKS
+from effattn.arena.training import Budget, train
+from effattn.arena.widths import eighths
+from effattn.evaluate.curve import token_scores
 from effattn.evaluate.loss import compare
+from effattn.extending.tuned import Tuning
 from effattn.extending.tuning import tune
 from effattn.fitting.building import Builder
 from effattn.heads.gqa import convert_gqa
@@ -29,6 +36,7 @@ from effattn.prune.unstructured.zeros import keep_zeros
 from effattn.training import lending as training
 from effattn.training.lending import bf16_pays
 from effattn.training.lora import adapters
+from effattn.training.recurrent_memory import RecurrentMemory, train_memory
 from effattn.training.transfer import distances, transfer
 from effattn.training.uptrain import uptrain
 
@@ -41,6 +49,8 @@ class Flow:
     """One run of a flow: `parent` (the caller's, with odd flags), `model` (what is trained) and, if
     it does not come back changed in place, `result`. `falls`: (before, after) of what it
     minimises."""
+
+    mostly_slow = False
 
     def __init__(self, tokens, folder, dtype: torch.dtype, bf16: bool, progress=None):
         self.tokens, self.folder, self.progress = tokens, folder, progress
@@ -179,8 +189,12 @@ class Monarch(Distillation):
         effattn.swap(self.model, projections="monarch(blocks=4)", calibration=self.tokens)
 
 
+TEXT = (torch.arange(2048) * 7) % 90  # can be learned
+
+
 class Extension(Flow):
     lora = 0
+    options: ClassVar = {}
 
     def prepare(self):
         effattn.swap(self.model, positions="yarn(length=512)")
@@ -188,10 +202,9 @@ class Extension(Flow):
     def run(self):
         if self.lora:
             pytest.importorskip("peft")
-        text = (torch.arange(2048) * 7) % 90  # can be learned
         found = tune(
             self.model,
-            text,
+            TEXT,
             target=512,
             window=64,
             train_tokens=2 * STEPS * 64,
@@ -200,6 +213,7 @@ class Extension(Flow):
             lora=self.lora,
             progress=self.progress,
             overrides=self.overrides,
+            **self.options,
         )
         if not self.lora:  # adapters begin at zero, and learn little in few steps
             self.falls = found["losses"][0]["loss"], found["losses"][-1]["loss"]
@@ -208,6 +222,78 @@ class Extension(Flow):
 
 class LowRankExtension(Extension):
     lora = 2
+
+
+class Segmented(Extension):
+    """Windows that follow each other, each with a memory of those before."""
+
+    mostly_slow = True
+    options: ClassVar = {"memory": "block(block=64, look_back=1)", "sampling": None}
+
+
+class LongLora(Extension):
+    """Shifted blocks, adapters, and norms and embeddings beside them."""
+
+    mostly_slow = True
+    lora = 2
+    options: ClassVar = {"lora_plus": True, "sampling": None}
+
+    def prepare(self):
+        effattn.swap(self.model, "s2(block=16)", positions="yarn(length=512)")
+
+
+class TunedRule(Extension):
+    """What extend_context does: a constant rate, and points of the model as it would be saved."""
+
+    mostly_slow = True
+
+    def run(self):
+        rows = TEXT[:129][None]
+
+        def measured() -> dict:
+            nats, _ = token_scores(self.model, rows)
+            return {"loss": nats.double().mean().item()}
+
+        found = Tuning(TEXT, 2 * STEPS * 64, lr=1e-2).run(
+            self.model,
+            64,
+            self.folder,
+            evaluate=measured,
+            progress=self.progress,
+            overrides=self.overrides,
+        )
+        first, *_, last = found["curve"]
+        self.falls = first["loss"], last["loss"]
+        self.measured = {"loss": last["loss"]}
+        self.model.eval()
+        self.expected = measured()
+        self.model.train(self.parent.training)
+        self.model.model.layers[1].train()
+
+
+class Recurrent(Flow):
+    """Memory vectors, trained through segments with the model around which they are."""
+
+    mostly_slow = True
+
+    def run(self):
+        reader = RecurrentMemory(self.model, memory=2, segment=16)
+        before = reader.memory.detach().clone()
+        found = train_memory(
+            reader,
+            TEXT,
+            train_tokens=4 * STEPS * 64,
+            segments=2,
+            folder=self.folder,
+            lr=1e-2,
+            progress=self.progress,
+            overrides=self.overrides,
+        )
+        self.falls = found["losses"][0]["loss"], found["losses"][-1]["loss"]
+        self.measured = self.expected = None
+        assert reader.memory.dtype == before.dtype
+        assert torch.isfinite(reader.memory).all()
+        assert not torch.equal(reader.memory, before)
 
 
 class Shearing(Flow):
@@ -253,20 +339,31 @@ FLOWS = [
     Monarch,
     Extension,
     LowRankExtension,
+    Segmented,
+    LongLora,
+    TunedRule,
+    Recurrent,
     Shearing,
 ]
 
 
 def cases(dtypes, modes, usual) -> list:
     """Each flow in each dtype and mode. Slow are the dtypes beside the `usual` ones, since one
-    mechanism serves all flows there: a single flow, that which needs least, always tries them."""
+    mechanism serves all flows there: a single flow, that which needs least, always tries them. Of
+    flows that are mostly slow a single case is usual."""
+
+    def tried(flow, dtype, bf16) -> bool:
+        if flow.mostly_slow:
+            return bf16 and dtype == torch.bfloat16
+        return dtype in usual or flow is Distillation
+
     return [
         pytest.param(
             flow,
             dtype,
             bf16,
             id=f"{'autocast' if bf16 else 'plain'}-{dtype}-{flow.__name__}",
-            marks=() if dtype in usual or flow is Distillation else pytest.mark.slow,
+            marks=() if tried(flow, dtype, bf16) else pytest.mark.slow,
         )
         for bf16, dtype, flow in itertools.product(modes, dtypes, FLOWS)
     ]
@@ -488,3 +585,20 @@ def test_bf16_is_asked_of_the_device_that_trains(monkeypatch):
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
     assert bf16_pays()
     assert not bf16_pays(on_cpu=True)
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [pytest.param(one, marks=() if one == "dense" else pytest.mark.slow) for one in eighths(32)],
+)
+def test_the_arena_learns_in_autocast_as_in_fp32(pattern, monkeypatch):
+    """Every bidirectional pattern, trained from scratch; its encoder's weights stay in fp32."""
+    budget = Budget(length=32, width=16, heads=2, examples=200, tested=50, steps=40, lr=3e-3)
+    losses, forward = [], Encoder.forward
+    for bf16 in (False, True):  # around the forward call alone, as a Trainer has it
+        inside = torch.autocast("cpu", torch.bfloat16, enabled=bf16)(forward)
+        monkeypatch.setattr(Encoder, "forward", inside)
+        losses.append(train(TASKS["listops"], pattern, budget, lambda done, total: None)["loss"])
+    assert losses[0] == pytest.approx(losses[1], abs=0.05)
+    assert losses[0] != losses[1]
+    assert losses[0] < 2.30, "less than one who knows nothing of ten classes"

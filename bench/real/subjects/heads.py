@@ -19,10 +19,12 @@ def take(data: dict) -> dict:
 CONVERT = recipe("convert_gqa", take, kv_heads=1, decode_contexts=())
 
 
-def method(name: str, refit: bool) -> Step:
-    """One of the methods, with or without solving O again."""
+def method(name: str, refit: bool, ffn: bool = False) -> Step:
+    """One of the methods, with or without solving O, and the FFN's output, again."""
     said = f"{name}, O re-fit" if refit else name
     how = {"method": name, "refit": refit}
+    if ffn:
+        said, how["refit_ffn"] = f"{name}, O and FFN re-fit", True
     if name in BY_WEIGHTS and not refit:
         how["calibration_tokens"] = 8192  # which only the report's errors by layer are of
     return Step(said, CONVERT, READ | how)
@@ -31,6 +33,7 @@ def method(name: str, refit: bool) -> Step:
 SUBJECT = Subject(
     "Three K/V heads to one, untrained",
     [
+        method("optimal", refit=True, ffn=True),
         method("optimal", refit=True),
         method("mean", refit=False),
         method("optimal", refit=False),
@@ -44,7 +47,7 @@ SUBJECT = Subject(
         Target(
             "`optimal` with re-fit over `mean`, excess nats",
             0.12,
-            lambda steps: ratio(steps, "optimal, O re-fit", "mean"),
+            lambda steps: ratio(steps, "optimal, O and FFN re-fit", "mean"),
         )
     ],
     note="These heads are grouped already (9 query heads share 3), and share little more.",

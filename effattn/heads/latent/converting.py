@@ -14,10 +14,9 @@ from torch import Tensor
 
 from effattn.calibration.attended import is_linear
 from effattn.calibration.layerwise import windows
-from effattn.calibration.spilled import States
 from effattn.calibration.walk import CHANGED, Stream, Walk
 from effattn.errors import Unsupported
-from effattn.heads.converting import measure_and_refit, observe
+from effattn.heads.converting import Observed, measure_and_refit, observe
 from effattn.heads.latent.ranks import Size
 from effattn.heads.latent.spectrum import Factors, Spectrum, spectrum
 from effattn.hf import latents
@@ -81,11 +80,11 @@ def convert(walk: Walk, asked: Conversion, progress: Progress | None = None) -> 
     ranks = asked.size.choose(walk.parts, shares)
 
     def step(layer: Layer, teacher: Stream, student: Stream) -> dict:
-        found, targets = _observed(walk, layer, teacher)
+        found, seen = _observed(walk, layer, teacher)
         rank = ranks[layer.index]
         install(layer, found.factors(rank))
         row = {"layer": layer.index, "rank": rank, "lost": float(found.shares[rank:].sum())}
-        return row | measure_and_refit(walk, layer, student, targets, asked.refit)
+        return row | measure_and_refit(walk, layer, student, seen, asked.refit)
 
     return walk.over(CHANGED, step, streams=2, changes=True, progress=counted.one_more)
 
@@ -100,12 +99,11 @@ def spectra(walk: Walk, tell: Progress = lambda done, total: None) -> list[Tenso
     return [torch.tensor(one, dtype=torch.float64) for one in found]
 
 
-def _observed(walk: Walk, layer: Layer, teacher: Stream) -> tuple[Spectrum, States]:
-    """The spectrum of an old layer, and what its attention gives, batch by batch; moves `teacher`
-    one layer on."""
-    moment, targets, inputs = observe(walk, layer, teacher)
-    inputs = None if is_linear(layer) else inputs
-    return spectrum(layer, moment.to(layer.k.like.device), inputs), targets
+def _observed(walk: Walk, layer: Layer, teacher: Stream) -> tuple[Spectrum, Observed]:
+    """The spectrum of an old layer, and what was seen of it; moves `teacher` one layer on."""
+    seen = observe(walk, layer, teacher)
+    inputs = None if is_linear(layer) else seen.inputs
+    return spectrum(layer, seen.moment.to(layer.k.like.device), inputs), seen
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ from effattn.calibration.layerwise import windows
 from effattn.calibration.refit import OutputRefit
 from effattn.calibration.tokens import check_calibration
 from effattn.calibration.walk import Stream, Walk
-from effattn.heads.converting import observe
+from effattn.heads.converting import Observed, observe
 from effattn.heads.gqa import check_swapped, describe_size
 from effattn.heads.latent.ranks import full_rank
 from effattn.heads.latent.spectrum import Spectrum, joint, key_weight, value_weight
@@ -121,8 +121,8 @@ def _convert(
     new = build.empty(parts, asked.rank, asked.rope_dim, inv_freq)
 
     def step(layer: Layer, teacher: Stream, student: Stream) -> dict:
-        moment, targets, _ = observe(walk, layer, teacher)
-        moment = moment.to(layer.k.like.device)
+        seen = observe(walk, layer, teacher)
+        moment = seen.moment.to(layer.k.like.device)
         turning = shared(layer, moment, rope.inv_freq, kept)
         found = spectrum(layer, moment, turning)
         factors = found.factors(min(asked.rank - 1, len(found.energy)))
@@ -131,7 +131,7 @@ def _convert(
         remains = build.write(block.self_attn, layer, made, moment)
         lost = float(found.shares[asked.rank - 1 :].sum())
         row = {"layer": layer.index, "rank": asked.rank, "lost": lost, "norm_remains": remains}
-        return row | _refit(new, layer.index, student, targets, asked.refit)
+        return row | _refit(new, layer.index, student, seen, asked.refit)
 
     return new, walk.over("mla", step, streams=2, progress=progress)
 
@@ -148,7 +148,7 @@ def spectrum(layer: Layer, moment: Tensor, turning: Shared) -> Spectrum:
 
 
 @torch.no_grad()
-def _refit(new: nn.Module, index: int, student: Stream, targets, refit: bool) -> dict:
+def _refit(new: nn.Module, index: int, student: Stream, seen: Observed, refit: bool) -> dict:
     """Solves a new layer's output projection for what the old one gave, on the new model's own
     activations, which it moves one layer on."""
     block, fit = new.model.layers[index], OutputRefit()
@@ -160,14 +160,15 @@ def _refit(new: nn.Module, index: int, student: Stream, targets, refit: bool) ->
         turns = new.model.rotary_emb(states, places)
         return block(states, position_embeddings=turns, attention_mask=None)
 
-    for number, y in enumerate(targets):
-        seen: list[Tensor] = []
-        handle = output.register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0]))
+    for number, states in enumerate(student.source):
+        given: list[Tensor] = []
+        handle = output.register_forward_pre_hook(lambda _, args, to=given: to.append(args[0]))
         try:
-            run(student.source[number])
+            run(states)
         finally:
             handle.remove()
-        fit.add(seen.pop().flatten(0, -2), y.to(output.weight.device))
+        wanted = seen.wanted(number, states).to(output.weight.device)
+        fit.add(given.pop().flatten(0, -2), wanted)
     row = {"attention_error_merged": fit.error(output.weight), "attention_error": None}
     if refit:
         output.weight.copy_(fit.solve(output.weight))
