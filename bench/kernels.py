@@ -35,7 +35,13 @@ HEADLINES = (
     "linear scan_bf16",
     "linear forward_128_bf16_elu",
     "monarch both 4096 b32 r4 bf16",
-    "sparse24 product bf16",
+    "sparse24 product bf16 of 1",
+    "sparse24 product bf16 of 16",
+    "bitmask product bf16 of 1",
+    "ragged ragged d128 bf16 g4 q1",
+    "topk forward_128_bf16",
+    "gated forward_128_bf16_head",
+    "latent keys d128 bf16",
     "bandwidth copy",
 )
 HEADINGS = (
@@ -45,13 +51,15 @@ HEADINGS = (
 
 
 def make(root: Path = ROOT) -> None:
-    """Compiles the headlines for sm_90 and writes what is predicted of them."""
+    """Compiles every variant for sm_90 and writes what is predicted of the headlines, and which
+    marks hold."""
     import triton
 
-    from effattn.kernels import aot, report
+    from effattn.kernels import marks, report
 
-    named = {f"{folder} {each['name']}": (folder, each) for folder, each in aot.variants("sm_90")}
-    found = [report.report(named[name][1], "sm_90", named[name][0]) for name in HEADLINES]
+    reports = report.report_all(["sm_90"])
+    named = {f"{each.result.folder} {each.result.name}": each for each in reports}
+    found = [named[name] for name in HEADLINES]
     where = dict(
         device="no GPU: machine code for sm_90",
         threads=1,
@@ -59,7 +67,11 @@ def make(root: Path = ROOT) -> None:
         triton=triton.__version__,
         date=datetime.now(UTC).isoformat(timespec="seconds"),
     )
-    plain = {"environment": where, "kernels": [each.to_dict() for each in found]}
+    plain = {
+        "environment": where,
+        "kernels": [each.to_dict() for each in found],
+        "marks": [vars(each) for each in marks.marks(reports)],
+    }
     write_text_atomic(root / PREDICTED, json.dumps(plain, indent=1) + "\n")
 
 
@@ -84,7 +96,22 @@ def table(root: Path = ROOT) -> str:
     shown = "\n".join("| " + " | ".join(map(markdown_text, line)) + " |" for line in lines)
     where = predicted["environment"]
     made = f"Predicted by triton {where['triton']}'s machine code for sm_90, {where['date'][:10]}."
-    return f"{shown}\n\n{made}\n"
+    return f"{shown}\n\n{_marks(predicted.get('marks', []))}{made}\n"
+
+
+def _marks(found: list[Mapping]) -> str:
+    """What the kernels are to reach in the model, and which do."""
+    if not found:
+        return ""
+    lines = [
+        ("mark in the model", "at least", "predicted", "holds"),
+        ("---", "---:", "---:", "---"),
+    ]
+    for each in found:
+        least = f"{each['least']:.2f}" if each["least"] else "0"
+        got = f"{each['got']:.2f}" if each["least"] else f"{each['got']:.0f}"
+        lines.append((each["what"], least, got, "yes" if each["holds"] else "no"))
+    return "\n".join("| " + " | ".join(map(markdown_text, line)) + " |" for line in lines) + "\n\n"
 
 
 def _row(each: Mapping, measured: Mapping[str, float]) -> list[str]:

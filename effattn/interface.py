@@ -100,6 +100,14 @@ class Backend(nn.Module):
         self.impl = impl
         self.chosen_impl: str | None = None if impl == "auto" else impl
 
+    def runs(self, impl: str) -> str:
+        """Notes what `chosen_impl` says: `impl`, which is returned."""
+        # A module's attributes are dear to set: 3 µs, which every step would pay. A compiled graph
+        # would be guarded by what is read here.
+        if torch.compiler.is_compiling() or impl != self.chosen_impl:
+            self.chosen_impl = impl
+        return impl
+
     def extra_repr(self) -> str:
         return f"impl={self.impl!r}"
 

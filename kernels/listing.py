@@ -21,7 +21,7 @@ DIALECTS = {
         re.MULTILINE,
     ),
     "amdgcn": re.compile(
-        r"^(?:(?P<at>\.LBB\w+):|\s+(?P<name>(?:[vs]|ds|global|buffer|flat)_\w+)(?P<rest>[^;\n]*))",
+        r"^(?:(?P<at>\.LBB\w+):|\s+(?P<name>(?:[vs]|ds|global|buffer|flat|scratch)_\w+)(?P<rest>[^;\n]*))",
         re.MULTILINE,
     ),
 }
@@ -40,6 +40,7 @@ GLOBAL = re.compile(
     r"(LDG|STG|LDGSTS|UBLKCP|UTMALDG)\b|(ld|st)\.global|cp\.async\.c[ag]|(global|buffer)_(load|store)"
 )
 SHARED = re.compile(r"LDSM?\b|ld(\.volatile)?\.shared|ldmatrix|ds_read|ds_load")
+SPILLED = re.compile(r"(LD|ST)L\b|(ld|st)\.local|scratch_(load|store)")
 MATRIX = {
     "tcgen05": re.compile(r"UTC\w*MMA|tcgen05\.mma"),
     "wgmma": re.compile(r"[HQI]GMMA|wgmma\.mma_async"),
@@ -66,6 +67,7 @@ class Loop:
     barriers: int
     global_widths: dict[int, int]
     shared_widths: dict[int, int]
+    spills: int  # loads and stores of registers that were spilled
     matrix: str  # tcgen05, wgmma, mma.sync, mfma or none
 
 
@@ -115,7 +117,8 @@ def count(loop: list[Instruction]) -> Loop:
     names = [each.name for each in loop]
     matrix = next((unit for unit, form in MATRIX.items() if any(map(form.match, names))), "none")
     barriers = sum(bool(re.match(r"BAR|bar(rier)?\.|s_barrier", name)) for name in names)
-    return Loop(len(loop), barriers, dict(wide), dict(near), matrix)
+    spills = sum(bool(SPILLED.match(name)) for name in names)
+    return Loop(len(loop), barriers, dict(wide), dict(near), spills, matrix)
 
 
 def bits(each: Instruction) -> int:

@@ -9,7 +9,7 @@ prediction is `hopper`'s. Numbers that cannot be known are None, and `unknown` s
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 
 from . import aot, hopper, listing, work
 
@@ -27,6 +27,7 @@ class LoopReport:
     global_widths: dict[int, int]  # bits of a thread: how many such loads and stores
     shared_widths: dict[int, int]
     matrix: str
+    spills: int = 0  # loads and stores of spilled registers
     fraction: float | None = None  # of the limit, predicted
     limit: str | None = None  # which limit: memory or tensor
     bound_by: str | None = None
@@ -42,6 +43,8 @@ class Report:
     source: str  # what was read: sass, ptx or amdgcn
     loops: list[LoopReport]
     unknown: str | None = None  # why numbers are missing
+    forward: bool = True  # the variant's: not a gradient
+    sizes: dict[str, int] = field(default_factory=dict)  # the variant's tile: BLOCK_N and so on
     loop: int = 0  # the variant's: which of the loops that move or multiply is to be looked at
 
     @property
@@ -75,10 +78,10 @@ def _report_one(task: tuple[str, int]) -> Report:
 def report(variant: dict, arch: str, folder: str = "") -> Report:
     """Compiles one variant and reads it."""
     result = aot.check(variant, arch, folder)
-    warps = variant["num_warps"]
+    warps, which = variant["num_warps"], variant.get("loop", 0)
+    given = {"forward": variant.get("forward", True), "sizes": _sizes(variant), "loop": which}
     if result.registers is None and (result.problem or "").startswith("does not compile"):
-        return Report(result, warps, "", [], result.problem)
-    which = variant.get("loop", 0)
+        return Report(result, warps, "", [], result.problem, **given)
     asm = aot.build(variant, aot.ARCHES[arch].target).asm
     text, dialect = machine_code(asm)
     found = listing.innermost(listing.read(text, dialect), dialect)
@@ -86,7 +89,7 @@ def report(variant: dict, arch: str, folder: str = "") -> Report:
     if len(found) != len(done):
         reason = f"the compiler made {len(found)} inner loops of {len(done)}"
         loops = [_loop(each) for each in found]
-        return Report(result, warps, dialect, loops, reason, which)
+        return Report(result, warps, dialect, loops, reason, **given)
     reason = None
     if arch != PREDICTED or dialect != "sass":
         reason = f"no prediction: it is for {PREDICTED}'s machine code, this is {arch}'s {dialect}"
@@ -96,7 +99,13 @@ def report(variant: dict, arch: str, folder: str = "") -> Report:
         if reason is None:
             guess = hopper.predict(instructions, each, warps, result.blocks or 0)
         loops.append(_loop(instructions, each, guess))
-    return Report(result, warps, dialect, loops, reason, which)
+    return Report(result, warps, dialect, loops, reason, **given)
+
+
+def _sizes(variant: dict) -> dict[str, int]:
+    """Of its tile."""
+    constexprs = variant.get("constexprs", {})
+    return {name: size for name, size in constexprs.items() if name.startswith("BLOCK_")}
 
 
 def machine_code(asm: dict) -> tuple[str, str]:
@@ -118,5 +127,6 @@ def _loop(instructions, done: work.Work | None = None, guess=None) -> LoopReport
         counts.global_widths,
         counts.shared_widths,
         counts.matrix,
+        counts.spills,
         **predicted,
     )

@@ -21,8 +21,8 @@ def dense_rows(x: Tensor | None) -> Tensor | None:
     tokens, expanded heads and batches: they are returned as they are. Everything else is copied: a
     transposed last dimension, every third number, an expanded one; and tokens that share storage,
     which matrix products in half precision refuse."""
-    if x is None:
-        return None
+    if x is None or x.is_contiguous():
+        return x
     beside = x.shape[-1] == 1 or x.stride(-1) == 1
     apart = x.ndim < 3 or x.shape[-2] == 1 or x.stride(-2) >= x.shape[-1]
     return x if beside and apart else x.contiguous()

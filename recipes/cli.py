@@ -133,7 +133,7 @@ def kernels(
     """
     try:
         from effattn.errors import check_choice
-        from effattn.kernels import aot
+        from effattn.kernels import aot, marks
         from effattn.kernels import report as reporting
     except ImportError:
         raise ValueError("kernels: triton is not installed (it exists for Linux)") from None
@@ -170,6 +170,8 @@ def kernels(
                 )
             else:
                 wide.print(_kernel_table(name, [each for each in results if each.arch == name]))
+        if report and (found := marks.marks(reports)):
+            wide.print(_mark_table(found))
         console.print(f"{len(results)} variants, {len(failed)} failed", highlight=False)
     if failed:
         sys.exit(1)
@@ -228,6 +230,20 @@ def _loop_table(arch: str, reports: list) -> Table:
             cells += [None] * 6 + [each.unknown]
         shown = ("?" if cell is None else str(cell) for cell in cells)
         table.add_row(result.folder, result.name, *shown)
+    return table
+
+
+def _mark_table(found: list) -> Table:
+    title = "marks in the model of an H200"
+    table = Table("mark", title=title, title_justify="left")
+    for heading in ("at least", "predicted", "holds"):
+        table.add_column(heading, justify="right")
+    for each in found:
+        least = f"{each.least:.2f}" if each.least else "0"
+        holds = "yes" if each.holds else "no"
+        table.add_row(
+            each.what, least, f"{each.got:.2f}", holds, style=None if each.holds else "bold red"
+        )
     return table
 
 

@@ -12,6 +12,7 @@ from itertools import product
 
 import torch
 from torch import Tensor
+from torch.nn.functional import logsigmoid, normalize
 from torch.utils import deterministic
 
 from bench.day.settings import Day
@@ -19,11 +20,14 @@ from effattn.kernels import (
     bitmask,
     decode,
     flash,
+    gated,
+    latent,
     linear,
     linformer,
     lsh,
     monarch,
     pack,
+    ragged,
     sparse24,
     topk,
     vq,
@@ -250,6 +254,47 @@ def _method_checks(tokens: int) -> Iterator[tuple[str, Check]]:
         yield f"lsh{' both ways' * (not causal)}", Check(partial(_lsh, causal), sizes, "q k v")
 
 
+def _gated(delta, impl, x):
+    work = torch.promote_types(x["q"].dtype, FP32)
+    forget = logsigmoid(x["g"].to(work) + 2).clamp(min=gated.LOWEST)
+    given = {"beta": torch.sigmoid(x["b"].to(work))} if delta else {}
+    # the delta rule's keys are no longer than 1
+    k = normalize(x["k"], dim=-1)
+    return {"out": gated.attention(x["q"], k, x["v"], log_decay=forget, impl=impl, **given)[0]}
+
+
+def _ragged(impl, x):
+    """Of each head its first tokens, another number of them."""
+    tokens, dim = x["k"].shape[2:]
+    lengths = (tokens, tokens // 3, tokens // 2, 1)
+    ends = torch.tensor([0, *lengths], device=x["k"].device).cumsum(0)
+    k, v = (
+        torch.cat([y[:n] for y, n in zip(x[name].flatten(0, 1), lengths, strict=True)])
+        for name in "kv"
+    )
+    of = torch.arange(2, device=k.device)
+    kept = ragged.Ragged(k, v, ends, of, lengths, (0, 1), (dim, dim), k.dtype)
+    return {"out": ragged.attention(x["q"], kept, scale=dim**-0.5, impl=impl)[0]}
+
+
+def _latent(impl, x):
+    maps = latent.Maps(*(x[name] * x["c"].shape[2] ** -0.5 for name in ("key", "value")))
+    return {"out": latent.attention(x["q"], x["c"], maps, impl=impl)}
+
+
+def _state_checks(tokens: int) -> Iterator[tuple[str, Check]]:
+    for delta, width in product((False, True), (1, 64)):
+        sizes = _qkv(tokens) | {"g": (2, 2, tokens, width), "b": (2, 2, tokens)}
+        said = f"gated{' delta rule' * delta}, {width} gates a head"
+        yield said, Check(partial(_gated, delta), sizes, "q k v")
+    for queries in (1, 5):
+        yield f"ragged, {queries} queries", Check(_ragged, _qkv(tokens, queries, 128))
+    for rank in (96, 600):
+        sizes = {"q": (2, 8, 1, 64), "c": (2, tokens, rank)}
+        sizes |= dict.fromkeys(("key", "value"), (2, 64, rank))
+        yield f"latents of rank {rank}", Check(_latent, sizes)
+
+
 def _monarch(outputs, impl, x):
     options = dict(out_features=outputs, impl=impl)
     return {"out": monarch.linear(x["x"], x["right"], x["left"], x["bias"], **options)}
@@ -286,6 +331,7 @@ GROUPS: dict[str, Callable[[int], Iterator[tuple[str, Check]]]] = {
     "packed": _packed_checks,
     "linear": _linear_checks,
     "methods": _method_checks,
+    "states": _state_checks,
     "products": _product_checks,
 }
 DTYPES = {"bf16": BF16, "fp16": FP16, "fp32": FP32}

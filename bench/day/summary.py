@@ -92,8 +92,9 @@ def headlines_table(found: Mapping) -> Table:
     header = ["", "measured", "target", "met", "predicted", "ms", "limit ms", "host ms"]
     note = (
         "Ratios of speed, or shares of the measured read bandwidth: more is better. limit: what "
-        "the bytes and operations need on this device at least. Predicted from machine code that "
-        "Triton 3.6 made for sm_90, before any of it had run."
+        "the bytes and operations need on this device at least. Predicted from machine code for "
+        "sm_90, before any of it had run: by hand from what Triton 3.6 made of the first kernels, "
+        "or, where it says up to, by the model of `effattn kernels --report` for today's."
     )
     return Table("Headlines", header, lines, note)
 

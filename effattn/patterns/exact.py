@@ -132,9 +132,9 @@ class ExactBackend(Backend):
     def attended(self, q: Tensor, k: Tensor, v: Tensor, call: Call, lse: bool):
         """`attend` without `call.sink_logits`: out (B, Hq, Tq, Dv), and with `lse` the log-sum-exp
         (B, Hq, Tq)."""
-        self.chosen_impl = impl = flash.choose(self.impl, q.device)
+        impl = self.runs(flash.choose(self.impl, q.device))
         if isinstance(call.layout.total, Tensor) and impl == "triton":
-            self.chosen_impl = impl = torch_only(self.impl)
+            impl = self.runs(torch_only(self.impl))
         packed = call.state if call.state is not None and call.state.packed else None
         if impl == "reference" and packed is None:
             out, sums = self._reference(q, k, v, call)
@@ -152,7 +152,7 @@ class ExactBackend(Backend):
                     "impl: 'triton' has no gradients for learned biases; valid are 'auto' and "
                     "'torch'"
                 )
-            self.chosen_impl = impl = "torch"
+            impl = self.runs("torch")
         if packed is not None:  # only it can read what it holds, and k, v are the new tokens
             return packed.attend(q, k, v, self.pattern(call.causal), call, impl, lse)
         if self._undefined(call):
@@ -165,10 +165,11 @@ class ExactBackend(Backend):
     def _undefined(self, call: Call) -> bool:
         """Whether no kernel has what a call asks for: dropout over a ring, and dropout or scores
         pair by pair in a pattern that is made of several parts."""
-        layout, in_parts = call.layout, self.pattern(call.causal) is None
+        layout = call.layout
         far = call.far is not None or (call.turn is not None and call.turn.window is not None)
         if call.drop is None:
-            return in_parts and (far or call.bias is not None)
+            return (far or call.bias is not None) and self.pattern(call.causal) is None
+        in_parts = self.pattern(call.causal) is None
         ordered = layout.ring is None and layout.slots_at is None and layout.total is None
         return in_parts or not ordered or call.turn is not None
 

@@ -71,7 +71,7 @@ class KernelBackend(Backend):
         return extras
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
-        self.chosen_impl = impl = linear.choose(self.impl, q.device)
+        impl = self.runs(linear.choose(self.impl, q.device))
         dtype = q.dtype
         q, k = self.mapped(q, k)
         return self._attend(q, k, v.to(k.dtype), call, impl).to(dtype)

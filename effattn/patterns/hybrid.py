@@ -90,7 +90,7 @@ class Hybrid(Linear):
     # ---------------------------------------------------------------------------------------------
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
-        self.chosen_impl = impl = linear.choose(self.impl, q.device)
+        impl = self.runs(linear.choose(self.impl, q.device))
         if impl == "reference":
             return self._definition(q, k, v, call)
         near = flash.attention(

@@ -197,7 +197,7 @@ class Linformer(Projected):
     def attend(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
         E, F = self.weights
         start, mask = call.layout.start, call.layout.mask
-        self.chosen_impl = impl = linformer.choose(self.impl, q.device)
+        impl = self.runs(linformer.choose(self.impl, q.device))
         if impl == "reference":
             from effattn.kernels.linformer.reference import linformer as by_definition
 

@@ -69,7 +69,7 @@ class LinformerBlockwise(Projected):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
         layout = call.layout
-        self.chosen_impl = impl = linformer.choose(self.impl, q.device)
+        impl = self.runs(linformer.choose(self.impl, q.device))
         if impl == "reference":
             from effattn.kernels.linformer.reference import blockwise
 

@@ -142,7 +142,7 @@ class LSH(Backend):
         return FullState() if self.impl == "reference" else BucketState(self.rule, self.hash)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
-        self.chosen_impl = impl = lsh.choose(self.impl, q.device)
+        impl = self.runs(lsh.choose(self.impl, q.device))
         layout, rule, queries = call.layout, self.rule, q.shape[2]
         real = layout.mask
         if call.state is not None:  # which has hashed the keys, and knows where they lie

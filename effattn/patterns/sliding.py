@@ -182,7 +182,7 @@ class Sliding(ExactBackend):
                 f"rotary: {rotary.spec!r} with compress, whose positions are places in the cache; "
                 "valid are rules that only turn by fixed angles"
             )
-        self.chosen_impl = impl = flash.choose(self.impl, q.device)
+        impl = self.runs(flash.choose(self.impl, q.device))
         how = {
             "scale": q.shape[-1] ** -0.5 if scale is None else float(scale),
             "softcap": extras.get("softcap"),

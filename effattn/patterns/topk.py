@@ -172,7 +172,7 @@ class TopK(Backend):
         return super().run(q, k, v, causal, padding_mask, state, scale, rotary, extras)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
-        self.chosen_impl = impl = topk.choose(self.impl, q.device)
+        impl = self.runs(topk.choose(self.impl, q.device))
         layout = call.layout
         if impl == "reference":
             return self._reference(q, k, v, call)

@@ -153,7 +153,7 @@ class VQ(Backend):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
         layout, total = call.layout, call.layout.tokens(k.shape[2])
-        self.chosen_impl = impl = vq.choose(self.impl, q.device)
+        impl = self.runs(vq.choose(self.impl, q.device))
         if impl == "reference":
             return self._reference(q, k, v, call)
         codes = vq.nearest(k, self.codebook, impl)

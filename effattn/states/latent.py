@@ -65,6 +65,7 @@ class LatentState(State):
     def _take(self, c: Tensor, mask: Tensor | None = None) -> tuple[Tensor | PackedLatents, Layout]:
         """Appends latents (B, 1, T, r); returns all that is held, (B, T, r), and where it lies."""
         rank, dtype = self.like = c.shape[-1], c.dtype
+        self.own.late = self.late  # so that it need not ask where padding ends
         if self.cache is None:
             held, _, layout = self.own.append(c, c[..., :0], mask)
             return held[:, 0], layout

@@ -175,7 +175,8 @@ class PagedState(State):
         place = torch.arange(self.total, self.total + new)
         at = torch.tensor([row[whole:] for row in table], dtype=torch.int64).view(rows, -1)
         at = at[:, place // self.page - whole] * self.page + place % self.page
-        at = at.flatten().to(k.device)
+        # copies that the host does not wait for
+        at = at.flatten().to(k.device, non_blocking=True)
         for held, x in zip(self.pool.pair, (k, v), strict=True):
             held.flatten(1, 2).index_copy_(1, at, x.transpose(0, 1).flatten(1, 2))
         self.total += new
@@ -215,7 +216,7 @@ class PagedState(State):
         else:
             at = torch.tensor(self.table, dtype=torch.int64).view(rows, 1, pages)
             at = (torch.arange(heads)[:, None] * len(self.pool.users) + at).flatten()
-            at = at.to(self.pool.k.device)
+            at = at.to(self.pool.k.device, non_blocking=True)
             shape = rows, heads, pages * self.page, -1
             found = (x.flatten(0, 1).index_select(0, at).reshape(shape) for x in self.pool.pair)
         k, v = (x[:, :, : self.total] for x in found)

@@ -11,6 +11,7 @@ import triton
 from torch import Tensor
 
 from ..decode.triton_impl import processors
+from ..rounding import cdiv, power_of_two
 from ..rows import dense_rows
 from . import torch_impl
 from .packed import SEGMENT, Packed
@@ -42,7 +43,7 @@ def forward(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
     out = x.new_empty(len(x), outputs)
     parts = out if splits == 1 else x.new_empty(splits, *out.shape, dtype=torch.float32)
     with torch.cuda.device_of(x):
-        product[triton.cdiv(outputs, sizes["BLOCK_N"]), splits](
+        product[cdiv(outputs, sizes["BLOCK_N"]), splits](
             x,
             *packed,
             bias if splits == 1 else None,
@@ -51,7 +52,7 @@ def forward(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
             outputs,
             width,
             segments,
-            triton.cdiv(segments, splits),
+            cdiv(segments, splits),
             **sizes,
         )
     if splits == 1:
@@ -68,12 +69,12 @@ def tile(rows: int, outputs: int, width: int, processors: int) -> dict[str, int]
     x go to the matrix unit; 64 of them twice would be more than shared memory holds.
     """
     block_n = 16 if triton.knobs.runtime.interpret else 32  # small tests have several tiles
-    segments = triton.cdiv(width, SEGMENT)
-    splits = max(1, min(segments, WAVES * processors // triton.cdiv(outputs, block_n)))
-    splits = triton.cdiv(segments, triton.cdiv(segments, splits))  # none is empty
+    segments = cdiv(width, SEGMENT)
+    splits = max(1, min(segments, WAVES * processors // cdiv(outputs, block_n)))
+    splits = cdiv(segments, cdiv(segments, splits))  # none is empty
     return dict(
         splits=splits,
-        BLOCK_M=1 if rows == 1 else max(16, triton.next_power_of_2(rows)),
+        BLOCK_M=1 if rows == 1 else max(16, power_of_two(rows)),
         BLOCK_N=block_n,
         SEGMENT=SEGMENT,
         ALIGN=align(width),
@@ -98,7 +99,7 @@ def blocks(packed: Packed) -> torch_impl.Blocks:
         count = rows.stop - rows.start
         if dense is None:
             dense = values.new_empty(count, packed.shape[1])
-        grid = triton.cdiv(count, EXPAND["BLOCK_N"]), starts.shape[1]
+        grid = cdiv(count, EXPAND["BLOCK_N"]), starts.shape[1]
         with torch.cuda.device_of(values):
             expand[grid](
                 values,

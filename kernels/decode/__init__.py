@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..flash import IMPLEMENTATIONS, choose
 from ..flash.dropout import Dropout
-from ..flash.pattern import Layout, Pattern
+from ..flash.pattern import IN_ORDER, Layout, Pattern
 from ..flash.rules import Bias
 from ..flash.rules import check as check_rules
 from ..rows import dense_rows
@@ -50,7 +50,7 @@ def attention(
     as it was before its rotation. bias, drop: as there; the
     latter in torch alone. ValueError for what they do not go with (a turn with a window: no q_first
     or bias, only `causal`)."""
-    pattern, layout = pattern or Pattern(), layout or Layout()
+    pattern, layout = pattern or Pattern(), layout or IN_ORDER
     q, k, v = dense_rows(q), dense_rows(k), dense_rows(v)
     q_first = dense_rows(q_first)
     check_rules(None, bias, q, k, pattern, layout, causal, q_first)

@@ -15,6 +15,7 @@ from ..flash.pattern import Blocks, Pattern
 from ..flash.rules import Bias
 from ..flash.triton_bias import BIASES, arguments
 from ..pack.codes import Codes, Coding
+from ..rounding import cdiv, power_of_two
 from ..rows import dense_rows
 from .packed_cache import PackedCache
 from .packed_kernels import attend_packed
@@ -69,9 +70,9 @@ def attention(
 
     slots, packed, rest = cache.slots, cache.k.tokens, cache.k_rest.shape[2]
     low, rest_low = worth_reading(cache, pattern, queries, sizes["BLOCK_N"])
-    packed_tiles = triton.cdiv(packed - low, sizes["BLOCK_N"])
-    tiles = packed_tiles + triton.cdiv(slots + rest - rest_low, sizes["BLOCK_F"])
-    row_tiles = triton.cdiv(lines, sizes["BLOCK_M"])
+    packed_tiles = cdiv(packed - low, sizes["BLOCK_N"])
+    tiles = packed_tiles + cdiv(slots + rest - rest_low, sizes["BLOCK_F"])
+    row_tiles = cdiv(lines, sizes["BLOCK_M"])
     splits = split(tiles, batch * kv_heads * row_tiles, processors(q.device))
     out, lse, parts, sums = results(q, value_dim, splits, need_lse)
     total, total_at = (0, cache.total) if isinstance(cache.total, Tensor) else (cache.total, None)
@@ -91,7 +92,7 @@ def attention(
             q, q_first, q_far, *k, *v, *full, parts, sums, *held, total_at, inv_freq, params,
             *steps, mask_b, group, row_tiles, *in_base_two(scale, softcap), step, n_params,
             queries, total, slots, first, *numbers, cache.packed_from, packed, rest, low, rest_low,
-            packed_tiles, tiles, triton.cdiv(tiles, splits), scaling, window, slow,
+            packed_tiles, tiles, cdiv(tiles, splits), scaling, window, slow,
             K_CODE=k_code, V_CODE=v_code, TURN=turned(turn), NEAR=near, CAUSAL=causal,
             SOFTCAP=softcap is not None, SLOTS=slots > 0, BIAS=BIASES[bias and bias.kind], **sizes,
         )  # fmt: skip
@@ -157,7 +158,7 @@ def code(
         width = math.gcd(width, coding.group)
     if half is not None:
         width = math.gcd(width, half)
-    block = max(16, triton.next_power_of_2(width))
+    block = max(16, power_of_two(width))
     step = 2 if half is None and width % 2 == 0 and block >= 32 else 1
     fp8, channel = coding.kind == "fp8", coding.axis == "channel"
     return (
@@ -240,13 +241,13 @@ def tile(
     """Tile sizes for `lines` rows and so many bytes of shared memory, as keyword arguments of
     `attend_packed`. A tile of packed keys lies in one group. more: how many there are of q_first,
     keys that turn and a bias, which take registers."""
-    width = max(triton.next_power_of_2(dim), triton.next_power_of_2(value_dim), 16)
+    width = max(power_of_two(dim), power_of_two(value_dim), 16)
     small = shared < 96 * 1024  # AMD
     if itemsize == 4:  # without matrix units: there to be right
         block_m, longest = 16, 32
     else:
         block_m = min(
-            max(16, triton.next_power_of_2(lines)),
+            max(16, power_of_two(lines)),
             16 if more or small else 32 if width > 64 else 64,
         )
         longest = min(LONGEST, CODES_AT_ONCE // width) // 2 ** max(more, small or block_m > 16)

@@ -13,12 +13,12 @@ import math
 from functools import lru_cache
 
 import torch
-import triton
 from torch import Tensor
 
 from ..flash.pattern import Blocks, Layout, Pattern, Window
 from ..flash.rules import Bias
 from ..flash.triton_bias import BIASES, arguments
+from ..rounding import cdiv, power_of_two
 from ..rows import dense_rows
 from .triton_kernels import attend, combine
 from .triton_pieces import in_blocks, in_window
@@ -67,8 +67,8 @@ def attention(
 
     shared, turns = shared_memory(q.device), turn is not None
     sizes = tile(dim, value_dim, q.element_size(), group * queries, shared, more, turns)
-    tiles = triton.cdiv(head, sizes["BLOCK_N"]) + triton.cdiv(keys - low, sizes["BLOCK_N"])
-    row_tiles = triton.cdiv(group * queries, sizes["BLOCK_M"])
+    tiles = cdiv(head, sizes["BLOCK_N"]) + cdiv(keys - low, sizes["BLOCK_N"])
+    row_tiles = cdiv(group * queries, sizes["BLOCK_M"])
     splits = split(tiles, batch * kv_heads * row_tiles, processors(q.device))
     out, lse, parts, sums = results(q, value_dim, splits, need_lse)
 
@@ -84,10 +84,18 @@ def attention(
     total, first = layout.tokens(keys), min(pattern.first, FARTHEST)
     numbers = (
         *(queries, layout.tail, total, layout.slots, first, *numbers),
-        *(head, low, keys, tiles, triton.cdiv(tiles, splits)),
+        *(head, low, keys, tiles, cdiv(tiles, splits)),
     )
-    fixed = dict(D=dim, DV=value_dim, NEAR=near, CAUSAL=causal, HEAD=head > 0, **sizes)
-    fixed |= dict(SOFTCAP=softcap is not None, BIAS=BIASES[bias and bias.kind])
+    fixed = dict(
+        D=dim,
+        DV=value_dim,
+        NEAR=near,
+        CAUSAL=causal,
+        HEAD=head > 0,
+        SOFTCAP=softcap is not None,
+        BIAS=BIASES[bias and bias.kind],
+        **sizes,
+    )
     with torch.cuda.device_of(q):
         if turn is None:
             attend[splits * row_tiles, kv_heads, batch](
@@ -157,7 +165,8 @@ def in_base_two(scale: float, softcap: float | None) -> tuple[float, float]:
 
 def merge(parts: Tensor, sums: Tensor, out: Tensor, lse: Tensor | None) -> None:
     """out and lse of all splits together."""
-    splits, lines, value_dim = len(parts), sums[0].numel(), out.shape[3]
+    splits, value_dim = parts.shape[0], out.shape[3]
+    lines = sums.numel() // splits
     combine[lines,](
         parts, sums, out, lse, splits, lines, DV=value_dim, **combine_tile(value_dim)
     )  # fmt: skip
@@ -175,13 +184,13 @@ def tile_classes(
         return 0, slow, 0, 0, 0
     if layout.ring is not None:
         return turn.window, slow, tiles, 0, 0
-    in_front = triton.cdiv(head, block)
-    ahead = in_front if head else min(triton.cdiv(layout.slots, block), tiles)
+    in_front = cdiv(head, block)
+    ahead = in_front if head else min(cdiv(layout.slots, block), tiles)
     first = layout.tail + low - layout.slots  # token number of the first key behind the front
     total = layout.tokens(keys)
     distant = in_front + (total - queries - turn.window - first + 1) // block - ahead
     distant = max(0, min(distant, tiles - ahead))
-    close = in_front + triton.cdiv(total - turn.window - first, block)
+    close = in_front + cdiv(total - turn.window - first, block)
     return turn.window, slow, ahead, distant, max(0, min(close, tiles) - ahead - distant)
 
 
@@ -189,9 +198,7 @@ def turned(turn: Turn, fixed: dict) -> dict:
     """The compile-time arguments of `attend_turned`, from those of `attend`."""
     half = len(turn.inv_freq)
     rest = fixed["D"] - 2 * half
-    sizes = dict(
-        BLOCK_R=max(16, triton.next_power_of_2(half)), BLOCK_P=max(16, triton.next_power_of_2(rest))
-    )
+    sizes = dict(BLOCK_R=max(16, power_of_two(half)), BLOCK_P=max(16, power_of_two(rest)))
     slowed = turn.window is not None and not math.isinf(turn.slow)
     more = dict(R2=half, INTERLEAVED=turn.interleaved, SLOWED=slowed, **sizes)
     return {name: value for name, value in fixed.items() if name != "BLOCK_D"} | more
@@ -254,15 +261,13 @@ def tile(
     more: there are counts, q_first, a bias or raw keys, which take registers. turns: it is raw
     keys, which with wide heads take more than Hopper and Blackwell give: smaller tiles, and fewer
     in flight."""
-    block_d, block_dv = (max(16, triton.next_power_of_2(x)) for x in (dim, value_dim))
+    block_d, block_dv = (max(16, power_of_two(x)) for x in (dim, value_dim))
     width = max(block_d, block_dv)
     small = shared < 6 * TILE_BYTES  # AMD, and NVIDIA before Ampere
     if itemsize == 4:  # without matrix units: there to be right, and small enough for the registers
         block_m, block_n = 16, 32 if width <= 64 else 16
     else:
-        block_m = min(
-            max(16, triton.next_power_of_2(lines)), 64 if width <= 128 and not more else 32
-        )
+        block_m = min(max(16, power_of_two(lines)), 64 if width <= 128 and not more else 32)
         block_n = min(128 if block_m == 16 else 64, TILE_BYTES // (width * itemsize)) // (
             2 if small or more else 1
         )
@@ -281,7 +286,7 @@ def tile(
 @lru_cache
 def combine_tile(value_dim: int) -> dict[str, int]:
     """The same for `combine`: as many splits at once as a tile of 4096 numbers holds."""
-    block_dv = max(16, triton.next_power_of_2(value_dim))
+    block_dv = max(16, power_of_two(value_dim))
     return dict(BLOCK_DV=block_dv, CHUNK=4096 // max(32, block_dv), num_warps=4)
 
 

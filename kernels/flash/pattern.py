@@ -136,12 +136,15 @@ class Layout:
         return number if self.start is None else number - self.start[:, None]
 
 
+IN_ORDER = Layout()  # all tokens, one after the other, and no padding
+
+
 def layout_of(padding_mask: Tensor | None) -> Layout:
     """The layout of keys that are all there, with the padding mask (B, Tk) bool that came with
     them.
     """
     if padding_mask is None:
-        return Layout()
+        return IN_ORDER
     return Layout(start=first_real(padding_mask), mask=padding_mask)
 
 

@@ -9,10 +9,10 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ..rounding import cdiv
 from ..rows import dense_rows
 from . import tiles
 from .dropout import Dropout
@@ -129,7 +129,7 @@ class _Attention(torch.autograd.Function):
         fixed = constants("forward", call, tiles.architecture(q.device), q.dtype, dim, v.shape[-1])
         with torch.cuda.device_of(q):
             _launch(
-                "forward", batch * heads * triton.cdiv(queries, fixed["BLOCK_M"]),
+                "forward", batch * heads * cdiv(queries, fixed["BLOCK_M"]),
                 q, k, v, q_first, q_far, k_far, mask, start, params, q_drop, k_drop, out, lse,
                 *_strides(q, k, v, q_first, q_far, k_far, out),
                 *_numbers(q, k, mask, call),
@@ -156,7 +156,7 @@ class _Attention(torch.autograd.Function):
         dq = dk = dv = dq_first = dq_far = dk_far = None
         with torch.cuda.device_of(q):
             _launch(
-                "backward_rows", batch * heads * triton.cdiv(queries, rows.m),
+                "backward_rows", batch * heads * cdiv(queries, rows.m),
                 out, grad, lse, None if grad_lse is None else grad_lse.contiguous(), delta, lse2,
                 *_strides(out, grad),
                 heads, queries,
@@ -189,7 +189,7 @@ def _query_gradients(
         "backward_queries", call, tiles.architecture(q.device), q.dtype, dim, v.shape[3], part
     )
     _launch(
-        "backward_queries", batch * heads * triton.cdiv(queries, fixed["BLOCK_M"]),
+        "backward_queries", batch * heads * cdiv(queries, fixed["BLOCK_M"]),
         q, k, v, q_first, *more, dq, dq_first,
         *_strides(q, k, v, q_first, more[5], dq),
         *_numbers(q, k, more[0], call),
@@ -225,7 +225,7 @@ def _key_gradients(
         "backward_keys", call, tiles.architecture(q.device), q.dtype, k.shape[3], value_dim, part
     )
     _launch(
-        "backward_keys", batch * kv_heads * triton.cdiv(keys, fixed["BLOCK_N"]),
+        "backward_keys", batch * kv_heads * cdiv(keys, fixed["BLOCK_N"]),
         q, k, v, q_first, mask, start, params, q_drop, k_drop, grad, lse2, delta, dk, dv, dv_near,
         *_strides(q, k, v, q_first, grad, dk, dv),
         *_numbers(q, k, mask, call),

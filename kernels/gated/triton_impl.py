@@ -6,12 +6,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..flash.tiles import architecture, padded
 from ..flash.triton_impl import DTYPES
+from ..rounding import cdiv
 from ..rows import dense_rows
 from . import torch_impl, triton_kernels
 from .gates import BY_FEATURE, HALF
@@ -118,7 +118,7 @@ def _launch(q, k, v, log_decay, beta, first, first_norms, mask, normalize, scale
         last = torch.empty(batch, heads, features, value_dim, device=k.device)
         last_norms = torch.empty(batch, heads, features, device=k.device) if normalize else None
     strides = [step for x in (q, k, v) for step in x.stride()[:3]]
-    grid = (batch * heads * triton.cdiv(value_dim, fixed["BLOCK_V"]),)
+    grid = (batch * heads * cdiv(value_dim, fixed["BLOCK_V"]),)
     with torch.cuda.device_of(k):
         triton_kernels.forward[grid](
             q, k, v, gate, beta, mask, first, first_norms, out, last, last_norms,

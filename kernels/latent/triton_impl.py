@@ -15,7 +15,6 @@ from dataclasses import replace
 from functools import lru_cache
 
 import torch
-import triton
 from torch import Tensor
 
 from .. import decode
@@ -39,6 +38,7 @@ from ..flash.pattern import Layout, Pattern
 from ..flash.rules import Bias
 from ..flash.triton_bias import BIASES, arguments
 from ..merge import merge as merge_parts
+from ..rounding import cdiv, power_of_two
 from ..rows import dense_rows
 from .triton_kernels import gather, score_keys, score_latents
 
@@ -159,7 +159,7 @@ def _expanded(
     kv_heads = maps.key.shape[0]
     group, half = heads // kv_heads, len(turn.inv_freq)
     sizes = key_tile(dim, half, q.element_size(), group * queries, shared_memory(q.device))
-    row_tiles = triton.cdiv(group * queries, sizes["BLOCK_M"])
+    row_tiles = cdiv(group * queries, sizes["BLOCK_M"])
     read = _Read(q, c, pattern, layout, bias, sizes["BLOCK_N"])
     q, q_first, key = dense_rows(q), dense_rows(q_first), maps.key.to(q).contiguous()
     own = None if maps.key_bias is None else maps.key_bias.to(q).contiguous()
@@ -183,7 +183,7 @@ def _by_scores(
     sizes = latent_tile(q.element_size(), heads * queries, shared_memory(q.device))
     read = _Read(q, c, pattern, layout, bias, sizes["BLOCK_N"])
     with torch.cuda.device_of(q):
-        score_latents[triton.cdiv(heads * queries, sizes["BLOCK_M"]), read.tiles, len(q)](
+        score_latents[cdiv(heads * queries, sizes["BLOCK_M"]), read.tiles, len(q)](
             q, c, read.scores, *read.held, *strides(q), c.stride(0), c.stride(1), c.shape[2],
             read.mask_b, heads, in_base_two(scale, None)[0], *read.bias, queries, *read.numbers,
             **read.fixed, **sizes,
@@ -212,14 +212,14 @@ class _Read:
 
     def tiles_of(self, tokens: int, block: int) -> int:
         """How many tiles of `block` tokens they are."""
-        return triton.cdiv(self.head, block) + triton.cdiv(tokens - self.low, block)
+        return cdiv(self.head, block) + cdiv(tokens - self.low, block)
 
 
 def _gathered(q: Tensor, c: Tensor, layout: Layout, read: _Read) -> tuple[Tensor, Tensor]:
     """Sums of latents (B, Hq, Tq, r) in q's dtype by the scores, and the log-sum-exps."""
     lines, (tokens, rank) = q.shape[1] * q.shape[2], c.shape[1:]
     sizes = sum_tile(rank, c.element_size(), lines, shared_memory(q.device))
-    row_tiles, pieces = triton.cdiv(lines, sizes["BLOCK_M"]), triton.cdiv(rank, sizes["BLOCK_R"])
+    row_tiles, pieces = cdiv(lines, sizes["BLOCK_M"]), cdiv(rank, sizes["BLOCK_R"])
     tiles = read.tiles_of(tokens, sizes["BLOCK_N"])
     splits = split(tiles, len(q) * row_tiles * pieces, processors(q.device))
     out, lse, parts, sums = results(q, rank, splits, need_lse=True)
@@ -228,7 +228,7 @@ def _gathered(q: Tensor, c: Tensor, layout: Layout, read: _Read) -> tuple[Tensor
         gather[splits * row_tiles, pieces, len(q)](
             read.scores, c, parts, sums, read.held[0], c.stride(0), c.stride(1), rank, lines,
             row_tiles, layout.slots, layout.tail, read.head, read.low, tokens, tiles,
-            triton.cdiv(tiles, splits), HEAD=read.head > 0, **sizes,
+            cdiv(tiles, splits), HEAD=read.head > 0, **sizes,
         )  # fmt: skip
         if splits > 1:
             merge(parts, sums, out, lse)
@@ -242,13 +242,13 @@ def _gathered(q: Tensor, c: Tensor, layout: Layout, read: _Read) -> tuple[Tensor
 @lru_cache
 def key_tile(dim: int, half: int, itemsize: int, lines: int, shared: int) -> dict[str, int]:
     """Those of `score_keys`, for heads of `dim` of which 2 `half` turn and `lines` rows."""
-    block_r, block_p = (max(16, triton.next_power_of_2(x)) for x in (half, dim - 2 * half))
+    block_r, block_p = (max(16, power_of_two(x)) for x in (half, dim - 2 * half))
     wide, narrow = max(block_r, block_p) > 64, itemsize == 4
     block_n = (16 if wide else 32) if narrow else (32 if wide else 64)
     return dict(
         BLOCK_R=block_r,
         BLOCK_P=block_p,
-        BLOCK_M=16 if narrow else min(max(16, triton.next_power_of_2(lines)), 32),
+        BLOCK_M=16 if narrow else min(max(16, power_of_two(lines)), 32),
         BLOCK_N=block_n,
         BLOCK_K=32 if narrow else 64,
         num_warps=4,
@@ -261,7 +261,7 @@ def latent_tile(itemsize: int, lines: int, shared: int) -> dict[str, int]:
     """Those of `score_latents`."""
     narrow = itemsize == 4
     return dict(
-        BLOCK_M=16 if narrow else min(max(16, triton.next_power_of_2(lines)), 64),
+        BLOCK_M=16 if narrow else min(max(16, power_of_two(lines)), 64),
         BLOCK_N=32 if narrow else 64,
         BLOCK_K=32 if narrow else 64,
         num_warps=4,
@@ -272,8 +272,8 @@ def latent_tile(itemsize: int, lines: int, shared: int) -> dict[str, int]:
 @lru_cache
 def sum_tile(rank: int, itemsize: int, lines: int, shared: int) -> dict[str, int]:
     """Those of `gather`: pieces of at most 128 numbers of a latent."""
-    block_r = min(max(16, triton.next_power_of_2(rank)), 64 if itemsize == 4 else 128)
-    block_m = 16 if itemsize == 4 else min(max(16, triton.next_power_of_2(lines)), 32)
+    block_r = min(max(16, power_of_two(rank)), 64 if itemsize == 4 else 128)
+    block_m = 16 if itemsize == 4 else min(max(16, power_of_two(lines)), 32)
     # more tokens at a time, and registers spill
     most = 32 if itemsize == 4 or block_m > 16 else 64
     return dict(

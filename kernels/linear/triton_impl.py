@@ -8,10 +8,10 @@ from the end. A few queries over a state are one launch instead, without gradien
 from __future__ import annotations
 
 import torch
-import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ..rounding import cdiv, power_of_two
 from ..rows import dense_rows
 from . import tiles
 from .features import normalized
@@ -133,13 +133,11 @@ def _decode(q, k, v, sums, norms, top, w_q, w_k, mask, rate, spec: Spec) -> Tens
     batch, heads, queries, dim = q.shape
     kv_heads, keys, value_dim = v.shape[1:]
     fixed = constants("decode", tiles.architecture(q.device), spec, dim, value_dim)
-    fixed["M"] = min(64, max(16, triton.next_power_of_2(heads // kv_heads * queries)))
+    fixed["M"] = min(64, max(16, power_of_two(heads // kv_heads * queries)))
     out = torch.empty((batch, heads, queries, value_dim), dtype=q.dtype, device=q.device)
     state, norms, top = (None if x is None else x.contiguous() for x in (sums, norms, top))
     rows = heads // kv_heads * queries
-    programs = (
-        batch * kv_heads * triton.cdiv(rows, fixed["M"]) * triton.cdiv(value_dim, fixed["BLOCK_V"])
-    )
+    programs = batch * kv_heads * cdiv(rows, fixed["M"]) * cdiv(value_dim, fixed["BLOCK_V"])
     with torch.cuda.device_of(q):
         launch(
             "decode", programs,

@@ -6,9 +6,9 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
+from ..rounding import cdiv
 from . import tiles, triton_backward, triton_decode, triton_kernels
 from .features import MAPS
 
@@ -96,7 +96,7 @@ class Pass:
         fixed = self.fixed("tops")
         batch, heads, tokens, _ = x.shape
         launch(
-            "tops", batch * heads * triton.cdiv(tokens, fixed["C"]),
+            "tops", batch * heads * cdiv(tokens, fixed["C"]),
             x, directions, mask, out, mu,
             *strides(x),
             0 if mask is None else self.mask_b, heads, tokens, half,
@@ -110,7 +110,7 @@ class Pass:
         fixed = self.fixed("chunk_sums")
         states, zs, rows, chunks = self._buffers(self.keys, fixed["C"])
         launch(
-            "chunk_sums", rows * chunks * triton.cdiv(self.spec.features, fixed["BLOCK_F"]),
+            "chunk_sums", rows * chunks * cdiv(self.spec.features, fixed["BLOCK_F"]),
             self.k, self.v, self.w_k, self.mask, weights.mu, weights.top_k, weights.ends, self.rate,
             states, zs,
             *strides(self.k, self.v),
@@ -123,7 +123,7 @@ class Pass:
         return states, zs, last, last_z
 
     def _buffers(self, tokens: int, size: int) -> tuple[Tensor, Tensor | None, int, int]:
-        rows, chunks = self.batch * self.kv_heads, triton.cdiv(tokens, size)
+        rows, chunks = self.batch * self.kv_heads, cdiv(tokens, size)
         wide = torch.float32 if self.k.dtype == torch.float32 else torch.bfloat16
         states = self.new(rows, chunks, self.spec.features, self.value_dim, dtype=wide)
         return (
@@ -162,7 +162,7 @@ class Pass:
             elements = own[0, 0].numel()
             first = None if first is None else first.float().contiguous()
             launch(
-                "scan", own.shape[0] * triton.cdiv(elements, tiles.SCAN),
+                "scan", own.shape[0] * cdiv(elements, tiles.SCAN),
                 own, first, last, ends, rate, self.kv_heads, tokens, own.shape[1], elements,
                 C=size, REVERSE=reverse, BLOCK=tiles.SCAN, num_warps=4, num_stages=2,
             )  # fmt: skip
@@ -182,7 +182,7 @@ class Pass:
         out = _like(self.q, self.value_dim)
         share = self.new(*self.q.shape[:3]) if self.spec.normalize else None
         launch(
-            "forward", self.batch * self.heads * triton.cdiv(self.queries, fixed["C"]),
+            "forward", self.batch * self.heads * cdiv(self.queries, fixed["C"]),
             self.q, self.k, self.v, self.w_q, self.w_k, self.mask, weights.mu, weights.high,
             weights.top_k, weights.top_q, weights.ends, self.rate, states, zs, out, share,
             *strides(self.q, self.k, self.v, out),
@@ -209,7 +209,7 @@ class Pass:
                 states, zs = self.common(last, last_z)
             chunks = states.shape[1] if causal else 1
             launch(
-                "backward_queries", self.batch * self.heads * triton.cdiv(self.queries, size),
+                "backward_queries", self.batch * self.heads * cdiv(self.queries, size),
                 self.q, self.k, self.v, grad, self.w_q, self.w_k, self.mask, weights.mu,
                 weights.high, weights.top_k, weights.top_q, weights.ends, self.rate, states, zs,
                 share, slope, dq,
@@ -225,7 +225,7 @@ class Pass:
                 zs.zero_()
         else:
             launch(
-                "gradient_sums", rows * chunks * triton.cdiv(spec.features, fixed["BLOCK_F"]),
+                "gradient_sums", rows * chunks * cdiv(spec.features, fixed["BLOCK_F"]),
                 self.q, grad, self.w_q, weights.high, weights.top_q, weights.ends, self.rate, share,
                 slope, states, zs,
                 *strides(self.q, grad),
@@ -264,7 +264,7 @@ class Pass:
                 self.new(self.batch, self.heads, self.keys, d) for d in (self.dim, self.value_dim)
             )
         launch(
-            "backward_keys", self.batch * self.heads * triton.cdiv(self.keys, fixed["C"]),
+            "backward_keys", self.batch * self.heads * cdiv(self.keys, fixed["C"]),
             self.q, self.k, self.v, grad, self.w_q, self.w_k, self.mask, weights.mu, weights.high,
             weights.top_k, weights.top_q, ends, self.rate, states, zs, share, slope, dk, dv,
             *strides(self.q, self.k, self.v, grad, dk, dv),
@@ -279,7 +279,7 @@ class Pass:
     def _slopes(self, out: Tensor, grad: Tensor) -> Tensor:
         slope = self.new(*out.shape[:3])
         launch(
-            "slopes", self.batch * self.heads * triton.cdiv(self.queries, tiles.ROWS),
+            "slopes", self.batch * self.heads * cdiv(self.queries, tiles.ROWS),
             out, grad, slope,
             *strides(out, grad),
             self.heads, self.queries,

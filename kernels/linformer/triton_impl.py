@@ -7,7 +7,6 @@ from __future__ import annotations
 from functools import lru_cache
 
 import torch
-import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -15,6 +14,7 @@ from ..flash import tiles
 from ..flash.triton_impl import DTYPES
 from ..flash.triton_patterns import PATTERNS, Jitted
 from ..flash.triton_pieces import FAR
+from ..rounding import cdiv, power_of_two
 from ..rows import dense_rows
 from . import triton_kernels
 from .pattern import Earlier
@@ -41,7 +41,7 @@ def tile(dim: int, slots: int, dtype: torch.dtype, arch: str) -> dict[str, int]:
     if arch == "interpreted":
         return dict(BLOCK_K=16, BLOCK_T=32, BLOCK_D=block_d, num_warps=1, num_stages=1)
     most = 32 if dtype == torch.float32 or block_d > 128 else 64
-    block_k = min(max(16, triton.next_power_of_2(slots)), most)
+    block_k = min(max(16, power_of_two(slots)), most)
     # 64 spill on sm_80, with a mask
     block_t = most if block_d <= 64 or arch in ("sm_90", "sm_100") else 32
     stages = 1 if arch == "gfx942" or dtype == torch.float32 else 2
@@ -66,11 +66,11 @@ class _Project(torch.autograd.Function):
     def forward(ctx, x, weight, start, mask):
         (batch, heads, tokens, dim), slots = x.shape, weight.shape[1]
         sizes = tile(dim, slots, x.dtype, tiles.architecture(x.device))
-        programs = batch * heads * triton.cdiv(slots, sizes["BLOCK_K"])
-        along = triton.cdiv(tokens, sizes["BLOCK_T"])
+        programs = batch * heads * cdiv(slots, sizes["BLOCK_K"])
+        along = cdiv(tokens, sizes["BLOCK_T"])
         splits = max(1, min(WAVES * _processors(x.device) // programs, along // LEAST))
-        each = triton.cdiv(along, splits)
-        splits = triton.cdiv(along, each)
+        each = cdiv(along, splits)
+        splits = cdiv(along, each)
         parts = torch.empty(
             (splits, batch, heads, slots, dim), dtype=torch.float32, device=x.device
         )
@@ -89,7 +89,7 @@ class _Project(torch.autograd.Function):
         x, weight, start, mask = ctx.saved_tensors
         (batch, heads, tokens, dim), slots = x.shape, weight.shape[1]
         sizes = tile(dim, slots, x.dtype, tiles.architecture(x.device))
-        along = triton.cdiv(tokens, sizes["BLOCK_T"])
+        along = cdiv(tokens, sizes["BLOCK_T"])
         grad, dx, dw = grad.contiguous(), None, None
         with torch.cuda.device_of(x):
             if ctx.needs_input_grad[0]:
@@ -101,7 +101,7 @@ class _Project(torch.autograd.Function):
                 )  # fmt: skip
             if ctx.needs_input_grad[1]:
                 dw = torch.zeros_like(weight)  # later columns take no part
-                triton_kernels.weight_gradient[(len(weight) * triton.cdiv(slots, sizes["BLOCK_K"]) *
+                triton_kernels.weight_gradient[(len(weight) * cdiv(slots, sizes["BLOCK_K"]) *
                 along,)](
                     grad, x, start, mask, dw, *x.stride()[:3], _row(mask), heads, heads //
                     len(weight), slots,

@@ -9,11 +9,11 @@ import math
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..flash.tiles import WIDEST, architecture, padded
+from ..rounding import cdiv
 from ..rows import dense_rows
 from . import triton_backward, triton_kernels
 from .places import Places
@@ -116,7 +116,7 @@ class _Sorted(NamedTuple):
         begin = places.query_begin.flatten(0, 1)
         # of each bucket, tile
         last = (begin.diff(dim=2) + size - 1).div(size, rounding_mode="floor").cumsum(dim=2)
-        most = triton.cdiv(self.low.shape[2], size) + min(places.rule.buckets, self.low.shape[2])
+        most = cdiv(self.low.shape[2], size) + min(places.rule.buckets, self.low.shape[2])
         # the interpreter takes long for empty ones, and a look costs nothing here
         if begin.device.type == "cpu":
             most = int(last[..., -1].max())
@@ -167,7 +167,7 @@ class _Attention(torch.autograd.Function):
             )  # fmt: skip
             fixed = constants("combine", arch, q.dtype, dim, value_dim)
             _launch(
-                "combine", lines * triton.cdiv(rows, fixed["BLOCK"]),
+                "combine", lines * cdiv(rows, fixed["BLOCK"]),
                 q, k, v, parts, sums, out, lse,
                 *strides, *out.stride()[:3],
                 unit, heads, group, rows, places.own,
@@ -204,7 +204,7 @@ class _Attention(torch.autograd.Function):
         with torch.cuda.device_of(q):
             fixed = constants("backward_own", arch, q.dtype, dim, value_dim)
             _launch(
-                "backward_own", lines * triton.cdiv(rows // group, fixed["BLOCK"]),
+                "backward_own", lines * cdiv(rows // group, fixed["BLOCK"]),
                 q, k, v, out, grad, lse, delta, dq[0], dk[0], dv[0],
                 *strides, *out.stride()[:3], *grad.stride()[:3],
                 scale, unit, heads, group, rows, store, places.own,

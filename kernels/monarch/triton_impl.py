@@ -15,9 +15,9 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
+from ..rounding import cdiv, power_of_two
 from ..rows import dense_rows
 from . import triton_kernels as kernels
 
@@ -160,7 +160,7 @@ def in_one_pass(x: Tensor, matrix: Factors, bias: Tensor | None, out_features: i
     tile = one_pass_tile(second.shape[1], rank, x.element_size(), shared_memory(x.device))
     f_i, f_row, f_k = first.stride()
     s_j, s_t, s_column = second.stride()
-    grid = (triton.cdiv(blocks, tile["G"]), triton.cdiv(rows, tile["M"]))
+    grid = (cdiv(blocks, tile["G"]), cdiv(rows, tile["M"]))
     with torch.cuda.device_of(x):
         kernels.both[grid](
             x, first, second, bias, y, rows, blocks, rank, first.shape[2], second.shape[1],
@@ -178,7 +178,7 @@ def _one(x, factor, inputs, bias, y, inner: int, outputs: tuple[int, int, int]) 
         return y
     blocks, results, count = factor.shape
     tile = product_tile(rows, results, count, x.element_size())
-    grid = (triton.cdiv(results, tile["Q"]), blocks, triton.cdiv(rows, tile["M"]))
+    grid = (cdiv(results, tile["Q"]), blocks, cdiv(rows, tile["M"]))
     with torch.cuda.device_of(x):
         kernels.one[grid](
             x, factor, bias, y, rows, count, results, inner, x.shape[1], y.shape[1], x.stride(0),
@@ -198,7 +198,7 @@ def _factor_gradient(
     blocks, results, count = factor.shape
     out = torch.empty_like(factor, memory_format=torch.contiguous_format)
     tile = gradient_tile(x.element_size())
-    grid = (triton.cdiv(count, tile["K"]), triton.cdiv(results, tile["Q"]), blocks)
+    grid = (cdiv(count, tile["K"]), cdiv(results, tile["Q"]), blocks)
     with torch.cuda.device_of(x):
         kernels.outer[grid](
             g, x, out, rows, results, count, g.shape[1], x.shape[1], g.stride(0), g_i, g_q,
@@ -218,7 +218,7 @@ def one_pass_tile(outputs: int, rank: int, itemsize: int, shared: int) -> dict[s
     A and the blocks taken at once make at least 16 columns, the least of a matrix unit; and there
     is a block, or more, for each warp. Where the second factor's tile would not leave registers for
     the rest, and for high ranks, it is one block at a time, the rank padded to 16."""
-    size, a = max(16, triton.next_power_of_2(outputs)), triton.next_power_of_2(rank)
+    size, a = max(16, power_of_two(outputs)), power_of_two(rank)
     at_once = 16 // a if a < 4 else 4
     warps, small = min(at_once, 8), shared < 2**17
     if at_once * at_once * a * size > FACTOR * warps or a > 8:
@@ -244,8 +244,8 @@ def product_tile(rows: int, results: int, inputs: int, itemsize: int) -> dict[st
     programs.
     """
     m = 16 if rows <= 16 else 32 if rows <= 32 else 64
-    q = min(32 if m < 64 else 64, max(16, triton.next_power_of_2(results)))
-    k = min(64 if itemsize == 2 else 32, max(16, triton.next_power_of_2(inputs)))
+    q = min(32 if m < 64 else 64, max(16, power_of_two(results)))
+    k = min(64 if itemsize == 2 else 32, max(16, power_of_two(inputs)))
     return dict(M=m, K=k, Q=q, num_warps=4, num_stages=3 if itemsize == 2 else 2)
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import torch
-import triton
 from torch import Tensor
 
+from ..rounding import cdiv, power_of_two
 from ..rows import dense_rows
 from .codes import SCALE, ZERO, Codes, Coding
 from .torch_impl import side_by_side
@@ -31,18 +31,18 @@ def pack(x: Tensor, coding: Coding) -> Codes:
     codes = x.new_empty(batch, heads, tokens, width if per_channel else dim, dtype=torch.uint8)
     strides = x.stride()[:3]
     if tokens:
-        block_g = max(16, triton.next_power_of_2(group))
+        block_g = max(16, power_of_two(group))
         with torch.cuda.device_of(x):
             if per_channel:
-                block_w = max(16, min(triton.next_power_of_2(width), ELEMENTS // block_g))
-                pack_channels[tokens // group, triton.cdiv(width, block_w), batch * heads](
+                block_w = max(16, min(power_of_two(width), ELEMENTS // block_g))
+                pack_channels[tokens // group, cdiv(width, block_w), batch * heads](
                     x, codes, scale, zero, *strides, heads, tokens // group, group, width,
                     PLANES=coding.planes,
                     BLOCK_G=block_g, BLOCK_W=block_w, **fixed,
                 )  # fmt: skip
             else:
                 block_n = max(16, ELEMENTS // block_g)
-                pack_tokens[triton.cdiv(tokens, block_n), dim // group, batch * heads](
+                pack_tokens[cdiv(tokens, block_n), dim // group, batch * heads](
                     x, codes, scale, zero,
                     *strides,
                     heads, tokens, group, dim,
@@ -62,11 +62,11 @@ def unpack(codes: Codes, dtype: torch.dtype) -> Tensor:
         packed, scale, zero = (None if x is None else x.contiguous() for x in (packed, scale, zero))
     batch, heads, tokens, width = packed.shape
     out = packed.new_empty(codes.shape, dtype=torch.float32 if dtype == torch.float64 else dtype)
-    block_w = max(16, min(triton.next_power_of_2(width), 128))
+    block_w = max(16, min(power_of_two(width), 128))
     block_n = ELEMENTS // block_w
     if tokens:
         with torch.cuda.device_of(packed):
-            unpack_tokens[triton.cdiv(tokens, block_n), triton.cdiv(width, block_w), batch * heads](
+            unpack_tokens[cdiv(tokens, block_n), cdiv(width, block_w), batch * heads](
                 packed, scale, zero, out,
                 *packed.stride()[:3], *scale.stride()[:3],
                 heads, tokens, coding.group, width,

@@ -5,7 +5,6 @@ Packed keys are unpacked first, for one call of one layer."""
 from __future__ import annotations
 
 import torch
-import triton
 from torch import Tensor
 
 from ..decode.triton_impl import (
@@ -20,6 +19,7 @@ from ..decode.triton_impl import (
     strides,
     tile,
 )
+from ..rounding import cdiv
 from .kept import Ragged
 from .triton_kernels import attend
 
@@ -38,11 +38,11 @@ def attention(
         )
     kept, group = kept.unpacked(), heads // kv_heads
     sizes = tile(dim, value_dim, q.element_size(), group * queries, shared_memory(q.device), False)
-    tiles = triton.cdiv(kept.most, sizes["BLOCK_N"])
-    row_tiles = triton.cdiv(group * queries, sizes["BLOCK_M"])
+    tiles = cdiv(kept.most, sizes["BLOCK_N"])
+    row_tiles = cdiv(group * queries, sizes["BLOCK_M"])
     splits = split(tiles, batch * kv_heads * row_tiles, processors(q.device))
     out, lse, parts, sums = results(q, value_dim, splits, True)
-    numbers = (queries, triton.cdiv(tiles, splits))
+    numbers = (queries, cdiv(tiles, splits))
     with torch.cuda.device_of(q):
         attend[splits * row_tiles, kv_heads, batch](
             q, kept.k, kept.v, parts, sums, kept.begin, kept.of,

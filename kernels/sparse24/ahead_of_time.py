@@ -9,16 +9,15 @@ from .triton_kernels import product
 
 
 def variants(arch: str) -> list[dict]:
-    """One product at once with a bias, and in splits."""
+    """One row and several, at once with a bias, and in splits."""
     return [
-        _variant("bf16", splits=False),
-        _variant("fp16", splits=False),
-        _variant("bf16", splits=True),
+        *(_variant(kind, rows, splits=False) for kind in ("bf16", "fp16") for rows in (1, 16)),
+        *(_variant("bf16", rows, splits=True) for rows in (1, 16)),
     ]
 
 
-def _variant(kind: str, splits: bool) -> dict:
-    sizes = dict(tile(2, 4096, 512, 132))
+def _variant(kind: str, rows: int, splits: bool) -> dict:
+    sizes = dict(tile(rows, 2, 4096, 512, 132))
     sizes.pop("splits")
     warps, stages = sizes.pop("num_warps"), sizes.pop("num_stages")
     constexprs = sizes | ({"bias_ptr": None} if splits else {})
@@ -28,7 +27,7 @@ def _variant(kind: str, splits: bool) -> dict:
         usual = pointers.get(argument, f"*{kind}") if argument.endswith("_ptr") else "i32:16"
         usual = "i32" if argument in ("rows", "tiles_a_split") else usual
         signature[argument] = "constexpr" if argument in constexprs else usual
-    name = f"product {kind}{' in splits' if splits else ''}"
+    name = f"product {kind} of {rows}{' in splits' if splits else ''}"
     return dict(
         name=name,
         kernel=product,
@@ -37,5 +36,5 @@ def _variant(kind: str, splits: bool) -> dict:
         num_warps=warps,
         num_stages=stages,
         forward=True,
-        dots=True,
+        dots=rows > 1,
     )

@@ -9,6 +9,7 @@ import triton
 from torch import Tensor
 
 from ..decode.triton_impl import processors
+from ..rounding import cdiv
 from ..rows import dense_rows
 from . import torch_impl
 from .packed import Packed
@@ -30,15 +31,15 @@ def forward(x: Tensor, values: Tensor, indices: Tensor, bias: Tensor | None) -> 
             f"x: got {x.dtype}; valid for impl='triton' are float16, bfloat16 and float32"
         )
     rows, (outputs, half) = len(x), indices.shape
-    sizes = dict(tile(x.element_size(), outputs, half, processors(x.device)))
+    sizes = dict(tile(rows, x.element_size(), outputs, half, processors(x.device)))
     splits = sizes.pop("splits")
     out = x.new_empty(rows, outputs)
     parts = out if splits == 1 else x.new_empty(splits, rows, outputs, dtype=torch.float32)
-    tiles = triton.cdiv(half, sizes["BLOCK_G"])
+    tiles = cdiv(half, sizes["BLOCK_G"])
     with torch.cuda.device_of(x):
-        product[triton.cdiv(outputs, sizes["BLOCK_N"]), splits](
+        product[cdiv(outputs, sizes["BLOCK_N"]), splits](
             x, values, indices, bias if splits == 1 else None, parts, rows, outputs, half,
-            triton.cdiv(tiles, splits),
+            cdiv(tiles, splits),
             **sizes,
         )  # fmt: skip
     if splits == 1:
@@ -48,19 +49,26 @@ def forward(x: Tensor, values: Tensor, indices: Tensor, bias: Tensor | None) -> 
 
 
 @lru_cache
-def tile(itemsize: int, outputs: int, half: int, processors: int) -> dict[str, int]:
+def tile(rows: int, itemsize: int, outputs: int, half: int, processors: int) -> dict[str, int]:
     """Keyword arguments of `product`, and into how many `splits` the groups of a row go.
 
-    In 16 bits a tile of 32 outputs and 64 bytes of indices is 18 KiB of packed weights.
+    In 16 bits a tile of 32 outputs and 64 bytes of indices is 18 KiB of packed weights. One row of
+    x needs no matrix unit, whose tiles of 16 rows would be mostly empty, and more registers a
+    weight.
     """
     small = triton.knobs.runtime.interpret  # small tests have several tiles
-    block_n = 16 if small else 32
+    block_n = 16 if small or rows == 1 else 32
     block_g = 16 if small else 64 if itemsize == 2 else 32
-    tiles = triton.cdiv(half, block_g)
-    splits = max(1, min(tiles, WAVES * processors // triton.cdiv(outputs, block_n)))
-    splits = triton.cdiv(tiles, triton.cdiv(tiles, splits))  # none is empty
+    tiles = cdiv(half, block_g)
+    splits = max(1, min(tiles, WAVES * processors // cdiv(outputs, block_n)))
+    splits = cdiv(tiles, cdiv(tiles, splits))  # none is empty
     return dict(
-        splits=splits, BLOCK_M=16, BLOCK_N=block_n, BLOCK_G=block_g, num_warps=4, num_stages=3
+        splits=splits,
+        BLOCK_M=1 if rows == 1 else 16,
+        BLOCK_N=block_n,
+        BLOCK_G=block_g,
+        num_warps=4,
+        num_stages=3,
     )
 
 

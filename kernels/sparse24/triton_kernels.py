@@ -3,7 +3,8 @@
 Letters as in `effattn.kernels.sparse24`. Column c of every group of four is a matrix (N, G) of its
 own, so the product is four dense ones with x[:, c::4]: a column's weight is the first plane's where
 the first position is c, the second's where the second is, and 0 elsewhere. Positions are in order:
-column 0 is never a second one, column 3 never a first."""
+column 0 is never a second one, column 3 never a first. One row of x needs no matrix product: each
+weight chooses its number of x among those of its group."""
 
 from __future__ import annotations
 
@@ -14,19 +15,46 @@ from ..decode.triton_kernels import dot, narrow
 
 
 @triton.jit
-def columns(acc, x, x_mask, first, second, a, b):
-    """acc (M, N) plus the products of one tile of groups; x points at column 0 of its groups (M,
-    G).
-    """
+def planes(x, ROWS: tl.constexpr, BLOCK_G: tl.constexpr):
+    """x (ROWS, 4 BLOCK_G) as it lies -> its columns 0, 1, 2 and 3 of every group, (ROWS, BLOCK_G)
+    each. So it is read 16 bytes at once, where a column by itself would be two at once."""
+    even, odd = tl.split(tl.reshape(x, (ROWS, BLOCK_G, 2, 2)))
+    x0, x2 = tl.split(even)
+    x1, x3 = tl.split(odd)
+    return x0, x1, x2, x3
+
+
+@triton.jit
+def by_rows(acc, x, first, second, a, b, ROWS: tl.constexpr, BLOCK_G: tl.constexpr):
+    """acc (M, N) plus the products of one tile of groups, in the matrix unit."""
+    x0, x1, x2, x3 = planes(x, ROWS, BLOCK_G)
     zero = tl.zeros_like(a)
     w = tl.where(first == 0, a, zero)
-    acc = dot(tl.load(x, mask=x_mask, other=0.0), tl.trans(w), acc)
+    acc = dot(x0, tl.trans(w), acc)
     w = tl.where(first == 1, a, tl.where(second == 1, b, zero))
-    acc = dot(tl.load(x + 1, mask=x_mask, other=0.0), tl.trans(w), acc)
+    acc = dot(x1, tl.trans(w), acc)
     w = tl.where(first == 2, a, tl.where(second == 2, b, zero))
-    acc = dot(tl.load(x + 2, mask=x_mask, other=0.0), tl.trans(w), acc)
+    acc = dot(x2, tl.trans(w), acc)
     w = tl.where(second == 3, b, zero)
-    return dot(tl.load(x + 3, mask=x_mask, other=0.0), tl.trans(w), acc)
+    return dot(x3, tl.trans(w), acc)
+
+
+@triton.jit
+def by_group(acc, x, first, second, a, b, BLOCK_G: tl.constexpr):
+    """acc (N, G) plus the products of one tile of groups with one row of x: a weight chooses its
+    number of x, so that two products are made of a group, and not four."""
+    x0, x1, x2, x3 = planes(x.to(tl.float32), 1, BLOCK_G)
+    acc += a.to(tl.float32) * tl.where(first == 0, x0, tl.where(first == 1, x1, x2))
+    return acc + b.to(tl.float32) * tl.where(second == 3, x3, tl.where(second == 2, x2, x1))
+
+
+@triton.jit
+def add(acc, x, first, second, a, b, ROWS: tl.constexpr, BLOCK_G: tl.constexpr):
+    """One of the two, by how many rows x has."""
+    if ROWS == 1:
+        return by_group(acc, x, first, second, a, b, BLOCK_G)
+    else:
+        return by_rows(acc, x, first, second, a, b, ROWS, BLOCK_G)
 
 
 @triton.jit
@@ -55,20 +83,30 @@ def product(
     m = tl.arange(0, BLOCK_M)
     groups = 2 * half
     n_wide = n.to(tl.int64)[:, None]
-    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    if BLOCK_M == 1:
+        acc = tl.zeros([BLOCK_N, BLOCK_G], tl.float32)
+    else:
+        acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for tile in range(split * tiles_a_split, (split + 1) * tiles_a_split):
         g = tile * BLOCK_G + tl.arange(0, BLOCK_G)
         there = (n < outputs)[:, None] & (g < half)[None, :]
-        x_mask = (m < rows)[:, None] & (g < half)[None, :]
+        at = 4 * tile * BLOCK_G + tl.arange(0, 4 * BLOCK_G)
+        x_mask = (m < rows)[:, None] & (at < 4 * half)[None, :]
+        x = x_ptr + m[:, None] * (4 * groups) + at[None, :]
+        low, high = (
+            tl.load(x, mask=x_mask, other=0.0),
+            tl.load(x + 4 * half, mask=x_mask, other=0.0),
+        )
         byte = tl.load(indices_ptr + n_wide * half + g[None, :], mask=there, other=0)
-        x = x_ptr + m[:, None] * (4 * groups) + 4 * g[None, :]
         value = values_ptr + n_wide * (2 * groups) + g[None, :]
         a = tl.load(value, mask=there, other=0.0)
         b = tl.load(value + groups, mask=there, other=0.0)
-        acc = columns(acc, x, x_mask, byte & 3, (byte >> 2) & 3, a, b)
+        acc = add(acc, low, byte & 3, (byte >> 2) & 3, a, b, BLOCK_M, BLOCK_G)
         a = tl.load(value + half, mask=there, other=0.0)
         b = tl.load(value + groups + half, mask=there, other=0.0)
-        acc = columns(acc, x + 4 * half, x_mask, (byte >> 4) & 3, byte >> 6, a, b)
+        acc = add(acc, high, (byte >> 4) & 3, byte >> 6, a, b, BLOCK_M, BLOCK_G)
+    if BLOCK_M == 1:
+        acc = tl.sum(acc, 1)[None, :]
     if bias_ptr is not None:
         acc += tl.load(bias_ptr + n, mask=n < outputs, other=0.0).to(tl.float32)[None, :]
     out = out_ptr + (split * rows + m)[:, None].to(tl.int64) * outputs + n[None, :]

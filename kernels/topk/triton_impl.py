@@ -7,12 +7,12 @@ import math
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..flash.tiles import WIDEST, architecture, padded
 from ..flash.triton_impl import DTYPES
+from ..rounding import cdiv, power_of_two
 from ..rows import dense_rows
 from . import triton_kernels
 from .selection import Rule
@@ -35,7 +35,7 @@ def constants(
         fixed |= dict(BLOCK_M=32 if wide else 64, BLOCK_N=16 if wide else 32)
     else:
         # the heads of a group are the rows of a product, which has 16 at least
-        fixed |= dict(GROUP=max(16, triton.next_power_of_2(group)), BLOCK_N=32 if wide else 64)
+        fixed |= dict(GROUP=max(16, power_of_two(group)), BLOCK_N=32 if wide else 64)
     if arch == "interpreted":
         return fixed | dict(num_warps=1, num_stages=1)
     stages = 1 if wide or arch == "gfx942" else 2
@@ -142,7 +142,7 @@ class _Attention(torch.autograd.Function):
                     **fixed,
                 )  # fmt: skip
                 fixed = constants("backward_keys", *sizes)
-                tiles = triton.cdiv(rule.block, fixed["BLOCK_N"])
+                tiles = cdiv(rule.block, fixed["BLOCK_N"])
                 triton_kernels.backward_keys[(lines * blocks * tiles,)](
                     q, k, v, order, begin, at, grad, lse, share, dk, dv,
                     *strides,

@@ -5,7 +5,6 @@ from __future__ import annotations
 from functools import lru_cache
 
 import torch
-import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -13,6 +12,7 @@ from ..flash import tiles
 from ..flash import triton_backward as flash_kernels
 from ..flash.triton_impl import DTYPES
 from ..flash.triton_pieces import LOG2E
+from ..rounding import cdiv
 from ..rows import dense_rows
 from . import triton_kernels
 
@@ -65,7 +65,7 @@ def nearest(k: Tensor, codebook: Tensor) -> Tensor:
     sizes = _tile("nearest", k, dim)
     codes = torch.empty((batch, heads, tokens), dtype=torch.int64, device=k.device)
     with torch.cuda.device_of(k):
-        triton_kernels.nearest[(batch * heads * triton.cdiv(tokens, sizes["BLOCK_M"]),)](
+        triton_kernels.nearest[(batch * heads * cdiv(tokens, sizes["BLOCK_M"]),)](
             k, words, codebook.square().sum(-1) / 2, codes, *k.stride()[:3], heads, tokens, count,
             len(words),
             D=dim, BLOCK_D=tiles.padded(dim), **sizes,
@@ -102,7 +102,7 @@ class _Summarise(torch.autograd.Function):
         counts = torch.empty((batch, heads, blocks, words), dtype=torch.int32, device=v.device)
         sizes = _tile("summarise", v, dim)
         with torch.cuda.device_of(v):
-            triton_kernels.summarise[(batch * heads * blocks * triton.cdiv(words,
+            triton_kernels.summarise[(batch * heads * blocks * cdiv(words,
             sizes["BLOCK_W"]),)](
                 v, codes, real, sums, counts, *v.stride()[:3], 0 if real is None else
                 real.stride(0), heads, tokens,
@@ -157,7 +157,7 @@ class _Read(torch.autograd.Function):
         out = torch.empty((batch, heads, tokens, value_dim), dtype=q.dtype, device=q.device)
         lse = torch.empty((batch, heads, tokens), dtype=torch.float32, device=q.device)
         sizes, numbers = _tile("forward", q, dim, value_dim), _numbers(q, words, sums, size, first)
-        along = triton.cdiv(min(size, tokens), sizes["BLOCK_M"])
+        along = cdiv(min(size, tokens), sizes["BLOCK_M"])
         with torch.cuda.device_of(q):
             triton_kernels.forward[(batch * heads * sums.shape[2] * along,)](
                 q, words, sums, counts, out, lse, *q.stride()[:3], scale * LOG2E.value, *numbers,
@@ -188,7 +188,7 @@ class _Read(torch.autograd.Function):
         count, unit = words.shape[1], scale * LOG2E.value
         dq = dsums = None
         with torch.cuda.device_of(q):
-            flash_kernels.backward_rows[(batch * heads * triton.cdiv(tokens, rows.m),)](
+            flash_kernels.backward_rows[(batch * heads * cdiv(tokens, rows.m),)](
                 out, grad, lse, None if grad_lse is None else grad_lse.contiguous(), delta, lse2,
                 *out.stride()[:3], *grad.stride()[:3], heads, tokens,
                 V=value_dim, BLOCK_M=rows.m, BLOCK_V=tiles.padded(value_dim), **rows.options,
@@ -196,7 +196,7 @@ class _Read(torch.autograd.Function):
             if ctx.needs_input_grad[0]:
                 dq = torch.empty((batch, heads, tokens, dim), dtype=q.dtype, device=q.device)
                 sizes = _tile("query_gradient", q, dim, value_dim)
-                along = triton.cdiv(min(size, tokens), sizes["BLOCK_M"])
+                along = cdiv(min(size, tokens), sizes["BLOCK_M"])
                 triton_kernels.query_gradient[(batch * heads * sums.shape[2] * along,)](
                     *tensors, delta, dq, *steps, scale, unit, *numbers, along, count,
                     **widths, **sizes,
@@ -205,10 +205,7 @@ class _Read(torch.autograd.Function):
                 dsums = torch.empty_like(sums)
                 sizes = _tile("sum_gradient", q, dim, value_dim)
                 programs = (
-                    sums.shape[0]
-                    * sums.shape[1]
-                    * sums.shape[2]
-                    * triton.cdiv(count, sizes["BLOCK_W"])
+                    sums.shape[0] * sums.shape[1] * sums.shape[2] * cdiv(count, sizes["BLOCK_W"])
                 )
                 triton_kernels.sum_gradient[(programs,)](
                     *tensors, dsums, *steps, unit, *numbers, count, **widths, **sizes

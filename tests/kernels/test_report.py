@@ -96,6 +96,7 @@ def test_the_innermost_loop_of_each_dialect():
     assert (loop.barriers, loop.matrix) == (1, "mma.sync")
     assert loop.global_widths == {64: 1, 16: 1}
     assert loop.shared_widths == {8: 1, 128: 1}
+    assert loop.spills == 0
     loop = listing.count(loop_of(PTX, "ptx"))
     assert (loop.instructions, loop.barriers, loop.matrix) == (9, 1, "wgmma")
     assert loop.global_widths == {128: 2, 32: 1, 16: 1}
@@ -104,6 +105,19 @@ def test_the_innermost_loop_of_each_dialect():
     assert (loop.instructions, loop.barriers, loop.matrix) == (8, 1, "mfma")
     assert loop.global_widths == {128: 1, 16: 1}
     assert loop.shared_widths == {128: 1, 64: 1, 8: 1}
+
+
+def test_spilled_registers_are_counted_where_they_are_touched():
+    sass = [
+        "/*0000*/ STL [R1], R4 ;",
+        "/*0010*/ LDL.LU R5, [R1] ;",
+        "/*0020*/ LDS R6, [R7] ;",
+        "/*0030*/ LDGSTS.E.64 [R29], desc[UR12][R4.64] ;",
+        "/*0040*/ @P0 BRA 0x10 ;",
+    ]
+    assert listing.count(loop_of("\n".join(sass), "sass")).spills == 1
+    amd = ".LBB0_2:\n\tscratch_load_dword v1, off, s3\n\ts_cbranch_scc1 .LBB0_2\n"
+    assert listing.count(loop_of(amd, "amdgcn")).spills == 1
 
 
 def test_a_kernel_without_a_loop_is_all_of_it():

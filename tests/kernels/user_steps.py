@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from user_launches import MODEL, made, model, one_document
 
 import effattn
+from effattn.kernels import ragged
 
 UPDATE = "_update_model_kwargs_for_generation"
 STEPS = 3
@@ -26,6 +27,7 @@ def answered(padded: bool):
     there is none; position_ids are those of the real tokens."""
     from effattn import padding as rows
     from effattn.hf import position_ids
+    from effattn.states import evicting, paged
 
     def of(cls, mask):
         seen = cls(mask.bool())
@@ -38,10 +40,39 @@ def answered(padded: bool):
             cached.state.shift = (0,) * batch
         return (0,) * batch
 
+    def same(state, k, v, count):
+        return [[False] * count] * len(k)
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(rows.Mask, "of", classmethod(of))
         patch.setattr(position_ids, "check", check)
+        patch.setattr(paged.PagedState, "_same", same)
+        patch.setattr(evicting.EvictingState, "_evict", evicted)
         yield
+
+
+def evicted(state, q, mask, call) -> None:
+    """In the place of an eviction, whose lengths the host asks for: of each head the first 20
+    tokens stay, and all from number 50 on."""
+    (k, v), stay = (state.newest.k, state.newest.v), 20
+    batch, heads = k.shape[:2]
+    rows = [
+        ragged.encode(x[:, :, :stay], coding).flatten(0, 2)
+        for x, coding in zip((k, v), state.rule.codings, strict=True)
+    ]
+    begin = torch.arange(0, len(rows[0]) + 1, stay, device=k.device)
+    state.kept = ragged.Ragged(
+        *rows,
+        begin,
+        torch.arange(batch, device=k.device),
+        (stay,) * (batch * heads),
+        tuple(range(batch)),
+        (k.shape[3], v.shape[3]),
+        k.dtype,
+        state.rule.codings,
+    )
+    state.newest.k, state.newest.v = k[:, :, 50:].clone(), v[:, :, 50:].clone()
+    state.newest.rooms, state.since = None, 0
 
 
 @torch.no_grad()
@@ -148,6 +179,19 @@ MORE = {
     "strided": dict(pattern="strided", stride=16),
     "longformer": dict(pattern="longformer", window=33, global_tokens=3),
     "alibi": dict(positions="alibi"),
+    "gated": dict(pattern="gated(delta=True)"),
+    "hybrid": dict(pattern="hybrid(window=32, sinks=2)"),
+    "evict": dict(cache="evict(policy='expected', keep=32, sinks=2, recent=8)"),
+    "evict int8": dict(
+        cache="evict(policy='snapkv(window=8)', keep=40, recent=8, adaptive=True, format='int8')"
+    ),
+    "paged": dict(cache="paged(page=16)"),
+    "latent": dict(heads="latent(ratio=0.5)", calibration=torch.arange(2600) % 100),
+    "latent sinks": dict(
+        pattern="sliding(window=48, sinks=4)",
+        heads="latent(ratio=0.5)",
+        calibration=torch.arange(2600) % 100,
+    ),
     "int4 ring": dict(pattern="sliding", window=48, cache="int4(group=32, residual=32)"),
 }
 # backends by themselves, with padding on the left
