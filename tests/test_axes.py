@@ -69,7 +69,6 @@ APART = {
         "effattn/extending/rules.py": "a window with and without sinks is a row of the article",
         "effattn/left_out.py": "what to take instead of a method that is not here",
         "effattn/extending/tuning.py": "an example in an error",
-        "effattn/linearizing/plan.py": "learns windows by head, which this pattern alone has",
         "effattn/linearizing/decay.py": "fits what `linear` and `gated` alone have",
         "effattn/positions/ntk.py": "a variant of NTK is called fixed",
         "effattn/profiling/operations.py": "a model's own layer: everything, or a window",
