@@ -14,6 +14,7 @@ import importlib
 import inspect
 import pkgutil
 from collections.abc import Callable, Mapping
+from functools import lru_cache
 from typing import ClassVar, Generic, Protocol, TypeVar
 
 from effattn.errors import Unsupported, check_choice
@@ -86,6 +87,7 @@ class Axis(Generic[Member]):
         return cls(**options)
 
 
+@lru_cache(maxsize=256)  # every layer of a model asks, when it is loaded
 def options_of(made: Callable) -> Mapping[str, inspect.Parameter]:
     """name -> parameter, of what a class is made with, or a function is called with."""
     return inspect.signature(made).parameters

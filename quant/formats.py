@@ -12,6 +12,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 
 import torch
 
@@ -172,32 +173,7 @@ class Format:
 
         Groups along the head dimension become the largest that fit in it. ValueError where the bits
         do not fit, with those that would."""
-        found, said = {}, []
-        for which, coding, dim in (("k", self.k, head_dim), ("v", self.v, value_dim or head_dim)):
-            name = {"k": "keys", "v": "values"}[which]
-            if dim % coding.planes:
-                fitting = [
-                    kind
-                    for kind, numbers in FORMATS.items()
-                    if dim % Coding(numbers.coding).planes == 0
-                ]
-                raise ValueError(
-                    f"cache {coding.kind}, {name}: {coding.planes} numbers share a byte, which "
-                    f"does not fit head dimension {dim}; valid there are {_listed(fitting)}"
-                )
-            # the largest group that divides the head dimension, but none below 16 numbers if there
-            # is a larger one: a scale and a zero for so few cost as much as the numbers
-            if not coding.fits(dim):
-                fitting = coding.groups(dim)
-                fair = [g for g in fitting if min(16, dim) <= g <= coding.group]
-                group = fair[-1] if fair else next(g for g in fitting if g >= min(16, dim))
-                said.append(
-                    f"{name}: groups of {group} channels instead of {coding.group}, head "
-                    f"dimension {dim}"
-                )
-                coding = replace(coding, group=group)
-            found[which] = coding
-        return replace(self, **found), "; ".join(said)
+        return _fitted(self, head_dim, value_dim or head_dim)
 
     def lacking(self, device: torch.device) -> str:
         """Why there are no such numbers on this device, and which there are; "" if there are."""
@@ -253,3 +229,34 @@ def _nearest(got, valid) -> str:
 
 def _listed(valid) -> str:
     return ", ".join(map(str, valid))
+
+
+@lru_cache(maxsize=64)  # every layer of a model asks, when it is loaded
+def _fitted(format: Format, head_dim: int, value_dim: int) -> tuple[Format, str]:
+    """`Format.fit`."""
+    found, said = {}, []
+    for which, coding, dim in (("k", format.k, head_dim), ("v", format.v, value_dim)):
+        name = {"k": "keys", "v": "values"}[which]
+        if dim % coding.planes:
+            fitting = [
+                kind
+                for kind, numbers in FORMATS.items()
+                if dim % Coding(numbers.coding).planes == 0
+            ]
+            raise ValueError(
+                f"cache {coding.kind}, {name}: {coding.planes} numbers share a byte, which "
+                f"does not fit head dimension {dim}; valid there are {_listed(fitting)}"
+            )
+        # the largest group that divides the head dimension, but none below 16 numbers if there
+        # is a larger one: a scale and a zero for so few cost as much as the numbers
+        if not coding.fits(dim):
+            fitting = coding.groups(dim)
+            fair = [g for g in fitting if min(16, dim) <= g <= coding.group]
+            group = fair[-1] if fair else next(g for g in fitting if g >= min(16, dim))
+            said.append(
+                f"{name}: groups of {group} channels instead of {coding.group}, head "
+                f"dimension {dim}"
+            )
+            coding = replace(coding, group=group)
+        found[which] = coding
+    return replace(format, **found), "; ".join(said)

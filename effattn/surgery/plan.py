@@ -260,9 +260,10 @@ def _obstacle(layer: anatomy.Layer, plan: LayerPlan) -> str | None:
 
 def _cache_forgets(layer: anatomy.Layer) -> bool:
     """Whether transformers' own cache of this layer keeps a window of the tokens."""
+    if getattr(layer.config, "sliding_window", None) is None:
+        return False
     kinds = getattr(layer.config, "layer_types", None)
-    sliding = kinds is None or kinds[layer.index] == "sliding_attention"
-    return sliding and getattr(layer.config, "sliding_window", None) is not None
+    return kinds is None or kinds[layer.index] == "sliding_attention"
 
 
 def _latents_unheld(cache: caches.LayerCache, rank: int) -> str | None:

@@ -53,7 +53,8 @@ def finish(again: dict, model: nn.Module, name: str | None) -> nn.Module:
     # what was learned for a swap that config.json does not have is refused, too
     if name is not None and (again.keys() & set(AXES) or Path(name).is_dir()):
         record.load_learned(model, name)
-    record.mark(model)
+    if "heads" in again or not again.keys() & set(AXES):  # a swap has marked it
+        record.mark(model)
     return model
 
 
