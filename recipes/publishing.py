@@ -77,12 +77,14 @@ def waits(settings: Saving) -> bool:
 def judge(
     settings: Saving, show: Quiet, report: Document, device: Callable[[str], torch.device]
 ) -> None:
-    """Evaluates the finished output, where it waits for that, and writes its report and card anew.
+    """Evaluates the finished output, where that is asked for, and writes its report and card anew.
     The tasks are those that are asked for now; none: it waits no longer. device: what the setting
     of that name means. RuntimeError in a line where a task fails: the output is complete without
     it, and the same command goes on."""
     folder = Path(settings.output)
-    if not (folder / WAITS).is_file():
+    # asked for later, of an output that was still to be sent, it does not wait for it
+    later = bool(settings.lm_eval) and (folder / "config.json").is_file()
+    if not later and not (folder / WAITS).is_file():
         return
     done = report.part("lm_eval")
     asked = {"tasks": list(settings.lm_eval), "limit": settings.lm_eval_limit}

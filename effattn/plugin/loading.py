@@ -27,6 +27,12 @@ class EffattnQuantizationConfig(QuantizationConfigMixin):
 class EffattnQuantizer(HfQuantizer):
     """Restores a swapped model while transformers loads it."""
 
+    def __init__(self, quantization_config, **kwargs):
+        super().__init__(quantization_config, **kwargs)
+        # also where the method was an argument: nothing is packed while loading, and none of it
+        # stays on the model
+        self.pre_quantized = True
+
     def update_attn_implementation(self, config):
         """The configuration of the plain model that is built first. ValueError for a record that
         no save writes."""

@@ -11,12 +11,17 @@ one are wrapped. Every other name goes through as it is."""
 from __future__ import annotations
 
 import functools
+import json
+import os
+from pathlib import Path
 from typing import Any
 
 from effattn.hf import names
 
 PREFIX = "effattn:"
 WRAPPED = "_effattn_wrapped"
+DIFFERS = "per_layer_config"  # in config.json
+SOURCE = "pretrained_model_name_or_path"
 
 
 def spec_of(name: Any) -> str | None:
@@ -48,6 +53,8 @@ def _loading(load):
         if spec is None and (spec := spec_of(getattr(config, "_attn_implementation", None))):
             config._attn_implementation = None
         _build_layers(cls, config)
+        if config is None and not hasattr(cls, "builds_layers"):
+            _name_method(args[0] if args else kwargs.get(SOURCE), kwargs)
         if spec is None:
             return load(cls, *args, **kwargs)
         kwargs.pop("attn_implementation", None)
@@ -66,6 +73,21 @@ def _build_layers(cls, config) -> None:
     method = getattr(config, "quantization_config", None)
     if differ is not None and method is None and not hasattr(cls, "builds_layers"):
         config.quantization_config = dict(names.METHOD)
+
+
+def _name_method(source: Any, kwargs: dict[str, Any]) -> None:
+    """The same, as an argument, where a class by itself reads the configuration of a folder."""
+    if "quantization_config" in kwargs or not isinstance(source, str | os.PathLike):
+        return
+    file = Path(source, kwargs.get("subfolder") or "", "config.json")
+    try:
+        read = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # what is wrong with it transformers says
+        return
+    if isinstance(read, dict) and DIFFERS in read and "quantization_config" not in read:
+        from effattn.plugin.loading import EffattnQuantizationConfig
+
+        kwargs["quantization_config"] = EffattnQuantizationConfig()
 
 
 def _setting(set_implementation):

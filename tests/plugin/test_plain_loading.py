@@ -393,6 +393,10 @@ def test_layers_that_differ_load_as_save_pretrained_wrote_them(tmp_path):
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "model", local_files_only=True)
     assert torch.equal(logits(again), logits(model))
     assert getattr(again.config, "quantization_config", None) is None
+    # the class by itself reads the configuration too late to be told
+    by_class = LlamaForCausalLM.from_pretrained(tmp_path / "model")
+    assert torch.equal(logits(by_class), logits(model))
+    assert getattr(by_class.config, "quantization_config", None) is None
     again.save_pretrained(tmp_path / "again")
     assert torch.equal(logits(effattn.load(tmp_path / "again")), logits(model))
 

@@ -226,6 +226,21 @@ def test_who_asks_no_longer_is_not_kept_waiting(small, tmp_path, judge, monkeypa
     assert not (tmp_path / "out" / publishing.WAITS).exists()
 
 
+def test_who_asks_when_it_is_sent_again_is_judged(small, tmp_path, judge, hub, monkeypatch):
+    """Where sending failed the output is complete, and does not wait for the harness."""
+    given = ("convert_latent", str(small / "model"), small / "text.txt", tmp_path / "out")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(huggingface_hub.HfApi, "upload_folder", None)
+        with pytest.raises(RuntimeError, match="did not get all"):
+            run_small(*given, push_to_hub="name")
+    report = run_small(*given, push_to_hub="name", lm_eval=("one",))
+    assert report.data["lm_eval"]["tasks"] == ["one"]
+    assert "| one | acc |" in (tmp_path / "out" / "README.md").read_text()
+    assert hub[-1][0] == "upload"
+    assert [file.name for file in tmp_path.iterdir()] == ["out"]
+
+
 @pytest.mark.parametrize("name", SAVING)
 def test_every_recipe_goes_on_with_its_own_report(name, monkeypatch):
     """It hands the class of its report to `output_of`, which judges an output that waits."""
