@@ -29,6 +29,7 @@ from effattn.hf import hooks
 from effattn.hf.adapters import require_own_weights
 from effattn.hf.beginning import bos_of
 from effattn.hf.placement import check_finite, require_here
+from effattn.hf.weights import is_packed, is_plain
 from effattn.profiling.environment import environment
 
 
@@ -237,7 +238,13 @@ def _check_ffn(parts: hf.Anatomy, refit: bool, calibration: torch.Tensor | None)
     if calibration is None:
         raise ValueError("calibration: got None, refit_ffn=True needs tokens")
     for layer in parts:
-        layer.feed_forward  # noqa: B018 - raises where there is none in common
+        output = layer.feed_forward.output  # raises where there is none in common
+        if not is_plain(output):
+            kind = "a packed weight" if is_packed(output) else f"a {type(output).__name__}"
+            raise Unsupported(
+                f"refit_ffn: the FFN of layer {layer.index} ends in {kind}, which cannot be solved "
+                "again; valid is False, or the model's own weights, before they are packed"
+            )
 
 
 def _check_no_data_needed(parts: hf.Anatomy, method: str, refit: bool, grouping: str) -> None:
