@@ -119,6 +119,9 @@ def checked(
     be asked."""
     check_choice("method", method, METHODS)
     check_choice("grouping", grouping, GROUPINGS)
+    for name, flag in (("refit", refit), ("refit_ffn", refit_ffn)):
+        if type(flag) is not bool:  # 'no' and 'false' would be true
+            raise ValueError(f"{name}: got {flag!r}, valid are True and False")
     check_kv_heads(kv_heads, parts.kv_heads)
     parts.check_kv_heads(kv_heads)
     if calibration is None:
