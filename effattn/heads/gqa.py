@@ -129,7 +129,9 @@ def checked(
     else:
         length = check_calibration(calibration, parts, length)
     if refit_ffn:
-        _check_ffn(parts, refit, calibration)
+        check_ffn(parts, refit)
+        if calibration is None:
+            raise ValueError("calibration: got None, refit_ffn=True needs tokens")
     return Conversion(
         kv_heads, calibration, METHODS[method], refit, grouping, length, batch, seed, bos, refit_ffn
     )
@@ -235,11 +237,11 @@ def check_kv_heads(kv_heads: int, present: int) -> None:
         )
 
 
-def _check_ffn(parts: hf.Anatomy, refit: bool, calibration: torch.Tensor | None) -> None:
+def check_ffn(parts: hf.Anatomy, refit: bool) -> None:
+    """Raises where FFNs cannot be re-fitted: ValueError without `refit`, Unsupported for experts
+    and for weights that are not the layer's own numbers."""
     if not refit:
         raise ValueError("refit_ffn: got True with refit=False; valid is False, or refit=True")
-    if calibration is None:
-        raise ValueError("calibration: got None, refit_ffn=True needs tokens")
     for layer in parts:
         output = layer.feed_forward.output  # raises where there is none in common
         if not is_plain(output):
