@@ -106,12 +106,14 @@ def run(settings: Settings, show: Quiet | None = None) -> ConversionReport:
 def convert(settings: Settings, show: Quiet) -> ConversionReport:
     """The conversion, step by step."""
     from effattn.heads import gqa
-    from effattn.heads.gqa import check_kv_heads
+    from effattn.heads.gqa import check_ffn, check_kv_heads
 
     def fits(parts: Anatomy) -> None:
         parts.require_gqa()
         check_kv_heads(settings.kv_heads, parts.kv_heads)
         parts.check_kv_heads(settings.kv_heads)
+        if settings.refit_ffn:
+            check_ffn(parts, settings.refit)
 
     parent, tokenizer, parts = converting.load(settings, show, fits)
     going = converting.begin(settings, show, parent, tokenizer, parts, "convert-gqa")
@@ -150,6 +152,8 @@ def check(settings: Settings) -> None:
 
     check_choice("method", settings.method, METHODS)
     check_choice("grouping", settings.grouping, GROUPINGS)
+    if settings.refit_ffn and not settings.refit:
+        raise ValueError("refit_ffn: got True with refit=False; valid is False, or refit=True")
     layerwise.check(settings, "uptrain_tokens")
     converting.check(settings)
 

@@ -204,8 +204,10 @@ class LayerRunner:
         finally:
             handle.remove()
         added, whole = given[0].view_as(without), self.call(index, states)
-        # to rounding: where the FFN stands beside attention, there are three to add, in any order
-        few = 4 * torch.finfo(whole.dtype).eps * (without.abs() + added.abs() + whole.abs())
+        # to rounding: where the FFN stands beside attention, there are three to add, in any order,
+        # and attention may be large where `without` is small
+        parts = (without, added, whole, states.to(whole.device))
+        few = 4 * torch.finfo(whole.dtype).eps * sum(x.abs() for x in parts)
         return bool(((without + added - whole).abs() <= few).all())
 
     @contextmanager

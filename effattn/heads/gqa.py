@@ -29,6 +29,7 @@ from effattn.hf import hooks
 from effattn.hf.adapters import require_own_weights
 from effattn.hf.beginning import bos_of
 from effattn.hf.placement import check_finite, require_here
+from effattn.hf.weights import is_packed, is_plain
 from effattn.profiling.environment import environment
 
 
@@ -118,6 +119,9 @@ def checked(
     be asked."""
     check_choice("method", method, METHODS)
     check_choice("grouping", grouping, GROUPINGS)
+    for name, flag in (("refit", refit), ("refit_ffn", refit_ffn)):
+        if type(flag) is not bool:  # 'no' and 'false' would be true
+            raise ValueError(f"{name}: got {flag!r}, valid are True and False")
     check_kv_heads(kv_heads, parts.kv_heads)
     parts.check_kv_heads(kv_heads)
     if calibration is None:
@@ -125,7 +129,9 @@ def checked(
     else:
         length = check_calibration(calibration, parts, length)
     if refit_ffn:
-        _check_ffn(parts, refit, calibration)
+        check_ffn(parts, refit)
+        if calibration is None:
+            raise ValueError("calibration: got None, refit_ffn=True needs tokens")
     return Conversion(
         kv_heads, calibration, METHODS[method], refit, grouping, length, batch, seed, bos, refit_ffn
     )
@@ -231,13 +237,19 @@ def check_kv_heads(kv_heads: int, present: int) -> None:
         )
 
 
-def _check_ffn(parts: hf.Anatomy, refit: bool, calibration: torch.Tensor | None) -> None:
+def check_ffn(parts: hf.Anatomy, refit: bool) -> None:
+    """Raises where FFNs cannot be re-fitted: ValueError without `refit`, Unsupported for experts
+    and for weights that are not the layer's own numbers."""
     if not refit:
         raise ValueError("refit_ffn: got True with refit=False; valid is False, or refit=True")
-    if calibration is None:
-        raise ValueError("calibration: got None, refit_ffn=True needs tokens")
     for layer in parts:
-        layer.feed_forward  # noqa: B018 - raises where there is none in common
+        output = layer.feed_forward.output  # raises where there is none in common
+        if not is_plain(output):
+            kind = "a packed weight" if is_packed(output) else f"a {type(output).__name__}"
+            raise Unsupported(
+                f"refit_ffn: the FFN of layer {layer.index} ends in {kind}, which cannot be solved "
+                "again; valid is False, or the model's own weights, before they are packed"
+            )
 
 
 def _check_no_data_needed(parts: hf.Anatomy, method: str, refit: bool, grouping: str) -> None:

@@ -118,7 +118,8 @@ class PackedBlocks(PackedState):
         number = number.flatten(1).clamp(max=new.end - 1).expand(batch, -1)[:, None]
         # of keys that are not packed: an unfinished block is among the newest tokens
         found = self.summarise(self._plain(self._read_tokens(new, number, values=False)[0]))
-        held = found[:, :, :0] if self.summaries is None else self.summaries
+        # rows that had more blocks than those that are left may be gone
+        held = found[:, :, :0] if self.summaries is None else self.summaries[:, :, :count]
         grown = found.new_zeros(batch, heads, count + 1, found.shape[3])
         grown[:, :, : held.shape[2]] = held
         # what a row has not finished goes nowhere

@@ -224,3 +224,14 @@ def test_attention_that_is_scaled_is_not_added_as_it_is(tokens):
     states = runner.embed()[0]
     assert not runner.adds(0, states)
     assert not runner.ends_in(0, states, parts.layers[0].feed_forward.output)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_ffn_beside_attention_is_added_as_it_is_in_every_dtype(dtype, tokens):
+    """Where attention and the hidden states cancel, rounding is more than what is left of them."""
+    parts, runner = runner_of(tiny("phi", dtype=dtype), tokens)
+    for number, states in enumerate(runner.embed()):
+        for layer in parts:
+            assert runner.ends_in(layer.index, states, layer.feed_forward.output), number
+            states = runner.call(layer.index, states)

@@ -92,6 +92,8 @@ def snapshot(model):
         ({"kv_heads": 2.0}, "valid are the divisors"),
         ({"kv_heads": True}, "valid are the divisors"),
         ({"refit_ffn": True, "refit": False}, "refit_ffn: got True with refit=False"),
+        ({"refit_ffn": "no"}, "refit_ffn: got 'no', valid are True and False"),
+        ({"refit": 0}, "refit: got 0, valid are True and False"),
         ({"method": "optimul"}, "method: got 'optimul' .did you mean 'optimal'"),
         ({"grouping": "similar"}, "did you mean 'similarity'"),
         ({"calibration": None}, "calibration: got None, method 'optimal' needs tokens"),

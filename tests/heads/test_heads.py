@@ -223,6 +223,16 @@ def test_a_layer_that_norms_what_its_ffn_gives_is_not_refitted(kind, tokens):
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8])
+def test_an_ffn_of_packed_weights_is_not_refitted(dtype, tokens):
+    """As bitsandbytes' modules, beside attention that was left alone: codes are no numbers."""
+    model = tiny("llama")
+    down = model.model.layers[1].mlp.down_proj
+    down.weight = torch.nn.Parameter(down.weight.to(dtype), requires_grad=False)
+    with pytest.raises(Unsupported, match="refit_ffn: the FFN of layer 1 ends in a packed weight"):
+        convert_gqa(model, 2, tokens, length=64, refit_ffn=True)
+
+
 def test_optimal_loses_least_by_its_own_measure(tokens):
     errors = {
         m: convert_gqa(tiny("llama"), 2, tokens, method=m, **CALIBRATION).data["layers"][0]

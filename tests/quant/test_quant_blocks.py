@@ -108,6 +108,34 @@ def test_padding_rows_and_what_is_taken_back(spec, cache):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("how", ["select", "crop"])
+def test_a_row_behind_long_padding_goes_on_where_rows_with_more_blocks_were(how):
+    attn, given = effattn.backend(CASES[0][0]), qkv(180, torch.Generator().manual_seed(5))
+    mask = torch.ones(2, 180, dtype=torch.bool)
+    mask[1 if how == "select" else 0 :, :112] = False
+
+    def states():
+        state = state_of(attn, "int8(residual=32, group=32)")
+        attn(*(x[:, :, :152] for x in given), state=state, padding_mask=mask[:, :152])
+        return state
+
+    changed, plain, low, kept = states(), states(), 152, slice(None)
+    if how == "select":
+        changed.select(torch.tensor([1]))
+        kept = slice(1, 2)
+    else:
+        changed.crop(150)
+        low = 150
+        plain = state_of(attn, "int8(residual=32, group=32)")
+        attn(*(x[:, :, :low] for x in given), state=plain, padding_mask=mask[:, :low])
+    for t in range(low, 180):
+        part = [x[:, :, t : t + 1] for x in given]
+        want = attn(*part, state=plain, padding_mask=mask[:, : t + 1])[kept]
+        got = attn(*(x[kept] for x in part), state=changed, padding_mask=mask[kept, : t + 1])
+        torch.testing.assert_close(got, want)
+
+
+@torch.no_grad()
 def test_what_is_mixed_before_it_is_packed_changes_no_choice():
     attn, draw = effattn.backend(CASES[0][0]), torch.Generator().manual_seed(2)
     given, outs = qkv(120, draw), []

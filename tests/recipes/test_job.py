@@ -387,3 +387,10 @@ def test_what_was_measured_before_a_kill_is_gone_on_from(parent, text, tmp_path)
     assert not partial.exists()
     whole = jobs.run(jobs.Settings(**{**job, "output": tmp_path / "whole"}))
     assert resumed.data["quality"] == whole.data["quality"]
+
+
+def test_what_no_ffn_can_be_refitted_with_is_told_before_a_model_is_loaded(tmp_path):
+    given = {"model": str(tmp_path / "none"), "kv_heads": 1, "output": tmp_path / "out"}
+    with pytest.raises(ValueError, match="refit_ffn: got True with refit=False"):
+        jobs.run(jobs.Settings(**given, refit=False, refit_ffn=True))
+    assert not list(tmp_path.iterdir())
