@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor
 
+from ..precision import as_given
 from .packed import Packed, bits
 
 BLOCK = {"cpu": 1 << 18, "cuda": 1 << 24}  # weights unpacked at a time
@@ -74,6 +75,7 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
+    @as_given
     def backward(ctx, dy):
         if not ctx.needs_input_grad[0]:
             return None, None, None, None

@@ -11,6 +11,7 @@ import triton
 from torch import Tensor
 
 from ..decode.triton_impl import processors
+from ..precision import as_given
 from ..rounding import cdiv, power_of_two
 from ..rows import dense_rows
 from . import torch_impl
@@ -123,6 +124,7 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
+    @as_given
     def backward(ctx, dy):
         dx = None
         if ctx.needs_input_grad[0]:

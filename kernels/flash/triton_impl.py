@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ..precision import as_given
 from ..rounding import cdiv
 from ..rows import dense_rows
 from . import tiles
@@ -143,6 +144,7 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @as_given
     def backward(ctx, grad, grad_lse):
         if grad is None and grad_lse is None:
             return (None,) * 12

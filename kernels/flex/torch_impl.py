@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..overlapping import add_overlapping, computable, every
+from ..precision import as_given
 from ..rows import dense_rows
 from . import torch_scores
 from .probes import by_distance, is_additive
@@ -61,6 +62,7 @@ class Flex(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
+    @as_given
     def backward(
         ctx,
         d_out,

@@ -11,6 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from ..flash.tiles import architecture, padded
 from ..flash.triton_impl import DTYPES
+from ..precision import as_given
 from ..rounding import cdiv
 from ..rows import dense_rows
 from . import torch_impl, triton_kernels
@@ -69,6 +70,7 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @as_given
     def backward(ctx, *grads):
         *given, mask = ctx.saved_tensors
         wanted = [number for number, x in enumerate(given) if ctx.needs_input_grad[number]]

@@ -31,6 +31,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..precision import as_given
+
 EPSILON = 1e-3  # of favor_relu
 LOWEST = -30.0  # exponent of a feature
 LOG2_E = math.log2(math.e)
@@ -115,6 +117,7 @@ class _Mapped(torch.autograd.Function):
         return phi
 
     @staticmethod
+    @as_given
     def backward(ctx, grad: Tensor):
         x, phi = ctx.saved_tensors
         return MAPS[ctx.name].backward(x, None, phi, grad.clone()), None

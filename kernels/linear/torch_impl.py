@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ..precision import as_given
 from . import step, torch_bidirectional, torch_causal
 from .torch_parts import Spec, Sums
 
@@ -91,6 +92,7 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @as_given
     def backward(ctx, grad, grad_sums, grad_norms, _):
         q, k, v, directions, mask, decay, out, dens, top = ctx.saved_tensors
         dtype = torch.float64 if k.dtype == torch.float64 else torch.float32

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ..precision import as_given
 from ..rounding import cdiv, power_of_two
 from ..rows import dense_rows
 from . import tiles
@@ -115,6 +116,7 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @as_given
     def backward(ctx, grad, grad_sums, grad_norms, _):
         q, k, v, sums, norms, top, w_q, w_k, mask, rate, out, share = ctx.saved_tensors
         call = Pass(q, k, v, w_q, w_k, mask, rate, ctx.spec, top)

@@ -14,6 +14,7 @@ from ..flash import tiles
 from ..flash.triton_impl import DTYPES
 from ..flash.triton_patterns import PATTERNS, Jitted
 from ..flash.triton_pieces import FAR
+from ..precision import as_given
 from ..rounding import cdiv, power_of_two
 from ..rows import dense_rows
 from . import triton_kernels
@@ -85,6 +86,7 @@ class _Project(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @as_given
     def backward(ctx, grad):
         x, weight, start, mask = ctx.saved_tensors
         (batch, heads, tokens, dim), slots = x.shape, weight.shape[1]

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from ..precision import as_given
 from .places import NO_QUERY, Places
 
 SELF = -1e5  # the score of a token's own key with shared_qk: below every other
@@ -65,6 +66,7 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
+    @as_given
     def backward(ctx, d_out):
         q, k, v, out, lse = ctx.saved_tensors
         grads = [torch.zeros(x.shape, dtype=out.dtype, device=x.device) for x in (q, k, v)]

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..flash.tiles import WIDEST, architecture, padded
+from ..precision import as_given
 from ..rounding import cdiv
 from ..rows import dense_rows
 from . import triton_backward, triton_kernels
@@ -179,6 +180,7 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @as_given
     def backward(ctx, grad):
         q, k, v, out, lse, *given = ctx.saved_tensors
         given, places, scale = _Sorted(*given), ctx.places, ctx.scale

@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..precision import as_given
 from ..rounding import cdiv, power_of_two
 from ..rows import dense_rows
 from . import triton_kernels as kernels
@@ -52,6 +53,7 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
+    @as_given
     def backward(ctx, dy):
         x, right, left = ctx.saved_tensors
         want_x, want_right, want_left, want_bias, _ = ctx.needs_input_grad

@@ -7,6 +7,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..precision import as_given
 from .packed import Packed, columns
 
 BLOCK = {"cpu": 1 << 18, "cuda": 1 << 24}  # weights unpacked at a time
@@ -52,5 +53,6 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
+    @as_given
     def backward(ctx, dy):
         return gradient(dy, ctx.packed) if ctx.needs_input_grad[0] else None, None, None

@@ -9,6 +9,7 @@ import triton
 from torch import Tensor
 
 from ..decode.triton_impl import processors
+from ..precision import as_given
 from ..rounding import cdiv
 from ..rows import dense_rows
 from . import torch_impl
@@ -80,6 +81,7 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
+    @as_given
     def backward(ctx, dy):
         dx = torch_impl.gradient(dy, Packed(*ctx.packed)) if ctx.needs_input_grad[0] else None
         return dx, None, None, dy.sum(dim=0) if ctx.needs_input_grad[3] else None

@@ -18,6 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..precision import as_given
 from .selection import Rule, far_keys, work_dtype
 
 LOG2E = math.log2(math.e)
@@ -80,6 +81,7 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
+    @as_given
     def backward(ctx, d_out, d_lse):
         rule, scale, chosen, at = ctx.given
         q, k, v, out, lse = ctx.saved_tensors

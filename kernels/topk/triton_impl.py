@@ -12,6 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from ..flash.tiles import WIDEST, architecture, padded
 from ..flash.triton_impl import DTYPES
+from ..precision import as_given
 from ..rounding import cdiv, power_of_two
 from ..rows import dense_rows
 from . import triton_kernels
@@ -111,6 +112,7 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @as_given
     def backward(ctx, d_out, d_lse):
         q, k, v, chosen, at, out, lse = ctx.saved_tensors
         rule, scale = ctx.rule, ctx.scale

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ..precision import as_given
+
 CHUNK = 1024  # keys that are compared with the codebook at a time
 
 
@@ -82,6 +84,7 @@ class _Read(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @as_given
     def backward(ctx, d_out, d_lse):
         q, codebook, sums, counts, out, lse = ctx.saved_tensors
         scale, size, first = ctx.numbers

@@ -12,6 +12,7 @@ from ..flash import tiles
 from ..flash import triton_backward as flash_kernels
 from ..flash.triton_impl import DTYPES
 from ..flash.triton_pieces import LOG2E
+from ..precision import as_given
 from ..rounding import cdiv
 from ..rows import dense_rows
 from . import triton_kernels
@@ -115,6 +116,7 @@ class _Summarise(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @as_given
     def backward(ctx, grad, _):
         codes, real = ctx.saved_tensors
         size, first, dtype = ctx.numbers
@@ -171,6 +173,7 @@ class _Read(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @as_given
     def backward(ctx, grad, grad_lse):
         if grad is None and grad_lse is None:
             return (None,) * 7

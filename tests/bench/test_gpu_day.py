@@ -203,6 +203,17 @@ def test_a_wrong_kernel_is_found_and_a_right_one_is_right():
     assert not correctness.judge(doubled(float("nan")), cpu, torch.float32)["right"]
 
 
+def test_a_kernel_that_multiplies_fp16_as_bf16_is_judged_as_bf16():
+    def call(impl, x):
+        return {
+            "y": (2 * x["x"].to(torch.bfloat16 if impl == "triton" else x["x"].dtype)).to(x["x"])
+        }
+
+    for ranged in (True, False):
+        check = correctness.Check(call, {"x": (64, 8)}, ranged=ranged)
+        assert correctness.judge(check, torch.device("cpu"), torch.float16)["right"] == ranged
+
+
 def test_what_raises_is_a_line_and_the_others_go_on(monkeypatch):
     def raising(impl, x):
         raise RuntimeError("no such tile")
