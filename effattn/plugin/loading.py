@@ -10,18 +10,9 @@ from pathlib import Path
 
 from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
-from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from effattn.hf.names import NAME as KEY
-
-
-class EffattnQuantizationConfig(QuantizationConfigMixin):
-    """What config.json says: that the entry "effattn" is to be restored."""
-
-    def __init__(self, quant_method: str = KEY, **kwargs):
-        self.quant_method = KEY
-        # transformers forgets the method once the model is loaded, as it does after dequantizing
-        self.dequantize = True
+from effattn.plugin.method import EffattnQuantizationConfig
 
 
 class EffattnQuantizer(HfQuantizer):

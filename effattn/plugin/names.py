@@ -85,7 +85,7 @@ def _name_method(source: Any, kwargs: dict[str, Any]) -> None:
     except (OSError, ValueError):  # what is wrong with it transformers says
         return
     if isinstance(read, dict) and DIFFERS in read and "quantization_config" not in read:
-        from effattn.plugin.loading import EffattnQuantizationConfig
+        from effattn.plugin.method import EffattnQuantizationConfig
 
         kwargs["quantization_config"] = EffattnQuantizationConfig()
 
