@@ -31,6 +31,8 @@ def _parts(coding: Coding, rank: int) -> tuple[int, int, int]:
 def pack_rows(c: Tensor, coding: Coding) -> Tensor:
     """c (B, 1, T, r) -> (B, 1, T, width) uint8. coding: per token. ValueError where its groups do
     not fit r."""
+    if not c.shape[2]:  # torch views no empty scales as bytes
+        return c.new_empty(*c.shape[:3], width(coding, c.shape[3]), dtype=torch.uint8)
     packed = pack(c, coding)
     parts = [x.contiguous().view(torch.uint8) for x in (packed.scale, packed.zero) if x is not None]
     codes = packed.codes

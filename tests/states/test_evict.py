@@ -424,6 +424,19 @@ def test_gradients_and_directions_are_refused():
     assert state.seq_len == 0
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("format", ["None", "'int8'", "'int4'"])
+def test_guesses_as_long_as_all_that_is_left_let_tokens_go(format):
+    """What is newer than the guesses is nothing, and nothing is packed."""
+    sizes = {"hidden_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
+    model = tiny("llama", dtype=torch.float32, **sizes)
+    swap(model, cache=f"evict(policy='norm', keep=16, recent=4, every=8, format={format})")
+    ids = torch.randint(3, 9, (1, 40), generator=torch.Generator().manual_seed(0))
+    given = {"max_new_tokens": 40, "do_sample": False, "pad_token_id": 0}
+    out = model.generate(ids, prompt_lookup_num_tokens=10, **given)
+    assert out.shape == (1, 80)
+
+
 @pytest.mark.parametrize(
     ("spec", "said"),
     [
