@@ -209,14 +209,14 @@ def _linear(map, options, impl, x):
 def _linear_checks(tokens: int) -> Iterator[tuple[str, Check]]:
     for map, causal in product(("elu", "softmax"), (True, False)):
         call = partial(_linear, map, {"causal": causal})
-        yield f"{map}{' both ways' * (not causal)}", Check(call, _qkv(tokens), "q k v")
+        yield f"{map}{' both ways' * (not causal)}", Check(call, _qkv(tokens), "q k v", ranged=True)
     call = partial(_linear, "elu", {"decay": True})
-    yield "elu with decay", Check(call, _qkv(tokens, dim=128), "q k v")
+    yield "elu with decay", Check(call, _qkv(tokens, dim=128), "q k v", ranged=True)
     call = partial(_linear, "identity", {"decay": True, "normalize": False})
-    yield "retention", Check(call, _qkv(tokens, dim=128), "q k v")
+    yield "retention", Check(call, _qkv(tokens, dim=128), "q k v", ranged=True)
     sizes = _qkv(tokens)
     sizes["w"] = (128, 64)
-    yield "favor", Check(partial(_linear, "favor", {}), sizes, "q k v")
+    yield "favor", Check(partial(_linear, "favor", {}), sizes, "q k v", ranged=True)
 
 
 def _linformer(impl, x):
