@@ -92,12 +92,9 @@ class Format:
     def parse(cls, spec: str) -> Format:
         """One of `FORMATS` ("int8", "int4", "int2", "fp8"), with any of the options of `options`.
         ValueError for anything else, with the nearest valid name or number."""
-        name, given = parse_spec(spec)
-        check_choice("cache", name, FORMATS)
-        valid = list(inspect.signature(cls.options).parameters)[1:]
-        for option in given:
-            check_choice(f"{name}: option", option, valid)
-        return replace(cls.options(name, **given), spec=format_spec(name, given))
+        if not isinstance(spec, str):
+            parse_spec(spec)  # says what it got
+        return _parsed(spec)
 
     @classmethod
     def options(
@@ -173,7 +170,8 @@ class Format:
 
         Groups along the head dimension become the largest that fit in it. ValueError where the bits
         do not fit, with those that would."""
-        return _fitted(self, head_dim, value_dim or head_dim)
+        # formats are equal whose specs are not, and each keeps its own
+        return _fitted(self, self.spec, head_dim, value_dim or head_dim)
 
     def lacking(self, device: torch.device) -> str:
         """Why there are no such numbers on this device, and which there are; "" if there are."""
@@ -232,8 +230,19 @@ def _listed(valid) -> str:
 
 
 @lru_cache(maxsize=64)  # every layer of a model asks, when it is loaded
-def _fitted(format: Format, head_dim: int, value_dim: int) -> tuple[Format, str]:
-    """`Format.fit`."""
+def _parsed(spec: str) -> Format:
+    """`Format.parse`."""
+    name, given = parse_spec(spec)
+    check_choice("cache", name, FORMATS)
+    valid = list(inspect.signature(Format.options).parameters)[1:]
+    for option in given:
+        check_choice(f"{name}: option", option, valid)
+    return replace(Format.options(name, **given), spec=format_spec(name, given))
+
+
+@lru_cache(maxsize=64)
+def _fitted(format: Format, spec: str, head_dim: int, value_dim: int) -> tuple[Format, str]:
+    """`Format.fit`. spec: the format's."""
     found, said = {}, []
     for which, coding, dim in (("k", format.k, head_dim), ("v", format.v, value_dim)):
         name = {"k": "keys", "v": "values"}[which]

@@ -61,6 +61,19 @@ def test_bad_specs_are_named(spec, words):
         Format.parse(spec)
 
 
+@pytest.mark.parametrize("spec", [["int8"], {"k": "int8"}, 8, None])
+def test_what_is_no_spec_is_named(spec):
+    with pytest.raises(ValueError, match=f"spec: got {type(spec).__name__}, valid is a string"):
+        Format.parse(spec)
+
+
+def test_equal_formats_keep_their_own_words():
+    specs = ("int4", "int4(group=64)")
+    fitted = [Format.parse(spec).fit(64)[0] for spec in specs]
+    assert fitted[0] == fitted[1]
+    assert tuple(one.spec for one in fitted) == specs
+
+
 def test_groups_adapt_to_the_head_dimension_and_say_so():
     assert Format.parse("int4").fit(128) == (Format.parse("int4"), "")
     format, said = Format.parse("int4").fit(32)
