@@ -101,10 +101,10 @@ FLOWS = {
             seed=1,
             overrides=CPU,
         ),
-        trains=("Extension", "LowRankExtension"),
+        trains=("Extension", "LowRankExtension", "Segmented", "LongLora"),
         checked=("to",),  # against the model
     ),
-    "extend_context": Flow(None),
+    "extend_context": Flow(None, trains=("TunedRule",)),
     "lra": Flow(None),
     "export": Flow(
         "export",

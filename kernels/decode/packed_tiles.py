@@ -61,7 +61,10 @@ class Packed(Stretch):
 
     def scores(self, rows):
         shape, rows = rows.shape[:3], rows.flatten(0, 1)
-        score = _scores_by_channel if self.k.coding.axis == "channel" else _scores_by_token
+        coding = self.k.coding
+        # each group has rows of its own: a quarter of its tokens at most, or they are the larger
+        few = coding.axis == "channel" and 4 * shape[2] <= coding.group
+        score = _scores_by_channel if few else _scores_by_numbers
         s = [score(rows, part) for part in self.k.parts]
         return (s[0] if len(s) == 1 else torch.cat(s, dim=-1)).view(*shape, -1)
 
@@ -105,7 +108,7 @@ def _scores_by_channel(rows: Tensor, codes: Codes) -> Tensor:
     return s.view(len(rows), -1, rows.shape[1], many).transpose(1, 2).flatten(2)
 
 
-def _scores_by_token(rows: Tensor, codes: Codes) -> Tensor:
+def _scores_by_numbers(rows: Tensor, codes: Codes) -> Tensor:
     """rows k^T, (Z, R, n)."""
     s = rows.new_empty(*rows.shape[:2], codes.tokens)
     for z, n, numbers in _numbers(codes, rows.dtype):

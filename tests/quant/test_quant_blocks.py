@@ -183,7 +183,7 @@ def test_what_is_refused():
     with pytest.raises(Unsupported, match="int8 has no gradients"):
         attn(q.requires_grad_(), k, v, state=state_of(attn, "int8"))
     rerope = rule_of("rerope(window=3)", head_dim=D, heads=H, length=64)
-    with torch.no_grad(), pytest.raises(Unsupported, match="valid is a full cache"):
+    with torch.no_grad(), pytest.raises(Unsupported, match="valid is its own growing state"):
         attn(q, k, v, state=state_of(attn, "int8"), rotary=rerope)
     model = tiny("llama", dtype=torch.float32, **SIZES)
     for cache, message in (
