@@ -104,7 +104,7 @@ FLOWS = {
         trains=("Extension", "LowRankExtension", "Segmented", "LongLora"),
         checked=("to",),  # against the model
     ),
-    "extend_context": Flow(None, trains=("TunedRule",)),
+    "extend_context": Flow(None),
     "lra": Flow(None),
     "export": Flow(
         "export",
