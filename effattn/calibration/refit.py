@@ -21,6 +21,12 @@ from effattn.damping import damped
 DAMPING = 1e-2
 
 
+def lag(old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+    """What the new model's hidden states (..., D) lack of the old one's, (n, D) on the new one's
+    device. In fp32: beside a few massive values half precision would round the difference away."""
+    return (old.to(new.device).float() - new.float()).flatten(0, -2)
+
+
 class OutputRefit:
     """Collects z and y, tells the error of any output projection on them, and solves for the
     best.

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from effattn.calibration.layerwise import LayerRunner
-from effattn.calibration.refit import OutputRefit
+from effattn.calibration.refit import OutputRefit, lag
 from effattn.fitting import forms
 from effattn.fitting.plan import LayerChoice, is_structured
 from effattn.heads.converting import Conversion, merge_heads
@@ -99,10 +99,8 @@ class Shaping:
         stream = self.seen.stream
         if stream is None:
             return targets
-        # in fp32: beside a few massive values half precision would round the difference away
-        pairs = zip(stream, self.student, strict=True)
-        lags = [(theirs.float() - ours.float()).flatten(0, -2) for theirs, ours in pairs]
-        return [y.float() + lag for y, lag in zip(targets, lags, strict=True)]
+        pairs = zip(targets, stream, self.student, strict=True)
+        return [y.float() + lag(theirs, ours) for y, theirs, ours in pairs]
 
     def _ffn(self, choice: LayerChoice) -> None:
         layer, seen, own = self.layer, self.seen, self.layer.feed_forward

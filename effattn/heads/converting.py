@@ -12,7 +12,7 @@ from einops import rearrange
 
 from effattn.calibration.attended import is_linear
 from effattn.calibration.layerwise import LayerRunner, watch, windows
-from effattn.calibration.refit import OutputRefit
+from effattn.calibration.refit import OutputRefit, lag
 from effattn.calibration.spilled import States
 from effattn.calibration.statistics import SecondMoment, query_energy
 from effattn.calibration.walk import CHANGED, Stream, Walk
@@ -128,16 +128,14 @@ class Observed:
     inputs: torch.Tensor | None
     stream: States | None
 
-    def wanted(self, number: int, hidden: torch.Tensor) -> torch.Tensor:
+    def wanted(self, number: int, hidden: States) -> torch.Tensor:
         """What the new layer's output projection should give for batch `number`, (n, D): what the
         old one gave, and what lies between the old model's hidden states and `hidden`, the new
-        one's at this layer, so that behind attention the two agree."""
+        one's at this layer, by batch, so that behind attention the two agree."""
         y = self.targets[number]
         if self.stream is None:
             return y
-        # in fp32: beside a few massive values half precision would round the difference away
-        lag = self.stream[number].float() - hidden.float()
-        return y.float() + lag.flatten(0, -2)
+        return y.float() + lag(self.stream[number], hidden[number])
 
 
 def observe(walk: Walk, layer: Layer, teacher: Stream) -> Observed:
@@ -204,7 +202,7 @@ def measure_and_refit(
     assert runner is not None
     given = runner.until(layer.index, student.source, layer.o.module)
     for number, z in enumerate(given):
-        wanted = seen.wanted(number, student.source[number])
+        wanted = seen.wanted(number, student.source)
         fit.add(z.flatten(0, -2), wanted.to(z.device))
         heads.append(z.cpu())
     weight = layer.o.module.weight
@@ -238,9 +236,7 @@ def refit_feed_forward(
         for number, (states, z) in enumerate(zip(student.source, heads, strict=True)):
             output = runner.call(layer.index, states, z)
             x, y = given.pop()
-            # in fp32, as `Observed.wanted`
-            lag = teacher.sink[number].to(output.device).float() - output.float()
-            fit.add(x, y.float() + lag.flatten(0, -2))
+            fit.add(x, y.float() + lag(teacher.sink[number], output))
     module.weight.copy_(fit.solve(module.weight, FFN_DAMPING))
     return fit.error(module.weight)
 

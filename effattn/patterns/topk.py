@@ -247,17 +247,20 @@ class TopK(Backend):
             impl=impl,
             lse=True,
         )
-        far = topk.attention_few(
-            far_q,
+        return [near, self._gathered(far_q, k, v, chosen, at, call, impl)]
+
+    def _gathered(self, q, k, v, chosen, at, call: Call, impl: str):
+        """The sinks and the chosen blocks of each query."""
+        return topk.attention_few(
+            q,
             topk.reader(k, v),
             self.rule,
             chosen,
             at,
-            layout.start,
+            call.layout.start,
             scale=call.scale,
             impl=impl,
         )
-        return [near, far]
 
     def _step(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
         """One token over a static state, whose length is a tensor. k (B, Hkv, n, D), v: token t at
@@ -280,16 +283,7 @@ class TopK(Backend):
             lse=True,
         )
         chosen = topk.select(self.rule, q, call.state.summaries, at)
-        far = topk.attention_few(
-            q,
-            topk.reader(k, v),
-            self.rule,
-            chosen,
-            at,
-            layout.start,
-            scale=call.scale,
-            impl=impl,
-        )
+        far = self._gathered(q, k, v, chosen, at, call, impl)
         return self._beside(*merge([near, far]), call)
 
     def _many(self, q, far_q, k, v, keys, values, chosen, at, call: Call, impl: str):

@@ -167,7 +167,7 @@ def _refit(new: nn.Module, index: int, student: Stream, seen: Observed, refit: b
             run(states)
         finally:
             handle.remove()
-        wanted = seen.wanted(number, states).to(output.weight.device)
+        wanted = seen.wanted(number, student.source).to(output.weight.device)
         fit.add(given.pop().flatten(0, -2), wanted)
     row = {"attention_error_merged": fit.error(output.weight), "attention_error": None}
     if refit:
