@@ -10,9 +10,11 @@ What the names mean is each axis' own (`effattn.axes`)."""
 from __future__ import annotations
 
 import ast
+import copy
 import keyword
 import math
 import re
+from functools import lru_cache
 from typing import NoReturn, TypeVar
 
 Spec = TypeVar("Spec")  # a string, or what a caller made of one
@@ -28,6 +30,13 @@ def parse_spec(text: str) -> tuple[str, dict]:
             f"spec: got {type(text).__name__}, valid is a string such as 'dense' or "
             "'name(arg=value)'"
         )
+    name, options = _parsed(text)
+    return name, copy.deepcopy(options)  # which whoever asked may change
+
+
+@lru_cache(maxsize=256)  # a model's layers have few specs, and each asks several times
+def _parsed(text: str) -> tuple[str, dict]:
+    """What `parse_spec` gives for a text."""
 
     def refuse(why: str) -> NoReturn:
         raise ValueError(f"spec {text!r}: {why}; valid is name or name(arg=value, ...)") from None

@@ -6,6 +6,7 @@ Shapes: D hidden size, H query heads, K key/value heads, d head size, R rotary d
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import torch
@@ -125,7 +126,7 @@ class Layer:
         """Of keys and values: the weights', or where those are packed (bitsandbytes) that of the
         layer's norms.
         """
-        here = [self.k.like, *self.block.parameters()]
+        here = chain([self.k.like], self.block.parameters())
         return next(p.dtype for p in here if p.is_floating_point() and p.dtype.itemsize > 1)
 
     def _module(self, name: str) -> nn.Module:

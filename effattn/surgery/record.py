@@ -39,10 +39,10 @@ def of(model: nn.Module) -> dict:
     """What about the model plain transformers would not know from its config: {} when nothing."""
     done = getattr(model, hooks.ATTRIBUTE, None)
     rules = positions.active(model)
+    specs = {} if done is None else done.specs
+    plain = {spec for spec in set(specs.values()) if is_plain(spec)}
     found = {
-        "pattern": {}
-        if done is None
-        else {i: spec for i, spec in done.specs.items() if not is_plain(spec)},
+        "pattern": {index: spec for index, spec in specs.items() if spec not in plain},
         "positions": {} if rules is None or rules.config is not None else rules.specs,
         "cache": {} if done is None else done.caches,
     }
@@ -113,7 +113,13 @@ def is_learned(name: str) -> bool:
 
 def learned(model: nn.Module) -> dict[str, Tensor]:
     """The entries of the state_dict that a swap added, by name."""
-    added = {name: tensor for name, tensor in model.state_dict().items() if is_learned(name)}
+    added: dict[str, Tensor] = {}
+    # a state_dict of the whole model takes longer than everything else that a swap does to it
+    for path, module in model.named_modules(remove_duplicate=False):
+        for part in (name for name in module._modules if name in hooks.LEARNED_PARTS):
+            prefix = f"{path}.{part}." if path else f"{part}."
+            if module._modules[part] is not None:
+                added |= module._modules[part].state_dict(prefix=prefix)
     return {name: placement.fetched(model, name, tensor) for name, tensor in added.items()}
 
 

@@ -48,7 +48,8 @@ def shape(again: dict, model: nn.Module) -> None:
 def finish(again: dict, model: nn.Module, name: str | None) -> nn.Module:
     """Swaps the loaded model, and fills what its methods learned from the checkpoint `name` (a
     folder or hub name; None: there is no file). Returns the model."""
-    packed.check(model)
+    if "packed" in again:
+        packed.check(model)
     hang(again, model)
     # what was learned for a swap that config.json does not have is refused, too
     if name is not None and (again.keys() & set(AXES) or Path(name).is_dir()):

@@ -51,7 +51,8 @@ READ = {
     "allow": ("cache", "weights"),
 }
 FIT = recipe("fit", take, retrieval_trials=0, decode_steps=0)
-BUDGETS = ("75%", "50%", "35%")
+# 36: of SmolLM2 these axes leave 35.8 % at least (its embeddings are packed by none)
+BUDGETS = ("75%", "50%", "36%")
 
 SUBJECT = Subject(
     "A budget, of cache formats and packed weights by layer",
@@ -69,5 +70,7 @@ SUBJECT = Subject(
         )
         for one in BUDGETS
     ],
-    "Cache of four sequences of 2,048 tokens.",
+    "Cache of four sequences of 2,048 tokens. At 50 and 36 % no format is enough alone: the best "
+    "uniform plan has one of caches and one of weights. What candidates take, which are measured "
+    "once for all budgets, is in the time of the step that came first; here they were there.",
 )
