@@ -138,7 +138,8 @@ class Plan:
         for index, name, value in other.changes(parent):
             if (index, name) in mine:
                 return None
-            layers[index] = replace(layers[index], **{name: value})
+            changed: dict[str, Any] = {name: value}
+            layers[index] = replace(layers[index], **changed)
         return Plan(tuple(layers))
 
     def changes(self, parent: Plan) -> Iterator[tuple[int, str, object]]:
