@@ -18,7 +18,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from effattn.recipes.options import GOES_ON
 
 QUIET = 5.0  # seconds of a stage without a terminal before its progress is told
-LONG = 30.0  # seconds that a stage will take, by its first step, for that to be told at once
+LONG = 30.0  # seconds that a stage will still take, by its first steps, for that to be told at once
 
 console = Console()
 errors = Console(stderr=True)
@@ -109,9 +109,9 @@ def _stop(number: int, _frame) -> None:
 
 
 class Lines:
-    """A stage's progress where there is no terminal: an estimate after its first step, if that says
-    `LONG` or more, and a line at each quarter, with how long it took and what is left by that
-    measure; none in a stage that has not lasted `QUIET` seconds."""
+    """A stage's progress where there is no terminal: an estimate after the first steps of `QUIET`
+    seconds, if that says `LONG` or more, and a line at each quarter, with how long it took and what
+    is left by that measure; none in a stage that has not lasted `QUIET` seconds."""
 
     def __init__(self, text: str):
         self.text, self.begun, self.said = text, monotonic(), -1
@@ -120,11 +120,13 @@ class Lines:
         quarter = 4 * done // total if total else 0
         if quarter <= self.said or quarter >= 4 or not done:
             return
-        first, self.said, seconds = self.said < 0, quarter, monotonic() - self.begun
+        seconds = monotonic() - self.begun
         left = seconds * (total - done) / done
+        if quarter or seconds >= QUIET:  # a first step of many is mostly warming up
+            self.said = quarter
         if quarter and seconds >= QUIET:
             self._say(f"{25 * quarter} % after {_clock(seconds)}, about {_clock(left)} left")
-        elif first and left >= LONG:
+        elif not quarter and seconds >= QUIET and left >= LONG:
             self._say(f"about {_clock(left)} left, by the first {100 * done / total:.2g} %")
 
     def _say(self, what: str) -> None:
