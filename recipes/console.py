@@ -163,11 +163,13 @@ class Show:
 
 
 def quiet_libraries() -> None:
-    """Keeps the loading bars and notices of torch and transformers out of our output."""
+    """Keeps the loading bars and notices of torch, transformers and the hub out of our output."""
     # Read when torch is loaded. Its allocator warns, after memory was measured once, of every
     # thousandth block that is older than the measurement.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     import transformers
+    from huggingface_hub.utils import logging as hub
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+    hub.set_verbosity_error()  # each of its retries is a warning; that none helped is our error
