@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -210,10 +211,10 @@ def unswapped(model: nn.Module) -> Iterator[nn.Module]:
             remember_latents(model)
 
 
-def _axes(model: nn.Module) -> dict[str, dict]:
+def _axes(model: nn.Module) -> dict[str, Any]:
     """What a model is swapped with, as `swap` takes it: {axis: {layer: what was asked for}}."""
     done, rules = active(model), positioning.active(model)
-    found: dict[str, dict] = {"positions": {} if rules is None else rules.specs}
+    found: dict[str, Any] = {"positions": {} if rules is None else rules.specs}
     if done is not None:
         layers = anatomy.of(model).layers
         found["pattern"] = done.specs
