@@ -15,6 +15,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable
+from types import NoneType
 from typing import Any, ClassVar
 
 import torch
@@ -232,6 +233,11 @@ class Backend(nn.Module):
 
         Raises ValueError for shapes, dtypes or devices that do not fit together, Unsupported for
         what the backend's traits exclude; nothing is appended to the state then."""
+        step: tuple = ()
+        if padding_mask is None and documents is None and not extras:
+            step = self._looks(q, k, v, causal, state, scale)
+            if step and state.is_like_last(step, rotary):
+                return self._again(q, k, v, causal, state, scale, rotary)
         check_dropout(self, extras, state)
         for extra in extras:
             check_choice(f"{self.name}: argument", extra, self.extras)
@@ -262,6 +268,31 @@ class Backend(nn.Module):
         out = packing.attend(run_rows, q, k, v, documents, padding_mask, extras)
         if state is not None:
             state.note(self.signature, k, v)
+            state.checked = step, state.sizes, rotary
+        return out
+
+    def _looks(self, q, k, v, causal, state, scale) -> tuple:
+        """What the checks of a call depend on that brings new tokens to a state and nothing more,
+        but for what the state holds and the rotary rule. Empty where they have to be made."""
+        if not isinstance(state, State) or torch.compiler.is_compiling():
+            return ()
+        if state.real is not None or state.rows is not None or state.static:
+            return ()
+        if not type(q) is type(k) is type(v) is Tensor or type(scale) not in (float, NoneType):
+            return ()
+        shape, keys = q.shape, k.shape
+        # more queries than new keys: how many tokens the state has would decide
+        if len(shape) != 4 or len(keys) != 4 or shape[2] > keys[2]:
+            return ()
+        kinds = q.dtype, k.dtype, v.dtype, q.device, k.device, v.device
+        return shape, keys, v.shape, *kinds, causal, scale, self.signature
+
+    def _again(self, q, k, v, causal, state: State, scale, rotary) -> Tensor:
+        """`forward` of a step whose like has been checked."""
+        self.check_call(q, k, v, causal, {})
+        state.ready(learning=self._learning(q, k, v))
+        out = self.run(q, k, v, causal, None, state, scale, rotary, {})
+        state.note(self.signature, k, v)
         return out
 
     def run(
@@ -291,7 +322,7 @@ class Backend(nn.Module):
         # or the caller brings a function of its own, q and k are turned and that is all.
         q_first, given = None, k
         rules: dict[str, Any] = {}
-        apart = sinks.needs(rotary, self.farthest)
+        apart = rotary is not None and sinks.needs(rotary, self.farthest)
         if isinstance(rotary, Positions) and (self.farthest is None or apart):
             placed = self._place(rotary, q, k, v, layout, packed)
             if apart and self.farthest is not None:
