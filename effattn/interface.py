@@ -13,9 +13,7 @@ positions."""
 from __future__ import annotations
 
 import copy
-import functools
 from collections.abc import Callable
-from types import NoneType
 from typing import Any, ClassVar
 
 import torch
@@ -30,8 +28,9 @@ from effattn.checks import (
     check_positions,
     check_rules,
     check_state,
-    check_tensors,
+    check_tensors_once,
     check_tokens,
+    look_of,
 )
 from effattn.errors import Unsupported, check_choice
 from effattn.kernels.flash.pattern import Layout, layout_of
@@ -39,24 +38,13 @@ from effattn.positions.bound import Placed, Positions, turn_of
 from effattn.positions.rope import Rope
 from effattn.states.base import State
 from effattn.states.full import FullState
+from effattn.states.signing import signed
 from effattn.states.static import Static
 from effattn.states.static_sums import static_form
 from effattn.traits import Cost, Shape, Traits
 
 IMPLEMENTATIONS = ("auto", "torch", "triton", "reference")
 Rotary = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
-
-
-def _signed(new_state: Callable[[Backend], State]) -> Callable[[Backend], State]:
-    """`new_state` that writes on a state whose it is."""
-
-    @functools.wraps(new_state)
-    def signed(self: Backend) -> State:
-        state = new_state(self)
-        state.owner = self.signature
-        return state
-
-    return signed
 
 
 class Backend(nn.Module):
@@ -124,7 +112,7 @@ class Backend(nn.Module):
         `shape.backward`, which has no state."""
         raise NotImplementedError
 
-    @_signed
+    @signed
     def new_state(self) -> State:
         """An empty state, for one batch of sequences. It belongs to this backend's class and
         options (`signature`). Unsupported where the method cannot decode.
@@ -159,7 +147,7 @@ class Backend(nn.Module):
         # a subclass' `new_state` signs too, without having to know of it
         super().__init_subclass__(**options)
         if "new_state" in vars(cls):
-            cls.new_state = _signed(cls.new_state)  # type: ignore[method-assign]
+            cls.new_state = signed(cls.new_state)  # type: ignore[method-assign]
 
     @property
     def score_rules(self) -> bool:
@@ -235,7 +223,7 @@ class Backend(nn.Module):
         what the backend's traits exclude; nothing is appended to the state then."""
         step: tuple = ()
         if padding_mask is None and documents is None and not extras:
-            step = self._looks(q, k, v, causal, state, scale)
+            step = look_of(self, q, k, v, causal, state, scale)
             if step and state.is_like_last(step, rotary):
                 return self._again(q, k, v, causal, state, scale, rotary)
         check_dropout(self, extras, state)
@@ -271,27 +259,12 @@ class Backend(nn.Module):
             state.checked = step, state.sizes, rotary
         return out
 
-    def _looks(self, q, k, v, causal, state, scale) -> tuple:
-        """What the checks of a call depend on that brings new tokens to a state and nothing more,
-        but for what the state holds and the rotary rule. Empty where they have to be made."""
-        if not isinstance(state, State) or torch.compiler.is_compiling():
-            return ()
-        if state.real is not None or state.rows is not None or state.static:
-            return ()
-        if not type(q) is type(k) is type(v) is Tensor or type(scale) not in (float, NoneType):
-            return ()
-        shape, keys = q.shape, k.shape
-        # more queries than new keys: how many tokens the state has would decide
-        if len(shape) != 4 or len(keys) != 4 or shape[2] > keys[2]:
-            return ()
-        kinds = q.dtype, k.dtype, v.dtype, q.device, k.device, v.device
-        return shape, keys, v.shape, *kinds, causal, scale, self.signature
-
     def _again(self, q, k, v, causal, state: State, scale, rotary) -> Tensor:
         """`forward` of a step whose like has been checked."""
-        self.check_call(q, k, v, causal, {})
+        extras: dict = {}
+        self.check_call(q, k, v, causal, extras)
         state.ready(learning=self._learning(q, k, v))
-        out = self.run(q, k, v, causal, None, state, scale, rotary, {})
+        out = self.run(q, k, v, causal, None, state, scale, rotary, extras)
         state.note(self.signature, k, v)
         return out
 
@@ -370,14 +343,9 @@ class Backend(nn.Module):
 
     def _check(self, q, k, v, causal, padding_mask, state, scale, rotary) -> None:
         """Raises for what does not fit together (`effattn.checks`)."""
-        sizes: tuple = ()
-        if type(q) is type(k) is type(v) is Tensor and not torch.compiler.is_compiling():
-            sizes = q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype, causal
-            sizes += q.device, k.device, v.device
-        if not sizes or sizes != self._fits:  # steps look alike
-            check_tensors(self, q, k, v, causal)
-            if sizes:
-                self._fits = sizes
+        fits = check_tensors_once(self, q, k, v, causal, self._fits)
+        if fits is not self._fits:  # a module's attributes are dear to set
+            self._fits = fits
         check_state(self, state, k, v)
         check_tokens(q, k, padding_mask, state)
         check_rules(scale, rotary)
