@@ -224,7 +224,7 @@ class Backend(nn.Module):
         step: tuple = ()
         if padding_mask is None and documents is None and not extras:
             step = look_of(self, q, k, v, causal, state, scale)
-            if step and state.is_like_last(step, rotary):
+            if step and state is not None and state.is_like_last(step, rotary):
                 return self._again(q, k, v, causal, state, scale, rotary)
         check_dropout(self, extras, state)
         for extra in extras:
