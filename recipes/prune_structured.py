@@ -238,7 +238,7 @@ def load(settings: Settings, show: Quiet, named: Sequence[Criterion]) -> tuple:
     """The model on its device, and its tokenizer. A shape or criterion that is not for this model
     is refused."""
     from effattn.hf import anatomy
-    from effattn.prune.structural.removal import plan_of
+    from effattn.prune.structural.plan import plan_of
     from effattn.surgery.checkpoint import load_model
 
     with show.stage("loading the model"):
