@@ -185,7 +185,16 @@ class StaticState(Static):
         self, q, cache: PackedCache, pattern: Pattern, call: Call, impl: str
     ) -> tuple[Tensor, Tensor]:
         return packed.attention(
-            q, cache, pattern, scale=call.scale, softcap=call.softcap, impl=impl, lse=True
+            q,
+            cache,
+            pattern,
+            scale=call.scale,
+            softcap=call.softcap,
+            q_first=call.q_first,
+            turn=call.turn,
+            bias=call.bias,
+            impl=impl,
+            lse=True,
         )
 
     def _cache(self, new: New, border, held, total) -> PackedCache:
