@@ -1,4 +1,5 @@
-"""The static form of a packed ring: what the growing one gives and refuses, in tensors that stay."""
+"""The static form of a packed ring: what the growing one gives and refuses, in tensors that stay
+where they are."""
 
 from __future__ import annotations
 
