@@ -168,26 +168,46 @@ class LayerRunner:
             output = layer.block(states.to(self.device), *args, **kwargs)
         return output[0] if isinstance(output, tuple) else output
 
-    @torch.no_grad()
-    def adds(self, index: int, states: torch.Tensor) -> bool:
-        """Whether what the output projection gives is added to the hidden states as it is, by what
-        the layer's next part gets: not scaled, normed, or added later. states: one batch."""
-        layer, given, got = self.anatomy.layers[index], [], []
+    @contextmanager
+    def noticing(self, index: int) -> Iterator[list[bool]]:
+        """While open, the first run of a layer tells whether what its output projection gives is
+        added to the hidden states as it is, by what the layer's next part gets: not scaled, normed,
+        or added later. Gives a list with that answer, which is empty before."""
+        layer, told = self.anatomy.layers[index], []
+        came: list[torch.Tensor] = []
+        given: list[torch.Tensor] = []
+        got: list[torch.Tensor] = []
         parts = [part for part in layer.block.children() if part is not layer.attention]
 
-        def note(_, args, kwargs):
-            got.extend(args[:1] or list(kwargs.values())[:1])
+        def note(seen: list[torch.Tensor], args: tuple, kwargs: dict) -> None:
+            if not told:
+                seen.extend(args[:1] or list(kwargs.values())[:1])
 
-        handles = [part.register_forward_pre_hook(note, with_kwargs=True) for part in parts]
-        handles.append(layer.o.module.register_forward_hook(lambda _, __, y: given.append(y)))
+        def tell(*_) -> None:
+            if told:
+                return
+            total = came[0] + given[0].view(came[0].shape)
+            flat = total.flatten()  # OPT's next part gets tokens without rows
+            told.append(any(torch.is_tensor(x) and torch.equal(x.flatten(), flat) for x in got))
+            for seen in (came, given, got):
+                seen.clear()
+
+        handles = [
+            part.register_forward_pre_hook(lambda _, *call: note(got, *call), with_kwargs=True)
+            for part in parts
+        ]
+        handles += [
+            layer.block.register_forward_pre_hook(
+                lambda _, *call: note(came, *call), with_kwargs=True
+            ),
+            layer.o.module.register_forward_hook(lambda _, __, y: note(given, (y,), {})),
+            layer.block.register_forward_hook(tell),
+        ]
         try:
-            self.call(index, states)
+            yield told
         finally:
             for handle in handles:
                 handle.remove()
-        total = states.to(self.device) + given[0].view(states.shape)
-        flat = total.flatten()  # OPT's next part gets tokens without rows
-        return any(torch.is_tensor(x) and torch.equal(x.flatten(), flat) for x in got)
 
     @torch.no_grad()
     def ends_in(self, index: int, states: torch.Tensor, module: nn.Module) -> bool:

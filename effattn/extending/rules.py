@@ -18,7 +18,7 @@ from effattn.errors import Unsupported, check_choice
 from effattn.positions.logn import LogN
 from effattn.positions.registry import parse
 from effattn.surgery import record
-from effattn.surgery.swapping import active, restore, swap
+from effattn.surgery.swapping import active, swap, unswapped
 
 FREQUENCIES, CLIPPED, WINDOW = "frequencies", "clipped", "window"
 LOGN = "+ log-n"  # what is added to a name
@@ -55,19 +55,15 @@ class Rule:
     @contextmanager
     def on(self, model: nn.Module):
         """The model with the rule, and as it was afterwards."""
-        own = _own(model) if self.axes else {}
-        try:
-            if self.axes:
-                with warnings.catch_warnings():
-                    # it is what we show
-                    warnings.filterwarnings("ignore", message=".*is not below the .* tokens.*")
-                    swap(restore(model), **self.axes)
+        if not self.axes:
             yield model
-        finally:
-            if self.axes:
-                restore(model)
-            if own:
-                swap(model, **own)
+            return
+        with unswapped(model):
+            with warnings.catch_warnings():
+                # it is what we show
+                warnings.filterwarnings("ignore", message=".*is not below the .* tokens.*")
+                swap(model, **self.axes)
+            yield model
 
 
 def trained_with(model: nn.Module, name: str) -> dict[str, dict[str, str]]:

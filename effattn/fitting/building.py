@@ -102,7 +102,7 @@ class Builder:
         """Runs the parent's layer on `hidden`, which moves one layer on. FloatingPointError for
         activations that are not finite."""
         layer = self.parts.layers[index]
-        stream = list(hidden) if self.teacher.adds(index, hidden[0]) else None
+        stream = list(hidden)
         moment, within, gram = SecondMoment(ones=True), SecondMoment(), SecondMoment()
         inputs: list[Tensor] = []
         outputs: dict[nn.Module, list[Tensor]] = {
@@ -128,6 +128,7 @@ class Builder:
             watch(layer.o.module, lambda _, y: leave(layer.o.module, y)),
             watch(layer.feed_forward.inputs[0], lambda x, _: within.add(x)),
             watch(layer.feed_forward.output, inside),
+            self.teacher.noticing(index) as added,
         ):
             hidden[:] = self.forward(index, hidden)
         if not torch.isfinite(moment.sum).all() or not torch.isfinite(gram.sum).all():
@@ -141,7 +142,7 @@ class Builder:
             outputs[layer.feed_forward.output],
             within.mean.cpu(),
             gram.sum,
-            stream,
+            stream if added[0] else None,
         )
 
     def change(

@@ -146,7 +146,6 @@ def observe(walk: Walk, layer: Layer, teacher: Stream) -> Observed:
     every = -(-sum(batch.numel() for batch in runner.batches) // TOKENS)
     bias = 0 if layer.o.bias is None else layer.o.bias
     stream = teacher.kept()
-    added = runner.adds(layer.index, stream[0])
 
     def see(x: torch.Tensor, _: torch.Tensor) -> None:
         moment.add(x)
@@ -156,6 +155,7 @@ def observe(walk: Walk, layer: Layer, teacher: Stream) -> Observed:
     with (
         watch(layer.k.module, see),
         watch(layer.o.module, lambda _, y: targets.append((y - bias).cpu())),
+        runner.noticing(layer.index) as added,
     ):
         for number, output in runner.run(layer.index, teacher.source):
             teacher.sink[number] = output
@@ -164,7 +164,7 @@ def observe(walk: Walk, layer: Layer, teacher: Stream) -> Observed:
             f"layer {layer.index}: the calibration activations contain NaN or infinity"
         )
     some = torch.cat(inputs) if inputs else None
-    return Observed(moment.mean.cpu(), targets, some, stream if added else None)
+    return Observed(moment.mean.cpu(), targets, some, stream if added[0] else None)
 
 
 def _merge(
@@ -227,11 +227,7 @@ def refit_feed_forward(
     returns the share of the squares that is left. heads: what the output projection got."""
     module, fit, given = layer.feed_forward.output, OutputRefit(), []
     bias = 0 if module.bias is None else module.bias
-    if not runner.ends_in(layer.index, student.source[0], module):
-        raise Unsupported(
-            f"refit_ffn: layer {layer.index} does not add what its FFN gives as it is (it is "
-            "scaled, or goes through a norm); valid is False"
-        )
+    check_added(runner, layer, student.source[0])
     with watch(module, lambda x, y: given.append((x, y - bias))):
         for number, (states, z) in enumerate(zip(student.source, heads, strict=True)):
             output = runner.call(layer.index, states, z)
@@ -239,6 +235,16 @@ def refit_feed_forward(
             fit.add(x, y.float() + lag(teacher.sink[number], output))
     module.weight.copy_(fit.solve(module.weight, FFN_DAMPING))
     return fit.error(module.weight)
+
+
+def check_added(runner: LayerRunner, layer: Layer, states: torch.Tensor) -> None:
+    """Unsupported unless the last that a layer does is to add what its FFN gives. states: one batch
+    of what it gets."""
+    if not runner.ends_in(layer.index, states, layer.feed_forward.output):
+        raise Unsupported(
+            f"refit_ffn: layer {layer.index} does not add what its FFN gives as it is (it is "
+            "scaled, or goes through a norm); valid is False"
+        )
 
 
 def _heads(layer: Layer, moment: torch.Tensor | None, seed: int) -> Heads:

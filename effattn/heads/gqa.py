@@ -15,10 +15,11 @@ from functools import partial
 
 import torch
 
+from effattn.calibration.layerwise import LayerRunner
 from effattn.calibration.tokens import check_calibration, tokens_needed
 from effattn.calibration.walk import Walk
 from effattn.errors import Unsupported, check_choice
-from effattn.heads.converting import Conversion, convert
+from effattn.heads.converting import Conversion, check_added, convert
 from effattn.heads.grouping import GROUPINGS
 from effattn.heads.kinds.base import Job
 from effattn.heads.methods import METHODS
@@ -31,6 +32,8 @@ from effattn.hf.beginning import bos_of
 from effattn.hf.placement import check_finite, require_here
 from effattn.hf.weights import is_packed, is_plain
 from effattn.profiling.environment import environment
+
+FEW = 4  # tokens by which a layer is asked what it does with its FFN's output
 
 
 def convert_gqa(
@@ -238,8 +241,9 @@ def check_kv_heads(kv_heads: int, present: int) -> None:
 
 
 def check_ffn(parts: hf.Anatomy, refit: bool) -> None:
-    """Raises where FFNs cannot be re-fitted: ValueError without `refit`, Unsupported for experts
-    and for weights that are not the layer's own numbers."""
+    """Raises where FFNs cannot be re-fitted: ValueError without `refit`, Unsupported for experts,
+    for weights that are not the layer's own numbers, and, by a run of a few tokens where the
+    weights are here, for FFNs whose output is not added as it is."""
     if not refit:
         raise ValueError("refit_ffn: got True with refit=False; valid is False, or refit=True")
     for layer in parts:
@@ -250,6 +254,15 @@ def check_ffn(parts: hf.Anatomy, refit: bool) -> None:
                 f"refit_ffn: the FFN of layer {layer.index} ends in {kind}, which cannot be solved "
                 "again; valid is False, or the model's own weights, before they are packed"
             )
+    if any(weight.is_meta for weight in parts.model.parameters()):
+        return  # a walk over files finds it at its first layer
+    training = parts.model.training
+    parts.model.eval()
+    try:
+        runner = LayerRunner(parts, [torch.arange(FEW)[None] % len(parts.embeddings.weight)])
+        check_added(runner, parts.layers[0], runner.embed()[0])
+    finally:
+        parts.model.train(training)
 
 
 def _check_no_data_needed(parts: hf.Anatomy, method: str, refit: bool, grouping: str) -> None:

@@ -10,26 +10,29 @@ weights instead, which is not undone (`effattn.heads.gqa`, `effattn.surgery.repl
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 from torch import Tensor, nn
 
 from effattn import registry
 from effattn.errors import Unsupported
 from effattn.heads.kinds.base import KINDS, Change
-from effattn.hf import anatomy, caches, placement
+from effattn.hf import anatomy, caches, hooks, latents, placement
 from effattn.hf import positions as positioning
 from effattn.hf.adapters import require_own_weights, require_unwrapped
 from effattn.hf.beginning import settled
 from effattn.specs import parse_spec
+from effattn.states.caches import kinds
 from effattn.surgery import codebooks, projecting, replace
 from effattn.surgery import plan as planning
 from effattn.surgery.attaching import active, attach, detach
 from effattn.surgery.plan import LayerPlan
-from effattn.surgery.record import mark
+from effattn.surgery.record import learned, mark
 
-__all__ = ["active", "restore", "swap"]
+__all__ = ["active", "restore", "swap", "unswapped"]
 
 ANOTHER_CLASS = "mla"  # heads that need a model of another class, which no swap can make
 
@@ -186,6 +189,43 @@ def restore(model: nn.Module) -> nn.Module:
     detach(model)
     mark(model)
     return model
+
+
+@contextmanager
+def unswapped(model: nn.Module) -> Iterator[nn.Module]:
+    """The model restored, to be swapped at will while open; what it was swapped with before comes
+    back afterwards. Unsupported for a swap that has learned something, which would be lost."""
+    before, had_latents = _axes(model), bool(latents.record(model))
+    if names := sorted(learned(model)):
+        raise Unsupported(
+            f"model: it is swapped, and the swap has weights of its own ({names[0]}, ...), which a "
+            "second one would lose; effattn.restore(model) first, or give a copy"
+        )
+    try:
+        yield restore(model)
+    finally:
+        restore(model)
+        if before:
+            swap(model, **before)
+        if had_latents:
+            remember_latents(model)
+
+
+def _axes(model: nn.Module) -> dict[str, Any]:
+    """What a model is swapped with, as `swap` takes it: {axis: {layer: what was asked for}}."""
+    done, rules = active(model), positioning.active(model)
+    found: dict[str, Any] = {"positions": {} if rules is None else rules.specs}
+    if done is not None:
+        layers = anatomy.of(model).layers
+        found["pattern"] = done.specs
+        # a cache that was made of an object has no spec that says it again
+        found["cache"] = {
+            index: spec
+            if spec.partition("(")[0] in kinds()
+            else getattr(layers[index].attention, hooks.ATTRIBUTE).cache
+            for index, spec in done.caches.items()
+        }
+    return {axis: dict(specs) for axis, specs in found.items() if specs}
 
 
 def _rewrite(

@@ -213,7 +213,11 @@ def test_whether_attention_is_added_as_it_is(kind, tokens):
     parts, runner = runner_of(tiny(kind), tokens)
     hidden = runner.embed()[0]
     for layer in parts:
-        assert runner.adds(layer.index, hidden) == (kind in ADDED)
+        with runner.noticing(layer.index) as added:
+            assert added == []
+            for _ in range(2):  # the first run tells
+                runner.call(layer.index, hidden)
+        assert added == [kind in ADDED]
         ends = runner.ends_in(layer.index, hidden, layer.feed_forward.output)
         assert ends == (kind not in ("gemma2", "olmo2"))
 
@@ -222,7 +226,9 @@ def test_whether_attention_is_added_as_it_is(kind, tokens):
 def test_attention_that_is_scaled_is_not_added_as_it_is(tokens):
     parts, runner = runner_of(tiny("granite", residual_multiplier=0.5), tokens)
     states = runner.embed()[0]
-    assert not runner.adds(0, states)
+    with runner.noticing(0) as added:
+        runner.call(0, states)
+    assert added == [False]
     assert not runner.ends_in(0, states, parts.layers[0].feed_forward.output)
 
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from effattn.errors import Unsupported
-from effattn.heads.gqa import METHODS, convert_gqa
+from effattn.heads.gqa import METHODS, check_ffn, convert_gqa
 from effattn.heads.grouping import by_similarity, contiguous
 from effattn.heads.methods.base import Heads, relative_errors
 from effattn.hf import anatomy as hf
@@ -216,8 +216,11 @@ def test_a_refit_makes_up_for_the_layers_before(tokens):
 
 @pytest.mark.parametrize("kind", ["gemma2", "olmo2"])
 def test_a_layer_that_norms_what_its_ffn_gives_is_not_refitted(kind, tokens):
-    model = tiny(kind)
+    model = tiny(kind).train()
     before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(Unsupported, match="refit_ffn: layer 0 does not add what its FFN gives"):
+        check_ffn(hf.of(model), refit=True)  # before anything is measured
+    assert model.training
     with pytest.raises(Unsupported, match="refit_ffn: layer 0 does not add what its FFN gives"):
         convert_gqa(model, 1, tokens, length=64, refit_ffn=True)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

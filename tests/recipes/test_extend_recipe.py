@@ -222,6 +222,28 @@ def test_a_rule_is_on_while_it_is_measured_and_off_afterwards(recwarn):
     assert active(model) is None
 
 
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "axes",
+    [
+        {"positions": "yarn(factor=4)"},  # a plain model, by its config
+        {"positions": "ntk(factor=2)", "cache": "int8"},
+        {"pattern": {"0": "sliding(window=8)"}, "cache": {"1": "paged(page=4)"}},
+    ],
+)
+def test_a_model_that_was_swapped_is_so_again(axes):
+    model = effattn.swap(small(), **axes)
+    ids, before = torch.arange(100)[None], describe(model).layers
+    logits = model(ids).logits
+    with Rule("x", {"positions": "rerope(window=32)"}).on(model):
+        assert describe(model).layers[0]["positions"] == "rerope(window=32)"
+    assert describe(model).layers == before
+    assert torch.equal(model(ids).logits, logits)
+    learned = effattn.swap(small(), "sliding(window=8, sink_logits=True)")
+    with pytest.raises(Unsupported, match="weights of its own"), Rule("x", axes).on(learned):
+        pass
+
+
 LOGN = "logn(trained=True)"
 
 
