@@ -23,6 +23,8 @@ from effattn.encoding import begun
 from effattn.hf.anatomy import Anatomy, Layer
 from effattn.hf.placement import input_device
 
+MOST_NUMBERS = 1 << 26  # of an FFN's inner activations in a batch: 4,096 tokens of width 16,384
+
 
 class Stop(Exception):
     """Ends a forward pass of the model where the rest of it is not needed."""
@@ -58,6 +60,13 @@ def windows(
     count = len(tokens) // length
     rows = tokens[: count * length].view(count, length)
     return list(begun(rows, bos).split(batch))
+
+
+def tokens_at_once(anatomy: Anatomy, most: int) -> int:
+    """How many tokens of a calibration set are run together: `most`, or fewer where FFNs are so
+    wide that their activations, and not the layer's weights, would take the memory."""
+    width = getattr(anatomy.config, anatomy.layers[0].family.ffn_size, None)
+    return min(most, MOST_NUMBERS // width) if width else most
 
 
 class LayerRunner:

@@ -17,7 +17,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from effattn.axes import options_of
-from effattn.calibration.layerwise import windows
+from effattn.calibration.layerwise import tokens_at_once, windows
 from effattn.calibration.tokens import check_calibration
 from effattn.errors import Unsupported, check_choice
 from effattn.hf import anatomy, hooks
@@ -142,7 +142,8 @@ def windows_of(
 ) -> list[Tensor]:
     """Batches of windows, int64 (batch, length) each."""
     length = check_calibration(calibration, parts, LENGTH) if length is None else length
-    return windows(calibration, length, BATCH, bos_of(parts.model))
+    batch = max(1, tokens_at_once(parts, BATCH * length) // length)
+    return windows(calibration, length, batch, bos_of(parts.model))
 
 
 def _read(spec: str) -> tuple[type[ProjectedLinear] | None, dict | None]:

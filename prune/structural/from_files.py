@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from effattn.calibration.from_files import MANIFEST, FileWalk, resume
-from effattn.calibration.layerwise import LayerRunner
+from effattn.calibration.layerwise import LayerRunner, tokens_at_once
 from effattn.calibration.walk import CHANGED, Progress, Stream
 from effattn.errors import Unsupported
 from effattn.hf import anatomy as hf
@@ -148,7 +148,8 @@ class _Job:
         }
         wanted = plan.keep | {"criterion": plan.criteria} | asked
         wanted |= shards.fingerprint(source.checkpoint, tokens)
-        batches = calibration.batches_of(tokens, length, beginning)
+        most = tokens_at_once(parts, calibration.BATCH_TOKENS)
+        batches = calibration.batches_of(tokens, length, beginning, most)
         return cls(source, plan, work, batches, asked, wanted)
 
     @property

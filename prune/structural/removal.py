@@ -20,6 +20,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from effattn.calibration.layerwise import tokens_at_once
 from effattn.hf import anatomy as hf
 from effattn.hf.beginning import bos_of
 from effattn.hf.placement import check_finite
@@ -86,7 +87,8 @@ def structured(
     check_biases(parts, biased)
     check_finite(model)
     beginning = bos_of(model, bos)
-    batches = calibration.batches_of(tokens, length, beginning)
+    most = tokens_at_once(parts, calibration.BATCH_TOKENS)
+    batches = calibration.batches_of(tokens, length, beginning, most)
     solve = (compensate or bias) and bool(plan.inside)
     solved = plan.keep.get("layers", len(parts.layers)) if solve else 0
     tell = steps_of(progress, len(batches) * len(set(plan.criteria.values())), 1, solved)

@@ -44,7 +44,9 @@ def window_length(config, length: int | None) -> int:
     return length
 
 
-def batches_of(tokens: Tensor, length: int, bos: int | None = None) -> list[Tensor]:
+def batches_of(
+    tokens: Tensor, length: int, bos: int | None = None, most: int = BATCH_TOKENS
+) -> list[Tensor]:
     """Windows of `length` tokens, a few at a time: (batch, length) each. bos: the token that takes
-    the place of each one's first."""
-    return windows(tokens, length, max(1, BATCH_TOKENS // length), bos)
+    the place of each one's first. most: tokens of a batch, where a window has no more."""
+    return windows(tokens, length, max(1, most // length), bos)
