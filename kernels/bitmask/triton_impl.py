@@ -11,7 +11,7 @@ import triton
 from torch import Tensor
 
 from ..decode.triton_impl import processors
-from ..launching import Constants, launch
+from ..launching import launch
 from ..precision import as_given
 from ..rounding import cdiv, power_of_two
 from ..rows import dense_rows
@@ -40,7 +40,8 @@ def forward(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
         return y if bias is None else y + bias
     outputs, segments = packed.starts.shape
     width = packed.masks.shape[1]
-    splits, sizes = _sizes(len(x), outputs, width, processors(x.device))
+    sizes = dict(tile(len(x), outputs, width, processors(x.device)))
+    splits = sizes.pop("splits")
     out = x.new_empty(len(x), outputs)
     parts = out if splits == 1 else x.new_empty(splits, *out.shape, dtype=torch.float32)
     with torch.cuda.device_of(x):
@@ -55,12 +56,6 @@ def forward(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
 
 
 @lru_cache
-def _sizes(*given: int) -> tuple[int, Constants]:
-    """`tile`, splits apart."""
-    sizes = tile(*given)
-    return sizes.pop("splits"), Constants(sizes)
-
-
 def tile(rows: int, outputs: int, width: int, processors: int) -> dict[str, int]:
     """Keyword arguments of `product`, and into how many `splits` the segments of a row go.
 

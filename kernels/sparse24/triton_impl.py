@@ -9,7 +9,7 @@ import triton
 from torch import Tensor
 
 from ..decode.triton_impl import processors
-from ..launching import Constants, launch
+from ..launching import launch
 from ..precision import as_given
 from ..rounding import cdiv
 from ..rows import dense_rows
@@ -33,7 +33,8 @@ def forward(x: Tensor, values: Tensor, indices: Tensor, bias: Tensor | None) -> 
             f"x: got {x.dtype}; valid for impl='triton' are float16, bfloat16 and float32"
         )
     rows, (outputs, half) = len(x), indices.shape
-    splits, sizes = _sizes(rows, x.element_size(), outputs, half, processors(x.device))
+    sizes = dict(tile(rows, x.element_size(), outputs, half, processors(x.device)))
+    splits = sizes.pop("splits")
     out = x.new_empty(rows, outputs)
     parts = out if splits == 1 else x.new_empty(splits, rows, outputs, dtype=torch.float32)
     tiles = cdiv(half, sizes["BLOCK_G"])
@@ -49,12 +50,6 @@ def forward(x: Tensor, values: Tensor, indices: Tensor, bias: Tensor | None) -> 
 
 
 @lru_cache
-def _sizes(*given: int) -> tuple[int, Constants]:
-    """`tile`, splits apart."""
-    sizes = tile(*given)
-    return sizes.pop("splits"), Constants(sizes)
-
-
 def tile(rows: int, itemsize: int, outputs: int, half: int, processors: int) -> dict[str, int]:
     """Keyword arguments of `product`, and into how many `splits` the groups of a row go.
 
