@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..once import once_differentiable
 from ..precision import as_given
 from ..rounding import cdiv, power_of_two
 from ..rows import dense_rows
@@ -52,7 +53,7 @@ class _Linear(torch.autograd.Function):
         return forward(x, right, left, bias, out_features)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     @as_given
     def backward(ctx, dy):
         x, right, left = ctx.saved_tensors
