@@ -22,13 +22,17 @@ from unittest import mock
 os.environ.pop("TRITON_INTERPRET", None)  # triton reads it once
 
 import torch
+from triton.compiler.compiler import CompiledKernel
 
 import effattn
 import effattn.kernels
-from effattn.kernels import flash
-from effattn.quant.formats import Format
+from effattn.errors import Unsupported
+from effattn.interface import Backend
+from effattn.kernels import flash, launching
+from effattn.quant.formats import FORMATS, Format
 from effattn.quant.packed.kind import Packed
 from effattn.specs import parse_spec
+from effattn.states.base import State
 
 SPECS = (
     "dense",
@@ -67,6 +71,21 @@ class _Driver:
         return torch.device("cpu")
 
 
+class _Nothing:
+    """A compiled kernel that does not run, called by Triton's own Python."""
+
+    function, packed_metadata = None, ()
+    __getitem__ = CompiledKernel.__getitem__
+
+    def _init_handles(self) -> None:
+        pass
+
+    def launch_metadata(self, *args) -> None:
+        pass
+
+    run = launch_metadata
+
+
 def without_launches() -> None:
     """From now on kernels are bound to their arguments in this process, on a GPU that is not there,
     and do not run: what they would have written is anything."""
@@ -78,23 +97,27 @@ def without_launches() -> None:
         importlib.import_module(module.name)
 
     def compile(self, key, signature, device, *rest):
-        nothing = SimpleNamespace(function=None, packed_metadata=())
-        nothing.launch_metadata = nothing.run = lambda *args: None
-        self.device_caches[device][0][key] = nothing
-        return nothing
+        self.device_caches[device][0][key] = kernel = _Nothing()
+        return kernel
 
     driver.set_active(_Driver())
+    launching.forget()
     JITFunction._do_compile = compile
+
+
+def begin(spec: str) -> tuple[Backend, State]:
+    """A backend, or dense attention where the spec is a format of keys, and its empty state."""
+    name, options = parse_spec(spec)
+    if name not in FORMATS:
+        attn = effattn.backend(name, **{**options, "impl": "torch"})
+        return attn, attn.new_state()
+    attn = effattn.backend("dense", impl="torch")
+    return attn, Packed(spec, Format.parse(spec).fit(DIM)[0]).new_state(attn)
 
 
 def step_of(spec: str, impl: str) -> Callable[[], object]:
     """A call with one more token; after PROMPT tokens, of which torch has made the state."""
-    name, options = parse_spec(spec)
-    packed = name in ("int8", "int4", "int2", "fp8")
-    attn = effattn.backend("dense" if packed else name, impl="torch", **({} if packed else options))
-    state = attn.new_state()
-    if packed:
-        state = Packed(spec, Format.parse(spec).fit(DIM)[0]).new_state(attn)
+    attn, state = begin(spec)
     attn(*(torch.zeros(1, h, PROMPT, DIM) for h in HEADS), state=state)
     qkv = [torch.zeros(1, h, 1, DIM) for h in HEADS]
     attn.impl = impl
@@ -109,14 +132,19 @@ def measure(spec: str, impl: str) -> float:
     with mock.patch.object(flash, "os", allowed):
         step = step_of(spec, impl)
         for _ in range(WARM + STEPS):
-            begin = time.perf_counter()
+            start = time.perf_counter()
             step()
-            times.append(time.perf_counter() - begin)
+            times.append(time.perf_counter() - start)
     return 1e6 * statistics.median(times[WARM:])
 
 
 def main(specs: list[str]) -> None:
-    """Prints a table."""
+    """Prints a table. Exits with one line about a spec that is none."""
+    for spec in specs:
+        try:
+            begin(spec)
+        except (ValueError, Unsupported) as error:
+            sys.exit(f"error: {error}")
     torch.set_num_threads(1)
     without_launches()
     print("| step | torch | Triton |\n|---|---:|---:|")

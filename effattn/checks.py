@@ -6,6 +6,7 @@ q (B, Hq, Tq, D), k (B, Hkv, Tk, D), v (B, Hkv, Tk, Dv), mask (B, tokens so far)
 from __future__ import annotations
 
 import math
+from types import NoneType
 from typing import Protocol
 
 import torch
@@ -81,6 +82,35 @@ def check_tensors(backend: Checked, q: Tensor, k: Tensor, v: Tensor, causal: boo
         )
     if heads % kv_heads:
         raise ValueError(f"q: expected a multiple of k's {kv_heads} heads, got {heads} heads")
+
+
+def check_tensors_once(backend: Checked, q, k, v, causal: bool, before: tuple) -> tuple:
+    """`check_tensors`, if what it depends on is not `before`, which it gave the last time."""
+    found: tuple = ()
+    if type(q) is type(k) is type(v) is Tensor and not torch.compiler.is_compiling():
+        found = q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype, causal
+        found += q.device, k.device, v.device
+    if found and found == before:  # steps look alike
+        return before
+    check_tensors(backend, q, k, v, causal)
+    return found or before
+
+
+def look_of(backend: Checked, q, k, v, causal, state, scale) -> tuple:
+    """What the checks of a call depend on that brings new tokens to a state and nothing more,
+    but for what the state holds and the rotary rule. Empty where they have to be made."""
+    if not isinstance(state, State) or torch.compiler.is_compiling():
+        return ()
+    if state.real is not None or state.rows is not None or state.static:
+        return ()
+    if not type(q) is type(k) is type(v) is Tensor or type(scale) not in (float, NoneType):
+        return ()
+    shape, keys = q.shape, k.shape
+    # more queries than new keys: how many tokens the state has would decide
+    if len(shape) != 4 or len(keys) != 4 or shape[2] > keys[2]:
+        return ()
+    kinds = q.dtype, k.dtype, v.dtype, q.device, k.device, v.device
+    return shape, keys, v.shape, *kinds, causal, scale, backend.signature
 
 
 def check_state(backend: Checked, state: State | None, k: Tensor, v: Tensor) -> None:

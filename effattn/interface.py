@@ -13,7 +13,6 @@ positions."""
 from __future__ import annotations
 
 import copy
-import functools
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -29,8 +28,9 @@ from effattn.checks import (
     check_positions,
     check_rules,
     check_state,
-    check_tensors,
+    check_tensors_once,
     check_tokens,
+    look_of,
 )
 from effattn.errors import Unsupported, check_choice
 from effattn.kernels.flash.pattern import Layout, layout_of
@@ -38,24 +38,13 @@ from effattn.positions.bound import Placed, Positions, turn_of
 from effattn.positions.rope import Rope
 from effattn.states.base import State
 from effattn.states.full import FullState
+from effattn.states.signing import signed
 from effattn.states.static import Static
 from effattn.states.static_sums import static_form
 from effattn.traits import Cost, Shape, Traits
 
 IMPLEMENTATIONS = ("auto", "torch", "triton", "reference")
 Rotary = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
-
-
-def _signed(new_state: Callable[[Backend], State]) -> Callable[[Backend], State]:
-    """`new_state` that writes on a state whose it is."""
-
-    @functools.wraps(new_state)
-    def signed(self: Backend) -> State:
-        state = new_state(self)
-        state.owner = self.signature
-        return state
-
-    return signed
 
 
 class Backend(nn.Module):
@@ -123,7 +112,7 @@ class Backend(nn.Module):
         `shape.backward`, which has no state."""
         raise NotImplementedError
 
-    @_signed
+    @signed
     def new_state(self) -> State:
         """An empty state, for one batch of sequences. It belongs to this backend's class and
         options (`signature`). Unsupported where the method cannot decode.
@@ -158,7 +147,7 @@ class Backend(nn.Module):
         # a subclass' `new_state` signs too, without having to know of it
         super().__init_subclass__(**options)
         if "new_state" in vars(cls):
-            cls.new_state = _signed(cls.new_state)  # type: ignore[method-assign]
+            cls.new_state = signed(cls.new_state)  # type: ignore[method-assign]
 
     @property
     def score_rules(self) -> bool:
@@ -232,6 +221,11 @@ class Backend(nn.Module):
 
         Raises ValueError for shapes, dtypes or devices that do not fit together, Unsupported for
         what the backend's traits exclude; nothing is appended to the state then."""
+        step: tuple = ()
+        if padding_mask is None and documents is None and not extras:
+            step = look_of(self, q, k, v, causal, state, scale)
+            if step and state is not None and state.is_like_last(step, rotary):
+                return self._again(q, k, v, causal, state, scale, rotary)
         check_dropout(self, extras, state)
         for extra in extras:
             check_choice(f"{self.name}: argument", extra, self.extras)
@@ -262,6 +256,16 @@ class Backend(nn.Module):
         out = packing.attend(run_rows, q, k, v, documents, padding_mask, extras)
         if state is not None:
             state.note(self.signature, k, v)
+            state.checked = step, state.sizes, rotary
+        return out
+
+    def _again(self, q, k, v, causal, state: State, scale, rotary) -> Tensor:
+        """`forward` of a step whose like has been checked."""
+        extras: dict = {}
+        self.check_call(q, k, v, causal, extras)
+        state.ready(learning=self._learning(q, k, v))
+        out = self.run(q, k, v, causal, None, state, scale, rotary, extras)
+        state.note(self.signature, k, v)
         return out
 
     def run(
@@ -291,7 +295,7 @@ class Backend(nn.Module):
         # or the caller brings a function of its own, q and k are turned and that is all.
         q_first, given = None, k
         rules: dict[str, Any] = {}
-        apart = sinks.needs(rotary, self.farthest)
+        apart = rotary is not None and sinks.needs(rotary, self.farthest)
         if isinstance(rotary, Positions) and (self.farthest is None or apart):
             placed = self._place(rotary, q, k, v, layout, packed)
             if apart and self.farthest is not None:
@@ -339,14 +343,9 @@ class Backend(nn.Module):
 
     def _check(self, q, k, v, causal, padding_mask, state, scale, rotary) -> None:
         """Raises for what does not fit together (`effattn.checks`)."""
-        sizes: tuple = ()
-        if type(q) is type(k) is type(v) is Tensor and not torch.compiler.is_compiling():
-            sizes = q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype, causal
-            sizes += q.device, k.device, v.device
-        if not sizes or sizes != self._fits:  # steps look alike
-            check_tensors(self, q, k, v, causal)
-            if sizes:
-                self._fits = sizes
+        fits = check_tensors_once(self, q, k, v, causal, self._fits)
+        if fits is not self._fits:  # a module's attributes are dear to set
+            self._fits = fits
         check_state(self, state, k, v)
         check_tokens(q, k, padding_mask, state)
         check_rules(scale, rotary)

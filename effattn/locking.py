@@ -16,6 +16,7 @@ except ImportError:  # Windows has none: outputs are then not guarded against a 
 
 # What file systems without such locks answer (NFS knows none on folders).
 WITHOUT = {errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.ENOSYS, errno.EINVAL, errno.EBADF}
+ATTEMPTS = 100  # to open what is made and gone again
 
 
 class Busy(OSError):
@@ -44,13 +45,16 @@ def open_locked(path: Path, opened: Callable[[Path], int], wait: bool = False) -
 
     Who held the lock before may have renamed or removed what was opened: then it is opened again.
     """
+    missed = 0
     while True:
         try:
             descriptor = opened(path)
         except FileNotFoundError:
-            if not path.parent.is_dir():
+            missed += 1
+            # made, and gone before it was opened; or nothing can be made there, as in /proc
+            if missed >= ATTEMPTS or not path.parent.is_dir():
                 raise
-            continue  # made, and gone before it was opened
+            continue
         try:
             take(descriptor, wait)
             if still_there(descriptor, path):

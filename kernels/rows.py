@@ -23,6 +23,9 @@ def dense_rows(x: Tensor | None) -> Tensor | None:
     which matrix products in half precision refuse."""
     if x is None or x.is_contiguous():
         return x
-    beside = x.shape[-1] == 1 or x.stride(-1) == 1
-    apart = x.ndim < 3 or x.shape[-2] == 1 or x.stride(-2) >= x.shape[-1]
+    strides = x.stride()
+    if strides[-1] == 1 and len(strides) > 2 and strides[-2] >= x.shape[-1]:
+        return x  # a part of a cache: every step asks
+    beside = x.shape[-1] == 1 or strides[-1] == 1
+    apart = x.ndim < 3 or x.shape[-2] == 1 or strides[-2] >= x.shape[-1]
     return x if beside and apart else x.contiguous()

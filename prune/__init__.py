@@ -16,6 +16,7 @@ _FUNCTIONS = {
     "pack": "effattn.prune.packed",
     "shear": "effattn.prune.shearing.sheared",
     "structured": "effattn.prune.structural.removal",
+    "structured_files": "effattn.prune.structural.from_files",
 }
 
 __all__ = sorted(_FUNCTIONS)

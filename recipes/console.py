@@ -18,7 +18,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from effattn.recipes.options import GOES_ON
 
 QUIET = 5.0  # seconds of a stage without a terminal before its progress is told
-LONG = 30.0  # seconds that a stage will take, by its first step, for that to be told at once
+LONG = 30.0  # seconds that a stage will still take, by its first steps, for that to be told at once
 
 console = Console()
 errors = Console(stderr=True)
@@ -109,9 +109,9 @@ def _stop(number: int, _frame) -> None:
 
 
 class Lines:
-    """A stage's progress where there is no terminal: an estimate after its first step, if that says
-    `LONG` or more, and a line at each quarter, with how long it took and what is left by that
-    measure; none in a stage that has not lasted `QUIET` seconds."""
+    """A stage's progress where there is no terminal: an estimate after the first steps of `QUIET`
+    seconds, if that says `LONG` or more, and a line at each quarter, with how long it took and what
+    is left by that measure; none in a stage that has not lasted `QUIET` seconds."""
 
     def __init__(self, text: str):
         self.text, self.begun, self.said = text, monotonic(), -1
@@ -120,11 +120,13 @@ class Lines:
         quarter = 4 * done // total if total else 0
         if quarter <= self.said or quarter >= 4 or not done:
             return
-        first, self.said, seconds = self.said < 0, quarter, monotonic() - self.begun
+        seconds = monotonic() - self.begun
         left = seconds * (total - done) / done
+        if quarter or seconds >= QUIET:  # a first step of many is mostly warming up
+            self.said = quarter
         if quarter and seconds >= QUIET:
             self._say(f"{25 * quarter} % after {_clock(seconds)}, about {_clock(left)} left")
-        elif first and left >= LONG:
+        elif not quarter and seconds >= QUIET and left >= LONG:
             self._say(f"about {_clock(left)} left, by the first {100 * done / total:.2g} %")
 
     def _say(self, what: str) -> None:
@@ -161,11 +163,13 @@ class Show:
 
 
 def quiet_libraries() -> None:
-    """Keeps the loading bars and notices of torch and transformers out of our output."""
+    """Keeps the loading bars and notices of torch, transformers and the hub out of our output."""
     # Read when torch is loaded. Its allocator warns, after memory was measured once, of every
     # thousandth block that is older than the measurement.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     import transformers
+    from huggingface_hub.utils import logging as hub
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+    hub.set_verbosity_error()  # each of its retries is a warning; that none helped is our error

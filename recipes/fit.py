@@ -13,7 +13,7 @@ Measure every candidate in its layer, time them where speed is a limit, solve fo
 it as a whole and solve again, build it, distil on demand, measure it and the uniform plans on text
 that nothing was chosen on, and save: the output has its name only when what was saved gives the
 same logits. `.<output>.partial` beside it holds what an unfinished run has measured; the same
-command goes on from there, also with another budget.
+command goes on from there, also with another budget. `--measured FILE` is kept instead, for others.
 """
 
 from __future__ import annotations
@@ -91,6 +91,9 @@ class Settings(options.Saving):
     decode_steps: int = whole(8, "decoding steps to time; 0: not timed", least=0)
     seed: int = options.random_seed("data order and prompts")
     device: str = options.device_name()
+    measured: Path | None = option(
+        None, "file that keeps what was measured, for runs with other budgets"
+    )
     overrides: dict = field(default_factory=dict)  # for TrainingArguments, from Python alone
 
     COMMAND: ClassVar = "fit"
@@ -102,12 +105,17 @@ class Settings(options.Saving):
         "tokens_per_s",
     )
     # what was measured serves other budgets
-    APART: ClassVar = (*LIMITS, "batch", "rounds", "decode_steps", "frontier")
+    APART: ClassVar = (*LIMITS, "batch", "rounds", "decode_steps", "frontier", "measured")
     WIDTH: ClassVar = 140
 
     @property
     def partial(self) -> Path:
         return flow.partial_folder(self.output)
+
+    @property
+    def parts(self) -> Path:
+        """The file of what was measured."""
+        return self.measured or self.partial / "parts.json"
 
     @property
     def saves(self) -> bool:
@@ -162,7 +170,7 @@ def fit(settings: Settings, show: Quiet) -> FitReport:
         session = Session(parent, budget, calibration, settings.asked, progress)
     flow.check_unfinished(settings, begin=True)
     made_with = flow.made_with(parent, "torch", "transformers")
-    kept = Parts(settings.partial / "parts.json", settings.kept(), made_with, "fit")
+    kept = Parts(settings.parts, settings.kept(), made_with, "fit")
 
     # What each candidate takes of a step's time, where that is a limit; then what it harms, alone
     # in its layer and re-fitted.

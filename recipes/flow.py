@@ -279,7 +279,9 @@ def command(settings: type[Settings], run: Callable, tell: Callable = tell) -> C
         if main:
             tell(chosen, report)
 
-    called.__doc__ = settings.__doc__
+    # paragraphs as one line each: a terminal has a width of its own
+    said = inspect.cleandoc(settings.__doc__ or "").split("\n\n")
+    called.__doc__ = "\n\n".join(" ".join(part.split()) for part in said)
     called.__signature__ = inspect.Signature(parameters(settings))
     called.__annotations__ = {}
     return called

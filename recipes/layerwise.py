@@ -6,6 +6,8 @@ trained, or from file to file, one decoder layer in memory at a time
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,13 +34,13 @@ def measure_option() -> Any:
     )
 
 
-def check(settings: Any, trains: str) -> None:
+def check(settings: Any, trains: str | None = None) -> None:
     """ValueError for a word that `--measure` has not, and for training (a number of tokens, in the
     setting called `trains`) without a model in memory."""
     from effattn.errors import check_choice
 
     check_choice("measure", settings.measure, MEASURE)
-    if getattr(settings, trains) and settings.measure == "no":
+    if trains and getattr(settings, trains) and settings.measure == "no":
         raise ValueError(
             f"{trains}: got some with measure 'no'; training needs the whole model in memory"
         )
@@ -46,7 +48,7 @@ def check(settings: Any, trains: str) -> None:
         raise ValueError("lm_eval: got some with measure 'no'; it needs the whole model in memory")
 
 
-def fits(settings: Any, trains: str, source: Path | None = None) -> bool:
+def fits(settings: Any, trains: str | None = None, source: Path | None = None) -> bool:
     """Whether models are in memory. source: the checkpoint's folder, where it is known. ValueError
     where they should be and do not fit."""
     from effattn.hf.source import resolve
@@ -59,7 +61,8 @@ def fits(settings: Any, trains: str, source: Path | None = None) -> bool:
     # nothing is known of a hub name before it is loaded
     needed = COPIES * (file_bytes(source or resolve(settings.model)) or 0)
     room = free is None or needed < 0.8 * free
-    if not room and (settings.measure == "yes" or getattr(settings, trains) or settings.lm_eval):
+    needs_models = (trains and getattr(settings, trains)) or settings.lm_eval
+    if not room and (settings.measure == "yes" or needs_models):
         raise ValueError(
             f"measure: comparing and training need about {needed:,} bytes of memory, {free:,} are "
             "free; valid is 'no'"
@@ -72,32 +75,55 @@ def convert(settings: Any, show: Quiet, heads: str) -> Any:
     output as well. Where an earlier run stopped, this one goes on. Only the main process works.
 
     Raises as `effattn.convert_files`."""
+    from effattn.surgery.from_files import FACTS, convert_files, report_of_files
+
+    how = {"heads": heads, "bos": settings.bos}
+    said = f"converting from file to file, layer by layer, to {heads}"
+    make, again = partial(convert_files, **how), partial(report_of_files, **how)
+    return carry_out(settings, show, said, make, again, FACTS)
+
+
+def carry_out(
+    settings: Any,
+    show: Quiet,
+    said: str,
+    make: Callable[..., Any],
+    again: Callable[[Path, Path, torch.Tensor], Any],
+    facts: str,
+) -> Any:
+    """What make(source, folder, tokens, device=, work=, progress=) makes in a new folder becomes
+    the output; returns the report that it gives, or of a run that was killed as it saved, again(
+    source, folder, tokens). said: the stage. facts: the file of that folder, written last, that
+    says what a report says."""
     from effattn.hf.source import folder_of, load_tokenizer
     from effattn.hf.weight_files import file_bytes
     from effattn.outputs import check_room, link_or_copy
-    from effattn.surgery.from_files import FACTS, convert_files, report_of_files
 
     if not main_process():
         return None
     flow.check_unfinished(settings, begin=True)
-    source, converted = folder_of(settings.model), settings.partial / "converted"
+    source, folder = folder_of(settings.model), settings.partial / "converted"
     check_room("output", settings.output, file_bytes(source))
     with show.stage("reading text"):
         text, told = read(settings, load_tokenizer(source))
-    given, work = (source, converted, text), settings.partial / "layers"
-    how = {"heads": heads, "bos": settings.bos}
-    if (converted / FACTS).is_file() and not work.exists():  # of a run that was killed as it saved
-        report = report_of_files(*given, **how)
+    work = settings.partial / "layers"
+    if (folder / facts).is_file() and not work.exists():
+        report = again(source, folder, text)
     else:
-        where = {"device": flow.device(settings.device), "work": work}
-        with show.stage(f"converting from file to file, layer by layer, to {heads}") as progress:
-            report = convert_files(*given, **how, **where, progress=progress)
+        device = flow.device(settings.device)
+        try:
+            with show.stage(said) as progress:
+                report = make(source, folder, text, device=device, work=work, progress=progress)
+        except ValueError:
+            if not work.exists():  # refused before anything was done: nothing to go on from
+                flow.discard(settings.partial)
+            raise
     report.data["settings"] |= told | {"model": settings.model}
     report.data["settings"]["measure"] = "no" if settings.measure == "no" else TOO_LARGE
-    with flow.saving(settings, show, report) as folder:
-        for file in Path(converted).iterdir():
-            if file.name != FACTS:  # the report has them
-                link_or_copy(file, folder / file.name)
+    with flow.saving(settings, show, report) as output:
+        for file in folder.iterdir():
+            if file.name != facts:  # the report has them
+                link_or_copy(file, output / file.name)
     flow.discard(settings.partial)
     return report
 

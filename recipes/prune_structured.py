@@ -16,6 +16,10 @@ Score every structure by a criterion, cut the lowest ones, solve the output proj
 what is left, and measure; the same by the other criteria, and without solving again, to compare.
 The first one is saved: the output has its name only when a fresh process has shown that plain
 transformers computes the same with it.
+
+A model that does not fit into memory three times (or with `--measure no`) is pruned from file to
+file, one decoder layer in memory at a time, by the first criterion, and not measured;
+`.<output>.partial` beside the output keeps an unfinished run, with which the same command goes on.
 """
 
 from __future__ import annotations
@@ -29,7 +33,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 import typer
 
-from effattn.recipes import flow, options
+from effattn.recipes import flow, layerwise, options
 from effattn.recipes.options import option, several, tokens
 from effattn.stages import Quiet
 
@@ -101,11 +105,18 @@ class Settings(options.Saving):
     calibration_tokens: int = tokens(65_536, "to score and solve on", least=1)
     evaluation_tokens: int = tokens(32_768, "held out, to measure on", least=16)
     length: int | None = options.window_length()
+    measure: str = layerwise.measure_option()
     decode_contexts: Sequence[int] = options.decode_contexts((512, 4096))
     seed: int = options.random_seed("the random criterion")
     device: str = options.device_name()
 
     COMMAND: ClassVar = "prune structured"
+    APART: ClassVar = ("decode_contexts", "measure")
+
+    @property
+    def partial(self) -> Path:
+        """The folder of an unfinished run from file to file."""
+        return flow.partial_folder(self.output)
 
     @property
     def amounts(self) -> dict[str, int | float | None]:
@@ -119,8 +130,9 @@ class Settings(options.Saving):
         return " and ".join(weights + biases) or "nothing"
 
     def stopped(self) -> str:
-        """That nothing is kept."""
-        return "stopped; nothing was written"
+        """What is kept: something from file to file alone."""
+        kept = self.partial.is_dir()
+        return super().stopped() if kept else "stopped; nothing was written"
 
 
 def run(settings: Settings, show: Quiet | None = None) -> StructuredReport:
@@ -134,20 +146,23 @@ def run(settings: Settings, show: Quiet | None = None) -> StructuredReport:
     with flow.output_of(settings, StructuredReport, show) as finished:
         if finished:
             return StructuredReport.load(settings.output)
-        return prune(settings, show or Quiet())
+        named = check(settings)
+        if layerwise.fits(settings):
+            return prune(settings, show or Quiet(), named)
+        return prune_files(settings, show or Quiet(), named[0])
 
 
 # The steps
 # -------------------------------------------------------------------------------------------------
 
 
-def prune(settings: Settings, show: Quiet) -> StructuredReport:
-    """The pruning, step by step."""
+def prune(settings: Settings, show: Quiet, named: Sequence[Criterion]) -> StructuredReport:
+    """The pruning of a model in memory, step by step. named: the criteria."""
     from effattn.evaluate.loss import measure_parent
     from effattn.profiling.decode import rows_by_context
     from effattn.reports.common import QUALITY_NAMES
 
-    named = check(settings)
+    flow.check_unfinished(settings, begin=False)
     model, tokenizer = load(settings, show, named)
     text = read(settings, show, tokenizer)
 
@@ -184,6 +199,35 @@ def prune(settings: Settings, show: Quiet) -> StructuredReport:
     return report
 
 
+def prune_files(settings: Settings, show: Quiet, criterion: Criterion) -> StructuredReport:
+    """The pruning by one criterion from file to file, where the model is not in memory; nothing is
+    measured, and nothing compared."""
+    from effattn.hf.source import folder_of
+    from effattn.hf.weight_files import file_bytes
+    from effattn.prune.structural.from_files import FACTS, report_in, structured_files
+
+    if settings.uneven:
+        raise ValueError(
+            "uneven: got True with a model that is not in memory; from file to file every layer "
+            "keeps as many"
+        )
+
+    def weighed(report: StructuredReport) -> StructuredReport:
+        sizes = report.data["sizes"]
+        sizes["before"]["file_bytes"] = file_bytes(folder_of(settings.model))
+        sizes["after"]["file_bytes"] = file_bytes(settings.partial / "converted")
+        return report
+
+    def make(source: Path, folder: Path, tokens, **where) -> StructuredReport:
+        how = {"criterion": criterion, "compensate": settings.compensate, "bias": settings.bias}
+        how |= {name: getattr(settings, name) for name in ("length", "seed", "bos")}
+        return weighed(structured_files(source, folder, tokens, **settings.amounts, **how, **where))
+
+    said_of_it = f"pruning from file to file, layer by layer, by {said(criterion)}"
+    again = lambda source, folder, tokens: weighed(report_in(folder))  # noqa: E731
+    return layerwise.carry_out(settings, show, said_of_it, make, again, FACTS)
+
+
 def check(settings: Settings) -> list[Criterion]:
     """Everything that can be known to be wrong before a model is loaded; returns the criteria.
     Raises ValueError."""
@@ -206,6 +250,7 @@ def check(settings: Settings) -> list[Criterion]:
             Bounds(whole=True, least=1).check(name, amount)
     flow.device(settings.device)
     check_new_folder("output", settings.output)
+    layerwise.check(settings)
     return named
 
 
@@ -238,7 +283,7 @@ def load(settings: Settings, show: Quiet, named: Sequence[Criterion]) -> tuple:
     """The model on its device, and its tokenizer. A shape or criterion that is not for this model
     is refused."""
     from effattn.hf import anatomy
-    from effattn.prune.structural.removal import plan_of
+    from effattn.prune.structural.plan import plan_of
     from effattn.surgery.checkpoint import load_model
 
     with show.stage("loading the model"):

@@ -28,6 +28,7 @@ def main(job: Path, found: Path) -> None:
         [Path(one) for one in asked["text"]],
         Path(asked["held_out"]),
         Path(asked["output"]),
+        Path(asked["measured"]),
     )
     numbers = step.run(place, **step.scaled(asked["small"]))
     said = {"found": plain(numbers), "environment": environment()}

@@ -68,6 +68,12 @@ def digest(job: Job, read: Mapping, settings: Mapping) -> str:
     return hashlib.sha256(said.encode()).hexdigest()[:16]
 
 
+def measured(job: Job, subject: str) -> Path:
+    """The file in which a subject's steps share what they measure (`Place`), of this code alone."""
+    size = "small" if job.small else "full"
+    return job.work / "measured" / f"{subject}-{size}-{digest_of(PACKAGES)[:16]}.json"
+
+
 def run(
     job: Job,
     steps: Sequence[tuple[str, Step]],
@@ -112,12 +118,14 @@ def once(job: Job, subject: str, step: Step, wanted: str) -> dict:
         "text": job.text,
         "held_out": job.held_out,
         "output": folder / "output",
+        "measured": measured(job, subject),
         "small": job.small,
     }
     said = json.dumps(plain(given))
     if folder.exists() and not (asked.is_file() and asked.read_text(encoding="utf-8") == said):
         shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    given["measured"].parent.mkdir(parents=True, exist_ok=True)
     write_text_atomic(asked, said)
     start = time.perf_counter()
     with log.open("wb") as lines:

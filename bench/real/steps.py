@@ -22,12 +22,14 @@ WINDOW = 512  # and of other tokens
 @dataclass(frozen=True)
 class Place:
     """Where a step finds what it works on. model: as `--model` takes it; text: files to calibrate
-    and train on; held_out: one to measure on; output: a new folder for what a recipe leaves."""
+    and train on; held_out: one to measure on; output: a new folder for what a recipe leaves;
+    measured: a file of what serves all steps of a subject, where its recipe has such a file."""
 
     model: str
     text: Sequence[Path]
     held_out: Path
     output: Path
+    measured: Path
 
 
 @dataclass(frozen=True)
@@ -106,6 +108,8 @@ def recipe(name: str, take: Callable[[dict], dict], **fixed) -> Callable[..., di
             given |= {"text": list(place.text), "evaluation_text": [place.held_out]}
         if "output" in known:
             given.setdefault("output", place.output)
+        if "measured" in known:
+            given.setdefault("measured", place.measured)
         given = {key: value for key, value in given.items() if key in known}
         return take(code.run(code.Settings(**given)).data)
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from effattn.calibration.layerwise import LayerRunner
 from effattn.calibration.spilled import SpilledStates
 from effattn.calibration.walk import CHANGED, Progress, Step, Stream, Walk
-from effattn.hf import shards, weight_files
+from effattn.hf import shards
 from effattn.hf.anatomy import Anatomy, Layer
 from effattn.hf.streamed import Checkpoint, StreamedModel
 from effattn.permissions import follow_umask
@@ -31,19 +31,6 @@ from effattn.reports.files import write_text_atomic
 
 MANIFEST = "manifest.json"
 TOLERANCE = 1e-4  # of hidden states that the saved files give, as a share of each
-OTHER_WEIGHTS = (
-    ".safetensors",
-    ".bin",
-    ".pt",
-    ".pth",
-    ".h5",
-    ".msgpack",
-    ".gguf",
-    ".onnx",
-    ".index.json",
-)
-# of the source; they would be wrong of the output
-REPORTS = ("report.json", "report.md", "report.html", "card.json", "pruning.json")
 
 
 def resume(file: Path, settings: dict) -> dict | None:
@@ -206,21 +193,9 @@ class FileWalk(Walk):
         for number, names in enumerate(self.rest):
             file = self.out / self._file(self.count + number)
             shards.write(file, self.model.checkpoint.read(names))
-        weight_map, total = {}, 0
-        for number in range(self.count + len(self.rest)):
-            file = self.out / self._file(number)
-            for name, one in weight_files.header(file).items():
-                weight_map[name] = file.name
-                total += shards.size(list(one.shape), one.dtype)
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        write_text_atomic(self.out / weight_files.INDEX, json.dumps(index, indent=1) + "\n")
-        for file in self.model.checkpoint.folder.iterdir():
-            if (
-                file.is_file()
-                and not file.name.endswith(OTHER_WEIGHTS)
-                and file.name not in REPORTS
-            ):
-                shutil.copyfile(file, self.out / file.name)
+        count = self.count + len(self.rest)
+        shards.write_index(self.out, [self._file(number) for number in range(count)])
+        shards.copy_others(self.model.checkpoint.folder, self.out)
         if self.config is not None:
             text = json.dumps(self.config, indent=2, sort_keys=True) + "\n"
             write_text_atomic(self.out / "config.json", text)

@@ -156,6 +156,14 @@ class Space:
         found = list(dict.fromkeys(packed))
         return [*found, None] if structured or not found else found
 
+    def allows(self, plan: Plan) -> bool:
+        """Whether each layer, and one checkpoint, can have all of a plan at once."""
+        pairs = zip(plan.layers, self.parent.layers, strict=True)
+        changes = [change[1:] for change in plan.changes(self.parent)]
+        return all(go_together(*one) for one in pairs) and any(
+            all(_in(kind, name, value) for name, value in changes) for kind in self.kinds()
+        )
+
     def least(self, row: str) -> float:
         """The least that any plan takes of a row, or milliseconds of the fastest step."""
         totals = []

@@ -131,6 +131,16 @@ class Plan:
         new = [replace(one, **{name: value}) if i in some else one for i, one in self._each()]
         return Plan(tuple(new))
 
+    def also(self, other: Plan, parent: Plan) -> Plan | None:
+        """Both plans at once; None where they say different things of one field."""
+        mine = {change[:2] for change in self.changes(parent)}
+        layers = list(self.layers)
+        for index, name, value in other.changes(parent):
+            if (index, name) in mine:
+                return None
+            layers[index] = replace(layers[index], **{name: value})
+        return Plan(tuple(layers))
+
     def changes(self, parent: Plan) -> Iterator[tuple[int, str, object]]:
         """(layer, field, value) of everything that differs from the parent's."""
         for index, own in self._each():

@@ -8,8 +8,9 @@ become better for a while."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import combinations
 
 import numpy as np
 
@@ -142,14 +143,38 @@ class Factors:
 
 def uniform(space: Space, limits: Mapping[str, float]) -> dict[str, Plan]:
     """Name -> the plan that sets one field to one value in all layers and is within the limits: of
-    each axis the one whose parts harm least."""
+    each axis the one whose parts harm least. Where none is within, the least harmful of two axes
+    at once."""
     best: dict[str, tuple[float, str, Plan]] = {}
     for axis, name, plan in every_uniform(space):
-        if within(space, plan, limits):
-            harm = sum(space.catalog.by_axis(plan, space.parent).values())
-            if axis not in best or harm < best[axis][0]:
-                best[axis] = (harm, name, plan)
+        _take_better(best, axis, name, plan, space, limits)
+    if not best:
+        for name, plan in every_pair(space):
+            _take_better(best, "two axes", name, plan, space, limits)
     return {name: plan for _, name, plan in best.values()}
+
+
+def _take_better(
+    best: dict[str, tuple[float, str, Plan]],
+    axis: str,
+    name: str,
+    plan: Plan,
+    space: Space,
+    limits: Mapping[str, float],
+) -> None:
+    """Notes a plan that is within the limits and harms less than the axis' best."""
+    if within(space, plan, limits):
+        harm = sum(space.catalog.by_axis(plan, space.parent).values())
+        if axis not in best or harm < best[axis][0]:
+            best[axis] = (harm, name, plan)
+
+
+def every_pair(space: Space) -> Iterator[tuple[str, Plan]]:
+    """(name, plan) of two uniform plans at once, of two axes, where every layer can have both."""
+    for (axis, name, one), (other_axis, other_name, other) in combinations(every_uniform(space), 2):
+        both = one.also(other, space.parent)
+        if axis != other_axis and both is not None and space.allows(both):
+            yield f"{name}, {other_name.removeprefix('uniform ')}", both
 
 
 def every_uniform(space: Space):

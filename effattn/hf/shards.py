@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import os
+import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
 from safetensors.torch import save_file
 from torch import Tensor
 
+from effattn.hf import weight_files
 from effattn.hf.streamed import Checkpoint, StreamedModel
+from effattn.reports.files import write_text_atomic
 
 BYTES = {  # of one number, by safetensors' names
     "F64": 8,
@@ -29,6 +34,20 @@ BYTES = {  # of one number, by safetensors' names
     "F8_E4M3": 1,
     "F8_E5M2": 1,
 }
+
+OTHER_WEIGHTS = (
+    ".safetensors",
+    ".bin",
+    ".pt",
+    ".pth",
+    ".h5",
+    ".msgpack",
+    ".gguf",
+    ".onnx",
+    ".index.json",
+)
+# of a source; they would be wrong of what comes of it
+REPORTS = ("report.json", "report.md", "report.html", "card.json", "pruning.json")
 
 
 def size(shape: list[int], dtype: str) -> int:
@@ -59,6 +78,24 @@ def write(file: Path, tensors: dict[str, Tensor]) -> None:
     with open(temporary, "rb") as written:
         os.fsync(written.fileno())
     temporary.replace(file)
+
+
+def write_index(folder: Path, files: Iterable[str]) -> None:
+    """The index of a checkpoint in these of the folder's files."""
+    weight_map, total = {}, 0
+    for file in files:
+        for name, one in weight_files.header(folder / file).items():
+            weight_map[name] = file
+            total += size(list(one.shape), one.dtype)
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    write_text_atomic(folder / weight_files.INDEX, json.dumps(index, indent=1) + "\n")
+
+
+def copy_others(source: Path, folder: Path) -> None:
+    """What belongs to a checkpoint and holds no weights, such as its tokenizer and its config."""
+    for file in source.iterdir():
+        if file.is_file() and not file.name.endswith(OTHER_WEIGHTS) and file.name not in REPORTS:
+            shutil.copyfile(file, folder / file.name)
 
 
 def fingerprint(checkpoint: Checkpoint, tokens: Tensor) -> dict:

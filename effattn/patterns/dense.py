@@ -7,11 +7,12 @@ from __future__ import annotations
 import torch
 
 from effattn.interface import Call, Traits
-from effattn.kernels import decode
 from effattn.kernels.flash.pattern import Pattern
 from effattn.patterns import prefix
 from effattn.patterns.exact import ExactBackend
 from effattn.registry import register
+
+EVERYTHING = Pattern()
 
 
 @register("dense")
@@ -51,7 +52,7 @@ class Dense(ExactBackend):
         return (j <= i) if causal else (j == j) & (i == i)
 
     def pattern(self, causal):
-        return Pattern()
+        return EVERYTHING
 
     def counts(self, q, k, call):
         """As `sees` has it, and the pairs of a prefix."""
@@ -61,24 +62,6 @@ class Dense(ExactBackend):
         last = call.layout.tokens(k.shape[2])
         of_q = call.prefix[:, last - q.shape[2] : last]
         return visible | (of_q[:, None, :, None] & call.prefix[:, None, None])
-
-    def attend_few(self, q, k, v, call: Call, impl: str, lse: bool):
-        if call.prefix is None:
-            return super().attend_few(q, k, v, call, impl, lse)
-        return decode.attention(
-            q,
-            k,
-            v,
-            None,
-            call.layout,
-            scale=call.scale,
-            softcap=call.softcap,
-            counts=self.counts(q, k, call),
-            turn=call.turn,
-            bias=call.bias,
-            impl=impl,
-            lse=lse,
-        )
 
     def attend_many(self, q, k, v, call: Call, impl: str, lse: bool):
         given = super().attend_many(q, k, v, call, impl, lse)

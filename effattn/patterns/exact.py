@@ -191,7 +191,7 @@ class ExactBackend(Backend):
 
     def attend_few(self, q, k, v, call: Call, impl: str, lse: bool):
         """Up to 16 new tokens over any layout, without gradients."""
-        pattern = self.pattern(call.causal)
+        pattern = self.pattern(call.causal) if call.prefix is None else None
         counts = self.counts(q, k, call) if pattern is None else None
         return decode.attention(
             q,

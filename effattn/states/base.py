@@ -19,7 +19,8 @@ from torch import Tensor
 from effattn.kernels.flash.pattern import Layout, Pattern
 from effattn.states.sizes import Sizes, check_rows
 
-BESIDE = ("real", "rows", "shift", "sizes")  # attributes that are not what is held of the tokens
+# attributes that are not what is held of the tokens
+BESIDE = ("real", "rows", "shift", "sizes", "checked")
 
 
 class State:
@@ -37,7 +38,8 @@ class State:
     (B, seq_len) bool: which tokens were real, None where all were; `moved`: whether they lie
     elsewhere than they came; `rows`: one state for each row; `late`: told before a padded call, by
     which number of tokens every row has a real one (None: nobody knows). `shift`: what position_ids
-    had added to each row's positions, which all calls have to do alike."""
+    had added to each row's positions, which all calls have to do alike. `checked`: what the
+    checks of the last call went by, the sizes that were known afterwards, and its rotary rule."""
 
     evicts = True
     read_by_method = True
@@ -53,6 +55,7 @@ class State:
     late: int | None = None
     rows: list[State] | None = None
     shift: tuple[int, ...] | None = None
+    checked: tuple[tuple, Sizes | None, object] = ((), None, None)
 
     # What a kind of state writes
     # ---------------------------------------------------------------------------------
@@ -269,13 +272,32 @@ class State:
         self.learning = learning
         self._thaw()
 
+    def is_like_last(self, step: tuple, rotary: object) -> bool:
+        """Whether a call that has `step` and `rotary` needs no checks: the last one's were the
+        same, and it is still the last thing that happened to the owner and the sizes."""
+        before, sizes, rule = self.checked
+        return before == step and sizes is self.sizes and rule is rotary and self.owner == step[-1]
+
     def _thaw(self) -> None:
         """What was made under inference_mode and may have to be written in place becomes ordinary
         tensors, unless it is inference_mode still."""
         if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
             return
-        if any(x.is_inference() for x in self.everything()):
+        if self._sealed():
             self.change(torch.clone)
+
+    def _sealed(self) -> bool:
+        """Whether something of it was made under inference_mode."""
+        if type(self).tensors is not State.tensors or self.rows is not None:
+            return any(x.is_inference() for x in self.everything())
+        # the same for all others, without generators: every step asks
+        for value in vars(self).values():
+            if isinstance(value, Tensor):
+                if value.is_inference():
+                    return True
+            elif isinstance(value, State) and value._sealed():
+                return True
+        return False
 
     def everything(self) -> Iterator[Tensor]:
         """All tensors, of all rows too."""

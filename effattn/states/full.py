@@ -94,23 +94,26 @@ class FullState(State):
         if learning or self.learning or torch.compiler.is_compiling():
             self.rooms = None
             return torch.cat([self.k, k], dim=2), torch.cat([self.v, v], dim=2)
-        past, total = self._seen(), self._seen() + k.shape[2]
+        past, new = self.k.shape[2], k.shape[2]
+        total, rooms = past + new, self.rooms
         # tensors made under inference_mode refuse to be written outside of it
-        sealed = (
-            self.rooms is not None
-            and self.rooms[0].is_inference()
-            and not torch.is_inference_mode_enabled()
-        )
-        if self.rooms is None or sealed or self.rooms[0].shape[2] < total:
-            rooms = tuple(
-                x.new_empty(*x.shape[:2], total + self.room, x.shape[3]) for x in (self.k, self.v)
-            )
-            for room, x in zip(rooms, (self.k, self.v), strict=True):
-                room[:, :, :past] = x
-            self.rooms = rooms
-        for room, x in zip(self.rooms, (k, v), strict=True):
-            room.narrow(2, past, total - past).copy_(x)
-        return tuple(room.narrow(2, 0, total) for room in self.rooms)
+        if (
+            rooms is None
+            or rooms[0].shape[2] < total
+            or (rooms[0].is_inference() and not torch.is_inference_mode_enabled())
+        ):
+            rooms = self.rooms = self._roomy(past, total + self.room)
+        of_k, of_v = rooms
+        of_k.narrow(2, past, new).copy_(k)
+        of_v.narrow(2, past, new).copy_(v)
+        return of_k.narrow(2, 0, total), of_v.narrow(2, 0, total)
+
+    def _roomy(self, past: int, tokens: int) -> tuple[Tensor, Tensor]:
+        """Memory for so many tokens of k and v, with the past ones in it."""
+        rooms = tuple(x.new_empty(*x.shape[:2], tokens, x.shape[3]) for x in (self.k, self.v))
+        for room, x in zip(rooms, (self.k, self.v), strict=True):
+            room[:, :, :past] = x
+        return rooms
 
     def _select(self, index: Tensor) -> None:
         if self.k is not None:

@@ -52,7 +52,9 @@ def check_fits(k: Tensor, v: Tensor, new_k: Tensor, new_v: Tensor) -> None:
     tokens.
     """
     for which, old, new in (("k", k, new_k), ("v", v, new_v)):
-        if (old.shape[:2], old.shape[3], old.dtype) != (new.shape[:2], new.shape[3], new.dtype):
+        (batch, heads, _, dim), like = old.shape, new.shape
+        fits = batch == like[0] and heads == like[1] and dim == like[3]  # no tuples are made of it
+        if not fits or old.dtype != new.dtype:
             raise ValueError(
                 f"{which}: the state holds {tuple(old.shape)} {old.dtype}, got new tokens "
                 f"{tuple(new.shape)} {new.dtype}; only the number of tokens may differ"

@@ -11,6 +11,7 @@ import triton
 from torch import Tensor
 
 from ..decode.triton_impl import processors
+from ..launching import Constants, launch
 from ..once import once_differentiable
 from ..precision import as_given
 from ..rounding import cdiv, power_of_two
@@ -40,23 +41,14 @@ def forward(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
         return y if bias is None else y + bias
     outputs, segments = packed.starts.shape
     width = packed.masks.shape[1]
-    sizes = dict(tile(len(x), outputs, width, processors(x.device)))
-    splits = sizes.pop("splits")
+    splits, sizes = _sizes(len(x), outputs, width, processors(x.device))
     out = x.new_empty(len(x), outputs)
     parts = out if splits == 1 else x.new_empty(splits, *out.shape, dtype=torch.float32)
     with torch.cuda.device_of(x):
-        product[cdiv(outputs, sizes["BLOCK_N"]), splits](
-            x,
-            *packed,
-            bias if splits == 1 else None,
-            parts,
-            len(x),
-            outputs,
-            width,
-            segments,
-            cdiv(segments, splits),
-            **sizes,
-        )
+        given = x, *packed, bias if splits == 1 else None, parts
+        numbers = len(x), outputs, width, segments, cdiv(segments, splits)
+        grid = cdiv(outputs, sizes["BLOCK_N"]), splits, 1
+        launch(product, grid, (*given, *numbers), sizes)
     if splits == 1:
         return out
     total = parts.sum(dim=0)
@@ -64,6 +56,12 @@ def forward(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
 
 
 @lru_cache
+def _sizes(*given: int) -> tuple[int, Constants]:
+    """`tile`, splits apart."""
+    sizes = tile(*given)
+    return sizes.pop("splits"), Constants(sizes)
+
+
 def tile(rows: int, outputs: int, width: int, processors: int) -> dict[str, int]:
     """Keyword arguments of `product`, and into how many `splits` the segments of a row go.
 

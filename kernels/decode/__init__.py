@@ -10,6 +10,8 @@ Forward only. The cache may be a ring (`Layout.ring`), which no other kernel rea
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor
 
 from ..flash import IMPLEMENTATIONS, choose
@@ -23,6 +25,9 @@ from .turn import Turn, check
 __all__ = ["IMPLEMENTATIONS", "MOST_QUERIES", "Turn", "attention", "choose"]
 
 MOST_QUERIES = 16
+_loaded: dict[
+    str, Callable
+] = {}  # by the name of the implementation: an import at each step is dear
 
 
 def attention(
@@ -56,12 +61,10 @@ def attention(
     check_rules(None, bias, q, k, pattern, layout, causal, q_first)
     check(turn, bias, q, pattern, causal, q_first)
     rules = {} if drop is None else {"drop": drop}
-    if choose(impl, q.device) == "triton":
-        if drop is not None:
-            raise ValueError("drop: the Triton decode kernel has no dropout; valid is impl='torch'")
-        from .triton_impl import attention as run
-    else:
-        from .torch_impl import attention as run
+    impl = choose(impl, q.device)
+    if drop is not None and impl == "triton":
+        raise ValueError("drop: the Triton decode kernel has no dropout; valid is impl='torch'")
+    run = _loaded.get(impl) or _load(impl)
     out, sums = run(
         q,
         k,
@@ -80,3 +83,13 @@ def attention(
     )
     # with `lse`, sums are there
     return (out, sums) if lse else out  # type: ignore[return-value]
+
+
+def _load(impl: str) -> Callable:
+    """The implementation; one that is not asked for is not imported."""
+    if impl == "triton":
+        from .triton_impl import attention as run
+    else:
+        from .torch_impl import attention as run
+    _loaded[impl] = run
+    return run

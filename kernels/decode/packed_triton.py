@@ -14,6 +14,7 @@ from torch import Tensor
 from ..flash.pattern import Blocks, Pattern
 from ..flash.rules import Bias
 from ..flash.triton_bias import BIASES, arguments
+from ..launching import Constants, constants, launch
 from ..pack.codes import Codes, Coding
 from ..rounding import cdiv, power_of_two
 from ..rows import dense_rows
@@ -31,6 +32,7 @@ from .triton_impl import (
     shared_memory,
     split,
     strides,
+    twin,
 )
 from .turn import Turn
 
@@ -59,7 +61,6 @@ def attention(
     _check(q, cache, turn)
     batch, heads, queries, dim = q.shape
     kv_heads, value_dim = cache.v.shape[1], cache.v.dim
-    near, *numbers = predicate(pattern)
     group = heads // kv_heads
     tiles_fit = whole(cache.k.coding, cache.v.coding)
     k_code = code(cache.k.coding, cache.k.dim, _half(turn), tiles_fit)
@@ -67,6 +68,8 @@ def attention(
     more = sum(x is not None for x in (q_first, turn, bias))
     lines, shared, itemsize = group * queries, shared_memory(q.device), q.element_size()
     sizes = tile(cache.k.coding, cache.v.coding, dim, value_dim, itemsize, lines, shared, more)
+    flags = causal, softcap is not None, cache.slots > 0, bias and bias.kind
+    fixed = _constants(k_code, v_code, turned(turn), type(pattern), flags, tuple(sizes.items()))
 
     slots, packed, rest = cache.slots, cache.k.tokens, cache.k_rest.shape[2]
     low, rest_low = worth_reading(cache, pattern, queries, sizes["BLOCK_N"])
@@ -86,19 +89,38 @@ def attention(
     inv_freq, scaling, window, slow = _turning(turn, q.device)
     params, step, n_params = arguments(bias)
     steps = [x for y in (q, q_first, q_far, k[0], k[1], v[0], v[1], *full) for x in strides(y)]
-    first = min(pattern.first, FARTHEST)
     with torch.cuda.device_of(q):
-        attend_packed[splits * row_tiles, kv_heads, batch](
-            q, q_first, q_far, *k, *v, *full, parts, sums, *held, total_at, inv_freq, params,
-            *steps, mask_b, group, row_tiles, *in_base_two(scale, softcap), step, n_params,
-            queries, total, slots, first, *numbers, cache.packed_from, packed, rest, low, rest_low,
-            packed_tiles, tiles, cdiv(tiles, splits), scaling, window, slow,
-            K_CODE=k_code, V_CODE=v_code, TURN=turned(turn), NEAR=near, CAUSAL=causal,
-            SOFTCAP=softcap is not None, SLOTS=slots > 0, BIAS=BIASES[bias and bias.kind], **sizes,
-        )  # fmt: skip
+        tensors = q, q_first, q_far, *k, *v, *full, parts, sums, *held, total_at, inv_freq, params
+        units = mask_b, group, row_tiles, *in_base_two(scale, softcap), step, n_params
+        numbers = (
+            *(queries, total, slots, min(pattern.first, FARTHEST), *predicate(pattern)[1:]),
+            *(cache.packed_from, packed, rest, low, rest_low),
+            *(packed_tiles, tiles, cdiv(tiles, splits), scaling, window, slow),
+        )
+        grid = splits * row_tiles, kv_heads, batch
+        launch(attend_packed, grid, (*tensors, *steps, *units, *numbers), fixed)
         if splits > 1:
             merge(parts, sums, out, lse)
     return out, lse
+
+
+@lru_cache
+def _constants(
+    k_code: tuple, v_code: tuple, turn: tuple | None, pattern: type, flags: tuple, sizes: tuple
+) -> Constants:
+    """What `attend_packed` is compiled for; flags: causal, softcap, slots, the bias."""
+    causal, softcap, slots, bias = flags
+    return constants(
+        K_CODE=k_code,
+        V_CODE=v_code,
+        TURN=turn,
+        NEAR=twin(pattern),
+        CAUSAL=causal,
+        SOFTCAP=softcap,
+        SLOTS=slots,
+        BIAS=BIASES[bias],
+        **dict(sizes),
+    )
 
 
 def _check(q: Tensor, cache: PackedCache, turn: Turn | None) -> None:

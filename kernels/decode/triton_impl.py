@@ -18,6 +18,7 @@ from torch import Tensor
 from ..flash.pattern import Blocks, Layout, Pattern, Window
 from ..flash.rules import Bias
 from ..flash.triton_bias import BIASES, arguments
+from ..launching import Constants, constants, launch
 from ..rounding import cdiv, power_of_two
 from ..rows import dense_rows
 from .triton_kernels import attend, combine
@@ -59,62 +60,81 @@ def attention(
     batch, heads, queries, dim = q.shape
     kv_heads, keys, value_dim = v.shape[1:]
     group = heads // kv_heads
+    lines = group * queries
     q_first = q_first if pattern.first else None
-    near, numbers, head, low, counts = _visited(pattern, layout, q, keys, counts)
+    numbers, head, low, counts = _visited(pattern, layout, q, keys, counts)
     more = counts is not None or q_first is not None or turn is not None or bias is not None
     if counts is not None and q_first is None and turn is None and bias is None:
         layout = Layout()  # nothing else asks where the keys are
 
-    shared, turns = shared_memory(q.device), turn is not None
-    sizes = tile(dim, value_dim, q.element_size(), group * queries, shared, more, turns)
-    tiles = cdiv(head, sizes["BLOCK_N"]) + cdiv(keys - low, sizes["BLOCK_N"])
-    row_tiles = cdiv(group * queries, sizes["BLOCK_M"])
+    fixed = _constants(
+        *(dim, value_dim, q.element_size(), lines, shared_memory(q.device), more),
+        *(turn is not None, None if counts is not None else type(pattern)),
+        *(causal, head > 0, softcap is not None, bias and bias.kind),
+    )
+    block = fixed["BLOCK_N"]
+    tiles, row_tiles = cdiv(head, block) + cdiv(keys - low, block), cdiv(lines, fixed["BLOCK_M"])
     splits = split(tiles, batch * kv_heads * row_tiles, processors(q.device))
+    grid = (splits * row_tiles, kv_heads, batch)
     out, lse, parts, sums = results(q, value_dim, splits, need_lse)
 
-    q, k, v, q_first = map(dense_rows, (q, k, v, q_first))
-    mask, start, slots_at, ring = map(
-        dense_rows, (layout.mask, layout.start, layout.slots_at, layout.ring)
-    )
     params, step, n_params = arguments(bias)
-    held = (start, mask, slots_at, ring, counts, params)
+    held = layout.start, layout.mask, layout.slots_at, layout.ring
+    start, mask, slots_at, ring = [x if x is None else dense_rows(x) for x in held]
     mask_b = 0 if mask is None or len(mask) == 1 else mask.stride(0)
-    mask_and_counts = (mask_b, *((0, 0, 0, 0) if counts is None else counts.stride()))
-    units = (group, row_tiles, *in_base_two(scale, softcap), step, n_params)
-    total, first = layout.tokens(keys), min(pattern.first, FARTHEST)
+    ends = (
+        *(mask_b, *((0, 0, 0, 0) if counts is None else counts.stride())),
+        *(group, row_tiles, *in_base_two(scale, softcap), step, n_params),
+    )
     numbers = (
-        *(queries, layout.tail, total, layout.slots, first, *numbers),
-        *(head, low, keys, tiles, cdiv(tiles, splits)),
+        *(queries, layout.tail, layout.tokens(keys), layout.slots, min(pattern.first, FARTHEST)),
+        *(*numbers, head, low, keys, tiles, cdiv(tiles, splits)),
     )
-    fixed = dict(
-        D=dim,
-        DV=value_dim,
-        NEAR=near,
-        CAUSAL=causal,
-        HEAD=head > 0,
-        SOFTCAP=softcap is not None,
-        BIAS=BIASES[bias and bias.kind],
-        **sizes,
-    )
+    held = start, mask, slots_at, ring, counts, params
+    ours = *strides(q_first), *strides(k), *strides(v)
     with torch.cuda.device_of(q):
         if turn is None:
-            attend[splits * row_tiles, kv_heads, batch](
-                q, q_first, k, v, parts, sums, *held,
-                *strides(q), *strides(q_first), *strides(k), *strides(v),
-                *mask_and_counts, *units, *numbers, **fixed,
-            )  # fmt: skip
+            tensors = q, q_first, k, v, parts, sums, *held
+            launch(attend, grid, (*tensors, *strides(q), *ours, *ends, *numbers), fixed)
         else:
             q_far, inv_freq = dense_rows(turn.q_far), turn.inv_freq.to(q.device, torch.float32)
-            classes = tile_classes(turn, layout, queries, keys, head, low, sizes["BLOCK_N"], tiles)
-            attend_turned[splits * row_tiles, kv_heads, batch](
-                q, q_far, q_first, k, v, parts, sums, inv_freq, *held,
-                *strides(q), *strides(q_far), *strides(q_first), *strides(k), *strides(v),
-                *mask_and_counts, *units, float(turn.scaling), *classes, *numbers,
-                **turned(turn, fixed),
-            )  # fmt: skip
+            classes = tile_classes(turn, layout, queries, keys, head, low, block, tiles)
+            tensors = q, q_far, q_first, k, v, parts, sums, inv_freq, *held
+            lies = *strides(q), *strides(q_far), *ours, *ends, float(turn.scaling)
+            given = (*tensors, *lies, *classes, *numbers)
+            launch(attend_turned, grid, given, turned(turn, fixed))
         if splits > 1:
             merge(parts, sums, out, lse)
     return out, lse
+
+
+@lru_cache
+def _constants(
+    dim: int,
+    value_dim: int,
+    itemsize: int,
+    lines: int,
+    shared: int,
+    more: bool,
+    turns: bool,
+    pattern: type | None,
+    causal: bool,
+    head: bool,
+    softcap: bool,
+    bias: str | None,
+) -> Constants:
+    """What `attend` is compiled for. `pattern`: the class, None where counts say who sees whom; the
+    others as in `tile` and in the kernel."""
+    return constants(
+        D=dim,
+        DV=value_dim,
+        NEAR=None if pattern is None else twin(pattern),
+        CAUSAL=causal,
+        HEAD=head,
+        SOFTCAP=softcap,
+        BIAS=BIASES[bias],
+        **tile(dim, value_dim, itemsize, lines, shared, more, turns),
+    )
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -134,20 +154,21 @@ def _check(q: Tensor, k: Tensor, v: Tensor) -> None:
 def _visited(
     pattern: Pattern, layout: Layout, q: Tensor, keys: int, counts: Tensor | None
 ) -> tuple:
-    """(predicate, its three numbers, `head` and `low` as `worth_reading` says, counts as the kernel
-    takes them): counts say themselves who sees whom, so that all keys are read."""
+    """(three numbers of the predicate, `head` and `low` as `worth_reading` says, counts as the
+    kernel takes them): counts say themselves who sees whom, so that all keys are read."""
     if counts is None:
-        near, *numbers = predicate(pattern)
-        return near, numbers, *worth_reading(pattern, layout, q.shape[2], keys), None
+        numbers = predicate(pattern)[1:]
+        return numbers, *worth_reading(pattern, layout, q.shape[2], keys), None
     counts = counts.view(torch.uint8) if counts.dtype == torch.bool else counts
-    return None, (0, 0, 0), 0, 0, counts.expand(*q.shape[:3], keys)
+    return (0, 0, 0), 0, 0, counts.expand(*q.shape[:3], keys)
 
 
 def results(
     q: Tensor, value_dim: int, splits: int, need_lse: bool
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
     """out, lse, and where a split writes its own of both: there, or in fp32 beside the others'."""
-    out = q.new_empty(*q.shape[:3], value_dim)
+    alike = value_dim == q.shape[3] and q.is_contiguous()  # half as long to make
+    out = torch.empty_like(q) if alike else q.new_empty(*q.shape[:3], value_dim)
     lse = q.new_empty(q.shape[:3], dtype=torch.float32) if need_lse else None
     if splits == 1:
         return out, lse, out, lse
@@ -167,9 +188,8 @@ def merge(parts: Tensor, sums: Tensor, out: Tensor, lse: Tensor | None) -> None:
     """out and lse of all splits together."""
     splits, value_dim = parts.shape[0], out.shape[3]
     lines = sums.numel() // splits
-    combine[lines,](
-        parts, sums, out, lse, splits, lines, DV=value_dim, **combine_tile(value_dim)
-    )  # fmt: skip
+    given = (parts, sums, out, lse, splits, lines)
+    launch(combine, (lines, 1, 1), given, combine_tile(value_dim))
 
 
 def tile_classes(
@@ -196,32 +216,40 @@ def tile_classes(
 
 def turned(turn: Turn, fixed: dict) -> dict:
     """The compile-time arguments of `attend_turned`, from those of `attend`."""
-    half = len(turn.inv_freq)
+    slowed = turn.window is not None and not math.isinf(turn.slow)
+    return _turned(Constants.of(fixed), len(turn.inv_freq), turn.interleaved, slowed)
+
+
+@lru_cache
+def _turned(fixed: Constants, half: int, interleaved: bool, slowed: bool) -> Constants:
     rest = fixed["D"] - 2 * half
     sizes = dict(BLOCK_R=max(16, power_of_two(half)), BLOCK_P=max(16, power_of_two(rest)))
-    slowed = turn.window is not None and not math.isinf(turn.slow)
-    more = dict(R2=half, INTERLEAVED=turn.interleaved, SLOWED=slowed, **sizes)
-    return {name: value for name, value in fixed.items() if name != "BLOCK_D"} | more
+    more = dict(R2=half, INTERLEAVED=interleaved, SLOWED=slowed, **sizes)
+    return constants(**{name: x for name, x in fixed.items() if name != "BLOCK_D"}, **more)
+
+
+def twin(pattern: type[Pattern]):
+    """The jitted twin of a pattern's `near`; None: all is near."""
+    if pattern is Pattern:
+        return None
+    if issubclass(pattern, Window):
+        return in_window
+    if issubclass(pattern, Blocks):
+        return in_blocks
+    raise ValueError(
+        f"decode: got a {pattern.__name__} without `counts`, which has no predicate in the kernel"
+    )
 
 
 def predicate(pattern: Pattern) -> tuple:
-    """The jitted twin of `pattern.near` (None: all is near) and its three numbers."""
-    if isinstance(pattern, Window):
-        return in_window, min(pattern.back, FARTHEST), min(pattern.ahead, FARTHEST), 0
-    if isinstance(pattern, Blocks):
-        size = min(pattern.size, FARTHEST)
-        return (
-            in_blocks,
-            size,
-            min(pattern.look_back, FARTHEST // size),
-            size // 2 if pattern.shifted else 0,
-        )
-    if type(pattern) is Pattern:
-        return None, 0, 0, 0
-    raise ValueError(
-        f"decode: got a {type(pattern).__name__} without `counts`, which has no predicate in the "
-        "kernel"
-    )
+    """`twin`, and its three numbers."""
+    near = twin(type(pattern))
+    if near is None:
+        return near, 0, 0, 0
+    if near is in_window:
+        return near, min(pattern.back, FARTHEST), min(pattern.ahead, FARTHEST), 0
+    size = min(pattern.size, FARTHEST)
+    return near, size, min(pattern.look_back, FARTHEST // size), pattern.shifted * (size // 2)
 
 
 def worth_reading(pattern: Pattern, layout: Layout, queries: int, keys: int) -> tuple[int, int]:
@@ -287,7 +315,7 @@ def tile(
 def combine_tile(value_dim: int) -> dict[str, int]:
     """The same for `combine`: as many splits at once as a tile of 4096 numbers holds."""
     block_dv = max(16, power_of_two(value_dim))
-    return dict(BLOCK_DV=block_dv, CHUNK=4096 // max(32, block_dv), num_warps=4)
+    return constants(DV=value_dim, BLOCK_DV=block_dv, CHUNK=4096 // max(32, block_dv), num_warps=4)
 
 
 @lru_cache(maxsize=4096)

@@ -45,7 +45,10 @@ def choose(impl: str = "auto", device: torch.device | str | None = None) -> str:
     and meant for tests)."""
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"impl: got {impl!r}, valid are {', '.join(map(repr, IMPLEMENTATIONS))}")
-    gpu = torch.cuda.is_available() if device is None else torch.device(device).type == "cuda"
+    if device is None:
+        gpu = torch.cuda.is_available()
+    else:
+        gpu = (device if isinstance(device, torch.device) else torch.device(device)).type == "cuda"
     if impl == "auto":
         return "triton" if gpu else "torch"
     if impl == "triton" and not gpu and os.environ.get("TRITON_INTERPRET") != "1":

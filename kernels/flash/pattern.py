@@ -97,10 +97,11 @@ class Layout:
     `start` (B,) int64: the number of each row's first real token (None: 0); `mask` (B, Tk) bool:
     which of the given keys are real and not given twice (None: all). `ring` (Tk - slots,) int64:
     instead of that order, the number of each key after the slots (-1: empty), and `total` tokens in
-    all, an int or a 0-d int64 tensor. Rings and `slots_at` are for the decode kernels only."""
+    all, an int or a 0-d int64 tensor, as `tail` may be. Rings and `slots_at` are for the decode
+    kernels only."""
 
     slots: int = 0
-    tail: int = 0
+    tail: int | Tensor = 0
     start: Tensor | None = None
     mask: Tensor | None = None
     slots_at: Tensor | None = None
@@ -114,7 +115,11 @@ class Layout:
     def key_positions(self, keys: int, device) -> Tensor:
         """int64 (1 or B, Tk); -1 for keys that are not to be seen."""
         if self.ring is None:
-            position = torch.arange(self.tail, self.tail + keys - self.slots, device=device)[None]
+            begin, count = self.tail, keys - self.slots
+            if isinstance(begin, Tensor):
+                position = (begin + torch.arange(count, device=device))[None]
+            else:
+                position = torch.arange(begin, begin + count, device=device)[None]
         else:
             position = self.ring[None]
         if self.start is not None:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..launching import launch
 from ..once import once_differentiable
 from ..precision import as_given
 from ..rounding import cdiv
@@ -118,7 +119,7 @@ def _strides(*tensors: Tensor | None) -> list[int]:
 def _launch(kernel: str, programs: int, *arguments, **fixed) -> None:
     if programs:  # a grid of none is an error
         # multiply-adds may fuse, as was every Triton's default before 3.10
-        KERNELS[kernel][(programs,)](*arguments, **fixed, enable_fp_fusion=True)
+        launch(KERNELS[kernel], (programs, 1, 1), arguments, {**fixed, "enable_fp_fusion": True})
 
 
 class _Attention(torch.autograd.Function):

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..flash.tiles import architecture, padded
 from ..flash.triton_impl import DTYPES
+from ..launching import launch
 from ..once import once_differentiable
 from ..precision import as_given
 from ..rounding import cdiv
@@ -120,12 +121,10 @@ def _launch(q, k, v, log_decay, beta, first, first_norms, mask, normalize, scale
         last = torch.empty(batch, heads, features, value_dim, device=k.device)
         last_norms = torch.empty(batch, heads, features, device=k.device) if normalize else None
     strides = [step for x in (q, k, v) for step in x.stride()[:3]]
-    grid = (batch * heads * cdiv(value_dim, fixed["BLOCK_V"]),)
+    grid = batch * heads * cdiv(value_dim, fixed["BLOCK_V"]), 1, 1
     with torch.cuda.device_of(k):
-        triton_kernels.forward[grid](
-            q, k, v, gate, beta, mask, first, first_norms, out, last, last_norms,
-            *strides, 0 if mask is None else mask.stride(0),
-            scale, heads, group, tokens, queries,
-            **fixed,
-        )  # fmt: skip
+        tensors = q, k, v, gate, beta, mask, first, first_norms, out, last, last_norms
+        steps = *strides, 0 if mask is None else mask.stride(0)
+        numbers = scale, heads, group, tokens, queries
+        launch(triton_kernels.forward, grid, (*tensors, *steps, *numbers), fixed)
     return out, last, last_norms

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .. import launching
 from ..rounding import cdiv
 from . import tiles, triton_backward, triton_decode, triton_kernels
 from .features import MAPS
@@ -331,4 +332,6 @@ def launch(kernel: str, programs: int, *arguments, **fixed) -> None:
     """Runs a kernel by its name, so many programs."""
     if programs:  # a grid of none is an error
         # multiply-adds may fuse, as was every Triton's default before 3.10
-        jitted(kernel)[(programs,)](*arguments, **fixed, enable_fp_fusion=True)
+        launching.launch(
+            jitted(kernel), (programs, 1, 1), arguments, {**fixed, "enable_fp_fusion": True}
+        )

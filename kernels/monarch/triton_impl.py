@@ -12,11 +12,13 @@ inside of one program, in a fixed order."""
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..launching import Constants, constants, launch
 from ..once import once_differentiable
 from ..precision import as_given
 from ..rounding import cdiv, power_of_two
@@ -163,14 +165,13 @@ def in_one_pass(x: Tensor, matrix: Factors, bias: Tensor | None, out_features: i
     tile = one_pass_tile(second.shape[1], rank, x.element_size(), shared_memory(x.device))
     f_i, f_row, f_k = first.stride()
     s_j, s_t, s_column = second.stride()
-    grid = (cdiv(blocks, tile["G"]), cdiv(rows, tile["M"]))
+    grid = (cdiv(blocks, tile["G"]), cdiv(rows, tile["M"]), 1)
     with torch.cuda.device_of(x):
-        kernels.both[grid](
-            x, first, second, bias, y, rows, blocks, rank, first.shape[2], second.shape[1],
-            x.shape[1], out_features, x.stride(0), *matrix.inputs, f_i, rank * f_row, f_row, f_k,
-            s_j, s_t, rank * s_column, s_column, out_features, *matrix.outputs,
-            **tile,
-        )  # fmt: skip
+        sizes = rows, blocks, rank, first.shape[2], second.shape[1], x.shape[1], out_features
+        of_first = f_i, rank * f_row, f_row, f_k
+        of_second = s_j, s_t, rank * s_column, s_column
+        steps = x.stride(0), *matrix.inputs, *of_first, *of_second, out_features, *matrix.outputs
+        launch(kernels.both, grid, (x, first, second, bias, y, *sizes, *steps), tile)
     return y
 
 
@@ -183,11 +184,9 @@ def _one(x, factor, inputs, bias, y, inner: int, outputs: tuple[int, int, int]) 
     tile = product_tile(rows, results, count, x.element_size())
     grid = (cdiv(results, tile["Q"]), blocks, cdiv(rows, tile["M"]))
     with torch.cuda.device_of(x):
-        kernels.one[grid](
-            x, factor, bias, y, rows, count, results, inner, x.shape[1], y.shape[1], x.stride(0),
-            *inputs,
-            *factor.stride(), y.stride(0), *outputs, **tile,
-        )  # fmt: skip
+        sizes = rows, count, results, inner, x.shape[1], y.shape[1]
+        steps = x.stride(0), *inputs, *factor.stride(), y.stride(0), *outputs
+        launch(kernels.one, grid, (x, factor, bias, y, *sizes, *steps), tile)
     return y
 
 
@@ -203,18 +202,17 @@ def _factor_gradient(
     tile = gradient_tile(x.element_size())
     grid = (cdiv(count, tile["K"]), cdiv(results, tile["Q"]), blocks)
     with torch.cuda.device_of(x):
-        kernels.outer[grid](
-            g, x, out, rows, results, count, g.shape[1], x.shape[1], g.stride(0), g_i, g_q,
-            x.stride(0), *inputs,
-            *out.stride()[:2], **tile,
-        )  # fmt: skip
+        sizes = rows, results, count, g.shape[1], x.shape[1]
+        steps = g.stride(0), g_i, g_q, x.stride(0), *inputs, *out.stride()[:2]
+        launch(kernels.outer, grid, (g, x, out, *sizes, *steps), tile)
     return out
 
 
 # ---- tiles
 
 
-def one_pass_tile(outputs: int, rank: int, itemsize: int, shared: int) -> dict[str, int]:
+@lru_cache
+def one_pass_tile(outputs: int, rank: int, itemsize: int, shared: int) -> Constants:
     """Keyword arguments of `both`: blocks of so many outputs, a rank, a device with `shared` bytes
     for a program.
 
@@ -230,7 +228,7 @@ def one_pass_tile(outputs: int, rank: int, itemsize: int, shared: int) -> dict[s
     most = warps * ACCUMULATORS // (4 if itemsize == 4 else 1)
     fit = [m for m in (128, 64, 32, 16) if m * of_row <= most]
     m, k = (fit or [16])[0], 32 if itemsize == 2 and at_once < 16 else 16
-    return dict(
+    return constants(
         M=m,
         K=k,
         S=size,
@@ -242,23 +240,23 @@ def one_pass_tile(outputs: int, rank: int, itemsize: int, shared: int) -> dict[s
     )
 
 
-def product_tile(rows: int, results: int, inputs: int, itemsize: int) -> dict[str, int]:
+@lru_cache
+def product_tile(rows: int, results: int, inputs: int, itemsize: int) -> Constants:
     """Keyword arguments of `one`. Few rows: narrow tiles, so that the factor is read by many
     programs.
     """
     m = 16 if rows <= 16 else 32 if rows <= 32 else 64
     q = min(32 if m < 64 else 64, max(16, power_of_two(results)))
     k = min(64 if itemsize == 2 else 32, max(16, power_of_two(inputs)))
-    return dict(M=m, K=k, Q=q, num_warps=4, num_stages=3 if itemsize == 2 else 2)
+    return constants(M=m, K=k, Q=q, num_warps=4, num_stages=3 if itemsize == 2 else 2)
 
 
-def gradient_tile(itemsize: int) -> dict[str, int]:
+@lru_cache
+def gradient_tile(itemsize: int) -> Constants:
     """Keyword arguments of `outer`."""
-    return (
-        dict(M=32, K=64, Q=64, num_warps=4, num_stages=2)
-        if itemsize == 2
-        else dict(M=16, K=32, Q=32, num_warps=4, num_stages=1)
-    )
+    if itemsize == 2:
+        return constants(M=32, K=64, Q=64, num_warps=4, num_stages=2)
+    return constants(M=16, K=32, Q=32, num_warps=4, num_stages=1)
 
 
 def shared_memory(device: torch.device) -> int:

@@ -9,6 +9,7 @@ import triton
 from torch import Tensor
 
 from ..decode.triton_impl import processors
+from ..launching import Constants, launch
 from ..once import once_differentiable
 from ..precision import as_given
 from ..rounding import cdiv
@@ -33,17 +34,15 @@ def forward(x: Tensor, values: Tensor, indices: Tensor, bias: Tensor | None) -> 
             f"x: got {x.dtype}; valid for impl='triton' are float16, bfloat16 and float32"
         )
     rows, (outputs, half) = len(x), indices.shape
-    sizes = dict(tile(rows, x.element_size(), outputs, half, processors(x.device)))
-    splits = sizes.pop("splits")
+    splits, sizes = _sizes(rows, x.element_size(), outputs, half, processors(x.device))
     out = x.new_empty(rows, outputs)
     parts = out if splits == 1 else x.new_empty(splits, rows, outputs, dtype=torch.float32)
     tiles = cdiv(half, sizes["BLOCK_G"])
     with torch.cuda.device_of(x):
-        product[cdiv(outputs, sizes["BLOCK_N"]), splits](
-            x, values, indices, bias if splits == 1 else None, parts, rows, outputs, half,
-            cdiv(tiles, splits),
-            **sizes,
-        )  # fmt: skip
+        given = x, values, indices, bias if splits == 1 else None, parts
+        numbers = rows, outputs, half, cdiv(tiles, splits)
+        grid = cdiv(outputs, sizes["BLOCK_N"]), splits, 1
+        launch(product, grid, (*given, *numbers), sizes)
     if splits == 1:
         return out
     total = parts.sum(dim=0)
@@ -51,6 +50,12 @@ def forward(x: Tensor, values: Tensor, indices: Tensor, bias: Tensor | None) -> 
 
 
 @lru_cache
+def _sizes(*given: int) -> tuple[int, Constants]:
+    """`tile`, splits apart."""
+    sizes = tile(*given)
+    return sizes.pop("splits"), Constants(sizes)
+
+
 def tile(rows: int, itemsize: int, outputs: int, half: int, processors: int) -> dict[str, int]:
     """Keyword arguments of `product`, and into how many `splits` the groups of a row go.
 

@@ -15,13 +15,16 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from effattn.calibration.layerwise import LayerRunner, watch
 from effattn.calibration.refit import OutputRefit
+from effattn.calibration.spilled import States
+from effattn.calibration.walk import CHANGED, Progress, Stream, Walk
 from effattn.errors import Unsupported
 from effattn.hf import anatomy as hf
 from effattn.hf import loading
@@ -47,34 +50,65 @@ def compensate(
     squared error of the attention's and of the FFN's output over its square, before and after; None
     where nothing was cut. Raises FloatingPointError naming the layer (of `old`) when activations
     are not finite."""
-    staying = range(len(old.layers)) if keep.layers is None else keep.layers.tolist()
-    cut = [target for target in ("heads", "ffn") if getattr(keep, target) is not None]
-    teacher, student = LayerRunner(old, batches), LayerRunner(new, batches)
-    hidden, rows = student.embed(), []
-    for place, index in enumerate(staying):
-        row = {
-            "layer": index,
-            **dict.fromkeys(f"{t}_error{s}" for t in ("heads", "ffn") for s in ("_sliced", "")),
-        }
+    walk = Walk(new, batches)
+    solving = Solving(LayerRunner(old, batches), old, keep, weights)
+    return solve(walk, solving, progress)
+
+
+@dataclass(frozen=True)
+class Solving:
+    """What is to be solved again: `teacher` runs the old model `old`, of which `keep` has stayed.
+    weights: whether for weights too, not for biases alone. opened: while what it gives is open, an
+    old layer's weights are there."""
+
+    teacher: LayerRunner
+    old: hf.Anatomy
+    keep: Keep
+    weights: bool = True
+    opened: Callable[[int], AbstractContextManager] = nullcontext
+
+    @property
+    def staying(self) -> list[int]:
+        """The old numbers of the layers that have stayed."""
+        layers = self.keep.layers
+        return list(range(len(self.old.layers))) if layers is None else layers.tolist()
+
+    @property
+    def cut(self) -> list[str]:
+        """Of what something went within layers."""
+        return [target for target in ("heads", "ffn") if getattr(self.keep, target) is not None]
+
+
+def solve(walk: Walk, asked: Solving, progress: Progress | None = None) -> list[dict]:
+    """The same on a walk over the new model; returns its rows."""
+    student = walk.runner
+    assert student is not None
+    staying = asked.staying
+
+    def step(layer: hf.Layer, states: Stream) -> dict:
+        index = staying[layer.index]
+        errors = [f"{t}_error{s}" for t in ("heads", "ffn") for s in ("_sliced", "")]
+        row = {"layer": index, **dict.fromkeys(errors)}
         # What the whole layer makes of the pruned model's hidden states: before anything in this
         # layer is written.
-        left = [t for t in cut if output_module(new.layers[place], t).in_features]
-        outputs = _outputs(teacher, index, hidden, left)
+        left = [t for t in asked.cut if output_module(layer, t).in_features]
+        outputs: dict[str, States] = {target: walk.pile(target) for target in left}
+        with asked.opened(index):
+            _note_outputs(asked.teacher, index, states.kept(), outputs)
         for target in left:
-            module = output_module(new.layers[place], target)
-            fit = _fit(student, place, hidden, module, outputs.pop(target))
+            module = output_module(layer, target)
+            fit = _fit(student, layer.index, states.kept(), module, outputs.pop(target))
             row[f"{target}_error_sliced"] = fit.error(_with_bias(module))
             try:
-                _write(module, fit, weights)
+                _write(module, fit, asked.weights)
             except FloatingPointError as error:
                 raise FloatingPointError(f"layer {index}: {error}") from None
             row[f"{target}_error"] = fit.error(_with_bias(module))
-        for number, states in enumerate(hidden):
-            hidden[number] = student.call(place, states).cpu()
-        rows.append(row)
-        if progress:
-            progress(place + 1, len(staying))
-    return rows
+        for number, output in student.run(layer.index, states.source):
+            states.sink[number] = output
+        return row
+
+    return walk.over(CHANGED, step, changes=True, progress=progress)
 
 
 def output_module(layer: hf.Layer, target: str) -> nn.Linear:
@@ -82,23 +116,22 @@ def output_module(layer: hf.Layer, target: str) -> nn.Linear:
     return layer.o.module if target == "heads" else layer.feed_forward.output
 
 
-def _outputs(
-    teacher: LayerRunner, index: int, hidden: list[Tensor], cut: list[str]
-) -> dict[str, list[Tensor]]:
-    """What the whole layer's output modules give on each batch, (tokens, D) on the CPU."""
-    found: dict[str, list[Tensor]] = {target: [] for target in cut}
+def _note_outputs(
+    teacher: LayerRunner, index: int, hidden: States, found: dict[str, States]
+) -> None:
+    """Puts what the whole layer's output modules give on each batch, (tokens, D) on the CPU, behind
+    what is `found` by target."""
     with ExitStack() as open:
         for target, outputs in found.items():
             module = output_module(teacher.anatomy.layers[index], target)
             see = lambda _, y, outputs=outputs: outputs.append(y.cpu())  # noqa: E731
             open.enter_context(watch(module, see))
-        for states in hidden if cut else ():
+        for states in hidden if found else ():
             teacher.call(index, states)
-    return found
 
 
 def _fit(
-    student: LayerRunner, place: int, hidden: list[Tensor], module: nn.Linear, outputs: list[Tensor]
+    student: LayerRunner, place: int, hidden: States, module: nn.Linear, outputs: States
 ) -> OutputRefit:
     """Sums over all tokens of what the pruned layer's module takes (with a 1 for its bias), and
     what it should give.
@@ -141,7 +174,7 @@ def check_biases(parts: hf.Anatomy, targets: list[str]) -> None:
     biases.
     """
     if targets:
-        _with_fields(parts, targets)
+        with_fields(parts, targets)
 
 
 def with_biases(model: nn.Module, targets: list[str]) -> nn.Module:
@@ -151,7 +184,7 @@ def with_biases(model: nn.Module, targets: list[str]) -> nn.Module:
 
     Raises Unsupported as `check_biases`.
     """
-    config, names = _with_fields(hf.of(model), targets)
+    config, names = with_fields(hf.of(model), targets)
     state = model.state_dict()
     missing = {
         name: torch.zeros(shape, dtype=model.dtype)
@@ -165,9 +198,9 @@ def with_biases(model: nn.Module, targets: list[str]) -> nn.Module:
     return new.to(model.device).train(model.training)
 
 
-def _with_fields(parts: hf.Anatomy, targets: list[str]) -> tuple[object, dict[str, torch.Size]]:
+def with_fields(parts: hf.Anatomy, targets: list[str]) -> tuple[object, dict[str, torch.Size]]:
     """A copy of the config in which these modules have biases, and the names and shapes of its
-    class's weights then.
+    class's weights then. Unsupported as `check_biases`.
     """
     model, first = parts.model, parts.layers[0]
     config = copy.deepcopy(model.config)

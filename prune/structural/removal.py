@@ -15,15 +15,12 @@ keeps as many, which every config can say, or (`uniform=False`) as many as its s
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from effattn.errors import Unsupported, check_choice
 from effattn.hf import anatomy as hf
-from effattn.hf import uneven
 from effattn.hf.beginning import bos_of
 from effattn.hf.placement import check_finite
 from effattn.profiling.environment import environment
@@ -33,31 +30,10 @@ from effattn.prune.structural.compensation import check_biases, with_biases
 from effattn.prune.structural.compensation import compensate as fit_outputs
 from effattn.prune.structural.criteria.base import TARGETS, Importance
 from effattn.prune.structural.keep import Keep
+from effattn.prune.structural.plan import Amount, Plan, check_enough, plan_of
 from effattn.prune.structural.report import KIND, StructuredReport, sizes_of
-from effattn.prune.structural.sliced_config import reachable_heads, sliced_config
 from effattn.prune.structural.slicing import check_plain, slice_model
 from effattn.prune.unstructured import calibration
-
-TOKENS_PER_DIMENSION = 10  # of an output module that is solved again
-WHAT = {"heads": "key/value heads a layer", "ffn": "FFN dimensions a layer", "layers": "layers"}
-
-Amount = int | float | None
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What is to be done, checked: how many of each target stay (targets that lose nothing are
-    absent), how many of each go, and what ranks each."""
-
-    keep: dict[str, int]
-    removed: dict[str, int]
-    criteria: dict[str, str]
-    uniform: bool = True  # whether each layer keeps as many, and not all of them on average
-
-    def most(self, target: str) -> int:
-        """How many a layer may keep; 0 for targets that lose nothing."""
-        kept = self.keep.get(target, 0)
-        return kept if self.uniform else kept + self.removed.get(target, 0)
 
 
 def structured(
@@ -105,13 +81,13 @@ def structured(
     length = calibration.window_length(parts.config, length)
     calibration.check_tokens(tokens, parts.embeddings.weight.shape[0], length)
     if compensate:
-        _check_enough(parts, plan, tokens)
-    biased = [target for target in ("heads", "ffn") if bias and target in plan.keep]
+        check_enough(parts, plan, tokens)
+    biased = plan.inside if bias else []
     check_biases(parts, biased)
     check_finite(model)
     beginning = bos_of(model, bos)
     batches = calibration.batches_of(tokens, length, beginning)
-    solve = (compensate or bias) and set(plan.keep) != {"layers"}
+    solve = (compensate or bias) and bool(plan.inside)
     solved = plan.keep.get("layers", len(parts.layers)) if solve else 0
     tell = steps_of(progress, len(batches) * len(set(plan.criteria.values())), 1, solved)
 
@@ -145,10 +121,10 @@ def structured(
         "seed": seed,
         "bos": beginning is not None,
     } | ({} if uniform else {"uniform": False})
-    return small, _report(model, small, plan, asked, keep, importance, rows)
+    return small, report_of(model, small, plan, asked, keep, importance, rows)
 
 
-def _report(
+def report_of(
     model: nn.Module,
     small: nn.Module,
     plan: Plan,
@@ -183,124 +159,6 @@ def _report(
     )
 
 
-def plan_of(
-    parts: hf.Anatomy,
-    amounts: Mapping[str, Amount],
-    criterion: str | Mapping[str, str],
-    uniform: bool = True,
-) -> Plan:
-    """The plan behind `structured`'s arguments. ValueError and Unsupported, as there, before
-    anything is computed.
-    """
-    if uneven.overrides(parts.config):
-        raise Unsupported(
-            f"{type(parts.model).__name__}: its layers differ already, which no criterion ranks; "
-            "prune the model that they came from, or slice_model(..., uniform=False)"
-        )
-    sizes = {"heads": parts.kv_heads, "layers": len(parts.layers)}
-    if amounts.get("ffn") is not None:
-        sizes["ffn"] = parts.layers[0].feed_forward.size
-    keep = {}
-    for target in TARGETS:
-        if amounts.get(target) is not None:
-            staying = _staying(target, amounts[target], sizes[target])
-            if staying < sizes[target]:
-                keep[target] = staying
-    if not keep:
-        got = ", ".join(str(amounts.get(target)) for target in TARGETS)
-        raise ValueError(
-            f"heads, ffn, layers: got {got}, which removes nothing; valid is at least one of "
-            "them: an int (how many stay) or a float in (0, 1) (the share that is removed)"
-        )
-    named = dict.fromkeys(keep, criterion) if isinstance(criterion, str) else dict(criterion)
-    for target, name in named.items():
-        check_choice("criterion", target, TARGETS)
-        criteria.check(name, target, parts)
-    for target in keep:
-        if target not in named:
-            raise ValueError(
-                f"criterion: got none for {target}, which is to be pruned; valid is a name for "
-                "each target"
-            )
-    if uniform:
-        _check_shape(parts, keep)
-    else:
-        _check_uneven(parts, named)
-    removed = {target: sizes[target] - staying for target, staying in keep.items()}
-    return Plan(keep, removed, {target: named[target] for target in keep}, uniform)
-
-
-def _staying(target: str, amount: Amount, size: int) -> int:
-    """How many stay. ValueError unless it is an int in [1, size] or a float in (0, 1) that leaves
-    at least one.
-    """
-    valid = (
-        f"an int from 1 to {size} (how many stay) or a float between 0 and 1 (the share that "
-        "is removed)"
-    )
-    if isinstance(amount, bool) or not isinstance(amount, int | float):
-        raise ValueError(f"{target}: got {amount!r}, valid is {valid}")
-    share = isinstance(amount, float)
-    staying = round(size * (1 - amount)) if share and 0 < amount < 1 else amount
-    if (share and not 0 < amount < 1) or not 1 <= staying <= size:
-        raise ValueError(
-            f"{target}: got {amount}, the model has {size} {WHAT[target]}; valid is {valid}"
-        )
-    return int(staying)
-
-
-def _check_shape(parts: hf.Anatomy, keep: dict[str, int]) -> None:
-    """Unsupported where the class's config cannot say this shape: before anything is measured."""
-    if "heads" in keep:
-        for layer in parts:
-            layer.q.by_head, layer.o.by_head  # noqa: B018 - raise where heads are no rows of a weight
-        valid = reachable_heads(parts.model.config)
-        if keep["heads"] not in valid:
-            lower = [n for n in valid if n < parts.kv_heads]
-            can = (
-                f"it can keep {', '.join(map(str, lower))}"
-                if lower
-                else "it cannot lose any at this hidden size"
-            )
-            raise Unsupported(
-                f"heads: got {keep['heads']} to keep, {type(parts.model).__name__} (hidden size "
-                f"{parts.config.hidden_size}, {parts.kv_heads} key/value heads) {can}"
-            )
-    staying = keep.get("layers", len(parts.layers))
-    first = {
-        target: [torch.arange(keep[target])] * staying
-        for target in ("heads", "ffn")
-        if target in keep
-    }
-    sliced_config(parts.model.config, Keep(**first, layers=torch.arange(staying)))
-
-
-def _check_uneven(parts: hf.Anatomy, named: Mapping[str, str]) -> None:
-    """ValueError and Unsupported where layers cannot differ."""
-    uneven.check(parts.config, {})
-    for target, name in named.items():
-        if target != "layers" and criteria.find(name).stops:
-            raise ValueError(
-                f"criterion: got {name!r} for {target} with uniform=False: it ranks what goes "
-                "within a layer, not across layers; valid is another, such as 'taylor'"
-            )
-
-
-def _check_enough(parts: hf.Anatomy, plan: Plan, tokens: Tensor) -> None:
-    # an output module is solved from second moments of its inputs: fewer tokens than inputs fit
-    # noise
-    inputs = [
-        plan.most("heads") * (parts.heads // parts.kv_heads) * parts.head_dim,
-        plan.most("ffn"),
-    ]
-    needed = TOKENS_PER_DIMENSION * max(inputs)
-    if len(tokens) < needed:
-        raise ValueError(
-            f"tokens: got {len(tokens):,}, at least {needed:,} are needed to solve for output "
-            f"modules with {max(inputs):,} inputs; give more text, or compensate=False"
-        )
-
-
 def steps_of(
     progress: Callable[[int, int], None] | None, *parts: int
 ) -> list[Callable[[int, int], None]]:
@@ -323,9 +181,9 @@ def score(
     """The importance of every target of the plan, each by its criterion; one pass over the data a
     criterion.
     """
-    found, names = Importance(), dict.fromkeys(plan.criteria.values())
-    for name, tell in zip(names, steps_of(progress, *[len(batches)] * len(names)), strict=True):
-        targets = [target for target, one in plan.criteria.items() if one == name]
+    found, ranked = Importance(), plan.ranked
+    tells = steps_of(progress, *[len(batches)] * len(ranked))
+    for (name, targets), tell in zip(ranked.items(), tells, strict=True):
         scores = criteria.measure(name, parts, batches, targets, seed, plan.removed, tell)
         tell(len(batches), len(batches))  # also where a criterion reads no text
         for target in targets:

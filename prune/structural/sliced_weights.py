@@ -41,8 +41,8 @@ class _Cuts:
         return new.clone() if new.data_ptr() == parameter.data_ptr() else new
 
 
-def sliced_state(parts: hf.Anatomy, keep: Keep) -> dict[str, Tensor]:
-    """The new model's state_dict, by its names."""
+def sliced_state(parts: hf.Anatomy, keep: Keep, only: hf.Layer | None = None) -> dict[str, Tensor]:
+    """The new model's state_dict, by its names. only: what is in it of this layer, which stays."""
     cuts = _Cuts()
     for table in (parts.embeddings, parts.head, parts.positions):
         if table is not None:
@@ -55,7 +55,7 @@ def sliced_state(parts: hf.Anatomy, keep: Keep) -> dict[str, Tensor]:
     names = {id(module): name for name, module in parts.model.named_modules()}
     renamed: dict[str, str | None] = {}  # prefixes; None: what goes
     staying = range(len(parts.layers)) if keep.layers is None else keep.layers.tolist()
-    for layer in parts:
+    for layer in parts if only is None else [only]:
         path = names[id(layer.block)]
         # a layer goes with all its names; one that stays gets its new number in them
         if layer.index not in staying:
@@ -84,8 +84,9 @@ def sliced_state(parts: hf.Anatomy, keep: Keep) -> dict[str, Tensor]:
         _check_known(parts, cuts, staying, names)
     parameters = dict(parts.model.named_parameters(remove_duplicate=False))
     state = {}
+    within = "" if only is None else f"{names[id(only.block)]}."
     for name, tensor in parts.model.state_dict().items():
-        new_name = _rename(name, renamed)
+        new_name = _rename(name, renamed) if name.startswith(within) else None
         if new_name is not None:
             state[new_name] = cuts.apply(parameters.get(name, tensor))
             _rescale(parts, keep, parameters.get(name), state, new_name)

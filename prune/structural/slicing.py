@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import copy
 
-from torch import nn
+from torch import Tensor, nn
 
 from effattn.errors import Unsupported
 from effattn.hf import anatomy as hf
@@ -43,8 +43,20 @@ def slice_model(model: nn.Module, keep: Keep, *, uniform: bool = True) -> nn.Mod
     keep = checked(parts, keep, uniform)
     config = sliced_config(model.config, keep)
     state = sliced_state(parts, keep)
-    # what the class would make of the config, without memory: any other shape is ours to explain
-    shell = loading.shell(type(model), config)
+    outline(parts, keep, config, state)
+    new = loading.from_state(type(model), config, state, model.dtype)
+    if getattr(model, "generation_config", None) is not None:
+        new.generation_config = copy.deepcopy(model.generation_config)
+    return new.to(model.device).train(model.training)
+
+
+def outline(parts: hf.Anatomy, keep: Keep, config, state: dict[str, Tensor]) -> nn.Module:
+    """The new model without memory. config, state: what `sliced_config` and `sliced_state` make of
+    the old one, whose weights need not be there either. Unsupported where the class does not make
+    these shapes of this config, or other kinds of layers than there were."""
+    kind = type(parts.model)
+    # what the class would make of the config: any other shape is ours to explain
+    shell = loading.shell(kind, config)
     wanted = {name: tensor.shape for name, tensor in shell.state_dict().items()}
     for name in sorted(wanted.keys() | state.keys()):
         shape = state[name].shape if name in state else None
@@ -53,14 +65,11 @@ def slice_model(model: nn.Module, keep: Keep, *, uniform: bool = True) -> nn.Mod
                 tuple(one) if one is not None else "not at all" for one in (wanted.get(name), shape)
             )
             raise Unsupported(
-                f"{type(model).__name__} cannot hold this shape: its config makes {name} {made}, "
+                f"{kind.__name__} cannot hold this shape: its config makes {name} {made}, "
                 f"what is kept is {kept}"
             )
-    new = loading.from_state(type(model), config, state, model.dtype)
-    _check_kinds(parts, hf.of(new), keep)
-    if getattr(model, "generation_config", None) is not None:
-        new.generation_config = copy.deepcopy(model.generation_config)
-    return new.to(model.device).train(model.training)
+    _check_kinds(parts, hf.of(shell), keep)
+    return shell
 
 
 def _check_kinds(old: hf.Anatomy, new: hf.Anatomy, keep: Keep) -> None:

@@ -15,6 +15,7 @@ from effattn.quant.packed.blocks import PackedBlocks
 from effattn.quant.packed.ring import PackedRing
 from effattn.quant.packed.state import PackedState
 from effattn.quant.packed.static import StaticState
+from effattn.quant.packed.static_ring import StaticPackedRing
 from effattn.specs import parse_spec
 from effattn.states.base import State
 from effattn.states.blocks import BlockState
@@ -83,9 +84,15 @@ class Packed(LayerCache):
 
     def static_state(self, length: int, backend: Holder | None = None) -> StaticState | None:
         own = None if backend is None else backend.new_state()
-        if own is not None and (own.evicts or self.raw_keys or isinstance(own, BlockState)):
+        if own is not None and (self.raw_keys or isinstance(own, BlockState)):
             return None
-        state = StaticState(self.format, length)
+        if isinstance(own, RingState):
+            first = backend.pattern(causal=True).first
+            state = StaticPackedRing(self.format, length, own.keep, first=first)
+        elif own is not None and own.evicts:
+            return None
+        else:
+            state = StaticState(self.format, length)
         state.owner = None if backend is None else backend.signature
         return state
 

@@ -6,8 +6,8 @@ without a sync.
     step = torch.compile(model, fullgraph=True)                          # then one token at a time
 
 All room is allocated at the first call. Lengths are tensors. Every step writes its token into a
-ring of the newest ones, and packs the group that was the last to become due once more: to the same
-bits in the same place, so that no branch has to ask whether there is one.
+ring of the newest ones, and packs a group: the one that became due by it, or where none did, some
+tokens into a place that nothing reads, so that no branch has to ask whether there is one.
 
 B: rows; Hq, Hkv: query and key/value heads; T: new tokens; D, Dv: of a key, of a value; S: first
 tokens in full precision; W: `size`, places of the ring; N: `room`, places for packed tokens."""
@@ -133,13 +133,13 @@ class StaticState(Static):
         out = self._read(
             q, self._cache(new, self.border(past), past + 1, past + 1), pattern, call, impl
         )
-        # The last group that is due, whether or not it became so by this token. Where none is, the
-        # spare room at the end takes whatever the ring has: nothing reads it.
+        # The group that became due by this token. Where none did, the spare room at the end takes
+        # whatever the ring has, and nothing reads it: not the last group's place, since after a
+        # crop the ring may not have its tokens any more.
         border, flush = self.border(past + 1), self.format.flush
         due = border - flush + torch.arange(flush, device=q.device)
-        place = torch.where(
-            border > self.format.first, border - flush - self.format.first, self.room - flush
-        )
+        became = border > self.border(past)
+        place = torch.where(became, border - flush - self.format.first, self.room - flush)
         for codes, held in zip(self.codes, self.rest, strict=True):
             group = neutral(
                 held.index_select(2, due % self.size), codes.coding, due, new, self.format.first
@@ -185,7 +185,16 @@ class StaticState(Static):
         self, q, cache: PackedCache, pattern: Pattern, call: Call, impl: str
     ) -> tuple[Tensor, Tensor]:
         return packed.attention(
-            q, cache, pattern, scale=call.scale, softcap=call.softcap, impl=impl, lse=True
+            q,
+            cache,
+            pattern,
+            scale=call.scale,
+            softcap=call.softcap,
+            q_first=call.q_first,
+            turn=call.turn,
+            bias=call.bias,
+            impl=impl,
+            lse=True,
         )
 
     def _cache(self, new: New, border, held, total) -> PackedCache:

@@ -106,7 +106,8 @@ def test_every_step_is_one_that_its_recipe_takes(tmp_path, monkeypatch):
         code = importlib.import_module(f"effattn.recipes.{name}")
         monkeypatch.setattr(code, "run", reached(code))
     monkeypatch.setattr("effattn.surgery.checkpoint.load_model", load_model)
-    place = Place("embedded", [tmp_path / "a.txt"], tmp_path / "b.txt", tmp_path / "output")
+    files = [tmp_path / name for name in ("b.txt", "output", "measured.json")]
+    place = Place("embedded", [tmp_path / "a.txt"], *files)
     for subject, step in command.chosen([]):
         for small in (False, True):
             with pytest.raises(Reached):

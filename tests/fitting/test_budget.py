@@ -18,6 +18,7 @@ from effattn.fitting.candidates import OFFERS, axes_of, candidates, go_together,
 from effattn.fitting.catalog import Catalog
 from effattn.fitting.groups import Space
 from effattn.fitting.plan import AXES, LayerChoice, Plan
+from effattn.fitting.search import every_uniform, uniform, within
 from effattn.fitting.speed import mock
 from effattn.hf import anatomy
 from effattn.quant.formats import Format
@@ -260,3 +261,34 @@ def test_lines_name_only_what_changes():
     parent = Plan((LayerChoice(8, 96), LayerChoice(2, 96), LayerChoice(8, 96)))
     plan = parent.with_field("kv_heads", 2)
     assert plan.specs("kv_heads", parent) == {"0": 2, "2": 2}
+
+
+def test_where_no_axis_alone_is_within_a_budget_two_are_what_a_plan_is_compared_with():
+    parts = anatomy.of(tiny("llama"))
+    formats = ["int8", "int4", "int4(rotate='kv')"]
+    ladder = {"cache": formats, "attention_weights": ["int8", "nf4"], "ffn_weights": ["int8"]}
+    ladders = [ladder | {"latent": [64]}] * len(parts.layers)
+    harms = {"int8": 1e-3, "int4": 1e-2, "int4(rotate='kv')": 1e-4, "nf4": 1e-4, 64: 1e-9}
+    rows = [
+        {"layer": i, "field": name, "value": value, "kl": harms[value]}
+        for i, values in enumerate(ladders)
+        for name in values
+        for value in values[name]
+    ]
+    space = Space(Ledger(parts, 4096, 4), ladders, Catalog(rows))
+    each = {name: space.ledger.totals(plan)["bytes"] for _, name, plan in every_uniform(space)}
+    # formats with their own options alone; nf4 is not for the FFN here, so that no plan has it
+    assert set(each) == {
+        "uniform cache int8",
+        "uniform cache int4",
+        "uniform latents of 64",
+        "uniform weights int8",
+    }
+    least = min(each.values())
+    assert list(uniform(space, {"bytes": least})) == ["uniform cache int4"]
+    # latents go with no packed cache and no packed weights, which leaves this
+    (name,) = both = uniform(space, {"bytes": least - 1})
+    assert name == "uniform cache int4, weights int8"
+    assert within(space, both[name], {"bytes": least - 1})
+    assert len({change[1:] for change in both[name].changes(space.parent)}) == 3
+    assert uniform(space, {"bytes": 1}) == {}

@@ -238,6 +238,8 @@ def test_triton(case, monkeypatch):
 
     tile = triton_impl.tile
     monkeypatch.setattr(triton_impl, "tile", lambda *args: {**tile(*args), "BLOCK_N": 16})
+    uncached = triton_impl._constants.__wrapped__
+    monkeypatch.setattr(triton_impl, "_constants", uncached)  # with the tiles of above
     monkeypatch.setattr(triton_impl, "split", lambda tiles, programs, processors: min(2, tiles))
     layout, queries, rule, settings = TRITON[case]
     rows = 2 if layout == "padded" else 1

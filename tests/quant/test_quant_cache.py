@@ -188,6 +188,31 @@ def test_a_static_state_holds_what_a_growing_one_does(padded):
     assert len(static.rest[0]) == 2
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("length", [100, 99, 98, 90, 70])
+def test_a_static_state_goes_on_from_where_it_was_cropped_to(length):
+    """Also where the newest tokens' ring does not have the last packed group any more."""
+    from effattn.quant.packed.state import PackedState
+
+    format, _ = Format.parse("int4(residual=0, group=16)").fit(16)
+    attn, draw = backend("dense", impl="torch"), torch.Generator().manual_seed(0)
+    static, again = StaticState(format, 200), PackedState(format)
+    given = [torch.randn(1, heads, 140, 16, generator=draw) for heads in (4, 2, 2)]
+
+    def call(state, low: int, high: int):
+        return attn(*(x[:, :, low:high] for x in given), state=state)
+
+    call(static, 0, 40)
+    for t in range(40, 132):
+        call(static, t, t + 1)
+    static.crop(length)
+    call(again, 0, length)
+    for t in range(length, length + 4):
+        torch.testing.assert_close(
+            call(static, t, t + 1), call(again, t, t + 1), rtol=1e-4, atol=1e-4
+        )
+
+
 def test_generating_with_a_static_cache():
     model = model_of()
     caches = [

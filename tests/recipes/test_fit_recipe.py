@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import pytest
+from conftest import tiny
 
-from effattn.recipes.fit import Settings, check
+import effattn
+from effattn import embedded
+from effattn.fitting.catalog import Judge
+from effattn.recipes.fit import Settings, check, run
 
 
 @pytest.mark.parametrize(
@@ -19,7 +23,7 @@ from effattn.recipes.fit import Settings, check
         ({}, "budget: got no limit"),
         ({"bytes": "60%", "allow": ("head",)}, "allow: got 'head'.*heads"),
         ({"bytes": "60%", "forbid": ("cach",)}, "forbid: got 'cach'.*cache"),
-        ({"bytes": "60%", "allow": ("cache",), "keep": "cache"}, "no axis is left to search"),
+        ({"bytes": "60%", "allow": ("window",), "keep": "cache"}, "no axis is left to search"),
         ({"bytes": "60%", "keep": "wieghts"}, "keep: got 'wieghts'.*weights"),
         ({"bytes": "60 gigs"}, "bytes: unit: got 'gigs'"),
         ({"bytes": "60%", "context": 0}, "context: got 0"),
@@ -35,3 +39,24 @@ def test_settings_that_cannot_be(tmp_path, given, said):
 def test_one_limit_makes_a_curve(tmp_path):
     for name in ("bytes", "kv_bytes_per_token", "weight_bytes", "parameters"):
         assert check(Settings(output=tmp_path / "out", frontier=True, **{name: "60%"})).given
+
+
+def test_what_was_measured_serves_other_budgets(tmp_path, monkeypatch):
+    """With a file for it nothing is measured again, and a run with other settings says so."""
+    effattn.save(tiny("llama", vocab_size=3072), tmp_path / "parent", embedded.tokenizer())
+    how = {"model": str(tmp_path / "parent"), "length": 32, "score_tokens": 64, "rounds": 1}
+    how |= {"calibration_tokens": 64, "evaluation_tokens": 64, "allow": ("window",)}
+    how |= {
+        "retrieval_trials": 0,
+        "decode_steps": 0,
+        "batch": 8,
+        "measured": tmp_path / "measured.json",
+    }
+    one = run(Settings(output=tmp_path / "one", bytes="90%", **how))
+    monkeypatch.setattr(Judge, "alone", lambda *_: pytest.fail("it was measured before"))
+    other = run(Settings(output=tmp_path / "other", bytes="80%", **how))
+    assert other.data["candidates"] == one.data["candidates"]
+    assert other.data["plan"]["predicted"] != one.data["plan"]["predicted"]
+    assert not [entry for entry in tmp_path.iterdir() if entry.name.startswith(".")]
+    with pytest.raises(ValueError, match=r"settings \(score_tokens\).*delete .*measured"):
+        run(Settings(output=tmp_path / "third", bytes="90%", **how | {"score_tokens": 96}))

@@ -178,6 +178,18 @@ def test_without_a_terminal_quarters_are_lines(capsys, monkeypatch):
     ]
 
 
+def test_an_estimate_waits_for_more_than_a_warm_up(capsys, monkeypatch):
+    now = iter([0.0, 0.5, 4.0, 6.0])
+    monkeypatch.setattr("effattn.recipes.console.monotonic", lambda: next(now))
+    with Show().stage("training") as progress:
+        for done in (1, 300, 500, 501):
+            progress(done, 50_000)
+    assert capsys.readouterr().err.splitlines() == [
+        "training ...",
+        "training: about 9:54 left, by the first 1 %",
+    ]
+
+
 def test_what_two_runs_have_in_common():
     kept = Settings(heads=2, to=4096, output=Path("here"), overrides={"bf16": True}).kept()
     assert not {"output", "overrides", "device"} & set(kept)

@@ -10,8 +10,10 @@ from transformers import AutoModelForCausalLM
 
 import effattn
 from effattn import outputs
+from effattn.hf.source import load_tokenizer
 from effattn.profiling import memory
-from effattn.recipes import convert_gqa, convert_latent
+from effattn.prune.structural import from_files as structured_files
+from effattn.recipes import convert_gqa, convert_latent, layerwise, prune_structured
 from effattn.recipes.layerwise import TOO_LARGE
 from effattn.surgery import from_files
 from tests.flows import save_small
@@ -89,3 +91,50 @@ def test_what_does_not_fit_goes_from_file_to_file_and_says_so(place, tmp_path, m
     with pytest.raises(ValueError, match="uptrain_tokens: got some with measure 'no'"):
         convert_latent.run(settings)
     assert not (tmp_path / "other").exists()
+
+
+def narrow(place, output, **more):
+    given = dict(calibration_tokens=1024, evaluation_tokens=128, length=32, decode_contexts=())
+    files = dict(model=str(place / "model"), text=(place / "text.txt",), output=output)
+    how = dict(ffn=0.5, criteria=("obs",), measure="no")
+    return prune_structured.Settings(**{**given, **files, **how, **more})
+
+
+def test_structures_go_from_file_to_file_as_in_memory(place, tmp_path, monkeypatch):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:  # as it saves: nothing is done again
+        patch.setattr(outputs, "link_or_copy", stop)
+        with pytest.raises(KeyboardInterrupt):
+            prune_structured.run(narrow(place, tmp_path / "out"))
+    settings = narrow(place, tmp_path / "out")
+    assert "the same command" in settings.stopped()
+    with pytest.raises(ValueError, match="unfinished run with other settings"):
+        prune_structured.run(narrow(place, tmp_path / "out", ffn=0.25))
+    with monkeypatch.context() as patch:
+        patch.setattr(structured_files, "structured_files", stop)
+        report = prune_structured.run(settings)
+    assert [one.name for one in tmp_path.iterdir()] == ["out"]
+    assert report.data["settings"]["measure"] == "no"
+    assert report.data["quality"] is None
+    sizes = report.data["sizes"]
+    assert 0 < sizes["after"]["file_bytes"] < sizes["before"]["file_bytes"]
+    assert "FFN dimensions" in (tmp_path / "out" / "report.md").read_text()
+    model = effattn.load(place / "model")
+    tokens, _ = layerwise.read(settings, load_tokenizer(place / "model"))
+    small, _ = effattn.prune.structured(model, tokens, ffn=0.5, criterion="obs", length=32)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    for name, tensor in small.state_dict().items():
+        assert torch.equal(tensor, again.state_dict()[name]), name
+
+
+def test_what_structures_cannot_do_from_file_to_file(place, tmp_path):
+    for more, message in (
+        ({"uneven": True}, "uneven: got True"),
+        ({"criteria": ("taylor",)}, "criterion: got 'taylor'"),
+        ({"measure": "maybe"}, "measure: got 'maybe'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            prune_structured.run(narrow(place, tmp_path / "out", **more))
+        assert not any(tmp_path.iterdir())

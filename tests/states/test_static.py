@@ -152,6 +152,10 @@ SWAPS = {
     "by layer": {"pattern": {"0": "dense", "1": "block(block=8)"}},
     "blocks": {"pattern": "topk(window=9, sinks=2, block=4, blocks=3)"},
     "rerope": {"positions": "rerope(window=24)"},
+    "packed ring": {
+        "pattern": "sliding(window=40, sinks=3)",
+        "cache": "int4(group=16, residual=16)",
+    },
     "packed": {"cache": "int8(group=16, residual=16, first=2)"},
 }
 

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from effattn.calibration.layerwise import LayerRunner
+from effattn.calibration.walk import Stream
 from effattn.evaluate.logits import next_token_losses
 from effattn.hf.anatomy import Anatomy, Layer
 from effattn.hf.last_logits import last_only
@@ -51,7 +53,7 @@ class Criterion:
     it knows; batches: int64 (batch, length) each. needs_loss: whether it takes gradients of the
     loss on next tokens. place: where it stands in lists, the lowest first. stops: it also takes
     `removed`, target -> how many structures of a layer will go, and puts no more of them in order
-    than those."""
+    than those. reads: whether it takes the text at all."""
 
     name: str
     targets: tuple[str, ...]
@@ -59,6 +61,7 @@ class Criterion:
     needs_loss: bool = False
     place: int = 80
     stops: bool = False
+    reads: bool = True
 
 
 _CRITERIA: dict[str, Criterion] = {}
@@ -71,13 +74,14 @@ def criterion(
     needs_loss: bool = False,
     place: int = 80,
     stops: bool = False,
+    reads: bool = True,
 ) -> Callable[[Score], Score]:
     """Function decorator: makes a `score` known under `name`; see `Criterion`."""
 
     def add(score: Score) -> Score:
         if name in _CRITERIA:
             raise ValueError(f"criterion {name!r} is registered already")
-        _CRITERIA[name] = Criterion(name, targets, score, needs_loss, place, stops)
+        _CRITERIA[name] = Criterion(name, targets, score, needs_loss, place, stops, reads)
         return score
 
     return add
@@ -99,6 +103,22 @@ class Told(list[Tensor]):
         for number, batch in enumerate(super().__iter__()):
             yield batch
             self.progress(number + 1, len(self))  # the next one is asked for
+
+
+class AtLayer(list[Tensor]):
+    """Batches whose hidden states at one layer are known: a pass over them (`forward`) runs this
+    layer alone, whose weights are there, and moves `stream` one layer on. What sees a layer is
+    called as in a pass over the whole model; scores are of this layer alone."""
+
+    def __init__(self, runner: LayerRunner, layer: Layer, stream: Stream):
+        super().__init__(runner.batches)
+        self.runner, self.layer, self.stream = runner, layer, stream
+
+    def run(self) -> Iterator[int]:
+        """How many windows each batch had, after the layer has been run on it."""
+        for number, states in self.runner.run(self.layer.index, self.stream.source):
+            self.stream.sink[number] = states
+            yield len(states)
 
 
 class Sums:
@@ -188,9 +208,12 @@ def watching_blocks(
 
 @torch.no_grad()
 def forward(parts: Anatomy, batches: list[Tensor]) -> Iterator[int]:
-    """Runs the model on each batch; yields how many windows it had, after the hooks have seen
-    it.
+    """Runs the model on each batch, or one layer (`AtLayer`); yields how many windows it had, after
+    the hooks have seen it.
     """
+    if isinstance(batches, AtLayer):
+        yield from batches.run()
+        return
     last = last_only(parts.model)  # nobody reads them
     for batch in batches:
         ids = batch.to(parts.embeddings.weight.device)

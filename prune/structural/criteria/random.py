@@ -12,7 +12,7 @@ from effattn.prune.structural.criteria.base import (
 )
 
 
-@criterion("random", ("heads", "ffn", "layers"), place=90)
+@criterion("random", ("heads", "ffn", "layers"), place=90, reads=False)
 def score(parts: Anatomy, batches: list[Tensor], targets: list[str], seed: int) -> Importance:
     """Drawn from `seed`: the baseline."""
     generator = torch.Generator().manual_seed(seed)
