@@ -182,7 +182,8 @@ class LayerRunner:
         """While open, the first run of a layer tells whether what its output projection gives is
         added to the hidden states as it is, by what the layer's next part gets: not scaled, normed,
         or added later. Gives a list with that answer, which is empty before."""
-        layer, told = self.anatomy.layers[index], []
+        layer = self.anatomy.layers[index]
+        told: list[bool] = []
         came: list[torch.Tensor] = []
         given: list[torch.Tensor] = []
         got: list[torch.Tensor] = []

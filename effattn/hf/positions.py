@@ -16,6 +16,7 @@ import copy
 from dataclasses import dataclass, field
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 
 from effattn.errors import Unsupported
@@ -318,6 +319,8 @@ def _plain(
         changed[ORIGINAL] = next(iter(bound.values())).trained.length
     for name, value in changed.items():
         setattr(config, name, copy.deepcopy(value))
+    if not _reads_back(config):
+        return None
     rotary = type(parts.layers[0].rotary_module)(config)
     for index, rule in bound.items():
         its, ours = parts.layers[index].rotary_in(rotary).rope(), rule.rope()
@@ -328,6 +331,21 @@ def _plain(
         if not same or not torch.allclose(its.inv_freq, ours.inv_freq, rtol=1e-5, atol=0):
             return None
     return changed, rotary
+
+
+def _reads_back(config) -> bool:
+    """Whether the config's class takes the rules that it holds for what they are: Phi-3's knows
+    LongRoPE alone, refuses others as it saves, and reads YaRN as LongRoPE."""
+    try:
+        again = type(config).from_dict(config.to_dict())
+    except (StrictDataclassError, ValueError, KeyError):
+        return False
+    return _kinds(again.rope_parameters) == _kinds(config.rope_parameters)
+
+
+def _kinds(rope: dict) -> list:
+    """The rule that rope_parameters name, for all layers or by their type."""
+    return [one.get("rope_type") for one in (rope, *rope.values()) if isinstance(one, dict)]
 
 
 def _attributes(module: nn.Module) -> dict:

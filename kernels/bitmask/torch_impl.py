@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor
 
+from ..once import once_differentiable
 from ..precision import as_given
 from .packed import Packed, bits
 
@@ -74,7 +75,7 @@ class _Product(torch.autograd.Function):
         return product(x, blocks(ctx.packed), len(masks))
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     @as_given
     def backward(ctx, dy):
         if not ctx.needs_input_grad[0]:

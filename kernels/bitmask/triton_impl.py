@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..decode.triton_impl import processors
 from ..launching import launch
+from ..once import once_differentiable
 from ..precision import as_given
 from ..rounding import cdiv, power_of_two
 from ..rows import dense_rows
@@ -116,7 +117,7 @@ class _Product(torch.autograd.Function):
         return forward(x, ctx.packed, bias)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     @as_given
     def backward(ctx, dy):
         dx = None

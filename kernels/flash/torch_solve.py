@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..once import once_differentiable
 from ..precision import as_given
 from . import torch_blocks, torch_fused
 from .torch_blocks import Problem
@@ -59,7 +60,7 @@ class _Attention(torch.autograd.Function):
         return out.to(tensors[0].dtype), lse
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     @as_given
     def backward(ctx, d_out, d_lse):
         *tensors, out, lse = ctx.saved_tensors

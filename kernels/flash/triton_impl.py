@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ..launching import launch
+from ..once import once_differentiable
 from ..precision import as_given
 from ..rounding import cdiv
 from ..rows import dense_rows

@@ -12,6 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from ..once import once_differentiable
 from ..overlapping import add_overlapping, computable, every
 from ..precision import as_given
 from ..rows import dense_rows
@@ -61,7 +62,7 @@ class Flex(torch.autograd.Function):
         return out.to(q.dtype), lse
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     @as_given
     def backward(
         ctx,

@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ..flash.tiles import architecture, padded
 from ..flash.triton_impl import DTYPES
 from ..launching import launch
+from ..once import once_differentiable
 from ..precision import as_given
 from ..rounding import cdiv
 from ..rows import dense_rows

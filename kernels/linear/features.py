@@ -31,6 +31,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..once import once_differentiable
 from ..precision import as_given
 
 EPSILON = 1e-3  # of favor_relu
@@ -117,6 +118,7 @@ class _Mapped(torch.autograd.Function):
         return phi
 
     @staticmethod
+    @once_differentiable
     @as_given
     def backward(ctx, grad: Tensor):
         x, phi = ctx.saved_tensors

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from ..once import once_differentiable
 from ..precision import as_given
 from . import step, torch_bidirectional, torch_causal
 from .torch_parts import Spec, Sums

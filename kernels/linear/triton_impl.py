@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from ..once import once_differentiable
 from ..precision import as_given
 from ..rounding import cdiv, power_of_two
 from ..rows import dense_rows

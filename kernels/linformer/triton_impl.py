@@ -8,12 +8,12 @@ from functools import lru_cache
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ..flash import tiles
 from ..flash.triton_impl import DTYPES
 from ..flash.triton_patterns import PATTERNS, Jitted
 from ..flash.triton_pieces import FAR
+from ..once import once_differentiable
 from ..precision import as_given
 from ..rounding import cdiv, power_of_two
 from ..rows import dense_rows

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from ..once import once_differentiable
 from ..precision import as_given
 from .places import NO_QUERY, Places
 
@@ -65,7 +66,7 @@ class _Attention(torch.autograd.Function):
         return out.to(q.dtype)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     @as_given
     def backward(ctx, d_out):
         q, k, v, out, lse = ctx.saved_tensors

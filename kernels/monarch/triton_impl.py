@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ..launching import Constants, constants, launch
+from ..once import once_differentiable
 from ..precision import as_given
 from ..rounding import cdiv, power_of_two
 from ..rows import dense_rows
@@ -54,7 +55,7 @@ class _Linear(torch.autograd.Function):
         return forward(x, right, left, bias, out_features)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     @as_given
     def backward(ctx, dy):
         x, right, left = ctx.saved_tensors

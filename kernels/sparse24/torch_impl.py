@@ -7,6 +7,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..once import once_differentiable
 from ..precision import as_given
 from .packed import Packed, columns
 
@@ -52,7 +53,7 @@ class _Product(torch.autograd.Function):
         return y
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     @as_given
     def backward(ctx, dy):
         return gradient(dy, ctx.packed) if ctx.needs_input_grad[0] else None, None, None

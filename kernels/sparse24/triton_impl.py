@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..decode.triton_impl import processors
 from ..launching import launch
+from ..once import once_differentiable
 from ..precision import as_given
 from ..rounding import cdiv
 from ..rows import dense_rows
@@ -80,7 +81,7 @@ class _Product(torch.autograd.Function):
         return forward(x, values, indices, bias)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     @as_given
     def backward(ctx, dy):
         dx = torch_impl.gradient(dy, Packed(*ctx.packed)) if ctx.needs_input_grad[0] else None

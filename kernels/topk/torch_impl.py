@@ -18,6 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..once import once_differentiable
 from ..precision import as_given
 from .selection import Rule, far_keys, work_dtype
 
@@ -80,7 +81,7 @@ class _Attention(torch.autograd.Function):
         return out, lse / LOG2E
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     @as_given
     def backward(ctx, d_out, d_lse):
         rule, scale, chosen, at = ctx.given

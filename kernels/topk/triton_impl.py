@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ..flash.tiles import WIDEST, architecture, padded
 from ..flash.triton_impl import DTYPES
+from ..once import once_differentiable
 from ..precision import as_given
 from ..rounding import cdiv, power_of_two
 from ..rows import dense_rows

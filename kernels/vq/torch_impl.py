@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from ..once import once_differentiable
 from ..precision import as_given
 
 CHUNK = 1024  # keys that are compared with the codebook at a time

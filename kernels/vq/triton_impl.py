@@ -6,12 +6,12 @@ from functools import lru_cache
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ..flash import tiles
 from ..flash import triton_backward as flash_kernels
 from ..flash.triton_impl import DTYPES
 from ..flash.triton_pieces import LOG2E
+from ..once import once_differentiable
 from ..precision import as_given
 from ..rounding import cdiv
 from ..rows import dense_rows

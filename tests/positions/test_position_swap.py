@@ -153,6 +153,18 @@ def test_the_rest_is_applied_again_by_load(spec, tmp_path):
     assert positions.active(again).specs == {1: spec}
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("spec", ["pi(factor=2)", "yarn(factor=2)", "dynamic_ntk(factor=2)"])
+def test_a_rule_that_the_class_would_not_read_back_is_ours(spec, tmp_path):
+    """Phi-3's config refuses every rule but LongRoPE, and takes YaRN for it."""
+    model, ids = tiny("phi3"), torch.arange(1, 90)[None]
+    plain = model(ids).logits
+    logits = effattn.swap(model, positions=spec)(ids).logits
+    effattn.save(model, tmp_path / "x")
+    assert torch.equal(effattn.load(tmp_path / "x")(ids).logits, logits)
+    assert torch.equal(effattn.restore(model)(ids).logits, plain)
+
+
 @pytest.mark.parametrize(
     "spec", ["dynamic_ntk(factor=4)", "longrope(factor=4, long_factor=[1, 2, 3, 4])"]
 )
