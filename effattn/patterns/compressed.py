@@ -78,10 +78,13 @@ class Compressed:
         first = layout.start
         if first is None:
             first = torch.zeros(1, dtype=torch.int64, device=q.device)
-        held = 0 if state is None else state.places
         total = layout.tokens(k.shape[2])
+        # without a state the means from before the queries are made here, too
+        before = min(self.means, (total - q.shape[2]) // self.group)
+        held = before if state is None else state.places
         call = _Call(self, q.shape[2], total, first, layout.start is not None, held)
-        means = [call.means_of(x, layout.tail) for x in (k, v)]
+        low = 0 if state is None else held
+        means = [call.means_of(x, layout.tail, low) for x in (k, v)]
         if state is not None:
             state.begin()
             old = state.before(first)
@@ -168,7 +171,7 @@ class _Call:
     total: int
     first: Tensor
     padded: bool  # whether rows may begin elsewhere than at the first token
-    held: int  # places of earlier calls' means
+    held: int  # places of means from before the call
 
     @property
     def past(self) -> int:
@@ -201,15 +204,15 @@ class _Call:
         begins = (self.past - self.first) // made.group - made.look_back
         return begins[:, None] + torch.arange(low, high, device=self.first.device) - self.held
 
-    def means_of(self, x: Tensor, tail: int) -> Tensor:
-        """Of tokens x (B, H, K, D), the first of which is number `tail`: the means of all groups
-        that may leave the window until the call's end, (B, H, groups, D). What ends later, or was
-        not there, is nothing of meaning."""
+    def means_of(self, x: Tensor, tail: int, low: int) -> Tensor:
+        """Of tokens x (B, H, K, D), the first of which is number `tail`: the means at the places
+        from `low` on, up to all groups that may leave the window until the call's end, (B, H, n,
+        D). What ends later, or was not there, is nothing of meaning."""
         size = self.made.group
-        group = self.numbers(self.held, self.held + self.groups)
+        group = self.numbers(low, self.held + self.groups)
         token = group[..., None] * size + torch.arange(size, device=x.device)
         at = (self.first[:, None, None] + token - tail).clamp(0, x.shape[2] - 1)
-        found = taken(x, at.flatten(1)).unflatten(2, (self.groups, size))
+        found = taken(x, at.flatten(1)).unflatten(2, (-1, size))
         return found.to(torch.promote_types(x.dtype, torch.float32)).mean(dim=3).to(x.dtype)
 
     def far(self, q: Tensor, means_k: Tensor, means_v: Tensor, rotary, few: bool, how: dict):
