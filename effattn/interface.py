@@ -251,6 +251,8 @@ class Backend(nn.Module):
                 return run(q, k, v, mask, state, extras)
             return padding.attend(run, q, k, v, mask, state, extras)
 
+        if not len(q) and state is None:
+            return q.new_zeros(*q.shape[:3], v.shape[3]) + 0 * (q.sum() + k.sum() + v.sum())
         if state is not None:
             state.ready(learning=self._learning(q, k, v))
         out = packing.attend(run_rows, q, k, v, documents, padding_mask, extras)

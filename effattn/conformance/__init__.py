@@ -33,6 +33,7 @@ PROPERTIES: dict[str, Callable[[Case], float | None]] = {
     for holds in (
         outputs.accuracy,
         outputs.future,
+        outputs.last_queries,
         outputs.padding,
         outputs.blind_rows,
         states.decode,

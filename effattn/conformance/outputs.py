@@ -43,6 +43,20 @@ def accuracy(case: Case) -> float:
     return worst
 
 
+def last_queries(case: Case) -> float | None:
+    """Queries that are the last of the keys get what they get among all of them, whether there are
+    few or many. None for methods that see everything at once."""
+    if not case.causal:
+        return None
+    q, k, v = case.inputs(case.long)
+    whole = case.run(q, k, v)
+    few, many = 3, case.long - 2
+    return max(
+        case.close(case.run(q[:, :, -n:], k, v), whole[:, :, -n:], f"the last {n} queries")
+        for n in (few, many)
+    )
+
+
 def future(case: Case) -> float | None:
     """What comes later changes no earlier row by a single bit."""
     if not case.causal:
@@ -91,8 +105,10 @@ def blind_rows(case: Case) -> float:
 
 
 def batch(case: Case) -> float:
-    """A row is the same alone and in a batch."""
+    """A row is the same alone and in a batch, and no rows give none."""
     q, k, v = case.inputs(case.long)
+    if case.run(*(x[:0] for x in (q, k, v))).shape[:3] != (0, *q.shape[1:3]):
+        raise Violation("a batch of no rows gives something else")
     together = case.run(q, k, v)
     rows = [case.run(*(x[row : row + 1] for x in (q, k, v))) for row in range(case.rows)]
     return case.close(torch.cat(rows), together, "rows alone")
