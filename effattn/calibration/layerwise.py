@@ -23,7 +23,7 @@ from effattn.encoding import begun
 from effattn.hf.anatomy import Anatomy, Layer
 from effattn.hf.placement import input_device
 
-MOST_NUMBERS = 1 << 26  # of an FFN's inner activations in a batch: 4,096 tokens of width 16,384
+MOST_NUMBERS = 2**25  # of an FFN's inner activations in a batch: 2,048 tokens of width 16,384
 
 
 class Stop(Exception):

@@ -20,6 +20,7 @@ from effattn.hf.anatomy import Anatomy, Layer
 from effattn.hf.last_logits import last_only
 
 TARGETS = ("heads", "ffn", "layers")
+AT_ONCE = 2**22  # numbers in fp64, 32 MiB
 
 
 @dataclass
@@ -145,6 +146,14 @@ class Sums:
             )
             found.setdefault(target, []).append(values)
         return Importance(**{target: torch.stack(values) for target, values in found.items()})
+
+
+def in_fp64(x: Tensor) -> Iterator[Tensor]:
+    """x (..., n) as rows in fp64, a few at a time: of wide FFNs all would be larger than the
+    layer's weights."""
+    rows = x.detach().flatten(0, -2)
+    for some in rows.split(max(1, AT_ONCE // rows.shape[-1])):
+        yield some.double()
 
 
 def by_group(layer: Layer, per_query_head: Tensor) -> Tensor:

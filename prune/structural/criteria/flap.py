@@ -16,6 +16,7 @@ from effattn.prune.structural.criteria.base import (
     by_group,
     criterion,
     forward,
+    in_fp64,
     watching,
     watching_blocks,
 )
@@ -27,11 +28,10 @@ def score(parts: Anatomy, batches: list[Tensor], targets: list[str], seed: int) 
     sums = Sums(parts)
 
     def see(target: str, layer: Layer, x: Tensor) -> None:
-        if target in targets:
-            x = x.detach().flatten(0, -2).double()
+        for some in in_fp64(x) if target in targets else ():
             # counts, sums and sums of squares in one tensor, since `Sums` adds up one by one
-            rows = x.new_full((x.shape[-1],), len(x))
-            sums.add(target, layer.index, torch.stack([rows, x.sum(0), x.square().sum(0)]))
+            rows = some.new_full((some.shape[-1],), len(some))
+            sums.add(target, layer.index, torch.stack([rows, some.sum(0), some.square().sum(0)]))
 
     with watching(parts, see), watching_blocks(parts):
         for _ in forward(parts, batches):

@@ -15,6 +15,7 @@ from effattn.prune.structural.criteria.base import (
     by_group,
     criterion,
     forward,
+    in_fp64,
     watching,
     watching_blocks,
 )
@@ -27,8 +28,8 @@ def score(parts: Anatomy, batches: list[Tensor], targets: list[str], seed: int) 
     sums = Sums(parts)
 
     def see(target: str, layer: Layer, x: Tensor) -> None:
-        if target in targets:
-            sums.add(target, layer.index, x.detach().flatten(0, -2).double().square().sum(0))
+        for some in in_fp64(x) if target in targets else ():
+            sums.add(target, layer.index, some.square().sum(0))
 
     with watching(parts, see), watching_blocks(parts):
         for _ in forward(parts, batches):
