@@ -19,7 +19,8 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from unittest import mock
 
-os.environ.pop("TRITON_INTERPRET", None)  # triton reads it once
+if __name__ == "__main__":  # and not where a test imports this
+    os.environ.pop("TRITON_INTERPRET", None)  # triton reads it once
 
 import torch
 from triton.compiler.compiler import CompiledKernel

@@ -91,7 +91,9 @@ def cache_bytes(cache) -> int:
         elif isinstance(thing, list | tuple | set):
             waiting += thing
         else:
-            waiting += getattr(thing, "__dict__", {}).values()
+            own = getattr(thing, "__dict__", {})
+            # but not what the last call was checked by: its rotary rule is the model's
+            waiting += [value for name, value in own.items() if name != "checked"]
             slots = getattr(type(thing), "__slots__", ())
             waiting += [
                 getattr(thing, name, None)

@@ -153,7 +153,7 @@ def _combine(dim: int) -> dict:
         name=f"combine d{dim} bf16",
         kernel=combine,
         signature=signature,
-        constexprs=dict(DV=dim, **sizes),
+        constexprs=sizes,
         num_warps=warps,
         num_stages=3,
         forward=True,

@@ -45,8 +45,10 @@ def window_length(config, length: int | None) -> int:
 
 
 def batches_of(
-    tokens: Tensor, length: int, bos: int | None = None, most: int = BATCH_TOKENS
+    tokens: Tensor, length: int, bos: int | None = None, most: int | None = None
 ) -> list[Tensor]:
     """Windows of `length` tokens, a few at a time: (batch, length) each. bos: the token that takes
-    the place of each one's first. most: tokens of a batch, where a window has no more."""
+    the place of each one's first. most: tokens of a batch, where a window has no more; by default
+    `BATCH_TOKENS`."""
+    most = BATCH_TOKENS if most is None else most
     return windows(tokens, length, max(1, most // length), bos)

@@ -62,7 +62,7 @@ def test_a_recipe_is_its_settings_a_run_and_a_command(name):
     recipe = module_of(name)
     assert issubclass(recipe.Settings, options.Settings)
     assert recipe.run.__doc__
-    assert recipe.command.__doc__ == recipe.Settings.__doc__
+    assert recipe.command.__doc__.split() == recipe.Settings.__doc__.split()
 
 
 @pytest.mark.parametrize("command", MOUNTED)
