@@ -93,4 +93,6 @@ SUBJECT = Subject(
         ),
     },
     [Target("`evict`, half of the bytes: perplexity above the full cache's", 0.02, least)],
+    note="The question comes after tokens have gone, one token at a time: a policy does not know "
+    "it when it chooses.",
 )
