@@ -354,7 +354,7 @@ def test_all_that_a_day_launches_can_be_launched():
     )
     launches, failed = found
     assert failed == {}
-    assert sum(launches.values()) > 1000
+    assert sum(launches.values()) > 500  # the binder sees the first of a kind
     assert {"forward", "backward_keys", "attend", "attend_packed", "product"} <= set(launches)
 
 
