@@ -57,6 +57,10 @@ class State:
     shift: tuple[int, ...] | None = None
     checked: tuple[tuple, Sizes | None, object] = ((), None, None)
 
+    def __getstate__(self) -> dict:
+        """Without what the last call was checked by: its rotary rule is not the state's."""
+        return {name: value for name, value in vars(self).items() if name != "checked"}
+
     # What a kind of state writes
     # ---------------------------------------------------------------------------------
 

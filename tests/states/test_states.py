@@ -1,12 +1,14 @@
 """States against an oracle that keeps everything: any chunks, any rollback, any reordering."""
 
 import copy
+import pickle
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from effattn.conformance import inputs
 from effattn.registry import backend
 from effattn.states.full import ROLLBACK, ROOM, FullState, RingState
 
@@ -182,3 +184,16 @@ def test_a_full_state_goes_on_in_and_out_of_inference_mode_and_with_gradients():
     assert learned.grad.tolist() == [[[[3.0, 3.0]]]]
     assert torch.equal(state.k.detach(), x.expand(1, 1, 8, 2))
     assert torch.equal(grown, x.expand(1, 1, 6, 2))
+
+
+def test_a_state_is_copied_without_the_rule_that_its_last_call_had():
+    attn = backend("dense")
+    state = attn.new_state()
+    rule = lambda q, k, at_q, at_k: (q, k)  # noqa: E731 - nothing that can be pickled
+    q, k, v = inputs(9, torch.float64, sizes=(1, 2, 2, 8))
+    for at in (slice(0, 6), slice(6, 7), slice(7, 8)):
+        attn(*(x[:, :, at] for x in (q, k, v)), state=state, rotary=rule)
+    last = [x[:, :, 8:] for x in (q, k, v)]
+    again = [pickle.loads(pickle.dumps(state)), copy.deepcopy(state), state]
+    first, *others = (attn(*last, state=one, rotary=rule) for one in again)
+    assert all(torch.equal(first, other) for other in others)
