@@ -61,7 +61,7 @@ def block_of(subject: Subject, root: Path, file: Path) -> str:
     if missing:
         parts.append(f"*Not measured yet (`make real`): {', '.join(missing)}.*\n")
     if measured:
-        parts.append(caption(rows[measured[-1]], file))
+        parts.append(caption({name: rows[name] for name in measured}, file))
     return "\n".join(parts)
 
 
@@ -78,14 +78,22 @@ def line(subject: Subject, name: str, row: Mapping) -> list[str]:
     ]
 
 
-def caption(row: Mapping, file: Path) -> str:
-    """On which model, text and machine."""
-    where, read = row["environment"], row["read"]
-    return (
-        f"<sub>{read['model']} (weights {read['model_digest'][:8]}, text {read['text'][:8]}); "
-        f"{where['device']}, threads: {where['threads']}; torch {where['torch']}, transformers "
-        f"{where['transformers']}; {where['date'][:10]}; `{file.as_posix()}`</sub>\n"
-    )
+def caption(rows: Mapping[str, Mapping], file: Path) -> str:
+    """On which model, text and machine the steps were measured: a line, or one for each kind that
+    names its steps, where they differ."""
+    made: dict[str, list[str]] = {}
+    for name, row in rows.items():
+        where, read = row["environment"], row["read"]
+        said = (
+            f"{read['model']} (weights {read['model_digest'][:8]}, text {read['text'][:8]}); "
+            f"{where['device']}, threads: {where['threads']}; torch {where['torch']}, transformers "
+            f"{where['transformers']}; {where['date'][:10]}"
+        )
+        made.setdefault(said, []).append(name)
+    lines = [
+        f"{said}: {', '.join(names)}" if len(made) > 1 else said for said, names in made.items()
+    ]
+    return f"<sub>{'<br>'.join(lines)}; `{file.as_posix()}`</sub>\n"
 
 
 def targets_block(known: Mapping[str, Subject], folder: Path) -> str:

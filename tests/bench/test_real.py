@@ -6,6 +6,7 @@ import importlib
 import io
 import json
 import lzma
+import re
 import tarfile
 from dataclasses import replace
 from pathlib import Path
@@ -253,6 +254,11 @@ def test_tables_and_targets(tmp_path, monkeypatch):
     assert "some (weights abababab, text cdcdcdcd); a CPU" in new
     assert "9.0" not in new
     assert page.update(new, tmp_path) == new
+    other = row(4.0)
+    other["read"] = other["read"] | {"text": "ef" * 32}
+    running.keep(where, "heads", "two", other)
+    both = page.update(new, tmp_path)  # rows of different texts: each says which
+    assert re.search(r"text cdcdcdcd\);[^<]*: one<br>[^<]*text efefefef\);[^<]*: two; `", both)
     with pytest.raises(ValueError, match="a marker is not"):
         page.update("<!-- real:here/heads -->", tmp_path)
     with pytest.raises(ValueError, match="did you mean 'heads'"):
