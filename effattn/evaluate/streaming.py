@@ -21,6 +21,7 @@ from effattn.evaluate.logits import Scores
 from effattn.evaluate.loss import Progress, check_stream
 from effattn.hf.beginning import bos_of
 from effattn.hf.placement import input_device
+from effattn.states.base import State
 
 
 @torch.no_grad()
@@ -92,8 +93,9 @@ def cache_bytes(cache) -> int:
             waiting += thing
         else:
             own = getattr(thing, "__dict__", {})
-            # but not what the last call was checked by: its rotary rule is the model's
-            waiting += [value for name, value in own.items() if name != "checked"]
+            if isinstance(thing, State):  # it says itself what is its own
+                own = thing.__getstate__()
+            waiting += own.values()
             slots = getattr(type(thing), "__slots__", ())
             waiting += [
                 getattr(thing, name, None)

@@ -8,7 +8,7 @@ become better for a while."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
 
@@ -145,28 +145,23 @@ def uniform(space: Space, limits: Mapping[str, float]) -> dict[str, Plan]:
     """Name -> the plan that sets one field to one value in all layers and is within the limits: of
     each axis the one whose parts harm least. Where none is within, the least harmful of two axes
     at once."""
+    return _least_harmful(every_uniform(space), space, limits) or _least_harmful(
+        (("two axes", name, plan) for name, plan in every_pair(space)), space, limits
+    )
+
+
+def _least_harmful(
+    plans: Iterable[tuple[str, str, Plan]], space: Space, limits: Mapping[str, float]
+) -> dict[str, Plan]:
+    """Name -> plan, of each axis the one within the limits whose parts harm least; of (axis, name,
+    plan)."""
     best: dict[str, tuple[float, str, Plan]] = {}
-    for axis, name, plan in every_uniform(space):
-        _take_better(best, axis, name, plan, space, limits)
-    if not best:
-        for name, plan in every_pair(space):
-            _take_better(best, "two axes", name, plan, space, limits)
+    for axis, name, plan in plans:
+        if within(space, plan, limits):
+            harm = sum(space.catalog.by_axis(plan, space.parent).values())
+            if axis not in best or harm < best[axis][0]:
+                best[axis] = (harm, name, plan)
     return {name: plan for _, name, plan in best.values()}
-
-
-def _take_better(
-    best: dict[str, tuple[float, str, Plan]],
-    axis: str,
-    name: str,
-    plan: Plan,
-    space: Space,
-    limits: Mapping[str, float],
-) -> None:
-    """Notes a plan that is within the limits and harms less than the axis' best."""
-    if within(space, plan, limits):
-        harm = sum(space.catalog.by_axis(plan, space.parent).values())
-        if axis not in best or harm < best[axis][0]:
-            best[axis] = (harm, name, plan)
 
 
 def every_pair(space: Space) -> Iterator[tuple[str, Plan]]:

@@ -25,9 +25,8 @@ from .turn import Turn, check
 __all__ = ["IMPLEMENTATIONS", "MOST_QUERIES", "Turn", "attention", "choose"]
 
 MOST_QUERIES = 16
-_loaded: dict[
-    str, Callable
-] = {}  # by the name of the implementation: an import at each step is dear
+# by the name of the implementation: an import at each step is dear
+_loaded: dict[str, Callable] = {}
 
 
 def attention(

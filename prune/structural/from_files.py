@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from effattn.calibration.from_files import MANIFEST, FileWalk, resume
-from effattn.calibration.layerwise import LayerRunner, tokens_at_once
+from effattn.calibration.layerwise import LayerRunner
 from effattn.calibration.walk import CHANGED, Progress, Stream
 from effattn.errors import Unsupported
 from effattn.hf import anatomy as hf
@@ -30,16 +30,15 @@ from effattn.hf.streamed import Checkpoint, StreamedModel
 from effattn.outputs import check_new_folder, claim
 from effattn.prune.structural import criteria
 from effattn.prune.structural.choosing import choose
-from effattn.prune.structural.compensation import Solving, check_biases, solve, with_fields
+from effattn.prune.structural.compensation import Solving, solve, with_fields
 from effattn.prune.structural.criteria.base import AtLayer, Importance
 from effattn.prune.structural.keep import Keep
-from effattn.prune.structural.plan import Amount, Plan, check_enough, plan_of
-from effattn.prune.structural.removal import report_of, steps_of
+from effattn.prune.structural.plan import Amount, Plan, plan_of
+from effattn.prune.structural.removal import prepared, report_of, steps_of
 from effattn.prune.structural.report import StructuredReport
 from effattn.prune.structural.sliced_config import sliced_config
 from effattn.prune.structural.sliced_weights import sliced_state
 from effattn.prune.structural.slicing import outline
-from effattn.prune.unstructured import calibration
 from effattn.resuming import discard
 
 FACTS = "pruning.json"  # in the output: what was done
@@ -122,34 +121,15 @@ class _Job:
         tokens: Tensor,
         plan: Plan,
         work: Path,
-        *,
-        compensate: bool,
-        bias: bool,
-        length: int | None,
-        seed: int,
+        **how,
     ) -> _Job:
-        """ValueError and Unsupported, as `structured_files`."""
+        """how: as of `prepared`. ValueError and Unsupported, as `structured_files`."""
         parts = source.parts
         for target, name in plan.criteria.items():
             _check_criterion(name, target)
-        length = calibration.window_length(parts.config, length)
-        calibration.check_tokens(tokens, parts.embeddings.weight.shape[0], length)
-        if compensate:
-            check_enough(parts, plan, tokens)
-        check_biases(parts, plan.inside if bias else [])
-        beginning = bos_of(parts.model)
-        asked = {
-            "compensate": compensate,
-            "bias": bias,
-            "calibration_tokens": len(tokens),
-            "length": length,
-            "seed": seed,
-            "bos": beginning is not None,
-        }
+        batches, asked = prepared(parts, plan, tokens, bos_of(parts.model), **how)
         wanted = plan.keep | {"criterion": plan.criteria} | asked
         wanted |= shards.fingerprint(source.checkpoint, tokens)
-        most = tokens_at_once(parts, calibration.BATCH_TOKENS)
-        batches = calibration.batches_of(tokens, length, beginning, most)
         return cls(source, plan, work, batches, asked, wanted)
 
     @property

@@ -79,16 +79,18 @@ def structured(
     check_plain(model)
     parts = hf.of(model)
     plan = plan_of(parts, {"heads": heads, "ffn": ffn, "layers": layers}, criterion, uniform)
-    length = calibration.window_length(parts.config, length)
-    calibration.check_tokens(tokens, parts.embeddings.weight.shape[0], length)
-    if compensate:
-        check_enough(parts, plan, tokens)
+    batches, asked = prepared(
+        parts,
+        plan,
+        tokens,
+        bos_of(model, bos),
+        compensate=compensate,
+        bias=bias,
+        length=length,
+        seed=seed,
+    )
     biased = plan.inside if bias else []
-    check_biases(parts, biased)
     check_finite(model)
-    beginning = bos_of(model, bos)
-    most = tokens_at_once(parts, calibration.BATCH_TOKENS)
-    batches = calibration.batches_of(tokens, length, beginning, most)
     solve = (compensate or bias) and bool(plan.inside)
     solved = plan.keep.get("layers", len(parts.layers)) if solve else 0
     tell = steps_of(progress, len(batches) * len(set(plan.criteria.values())), 1, solved)
@@ -115,6 +117,29 @@ def structured(
             )
     finally:
         model.train(training)
+    asked |= {} if uniform else {"uniform": False}
+    return small, report_of(model, small, plan, asked, keep, importance, rows)
+
+
+def prepared(
+    parts: hf.Anatomy,
+    plan: Plan,
+    tokens: Tensor,
+    beginning: int | None,
+    *,
+    compensate: bool,
+    bias: bool,
+    length: int | None,
+    seed: int,
+) -> tuple[list[Tensor], dict]:
+    """The calibration windows, and the settings that are not in the plan, as a report has them.
+    beginning: the BOS that takes the place of each window's first token. ValueError and
+    Unsupported, as `structured`."""
+    length = calibration.window_length(parts.config, length)
+    calibration.check_tokens(tokens, parts.embeddings.weight.shape[0], length)
+    if compensate:
+        check_enough(parts, plan, tokens)
+    check_biases(parts, plan.inside if bias else [])
     asked = {
         "compensate": compensate,
         "bias": bias,
@@ -122,8 +147,9 @@ def structured(
         "length": length,
         "seed": seed,
         "bos": beginning is not None,
-    } | ({} if uniform else {"uniform": False})
-    return small, report_of(model, small, plan, asked, keep, importance, rows)
+    }
+    most = tokens_at_once(parts, calibration.BATCH_TOKENS)
+    return calibration.batches_of(tokens, length, beginning, most), asked
 
 
 def report_of(

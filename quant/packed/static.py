@@ -46,8 +46,8 @@ class StaticState(Static):
         super().__init__(length)
         self.format = format
         flush = format.flush
-        # the residual, up to one group that is not due yet, and the last one that was: a step packs
-        # it again, so it has to be in the ring still
+        # the residual, up to one group that is not due yet, and the last one that was, so that
+        # `crop` can go back behind it
         self.size = format.residual + 2 * flush
         # one group more, in which a step packs while none is due yet
         self.room = -(-max(0, length - format.first - format.residual) // flush) * flush + flush
